@@ -1,0 +1,1 @@
+"""Run and post-train world foundation models."""

@@ -1,0 +1,46 @@
+"""Every exception that worldline raises on purpose.
+
+    Error                        exit status 1
+    ├── InputError               2: the caller's words or files are wrong (also a ValueError)
+    │   ├── CheckpointError      2: weights are absent, damaged, or of another model
+    │   └── InsufficientMemoryError  2: the request cannot fit on the device
+    └── GuardrailRefusal         3: a guardrail refused the prompt or the video
+
+A command prints the message as one line and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """Base of all errors that a program may want to catch."""
+
+    exit_code = 1
+
+
+class InputError(Error, ValueError):
+    """An argument, a file or a line of a batch is wrong; found before any weight is read."""
+
+    exit_code = 2
+
+
+class CheckpointError(InputError):
+    """A checkpoint is absent, incomplete, damaged, unsafe, or does not fit the model."""
+
+
+class InsufficientMemoryError(InputError):
+    """The device has less memory than the request needs."""
+
+
+class GuardrailRefusal(Error):
+    """A guardrail refused; `stage` names where ("prompt" or "video"), never the words.
+
+    Attributes:
+        stage: the check that refused.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, stage: str) -> None:
+        super().__init__(message)
+        self.stage = stage

@@ -1,0 +1,33 @@
+"""The one place where attention is computed and its backend is chosen."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    """Return softmax(q k^T / sqrt(K)) v.
+
+    Args:
+        q: (B, N, L, K).
+        k: (B, M, S, K), N a multiple of M: each key head serves N/M neighbouring query heads.
+        v: as `k`.
+        causal: query i sees keys 0 .. S - L + i, as when the keys before are a cached prefix.
+        mask: boolean, broadcast to (B, N, L, S); True is visible. Not together with `causal`.
+    """
+    length, visible = q.shape[2], k.shape[2]
+    if causal and 1 < length < visible:
+        rows = torch.arange(visible - length, visible, device=q.device)
+        mask = rows[:, None] >= torch.arange(visible, device=q.device)
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type != "cuda":
+        # the fused CPU kernel takes equal head counts only; the copy is small there
+        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and 1 < length == visible, enable_gqa=grouped
+    )

@@ -1,0 +1,129 @@
+"""Rotary position embedding over a latent grid, with YaRN stretching.
+
+Source: arXiv 2104.09864 (RoPE), arXiv 2309.00071 (YaRN); numbers and layout of
+nvidia-cosmos/cosmos-predict1 `autoregressive/modules/embedding.py` (RotaryPositionEmbeddingPytorchV2).
+Axes: L tokens, K head size; K is cut into time, height and width parts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from worldline.shapes import LatentShape
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Stretching of frequencies whose period is long against the original grid.
+
+    Attributes:
+        original: latent frames, and the side of the grid that serves both spatial axes.
+        scale: how far the longest periods are stretched.
+        beta_fast: turns over the original grid above which a frequency is kept.
+        beta_slow: turns below which it is divided by `scale`.
+    """
+
+    original: tuple[int, int] = (3, 40)
+    scale: float = 2.0
+    beta_fast: float = 4.0
+    beta_slow: float = 1.0
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines (L, K) of every token, float32 until cast by the caller."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rows(self, start: int, count: int) -> Rotation:
+        return Rotation(self.cos[start : start + count], self.sin[start : start + count])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Rotation:
+        return Rotation(self.cos.to(device, dtype), self.sin.to(device, dtype))
+
+
+def axis_sizes(head_size: int) -> tuple[int, int, int]:
+    """Return how many of the K channels turn with time, height and width."""
+    spatial = head_size // 6 * 2
+    return head_size - 2 * spatial, spatial, spatial
+
+
+def inverse_frequencies(
+    size: int, theta: float, yarn: Yarn | None = None, original: int = 0
+) -> Tensor:
+    """Return the (size / 2,) inverse frequencies of one axis, in radians a cell, float32.
+
+    Args:
+        size: channels of this axis, even.
+        theta: base of the geometric series.
+        yarn: stretching, or None.
+        original: cells of this axis the frequencies were first trained on; used by `yarn` alone.
+    """
+    frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    if yarn is None:
+        return frequencies
+    high = 2 * math.pi * yarn.beta_fast / original
+    low = 2 * math.pi * yarn.beta_slow / original
+    kept = ((frequencies - low) / (high - low)).clamp(0, 1)
+    return frequencies * ((1 - kept) / yarn.scale + kept)
+
+
+def rotation_3d(
+    grid: LatentShape, head_size: int, theta: float, yarn: Yarn | None = None, leading: int = 0
+) -> Rotation:
+    """Return the rotation of every cell of `grid`, time-major, then rows, then columns.
+
+    Args:
+        grid: latent grid.
+        head_size: K.
+        theta: base of the frequencies.
+        yarn: stretching, or None.
+        leading: tokens before the first cell, which are not turned.
+    """
+    sizes = axis_sizes(head_size)
+    originals = (0, 0, 0) if yarn is None else (yarn.original[0], yarn.original[1], yarn.original[1])
+    cells = torch.meshgrid(
+        *(torch.arange(n, dtype=torch.float32) for n in (grid.frames, grid.height, grid.width)),
+        indexing="ij",
+    )
+    half = torch.cat(
+        [
+            cell.reshape(-1, 1) * inverse_frequencies(size, theta, yarn, original)
+            for cell, size, original in zip(cells, sizes, originals, strict=True)
+        ],
+        dim=1,
+    )
+    angles = torch.cat([half, half], dim=1)
+    angles = torch.cat([angles.new_zeros(leading, head_size), angles])
+    return Rotation(angles.cos(), angles.sin())
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn `x` (..., L, K) by `rotation`; channel j pairs with channel j + K/2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * rotation.cos + torch.cat([-second, first], dim=-1) * rotation.sin
+
+
+def sincos_3d(grid: LatentShape, width: int, leading: int = 0) -> Tensor:
+    """Return the fixed table (leading + tokens, width) that is added to the stream, float32.
+
+    The values are rounded to bf16, as the reference keeps them. Source: same file, class
+    SinCosPosEmbAxisTE; arXiv 1706.03762, section 3.5.
+    """
+    parts = []
+    for axis, size in enumerate(axis_sizes(width)):
+        shape = (grid.frames, grid.height, grid.width)
+        position = torch.arange(shape[axis], dtype=torch.float64)
+        omega = 10000.0 ** -(torch.arange(size // 2, dtype=torch.float64) / (size / 2))
+        angle = position[:, None] * omega
+        table = torch.cat([angle.sin(), angle.cos()], dim=1)
+        view = [1, 1, 1, size]
+        view[axis] = shape[axis]
+        parts.append(table.view(view).expand(*shape, size))
+    cells = torch.cat(parts, dim=-1).reshape(grid.tokens, width)
+    return torch.cat([cells.new_zeros(leading, width), cells]).bfloat16().float()

@@ -1,0 +1,388 @@
+"""Images and videos to uint8 RGB frames; every bad file gets one clear line.
+
+The reference opens two image types and `.mp4`, drops what it does not know without a word, and
+hands alpha and grey to the model, which crashes on them. Here each file gives RGB or an InputError.
+Axes: T frames, H rows, W columns, and three colours last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import av.container
+import av.error
+import av.stream
+import av.video
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from worldline.errors import InputError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif")
+
+Kind = Literal["image", "video"]
+
+# Up to here `probe` decodes every frame, above it counts packets: a packet may hold no visible
+# frame, and only short clips can fall below a number of conditioning frames because of that.
+COUNT_BY_DECODING = 64
+
+ATTACHED_PIC = 0x400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
+
+# First atoms of a QuickTime or MP4 file; `ftyp` alone would refuse old camera files.
+MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Decoded frames.
+
+    Attributes:
+        frames: uint8 (T, H, W, 3), RGB, upright, contiguous.
+        fps: frames a second on average; 0 where the file does not say, as for an image.
+    """
+
+    frames: NDArray[np.uint8]
+    fps: float
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a file holds, known without keeping its frames.
+
+    Attributes:
+        kind: "image" or "video".
+        frames: how many frames `read_video` gives; 1 for an image.
+        height: rows, after rotation by the file's metadata.
+        width: columns, likewise.
+        fps: as in `Clip`.
+    """
+
+    kind: Kind
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+def media_kind(path: str | Path) -> Kind:
+    """Tell images from videos by the suffix, in any letter case.
+
+    Raises:
+        InputError: the suffix is neither.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    if suffix in VIDEO_SUFFIXES:
+        return "video"
+    raise InputError(
+        f"{path}: {f'unknown media type {suffix}' if suffix else 'no suffix to tell its type'}; "
+        f"images are {' '.join(IMAGE_SUFFIXES)}, videos are {' '.join(VIDEO_SUFFIXES)}"
+    )
+
+
+def probe(path: str | Path, *, kind: Kind) -> MediaInfo:
+    """Check that a file is readable media of this kind, and measure it.
+
+    At least the first frame is decoded, so what passes here is media and not only a good header.
+
+    Raises:
+        InputError: missing, unreadable, damaged, without frames, or not of this kind.
+    """
+    path = Path(path)
+    found = media_kind(path)
+    _check_file(path)
+    if found != kind:
+        article = {"image": "an image", "video": "a video"}[found]
+        raise InputError(
+            f"{path} is {article}, but --input_type is {kind}; use --input_type {found}"
+        )
+    if kind == "image":
+        height, width = _load_image(path).shape[:2]
+        return MediaInfo("image", 1, height, width, 0.0)
+    with _opened(path) as (container, stream):
+        packets = sum(not p.is_discard for p in _packets(path, container, stream))
+    with _opened(path) as (container, stream):
+        count = 0
+        for frame in _decoded(path, container, stream):
+            if count == 0:
+                height, width = frame.height, frame.width
+                if _orientation(frame)[0]:
+                    height, width = width, height
+            count += 1
+            if packets > COUNT_BY_DECODING:
+                count = packets
+                break
+        if count == 0:
+            raise InputError(f"{path} has no video frames")
+        return MediaInfo("video", count, height, width, _rate(stream))
+
+
+def read_video(path: str | Path, *, last: int | None = None) -> Clip:
+    """Decode a video, or an animated GIF, to upright RGB.
+
+    A clip of varying frame rate gives its frames as they are: none repeated, none dropped.
+
+    Args:
+        path: a file of any of `VIDEO_SUFFIXES`; the contents decide, not the suffix.
+        last: keep only so many frames from the end, in memory too; all where the clip has fewer.
+
+    Raises:
+        InputError: missing, unreadable, not a video, damaged, or without frames.
+    """
+    path = Path(path)
+    if last is not None and last < 1:
+        raise ValueError(f"last is {last}; at least 1 frame must be kept")
+    kept: deque[av.VideoFrame] = deque(maxlen=last)
+    images: list[NDArray[np.uint8]] = []
+    with _opened(path) as (container, stream):
+        for frame in _decoded(path, container, stream):
+            if last is None:
+                images.append(_to_rgb(frame))
+            else:
+                kept.append(frame)  # converted at the end: only what stays is worth the work
+        images.extend(_to_rgb(frame) for frame in kept)
+        fps = _rate(stream)
+    if not images:
+        raise InputError(f"{path} has no video frames")
+    if len({image.shape for image in images}) > 1:
+        raise InputError(f"{path}: its frames change size within the clip, which is not supported")
+    return Clip(np.stack(images), fps)
+
+
+def read_image(path: str | Path) -> Clip:
+    """Decode an image to one upright RGB frame.
+
+    Transparent pixels show white, as the diffusion members of the family have it; grey, palette,
+    CMYK and 16-bit images become 8-bit RGB; of an animated WebP the first picture counts. Colour
+    profiles are ignored, as in the reference.
+
+    Raises:
+        InputError: missing, unreadable, not an image, or damaged.
+    """
+    return Clip(_load_image(Path(path))[None], 0.0)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder, not a media file")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise InputError(f"{path} is empty (0 bytes)")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _load_image(path: Path) -> NDArray[np.uint8]:
+    _check_file(path)
+    try:
+        with Image.open(path) as stored:
+            image = ImageOps.exif_transpose(stored)
+            image.load()
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not an image{_guess(path)}") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path} is too large: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise InputError(f"{path} is a damaged image: {error}") from None
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        return _over_white(np.asarray(image.convert("RGBA")))
+    return np.array(image.convert("RGB"))
+
+
+def _over_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Lay (..., 4) over white; opaque pixels keep their value exactly."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    colour = rgba[..., :3].astype(np.uint16)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _guess(path: Path) -> str:
+    """Name what a wrong file most likely is, for the end of a message; "" if nothing is known."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    start = head.lstrip()[:64].lower()
+    if start.startswith(b"version https://git-lfs"):
+        return " but a git-lfs pointer: the file itself was never fetched"
+    if start.startswith((b"<!doctype", b"<html")):
+        return " but a web page, perhaps saved by a failed download"
+    if head.isascii() and b"\0" not in head:
+        return " but text"
+    return ""
+
+
+def _container_format(path: Path) -> str:
+    """Pick the demuxer by the first bytes.
+
+    Left to itself FFmpeg also takes playlists, which may open other files, and draws plain text.
+    """
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[4:8] in MOV_ATOMS:
+        return "mov"
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return "matroska"
+    if head[:4] == b"GIF8":
+        return "gif"
+    raise InputError(f"{path} is not an mp4, mov, mkv, webm or gif video{_guess(path)}")
+
+
+def _check_length(path: Path, format_name: str) -> None:
+    """Refuse a file that is shorter than its own outline says.
+
+    FFmpeg takes a cut-off Matroska file, or a cut between two frames, for a shorter clip.
+    """
+    have = path.stat().st_size
+    need = 0
+    with path.open("rb") as file:
+        if format_name == "mov":
+            while need < have:
+                file.seek(need)
+                header = file.read(16)
+                if len(header) < 8:
+                    break  # a few stray bytes at the end harm nobody
+                size = int.from_bytes(header[:4], "big")
+                if size == 1:  # the size follows as 64 bits
+                    size = int.from_bytes(header[8:], "big")
+                if size < 8 or not header[4:8].isascii():
+                    break  # 0 reaches to the end of the file; what is no atom is FFmpeg's to judge
+                need += size
+        elif format_name == "matroska":
+            head = file.read(4096)
+            place = 4
+            size, place = _matroska_size(head, place)
+            place += size  # past the EBML header: the Segment, which holds everything
+            if head[place : place + 4] == b"\x18\x53\x80\x67":
+                size, place = _matroska_size(head, place + 4)
+                need = place + size
+    if need > have:
+        raise InputError(f"{path} is truncated: it has {have} of {need} bytes")
+
+
+def _matroska_size(head: bytes, place: int) -> tuple[int, int]:
+    """Read a size of variable length: its value (0 if unknown, as in a live recording), its end."""
+    first = head[place] if place < len(head) else 0
+    length = 9 - first.bit_length()
+    value = int.from_bytes(head[place : place + length], "big") & ((1 << 7 * length) - 1)
+    return (0 if value == (1 << 7 * length) - 1 else value), place + length
+
+
+@contextlib.contextmanager
+def _opened(
+    path: Path,
+) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
+    _check_file(path)
+    format_name = _container_format(path)
+    _check_length(path, format_name)
+    try:
+        container = av.open(str(path), format=format_name)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged or truncated: {_reason(error)}") from None
+    with container:
+        streams = [s for s in container.streams.video if not _is_cover(s)]
+        if not streams:
+            raise InputError(f"{path} has no video stream")
+        stream = streams[0]
+        stream.thread_type = "AUTO"
+        yield container, stream
+
+
+def _is_cover(stream: av.video.stream.VideoStream) -> bool:
+    """Tell the picture of an audio file, which FFmpeg shows as a video of one frame."""
+    return bool(int(getattr(stream, "disposition", 0)) & ATTACHED_PIC)  # older PyAV cannot tell
+
+
+def _packets(
+    path: Path,
+    container: av.container.InputContainer,
+    stream: av.video.stream.VideoStream,
+) -> Iterator[av.Packet[av.video.stream.VideoStream]]:
+    """Yield the packets that hold data; a cut-off one is an error, not a shorter clip."""
+    demuxed = container.demux(stream)
+    while True:
+        try:
+            packet = next(demuxed, None)
+        except (av.error.FFmpegError, OSError) as error:
+            raise InputError(f"{path} is damaged or truncated: {_reason(error)}") from None
+        if packet is None:
+            return
+        if packet.size and packet.is_corrupt:
+            raise InputError(f"{path} is damaged or truncated: it ends within a frame")
+        if packet.size:  # PyAV ends with an empty packet
+            yield packet
+
+
+def _decoded(
+    path: Path,
+    container: av.container.InputContainer,
+    stream: av.video.stream.VideoStream,
+) -> Iterator[av.VideoFrame]:
+    count = 0
+    # None at the end: the decoder gives what it still holds back for reordering.
+    for packet in chain(_packets(path, container, stream), [None]):
+        try:
+            frames = stream.codec_context.decode(packet)
+        except (av.error.FFmpegError, OSError) as error:
+            raise InputError(
+                f"{path} is damaged or truncated after {count} frames: {_reason(error)}"
+            ) from None
+        for frame in frames:
+            count += 1
+            yield frame
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _rate(stream: av.video.stream.VideoStream) -> float:
+    rate = stream.average_rate or stream.guessed_rate
+    return float(rate) if rate else 0.0
+
+
+def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """Read the display matrix: (swap rows and columns, then flip rows, then flip columns).
+
+    The nine numbers are [a b u; c d v; x y w], and pixel (x, y) shows at (ax + cy, bx + dy).
+    """
+    item: Any  # PyAV's stubs call it a str
+    for item in frame.side_data:
+        if item.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = struct.unpack("=5i", bytes(item)[:20])
+            if abs(b) > abs(a):
+                return True, b < 0, c < 0
+            return False, d < 0, a < 0
+    return False, False, False
+
+
+def _to_rgb(frame: av.VideoFrame) -> NDArray[np.uint8]:
+    image: Any
+    if any(component.is_alpha for component in frame.format.components):
+        image = frame.to_ndarray(format="rgba")
+        image = _over_white(image)
+    else:
+        image = frame.to_ndarray(format="rgb24")
+    swap, flip_rows, flip_columns = _orientation(frame)
+    if swap:
+        image = image.transpose(1, 0, 2)
+    if flip_rows:
+        image = image[::-1]
+    if flip_columns:
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)

@@ -1,0 +1,282 @@
+"""Frames to files that are either whole or not there.
+
+A file is encoded in memory, written under a temporary name in its own folder, and only then takes
+its name. So an interrupted run leaves no partial video, a full disk leaves the older file whole,
+and of two runs that write the same name the later wins entirely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import av.error
+import av.filter
+import av.video
+import numpy as np
+from av.video.reformatter import Colorspace
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from worldline.errors import Error, InputError
+
+Frames = NDArray[np.uint8]
+
+# Container, encoder and its options. Quality is above the reference's (crf 25): a finer quantiser
+# costs little on 33 frames, and clips get chained and compared.
+ENCODINGS: dict[str, tuple[str, str, dict[str, str]]] = {
+    ".mp4": ("mp4", "libx264", {"crf": "18", "preset": "medium"}),
+    ".mov": ("mov", "libx264", {"crf": "18", "preset": "medium"}),
+    ".mkv": ("matroska", "libx264", {"crf": "18", "preset": "medium"}),
+    ".webm": ("webm", "libvpx-vp9", {"crf": "24", "b": "0", "cpu-used": "4", "row-mt": "1"}),
+    ".gif": ("gif", "gif", {}),
+}
+
+BT709 = 1  # FFmpeg's number for the matrix, and for the primaries
+LIMITED_RANGE = 1
+
+
+def write_video(frames: Frames, path: str | Path, fps: float) -> None:
+    """Write a clip; the suffix chooses the format, and no suffix a folder of numbered PNGs.
+
+    H.264 and VP9 are yuv420p with the BT.709 matrix, tagged as such: what plays everywhere. H.264
+    stores even sides only, so an odd side grows by one repeated row or column; the other formats
+    keep the exact size. A GIF keeps every frame and one palette; its delays are whole 1/100 s.
+
+    Args:
+        frames: uint8 (T, H, W, 3), RGB.
+        path: `.mp4`, `.mov`, `.mkv`, `.webm` or `.gif` in any case, or no suffix; folders on the
+            way are made.
+        fps: frames a second; unused for PNGs.
+
+    Raises:
+        InputError: unknown suffix, or a place that cannot be written.
+        Error: the disk is full, or this build of PyAV lacks the encoder.
+    """
+    path = Path(path)
+    _check_frames(frames)
+    check_destination(path)
+    if not path.suffix:
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            for index, frame in enumerate(frames):
+                Image.fromarray(frame).save(temporary / f"{index:05d}.png")
+        return
+    if not fps > 0:
+        raise ValueError(f"fps is {fps}; it must be above 0")
+    container, encoder, options = ENCODINGS[path.suffix.lower()]
+    write_bytes(path, _encode(frames, fps, container, encoder, options))
+
+
+def check_destination(path: str | Path) -> None:
+    """Refuse, before any work is done, a name that `write_video` would not take.
+
+    Raises:
+        InputError: unknown suffix, or a folder is in the way.
+    """
+    path = Path(path)
+    if path.suffix and path.suffix.lower() not in ENCODINGS:
+        raise InputError(
+            f"{path}: cannot write {path.suffix} videos; use {' '.join(ENCODINGS)}, "
+            "or a name without suffix for a folder of PNGs"
+        )
+    if path.is_dir() and (path.suffix or any(path.iterdir())):
+        raise InputError(f"{path} is a folder{'' if path.suffix else ' that is not empty'}")
+    if not path.suffix and path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; a folder of PNGs cannot take its name")
+
+
+def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
+    """Write a file whole or not at all; see `replacing` for what is raised."""
+    with replacing(Path(path)) as temporary, temporary.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # else a crash may leave the new name with the old, or no, bytes
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; what is made there takes the name `path` at the end.
+
+    On any exception, Ctrl-C too, the temporary is removed and what `path` held stays.
+
+    Raises:
+        InputError: the place cannot be written.
+        Error: the disk is full or failed.
+    """
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def contact_sheet(
+    rows: Sequence[Frames],
+    path: str | Path,
+    labels: Sequence[str] = (),
+    *,
+    columns: int = 9,
+    cell_width: int = 192,
+) -> None:
+    """Write a PNG with a row of frames for each clip, to look at many clips at once.
+
+    Each row shows frames evenly spread over its clip, the first and the last included, with their
+    numbers; narrower frames are not enlarged.
+
+    Args:
+        rows: clips, each uint8 (T, H, W, 3); sizes and lengths may differ.
+        path: where the PNG goes.
+        labels: a text above each row, or none.
+        columns: most frames in a row.
+        cell_width: most pixels a frame is wide.
+    """
+    if not rows:
+        raise ValueError("a contact sheet needs at least one row")
+    if labels and len(labels) != len(rows):
+        raise ValueError(f"{len(labels)} labels for {len(rows)} rows")
+    for row in rows:
+        _check_frames(row)
+    font = ImageFont.load_default()
+    gap, line = 4, 14
+    strips: list[list[tuple[int, Image.Image]]] = []
+    for row in rows:
+        picks = np.unique(np.linspace(0, len(row) - 1, min(columns, len(row))).round().astype(int))
+        height, width = row.shape[1:3]
+        scale = min(1.0, cell_width / width)
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        strips.append(
+            [
+                (int(i), Image.fromarray(row[i]).resize(size, Image.Resampling.LANCZOS))
+                for i in picks
+            ]
+        )
+    heights = [strip[0][1].height + line * (2 if labels else 1) + gap for strip in strips]
+    wide = gap + max(sum(image.width + gap for _, image in strip) for strip in strips)
+    sheet = Image.new("RGB", (wide, sum(heights) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = gap
+    for number, strip in enumerate(strips):
+        below = top
+        if labels:
+            # Pillow's own font, the only one sure to be there, draws boxes for the rest.
+            text = labels[number].encode("ascii", "replace").decode()
+            draw.text((gap, below), text, fill="black", font=font)
+            below += line
+        left = gap
+        for index, image in strip:
+            draw.text((left, below), str(index), fill="gray", font=font)
+            sheet.paste(image, (left, below + line))
+            left += image.width + gap
+        top += heights[number]
+    file = io.BytesIO()
+    sheet.save(file, format="PNG")
+    write_bytes(path, file.getbuffer())
+
+
+def _check_frames(frames: Frames) -> None:
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise ValueError(
+            f"frames are {frames.dtype} {frames.shape}; uint8 (T, H, W, 3), not empty, is needed"
+        )
+
+
+def _cannot_write(path: Path, error: OSError) -> Error:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return Error(f"{path} was not written: {reason}; files that were there are untouched")
+    if error.errno == errno.EIO:
+        return Error(f"{path} was not written: {reason}")
+    return InputError(f"{path} cannot be written: {reason}")
+
+
+def _encode(
+    frames: Frames, fps: float, container: str, encoder: str, options: dict[str, str]
+) -> memoryview:
+    if encoder not in av.codec.codecs_available:
+        raise Error(f"this build of PyAV has no {encoder} encoder; install PyAV's own wheel")
+    rate = Fraction(fps).limit_denominator(1001)
+    if encoder == "libx264":
+        odd_rows, odd_columns = frames.shape[1] % 2, frames.shape[2] % 2
+        frames = np.pad(frames, ((0, 0), (0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream: Any = output.add_stream(encoder, rate=rate, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        if encoder == "gif":
+            stream.pix_fmt = "pal8"
+            pictures = _with_palette(frames, rate)
+        else:
+            stream.pix_fmt = "yuv420p"
+            # Without tags players guess the matrix from the height, and the colours shift.
+            stream.codec_context.colorspace = BT709
+            stream.codec_context.color_primaries = BT709
+            stream.codec_context.color_trc = BT709
+            stream.codec_context.color_range = LIMITED_RANGE
+            pictures = _in_yuv(frames)
+        for index, picture in enumerate(pictures):
+            picture.pts = index
+            picture.time_base = 1 / rate
+            output.mux(stream.encode(picture))
+        output.mux(stream.encode(None))
+    return file.getbuffer()
+
+
+def _in_yuv(frames: Frames) -> Iterator[av.VideoFrame]:
+    for frame in frames:
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        yield picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+
+
+def _with_palette(frames: Frames, rate: Fraction) -> Iterator[av.VideoFrame]:
+    """Bring all frames to one palette of 256 colours, so that what stands still does not flicker.
+
+    Pillow could write the GIF, but merges equal neighbours and so loses frames.
+    """
+    graph = av.filter.Graph()
+    height, width = frames.shape[1:3]
+    source = graph.add_buffer(
+        width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / rate
+    )
+    split = graph.add("split")
+    make = graph.add("palettegen", "reserve_transparent=0")
+    use = graph.add("paletteuse", "dither=bayer:bayer_scale=4")
+    sink = graph.add("buffersink")
+    source.link_to(split)
+    split.link_to(make, 0, 0)
+    split.link_to(use, 1, 0)
+    make.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    for index, frame in enumerate(frames):
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        picture.pts = index
+        picture.time_base = 1 / rate
+        graph.push(picture)
+    graph.push(None)
+    while True:
+        try:
+            filtered = graph.pull()
+        except (av.error.EOFError, av.error.BlockingIOError):
+            return
+        assert isinstance(filtered, av.VideoFrame)
+        yield filtered
