@@ -1,8 +1,279 @@
 """Find the two failures that the released table of the autoregressive models counts.
 
-*Collapse*: the picture, or most of it, turns into one flat colour. *Appearance*: a large object is there from one moment to
-the next, though it was nowhere before and did not come in over the border. A still video, small
-artifacts, blocky pictures, fast motion, a panning camera and a change of light are not failures.
+*Collapse*: the picture, or most of it, turns into one flat colour. *Appearance*: a large object is
+there from one moment to the next, though it was nowhere before and did not come in over the border.
+A still video, small artifacts, blocks, fast motion, a panning camera and a change of light are not
+failures. How often the detectors err is measured by `benchmarks/failure_detectors.py`; a failure
+rate means little without those figures, and `evaluate.clips.failure_rate` gives both.
 
-Both detectors look at a copy of about 48 x 72 pixels, so that the size of a video does not matter.
+Both look at a copy of about 48 x 72 pixels, so that the size of a video does not matter.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Every constant below was chosen on the design seeds of benchmarks/failure_detectors.py.
+REDUCED_PIXELS = 48 * 72
+
+# Collapse, each rule: (a pixel this near to the commonest colour has that colour, in grey levels of
+# the reduced copy; share of the picture that has it; its rise since the input frames; part of its
+# former contrast that this place keeps). The first is for a perfectly flat part of the picture, the
+# second for the nearly flat whole.
+COLLAPSES = ((5.0, 0.55, 0.12, 0.1), (12.0, 0.8, 0.35, 0.3))
+
+# Appearance. A patch is PATCH pixels square, one stands every STRIDE pixels.
+PATCH = 4
+STRIDE = 2
+GAP = 7  # a new patch was nowhere this many frames ago: a fade of 6 frames is then complete
+FURTHER_GAPS = (11, 16, 23)  # nor then: what was hidden for a moment is not new
+FREE_DISTANCE = 0.12  # of the width; so far a thing may move within GAP frames
+DISTANCE_PRICE = 60.0  # grey levels for each further width
+NEW_LEVELS = 4.0  # root-mean-square difference from all that was there, in grey levels,
+NEW_TEXTURE = 0.6  # and this part of the patch's own contrast, since texture never fits exactly
+CLEARLY_NEW = 1.6  # times both; what is less new than this counts in part
+BORDER = 4  # patches; nearer to the border than this, a thing that touches it has just come in
+LARGE_AREA = 0.047  # share of the picture; an object of 6 % loses its edges
+WHOLE_AREA = 0.6  # above it everything is new: a cut, not an object
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failure of one clip.
+
+    Attributes:
+        kind: "collapse" or "appearance".
+        frame: where it is worst, counted from 0.
+        score: share of the picture that is hit, in [0, 1].
+        detail: a few words for a person.
+    """
+
+    kind: str
+    frame: int
+    score: float
+    detail: str
+
+
+def find_failures(frames: NDArray[np.uint8] | Tensor, num_input_frames: int = 9) -> list[Failure]:
+    """List what is wrong with a clip: at most one collapse and one appearance; none if sound.
+
+    Args:
+        frames: uint8 (T, H, W, 3), any size.
+        num_input_frames: the first frames, which are given and taken for sound; at least 1.
+
+    Raises:
+        ValueError: the frames have another shape or dtype, or there are no input frames.
+    """
+    clip = frames if isinstance(frames, Tensor) else torch.from_numpy(np.ascontiguousarray(frames))
+    if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not clip.numel():
+        raise ValueError(
+            f"frames are uint8 (T, H, W, 3), not {str(clip.dtype).removeprefix('torch.')} "
+            f"{tuple(clip.shape)}"
+        )
+    if num_input_frames < 1:
+        raise ValueError(f"num_input_frames is at least 1, not {num_input_frames}")
+    copy = _smooth(_reduce(clip.cpu()))
+    collapse = _find_collapse(copy, num_input_frames)
+    # What follows a collapse tells nothing: the first colour patch would count as an object.
+    until = len(copy) if collapse is None else _onset(copy, num_input_frames)
+    appearance = _find_appearance(copy[:until], num_input_frames)
+    return [failure for failure in (collapse, appearance) if failure is not None]
+
+
+def _reduce(clip: Tensor) -> Tensor:
+    """Average uint8 (T, H, W, 3) down to float32 (T, 3, h, w) of about REDUCED_PIXELS."""
+    height, width = clip.shape[1:3]
+    scale = (REDUCED_PIXELS / (height * width)) ** 0.5
+    size = (max(2 * PATCH, round(height * scale)), max(2 * PATCH, round(width * scale)))
+    skip = max(1, int(1 / scale) // 5)  # five samples each way are enough for a mean
+    thinned = clip[:, ::skip, ::skip].permute(0, 3, 1, 2)
+    # Frame by frame: in float32 a whole clip of 4k frames would fill the memory.
+    return torch.cat(
+        [functional.interpolate(frame[None].float(), size=size, mode="area") for frame in thinned]
+    )
+
+
+def _smooth(copy: Tensor) -> Tensor:
+    """Weigh neighbours 1 2 1 in both directions, so that half a pixel of motion changes little."""
+    weights = torch.tensor([0.25, 0.5, 0.25])
+    channels = copy.shape[1]
+    for shape, padding in (((1, 1, 1, 3), (1, 1, 0, 0)), ((1, 1, 3, 1), (0, 0, 1, 1))):
+        kernel = weights.view(shape).expand(channels, *shape[1:])
+        copy = functional.conv2d(
+            functional.pad(copy, padding, mode="replicate"), kernel, groups=channels
+        )
+    return copy
+
+
+def _same_color(picture: Tensor, tolerance: float) -> Tensor:
+    """Where (3, h, w) is within `tolerance` of its commonest colour: bool (h, w)."""
+    pixels = picture.flatten(1).T  # (N, 3)
+    bins = (pixels / tolerance).long()
+    codes = (bins[:, 0] * 64 + bins[:, 1]) * 64 + bins[:, 2]
+    commonest = codes.bincount().argmax()
+    center = pixels[codes == commonest].mean(0)
+    for _ in range(3):  # a colour on the edge of two bins is centred here
+        near = (pixels - center).abs().amax(1) < tolerance
+        center = pixels[near].mean(0)
+    return near.view(picture.shape[1:])
+
+
+def _contrast(picture: Tensor, where: Tensor) -> float:
+    """Standard deviation of (3, h, w) over the pixels of `where`, root mean square of channels."""
+    return float(picture[:, where].var(1, correction=0).mean().sqrt())
+
+
+def _collapses(copy: Tensor, num_input_frames: int) -> Iterator[tuple[int, float, float]]:
+    """Yield frame, share of the commonest colour, and its rise, of each collapsed frame."""
+    given = copy[:num_input_frames]
+    for tolerance, least_share, least_rise, most_kept in COLLAPSES:
+        before = max(float(_same_color(picture, tolerance).float().mean()) for picture in given)
+        for frame in range(num_input_frames, len(copy)):
+            where = _same_color(copy[frame], tolerance)
+            share = float(where.float().mean())
+            if share < least_share or share - before < least_rise:
+                continue
+            # In the dark all has one colour, but a darkened picture keeps a part of its contrast.
+            former = min(_contrast(picture, where) for picture in (given[0], given[-1]))
+            if _contrast(copy[frame], where) < most_kept * former:
+                yield frame, share, share - before
+
+
+def _find_collapse(copy: Tensor, num_input_frames: int) -> Failure | None:
+    found = list(_collapses(copy, num_input_frames))
+    if not found:
+        return None
+    frame, share, rise = max(found, key=lambda item: item[1])
+    detail = f"{share:.0%} of the picture has one colour, {rise:.0%} more than at the start"
+    return Failure("collapse", frame, round(share, 4), detail)
+
+
+def _onset(copy: Tensor, num_input_frames: int) -> int:
+    """Frame from which a collapse may have begun: 12 before it is plain to see."""
+    first = min(frame for frame, _, _ in _collapses(copy, num_input_frames))
+    return max(num_input_frames, first - 12)
+
+
+def _find_appearance(copy: Tensor, num_input_frames: int) -> Failure | None:
+    best: Failure | None = None
+    for frame in range(num_input_frames, len(copy)):
+        for area, row, column in _new_regions(copy, frame):
+            if LARGE_AREA <= area <= WHOLE_AREA and (best is None or area > best.score):
+                detail = (
+                    f"{area:.0%} of the picture, around {column:.0%} from the left and {row:.0%} "
+                    f"from the top, was nowhere {min(GAP, frame)} frames before"
+                )
+                best = Failure("appearance", frame, round(area, 4), detail)
+    return best
+
+
+def _new_regions(copy: Tensor, frame: int) -> Iterator[tuple[float, float, float]]:
+    """Yield area, row and column, all in [0, 1], of each connected region that is new in `frame`.
+
+    Of a region that touches the border only the part away from the border is counted: it has most
+    likely come in there.
+    """
+    novelty, texture = _novelty(copy, frame)
+    ratio = (novelty / (NEW_LEVELS + NEW_TEXTURE * texture)).numpy()
+    new = _open(ratio > 1)
+    weights = ((ratio - 1) / (CLEARLY_NEW - 1)).clip(0, 1)
+    rows, columns = new.shape
+    for cells in _components(new):
+        row, column = cells[:, 0], cells[:, 1]
+        depth = np.minimum(
+            np.minimum(row, rows - 1 - row), np.minimum(column, columns - 1 - column)
+        )
+        weight = weights[row, column]
+        if depth.min() < 1 and len(cells) <= WHOLE_AREA * new.size:
+            weight = weight * (depth >= BORDER)
+        area = float(weight.sum()) / new.size
+        yield area, float(row.mean()) / rows, float(column.mean()) / columns
+
+
+def _novelty(copy: Tensor, frame: int) -> tuple[Tensor, Tensor]:
+    """How unlike anything before each patch is, and its own contrast: two (rows, columns).
+
+    Both are root-mean-square grey levels. Earlier frames are first brought to the frame's light.
+    """
+    height, width = copy.shape[2:]
+    rows, columns = (height - PATCH) // STRIDE + 1, (width - PATCH) // STRIDE + 1
+    patches = _patches(copy[frame])  # (N, 3 * PATCH^2)
+    grid = torch.stack(
+        torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1
+    ).flatten(0, 1)
+    position = grid.float() * STRIDE / width
+    beyond = (torch.cdist(position, position) - FREE_DISTANCE).clamp_min(0)
+    price = (DISTANCE_PRICE * beyond).square()
+    nearest = torch.full((len(patches),), torch.inf)
+    earlier = {max(0, frame - GAP)} | {frame - gap for gap in FURTHER_GAPS if gap <= frame}
+    for past in sorted(earlier):
+        known = _patches(_in_the_light_of(copy[past], copy[frame]))
+        # |a - b|^2 = |a|^2 + |b|^2 - 2ab, so that one matrix product compares all with all.
+        products = patches @ known.T
+        squares = patches.square().sum(1, keepdim=True) + known.square().sum(1)
+        distances = (squares - 2 * products) / patches.shape[1] + price
+        nearest = torch.minimum(nearest, distances.amin(1))
+    channels = patches.view(len(patches), 3, -1)
+    texture = channels.var(2, correction=0).mean(1).sqrt()
+    novelty = nearest.clamp_min(0).sqrt()  # rounding can leave -1e-3 where patches are equal
+    return novelty.view(rows, columns), texture.view(rows, columns)
+
+
+def _patches(picture: Tensor) -> Tensor:
+    return functional.unfold(picture[None], PATCH, stride=STRIDE)[0].T
+
+
+def _in_the_light_of(picture: Tensor, target: Tensor) -> Tensor:
+    """Scale and shift each channel of (3, h, w) to fit `target` where most of the picture agrees.
+
+    Least squares with Cauchy weights: a new object is an outlier and hardly moves the fit.
+    """
+    x, y = picture.flatten(1), target.flatten(1)
+    weights = torch.ones_like(x)
+    for _ in range(6):
+        total = weights.sum(1, keepdim=True)
+        mean_x = (weights * x).sum(1, keepdim=True) / total
+        mean_y = (weights * y).sum(1, keepdim=True) / total
+        # 50 square grey levels hold the gain near 1 where the picture is flat and cannot tell it.
+        variance = (weights * (x - mean_x).square()).sum(1, keepdim=True) / total + 50
+        covariance = (weights * (x - mean_x) * (y - mean_y)).sum(1, keepdim=True) / total + 50
+        gain = (covariance / variance).clamp(0.25, 4)
+        offset = mean_y - gain * mean_x
+        weights = 1 / (1 + ((y - gain * x - offset) / 8).square())
+    return (gain * x + offset).view_as(picture)
+
+
+def _open(cells: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Keep what a 3 x 3 square fits into: strips uncovered by a moving thing are thinner."""
+    value = torch.from_numpy(cells)[None].float()
+    eroded = -functional.max_pool2d(-functional.pad(value, (1,) * 4, value=1.0), 3, 1)
+    opened = functional.max_pool2d(functional.pad(eroded, (1,) * 4), 3, 1)
+    return (opened[0] > 0).numpy() & cells
+
+
+def _components(cells: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
+    """Yield (N, 2) rows and columns of each region that hangs together by its sides."""
+    left = {(int(row), int(column)) for row, column in np.argwhere(cells)}
+    while left:
+        waiting = [left.pop()]
+        found = []
+        while waiting:
+            row, column = waiting.pop()
+            found.append((row, column))
+            for near in (
+                (row + 1, column),
+                (row - 1, column),
+                (row, column + 1),
+                (row, column - 1),
+            ):
+                if near in left:
+                    left.remove(near)
+                    waiting.append(near)
+        yield np.array(found)

@@ -1,7 +1,7 @@
-"""Break or degrade a true clip on purpose, to learn what the failure detectors catch and what they wrongly report.
+"""Break or degrade a true clip on purpose, to learn what the failure detectors catch and what not.
 
-All functions take and return uint8 frames (T, H, W, 3), leave the input untouched, and draw everything from one seed, so
-that a rate measured on given seeds can be measured again.
+All functions take and return uint8 frames (T, H, W, 3), leave the input untouched, and draw
+everything from one seed, so that a rate measured on given seeds can be measured again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 Frames = NDArray[np.uint8]
 
-# Under this root-mean-square difference from what it covers, a drawn object is camouflage rather than an object that anyone
-# would see appear; it is drawn again.
+# Under this root-mean-square difference from what it covers, a drawn object is camouflage rather
+# than an object that anyone would see appear; it is drawn again.
 VISIBLE = 30.0
 
 
@@ -45,8 +45,8 @@ class Injected:
 def inject_collapse(frames: Frames, seed: int, num_input_frames: int = 9) -> Injected:
     """Blend the whole picture, or 65 to 95 % of it, to one colour within 1 to 12 frames.
 
-    Up to 4 % of the old picture stays visible, under noise of up to 4 grey levels, since a collapsed
-    model seldom paints a perfectly even colour.
+    Up to 4 % of the old picture stays visible, under noise of up to 4 grey levels, since a
+    collapsed model seldom paints a perfectly even colour.
 
     Raises:
         ValueError: there is no frame after the input frames.
@@ -82,8 +82,8 @@ def inject_appearance(
 ) -> Injected:
     """Let an object of 6 to 30 % of the picture fade in within 1 to 6 frames, away from the border.
 
-    It is an ellipse or a rectangle, turned, at rest or moving by up to 2 % of the width a frame; plain, striped, smoothly
-    coloured, or cut from `donor`.
+    It is an ellipse or a rectangle, turned, at rest or moving by up to 2 % of the width a frame;
+    plain, striped, smoothly coloured, or cut from `donor`.
 
     Args:
         frames: (T, H, W, 3) uint8.
@@ -153,9 +153,9 @@ def blur(frames: Frames, seed: int = 0) -> Frames:
 
 
 def quantise(frames: Frames, seed: int = 0) -> Frames:
-    """Keep the mean of each 4 x 4 block and a third of its detail, in coarse steps, other steps every 8 frames.
+    """Keep a third of the detail in each 4 x 4 block, its mean in coarse steps, new every 8 frames.
 
-    This is what a tokenizer's decoder does at worst: blocks, and a jump where a latent frame begins.
+    So does a tokenizer's decoder at worst: blocks, and a jump where a latent frame begins.
     """
     draw = np.random.RandomState(seed)
     count, height, width, _ = frames.shape
@@ -186,7 +186,7 @@ def block_noise(frames: Frames, seed: int = 0) -> Frames:
 
 
 def h264(frames: Frames, seed: int = 0) -> Frames:
-    """Encode as H.264 at a low quality (CRF 32 to 38) and decode again; an odd row or column is lost."""
+    """Encode as poor H.264 (CRF 32 to 38) and decode again; an odd row or column is lost."""
     height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
@@ -199,8 +199,8 @@ def h264(frames: Frames, seed: int = 0) -> Frames:
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     file.seek(0)
-    with av.open(file) as container:
-        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    with av.open(file, "r") as source:
+        decoded = [frame.to_ndarray(format="rgb24") for frame in source.decode(video=0)]
     return np.stack(decoded).astype(np.uint8, copy=False)
 
 

@@ -53,10 +53,10 @@ def make_clips(
     A clip depends on its seed, the size and the device's arithmetic alone, not on the other seeds.
 
     Args:
-        seeds: 0 to 2^32 - 1. The tiny models are trained below 1,000,000 and measured from there on.
+        seeds: 0 to 2^32 - 1. Tiny models are trained below 1,000,000 and measured above.
         frames: length; longer clips begin with the same frames.
         height: of the picture; 16 or more.
-        width: of the picture, 1 to 4 times the height.
+        width: of the picture, 1 to 2.5 times the height.
         device: where the pictures are painted and left.
         return_masks: also say where the objects are.
         max_memory: bytes that painting may take besides the result.

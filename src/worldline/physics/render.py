@@ -1,8 +1,8 @@
 """Pictures of scenes in torch: signed distances with edges smooth over one pixel.
 
-A background is painted once a clip. Objects and their shadows are painted in small windows around them, a tenth of
-the picture, and written back; everything is vectorised over the clips of a chunk and their frames.
-Axes: B clips, T frames, H/W picture, h/w window.
+A background is painted once a clip. Objects and their shadows are painted in small windows around
+them, a tenth of the picture, and written back; everything is vectorised over the clips of a chunk
+and their frames. Axes: B clips, T frames, H/W picture, h/w window.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from worldline.errors import InputError
@@ -43,10 +44,10 @@ def render(
         height: of the picture, in pixels; 16 or more.
         width: of the picture, in pixels.
         device: where the work is done. CPU and GPU may differ by one level.
-        max_memory: bytes that a chunk of clips may take besides the result; the pixels do not depend on it.
+        max_memory: bytes that a chunk of clips may take besides the result; no pixel depends on it.
 
     Raises:
-        InputError: the picture is smaller than 16 pixels, or `motion` is of another number of scenes.
+        InputError: the picture is smaller than 16 pixels, or `motion` is of other scenes.
     """
     device = torch.device(device)
     frames = motion.x.shape[1]
@@ -69,8 +70,8 @@ def object_masks(
 ) -> Tensor:
     """Return bool (B, T, H, W): pixels at least half covered by an object.
 
-    `objects` picks which, by their place in the scene; all of them by default. An object counts whole, even where
-    another hides it.
+    `objects` picks which, by their place in the scene; all of them by default. An object counts
+    whole, even where another hides it.
     """
     device = torch.device(device)
     frames = motion.x.shape[1]
@@ -103,7 +104,8 @@ def _chunks(
         raise InputError(f"{len(scenes)} scenes, but the motion of {len(motion.x)}")
     if max_memory is None:
         max_memory = CUDA_MEMORY if device.type == "cuda" else CPU_MEMORY
-    # Floats of a chunk: the picture, its clamped copy, a bool picture; windows of a fifth of it, 20 at a time.
+    # Floats of a chunk: the picture, its clamped copy, a bool picture; windows of a fifth of it, 20
+    # at a time.
     one_clip = frames * height * width * 4 * (2 * 3 + 5)
     step = max(1, max_memory // one_clip)
     for start in range(0, len(scenes), step):
@@ -172,31 +174,37 @@ class _Batch:
             ]
         )
         seconds = np.arange(frames) / FPS
-        shift = clip[:, 5:] * (seconds - seconds[-1] / 2)  # (B, T), centred: the walls stay near
-        # The largest radius a scene may have, not the largest here: a clip must not depend on its batch.
-        half_window = math.ceil(0.175 * _REACH * height) + 2
+        shift = clip[:, 5:] * seconds  # (B, T), from 0: a longer clip begins with the same frames
+        largest = max(float(scene.radii.max()) for scene in scenes)
 
-        def tensor(array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+        def tensor(array: NDArray[np.float64]) -> Tensor:
             return torch.from_numpy(array.astype(np.float32)).to(device)
 
-        pixels = tensor(objects).unbind(-1)
+        radius, corners, outer, inner, rounding, ball, mark = tensor(objects).unbind(-1)
         clips = tensor(clip)
         return cls(
-            frames,
-            height,
-            width,
-            tensor((motion.x[part] - shift[..., None]) * height),
-            tensor(motion.y[part] * height),
-            tensor(np.mod(motion.angle[part], 2 * np.pi)),
-            pixels[0] * height,
-            *pixels[1:],
-            *tensor(colours).unbind(0),
-            clips[:, :2],
-            clips[:, 2],
-            clips[:, 3] * height,
-            clips[:, 4] * height,
-            tensor(shift * height),
-            half_window,
+            frames=frames,
+            height=height,
+            width=width,
+            x=tensor((motion.x[part] - shift[..., None]) * height),
+            y=tensor(motion.y[part] * height),
+            angle=tensor(np.mod(motion.angle[part], 2 * np.pi)),
+            radius=radius * height,
+            corners=corners,
+            outer=outer,
+            inner=inner,
+            rounding=rounding,
+            ball=ball,
+            mark=mark,
+            colour=tensor(colours[0]),
+            mark_colour=tensor(colours[1]),
+            light=clips[:, :2],
+            brightness=clips[:, 2],
+            floor=clips[:, 3] * height,
+            bottom=clips[:, 4] * height,
+            shift=tensor(shift * height),
+            # Its size changes no pixel: outside the object nothing is painted.
+            half_window=math.ceil(largest * _REACH * height) + 2,
         )
 
     def window(self, index: int) -> _Window:
@@ -211,10 +219,11 @@ def _places(
     half_width: int,
     clips: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows around points (B, T): column (B, T, 1, w) and row (B, T, h, 1) of their pixels, and their flat places.
+    """Windows around points (B, T): columns (B, T, 1, w), rows (B, T, h, 1), flat places.
 
-    A window that would leave the picture is moved inside; what it holds is measured from the point all the same.
-    `clips` (B,) says which clips of the batch the points are of; all of them by default.
+    A window that would leave the picture is moved inside; what it holds is measured from the point
+    all the same. `clips` (B,) says which clips of the batch the points are of; all of them by
+    default.
     """
     high, wide = min(2 * half_height, batch.height), min(2 * half_width, batch.width)
     left = (x - wide / 2).round().long().clamp(0, batch.width - wide)
@@ -255,8 +264,8 @@ class _Window:
     def _distance(self) -> Tensor:
         """Signed distance to the outline, in collision radii, negative inside.
 
-        The plane is folded into the wedge between a corner and the point half-way to the next; there the outline is
-        one segment. A ball's segment is a point, and the rounding is the ball.
+        The plane is folded into the wedge between a corner and the point half-way to the next;
+        there the outline is one segment. A ball's segment is a point, and the rounding is the ball.
         """
         batch, index = self.batch, self.index
         corners = _spread(batch.corners[:, index])
@@ -299,7 +308,7 @@ def _paint(batch: _Batch, scenes: Sequence[Scene]) -> Tensor:
 def _paint_shadow(
     batch: _Batch, index: int, flat: Tensor, clips: Tensor, *, from_above: bool
 ) -> None:
-    """Darken the ground under an object: on a floor straight below it, on a table a little away from the light."""
+    """Darken the ground under an object; on a table, a little away from the light."""
     radius = batch.radius[clips, index, None]  # (B, 1)
     x, y = batch.x[clips, :, index], batch.y[clips, :, index]
     present = (radius > 0).float()
@@ -315,7 +324,8 @@ def _paint_shadow(
         bottom = batch.bottom[clips, None]
         high = ((bottom - y - radius) / batch.height).clamp(min=0)
         strength = 0.45 * present * (1 - high / 0.7).clamp(min=0)
-        # Higher objects have wider, fainter shadows; none at all from 0.7 heights on, where the window would end.
+        # Higher objects have wider, fainter shadows; none at all from 0.7 heights on, where the
+        # window would end.
         half_width = (1.1 + 0.8 * high) * radius
         half_height = 0.28 * half_width
         y = bottom.expand_as(x)
@@ -356,11 +366,11 @@ def _paint_object(batch: _Batch, index: int, flat: Tensor) -> None:
 
 
 def _backgrounds(batch: _Batch, scenes: Sequence[Scene]) -> Tensor:
-    """Return float32 (B, T, H, W, 3); a panning camera slides along a picture painted wider than the frame."""
+    """Return float32 (B, T, H, W, 3); a camera pans over a picture wider than the frame."""
     device = batch.x.device
     pans = [row for row, scene in enumerate(scenes) if scene.pan]
     margin = max(
-        (math.ceil(abs(scenes[row].pan) * batch.frames / FPS / 2 * batch.height) for row in pans),
+        (math.ceil(abs(scenes[row].pan) * batch.frames / FPS * batch.height) for row in pans),
         default=0,
     )
     margin += 1 if pans else 0
@@ -480,7 +490,7 @@ def _pattern(
 
 
 def _value_noise(grid: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Smooth steps between the corners of `grid` (B, *GRID), at x (W,) and y (H, 1) in 0 to 1: (B, H, W)."""
+    """Smooth steps between the corners of `grid` (B, *GRID), at x and y in 0 to 1: (B, H, W)."""
     column, row = x.clamp(0, 0.999) * (GRID[1] - 1), y.clamp(0, 0.999) * (GRID[0] - 1)
     left, top = column.long(), row.long()
     right_share, low_share = column - left, row - top

@@ -1,9 +1,9 @@
 """Rigid bodies in the plane: gravity, walls, impulses between circles, Coulomb friction.
 
-Every body collides as a disc with the inertia of one, whatever is drawn for it. One step moves the bodies on exact
-parabolas and then resolves contacts by impulses, so energy never grows in free flight or in a collision.
-Lengths are picture heights, x to the right and y DOWN as in an image; a positive angle turns clockwise on screen.
-Axes: N bodies, B clips, T frames.
+Every body collides as a disc with the inertia of one, whatever is drawn for it. One step moves the
+bodies on exact parabolas and then resolves contacts by impulses, so energy never grows in free
+flight or in a collision. Lengths are picture heights, x to the right and y DOWN as in an image; a
+positive angle turns clockwise on screen. Axes: N bodies, B clips, T frames.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 FPS = 25.0
-SUBSTEPS = (
-    4  # at 2 heights a second a body moves 0.02 heights a substep, a sixth of the smallest radius
-)
+SUBSTEPS = 4  # a frame; at 2 heights a second a body moves a sixth of the smallest radius in one
 INERTIA = 0.5  # of a disc, in units of mass * radius^2
 
 
@@ -33,7 +31,8 @@ INERTIA = 0.5  # of a disc, in units of mass * radius^2
 class Bodies:
     """The start of B clips of N bodies each.
 
-    All arrays are float64. Those of bodies are (N, B), those of clips (B,). A radius of 0 marks a place without a body.
+    All arrays are float64. Those of bodies are (N, B), those of clips (B,). A radius of 0 marks a
+    place without a body.
     """
 
     x: Floats
@@ -45,7 +44,7 @@ class Bodies:
     radius: Floats
     mass: Floats
     gravity: Floats  # heights a second squared, downwards
-    drag: Floats  # 1 / second; the share of velocity that the ground takes, for tables seen from above
+    drag: Floats  # 1 / second, the share of velocity that a table seen from above takes
     restitution: Floats  # 0 to 1
     friction: Floats  # Coulomb's coefficient
     left: Floats  # the walls, which no disc crosses
@@ -88,13 +87,28 @@ def gather_bodies(scenes: Sequence[Scene]) -> Bodies:
         radius[:count, column] = scene.radii
         mass[:count, column] = scene.masses
         state[:, :count, column] = scene.state
-    clips = np.array(
-        [
-            (s.gravity, s.drag, s.restitution, s.friction, s.left, s.right, s.top, s.bottom)
-            for s in scenes
-        ]
-    ).T
-    return Bodies(*state, radius, mass, *np.ascontiguousarray(clips))
+
+    def clips(name: str) -> Floats:
+        return np.array([getattr(scene, name) for scene in scenes], dtype=np.float64)
+
+    return Bodies(
+        x=state[0],
+        y=state[1],
+        velocity_x=state[2],
+        velocity_y=state[3],
+        angle=state[4],
+        spin=state[5],
+        radius=radius,
+        mass=mass,
+        gravity=clips("gravity"),
+        drag=clips("drag"),
+        restitution=clips("restitution"),
+        friction=clips("friction"),
+        left=clips("left"),
+        right=clips("right"),
+        top=clips("top"),
+        bottom=clips("bottom"),
+    )
 
 
 def integrate(bodies: Bodies, frames: int, fps: float = FPS) -> Motion:
@@ -166,7 +180,8 @@ class _Solver:
         dx = x[self.first] - x[self.second]
         dy = y[self.first] - y[self.second]
         touching = dx * dx + dy * dy < self.reach_squared
-        # One pair after the other: simultaneous impulses on a body that touches two others would create energy.
+        # One pair after the other: simultaneous impulses on a body that touches two others would
+        # create energy.
         for pair in touching.any(axis=1).nonzero()[0]:
             self._collide_pair(
                 int(self.first[pair]), int(self.second[pair]), touching[pair].nonzero()[0]
@@ -184,7 +199,8 @@ class _Solver:
         # Two centres in one point have no direction; any will do.
         normal_x = np.where(distance > 1e-9, dx / safe, 1.0)
         normal_y = dy / safe
-        # Moving both by inverse mass keeps the centre of mass, hence the energy of the pair under gravity.
+        # Moving both by inverse mass keeps the centre of mass, hence the energy of the pair under
+        # gravity.
         overlap = np.maximum(radius_a + radius_b - distance, 0.0) / inverse
         a[0] += overlap * inverse_a * normal_x
         a[1] += overlap * inverse_a * normal_y
@@ -222,13 +238,15 @@ class _Solver:
         pull = bodies.gravity[clip] * direction * axis
         along, across, spin = self.flat[3 + axis], self.flat[4 - axis], self.flat[5]
         speed = along[hit] * direction
-        # Putting the body back to the wall raises it against gravity: take that energy from its speed.
+        # Putting the body back to the wall raises it against gravity: take that energy from its
+        # speed.
         arrival = np.maximum(speed, 0.0)
         arrival = np.sqrt(np.maximum(arrival * arrival - 2 * pull * depth, 0.0))
         # Below this speed a bounce would not leave the wall within a few substeps: the body rests.
         resting = arrival < 4 * np.abs(pull) * self.seconds
         bounce = arrival * np.where(resting, 0.0, bodies.restitution[clip])
-        # The tangent is the wall's direction turned by a quarter: (-1, 0) at the floor, (0, 1) at the right wall.
+        # The tangent is the wall's direction turned by a quarter: (-1, 0) at the floor, (0, 1) at
+        # the right wall.
         tangent = direction * (1 - 2 * axis)
         slip = across[hit] * tangent + spin[hit] * radius
         limit = bodies.friction[clip] * (np.maximum(speed, 0.0) + bounce)

@@ -38,12 +38,14 @@ def condition_frames(
     have = len(clip.frames)
     if have < num_input_frames:
         raise InputError(f"the clip has {have} frames, but {num_input_frames} are needed")
-    frames = torch.from_numpy(np.ascontiguousarray(clip.frames[-num_input_frames:]))
+    frames = torch.from_numpy(np.array(clip.frames[-num_input_frames:]))
     frames = frames.permute(0, 3, 1, 2)  # (T, 3, h, w)
     # float32 with the division first: the reference's order, and its rounding.
     frames = resize_and_crop(frames.to(torch.float32) / 255 * 2 - 1, height, width)
-    padding = frames[-1:].expand(num_frames - num_input_frames, -1, -1, -1)
-    return torch.cat([frames, padding]).permute(1, 0, 2, 3)[None].contiguous()
+    video = torch.empty(1, 3, num_frames, height, width)
+    video[0, :, :num_input_frames] = frames.transpose(0, 1)
+    video[0, :, num_input_frames:] = frames[-1, :, None]
+    return video
 
 
 def resize_and_crop(frames: Tensor, height: int, width: int) -> Tensor:

@@ -22,6 +22,7 @@ import av.error
 import av.stream
 import av.video
 import numpy as np
+from av.video.reformatter import Colorspace
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -36,6 +37,7 @@ Kind = Literal["image", "video"]
 # frame, and only short clips can fall below a number of conditioning frames because of that.
 COUNT_BY_DECODING = 64
 
+BT709 = 1  # FFmpeg's number for the matrix of high definition
 ATTACHED_PIC = 0x400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 
 # First atoms of a QuickTime or MP4 file; `ftyp` alone would refuse old camera files.
@@ -305,7 +307,8 @@ def _opened(
 
 def _is_cover(stream: av.video.stream.VideoStream) -> bool:
     """Tell the picture of an audio file, which FFmpeg shows as a video of one frame."""
-    return bool(int(getattr(stream, "disposition", 0)) & ATTACHED_PIC)  # older PyAV cannot tell
+    flags = getattr(stream, "disposition", 0)  # the oldest PyAV cannot tell, some give an enum
+    return bool(getattr(flags, "value", flags) & ATTACHED_PIC)
 
 
 def _packets(
@@ -372,12 +375,19 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
 
 def _to_rgb(frame: av.VideoFrame) -> NDArray[np.uint8]:
-    image: Any
-    if any(component.is_alpha for component in frame.format.components):
-        image = frame.to_ndarray(format="rgba")
-        image = _over_white(image)
+    alpha = any(component.is_alpha for component in frame.format.components)
+    layout = "rgba" if alpha else "rgb24"
+    if int(frame.colorspace) == BT709:
+        # PyAV before 17 applies the tag only where the two matrices differ; for RGB the second
+        # has no meaning. Without a tag every version takes BT.601, as the reference does.
+        converted = frame.reformat(
+            format=layout, src_colorspace=Colorspace.ITU709, dst_colorspace=Colorspace.ITU601
+        )
     else:
-        image = frame.to_ndarray(format="rgb24")
+        converted = frame.reformat(format=layout)
+    image: Any = converted.to_ndarray()
+    if alpha:
+        image = _over_white(image)
     swap, flip_rows, flip_columns = _orientation(frame)
     if swap:
         image = image.transpose(1, 0, 2)

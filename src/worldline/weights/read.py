@@ -74,11 +74,11 @@ class Entry:
         shape[self.dim] = sum(part.info.shape[self.dim] for part in self.parts)
         return TensorInfo(first.dtype, tuple(shape))
 
-    def read(self) -> Tensor:
+    def read(self, label: str) -> Tensor:
         """Return the whole tensor on the CPU; replicas are averaged.
 
         Raises:
-            CheckpointError: replicas differ by more than rounding.
+            CheckpointError: replicas differ by more than rounding; `label` starts the message.
         """
         if len(self.parts) == 1:
             return self.parts[0].read()
@@ -92,7 +92,7 @@ class Entry:
         if not torch.allclose(first, mean, atol=_REPLICA_ATOL, rtol=_REPLICA_RTOL):
             worst = (first.float() - mean.float()).abs().max().item()
             raise CheckpointError(
-                f"is copied on every rank, yet rank 0 is {worst:.3g} away from the mean: "
+                f"{label} is copied on every rank, yet rank 0 is {worst:.3g} away from the mean: "
                 "the shards are not of one model"
             )
         return mean
@@ -133,12 +133,7 @@ class Checkpoint:
         """
         if name not in self.entries:
             raise CheckpointError(f"{self.path} holds no tensor {name}")
-        try:
-            return self.entries[name].read()
-        except CheckpointError as error:
-            if str(error).startswith("is copied"):
-                raise CheckpointError(f"{self.path}: {name} {error}") from error
-            raise
+        return self.entries[name].read(f"{self.path}: {name}")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -241,7 +236,7 @@ def _open_legacy(path: Path) -> Checkpoint:
         with torch.serialization.safe_globals([io.BytesIO]):
             value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        named = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
         if named:
             raise CheckpointError(refusal(path, named[1])) from error
         raise CheckpointError(f"{path} is damaged or unsafe: {_first_line(error)}") from error

@@ -86,7 +86,7 @@ def open_shards(paths: Sequence[Path], layout: Mapping[str, int | None]) -> Chec
             if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
         ]
         if not dims:
-            raise CheckpointError(f"{first.path} holds unknown tensor {name}: how it was cut?")
+            raise CheckpointError(f"{first.path} holds {name}, and how ranks share it is not known")
         parts = [part for shard in shards for part in shard.entries[name].parts]
         entries[name] = _joined(name, parts, dims[0], shards)
     return Checkpoint(

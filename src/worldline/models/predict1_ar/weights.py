@@ -146,3 +146,34 @@ def _yarn(settings: Mapping[str, Any], depth: int, width: int) -> Yarn | None:
         beta_fast=float(settings.get("yarn_beta_fast") or default.beta_fast),
         beta_slow=float(settings.get("yarn_beta_slow") or default.beta_slow),
     )
+
+
+def write_settings(config: ARTransformerConfig) -> dict[str, Any]:
+    """Return what config.json says of `config`; `read_config` gives it back."""
+    grid = config.grid
+    settings: dict[str, Any] = {
+        "dim": config.width,
+        "n_layers": config.depth,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "ffn_hidden_size": config.hidden,
+        "vocab_size": config.vocabulary,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "apply_yarn": config.yarn is not None,
+        "apply_abs_pos_emb": config.absolute_positions,
+        "insert_cross_attn": config.context_width is not None,
+        "insert_cross_attn_every_k_layers": config.context_every,
+        "video_latent_shape": [grid.frames, grid.height, grid.width],
+    }
+    if config.context_width is not None:
+        settings["context_dim"] = config.context_width
+    if config.yarn is not None:
+        settings |= {
+            "original_latent_shape": [*config.yarn.original, config.yarn.original[1]],
+            "yarn_scale": config.yarn.scale,
+            "yarn_beta_fast": config.yarn.beta_fast,
+            "yarn_beta_slow": config.yarn.beta_slow,
+        }
+    return settings

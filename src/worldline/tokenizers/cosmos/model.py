@@ -388,6 +388,14 @@ class CosmosTokenizer(nn.Module):
         codes = fsq.indices_to_codes(tokens, self._levels).movedim(-1, 1)
         return self.decode(codes.to(self.post_quant_conv.weight.dtype))
 
+    def reconstruct(self, video: Tensor) -> Tensor:
+        """Return decode(encode(video)); gradients pass straight through the quantiser."""
+        latents = self.encode(video)
+        if self.config.levels is not None:
+            codes = fsq.quantize(latents.movedim(1, -1), self.config.levels).movedim(-1, 1)
+            latents = codes.to(latents.dtype)
+        return self.decode(latents)
+
     @property
     def _levels(self) -> tuple[int, ...]:
         if self.config.levels is None:

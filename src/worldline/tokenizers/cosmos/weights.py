@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+import torch
+from torch import Tensor
+
 from worldline.errors import CheckpointError
 from worldline.nn.wavelet import EXACT_TAP
-from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizerConfig
+from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer, CosmosTokenizerConfig
 from worldline.weights.keymap import KeyMap
 from worldline.weights.read import Checkpoint, TensorInfo
 from worldline.weights.views import renamed
@@ -205,3 +208,25 @@ def network_view(source: Checkpoint, *, ema: bool = False) -> Checkpoint:
         return name.removeprefix("_orig_mod.")
 
     return renamed(source, bare)
+
+
+def released_tensors(model: CosmosTokenizer) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of the files "encoder" and "decoder", bf16, by their released names.
+
+    The taps, and for a discrete tokenizer its levels, go into both files, as in released ones.
+    """
+    config = model.config
+    keys = key_map(config)
+    encoder: dict[str, Tensor] = {}
+    decoder: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        half = encoder if name.startswith(("encoder.", "quant_conv.")) else decoder
+        half[keys.released(name)] = parameter.detach().bfloat16().cpu().contiguous()
+    taps = torch.full((2,), config.tap)
+    encoder["encoder.patcher3d.wavelets"] = taps.bfloat16()
+    decoder["decoder.unpatcher3d.wavelets"] = taps.bfloat16()
+    if config.levels is not None:
+        levels = torch.tensor(config.levels, dtype=torch.int32)
+        encoder["quantizer._levels"] = levels
+        decoder["inv_quant.quantizer._levels"] = levels.clone()
+    return {"encoder": encoder, "decoder": decoder}

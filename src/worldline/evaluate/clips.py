@@ -1,0 +1,127 @@
+"""The failure rate of a set of clips, with what it is worth."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from worldline.evaluate.failures import Failure, find_failures
+from worldline.evaluate.metrics import Frames
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of clips.
+
+    Attributes:
+        count: clips that are meant.
+        total: clips that were looked at.
+    """
+
+    count: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.count <= self.total or self.total == 0:
+            raise ValueError(
+                f"a rate needs 0 <= count <= total > 0, not {self.count} of {self.total}"
+            )
+
+    @property
+    def value(self) -> float:
+        return self.count / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval (Wilson, JASA 22, 1927), of use also at 0 of n."""
+        z = 1.959964
+        middle = (self.count + z**2 / 2) / (self.total + z**2)
+        spread = self.value * (1 - self.value) / self.total + z**2 / (4 * self.total**2)
+        half = z * math.sqrt(spread) / (1 + z**2 / self.total)
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        counts = f"{self.count} of {self.total}"
+        return f"{self.value:.1%} ({counts}; 95 % interval {low:.1%} to {high:.1%})"
+
+
+@dataclass(frozen=True)
+class FailureRate:
+    """How many clips failed, beside how often the detectors err.
+
+    Attributes:
+        failed: clips with at least one failure.
+        kinds: clips by kind of failure; a clip with both counts in both.
+        failures: what was found in each clip, in order.
+        detectors: measured error rates of the detectors themselves: "false alarms" on true clips
+            and "detection" of injected failures.
+    """
+
+    failed: Rate
+    kinds: dict[str, int]
+    failures: tuple[tuple[Failure, ...], ...]
+    detectors: dict[str, Rate]
+
+    def as_json(self) -> dict[str, object]:
+        """Plain numbers and words for a report."""
+        return {
+            "failure_rate": rate_as_json(self.failed),
+            "kinds": self.kinds,
+            "failed_clips": [
+                {
+                    "clip": index,
+                    "failures": [
+                        {"kind": f.kind, "frame": f.frame, "score": f.score, "detail": f.detail}
+                        for f in found
+                    ],
+                }
+                for index, found in enumerate(self.failures)
+                if found
+            ],
+            "detectors": {name: rate_as_json(rate) for name, rate in self.detectors.items()},
+        }
+
+
+def failure_rate(clips: Iterable[Frames], num_input_frames: int = 9) -> FailureRate:
+    """Run both detectors on each clip.
+
+    Args:
+        clips: uint8 (T, H, W, 3) each; read one at a time.
+        num_input_frames: frames at the start of each that are given.
+
+    Raises:
+        ValueError: there is no clip, or a clip is not uint8 frames.
+    """
+    return summarise([find_failures(clip, num_input_frames) for clip in clips])
+
+
+def summarise(failures: Sequence[Sequence[Failure]]) -> FailureRate:
+    """Make a rate of what `find_failures` said about each clip."""
+    if not failures:
+        raise ValueError("a failure rate needs at least one clip")
+    kinds = Counter(kind for found in failures for kind in {failure.kind for failure in found})
+    failed = Rate(sum(bool(found) for found in failures), len(failures))
+    return FailureRate(
+        failed, dict(kinds), tuple(tuple(found) for found in failures), dict(DETECTORS)
+    )
+
+
+def rate_as_json(rate: Rate) -> dict[str, object]:
+    """A rate's counts, value and interval."""
+    low, high = rate.interval
+    return {
+        "count": rate.count,
+        "total": rate.total,
+        "rate": round(rate.value, 4),
+        "interval_95": [round(low, 4), round(high, 4)],
+    }
+
+
+# benchmarks/results/failure_detectors.json, evaluation seeds; a test compares the two.
+DETECTORS = {
+    "false alarms": Rate(0, 1),
+    "detection": Rate(1, 1),
+}

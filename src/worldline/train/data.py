@@ -1,0 +1,90 @@
+"""Clips and tokens to train on, held on the device; a batch is a function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from worldline.physics import Motion, Scene, draw_scenes, render, simulate
+from worldline.shapes import VideoShape
+from worldline.tokenizers.cosmos.model import CosmosTokenizer
+from worldline.train.loop import generator
+
+
+def physics_batches(
+    seeds: Sequence[int],
+    shape: VideoShape,
+    device: torch.device | str,
+    *,
+    batch: int = 256,
+    workers: int = 0,
+) -> Iterator[Tensor]:
+    """Yield generated clips, uint8 (B, T, H, W, 3) on `device`, in the order of `seeds`.
+
+    Args:
+        seeds: one clip each.
+        shape: of a clip.
+        device: where they are painted.
+        batch: clips at a time.
+        workers: processes that draw scenes and their motion; 0 does it here.
+    """
+    parts = [(seeds[at : at + batch], shape) for at in range(0, len(seeds), batch)]
+    if workers == 0:
+        moving = map(_motion, parts)
+        for scenes, motion in moving:
+            yield render(scenes, motion, shape.height, shape.width, device)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for scenes, motion in pool.map(_motion, parts):
+            yield render(scenes, motion, shape.height, shape.width, device)
+
+
+def _motion(part: tuple[Sequence[int], VideoShape]) -> tuple[list[Scene], Motion]:
+    seeds, shape = part
+    scenes = draw_scenes(seeds, aspect=shape.width / shape.height)
+    return scenes, simulate(scenes, shape.frames)
+
+
+class ClipPool:
+    """Clips that stay on the device as uint8; batches are drawn with replacement and mirrored."""
+
+    def __init__(self, batches: Iterator[Tensor], size: int, shape: VideoShape) -> None:
+        self.clips: Tensor | None = None
+        at = 0
+        for clips in batches:
+            if self.clips is None:
+                whole = (size, shape.frames, shape.height, shape.width, 3)
+                self.clips = torch.empty(whole, dtype=torch.uint8, device=clips.device)
+            self.clips[at : at + len(clips)] = clips
+            at += len(clips)
+        if at != size:
+            raise ValueError(f"{at} clips came, {size} were announced")
+
+    def batch(self, seed: int, step: int, count: int) -> Tensor:
+        """Return `count` clips (B, 3, T, H, W), float32 in [-1, 1]."""
+        assert self.clips is not None
+        draws = generator(seed, step)
+        chosen = torch.randint(len(self.clips), (count,), generator=draws)
+        mirrored = torch.rand(count, generator=draws) < 0.5
+        clips = self.clips[chosen.to(self.clips.device)]
+        video = clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        return torch.where(
+            mirrored.to(video.device).view(-1, 1, 1, 1, 1), video.flip(-1), video
+        )
+
+
+@torch.no_grad()
+def encode_pool(
+    tokenizer: CosmosTokenizer, batches: Iterator[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """Return the tokens of all clips, int16 (clips, tokens), each clip as drawn and mirrored."""
+    rows = []
+    for clips in batches:
+        video = clips.permute(0, 4, 1, 2, 3).to(dtype) / 127.5 - 1
+        for view in (video, video.flip(-1)):
+            rows.append(tokenizer.encode_tokens(view).flatten(1).to(torch.int16))
+    return torch.cat(rows)

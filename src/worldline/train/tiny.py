@@ -1,0 +1,242 @@
+"""Train the small worlds that ship with the package, in segments that a kill cannot spoil.
+
+    python -m worldline.train.tiny tokenizer --folder runs/tokenizer --seconds 540
+    python -m worldline.train.tiny autoregressive --folder runs/ar --tokenizer runs/tokenizer/export
+
+Each call goes on where the last one stopped. The networks, losses and file layouts are those of the
+released models; only the sizes are small.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+
+from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig, make_positions
+from worldline.models.predict1_ar.weights import KEYS, write_settings
+from worldline.shapes import LatentShape, VideoShape
+from worldline.tokenizers.cosmos import weights as tokenizer_weights
+from worldline.tokenizers.cosmos.load import load_tokenizer
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+from worldline.train.data import ClipPool, encode_pool, physics_batches
+from worldline.train.losses import (
+    ReconstructionObjective,
+    next_token_labels,
+    next_token_loss,
+    reconstruction_terms,
+    total,
+)
+from worldline.train.loop import LoopConfig, fit, generator
+from worldline.weights.write import save as save_tensors
+
+SHAPE = VideoShape(33, 128, 192)
+GRID = LatentShape(5, 8, 12)
+TOKENIZER = CosmosTokenizerConfig(
+    channels=16,
+    level_channels=(32, 64, 80),
+    spatial=16,
+    latent_channels=6,
+    levels=(4, 4, 4, 4, 4, 4),
+)
+AUTOREGRESSIVE = ARTransformerConfig(
+    depth=7,
+    width=160,
+    num_heads=6,
+    num_kv_heads=2,
+    head_size=32,
+    hidden=448,
+    vocabulary=4096,
+    embedding_rows=4096,
+    grid=GRID,
+)
+_HELD_OUT = 900_000  # seeds from here to 999,999 steer training; evaluation starts at 1,000,000
+
+
+@click.group()
+def main() -> None:
+    """Train the small worlds that ship with the package."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--folder", type=click.Path(path_type=Path), required=True),
+        click.option("--steps", type=int, default=None, help="Of the whole run."),
+        click.option("--batch", type=int, default=None),
+        click.option("--clips", type=int, default=None, help="How many clips to draw."),
+        click.option("--seconds", type=float, default=None, help="Stop and save after this time."),
+        click.option("--workers", type=int, default=0),
+        click.option("--seed", type=int, default=0),
+        click.option("--compile/--no-compile", "compiled", default=False),
+        click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu"),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_options
+def tokenizer(
+    folder: Path,
+    steps: int | None,
+    batch: int | None,
+    clips: int | None,
+    seconds: float | None,
+    workers: int,
+    seed: int,
+    compiled: bool,
+    device: str,
+) -> None:
+    """Train the discrete video tokenizer on generated clips, colour term alone."""
+    batch, clips = batch or 48, clips or 24_000
+    torch.manual_seed(seed)
+    model = CosmosTokenizer(TOKENIZER)
+    model.reset_parameters()
+    model = model.to(device)
+    pool = ClipPool(
+        physics_batches(range(clips), SHAPE, device, workers=workers), clips, SHAPE
+    )
+    objective = ReconstructionObjective()
+    run = torch.compile(_reconstruct) if compiled else _reconstruct
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        video = pool.batch(seed, step, batch)
+        with _mixed_precision(device):
+            reconstruction = run(model, video)
+        terms = reconstruction_terms(objective, video, reconstruction, step)
+        error = (reconstruction.detach().clamp(-1, 1) - video).square().mean() / 4
+        return total(terms), {"psnr": -10 * error.log10()}
+
+    config = LoopConfig(steps=steps or 12_000, learning_rate=1.5e-3)
+    done, average = fit(model, loss_of, config, folder, seconds=seconds)
+    average.swap(model)
+    export_tokenizer(model, folder / "export")
+    aside = range(_HELD_OUT, _HELD_OUT + min(clips, 64))
+    held_out = next(physics_batches(aside, SHAPE, device))
+    figures = {"steps": done, "psnr": reconstruction_psnr(model.eval(), held_out)}
+    (folder / "result.json").write_text(json.dumps(figures))
+    logging.info("%s", figures)
+
+
+def _mixed_precision(device: str) -> torch.autocast:
+    """bf16 where it is fast."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+
+
+def _reconstruct(model: CosmosTokenizer, video: Tensor) -> Tensor:
+    return model.reconstruct(video).float()
+
+
+@torch.no_grad()
+def reconstruction_psnr(model: CosmosTokenizer, clips: Tensor) -> float:
+    """Return the mean over clips (B, T, H, W, 3) of the PSNR after encoding and decoding."""
+    figures = []
+    for clip in clips:
+        video = clip.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        decoded = model.decode_tokens(model.encode_tokens(video)).clamp(-1, 1)
+        figures.append(-10 * ((decoded - video).square().mean() / 4).log10())
+    return float(torch.stack(figures).mean())
+
+
+def export_tokenizer(model: CosmosTokenizer, folder: Path) -> None:
+    """Write encoder and decoder in bf16 under the names of the released files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    halves = tokenizer_weights.released_tensors(model)
+    for half, tensors in halves.items():
+        save_tensors(tensors, folder / f"{half}.safetensors")
+
+
+@main.command()
+@_options
+@click.option("--tokenizer", "tokenizer_folder", type=click.Path(path_type=Path), required=True)
+def autoregressive(
+    folder: Path,
+    tokenizer_folder: Path,
+    steps: int | None,
+    batch: int | None,
+    clips: int | None,
+    seconds: float | None,
+    workers: int,
+    seed: int,
+    compiled: bool,
+    device: str,
+) -> None:
+    """Train the transformer on the tokens of generated clips, next token by next token."""
+    batch, clips = batch or 256, clips or 150_000
+    half = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    coder = load_tokenizer(tokenizer_folder, device=device, dtype=half)
+    cached = folder / "tokens.pt"
+    if cached.exists():
+        tokens = torch.load(cached, weights_only=True).to(device)
+    else:
+        tokens = encode_pool(
+            coder, physics_batches(range(clips), SHAPE, device, workers=workers), half
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(tokens.cpu(), cached)
+    aside = range(_HELD_OUT, _HELD_OUT + min(clips, 256))
+    held_out = encode_pool(coder, physics_batches(aside, SHAPE, device), half)
+    del coder
+    torch.manual_seed(seed)
+    model = ARTransformer(AUTOREGRESSIVE)
+    model.reset_parameters()
+    model = model.to(device)
+    positions = make_positions(AUTOREGRESSIVE, device, torch.float32)
+    run = torch.compile(_logits) if compiled else _logits
+    ignored = GRID.tokens_per_frame - 1  # the first latent frame is always given
+
+    def loss_on(rows: Tensor) -> Tensor:
+        with _mixed_precision(device):
+            logits = run(model, rows, positions)
+        return next_token_loss(logits[:, :-1], next_token_labels(rows, ignored)).total
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen = torch.randint(len(tokens), (batch,), generator=generator(seed, step))
+        loss = loss_on(tokens[chosen.to(tokens.device)].long())
+        figures = {}
+        if step % 500 == 499:
+            with torch.no_grad():
+                figures["held_out"] = loss_on(held_out.long())
+        return loss, figures
+
+    config = LoopConfig(
+        steps=steps or 20_000,
+        learning_rate=2e-3,
+        warmup=500,
+        weight_decay=0.05,
+        betas=(0.9, 0.95),
+        average_decay=0.9995,
+    )
+    done, average = fit(model, loss_of, config, folder, seconds=seconds)
+    average.swap(model)
+    with torch.no_grad():
+        figures = {"steps": done, "held_out": float(loss_on(held_out.long()))}
+    export_autoregressive(model, folder / "export")
+    (folder / "result.json").write_text(json.dumps(figures))
+    logging.info("%s", figures)
+
+
+def _logits(model: ARTransformer, tokens: Tensor, positions: object) -> Tensor:
+    return model(tokens, positions)
+
+
+def export_autoregressive(model: ARTransformer, folder: Path) -> None:
+    """Write weights in bf16 under the released names, and config.json beside them."""
+    tensors = {
+        KEYS.released(name): parameter.detach().bfloat16().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(write_settings(model.config), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Ranges, the padding rule, and a resize that treats every frame alike."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from worldline.errors import InputError
+from worldline.video.convert import condition_frames, resize_and_crop, to_uint8
+from worldline.video.read import Clip
+
+
+def noise(frames: int, height: int, width: int) -> Clip:
+    shape = (frames, height, width, 3)
+    return Clip(np.random.RandomState(0).randint(0, 256, shape, np.uint8), 25.0)
+
+
+def test_conditioning_is_the_end_of_the_clip_and_its_last_frame() -> None:
+    clip = noise(12, 20, 30)
+    video = condition_frames(clip, 9, 33, 20, 30)
+    assert video.shape == (1, 3, 33, 20, 30)
+    assert video.dtype == torch.float32
+    assert np.array_equal(to_uint8(video[0, :, :9] / 2 + 0.5 + 1e-4), clip.frames[-9:])
+    assert torch.equal(video[:, :, 9:], video[:, :, 8:9].expand(-1, -1, 24, -1, -1))
+    assert video.min() == -1
+    assert video.max() == 1
+
+
+def test_only_the_wanted_frames_matter() -> None:
+    clip = noise(12, 20, 30)
+    end = Clip(clip.frames[-1:], clip.fps)
+    assert torch.equal(condition_frames(clip, 1, 9, 16, 16), condition_frames(end, 1, 9, 16, 16))
+
+
+def test_short_clip_says_how_many_it_has() -> None:
+    with pytest.raises(InputError, match="has 5 frames, but 9 are needed"):
+        condition_frames(noise(5, 8, 8), 9, 33, 8, 8)
+    with pytest.raises(ValueError, match="must be 1 to 33"):
+        condition_frames(noise(40, 8, 8), 34, 33, 8, 8)
+
+
+def test_a_fitting_frame_is_untouched_and_a_larger_one_is_centred() -> None:
+    frames = torch.rand(2, 3, 16, 24)
+    assert torch.equal(resize_and_crop(frames, 16, 24), frames)
+    # Same scale in both directions, so only columns are cut: 4 of the 8 spare ones on each side.
+    assert torch.equal(resize_and_crop(frames, 16, 16), frames[..., 4:20])
+
+
+@pytest.mark.parametrize("rows", [147, 281, 294, 525, 533, 562, 585, 588, 1050, 1124, 1170])
+def test_heights_that_round_up_to_one_row_too_many(rows: int) -> None:
+    # 640 / rows * rows > 640 in doubles: the reference resizes to 641 rows, then crops.
+    assert 640 / rows * rows > 640
+    assert resize_and_crop(torch.rand(1, 1, rows, 8), 640, 12).shape == (1, 1, 640, 12)
+
+
+def test_colours_are_cut_off_not_rounded() -> None:
+    levels = torch.tensor([-0.5, 0.0, 0.999 / 255, 1 / 255 + 1e-6, 254.999 / 255, 1.0, 1.5])
+    video = levels.reshape(1, 1, 1, -1).expand(3, 1, 1, -1)
+    assert to_uint8(video)[0, 0, :, 0].tolist() == [0, 0, 0, 1, 254, 255, 255]
+    assert to_uint8(video.to(torch.bfloat16)).dtype == np.uint8

@@ -1,0 +1,271 @@
+"""What is no media gets one line; what is media gives upright RGB and the right count."""
+
+from __future__ import annotations
+
+import io
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from worldline.errors import InputError
+from worldline.video.read import probe, read_image, read_video
+from worldline.video.write import write_video
+
+# Quarters of plain colours: which way is up survives any compression.
+RED, GREEN, BLUE, GREY = (220, 30, 30), (30, 200, 30), (30, 30, 220), (128, 128, 128)
+
+
+def quarters(height: int = 48, width: int = 64) -> NDArray[np.uint8]:
+    image = np.zeros((height, width, 3), np.uint8)
+    h, w = height // 2, width // 2
+    image[:h, :w], image[:h, w:], image[h:, :w], image[h:, w:] = RED, GREEN, BLUE, GREY
+    return image
+
+
+def corners(image: NDArray[np.uint8]) -> NDArray[np.int64]:
+    h, w = image.shape[0] // 4, image.shape[1] // 4
+    return np.stack([image[h, w], image[h, -w], image[-h, w], image[-h, -w]]).astype(np.int64)
+
+
+def clip(frames: int) -> NDArray[np.uint8]:
+    """Frames whose brightness is their number, times 4."""
+    levels = np.arange(frames, dtype=np.uint8) * 4
+    return np.broadcast_to(levels[:, None, None, None], (frames, 32, 48, 3)).copy()
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    path = tmp_path / "clip.mp4"
+    write_video(clip(12), path, 24)
+    return path
+
+
+def refuse(path: Path, pattern: str) -> None:
+    with pytest.raises(InputError, match=pattern):
+        probe(path, kind="video")
+    with pytest.raises(InputError, match=pattern):
+        read_video(path)
+
+
+def test_last_frames_are_the_end_of_the_clip(video: Path) -> None:
+    every = read_video(video)
+    assert every.fps == 24
+    assert np.allclose(every.frames.mean((1, 2, 3)), np.arange(12) * 4, atol=2)
+    assert np.array_equal(read_video(video, last=5).frames, every.frames[-5:])
+    assert len(read_video(video, last=50).frames) == 12
+    with pytest.raises(ValueError, match="at least 1"):
+        read_video(video, last=0)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 9, 70])
+def test_probe_counts_what_read_gives(frames: int, tmp_path: Path) -> None:
+    for suffix in (".mp4", ".webm", ".gif"):
+        path = tmp_path / f"clip{suffix}"
+        write_video(clip(frames) % 200, path, 25)
+        info = probe(path, kind="video")
+        assert (info.frames, info.height, info.width) == (frames, 32, 48)
+        assert len(read_video(path).frames) == frames
+
+
+def test_a_suffix_may_be_in_capitals(video: Path, tmp_path: Path) -> None:
+    path = video.rename(tmp_path / "CLIP.MP4")
+    assert probe(path, kind="video").frames == 12
+    Image.fromarray(quarters()).save(tmp_path / "A.JPG")
+    assert probe(tmp_path / "A.JPG", kind="image").width == 64
+
+
+def test_contents_count_not_the_suffix(video: Path, tmp_path: Path) -> None:
+    write_video(clip(3), tmp_path / "a.mkv", 25)
+    assert len(read_video((tmp_path / "a.mkv").rename(tmp_path / "a.mp4")).frames) == 3
+
+
+def test_varying_frame_rate_gives_each_frame_once(tmp_path: Path) -> None:
+    path = tmp_path / "varying.mp4"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for image, moment in zip(clip(6), [0, 10, 400, 410, 2000, 2100], strict=True):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = moment, Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    assert probe(path, kind="video").frames == 6
+    assert np.allclose(read_video(path).frames.mean((1, 2, 3)), np.arange(6) * 4, atol=2)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turned"),
+    [
+        ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),  # clockwise, as a phone held upright stores
+        ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)),
+        ((0, -1, 1, 0), lambda x: np.rot90(x, 1)),
+        ((-1, 0, 0, 1), lambda x: x[:, ::-1]),
+    ],
+    ids=["90", "180", "270", "mirror"],
+)
+def test_rotation_of_the_track_is_applied(matrix, turned, tmp_path: Path) -> None:
+    path = tmp_path / "turned.mp4"
+    write_video(np.repeat(quarters()[None], 3, 0), path, 25)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 44  # the 3 x 3 matrix of a version 0 track header
+    a, b, c, d = (value << 16 for value in matrix)
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    frames = read_video(path, last=2).frames
+    expected = turned(quarters())
+    info = probe(path, kind="video")
+    assert frames.shape[1:] == expected.shape == (info.height, info.width, 3)
+    assert np.abs(corners(frames[0]) - corners(expected)).max() < 12
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_rotation_of_an_image_is_applied(orientation: int, tmp_path: Path) -> None:
+    undo = {
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: np.rot90(x, 2),
+        4: lambda x: x[::-1],
+        5: lambda x: x.transpose(1, 0, 2),
+        6: lambda x: np.rot90(x, 1),
+        7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
+        8: lambda x: np.rot90(x, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.ascontiguousarray(undo(quarters()))).save(path, exif=exif)
+    frames = read_image(path).frames
+    assert np.array_equal(frames, quarters()[None])
+    assert frames.dtype == np.uint8
+    assert frames.flags.c_contiguous
+    assert (probe(path, kind="image").height, probe(path, kind="image").width) == (48, 64)
+
+
+def test_exotic_images_become_rgb(tmp_path: Path) -> None:
+    image = Image.fromarray(quarters())
+
+    def read(picture: Image.Image, name: str, **options: object) -> NDArray[np.uint8]:
+        picture.save(tmp_path / name, **options)
+        frames = read_image(tmp_path / name).frames
+        assert frames.shape == (1, 48, 64, 3)
+        return frames[0]
+
+    assert np.array_equal(read(image.quantize(8), "palette.png"), quarters())
+    assert np.array_equal(read(image, "lossless.webp", lossless=True), quarters())
+    grey = image.convert("L")
+    assert np.array_equal(read(grey, "grey.png"), np.array(grey.convert("RGB")))
+    assert read(image.convert("1"), "bits.png").max() == 255
+    assert np.abs(corners(read(image.convert("CMYK"), "cmyk.jpg")) - corners(quarters())).max() < 8
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert np.array_equal(read(deep, "deep.png"), np.array(grey.convert("RGB")))
+
+
+def test_transparent_pixels_show_white(tmp_path: Path) -> None:
+    alpha = np.full((48, 64, 1), 255, np.uint8)
+    alpha[:24], alpha[24:, :32] = 0, 128
+    image = Image.fromarray(np.concatenate([quarters(), alpha], axis=2))
+    image.save(tmp_path / "rgba.png")
+    found = corners(read_image(tmp_path / "rgba.png").frames[0])
+    half = [round((v * 128 + 255 * 127) / 255) for v in BLUE]
+    assert found.tolist() == [[255] * 3, [255] * 3, half, list(GREY)]
+    image.convert("LA").save(tmp_path / "la.png")
+    assert read_image(tmp_path / "la.png").frames[0, 0, 0].tolist() == [255] * 3
+    frames = [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], disposal=2)
+    animated = read_video(tmp_path / "a.gif").frames
+    assert animated.shape == (2, 48, 64, 3)
+    assert animated[0, 0, 0].tolist() == [255] * 3
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm"])
+@pytest.mark.parametrize("share", [0.3, 0.97])
+def test_truncated_video(suffix: str, share: float, tmp_path: Path) -> None:
+    path = tmp_path / f"cut{suffix}"
+    write_video(clip(20), path, 25)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    refuse(path, "truncated")
+
+
+def test_damaged_video(video: Path) -> None:
+    data = bytearray(video.read_bytes())
+    start = data.index(b"mdat") + 4
+    data[start : start + 400] = bytes(400)
+    video.write_bytes(data)
+    refuse(video, "damaged|no video frames")
+
+
+def test_what_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    refuse(path, "no such file")
+    for content, pattern in [
+        (b"", "empty"),
+        (b"just words\n" * 9, "not an mp4.*text"),
+        (b"#EXTM3U\n#EXTINF:1,\nother.mp4\n", "not an mp4.*text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (bytes(range(256)), "not an mp4"),
+        (b"\0\0\0\x18ftypisom" + bytes(12), "damaged"),
+    ]:
+        path.write_bytes(content)
+        refuse(path, pattern)
+    folder = tmp_path / "folder.mp4"
+    folder.mkdir()
+    refuse(folder, "is a folder")
+
+
+def test_audio_alone_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("aac", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        sound.sample_rate, sound.pts = 8000, 0
+        output.mux(stream.encode(sound))
+        output.mux(stream.encode(None))
+    refuse(path, "no video stream")
+
+
+def test_a_video_without_frames(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        stream = output.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        output.start_encoding()
+    path = tmp_path / "none.mkv"
+    path.write_bytes(file.getvalue())
+    refuse(path, "no video frames|End of file")
+
+
+def test_type_and_file_disagree(video: Path, tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    Image.fromarray(quarters()).save(image)
+    with pytest.raises(InputError, match=r"is an image, but --input_type is video; use .* image"):
+        probe(image, kind="video")
+    with pytest.raises(InputError, match=r"is a video, but --input_type is image; use .* video"):
+        probe(video, kind="image")
+    for name in ("a.txt", "noend"):
+        (tmp_path / name).write_text("words")
+        with pytest.raises(InputError, match=r"images are \.png"):
+            probe(tmp_path / name, kind="image")
+
+
+def test_what_is_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.fromarray(quarters()).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="damaged image"):
+        probe(path, kind="image")
+    path.write_text("words")
+    with pytest.raises(InputError, match="not an image but text"):
+        read_image(path)
+    path.unlink()
+    with pytest.raises(InputError, match="no such file"):
+        read_image(path)

@@ -1,0 +1,199 @@
+"""A written file is whole or not there, and reads back as what was written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from worldline.errors import Error, InputError
+from worldline.video.read import probe, read_video
+from worldline.video.write import check_destination, contact_sheet, write_bytes, write_video
+
+
+def clip(frames: int = 6, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
+    """Smooth colours that drift."""
+    t, y, x = np.meshgrid(*map(np.arange, (frames, height, width)), indexing="ij")
+    channels = (40 + 2 * x + 3 * t, 200 - 2 * y, 90 + y + x // 2)
+    return np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm", ".gif", ".MP4"])
+def test_round_trip(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / "new" / f"clip{suffix}"
+    write_video(clip(), path, 25)
+    back = read_video(path)
+    assert back.frames.shape == clip().shape
+    assert back.fps == 25
+    assert np.abs(back.frames.astype(int) - clip()).mean() < 5
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
+def test_equal_frames_are_all_kept(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"still{suffix}"
+    write_video(np.repeat(clip(1), 33, 0), path, 25)
+    assert probe(path, kind="video").frames == 33
+    assert len(read_video(path).frames) == 33
+
+
+def test_videos_say_which_colours_they_hold(tmp_path: Path) -> None:
+    write_video(clip(), tmp_path / "a.mp4", 25)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.pix_fmt, context.colorspace) == ("h264", "yuv420p", 1)
+
+
+def test_odd_sides(tmp_path: Path) -> None:
+    frames = clip(3, 35, 51)
+    for suffix, shape in [(".mp4", (36, 52)), (".webm", (35, 51)), (".gif", (35, 51))]:
+        path = tmp_path / f"odd{suffix}"
+        write_video(frames, path, 25)
+        back = read_video(path).frames
+        assert back.shape == (3, *shape, 3)
+        assert np.abs(back[:, :35, :51].astype(int) - frames).mean() < 6
+
+
+def test_folder_of_images_is_exact(tmp_path: Path) -> None:
+    write_video(clip(3), tmp_path / "frames", 25)
+    names = sorted(os.listdir(tmp_path / "frames"))
+    assert names == ["00000.png", "00001.png", "00002.png"]
+    back = [np.asarray(Image.open(tmp_path / "frames" / name)) for name in names]
+    assert np.array_equal(np.stack(back), clip(3))
+    with pytest.raises(InputError, match="not empty"):
+        write_video(clip(1), tmp_path / "frames", 25)
+    assert os.listdir(tmp_path) == ["frames"]
+
+
+def test_bad_requests(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot write \.avi"):
+        write_video(clip(), tmp_path / "a.avi", 25)
+    with pytest.raises(ValueError, match="fps is 0"):
+        write_video(clip(), tmp_path / "a.mp4", 0)
+    with pytest.raises(ValueError, match="not empty"):
+        write_video(clip()[:0], tmp_path / "a.mp4", 25)
+    with pytest.raises(ValueError, match="float64"):
+        write_video(clip() / 255, tmp_path / "a.mp4", 25)  # type: ignore[arg-type]
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        check_destination(tmp_path / "folder.mp4")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_video(clip(), tmp_path / "file" / "a.mp4", 25)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised", "pattern"),
+    [
+        (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
+        (OSError(errno.ENOSPC, "No space left on device"), Error, "No space.*untouched"),
+        (PermissionError(errno.EACCES, "Permission denied"), InputError, "cannot be written"),
+    ],
+    ids=["ctrl-c", "full-disk", "forbidden"],
+)
+def test_failure_leaves_the_old_file(
+    failure: BaseException,
+    raised: type[BaseException],
+    pattern: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+
+    def fail(descriptor: int) -> None:
+        assert len(os.listdir(tmp_path)) == 2  # the temporary is there, and complete
+        raise failure
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(raised, match=pattern):
+        write_video(clip(), path, 25)
+    assert os.listdir(tmp_path) == ["a.mp4"]
+    assert path.read_bytes() == b"old"
+
+
+def test_failure_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save: Callable[..., None] = Image.Image.save
+
+    def fail(self: Image.Image, path: Path) -> None:
+        save(self, path)
+        if "00002" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(Error, match="No space"):
+        write_video(clip(), tmp_path / "frames", 25)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["int", "kill"])
+def test_killed_writer_leaves_nothing(how: signal.Signals, tmp_path: Path) -> None:
+    code = (
+        "import sys, numpy as np\n"
+        "from worldline.video.write import write_video\n"
+        "frames = np.random.RandomState(0).randint(0, 255, (60, 512, 768, 3), np.uint8)\n"
+        "print('ready', flush=True)\n"
+        "write_video(frames, sys.argv[1], 25)\n"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "a.mp4")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == b"ready\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        writer.wait(0.3)
+    writer.send_signal(how)
+    writer.stdout.close()
+    assert writer.wait(20) != 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_writers_of_one_name_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    contents = [bytes([number]) * 300_000 for number in range(4)]
+
+    def write(content: bytes) -> None:
+        for _ in range(5):
+            write_bytes(path, content)
+
+    threads = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        if path.exists():
+            assert path.read_bytes() in contents
+    assert path.read_bytes() in contents
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_contact_sheet(tmp_path: Path) -> None:
+    path = tmp_path / "sheet.png"
+    contact_sheet([clip(20), clip(3, 60, 400)], path, ["one", "zwölf 世"], columns=4)
+    with Image.open(path) as sheet:
+        assert sheet.width == 4 + 3 * (192 + 4)
+        assert np.asarray(sheet).std() > 20
+    contact_sheet([clip(1)], path)
+    with pytest.raises(ValueError, match="1 labels for 2 rows"):
+        contact_sheet([clip(), clip()], path, ["one"])
+
+
+def test_writing_needs_no_torch() -> None:
+    code = (
+        "import sys, worldline.video.read, worldline.video.write; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,133 @@
+"""A key map works both ways, and says all that does not fit in one line."""
+
+import pytest
+import torch
+
+from worldline.errors import CheckpointError
+from worldline.weights.keymap import KeyMap, match
+from worldline.weights.source import TensorInfo
+
+KEYS = KeyMap(
+    rename={
+        "tok_embeddings.weight": "embed.weight",
+        "layers.{i}.attention.wq.weight": "blocks.{i}.attention.q.weight",
+        "up.{i}.block.{j}.conv.weight": "up.{i}.{j}.weight",
+    },
+    drop={"*_extra_state": "left over", "ema.*": "the other set of weights"},
+    prefixes=("model.", "network._orig_mod.", ""),
+)
+
+
+@pytest.mark.parametrize(
+    ("released", "ours"),
+    [
+        ("tok_embeddings.weight", "embed.weight"),
+        ("layers.31.attention.wq.weight", "blocks.31.attention.q.weight"),
+        ("up.2.block.10.conv.weight", "up.2.10.weight"),
+    ],
+)
+@pytest.mark.parametrize("prefix", KEYS.prefixes)
+def test_both_directions(released: str, ours: str, prefix: str) -> None:
+    assert KEYS.ours(prefix + released) == ours
+    assert KEYS.released(ours) == "model." + released
+    assert KEYS.released(ours, prefix) == prefix + released
+
+
+def test_dots_and_fields_are_taken_literally() -> None:
+    for name in ("tok_embeddingsXweight", "layers.x.attention.wq.weight", "layers.1.attention.wq"):
+        with pytest.raises(CheckpointError):
+            KEYS.ours(name)
+
+
+def test_field_met_twice_holds_one_number() -> None:
+    keys = KeyMap({"a.{i}.b{i}": "x.{i}"})
+    assert keys.ours("a.3.b3") == "x.3"
+    assert keys.released("x.3") == "a.3.b3"
+    with pytest.raises(CheckpointError):
+        keys.ours("a.3.b4")
+
+
+def test_dropped_with_and_without_prefix() -> None:
+    assert KEYS.ours("model.layers.0.attention._extra_state") is None
+    assert KEYS.ours("ema.network-layers") is None
+
+
+def test_unknown_lists_the_nearest() -> None:
+    with pytest.raises(CheckpointError, match=r"wk\.weight; nearest known: .*wq\.weight"):
+        KEYS.ours("model.layers.0.attention.wk.weight")
+    with pytest.raises(ValueError, match=r"no released name for 'blocks\.x'"):
+        KEYS.released("blocks.x")
+
+
+def test_dashed_names() -> None:
+    ema = KEYS.dashed("ema.network-", drop={"network.*": "the plain set"})
+    assert ema.ours("ema.network-layers-4-attention-wq-weight") == "blocks.4.attention.q.weight"
+    assert ema.ours("network.layers.4.attention.wq.weight") is None
+    assert ema.released("embed.weight") == "ema.network-tok_embeddings-weight"
+
+
+def test_bad_maps() -> None:
+    with pytest.raises(ValueError, match="different fields"):
+        KeyMap({"a.{i}": "b"})
+    with pytest.raises(ValueError, match="two released names"):
+        KeyMap({"a": "c", "b": "c"})
+    with pytest.raises(ValueError, match="prefixes"):
+        KeyMap({}, prefixes=())
+
+
+EXPECTED = {"embed.weight": (4, 2), **{f"blocks.{i}.attention.q.weight": (2, 2) for i in range(3)}}
+
+
+def infos(**changes: tuple[int, ...] | None) -> dict[str, TensorInfo]:
+    shapes: dict[str, tuple[int, ...] | None] = {
+        KEYS.released(name, ""): shape for name, shape in EXPECTED.items()
+    }
+    shapes.update({name.replace("__", "."): shape for name, shape in changes.items()})
+    return {n: TensorInfo(torch.bfloat16, s) for n, s in shapes.items() if s is not None}
+
+
+def test_match() -> None:
+    pairs = match(infos(x_extra_state=(1,)), EXPECTED, KEYS, "model.pt")
+    assert pairs == {name: KEYS.released(name, "") for name in EXPECTED}
+
+
+def test_everything_wrong_in_one_line() -> None:
+    found = infos(
+        tok_embeddings__weight=(5, 2),
+        layers__1__attention__wq__weight=None,
+        layers__0__attention__wqq__weight=(2, 2),
+        **{"model.layers.0.attention.wq.weight": (2, 2)},
+    )
+    with pytest.raises(CheckpointError) as caught:
+        match(found, EXPECTED, KEYS, "model.pt")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("model.pt does not fit the model: ")
+    assert "tok_embeddings.weight is [5, 2] in the file, expected [4, 2]" in message
+    assert "1 missing: layers.1.attention.wq.weight" in message
+    assert "layers.0.attention.wqq.weight (nearest: layers.0.attention.wq.weight" in message
+    assert "1 twice: layers.0.attention.wq.weight and model.layers.0.att" in message
+
+
+def test_layer_beyond_the_model_is_unknown() -> None:
+    with pytest.raises(CheckpointError, match=r"1 unknown: layers\.3\.attention\.wq\.weight"):
+        match(infos(layers__3__attention__wq__weight=(2, 2)), EXPECTED, KEYS, "model.pt")
+
+
+def test_long_lists_are_cut() -> None:
+    expected = {f"blocks.{i}.attention.q.weight": (2, 2) for i in range(1000)}
+    with pytest.raises(CheckpointError, match=r"997 missing: .* and 993 more") as caught:
+        match(infos(tok_embeddings__weight=None), expected, KEYS, "model.pt")
+    assert len(str(caught.value)) < 500
+
+
+def test_another_model() -> None:
+    held = {"conv.weight": TensorInfo(torch.float32, (1,))}
+    with pytest.raises(CheckpointError, match="of another model"):
+        match(held, EXPECTED, KEYS, "model.pt")
+
+
+def test_optional() -> None:
+    found = infos(layers__1__attention__wq__weight=None)
+    pairs = match(found, EXPECTED, KEYS, "model.pt", optional=["blocks.*.q.weight"])
+    assert "blocks.1.attention.q.weight" not in pairs

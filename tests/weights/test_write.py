@@ -1,0 +1,65 @@
+"""What is saved comes back; what fails leaves the old file."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from worldline.weights import write
+from worldline.weights.keymap import KeyMap
+from worldline.weights.read import open_checkpoint
+from worldline.weights.write import save, save_module
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_round_trip(tmp_path: Path, name: str) -> None:
+    base = torch.arange(12.0).view(3, 4)
+    tensors = {"a": base, "shared": base, "columns": base[:, :2], "row": base[1], "t": base.t()}
+    save(tensors, tmp_path / name)
+    checkpoint = open_checkpoint(tmp_path / name)
+    assert checkpoint.tensors.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(checkpoint.read(key), tensor)
+    assert (tmp_path / name).stat().st_size < 4096
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_metadata(tmp_path: Path) -> None:
+    save({"a": torch.ones(1)}, tmp_path / "a.safetensors", {"step": 3, "preset": "tiny"})
+    assert open_checkpoint(tmp_path / "a.safetensors").metadata == {"step": "3", "preset": "tiny"}
+    with pytest.raises(ValueError, match="no place for metadata"):
+        save({"a": torch.ones(1)}, tmp_path / "a.pt", {"step": 3})
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_failure_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save({"a": torch.ones(1)}, path)
+    before = path.read_bytes()
+
+    def fail(tensors: object, temporary: Path, **_: object) -> None:
+        temporary.write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(write.safetensors.torch, "save_file", fail)
+    with pytest.raises(type(failure)):
+        save({"a": torch.zeros(1)}, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError):  # noqa: PT011 - the text is the system's
+        save({"a": torch.ones(1)}, tmp_path / "none" / "a.safetensors")
+
+
+def test_module_under_released_names(tmp_path: Path) -> None:
+    module = nn.Linear(2, 3)
+    keys = KeyMap({"fc.w": "weight", "fc.b": "bias"}, prefixes=("model.",))
+    save_module(module, tmp_path / "model.pt", keymap=keys, dtype=torch.bfloat16)
+    checkpoint = open_checkpoint(tmp_path / "model.pt")
+    assert torch.equal(checkpoint.read("model.fc.w"), module.weight.bfloat16())
+    assert checkpoint.tensors.keys() == {"model.fc.w", "model.fc.b"}
