@@ -1,1 +1,48 @@
-"""Run and post-train world foundation models."""
+"""Run and post-train world foundation models.
+
+import worldline
+world = worldline.load("tiny-Cosmos-Predict1-4B")
+video = world.generate("in.mp4", seed=0)
+video.save("out.mp4")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from worldline.errors import (
+        CheckpointError,
+        Error,
+        GuardrailRefusal,
+        InputError,
+        InsufficientMemoryError,
+    )
+    from worldline.world import Step, Video, World, load
+
+__all__ = [
+    "CheckpointError",
+    "Error",
+    "GuardrailRefusal",
+    "InputError",
+    "InsufficientMemoryError",
+    "Step",
+    "Video",
+    "World",
+    "load",
+]
+
+# name -> module; imported on first use, so that `worldline --help` does not wait for torch
+_WORLD = ("Step", "Video", "World", "load")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'worldline' has no attribute {name!r}")
+    module = "worldline.world" if name in _WORLD else "worldline.errors"
+    return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -20,7 +20,7 @@ import torch.nn.functional as functional
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Every constant below was chosen on the design seeds of benchmarks/failure_detectors.py.
+# The constants were chosen on the design seeds that benchmarks/failure_detectors.py names.
 REDUCED_PIXELS = 48 * 72
 
 # Collapse, each rule: (a pixel this near to the commonest colour has that colour, in grey levels of
@@ -39,7 +39,10 @@ DISTANCE_PRICE = 60.0  # grey levels for each further width
 NEW_LEVELS = 4.0  # root-mean-square difference from all that was there, in grey levels,
 NEW_TEXTURE = 0.6  # and this part of the patch's own contrast, since texture never fits exactly
 CLEARLY_NEW = 1.6  # times both; what is less new than this counts in part
-BORDER = 4  # patches; nearer to the border than this, a thing that touches it has just come in
+# A thing that touches the border has most likely come in there, by up to 5 % of the width a frame.
+# So only what was not there BORDER_GAP frames ago counts, and is BORDER patches inside.
+BORDER_GAP = 3
+BORDER = 5
 LARGE_AREA = 0.047  # share of the picture; an object of 6 % loses its edges
 WHOLE_AREA = 0.6  # above it everything is new: a cut, not an object
 
@@ -177,11 +180,9 @@ def _find_appearance(copy: Tensor, num_input_frames: int) -> Failure | None:
 def _new_regions(copy: Tensor, frame: int) -> Iterator[tuple[float, float, float]]:
     """Yield area, row and column, all in [0, 1], of each connected region that is new in `frame`.
 
-    Of a region that touches the border only the part away from the border is counted: it has most
-    likely come in there.
+    Of a region that touches the border only what BORDER says is counted.
     """
-    novelty, texture = _novelty(copy, frame)
-    ratio = (novelty / (NEW_LEVELS + NEW_TEXTURE * texture)).numpy()
+    ratio = _novelty(copy, frame, GAP)
     new = _open(ratio > 1)
     weights = ((ratio - 1) / (CLEARLY_NEW - 1)).clip(0, 1)
     rows, columns = new.shape
@@ -192,15 +193,16 @@ def _new_regions(copy: Tensor, frame: int) -> Iterator[tuple[float, float, float
         )
         weight = weights[row, column]
         if depth.min() < 1 and len(cells) <= WHOLE_AREA * new.size:
-            weight = weight * (depth >= BORDER)
+            recent = _novelty(copy, frame, BORDER_GAP)[row, column] > 1
+            weight = weight * recent * (depth >= BORDER)
         area = float(weight.sum()) / new.size
         yield area, float(row.mean()) / rows, float(column.mean()) / columns
 
 
-def _novelty(copy: Tensor, frame: int) -> tuple[Tensor, Tensor]:
-    """How unlike anything before each patch is, and its own contrast: two (rows, columns).
+def _novelty(copy: Tensor, frame: int, gap: int) -> NDArray[np.float32]:
+    """How unlike anything up to `gap` frames before each patch is: (rows, columns), above 1 new.
 
-    Both are root-mean-square grey levels. Earlier frames are first brought to the frame's light.
+    Earlier frames are first brought to the frame's light.
     """
     height, width = copy.shape[2:]
     rows, columns = (height - PATCH) // STRIDE + 1, (width - PATCH) // STRIDE + 1
@@ -212,7 +214,7 @@ def _novelty(copy: Tensor, frame: int) -> tuple[Tensor, Tensor]:
     beyond = (torch.cdist(position, position) - FREE_DISTANCE).clamp_min(0)
     price = (DISTANCE_PRICE * beyond).square()
     nearest = torch.full((len(patches),), torch.inf)
-    earlier = {max(0, frame - GAP)} | {frame - gap for gap in FURTHER_GAPS if gap <= frame}
+    earlier = {max(0, frame - back) for back in (gap, *FURTHER_GAPS)}
     for past in sorted(earlier):
         known = _patches(_in_the_light_of(copy[past], copy[frame]))
         # |a - b|^2 = |a|^2 + |b|^2 - 2ab, so that one matrix product compares all with all.
@@ -223,7 +225,7 @@ def _novelty(copy: Tensor, frame: int) -> tuple[Tensor, Tensor]:
     channels = patches.view(len(patches), 3, -1)
     texture = channels.var(2, correction=0).mean(1).sqrt()
     novelty = nearest.clamp_min(0).sqrt()  # rounding can leave -1e-3 where patches are equal
-    return novelty.view(rows, columns), texture.view(rows, columns)
+    return (novelty / (NEW_LEVELS + NEW_TEXTURE * texture)).view(rows, columns).numpy()
 
 
 def _patches(picture: Tensor) -> Tensor:

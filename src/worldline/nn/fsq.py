@@ -38,7 +38,7 @@ def quantize(z: Tensor, levels: Sequence[int]) -> Tensor:
 
 
 def codes_to_indices(codes: Tensor, levels: Sequence[int]) -> Tensor:
-    """Return the ids (...) of `codes` (..., C), int32 in [0, prod(levels)); channel 0 is fastest."""
+    """Return ids (...), int32 in [0, prod(levels)), of `codes` (..., C); channel 0 is fastest."""
     halves = _half_widths(levels, codes.device)
     digits = (codes.float() * halves + halves).round().to(torch.int32)
     basis = torch.tensor(_basis(levels), dtype=torch.int32, device=codes.device)

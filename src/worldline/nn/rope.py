@@ -1,7 +1,7 @@
 """Rotary position embedding over a latent grid, with YaRN stretching.
 
 Source: arXiv 2104.09864 (RoPE), arXiv 2309.00071 (YaRN); numbers and layout of
-nvidia-cosmos/cosmos-predict1 `autoregressive/modules/embedding.py` (RotaryPositionEmbeddingPytorchV2).
+nvidia-cosmos/cosmos-predict1 `autoregressive/modules/embedding.py`, the class for rope version v2.
 Axes: L tokens, K head size; K is cut into time, height and width parts.
 """
 
@@ -86,7 +86,9 @@ def rotation_3d(
         leading: tokens before the first cell, which are not turned.
     """
     sizes = axis_sizes(head_size)
-    originals = (0, 0, 0) if yarn is None else (yarn.original[0], yarn.original[1], yarn.original[1])
+    originals = (
+        (0, 0, 0) if yarn is None else (yarn.original[0], yarn.original[1], yarn.original[1])
+    )
     cells = torch.meshgrid(
         *(torch.arange(n, dtype=torch.float32) for n in (grid.frames, grid.height, grid.width)),
         indexing="ij",

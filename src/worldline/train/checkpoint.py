@@ -37,7 +37,9 @@ def save_state(
     parts["average"] = average.values
     files = {part: f"{part}-{step:07d}.safetensors" for part in _PARTS}
     for part, tensors in parts.items():
-        save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / files[part])
+        save_tensors(
+            {name: t.cpu().contiguous() for name, t in tensors.items()}, folder / files[part]
+        )
     before = _read_state(folder)
     state = folder / "state.json"
     temporary = state.with_suffix(".tmp")

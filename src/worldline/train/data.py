@@ -20,7 +20,7 @@ def physics_batches(
     shape: VideoShape,
     device: torch.device | str,
     *,
-    batch: int = 256,
+    batch: int = 224,
     workers: int = 0,
 ) -> Iterator[Tensor]:
     """Yield generated clips, uint8 (B, T, H, W, 3) on `device`, in the order of `seeds`.
@@ -65,16 +65,26 @@ class ClipPool:
             raise ValueError(f"{at} clips came, {size} were announced")
 
     def batch(self, seed: int, step: int, count: int) -> Tensor:
-        """Return `count` clips (B, 3, T, H, W), float32 in [-1, 1]."""
+        """Return `count` clips, uint8 (B, T, H, W, 3)."""
         assert self.clips is not None
         draws = generator(seed, step)
         chosen = torch.randint(len(self.clips), (count,), generator=draws)
         mirrored = torch.rand(count, generator=draws) < 0.5
-        clips = self.clips[chosen.to(self.clips.device)]
-        video = clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        return torch.where(
-            mirrored.to(video.device).view(-1, 1, 1, 1, 1), video.flip(-1), video
-        )
+        clips = self.clips[to_device(chosen, self.clips.device)]
+        sides = to_device(mirrored, self.clips.device).view(-1, 1, 1, 1, 1)
+        return torch.where(sides, clips.flip(3), clips)
+
+
+def as_video(clips: Tensor) -> Tensor:
+    """Turn uint8 (B, T, H, W, 3) into float32 (B, 3, T, H, W) in [-1, 1]."""
+    return clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a small CPU tensor; a GPU that is at work is not waited for."""
+    if torch.device(device).type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 @torch.no_grad()
@@ -84,7 +94,7 @@ def encode_pool(
     """Return the tokens of all clips, int16 (clips, tokens), each clip as drawn and mirrored."""
     rows = []
     for clips in batches:
-        video = clips.permute(0, 4, 1, 2, 3).to(dtype) / 127.5 - 1
+        video = as_video(clips).to(dtype)
         for view in (video, video.flip(-1)):
             rows.append(tokenizer.encode_tokens(view).flatten(1).to(torch.int16))
     return torch.cat(rows)

@@ -56,9 +56,10 @@ def fit(
     *,
     seconds: float | None = None,
 ) -> tuple[int, Average]:
-    """Train `module` in place from the state in `folder`, if there is one; return steps and averages.
+    """Train `module` in place, from the state in `folder` if there is one.
 
     A run cut anywhere and started again gives the same weights as one that was not cut.
+    Returns the number of steps done, and the averaged weights.
 
     Args:
         module: its parameters are float32; they are what the objective's loss depends on.
@@ -86,7 +87,7 @@ def fit(
                 group["lr"] = rate
             loss, figures = objective(step)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             norm = clip_gradients(module.parameters(), config.clip)
             optimizer.step()
             step += 1

@@ -18,13 +18,19 @@ import click
 import torch
 from torch import Tensor
 
-from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig, make_positions
+from worldline.models.predict1_ar.model import (
+    ARTransformer,
+    ARTransformerConfig,
+    Positions,
+    make_positions,
+)
 from worldline.models.predict1_ar.weights import KEYS, write_settings
 from worldline.shapes import LatentShape, VideoShape
 from worldline.tokenizers.cosmos import weights as tokenizer_weights
 from worldline.tokenizers.cosmos.load import load_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.train.data import ClipPool, encode_pool, physics_batches
+from worldline.train.data import ClipPool, as_video, encode_pool, physics_batches, to_device
+from worldline.train.loop import LoopConfig, fit, generator
 from worldline.train.losses import (
     ReconstructionObjective,
     next_token_labels,
@@ -32,7 +38,6 @@ from worldline.train.losses import (
     reconstruction_terms,
     total,
 )
-from worldline.train.loop import LoopConfig, fit, generator
 from worldline.weights.write import save as save_tensors
 
 SHAPE = VideoShape(33, 128, 192)
@@ -62,6 +67,7 @@ _HELD_OUT = 900_000  # seeds from here to 999,999 steer training; evaluation sta
 def main() -> None:
     """Train the small worlds that ship with the package."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
@@ -73,6 +79,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--seconds", type=float, default=None, help="Stop and save after this time."),
         click.option("--workers", type=int, default=0),
         click.option("--seed", type=int, default=0),
+        click.option("--rate", type=float, default=None, help="Peak of the learning rate."),
         click.option("--compile/--no-compile", "compiled", default=False),
         click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu"),
     ):
@@ -90,6 +97,7 @@ def tokenizer(
     seconds: float | None,
     workers: int,
     seed: int,
+    rate: float | None,
     compiled: bool,
     device: str,
 ) -> None:
@@ -99,21 +107,16 @@ def tokenizer(
     model = CosmosTokenizer(TOKENIZER)
     model.reset_parameters()
     model = model.to(device)
-    pool = ClipPool(
-        physics_batches(range(clips), SHAPE, device, workers=workers), clips, SHAPE
-    )
-    objective = ReconstructionObjective()
-    run = torch.compile(_reconstruct) if compiled else _reconstruct
+    pool = ClipPool(physics_batches(range(clips), SHAPE, device, workers=workers), clips, SHAPE)
+    run = torch.compile(_reconstruction_loss, dynamic=False) if compiled else _reconstruction_loss
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        video = pool.batch(seed, step, batch)
+        views = pool.batch(seed, step, batch)
         with _mixed_precision(device):
-            reconstruction = run(model, video)
-        terms = reconstruction_terms(objective, video, reconstruction, step)
-        error = (reconstruction.detach().clamp(-1, 1) - video).square().mean() / 4
-        return total(terms), {"psnr": -10 * error.log10()}
+            loss, error = run(model, views)
+        return loss, {"psnr": -10 * error.log10()}
 
-    config = LoopConfig(steps=steps or 12_000, learning_rate=1.5e-3)
+    config = LoopConfig(steps=steps or 12_000, learning_rate=rate or 1.5e-3)
     done, average = fit(model, loss_of, config, folder, seconds=seconds)
     average.swap(model)
     export_tokenizer(model, folder / "export")
@@ -130,8 +133,14 @@ def _mixed_precision(device: str) -> torch.autocast:
     return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
 
-def _reconstruct(model: CosmosTokenizer, video: Tensor) -> Tensor:
-    return model.reconstruct(video).float()
+def _reconstruction_loss(model: CosmosTokenizer, clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss, and the mean squared error in [0, 1], of uint8 clips (B, T, H, W, 3)."""
+    video = as_video(clips)
+    reconstruction = model.reconstruct(video)
+    # the weights of the colour term are constant: any iteration has the same
+    loss = total(reconstruction_terms(ReconstructionObjective(), video, reconstruction, 0))
+    error = (reconstruction.detach().float().clamp(-1, 1) - video).square().mean() / 4
+    return loss, error
 
 
 @torch.no_grad()
@@ -139,7 +148,7 @@ def reconstruction_psnr(model: CosmosTokenizer, clips: Tensor) -> float:
     """Return the mean over clips (B, T, H, W, 3) of the PSNR after encoding and decoding."""
     figures = []
     for clip in clips:
-        video = clip.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        video = as_video(clip[None])
         decoded = model.decode_tokens(model.encode_tokens(video)).clamp(-1, 1)
         figures.append(-10 * ((decoded - video).square().mean() / 4).log10())
     return float(torch.stack(figures).mean())
@@ -165,6 +174,7 @@ def autoregressive(
     seconds: float | None,
     workers: int,
     seed: int,
+    rate: float | None,
     compiled: bool,
     device: str,
 ) -> None:
@@ -189,26 +199,23 @@ def autoregressive(
     model.reset_parameters()
     model = model.to(device)
     positions = make_positions(AUTOREGRESSIVE, device, torch.float32)
-    run = torch.compile(_logits) if compiled else _logits
-    ignored = GRID.tokens_per_frame - 1  # the first latent frame is always given
+    run = torch.compile(_next_token_loss, dynamic=False) if compiled else _next_token_loss
 
-    def loss_on(rows: Tensor) -> Tensor:
+    @torch.no_grad()
+    def held_out_loss() -> Tensor:
         with _mixed_precision(device):
-            logits = run(model, rows, positions)
-        return next_token_loss(logits[:, :-1], next_token_labels(rows, ignored)).total
+            parts = [_next_token_loss(model, rows, positions) for rows in held_out.split(128)]
+        return torch.stack(parts).mean()
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         chosen = torch.randint(len(tokens), (batch,), generator=generator(seed, step))
-        loss = loss_on(tokens[chosen.to(tokens.device)].long())
-        figures = {}
-        if step % 500 == 499:
-            with torch.no_grad():
-                figures["held_out"] = loss_on(held_out.long())
-        return loss, figures
+        with _mixed_precision(device):
+            loss = run(model, tokens[to_device(chosen, device)], positions)
+        return loss, {"held_out": held_out_loss()} if step % 500 == 499 else {}
 
     config = LoopConfig(
         steps=steps or 20_000,
-        learning_rate=2e-3,
+        learning_rate=rate or 3e-3,
         warmup=500,
         weight_decay=0.05,
         betas=(0.9, 0.95),
@@ -216,15 +223,17 @@ def autoregressive(
     )
     done, average = fit(model, loss_of, config, folder, seconds=seconds)
     average.swap(model)
-    with torch.no_grad():
-        figures = {"steps": done, "held_out": float(loss_on(held_out.long()))}
+    figures = {"steps": done, "held_out": float(held_out_loss())}
     export_autoregressive(model, folder / "export")
     (folder / "result.json").write_text(json.dumps(figures))
     logging.info("%s", figures)
 
 
-def _logits(model: ARTransformer, tokens: Tensor, positions: object) -> Tensor:
-    return model(tokens, positions)
+def _next_token_loss(model: ARTransformer, tokens: Tensor, positions: Positions) -> Tensor:
+    """Return the mean loss of whole sequences (B, L), any integer dtype."""
+    tokens = tokens.long()
+    labels = next_token_labels(tokens, GRID.tokens_per_frame - 1)  # the first frame is given
+    return next_token_loss(model(tokens, positions)[:, :-1], labels).total
 
 
 def export_autoregressive(model: ARTransformer, folder: Path) -> None:

@@ -171,12 +171,8 @@ class CrossAttention(nn.Module):
         assert config.context_width is not None  # built for Video2World only
         self.head_size = config.head_size
         self.q = nn.Linear(config.width, config.num_heads * config.head_size, bias=False)
-        self.k = nn.Linear(
-            config.context_width, config.num_kv_heads * config.head_size, bias=False
-        )
-        self.v = nn.Linear(
-            config.context_width, config.num_kv_heads * config.head_size, bias=False
-        )
+        self.k = nn.Linear(config.context_width, config.num_kv_heads * config.head_size, bias=False)
+        self.v = nn.Linear(config.context_width, config.num_kv_heads * config.head_size, bias=False)
         self.out = nn.Linear(config.num_heads * config.head_size, config.width, bias=False)
         self.q_norm = RMSNorm(config.head_size, config.norm_eps)
         self.k_norm = RMSNorm(config.head_size, config.norm_eps)
@@ -259,7 +255,7 @@ class ARTransformer(nn.Module):
             nn.init.normal_(parameter, std=0.02 / (2 * self.config.depth) ** 0.5 if deep else 0.02)
 
     def new_cache(self, batch: int, length: int | None = None) -> KVCache:
-        """Return an empty cache for `batch` clips, on the device and in the dtype of the weights."""
+        """Return an empty cache for `batch` clips, where the weights are and in their dtype."""
         weight = self.head.weight
         return KVCache(
             layers=self.config.depth,

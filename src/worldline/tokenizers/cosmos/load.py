@@ -42,7 +42,10 @@ def open_tokenizer(
         return _opened([folder], folder, folder.parent.name, ema, levels)
     if not folder.is_dir():
         raise CheckpointError(f"no tokenizer folder {folder}")
-    layouts = (*_LAYOUTS, *((path.name,) for path in sorted(folder.glob("iter_*.pt"), reverse=True)))
+    layouts = (
+        *_LAYOUTS,
+        *((path.name,) for path in sorted(folder.glob("iter_*.pt"), reverse=True)),
+    )
     half_missing = ""
     for names in layouts:
         if ema and len(names) == 2:

@@ -108,9 +108,7 @@ class CosmosTokenizerConfig:
 
 PRESETS = {
     "CV8x8x8": CosmosTokenizerConfig(),
-    "DV8x16x16": CosmosTokenizerConfig(
-        spatial=16, latent_channels=6, levels=(8, 8, 8, 5, 5, 5)
-    ),
+    "DV8x16x16": CosmosTokenizerConfig(spatial=16, latent_channels=6, levels=(8, 8, 8, 5, 5, 5)),
     "CV4x8x8": CosmosTokenizerConfig(patch=2, temporal=4),
     "DV4x8x8": CosmosTokenizerConfig(
         patch=2, temporal=4, z_channels=256, latent_channels=6, levels=(8, 8, 8, 5, 5, 5)
@@ -119,7 +117,7 @@ PRESETS = {
 
 
 class SpatialConv(nn.Module):
-    """A convolution over rows and columns of each frame; the weight keeps its released 5-D shape."""
+    """A convolution over rows and columns of each frame; the weight has its released 5-D shape."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1) -> None:
         super().__init__()

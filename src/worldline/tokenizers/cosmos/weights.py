@@ -43,16 +43,18 @@ def _block(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
     yield from _plain(f"{theirs}.nin_shortcut.conv3d", f"{ours}.shortcut")
 
 
-def _half(half: str, level: str, resampler: str, convolutions: Mapping[str, str]) -> Iterator[
-    tuple[str, str]
-]:
+def _half(
+    half: str, level: str, resampler: str, convolutions: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
     yield from _factorised(f"{half}.conv_in", f"{half}.conv_in")
     yield from _factorised(f"{half}.conv_out", f"{half}.conv_out")
     yield from _plain(f"{half}.norm_out.norm", f"{half}.norm_out")
     theirs, ours = f"{half}.{level}.{{i}}", f"{half}.levels.{{i}}"
     yield from _block(f"{theirs}.block.{{j}}", f"{ours}.blocks.{{j}}")
     for their_conv, our_conv in convolutions.items():
-        yield from _plain(f"{theirs}.{resampler}.{their_conv}.conv3d", f"{ours}.resample.{our_conv}")
+        yield from _plain(
+            f"{theirs}.{resampler}.{their_conv}.conv3d", f"{ours}.resample.{our_conv}"
+        )
     for number in (1, 2):
         yield from _block(f"{half}.mid.block_{number}", f"{half}.middle.block{number}")
     for index, axis in enumerate(("spatial", "temporal")):

@@ -1,0 +1,326 @@
+"""From a name or a folder to a world: find the files, check them, plan the memory, read.
+
+Everything that can be wrong is found from file headers, before tensor data are read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
+from worldline.models.predict1_ar.decoder import compile_ahead
+from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig
+from worldline.models.predict1_ar.weights import KEYS, SHARDS, read_config
+from worldline.parallel.offload import Part
+from worldline.pipelines.autoregressive import AutoregressiveParts, video_shape
+from worldline.report import GIGABYTE, Recorder
+from worldline.tokenizers.cosmos.load import open_tokenizer
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+from worldline.tokenizers.cosmos.weights import key_map
+from worldline.weights.keymap import KeyMap, match
+from worldline.weights.read import Checkpoint, open_checkpoint
+from worldline.weights.shards import find_shards, open_shards
+from worldline.weights.stream import load_into
+
+BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED_PREFIX = "tiny-"
+# of both generations; the one that belongs to the transformer's own generation is tried first
+_TOKENIZERS = ("Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-1.0-Tokenizer-DV8x16x16")
+
+
+@dataclass(frozen=True)
+class AutoregressiveFiles:
+    """An autoregressive world on disk, checked but not read.
+
+    Attributes:
+        folder: of the transformer.
+        bundled: whether it ships with the package.
+        transformer: its tensors.
+        config: what they imply.
+        tokenizer: the tensors of the discrete tokenizer.
+        tokenizer_config: what they imply.
+    """
+
+    folder: Path
+    bundled: bool
+    transformer: Checkpoint
+    config: ARTransformerConfig
+    tokenizer: Checkpoint
+    tokenizer_config: CosmosTokenizerConfig
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a request will hold on its device, stage by stage.
+
+    Attributes:
+        encode: while the input is turned into tokens.
+        tokens: while tokens are read and drawn.
+        decode: while tokens are turned into pixels.
+    """
+
+    encode: int
+    tokens: int
+    decode: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.encode, self.tokens, self.decode)
+
+
+def find_autoregressive(model: str | Path, checkpoint_dir: str | Path) -> AutoregressiveFiles:
+    """Find and check the files of an autoregressive world.
+
+    Args:
+        model: "tiny-…" for a bundled one, a folder's name below `checkpoint_dir`, or a path.
+        checkpoint_dir: holds the folders, the tokenizer's too.
+
+    Raises:
+        CheckpointError: a file is absent, incomplete, damaged or of another model.
+    """
+    bundled = str(model).startswith(BUNDLED_PREFIX)
+    if bundled:
+        folder = BUNDLED / str(model).removeprefix(BUNDLED_PREFIX)
+        if not folder.is_dir():
+            have = ", ".join(bundled_names()) or "none"
+            raise CheckpointError(f"there is no bundled model {model}; there are: {have}")
+        roots = [BUNDLED]
+    else:
+        folder = _model_folder(Path(model), Path(checkpoint_dir))
+        roots = [Path(checkpoint_dir), folder.parent]
+    source = _open_transformer(folder)
+    config = read_config(source, _settings(folder))
+    with torch.device("meta"):
+        expected = ARTransformer(config)
+    _check(expected, source, KEYS)
+
+    tokenizer_folder = _tokenizer_folder(folder, roots)
+    tokenizer, tokenizer_config = open_tokenizer(tokenizer_folder)
+    with torch.device("meta"):
+        expected_tokenizer = CosmosTokenizer(tokenizer_config)
+    _check(expected_tokenizer, tokenizer, key_map(tokenizer_config))
+    if tokenizer_config.vocabulary != config.vocabulary:
+        raise CheckpointError(
+            f"{tokenizer_folder} has {tokenizer_config.vocabulary} token ids, but {folder} "
+            f"was trained on {config.vocabulary}: they do not belong together"
+        )
+    return AutoregressiveFiles(folder, bundled, source, config, tokenizer, tokenizer_config)
+
+
+def bundled_names() -> list[str]:
+    """Return the names of the worlds that ship with the package."""
+    if not BUNDLED.is_dir():
+        return []
+    folders = sorted(path.parent for path in BUNDLED.glob("*/config.json"))
+    return [BUNDLED_PREFIX + folder.name for folder in folders]
+
+
+def plan_autoregressive(
+    config: ARTransformerConfig,
+    tokenizer: CosmosTokenizerConfig,
+    *,
+    dtype: torch.dtype,
+    offload_ar_model: bool = False,
+    offload_tokenizer: bool = False,
+) -> MemoryPlan:
+    """Estimate the memory of one clip; `benchmarks/ar_end_to_end.py` compares it with the truth."""
+    size = dtype.itemsize
+    with torch.device("meta"):
+        transformer_bytes = _count(ARTransformer(config)) * size
+        tokenizer_bytes = _count(CosmosTokenizer(tokenizer)) * size
+    shape = video_shape(config, tokenizer)
+    cells = (
+        (1 + (shape.frames - 1) // tokenizer.patch)
+        * (shape.height // tokenizer.patch)
+        * (shape.width // tokenizer.patch)
+    )
+    # the widest activation, held about six times by a residual block of the finest level
+    activations = 6 * cells * max(tokenizer.level_channels[0], tokenizer.patch_channels) * size
+    heads = config.num_kv_heads * config.head_size
+    cache = 2 * config.depth * config.length * heads * size
+    # feed-forward of the longest prompt: gate, up, product; and queries, keys, values
+    prefill = config.length // 2 * (3 * config.hidden + 4 * config.width) * size
+    context = 600_000_000 if dtype != torch.float32 else 0  # libraries' workspaces
+    resident = (0 if offload_ar_model else transformer_bytes) + (
+        0 if offload_tokenizer else tokenizer_bytes
+    )
+    waiting_tokenizer = tokenizer_bytes if offload_tokenizer else 0
+    waiting_transformer = transformer_bytes if offload_ar_model else 0
+    coding = resident + waiting_tokenizer + activations + context
+    return MemoryPlan(
+        encode=coding,
+        tokens=resident + waiting_transformer + cache + prefill + context,
+        decode=coding,
+    )
+
+
+def load_autoregressive(
+    files: AutoregressiveFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    recorder: Recorder,
+    *,
+    offload_ar_model: bool = False,
+    offload_tokenizer: bool = False,
+) -> AutoregressiveParts:
+    """Read the weights of a world.
+
+    Raises:
+        InsufficientMemoryError: the device is too small for one clip.
+    """
+    _check_memory(files, device, dtype, offload_ar_model, offload_tokenizer)
+    compiling = compile_ahead(files.config, device)
+    with recorder.stage("load"):
+        transformer = _read(
+            ARTransformer, files.config, files.transformer, KEYS, device, dtype, offload_ar_model
+        )
+        tokenizer = _read(
+            CosmosTokenizer,
+            files.tokenizer_config,
+            files.tokenizer,
+            key_map(files.tokenizer_config),
+            device,
+            dtype,
+            offload_tokenizer,
+        )
+        if compiling is not None:
+            compiling.join()
+    return AutoregressiveParts(transformer, tokenizer)
+
+
+def _read(
+    kind: Any,
+    config: Any,
+    source: Checkpoint,
+    keys: KeyMap,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: bool,
+) -> Part[Any]:
+    with torch.device("meta"):
+        module = kind(config)
+    home = torch.device("cpu") if offload else device
+    load_into(module, source, keys, device=home, dtype=dtype)
+    return Part(module.requires_grad_(False).eval(), device, offload=offload)
+
+
+def _check(module: nn.Module, source: Checkpoint, keys: KeyMap) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+    match(source.tensors, expected, keys, str(source.path))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _check_memory(
+    files: AutoregressiveFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload_ar_model: bool,
+    offload_tokenizer: bool,
+) -> None:
+    if device.type != "cuda":
+        return
+    chosen = {"offload_ar_model": offload_ar_model, "offload_tokenizer": offload_tokenizer}
+    config, tokenizer = files.config, files.tokenizer_config
+    need = plan_autoregressive(config, tokenizer, dtype=dtype, **chosen).peak
+    free, total = torch.cuda.mem_get_info(device)
+    if need <= free:
+        return
+    message = (
+        f"{files.folder.name} needs about {need / GIGABYTE:.1f} GB of GPU memory, "
+        f"{free / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB are free"
+    )
+    for flag in ("offload_tokenizer", "offload_ar_model"):
+        if chosen[flag]:
+            continue
+        less = plan_autoregressive(config, tokenizer, dtype=dtype, **{**chosen, flag: True}).peak
+        if less < need:
+            message += f"; --{flag} lowers the need to {less / GIGABYTE:.1f} GB"
+    raise InsufficientMemoryError(message)
+
+
+def _model_folder(model: Path, checkpoint_dir: Path) -> Path:
+    below = checkpoint_dir / model
+    for folder in (below, model):
+        if folder.is_dir():
+            return folder
+        if folder.is_file():
+            return folder.parent
+    if not checkpoint_dir.is_dir():
+        raise CheckpointError(
+            f"no checkpoint folder {checkpoint_dir} (--checkpoint_dir), so no {model} in it"
+        )
+    have = sorted(path.name for path in checkpoint_dir.iterdir() if path.is_dir())
+    raise CheckpointError(
+        f"no folder {below}; {checkpoint_dir} holds: {', '.join(have) or 'no folder'}"
+    )
+
+
+def _open_transformer(folder: Path) -> Checkpoint:
+    for name in ("model.safetensors", "model.safetensors.index.json", "model.pt"):
+        if (folder / name).exists():
+            return open_checkpoint(folder / name)
+    shards = find_shards(folder)
+    if shards:
+        return open_shards(shards, SHARDS)
+    saved = sorted(folder.glob("iter_*.pt"))
+    if saved:
+        return open_checkpoint(saved[-1])
+    raise CheckpointError(
+        f"{folder} holds no model.pt (nor model.safetensors, model_model_mp_*.pt, iter_*.pt)"
+    )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} holds no settings, but a {type(settings).__name__}")
+    return settings
+
+
+def _tokenizer_folder(folder: Path, roots: list[Path]) -> Path:
+    names = _TOKENIZERS[::-1] if "1.0" in folder.name else _TOKENIZERS
+    for root in roots:
+        for name in names:
+            if (root / name).is_dir():
+                return root / name
+    raise CheckpointError(
+        f"no discrete tokenizer: neither {names[0]} nor {names[1]} is in {roots[0]}"
+    )
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return the named device, or the best there is.
+
+    Raises:
+        InputError: it does not exist here.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"no device {device} here: {str(error).splitlines()[0]}") from error
+    return chosen
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return bf16 where it is fast, else float32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32

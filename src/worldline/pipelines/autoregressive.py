@@ -1,0 +1,152 @@
+"""Clip or image -> tokens -> continued tokens -> video.
+
+Source: nvidia-cosmos/cosmos-predict1 `autoregressive/inference/world_generation_pipeline.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from worldline.errors import InputError
+from worldline.models.predict1_ar.decoder import make_decoder
+from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig, make_positions
+from worldline.parallel.offload import Part
+from worldline.report import Recorder
+from worldline.sampling.decode import decode, draw_noise
+from worldline.sampling.logits import Sampling
+from worldline.shapes import VideoShape, latent_frames_of
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+from worldline.video.convert import condition_frames, to_uint8
+from worldline.video.read import Clip
+
+FPS = 25.0  # of every autoregressive output, whatever the input's was
+LARGEST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveRequest:
+    """One clip to continue.
+
+    Attributes:
+        num_input_frames: how many of the input's last frames are given to the model, 9 or 1.
+        temperature: divides the logits; 0 takes the most likely token every time.
+        top_p: mass of the likely tokens that may be drawn, in (0, 1].
+        seed: of the draws, 0 to 2^32 - 1.
+    """
+
+    num_input_frames: int = 9
+    temperature: float = 1.0
+    top_p: float = 0.8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_input_frames not in (1, 9):
+            raise InputError(f"num_input_frames is {self.num_input_frames}; it must be 1 or 9")
+        if not self.temperature >= 0 or self.temperature == float("inf"):
+            raise InputError(
+                f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number"
+            )
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"seed is {self.seed}; it must be 0 to {LARGEST_SEED}")
+
+
+@dataclass(frozen=True)
+class AutoregressiveParts:
+    """A world's networks, each on its device or waiting in host memory."""
+
+    transformer: Part[ARTransformer]
+    tokenizer: Part[CosmosTokenizer]
+
+    @property
+    def config(self) -> ARTransformerConfig:
+        return self.transformer.module.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def video(self) -> VideoShape:
+        """Size of what this world makes."""
+        return video_shape(self.config, self.tokenizer.module.config)
+
+
+def video_shape(config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig) -> VideoShape:
+    """Return the size of the clips that a transformer and a tokenizer make together."""
+    return config.grid.video(tokenizer.temporal, tokenizer.spatial)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a request stands; the last one carries the frames, uint8 (T, H, W, 3)."""
+
+    kind: str
+    done: int
+    total: int
+    frames: NDArray[np.uint8] | None = None
+
+
+def continue_clip(
+    parts: AutoregressiveParts,
+    clip: Clip,
+    request: AutoregressiveRequest,
+    recorder: Recorder,
+) -> Iterator[Progress]:
+    """Continue `clip`; yield progress, at last with all frames of the result.
+
+    The given frames in the result are the tokenizer's reconstruction of the input, as in the
+    reference.
+
+    Args:
+        parts: the networks.
+        clip: input frames, at least `request.num_input_frames` of them.
+        request: how.
+        recorder: is told seconds and memory of each stage.
+
+    Raises:
+        InputError: the clip is too short.
+    """
+    config, shape, device = parts.config, parts.video, parts.device
+    tokenizer_config = parts.tokenizer.module.config
+    # the tokenizer is causal: what follows the given frames would not change their tokens
+    given = latent_frames_of(request.num_input_frames, tokenizer_config.temporal)
+    used = 1 + (given - 1) * tokenizer_config.temporal
+    total = config.grid.tokens
+
+    yield Progress("encode", 0, 1)
+    with recorder.stage("encode"), torch.inference_mode(), parts.tokenizer.on_device() as tokenizer:
+        frames = condition_frames(clip, request.num_input_frames, used, shape.height, shape.width)
+        weight = tokenizer.quant_conv.weight
+        prompt = tokenizer.encode_tokens(frames.to(device, weight.dtype)).flatten(1).long()
+
+    count = total - prompt.shape[1]
+    sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
+    noise = None
+    if not sampling.greedy:
+        noise = draw_noise([request.seed], config.vocabulary, count, device)
+    with parts.transformer.on_device() as transformer:
+        positions = make_positions(config, device, transformer.head.weight.dtype)
+        decoder = make_decoder(transformer, positions, sampling)
+        steps = decode(decoder, prompt, count, noise)
+        with recorder.stage("prefill"):
+            yield Progress("tokens", next(steps), count)
+        with recorder.stage("tokens"):
+            for done in steps:
+                yield Progress("tokens", done, count)
+        tokens = decoder.tokens.clone()
+        del decoder, steps
+
+    yield Progress("decode", 0, 1)
+    with recorder.stage("decode"), torch.inference_mode(), parts.tokenizer.on_device() as tokenizer:
+        grid = config.grid
+        ids = tokens.view(1, grid.frames, grid.height, grid.width)
+        video = tokenizer.decode_tokens(ids)[0]
+        pixels = to_uint8(video * 0.5 + 0.5)
+    yield Progress("done", count, count, pixels)

@@ -1,0 +1,88 @@
+"""What a run did: seconds and peak memory of every stage, and what it ran on."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a request.
+
+    Attributes:
+        name: what was done.
+        seconds: wall time; the device had finished.
+        peak_gb: most memory held during the stage, in 1e9 bytes: reserved by torch on a GPU, else
+            of the process since its start.
+    """
+
+    name: str
+    seconds: float
+    peak_gb: float
+
+
+class Recorder:
+    """Collects the stages of one run on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stages: list[Stage] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what happens inside; a stage that raises is recorded too."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if cuda:
+                torch.cuda.synchronize(self.device)
+            seconds = time.perf_counter() - started
+            self.stages.append(Stage(name, round(seconds, 4), round(self._peak() / GIGABYTE, 3)))
+
+    def _peak(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    @property
+    def peak_gb(self) -> float:
+        return max((stage.peak_gb for stage in self.stages), default=0.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "seconds": round(sum(stage.seconds for stage in self.stages), 4),
+            "peak_gb": self.peak_gb,
+            "stages": [asdict(stage) for stage in self.stages],
+        }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return versions and the device's name, for a report."""
+    found: dict[str, Any] = {
+        "worldline": version("worldline"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": platform.processor() or platform.machine(),
+    }
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+    return found

@@ -1,0 +1,281 @@
+"""A loaded world, and the videos it makes: the public Python interface."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from worldline.errors import InputError
+from worldline.load import (
+    choose_device,
+    compute_dtype,
+    find_autoregressive,
+    load_autoregressive,
+)
+from worldline.models.predict1_ar.decoder import can_capture
+from worldline.pipelines.autoregressive import (
+    FPS,
+    AutoregressiveParts,
+    AutoregressiveRequest,
+    continue_clip,
+)
+from worldline.report import Recorder, environment
+from worldline.video.read import Clip, media_kind, read_image, read_video
+from worldline.video.write import write_bytes, write_video
+
+InputType = Literal["image", "video"]
+# a file, a picture, or frames (T, H, W, 3) uint8
+Input = str | PathLike[str] | Image.Image | NDArray[np.uint8] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished video.
+
+    Attributes:
+        frames: uint8 (T, H, W, 3).
+        fps: frames a second.
+        report: model, seed, versions, seconds and memory of each stage.
+    """
+
+    frames: NDArray[np.uint8]
+    fps: float
+    report: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the video (by suffix: .mp4, .mov, .mkv, .webm, .gif) and its report beside it.
+
+        The report has the same name and the suffix .json. Each file appears whole or not at all.
+        """
+        target = Path(path)
+        write_video(self.frames, target, self.fps)
+        text = json.dumps(self.report, indent=1) + "\n"
+        write_bytes(target.with_suffix(".json"), text.encode())
+        return target
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress of a request.
+
+    Attributes:
+        kind: what is being done: "encode", "tokens", "decode" or "done".
+        done: how much of it.
+        total: of how much.
+        frames: pixels that are final, uint8 (T, H, W, 3), where there are new ones.
+        preview: a cheap early look, where there is one.
+        video: the result; of the last step alone.
+    """
+
+    kind: str
+    done: int
+    total: int
+    frames: NDArray[np.uint8] | None = None
+    preview: NDArray[np.uint8] | None = None
+    video: Video | None = None
+
+
+class World:
+    """A world model, ready to continue clips. Made by `worldline.load`."""
+
+    def __init__(self, name: str, parts: AutoregressiveParts, loading: Recorder) -> None:
+        self.name = name
+        self.parts = parts
+        self.loading = loading
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts.device
+
+    def generate(self, input: Input, **options: Any) -> Video:
+        """Continue a clip or an image into a video; the options are those of `stream`."""
+        for step in self.stream(input, **options):
+            if step.video is not None:
+                return step.video
+        raise AssertionError("a stream ends with its video")
+
+    def stream(
+        self, input: Input, *, input_type: InputType | None = None, **options: Any
+    ) -> Iterator[Step]:
+        """Do what `generate` does, and yield a `Step` now and then; the last carries the video.
+
+        Args:
+            input: a file; a PIL image; or frames (T, H, W, 3) uint8, array or tensor.
+            input_type: "image" or "video"; by default what the input is.
+            options: fields of `AutoregressiveRequest`: num_input_frames (9; 1 for an image),
+                temperature, top_p, seed.
+
+        Raises:
+            InputError: the input or an option is wrong; raised before anything runs.
+        """
+        kind = input_type or kind_of(input)
+        if kind == "image":
+            options["num_input_frames"] = 1
+        try:
+            request = AutoregressiveRequest(**options)
+        except TypeError as error:
+            known = ", ".join(AutoregressiveRequest.__dataclass_fields__)
+            wrong = ", ".join(options.keys() - AutoregressiveRequest.__dataclass_fields__.keys())
+            raise InputError(f"unknown option {wrong}; there are: input_type, {known}") from error
+        recorder = Recorder(self.device)
+        with recorder.stage("read"):
+            clip = read_clip(input, kind, request.num_input_frames)
+        return self._run(clip, request, recorder, _describe(input))
+
+    def _run(
+        self, clip: Clip, request: AutoregressiveRequest, recorder: Recorder, source: str
+    ) -> Iterator[Step]:
+        for progress in continue_clip(self.parts, clip, request, recorder):
+            if progress.frames is None:
+                yield Step(progress.kind, progress.done, progress.total)
+                continue
+            report = self._report(request, recorder, source, progress.total)
+            video = Video(progress.frames, FPS, report)
+            yield Step("done", progress.total, progress.total, progress.frames, video=video)
+
+    def _report(
+        self, request: AutoregressiveRequest, recorder: Recorder, source: str, drawn: int
+    ) -> dict[str, Any]:
+        transformer = self.parts.transformer
+        spent = sum(s.seconds for s in recorder.stages if s.name in ("prefill", "tokens"))
+        captured = can_capture(transformer.module, 1)
+        return {
+            "model": self.name,
+            "input": source,
+            "request": request.__dict__,
+            "decoder": "CUDA graph, Triton kernels" if captured else "plain modules",
+            "attention": "Triton, split keys" if captured else "torch SDPA",
+            "dtype": str(transformer.module.head.weight.dtype).removeprefix("torch."),
+            "offload": {
+                "ar_model": transformer.offload,
+                "tokenizer": self.parts.tokenizer.offload,
+            },
+            "tokens": drawn,
+            "tokens_per_second": round(drawn / spent, 2) if spent else None,
+            **environment(self.device),
+            "load": self.loading.as_dict(),
+            "run": recorder.as_dict(),
+        }
+
+
+def load(
+    name: str | PathLike[str],
+    checkpoint_dir: str | PathLike[str] = "checkpoints",
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    offload_ar_model: bool = False,
+    offload_tokenizer: bool = False,
+    disable_diffusion_decoder: bool | None = None,
+    disable_guardrail: bool | None = None,
+) -> World:
+    """Load a world.
+
+    Args:
+        name: "tiny-…" for a model that ships with the package, the name of a folder below
+            `checkpoint_dir`, or a path.
+        checkpoint_dir: holds the released folders.
+        device: by default the GPU, if there is one.
+        dtype: by default bf16 on a GPU, else float32.
+        offload_ar_model: keep the transformer in host memory while it is not used.
+        offload_tokenizer: keep the tokenizer in host memory while it is not used.
+        disable_diffusion_decoder: decode tokens by the tokenizer alone. Released models use the
+            diffusion decoder unless told otherwise; bundled ones have none.
+        disable_guardrail: do not check the video. Released models check unless told otherwise.
+
+    Raises:
+        CheckpointError: files are absent, damaged, or of another model.
+        InputError: a part is asked for that this version does not have, or there is no such device.
+        InsufficientMemoryError: the device is too small.
+    """
+    files = find_autoregressive(str(name), checkpoint_dir)
+    check_parts(files.bundled, disable_diffusion_decoder, disable_guardrail)
+    chosen = choose_device(device)
+    recorder = Recorder(chosen)
+    parts = load_autoregressive(
+        files,
+        chosen,
+        dtype or compute_dtype(chosen),
+        recorder,
+        offload_ar_model=offload_ar_model,
+        offload_tokenizer=offload_tokenizer,
+    )
+    return World(files.folder.name if not files.bundled else str(name), parts, recorder)
+
+
+def check_parts(
+    bundled: bool, disable_diffusion_decoder: bool | None, disable_guardrail: bool | None
+) -> None:
+    """Refuse a request for parts that do not exist, by the name of the flag that does without.
+
+    Raises:
+        InputError: a released model is to run with its guardrail or diffusion decoder.
+    """
+    for flag, part, disabled in (
+        ("disable_diffusion_decoder", "diffusion decoder", disable_diffusion_decoder),
+        ("disable_guardrail", "guardrail", disable_guardrail),
+    ):
+        wanted = not bundled if disabled is None else not disabled
+        if wanted:
+            raise InputError(
+                f"the {part} is not part of this version of worldline; "
+                f"run without it: --{flag} (in Python {flag}=True)"
+            )
+
+
+def kind_of(input: Input) -> InputType:
+    """Return whether an input is an image or a video; of a file by its suffix."""
+    if isinstance(input, Image.Image):
+        return "image"
+    if isinstance(input, (np.ndarray, torch.Tensor)):
+        return "video"
+    kind: InputType = media_kind(Path(input))
+    return kind
+
+
+def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
+    """Return the frames of an input, of a video only the last that are needed.
+
+    Raises:
+        InputError: it cannot be read, is of another kind, or is too short.
+    """
+    if isinstance(input, Image.Image):
+        clip = Clip(np.asarray(input.convert("RGB"))[None], 0.0)
+    elif isinstance(input, (np.ndarray, torch.Tensor)):
+        frames = np.asarray(input)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+            raise InputError(
+                f"frames must be uint8 (T, H, W, 3), got {frames.dtype} {frames.shape}"
+            )
+        clip = Clip(frames, 0.0)
+    else:
+        path = Path(input)
+        if media_kind(path) != kind:
+            raise InputError(
+                f"{path} is a {media_kind(path)}, but the input type is {kind}: "
+                f"use --input_type {media_kind(path)}"
+            )
+        clip = read_image(path) if kind == "image" else read_video(path, last=num_input_frames)
+    if len(clip.frames) < num_input_frames:
+        raise InputError(
+            f"{_describe(input)} has {len(clip.frames)} frames, "
+            f"but num_input_frames is {num_input_frames}"
+        )
+    return clip
+
+
+def _describe(input: Input) -> str:
+    if isinstance(input, (str, PathLike)):
+        return str(input)
+    if isinstance(input, Image.Image):
+        return f"image {input.width} x {input.height}"
+    return f"frames {tuple(input.shape)}"

@@ -1,0 +1,149 @@
+"""What is a failure and what is not, told on clips where the answer is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from worldline.evaluate.failures import find_failures
+from worldline.evaluate.injected import (
+    DEGRADATIONS,
+    inject_appearance,
+    inject_collapse,
+    relight,
+)
+from worldline.physics import make_clips
+from worldline.video.read import read_video
+
+ASSETS = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
+SEEDS = range(1_500_000, 1_500_002)
+
+
+@pytest.fixture(scope="module")
+def physics() -> np.ndarray:
+    return make_clips(SEEDS).frames.numpy()
+
+
+@pytest.fixture(scope="module")
+def scenery() -> np.ndarray:
+    """A textured picture, wider than the clips that look at a part of it: (96, 400, 3)."""
+    coarse = torch.from_numpy(np.random.RandomState(0).rand(1, 3, 12, 50).astype(np.float32))
+    smooth = torch.nn.functional.interpolate(coarse, scale_factor=8, mode="bicubic").clamp(0, 1)
+    return (smooth[0].permute(1, 2, 0) * 255).byte().numpy()
+
+
+def kinds(clip: np.ndarray, num_input_frames: int = 9) -> list[str]:
+    return [failure.kind for failure in find_failures(clip, num_input_frames)]
+
+
+@pytest.mark.parametrize("num_input_frames", [1, 9])
+def test_true_physics_is_sound(physics: np.ndarray, num_input_frames: int) -> None:
+    assert [kinds(clip, num_input_frames) for clip in physics[:2]] == [[]] * 2
+
+
+@pytest.mark.parametrize("name", DEGRADATIONS)
+def test_a_degraded_clip_is_sound(physics: np.ndarray, name: str) -> None:
+    assert kinds(DEGRADATIONS[name](physics[0], 3)) == []
+
+
+def test_a_still_video_is_sound(physics: np.ndarray) -> None:
+    assert kinds(physics[0, :1].repeat(33, 0)) == []
+
+
+def test_a_camera_that_pans_is_sound(scenery: np.ndarray) -> None:
+    clip = np.stack([scenery[:, 6 * step : 6 * step + 144] for step in range(33)])
+    assert kinds(clip) == []
+
+
+def test_a_large_object_that_comes_in_over_the_border_is_sound(scenery: np.ndarray) -> None:
+    clip = scenery[None, :, :144].repeat(33, 0)
+    for step in range(12, 33):
+        clip[step, 30:75, : min(144, 5 * (step - 11))] = (250, 20, 20)
+    assert kinds(clip) == []
+
+
+def test_a_change_of_light_is_sound(scenery: np.ndarray) -> None:
+    clip = scenery[None, :, :144].repeat(33, 0)
+    assert kinds(relight(clip, 1)) == []
+    darkened = clip.copy()
+    darkened[15:] //= 3
+    assert kinds(darkened) == []
+
+
+def test_a_small_artifact_is_sound(scenery: np.ndarray) -> None:
+    clip = scenery[None, :, :144].repeat(33, 0)
+    clip[15:, 40:54, 60:78] = (250, 20, 20)  # 1.8 % of the picture
+    assert kinds(clip) == []
+
+
+@pytest.mark.parametrize("num_input_frames", [1, 9])
+def test_a_large_object_from_nowhere_is_found(scenery: np.ndarray, num_input_frames: int) -> None:
+    clip = scenery[None, :, :144].repeat(33, 0)
+    clip[15:, 30:66, 50:98] = (250, 20, 20)  # an eighth of the picture
+    (failure,) = find_failures(clip, num_input_frames)
+    assert failure.kind == "appearance"
+    assert 15 <= failure.frame < 22
+    assert failure.score == pytest.approx(0.125, abs=0.04)
+    assert "50% from the left" in failure.detail
+
+
+@pytest.mark.parametrize("share", [0.7, 1.0])
+def test_a_collapse_is_found(scenery: np.ndarray, share: float) -> None:
+    clip = scenery[None, :, :144].repeat(33, 0)
+    clip[20:, :, : round(share * 144)] = (90, 80, 120)
+    (failure,) = find_failures(clip)
+    assert failure.kind == "collapse"
+    assert failure.frame >= 20
+    assert failure.score == pytest.approx(share, abs=0.05)
+
+
+def test_injected_failures_are_found(physics: np.ndarray) -> None:
+    for seed, clip in zip(SEEDS, physics, strict=True):
+        assert "appearance" in kinds(inject_appearance(clip, seed).frames)
+        # Of a wall that was plain before, a collapse may be called an appearance; it is a failure.
+        assert kinds(inject_collapse(clip, seed).frames)
+
+
+def test_input_frames_are_taken_for_sound(scenery: np.ndarray) -> None:
+    clip = scenery[None, :, :144].repeat(33, 0)
+    clip[4:, 30:66, 50:98] = (250, 20, 20)
+    assert kinds(clip, num_input_frames=11) == []
+
+
+def test_the_size_of_a_video_does_not_matter(scenery: np.ndarray) -> None:
+    clip = scenery[None, :, :144].repeat(20, 0)
+    clip[15:, 30:66, 50:98] = (250, 20, 20)
+    small, large = find_failures(clip), find_failures(clip.repeat(4, 1).repeat(4, 2))
+    assert small[0].score == pytest.approx(large[0].score, abs=0.01)
+
+
+def test_the_input_stays_as_it_was(physics: np.ndarray) -> None:
+    clip = physics[0].copy()
+    assert find_failures(torch.from_numpy(clip)) == find_failures(clip)
+    assert (clip == physics[0]).all()
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [np.zeros((9, 32, 32, 3), np.float32), np.zeros((32, 32, 3), np.uint8)],
+    ids=["float", "one frame"],
+)
+def test_other_arrays_are_refused(clip: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        find_failures(clip)
+
+
+def test_no_input_frames_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        find_failures(np.zeros((9, 32, 32, 3), np.uint8), 0)
+
+
+@pytest.mark.skipif(not ASSETS.is_dir(), reason="needs the real clips of ../shared/assets")
+@pytest.mark.parametrize(
+    "name", ["output_from_image_input_12b.mp4", "output_from_video_input_13b.mp4"]
+)
+def test_real_outputs_are_sound(name: str) -> None:
+    assert kinds(read_video(ASSETS / "autoregressive" / name).frames) == []

@@ -1,0 +1,199 @@
+"""The discrete Cosmos video tokenizer against the reference: every tensor of every case."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, cases
+from torch import Tensor
+
+from worldline.nn import fsq
+from worldline.nn.wavelet import EXACT_TAP, patch, unpatch
+from worldline.tokenizers.cosmos.load import open_tokenizer
+from worldline.tokenizers.cosmos.model import CosmosTokenizer
+from worldline.tokenizers.cosmos.weights import key_map
+from worldline.tokenizers.cosmos.windows import pad, reconstruct_windows
+from worldline.weights.stream import load_into
+
+CASES = cases("tok_dv_tiny")
+
+
+def folder_of(case: Case) -> Path:
+    return case.path / case.spec["folder"]
+
+
+@cache
+def loaded(case: Case, weights: str = "jit", tap: str = "stored") -> CosmosTokenizer:
+    """Weights "jit" of the exported files, "reg" or "ema" of the training checkpoint."""
+    folder = folder_of(case)
+    if weights == "jit":
+        source, config = open_tokenizer(folder)
+    else:
+        levels = tuple(case.spec["config"]["levels"])
+        source, config = open_tokenizer(
+            folder / "model.pt", ema=weights == "ema", levels=levels
+        )
+    if tap == "exact":
+        config = replace(config, tap=EXACT_TAP)
+    with torch.device("meta"):
+        model = CosmosTokenizer(config)
+    load_into(model, source, key_map(config), device="cpu", dtype=torch.float32)
+    return model.requires_grad_(False).eval()
+
+
+def watched(model: CosmosTokenizer, run: Any) -> dict[str, Tensor]:
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
+
+    handles = [module.register_forward_hook(keep(n)) for n, module in model.named_modules() if n]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def our_module(model: CosmosTokenizer, released: str) -> str:
+    """Translate a module's released name: the common start of its parameters' names."""
+    keys = key_map(model.config)
+    parameters = dict(model.named_parameters())
+    ours = [
+        name.split(".")
+        for name in parameters
+        if keys.released(name).startswith(f"{released}.")
+    ]
+    assert ours, f"no parameter below {released}"
+    depth = 0
+    while len({tuple(parts[: depth + 1]) for parts in ours}) == 1 and depth < len(ours[0]) - 1:
+        depth += 1
+    return ".".join(ours[0][:depth])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_configuration_is_read_from_the_files(case: Case) -> None:
+    config, stated = loaded(case).config, case.spec["config"]
+    channels = stated["channels"]
+    assert config.channels == channels
+    assert config.level_channels == tuple(channels * m for m in stated["channels_mult"])
+    assert config.num_blocks == stated["num_res_blocks"]
+    assert config.patch == stated["patch_size"]
+    assert config.spatial == stated["spatial_compression"]
+    assert config.temporal == stated["temporal_compression"]
+    assert config.z_channels == stated["z_channels"]
+    assert config.levels == tuple(stated["levels"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_clips(case: Case) -> None:
+    for name in case.names("t*.video"):
+        clip = name.removesuffix(".video")
+        video = case.tensor(name)
+        model = loaded(case)
+        run = watched(model, lambda m=model, v=video: m.encode(v))
+        if f"{clip}.indices" in case:
+            indices = model.encode_tokens(video)
+            case.compare(f"{clip}.indices", indices)
+            codes = fsq.indices_to_codes(indices, model.config.levels or ())
+            case.compare(f"{clip}.codes", codes.movedim(-1, 1))
+            stored = case.tensor(f"{clip}.indices")
+            run |= watched(
+                model, lambda m=model, s=stored: run.__setitem__("", m.decode_tokens(s))
+            )
+            case.compare(f"{clip}.recon", run[""])
+        for output in case.names(f"{clip}.*"):
+            what = output.removeprefix(f"{clip}.")
+            if what in ("video", "indices", "codes", "recon") or what.split(".")[0] in (
+                "reg",
+                "ema",
+            ):
+                continue
+            case.compare(output, run[our_module(model, what)])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_weights_of_the_training_checkpoint(case: Case) -> None:
+    for name in case.names("*.reg.*") + case.names("*.ema.*"):
+        clip, weights, what = name.split(".")
+        model = loaded(case, weights, "exact")
+        video = case.tensor(f"{clip}.video")
+        ours = {
+            "indices": lambda m=model, v=video: m.encode_tokens(v),
+            "quant_conv": lambda m=model, v=video: m.encode(v),
+            "codes": lambda m=model, v=video: fsq.quantize(
+                m.encode(v).movedim(1, -1), m.config.levels or ()
+            ).movedim(-1, 1),
+            "recon": lambda m=model, v=video: m.reconstruct(v),
+        }
+        case.compare(name, ours[what]())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_chunks_of_the_autoregressive_pipeline(case: Case) -> None:
+    """Each chunk is a clip of its own; there the reference encodes with exact taps."""
+    for name in case.names("ar*.video"):
+        chunk = name.removesuffix(".video")
+        count = case.spec["chunks"][chunk]["chunks"]
+        video, indices = case.tensor(name), case.tensor(f"{chunk}.indices")
+        encoder, decoder = loaded(case, "jit", "exact"), loaded(case)
+        tokens = [encoder.encode_tokens(part) for part in video.chunk(count, dim=2)]
+        case.compare(f"{chunk}.indices", torch.cat(tokens, dim=1))
+        decoded = [decoder.decode_tokens(part) for part in indices.chunk(count, dim=1)]
+        case.compare(f"{chunk}.recon", torch.cat(decoded, dim=2))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_padded_windows(case: Case) -> None:
+    if not case.names("np.*"):
+        return
+    frames = case.tensor("np.video").to(torch.uint8)
+    window = case.spec["temporal_window"]
+    case.compare("np.out", reconstruct_windows(loaded(case), frames, window).float())
+    for name in case.names("np.window*_padded"):
+        number = int(re.search(r"window(\d+)", name)[1])  # type: ignore[index]
+        padded, place = pad(frames[:, number * window : (number + 1) * window])
+        case.compare(name, padded.float())
+        case.compare(name.replace("_padded", "_crop"), torch.tensor(place))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_wavelets(case: Case) -> None:
+    for name in case.names("wav.*.x"):
+        stem = name.removesuffix(".x")
+        found = re.fullmatch(r"wav\.p(\d+)(bf16taps)?", stem)
+        assert found is not None
+        size = int(found[1])
+        tap = torch.tensor(EXACT_TAP).bfloat16().item() if found[2] else EXACT_TAP
+        case.compare(f"{stem}.patched", patch(case.tensor(name), size, tap))
+        case.compare(f"{stem}.unpatched", unpatch(case.tensor(f"{stem}.coef"), size, tap))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_quantiser(case: Case) -> None:
+    if not case.names("fsq.*"):
+        return
+    levels = [int(level) for level in case.tensor("fsq.levels")]
+    z = case.tensor("fsq.z")
+    case.compare("fsq.bound", fsq.bound(z, levels))
+    codes = fsq.quantize(z, levels)
+    case.compare("fsq.codes", codes)
+    case.compare("fsq.indices", fsq.codes_to_indices(codes, levels))
+    sample = fsq.indices_to_codes(case.tensor("fsq.sample_indices"), levels)
+    case.compare("fsq.sample_codes", sample)
+    grid = fsq.indices_to_codes(case.tensor("fsq.grid_indices"), levels)
+    case.compare("fsq.grid_codes", grid.movedim(-1, 1))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_tensor_is_used(case: Case) -> None:
+    assert case.unused() == []
+    assert json.loads((case.path / "case.json").read_text())["case"]
