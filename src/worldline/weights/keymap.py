@@ -60,7 +60,8 @@ class KeyMap:
     Attributes:
         rename: released pattern -> our pattern; "{i}" stands for an integer, and each field of one
             side must be on the other.
-        drop: pattern (with `*`, as in file names) of released names that are skipped -> reason.
+        drop: pattern (with `*`, as in file names) of released names that are skipped -> reason;
+            it wins over `rename`.
         prefixes: what may stand before a released name; `released` writes the first.
     """
 
@@ -92,13 +93,13 @@ class KeyMap:
         Raises:
             CheckpointError: the name is neither renamed nor dropped.
         """
+        if self._dropped(name):
+            return None
         for prefix in self.prefixes:
             if name.startswith(prefix):
                 ours = self._to_ours.get(name[len(prefix) :])
                 if ours is not None:
                     return prefix, ours
-        if self._dropped(name):
-            return None
         near = difflib.get_close_matches(name, self._patterns, n=3, cutoff=0.0)
         raise CheckpointError(f"unknown tensor {name}; nearest known: {', '.join(near)}")
 

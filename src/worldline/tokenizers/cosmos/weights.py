@@ -136,7 +136,7 @@ def read_config(
     }
     spatial, temporal = patch * 2 ** steps["space"], patch * 2 ** steps["time"]
     found = re.search(r"[CD]V(\d+)x(\d+)x\d+", name)
-    if found and steps["space"] == steps["time"] == len(widths):
+    if found and steps["space"] == steps["time"] == len(widths) - 1:
         temporal, spatial = int(found[1]), int(found[2])  # 0.1: every resampler holds everything
     quant = tensors.get("quant_conv.conv3d.weight")
     post_quant = tensors.get("post_quant_conv.conv3d.weight")
