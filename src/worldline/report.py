@@ -26,19 +26,26 @@ class Stage:
         seconds: wall time; the device had finished.
         peak_gb: most memory held during the stage, in 1e9 bytes: reserved by torch on a GPU, else
             of the process since its start.
+        ended: Unix time.
     """
 
     name: str
     seconds: float
     peak_gb: float
+    ended: float
 
 
 class Recorder:
-    """Collects the stages of one run on one device."""
+    """Collects the stages of one run on one device.
+
+    Attributes:
+        facts: what was chosen on the way, such as the decoder.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stages: list[Stage] = []
+        self.facts: dict[str, str] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -54,7 +61,8 @@ class Recorder:
             if cuda:
                 torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - started
-            self.stages.append(Stage(name, round(seconds, 4), round(self._peak() / GIGABYTE, 3)))
+            peak = round(self._peak() / GIGABYTE, 3)
+            self.stages.append(Stage(name, round(seconds, 4), peak, round(time.time(), 2)))
 
     def _peak(self) -> float:
         if self.device.type == "cuda":

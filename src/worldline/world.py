@@ -14,17 +14,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from worldline.catalog import check_parts
 from worldline.errors import InputError
-from worldline.load import (
+from worldline.loading import (
+    AutoregressiveParts,
     choose_device,
     compute_dtype,
     find_autoregressive,
     load_autoregressive,
 )
-from worldline.models.predict1_ar.decoder import can_capture
+from worldline.models.predict1_ar.decoder import PlainDecoder
 from worldline.pipelines.autoregressive import (
     FPS,
-    AutoregressiveParts,
     AutoregressiveRequest,
     continue_clip,
 )
@@ -147,13 +148,13 @@ class World:
     ) -> dict[str, Any]:
         transformer = self.parts.transformer
         spent = sum(s.seconds for s in recorder.stages if s.name in ("prefill", "tokens"))
-        captured = can_capture(transformer.module, 1)
+        decoder = recorder.facts["decoder"]
         return {
             "model": self.name,
             "input": source,
             "request": request.__dict__,
-            "decoder": "CUDA graph, Triton kernels" if captured else "plain modules",
-            "attention": "Triton, split keys" if captured else "torch SDPA",
+            "decoder": decoder,
+            "attention": "torch SDPA" if decoder == PlainDecoder.name else "Triton, split keys",
             "dtype": str(transformer.module.head.weight.dtype).removeprefix("torch."),
             "offload": {
                 "ar_model": transformer.offload,
@@ -197,7 +198,7 @@ def load(
         InputError: a part is asked for that this version does not have, or there is no such device.
         InsufficientMemoryError: the device is too small.
     """
-    files = find_autoregressive(str(name), checkpoint_dir)
+    files = find_autoregressive(str(name), Path(checkpoint_dir))
     check_parts(files.bundled, disable_diffusion_decoder, disable_guardrail)
     chosen = choose_device(device)
     recorder = Recorder(chosen)
@@ -210,26 +211,6 @@ def load(
         offload_tokenizer=offload_tokenizer,
     )
     return World(files.folder.name if not files.bundled else str(name), parts, recorder)
-
-
-def check_parts(
-    bundled: bool, disable_diffusion_decoder: bool | None, disable_guardrail: bool | None
-) -> None:
-    """Refuse a request for parts that do not exist, by the name of the flag that does without.
-
-    Raises:
-        InputError: a released model is to run with its guardrail or diffusion decoder.
-    """
-    for flag, part, disabled in (
-        ("disable_diffusion_decoder", "diffusion decoder", disable_diffusion_decoder),
-        ("disable_guardrail", "guardrail", disable_guardrail),
-    ):
-        wanted = not bundled if disabled is None else not disabled
-        if wanted:
-            raise InputError(
-                f"the {part} is not part of this version of worldline; "
-                f"run without it: --{flag} (in Python {flag}=True)"
-            )
 
 
 def kind_of(input: Input) -> InputType:

@@ -104,10 +104,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     """Return the exit status and the line that an exception ends a command with."""
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx else "worldline"
-        text = error.format_message().rstrip(".")
-        if isinstance(error, click.NoSuchOption) and not error.possibilities and error.ctx:
-            text = text.replace("No such option:", "there is no option")
-        return 2, f"{text} (see {path} --help)"
+        usage = error.format_message().rstrip(".")
+        return 2, f"{usage} (see {path} --help)"
     if isinstance(error, click.ClickException):
         return error.exit_code, error.format_message()
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
@@ -119,13 +117,13 @@ def explain(error: BaseException) -> tuple[int, str]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1, ""
     if is_out_of_memory(error):
-        detail = str(error).splitlines()[0].rstrip(".") if str(error) else "no memory left"
-        return 1, f"out of memory: {detail}"
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else "no memory left"
+        return 1, f"out of memory: {reason}"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return 1, f"{where}{error.strerror or error}"
-    detail = str(error).strip().splitlines()
-    text = f": {detail[0]}" if detail else ""
+    lines = str(error).strip().splitlines()
+    text = f": {lines[0]}" if lines else ""
     return 1, f"unexpected {type(error).__name__}{text} (--debug shows the trace)"
 
 

@@ -12,7 +12,8 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,10 +60,10 @@ def autoregressive() -> None:
 @click.option("--input_prompts_path", help="Another name of --batch_input_path.")
 @click.option(
     "--num_input_frames",
-    type=int,
-    default=9,
+    type=click.Choice(["1", "9"]),
+    default="9",
+    callback=lambda context, parameter, value: int(value),
     show_default=True,
-    metavar="[1|9]",
     help="How many of the input's last frames are continued; an image has 1.",
 )
 @click.option(
@@ -96,16 +97,14 @@ def autoregressive() -> None:
 @click.option("--num_gpus", type=int, default=1, show_default=True, help="1 in this version.")
 @click.option("--device", help="cuda, cuda:1, cpu, mps…; by default the GPU, if there is one.")
 @click.pass_context
-def base(context: click.Context, **flags: Any) -> None:
+def base(context: click.Context, /, **flags: Any) -> None:
     """Continue videos or images by 24 or 32 frames, without a prompt.
 
     A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to
     0.mp4, 1.mp4, … by the 0-based line of the JSONL; a JSON report is written beside each.
     """
     given = {
-        name
-        for name in flags
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        name for name in flags if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
     _refuse_several_gpus(flags["num_gpus"])
     inputs = _choose_input(flags)
@@ -119,8 +118,7 @@ def base(context: click.Context, **flags: Any) -> None:
         if not tasks:
             click.echo(f"nothing left to do in {flags['video_save_folder']}")
             return
-    with _memory_advice(flags):
-        _run(tasks, request, flags, batch=inputs.batch)
+    _run(tasks, request, flags, batch=inputs.batch)
 
 
 @dataclass(frozen=True)
@@ -164,11 +162,10 @@ def _choose_input(flags: dict[str, Any]) -> Inputs:
 
 
 def _refuse_missing_parts(flags: dict[str, Any]) -> None:
-    from worldline.catalog import BUNDLED_PREFIX
-    from worldline.parts import check_parts
+    from worldline.catalog import check_parts, is_bundled
 
     check_parts(
-        flags["ar_model_dir"].startswith(BUNDLED_PREFIX),
+        is_bundled(flags["ar_model_dir"]),
         flags["disable_diffusion_decoder"] or None,
         flags["disable_guardrail"] or None,
     )
@@ -193,3 +190,241 @@ def _make_request(flags: dict[str, Any]) -> AutoregressiveRequest:
         top_p=flags["top_p"],
         seed=flags["seed"],
     )
+
+
+def _log_notes(flags: dict[str, Any], given: set[str], *, batch: bool) -> None:
+    """Say what was asked for and has no effect, and what to expect of the model."""
+    from worldline.catalog import find, is_bundled
+
+    absent = (
+        ("offload_guardrail_models", "no guardrail runs"),
+        ("offload_diffusion_decoder", "no diffusion decoder runs"),
+        ("offload_prompt_upsampler", "base models take no prompt, so none is upsampled"),
+    )
+    for name, reason in absent:
+        if flags[name]:
+            logger.info("--%s has no effect: %s", name, reason)
+    if flags["temperature"] == 0:
+        for name in ("top_p", "seed"):
+            if name in given:
+                logger.info("--%s has no effect: temperature 0 draws nothing at random", name)
+    if batch and "video_save_name" in given:
+        logger.info("--video_save_name has no effect: videos of a batch are numbered")
+    if is_bundled(flags["ar_model_dir"]) and "checkpoint_dir" in given:
+        logger.info("--checkpoint_dir has no effect: %s is bundled", flags["ar_model_dir"])
+    image = flags["input_type"] == "image"
+    if image and "num_input_frames" in given and flags["num_input_frames"] != 1:
+        logger.info("--num_input_frames has no effect: an image has 1 frame")
+    entry = find(Path(flags["ar_model_dir"]).name)
+    if entry and entry.failure_rates and (image or flags["num_input_frames"] == 1):
+        one, nine = entry.failure_rates
+        if one >= 5:
+            logger.warning(
+                "from 1 frame about %d %% of the videos of %s fail, from 9 frames %d %% "
+                "(published figures)",
+                one,
+                entry.name,
+                nine,
+            )
+
+
+def _choose_outputs(items: Sequence[Item], inputs: Inputs, flags: dict[str, Any]) -> list[Task]:
+    """Name the videos, and make sure that they can be written and overwrite no input.
+
+    Raises:
+        InputError: the folder cannot be written, a name is none, or an input is in the way.
+    """
+    from worldline.video.write import ENCODINGS, check_destination
+
+    folder = Path(flags["video_save_folder"])
+    name = flags["video_save_name"]
+    if not inputs.batch and not Path(name).name:
+        raise InputError(f"--video_save_name {name!r} is no name")
+    if inputs.batch:
+        outputs = [folder / f"{item.number}.mp4" for item in items]
+    elif Path(name).suffix.lower() in ENCODINGS:
+        outputs = [folder / name]
+    else:
+        outputs = [folder / f"{name}.mp4"]
+    for output in outputs:
+        check_destination(output)
+    check_folder(outputs[0].parent, "--video_save_folder")
+    read = {item.path.resolve() for item in items}
+    for output in outputs:
+        if output.resolve() in read:
+            raise InputError(
+                f"{output} is an input; choose another --video_save_folder"
+                + ("" if inputs.batch else " or --video_save_name")
+            )
+    return [Task(item, output) for item, output in zip(items, outputs, strict=True)]
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Make the folder that `flag` names, and try to write there.
+
+    Raises:
+        InputError: that does not work.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{flag} {folder} cannot be written: {reason}") from error
+
+
+def _leave_out_finished(
+    tasks: list[Task], model: str, request: AutoregressiveRequest
+) -> list[Task]:
+    """Return the tasks whose video is not there yet, or was made in another way."""
+    left = []
+    for task in tasks:
+        if not task.output.exists():
+            left.append(task)
+            continue
+        try:
+            report = json.loads(task.output.with_suffix(".json").read_text())
+            same = (
+                report["model"] in (Path(model).name, Path(model).absolute().parent.name)
+                and report["input"] == str(task.item.path)
+                and report["request"] == request.__dict__
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            same = False
+        if same:
+            logger.info("%s is finished", task.output)
+        else:
+            logger.info("%s was made in another way, or not finished: made again", task.output)
+            left.append(task)
+    return left
+
+
+@contextmanager
+def _memory_advice(flags: dict[str, Any]) -> Iterator[None]:
+    """Turn an exhausted device into an error that names the flags which help."""
+    from worldline.cli import is_out_of_memory
+
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        detail = str(error).splitlines()[0].rstrip(".") if str(error) else "no memory left"
+        left = [f"--{name}" for name in OFFLOAD_FLAGS if not flags[name]]
+        lower = "lowers" if len(left) == 1 else "lower"
+        advice = f"; {' and '.join(left)} {lower} the need" if left else ""
+        raise Error(f"out of memory: {detail}{advice}") from error
+
+
+def _run(
+    tasks: Sequence[Task], request: AutoregressiveRequest, flags: dict[str, Any], *, batch: bool
+) -> None:
+    """Load the world, make the videos one after another, and say what came of it.
+
+    Raises:
+        Error: an item failed; the others of the batch were made.
+        GuardrailRefusal: none failed, but one was refused.
+    """
+    import worldline
+
+    with _memory_advice(flags):
+        world = worldline.load(
+            flags["ar_model_dir"],
+            flags["checkpoint_dir"],
+            device=flags["device"],
+            offload_ar_model=flags["offload_ar_model"],
+            offload_tokenizer=flags["offload_tokenizer"],
+            disable_diffusion_decoder=flags["disable_diffusion_decoder"] or None,
+            disable_guardrail=flags["disable_guardrail"] or None,
+        )
+    if world.device.type == "cpu":
+        for name in OFFLOAD_FLAGS:
+            if flags[name]:
+                logger.info("--%s has no effect: the model runs on the CPU", name)
+    logger.info("%s", describe_world(world))
+    failed, refused = 0, 0
+    for position, task in enumerate(tasks):
+        label = f"{position + 1}/{len(tasks)} {task.item.path}" if batch else str(task.item.path)
+        try:
+            with _memory_advice(flags):
+                options = {"input_type": flags["input_type"], **vars(request)}
+                video = follow(world.stream(task.item.path, **options), label)
+            video.save(task.output)
+        except Exception as error:
+            if not batch or _is_disk_full(error):
+                raise
+            refused += isinstance(error, GuardrailRefusal)
+            failed += not isinstance(error, GuardrailRefusal)
+            logger.error("%s: %s", label, _one_line(error))
+            logger.debug("%s", traceback.format_exc())
+        else:
+            click.echo(describe_video(video, task.output))
+    made = len(tasks) - failed - refused
+    if batch:
+        click.echo(f"{made} of {len(tasks)} videos are in {tasks[0].output.parent}")
+    if failed:
+        raise Error(f"{failed} of {len(tasks)} inputs failed; --resume tries them alone")
+    if refused:
+        raise GuardrailRefusal(f"{refused} of {len(tasks)} videos were refused", stage="video")
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Tell whether going on would waste the time of every further clip."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else type(error).__name__
+    return first if isinstance(error, Error) else f"{type(error).__name__}: {first}"
+
+
+def describe_world(world: World) -> str:
+    """Return one line about what was loaded."""
+    loading = world.loading.as_dict()
+    shape = world.parts.video
+    return (
+        f"{world.name} on {world.device}: {shape.frames} frames of {shape.width} x {shape.height}; "
+        f"loaded in {loading['seconds']:.1f} s, {loading['peak_gb']:.2f} GB"
+    )
+
+
+def describe_video(video: Video, path: Path) -> str:
+    """Return where a video is, and what it took."""
+    report = video.report
+    run = report["run"]
+    stages = ", ".join(f"{stage['name']} {stage['seconds']:.1f}" for stage in run["stages"])
+    return (
+        f"{path}: {len(video.frames)} frames, seed {report['request']['seed']}, "
+        f"{run['seconds']:.1f} s ({stages}), {report['tokens_per_second']} tokens/s, "
+        f"peak memory {run['peak_gb']:.2f} GB; worldline {report['worldline']}, "
+        f"torch {report['torch']}, {report['attention']}"
+    )
+
+
+def follow(steps: Iterator[Step], label: str) -> Video:
+    """Run a request to its end; show a bar on a terminal, else a line a stage."""
+    from tqdm import tqdm
+
+    told = ""
+    on_terminal = sys.stderr.isatty()
+    bar: Any = None
+    try:
+        for step in steps:
+            if step.video is not None:
+                return step.video
+            if step.kind != told:
+                told = step.kind
+                stage = _STAGES[told].format(total=step.total)
+                if not on_terminal:
+                    logger.info("%s: %s", label, stage)
+                elif told == "tokens":
+                    bar = tqdm(total=step.total, desc=label, unit="token", leave=False)
+            if bar is not None and step.kind == "tokens":
+                bar.update(step.done - bar.n)
+    finally:
+        if bar is not None:
+            bar.close()
+    raise AssertionError("a stream ends with its video")

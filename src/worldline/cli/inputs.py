@@ -70,9 +70,7 @@ def read_batch(path: str | Path, kind: Kind, num_input_frames: int) -> list[Item
     return items
 
 
-def _read_folder(
-    folder: Path, kind: Kind, num_input_frames: int
-) -> tuple[list[Item], list[str]]:
+def _read_folder(folder: Path, kind: Kind, num_input_frames: int) -> tuple[list[Item], list[str]]:
     items: list[Item] = []
     problems: list[str] = []
     passed_over: list[str] = []

@@ -20,6 +20,8 @@ def attend(
         mask: boolean, broadcast to (B, N, L, S); True is visible. Not together with `causal`.
     """
     length, visible = q.shape[2], k.shape[2]
+    if length == 1:
+        return _attend_one(q, k, v, mask)
     if causal and 1 < length < visible:
         rows = torch.arange(visible - length, visible, device=q.device)
         mask = rows[:, None] >= torch.arange(visible, device=q.device)
@@ -31,3 +33,18 @@ def attend(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and 1 < length == visible, enable_gqa=grouped
     )
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` for one query: the heads of a group share one product, and no key is copied.
+
+    The fused backends are made for long queries; cuDNN's would also be planned anew for every
+    length of the cache (measured: 48 ms a token on the 4B model).
+    """
+    batch, heads, _, size = q.shape
+    grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], size)
+    wide = torch.promote_types(q.dtype, torch.float32)  # a sum over thousands of weights
+    scores = (grouped @ k.transpose(-1, -2)).to(wide) * size**-0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(-1).to(v.dtype) @ v).reshape(q.shape)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_BLOCK, _WARPS, _STAGES = 64, 4, 3
 _SPLITS = 16  # programs a key head: with 8 key heads about one wave of an H200's 132 processors
 
 
@@ -20,6 +21,52 @@ def _normed(x, gamma, rstd):  # type: ignore[no-untyped-def]
     """Scale as `RMSNorm` does: round, then multiply by the weight, then round."""
     y = (x * rstd).to(tl.bfloat16).to(tl.float32)
     return (y * gamma).to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def _matvec_rows(  # type: ignore[no-untyped-def]
+    x,
+    gamma,
+    weight,
+    residual,
+    out,
+    row,
+    rows,
+    eps,
+    COLUMNS: tl.constexpr,
+    NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK_COLUMNS)
+    rstd = 1.0
+    if NORM:
+        squares = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+        for start in tl.static_range(0, COLUMNS, BLOCK_COLUMNS):
+            part = tl.load(x + start + column, start + column < COLUMNS, other=0.0).to(tl.float32)
+            squares += part * part
+        rstd = tl.rsqrt(tl.sum(squares) / COLUMNS + eps)
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    pointers = weight + row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    for start in tl.static_range(0, COLUMNS, BLOCK_COLUMNS):
+        inside = start + column < COLUMNS
+        values = tl.load(
+            pointers + start,
+            (row < rows)[:, None] & inside[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        part = tl.load(x + start + column, inside, other=0.0).to(tl.float32)
+        if NORM:
+            scale = tl.load(gamma + start + column, inside, other=0.0).to(tl.float32)
+            part = _normed(part, scale, rstd)
+        sums += values.to(tl.float32) * part[None, :]
+    y = tl.sum(sums, 1).to(tl.bfloat16)
+    if RESIDUAL:
+        before = tl.load(residual + row, row < rows).to(tl.float32)
+        y = (y.to(tl.float32) + before).to(tl.bfloat16)
+    tl.store(out + row, y, row < rows)
 
 
 @triton.jit
@@ -36,51 +83,41 @@ def _matvec_kernel(  # type: ignore[no-untyped-def]
     rows2,
     eps,
     COLUMNS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     block = tl.program_id(0)
-    blocks0 = tl.cdiv(rows0, BLOCK_ROWS)
-    blocks1 = tl.cdiv(rows1, BLOCK_ROWS)
-    weight, first, rows, base = weight0, block, rows0, 0
-    if block >= blocks0 + blocks1:
-        weight, first, rows, base = weight2, block - blocks0 - blocks1, rows2, rows0 + rows1
-    elif block >= blocks0:
-        weight, first, rows, base = weight1, block - blocks0, rows1, rows0
-    row = first * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.arange(0, BLOCK_COLUMNS)
-    rstd = 1.0
-    if NORM:
-        squares = tl.zeros((BLOCK_COLUMNS,), tl.float32)
-        for start in tl.static_range(0, COLUMNS, BLOCK_COLUMNS):
-            part = tl.load(x + start + column, start + column < COLUMNS, other=0.0).to(tl.float32)
-            squares += part * part
-        rstd = tl.rsqrt(tl.sum(squares) / COLUMNS + eps)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    pointers = weight + row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
-    for start in tl.static_range(0, COLUMNS, BLOCK_COLUMNS):
-        inside = start + column < COLUMNS
-        part = tl.load(x + start + column, inside, other=0.0).to(tl.float32)
-        if NORM:
-            part = _normed(
-                part, tl.load(gamma + start + column, inside, other=0.0).to(tl.float32), rstd
-            )
-        values = tl.load(
-            pointers + start,
-            (row < rows)[:, None] & inside[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        sums += values.to(tl.float32) * part[None, :]
-    y = tl.sum(sums, 1).to(tl.bfloat16)
-    target = base + row
-    if RESIDUAL:
-        y = (y.to(tl.float32) + tl.load(residual + target, row < rows).to(tl.float32)).to(
-            tl.bfloat16
-        )
-    tl.store(out + target, y, row < rows)
+    lane = tl.arange(0, BLOCK_ROWS)
+    # one branch a matrix: a pointer chosen at run time would lose its alignment, and with it the
+    # 16-byte loads
+    if WEIGHTS == 1:
+        _matvec_rows(
+            x, gamma, weight0, residual, out, block * BLOCK_ROWS + lane, rows0, eps,
+            COLUMNS, NORM, RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS,
+        )  # fmt: skip
+    else:
+        blocks0 = tl.cdiv(rows0, BLOCK_ROWS)
+        blocks1 = tl.cdiv(rows1, BLOCK_ROWS)
+        if block < blocks0:
+            _matvec_rows(
+                x, gamma, weight0, residual, out, block * BLOCK_ROWS + lane, rows0, eps,
+                COLUMNS, NORM, RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS,
+            )  # fmt: skip
+        elif block < blocks0 + blocks1:
+            _matvec_rows(
+                x, gamma, weight1, residual, out + rows0,
+                (block - blocks0) * BLOCK_ROWS + lane, rows1, eps,
+                COLUMNS, NORM, RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS,
+            )  # fmt: skip
+        else:
+            _matvec_rows(
+                x, gamma, weight2, residual, out + rows0 + rows1,
+                (block - blocks0 - blocks1) * BLOCK_ROWS + lane, rows2, eps,
+                COLUMNS, NORM, RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -254,15 +291,15 @@ def matvec(
     eps: float = 0.0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Write the products of up to three bf16 matrices (rows, columns) with `x` to `out`, in a row.
+    """Write the products of one or three bf16 matrices with `x` to `out`, one after another.
 
     Args:
         x: (columns,) bf16.
-        weights: one to three matrices with equal columns, contiguous.
+        weights: one matrix, or three with equal columns; contiguous.
         out: (sum of rows,) bf16.
         gamma: (columns,); if given, x is normalised and scaled by it first.
         eps: of that norm.
-        residual: (sum of rows,), added to the products; may be `out`.
+        residual: (rows,), added to the product of one matrix; may be `out`.
     """
     columns = x.numel()
     rows = [weight.shape[0] for weight in weights] + [0, 0]
@@ -279,6 +316,7 @@ def matvec(
         *rows[:3],
         eps,
         COLUMNS=columns,
+        WEIGHTS=len(weights),
         NORM=gamma is not None,
         RESIDUAL=residual is not None,
         BLOCK_ROWS=block_rows,
@@ -378,9 +416,9 @@ class Attend:
             GROUP=self.group,
             PADDED=max(16, triton.next_power_of_2(self.group)),
             SPLITS=_SPLITS,
-            BLOCK=64,
-            num_warps=4,
-            num_stages=3,
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
+            num_stages=_STAGES,
         )
         return out
 

@@ -13,14 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from worldline.errors import InputError
+from worldline.loading import AutoregressiveParts
 from worldline.models.predict1_ar.decoder import make_decoder
-from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig, make_positions
-from worldline.parallel.offload import Part
+from worldline.models.predict1_ar.model import make_positions
 from worldline.report import Recorder
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling
-from worldline.shapes import VideoShape, latent_frames_of
-from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+from worldline.shapes import latent_frames_of
 from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip
 
@@ -55,32 +54,6 @@ class AutoregressiveRequest:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"seed is {self.seed}; it must be 0 to {LARGEST_SEED}")
-
-
-@dataclass(frozen=True)
-class AutoregressiveParts:
-    """A world's networks, each on its device or waiting in host memory."""
-
-    transformer: Part[ARTransformer]
-    tokenizer: Part[CosmosTokenizer]
-
-    @property
-    def config(self) -> ARTransformerConfig:
-        return self.transformer.module.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.device
-
-    @property
-    def video(self) -> VideoShape:
-        """Size of what this world makes."""
-        return video_shape(self.config, self.tokenizer.module.config)
-
-
-def video_shape(config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig) -> VideoShape:
-    """Return the size of the clips that a transformer and a tokenizer make together."""
-    return config.grid.video(tokenizer.temporal, tokenizer.spatial)
 
 
 @dataclass(frozen=True)
@@ -134,6 +107,7 @@ def continue_clip(
     with parts.transformer.on_device() as transformer:
         positions = make_positions(config, device, transformer.head.weight.dtype)
         decoder = make_decoder(transformer, positions, sampling)
+        recorder.facts["decoder"] = decoder.name
         steps = decode(decoder, prompt, count, noise)
         with recorder.stage("prefill"):
             yield Progress("tokens", next(steps), count)

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from worldline.catalog import BUNDLED_PREFIX, is_bundled
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.models.predict1_ar.decoder import compile_ahead
 from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig
 from worldline.models.predict1_ar.weights import KEYS, SHARDS, read_config
 from worldline.parallel.offload import Part
-from worldline.pipelines.autoregressive import AutoregressiveParts, video_shape
 from worldline.report import GIGABYTE, Recorder
+from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import key_map
@@ -29,7 +30,6 @@ from worldline.weights.shards import find_shards, open_shards
 from worldline.weights.stream import load_into
 
 BUNDLED = Path(__file__).parent / "bundled"
-BUNDLED_PREFIX = "tiny-"
 # of both generations; the one that belongs to the transformer's own generation is tried first
 _TOKENIZERS = ("Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-1.0-Tokenizer-DV8x16x16")
 
@@ -53,6 +53,32 @@ class AutoregressiveFiles:
     config: ARTransformerConfig
     tokenizer: Checkpoint
     tokenizer_config: CosmosTokenizerConfig
+
+
+@dataclass(frozen=True)
+class AutoregressiveParts:
+    """A world's networks, each on its device or waiting in host memory."""
+
+    transformer: Part[ARTransformer]
+    tokenizer: Part[CosmosTokenizer]
+
+    @property
+    def config(self) -> ARTransformerConfig:
+        return self.transformer.module.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def video(self) -> VideoShape:
+        """Size of what this world makes."""
+        return video_shape(self.config, self.tokenizer.module.config)
+
+
+def video_shape(config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig) -> VideoShape:
+    """Return the size of the clips that a transformer and a tokenizer make together."""
+    return config.grid.video(tokenizer.temporal, tokenizer.spatial)
 
 
 @dataclass(frozen=True)
@@ -84,7 +110,7 @@ def find_autoregressive(model: str | Path, checkpoint_dir: str | Path) -> Autore
     Raises:
         CheckpointError: a file is absent, incomplete, damaged or of another model.
     """
-    bundled = str(model).startswith(BUNDLED_PREFIX)
+    bundled = is_bundled(str(model))
     if bundled:
         folder = BUNDLED / str(model).removeprefix(BUNDLED_PREFIX)
         if not folder.is_dir():
@@ -94,11 +120,16 @@ def find_autoregressive(model: str | Path, checkpoint_dir: str | Path) -> Autore
     else:
         folder = _model_folder(Path(model), Path(checkpoint_dir))
         roots = [Path(checkpoint_dir), folder.parent]
-    source = _open_transformer(folder)
-    config = read_config(source, _settings(folder))
+    source = open_transformer(folder)
+    config = read_config(source, read_settings(folder))
     with torch.device("meta"):
         expected = ARTransformer(config)
     _check(expected, source, KEYS)
+    if config.context_width is not None:
+        raise CheckpointError(
+            f"{folder} is a Video2World model, which continues a clip by a prompt; "
+            "this version runs base models (4B, 12B)"
+        )
 
     tokenizer_folder = _tokenizer_folder(folder, roots)
     tokenizer, tokenizer_config = open_tokenizer(tokenizer_folder)
@@ -264,7 +295,12 @@ def _model_folder(model: Path, checkpoint_dir: Path) -> Path:
     )
 
 
-def _open_transformer(folder: Path) -> Checkpoint:
+def open_transformer(folder: Path) -> Checkpoint:
+    """Open the transformer of a folder, in whatever form it was saved; headers only.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
     for name in ("model.safetensors", "model.safetensors.index.json", "model.pt"):
         if (folder / name).exists():
             return open_checkpoint(folder / name)
@@ -279,7 +315,12 @@ def _open_transformer(folder: Path) -> Checkpoint:
     )
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return what config.json in `folder` says; nothing where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     path = folder / "config.json"
     if not path.exists():
         return {}

@@ -1,0 +1,464 @@
+"""Every released checkpoint that is known: where it lies, what it holds, what it may be used for.
+
+Sizes, parameters and MD5 sums are those of the released files; needs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from worldline.errors import InputError
+
+BUNDLED_PREFIX = "tiny-"
+
+NVIDIA_LICENCE = "NVIDIA Open Model License"
+APACHE_LICENCE = "Apache-2.0"
+LLAMA_LICENCE = "Llama 3.1 Community License"
+
+Presence = Literal["present", "partial", "absent"]
+
+
+@dataclass(frozen=True)
+class File:
+    """One released file.
+
+    Attributes:
+        name: below the folder.
+        nbytes: of its tensors; the file is a little larger. 0 where it is not known.
+        md5: of the whole file; "" where none is published.
+    """
+
+    name: str
+    nbytes: int = 0
+    md5: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One released checkpoint.
+
+    Attributes:
+        name: of the newest folder.
+        family: what kind of model it is.
+        folders: names below the checkpoint folder, newest generation first.
+        files: as released.
+        layouts: sets of file patterns, each of which is a whole checkpoint.
+        parameters: trained ones; 0 where it is not known.
+        licence: of the weights.
+        preset: name of its configuration in the family's PRESETS; "" for none.
+        needs: names of other entries that a request as released needs.
+        command: that runs it in this version; "" for none.
+        failure_rates: percent of failed videos from 1 frame and from 9, as published.
+    """
+
+    name: str
+    family: str
+    folders: tuple[str, ...]
+    files: tuple[File, ...]
+    layouts: tuple[tuple[str, ...], ...]
+    parameters: int = 0
+    licence: str = NVIDIA_LICENCE
+    preset: str = ""
+    needs: tuple[str, ...] = ()
+    command: str = ""
+    failure_rates: tuple[int, int] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files that a request reads: those of the smallest layout known."""
+        sizes = {file.name: file.nbytes for file in self.files}
+        return min(
+            (sum(sizes.get(name, 0) for name in layout) for layout in self.layouts[:1]), default=0
+        )
+
+    def presence(self, checkpoint_dir: str | Path) -> tuple[Presence, Path | None]:
+        """Tell whether the checkpoint is there, and in which folder; looks at names alone."""
+        partial: Path | None = None
+        for folder in self.folders:
+            path = Path(checkpoint_dir) / folder
+            if not path.is_dir():
+                continue
+            for layout in self.layouts:
+                if all(_holds(path, pattern) for pattern in layout):
+                    return "present", path
+            partial = partial or path
+        return ("partial", partial) if partial else ("absent", None)
+
+
+def _holds(folder: Path, pattern: str) -> bool:
+    return any(path.is_file() and path.stat().st_size for path in folder.glob(pattern))
+
+
+_TRANSFORMER_LAYOUTS = (
+    ("model.pt",),
+    ("model.safetensors",),
+    ("model.safetensors.index.json",),
+    ("model_model_mp_0.pt",),
+    ("iter_*.pt",),
+)
+_DIFFUSION_LAYOUTS = (
+    ("model.pt",),
+    ("transformer/diffusion_pytorch_model*.safetensors",),
+)
+_HALVES = (
+    ("encoder.jit", "decoder.jit"),
+    ("autoencoder.jit",),
+    ("encoder.safetensors", "decoder.safetensors"),
+    ("autoencoder.safetensors",),
+    ("model.safetensors",),
+    ("model.pt",),
+)
+
+_GUARDRAIL = "Cosmos-Guardrail1"
+_DISCRETE = "Cosmos-Tokenize1-DV8x16x16-720p"
+_CONTINUOUS = "Cosmos-Tokenize1-CV8x8x8-720p"
+_DECODER = "Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p"
+_T5 = "google-t5/t5-11b"
+
+
+def _autoregressive(
+    size: str,
+    parameters: int,
+    nbytes: int,
+    md5: str,
+    failure_rates: tuple[int, int],
+) -> Entry:
+    base = "Video2World" not in size
+    return Entry(
+        name=f"Cosmos-Predict1-{size}",
+        family="autoregressive base" if base else "autoregressive video2world",
+        folders=(f"Cosmos-Predict1-{size}", f"Cosmos-1.0-Autoregressive-{size}"),
+        files=(File("model.pt", nbytes, md5), File("config.json")),
+        layouts=_TRANSFORMER_LAYOUTS,
+        parameters=parameters,
+        preset=size,
+        needs=(_DISCRETE, _DECODER, _CONTINUOUS, _GUARDRAIL, *(() if base else (_T5,))),
+        command="autoregressive base" if base else "",
+        failure_rates=failure_rates,
+    )
+
+
+def _tokenizer(
+    kind: str,
+    old: str,
+    parameters: int,
+    autoencoder: File,
+    halves: tuple[File, ...] = (),
+    more: tuple[File, ...] = (),
+) -> Entry:
+    name = f"Cosmos-Tokenize1-{kind}"
+    video = kind[1] == "V"
+    resolution_free = kind.split("-")[0]
+    return Entry(
+        name=name,
+        family=f"{'discrete' if kind[0] == 'D' else 'continuous'} "
+        f"{'video' if video else 'image'} tokenizer",
+        folders=(name, old),
+        files=(*halves, autoencoder, *more),
+        layouts=_HALVES if halves else (_HALVES[1], _HALVES[0], *_HALVES[2:]),
+        parameters=parameters,
+        preset=resolution_free if video else "",
+    )
+
+
+def _diffusion(size: str, kind: str, parameters: int, nbytes: int, md5: str) -> Entry:
+    upsampler = "Cosmos-UpsamplePrompt1-12B-Text2World" if kind == "Text2World" else "Pixtral-12B"
+    name = f"Cosmos-Predict1-{size}-{kind}"
+    return Entry(
+        name=name,
+        family=f"diffusion {kind.lower()}",
+        folders=(name, f"Cosmos-1.0-Diffusion-{size}-{kind}"),
+        files=(File("model.pt", nbytes, md5),),
+        layouts=_DIFFUSION_LAYOUTS,
+        parameters=parameters,
+        needs=(_CONTINUOUS, _T5, upsampler, _GUARDRAIL),
+    )
+
+
+def _sample(kind: str, md5: str = "") -> Entry:
+    name = f"Cosmos-Predict1-7B-{kind}"
+    return Entry(
+        name=name,
+        family="diffusion, other",
+        folders=(name,),
+        files=(File("model.pt", md5=md5),),
+        layouts=_DIFFUSION_LAYOUTS,
+        needs=(_CONTINUOUS, _T5, _GUARDRAIL),
+    )
+
+
+def _flow(size: str, parameters: int, nbytes: int, files: tuple[str, ...]) -> Entry:
+    name = f"Cosmos-Predict2.5-{size}"
+    vae = (File("tokenizer.pth", 507_570_124),) if size == "2B" else ()
+    return Entry(
+        name=name,
+        family="flow",
+        folders=(name, f"nvidia/{name}"),
+        files=(*(File(file, nbytes) for file in files), *vae),
+        layouts=(
+            *((file,) for file in files),
+            ("transformer/diffusion_pytorch_model*.safetensors",),
+        ),
+        parameters=parameters,
+        needs=("Cosmos-Reason1-7B", _GUARDRAIL, "Llama-Guard-3-8B"),
+    )
+
+
+def _other(
+    name: str,
+    family: str,
+    folders: tuple[str, ...],
+    files: tuple[File, ...],
+    licence: str = NVIDIA_LICENCE,
+    layouts: tuple[tuple[str, ...], ...] | None = None,
+    parameters: int = 0,
+    needs: tuple[str, ...] = (),
+) -> Entry:
+    return Entry(
+        name=name,
+        family=family,
+        folders=folders,
+        files=files,
+        layouts=layouts or (tuple(file.name for file in files),),
+        parameters=parameters,
+        licence=licence,
+        needs=needs,
+    )
+
+
+ENTRIES: tuple[Entry, ...] = (
+    _autoregressive(
+        "4B", 4_014_088_192, 8_028_176_384, "5fdc62fc87fbf470dbcc2288589b7942", (15, 1)
+    ),
+    _autoregressive(
+        "12B", 11_560_975_360, 23_121_950_720, "ed748fabcb544d30d35385a8c28efb4d", (2, 1)
+    ),
+    _autoregressive(
+        "5B-Video2World", 4_584_845_312, 9_169_690_624, "2a48a854bb6e04abb6b7c72979f1a69b", (7, 2)
+    ),
+    _autoregressive(
+        "13B-Video2World",
+        13_323_125_760,
+        26_646_251_520,
+        "21a9fb02c61fbebc96c1af1fcaa5893f",
+        (3, 0),
+    ),
+    _tokenizer(
+        "DV8x16x16-720p",
+        "Cosmos-1.0-Tokenizer-DV8x16x16",
+        110_898_294,
+        File("autoencoder.jit", 222_564_680, "606b8585b637f06057725cbb67036ae6"),
+        (
+            File("encoder.jit", 91_842_388, "95186b0410346a3f0cf250b76daec452"),
+            File("decoder.jit", 131_490_340, "f0c8a9d992614a43e7ce24ebfc901e26"),
+        ),
+        (File("model.pt", 665_389_764), File("config.json")),
+    ),
+    _tokenizer(
+        "CV8x8x8-720p",
+        "Cosmos-1.0-Tokenizer-CV8x8x8",
+        105_653_696,
+        File("autoencoder.jit", 211_307_436, "7f658580d5cf617ee1a1da85b1f51f0d"),
+        (
+            File("encoder.jit", 85_829_752, "f5834d03645c379bc0f8ad14b9bc0299"),
+            File("decoder.jit", 125_477_684, "ff21a63ed817ffdbe4b6841111ec79a8"),
+        ),
+        (
+            File("model.pt", 633_922_176),
+            File("mean_std.pt", 2_048, "f07680ad7eefae57d698778e2a0c7c96"),
+            File("image_mean_std.pt", 128, "9f19fd3312fc1198e4905ada02e68bce"),
+            File("config.json"),
+        ),
+    ),
+    _tokenizer(
+        "CV4x8x8-360p",
+        "Cosmos-1.0-Tokenizer-CV4x8x8-LowRes",
+        110_208_816,
+        File("autoencoder.jit", 220_417_676),
+    ),
+    _tokenizer(
+        "DV4x8x8-360p",
+        "Cosmos-1.0-Tokenizer-DV4x8x8-LowRes",
+        112_619_766,
+        File("autoencoder.jit", 226_007_624),
+    ),
+    _tokenizer(
+        "CI8x8-360p",
+        "Cosmos-1.0-Tokenizer-CI8x8-LowRes",
+        81_384_636,
+        File("autoencoder.jit", 162_769_312),
+    ),
+    _tokenizer(
+        "CI16x16-360p",
+        "Cosmos-1.0-Tokenizer-CI16x16-LowRes",
+        84_334_524,
+        File("autoencoder.jit", 168_669_088),
+    ),
+    _tokenizer(
+        "DI8x8-360p",
+        "Cosmos-1.0-Tokenizer-DI8x8-LowRes",
+        83_599_506,
+        File("autoencoder.jit", 167_967_100),
+    ),
+    _tokenizer(
+        "DI16x16-360p",
+        "Cosmos-1.0-Tokenizer-DI16x16-LowRes",
+        86_549_394,
+        File("autoencoder.jit", 173_866_876),
+    ),
+    _diffusion(
+        "7B",
+        "Text2World",
+        7_236_192_256,
+        14_472_385_536,
+        "fe9ed68e16cf37b10e7414c9b3ee81e1",
+    ),
+    _diffusion(
+        "7B",
+        "Video2World",
+        7_236_208_640,
+        14_472_418_304,
+        "ebcdb19c4c4a6a0e1e0bb65e346f6867",
+    ),
+    _diffusion(
+        "14B",
+        "Text2World",
+        14_267_149_312,
+        28_534_299_648,
+        "c69d1c6e51dc78b959040e8c4035a29b",
+    ),
+    _diffusion(
+        "14B",
+        "Video2World",
+        14_267_169_792,
+        28_534_340_608,
+        "eaa7aa3678f61d88108c41d7fe201b18",
+    ),
+    _sample("Text2World-Sample-AV-Multiview", "e3a6ef070deaae0678acd529dc749ea4"),
+    _sample("Video2World-Sample-AV-Multiview", "1653f87dce3d558ee01416593552a91c"),
+    _sample("SingleToMultiView-Sample-AV"),
+    _sample("WorldInterpolator", "48a0bdc99d5e41eee05ba8597c4851da"),
+    _flow(
+        "2B",
+        2_059_174_912,
+        4_118_350_192,
+        (
+            "base/post-trained/81edfebe-bd6a-4039-8c1d-737df1a790bf_ema_bf16.pt",
+            "base/pre-trained/d20b7120-df3e-4911-919d-db6e08bad31c_ema_bf16.pt",
+        ),
+    ),
+    _flow(
+        "14B",
+        14_368_047_104,
+        28_736_094_576,
+        (
+            "base/post-trained/e21d2a49-4747-44c8-ba44-9f6f9243715f_ema_bf16.pt",
+            "base/pre-trained/54937b8c-29de-4f04-862c-e67b04ec41e8_ema_bf16.pt",
+        ),
+    ),
+    _other(
+        _DECODER,
+        "diffusion decoder",
+        (_DECODER, "Cosmos-1.0-Diffusion-7B-Decoder-DV8x16x16ToCV8x8x8"),
+        (
+            File("model.pt", 14_474_515_456, "a30149cc3730f3142b01fd374b6076f8"),
+            File("aux_vars.pt", 1_049_600, "29e450d81839e82bb4bdbf12e43a74f1"),
+        ),
+        parameters=7_237_257_216,
+        needs=(_CONTINUOUS,),
+    ),
+    _other(
+        _GUARDRAIL,
+        "guardrail",
+        (_GUARDRAIL, f"nvidia/{_GUARDRAIL}", "Cosmos-1.0-Guardrail"),
+        (
+            File(
+                "video_content_safety_filter/safety_filter.pt",
+                2_906_156,
+                "b46dc2ad821fc3b0d946549d7ade19cf",
+            ),
+            File("face_blur_filter/Resnet50_Final.pth", 109_406_920),
+        ),
+    ),
+    _other(
+        "Llama-Guard-3-8B",
+        "guardrail",
+        ("meta-llama/Llama-Guard-3-8B",),
+        (),
+        LLAMA_LICENCE,
+        (("*.safetensors", "config.json"),),
+    ),
+    _other(
+        "Cosmos-UpsamplePrompt1-12B-Text2World",
+        "prompt upsampler",
+        ("Cosmos-UpsamplePrompt1-12B-Text2World", "Cosmos-1.0-Prompt-Upsampler-12B-Text2World"),
+        (File("model.pt", md5="52d7a6b8b1ac44d856b4c1ea3f8c8c74"),),
+    ),
+    _other(
+        "Pixtral-12B",
+        "prompt upsampler",
+        ("Pixtral-12B",),
+        (File("model.pt"), File("config.json")),
+        APACHE_LICENCE,
+    ),
+    _other(
+        _T5,
+        "text encoder",
+        (_T5,),
+        (File("pytorch_model.bin", md5="f890878d8a162e0045a25196e27089a3"),),
+        APACHE_LICENCE,
+        (("pytorch_model.bin",), ("model.safetensors",), ("model*.safetensors",)),
+    ),
+    _other(
+        "Cosmos-Reason1-7B",
+        "text encoder",
+        ("Cosmos-Reason1-7B", "nvidia/Cosmos-Reason1-7B"),
+        (),
+        layouts=(("*.safetensors", "config.json"),),
+    ),
+)
+
+
+def find(folder: str) -> Entry | None:
+    """Return the entry whose folder has this name, of any generation; None if it is unknown."""
+    return next((entry for entry in ENTRIES if folder in entry.folders), None)
+
+
+def is_bundled(name: str) -> bool:
+    """Tell whether this is the name of a model that ships with the package."""
+    return name.startswith(BUNDLED_PREFIX)
+
+
+def check_parts(
+    bundled: bool, disable_diffusion_decoder: bool | None, disable_guardrail: bool | None
+) -> None:
+    """Refuse a request for parts that do not exist, by the flags that do without.
+
+    Args:
+        bundled: whether the model ships with the package; such a model runs without the parts.
+        disable_diffusion_decoder: True does without, False insists, None is as released.
+        disable_guardrail: likewise.
+
+    Raises:
+        InputError: the model is to run with its guardrail or diffusion decoder.
+    """
+    wanted = {
+        "disable_diffusion_decoder": ("diffusion decoder", disable_diffusion_decoder),
+        "disable_guardrail": ("guardrail", disable_guardrail),
+    }
+    missing = {
+        flag: part
+        for flag, (part, disabled) in wanted.items()
+        if (not bundled if disabled is None else not disabled)
+    }
+    if not missing:
+        return
+    plural = len(missing) > 1
+    raise InputError(
+        f"the released model runs with its {' and '.join(missing.values())}, which this version "
+        f"does not have; run without {'them' if plural else 'it'}: "
+        f"{' '.join(f'--{flag}' for flag in missing)} "
+        f"(in Python {', '.join(f'{flag}=True' for flag in missing)})"
+    )

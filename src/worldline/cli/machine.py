@@ -1,0 +1,103 @@
+"""What this machine has, and which flags a world needs to fit on it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from worldline.models.predict1_ar.model import ARTransformerConfig
+    from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of host or device memory."""
+
+    free: int
+    total: int
+
+
+def host_memory() -> Memory | None:
+    """Return the memory of this machine that a process may take; None where it cannot be told."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    free = total
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass  # macOS has no such file: the total is the best that is known
+    limit, used = _container_limit()
+    if limit is not None and limit < total:
+        return Memory(min(free, max(0, limit - used)), limit)
+    return Memory(free, total)
+
+
+def _container_limit() -> tuple[int | None, int]:
+    """Return what a container may take in all and holds now, without its file cache."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = int((root / "memory.max").read_text())
+        held = int((root / "memory.current").read_text())
+        for line in (root / "memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):
+                held -= int(line.split()[1])
+    except (OSError, ValueError):  # no container, or "max": no limit
+        return None, 0
+    return limit, held
+
+
+def device_memory(device: torch.device) -> Memory | None:
+    """Return the memory where a world on `device` would live."""
+    import torch
+
+    if device.type == "cuda":
+        return Memory(*torch.cuda.mem_get_info(device))
+    return host_memory()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a world fits.
+
+    Attributes:
+        need: bytes of the plan with `flags`, or of the smallest plan where nothing fits.
+        flags: offload flags to give.
+        fits: whether the need is met; None where the memory is not known.
+    """
+
+    need: int
+    flags: tuple[str, ...]
+    fits: bool | None
+
+
+def fit(
+    config: ARTransformerConfig,
+    tokenizer: CosmosTokenizerConfig,
+    device: torch.device,
+    memory: Memory | None,
+) -> Fit:
+    """Find the fewest offload flags with which a world fits."""
+    from worldline.loading import compute_dtype, plan_autoregressive
+
+    choices: tuple[tuple[str, ...], ...] = ((),)
+    if device.type == "cuda":  # elsewhere the parts have one home anyway
+        both = ("offload_tokenizer", "offload_ar_model")
+        choices = ((), *((flag,) for flag in both), both)
+    dtype = compute_dtype(device)
+    plans = []
+    for flags in choices:
+        chosen = dict.fromkeys(flags, True)
+        need = plan_autoregressive(config, tokenizer, dtype=dtype, **chosen).peak
+        plans.append(Fit(need, flags, None if memory is None else need <= memory.free))
+        if memory is not None and need <= memory.free:
+            return plans[-1]
+    return plans[0] if memory is None else min(plans, key=lambda plan: plan.need)

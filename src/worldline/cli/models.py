@@ -1,0 +1,140 @@
+"""`worldline models`: every checkpoint that is known, and whether it is here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+GIGABYTE = 1e9
+_COLUMNS = ("folder", "state", "size", "memory", "runs here", "licence", "files")
+
+
+@click.command()
+@click.option(
+    "--checkpoint_dir", default="checkpoints", show_default=True, help="Holds the model folders."
+)
+@click.option("--device", help="cuda, cpu…; by default the GPU, if there is one.")
+@click.option("--json", "as_json", is_flag=True, help="Everything that is known, as JSON.")
+def models(checkpoint_dir: str, device: str | None, as_json: bool) -> None:
+    """List every known checkpoint: folder, files, licence, memory, and whether it is present.
+
+    Size is that of the tensors; memory is the plan for one clip on this machine's device.
+    """
+    rows = [*_bundled_rows(device), *_released_rows(checkpoint_dir, device)]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    table = [_cells(row) for row in rows]
+    widths = [max(len(line[i]) for line in (_COLUMNS, *table)) for i in range(len(_COLUMNS))]
+    for line in (_COLUMNS, *table):
+        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        click.echo("  ".join(padded).rstrip())
+    if not Path(checkpoint_dir).is_dir():
+        click.echo(f"worldline: there is no folder {checkpoint_dir} (--checkpoint_dir)", err=True)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    older = row["folder"] not in (row["name"], row["folders"][0])
+    return (
+        row["folders"][0],
+        f"{row['state']} as {row['folder']}" if older else row["state"],
+        _gigabytes(row["nbytes"]),
+        _gigabytes(row["memory"]),
+        row["runs_here"],
+        row["licence"],
+        ", ".join(file["name"] for file in row["files"]),
+    )
+
+
+def _gigabytes(nbytes: int | None) -> str:
+    if not nbytes:
+        return "-"
+    return f"{nbytes / GIGABYTE:.1f} GB" if nbytes >= 5e7 else f"{nbytes / 1e6:.0f} MB"
+
+
+def _bundled_rows(device: str | None) -> list[dict[str, Any]]:
+    from worldline.cli.machine import device_memory, fit
+    from worldline.loading import bundled_names, choose_device, find_autoregressive
+
+    chosen = choose_device(device)
+    rows = []
+    for name in bundled_names():
+        files = find_autoregressive(name, "")
+        found = fit(files.config, files.tokenizer_config, chosen, device_memory(chosen))
+        rows.append(
+            {
+                "name": name,
+                "family": "autoregressive base",
+                "folder": name,
+                "folders": [name],
+                "state": "bundled",
+                "files": [{"name": path.name} for path in _weights(files)],
+                "nbytes": sum(
+                    info.nbytes
+                    for source in (files.transformer, files.tokenizer)
+                    for info in source.tensors.values()
+                ),
+                "memory": found.need,
+                "licence": "Apache-2.0",
+                "command": "autoregressive base",
+                "runs_here": _verdict(found),
+            }
+        )
+    return rows
+
+
+def _weights(files: Any) -> list[Path]:
+    folders = (files.folder, files.tokenizer.path)
+    return [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+
+
+def _released_rows(checkpoint_dir: str, device: str | None) -> list[dict[str, Any]]:
+    from worldline.catalog import ENTRIES
+    from worldline.cli.machine import device_memory, fit
+    from worldline.loading import choose_device
+    from worldline.models.predict1_ar.model import PRESETS
+    from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
+
+    chosen = choose_device(device)
+    memory = device_memory(chosen)
+    rows = []
+    for entry in ENTRIES:
+        state, folder = entry.presence(checkpoint_dir)
+        need, verdict = None, "not in this version"
+        if entry.command:
+            found = fit(PRESETS[entry.preset], TOKENIZERS["DV8x16x16"], chosen, memory)
+            need, verdict = found.need, _verdict(found)
+        elif entry.family == "discrete video tokenizer" and entry.preset == "DV8x16x16":
+            verdict = "as a part"
+        rows.append(
+            {
+                "name": entry.name,
+                "family": entry.family,
+                "folder": folder.name if folder else entry.folders[0],
+                "folders": entry.folders,
+                "state": state,
+                "files": [
+                    {"name": file.name, "nbytes": file.nbytes or None, "md5": file.md5 or None}
+                    for file in entry.files
+                ],
+                "nbytes": entry.nbytes or None,
+                "parameters": entry.parameters or None,
+                "memory": need,
+                "licence": entry.licence,
+                "needs": entry.needs,
+                "command": entry.command or None,
+                "runs_here": verdict,
+            }
+        )
+    return rows
+
+
+def _verdict(found: Any) -> str:
+    if found.fits is None:
+        return "yes, if the memory suffices"
+    if not found.fits:
+        return "no, too little memory"
+    return " ".join(("yes", *(f"--{flag}" for flag in found.flags)))

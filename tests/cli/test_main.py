@@ -1,0 +1,127 @@
+"""Exit statuses, one clear line for an error, and a quick --help."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+
+from worldline.cli import LazyGroup, Main, explain
+from worldline.errors import CheckpointError, Error, GuardrailRefusal, InputError
+
+from .conftest import Run
+
+
+def raising(error: BaseException) -> Main:
+    @click.command()
+    def fail() -> None:
+        raise error
+
+    group = Main("worldline", places={"fail": "unused:unused"})
+    group.get_command = lambda ctx, cmd_name: fail  # type: ignore[method-assign]
+    return group
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (Error("went wrong"), 1, "went wrong"),
+        (InputError("wrong words"), 2, "wrong words"),
+        (CheckpointError("damaged"), 2, "damaged"),
+        (GuardrailRefusal("refused", "video"), 3, "refused"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.mp4"), 1, "a.mp4: No space left"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "out of memory: CUDA out of"),
+        (MemoryError(), 1, "out of memory"),
+        (RuntimeError("odd\nthing"), 1, "unexpected RuntimeError: odd (--debug shows the trace)"),
+        (click.UsageError("Bad words."), 2, "Bad words (see worldline"),
+    ],
+)
+def test_exit_status(error: BaseException, status: int, line: str) -> None:
+    result = CliRunner().invoke(raising(error), ["fail"])
+    assert result.exit_code == status
+    assert result.stderr.startswith(f"worldline: {line}")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("words", [["--debug", "fail"], ["fail", "--debug"]])
+def test_debug_shows_the_trace(words: list[str]) -> None:
+    result = CliRunner().invoke(raising(InputError("wrong words")), words)
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("worldline: wrong words\n")
+
+
+def test_debug_after_dashes_is_the_command_s_own() -> None:
+    result = CliRunner().invoke(raising(InputError("x")), ["fail", "--", "--debug"])
+    assert result.exit_code == 2
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["autoregressive", "base", "--tempratur", "1"], "--temperature"),
+        (["autoregressive", "base", "--temperature", "warm"], "not a valid float"),
+        (["autoregressive", "base", "--input_type", "text"], "'image', 'video'"),
+        (["autoregressive", "base", "--num_input_frames", "3"], "'1', '9'"),
+        (["autoregressive", "base", "extra"], "extra"),
+    ],
+)
+def test_usage_errors_exit_2(words: list[str], part: str, run: Run) -> None:
+    result = run(*words)
+    assert result.exit_code == 2
+    assert part in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").stdout == f"worldline {version('worldline')}\n"
+
+
+def test_every_command_is_found_and_documented(run: Run) -> None:
+    from worldline.cli import main
+
+    assert isinstance(main, LazyGroup)
+    context = click.Context(main)
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
+        assert command is not None
+        assert command.help
+        assert run(name, "--help").exit_code == 0
+
+
+def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.dup2", lambda *_: 1)
+    assert explain(BrokenPipeError(errno.EPIPE, "Broken pipe")) == (1, "")
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    script = "import sys; sys.argv = ['worldline', '--help']\n"
+    script += "from worldline.cli import main\n"
+    script += "try: main()\nexcept SystemExit as end: assert end.code == 0\n"
+    script += "assert not {'torch', 'numpy', 'av'} & sys.modules.keys(), 'too much imported'"
+    seconds = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+        assert "autoregressive" in done.stdout
+    assert min(seconds) <= 0.5
+
+
+def test_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "worldline", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("worldline ")

@@ -1,0 +1,113 @@
+"""A world small enough to run in a second, in the official layout, and clips for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig
+from worldline.models.predict1_ar.weights import KEYS, write_settings
+from worldline.shapes import LatentShape
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+from worldline.tokenizers.cosmos.weights import released_tensors
+from worldline.video.write import write_video
+from worldline.weights.write import save
+
+MODEL = "Cosmos-Predict1-4B"
+TOKENIZER = "Cosmos-Tokenize1-DV8x16x16-720p"
+
+# 33 frames of 32 x 48 pixels, 30 tokens
+SMALL_TRANSFORMER = ARTransformerConfig(
+    depth=2,
+    width=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=16,
+    hidden=96,
+    vocabulary=64,
+    embedding_rows=64,
+    grid=LatentShape(5, 2, 3),
+)
+SMALL_TOKENIZER = CosmosTokenizerConfig(
+    channels=4,
+    level_channels=(8, 8, 8),
+    num_blocks=1,
+    spatial=16,
+    z_channels=4,
+    latent_channels=4,
+    levels=(4, 4, 2, 2),
+)
+
+
+def _fill(module: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.fill_(1)
+            else:
+                parameter.normal_(0, 0.1, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder with random weights; copy it before changing it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    transformer = ARTransformer(SMALL_TRANSFORMER)
+    _fill(transformer)
+    folder = root / MODEL
+    folder.mkdir()
+    tensors = {KEYS.released(n): p.detach().bfloat16() for n, p in transformer.named_parameters()}
+    save(tensors, folder / "model.pt")
+    (folder / "config.json").write_text(json.dumps(write_settings(SMALL_TRANSFORMER)))
+    tokenizer = CosmosTokenizer(SMALL_TOKENIZER)
+    _fill(tokenizer)
+    folder = root / TOKENIZER
+    folder.mkdir()
+    for half, tensors in released_tensors(tokenizer).items():
+        save(tensors, folder / f"{half}.safetensors")
+    return root
+
+
+@pytest.fixture
+def own_world(small_world: Path, tmp_path: Path) -> Path:
+    """A copy of `small_world` that a test may break."""
+    return Path(shutil.copytree(small_world, tmp_path / "checkpoints"))
+
+
+def moving(frames: int = 12, height: int = 40, width: int = 64) -> NDArray[np.uint8]:
+    """Smooth colours that drift."""
+    t, y, x = np.meshgrid(*map(np.arange, (frames, height, width)), indexing="ij")
+    channels = (40 + 2 * x + 3 * t, 200 - 2 * y, 90 + y + x // 2)
+    return np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video of 12 frames."""
+    path = tmp_path_factory.mktemp("media") / "clip.mp4"
+    write_video(moving(), path, 25)
+    return path
+
+
+@pytest.fixture(scope="session")
+def short_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video of 5 frames."""
+    path = tmp_path_factory.mktemp("media") / "short.mp4"
+    write_video(moving(5), path, 25)
+    return path
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("media") / "picture.png"
+    Image.fromarray(moving(1)[0]).save(path)
+    return path

@@ -1,0 +1,169 @@
+"""Invariants of the autoregressive transformer that hold for any weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from worldline.models.predict1_ar.decoder import PlainDecoder, make_decoder
+from worldline.models.predict1_ar.model import (
+    PRESETS,
+    ARTransformer,
+    ARTransformerConfig,
+    make_positions,
+)
+from worldline.nn.rope import Yarn
+from worldline.sampling.decode import decode, draw_noise
+from worldline.sampling.logits import Sampling
+from worldline.shapes import LatentShape
+
+BASE = ARTransformerConfig(
+    depth=2,
+    width=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=16,
+    hidden=64,
+    vocabulary=40,
+    embedding_rows=40,
+    grid=LatentShape(3, 2, 4),
+)
+VIDEO2WORLD = replace(
+    BASE,
+    embedding_rows=64,
+    context_width=24,
+    absolute_positions=True,
+    leading_tokens=1,
+    yarn=Yarn(),
+)
+
+
+def build(config: ARTransformerConfig) -> ARTransformer:
+    torch.manual_seed(0)
+    model = ARTransformer(config)
+    model.reset_parameters()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.double().requires_grad_(False).eval()
+
+
+def inputs(config: ARTransformerConfig, batch: int = 2) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(config.vocabulary, (batch, config.length), generator=generator)
+    return {"tokens": tokens}
+
+
+@pytest.fixture(params=[BASE, VIDEO2WORLD], ids=["base", "video2world"])
+def config(request: pytest.FixtureRequest) -> ARTransformerConfig:
+    given: ARTransformerConfig = request.param
+    return given
+
+
+def context_of(model: ARTransformer, batch: int) -> object:
+    if model.config.context_width is None:
+        return None
+    generator = torch.Generator().manual_seed(2)
+    context = torch.randn(batch, 5, model.config.context_width, generator=generator)
+    return model.encode_context(context.double())
+
+
+def test_a_token_changes_nothing_before_it(config: ARTransformerConfig) -> None:
+    model = build(config)
+    positions = make_positions(config, "cpu", torch.float64)
+    tokens = inputs(config)["tokens"]
+    context = context_of(model, 2)
+    before = model(tokens, positions, context=context)
+    changed = tokens.clone()
+    changed[:, 10] = (changed[:, 10] + 1) % config.vocabulary
+    after = model(changed, positions, context=context)
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+@pytest.mark.parametrize("chunks", [[25], [8, 1, 1, 15], [1] * 25, [12, 13]])
+def test_cached_decoding_equals_one_forward(
+    config: ARTransformerConfig, chunks: list[int]
+) -> None:
+    model = build(config)
+    positions = make_positions(config, "cpu", torch.float64)
+    tokens = inputs(config)["tokens"]
+    context = context_of(model, 2)
+    whole = model(tokens, positions, context=context)
+    cache, start, parts = model.new_cache(2), 0, []
+    for size in chunks:
+        part = tokens[:, start : start + size]
+        if part.shape[1] == 0:
+            continue
+        parts.append(model(part, positions, cache=cache, start=start, context=context))
+        start += part.shape[1]
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-10)
+
+
+def test_last_only_is_the_last_row(config: ARTransformerConfig) -> None:
+    model = build(config)
+    positions = make_positions(config, "cpu", torch.float64)
+    tokens, context = inputs(config)["tokens"], context_of(model, 2)
+    whole = model(tokens, positions, context=context)
+    last = model(tokens, positions, context=context, last_only=True)
+    assert torch.allclose(last, whole[:, -1:], atol=1e-12)
+
+
+def run(model: ARTransformer, prompt: Tensor, seeds: list[int], sampling: Sampling) -> Tensor:
+    config = model.config
+    positions = make_positions(config, "cpu", torch.float64)
+    count = config.length - prompt.shape[1]
+    decoder = make_decoder(model, positions, sampling, batch=len(seeds))
+    assert isinstance(decoder, PlainDecoder)
+    noise = draw_noise(seeds, config.vocabulary, count, torch.device("cpu"))
+    for _ in decode(decoder, prompt, count, noise):
+        pass
+    return decoder.tokens
+
+
+def test_clips_decoded_together_draw_what_each_draws_alone() -> None:
+    model = build(BASE)
+    prompts = inputs(BASE, batch=3)["tokens"][:, :8]
+    together = run(model, prompts, [5, 6, 7], Sampling(top_p=0.9))
+    for row, seed in enumerate([5, 6, 7]):
+        alone = run(model, prompts[row : row + 1], [seed], Sampling(top_p=0.9))
+        assert torch.equal(together[row], alone[0])
+    assert not torch.equal(together[0, 8:], together[1, 8:])
+
+
+def test_a_seed_decides_the_draws() -> None:
+    model = build(BASE)
+    prompt = inputs(BASE, batch=1)["tokens"][:, :8]
+    first = run(model, prompt, [1], Sampling())
+    assert torch.equal(first, run(model, prompt, [1], Sampling()))
+    assert not torch.equal(first, run(model, prompt, [2], Sampling()))
+    assert torch.equal(first[:, :8], prompt)
+
+
+def test_a_prompt_must_leave_room() -> None:
+    model = build(BASE)
+    positions = make_positions(BASE, "cpu", torch.float64)
+    for length in (0, BASE.length):
+        decoder = make_decoder(model, positions, Sampling(temperature=0))
+        with pytest.raises(ValueError, match="prompt"):
+            decoder.start(torch.zeros(1, length, dtype=torch.int64), None)
+
+
+def test_released_sizes() -> None:
+    counts = {
+        "4B": 4_014_088_192,
+        "5B-Video2World": 4_584_845_312,
+        "12B": 11_560_975_360,
+        "13B-Video2World": 13_323_125_760,
+    }
+    for name, count in counts.items():
+        with torch.device("meta"):
+            model = ARTransformer(PRESETS[name])
+        assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+@pytest.mark.parametrize("wrong", [{"num_kv_heads": 3}, {"head_size": 15}])
+def test_impossible_configurations_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="head"):
+        replace(BASE, **wrong)  # type: ignore[arg-type]

@@ -1,0 +1,30 @@
+"""`attend` against the formula, for every combination that decoding uses."""
+
+import pytest
+import torch
+
+from worldline.nn.attention import attend
+
+
+def formula(q, k, v, visible):  # type: ignore[no-untyped-def]
+    groups = q.shape[1] // k.shape[1]
+    k, v = (part.repeat_interleave(groups, 1) for part in (k, v))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("length", [1, 3, 7])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_causal_attention_over_a_cached_prefix(length: int, key_heads: int) -> None:
+    q = torch.randn(2, 4, length, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, key_heads, 7, 8, dtype=torch.float64)
+    visible = torch.ones(7, 7, dtype=torch.bool).tril()[7 - length :]
+    assert torch.allclose(attend(q, k, v, causal=True), formula(q, k, v, visible))
+
+
+def test_a_mask_hides_keys() -> None:
+    q = torch.randn(2, 4, 3, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, 7, 8, dtype=torch.float64)
+    mask = torch.arange(7) < 4
+    mask = mask.view(1, 1, 1, 7)
+    assert torch.allclose(attend(q, k, v, mask=mask), formula(q, k, v, mask))

@@ -1,0 +1,98 @@
+"""The decoding kernels against the plain modules, on a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from worldline.models.predict1_ar.decoder import CapturedDecoder
+from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig, make_positions
+from worldline.sampling.decode import decode, draw_noise
+from worldline.sampling.logits import Sampling, draw
+from worldline.shapes import LatentShape
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = ARTransformerConfig(
+    depth=3,
+    width=320,
+    num_heads=8,
+    num_kv_heads=2,
+    head_size=64,
+    hidden=720,
+    vocabulary=1000,
+    embedding_rows=1000,
+    grid=LatentShape(5, 8, 12),
+)
+VARIANTS = [
+    CONFIG,
+    replace(CONFIG, num_heads=6, num_kv_heads=2, head_size=32, width=160, hidden=448),
+    replace(CONFIG, num_heads=4, num_kv_heads=4, head_size=128),
+]
+
+
+def build(config: ARTransformerConfig) -> ARTransformer:
+    torch.manual_seed(0)
+    model = ARTransformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.05)
+    return model.to("cuda", torch.bfloat16).requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_every_step_agrees_with_the_plain_modules(config: ARTransformerConfig) -> None:
+    """As close to a float32 run as the plain bf16 path is, at every position of the clip."""
+    model = build(config)
+    positions = make_positions(config, "cuda", torch.bfloat16)
+    exact_model = build(config).float()
+    exact_positions = make_positions(config, "cuda", torch.float32)
+    tokens = torch.randint(config.vocabulary, (1, config.length), device="cuda")
+    exact = exact_model(tokens, exact_positions)[0]
+    decoder = CapturedDecoder(model, positions, Sampling(temperature=0))
+    plain_cache = model.new_cache(1)
+    prompt = 96
+    decoder.start(tokens[:, :prompt], None)
+    model(tokens[:, :prompt], positions, cache=plain_cache)
+    for at in range(prompt, config.length - 1):
+        decoder.ids[0, at] = tokens[0, at]
+        decoder.step(None)
+        plain = model(tokens[:, at : at + 1], positions, cache=plain_cache, start=at)[0, 0]
+        fast = decoder.fused.logits
+        scale = exact[at].norm()
+        plain_error = float((plain - exact[at]).norm() / scale)
+        fast_error = float((fast - exact[at]).norm() / scale)
+        assert fast_error <= 1.5 * plain_error + 2e-3, at
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_the_captured_draw_is_the_plain_draw_of_the_same_logits(
+    config: ARTransformerConfig,
+) -> None:
+    model = build(config)
+    positions = make_positions(config, "cuda", torch.bfloat16)
+    prompt = torch.randint(config.vocabulary, (1, 96), device="cuda")
+    rule = Sampling(top_p=0.8, temperature=0.7)
+    decoder = CapturedDecoder(model, positions, rule)
+    noise = list(draw_noise([0], config.vocabulary, 40, prompt.device))
+    decoder.start(prompt, noise[0])
+    for index, step_noise in enumerate(noise[1:], start=97):
+        decoder.step(step_noise)
+        expected = draw(decoder.fused.logits[None], rule, step_noise)
+        assert decoder.ids[0, index] == expected[0]
+    assert decoder.tokens.shape == (1, 136)
+
+
+def test_a_second_clip_is_not_touched_by_the_first() -> None:
+    model = build(CONFIG)
+    positions = make_positions(CONFIG, "cuda", torch.bfloat16)
+    results = []
+    for prompt_seed in (0, 1, 0):
+        generator = torch.Generator().manual_seed(prompt_seed)
+        prompt = torch.randint(CONFIG.vocabulary, (1, 96), generator=generator).cuda()
+        decoder = CapturedDecoder(model, positions, Sampling())
+        noise = draw_noise([7], CONFIG.vocabulary, 100, prompt.device)
+        for _ in decode(decoder, prompt, 100, noise):
+            pass
+        results.append(decoder.tokens)
+    assert torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[1])
