@@ -5,7 +5,8 @@
 
 Weights are drawn on the GPU and saved in the official layout (a flat `model.pt`, the tokenizer's
 `model.pt` as a training checkpoint), then read by the command from the page cache. Neither time nor
-memory depends on their values. Each run is a process of its own; "first_token" counts from its start.
+memory depends on their values. Each run is a process of its own; "first_token" counts from its
+start.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def write_weights(root: Path, name: str) -> None:
 
 
 def run(root: Path, name: str, clip: Path, flags: list[str], folder: Path) -> dict[str, Any]:
-    """Run the command once in a fresh process; return its report and the time to the first token."""
+    """Run the command in a fresh process; return its report and the time to the first token."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "worldline", "autoregressive", "base"]
     command += ["--checkpoint_dir", str(root), "--ar_model_dir", f"Cosmos-Predict1-{name}"]

@@ -22,6 +22,21 @@ from worldline.weights.write import save
 MODEL = "Cosmos-Predict1-4B"
 TOKENIZER = "Cosmos-Tokenize1-DV8x16x16-720p"
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs devices that are not here."""
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for item in items:
+        for marker, needed in (("gpu", 1), ("multigpu", 2)):
+            if item.get_closest_marker(marker) and devices < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s)"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 # 33 frames of 32 x 48 pixels, 30 tokens
 SMALL_TRANSFORMER = ARTransformerConfig(
     depth=2,

@@ -119,7 +119,8 @@ def test_shards_have_the_stated_cut() -> None:
 
 def tokenizer_files(folder: str) -> list[tuple[str, dict[str, Any]]]:
     return [
-        (path.name, json.loads(path.read_text())) for path in sorted(FOLDER.glob(f"{folder}.*.json"))
+        (path.name, json.loads(path.read_text()))
+        for path in sorted(FOLDER.glob(f"{folder}.*.json"))
     ]
 
 

@@ -408,9 +408,7 @@ def test_wrong_checkpoint(
 
 
 @pytest.mark.usefixtures("forbid_weights")
-def test_too_little_gpu_memory(
-    base: Base, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_gpu_memory(base: Base, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100_000_000, 8_000_000_000))
     monkeypatch.setattr(worldline.world, "choose_device", lambda _: torch.device("cuda"))
     result = base("--input_image_or_video_path", clip)
@@ -558,9 +556,7 @@ def test_resume(base: Base, clip: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert "nothing left to do" in result.stdout
 
 
-def test_resume_makes_again_what_was_made_otherwise(
-    base: Base, clip: Path, tmp_path: Path
-) -> None:
+def test_resume_makes_again_what_was_made_otherwise(base: Base, clip: Path, tmp_path: Path) -> None:
     words = ("--input_image_or_video_path", clip, "--resume")
     assert base(*words, "--seed", 1).exit_code == 0
     result = base(*words, "--seed", 2)

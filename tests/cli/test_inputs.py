@@ -50,9 +50,7 @@ def test_paths_from_here_then_beside_the_file(
     assert items[2].path.samefile(batches / "beside.mp4")
 
 
-def test_all_problems_at_once(
-    clip: Path, short_clip: Path, image: Path, tmp_path: Path
-) -> None:
+def test_all_problems_at_once(clip: Path, short_clip: Path, image: Path, tmp_path: Path) -> None:
     fake = tmp_path / "fake.mp4"
     fake.write_text("not a video\n")
     cut = tmp_path / "cut.mp4"

@@ -37,9 +37,7 @@ def loaded(case: Case, weights: str = "jit", tap: str = "stored") -> CosmosToken
         source, config = open_tokenizer(folder)
     else:
         levels = tuple(case.spec["config"]["levels"])
-        source, config = open_tokenizer(
-            folder / "model.pt", ema=weights == "ema", levels=levels
-        )
+        source, config = open_tokenizer(folder / "model.pt", ema=weights == "ema", levels=levels)
     if tap == "exact":
         config = replace(config, tap=EXACT_TAP)
     with torch.device("meta"):
@@ -56,7 +54,7 @@ def watched(model: CosmosTokenizer, run: Any) -> dict[str, Tensor]:
 
     handles = [module.register_forward_hook(keep(n)) for n, module in model.named_modules() if n]
     try:
-        run()
+        outputs[""] = run()
     finally:
         for handle in handles:
             handle.remove()
@@ -68,9 +66,7 @@ def our_module(model: CosmosTokenizer, released: str) -> str:
     keys = key_map(model.config)
     parameters = dict(model.named_parameters())
     ours = [
-        name.split(".")
-        for name in parameters
-        if keys.released(name).startswith(f"{released}.")
+        name.split(".") for name in parameters if keys.released(name).startswith(f"{released}.")
     ]
     assert ours, f"no parameter below {released}"
     depth = 0
@@ -106,9 +102,7 @@ def test_clips(case: Case) -> None:
             codes = fsq.indices_to_codes(indices, model.config.levels or ())
             case.compare(f"{clip}.codes", codes.movedim(-1, 1))
             stored = case.tensor(f"{clip}.indices")
-            run |= watched(
-                model, lambda m=model, s=stored: run.__setitem__("", m.decode_tokens(s))
-            )
+            run |= watched(model, lambda m=model, s=stored: m.decode_tokens(s))
             case.compare(f"{clip}.recon", run[""])
         for output in case.names(f"{clip}.*"):
             what = output.removeprefix(f"{clip}.")

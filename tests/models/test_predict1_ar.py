@@ -83,9 +83,7 @@ def test_a_token_changes_nothing_before_it(config: ARTransformerConfig) -> None:
 
 
 @pytest.mark.parametrize("chunks", [[25], [8, 1, 1, 15], [1] * 25, [12, 13]])
-def test_cached_decoding_equals_one_forward(
-    config: ARTransformerConfig, chunks: list[int]
-) -> None:
+def test_cached_decoding_equals_one_forward(config: ARTransformerConfig, chunks: list[int]) -> None:
     model = build(config)
     positions = make_positions(config, "cpu", torch.float64)
     tokens = inputs(config)["tokens"]

@@ -125,7 +125,9 @@ def test_released_sizes() -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_saved_tokenizer_is_read_back(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_saved_tokenizer_is_read_back(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp(f"Cosmos-Tokenize1-{name}-720p")
     model = build(VARIANTS[name]).to(torch.bfloat16)
     for half, tensors in released_tensors(model).items():

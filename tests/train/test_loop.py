@@ -21,7 +21,9 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1))
 
 
-def train(folder: Path, config: LoopConfig, stop_at: int | None = None) -> tuple[nn.Module, Average]:
+def train(
+    folder: Path, config: LoopConfig, stop_at: int | None = None
+) -> tuple[nn.Module, Average]:
     model = small()
 
     def objective(step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -65,7 +67,9 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_stops_in_time_and_saves(tmp_path: Path) -> None:
     model = small()
-    done, _ = fit(model, lambda step: (model(torch.ones(1, 4)).sum(), {}), CONFIG, tmp_path, seconds=0)
+    done, _ = fit(
+        model, lambda step: (model(torch.ones(1, 4)).sum(), {}), CONFIG, tmp_path, seconds=0
+    )
     assert done == 1
     assert json.loads((tmp_path / "state.json").read_text())["step"] == 1
 

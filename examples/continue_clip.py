@@ -1,0 +1,20 @@
+"""Continue nine frames of a generated clip with the world that ships with the package.
+
+python examples/continue_clip.py out.mp4
+"""
+
+import sys
+
+import worldline
+from worldline.physics import make_clips
+
+
+def main(output: str) -> None:
+    frames = make_clips([1_000_000]).frames[0, :9]  # uint8 (T, H, W, 3); a file's path works too
+    world = worldline.load("tiny-Cosmos-Predict1-4B")
+    video = world.generate(frames, num_input_frames=9, seed=0, top_p=0.8)
+    print(video.save(output), f"{video.report['tokens_per_second']} tokens a second")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

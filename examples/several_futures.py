@@ -1,0 +1,28 @@
+"""Draw several futures of one clip: the same nine frames, another seed each time.
+
+python examples/several_futures.py futures.png 3
+"""
+
+import sys
+
+import worldline
+from worldline.physics import make_clips
+from worldline.video.write import contact_sheet
+
+
+def main(output: str, count: str = "3") -> None:
+    truth = make_clips([1_000_001]).frames[0].numpy()
+    world = worldline.load("tiny-Cosmos-Predict1-4B")
+    rows, labels = [truth], ["what really happens"]
+    for seed in range(int(count)):
+        for step in world.stream(truth[:9], seed=seed):
+            if step.kind == "tokens" and step.done % 96 == 0:
+                print(f"future {seed}: {step.done} of {step.total} tokens")
+            if step.video is not None:
+                rows.append(step.video.frames)
+                labels.append(f"future {seed}")
+    contact_sheet(rows, output, labels)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

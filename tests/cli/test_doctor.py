@@ -1,0 +1,64 @@
+"""The doctor reports, whatever the machine has."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import worldline.loading
+from worldline.cli import machine
+
+from .conftest import Run
+
+GIGABYTE = 10**9
+
+
+def test_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    memory = machine.Memory(30 * GIGABYTE, 32 * GIGABYTE)
+    monkeypatch.setattr(machine, "host_memory", lambda: memory)
+    result = run("doctor")
+    assert result.exit_code == 0, result.stderr
+    for part in (
+        f"torch        {torch.__version__}",
+        "30.0 GB of 32.0 GB free",
+        "none that torch can use",
+        "torch SDPA on the CPU",
+        "writes       mp4, mov, mkv, webm, gif",
+        "h264",
+        "fits         Cosmos-Predict1-4B",
+        "too large    Cosmos-Predict1-12B",
+    ):
+        assert part in result.stdout
+
+
+def test_unknown_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "host_memory", lambda: None)
+    result = run("doctor")
+    assert result.exit_code == 0, result.stderr
+    assert "too large" not in result.stdout
+
+
+def test_a_small_gpu_needs_flags(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="Small", major=8, minor=0)
+    free, total = 24 * GIGABYTE, 32 * GIGABYTE
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, total))
+    monkeypatch.setattr(worldline.loading, "choose_device", lambda _: torch.device("cuda"))
+    result = run("doctor")
+    assert result.exit_code == 0, result.stderr
+    assert "0: Small, compute capability 8.0, 24.0 GB of 32.0 GB free" in result.stdout
+    assert "fits         Cosmos-Predict1-4B" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if "12B" in line]
+    assert lines
+    assert lines[0].startswith("too large")
+
+
+def test_host_memory() -> None:
+    memory = machine.host_memory()
+    assert memory is None or 0 <= memory.free <= memory.total

@@ -1,0 +1,49 @@
+"""Every known checkpoint is listed, and what is here is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import worldline.loading
+from worldline.catalog import ENTRIES
+
+from ..conftest import MODEL, TOKENIZER
+from .conftest import Run
+
+
+def test_table(
+    run: Run, own_world: Path, small_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worldline.loading, "BUNDLED", small_world)
+    (own_world / TOKENIZER / "decoder.safetensors").unlink()
+    result = run("models", "--checkpoint_dir", own_world)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[1].startswith(f"tiny-{MODEL} ")  # bundled ones come first
+    assert len(lines) == 2 + len(ENTRIES)
+    state = {line.split()[0]: line.split()[1] for line in lines[1:]}
+    assert state[f"tiny-{MODEL}"] == "bundled"
+    assert state[MODEL] == "present"
+    assert state[TOKENIZER] == "partial"
+    assert state["Cosmos-Predict1-12B"] == "absent"
+    assert all(word in lines[0] for word in ("folder", "memory", "licence", "files"))
+
+
+def test_json(run: Run, own_world: Path) -> None:
+    (own_world / MODEL).rename(own_world / "Cosmos-1.0-Autoregressive-4B")
+    result = run("models", "--checkpoint-dir", own_world, "--json", "--device", "cpu")
+    rows = {row["name"]: row for row in json.loads(result.stdout)}
+    assert rows[MODEL]["state"] == "present"
+    assert rows[MODEL]["folder"] == "Cosmos-1.0-Autoregressive-4B"
+    assert rows[MODEL]["files"][0]["md5"] == "5fdc62fc87fbf470dbcc2288589b7942"
+    assert rows[MODEL]["memory"] > 2 * rows[MODEL]["nbytes"]  # float32 on a CPU
+    assert rows["Cosmos-Predict2.5-2B"]["command"] is None
+
+
+def test_no_checkpoint_folder(run: Run) -> None:
+    result = run("models", "--checkpoint_dir", "nowhere")
+    assert result.exit_code == 0
+    assert "there is no folder nowhere" in result.stderr

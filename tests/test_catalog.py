@@ -1,0 +1,99 @@
+"""The catalog agrees with the key manifests of the released files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from worldline.catalog import ENTRIES, check_parts, find, is_bundled
+from worldline.errors import InputError
+
+KEYS = Path(__file__).parent / "keys"
+BYTES = {"bfloat16": 2, "float32": 4, "int64": 8, "int32": 4, "float16": 2, "uint8": 1, "bool": 1}
+
+
+def manifests() -> list[Path]:
+    paths = sorted(KEYS.glob("Cosmos-*.json"))
+    # other forms of files that are here too
+    return [p for p in paths if "diffusers" not in p.stem and not p.stem.endswith(".tp4")]
+
+
+def test_names_are_unique_and_parts_are_known() -> None:
+    names = [entry.name for entry in ENTRIES]
+    assert len(set(names)) == len(names)
+    folders = [folder for entry in ENTRIES for folder in entry.folders]
+    assert len(set(folders)) == len(folders)
+    for entry in ENTRIES:
+        assert set(entry.needs) <= set(names), entry.name
+        assert entry.licence
+        assert entry.layouts
+        for file in entry.files:
+            assert len(file.md5) in (0, 32)
+
+
+@pytest.mark.parametrize("path", manifests(), ids=lambda path: path.stem)
+def test_sizes(path: Path) -> None:
+    manifest = json.loads(path.read_text())
+    folder, _, name = manifest["file"].removeprefix("nvidia/").replace(" ", "/", 1).partition("/")
+    entry = find(folder)
+    assert entry is not None
+    (file,) = (file for file in entry.files if file.name == name)
+    nbytes = sum(prod(shape) * BYTES[dtype] for dtype, shape in manifest["tensors"].values())
+    assert file.nbytes == nbytes
+    if name in ("model.pt", "autoencoder.jit") or "base/" in name:
+        assert entry.parameters == manifest["parameters"]
+    for other in manifest.get("also_file") or []:
+        if "/" in other and other.startswith("Cosmos-"):
+            assert find(other.split("/")[0]) is entry
+
+
+def test_both_generations_are_found(tmp_path: Path) -> None:
+    entry = find("Cosmos-1.0-Autoregressive-4B")
+    assert entry is find("Cosmos-Predict1-4B")
+    assert entry is not None
+    assert entry.presence(tmp_path) == ("absent", None)
+    old = tmp_path / "Cosmos-1.0-Autoregressive-4B"
+    old.mkdir()
+    assert entry.presence(tmp_path) == ("partial", old)
+    (old / "model.pt").touch()
+    assert entry.presence(tmp_path) == ("partial", old)  # an empty file is no checkpoint
+    (old / "model.pt").write_bytes(b"x")
+    assert entry.presence(tmp_path) == ("present", old)
+    new = tmp_path / "Cosmos-Predict1-4B"
+    new.mkdir()
+    assert entry.presence(tmp_path) == ("present", old)
+    (new / "model.safetensors").write_bytes(b"x")
+    assert entry.presence(tmp_path) == ("present", new)
+
+
+def test_find() -> None:
+    assert find("nothing") is None
+    assert is_bundled("tiny-Cosmos-Predict1-4B")
+    assert not is_bundled("Cosmos-Predict1-4B")
+
+
+def test_parts() -> None:
+    check_parts(True, None, None)
+    check_parts(True, True, True)
+    check_parts(False, True, True)
+    for bundled, decoder, guardrail in (
+        (False, None, None),
+        (False, True, None),
+        (False, None, True),
+        (True, False, None),
+        (True, None, False),
+    ):
+        with pytest.raises(InputError, match="--disable_"):
+            check_parts(bundled, decoder, guardrail)
+    with pytest.raises(InputError, match="--disable_diffusion_decoder --disable_guardrail"):
+        check_parts(False, None, None)
+
+
+def test_needs_no_torch() -> None:
+    script = "import sys, worldline.catalog; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
