@@ -6,6 +6,7 @@ Everything that can be wrong is found from file headers, before tensor data are 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from worldline.weights.keymap import KeyMap, match
 from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.shards import find_shards, open_shards
 from worldline.weights.stream import load_into
+
+logger = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).parent / "bundled"
 # of both generations; the one that belongs to the transformer's own generation is tried first
@@ -206,6 +209,7 @@ def load_autoregressive(
         InsufficientMemoryError: the device is too small for one clip.
     """
     _check_memory(files, device, dtype, offload_ar_model, offload_tokenizer)
+    logger.info("reading %s", files.folder)
     compiling = compile_ahead(files.config, device)
     with recorder.stage("load"):
         transformer = _read(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -31,7 +34,7 @@ from worldline.pipelines.autoregressive import (
 )
 from worldline.report import Recorder, environment
 from worldline.video.read import Clip, media_kind, read_image, read_video
-from worldline.video.write import write_bytes, write_video
+from worldline.video.write import check_destination, write_bytes, write_video
 
 InputType = Literal["image", "video"]
 # a file, a picture, or frames (T, H, W, 3) uint8
@@ -55,13 +58,35 @@ class Video:
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the video (by suffix: .mp4, .mov, .mkv, .webm, .gif) and its report beside it.
 
-        The report has the same name and the suffix .json. Each file appears whole or not at all.
+        The report has the same name and the suffix .json. Each file appears whole or not at all,
+        and of two programs that save under one name the last leaves both files.
+
+        Raises:
+            InputError: the name or the folder cannot be written.
+            Error: the disk is full; what was there before stays.
         """
         target = Path(path)
-        write_video(self.frames, target, self.fps)
+        check_destination(target)
         text = json.dumps(self.report, indent=1) + "\n"
-        write_bytes(target.with_suffix(".json"), text.encode())
+        with _alone_in(target.parent):
+            write_video(self.frames, target, self.fps)
+            write_bytes(target.with_suffix(".json"), text.encode())
         return target
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other programs from saving into `folder`; file systems without locks do without."""
+    opened = None
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = os.open(folder, os.O_RDONLY)
+        fcntl.flock(opened, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if opened is not None:
+            os.close(opened)
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,12 @@ def test_usage_errors_exit_2(words: list[str], part: str, run: Run) -> None:
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [[], ["autoregressive"]])
+def test_no_command_shows_the_help(words: list[str], run: Run) -> None:
+    result = run(*words)
+    assert result.output.startswith("Usage: worldline")
+
+
 def test_version(run: Run) -> None:
     assert run("--version").stdout == f"worldline {version('worldline')}\n"
 

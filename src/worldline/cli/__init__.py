@@ -27,6 +27,9 @@ SETTINGS = {
     "max_content_width": 100,
 }
 
+# a group without a command; click before 8.2 shows the help by itself
+_NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+
 
 class LazyGroup(click.Group):
     """Commands that are imported when they are asked for.
@@ -74,6 +77,9 @@ class Main(LazyGroup):
         except BaseException as error:
             if isinstance(error, (SystemExit, GeneratorExit)):
                 raise
+            if isinstance(error, _NO_ARGUMENTS):
+                click.echo(error.format_message(), err=True)
+                sys.exit(2)
             status, message = explain(error)
             if debug:
                 click.echo(traceback.format_exc(), err=True, nl=False)

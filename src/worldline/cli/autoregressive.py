@@ -36,7 +36,10 @@ _STAGES = {"encode": "encoding", "tokens": "drawing {total:,} tokens", "decode":
 
 @click.group()
 def autoregressive() -> None:
-    """Autoregressive world models: 4B and 12B, of Cosmos 1.0 and Predict1."""
+    """Run the autoregressive models.
+
+    These are 4B and 12B, of Cosmos 1.0 and of Predict1.
+    """
 
 
 @autoregressive.command()

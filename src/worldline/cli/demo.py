@@ -27,10 +27,11 @@ MAGNIFIED = 2  # the side-by-side is shown larger, since the tiny world's frames
     help="Folder of the results.",
 )
 def demo(seed: int, output: Path) -> None:
-    """Continue a bundled clip with a bundled world, and compare with the true continuation.
+    """Show a small world continuing a clip.
 
-    Writes the 9 frames given (input.mp4), the continued video (output.mp4, output.json), both
-    beside each other (side_by_side.mp4) and frame by frame (contact_sheet.png).
+    Both ship with the package; the result is compared with the true continuation. Writes the 9
+    frames given (input.mp4), the continued video (output.mp4, output.json), both beside each other
+    (side_by_side.mp4) and frame by frame (contact_sheet.png).
     """
     from worldline.cli.autoregressive import check_folder, describe_video, describe_world, follow
     from worldline.pipelines.autoregressive import AutoregressiveRequest

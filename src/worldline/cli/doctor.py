@@ -15,7 +15,10 @@ _DECODERS = ("h264", "hevc", "vp9", "av1", "mpeg4", "gif")
 
 @click.command()
 def doctor() -> None:
-    """Report Python, torch, GPUs, attention, codecs, free memory, and which models fit."""
+    """Report what this machine can run.
+
+    That is Python, torch, GPUs, attention, codecs, free memory, and which models fit.
+    """
     for topic, finding in _findings():
         click.echo(f"{topic:<12} {finding}")
 

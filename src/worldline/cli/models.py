@@ -19,9 +19,10 @@ _COLUMNS = ("folder", "state", "size", "memory", "runs here", "licence", "files"
 @click.option("--device", help="cuda, cpu…; by default the GPU, if there is one.")
 @click.option("--json", "as_json", is_flag=True, help="Everything that is known, as JSON.")
 def models(checkpoint_dir: str, device: str | None, as_json: bool) -> None:
-    """List every known checkpoint: folder, files, licence, memory, and whether it is present.
+    """List every known checkpoint.
 
-    Size is that of the tensors; memory is the plan for one clip on this machine's device.
+    That is folder, files, licence, memory need, and whether it is present. Size is that of the
+    tensors; memory is the plan for one clip on this machine's device.
     """
     rows = [*_bundled_rows(device), *_released_rows(checkpoint_dir, device)]
     if as_json:
