@@ -1,6 +1,6 @@
 """Run `worldline autoregressive base` at full size with random weights, as a user would.
 
-    python benchmarks/ar_end_to_end.py --clip in.mp4 --weights /tmp/checkpoints --model 4B \
+    python benchmarks/ar_end_to_end.py --clip in.mp4 --weights checkpoints --model 4B \
         --output benchmarks/results/ar_end_to_end_4b.json
 
 Weights are drawn on the GPU and saved in the official layout (a flat `model.pt`, the tokenizer's
@@ -12,9 +12,9 @@ start.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,6 @@ def write_weights(root: Path, name: str) -> None:
 
 def run(root: Path, name: str, clip: Path, flags: list[str], folder: Path) -> dict[str, Any]:
     """Run the command in a fresh process; return its report and the time to the first token."""
-    shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "worldline", "autoregressive", "base"]
     command += ["--checkpoint_dir", str(root), "--ar_model_dir", f"Cosmos-Predict1-{name}"]
     command += ["--input_image_or_video_path", str(clip), "--video_save_folder", str(folder)]
@@ -127,7 +126,8 @@ def main(
         "runs": {},
     }
     for variant in variants or VARIANTS:
-        measured = run(weights, name, clip, VARIANTS[variant], Path("/tmp/worldline_out"))
+        with tempfile.TemporaryDirectory() as folder:
+            measured = run(weights, name, clip, VARIANTS[variant], Path(folder))
         measured["share_of_bound"] = round(bound / measured["ms_a_token"], 4)
         flags = {flag[2:]: True for flag in VARIANTS[variant]}
         plan = plan_autoregressive(config, tokenizer, dtype=torch.bfloat16, **flags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from math import prod
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from worldline.catalog import ENTRIES, check_parts, find, is_bundled
+from worldline.catalog import ENTRIES, TOKENIZER_LAYOUTS, check_parts, find, is_bundled
 from worldline.errors import InputError
 
 KEYS = Path(__file__).parent / "keys"
@@ -63,6 +64,8 @@ def test_both_generations_are_found(tmp_path: Path) -> None:
     (old / "model.pt").touch()
     assert entry.presence(tmp_path) == ("partial", old)  # an empty file is no checkpoint
     (old / "model.pt").write_bytes(b"x")
+    assert entry.presence(tmp_path) == ("partial", old)  # nor is one that was cut off
+    os.truncate(old / "model.pt", entry.files[0].nbytes)
     assert entry.presence(tmp_path) == ("present", old)
     new = tmp_path / "Cosmos-Predict1-4B"
     new.mkdir()
@@ -75,6 +78,21 @@ def test_find() -> None:
     assert find("nothing") is None
     assert is_bundled("tiny-Cosmos-Predict1-4B")
     assert not is_bundled("Cosmos-Predict1-4B")
+
+
+def test_sizes_of_a_request() -> None:
+    """The halves of a tokenizer where they are released, else the whole file."""
+    sizes = {entry.name: entry.nbytes for entry in ENTRIES}
+    assert sizes["Cosmos-Predict1-4B"] == 8_028_176_384
+    assert sizes["Cosmos-Tokenize1-DV8x16x16-720p"] == 91_842_388 + 131_490_340
+    assert sizes["Cosmos-Tokenize1-DV4x8x8-360p"] == 226_007_624
+    assert sizes["Pixtral-12B"] == 0
+
+
+def test_layouts_are_those_that_are_read() -> None:
+    from worldline.tokenizers.cosmos.load import LAYOUTS
+
+    assert TOKENIZER_LAYOUTS == LAYOUTS
 
 
 def test_parts() -> None:

@@ -1,9 +1,10 @@
-"""Imports point one way: down the list of layers, and never between siblings."""
+"""Imports point one way: down the list of layers, never between siblings, never in a circle."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ LAYERS = (
     ("catalog",),
     ("models", "tokenizers"),
     ("nn", "sampling", "weights", "parallel", "video", "physics", "report"),
-    ("shapes", "errors"),
+    ("shapes", "errors", "files", "machine"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
@@ -62,6 +63,33 @@ def test_direction(path: Path) -> None:
             continue
         assert other in RANK, f"{path}:{line}: unknown part {other}"
         assert RANK[other] > RANK[own], f"{path}:{line}: {own} must not import {other}"
+
+
+def module_of(path: Path) -> str:
+    words = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(words[:-1] if words[-1] == "__init__" else words)
+
+
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """Return the modules of ours that a file imports, for types alone or in a function included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inside = f"{node.module}.{alias.name}"  # a module, or a name in one
+                found.add(inside if inside in modules else node.module)
+    return found & modules
+
+
+def test_no_circles() -> None:
+    paths = {module_of(path): path for path in files()}
+    graph = {module: imported_modules(path, set(paths)) for module, path in paths.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 @pytest.mark.parametrize("part", ["models", "tokenizers"])

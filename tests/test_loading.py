@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,16 @@ import pytest
 import torch
 
 import worldline
-from worldline import loading
+from worldline import loading, machine
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
+from worldline.loading import MemoryPlan
+from worldline.machine import Memory
 from worldline.models.predict1_ar.model import PRESETS, ARTransformer, ARTransformerConfig
+from worldline.models.predict1_ar.weights import SHARDS
 from worldline.report import Recorder
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
+from worldline.weights.read import open_checkpoint
+from worldline.weights.write import save
 
 from .conftest import MODEL, SMALL_TOKENIZER, SMALL_TRANSFORMER, TOKENIZER
 
@@ -32,6 +38,99 @@ def test_by_name_by_path_and_by_file(small_world: Path) -> None:
         assert not files.bundled
     # the tokenizer is found beside the model, wherever --checkpoint_dir points
     assert loading.find_autoregressive(small_world / MODEL, "nowhere").folder.name == MODEL
+
+
+def save_changed(path: Path, target: Path) -> None:
+    """Save the model of `path` with another norm."""
+    source = open_checkpoint(path)
+    tensors = {name: source.read(name).clone() for name in source.tensors}
+    tensors["model.norm.weight"] += 1
+    save(tensors, target)
+
+
+def cut(path: Path, ranks: int, stem: str) -> None:
+    """Save the model of `path` as tensor-parallel shards beside it."""
+    source = open_checkpoint(path)
+    for rank in range(ranks):
+        shard = {}
+        for name in source.tensors:
+            axis = next(axis for pattern, axis in SHARDS.items() if fnmatch(name, pattern))
+            whole = source.read(name)
+            shard[name] = whole if axis is None else whole.chunk(ranks, axis)[rank].clone()
+        torch.save(shard, path.with_name(f"{stem}_model_mp_{rank}.pt"))
+
+
+def test_the_named_file_is_opened(own_world: Path) -> None:
+    folder = own_world / MODEL
+    save_changed(folder / "model.pt", folder / "model.safetensors")
+    save_changed(folder / "model.pt", folder / "mine.pt")
+    for name in ("model.pt", "model.safetensors", "mine.pt"):
+        files = loading.find_autoregressive(folder / name, own_world)
+        assert files.transformer.path == folder / name
+        assert files.config == SMALL_TRANSFORMER  # config.json of the folder counts
+        assert files.identity()["transformer"][0]["path"] == str(folder / name)
+    files = loading.find_autoregressive(f"{MODEL}/mine.pt", own_world)
+    assert files.transformer.path == folder / "mine.pt"
+
+
+def test_a_named_shard_opens_its_set(own_world: Path) -> None:
+    folder = own_world / MODEL
+    for stem in ("model", "iter_000000002"):
+        cut(folder / "model.pt", 2, stem)
+    (folder / "model.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"in place of the folder, such as .*_model_mp_0\.pt"):
+        loading.find_autoregressive(folder, own_world)
+    named = folder / "iter_000000002_model_mp_1.pt"
+    files = loading.find_autoregressive(named, own_world)
+    names = [path.name for path in files.transformer.files]
+    assert names == [f"iter_000000002_model_mp_{rank}.pt" for rank in range(2)]
+
+
+@pytest.mark.parametrize("settings", [True, False])
+def test_a_missing_last_shard(own_world: Path, settings: bool) -> None:
+    folder = own_world / MODEL
+    cut(folder / "model.pt", 4, "model")
+    (folder / "model.pt").unlink()
+    for rank in (2, 3):
+        (folder / f"model_model_mp_{rank}.pt").unlink()
+    if not settings:
+        (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"\(is a shard missing\?\)$"):
+        loading.find_autoregressive(MODEL, own_world)
+
+
+def test_without_settings_the_grid_is_told(
+    own_world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (own_world / MODEL / "config.json").unlink()
+    with caplog.at_level("INFO", logger="worldline"):
+        assert loading.find_autoregressive(MODEL, own_world).config.grid.frames == 5
+    assert f"no config.json in {own_world / MODEL}: released grid 5 x 40 x 64 assumed" in (
+        caplog.text
+    )
+
+
+def test_what_the_settings_expect_is_told(own_world: Path) -> None:
+    path = own_world / MODEL / "config.json"
+    settings = json.loads(path.read_text())
+    for field in ("dim", "n_layers", "n_heads", "head_dim", "ffn_hidden_size"):
+        path.write_text(json.dumps({**settings, field: 2 * settings[field]}))
+        with pytest.raises(CheckpointError, match=r"\(expected by config\.json\)$"):
+            loading.find_autoregressive(MODEL, own_world)
+
+
+def test_every_searched_folder_is_named(own_world: Path, tmp_path: Path) -> None:
+    (own_world / TOKENIZER).rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=rf"is in {tmp_path} or {own_world}$"):
+        loading.find_autoregressive(own_world / MODEL, tmp_path)
+
+
+def test_a_tokenizer_that_was_not_downloaded(own_world: Path) -> None:
+    for half in ("encoder", "decoder"):
+        path = own_world / TOKENIZER / f"{half}.safetensors"
+        path.rename(path.with_name(f"{half}.jit.part"))
+    with pytest.raises(CheckpointError, match=r"not finished \(decoder\.jit\.part, encoder"):
+        loading.find_autoregressive(MODEL, own_world)
 
 
 def test_both_generations(own_world: Path) -> None:
@@ -116,11 +215,50 @@ def test_too_little_memory(small_world: Path, monkeypatch: pytest.MonkeyPatch) -
         loading.load_autoregressive(files, device, torch.bfloat16, Recorder(torch.device("cpu")))
 
 
+def test_memory_advice_is_enough(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags that are named let the world fit, with what is given already."""
+    files = loading.find_autoregressive(MODEL, small_world)
+    needs = {(False, False): 10, (True, False): 8, (False, True): 9, (True, True): 3}
+
+    def plan(*_: object, **flags: object) -> MemoryPlan:
+        need = needs[tuple(bool(flags.get(name)) for name in loading.OFFLOAD_FLAGS)]
+        return MemoryPlan(need, 0, 0)
+
+    def advice(free: int, *given: str) -> str:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80))
+        try:
+            loading._check_memory(files, torch.device("cuda"), torch.bfloat16, given)
+        except InsufficientMemoryError as error:
+            return str(error).partition("; ")[2]
+        return "fits"
+
+    monkeypatch.setattr(loading, "plan_autoregressive", plan)
+    assert advice(10) == "fits"
+    assert advice(8).startswith("with --offload_tokenizer it needs")
+    assert advice(3).startswith("with --offload_tokenizer --offload_ar_model it needs")
+    assert advice(3, "offload_tokenizer").startswith("with --offload_ar_model it needs")
+    assert advice(3, "offload_ar_model").startswith("with --offload_tokenizer it needs")
+    assert advice(3, *loading.OFFLOAD_FLAGS) == "fits"
+    assert advice(9, "offload_ar_model") == "fits"
+    for given in ((), loading.OFFLOAD_FLAGS):
+        assert advice(2, *given).startswith("no offload flag is enough (at least")
+
+
+def test_too_little_host_memory(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = loading.find_autoregressive(MODEL, small_world)
+    device = torch.device("cpu")
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(1, 8_000_000_000))
+    with pytest.raises(InsufficientMemoryError, match=r"of host memory, 0\.0 of 8\.0 GB are free$"):
+        loading.load_autoregressive(files, device, torch.float32, Recorder(device))
+    monkeypatch.setattr(machine, "host_memory", lambda: None)
+    loading.load_autoregressive(files, device, torch.float32, Recorder(device))
+
+
 def test_devices() -> None:
     assert loading.choose_device("cpu") == torch.device("cpu")
-    for wrong in ("abacus", "cuda:99"):
+    for wrong in ("abacus", "cuda:99", 1.5):
         with pytest.raises(InputError, match=f"no device {wrong} here"):
-            loading.choose_device(wrong)
+            loading.choose_device(wrong)  # type: ignore[arg-type]
     assert loading.compute_dtype(torch.device("cpu")) == torch.float32
     assert loading.compute_dtype(torch.device("cuda")) == torch.bfloat16
 

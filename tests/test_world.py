@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 import worldline
 from worldline.video.read import read_image, read_video
+from worldline.world import read_clip
 
 from .conftest import MODEL, moving
 
@@ -92,7 +94,14 @@ def test_a_stream_may_be_left(world: worldline.World, clip: Path) -> None:
         ({"seed": -1}, "seed is -1"),
         ({"num_input_frames": 5}, "num_input_frames is 5"),
         ({"num_frames": 5}, "unknown option num_frames"),
+        ({"num_frames": 5, "num_input_frames": 1.5}, "unknown option num_frames"),
         ({"input_type": "image"}, "is a video, but the input type is image"),
+        ({"input_type": "foo"}, "input_type is 'foo'"),
+        ({"temperature": "1"}, "temperature is '1'; it must be a number"),
+        ({"top_p": None}, "top_p is None; it must be a number"),
+        ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
+        ({"seed": True}, "seed is True; it must be a whole number"),
+        ({"num_input_frames": "9"}, "num_input_frames is '9'; it must be a whole number"),
     ],
 )
 def test_wrong_options(
@@ -107,8 +116,97 @@ def test_wrong_inputs(world: worldline.World, short_clip: Path) -> None:
         world.generate(short_clip)
     with pytest.raises(worldline.InputError, match="has 3 frames"):
         world.generate(moving(3))
-    with pytest.raises(worldline.InputError, match=r"uint8 \(T, H, W, 3\)"):
-        world.generate(moving(9).astype(np.float32))
+    for wrong in (
+        moving(9).astype(np.float32),
+        moving(9)[..., :2],
+        moving(1)[0],
+        moving(9)[:, :0],
+        moving(9)[:0],
+        torch.zeros(9, 4, 4, 3),
+    ):
+        with pytest.raises(worldline.InputError, match=r"uint8 \(T, H, W, 3\)"):
+            world.generate(wrong)
+    for nothing, kind in (([], "list"), (None, "NoneType"), (b"in.mp4", "bytes"), (3, "int")):
+        for input_type in (None, "video", "image"):
+            with pytest.raises(worldline.InputError, match=f"the input is a {kind}; it must be"):
+                world.generate(nothing, input_type=input_type)  # type: ignore[arg-type]
+    with pytest.raises(worldline.InputError, match="image 4 x 4 is an image, but the input type"):
+        world.generate(Image.new("RGB", (4, 4)), input_type="video")
+    with pytest.raises(worldline.InputError, match="image 0 x 4 has no pixels"):
+        world.generate(Image.new("RGB", (0, 4)))
+    with pytest.raises(worldline.InputError, match="null"):
+        world.generate("in\0.mp4")
+
+
+def test_numbers_of_numpy(world: worldline.World, clip: Path) -> None:
+    given = {"seed": np.int64(3), "temperature": np.float32(0.5), "num_input_frames": np.int8(9)}
+    report = world.generate(clip, **given).report
+    assert json.loads(json.dumps(report["request"])) == {
+        "num_input_frames": 9,
+        "temperature": 0.5,
+        "top_p": 0.8,
+        "seed": 3,
+    }
+
+
+def test_an_image_has_one_frame(
+    world: worldline.World, image: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="worldline"):
+        world.generate(image)
+        assert "has no effect" not in caplog.text
+        assert world.generate(image, num_input_frames=9).report["tokens"] == 24
+    assert "num_input_frames has no effect: an image has 1 frame" in caplog.text
+
+
+def test_pictures_are_read_like_files(world: worldline.World, tmp_path: Path) -> None:
+    """Alpha over white, 16-bit grey scaled, EXIF orientation applied."""
+    picture = moving(1)[0]
+    alpha = Image.fromarray(np.dstack([picture, picture[..., 0]]))
+    grey = Image.fromarray(picture[..., 0].astype(np.uint16) * 257)
+    turned = Image.fromarray(picture)
+    turned.getexif()[0x0112] = 6
+    for number, (form, options) in enumerate(
+        ((alpha, {}), (grey, {}), (turned, {"exif": turned.getexif()}))
+    ):
+        path = tmp_path / f"{number}.png"
+        form.save(path, **options)
+        expected = read_image(path).frames
+        assert np.array_equal(read_clip(form, "image", 1).frames, expected)
+        with Image.open(path) as opened:
+            assert np.array_equal(read_clip(opened, "image", 1).frames, expected)
+    path = tmp_path / "cut.jpg"
+    turned.save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(worldline.InputError, match="is a damaged image"), Image.open(path) as cut:
+        world.generate(cut)
+
+
+def test_tensors_are_brought_to_the_cpu() -> None:
+    frames = torch.from_numpy(moving(9))
+    assert np.array_equal(read_clip(frames, "video", 9).frames, moving(9))
+
+
+@pytest.mark.gpu
+def test_tensors_of_a_gpu() -> None:
+    frames = torch.from_numpy(moving(9)).cuda()
+    assert np.array_equal(read_clip(frames, "video", 9).frames, moving(9))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "bfloat16"])
+def test_dtypes_to_compute_in(dtype: Any, small_world: Path) -> None:
+    with pytest.raises(worldline.InputError, match=r"it must be one of torch\.bfloat16"):
+        worldline.load(small_world / MODEL, dtype=dtype)
+
+
+def test_a_grid_without_a_frame_to_make(own_world: Path, clip: Path, image: Path) -> None:
+    path = own_world / MODEL / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "video_latent_shape": [2, 2, 3]}))
+    short = worldline.load(MODEL, own_world, disable_guardrail=True, disable_diffusion_decoder=True)
+    with pytest.raises(worldline.InputError, match=r"makes 9 frames, .*--num_input_frames 1"):
+        short.stream(clip)
+    assert len(short.generate(image).frames) == 9
 
 
 def test_load_twice(small_world: Path) -> None:

@@ -67,34 +67,36 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the files that a request reads: those of the smallest layout known."""
+        """Bytes of the first layout whose files are all known; 0 where none is."""
         sizes = {file.name: file.nbytes for file in self.files}
-        return min(
-            (sum(sizes.get(name, 0) for name in layout) for layout in self.layouts[:1]), default=0
-        )
+        for layout in self.layouts:
+            if all(sizes.get(name) for name in layout):
+                return sum(sizes[name] for name in layout)
+        return 0
 
     def presence(self, checkpoint_dir: str | Path) -> tuple[Presence, Path | None]:
-        """Tell whether the checkpoint is there, and in which folder; looks at names alone."""
+        """Tell whether the checkpoint is there, and in which folder; by names and sizes alone."""
+        sizes = {file.name: file.nbytes for file in self.files}
         partial: Path | None = None
         for folder in self.folders:
             path = Path(checkpoint_dir) / folder
             if not path.is_dir():
                 continue
             for layout in self.layouts:
-                if all(_holds(path, pattern) for pattern in layout):
+                if all(_holds(path, pattern, sizes.get(pattern) or 1) for pattern in layout):
                     return "present", path
             partial = partial or path
         return ("partial", partial) if partial else ("absent", None)
 
 
-def _holds(folder: Path, pattern: str) -> bool:
-    return any(path.is_file() and path.stat().st_size for path in folder.glob(pattern))
+def _holds(folder: Path, pattern: str, nbytes: int) -> bool:
+    return any(path.is_file() and path.stat().st_size >= nbytes for path in folder.glob(pattern))
 
 
+# whole files of a transformer in order of preference
+TRANSFORMER_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt")
 _TRANSFORMER_LAYOUTS = (
-    ("model.pt",),
-    ("model.safetensors",),
-    ("model.safetensors.index.json",),
+    *((name,) for name in TRANSFORMER_FILES),
     ("model_model_mp_0.pt",),
     ("iter_*.pt",),
 )
@@ -102,11 +104,12 @@ _DIFFUSION_LAYOUTS = (
     ("model.pt",),
     ("transformer/diffusion_pytorch_model*.safetensors",),
 )
-_HALVES = (
-    ("encoder.jit", "decoder.jit"),
-    ("autoencoder.jit",),
+# those of `worldline.tokenizers.cosmos.load`, which needs torch
+TOKENIZER_LAYOUTS = (
     ("encoder.safetensors", "decoder.safetensors"),
+    ("encoder.jit", "decoder.jit"),
     ("autoencoder.safetensors",),
+    ("autoencoder.jit",),
     ("model.safetensors",),
     ("model.pt",),
 )
@@ -157,7 +160,7 @@ def _tokenizer(
         f"{'video' if video else 'image'} tokenizer",
         folders=(name, old),
         files=(*halves, autoencoder, *more),
-        layouts=_HALVES if halves else (_HALVES[1], _HALVES[0], *_HALVES[2:]),
+        layouts=TOKENIZER_LAYOUTS,
         parameters=parameters,
         preset=resolution_free if video else "",
     )

@@ -7,32 +7,37 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from worldline.catalog import BUNDLED_PREFIX, is_bundled
+from worldline.catalog import BUNDLED_PREFIX, TRANSFORMER_FILES, is_bundled
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
+from worldline.files import GIGABYTE, stamp
+from worldline.machine import Memory, device_memory
 from worldline.models.predict1_ar.decoder import compile_ahead
-from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig
+from worldline.models.predict1_ar.model import RELEASED_GRID, ARTransformer, ARTransformerConfig
 from worldline.models.predict1_ar.weights import KEYS, SHARDS, read_config
 from worldline.parallel.offload import Part
-from worldline.report import GIGABYTE, Recorder
+from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import key_map
 from worldline.weights.keymap import KeyMap, match
 from worldline.weights.read import Checkpoint, open_checkpoint
-from worldline.weights.shards import find_shards, open_shards
+from worldline.weights.shards import find_shards, open_shards, shard_stem
 from worldline.weights.stream import load_into
 
 logger = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).parent / "bundled"
+OFFLOAD_FLAGS = ("offload_tokenizer", "offload_ar_model")
+_UNFINISHED = ("*.incomplete", "*.part", "*.crdownload")
 # of both generations; the one that belongs to the transformer's own generation is tried first
 _TOKENIZERS = ("Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-1.0-Tokenizer-DV8x16x16")
 
@@ -56,6 +61,22 @@ class AutoregressiveFiles:
     config: ARTransformerConfig
     tokenizer: Checkpoint
     tokenizer_config: CosmosTokenizerConfig
+
+    def identity(self) -> dict[str, Any]:
+        """Return name, size and time of every file that decides what this world makes.
+
+        Raises:
+            CheckpointError: a file has vanished.
+        """
+        settings = self.folder / "config.json"
+        parts = {
+            "transformer": [*self.transformer.files, *([settings] if settings.exists() else [])],
+            "tokenizer": self.tokenizer.files,
+        }
+        try:
+            return {part: [stamp(path) for path in paths] for part, paths in parts.items()}
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read any more: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -107,7 +128,8 @@ def find_autoregressive(model: str | Path, checkpoint_dir: str | Path) -> Autore
     """Find and check the files of an autoregressive world.
 
     Args:
-        model: "tiny-…" for a bundled one, a folder's name below `checkpoint_dir`, or a path.
+        model: "tiny-…" for a bundled one, a folder's name below `checkpoint_dir`, or a path; the
+            path of a file opens that file.
         checkpoint_dir: holds the folders, the tokenizer's too.
 
     Raises:
@@ -115,19 +137,20 @@ def find_autoregressive(model: str | Path, checkpoint_dir: str | Path) -> Autore
     """
     bundled = is_bundled(str(model))
     if bundled:
-        folder = BUNDLED / str(model).removeprefix(BUNDLED_PREFIX)
+        folder = named = BUNDLED / str(model).removeprefix(BUNDLED_PREFIX)
         if not folder.is_dir():
             have = ", ".join(bundled_names()) or "none"
             raise CheckpointError(f"there is no bundled model {model}; there are: {have}")
         roots = [BUNDLED]
     else:
-        folder = _model_folder(Path(model), Path(checkpoint_dir))
-        roots = [Path(checkpoint_dir), folder.parent]
-    source = open_transformer(folder)
-    config = read_config(source, read_settings(folder))
-    with torch.device("meta"):
-        expected = ARTransformer(config)
-    _check(expected, source, KEYS)
+        named = _find_model(Path(model), Path(checkpoint_dir))
+        folder = named.parent if named.is_file() else named
+        roots = list(dict.fromkeys((Path(checkpoint_dir), folder.parent)))
+    source = open_transformer(named)
+    try:
+        config = _check_transformer(source, folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_doubt(source)}") from error
     if config.context_width is not None:
         raise CheckpointError(
             f"{folder} is a Video2World model, which continues a clip by a prompt; "
@@ -135,16 +158,48 @@ def find_autoregressive(model: str | Path, checkpoint_dir: str | Path) -> Autore
         )
 
     tokenizer_folder = _tokenizer_folder(folder, roots)
-    tokenizer, tokenizer_config = open_tokenizer(tokenizer_folder)
+    try:
+        tokenizer, tokenizer_config = open_tokenizer(tokenizer_folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_unfinished(tokenizer_folder)}") from error
     with torch.device("meta"):
-        expected_tokenizer = CosmosTokenizer(tokenizer_config)
-    _check(expected_tokenizer, tokenizer, key_map(tokenizer_config))
+        network = CosmosTokenizer(tokenizer_config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
+    match(tokenizer.tensors, shapes, key_map(tokenizer_config), str(tokenizer.path))
     if tokenizer_config.vocabulary != config.vocabulary:
         raise CheckpointError(
             f"{tokenizer_folder} has {tokenizer_config.vocabulary} token ids, but {folder} "
-            f"was trained on {config.vocabulary}: they do not belong together"
+            f"was trained on {config.vocabulary}: they do not belong together{_doubt(source)}"
         )
     return AutoregressiveFiles(folder, bundled, source, config, tokenizer, tokenizer_config)
+
+
+def _check_transformer(source: Checkpoint, folder: Path) -> ARTransformerConfig:
+    """Return the architecture of a transformer, checked against every tensor."""
+    settings = read_settings(folder)
+    if not (folder / "config.json").exists():
+        sides = " x ".join(map(str, astuple(RELEASED_GRID)))
+        logger.info("no config.json in %s: released grid %s assumed", folder, sides)
+    config = read_config(source, settings)
+    expected = _shapes(config)
+    try:
+        match(source.tensors, expected, KEYS, str(source.path))
+    except CheckpointError as error:
+        if settings and expected != _shapes(read_config(source, {})):
+            raise CheckpointError(f"{error} (expected by config.json)") from error
+        raise
+    return config
+
+
+def _shapes(config: ARTransformerConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        module = ARTransformer(config)
+    return {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+
+
+def _doubt(source: Checkpoint) -> str:
+    """The end of a message about sizes: a set that lacks its last ranks looks like a whole one."""
+    return " (is a shard missing?)" if source.kind == "tensor-parallel shards" else ""
 
 
 def bundled_names() -> list[str]:
@@ -180,7 +235,7 @@ def plan_autoregressive(
     cache = 2 * config.depth * config.length * heads * size
     # feed-forward of the longest prompt: gate, up, product; and queries, keys, values
     prefill = config.length // 2 * (3 * config.hidden + 4 * config.width) * size
-    context = 600_000_000 if dtype != torch.float32 else 0  # libraries' workspaces
+    context = 1_200_000_000 if dtype != torch.float32 else 0  # libraries' workspaces
     resident = (0 if offload_ar_model else transformer_bytes) + (
         0 if offload_tokenizer else tokenizer_bytes
     )
@@ -208,7 +263,8 @@ def load_autoregressive(
     Raises:
         InsufficientMemoryError: the device is too small for one clip.
     """
-    _check_memory(files, device, dtype, offload_ar_model, offload_tokenizer)
+    chosen = {"offload_ar_model": offload_ar_model, "offload_tokenizer": offload_tokenizer}
+    _check_memory(files, device, dtype, [flag for flag, given in chosen.items() if given])
     logger.info("reading %s", files.folder)
     compiling = compile_ahead(files.config, device)
     with recorder.stage("load"):
@@ -245,50 +301,91 @@ def _read(
     return Part(module.requires_grad_(False).eval(), device, offload=offload)
 
 
-def _check(module: nn.Module, source: Checkpoint, keys: KeyMap) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
-    match(source.tensors, expected, keys, str(source.path))
-
-
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _check_memory(
-    files: AutoregressiveFiles,
+@dataclass(frozen=True)
+class Fit:
+    """How a world fits.
+
+    Attributes:
+        need: bytes of the plan with `flags`, or of the smallest plan where nothing fits.
+        flags: offload flags of that plan.
+        fits: whether the need is met; None where the memory is not known.
+    """
+
+    need: int
+    flags: tuple[str, ...]
+    fits: bool | None
+
+
+def fit(
+    config: ARTransformerConfig,
+    tokenizer: CosmosTokenizerConfig,
     device: torch.device,
-    dtype: torch.dtype,
-    offload_ar_model: bool,
-    offload_tokenizer: bool,
-) -> None:
-    if device.type != "cuda":
-        return
-    chosen = {"offload_ar_model": offload_ar_model, "offload_tokenizer": offload_tokenizer}
-    config, tokenizer = files.config, files.tokenizer_config
-    need = plan_autoregressive(config, tokenizer, dtype=dtype, **chosen).peak
-    free, total = torch.cuda.mem_get_info(device)
-    if need <= free:
-        return
-    message = (
-        f"{files.folder.name} needs about {need / GIGABYTE:.1f} GB of GPU memory, "
-        f"{free / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB are free"
-    )
-    for flag in ("offload_tokenizer", "offload_ar_model"):
-        if chosen[flag]:
+    memory: Memory | None,
+    dtype: torch.dtype | None = None,
+    given: Collection[str] = (),
+) -> Fit:
+    """Find the fewest offload flags with which a world fits.
+
+    Args:
+        config: of the transformer.
+        tokenizer: its configuration.
+        device: where the world would run.
+        memory: of the device; None where it is not known.
+        dtype: of the weights; by default that of the device.
+        given: flags that are set already.
+    """
+    choices: tuple[tuple[str, ...], ...] = ((),)
+    if device.type == "cuda":  # elsewhere the parts have one home anyway
+        choices = ((), *((flag,) for flag in OFFLOAD_FLAGS), OFFLOAD_FLAGS)
+    plans = []
+    for choice in choices:
+        if device.type == "cuda" and not set(given) <= set(choice):
             continue
-        less = plan_autoregressive(config, tokenizer, dtype=dtype, **{**chosen, flag: True}).peak
-        if less < need:
-            message += f"; --{flag} lowers the need to {less / GIGABYTE:.1f} GB"
+        chosen = dict.fromkeys(choice, True)
+        plan = plan_autoregressive(
+            config, tokenizer, dtype=dtype or compute_dtype(device), **chosen
+        )
+        plans.append(Fit(plan.peak, choice, None if memory is None else plan.peak <= memory.free))
+        if plans[-1].fits is not False:
+            return plans[-1]
+    return min(plans, key=lambda plan: plan.need)
+
+
+def _check_memory(
+    files: AutoregressiveFiles, device: torch.device, dtype: torch.dtype, given: Collection[str]
+) -> None:
+    memory = device_memory(device)
+    if memory is None:
+        return
+    found = fit(files.config, files.tokenizer_config, device, memory, dtype, given)
+    more = [flag for flag in found.flags if flag not in given]
+    if found.fits and not more:
+        return
+    chosen = dict.fromkeys(given if device.type == "cuda" else (), True)
+    need = plan_autoregressive(files.config, files.tokenizer_config, dtype=dtype, **chosen).peak
+    kind = "GPU" if device.type == "cuda" else "host"
+    message = (
+        f"{files.folder.name} needs about {need / GIGABYTE:.1f} GB of {kind} memory, "
+        f"{memory.free / GIGABYTE:.1f} of {memory.total / GIGABYTE:.1f} GB are free"
+    )
+    least = f"{found.need / GIGABYTE:.1f} GB"
+    if found.fits:
+        message += f"; with {' '.join(f'--{flag}' for flag in more)} it needs {least}, which fits"
+    elif device.type == "cuda":
+        message += f"; no offload flag is enough (at least {least} are needed)"
     raise InsufficientMemoryError(message)
 
 
-def _model_folder(model: Path, checkpoint_dir: Path) -> Path:
+def _find_model(model: Path, checkpoint_dir: Path) -> Path:
+    """Return the folder, or the file, that `model` names."""
     below = checkpoint_dir / model
-    for folder in (below, model):
-        if folder.is_dir():
-            return folder
-        if folder.is_file():
-            return folder.parent
+    for path in (below, model):
+        if path.is_dir() or path.is_file():
+            return path
     if not checkpoint_dir.is_dir():
         raise CheckpointError(
             f"no checkpoint folder {checkpoint_dir} (--checkpoint_dir), so no {model} in it"
@@ -299,24 +396,42 @@ def _model_folder(model: Path, checkpoint_dir: Path) -> Path:
     )
 
 
-def open_transformer(folder: Path) -> Checkpoint:
+def open_transformer(path: Path) -> Checkpoint:
     """Open the transformer of a folder, in whatever form it was saved; headers only.
+
+    Args:
+        path: the folder; or a file, which is opened whatever lies beside it (of a tensor-parallel
+            shard, the set that it belongs to).
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    for name in ("model.safetensors", "model.safetensors.index.json", "model.pt"):
-        if (folder / name).exists():
-            return open_checkpoint(folder / name)
-    shards = find_shards(folder)
+    if path.is_file():
+        stem = shard_stem(path)
+        if stem is None:
+            return open_checkpoint(path)
+        return open_shards(find_shards(path.parent, stem), SHARDS)
+    for name in TRANSFORMER_FILES:
+        if (path / name).exists():
+            return open_checkpoint(path / name)
+    shards = find_shards(path)
     if shards:
         return open_shards(shards, SHARDS)
-    saved = sorted(folder.glob("iter_*.pt"))
+    saved = sorted(path.glob("iter_*.pt"))
     if saved:
         return open_checkpoint(saved[-1])
     raise CheckpointError(
-        f"{folder} holds no model.pt (nor model.safetensors, model_model_mp_*.pt, iter_*.pt)"
+        f"{path} holds no model.pt (nor model.safetensors, model_model_mp_*.pt, iter_*.pt)"
+        f"{_unfinished(path)}"
     )
+
+
+def _unfinished(folder: Path) -> str:
+    """The end of a message about absent files: what a broken download left."""
+    left = sorted(path.name for pattern in _UNFINISHED for path in folder.rglob(pattern))
+    if not left:
+        return ""
+    return f"; a download was not finished ({', '.join(left[:3])}): download it again"
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -330,7 +445,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} holds no settings, but a {type(settings).__name__}")
@@ -343,8 +458,9 @@ def _tokenizer_folder(folder: Path, roots: list[Path]) -> Path:
         for name in names:
             if (root / name).is_dir():
                 return root / name
+    searched = " or ".join(map(str, roots))
     raise CheckpointError(
-        f"no discrete tokenizer: neither {names[0]} nor {names[1]} is in {roots[0]}"
+        f"no discrete tokenizer: neither {names[0]} nor {names[1]} is in {searched}"
     )
 
 
@@ -361,7 +477,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"no device {device} here: {str(error).splitlines()[0]}") from error
     return chosen
 

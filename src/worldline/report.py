@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-GIGABYTE = 1e9
+from worldline.files import GIGABYTE
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,9 +18,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from worldline.catalog import check_parts
+from worldline.catalog import BUNDLED_PREFIX, check_parts
 from worldline.errors import InputError
+from worldline.files import stamp
 from worldline.loading import (
+    AutoregressiveFiles,
     AutoregressiveParts,
     choose_device,
     compute_dtype,
@@ -30,15 +33,19 @@ from worldline.models.predict1_ar.decoder import PlainDecoder
 from worldline.pipelines.autoregressive import (
     FPS,
     AutoregressiveRequest,
+    check_room,
     continue_clip,
 )
 from worldline.report import Recorder, environment
-from worldline.video.read import Clip, media_kind, read_image, read_video
+from worldline.video.read import Clip, media_kind, read_image, read_video, to_rgb
 from worldline.video.write import check_destination, write_bytes, write_video
+
+logger = logging.getLogger(__name__)
 
 InputType = Literal["image", "video"]
 # a file, a picture, or frames (T, H, W, 3) uint8
 Input = str | PathLike[str] | Image.Image | NDArray[np.uint8] | torch.Tensor
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -113,10 +120,17 @@ class Step:
 class World:
     """A world model, ready to continue clips. Made by `worldline.load`."""
 
-    def __init__(self, name: str, parts: AutoregressiveParts, loading: Recorder) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: AutoregressiveParts,
+        loading: Recorder,
+        identity: dict[str, Any],
+    ) -> None:
         self.name = name
         self.parts = parts
         self.loading = loading
+        self.identity = identity
 
     @property
     def device(self) -> torch.device:
@@ -143,22 +157,31 @@ class World:
         Raises:
             InputError: the input or an option is wrong; raised before anything runs.
         """
-        kind = input_type or kind_of(input)
+        if input_type not in ("image", "video", None):
+            raise InputError(f'input_type is {input_type!r}; it must be "image" or "video"')
+        found = kind_of(input)
+        kind = input_type or found
+        known = AutoregressiveRequest.__dataclass_fields__
+        if unknown := ", ".join(sorted(options.keys() - known.keys())):
+            raise InputError(f"unknown option {unknown}; there are: input_type, {', '.join(known)}")
         if kind == "image":
+            if options.get("num_input_frames", 1) != 1:
+                logger.info("num_input_frames has no effect: an image has 1 frame")
             options["num_input_frames"] = 1
-        try:
-            request = AutoregressiveRequest(**options)
-        except TypeError as error:
-            known = ", ".join(AutoregressiveRequest.__dataclass_fields__)
-            wrong = ", ".join(options.keys() - AutoregressiveRequest.__dataclass_fields__.keys())
-            raise InputError(f"unknown option {wrong}; there are: input_type, {known}") from error
+        request = AutoregressiveRequest(**options)
+        check_room(self.parts.config, self.parts.tokenizer.module.config, request.num_input_frames)
         recorder = Recorder(self.device)
+        source = {"input": _describe(input), "files": {**self.identity, "input": _stamp(input)}}
         with recorder.stage("read"):
             clip = read_clip(input, kind, request.num_input_frames)
-        return self._run(clip, request, recorder, _describe(input))
+        return self._run(clip, request, recorder, source)
 
     def _run(
-        self, clip: Clip, request: AutoregressiveRequest, recorder: Recorder, source: str
+        self,
+        clip: Clip,
+        request: AutoregressiveRequest,
+        recorder: Recorder,
+        source: dict[str, Any],
     ) -> Iterator[Step]:
         for progress in continue_clip(self.parts, clip, request, recorder):
             if progress.frames is None:
@@ -169,17 +192,23 @@ class World:
             yield Step("done", progress.total, progress.total, progress.frames, video=video)
 
     def _report(
-        self, request: AutoregressiveRequest, recorder: Recorder, source: str, drawn: int
+        self,
+        request: AutoregressiveRequest,
+        recorder: Recorder,
+        source: dict[str, Any],
+        drawn: int,
     ) -> dict[str, Any]:
         transformer = self.parts.transformer
         spent = sum(s.seconds for s in recorder.stages if s.name in ("prefill", "tokens"))
         decoder = recorder.facts["decoder"]
+        # a prompt has many queries; see `worldline.nn.attention` for the one query of a step
+        steps = "matrix products" if decoder == PlainDecoder.name else "Triton, split keys"
         return {
             "model": self.name,
-            "input": source,
+            **source,
             "request": request.__dict__,
             "decoder": decoder,
-            "attention": "torch SDPA" if decoder == PlainDecoder.name else "Triton, split keys",
+            "attention": f"torch SDPA (prompt), {steps} (decoding)",
             "dtype": str(transformer.module.head.weight.dtype).removeprefix("torch."),
             "offload": {
                 "ar_model": transformer.offload,
@@ -208,7 +237,7 @@ def load(
 
     Args:
         name: "tiny-…" for a model that ships with the package, the name of a folder below
-            `checkpoint_dir`, or a path.
+            `checkpoint_dir`, or a path; the path of a file loads that file.
         checkpoint_dir: holds the released folders.
         device: by default the GPU, if there is one.
         dtype: by default bf16 on a GPU, else float32.
@@ -220,12 +249,35 @@ def load(
 
     Raises:
         CheckpointError: files are absent, damaged, or of another model.
-        InputError: a part is asked for that this version does not have, or there is no such device.
+        InputError: a part is asked for that this version does not have, there is no such device, or
+            the dtype is none to compute in.
         InsufficientMemoryError: the device is too small.
     """
+    if dtype not in (None, *_DTYPES):
+        known = ", ".join(map(str, _DTYPES))
+        raise InputError(f"dtype is {dtype}; it must be one of {known}")
     files = find_autoregressive(str(name), Path(checkpoint_dir))
     check_parts(files.bundled, disable_diffusion_decoder, disable_guardrail)
+    return load_files(
+        files,
+        device=device,
+        dtype=dtype,
+        offload_ar_model=offload_ar_model,
+        offload_tokenizer=offload_tokenizer,
+    )
+
+
+def load_files(
+    files: AutoregressiveFiles,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    offload_ar_model: bool = False,
+    offload_tokenizer: bool = False,
+) -> World:
+    """Do what `load` does with files that were found and checked before."""
     chosen = choose_device(device)
+    identity = files.identity()
     recorder = Recorder(chosen)
     parts = load_autoregressive(
         files,
@@ -235,17 +287,27 @@ def load(
         offload_ar_model=offload_ar_model,
         offload_tokenizer=offload_tokenizer,
     )
-    return World(files.folder.name if not files.bundled else str(name), parts, recorder)
+    name = f"{BUNDLED_PREFIX if files.bundled else ''}{files.folder.name}"
+    return World(name, parts, recorder, identity)
 
 
 def kind_of(input: Input) -> InputType:
-    """Return whether an input is an image or a video; of a file by its suffix."""
+    """Return whether an input is an image or a video; of a file by its suffix.
+
+    Raises:
+        InputError: it is nothing that can be continued.
+    """
     if isinstance(input, Image.Image):
         return "image"
     if isinstance(input, (np.ndarray, torch.Tensor)):
         return "video"
-    kind: InputType = media_kind(Path(input))
-    return kind
+    if isinstance(input, (str, PathLike)):
+        kind: InputType = media_kind(Path(input))
+        return kind
+    raise InputError(
+        f"the input is a {type(input).__name__}; it must be a path, a PIL image, or frames "
+        "(T, H, W, 3), uint8, as an array or a tensor"
+    )
 
 
 def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
@@ -254,23 +316,21 @@ def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
     Raises:
         InputError: it cannot be read, is of another kind, or is too short.
     """
-    if isinstance(input, Image.Image):
-        clip = Clip(np.asarray(input.convert("RGB"))[None], 0.0)
-    elif isinstance(input, (np.ndarray, torch.Tensor)):
-        frames = np.asarray(input)
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-            raise InputError(
-                f"frames must be uint8 (T, H, W, 3), got {frames.dtype} {frames.shape}"
-            )
-        clip = Clip(frames, 0.0)
+    found = kind_of(input)
+    if found != kind and not isinstance(input, (np.ndarray, torch.Tensor)):
+        article = "an image" if found == "image" else "a video"
+        raise InputError(
+            f"{_describe(input)} is {article}, but the input type is {kind}: "
+            f"use --input_type {found}"
+        )
+    if isinstance(input, (np.ndarray, torch.Tensor)):
+        clip = Clip(_as_frames(input), 0.0)
+    elif isinstance(input, Image.Image):
+        clip = to_rgb(input, _describe(input))
+    elif kind == "image":
+        clip = read_image(Path(input))
     else:
-        path = Path(input)
-        if media_kind(path) != kind:
-            raise InputError(
-                f"{path} is a {media_kind(path)}, but the input type is {kind}: "
-                f"use --input_type {media_kind(path)}"
-            )
-        clip = read_image(path) if kind == "image" else read_video(path, last=num_input_frames)
+        clip = read_video(Path(input), last=num_input_frames)
     if len(clip.frames) < num_input_frames:
         raise InputError(
             f"{_describe(input)} has {len(clip.frames)} frames, "
@@ -279,9 +339,29 @@ def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
     return clip
 
 
+def _as_frames(given: NDArray[np.uint8] | torch.Tensor) -> NDArray[np.uint8]:
+    right = given.ndim == 4 and given.shape[-1] == 3 and given.dtype in (np.uint8, torch.uint8)
+    if not right or 0 in given.shape:
+        raise InputError(
+            "frames must be uint8 (T, H, W, 3) and not empty, "
+            f"got {str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
+        )
+    frames: NDArray[np.uint8]
+    frames = given.detach().cpu().numpy() if isinstance(given, torch.Tensor) else given
+    return frames
+
+
 def _describe(input: Input) -> str:
     if isinstance(input, (str, PathLike)):
         return str(input)
     if isinstance(input, Image.Image):
         return f"image {input.width} x {input.height}"
     return f"frames {tuple(input.shape)}"
+
+
+def _stamp(input: Input) -> dict[str, Any] | None:
+    """Return what tells the input's file from another; None for what is no file."""
+    if isinstance(input, (str, PathLike)):
+        with suppress(OSError, ValueError):  # told when it is read
+            return stamp(Path(input))
+    return None

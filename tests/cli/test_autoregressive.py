@@ -28,6 +28,7 @@ from worldline.world import World
 from ..conftest import MODEL, TOKENIZER
 from .conftest import WITHOUT_PARTS, Base, Run
 
+PARTS = ("transformer", "tokenizer")
 DATA = Path(__file__).resolve().parents[1] / "data"
 
 
@@ -78,7 +79,14 @@ def test_video_to_video(base: Base, clip: Path, tmp_path: Path) -> None:
     ]
     assert all(stage["seconds"] >= 0 < stage["peak_gb"] for stage in report["run"]["stages"])
     assert report["tokens"] == 18
-    assert {"worldline", "torch", "python", "device", "attention", "load"} <= report.keys()
+    assert {"worldline", "torch", "python", "device", "load"} <= report.keys()
+    assert report["attention"] == "torch SDPA (prompt), matrix products (decoding)"
+    names = {part: [Path(file["path"]).name for file in report["files"][part]] for part in PARTS}
+    assert names == {
+        "transformer": ["model.pt", "config.json"],
+        "tokenizer": ["decoder.safetensors", "encoder.safetensors"],
+    }
+    assert report["files"]["input"]["nbytes"] == clip.stat().st_size
     # where the video is, seconds, tokens/s, peak memory
     for part in (str(out / "output.mp4"), "tokens/s", "peak memory", "seed 0", "encode"):
         assert part in result.stdout
@@ -225,7 +233,7 @@ def test_every_flag_of_the_reference(variant: dict[str, Any]) -> None:
     ("words", "message"),
     [
         ([], "give --input_image_or_video_path or --batch_input_path"),
-        (["--num_gpus", 2], "--num_gpus is 2"),
+        (["--num_gpus", 2], "--num_gpus is 2; this version runs on 1 GPU: give --num_gpus 1"),
         (["--num_gpus", 0], "--num_gpus is 0"),
         (["CLIP", "--batch_input_path", "b"], "--input_image_or_video_path and --batch_input_path"),
         (["--batch_input_path", "b", "--input_prompts_path", "b"], "exclude each other"),
@@ -244,6 +252,8 @@ def test_every_flag_of_the_reference(variant: dict[str, Any]) -> None:
         (["CLIP", "--seed", "-1"], "seed is -1"),
         (["CLIP", "--seed", 2**32], "seed is 4294967296"),
         (["CLIP", "--video_save_name", ""], "is no name"),
+        (["CLIP", "--video_save_name", "x.avi"], "cannot write .avi; use .mp4 .mov .mkv"),
+        (["CLIP", "--video_save_name", "x.PNG"], "cannot write .png; use .mp4 .mov .mkv"),
         (["CLIP", "--ar_model_dir", "Nowhere"], "no folder"),
         (["CLIP", "--checkpoint_dir", "nowhere"], "no checkpoint folder nowhere"),
         (["CLIP", "--ar_model_dir", "tiny-Nowhere"], "there is no bundled model tiny-Nowhere"),
@@ -268,6 +278,7 @@ def test_wrong_input(
     assert message in result.stderr.splitlines()[-1]
     assert result.stdout == ""
     assert not list(tmp_path.rglob("*.mp4"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("forbid_weights")
@@ -361,6 +372,7 @@ def break_model(folder: Path, change: str) -> None:
     ("change", "message"),
     [
         ("no model", "holds no model.pt"),
+        ("part", "a download was not finished (model.pt.incomplete)"),
         ("no tokenizer", "no discrete tokenizer"),
         ("half a tokenizer", "half downloaded: decoder.safetensors is missing"),
         ("truncated", "model.pt"),
@@ -380,6 +392,8 @@ def test_wrong_checkpoint(
     model, tokenizer = own_world / MODEL, own_world / TOKENIZER
     if change == "no model":
         (model / "model.pt").unlink()
+    elif change == "part":
+        (model / "model.pt").rename(model / "model.pt.incomplete")
     elif change == "no tokenizer":
         shutil.rmtree(tokenizer)
     elif change == "half a tokenizer":
@@ -427,6 +441,18 @@ def test_out_of_memory_names_the_flags(
     result = base("--input_image_or_video_path", clip, "--offload_tokenizer")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].endswith("--offload_ar_model lowers the need")
+
+
+def test_out_of_host_memory_names_no_flag(
+    base: Base, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: Any, **__: Any) -> Iterator[Any]:
+        raise MemoryError
+
+    monkeypatch.setattr(World, "stream", exhausted)
+    result = base("--input_image_or_video_path", clip)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("out of memory: no memory left\n")
 
 
 # --- interrupted, full disk, two at once, resumed
@@ -486,7 +512,7 @@ def test_a_real_interrupt(small_world: Path, clip: Path, tmp_path: Path) -> None
     )
     assert done.returncode == 130, done.stderr
     assert done.stderr.endswith("worldline: interrupted\n")
-    assert files_in(out) == set()
+    assert not out.exists()
 
 
 def test_full_disk_leaves_earlier_outputs_whole(
@@ -549,11 +575,55 @@ def test_resume(base: Base, clip: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert f"{out / '0.mp4'} is finished" in result.stderr
     changed = {p.name for p in out.iterdir() if p.stat().st_mtime_ns != times[p.name]}
     assert changed == {"1.mp4", "1.json", "2.mp4", "2.json"}
-    # nothing is left: the checkpoint is not even opened
-    monkeypatch.setattr(worldline.world, "find_autoregressive", None)
+    # nothing is left: no weights are read
+    monkeypatch.setattr(worldline.loading, "load_into", None)
     result = base(*words)
     assert result.exit_code == 0
     assert "nothing left to do" in result.stdout
+
+
+@pytest.mark.parametrize("changed", ["input", "transformer", "settings", "tokenizer"])
+def test_resume_knows_changed_files(
+    changed: str, base: Base, clip: Path, own_world: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copy(clip, tmp_path / "in.mp4"))
+    words = ("--input_image_or_video_path", source, "--resume")
+    assert base(*words, checkpoint_dir=own_world).exit_code == 0
+    files = {
+        "input": source,
+        "transformer": own_world / MODEL / "model.pt",
+        "settings": own_world / MODEL / "config.json",
+        "tokenizer": own_world / TOKENIZER / "decoder.safetensors",
+    }
+    assert "is finished" in base(*words, checkpoint_dir=own_world).stderr
+    os.utime(files[changed], (1, 1))
+    assert "was made in another way" in base(*words, checkpoint_dir=own_world).stderr
+    assert "is finished" in base(*words, checkpoint_dir=own_world).stderr
+
+
+@pytest.mark.usefixtures("forbid_weights")
+def test_nothing_left_to_make(base: Base, clip: Path, own_world: Path) -> None:
+    path = own_world / MODEL / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "video_latent_shape": [2, 2, 3]}))
+    result = base("--input_image_or_video_path", clip, checkpoint_dir=own_world)
+    assert result.exit_code == 2
+    assert "this model makes 9 frames" in result.stderr
+    assert result.stderr.endswith("give --num_input_frames 1\n")
+    path.write_text(json.dumps({**settings, "video_latent_shape": [1, 2, 3]}))
+    result = base("--input_image_or_video_path", clip, checkpoint_dir=own_world)
+    assert result.exit_code == 2
+    assert "config.json: video_latent_shape is [1, 2, 3]; it must be of 2 frames" in result.stderr
+
+
+def test_nine_frames_of_one_are_made(base: Base, clip: Path, own_world: Path) -> None:
+    path = own_world / MODEL / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "video_latent_shape": [2, 2, 3]}))
+    words = ("--input_image_or_video_path", clip, "--num_input_frames", 1)
+    result = base(*words, checkpoint_dir=own_world)
+    assert result.exit_code == 0, result.stderr
+    assert "9 frames, seed 0" in result.stdout
 
 
 def test_resume_makes_again_what_was_made_otherwise(base: Base, clip: Path, tmp_path: Path) -> None:

@@ -8,16 +8,15 @@ import pytest
 import torch
 
 import worldline.loading
-from worldline.cli import machine
+from worldline import machine
+from worldline.files import GIGABYTE
 
 from .conftest import Run
-
-GIGABYTE = 10**9
 
 
 def test_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    memory = machine.Memory(30 * GIGABYTE, 32 * GIGABYTE)
+    memory = machine.Memory(int(30 * GIGABYTE), int(32 * GIGABYTE))
     monkeypatch.setattr(machine, "host_memory", lambda: memory)
     result = run("doctor")
     assert result.exit_code == 0, result.stderr
@@ -25,7 +24,7 @@ def test_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         f"torch        {torch.__version__}",
         "30.0 GB of 32.0 GB free",
         "none that torch can use",
-        "torch SDPA on the CPU",
+        "torch SDPA on the CPU (prompt), matrix products (decoding)",
         "writes       mp4, mov, mkv, webm, gif",
         "h264",
         "fits         Cosmos-Predict1-4B",
@@ -44,7 +43,7 @@ def test_unknown_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_small_gpu_needs_flags(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(name="Small", major=8, minor=0)
-    free, total = 24 * GIGABYTE, 32 * GIGABYTE
+    free, total = int(24 * GIGABYTE), int(32 * GIGABYTE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)

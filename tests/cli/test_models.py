@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ from worldline.catalog import ENTRIES
 from ..conftest import MODEL, TOKENIZER
 from .conftest import Run
 
+NBYTES = 8_028_176_384  # of the released 4B model
+
 
 def test_table(
     run: Run, own_world: Path, small_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worldline.loading, "BUNDLED", small_world)
     (own_world / TOKENIZER / "decoder.safetensors").unlink()
+    os.truncate(own_world / MODEL / "model.pt", NBYTES)
     result = run("models", "--checkpoint_dir", own_world)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -33,6 +37,7 @@ def test_table(
 
 
 def test_json(run: Run, own_world: Path) -> None:
+    os.truncate(own_world / MODEL / "model.pt", NBYTES)
     (own_world / MODEL).rename(own_world / "Cosmos-1.0-Autoregressive-4B")
     result = run("models", "--checkpoint-dir", own_world, "--json", "--device", "cpu")
     rows = {row["name"]: row for row in json.loads(result.stdout)}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = REPOSITORY.parent / "shared" / "golden"
@@ -36,7 +37,7 @@ REDUCED = Path(__file__).resolve().parent / "cases"
 def golden_root() -> Path:
     """Return the folder that holds the case folders."""
     if named := os.environ.get("WORLDLINE_GOLDEN"):
-        return Path(named)
+        return Path(named).absolute()  # tests may change the working folder
     return SHARED if SHARED.is_dir() else REDUCED
 
 
@@ -150,6 +151,22 @@ class Case:
     def unused(self) -> list[str]:
         """List the tensors that no test has read so far and that are not optional."""
         return [n for n in self._stored if n not in self.used and not self.optional(n)]
+
+
+def watched(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Run, and return what every module gave out, by its name; under "" what `run` returned."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
+
+    handles = [module.register_forward_hook(keep(n)) for n, module in model.named_modules() if n]
+    try:
+        outputs[""] = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
 
 
 def _is_of_kind(kind: str, name: str) -> bool:

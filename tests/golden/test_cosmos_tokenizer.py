@@ -7,12 +7,10 @@ import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from cases import Case, cases
-from torch import Tensor
+from cases import Case, cases, watched
 
 from worldline.nn import fsq
 from worldline.nn.wavelet import EXACT_TAP, patch, unpatch
@@ -44,21 +42,6 @@ def loaded(case: Case, weights: str = "jit", tap: str = "stored") -> CosmosToken
         model = CosmosTokenizer(config)
     load_into(model, source, key_map(config), device="cpu", dtype=torch.float32)
     return model.requires_grad_(False).eval()
-
-
-def watched(model: CosmosTokenizer, run: Any) -> dict[str, Tensor]:
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
-
-    handles = [module.register_forward_hook(keep(n)) for n, module in model.named_modules() if n]
-    try:
-        outputs[""] = run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
 
 
 def our_module(model: CosmosTokenizer, released: str) -> str:

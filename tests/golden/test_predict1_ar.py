@@ -11,24 +11,28 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, cases
+from cases import Case, cases, watched
 from torch import Tensor
 
 from worldline.models.predict1_ar.decoder import PlainDecoder
-from worldline.models.predict1_ar.model import ARTransformer, Positions, make_positions
+from worldline.models.predict1_ar.model import (
+    PRESETS,
+    RELEASED_GRID,
+    ARTransformer,
+    Positions,
+    make_positions,
+)
 from worldline.models.predict1_ar.weights import KEYS, SHARDS, read_config
-from worldline.nn.rope import Yarn, inverse_frequencies, rotate, rotation_3d, sincos_3d
 from worldline.nn.rope import axis_sizes as rope_axis_sizes
+from worldline.nn.rope import inverse_frequencies, rotate, rotation_3d, sincos_3d
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling, draw, probabilities
-from worldline.shapes import LatentShape
 from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.shards import find_shards, open_shards
 from worldline.weights.stream import load_into
 
 BASE = [*cases("ar_base_tiny"), *cases("ar_12b_like_tiny")]
 SHARDED = cases("ar_tp_shards")
-RELEASED = LatentShape(5, 40, 64)
 # drawn tokens are optional in the cases: torch draws exponentials by MKL where it is built with it
 SAME_RANDOM_NUMBERS = torch.backends.mkl.is_available()
 
@@ -49,22 +53,6 @@ def loaded(case: Case) -> ARTransformer:
 
 def positions_of(model: ARTransformer) -> Positions:
     return make_positions(model.config, "cpu", torch.float32)
-
-
-def watched(model: ARTransformer, run: Any) -> dict[str, Tensor]:
-    """Run, and return what every module gave out."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
-
-    handles = [module.register_forward_hook(keep(n)) for n, module in model.named_modules() if n]
-    try:
-        outputs[""] = run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
 
 
 @pytest.mark.parametrize("case", BASE, ids=str)
@@ -183,7 +171,9 @@ def test_filters(case: Case) -> None:
         case.compare(name, torch.zeros_like(logits).scatter(1, ids, probs))
     for name in case.names("topp_token_*"):
         temperature, top_p = re.search(r"_t([\d.]+)_p([\d.]+)$", name).groups()  # type: ignore[union-attr]
-        generator = torch.Generator().manual_seed(0)
+        seed = re.search(r"manual_seed\((\d+)\)", case.spec["tensors"][name])
+        assert seed is not None
+        generator = torch.Generator().manual_seed(int(seed[1]))
         noise = torch.empty_like(logits).exponential_(1, generator=generator)
         rule = Sampling(temperature=float(temperature), top_p=float(top_p))
         if SAME_RANDOM_NUMBERS:
@@ -196,12 +186,12 @@ def test_position_tables_at_released_size(case: Case) -> None:
     if not case.names("real_*"):
         return
     rows = case.tensor("real_rows")
-    theta = float(case.spec["hyper_parameters"]["rope_theta"])
-    for model, yarn in (("4b", None), ("12b", Yarn())):
+    for model in ("4b", "12b"):
         if not case.names(f"real_{model}_*"):
             continue
-        head_size = case.tensor(f"real_{model}_rope_cos").shape[1]
-        time, space, _ = rope_axis_sizes(head_size)
+        released = PRESETS[model.upper()]
+        theta, yarn = released.rope_theta, released.yarn
+        time, space, _ = rope_axis_sizes(released.head_size)
         original = (0, 0) if yarn is None else yarn.original
         case.compare(
             f"real_{model}_temporal_inv_freq", inverse_frequencies(time, theta, yarn, original[0])
@@ -209,7 +199,7 @@ def test_position_tables_at_released_size(case: Case) -> None:
         case.compare(
             f"real_{model}_spatial_inv_freq", inverse_frequencies(space, theta, yarn, original[1])
         )
-        rotation = rotation_3d(RELEASED, head_size, theta, yarn)
+        rotation = rotation_3d(released.grid, released.head_size, theta, yarn)
         case.compare(f"real_{model}_rope_cos", rotation.cos[rows])
         case.compare(f"real_{model}_rope_sin", rotation.sin[rows])
     for name in case.names("real_*_abs_pos_emb"):
@@ -217,7 +207,7 @@ def test_position_tables_at_released_size(case: Case) -> None:
         assert listed is not None
         chosen = [int(number) for number in listed[1].split(",")]
         width = case.tensor(name).shape[1]
-        table = sincos_3d(RELEASED, width, leading=1)  # row 0 is the begin-of-video token's
+        table = sincos_3d(RELEASED_GRID, width, leading=1)  # row 0 is the begin-of-video token's
         case.compare(name, table[1:][chosen])
 
 
@@ -231,9 +221,8 @@ def settings_of_shards(case: Case) -> dict[str, Any]:
     stated = case.spec["hyper_parameters"]
     settings = {key: value for key, value in stated.items() if value is not None}
     settings |= {"video_latent_shape": settings.pop("latent_shape")}
-    if yarn := settings.pop("yarn", None):
-        settings |= yarn
-    return settings
+    yarn = settings.pop("yarn", None)  # its presence says that it is applied
+    return settings | (yarn or {}) | {"apply_yarn": yarn is not None}
 
 
 @pytest.mark.parametrize("case", SHARDED, ids=str)

@@ -1,11 +1,15 @@
 """Invariants of the autoregressive transformer that hold for any weights."""
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from worldline.errors import CheckpointError
 from worldline.models.predict1_ar.decoder import PlainDecoder, make_decoder
 from worldline.models.predict1_ar.model import (
     PRESETS,
@@ -13,10 +17,13 @@ from worldline.models.predict1_ar.model import (
     ARTransformerConfig,
     make_positions,
 )
+from worldline.models.predict1_ar.weights import KEYS, read_config, write_settings
 from worldline.nn.rope import Yarn
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling
 from worldline.shapes import LatentShape
+from worldline.weights.read import Checkpoint, Entry
+from worldline.weights.source import MemoryTensor
 
 BASE = ARTransformerConfig(
     depth=2,
@@ -159,6 +166,95 @@ def test_released_sizes() -> None:
         with torch.device("meta"):
             model = ARTransformer(PRESETS[name])
         assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "depth",
+        "width",
+        "num_heads",
+        "num_kv_heads",
+        "head_size",
+        "hidden",
+        "vocabulary",
+        "embedding_rows",
+        "context_every",
+    ],
+)
+def test_sizes_are_at_least_one(name: str) -> None:
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"{name} is {size}; it must be at least 1"):
+            replace(BASE, **{name: size})
+
+
+def stored(config: ARTransformerConfig, path: Path) -> Checkpoint:
+    with torch.device("meta"):
+        model = ARTransformer(config)
+    entries = {
+        KEYS.released(name): Entry((MemoryTensor(parameter.detach()),))
+        for name, parameter in model.named_parameters()
+    }
+    return Checkpoint(path, "pt", entries)
+
+
+@pytest.mark.parametrize("given", [BASE, VIDEO2WORLD], ids=["base", "video2world"])
+def test_settings_are_read_back(given: ARTransformerConfig) -> None:
+    source = stored(given, Path("model.pt"))
+    assert read_config(source, write_settings(given)) == given
+    # embeddings may have more rows than there are ids to draw
+    assert read_config(source, {**write_settings(given), "vocab_size": 40}).vocabulary == 40
+
+
+WHOLE = "a whole number of at least 1"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("n_kv_heads", 0, WHOLE),
+        ("n_kv_heads", 3, "a divisor of the number of heads, 4"),
+        ("n_heads", "4", WHOLE),
+        ("n_layers", 2.5, WHOLE),
+        ("n_layers", True, WHOLE),
+        ("dim", -48, WHOLE),
+        ("dim", 10**30, WHOLE),
+        ("head_dim", 15, "even"),
+        ("ffn_hidden_size", [], WHOLE),
+        ("vocab_size", 64, "40, the rows of output.weight"),
+        ("vocab_size", "40", WHOLE),
+        ("context_dim", 0, WHOLE),
+        ("insert_cross_attn_every_k_layers", 0, WHOLE),
+        ("rope_theta", "big", "a number above 0"),
+        ("rope_theta", float("nan"), "a number above 0"),
+        ("norm_eps", -1, "a number above 0"),
+        ("apply_yarn", "yes", "true or false"),
+        ("apply_abs_pos_emb", 1, "true or false"),
+        ("insert_cross_attn", "no", "true or false"),
+        ("video_latent_shape", [5, 40], "[frames, rows, columns]"),
+        ("video_latent_shape", "5x40x64", "[frames, rows, columns]"),
+        ("video_latent_shape", [5, 0, 64], "[frames, rows, columns]"),
+        ("video_latent_shape", [1, 40, 64], "of 2 frames or more"),
+        ("original_latent_shape", [3], "[frames, rows, columns]"),
+        ("yarn_scale", 0, "a number above 0"),
+        ("yarn_beta_fast", 0.5, "such that yarn_beta_fast is above yarn_beta_slow"),
+    ],
+)
+def test_wrong_settings(field: str, value: object, expected: str, tmp_path: Path) -> None:
+    source = stored(VIDEO2WORLD, tmp_path / "model.pt")
+    settings = {**write_settings(VIDEO2WORLD), field: value}
+    told = f"{tmp_path / 'config.json'}: {field} is {json.dumps(value)}; it must be {expected}"
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        read_config(source, settings)
+
+
+def test_shapes_that_tell_nothing(tmp_path: Path) -> None:
+    name = "model.layers.0.attention.q_norm.weight"
+    for shape in ((), (0,), (2, 2)):
+        source = stored(BASE, tmp_path / "model.pt")
+        entries = {**source.entries, name: Entry((MemoryTensor(torch.zeros(shape)),))}
+        with pytest.raises(CheckpointError, match=r"not an autoregressive .*q_norm\.weight is \["):
+            read_config(replace(source, entries=entries), {})
 
 
 @pytest.mark.parametrize("wrong", [{"num_kv_heads": 3}, {"head_size": 15}])

@@ -10,7 +10,7 @@ import torch
 from worldline.errors import InputError
 from worldline.physics import Clips, make_clips
 from worldline.physics.render import object_masks, render
-from worldline.physics.scene import draw_scenes
+from worldline.physics.scene import MAX_OBJECTS, draw_scenes
 from worldline.physics.simulate import simulate
 
 SEEDS = (*range(10), *range(1_000_000, 1_000_010))
@@ -33,7 +33,7 @@ def test_repeating_the_last_input_frame_scores_15_to_22_db(clips: Clips) -> None
 def test_every_object_covers_two_percent_of_every_frame() -> None:
     scenes = draw_scenes(SEEDS[::2])
     motion = simulate(scenes)
-    for index in range(4):
+    for index in range(MAX_OBJECTS):
         having = [place for place, scene in enumerate(scenes) if index < scene.num_objects]
         masks = object_masks(scenes, motion, 128, 192, objects=[index])[having]
         assert masks.float().mean(dim=(2, 3)).min() >= 0.02

@@ -11,6 +11,7 @@ from worldline.errors import InputError
 from worldline.physics.scene import (
     COLOURS,
     KINDS,
+    MAX_OBJECTS,
     OUTLINES,
     SHAPES,
     TEXTURES,
@@ -46,7 +47,7 @@ def test_drawing_leaves_the_global_generator_alone() -> None:
 
 def test_scenes_are_varied() -> None:
     assert {scene.kind for scene in SCENES} == set(KINDS)
-    assert {scene.num_objects for scene in SCENES} == {2, 3, 4}
+    assert {scene.num_objects for scene in SCENES} == set(range(2, MAX_OBJECTS + 1))
     pairs = {(s.colours[0], s.shapes[0]) for s in draw_scenes(range(400))}
     assert pairs == {(colour, shape) for colour in COLOURS for shape in SHAPES}
     assert {scene.background.wall_texture for scene in SCENES} == set(TEXTURES)

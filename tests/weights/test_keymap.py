@@ -59,13 +59,6 @@ def test_unknown_lists_the_nearest() -> None:
         KEYS.released("blocks.x")
 
 
-def test_dashed_names() -> None:
-    ema = KEYS.dashed("ema.network-", drop={"network.*": "the plain set"})
-    assert ema.ours("ema.network-layers-4-attention-wq-weight") == "blocks.4.attention.q.weight"
-    assert ema.ours("network.layers.4.attention.wq.weight") is None
-    assert ema.released("embed.weight") == "ema.network-tok_embeddings-weight"
-
-
 def test_bad_maps() -> None:
     with pytest.raises(ValueError, match="different fields"):
         KeyMap({"a.{i}": "b"})

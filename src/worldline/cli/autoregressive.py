@@ -25,12 +25,14 @@ from worldline.errors import Error, GuardrailRefusal, InputError
 
 if TYPE_CHECKING:
     from worldline.cli.inputs import Item
+    from worldline.loading import AutoregressiveFiles
     from worldline.pipelines.autoregressive import AutoregressiveRequest
     from worldline.world import Step, Video, World
 
 logger = logging.getLogger(__name__)
 
-OFFLOAD_FLAGS = ("offload_tokenizer", "offload_ar_model")
+# names of formats that are not written; another ending after a dot is part of the name
+_UNWRITTEN = (".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".3gp")
 _STAGES = {"encode": "encoding", "tokens": "drawing {total:,} tokens", "decode": "decoding"}
 
 
@@ -116,12 +118,13 @@ def base(context: click.Context, /, **flags: Any) -> None:
     request = _make_request(flags)
     _log_notes(flags, given, batch=inputs.batch)
     tasks = _choose_outputs(items, inputs, flags)
+    files = _find_files(flags, request)
     if flags["resume"]:
-        tasks = _leave_out_finished(tasks, flags["ar_model_dir"], request)
+        tasks = _leave_out_finished(tasks, files, request)
         if not tasks:
             click.echo(f"nothing left to do in {flags['video_save_folder']}")
             return
-    _run(tasks, request, flags, batch=inputs.batch)
+    _run(tasks, files, request, flags, batch=inputs.batch)
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class Task:
 def _refuse_several_gpus(num_gpus: int) -> None:
     processes = os.environ.get("WORLD_SIZE", "1")
     if num_gpus != 1:
-        raise InputError(f"--num_gpus is {num_gpus}; this version runs on 1")
+        raise InputError(f"--num_gpus is {num_gpus}; this version runs on 1 GPU: give --num_gpus 1")
     if processes != "1":
         raise InputError(
             f"started as {processes} processes (WORLD_SIZE); this version runs on 1 GPU: "
@@ -237,15 +240,22 @@ def _choose_outputs(items: Sequence[Item], inputs: Inputs, flags: dict[str, Any]
     Raises:
         InputError: the folder cannot be written, a name is none, or an input is in the way.
     """
+    from worldline.video.read import IMAGE_SUFFIXES
     from worldline.video.write import ENCODINGS, check_destination
 
     folder = Path(flags["video_save_folder"])
     name = flags["video_save_name"]
     if not inputs.batch and not Path(name).name:
         raise InputError(f"--video_save_name {name!r} is no name")
+    suffix = Path(name).suffix.lower()
+    if not inputs.batch and suffix in (*_UNWRITTEN, *IMAGE_SUFFIXES):
+        raise InputError(
+            f"--video_save_name {name}: cannot write {suffix}; use {' '.join(ENCODINGS)}, "
+            "or a name without suffix for .mp4"
+        )
     if inputs.batch:
         outputs = [folder / f"{item.number}.mp4" for item in items]
-    elif Path(name).suffix.lower() in ENCODINGS:
+    elif suffix in ENCODINGS:
         outputs = [folder / name]
     else:
         outputs = [folder / f"{name}.mp4"]
@@ -263,14 +273,16 @@ def _choose_outputs(items: Sequence[Item], inputs: Inputs, flags: dict[str, Any]
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Make the folder that `flag` names, and try to write there.
+    """Try whether the folder that `flag` names can be written, or made; leaves nothing behind.
 
     Raises:
         InputError: that does not work.
     """
+    nearest = folder.absolute()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         reason = error.strerror or error
@@ -278,9 +290,12 @@ def check_folder(folder: Path, flag: str) -> None:
 
 
 def _leave_out_finished(
-    tasks: list[Task], model: str, request: AutoregressiveRequest
+    tasks: list[Task], files: AutoregressiveFiles, request: AutoregressiveRequest
 ) -> list[Task]:
-    """Return the tasks whose video is not there yet, or was made in another way."""
+    """Return the tasks whose video is not there yet, or was made from other files or otherwise."""
+    from worldline.files import stamp
+
+    identity = files.identity()
     left = []
     for task in tasks:
         if not task.output.exists():
@@ -289,8 +304,7 @@ def _leave_out_finished(
         try:
             report = json.loads(task.output.with_suffix(".json").read_text())
             same = (
-                report["model"] in (Path(model).name, Path(model).absolute().parent.name)
-                and report["input"] == str(task.item.path)
+                report["files"] == {**identity, "input": stamp(task.item.path)}
                 and report["request"] == request.__dict__
             )
         except (OSError, ValueError, KeyError, TypeError):
@@ -303,10 +317,21 @@ def _leave_out_finished(
     return left
 
 
+def _find_files(flags: dict[str, Any], request: AutoregressiveRequest) -> AutoregressiveFiles:
+    """Find and check the model, and that it has something to make for this request."""
+    from worldline.loading import find_autoregressive
+    from worldline.pipelines.autoregressive import check_room
+
+    files = find_autoregressive(flags["ar_model_dir"], flags["checkpoint_dir"])
+    check_room(files.config, files.tokenizer_config, request.num_input_frames)
+    return files
+
+
 @contextmanager
 def _memory_advice(flags: dict[str, Any]) -> Iterator[None]:
     """Turn an exhausted device into an error that names the flags which help."""
     from worldline.cli import is_out_of_memory
+    from worldline.loading import OFFLOAD_FLAGS
 
     try:
         yield
@@ -314,14 +339,20 @@ def _memory_advice(flags: dict[str, Any]) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         detail = str(error).splitlines()[0].rstrip(".") if str(error) else "no memory left"
-        left = [f"--{name}" for name in OFFLOAD_FLAGS if not flags[name]]
+        on_host = isinstance(error, MemoryError)  # where offloading would need more, not less
+        left = [f"--{name}" for name in OFFLOAD_FLAGS if not flags[name] and not on_host]
         lower = "lowers" if len(left) == 1 else "lower"
         advice = f"; {' and '.join(left)} {lower} the need" if left else ""
         raise Error(f"out of memory: {detail}{advice}") from error
 
 
 def _run(
-    tasks: Sequence[Task], request: AutoregressiveRequest, flags: dict[str, Any], *, batch: bool
+    tasks: Sequence[Task],
+    files: AutoregressiveFiles,
+    request: AutoregressiveRequest,
+    flags: dict[str, Any],
+    *,
+    batch: bool,
 ) -> None:
     """Load the world, make the videos one after another, and say what came of it.
 
@@ -329,17 +360,15 @@ def _run(
         Error: an item failed; the others of the batch were made.
         GuardrailRefusal: none failed, but one was refused.
     """
-    import worldline
+    from worldline.loading import OFFLOAD_FLAGS
+    from worldline.world import load_files
 
     with _memory_advice(flags):
-        world = worldline.load(
-            flags["ar_model_dir"],
-            flags["checkpoint_dir"],
+        world = load_files(
+            files,
             device=flags["device"],
             offload_ar_model=flags["offload_ar_model"],
             offload_tokenizer=flags["offload_tokenizer"],
-            disable_diffusion_decoder=flags["disable_diffusion_decoder"] or None,
-            disable_guardrail=flags["disable_guardrail"] or None,
         )
     if world.device.type == "cpu":
         for name in OFFLOAD_FLAGS:

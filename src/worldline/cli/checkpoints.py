@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from worldline.errors import CheckpointError
+from worldline.files import GIGABYTE
 
 if TYPE_CHECKING:
     from worldline.weights.read import Checkpoint
 
-GIGABYTE = 1e9
 _SUFFIXES = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
 _SHOWN = 3
 
@@ -114,17 +114,13 @@ def _holds_weights(folder: Path) -> bool:
 
 def _open(path: Path) -> Checkpoint:
     from worldline.loading import open_transformer
-    from worldline.tokenizers.cosmos.load import open_tokenizer
+    from worldline.tokenizers.cosmos.load import LAYOUTS, open_tokenizer
     from worldline.weights.read import open_checkpoint
 
     if not path.is_dir():
         return open_checkpoint(path)
-    halves = [
-        path / f"{half}{suffix}"
-        for half in ("encoder", "decoder", "autoencoder")
-        for suffix in (".jit", ".safetensors")
-    ]
-    if any(half.exists() for half in halves):
+    names = {name for layout in LAYOUTS for name in layout if not name.startswith("model.")}
+    if any((path / name).exists() for name in names):
         return open_tokenizer(path)[0]
     try:
         return open_transformer(path)

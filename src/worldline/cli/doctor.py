@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-GIGABYTE = 1e9
+from worldline.files import GIGABYTE
+
 _ENCODERS = {"mp4, mov, mkv": "libx264", "webm": "libvpx-vp9", "gif": "gif"}
 _DECODERS = ("h264", "hevc", "vp9", "av1", "mpeg4", "gif")
 
@@ -47,7 +48,7 @@ def _installed(package: str, otherwise: str) -> str:
 def _devices() -> Iterator[tuple[str, str]]:
     import torch
 
-    from worldline.cli.machine import host_memory
+    from worldline.machine import host_memory
 
     host = host_memory()
     free = f", {_gigabytes(host.free)} of {_gigabytes(host.total)} free" if host else ""
@@ -73,7 +74,7 @@ def _attention() -> list[str]:
     from worldline.models.predict1_ar.decoder import has_triton
 
     if not torch.cuda.is_available():
-        return ["torch SDPA on the CPU"]
+        return ["torch SDPA on the CPU (prompt), matrix products (decoding)"]
     backends = torch.backends.cuda
     found = [
         name
@@ -85,7 +86,7 @@ def _attention() -> list[str]:
         )
         if enabled
     ]
-    decoding = ["Triton, split keys (decoding)"] if has_triton() else []
+    decoding = ["Triton, split keys (decoding)" if has_triton() else "matrix products (decoding)"]
     return [*decoding, f"torch SDPA ({', '.join(found)})"]
 
 
@@ -113,8 +114,8 @@ def _codecs() -> Iterator[tuple[str, str]]:
 
 def _fits() -> Iterator[tuple[str, str]]:
     from worldline.catalog import ENTRIES
-    from worldline.cli.machine import device_memory, fit
-    from worldline.loading import bundled_names, choose_device
+    from worldline.loading import bundled_names, choose_device, fit
+    from worldline.machine import device_memory
     from worldline.models.predict1_ar.model import PRESETS
     from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-GIGABYTE = 1e9
+from worldline.files import GIGABYTE
+
 _COLUMNS = ("folder", "state", "size", "memory", "runs here", "licence", "files")
 
 
@@ -57,8 +58,8 @@ def _gigabytes(nbytes: int | None) -> str:
 
 
 def _bundled_rows(device: str | None) -> list[dict[str, Any]]:
-    from worldline.cli.machine import device_memory, fit
-    from worldline.loading import bundled_names, choose_device, find_autoregressive
+    from worldline.loading import bundled_names, choose_device, find_autoregressive, fit
+    from worldline.machine import device_memory
 
     chosen = choose_device(device)
     rows = []
@@ -94,8 +95,8 @@ def _weights(files: Any) -> list[Path]:
 
 def _released_rows(checkpoint_dir: str, device: str | None) -> list[dict[str, Any]]:
     from worldline.catalog import ENTRIES
-    from worldline.cli.machine import device_memory, fit
-    from worldline.loading import choose_device
+    from worldline.loading import choose_device, fit
+    from worldline.machine import device_memory
     from worldline.models.predict1_ar.model import PRESETS
     from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
 

@@ -18,11 +18,16 @@ def attend(
         v: as `k`.
         causal: query i sees keys 0 .. S - L + i, as when the keys before are a cached prefix.
         mask: boolean, broadcast to (B, N, L, S); True is visible. Not together with `causal`.
+
+    Raises:
+        ValueError: both `causal` and `mask` are given.
     """
+    if causal and mask is not None:
+        raise ValueError("attend takes causal or a mask, not both")
     length, visible = q.shape[2], k.shape[2]
     if length == 1:
         return _attend_one(q, k, v, mask)
-    if causal and 1 < length < visible:
+    if causal and length < visible:
         rows = torch.arange(visible - length, visible, device=q.device)
         mask = rows[:, None] >= torch.arange(visible, device=q.device)
     grouped = q.shape[1] != k.shape[1]
@@ -31,7 +36,7 @@ def attend(
         k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
         grouped = False
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and 1 < length == visible, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=causal and length == visible, enable_gqa=grouped
     )
 
 

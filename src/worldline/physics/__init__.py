@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from worldline.physics.parts import Scene
 from worldline.physics.render import object_masks, render
-from worldline.physics.scene import COLOURS, KINDS, SHAPES, Scene, draw_scene, draw_scenes
+from worldline.physics.scene import COLOURS, KINDS, SHAPES, draw_scene, draw_scenes
 from worldline.physics.simulate import FPS, Motion, simulate
 
 __all__ = [

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worldline.errors import InputError
-from worldline.physics.scene import COLOURS, GRID, OUTLINES, Scene
+from worldline.physics.parts import Scene
+from worldline.physics.scene import COLOURS, GRID, OUTLINES
 from worldline.physics.simulate import FPS, Motion
 
 CPU_MEMORY = 1_000_000_000  # bytes that a chunk may take

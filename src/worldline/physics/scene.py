@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldline.errors import InputError
-from worldline.physics.simulate import Bodies, Floats, Motion, integrate
+from worldline.physics.parts import Background, Floats, Scene
+from worldline.physics.simulate import Bodies, Motion, integrate
 
 KINDS = ("drop", "throw", "roll", "meet", "billiards")
 SHAPES = ("ball", "box", "triangle", "star")
@@ -32,7 +33,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 TEXTURES = ("plain", "checker", "stripes", "bricks", "planks", "noise")
 GRID = (5, 8)  # the corners of value noise over one picture: one to about 25 pixels
 
-MAX_OBJECTS = 4
+MAX_OBJECTS = 3
+_TWO_OBJECTS = 0.75  # share of scenes with two; the others have three
 MARGIN = 0.02  # heights between the walls and the picture's border
 
 
@@ -97,60 +99,6 @@ _TARGET = 18.2  # dB; the best candidate is taken where none lies in it
 _INPUT_FRAMES = 9
 _CHECK_FRAMES = 33
 _BATCH = 2048  # seeds drawn together; 25 kB of uniform numbers each
-
-
-@dataclass(frozen=True)
-class Background:
-    """A wall, and a floor below it, each a colour gradient and a coarse faint texture.
-
-    Colours are (3,) in 0 to 255; lengths in picture heights; amplitudes in grey levels.
-    """
-
-    wall_texture: str
-    floor_texture: str
-    wall_colours: Floats  # (2, 3), at the two ends of the gradient
-    floor_colour: Floats
-    gradient: float  # direction, radians
-    periods: tuple[float, float]  # wall, floor
-    amplitudes: tuple[float, float]
-    phase: float
-    tilt: float  # of stripes, radians
-    grid: Floats  # GRID, -1 to 1, the corners of value noise
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Everything that fixes a clip apart from its size and length."""
-
-    seed: int
-    kind: str
-    aspect: float  # width over height
-    shapes: tuple[str, ...]  # the first object is the caption's subject
-    colours: tuple[str, ...]
-    radii: Floats  # (N,), of the discs that collide, in picture heights
-    masses: Floats
-    state: Floats  # (6, N): x, y, velocity_x, velocity_y, angle, spin
-    marks: (
-        Floats  # (N,), 0 a stripe, 1 a dot; drawn on balls, whose turning would not show otherwise
-    )
-    gravity: float
-    drag: float
-    restitution: float
-    friction: float
-    left: float
-    right: float
-    top: float
-    bottom: float
-    floor: float  # where the floor begins in the picture, in heights; 1 or more where there is none
-    light: float  # direction towards the light, radians
-    brightness: float
-    pan: float  # heights that the picture moves to the left in a second
-    background: Background
-    caption: str
-
-    @property
-    def num_objects(self) -> int:
-        return len(self.shapes)
 
 
 def draw_scene(seed: int, aspect: float = 1.5) -> Scene:
@@ -264,15 +212,15 @@ def _draft(uniforms: Floats, first: Floats, aspect: float) -> _Draft:
 
     many(2)  # where `first` has the kind and the number
     kind = _pick(first[:, 0], len(KINDS))
-    num_objects = 2 + _pick(first[:, 1], 3)
+    num_objects = np.where(first[:, 1] < _TWO_OBJECTS, 2, 3)
     drop, throw, roll, meet, billiards = (kind == k for k in range(len(KINDS)))
     place = np.arange(MAX_OBJECTS)[:, None]
     present = place < num_objects
 
     shape = _pick(many(), len(SHAPES))
     colour = np.argsort(many(len(COLOURS)), axis=0)[:MAX_OBJECTS]
-    # Two objects may be larger than four: about the same part of the picture moves.
-    largest = np.choose(num_objects - 2, (0.048, 0.041, 0.033))
+    # Two objects may be larger than three: about the same part of the picture moves.
+    largest = np.choose(num_objects - 2, (0.048, 0.041))
     area = _between(many(), 0.026, largest) * aspect
     radius = np.sqrt(area / _AREAS[shape]) * present
 

@@ -10,17 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worldline.errors import InputError
-
-if TYPE_CHECKING:
-    from worldline.physics.scene import Scene
-
-Floats = NDArray[np.float64]
+from worldline.physics.parts import Floats, Scene
 
 FPS = 25.0
 SUBSTEPS = 4  # a frame; at 2 heights a second a body moves a sixth of the smallest radius in one

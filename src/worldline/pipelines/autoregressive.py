@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from worldline.errors import InputError
-from worldline.loading import AutoregressiveParts
+from worldline.loading import AutoregressiveParts, video_shape
 from worldline.models.predict1_ar.decoder import make_decoder
-from worldline.models.predict1_ar.model import make_positions
+from worldline.models.predict1_ar.model import ARTransformerConfig, make_positions
 from worldline.report import Recorder
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling
 from worldline.shapes import latent_frames_of
+from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
 from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip
 
@@ -44,6 +46,10 @@ class AutoregressiveRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("num_input_frames", "seed"):
+            self._convert(name, Integral, int, "a whole number")
+        for name in ("temperature", "top_p"):
+            self._convert(name, Real, float, "a number")
         if self.num_input_frames not in (1, 9):
             raise InputError(f"num_input_frames is {self.num_input_frames}; it must be 1 or 9")
         if not self.temperature >= 0 or self.temperature == float("inf"):
@@ -55,6 +61,13 @@ class AutoregressiveRequest:
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"seed is {self.seed}; it must be 0 to {LARGEST_SEED}")
 
+    def _convert(self, name: str, kind: type, plain: type, expected: str) -> None:
+        """Accept NumPy's numbers too, and keep Python's, which a report can hold."""
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise InputError(f"{name} is {value!r}; it must be {expected}")
+        object.__setattr__(self, name, plain(value))
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -64,6 +77,21 @@ class Progress:
     done: int
     total: int
     frames: NDArray[np.uint8] | None = None
+
+
+def check_room(
+    config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig, num_input_frames: int
+) -> None:
+    """Refuse to continue a clip that is as long as what the model makes.
+
+    Raises:
+        InputError: no frame would be left to make.
+    """
+    if latent_frames_of(num_input_frames, tokenizer.temporal) >= config.grid.frames:
+        raise InputError(
+            f"this model makes {video_shape(config, tokenizer).frames} frames, "
+            f"but num_input_frames is {num_input_frames}; give --num_input_frames 1"
+        )
 
 
 def continue_clip(

@@ -38,6 +38,8 @@ from worldline.train.losses import (
     reconstruction_terms,
     total,
 )
+from worldline.weights.read import open_checkpoint
+from worldline.weights.stream import load_into
 from worldline.weights.write import save as save_tensors
 
 SHAPE = VideoShape(33, 128, 192)
@@ -165,9 +167,13 @@ def export_tokenizer(model: CosmosTokenizer, folder: Path) -> None:
 @main.command()
 @_options
 @click.option("--tokenizer", "tokenizer_folder", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--start", type=click.Path(path_type=Path), help="Weights to begin with: an export folder."
+)
 def autoregressive(
     folder: Path,
     tokenizer_folder: Path,
+    start: Path | None,
     steps: int | None,
     batch: int | None,
     clips: int | None,
@@ -195,9 +201,15 @@ def autoregressive(
     held_out = encode_pool(coder, physics_batches(aside, SHAPE, device), half)
     del coder
     torch.manual_seed(seed)
-    model = ARTransformer(AUTOREGRESSIVE)
-    model.reset_parameters()
-    model = model.to(device)
+    if start is None:
+        model = ARTransformer(AUTOREGRESSIVE)
+        model.reset_parameters()
+        model = model.to(device)
+    else:
+        with torch.device("meta"):
+            model = ARTransformer(AUTOREGRESSIVE)
+        source = open_checkpoint(start / "model.safetensors")
+        load_into(model, source, KEYS, device=device, dtype=torch.float32)
     positions = make_positions(AUTOREGRESSIVE, device, torch.float32)
     run = torch.compile(_next_token_loss, dynamic=False) if compiled else _next_token_loss
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from worldline.errors import InputError
+from worldline.files import disguise
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif")
@@ -39,6 +40,9 @@ COUNT_BY_DECODING = 64
 
 BT709 = 1  # FFmpeg's number for the matrix of high definition
 ATTACHED_PIC = 0x400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
+
+# what Pillow's decoders raise on damage
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
 # First atoms of a QuickTime or MP4 file; `ftyp` alone would refuse old camera files.
 MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
@@ -110,7 +114,7 @@ def probe(path: str | Path, *, kind: Kind) -> MediaInfo:
             f"{path} is {article}, but --input_type is {kind}; use --input_type {found}"
         )
     if kind == "image":
-        height, width = _load_image(path).shape[:2]
+        height, width = read_image(path).frames.shape[1:3]
         return MediaInfo("image", 1, height, width, 0.0)
     with _opened(path) as (container, stream):
         packets = sum(not p.is_discard for p in _packets(path, container, stream))
@@ -163,16 +167,54 @@ def read_video(path: str | Path, *, last: int | None = None) -> Clip:
 
 
 def read_image(path: str | Path) -> Clip:
-    """Decode an image to one upright RGB frame.
-
-    Transparent pixels show white, as the diffusion members of the family have it; grey, palette,
-    CMYK and 16-bit images become 8-bit RGB; of an animated WebP the first picture counts. Colour
-    profiles are ignored, as in the reference.
+    """Decode an image to one upright RGB frame, see `to_rgb`; the first of an animated WebP.
 
     Raises:
         InputError: missing, unreadable, not an image, or damaged.
     """
-    return Clip(_load_image(Path(path))[None], 0.0)
+    path = Path(path)
+    _check_file(path)
+    try:
+        with Image.open(path) as stored:
+            return to_rgb(stored, str(path))
+    except InputError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not an image{_guess(path)}") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path} is too large: {error}") from None
+    except _DAMAGE as error:
+        raise InputError(f"{path} is a damaged image: {error}") from None
+
+
+def to_rgb(stored: Image.Image, name: str) -> Clip:
+    """Turn a picture into one upright RGB frame.
+
+    Transparent pixels show white, as the diffusion members of the family have it; grey, palette,
+    CMYK and 16-bit images become 8-bit RGB. Colour profiles are ignored, as in the reference.
+
+    Args:
+        stored: any mode; its EXIF orientation is applied.
+        name: for messages.
+
+    Raises:
+        InputError: it has no pixels, or its file is damaged.
+    """
+    if not stored.width or not stored.height:
+        raise InputError(f"{name} has no pixels")
+    try:
+        image = ImageOps.exif_transpose(stored)
+        image.load()
+    except _DAMAGE as error:
+        raise InputError(f"{name} is a damaged image: {error}") from None
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        frame = np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+    elif image.has_transparency_data:
+        frame = _over_white(np.asarray(image.convert("RGBA")))
+    else:
+        frame = np.array(image.convert("RGB"))
+    return Clip(frame[None], 0.0)
 
 
 def _check_file(path: Path) -> None:
@@ -184,28 +226,8 @@ def _check_file(path: Path) -> None:
                 raise InputError(f"{path} is empty (0 bytes)")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def _load_image(path: Path) -> NDArray[np.uint8]:
-    _check_file(path)
-    try:
-        with Image.open(path) as stored:
-            image = ImageOps.exif_transpose(stored)
-            image.load()
-    except UnidentifiedImageError:
-        raise InputError(f"{path} is not an image{_guess(path)}") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path} is too large: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise InputError(f"{path} is a damaged image: {error}") from None
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
-    if image.has_transparency_data:
-        return _over_white(np.asarray(image.convert("RGBA")))
-    return np.array(image.convert("RGB"))
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise InputError(f"{path} cannot be read: {_reason(error)}") from None
 
 
 def _over_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -219,10 +241,10 @@ def _guess(path: Path) -> str:
     """Name what a wrong file most likely is, for the end of a message; "" if nothing is known."""
     with path.open("rb") as file:
         head = file.read(512)
-    start = head.lstrip()[:64].lower()
-    if start.startswith(b"version https://git-lfs"):
+    found = disguise(head)
+    if found == "git-lfs pointer":
         return " but a git-lfs pointer: the file itself was never fetched"
-    if start.startswith((b"<!doctype", b"<html")):
+    if found == "web page":
         return " but a web page, perhaps saved by a failed download"
     if head.isascii() and b"\0" not in head:
         return " but text"

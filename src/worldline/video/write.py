@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import os
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from worldline.errors import Error, InputError
+from worldline.files import replacing
 
 Frames = NDArray[np.uint8]
 
@@ -66,7 +64,7 @@ def write_video(frames: Frames, path: str | Path, fps: float) -> None:
     _check_frames(frames)
     check_destination(path)
     if not path.suffix:
-        with replacing(path) as temporary:
+        with _writing(path) as temporary:
             temporary.mkdir()
             for index, frame in enumerate(frames):
                 Image.fromarray(frame).save(temporary / f"{index:05d}.png")
@@ -96,36 +94,23 @@ def check_destination(path: str | Path) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
-    """Write a file whole or not at all; see `replacing` for what is raised."""
-    with replacing(Path(path)) as temporary, temporary.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # else a crash may leave the new name with the old, or no, bytes
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; what is made there takes the name `path` at the end.
-
-    On any exception, Ctrl-C too, the temporary is removed and what `path` held stays.
+    """Write a file whole or not at all; folders on the way are made.
 
     Raises:
         InputError: the place cannot be written.
         Error: the disk is full or failed.
     """
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    with _writing(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """`replacing`, in a folder that is made, with errors of ours."""
     try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
             yield temporary
-            os.replace(temporary, path)
-        except BaseException:
-            if temporary.is_dir():
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise _cannot_write(path, error) from error
 

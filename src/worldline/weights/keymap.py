@@ -6,7 +6,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -122,16 +122,6 @@ class KeyMap:
         if found is None:
             raise ValueError(f"the key map has no released name for {name!r}")
         return (self.prefixes[0] if prefix is None else prefix) + found
-
-    def dashed(self, *prefixes: str, drop: Mapping[str, str] | None = None) -> KeyMap:
-        """The same map for names whose dots became dashes, as in EMA copies of a network.
-
-        Args:
-            prefixes: for instance "ema.network-", "ema.network-_orig_mod-".
-            drop: of the new map; absent, nothing is dropped.
-        """
-        rename = {released.replace(".", "-"): ours for released, ours in self.rename.items()}
-        return replace(self, rename=rename, drop=drop or {}, prefixes=prefixes or ("",))
 
     def _dropped(self, name: str) -> bool:
         forms = {name} | {name[len(p) :] for p in self.prefixes if name.startswith(p)}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError
+from worldline.files import disguise
 from worldline.weights.archive import read_archive, refusal, unnest
 from worldline.weights.source import (
     FileTensor,
@@ -125,6 +126,13 @@ class Checkpoint:
         """The dtype and shape of every tensor, by its name in the file."""
         return {name: entry.info for name, entry in self.entries.items()}
 
+    @property
+    def files(self) -> list[Path]:
+        """All files that make it, the index of several too."""
+        parts = (part.path for entry in self.entries.values() for part in entry.parts)
+        found = {path for path in parts if path is not None}
+        return sorted(found | ({self.path} if self.path.is_file() else set()))
+
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU, memory-mapped where the format allows.
 
@@ -155,17 +163,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open_legacy(path)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
         return _open_safetensors(path, size)
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    found = disguise(head)
+    if found == "web page":
         raise CheckpointError(
             f"{path} is a web page, not weights: the download was answered with a page "
             "(a licence to accept, or a login?); download it again"
         )
-    if text.startswith(b"version https://git-lfs"):
+    if found == "git-lfs pointer":
         raise CheckpointError(
             f"{path} is a git-lfs pointer, not weights; run `git lfs pull` in its folder"
         )
-    if text.startswith(b"{"):
+    if head.lstrip().startswith(b"{"):
         return _open_index(path)
     if not head.strip(b"\0"):
         raise CheckpointError(
@@ -254,7 +262,7 @@ def _open_legacy(path: Path) -> Checkpoint:
     strays = tuple(name for name, item in items.items() if not isinstance(item, Tensor))
     tensors = {name: item for name, item in items.items() if isinstance(item, Tensor)}
     _require_tensors(path, tensors, beside, strays)
-    entries = {name: Entry((MemoryTensor(item.detach()),)) for name, item in tensors.items()}
+    entries = {name: Entry((MemoryTensor(item.detach(), path),)) for name, item in tensors.items()}
     return Checkpoint(path, "pt", entries, nesting, strays, beside)
 
 

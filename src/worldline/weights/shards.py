@@ -14,6 +14,12 @@ from worldline.weights.source import Source
 _SHARD = re.compile(r"(?P<stem>.+)_model_mp_(?P<rank>\d+)\.pt")
 
 
+def shard_stem(path: Path) -> str | None:
+    """Return the stem of a set by one of its files, for `find_shards`; None for another file."""
+    found = _SHARD.fullmatch(path.name)
+    return found["stem"] if found else None
+
+
 def find_shards(folder: Path, stem: str | None = None) -> list[Path]:
     """Return the shards `{stem}_model_mp_{rank}.pt` of a folder, in the order of ranks.
 
@@ -36,7 +42,8 @@ def find_shards(folder: Path, stem: str | None = None) -> list[Path]:
         return []
     if len(sets) > 1:
         raise CheckpointError(
-            f"{folder} holds several sets of tensor-parallel shards ({', '.join(sets)}); name one"
+            f"{folder} holds several sets of tensor-parallel shards ({', '.join(sets)}); give the "
+            f"path of one file in place of the folder, such as {folder / min(sets)}_model_mp_0.pt"
         )
     [(name, ranks)] = sets.items()
     # Models are cut in 1, 2, 4, 8 ... parts, so three files are four of which one is missing.

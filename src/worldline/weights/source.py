@@ -136,9 +136,15 @@ class FileTensor:
 
 @dataclass(frozen=True)
 class MemoryTensor:
-    """A tensor of a file whose format can only be read as a whole."""
+    """A tensor of a file whose format can only be read as a whole.
+
+    Attributes:
+        tensor: read.
+        path: the file; None for a tensor that is of none.
+    """
 
     tensor: Tensor
+    path: Path | None = None
 
     @property
     def info(self) -> TensorInfo:

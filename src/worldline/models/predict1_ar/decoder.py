@@ -218,7 +218,7 @@ class FusedStep:
         """
         matvec, x = self.kernels.matvec, self.stream
         torch.index_select(self.model.embedding.weight, 0, token, out=x.view(1, -1))
-        for number, layer in enumerate(self.model._layers):
+        for number, layer in enumerate(self.model.stack):
             attention, feed_forward = layer.attention, layer.feed_forward
             matvec(
                 x,

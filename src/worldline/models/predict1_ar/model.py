@@ -24,6 +24,18 @@ from worldline.shapes import LatentShape
 
 RELEASED_GRID = LatentShape(5, 40, 64)
 
+_SIZES = (
+    "depth",
+    "width",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "hidden",
+    "vocabulary",
+    "embedding_rows",
+    "context_every",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ARTransformerConfig:
@@ -66,6 +78,9 @@ class ARTransformerConfig:
     leading_tokens: int = 0
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads evenly"
@@ -272,7 +287,7 @@ class ARTransformer(nn.Module):
         context = context.to(self.head.weight.dtype)
         return [
             None if layer.cross_attention is None else layer.cross_attention.encode(context)
-            for layer in self._layers
+            for layer in self.stack
         ]
 
     def forward(
@@ -300,7 +315,7 @@ class ARTransformer(nn.Module):
         """
         here = positions.rows(start, tokens.shape[1])
         x = self.embedding(tokens)
-        for layer in self._layers:
+        for layer in self.stack:
             encoded = None if context is None else context[layer.number]
             x = layer(x, here, cache, start, encoded, context_mask)
         if last_only:
@@ -308,5 +323,6 @@ class ARTransformer(nn.Module):
         return self.head(self.norm(x))
 
     @property
-    def _layers(self) -> list[Layer]:
+    def stack(self) -> list[Layer]:
+        """The layers in order."""
         return list(self.layers)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from worldline.weights.stream import load_into
 from worldline.weights.views import joined
 
 # in order of preference: what a folder may hold
-_LAYOUTS = (
+LAYOUTS = (
     ("encoder.safetensors", "decoder.safetensors"),
     ("encoder.jit", "decoder.jit"),
     ("autoencoder.safetensors",),
@@ -43,7 +43,7 @@ def open_tokenizer(
     if not folder.is_dir():
         raise CheckpointError(f"no tokenizer folder {folder}")
     layouts = (
-        *_LAYOUTS,
+        *LAYOUTS,
         *((path.name,) for path in sorted(folder.glob("iter_*.pt"), reverse=True)),
     )
     half_missing = ""

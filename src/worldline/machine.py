@@ -1,4 +1,4 @@
-"""What this machine has, and which flags a world needs to fit on it."""
+"""The memory that this machine has to give; imports torch only to ask a GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-    from worldline.models.predict1_ar.model import ARTransformerConfig
-    from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
 
 
 @dataclass(frozen=True)
@@ -62,42 +59,3 @@ def device_memory(device: torch.device) -> Memory | None:
     if device.type == "cuda":
         return Memory(*torch.cuda.mem_get_info(device))
     return host_memory()
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How a world fits.
-
-    Attributes:
-        need: bytes of the plan with `flags`, or of the smallest plan where nothing fits.
-        flags: offload flags to give.
-        fits: whether the need is met; None where the memory is not known.
-    """
-
-    need: int
-    flags: tuple[str, ...]
-    fits: bool | None
-
-
-def fit(
-    config: ARTransformerConfig,
-    tokenizer: CosmosTokenizerConfig,
-    device: torch.device,
-    memory: Memory | None,
-) -> Fit:
-    """Find the fewest offload flags with which a world fits."""
-    from worldline.loading import compute_dtype, plan_autoregressive
-
-    choices: tuple[tuple[str, ...], ...] = ((),)
-    if device.type == "cuda":  # elsewhere the parts have one home anyway
-        both = ("offload_tokenizer", "offload_ar_model")
-        choices = ((), *((flag,) for flag in both), both)
-    dtype = compute_dtype(device)
-    plans = []
-    for flags in choices:
-        chosen = dict.fromkeys(flags, True)
-        need = plan_autoregressive(config, tokenizer, dtype=dtype, **chosen).peak
-        plans.append(Fit(need, flags, None if memory is None else need <= memory.free))
-        if memory is not None and need <= memory.free:
-            return plans[-1]
-    return plans[0] if memory is None else min(plans, key=lambda plan: plan.need)
