@@ -32,7 +32,9 @@ from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerCo
 from worldline.train.data import ClipPool, as_video, encode_pool, physics_batches, to_device
 from worldline.train.loop import LoopConfig, fit, generator
 from worldline.train.losses import (
+    FeatureNetwork,
     ReconstructionObjective,
+    Schedule,
     next_token_labels,
     next_token_loss,
     reconstruction_terms,
@@ -62,6 +64,7 @@ AUTOREGRESSIVE = ARTransformerConfig(
     embedding_rows=4096,
     grid=GRID,
 )
+_PERCEPTUAL = 0.1  # weight of the perceptual term in the released recipes
 _HELD_OUT = 900_000  # seeds from here to 999,999 steer training; evaluation starts at 1,000,000
 
 
@@ -91,8 +94,14 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command()
 @_options
+@click.option(
+    "--features",
+    type=click.Path(path_type=Path, exists=True),
+    help="Weights of a VGG16-shaped network: adds the perceptual term with the released weight.",
+)
 def tokenizer(
     folder: Path,
+    features: Path | None,
     steps: int | None,
     batch: int | None,
     clips: int | None,
@@ -103,19 +112,27 @@ def tokenizer(
     compiled: bool,
     device: str,
 ) -> None:
-    """Train the discrete video tokenizer on generated clips, colour term alone."""
+    """Train the discrete video tokenizer on generated clips.
+
+    By the colour term alone, or with --features by the perceptual term too.
+    """
     batch, clips = batch or 48, clips or 24_000
     torch.manual_seed(seed)
     model = CosmosTokenizer(TOKENIZER)
     model.reset_parameters()
     model = model.to(device)
     pool = ClipPool(physics_batches(range(clips), SHAPE, device, workers=workers), clips, SHAPE)
+    network = None
+    if features is not None:
+        stored = open_checkpoint(features)
+        network = FeatureNetwork.from_tensors({name: stored.read(name) for name in stored.tensors})
+        network = network.to(device)
     run = torch.compile(_reconstruction_loss, dynamic=False) if compiled else _reconstruction_loss
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         views = pool.batch(seed, step, batch)
         with _mixed_precision(device):
-            loss, error = run(model, views)
+            loss, error = run(model, views, network)
         return loss, {"psnr": -10 * error.log10()}
 
     config = LoopConfig(steps=steps or 12_000, learning_rate=rate or 1.5e-3)
@@ -135,12 +152,17 @@ def _mixed_precision(device: str) -> torch.autocast:
     return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
 
-def _reconstruction_loss(model: CosmosTokenizer, clips: Tensor) -> tuple[Tensor, Tensor]:
+def _reconstruction_loss(
+    model: CosmosTokenizer, clips: Tensor, features: FeatureNetwork | None
+) -> tuple[Tensor, Tensor]:
     """Return the loss, and the mean squared error in [0, 1], of uint8 clips (B, T, H, W, 3)."""
     video = as_video(clips)
     reconstruction = model.reconstruct(video)
-    # the weights of the colour term are constant: any iteration has the same
-    loss = total(reconstruction_terms(ReconstructionObjective(), video, reconstruction, 0))
+    perceptual = None if features is None else Schedule.constant(_PERCEPTUAL)
+    objective = ReconstructionObjective(perceptual=perceptual)
+    # the weights of both terms are constant: any iteration has the same
+    terms = reconstruction_terms(objective, video, reconstruction, 0, features=features)
+    loss = total(terms)
     error = (reconstruction.detach().float().clamp(-1, 1) - video).square().mean() / 4
     return loss, error
 
