@@ -9,7 +9,7 @@ import worldline
 from worldline.physics import make_clips
 
 
-def main(output: str) -> None:
+def main(output: str = "out.mp4") -> None:
     frames = make_clips([1_000_000]).frames[0, :9]  # uint8 (T, H, W, 3); a file's path works too
     world = worldline.load("tiny-Cosmos-Predict1-4B")
     video = world.generate(frames, num_input_frames=9, seed=0, top_p=0.8)

@@ -10,7 +10,7 @@ from worldline.physics import make_clips
 from worldline.video.write import contact_sheet
 
 
-def main(output: str, count: str = "3") -> None:
+def main(output: str = "futures.png", count: str = "3") -> None:
     truth = make_clips([1_000_001]).frames[0].numpy()
     world = worldline.load("tiny-Cosmos-Predict1-4B")
     rows, labels = [truth], ["what really happens"]

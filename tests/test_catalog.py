@@ -71,6 +71,8 @@ def test_both_generations_are_found(tmp_path: Path) -> None:
     new.mkdir()
     assert entry.presence(tmp_path) == ("present", old)
     (new / "model.safetensors").write_bytes(b"x")
+    assert entry.presence(tmp_path) == ("other size", new)
+    os.truncate(new / "model.safetensors", entry.nbytes)
     assert entry.presence(tmp_path) == ("present", new)
 
 

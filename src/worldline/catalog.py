@@ -17,7 +17,7 @@ NVIDIA_LICENCE = "NVIDIA Open Model License"
 APACHE_LICENCE = "Apache-2.0"
 LLAMA_LICENCE = "Llama 3.1 Community License"
 
-Presence = Literal["present", "partial", "absent"]
+Presence = Literal["present", "other size", "partial", "absent"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,10 @@ class Entry:
         return 0
 
     def presence(self, checkpoint_dir: str | Path) -> tuple[Presence, Path | None]:
-        """Tell whether the checkpoint is there, and in which folder; by names and sizes alone."""
+        """Tell whether the checkpoint is there, and in which folder; by names and sizes alone.
+
+        "other size" is a whole checkpoint under the released name, but far smaller than it.
+        """
         sizes = {file.name: file.nbytes for file in self.files}
         partial: Path | None = None
         for folder in self.folders:
@@ -84,13 +87,19 @@ class Entry:
                 continue
             for layout in self.layouts:
                 if all(_holds(path, pattern, sizes.get(pattern) or 1) for pattern in layout):
-                    return "present", path
+                    small = sum(_size(path, pattern) for pattern in layout) < self.nbytes / 2
+                    return "other size" if small else "present", path
             partial = partial or path
         return ("partial", partial) if partial else ("absent", None)
 
 
 def _holds(folder: Path, pattern: str, nbytes: int) -> bool:
     return any(path.is_file() and path.stat().st_size >= nbytes for path in folder.glob(pattern))
+
+
+def _size(folder: Path, pattern: str) -> int:
+    """Bytes of all that fits, the other ranks of a tensor-parallel set included."""
+    return sum(path.stat().st_size for path in folder.glob(pattern.replace("_mp_0", "_mp_*")))
 
 
 # whole files of a transformer in order of preference

@@ -133,6 +133,11 @@ class World:
         self.identity = identity
 
     @property
+    def parameters(self) -> int:
+        """Number of trained weights of the transformer."""
+        return sum(weight.numel() for weight in self.parts.transformer.module.parameters())
+
+    @property
     def device(self) -> torch.device:
         return self.parts.device
 
@@ -205,6 +210,7 @@ class World:
         steps = "matrix products" if decoder == PlainDecoder.name else "Triton, split keys"
         return {
             "model": self.name,
+            "parameters": self.parameters,
             **source,
             "request": request.__dict__,
             "decoder": decoder,

@@ -51,4 +51,4 @@ def test_json(run: Run, own_world: Path) -> None:
 def test_no_checkpoint_folder(run: Run) -> None:
     result = run("models", "--checkpoint_dir", "nowhere")
     assert result.exit_code == 0
-    assert "there is no folder nowhere" in result.stderr
+    assert "no folder nowhere yet" in result.stderr

@@ -202,6 +202,11 @@ def _log_notes(flags: dict[str, Any], given: set[str], *, batch: bool) -> None:
     """Say what was asked for and has no effect, and what to expect of the model."""
     from worldline.catalog import find, is_bundled
 
+    if is_bundled(flags["ar_model_dir"]):
+        logger.info(
+            "%s knows generated clips of moving shapes alone; of others it makes coloured fog",
+            flags["ar_model_dir"],
+        )
     absent = (
         ("offload_guardrail_models", "no guardrail runs"),
         ("offload_diffusion_decoder", "no diffusion decoder runs"),
@@ -418,7 +423,8 @@ def describe_world(world: World) -> str:
     loading = world.loading.as_dict()
     shape = world.parts.video
     return (
-        f"{world.name} on {world.device}: {shape.frames} frames of {shape.width} x {shape.height}; "
+        f"{world.name} ({world.parameters / 1e6:,.1f} M parameters) on {world.device}: "
+        f"{shape.frames} frames of {shape.width} x {shape.height}; "
         f"loaded in {loading['seconds']:.1f} s, {loading['peak_gb']:.2f} GB"
     )
 

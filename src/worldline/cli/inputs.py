@@ -62,7 +62,9 @@ def read_batch(path: str | Path, kind: Kind, num_input_frames: int) -> list[Item
     if problems:
         count = len(problems) + len(items)
         told = "\n".join(f"  {problem}" for problem in problems)
-        raise InputError(f"{path}: {len(problems)} of {count} inputs cannot be used\n{told}")
+        raise InputError(
+            f"{path}: {len(problems)} of {count} inputs cannot be used, so none was run\n{told}"
+        )
     if not items:
         raise InputError(
             f"{path} holds no media" if path.is_dir() else f"{path} has no line with an input"

@@ -35,7 +35,10 @@ def models(checkpoint_dir: str, device: str | None, as_json: bool) -> None:
         padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         click.echo("  ".join(padded).rstrip())
     if not Path(checkpoint_dir).is_dir():
-        click.echo(f"worldline: there is no folder {checkpoint_dir} (--checkpoint_dir)", err=True)
+        click.echo(
+            f"worldline: no folder {checkpoint_dir} yet (--checkpoint_dir): only bundled models",
+            err=True,
+        )
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
