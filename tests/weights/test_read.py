@@ -212,21 +212,28 @@ def test_other_byte_order(tmp_path: Path) -> None:
 
 
 def test_golden_jit_and_pt_hold_the_same_bits(golden: Path) -> None:
-    for case in ("tok_dv_tiny", "tok_cv_tiny"):
-        for encoder in (golden / case).glob("*/encoder.jit"):
-            jit = open_checkpoint(encoder)
-            assert jit.kind == "jit"
-            pt = open_checkpoint(encoder.with_name("model.pt"))
-            assert pt.nesting == "model"
-            plain = {
-                name.replace("_orig_mod.", "").removeprefix("network."): name
-                for name in pt.tensors
-                if not name.startswith("ema.")
-            }
-            both = jit.tensors.keys() & plain.keys()
-            assert both >= {name for name in jit.tensors if "conv3d" in name}
-            for name in both:
-                assert torch.equal(jit.read(name), pt.read(plain[name]).to(jit.tensors[name].dtype))
+    folders = [
+        encoder.parent
+        for case in ("tok_dv_tiny", "tok_cv_tiny")
+        for encoder in (golden / case).glob("*/encoder.jit")
+        if encoder.with_name("model.pt").exists()
+    ]
+    if not folders:
+        pytest.skip(f"{golden} holds no tokenizer in both formats")
+    for folder in folders:
+        jit = open_checkpoint(folder / "encoder.jit")
+        assert jit.kind == "jit"
+        pt = open_checkpoint(folder / "model.pt")
+        assert pt.nesting == "model"
+        plain = {
+            name.replace("_orig_mod.", "").removeprefix("network."): name
+            for name in pt.tensors
+            if not name.startswith("ema.")
+        }
+        both = jit.tensors.keys() & plain.keys()
+        assert both >= {name for name in jit.tensors if "conv3d" in name}
+        for name in both:
+            assert torch.equal(jit.read(name), pt.read(plain[name]).to(jit.tensors[name].dtype))
 
 
 class Payload:
