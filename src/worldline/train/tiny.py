@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -68,6 +70,22 @@ _PERCEPTUAL = 0.1  # weight of the perceptual term in the released recipes
 _HELD_OUT = 900_000  # seeds from here to 999,999 steer training; evaluation starts at 1,000,000
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What both commands are told; None takes the command's own default."""
+
+    folder: Path
+    steps: int | None
+    batch: int | None
+    clips: int | None
+    seconds: float | None
+    workers: int
+    seed: int
+    rate: float | None
+    compiled: bool
+    device: str
+
+
 @click.group()
 def main() -> None:
     """Train the small worlds that ship with the package."""
@@ -99,50 +117,41 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Path(path_type=Path, exists=True),
     help="Weights of a VGG16-shaped network: adds the perceptual term with the released weight.",
 )
-def tokenizer(
-    folder: Path,
-    features: Path | None,
-    steps: int | None,
-    batch: int | None,
-    clips: int | None,
-    seconds: float | None,
-    workers: int,
-    seed: int,
-    rate: float | None,
-    compiled: bool,
-    device: str,
-) -> None:
+def tokenizer(features: Path | None, **options: Any) -> None:
     """Train the discrete video tokenizer on generated clips.
 
     By the colour term alone, or with --features by the perceptual term too.
     """
-    batch, clips = batch or 48, clips or 24_000
-    torch.manual_seed(seed)
+    run = Run(**options)
+    batch, clips, device = run.batch or 48, run.clips or 24_000, run.device
+    torch.manual_seed(run.seed)
     model = CosmosTokenizer(TOKENIZER)
     model.reset_parameters()
     model = model.to(device)
-    pool = ClipPool(physics_batches(range(clips), SHAPE, device, workers=workers), clips, SHAPE)
+    pool = ClipPool(physics_batches(range(clips), SHAPE, device, workers=run.workers), clips, SHAPE)
     network = None
     if features is not None:
         stored = open_checkpoint(features)
         network = FeatureNetwork.from_tensors({name: stored.read(name) for name in stored.tensors})
         network = network.to(device)
-    run = torch.compile(_reconstruction_loss, dynamic=False) if compiled else _reconstruction_loss
+    measure: Any = _reconstruction_loss
+    if run.compiled:
+        measure = torch.compile(_reconstruction_loss, dynamic=False)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        views = pool.batch(seed, step, batch)
+        views = pool.batch(run.seed, step, batch)
         with _mixed_precision(device):
-            loss, error = run(model, views, network)
+            loss, error = measure(model, views, network)
         return loss, {"psnr": -10 * error.log10()}
 
-    config = LoopConfig(steps=steps or 12_000, learning_rate=rate or 1.5e-3)
-    done, average = fit(model, loss_of, config, folder, seconds=seconds)
+    config = LoopConfig(steps=run.steps or 12_000, learning_rate=run.rate or 1.5e-3)
+    done, average = fit(model, loss_of, config, run.folder, seconds=run.seconds)
     average.swap(model)
-    export_tokenizer(model, folder / "export")
+    export_tokenizer(model, run.folder / "export")
     aside = range(_HELD_OUT, _HELD_OUT + min(clips, 64))
     held_out = next(physics_batches(aside, SHAPE, device))
     figures = {"steps": done, "psnr": reconstruction_psnr(model.eval(), held_out)}
-    (folder / "result.json").write_text(json.dumps(figures))
+    (run.folder / "result.json").write_text(json.dumps(figures))
     logging.info("%s", figures)
 
 
@@ -192,22 +201,10 @@ def export_tokenizer(model: CosmosTokenizer, folder: Path) -> None:
 @click.option(
     "--start", type=click.Path(path_type=Path), help="Weights to begin with: an export folder."
 )
-def autoregressive(
-    folder: Path,
-    tokenizer_folder: Path,
-    start: Path | None,
-    steps: int | None,
-    batch: int | None,
-    clips: int | None,
-    seconds: float | None,
-    workers: int,
-    seed: int,
-    rate: float | None,
-    compiled: bool,
-    device: str,
-) -> None:
+def autoregressive(tokenizer_folder: Path, start: Path | None, **options: Any) -> None:
     """Train the transformer on the tokens of generated clips, next token by next token."""
-    batch, clips = batch or 256, clips or 150_000
+    run = Run(**options)
+    batch, clips, device, folder = run.batch or 256, run.clips or 150_000, run.device, run.folder
     half = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     coder = load_tokenizer(tokenizer_folder, device=device, dtype=half)
     cached = folder / "tokens.pt"
@@ -215,14 +212,14 @@ def autoregressive(
         tokens = torch.load(cached, weights_only=True).to(device)
     else:
         tokens = encode_pool(
-            coder, physics_batches(range(clips), SHAPE, device, workers=workers), half
+            coder, physics_batches(range(clips), SHAPE, device, workers=run.workers), half
         )
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(tokens.cpu(), cached)
     aside = range(_HELD_OUT, _HELD_OUT + min(clips, 256))
     held_out = encode_pool(coder, physics_batches(aside, SHAPE, device), half)
     del coder
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     if start is None:
         model = ARTransformer(AUTOREGRESSIVE)
         model.reset_parameters()
@@ -233,7 +230,9 @@ def autoregressive(
         source = open_checkpoint(start / "model.safetensors")
         load_into(model, source, KEYS, device=device, dtype=torch.float32)
     positions = make_positions(AUTOREGRESSIVE, device, torch.float32)
-    run = torch.compile(_next_token_loss, dynamic=False) if compiled else _next_token_loss
+    measure: Any = _next_token_loss
+    if run.compiled:
+        measure = torch.compile(_next_token_loss, dynamic=False)
 
     @torch.no_grad()
     def held_out_loss() -> Tensor:
@@ -242,20 +241,20 @@ def autoregressive(
         return torch.stack(parts).mean()
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = torch.randint(len(tokens), (batch,), generator=generator(seed, step))
+        chosen = torch.randint(len(tokens), (batch,), generator=generator(run.seed, step))
         with _mixed_precision(device):
-            loss = run(model, tokens[to_device(chosen, device)], positions)
+            loss = measure(model, tokens[to_device(chosen, device)], positions)
         return loss, {"held_out": held_out_loss()} if step % 500 == 499 else {}
 
     config = LoopConfig(
-        steps=steps or 20_000,
-        learning_rate=rate or 3e-3,
+        steps=run.steps or 20_000,
+        learning_rate=run.rate or 3e-3,
         warmup=500,
         weight_decay=0.05,
         betas=(0.9, 0.95),
         average_decay=0.9995,
     )
-    done, average = fit(model, loss_of, config, folder, seconds=seconds)
+    done, average = fit(model, loss_of, config, folder, seconds=run.seconds)
     average.swap(model)
     figures = {"steps": done, "held_out": float(held_out_loss())}
     export_autoregressive(model, folder / "export")

@@ -77,6 +77,10 @@ class PlainDecoder:
         device = model.head.weight.device
         self.ids = torch.zeros(batch, self.cache.length, dtype=torch.int64, device=device)
         self.done = 0
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make what a faster decoder needs besides."""
 
     @property
     def tokens(self) -> Tensor:
@@ -124,20 +128,11 @@ class CapturedDecoder(PlainDecoder):
 
     name = "CUDA graph, Triton kernels"
 
-    def __init__(
-        self,
-        model: ARTransformer,
-        positions: Positions,
-        sampling: Sampling,
-        *,
-        batch: int = 1,
-        context: Tensor | None = None,
-    ) -> None:
-        super().__init__(model, positions, sampling, batch=batch, context=context)
-        self.fused = FusedStep(model, positions)
-        weight = model.head.weight
-        self.position = torch.zeros((), dtype=torch.int64, device=weight.device)
-        self.noise = torch.ones(1, model.config.vocabulary, device=weight.device)
+    def _prepare(self) -> None:
+        self.fused = FusedStep(self.model, self.positions)
+        device = self.ids.device
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.noise = torch.ones(1, self.model.config.vocabulary, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
