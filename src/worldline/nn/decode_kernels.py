@@ -363,11 +363,6 @@ class Attend:
         self.stats = torch.empty(num_heads, _SPLITS, 2, device=device)
         self.arrivals = torch.zeros(num_kv_heads, dtype=torch.int32, device=device)
 
-    @staticmethod
-    def fits(head_size: int) -> bool:
-        """Whether the kernel can tile this head size."""
-        return head_size >= 32 and head_size & (head_size - 1) == 0
-
     def __call__(
         self,
         qkv: Tensor,
@@ -444,21 +439,20 @@ def compile_for(
     for columns in (heads, hidden):
         matvec(blank(columns), (blank(16, columns),), blank(16), residual=blank(16))
     gate_up(x, gamma, 1.0, rows, rows, blank(16))
-    if Attend.fits(head_size):
-        attend = Attend(
-            num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, device=device
-        )
-        table, norm = blank(16, head_size), blank(head_size)
-        cache = blank(num_kv_heads, 16, head_size)
-        attend(
-            blank(heads + 2 * num_kv_heads * head_size),
-            norm,
-            norm,
-            1.0,
-            table,
-            table,
-            cache,
-            cache.clone(),
-            torch.zeros((), dtype=torch.int64, device=device),
-            blank(heads),
-        )
+    attend = Attend(
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, device=device
+    )
+    table, norm = blank(16, head_size), blank(head_size)
+    cache = blank(num_kv_heads, 16, head_size)
+    attend(
+        blank(heads + 2 * num_kv_heads * head_size),
+        norm,
+        norm,
+        1.0,
+        table,
+        table,
+        cache,
+        cache.clone(),
+        torch.zeros((), dtype=torch.int64, device=device),
+        blank(heads),
+    )

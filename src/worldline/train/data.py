@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
 
 import torch
@@ -33,13 +34,12 @@ def physics_batches(
         workers: processes that draw scenes and their motion; 0 does it here.
     """
     parts = [(seeds[at : at + batch], shape) for at in range(0, len(seeds), batch)]
-    if workers == 0:
-        moving = map(_motion, parts)
+    with ExitStack() as stack:
+        moving: Iterator[tuple[list[Scene], Motion]] = map(_motion, parts)
+        if workers:
+            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+            moving = stack.enter_context(pool).map(_motion, parts)
         for scenes, motion in moving:
-            yield render(scenes, motion, shape.height, shape.width, device)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for scenes, motion in pool.map(_motion, parts):
             yield render(scenes, motion, shape.height, shape.width, device)
 
 

@@ -45,6 +45,7 @@ from worldline.train.losses import (
 from worldline.weights.read import open_checkpoint
 from worldline.weights.stream import load_into
 from worldline.weights.write import save as save_tensors
+from worldline.weights.write import save_module
 
 SHAPE = VideoShape(33, 128, 192)
 GRID = LatentShape(5, 8, 12)
@@ -271,12 +272,8 @@ def _next_token_loss(model: ARTransformer, tokens: Tensor, positions: Positions)
 
 def export_autoregressive(model: ARTransformer, folder: Path) -> None:
     """Write weights in bf16 under the released names, and config.json beside them."""
-    tensors = {
-        KEYS.released(name): parameter.detach().bfloat16().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-    }
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(tensors, folder / "model.safetensors")
+    save_module(model, folder / "model.safetensors", keymap=KEYS, dtype=torch.bfloat16)
     (folder / "config.json").write_text(json.dumps(write_settings(model.config), indent=1) + "\n")
 
 

@@ -40,15 +40,19 @@ def make_decoder(
 
 def can_capture(model: ARTransformer, batch: int) -> bool:
     weight = model.head.weight
-    head_size = model.config.head_size
     return (
-        weight.device.type == "cuda"
-        and weight.dtype == torch.bfloat16
-        and batch == 1
-        and model.config.context_width is None
-        and not model.config.absolute_positions
-        and head_size >= 32
-        and head_size & (head_size - 1) == 0
+        weight.dtype == torch.bfloat16 and batch == 1 and kernels_fit(model.config, weight.device)
+    )
+
+
+def kernels_fit(config: ARTransformerConfig, device: torch.device) -> bool:
+    """Tell whether the kernels can run this architecture here."""
+    return (
+        device.type == "cuda"
+        and config.context_width is None
+        and not config.absolute_positions
+        and config.head_size >= 32  # a tile of the attention kernel is a power of two wide
+        and config.head_size & (config.head_size - 1) == 0
         and has_triton()
     )
 
@@ -254,7 +258,7 @@ def compile_ahead(config: ARTransformerConfig, device: torch.device) -> threadin
 
     Returns None where there is nothing to compile.
     """
-    if device.type != "cuda" or config.context_width is not None or not has_triton():
+    if not kernels_fit(config, device):
         return None
 
     def run() -> None:
