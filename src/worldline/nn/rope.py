@@ -1,7 +1,8 @@
-"""Rotary position embedding over a latent grid, with YaRN stretching.
+"""Rotary position embedding over a latent grid, with YaRN or NTK stretching.
 
 Source: arXiv 2104.09864 (RoPE), arXiv 2309.00071 (YaRN); numbers and layout of
-nvidia-cosmos/cosmos-predict1 `autoregressive/modules/embedding.py`, the class for rope version v2.
+nvidia-cosmos/cosmos-predict1 `autoregressive/modules/embedding.py`, the class for rope version v2,
+and for the diffusion models `diffusion/module/position_embedding.py`.
 Axes: L tokens, K head size; K is cut into time, height and width parts.
 """
 
@@ -103,6 +104,42 @@ def rotation_3d(
     angles = torch.cat([half, half], dim=1)
     angles = torch.cat([angles.new_zeros(leading, head_size), angles])
     return Rotation(angles.cos(), angles.sin())
+
+
+def stretched_angles_3d(
+    grid: LatentShape,
+    head_size: int,
+    *,
+    ratio: tuple[float, float, float],
+    time_scale: tuple[float, float] | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the angles (L, K) of every cell in radians, float32, with NTK stretching by axis.
+
+    An axis of d channels stretched by r has the base 10000 * r^(d / (d - 2)).
+
+    Args:
+        grid: tokens, time-major, then rows, then columns.
+        head_size: K.
+        ratio: stretching of time, rows and columns.
+        time_scale: (fps, base fps): frame t stands at t / fps * base fps; None leaves it at t.
+        dtype: of the arithmetic. The released pipelines compute in bf16, which moves angles by up
+            to 0.15 radians (0.28 in the 14B models) at 704 x 1280.
+    """
+    parts = []
+    shape = (grid.frames, grid.height, grid.width)
+    for axis, size in enumerate(axis_sizes(head_size)):
+        base = 10_000.0 * ratio[axis] ** (size / (size - 2))
+        exponents = (torch.arange(0, size, 2, dtype=torch.float32) / size).to(dtype)
+        position = torch.arange(shape[axis], dtype=torch.float32).to(dtype)
+        if axis == 0 and time_scale is not None:
+            position = position / torch.tensor([time_scale[0]]).to(dtype) * time_scale[1]
+        view = [1, 1, 1, size // 2]
+        view[axis] = shape[axis]
+        angles = torch.outer(position, 1.0 / base**exponents)
+        parts.append(angles.view(view).expand(*shape, size // 2))
+    half = torch.cat(parts, dim=-1).reshape(grid.tokens, -1).float()
+    return torch.cat([half, half], dim=1)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

@@ -1,0 +1,116 @@
+"""What surrounds every sub-block of a diffusion transformer: gates, norms, shifts and scales.
+
+Source: adaLN of arXiv 2212.09748 (DiT), section 3.2, in its low-rank form; nvidia-cosmos/
+cosmos-predict1 `diffusion/module/blocks.py`. The functions run as one kernel each on a GPU with
+Triton while no gradient is wanted; their plain forms are the definition.
+Axes: B batch, L tokens, D width, N heads, K head size.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worldline.nn.rope import Rotation
+
+NORM_EPS = 1e-6
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Carry(NamedTuple):
+    """The residual stream, and the last sub-block's output that is still to be added to it.
+
+    Attributes:
+        stream: (B, L, D).
+        update: (B, L, D), to be multiplied by `gate`; None before the first sub-block.
+        gate: (B, D).
+    """
+
+    stream: Tensor
+    update: Tensor | None = None
+    gate: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """Return the stream with the update in it."""
+        if self.update is None or self.gate is None:
+            return self.stream
+        return self.stream + self.gate.unsqueeze(1) * self.update
+
+
+def sinusoid(timesteps: Tensor, width: int) -> Tensor:
+    """Return cosines, then sines (B, width), of `timesteps` (B,), float32; base 10,000."""
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    # float32: the phases of neighbouring noise levels differ by less than bf16 can tell
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def settle(
+    carry: Carry, added: Tensor | None, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add what is due to the stream, and normalise the sum for the next sub-block.
+
+    Args:
+        carry: with (B, L, D) tensors.
+        added: (L, D), the same for the whole batch; None adds nothing.
+        shift: (B, D).
+        scale: (B, D); a norm of no weights is multiplied by 1 + scale.
+
+    Returns:
+        The stream and its modulated layer norm, both (B, L, D). The stream may take the place of
+        the old one in memory when no gradient is wanted.
+    """
+    kernels = _kernels(carry.stream)
+    if kernels is not None:
+        return kernels.settle(*carry, added, shift, scale, NORM_EPS)
+    stream = carry.total() if added is None else carry.total() + added
+    normed = F.layer_norm(stream, stream.shape[-1:], eps=NORM_EPS)
+    return stream, normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None = None) -> Tensor:
+    """Divide each head by its root mean square, scale it, and turn it.
+
+    Args:
+        x: (B, L, N, K); overwritten when no gradient is wanted and a kernel does the work.
+        weight: (K,), shared by all heads.
+        rotation: (L, K) float32, or None.
+
+    Returns:
+        (B, L, N, K) in the dtype of `x`.
+    """
+    kernels = _kernels(x)
+    if kernels is not None:
+        return kernels.norm_heads(x, weight, rotation, NORM_EPS)
+    y = x.float()  # float32: squares of bf16 values would lose the mean
+    y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPS)).to(x.dtype) * weight
+    if rotation is None:
+        return y
+    cos, sin = rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1)
+    first, second = y.float().chunk(2, dim=-1)  # float32, as the released kernel turns
+    turned = torch.cat([-second, first], dim=-1)
+    return (y.float() * cos + turned * sin).to(x.dtype)
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    """Return the fused kernels where they can stand in for the plain form."""
+    if not x.is_cuda or torch.is_grad_enabled() or x.dtype not in _DTYPES:
+        return None
+    return _load_kernels()
+
+
+@cache
+def _load_kernels() -> ModuleType | None:
+    if find_spec("triton") is None:
+        return None
+    from worldline.nn import modulation_kernels
+
+    return modulation_kernels

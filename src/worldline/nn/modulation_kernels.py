@@ -1,0 +1,157 @@
+"""Triton kernels of `worldline.nn.modulation`: each reads and writes its activations once.
+
+The arithmetic is float32 throughout and rounded once at the end, so that a result differs from the
+plain form by the roundings that the plain form makes in between. Import only where Triton is
+installed. Axes: B batch, L tokens, D width, N heads, K head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from worldline.nn.rope import Rotation
+
+
+@triton.jit
+def _settle_kernel(  # type: ignore[no-untyped-def]
+    stream,
+    update,
+    gate,
+    added,
+    shift,
+    scale,
+    normed,
+    length,
+    width,
+    eps,
+    UPDATE: tl.constexpr,
+    ADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // length
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    place = row * width + column
+    x = tl.load(stream + place, inside, other=0.0).to(tl.float32)
+    if UPDATE:
+        y = tl.load(update + place, inside, other=0.0).to(tl.float32)
+        g = tl.load(gate + batch * width + column, inside, other=0.0).to(tl.float32)
+        x += g * y
+    if ADDED:
+        e = tl.load(added + (row % length) * width + column, inside, other=0.0)
+        x += e.to(tl.float32)
+    if UPDATE or ADDED:
+        x = x.to(stream.dtype.element_ty)
+        tl.store(stream + place, x, inside)
+        x = x.to(tl.float32)  # the norm sees the stream as it is stored
+    mean = tl.sum(x) / width
+    centred = tl.where(inside, x - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred) / width + eps)
+    a = tl.load(scale + batch * width + column, inside, other=0.0).to(tl.float32)
+    b = tl.load(shift + batch * width + column, inside, other=0.0).to(tl.float32)
+    y = centred * rstd * (1 + a) + b
+    tl.store(normed + place, y.to(normed.dtype.element_ty), inside)
+
+
+def settle(
+    stream: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    added: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Do what `modulation.settle` does; the stream is changed in place."""
+    batch, length, width = stream.shape
+    stream = stream.contiguous()
+    normed = torch.empty_like(stream)
+    unused = stream  # any pointer, where there is nothing to read
+    with torch.cuda.device(stream.device):
+        _settle_kernel[(batch * length,)](
+            stream,
+            unused if update is None else update.contiguous(),
+            unused if gate is None else gate.contiguous(),
+            unused if added is None else added.contiguous(),
+            shift.contiguous(),
+            scale.contiguous(),
+            normed,
+            length,
+            width,
+            eps,
+            UPDATE=update is not None,
+            ADDED=added is not None,
+            BLOCK=triton.next_power_of_2(width),
+            num_warps=8,
+        )
+    return stream, normed
+
+
+@triton.jit
+def _norm_heads_kernel(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    cos,
+    sin,
+    length,
+    heads,
+    row_stride,
+    eps,
+    SIZE: tl.constexpr,
+    ROTATE: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    channel = tl.arange(0, HALF)
+    inside = (head < heads)[:, None] & (channel < SIZE // 2)[None, :]
+    place = x + row * row_stride + head[:, None] * SIZE + channel[None, :]
+    first = tl.load(place, inside, other=0.0).to(tl.float32)
+    second = tl.load(place + SIZE // 2, inside, other=0.0).to(tl.float32)
+    mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / SIZE
+    rstd = tl.rsqrt(mean + eps)[:, None]
+    w = tl.load(weight + channel, channel < SIZE // 2, other=0.0).to(tl.float32)[None, :]
+    v = tl.load(weight + SIZE // 2 + channel, channel < SIZE // 2, other=0.0)
+    first = first * rstd * w
+    second = second * rstd * v.to(tl.float32)[None, :]
+    if ROTATE:
+        token = row % length
+        angle = token * SIZE + channel
+        c = tl.load(cos + angle, channel < SIZE // 2, other=0.0)[None, :]
+        s = tl.load(sin + angle, channel < SIZE // 2, other=0.0)[None, :]
+        turned = first * c - second * s
+        second = second * c + first * s
+        first = turned
+    kind = x.dtype.element_ty
+    tl.store(place, first.to(kind), inside)
+    tl.store(place + SIZE // 2, second.to(kind), inside)
+
+
+def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None, eps: float) -> Tensor:
+    """Do what `modulation.norm_heads` does, in place."""
+    batch, length, heads, size = x.shape
+    if x.stride(3) != 1 or x.stride(2) != size or x.stride(0) != length * x.stride(1):
+        x = x.contiguous()
+    block = min(triton.next_power_of_2(heads), 32)
+    with torch.cuda.device(x.device):
+        _norm_heads_kernel[(batch * length, triton.cdiv(heads, block))](
+            x,
+            weight,
+            x if rotation is None else rotation.cos.contiguous(),
+            x if rotation is None else rotation.sin.contiguous(),
+            length,
+            heads,
+            x.stride(1),
+            eps,
+            SIZE=size,
+            ROTATE=rotation is not None,
+            BLOCK_HEADS=block,
+            HALF=triton.next_power_of_2(size // 2),
+            num_warps=4,
+        )
+    return x
