@@ -15,6 +15,9 @@ from worldline.errors import CheckpointError
 from worldline.models.predict1_ar.model import PRESETS as AR_PRESETS
 from worldline.models.predict1_ar.model import ARTransformer
 from worldline.models.predict1_ar.weights import KEYS, SHARDS, read_config, write_settings
+from worldline.models.predict1_dit import weights as dit_weights
+from worldline.models.predict1_dit.model import PRESETS as DIT_PRESETS
+from worldline.models.predict1_dit.model import DiT
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import key_map, network_view
@@ -25,6 +28,7 @@ from worldline.weights.source import MemoryTensor
 
 FOLDER = Path(__file__).parent / "keys"
 AR = ["4B", "5B-Video2World", "12B", "13B-Video2World"]
+DIFFUSION = [f"{size}-{kind}" for size in ("7B", "14B") for kind in ("Text2World", "Video2World")]
 TOKENIZERS = {
     "Cosmos-Tokenize1-DV8x16x16-720p": "DV8x16x16",
     "Cosmos-Tokenize1-DV4x8x8-360p": "DV4x8x8",
@@ -115,6 +119,75 @@ def test_shards_have_the_stated_cut() -> None:
         if dim is not None:
             joined[dim] *= shard["shards"]
         assert joined == whole["tensors"][name][1], name
+
+
+def diffusion_keys(layout: str) -> KeyMap:
+    return dit_weights.DIFFUSERS_KEYS if layout else dit_weights.KEYS
+
+
+def dit(checkpoint: Checkpoint, keys: KeyMap) -> DiT:
+    with torch.device("meta"):
+        return DiT(dit_weights.read_config(checkpoint, keys, {}))
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+@pytest.mark.parametrize("layout", ["", ".diffusers"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_diffusion_files_fit_both_ways(name: str, layout: str, bare: bool) -> None:
+    stated = manifest(f"Cosmos-Predict1-{name}{layout}")
+    keys = diffusion_keys(layout)
+    tensors = stated["tensors"]
+    if bare:  # community repacks leave the prefix out, and what is optional
+        tensors = {
+            n.removeprefix(stated["prefix"]): info
+            for n, info in tensors.items()
+            if n not in stated["optional"]
+        }
+    checkpoint = fake(tensors, "model.pt")
+    model = dit(checkpoint, keys)
+    assert model.config == DIT_PRESETS[name]
+    pairs = fits(model, checkpoint, keys)
+    left = set(tensors) - set(pairs.values())
+    assert left <= set(stated["optional"])
+    assert sum(p.numel() for p in model.parameters()) == stated["parameters"]
+    for ours, theirs in pairs.items():
+        assert keys.released(ours, "" if bare else None) == theirs
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_both_diffusion_layouts_end_at_the_same_tensor(name: str) -> None:
+    for theirs, nvidia in manifest(f"Cosmos-Predict1-{name}.diffusers")["key_map"].items():
+        assert dit_weights.DIFFUSERS_KEYS.ours(theirs) == dit_weights.KEYS.ours(nvidia)
+
+
+def test_a_diffusers_config_says_what_the_released_one_says() -> None:
+    for name in DIFFUSION:
+        stated = manifest(f"Cosmos-Predict1-{name}.diffusers")["config"]
+        for key, value in dit_weights.diffusers_config(DIT_PRESETS[name]).items():
+            if not key.startswith("_"):
+                assert stated[key] == value, key
+
+
+@pytest.mark.parametrize("layout", ["", ".diffusers"])
+def test_diffusion_files_that_do_not_fit(layout: str) -> None:
+    stated = manifest(f"Cosmos-Predict1-7B-Video2World{layout}")
+    keys, tensors = diffusion_keys(layout), stated["tensors"]
+    for pattern in stated["ignored"]:
+        stray = "net.blocks.block0.blocks.0.block.attn.to_q.0" + pattern.removeprefix("*")
+        checkpoint = fake(tensors | {stray: ["float32", [4]]}, "model.pt")
+        fits(dit(checkpoint, keys), checkpoint, keys)
+    for name, change in {
+        keys.released("blocks.3.feed_forward.body.up.weight"): None,
+        keys.released("blocks.2.attention.body.v.weight"): [4096, 4095],
+        "net.lora_A.weight": [8, 8],
+    }.items():
+        changed = {n: info for n, info in tensors.items() if n != name}
+        if change is not None:
+            changed[name] = ["bfloat16", change]
+        checkpoint = fake(changed, "model.pt")
+        with pytest.raises(CheckpointError) as raised:
+            fits(dit(checkpoint, keys), checkpoint, keys)
+        assert name in str(raised.value)
 
 
 def tokenizer_files(folder: str) -> list[tuple[str, dict[str, Any]]]:

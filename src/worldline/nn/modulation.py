@@ -90,14 +90,15 @@ def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None = None) -> T
     kernels = _kernels(x)
     if kernels is not None:
         return kernels.norm_heads(x, weight, rotation, NORM_EPS)
-    y = x.float()  # float32: squares of bf16 values would lose the mean
+    wide = torch.promote_types(x.dtype, torch.float32)  # squares of bf16 would lose the mean
+    y = x.to(wide)
     y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPS)).to(x.dtype) * weight
     if rotation is None:
         return y
     cos, sin = rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1)
-    first, second = y.float().chunk(2, dim=-1)  # float32, as the released kernel turns
-    turned = torch.cat([-second, first], dim=-1)
-    return (y.float() * cos + turned * sin).to(x.dtype)
+    y = y.to(wide)  # the released kernel turns in float32
+    first, second = y.chunk(2, dim=-1)
+    return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def _kernels(x: Tensor) -> ModuleType | None:

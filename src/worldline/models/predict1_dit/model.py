@@ -180,7 +180,8 @@ class LearnedPositions(nn.Module):
         rows = self.rows[None, : grid.height, None]
         columns = self.columns[None, None, : grid.width]
         x = (time + rows + columns).flatten(0, 2)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)  # a sum over thousands of squares
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         return x / (NORM_EPS + length * x.shape[-1] ** -0.5).to(x.dtype)
 
 
