@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from worldline.sampling.edm import (
+    SAMPLERS,
+    SIGMA_DATA,
+    Given,
+    Network,
+    make_sigmas,
+    precondition,
+    sample,
+)
+from worldline.sampling.noise import standard_noise
+
+SHAPE = (2, 3, 4, 2, 2)  # (B, C, T, H, W)
+MEANS = {True: 0.4, False: -0.3}
+
+
+def gaussian(std: float, means: dict[bool, float] = MEANS) -> Network:
+    """The network that is right where the data are normal, with a mean for each branch."""
+
+    def network(latents: Tensor, times: Tensor, conditional: bool) -> Tensor:
+        sigma = math.exp(4 * times[0].item())
+        skip, out, scale, _ = precondition(sigma)
+        x = latents / scale
+        clean = (std**2 * x + sigma**2 * means[conditional]) / (std**2 + sigma**2)
+        return (clean - skip * x) / out
+
+    return network
+
+
+def given_frames(frames: int = 2, sigma: float = 0.001) -> Given:
+    return Given(0.5 * standard_noise(5, SHAPE), frames, standard_noise(6, SHAPE), sigma)
+
+
+def run(network: Network, sampler: str = "edm_euler", **options: Any) -> Tensor:
+    settings = {"num_steps": 35, "guidance": 0.0, **options}
+    return sample(network, standard_noise(1, SHAPE), sampler=sampler, **settings)
+
+
+def test_factors_keep_unit_variance() -> None:
+    # EDM chooses them so that what the network reads and what it has to say have variance 1
+    for sigma in (80.0, 1.0, 0.002):
+        skip, out, scale, noise = precondition(sigma)
+        assert (SIGMA_DATA**2 + sigma**2) * scale**2 == pytest.approx(1)
+        wanted = (1 - skip) ** 2 * SIGMA_DATA**2 + skip**2 * sigma**2
+        assert out**2 == pytest.approx(wanted)
+        assert noise == pytest.approx(0.25 * math.log(sigma))
+    assert precondition(0)[:3] == (1, 0, 1 / SIGMA_DATA)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_gaussian_data_are_reached(sampler: str) -> None:
+    # the exact path: what exceeds the mean shrinks by the ratio of the standard deviations
+    std, steps = 0.5, 400
+    sigmas = make_sigmas(sampler, steps)
+    top = math.hypot(80, 1) if sampler == "edm_euler" else 80.0
+    excess = standard_noise(1, SHAPE) * top - MEANS[True]
+    exact = MEANS[True] + excess * std / math.hypot(std, sigmas[0].item())
+    off = (run(gaussian(std), sampler, num_steps=steps) - exact).abs().max().item()
+    assert off < (0.03 if "euler" in sampler else 0.001)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guidance_shifts_the_mean(sampler: str) -> None:
+    # with equal spread, guided data are normal again, and their mean is the guided mean
+    mean = MEANS[True] + 3 * (MEANS[True] - MEANS[False])
+    guided = run(gaussian(0.5), sampler, guidance=3.0)
+    direct = run(gaussian(0.5, {True: mean}), sampler)
+    torch.testing.assert_close(guided, direct, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_what_the_network_is_given(sampler: str) -> None:
+    seen: list[tuple[float, bool]] = []
+
+    def network(latents: Tensor, times: Tensor, conditional: bool) -> Tensor:
+        assert latents.dtype == times.dtype == torch.float32
+        assert times.shape == SHAPE[:1]
+        assert latents.shape == SHAPE
+        seen.append((math.exp(4 * times[0].item()), conditional))
+        return latents.bfloat16()
+
+    end = run(network, sampler, num_steps=6, guidance=1.0)
+    assert (end.dtype, end.shape) == (torch.float32, SHAPE)
+    assert [conditional for _, conditional in seen] == [True, False] * (len(seen) // 2)
+    levels = [sigma for sigma, _ in seen[::2]]
+    # 6 evaluations; the RES samplers end with one more, at the last level
+    assert len(levels) == (6 if sampler == "edm_euler" else 7)
+    if sampler == "res_2mid":
+        levels = levels[::2]
+    sigmas = make_sigmas(sampler, 6)
+    expected = sigmas[:-1] if sampler == "edm_euler" else sigmas
+    assert levels == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_step_is_told(sampler: str) -> None:
+    told: list[int] = []
+
+    def on_step(step: int, state: Tensor, denoised: Tensor) -> None:
+        told.append(step)
+        assert state.shape == denoised.shape == SHAPE
+        assert denoised.dtype == torch.float32
+
+    run(gaussian(0.5), sampler, num_steps=7, on_step=on_step)
+    assert told == list(range(len(make_sigmas(sampler, 7)) - 1))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_known_frames_leave_as_they_came(sampler: str) -> None:
+    # data spread out far more than the noise left at the end: nothing more is taken from the frames
+    given = given_frames()
+    end = run(gaussian(1e3), sampler, given=given, guidance=2.0)
+    known = given.latents[:, :, : given.frames]
+    if sampler == "edm_euler":  # below the level of the augmentation they are denoised like all
+        torch.testing.assert_close(end[:, :, : given.frames], known, rtol=0, atol=2e-3)
+    else:
+        assert torch.equal(end[:, :, : given.frames], known)
+
+
+def test_first_release_scales_the_known_frames() -> None:
+    given = given_frames()
+    sigmas = make_sigmas("edm_euler", 35).tolist()
+    held = [sigma for sigma in sigmas if given.known_at(sigma)]
+    assert len(held) == 33  # as its source has it: two steps are left
+    factor = 2 - sigmas[33] / sigmas[32]
+    end = run(gaussian(1e3), given=given, reinsertion="march_2025")
+    known = given.latents[:, :, : given.frames]
+    torch.testing.assert_close(end[:, :, : given.frames], factor * known, rtol=0, atol=6e-3)
+    assert factor > 1.5
+    # the frames to generate do not depend on it: this network looks at no neighbours
+    right = run(gaussian(1e3), given=given)
+    assert torch.equal(right[:, :, given.frames :], end[:, :, given.frames :])
+
+
+@pytest.mark.parametrize("sampler", ["edm_euler", "res_2ab"])
+@pytest.mark.parametrize("augment", [0.001, 0.5])
+def test_the_network_sees_known_frames_at_their_own_noise(sampler: str, augment: float) -> None:
+    given = given_frames(1, augment)
+    shown = (given.latents + augment * given.noise) * precondition(augment).scale
+    seen: list[tuple[bool, bool]] = []
+
+    def network(latents: Tensor, times: Tensor, _conditional: bool) -> Tensor:
+        sigma = math.exp(4 * times[0].item())
+        same = torch.allclose(latents[:, :, :1], shown[:, :, :1], rtol=1e-4, atol=1e-5)
+        seen.append((same, sigma > augment))
+        return torch.zeros_like(latents)
+
+    run(network, sampler, num_steps=12, given=given)
+    assert all(same == held for same, held in seen)
+    assert seen[0] == (True, True)
+    # once let go, they stay so
+    assert [held for _, held in seen] == sorted((held for _, held in seen), reverse=True)
+
+
+def test_only_the_known_frames_are_read() -> None:
+    given = given_frames(1)
+    latents = given.latents.clone()
+    latents[:, :, 1:] = math.nan
+    cut = Given(latents, 1, given.noise)
+    assert torch.equal(run(gaussian(0.5), given=given), run(gaussian(0.5), given=cut))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_nothing_given_is_changed(sampler: str) -> None:
+    noise, given = standard_noise(1, SHAPE), given_frames()
+    before = noise.clone(), given.latents.clone()
+    sample(gaussian(1.0), noise, sampler=sampler, num_steps=4, guidance=1.0, given=given)
+    assert torch.equal(noise, before[0])
+    assert torch.equal(given.latents, before[1])
+
+
+def test_other_noise_levels() -> None:
+    sigmas = make_sigmas("res_2ab", 15, sigma_min=0.02, sigma_max=40.0)
+    assert (sigmas[0].item(), sigmas[-1].item()) == pytest.approx((40, 0.02))
+    levels: list[float] = []
+
+    def network(latents: Tensor, times: Tensor, _conditional: bool) -> Tensor:
+        levels.append(math.exp(4 * times[0].item()))
+        return torch.zeros_like(latents)
+
+    run(network, "res_2ab", num_steps=15, sigma_min=0.02, sigma_max=40.0)
+    assert levels == pytest.approx(sigmas.tolist(), rel=1e-5)
+
+
+def test_fewest_steps() -> None:
+    assert len(make_sigmas("edm_euler", 1)) == len(make_sigmas("res_2ab", 1)) == 2
+    assert len(make_sigmas("res_2mid", 2)) == len(make_sigmas("res_2mid", 3)) == 2
+    for sampler in SAMPLERS:
+        assert run(gaussian(0.5), sampler, num_steps=2).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sampler": "heun"}, "sampler 'heun'"),
+        ({"num_steps": 0}, "num_steps 0"),
+        ({"sampler": "res_2mid", "num_steps": 1}, "num_steps 1"),
+        ({"guidance": math.nan}, "guidance nan"),
+        ({"sigma_min": 80.0}, "sigma_min 80.0"),
+        ({"reinsertion": "april"}, "reinsertion 'april'"),
+        ({"sampler": "res_2ab", "reinsertion": "march_2025"}, "not of res_2ab"),
+        ({"given": Given(torch.zeros(1, 1, 1, 1, 1), 1, torch.zeros(1, 1, 1, 1, 1))}, "differ"),
+    ],
+)
+def test_refusals(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        run(gaussian(0.5), **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "noise", "frames", "sigma", "said"),
+    [
+        ((3, 4, 2, 2), (3, 4, 2, 2), 1, 0.1, "shape"),
+        (SHAPE, SHAPE[1:], 1, 0.1, "noise"),
+        (SHAPE, SHAPE, 0, 0.1, "0 given frames"),
+        (SHAPE, SHAPE, 5, 0.1, "5 given frames"),
+        (SHAPE, SHAPE, 1, -0.1, "sigma -0.1"),
+    ],
+)
+def test_refusals_of_known_frames(
+    shape: tuple[int, ...], noise: tuple[int, ...], frames: int, sigma: float, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        Given(torch.zeros(shape), frames, torch.zeros(noise), sigma)
