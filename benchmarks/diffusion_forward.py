@@ -8,9 +8,11 @@ Random weights; 121 frames of 704 x 1280, which are 56,320 tokens. Needs one GPU
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -120,6 +122,31 @@ def gap(ours: Tensor, theirs: Tensor) -> dict[str, float]:
 
 
 @torch.inference_mode()
+def exactness(size: str, device: torch.device) -> dict[str, float]:
+    """Return the relative error of bf16 forwards against float32, on a small grid, 8 blocks."""
+    config = replace(PRESETS[f"{size}-Video2World"], depth=8)
+    exact, grid = make(config, device).float(), LatentShape(4, 32, 32)
+    model = copy.deepcopy(exact).bfloat16()
+    latents = torch.randn(1, 16, grid.frames, grid.height, grid.width, device=device)
+    text = torch.randn(1, ROWS, config.context_width, device=device)
+    mask = torch.zeros_like(latents[:, :1])
+
+    def forward(network: DiT) -> Tensor:
+        positions = network.make_positions(grid, 24)
+        level = torch.zeros(1, device=device)
+        context = network.encode_context(text)
+        return network(latents, level, context, positions, condition_mask=mask)
+
+    with mock.patch.object(modulation, "_load_kernels", return_value=None):
+        truth, plain = forward(exact), forward(model)
+    return {
+        "kernels, bf16": gap(forward(model), truth)["relative_rms"],
+        "plain modules, bf16": gap(plain, truth)["relative_rms"],
+        "kernels, float32": gap(forward(exact), truth)["relative_rms"],
+    }
+
+
+@torch.inference_mode()
 def parts(size: str, device: torch.device) -> dict[str, float]:
     """Return milliseconds of the pieces of one block."""
     config = PRESETS[f"{size}-Video2World"]
@@ -173,6 +200,8 @@ def main() -> None:
         result[size] = measure(size, device, arguments.rounds)
         torch.cuda.empty_cache()
         result[size]["milliseconds_of_parts"] = parts(size, device)
+        torch.cuda.empty_cache()
+        result[size]["error_against_float32"] = exactness(size, device)
         torch.cuda.empty_cache()
         print(json.dumps(result[size], indent=1), flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
