@@ -19,7 +19,7 @@ LAYERS = (
     ("pipelines", "train", "evaluate"),
     ("loading",),
     ("catalog",),
-    ("models", "tokenizers"),
+    ("models", "text", "tokenizers"),
     ("nn", "sampling", "weights", "parallel", "video", "physics", "report"),
     ("shapes", "errors", "files", "machine"),
 )

@@ -262,7 +262,7 @@ def test_whole_module_is_refused(tmp_path: Path) -> None:
 def test_unpickler_knows_no_function(name: str) -> None:
     module, _, function = name.rpartition(".")
     with pytest.raises(archive.Refused, match=name):
-        archive._Unpickler(io.BytesIO()).find_class(module, function)
+        archive.Unpickler(io.BytesIO()).find_class(module, function)
 
 
 def test_hostile_pickle_changes_nothing(tmp_path: Path) -> None:

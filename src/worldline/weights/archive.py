@@ -106,23 +106,23 @@ class _Module(_Inert):
 
 
 @dataclass(frozen=True)
-class _Storage:
+class Storage:
     dtype: torch.dtype
     key: str
     nbytes: int
 
 
 @dataclass(frozen=True)
-class _Record:
+class Record:
     """A tensor as the pickle tells it; `offset` and `strides` in elements."""
 
-    storage: _Storage
+    storage: Storage
     info: TensorInfo
     offset: int
     strides: tuple[int, ...]
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
     """Knows tensors, dicts, lists and stand-ins.
 
     What `find_class` returns is immutable or takes its state by `__setstate__`, so that a hostile
@@ -157,18 +157,18 @@ class _Unpickler(pickle.Unpickler):
             return _Inert
         raise Refused(f"{module}.{name}")
 
-    def persistent_load(self, identifier: Any) -> _Storage:
+    def persistent_load(self, identifier: Any) -> Storage:
         match identifier:
             case ("storage", torch.dtype() as dtype, str() as key, _, int() as numel):
-                return _Storage(dtype, key, numel * dtype.itemsize)
+                return Storage(dtype, key, numel * dtype.itemsize)
         raise pickle.UnpicklingError(f"an unknown persistent object {identifier!r:.80}")
 
     def _first(self, value: object = None, *rest: object) -> object:
         return value
 
-    def _tensor(self, storage: Any, offset: Any, size: Any, strides: Any, *rest: Any) -> _Record:
+    def _tensor(self, storage: Any, offset: Any, size: Any, strides: Any, *rest: Any) -> Record:
         shape, strides = tuple(size), tuple(strides)
-        if not isinstance(storage, _Storage) or len(shape) != len(strides):
+        if not isinstance(storage, Storage) or len(shape) != len(strides):
             raise pickle.UnpicklingError("a malformed tensor")
         if not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *strides)):
             raise pickle.UnpicklingError("a malformed tensor")
@@ -179,7 +179,7 @@ class _Unpickler(pickle.Unpickler):
             last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
             if (last + 1) * dtype.itemsize > storage.nbytes:
                 raise pickle.UnpicklingError("a tensor that reaches past its storage")
-        return _Record(storage, info, offset, strides)
+        return Record(storage, info, offset, strides)
 
 
 @dataclass(frozen=True)
@@ -243,10 +243,10 @@ def _read_members(
 
     torchscript = f"{root}constants.pkl" in members or isinstance(value, _Module)
     nesting, value, beside = ("", value, ()) if torchscript else unnest(value)
-    records: dict[str, _Record] = {}
+    records: dict[str, Record] = {}
     strays: list[str] = []
     for name, item in _items(value):
-        if isinstance(item, _Record):
+        if isinstance(item, Record):
             records[name] = item
         elif not torchscript:
             strays.append(name)
@@ -259,7 +259,7 @@ def _read_members(
 
 def _unpickle(path: Path, text: bytes) -> object:
     try:
-        return _Unpickler(io.BytesIO(text), encoding="utf-8").load()
+        return Unpickler(io.BytesIO(text), encoding="utf-8").load()
     except Refused as error:
         raise CheckpointError(refusal(path, str(error))) from error
     except Exception as error:  # a damaged pickle may raise anything at all
@@ -341,7 +341,7 @@ def _locate(
     root: str,
     members: Mapping[str, zipfile.ZipInfo],
     name: str,
-    record: _Record,
+    record: Record,
     swapped: bool,
 ) -> FileTensor:
     member = members.get(f"{root}data/{record.storage.key}")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +15,10 @@ from torch import Tensor
 
 from worldline.errors import CheckpointError
 from worldline.files import disguise
-from worldline.weights.archive import read_archive, refusal, unnest
+from worldline.weights.archive import ArchiveContents, read_archive
+from worldline.weights.legacy import is_legacy, read_legacy
 from worldline.weights.source import (
     FileTensor,
-    MemoryTensor,
     Source,
     TensorInfo,
     contiguous_strides,
@@ -47,7 +45,6 @@ _SAFETENSORS_DTYPES = {
     "C64": torch.complex64,
 }
 
-_LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # the number that starts an old `.pt` file
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 # Ranks that hold a replicated tensor may have drifted apart by rounding; the reference's bounds.
@@ -147,8 +144,6 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a file of weights by its content, whatever its suffix; reads the header only.
 
-    A legacy `.pt` (before PyTorch 1.6) has no header and is read as a whole.
-
     Raises:
         CheckpointError: missing, a folder, unreadable, empty, cut short, a web page or git-lfs
             pointer in the place of the file, of unknown format, unsafe, or without a tensor.
@@ -158,9 +153,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not size:
         raise CheckpointError(f"{path} is empty; download it again")
     if head.startswith(b"PK\x03\x04"):
-        return _open_archive(path)
-    if _LEGACY_MAGIC in head[:32]:
-        return _open_legacy(path)
+        return _open_archive(path, read_archive)
+    if is_legacy(head):
+        return _open_archive(path, read_legacy)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
         return _open_safetensors(path, size)
     found = disguise(head)
@@ -208,9 +203,9 @@ def _head(path: Path) -> tuple[bytes, int]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _open_archive(path: Path) -> Checkpoint:
+def _open_archive(path: Path, read: Callable[[Path], ArchiveContents]) -> Checkpoint:
     try:
-        contents = read_archive(path)
+        contents = read(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     _require_tensors(path, contents.tensors, contents.beside, contents.strays)
@@ -235,40 +230,6 @@ def _require_tensors(
     if shards:
         hint += f"; its weights are in the tensor-parallel shards {shards[0].name} and following"
     raise CheckpointError(f"{path} holds no tensors{hint}")
-
-
-def _open_legacy(path: Path) -> Checkpoint:
-    import io
-
-    try:
-        with torch.serialization.safe_globals([io.BytesIO]):
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
-        if named:
-            raise CheckpointError(refusal(path, named[1])) from error
-        raise CheckpointError(f"{path} is damaged or unsafe: {_first_line(error)}") from error
-    except Exception as error:  # a damaged pickle may raise anything at all
-        raise CheckpointError(
-            f"{path} is cut short or damaged: {_first_line(error)}; download it again"
-        ) from error
-    nesting, value, beside = unnest(value)
-    if isinstance(value, dict):
-        items = {str(name): item for name, item in value.items()}
-    elif isinstance(value, list | tuple):
-        items = {str(index): item for index, item in enumerate(value)}
-    else:
-        items = {"0": value}
-    strays = tuple(name for name, item in items.items() if not isinstance(item, Tensor))
-    tensors = {name: item for name, item in items.items() if isinstance(item, Tensor)}
-    _require_tensors(path, tensors, beside, strays)
-    entries = {name: Entry((MemoryTensor(item.detach(), path),)) for name, item in tensors.items()}
-    return Checkpoint(path, "pt", entries, nesting, strays, beside)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _open_safetensors(path: Path, size: int) -> Checkpoint:

@@ -1,0 +1,1 @@
+"""Prompts to the context that a world's networks attend to."""

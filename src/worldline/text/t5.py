@@ -1,0 +1,510 @@
+"""The encoder of T5: prompts to context.
+
+Source: arXiv 1910.10683; the network is transformers' `T5EncoderModel`, filled by our own reader
+so that of a released file, 45 GB with its decoder, only the encoder's 19 GB are read, straight to
+their place. Axes: B batch, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldline.errors import CheckpointError, Error, InputError
+from worldline.files import stamp
+from worldline.text.prompt_tokens import (
+    BYTES,
+    END,
+    PAD,
+    ByteTokenizer,
+    PromptTokenizer,
+    load_tokenizer,
+    read_tokenizer_settings,
+    tokenizer_files,
+)
+from worldline.weights.keymap import KeyMap, match
+from worldline.weights.read import Checkpoint, open_checkpoint
+from worldline.weights.stream import load_into
+from worldline.weights.write import save
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
+
+logger = logging.getLogger(__name__)
+
+MAX_LENGTH = 512  # rows that the released worlds were trained on
+RELEASED = "google-t5/t5-11b"
+
+# in order of preference: what a folder may hold
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+_ATTENTION = "encoder.block.{i}.layer.0.SelfAttention"
+_FEED_FORWARD = "encoder.block.{i}.layer.1.DenseReluDense"
+_NAMES = (
+    "shared.weight",
+    "encoder.embed_tokens.weight",  # the same matrix: a file may hold either name, or both
+    "encoder.final_layer_norm.weight",
+    "encoder.block.{i}.layer.{j}.layer_norm.weight",
+    *(f"{_ATTENTION}.{leaf}.weight" for leaf in ("q", "k", "v", "o", "relative_attention_bias")),
+    *(f"{_FEED_FORWARD}.{leaf}.weight" for leaf in ("wi", "wi_0", "wi_1", "wo")),
+)
+KEYS = KeyMap(
+    rename={name: name for name in _NAMES},
+    drop={"decoder.*": "the other half of T5", "lm_head.*": "the other half of T5"},
+)
+
+# What fixes a shape or a value; the rest of a config.json is about the decoder and training.
+_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+_DEFAULTS: dict[str, Any] = {
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "relu",
+}
+TINY: dict[str, Any] = {
+    "vocab_size": 384,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+}
+_UNFINISHED = ("*.incomplete", "*.part", "*.crdownload")
+
+
+@dataclass(frozen=True)
+class T5Files:
+    """A text encoder on disk, checked by its headers.
+
+    Attributes:
+        folder: that holds it.
+        checkpoint: its weights, not read yet, with or without the decoder's.
+        config: its config.json.
+        max_length: rows of an embedding; longer prompts are cut.
+        tokenizer: files of its tokenizer, the deciding one first.
+    """
+
+    folder: Path
+    checkpoint: Checkpoint
+    config: Mapping[str, Any]
+    max_length: int
+    tokenizer: tuple[Path, ...]
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row of an embedding."""
+        return int(self.config["d_model"])
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that `load_t5` reads."""
+        shapes = tensor_shapes(self.config)
+        del shapes["encoder.embed_tokens.weight"]
+        return sum(math.prod(shape) for shape in shapes.values())
+
+    def identity(self) -> list[dict[str, Any]]:
+        """Return name, size and time of every file that decides an embedding.
+
+        Raises:
+            CheckpointError: a file has vanished.
+        """
+        paths = [*self.checkpoint.files, self.folder / "config.json", *self.tokenizer]
+        try:
+            return [stamp(path) for path in paths]
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read any more: {error}") from error
+
+
+class T5Encoder(nn.Module):
+    """Prompts to rows of numbers, one row a token.
+
+    Attributes:
+        network: transformers' encoder.
+        tokenizer: words to ids.
+        max_length: rows of an embedding unless asked for another number.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], tokenizer: PromptTokenizer, max_length: int
+    ) -> None:
+        super().__init__()
+        self.config = _settings(config)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.network = _network(self.config)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row of an embedding."""
+        return int(self.config["d_model"])
+
+    def count_tokens(self, prompt: str) -> int:
+        """Return how many tokens a prompt has, `</s>` among them."""
+        return len(self.tokenizer.encode(prompt))
+
+    def tokenize(
+        self, prompts: Sequence[str], max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return ids and mask of prompts, cut and padded to one length.
+
+        Args:
+            prompts: any number.
+            max_length: absent, the encoder's own.
+
+        Returns:
+            Ids and mask, each (B, max_length), int64, on the CPU. The mask is 1 at tokens; a
+            prompt that was cut still ends with `</s>`.
+
+        Raises:
+            ValueError: one string in place of several, or a length below 1.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("prompts is one string; give a list of prompts")
+        length = self.max_length if max_length is None else max_length
+        if length < 1:
+            raise ValueError(f"max_length is {length}; it must be 1 or more")
+        ids = torch.full((len(prompts), length), PAD, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            tokens = self.tokenizer.encode(prompt)
+            if len(tokens) > length:
+                logger.warning(
+                    "a prompt has %d tokens and is cut after %d: %r ...",
+                    len(tokens) - 1,
+                    length - 1,
+                    prompt[:40],
+                )
+                tokens = [*tokens[: length - 1], END]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        return ids, mask
+
+    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the last hidden state of every position, padding too.
+
+        Args:
+            ids: (B, S) int64, on the weights' device.
+            mask: (B, S), 1 at tokens, 0 at padding, which is not attended to.
+
+        Returns:
+            (B, S, D), in the weights' dtype; differentiable.
+        """
+        return self.network(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the embedding: the last hidden state with rows of padding exactly 0.
+
+        Columns that are padding in every prompt are not computed.
+
+        Args:
+            ids: (B, S) int64, on any device.
+            mask: (B, S), as `tokenize` gives it: a run of ones, then zeros.
+
+        Returns:
+            (B, S, D) on the weights' device, in their dtype; differentiable.
+        """
+        device = self.network.shared.weight.device
+        longest = int(mask.sum(1).max()) if mask.numel() else 0
+        if not longest:
+            return self.network.shared.weight.new_zeros(*ids.shape, self.width)
+        ids, short = ids[:, :longest].to(device), mask[:, :longest].to(device)
+        hidden = self.hidden(ids, short)
+        # Chosen, not multiplied: 0 x inf would be NaN.
+        hidden = torch.where(short[..., None] != 0, hidden, hidden.new_zeros(()))
+        return F.pad(hidden, (0, 0, 0, mask.shape[1] - longest))
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], max_length: int | None = None) -> Tensor:
+        """Return the embeddings of prompts, each encoded alone.
+
+        A prompt's embedding then does not depend on what it is asked for together with, and none
+        is computed at the length of the longest. A prompt that is cut is a warning in the log.
+
+        Args:
+            prompts: any number; an empty one has the one token `</s>`.
+            max_length: rows of an embedding; absent, the encoder's own.
+
+        Returns:
+            (B, max_length, D) on the weights' device, in their dtype; rows past a prompt's length
+            are exactly 0.
+
+        Raises:
+            ValueError: one string in place of several, or a length below 1.
+        """
+        ids, mask = self.tokenize(prompts, max_length)
+        if not len(ids):
+            return self.embed(ids, mask)
+        return torch.cat([self.embed(ids[row, None], mask[row, None]) for row in range(len(ids))])
+
+
+def _network(settings: Mapping[str, Any]) -> T5EncoderModel:
+    try:
+        from transformers import T5Config, T5EncoderModel
+    except ImportError as error:
+        reason = str(error).partition("\n")[0]  # it may advise at length
+        raise Error(
+            f"the text encoder needs the package transformers ({reason}); "
+            "pip install 'transformers>=5'"
+        ) from error
+    # No dropout: the released weights are only read, and a tiny encoder trains without it.
+    network = T5EncoderModel(T5Config(**settings, dropout_rate=0.0, use_cache=False))
+    network.set_input_embeddings(network.shared)  # one matrix under its two names
+    return network
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a config.json fixes the encoder.
+
+    Raises:
+        ValueError: a size is absent or no number above 0.
+    """
+    found: dict[str, Any] = {}
+    for name in (*_SIZES, *_DEFAULTS):
+        value = config.get(name, _DEFAULTS.get(name))
+        if name == "feed_forward_proj":
+            good = isinstance(value, str)
+        else:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            good = (whole or name == "layer_norm_epsilon") and isinstance(value, int | float)
+            good = good and value > 0
+        if not good:
+            raise ValueError(f"{name} is {value!r}")
+        found[name] = value
+    return found
+
+
+def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor of an encoder; the shared matrix under both names.
+
+    Raises:
+        ValueError: a size is absent or no number above 0.
+    """
+    settings = _settings(config)
+    width, hidden = settings["d_model"], settings["d_ff"]
+    inner = settings["num_heads"] * settings["d_kv"]
+    gated = settings["feed_forward_proj"].startswith("gated-")
+    shapes: dict[str, tuple[int, ...]] = {
+        "shared.weight": (settings["vocab_size"], width),
+        "encoder.embed_tokens.weight": (settings["vocab_size"], width),
+        "encoder.final_layer_norm.weight": (width,),
+    }
+    for i in range(settings["num_layers"]):
+        attention, feed_forward = _ATTENTION.format(i=i), _FEED_FORWARD.format(i=i)
+        for leaf in ("q", "k", "v"):
+            shapes[f"{attention}.{leaf}.weight"] = (inner, width)
+        shapes[f"{attention}.o.weight"] = (width, inner)
+        for leaf in ("wi_0", "wi_1") if gated else ("wi",):
+            shapes[f"{feed_forward}.{leaf}.weight"] = (hidden, width)
+        shapes[f"{feed_forward}.wo.weight"] = (width, hidden)
+        for j in (0, 1):
+            shapes[f"encoder.block.{i}.layer.{j}.layer_norm.weight"] = (width,)
+    # The first block's biases by distance serve all of them.
+    buckets = settings["relative_attention_num_buckets"]
+    bias = f"{_ATTENTION.format(i=0)}.relative_attention_bias.weight"
+    shapes[bias] = (buckets, settings["num_heads"])
+    return shapes
+
+
+def t5_folders(checkpoint_dir: Path) -> list[Path]:
+    """List the folders below `checkpoint_dir` where the released worlds keep T5-11B.
+
+    Cosmos-Predict1 has `google-t5/t5-11b`, Cosmos 1.0 a hub cache of the same name.
+    """
+    found = [checkpoint_dir / RELEASED]
+    cache = checkpoint_dir / f"models--{RELEASED.replace('/', '--')}"
+    try:
+        current = (cache / "refs" / "main").read_text().strip()
+    except OSError:
+        current = ""
+    snapshots = sorted(
+        (path for path in cache.glob("snapshots/*") if path.is_dir()),
+        key=lambda path: (path.name == current, path.stat().st_mtime_ns),
+        reverse=True,
+    )
+    return [path for path in (*found, *snapshots, checkpoint_dir / "t5-11b") if path.is_dir()]
+
+
+def find_t5(folder: Path) -> T5Files:
+    """Check the files of a text encoder; headers only, and without transformers.
+
+    Args:
+        folder: with config.json, the weights (safetensors or `pytorch_model.bin`, whole or in
+            shards, with or without the decoder) and the tokenizer: tokenizer.json, spiece.model,
+            or a tokenizer_config.json of class ByT5Tokenizer. The tokenizer may also lie in the
+            folder `tokenizer` beside, as diffusers saves it.
+
+    Raises:
+        CheckpointError: something is missing, damaged, half downloaded, or of another model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"no text encoder folder {folder}")
+    config = _read_config(folder)
+    checkpoint = _open_weights(folder)
+    shapes = tensor_shapes(config)
+    # Either name of the shared matrix will do.
+    twins = ("shared.weight", "encoder.embed_tokens.weight")
+    pairs = match(checkpoint.tensors, shapes, KEYS, str(checkpoint.path), twins)
+    if not any(name in pairs for name in twins):
+        raise CheckpointError(f"{checkpoint.path} does not fit the model: 1 missing: shared.weight")
+    for holder in (folder, folder.parent / "tokenizer"):
+        tokenizer = tokenizer_files(holder)
+        if tokenizer:
+            break
+    else:
+        raise CheckpointError(
+            f"{folder} holds no tokenizer (tokenizer.json or spiece.model){_unfinished(folder)}"
+        )
+    given = read_tokenizer_settings(holder).get("model_max_length")
+    # A tokenizer without a limit of its own says 1e30.
+    sane = isinstance(given, int) and 0 < given <= MAX_LENGTH
+    length = int(given) if sane else MAX_LENGTH  # type: ignore[arg-type]
+    return T5Files(folder, checkpoint, config, length, tuple(tokenizer))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no config.json{_unfinished(folder)}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "t5":
+        raise CheckpointError(f"{path} is of a model of type {kind!r}, not of a T5 encoder")
+    try:
+        _settings(config)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}, so no T5 encoder can be built") from error
+    return dict(config)
+
+
+def _open_weights(folder: Path) -> Checkpoint:
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return open_checkpoint(folder / name)
+    unfinished = _unfinished(folder)
+    others = sorted(path.name for path in folder.glob("*_model.*"))
+    only = f"; {', '.join(others)} cannot be read" if others and not unfinished else ""
+    raise CheckpointError(
+        f"{folder} holds no weights ({' or '.join(WEIGHTS[::2])}){unfinished or only}"
+    )
+
+
+def _unfinished(folder: Path) -> str:
+    """The end of a message about absent files: what a broken download left."""
+    left = {path.name for pattern in _UNFINISHED for path in folder.rglob(pattern)}
+    # In a hub cache a snapshot has links, and the bytes are in a folder beside.
+    left |= {path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()}
+    if folder.parent.name == "snapshots":
+        left |= {path.name for path in (folder.parent.parent / "blobs").glob("*.incomplete")}
+    if not left:
+        return ""
+    names = ", ".join(sorted(left)[:3])
+    return f"; a download was not finished ({names}): download it again"
+
+
+def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T5Encoder:
+    """Return the encoder of `files`, for inference.
+
+    All weights take `dtype`. (transformers keeps `wo` in float32, but only for float16.)
+
+    Args:
+        files: of `find_t5`.
+        device: where it goes.
+        dtype: float32, the reference's, or bfloat16.
+
+    Raises:
+        InputError: another dtype; float16 overflows in T5-11B.
+        CheckpointError: the weights or the tokenizer do not fit, or cannot be read.
+        Error: a package is not installed.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        raise InputError(f"the text encoder runs in float32 or bfloat16; {name} overflows in T5")
+    tokenizer = load_tokenizer(files.tokenizer[0])
+    with torch.device("meta"):
+        encoder = T5Encoder(files.config, tokenizer, files.max_length)
+    if tokenizer.size > files.config["vocab_size"]:
+        raise CheckpointError(
+            f"{files.tokenizer[0]} has {tokenizer.size:,} tokens and the encoder of "
+            f"{files.folder} only {files.config['vocab_size']:,}: they do not belong together"
+        )
+    load_into(encoder.network, files.checkpoint, KEYS, device=device, dtype=dtype)
+    return encoder.requires_grad_(False).eval()
+
+
+def new_t5(config: Mapping[str, Any] | None = None, *, max_length: int = 128) -> T5Encoder:
+    """Return an encoder of bytes with fresh float32 weights, to be trained.
+
+    Weights are drawn from torch's global generator, as T5's authors do.
+
+    Args:
+        config: what differs from `TINY`, by the names of a T5's config.json.
+        max_length: rows of an embedding.
+
+    Raises:
+        ValueError: a size is no number above 0, or the vocabulary is too small for bytes.
+    """
+    given = {**TINY, **(config or {})}
+    if given["vocab_size"] < ByteTokenizer.size:
+        raise ValueError(f"vocab_size is {given['vocab_size']}; bytes need {ByteTokenizer.size}")
+    return T5Encoder(given, ByteTokenizer(), max_length)
+
+
+def export_t5(
+    encoder: T5Encoder, folder: Path, *, dtype: torch.dtype | None = torch.bfloat16
+) -> None:
+    """Write an encoder of bytes so that `find_t5`, and transformers, read it back.
+
+    Args:
+        encoder: of `new_t5`.
+        folder: made if absent; gets config.json, model.safetensors, tokenizer_config.json.
+        dtype: of the weights; None keeps theirs.
+
+    Raises:
+        ValueError: its tokenizer has a vocabulary of its own.
+        OSError: the folder cannot be written.
+    """
+    if not isinstance(encoder.tokenizer, ByteTokenizer):
+        raise ValueError("only an encoder of bytes is exported; this one has a vocabulary file")
+    config = {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        **encoder.config,
+        "dropout_rate": 0.0,
+        "is_encoder_decoder": False,
+        "pad_token_id": PAD,
+        "eos_token_id": END,
+    }
+    tokens = {
+        "tokenizer_class": BYTES,
+        "model_max_length": encoder.max_length,
+        "extra_ids": encoder.config["vocab_size"] - ByteTokenizer.size,
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, settings in (("config", config), ("tokenizer_config", tokens)):
+        (folder / f"{name}.json").write_text(json.dumps(settings, indent=1) + "\n")
+    tensors = {
+        name: tensor.to(dtype or tensor.dtype)
+        for name, tensor in encoder.network.named_parameters()  # each shared tensor once
+    }
+    save(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -1,0 +1,101 @@
+"""Kept embeddings: found again, told apart, never in the way."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from worldline.text.cache import EmbeddingCache, cache_folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_found_again_by_another_process(tmp_path: Path, dtype: torch.dtype) -> None:
+    embedding = torch.randn(1, 5, 3).to(dtype)
+    EmbeddingCache(tmp_path / "made").put("model", "a ball", embedding)
+    found = EmbeddingCache(tmp_path / "made").get("model", "a ball")
+    assert found is not None
+    assert found.dtype == dtype
+    assert torch.equal(found, embedding)
+
+
+def test_told_apart(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path)
+    keys = [("m", "ab"), ("ma", "b"), ("m", "a b"), ("m", ""), ("", "m"), ("m", "\ud800")]
+    for number, (model, text) in enumerate(keys):
+        cache.put(model, text, torch.full((1,), number))
+    for number, (model, text) in enumerate(keys):
+        assert cache.get(model, text) == number
+    assert cache.get("other", "ab") is None
+
+
+def test_prompts_are_not_written_down(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path)
+    cache.put("model", "a secret plan", torch.zeros(1))
+    [path] = tmp_path.iterdir()
+    assert "secret" not in path.name
+    assert b"secret" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 40, b"short"])
+def test_a_damaged_entry_is_made_anew(tmp_path: Path, damage: bytes) -> None:
+    cache = EmbeddingCache(tmp_path)
+    cache.put("model", "a ball", torch.ones(2))
+    path = cache.path("model", "a ball")
+    path.write_bytes(damage or path.read_bytes()[:-3])
+    assert cache.get("model", "a ball") is None
+    cache.put("model", "a ball", torch.ones(2))
+    assert torch.equal(cache.get("model", "a ball"), torch.ones(2))  # type: ignore[arg-type]
+
+
+def test_an_entry_that_is_something_else(tmp_path: Path) -> None:
+    from worldline.weights.write import save
+
+    cache = EmbeddingCache(tmp_path)
+    save({"other": torch.ones(2)}, cache.path("model", "a ball"))
+    assert cache.get("model", "a ball") is None
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()  # even root cannot make a folder below a file
+    cache = EmbeddingCache(tmp_path / "file" / "embeddings")
+    cache.put("model", "a ball", torch.ones(2))
+    assert cache.get("model", "a ball") is None
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    EmbeddingCache(tmp_path).put("model", "a ball", torch.ones(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_entry_unused_for_longest_goes_first(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path, largest=3)
+    for number in range(3):
+        cache.put("model", str(number), torch.ones(1))
+        os.utime(cache.path("model", str(number)), (number, number))
+    assert cache.get("model", "0") is not None  # used now
+    cache.put("model", "3", torch.ones(1))
+    assert [cache.get("model", str(number)) is not None for number in range(4)] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLDLINE_CACHE", str(tmp_path))
+    assert EmbeddingCache().folder == tmp_path / "embeddings"
+    monkeypatch.delenv("WORLDLINE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "worldline" / "embeddings"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "worldline" / "embeddings"
