@@ -1,4 +1,4 @@
-"""The discrete Cosmos video tokenizer against the reference: every tensor of every case."""
+"""The Cosmos video tokenizers against the reference: every tensor of every case."""
 
 from __future__ import annotations
 
@@ -14,17 +14,27 @@ from cases import Case, cases, watched
 
 from worldline.nn import fsq
 from worldline.nn.wavelet import EXACT_TAP, patch, unpatch
+from worldline.tokenizers.cosmos.diffusers import diffusers_config, diffusers_tensors
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
+from worldline.tokenizers.cosmos.statistics import read_statistics
 from worldline.tokenizers.cosmos.weights import key_map
 from worldline.tokenizers.cosmos.windows import pad, reconstruct_windows
 from worldline.weights.stream import load_into
+from worldline.weights.write import save
 
-CASES = cases("tok_dv_tiny")
+CONTINUOUS = cases("tok_cv_tiny")
+CASES = cases("tok_dv_tiny") + CONTINUOUS
+DIFFUSERS = cases("tok_cv_diffusers_layout")
 
 
 def folder_of(case: Case) -> Path:
     return case.path / case.spec["folder"]
+
+
+def stated_levels(case: Case) -> tuple[int, ...] | None:
+    levels = case.spec["config"].get("levels")
+    return None if levels is None else tuple(levels)
 
 
 @cache
@@ -34,8 +44,9 @@ def loaded(case: Case, weights: str = "jit", tap: str = "stored") -> CosmosToken
     if weights == "jit":
         source, config = open_tokenizer(folder)
     else:
-        levels = tuple(case.spec["config"]["levels"])
-        source, config = open_tokenizer(folder / "model.pt", ema=weights == "ema", levels=levels)
+        source, config = open_tokenizer(
+            folder / "model.pt", ema=weights == "ema", levels=stated_levels(case)
+        )
     if tap == "exact":
         config = replace(config, tap=EXACT_TAP)
     with torch.device("meta"):
@@ -69,7 +80,9 @@ def test_configuration_is_read_from_the_files(case: Case) -> None:
     assert config.spatial == stated["spatial_compression"]
     assert config.temporal == stated["temporal_compression"]
     assert config.z_channels == stated["z_channels"]
-    assert config.levels == tuple(stated["levels"])
+    assert config.levels == stated_levels(case)
+    channels = stated.get("latent_channels", stated.get("embedding_dim"))
+    assert config.latent_channels == channels
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -87,9 +100,14 @@ def test_clips(case: Case) -> None:
             stored = case.tensor(f"{clip}.indices")
             run |= watched(model, lambda m=model, s=stored: m.decode_tokens(s))
             case.compare(f"{clip}.recon", run[""])
+        elif f"{clip}.latent" in case:
+            case.compare(f"{clip}.latent", run[""])
+            stored = case.tensor(f"{clip}.latent")
+            run |= watched(model, lambda m=model, s=stored: m.decode(s))
+            case.compare(f"{clip}.recon", run[""])
         for output in case.names(f"{clip}.*"):
             what = output.removeprefix(f"{clip}.")
-            if what in ("video", "indices", "codes", "recon") or what.split(".")[0] in (
+            if what in ("video", "indices", "codes", "latent", "recon") or what.split(".")[0] in (
                 "reg",
                 "ema",
             ):
@@ -105,6 +123,7 @@ def test_weights_of_the_training_checkpoint(case: Case) -> None:
         video = case.tensor(f"{clip}.video")
         ours = {
             "indices": lambda m=model, v=video: m.encode_tokens(v),
+            "latent": lambda m=model, v=video: m.encode(v),
             "quant_conv": lambda m=model, v=video: m.encode(v),
             "codes": lambda m=model, v=video: fsq.quantize(
                 m.encode(v).movedim(1, -1), m.config.levels or ()
@@ -126,6 +145,36 @@ def test_chunks_of_the_autoregressive_pipeline(case: Case) -> None:
         case.compare(f"{chunk}.indices", torch.cat(tokens, dim=1))
         decoded = [decoder.decode_tokens(part) for part in indices.chunk(count, dim=1)]
         case.compare(f"{chunk}.recon", torch.cat(decoded, dim=2))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_normalised_chunks(case: Case) -> None:
+    """Each chunk is a clip of its own, and has the statistics of a clip's first latent frames."""
+    names = case.names("norm*.video")
+    if not names:
+        return
+    model, statistics = loaded(case), read_statistics(folder_of(case))
+    assert statistics is not None
+    for name in names:
+        chunk = name.removesuffix(".video")
+        count = case.spec["chunks"][chunk]["chunks"]
+        parts = [model.encode(part) for part in case.tensor(name).chunk(count, dim=2)]
+        latents = torch.cat([statistics.normalise(part, image=False) for part in parts], dim=2)
+        case.compare(f"{chunk}.latent", latents)
+        stored = case.tensor(f"{chunk}.latent").chunk(count, dim=2)
+        frames = [model.decode(statistics.denormalise(part, image=False)) for part in stored]
+        case.compare(f"{chunk}.recon", torch.cat(frames, dim=2))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_images_have_statistics_of_their_own(case: Case) -> None:
+    for name in case.names("image*.video"):
+        image = name.removesuffix(".video")
+        model, statistics = loaded(case), read_statistics(folder_of(case))
+        assert statistics is not None
+        case.compare(f"{image}.latent", statistics.normalise(model.encode(case.tensor(name))))
+        stored = case.tensor(f"{image}.latent")
+        case.compare(f"{image}.recon", model.decode(statistics.denormalise(stored)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -170,7 +219,46 @@ def test_quantiser(case: Case) -> None:
     case.compare("fsq.grid_codes", grid.movedim(-1, 1))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", DIFFUSERS, ids=str)
+def test_weights_that_diffusers_saved(case: Case) -> None:
+    folder = folder_of(case)
+    model, statistics = loaded(case), read_statistics(folder)
+    assert statistics is not None
+    for name in case.names("*.video"):
+        clip = name.removesuffix(".video")
+        latents = model.encode(case.tensor(name))
+        case.compare(f"{clip}.latent", latents)
+        case.compare(f"{clip}.recon", model.decode(case.tensor(f"{clip}.latent")))
+        # there the latents are of unit deviation times sigma_data, and an image is a short clip
+        case.compare(f"{clip}.latent_norm", statistics.normalise(latents, image=False) / 2)
+
+
+@pytest.mark.parametrize("case", CONTINUOUS + DIFFUSERS, ids=str)
+def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model, statistics = loaded(case, "jit", "exact"), read_statistics(folder_of(case))
+    assert statistics is not None
+    save(diffusers_tensors(model), tmp_path / "diffusion_pytorch_model.safetensors")
+    settings = diffusers_config(model.config, statistics)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+
+    theirs = diffusers.AutoencoderKLCosmos.from_pretrained(tmp_path)
+    assert sorted(theirs.state_dict()) == sorted(diffusers_tensors(model))
+    for name in case.names("t*.video"):
+        video = case.tensor(name)
+        latents = theirs.encode(video).latent_dist.mode()
+        assert torch.allclose(model.encode(video), latents, atol=2e-5, rtol=0)
+        decoded = theirs.decode(latents).sample
+        assert torch.allclose(model.decode(latents), decoded, atol=2e-5, rtol=0)
+
+    assert open_tokenizer(tmp_path)[1] == model.config
+    read = read_statistics(tmp_path)
+    assert read is not None
+    assert torch.equal(read.mean, statistics.mean)
+    assert torch.equal(read.std, statistics.std)
+
+
+@pytest.mark.parametrize("case", CASES + DIFFUSERS, ids=str)
 def test_every_tensor_is_used(case: Case) -> None:
     assert case.unused() == []
     assert json.loads((case.path / "case.json").read_text())["case"]

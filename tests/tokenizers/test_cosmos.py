@@ -124,6 +124,17 @@ def test_released_sizes() -> None:
         assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
+@pytest.mark.parametrize(
+    ("name", "latents"), [("CV8x8x8", (1, 16, 16, 88, 160)), ("DV8x16x16", (1, 6, 16, 44, 80))]
+)
+def test_full_size(name: str, latents: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        model = CosmosTokenizer(PRESETS[name])
+        video = torch.empty(1, 3, 121, 704, 1280)
+    assert model.encode(video).shape == latents
+    assert model.reconstruct(video).shape == video.shape
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_saved_tokenizer_is_read_back(
     name: str, tmp_path_factory: pytest.TempPathFactory

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from worldline.errors import InputError
-from worldline.video.convert import condition_frames, resize_and_crop, to_uint8
+from worldline.video.convert import (
+    condition_frames,
+    resize_and_crop,
+    signed_to_uint8,
+    stretched_frames,
+    to_uint8,
+)
 from worldline.video.read import Clip
 
 
@@ -59,3 +65,33 @@ def test_colours_are_cut_off_not_rounded() -> None:
     video = levels.reshape(1, 1, 1, -1).expand(3, 1, 1, -1)
     assert to_uint8(video)[0, 0, :, 0].tolist() == [0, 0, 0, 1, 254, 255, 255]
     assert to_uint8(video.to(torch.bfloat16)).dtype == np.uint8
+
+
+def test_diffusion_s_range_and_stretching() -> None:
+    clip = noise(12, 20, 30)
+    video = stretched_frames(clip, 9, 20, 30)
+    assert video.shape == (1, 3, 9, 20, 30)
+    assert video.min() == -1
+    assert video.max() == 255 / 128 - 1
+    assert np.array_equal((video[0] + 1) * 128, clip.frames[-9:].transpose(3, 0, 1, 2))
+    # a picture half black, half white stays so at any aspect: nothing is cut off
+    halves = np.zeros((1, 16, 16, 3), np.uint8)
+    halves[:, :, 8:] = 255
+    wide = stretched_frames(Clip(halves, 0.0), 1, 8, 64)
+    assert (wide[..., :28] < -0.9).all()
+    assert (wide[..., 36:] > 0.9).all()
+
+
+def test_frames_of_the_end_are_needed() -> None:
+    with pytest.raises(InputError, match="has 5 frames, but 9 are needed"):
+        stretched_frames(noise(5, 8, 8), 9, 8, 8)
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        stretched_frames(noise(5, 8, 8), 0, 8, 8)
+
+
+def test_signed_colours() -> None:
+    levels = torch.tensor([-2, -1, -0.999, 0, 0.999, 1, 3])
+    video = levels.reshape(1, 1, 1, -1).expand(3, 1, 1, -1)
+    assert signed_to_uint8(video)[0, 0, :, 0].tolist() == [0, 0, 0, 127, 254, 255, 255]
+    # not in the input's dtype: 1 + 127/128 needs 8 bits behind the point
+    assert signed_to_uint8(torch.full((3, 1, 1, 1), 127 / 128).bfloat16())[0, 0, 0, 0] == 254

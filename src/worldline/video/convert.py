@@ -1,7 +1,8 @@
 """uint8 frames to the float range of the networks and back: resize, crop, pad, and only here.
 
 Source: nvidia-cosmos/cosmos-predict1 `cosmos_predict1/autoregressive/utils/inference.py`
-(`load_vision_input`, `resize_input`, `prepare_video_batch_for_saving`), matched bit for bit.
+(`load_vision_input`, `resize_input`, `prepare_video_batch_for_saving`), matched bit for bit; and
+`cosmos_predict1/diffusion/inference/inference_utils.py`, but in float32 where it has bf16.
 Axes: T frames, C colours, H/W pixels.
 """
 
@@ -35,17 +36,43 @@ def condition_frames(
     """
     if not 1 <= num_input_frames <= num_frames:
         raise ValueError(f"num_input_frames is {num_input_frames}; it must be 1 to {num_frames}")
-    have = len(clip.frames)
-    if have < num_input_frames:
-        raise InputError(f"the clip has {have} frames, but {num_input_frames} are needed")
-    frames = torch.from_numpy(np.array(clip.frames[-num_input_frames:]))
-    frames = frames.permute(0, 3, 1, 2)  # (T, 3, h, w)
+    frames = _last_frames(clip, num_input_frames)
     # float32 with the division first: the reference's order, and its rounding.
     frames = resize_and_crop(frames.to(torch.float32) / 255 * 2 - 1, height, width)
     video = torch.empty(1, 3, num_frames, height, width)
     video[0, :, :num_input_frames] = frames.transpose(0, 1)
     video[0, :, num_input_frames:] = frames[-1, :, None]
     return video
+
+
+def stretched_frames(clip: Clip, num_input_frames: int, height: int, width: int) -> Tensor:
+    """Turn the end of a clip into the conditioning input of the diffusion models.
+
+    Pixel level p becomes p / 128 - 1, so white stays a little below 1. The frames are stretched to
+    the wanted size whatever their aspect, bicubic, antialiased, and may overshoot a little.
+
+    Returns:
+        float32 (1, 3, num_input_frames, height, width), on the CPU.
+
+    Raises:
+        InputError: the clip is shorter than `num_input_frames`.
+    """
+    if num_input_frames < 1:
+        raise ValueError(f"num_input_frames is {num_input_frames}; it must be 1 or more")
+    frames = _last_frames(clip, num_input_frames).to(torch.float32) / 128 - 1
+    if frames.shape[-2:] != (height, width):
+        frames = F.interpolate(
+            frames, size=(height, width), mode="bicubic", align_corners=False, antialias=True
+        )
+    return frames.transpose(0, 1)[None]
+
+
+def _last_frames(clip: Clip, count: int) -> Tensor:
+    """Return the last frames of a clip, uint8 (T, 3, h, w)."""
+    have = len(clip.frames)
+    if have < count:
+        raise InputError(f"the clip has {have} frames, but {count} are needed")
+    return torch.from_numpy(np.array(clip.frames[-count:])).permute(0, 3, 1, 2)
 
 
 def resize_and_crop(frames: Tensor, height: int, width: int) -> Tensor:
@@ -85,3 +112,8 @@ def to_uint8(video: Tensor) -> NDArray[np.uint8]:
     levels = (video.detach().to(torch.float32).clamp(0, 1) * 255).to(torch.uint8)
     frames: NDArray[np.uint8] = levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
     return frames
+
+
+def signed_to_uint8(video: Tensor) -> NDArray[np.uint8]:
+    """Do what `to_uint8` does for (3, T, H, W) in [-1, 1], in float32 throughout."""
+    return to_uint8((video.detach().to(torch.float32) + 1) / 2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from worldline.errors import CheckpointError
+from worldline.tokenizers.cosmos.diffusers import open_vae
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+from worldline.tokenizers.cosmos.statistics import find_vae
 from worldline.tokenizers.cosmos.weights import key_map, network_view, read_config
 from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.stream import load_into
@@ -31,15 +34,20 @@ def open_tokenizer(
 
     Args:
         folder: with one of the released sets of files (two halves, one whole, or a training
-            checkpoint), or the path of a whole file.
+            checkpoint), the path of a whole file, or a folder of diffusers (a model's, or its
+            `vae`), whose tensors are returned by their released names.
         ema: take the averaged weights of a training checkpoint.
         levels: FSQ levels, for files without them.
 
     Raises:
         CheckpointError: nothing fits, or half of a set is missing.
     """
+    if folder.is_dir() and find_vae(folder) is not None:
+        if ema:
+            raise CheckpointError(f"{folder}: holds no averaged (EMA) weights")
+        return open_vae(folder)
     if folder.is_file():
-        return _opened([folder], folder, folder.parent.name, ema, levels)
+        return open_files([folder], folder.parent.name, ema=ema, levels=levels)
     if not folder.is_dir():
         raise CheckpointError(f"no tokenizer folder {folder}")
     layouts = (
@@ -53,7 +61,7 @@ def open_tokenizer(
         paths = [folder / name for name in names]
         present = [path for path in paths if path.exists()]
         if len(present) == len(paths):
-            return _opened(paths, folder, folder.name, ema, levels)
+            return open_files(paths, folder.name, ema=ema, levels=levels)
         if present:
             missing = next(path for path in paths if path not in present)
             half_missing = f"{folder} is half downloaded: {missing.name} is missing"
@@ -61,9 +69,25 @@ def open_tokenizer(
     raise CheckpointError(half_missing or f"{folder} holds no tokenizer ({wanted})")
 
 
-def _opened(
-    paths: list[Path], whole: Path, name: str, ema: bool, levels: tuple[int, ...] | None
+def open_files(
+    paths: Sequence[Path],
+    name: str,
+    *,
+    ema: bool = False,
+    levels: tuple[int, ...] | None = None,
 ) -> tuple[Checkpoint, CosmosTokenizerConfig]:
+    """Return what `open_tokenizer` does, of the files themselves: a whole one, or two halves.
+
+    Args:
+        paths: of the files.
+        name: of the tokenizer; see `read_config`.
+        ema: as for `open_tokenizer`.
+        levels: as for `open_tokenizer`.
+
+    Raises:
+        CheckpointError: a file cannot be read, or they are not of one tokenizer.
+    """
+    whole = paths[0] if len(paths) == 1 else paths[0].parent
     source = joined([open_checkpoint(path) for path in paths], whole)
     source = network_view(source, ema=ema)
     return source, read_config(source, name=name, levels=levels)
@@ -79,6 +103,21 @@ def load_tokenizer(
 ) -> CosmosTokenizer:
     """Return the tokenizer of `folder` in evaluation mode; see `open_tokenizer`."""
     source, config = open_tokenizer(folder, ema=ema, levels=levels)
+    return build_tokenizer(source, config, device=device, dtype=dtype)
+
+
+def build_tokenizer(
+    source: Checkpoint,
+    config: CosmosTokenizerConfig,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> CosmosTokenizer:
+    """Return the tokenizer that `open_tokenizer` found, in evaluation mode.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of the wrong shape.
+    """
     with torch.device("meta"):
         model = CosmosTokenizer(config)
     load_into(model, source, key_map(config), device=device, dtype=dtype)

@@ -5,12 +5,17 @@ FSQ from arXiv 2309.15505. Every layer is causal in time: output frame t sees in
 Axes: B batch, C channels, T/H/W frames, rows, columns (pixels, wavelet patches or latent cells).
 
 Activations are kept in `channels_last_3d`, so that a spatial convolution sees the frames as a batch
-and a temporal one sees the rows of a frame as one axis, both without a copy.
+and a temporal one sees the rows of a frame as one axis, both without a copy. "Cells" below are the
+same memory seen as (B, T, H, W, C).
+
+A clip may also pass in pieces: each layer that looks back keeps what it needs of the frames before
+in a `Past`, and the pieces together are then what the whole would be.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +27,7 @@ from worldline.nn import fsq, wavelet
 from worldline.shapes import VideoShape
 
 _EPS = 1e-6
+_FRAME = (1, 3, 4)  # the axes of features that make one frame
 
 
 class Resampling(NamedTuple):
@@ -116,6 +122,31 @@ PRESETS = {
 }
 
 
+class Past:
+    """What a network remembers of the frames before a piece of a clip; new for each clip.
+
+    Attributes:
+        begun: a piece has passed; until then the layers start a clip.
+        kept: layer -> its last input frames, or the keys and values of all frames.
+    """
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.kept: dict[nn.Module, Tensor] = {}
+
+
+def _starts(past: Past | None) -> bool:
+    return past is None or not past.begun
+
+
+def _cells(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 4, 1)
+
+
+def _features(cells: Tensor) -> Tensor:
+    return cells.permute(0, 4, 1, 2, 3)
+
+
 class SpatialConv(nn.Module):
     """A convolution over rows and columns of each frame; the weight has its released 5-D shape."""
 
@@ -141,9 +172,17 @@ class TemporalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs))
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        copies = x[:, :, :1].expand(-1, -1, 3 - self.stride, -1, -1)
-        rows = torch.cat([copies, x], dim=2).flatten(3)  # (B, C, T, H W)
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        cells, reach = _cells(x), 3 - self.stride
+        # joined as cells: along T of features the result would be channels first
+        if past is None or not past.begun:
+            before = cells[:, :1].expand(-1, reach, -1, -1, -1)
+        else:
+            before = past.kept[self]
+        cells = torch.cat([before, cells], dim=1)
+        if past is not None:
+            past.kept[self] = cells[:, -reach:].clone()  # a view would keep all of the piece
+        rows = cells.flatten(2, 3).permute(0, 3, 1, 2)  # (B, C, T, H W)
         rows = F.conv2d(rows, self.weight[..., 0], self.bias, (self.stride, 1))
         return rows.unflatten(3, x.shape[3:])
 
@@ -156,8 +195,15 @@ class FactorisedConv(nn.Module):
         self.space = SpatialConv(inputs, outputs, 3)
         self.time = TemporalConv(outputs, outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.time(self.space(x))
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        return self.time(self.space(x), past)
+
+
+def _no_autocast(device: str) -> AbstractContextManager[object]:
+    """Keep autocast from making float32 copies; the meta device knows none."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 class FrameNorm(nn.Module):
@@ -169,11 +215,35 @@ class FrameNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # float32: the sums run over up to ten million values
-        variance, mean = torch.var_mean(x.float(), dim=(1, 3, 4), keepdim=True, correction=0)
+        trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        with _no_autocast(x.device.type):
+            # the fused norm has a fused gradient, yet on a GPU it gives a whole frame to one block
+            return self._by_sums(x) if x.is_cuda and not trained else self._fused(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        cells = _cells(x)
+        normed = F.layer_norm(cells, cells.shape[2:], eps=_EPS)  # statistics in float32
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return _features(torch.addcmul(bias, normed, weight))
+
+    def _by_sums(self, x: Tensor) -> Tensor:
+        """Without gradient; takes no memory but the result's, and rounds once."""
+        if x.dtype == torch.float32:
+            variance, mean = torch.var_mean(x, _FRAME, correction=0, keepdim=True)
+        else:
+            # float32: the sums run over ten million values, of which no float32 copy is made
+            count = x.shape[1] * x.shape[3] * x.shape[4]
+            mean = x.sum(_FRAME, keepdim=True, dtype=torch.float32) / count
+            norm = torch.linalg.vector_norm(x, 2, _FRAME, keepdim=True, dtype=torch.float32)
+            variance = (norm.square() / count - mean.square()).clamp(min=0)
         scale = torch.rsqrt(variance + _EPS) * self.weight.float().view(1, -1, 1, 1, 1)
         shift = self.bias.float().view(1, -1, 1, 1, 1) - mean * scale
-        return torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
+        return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
+
+
+def _silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that nothing else needs: in its place, unless there is to be a gradient."""
+    return F.silu(x, inplace=not x.requires_grad)
 
 
 class ResidualBlock(nn.Module):
@@ -185,9 +255,9 @@ class ResidualBlock(nn.Module):
         self.conv2 = FactorisedConv(outputs, outputs)
         self.shortcut = SpatialConv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        y = self.conv1(_silu(self.norm1(x)), past)
+        return self.shortcut(x) + self.conv2(_silu(self.norm2(y)), past)
 
 
 class Attention(nn.Module):
@@ -202,19 +272,37 @@ class Attention(nn.Module):
         self.v = SpatialConv(channels, channels, 1)
         self.out = SpatialConv(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         normed = self.norm(x)
+        q, k, v = (_cells(project(normed)) for project in (self.q, self.k, self.v))
         # time: each pixel is a sequence of frames; space: each frame is a sequence of pixels
-        order = (0, 3, 4, 2, 1) if self.over_time else (0, 2, 3, 4, 1)
-        q, k, v = (project(normed).permute(order) for project in (self.q, self.k, self.v))
-        grid = q.shape
-        if self.over_time:
-            q, k, v = (part.flatten(0, 2).unsqueeze(1) for part in (q, k, v))
-        else:
-            q, k, v = (part.flatten(2, 3).flatten(0, 1).unsqueeze(1) for part in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.over_time)
-        inverse = [order.index(axis) for axis in range(5)]
-        return x + self.out(y.reshape(grid).permute(inverse))
+        y = self._over_time(q, k, v, past) if self.over_time else self._over_space(q, k, v)
+        return x + self.out(_features(y))
+
+    def _over_space(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shape = q.shape
+        q, k, v = (part.flatten(2, 3).flatten(0, 1).unsqueeze(1) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).reshape(shape)
+
+    def _over_time(self, q: Tensor, k: Tensor, v: Tensor, past: Past | None) -> Tensor:
+        if past is not None:
+            pair = torch.stack([k, v])
+            if past.begun:
+                pair = torch.cat([past.kept[self], pair], dim=2)
+            past.kept[self] = pair
+            k, v = pair
+        # frame t of the piece sees every frame before the piece, and those up to t in it
+        frames, before = q.shape[1], k.shape[1] - q.shape[1]
+        seen = None
+        if before:
+            seen = torch.ones(frames, before + frames, dtype=torch.bool, device=q.device)
+            seen = seen.tril(before)
+        batch, _, height, width, channels = q.shape
+        q, k, v = (
+            part.permute(0, 2, 3, 1, 4).flatten(0, 2).unsqueeze(1) for part in (q, k, v)
+        )  # (B H W, 1, T, C)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
+        return y.reshape(batch, height, width, frames, channels).permute(0, 3, 1, 2, 4)
 
 
 class Middle(nn.Module):
@@ -225,9 +313,9 @@ class Middle(nn.Module):
         self.temporal_attention = Attention(channels, over_time=True)
         self.block2 = ResidualBlock(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.temporal_attention(self.spatial_attention(self.block1(x)))
-        return self.block2(x)
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        x = self.spatial_attention(self.block1(x, past))
+        return self.block2(self.temporal_attention(x, past), past)
 
 
 class Downsample(nn.Module):
@@ -239,14 +327,17 @@ class Downsample(nn.Module):
         self.time = TemporalConv(channels, channels, stride=2) if step.time else None
         self.mix = SpatialConv(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         if self.space is not None:
-            height, width = x.shape[3:]
-            cells = x.unflatten(3, (height // 2, 2)).unflatten(5, (width // 2, 2))
-            x = self.space(F.pad(x, (0, 1, 0, 1))) + cells.mean((4, 6))
+            frames = x.transpose(1, 2).flatten(0, 1)  # bf16 averages in two axes on any device
+            mean = F.avg_pool2d(frames, 2).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+            x = self.space(F.pad(x, (0, 1, 0, 1))) + mean
         if self.time is not None:
-            x = torch.cat([x[:, :, :1], x], dim=2)
-            x = self.time(x) + x.unflatten(2, (-1, 2)).mean(3)
+            cells = _cells(x)
+            if _starts(past):
+                cells = torch.cat([cells[:, :1], cells], dim=1)
+            mean = (cells[:, ::2] + cells[:, 1::2]) / 2
+            x = self.time(_features(cells), past) + _features(mean)
         return self.mix(x)
 
 
@@ -259,14 +350,26 @@ class Upsample(nn.Module):
         self.space = SpatialConv(channels, channels, 3) if step.space else None
         self.mix = SpatialConv(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         if self.time is not None:
-            x = x.repeat_interleave(2, dim=2)[:, :, 1:]
-            x = x + self.time(x)
+            x = _features(_doubled(_cells(x), 1))
+            if _starts(past):
+                x = x[:, :, 1:]
+            x = x + self.time(x, past)
         if self.space is not None:
-            x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+            x = _features(_doubled(_cells(x), 2, 3))
             x = x + self.space(x)
         return self.mix(x)
+
+
+def _doubled(cells: Tensor, *axes: int) -> Tensor:
+    """Repeat every cell along each of `axes`, in one copy."""
+    shape, copies = list(cells.shape), list(cells.shape)
+    for axis in sorted(axes, reverse=True):
+        cells = cells.unsqueeze(axis + 1)
+        copies.insert(axis + 1, 2)
+        shape[axis] *= 2
+    return cells.expand(copies).reshape(shape)
 
 
 class Level(nn.Module):
@@ -282,10 +385,10 @@ class Level(nn.Module):
         )
         self.resample = resample
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         for block in self.blocks:
-            x = block(x)
-        return x if self.resample is None else self.resample(x)
+            x = block(x, past)
+        return x if self.resample is None else self.resample(x, past)
 
 
 class Encoder(nn.Module):
@@ -305,12 +408,13 @@ class Encoder(nn.Module):
         self.norm_out = FrameNorm(width)
         self.conv_out = FactorisedConv(width, config.z_channels)
 
-    def forward(self, video: Tensor) -> Tensor:
-        x = wavelet.patch(video, self.patch, self.tap)
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
+    def forward(self, video: Tensor, past: Past | None = None) -> Tensor:
+        x = wavelet.patch(video, self.patch, self.tap, start=_starts(past))
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d), past)
         for level in self.levels:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+            x = level(x, past)
+        x = self.middle(x, past)
+        return self.conv_out(_silu(self.norm_out(x)), past)
 
 
 class Decoder(nn.Module):
@@ -331,11 +435,13 @@ class Decoder(nn.Module):
         self.norm_out = FrameNorm(width)
         self.conv_out = FactorisedConv(width, config.patch_channels)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.middle(self.conv_in(z.contiguous(memory_format=torch.channels_last_3d)))
+    def forward(self, z: Tensor, past: Past | None = None) -> Tensor:
+        x = self.conv_in(z.contiguous(memory_format=torch.channels_last_3d), past)
+        x = self.middle(x, past)
         for level in reversed(self.levels):
-            x = level(x)
-        return wavelet.unpatch(self.conv_out(F.silu(self.norm_out(x))), self.patch, self.tap)
+            x = level(x, past)
+        x = self.conv_out(_silu(self.norm_out(x)), past)
+        return wavelet.unpatch(x, self.patch, self.tap, start=_starts(past))
 
 
 class CosmosTokenizer(nn.Module):
@@ -360,31 +466,54 @@ class CosmosTokenizer(nn.Module):
                 limit = 1 / math.sqrt(module.weight[0].numel())
                 nn.init.uniform_(module.bias, -limit, limit)
 
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Tensor, past: Past | None = None) -> Tensor:
         """Return latents (B, C, t, h, w): of a discrete tokenizer, the values before FSQ.
 
         Args:
             video: (B, 3, T, H, W) in [-1, 1], in the dtype of the weights.
+            past: of the pieces of this clip that were encoded before, and then of this one too.
 
         Raises:
-            ValueError: T is not 1 + temporal*k, or H or W is no multiple of the compression.
+            ValueError: T is not 1 + temporal*k (after the first piece: temporal*k), or H or W is no
+                multiple of the compression.
         """
-        VideoShape(*video.shape[2:]).latent(self.config.temporal, self.config.spatial)
-        return self.quant_conv(self.encoder(video))
+        frames, height, width = video.shape[2:]
+        before = 0 if _starts(past) else 1  # as if after frame 0 alone
+        VideoShape(before + frames, height, width).latent(self.config.temporal, self.config.spatial)
+        latents = self.quant_conv(self.encoder(video, past))
+        if past is not None:
+            past.begun = True
+        return latents
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return a video (B, 3, T, H, W), about [-1, 1] and not clamped, of latents or codes."""
-        return self.decoder(self.post_quant_conv(latents))
+    def decode(self, latents: Tensor, past: Past | None = None) -> Tensor:
+        """Return a video (B, 3, T, H, W), about [-1, 1] and not clamped, of latents or codes.
+
+        Args:
+            latents: (B, C, t, h, w), in the dtype of the weights.
+            past: of the pieces of this clip that were decoded before, and then of this one too.
+        """
+        video = self.decoder(self.post_quant_conv(latents), past)
+        if past is not None:
+            past.begun = True
+        return video
+
+    def to_tokens(self, latents: Tensor) -> Tensor:
+        """Return token ids (B, t, h, w), int32 in [0, vocabulary), of what `encode` returns."""
+        codes = fsq.quantize(latents.movedim(1, -1), self._levels)
+        return fsq.codes_to_indices(codes, self._levels)
+
+    def to_codes(self, tokens: Tensor) -> Tensor:
+        """Return the codes (B, C, t, h, w) of token ids (B, t, h, w), for `decode`."""
+        codes = fsq.indices_to_codes(tokens, self._levels).movedim(-1, 1)
+        return codes.to(self.post_quant_conv.weight.dtype)
 
     def encode_tokens(self, video: Tensor) -> Tensor:
         """Return token ids (B, t, h, w), int32 in [0, vocabulary)."""
-        codes = fsq.quantize(self.encode(video).movedim(1, -1), self._levels)
-        return fsq.codes_to_indices(codes, self._levels)
+        return self.to_tokens(self.encode(video))
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Return the video (B, 3, T, H, W) of token ids (B, t, h, w), any integer dtype."""
-        codes = fsq.indices_to_codes(tokens, self._levels).movedim(-1, 1)
-        return self.decode(codes.to(self.post_quant_conv.weight.dtype))
+        return self.decode(self.to_codes(tokens))
 
     def reconstruct(self, video: Tensor) -> Tensor:
         """Return decode(encode(video)); gradients pass straight through the quantiser."""

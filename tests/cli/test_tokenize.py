@@ -1,0 +1,286 @@
+"""Clips and images to latents or token ids and back, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from worldline.loading import BUNDLED
+from worldline.physics import make_clips
+from worldline.tokenizers.cosmos.load import load_tokenizer
+from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
+from worldline.tokenizers.cosmos.weights import released_tensors
+from worldline.video.read import probe, read_image, read_video
+from worldline.video.write import write_video
+from worldline.weights.read import open_checkpoint
+from worldline.weights.write import save
+
+from ..conftest import moving
+from .conftest import Run
+
+DISCRETE = "tiny-Cosmos-Tokenize1-DV8x16x16-720p"
+CONTINUOUS = "Cosmos-Tokenize1-CV8x8x8-720p"
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip that the bundled tokenizer knows: 40 frames, sides that are no multiples of 16."""
+    path = tmp_path_factory.mktemp("scenes") / "scene.mp4"
+    write_video(make_clips([1_000_003], 40, 90, 150).frames[0].numpy(), path, 25)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A continuous tokenizer with random weights, in the official layout."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    (root / CONTINUOUS).mkdir()
+    torch.manual_seed(0)
+    model = CosmosTokenizer(replace(PRESETS["CV8x8x8"], channels=4, level_channels=(8, 8, 8)))
+    model.reset_parameters()
+    for half, tensors in released_tensors(model).items():
+        save(tensors, root / CONTINUOUS / f"{half}.safetensors")
+    return root
+
+
+def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    error = np.square(a.astype(float) - b.astype(float)).mean()
+    return float(10 * np.log10(255**2 / error))
+
+
+def test_a_clip_of_any_size_comes_back(run: Run, scene: Path, tmp_path: Path) -> None:
+    words = ("--tokenizer_dir", DISCRETE, "--output_dir", tmp_path, "--device", "cpu")
+    result = run("tokenize", "encode", scene, *words)
+    assert result.exit_code == 0, result.stderr
+    assert "40 frames of 150 x 90 in tokens 6 x 6 x 10" in result.stdout
+    stored = open_checkpoint(tmp_path / "scene.safetensors")
+    tokens = stored.read("tokens")
+    assert tokens.dtype == torch.int32
+    assert tokens.shape == (6, 6, 10)  # 41 frames of 96 x 160
+    told = {name: stored.metadata[name] for name in ("tokenizer", "frames", "height", "width")}
+    assert told == {"tokenizer": DISCRETE, "frames": "40", "height": "90", "width": "150"}
+    assert float(stored.metadata["fps"]) == 25
+
+    result = run("tokenize", "decode", tmp_path / "scene.safetensors", "--output_dir", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    video, original = read_video(tmp_path / "scene.mp4"), read_video(scene)
+    assert video.frames.shape == original.frames.shape
+    assert video.fps == 25
+    each = [psnr(a, b) for a, b in zip(video.frames, original.frames, strict=True)]
+    # as well as such a small picture can be, and no frame stands out, such as a piece's last
+    assert min(each) > np.mean(each) - 4 > 18
+
+
+def test_a_long_clip_is_coded_as_one(run: Run, scene: Path, tmp_path: Path) -> None:
+    """The ids in the file are those of the whole clip, though it went through in pieces."""
+    words = ("--tokenizer_dir", DISCRETE, "--output_dir", tmp_path, "--device", "cpu")
+    assert run("tokenize", "encode", scene, *words).exit_code == 0
+    frames = read_video(scene).frames
+    frames = np.pad(frames, ((0, 1), (0, 6), (0, 10), (0, 0)), mode="edge")
+    video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 255 * 2 - 1
+    folder = BUNDLED / DISCRETE.removeprefix("tiny-")
+    model = load_tokenizer(folder, device="cpu", dtype=torch.float32)
+    tokens = open_checkpoint(tmp_path / "scene.safetensors").read("tokens")
+    # a value next to a rounding boundary may fall either way
+    assert (model.encode_tokens(video)[0] != tokens).float().mean() < 0.005
+
+
+def test_folders_of_clips_and_images(run: Run, checkpoints: Path, tmp_path: Path) -> None:
+    media, coded, out = tmp_path / "media", tmp_path / "coded", tmp_path / "out"
+    media.mkdir()
+    write_video(moving(9, 40, 64), media / "a.mp4", 12)
+    Image.fromarray(moving(1, 21, 35)[0]).save(media / "b.png")
+    write_video(moving(4, 16, 24), media / "c.gif", 10)
+    (media / "notes.txt").write_text("not media")
+    words = ("--checkpoint_dir", checkpoints, "--device", "cpu")
+    result = run("tokenize", "encode", media, *words, "--output_dir", coded)
+    assert result.exit_code == 0, result.stderr
+    assert "passed over: notes.txt" in result.stderr
+    shapes = {
+        path.name: tuple(open_checkpoint(path).read("latents").shape) for path in coded.iterdir()
+    }
+    assert shapes == {
+        "a.safetensors": (16, 2, 5, 8),
+        "b.safetensors": (16, 1, 3, 5),
+        "c.safetensors": (16, 2, 2, 3),
+    }
+    result = run("tokenize", "decode", coded, *words, "--output_dir", out)
+    assert result.exit_code == 0, result.stderr
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("a.json", "a.mp4", "b.json", "b.png", "c.json", "c.mp4")
+    ]
+    a, c = (probe(out / f"{name}.mp4", kind="video") for name in "ac")
+    assert (a.frames, a.height, a.width, a.fps) == (9, 40, 64, 12)
+    assert (c.frames, c.height, c.width, c.fps) == (4, 16, 24, 10)
+    assert read_image(out / "b.png").frames.shape == (1, 21, 35, 3)
+
+
+def test_resuming_makes_what_is_not_there_or_differs(
+    run: Run, checkpoints: Path, tmp_path: Path
+) -> None:
+    clips, coded, out = tmp_path / "clips", tmp_path / "coded", tmp_path / "out"
+    clips.mkdir()
+    for name in "ab":
+        write_video(moving(9), clips / f"{name}.mp4", 25)
+    words = ("--checkpoint_dir", checkpoints, "--device", "cpu", "--resume")
+    encode = ("tokenize", "encode", clips, *words, "--output_dir", coded)
+    decode = ("tokenize", "decode", coded, *words, "--output_dir", out)
+
+    def made(*command: object) -> set[str]:
+        result = run(*command)
+        assert result.exit_code == 0, result.stderr
+        return {Path(line.split(":")[0]).stem for line in result.stdout.splitlines()}
+
+    assert made(*encode) == {"a", "b"}
+    assert made(*decode) == {"a", "b"}
+    for command in (encode, decode):
+        result = run(*command)
+        assert "nothing left to do" in result.stdout
+    (coded / "a.safetensors").unlink()
+    os.utime(clips / "b.mp4", (1, 1))
+    assert made(*encode) == {"a", "b"}
+    (out / "b.json").unlink()
+    assert made(*decode) == {"a", "b"}
+    write_video(moving(17), clips / "b.mp4", 25)
+    assert made(*encode) == {"b"}
+    assert made(*encode, "--dtype", "bfloat16") == {"a", "b"}
+
+
+def test_all_bad_inputs_are_named(run: Run, checkpoints: Path, clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.mp4").write_bytes(clip.read_bytes()[:500])
+    (tmp_path / "empty").mkdir()
+    bad = (tmp_path / "broken.mp4", tmp_path / "absent.png", tmp_path / "empty", tmp_path / "a.wav")
+    words = ("--checkpoint_dir", checkpoints, "--output_dir", tmp_path / "out")
+    result = run("tokenize", "encode", clip, *bad, *words)
+    assert result.exit_code == 2
+    for path in bad:
+        assert str(path) in result.stderr
+    assert "none was run" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_collide_are_refused(
+    run: Run, checkpoints: Path, clip: Path, tmp_path: Path
+) -> None:
+    Image.fromarray(moving(1)[0]).save(tmp_path / "clip.png")
+    words = ("--checkpoint_dir", checkpoints, "--output_dir", tmp_path)
+    result = run("tokenize", "encode", clip, tmp_path / "clip.png", *words)
+    assert result.exit_code == 2
+    assert "another input would become" in result.stderr
+
+    write_video(moving(9), tmp_path / "own.mp4", 25)
+    assert run("tokenize", "encode", tmp_path / "own.mp4", *words).exit_code == 0
+    before = (tmp_path / "own.mp4").read_bytes()
+    result = run("tokenize", "decode", tmp_path / "own.safetensors", *words)
+    assert result.exit_code == 2
+    assert "is the clip it was made from" in result.stderr
+    assert (tmp_path / "own.mp4").read_bytes() == before
+
+
+def test_files_of_another_tokenizer_are_refused(
+    run: Run, checkpoints: Path, clip: Path, tmp_path: Path
+) -> None:
+    words = ("--checkpoint_dir", checkpoints, "--output_dir", tmp_path)
+    assert run("tokenize", "encode", clip, *words).exit_code == 0
+    latents = tmp_path / "clip.safetensors"
+    result = run("tokenize", "decode", latents, "--tokenizer_dir", DISCRETE, "--output_dir", "out")
+    assert result.exit_code == 2
+    assert "holds latents" in result.stderr
+
+    stored = open_checkpoint(latents)
+    tensor, told = stored.read("latents"), dict(stored.metadata)
+    for change, wrong in (
+        ({"frames": "90"}, tensor),
+        ({"frames": "-1"}, tensor),
+        ({"fps": "fast"}, tensor),
+        ({"made_from": "{"}, tensor),
+        ({"width": "none"}, tensor),
+        ({}, tensor[:3]),
+        ({}, tensor[0]),
+    ):
+        save({"latents": wrong}, tmp_path / "wrong.safetensors", told | change)
+        result = run("tokenize", "decode", tmp_path / "wrong.safetensors", *words)
+        assert result.exit_code == 2, (change, result.stderr)
+        assert "wrong.safetensors" in result.stderr
+    save({"weight": tensor}, tmp_path / "wrong.safetensors")
+    result = run("tokenize", "decode", tmp_path / "wrong.safetensors", *words)
+    assert "neither latents nor tokens" in result.stderr
+
+
+def test_latents_without_a_header_decode_whole(run: Run, checkpoints: Path, tmp_path: Path) -> None:
+    save({"latents": torch.zeros(16, 2, 3, 4)}, tmp_path / "z.safetensors")
+    words = ("--checkpoint_dir", checkpoints, "--output_dir", tmp_path)
+    result = run("tokenize", "decode", tmp_path / "z.safetensors", *words)
+    assert result.exit_code == 2
+    assert "--tokenizer_dir" in result.stderr
+    result = run(
+        "tokenize", "decode", tmp_path / "z.safetensors", *words, "--tokenizer_dir", CONTINUOUS
+    )
+    assert result.exit_code == 0, result.stderr
+    info = probe(tmp_path / "z.mp4", kind="video")
+    assert (info.frames, info.height, info.width, info.fps) == (9, 24, 32, 24)
+    report = json.loads((tmp_path / "z.json").read_text())
+    assert report["output"] == str(tmp_path / "z.mp4")
+
+
+def test_a_tokenizer_that_is_not_there(run: Run, clip: Path, tmp_path: Path) -> None:
+    for name, word in (("Cosmos-X", "Cosmos-X"), ("tiny-X", DISCRETE)):
+        result = run(
+            *("tokenize", "encode", clip, "--tokenizer_dir", name),
+            *("--checkpoint_dir", tmp_path, "--output_dir", tmp_path),
+        )
+        assert result.exit_code == 2
+        assert word in result.stderr
+
+
+def test_reconstructing(run: Run, checkpoints: Path, tmp_path: Path) -> None:
+    media = tmp_path / "media"
+    media.mkdir()
+    write_video(moving(9, 40, 64), media / "a.mp4", 12)
+    Image.fromarray(moving(1, 21, 35)[0]).save(media / "b.png")
+    words = ("--video_pattern", media / "*", "--checkpoint_dir", checkpoints, "--device", "cpu")
+    result = run(
+        *("tokenize", "reconstruct", *words),
+        *("--tokenizer_type", "CV8x8x8-720p", "--save_input", "--mode", "jit"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "9 frames of 64 x 40" in result.stdout
+    assert " dB" in result.stdout
+    out = media / "reconstructions"
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("a.mp4", "a_input.mp4", "b.png", "b_input.png")
+    ]
+    assert np.array_equal(
+        read_image(out / "b_input.png").frames, read_image(media / "b.png").frames
+    )
+    halves = [checkpoints / CONTINUOUS / f"{half}.safetensors" for half in ("encoder", "decoder")]
+    result = run(
+        *("tokenize", "reconstruct", *words),
+        *("--checkpoint_enc", halves[0], "--checkpoint_dec", halves[1]),
+        *("--temporal_window", 5, "--short_size", 30, "--output_fps", 10),
+        *("--output_dir", tmp_path / "windows"),
+    )
+    assert result.exit_code == 0, result.stderr
+    info = probe(tmp_path / "windows" / "a.mp4", kind="video")
+    assert (info.frames, info.height, info.width, info.fps) == (9, 30, 48, 10)
+
+
+def test_reconstructing_what_is_not_there(run: Run, checkpoints: Path, tmp_path: Path) -> None:
+    for words, told in (
+        ((), "--video_pattern"),
+        (("--video_pattern", tmp_path / "*.mp4"), "fits no file"),
+        (("--video_pattern", tmp_path / "*.png"), "give one of --checkpoint"),
+        (("--video_pattern", tmp_path / "*.png", "--checkpoint_enc", "x"), "needed both"),
+    ):
+        Image.fromarray(moving(1)[0]).save(tmp_path / "a.png")
+        result = run("tokenize", "reconstruct", *words)
+        assert result.exit_code == 2
+        assert told in result.stderr

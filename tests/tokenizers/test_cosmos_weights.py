@@ -1,0 +1,205 @@
+"""The layouts in which the continuous tokenizer and its statistics are kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from worldline.errors import CheckpointError
+from worldline.tokenizers.cosmos.diffusers import (
+    diffusers_config,
+    diffusers_tensors,
+    name_map,
+    open_vae,
+)
+from worldline.tokenizers.cosmos.load import load_tokenizer, open_tokenizer
+from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer, CosmosTokenizerConfig
+from worldline.tokenizers.cosmos.statistics import LatentStatistics, read_statistics
+from worldline.tokenizers.cosmos.weights import key_map
+from worldline.weights.keymap import match
+from worldline.weights.read import TensorInfo
+from worldline.weights.write import save
+
+KEYS = Path(__file__).parents[1] / "keys" / "vae"
+TINY = CosmosTokenizerConfig(channels=4, level_channels=(8, 8, 8))
+
+
+def manifest(name: str) -> dict[str, Any]:
+    path = KEYS / f"Cosmos-Tokenize1-CV8x8x8-720p.{name}.json"
+    stated: dict[str, Any] = json.loads(path.read_text())
+    return stated
+
+
+def build(config: CosmosTokenizerConfig = TINY) -> CosmosTokenizer:
+    torch.manual_seed(0)
+    model = CosmosTokenizer(config)
+    model.reset_parameters()
+    return model.requires_grad_(False).eval()
+
+
+def statistics(channels: int = 16, frames: int = 16) -> LatentStatistics:
+    generator = torch.Generator().manual_seed(2)
+    mean = torch.randn(channels, frames, generator=generator)
+    return LatentStatistics(mean, mean.abs() + 0.5, mean[:, 3].clone(), mean[:, 4].abs() + 0.1)
+
+
+def save_vae(folder: Path, model: CosmosTokenizer, **changes: Any) -> dict[str, Tensor]:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = diffusers_tensors(model)
+    save(tensors, folder / "diffusion_pytorch_model.safetensors")
+    settings = {**diffusers_config(model.config, statistics()), **changes}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return tensors
+
+
+def test_every_tensor_of_the_diffusers_file_has_its_place() -> None:
+    stated = manifest("diffusers")
+    with torch.device("meta"):
+        model = CosmosTokenizer(PRESETS["CV8x8x8"])
+    keys = name_map(3)
+    assert {name: keys.ours(name) for name in stated["tensors"]} == stated["key_map"]
+    for theirs, released in stated["key_map"].items():
+        assert keys.released(released) == theirs
+    infos = {
+        stated["key_map"][name]: TensorInfo(torch.bfloat16, tuple(shape))
+        for name, (_, shape) in stated["tensors"].items()
+    }
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert len(match(infos, expected, key_map(model.config), "vae")) == stated["count"]
+    assert sorted(diffusers_tensors(model)) == sorted(stated["tensors"])
+    settings = diffusers_config(model.config)
+    for name, value in settings.items():
+        assert stated["config"].get(name, value) == value
+
+
+@pytest.mark.parametrize("name", ["CV8x8x8", "CV4x8x8"])
+def test_a_vae_folder_is_opened_as_such_or_from_its_model(name: str, tmp_path: Path) -> None:
+    preset = PRESETS[name]
+    config = CosmosTokenizerConfig(
+        channels=4, level_channels=(8, 8, 12), patch=preset.patch, temporal=preset.temporal
+    )
+    model = build(config)
+    save_vae(tmp_path / "model" / "vae", model)
+    (tmp_path / "model" / "model.pt").write_bytes(b"of another part")
+    video = torch.rand(1, 3, 9, 16, 16)
+    for folder in (tmp_path / "model", tmp_path / "model" / "vae"):
+        again = load_tokenizer(folder, device="cpu", dtype=torch.float32)
+        assert again.config == config
+        assert torch.equal(again.encode(video), model.encode(video))
+        read = read_statistics(folder)
+        assert read is not None
+        assert torch.equal(read.mean, statistics().mean)
+
+
+def test_what_is_wrong_with_a_vae_folder_is_said(tmp_path: Path) -> None:
+    model = build()
+    tensors = save_vae(tmp_path / "vae", model)
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    save(tensors | {"encoder.conv_in.conv_x.weight": torch.ones(2)}, weights)
+    with pytest.raises(CheckpointError, match=r"encoder\.conv_in\.conv_x"):
+        open_vae(tmp_path)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.safetensors is missing"):
+        open_tokenizer(tmp_path)
+    save_vae(tmp_path / "vae", model, patch_size=2)
+    with pytest.raises(CheckpointError, match="patch_size is 2"):
+        open_tokenizer(tmp_path)
+    save_vae(tmp_path / "vae", model, _class_name="AutoencoderKLWan")
+    with pytest.raises(CheckpointError, match="AutoencoderKLWan"):
+        open_tokenizer(tmp_path / "vae")
+    save_vae(tmp_path / "vae", model, latents_std=[1.0] * 7)
+    with pytest.raises(CheckpointError, match="latents_std"):
+        read_statistics(tmp_path)
+    (tmp_path / "vae" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_tokenizer(tmp_path)
+
+
+def test_discrete_tokenizers_have_no_diffusers_layout() -> None:
+    config = CosmosTokenizerConfig(
+        channels=4, level_channels=(8, 8, 8), spatial=16, latent_channels=2, levels=(4, 4)
+    )
+    with pytest.raises(ValueError, match="continuous"):
+        diffusers_tensors(build(config))
+
+
+def test_released_statistics_are_read(tmp_path: Path) -> None:
+    stated = statistics()
+    for name, shape in (("mean_std", (256,)), ("mean_std", (16, 16)), ("mean_std", (1, 256))):
+        assert manifest(name)["tensors"]["0"] == ["float32", [256]]
+        pair = (stated.mean.reshape(shape), stated.std.reshape(shape))
+        torch.save(pair, tmp_path / "mean_std.pt")
+        read = read_statistics(tmp_path)
+        assert read is not None
+        assert torch.equal(read.mean, stated.mean)
+        assert torch.equal(read.std, stated.std)
+        assert read.frames == 16
+        assert read.image_mean is None
+    assert manifest("image_mean_std")["tensors"]["1"] == ["float32", [16]]
+    torch.save([stated.image_mean, stated.image_std], tmp_path / "image_mean_std.pt")
+    read = read_statistics(tmp_path)
+    assert read is not None
+    assert torch.equal(read.image_mean, stated.image_mean)
+
+
+def test_our_statistics_are_read_back(tmp_path: Path) -> None:
+    stated = statistics(frames=5)
+    save(stated.tensors(), tmp_path / "mean_std.safetensors")
+    read = read_statistics(tmp_path)
+    assert read is not None
+    assert read.tensors().keys() == stated.tensors().keys()
+    for name, tensor in stated.tensors().items():
+        assert torch.equal(read.tensors()[name], tensor)
+
+
+def test_a_folder_without_statistics(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("no JSON, and read by nobody")
+    assert read_statistics(tmp_path) is None
+
+
+def test_bad_statistics_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mean_std.pt"
+    for content in (
+        [torch.zeros(256), torch.zeros(256)],
+        [torch.zeros(256), torch.full((256,), torch.nan)],
+        [torch.zeros(256), torch.ones(240)],
+        [torch.zeros(256)],
+        {"mean": torch.zeros(256)},
+    ):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=r"mean_std\.pt"):
+            read_statistics(tmp_path)
+
+
+def test_normalising_and_back() -> None:
+    stated = statistics()
+    latents = torch.randn(2, 16, 5, 2, 3)
+    normalised = stated.normalise(latents)
+    expected = (latents[1, 4, 2] - stated.mean[4, 2]) / stated.std[4, 2]
+    assert torch.allclose(normalised[1, 4, 2], expected)
+    assert torch.allclose(stated.denormalise(normalised), latents, atol=1e-5)
+    assert stated.normalise(latents.bfloat16()).dtype == torch.bfloat16
+
+
+def test_an_image_is_not_the_first_frame_of_a_clip() -> None:
+    stated = statistics()
+    latents = torch.randn(1, 16, 1, 2, 2)
+    first = (latents - stated.mean[:, :1, None, None]) / stated.std[:, :1, None, None]
+    assert not torch.allclose(stated.normalise(latents), first)
+    assert torch.allclose(stated.normalise(latents, image=False), first)
+    without = LatentStatistics(stated.mean, stated.std)
+    assert torch.allclose(without.normalise(latents), first)
+
+
+def test_the_identity_changes_nothing_and_the_limits_are_kept() -> None:
+    latents = torch.randn(1, 8, 16, 2, 2)
+    assert torch.equal(LatentStatistics.identity(8).normalise(latents), latents)
+    with pytest.raises(ValueError, match="17 latent frames"):
+        LatentStatistics.identity(8).normalise(torch.zeros(1, 8, 17, 1, 1))
+    with pytest.raises(ValueError, match="4 channels"):
+        LatentStatistics.identity(8).normalise(torch.zeros(1, 4, 2, 1, 1))
