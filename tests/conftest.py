@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerCo
 from worldline.tokenizers.cosmos.weights import released_tensors
 from worldline.video.write import write_video
 from worldline.weights.write import save
+
+from .tiny_diffusion import make_tiny_diffusion
 
 MODEL = "Cosmos-Predict1-4B"
 TOKENIZER = "Cosmos-Tokenize1-DV8x16x16-720p"
@@ -94,6 +97,25 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_world(small_world: Path, tmp_path: Path) -> Path:
     """A copy of `small_world` that a test may break."""
     return Path(shutil.copytree(small_world, tmp_path / "checkpoints"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the embeddings of tests out of the user's, and those of one test out of another's."""
+    folder = tmp_path_factory.getbasetemp() / "embeddings"
+    monkeypatch.setenv("WORLDLINE_CACHE", str(folder / secrets.token_hex(8)))
+
+
+@pytest.fixture(scope="session")
+def tiny_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of diffusion worlds with random weights; copy it before changing it."""
+    return make_tiny_diffusion(tmp_path_factory.mktemp("diffusion"))
+
+
+@pytest.fixture
+def own_diffusion(tiny_diffusion: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_diffusion` that a test may break."""
+    return Path(shutil.copytree(tiny_diffusion, tmp_path / "diffusion"))
 
 
 def moving(frames: int = 12, height: int = 40, width: int = 64) -> NDArray[np.uint8]:

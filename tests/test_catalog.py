@@ -78,6 +78,10 @@ def test_both_generations_are_found(tmp_path: Path) -> None:
 
 def test_find() -> None:
     assert find("nothing") is None
+    base = find("Cosmos-Predict1-7B-Text2World")
+    assert base is not None
+    for ending in ("_post-trained", "_post-trained-4gpu_80gb", "_post-trained-lora"):
+        assert find(base.name + ending) is base
     assert is_bundled("tiny-Cosmos-Predict1-4B")
     assert not is_bundled("Cosmos-Predict1-4B")
 
@@ -97,6 +101,21 @@ def test_layouts_are_those_that_are_read() -> None:
     assert TOKENIZER_LAYOUTS == LAYOUTS
 
 
+def test_what_runs_has_a_preset() -> None:
+    from worldline.models.predict1_ar.model import PRESETS
+    from worldline.models.predict1_dit.model import PRESETS as DIFFUSION
+
+    commands = {entry.name: entry.command for entry in ENTRIES if entry.command}
+    assert commands["Cosmos-Predict1-14B-Video2World"] == "diffusion video2world"
+    assert commands["Cosmos-Predict1-7B-Text2World"] == "diffusion text2world"
+    for entry in ENTRIES:
+        if entry.command.startswith("diffusion"):
+            config = DIFFUSION[entry.preset]
+            assert config.condition_mask == ("video2world" in entry.command)
+        elif entry.command:
+            assert entry.preset in PRESETS
+
+
 def test_parts() -> None:
     check_parts(True, None, None)
     check_parts(True, True, True)
@@ -112,6 +131,16 @@ def test_parts() -> None:
             check_parts(bundled, decoder, guardrail)
     with pytest.raises(InputError, match="--disable_diffusion_decoder --disable_guardrail"):
         check_parts(False, None, None)
+
+
+def test_parts_of_diffusion() -> None:
+    check_parts(True, disable_guardrail=None, disable_prompt_upsampler=None)
+    check_parts(False, disable_guardrail=True, disable_prompt_upsampler=True)
+    with pytest.raises(InputError, match="--disable_prompt_upsampler --disable_guardrail") as told:
+        check_parts(False, disable_guardrail=None, disable_prompt_upsampler=None)
+    assert "decoder" not in str(told.value)
+    with pytest.raises(InputError, match="its prompt upsampler, which"):
+        check_parts(True, disable_guardrail=None, disable_prompt_upsampler=False)
 
 
 def test_needs_no_torch() -> None:

@@ -110,7 +110,7 @@ _TRANSFORMER_LAYOUTS = (
     ("iter_*.pt",),
 )
 _DIFFUSION_LAYOUTS = (
-    ("model.pt",),
+    *((name,) for name in TRANSFORMER_FILES),
     ("transformer/diffusion_pytorch_model*.safetensors",),
 )
 # those of `worldline.tokenizers.cosmos.load`, which needs torch
@@ -185,7 +185,9 @@ def _diffusion(size: str, kind: str, parameters: int, nbytes: int, md5: str) -> 
         files=(File("model.pt", nbytes, md5),),
         layouts=_DIFFUSION_LAYOUTS,
         parameters=parameters,
+        preset=f"{size}-{kind}",
         needs=(_CONTINUOUS, _T5, upsampler, _GUARDRAIL),
+        command=f"diffusion {kind.lower()}",
     )
 
 
@@ -434,8 +436,13 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def find(folder: str) -> Entry | None:
-    """Return the entry whose folder has this name, of any generation; None if it is unknown."""
-    return next((entry for entry in ENTRIES if folder in entry.folders), None)
+    """Return the entry whose folder has this name, of any generation; None if it is unknown.
+
+    A post-trained model, such as "…_post-trained" or "…_post-trained-4gpu_80gb", is an instance of
+    the one that it was made from.
+    """
+    released = folder.partition("_post-trained")[0]
+    return next((entry for entry in ENTRIES if {folder, released} & {*entry.folders}), None)
 
 
 def is_bundled(name: str) -> bool:
@@ -444,19 +451,25 @@ def is_bundled(name: str) -> bool:
 
 
 def check_parts(
-    bundled: bool, disable_diffusion_decoder: bool | None, disable_guardrail: bool | None
+    bundled: bool,
+    disable_diffusion_decoder: bool | None = True,
+    disable_guardrail: bool | None = True,
+    disable_prompt_upsampler: bool | None = True,
 ) -> None:
     """Refuse a request for parts that do not exist, by the flags that do without.
 
     Args:
         bundled: whether the model ships with the package; such a model runs without the parts.
-        disable_diffusion_decoder: True does without, False insists, None is as released.
+        disable_diffusion_decoder: True does without, False insists, None is as released. Left out
+            where the family has no such part.
         disable_guardrail: likewise.
+        disable_prompt_upsampler: likewise.
 
     Raises:
-        InputError: the model is to run with its guardrail or diffusion decoder.
+        InputError: the model is to run with one of these parts.
     """
     wanted = {
+        "disable_prompt_upsampler": ("prompt upsampler", disable_prompt_upsampler),
         "disable_diffusion_decoder": ("diffusion decoder", disable_diffusion_decoder),
         "disable_guardrail": ("guardrail", disable_guardrail),
     }

@@ -13,13 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 import torch
 
 import worldline.loading
-from worldline.cli import main
 from worldline.errors import Error, GuardrailRefusal
 from worldline.video.read import probe, read_video
 from worldline.weights.read import open_checkpoint
@@ -28,9 +26,9 @@ from worldline.world import World
 
 from ..conftest import MODEL, TOKENIZER
 from .conftest import WITHOUT_PARTS, Base, Run
+from .parity import check_options, variants
 
 PARTS = ("transformer", "tokenizer")
-DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 def write_batch(path: Path, *inputs: Path) -> Path:
@@ -40,16 +38,6 @@ def write_batch(path: Path, *inputs: Path) -> Path:
 
 def files_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-@pytest.fixture
-def forbid_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail the test if tensor data are read."""
-
-    def read(*_: Any, **__: Any) -> None:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(worldline.loading, "load_into", read)
 
 
 # --- what works
@@ -179,7 +167,7 @@ def test_notes_of_what_has_no_effect(base: Base, clip: Path) -> None:
 def test_progress_bar_on_a_terminal(
     small_world: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from worldline.cli.autoregressive import follow
+    from worldline.cli.run import follow
 
     world = worldline.load(
         small_world / MODEL, disable_guardrail=True, disable_diffusion_decoder=True
@@ -195,36 +183,9 @@ def test_progress_bar_on_a_terminal(
 # --- parity
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(variant, id=f"{script['path'].split('/')[0]}-{number}")
-        for script in json.loads((DATA / "cli_parity.json").read_text())["scripts"]
-        if script["path"].endswith("autoregressive/inference/base.py")
-        for number, variant in enumerate(script["variants"])
-    ],
-)
+@pytest.mark.parametrize("variant", variants("autoregressive/inference/base.py"))
 def test_every_flag_of_the_reference(variant: dict[str, Any]) -> None:
-    context = click.Context(main)
-    group = main.get_command(context, "autoregressive")
-    assert isinstance(group, click.Group)
-    command = group.commands["base"]
-    options = {name: p for p in command.params for name in p.opts}
-    defaults = command.make_context("base", []).params
-    newest = any("2025-06" in release for release in variant["releases"])
-    for flag in variant["args"]:
-        option = options[flag["name"]]
-        assert isinstance(option, click.Option)
-        assert option.name == flag["dest"]
-        assert option.is_flag == (flag["type"] == "flag")
-        if isinstance(option.type, click.Choice):
-            assert [str(c) for c in option.type.choices] == [str(c) for c in flag["choices"]]
-        else:
-            assert flag["choices"] is None
-            names = {"str": "text", "int": "integer", "float": "float", "flag": "boolean"}
-            assert option.type.name == names[flag["type"]]
-        if newest or flag["name"] != "--ar_model_dir":
-            assert defaults[flag["dest"]] == flag["default"]
+    check_options("autoregressive", "base", variant, of_a_generation=("--ar_model_dir",))
 
 
 # --- wrong words and inputs
@@ -624,7 +585,7 @@ def test_nine_frames_of_one_are_made(base: Base, clip: Path, own_world: Path) ->
     words = ("--input_image_or_video_path", clip, "--num_input_frames", 1)
     result = base(*words, checkpoint_dir=own_world)
     assert result.exit_code == 0, result.stderr
-    assert "9 frames, seed 0" in result.stdout
+    assert "9 frames of 48 x 32, seed 0" in result.stdout
 
 
 def test_resume_makes_again_what_was_made_otherwise(base: Base, clip: Path, tmp_path: Path) -> None:

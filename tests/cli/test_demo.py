@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,34 @@ def test_demo_has_a_seed(run: Run, tmp_path: Path) -> None:
         assert run("demo", "--output", tmp_path, "--seed", seed).exit_code == 0
         made.append((tmp_path / "output.mp4").read_bytes())
     assert made[0] == made[1] != made[2]
+
+
+DIFFUSION_FILES = {
+    *(f"{n}2world.{end}" for n in ("text", "image", "video") for end in ("mp4", "txt", "json")),
+    "diffusion_sheet.png",
+}
+
+
+@pytest.mark.usefixtures("bundled_diffusion")
+def test_demo_of_diffusion(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    result = run("demo", "--output", out, "--kind", "diffusion", "--seed", 3)
+    assert result.exit_code == 0, result.stderr
+    assert {path.name for path in out.iterdir()} == DIFFUSION_FILES
+    size = probe(out / "text2world.mp4", kind="video")
+    with Image.open(out / "diffusion_sheet.png") as sheet:
+        assert sheet.height > 4 * size.height
+    reports = [json.loads((out / f"{n}2world.json").read_text()) for n in ("text", "image")]
+    assert [report["request"]["num_input_frames"] for report in reports] == [0, 1]
+    assert {report["request"]["seed"] for report in reports} == {3}
+    assert str(out / "diffusion_sheet.png") in result.stdout
+    # what is bundled is shown
+    shutil.rmtree(out)
+    assert run("demo", "--output", out).exit_code == 0
+    assert {path.name for path in out.iterdir()} == DIFFUSION_FILES
+    result = run("demo", "--output", out, "--kind", "all")
+    assert result.exit_code == 2
+    assert "no bundled model tiny-Cosmos-Predict1-4B" in result.stderr
 
 
 def test_demo_without_a_place(run: Run, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def test_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         "h264",
         "fits         Cosmos-Predict1-4B",
         "too large    Cosmos-Predict1-12B",
+        "too large    Cosmos-Predict1-7B-Text2World",
     ):
         assert part in result.stdout
 
@@ -53,6 +54,9 @@ def test_a_small_gpu_needs_flags(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert result.exit_code == 0, result.stderr
     assert "0: Small, compute capability 8.0, 24.0 GB of 32.0 GB free" in result.stdout
     assert "fits         Cosmos-Predict1-4B" in result.stdout
+    diffusion = [line for line in result.stdout.splitlines() if "7B-Text2World" in line]
+    assert diffusion[0].startswith("fits")
+    assert " with --offload_text_encoder_model" in diffusion[0]
     lines = [line for line in result.stdout.splitlines() if "12B" in line]
     assert lines
     assert lines[0].startswith("too large")

@@ -12,6 +12,7 @@ import worldline.loading
 from worldline.catalog import ENTRIES
 
 from ..conftest import MODEL, TOKENIZER
+from ..tiny_diffusion import VIDEO2WORLD
 from .conftest import Run
 
 NBYTES = 8_028_176_384  # of the released 4B model
@@ -46,6 +47,24 @@ def test_json(run: Run, own_world: Path) -> None:
     assert rows[MODEL]["files"][0]["md5"] == "5fdc62fc87fbf470dbcc2288589b7942"
     assert rows[MODEL]["memory"] > 2 * rows[MODEL]["nbytes"]  # float32 on a CPU
     assert rows["Cosmos-Predict2.5-2B"]["command"] is None
+
+
+def test_diffusion_worlds(run: Run, bundled_diffusion: object, diffusion_worlds: Path) -> None:
+    result = run("models", "--checkpoint_dir", diffusion_worlds, "--json", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    rows = {row["folder"]: row for row in json.loads(result.stdout)}
+    tiny = rows[f"tiny-{VIDEO2WORLD}"]
+    assert (tiny["state"], tiny["command"]) == ("bundled", "diffusion video2world")
+    names = [file["name"] for file in tiny["files"]]
+    assert names == ["model.pt", "decoder.safetensors", "encoder.safetensors", "model.safetensors"]
+    assert 0 < tiny["nbytes"] < tiny["memory"]
+    row = rows["Cosmos-Predict1-7B-Text2World"]
+    assert row["command"] == "diffusion text2world"
+    assert row["memory"] > 4 * (row["parameters"] + 4_000_000_000)  # float32, with T5-11B
+    assert rows["Cosmos-Predict1-14B-Video2World"]["memory"] > row["memory"]
+    assert rows["Cosmos-Tokenize1-CV8x8x8-720p"]["command"] == "tokenize"
+    assert rows["google-t5/t5-11b"]["runs_here"] == "as a part"
+    assert rows["Pixtral-12B"]["runs_here"] == "not in this version"
 
 
 def test_no_checkpoint_folder(run: Run) -> None:

@@ -150,6 +150,8 @@ main = Main(
     places={
         "demo": "worldline.cli.demo:demo",
         "autoregressive": "worldline.cli.autoregressive:autoregressive",
+        "diffusion": "worldline.cli.diffusion:diffusion",
+        "tokenize": "worldline.cli.tokenize:tokenize",
         "models": "worldline.cli.models:models",
         "doctor": "worldline.cli.doctor:doctor",
         "checkpoints": "worldline.cli.checkpoints:checkpoints",

@@ -114,19 +114,17 @@ def _codecs() -> Iterator[tuple[str, str]]:
 
 def _fits() -> Iterator[tuple[str, str]]:
     from worldline.catalog import ENTRIES
-    from worldline.loading import bundled_names, choose_device, fit
+    from worldline.loading import bundled_names, choose_device, fit_entry
     from worldline.machine import device_memory
-    from worldline.models.predict1_ar.model import PRESETS
-    from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
 
     for name in bundled_names():
         yield "fits", f"{name} (bundled)"
     device = choose_device(None)
     memory = device_memory(device)
     for entry in ENTRIES:
-        if not entry.command:
+        found = fit_entry(entry, device, memory)
+        if found is None:
             continue
-        found = fit(PRESETS[entry.preset], TOKENIZERS["DV8x16x16"], device, memory)
         need = f"about {_gigabytes(found.need)} of {device.type} memory"
         flags = "".join(f" with --{flag}" for flag in found.flags)
         if found.fits is False:

@@ -1,4 +1,4 @@
-"""What a run continues: one file, the lines of a JSONL, or a folder of media; no torch.
+"""What a run starts from: one input, the lines of a JSONL, or a folder of media; no torch.
 
 All that is wrong with a batch is found before anything is loaded, and told at once.
 """
@@ -9,56 +9,108 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from worldline.errors import InputError
-from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Kind, probe
+from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Kind, media_kind, probe
 
 logger = logging.getLogger(__name__)
 
-EXAMPLE = "assets/autoregressive/batch_inputs/base.jsonl"
-FIELD = "visual_input"
+VISUAL, PROMPT = "visual_input", "prompt"
+_SHOWN = 40  # most letters of a prompt that names an item
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a command reads of every input.
+
+    Attributes:
+        visual: what `visual_input` must be; "either" goes by the suffix, None reads none.
+        num_input_frames: how many frames it must have.
+        prompt: whether the input needs a `prompt`, may have one, or has no use for it.
+        model: what reads them, in words.
+        example: a released file of such lines.
+    """
+
+    visual: Kind | Literal["either"] | None
+    num_input_frames: int = 1
+    prompt: Literal["required", "optional", "unused"] = "unused"
+    model: str = "base model"
+    example: str = "assets/autoregressive/batch_inputs/base.jsonl"
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the fields that have an effect."""
+        read = {VISUAL} if self.visual else set()
+        return read if self.prompt == "unused" else {*read, PROMPT}
+
+    @property
+    def sample(self) -> str:
+        """A line that would do."""
+        line = {VISUAL: "in.mp4"} if self.visual else {}
+        return json.dumps(
+            {**line, PROMPT: "A ball…"} if self.prompt == "required" else line, ensure_ascii=False
+        )
 
 
 @dataclass(frozen=True)
 class Item:
-    """One clip or image to continue.
+    """One clip or image to continue, one prompt to show, or both.
 
     Attributes:
         number: 0-based line in the JSONL, or place in the folder; names the output.
-        path: the file, found.
+        path: the file, found; None where the model reads none.
+        prompt: what the video shows; None where there is none.
     """
 
     number: int
-    path: Path
+    path: Path | None = None
+    prompt: str | None = None
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return str(self.path)
+        words = " ".join((self.prompt or "").split())
+        return f"“{words}”" if len(words) <= _SHOWN else f"“{words[:_SHOWN].rstrip()}…”"
 
 
-def read_single(path: str | Path, kind: Kind, num_input_frames: int) -> Item:
+def read_single(path: str | Path | None, fields: Fields, prompt: str | None = None) -> Item:
     """Check a single input.
 
     Raises:
-        InputError: it is no readable media of this kind, or too short.
+        InputError: it is no readable media of this kind, or too short; the prompt is empty, or
+            missing where one is needed.
     """
-    _check(Path(path), kind, num_input_frames)
-    return Item(0, Path(path))
+    if prompt is not None and not prompt.strip():
+        raise InputError("--prompt is empty")
+    if prompt is None and fields.prompt == "required":
+        raise InputError(f"no prompt: a {fields.model} needs --prompt")
+    if path is None:
+        return Item(0, None, prompt)
+    _check(Path(path), fields)
+    return Item(0, Path(path), prompt)
 
 
-def read_batch(path: str | Path, kind: Kind, num_input_frames: int) -> list[Item]:
+def read_batch(path: str | Path, fields: Fields) -> list[Item]:
     """Check every input of a JSONL file, or of a folder of media in the order of their names.
 
     Args:
-        path: the file, one object with the field `visual_input` a line, or the folder.
-        kind: what all inputs must be.
-        num_input_frames: how many frames a video must have.
+        path: the file, one object a line, or the folder.
+        fields: what the object must hold.
 
     Raises:
         InputError: something is wrong; all bad lines are in the message.
     """
     path = Path(path)
     if path.is_dir():
-        items, problems = _read_folder(path, kind, num_input_frames)
+        if VISUAL not in fields.names or fields.prompt == "required":
+            raise InputError(
+                f"{path} is a folder, which holds no prompts; give a JSONL with lines like "
+                f"{fields.sample}"
+            )
+        items, problems = _read_folder(path, fields)
     else:
-        items, problems = _read_lines(path, kind, num_input_frames)
+        items, problems = _read_lines(path, fields)
     if problems:
         count = len(problems) + len(items)
         told = "\n".join(f"  {problem}" for problem in problems)
@@ -72,7 +124,7 @@ def read_batch(path: str | Path, kind: Kind, num_input_frames: int) -> list[Item
     return items
 
 
-def _read_folder(folder: Path, kind: Kind, num_input_frames: int) -> tuple[list[Item], list[str]]:
+def _read_folder(folder: Path, fields: Fields) -> tuple[list[Item], list[str]]:
     items: list[Item] = []
     problems: list[str] = []
     passed_over: list[str] = []
@@ -83,7 +135,7 @@ def _read_folder(folder: Path, kind: Kind, num_input_frames: int) -> tuple[list[
             passed_over.append(path.name)
             continue
         try:
-            _check(path, kind, num_input_frames)
+            _check(path, fields)
         except InputError as error:
             problems.append(str(error))
         else:
@@ -93,7 +145,7 @@ def _read_folder(folder: Path, kind: Kind, num_input_frames: int) -> tuple[list[
     return items, problems
 
 
-def _read_lines(file: Path, kind: Kind, num_input_frames: int) -> tuple[list[Item], list[str]]:
+def _read_lines(file: Path, fields: Fields) -> tuple[list[Item], list[str]]:
     items: list[Item] = []
     problems: list[str] = []
     ignored: set[str] = set()
@@ -101,17 +153,19 @@ def _read_lines(file: Path, kind: Kind, num_input_frames: int) -> tuple[list[Ite
         if not line.strip():
             continue
         try:
-            entry = _parse(line)
-            ignored |= entry.keys() - {FIELD}
-            path = _find(entry[FIELD], file)
-            _check(path, kind, num_input_frames)
+            entry = _parse(line, fields)
+            ignored |= entry.keys() - fields.names
+            path = _find(entry[VISUAL], file) if fields.visual else None
+            if path is not None:
+                _check(path, fields)
+            prompt = None if fields.prompt == "unused" else entry.get(PROMPT)
         except InputError as error:
             problems.append(f"line {number + 1}: {error}")
         else:
-            items.append(Item(number, path))
+            items.append(Item(number, path, prompt))
     if ignored:
         names = ", ".join(sorted(ignored))
-        logger.info("%s: no effect on a base model: %s", file, names)
+        logger.info("%s: no effect on a %s: %s", file, fields.model, names)
     return items, problems
 
 
@@ -126,17 +180,28 @@ def _lines(file: Path) -> list[str]:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _parse(line: str, fields: Fields) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error})") from None
     if not isinstance(entry, dict):
-        raise InputError(f'not an object like {{"{FIELD}": "in.mp4"}}')
-    if FIELD not in entry:
-        raise InputError(f'no "{FIELD}"; {EXAMPLE} is an example of such a file')
-    if not isinstance(entry[FIELD], str) or not entry[FIELD] or "\0" in entry[FIELD]:
-        raise InputError(f'"{FIELD}" must be the path of a file, not {json.dumps(entry[FIELD])}')
+        raise InputError(f"not an object like {fields.sample}")
+    needed = fields.names if fields.prompt == "required" else fields.names - {PROMPT}
+    missing = [name for name in (VISUAL, PROMPT) if name in needed and name not in entry]
+    if missing:
+        names = " and no ".join(f'"{name}"' for name in missing)
+        raise InputError(f"no {names}; {fields.example} is an example of such a file")
+    if fields.visual:
+        name = entry[VISUAL]
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise InputError(f'"{VISUAL}" must be the path of a file, not {json.dumps(name)}')
+    if fields.prompt != "unused" and PROMPT in entry:
+        prompt = entry[PROMPT]
+        if not isinstance(prompt, str):
+            raise InputError(f'"{PROMPT}" must be a text, not {json.dumps(prompt)}')
+        if not prompt.strip():
+            raise InputError(f'"{PROMPT}" is empty')
     return entry
 
 
@@ -158,8 +223,11 @@ def _find(name: str, file: Path) -> Path:
     raise InputError(f"{name}: no such file, from {Path.cwd()} or beside the JSONL in {around}")
 
 
-def _check(path: Path, kind: Kind, num_input_frames: int) -> None:
+def _check(path: Path, fields: Fields) -> None:
+    assert fields.visual is not None
+    kind = media_kind(path) if fields.visual == "either" else fields.visual
     info = probe(path, kind=kind)
-    if info.frames < num_input_frames:
+    if info.frames < fields.num_input_frames:
         frames = f"{info.frames} frame{'s' if info.frames > 1 else ''}"
-        raise InputError(f"{path} has {frames}, but --num_input_frames is {num_input_frames}")
+        what = f"is an image, which has {frames}" if kind == "image" else f"has {frames}"
+        raise InputError(f"{path} {what}, but --num_input_frames is {fields.num_input_frames}")

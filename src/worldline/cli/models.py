@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from worldline.files import GIGABYTE
+
+if TYPE_CHECKING:
+    from worldline.catalog import Entry
+    from worldline.loading import Fit, WorldFiles
+    from worldline.weights.read import Checkpoint
 
 _COLUMNS = ("folder", "state", "size", "memory", "runs here", "licence", "files")
 
@@ -61,64 +66,68 @@ def _gigabytes(nbytes: int | None) -> str:
 
 
 def _bundled_rows(device: str | None) -> list[dict[str, Any]]:
-    from worldline.loading import bundled_names, choose_device, find_autoregressive, fit
+    from worldline.loading import bundled_names, choose_device, find_world, fit_files
     from worldline.machine import device_memory
 
     chosen = choose_device(device)
     rows = []
     for name in bundled_names():
-        files = find_autoregressive(name, "")
-        found = fit(files.config, files.tokenizer_config, chosen, device_memory(chosen))
+        files = find_world(name, "")
+        sources, family, command = _parts(files)
+        found = fit_files(files, chosen, device_memory(chosen))
         rows.append(
             {
                 "name": name,
-                "family": "autoregressive base",
+                "family": family,
                 "folder": name,
                 "folders": [name],
                 "state": "bundled",
-                "files": [{"name": path.name} for path in _weights(files)],
+                "files": [{"name": path.name} for source in sources for path in source.files],
                 "nbytes": sum(
-                    info.nbytes
-                    for source in (files.transformer, files.tokenizer)
-                    for info in source.tensors.values()
+                    info.nbytes for source in sources for info in source.tensors.values()
                 ),
                 "memory": found.need,
                 "licence": "Apache-2.0",
-                "command": "autoregressive base",
+                "command": command,
                 "runs_here": _verdict(found),
             }
         )
     return rows
 
 
-def _weights(files: Any) -> list[Path]:
-    folders = (files.folder, files.tokenizer.path)
-    return [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+def _parts(files: WorldFiles) -> tuple[list[Checkpoint], str, str]:
+    """Return the checkpoints of a world, its family, and the command that runs it."""
+    from worldline.loading import AutoregressiveFiles
+
+    if isinstance(files, AutoregressiveFiles):
+        sources = [files.transformer, files.tokenizer]
+        return sources, "autoregressive base", "autoregressive base"
+    sources = [files.dit.source, files.tokenizer]
+    if files.text is not None:
+        sources.append(files.text.checkpoint)
+    kind = "video2world" if files.config.condition_mask else "text2world"
+    return sources, f"diffusion {kind}", f"diffusion {kind}"
 
 
 def _released_rows(checkpoint_dir: str, device: str | None) -> list[dict[str, Any]]:
     from worldline.catalog import ENTRIES
-    from worldline.loading import choose_device, fit
+    from worldline.loading import choose_device, fit_entry
     from worldline.machine import device_memory
-    from worldline.models.predict1_ar.model import PRESETS
-    from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
 
     chosen = choose_device(device)
     memory = device_memory(chosen)
     rows = []
     for entry in ENTRIES:
         state, folder = entry.presence(checkpoint_dir)
-        need, verdict = None, "not in this version"
-        if entry.command:
-            found = fit(PRESETS[entry.preset], TOKENIZERS["DV8x16x16"], chosen, memory)
-            need, verdict = found.need, _verdict(found)
-        elif entry.family == "discrete video tokenizer" and entry.preset == "DV8x16x16":
-            verdict = "as a part"
+        found = fit_entry(entry, chosen, memory)
+        command, verdict = _use(entry)
         rows.append(
             {
                 "name": entry.name,
                 "family": entry.family,
-                "folder": folder.name if folder else entry.folders[0],
+                "folder": (
+                    folder.relative_to(checkpoint_dir).as_posix() if folder else entry.folders[0]
+                ),
                 "folders": entry.folders,
                 "state": state,
                 "files": [
@@ -127,17 +136,34 @@ def _released_rows(checkpoint_dir: str, device: str | None) -> list[dict[str, An
                 ],
                 "nbytes": entry.nbytes or None,
                 "parameters": entry.parameters or None,
-                "memory": need,
+                "memory": found.need if found else None,
                 "licence": entry.licence,
                 "needs": entry.needs,
-                "command": entry.command or None,
-                "runs_here": verdict,
+                "command": command,
+                "runs_here": _verdict(found) if found else verdict,
             }
         )
     return rows
 
 
-def _verdict(found: Any) -> str:
+def _use(entry: Entry) -> tuple[str | None, str]:
+    """Return the command that runs a checkpoint, and what to say of one that is no world."""
+    from worldline.tokenizers.cosmos.model import PRESETS
+
+    if entry.family.endswith("tokenizer") and entry.preset in PRESETS:
+        return "tokenize", "yes"
+    if entry.family == "text encoder" and any(entry.name in e.needs for e in _runnable()):
+        return None, "as a part"
+    return entry.command or None, "not in this version"
+
+
+def _runnable() -> list[Entry]:
+    from worldline.catalog import ENTRIES
+
+    return [entry for entry in ENTRIES if entry.command]
+
+
+def _verdict(found: Fit) -> str:
     if found.fits is None:
         return "yes, if the memory suffices"
     if not found.fits:

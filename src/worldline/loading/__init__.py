@@ -5,123 +5,160 @@ Everything that can be wrong is found from file headers, before tensor data are 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection
-from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from worldline.catalog import BUNDLED_PREFIX, TRANSFORMER_FILES, is_bundled
-from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
-from worldline.files import GIGABYTE, stamp
-from worldline.machine import Memory, device_memory
+from worldline.catalog import BUNDLED_PREFIX, Entry, is_bundled
+from worldline.errors import CheckpointError, InputError
+from worldline.loading.autoregressive import (
+    OFFLOAD_FLAGS,
+    AutoregressiveFiles,
+    AutoregressiveParts,
+    MemoryPlan,
+    open_autoregressive,
+    plan_autoregressive,
+    video_shape,
+)
+from worldline.loading.diffusion import (
+    DIFFUSION_OFFLOAD_FLAGS,
+    GENERATIONS,
+    NEGATIVE_PROMPT,
+    RELEASED_CONTEXT,
+    ROTARY_PRECISIONS,
+    DiffusionFiles,
+    DiffusionParts,
+    DiffusionPlan,
+    TextPart,
+    WorldDefaults,
+    open_diffusion,
+    plan_diffusion,
+    text_bytes,
+    text_dtype,
+)
+from worldline.loading.folders import (
+    Place,
+    find_model,
+    holds_diffusers,
+    is_diffusion,
+    open_transformer,
+    read_settings,
+)
+from worldline.loading.memory import Fit, Need, check_memory, fewest_flags
+from worldline.machine import Memory
 from worldline.models.predict1_ar.decoder import compile_ahead
-from worldline.models.predict1_ar.model import RELEASED_GRID, ARTransformer, ARTransformerConfig
-from worldline.models.predict1_ar.weights import KEYS, SHARDS, read_config
+from worldline.models.predict1_ar.model import PRESETS as AUTOREGRESSIVE_PRESETS
+from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig
+from worldline.models.predict1_ar.weights import KEYS
+from worldline.models.predict1_dit.model import PRESETS as DIFFUSION_PRESETS
+from worldline.models.predict1_dit.model import DiT, DiTConfig
 from worldline.parallel.offload import Part
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
-from worldline.tokenizers.cosmos.load import open_tokenizer
+from worldline.text.cache import EmbeddingCache
+from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import key_map
-from worldline.weights.keymap import KeyMap, match
-from worldline.weights.read import Checkpoint, open_checkpoint
-from worldline.weights.shards import find_shards, open_shards, shard_stem
+from worldline.weights.keymap import KeyMap
+from worldline.weights.read import Checkpoint
 from worldline.weights.stream import load_into
+
+__all__ = [
+    "BUNDLED",
+    "DIFFUSION_OFFLOAD_FLAGS",
+    "GENERATIONS",
+    "NEGATIVE_PROMPT",
+    "OFFLOAD_FLAGS",
+    "ROTARY_PRECISIONS",
+    "AutoregressiveFiles",
+    "AutoregressiveParts",
+    "DiffusionFiles",
+    "DiffusionParts",
+    "DiffusionPlan",
+    "Fit",
+    "MemoryPlan",
+    "TextPart",
+    "WorldDefaults",
+    "WorldFiles",
+    "bundled_names",
+    "choose_device",
+    "compute_dtype",
+    "find_autoregressive",
+    "find_diffusion",
+    "find_world",
+    "fit",
+    "fit_entry",
+    "fit_files",
+    "load_autoregressive",
+    "load_diffusion",
+    "open_transformer",
+    "plan_autoregressive",
+    "plan_diffusion",
+    "read_settings",
+    "refuse_options",
+    "video_shape",
+]
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = Path(__file__).parent / "bundled"
-OFFLOAD_FLAGS = ("offload_tokenizer", "offload_ar_model")
-_UNFINISHED = ("*.incomplete", "*.part", "*.crdownload")
-# of both generations; the one that belongs to the transformer's own generation is tried first
-_TOKENIZERS = ("Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-1.0-Tokenizer-DV8x16x16")
+BUNDLED = Path(__file__).parents[1] / "bundled"
+WorldFiles = AutoregressiveFiles | DiffusionFiles
+
+# T5-11B: 24 layers of four 1024 x 16,384 and two 1024 x 65,536 matrices, and 32,128 words
+_RELEASED_TEXT_PARAMETERS = 4_864_791_552
 
 
-@dataclass(frozen=True)
-class AutoregressiveFiles:
-    """An autoregressive world on disk, checked but not read.
+def find_world(
+    model: str | Path,
+    checkpoint_dir: str | Path,
+    *,
+    tokenizer_dir: str | Path | None = None,
+    text_encoder_dir: str | Path | None = None,
+    generation: str | None = None,
+) -> WorldFiles:
+    """Find and check the files of a world of either family, by what its folder holds.
 
-    Attributes:
-        folder: of the transformer.
-        bundled: whether it ships with the package.
-        transformer: its tensors.
-        config: what they imply.
-        tokenizer: the tensors of the discrete tokenizer.
-        tokenizer_config: what they imply.
+    Args:
+        model: "tiny-…" for a bundled one, a folder's name below `checkpoint_dir`, or a path; the
+            path of a file opens that file.
+        checkpoint_dir: holds the folders, those of the other parts too.
+        tokenizer_dir: of a diffusion world; see `find_diffusion`.
+        text_encoder_dir: likewise.
+        generation: likewise.
+
+    Raises:
+        CheckpointError: a file is absent, incomplete, damaged or of another model.
+        InputError: an autoregressive world is given what only diffusion worlds have.
     """
-
-    folder: Path
-    bundled: bool
-    transformer: Checkpoint
-    config: ARTransformerConfig
-    tokenizer: Checkpoint
-    tokenizer_config: CosmosTokenizerConfig
-
-    def identity(self) -> dict[str, Any]:
-        """Return name, size and time of every file that decides what this world makes.
-
-        Raises:
-            CheckpointError: a file has vanished.
-        """
-        settings = self.folder / "config.json"
-        parts = {
-            "transformer": [*self.transformer.files, *([settings] if settings.exists() else [])],
-            "tokenizer": self.tokenizer.files,
-        }
-        try:
-            return {part: [stamp(path) for path in paths] for part, paths in parts.items()}
-        except OSError as error:
-            raise CheckpointError(f"{error.filename} cannot be read any more: {error}") from error
+    place = _locate(model, checkpoint_dir)
+    special = {
+        "tokenizer_dir": tokenizer_dir,
+        "text_encoder_dir": text_encoder_dir,
+        "generation": generation,
+    }
+    if holds_diffusers(place.named) or is_diffusion(open_transformer(place.named)):
+        return open_diffusion(
+            place,
+            tokenizer_dir=tokenizer_dir,
+            text_encoder_dir=text_encoder_dir,
+            generation=generation,
+        )
+    refuse_options(place.folder, "an autoregressive", special)
+    return open_autoregressive(place)
 
 
-@dataclass(frozen=True)
-class AutoregressiveParts:
-    """A world's networks, each on its device or waiting in host memory."""
+def refuse_options(folder: Path, kind: str, given: dict[str, Any]) -> None:
+    """Refuse options that belong to another family of worlds.
 
-    transformer: Part[ARTransformer]
-    tokenizer: Part[CosmosTokenizer]
-
-    @property
-    def config(self) -> ARTransformerConfig:
-        return self.transformer.module.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.device
-
-    @property
-    def video(self) -> VideoShape:
-        """Size of what this world makes."""
-        return video_shape(self.config, self.tokenizer.module.config)
-
-
-def video_shape(config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig) -> VideoShape:
-    """Return the size of the clips that a transformer and a tokenizer make together."""
-    return config.grid.video(tokenizer.temporal, tokenizer.spatial)
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes that a request will hold on its device, stage by stage.
-
-    Attributes:
-        encode: while the input is turned into tokens.
-        tokens: while tokens are read and drawn.
-        decode: while tokens are turned into pixels.
+    Raises:
+        InputError: one of them is given.
     """
-
-    encode: int
-    tokens: int
-    decode: int
-
-    @property
-    def peak(self) -> int:
-        return max(self.encode, self.tokens, self.decode)
+    wrong = [name for name, value in given.items() if value not in (None, False)]
+    if wrong:
+        raise InputError(f"{folder.name} is {kind} world, which has no {', no '.join(wrong)}")
 
 
 def find_autoregressive(model: str | Path, checkpoint_dir: str | Path) -> AutoregressiveFiles:
@@ -135,71 +172,53 @@ def find_autoregressive(model: str | Path, checkpoint_dir: str | Path) -> Autore
     Raises:
         CheckpointError: a file is absent, incomplete, damaged or of another model.
     """
-    bundled = is_bundled(str(model))
-    if bundled:
-        folder = named = BUNDLED / str(model).removeprefix(BUNDLED_PREFIX)
-        if not folder.is_dir():
-            have = ", ".join(bundled_names()) or "none"
-            raise CheckpointError(f"there is no bundled model {model}; there are: {have}")
-        roots = [BUNDLED]
-    else:
-        named = _find_model(Path(model), Path(checkpoint_dir))
+    return open_autoregressive(_locate(model, checkpoint_dir))
+
+
+def find_diffusion(
+    model: str | Path,
+    checkpoint_dir: str | Path,
+    *,
+    tokenizer_dir: str | Path | None = None,
+    text_encoder_dir: str | Path | None = None,
+    generation: str | None = None,
+) -> DiffusionFiles:
+    """Find and check the files of a diffusion world.
+
+    Args:
+        model: "tiny-…" for a bundled one, a folder's name below `checkpoint_dir`, or a path; the
+            path of a file opens that file. The folder may be laid out as by NVIDIA or by diffusers.
+        checkpoint_dir: holds the folders, those of tokenizer and text encoder too.
+        tokenizer_dir: another tokenizer, by a name below `checkpoint_dir` or a path.
+        text_encoder_dir: another text encoder, likewise.
+        generation: "1.0" or "Predict1", where the folder's name does not say it; decides the
+            sampler.
+
+    Raises:
+        CheckpointError: a file is absent, incomplete, damaged or of another model. That there is no
+            text encoder is no error here: embeddings may be given.
+        InputError: there is no such generation.
+    """
+    return open_diffusion(
+        _locate(model, checkpoint_dir),
+        tokenizer_dir=tokenizer_dir,
+        text_encoder_dir=text_encoder_dir,
+        generation=generation,
+    )
+
+
+def _locate(model: str | Path, checkpoint_dir: str | Path) -> Place:
+    if not is_bundled(str(model)):
+        named = find_model(Path(model), Path(checkpoint_dir))
         folder = named.parent if named.is_file() else named
-        roots = list(dict.fromkeys((Path(checkpoint_dir), folder.parent)))
-    source = open_transformer(named)
-    try:
-        config = _check_transformer(source, folder)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{_doubt(source)}") from error
-    if config.context_width is not None:
-        raise CheckpointError(
-            f"{folder} is a Video2World model, which continues a clip by a prompt; "
-            "this version runs base models (4B, 12B)"
-        )
-
-    tokenizer_folder = _tokenizer_folder(folder, roots)
-    try:
-        tokenizer, tokenizer_config = open_tokenizer(tokenizer_folder)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{_unfinished(tokenizer_folder)}") from error
-    with torch.device("meta"):
-        network = CosmosTokenizer(tokenizer_config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
-    match(tokenizer.tensors, shapes, key_map(tokenizer_config), str(tokenizer.path))
-    if tokenizer_config.vocabulary != config.vocabulary:
-        raise CheckpointError(
-            f"{tokenizer_folder} has {tokenizer_config.vocabulary} token ids, but {folder} "
-            f"was trained on {config.vocabulary}: they do not belong together{_doubt(source)}"
-        )
-    return AutoregressiveFiles(folder, bundled, source, config, tokenizer, tokenizer_config)
-
-
-def _check_transformer(source: Checkpoint, folder: Path) -> ARTransformerConfig:
-    """Return the architecture of a transformer, checked against every tensor."""
-    settings = read_settings(folder)
-    if not (folder / "config.json").exists():
-        sides = " x ".join(map(str, astuple(RELEASED_GRID)))
-        logger.info("no config.json in %s: released grid %s assumed", folder, sides)
-    config = read_config(source, settings)
-    expected = _shapes(config)
-    try:
-        match(source.tensors, expected, KEYS, str(source.path))
-    except CheckpointError as error:
-        if settings and expected != _shapes(read_config(source, {})):
-            raise CheckpointError(f"{error} (expected by config.json)") from error
-        raise
-    return config
-
-
-def _shapes(config: ARTransformerConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        module = ARTransformer(config)
-    return {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
-
-
-def _doubt(source: Checkpoint) -> str:
-    """The end of a message about sizes: a set that lacks its last ranks looks like a whole one."""
-    return " (is a shard missing?)" if source.kind == "tensor-parallel shards" else ""
+        if folder.name == "transformer":
+            folder = folder.parent
+        return Place(named, tuple(dict.fromkeys((Path(checkpoint_dir), folder.parent))), False)
+    folder = BUNDLED / str(model).removeprefix(BUNDLED_PREFIX)
+    if not folder.is_dir():
+        have = ", ".join(bundled_names()) or "none"
+        raise CheckpointError(f"there is no bundled model {model}; there are: {have}")
+    return Place(folder, (BUNDLED,), True)
 
 
 def bundled_names() -> list[str]:
@@ -207,46 +226,8 @@ def bundled_names() -> list[str]:
     if not BUNDLED.is_dir():
         return []
     folders = sorted(path.parent for path in BUNDLED.glob("*/config.json"))
-    return [BUNDLED_PREFIX + folder.name for folder in folders]
-
-
-def plan_autoregressive(
-    config: ARTransformerConfig,
-    tokenizer: CosmosTokenizerConfig,
-    *,
-    dtype: torch.dtype,
-    offload_ar_model: bool = False,
-    offload_tokenizer: bool = False,
-) -> MemoryPlan:
-    """Estimate the memory of one clip; `benchmarks/ar_end_to_end.py` compares it with the truth."""
-    size = dtype.itemsize
-    with torch.device("meta"):
-        transformer_bytes = _count(ARTransformer(config)) * size
-        tokenizer_bytes = _count(CosmosTokenizer(tokenizer)) * size
-    shape = video_shape(config, tokenizer)
-    cells = (
-        (1 + (shape.frames - 1) // tokenizer.patch)
-        * (shape.height // tokenizer.patch)
-        * (shape.width // tokenizer.patch)
-    )
-    # the widest activation, held about six times by a residual block of the finest level
-    activations = 6 * cells * max(tokenizer.level_channels[0], tokenizer.patch_channels) * size
-    heads = config.num_kv_heads * config.head_size
-    cache = 2 * config.depth * config.length * heads * size
-    # feed-forward of the longest prompt: gate, up, product; and queries, keys, values
-    prefill = config.length // 2 * (3 * config.hidden + 4 * config.width) * size
-    context = 1_200_000_000 if dtype != torch.float32 else 0  # libraries' workspaces
-    resident = (0 if offload_ar_model else transformer_bytes) + (
-        0 if offload_tokenizer else tokenizer_bytes
-    )
-    waiting_tokenizer = tokenizer_bytes if offload_tokenizer else 0
-    waiting_transformer = transformer_bytes if offload_ar_model else 0
-    coding = resident + waiting_tokenizer + activations + context
-    return MemoryPlan(
-        encode=coding,
-        tokens=resident + waiting_transformer + cache + prefill + context,
-        decode=coding,
-    )
+    worlds = [folder for folder in folders if "Tokeniz" not in folder.name]
+    return [BUNDLED_PREFIX + folder.name for folder in worlds]
 
 
 def load_autoregressive(
@@ -271,18 +252,79 @@ def load_autoregressive(
         transformer = _read(
             ARTransformer, files.config, files.transformer, KEYS, device, dtype, offload_ar_model
         )
-        tokenizer = _read(
-            CosmosTokenizer,
-            files.tokenizer_config,
-            files.tokenizer,
-            key_map(files.tokenizer_config),
-            device,
-            dtype,
-            offload_tokenizer,
-        )
+        tokenizer = _read_tokenizer(files, device, dtype, offload_tokenizer)
         if compiling is not None:
             compiling.join()
     return AutoregressiveParts(transformer, tokenizer)
+
+
+def load_diffusion(
+    files: DiffusionFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    recorder: Recorder,
+    *,
+    offload_diffusion_transformer: bool = False,
+    offload_tokenizer: bool = False,
+    offload_text_encoder_model: bool = False,
+    text_encoder_dtype: torch.dtype | None = None,
+    video: VideoShape | None = None,
+) -> DiffusionParts:
+    """Read the weights of a world; those of the text encoder wait for a prompt that needs them.
+
+    Args:
+        files: found and checked.
+        device: where it runs.
+        dtype: of transformer and tokenizer.
+        recorder: is told seconds and memory.
+        offload_diffusion_transformer: keep it in host memory while it is not used.
+        offload_tokenizer: likewise.
+        offload_text_encoder_model: likewise.
+        text_encoder_dtype: by default `dtype` where T5 runs in it.
+        video: the largest that will be made; by default of the world's own size.
+
+    Raises:
+        InsufficientMemoryError: the device is too small for such a video.
+    """
+    chosen = {
+        "offload_diffusion_transformer": offload_diffusion_transformer,
+        "offload_tokenizer": offload_tokenizer,
+        "offload_text_encoder_model": offload_text_encoder_model,
+    }
+    of_text = text_encoder_dtype or text_dtype(dtype)
+    given = [flag for flag, given in chosen.items() if given]
+    _check_memory(files, device, dtype, given, text_encoder_dtype=of_text, video=video)
+    logger.info("reading %s", files.folder)
+    with recorder.stage("load"):
+        transformer = _read(
+            DiT,
+            files.config,
+            files.dit.source,
+            files.dit.keys,
+            device,
+            dtype,
+            offload_diffusion_transformer,
+        )
+        tokenizer = _read_tokenizer(files, device, dtype, offload_tokenizer)
+    text = None
+    if files.text is not None:
+        text = TextPart(
+            files.text,
+            device,
+            of_text,
+            offload=offload_text_encoder_model,
+            cache=EmbeddingCache(),
+        )
+    return DiffusionParts(transformer, tokenizer, text, files)
+
+
+def _read_tokenizer(
+    files: WorldFiles, device: torch.device, dtype: torch.dtype, offload: bool
+) -> Part[CosmosTokenizer]:
+    keys = key_map(files.tokenizer_config)
+    return _read(
+        CosmosTokenizer, files.tokenizer_config, files.tokenizer, keys, device, dtype, offload
+    )
 
 
 def _read(
@@ -301,27 +343,8 @@ def _read(
     return Part(module.requires_grad_(False).eval(), device, offload=offload)
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How a world fits.
-
-    Attributes:
-        need: bytes of the plan with `flags`, or of the smallest plan where nothing fits.
-        flags: offload flags of that plan.
-        fits: whether the need is met; None where the memory is not known.
-    """
-
-    need: int
-    flags: tuple[str, ...]
-    fits: bool | None
-
-
 def fit(
-    config: ARTransformerConfig,
+    config: ARTransformerConfig | DiTConfig,
     tokenizer: CosmosTokenizerConfig,
     device: torch.device,
     memory: Memory | None,
@@ -331,137 +354,106 @@ def fit(
     """Find the fewest offload flags with which a world fits.
 
     Args:
-        config: of the transformer.
+        config: of the transformer; a diffusion world is taken to have T5-11B and to make the
+            released 121 frames of 704 x 1280.
         tokenizer: its configuration.
         device: where the world would run.
         memory: of the device; None where it is not known.
         dtype: of the weights; by default that of the device.
         given: flags that are set already.
     """
-    choices: tuple[tuple[str, ...], ...] = ((),)
-    if device.type == "cuda":  # elsewhere the parts have one home anyway
-        choices = ((), *((flag,) for flag in OFFLOAD_FLAGS), OFFLOAD_FLAGS)
-    plans = []
-    for choice in choices:
-        if device.type == "cuda" and not set(given) <= set(choice):
-            continue
-        chosen = dict.fromkeys(choice, True)
-        plan = plan_autoregressive(
-            config, tokenizer, dtype=dtype or compute_dtype(device), **chosen
+    dtype = dtype or compute_dtype(device)
+    need = _need(config, tokenizer, dtype)
+    return fewest_flags(need, _flags(config), device, memory, given)
+
+
+def fit_files(
+    files: WorldFiles,
+    device: torch.device,
+    memory: Memory | None,
+    dtype: torch.dtype | None = None,
+    given: Collection[str] = (),
+) -> Fit:
+    """Do what `fit` does for files that were found: a video of their default size."""
+    need = _need_of(files, dtype or compute_dtype(device))
+    return fewest_flags(need, _flags(files.config), device, memory, given)
+
+
+def fit_entry(entry: Entry, device: torch.device, memory: Memory | None) -> Fit | None:
+    """Do what `fit` does for a released checkpoint; None where this version does not run it."""
+    if not entry.command:
+        return None
+    if entry.preset in DIFFUSION_PRESETS:
+        return fit(DIFFUSION_PRESETS[entry.preset], TOKENIZER_PRESETS["CV8x8x8"], device, memory)
+    config = AUTOREGRESSIVE_PRESETS[entry.preset]
+    return fit(config, TOKENIZER_PRESETS["DV8x16x16"], device, memory)
+
+
+def _flags(config: ARTransformerConfig | DiTConfig) -> tuple[str, ...]:
+    return DIFFUSION_OFFLOAD_FLAGS if isinstance(config, DiTConfig) else OFFLOAD_FLAGS
+
+
+def _need(
+    config: ARTransformerConfig | DiTConfig,
+    tokenizer: CosmosTokenizerConfig,
+    dtype: torch.dtype,
+    *,
+    video: VideoShape | None = None,
+    nbytes_of_text: int | None = None,
+    context_length: int = RELEASED_CONTEXT,
+) -> Need:
+    """Return what a world needs by its flags; a released world's where nothing is said of it."""
+    if not isinstance(config, DiTConfig):
+        return lambda flags: (
+            plan_autoregressive(config, tokenizer, dtype=dtype, **dict.fromkeys(flags, True)).peak
         )
-        plans.append(Fit(plan.peak, choice, None if memory is None else plan.peak <= memory.free))
-        if plans[-1].fits is not False:
-            return plans[-1]
-    return min(plans, key=lambda plan: plan.need)
+    released = WorldDefaults(text2world=True)
+    size = video or VideoShape(released.num_video_frames, released.height, released.width)
+    if nbytes_of_text is None:
+        nbytes_of_text = _RELEASED_TEXT_PARAMETERS * text_dtype(dtype).itemsize
+    return lambda flags: (
+        plan_diffusion(
+            config,
+            tokenizer,
+            video=size,
+            dtype=dtype,
+            text_bytes=nbytes_of_text,
+            context_length=context_length,
+            **dict.fromkeys(flags, True),
+        ).peak
+    )
+
+
+def _need_of(
+    files: WorldFiles,
+    dtype: torch.dtype,
+    text_encoder_dtype: torch.dtype | None = None,
+    video: VideoShape | None = None,
+) -> Need:
+    if isinstance(files, AutoregressiveFiles):
+        return _need(files.config, files.tokenizer_config, dtype)
+    defaults = files.defaults
+    return _need(
+        files.config,
+        files.tokenizer_config,
+        dtype,
+        video=video or VideoShape(defaults.num_video_frames, defaults.height, defaults.width),
+        nbytes_of_text=text_bytes(files.text, text_encoder_dtype or text_dtype(dtype)),
+        context_length=files.context_length,
+    )
 
 
 def _check_memory(
-    files: AutoregressiveFiles, device: torch.device, dtype: torch.dtype, given: Collection[str]
+    files: WorldFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    given: Collection[str],
+    *,
+    text_encoder_dtype: torch.dtype | None = None,
+    video: VideoShape | None = None,
 ) -> None:
-    memory = device_memory(device)
-    if memory is None:
-        return
-    found = fit(files.config, files.tokenizer_config, device, memory, dtype, given)
-    more = [flag for flag in found.flags if flag not in given]
-    if found.fits and not more:
-        return
-    chosen = dict.fromkeys(given if device.type == "cuda" else (), True)
-    need = plan_autoregressive(files.config, files.tokenizer_config, dtype=dtype, **chosen).peak
-    kind = "GPU" if device.type == "cuda" else "host"
-    message = (
-        f"{files.folder.name} needs about {need / GIGABYTE:.1f} GB of {kind} memory, "
-        f"{memory.free / GIGABYTE:.1f} of {memory.total / GIGABYTE:.1f} GB are free"
-    )
-    least = f"{found.need / GIGABYTE:.1f} GB"
-    if found.fits:
-        message += f"; with {' '.join(f'--{flag}' for flag in more)} it needs {least}, which fits"
-    elif device.type == "cuda":
-        message += f"; no offload flag is enough (at least {least} are needed)"
-    raise InsufficientMemoryError(message)
-
-
-def _find_model(model: Path, checkpoint_dir: Path) -> Path:
-    """Return the folder, or the file, that `model` names."""
-    below = checkpoint_dir / model
-    for path in (below, model):
-        if path.is_dir() or path.is_file():
-            return path
-    if not checkpoint_dir.is_dir():
-        raise CheckpointError(
-            f"no checkpoint folder {checkpoint_dir} (--checkpoint_dir), so no {model} in it"
-        )
-    have = sorted(path.name for path in checkpoint_dir.iterdir() if path.is_dir())
-    raise CheckpointError(
-        f"no folder {below}; {checkpoint_dir} holds: {', '.join(have) or 'no folder'}"
-    )
-
-
-def open_transformer(path: Path) -> Checkpoint:
-    """Open the transformer of a folder, in whatever form it was saved; headers only.
-
-    Args:
-        path: the folder; or a file, which is opened whatever lies beside it (of a tensor-parallel
-            shard, the set that it belongs to).
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    if path.is_file():
-        stem = shard_stem(path)
-        if stem is None:
-            return open_checkpoint(path)
-        return open_shards(find_shards(path.parent, stem), SHARDS)
-    for name in TRANSFORMER_FILES:
-        if (path / name).exists():
-            return open_checkpoint(path / name)
-    shards = find_shards(path)
-    if shards:
-        return open_shards(shards, SHARDS)
-    saved = sorted(path.glob("iter_*.pt"))
-    if saved:
-        return open_checkpoint(saved[-1])
-    raise CheckpointError(
-        f"{path} holds no model.pt (nor model.safetensors, model_model_mp_*.pt, iter_*.pt)"
-        f"{_unfinished(path)}"
-    )
-
-
-def _unfinished(folder: Path) -> str:
-    """The end of a message about absent files: what a broken download left."""
-    left = sorted(path.name for pattern in _UNFINISHED for path in folder.rglob(pattern))
-    if not left:
-        return ""
-    return f"; a download was not finished ({', '.join(left[:3])}): download it again"
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Return what config.json in `folder` says; nothing where there is none.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        return {}
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} holds no settings, but a {type(settings).__name__}")
-    return settings
-
-
-def _tokenizer_folder(folder: Path, roots: list[Path]) -> Path:
-    names = _TOKENIZERS[::-1] if "1.0" in folder.name else _TOKENIZERS
-    for root in roots:
-        for name in names:
-            if (root / name).is_dir():
-                return root / name
-    searched = " or ".join(map(str, roots))
-    raise CheckpointError(
-        f"no discrete tokenizer: neither {names[0]} nor {names[1]} is in {searched}"
-    )
+    need = _need_of(files, dtype, text_encoder_dtype, video)
+    check_memory(files.folder.name, need, _flags(files.config), device, given)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
@@ -14,6 +15,8 @@ from worldline.physics import Motion, Scene, draw_scenes, render, simulate
 from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.train.loop import generator
+
+_ENCODED_TOGETHER = 32  # clips
 
 
 def physics_batches(
@@ -33,6 +36,19 @@ def physics_batches(
         batch: clips at a time.
         workers: processes that draw scenes and their motion; 0 does it here.
     """
+    for clips, _ in captioned_batches(seeds, shape, device, batch=batch, workers=workers):
+        yield clips
+
+
+def captioned_batches(
+    seeds: Sequence[int],
+    shape: VideoShape,
+    device: torch.device | str,
+    *,
+    batch: int = 224,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yield what `physics_batches` does, each with its captions."""
     parts = [(seeds[at : at + batch], shape) for at in range(0, len(seeds), batch)]
     with ExitStack() as stack:
         moving: Iterator[tuple[list[Scene], Motion]] = map(_motion, parts)
@@ -40,7 +56,8 @@ def physics_batches(
             pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
             moving = stack.enter_context(pool).map(_motion, parts)
         for scenes, motion in moving:
-            yield render(scenes, motion, shape.height, shape.width, device)
+            clips = render(scenes, motion, shape.height, shape.width, device)
+            yield clips, [scene.caption for scene in scenes]
 
 
 def _motion(part: tuple[Sequence[int], VideoShape]) -> tuple[list[Scene], Motion]:
@@ -98,3 +115,39 @@ def encode_pool(
         for view in (video, video.flip(-1)):
             rows.append(tokenizer.encode_tokens(view).flatten(1).to(torch.int16))
     return torch.cat(rows)
+
+
+def mirror_caption(caption: str) -> str:
+    """Return what `caption` says of the mirrored clip."""
+    other = {"left": "right", "right": "left"}
+    return re.sub(r"\b(left|right)\b", lambda side: other[side[0]], caption)
+
+
+@torch.no_grad()
+def encode_captioned(
+    tokenizer: CosmosTokenizer,
+    batches: Iterator[tuple[Tensor, list[str]]],
+    dtype: torch.dtype,
+    normalise: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, list[str]]:
+    """Return the latents of all clips and their captions, each clip as drawn and mirrored.
+
+    Args:
+        tokenizer: continuous, in `dtype`.
+        batches: of `captioned_batches`.
+        dtype: to encode in.
+        normalise: what a latent goes through before it is kept.
+
+    Returns:
+        (clips, C, t, h, w), bf16 on the tokenizer's device, and as many captions.
+    """
+    rows: list[Tensor] = []
+    said: list[str] = []
+    for clips, captions in batches:
+        for at in range(0, len(clips), _ENCODED_TOGETHER):
+            video = as_video(clips[at : at + _ENCODED_TOGETHER]).to(dtype)
+            for view in (video, video.flip(-1)):
+                rows.append(normalise(tokenizer.encode(view).float()).bfloat16())
+            part = captions[at : at + _ENCODED_TOGETHER]
+            said += [*part, *map(mirror_caption, part)]
+    return torch.cat(rows), said

@@ -1,7 +1,8 @@
-"""What training minimises: reconstruction of video tokenizers, next token of autoregressive models.
+"""What training minimises: reconstruction of tokenizers, next token, and denoising of latents.
 
-Source: nvidia-cosmos/cosmos-predict1, `tokenizer/training/losses` and `autoregressive/training`;
-the numbers agree with it, except that no term is counted twice and that a mask has its effect.
+Source: nvidia-cosmos/cosmos-predict1, `tokenizer/training/losses`, `autoregressive/training` and
+`diffusion/training`; the numbers agree with it, except that no term is counted twice and that a
+mask has its effect.
 
 A reconstruction loss is a set of *terms*, each a weighted tensor with its elements not yet
 reduced, so that one reduction can be chosen for all of them (`reconstruction_terms`, `total`).
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -545,3 +547,111 @@ def next_token_loss(
         cross_entropy=surprise.sum() / counted.sum(),
         z=z_coefficient * normalizer.square().mean(),
     )
+
+
+SIGMA_DATA = 0.5  # the latents' standard deviation, in every released diffusion model
+
+
+class Preconditioning(NamedTuple):
+    """Factors of the EDM parametrisation (arXiv 2206.00364, table 1) at noise levels (B,).
+
+    A network F estimates clean latents as skip x + out F(scale x, time); each is (B,) float32.
+    """
+
+    skip: Tensor
+    out: Tensor
+    scale: Tensor
+    time: Tensor
+
+
+def precondition(sigma: Tensor) -> Preconditioning:
+    """Return the factors at noise levels `sigma` (B,), above 0."""
+    sigma = sigma.float()  # float32: factors differ by five orders of magnitude
+    variance = sigma.square() + SIGMA_DATA**2
+    return Preconditioning(
+        skip=SIGMA_DATA**2 / variance,
+        out=sigma * SIGMA_DATA * variance.rsqrt(),
+        scale=variance.rsqrt(),
+        time=sigma.log() / 4,
+    )
+
+
+class Noised(NamedTuple):
+    """What a network is given of clean latents.
+
+    Attributes:
+        latents: (B, C, T, H, W), float32, already multiplied by the factor of its noise level.
+        mask: (B, 1, T, H, W), 1 on frames that are known.
+    """
+
+    latents: Tensor
+    mask: Tensor
+
+
+def noised_latents(
+    latents: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    known: Tensor,
+    *,
+    known_noise: Tensor,
+    known_sigma: Tensor,
+) -> Noised:
+    """Return the input of a network, as a sampler with given frames shows it.
+
+    The first frames of a clip may be known: they carry noise of a level of their own, and appear
+    multiplied by the factor of that level, whatever the level of the others.
+
+    Args:
+        latents: (B, C, T, H, W), clean, of standard deviation 0.5.
+        noise: unit normal, in their shape.
+        sigma: (B,) noise levels of the frames that are not known.
+        known: (B,) number of latent frames that are known.
+        known_noise: as `noise`, for the known frames.
+        known_sigma: (B,) their noise levels.
+    """
+    frames = torch.arange(latents.shape[2], device=latents.device)
+    mask = (frames < known[:, None])[:, None, :, None, None]
+
+    def at(level: Tensor, drawn: Tensor) -> Tensor:
+        return _wide(precondition(level).scale) * (latents.float() + _wide(level) * drawn.float())
+
+    shown = torch.where(mask, at(known_sigma, known_noise), at(sigma, noise))
+    return Noised(shown, mask.expand(-1, -1, -1, *latents.shape[3:]).to(shown))
+
+
+def denoising_loss(
+    output: Tensor, latents: Tensor, noise: Tensor, sigma: Tensor, mask: Tensor
+) -> Tensor:
+    """Return, of each clip, w(sigma) |D - latents|^2, its mean over what is not known.
+
+    With the weight w = (sigma^2 + sd^2) / (sigma sd)^2 of arXiv 2206.00364, section 5, this is
+    the squared error of the network's own output, which is computed here: differences of D are
+    below float32 at the lowest noise levels.
+
+    Args:
+        output: F, (B, C, T, H, W), any floating dtype.
+        latents: clean, in its shape.
+        noise: as given to `noised_latents`.
+        sigma: (B,).
+        mask: (B, 1, T, H, W), 1 on known frames, whose loss is not counted; some are not known.
+
+    Returns:
+        (B,) float32.
+    """
+    skip, out, _, _ = (_wide(factor) for factor in precondition(sigma))
+    latents = latents.float()
+    noised = latents + _wide(sigma.float()) * noise.float()
+    target = (latents - skip * noised) / out
+    error = (output.float() - target).square() * (1 - mask)  # float32: a mean of many squares
+    return error.mean((1, 2, 3, 4)) / (1 - mask).mean((1, 2, 3, 4))
+
+
+def log_normal_sigmas(normal: Tensor, *, mean: float, deviation: float) -> Tensor:
+    """Return noise levels exp(mean + deviation * normal), float32, of unit normal numbers."""
+    return (mean + deviation * normal.float()).exp()
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Return (B,) as (B, 1, 1, 1, 1)."""
+    return values.view(-1, 1, 1, 1, 1)

@@ -1,0 +1,446 @@
+"""`worldline diffusion text2world` and `video2world`: a prompt, an image or a clip into a video.
+
+Flags, names and defaults are those of cosmos-predict1 `diffusion/inference/text2world.py` and
+`video2world.py`; what they parse and ignore works here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from worldline.cli import run
+from worldline.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from worldline.cli.inputs import Fields, Item
+    from worldline.loading import DiffusionFiles
+    from worldline.pipelines.diffusion import DiffusionRequest
+    from worldline.world import Step
+
+logger = logging.getLogger(__name__)
+
+# those of worldline.sampling.edm and worldline.loading, which import torch
+SAMPLERS = ("edm_euler", "res_2ab", "res_1euler", "res_2mid")
+OFFLOAD_FLAGS = (
+    "offload_text_encoder_model",
+    "offload_tokenizer",
+    "offload_diffusion_transformer",
+)
+_WITHOUT_EFFECT = {
+    "offload_guardrail_models": "no guardrail runs",
+    "offload_prompt_upsampler": "no prompt upsampler runs",
+    "prompt_upsampler_dir": "no prompt upsampler runs",
+    "word_limit_to_skip_upsampler": "no prompt upsampler runs",
+}
+_PATHS = ("diffusion_transformer_dir", "tokenizer_dir", "text_encoder_dir", "prompt_embeddings")
+# what a world's own configuration decides unless the command line does
+_OWN = ("num_steps", "guidance", "num_video_frames", "height", "width", "fps", "negative_prompt")
+
+
+def _negative_prompt() -> str:
+    from worldline.loading import NEGATIVE_PROMPT
+
+    return NEGATIVE_PROMPT
+
+
+def _options(model: str, upsampler: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return what adds the options that both commands have."""
+    options = (
+        click.option(
+            "--checkpoint_dir",
+            default="checkpoints",
+            show_default=True,
+            help="Holds the model folders.",
+        ),
+        click.option(
+            "--diffusion_transformer_dir",
+            default=model,
+            show_default=True,
+            help="Folder of the model below --checkpoint_dir, a path, or tiny-… for a bundled one.",
+        ),
+        click.option(
+            "--tokenizer_dir",
+            default="Cosmos-Tokenize1-CV8x8x8-720p",
+            show_default=True,
+            help="Folder below --checkpoint_dir, or a path; by default of the model's generation.",
+        ),
+        click.option(
+            "--text_encoder_dir",
+            help="T5: folder below --checkpoint_dir, or a path.  [default: google-t5/t5-11b]",
+        ),
+        click.option("--prompt_upsampler_dir", default=upsampler, help="Accepted; none runs yet."),
+        click.option("--prompt", help="What the video shows, in a paragraph."),
+        click.option(
+            "--negative_prompt",
+            default=_negative_prompt,
+            show_default="that of the release",
+            help="What it must not show; empty for none.",
+        ),
+        click.option(
+            "--prompt_embeddings",
+            help="A safetensors file of embeddings, in place of the text encoder.",
+        ),
+        click.option(
+            "--num_steps",
+            type=int,
+            default=35,
+            show_default=True,
+            help="Of denoising. This and the next five: a bundled world has its own defaults.",
+        ),
+        click.option(
+            "--guidance",
+            type=float,
+            default=7.0,
+            show_default=True,
+            help="How far to go from the negative prompt towards the prompt; 0 does without.",
+        ),
+        click.option(
+            "--num_video_frames",
+            type=int,
+            default=121,
+            show_default=True,
+            help="1 + 8k, the given ones included.",
+        ),
+        click.option("--height", type=int, default=704, show_default=True, help="16k pixels."),
+        click.option("--width", type=int, default=1280, show_default=True, help="16k pixels."),
+        click.option(
+            "--fps",
+            type=int,
+            default=24,
+            show_default=True,
+            help="Frames a second of the motion, and of the file.",
+        ),
+        click.option("--seed", type=int, default=1, show_default=True, help="Of the noise."),
+        click.option(
+            "--sampler",
+            type=click.Choice(SAMPLERS),
+            help="By default that of the model's generation: edm_euler for Predict1, res_2ab for "
+            "Cosmos 1.0.",
+        ),
+        click.option(
+            "--generation",
+            type=click.Choice(["1.0", "Predict1"]),
+            help="Of the model, where the name of its folder does not tell.",
+        ),
+        click.option(
+            "--rotary_precision",
+            type=click.Choice(["bfloat16", "float32"]),
+            help="Of the angles of position.  [default: bfloat16, as released]",
+        ),
+        click.option(
+            "--text_encoder_dtype",
+            type=click.Choice(["bfloat16", "float32"]),
+            help="Of the weights of T5.  [default: bfloat16 on a GPU, else float32]",
+        ),
+        click.option(
+            "--video_save_name",
+            default="output",
+            show_default=True,
+            help="Of a single video, without .mp4; .mov .mkv .webm .gif choose another format.",
+        ),
+        click.option("--video_save_folder", default="outputs/", show_default=True),
+        click.option(
+            "--resume", is_flag=True, help="Keep videos that an earlier run made in the same way."
+        ),
+        click.option(
+            "--preview_every",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Steps between early looks, in NAME.preview.mp4 until the video is there; 0 "
+            "shows none.",
+        ),
+        click.option("--disable_prompt_upsampler", is_flag=True, help="Use the prompt as it is."),
+        click.option("--disable_guardrail", is_flag=True, help="Check neither prompt nor video."),
+        *(
+            click.option(f"--{name}", is_flag=True, help="Keep it in host memory while unused.")
+            for name in OFFLOAD_FLAGS[::-1]
+        ),
+        click.option("--offload_prompt_upsampler", is_flag=True, help="Accepted; none runs yet."),
+        click.option("--offload_guardrail_models", is_flag=True, help="Accepted; none runs yet."),
+        click.option(
+            "--num_gpus", type=int, default=1, show_default=True, help="1 in this version."
+        ),
+        click.option(
+            "--device", help="cuda, cuda:1, cpu, mps…; by default the GPU, if there is one."
+        ),
+    )
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@click.group()
+def diffusion() -> None:
+    """Run the diffusion models.
+
+    These are 7B and 14B, Text2World and Video2World, of Cosmos 1.0 and of Predict1.
+    """
+
+
+@diffusion.command()
+@click.option("--batch_input_path", help="Many prompts: a JSONL with a prompt a line.")
+@_options("Cosmos-Predict1-7B-Text2World", "Cosmos-UpsamplePrompt1-12B-Text2World")
+@click.option(
+    "--word_limit_to_skip_upsampler", type=int, default=250, help="Accepted; none runs yet."
+)
+@click.option("--input_image_or_video_path", hidden=True)
+@click.pass_context
+def text2world(context: click.Context, /, **flags: Any) -> None:
+    """Make a video of a prompt.
+
+    A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to
+    0.mp4, 1.mp4, … by the 0-based line of the JSONL; beside each the prompt (.txt) and a report
+    (.json).
+    """
+    if flags["input_image_or_video_path"] is not None:
+        raise InputError(
+            "--input_image_or_video_path: text2world begins with a prompt alone; "
+            "`worldline diffusion video2world` continues an image or a video"
+        )
+    from worldline.cli.inputs import Fields
+
+    run.refuse_several_gpus(flags["num_gpus"])
+    source = run.choose_one(
+        flags, ("prompt", "batch_input_path"), "no prompt: give --prompt or --batch_input_path"
+    )
+    batch = source == "batch_input_path"
+    if batch and flags["prompt_embeddings"] is not None:
+        raise InputError(
+            "--prompt_embeddings and --batch_input_path exclude each other: every line would give "
+            "the same video"
+        )
+    fields = Fields(
+        None,
+        prompt="required",
+        model="Text2World model",
+        example="assets/diffusion/batch_inputs/text2world.jsonl",
+    )
+    _make_videos(context, flags, fields, None, num_input_frames=0, batch=batch)
+
+
+@diffusion.command()
+@click.option("--input_image_or_video_path", help="One input: mp4, mov, mkv, webm, gif, png, jpg…")
+@click.option(
+    "--batch_input_path", help="Many inputs: a JSONL with a visual_input and a prompt a line."
+)
+@click.option(
+    "--num_input_frames",
+    type=click.Choice(["1", "9"]),
+    default="1",
+    callback=lambda context, parameter, value: int(value),
+    show_default=True,
+    help="How many of the input's last frames are continued; an image has 1.",
+)
+@_options("Cosmos-Predict1-7B-Video2World", "Pixtral-12B")
+@click.option(
+    "--reinsertion",
+    type=click.Choice(["corrected", "march_2025"]),
+    default="corrected",
+    show_default=True,
+    help="Of the given frames at every step; march_2025 repeats a fault of the first release.",
+)
+@click.pass_context
+def video2world(context: click.Context, /, **flags: Any) -> None:
+    """Continue an image or a video, by a prompt.
+
+    A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to
+    0.mp4, 1.mp4, … by the 0-based line of the JSONL; beside each the prompt (.txt) and a report
+    (.json). The video has the size of --height and --width, whatever the input's.
+    """
+    from worldline.cli.inputs import Fields
+
+    run.refuse_several_gpus(flags["num_gpus"])
+    source = run.choose_one(
+        flags,
+        ("input_image_or_video_path", "batch_input_path"),
+        "no input: give --input_image_or_video_path or --batch_input_path",
+    )
+    batch = source == "batch_input_path"
+    if batch and flags["prompt"] is not None:
+        raise InputError(
+            "--prompt and --batch_input_path exclude each other: the lines hold the prompts"
+        )
+    fields = Fields(
+        "either",
+        flags["num_input_frames"],
+        prompt="required" if flags["prompt_embeddings"] is None else "optional",
+        model="Video2World model",
+        example="assets/diffusion/batch_inputs/video2world_wo_ps.jsonl",
+    )
+    path = None if batch else flags["input_image_or_video_path"]
+    frames = flags["num_input_frames"]
+    _make_videos(context, flags, fields, path, num_input_frames=frames, batch=batch)
+
+
+def _make_videos(
+    context: click.Context,
+    flags: dict[str, Any],
+    fields: Fields,
+    path: str | None,
+    *,
+    num_input_frames: int,
+    batch: bool,
+) -> None:
+    """Check everything, then make what is asked for."""
+    from worldline.cli.inputs import read_batch, read_single
+
+    given = run.given_flags(context)
+    for name in _PATHS:
+        if flags[name] == "":
+            raise InputError(f"--{name} is empty")
+    _refuse_missing_parts(flags)
+    if batch:
+        items = read_batch(flags["batch_input_path"], fields)
+    else:
+        items = [read_single(path, fields, flags["prompt"])]
+    options = [_options_of(item, flags, num_input_frames) for item in items]
+    _check_words(options)
+    _log_notes(items, flags, given, batch=batch)
+    read = [Path(flags[n]) for n in ("batch_input_path", "prompt_embeddings") if flags[n]]
+    outputs = run.choose_outputs(items, flags, batch=batch, read=read)
+    files = _find_files(flags, given)
+    requests = _make_requests(options, files, given)
+    _check(files, requests, flags["prompt_embeddings"])
+    tasks = [
+        run.Task(item, request, output, _files_of(item, flags))
+        for item, request, output in zip(items, requests, outputs, strict=True)
+    ]
+    if flags["resume"]:
+        tasks = run.leave_out_finished(tasks, files.identity())
+        if not tasks:
+            click.echo(f"nothing left to do in {flags['video_save_folder']}")
+            return
+    _run(tasks, files, flags, batch=batch)
+
+
+def _refuse_missing_parts(flags: dict[str, Any]) -> None:
+    from worldline.catalog import check_parts, is_bundled
+
+    names = ("disable_prompt_upsampler", "disable_guardrail")
+    check_parts(
+        is_bundled(flags["diffusion_transformer_dir"]), **{n: flags[n] or None for n in names}
+    )
+
+
+def _options_of(item: Item, flags: dict[str, Any], num_input_frames: int) -> dict[str, Any]:
+    """Return the fields of a request that the command line decides, defaults included."""
+    plain = (*_OWN, "seed", "sampler", "rotary_precision", "preview_every")
+    chosen = {name: flags[name] for name in plain}
+    if num_input_frames:
+        chosen["reinsertion"] = flags["reinsertion"]
+    return {"prompt": item.prompt, "num_input_frames": num_input_frames, **chosen}
+
+
+def _check_words(options: Sequence[dict[str, Any]]) -> None:
+    """Refuse what no world can do, before one is looked for."""
+    from worldline.pipelines.diffusion import DiffusionRequest
+
+    for chosen in options:
+        DiffusionRequest(**chosen)
+
+
+def _make_requests(
+    options: Sequence[dict[str, Any]], files: DiffusionFiles, given: set[str]
+) -> list[DiffusionRequest]:
+    """Return the requests, with what the world's own configuration says unless a flag does."""
+    from worldline.pipelines.diffusion import make_request
+
+    left = [name for name in _OWN if name not in given]
+    return [
+        make_request(files.defaults, **{n: v for n, v in chosen.items() if n not in left})
+        for chosen in options
+    ]
+
+
+def _log_notes(
+    items: Sequence[Item], flags: dict[str, Any], given: set[str], *, batch: bool
+) -> None:
+    """Say what was asked for and has no effect, and what to expect of the model."""
+    run.log_bundled(flags["diffusion_transformer_dir"], given)
+    run.log_without_effect(given, _WITHOUT_EFFECT)
+    if batch:
+        run.log_without_effect(given, run.NUMBERED)
+    if flags["guidance"] == 0:
+        run.log_without_effect(given, {"negative_prompt": "guidance 0 looks at the prompt alone"})
+    if flags["prompt_embeddings"] is not None:
+        unread = ("text_encoder_dir", "text_encoder_dtype", "offload_text_encoder_model")
+        run.log_without_effect(given, dict.fromkeys(unread, "embeddings are given"))
+        if any(item.prompt is not None for item in items):
+            logger.info("prompts are written down alone: the embeddings decide")
+
+
+def _find_files(flags: dict[str, Any], given: set[str]) -> DiffusionFiles:
+    from worldline.loading import find_diffusion
+
+    return find_diffusion(
+        flags["diffusion_transformer_dir"],
+        flags["checkpoint_dir"],
+        tokenizer_dir=flags["tokenizer_dir"] if "tokenizer_dir" in given else None,
+        text_encoder_dir=flags["text_encoder_dir"],
+        generation=flags["generation"],
+    )
+
+
+def _check(
+    files: DiffusionFiles, requests: Sequence[DiffusionRequest], embeddings: str | None
+) -> None:
+    """Refuse what this world cannot do.
+
+    Raises:
+        InputError: it cannot.
+        CheckpointError: there is no text encoder, and one is needed.
+    """
+    from worldline.pipelines.diffusion import check_request, check_text, read_embeddings
+
+    for request in requests:
+        check_request(files, request)
+    given = read_embeddings(files, embeddings)
+    try:
+        for request in requests:
+            check_text(files, request, given)
+    except CheckpointError as error:
+        ways = "--text_encoder_dir names another; or give --prompt_embeddings"
+        if given.prompt is not None:
+            ways = (
+                f"{embeddings} has no negative_prompt: add its embedding, or give --guidance 0 or "
+                "an empty --negative_prompt"
+            )
+        raise CheckpointError(f"{files.why_no_text}; {ways}") from error
+
+
+def _files_of(item: Item, flags: dict[str, Any]) -> dict[str, Path | None]:
+    """Return the files that decide a video beside those of the world, by their role in reports."""
+    embeddings = flags["prompt_embeddings"]
+    return {"input": item.path, "prompt_embeddings": Path(embeddings) if embeddings else None}
+
+
+def _run(
+    tasks: list[run.Task], files: DiffusionFiles, flags: dict[str, Any], *, batch: bool
+) -> None:
+    from worldline.world import load_files
+
+    def load() -> Any:
+        offload = {name: flags[name] for name in OFFLOAD_FLAGS}
+        return load_files(
+            files,
+            device=flags["device"],
+            text_encoder_dtype=flags["text_encoder_dtype"],
+            **offload,
+        )
+
+    def stream(world: Any, task: run.Task) -> Iterator[Step]:
+        return world.stream(
+            task.item.path, prompt_embeddings=flags["prompt_embeddings"], **vars(task.request)
+        )
+
+    run.run_tasks(tasks, load, stream, flags, OFFLOAD_FLAGS, batch=batch)

@@ -1,0 +1,411 @@
+"""What every command that makes videos does: name them, leave out finished ones, run, tell.
+
+A command reads its inputs and makes the requests; from there on the families have this in common.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from worldline.errors import Error, GuardrailRefusal, InputError
+
+if TYPE_CHECKING:
+    from worldline.cli.inputs import Item
+    from worldline.world import Step, Video
+
+logger = logging.getLogger(__name__)
+
+# names of formats that are not written; another ending after a dot is part of the name
+_UNWRITTEN = (".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".3gp")
+# of the files beside a video: its report, its prompt
+_BESIDE = (".json", ".txt")
+_UNDECIDING = ("preview_every",)  # fields of requests
+_STAGES = {
+    "text": "encoding the prompt",
+    "encode": "encoding",
+    "tokens": "drawing {total:,} tokens",
+    "denoise": "denoising in {total} steps",
+    "decode": "decoding",
+}
+# kind of step -> unit, and the format of its bar on a terminal; a step takes seconds
+_BARS = {
+    "tokens": ("token", None),
+    "denoise": (
+        "step",
+        "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]",
+    ),
+}
+NUMBERED = {"video_save_name": "videos of a batch are numbered"}
+PREVIEW_FPS = 3.0  # a latent frame stands for 8 of the 24 frames of a second
+
+
+@dataclass(frozen=True)
+class Task:
+    """One video to make.
+
+    Attributes:
+        item: what it is made from.
+        request: how; a frozen dataclass.
+        output: where it goes.
+        files: by role, the files beside those of the world that decide what it shows; None where
+            the role has no file.
+    """
+
+    item: Item
+    request: Any
+    output: Path
+    files: dict[str, Path | None] = field(default_factory=dict)
+
+
+def given_flags(context: click.Context) -> set[str]:
+    """Return the names of the options that stand on the command line."""
+    return {
+        name
+        for name in context.params
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+
+
+def refuse_several_gpus(num_gpus: int) -> None:
+    """Refuse to run on more than one GPU, or as one of several processes.
+
+    Raises:
+        InputError: that is asked for.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if num_gpus != 1:
+        raise InputError(f"--num_gpus is {num_gpus}; this version runs on 1 GPU: give --num_gpus 1")
+    if processes != "1":
+        raise InputError(
+            f"started as {processes} processes (WORLD_SIZE); this version runs on 1 GPU: "
+            "start it without torchrun"
+        )
+
+
+def choose_one(flags: dict[str, Any], names: Sequence[str], missing: str) -> str:
+    """Return which one of the flags that exclude each other is given.
+
+    Raises:
+        InputError: none is, which `missing` says; several are; or the one is empty.
+    """
+    named = [name for name in names if flags[name] is not None]
+    if not named:
+        raise InputError(missing)
+    if len(named) > 1:
+        raise InputError(f"--{' and --'.join(named)} exclude each other: give one")
+    if not flags[named[0]]:
+        raise InputError(f"--{named[0]} is empty")
+    return named[0]
+
+
+def log_without_effect(given: Collection[str], reasons: dict[str, str]) -> None:
+    """Say which of the given flags do nothing, and why."""
+    for name, reason in reasons.items():
+        if name in given:
+            logger.info("--%s has no effect: %s", name, reason)
+
+
+def log_bundled(name: str, given: Collection[str]) -> None:
+    """Say what to expect of a bundled world, and which flags it has no use for."""
+    from worldline.catalog import is_bundled
+
+    if not is_bundled(name):
+        return
+    logger.info(
+        "%s knows generated clips of moving shapes alone; of others it makes coloured fog", name
+    )
+    log_without_effect(given, {"checkpoint_dir": f"{name} is bundled"})
+
+
+def choose_outputs(
+    items: Sequence[Item], flags: dict[str, Any], *, batch: bool, read: Sequence[Path] = ()
+) -> list[Path]:
+    """Name the videos, and make sure that they can be written and overwrite no input.
+
+    Args:
+        items: what is made into videos.
+        flags: of the command; video_save_folder and video_save_name are used.
+        batch: whether the videos are numbered.
+        read: files beside those of the items that must not be overwritten.
+
+    Raises:
+        InputError: the folder cannot be written, a name is none, or an input is in the way.
+    """
+    from worldline.video.read import IMAGE_SUFFIXES
+    from worldline.video.write import ENCODINGS, check_destination
+
+    folder = Path(flags["video_save_folder"])
+    name = flags["video_save_name"]
+    if not batch and not Path(name).name:
+        raise InputError(f"--video_save_name {name!r} is no name")
+    suffix = Path(name).suffix.lower()
+    if not batch and suffix in (*_UNWRITTEN, *IMAGE_SUFFIXES):
+        raise InputError(
+            f"--video_save_name {name}: cannot write {suffix}; use {' '.join(ENCODINGS)}, "
+            "or a name without suffix for .mp4"
+        )
+    if batch:
+        outputs = [folder / f"{item.number}.mp4" for item in items]
+    elif suffix in ENCODINGS:
+        outputs = [folder / name]
+    else:
+        outputs = [folder / f"{name}.mp4"]
+    for output in outputs:
+        check_destination(output)
+    check_folder(outputs[0].parent, "--video_save_folder")
+    kept = {path.resolve() for path in (*(item.path for item in items), *read) if path}
+    for output in outputs:
+        for written in (output, *(output.with_suffix(ending) for ending in _BESIDE)):
+            if written.resolve() in kept:
+                raise InputError(
+                    f"{written} is an input; choose another --video_save_folder"
+                    + ("" if batch else " or --video_save_name")
+                )
+    return outputs
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Try whether the folder that `flag` names can be written, or made; leaves nothing behind.
+
+    Raises:
+        InputError: that does not work.
+    """
+    nearest = folder.absolute()
+    try:
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{flag} {folder} cannot be written: {reason}") from error
+
+
+def leave_out_finished(tasks: Sequence[Task], identity: dict[str, Any]) -> list[Task]:
+    """Return the tasks whose video is not there yet, or was made from other files or otherwise.
+
+    Args:
+        tasks: all of them.
+        identity: of the world, as its reports hold it.
+    """
+    left = []
+    for task in tasks:
+        if not task.output.exists():
+            left.append(task)
+        elif _is_finished(task, identity):
+            logger.info("%s is finished", task.output)
+        else:
+            logger.info("%s was made in another way, or not finished: made again", task.output)
+            left.append(task)
+    return left
+
+
+def _is_finished(task: Task, identity: dict[str, Any]) -> bool:
+    from worldline.files import stamp
+
+    try:
+        report = json.loads(task.output.with_suffix(".json").read_text())
+        files = {role: path and stamp(path) for role, path in task.files.items()}
+        if report["files"] != {**identity, **files}:
+            return False
+        return _deciding(report["request"]) == _deciding(vars(task.request))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _deciding(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request that decide what the video shows."""
+    return {name: value for name, value in request.items() if name not in _UNDECIDING}
+
+
+@contextmanager
+def memory_advice(flags: dict[str, Any], offload_flags: Sequence[str]) -> Iterator[None]:
+    """Turn an exhausted device into an error that names the flags which help."""
+    from worldline.cli import is_out_of_memory
+
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        detail = str(error).splitlines()[0].rstrip(".") if str(error) else "no memory left"
+        on_host = isinstance(error, MemoryError)  # where offloading would need more, not less
+        left = [f"--{name}" for name in offload_flags if not flags[name] and not on_host]
+        lower = "lowers" if len(left) == 1 else "lower"
+        advice = f"; {' and '.join(left)} {lower} the need" if left else ""
+        raise Error(f"out of memory: {detail}{advice}") from error
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    load: Callable[[], Any],
+    stream: Callable[[Any, Task], Iterator[Step]],
+    flags: dict[str, Any],
+    offload_flags: Sequence[str],
+    *,
+    batch: bool,
+) -> None:
+    """Load the world, make the videos one after another, and say what came of it.
+
+    Args:
+        tasks: what to make, at least one.
+        load: returns the world.
+        stream: begins a task on the world.
+        flags: of the command.
+        offload_flags: which of them keep a part in host memory.
+        batch: whether to go on after a task that fails.
+
+    Raises:
+        Error: an item failed; the others of the batch were made.
+        GuardrailRefusal: none failed, but one was refused.
+    """
+    with memory_advice(flags, offload_flags):
+        world = load()
+    if world.device.type == "cpu":
+        used = [name for name in offload_flags if flags[name]]
+        log_without_effect(used, dict.fromkeys(used, "the model runs on the CPU"))
+    logger.info("%s", describe_world(world))
+    failed, refused = 0, 0
+    for position, task in enumerate(tasks):
+        label = f"{position + 1}/{len(tasks)} {task.item}" if batch else str(task.item)
+        preview = _Preview(task.output)
+        try:
+            with memory_advice(flags, offload_flags):
+                video = follow(stream(world, task), label, preview.show)
+            video.save(task.output)
+        except Exception as error:
+            if not batch or _is_disk_full(error):
+                raise
+            refused += isinstance(error, GuardrailRefusal)
+            failed += not isinstance(error, GuardrailRefusal)
+            logger.error("%s: %s", label, _one_line(error))
+            logger.debug("%s", traceback.format_exc())
+        else:
+            click.echo(describe_video(video, task.output))
+        finally:
+            preview.remove()
+    made = len(tasks) - failed - refused
+    if batch:
+        click.echo(f"{made} of {len(tasks)} videos are in {tasks[0].output.parent}")
+    if failed:
+        raise Error(f"{failed} of {len(tasks)} inputs failed; --resume tries them alone")
+    if refused:
+        raise GuardrailRefusal(f"{refused} of {len(tasks)} videos were refused", stage="video")
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Tell whether going on would waste the time of every further clip."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else type(error).__name__
+    return first if isinstance(error, Error) else f"{type(error).__name__}: {first}"
+
+
+class _Preview:
+    """An early look beside the video to come; gone when the run is over, whatever its end."""
+
+    def __init__(self, output: Path) -> None:
+        self.path = output.with_suffix(f".preview{output.suffix}")
+        self.shown = False
+
+    def show(self, step: Step) -> None:
+        """Replace the look by a later one; a disk that refuses it does not end the run."""
+        from worldline.video.write import write_video
+
+        assert step.preview is not None
+        try:
+            write_video(step.preview, self.path, PREVIEW_FPS)
+        except Error as error:
+            logger.warning("no preview: %s", error)
+            return
+        if not self.shown:
+            logger.info("preview, replaced as it improves: %s", self.path)
+        self.shown = True
+
+    def remove(self) -> None:
+        if self.shown:
+            self.path.unlink(missing_ok=True)
+
+
+def describe_world(world: Any) -> str:
+    """Return one line about what was loaded."""
+    loading = world.loading.as_dict()
+    return (
+        f"{world.name} ({world.parameters / 1e6:,.1f} M parameters) on {world.device}; "
+        f"loaded in {loading['seconds']:.1f} s, {loading['peak_gb']:.2f} GB"
+    )
+
+
+def describe_video(video: Video, path: Path) -> str:
+    """Return where a video is, and what it took."""
+    report = video.report
+    run = report["run"]
+    stages = ", ".join(f"{stage['name']} {stage['seconds']:.1f}" for stage in run["stages"])
+    count, height, width = video.frames.shape[:3]
+    rates = (("tokens_per_second", "tokens/s"), ("seconds_per_step", "s a step"))
+    told = "".join(f"{report[key]} {unit}, " for key, unit in rates if report.get(key) is not None)
+    return (
+        f"{path}: {count} frame{'s' if count > 1 else ''} of {width} x {height}, "
+        f"seed {report['request']['seed']}, {run['seconds']:.1f} s ({stages}), {told}"
+        f"peak memory {run['peak_gb']:.2f} GB; worldline {report['worldline']}, "
+        f"torch {report['torch']}, {report['attention']}"
+    )
+
+
+def follow(steps: Iterator[Step], label: str, show: Callable[[Step], None] | None = None) -> Video:
+    """Run a request to its end; show a bar on a terminal, else a line a stage.
+
+    Args:
+        steps: of the request.
+        label: names it.
+        show: is given the steps that carry a preview.
+    """
+    from tqdm import tqdm
+
+    told = ""
+    on_terminal = sys.stderr.isatty()
+    bar: Any = None
+    try:
+        for step in steps:
+            if step.video is not None:
+                return step.video
+            if step.kind != told:
+                told = step.kind
+                if bar is not None:
+                    bar.close()
+                    bar = None
+                if not on_terminal:
+                    logger.info("%s: %s", label, _STAGES[told].format(total=step.total))
+                elif told in _BARS:
+                    unit, shape = _BARS[told]
+                    bar = tqdm(
+                        total=step.total, desc=label, unit=unit, bar_format=shape, leave=False
+                    )
+            if bar is not None:
+                bar.update(step.done - bar.n)
+            if show is not None and step.preview is not None:
+                if bar is not None:
+                    bar.clear()  # what is said of the preview has a line of its own
+                show(step)
+    finally:
+        if bar is not None:
+            bar.close()
+    raise AssertionError("a stream ends with its video")

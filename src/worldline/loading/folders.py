@@ -1,0 +1,159 @@
+"""Where the folders of a world lie, and what in them is told before a tensor is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worldline.catalog import TRANSFORMER_FILES
+from worldline.errors import CheckpointError
+from worldline.files import stamp
+from worldline.models.predict1_ar.weights import SHARDS
+from worldline.weights.read import Checkpoint, open_checkpoint
+from worldline.weights.shards import find_shards, open_shards, shard_stem
+
+_UNFINISHED = ("*.incomplete", "*.part", "*.crdownload")
+_FIRST_OF_DIFFUSERS = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a world lies.
+
+    Attributes:
+        named: the folder of its transformer, or the file.
+        roots: folders that hold the folders of its other parts, in order of preference.
+        bundled: whether it ships with the package.
+    """
+
+    named: Path
+    roots: tuple[Path, ...]
+    bundled: bool
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the transformer."""
+        return self.named.parent if self.named.is_file() else self.named
+
+    @property
+    def searched(self) -> str:
+        """The roots, for a message."""
+        return " or ".join(map(str, self.roots))
+
+    def below(self, names: Iterable[str]) -> Path | None:
+        """Return the first folder of one of these names below a root; None if there is none."""
+        for root in self.roots:
+            for name in names:
+                if (root / name).is_dir():
+                    return root / name
+        return None
+
+    def chosen(self, name: str | Path, flag: str) -> Path:
+        """Return the folder or file that `flag` names: below a root, or a path of its own.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        for path in (*(root / name for root in self.roots), Path(name)):
+            if path.exists():
+                return path
+        raise CheckpointError(f"no folder {name} (--{flag}), nor is it in {self.searched}")
+
+
+def find_model(model: Path, checkpoint_dir: Path) -> Path:
+    """Return the folder, or the file, that `model` names."""
+    below = checkpoint_dir / model
+    for path in (below, model):
+        if path.is_dir() or path.is_file():
+            return path
+    if not checkpoint_dir.is_dir():
+        raise CheckpointError(
+            f"no checkpoint folder {checkpoint_dir} (--checkpoint_dir), so no {model} in it"
+        )
+    have = sorted(path.name for path in checkpoint_dir.iterdir() if path.is_dir())
+    raise CheckpointError(
+        f"no folder {below}; {checkpoint_dir} holds: {', '.join(have) or 'no folder'}"
+    )
+
+
+def open_transformer(path: Path) -> Checkpoint:
+    """Open the transformer of a folder, in whatever form it was saved; headers only.
+
+    Args:
+        path: the folder; or a file, which is opened whatever lies beside it (of a tensor-parallel
+            shard, the set that it belongs to).
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if path.is_file():
+        stem = shard_stem(path)
+        if stem is None:
+            return open_checkpoint(path)
+        return open_shards(find_shards(path.parent, stem), SHARDS)
+    for name in TRANSFORMER_FILES:
+        if (path / name).exists():
+            return open_checkpoint(path / name)
+    shards = find_shards(path)
+    if shards:
+        return open_shards(shards, SHARDS)
+    saved = sorted(path.glob("iter_*.pt"))
+    if saved:
+        return open_checkpoint(saved[-1])
+    raise CheckpointError(
+        f"{path} holds no model.pt (nor model.safetensors, model_model_mp_*.pt, iter_*.pt)"
+        f"{unfinished(path)}"
+    )
+
+
+def holds_diffusers(named: Path) -> bool:
+    """Tell whether a folder, or a file of it, is laid out as diffusers saves a transformer."""
+    if named.is_file():
+        return named.name.startswith(_FIRST_OF_DIFFUSERS)
+    return any(any(f.glob(f"{_FIRST_OF_DIFFUSERS}*")) for f in (named, named / "transformer"))
+
+
+def is_diffusion(source: Checkpoint) -> bool:
+    """Tell a diffusion transformer in NVIDIA's layout from others, by names alone."""
+    return any(name.endswith("x_embedder.proj.1.weight") for name in source.tensors)
+
+
+def unfinished(folder: Path) -> str:
+    """The end of a message about absent files: what a broken download left."""
+    left = sorted(path.name for pattern in _UNFINISHED for path in folder.rglob(pattern))
+    if not left:
+        return ""
+    return f"; a download was not finished ({', '.join(left[:3])}): download it again"
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return what config.json in `folder` says; nothing where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} holds no settings, but a {type(settings).__name__}")
+    return settings
+
+
+def stamps(parts: dict[str, Iterable[Path]]) -> dict[str, Any]:
+    """Return name, size and time of every file of every part.
+
+    Raises:
+        CheckpointError: a file has vanished.
+    """
+    try:
+        return {part: [stamp(path) for path in paths] for part, paths in parts.items()}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read any more: {error}") from error

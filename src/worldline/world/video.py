@@ -1,0 +1,92 @@
+"""What a world gives: steps, and at last a video."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worldline.video.write import check_destination, write_bytes, write_video
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished video.
+
+    Attributes:
+        frames: uint8 (T, H, W, 3).
+        fps: frames a second.
+        report: model, seed, versions, seconds and memory of each stage.
+        prompt: that it was made from; None where there was none.
+    """
+
+    frames: NDArray[np.uint8]
+    fps: float
+    report: dict[str, Any] = field(default_factory=dict, repr=False)
+    prompt: str | None = None
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the video (by suffix: .mp4, .mov, .mkv, .webm, .gif) and its report beside it.
+
+        The report has the same name and the suffix .json, the prompt, where there is one, .txt.
+        Each file appears whole or not at all, and of two programs that save under one name the last
+        leaves all files.
+
+        Raises:
+            InputError: the name or the folder cannot be written.
+            Error: the disk is full; what was there before stays.
+        """
+        target = Path(path)
+        check_destination(target)
+        text = json.dumps(self.report, indent=1) + "\n"
+        with _alone_in(target.parent):
+            write_video(self.frames, target, self.fps)
+            if self.prompt is not None:
+                write_bytes(target.with_suffix(".txt"), self.prompt.encode())
+            write_bytes(target.with_suffix(".json"), text.encode())
+        return target
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other programs from saving into `folder`; file systems without locks do without."""
+    opened = None
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = os.open(folder, os.O_RDONLY)
+        fcntl.flock(opened, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if opened is not None:
+            os.close(opened)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress of a request.
+
+    Attributes:
+        kind: what is being done: "text", "encode", "tokens", "denoise", "decode" or "done".
+        done: how much of it.
+        total: of how much.
+        frames: pixels that are final, uint8 (T, H, W, 3), where there are new ones.
+        preview: a cheap early look, where there is one.
+        video: the result; of the last step alone.
+    """
+
+    kind: str
+    done: int
+    total: int
+    frames: NDArray[np.uint8] | None = None
+    preview: NDArray[np.uint8] | None = None
+    video: Video | None = None

@@ -1,0 +1,46 @@
+"""The early look has the colours of what it shows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from worldline.pipelines.preview import fit_colours, show_colours
+from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
+
+
+class Averaging(nn.Module):
+    """A tokenizer whose first channels are colours, scaled, and others for later frames."""
+
+    config = CosmosTokenizerConfig(channels=4, level_channels=(8, 8, 8))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant_conv = nn.Conv3d(1, 1, 1)
+
+    def encode(self, video: Tensor) -> Tensor:
+        cells = nn.functional.avg_pool3d(video[:, :, :9:8], (1, 8, 8))
+        latents = torch.zeros(1, 16, *cells.shape[2:])
+        latents[:, :3, :1] = 2 * cells[:, :, :1] + 0.5
+        latents[:, 3:6, 1:] = -3 * cells[:, :, 1:]
+        return latents
+
+
+def test_colours_are_found() -> None:
+    tokenizer = Averaging()
+    colours = fit_colours(tokenizer)  # type: ignore[arg-type]
+    assert torch.equal(colours, fit_colours(tokenizer))  # type: ignore[arg-type]
+    red = torch.tensor([0.8, -0.6, -0.6])[None, :, None, None, None].expand(1, 3, 9, 32, 48)
+    shown = show_colours(tokenizer.encode(red), colours, 8)
+    assert shown.shape == (2, 8, 12, 3)
+    assert shown.dtype == np.uint8
+    assert np.abs(shown.astype(int) - (229, 51, 51)).max() <= 3
+
+
+def test_size_is_a_quarter_or_more() -> None:
+    latents = torch.zeros(1, 16, 3, 4, 6)
+    for spatial in (4, 8, 16):
+        frames = show_colours(latents, torch.zeros(2, 17, 3), spatial)
+        assert 4 * frames.shape[1] >= 4 * spatial
+        assert frames.shape[0] == 3
