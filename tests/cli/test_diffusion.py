@@ -293,7 +293,7 @@ BAD_NUMBERS = [
     (["--checkpoint_dir", "nowhere"], "no checkpoint folder nowhere"),
     (["--tokenizer_dir", "Nowhere"], "no folder Nowhere (--tokenizer_dir)"),
     (["--text_encoder_dir", "Nowhere"], "no folder Nowhere (--text_encoder_dir)"),
-    (["--prompt_embeddings", "nowhere.pt"], "nowhere.pt (prompt_embeddings): no such file"),
+    (["--prompt_embeddings", "nowhere.pt"], "no file of embeddings nowhere.pt"),
     (["--prompt_embeddings", ""], "--prompt_embeddings is empty"),
     (["--device", "abacus"], "no device abacus here"),
     (["--sampler", "heun"], "'edm_euler', 'res_2ab'"),

@@ -7,6 +7,7 @@ Flags, names and defaults are those of cosmos-predict1 `diffusion/inference/text
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -431,10 +432,12 @@ def _run(
 
     def load() -> Any:
         offload = {name: flags[name] for name in OFFLOAD_FLAGS}
+        sizes = [(r.num_video_frames, r.height, r.width) for r in (t.request for t in tasks)]
         return load_files(
             files,
             device=flags["device"],
             text_encoder_dtype=flags["text_encoder_dtype"],
+            video=max(sizes, key=math.prod),
             **offload,
         )
 

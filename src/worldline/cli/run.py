@@ -336,9 +336,9 @@ class _Preview:
         except Error as error:
             logger.warning("no preview: %s", error)
             return
-        if not self.shown:
+        first, self.shown = not self.shown, True
+        if first:
             logger.info("preview, replaced as it improves: %s", self.path)
-        self.shown = True
 
     def remove(self) -> None:
         if self.shown:

@@ -42,11 +42,11 @@ from worldline.report import Recorder
 from worldline.sampling.edm import SAMPLERS, Given, Reinsertion, make_sigmas, sample
 from worldline.sampling.noise import MAX_SEED, standard_noise
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of, nearest_frames
+from worldline.text import embeddings
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.tokenizers.cosmos.stream import decode_stream
 from worldline.video.convert import signed_to_uint8, stretched_frames
 from worldline.video.read import Clip
-from worldline.weights.read import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -332,21 +332,23 @@ def read_embeddings(
 
     Args:
         files: of the world.
-        prompt: (S, E) or (1, S, E), or a file of it: safetensors or a saved dictionary, with the
-            tensor "prompt" and perhaps "negative_prompt", or with one tensor of any name. Rows that
-            are missing are zeros, as those behind the end of a prompt are.
+        prompt: (S, E) or (1, S, E), or a file of it and perhaps of the negative prompt's: see
+            `worldline.text.embeddings.read_embeddings`. Rows that are missing are zeros, as those
+            behind the end of a prompt are.
         negative: likewise, of the negative prompt.
 
     Raises:
         InputError: there is no such file, or it holds something else.
     """
     found: dict[str, Tensor] = {}
-    for name, given in (("prompt", prompt), ("negative_prompt", negative)):
+    for name, given in (("negative_prompt", negative), ("prompt", prompt)):
         if given is None:
             continue
         if isinstance(given, (str, Path)):
-            read = _read_tensors(Path(given), name)
-            found = {**read, **found} if name == "prompt" else {**found, name: read[name]}
+            read = embeddings.read_embeddings(Path(given))
+            if name == "negative_prompt":  # a file of its own may call it "prompt" all the same
+                read = {name: read.get(name, read["prompt"])}
+            found = {**read, **found}
         elif isinstance(given, (Tensor, np.ndarray)):
             found[name] = torch.as_tensor(given)
         else:
@@ -355,22 +357,6 @@ def read_embeddings(
             )
     whole = {name: _filled(files, tensor, f"{name}_embeddings") for name, tensor in found.items()}
     return Embeddings(whole.get("prompt"), whole.get("negative_prompt"))
-
-
-def _read_tensors(path: Path, wanted: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"{path} ({wanted}_embeddings): no such file")
-    source = open_checkpoint(path)
-    if len(source.tensors) == 1:
-        return {wanted: source.read(next(iter(source.tensors))).clone()}
-    known = ("prompt", "negative_prompt")
-    if wanted not in source.tensors or source.tensors.keys() - set(known):
-        held = ", ".join(sorted(source.tensors)[:4]) or "nothing"
-        raise InputError(
-            f"{path} ({wanted}_embeddings) holds {held}; expected one tensor, or "
-            f"{' and '.join(known)}"
-        )
-    return {name: source.read(name).clone() for name in known}
 
 
 def _filled(files: DiffusionFiles, given: Tensor, name: str) -> Tensor:

@@ -12,6 +12,7 @@ released models; only the sizes are small.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -126,7 +127,7 @@ _DEVIATION = 0.1
 _KL = 3e-4
 _SQUARED = 5.0  # of its squared error: few pixels, those of moving objects, have most of it
 # Of diffusion. Object places are settled at noise levels of about 1 to 8, which the mean favours.
-_SIGMA_MEAN, _SIGMA_DEVIATION = 0.3, 1.6
+_SIGMA_MEAN, _SIGMA_DEVIATION = 0.2, 1.4
 _KNOWN_SIGMA = 0.001  # noise on known frames, as samplers show them
 _MOST_KNOWN = 2  # latent frames: one of an image, two of nine frames
 _TEXT_DROPPED = 0.15
@@ -458,7 +459,7 @@ def diffusion(
     batch, clips, device, folder = run.batch or 256, run.clips or 80_000, run.device, run.folder
     half = _half(device)
     torch.manual_seed(run.seed)
-    model = _Denoising(DiT(DIFFUSION), new_t5(TEXT, max_length=TEXT_LENGTH), device)
+    model = _Denoising(DiT(DIFFUSION), new_t5(TEXT, max_length=TEXT_LENGTH))
     model.transformer.reset_parameters()
     if start is not None:
         dit, text = (
@@ -486,9 +487,11 @@ def diffusion(
     # no text, as a sampler may give it: no row at all, or a text about nothing
     silent = model.text.tokenize(["", *undescribed])
     silent[1][0] = 0
-    measure: Any = torch.compile(model, dynamic=False) if run.compiled else model
+    measure: Any = functools.partial(_denoising_in, half, model)
+    if run.compiled:
+        measure = torch.compile(measure, dynamic=False)
 
-    def loss_of_clips(given: _Captioned, step: int, count: int, network: Any) -> Tensor:
+    def loss_of_clips(given: _Captioned, step: int, count: int) -> Tensor:
         small, large = generator(run.seed, step), generator(run.seed, step, device)
         chosen = torch.randint(len(given.latents), (count,), generator=small)
         latents = given.latents[to_device(chosen, device)].float()
@@ -501,15 +504,15 @@ def diffusion(
         sigma = log_normal_sigmas(normal, mean=_SIGMA_MEAN, deviation=_SIGMA_DEVIATION)
         noise = torch.randn(2, *latents.shape, generator=large, device=device)
         on_device = (to_device(values, device) for values in (ids, mask, sigma, known))
-        return network(latents, noise, *on_device).mean()
+        return measure(latents, noise, *on_device).mean()
 
     def held_out_loss() -> Tensor:
         # as in training, batch for batch: a compiled network then serves both
-        parts = [loss_of_clips(aside, step, batch, measure).detach() for step in range(8)]
+        parts = [loss_of_clips(aside, step, batch).detach() for step in range(8)]
         return torch.stack(parts).mean()
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = loss_of_clips(pool, step, batch, measure)
+        loss = loss_of_clips(pool, step, batch)
         return loss, {"held_out": held_out_loss()} if step % 1000 == 999 else {}
 
     config = LoopConfig(
@@ -548,9 +551,9 @@ class _Denoising(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, transformer: DiT, text: T5Encoder, device: str) -> None:
+    def __init__(self, transformer: DiT, text: T5Encoder) -> None:
         super().__init__()
-        self.transformer, self.text, self.device = transformer, text, device
+        self.transformer, self.text = transformer, text
         shape = SHAPE.latent(CONTINUOUS.temporal, CONTINUOUS.spatial)
         self.tokens = transformer.config.tokens(shape)
         base = transformer.config.base_fps
@@ -587,20 +590,29 @@ class _Denoising(nn.Module):
         shown, marked = noised_latents(
             latents, noise[0], sigma, known, known_noise=noise[1], known_sigma=level
         )
-        with _mixed_precision(self.device):
-            attended = mask.clone()
-            attended[:, 0] = 1  # attention over no token at all is not defined
-            hidden = self.text.hidden(ids, attended)
-            context = torch.where(mask[..., None] != 0, hidden, hidden.new_zeros(()))
-            rotation = Rotation(self.cos, self.sin)
-            output = self.transformer(
-                shown,
-                precondition(sigma).time.bfloat16().float(),  # as a network in bf16 is told it
-                self.transformer.encode_context(context),
-                DiTPositions(rotation, self.transformer.positions(self.tokens)),
-                condition_mask=marked,
-            )
+        attended = mask.clone()
+        attended[:, 0] = 1  # attention over no token at all is not defined
+        hidden = self.text.hidden(ids, attended)
+        context = torch.where(mask[..., None] != 0, hidden, hidden.new_zeros(()))
+        rotation = Rotation(self.cos, self.sin)
+        output = self.transformer(
+            shown,
+            precondition(sigma).time.bfloat16().float(),  # as a network in bf16 is told it
+            self.transformer.encode_context(context),
+            DiTPositions(rotation, self.transformer.positions(self.tokens)),
+            condition_mask=marked,
+        )
         return denoising_loss(output, latents, noise[0], sigma, marked)
+
+
+def _denoising_in(dtype: torch.dtype, model: _Denoising, *given: Tensor) -> Tensor:
+    """Return the losses with all weights rounded to `dtype`, as a world runs; see `forward`.
+
+    The gradient goes to the weights themselves.
+    """
+    rounded = {name: weight.to(dtype) for name, weight in model.named_parameters()}
+    # not tied by name: the two names of T5's embedding are of one module, which is swapped once
+    return torch.func.functional_call(model, rounded, given, tie_weights=False)
 
 
 def export_diffusion(transformer: DiT, text: T5Encoder, folder: Path) -> None:
