@@ -22,6 +22,24 @@ KEPT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tok_dv_tiny": (("model.pt",), ("t17.*", "t9.decoder.up.*", "*.reg.*")),
     "tok_losses_tiny": ((), ()),
     "ar_video_io": ((), ("asset_*", "clip_b_9.*", "img_b.*", "clip_a_9.*")),
+    "dit_v2w_tiny": ((), ("b2.*",)),
+    "edm_res_sampler": (("Cosmos-*",), ("t2w.*", "v2w.*", "net.*")),
+    "v2w_denoise_e2e": ((), ("*.traj", "*.10.*")),
+    "tok_cv_tiny": (
+        ("model.pt",),
+        (
+            "t17.*",
+            "t33.*",
+            "t9.decoder.*",
+            "t9.encoder.*",
+            "*.ema.*",
+            "*.reg.*",
+            "np.*",
+            "norm9x2.*",
+            "wav.*",
+        ),
+    ),
+    "t5_tiny": ((), ()),
 }
 
 

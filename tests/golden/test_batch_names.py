@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 from cases import Case, cases
 
-from worldline.cli.inputs import FIELD, read_batch
+from worldline.cli.inputs import Fields, Item, read_batch
 from worldline.errors import InputError
 from worldline.video.read import media_kind, read_image, read_video
 
 AR_CASES = cases("ar_video_io")
+FIELD = "visual_input"
 
 
 def base_batches(case: Case) -> list[dict[str, Any]]:
@@ -29,6 +30,10 @@ def base_batches(case: Case) -> list[dict[str, Any]]:
 
 def num_frames(batch: dict[str, Any]) -> int:
     return 1 if batch["input_type"] == "image" else batch["num_input_frames_flag"]
+
+
+def read(batch: dict[str, Any]) -> list[Item]:
+    return read_batch(batch["jsonl"], Fields(batch["input_type"], num_frames(batch)))
 
 
 def lines_of(case: Case, batch: dict[str, Any]) -> dict[int, str]:
@@ -79,7 +84,7 @@ def test_names(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         if not all_valid or len(set(names)) < len(names):
             continue
         frames = num_frames(batch)
-        items = read_batch(batch["jsonl"], batch["input_type"], frames)
+        items = read(batch)
         ours = {f"{item.number}.mp4": str(item.path) for item in items}
         assert len(ours) == len(inputs)
         for saved in batch["saved"]:
@@ -96,11 +101,11 @@ def test_bad_lines_are_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
         lines = lines_of(case, batch)
         bad = [number for number, line in lines.items() if is_bad(case, batch, line)]
         if not bad and lines:
-            items = read_batch(batch["jsonl"], batch["input_type"], num_frames(batch))
+            items = read(batch)
             assert [item.number + 1 for item in items] == list(lines)
             continue
         with pytest.raises(InputError) as caught:
-            read_batch(batch["jsonl"], batch["input_type"], num_frames(batch))
+            read(batch)
         told = re.findall(r"^  line (\d+): ", str(caught.value), re.MULTILINE)
         assert [int(number) for number in told] == bad, batch["jsonl"]
         if FIELD in (batch["error"] or ""):
