@@ -19,7 +19,7 @@ TARGET = Path(__file__).parent / "cases"
 # kind -> patterns of what is left out: files, and tensors of io.safetensors
 KEPT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ar_12b_like_tiny": ((), ("layer[12]_*", "cache_*", "*_t0.7_*", "real_*_abs_pos_emb")),
-    "tok_dv_tiny": (("model.pt",), ("t17.*", "t9.decoder.up.*", "*.reg.*")),
+    "tok_dv_tiny": (("model.pt",), ("t17.*", "t33.*", "t9.decoder.up.*", "*.reg.*")),
     "tok_losses_tiny": ((), ()),
     "ar_video_io": ((), ("asset_*", "clip_b_9.*", "img_b.*", "clip_a_9.*")),
     "dit_v2w_tiny": ((), ("b2.*",)),
