@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from worldline.errors import CheckpointError
+from worldline.sampling import edm
 from worldline.train.losses import (
     FeatureNetwork,
     ReconstructionObjective,
@@ -18,13 +19,17 @@ from worldline.train.losses import (
     Schedule,
     color_distance,
     consistency_distance,
+    denoising_loss,
     gram_distance,
     join_windows,
     kl_divergence,
     latent_consistency_distance,
+    log_normal_sigmas,
     next_token_labels,
     next_token_loss,
+    noised_latents,
     perceptual_distance,
+    precondition,
     reconstruction_terms,
     reduce,
     split_windows,
@@ -392,3 +397,86 @@ def test_next_token_loss_of_bfloat16_logits_is_float32() -> None:
 def test_logits_of_the_last_position_are_refused() -> None:
     with pytest.raises(ValueError, match="leave out the logits of the last position"):
         next_token_loss(torch.zeros(1, 6, 7), torch.zeros(1, 5, dtype=torch.int64))
+
+
+def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    latents, noise, more = torch.randn(
+        3, 3, 2, 4, 2, 2, generator=torch.Generator().manual_seed(seed)
+    )
+    return 0.5 * latents, noise, more
+
+
+def test_training_and_sampling_share_the_parametrisation() -> None:
+    for sigma in (0.002, 0.5, 80.0):
+        ours = [float(factor) for factor in precondition(torch.tensor([sigma]))]
+        assert ours == pytest.approx(list(edm.precondition(sigma)), rel=1e-5)
+
+
+def test_known_frames_are_shown_as_a_sampler_shows_them() -> None:
+    latents, noise, more = drawn(0)
+    given = edm.Given(latents, 2, more, sigma=0.001)
+    seen: list[Tensor] = []
+
+    def network(shown: Tensor, times: Tensor, conditional: bool) -> Tensor:
+        seen.append(shown)
+        return torch.zeros_like(shown)
+
+    edm.sample(network, noise, sampler="edm_euler", num_steps=2, guidance=0.0, given=given)
+    sigma = torch.full((3,), 80.0)
+    shown, mask = noised_latents(
+        latents,
+        noise,
+        sigma,
+        torch.tensor([2, 2, 2]),
+        known_noise=more,
+        known_sigma=torch.full((3,), 0.001),
+    )
+    torch.testing.assert_close(shown[:, :, :2], seen[0][:, :, :2], rtol=1e-5, atol=1e-6)
+    assert mask[:, 0, :2].eq(1).all()
+    assert mask[:, 0, 2:].eq(0).all()
+
+
+def test_frames_known_differ_from_clip_to_clip() -> None:
+    latents, noise, more = drawn(1)
+    sigma, known = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 3])
+    shown, mask = noised_latents(
+        latents, noise, sigma, known, known_noise=more, known_sigma=torch.full((3,), 1e-3)
+    )
+    assert mask[:, 0, :, 0, 0].sum(1).tolist() == [0, 1, 3]
+    plain = (latents + sigma.view(-1, 1, 1, 1, 1) * noise) * (
+        (sigma.square() + 0.25).rsqrt().view(-1, 1, 1, 1, 1)
+    )
+    torch.testing.assert_close(shown[2, :, 3], plain[2, :, 3])
+    torch.testing.assert_close(shown[0], plain[0])
+
+
+def test_the_denoising_loss_is_the_weighted_error_of_the_estimate() -> None:
+    latents, noise, _ = drawn(2)
+    sigma = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
+    wide = sigma.view(-1, 1, 1, 1, 1)
+    output = torch.randn(latents.shape, generator=torch.Generator().manual_seed(9))
+    mask = torch.zeros(3, 1, 4, 2, 2)
+    mask[1, :, :2] = 1
+    noised = latents.double() + wide * noise
+    estimate = 0.25 / (wide**2 + 0.25) * noised + 0.5 * wide * (wide**2 + 0.25).rsqrt() * output
+    weight = (wide**2 + 0.25) / (0.5 * wide) ** 2
+    error = weight * (estimate - latents).square()
+    expected = torch.stack([error[0].mean(), error[1, :, 2:].mean(), error[2].mean()])
+    loss = denoising_loss(output, latents, noise, sigma, mask)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_an_output_that_knows_the_clean_latents_has_no_loss() -> None:
+    latents, noise, _ = drawn(3)
+    sigma = torch.tensor([0.002, 1.0, 80.0])
+    skip, out, _, _ = (factor.view(-1, 1, 1, 1, 1) for factor in precondition(sigma))
+    noised = latents + sigma.view(-1, 1, 1, 1, 1) * noise
+    output = (latents - skip * noised) / out
+    assert denoising_loss(output, latents, noise, sigma, torch.zeros(3, 1, 4, 2, 2)).max() < 1e-9
+
+
+def test_noise_levels_are_log_normal() -> None:
+    normal = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    logarithm = log_normal_sigmas(normal, mean=0.2, deviation=1.4).log()
+    assert logarithm.mean().item() == pytest.approx(0.2, abs=0.05)
+    assert logarithm.std().item() == pytest.approx(1.4, rel=0.02)
