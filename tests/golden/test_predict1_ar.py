@@ -32,6 +32,8 @@ from worldline.weights.shards import find_shards, open_shards
 from worldline.weights.stream import load_into
 
 BASE = [*cases("ar_base_tiny"), *cases("ar_12b_like_tiny")]
+VIDEO2WORLD = [*cases("ar_v2w_tiny"), *cases("ar_13b_like_tiny")]
+TRANSFORMERS = [*BASE, *VIDEO2WORLD]
 SHARDED = cases("ar_tp_shards")
 # drawn tokens are optional in the cases: torch draws exponentials by MKL where it is built with it
 SAME_RANDOM_NUMBERS = torch.backends.mkl.is_available()
@@ -55,7 +57,17 @@ def positions_of(model: ARTransformer) -> Positions:
     return make_positions(model.config, "cpu", torch.float32)
 
 
-@pytest.mark.parametrize("case", BASE, ids=str)
+def context_of(case: Case, rows: int | None = None) -> Tensor | None:
+    """The text of the first `rows` clips; None for a base model."""
+    return case.tensor("context")[:rows] if "context" in case else None
+
+
+def encoded_context(case: Case, model: ARTransformer) -> Any:
+    text = context_of(case)
+    return None if text is None else model.encode_context(text)
+
+
+@pytest.mark.parametrize("case", TRANSFORMERS, ids=str)
 def test_configuration_is_read_from_the_checkpoint(case: Case) -> None:
     config, stated = loaded(case).config, case.spec["hyper_parameters"]
     assert config.depth == stated["n_layers"]
@@ -66,32 +78,46 @@ def test_configuration_is_read_from_the_checkpoint(case: Case) -> None:
     assert [config.grid.frames, config.grid.height, config.grid.width] == stated["latent_shape"]
     assert (config.yarn is None) == (stated["yarn"] is None)
     assert config.begin_token == case.spec["special_tokens"]["begin_of_video"]
+    if stated.get("v2w"):
+        assert config.context_width == stated["context_dim"]
+        assert config.context_every == stated.get("every_k", 1)
+        assert config.embedding_rows == case.spec["embedding_rows"]
+        assert config.leading_tokens == 1
 
 
-@pytest.mark.parametrize("case", BASE, ids=str)
+@pytest.mark.parametrize("case", TRANSFORMERS, ids=str)
 def test_full_forward_and_intermediates(case: Case) -> None:
     model = loaded(case)
     config, positions = model.config, positions_of(model)
-    tokens = case.tensor("tokens")
-    outputs = watched(model, lambda: model(tokens, positions))
+    tokens, context = case.tensor("tokens"), encoded_context(case, model)
+    outputs = watched(model, lambda: model(tokens, positions, context=context))
     case.compare("logits_full", outputs[""])
     case.compare("embed", outputs["embedding"])
-    if "layer0_in" in case:
-        case.compare("layer0_in", outputs["embedding"])
+    if "logits_full_t5_masked" in case:
+        mask = case.tensor("t5_mask").bool()[:, None, None]
+        masked = model(tokens, positions, context=context, context_mask=mask)
+        case.compare("logits_full_t5_masked", masked)
+    table = positions.rows(0, tokens.shape[1]).table
     rotation = positions.rotation.rows(0, tokens.shape[1])
     for name in case.names("layer*"):
         layer, what = re.fullmatch(r"layer(\d+)_(\w+)", name).groups()  # type: ignore[union-attr]
         attention = f"layers.{layer}.attention"
         ours = {
-            "in": lambda: outputs["embedding"],
+            "in": lambda number=layer: entering(int(number)),
             "q_normed": lambda a=attention: outputs[f"{a}.q_norm"],
             "k_normed": lambda a=attention: outputs[f"{a}.k_norm"],
             "q_rope": lambda a=attention: turned(outputs[f"{a}.q_norm"]),
             "k_rope": lambda a=attention: turned(outputs[f"{a}.k_norm"]),
             "attn": lambda a=attention: outputs[a],
+            "cross_attn": lambda number=layer: outputs[f"layers.{number}.cross_attention"],
             "ffn": lambda number=layer: outputs[f"layers.{number}.feed_forward"],
             "out": lambda number=layer: outputs[f"layers.{number}"],
         }
+
+        def entering(number: int) -> Tensor:
+            """What a layer works on: its input, and the table that is added before it."""
+            x = outputs[f"layers.{number - 1}"] if number else outputs["embedding"]
+            return x if table is None else x + table
 
         def turned(x: Tensor) -> Tensor:  # (B, L, heads, K), as the reference keeps it
             return rotate(x.transpose(1, 2), rotation).transpose(1, 2)
@@ -99,26 +125,32 @@ def test_full_forward_and_intermediates(case: Case) -> None:
         case.compare(name, ours[what]())
     case.compare("final_norm", outputs["norm"])
     rows = case.spec["max_seq_len"]
-    for name, table, beyond in (
+    for name, cached, beyond in (
         ("rope_cos", positions.rotation.cos, 1.0),  # rows beyond the clip have angle 0
         ("rope_sin", positions.rotation.sin, 0.0),
     ):
-        padded = torch.full((rows, table.shape[1]), beyond)
-        padded[: config.length] = table
+        padded = torch.full((rows, cached.shape[1]), beyond)
+        padded[: config.length] = cached
         case.compare(name, padded)
+    if "abs_pos_emb" in case:
+        assert positions.table is not None
+        padded = torch.zeros(rows, config.width)
+        padded[: config.length] = positions.table
+        case.compare("abs_pos_emb", padded)
 
 
-@pytest.mark.parametrize("case", BASE, ids=str)
+@pytest.mark.parametrize("case", TRANSFORMERS, ids=str)
 def test_cached_steps(case: Case) -> None:
     model = loaded(case)
     positions, tokens = positions_of(model), case.tensor("tokens")
-    cache_ = model.new_cache(tokens.shape[0])
+    cache_, context = model.new_cache(tokens.shape[0]), encoded_context(case, model)
     found = re.search(r"first (\d+) tokens", case.spec["tensors"]["logits_cached"])
     assert found is not None
     prompt = int(found[1])
-    logits = [model(tokens[:, :prompt], positions, cache=cache_)]
+    logits = [model(tokens[:, :prompt], positions, cache=cache_, context=context)]
     for at in range(prompt, tokens.shape[1]):
-        logits.append(model(tokens[:, at : at + 1], positions, cache=cache_, start=at))
+        token = tokens[:, at : at + 1]
+        logits.append(model(token, positions, cache=cache_, start=at, context=context))
     case.compare("logits_cached", torch.cat(logits, dim=1))
     for letter, ours in (("k", cache_.keys), ("v", cache_.values)):
         for name in case.names(f"cache_{letter}_layer*"):
@@ -129,7 +161,7 @@ def test_cached_steps(case: Case) -> None:
             case.compare(name, padded)
 
 
-@pytest.mark.parametrize("case", BASE, ids=str)
+@pytest.mark.parametrize("case", TRANSFORMERS, ids=str)
 def test_greedy_and_sampled_continuations(case: Case) -> None:
     model = loaded(case)
     positions, tokens = positions_of(model), case.tensor("tokens")
@@ -138,7 +170,8 @@ def test_greedy_and_sampled_continuations(case: Case) -> None:
         line = case.spec["tensors"][name]
         given = re.search(r"tokens\[0, *:(\d+)\]", line)
         frames = 1 if name.endswith("_image") else 2
-        prompt = tokens[:1, : int(given[1]) if given else frames * per_frame]
+        leading = model.config.leading_tokens
+        prompt = tokens[:1, : int(given[1]) if given else leading + frames * per_frame]
         sampling, noise = Sampling(temperature=0), None
         count = case.tensor(name).shape[1] - prompt.shape[1]
         if name.startswith("sampled_"):
@@ -149,14 +182,14 @@ def test_greedy_and_sampled_continuations(case: Case) -> None:
             sampling = Sampling(temperature=float(numbers[1]), top_p=float(numbers[2]))
             vocabulary = model.config.vocabulary
             noise = draw_noise([int(seed[1])], vocabulary, count, torch.device("cpu"))
-        decoder = PlainDecoder(model, positions, sampling)
+        decoder = PlainDecoder(model, positions, sampling, context=context_of(case, 1))
         for _ in decode(decoder, prompt, count, noise):
             pass
         if name.startswith("greedy_") or SAME_RANDOM_NUMBERS:
             case.compare(name, decoder.tokens)
 
 
-@pytest.mark.parametrize("case", BASE, ids=str)
+@pytest.mark.parametrize("case", TRANSFORMERS, ids=str)
 def test_filters(case: Case) -> None:
     logits = case.tensor("topp_logits")
     for name in [*case.names("topp_probs_*"), *case.names("topk_probs_*")]:
@@ -236,6 +269,6 @@ def test_shards_make_one_model(case: Case) -> None:
     assert compared == set(case.names("logits_full_*"))
 
 
-@pytest.mark.parametrize("case", [*BASE, *SHARDED], ids=str)
+@pytest.mark.parametrize("case", [*TRANSFORMERS, *SHARDED], ids=str)
 def test_every_tensor_is_used(case: Case) -> None:
     assert case.unused() == []
