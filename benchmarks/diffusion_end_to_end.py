@@ -22,19 +22,16 @@ from typing import Any
 
 import click
 import torch
+from full_size import GEMM_FLOPS, ROWS, flops
 from torch import Tensor, nn
 
-from worldline.models.predict1_dit.model import PRESETS, DiT, DiTConfig
+from worldline.models.predict1_dit.model import PRESETS, DiT
 from worldline.models.predict1_dit.weights import KEYS
-from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import released_tensors
 from worldline.weights.write import save
 
-GRID = LatentShape(16, 88, 160)
-ROWS = 512  # of the text
-GEMM_FLOPS = 790e12  # measured best of large bf16 products on an H200
 _TEXT = "--offload_text_encoder_model"
 _TOKENIZER = "--offload_tokenizer"
 _TRANSFORMER = "--offload_diffusion_transformer"
@@ -145,13 +142,6 @@ def run(
         "denoise_seconds": stages["denoise"]["seconds"],
         "attention": report["attention"],
     }
-
-
-def flops(config: DiTConfig) -> float:
-    """Of one forward, two for each multiplication."""
-    tokens, width = config.tokens(GRID).tokens, config.width
-    linear = 2 * tokens * width * (6 * width + 2 * config.hidden)
-    return config.depth * (linear + 4 * tokens * width * (tokens + ROWS))
 
 
 @click.command()

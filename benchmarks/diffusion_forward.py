@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from full_size import GEMM_FLOPS, GRID, ROWS, flops
 from torch import Tensor
 
 from worldline.files import GIGABYTE
@@ -26,21 +27,10 @@ from worldline.nn import attention, modulation
 from worldline.report import environment
 from worldline.shapes import LatentShape
 
-GRID = LatentShape(16, 88, 160)
-ROWS = 512
-GEMM_FLOPS = 790e12  # measured best of large bf16 products on an H200
 PEERS = {  # seconds on one H200, torch 2.11, diffusers 0.42
     "7B": {"diffusers eager": 4.38, "diffusers compiled (50 s of compilation)": 3.73},
     "14B": {"diffusers eager": 7.28},
 }
-
-
-def flops(config: DiTConfig, grid: LatentShape) -> float:
-    """Of one forward, two for each multiplication; the context's keys and values left out."""
-    tokens, width = config.tokens(grid).tokens, config.width
-    linear = 2 * tokens * width * (6 * width + 2 * config.hidden)
-    scores = 4 * tokens * width * (tokens + ROWS)
-    return config.depth * (linear + scores)
 
 
 def make(config: DiTConfig, device: torch.device) -> DiT:
@@ -92,7 +82,7 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
         other = forward()
     turned = forward(rotary=torch.float32)
     best = statistics.median(seconds)
-    need = flops(config, GRID)
+    need = flops(config)
     return {
         "seconds": round(best, 4),
         "all_seconds": [round(second, 4) for second in seconds],

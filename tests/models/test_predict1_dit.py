@@ -195,6 +195,14 @@ def test_a_nested_file_gives_its_model_not_its_average(tmp_path: Path) -> None:
     assert torch.equal(found.source.read(name), tensors[name])
 
 
+def test_adapters_are_refused_by_name(tmp_path: Path) -> None:
+    tensors = released_tensors(build(dtype=torch.float32))
+    adapter = "net.blocks.block0.blocks.0.block.attn.to_q.0.lora_A.weight"
+    save({**tensors, adapter: torch.zeros(4, CONFIG.width)}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"LoRA adapters \(1 tensors.*to_q\.0\.lora_A"):
+        open_dit(tmp_path, write_settings(CONFIG))
+
+
 def test_an_unknown_width_needs_its_rotary_stretching(tmp_path: Path) -> None:
     folder = saved(tmp_path, build(dtype=torch.float32))
     with pytest.raises(CheckpointError, match=r'rotary stretching.*"rope_ratio"'):

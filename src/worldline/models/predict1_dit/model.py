@@ -202,55 +202,54 @@ class NoiseEmbedding(nn.Module):
         return NoiseLevel(F.silu(embedding), shared)
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, config: DiTConfig) -> None:
+class Attention(nn.Module):
+    """Projections, norms of heads, and the core that both kinds of attention have."""
+
+    def __init__(self, config: DiTConfig, source_width: int) -> None:
         super().__init__()
         inner = config.num_heads * config.head_size
         self.head_size = config.head_size
         self.q = nn.Linear(config.width, inner, bias=False)
-        self.k = nn.Linear(config.width, inner, bias=False)
-        self.v = nn.Linear(config.width, inner, bias=False)
+        self.k = nn.Linear(source_width, inner, bias=False)
+        self.v = nn.Linear(source_width, inner, bias=False)
         self.q_norm = nn.Parameter(torch.empty(config.head_size))
         self.k_norm = nn.Parameter(torch.empty(config.head_size))
         self.out = nn.Linear(inner, config.width, bias=False)
         self.core = AttentionCore()
 
+    def heads(self, x: Tensor) -> Tensor:
+        """Return (B, L, N, K): split by head size, so that column-sharded layers need no change."""
+        return x.unflatten(-1, (-1, self.head_size))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return (B, L, D) for q (B, N, L, K), k and v (B, N, S, K)."""
+        return self.out(self.core(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SelfAttention(Attention):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config, config.width)
+
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        # Split by head size, not head count: a column-sharded q/k/v then needs no change here.
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_size)) for project in (self.q, self.k, self.v)
-        )  # (B, L, N, K)
-        q = norm_heads(q, self.q_norm, rotation)
-        k = norm_heads(k, self.k_norm, rotation)
-        y = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.out(y.transpose(1, 2).flatten(2))
+        q = norm_heads(self.heads(self.q(x)), self.q_norm, rotation).transpose(1, 2)
+        k = norm_heads(self.heads(self.k(x)), self.k_norm, rotation).transpose(1, 2)
+        return self.attend(q, k, self.heads(self.v(x)).transpose(1, 2))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Attention to all rows of the text, the zero rows behind its end included."""
 
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        inner = config.num_heads * config.head_size
-        self.head_size = config.head_size
-        self.q = nn.Linear(config.width, inner, bias=False)
-        self.k = nn.Linear(config.context_width, inner, bias=False)
-        self.v = nn.Linear(config.context_width, inner, bias=False)
-        self.q_norm = nn.Parameter(torch.empty(config.head_size))
-        self.k_norm = nn.Parameter(torch.empty(config.head_size))
-        self.out = nn.Linear(inner, config.width, bias=False)
-        self.core = AttentionCore()
+        super().__init__(config, config.context_width)
 
     def encode(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values (B, N, S, K); they are the same for every token and step."""
-        k = norm_heads(self.k(context).unflatten(-1, (-1, self.head_size)), self.k_norm)
-        v = self.v(context).unflatten(-1, (-1, self.head_size))
-        return k.transpose(1, 2), v.transpose(1, 2)
+        k = norm_heads(self.heads(self.k(context)), self.k_norm)
+        return k.transpose(1, 2), self.heads(self.v(context)).transpose(1, 2)
 
     def forward(self, x: Tensor, encoded: tuple[Tensor, Tensor]) -> Tensor:
-        q = norm_heads(self.q(x).unflatten(-1, (-1, self.head_size)), self.q_norm)
-        y = self.core(q.transpose(1, 2), *encoded)
-        return self.out(y.transpose(1, 2).flatten(2))
+        q = norm_heads(self.heads(self.q(x)), self.q_norm)
+        return self.attend(q.transpose(1, 2), *encoded)
 
 
 class FeedForward(nn.Module):

@@ -8,6 +8,7 @@ inference_utils.py`; huggingface/diffusers `scripts/convert_cosmos_to_diffusers.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from worldline.models.predict1_dit.model import RELEASED_RATIOS, DiT, DiTConfig
 from worldline.shapes import LatentShape
 from worldline.weights.keymap import KeyMap, match
 from worldline.weights.read import Checkpoint, open_checkpoint
+
+logger = logging.getLogger(__name__)
 
 _DROP = {
     "*_extra_state": "FP8 bookkeeping of Transformer Engine",
@@ -163,6 +166,11 @@ def open_dit(path: Path, settings: Mapping[str, Any] | None = None) -> DiTFiles:
     """
     file, layout = _find(path)
     source = open_checkpoint(file)
+    if adapters := [name for name in source.tensors if "lora_" in name.lower()]:
+        raise CheckpointError(
+            f"{source.path} holds LoRA adapters ({len(adapters):,} tensors, such as "
+            f"{adapters[0]}), which this version does not merge: merge them into the weights first"
+        )
     keys = KEYS if layout == "nvidia" else DIFFUSERS_KEYS
     if layout == "diffusers":
         settings = _diffusers_settings(file.parent)
@@ -172,6 +180,8 @@ def open_dit(path: Path, settings: Mapping[str, Any] | None = None) -> DiTFiles:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{source.path}: {error}") from error
+    if "ema" in source.beside:
+        logger.info("%s: the averaged weights beside its own are left aside", source.path)
     with torch.device("meta"):
         model = DiT(config)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
