@@ -35,8 +35,16 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     small = replace(tiny.CONTINUOUS, channels=4, level_channels=(8, 8, 8))
     monkeypatch.setattr(tiny, "CONTINUOUS", small)
-    sizes = {"depth": 1, "width": 32, "num_heads": 1, "hidden": 32, "lora_rank": 2}
-    small_dit = replace(tiny.DIFFUSION, context_width=16, max_grid=grid, **sizes)
+    small_dit = replace(
+        tiny.DIFFUSION,
+        depth=1,
+        width=32,
+        num_heads=1,
+        hidden=32,
+        lora_rank=2,
+        context_width=16,
+        max_grid=grid,
+    )
     monkeypatch.setattr(tiny, "DIFFUSION", small_dit)
     text = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 16, "num_layers": 1}
     monkeypatch.setattr(tiny, "TEXT", text)

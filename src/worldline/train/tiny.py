@@ -118,6 +118,8 @@ WORLD_SETTINGS = {
     "fps": int(FPS),
     "guidance": 1.0,
     "num_steps": 20,
+    "negative_prompt": "",
+    "rotary_precision": "float32",
     "text2world": True,
 }
 _PERCEPTUAL = 0.1  # weight of the perceptual term in the released recipes
@@ -126,10 +128,10 @@ _PERCEPTUAL = 0.1  # weight of the perceptual term in the released recipes
 _DEVIATION = 0.1
 _KL = 3e-4
 _SQUARED = 5.0  # of its squared error: few pixels, those of moving objects, have most of it
-# Of diffusion: where objects go is settled at noise levels of about 1 to 8, their shapes below.
-_SIGMA_MEAN, _SIGMA_DEVIATION = -0.3, 1.3
+# Of diffusion. Object places are settled at noise levels of about 1 to 8, which the mean favours.
+_SIGMA_MEAN, _SIGMA_DEVIATION = 0.2, 1.4
 _KNOWN_SIGMA = 0.001  # noise on known frames, as samplers show them
-_KNOWN = (0.5, 0.2, 0.3)  # shares of clips with no known latent frame, one, or two
+_MOST_KNOWN = 2  # latent frames: one of an image, two of nine frames
 _TEXT_DROPPED = 0.15
 _STATISTICS_FRAMES = 16  # columns of released statistics; the last one is repeated
 _HELD_OUT = 900_000  # seeds from here to 999,999 steer training; evaluation starts at 1,000,000
@@ -447,15 +449,8 @@ def export_autoregressive(model: ARTransformer, folder: Path) -> None:
     multiple=True,
     help="A text that shall say nothing of a clip, as no text at all; a negative prompt.",
 )
-@click.option(
-    "--graph/--no-graph", "graphed", default=False, help="With --compile: as CUDA graphs."
-)
 def diffusion(
-    tokenizer_folder: Path,
-    start: Path | None,
-    undescribed: tuple[str, ...],
-    graphed: bool,
-    **options: Any,
+    tokenizer_folder: Path, start: Path | None, undescribed: tuple[str, ...], **options: Any
 ) -> None:
     """Train the diffusion transformer, and the text encoder with it, on captioned clips.
 
@@ -494,13 +489,11 @@ def diffusion(
     # no text, as a sampler may give it: no row at all, or a text about nothing
     silent = model.text.tokenize(["", *undescribed])
     silent[1][0] = 0
-    plain: Any = functools.partial(_denoising_in, half, model)
-    measure = plain
+    measure: Any = functools.partial(_denoising_in, half, model)
     if run.compiled:
-        mode = "reduce-overhead" if graphed else "default"
-        measure = torch.compile(plain, dynamic=False, mode=mode)
+        measure = torch.compile(measure, dynamic=False)
 
-    def loss_of_clips(network: Any, given: _Captioned, step: int, count: int) -> Tensor:
+    def loss_of_clips(given: _Captioned, step: int, count: int) -> Tensor:
         small, large = generator(run.seed, step), generator(run.seed, step, device)
         chosen = torch.randint(len(given.latents), (count,), generator=small)
         latents = given.latents[to_device(chosen, device)].float()
@@ -508,21 +501,21 @@ def diffusion(
         dropped = torch.rand(count, generator=small) < _TEXT_DROPPED
         other = torch.randint(len(silent[0]), (count,), generator=small)
         ids[dropped], mask[dropped] = silent[0][other[dropped]], silent[1][other[dropped]]
-        known = torch.multinomial(torch.tensor(_KNOWN), count, True, generator=small)
+        known = torch.randint(_MOST_KNOWN + 1, (count,), generator=small)
         normal = torch.randn(count, generator=small)
         sigma = log_normal_sigmas(normal, mean=_SIGMA_MEAN, deviation=_SIGMA_DEVIATION)
         noise = torch.randn(2, *latents.shape, generator=large, device=device)
         on_device = (to_device(values, device) for values in (ids, mask, sigma, known))
-        return network(latents, noise, *on_device).mean()
+        return measure(latents, noise, *on_device).mean()
 
-    @torch.no_grad()
     def held_out_loss() -> Tensor:
-        parts = [loss_of_clips(plain, aside, step, batch) for step in range(8)]
+        # as in training, batch for batch: a compiled network then serves both
+        parts = [loss_of_clips(aside, step, batch).detach() for step in range(8)]
         return torch.stack(parts).mean()
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        figures = {"held_out": held_out_loss()} if step % 1000 == 999 else {}
-        return loss_of_clips(measure, pool, step, batch), figures
+        loss = loss_of_clips(pool, step, batch)
+        return loss, {"held_out": held_out_loss()} if step % 1000 == 999 else {}
 
     config = LoopConfig(
         steps=run.steps or 20_000,

@@ -1,0 +1,50 @@
+"""Clips and their captions, as they are drawn and mirrored."""
+
+from __future__ import annotations
+
+import torch
+
+from worldline.physics import make_clips
+from worldline.shapes import VideoShape
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+from worldline.train.data import (
+    captioned_batches,
+    encode_captioned,
+    mirror_caption,
+    physics_batches,
+)
+
+SHAPE = VideoShape(9, 32, 48)
+
+
+def test_sides_change_places_and_nothing_else_does() -> None:
+    caption = "A red ball rolls to the left, with a lefty, on the right."
+    assert mirror_caption(caption) == "A red ball rolls to the right, with a lefty, on the left."
+    assert mirror_caption(mirror_caption(caption)) == caption
+
+
+def test_captions_belong_to_their_clips() -> None:
+    seeds = range(5)
+    whole = make_clips(seeds, 9, 32, 48)
+    parts = list(captioned_batches(seeds, SHAPE, "cpu", batch=2))
+    assert [caption for _, captions in parts for caption in captions] == whole.captions
+    assert torch.equal(torch.cat([clips for clips, _ in parts]), whole.frames)
+    alone = list(physics_batches(seeds, SHAPE, "cpu", batch=2))
+    assert torch.equal(torch.cat(alone), whole.frames)
+
+
+def test_each_latent_has_the_caption_of_its_view() -> None:
+    torch.manual_seed(0)
+    model = CosmosTokenizer(CosmosTokenizerConfig(channels=4, level_channels=(8, 8, 8)))
+    model.reset_parameters()
+    model.eval()
+    clips = make_clips(range(2), 9, 32, 48)
+    latents, captions = encode_captioned(
+        model, captioned_batches(range(2), SHAPE, "cpu"), torch.float32, lambda z: z
+    )
+    assert latents.shape == (4, 16, 2, 4, 6)
+    assert captions == [*clips.captions, *map(mirror_caption, clips.captions)]
+    video = clips.frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    with torch.no_grad():
+        mirrored = model.encode(video.flip(-1))
+    torch.testing.assert_close(latents[2:].float(), mirrored, rtol=0.02, atol=0.02)
