@@ -76,6 +76,15 @@ def test_both_generations_are_found(tmp_path: Path) -> None:
     assert entry.presence(tmp_path) == ("present", new)
 
 
+def test_what_training_saves_is_a_checkpoint(tmp_path: Path) -> None:
+    entry = find("Cosmos-Predict1-7B-Video2World")
+    assert entry is not None
+    folder = tmp_path / entry.folders[0]
+    folder.mkdir()
+    (folder / "iter_000000010.pt").write_bytes(b"x")
+    assert entry.presence(tmp_path) == ("other size", folder)
+
+
 def test_find() -> None:
     assert find("nothing") is None
     base = find("Cosmos-Predict1-7B-Text2World")

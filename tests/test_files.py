@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from worldline.files import disguise, replacing, stamp
+from worldline.errors import CheckpointError
+from worldline.files import disguise, read_json, replacing, stamp, unfinished
 
 
 def test_replacing(tmp_path: Path) -> None:
@@ -60,6 +61,35 @@ def test_stamp(tmp_path: Path) -> None:
     assert stamp(tmp_path / "." / "a") == first
     path.write_text("other")
     assert stamp(path) != first
+
+
+def test_read_json(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": [1, "é"]}', encoding="utf-8")
+    assert read_json(path) == {"a": [1, "é"]}
+    for content, message in (
+        (b"{", "cannot be read"),
+        (b"\xff\xff", "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
+        (b"[]", "holds no settings, but a list"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            read_json(path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_json(tmp_path / "absent")
+
+
+def test_unfinished(tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    assert unfinished(tmp_path) == unfinished(tmp_path / "absent") == ""
+    (snapshot / "model.pt").symlink_to(tmp_path / "gone")
+    assert "was not finished (model.pt): download it again" in unfinished(snapshot)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "1.incomplete").touch()
+    assert "(1.incomplete, model.pt)" in unfinished(snapshot)
+    assert "(1.incomplete)" in unfinished(tmp_path)
 
 
 def test_needs_no_torch() -> None:

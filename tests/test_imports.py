@@ -21,7 +21,8 @@ LAYERS = (
     ("catalog",),
     ("models", "text", "tokenizers"),
     ("nn", "sampling", "weights", "parallel", "video", "physics", "report"),
-    ("shapes", "errors", "files", "machine"),
+    ("shapes", "files", "machine"),
+    ("errors",),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 

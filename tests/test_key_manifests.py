@@ -24,7 +24,8 @@ from worldline.tokenizers.cosmos.weights import key_map, network_view
 from worldline.tokenizers.cosmos.weights import read_config as read_tokenizer_config
 from worldline.weights.keymap import KeyMap, match
 from worldline.weights.read import Checkpoint, Entry
-from worldline.weights.source import MemoryTensor
+
+from .weights.memory import MemoryTensor
 
 FOLDER = Path(__file__).parent / "keys"
 AR = ["4B", "5B-Video2World", "12B", "13B-Video2World"]
@@ -128,6 +129,26 @@ def diffusion_keys(layout: str) -> KeyMap:
 def dit(checkpoint: Checkpoint, keys: KeyMap) -> DiT:
     with torch.device("meta"):
         return DiT(dit_weights.read_config(checkpoint, keys, {}))
+
+
+DECODER = "Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p"
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_diffusion_decoder_fits_both_ways(bare: bool) -> None:
+    stated = manifest(DECODER)
+    tensors = {n: info for n, info in stated["tensors"].items() if not bare or n[:3] == "net"}
+    checkpoint = fake(tensors, "model.pt")
+    model = dit(checkpoint, dit_weights.KEYS)
+    assert model.config == DIT_PRESETS["7B-Decoder"]
+    pairs = fits(model, checkpoint, dit_weights.KEYS)
+    assert set(tensors) - set(pairs.values()) <= set(stated["optional"])
+    assert sum(p.numel() for p in model.parameters()) == stated["parameters"]
+    # with learned positions the picture would be coloured noise: there must be no place for them
+    table = {"net.extra_pos_embedder.pos_emb_h": ["bfloat16", [120, 4096]]}
+    checkpoint = fake(tensors | table, "model.pt")
+    with pytest.raises(CheckpointError, match="extra_pos_embedder"):
+        fits(dit(checkpoint, dit_weights.KEYS), checkpoint, dit_weights.KEYS)
 
 
 @pytest.mark.parametrize("name", DIFFUSION)

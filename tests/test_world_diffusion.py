@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 
 import worldline
+from worldline.parallel.offload import Part
 from worldline.video.read import read_image, read_video
 from worldline.weights.write import save
 from worldline.world import DiffusionWorld
@@ -52,6 +55,25 @@ def test_generate_and_save(text2world: DiffusionWorld, tmp_path: Path) -> None:
     assert path.with_suffix(".txt").read_bytes() == PROMPT.encode()
     report = json.loads(path.with_suffix(".json").read_text())
     assert report == video.report
+
+
+def test_the_words_of_an_earlier_video_go(
+    text2world: DiffusionWorld, small_world: Path, image: Path, tmp_path: Path
+) -> None:
+    first = text2world.generate(prompt=PROMPT, num_steps=1)
+    words = first.save(tmp_path / "out.mp4").with_suffix(".txt")
+    second = text2world.generate(prompt_embeddings=torch.zeros(3, CONTEXT_WIDTH), num_steps=1)
+    other = tmp_path / "other.txt"
+    other.write_text("another's")
+    second.save(tmp_path / "out.mp4")
+    assert not words.exists()
+    assert other.exists()
+    # a world that takes no prompt has no say in it
+    parts = {"disable_guardrail": True, "disable_diffusion_decoder": True}
+    worldline.load(AUTOREGRESSIVE, small_world, **parts).generate(image).save(
+        tmp_path / "other.mp4"
+    )
+    assert other.exists()
 
 
 def test_the_report_tells_all(video2world: DiffusionWorld, image: Path) -> None:
@@ -222,6 +244,59 @@ def offloaded(folder: Path, clip: Path, **options: Any) -> list[np.ndarray[Any, 
 def test_offloading_changes_no_video(tiny_diffusion: Path, clip: Path) -> None:
     first, second = offloaded(tiny_diffusion, clip)
     assert np.array_equal(first, second)
+
+
+def test_no_two_parts_are_on_the_device_together(
+    tiny_diffusion: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part leaves before the next one comes, and computes nowhere else."""
+    on_device = Part.on_device
+    there: list[str] = []
+    visits: list[str] = []
+
+    @contextmanager
+    def watched(part: Part[Any]) -> Iterator[torch.nn.Module]:
+        name = type(part.module).__name__
+        assert not there, f"{name} comes while {there} is there"
+        there.append(name)
+        visits.append(name)
+        try:
+            with on_device(part) as module:
+                yield module
+        finally:
+            there.remove(name)
+
+    def computing(module: torch.nn.Module, *_: Any) -> None:
+        for source, name in owners.items():
+            if type(module).__module__.startswith(source):
+                assert there == [name]
+                computed.add(name)
+
+    owners = {
+        "worldline.models.": "DiT",
+        "worldline.tokenizers.": "CosmosTokenizer",
+        "transformers.": "T5Encoder",
+    }
+    computed: set[str] = set()
+    monkeypatch.setattr(Part, "on_device", watched)
+    flags = ("offload_diffusion_transformer", "offload_tokenizer", "offload_text_encoder_model")
+    world = load(tiny_diffusion, VIDEO2WORLD, **dict.fromkeys(flags, True))
+    for part in (world.parts.transformer, world.parts.tokenizer, world.parts.text):
+        assert part is not None
+        part.offload = True  # a CPU is its own host: nothing moves, but the way is the same
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(computing)
+    try:
+        video = world.generate(
+            clip, prompt="a prompt of this test", num_input_frames=9, preview_every=2
+        )
+    finally:
+        hook.remove()
+    assert visits == ["T5Encoder", "CosmosTokenizer", "DiT", "CosmosTokenizer"]
+    assert computed == set(visits)
+    assert all(video.report["offload"].values())
+    resident = load(tiny_diffusion, VIDEO2WORLD)
+    plain = resident.generate(clip, prompt="a prompt of this test", num_input_frames=9)
+    assert np.array_equal(video.frames, plain.frames)
 
 
 @pytest.mark.gpu

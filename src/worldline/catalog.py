@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from worldline.errors import InputError
+from worldline.files import TRANSFORMER_FILES
 
 BUNDLED_PREFIX = "tiny-"
 
@@ -102,8 +103,6 @@ def _size(folder: Path, pattern: str) -> int:
     return sum(path.stat().st_size for path in folder.glob(pattern.replace("_mp_0", "_mp_*")))
 
 
-# whole files of a transformer in order of preference
-TRANSFORMER_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt")
 _TRANSFORMER_LAYOUTS = (
     *((name,) for name in TRANSFORMER_FILES),
     ("model_model_mp_0.pt",),
@@ -112,6 +111,7 @@ _TRANSFORMER_LAYOUTS = (
 _DIFFUSION_LAYOUTS = (
     *((name,) for name in TRANSFORMER_FILES),
     ("transformer/diffusion_pytorch_model*.safetensors",),
+    ("iter_*.pt",),
 )
 # those of `worldline.tokenizers.cosmos.load`, which needs torch
 TOKENIZER_LAYOUTS = (

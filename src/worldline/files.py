@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -10,7 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from worldline.errors import CheckpointError
+
 GIGABYTE = 1e9
+# a whole transformer in NVIDIA's layout, in order of preference
+TRANSFORMER_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt")
+_UNFINISHED = ("*.incomplete", "*.part", "*.crdownload")
 
 
 @contextlib.contextmanager
@@ -62,3 +68,33 @@ def stamp(path: Path) -> dict[str, Any]:
     """
     found = path.stat()
     return {"path": str(path.resolve()), "nbytes": found.st_size, "modified": found.st_mtime_ns}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, such as a config.json.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no object.
+    """
+    try:
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} holds no settings, but a {type(settings).__name__}")
+    return settings
+
+
+def unfinished(folder: Path) -> str:
+    """Return the end of a message about absent files: what a broken download left in `folder`."""
+    if not folder.is_dir():
+        return ""
+    left = {path.name for pattern in _UNFINISHED for path in folder.rglob(pattern)}
+    # in a hub cache a snapshot has links, and the bytes are in a folder beside
+    left |= {path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()}
+    if folder.parent.name == "snapshots":
+        left |= {path.name for path in (folder.parent.parent / "blobs").glob("*.incomplete")}
+    if not left:
+        return ""
+    names = ", ".join(sorted(left)[:3])
+    return f"; a download was not finished ({names}): download it again"

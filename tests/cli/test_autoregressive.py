@@ -598,6 +598,17 @@ def test_resume_makes_again_what_was_made_otherwise(base: Base, clip: Path, tmp_
     assert report["request"]["seed"] == 2
 
 
+def test_resume_makes_again_what_another_device_made(
+    base: Base, clip: Path, tmp_path: Path
+) -> None:
+    words = ("--input_image_or_video_path", clip, "--device", "cpu", "--resume")
+    assert base(*words).exit_code == 0
+    path = tmp_path / "out" / "output.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "bfloat16"}))
+    assert "was made in another way" in base(*words).stderr
+    assert "is finished" in base(*words).stderr
+
+
 def test_two_runs_of_one_name_do_not_mix(
     small_world: Path, clip: Path, tmp_path: Path, base: Base
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from click.testing import Result
 
 import worldline.loading
 import worldline.video.write
-from worldline.errors import Error
+from worldline.errors import Error, InputError
+from worldline.pipelines.diffusion import ALLOWED_FPS, DiffusionRequest
 from worldline.video.read import probe, read_video
 from worldline.weights.write import save
 
@@ -189,6 +192,34 @@ def test_embeddings_in_place_of_the_text_encoder(
     assert "was made in another way" in resumed.stderr
 
 
+def test_embeddings_alone_make_a_video(text2world: Make, embeddings: Path, tmp_path: Path) -> None:
+    result = text2world("--prompt_embeddings", embeddings)
+    assert result.exit_code == 0, result.stderr
+    assert files_in(tmp_path / "out") == {"output.mp4", "output.json"}
+    assert "embeddings: denoising" in result.stderr
+    words = ("--prompt_embeddings", embeddings, "--prompt", PROMPT, "--video_save_name", "both")
+    assert text2world(*words).exit_code == 0
+    alone, both = (read_video(tmp_path / "out" / f"{n}.mp4").frames for n in ("output", "both"))
+    assert np.array_equal(alone, both)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [("a.mp4", ALLOWED_FPS), ("a.webm", ALLOWED_FPS), ("a.mkv", ALLOWED_FPS), ("a.gif", (1, 100))],
+)
+def test_the_fastest_and_slowest_rate(
+    name: str, rates: tuple[int, ...], text2world: Make, tmp_path: Path
+) -> None:
+    for fps in rates:
+        words = ("--prompt", PROMPT, "--fps", fps, "--video_save_name", name)
+        result = text2world(*words, "--preview_every", 1)
+        assert result.exit_code == 0, result.stderr
+        assert f"fps is {fps}; the released models know 12 to 40" in result.stderr
+        info = probe(tmp_path / "out" / name, kind="video")
+        assert info.frames == SIZE[0]
+        assert info.fps == fps
+
+
 def test_notes_of_what_has_no_effect(text2world: Make) -> None:
     flags = ("--offload_guardrail_models", "--offload_prompt_upsampler")
     offload = ("--offload_tokenizer", "--offload_diffusion_transformer")
@@ -204,20 +235,33 @@ def test_notes_of_what_has_no_effect(text2world: Make) -> None:
 def test_previews_come_and_go(
     text2world: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[int] = []
+    seen: list[tuple[int, float]] = []
 
     def spy(frames: Any, path: Path, fps: float) -> None:
         real(frames, path, fps)
         if ".preview" in path.name:
-            seen.append(probe(path, kind="video").frames)
+            info = probe(path, kind="video")
+            seen.append((info.frames, info.fps))
 
     real = worldline.video.write.write_video
     monkeypatch.setattr(worldline.video.write, "write_video", spy)
-    result = text2world("--prompt", PROMPT, "--preview_every", 2, "--num_steps", 5)
+    words = ("--prompt", PROMPT, "--preview_every", 2, "--num_steps", 5, "--fps", 16)
+    result = text2world(*words)
     assert result.exit_code == 0, result.stderr
-    assert seen == [1 + (SIZE[0] - 1) // 8] * 2
+    assert seen == [(1 + (SIZE[0] - 1) // 8, 16 / 8)] * 2  # one for the 8 frames of a latent one
     assert result.stderr.count("output.preview.mp4") == 1
     assert files_in(tmp_path / "out") == {"output.mp4", "output.txt", "output.json"}
+
+
+def test_a_preview_replaces_and_deletes_no_other_file(text2world: Make, tmp_path: Path) -> None:
+    other = tmp_path / "out" / "output.preview.mp4"
+    other.parent.mkdir()
+    other.write_bytes(b"another")
+    result = text2world("--prompt", PROMPT, "--preview_every", 1)
+    assert result.exit_code == 0, result.stderr
+    assert other.read_bytes() == b"another"
+    assert (tmp_path / "out" / "output.mp4").exists()
+    assert result.stderr.count(f"no preview: {other} is not of this run, and stays") == 1
 
 
 def test_seconds_per_step_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -275,6 +319,9 @@ BAD_NUMBERS = [
     (["--num_steps", -3], "num_steps is -3"),
     (["--fps", 0], "fps is 0"),
     (["--fps", -1], "fps is -1"),
+    (["--fps", 241], "fps is 241.0; it must be 1 to 240"),
+    (["--fps", 101, "--video_save_name", "x.gif"], "a GIF shows 100 frames a second at most"),
+    (["--fps", 3000000000], "fps is 3000000000.0; it must be 1 to 240"),
     (["--num_video_frames", 10], "num_video_frames is 10; it must be 1 + 8k and at most"),
     (["--num_video_frames", 10], "the nearest is 9"),
     (["--num_video_frames", 117], "num_video_frames is 117; it must be 1 + 8k and at most"),
@@ -297,6 +344,7 @@ BAD_NUMBERS = [
     (["--prompt_embeddings", ""], "--prompt_embeddings is empty"),
     (["--device", "abacus"], "no device abacus here"),
     (["--sampler", "heun"], "'edm_euler', 'res_2ab'"),
+    (["--text_encoder_dtype", "float16"], "'bfloat16', 'float32'"),
     (["--sampler", "res_2mid", "--num_steps", 1], "num_steps is 1"),
 ]
 
@@ -353,7 +401,10 @@ def test_wrong_words_of_video2world(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give --prompt or --batch_input_path"),
+        ([], "give --prompt, --batch_input_path or --prompt_embeddings"),
+        (["--prompt_embeddings", ""], "--prompt_embeddings is empty"),
+        (["--prompt", "", "--prompt_embeddings", "e"], "--prompt is empty"),
+        (["--prompt", "x \udcff"], "--prompt is no valid text"),
         (["--prompt", ""], "--prompt is empty"),
         (["--prompt", " \n"], "--prompt is empty"),
         (["--prompt", "x", "--batch_input_path", "b"], "exclude each other"),
@@ -475,6 +526,23 @@ def test_an_output_never_replaces_an_input(text2world: Make, tmp_path: Path) -> 
     assert f"{batch} is an input; choose another --video_save_folder" in result.stderr
 
 
+@pytest.mark.usefixtures("forbid_weights")
+def test_a_preview_never_replaces_an_input(video2world: Make, clip: Path, tmp_path: Path) -> None:
+    source = tmp_path / "out" / "a.preview.mp4"
+    source.parent.mkdir()
+    shutil.copy(clip, source)
+    words = ("--input_image_or_video_path", source, "--prompt", PROMPT, "--video_save_name", "a")
+    result = video2world(*words, "--preview_every", 1)
+    assert result.exit_code == 2
+    assert f"{source} is an input; choose another --video_save_folder or" in result.stderr
+
+
+@pytest.mark.parametrize("fps", [1e-4, 0.999, 240.5, 2e6, float("inf"), float("nan")])
+def test_rates_that_no_file_can_hold(fps: float) -> None:
+    with pytest.raises(InputError, match=r"fps is .*; it must be 1 to 240"):
+        DiffusionRequest(prompt=PROMPT, fps=fps)
+
+
 # --- interrupted, resumed
 
 
@@ -547,6 +615,30 @@ def test_a_batch_goes_on_after_a_bad_item(
     assert files_in(tmp_path / "out") == {"1.mp4", "1.txt", "1.json"}
 
 
+def test_what_a_bad_item_held_is_freed(
+    text2world: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Held:
+        def __init__(self) -> None:
+            self.itself = self  # only the collector finds it
+
+    error = Error("this one failed")
+    error.held = held = Held()  # type: ignore[attr-defined]
+    left = weakref.ref(held)
+    del held
+    failing_stream(monkeypatch, error, at=0)
+    del error.held  # type: ignore[attr-defined]
+    freed: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(left() is None))
+    batch = write_lines(tmp_path / "b.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    gc.disable()
+    try:
+        assert text2world("--batch_input_path", batch).exit_code == 1
+    finally:
+        gc.enable()
+    assert freed == [True]
+
+
 def test_out_of_memory_names_the_flags(text2world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     failing_stream(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried."), at=0)
     flags = ("--offload_tokenizer", "--offload_text_encoder_model")
@@ -595,3 +687,46 @@ def test_resume_knows_changed_files(
     os.utime(files[changed], (1, 1))
     assert "was made in another way" in video2world(*words, checkpoint_dir=own_worlds).stderr
     assert "is finished" in video2world(*words, checkpoint_dir=own_worlds).stderr
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "finished"),
+    [
+        ((), ("--sampler", "edm_euler", "--rotary_precision", "bfloat16"), True),
+        ((), ("--preview_every", 1), True),
+        ((), ("--sampler", "res_2ab"), False),
+        ((), ("--rotary_precision", "float32"), False),
+        ((), ("--generation", "1.0"), False),
+        (("--generation", "1.0"), (), False),
+        ((), ("--text_encoder_dtype", "float32"), True),  # the default on a CPU
+        ((), ("--text_encoder_dtype", "bfloat16"), False),
+        (("--text_encoder_dtype", "bfloat16"), (), False),
+    ],
+)
+def test_resume_knows_other_ways(
+    first: tuple[object, ...],
+    then: tuple[object, ...],
+    finished: bool,
+    text2world: Make,
+    own_worlds: Path,
+) -> None:
+    (own_worlds / TEXT2WORLD).rename(own_worlds / "mine")  # a name that tells no generation
+    words = ("--diffusion_transformer_dir", "mine", "--device", "cpu", "--prompt", PROMPT)
+    assert text2world(*words, *first, checkpoint_dir=own_worlds).exit_code == 0
+    result = text2world(*words, *then, "--resume", checkpoint_dir=own_worlds)
+    assert result.exit_code == 0, result.stderr
+    told = "is finished" if finished else "was made in another way"
+    assert told in result.stderr
+
+
+def test_resume_knows_another_dtype(
+    text2world: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ("--prompt", PROMPT, "--device", "cpu", "--text_encoder_dtype", "float32", "--resume")
+    assert text2world(*words).exit_code == 0
+    path = tmp_path / "out" / "output.json"
+    report = json.loads(path.read_text())
+    assert report["dtype"] == "float32"
+    path.write_text(json.dumps({**report, "dtype": "bfloat16"}))  # as made on a GPU
+    assert "was made in another way" in text2world(*words).stderr
+    assert "is finished" in text2world(*words).stderr

@@ -170,6 +170,7 @@ def test_all_problems_with_prompts_at_once(clip: Path, image: Path, tmp_path: Pa
         ({}, 'no "visual_input" and no "prompt"'),
         ({**entry(clip), "prompt": " \n"}, '"prompt" is empty'),
         ({**entry(clip), "prompt": 7}, '"prompt" must be a text, not 7'),
+        ({**entry(clip), "prompt": "a \ud800 b"}, '"prompt" is no valid text'),
         ({**entry(image), "prompt": "x"}, "is an image, which has 1 frame, but --num_input_frames"),
         ([], 'not an object like {"visual_input": "in.mp4", "prompt": '),
     ]
@@ -177,8 +178,8 @@ def test_all_problems_with_prompts_at_once(clip: Path, image: Path, tmp_path: Pa
     with pytest.raises(InputError) as caught:
         read_batch(batch, BOTH)
     message = str(caught.value).splitlines()
-    assert message[0].endswith("7 of 8 inputs cannot be used, so none was run")
-    assert len(message) == 8
+    assert message[0].endswith("8 of 9 inputs cannot be used, so none was run")
+    assert len(message) == 9
     for told, (_, part) in zip(message[1:], lines[1:], strict=True):
         assert part in told
 
@@ -213,9 +214,12 @@ def test_single_prompt(clip: Path) -> None:
         read_single(clip, BOTH)
     with pytest.raises(InputError, match="--prompt is empty"):
         read_single(None, PROMPTS, "  ")
+    with pytest.raises(InputError, match="--prompt is no valid text"):
+        read_single(None, PROMPTS, "a \udcff ball")
 
 
 def test_items_have_short_names(clip: Path) -> None:
     assert str(Item(0, clip, "a ball")) == str(clip)
     assert str(Item(0, None, "a  red\nball")) == "“a red ball”"
     assert len(str(Item(0, None, "ball " * 99))) < 50
+    assert str(Item(0)) == "embeddings"

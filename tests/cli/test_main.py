@@ -106,6 +106,12 @@ def test_every_command_is_found_and_documented(run: Run) -> None:
         assert run(name, "--help").exit_code == 0
 
 
+def test_the_help_lists_the_commands(run: Run) -> None:
+    listed = run("--help").stdout.split("Commands:")[1]
+    names = [line.split()[0] for line in listed.splitlines() if line.strip()]
+    assert {"demo", "autoregressive", "diffusion", "tokenize", "evaluate"} <= set(names)
+
+
 def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.dup2", lambda *_: 1)
     assert explain(BrokenPipeError(errno.EPIPE, "Broken pipe")) == (1, "")

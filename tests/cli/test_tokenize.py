@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+import worldline.weights.write
 from worldline.loading import BUNDLED
 from worldline.physics import make_clips
 from worldline.tokenizers.cosmos.load import load_tokenizer
@@ -213,6 +216,104 @@ def test_files_of_another_tokenizer_are_refused(
     save({"weight": tensor}, tmp_path / "wrong.safetensors")
     result = run("tokenize", "decode", tmp_path / "wrong.safetensors", *words)
     assert "neither latents nor tokens" in result.stderr
+
+
+def test_latents_and_tokens_of_a_wrong_type_are_named(
+    run: Run, checkpoints: Path, tmp_path: Path
+) -> None:
+    grid = (16, 1, 2, 2)
+    bad = {
+        "a": {"latents": torch.zeros(grid, dtype=torch.int32)},
+        "b": {"latents": torch.zeros(grid, dtype=torch.bool)},
+        "c": {"tokens": torch.zeros(grid[1:])},
+        "d": {"tokens": torch.zeros(grid[1:], dtype=torch.bool)},
+    }
+    for name, tensors in bad.items():
+        save(tensors, tmp_path / f"{name}.safetensors")
+    save({"latents": torch.zeros(grid)}, tmp_path / "z.safetensors")
+    words = ("--checkpoint_dir", checkpoints, "--output_dir", tmp_path / "out")
+    result = run("tokenize", "decode", tmp_path, *words, "--tokenizer_dir", CONTINUOUS)
+    assert result.exit_code == 2
+    assert "4 of 5 inputs cannot be used" in result.stderr
+    for name in bad:
+        assert f"{name}.safetensors" in result.stderr
+    assert "latents are int32; they must be one of bfloat16, " in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_are_refused(
+    run: Run, checkpoints: Path, tmp_path: Path, wrong: float
+) -> None:
+    latents = torch.zeros(16, 1, 2, 2)
+    latents[3, 0, 1, 0] = wrong
+    save({"latents": latents}, tmp_path / "z.safetensors")
+    words = ("--checkpoint_dir", checkpoints, "--output_dir", tmp_path / "out")
+    path = tmp_path / "z.safetensors"
+    result = run("tokenize", "decode", path, *words, "--tokenizer_dir", CONTINUOUS)
+    assert result.exit_code == 2
+    assert "z.safetensors: latents that are not finite" in result.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_task_that_fails_does_not_end_the_batch(
+    run: Run, checkpoints: Path, tmp_path: Path
+) -> None:
+    """H.264 holds no video as wide as the first one."""
+    for name, columns in (("a", 2051), ("b", 2)):
+        save({"latents": torch.zeros(16, 1, 1, columns)}, tmp_path / f"{name}.safetensors")
+    words = ("--checkpoint_dir", checkpoints, "--output_dir", tmp_path / "out")
+    words = (*words, "--tokenizer_dir", CONTINUOUS, "--device", "cpu")
+    result = run("tokenize", "decode", tmp_path, *words)
+    assert result.exit_code == 1
+    assert "1/2 " in result.stderr
+    assert "a.mp4 was not written: libx264 cannot encode frames of 16408 x 8" in result.stderr
+    assert "1 of 2 inputs failed; --resume tries them alone" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.json", "b.mp4"]
+    result = run("tokenize", "decode", tmp_path / "a.safetensors", *words)
+    assert result.exit_code == 1
+    assert "unexpected" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("failure", "told", "goes_on"),
+    [
+        (RuntimeError("a kernel\nfailed"), "RuntimeError: a kernel\n", True),
+        (torch.OutOfMemoryError("no 3 GB left."), "out of memory: no 3 GB left\n", True),
+        (MemoryError(), "out of memory: no memory left\n", True),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device\n", False),
+    ],
+    ids=["unexpected", "device-memory", "host-memory", "full-disk"],
+)
+def test_what_ends_a_batch_and_what_does_not(
+    run: Run,
+    checkpoints: Path,
+    clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception,
+    told: str,
+    goes_on: bool,
+) -> None:
+    clips, out = tmp_path / "clips", tmp_path / "out"
+    clips.mkdir()
+    for name in "abc":
+        shutil.copy(clip, clips / f"{name}.mp4")
+    real = worldline.weights.write.save
+
+    def failing(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, object]) -> None:
+        if path.name == "b.safetensors":
+            raise failure
+        real(tensors, path, header)
+
+    monkeypatch.setattr(worldline.weights.write, "save", failing)
+    words = ("--checkpoint_dir", checkpoints, "--output_dir", out, "--device", "cpu")
+    result = run("tokenize", "encode", clips, *words)
+    assert result.exit_code == 1
+    assert told in result.stderr
+    assert ("1 of 3 inputs failed" in result.stderr) == goes_on
+    left = ["a.safetensors", "c.safetensors"] if goes_on else ["a.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == left
 
 
 def test_latents_without_a_header_decode_whole(run: Run, checkpoints: Path, tmp_path: Path) -> None:

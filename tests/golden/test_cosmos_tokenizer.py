@@ -223,21 +223,21 @@ def test_quantiser(case: Case) -> None:
 def test_weights_that_diffusers_saved(case: Case) -> None:
     folder = folder_of(case)
     model, statistics = loaded(case), read_statistics(folder)
-    assert statistics is not None
     for name in case.names("*.video"):
         clip = name.removesuffix(".video")
         latents = model.encode(case.tensor(name))
         case.compare(f"{clip}.latent", latents)
         case.compare(f"{clip}.recon", model.decode(case.tensor(f"{clip}.latent")))
-        # there the latents are of unit deviation times sigma_data, and an image is a short clip
-        case.compare(f"{clip}.latent_norm", statistics.normalise(latents, image=False) / 2)
+        if f"{clip}.latent_norm" in case:
+            assert statistics is not None
+            # there the latents are of unit deviation times sigma_data; an image is a short clip
+            case.compare(f"{clip}.latent_norm", statistics.normalise(latents, image=False) / 2)
 
 
 @pytest.mark.parametrize("case", CONTINUOUS + DIFFUSERS, ids=str)
 def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     model, statistics = loaded(case, "jit", "exact"), read_statistics(folder_of(case))
-    assert statistics is not None
     save(diffusers_tensors(model), tmp_path / "diffusion_pytorch_model.safetensors")
     settings = diffusers_config(model.config, statistics)
     (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -253,9 +253,12 @@ def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: P
 
     assert open_tokenizer(tmp_path)[1] == model.config
     read = read_statistics(tmp_path)
-    assert read is not None
-    assert torch.equal(read.mean, statistics.mean)
-    assert torch.equal(read.std, statistics.std)
+    if statistics is None:  # a tokenizer that no diffusion model uses may have none
+        assert read is None
+    else:
+        assert read is not None
+        assert torch.equal(read.mean, statistics.mean)
+        assert torch.equal(read.std, statistics.std)
 
 
 @pytest.mark.parametrize("case", CASES + DIFFUSERS, ids=str)

@@ -23,7 +23,8 @@ from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling
 from worldline.shapes import LatentShape
 from worldline.weights.read import Checkpoint, Entry
-from worldline.weights.source import MemoryTensor
+
+from ..weights.memory import MemoryTensor
 
 BASE = ARTransformerConfig(
     depth=2,

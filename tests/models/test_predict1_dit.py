@@ -114,7 +114,7 @@ def test_zero_rows_of_the_text_take_part() -> None:
 def test_feed_forward_in_parts_changes_nothing() -> None:
     model, given = build(), inputs()
     whole = run(model, given)
-    with mock.patch.object(module, "_HIDDEN_BYTES", 8 * CONFIG.hidden * 7), torch.no_grad():
+    with mock.patch.object(module, "HIDDEN_BYTES", 8 * CONFIG.hidden * 7), torch.no_grad():
         assert torch.allclose(run(model, given), whole)
 
 
@@ -135,7 +135,7 @@ def test_a_text2world_model_is_a_video2world_model_whose_mask_is_zero() -> None:
 def test_masks_must_fit_the_model() -> None:
     model, given = build(), inputs()
     context, positions = model.encode_context(given["text"]), model.make_positions(GRID, 24)
-    with pytest.raises(ValueError, match="needs a condition mask"):
+    with pytest.raises(ValueError, match="needs condition mask"):
         model(given["latents"], given["timesteps"], context, positions)
 
 
@@ -143,7 +143,7 @@ def test_masks_must_fit_the_model() -> None:
     ("grid", "message"),
     [
         (LatentShape(3, 5, 8), "multiples of 2"),
-        (LatentShape(7, 6, 8), "learned positions"),
+        (LatentShape(7, 6, 8), "the model's positions"),
         (LatentShape(3, 12, 8), "6 x 10 x 14"),
     ],
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Generator
+from contextlib import suppress
 
 import pytest
 
@@ -62,6 +65,27 @@ def test_an_error_comes_through() -> None:
     with pytest.raises(KeyError, match="gone"):
         next(steps)
     assert not working()
+
+
+def test_an_error_keeps_nothing() -> None:
+    """A failed work's tensors go with the error, not with the next collection of garbage."""
+
+    class Tensor:
+        pass
+
+    def work(tell: Callable[[int], None]) -> None:
+        large = Tensor()
+        held.append(weakref.ref(large))
+        raise KeyError("gone")
+
+    held: list[weakref.ref[Tensor]] = []
+    gc.disable()
+    try:
+        with suppress(KeyError):
+            next(in_background(work))
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_ctrl_c_ends_both() -> None:

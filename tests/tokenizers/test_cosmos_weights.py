@@ -19,7 +19,7 @@ from worldline.tokenizers.cosmos.diffusers import (
 )
 from worldline.tokenizers.cosmos.load import load_tokenizer, open_tokenizer
 from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer, CosmosTokenizerConfig
-from worldline.tokenizers.cosmos.statistics import LatentStatistics, read_statistics
+from worldline.tokenizers.cosmos.statistics import LatentStatistics, find_vae, read_statistics
 from worldline.tokenizers.cosmos.weights import key_map
 from worldline.weights.keymap import match
 from worldline.weights.read import TensorInfo
@@ -145,6 +145,38 @@ def test_released_statistics_are_read(tmp_path: Path) -> None:
     read = read_statistics(tmp_path)
     assert read is not None
     assert torch.equal(read.image_mean, stated.image_mean)
+
+
+def test_statistics_of_few_frames_and_of_other_channels(tmp_path: Path) -> None:
+    """With the channels known, a flat file holds as many latent frames as there are numbers."""
+    stated = statistics(channels=4, frames=9)
+    path = tmp_path / "mean_std.pt"
+    torch.save((stated.mean.flatten(), stated.std.flatten()), path)
+    read = read_statistics(tmp_path, 4)
+    assert read is not None
+    assert torch.equal(read.mean, stated.mean)
+    with pytest.raises(CheckpointError, match=r"\[36\] numbers, .* no latent frames of 5 channels"):
+        read_statistics(tmp_path, 5)
+    torch.save((stated.image_mean, stated.image_std), tmp_path / "image_mean_std.pt")
+    torch.save((torch.zeros(6, 9), torch.ones(6, 9)), path)
+    with pytest.raises(CheckpointError, match=r"mean_std\.pt"):
+        read_statistics(tmp_path, 6)  # the file of images has 4
+    path.unlink()
+    save_vae(tmp_path / "vae", build())
+    assert read_statistics(tmp_path, 16) is not None
+    with pytest.raises(CheckpointError, match=r"config\.json is of latents of 16 channels"):
+        read_statistics(tmp_path, 8)
+
+
+def test_a_vae_without_weights_does_not_hide_a_released_tokenizer(tmp_path: Path) -> None:
+    save_vae(tmp_path / "vae", build())
+    (tmp_path / "autoencoder.jit").touch()
+    assert find_vae(tmp_path) == tmp_path / "vae"
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert find_vae(tmp_path) is None
+    assert read_statistics(tmp_path) is not None
+    (tmp_path / "autoencoder.jit").unlink()
+    assert find_vae(tmp_path) == tmp_path / "vae"  # so that its absent weights are told
 
 
 def test_our_statistics_are_read_back(tmp_path: Path) -> None:

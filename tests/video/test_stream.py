@@ -10,8 +10,8 @@ from PIL import Image
 
 from worldline.errors import InputError
 from worldline.video.read import read_image, read_video
-from worldline.video.stream import scaled, stream_media, write_stream
-from worldline.video.write import write_video
+from worldline.video.stream import scaled, stream_media
+from worldline.video.write import write_stream, write_video
 
 from ..conftest import moving
 
@@ -46,6 +46,14 @@ def test_what_cannot_be_streamed(tmp_path: Path, clip: Path) -> None:
         write_stream([moving(2)], tmp_path / "a.gif", 25)
     with pytest.raises(InputError, match=r"\.avi"):
         write_stream([moving(2)], tmp_path / "a.avi", 25)
+    with pytest.raises(InputError, match="no suffix"):
+        write_stream([moving(2)], tmp_path / "a", 25)
+    with pytest.raises(ValueError, match="at least one frame"):
+        write_stream([], tmp_path / "a.mp4", 25)
+    with pytest.raises(ValueError, match="fps is 0"):
+        write_stream([moving(2)], tmp_path / "a.mp4", 0)
+    with pytest.raises(ValueError, match=r"frames of \(16, 24\) after some of"):
+        write_stream([moving(2), moving(2, 16, 24)], tmp_path / "a.mp4", 25)
     (tmp_path / "cut.mp4").write_bytes(clip.read_bytes()[:-100])
     with pytest.raises(InputError, match="truncated"):
         list(stream_media(tmp_path / "cut.mp4", 4))

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -122,6 +124,26 @@ def test_failure_leaves_the_old_file(
         write_video(clip(), path, 25)
     assert os.listdir(tmp_path) == ["a.mp4"]
     assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("a.mp4", 16_402), ("a.webm", 70_000), ("a.gif", 70_000)]
+)
+def test_frames_that_the_encoder_cannot_take(name: str, width: int, tmp_path: Path) -> None:
+    with pytest.raises(Error, match=rf"{name} was not written: .* {width} x 16 at 25 a second"):
+        write_video(clip(1, 16, width), tmp_path / name, 25)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory")
+
+    stream = SimpleNamespace(codec_context=SimpleNamespace(), encode=fail)
+    container = SimpleNamespace(add_stream=lambda *_, **__: stream, mux=fail)
+    monkeypatch.setattr(av, "open", lambda *_, **__: nullcontext(container))
+    with pytest.raises(MemoryError):
+        write_video(clip(), tmp_path / "a.mp4", 25)
 
 
 def test_failure_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,7 @@ main = Main(
         "autoregressive": "worldline.cli.autoregressive:autoregressive",
         "diffusion": "worldline.cli.diffusion:diffusion",
         "tokenize": "worldline.cli.tokenize:tokenize",
+        "evaluate": "worldline.cli.evaluate:evaluate",
         "models": "worldline.cli.models:models",
         "doctor": "worldline.cli.doctor:doctor",
         "checkpoints": "worldline.cli.checkpoints:checkpoints",

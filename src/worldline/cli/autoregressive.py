@@ -112,8 +112,9 @@ def base(context: click.Context, /, **flags: Any) -> None:
     request = _make_request(flags)
     _log_notes(flags, run.given_flags(context), batch=batch)
     outputs = run.choose_outputs(items, flags, batch=batch)
+    resolved = _resolve(flags) if flags["resume"] else {}
     tasks = [
-        run.Task(item, request, output, {"input": item.path})
+        run.Task(item, request, output, {"input": item.path}, resolved)
         for item, output in zip(items, outputs, strict=True)
     ]
     files = _find_files(flags, request)
@@ -189,6 +190,13 @@ def _find_files(flags: dict[str, Any], request: AutoregressiveRequest) -> Autore
     files = find_autoregressive(flags["ar_model_dir"], flags["checkpoint_dir"])
     check_room(files.config, files.tokenizer_config, request.num_input_frames)
     return files
+
+
+def _resolve(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return what a report says of what the device decides."""
+    from worldline.loading import choose_device, compute_dtype
+
+    return {"dtype": str(compute_dtype(choose_device(flags["device"]))).removeprefix("torch.")}
 
 
 def _run(

@@ -39,6 +39,7 @@ _WITHOUT_EFFECT = {
     "word_limit_to_skip_upsampler": "no prompt upsampler runs",
 }
 _PATHS = ("diffusion_transformer_dir", "tokenizer_dir", "text_encoder_dir", "prompt_embeddings")
+_GIF_FPS = 100  # its delays are whole 1/100 s
 # what a world's own configuration decides unless the command line does
 _OWN = ("num_steps", "guidance", "num_video_frames", "height", "width", "fps", "negative_prompt")
 
@@ -84,7 +85,8 @@ def _options(model: str, upsampler: str) -> Callable[[Callable[..., None]], Call
         ),
         click.option(
             "--prompt_embeddings",
-            help="A safetensors file of embeddings, in place of the text encoder.",
+            help="A safetensors file of embeddings, in place of the text encoder; --prompt may "
+            "then be left out.",
         ),
         click.option(
             "--num_steps",
@@ -114,7 +116,7 @@ def _options(model: str, upsampler: str) -> Callable[[Callable[..., None]], Call
             type=int,
             default=24,
             show_default=True,
-            help="Frames a second of the motion, and of the file.",
+            help="Frames a second of the motion, and of the file, 1 to 240.",
         ),
         click.option("--seed", type=int, default=1, show_default=True, help="Of the noise."),
         click.option(
@@ -126,7 +128,8 @@ def _options(model: str, upsampler: str) -> Callable[[Callable[..., None]], Call
         click.option(
             "--generation",
             type=click.Choice(["1.0", "Predict1"]),
-            help="Of the model, where the name of its folder does not tell.",
+            help="Of the model, whatever the name of its folder.  [default: by that name, else "
+            "Predict1]",
         ),
         click.option(
             "--rotary_precision",
@@ -211,18 +214,23 @@ def text2world(context: click.Context, /, **flags: Any) -> None:
     from worldline.cli.inputs import Fields
 
     run.refuse_several_gpus(flags["num_gpus"])
-    source = run.choose_one(
-        flags, ("prompt", "batch_input_path"), "no prompt: give --prompt or --batch_input_path"
-    )
-    batch = source == "batch_input_path"
-    if batch and flags["prompt_embeddings"] is not None:
+    embedded = flags["prompt_embeddings"] is not None
+    batch = False
+    if not embedded or flags["prompt"] is not None or flags["batch_input_path"] is not None:
+        source = run.choose_one(
+            flags,
+            ("prompt", "batch_input_path"),
+            "no prompt: give --prompt, --batch_input_path or --prompt_embeddings",
+        )
+        batch = source == "batch_input_path"
+    if batch and embedded:
         raise InputError(
             "--prompt_embeddings and --batch_input_path exclude each other: every line would give "
             "the same video"
         )
     fields = Fields(
         None,
-        prompt="required",
+        prompt="optional" if embedded else "required",
         model="Text2World model",
         example="assets/diffusion/batch_inputs/text2world.jsonl",
     )
@@ -312,8 +320,16 @@ def _make_videos(
     files = _find_files(flags, given)
     requests = _make_requests(options, files, given)
     _check(files, requests, flags["prompt_embeddings"])
+    _check_rates(requests, outputs)
     tasks = [
-        run.Task(item, request, output, _files_of(item, flags))
+        run.Task(
+            item,
+            request,
+            output,
+            _files_of(item, flags),
+            _resolve(files, request, flags) if flags["resume"] else {},
+            request.fps / files.tokenizer_config.temporal,
+        )
         for item, request, output in zip(items, requests, outputs, strict=True)
     ]
     if flags["resume"]:
@@ -419,18 +435,51 @@ def _check(
         raise CheckpointError(f"{files.why_no_text}; {ways}") from error
 
 
+def _check_rates(requests: Sequence[DiffusionRequest], outputs: Sequence[Path]) -> None:
+    """Refuse a rate that the format of a video cannot store."""
+    for request, output in zip(requests, outputs, strict=True):
+        if output.suffix.lower() == ".gif" and request.fps > _GIF_FPS:
+            raise InputError(
+                f"fps is {request.fps:g}, but a GIF shows {_GIF_FPS} frames a second at most; "
+                "choose another format by --video_save_name"
+            )
+
+
 def _files_of(item: Item, flags: dict[str, Any]) -> dict[str, Path | None]:
     """Return the files that decide a video beside those of the world, by their role in reports."""
     embeddings = flags["prompt_embeddings"]
     return {"input": item.path, "prompt_embeddings": Path(embeddings) if embeddings else None}
 
 
+def _resolve(
+    files: DiffusionFiles, request: DiffusionRequest, flags: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what a report says of what requests leave to the world and to the device."""
+    from worldline.loading import choose_device, compute_dtype
+    from worldline.loading.diffusion import text_dtype
+    from worldline.pipelines.diffusion import rotary_precision_of, sampler_of
+
+    dtype = compute_dtype(choose_device(flags["device"]))
+    text = None
+    if files.text is not None:
+        text = flags["text_encoder_dtype"] or str(text_dtype(dtype)).removeprefix("torch.")
+    return {
+        "generation": files.generation,
+        "sampler": sampler_of(files, request),
+        "rotary_precision": rotary_precision_of(files, request),
+        "dtype": str(dtype).removeprefix("torch."),
+        "text_encoder_dtype": text,
+    }
+
+
 def _run(
     tasks: list[run.Task], files: DiffusionFiles, flags: dict[str, Any], *, batch: bool
 ) -> None:
+    from worldline.pipelines.diffusion import read_embeddings, to_encode
     from worldline.world import load_files
 
     def load() -> Any:
+        embeddings = read_embeddings(files, flags["prompt_embeddings"])
         offload = {name: flags[name] for name in OFFLOAD_FLAGS}
         sizes = [(r.num_video_frames, r.height, r.width) for r in (t.request for t in tasks)]
         return load_files(
@@ -438,6 +487,7 @@ def _run(
             device=flags["device"],
             text_encoder_dtype=flags["text_encoder_dtype"],
             video=max(sizes, key=math.prod),
+            text=any(to_encode(task.request, embeddings) for task in tasks),
             **offload,
         )
 

@@ -70,7 +70,9 @@ class Item:
     def __str__(self) -> str:
         if self.path is not None:
             return str(self.path)
-        words = " ".join((self.prompt or "").split())
+        if self.prompt is None:
+            return "embeddings"
+        words = " ".join(self.prompt.split())
         return f"“{words}”" if len(words) <= _SHOWN else f"“{words[:_SHOWN].rstrip()}…”"
 
 
@@ -78,11 +80,11 @@ def read_single(path: str | Path | None, fields: Fields, prompt: str | None = No
     """Check a single input.
 
     Raises:
-        InputError: it is no readable media of this kind, or too short; the prompt is empty, or
-            missing where one is needed.
+        InputError: it is no readable media of this kind, or too short; the prompt is empty, no
+            text, or missing where one is needed.
     """
-    if prompt is not None and not prompt.strip():
-        raise InputError("--prompt is empty")
+    if prompt is not None:
+        _check_prompt(prompt, "--prompt")
     if prompt is None and fields.prompt == "required":
         raise InputError(f"no prompt: a {fields.model} needs --prompt")
     if path is None:
@@ -200,9 +202,17 @@ def _parse(line: str, fields: Fields) -> dict[str, Any]:
         prompt = entry[PROMPT]
         if not isinstance(prompt, str):
             raise InputError(f'"{PROMPT}" must be a text, not {json.dumps(prompt)}')
-        if not prompt.strip():
-            raise InputError(f'"{PROMPT}" is empty')
+        _check_prompt(prompt, f'"{PROMPT}"')
     return entry
+
+
+def _check_prompt(prompt: str, name: str) -> None:
+    if not prompt.strip():
+        raise InputError(f"{name} is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, or bytes that are no UTF-8
+        raise InputError(f"{name} is no valid text: {error}") from None
 
 
 def _find(name: str, file: Path) -> Path:

@@ -5,13 +5,11 @@ A command reads its inputs and makes the requests; from there on the families ha
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from worldline.cli.batch import run_each
 from worldline.errors import Error, GuardrailRefusal, InputError
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ logger = logging.getLogger(__name__)
 _UNWRITTEN = (".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".3gp")
 # of the files beside a video: its report, its prompt
 _BESIDE = (".json", ".txt")
-_UNDECIDING = ("preview_every",)  # fields of requests
+_UNDECIDING = {"preview_every"}  # fields of requests
 _STAGES = {
     "text": "encoding the prompt",
     "encode": "encoding",
@@ -50,7 +49,6 @@ _BARS = {
     ),
 }
 NUMBERED = {"video_save_name": "videos of a batch are numbered"}
-PREVIEW_FPS = 3.0  # a latent frame stands for 8 of the 24 frames of a second
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,17 @@ class Task:
         output: where it goes.
         files: by role, the files beside those of the world that decide what it shows; None where
             the role has no file.
+        resolved: entries of the report that decide what it shows too, as they will be; where they
+            have the name of a field of the request, they stand for it.
+        preview_fps: frames a second of early looks; None where there are none.
     """
 
     item: Item
     request: Any
     output: Path
     files: dict[str, Path | None] = field(default_factory=dict)
+    resolved: dict[str, Any] = field(default_factory=dict)
+    preview_fps: float | None = None
 
 
 def given_flags(context: click.Context) -> set[str]:
@@ -138,7 +141,8 @@ def choose_outputs(
 
     Args:
         items: what is made into videos.
-        flags: of the command; video_save_folder and video_save_name are used.
+        flags: of the command; video_save_folder, video_save_name and, where the command has it,
+            preview_every are used.
         batch: whether the videos are numbered.
         read: files beside those of the items that must not be overwritten.
 
@@ -169,7 +173,10 @@ def choose_outputs(
     check_folder(outputs[0].parent, "--video_save_folder")
     kept = {path.resolve() for path in (*(item.path for item in items), *read) if path}
     for output in outputs:
-        for written in (output, *(output.with_suffix(ending) for ending in _BESIDE)):
+        beside = [output.with_suffix(ending) for ending in _BESIDE]
+        if flags.get("preview_every"):
+            beside.append(_preview_of(output))
+        for written in (output, *beside):
             if written.resolve() in kept:
                 raise InputError(
                     f"{written} is an input; choose another --video_save_folder"
@@ -222,14 +229,16 @@ def _is_finished(task: Task, identity: dict[str, Any]) -> bool:
         files = {role: path and stamp(path) for role, path in task.files.items()}
         if report["files"] != {**identity, **files}:
             return False
-        return _deciding(report["request"]) == _deciding(vars(task.request))
+        if any(report[name] != value for name, value in task.resolved.items()):
+            return False
+        left_out = _UNDECIDING | task.resolved.keys()
+        return _without(report["request"], left_out) == _without(vars(task.request), left_out)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _deciding(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a request that decide what the video shows."""
-    return {name: value for name, value in request.items() if name not in _UNDECIDING}
+def _without(request: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in request.items() if name not in names}
 
 
 @contextmanager
@@ -279,25 +288,18 @@ def run_tasks(
         used = [name for name in offload_flags if flags[name]]
         log_without_effect(used, dict.fromkeys(used, "the model runs on the CPU"))
     logger.info("%s", describe_world(world))
-    failed, refused = 0, 0
-    for position, task in enumerate(tasks):
-        label = f"{position + 1}/{len(tasks)} {task.item}" if batch else str(task.item)
-        preview = _Preview(task.output)
+
+    def make(task: Task, label: str) -> str:
+        preview = _Preview(task.output, task.preview_fps)
         try:
             with memory_advice(flags, offload_flags):
                 video = follow(stream(world, task), label, preview.show)
             video.save(task.output)
-        except Exception as error:
-            if not batch or _is_disk_full(error):
-                raise
-            refused += isinstance(error, GuardrailRefusal)
-            failed += not isinstance(error, GuardrailRefusal)
-            logger.error("%s: %s", label, _one_line(error))
-            logger.debug("%s", traceback.format_exc())
-        else:
-            click.echo(describe_video(video, task.output))
         finally:
             preview.remove()
+        return describe_video(video, task.output)
+
+    failed, refused = run_each(tasks, make, lambda task: task.item, batch=batch)
     made = len(tasks) - failed - refused
     if batch:
         click.echo(f"{made} of {len(tasks)} videos are in {tasks[0].output.parent}")
@@ -307,32 +309,32 @@ def run_tasks(
         raise GuardrailRefusal(f"{refused} of {len(tasks)} videos were refused", stage="video")
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    """Tell whether going on would waste the time of every further clip."""
-    cause = error if isinstance(error, OSError) else error.__cause__
-    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    first = text[0] if text else type(error).__name__
-    return first if isinstance(error, Error) else f"{type(error).__name__}: {first}"
-
-
 class _Preview:
-    """An early look beside the video to come; gone when the run is over, whatever its end."""
+    """An early look beside the video to come; gone when the run is over, whatever its end.
 
-    def __init__(self, output: Path) -> None:
-        self.path = output.with_suffix(f".preview{output.suffix}")
+    A file that has its name already stays, and there is no look.
+    """
+
+    def __init__(self, output: Path, fps: float | None) -> None:
+        self.path = _preview_of(output)
+        self.fps = fps
         self.shown = False
+        self._taken = False
 
     def show(self, step: Step) -> None:
         """Replace the look by a later one; a disk that refuses it does not end the run."""
         from worldline.video.write import write_video
 
         assert step.preview is not None
+        assert self.fps is not None
+        if self._taken:
+            return
+        if not self.shown and os.path.lexists(self.path):
+            self._taken = True
+            logger.warning("no preview: %s is not of this run, and stays", self.path)
+            return
         try:
-            write_video(step.preview, self.path, PREVIEW_FPS)
+            write_video(step.preview, self.path, self.fps)
         except Error as error:
             logger.warning("no preview: %s", error)
             return
@@ -343,6 +345,10 @@ class _Preview:
     def remove(self) -> None:
         if self.shown:
             self.path.unlink(missing_ok=True)
+
+
+def _preview_of(output: Path) -> Path:
+    return output.with_suffix(f".preview{output.suffix}")
 
 
 def describe_world(world: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from worldline.cli.batch import run_each
+from worldline.cli.run import check_folder, memory_advice
 from worldline.errors import CheckpointError, Error, InputError
 from worldline.shapes import VideoShape
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LATENTS, TOKENS = "latents", "tokens"  # the tensor in a file
+_DTYPES = {  # of it
+    LATENTS: ("bfloat16", "float16", "float32", "float64"),
+    TOKENS: ("uint8", "int16", "int32", "int64"),
+}
 _SUFFIX = ".safetensors"
 _FPS = 24.0  # of a clip that does not say
 _SIZE = ("frames", "height", "width")
@@ -315,16 +320,16 @@ def _collect(
     Raises:
         InputError: an input cannot be used, two would become one file, or the folder is unusable.
     """
-    from worldline.cli.run import check_folder
-
     tasks: list[Task] = []
     problems: list[str] = []
+    count = 0
     for name in inputs:
         paths = [Path(name)]
         if paths[0].is_dir():
             paths = _files_in(paths[0], suffixes)
             if not paths:
                 problems.append(f"{name} holds nothing to {click.get_current_context().info_name}")
+        count += max(1, len(paths))
         for path in paths:
             try:
                 tasks.append(examine(path))
@@ -337,7 +342,7 @@ def _collect(
             problems.append(f"{task.path}: another input would become {task.output}, too")
         elif task.output.resolve() in read:
             problems.append(f"{task.output} is an input; choose another --output_dir")
-    _refuse(problems, max(len(tasks), len(problems)))
+    _refuse(problems, count)
     for folder in sorted({task.output.parent for task in tasks}):
         check_folder(folder, "--output_dir")
     return tasks
@@ -376,6 +381,10 @@ def _examine_coded(path: Path, flags: dict[str, Any]) -> Task:
     info = source.tensors[kind]
     if len(info.shape) != (4 if kind == LATENTS else 3) or not info.numel:
         raise InputError(f"{path}: {kind} of shape {list(info.shape)}")
+    stored = str(info.dtype).removeprefix("torch.")
+    if stored not in _DTYPES[kind]:
+        wanted = ", ".join(_DTYPES[kind])
+        raise InputError(f"{path}: {kind} are {stored}; they must be one of {wanted}")
     told = source.metadata
     suffix = ".png" if told.get("media") == "image" else ".mp4"
     output = Path(flags["output_dir"]) / f"{path.stem}{suffix}"
@@ -517,14 +526,15 @@ def _run(
     """Load the tokenizer, do the tasks one after another, and say what came of it.
 
     Raises:
-        Error: a task failed; the others were done.
+        Error: a task failed; the others of several were done.
     """
     if not tasks:
         click.echo(f"nothing left to do in {flags['output_dir']}")
         return
     for folder in {task.output.parent for task in tasks}:
         folder.mkdir(parents=True, exist_ok=True)
-    model = coder.load()
+    with memory_advice(flags, ()):
+        model = coder.load()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = str(coder.dtype).removeprefix("torch.")
     logger.info(
@@ -534,19 +544,14 @@ def _run(
         dtype,
         coder.device,
     )
-    failed = 0
-    for task in tasks:
+
+    def do(task: Task, _: str) -> str:
         begun = time.perf_counter()
-        try:
+        with memory_advice(flags, ()):
             told = run(model, coder, task)
-        except Error as error:
-            if len(tasks) == 1:
-                raise
-            failed += 1
-            logger.error("%s", error)
-            logger.debug("%s", traceback.format_exc())
-        else:
-            click.echo(f"{task.output}: {told}, {time.perf_counter() - begun:.1f} s")
+        return f"{task.output}: {told}, {time.perf_counter() - begun:.1f} s"
+
+    failed, _ = run_each(tasks, do, lambda task: task.path, batch=len(tasks) > 1)
     if failed:
         advice = "; --resume tries them alone" if "resume" in flags else ""
         raise Error(f"{failed} of {len(tasks)} inputs failed{advice}")
@@ -607,8 +612,7 @@ def _write(pieces: Iterable[Frames], task: Task) -> VideoShape:
 
     from PIL import Image
 
-    from worldline.video.stream import write_stream
-    from worldline.video.write import write_bytes
+    from worldline.video.write import write_bytes, write_stream
 
     height = width = 0
 

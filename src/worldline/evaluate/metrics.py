@@ -6,11 +6,9 @@ Frames are uint8 (T, H, W, 3), as arrays or tensors; a lone frame (H, W, 3) coun
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,6 +19,7 @@ PEAK = 255.0
 # 13(4), 2004: window, its width, and the two constants that keep flat regions finite.
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
+SSIM_BAND = 16  # rows that are worked on at a time
 SSIM_CONSTANTS = ((0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2)
 
 
@@ -84,15 +83,72 @@ def ssim_per_frame(frames: Frames, reference: Frames) -> list[float]:
     return [_ssim_of_frame(x, y) for x, y in zip(first, second, strict=True)]
 
 
+class ChangeMeter:
+    """`motion` and `flicker` of a clip that comes one frame at a time; two frames are held."""
+
+    def __init__(self) -> None:
+        self._frame: Tensor | None = None
+        self._change: Tensor | None = None
+        self._motions: list[float] = []
+        self._flickers: list[float] = []
+
+    def add(self, frame: Frames) -> None:
+        """Take the next frame, uint8 (H, W, 3), of the same size as the others."""
+        now = _as_clip(frame)[0].float()
+        if self._frame is not None:
+            change = now - self._frame
+            self._motions.append(float(change.abs().mean()))
+            if self._change is not None:
+                self._flickers.append(float((change - self._change).abs().mean()) / 2)
+            self._change = change
+        self._frame = now
+
+    @property
+    def motion(self) -> float:
+        """Of the frames so far; 0 of fewer than two."""
+        return sum(self._motions) / max(1, len(self._motions))
+
+    @property
+    def flicker(self) -> float:
+        """Of the frames so far; 0 of fewer than three."""
+        return sum(self._flickers) / max(1, len(self._flickers))
+
+
+class FidelityMeter:
+    """`psnr` and `ssim` of two clips that come one frame at a time.
+
+    Attributes:
+        frames: how many were compared.
+    """
+
+    def __init__(self) -> None:
+        self.frames = 0
+        self._error = 0.0
+        self._weight = 0.0
+        self._ssim = 0.0
+
+    def add(self, frame: Frames, reference: Frames) -> None:
+        """Take a frame of each, uint8 (H, W, 3); errors are those of `ssim`."""
+        error, weight = _squared_error(frame, reference, None)
+        self._error += float(error.sum())
+        self._weight += float(weight.sum())
+        self._ssim += sum(ssim_per_frame(frame, reference))
+        self.frames += 1
+
+    @property
+    def psnr(self) -> float:
+        """Of the frames so far, in dB; `inf` where nothing differs, `nan` of none."""
+        return _decibels(self._error, self._weight)
+
+    @property
+    def ssim(self) -> float:
+        """Of the frames so far; `nan` of none."""
+        return self._ssim / self.frames if self.frames else math.nan
+
+
 def motion(frames: Frames) -> float:
     """Mean absolute change from one frame to the next, in grey levels: 0 for a still video."""
-    clip = _as_clip(frames)
-    if len(clip) < 2:
-        return 0.0
-    total = 0.0
-    for before, after in pairwise(clip):
-        total += float((after.float() - before.float()).abs().mean())
-    return total / (len(clip) - 1)
+    return _changes(frames).motion
 
 
 def flicker(frames: Frames) -> float:
@@ -101,13 +157,14 @@ def flicker(frames: Frames) -> float:
     A picture that jumps forth and back by `a` levels flickers by `a`; one that brightens steadily,
     or stands still, by 0. Compare it with a true clip's: whatever moves also flickers a little.
     """
-    clip = _as_clip(frames)
-    if len(clip) < 3:
-        return 0.0
-    total = 0.0
-    for before, now, after in zip(clip[:-2], clip[1:-1], clip[2:], strict=True):
-        total += float((before.float() - 2 * now.float() + after.float()).abs().mean()) / 2
-    return total / (len(clip) - 2)
+    return _changes(frames).flicker
+
+
+def _changes(frames: Frames) -> ChangeMeter:
+    meter = ChangeMeter()
+    for frame in _as_clip(frames):
+        meter.add(frame)
+    return meter
 
 
 def _as_clip(frames: Frames) -> Tensor:
@@ -167,24 +224,39 @@ def _decibels(error: float, count: float) -> float:
 
 def _ssim_of_frame(first: Tensor, second: Tensor) -> float:
     """SSIM of two uint8 (H, W, 3) pictures."""
-    x, y = (
-        picture.permute(2, 0, 1)[:, None].double() for picture in (first, second)
-    )  # variances cancel
-    mean_x, mean_y, square_x, square_y, product = (
-        _smooth(value) for value in (x, y, x * x, y * y, x * y)
-    )
+    rows = len(first) - SSIM_WINDOW + 1
+    total = 0.0
+    # In bands that stay in the cache, since most of the time goes into memory.
+    for top in range(0, rows, SSIM_BAND):
+        end = min(top + SSIM_BAND, rows) + SSIM_WINDOW - 1
+        total += _ssim_sum(first[top:end], second[top:end])
+    return total / (3 * rows * (first.shape[1] - SSIM_WINDOW + 1))
+
+
+def _ssim_sum(first: Tensor, second: Tensor) -> float:
+    """Sum the SSIM of all places of the window, and of the channels, in uint8 (h, W, 3)."""
+    x, y = (picture.permute(2, 0, 1).double() for picture in (first, second))  # variances cancel
+    mean_x, mean_y, square_x, square_y, product = _smooth(torch.stack([x, y, x * x, y * y, x * y]))
     small, large = SSIM_CONSTANTS
     covariance = product - mean_x * mean_y
     variances = square_x - mean_x**2 + square_y - mean_y**2
     luminance = (2 * mean_x * mean_y + small) / (mean_x**2 + mean_y**2 + small)
     structure = (2 * covariance + large) / (variances + large)
-    return float((luminance * structure).mean())
+    return float((luminance * structure).sum())
 
 
 def _smooth(value: Tensor) -> Tensor:
-    """Weigh (C, 1, H, W) by the Gaussian window, where it fits: (C, 1, H - 10, W - 10)."""
-    offsets = torch.arange(SSIM_WINDOW, dtype=value.dtype, device=value.device) - SSIM_WINDOW // 2
-    weights = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
-    weights = weights / weights.sum()
-    value = functional.conv2d(value, weights.view(1, 1, 1, -1))
-    return functional.conv2d(value, weights.view(1, 1, -1, 1))
+    """Weigh (..., H, W) by the Gaussian window, where it fits: (..., H - 10, W - 10)."""
+    weights = [
+        math.exp(-((place - SSIM_WINDOW // 2) ** 2) / (2 * SSIM_SIGMA**2))
+        for place in range(SSIM_WINDOW)
+    ]
+    total = sum(weights)
+    # Shifted sums: a convolution in float64 first copies each pixel eleven times.
+    for dim in (-2, -1):
+        size = value.shape[dim] - SSIM_WINDOW + 1
+        result = torch.zeros_like(value.narrow(dim, 0, size))
+        for place, weight in enumerate(weights):
+            result.add_(value.narrow(dim, place, size), alpha=weight / total)
+        value = result
+    return value

@@ -55,6 +55,7 @@ from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfi
 from worldline.models.predict1_ar.weights import KEYS
 from worldline.models.predict1_dit.model import PRESETS as DIFFUSION_PRESETS
 from worldline.models.predict1_dit.model import DiT, DiTConfig
+from worldline.nn.modulation import fused
 from worldline.parallel.offload import Part
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
@@ -191,7 +192,7 @@ def find_diffusion(
         checkpoint_dir: holds the folders, those of tokenizer and text encoder too.
         tokenizer_dir: another tokenizer, by a name below `checkpoint_dir` or a path.
         text_encoder_dir: another text encoder, likewise.
-        generation: "1.0" or "Predict1", where the folder's name does not say it; decides the
+        generation: "1.0" or "Predict1", by default what the folder's name says; decides the
             sampler.
 
     Raises:
@@ -269,6 +270,7 @@ def load_diffusion(
     offload_text_encoder_model: bool = False,
     text_encoder_dtype: torch.dtype | None = None,
     video: VideoShape | None = None,
+    text: bool = True,
 ) -> DiffusionParts:
     """Read the weights of a world; those of the text encoder wait for a prompt that needs them.
 
@@ -282,6 +284,7 @@ def load_diffusion(
         offload_text_encoder_model: likewise.
         text_encoder_dtype: by default `dtype` where T5 runs in it.
         video: the largest that will be made; by default of the world's own size.
+        text: whether prompts will be encoded, which takes memory; False where embeddings are given.
 
     Raises:
         InsufficientMemoryError: the device is too small for such a video.
@@ -293,7 +296,7 @@ def load_diffusion(
     }
     of_text = text_encoder_dtype or text_dtype(dtype)
     given = [flag for flag, given in chosen.items() if given]
-    _check_memory(files, device, dtype, given, text_encoder_dtype=of_text, video=video)
+    _check_memory(files, device, dtype, given, text_encoder_dtype=of_text, video=video, text=text)
     logger.info("reading %s", files.folder)
     with recorder.stage("load"):
         transformer = _read(
@@ -306,16 +309,16 @@ def load_diffusion(
             offload_diffusion_transformer,
         )
         tokenizer = _read_tokenizer(files, device, dtype, offload_tokenizer)
-    text = None
+    encoder = None
     if files.text is not None:
-        text = TextPart(
+        encoder = TextPart(
             files.text,
             device,
             of_text,
             offload=offload_text_encoder_model,
             cache=EmbeddingCache(),
         )
-    return DiffusionParts(transformer, tokenizer, text, files)
+    return DiffusionParts(transformer, tokenizer, encoder, files)
 
 
 def _read_tokenizer(
@@ -363,7 +366,7 @@ def fit(
         given: flags that are set already.
     """
     dtype = dtype or compute_dtype(device)
-    need = _need(config, tokenizer, dtype)
+    need = _need(config, tokenizer, device, dtype)
     return fewest_flags(need, _flags(config), device, memory, given)
 
 
@@ -375,7 +378,7 @@ def fit_files(
     given: Collection[str] = (),
 ) -> Fit:
     """Do what `fit` does for files that were found: a video of their default size."""
-    need = _need_of(files, dtype or compute_dtype(device))
+    need = _need_of(files, device, dtype or compute_dtype(device))
     return fewest_flags(need, _flags(files.config), device, memory, given)
 
 
@@ -396,6 +399,7 @@ def _flags(config: ARTransformerConfig | DiTConfig) -> tuple[str, ...]:
 def _need(
     config: ARTransformerConfig | DiTConfig,
     tokenizer: CosmosTokenizerConfig,
+    device: torch.device,
     dtype: torch.dtype,
     *,
     video: VideoShape | None = None,
@@ -419,6 +423,7 @@ def _need(
             dtype=dtype,
             text_bytes=nbytes_of_text,
             context_length=context_length,
+            fused=fused(device),
             **dict.fromkeys(flags, True),
         ).peak
     )
@@ -426,19 +431,25 @@ def _need(
 
 def _need_of(
     files: WorldFiles,
+    device: torch.device,
     dtype: torch.dtype,
+    *,
     text_encoder_dtype: torch.dtype | None = None,
     video: VideoShape | None = None,
+    text: bool = True,
 ) -> Need:
+    """Return what a world needs that was found; `text` tells whether prompts will be encoded."""
     if isinstance(files, AutoregressiveFiles):
-        return _need(files.config, files.tokenizer_config, dtype)
+        return _need(files.config, files.tokenizer_config, device, dtype)
     defaults = files.defaults
+    encoder = files.text if text else None
     return _need(
         files.config,
         files.tokenizer_config,
+        device,
         dtype,
         video=video or VideoShape(defaults.num_video_frames, defaults.height, defaults.width),
-        nbytes_of_text=text_bytes(files.text, text_encoder_dtype or text_dtype(dtype)),
+        nbytes_of_text=text_bytes(encoder, text_encoder_dtype or text_dtype(dtype)),
         context_length=files.context_length,
     )
 
@@ -448,11 +459,10 @@ def _check_memory(
     device: torch.device,
     dtype: torch.dtype,
     given: Collection[str],
-    *,
-    text_encoder_dtype: torch.dtype | None = None,
-    video: VideoShape | None = None,
+    **options: Any,
 ) -> None:
-    need = _need_of(files, dtype, text_encoder_dtype, video)
+    """Refuse a world that does not fit; `options` are those of `_need_of`."""
+    need = _need_of(files, device, dtype, **options)
     check_memory(files.folder.name, need, _flags(files.config), device, given)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from worldline.errors import CheckpointError
+from worldline.files import unfinished
 from worldline.loading.folders import (
     Place,
     holds_diffusers,
@@ -17,7 +18,6 @@ from worldline.loading.folders import (
     open_transformer,
     read_settings,
     stamps,
-    unfinished,
 )
 from worldline.loading.memory import coding_bytes, count_parameters, workspace
 from worldline.models.predict1_ar.model import RELEASED_GRID, ARTransformer, ARTransformerConfig

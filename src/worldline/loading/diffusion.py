@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError, InputError
+from worldline.files import unfinished
 from worldline.loading.folders import (
     Place,
     holds_diffusers,
@@ -22,18 +23,21 @@ from worldline.loading.folders import (
     open_transformer,
     read_settings,
     stamps,
-    unfinished,
 )
 from worldline.loading.memory import coding_bytes, count_parameters, workspace
-from worldline.models.predict1_dit.model import DiT, DiTConfig
-from worldline.models.predict1_dit.weights import DiTFiles, open_dit
+from worldline.models.predict1_dit.model import HIDDEN_BYTES, DiT, DiTConfig
+from worldline.models.predict1_dit.weights import DiTFiles, Layout, find_dit, open_dit
 from worldline.parallel.offload import Part
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.cache import EmbeddingCache
 from worldline.text.t5 import RELEASED, T5Encoder, T5Files, find_t5, load_t5, t5_folders
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.tokenizers.cosmos.statistics import LatentStatistics, read_statistics
+from worldline.tokenizers.cosmos.statistics import (
+    LatentStatistics,
+    holds_vae_weights,
+    read_statistics,
+)
 from worldline.tokenizers.cosmos.stream import CHUNK
 from worldline.tokenizers.cosmos.weights import key_map
 from worldline.weights.keymap import match
@@ -58,7 +62,10 @@ _TOKENIZERS = {
     "1.0": ("Cosmos-1.0-Tokenizer-CV8x8x8", "Cosmos-Tokenize1-CV8x8x8-720p"),
 }
 _STREAMS = 7  # activations of every token that a block holds at once (measured)
-_HIDDEN_BYTES = 512 << 20  # of the feed-forward at once, see `models.predict1_dit`
+_PLAIN_STREAMS = 9  # likewise without kernels, which change nothing in place
+_PLAIN_HEADS = 4  # and while heads are normed and turned, in float32 or wider
+# a config.json with one of these was written by worldline
+_OWN_SETTINGS = ("rope_ratio", "base_fps", "text2world")
 _MOST_GIVEN = 9  # frames that are continued
 _STATISTICS = (
     "mean_std.pt",
@@ -231,14 +238,12 @@ class DiffusionParts:
         tokenizer: pixels to latents and back.
         text: prompts to embeddings; None where there is none.
         files: that they were read from.
-        preview: linear map from latents to colours, once one was asked for.
     """
 
     transformer: Part[DiT]
     tokenizer: Part[CosmosTokenizer]
     text: TextPart | None
     files: DiffusionFiles
-    preview: list[Tensor] = field(default_factory=list)
 
     @property
     def config(self) -> DiTConfig:
@@ -271,33 +276,36 @@ def open_diffusion(
     folder = place.folder
     if generation not in (None, *GENERATIONS):
         raise InputError(f"generation is {generation!r}; it must be {' or '.join(GENERATIONS)}")
-    diffusers = holds_diffusers(place.named)
-    if not diffusers and not is_diffusion(source := open_transformer(place.named)):
+    named = place.named
+    if not holds_diffusers(named) and not is_diffusion(source := open_transformer(named)):
         raise CheckpointError(
             f"{source.path} is no diffusion transformer (tensors such as "
             f"{', '.join(sorted(source.tensors)[:2])})"
         )
-    if diffusers and folder.name == "transformer":
+    try:
+        file, layout = find_dit(named)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{unfinished(folder)}") from error
+    if layout == "diffusers" and folder.name == "transformer":
         folder = folder.parent
-    settings = {} if diffusers else read_settings(folder)
-    dit = open_dit(place.named, settings)
+    dit, settings = _open_dit(file, layout, folder)
     defaults = _read_defaults(settings, dit.config, folder)
     chosen = _generation(folder, generation)
 
-    tokenizer_folder = _tokenizer_folder(place, folder, diffusers, tokenizer_dir, chosen)
+    tokenizer_folder = _tokenizer_folder(place, folder, layout, tokenizer_dir, chosen)
     try:
         tokenizer, tokenizer_config = open_tokenizer(tokenizer_folder)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{unfinished(tokenizer_folder)}") from error
     _check_tokenizer(tokenizer, tokenizer_config, dit)
     scales = tokenizer_folder if tokenizer_folder.is_dir() else tokenizer_folder.parent
-    statistics = read_statistics(scales)
+    statistics = read_statistics(scales, tokenizer_config.latent_channels)
     if statistics is None:
         raise CheckpointError(
             f"{scales} holds no mean_std.pt, the statistics of the tokenizer's latents, without "
             f"which a diffusion world cannot use it{unfinished(scales)}"
         )
-    text, why_no_text = _find_text(place, folder, diffusers, text_encoder_dir)
+    text, why_no_text = _find_text(place, folder, layout, text_encoder_dir)
     if text is not None and text.width != dit.config.context_width:
         why_no_text = (
             f"{text.folder} gives embeddings of width {text.width}, "
@@ -321,15 +329,43 @@ def open_diffusion(
 
 
 def _generation(folder: Path, asked: str | None) -> Generation:
-    """Return the generation by the folder's name (or of one around it), else as asked."""
-    for name in reversed(folder.absolute().parts):
-        found = re.search(r"Cosmos-(1\.0|Predict1)-", name)
-        if found:
-            by_name: Generation = "1.0" if found[1] == "1.0" else "Predict1"
-            if asked not in (None, by_name):
-                logger.info("generation %s has no effect: %s is of %s", asked, name, by_name)
-            return by_name
-    return "1.0" if asked == "1.0" else "Predict1"
+    """Return the generation as asked, else by the name of the model's own folder."""
+    folder = folder.absolute()
+    name = folder.name
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        name = repository  # a hub cache names a snapshot by its hash
+    found = re.search(r"Cosmos-(1\.0|Predict1)-", name)
+    by_name = found[1] if found else None
+    if asked is not None and by_name not in (None, asked):
+        logger.info("generation %s as asked, though %s is named as one of %s", asked, name, by_name)
+    return "1.0" if (asked or by_name) == "1.0" else "Predict1"
+
+
+def _open_dit(file: Path, layout: Layout, folder: Path) -> tuple[DiTFiles, dict[str, Any]]:
+    """Open the transformer; return it with what our config.json beside it says.
+
+    The released pipelines read no config.json, and what lies there may be anything. It matters only
+    if it is ours, or if the transformer cannot do without it.
+    """
+    if layout == "diffusers":
+        return open_dit(file), {}
+    try:
+        settings = read_settings(folder)
+    except CheckpointError as unreadable:
+        try:
+            dit = open_dit(file)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {unreadable}") from unreadable
+        logger.info("%s; a released model does without", unreadable)
+        return dit, {}
+    if settings and not any(name in settings for name in _OWN_SETTINGS):
+        logger.info("%s has no effect: it is not of worldline", folder / "config.json")
+        settings = {}
+    fps = settings.get("base_fps", 24.0)
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf:
+        raise CheckpointError(f"{folder / 'config.json'}: base_fps is {fps!r}")
+    return open_dit(file, settings), settings
 
 
 def _read_defaults(settings: Mapping[str, Any], config: DiTConfig, folder: Path) -> WorldDefaults:
@@ -365,16 +401,19 @@ def _read_defaults(settings: Mapping[str, Any], config: DiTConfig, folder: Path)
 def _tokenizer_folder(
     place: Place,
     folder: Path,
-    diffusers: bool,
+    layout: Layout,
     asked: str | Path | None,
     generation: Generation,
 ) -> Path:
     if asked is not None:
         return place.chosen(asked, "tokenizer_dir")
-    if diffusers and (folder / "vae").is_dir():
-        return folder / "vae"
+    own = folder / "vae"
+    if layout == "diffusers" and holds_vae_weights(own):
+        return own
     names = _TOKENIZERS[generation]
     found = place.below(names)
+    if found is None and own.is_dir():
+        return own
     if found is None:
         raise CheckpointError(
             f"no continuous tokenizer: neither {names[0]} nor {names[1]} is in {place.searched} "
@@ -402,14 +441,14 @@ def _check_tokenizer(source: Checkpoint, config: CosmosTokenizerConfig, dit: DiT
 
 
 def _find_text(
-    place: Place, folder: Path, diffusers: bool, asked: str | Path | None
+    place: Place, folder: Path, layout: Layout, asked: str | Path | None
 ) -> tuple[T5Files | None, str]:
     """Return the text encoder, or why there is none."""
     if asked is not None:
         return find_t5(place.chosen(asked, "text_encoder_dir")), ""
     present = [path for root in place.roots for path in t5_folders(root)]
-    if diffusers and (folder / "text_encoder").is_dir():
-        present.insert(0, folder / "text_encoder")
+    if (folder / "text_encoder").is_dir():
+        present.insert(0 if layout == "diffusers" else len(present), folder / "text_encoder")
     if not present:
         return None, f"there is no text encoder: no folder {RELEASED} in {place.searched}"
     reasons = []
@@ -450,6 +489,7 @@ def plan_diffusion(
     dtype: torch.dtype,
     text_bytes: int = 0,
     context_length: int = RELEASED_CONTEXT,
+    fused: bool = True,
     offload_diffusion_transformer: bool = False,
     offload_tokenizer: bool = False,
     offload_text_encoder_model: bool = False,
@@ -463,6 +503,7 @@ def plan_diffusion(
         dtype: of transformer and tokenizer.
         text_bytes: of the text encoder's weights; 0 where there is none.
         context_length: rows of a text embedding.
+        fused: kernels do the work between the layers, see `worldline.nn.modulation`.
         offload_diffusion_transformer: it waits in host memory.
         offload_tokenizer: likewise.
         offload_text_encoder_model: likewise.
@@ -488,8 +529,12 @@ def plan_diffusion(
     tokens = grid.tokens // (rows * columns)
     stream = tokens * config.width * size
     # the stream, positions, the norm's output, q, k, v before and after their norms, and the result
-    activations = _STREAMS * stream + min(tokens * config.hidden * size, _HIDDEN_BYTES)
+    hidden = min(tokens * config.hidden * size, HIDDEN_BYTES)
     inner = config.num_heads * config.head_size
+    activations = _STREAMS * stream + hidden
+    if not fused:
+        heads = _PLAIN_HEADS * tokens * inner * max(size, torch.float32.itemsize)
+        activations = _PLAIN_STREAMS * stream + max(2 * hidden, heads)
     contexts = 2 * 2 * config.depth * context_length * inner * size
     latents = 12 * config.latent_channels * grid.tokens * 8  # states of the sampler, up to float64
     coding = resident("tokenizer")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from worldline.catalog import TRANSFORMER_FILES
 from worldline.errors import CheckpointError
-from worldline.files import stamp
+from worldline.files import TRANSFORMER_FILES, read_json, stamp, unfinished
 from worldline.models.predict1_ar.weights import SHARDS
 from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.shards import find_shards, open_shards, shard_stem
 
-_UNFINISHED = ("*.incomplete", "*.part", "*.crdownload")
 _FIRST_OF_DIFFUSERS = "diffusion_pytorch_model"
 
 
@@ -121,14 +118,6 @@ def is_diffusion(source: Checkpoint) -> bool:
     return any(name.endswith("x_embedder.proj.1.weight") for name in source.tensors)
 
 
-def unfinished(folder: Path) -> str:
-    """The end of a message about absent files: what a broken download left."""
-    left = sorted(path.name for pattern in _UNFINISHED for path in folder.rglob(pattern))
-    if not left:
-        return ""
-    return f"; a download was not finished ({', '.join(left[:3])}): download it again"
-
-
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return what config.json in `folder` says; nothing where there is none.
 
@@ -136,15 +125,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         CheckpointError: it is damaged.
     """
     path = folder / "config.json"
-    if not path.exists():
-        return {}
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} holds no settings, but a {type(settings).__name__}")
-    return settings
+    return read_json(path) if path.exists() else {}
 
 
 def stamps(parts: dict[str, Iterable[Path]]) -> dict[str, Any]:

@@ -101,6 +101,11 @@ def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None = None) -> T
     return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+def fused(device: torch.device) -> bool:
+    """Tell whether kernels do the work on a device while no gradient is wanted."""
+    return device.type == "cuda" and _load_kernels() is not None
+
+
 def _kernels(x: Tensor) -> ModuleType | None:
     """Return the fused kernels where they can stand in for the plain form."""
     if not x.is_cuda or torch.is_grad_enabled() or x.dtype not in _DTYPES:

@@ -48,7 +48,10 @@ def in_background(
         while True:
             kind, value = outbox.get()
             if kind == "failed":
-                raise value
+                try:
+                    raise value
+                finally:  # this frame is in its traceback: a circle would keep the work's tensors
+                    del value
             if kind == "done":
                 return value
             yield value

@@ -43,6 +43,7 @@ from worldline.sampling.edm import SAMPLERS, Given, Reinsertion, make_sigmas, sa
 from worldline.sampling.noise import MAX_SEED, standard_noise
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of, nearest_frames
 from worldline.text import embeddings
+from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.tokenizers.cosmos.stream import decode_stream
 from worldline.video.convert import signed_to_uint8, stretched_frames
@@ -53,6 +54,7 @@ logger = logging.getLogger(__name__)
 SIGMA_DATA = 0.5  # standard deviation of the latents that the network sees
 SAMPLER_OF = {"1.0": "res_2ab", "Predict1": "edm_euler"}
 TRAINED_FPS = (12, 40)
+ALLOWED_FPS = (1, 240)  # a video file can store them
 LARGEST_GUIDANCE = 100
 LARGEST_STEPS = 1000
 
@@ -70,7 +72,7 @@ class DiffusionRequest:
         num_video_frames: 1 + 8k, the given ones included.
         height: a multiple of 16.
         width: likewise.
-        fps: frames a second of the motion, and of the file.
+        fps: frames a second of the motion, and of the file, 1 to 240.
         seed: of the noise, 0 to 2^32 - 1.
         num_input_frames: how many of the input's last frames are continued, 1 or 9; 0 for none.
         sampler: None is that of the model's generation.
@@ -119,8 +121,7 @@ class DiffusionRequest:
         self._check_range("preview_every", 0, LARGEST_STEPS)
         for name in ("num_video_frames", "height", "width"):
             self._check_range(name, 1, 1 << 20)
-        if not 0 < self.fps < math.inf:
-            raise InputError(f"fps is {self.fps}; it must be above 0")
+        self._check_range("fps", *ALLOWED_FPS)
         if not 0 <= self.augment_sigma < math.inf:
             raise InputError(f"augment_sigma is {self.augment_sigma}; it must be 0 or more")
         if self.num_input_frames not in (0, 1, 9):
@@ -236,7 +237,7 @@ def check_text(
     given = embeddings or Embeddings()
     if request.prompt is None and given.prompt is None:
         raise InputError("no prompt; give one, or prompt_embeddings")
-    needed = _to_encode(request, given)
+    needed = to_encode(request, given)
     if not needed or files.text is not None:
         return
     if given.prompt is None:
@@ -249,8 +250,8 @@ def check_text(
     )
 
 
-def _to_encode(request: DiffusionRequest, given: Embeddings) -> dict[str, str]:
-    """Return the prompts that must be encoded, by their names."""
+def to_encode(request: DiffusionRequest, given: Embeddings) -> dict[str, str]:
+    """Return the prompts that must be encoded, by their names: "prompt", "negative_prompt"."""
     wanted: dict[str, str] = {}
     if given.prompt is None and request.prompt is not None:
         wanted["prompt"] = request.prompt
@@ -318,6 +319,10 @@ def sampler_of(files: DiffusionFiles, request: DiffusionRequest) -> str:
     return request.sampler or SAMPLER_OF[files.generation]
 
 
+def _count_steps(files: DiffusionFiles, request: DiffusionRequest) -> int:
+    return len(make_sigmas(sampler_of(files, request), request.num_steps)) - 1
+
+
 def rotary_precision_of(files: DiffusionFiles, request: DiffusionRequest) -> str:
     """Return in what the angles of position are computed."""
     return request.rotary_precision or files.defaults.rotary_precision
@@ -368,9 +373,7 @@ def _filled(files: DiffusionFiles, given: Tensor, name: str) -> Tensor:
             f"{name} is {str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}; it must be "
             f"floating and finite, (S, {width}) or (1, S, {width}) with S up to {rows}"
         )
-    whole = torch.zeros(1, rows, width)
-    whole[0, : len(flat)] = flat.detach().float().cpu()
-    return whole
+    return embeddings.padded(flat.detach().float().cpu(), rows)
 
 
 def generate(
@@ -404,13 +407,17 @@ def generate(
     with _stage(recorder, "text"):
         prompt, negative = _embed(parts, request, embeddings or Embeddings())
 
-    known = None
-    if request.num_input_frames or (request.preview_every and not parts.preview):
+    known = colours = None
+    if request.num_input_frames or request.preview_every:
         yield Progress("encode", 0, 1)
-        with _stage(recorder, "encode"), torch.inference_mode():
-            known = _encode(parts, clip, request)
+        stage = _stage(recorder, "encode")
+        with stage, torch.inference_mode(), parts.tokenizer.on_device() as tokenizer:
+            if request.num_input_frames:
+                known = _encode(tokenizer, files.statistics, clip, request)
+            if request.preview_every:
+                colours = fit_colours(tokenizer)
 
-    count = len(make_sigmas(sampler_of(files, request), request.num_steps)) - 1
+    count = _count_steps(files, request)
     with _stage(recorder, "denoise"):
         yield Progress("denoise", 0, count)
 
@@ -421,7 +428,7 @@ def generate(
 
         def denoise(tell: Callable[[Progress], None]) -> Tensor:
             with torch.cuda.device(gpu) if device.type == "cuda" else nullcontext():
-                return _denoise(parts, request, grid, prompt, negative, known, count, tell)
+                return _denoise(parts, request, grid, prompt, negative, known, colours, tell)
 
         latents = yield from in_background(denoise)
 
@@ -449,9 +456,9 @@ def _embed(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the embedding of the prompt and of what guidance leads away from, (1, S, E).
 
-    The second is None where guidance needs none.
+    The second is None where there is no guidance, or none that would do anything.
     """
-    wanted = _to_encode(request, given)
+    wanted = to_encode(request, given)
     found: Mapping[str, Tensor] = {}
     if wanted and parts.text is not None:  # else told by `check_text`
         found = parts.text.embed(list(wanted.values()))
@@ -468,25 +475,25 @@ def _embed(
         "without a negative prompt, guidance does nothing: as in the released code, a continued "
         "clip is then led away from its own prompt"
     )
-    return prompt, prompt
+    return prompt, None
 
 
-def _encode(parts: DiffusionParts, clip: Clip | None, request: DiffusionRequest) -> Tensor | None:
+def _encode(
+    tokenizer: CosmosTokenizer,
+    statistics: LatentStatistics,
+    clip: Clip | None,
+    request: DiffusionRequest,
+) -> Tensor:
     """Return the given frames as normalised latents (1, C, t, H, W), float32."""
-    with parts.tokenizer.on_device() as tokenizer:
-        if request.preview_every and not parts.preview:
-            parts.preview.append(fit_colours(tokenizer))
-        if not request.num_input_frames:
-            return None
-        if clip is None:
-            raise InputError(f"no input, but num_input_frames is {request.num_input_frames}")
-        # the tokenizer is causal: frames behind the given ones would not change their latents
-        frames = stretched_frames(clip, request.num_input_frames, request.height, request.width)
-        weight = tokenizer.quant_conv.weight
-        latents = tokenizer.encode(frames.to(weight))
-        # the statistics of a clip's first frame, not those of an image
-        statistics = rounded(parts.files.statistics, weight.dtype)
-        return SIGMA_DATA * statistics.normalise(latents.float(), image=False)
+    if clip is None:
+        raise InputError(f"no input, but num_input_frames is {request.num_input_frames}")
+    # the tokenizer is causal: frames behind the given ones would not change their latents
+    frames = stretched_frames(clip, request.num_input_frames, request.height, request.width)
+    weight = tokenizer.quant_conv.weight
+    latents = tokenizer.encode(frames.to(weight))
+    # the statistics of a clip's first frame, not those of an image
+    of_clip = rounded(statistics, weight.dtype)
+    return SIGMA_DATA * of_clip.normalise(latents.float(), image=False)
 
 
 def rounded(statistics: LatentStatistics, dtype: torch.dtype) -> LatentStatistics:
@@ -504,7 +511,7 @@ def _denoise(
     prompt: Tensor,
     negative: Tensor | None,
     known: Tensor | None,
-    count: int,
+    colours: Tensor | None,
     tell: Callable[[Progress], None],
 ) -> Tensor:
     """Return the latents of the video, float32 (1, C, T, H, W)."""
@@ -536,6 +543,7 @@ def _denoise(
             context = contexts[conditional]
             return transformer(x, times, context, positions, condition_mask=mask)
 
+        count = _count_steps(files, request)
         started = time.perf_counter()
 
         def on_step(step: int, _: Tensor, denoised: Tensor) -> None:
@@ -544,9 +552,9 @@ def _denoise(
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - started
             preview = None
-            if request.preview_every and (step + 1) % request.preview_every == 0:
+            if colours is not None and (step + 1) % request.preview_every == 0:
                 shown = _restore(files.statistics, denoised.float())
-                preview = show_colours(shown, parts.preview[0], files.tokenizer_config.spatial)
+                preview = show_colours(shown, colours, files.tokenizer_config.spatial)
             tell(Progress("denoise", step + 1, count, preview=preview, seconds=seconds))
             started = time.perf_counter()
 
@@ -555,7 +563,7 @@ def _denoise(
             noise,
             sampler=sampler_of(files, request),
             num_steps=request.num_steps,
-            guidance=request.guidance,
+            guidance=0.0 if negative is None else request.guidance,
             given=given,
             reinsertion=request.reinsertion,
             on_step=on_step,

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 from worldline.errors import CheckpointError, Error
+from worldline.files import read_json
 
 PAD, END = 0, 1
 FILES = ("tokenizer.json", "spiece.model")
@@ -106,15 +106,7 @@ def read_tokenizer_settings(folder: Path) -> dict[str, Any]:
         CheckpointError: it is damaged.
     """
     path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} holds no settings, but a {type(settings).__name__}")
-    return settings
+    return read_json(path) if path.exists() else {}
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError, Error, InputError
-from worldline.files import stamp
+from worldline.files import read_json, stamp, unfinished
 from worldline.text.prompt_tokens import (
     BYTES,
     END,
@@ -83,7 +83,6 @@ TINY: dict[str, Any] = {
     "num_layers": 2,
     "num_heads": 4,
 }
-_UNFINISHED = ("*.incomplete", "*.part", "*.crdownload")
 
 
 @dataclass(frozen=True)
@@ -367,7 +366,7 @@ def find_t5(folder: Path) -> T5Files:
             break
     else:
         raise CheckpointError(
-            f"{folder} holds no tokenizer (tokenizer.json or spiece.model){_unfinished(folder)}"
+            f"{folder} holds no tokenizer (tokenizer.json or spiece.model){unfinished(folder)}"
         )
     given = read_tokenizer_settings(holder).get("model_max_length")
     # A tokenizer without a limit of its own says 1e30.
@@ -379,44 +378,26 @@ def find_t5(folder: Path) -> T5Files:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} holds no config.json{_unfinished(folder)}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
+        raise CheckpointError(f"{folder} holds no config.json{unfinished(folder)}")
+    config = read_json(path)
+    kind = config.get("model_type")
     if kind != "t5":
         raise CheckpointError(f"{path} is of a model of type {kind!r}, not of a T5 encoder")
     try:
         _settings(config)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}, so no T5 encoder can be built") from error
-    return dict(config)
+    return config
 
 
 def _open_weights(folder: Path) -> Checkpoint:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return open_checkpoint(folder / name)
-    unfinished = _unfinished(folder)
+    left = unfinished(folder)
     others = sorted(path.name for path in folder.glob("*_model.*"))
-    only = f"; {', '.join(others)} cannot be read" if others and not unfinished else ""
-    raise CheckpointError(
-        f"{folder} holds no weights ({' or '.join(WEIGHTS[::2])}){unfinished or only}"
-    )
-
-
-def _unfinished(folder: Path) -> str:
-    """The end of a message about absent files: what a broken download left."""
-    left = {path.name for pattern in _UNFINISHED for path in folder.rglob(pattern)}
-    # In a hub cache a snapshot has links, and the bytes are in a folder beside.
-    left |= {path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()}
-    if folder.parent.name == "snapshots":
-        left |= {path.name for path in (folder.parent.parent / "blobs").glob("*.incomplete")}
-    if not left:
-        return ""
-    names = ", ".join(sorted(left)[:3])
-    return f"; a download was not finished ({names}): download it again"
+    only = f"; {', '.join(others)} cannot be read" if others and not left else ""
+    raise CheckpointError(f"{folder} holds no weights ({' or '.join(WEIGHTS[::2])}){left or only}")
 
 
 def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T5Encoder:

@@ -597,11 +597,13 @@ class _Denoising(nn.Module):
         hidden = self.text.hidden(ids, attended)
         context = torch.where(mask[..., None] != 0, hidden, hidden.new_zeros(()))
         rotation = Rotation(self.cos, self.sin)
+        learned = self.transformer.positions
+        assert learned is not None
         output = self.transformer(
             shown,
             precondition(sigma).time.bfloat16().float(),  # as a network in bf16 is told it
             self.transformer.encode_context(context),
-            DiTPositions(rotation, self.transformer.positions(self.tokens)),
+            DiTPositions(rotation, learned(self.tokens)),
             condition_mask=marked,
         )
         return denoising_loss(output, latents, noise[0], sigma, marked)

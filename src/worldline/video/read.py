@@ -116,11 +116,11 @@ def probe(path: str | Path, *, kind: Kind) -> MediaInfo:
     if kind == "image":
         height, width = read_image(path).frames.shape[1:3]
         return MediaInfo("image", 1, height, width, 0.0)
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         packets = sum(not p.is_discard for p in _packets(path, container, stream))
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         count = 0
-        for frame in _decoded(path, container, stream):
+        for frame in decoded(path, container, stream):
             if count == 0:
                 height, width = frame.height, frame.width
                 if _orientation(frame)[0]:
@@ -151,13 +151,13 @@ def read_video(path: str | Path, *, last: int | None = None) -> Clip:
         raise ValueError(f"last is {last}; at least 1 frame must be kept")
     kept: deque[av.VideoFrame] = deque(maxlen=last)
     images: list[NDArray[np.uint8]] = []
-    with _opened(path) as (container, stream):
-        for frame in _decoded(path, container, stream):
+    with opened(path) as (container, stream):
+        for frame in decoded(path, container, stream):
             if last is None:
-                images.append(_to_rgb(frame))
+                images.append(frame_to_rgb(frame))
             else:
                 kept.append(frame)  # converted at the end: only what stays is worth the work
-        images.extend(_to_rgb(frame) for frame in kept)
+        images.extend(frame_to_rgb(frame) for frame in kept)
         fps = _rate(stream)
     if not images:
         raise InputError(f"{path} has no video frames")
@@ -308,9 +308,14 @@ def _matroska_size(head: bytes, place: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened(
+def opened(
     path: Path,
 ) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
+    """Open a video for the time of a `with`, and choose its stream.
+
+    Raises:
+        InputError: missing, unreadable, not a video, or truncated.
+    """
     _check_file(path)
     format_name = _container_format(path)
     _check_length(path, format_name)
@@ -353,11 +358,16 @@ def _packets(
             yield packet
 
 
-def _decoded(
+def decoded(
     path: Path,
     container: av.container.InputContainer,
     stream: av.video.stream.VideoStream,
 ) -> Iterator[av.VideoFrame]:
+    """Yield the frames of what `opened` gave, in the order in which they are shown.
+
+    Raises:
+        InputError: the file is damaged or truncated.
+    """
     count = 0
     # None at the end: the decoder gives what it still holds back for reordering.
     for packet in chain(_packets(path, container, stream), [None]):
@@ -396,7 +406,8 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     return False, False, False
 
 
-def _to_rgb(frame: av.VideoFrame) -> NDArray[np.uint8]:
+def frame_to_rgb(frame: av.VideoFrame) -> NDArray[np.uint8]:
+    """Return a decoded frame as uint8 (H, W, 3), upright, transparent parts over white."""
     alpha = any(component.is_alpha for component in frame.format.components)
     layout = "rgba" if alpha else "rgb24"
     if int(frame.colorspace) == BT709:

@@ -1,8 +1,8 @@
 """Frames to files that are either whole or not there.
 
-A file is encoded in memory, written under a temporary name in its own folder, and only then takes
-its name. So an interrupted run leaves no partial video, a full disk leaves the older file whole,
-and of two runs that write the same name the later wins entirely.
+Clips come whole or piece by piece. A file is encoded in memory, written under a temporary name in
+its own folder, and only then takes its name. So an interrupted run leaves no partial video, a full
+disk leaves the older file whole, and of two runs that write the same name the later wins entirely.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def write_video(frames: Frames, path: str | Path, fps: float) -> None:
 
     Raises:
         InputError: unknown suffix, or a place that cannot be written.
-        Error: the disk is full, or this build of PyAV lacks the encoder.
+        Error: the disk is full, this build of PyAV lacks the encoder, or the encoder cannot take
+            frames of this size or rate.
     """
     path = Path(path)
     _check_frames(frames)
@@ -69,10 +71,53 @@ def write_video(frames: Frames, path: str | Path, fps: float) -> None:
             for index, frame in enumerate(frames):
                 Image.fromarray(frame).save(temporary / f"{index:05d}.png")
         return
-    if not fps > 0:
-        raise ValueError(f"fps is {fps}; it must be above 0")
-    container, encoder, options = ENCODINGS[path.suffix.lower()]
-    write_bytes(path, _encode(frames, fps, container, encoder, options))
+    if path.suffix.lower() == ".gif":
+        write_bytes(path, _encode(path, fps, frames.shape[1:3], _in_palette(frames)))
+    else:
+        write_stream([frames], path, fps)
+
+
+def write_stream(pieces: Iterable[Frames], path: str | Path, fps: float) -> int:
+    """Write a video as `write_video` does, piece by piece, and return how many frames it has.
+
+    Args:
+        pieces: uint8 (T, H, W, 3), all of one size; at least one.
+        path: `.mp4`, `.mov`, `.mkv` or `.webm`; the file is there once it is whole.
+        fps: frames a second, above 0.
+
+    Raises:
+        InputError: as `write_video`.
+        Error: as `write_video`.
+    """
+    path = Path(path)
+    check_destination(path)
+    if not path.suffix or path.suffix.lower() == ".gif":
+        what = "the palette of a GIF needs the whole clip" if path.suffix else "no suffix"
+        raise InputError(f"{path}: {what}; use .mp4")
+    pieces = iter(pieces)
+    first = next(pieces, None)
+    if first is None:
+        raise ValueError("a video needs at least one frame")
+    _check_frames(first)
+    height, width = first.shape[1:3]
+    # of H.264, which stores even sides only
+    odd = ENCODINGS[path.suffix.lower()][1] == "libx264"
+    edges = ((0, height % 2 * odd), (0, width % 2 * odd), (0, 0))
+    total = 0
+
+    def pictures() -> Iterator[av.VideoFrame]:
+        nonlocal total
+        for piece in chain([first], pieces):
+            _check_frames(piece)
+            if piece.shape[1:3] != (height, width):
+                raise ValueError(f"frames of {piece.shape[1:3]} after some of {(height, width)}")
+            for frame in piece:
+                yield _in_yuv(np.pad(frame, edges, mode="edge"))
+                total += 1
+
+    size = height + edges[0][1], width + edges[1][1]
+    write_bytes(path, _encode(path, fps, size, pictures()))
+    return total
 
 
 def check_destination(path: str | Path) -> None:
@@ -195,21 +240,31 @@ def _cannot_write(path: Path, error: OSError) -> Error:
 
 
 def _encode(
-    frames: Frames, fps: float, container: str, encoder: str, options: dict[str, str]
+    path: Path,
+    fps: float,
+    size: tuple[int, ...],
+    pictures: Iterable[av.VideoFrame],
 ) -> memoryview:
+    """Return the bytes of the video.
+
+    Args:
+        path: its suffix chooses the format.
+        fps: frames a second.
+        size: rows and columns of a picture.
+        pictures: as the encoder takes them; they get their times here.
+    """
+    if not fps > 0:
+        raise ValueError(f"fps is {fps}; it must be above 0")
+    container, encoder, options = ENCODINGS[path.suffix.lower()]
     if encoder not in av.codec.codecs_available:
         raise Error(f"this build of PyAV has no {encoder} encoder; install PyAV's own wheel")
     rate = Fraction(fps).limit_denominator(1001)
-    if encoder == "libx264":
-        odd_rows, odd_columns = frames.shape[1] % 2, frames.shape[2] % 2
-        frames = np.pad(frames, ((0, 0), (0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
     file = io.BytesIO()
     with av.open(file, "w", format=container) as output:
         stream: Any = output.add_stream(encoder, rate=rate, options=options)
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = size
         if encoder == "gif":
             stream.pix_fmt = "pal8"
-            pictures = _with_palette(frames, rate)
         else:
             stream.pix_fmt = "yuv420p"
             # Without tags players guess the matrix from the height, and the colours shift.
@@ -217,30 +272,38 @@ def _encode(
             stream.codec_context.color_primaries = BT709
             stream.codec_context.color_trc = BT709
             stream.codec_context.color_range = LIMITED_RANGE
-            pictures = _in_yuv(frames)
-        for index, picture in enumerate(pictures):
-            picture.pts = index
-            picture.time_base = 1 / rate
-            output.mux(stream.encode(picture))
-        output.mux(stream.encode(None))
+        # None at the end: the encoder gives what it still holds back.
+        for index, picture in enumerate(chain(pictures, [None])):
+            if picture is not None:
+                picture.pts = index
+                picture.time_base = 1 / rate
+            try:
+                output.mux(stream.encode(picture))
+            except MemoryError:
+                raise
+            except av.error.FFmpegError as error:
+                raise Error(
+                    f"{path} was not written: {encoder} cannot encode frames of "
+                    f"{size[1]} x {size[0]} at {fps:g} a second: {error.strerror or error}"
+                ) from error
     return file.getbuffer()
 
 
-def _in_yuv(frames: Frames) -> Iterator[av.VideoFrame]:
-    for frame in frames:
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        yield picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+def _in_yuv(frame: Frames) -> av.VideoFrame:
+    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+    return picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
 
 
-def _with_palette(frames: Frames, rate: Fraction) -> Iterator[av.VideoFrame]:
+def _in_palette(frames: Frames) -> Iterator[av.VideoFrame]:
     """Bring all frames to one palette of 256 colours, so that what stands still does not flicker.
 
     Pillow could write the GIF, but merges equal neighbours and so loses frames.
     """
     graph = av.filter.Graph()
+    unit = Fraction(1)  # of time; the palette does not depend on it
     height, width = frames.shape[1:3]
     source = graph.add_buffer(
-        width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / rate
+        width=width, height=height, format=av.VideoFormat("rgb24"), time_base=unit
     )
     split = graph.add("split")
     make = graph.add("palettegen", "reserve_transparent=0")
@@ -255,7 +318,7 @@ def _with_palette(frames: Frames, rate: Fraction) -> Iterator[av.VideoFrame]:
     for index, frame in enumerate(frames):
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         picture.pts = index
-        picture.time_base = 1 / rate
+        picture.time_base = unit
         graph.push(picture)
     graph.push(None)
     while True:

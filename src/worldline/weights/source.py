@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +44,21 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= size
     return tuple(reversed(strides))
+
+
+class Source(Protocol):
+    """What can be read to a tensor, once: a `FileTensor`, or a caller's own."""
+
+    @property
+    def info(self) -> TensorInfo:
+        """Its dtype and shape."""
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None for a tensor that is of none."""
+
+    def read(self) -> Tensor:
+        """Return the tensor, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -132,27 +148,3 @@ class FileTensor:
         if len(data) < self.span:
             raise CheckpointError(f"{self.path} is damaged in {self.member}; download it again")
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-@dataclass(frozen=True)
-class MemoryTensor:
-    """A tensor of a file whose format can only be read as a whole.
-
-    Attributes:
-        tensor: read.
-        path: the file; None for a tensor that is of none.
-    """
-
-    tensor: Tensor
-    path: Path | None = None
-
-    @property
-    def info(self) -> TensorInfo:
-        return TensorInfo(self.tensor.dtype, tuple(self.tensor.shape))
-
-    def read(self) -> Tensor:
-        """Return the tensor."""
-        return self.tensor
-
-
-Source = FileTensor | MemoryTensor

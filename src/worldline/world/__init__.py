@@ -88,7 +88,7 @@ def load(
         text_encoder_dir: another text encoder, likewise.
         text_encoder_dtype: torch.float32 or torch.bfloat16; by default `dtype` if that is one of
             them, else bf16.
-        generation: "1.0" or "Predict1", where the folder's name does not tell.
+        generation: "1.0" or "Predict1"; by default what the folder's name tells.
         video: frames, height and width of the largest video that will be made, which must fit into
             memory; by default what the world makes unless told otherwise.
 
@@ -142,8 +142,13 @@ def load_files(
     offload_text_encoder_model: bool = False,
     text_encoder_dtype: torch.dtype | str | None = None,
     video: tuple[int, int, int] | None = None,
+    text: bool = True,
 ) -> World:
-    """Do what `load` does with files that were found and checked before."""
+    """Do what `load` does with files that were found and checked before.
+
+    `text` tells whether a diffusion world will encode prompts. Where embeddings are given it will
+    not, and needs less memory.
+    """
     if isinstance(text_encoder_dtype, str):
         text_encoder_dtype = getattr(torch, text_encoder_dtype, text_encoder_dtype)
     _check_dtype("text_encoder_dtype", text_encoder_dtype, _TEXT_DTYPES)
@@ -186,6 +191,7 @@ def load_files(
             offload_text_encoder_model=offload_text_encoder_model,
             text_encoder_dtype=text_encoder_dtype,
             video=VideoShape(*video) if video else None,
+            text=text,
         ),
         recorder,
         identity,

@@ -37,7 +37,8 @@ class Video:
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the video (by suffix: .mp4, .mov, .mkv, .webm, .gif) and its report beside it.
 
-        The report has the same name and the suffix .json, the prompt, where there is one, .txt.
+        The report has the same name and the suffix .json, the prompt, where there is one, .txt; of
+        a video that was made of embeddings alone, an older .txt is removed.
         Each file appears whole or not at all, and of two programs that save under one name the last
         leaves all files.
 
@@ -52,6 +53,9 @@ class Video:
             write_video(self.frames, target, self.fps)
             if self.prompt is not None:
                 write_bytes(target.with_suffix(".txt"), self.prompt.encode())
+            elif "prompt" in self.report.get("request", {}):
+                with suppress(OSError):  # words of an earlier video of this name
+                    target.with_suffix(".txt").unlink(missing_ok=True)
             write_bytes(target.with_suffix(".json"), text.encode())
         return target
 

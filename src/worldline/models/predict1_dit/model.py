@@ -3,13 +3,17 @@
 Source: nvidia-cosmos/cosmos-predict1 `diffusion/networks/general_dit.py`,
 `general_dit_video_conditioned.py`, `diffusion/module/{blocks,attention,position_embedding}.py`;
 arXiv 2501.03575, section 5.1. Video2World reads one more channel, which marks the given frames.
+The diffusion decoder, which turns tokens of the autoregressive models into latents, reads embedded
+tokens beside the latents, and has no learned positions (same repository,
+`autoregressive/diffusion_decoder/network.py`).
 Axes: B batch, C latent channels, T/H/W latent grid, L tokens, D width, N heads, K head size,
 S rows of the text, E its width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -26,7 +30,7 @@ Context = list[tuple[Tensor, Tensor]]
 
 _SIZES = ("depth", "width", "num_heads", "head_size", "hidden", "context_width", "lora_rank")
 # hidden activations of the feed-forward that exist at once; 56,320 tokens of 14B would need 2.3 GB
-_HIDDEN_BYTES = 512 << 20
+HIDDEN_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +48,13 @@ class DiTConfig:
         latent_channels: C of the input, without the masks.
         out_channels: C of the output.
         condition_mask: a further input channel marks given frames (Video2World).
-        max_grid: tokens of the largest grid, which the learned positions hold.
+        max_grid: tokens of the largest grid; what the learned positions hold, where there are any.
         rope_ratio: stretching of the rotary positions in time, rows and columns.
         base_fps: frame rate at which latent frame t stands at position t.
         patch: latent cells a token covers in time, rows and columns.
+        learned_positions: a learned table of positions is added before every block.
+        vocabulary: ids that the diffusion decoder reads; 0 for the other models.
+        id_width: channels of an embedded id.
     """
 
     depth: int
@@ -64,6 +71,9 @@ class DiTConfig:
     out_channels: int = 16
     base_fps: float = 24.0
     patch: tuple[int, int, int] = (1, 2, 2)
+    learned_positions: bool = True
+    vocabulary: int = 0
+    id_width: int = 0
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -74,6 +84,8 @@ class DiTConfig:
             raise ValueError(f"head_size is {self.head_size}; it must be even and at least 12")
         if self.patch[0] != 1:
             raise ValueError(f"patch is {self.patch}; a token covers one latent frame")
+        if (self.vocabulary > 0) != (self.id_width > 0):
+            raise ValueError(f"{self.vocabulary} ids of width {self.id_width}: both, or neither")
 
     @property
     def patch_cells(self) -> int:
@@ -81,14 +93,14 @@ class DiTConfig:
 
     @property
     def input_features(self) -> int:
-        """Numbers a token reads: latents, condition mask (Video2World), padding mask."""
-        return (self.latent_channels + self.condition_mask + 1) * self.patch_cells
+        """Numbers a token reads: latents, condition mask (Video2World) or ids, padding mask."""
+        return (self.latent_channels + self.condition_mask + self.id_width + 1) * self.patch_cells
 
     def tokens(self, grid: LatentShape) -> LatentShape:
         """Return the grid of tokens of a latent grid.
 
         Raises:
-            ValueError: a side is no multiple of the patch, or the learned positions end before it.
+            ValueError: a side is no multiple of the patch, or the positions end before it.
         """
         _, rows, columns = self.patch
         if grid.height % rows or grid.width % columns:
@@ -105,10 +117,14 @@ class DiTConfig:
         ):
             raise ValueError(
                 f"a latent grid of {grid.frames} x {grid.height} x {grid.width} cells is beyond "
-                f"the learned positions ({largest.frames} x {largest.height * rows} x "
+                f"the model's positions ({largest.frames} x {largest.height * rows} x "
                 f"{largest.width * columns})"
             )
         return tokens
+
+
+LARGEST_GRID = LatentShape(128, 120, 120)
+DECODER_RATIO = (1.0, 1.5, 1.5)
 
 
 def _released(size: str, *, condition_mask: bool) -> DiTConfig:
@@ -123,7 +139,7 @@ def _released(size: str, *, condition_mask: bool) -> DiTConfig:
         context_width=1024,
         lora_rank=256,
         condition_mask=condition_mask,
-        max_grid=LatentShape(128, 120, 120),
+        max_grid=LARGEST_GRID,
         rope_ratio=RELEASED_RATIOS[width],
     )
 
@@ -137,6 +153,14 @@ PRESETS = {
     f"{size}-{kind}": _released(size, condition_mask=kind == "Video2World")
     for size in ("7B", "14B")
     for kind in ("Text2World", "Video2World")
+} | {
+    "7B-Decoder": replace(
+        _released("7B", condition_mask=False),
+        rope_ratio=DECODER_RATIO,
+        learned_positions=False,
+        vocabulary=64_000,
+        id_width=32,
+    )
 }
 
 
@@ -145,11 +169,12 @@ class Positions(NamedTuple):
 
     Attributes:
         rotation: (L, K), float32.
-        learned: (L, D), added to the stream before every block, in the dtype of the weights.
+        learned: (L, D), added to the stream before every block, in the dtype of the weights; None
+            where the model has none.
     """
 
     rotation: Rotation
-    learned: Tensor
+    learned: Tensor | None
 
 
 class NoiseLevel(NamedTuple):
@@ -262,7 +287,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        at_once = max(1, _HIDDEN_BYTES // (self.up.out_features * x.element_size()))
+        at_once = max(1, HIDDEN_BYTES // (self.up.out_features * x.element_size()))
         if torch.is_grad_enabled() or len(rows) <= at_once:
             return self.down(F.gelu(self.up(x)))
         y = torch.empty_like(rows)
@@ -338,7 +363,12 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Linear(config.input_features, config.width, bias=False)
-        self.positions = LearnedPositions(config)
+        self.positions = LearnedPositions(config) if config.learned_positions else None
+        self.ids: nn.Embedding | None = None
+        if config.vocabulary:
+            # not nn.Embedding(...): drawing its first weights on the meta device imports for 1.3 s
+            table = torch.empty(config.vocabulary, config.id_width)
+            self.ids = nn.Embedding.from_pretrained(table, freeze=False)
         self.noise = NoiseEmbedding(config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Head(config)
@@ -354,6 +384,8 @@ class DiT(nn.Module):
                 nn.init.zeros_(parameter)
             elif name.startswith("positions."):
                 nn.init.normal_(parameter, std=0.02)
+            elif name == "ids.weight":
+                nn.init.normal_(parameter)
             else:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         # The first update passes no gate that is shut: the noise level opens all of them a little.
@@ -397,7 +429,28 @@ class DiT(nn.Module):
             time_scale=None if fps is None else (fps, config.base_fps),
             dtype=rotary_dtype,
         ).to(self.embed.weight.device)
-        return Positions(Rotation(angles.cos(), angles.sin()), self.positions(tokens))
+        learned = None if self.positions is None else self.positions(tokens)
+        return Positions(Rotation(angles.cos(), angles.sin()), learned)
+
+    def encode_ids(self, ids: Tensor, grid: LatentShape) -> Tensor:
+        """Return channels (B, id_width, T, H, W) that show ids; the same for all steps.
+
+        Args:
+            ids: (B, T, h, w), any integer dtype; each frame is enlarged to the grid's, bilinearly.
+            grid: of the latents, with as many frames.
+
+        Raises:
+            ValueError: the model reads no ids, or the frames differ.
+        """
+        if self.ids is None:
+            raise ValueError("this model reads no ids")
+        if ids.shape[1] != grid.frames:
+            raise ValueError(f"{ids.shape[1]} frames of ids for {grid.frames} latent frames")
+        frames = self.ids(ids).flatten(0, 1).permute(0, 3, 1, 2)  # (B T, C, h, w)
+        wide = torch.promote_types(frames.dtype, torch.float32)  # weights of four neighbours
+        size = (grid.height, grid.width)
+        shown = F.interpolate(frames.to(wide), size, mode="bilinear", align_corners=False)
+        return shown.to(frames.dtype).unflatten(0, ids.shape[:2]).transpose(1, 2)
 
     def forward(
         self,
@@ -408,6 +461,7 @@ class DiT(nn.Module):
         *,
         condition_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        ids: Tensor | None = None,
     ) -> Tensor:
         """Return the network output F of the EDM parametrisation, shaped like `latents`.
 
@@ -418,14 +472,19 @@ class DiT(nn.Module):
             positions: what `make_positions` gave for this grid.
             condition_mask: (B, 1, T, H, W), 1 on given frames; Video2World only.
             padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding; None: nowhere.
+            ids: what `encode_ids` gave; the diffusion decoder only.
 
         Raises:
-            ValueError: a condition mask is missing, or given to a Text2World model.
+            ValueError: a condition mask or ids are missing, or given to a model without them.
         """
-        if self.config.condition_mask != (condition_mask is not None):
-            need = "needs a" if self.config.condition_mask else "takes no"
-            raise ValueError(f"this model {need} condition mask")
-        x = self._patchify(latents.to(self.dtype), condition_mask, padding_mask)
+        for name, wanted, given in (
+            ("condition mask", self.config.condition_mask, condition_mask),
+            ("ids", self.ids is not None, ids),
+        ):
+            if wanted != (given is not None):
+                raise ValueError(f"this model {'needs' if wanted else 'takes no'} {name}")
+        shown = [part for part in (condition_mask, ids) if part is not None]
+        x = self._patchify(latents.to(self.dtype), shown, padding_mask)
         noise = self.noise(timesteps)
         carry = Carry(self.embed(x))
         for block, encoded in zip(self._stack, context, strict=True):
@@ -433,13 +492,11 @@ class DiT(nn.Module):
         return self._unpatchify(self.head(carry, noise), latents)
 
     def _patchify(
-        self, latents: Tensor, condition_mask: Tensor | None, padding_mask: Tensor | None
+        self, latents: Tensor, shown: Sequence[Tensor], padding_mask: Tensor | None
     ) -> Tensor:
         """Return (B, L, features): channels slowest, then rows and columns of the patch."""
         batch, _, frames, height, width = latents.shape
-        channels = [latents]
-        if condition_mask is not None:
-            channels.append(condition_mask.to(latents))
+        channels = [latents, *(part.to(latents) for part in shown)]
         if padding_mask is None:
             channels.append(latents.new_zeros(batch, 1, frames, height, width))
         else:

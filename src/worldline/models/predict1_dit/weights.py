@@ -19,10 +19,18 @@ import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError
-from worldline.models.predict1_dit.model import RELEASED_RATIOS, DiT, DiTConfig
+from worldline.files import TRANSFORMER_FILES
+from worldline.models.predict1_dit.model import (
+    DECODER_RATIO,
+    LARGEST_GRID,
+    RELEASED_RATIOS,
+    DiT,
+    DiTConfig,
+)
 from worldline.shapes import LatentShape
 from worldline.weights.keymap import KeyMap, match
 from worldline.weights.read import Checkpoint, open_checkpoint
+from worldline.weights.shards import shard_stem
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +61,7 @@ _NVIDIA_BLOCK = {
 def _nvidia() -> dict[str, str]:
     layout = {
         "embed.weight": "x_embedder.proj.1.weight",
+        "ids.weight": "token_embedder.weight",
         "positions.time": "extra_pos_embedder.pos_emb_t",
         "positions.rows": "extra_pos_embedder.pos_emb_h",
         "positions.columns": "extra_pos_embedder.pos_emb_w",
@@ -112,7 +121,7 @@ def _diffusers() -> dict[str, str]:
 KEYS = KeyMap(prefixes=("net.", ""), rename=_nvidia(), drop=_DROP)
 DIFFUSERS_KEYS = KeyMap(rename=_diffusers())
 
-NVIDIA_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt")
+Layout = Literal["nvidia", "diffusers"]
 DIFFUSERS_FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
@@ -120,9 +129,6 @@ DIFFUSERS_FILES = (
 # tensors that tell the architecture -> number of axes; our names
 _TELLING = {
     "embed.weight": 2,
-    "positions.time": 2,
-    "positions.rows": 2,
-    "positions.columns": 2,
     "head.linear.weight": 2,
     "blocks.0.attention.modulation.first.weight": 2,
     "blocks.0.attention.body.q.weight": 2,
@@ -130,6 +136,7 @@ _TELLING = {
     "blocks.0.cross_attention.body.k.weight": 2,
     "blocks.0.feed_forward.body.up.weight": 2,
 }
+_POSITIONS = ("positions.time", "positions.rows", "positions.columns")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
@@ -147,7 +154,7 @@ class DiTFiles:
     source: Checkpoint
     keys: KeyMap
     config: DiTConfig
-    layout: Literal["nvidia", "diffusers"]
+    layout: Layout
 
 
 def open_dit(path: Path, settings: Mapping[str, Any] | None = None) -> DiTFiles:
@@ -164,7 +171,7 @@ def open_dit(path: Path, settings: Mapping[str, Any] | None = None) -> DiTFiles:
         CheckpointError: there is none, it is damaged, a tensor does not fit, or the rotary
             stretching is unknown.
     """
-    file, layout = _find(path)
+    file, layout = find_dit(path)
     source = open_checkpoint(file)
     if adapters := [name for name in source.tensors if "lora_" in name.lower()]:
         raise CheckpointError(
@@ -189,12 +196,23 @@ def open_dit(path: Path, settings: Mapping[str, Any] | None = None) -> DiTFiles:
     return DiTFiles(source, keys, config, layout)
 
 
-def _find(path: Path) -> tuple[Path, Literal["nvidia", "diffusers"]]:
+def find_dit(path: Path) -> tuple[Path, Layout]:
+    """Return the file that `open_dit` opens, and whose layout it has.
+
+    Where a folder has both, NVIDIA's is preferred; of several `iter_*.pt`, which training saves,
+    the newest.
+
+    Raises:
+        CheckpointError: there is none, or a set is incomplete.
+    """
     if path.is_file():
         return path, "diffusers" if path.name.startswith("diffusion_pytorch_model") else "nvidia"
-    for name in NVIDIA_FILES:
+    for name in TRANSFORMER_FILES:
         if (path / name).is_file():
             return path / name, "nvidia"
+    saved = [file for file in sorted(path.glob("iter_*.pt")) if shard_stem(file) is None]
+    if saved:
+        return saved[-1], "nvidia"
     for folder in (path / "transformer", path):
         for name in DIFFUSERS_FILES:
             if (folder / name).is_file():
@@ -236,7 +254,9 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any]) -
         ours = _ours(keys, name)
         if ours is not None:
             shapes[ours] = info.shape
-    for needed, axes in _TELLING.items():
+    decodes = len(shapes.get("ids.weight", ())) == 2
+    positions = {} if decodes else dict.fromkeys(_POSITIONS, 2)
+    for needed, axes in {**_TELLING, **positions}.items():
         if len(shapes.get(needed, ())) != axes or 0 in shapes[needed]:
             state = f"is {list(shapes[needed])}" if needed in shapes else "is absent"
             raise CheckpointError(
@@ -248,11 +268,16 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any]) -
     patch = (1, 2, 2)
     cells = patch[0] * patch[1] * patch[2]
     channels = shapes["head.linear.weight"][0] // cells
-    masks = features / cells - channels
-    if masks not in (1, 2):
+    vocabulary, id_width = shapes["ids.weight"] if decodes else (0, 0)
+    masks = features / cells - channels - id_width
+    if masks not in (1, 2) or (decodes and masks == 2):
+        kinds = {"Text2World": channels + 1, "Video2World": channels + 2}
+        if decodes:
+            kinds = {"a diffusion decoder with these ids": channels + id_width + 1}
+        known = ", ".join(f"{name} reads {count * cells}" for name, count in kinds.items())
         raise CheckpointError(
             f"{source.path}: {keys.released('embed.weight')} reads {features} numbers a token; "
-            f"Text2World reads {(channels + 1) * cells}, Video2World {(channels + 2) * cells}"
+            f"{known}"
         )
     return DiTConfig(
         depth=1 + max(int(found[1]) for name in shapes if (found := _BLOCK.match(name))),
@@ -263,14 +288,15 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any]) -
         context_width=shapes["blocks.0.cross_attention.body.k.weight"][1],
         lora_rank=shapes["blocks.0.attention.modulation.first.weight"][0],
         condition_mask=masks == 2,
-        max_grid=LatentShape(
-            *(shapes[f"positions.{axis}"][0] for axis in ("time", "rows", "columns"))
-        ),
-        rope_ratio=_ratio(source, width, settings),
+        max_grid=LARGEST_GRID if decodes else LatentShape(*(shapes[n][0] for n in _POSITIONS)),
+        rope_ratio=_ratio(source, width, settings, decodes=decodes),
         latent_channels=channels,
         out_channels=channels,
         base_fps=float(settings.get("base_fps") or 24.0),
         patch=patch,
+        learned_positions=not decodes,
+        vocabulary=vocabulary,
+        id_width=id_width,
     )
 
 
@@ -282,9 +308,11 @@ def _ours(keys: KeyMap, name: str) -> str | None:
 
 
 def _ratio(
-    source: Checkpoint, width: int, settings: Mapping[str, Any]
+    source: Checkpoint, width: int, settings: Mapping[str, Any], *, decodes: bool
 ) -> tuple[float, float, float]:
-    given = settings.get("rope_ratio", RELEASED_RATIOS.get(width))
+    # there is one diffusion decoder alone, whatever its width
+    released = DECODER_RATIO if decodes else RELEASED_RATIOS.get(width)
+    given = settings.get("rope_ratio", released)
     if given is None:
         known = " or ".join(map(str, RELEASED_RATIOS))
         raise CheckpointError(

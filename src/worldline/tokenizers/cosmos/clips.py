@@ -86,7 +86,8 @@ def decode_clip(
         shape: the clip's own size, to which the video is cut; absent, all of it.
 
     Raises:
-        ValueError: `stored` is not of such a tokenizer, or `shape` is larger than its video.
+        ValueError: `stored` is not of such a tokenizer or not finite, or `shape` is larger than its
+            video.
     """
     config = model.config
     discrete = config.levels is not None
@@ -95,6 +96,8 @@ def decode_clip(
         raise ValueError(f"{stored.dtype} {list(stored.shape)}; {wanted} are needed")
     if not discrete and stored.shape[0] != config.latent_channels:
         raise ValueError(f"latents of {stored.shape[0]} channels, not {config.latent_channels}")
+    if not discrete and not bool(stored.isfinite().all()):
+        raise ValueError("latents that are not finite")
     if discrete and (int(stored.min()) < 0 or int(stored.max()) >= config.vocabulary):
         raise ValueError(f"token ids outside 0 to {config.vocabulary - 1:,}")
     whole = LatentShape(*stored.shape[-3:]).video(config.temporal, config.spatial)

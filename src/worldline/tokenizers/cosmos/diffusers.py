@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from worldline.errors import CheckpointError
+from worldline.files import read_json
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.statistics import (
     CONFIG_FILE,
     LatentStatistics,
     find_vae,
-    read_json,
 )
 from worldline.tokenizers.cosmos.weights import key_map, read_config
 from worldline.weights.keymap import KeyMap

@@ -7,15 +7,15 @@ Axes: B batch, C channels, t/h/w latent frames, rows, columns.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError
+from worldline.files import read_json
 from worldline.weights.read import open_checkpoint
 
 CONFIG_FILE = "config.json"
@@ -108,31 +108,33 @@ class LatentStatistics:
         return cls(torch.zeros(channels, frames), torch.ones(channels, frames))
 
 
-def read_statistics(folder: Path) -> LatentStatistics | None:
+def read_statistics(folder: Path, latent_channels: int | None = None) -> LatentStatistics | None:
     """Return the statistics that lie in a tokenizer's folder, None if there are none.
 
     Args:
         folder: with `mean_std.pt` and perhaps `image_mean_std.pt`, with `mean_std.safetensors`, or
             one of diffusers (a model's or that of its `vae`), whose `config.json` holds them.
+        latent_channels: of the tokenizer; statistics of others are refused. None where it is not
+            known: released files are then taken to hold 16 latent frames.
 
     Raises:
-        CheckpointError: a file is damaged, or its content is not a mean and a deviation.
+        CheckpointError: a file is damaged, its content is not a mean and a deviation, or they are
+            of latents with other channels.
     """
     folder = Path(folder)
     released, ours = folder / "mean_std.pt", folder / "mean_std.safetensors"
-    vae = find_vae(folder)
+    vae = next(_vaes(folder), None)
     if released.exists():
-        tensors = _read_pair(released, "")
+        path, tensors = released, _read_pair(released, "", latent_channels)
         if (folder / "image_mean_std.pt").exists():
-            tensors |= _read_pair(folder / "image_mean_std.pt", "image_")
-        return _checked(released, tensors)
-    if ours.exists():
-        source = open_checkpoint(ours)
+            tensors |= _read_pair(folder / "image_mean_std.pt", "image_", latent_channels)
+    elif ours.exists():
+        path, source = ours, open_checkpoint(ours)
         known = source.tensors.keys() & {"mean", "std", "image_mean", "image_std"}
-        return _checked(ours, {name: source.read(name) for name in known})
-    if vae is not None:
-        settings = read_json(vae / CONFIG_FILE)
-        tensors = {}
+        tensors = {name: source.read(name) for name in known}
+    elif vae is not None:
+        path, tensors = vae / CONFIG_FILE, {}
+        settings = read_json(path)
         for name, key in (("mean", "latents_mean"), ("std", "latents_std")):
             if settings.get(key) is None:
                 continue
@@ -140,17 +142,44 @@ def read_statistics(folder: Path) -> LatentStatistics | None:
                 flat = torch.tensor(settings[key], dtype=torch.float32)
                 tensors[name] = flat.view(int(settings["latent_channels"]), -1)
             except (TypeError, ValueError, KeyError, RuntimeError) as error:
-                raise CheckpointError(f"{vae / CONFIG_FILE}: {key}: {error}") from error
-        return _checked(vae / CONFIG_FILE, tensors) if tensors else None
-    return None
+                raise CheckpointError(f"{path}: {key}: {error}") from error
+        if not tensors:
+            return None
+    else:
+        return None
+    statistics = _checked(path, tensors)
+    if latent_channels not in (None, len(statistics.mean)):
+        raise CheckpointError(
+            f"{path} is of latents of {len(statistics.mean)} channels, but the tokenizer beside it "
+            f"gives {latent_channels}: they do not belong together"
+        )
+    return statistics
 
 
 def find_vae(folder: Path) -> Path | None:
     """Return the folder of a diffusers autoencoder: `folder`, its `vae`, or None if neither is.
 
+    One without weights does not count where `folder` holds a tokenizer in a released form.
+
     Raises:
         CheckpointError: a `config.json` beside weights of diffusers is damaged.
     """
+    found = list(_vaes(folder))
+    whole = [candidate for candidate in found if holds_vae_weights(candidate)]
+    if whole:
+        return whole[0]
+    if any(folder.glob("*coder.jit")) or any(folder.glob("*coder.safetensors")):
+        return None
+    return found[0] if found else None
+
+
+def holds_vae_weights(folder: Path) -> bool:
+    """Tell whether a folder has weights, or a part of them, under diffusers' name."""
+    return any(folder.glob("diffusion_pytorch_model*"))
+
+
+def _vaes(folder: Path) -> Iterator[Path]:
+    """Yield `folder` and its `vae` where their `config.json` is of a diffusers autoencoder."""
     for candidate in (folder, folder / "vae"):
         path = candidate / CONFIG_FILE
         if not path.is_file():
@@ -158,30 +187,14 @@ def find_vae(folder: Path) -> Path | None:
         try:
             kind = read_json(path).get("_class_name")
         except CheckpointError:
-            if any(candidate.glob("diffusion_pytorch_model*")):
+            if holds_vae_weights(candidate):
                 raise
             continue  # that of a released folder, which nothing reads
         if isinstance(kind, str) and kind.startswith("Autoencoder"):
-            return candidate
-    return None
+            yield candidate
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        CheckpointError: it cannot be read, or is no object.
-    """
-    try:
-        settings = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return settings
-
-
-def _read_pair(path: Path, prefix: str) -> dict[str, Tensor]:
+def _read_pair(path: Path, prefix: str, channels: int | None) -> dict[str, Tensor]:
     """A saved pair of tensors; those of clips are flat, channel slowest."""
     source = open_checkpoint(path)
     if source.tensors.keys() != {"0", "1"}:
@@ -192,6 +205,15 @@ def _read_pair(path: Path, prefix: str) -> dict[str, Tensor]:
         tensor = source.read(number)
         if prefix:
             tensor = tensor.flatten()
+        elif channels is not None:
+            # a table says how many channels it has; flat, it must at least be divisible
+            stated = tensor.dim() == 2 and len(tensor) not in (1, channels)
+            if stated or not tensor.numel() or tensor.numel() % channels:
+                raise CheckpointError(
+                    f"{path} holds {list(tensor.shape)} numbers, which are no latent frames of "
+                    f"{channels} channels, as the tokenizer beside it gives"
+                )
+            tensor = tensor.reshape(channels, -1)
         elif tensor.numel() % _RELEASED_FRAMES == 0:
             tensor = tensor.reshape(-1, _RELEASED_FRAMES)
         pair[prefix + name] = tensor

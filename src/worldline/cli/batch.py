@@ -1,0 +1,76 @@
+"""Things that are done one after another, of which one may fail: the loop of every command."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import click
+
+from worldline.errors import Error, GuardrailRefusal
+
+logger = logging.getLogger(__name__)
+
+Task = TypeVar("Task")
+
+
+def run_each(
+    tasks: Sequence[Task],
+    run: Callable[[Task, str], str],
+    name: Callable[[Task], object],
+    *,
+    batch: bool,
+) -> tuple[int, int]:
+    """Do the tasks one after another, and say what came of each.
+
+    A full disk ends a batch, too.
+
+    Args:
+        tasks: what to do.
+        run: does a task, of which it is given the label, too, and returns the line to print.
+        name: of a task, for its label.
+        batch: whether to go on after a task that fails.
+
+    Returns:
+        How many of a batch failed, and how many others were refused by a guardrail.
+    """
+    failed, refused = 0, 0
+    for position, task in enumerate(tasks):
+        label = f"{position + 1}/{len(tasks)} {name(task)}" if batch else str(name(task))
+        try:
+            told = run(task, label)
+        except Exception as error:
+            if not batch or _is_disk_full(error):
+                raise
+            refused += isinstance(error, GuardrailRefusal)
+            failed += not isinstance(error, GuardrailRefusal)
+            logger.error("%s: %s", label, _one_line(error))
+            logger.debug("%s", traceback.format_exc())
+        else:
+            click.echo(told)
+            continue
+        _free_memory()  # what the failed one held would be missing to the next
+    return failed, refused
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Tell whether going on would waste the time of every further task."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else type(error).__name__
+    return first if isinstance(error, Error) else f"{type(error).__name__}: {first}"

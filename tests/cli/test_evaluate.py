@@ -1,0 +1,182 @@
+"""A folder of videos is judged: what is broken fails, what is sound does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from worldline.cli import SETTINGS, Main
+from worldline.evaluate.injected import DEGRADATIONS, inject_appearance, inject_collapse
+from worldline.physics import make_clips
+from worldline.video.write import write_video
+
+from ..conftest import moving
+
+ASSETS = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
+GIVEN, FRAMES = 9, 18
+
+Evaluate = Callable[..., Result]
+
+
+@pytest.fixture
+def evaluate() -> Evaluate:
+    """`evaluate(folder, "--reference", other)`."""
+    places = {"evaluate": "worldline.cli.evaluate:evaluate"}
+    main = Main("worldline", context_settings=SETTINGS, places=places)
+    return lambda *words: CliRunner().invoke(main, ["evaluate", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def physics() -> np.ndarray:
+    return make_clips(range(1_600_000, 1_600_010), FRAMES, 96, 144).frames.numpy()
+
+
+def report_of(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def verdicts(report: dict[str, Any]) -> dict[str, list[str]]:
+    videos = report["videos"]
+    return {video["name"]: [failure["kind"] for failure in video["failures"]] for video in videos}
+
+
+def test_forty_broken_videos_fail(evaluate: Evaluate, physics: np.ndarray, tmp_path: Path) -> None:
+    for seed in range(20):
+        for inject in (inject_collapse, inject_appearance):
+            broken = inject(physics[seed % 10], seed, GIVEN)
+            write_video(broken.frames, tmp_path / f"{broken.kind}_{seed:02d}.mp4", 25)
+    result = evaluate(tmp_path, "--num_input_frames", GIVEN)
+    assert result.exit_code == 0, result.stderr
+    report = report_of(tmp_path / "evaluation.json")
+    assert report["failure_rate"]["count"] == report["failure_rate"]["total"] == 40
+    assert [name for name, found in verdicts(report).items() if not found] == []
+    assert "failed: 100.0% (40 of 40; 95 % interval 91." in result.stdout
+    with Image.open(tmp_path / "evaluation.png") as sheet:
+        assert sheet.height > 40 * 96
+
+
+def test_sound_still_and_slightly_damaged_videos_do_not_fail(
+    evaluate: Evaluate, physics: np.ndarray, tmp_path: Path
+) -> None:
+    for number, clip in enumerate(physics):
+        write_video(clip, tmp_path / f"true_{number}.mp4", 25)
+    write_video(physics[0, :1].repeat(FRAMES, 0), tmp_path / "still.mp4", 25)
+    for name, degrade in DEGRADATIONS.items():
+        write_video(degrade(physics[1], 3), tmp_path / f"{name}.mp4", 25)
+    result = evaluate(tmp_path, "--num-input-frames", GIVEN)
+    assert result.exit_code == 0, result.stderr
+    report = report_of(tmp_path / "evaluation.json")
+    assert [name for name, found in verdicts(report).items() if found] == []
+    (still,) = (video for video in report["videos"] if video["name"] == "still.mp4")
+    assert still["motion"] < 0.1  # of the codec
+
+
+@pytest.mark.skipif(not ASSETS.is_dir(), reason="needs the real clips of ../shared/assets")
+@pytest.mark.parametrize(
+    ("folder", "pattern"), [("autoregressive", "output_*.mp4"), ("diffusion", "*_example.mp4")]
+)
+def test_real_outputs_are_sound(
+    evaluate: Evaluate, folder: str, pattern: str, tmp_path: Path
+) -> None:
+    found = sorted((ASSETS / folder).glob(pattern))
+    assert len(found) >= 2
+    for path in found:
+        shutil.copyfile(path, tmp_path / path.name)
+    result = evaluate(tmp_path)
+    assert result.exit_code == 0, result.stderr
+    report = report_of(tmp_path / "evaluation.json")
+    assert verdicts(report) == {path.name: [] for path in found}
+    assert all(video["motion"] > 1 for video in report["videos"])
+
+
+def test_against_a_reference(evaluate: Evaluate, physics: np.ndarray, tmp_path: Path) -> None:
+    made, true = tmp_path / "made", tmp_path / "true"
+    write_video(physics[0], true / "a.mp4", 25)
+    write_video(physics[1], true / "b.mp4", 25)
+    write_video(DEGRADATIONS["block_noise"](physics[0], 1), made / "a.mp4", 25)
+    shutil.copyfile(true / "b.mp4", made / "b.mp4")
+    told = {"request": {"num_input_frames": GIVEN}}
+    (made / "a.json").write_text(json.dumps(told))
+    output = tmp_path / "results" / "noise.json"
+    result = evaluate(made, "--reference", true, "--output", output)
+    assert result.exit_code == 0, result.stderr
+    a, b = report_of(output)["videos"]
+    # independent shifts of 6 grey levels, and what the codec loses
+    assert a["comparison"]["psnr"] == pytest.approx(20 * np.log10(255 / 6), abs=1.5)
+    assert 0.5 < a["comparison"]["ssim"] < 1
+    assert (a["num_input_frames"], a["comparison"]["frames"]) == (GIVEN, FRAMES - GIVEN)
+    assert a["flicker"] > a["comparison"]["flicker"]
+    assert (b["num_input_frames"], b["comparison"]["psnr"], b["comparison"]["ssim"]) == (0, None, 1)
+    assert "PSNR" in result.stdout
+    assert "of 2 compared" in result.stdout
+    assert output.with_suffix(".png").exists()
+    assert report_of(made / "a.json") == told
+    assert sorted(path.name for path in made.iterdir()) == ["a.json", "a.mp4", "b.mp4"]
+
+
+def test_what_cannot_be_read_does_not_count(
+    evaluate: Evaluate, physics: np.ndarray, tmp_path: Path
+) -> None:
+    write_video(physics[0], tmp_path / "good.mp4", 25)
+    data = (tmp_path / "good.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    (tmp_path / "empty.mp4").touch()
+    result = evaluate(tmp_path)
+    assert result.exit_code == 1
+    assert "2 of 3 videos could not be read" in result.stderr
+    assert f"{tmp_path / 'empty.mp4'} is empty" in result.stderr
+    report = report_of(tmp_path / "evaluation.json")
+    assert verdicts(report) == {"good.mp4": []}
+    assert report["unreadable"].keys() == {"cut.mp4", "empty.mp4"}
+    assert "0 of 1" in result.stdout
+
+    (tmp_path / "good.mp4").unlink()
+    (tmp_path / "evaluation.json").unlink()
+    (tmp_path / "evaluation.png").unlink()
+    result = evaluate(tmp_path)
+    assert result.exit_code == 2
+    assert "all 2 videos cannot be used" in result.stderr
+    assert "cut.mp4" in result.stderr
+    assert "empty.mp4" in result.stderr
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_wrong_input_is_told_before_any_work(evaluate: Evaluate, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    write_video(moving(), made / "a.mp4", 25)
+    (made / "a.json").write_text("{}")
+    (made / "picture.png").write_bytes(b"mine")
+    (tmp_path / "file").touch()
+    cases: tuple[tuple[tuple[object, ...], str], ...] = (
+        ((tmp_path / "absent",), "no such folder"),
+        ((tmp_path, "--reference", tmp_path / "absent"), "no such folder"),
+        ((made, "--num_input_frames", 12), "has 12 frames, but 12 are given"),
+        ((made, "--num_input_frames", -1), "num_input_frames"),
+        ((made, "--output", tmp_path / "a.txt"), "must end in .json"),
+        ((made, "--output", made / "a.json"), "is the report of"),
+        ((made, "--output", made / "picture.json"), "is in the way"),
+        ((made, "--output", tmp_path / "file" / "a.json"), "cannot be written"),
+    )
+    for words, told in cases:
+        result = evaluate(*words)
+        assert result.exit_code == 2, words
+        assert told in result.stderr, words
+        assert result.stdout == ""
+    assert sorted(path.name for path in made.iterdir()) == ["a.json", "a.mp4", "picture.png"]
+    assert (made / "a.json").read_text() == "{}"
+
+
+def test_a_second_run_replaces_the_first(evaluate: Evaluate, tmp_path: Path) -> None:
+    write_video(moving(), tmp_path / "a.mp4", 25)
+    assert evaluate(tmp_path).exit_code == 0
+    (tmp_path / "evaluation.json").write_text("old")
+    assert evaluate(tmp_path).exit_code == 0
+    assert report_of(tmp_path / "evaluation.json")["failure_rate"]["total"] == 1
