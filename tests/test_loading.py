@@ -16,7 +16,7 @@ from worldline import loading, machine
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import MemoryPlan
 from worldline.machine import Memory
-from worldline.models.predict1_ar.model import PRESETS, ARTransformer, ARTransformerConfig
+from worldline.models.predict1_ar.model import PRESETS
 from worldline.models.predict1_ar.weights import SHARDS
 from worldline.report import Recorder
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
@@ -172,21 +172,6 @@ def test_bundled(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_there_is_listed(small_world: Path) -> None:
     with pytest.raises(CheckpointError, match=f"holds: {MODEL}, {TOKENIZER}"):
         loading.find_autoregressive("Cosmos-Predict1-12B", small_world)
-
-
-def test_video2world_is_refused(own_world: Path) -> None:
-    from worldline.models.predict1_ar.weights import KEYS, write_settings
-    from worldline.weights.write import save
-
-    config = ARTransformerConfig(
-        **{**vars(SMALL_TRANSFORMER), "context_width": 32, "leading_tokens": 1}
-    )
-    model = ARTransformer(config)
-    tensors = {KEYS.released(n): p.detach() for n, p in model.named_parameters()}
-    save(tensors, own_world / MODEL / "model.pt")
-    (own_world / MODEL / "config.json").write_text(json.dumps(write_settings(config)))
-    with pytest.raises(CheckpointError, match="is a Video2World model"):
-        loading.find_autoregressive(MODEL, own_world)
 
 
 def test_plans() -> None:

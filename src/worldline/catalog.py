@@ -147,7 +147,7 @@ def _autoregressive(
         parameters=parameters,
         preset=size,
         needs=(_DISCRETE, _DECODER, _CONTINUOUS, _GUARDRAIL, *(() if base else (_T5,))),
-        command="autoregressive base" if base else "",
+        command=f"autoregressive {'base' if base else 'video2world'}",
         failure_rates=failure_rates,
     )
 
@@ -452,7 +452,6 @@ def is_bundled(name: str) -> bool:
 
 def check_parts(
     bundled: bool,
-    disable_diffusion_decoder: bool | None = True,
     disable_guardrail: bool | None = True,
     disable_prompt_upsampler: bool | None = True,
 ) -> None:
@@ -460,17 +459,14 @@ def check_parts(
 
     Args:
         bundled: whether the model ships with the package; such a model runs without the parts.
-        disable_diffusion_decoder: True does without, False insists, None is as released. Left out
-            where the family has no such part.
-        disable_guardrail: likewise.
-        disable_prompt_upsampler: likewise.
+        disable_guardrail: True does without, False insists, None is as released.
+        disable_prompt_upsampler: likewise. Left out where the family has no such part.
 
     Raises:
         InputError: the model is to run with one of these parts.
     """
     wanted = {
         "disable_prompt_upsampler": ("prompt upsampler", disable_prompt_upsampler),
-        "disable_diffusion_decoder": ("diffusion decoder", disable_diffusion_decoder),
         "disable_guardrail": ("guardrail", disable_guardrail),
     }
     missing = {

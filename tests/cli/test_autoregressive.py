@@ -58,7 +58,10 @@ def test_video_to_video(base: Base, clip: Path, tmp_path: Path) -> None:
         "temperature": 1.0,
         "top_p": 0.8,
         "seed": 0,
+        "prompt": None,
+        "decoder_seam": "corrected",
     }
+    assert report["diffusion_decoder"] is None
     assert [stage["name"] for stage in report["run"]["stages"]] == [
         "read",
         "encode",
@@ -274,7 +277,7 @@ def test_several_processes(base: Base, clip: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ((), ["--disable_diffusion_decoder", "--disable_guardrail"]),
+        ((), ["--disable_guardrail"]),
         (("--disable_guardrail",), ["--disable_diffusion_decoder"]),
         (("--disable_diffusion_decoder",), ["--disable_guardrail"]),
     ],

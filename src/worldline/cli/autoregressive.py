@@ -1,21 +1,23 @@
-"""`worldline autoregressive base`: continue clips and images, one or many.
+"""`worldline autoregressive base` and `video2world`: continue clips and images, one or many.
 
-Flags, names and defaults are those of cosmos-predict1 `autoregressive/inference/base.py`.
+Flags, names and defaults are those of cosmos-predict1 `autoregressive/inference/base.py` and
+`video2world.py`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from worldline.cli import run
+from worldline.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
-    from worldline.cli.inputs import Item
+    from worldline.cli.inputs import Fields, Item
     from worldline.loading import AutoregressiveFiles
     from worldline.pipelines.autoregressive import AutoregressiveRequest
     from worldline.world import Step, World
@@ -23,78 +25,131 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _INPUTS = ("input_image_or_video_path", "batch_input_path", "input_prompts_path")
+_PATHS = ("ar_model_dir", "text_encoder_dir", "prompt_embeddings")
 _WITHOUT_EFFECT = {
     "offload_guardrail_models": "no guardrail runs",
-    "offload_diffusion_decoder": "no diffusion decoder runs",
-    "offload_prompt_upsampler": "base models take no prompt, so none is upsampled",
+    "offload_prompt_upsampler": "autoregressive models have no prompt upsampler",
 }
+_WITHOUT_DECODER = dict.fromkeys(
+    ("offload_diffusion_decoder", "decoder_seam"), "no diffusion decoder runs"
+)
+_OF_PROMPTS = ("prompt", "prompt_embeddings", "text_encoder_dir", "text_encoder_dtype")
+
+
+def _options(model: str, likely: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return what adds the options that both commands have."""
+    options = (
+        click.option(
+            "--checkpoint_dir",
+            default="checkpoints",
+            show_default=True,
+            help="Holds the model folders.",
+        ),
+        click.option(
+            "--ar_model_dir",
+            default=model,
+            show_default=True,
+            help="Folder of the model below --checkpoint_dir, a path, or tiny-… for a bundled one.",
+        ),
+        click.option(
+            "--input_image_or_video_path", help="One input: mp4, mov, mkv, webm, gif, png, jpg…"
+        ),
+        click.option(
+            "--num_input_frames",
+            type=click.Choice(["1", "9"]),
+            default="9",
+            callback=lambda context, parameter, value: int(value),
+            show_default=True,
+            help="How many of the input's last frames are continued; an image has 1.",
+        ),
+        click.option(
+            "--temperature",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="0 takes the likeliest token.",
+        ),
+        click.option(
+            "--top_p",
+            type=float,
+            default=0.8,
+            show_default=True,
+            help=f"Draw among the likeliest tokens with this mass; {likely}.",
+        ),
+        click.option(
+            "--seed",
+            type=int,
+            default=0,
+            show_default=True,
+            help="Of the draws of each clip, and of the diffusion decoder's noise.",
+        ),
+        click.option(
+            "--video_save_name",
+            default="output",
+            show_default=True,
+            help="Of a single video, without .mp4; .mov .mkv .webm .gif choose another format.",
+        ),
+        click.option("--video_save_folder", default="outputs/", show_default=True),
+        click.option(
+            "--resume", is_flag=True, help="Keep videos that an earlier run made in the same way."
+        ),
+        click.option(
+            "--disable_diffusion_decoder", is_flag=True, help="Decode by the tokenizer alone."
+        ),
+        click.option(
+            "--decoder_seam",
+            type=click.Choice(["corrected", "as_released"]),
+            default="corrected",
+            show_default=True,
+            help="How the diffusion decoder joins windows of a clip of more than 57 frames; "
+            "as_released repeats a fault of the released code.",
+        ),
+        click.option("--disable_guardrail", is_flag=True, help="Do not check the video."),
+        *(
+            click.option(f"--{name}", is_flag=True, help="Keep it in host memory while unused.")
+            for name in ("offload_ar_model", "offload_tokenizer", "offload_diffusion_decoder")
+        ),
+        click.option(
+            "--offload_guardrail_models", is_flag=True, help="Accepted; there are none yet."
+        ),
+        click.option(
+            "--offload_prompt_upsampler", is_flag=True, help="Accepted; these models have none."
+        ),
+        click.option(
+            "--num_gpus", type=int, default=1, show_default=True, help="1 in this version."
+        ),
+        click.option(
+            "--device", help="cuda, cuda:1, cpu, mps…; by default the GPU, if there is one."
+        ),
+    )
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 @click.group()
 def autoregressive() -> None:
     """Run the autoregressive models.
 
-    These are 4B and 12B, of Cosmos 1.0 and of Predict1.
+    These are 4B and 12B, which take no prompt, and 5B and 13B Video2World, which need one; of
+    Cosmos 1.0 and of Predict1.
     """
 
 
 @autoregressive.command()
 @click.option(
-    "--checkpoint_dir", default="checkpoints", show_default=True, help="Holds the model folders."
-)
-@click.option(
-    "--ar_model_dir",
-    default="Cosmos-Predict1-4B",
-    show_default=True,
-    help="Folder of the model below --checkpoint_dir, a path, or tiny-… for a bundled one.",
-)
-@click.option(
     "--input_type", type=click.Choice(["image", "video"]), default="video", show_default=True
 )
-@click.option("--input_image_or_video_path", help="One input: mp4, mov, mkv, webm, gif, png, jpg…")
 @click.option(
     "--batch_input_path",
     help="Many inputs: a JSONL with a visual_input a line, or a folder of media.",
 )
 @click.option("--input_prompts_path", help="Another name of --batch_input_path.")
-@click.option(
-    "--num_input_frames",
-    type=click.Choice(["1", "9"]),
-    default="9",
-    callback=lambda context, parameter, value: int(value),
-    show_default=True,
-    help="How many of the input's last frames are continued; an image has 1.",
-)
-@click.option(
-    "--temperature", type=float, default=1.0, show_default=True, help="0 takes the likeliest token."
-)
-@click.option(
-    "--top_p",
-    type=float,
-    default=0.8,
-    show_default=True,
-    help="Draw among the likeliest tokens with this mass; made for 4B, use 0.9 for 12B.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws of each clip.")
-@click.option(
-    "--video_save_name",
-    default="output",
-    show_default=True,
-    help="Of a single video, without .mp4; .mov .mkv .webm .gif choose another format.",
-)
-@click.option("--video_save_folder", default="outputs/", show_default=True)
-@click.option(
-    "--resume", is_flag=True, help="Keep videos that an earlier run made in the same way."
-)
-@click.option("--disable_diffusion_decoder", is_flag=True, help="Decode by the tokenizer alone.")
-@click.option("--disable_guardrail", is_flag=True, help="Do not check the video.")
-@click.option("--offload_ar_model", is_flag=True, help="Keep it in host memory while unused.")
-@click.option("--offload_tokenizer", is_flag=True, help="Keep it in host memory while unused.")
-@click.option("--offload_diffusion_decoder", is_flag=True, help="Accepted; there is none yet.")
-@click.option("--offload_guardrail_models", is_flag=True, help="Accepted; there are none yet.")
-@click.option("--offload_prompt_upsampler", is_flag=True, help="Accepted; base models have none.")
-@click.option("--num_gpus", type=int, default=1, show_default=True, help="1 in this version.")
-@click.option("--device", help="cuda, cuda:1, cpu, mps…; by default the GPU, if there is one.")
+@_options("Cosmos-Predict1-4B", "made for 4B, use 0.9 for 12B")
 @click.pass_context
 def base(context: click.Context, /, **flags: Any) -> None:
     """Continue videos or images by 24 or 32 frames, without a prompt.
@@ -102,71 +157,162 @@ def base(context: click.Context, /, **flags: Any) -> None:
     A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to
     0.mp4, 1.mp4, … by the 0-based line of the JSONL; a JSON report is written beside each.
     """
+    from worldline.cli.inputs import Fields
+
+    none = {**dict.fromkeys(_OF_PROMPTS), "offload_text_encoder_model": False}
+    kind = flags["input_type"]
+    fields = Fields(kind, 1 if kind == "image" else flags["num_input_frames"])
+    _make_videos(context, {**none, **flags}, fields, kind)
+
+
+@autoregressive.command()
+@click.option(
+    "--input_type",
+    type=click.Choice(["text_and_image", "text_and_video"]),
+    default="text_and_video",
+    show_default=True,
+)
+@click.option("--prompt", help="What the video shows, in a paragraph.")
+@click.option(
+    "--prompt_embeddings",
+    help="A safetensors file of an embedding, in place of the text encoder; --prompt may then be "
+    "left out.",
+)
+@click.option(
+    "--batch_input_path", help="Many inputs: a JSONL with a visual_input and a prompt a line."
+)
+@click.option("--input_prompts_path", help="Another name of --batch_input_path.")
+@_options("Cosmos-Predict1-5B-Video2World", "the released examples use 0.7 for 5B, 0.8 for 13B")
+@click.option(
+    "--text_encoder_dir",
+    help="T5: folder below --checkpoint_dir, or a path.  [default: google-t5/t5-11b]",
+)
+@click.option(
+    "--text_encoder_dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    help="Of the weights of T5.  [default: bfloat16 on a GPU, else float32]",
+)
+@click.option(
+    "--offload_text_encoder_model", is_flag=True, help="Keep it in host memory while unused."
+)
+@click.pass_context
+def video2world(context: click.Context, /, **flags: Any) -> None:
+    """Continue videos or images by 24 or 32 frames, by a prompt.
+
+    A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to
+    0.mp4, 1.mp4, … by the 0-based line of the JSONL; beside each the prompt (.txt) and a report
+    (.json).
+    """
+    from worldline.cli.inputs import Fields
+
+    kind = flags["input_type"].removeprefix("text_and_")
+    fields = Fields(
+        kind,
+        1 if kind == "image" else flags["num_input_frames"],
+        prompt="required" if flags["prompt_embeddings"] is None else "optional",
+        model="Video2World model",
+        example="assets/autoregressive/batch_inputs/video2world.jsonl",
+    )
+    _make_videos(context, flags, fields, kind)
+
+
+def _make_videos(context: click.Context, flags: dict[str, Any], fields: Fields, kind: str) -> None:
+    """Check everything, then make what is asked for.
+
+    Args:
+        context: of the command.
+        flags: of the command; those of prompts are None for one that takes none.
+        fields: what it reads of every input.
+        kind: "image" or "video".
+    """
+    from worldline.cli.inputs import read_batch, read_single
+
     run.refuse_several_gpus(flags["num_gpus"])
     source = run.choose_one(
         flags, _INPUTS, "no input: give --input_image_or_video_path or --batch_input_path"
     )
     batch = source != "input_image_or_video_path"
+    for name in _PATHS:
+        if flags[name] == "":
+            raise InputError(f"--{name} is empty")
+    if batch and flags["prompt"] is not None:
+        raise InputError(f"--prompt and --{source} exclude each other: the lines hold the prompts")
     _refuse_missing_parts(flags)
-    items = _read_inputs(flags[source], flags, batch=batch)
-    request = _make_request(flags)
-    _log_notes(flags, run.given_flags(context), batch=batch)
-    outputs = run.choose_outputs(items, flags, batch=batch)
-    resolved = _resolve(flags) if flags["resume"] else {}
+    if batch:
+        items = read_batch(flags[source], fields)
+    else:
+        items = [read_single(flags[source], fields, flags["prompt"])]
+    requests = [_make_request(item, flags, kind) for item in items]
+    given = run.given_flags(context)
+    _log_notes(items, flags, given, kind, batch=batch)
+    read = [Path(flags[name]) for name in ("prompt_embeddings",) if flags[name]]
+    if batch and Path(flags[source]).is_file():
+        read.append(Path(flags[source]))
+    outputs = run.choose_outputs(items, flags, batch=batch, read=read)
+    files = _find_files(flags, requests[0], fields)
+    resolved = _resolve(files, flags) if flags["resume"] else {}
     tasks = [
-        run.Task(item, request, output, {"input": item.path}, resolved)
-        for item, output in zip(items, outputs, strict=True)
+        run.Task(item, request, output, _files_of(item, flags, fields), resolved)
+        for item, request, output in zip(items, requests, outputs, strict=True)
     ]
-    files = _find_files(flags, request)
     if flags["resume"]:
         tasks = run.leave_out_finished(tasks, files.identity())
         if not tasks:
             click.echo(f"nothing left to do in {flags['video_save_folder']}")
             return
-    _run(tasks, files, flags, batch=batch)
+    _run(tasks, files, flags, kind, batch=batch)
 
 
 def _refuse_missing_parts(flags: dict[str, Any]) -> None:
     from worldline.catalog import check_parts, is_bundled
 
     check_parts(
-        is_bundled(flags["ar_model_dir"]),
-        flags["disable_diffusion_decoder"] or None,
-        flags["disable_guardrail"] or None,
+        is_bundled(flags["ar_model_dir"]), disable_guardrail=flags["disable_guardrail"] or None
     )
 
 
-def _read_inputs(path: str, flags: dict[str, Any], *, batch: bool) -> list[Item]:
-    from worldline.cli.inputs import Fields, read_batch, read_single
-
-    kind = flags["input_type"]
-    fields = Fields(kind, 1 if kind == "image" else flags["num_input_frames"])
-    return read_batch(path, fields) if batch else [read_single(path, fields)]
-
-
-def _make_request(flags: dict[str, Any]) -> AutoregressiveRequest:
+def _make_request(item: Item, flags: dict[str, Any], kind: str) -> AutoregressiveRequest:
     from worldline.pipelines.autoregressive import AutoregressiveRequest
 
     return AutoregressiveRequest(
-        num_input_frames=1 if flags["input_type"] == "image" else flags["num_input_frames"],
+        num_input_frames=1 if kind == "image" else flags["num_input_frames"],
         temperature=flags["temperature"],
         top_p=flags["top_p"],
         seed=flags["seed"],
+        prompt=item.prompt,
+        decoder_seam=flags["decoder_seam"],
     )
 
 
-def _log_notes(flags: dict[str, Any], given: set[str], *, batch: bool) -> None:
+def _decodes(flags: dict[str, Any]) -> bool:
+    """Tell whether the diffusion decoder is to run."""
+    from worldline.catalog import is_bundled
+
+    return not (flags["disable_diffusion_decoder"] or is_bundled(flags["ar_model_dir"]))
+
+
+def _log_notes(
+    items: list[Item], flags: dict[str, Any], given: set[str], kind: str, *, batch: bool
+) -> None:
     """Say what was asked for and has no effect, and what to expect of the model."""
     from worldline.catalog import find
 
     run.log_bundled(flags["ar_model_dir"], given)
     run.log_without_effect(given, _WITHOUT_EFFECT)
+    if not _decodes(flags):
+        run.log_without_effect(given, _WITHOUT_DECODER)
     if flags["temperature"] == 0:
         greedy = "temperature 0 draws nothing at random"
-        run.log_without_effect(given, dict.fromkeys(("top_p", "seed"), greedy))
+        names = ("top_p",) if _decodes(flags) else ("top_p", "seed")
+        run.log_without_effect(given, dict.fromkeys(names, greedy))
     if batch:
         run.log_without_effect(given, run.NUMBERED)
-    image = flags["input_type"] == "image"
+    if flags["prompt_embeddings"] is not None:
+        unread = ("text_encoder_dir", "text_encoder_dtype", "offload_text_encoder_model")
+        run.log_without_effect(given, dict.fromkeys(unread, "embeddings are given"))
+        if any(item.prompt is not None for item in items):
+            logger.info("prompts are written down alone: the embeddings decide")
+    image = kind == "image"
     if image and "num_input_frames" in given and flags["num_input_frames"] != 1:
         logger.info("--num_input_frames has no effect: an image has 1 frame")
     entry = find(Path(flags["ar_model_dir"]).name)
@@ -182,36 +328,98 @@ def _log_notes(flags: dict[str, Any], given: set[str], *, batch: bool) -> None:
             )
 
 
-def _find_files(flags: dict[str, Any], request: AutoregressiveRequest) -> AutoregressiveFiles:
-    """Find and check the model, and that it has something to make for this request."""
-    from worldline.loading import find_autoregressive
-    from worldline.pipelines.autoregressive import check_room
+def _find_files(
+    flags: dict[str, Any], request: AutoregressiveRequest, fields: Fields
+) -> AutoregressiveFiles:
+    """Find and check the model, and that it can make something of these requests.
 
-    files = find_autoregressive(flags["ar_model_dir"], flags["checkpoint_dir"])
+    Raises:
+        InputError: it cannot.
+        CheckpointError: a file is absent or wrong; there is no text encoder, and one is needed.
+    """
+    from worldline.loading import find_autoregressive
+    from worldline.pipelines.autoregressive import check_prompt, check_room
+    from worldline.pipelines.prompts import read_prompt_embedding
+
+    files = find_autoregressive(
+        flags["ar_model_dir"],
+        flags["checkpoint_dir"],
+        text_encoder_dir=flags["text_encoder_dir"],
+        diffusion_decoder=_decodes(flags),
+    )
+    width = files.config.context_width
+    if width is None and fields.prompt != "unused":
+        raise InputError(
+            f"{files.folder} is a base model, which takes no prompt: use worldline autoregressive "
+            "base, or a Video2World model"
+        )
     check_room(files.config, files.tokenizer_config, request.num_input_frames)
+    embedding = None
+    if width is not None:
+        embedding = read_prompt_embedding(flags["prompt_embeddings"], files.context_length, width)
+    try:
+        check_prompt(files, request, embedding)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{files.why_no_text}; --text_encoder_dir names another; or give --prompt_embeddings"
+        ) from error
     return files
 
 
-def _resolve(flags: dict[str, Any]) -> dict[str, Any]:
+def _files_of(item: Item, flags: dict[str, Any], fields: Fields) -> dict[str, Path | None]:
+    """Return the files that decide a video beside those of the world, by their role in reports."""
+    if fields.prompt == "unused":
+        return {"input": item.path}
+    embeddings = flags["prompt_embeddings"]
+    return {"input": item.path, "prompt_embeddings": Path(embeddings) if embeddings else None}
+
+
+def _resolve(files: AutoregressiveFiles, flags: dict[str, Any]) -> dict[str, Any]:
     """Return what a report says of what the device decides."""
     from worldline.loading import choose_device, compute_dtype
+    from worldline.loading.diffusion import text_dtype
 
-    return {"dtype": str(compute_dtype(choose_device(flags["device"]))).removeprefix("torch.")}
+    dtype = compute_dtype(choose_device(flags["device"]))
+    text = None
+    if files.text is not None:
+        text = flags["text_encoder_dtype"] or str(text_dtype(dtype)).removeprefix("torch.")
+    return {"dtype": str(dtype).removeprefix("torch."), "text_encoder_dtype": text}
 
 
 def _run(
-    tasks: list[run.Task], files: AutoregressiveFiles, flags: dict[str, Any], *, batch: bool
+    tasks: list[run.Task],
+    files: AutoregressiveFiles,
+    flags: dict[str, Any],
+    kind: str,
+    *,
+    batch: bool,
 ) -> None:
-    from worldline.loading import OFFLOAD_FLAGS
     from worldline.world import load_files
 
+    embeddings = flags["prompt_embeddings"]
+
     def load() -> World:
-        offload = {name: flags[name] for name in OFFLOAD_FLAGS}
-        return load_files(files, device=flags["device"], **offload)
+        text: dict[str, Any] = {}
+        if files.config.context_width is not None:
+            text = {
+                "text_encoder_dtype": flags["text_encoder_dtype"],
+                "offload_text_encoder_model": flags["offload_text_encoder_model"],
+                "text": embeddings is None,
+            }
+        return load_files(
+            files,
+            device=flags["device"],
+            offload_ar_model=flags["offload_ar_model"],
+            offload_tokenizer=flags["offload_tokenizer"],
+            offload_diffusion_decoder=flags["offload_diffusion_decoder"],
+            **text,
+        )
 
     def stream(world: World, task: run.Task) -> Iterator[Step]:
         assert task.item.path is not None
-        options = {"input_type": flags["input_type"], **vars(task.request)}
+        options = {"input_type": kind, **vars(task.request)}
+        if embeddings is not None:
+            options["prompt_embeddings"] = embeddings
         return world.stream(task.item.path, **options)
 
-    run.run_tasks(tasks, load, stream, flags, OFFLOAD_FLAGS, batch=batch)
+    run.run_tasks(tasks, load, stream, flags, files.offload_flags, batch=batch)

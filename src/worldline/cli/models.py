@@ -101,7 +101,10 @@ def _parts(files: WorldFiles) -> tuple[list[Checkpoint], str, str]:
 
     if isinstance(files, AutoregressiveFiles):
         sources = [files.transformer, files.tokenizer]
-        return sources, "autoregressive base", "autoregressive base"
+        if files.text is not None:
+            sources.append(files.text.checkpoint)
+        kind = "base" if files.config.context_width is None else "video2world"
+        return sources, f"autoregressive {kind}", f"autoregressive {kind}"
     sources = [files.dit.source, files.tokenizer]
     if files.text is not None:
         sources.append(files.text.checkpoint)
@@ -152,7 +155,9 @@ def _use(entry: Entry) -> tuple[str | None, str]:
 
     if entry.family.endswith("tokenizer") and entry.preset in PRESETS:
         return "tokenize", "yes"
-    if entry.family == "text encoder" and any(entry.name in e.needs for e in _runnable()):
+    if entry.family in ("text encoder", "diffusion decoder") and any(
+        entry.name in e.needs for e in _runnable()
+    ):
         return None, "as a part"
     return entry.command or None, "not in this version"
 

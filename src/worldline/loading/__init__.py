@@ -15,6 +15,7 @@ import torch
 from worldline.catalog import BUNDLED_PREFIX, Entry, is_bundled
 from worldline.errors import CheckpointError, InputError
 from worldline.loading.autoregressive import (
+    AR_OFFLOAD_FLAGS,
     OFFLOAD_FLAGS,
     AutoregressiveFiles,
     AutoregressiveParts,
@@ -22,6 +23,14 @@ from worldline.loading.autoregressive import (
     open_autoregressive,
     plan_autoregressive,
     video_shape,
+)
+from worldline.loading.decoder import (
+    WINDOW,
+    DecoderFiles,
+    DecoderParts,
+    plan_decoder,
+    read_context,
+    window_grid,
 )
 from worldline.loading.diffusion import (
     DIFFUSION_OFFLOAD_FLAGS,
@@ -68,14 +77,18 @@ from worldline.weights.read import Checkpoint
 from worldline.weights.stream import load_into
 
 __all__ = [
+    "AR_OFFLOAD_FLAGS",
     "BUNDLED",
     "DIFFUSION_OFFLOAD_FLAGS",
     "GENERATIONS",
     "NEGATIVE_PROMPT",
     "OFFLOAD_FLAGS",
     "ROTARY_PRECISIONS",
+    "WINDOW",
     "AutoregressiveFiles",
     "AutoregressiveParts",
+    "DecoderFiles",
+    "DecoderParts",
     "DiffusionFiles",
     "DiffusionParts",
     "DiffusionPlan",
@@ -101,6 +114,7 @@ __all__ = [
     "read_settings",
     "refuse_options",
     "video_shape",
+    "window_grid",
 ]
 
 logger = logging.getLogger(__name__)
@@ -119,6 +133,7 @@ def find_world(
     tokenizer_dir: str | Path | None = None,
     text_encoder_dir: str | Path | None = None,
     generation: str | None = None,
+    diffusion_decoder: bool = False,
 ) -> WorldFiles:
     """Find and check the files of a world of either family, by what its folder holds.
 
@@ -127,19 +142,15 @@ def find_world(
             path of a file opens that file.
         checkpoint_dir: holds the folders, those of the other parts too.
         tokenizer_dir: of a diffusion world; see `find_diffusion`.
-        text_encoder_dir: likewise.
-        generation: likewise.
+        text_encoder_dir: of a world that takes prompts; likewise.
+        generation: of a diffusion world; likewise.
+        diffusion_decoder: of an autoregressive world; see `find_autoregressive`.
 
     Raises:
         CheckpointError: a file is absent, incomplete, damaged or of another model.
         InputError: an autoregressive world is given what only diffusion worlds have.
     """
     place = _locate(model, checkpoint_dir)
-    special = {
-        "tokenizer_dir": tokenizer_dir,
-        "text_encoder_dir": text_encoder_dir,
-        "generation": generation,
-    }
     if holds_diffusers(place.named) or is_diffusion(open_transformer(place.named)):
         return open_diffusion(
             place,
@@ -147,8 +158,20 @@ def find_world(
             text_encoder_dir=text_encoder_dir,
             generation=generation,
         )
+    special = {"tokenizer_dir": tokenizer_dir, "generation": generation}
     refuse_options(place.folder, "an autoregressive", special)
-    return open_autoregressive(place)
+    return _open_autoregressive(place, text_encoder_dir, diffusion_decoder)
+
+
+def _open_autoregressive(
+    place: Place, text_encoder_dir: str | Path | None, diffusion_decoder: bool
+) -> AutoregressiveFiles:
+    files = open_autoregressive(
+        place, text_encoder_dir=text_encoder_dir, diffusion_decoder=diffusion_decoder
+    )
+    if files.config.context_width is None:
+        refuse_options(place.folder, "a base", {"text_encoder_dir": text_encoder_dir})
+    return files
 
 
 def refuse_options(folder: Path, kind: str, given: dict[str, Any]) -> None:
@@ -162,18 +185,30 @@ def refuse_options(folder: Path, kind: str, given: dict[str, Any]) -> None:
         raise InputError(f"{folder.name} is {kind} world, which has no {', no '.join(wrong)}")
 
 
-def find_autoregressive(model: str | Path, checkpoint_dir: str | Path) -> AutoregressiveFiles:
+def find_autoregressive(
+    model: str | Path,
+    checkpoint_dir: str | Path,
+    *,
+    text_encoder_dir: str | Path | None = None,
+    diffusion_decoder: bool = False,
+) -> AutoregressiveFiles:
     """Find and check the files of an autoregressive world.
 
     Args:
         model: "tiny-…" for a bundled one, a folder's name below `checkpoint_dir`, or a path; the
             path of a file opens that file.
         checkpoint_dir: holds the folders, the tokenizer's too.
+        text_encoder_dir: another text encoder for a Video2World model, by a name below
+            `checkpoint_dir` or a path.
+        diffusion_decoder: find the diffusion decoder and its tokenizer too.
 
     Raises:
-        CheckpointError: a file is absent, incomplete, damaged or of another model.
+        CheckpointError: a file is absent, incomplete, damaged or of another model. That there is no
+            text encoder is no error here: embeddings may be given.
+        InputError: a base model is given a text encoder.
     """
-    return open_autoregressive(_locate(model, checkpoint_dir))
+    place = _locate(model, checkpoint_dir)
+    return _open_autoregressive(place, text_encoder_dir, diffusion_decoder)
 
 
 def find_diffusion(
@@ -239,14 +274,37 @@ def load_autoregressive(
     *,
     offload_ar_model: bool = False,
     offload_tokenizer: bool = False,
+    offload_diffusion_decoder: bool = False,
+    offload_text_encoder_model: bool = False,
+    text_encoder_dtype: torch.dtype | None = None,
+    text: bool = True,
 ) -> AutoregressiveParts:
-    """Read the weights of a world.
+    """Read the weights of a world; those of the text encoder wait for a prompt that needs them.
+
+    Args:
+        files: found and checked.
+        device: where it runs.
+        dtype: of the networks.
+        recorder: is told seconds and memory.
+        offload_ar_model: keep the transformer in host memory while it is not used.
+        offload_tokenizer: likewise.
+        offload_diffusion_decoder: likewise, its tokenizer too.
+        offload_text_encoder_model: likewise.
+        text_encoder_dtype: by default `dtype` where T5 runs in it.
+        text: whether prompts will be encoded, which takes memory; False where embeddings are given.
 
     Raises:
         InsufficientMemoryError: the device is too small for one clip.
     """
-    chosen = {"offload_ar_model": offload_ar_model, "offload_tokenizer": offload_tokenizer}
-    _check_memory(files, device, dtype, [flag for flag, given in chosen.items() if given])
+    chosen = {
+        "offload_ar_model": offload_ar_model,
+        "offload_tokenizer": offload_tokenizer,
+        "offload_diffusion_decoder": offload_diffusion_decoder,
+        "offload_text_encoder_model": offload_text_encoder_model,
+    }
+    given = [flag for flag in files.offload_flags if chosen[flag]]
+    of_text = text_encoder_dtype or text_dtype(dtype)
+    _check_memory(files, device, dtype, given, text_encoder_dtype=of_text, text=text)
     logger.info("reading %s", files.folder)
     compiling = compile_ahead(files.config, device)
     with recorder.stage("load"):
@@ -254,9 +312,32 @@ def load_autoregressive(
             ARTransformer, files.config, files.transformer, KEYS, device, dtype, offload_ar_model
         )
         tokenizer = _read_tokenizer(files, device, dtype, offload_tokenizer)
+        decoder = None
+        if files.decoder is not None:
+            decoder = _read_decoder(files.decoder, device, dtype, offload_diffusion_decoder)
         if compiling is not None:
             compiling.join()
-    return AutoregressiveParts(transformer, tokenizer)
+    encoder = None
+    if files.text is not None:
+        encoder = TextPart(
+            files.text,
+            device,
+            of_text,
+            offload=offload_text_encoder_model,
+            cache=EmbeddingCache(),
+        )
+    return AutoregressiveParts(transformer, tokenizer, files, encoder, decoder)
+
+
+def _read_decoder(
+    files: DecoderFiles, device: torch.device, dtype: torch.dtype, offload: bool
+) -> DecoderParts:
+    logger.info("reading %s", files.folder)
+    context = read_context(files)
+    dit = files.dit
+    transformer = _read(DiT, dit.config, dit.source, dit.keys, device, dtype, offload)
+    tokenizer = _read_tokenizer(files, device, dtype, offload)
+    return DecoderParts(transformer, tokenizer, context, files.statistics, files.generation)
 
 
 def load_diffusion(
@@ -322,7 +403,7 @@ def load_diffusion(
 
 
 def _read_tokenizer(
-    files: WorldFiles, device: torch.device, dtype: torch.dtype, offload: bool
+    files: WorldFiles | DecoderFiles, device: torch.device, dtype: torch.dtype, offload: bool
 ) -> Part[CosmosTokenizer]:
     keys = key_map(files.tokenizer_config)
     return _read(
@@ -357,8 +438,9 @@ def fit(
     """Find the fewest offload flags with which a world fits.
 
     Args:
-        config: of the transformer; a diffusion world is taken to have T5-11B and to make the
-            released 121 frames of 704 x 1280.
+        config: of the transformer; a world that takes prompts is taken to have T5-11B, a diffusion
+            world to make the released 121 frames of 704 x 1280, and an autoregressive one to decode
+            by its tokenizer alone.
         tokenizer: its configuration.
         device: where the world would run.
         memory: of the device; None where it is not known.
@@ -367,7 +449,7 @@ def fit(
     """
     dtype = dtype or compute_dtype(device)
     need = _need(config, tokenizer, device, dtype)
-    return fewest_flags(need, _flags(config), device, memory, given)
+    return fewest_flags(need, _flags_of(config), device, memory, given)
 
 
 def fit_files(
@@ -379,7 +461,7 @@ def fit_files(
 ) -> Fit:
     """Do what `fit` does for files that were found: a video of their default size."""
     need = _need_of(files, device, dtype or compute_dtype(device))
-    return fewest_flags(need, _flags(files.config), device, memory, given)
+    return fewest_flags(need, _flags(files), device, memory, given)
 
 
 def fit_entry(entry: Entry, device: torch.device, memory: Memory | None) -> Fit | None:
@@ -389,11 +471,26 @@ def fit_entry(entry: Entry, device: torch.device, memory: Memory | None) -> Fit 
     if entry.preset in DIFFUSION_PRESETS:
         return fit(DIFFUSION_PRESETS[entry.preset], TOKENIZER_PRESETS["CV8x8x8"], device, memory)
     config = AUTOREGRESSIVE_PRESETS[entry.preset]
-    return fit(config, TOKENIZER_PRESETS["DV8x16x16"], device, memory)
+    discrete, continuous = TOKENIZER_PRESETS["DV8x16x16"], TOKENIZER_PRESETS["CV8x8x8"]
+    decoder = (DIFFUSION_PRESETS["7B-Decoder"], continuous)
+    dtype = compute_dtype(device)
+    need = _need(config, discrete, device, dtype, decoder=decoder)
+    flags = [
+        flag
+        for flag in AR_OFFLOAD_FLAGS
+        if flag != "offload_text_encoder_model" or config.context_width is not None
+    ]
+    return fewest_flags(need, flags, device, memory)
 
 
-def _flags(config: ARTransformerConfig | DiTConfig) -> tuple[str, ...]:
+def _flags_of(config: ARTransformerConfig | DiTConfig) -> tuple[str, ...]:
     return DIFFUSION_OFFLOAD_FLAGS if isinstance(config, DiTConfig) else OFFLOAD_FLAGS
+
+
+def _flags(files: WorldFiles) -> tuple[str, ...]:
+    if isinstance(files, AutoregressiveFiles):
+        return files.offload_flags
+    return DIFFUSION_OFFLOAD_FLAGS
 
 
 def _need(
@@ -405,16 +502,30 @@ def _need(
     video: VideoShape | None = None,
     nbytes_of_text: int | None = None,
     context_length: int = RELEASED_CONTEXT,
+    decoder: tuple[DiTConfig, CosmosTokenizerConfig] | None = None,
 ) -> Need:
     """Return what a world needs by its flags; a released world's where nothing is said of it."""
+    if nbytes_of_text is None:
+        nbytes_of_text = _RELEASED_TEXT_PARAMETERS * text_dtype(dtype).itemsize
     if not isinstance(config, DiTConfig):
+        decoding = None
+        if decoder is not None:
+            grid = window_grid(config, tokenizer, decoder[1])
+            decoding = plan_decoder(*decoder, grid, dtype=dtype, fused=fused(device))
+        of_text = nbytes_of_text if config.context_width is not None else 0
         return lambda flags: (
-            plan_autoregressive(config, tokenizer, dtype=dtype, **dict.fromkeys(flags, True)).peak
+            plan_autoregressive(
+                config,
+                tokenizer,
+                dtype=dtype,
+                text_bytes=of_text,
+                context_length=context_length,
+                decoder=decoding,
+                **dict.fromkeys(flags, True),
+            ).peak
         )
     released = WorldDefaults(text2world=True)
     size = video or VideoShape(released.num_video_frames, released.height, released.width)
-    if nbytes_of_text is None:
-        nbytes_of_text = _RELEASED_TEXT_PARAMETERS * text_dtype(dtype).itemsize
     return lambda flags: (
         plan_diffusion(
             config,
@@ -439,10 +550,19 @@ def _need_of(
     text: bool = True,
 ) -> Need:
     """Return what a world needs that was found; `text` tells whether prompts will be encoded."""
-    if isinstance(files, AutoregressiveFiles):
-        return _need(files.config, files.tokenizer_config, device, dtype)
-    defaults = files.defaults
     encoder = files.text if text else None
+    if isinstance(files, AutoregressiveFiles):
+        decoder = files.decoder
+        return _need(
+            files.config,
+            files.tokenizer_config,
+            device,
+            dtype,
+            nbytes_of_text=text_bytes(encoder, text_encoder_dtype or text_dtype(dtype)),
+            context_length=files.context_length,
+            decoder=(decoder.dit.config, decoder.tokenizer_config) if decoder else None,
+        )
+    defaults = files.defaults
     return _need(
         files.config,
         files.tokenizer_config,
@@ -463,7 +583,7 @@ def _check_memory(
 ) -> None:
     """Refuse a world that does not fit; `options` are those of `_need_of`."""
     need = _need_of(files, device, dtype, **options)
-    check_memory(files.folder.name, need, _flags(files.config), device, given)
+    check_memory(files.folder.name, need, _flags(files), device, given)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

@@ -57,7 +57,7 @@ DIFFUSION_OFFLOAD_FLAGS = (
 ROTARY_PRECISIONS = ("bfloat16", "float32")
 RELEASED_CONTEXT = 512  # rows of a text embedding
 
-_TOKENIZERS = {
+CONTINUOUS_TOKENIZERS = {
     "Predict1": ("Cosmos-Tokenize1-CV8x8x8-720p", "Cosmos-1.0-Tokenizer-CV8x8x8"),
     "1.0": ("Cosmos-1.0-Tokenizer-CV8x8x8", "Cosmos-Tokenize1-CV8x8x8-720p"),
 }
@@ -67,7 +67,7 @@ _PLAIN_HEADS = 4  # and while heads are normed and turned, in float32 or wider
 # a config.json with one of these was written by worldline
 _OWN_SETTINGS = ("rope_ratio", "base_fps", "text2world")
 _MOST_GIVEN = 9  # frames that are continued
-_STATISTICS = (
+STATISTICS = (
     "mean_std.pt",
     "image_mean_std.pt",
     "mean_std.safetensors",
@@ -160,7 +160,7 @@ class DiffusionFiles:
         source = self.dit.source
         settings = dict.fromkeys(path.parent / "config.json" for path in source.files)
         folder = self.tokenizer.path if self.tokenizer.path.is_dir() else self.tokenizer.path.parent
-        scales = [folder / name for name in _STATISTICS]
+        scales = [folder / name for name in STATISTICS]
         found = stamps(
             {
                 "transformer": [*source.files, *filter(Path.exists, settings)],
@@ -290,14 +290,14 @@ def open_diffusion(
         folder = folder.parent
     dit, settings = _open_dit(file, layout, folder)
     defaults = _read_defaults(settings, dit.config, folder)
-    chosen = _generation(folder, generation)
+    chosen = generation_of(folder, generation)
 
     tokenizer_folder = _tokenizer_folder(place, folder, layout, tokenizer_dir, chosen)
     try:
         tokenizer, tokenizer_config = open_tokenizer(tokenizer_folder)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{unfinished(tokenizer_folder)}") from error
-    _check_tokenizer(tokenizer, tokenizer_config, dit)
+    check_continuous(tokenizer, tokenizer_config, dit)
     scales = tokenizer_folder if tokenizer_folder.is_dir() else tokenizer_folder.parent
     statistics = read_statistics(scales, tokenizer_config.latent_channels)
     if statistics is None:
@@ -305,7 +305,7 @@ def open_diffusion(
             f"{scales} holds no mean_std.pt, the statistics of the tokenizer's latents, without "
             f"which a diffusion world cannot use it{unfinished(scales)}"
         )
-    text, why_no_text = _find_text(place, folder, layout, text_encoder_dir)
+    text, why_no_text = find_text(place, folder, layout, text_encoder_dir)
     if text is not None and text.width != dit.config.context_width:
         why_no_text = (
             f"{text.folder} gives embeddings of width {text.width}, "
@@ -328,7 +328,7 @@ def open_diffusion(
     )
 
 
-def _generation(folder: Path, asked: str | None) -> Generation:
+def generation_of(folder: Path, asked: str | None) -> Generation:
     """Return the generation as asked, else by the name of the model's own folder."""
     folder = folder.absolute()
     name = folder.name
@@ -410,7 +410,7 @@ def _tokenizer_folder(
     own = folder / "vae"
     if layout == "diffusers" and holds_vae_weights(own):
         return own
-    names = _TOKENIZERS[generation]
+    names = CONTINUOUS_TOKENIZERS[generation]
     found = place.below(names)
     if found is None and own.is_dir():
         return own
@@ -422,11 +422,16 @@ def _tokenizer_folder(
     return found
 
 
-def _check_tokenizer(source: Checkpoint, config: CosmosTokenizerConfig, dit: DiTFiles) -> None:
+def check_continuous(source: Checkpoint, config: CosmosTokenizerConfig, dit: DiTFiles) -> None:
+    """Refuse a tokenizer that does not make the latents of a transformer.
+
+    Raises:
+        CheckpointError: it is discrete, a tensor does not fit, or it has other channels.
+    """
     if config.levels is not None:
         raise CheckpointError(
             f"{source.path} is a discrete tokenizer; a diffusion world needs a continuous one, "
-            f"such as {_TOKENIZERS['Predict1'][0]}"
+            f"such as {CONTINUOUS_TOKENIZERS['Predict1'][0]}"
         )
     with torch.device("meta"):
         network = CosmosTokenizer(config)
@@ -440,10 +445,14 @@ def _check_tokenizer(source: Checkpoint, config: CosmosTokenizerConfig, dit: DiT
         )
 
 
-def _find_text(
+def find_text(
     place: Place, folder: Path, layout: Layout, asked: str | Path | None
 ) -> tuple[T5Files | None, str]:
-    """Return the text encoder, or why there is none."""
+    """Return the text encoder, or why there is none.
+
+    Raises:
+        CheckpointError: the one that is asked for is absent or damaged.
+    """
     if asked is not None:
         return find_t5(place.chosen(asked, "text_encoder_dir")), ""
     present = [path for root in place.roots for path in t5_folders(root)]

@@ -38,6 +38,7 @@ from worldline.loading import (
 from worldline.models.predict1_dit.model import Context
 from worldline.pipelines.background import in_background
 from worldline.pipelines.preview import fit_colours, show_colours
+from worldline.pipelines.prompts import check_words, filled
 from worldline.report import Recorder
 from worldline.sampling.edm import SAMPLERS, Given, Reinsertion, make_sigmas, sample
 from worldline.sampling.noise import MAX_SEED, standard_noise
@@ -101,13 +102,7 @@ class DiffusionRequest:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise InputError(f"{name} is a {type(value).__name__}; it must be text")
-            try:
-                (value or "").encode()
-            except UnicodeEncodeError as error:
-                raise InputError(f"{name} is no valid text: {error}") from None
+            check_words(getattr(self, name), name)
         if self.prompt is not None and not self.prompt.strip():
             raise InputError("the prompt is empty")
         whole = ("num_steps", "num_video_frames", "height", "width", "seed", "num_input_frames")
@@ -360,20 +355,11 @@ def read_embeddings(
             raise InputError(
                 f"{name}_embeddings is a {type(given).__name__}; give a file or tensor"
             )
-    whole = {name: _filled(files, tensor, f"{name}_embeddings") for name, tensor in found.items()}
-    return Embeddings(whole.get("prompt"), whole.get("negative_prompt"))
-
-
-def _filled(files: DiffusionFiles, given: Tensor, name: str) -> Tensor:
     rows, width = files.context_length, files.config.context_width
-    flat = given[0] if given.ndim == 3 and len(given) == 1 else given
-    fits = flat.ndim == 2 and 1 <= len(flat) <= rows and flat.shape[1] == width
-    if not fits or not flat.is_floating_point() or not flat.isfinite().all():
-        raise InputError(
-            f"{name} is {str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}; it must be "
-            f"floating and finite, (S, {width}) or (1, S, {width}) with S up to {rows}"
-        )
-    return embeddings.padded(flat.detach().float().cpu(), rows)
+    whole = {
+        name: filled(tensor, rows, width, f"{name}_embeddings") for name, tensor in found.items()
+    }
+    return Embeddings(whole.get("prompt"), whole.get("negative_prompt"))
 
 
 def generate(

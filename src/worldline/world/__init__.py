@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from worldline.catalog import BUNDLED_PREFIX, check_parts
+from worldline.catalog import BUNDLED_PREFIX, check_parts, is_bundled
 from worldline.errors import InputError
 from worldline.loading import (
     AutoregressiveFiles,
@@ -56,6 +56,7 @@ def load(
     offload_tokenizer: bool = False,
     offload_diffusion_transformer: bool = False,
     offload_text_encoder_model: bool = False,
+    offload_diffusion_decoder: bool = False,
     disable_diffusion_decoder: bool | None = None,
     disable_guardrail: bool | None = None,
     disable_prompt_upsampler: bool | None = None,
@@ -77,20 +78,23 @@ def load(
             (autoregressive).
         offload_tokenizer: keep the tokenizer in host memory while it is not used.
         offload_diffusion_transformer: keep the transformer in host memory while it is not used
-            (diffusion, as all that follows but `disable_…`).
-        offload_text_encoder_model: keep the text encoder in host memory while it is not used.
+            (diffusion).
+        offload_text_encoder_model: keep the text encoder in host memory while it is not used, where
+            the world has one.
+        offload_diffusion_decoder: keep the diffusion decoder in host memory while it is not used
+            (autoregressive).
         disable_diffusion_decoder: decode tokens by the tokenizer alone. Released autoregressive
             models use the diffusion decoder unless told otherwise; bundled ones have none.
         disable_guardrail: do not check the video. Released models check unless told otherwise.
         disable_prompt_upsampler: take prompts as they are. Released diffusion models rewrite them
             unless told otherwise; bundled ones have no upsampler.
-        tokenizer_dir: another tokenizer, by a name below `checkpoint_dir` or a path.
-        text_encoder_dir: another text encoder, likewise.
+        tokenizer_dir: another tokenizer, by a name below `checkpoint_dir` or a path (diffusion).
+        text_encoder_dir: another text encoder, likewise, for a world that takes prompts.
         text_encoder_dtype: torch.float32 or torch.bfloat16; by default `dtype` if that is one of
             them, else bf16.
-        generation: "1.0" or "Predict1"; by default what the folder's name tells.
+        generation: "1.0" or "Predict1"; by default what the folder's name tells (diffusion).
         video: frames, height and width of the largest video that will be made, which must fit into
-            memory; by default what the world makes unless told otherwise.
+            memory; by default what the world makes unless told otherwise (diffusion).
 
     Raises:
         CheckpointError: files are absent, damaged, or of another model.
@@ -99,17 +103,20 @@ def load(
         InsufficientMemoryError: the device is too small.
     """
     _check_dtype("dtype", dtype)
+    bundled = is_bundled(str(name))
+    decodes = not (bundled if disable_diffusion_decoder is None else disable_diffusion_decoder)
     files = find_world(
         str(name),
         Path(checkpoint_dir),
         tokenizer_dir=None if tokenizer_dir is None else Path(tokenizer_dir),
         text_encoder_dir=None if text_encoder_dir is None else Path(text_encoder_dir),
         generation=generation,
+        diffusion_decoder=decodes,
     )
     if isinstance(files, AutoregressiveFiles):
         strange = {"disable_prompt_upsampler": disable_prompt_upsampler}
         refuse_options(files.folder, "an autoregressive", strange)
-        check_parts(files.bundled, disable_diffusion_decoder, disable_guardrail)
+        check_parts(files.bundled, disable_guardrail=disable_guardrail)
     else:
         strange = {"disable_diffusion_decoder": disable_diffusion_decoder}
         refuse_options(files.folder, "a diffusion", strange)
@@ -126,6 +133,7 @@ def load(
         offload_tokenizer=offload_tokenizer,
         offload_diffusion_transformer=offload_diffusion_transformer,
         offload_text_encoder_model=offload_text_encoder_model,
+        offload_diffusion_decoder=offload_diffusion_decoder,
         text_encoder_dtype=text_encoder_dtype,
         video=video,
     )
@@ -140,30 +148,38 @@ def load_files(
     offload_tokenizer: bool = False,
     offload_diffusion_transformer: bool = False,
     offload_text_encoder_model: bool = False,
+    offload_diffusion_decoder: bool = False,
     text_encoder_dtype: torch.dtype | str | None = None,
     video: tuple[int, int, int] | None = None,
     text: bool = True,
 ) -> World:
     """Do what `load` does with files that were found and checked before.
 
-    `text` tells whether a diffusion world will encode prompts. Where embeddings are given it will
-    not, and needs less memory.
+    `text` tells whether a world that takes prompts will encode any. Where embeddings are given it
+    will not, and needs less memory.
     """
     if isinstance(text_encoder_dtype, str):
         text_encoder_dtype = getattr(torch, text_encoder_dtype, text_encoder_dtype)
     _check_dtype("text_encoder_dtype", text_encoder_dtype, _TEXT_DTYPES)
     assert not isinstance(text_encoder_dtype, str)  # told by `_check_dtype`
-    autoregressive = isinstance(files, AutoregressiveFiles)
-    if autoregressive:
+    of_text = {
+        "offload_text_encoder_model": offload_text_encoder_model,
+        "text_encoder_dtype": text_encoder_dtype,
+    }
+    if isinstance(files, AutoregressiveFiles):
         strange: dict[str, object] = {
             "offload_diffusion_transformer": offload_diffusion_transformer,
-            "offload_text_encoder_model": offload_text_encoder_model,
-            "text_encoder_dtype": text_encoder_dtype,
             "video": video,
         }
+        refuse_options(files.folder, "an autoregressive", strange)
+        if files.config.context_width is None:
+            refuse_options(files.folder, "a base", of_text)
     else:
-        strange = {"offload_ar_model": offload_ar_model}
-    refuse_options(files.folder, "an autoregressive" if autoregressive else "a diffusion", strange)
+        strange = {
+            "offload_ar_model": offload_ar_model,
+            "offload_diffusion_decoder": offload_diffusion_decoder,
+        }
+        refuse_options(files.folder, "a diffusion", strange)
     chosen = choose_device(device)
     identity = files.identity()
     recorder = Recorder(chosen)
@@ -177,6 +193,10 @@ def load_files(
             recorder,
             offload_ar_model=offload_ar_model,
             offload_tokenizer=offload_tokenizer,
+            offload_diffusion_decoder=offload_diffusion_decoder,
+            offload_text_encoder_model=offload_text_encoder_model,
+            text_encoder_dtype=text_encoder_dtype,
+            text=text,
         )
         return AutoregressiveWorld(name, parts, recorder, identity)
     return DiffusionWorld(
