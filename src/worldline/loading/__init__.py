@@ -110,6 +110,7 @@ __all__ = [
     "load_diffusion",
     "open_transformer",
     "plan_autoregressive",
+    "plan_decoder",
     "plan_diffusion",
     "read_settings",
     "refuse_options",

@@ -327,13 +327,15 @@ def plan_autoregressive(
     weights = {
         "transformer": transformer_bytes,
         "tokenizer": tokenizer_bytes,
-        "decoder": decoder.weights if decoder else 0,
+        "denoiser": decoder.transformer if decoder else 0,
+        "pixels": decoder.tokenizer if decoder else 0,
         "text": text_bytes,
     }
     offloaded = {
         "transformer": offload_ar_model,
         "tokenizer": offload_tokenizer,
-        "decoder": offload_diffusion_decoder,
+        "denoiser": offload_diffusion_decoder,
+        "pixels": offload_diffusion_decoder,
         "text": offload_text_encoder_model,
     }
 
@@ -345,7 +347,7 @@ def plan_autoregressive(
     return MemoryPlan(
         encode=coding,
         tokens=resident("transformer") + cache + prefill,
-        decode=resident("decoder") + decoder.decode if decoder else coding,
+        decode=resident("pixels") + decoder.decode if decoder else coding,
         text=resident("text") + text_bytes // 20 if text_bytes else 0,
-        denoise=resident("decoder") + decoder.denoise if decoder else 0,
+        denoise=resident("denoiser") + decoder.denoise if decoder else 0,
     )

@@ -258,12 +258,14 @@ class DecoderNeed:
     """Bytes that the decoder holds on its device.
 
     Attributes:
-        weights: of both networks.
-        denoise: beside its weights, while the sampler runs.
-        decode: beside its weights, while latents become pixels.
+        transformer: its weights.
+        tokenizer: likewise.
+        denoise: beside them, while the sampler runs.
+        decode: beside them, while latents become pixels.
     """
 
-    weights: int
+    transformer: int
+    tokenizer: int
     denoise: int
     decode: int
 
@@ -293,11 +295,13 @@ def plan_decoder(
         video=grid.video(tokenizer.temporal, tokenizer.spatial),
         dtype=dtype,
         fused=fused,
+        batch=2,
         offload_diffusion_transformer=True,
         offload_tokenizer=True,
     )
     return DecoderNeed(
-        weights=transformer + pixels,
-        denoise=2 * (plan.denoise - transformer - workspace(dtype)),  # two branches
+        transformer=transformer,
+        tokenizer=pixels,
+        denoise=plan.denoise - transformer - workspace(dtype),
         decode=plan.decode - pixels - workspace(dtype),
     )

@@ -30,7 +30,15 @@ from worldline.models.predict1_dit.weights import DiTFiles, Layout, find_dit, op
 from worldline.parallel.offload import Part
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.cache import EmbeddingCache
-from worldline.text.t5 import RELEASED, T5Encoder, T5Files, find_t5, load_t5, t5_folders
+from worldline.text.t5 import (
+    RELEASED,
+    T5Encoder,
+    T5Files,
+    find_t5,
+    load_t5,
+    t5_folders,
+    tell_if_cut,
+)
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.statistics import (
@@ -209,6 +217,7 @@ class TextPart:
         for prompt in prompts:
             cached = self._cache.get(self._key, prompt)
             if cached is not None:
+                tell_if_cut(self.files, prompt)  # what the encoder would say
                 found[prompt] = cached.view(1, *cached.shape[-2:])
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         if not missing:
@@ -289,6 +298,11 @@ def open_diffusion(
     if layout == "diffusers" and folder.name == "transformer":
         folder = folder.parent
     dit, settings = _open_dit(file, layout, folder)
+    if dit.config.vocabulary:
+        raise CheckpointError(
+            f"{folder} is the diffusion decoder of the autoregressive worlds, not a world: "
+            "worldline autoregressive runs it with them"
+        )
     defaults = _read_defaults(settings, dit.config, folder)
     chosen = generation_of(folder, generation)
 
@@ -499,6 +513,7 @@ def plan_diffusion(
     text_bytes: int = 0,
     context_length: int = RELEASED_CONTEXT,
     fused: bool = True,
+    batch: int = 1,
     offload_diffusion_transformer: bool = False,
     offload_tokenizer: bool = False,
     offload_text_encoder_model: bool = False,
@@ -513,6 +528,7 @@ def plan_diffusion(
         text_bytes: of the text encoder's weights; 0 where there is none.
         context_length: rows of a text embedding.
         fused: kernels do the work between the layers, see `worldline.nn.modulation`.
+        batch: branches of the guidance that the transformer computes at once.
         offload_diffusion_transformer: it waits in host memory.
         offload_tokenizer: likewise.
         offload_text_encoder_model: likewise.
@@ -536,13 +552,13 @@ def plan_diffusion(
     grid = latent_grid(tokenizer, video)
     _, rows, columns = config.patch
     tokens = grid.tokens // (rows * columns)
-    stream = tokens * config.width * size
+    stream = batch * tokens * config.width * size
     # the stream, positions, the norm's output, q, k, v before and after their norms, and the result
-    hidden = min(tokens * config.hidden * size, HIDDEN_BYTES)
+    hidden = min(batch * tokens * config.hidden * size, HIDDEN_BYTES)
     inner = config.num_heads * config.head_size
     activations = _STREAMS * stream + hidden
     if not fused:
-        heads = _PLAIN_HEADS * tokens * inner * max(size, torch.float32.itemsize)
+        heads = _PLAIN_HEADS * batch * tokens * inner * max(size, torch.float32.itemsize)
         activations = _PLAIN_STREAMS * stream + max(2 * hidden, heads)
     contexts = 2 * 2 * config.depth * context_length * inner * size
     latents = 12 * config.latent_channels * grid.tokens * 8  # states of the sampler, up to float64
