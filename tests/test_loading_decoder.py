@@ -179,7 +179,9 @@ def test_a_decoder_is_no_world(whole_world: Path) -> None:
 
 def test_text_encoders(own_whole_world: Path) -> None:
     root = own_whole_world
-    with pytest.raises(InputError, match=f"{MODEL} is a base world, which has no text_encoder_dir"):
+    with pytest.raises(
+        InputError, match=f"{MODEL} is an autoregressive base world, which has no text_encoder_dir"
+    ):
         loading.find_autoregressive(MODEL, root, text_encoder_dir=TEXT_ENCODER)
     with pytest.raises(CheckpointError, match="--text_encoder_dir"):
         loading.find_autoregressive(VIDEO2WORLD, root, text_encoder_dir="nowhere")

@@ -146,6 +146,7 @@ def test_numbers_of_numpy(world: worldline.World, clip: Path) -> None:
         "temperature": 0.5,
         "top_p": 0.8,
         "seed": 3,
+        "decoder_seam": "corrected",
     }
 
 

@@ -189,5 +189,7 @@ def test_wrong_parts(whole_world: Path, small_world: Path) -> None:
         worldline.load(MODEL, small_world, disable_guardrail=True)
     with pytest.raises(InputError, match="--disable_guardrail"):
         worldline.load(MODEL, whole_world)
-    with pytest.raises(InputError, match="is a base world, which has no offload_text_encoder"):
+    with pytest.raises(
+        InputError, match="is an autoregressive base world, which has no offload_text_encoder"
+    ):
         worldline.load(MODEL, whole_world, disable_guardrail=True, offload_text_encoder_model=True)

@@ -58,7 +58,6 @@ def test_video_to_video(base: Base, clip: Path, tmp_path: Path) -> None:
         "temperature": 1.0,
         "top_p": 0.8,
         "seed": 0,
-        "prompt": None,
         "decoder_seam": "corrected",
     }
     assert report["diffusion_decoder"] is None

@@ -171,7 +171,9 @@ def _open_autoregressive(
         place, text_encoder_dir=text_encoder_dir, diffusion_decoder=diffusion_decoder
     )
     if files.config.context_width is None:
-        refuse_options(place.folder, "a base", {"text_encoder_dir": text_encoder_dir})
+        refuse_options(
+            place.folder, "an autoregressive base", {"text_encoder_dir": text_encoder_dir}
+        )
     return files
 
 

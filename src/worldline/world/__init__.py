@@ -173,7 +173,7 @@ def load_files(
         }
         refuse_options(files.folder, "an autoregressive", strange)
         if files.config.context_width is None:
-            refuse_options(files.folder, "a base", of_text)
+            refuse_options(files.folder, "an autoregressive base", of_text)
     else:
         strange = {
             "offload_ar_model": offload_ar_model,

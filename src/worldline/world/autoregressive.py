@@ -111,6 +111,9 @@ class AutoregressiveWorld(World):
         decoder = recorder.facts["decoder"]
         # a prompt has many queries; see `worldline.nn.attention` for the one query of a step
         steps = "matrix products" if decoder == PlainDecoder.name else "Triton, split keys"
+        asked = dict(request.__dict__)
+        if not self.video2world:
+            del asked["prompt"]  # it has none, not even an empty one
         diffusion = self.parts.decoder
         settings = None
         if diffusion is not None:
@@ -119,7 +122,7 @@ class AutoregressiveWorld(World):
             "model": self.name,
             "parameters": self.parameters,
             **source,
-            "request": request.__dict__,
+            "request": asked,
             "decoder": decoder,
             "diffusion_decoder": settings,
             "attention": f"torch SDPA (prompt), {steps} (decoding)",
