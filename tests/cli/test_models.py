@@ -71,3 +71,16 @@ def test_no_checkpoint_folder(run: Run) -> None:
     result = run("models", "--checkpoint_dir", "nowhere")
     assert result.exit_code == 0
     assert "no folder nowhere yet" in result.stderr
+
+
+def test_autoregressive_worlds_with_their_parts(run: Run, small_world: Path) -> None:
+    result = run("models", "--checkpoint_dir", small_world, "--json", "--device", "cpu")
+    rows = {row["name"]: row for row in json.loads(result.stdout)}
+    row = rows["Cosmos-Predict1-5B-Video2World"]
+    assert row["command"] == "autoregressive video2world"
+    decoder = rows["Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p"]
+    assert decoder["command"] is None
+    assert decoder["runs_here"] == "as a part"
+    # float32: the model itself, its decoder, T5-11B
+    assert row["memory"] > 4 * (row["parameters"] + decoder["parameters"] + 4_000_000_000)
+    assert rows["Cosmos-Predict1-4B"]["memory"] > 4 * decoder["parameters"]

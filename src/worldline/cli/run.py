@@ -238,7 +238,7 @@ def _is_finished(task: Task, identity: dict[str, Any]) -> bool:
 
 
 def _without(request: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Return the fields that decide; a report may lack what a model has no use for, which is None."""
+    """Return the fields that decide; a report may lack one that is None."""
     kept = (item for item in request.items() if item[0] not in names)
     return {name: value for name, value in kept if value is not None}
 
