@@ -15,7 +15,14 @@ from worldline.video.read import probe, read_video
 from worldline.weights.write import save
 
 from ..conftest import MODEL
-from ..tiny_decoder import CONTEXT_LENGTH, CONTEXT_WIDTH, DECODER, TEXT_ENCODER, VIDEO2WORLD
+from ..tiny_decoder import (
+    CONTEXT_LENGTH,
+    CONTEXT_WIDTH,
+    DECODER,
+    OLD_DECODER,
+    TEXT_ENCODER,
+    VIDEO2WORLD,
+)
 from .conftest import Make, Run
 from .parity import check_options, variants
 
@@ -164,7 +171,10 @@ def test_base_with_the_decoder(run: Run, clip: Path, whole_world: Path, tmp_path
         (["--batch_input_path", "BATCH"], 'no "prompt"'),
         (["CLIP", "--prompt", "x", "--ar_model_dir", MODEL], "is a base model"),
         (["CLIP", "--prompt", "x", "--text_encoder_dir", "nowhere"], "--text_encoder_dir"),
-        (["CLIP", "--prompt", "x", "--input_type", "text_and_image"], "is a video, but"),
+        (
+            ["CLIP", "--prompt", "x", "--input_type", "text_and_image"],
+            "use --input_type text_and_video",
+        ),
     ],
 )
 @pytest.mark.usefixtures("forbid_weights")
@@ -212,3 +222,35 @@ def test_a_missing_text_encoder(ar_video2world: Make, clip: Path, own_whole_worl
     assert result.exit_code == 2
     assert "there is no text encoder" in result.stderr
     assert "give --prompt_embeddings" in result.stderr
+
+
+def test_more_than_one_window(run: Run, clip: Path, own_whole_world: Path, tmp_path: Path) -> None:
+    """A model of 12 latent frames: the seam makes a difference, and --resume knows it."""
+    path = own_whole_world / MODEL / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "video_latent_shape": [12, 2, 3]}))
+    fixed = ("--checkpoint_dir", own_whole_world, "--video_save_folder", tmp_path / "out")
+    words = ("autoregressive", "base", *fixed, "--input_image_or_video_path", clip)
+    found = {}
+    for seam in ("corrected", "as_released"):
+        result = run(*words, "--disable_guardrail", "--decoder_seam", seam, "--resume")
+        assert result.exit_code == 0, result.stderr
+        assert "denoising in 30 steps" in result.stderr
+        found[seam] = read_video(tmp_path / "out" / "output.mp4").frames
+        assert found[seam].shape == (89, 32, 48, 3)
+        assert report_of(tmp_path / "out" / "output.json")["diffusion_decoder"]["seam"] == seam
+    difference = np.abs(found["corrected"].astype(int) - found["as_released"].astype(int))
+    assert difference[:50].max() <= 40  # coded as videos, they differ a little before the seam
+    assert difference[58:].mean() > 4 * difference[:50].mean()
+
+
+def test_cosmos_1(run: Run, clip: Path, own_whole_world: Path, tmp_path: Path) -> None:
+    root, old = own_whole_world, "Cosmos-1.0-Autoregressive-4B"
+    (root / MODEL).rename(root / old)
+    (root / DECODER).rename(root / OLD_DECODER)
+    fixed = ("--checkpoint_dir", root, "--ar_model_dir", old)
+    words = ("--video_save_folder", tmp_path / "out", "--input_image_or_video_path", clip)
+    result = run("autoregressive", "base", *fixed, *words, "--disable_guardrail")
+    assert result.exit_code == 0, result.stderr
+    report = report_of(tmp_path / "out" / "output.json")
+    assert report["diffusion_decoder"]["sampler"] == "res_2ab"

@@ -212,6 +212,7 @@ def video2world(context: click.Context, /, **flags: Any) -> None:
         prompt="required" if flags["prompt_embeddings"] is None else "optional",
         model="Video2World model",
         example="assets/autoregressive/batch_inputs/video2world.jsonl",
+        type_prefix="text_and_",
     )
     _make_videos(context, flags, fields, kind)
 
