@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -468,7 +469,11 @@ def fit_files(
 
 
 def fit_entry(entry: Entry, device: torch.device, memory: Memory | None) -> Fit | None:
-    """Do what `fit` does for a released checkpoint; None where this version does not run it."""
+    """Do what `fit` does for a released checkpoint; None where this version does not run it.
+
+    An autoregressive one has its diffusion decoder, unless it fits only without; then the flags
+    begin with the one that does without.
+    """
     if not entry.command:
         return None
     if entry.preset in DIFFUSION_PRESETS:
@@ -483,7 +488,16 @@ def fit_entry(entry: Entry, device: torch.device, memory: Memory | None) -> Fit 
         for flag in AR_OFFLOAD_FLAGS
         if flag != "offload_text_encoder_model" or config.context_width is not None
     ]
-    return fewest_flags(need, flags, device, memory)
+    found = fewest_flags(need, flags, device, memory)
+    if found.fits is not False:
+        return found
+    bare = _need(config, discrete, device, dtype)
+    without = fewest_flags(
+        bare, [flag for flag in flags if flag != "offload_diffusion_decoder"], device, memory
+    )
+    if not without.fits:
+        return found
+    return replace(without, flags=("disable_diffusion_decoder", *without.flags))
 
 
 def _flags_of(config: ARTransformerConfig | DiTConfig) -> tuple[str, ...]:
