@@ -39,7 +39,7 @@ from worldline.models.predict1_dit.model import Context
 from worldline.pipelines.background import in_background
 from worldline.pipelines.preview import fit_colours, show_colours
 from worldline.report import Recorder
-from worldline.sampling.edm import SAMPLERS, Given, Reinsertion, make_sigmas, sample
+from worldline.sampling.edm import SAMPLERS, SIGMA_DATA, Given, Reinsertion, make_sigmas, sample
 from worldline.sampling.noise import MAX_SEED, standard_noise
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of, nearest_frames
 from worldline.text import embeddings
@@ -51,7 +51,6 @@ from worldline.video.read import Clip
 
 logger = logging.getLogger(__name__)
 
-SIGMA_DATA = 0.5  # standard deviation of the latents that the network sees
 SAMPLER_OF = {"1.0": "res_2ab", "Predict1": "edm_euler"}
 TRAINED_FPS = (12, 40)
 ALLOWED_FPS = (1, 240)  # a video file can store them

@@ -38,6 +38,7 @@ from worldline.models.predict1_dit.weights import open_dit, released_tensors
 from worldline.models.predict1_dit.weights import write_settings as write_dit_settings
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.physics import FPS
+from worldline.sampling.edm import SIGMA_DATA, precondition
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import KEYS as T5_KEYS
 from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
@@ -56,7 +57,6 @@ from worldline.train.data import (
 )
 from worldline.train.loop import LoopConfig, fit, generator
 from worldline.train.losses import (
-    SIGMA_DATA,
     FeatureNetwork,
     ReconstructionObjective,
     Schedule,
@@ -65,7 +65,6 @@ from worldline.train.losses import (
     next_token_labels,
     next_token_loss,
     noised_latents,
-    precondition,
     reconstruction_terms,
     total,
 )
@@ -601,7 +600,7 @@ class _Denoising(nn.Module):
         assert learned is not None
         output = self.transformer(
             shown,
-            precondition(sigma).time.bfloat16().float(),  # as a network in bf16 is told it
+            precondition(sigma).noise.bfloat16().float(),  # as a network in bf16 is told it
             self.transformer.encode_context(context),
             DiTPositions(rotation, learned(self.tokens)),
             condition_mask=marked,
