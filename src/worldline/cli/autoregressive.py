@@ -6,7 +6,7 @@ Flags, names and defaults are those of cosmos-predict1 `autoregressive/inference
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,12 +118,8 @@ def base(context: click.Context, /, **flags: Any) -> None:
         for item, output in zip(items, outputs, strict=True)
     ]
     files = _find_files(flags, request)
-    if flags["resume"]:
-        tasks = run.leave_out_finished(tasks, files.identity())
-        if not tasks:
-            click.echo(f"nothing left to do in {flags['video_save_folder']}")
-            return
-    _run(tasks, files, flags, batch=batch)
+    if left := run.left_to_do(tasks, flags, files.identity):
+        _run(left, files, flags, batch=batch)
 
 
 def _refuse_missing_parts(flags: dict[str, Any]) -> None:
@@ -200,7 +196,7 @@ def _resolve(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(
-    tasks: list[run.Task], files: AutoregressiveFiles, flags: dict[str, Any], *, batch: bool
+    tasks: Sequence[run.Task], files: AutoregressiveFiles, flags: dict[str, Any], *, batch: bool
 ) -> None:
     from worldline.loading import OFFLOAD_FLAGS
     from worldline.world import load_files

@@ -58,7 +58,7 @@ from worldline.train.data import (
     physics_batches,
     to_device,
 )
-from worldline.train.loop import LoopConfig, fit, generator
+from worldline.train.loop import LoopConfig, Objective, fit, generator
 from worldline.train.losses import (
     FeatureNetwork,
     ReconstructionObjective,
@@ -255,8 +255,7 @@ def _train_tokenizer(
         return loss, {"psnr": -10 * error.log10()}
 
     config = LoopConfig(steps=run.steps or 12_000, learning_rate=run.rate or 1.5e-3)
-    done, average = fit(model, loss_of, config, run.folder, seconds=run.seconds, ranks=run.ranks)
-    average.swap(model)
+    done = _fit(run, model, loss_of, config)
     if not run.ranks.first:
         return
     export_tokenizer(model, run.folder / "export")
@@ -268,6 +267,18 @@ def _train_tokenizer(
     aside = range(_HELD_OUT, _HELD_OUT + min(clips, 64))
     held_out = next(physics_batches(aside, SHAPE, device))
     figures = {"steps": done, "psnr": reconstruction_psnr(exported, held_out, half)}
+    _tell(run, figures)
+
+
+def _fit(run: Run, model: nn.Module, objective: Objective, config: LoopConfig) -> int:
+    """Train, give the model its averaged weights, and return the number of steps done."""
+    done, average = fit(model, objective, config, run.folder, seconds=run.seconds, ranks=run.ranks)
+    average.swap(model)
+    return done
+
+
+def _tell(run: Run, figures: dict[str, Any]) -> None:
+    """Write and log what came of a run."""
     (run.folder / "result.json").write_text(json.dumps(figures))
     logging.info("%s", figures)
 
@@ -448,14 +459,12 @@ def _train_autoregressive(run: Run, tokenizer_folder: Path, start: Path | None) 
         betas=(0.9, 0.95),
         average_decay=0.9995,
     )
-    done, average = fit(model, loss_of, config, folder, seconds=run.seconds, ranks=run.ranks)
-    average.swap(model)
+    done = _fit(run, model, loss_of, config)
     if not run.ranks.first:
         return
     figures = {"steps": done, "held_out": float(held_out_loss())}
     export_autoregressive(model, folder / "export")
-    (folder / "result.json").write_text(json.dumps(figures))
-    logging.info("%s", figures)
+    _tell(run, figures)
 
 
 def _next_token_loss(model: ARTransformer, tokens: Tensor, positions: Positions) -> Tensor:
@@ -565,14 +574,12 @@ def _train_diffusion(
         betas=(0.9, 0.98),
         average_decay=0.9995,
     )
-    done, average = fit(model, loss_of, config, folder, seconds=run.seconds, ranks=run.ranks)
-    average.swap(model)
+    done = _fit(run, model, loss_of, config)
     if not run.ranks.first:
         return
     figures = {"steps": done, "held_out": float(held_out_loss())}
     export_diffusion(model.transformer, model.text, folder / "export")
-    (folder / "result.json").write_text(json.dumps(figures))
-    logging.info("%s", figures)
+    _tell(run, figures)
 
 
 class _Captioned(NamedTuple):
