@@ -165,8 +165,8 @@ def test_prompts_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
 def test_all_problems_with_prompts_at_once(clip: Path, image: Path, tmp_path: Path) -> None:
     lines: list[tuple[object, str]] = [
         ({**entry(clip), "prompt": "x"}, ""),
-        (entry(clip), 'no "prompt"; example.jsonl is an example'),
-        ({"prompt": "x"}, 'no "visual_input"; example.jsonl'),
+        (entry(clip), 'no "prompt"; a line is like {'),
+        ({"prompt": "x"}, 'no "visual_input"; a line is like {'),
         ({}, 'no "visual_input" and no "prompt"'),
         ({**entry(clip), "prompt": " \n"}, '"prompt" is empty'),
         ({**entry(clip), "prompt": 7}, '"prompt" must be a text, not 7'),

@@ -30,6 +30,7 @@ from worldline.report import Recorder
 from worldline.sampling.edm import Given, make_sigmas, sample
 from worldline.sampling.noise import standard_noise
 from worldline.shapes import LatentShape
+from worldline.tokenizers.cosmos.colours import fit_colours
 from worldline.video.convert import signed_to_uint8, stretched_frames
 from worldline.video.read import Clip
 from worldline.weights.write import save
@@ -94,6 +95,21 @@ def test_progress(video2world: DiffusionParts) -> None:
     pieces = [step.frames for step in steps if step.kind == "decode" and step.frames is not None]
     assert np.array_equal(np.concatenate(pieces), frames_of(steps))
     assert frames_of(steps).shape == (17, 32, 48, 3)
+
+
+def test_the_colours_of_previews_are_fitted_once(
+    video2world: DiffusionParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh, fits = replace(video2world), []
+
+    def fit(tokenizer: object) -> torch.Tensor:
+        fits.append(tokenizer)
+        return fit_colours(tokenizer)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("worldline.loading.diffusion.fit_colours", fit)
+    for _ in range(2):
+        run(fresh, clip(), num_input_frames=1, num_steps=2, preview_every=1)
+    assert len(fits) == 1
 
 
 @pytest.mark.parametrize("sampler", ["edm_euler", "res_2ab", "res_1euler", "res_2mid"])

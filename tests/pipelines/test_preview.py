@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worldline.pipelines.preview import fit_colours, show_colours
+from worldline.pipelines.preview import show_colours
+from worldline.tokenizers.cosmos.colours import fit_colours
 from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
 
 

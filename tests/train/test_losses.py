@@ -29,7 +29,6 @@ from worldline.train.losses import (
     next_token_loss,
     noised_latents,
     perceptual_distance,
-    precondition,
     reconstruction_terms,
     reduce,
     split_windows,
@@ -406,9 +405,9 @@ def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return 0.5 * latents, noise, more
 
 
-def test_training_and_sampling_share_the_parametrisation() -> None:
+def test_factors_of_a_tensor_are_those_of_a_number() -> None:
     for sigma in (0.002, 0.5, 80.0):
-        ours = [float(factor) for factor in precondition(torch.tensor([sigma]))]
+        ours = [float(factor) for factor in edm.precondition(torch.tensor([sigma]))]
         assert ours == pytest.approx(list(edm.precondition(sigma)), rel=1e-5)
 
 
@@ -469,7 +468,7 @@ def test_the_denoising_loss_is_the_weighted_error_of_the_estimate() -> None:
 def test_an_output_that_knows_the_clean_latents_has_no_loss() -> None:
     latents, noise, _ = drawn(3)
     sigma = torch.tensor([0.002, 1.0, 80.0])
-    skip, out, _, _ = (factor.view(-1, 1, 1, 1, 1) for factor in precondition(sigma))
+    skip, out, _, _ = (factor.view(-1, 1, 1, 1, 1) for factor in edm.precondition(sigma))
     noised = latents + sigma.view(-1, 1, 1, 1, 1) * noise
     output = (latents - skip * noised) / out
     assert denoising_loss(output, latents, noise, sigma, torch.zeros(3, 1, 4, 2, 2)).max() < 1e-9

@@ -7,7 +7,7 @@ Flags, names and defaults are those of cosmos-predict1 `autoregressive/inference
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -256,12 +256,8 @@ def _make_videos(context: click.Context, flags: dict[str, Any], fields: Fields, 
         run.Task(item, request, output, _files_of(item, flags, fields), resolved)
         for item, request, output in zip(items, requests, outputs, strict=True)
     ]
-    if flags["resume"]:
-        tasks = run.leave_out_finished(tasks, files.identity())
-        if not tasks:
-            click.echo(f"nothing left to do in {flags['video_save_folder']}")
-            return
-    _run(tasks, files, flags, kind, batch=batch)
+    if left := run.left_to_do(tasks, flags, files.identity):
+        _run(left, files, flags, kind, batch=batch)
 
 
 def _refuse_missing_parts(flags: dict[str, Any]) -> None:
@@ -388,7 +384,7 @@ def _resolve(files: AutoregressiveFiles, flags: dict[str, Any]) -> dict[str, Any
 
 
 def _run(
-    tasks: list[run.Task],
+    tasks: Sequence[run.Task],
     files: AutoregressiveFiles,
     flags: dict[str, Any],
     kind: str,

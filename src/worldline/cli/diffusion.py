@@ -332,12 +332,8 @@ def _make_videos(
         )
         for item, request, output in zip(items, requests, outputs, strict=True)
     ]
-    if flags["resume"]:
-        tasks = run.leave_out_finished(tasks, files.identity())
-        if not tasks:
-            click.echo(f"nothing left to do in {flags['video_save_folder']}")
-            return
-    _run(tasks, files, flags, batch=batch)
+    if left := run.left_to_do(tasks, flags, files.identity):
+        _run(left, files, flags, batch=batch)
 
 
 def _refuse_missing_parts(flags: dict[str, Any]) -> None:
@@ -473,7 +469,7 @@ def _resolve(
 
 
 def _run(
-    tasks: list[run.Task], files: DiffusionFiles, flags: dict[str, Any], *, batch: bool
+    tasks: Sequence[run.Task], files: DiffusionFiles, flags: dict[str, Any], *, batch: bool
 ) -> None:
     from worldline.pipelines.diffusion import read_embeddings, to_encode
     from worldline.world import load_files

@@ -195,7 +195,9 @@ def _parse(line: str, fields: Fields) -> dict[str, Any]:
     missing = [name for name in (VISUAL, PROMPT) if name in needed and name not in entry]
     if missing:
         names = " and no ".join(f'"{name}"' for name in missing)
-        raise InputError(f"no {names}; {fields.example} is an example of such a file")
+        raise InputError(
+            f"no {names}; a line is like {fields.sample}, as in the released {fields.example}"
+        )
     if fields.visual:
         name = entry[VISUAL]
         if not isinstance(name, str) or not name or "\0" in name:

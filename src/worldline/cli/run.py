@@ -202,22 +202,31 @@ def check_folder(folder: Path, flag: str) -> None:
         raise InputError(f"{flag} {folder} cannot be written: {reason}") from error
 
 
-def leave_out_finished(tasks: Sequence[Task], identity: dict[str, Any]) -> list[Task]:
-    """Return the tasks whose video is not there yet, or was made from other files or otherwise.
+def left_to_do(
+    tasks: Sequence[Task], flags: dict[str, Any], identity: Callable[[], dict[str, Any]]
+) -> Sequence[Task]:
+    """Return the tasks; to resume, those that are not finished. Says where nothing is left.
+
+    A task is finished when its video is there and was made from these files in this way.
 
     Args:
         tasks: all of them.
-        identity: of the world, as its reports hold it.
+        flags: of the command.
+        identity: returns that of the world, as its reports hold it.
     """
-    left = []
+    if not flags["resume"]:
+        return tasks
+    known, left = identity(), []
     for task in tasks:
         if not task.output.exists():
             left.append(task)
-        elif _is_finished(task, identity):
+        elif _is_finished(task, known):
             logger.info("%s is finished", task.output)
         else:
             logger.info("%s was made in another way, or not finished: made again", task.output)
             left.append(task)
+    if not left:
+        click.echo(f"nothing left to do in {flags['video_save_folder']}")
     return left
 
 

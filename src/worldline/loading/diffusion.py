@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ from worldline.text.t5 import (
     t5_folders,
     tell_if_cut,
 )
+from worldline.tokenizers.cosmos.colours import fit_colours
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.statistics import (
@@ -261,6 +263,14 @@ class DiffusionParts:
     @property
     def device(self) -> torch.device:
         return self.transformer.device
+
+    @cached_property
+    def colours(self) -> Tensor:
+        """What the latents look like, for previews: of `fit_colours`, once for all requests.
+
+        First to be read while the tokenizer is on its device.
+        """
+        return fit_colours(self.tokenizer.module)
 
     @property
     def video(self) -> VideoShape:

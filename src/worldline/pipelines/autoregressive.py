@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -33,17 +32,18 @@ from worldline.pipelines.decoder import (
     denoise_windows,
 )
 from worldline.pipelines.diffusion import SAMPLER_OF
+from worldline.pipelines.numbers import real_number, whole_number
 from worldline.pipelines.prompts import check_words
 from worldline.report import Recorder
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling
+from worldline.sampling.noise import MAX_SEED
 from worldline.shapes import latent_frames_of
 from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
 from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip
 
 FPS = 25.0  # of every autoregressive output, whatever the input's was
-LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +69,9 @@ class AutoregressiveRequest:
 
     def __post_init__(self) -> None:
         for name in ("num_input_frames", "seed"):
-            self._convert(name, Integral, int, "a whole number")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("temperature", "top_p"):
-            self._convert(name, Real, float, "a number")
+            object.__setattr__(self, name, real_number(name, getattr(self, name)))
         if self.num_input_frames not in (1, 9):
             raise InputError(f"num_input_frames is {self.num_input_frames}; it must be 1 or 9")
         if not self.temperature >= 0 or self.temperature == float("inf"):
@@ -80,8 +80,8 @@ class AutoregressiveRequest:
             )
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise InputError(f"seed is {self.seed}; it must be 0 to {LARGEST_SEED}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InputError(f"seed is {self.seed}; it must be 0 to {MAX_SEED}")
         check_words(self.prompt)
         if self.prompt is not None and not self.prompt.strip():
             raise InputError("the prompt is empty")
@@ -89,13 +89,6 @@ class AutoregressiveRequest:
             raise InputError(
                 f"decoder_seam is {self.decoder_seam!r}; it must be one of {', '.join(SEAMS)}"
             )
-
-    def _convert(self, name: str, kind: type, plain: type, expected: str) -> None:
-        """Accept NumPy's numbers too, and keep Python's, which a report can hold."""
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise InputError(f"{name} is {value!r}; it must be {expected}")
-        object.__setattr__(self, name, plain(value))
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from worldline.loading import WINDOW, DecoderParts
 from worldline.models.predict1_dit.model import Context, DiT, Positions
-from worldline.pipelines.diffusion import SIGMA_DATA, rounded
-from worldline.sampling.edm import make_sigmas, sample
+from worldline.pipelines.diffusion import rounded
+from worldline.sampling.edm import SIGMA_DATA, make_sigmas, sample
 from worldline.sampling.noise import standard_noise
 from worldline.sampling.windows import blend_windows, split_windows
 from worldline.shapes import LatentShape

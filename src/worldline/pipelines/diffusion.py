@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,10 +36,11 @@ from worldline.loading import (
 )
 from worldline.models.predict1_dit.model import Context
 from worldline.pipelines.background import in_background
-from worldline.pipelines.preview import fit_colours, show_colours
+from worldline.pipelines.numbers import real_number, whole_number
+from worldline.pipelines.preview import show_colours
 from worldline.pipelines.prompts import check_words, filled
 from worldline.report import Recorder
-from worldline.sampling.edm import SAMPLERS, Given, Reinsertion, make_sigmas, sample
+from worldline.sampling.edm import SAMPLERS, SIGMA_DATA, Given, Reinsertion, make_sigmas, sample
 from worldline.sampling.noise import MAX_SEED, standard_noise
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of, nearest_frames
 from worldline.text import embeddings
@@ -52,7 +52,6 @@ from worldline.video.read import Clip
 
 logger = logging.getLogger(__name__)
 
-SIGMA_DATA = 0.5  # standard deviation of the latents that the network sees
 SAMPLER_OF = {"1.0": "res_2ab", "Predict1": "edm_euler"}
 TRAINED_FPS = (12, 40)
 ALLOWED_FPS = (1, 240)  # a video file can store them
@@ -107,9 +106,9 @@ class DiffusionRequest:
             raise InputError("the prompt is empty")
         whole = ("num_steps", "num_video_frames", "height", "width", "seed", "num_input_frames")
         for name in (*whole, "preview_every"):
-            self._convert(name, Integral, int, "a whole number")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("guidance", "fps", "augment_sigma"):
-            self._convert(name, Real, float, "a number")
+            object.__setattr__(self, name, real_number(name, getattr(self, name)))
         self._check_range("num_steps", 1, LARGEST_STEPS)
         self._check_range("guidance", 0, LARGEST_GUIDANCE)
         self._check_range("seed", 0, MAX_SEED)
@@ -124,13 +123,6 @@ class DiffusionRequest:
         self._check_choice("sampler", (None, *SAMPLERS))
         self._check_choice("reinsertion", get_args(Reinsertion))
         self._check_choice("rotary_precision", (None, *ROTARY_PRECISIONS))
-
-    def _convert(self, name: str, kind: type, plain: type, expected: str) -> None:
-        """Accept NumPy's numbers too, and keep Python's, which a report can hold."""
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise InputError(f"{name} is {value!r}; it must be {expected}")
-        object.__setattr__(self, name, plain(value))
 
     def _check_range(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
@@ -401,7 +393,7 @@ def generate(
             if request.num_input_frames:
                 known = _encode(tokenizer, files.statistics, clip, request)
             if request.preview_every:
-                colours = fit_colours(tokenizer)
+                colours = parts.colours
 
     count = _count_steps(files, request)
     with _stage(recorder, "denoise"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -29,26 +29,43 @@ SAMPLERS = ("edm_euler", "res_2ab", "res_1euler", "res_2mid")
 
 # (latents already times c_in, c_noise (B,), branch with the prompt?) -> F, in any floating dtype
 Network = Callable[[Tensor, Tensor, bool], Tensor]
+Number = TypeVar("Number", float, Tensor)
 Reinsertion = Literal["corrected", "march_2025"]
 
 
-class Preconditioning(NamedTuple):
-    """What a noise level multiplies the parts of an estimate by."""
+class Preconditioning(NamedTuple, Generic[Number]):
+    """What a noise level multiplies the parts of an estimate by.
 
-    skip: float
-    out: float
-    scale: float  # c_in
-    noise: float  # c_noise, the network's time
+    Attributes:
+        skip: of the noised latents.
+        out: of the network's output.
+        scale: of the network's input, c_in.
+        noise: c_noise, the network's time.
+    """
+
+    skip: Number
+    out: Number
+    scale: Number
+    noise: Number
 
 
-def precondition(sigma: float) -> Preconditioning:
-    """Return the factors at noise level `sigma`; at 0, `noise` is minus infinity."""
-    total = math.hypot(sigma, SIGMA_DATA)
+def precondition(sigma: Number) -> Preconditioning[Number]:
+    """Return the factors at a noise level (arXiv 2206.00364, table 1).
+
+    Args:
+        sigma: 0 or more, a number, for which `noise` is minus infinity at 0; or above 0, of any
+            shape, float32: factors differ by five orders of magnitude.
+    """
+    variance = sigma * sigma + SIGMA_DATA**2
+    if isinstance(sigma, Tensor):
+        noise = sigma.log() / 4
+    else:
+        noise = math.log(sigma) / 4 if sigma > 0 else -math.inf
     return Preconditioning(
-        skip=SIGMA_DATA**2 / total**2,
-        out=sigma * SIGMA_DATA / total,
-        scale=1 / total,
-        noise=math.log(sigma) / 4 if sigma > 0 else -math.inf,
+        skip=SIGMA_DATA**2 / variance,
+        out=sigma * SIGMA_DATA * variance**-0.5,
+        scale=variance**-0.5,
+        noise=noise,
     )
 
 

@@ -81,10 +81,10 @@ class ClipPool:
         if at != size:
             raise ValueError(f"{at} clips came, {size} were announced")
 
-    def batch(self, seed: int, step: int, count: int) -> Tensor:
-        """Return `count` clips, uint8 (B, T, H, W, 3)."""
+    def batch(self, seed: int, step: int, count: int, *, rank: int = 0) -> Tensor:
+        """Return `count` clips, uint8 (B, T, H, W, 3); other processes draw others."""
         assert self.clips is not None
-        draws = generator(seed, step)
+        draws = generator(seed, step, rank=rank)
         chosen = torch.randint(len(self.clips), (count,), generator=draws)
         mirrored = torch.rand(count, generator=draws) < 0.5
         clips = self.clips[to_device(chosen, self.clips.device)]

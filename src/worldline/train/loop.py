@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from worldline.parallel.ranks import ALONE, Ranks
 from worldline.train.checkpoint import load_state, save_state
 from worldline.train.optim import Average, clip_gradients, make_adamw, warmup_cosine
 
@@ -55,6 +57,7 @@ def fit(
     folder: Path,
     *,
     seconds: float | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[int, Average]:
     """Train `module` in place, from the state in `folder` if there is one.
 
@@ -67,6 +70,8 @@ def fit(
         config: of the whole run.
         folder: states and `log.jsonl`.
         seconds: stop (and save) after this time; the next call goes on.
+        ranks: processes that train together: gradients are averaged over them, the first saves and
+            logs. Their modules start equal, their objectives draw different batches.
     """
     started = time.monotonic()
     optimizer = make_adamw(module, betas=config.betas, weight_decay=config.weight_decay)
@@ -74,6 +79,7 @@ def fit(
     first = step = load_state(folder, module, average, optimizer)
     folder.mkdir(parents=True, exist_ok=True)
     module.train()
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with (folder / "log.jsonl").open("a") as lines:
         while step < config.steps:
             rate = warmup_cosine(
@@ -88,11 +94,13 @@ def fit(
             loss, figures = objective(step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            ranks.average(p.grad for p in parameters if p.grad is not None)
             norm = clip_gradients(module.parameters(), config.clip)
             optimizer.step()
             step += 1
             average.update(module, step)
-            if step % config.log_every == 0 or step == config.steps:
+            told = step % config.log_every == 0 or step == config.steps
+            if told and ranks.first:
                 line = {name: round(float(value), 5) for name, value in figures.items()}
                 line |= {"loss": round(loss.item(), 5), "norm": round(norm.item(), 4)}
                 elapsed = time.monotonic() - started
@@ -101,13 +109,20 @@ def fit(
                 lines.flush()
                 log.info("%s", line)
             out_of_time = seconds is not None and time.monotonic() - started > seconds
-            if step % config.save_every == 0 or step == config.steps or out_of_time:
+            if ranks.count > 1:  # all stop at one step; asking each step would wait for the device
+                out_of_time = told and ranks.any(out_of_time, parameters[0].device)
+            saved = step % config.save_every == 0 or step == config.steps or out_of_time
+            if saved and ranks.first:
                 save_state(folder, step, module, average, optimizer)
             if out_of_time:
                 break
     return step, average
 
 
-def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return the source of randomness of one step: equal seeds and steps draw equal numbers."""
-    return torch.Generator(device).manual_seed((seed << 32) + step)
+def generator(
+    seed: int, step: int, device: torch.device | str = "cpu", *, rank: int = 0
+) -> torch.Generator:
+    """Return the source of randomness of one step of one process; equal arguments draw equally."""
+    # a CPU's generator looks at 32 bits of its seed
+    mixed = np.random.SeedSequence((rank, seed, step)).generate_state(1)[0]
+    return torch.Generator(device).manual_seed(int(mixed))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldline.errors import CheckpointError
+from worldline.sampling.edm import precondition
 
 # Images (N, 3, H, W) in [-1, 1] -> feature maps (N, C_k, H_k, W_k), one a layer.
 Features = Callable[[Tensor], Sequence[Tensor]]
@@ -549,33 +550,6 @@ def next_token_loss(
     )
 
 
-SIGMA_DATA = 0.5  # the latents' standard deviation, in every released diffusion model
-
-
-class Preconditioning(NamedTuple):
-    """Factors of the EDM parametrisation (arXiv 2206.00364, table 1) at noise levels (B,).
-
-    A network F estimates clean latents as skip x + out F(scale x, time); each is (B,) float32.
-    """
-
-    skip: Tensor
-    out: Tensor
-    scale: Tensor
-    time: Tensor
-
-
-def precondition(sigma: Tensor) -> Preconditioning:
-    """Return the factors at noise levels `sigma` (B,), above 0."""
-    sigma = sigma.float()  # float32: factors differ by five orders of magnitude
-    variance = sigma.square() + SIGMA_DATA**2
-    return Preconditioning(
-        skip=SIGMA_DATA**2 / variance,
-        out=sigma * SIGMA_DATA * variance.rsqrt(),
-        scale=variance.rsqrt(),
-        time=sigma.log() / 4,
-    )
-
-
 class Noised(NamedTuple):
     """What a network is given of clean latents.
 
@@ -614,7 +588,9 @@ def noised_latents(
     mask = (frames < known[:, None])[:, None, :, None, None]
 
     def at(level: Tensor, drawn: Tensor) -> Tensor:
-        return _wide(precondition(level).scale) * (latents.float() + _wide(level) * drawn.float())
+        return _wide(precondition(level.float()).scale) * (
+            latents.float() + _wide(level) * drawn.float()
+        )
 
     shown = torch.where(mask, at(known_sigma, known_noise), at(sigma, noise))
     return Noised(shown, mask.expand(-1, -1, -1, *latents.shape[3:]).to(shown))
@@ -639,7 +615,7 @@ def denoising_loss(
     Returns:
         (B,) float32.
     """
-    skip, out, _, _ = (_wide(factor) for factor in precondition(sigma))
+    skip, out, _, _ = (_wide(factor) for factor in precondition(sigma.float()))
     latents = latents.float()
     noised = latents + _wide(sigma.float()) * noise.float()
     target = (latents - skip * noised) / out

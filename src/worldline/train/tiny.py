@@ -2,6 +2,7 @@
 
     python -m worldline.train.tiny tokenizer --folder runs/tokenizer --seconds 540
     python -m worldline.train.tiny autoregressive --folder runs/ar --tokenizer runs/tokenizer/export
+    torchrun --nproc_per_node=4 -m worldline.train.tiny diffusion --folder … --tokenizer …
 
     python -m worldline.train.tiny tokenizer --kind continuous --folder runs/latents --seconds 540
     python -m worldline.train.tiny diffusion --folder runs/dit --tokenizer runs/latents/export
@@ -17,6 +18,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +39,9 @@ from worldline.models.predict1_dit.model import Positions as DiTPositions
 from worldline.models.predict1_dit.weights import open_dit, released_tensors
 from worldline.models.predict1_dit.weights import write_settings as write_dit_settings
 from worldline.nn.rope import Rotation, stretched_angles_3d
+from worldline.parallel.ranks import ALONE, Ranks, join, leave
 from worldline.physics import FPS
+from worldline.sampling.edm import SIGMA_DATA, precondition
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import KEYS as T5_KEYS
 from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
@@ -54,9 +58,8 @@ from worldline.train.data import (
     physics_batches,
     to_device,
 )
-from worldline.train.loop import LoopConfig, fit, generator
+from worldline.train.loop import LoopConfig, Objective, fit, generator
 from worldline.train.losses import (
-    SIGMA_DATA,
     FeatureNetwork,
     ReconstructionObjective,
     Schedule,
@@ -65,7 +68,6 @@ from worldline.train.losses import (
     next_token_labels,
     next_token_loss,
     noised_latents,
-    precondition,
     reconstruction_terms,
     total,
 )
@@ -151,6 +153,19 @@ class Run:
     rate: float | None
     compiled: bool
     device: str
+    ranks: Ranks = ALONE
+
+    def share(self, seeds: range) -> range:
+        """Return this process's part of the clips."""
+        return seeds[self.ranks.rank :: self.ranks.count]
+
+
+@contextmanager
+def _running(options: dict[str, Any]) -> Iterator[Run]:
+    """Meet the other processes, where there are any, and part from them at the end."""
+    ranks, device = join(options["device"])
+    yield Run(**{**options, "device": device, "ranks": ranks})
+    leave(ranks)
 
 
 @click.group()
@@ -196,7 +211,13 @@ def tokenizer(
 
     By the colour term alone, or with --features by the perceptual term too.
     """
-    run = Run(**options)
+    with _running(options) as run:
+        _train_tokenizer(run, kind, features, start, graphed)
+
+
+def _train_tokenizer(
+    run: Run, kind: str, features: Path | None, start: Path | None, graphed: bool
+) -> None:
     batch, clips, device = run.batch or 48, run.clips or 24_000, run.device
     half = _half(device)
     torch.manual_seed(run.seed)
@@ -206,7 +227,9 @@ def tokenizer(
         model = model.to(device)
     else:
         model = load_tokenizer(start, device=device, dtype=torch.float32).requires_grad_(True)
-    pool = ClipPool(physics_batches(range(clips), SHAPE, device, workers=run.workers), clips, SHAPE)
+    seeds = run.share(range(clips))
+    batches = physics_batches(seeds, SHAPE, device, workers=run.workers)
+    pool = ClipPool(batches, len(seeds), SHAPE)
     network = None
     if features is not None:
         stored = open_checkpoint(features)
@@ -218,8 +241,9 @@ def tokenizer(
         config = model.config
         grid = SHAPE.latent(config.temporal, config.spatial)
         shape = (batch, config.latent_channels, grid.frames, grid.height, grid.width)
-        noise = torch.randn(shape, generator=generator(run.seed, step, device), device=device)
-        return pool.batch(run.seed, step, batch), noise
+        draws = generator(run.seed, step, device, rank=run.ranks.rank)
+        noise = torch.randn(shape, generator=draws, device=device)
+        return pool.batch(run.seed, step, batch, rank=run.ranks.rank), noise
 
     if graphed:
         measure = torch.cuda.make_graphed_callables(measure, draw(0))
@@ -231,18 +255,30 @@ def tokenizer(
         return loss, {"psnr": -10 * error.log10()}
 
     config = LoopConfig(steps=run.steps or 12_000, learning_rate=run.rate or 1.5e-3)
-    done, average = fit(model, loss_of, config, run.folder, seconds=run.seconds)
-    average.swap(model)
+    done = _fit(run, model, loss_of, config)
+    if not run.ranks.first:
+        return
     export_tokenizer(model, run.folder / "export")
     exported = load_tokenizer(run.folder / "export", device=device, dtype=half)
     if kind == "continuous":
-        seeds = range(min(clips, 8192))
-        batches = physics_batches(seeds, SHAPE, device, workers=run.workers)
+        batches = physics_batches(range(min(clips, 8192)), SHAPE, device, workers=run.workers)
         statistics = latent_statistics(exported, batches, half)
         save_tensors(statistics.tensors(), run.folder / "export" / "mean_std.safetensors")
     aside = range(_HELD_OUT, _HELD_OUT + min(clips, 64))
     held_out = next(physics_batches(aside, SHAPE, device))
     figures = {"steps": done, "psnr": reconstruction_psnr(exported, held_out, half)}
+    _tell(run, figures)
+
+
+def _fit(run: Run, model: nn.Module, objective: Objective, config: LoopConfig) -> int:
+    """Train, give the model its averaged weights, and return the number of steps done."""
+    done, average = fit(model, objective, config, run.folder, seconds=run.seconds, ranks=run.ranks)
+    average.swap(model)
+    return done
+
+
+def _tell(run: Run, figures: dict[str, Any]) -> None:
+    """Write and log what came of a run."""
     (run.folder / "result.json").write_text(json.dumps(figures))
     logging.info("%s", figures)
 
@@ -365,16 +401,22 @@ def export_tokenizer(model: CosmosTokenizer, folder: Path) -> None:
 )
 def autoregressive(tokenizer_folder: Path, start: Path | None, **options: Any) -> None:
     """Train the transformer on the tokens of generated clips, next token by next token."""
-    run = Run(**options)
+    with _running(options) as run:
+        _train_autoregressive(run, tokenizer_folder, start)
+
+
+def _train_autoregressive(run: Run, tokenizer_folder: Path, start: Path | None) -> None:
     batch, clips, device, folder = run.batch or 256, run.clips or 150_000, run.device, run.folder
     half = _half(device)
     coder = load_tokenizer(tokenizer_folder, device=device, dtype=half)
-    cached = folder / "tokens.pt"
+    cached = folder / f"tokens-{run.ranks.rank}-of-{run.ranks.count}.pt"
     if cached.exists():
         tokens = torch.load(cached, weights_only=True).to(device)
     else:
         tokens = encode_pool(
-            coder, physics_batches(range(clips), SHAPE, device, workers=run.workers), half
+            coder,
+            physics_batches(run.share(range(clips)), SHAPE, device, workers=run.workers),
+            half,
         )
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(tokens.cpu(), cached)
@@ -403,7 +445,8 @@ def autoregressive(tokenizer_folder: Path, start: Path | None, **options: Any) -
         return torch.stack(parts).mean()
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = torch.randint(len(tokens), (batch,), generator=generator(run.seed, step))
+        draws = generator(run.seed, step, rank=run.ranks.rank)
+        chosen = torch.randint(len(tokens), (batch,), generator=draws)
         with _mixed_precision(device):
             loss = measure(model, tokens[to_device(chosen, device)], positions)
         return loss, {"held_out": held_out_loss()} if step % 500 == 499 else {}
@@ -416,12 +459,12 @@ def autoregressive(tokenizer_folder: Path, start: Path | None, **options: Any) -
         betas=(0.9, 0.95),
         average_decay=0.9995,
     )
-    done, average = fit(model, loss_of, config, folder, seconds=run.seconds)
-    average.swap(model)
+    done = _fit(run, model, loss_of, config)
+    if not run.ranks.first:
+        return
     figures = {"steps": done, "held_out": float(held_out_loss())}
     export_autoregressive(model, folder / "export")
-    (folder / "result.json").write_text(json.dumps(figures))
-    logging.info("%s", figures)
+    _tell(run, figures)
 
 
 def _next_token_loss(model: ARTransformer, tokens: Tensor, positions: Positions) -> Tensor:
@@ -457,7 +500,13 @@ def diffusion(
     A clip is given with none, one or two latent frames known and with its caption or none, so
     that one network makes a world of a text, an image or a video.
     """
-    run = Run(**options)
+    with _running(options) as run:
+        _train_diffusion(run, tokenizer_folder, start, undescribed)
+
+
+def _train_diffusion(
+    run: Run, tokenizer_folder: Path, start: Path | None, undescribed: tuple[str, ...]
+) -> None:
     batch, clips, device, folder = run.batch or 256, run.clips or 80_000, run.device, run.folder
     half = _half(device)
     torch.manual_seed(run.seed)
@@ -484,7 +533,7 @@ def diffusion(
         )
         return _Captioned(latents, *model.text.tokenize(captions))
 
-    pool = encoded(range(clips), run.workers)
+    pool = encoded(run.share(range(clips)), run.workers)
     aside = encoded(range(_HELD_OUT, _HELD_OUT + min(clips, 256)), 0)
     # no text, as a sampler may give it: no row at all, or a text about nothing
     silent = model.text.tokenize(["", *undescribed])
@@ -494,7 +543,7 @@ def diffusion(
         measure = torch.compile(measure, dynamic=False)
 
     def loss_of_clips(given: _Captioned, step: int, count: int) -> Tensor:
-        small, large = generator(run.seed, step), generator(run.seed, step, device)
+        small, large = (generator(run.seed, step, d, rank=run.ranks.rank) for d in ("cpu", device))
         chosen = torch.randint(len(given.latents), (count,), generator=small)
         latents = given.latents[to_device(chosen, device)].float()
         ids, mask = given.ids[chosen].clone(), given.mask[chosen].clone()
@@ -525,12 +574,12 @@ def diffusion(
         betas=(0.9, 0.98),
         average_decay=0.9995,
     )
-    done, average = fit(model, loss_of, config, folder, seconds=run.seconds)
-    average.swap(model)
+    done = _fit(run, model, loss_of, config)
+    if not run.ranks.first:
+        return
     figures = {"steps": done, "held_out": float(held_out_loss())}
     export_diffusion(model.transformer, model.text, folder / "export")
-    (folder / "result.json").write_text(json.dumps(figures))
-    logging.info("%s", figures)
+    _tell(run, figures)
 
 
 class _Captioned(NamedTuple):
@@ -601,7 +650,7 @@ class _Denoising(nn.Module):
         assert learned is not None
         output = self.transformer(
             shown,
-            precondition(sigma).time.bfloat16().float(),  # as a network in bf16 is told it
+            precondition(sigma).noise.bfloat16().float(),  # as a network in bf16 is told it
             self.transformer.encode_context(context),
             DiTPositions(rotation, learned(self.tokens)),
             condition_mask=marked,

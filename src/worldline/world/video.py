@@ -37,8 +37,8 @@ class Video:
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the video (by suffix: .mp4, .mov, .mkv, .webm, .gif) and its report beside it.
 
-        The report has the same name and the suffix .json, the prompt, where there is one, .txt; of
-        a video that was made of embeddings alone, an older .txt is removed.
+        The report has the same name and the suffix .json, the prompt, where there is one, .txt;
+        where there is none, that of an earlier video of this name is removed.
         Each file appears whole or not at all, and of two programs that save under one name the last
         leaves all files.
 
@@ -53,11 +53,20 @@ class Video:
             write_video(self.frames, target, self.fps)
             if self.prompt is not None:
                 write_bytes(target.with_suffix(".txt"), self.prompt.encode())
-            elif "prompt" in self.report.get("request", {}):
-                with suppress(OSError):  # words of an earlier video of this name
+            elif "prompt" in _request_of(target):
+                with suppress(OSError):  # words of the video that stood here
                     target.with_suffix(".txt").unlink(missing_ok=True)
             write_bytes(target.with_suffix(".json"), text.encode())
         return target
+
+
+def _request_of(video: Path) -> dict[str, Any]:
+    """Return the request that the report beside a video tells of; empty where there is none."""
+    with suppress(OSError, ValueError, AttributeError):
+        request = json.loads(video.with_suffix(".json").read_text()).get("request")
+        if isinstance(request, dict):
+            return request
+    return {}
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from worldline.tokenizers.cosmos.statistics import (
     LatentStatistics,
     find_vae,
 )
-from worldline.tokenizers.cosmos.weights import key_map, read_config
+from worldline.tokenizers.cosmos.weights import key_map, leaves, read_config
 from worldline.weights.keymap import KeyMap
 from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.views import renamed
@@ -29,40 +29,35 @@ from worldline.weights.views import renamed
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 
 
-def _plain(theirs: str, released: str) -> Iterator[tuple[str, str]]:
-    for suffix in ("weight", "bias"):
-        yield f"{theirs}.{suffix}", f"{released}.{suffix}"
-
-
 def _factorised(theirs: str, released: str) -> Iterator[tuple[str, str]]:
-    yield from _plain(f"{theirs}.conv_s", f"{released}.0.conv3d")
-    yield from _plain(f"{theirs}.conv_t", f"{released}.1.conv3d")
+    yield from leaves(f"{theirs}.conv_s", f"{released}.0.conv3d")
+    yield from leaves(f"{theirs}.conv_t", f"{released}.1.conv3d")
 
 
 def _block(theirs: str, released: str) -> Iterator[tuple[str, str]]:
     for number in (1, 2):
-        yield from _plain(f"{theirs}.norm{number}.norm", f"{released}.norm{number}.norm")
+        yield from leaves(f"{theirs}.norm{number}.norm", f"{released}.norm{number}.norm")
         yield from _factorised(f"{theirs}.conv{number}", f"{released}.conv{number}")
-    yield from _plain(f"{theirs}.conv_shortcut", f"{released}.nin_shortcut.conv3d")
+    yield from leaves(f"{theirs}.conv_shortcut", f"{released}.nin_shortcut.conv3d")
 
 
 def _attention(theirs: str, released: str) -> Iterator[tuple[str, str]]:
-    yield from _plain(f"{theirs}.norm.norm", f"{released}.norm.norm")
+    yield from leaves(f"{theirs}.norm.norm", f"{released}.norm.norm")
     for their_conv, conv in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
-        yield from _plain(f"{theirs}.{their_conv}", f"{released}.{conv}.conv3d")
+        yield from leaves(f"{theirs}.{their_conv}", f"{released}.{conv}.conv3d")
 
 
 def _half(half: str, num_levels: int) -> Iterator[tuple[str, str]]:
     kind = "down" if half == "encoder" else "up"
     yield from _factorised(f"{half}.conv_in", f"{half}.conv_in")
     yield from _factorised(f"{half}.conv_out", f"{half}.conv_out")
-    yield from _plain(f"{half}.norm_out.norm", f"{half}.norm_out.norm")
+    yield from leaves(f"{half}.norm_out.norm", f"{half}.norm_out.norm")
     for number in range(num_levels):
         released = number if half == "encoder" else num_levels - 1 - number
         theirs, ours = f"{half}.{kind}_blocks.{number}", f"{half}.{kind}.{released}"
         yield from _block(f"{theirs}.resnets.{{j}}", f"{ours}.block.{{j}}")
         for conv in ("conv1", "conv2", "conv3"):
-            yield from _plain(
+            yield from leaves(
                 f"{theirs}.{kind}samplers.0.{conv}", f"{ours}.{kind}sample.{conv}.conv3d"
             )
     for number in (0, 1):
@@ -76,8 +71,8 @@ def name_map(num_levels: int) -> KeyMap:
     pairs = [
         *_half("encoder", num_levels),
         *_half("decoder", num_levels),
-        *_plain("quant_conv", "quant_conv.conv3d"),
-        *_plain("post_quant_conv", "post_quant_conv.conv3d"),
+        *leaves("quant_conv", "quant_conv.conv3d"),
+        *leaves("post_quant_conv", "post_quant_conv.conv3d"),
     ]
     return KeyMap(rename=dict(pairs))
 

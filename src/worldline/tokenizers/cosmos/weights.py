@@ -26,21 +26,22 @@ _DOWNSAMPLE = {"conv1": "space", "conv2": "time", "conv3": "mix"}
 _UPSAMPLE = {"conv1": "time", "conv2": "space", "conv3": "mix"}
 
 
-def _plain(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
+def leaves(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
+    """Yield the names of a layer's weight and bias there and here."""
     for suffix in _SUFFIXES:
         yield f"{theirs}.{suffix}", f"{ours}.{suffix}"
 
 
 def _factorised(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
-    yield from _plain(f"{theirs}.0.conv3d", f"{ours}.space")
-    yield from _plain(f"{theirs}.1.conv3d", f"{ours}.time")
+    yield from leaves(f"{theirs}.0.conv3d", f"{ours}.space")
+    yield from leaves(f"{theirs}.1.conv3d", f"{ours}.time")
 
 
 def _block(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
     for number in (1, 2):
-        yield from _plain(f"{theirs}.norm{number}.norm", f"{ours}.norm{number}")
+        yield from leaves(f"{theirs}.norm{number}.norm", f"{ours}.norm{number}")
         yield from _factorised(f"{theirs}.conv{number}", f"{ours}.conv{number}")
-    yield from _plain(f"{theirs}.nin_shortcut.conv3d", f"{ours}.shortcut")
+    yield from leaves(f"{theirs}.nin_shortcut.conv3d", f"{ours}.shortcut")
 
 
 def _half(
@@ -48,27 +49,27 @@ def _half(
 ) -> Iterator[tuple[str, str]]:
     yield from _factorised(f"{half}.conv_in", f"{half}.conv_in")
     yield from _factorised(f"{half}.conv_out", f"{half}.conv_out")
-    yield from _plain(f"{half}.norm_out.norm", f"{half}.norm_out")
+    yield from leaves(f"{half}.norm_out.norm", f"{half}.norm_out")
     theirs, ours = f"{half}.{level}.{{i}}", f"{half}.levels.{{i}}"
     yield from _block(f"{theirs}.block.{{j}}", f"{ours}.blocks.{{j}}")
     for their_conv, our_conv in convolutions.items():
-        yield from _plain(
+        yield from leaves(
             f"{theirs}.{resampler}.{their_conv}.conv3d", f"{ours}.resample.{our_conv}"
         )
     for number in (1, 2):
         yield from _block(f"{half}.mid.block_{number}", f"{half}.middle.block{number}")
     for index, axis in enumerate(("spatial", "temporal")):
         theirs, ours = f"{half}.mid.attn_1.{index}", f"{half}.middle.{axis}_attention"
-        yield from _plain(f"{theirs}.norm.norm", f"{ours}.norm")
+        yield from leaves(f"{theirs}.norm.norm", f"{ours}.norm")
         for their_conv, our_conv in (("q", "q"), ("k", "k"), ("v", "v"), ("proj_out", "out")):
-            yield from _plain(f"{theirs}.{their_conv}.conv3d", f"{ours}.{our_conv}")
+            yield from leaves(f"{theirs}.{their_conv}.conv3d", f"{ours}.{our_conv}")
 
 
 _RENAME = {
     **dict(_half("encoder", "down", "downsample", _DOWNSAMPLE)),
     **dict(_half("decoder", "up", "upsample", _UPSAMPLE)),
-    **dict(_plain("quant_conv.conv3d", "quant_conv")),
-    **dict(_plain("post_quant_conv.conv3d", "post_quant_conv")),
+    **dict(leaves("quant_conv.conv3d", "quant_conv")),
+    **dict(leaves("post_quant_conv.conv3d", "post_quant_conv")),
 }
 
 _DROP = {

@@ -1,0 +1,86 @@
+"""Several processes that train one model, each on its own part of a batch.
+
+Started by `torchrun --nproc_per_node=N …`, which tells each process who it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among those that train together.
+
+    Attributes:
+        rank: from 0.
+        count: of processes.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and tells."""
+        return self.rank == 0
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors of one dtype and device, in place, by their means over all processes."""
+        if self.count == 1:
+            return
+        whole = list(tensors)
+        flat = torch.cat([tensor.reshape(-1) for tensor in whole])
+        dist.all_reduce(flat)
+        flat /= self.count
+        parts = flat.split([tensor.numel() for tensor in whole])
+        for tensor, part in zip(whole, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def any(self, told: bool, device: torch.device) -> bool:
+        """Return whether any process was told so; all get the same answer."""
+        if self.count == 1:
+            return told
+        flag = torch.tensor(float(told), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+ALONE = Ranks()
+
+
+def join(device: str) -> tuple[Ranks, str]:
+    """Return who this process is and its device; meets the others, where there are any.
+
+    Args:
+        device: "cuda", of which each process gets its own, or "cpu".
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return ALONE, device
+    rank = int(os.environ["RANK"])
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=torch.device(device))
+    else:
+        dist.init_process_group("gloo")
+    return Ranks(rank, count), device
+
+
+def leave(ranks: Ranks) -> None:
+    """Part from the others, once all have come here."""
+    if ranks.count > 1:
+        ranks.wait()
+        dist.destroy_process_group()
