@@ -65,7 +65,7 @@ def agreement(model: ARTransformer, steps: int) -> dict[str, float]:
         theirs = model(last, positions, cache=plain.cache, start=at)[0, -1].float()
         fast.ids[:, at] = last[0]
         fast.step(None)
-        ours = fast.fused.logits.float()
+        ours = fast.fused.logits[0].float()
         worst = max(worst, float((ours - theirs).norm() / theirs.norm()))
         equal += int(ours.argmax() == theirs.argmax())
         plain.ids[:, plain.done] = theirs.argmax()

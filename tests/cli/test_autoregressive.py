@@ -59,6 +59,8 @@ def test_video_to_video(base: Base, clip: Path, tmp_path: Path) -> None:
         "top_p": 0.8,
         "seed": 0,
         "decoder_seam": "corrected",
+        "num_video_frames": None,
+        "rollout": "tokens",
     }
     assert report["diffusion_decoder"] is None
     assert [stage["name"] for stage in report["run"]["stages"]] == [

@@ -13,6 +13,7 @@ import torch
 
 from worldline.video.read import probe, read_video
 from worldline.weights.write import save
+from worldline.world import AutoregressiveWorld
 
 from ..conftest import MODEL
 from ..tiny_decoder import (
@@ -254,3 +255,70 @@ def test_cosmos_1(run: Run, clip: Path, own_whole_world: Path, tmp_path: Path) -
     assert result.exit_code == 0, result.stderr
     report = report_of(tmp_path / "out" / "output.json")
     assert report["diffusion_decoder"]["sampler"] == "res_2ab"
+
+
+@pytest.fixture
+def prompts(clip: Path, tmp_path: Path) -> Path:
+    """A batch of three lines."""
+    path = tmp_path / "three.jsonl"
+    words = (PROMPT, "Snow falls.", "Rain.")
+    path.write_text("\n".join(json.dumps({"visual_input": str(clip), "prompt": w}) for w in words))
+    return path
+
+
+def test_in_step(ar_video2world: Make, prompts: Path, clip: Path, tmp_path: Path) -> None:
+    """Two in step, then one alone; each is what it is alone."""
+    out = tmp_path / "out"
+    result = ar_video2world("--batch_input_path", prompts, "--batch_size", 2)
+    assert result.exit_code == 0, result.stderr
+    assert "1-2/3 in step: drawing 18 tokens" in result.stderr
+    assert f"3/3 {clip}: drawing 18 tokens" in result.stderr
+    assert result.stdout.count("2 in step, ") == 2
+    assert [report_of(out / f"{n}.json")["clips_at_once"] for n in range(3)] == [2, 2, 1]
+    alone = ("--input_image_or_video_path", clip, "--prompt", "Snow falls.")
+    assert ar_video2world(*alone).exit_code == 0
+    first, second = (read_video(out / f"{name}.mp4").frames for name in ("1", "output"))
+    assert np.array_equal(first, second)
+    again = ar_video2world("--batch_input_path", prompts, "--resume")
+    assert "nothing left to do" in again.stdout
+
+
+def test_a_group_that_fails_is_made_one_by_one(
+    ar_video2world: Make, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = AutoregressiveWorld.stream_batch
+
+    def stream_batch(self: AutoregressiveWorld, *args: Any, **options: Any) -> Any:
+        for number, step in real(self, *args, **options):
+            yield number, step
+            if step.video is not None:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(AutoregressiveWorld, "stream_batch", stream_batch)
+    result = ar_video2world("--batch_input_path", prompts, "--batch_size", 3)
+    assert result.exit_code == 0, result.stderr
+    assert "1-3/3 in step: OutOfMemoryError: CUDA out of memory.; made one by one" in result.stderr
+    out = tmp_path / "out"
+    assert [report_of(out / f"{n}.json")["clips_at_once"] for n in range(3)] == [3, 1, 1]
+    assert "3 of 3 videos" in result.stdout
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "x", "1.5"])
+def test_wrong_batch_size(given: str, ar_video2world: Make, prompts: Path) -> None:
+    result = ar_video2world("--batch_input_path", prompts, "--batch_size", given)
+    assert result.exit_code == 2
+    assert "is neither auto nor a number of 1 or more" in result.stderr
+
+
+def test_longer_than_the_window(ar_video2world: Make, clip: Path, tmp_path: Path) -> None:
+    words = ("--input_image_or_video_path", clip, "--prompt", PROMPT)
+    for way in ("tokens", "pixels"):
+        result = ar_video2world(*words, "--num_video_frames", 49, "--rollout", way)
+        assert result.exit_code == 0, result.stderr
+        assert probe(tmp_path / "out" / "output.mp4", kind="video").frames == 49
+        report = report_of(tmp_path / "out" / "output.json")
+        assert report["request"]["rollout"] == way
+        assert report["tokens"] == 6 * 5
+    wrong = ar_video2world(*words, "--num_video_frames", 48)
+    assert wrong.exit_code == 2
+    assert "the nearest is 49" in wrong.stderr

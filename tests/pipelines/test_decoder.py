@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from worldline import loading
 from worldline.loading import DecoderParts
+from worldline.models.predict1_dit.model import BLOCKS
+from worldline.parallel.offload import StreamedPart
 from worldline.pipelines.decoder import (
     GUIDANCE,
     NUM_STEPS,
@@ -102,6 +105,16 @@ def test_the_network_runs_once_an_evaluation(
     monkeypatch.setattr(model, "forward", forward)
     run(parts, ids(5), DecoderSettings(sampler="edm_euler"))
     assert batches == [2] * NUM_STEPS
+
+
+def test_streamed_blocks_change_nothing(parts: DecoderParts) -> None:
+    """As `--offload_diffusion_decoder` has it on a GPU: two blocks are there at a time."""
+    tokens = ids(12)
+    expected = run(parts, tokens, settings())
+    streamed = replace(parts, transformer=StreamedPart(parts.transformer.module, CPU, BLOCKS))
+    for found, wanted in zip(run(streamed, tokens, settings()), expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(run(parts, tokens, settings())[0], expected[0])
 
 
 def test_steps_are_told(parts: DecoderParts) -> None:

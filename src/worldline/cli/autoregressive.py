@@ -36,6 +36,15 @@ _WITHOUT_DECODER = dict.fromkeys(
 _OF_PROMPTS = ("prompt", "prompt_embeddings", "text_encoder_dir", "text_encoder_dtype")
 
 
+def _read_batch_size(_: click.Context, __: click.Parameter, value: str) -> int | None:
+    """Return the number, or None for "auto"."""
+    if value == "auto":
+        return None
+    if not value.isdecimal() or not int(value):
+        raise click.BadParameter(f"{value} is neither auto nor a number of 1 or more")
+    return int(value)
+
+
 def _options(model: str, likely: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return what adds the options that both commands have."""
     options = (
@@ -103,6 +112,28 @@ def _options(model: str, likely: str) -> Callable[[Callable[..., None]], Callabl
             show_default=True,
             help="How the diffusion decoder joins windows of a clip of more than 57 frames; "
             "as_released repeats a fault of the released code.",
+        ),
+        click.option(
+            "--num_video_frames",
+            type=int,
+            help="1 + 8k, the given ones included; longer than the model's own, the video goes on "
+            "as --rollout says.  [default: the model's own, 33]",
+        ),
+        click.option(
+            "--rollout",
+            type=click.Choice(["tokens", "pixels"]),
+            default="tokens",
+            show_default=True,
+            help="Beyond the model's own length: draw on behind the last tokens, or encode the "
+            "last frames again, window after window.",
+        ),
+        click.option(
+            "--batch_size",
+            default="auto",
+            show_default=True,
+            callback=_read_batch_size,
+            help="How many inputs of a batch are drawn in step, each as it would be alone; auto: "
+            "as many as fit into the memory, where that saves time.",
         ),
         click.option("--disable_guardrail", is_flag=True, help="Do not check the video."),
         *(
@@ -278,6 +309,8 @@ def _make_request(item: Item, flags: dict[str, Any], kind: str) -> Autoregressiv
         seed=flags["seed"],
         prompt=item.prompt,
         decoder_seam=flags["decoder_seam"],
+        num_video_frames=flags["num_video_frames"],
+        rollout=flags["rollout"],
     )
 
 
@@ -304,6 +337,8 @@ def _log_notes(
         run.log_without_effect(given, dict.fromkeys(names, greedy))
     if batch:
         run.log_without_effect(given, run.NUMBERED)
+    else:
+        run.log_without_effect(given, {"batch_size": "there is one input"})
     if flags["prompt_embeddings"] is not None:
         unread = ("text_encoder_dir", "text_encoder_dtype", "offload_text_encoder_model")
         run.log_without_effect(given, dict.fromkeys(unread, "embeddings are given"))
@@ -350,7 +385,7 @@ def _find_files(
             f"{files.folder} is a base model, which takes no prompt: use worldline autoregressive "
             "base, or a Video2World model"
         )
-    check_room(files.config, files.tokenizer_config, request.num_input_frames)
+    check_room(files.config, files.tokenizer_config, request)
     embedding = None
     if width is not None:
         embedding = read_prompt_embedding(flags["prompt_embeddings"], files.context_length, width)
@@ -391,9 +426,33 @@ def _run(
     *,
     batch: bool,
 ) -> None:
+    import torch
+
+    from worldline.loading import choose_device, clips_at_once, compute_dtype
+    from worldline.loading.diffusion import text_dtype
     from worldline.world import load_files
+    from worldline.world.autoregressive import AutoregressiveWorld
 
     embeddings = flags["prompt_embeddings"]
+    given: dict[str, Any] = {"input_type": kind}
+    if embeddings is not None:
+        given["prompt_embeddings"] = embeddings
+    frames = flags["num_video_frames"]
+    at_once = min(len(tasks), flags["batch_size"] or 1)
+    if flags["batch_size"] is None and len(tasks) > 1:
+        device = choose_device(flags["device"])
+        dtype = compute_dtype(device)
+        of_text = flags["text_encoder_dtype"]
+        at_once = clips_at_once(
+            files,
+            device,
+            dtype,
+            [flag for flag in files.offload_flags if flags[flag]],
+            len(tasks),
+            text_encoder_dtype=getattr(torch, of_text) if of_text else text_dtype(dtype),
+            text=embeddings is None,
+            num_video_frames=frames,
+        )
 
     def load() -> World:
         text: dict[str, Any] = {}
@@ -409,14 +468,32 @@ def _run(
             offload_ar_model=flags["offload_ar_model"],
             offload_tokenizer=flags["offload_tokenizer"],
             offload_diffusion_decoder=flags["offload_diffusion_decoder"],
+            batch_size=at_once,
+            num_video_frames=frames,
             **text,
         )
 
     def stream(world: World, task: run.Task) -> Iterator[Step]:
         assert task.item.path is not None
-        options = {"input_type": kind, **vars(task.request)}
-        if embeddings is not None:
-            options["prompt_embeddings"] = embeddings
-        return world.stream(task.item.path, **options)
+        return world.stream(task.item.path, **vars(task.request), **given)
 
-    run.run_tasks(tasks, load, stream, flags, files.offload_flags, batch=batch)
+    def stream_group(world: World, group: Sequence[run.Task]) -> Iterator[tuple[int, Step]]:
+        assert isinstance(world, AutoregressiveWorld)
+        shared = {**vars(group[0].request), **given}
+        del shared["prompt"]
+        return world.stream_batch(
+            [task.item.path for task in group if task.item.path is not None],
+            [{"prompt": task.item.prompt} for task in group],
+            **shared,
+        )
+
+    run.run_tasks(
+        tasks,
+        load,
+        stream,
+        flags,
+        files.offload_flags,
+        batch=batch,
+        at_once=at_once,
+        stream_group=stream_group,
+    )

@@ -58,15 +58,15 @@ from worldline.loading.folders import (
     read_settings,
 )
 from worldline.loading.memory import Fit, Need, check_memory, fewest_flags
-from worldline.machine import Memory
-from worldline.models.predict1_ar.decoder import compile_ahead
+from worldline.machine import Memory, device_memory
+from worldline.models.predict1_ar.decoder import MOST_CLIPS, compile_ahead, kernels_fit
 from worldline.models.predict1_ar.model import PRESETS as AUTOREGRESSIVE_PRESETS
 from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig
 from worldline.models.predict1_ar.weights import KEYS
+from worldline.models.predict1_dit.model import BLOCKS, DiT, DiTConfig
 from worldline.models.predict1_dit.model import PRESETS as DIFFUSION_PRESETS
-from worldline.models.predict1_dit.model import DiT, DiTConfig
 from worldline.nn.modulation import fused
-from worldline.parallel.offload import Part
+from worldline.parallel.offload import Part, StreamedPart
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.text.cache import EmbeddingCache
@@ -100,6 +100,7 @@ __all__ = [
     "WorldFiles",
     "bundled_names",
     "choose_device",
+    "clips_at_once",
     "compute_dtype",
     "find_autoregressive",
     "find_diffusion",
@@ -282,6 +283,8 @@ def load_autoregressive(
     offload_text_encoder_model: bool = False,
     text_encoder_dtype: torch.dtype | None = None,
     text: bool = True,
+    batch_size: int = 1,
+    num_video_frames: int | None = None,
 ) -> AutoregressiveParts:
     """Read the weights of a world; those of the text encoder wait for a prompt that needs them.
 
@@ -292,13 +295,16 @@ def load_autoregressive(
         recorder: is told seconds and memory.
         offload_ar_model: keep the transformer in host memory while it is not used.
         offload_tokenizer: likewise.
-        offload_diffusion_decoder: likewise, its tokenizer too.
+        offload_diffusion_decoder: likewise, its tokenizer too; the blocks of its transformer come
+            to the device one after another.
         offload_text_encoder_model: likewise.
         text_encoder_dtype: by default `dtype` where T5 runs in it.
         text: whether prompts will be encoded, which takes memory; False where embeddings are given.
+        batch_size: clips whose tokens are drawn in step.
+        num_video_frames: of the longest clip; None is the model's own.
 
     Raises:
-        InsufficientMemoryError: the device is too small for one clip.
+        InsufficientMemoryError: the device is too small for so many clips.
     """
     chosen = {
         "offload_ar_model": offload_ar_model,
@@ -308,9 +314,18 @@ def load_autoregressive(
     }
     given = [flag for flag in files.offload_flags if chosen[flag]]
     of_text = text_encoder_dtype or text_dtype(dtype)
-    _check_memory(files, device, dtype, given, text_encoder_dtype=of_text, text=text)
+    _check_memory(
+        files,
+        device,
+        dtype,
+        given,
+        text_encoder_dtype=of_text,
+        text=text,
+        batch=batch_size,
+        num_video_frames=num_video_frames,
+    )
     logger.info("reading %s", files.folder)
-    compiling = compile_ahead(files.config, device)
+    compiling = compile_ahead(files.config, device, dtype, batch_size)
     with recorder.stage("load"):
         transformer = _read(
             ARTransformer, files.config, files.transformer, KEYS, device, dtype, offload_ar_model
@@ -339,7 +354,13 @@ def _read_decoder(
     logger.info("reading %s", files.folder)
     context = read_context(files)
     dit = files.dit
-    transformer = _read(DiT, dit.config, dit.source, dit.keys, device, dtype, offload)
+    transformer: Part[DiT]
+    if offload and device.type != "cpu":
+        home = torch.device("cpu")
+        resident = _read(DiT, dit.config, dit.source, dit.keys, home, dtype, False)
+        transformer = StreamedPart(resident.module, device, BLOCKS)
+    else:
+        transformer = _read(DiT, dit.config, dit.source, dit.keys, device, dtype, False)
     tokenizer = _read_tokenizer(files, device, dtype, offload)
     return DecoderParts(transformer, tokenizer, context, files.statistics, files.generation)
 
@@ -520,6 +541,8 @@ def _need(
     nbytes_of_text: int | None = None,
     context_length: int = RELEASED_CONTEXT,
     decoder: tuple[DiTConfig, CosmosTokenizerConfig] | None = None,
+    batch: int = 1,
+    num_video_frames: int | None = None,
 ) -> Need:
     """Return what a world needs by its flags; a released world's where nothing is said of it."""
     if nbytes_of_text is None:
@@ -538,6 +561,8 @@ def _need(
                 text_bytes=of_text,
                 context_length=context_length,
                 decoder=decoding,
+                batch=batch,
+                num_video_frames=num_video_frames,
                 **dict.fromkeys(flags, True),
             ).peak
         )
@@ -565,6 +590,8 @@ def _need_of(
     text_encoder_dtype: torch.dtype | None = None,
     video: VideoShape | None = None,
     text: bool = True,
+    batch: int = 1,
+    num_video_frames: int | None = None,
 ) -> Need:
     """Return what a world needs that was found; `text` tells whether prompts will be encoded."""
     encoder = files.text if text else None
@@ -578,6 +605,8 @@ def _need_of(
             nbytes_of_text=text_bytes(encoder, text_encoder_dtype or text_dtype(dtype)),
             context_length=files.context_length,
             decoder=(decoder.dit.config, decoder.tokenizer_config) if decoder else None,
+            batch=batch,
+            num_video_frames=num_video_frames,
         )
     defaults = files.defaults
     return _need(
@@ -601,6 +630,36 @@ def _check_memory(
     """Refuse a world that does not fit; `options` are those of `_need_of`."""
     need = _need_of(files, device, dtype, **options)
     check_memory(files.folder.name, need, _flags(files), device, given)
+
+
+def clips_at_once(
+    files: AutoregressiveFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    given: Collection[str],
+    most: int,
+    **options: Any,
+) -> int:
+    """Return how many clips are best drawn in step, at most `most`.
+
+    That is as many as fit, and 1 where no kernels run, since several then take as long as one after
+    another.
+
+    Args:
+        files: of the world.
+        device: where it will run.
+        dtype: of the networks.
+        given: offload flags that are set.
+        most: clips there are.
+        options: those of `_need_of`.
+    """
+    memory = device_memory(device)
+    if memory is None or not kernels_fit(files.config, device, dtype):
+        return 1
+    for count in range(min(most, MOST_CLIPS), 1, -1):
+        if _need_of(files, device, dtype, batch=count, **options)(given) <= memory.free:
+            return count
+    return 1
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

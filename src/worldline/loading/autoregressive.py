@@ -30,7 +30,8 @@ from worldline.loading.memory import coding_bytes, count_parameters, workspace
 from worldline.models.predict1_ar.model import RELEASED_GRID, ARTransformer, ARTransformerConfig
 from worldline.models.predict1_ar.weights import KEYS, read_config
 from worldline.parallel.offload import Part
-from worldline.shapes import VideoShape
+from worldline.sampling.decode import CHUNK
+from worldline.shapes import VideoShape, latent_frames_of
 from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
@@ -292,6 +293,8 @@ def plan_autoregressive(
     offload_tokenizer: bool = False,
     offload_diffusion_decoder: bool = False,
     offload_text_encoder_model: bool = False,
+    batch: int = 1,
+    num_video_frames: int | None = None,
 ) -> MemoryPlan:
     """Estimate the memory of one clip; `benchmarks/ar_end_to_end.py` compares it with the truth.
 
@@ -304,8 +307,11 @@ def plan_autoregressive(
         decoder: what the diffusion decoder needs; None where there is none.
         offload_ar_model: the transformer waits in host memory.
         offload_tokenizer: likewise.
-        offload_diffusion_decoder: both networks of the decoder likewise.
+        offload_diffusion_decoder: both networks of the decoder likewise; the blocks of its
+            transformer come one after another.
         offload_text_encoder_model: likewise.
+        batch: clips whose tokens are drawn in step.
+        num_video_frames: of a clip; None is the model's own.
     """
     size = dtype.itemsize
     transformer_bytes = count_parameters(ARTransformer, config) * size
@@ -317,13 +323,18 @@ def plan_autoregressive(
         * (shape.width // tokenizer.patch)
     )
     widest = max(tokenizer.level_channels[0], tokenizer.patch_channels)
-    activations = coding_bytes(cells, widest, size)
+    # of a window; of a longer clip the keys and values of what was decoded stay besides
+    latents = latent_frames_of(num_video_frames or shape.frames, tokenizer.temporal)
+    beyond = max(0, latents - config.grid.frames) * config.grid.tokens_per_frame
+    seen = 2 * beyond * tokenizer.level_channels[-1] * size
+    activations = coding_bytes(cells, widest, size) + seen
     heads = config.num_kv_heads * config.head_size
     cache = 2 * config.depth * config.length * heads * size
     # feed-forward of the longest prompt: gate, up, product; and queries, keys, values
     prefill = config.length // 2 * (3 * config.hidden + 4 * config.width) * size
     if config.context_width is not None:
         cache += 2 * (config.depth // config.context_every) * context_length * heads * size
+    cache += 2 * CHUNK * config.vocabulary * torch.float32.itemsize  # noise of the draws
     weights = {
         "transformer": transformer_bytes,
         "tokenizer": tokenizer_bytes,
@@ -343,10 +354,12 @@ def plan_autoregressive(
         there = (n for part, n in weights.items() if part == used or not offloaded[part])
         return sum(there) + workspace(dtype)
 
+    if decoder and offload_diffusion_decoder:
+        weights["denoiser"] = decoder.streamed
     coding = resident("tokenizer") + activations
     return MemoryPlan(
         encode=coding,
-        tokens=resident("transformer") + cache + prefill,
+        tokens=resident("transformer") + batch * cache + prefill,
         decode=resident("pixels") + decoder.decode if decoder else coding,
         text=resident("text") + text_bytes // 20 if text_bytes else 0,
         denoise=resident("denoiser") + decoder.denoise if decoder else 0,

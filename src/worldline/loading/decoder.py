@@ -24,7 +24,7 @@ from worldline.loading.diffusion import (
 from worldline.loading.folders import Place, read_settings, stamps
 from worldline.loading.memory import count_parameters, workspace
 from worldline.models.predict1_ar.model import ARTransformerConfig
-from worldline.models.predict1_dit.model import DiT, DiTConfig
+from worldline.models.predict1_dit.model import BLOCKS, DiT, DiTConfig
 from worldline.models.predict1_dit.weights import DiTFiles, open_dit
 from worldline.parallel.offload import Part
 from worldline.shapes import LatentShape
@@ -259,12 +259,14 @@ class DecoderNeed:
 
     Attributes:
         transformer: its weights.
-        tokenizer: likewise.
+        streamed: those of them that are there at most while blocks come one after another.
+        tokenizer: its weights.
         denoise: beside them, while the sampler runs.
         decode: beside them, while latents become pixels.
     """
 
     transformer: int
+    streamed: int
     tokenizer: int
     denoise: int
     decode: int
@@ -287,7 +289,9 @@ def plan_decoder(
         dtype: of the weights.
         fused: kernels do the work between the layers, see `worldline.nn.modulation`.
     """
-    transformer = count_parameters(DiT, config) * dtype.itemsize
+    with torch.device("meta"):
+        network = DiT(config)
+    transformer = sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
     pixels = count_parameters(CosmosTokenizer, tokenizer) * dtype.itemsize
     plan = plan_diffusion(
         config,
@@ -301,6 +305,7 @@ def plan_decoder(
     )
     return DecoderNeed(
         transformer=transformer,
+        streamed=BLOCKS.count(network) * dtype.itemsize,
         tokenizer=pixels,
         denoise=plan.denoise - transformer - workspace(dtype),
         decode=plan.decode - pixels - workspace(dtype),

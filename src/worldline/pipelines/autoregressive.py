@@ -8,9 +8,10 @@ whose models were trained so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -38,12 +39,16 @@ from worldline.report import Recorder
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling
 from worldline.sampling.noise import MAX_SEED
-from worldline.shapes import latent_frames_of
-from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
+from worldline.shapes import latent_frames_of, nearest_frames
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig, Past
 from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip
 
 FPS = 25.0  # of every autoregressive output, whatever the input's was
+CARRIED = 2  # latent frames of a window that the next one is given, by way of pixels
+
+Rollout = Literal["tokens", "pixels"]
+ROLLOUTS: tuple[Rollout, ...] = get_args(Rollout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,10 @@ class AutoregressiveRequest:
         prompt: what the video shows; Video2World models alone, None where its embedding is given.
         decoder_seam: how the diffusion decoder joins the windows of a clip of more than 57 frames;
             "as_released" repeats a fault of the released code, see `worldline.pipelines.decoder`.
+        num_video_frames: 1 + 8k, the given ones included; longer than the model's own, it is made
+            window after window. None is the model's own.
+        rollout: what a window takes over from the one before: the tokens of its end, or these
+            decoded to pixels and encoded again.
     """
 
     num_input_frames: int = 9
@@ -66,9 +75,14 @@ class AutoregressiveRequest:
     seed: int = 0
     prompt: str | None = None
     decoder_seam: Seam = "corrected"
+    num_video_frames: int | None = None
+    rollout: Rollout = "tokens"
 
     def __post_init__(self) -> None:
-        for name in ("num_input_frames", "seed"):
+        whole = ["num_input_frames", "seed"]
+        if self.num_video_frames is not None:
+            whole.append("num_video_frames")
+        for name in whole:
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("temperature", "top_p"):
             object.__setattr__(self, name, real_number(name, getattr(self, name)))
@@ -89,6 +103,10 @@ class AutoregressiveRequest:
             raise InputError(
                 f"decoder_seam is {self.decoder_seam!r}; it must be one of {', '.join(SEAMS)}"
             )
+        if self.rollout not in ROLLOUTS:
+            raise InputError(
+                f"rollout is {self.rollout!r}; it must be one of {', '.join(ROLLOUTS)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -99,27 +117,59 @@ class Progress:
         kind: "text", "encode", "tokens", "denoise", "decode" or "done".
         done: how much of it.
         total: of how much.
-        frames: pixels that are final, uint8 (T, H, W, 3); of "decode" the new ones, of "done" all.
+        frames: pixels that are final, uint8 (T, H, W, 3): new ones, of "done" all.
+        clip: which one, where there are several.
     """
 
     kind: str
     done: int
     total: int
     frames: NDArray[np.uint8] | None = None
+    clip: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A clip that is continued in step with others.
+
+    Attributes:
+        clip: input frames, at least `request.num_input_frames` of them.
+        request: how.
+        recorder: is told seconds and memory of the stages that are this clip's alone.
+        embedding: in place of the prompt, (1, S, E).
+    """
+
+    clip: Clip
+    request: AutoregressiveRequest
+    recorder: Recorder
+    embedding: Tensor | None = None
 
 
 def check_room(
-    config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig, num_input_frames: int
+    config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig, request: AutoregressiveRequest
 ) -> None:
-    """Refuse to continue a clip that is as long as what the model makes.
+    """Refuse a length that the model cannot make, of what it is given.
 
     Raises:
-        InputError: no frame would be left to make.
+        InputError: no frame would be left to make, or the length does not fit.
     """
-    if latent_frames_of(num_input_frames, tokenizer.temporal) >= config.grid.frames:
+    own, window = video_shape(config, tokenizer).frames, config.grid.frames
+    if latent_frames_of(request.num_input_frames, tokenizer.temporal) >= window:
         raise InputError(
-            f"this model makes {video_shape(config, tokenizer).frames} frames, "
-            f"but num_input_frames is {num_input_frames}; give --num_input_frames 1"
+            f"this model makes {own} frames, "
+            f"but num_input_frames is {request.num_input_frames}; give --num_input_frames 1"
+        )
+    frames = frames_of(config, tokenizer, request)
+    nearest = max(own, nearest_frames(frames, tokenizer.temporal))
+    if nearest != frames:
+        raise InputError(
+            f"num_video_frames is {frames}; it must be 1 + {tokenizer.temporal}k and at least "
+            f"{own}: the nearest is {nearest}"
+        )
+    if frames > own and request.rollout == "pixels" and window <= CARRIED:
+        raise InputError(
+            f"this model makes {window} latent frames at once, of which rollout pixels takes over "
+            f"{CARRIED}: nothing is left to make; use rollout tokens"
         )
 
 
@@ -156,6 +206,13 @@ def check_prompt(
         )
 
 
+def frames_of(
+    config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig, request: AutoregressiveRequest
+) -> int:
+    """Return how many frames a request makes, the given ones included."""
+    return request.num_video_frames or video_shape(config, tokenizer).frames
+
+
 def continue_clip(
     parts: AutoregressiveParts,
     clip: Clip,
@@ -179,65 +236,246 @@ def continue_clip(
         InputError: the clip is too short, or the model and the prompt do not go together.
         CheckpointError: the text encoder is needed, and absent or damaged.
     """
-    check_prompt(parts.files, request, embedding)
-    config, shape, device = parts.config, parts.video, parts.device
-    if parts.config.context_width is not None and embedding is None:
+    return continue_clips(parts, [Job(clip, request, recorder, embedding)], recorder)
+
+
+def continue_clips(
+    parts: AutoregressiveParts, jobs: Sequence[Job], recorder: Recorder
+) -> Iterator[Progress]:
+    """Continue clips in step; yield progress, and of each clip at last all its frames.
+
+    Each draws the tokens that it draws alone.
+
+    Args:
+        parts: the networks.
+        jobs: the clips; their requests differ in seeds and prompts alone.
+        recorder: is told of the stages that the clips share.
+
+    Raises:
+        InputError: a clip is too short, or the model and a prompt do not go together.
+        CheckpointError: the text encoder is needed, and absent or damaged.
+    """
+    for job in jobs:
+        check_prompt(parts.files, job.request, job.embedding)
+    request = jobs[0].request
+    embeddings: Sequence[Tensor | None] = [None] * len(jobs)
+    if parts.config.context_width is not None:
+        embeddings = yield from _embed(parts, jobs, recorder)
+
+    config, tokenizer = parts.config, parts.tokenizer.module.config
+    temporal = tokenizer.temporal
+    given = latent_frames_of(request.num_input_frames, temporal)
+    total = frames_of(config, tokenizer, request)
+    window, latents = config.grid.frames, latent_frames_of(total, temporal)
+    yield Progress("encode", 0, 1)
+    clips = [job.clip for job in jobs]
+    cells = _encode(parts, clips, request.num_input_frames, recorder)
+    count = (latents - given) * config.grid.tokens_per_frame
+    drawing = _Drawing(parts, request, [job.request.seed for job in jobs], embeddings, count)
+    if request.rollout == "tokens" or latents <= window:
+        live = drawing.begin_live(given, total)
+        cells = yield from drawing.run(cells, latents - given, recorder, live)
+        for number, job in enumerate(jobs):
+            one = live or _Decoding(number, given, total)
+            if live is None:
+                yield from _decode(parts, one, cells[number : number + 1], job, embeddings[number])
+            yield Progress("done", count, count, np.concatenate(one.frames), number)
+        return
+
+    made = [_Decoding(number, given, total) for number in range(len(jobs))]
+    taken = 1 + (CARRIED - 1) * temporal  # frames that a window takes over
+    left = latents - given
+    while True:
+        new = min(left, window - made[0].given)
+        cells = yield from drawing.run(cells, new, recorder)
+        for one, job in zip(made, jobs, strict=True):
+            own = cells[one.number : one.number + 1]
+            yield from _decode(parts, one, own, job, embeddings[one.number])
+        left -= new
+        if not left:
+            break
+        for one in made:
+            one.begin_window(CARRIED, taken)
+        # a window makes at least one latent frame, so two pieces hold what is taken over
+        ends = [Clip(np.concatenate(one.frames[-2:]), FPS) for one in made]
+        cells = _encode(parts, ends, taken, recorder)
+    for one in made:
+        yield Progress("done", count, count, np.concatenate(one.frames), one.number)
+
+
+def _embed(
+    parts: AutoregressiveParts, jobs: Sequence[Job], recorder: Recorder
+) -> Generator[Progress, None, list[Tensor]]:
+    """Return the embedding of every prompt, (1, S, E)."""
+    prompts = [job.request.prompt for job in jobs if job.embedding is None]
+    wanted = [prompt for prompt in prompts if prompt is not None]
+    found: Mapping[str, Tensor] = {}
+    if wanted:
+        assert parts.text is not None  # else told by `check_prompt`
         yield Progress("text", 0, 1)
         with recorder.stage("text"):
-            embedding = _embed(parts, request)
+            found = parts.text.embed(wanted)
+    return [
+        found[job.request.prompt or ""] if job.embedding is None else job.embedding for job in jobs
+    ]
 
-    tokenizer_config = parts.tokenizer.module.config
+
+def _encode(
+    parts: AutoregressiveParts, clips: Sequence[Clip], num_input_frames: int, recorder: Recorder
+) -> Tensor:
+    """Return the token ids of the ends of clips, (B, tokens), int64."""
+    config, shape = parts.tokenizer.module.config, parts.video
     # the tokenizer is causal: what follows the given frames would not change their tokens
-    given = latent_frames_of(request.num_input_frames, tokenizer_config.temporal)
-    used = 1 + (given - 1) * tokenizer_config.temporal
-
-    yield Progress("encode", 0, 1)
+    used = 1 + (latent_frames_of(num_input_frames, config.temporal) - 1) * config.temporal
+    found = []
     with recorder.stage("encode"), torch.inference_mode(), parts.tokenizer.on_device() as tokenizer:
-        frames = condition_frames(clip, request.num_input_frames, used, shape.height, shape.width)
         weight = tokenizer.quant_conv.weight
-        ids = tokenizer.encode_tokens(frames.to(device, weight.dtype)).flatten(1).long()
-
-    prompt = F.pad(ids, (config.leading_tokens, 0), value=config.begin_token)
-    count = config.length - prompt.shape[1]
-    sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
-    noise = None
-    if not sampling.greedy:
-        noise = draw_noise([request.seed], config.vocabulary, count, device)
-    with parts.transformer.on_device() as transformer:
-        positions = make_positions(config, device, transformer.head.weight.dtype)
-        context = None if embedding is None else embedding.to(device)
-        decoder = make_decoder(transformer, positions, sampling, context=context)
-        recorder.facts["decoder"] = decoder.name
-        steps = decode(decoder, prompt, count, noise)
-        with recorder.stage("prefill"):
-            yield Progress("tokens", next(steps), count)
-        with recorder.stage("tokens"):
-            for done in steps:
-                yield Progress("tokens", done, count)
-        tokens = decoder.tokens[:, config.leading_tokens :].clone()
-        del decoder, steps
-
-    grid = config.grid
-    tokens = tokens.view(1, grid.frames, grid.height, grid.width)
-    if parts.decoder is None:
-        yield Progress("decode", 0, shape.frames)
-        stage, inference = recorder.stage("decode"), torch.inference_mode()
-        with stage, inference, parts.tokenizer.on_device() as tokenizer:
-            video = tokenizer.decode_tokens(tokens)[0]
-            pixels = to_uint8(video * 0.5 + 0.5)
-    else:
-        finer = tokenizer_config.spatial // parts.decoder.tokenizer.module.config.spatial
-        pixels = yield from _decode_by_diffusion(
-            parts.decoder, tokens, finer, request, recorder, shape.frames, embedding
-        )
-    yield Progress("done", count, count, pixels)
+        for clip in clips:  # one at a time, so that each gets the ids that it gets alone
+            frames = condition_frames(clip, num_input_frames, used, shape.height, shape.width)
+            ids = tokenizer.encode_tokens(frames.to(parts.device, weight.dtype))
+            found.append(ids.flatten(1).long())
+        return torch.cat(found)
 
 
-def _embed(parts: AutoregressiveParts, request: AutoregressiveRequest) -> Tensor:
-    """Return the embedding of the prompt, (1, S, E)."""
-    assert parts.text is not None  # else told by `check_prompt`
-    assert request.prompt is not None
-    return parts.text.embed([request.prompt])[request.prompt]
+class _Decoding:
+    """The frames of one clip, as they come out of its tokens.
+
+    Attributes:
+        number: of the clip.
+        given: latent frames that the window begins with.
+        total: frames of the whole clip.
+        frames: pieces, uint8 (T, H, W, 3).
+        latents: latent frames of the window that were decoded.
+    """
+
+    def __init__(self, number: int, given: int, total: int) -> None:
+        self.number, self.given, self.total = number, given, total
+        self.frames: list[NDArray[np.uint8]] = []
+        self.begin_window(given, 0)
+
+    def begin_window(self, given: int, again: int) -> None:
+        """Begin anew with `given` latent frames; the first `again` frames are there already."""
+        self.given, self.skip = given, again
+        self.latents, self.past = 0, Past()
+
+    @property
+    def progress(self) -> Progress:
+        done = sum(map(len, self.frames))
+        return Progress("decode", done, self.total, clip=self.number)
+
+    def add(self, piece: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+        """Keep and return the frames of a piece that are new."""
+        fresh = piece[self.skip :]
+        self.skip = max(0, self.skip - len(piece))
+        if not len(fresh):
+            return None
+        self.frames.append(fresh)
+        return fresh
+
+    @torch.inference_mode()
+    def decode(self, tokenizer: CosmosTokenizer, tokens: Tensor) -> NDArray[np.uint8] | None:
+        """Return the new frames, uint8 (T, H, W, 3), of all ids (1, t, h, w) of the window so far.
+
+        Latent frames are decoded in the same pieces whenever they come, so that a video does not
+        depend on it: those that are given together, then one by one.
+        """
+        codes = tokenizer.to_codes(tokens[:, self.latents :])
+        first = [] if self.latents else [self.given]
+        found = []
+        for piece in codes.split([*first, *[1] * (codes.shape[2] - sum(first))], dim=2):
+            video = tokenizer.decode(piece, self.past)[0]
+            found.append(to_uint8(video * 0.5 + 0.5))
+        self.latents = tokens.shape[1]
+        return self.add(np.concatenate(found))
+
+
+class _Drawing:
+    """The tokens of clips in step.
+
+    Attributes:
+        done: tokens drawn for each clip.
+        count: that will have been drawn at last.
+    """
+
+    def __init__(
+        self,
+        parts: AutoregressiveParts,
+        request: AutoregressiveRequest,
+        seeds: Sequence[int],
+        embeddings: Sequence[Tensor | None],
+        count: int,
+    ) -> None:
+        self.parts, self.clips = parts, len(seeds)
+        self.done, self.count = 0, count
+        self.sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
+        self.noise: Iterator[Tensor] | None = None
+        if not self.sampling.greedy:
+            self.noise = draw_noise(seeds, parts.config.vocabulary, count, parts.device)
+        self.context: Tensor | None = None
+        if given := [one for one in embeddings if one is not None]:
+            self.context = torch.cat(given).to(parts.device)
+
+    def begin_live(self, given: int, total: int) -> _Decoding | None:
+        """Return what decodes a clip while it is drawn; None where frames wait for all tokens.
+
+        They do not where both networks are on the device at once.
+        """
+        parts = self.parts
+        moves = parts.tokenizer.offload or parts.transformer.offload
+        return None if moves or parts.decoder or self.clips > 1 else _Decoding(0, given, total)
+
+    def run(
+        self, cells: Tensor, new: int, recorder: Recorder, live: _Decoding | None = None
+    ) -> Generator[Progress, None, Tensor]:
+        """Draw `new` latent frames behind ids (B, given); return all ids (B, t, h, w)."""
+        config, grid = self.parts.config, self.parts.config.grid
+        size, begun = grid.tokens_per_frame, self.done
+        prompt = F.pad(cells, (config.leading_tokens, 0), value=config.begin_token)
+        with self.parts.transformer.on_device() as transformer:
+            positions = make_positions(config, self.parts.device, transformer.head.weight.dtype)
+            decoder = make_decoder(
+                transformer, positions, self.sampling, batch=len(cells), context=self.context
+            )
+            recorder.facts["decoder"] = decoder.name
+            steps = decode(decoder, prompt, new * size, self.noise)
+
+            def told(frames: NDArray[np.uint8] | None = None) -> Progress:
+                return Progress("tokens", self.done, self.count, frames)
+
+            with recorder.stage("prefill"):
+                self.done = begun + next(steps)
+                yield told()
+            for frame in range(1, new + 1) if live else (new,):
+                with recorder.stage("tokens"):
+                    while self.done < begun + frame * size:
+                        self.done = begun + next(steps)
+                        if live is None or self.done < begun + frame * size:
+                            yield told()
+                if live is not None:
+                    with recorder.stage("decode"):
+                        known = decoder.tokens[:, config.leading_tokens :]
+                        known = known[:, : cells.shape[1] + frame * size]
+                        ids = known.unflatten(1, (-1, grid.height, grid.width))
+                        frames = live.decode(self.parts.tokenizer.module, ids)
+                    yield told(frames)
+            tokens = decoder.tokens[:, config.leading_tokens :]
+            del decoder, steps  # the cache, before the next part needs the room
+        return tokens.unflatten(1, (-1, grid.height, grid.width))
+
+
+def _decode(
+    parts: AutoregressiveParts, one: _Decoding, tokens: Tensor, job: Job, embedding: Tensor | None
+) -> Iterator[Progress]:
+    """Decode the ids (1, t, h, w) of one clip's window; yield progress with new frames."""
+    if parts.decoder is not None:
+        coarse, fine = parts.tokenizer.module.config, parts.decoder.tokenizer.module.config
+        finer = coarse.spatial // fine.spatial
+        yield from _decode_by_diffusion(parts.decoder, one, tokens, finer, job, embedding)
+        return
+    yield one.progress
+    with job.recorder.stage("decode"), parts.tokenizer.on_device() as tokenizer:
+        frames = one.decode(tokenizer, tokens)
+    yield replace(one.progress, frames=frames)
 
 
 def decoder_settings(decoder: DecoderParts, request: AutoregressiveRequest) -> DecoderSettings:
@@ -249,23 +487,22 @@ def decoder_settings(decoder: DecoderParts, request: AutoregressiveRequest) -> D
 
 def _decode_by_diffusion(
     parts: DecoderParts,
+    one: _Decoding,
     tokens: Tensor,
     finer: int,
-    request: AutoregressiveRequest,
-    recorder: Recorder,
-    total: int,
+    job: Job,
     embedding: Tensor | None,
-) -> Generator[Progress, None, NDArray[np.uint8]]:
-    """Decode tokens (1, T, h, w); yield progress, with frames as they are done; return them all."""
+) -> Iterator[Progress]:
+    """Do so by diffusion; a token is `finer` latent cells wide and high."""
     context = parts.context if embedding is None else embedding
     assert context is not None  # told when the files were opened
-    settings = decoder_settings(parts, request)
+    settings = decoder_settings(parts, job.request)
     device = parts.transformer.device
     if device.type == "cuda":
         torch.cuda.empty_cache()  # a stage's peak is not to count what an earlier one has left
     count = settings.count_steps(len(cut_windows(tokens)))
-    with recorder.stage("denoise"):
-        yield Progress("denoise", 0, count)
+    with job.recorder.stage("denoise"):
+        yield Progress("denoise", 0, count, clip=one.number)
 
         # a thread begins on the first GPU, whatever this one is on
         gpu = torch.cuda.current_device() if device.type == "cuda" else None
@@ -281,16 +518,14 @@ def _decode_by_diffusion(
                     context,
                     settings,
                     finer=finer,
-                    on_step=lambda done: tell(Progress("denoise", done, count)),
+                    on_step=lambda done: tell(Progress("denoise", done, count, clip=one.number)),
                 )
 
         latents = yield from in_background(denoise)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    frames: list[NDArray[np.uint8]] = []
-    yield Progress("decode", 0, total)
-    with recorder.stage("decode"):
+    yield one.progress
+    with job.recorder.stage("decode"):
         for piece in decode_frames(parts, latents, tokens.shape[1], settings.seam):
-            frames.append(piece)
-            yield Progress("decode", sum(map(len, frames)), total, piece)
-    return np.concatenate(frames)
+            fresh = one.add(piece)
+            yield replace(one.progress, frames=fresh)

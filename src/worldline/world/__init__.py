@@ -152,11 +152,14 @@ def load_files(
     text_encoder_dtype: torch.dtype | str | None = None,
     video: tuple[int, int, int] | None = None,
     text: bool = True,
+    batch_size: int = 1,
+    num_video_frames: int | None = None,
 ) -> World:
     """Do what `load` does with files that were found and checked before.
 
     `text` tells whether a world that takes prompts will encode any. Where embeddings are given it
-    will not, and needs less memory.
+    will not, and needs less memory. An autoregressive world must have room for `batch_size` clips
+    of `num_video_frames` frames, None for the model's own.
     """
     if isinstance(text_encoder_dtype, str):
         text_encoder_dtype = getattr(torch, text_encoder_dtype, text_encoder_dtype)
@@ -178,6 +181,7 @@ def load_files(
         strange = {
             "offload_ar_model": offload_ar_model,
             "offload_diffusion_decoder": offload_diffusion_decoder,
+            "num_video_frames": num_video_frames,
         }
         refuse_options(files.folder, "a diffusion", strange)
     chosen = choose_device(device)
@@ -197,6 +201,8 @@ def load_files(
             offload_text_encoder_model=offload_text_encoder_model,
             text_encoder_dtype=text_encoder_dtype,
             text=text,
+            batch_size=batch_size,
+            num_video_frames=num_video_frames,
         )
         return AutoregressiveWorld(name, parts, recorder, identity)
     return DiffusionWorld(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
-
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from worldline.errors import InputError
 from worldline.loading import AutoregressiveFiles, AutoregressiveParts
@@ -15,14 +13,14 @@ from worldline.models.predict1_ar.decoder import PlainDecoder
 from worldline.pipelines.autoregressive import (
     FPS,
     AutoregressiveRequest,
+    Job,
     check_prompt,
     check_room,
-    continue_clip,
+    continue_clips,
     decoder_settings,
 )
 from worldline.pipelines.prompts import read_prompt_embedding
 from worldline.report import Recorder, environment
-from worldline.video.read import Clip
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of
 from worldline.world.video import Step, Video
@@ -30,6 +28,13 @@ from worldline.world.video import Step, Video
 logger = logging.getLogger(__name__)
 
 _EMBEDDINGS = "prompt_embeddings"
+
+
+class _Plan(NamedTuple):
+    """A clip to continue, and what its report says of where it comes from."""
+
+    job: Job
+    source: dict[str, Any]
 
 
 class AutoregressiveWorld(World):
@@ -47,9 +52,59 @@ class AutoregressiveWorld(World):
         """Whether it needs a prompt."""
         return self.parts.config.context_width is not None
 
+    def stream_batch(
+        self,
+        inputs: Sequence[Input],
+        each: Sequence[Mapping[str, Any]],
+        *,
+        input_type: InputType | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[int, Step]]:
+        """Continue several inputs in step; yield which one, and a `Step` as `stream` does.
+
+        Each becomes the video that it becomes alone. Steps that are made for all are told of
+        input 0.
+
+        Args:
+            inputs: as `stream` takes them.
+            each: for each input the options that are its own: seed, prompt, prompt_embeddings.
+            input_type: of all.
+            options: of all.
+
+        Raises:
+            InputError: an input or an option is wrong; raised before anything runs.
+        """
+        own = {"seed", "prompt", _EMBEDDINGS}
+        if not inputs or len(inputs) != len(each) or any(one.keys() - own for one in each):
+            raise InputError(
+                f"{len(inputs)} inputs and options of {len(each)}: there must be one or more, and "
+                f"as many of both; of its own an input has {', '.join(sorted(own))}"
+            )
+        shared = Recorder(self.device)
+        plans = [
+            self._plan(input, input_type, {**options, **one}, Recorder(self.device), shared)
+            for input, one in zip(inputs, each, strict=True)
+        ]
+        if len({plan.job.request.num_input_frames for plan in plans}) > 1:
+            raise InputError("images and videos cannot be continued in step")
+        return self._run(plans, shared)
+
     def _begin(
         self, input: Input | None, input_type: InputType | None, options: dict[str, Any]
     ) -> Iterator[Step]:
+        recorder = Recorder(self.device)
+        plan = self._plan(input, input_type, options, recorder, recorder)
+        return (step for _, step in self._run([plan], recorder))
+
+    def _plan(
+        self,
+        input: Input | None,
+        input_type: InputType | None,
+        options: dict[str, Any],
+        recorder: Recorder,
+        reading: Recorder,
+    ) -> _Plan:
+        """Check everything and read the input, of which `reading` is told."""
         found = kind_of(input)
         assert input is not None  # told by `kind_of`
         kind = input_type or found
@@ -65,7 +120,7 @@ class AutoregressiveWorld(World):
                 logger.info("num_input_frames has no effect: an image has 1 frame")
             options["num_input_frames"] = 1
         request = AutoregressiveRequest(**options)
-        check_room(self.parts.config, self.parts.tokenizer.module.config, request.num_input_frames)
+        check_room(self.parts.config, self.parts.tokenizer.module.config, request)
         embedding = None
         stamps = {"input": stamp_of(input)}
         if self.video2world:
@@ -76,28 +131,25 @@ class AutoregressiveWorld(World):
         elif given is not None:
             raise InputError(f"{self.files.folder} is a base model, which takes no prompt")
         check_prompt(self.files, request, embedding)
-        recorder = Recorder(self.device)
         source = {"input": describe(input), "files": {**self.identity, **stamps}}
-        with recorder.stage("read"):
+        with reading.stage("read"):
             clip = read_clip(input, kind, request.num_input_frames)
-        return self._run(clip, request, recorder, source, embedding)
+        return _Plan(Job(clip, request, recorder, embedding), source)
 
-    def _run(
-        self,
-        clip: Clip,
-        request: AutoregressiveRequest,
-        recorder: Recorder,
-        source: dict[str, Any],
-        embedding: Tensor | None,
-    ) -> Iterator[Step]:
-        for progress in continue_clip(self.parts, clip, request, recorder, embedding):
+    def _run(self, plans: Sequence[_Plan], shared: Recorder) -> Iterator[tuple[int, Step]]:
+        jobs = [plan.job for plan in plans]
+        for progress in continue_clips(self.parts, jobs, shared):
             if progress.kind != "done":
-                yield Step(progress.kind, progress.done, progress.total, progress.frames)
+                step = Step(progress.kind, progress.done, progress.total, progress.frames)
+                yield progress.clip, step
                 continue
             assert progress.frames is not None
-            report = self._report(request, recorder, source, progress.total)
-            video = Video(progress.frames, FPS, report, request.prompt)
-            yield Step("done", progress.total, progress.total, progress.frames, video=video)
+            job, source = jobs[progress.clip], plans[progress.clip].source
+            recorder = shared if job.recorder is shared else shared.followed_by(job.recorder)
+            report = self._report(job.request, recorder, source, progress.total, len(jobs))
+            video = Video(progress.frames, FPS, report, job.request.prompt)
+            done = Step("done", progress.total, progress.total, progress.frames, video=video)
+            yield progress.clip, done
 
     def _report(
         self,
@@ -105,6 +157,7 @@ class AutoregressiveWorld(World):
         recorder: Recorder,
         source: dict[str, Any],
         drawn: int,
+        at_once: int,
     ) -> dict[str, Any]:
         transformer, text = self.parts.transformer, self.parts.text
         spent = sum(s.seconds for s in recorder.stages if s.name in ("prefill", "tokens"))
@@ -135,7 +188,8 @@ class AutoregressiveWorld(World):
                 "text_encoder_model": text is not None and text.offload,
             },
             "tokens": drawn,
-            "tokens_per_second": round(drawn / spent, 2) if spent else None,
+            "clips_at_once": at_once,  # that share the seconds of all stages but their decoding
+            "tokens_per_second": round(at_once * drawn / spent, 2) if spent else None,
             **environment(self.device),
             "load": self.loading.as_dict(),
             "run": recorder.as_dict(),

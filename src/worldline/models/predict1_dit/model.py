@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from worldline.nn.attention import AttentionCore
 from worldline.nn.modulation import NORM_EPS, Carry, norm_heads, settle, sinusoid
 from worldline.nn.rope import Rotation, stretched_angles_3d
+from worldline.parallel.offload import BlockPlan
 from worldline.shapes import LatentShape
 
 # keys and values (B, N, S, K) of the text, block by block
@@ -162,6 +163,13 @@ PRESETS = {
         id_width=32,
     )
 }
+
+
+# keys and values of a text are made before the blocks are called
+BLOCKS = BlockPlan(
+    "blocks",
+    kept=("cross_attention.body.k.weight", "cross_attention.body.v.weight", "body.k_norm"),
+)
 
 
 class Positions(NamedTuple):
