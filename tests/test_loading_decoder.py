@@ -264,10 +264,13 @@ def test_too_little_memory_names_the_decoder_flag(
     need = lambda flags: needs.get(tuple(flags), 9)  # noqa: E731
     monkeypatch.setattr(loading, "_need_of", lambda *_, **__: need)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6, 80))
+    cuda, recorder = torch.device("cuda"), Recorder(CPU)
     with pytest.raises(InsufficientMemoryError, match="with --offload_diffusion_decoder it needs"):
-        loading.load_autoregressive(
-            files, torch.device("cuda"), torch.bfloat16, Recorder(torch.device("cpu"))
-        )
+        loading.load_autoregressive(files, cuda, torch.bfloat16, recorder)
+    with pytest.raises(
+        InsufficientMemoryError, match=r"^3 clips at once: .*; a smaller --batch_size needs less$"
+    ):
+        loading.load_autoregressive(files, cuda, torch.bfloat16, recorder, batch_size=3)
 
 
 def test_the_decoder_beside_a_diffusion_world(own_whole_world: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from worldline.catalog import BUNDLED_PREFIX, Entry, is_bundled
-from worldline.errors import CheckpointError, InputError
+from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading.autoregressive import (
     AR_OFFLOAD_FLAGS,
     OFFLOAD_FLAGS,
@@ -314,16 +314,23 @@ def load_autoregressive(
     }
     given = [flag for flag in files.offload_flags if chosen[flag]]
     of_text = text_encoder_dtype or text_dtype(dtype)
-    _check_memory(
-        files,
-        device,
-        dtype,
-        given,
-        text_encoder_dtype=of_text,
-        text=text,
-        batch=batch_size,
-        num_video_frames=num_video_frames,
-    )
+    try:
+        _check_memory(
+            files,
+            device,
+            dtype,
+            given,
+            text_encoder_dtype=of_text,
+            text=text,
+            batch=batch_size,
+            num_video_frames=num_video_frames,
+        )
+    except InsufficientMemoryError as error:
+        if batch_size == 1:
+            raise
+        raise InsufficientMemoryError(
+            f"{batch_size} clips at once: {error}; a smaller --batch_size needs less"
+        ) from error
     logger.info("reading %s", files.folder)
     compiling = compile_ahead(files.config, device, dtype, batch_size)
     with recorder.stage("load"):

@@ -63,10 +63,11 @@ class AutoregressiveRequest:
         prompt: what the video shows; Video2World models alone, None where its embedding is given.
         decoder_seam: how the diffusion decoder joins the windows of a clip of more than 57 frames;
             "as_released" repeats a fault of the released code, see `worldline.pipelines.decoder`.
-        num_video_frames: 1 + 8k, the given ones included; longer than the model's own, it is made
-            window after window. None is the model's own.
-        rollout: what a window takes over from the one before: the tokens of its end, or these
-            decoded to pixels and encoded again.
+        num_video_frames: 1 + 8k, the given ones included; the model's own or more. None is the
+            model's own.
+        rollout: how a longer video goes on: "tokens" draws on behind the last ones, while the
+            oldest latent frame leaves the window; "pixels" encodes the last frames again as the
+            beginning of a new window.
     """
 
     num_input_frames: int = 9
@@ -213,43 +214,19 @@ def frames_of(
     return request.num_video_frames or video_shape(config, tokenizer).frames
 
 
-def continue_clip(
-    parts: AutoregressiveParts,
-    clip: Clip,
-    request: AutoregressiveRequest,
-    recorder: Recorder,
-    embedding: Tensor | None = None,
-) -> Iterator[Progress]:
-    """Continue `clip`; yield progress, at last with all frames of the result.
-
-    The given frames in the result are the reconstruction of the input from its tokens, as in the
-    reference.
-
-    Args:
-        parts: the networks.
-        clip: input frames, at least `request.num_input_frames` of them.
-        request: how.
-        recorder: is told seconds and memory of each stage.
-        embedding: in place of the prompt, (1, S, E).
-
-    Raises:
-        InputError: the clip is too short, or the model and the prompt do not go together.
-        CheckpointError: the text encoder is needed, and absent or damaged.
-    """
-    return continue_clips(parts, [Job(clip, request, recorder, embedding)], recorder)
-
-
 def continue_clips(
     parts: AutoregressiveParts, jobs: Sequence[Job], recorder: Recorder
 ) -> Iterator[Progress]:
     """Continue clips in step; yield progress, and of each clip at last all its frames.
 
-    Each draws the tokens that it draws alone.
+    Each draws the tokens that it draws alone. The given frames in a result are the reconstruction
+    of the input from its tokens, as in the reference.
 
     Args:
         parts: the networks.
         jobs: the clips; their requests differ in seeds and prompts alone.
-        recorder: is told of the stages that the clips share.
+        recorder: is told seconds and memory of the stages that the clips share; of one clip it may
+            be the clip's own.
 
     Raises:
         InputError: a clip is too short, or the model and a prompt do not go together.
@@ -307,16 +284,16 @@ def _embed(
     parts: AutoregressiveParts, jobs: Sequence[Job], recorder: Recorder
 ) -> Generator[Progress, None, list[Tensor]]:
     """Return the embedding of every prompt, (1, S, E)."""
-    prompts = [job.request.prompt for job in jobs if job.embedding is None]
-    wanted = [prompt for prompt in prompts if prompt is not None]
+    # a job without an embedding has a prompt: `check_prompt` has seen to it
+    prompts = [str(job.request.prompt) for job in jobs if job.embedding is None]
     found: Mapping[str, Tensor] = {}
-    if wanted:
-        assert parts.text is not None  # else told by `check_prompt`
+    if prompts:
+        assert parts.text is not None  # likewise
         yield Progress("text", 0, 1)
         with recorder.stage("text"):
-            found = parts.text.embed(wanted)
+            found = parts.text.embed(prompts)
     return [
-        found[job.request.prompt or ""] if job.embedding is None else job.embedding for job in jobs
+        found[str(job.request.prompt)] if job.embedding is None else job.embedding for job in jobs
     ]
 
 

@@ -62,9 +62,7 @@ def make_decoder(
     return kind(model, positions, sampling, batch=batch, context=context)
 
 
-def kernels_fit(
-    config: ARTransformerConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16
-) -> bool:
+def kernels_fit(config: ARTransformerConfig, device: torch.device, dtype: torch.dtype) -> bool:
     """Tell whether the kernels can run this architecture here."""
     return (
         device.type == "cuda"
