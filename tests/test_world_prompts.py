@@ -12,7 +12,7 @@ import torch
 import worldline
 from worldline.errors import CheckpointError, InputError
 from worldline.models.predict1_ar.model import make_positions
-from worldline.pipelines.autoregressive import AutoregressiveRequest, continue_clip
+from worldline.pipelines.autoregressive import AutoregressiveRequest, Job, continue_clips
 from worldline.report import Recorder
 from worldline.video.convert import condition_frames
 from worldline.world import read_clip
@@ -81,7 +81,8 @@ def test_tokens_are_those_of_the_model_called_plainly(
     parts = plain.parts
     request = AutoregressiveRequest(prompt=PROMPT, temperature=0)
     frames = read_clip(clip, "video", 9)
-    *_, last = continue_clip(parts, frames, request, Recorder(plain.device))
+    recorder = Recorder(plain.device)
+    *_, last = continue_clips(parts, [Job(frames, request, recorder)], recorder)
     model, tokenizer, config = parts.transformer.module, parts.tokenizer.module, parts.config
     assert parts.text is not None
     with torch.inference_mode():
