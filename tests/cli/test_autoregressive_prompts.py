@@ -319,6 +319,10 @@ def test_longer_than_the_window(ar_video2world: Make, clip: Path, tmp_path: Path
         report = report_of(tmp_path / "out" / "output.json")
         assert report["request"]["rollout"] == way
         assert report["tokens"] == 6 * 5
+    usual = ("--rollout", "pixels", "--batch_size", 4, "--disable_diffusion_decoder")
+    result = ar_video2world(*words, *usual)
+    assert "--rollout has no effect: the video is as long as the model's own" in result.stderr
+    assert "--batch_size has no effect: there is one input" in result.stderr
     wrong = ar_video2world(*words, "--num_video_frames", 48)
     assert wrong.exit_code == 2
     assert "the nearest is 49" in wrong.stderr

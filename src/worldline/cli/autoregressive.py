@@ -183,7 +183,7 @@ def autoregressive() -> None:
 @_options("Cosmos-Predict1-4B", "made for 4B, use 0.9 for 12B")
 @click.pass_context
 def base(context: click.Context, /, **flags: Any) -> None:
-    """Continue videos or images by 24 or 32 frames, without a prompt.
+    """Continue videos or images by 24 or 32 frames, or more, without a prompt.
 
     A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to
     0.mp4, 1.mp4, … by the 0-based line of the JSONL; a JSON report is written beside each.
@@ -228,7 +228,7 @@ def base(context: click.Context, /, **flags: Any) -> None:
 )
 @click.pass_context
 def video2world(context: click.Context, /, **flags: Any) -> None:
-    """Continue videos or images by 24 or 32 frames, by a prompt.
+    """Continue videos or images by 24 or 32 frames, or more, by a prompt.
 
     A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to
     0.mp4, 1.mp4, … by the 0-based line of the JSONL; beside each the prompt (.txt) and a report
@@ -335,6 +335,8 @@ def _log_notes(
         greedy = "temperature 0 draws nothing at random"
         names = ("top_p",) if _decodes(flags) else ("top_p", "seed")
         run.log_without_effect(given, dict.fromkeys(names, greedy))
+    if flags["num_video_frames"] is None:
+        run.log_without_effect(given, {"rollout": "the video is as long as the model's own"})
     if batch:
         run.log_without_effect(given, run.NUMBERED)
     else:
