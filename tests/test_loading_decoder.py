@@ -118,7 +118,7 @@ def change(path: Path, name: str, tensor: torch.Tensor | None) -> None:
         ("narrow aux", "context is [1, 12, 7]; expected [1, rows, 24]"),
         ("whole aux", "context is torch.int64"),
         ("missing", "1 missing"),
-        ("unknown", "1 unknown"),
+        ("learned positions", "3 unknown"),  # which gave coloured noise once, loaded or not
         ("part", "a download was not finished"),
         ("world", "is a diffusion world, not a diffusion decoder"),
         ("other ids", "reads 32 token ids, but the world draws 64"),
@@ -146,8 +146,10 @@ def test_wrong_decoder(own_whole_world: Path, what: str, message: str) -> None:
         torch.save({"context": context}, folder / "aux_vars.pt")
     elif what == "missing":
         change(folder / "model.pt", "net.blocks.block1.blocks.0.block.attn.to_q.0.weight", None)
-    elif what == "unknown":
-        change(folder / "model.pt", "net.extra_pos_embedder.pos_emb_t", torch.zeros(8, 48))
+    elif what == "learned positions":
+        for axis, size in (("t", 128), ("h", 120), ("w", 120)):
+            name = f"net.extra_pos_embedder.pos_emb_{axis}"
+            change(folder / "model.pt", name, torch.zeros(size, 48))
     elif what == "part":
         (folder / "model.pt").rename(folder / "model.pt.incomplete")
     elif what == "world":
