@@ -94,6 +94,19 @@ def test_every_frame_is_told_once(
         assert counts[-1] == steps[-1].done == 6 * (8 - 2)
 
 
+def test_frames_come_as_windows_of_the_diffusion_decoder_complete(
+    whole: AutoregressiveWorld,
+) -> None:
+    """Eight latent frames are a window, of which two are shared with the one before."""
+    steps = list(whole.stream(moving(), num_video_frames=89, prompt="A ball rolls."))
+    stages = [(step.kind, step.done) for step in steps if step.kind in ("denoise", "decode")]
+    kinds = [kind for at, (kind, _) in enumerate(stages) if not at or stages[at - 1][0] != kind]
+    assert kinds == ["denoise", "decode", "denoise", "decode"]
+    assert [done for kind, done in stages if kind == "denoise"] == [*range(16), *range(15, 31)]
+    told = [len(step.frames) for step in steps[:-1] if step.frames is not None]
+    assert (sum(told[:2]), sum(told)) == (57, 89)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_in_step_as_alone(plain: AutoregressiveWorld, whole: AutoregressiveWorld, way: str) -> None:
     inputs = [moving()[:9], moving()[::-1][:9].copy(), moving()[2:11]]

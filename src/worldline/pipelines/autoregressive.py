@@ -32,7 +32,7 @@ from worldline.pipelines.decoder import (
     decode_frames,
     denoise_windows,
 )
-from worldline.pipelines.diffusion import SAMPLER_OF
+from worldline.pipelines.diffusion import SAMPLER_OF, separate_stage
 from worldline.pipelines.numbers import real_number, whole_number
 from worldline.pipelines.prompts import check_words
 from worldline.report import Recorder
@@ -470,39 +470,52 @@ def _decode_by_diffusion(
     job: Job,
     embedding: Tensor | None,
 ) -> Iterator[Progress]:
-    """Do so by diffusion; a token is `finer` latent cells wide and high."""
+    """Do so by diffusion, window after window; a token is `finer` latent cells wide and high."""
     context = parts.context if embedding is None else embedding
     assert context is not None  # told when the files were opened
     settings = decoder_settings(parts, job.request)
+    windows = cut_windows(tokens)
+    # a window depends on its tokens alone, but the released seam fades from one into the next
+    groups = windows if settings.seam == "corrected" else [tokens]
+    progress = Progress("denoise", 0, settings.count_steps(len(windows)), clip=one.number)
+    for number, group in enumerate(groups):
+        with separate_stage(job.recorder, "denoise"):
+            yield progress
+            latents = yield from _denoise(parts, group, context, settings, finer, progress)
+        progress = replace(progress, done=progress.done + settings.count_steps(len(latents)))
+        yield one.progress
+        with separate_stage(job.recorder, "decode"):
+            frames = tokens.shape[1]
+            for piece in decode_frames(parts, latents, frames, settings.seam, first=number):
+                fresh = one.add(piece)
+                yield replace(one.progress, frames=fresh)
+
+
+def _denoise(
+    parts: DecoderParts,
+    tokens: Tensor,
+    context: Tensor,
+    settings: DecoderSettings,
+    finer: int,
+    begun: Progress,
+) -> Generator[Progress, None, list[Tensor]]:
+    """Return the latents of the windows of some ids; yield progress from `begun` on."""
     device = parts.transformer.device
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # a stage's peak is not to count what an earlier one has left
-    count = settings.count_steps(len(cut_windows(tokens)))
-    with job.recorder.stage("denoise"):
-        yield Progress("denoise", 0, count, clip=one.number)
+    # a thread begins on the first GPU, whatever this one is on
+    gpu = torch.cuda.current_device() if device.type == "cuda" else None
+    if device.index is not None:
+        gpu = device.index
 
-        # a thread begins on the first GPU, whatever this one is on
-        gpu = torch.cuda.current_device() if device.type == "cuda" else None
-        if device.index is not None:
-            gpu = device.index
+    def work(tell: Callable[[Progress], None]) -> list[Tensor]:
+        chosen = torch.cuda.device(gpu) if device.type == "cuda" else nullcontext()
+        with chosen, parts.transformer.on_device() as transformer:
+            return denoise_windows(
+                transformer,
+                tokens,
+                context,
+                settings,
+                finer=finer,
+                on_step=lambda done: tell(replace(begun, done=begun.done + done)),
+            )
 
-        def denoise(tell: Callable[[Progress], None]) -> list[Tensor]:
-            chosen = torch.cuda.device(gpu) if device.type == "cuda" else nullcontext()
-            with chosen, parts.transformer.on_device() as transformer:
-                return denoise_windows(
-                    transformer,
-                    tokens,
-                    context,
-                    settings,
-                    finer=finer,
-                    on_step=lambda done: tell(Progress("denoise", done, count, clip=one.number)),
-                )
-
-        latents = yield from in_background(denoise)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    yield one.progress
-    with job.recorder.stage("decode"):
-        for piece in decode_frames(parts, latents, tokens.shape[1], settings.seam):
-            fresh = one.add(piece)
-            yield replace(one.progress, frames=fresh)
+    return (yield from in_background(work))

@@ -173,15 +173,18 @@ def decode_windows(
     latents: list[Tensor],
     frames: int,
     seam: Seam = "corrected",
+    *,
+    first: int = 0,
 ) -> Iterator[Tensor]:
     """Yield the video of `denoise_windows`, (1, 3, T, H, W) in about [-1, 1], piece by piece.
 
     Args:
         tokenizer: on its device.
         statistics: of its latents.
-        latents: of every window.
+        latents: of every window, or of a few in order, whose part of the video it is then.
         frames: latent frames of the clip.
-        seam: how windows are joined.
+        seam: how windows are joined; "as_released" needs all of them.
+        first: number of the first of these windows.
     """
     temporal = tokenizer.config.temporal
     whole = 1 + (frames - 1) * temporal
@@ -192,7 +195,7 @@ def decode_windows(
         blended = blend_windows([piece.float().clamp(-1, 1) for piece in pieces], OVERLAP)
         yield blended[:, :, :whole]
         return
-    for number, window in enumerate(restored):
+    for number, window in enumerate(restored, start=first):
         begun = number * (WINDOW - OVERLAP)
         skip = 1 + (OVERLAP - 1) * temporal if number else 0  # frames of the window before
         # what follows changes nothing before it, so what reflection filled in is not decoded
@@ -204,14 +207,14 @@ def decode_windows(
 
 
 def decode_frames(
-    parts: DecoderParts, latents: list[Tensor], frames: int, seam: Seam
+    parts: DecoderParts, latents: list[Tensor], frames: int, seam: Seam, *, first: int = 0
 ) -> Iterator[NDArray[np.uint8]]:
     """Yield the frames of a video, uint8 (T, H, W, 3), piece by piece, as `decode_windows`."""
     with parts.tokenizer.on_device() as tokenizer:
         weight = tokenizer.quant_conv.weight
         # statistics as the released pipelines use them: in the dtype of the tokenizer
         statistics = rounded(parts.statistics, weight.dtype)
-        pieces = decode_windows(tokenizer, statistics, latents, frames, seam)
+        pieces = decode_windows(tokenizer, statistics, latents, frames, seam, first=first)
         while True:
             with torch.inference_mode():  # not across a yield: it would leak to the caller
                 piece = next(pieces, None)

@@ -382,13 +382,13 @@ def generate(
     grid = request.video.latent(files.tokenizer_config.temporal, files.tokenizer_config.spatial)
 
     yield Progress("text", 0, 1)
-    with _stage(recorder, "text"):
+    with separate_stage(recorder, "text"):
         prompt, negative = _embed(parts, request, embeddings or Embeddings())
 
     known = colours = None
     if request.num_input_frames or request.preview_every:
         yield Progress("encode", 0, 1)
-        stage = _stage(recorder, "encode")
+        stage = separate_stage(recorder, "encode")
         with stage, torch.inference_mode(), parts.tokenizer.on_device() as tokenizer:
             if request.num_input_frames:
                 known = _encode(tokenizer, files.statistics, clip, request)
@@ -396,7 +396,7 @@ def generate(
                 colours = parts.colours
 
     count = _count_steps(files, request)
-    with _stage(recorder, "denoise"):
+    with separate_stage(recorder, "denoise"):
         yield Progress("denoise", 0, count)
 
         # a thread begins on the first GPU, whatever this one is on
@@ -412,7 +412,7 @@ def generate(
 
     frames: list[NDArray[np.uint8]] = []
     yield Progress("decode", 0, request.num_video_frames)
-    with _stage(recorder, "decode"):
+    with separate_stage(recorder, "decode"):
         for piece in _decode(parts, latents):
             frames.append(piece)
             done = sum(map(len, frames))
@@ -421,7 +421,7 @@ def generate(
 
 
 @contextmanager
-def _stage(recorder: Recorder, name: str) -> Iterator[None]:
+def separate_stage(recorder: Recorder, name: str) -> Iterator[None]:
     """Record a stage, whose peak is not to count what an earlier one has left to be used again."""
     if recorder.device.type == "cuda":
         torch.cuda.empty_cache()
