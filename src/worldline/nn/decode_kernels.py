@@ -527,10 +527,14 @@ def compile_for(
     num_heads: int,
     num_kv_heads: int,
     head_size: int,
+    length: int,
     context: bool,
     device: torch.device,
 ) -> None:
-    """Run every kernel once on a few rows; they are compiled for column counts, not for rows."""
+    """Run every kernel once on a few rows; they are compiled for column counts, not for rows.
+
+    Of the cache's `length` it matters whether 16 divides it.
+    """
 
     def blank(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.bfloat16, device=device)
@@ -551,9 +555,10 @@ def compile_for(
         device=device,
     )
     table, norm = blank(16, head_size), blank(head_size)
-    cache = blank(batch, num_kv_heads, 16, head_size)
     if context:
-        attend.read(blank(batch, heads), norm, 1.0, cache, cache, blank(batch, heads))
+        seen = blank(batch, num_kv_heads, 16, head_size)
+        attend.read(blank(batch, heads), norm, 1.0, seen, seen, blank(batch, heads))
+    cache = blank(batch, num_kv_heads, 16 + length % 16, head_size)
     attend(
         blank(batch, heads + 2 * num_kv_heads * head_size),
         norm,

@@ -365,6 +365,7 @@ def compile_ahead(
                 num_heads=config.num_heads,
                 num_kv_heads=config.num_kv_heads,
                 head_size=config.head_size,
+                length=config.length,
                 context=config.context_width is not None,
                 device=device,
             )
