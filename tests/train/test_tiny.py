@@ -16,27 +16,29 @@ from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import find_t5, load_t5, new_t5
 from worldline.tokenizers.cosmos.load import load_tokenizer, open_tokenizer
 from worldline.tokenizers.cosmos.statistics import read_statistics
-from worldline.train import tiny
 from worldline.train.data import as_video, physics_batches
+from worldline.train.tiny import diffusion as tiny_diffusion
+from worldline.train.tiny import sizes
+from worldline.train.tiny.__main__ import main
 from worldline.weights.write import save
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = LatentShape(5, 2, 3)
-    monkeypatch.setattr(tiny, "SHAPE", VideoShape(33, 32, 48))
-    monkeypatch.setattr(tiny, "GRID", grid)
-    small = replace(tiny.TOKENIZER, channels=4, level_channels=(8, 8, 8))
-    monkeypatch.setattr(tiny, "TOKENIZER", small)
+    monkeypatch.setattr(sizes, "SHAPE", VideoShape(33, 32, 48))
+    monkeypatch.setattr(sizes, "GRID", grid)
+    small = replace(sizes.TOKENIZER, channels=4, level_channels=(8, 8, 8))
+    monkeypatch.setattr(sizes, "TOKENIZER", small)
     monkeypatch.setattr(
-        tiny,
+        sizes,
         "AUTOREGRESSIVE",
-        replace(tiny.AUTOREGRESSIVE, depth=1, width=32, hidden=32, grid=grid),
+        replace(sizes.AUTOREGRESSIVE, depth=1, width=32, hidden=32, grid=grid),
     )
-    small = replace(tiny.CONTINUOUS, channels=4, level_channels=(8, 8, 8))
-    monkeypatch.setattr(tiny, "CONTINUOUS", small)
+    small = replace(sizes.CONTINUOUS, channels=4, level_channels=(8, 8, 8))
+    monkeypatch.setattr(sizes, "CONTINUOUS", small)
     small_dit = replace(
-        tiny.DIFFUSION,
+        sizes.DIFFUSION,
         depth=1,
         width=32,
         num_heads=1,
@@ -45,13 +47,13 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         context_width=16,
         max_grid=grid,
     )
-    monkeypatch.setattr(tiny, "DIFFUSION", small_dit)
+    monkeypatch.setattr(sizes, "DIFFUSION", small_dit)
     text = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 16, "num_layers": 1}
-    monkeypatch.setattr(tiny, "TEXT", text)
+    monkeypatch.setattr(sizes, "TEXT", text)
 
 
 def run(*words: object) -> None:
-    result = CliRunner().invoke(tiny.main, [*map(str, words), "--device", "cpu"])
+    result = CliRunner().invoke(main, [*map(str, words), "--device", "cpu"])
     if result.exception is not None:
         raise result.exception
 
@@ -74,13 +76,20 @@ def test_tokenizer_then_transformer(tmp_path: Path) -> None:
     run("tokenizer", "--folder", tmp_path / "tok", "--steps", 3, *common)  # goes on
     assert json.loads((tmp_path / "tok" / "result.json").read_text())["steps"] == 3
     export = tmp_path / "tok" / "export"
-    assert open_tokenizer(export)[1].levels == tiny.TOKENIZER.levels
+    assert open_tokenizer(export)[1].levels == sizes.TOKENIZER.levels
     words = ["--tokenizer", export, "--steps", 2, *common]
     run("autoregressive", "--folder", tmp_path / "ar", *words)
     settings = json.loads((tmp_path / "ar" / "export" / "config.json").read_text())
     assert settings["video_latent_shape"] == [5, 2, 3]
     # another run may begin with these weights
-    run("autoregressive", "--folder", tmp_path / "b", "--start", tmp_path / "ar" / "export", *words)
+    run(
+        "autoregressive",
+        "--folder",
+        tmp_path / "b",
+        "--weights",
+        tmp_path / "ar" / "export",
+        *words,
+    )
 
 
 def test_the_perceptual_term_changes_the_weights(tmp_path: Path) -> None:
@@ -98,9 +107,9 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export of a continuous tokenizer, trained for three steps in two runs."""
     folder = tmp_path_factory.mktemp("latents")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "SHAPE", VideoShape(33, 32, 48))
-        small = replace(tiny.CONTINUOUS, channels=4, level_channels=(8, 8, 8))
-        patch.setattr(tiny, "CONTINUOUS", small)
+        patch.setattr(sizes, "SHAPE", VideoShape(33, 32, 48))
+        small = replace(sizes.CONTINUOUS, channels=4, level_channels=(8, 8, 8))
+        patch.setattr(sizes, "CONTINUOUS", small)
         for steps in (2, 3):
             words = ["--kind", "continuous", "--steps", steps, "--batch", 2, "--clips", 3]
             run("tokenizer", "--folder", folder, *words)
@@ -112,7 +121,7 @@ def test_the_statistics_are_those_of_the_exported_tokenizer(latents: Path) -> No
     assert statistics is not None
     assert statistics.frames == 16  # as many as in released files
     model = load_tokenizer(latents, device="cpu", dtype=torch.float32)
-    clips = next(physics_batches(range(3), tiny.SHAPE, "cpu"))
+    clips = next(physics_batches(range(3), sizes.SHAPE, "cpu"))
     normal = statistics.normalise(model.encode(as_video(clips)))
     torch.testing.assert_close(normal.mean((0, 3, 4)), torch.zeros(16, 5), atol=1e-3, rtol=0)
     torch.testing.assert_close(
@@ -137,27 +146,29 @@ def test_a_cut_diffusion_run_goes_on_bit_for_bit(tmp_path: Path, latents: Path) 
 
 def test_the_world_and_its_text_encoder_can_be_opened(tmp_path: Path, latents: Path) -> None:
     diffusion(tmp_path, latents, 2)
-    world = tmp_path / "export" / tiny.WORLD
+    world = tmp_path / "export" / tiny_diffusion.WORLD
     settings = json.loads((world / "config.json").read_text())
-    assert open_dit(world, settings).config == tiny.DIFFUSION
+    assert open_dit(world, settings).config == sizes.DIFFUSION
     assert settings["text2world"] is True
-    text = load_t5(find_t5(tmp_path / "export" / tiny.TEXT_FOLDER), "cpu", torch.float32)
+    text = load_t5(find_t5(tmp_path / "export" / tiny_diffusion.TEXT_FOLDER), "cpu", torch.float32)
     rows = text.encode(["A red ball falls."])
-    assert rows.shape == (1, tiny.TEXT_LENGTH, tiny.TEXT["d_model"])
+    assert rows.shape == (1, sizes.TEXT_LENGTH, sizes.TEXT["d_model"])
     # another run may begin with these weights
     words = ["--tokenizer", latents, "--steps", 1, "--batch", 1, "--clips", 1]
-    run("diffusion", "--folder", tmp_path / "b", "--start", tmp_path / "export", *words)
+    run("diffusion", "--folder", tmp_path / "b", "--weights", tmp_path / "export", *words)
 
 
 def test_the_text_encoder_learns_with_the_transformer() -> None:
     torch.manual_seed(0)
-    model = tiny._Denoising(DiT(tiny.DIFFUSION), new_t5(tiny.TEXT))
+    model = tiny_diffusion.Denoising(DiT(sizes.DIFFUSION), new_t5(sizes.TEXT))
     for parameter in model.transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     given = (torch.randn(1, 16, 5, 4, 6), torch.randn(2, 1, 16, 5, 4, 6))
     words = model.text.tokenize(["a red ball"], 16)
     noise, known = torch.tensor([1.0]), torch.tensor([1])
-    tiny._denoising_in(torch.bfloat16, model, *given, *words, noise, known).sum().backward()
+    tiny_diffusion.denoising_in(
+        torch.bfloat16, model, *given, *words, noise, known
+    ).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32
         assert parameter.grad is not None, name

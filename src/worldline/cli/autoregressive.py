@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from worldline.choices import MAX_SEED, OFFLOAD_FLAGS
 from worldline.cli import run
 
 if TYPE_CHECKING:
     from worldline.cli.inputs import Item
     from worldline.loading import AutoregressiveFiles
-    from worldline.pipelines.autoregressive import AutoregressiveRequest
+    from worldline.pipelines.requests import AutoregressiveRequest
     from worldline.world import Step, World
 
 logger = logging.getLogger(__name__)
 
 _INPUTS = ("input_image_or_video_path", "batch_input_path", "input_prompts_path")
+_NONE_RUNS = "Has no effect: none runs in this version."
 _WITHOUT_EFFECT = {
     "offload_guardrail_models": "no guardrail runs",
     "offload_diffusion_decoder": "no diffusion decoder runs",
@@ -46,15 +48,20 @@ def autoregressive() -> None:
     "--ar_model_dir",
     default="Cosmos-Predict1-4B",
     show_default=True,
-    help="Folder of the model below --checkpoint_dir, a path, or tiny-… for a bundled one.",
+    help="Folder of the model below --checkpoint_dir, a path, or tiny-… for a bundled one; "
+    "`worldline models` lists them.",
 )
 @click.option(
-    "--input_type", type=click.Choice(["image", "video"]), default="video", show_default=True
+    "--input_type",
+    type=click.Choice(["image", "video"]),
+    default="video",
+    show_default=True,
+    help="What all inputs are.",
 )
 @click.option("--input_image_or_video_path", help="One input: mp4, mov, mkv, webm, gif, png, jpg…")
 @click.option(
     "--batch_input_path",
-    help="Many inputs: a JSONL with a visual_input a line, or a folder of media.",
+    help='Many inputs: a JSONL with a "visual_input" a line, or a folder of media.',
 )
 @click.option("--input_prompts_path", help="Another name of --batch_input_path.")
 @click.option(
@@ -66,38 +73,55 @@ def autoregressive() -> None:
     help="How many of the input's last frames are continued; an image has 1.",
 )
 @click.option(
-    "--temperature", type=float, default=1.0, show_default=True, help="0 takes the likeliest token."
+    "--temperature",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="How evenly tokens are drawn; 0 takes the likeliest each time.",
 )
 @click.option(
     "--top_p",
     type=float,
     default=0.8,
     show_default=True,
-    help="Draw among the likeliest tokens with this mass; made for 4B, use 0.9 for 12B.",
+    help="Draw among the likeliest tokens that together have this probability; made for 4B, use "
+    "0.9 for 12B.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws of each clip.")
 @click.option(
-    "--video_save_name",
-    default="output",
+    "--seed",
+    type=int,
+    default=0,
     show_default=True,
-    help="Of a single video, without .mp4; .mov .mkv .webm .gif choose another format.",
+    help=f"Of the draws of each clip, 0 to {MAX_SEED}.",
 )
-@click.option("--video_save_folder", default="outputs/", show_default=True)
+@run.with_options(run.output_options())
 @click.option(
-    "--resume", is_flag=True, help="Keep videos that an earlier run made in the same way."
+    "--disable_diffusion_decoder",
+    is_flag=True,
+    help=f"Decode by the tokenizer alone.  {run.NEEDED}",
 )
-@click.option("--disable_diffusion_decoder", is_flag=True, help="Decode by the tokenizer alone.")
-@click.option("--disable_guardrail", is_flag=True, help="Do not check the video.")
-@click.option("--offload_ar_model", is_flag=True, help="Keep it in host memory while unused.")
-@click.option("--offload_tokenizer", is_flag=True, help="Keep it in host memory while unused.")
-@click.option("--offload_diffusion_decoder", is_flag=True, help="Accepted; there is none yet.")
-@click.option("--offload_guardrail_models", is_flag=True, help="Accepted; there are none yet.")
-@click.option("--offload_prompt_upsampler", is_flag=True, help="Accepted; base models have none.")
-@click.option("--num_gpus", type=int, default=1, show_default=True, help="1 in this version.")
-@click.option("--device", help="cuda, cuda:1, cpu, mps…; by default the GPU, if there is one.")
+@click.option("--disable_guardrail", is_flag=True, help=f"Do not check the video.  {run.NEEDED}")
+@click.option(
+    "--offload_ar_model",
+    is_flag=True,
+    help="Keep the transformer in host memory while it is not used.",
+)
+@click.option(
+    "--offload_tokenizer",
+    is_flag=True,
+    help="Keep the tokenizer in host memory while it is not used.",
+)
+@click.option("--offload_diffusion_decoder", is_flag=True, help=_NONE_RUNS)
+@click.option("--offload_guardrail_models", is_flag=True, help=_NONE_RUNS)
+@click.option(
+    "--offload_prompt_upsampler",
+    is_flag=True,
+    help="Has no effect: base models take no prompt.",
+)
+@run.with_options(run.machine_options())
 @click.pass_context
 def base(context: click.Context, /, **flags: Any) -> None:
-    """Continue videos or images by 24 or 32 frames, without a prompt.
+    """Continue videos or images to 33 frames in all, without a prompt.
 
     A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to
     0.mp4, 1.mp4, … by the 0-based line of the JSONL; a JSON report is written beside each.
@@ -141,7 +165,7 @@ def _read_inputs(path: str, flags: dict[str, Any], *, batch: bool) -> list[Item]
 
 
 def _make_request(flags: dict[str, Any]) -> AutoregressiveRequest:
-    from worldline.pipelines.autoregressive import AutoregressiveRequest
+    from worldline.pipelines.requests import AutoregressiveRequest
 
     return AutoregressiveRequest(
         num_input_frames=1 if flags["input_type"] == "image" else flags["num_input_frames"],
@@ -180,6 +204,9 @@ def _log_notes(flags: dict[str, Any], given: set[str], *, batch: bool) -> None:
 
 def _find_files(flags: dict[str, Any], request: AutoregressiveRequest) -> AutoregressiveFiles:
     """Find and check the model, and that it has something to make for this request."""
+    from worldline.places import find_place
+
+    find_place(flags["ar_model_dir"], flags["checkpoint_dir"])  # told before torch is imported
     from worldline.loading import find_autoregressive
     from worldline.pipelines.autoregressive import check_room
 
@@ -198,7 +225,6 @@ def _resolve(flags: dict[str, Any]) -> dict[str, Any]:
 def _run(
     tasks: Sequence[run.Task], files: AutoregressiveFiles, flags: dict[str, Any], *, batch: bool
 ) -> None:
-    from worldline.loading import OFFLOAD_FLAGS
     from worldline.world import load_files
 
     def load() -> World:

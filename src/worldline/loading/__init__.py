@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from worldline.catalog import BUNDLED_PREFIX, Entry, is_bundled
-from worldline.errors import CheckpointError, InputError
+from worldline.catalog import Entry
+from worldline.choices import DIFFUSION_OFFLOAD_FLAGS, OFFLOAD_FLAGS
+from worldline.errors import InputError
 from worldline.loading.autoregressive import (
-    OFFLOAD_FLAGS,
     AutoregressiveFiles,
     AutoregressiveParts,
     MemoryPlan,
@@ -24,11 +24,7 @@ from worldline.loading.autoregressive import (
     video_shape,
 )
 from worldline.loading.diffusion import (
-    DIFFUSION_OFFLOAD_FLAGS,
-    GENERATIONS,
-    NEGATIVE_PROMPT,
     RELEASED_CONTEXT,
-    ROTARY_PRECISIONS,
     DiffusionFiles,
     DiffusionParts,
     DiffusionPlan,
@@ -40,8 +36,6 @@ from worldline.loading.diffusion import (
     text_dtype,
 )
 from worldline.loading.folders import (
-    Place,
-    find_model,
     holds_diffusers,
     is_diffusion,
     open_transformer,
@@ -57,6 +51,7 @@ from worldline.models.predict1_dit.model import PRESETS as DIFFUSION_PRESETS
 from worldline.models.predict1_dit.model import DiT, DiTConfig
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import Part
+from worldline.places import find_place
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.text.cache import EmbeddingCache
@@ -68,12 +63,8 @@ from worldline.weights.read import Checkpoint
 from worldline.weights.stream import load_into
 
 __all__ = [
-    "BUNDLED",
     "DIFFUSION_OFFLOAD_FLAGS",
-    "GENERATIONS",
-    "NEGATIVE_PROMPT",
     "OFFLOAD_FLAGS",
-    "ROTARY_PRECISIONS",
     "AutoregressiveFiles",
     "AutoregressiveParts",
     "DiffusionFiles",
@@ -84,7 +75,6 @@ __all__ = [
     "TextPart",
     "WorldDefaults",
     "WorldFiles",
-    "bundled_names",
     "choose_device",
     "compute_dtype",
     "find_autoregressive",
@@ -105,7 +95,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = Path(__file__).parents[1] / "bundled"
 WorldFiles = AutoregressiveFiles | DiffusionFiles
 
 # T5-11B: 24 layers of four 1024 x 16,384 and two 1024 x 65,536 matrices, and 32,128 words
@@ -134,7 +123,7 @@ def find_world(
         CheckpointError: a file is absent, incomplete, damaged or of another model.
         InputError: an autoregressive world is given what only diffusion worlds have.
     """
-    place = _locate(model, checkpoint_dir)
+    place = find_place(model, checkpoint_dir)
     special = {
         "tokenizer_dir": tokenizer_dir,
         "text_encoder_dir": text_encoder_dir,
@@ -173,7 +162,7 @@ def find_autoregressive(model: str | Path, checkpoint_dir: str | Path) -> Autore
     Raises:
         CheckpointError: a file is absent, incomplete, damaged or of another model.
     """
-    return open_autoregressive(_locate(model, checkpoint_dir))
+    return open_autoregressive(find_place(model, checkpoint_dir))
 
 
 def find_diffusion(
@@ -201,34 +190,11 @@ def find_diffusion(
         InputError: there is no such generation.
     """
     return open_diffusion(
-        _locate(model, checkpoint_dir),
+        find_place(model, checkpoint_dir),
         tokenizer_dir=tokenizer_dir,
         text_encoder_dir=text_encoder_dir,
         generation=generation,
     )
-
-
-def _locate(model: str | Path, checkpoint_dir: str | Path) -> Place:
-    if not is_bundled(str(model)):
-        named = find_model(Path(model), Path(checkpoint_dir))
-        folder = named.parent if named.is_file() else named
-        if folder.name == "transformer":
-            folder = folder.parent
-        return Place(named, tuple(dict.fromkeys((Path(checkpoint_dir), folder.parent))), False)
-    folder = BUNDLED / str(model).removeprefix(BUNDLED_PREFIX)
-    if not folder.is_dir():
-        have = ", ".join(bundled_names()) or "none"
-        raise CheckpointError(f"there is no bundled model {model}; there are: {have}")
-    return Place(folder, (BUNDLED,), True)
-
-
-def bundled_names() -> list[str]:
-    """Return the names of the worlds that ship with the package."""
-    if not BUNDLED.is_dir():
-        return []
-    folders = sorted(path.parent for path in BUNDLED.glob("*/config.json"))
-    worlds = [folder for folder in folders if "Tokeniz" not in folder.name]
-    return [BUNDLED_PREFIX + folder.name for folder in worlds]
 
 
 def load_autoregressive(

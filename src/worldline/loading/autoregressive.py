@@ -12,7 +12,6 @@ import torch
 from worldline.errors import CheckpointError
 from worldline.files import unfinished
 from worldline.loading.folders import (
-    Place,
     holds_diffusers,
     is_diffusion,
     open_transformer,
@@ -23,6 +22,7 @@ from worldline.loading.memory import coding_bytes, count_parameters, workspace
 from worldline.models.predict1_ar.model import RELEASED_GRID, ARTransformer, ARTransformerConfig
 from worldline.models.predict1_ar.weights import KEYS, read_config
 from worldline.parallel.offload import Part
+from worldline.places import Place
 from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
@@ -32,7 +32,6 @@ from worldline.weights.read import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-OFFLOAD_FLAGS = ("offload_tokenizer", "offload_ar_model")
 # of both generations; the one that belongs to the transformer's own generation is tried first
 _TOKENIZERS = ("Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-1.0-Tokenizer-DV8x16x16")
 

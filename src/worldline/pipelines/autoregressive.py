@@ -16,50 +16,16 @@ from worldline.errors import InputError
 from worldline.loading import AutoregressiveParts, video_shape
 from worldline.models.predict1_ar.decoder import make_decoder
 from worldline.models.predict1_ar.model import ARTransformerConfig, make_positions
-from worldline.pipelines.numbers import real_number, whole_number
+from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling
-from worldline.sampling.noise import MAX_SEED
 from worldline.shapes import latent_frames_of
 from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
 from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip
 
 FPS = 25.0  # of every autoregressive output, whatever the input's was
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoregressiveRequest:
-    """One clip to continue.
-
-    Attributes:
-        num_input_frames: how many of the input's last frames are given to the model, 9 or 1.
-        temperature: divides the logits; 0 takes the most likely token every time.
-        top_p: mass of the likely tokens that may be drawn, in (0, 1].
-        seed: of the draws, 0 to 2^32 - 1.
-    """
-
-    num_input_frames: int = 9
-    temperature: float = 1.0
-    top_p: float = 0.8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_input_frames", "seed"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        for name in ("temperature", "top_p"):
-            object.__setattr__(self, name, real_number(name, getattr(self, name)))
-        if self.num_input_frames not in (1, 9):
-            raise InputError(f"num_input_frames is {self.num_input_frames}; it must be 1 or 9")
-        if not self.temperature >= 0 or self.temperature == float("inf"):
-            raise InputError(
-                f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number"
-            )
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise InputError(f"seed is {self.seed}; it must be 0 to {MAX_SEED}")
 
 
 @dataclass(frozen=True)

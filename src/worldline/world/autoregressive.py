@@ -9,12 +9,8 @@ from typing import Any
 from worldline.errors import InputError
 from worldline.loading import AutoregressiveParts
 from worldline.models.predict1_ar.decoder import PlainDecoder
-from worldline.pipelines.autoregressive import (
-    FPS,
-    AutoregressiveRequest,
-    check_room,
-    continue_clip,
-)
+from worldline.pipelines.autoregressive import FPS, check_room, continue_clip
+from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder, environment
 from worldline.video.read import Clip
 from worldline.world.base import World
