@@ -22,6 +22,7 @@ import click
 import torch
 
 from worldline.train.tiny.autoregressive import train_autoregressive
+from worldline.train.tiny.decoder import train_decoder
 from worldline.train.tiny.diffusion import train_diffusion
 from worldline.train.tiny.run import running
 from worldline.train.tiny.tokenizer import train_tokenizer
@@ -89,10 +90,18 @@ def tokenizer(kind: str, features: Path | None, start: Path | None, **options: A
 @main.command()
 @_options
 @_tokenizer_option
-def autoregressive(tokenizer_folder: Path, start: Path | None, **options: Any) -> None:
+@click.option(
+    "--text",
+    "text_folder",
+    type=click.Path(path_type=Path, exists=True),
+    help="Folder of a T5 encoder: a model of clips and their captions (Video2World).",
+)
+def autoregressive(
+    tokenizer_folder: Path, text_folder: Path | None, start: Path | None, **options: Any
+) -> None:
     """Train the transformer on the tokens of generated clips, next token by next token."""
     with running(options) as run:
-        train_autoregressive(run, tokenizer_folder, start)
+        train_autoregressive(run, tokenizer_folder, text_folder, start)
 
 
 @main.command()
@@ -113,6 +122,35 @@ def diffusion(
     """
     with running(options) as run:
         train_diffusion(run, tokenizer_folder, start, undescribed)
+
+
+@main.command()
+@_options
+@_tokenizer_option
+@click.option(
+    "--latents",
+    "latents_folder",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="An export folder of a continuous tokenizer.",
+)
+@click.option(
+    "--text",
+    "text_folder",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="Folder of a T5 encoder.",
+)
+def decoder(
+    tokenizer_folder: Path,
+    latents_folder: Path,
+    text_folder: Path,
+    start: Path | None,
+    **options: Any,
+) -> None:
+    """Train the diffusion decoder, which turns tokens into finer latents than their own."""
+    with running(options) as run:
+        train_decoder(run, tokenizer_folder, latents_folder, text_folder, start)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from worldline.models.predict1_dit.model import DiT
-from worldline.models.predict1_dit.model import Positions as DiTPositions
 from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
-from worldline.nn.rope import Rotation, stretched_angles_3d
-from worldline.sampling.edm import SIGMA_DATA, precondition
+from worldline.sampling.edm import SIGMA_DATA
 from worldline.text.t5 import KEYS as T5_KEYS
 from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
 from worldline.tokenizers.cosmos.load import load_tokenizer
@@ -28,6 +26,7 @@ from worldline.train.data import captioned_batches, encode_captioned, to_device
 from worldline.train.loop import LoopConfig, Objective, generator
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.train.tiny import sizes
+from worldline.train.tiny.denoiser import Places, rounded_to, told_level
 from worldline.train.tiny.run import Run, half_precision
 from worldline.weights.stream import load_into
 from worldline.weights.write import save as save_tensors
@@ -85,7 +84,7 @@ def train_diffusion(
     silent = model.text.tokenize(["", *undescribed])
     silent[1][0] = 0
     shares = torch.tensor(_KNOWN)
-    measure: Any = functools.partial(denoising_in, half, model)
+    measure: Any = functools.partial(rounded_to, half, model)
     if run.compiled:
         measure = torch.compile(measure, dynamic=False)
 
@@ -146,24 +145,11 @@ class _Captioned(NamedTuple):
 class Denoising(nn.Module):
     """The diffusion transformer and its text encoder under one loss."""
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, transformer: DiT, text: T5Encoder) -> None:
         super().__init__()
         self.transformer, self.text = transformer, text
         shape = sizes.SHAPE.latent(sizes.CONTINUOUS.temporal, sizes.CONTINUOUS.spatial)
-        self.tokens = transformer.config.tokens(shape)
-        base = transformer.config.base_fps
-        angles = stretched_angles_3d(
-            self.tokens,
-            transformer.config.head_size,
-            ratio=transformer.config.rope_ratio,
-            time_scale=(base, base),
-            dtype=torch.float32,
-        )
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.places = Places(transformer, shape)
 
     def forward(
         self,
@@ -192,27 +178,14 @@ class Denoising(nn.Module):
         attended[:, 0] = 1  # attention over no token at all is not defined
         hidden = self.text.hidden(ids, attended)
         context = torch.where(mask[..., None] != 0, hidden, hidden.new_zeros(()))
-        rotation = Rotation(self.cos, self.sin)
-        learned = self.transformer.positions
-        assert learned is not None
         output = self.transformer(
             shown,
-            precondition(sigma).noise.bfloat16().float(),  # as a network in bf16 is told it
+            told_level(sigma),
             self.transformer.encode_context(context),
-            DiTPositions(rotation, learned(self.tokens)),
+            self.places(self.transformer),
             condition_mask=marked,
         )
         return denoising_loss(output, latents, noise[0], sigma, marked)
-
-
-def denoising_in(dtype: torch.dtype, model: Denoising, *given: Tensor) -> Tensor:
-    """Return the losses with all weights rounded to `dtype`, as a world runs; see `forward`.
-
-    The gradient goes to the weights themselves.
-    """
-    rounded = {name: weight.to(dtype) for name, weight in model.named_parameters()}
-    # not tied by name: the two names of T5's embedding are of one module, which is swapped once
-    return torch.func.functional_call(model, rounded, given, tie_weights=False)
 
 
 def export_diffusion(transformer: DiT, text: T5Encoder, folder: Path) -> None:
