@@ -18,10 +18,11 @@ LAYERS = (
     ("world",),
     ("pipelines", "train", "evaluate"),
     ("loading",),
+    ("places",),
     ("catalog",),
     ("models", "text", "tokenizers"),
     ("nn", "sampling", "weights", "parallel", "video", "physics", "report"),
-    ("shapes", "files", "machine"),
+    ("shapes", "files", "machine", "choices"),
     ("errors",),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

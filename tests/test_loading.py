@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import worldline
-from worldline import loading, machine
+from worldline import loading, machine, places
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import MemoryPlan
 from worldline.machine import Memory
@@ -160,13 +160,13 @@ def test_the_stored_latent_shape_is_used(own_world: Path) -> None:
 
 
 def test_bundled(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "BUNDLED", small_world)
-    assert loading.bundled_names() == [f"tiny-{MODEL}"]
+    monkeypatch.setattr(places, "BUNDLED", small_world)
+    assert places.bundled_names() == [f"tiny-{MODEL}"]
     assert loading.find_autoregressive(f"tiny-{MODEL}", "nowhere").bundled
     with pytest.raises(CheckpointError, match=rf"no bundled model tiny-x; there are: tiny-{MODEL}"):
         loading.find_autoregressive("tiny-x", "nowhere")
-    monkeypatch.setattr(loading, "BUNDLED", small_world / "nowhere")
-    assert loading.bundled_names() == []
+    monkeypatch.setattr(places, "BUNDLED", small_world / "nowhere")
+    assert places.bundled_names() == []
 
 
 def test_what_is_there_is_listed(small_world: Path) -> None:

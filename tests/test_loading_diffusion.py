@@ -18,15 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import worldline.world
-from worldline import loading
+from worldline import loading, places
 from worldline.catalog import ENTRIES
+from worldline.choices import NEGATIVE_PROMPT
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import AutoregressiveFiles, DiffusionFiles, DiffusionParts, DiffusionPlan
 from worldline.loading.memory import workspace
 from worldline.machine import Memory
 from worldline.models.predict1_dit.model import PRESETS, RELEASED_RATIOS, DiT
 from worldline.models.predict1_dit.weights import diffusers_config, diffusers_tensors
-from worldline.pipelines.diffusion import NEGATIVE_PROMPT
 from worldline.report import Recorder
 from worldline.shapes import LatentShape, VideoShape
 from worldline.tokenizers.cosmos.diffusers import diffusers_config as vae_config
@@ -395,9 +395,9 @@ def test_identity_names_what_decides(own_diffusion: Path) -> None:
 
 def test_bundled_worlds(tiny_diffusion: Path, tmp_path: Path, monkeypatch: Any) -> None:
     bundled = shutil.copytree(tiny_diffusion, tmp_path / "bundled")
-    monkeypatch.setattr(loading, "BUNDLED", bundled)
+    monkeypatch.setattr(places, "BUNDLED", bundled)
     (bundled / CONTINUOUS / "config.json").write_text("{}")
-    names = loading.bundled_names()
+    names = places.bundled_names()
     assert names == [f"tiny-{TEXT2WORLD}", f"tiny-{VIDEO2WORLD}"]
     files = loading.find_world(names[0], "nowhere")
     assert isinstance(files, DiffusionFiles)

@@ -12,7 +12,8 @@ import torch
 import worldline
 from worldline.errors import CheckpointError, InputError
 from worldline.models.predict1_ar.model import make_positions
-from worldline.pipelines.autoregressive import AutoregressiveRequest, Job, continue_clips
+from worldline.pipelines.autoregressive import Job, continue_clips
+from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder
 from worldline.video.convert import condition_frames
 from worldline.world import read_clip

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import worldline.loading
+import worldline.places
 from worldline.video.read import probe
 
 from ..conftest import MODEL
@@ -18,7 +18,7 @@ from .conftest import Run
 
 @pytest.fixture
 def bundled(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worldline.loading, "BUNDLED", small_world)
+    monkeypatch.setattr(worldline.places, "BUNDLED", small_world)
 
 
 @pytest.mark.usefixtures("bundled")

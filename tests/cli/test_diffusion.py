@@ -21,8 +21,10 @@ from click.testing import Result
 
 import worldline.loading
 import worldline.video.write
+from worldline.cli.diffusion import diffusion
 from worldline.errors import Error, InputError
-from worldline.pipelines.diffusion import ALLOWED_FPS, DiffusionRequest
+from worldline.pipelines.requests import ALLOWED_FPS, DiffusionRequest
+from worldline.places import bundled_configs
 from worldline.video.read import probe, read_video
 from worldline.weights.write import save
 
@@ -298,13 +300,18 @@ def test_every_flag_of_video2world(variant: dict[str, Any]) -> None:
     )
 
 
-def test_choices_are_those_of_the_library() -> None:
-    from worldline.cli import diffusion
-    from worldline.loading import DIFFUSION_OFFLOAD_FLAGS
-    from worldline.sampling import edm
-
-    assert diffusion.SAMPLERS == edm.SAMPLERS
-    assert diffusion.OFFLOAD_FLAGS == DIFFUSION_OFFLOAD_FLAGS
+@pytest.mark.parametrize("name", ["text2world", "video2world"])
+def test_the_help_tells_released_and_bundled_defaults(name: str, run: Run) -> None:
+    told = " ".join(run("diffusion", name, "--help").stdout.split())
+    options = {option.name: option for option in diffusion.commands[name].params}
+    configs = [json.loads(path.read_text()) for path in bundled_configs().values()]
+    own = [config for config in configs if "num_steps" in config]
+    assert own  # a diffusion world is bundled
+    for option in ("num_steps", "guidance", "num_video_frames", "height", "width", "fps"):
+        values = " or ".join(dict.fromkeys(str(config[option]) for config in own))
+        assert f"[default: {options[option].default}; bundled {values}]" in told
+    assert "[default: bfloat16, as released; bundled " in told
+    assert "[default: that of the release; bundled " in told
 
 
 # --- wrong words and inputs
@@ -322,12 +329,14 @@ BAD_NUMBERS = [
     (["--fps", 241], "fps is 241.0; it must be 1 to 240"),
     (["--fps", 101, "--video_save_name", "x.gif"], "a GIF shows 100 frames a second at most"),
     (["--fps", 3000000000], "fps is 3000000000.0; it must be 1 to 240"),
-    (["--num_video_frames", 10], "num_video_frames is 10; it must be 1 + 8k and at most"),
-    (["--num_video_frames", 10], "the nearest is 9"),
+    (["--num_video_frames", 10], "num_video_frames is 10; it must be 1 + 8k, such as 9 or 17"),
+    (["--num_video_frames", 21], "num_video_frames is 21; it must be 1 + 8k and at most"),
+    (["--num_video_frames", 21], "the nearest is"),
     (["--num_video_frames", 117], "num_video_frames is 117; it must be 1 + 8k and at most"),
     (["--num_video_frames", 0], "num_video_frames is 0"),
     (["--num_video_frames", 16385], "num_video_frames is 16385"),
-    (["--height", 40], "height is 40; it must be a multiple of 16"),
+    (["--height", 40], "height is 40; it must be a multiple of 16, such as 32 or 48"),
+    (["--height", 9], "height is 9; it must be a multiple of 16, such as 16"),
     (["--height", 0], "height is 0"),
     (["--width", 100], "width is 100; it must be a multiple of 16"),
     (["--width", 16000], "width is 16000"),
@@ -340,7 +349,7 @@ BAD_NUMBERS = [
     (["--checkpoint_dir", "nowhere"], "no checkpoint folder nowhere"),
     (["--tokenizer_dir", "Nowhere"], "no folder Nowhere (--tokenizer_dir)"),
     (["--text_encoder_dir", "Nowhere"], "no folder Nowhere (--text_encoder_dir)"),
-    (["--prompt_embeddings", "nowhere.pt"], "no file of embeddings nowhere.pt"),
+    (["--prompt_embeddings", "nowhere.pt"], "--prompt_embeddings nowhere.pt: no such file"),
     (["--prompt_embeddings", ""], "--prompt_embeddings is empty"),
     (["--device", "abacus"], "no device abacus here"),
     (["--sampler", "heun"], "'edm_euler', 'res_2ab'"),

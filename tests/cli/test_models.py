@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import worldline.loading
+import worldline.places
 from worldline import machine
 from worldline.catalog import ENTRIES
 
 from ..conftest import MODEL, TOKENIZER
-from ..tiny_diffusion import VIDEO2WORLD
+from ..tiny_diffusion import CONTINUOUS, VIDEO2WORLD
 from .conftest import Run
 
 NBYTES = 8_028_176_384  # of the released 4B model
@@ -22,20 +22,23 @@ NBYTES = 8_028_176_384  # of the released 4B model
 def test_table(
     run: Run, own_world: Path, small_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worldline.loading, "BUNDLED", small_world)
+    monkeypatch.setattr(worldline.places, "BUNDLED", small_world)
     (own_world / TOKENIZER / "decoder.safetensors").unlink()
     os.truncate(own_world / MODEL / "model.pt", NBYTES)
     result = run("models", "--checkpoint_dir", own_world)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[1].startswith(f"tiny-{MODEL} ")  # bundled ones come first
-    assert len(lines) == 2 + len(ENTRIES)
+    assert lines[2].startswith(f"tiny-{TOKENIZER} ")
+    assert len(lines) == 3 + len(ENTRIES)
     state = {line.split()[0]: line.split()[1] for line in lines[1:]}
     assert state[f"tiny-{MODEL}"] == "bundled"
     assert state[MODEL] == "present"
     assert state[TOKENIZER] == "partial"
     assert state["Cosmos-Predict1-12B"] == "absent"
-    assert all(word in lines[0] for word in ("folder", "memory", "licence", "files"))
+    assert all(word in lines[0] for word in ("folder", "memory", "command", "licence", "files"))
+    assert "autoregressive base" in lines[1]
+    assert "tokenize" in lines[2]
 
 
 def test_json(run: Run, own_world: Path) -> None:
@@ -59,6 +62,10 @@ def test_diffusion_worlds(run: Run, bundled_diffusion: object, diffusion_worlds:
     names = [file["name"] for file in tiny["files"]]
     assert names == ["model.pt", "decoder.safetensors", "encoder.safetensors", "model.safetensors"]
     assert 0 < tiny["nbytes"] < tiny["memory"]
+    tokenizer = rows[f"tiny-{CONTINUOUS}"]
+    assert (tokenizer["state"], tokenizer["command"]) == ("bundled", "tokenize")
+    assert tokenizer["family"] == rows[CONTINUOUS]["family"]
+    assert 0 < tokenizer["nbytes"] < tiny["nbytes"]
     row = rows["Cosmos-Predict1-7B-Text2World"]
     assert row["command"] == "diffusion text2world"
     assert row["memory"] > 4 * (row["parameters"] + 4_000_000_000)  # float32, with T5-11B

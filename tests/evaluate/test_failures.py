@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from worldline.evaluate import failures
 from worldline.evaluate.failures import find_failures
 from worldline.evaluate.injected import (
     DEGRADATIONS,
@@ -147,3 +148,23 @@ def test_no_input_frames_are_refused() -> None:
 )
 def test_real_outputs_are_sound(name: str) -> None:
     assert kinds(read_video(ASSETS / "autoregressive" / name).frames) == []
+
+
+def test_one_thread_and_then_as_many_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On small pictures, threads that wait for each other cost far more than they save."""
+    seen: list[int] = []
+
+    def spy(clip: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        raise RuntimeError
+
+    monkeypatch.setattr(failures, "_reduce", spy)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(RuntimeError):
+            find_failures(np.zeros((2, 16, 16, 3), np.uint8), 1)
+        assert seen == [1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -10,27 +10,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from worldline.errors import InputError
 from worldline.evaluate.failures import find_failures
 from worldline.evaluate.folder import (
     Comparison,
     Score,
     Sheet,
     Strip,
-    Task,
     as_json,
-    find_tasks,
     medians,
     rate,
     score_video,
 )
 from worldline.evaluate.injected import inject_appearance, inject_collapse
 from worldline.evaluate.metrics import flicker, motion, psnr, ssim
+from worldline.evaluate.tasks import Task
 from worldline.physics import make_clips
 from worldline.video.read import read_video
-from worldline.video.write import write_video
 
-from ..conftest import moving
+from .test_tasks import write
 
 GIVEN = 9
 
@@ -38,18 +35,6 @@ GIVEN = 9
 @pytest.fixture(scope="module")
 def physics() -> np.ndarray:
     return make_clips(range(1_700_000, 1_700_003), 20, 64, 96).frames.numpy()
-
-
-def write(path: Path, frames: np.ndarray, given: int | None = None, fps: float = 25) -> Path:
-    write_video(frames, path, fps)
-    if given is not None:
-        path.with_suffix(".json").write_text(json.dumps({"request": {"num_input_frames": given}}))
-    return path
-
-
-def names(folder: Path, reference: Path | None = None) -> list[tuple[str, int, str]]:
-    plan = find_tasks(folder, reference)
-    return [(task.name, task.num_input_frames, task.reference_name) for task in plan.tasks]
 
 
 @pytest.mark.parametrize("inject", [None, inject_collapse, inject_appearance])
@@ -108,101 +93,6 @@ def test_a_still_video_is_sound(physics: np.ndarray, tmp_path: Path) -> None:
     score = score_video(Task("a.mp4", path, 0)).score
     assert score.verdict == "sound"
     assert score.motion < 0.1  # of the codec
-
-
-def test_videos_are_found_below_and_know_what_was_given(tmp_path: Path) -> None:
-    (tmp_path / "more").mkdir()
-    (tmp_path / ".hidden").mkdir()
-    write(tmp_path / "a.mp4", moving(), GIVEN)
-    write(tmp_path / "b.webm", moving())
-    write(tmp_path / "more" / "a.gif", moving(), 1)
-    write(tmp_path / ".hidden" / "c.mp4", moving())
-    write(tmp_path / ".d.mp4", moving())
-    (tmp_path / "notes.txt").write_text("no video")
-    assert names(tmp_path) == [("a.mp4", 9, ""), ("b.webm", 0, ""), ("more/a.gif", 1, "")]
-    assert {task.num_input_frames for task in find_tasks(tmp_path, None, 3).tasks} == {3}
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"request": 1}', '{"request": {"num_input_frames": "9"}}', "[" * 9**5]
-)
-def test_other_files_beside_a_video_say_nothing(tmp_path: Path, text: str) -> None:
-    write(tmp_path / "a.mp4", moving()).with_suffix(".json").write_text(text)
-    assert names(tmp_path) == [("a.mp4", 0, "")]
-
-
-def test_references_are_matched_by_name(tmp_path: Path) -> None:
-    folder, true = tmp_path / "made", tmp_path / "made" / "true"  # below, and not judged itself
-    for path in ("a.mp4", "more/b.mp4", "c.mp4", "true/a.mp4", "true/a.gif", "true/more/b.webm"):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        write(folder / path, moving())
-    assert names(folder, true) == [
-        *(("a.mp4", 0, "a.mp4"), ("c.mp4", 0, ""), ("more/b.mp4", 0, "more/b.webm"))
-    ]
-    assert find_tasks(folder, true).notes == ("c.mp4 has no reference: not compared",)
-
-
-def test_other_lengths_and_rates_are_told(tmp_path: Path) -> None:
-    for folder, count, fps in (("made", 12, 25), ("true", 7, 24)):
-        (tmp_path / folder).mkdir()
-        write(tmp_path / folder / "a.mp4", moving(count), fps=fps)
-    length, speed = find_tasks(tmp_path / "made", tmp_path / "true").notes
-    assert "a.mp4 has 12 frames, its reference 7: the first 7 are compared" in length
-    assert "25 frames a second, its reference 24" in speed
-
-
-def test_all_that_cannot_be_compared_is_told_at_once(tmp_path: Path) -> None:
-    made, true = tmp_path / "made", tmp_path / "true"
-    made.mkdir()
-    true.mkdir()
-    for name in "abcd":
-        write(made / f"{name}.mp4", moving(), GIVEN)
-    write(true / "a.mp4", moving(12, 64, 40))
-    write(true / "b.mp4", moving(8))
-    (true / "c.mp4").write_bytes(b"nothing")
-    write(true / "d.mp4", moving())
-    with pytest.raises(InputError) as caught:
-        find_tasks(made, true)
-    told = str(caught.value)
-    assert "3 of 4 videos cannot be used" in told
-    assert f"a.mp4 is 64 x 40, but its reference {true / 'a.mp4'} 40 x 64" in told
-    assert f"{true / 'b.mp4'} has 8 frames, but 9 are given" in told
-    assert f"{true / 'c.mp4'} is not an mp4" in told
-
-
-def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
-    empty, made, true = tmp_path / "empty", tmp_path / "made", tmp_path / "true"
-    for folder in (empty, made, true):
-        folder.mkdir()
-    video = write(made / "a.mp4", moving())
-    for name in ("b.mp4", "a.gif", "a.webm"):
-        write(true / name, moving())
-    cases = (
-        (tmp_path / "absent", None, "no such folder"),
-        (video, None, "is not a folder"),
-        (empty, None, "holds no videos"),
-        (made, empty, "holds no videos"),
-        (made, made, "its own reference"),
-        (made, true, "a.mp4 has several references: a.gif, a.webm"),
-    )
-    for folder, reference, words in cases:
-        with pytest.raises(InputError, match=words):
-            find_tasks(folder, reference)
-    (true / "a.gif").unlink()
-    (true / "a.webm").unlink()
-    with pytest.raises(InputError, match=r"has no video of the name of one in .*b\.mp4.*a\.mp4"):
-        find_tasks(made, true)
-
-
-def test_a_video_with_nothing_left_to_judge_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "a.mp4", moving(9), GIVEN)
-    with pytest.raises(InputError, match="has 9 frames, but 9 are given: none is left"):
-        find_tasks(tmp_path)
-    with pytest.raises(InputError, match="must be 0 or more"):
-        find_tasks(tmp_path, None, -1)
-    write(tmp_path / "a.mp4", moving(1), 0)
-    with pytest.raises(InputError, match="has 1 frame; at least 2"):
-        find_tasks(tmp_path)
 
 
 def make_score(name: str, psnr_value: float | None, *, failed: bool = False) -> Score:

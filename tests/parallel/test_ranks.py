@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from worldline.parallel.ranks import ALONE, Ranks, join, leave
-from worldline.train.loop import LoopConfig, fit, generator
+from worldline.train.loop import LoopConfig, Objective, fit, generator
 
 CONFIG = LoopConfig(steps=6, learning_rate=0.05, warmup=2, log_every=2, save_every=4)
 
@@ -23,11 +23,14 @@ def train(folder: Path, ranks: Ranks, *, seconds: float | None = None) -> int:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 
-    def objective(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(step: int) -> tuple[Tensor]:
         x = torch.randn(8, 4, generator=generator(0, step))
-        own = x[ranks.rank :: ranks.count]
+        return (x[ranks.rank :: ranks.count],)
+
+    def loss(own: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return (model(own).squeeze(-1) - own.sum(-1)).square().mean(), {}
 
+    objective = Objective(draw=draw, loss=loss)
     return fit(model, objective, CONFIG, folder, seconds=seconds, ranks=ranks)[0]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from worldline.choices import NEGATIVE_PROMPT
 from worldline.errors import CheckpointError, InputError
 from worldline.loading import DiffusionParts, find_diffusion, load_diffusion
 from worldline.pipelines import diffusion as pipeline
@@ -432,7 +433,7 @@ def test_defaults_are_those_of_the_world(text2world: DiffusionParts) -> None:
     made = make_request(text2world.files.defaults, prompt="x", height=64)
     assert (made.num_video_frames, made.height, made.width) == (17, 64, 48)
     assert (made.guidance, made.num_steps, made.seed) == (2.0, 3, 1)
-    assert made.negative_prompt == pipeline.NEGATIVE_PROMPT
+    assert made.negative_prompt == NEGATIVE_PROMPT
     with pytest.raises(InputError, match="unknown option frames; there are: prompt, "):
         make_request(text2world.files.defaults, frames=3)
 

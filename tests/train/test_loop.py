@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
-from worldline.train.loop import LoopConfig, fit, generator
-from worldline.train.optim import Average, warmup_cosine
+from worldline.train.loop import LoopConfig, Objective, fit, generator
+from worldline.train.optim import (
+    Average,
+    make_optimizer,
+    orthogonalise,
+    set_learning_rate,
+    warmup_cosine,
+)
 
 CONFIG = LoopConfig(steps=12, learning_rate=0.05, warmup=3, log_every=4, save_every=5)
 
@@ -21,27 +28,35 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1))
 
 
+def summed(model: nn.Module) -> Objective:
+    """The sum of what a model says to ones."""
+    return Objective(draw=lambda step: (torch.ones(1, 4),), loss=lambda x: (model(x).sum(), {}))
+
+
 def train(
     folder: Path, config: LoopConfig, stop_at: int | None = None
 ) -> tuple[nn.Module, Average]:
     model = small()
 
-    def objective(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(step: int) -> tuple[Tensor]:
         if step == stop_at:
             raise KeyboardInterrupt
-        x = torch.randn(16, 4, generator=generator(0, step))
-        loss = (model(x).squeeze(-1) - x.sum(-1)).square().mean()
-        return loss, {"seen": torch.tensor(float(step))}
+        return (torch.randn(16, 4, generator=generator(0, step)),)
 
-    _, average = fit(model, objective, config, folder)
+    def loss(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return (model(x).squeeze(-1) - x.sum(-1)).square().mean(), {"largest": x.max()}
+
+    _, average = fit(model, Objective(draw=draw, loss=loss), config, folder)
     return model, average
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    whole, whole_average = train(tmp_path / "whole", CONFIG)
+@pytest.mark.parametrize("orthogonal", [(), ("0.weight",)])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, orthogonal: tuple[str, ...]) -> None:
+    config = replace(CONFIG, orthogonal=orthogonal)
+    whole, whole_average = train(tmp_path / "whole", config)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut", CONFIG, stop_at=8)  # the state of step 5 is on disk
-    cut, cut_average = train(tmp_path / "cut", CONFIG)
+        train(tmp_path / "cut", config, stop_at=8)  # the state of step 5 is on disk
+    cut, cut_average = train(tmp_path / "cut", config)
     for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
         assert torch.equal(a, b)
     for name, value in whole_average.values.items():
@@ -61,15 +76,51 @@ def test_one_state_is_kept_and_the_log_is_json(tmp_path: Path) -> None:
 def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     train(tmp_path, CONFIG)
     other = nn.Linear(2, 2)
-    with pytest.raises(CheckpointError, match="another model"):
-        fit(other, lambda step: (other.weight.sum(), {}), CONFIG, tmp_path)
+    with pytest.raises(CheckpointError, match="another model or optimizer"):
+        fit(other, summed(other), CONFIG, tmp_path)
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, CONFIG)
+    with pytest.raises(CheckpointError, match="another model or optimizer"):
+        train(tmp_path, replace(CONFIG, orthogonal=("0.weight",)))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (32, 8), (8, 32)])
+def test_orthogonal_updates(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape)
+    u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+    done = orthogonalise(matrices).float()
+    # in the axes of U and V it is diagonal, of values near one
+    inside = u.mT @ done @ vt.mT
+    assert inside.diagonal(dim1=1, dim2=2).sub(1).abs().max() < 0.4
+    assert (inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
+
+
+def test_muon_takes_the_matrices_it_is_given_and_adamw_the_rest() -> None:
+    plain, mixed = small(), small()
+    before = [p.clone() for p in mixed.parameters()]
+    for model, orthogonal in ((plain, ()), (mixed, ("0.*",))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model[0].bias, "requires_grad", False)
+            optimizer = make_optimizer(
+                model, betas=(0.9, 0.99), weight_decay=0.0, orthogonal=orthogonal
+            )
+        set_learning_rate(optimizer, 0.01)
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+    names = [name for name, _ in mixed.named_parameters()]
+    for name, old, a, b in zip(names, before, plain.parameters(), mixed.parameters(), strict=True):
+        assert torch.equal(a, b) == (name != "0.weight"), name
+        if name == "0.weight":  # rank one: of its singular values only the first can reach one
+            step = torch.linalg.matrix_norm(old - b) / (0.01 * 0.2 * 8**0.5)
+            assert step.item() == pytest.approx(1.0, abs=0.4)
 
 
 def test_a_run_stops_in_time_and_saves(tmp_path: Path) -> None:
     model = small()
-    done, _ = fit(
-        model, lambda step: (model(torch.ones(1, 4)).sum(), {}), CONFIG, tmp_path, seconds=0
-    )
+    done, _ = fit(model, summed(model), CONFIG, tmp_path, seconds=0)
     assert done == 1
     assert json.loads((tmp_path / "state.json").read_text())["step"] == 1
 
@@ -88,9 +139,37 @@ def test_an_average_follows_and_swaps_back() -> None:
     nn.init.zeros_(model.weight)
     average = Average(model, 0.9)
     nn.init.ones_(model.weight)
-    average.update(model, 1_000_000)
+    average.set_weight(1_000_000)
+    average.update(model)
     assert average.values["weight"].item() == pytest.approx(0.1)
     average.swap(model)
     assert model.weight.item() == pytest.approx(0.1)
     average.swap(model)
     assert model.weight.item() == pytest.approx(1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("orthogonal", [(), ("0.weight",)])
+def test_a_recorded_step_is_the_step(tmp_path: Path, orthogonal: tuple[str, ...]) -> None:
+    models, averages = [], []
+    for graphed in (False, True):
+        model = small().cuda()
+
+        def draw(step: int) -> tuple[Tensor]:
+            return (torch.randn(16, 4, generator=generator(0, step)).cuda(),)
+
+        def loss(x: Tensor, model: nn.Module = model) -> tuple[Tensor, dict[str, Tensor]]:
+            error = (model(x).squeeze(-1) - x.sum(-1)).square().mean()
+            return error, {"largest": x.max()}
+
+        config = replace(CONFIG, graphed=graphed, orthogonal=orthogonal)
+        _, average = fit(model, Objective(draw=draw, loss=loss), config, tmp_path / str(graphed))
+        models.append(model)
+        averages.append(average)
+    for plain, recorded in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(recorded, plain)
+    for name, value in averages[0].values.items():
+        torch.testing.assert_close(averages[1].values[name], value)
+    logs = [(tmp_path / str(graphed) / "log.jsonl").read_text() for graphed in (False, True)]
+    figures = [[json.loads(line)["largest"] for line in log.splitlines()] for log in logs]
+    assert figures[0] == figures[1]

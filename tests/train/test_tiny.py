@@ -10,33 +10,43 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
 
+from worldline.models.predict1_ar.model import ARTransformer, make_positions
+from worldline.models.predict1_ar.weights import read_config
 from worldline.models.predict1_dit.model import DiT
 from worldline.models.predict1_dit.weights import open_dit
 from worldline.shapes import LatentShape, VideoShape
-from worldline.text.t5 import find_t5, load_t5, new_t5
+from worldline.text.t5 import export_t5, find_t5, load_t5, new_t5
 from worldline.tokenizers.cosmos.load import load_tokenizer, open_tokenizer
+from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import read_statistics
-from worldline.train import tiny
 from worldline.train.data import as_video, physics_batches
+from worldline.train.tiny import diffusion as tiny_diffusion
+from worldline.train.tiny import sizes
+from worldline.train.tiny.__main__ import main
+from worldline.train.tiny.autoregressive import sequence_loss
+from worldline.train.tiny.decoder import DECODER, cut_windows, long_shape
+from worldline.train.tiny.denoiser import rounded_to
+from worldline.train.tiny.tokenizer import export_tokenizer
+from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = LatentShape(5, 2, 3)
-    monkeypatch.setattr(tiny, "SHAPE", VideoShape(33, 32, 48))
-    monkeypatch.setattr(tiny, "GRID", grid)
-    small = replace(tiny.TOKENIZER, channels=4, level_channels=(8, 8, 8))
-    monkeypatch.setattr(tiny, "TOKENIZER", small)
+    monkeypatch.setattr(sizes, "SHAPE", VideoShape(33, 32, 48))
+    monkeypatch.setattr(sizes, "GRID", grid)
+    small = replace(sizes.TOKENIZER, channels=4, level_channels=(8, 8, 8))
+    monkeypatch.setattr(sizes, "TOKENIZER", small)
     monkeypatch.setattr(
-        tiny,
+        sizes,
         "AUTOREGRESSIVE",
-        replace(tiny.AUTOREGRESSIVE, depth=1, width=32, hidden=32, grid=grid),
+        replace(sizes.AUTOREGRESSIVE, depth=1, width=32, hidden=32, grid=grid),
     )
-    small = replace(tiny.CONTINUOUS, channels=4, level_channels=(8, 8, 8))
-    monkeypatch.setattr(tiny, "CONTINUOUS", small)
+    small = replace(sizes.CONTINUOUS, channels=4, level_channels=(8, 8, 8))
+    monkeypatch.setattr(sizes, "CONTINUOUS", small)
     small_dit = replace(
-        tiny.DIFFUSION,
+        sizes.DIFFUSION,
         depth=1,
         width=32,
         num_heads=1,
@@ -45,13 +55,27 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         context_width=16,
         max_grid=grid,
     )
-    monkeypatch.setattr(tiny, "DIFFUSION", small_dit)
+    monkeypatch.setattr(sizes, "DIFFUSION", small_dit)
     text = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 16, "num_layers": 1}
-    monkeypatch.setattr(tiny, "TEXT", text)
+    monkeypatch.setattr(sizes, "TEXT", text)
+    small_world = replace(
+        sizes.VIDEO2WORLD, depth=1, width=32, hidden=32, grid=grid, context_width=16
+    )
+    monkeypatch.setattr(sizes, "VIDEO2WORLD", small_world)
+    small_decoder = replace(
+        sizes.DECODER,
+        depth=1,
+        width=32,
+        num_heads=1,
+        hidden=32,
+        lora_rank=2,
+        context_width=16,
+    )
+    monkeypatch.setattr(sizes, "DECODER", small_decoder)
 
 
 def run(*words: object) -> None:
-    result = CliRunner().invoke(tiny.main, [*map(str, words), "--device", "cpu"])
+    result = CliRunner().invoke(main, [*map(str, words), "--device", "cpu"])
     if result.exception is not None:
         raise result.exception
 
@@ -74,13 +98,20 @@ def test_tokenizer_then_transformer(tmp_path: Path) -> None:
     run("tokenizer", "--folder", tmp_path / "tok", "--steps", 3, *common)  # goes on
     assert json.loads((tmp_path / "tok" / "result.json").read_text())["steps"] == 3
     export = tmp_path / "tok" / "export"
-    assert open_tokenizer(export)[1].levels == tiny.TOKENIZER.levels
+    assert open_tokenizer(export)[1].levels == sizes.TOKENIZER.levels
     words = ["--tokenizer", export, "--steps", 2, *common]
     run("autoregressive", "--folder", tmp_path / "ar", *words)
     settings = json.loads((tmp_path / "ar" / "export" / "config.json").read_text())
     assert settings["video_latent_shape"] == [5, 2, 3]
     # another run may begin with these weights
-    run("autoregressive", "--folder", tmp_path / "b", "--start", tmp_path / "ar" / "export", *words)
+    run(
+        "autoregressive",
+        "--folder",
+        tmp_path / "b",
+        "--weights",
+        tmp_path / "ar" / "export",
+        *words,
+    )
 
 
 def test_the_perceptual_term_changes_the_weights(tmp_path: Path) -> None:
@@ -98,9 +129,9 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export of a continuous tokenizer, trained for three steps in two runs."""
     folder = tmp_path_factory.mktemp("latents")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "SHAPE", VideoShape(33, 32, 48))
-        small = replace(tiny.CONTINUOUS, channels=4, level_channels=(8, 8, 8))
-        patch.setattr(tiny, "CONTINUOUS", small)
+        patch.setattr(sizes, "SHAPE", VideoShape(33, 32, 48))
+        small = replace(sizes.CONTINUOUS, channels=4, level_channels=(8, 8, 8))
+        patch.setattr(sizes, "CONTINUOUS", small)
         for steps in (2, 3):
             words = ["--kind", "continuous", "--steps", steps, "--batch", 2, "--clips", 3]
             run("tokenizer", "--folder", folder, *words)
@@ -112,7 +143,7 @@ def test_the_statistics_are_those_of_the_exported_tokenizer(latents: Path) -> No
     assert statistics is not None
     assert statistics.frames == 16  # as many as in released files
     model = load_tokenizer(latents, device="cpu", dtype=torch.float32)
-    clips = next(physics_batches(range(3), tiny.SHAPE, "cpu"))
+    clips = next(physics_batches(range(3), sizes.SHAPE, "cpu"))
     normal = statistics.normalise(model.encode(as_video(clips)))
     torch.testing.assert_close(normal.mean((0, 3, 4)), torch.zeros(16, 5), atol=1e-3, rtol=0)
     torch.testing.assert_close(
@@ -137,28 +168,112 @@ def test_a_cut_diffusion_run_goes_on_bit_for_bit(tmp_path: Path, latents: Path) 
 
 def test_the_world_and_its_text_encoder_can_be_opened(tmp_path: Path, latents: Path) -> None:
     diffusion(tmp_path, latents, 2)
-    world = tmp_path / "export" / tiny.WORLD
+    world = tmp_path / "export" / tiny_diffusion.WORLD
     settings = json.loads((world / "config.json").read_text())
-    assert open_dit(world, settings).config == tiny.DIFFUSION
+    assert open_dit(world, settings).config == sizes.DIFFUSION
     assert settings["text2world"] is True
-    text = load_t5(find_t5(tmp_path / "export" / tiny.TEXT_FOLDER), "cpu", torch.float32)
+    text = load_t5(find_t5(tmp_path / "export" / tiny_diffusion.TEXT_FOLDER), "cpu", torch.float32)
     rows = text.encode(["A red ball falls."])
-    assert rows.shape == (1, tiny.TEXT_LENGTH, tiny.TEXT["d_model"])
+    assert rows.shape == (1, sizes.TEXT_LENGTH, sizes.TEXT["d_model"])
     # another run may begin with these weights
     words = ["--tokenizer", latents, "--steps", 1, "--batch", 1, "--clips", 1]
-    run("diffusion", "--folder", tmp_path / "b", "--start", tmp_path / "export", *words)
+    run("diffusion", "--folder", tmp_path / "b", "--weights", tmp_path / "export", *words)
 
 
 def test_the_text_encoder_learns_with_the_transformer() -> None:
     torch.manual_seed(0)
-    model = tiny._Denoising(DiT(tiny.DIFFUSION), new_t5(tiny.TEXT))
+    model = tiny_diffusion.Denoising(DiT(sizes.DIFFUSION), new_t5(sizes.TEXT))
     for parameter in model.transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     given = (torch.randn(1, 16, 5, 4, 6), torch.randn(2, 1, 16, 5, 4, 6))
     words = model.text.tokenize(["a red ball"], 16)
     noise, known = torch.tensor([1.0]), torch.tensor([1])
-    tiny._denoising_in(torch.bfloat16, model, *given, *words, noise, known).sum().backward()
+    rounded_to(torch.bfloat16, model, *given, *words, noise, known).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text encoder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("text")
+    sizes_of_text = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 16, "num_layers": 1}
+    export_t5(new_t5(sizes_of_text), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of a discrete tokenizer."""
+    folder = tmp_path_factory.mktemp("tokens")
+    torch.manual_seed(0)
+    model = CosmosTokenizer(replace(sizes.TOKENIZER, channels=4, level_channels=(8, 8, 8)))
+    model.reset_parameters()
+    export_tokenizer(model, folder)
+    return folder
+
+
+def test_a_transformer_of_clips_and_captions(tmp_path: Path, tokens: Path, text: Path) -> None:
+    words = ["--tokenizer", tokens, "--text", text, "--batch", 2, "--clips", 2]
+    run("autoregressive", "--folder", tmp_path / "whole", "--steps", 2, *words)
+    export = tmp_path / "whole" / "export"
+    settings = json.loads((export / "config.json").read_text())
+    source = open_checkpoint(export / "model.safetensors")
+    assert read_config(source, settings) == sizes.VIDEO2WORLD
+    run("autoregressive", "--folder", tmp_path / "cut", "--steps", 2, "--seconds", 0, *words)
+    run("autoregressive", "--folder", tmp_path / "cut", "--steps", 2, *words)
+    whole, cut = (
+        load_file(tmp_path / name / "export/model.safetensors") for name in ("whole", "cut")
+    )
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_the_first_latent_frame_and_the_begin_token_are_given() -> None:
+    torch.manual_seed(0)
+    config = sizes.VIDEO2WORLD
+    model = ARTransformer(config)
+    model.reset_parameters()
+    positions = make_positions(config, "cpu", torch.float32)
+    tokens = torch.randint(config.vocabulary, (1, config.grid.tokens))
+    context = torch.randn(1, 4, 16)
+    loss = sequence_loss(model, positions, tokens, context)
+    # the same by hand: of every token behind the first frame, given all before it
+    begun = torch.cat([torch.tensor([[config.begin_token]]), tokens], dim=1)
+    logits = model(begun, positions, context=model.encode_context(context))[0].log_softmax(-1)
+    first = config.grid.tokens_per_frame
+    expected = -logits[torch.arange(first, config.grid.tokens), tokens[0, first:]].mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_windows_pair_tokens_with_the_latents_of_their_frames(tokens: Path, latents: Path) -> None:
+    coarse = load_tokenizer(tokens, device="cpu", dtype=torch.float32)
+    fine = load_tokenizer(latents, device="cpu", dtype=torch.float32)
+    statistics = read_statistics(latents)
+    assert statistics is not None
+    clips = next(physics_batches(range(2), long_shape(), "cpu"))
+    draws = torch.Generator().manual_seed(1)
+    z, ids = cut_windows(coarse, fine, statistics, clips, torch.float32, draws)
+    later = int(torch.randint(1, 7, (), generator=torch.Generator().manual_seed(1)))
+    video = as_video(clips)
+    whole = coarse.encode_tokens(video)
+    assert torch.equal(ids[0].long(), whole[0, :8])
+    assert torch.equal(ids[4].long(), whole[1, later : later + 8])
+    assert torch.equal(ids[2].long(), whole[0, [0, 1, 2, 3, 4, 3, 2, 1]])
+    expected = 0.5 * statistics.normalise(fine.encode(video[:, :, 8 * later : 8 * later + 57]))
+    torch.testing.assert_close(z[1::3].float(), expected, atol=1e-2, rtol=1e-2)  # kept in bf16
+    assert torch.equal(z[2], z[0][:, [0, 1, 2, 3, 4, 3, 2, 1]])
+
+
+def test_the_decoder_can_be_opened(tmp_path: Path, tokens: Path, latents: Path, text: Path) -> None:
+    words = ["--tokenizer", tokens, "--latents", latents, "--text", text]
+    run("decoder", "--folder", tmp_path, "--steps", 2, "--batch", 2, "--clips", 1, *words)
+    folder = tmp_path / "export" / DECODER
+    settings = json.loads((folder / "config.json").read_text())
+    assert open_dit(folder, settings).config == sizes.DECODER
+    general = load_file(folder / "aux_vars.safetensors")["context"]
+    assert general.shape == (1, 128, 16)
+    more = ["--weights", tmp_path / "export", "--steps", 1, "--batch", 1, "--clips", 1]
+    run("decoder", "--folder", tmp_path / "b", *more, *words)

@@ -7,19 +7,20 @@ Flags, names and defaults are those of cosmos-predict1 `autoregressive/inference
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from worldline.choices import MAX_SEED, ROLLOUTS, SEAMS
 from worldline.cli import run
 from worldline.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from worldline.cli.inputs import Fields, Item
     from worldline.loading import AutoregressiveFiles
-    from worldline.pipelines.autoregressive import AutoregressiveRequest
+    from worldline.pipelines.requests import AutoregressiveRequest
     from worldline.world import Step, World
 
 logger = logging.getLogger(__name__)
@@ -45,9 +46,9 @@ def _read_batch_size(_: click.Context, __: click.Parameter, value: str) -> int |
     return int(value)
 
 
-def _options(model: str, likely: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _options(model: str, likely: str) -> run.Option:
     """Return what adds the options that both commands have."""
-    options = (
+    options: tuple[run.Option, ...] = (
         click.option(
             "--checkpoint_dir",
             default="checkpoints",
@@ -58,7 +59,8 @@ def _options(model: str, likely: str) -> Callable[[Callable[..., None]], Callabl
             "--ar_model_dir",
             default=model,
             show_default=True,
-            help="Folder of the model below --checkpoint_dir, a path, or tiny-… for a bundled one.",
+            help="Folder of the model below --checkpoint_dir, a path, or tiny-… for a bundled one; "
+            "`worldline models` lists them.",
         ),
         click.option(
             "--input_image_or_video_path", help="One input: mp4, mov, mkv, webm, gif, png, jpg…"
@@ -76,38 +78,30 @@ def _options(model: str, likely: str) -> Callable[[Callable[..., None]], Callabl
             type=float,
             default=1.0,
             show_default=True,
-            help="0 takes the likeliest token.",
+            help="How evenly tokens are drawn; 0 takes the likeliest each time.",
         ),
         click.option(
             "--top_p",
             type=float,
             default=0.8,
             show_default=True,
-            help=f"Draw among the likeliest tokens with this mass; {likely}.",
+            help=f"Draw among the likeliest tokens that together have this probability; {likely}.",
         ),
         click.option(
             "--seed",
             type=int,
             default=0,
             show_default=True,
-            help="Of the draws of each clip, and of the diffusion decoder's noise.",
+            help="Of the draws of each clip, and of the diffusion decoder's noise, 0 to "
+            f"{MAX_SEED}.",
         ),
-        click.option(
-            "--video_save_name",
-            default="output",
-            show_default=True,
-            help="Of a single video, without .mp4; .mov .mkv .webm .gif choose another format.",
-        ),
-        click.option("--video_save_folder", default="outputs/", show_default=True),
-        click.option(
-            "--resume", is_flag=True, help="Keep videos that an earlier run made in the same way."
-        ),
+        *run.output_options(),
         click.option(
             "--disable_diffusion_decoder", is_flag=True, help="Decode by the tokenizer alone."
         ),
         click.option(
             "--decoder_seam",
-            type=click.Choice(["corrected", "as_released"]),
+            type=click.Choice(SEAMS),
             default="corrected",
             show_default=True,
             help="How the diffusion decoder joins windows of a clip of more than 57 frames; "
@@ -121,7 +115,7 @@ def _options(model: str, likely: str) -> Callable[[Callable[..., None]], Callabl
         ),
         click.option(
             "--rollout",
-            type=click.Choice(["tokens", "pixels"]),
+            type=click.Choice(ROLLOUTS),
             default="tokens",
             show_default=True,
             help="Beyond the model's own length: draw on behind the last tokens, or encode the "
@@ -135,31 +129,34 @@ def _options(model: str, likely: str) -> Callable[[Callable[..., None]], Callabl
             help="How many inputs of a batch are drawn in step, each as it would be alone; auto: "
             "as many as fit into the memory, where that saves time.",
         ),
-        click.option("--disable_guardrail", is_flag=True, help="Do not check the video."),
+        click.option(
+            "--disable_guardrail", is_flag=True, help=f"Do not check the video.  {run.NEEDED}"
+        ),
         *(
-            click.option(f"--{name}", is_flag=True, help="Keep it in host memory while unused.")
-            for name in ("offload_ar_model", "offload_tokenizer", "offload_diffusion_decoder")
+            click.option(
+                f"--{name}",
+                is_flag=True,
+                help=f"Keep the {part} in host memory while it is not used.",
+            )
+            for name, part in (
+                ("offload_ar_model", "transformer"),
+                ("offload_tokenizer", "tokenizer"),
+                ("offload_diffusion_decoder", "diffusion decoder"),
+            )
         ),
         click.option(
-            "--offload_guardrail_models", is_flag=True, help="Accepted; there are none yet."
+            "--offload_guardrail_models",
+            is_flag=True,
+            help="Has no effect: none runs in this version.",
         ),
         click.option(
-            "--offload_prompt_upsampler", is_flag=True, help="Accepted; these models have none."
+            "--offload_prompt_upsampler",
+            is_flag=True,
+            help="Has no effect: these models have none.",
         ),
-        click.option(
-            "--num_gpus", type=int, default=1, show_default=True, help="1 in this version."
-        ),
-        click.option(
-            "--device", help="cuda, cuda:1, cpu, mps…; by default the GPU, if there is one."
-        ),
+        *run.machine_options(),
     )
-
-    def add(command: Callable[..., None]) -> Callable[..., None]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    return run.with_options(options)
 
 
 @click.group()
@@ -173,17 +170,21 @@ def autoregressive() -> None:
 
 @autoregressive.command()
 @click.option(
-    "--input_type", type=click.Choice(["image", "video"]), default="video", show_default=True
+    "--input_type",
+    type=click.Choice(["image", "video"]),
+    default="video",
+    show_default=True,
+    help="What all inputs are.",
 )
 @click.option(
     "--batch_input_path",
-    help="Many inputs: a JSONL with a visual_input a line, or a folder of media.",
+    help='Many inputs: a JSONL with a "visual_input" a line, or a folder of media.',
 )
 @click.option("--input_prompts_path", help="Another name of --batch_input_path.")
 @_options("Cosmos-Predict1-4B", "made for 4B, use 0.9 for 12B")
 @click.pass_context
 def base(context: click.Context, /, **flags: Any) -> None:
-    """Continue videos or images by 24 or 32 frames, or more, without a prompt.
+    """Continue videos or images to 33 frames in all, or more, without a prompt.
 
     A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to
     0.mp4, 1.mp4, … by the 0-based line of the JSONL; a JSON report is written beside each.
@@ -228,7 +229,7 @@ def base(context: click.Context, /, **flags: Any) -> None:
 )
 @click.pass_context
 def video2world(context: click.Context, /, **flags: Any) -> None:
-    """Continue videos or images by 24 or 32 frames, or more, by a prompt.
+    """Continue videos or images to 33 frames in all, or more, by a prompt.
 
     A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to
     0.mp4, 1.mp4, … by the 0-based line of the JSONL; beside each the prompt (.txt) and a report
@@ -300,7 +301,7 @@ def _refuse_missing_parts(flags: dict[str, Any]) -> None:
 
 
 def _make_request(item: Item, flags: dict[str, Any], kind: str) -> AutoregressiveRequest:
-    from worldline.pipelines.autoregressive import AutoregressiveRequest
+    from worldline.pipelines.requests import AutoregressiveRequest
 
     return AutoregressiveRequest(
         num_input_frames=1 if kind == "image" else flags["num_input_frames"],
@@ -371,6 +372,9 @@ def _find_files(
         InputError: it cannot.
         CheckpointError: a file is absent or wrong; there is no text encoder, and one is needed.
     """
+    from worldline.places import find_place
+
+    find_place(flags["ar_model_dir"], flags["checkpoint_dir"])  # told before torch is imported
     from worldline.loading import find_autoregressive
     from worldline.pipelines.autoregressive import check_prompt, check_room
     from worldline.pipelines.prompts import read_prompt_embedding

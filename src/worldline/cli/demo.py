@@ -25,7 +25,7 @@ MAGNIFIED = 2  # the side-by-side is shown larger, since the tiny world's frames
 @click.option(
     "--kind",
     type=click.Choice([*MODELS, "all"]),
-    help="Of the worlds to show.  [default: all that are bundled]",
+    help="Which world to show.  [default: all that are bundled]",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the model's draws.")
 @click.option(
@@ -46,8 +46,8 @@ def demo(kind: str | None, seed: int, output: Path) -> None:
     diffusion_sheet.png.
     """
     from worldline.cli.run import check_folder
-    from worldline.loading import bundled_names
-    from worldline.pipelines.autoregressive import AutoregressiveRequest
+    from worldline.pipelines.requests import AutoregressiveRequest
+    from worldline.places import bundled_names
 
     AutoregressiveRequest(seed=seed)  # the range of seeds is the same for all
     check_folder(output, "--output")
@@ -65,7 +65,7 @@ def _continue_clip(seed: int, output: Path) -> None:
     import worldline
     from worldline.cli.run import describe_video, describe_world, follow
     from worldline.physics import FPS, make_clips
-    from worldline.pipelines.autoregressive import AutoregressiveRequest
+    from worldline.pipelines.requests import AutoregressiveRequest
     from worldline.video.write import contact_sheet, write_video
 
     world = worldline.load(AUTOREGRESSIVE)

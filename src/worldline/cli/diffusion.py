@@ -8,30 +8,33 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from worldline.choices import (
+    DIFFUSION_OFFLOAD_FLAGS,
+    GENERATIONS,
+    MAX_SEED,
+    NEGATIVE_PROMPT,
+    ROTARY_PRECISIONS,
+    SAMPLERS,
+)
 from worldline.cli import run
 from worldline.errors import CheckpointError, InputError
+from worldline.files import read_json
 
 if TYPE_CHECKING:
     from worldline.cli.inputs import Fields, Item
     from worldline.loading import DiffusionFiles
-    from worldline.pipelines.diffusion import DiffusionRequest
+    from worldline.pipelines.requests import DiffusionRequest
     from worldline.world import Step
 
 logger = logging.getLogger(__name__)
 
-# those of worldline.sampling.edm and worldline.loading, which import torch
-SAMPLERS = ("edm_euler", "res_2ab", "res_1euler", "res_2mid")
-OFFLOAD_FLAGS = (
-    "offload_text_encoder_model",
-    "offload_tokenizer",
-    "offload_diffusion_transformer",
-)
 _WITHOUT_EFFECT = {
     "offload_guardrail_models": "no guardrail runs",
     "offload_prompt_upsampler": "no prompt upsampler runs",
@@ -39,20 +42,34 @@ _WITHOUT_EFFECT = {
     "word_limit_to_skip_upsampler": "no prompt upsampler runs",
 }
 _PATHS = ("diffusion_transformer_dir", "tokenizer_dir", "text_encoder_dir", "prompt_embeddings")
+_NONE_RUNS = "Has no effect: none runs in this version."
 _GIF_FPS = 100  # its delays are whole 1/100 s
 # what a world's own configuration decides unless the command line does
 _OWN = ("num_steps", "guidance", "num_video_frames", "height", "width", "fps", "negative_prompt")
+_OFFLOADED = {
+    "offload_diffusion_transformer": "the transformer",
+    "offload_tokenizer": "the tokenizer",
+    "offload_text_encoder_model": "the text encoder",
+}
 
 
-def _negative_prompt() -> str:
-    from worldline.loading import NEGATIVE_PROMPT
+def _default(name: str, released: object) -> str:
+    """Return the end of a help text: the default of released worlds, and of bundled ones."""
+    own = [settings[name] for settings in _bundled_settings() if name in settings]
+    told = " or ".join(dict.fromkeys(str(value) or "empty" for value in own))
+    return f"  [default: {released}; bundled {told}]" if told else f"  [default: {released}]"
 
-    return NEGATIVE_PROMPT
+
+@cache
+def _bundled_settings() -> tuple[dict[str, Any], ...]:
+    from worldline.places import bundled_configs
+
+    return tuple(read_json(path) for path in bundled_configs().values())
 
 
-def _options(model: str, upsampler: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _options(model: str, upsampler: str) -> run.Option:
     """Return what adds the options that both commands have."""
-    options = (
+    options: tuple[run.Option, ...] = (
         click.option(
             "--checkpoint_dir",
             default="checkpoints",
@@ -63,25 +80,26 @@ def _options(model: str, upsampler: str) -> Callable[[Callable[..., None]], Call
             "--diffusion_transformer_dir",
             default=model,
             show_default=True,
-            help="Folder of the model below --checkpoint_dir, a path, or tiny-… for a bundled one.",
+            help="Folder of the model below --checkpoint_dir, a path, or tiny-… for a bundled one; "
+            "`worldline models` lists them.",
         ),
         click.option(
             "--tokenizer_dir",
             default="Cosmos-Tokenize1-CV8x8x8-720p",
-            show_default=True,
-            help="Folder below --checkpoint_dir, or a path; by default of the model's generation.",
+            help="Folder below --checkpoint_dir, or a path.  [default: "
+            "Cosmos-Tokenize1-CV8x8x8-720p; of a 1.0 model Cosmos-1.0-Tokenizer-CV8x8x8]",
         ),
         click.option(
             "--text_encoder_dir",
             help="T5: folder below --checkpoint_dir, or a path.  [default: google-t5/t5-11b]",
         ),
-        click.option("--prompt_upsampler_dir", default=upsampler, help="Accepted; none runs yet."),
+        click.option("--prompt_upsampler_dir", default=upsampler, help=_NONE_RUNS),
         click.option("--prompt", help="What the video shows, in a paragraph."),
         click.option(
             "--negative_prompt",
-            default=_negative_prompt,
-            show_default="that of the release",
-            help="What it must not show; empty for none.",
+            default=NEGATIVE_PROMPT,
+            help="What it must not show; empty for none."
+            + _default("negative_prompt", "that of the release"),
         ),
         click.option(
             "--prompt_embeddings",
@@ -92,65 +110,67 @@ def _options(model: str, upsampler: str) -> Callable[[Callable[..., None]], Call
             "--num_steps",
             type=int,
             default=35,
-            show_default=True,
-            help="Of denoising. This and the next five: a bundled world has its own defaults.",
+            help="Steps of denoising; fewer are faster." + _default("num_steps", 35),
         ),
         click.option(
             "--guidance",
             type=float,
             default=7.0,
-            show_default=True,
-            help="How far to go from the negative prompt towards the prompt; 0 does without.",
+            help="How far to go from the negative prompt towards the prompt; 0 does without."
+            + _default("guidance", 7.0),
         ),
         click.option(
             "--num_video_frames",
             type=int,
             default=121,
-            show_default=True,
-            help="1 + 8k, the given ones included.",
+            help="Of the video, given ones included: 1 + 8k, such as 25 or 33."
+            + _default("num_video_frames", 121),
         ),
-        click.option("--height", type=int, default=704, show_default=True, help="16k pixels."),
-        click.option("--width", type=int, default=1280, show_default=True, help="16k pixels."),
+        *(
+            click.option(
+                f"--{side}",
+                type=int,
+                default=pixels,
+                help="Of the video, in pixels: a multiple of 16." + _default(side, pixels),
+            )
+            for side, pixels in (("height", 704), ("width", 1280))
+        ),
         click.option(
             "--fps",
             type=int,
             default=24,
-            show_default=True,
-            help="Frames a second of the motion, and of the file, 1 to 240.",
+            help="Frames a second of the motion, and of the file, 1 to 240." + _default("fps", 24),
         ),
-        click.option("--seed", type=int, default=1, show_default=True, help="Of the noise."),
+        click.option(
+            "--seed",
+            type=int,
+            default=1,
+            show_default=True,
+            help=f"Of the noise, 0 to {MAX_SEED}; another seed gives another video.",
+        ),
         click.option(
             "--sampler",
             type=click.Choice(SAMPLERS),
-            help="By default that of the model's generation: edm_euler for Predict1, res_2ab for "
-            "Cosmos 1.0.",
+            help="[default: edm_euler; of a 1.0 model res_2ab]",
         ),
         click.option(
             "--generation",
-            type=click.Choice(["1.0", "Predict1"]),
+            type=click.Choice(GENERATIONS),
             help="Of the model, whatever the name of its folder.  [default: by that name, else "
             "Predict1]",
         ),
         click.option(
             "--rotary_precision",
-            type=click.Choice(["bfloat16", "float32"]),
-            help="Of the angles of position.  [default: bfloat16, as released]",
+            type=click.Choice(ROTARY_PRECISIONS),
+            help="Of the angles of position."
+            + _default("rotary_precision", "bfloat16, as released"),
         ),
         click.option(
             "--text_encoder_dtype",
             type=click.Choice(["bfloat16", "float32"]),
             help="Of the weights of T5.  [default: bfloat16 on a GPU, else float32]",
         ),
-        click.option(
-            "--video_save_name",
-            default="output",
-            show_default=True,
-            help="Of a single video, without .mp4; .mov .mkv .webm .gif choose another format.",
-        ),
-        click.option("--video_save_folder", default="outputs/", show_default=True),
-        click.option(
-            "--resume", is_flag=True, help="Keep videos that an earlier run made in the same way."
-        ),
+        *run.output_options(),
         click.option(
             "--preview_every",
             type=click.IntRange(min=0),
@@ -159,28 +179,27 @@ def _options(model: str, upsampler: str) -> Callable[[Callable[..., None]], Call
             help="Steps between early looks, in NAME.preview.mp4 until the video is there; 0 "
             "shows none.",
         ),
-        click.option("--disable_prompt_upsampler", is_flag=True, help="Use the prompt as it is."),
-        click.option("--disable_guardrail", is_flag=True, help="Check neither prompt nor video."),
+        click.option(
+            "--disable_prompt_upsampler",
+            is_flag=True,
+            help=f"Use the prompt as it is.  {run.NEEDED}",
+        ),
+        click.option(
+            "--disable_guardrail",
+            is_flag=True,
+            help=f"Check neither prompt nor video.  {run.NEEDED}",
+        ),
         *(
-            click.option(f"--{name}", is_flag=True, help="Keep it in host memory while unused.")
-            for name in OFFLOAD_FLAGS[::-1]
+            click.option(
+                f"--{name}", is_flag=True, help=f"Keep {part} in host memory while it is not used."
+            )
+            for name, part in _OFFLOADED.items()
         ),
-        click.option("--offload_prompt_upsampler", is_flag=True, help="Accepted; none runs yet."),
-        click.option("--offload_guardrail_models", is_flag=True, help="Accepted; none runs yet."),
-        click.option(
-            "--num_gpus", type=int, default=1, show_default=True, help="1 in this version."
-        ),
-        click.option(
-            "--device", help="cuda, cuda:1, cpu, mps…; by default the GPU, if there is one."
-        ),
+        click.option("--offload_prompt_upsampler", is_flag=True, help=_NONE_RUNS),
+        click.option("--offload_guardrail_models", is_flag=True, help=_NONE_RUNS),
+        *run.machine_options(),
     )
-
-    def add(command: Callable[..., None]) -> Callable[..., None]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    return run.with_options(options)
 
 
 @click.group()
@@ -192,11 +211,9 @@ def diffusion() -> None:
 
 
 @diffusion.command()
-@click.option("--batch_input_path", help="Many prompts: a JSONL with a prompt a line.")
+@click.option("--batch_input_path", help='Many prompts: a JSONL with a "prompt" a line.')
 @_options("Cosmos-Predict1-7B-Text2World", "Cosmos-UpsamplePrompt1-12B-Text2World")
-@click.option(
-    "--word_limit_to_skip_upsampler", type=int, default=250, help="Accepted; none runs yet."
-)
+@click.option("--word_limit_to_skip_upsampler", type=int, default=250, help=_NONE_RUNS)
 @click.option("--input_image_or_video_path", hidden=True)
 @click.pass_context
 def text2world(context: click.Context, /, **flags: Any) -> None:
@@ -204,7 +221,7 @@ def text2world(context: click.Context, /, **flags: Any) -> None:
 
     A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to
     0.mp4, 1.mp4, … by the 0-based line of the JSONL; beside each the prompt (.txt) and a report
-    (.json).
+    (.json). A model that worldline trained has its own defaults, in its config.json.
     """
     if flags["input_image_or_video_path"] is not None:
         raise InputError(
@@ -240,7 +257,8 @@ def text2world(context: click.Context, /, **flags: Any) -> None:
 @diffusion.command()
 @click.option("--input_image_or_video_path", help="One input: mp4, mov, mkv, webm, gif, png, jpg…")
 @click.option(
-    "--batch_input_path", help="Many inputs: a JSONL with a visual_input and a prompt a line."
+    "--batch_input_path",
+    help='Many inputs: a JSONL with a "visual_input" and a "prompt" a line.',
 )
 @click.option(
     "--num_input_frames",
@@ -264,7 +282,8 @@ def video2world(context: click.Context, /, **flags: Any) -> None:
 
     A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to
     0.mp4, 1.mp4, … by the 0-based line of the JSONL; beside each the prompt (.txt) and a report
-    (.json). The video has the size of --height and --width, whatever the input's.
+    (.json). The video has the size of --height and --width, whatever the input's. A model that
+    worldline trained has its own defaults, in its config.json.
     """
     from worldline.cli.inputs import Fields
 
@@ -307,6 +326,9 @@ def _make_videos(
     for name in _PATHS:
         if flags[name] == "":
             raise InputError(f"--{name} is empty")
+    embeddings = flags["prompt_embeddings"]
+    if embeddings is not None and not Path(embeddings).exists():
+        raise InputError(f"--prompt_embeddings {embeddings}: no such file")
     _refuse_missing_parts(flags)
     if batch:
         items = read_batch(flags["batch_input_path"], fields)
@@ -315,11 +337,11 @@ def _make_videos(
     options = [_options_of(item, flags, num_input_frames) for item in items]
     _check_words(options)
     _log_notes(items, flags, given, batch=batch)
-    read = [Path(flags[n]) for n in ("batch_input_path", "prompt_embeddings") if flags[n]]
+    read = [Path(name) for name in (flags["batch_input_path"], embeddings) if name]
     outputs = run.choose_outputs(items, flags, batch=batch, read=read)
     files = _find_files(flags, given)
     requests = _make_requests(options, files, given)
-    _check(files, requests, flags["prompt_embeddings"])
+    _check(files, requests, embeddings)
     _check_rates(requests, outputs)
     tasks = [
         run.Task(
@@ -356,10 +378,10 @@ def _options_of(item: Item, flags: dict[str, Any], num_input_frames: int) -> dic
 
 def _check_words(options: Sequence[dict[str, Any]]) -> None:
     """Refuse what no world can do, before one is looked for."""
-    from worldline.pipelines.diffusion import DiffusionRequest
+    from worldline.pipelines.requests import DiffusionRequest, check_steps_of_size
 
     for chosen in options:
-        DiffusionRequest(**chosen)
+        check_steps_of_size(DiffusionRequest(**chosen))
 
 
 def _make_requests(
@@ -393,6 +415,13 @@ def _log_notes(
 
 
 def _find_files(flags: dict[str, Any], given: set[str]) -> DiffusionFiles:
+    from worldline.places import find_place
+
+    # told before torch is imported
+    place = find_place(flags["diffusion_transformer_dir"], flags["checkpoint_dir"])
+    for name in ("tokenizer_dir", "text_encoder_dir"):
+        if name in given:
+            place.chosen(flags[name], name)
     from worldline.loading import find_diffusion
 
     return find_diffusion(
@@ -476,7 +505,7 @@ def _run(
 
     def load() -> Any:
         embeddings = read_embeddings(files, flags["prompt_embeddings"])
-        offload = {name: flags[name] for name in OFFLOAD_FLAGS}
+        offload = {name: flags[name] for name in DIFFUSION_OFFLOAD_FLAGS}
         sizes = [(r.num_video_frames, r.height, r.width) for r in (t.request for t in tasks)]
         return load_files(
             files,
@@ -492,4 +521,4 @@ def _run(
             task.item.path, prompt_embeddings=flags["prompt_embeddings"], **vars(task.request)
         )
 
-    run.run_tasks(tasks, load, stream, flags, OFFLOAD_FLAGS, batch=batch)
+    run.run_tasks(tasks, load, stream, flags, DIFFUSION_OFFLOAD_FLAGS, batch=batch)

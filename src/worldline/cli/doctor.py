@@ -114,8 +114,9 @@ def _codecs() -> Iterator[tuple[str, str]]:
 
 def _fits() -> Iterator[tuple[str, str]]:
     from worldline.catalog import ENTRIES
-    from worldline.loading import bundled_names, choose_device, fit_entry
+    from worldline.loading import choose_device, fit_entry
     from worldline.machine import device_memory
+    from worldline.places import bundled_names
 
     for name in bundled_names():
         yield "fits", f"{name} (bundled)"

@@ -13,7 +13,8 @@ import click
 from worldline.errors import Error, InputError
 
 if TYPE_CHECKING:
-    from worldline.evaluate.folder import Plan, Score
+    from worldline.evaluate.folder import Score
+    from worldline.evaluate.tasks import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +45,33 @@ def evaluate(
 ) -> None:
     """Judge the videos of FOLDER and of the folders in it.
 
-    A video fails if a large object appears from nowhere, or if the picture collapses to one
-    colour. Still videos and small artifacts are no failures. Also told are motion and flicker, in
-    grey levels, and PSNR and SSIM against a reference. A video that cannot be read does not count;
-    the exit status is then 1. It is 0 whether or not videos fail.
+    A video (.mp4, .mov, .mkv, .webm, .gif) fails if a large object appears from nowhere, or if the
+    picture collapses to one colour. Still videos and small artifacts are no failures. Also told
+    are motion and flicker, in grey levels, and PSNR and SSIM against a reference. Other files are
+    passed over, and named where they do not belong to a video.
+
+    The exit status is 0 whether or not videos fail, 1 if some cannot be read, which do not count,
+    and 2 if none can be judged.
     """
-    from worldline.evaluate.folder import Sheet, find_tasks, score_video
+    from worldline.evaluate.tasks import find_tasks, shortened
 
     if output is None:
         output = folder / _NAMED
     plan = find_tasks(folder, reference, num_input_frames)
     _check_output(output, plan, chosen=output != folder / _NAMED)
+    passed_over = [
+        name
+        for name in plan.passed_over
+        if folder / name not in (output, output.with_suffix(".png"))
+    ]
+    if passed_over:
+        logger.info("no videos, passed over: %s", shortened(passed_over))
     for note in plan.notes:
         logger.info("%s", note)
     for reason in plan.unreadable.values():
         logger.error("%s", reason)
+    from worldline.evaluate.folder import Sheet, score_video
+
     sheet = Sheet()
     scores: list[Score] = []
     unreadable = dict(plan.unreadable)
@@ -76,7 +89,7 @@ def evaluate(
         _show_row(strip.score, widths)
     if not scores:
         raise InputError(f"{folder}: none of {len(unreadable)} videos can be read to the end")
-    _save(output, folder, reference, scores, unreadable)
+    _save(output, folder, reference, scores, unreadable, passed_over)
     picture = output.with_suffix(".png")
     sheet.save(picture)
     _show_summary(scores)
@@ -119,6 +132,7 @@ def _save(
     reference: Path | None,
     scores: list[Score],
     unreadable: dict[str, str],
+    passed_over: list[str],
 ) -> None:
     from importlib.metadata import version
 
@@ -129,6 +143,7 @@ def _save(
         "worldline": version("worldline"),
         "folder": str(folder),
         "reference": str(reference) if reference else None,
+        "passed_over": passed_over,
         **as_json(scores, unreadable),
     }
     write_bytes(output, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from worldline.catalog import APACHE_LICENCE
+from worldline.cli.run import DEVICE
 from worldline.files import GIGABYTE
 
 if TYPE_CHECKING:
@@ -15,20 +17,21 @@ if TYPE_CHECKING:
     from worldline.loading import Fit, WorldFiles
     from worldline.weights.read import Checkpoint
 
-_COLUMNS = ("folder", "state", "size", "memory", "runs here", "licence", "files")
+_COLUMNS = ("folder", "state", "size", "memory", "runs here", "command", "licence", "files")
 
 
 @click.command()
 @click.option(
     "--checkpoint_dir", default="checkpoints", show_default=True, help="Holds the model folders."
 )
-@click.option("--device", help="cuda, cpu…; by default the GPU, if there is one.")
+@click.option("--device", help=DEVICE)
 @click.option("--json", "as_json", is_flag=True, help="Everything that is known, as JSON.")
 def models(checkpoint_dir: str, device: str | None, as_json: bool) -> None:
     """List every known checkpoint.
 
-    That is folder, files, licence, memory need, and whether it is present. Size is that of the
-    tensors; memory is the plan for one clip on this machine's device.
+    Of each its folder, whether it is present, licence and files. Size is that of the tensors;
+    memory is the plan for one clip on this machine's device; command is that of `worldline` which
+    uses it. Folders tiny-… ship with the package.
     """
     rows = [*_bundled_rows(device), *_released_rows(checkpoint_dir, device)]
     if as_json:
@@ -54,6 +57,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         _gigabytes(row["nbytes"]),
         _gigabytes(row["memory"]),
         row["runs_here"],
+        row["command"] or "-",
         row["licence"],
         ", ".join(file["name"] for file in row["files"]),
     )
@@ -66,8 +70,10 @@ def _gigabytes(nbytes: int | None) -> str:
 
 
 def _bundled_rows(device: str | None) -> list[dict[str, Any]]:
-    from worldline.loading import bundled_names, choose_device, find_world, fit_files
+    from worldline.loading import choose_device, find_world, fit_files
     from worldline.machine import device_memory
+    from worldline.places import bundled_names, bundled_tokenizers, find_tokenizer
+    from worldline.tokenizers.cosmos.load import open_tokenizer
 
     chosen = choose_device(device)
     rows = []
@@ -75,24 +81,35 @@ def _bundled_rows(device: str | None) -> list[dict[str, Any]]:
         files = find_world(name, "")
         sources, family, command = _parts(files)
         found = fit_files(files, chosen, device_memory(chosen))
-        rows.append(
-            {
-                "name": name,
-                "family": family,
-                "folder": name,
-                "folders": [name],
-                "state": "bundled",
-                "files": [{"name": path.name} for source in sources for path in source.files],
-                "nbytes": sum(
-                    info.nbytes for source in sources for info in source.tensors.values()
-                ),
-                "memory": found.need,
-                "licence": "Apache-2.0",
-                "command": command,
-                "runs_here": _verdict(found),
-            }
-        )
+        rows.append(_bundled_row(name, sources, family, command, found.need, _verdict(found)))
+    for name in bundled_tokenizers():
+        source, config = open_tokenizer(find_tokenizer(name, ""))
+        family = f"{'continuous' if config.levels is None else 'discrete'} video tokenizer"
+        rows.append(_bundled_row(name, [source], family, "tokenize", None, "yes"))
     return rows
+
+
+def _bundled_row(
+    name: str,
+    sources: list[Checkpoint],
+    family: str,
+    command: str,
+    memory: int | None,
+    runs_here: str,
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "family": family,
+        "folder": name,
+        "folders": [name],
+        "state": "bundled",
+        "files": [{"name": path.name} for source in sources for path in source.files],
+        "nbytes": sum(info.nbytes for source in sources for info in source.tensors.values()),
+        "memory": memory,
+        "licence": APACHE_LICENCE,
+        "command": command,
+        "runs_here": runs_here,
+    }
 
 
 def _parts(files: WorldFiles) -> tuple[list[Checkpoint], str, str]:

@@ -50,6 +50,11 @@ _BARS = {
     ),
 }
 NUMBERED = {"video_save_name": "videos of a batch are numbered"}
+NEEDED = "Released models need this flag: this version has no such part."
+
+DEVICE = "cuda, cuda:1, cpu, mps…; by default the GPU, if there is one."
+
+Option = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,52 @@ class Task:
     files: dict[str, Path | None] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
     preview_fps: float | None = None
+
+
+def output_options() -> tuple[Option, ...]:
+    """Return the options that say where videos go."""
+    return (
+        click.option(
+            "--video_save_name",
+            default="output",
+            show_default=True,
+            help="Of a single video, without .mp4; .mov .mkv .webm .gif choose another format.",
+        ),
+        click.option(
+            "--video_save_folder",
+            default="outputs/",
+            show_default=True,
+            help="Where the videos go; made if it is not there.",
+        ),
+        click.option(
+            "--resume", is_flag=True, help="Keep videos that an earlier run made in the same way."
+        ),
+    )
+
+
+def machine_options() -> tuple[Option, ...]:
+    """Return the options that say what the world runs on."""
+    return (
+        click.option(
+            "--num_gpus",
+            type=int,
+            default=1,
+            show_default=True,
+            help="How many to run on; 1 alone in this version.",
+        ),
+        click.option("--device", help=DEVICE),
+    )
+
+
+def with_options(options: Sequence[Option]) -> Option:
+    """Return what adds options to a command, shown in their order."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def given_flags(context: click.Context) -> set[str]:

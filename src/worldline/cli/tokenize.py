@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worldline.cli.batch import run_each
-from worldline.cli.run import check_folder, memory_advice
-from worldline.errors import CheckpointError, Error, InputError
+from worldline.cli.run import DEVICE, check_folder, memory_advice
+from worldline.errors import Error, InputError
 from worldline.shapes import VideoShape
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ _SUFFIX = ".safetensors"
 _FPS = 24.0  # of a clip that does not say
 _SIZE = ("frames", "height", "width")
 _TYPES = ("CV8x8x8-720p", "DV8x16x16-720p", "CV4x8x8-360p", "DV4x8x8-360p")
+_OF_DTYPE = "Of the computation; by default bfloat16 on a GPU, else float32."
 
 Command = Callable[..., None]
 
@@ -123,15 +124,14 @@ def _options(tokenizer: str | None, text: str) -> Callable[[Command], Command]:
             show_default=True,
             help="Holds the folders of models.",
         ),
-        click.option("--output_dir", default="outputs", show_default=True),
         click.option(
-            "--device", help="cuda, cuda:1, cpu, mps…; by default the GPU, if there is one."
+            "--output_dir",
+            default="outputs",
+            show_default=True,
+            help="Where the files go; made if it is not there.",
         ),
-        click.option(
-            "--dtype",
-            type=click.Choice(["bfloat16", "float32"]),
-            help="Of the computation; by default bfloat16 on a GPU, else float32.",
-        ),
+        click.option("--device", help=DEVICE),
+        click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help=_OF_DTYPE),
         click.option(
             "--resume", is_flag=True, help="Keep what an earlier run made in the same way."
         ),
@@ -149,7 +149,8 @@ def _options(tokenizer: str | None, text: str) -> Callable[[Command], Command]:
 @click.argument("inputs", nargs=-1, required=True)
 @_options(
     "Cosmos-Tokenize1-CV8x8x8-720p",
-    "Folder of the tokenizer below --checkpoint_dir, a path, or tiny-… for a bundled one.",
+    "Folder of the tokenizer below --checkpoint_dir, a path, or tiny-… for a bundled one; "
+    "`worldline models` lists them.",
 )
 def encode(inputs: Sequence[str], **flags: Any) -> None:
     """Encode INPUTS, clips and images or folders of them, to .safetensors files.
@@ -173,7 +174,11 @@ def encode(inputs: Sequence[str], **flags: Any) -> None:
 
 @tokenize.command()
 @click.argument("inputs", nargs=-1, required=True)
-@_options(None, "As of encode; by default the one that the INPUTS name.")
+@_options(
+    None,
+    "Folder below --checkpoint_dir, a path, or tiny-… for a bundled one.  [default: the one that "
+    "the INPUTS name]",
+)
 def decode(inputs: Sequence[str], **flags: Any) -> None:
     """Decode INPUTS, files that `encode` wrote or folders of them, to videos and images.
 
@@ -190,16 +195,24 @@ def decode(inputs: Sequence[str], **flags: Any) -> None:
 
 @tokenize.command()
 @click.option("--video_pattern", help="The clips and images, such as 'clips/*.mp4'.")
-@click.option("--checkpoint", help="The tokenizer: its folder, or a file that holds all of it.")
+@click.option(
+    "--checkpoint",
+    help="The tokenizer: its folder, a file that holds all of it, or tiny-… for a bundled one.",
+)
 @click.option("--checkpoint_enc", help="File of its encoder; needs --checkpoint_dec.")
 @click.option("--checkpoint_dec", help="File of its decoder.")
 @click.option(
-    "--tokenizer_type", type=click.Choice(_TYPES), help="A released one, below --checkpoint_dir."
+    "--tokenizer_type",
+    type=click.Choice(_TYPES),
+    metavar=f"[{'|'.join(_TYPES)}]",  # click would show them with _
+    help="A released one, below --checkpoint_dir.",
 )
 @click.option(
     "--checkpoint_dir", default="checkpoints", show_default=True, help="Holds released folders."
 )
-@click.option("--mode", type=click.Choice(["jit", "torch"]), help="Accepted; both are the same.")
+@click.option(
+    "--mode", type=click.Choice(["jit", "torch"]), help="Has no effect: both are read alike."
+)
 @click.option(
     "--short_size", type=click.IntRange(2, 8192), help="Scale so that the short side is this long."
 )
@@ -208,15 +221,15 @@ def decode(inputs: Sequence[str], **flags: Any) -> None:
     type=click.IntRange(1, 100_000),
     help="Code so many frames apart from all others, with seams; by default the whole clip as one.",
 )
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="As of encode.")
-@click.option("--device", help="As of encode.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help=_OF_DTYPE)
+@click.option("--device", help=DEVICE)
 @click.option(
     "--output_dir", help="By default the folder `reconstructions` beside each of the inputs."
 )
 @click.option("--output_fps", type=click.FloatRange(0.01, 1e4), help="By default the clip's own.")
 @click.option("--save_input", is_flag=True, help="Write what was encoded, too: NAME_input.mp4.")
 def reconstruct(**flags: Any) -> None:
-    """Encode and decode clips, to see what a tokenizer keeps of them.
+    """Encode and decode clips, to see what a tokenizer keeps of them, in dB.
 
     Flags are those of cosmos-predict1 `tokenizer/inference/video_cli.py`.
     """
@@ -331,6 +344,9 @@ def _collect(
                 problems.append(f"{name} holds nothing to {click.get_current_context().info_name}")
         count += max(1, len(paths))
         for path in paths:
+            if not path.exists():
+                problems.append(f"{path}: no such file")
+                continue
             try:
                 tasks.append(examine(path))
             except InputError as error:
@@ -403,35 +419,12 @@ def _examine_coded(path: Path, flags: dict[str, Any]) -> Task:
     return task
 
 
-def find_tokenizer(name: str, checkpoint_dir: str | Path) -> Path:
-    """Return the folder, or the file, of a tokenizer.
-
-    Args:
-        name: of a folder below `checkpoint_dir`, a path, or tiny-… for a bundled one.
-        checkpoint_dir: holds the folders of models.
-
-    Raises:
-        CheckpointError: there is none of this name.
-    """
-    from worldline.catalog import BUNDLED_PREFIX, is_bundled
-    from worldline.loading import BUNDLED
-    from worldline.loading.folders import find_model
-
-    if not is_bundled(name):
-        return find_model(Path(name), Path(checkpoint_dir))
-    folder = BUNDLED / name.removeprefix(BUNDLED_PREFIX)
-    if not folder.is_dir():
-        have = [BUNDLED_PREFIX + path.name for path in sorted(BUNDLED.glob("*Tokenize*"))]
-        raise CheckpointError(
-            f"there is no bundled tokenizer {name}; there are: {', '.join(have) or 'none'}"
-        )
-    return folder
-
-
 def _find(name: str, flags: dict[str, Any]) -> Coder:
+    from worldline.places import find_tokenizer
+
+    folder = find_tokenizer(name, flags["checkpoint_dir"])  # told before torch is imported
     from worldline.tokenizers.cosmos.load import open_tokenizer
 
-    folder = find_tokenizer(name, flags["checkpoint_dir"])
     return Coder(name, folder, *open_tokenizer(folder), *_place(flags))
 
 

@@ -12,7 +12,9 @@ Both look at a copy of about 48 x 72 pixels, so that the size of a video does no
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -64,6 +66,21 @@ class Failure:
     detail: str
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch work on one thread, for its small pictures are done before others have woken.
+
+    Where the cores are busy, threads that wait for each other took 5 times as long and more.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def find_failures(frames: NDArray[np.uint8] | Tensor, num_input_frames: int = 9) -> list[Failure]:
     """List what is wrong with a clip: at most one collapse and one appearance; none if sound.
 
@@ -185,6 +202,7 @@ def _new_regions(copy: Tensor, frame: int) -> Iterator[tuple[float, float, float
     ratio = _novelty(copy, frame, GAP)
     new = _open(ratio > 1)
     weights = ((ratio - 1) / (CLEARLY_NEW - 1)).clip(0, 1)
+    recent: NDArray[np.bool_] | None = None
     rows, columns = new.shape
     for cells in _components(new):
         row, column = cells[:, 0], cells[:, 1]
@@ -193,8 +211,9 @@ def _new_regions(copy: Tensor, frame: int) -> Iterator[tuple[float, float, float
         )
         weight = weights[row, column]
         if depth.min() < 1 and len(cells) <= WHOLE_AREA * new.size:
-            recent = _novelty(copy, frame, BORDER_GAP)[row, column] > 1
-            weight = weight * recent * (depth >= BORDER)
+            if recent is None:
+                recent = _novelty(copy, frame, BORDER_GAP) > 1
+            weight = weight * recent[row, column] * (depth >= BORDER)
         area = float(weight.sum()) / new.size
         yield area, float(row.mean()) / rows, float(column.mean()) / columns
 
@@ -204,52 +223,62 @@ def _novelty(copy: Tensor, frame: int, gap: int) -> NDArray[np.float32]:
 
     Earlier frames are first brought to the frame's light.
     """
-    height, width = copy.shape[2:]
-    rows, columns = (height - PATCH) // STRIDE + 1, (width - PATCH) // STRIDE + 1
-    patches = _patches(copy[frame])  # (N, 3 * PATCH^2)
-    grid = torch.stack(
-        torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1
-    ).flatten(0, 1)
-    position = grid.float() * STRIDE / width
-    beyond = (torch.cdist(position, position) - FREE_DISTANCE).clamp_min(0)
-    price = (DISTANCE_PRICE * beyond).square()
-    nearest = torch.full((len(patches),), torch.inf)
-    earlier = {max(0, frame - back) for back in (gap, *FURTHER_GAPS)}
-    for past in sorted(earlier):
-        known = _patches(_in_the_light_of(copy[past], copy[frame]))
-        # |a - b|^2 = |a|^2 + |b|^2 - 2ab, so that one matrix product compares all with all.
-        products = patches @ known.T
-        squares = patches.square().sum(1, keepdim=True) + known.square().sum(1)
-        distances = (squares - 2 * products) / patches.shape[1] + price
-        nearest = torch.minimum(nearest, distances.amin(1))
+    patches = _patches(copy[frame : frame + 1])[0]  # (N, 3 * PATCH^2)
+    earlier = sorted({max(0, frame - back) for back in (gap, *FURTHER_GAPS)})
+    known = _patches(_in_the_light_of(copy[earlier], copy[frame]))
+    # |a - b|^2 = |a|^2 + |b|^2 - 2ab, so that one matrix product compares all with all: of
+    # (-2a, 1) and (b, |b|^2), to which |a|^2 is added after the least is found.
+    ours = torch.cat([-2 * patches, torch.ones(len(patches), 1)], 1)
+    theirs = torch.cat([known, known.square().sum(2, keepdim=True)], 2)
+    price = _price(*copy.shape[2:])
+    distances = [torch.addmm(price, ours, other.T).amin(1) for other in theirs]
+    squares = torch.stack(distances).amin(0) + patches.square().sum(1)
+    nearest = squares / patches.shape[1]
     channels = patches.view(len(patches), 3, -1)
     texture = channels.var(2, correction=0).mean(1).sqrt()
     novelty = nearest.clamp_min(0).sqrt()  # rounding can leave -1e-3 where patches are equal
-    return (novelty / (NEW_LEVELS + NEW_TEXTURE * texture)).view(rows, columns).numpy()
+    return (novelty / (NEW_LEVELS + NEW_TEXTURE * texture)).view(*_grid(*copy.shape[2:])).numpy()
 
 
-def _patches(picture: Tensor) -> Tensor:
-    return functional.unfold(picture[None], PATCH, stride=STRIDE)[0].T
+def _grid(height: int, width: int) -> tuple[int, int]:
+    """Return rows and columns of patches."""
+    return (height - PATCH) // STRIDE + 1, (width - PATCH) // STRIDE + 1
 
 
-def _in_the_light_of(picture: Tensor, target: Tensor) -> Tensor:
-    """Scale and shift each channel of (3, h, w) to fit `target` where most of the picture agrees.
+@lru_cache(maxsize=8)
+def _price(height: int, width: int) -> Tensor:
+    """What a patch pays to be another's, by the way between them: (N, N), squares as summed."""
+    rows, columns = _grid(height, width)
+    places = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    position = torch.stack(places, -1).flatten(0, 1).float() * STRIDE / width
+    beyond = (torch.cdist(position, position) - FREE_DISTANCE).clamp_min(0)
+    return (DISTANCE_PRICE * beyond).square() * (3 * PATCH**2)
+
+
+def _patches(pictures: Tensor) -> Tensor:
+    """Cut (B, 3, h, w) into patches (B, N, 3 * PATCH^2)."""
+    return functional.unfold(pictures, PATCH, stride=STRIDE).transpose(1, 2)
+
+
+def _in_the_light_of(pictures: Tensor, target: Tensor) -> Tensor:
+    """Scale and shift channels of (B, 3, h, w) to fit (3, h, w) where most of a picture agrees.
 
     Least squares with Cauchy weights: a new object is an outlier and hardly moves the fit.
     """
-    x, y = picture.flatten(1), target.flatten(1)
+    x, y = pictures.flatten(2), target.flatten(1)
     weights = torch.ones_like(x)
     for _ in range(6):
-        total = weights.sum(1, keepdim=True)
-        mean_x = (weights * x).sum(1, keepdim=True) / total
-        mean_y = (weights * y).sum(1, keepdim=True) / total
+        total = weights.sum(2, keepdim=True)
+        mean_x = (weights * x).sum(2, keepdim=True) / total
+        mean_y = (weights * y).sum(2, keepdim=True) / total
         # 50 square grey levels hold the gain near 1 where the picture is flat and cannot tell it.
-        variance = (weights * (x - mean_x).square()).sum(1, keepdim=True) / total + 50
-        covariance = (weights * (x - mean_x) * (y - mean_y)).sum(1, keepdim=True) / total + 50
+        from_x = x - mean_x
+        variance = (weights * from_x.square()).sum(2, keepdim=True) / total + 50
+        covariance = (weights * from_x * (y - mean_y)).sum(2, keepdim=True) / total + 50
         gain = (covariance / variance).clamp(0.25, 4)
         offset = mean_y - gain * mean_x
         weights = 1 / (1 + ((y - gain * x - offset) / 8).square())
-    return (gain * x + offset).view_as(picture)
+    return (gain * x + offset).view_as(pictures)
 
 
 def _open(cells: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""A folder of videos, judged and measured: what `worldline evaluate` tells.
+"""Videos of a folder, judged and measured: what `worldline evaluate` tells.
 
 A video is read once, frame by frame. Of each frame only a small copy is kept, about 80 kB, so that
 neither size nor length fills the memory.
@@ -7,7 +7,6 @@ neither size nor length fills the memory.
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,9 +30,10 @@ from worldline.evaluate.failures import (
     _reduce,
     _same_color,
     _smooth,
+    one_thread,
 )
-from worldline.evaluate.metrics import SSIM_WINDOW, ChangeMeter, FidelityMeter
-from worldline.video.read import VIDEO_SUFFIXES, MediaInfo, probe
+from worldline.evaluate.metrics import ChangeMeter, FidelityMeter
+from worldline.evaluate.tasks import Task, too_short
 from worldline.video.stream import stream_media
 from worldline.video.write import write_bytes
 
@@ -46,40 +46,6 @@ _BLANK_SHARE, _BLANK_LEVELS = 0.98, 5.0
 _ROWS = 60
 _COLUMNS = 9
 _CELL = (160, 120)  # most pixels a picture is wide and high
-
-
-@dataclass(frozen=True)
-class Task:
-    """One video to judge.
-
-    Attributes:
-        name: path below the folder.
-        path: the file.
-        num_input_frames: how many frames at its start are given; 0 for none.
-        reference: the video it is compared with; None for none.
-        reference_name: path of that below its own folder.
-    """
-
-    name: str
-    path: Path
-    num_input_frames: int
-    reference: Path | None = None
-    reference_name: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What there is to do in a folder.
-
-    Attributes:
-        tasks: a video each, by name; at least one.
-        unreadable: name of each video that cannot be read, and why.
-        notes: what a person should know of the comparison.
-    """
-
-    tasks: tuple[Task, ...]
-    unreadable: dict[str, str]
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,59 +123,7 @@ class Strip:
     pictures: dict[int, Frame]
 
 
-def find_tasks(
-    folder: Path, reference: Path | None = None, num_input_frames: int | None = None
-) -> Plan:
-    """Look for the videos of a folder and of those below it; all of them are opened.
-
-    Args:
-        folder: where they are.
-        reference: holds a video of the same name below it, of any suffix, for each to compare.
-        num_input_frames: frames that are given at the start of each; by default what the JSON
-            report beside a video says, and 0 without one.
-
-    Raises:
-        InputError: there are no videos, none can be read, or some cannot be judged or compared;
-            all of them are named.
-    """
-    if num_input_frames is not None and num_input_frames < 0:
-        raise InputError(f"num_input_frames is {num_input_frames}; it must be 0 or more")
-    videos = _videos(folder, apart=reference)
-    references = {} if reference is None else _references(videos, folder, reference)
-    tasks: list[Task] = []
-    unreadable: dict[str, str] = {}
-    problems: list[str] = []
-    notes: list[str] = []
-    for name, path in videos.items():
-        try:
-            info = probe(path, kind="video")
-        except InputError as error:
-            unreadable[name] = str(error)
-            continue
-        given = num_input_frames
-        if given is None:
-            given = _told_input_frames(path) or 0
-        try:
-            _check_judgeable(path, info, given)
-            other = references.get(name)
-            if other is None or reference is None:
-                tasks.append(Task(name, path, given))
-                if reference is not None:
-                    notes.append(f"{name} has no reference: not compared")
-                continue
-            notes.extend(_check_comparable(path, info, given, other))
-        except InputError as error:
-            problems.append(str(error))
-        else:
-            tasks.append(Task(name, path, given, other, _name(other, reference)))
-    if problems:
-        problems += unreadable.values()
-        raise InputError(_listed(f"{folder}: {len(problems)} of {len(videos)} videos", problems))
-    if not tasks:
-        raise InputError(_listed(f"{folder}: all {len(videos)} videos", list(unreadable.values())))
-    return Plan(tuple(tasks), unreadable, tuple(notes))
-
-
+@one_thread()
 def score_video(task: Task) -> Strip:
     """Judge a video and measure it; compare it, where it has a reference.
 
@@ -234,11 +148,11 @@ def score_video(task: Task) -> Strip:
         if index >= task.num_input_frames and other is not None:
             fidelity.add(frame, other)
     if len(copies) <= first:
-        raise InputError(_too_short(task.path, len(copies), task.num_input_frames))
+        raise InputError(too_short(task.path, len(copies), task.num_input_frames))
     comparison = None
     if task.reference is not None:
         if not fidelity.frames:
-            raise InputError(_too_short(task.reference, 0, task.num_input_frames))
+            raise InputError(too_short(task.reference, 0, task.num_input_frames))
         comparison = Comparison(
             reference=task.reference_name,
             frames=fidelity.frames,
@@ -372,128 +286,6 @@ class Sheet:
                 corner = (left + width - 1, top + 2 * line + height - 1)
                 draw.rectangle((left, top + 2 * line, *corner), outline="red", width=3)
             left += width + gap
-
-
-def _videos(folder: Path, apart: Path | None = None) -> dict[str, Path]:
-    """List the videos below a folder by name, without hidden ones and those below `apart`."""
-    try:
-        if not folder.is_dir():
-            missing = "is not a folder" if folder.exists() else "no such folder"
-            raise InputError(f"{folder}{' ' if folder.exists() else ': '}{missing}")
-        if apart is not None and apart.resolve() == folder.resolve():
-            raise InputError(f"{folder} is both the folder and its own reference")
-        found = {
-            _name(path, folder): path
-            for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in VIDEO_SUFFIXES
-            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-            and not path.is_dir()
-            and not (apart is not None and apart.resolve() in path.resolve().parents)
-        }
-    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        if isinstance(error, InputError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{folder} cannot be read: {reason}") from None
-    if not found:
-        raise InputError(f"{folder} holds no videos ({' '.join(VIDEO_SUFFIXES)})")
-    return found
-
-
-def _name(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix()
-
-
-def _references(videos: dict[str, Path], folder: Path, reference: Path) -> dict[str, Path]:
-    """Find the reference of each video by its name, in doubt the one of the same suffix.
-
-    Raises:
-        InputError: none fits, or a video has several of other suffixes.
-    """
-    have = _videos(reference)
-    by_stem: dict[str, list[str]] = {}
-    for name in have:
-        by_stem.setdefault(_stem(name), []).append(name)
-    matched: dict[str, Path] = {}
-    problems: list[str] = []
-    for name in videos:
-        fitting = by_stem.get(_stem(name), [])
-        if name in have:
-            matched[name] = have[name]
-        elif len(fitting) > 1:
-            problems.append(f"{name} has several references: {', '.join(fitting)}")
-        elif fitting:
-            matched[name] = have[fitting[0]]
-    if problems:
-        raise InputError(_listed(f"{folder}: {len(problems)} of {len(videos)} videos", problems))
-    if not matched:
-        raise InputError(
-            f"{reference} has no video of the name of one in {folder}: it has "
-            f"{', '.join(list(have)[:3])}, to be compared are {', '.join(list(videos)[:3])}"
-        )
-    return matched
-
-
-def _stem(name: str) -> str:
-    return name[: name.rindex(".")]
-
-
-def _told_input_frames(path: Path) -> int | None:
-    """Return what the report beside a video says; None where there is no such report."""
-    try:
-        told = json.loads(path.with_suffix(".json").read_text())["request"]["num_input_frames"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return told if type(told) is int and told >= 0 else None
-
-
-def _check_judgeable(path: Path, info: MediaInfo, given: int) -> None:
-    if info.frames <= max(1, given):
-        raise InputError(_too_short(path, info.frames, given))
-
-
-def _too_short(path: Path, frames: int, given: int) -> str:
-    have = f"{frames} frame{'' if frames == 1 else 's'}"
-    if not given:
-        return f"{path} has {have}; at least 2 are needed to judge a video"
-    return f"{path} has {have}, but {given} are given: none is left to judge"
-
-
-def _check_comparable(path: Path, info: MediaInfo, given: int, other: Path) -> Iterator[str]:
-    """Yield what a person should know of the comparison.
-
-    Raises:
-        InputError: the reference cannot be read or is of another size, or no frame is left.
-    """
-    found = probe(other, kind="video")
-    if (info.height, info.width) != (found.height, found.width):
-        raise InputError(
-            f"{path} is {info.width} x {info.height}, but its reference {other} "
-            f"{found.width} x {found.height}"
-        )
-    if min(info.height, info.width) < SSIM_WINDOW:
-        raise InputError(
-            f"{path} is {info.width} x {info.height}; to compare, {SSIM_WINDOW} x {SSIM_WINDOW} "
-            "are needed"
-        )
-    if found.frames <= given:
-        raise InputError(_too_short(other, found.frames, given))
-    if info.frames != found.frames:
-        yield (
-            f"{path} has {info.frames} frames, its reference {found.frames}: the first "
-            f"{min(info.frames, found.frames)} are compared"
-        )
-    if info.fps and found.fps and not math.isclose(info.fps, found.fps, rel_tol=0.01):
-        yield (
-            f"{path} has {info.fps:g} frames a second, its reference {found.fps:g}: compared "
-            "frame by frame all the same"
-        )
-
-
-def _listed(subject: str, problems: Sequence[str]) -> str:
-    if len(problems) == 1:
-        return problems[0]
-    return f"{subject} cannot be used" + "".join(f"\n  {problem}" for problem in problems)
 
 
 def _frames(path: Path) -> Iterator[Frame]:

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from worldline.catalog import BUNDLED_PREFIX, Entry, is_bundled
-from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
+from worldline.catalog import Entry
+from worldline.choices import AR_OFFLOAD_FLAGS, DIFFUSION_OFFLOAD_FLAGS, OFFLOAD_FLAGS
+from worldline.errors import InputError, InsufficientMemoryError
 from worldline.loading.autoregressive import (
-    AR_OFFLOAD_FLAGS,
-    OFFLOAD_FLAGS,
     AutoregressiveFiles,
     AutoregressiveParts,
     MemoryPlan,
@@ -34,11 +33,7 @@ from worldline.loading.decoder import (
     window_grid,
 )
 from worldline.loading.diffusion import (
-    DIFFUSION_OFFLOAD_FLAGS,
-    GENERATIONS,
-    NEGATIVE_PROMPT,
     RELEASED_CONTEXT,
-    ROTARY_PRECISIONS,
     DiffusionFiles,
     DiffusionParts,
     DiffusionPlan,
@@ -50,8 +45,6 @@ from worldline.loading.diffusion import (
     text_dtype,
 )
 from worldline.loading.folders import (
-    Place,
-    find_model,
     holds_diffusers,
     is_diffusion,
     open_transformer,
@@ -67,6 +60,7 @@ from worldline.models.predict1_dit.model import BLOCKS, DiT, DiTConfig
 from worldline.models.predict1_dit.model import PRESETS as DIFFUSION_PRESETS
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import Part, StreamedPart
+from worldline.places import Place, find_place
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.text.cache import EmbeddingCache
@@ -78,13 +72,8 @@ from worldline.weights.read import Checkpoint
 from worldline.weights.stream import load_into
 
 __all__ = [
-    "AR_OFFLOAD_FLAGS",
-    "BUNDLED",
     "DIFFUSION_OFFLOAD_FLAGS",
-    "GENERATIONS",
-    "NEGATIVE_PROMPT",
     "OFFLOAD_FLAGS",
-    "ROTARY_PRECISIONS",
     "WINDOW",
     "AutoregressiveFiles",
     "AutoregressiveParts",
@@ -98,7 +87,6 @@ __all__ = [
     "TextPart",
     "WorldDefaults",
     "WorldFiles",
-    "bundled_names",
     "choose_device",
     "clips_at_once",
     "compute_dtype",
@@ -122,7 +110,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = Path(__file__).parents[1] / "bundled"
 WorldFiles = AutoregressiveFiles | DiffusionFiles
 
 # T5-11B: 24 layers of four 1024 x 16,384 and two 1024 x 65,536 matrices, and 32,128 words
@@ -153,7 +140,7 @@ def find_world(
         CheckpointError: a file is absent, incomplete, damaged or of another model.
         InputError: an autoregressive world is given what only diffusion worlds have.
     """
-    place = _locate(model, checkpoint_dir)
+    place = find_place(model, checkpoint_dir)
     if holds_diffusers(place.named) or is_diffusion(open_transformer(place.named)):
         return open_diffusion(
             place,
@@ -212,7 +199,7 @@ def find_autoregressive(
             text encoder is no error here: embeddings may be given.
         InputError: a base model is given a text encoder.
     """
-    place = _locate(model, checkpoint_dir)
+    place = find_place(model, checkpoint_dir)
     return _open_autoregressive(place, text_encoder_dir, diffusion_decoder)
 
 
@@ -241,34 +228,11 @@ def find_diffusion(
         InputError: there is no such generation.
     """
     return open_diffusion(
-        _locate(model, checkpoint_dir),
+        find_place(model, checkpoint_dir),
         tokenizer_dir=tokenizer_dir,
         text_encoder_dir=text_encoder_dir,
         generation=generation,
     )
-
-
-def _locate(model: str | Path, checkpoint_dir: str | Path) -> Place:
-    if not is_bundled(str(model)):
-        named = find_model(Path(model), Path(checkpoint_dir))
-        folder = named.parent if named.is_file() else named
-        if folder.name == "transformer":
-            folder = folder.parent
-        return Place(named, tuple(dict.fromkeys((Path(checkpoint_dir), folder.parent))), False)
-    folder = BUNDLED / str(model).removeprefix(BUNDLED_PREFIX)
-    if not folder.is_dir():
-        have = ", ".join(bundled_names()) or "none"
-        raise CheckpointError(f"there is no bundled model {model}; there are: {have}")
-    return Place(folder, (BUNDLED,), True)
-
-
-def bundled_names() -> list[str]:
-    """Return the names of the worlds that ship with the package."""
-    if not BUNDLED.is_dir():
-        return []
-    folders = sorted(path.parent for path in BUNDLED.glob("*/config.json"))
-    worlds = [folder for folder in folders if "Tokeniz" not in folder.name]
-    return [BUNDLED_PREFIX + folder.name for folder in worlds]
 
 
 def load_autoregressive(

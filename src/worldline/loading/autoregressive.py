@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from worldline.choices import AR_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError
 from worldline.files import unfinished
 from worldline.loading.decoder import (
@@ -19,7 +20,6 @@ from worldline.loading.decoder import (
 )
 from worldline.loading.diffusion import RELEASED_CONTEXT, TextPart, find_text
 from worldline.loading.folders import (
-    Place,
     holds_diffusers,
     is_diffusion,
     open_transformer,
@@ -30,6 +30,7 @@ from worldline.loading.memory import coding_bytes, count_parameters, workspace
 from worldline.models.predict1_ar.model import RELEASED_GRID, ARTransformer, ARTransformerConfig
 from worldline.models.predict1_ar.weights import KEYS, read_config
 from worldline.parallel.offload import Part
+from worldline.places import Place
 from worldline.sampling.decode import CHUNK
 from worldline.shapes import VideoShape, latent_frames_of
 from worldline.text.t5 import T5Files
@@ -41,14 +42,6 @@ from worldline.weights.read import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-# cheapest first; of a world that has all parts
-AR_OFFLOAD_FLAGS = (
-    "offload_text_encoder_model",
-    "offload_tokenizer",
-    "offload_diffusion_decoder",
-    "offload_ar_model",
-)
-OFFLOAD_FLAGS = ("offload_tokenizer", "offload_ar_model")  # of one that has no more
 # of both generations; the one that belongs to the transformer's own generation is tried first
 _TOKENIZERS = ("Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-1.0-Tokenizer-DV8x16x16")
 

@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worldline.choices import GENERATIONS, Generation
 from worldline.errors import CheckpointError
 from worldline.files import unfinished
 from worldline.loading.diffusion import (
     CONTINUOUS_TOKENIZERS,
-    GENERATIONS,
     STATISTICS,
-    Generation,
     check_continuous,
     generation_of,
     plan_diffusion,
 )
-from worldline.loading.folders import Place, read_settings, stamps
+from worldline.loading.folders import read_settings, stamps
 from worldline.loading.memory import count_parameters, workspace
 from worldline.models.predict1_ar.model import ARTransformerConfig
 from worldline.models.predict1_dit.model import BLOCKS, DiT, DiTConfig
 from worldline.models.predict1_dit.weights import DiTFiles, open_dit
 from worldline.parallel.offload import Part
+from worldline.places import Place
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from worldline.choices import GENERATIONS, NEGATIVE_PROMPT, ROTARY_PRECISIONS, Generation
 from worldline.errors import CheckpointError, InputError
 from worldline.files import unfinished
 from worldline.loading.folders import (
-    Place,
     holds_diffusers,
     is_diffusion,
     open_transformer,
@@ -29,6 +29,7 @@ from worldline.loading.memory import coding_bytes, count_parameters, workspace
 from worldline.models.predict1_dit.model import HIDDEN_BYTES, DiT, DiTConfig
 from worldline.models.predict1_dit.weights import DiTFiles, Layout, find_dit, open_dit
 from worldline.parallel.offload import Part
+from worldline.places import Place
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.cache import EmbeddingCache
 from worldline.text.t5 import (
@@ -55,16 +56,6 @@ from worldline.weights.read import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-Generation = Literal["1.0", "Predict1"]
-GENERATIONS: tuple[Generation, ...] = ("1.0", "Predict1")
-
-# cheapest first: the text encoder is used once, the transformer is what takes the time
-DIFFUSION_OFFLOAD_FLAGS = (
-    "offload_text_encoder_model",
-    "offload_tokenizer",
-    "offload_diffusion_transformer",
-)
-ROTARY_PRECISIONS = ("bfloat16", "float32")
 RELEASED_CONTEXT = 512  # rows of a text embedding
 
 CONTINUOUS_TOKENIZERS = {
@@ -83,17 +74,6 @@ STATISTICS = (
     "mean_std.safetensors",
     "config.json",
     "vae/config.json",
-)
-
-
-NEGATIVE_PROMPT = (
-    "The video captures a series of frames showing ugly scenes, static with no motion, motion "
-    "blur, over-saturation, shaky footage, low resolution, grainy texture, pixelated images, "
-    "poorly lit areas, underexposed and overexposed scenes, poor color balance, washed out "
-    "colors, choppy sequences, jerky movements, low frame rate, artifacting, color banding, "
-    "unnatural transitions, outdated special effects, fake elements, unconvincing visuals, poorly "
-    "edited content, jump cuts, visual noise, and flickering. Overall, the video is of poor "
-    "quality."
 )
 
 

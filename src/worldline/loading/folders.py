@@ -1,9 +1,8 @@
-"""Where the folders of a world lie, and what in them is told before a tensor is read."""
+"""What the folders of a world tell before a tensor is read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,66 +13,6 @@ from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.shards import find_shards, open_shards, shard_stem
 
 _FIRST_OF_DIFFUSERS = "diffusion_pytorch_model"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a world lies.
-
-    Attributes:
-        named: the folder of its transformer, or the file.
-        roots: folders that hold the folders of its other parts, in order of preference.
-        bundled: whether it ships with the package.
-    """
-
-    named: Path
-    roots: tuple[Path, ...]
-    bundled: bool
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the transformer."""
-        return self.named.parent if self.named.is_file() else self.named
-
-    @property
-    def searched(self) -> str:
-        """The roots, for a message."""
-        return " or ".join(map(str, self.roots))
-
-    def below(self, names: Iterable[str]) -> Path | None:
-        """Return the first folder of one of these names below a root; None if there is none."""
-        for root in self.roots:
-            for name in names:
-                if (root / name).is_dir():
-                    return root / name
-        return None
-
-    def chosen(self, name: str | Path, flag: str) -> Path:
-        """Return the folder or file that `flag` names: below a root, or a path of its own.
-
-        Raises:
-            CheckpointError: there is none.
-        """
-        for path in (*(root / name for root in self.roots), Path(name)):
-            if path.exists():
-                return path
-        raise CheckpointError(f"no folder {name} (--{flag}), nor is it in {self.searched}")
-
-
-def find_model(model: Path, checkpoint_dir: Path) -> Path:
-    """Return the folder, or the file, that `model` names."""
-    below = checkpoint_dir / model
-    for path in (below, model):
-        if path.is_dir() or path.is_file():
-            return path
-    if not checkpoint_dir.is_dir():
-        raise CheckpointError(
-            f"no checkpoint folder {checkpoint_dir} (--checkpoint_dir), so no {model} in it"
-        )
-    have = sorted(path.name for path in checkpoint_dir.iterdir() if path.is_dir())
-    raise CheckpointError(
-        f"no folder {below}; {checkpoint_dir} holds: {', '.join(have) or 'no folder'}"
-    )
 
 
 def open_transformer(path: Path) -> Checkpoint:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -25,20 +24,16 @@ from worldline.models.predict1_ar.decoder import make_decoder
 from worldline.models.predict1_ar.model import ARTransformerConfig, make_positions
 from worldline.pipelines.background import in_background
 from worldline.pipelines.decoder import (
-    SEAMS,
     DecoderSettings,
-    Seam,
     cut_windows,
     decode_frames,
     denoise_windows,
 )
 from worldline.pipelines.diffusion import SAMPLER_OF, separate_stage
-from worldline.pipelines.numbers import real_number, whole_number
-from worldline.pipelines.prompts import check_words
+from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling
-from worldline.sampling.noise import MAX_SEED
 from worldline.shapes import latent_frames_of, nearest_frames
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig, Past
 from worldline.video.convert import condition_frames, to_uint8
@@ -46,68 +41,6 @@ from worldline.video.read import Clip
 
 FPS = 25.0  # of every autoregressive output, whatever the input's was
 CARRIED = 2  # latent frames of a window that the next one is given, by way of pixels
-
-Rollout = Literal["tokens", "pixels"]
-ROLLOUTS: tuple[Rollout, ...] = get_args(Rollout)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoregressiveRequest:
-    """One clip to continue.
-
-    Attributes:
-        num_input_frames: how many of the input's last frames are given to the model, 9 or 1.
-        temperature: divides the logits; 0 takes the most likely token every time.
-        top_p: mass of the likely tokens that may be drawn, in (0, 1].
-        seed: of the draws, and of the diffusion decoder's noise, 0 to 2^32 - 1.
-        prompt: what the video shows; Video2World models alone, None where its embedding is given.
-        decoder_seam: how the diffusion decoder joins the windows of a clip of more than 57 frames;
-            "as_released" repeats a fault of the released code, see `worldline.pipelines.decoder`.
-        num_video_frames: 1 + 8k, the given ones included; the model's own or more. None is the
-            model's own.
-        rollout: how a longer video goes on: "tokens" draws on behind the last ones, while the
-            oldest latent frame leaves the window; "pixels" encodes the last frames again as the
-            beginning of a new window.
-    """
-
-    num_input_frames: int = 9
-    temperature: float = 1.0
-    top_p: float = 0.8
-    seed: int = 0
-    prompt: str | None = None
-    decoder_seam: Seam = "corrected"
-    num_video_frames: int | None = None
-    rollout: Rollout = "tokens"
-
-    def __post_init__(self) -> None:
-        whole = ["num_input_frames", "seed"]
-        if self.num_video_frames is not None:
-            whole.append("num_video_frames")
-        for name in whole:
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        for name in ("temperature", "top_p"):
-            object.__setattr__(self, name, real_number(name, getattr(self, name)))
-        if self.num_input_frames not in (1, 9):
-            raise InputError(f"num_input_frames is {self.num_input_frames}; it must be 1 or 9")
-        if not self.temperature >= 0 or self.temperature == float("inf"):
-            raise InputError(
-                f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number"
-            )
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise InputError(f"seed is {self.seed}; it must be 0 to {MAX_SEED}")
-        check_words(self.prompt)
-        if self.prompt is not None and not self.prompt.strip():
-            raise InputError("the prompt is empty")
-        if self.decoder_seam not in SEAMS:
-            raise InputError(
-                f"decoder_seam is {self.decoder_seam!r}; it must be one of {', '.join(SEAMS)}"
-            )
-        if self.rollout not in ROLLOUTS:
-            raise InputError(
-                f"rollout is {self.rollout!r}; it must be one of {', '.join(ROLLOUTS)}"
-            )
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from worldline.choices import SEAMS, Seam
 from worldline.loading import WINDOW, DecoderParts
 from worldline.models.predict1_dit.model import Context, DiT, Positions
 from worldline.pipelines.diffusion import rounded
@@ -38,8 +39,6 @@ from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.tokenizers.cosmos.stream import decode_stream
 from worldline.video.convert import signed_to_uint8
 
-Seam = Literal["corrected", "as_released"]
-SEAMS: tuple[Seam, ...] = get_args(Seam)
 OVERLAP = 2  # latent frames that a window shares with the one before
 GUIDANCE = 1.8
 NUM_STEPS = 15

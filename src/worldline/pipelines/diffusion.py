@@ -13,13 +13,12 @@ to the transformer's, and rotary angles are bf16 unless asked otherwise.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,22 +26,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worldline.errors import CheckpointError, InputError
-from worldline.loading import (
-    NEGATIVE_PROMPT,
-    ROTARY_PRECISIONS,
-    DiffusionFiles,
-    DiffusionParts,
-    WorldDefaults,
-)
+from worldline.loading import DiffusionFiles, DiffusionParts, WorldDefaults
 from worldline.models.predict1_dit.model import Context
 from worldline.pipelines.background import in_background
-from worldline.pipelines.numbers import real_number, whole_number
 from worldline.pipelines.preview import show_colours
-from worldline.pipelines.prompts import check_words, filled
+from worldline.pipelines.prompts import filled
+from worldline.pipelines.requests import DiffusionRequest
 from worldline.report import Recorder
-from worldline.sampling.edm import SAMPLERS, SIGMA_DATA, Given, Reinsertion, make_sigmas, sample
-from worldline.sampling.noise import MAX_SEED, standard_noise
-from worldline.shapes import LatentShape, VideoShape, latent_frames_of, nearest_frames
+from worldline.sampling.edm import SIGMA_DATA, Given, make_sigmas, sample
+from worldline.sampling.noise import standard_noise
+from worldline.shapes import LatentShape, latent_frames_of, nearest_frames
 from worldline.text import embeddings
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
@@ -54,89 +47,6 @@ logger = logging.getLogger(__name__)
 
 SAMPLER_OF = {"1.0": "res_2ab", "Predict1": "edm_euler"}
 TRAINED_FPS = (12, 40)
-ALLOWED_FPS = (1, 240)  # a video file can store them
-LARGEST_GUIDANCE = 100
-LARGEST_STEPS = 1000
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffusionRequest:
-    """One video to make.
-
-    Attributes:
-        prompt: what it shows; may be None where its embedding is given.
-        negative_prompt: what it does not show; None or empty for none.
-        num_steps: evaluations of the denoiser.
-        guidance: how far to go from the negative prompt towards the prompt and beyond; 0 is the
-            prompt alone.
-        num_video_frames: 1 + 8k, the given ones included.
-        height: a multiple of 16.
-        width: likewise.
-        fps: frames a second of the motion, and of the file, 1 to 240.
-        seed: of the noise, 0 to 2^32 - 1.
-        num_input_frames: how many of the input's last frames are continued, 1 or 9; 0 for none.
-        sampler: None is that of the model's generation.
-        reinsertion: of the given frames; "march_2025" repeats a fault of the first release.
-        augment_sigma: noise level that the given frames are shown with.
-        rotary_precision: of the angles of position; None is the world's own, "bfloat16" for the
-            released ones, as in their code.
-        preview_every: steps between early looks; 0 for none.
-    """
-
-    prompt: str | None
-    negative_prompt: str | None = NEGATIVE_PROMPT
-    num_steps: int = 35
-    guidance: float = 7.0
-    num_video_frames: int = 121
-    height: int = 704
-    width: int = 1280
-    fps: float = 24.0
-    seed: int = 1
-    num_input_frames: int = 0
-    sampler: str | None = None
-    reinsertion: Reinsertion = "corrected"
-    augment_sigma: float = 0.001
-    rotary_precision: str | None = None
-    preview_every: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt"):
-            check_words(getattr(self, name), name)
-        if self.prompt is not None and not self.prompt.strip():
-            raise InputError("the prompt is empty")
-        whole = ("num_steps", "num_video_frames", "height", "width", "seed", "num_input_frames")
-        for name in (*whole, "preview_every"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        for name in ("guidance", "fps", "augment_sigma"):
-            object.__setattr__(self, name, real_number(name, getattr(self, name)))
-        self._check_range("num_steps", 1, LARGEST_STEPS)
-        self._check_range("guidance", 0, LARGEST_GUIDANCE)
-        self._check_range("seed", 0, MAX_SEED)
-        self._check_range("preview_every", 0, LARGEST_STEPS)
-        for name in ("num_video_frames", "height", "width"):
-            self._check_range(name, 1, 1 << 20)
-        self._check_range("fps", *ALLOWED_FPS)
-        if not 0 <= self.augment_sigma < math.inf:
-            raise InputError(f"augment_sigma is {self.augment_sigma}; it must be 0 or more")
-        if self.num_input_frames not in (0, 1, 9):
-            raise InputError(f"num_input_frames is {self.num_input_frames}; it must be 1 or 9")
-        self._check_choice("sampler", (None, *SAMPLERS))
-        self._check_choice("reinsertion", get_args(Reinsertion))
-        self._check_choice("rotary_precision", (None, *ROTARY_PRECISIONS))
-
-    def _check_range(self, name: str, least: int, most: int) -> None:
-        value = getattr(self, name)
-        if not least <= value <= most:
-            raise InputError(f"{name} is {value}; it must be {least} to {most}")
-
-    def _check_choice(self, name: str, choices: tuple[str | None, ...]) -> None:
-        if getattr(self, name) not in choices:
-            known = ", ".join(choice for choice in choices if choice)
-            raise InputError(f"{name} is {getattr(self, name)!r}; it must be one of {known}")
-
-    @property
-    def video(self) -> VideoShape:
-        return VideoShape(self.num_video_frames, self.height, self.width)
 
 
 @dataclass(frozen=True)

@@ -54,17 +54,3 @@ def filled(given: Tensor, rows: int, width: int, name: str) -> Tensor:
             f"floating and finite, (S, {width}) or (1, S, {width}) with S up to {rows}"
         )
     return padded(flat.detach().float().cpu(), rows)
-
-
-def check_words(prompt: object, name: str = "prompt") -> None:
-    """Refuse a prompt that is no text, or that cannot be written down.
-
-    Raises:
-        InputError: it is.
-    """
-    if prompt is not None and not isinstance(prompt, str):
-        raise InputError(f"{name} is a {type(prompt).__name__}; it must be text")
-    try:
-        (prompt or "").encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{name} is no valid text: {error}") from None

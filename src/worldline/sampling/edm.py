@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Generic, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from worldline.choices import SAMPLERS, Reinsertion
 from worldline.sampling.guidance import check_guidance, guided
 from worldline.sampling.schedules import karras_sigmas, res_sigmas
 from worldline.sampling.solvers import OnStep, euler, res_2ab, res_2mid
@@ -25,12 +26,10 @@ from worldline.sampling.solvers import OnStep, euler, res_2ab, res_2mid
 SIGMA_DATA = 0.5
 SIGMA_MAX = 80.0
 AUGMENT_SIGMA = 0.001
-SAMPLERS = ("edm_euler", "res_2ab", "res_1euler", "res_2mid")
 
 # (latents already times c_in, c_noise (B,), branch with the prompt?) -> F, in any floating dtype
 Network = Callable[[Tensor, Tensor, bool], Tensor]
 Number = TypeVar("Number", float, Tensor)
-Reinsertion = Literal["corrected", "march_2025"]
 
 
 class Preconditioning(NamedTuple, Generic[Number]):

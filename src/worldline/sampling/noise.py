@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_SEED = 2**32 - 1  # numpy's RandomState takes no more
+from worldline.choices import MAX_SEED
 
 
 def standard_noise(seed: int, shape: Sequence[int]) -> Tensor:

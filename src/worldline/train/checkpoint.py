@@ -33,7 +33,8 @@ def save_state(
         if parameter in optimizer.state:
             moments = optimizer.state[parameter]
             parts["first_moment"][name] = moments["exp_avg"]
-            parts["second_moment"][name] = moments["exp_avg_sq"]
+            if "exp_avg_sq" in moments:  # Muon has none
+                parts["second_moment"][name] = moments["exp_avg_sq"]
     parts["average"] = average.values
     files = {part: f"{part}-{step:07d}.safetensors" for part in _PARTS}
     for part, tensors in parts.items():
@@ -62,21 +63,28 @@ def load_state(
     if state is None:
         return 0
     parts = {part: load_file(folder / state["files"][part]) for part in _PARTS}
-    if parts["weights"].keys() != dict(module.named_parameters()).keys():
-        raise CheckpointError(f"{folder} holds the state of another model; give another folder")
+    second = {
+        name
+        for name, parameter in module.named_parameters()
+        if "exp_avg_sq" in optimizer.state.get(parameter, {})
+    }
+    if (
+        parts["weights"].keys() != dict(module.named_parameters()).keys()
+        or parts["second_moment"].keys() != second
+    ):
+        raise CheckpointError(
+            f"{folder} holds the state of another model or optimizer; give another folder"
+        )
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(parts["weights"][name])
             average.values[name].copy_(parts["average"][name])
-            if name in parts["first_moment"]:
-                fused = parameter.device.type == "cuda"
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(
-                        float(state["step"]), device=parameter.device if fused else "cpu"
-                    ),
-                    "exp_avg": parts["first_moment"][name].to(parameter.device),
-                    "exp_avg_sq": parts["second_moment"][name].to(parameter.device),
-                }
+            if parameter in optimizer.state:
+                moments = optimizer.state[parameter]
+                moments["exp_avg"].copy_(parts["first_moment"][name])
+                if "exp_avg_sq" in moments:
+                    moments["exp_avg_sq"].copy_(parts["second_moment"][name])
+                    moments["step"].fill_(float(state["step"]))
     return int(state["step"])
 
 

@@ -106,15 +106,26 @@ def to_device(values: Tensor, device: torch.device | str) -> Tensor:
 
 @torch.no_grad()
 def encode_pool(
-    tokenizer: CosmosTokenizer, batches: Iterator[Tensor], dtype: torch.dtype
-) -> Tensor:
-    """Return the tokens of all clips, int16 (clips, tokens), each clip as drawn and mirrored."""
-    rows = []
-    for clips in batches:
+    tokenizer: CosmosTokenizer, batches: Iterator[tuple[Tensor, list[str]]], dtype: torch.dtype
+) -> tuple[Tensor, list[str]]:
+    """Return the tokens of all clips and their captions, each clip as drawn and mirrored.
+
+    Args:
+        tokenizer: discrete, in `dtype`.
+        batches: of `captioned_batches`.
+        dtype: to encode in.
+
+    Returns:
+        (clips, tokens) int16 on the tokenizer's device, and as many captions.
+    """
+    rows: list[Tensor] = []
+    said: list[str] = []
+    for clips, captions in batches:
         video = as_video(clips).to(dtype)
         for view in (video, video.flip(-1)):
             rows.append(tokenizer.encode_tokens(view).flatten(1).to(torch.int16))
-    return torch.cat(rows)
+        said += [*captions, *map(mirror_caption, captions)]
+    return torch.cat(rows), said
 
 
 def mirror_caption(caption: str) -> str:

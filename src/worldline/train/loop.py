@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +16,35 @@ from torch import Tensor, nn
 
 from worldline.parallel.ranks import ALONE, Ranks
 from worldline.train.checkpoint import load_state, save_state
-from worldline.train.optim import Average, clip_gradients, make_adamw, warmup_cosine
+from worldline.train.optim import (
+    Average,
+    clip_gradients,
+    make_optimizer,
+    set_learning_rate,
+    warmup_cosine,
+)
 
 log = logging.getLogger(__name__)
 
-# (step) -> loss to differentiate, and figures to log; the batch is a function of the step alone
-Objective = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
+_WARM_UPS = 3  # passes before a graph is recorded: libraries and compilers set themselves up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a run minimises.
+
+    Attributes:
+        draw: step -> the tensors of its batch, a function of the step alone; of the same shapes
+            and on the module's device at every step.
+        loss: (*batch) -> the loss, and figures to log.
+        watch: () -> further figures, of clips that are held out; None where there are none.
+        watch_every: steps between them.
+    """
+
+    draw: Callable[[int], tuple[Tensor, ...]]
+    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    watch: Callable[[], dict[str, Tensor]] | None = None
+    watch_every: int = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +57,13 @@ class LoopConfig:
         warmup: steps of linear rise.
         weight_decay: of matrices and kernels.
         betas: of AdamW.
+        orthogonal: patterns of the names of matrices that Muon trains in its place.
         clip: largest norm of the gradient.
         average_decay: of the averaged weights.
         log_every: steps between lines of `log.jsonl`.
         save_every: steps between saved states.
+        graphed: record a step as one CUDA graph. A small model's step is otherwise bound by the
+            launches of its many small kernels.
     """
 
     steps: int
@@ -44,10 +71,12 @@ class LoopConfig:
     warmup: int = 200
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
+    orthogonal: tuple[str, ...] = ()
     clip: float = 1.0
     average_decay: float = 0.999
     log_every: int = 50
     save_every: int = 1000
+    graphed: bool = False
 
 
 def fit(
@@ -73,13 +102,19 @@ def fit(
         ranks: processes that train together: gradients are averaged over them, the first saves and
             logs. Their modules start equal, their objectives draw different batches.
     """
-    started = time.monotonic()
-    optimizer = make_adamw(module, betas=config.betas, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(
+        module,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        orthogonal=config.orthogonal,
+    )
     average = Average(module, config.average_decay)
     first = step = load_state(folder, module, average, optimizer)
     folder.mkdir(parents=True, exist_ok=True)
     module.train()
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    update = _Update(module, objective, config, optimizer, average, ranks)
+    advance = update.recorded(objective.draw(step)) if config.graphed else update
+    started = time.monotonic()
     with (folder / "log.jsonl").open("a") as lines:
         while step < config.steps:
             rate = warmup_cosine(
@@ -89,20 +124,18 @@ def fit(
                 total=config.steps,
                 final=config.learning_rate / 100,
             )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss, figures = objective(step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            ranks.average(p.grad for p in parameters if p.grad is not None)
-            norm = clip_gradients(module.parameters(), config.clip)
-            optimizer.step()
+            set_learning_rate(optimizer, rate)
+            average.set_weight(step + 1)
+            told = advance(*objective.draw(step))
             step += 1
-            average.update(module, step)
-            told = step % config.log_every == 0 or step == config.steps
-            if told and ranks.first:
+            logged = step % config.log_every == 0 or step == config.steps
+            watched = objective.watch is not None and step % objective.watch_every == 0
+            if (logged or watched) and ranks.first:
+                figures = dict(told.figures)
+                if watched and objective.watch is not None:
+                    figures |= objective.watch()
                 line = {name: round(float(value), 5) for name, value in figures.items()}
-                line |= {"loss": round(loss.item(), 5), "norm": round(norm.item(), 4)}
+                line |= {"loss": round(told.loss.item(), 5), "norm": round(told.norm.item(), 4)}
                 elapsed = time.monotonic() - started
                 line |= {"step": step, "rate": rate, "steps_per_second": (step - first) / elapsed}
                 lines.write(json.dumps(line) + "\n")
@@ -110,13 +143,75 @@ def fit(
                 log.info("%s", line)
             out_of_time = seconds is not None and time.monotonic() - started > seconds
             if ranks.count > 1:  # all stop at one step; asking each step would wait for the device
-                out_of_time = told and ranks.any(out_of_time, parameters[0].device)
+                out_of_time = logged and ranks.any(out_of_time, told.loss.device)
             saved = step % config.save_every == 0 or step == config.steps or out_of_time
             if saved and ranks.first:
                 save_state(folder, step, module, average, optimizer)
             if out_of_time:
                 break
     return step, average
+
+
+class _Told(NamedTuple):
+    """What a step says of itself, tensors of shape ()."""
+
+    loss: Tensor
+    norm: Tensor
+    figures: dict[str, Tensor]
+
+
+class _Update:
+    """One step: the loss of a batch, its gradients over all processes, weights and averages."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        config: LoopConfig,
+        optimizer: torch.optim.Optimizer,
+        average: Average,
+        ranks: Ranks,
+    ) -> None:
+        self.module, self.objective, self.limit = module, objective, config.clip
+        self.optimizer, self.average, self.ranks = optimizer, average, ranks
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def __call__(self, *batch: Tensor) -> _Told:
+        loss, figures = self._gradients(*batch)
+        norm = clip_gradients(self.parameters, self.limit)
+        self.optimizer.step()
+        self.average.update(self.module)
+        return _Told(loss.detach(), norm, figures)
+
+    def _gradients(self, *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, figures = self.objective.loss(*batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.ranks.average(p.grad for p in self.parameters if p.grad is not None)
+        return loss, figures
+
+    def recorded(self, batch: tuple[Tensor, ...]) -> Callable[..., _Told]:
+        """Return the same step as one CUDA graph, recorded with tensors like those of `batch`."""
+        held = tuple(tensor.clone() for tensor in batch)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # no weight changes before the first real step
+            for _ in range(_WARM_UPS):
+                self._gradients(*held)
+            self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # other threads of the process, NCCL's among them, may call CUDA while this one records
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            told = self(*held)
+
+        def replay(*batch: Tensor) -> _Told:
+            for place, tensor in zip(held, batch, strict=True):
+                place.copy_(tensor)
+            graph.replay()
+            return told
+
+        return replay
 
 
 def generator(

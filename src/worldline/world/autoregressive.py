@@ -12,7 +12,6 @@ from worldline.loading import AutoregressiveFiles, AutoregressiveParts
 from worldline.models.predict1_ar.decoder import PlainDecoder
 from worldline.pipelines.autoregressive import (
     FPS,
-    AutoregressiveRequest,
     Job,
     check_prompt,
     check_room,
@@ -20,6 +19,7 @@ from worldline.pipelines.autoregressive import (
     decoder_settings,
 )
 from worldline.pipelines.prompts import read_prompt_embedding
+from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder, environment
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of

@@ -1,0 +1,44 @@
+"""What a request may choose from: names, limits and defaults of all families; needs no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Generation = Literal["1.0", "Predict1"]
+GENERATIONS: tuple[Generation, ...] = ("1.0", "Predict1")
+
+Reinsertion = Literal["corrected", "march_2025"]  # of given frames, at every step of a sampler
+SAMPLERS = ("edm_euler", "res_2ab", "res_1euler", "res_2mid")
+ROTARY_PRECISIONS = ("bfloat16", "float32")
+MAX_SEED = 2**32 - 1  # numpy's RandomState takes no more
+
+Seam = Literal["corrected", "as_released"]  # between windows of the diffusion decoder
+SEAMS: tuple[Seam, ...] = ("corrected", "as_released")
+Rollout = Literal["tokens", "pixels"]  # beyond the window of an autoregressive model
+ROLLOUTS: tuple[Rollout, ...] = ("tokens", "pixels")
+
+# cheapest first
+OFFLOAD_FLAGS = ("offload_tokenizer", "offload_ar_model")
+# likewise, of an autoregressive world that has all parts
+AR_OFFLOAD_FLAGS = (
+    "offload_text_encoder_model",
+    "offload_tokenizer",
+    "offload_diffusion_decoder",
+    "offload_ar_model",
+)
+# the text encoder is used once, the transformer is what takes the time
+DIFFUSION_OFFLOAD_FLAGS = (
+    "offload_text_encoder_model",
+    "offload_tokenizer",
+    "offload_diffusion_transformer",
+)
+
+NEGATIVE_PROMPT = (
+    "The video captures a series of frames showing ugly scenes, static with no motion, motion "
+    "blur, over-saturation, shaky footage, low resolution, grainy texture, pixelated images, "
+    "poorly lit areas, underexposed and overexposed scenes, poor color balance, washed out "
+    "colors, choppy sequences, jerky movements, low frame rate, artifacting, color banding, "
+    "unnatural transitions, outdated special effects, fake elements, unconvincing visuals, poorly "
+    "edited content, jump cuts, visual noise, and flickering. Overall, the video is of poor "
+    "quality."
+)

@@ -1,0 +1,138 @@
+"""Where worlds lie: in the package, below a checkpoint folder, or at a path; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from worldline.catalog import BUNDLED_PREFIX, is_bundled
+from worldline.errors import CheckpointError
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a world lies.
+
+    Attributes:
+        named: the folder of its transformer, or the file.
+        roots: folders that hold the folders of its other parts, in order of preference.
+        bundled: whether it ships with the package.
+    """
+
+    named: Path
+    roots: tuple[Path, ...]
+    bundled: bool
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the transformer."""
+        return self.named.parent if self.named.is_file() else self.named
+
+    @property
+    def searched(self) -> str:
+        """The roots, for a message."""
+        return " or ".join(map(str, self.roots))
+
+    def below(self, names: Iterable[str]) -> Path | None:
+        """Return the first folder of one of these names below a root; None if there is none."""
+        for root in self.roots:
+            for name in names:
+                if (root / name).is_dir():
+                    return root / name
+        return None
+
+    def chosen(self, name: str | Path, flag: str) -> Path:
+        """Return the folder or file that `flag` names: below a root, or a path of its own.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        for path in (*(root / name for root in self.roots), Path(name)):
+            if path.exists():
+                return path
+        raise CheckpointError(f"no folder {name} (--{flag}), nor is it in {self.searched}")
+
+
+def find_place(model: str | Path, checkpoint_dir: str | Path) -> Place:
+    """Find a world by name alone; nothing in its folder is looked at.
+
+    Args:
+        model: "tiny-…" for a bundled one, a folder's name below `checkpoint_dir`, or a path of a
+            folder or of a file.
+        checkpoint_dir: holds the folders, those of the other parts too.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not is_bundled(str(model)):
+        named = find_model(Path(model), Path(checkpoint_dir))
+        folder = named.parent if named.is_file() else named
+        if folder.name == "transformer":
+            folder = folder.parent
+        return Place(named, tuple(dict.fromkeys((Path(checkpoint_dir), folder.parent))), False)
+    folder = BUNDLED / str(model).removeprefix(BUNDLED_PREFIX)
+    if not folder.is_dir():
+        have = ", ".join(bundled_names()) or "none"
+        raise CheckpointError(f"there is no bundled model {model}; there are: {have}")
+    return Place(folder, (BUNDLED,), True)
+
+
+def find_tokenizer(name: str, checkpoint_dir: str | Path) -> Path:
+    """Return the folder, or the file, of a tokenizer.
+
+    Args:
+        name: of a folder below `checkpoint_dir`, a path, or tiny-… for a bundled one.
+        checkpoint_dir: holds the folders of models.
+
+    Raises:
+        CheckpointError: there is none of this name.
+    """
+    if not is_bundled(name):
+        return find_model(Path(name), Path(checkpoint_dir))
+    folder = BUNDLED / name.removeprefix(BUNDLED_PREFIX)
+    if not folder.is_dir():
+        have = ", ".join(bundled_tokenizers()) or "none"
+        raise CheckpointError(f"there is no bundled tokenizer {name}; there are: {have}")
+    return folder
+
+
+def find_model(model: Path, checkpoint_dir: Path) -> Path:
+    """Return the folder, or the file, that `model` names.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    below = checkpoint_dir / model
+    for path in (below, model):
+        if path.is_dir() or path.is_file():
+            return path
+    if not checkpoint_dir.is_dir():
+        raise CheckpointError(
+            f"no checkpoint folder {checkpoint_dir} (--checkpoint_dir), so no {model} in it"
+        )
+    have = sorted(path.name for path in checkpoint_dir.iterdir() if path.is_dir())
+    raise CheckpointError(
+        f"no folder {below}; {checkpoint_dir} holds: {', '.join(have) or 'no folder'}"
+    )
+
+
+def bundled_configs() -> dict[str, Path]:
+    """Return the config.json of each world that ships with the package, by its name."""
+    return {
+        BUNDLED_PREFIX + path.parent.name: path
+        for path in sorted(BUNDLED.glob("*/config.json"))
+        if "Tokeniz" not in path.parent.name
+    }
+
+
+def bundled_names() -> list[str]:
+    """Return the names of the worlds that ship with the package."""
+    return list(bundled_configs())
+
+
+def bundled_tokenizers() -> list[str]:
+    """Return the names of the tokenizers that ship with the package."""
+    return [BUNDLED_PREFIX + path.name for path in sorted(BUNDLED.glob("*Tokeniz*"))]

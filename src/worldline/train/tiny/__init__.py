@@ -1,0 +1,1 @@
+"""The small worlds that ship with the package, trained as the released ones are built."""

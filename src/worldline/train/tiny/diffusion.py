@@ -1,0 +1,199 @@
+"""Training of the small diffusion transformer, and of its text encoder with it.
+
+A clip is given with none, one or two latent frames known and with its caption or none, so that one
+network makes a world of a text, an image or a video.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+from torch import Tensor, nn
+
+from worldline.models.predict1_dit.model import DiT
+from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
+from worldline.sampling.edm import SIGMA_DATA
+from worldline.text.t5 import KEYS as T5_KEYS
+from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
+from worldline.tokenizers.cosmos.load import load_tokenizer
+from worldline.tokenizers.cosmos.statistics import read_statistics
+from worldline.train.data import captioned_batches, encode_captioned, to_device
+from worldline.train.loop import LoopConfig, Objective, generator
+from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
+from worldline.train.tiny import sizes
+from worldline.train.tiny.denoiser import Places, rounded_to, told_level
+from worldline.train.tiny.run import Run, half_precision
+from worldline.weights.stream import load_into
+from worldline.weights.write import save as save_tensors
+
+WORLD, TEXT_FOLDER = "Cosmos-Predict1-7B-Video2World", "google-t5/t5-11b"
+# Where an object is, how it is turned and what it looks like is settled at noise levels of 10 to 1
+# (docs/LOG.md), which most draws hit.
+_SIGMA_MEAN, _SIGMA_DEVIATION = 0.7, 1.4
+_KNOWN_SIGMA = 0.001  # noise on known frames, as samplers show them
+# Shares of clips with no known latent frame, one (an image), or two (nine frames): less given, more
+# to learn.
+_KNOWN = (0.5, 0.2, 0.3)
+_TEXT_DROPPED = 0.1
+_HELD_OUT_BATCHES = 8
+
+
+def train_diffusion(
+    run: Run, tokenizer_folder: Path, start: Path | None, undescribed: tuple[str, ...]
+) -> None:
+    """Train the diffusion transformer, and the text encoder with it, on captioned clips.
+
+    Args:
+        run: how.
+        tokenizer_folder: an export folder, with statistics.
+        start: weights to begin with, an export folder.
+        undescribed: texts that shall say nothing of a clip.
+    """
+    batch, clips, device, folder = run.batch or 256, run.clips or 80_000, run.device, run.folder
+    half = half_precision(device)
+    torch.manual_seed(run.seed)
+    model = Denoising(DiT(sizes.DIFFUSION), new_t5(sizes.TEXT, max_length=sizes.TEXT_LENGTH))
+    model.transformer.reset_parameters()
+    if start is not None:
+        dit = open_dit(start / WORLD, write_settings(sizes.DIFFUSION))
+        text = find_t5(start / TEXT_FOLDER)
+        load_into(model.transformer, dit.source, dit.keys, device=device, dtype=torch.float32)
+        load_into(model.text.network, text.checkpoint, T5_KEYS, device=device, dtype=torch.float32)
+        model.requires_grad_(True)
+    model = model.to(device)
+    coder = load_tokenizer(tokenizer_folder, device=device, dtype=half)
+    statistics = read_statistics(tokenizer_folder)
+    if statistics is None:
+        raise click.UsageError(f"{tokenizer_folder} holds no statistics of latents")
+
+    def encoded(seeds: range, workers: int) -> _Captioned:
+        batches = captioned_batches(seeds, sizes.SHAPE, device, workers=workers)
+        latents, captions = encode_captioned(
+            coder, batches, half, lambda z: SIGMA_DATA * statistics.normalise(z)
+        )
+        return _Captioned(latents, *model.text.tokenize(captions))
+
+    pool = encoded(run.share(range(clips)), run.workers)
+    aside = encoded(range(sizes.HELD_OUT, sizes.HELD_OUT + min(clips, 256)), 0)
+    # no text, as a sampler may give it: no row at all, or a text about nothing
+    silent = model.text.tokenize(["", *undescribed])
+    silent[1][0] = 0
+    shares = torch.tensor(_KNOWN)
+    measure: Any = functools.partial(rounded_to, half, model)
+    if run.compiled:
+        measure = torch.compile(measure, dynamic=False)
+
+    def draw_from(given: _Captioned, step: int) -> tuple[Tensor, ...]:
+        small, large = (generator(run.seed, step, d, rank=run.ranks.rank) for d in ("cpu", device))
+        chosen = torch.randint(len(given.latents), (batch,), generator=small)
+        latents = given.latents[to_device(chosen, device)].float()
+        ids, mask = given.ids[chosen].clone(), given.mask[chosen].clone()
+        dropped = torch.rand(batch, generator=small) < _TEXT_DROPPED
+        other = torch.randint(len(silent[0]), (batch,), generator=small)
+        ids[dropped], mask[dropped] = silent[0][other[dropped]], silent[1][other[dropped]]
+        known = torch.multinomial(shares, batch, replacement=True, generator=small)
+        normal = torch.randn(batch, generator=small)
+        sigma = log_normal_sigmas(normal, mean=_SIGMA_MEAN, deviation=_SIGMA_DEVIATION)
+        noise = torch.randn(2, *latents.shape, generator=large, device=device)
+        return latents, noise, *(to_device(values, device) for values in (ids, mask, sigma, known))
+
+    def loss(*drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return measure(*drawn).mean(), {}
+
+    def watch() -> dict[str, Tensor]:
+        # with gradients, as in training: a compiled network then serves both
+        parts = [loss(*draw_from(aside, step))[0].detach() for step in range(_HELD_OUT_BATCHES)]
+        return {"held_out": torch.stack(parts).mean()}
+
+    config = LoopConfig(
+        steps=run.steps or 20_000,
+        learning_rate=run.rate or 4e-3,
+        warmup=500,
+        weight_decay=0.01,
+        betas=(0.9, 0.98),
+        orthogonal=("transformer.blocks.*.body.*.weight",),
+        average_decay=0.9995,
+        graphed=run.graphed,
+    )
+    objective = Objective(draw=functools.partial(draw_from, pool), loss=loss, watch=watch)
+    done = run.train(model, objective, config)
+    if not run.ranks.first:
+        return
+    export_diffusion(model.transformer, model.text, folder / "export")
+    run.tell({"steps": done, "held_out": float(watch()["held_out"])})
+
+
+class _Captioned(NamedTuple):
+    """Clips as they are trained on; the texts lie on the CPU.
+
+    Attributes:
+        latents: (clips, C, t, h, w), bf16, of standard deviation 0.5.
+        ids: (clips, S) int64.
+        mask: (clips, S), 1 at tokens.
+    """
+
+    latents: Tensor
+    ids: Tensor
+    mask: Tensor
+
+
+class Denoising(nn.Module):
+    """The diffusion transformer and its text encoder under one loss."""
+
+    def __init__(self, transformer: DiT, text: T5Encoder) -> None:
+        super().__init__()
+        self.transformer, self.text = transformer, text
+        shape = sizes.SHAPE.latent(sizes.CONTINUOUS.temporal, sizes.CONTINUOUS.spatial)
+        self.places = Places(transformer, shape)
+
+    def forward(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        sigma: Tensor,
+        known: Tensor,
+    ) -> Tensor:
+        """Return the loss of every clip, (B,).
+
+        Args:
+            latents: (B, C, t, h, w), clean.
+            noise: (2, B, C, t, h, w): of all frames, and that of known frames.
+            ids: (B, S) of texts.
+            mask: (B, S), 1 at tokens; a text of no token is an embedding of zeros.
+            sigma: (B,) noise levels.
+            known: (B,) latent frames that are known.
+        """
+        level = torch.full_like(sigma, _KNOWN_SIGMA)
+        shown, marked = noised_latents(
+            latents, noise[0], sigma, known, known_noise=noise[1], known_sigma=level
+        )
+        attended = mask.clone()
+        attended[:, 0] = 1  # attention over no token at all is not defined
+        hidden = self.text.hidden(ids, attended)
+        context = torch.where(mask[..., None] != 0, hidden, hidden.new_zeros(()))
+        output = self.transformer(
+            shown,
+            told_level(sigma),
+            self.transformer.encode_context(context),
+            self.places(self.transformer),
+            condition_mask=marked,
+        )
+        return denoising_loss(output, latents, noise[0], sigma, marked)
+
+
+def export_diffusion(transformer: DiT, text: T5Encoder, folder: Path) -> None:
+    """Write the world and its text encoder in bf16, in the folders of the released ones."""
+    world = folder / WORLD
+    world.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.bfloat16() for name, t in released_tensors(transformer).items()}
+    save_tensors(tensors, world / "model.safetensors")
+    settings = {**write_settings(transformer.config), **sizes.WORLD_SETTINGS}
+    (world / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    export_t5(text, folder / TEXT_FOLDER)

@@ -1,0 +1,73 @@
+"""What the commands that train small worlds share."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from worldline.parallel.ranks import ALONE, Ranks, join, leave
+from worldline.train.loop import LoopConfig, Objective, fit
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What both commands are told; None takes the command's own default."""
+
+    folder: Path
+    steps: int | None
+    batch: int | None
+    clips: int | None
+    seconds: float | None
+    workers: int
+    seed: int
+    rate: float | None
+    compiled: bool
+    graphed: bool
+    device: str
+    ranks: Ranks = ALONE
+
+    def share(self, seeds: range) -> range:
+        """Return this process's part of the clips."""
+        return seeds[self.ranks.rank :: self.ranks.count]
+
+    def train(self, model: nn.Module, objective: Objective, config: LoopConfig) -> int:
+        """Train, give the model its averaged weights, and return the number of steps done."""
+        done, average = fit(
+            model, objective, config, self.folder, seconds=self.seconds, ranks=self.ranks
+        )
+        average.swap(model)
+        return done
+
+    def tell(self, figures: dict[str, Any]) -> None:
+        """Write and log what came of the run."""
+        (self.folder / "result.json").write_text(json.dumps(figures))
+        log.info("%s", figures)
+
+
+@contextmanager
+def running(options: dict[str, Any]) -> Iterator[Run]:
+    """Meet the other processes, where there are any, and part from them at the end."""
+    ranks, device = join(options["device"])
+    yield Run(**{**options, "device": device, "ranks": ranks})
+    leave(ranks)
+
+
+def half_precision(device: str) -> torch.dtype:
+    """Return bf16 where it is fast."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def mixed_precision(device: str) -> torch.autocast:
+    """bf16 where it is fast; no cache of cast weights, which a CUDA graph would keep for ever."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)
