@@ -277,3 +277,10 @@ def test_the_decoder_can_be_opened(tmp_path: Path, tokens: Path, latents: Path, 
     assert general.shape == (1, 128, 16)
     more = ["--weights", tmp_path / "export", "--steps", 1, "--batch", 1, "--clips", 1]
     run("decoder", "--folder", tmp_path / "b", *more, *words)
+
+
+def test_graphs_need_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["tokenizer", "--folder", str(tmp_path), "--graph", "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert not list(tmp_path.iterdir())

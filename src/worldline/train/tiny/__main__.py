@@ -36,14 +36,19 @@ def main() -> None:
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in (
-        click.option("--folder", type=click.Path(path_type=Path), required=True),
+    options = (
+        click.option(
+            "--folder",
+            type=click.Path(path_type=Path),
+            required=True,
+            help="States, log.jsonl, and in the end export/ and result.json.",
+        ),
         click.option("--steps", type=int, default=None, help="Of the whole run."),
         click.option("--batch", type=int, default=None, help="Of each process."),
         click.option("--clips", type=int, default=None, help="How many clips to draw."),
         click.option("--seconds", type=float, default=None, help="Stop and save after this time."),
         click.option("--workers", type=int, default=0, help="Processes that draw clips."),
-        click.option("--seed", type=int, default=0),
+        click.option("--seed", type=int, default=0, help="Of weights, batches and noise."),
         click.option("--rate", type=float, default=None, help="Peak of the learning rate."),
         click.option(
             "--weights",
@@ -51,12 +56,23 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Path(path_type=Path, exists=True),
             help="Weights to begin with: an export folder.",
         ),
-        click.option("--compile/--no-compile", "compiled", default=False),
         click.option(
-            "--graph/--no-graph", "graphed", default=False, help="Run a step as one CUDA graph."
+            "--compile/--no-compile", "compiled", default=False, help="Compile the network."
         ),
-        click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu"),
-    ):
+        click.option(
+            "--graph/--no-graph",
+            "graphed",
+            default=False,
+            help="Run a step as one CUDA graph; needs a GPU.",
+        ),
+        click.option(
+            "--device",
+            default="cuda" if torch.cuda.is_available() else "cpu",
+            show_default=True,
+            help="cuda, cuda:1, cpu, …",
+        ),
+    )
+    for option in reversed(options):  # the last one added is shown first
         command = option(command)
     return command
 

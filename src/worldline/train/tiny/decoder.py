@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import torch
 from torch import Tensor, nn
 
+from worldline.errors import CheckpointError
 from worldline.models.predict1_dit.model import DiT
 from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
 from worldline.sampling.edm import SIGMA_DATA
@@ -53,14 +53,17 @@ def train_decoder(
         latents_folder: of the continuous tokenizer, with statistics.
         text_folder: of the T5 encoder.
         start: weights to begin with, an export folder.
+
+    Raises:
+        CheckpointError: the continuous tokenizer has no statistics.
     """
     batch, clips, device = run.batch or 256, run.clips or 30_000, run.device
+    statistics = read_statistics(latents_folder)
+    if statistics is None:
+        raise CheckpointError(f"{latents_folder} holds no statistics of latents")
     half = half_precision(device)
     coarse = load_tokenizer(tokenizer_folder, device=device, dtype=half)
     fine = load_tokenizer(latents_folder, device=device, dtype=half)
-    statistics = read_statistics(latents_folder)
-    if statistics is None:
-        raise click.UsageError(f"{latents_folder} holds no statistics of latents")
     text = load_t5(find_t5(text_folder), device, half)
     general = text.encode([GENERAL_PROMPT])
 

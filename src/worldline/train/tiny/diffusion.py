@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import torch
 from torch import Tensor, nn
 
+from worldline.errors import CheckpointError
 from worldline.models.predict1_dit.model import DiT
 from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
 from worldline.sampling.edm import SIGMA_DATA
@@ -53,8 +53,14 @@ def train_diffusion(
         tokenizer_folder: an export folder, with statistics.
         start: weights to begin with, an export folder.
         undescribed: texts that shall say nothing of a clip.
+
+    Raises:
+        CheckpointError: the continuous tokenizer has no statistics.
     """
     batch, clips, device, folder = run.batch or 256, run.clips or 80_000, run.device, run.folder
+    statistics = read_statistics(tokenizer_folder)
+    if statistics is None:
+        raise CheckpointError(f"{tokenizer_folder} holds no statistics of latents")
     half = half_precision(device)
     torch.manual_seed(run.seed)
     model = Denoising(DiT(sizes.DIFFUSION), new_t5(sizes.TEXT, max_length=sizes.TEXT_LENGTH))
@@ -67,9 +73,6 @@ def train_diffusion(
         model.requires_grad_(True)
     model = model.to(device)
     coder = load_tokenizer(tokenizer_folder, device=device, dtype=half)
-    statistics = read_statistics(tokenizer_folder)
-    if statistics is None:
-        raise click.UsageError(f"{tokenizer_folder} holds no statistics of latents")
 
     def encoded(seeds: range, workers: int) -> _Captioned:
         batches = captioned_batches(seeds, sizes.SHAPE, device, workers=workers)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import nn
 
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What both commands are told; None takes the command's own default."""
+    """What all commands are told; None takes the command's own default."""
 
     folder: Path
     steps: int | None
@@ -57,6 +58,8 @@ class Run:
 @contextmanager
 def running(options: dict[str, Any]) -> Iterator[Run]:
     """Meet the other processes, where there are any, and part from them at the end."""
+    if options["graphed"] and torch.device(options["device"]).type != "cuda":
+        raise click.UsageError(f"--graph needs a GPU, not --device {options['device']}")
     ranks, device = join(options["device"])
     yield Run(**{**options, "device": device, "ranks": ranks})
     leave(ranks)
