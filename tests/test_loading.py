@@ -13,6 +13,7 @@ import torch
 
 import worldline
 from worldline import loading, machine, places
+from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import MemoryPlan
 from worldline.machine import Memory
@@ -221,7 +222,7 @@ def test_memory_advice_is_enough(small_world: Path, monkeypatch: pytest.MonkeyPa
     needs = {(False, False): 10, (True, False): 8, (False, True): 9, (True, True): 3}
 
     def plan(*_: object, **flags: object) -> MemoryPlan:
-        need = needs[tuple(bool(flags.get(name)) for name in loading.OFFLOAD_FLAGS)]
+        need = needs[tuple(bool(flags.get(name)) for name in AUTOREGRESSIVE_OFFLOAD_FLAGS)]
         return MemoryPlan(need, 0, 0)
 
     def advice(free: int, *given: str) -> str:
@@ -238,9 +239,9 @@ def test_memory_advice_is_enough(small_world: Path, monkeypatch: pytest.MonkeyPa
     assert advice(3).startswith("with --offload_tokenizer --offload_ar_model it needs")
     assert advice(3, "offload_tokenizer").startswith("with --offload_ar_model it needs")
     assert advice(3, "offload_ar_model").startswith("with --offload_tokenizer it needs")
-    assert advice(3, *loading.OFFLOAD_FLAGS) == "fits"
+    assert advice(3, *AUTOREGRESSIVE_OFFLOAD_FLAGS) == "fits"
     assert advice(9, "offload_ar_model") == "fits"
-    for given in ((), loading.OFFLOAD_FLAGS):
+    for given in ((), AUTOREGRESSIVE_OFFLOAD_FLAGS):
         assert advice(2, *given).startswith("no offload flag is enough (at least")
 
 

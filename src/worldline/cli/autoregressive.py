@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from worldline.choices import MAX_SEED, OFFLOAD_FLAGS
+from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS, MAX_SEED
 from worldline.cli import run
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _INPUTS = ("input_image_or_video_path", "batch_input_path", "input_prompts_path")
-_NONE_RUNS = "Has no effect: none runs in this version."
 _WITHOUT_EFFECT = {
     "offload_guardrail_models": "no guardrail runs",
     "offload_diffusion_decoder": "no diffusion decoder runs",
@@ -98,9 +97,11 @@ def autoregressive() -> None:
 @click.option(
     "--disable_diffusion_decoder",
     is_flag=True,
-    help=f"Decode by the tokenizer alone.  {run.NEEDED}",
+    help=f"Decode by the tokenizer alone.  {run.NEEDED_HELP}",
 )
-@click.option("--disable_guardrail", is_flag=True, help=f"Do not check the video.  {run.NEEDED}")
+@click.option(
+    "--disable_guardrail", is_flag=True, help=f"Do not check the video.  {run.NEEDED_HELP}"
+)
 @click.option(
     "--offload_ar_model",
     is_flag=True,
@@ -111,8 +112,8 @@ def autoregressive() -> None:
     is_flag=True,
     help="Keep the tokenizer in host memory while it is not used.",
 )
-@click.option("--offload_diffusion_decoder", is_flag=True, help=_NONE_RUNS)
-@click.option("--offload_guardrail_models", is_flag=True, help=_NONE_RUNS)
+@click.option("--offload_diffusion_decoder", is_flag=True, help=run.NONE_RUNS_HELP)
+@click.option("--offload_guardrail_models", is_flag=True, help=run.NONE_RUNS_HELP)
 @click.option(
     "--offload_prompt_upsampler",
     is_flag=True,
@@ -131,6 +132,7 @@ def base(context: click.Context, /, **flags: Any) -> None:
         flags, _INPUTS, "no input: give --input_image_or_video_path or --batch_input_path"
     )
     batch = source != "input_image_or_video_path"
+    run.refuse_empty(flags, ("ar_model_dir",))
     _refuse_missing_parts(flags)
     items = _read_inputs(flags[source], flags, batch=batch)
     request = _make_request(flags)
@@ -206,11 +208,12 @@ def _find_files(flags: dict[str, Any], request: AutoregressiveRequest) -> Autore
     """Find and check the model, and that it has something to make for this request."""
     from worldline.places import find_place
 
-    find_place(flags["ar_model_dir"], flags["checkpoint_dir"])  # told before torch is imported
-    from worldline.loading import find_autoregressive
+    # told before torch is imported
+    place = find_place(flags["ar_model_dir"], flags["checkpoint_dir"])
+    from worldline.loading import open_autoregressive
     from worldline.pipelines.autoregressive import check_room
 
-    files = find_autoregressive(flags["ar_model_dir"], flags["checkpoint_dir"])
+    files = open_autoregressive(place)
     check_room(files.config, files.tokenizer_config, request.num_input_frames)
     return files
 
@@ -228,7 +231,7 @@ def _run(
     from worldline.world import load_files
 
     def load() -> World:
-        offload = {name: flags[name] for name in OFFLOAD_FLAGS}
+        offload = {name: flags[name] for name in AUTOREGRESSIVE_OFFLOAD_FLAGS}
         return load_files(files, device=flags["device"], **offload)
 
     def stream(world: World, task: run.Task) -> Iterator[Step]:
@@ -236,4 +239,4 @@ def _run(
         options = {"input_type": flags["input_type"], **vars(task.request)}
         return world.stream(task.item.path, **options)
 
-    run.run_tasks(tasks, load, stream, flags, OFFLOAD_FLAGS, batch=batch)
+    run.run_tasks(tasks, load, stream, flags, AUTOREGRESSIVE_OFFLOAD_FLAGS, batch=batch)

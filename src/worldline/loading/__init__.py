@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from worldline.catalog import Entry
-from worldline.choices import DIFFUSION_OFFLOAD_FLAGS, OFFLOAD_FLAGS
+from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS, DIFFUSION_OFFLOAD_FLAGS
 from worldline.errors import InputError
 from worldline.loading.autoregressive import (
     AutoregressiveFiles,
@@ -63,8 +63,6 @@ from worldline.weights.read import Checkpoint
 from worldline.weights.stream import load_into
 
 __all__ = [
-    "DIFFUSION_OFFLOAD_FLAGS",
-    "OFFLOAD_FLAGS",
     "AutoregressiveFiles",
     "AutoregressiveParts",
     "DiffusionFiles",
@@ -85,6 +83,8 @@ __all__ = [
     "fit_files",
     "load_autoregressive",
     "load_diffusion",
+    "open_autoregressive",
+    "open_diffusion",
     "open_transformer",
     "plan_autoregressive",
     "plan_diffusion",
@@ -359,7 +359,8 @@ def fit_entry(entry: Entry, device: torch.device, memory: Memory | None) -> Fit 
 
 
 def _flags(config: ARTransformerConfig | DiTConfig) -> tuple[str, ...]:
-    return DIFFUSION_OFFLOAD_FLAGS if isinstance(config, DiTConfig) else OFFLOAD_FLAGS
+    diffusion = isinstance(config, DiTConfig)
+    return DIFFUSION_OFFLOAD_FLAGS if diffusion else AUTOREGRESSIVE_OFFLOAD_FLAGS
 
 
 def _need(
