@@ -206,7 +206,7 @@ def test_memory_advice_is_enough(small_world: Path, monkeypatch: pytest.MonkeyPa
     needs = {(False, False): 10, (True, False): 8, (False, True): 9, (True, True): 3}
 
     def plan(*_: object, **flags: object) -> MemoryPlan:
-        need = needs[tuple(bool(flags.get(name)) for name in loading.OFFLOAD_FLAGS)]
+        need = needs[tuple(bool(flags.get(name)) for name in files.offload_flags)]
         return MemoryPlan(need, 0, 0)
 
     def advice(free: int, *given: str) -> str:
@@ -223,9 +223,9 @@ def test_memory_advice_is_enough(small_world: Path, monkeypatch: pytest.MonkeyPa
     assert advice(3).startswith("with --offload_tokenizer --offload_ar_model it needs")
     assert advice(3, "offload_tokenizer").startswith("with --offload_ar_model it needs")
     assert advice(3, "offload_ar_model").startswith("with --offload_tokenizer it needs")
-    assert advice(3, *loading.OFFLOAD_FLAGS) == "fits"
+    assert advice(3, *files.offload_flags) == "fits"
     assert advice(9, "offload_ar_model") == "fits"
-    for given in ((), loading.OFFLOAD_FLAGS):
+    for given in ((), files.offload_flags):
         assert advice(2, *given).startswith("no offload flag is enough (at least")
 
 

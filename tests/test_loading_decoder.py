@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from worldline import loading
+from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.models.predict1_ar.model import PRESETS
 from worldline.models.predict1_dit.model import PRESETS as DIFFUSION
@@ -58,7 +59,7 @@ def test_found_and_told_apart(whole_world: Path) -> None:
     assert prompted.text is not None
     assert prompted.decoder is not None
     assert prompted.decoder.aux is None  # the prompt takes its place
-    assert prompted.offload_flags == loading.AR_OFFLOAD_FLAGS
+    assert prompted.offload_flags == AUTOREGRESSIVE_OFFLOAD_FLAGS
     without = loading.find_autoregressive(MODEL, whole_world)
     assert without.decoder is None
     assert "diffusion_decoder" not in without.identity()
@@ -220,7 +221,7 @@ def test_plans() -> None:
                 **dict.fromkeys(flags, True),  # type: ignore[arg-type]
             )
 
-        assert plan(*loading.AR_OFFLOAD_FLAGS).peak <= most * 1e9
+        assert plan(*AUTOREGRESSIVE_OFFLOAD_FLAGS).peak <= most * 1e9
         bare = plan()
         assert plan("offload_diffusion_decoder").tokens < bare.tokens - 14e9
         # two blocks of 28 at a time, and what every block keeps

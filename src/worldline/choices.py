@@ -1,4 +1,7 @@
-"""What a request may choose from: names, limits and defaults of all families; needs no torch."""
+"""Names that requests and loading choose from, and the released negative prompt; needs no torch.
+
+Limits and defaults of numbers are in `worldline.pipelines.requests`.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,8 @@ SEAMS: tuple[Seam, ...] = ("corrected", "as_released")
 Rollout = Literal["tokens", "pixels"]  # beyond the window of an autoregressive model
 ROLLOUTS: tuple[Rollout, ...] = ("tokens", "pixels")
 
-# cheapest first
-OFFLOAD_FLAGS = ("offload_tokenizer", "offload_ar_model")
-# likewise, of an autoregressive world that has all parts
-AR_OFFLOAD_FLAGS = (
+# cheapest first, of a world that has all parts
+AUTOREGRESSIVE_OFFLOAD_FLAGS = (
     "offload_text_encoder_model",
     "offload_tokenizer",
     "offload_diffusion_decoder",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,11 +73,7 @@ def find_place(model: str | Path, checkpoint_dir: str | Path) -> Place:
         if folder.name == "transformer":
             folder = folder.parent
         return Place(named, tuple(dict.fromkeys((Path(checkpoint_dir), folder.parent))), False)
-    folder = BUNDLED / str(model).removeprefix(BUNDLED_PREFIX)
-    if not folder.is_dir():
-        have = ", ".join(bundled_names()) or "none"
-        raise CheckpointError(f"there is no bundled model {model}; there are: {have}")
-    return Place(folder, (BUNDLED,), True)
+    return Place(_find_bundled("model", str(model), bundled_names()), (BUNDLED,), True)
 
 
 def find_tokenizer(name: str, checkpoint_dir: str | Path) -> Path:
@@ -92,10 +88,14 @@ def find_tokenizer(name: str, checkpoint_dir: str | Path) -> Path:
     """
     if not is_bundled(name):
         return find_model(Path(name), Path(checkpoint_dir))
+    return _find_bundled("tokenizer", name, bundled_tokenizers())
+
+
+def _find_bundled(kind: str, name: str, have: Sequence[str]) -> Path:
     folder = BUNDLED / name.removeprefix(BUNDLED_PREFIX)
     if not folder.is_dir():
-        have = ", ".join(bundled_tokenizers()) or "none"
-        raise CheckpointError(f"there is no bundled tokenizer {name}; there are: {have}")
+        there = ", ".join(have) or "none"
+        raise CheckpointError(f"there is no bundled {kind} {name}; there are: {there}")
     return folder
 
 

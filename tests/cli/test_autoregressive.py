@@ -222,6 +222,7 @@ def test_every_flag_of_the_reference(variant: dict[str, Any]) -> None:
         (["CLIP", "--video_save_name", "x.avi"], "cannot write .avi; use .mp4 .mov .mkv"),
         (["CLIP", "--video_save_name", "x.PNG"], "cannot write .png; use .mp4 .mov .mkv"),
         (["CLIP", "--ar_model_dir", "Nowhere"], "no folder"),
+        (["CLIP", "--ar_model_dir", ""], "--ar_model_dir is empty"),
         (["CLIP", "--checkpoint_dir", "nowhere"], "no checkpoint folder nowhere"),
         (["CLIP", "--ar_model_dir", "tiny-Nowhere"], "there is no bundled model tiny-Nowhere"),
         (["CLIP", "--device", "abacus"], "no device abacus here"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from worldline.choices import MAX_SEED, ROLLOUTS, SEAMS
+from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS, MAX_SEED, ROLLOUTS, SEAMS
 from worldline.cli import run
 from worldline.errors import CheckpointError, InputError
 
@@ -34,6 +34,7 @@ _WITHOUT_EFFECT = {
 _WITHOUT_DECODER = dict.fromkeys(
     ("offload_diffusion_decoder", "decoder_seam"), "no diffusion decoder runs"
 )
+_OF_TEXT = "offload_text_encoder_model"
 _OF_PROMPTS = ("prompt", "prompt_embeddings", "text_encoder_dir", "text_encoder_dtype")
 
 
@@ -130,25 +131,10 @@ def _options(model: str, likely: str) -> run.Option:
             "as many as fit into the memory, where that saves time.",
         ),
         click.option(
-            "--disable_guardrail", is_flag=True, help=f"Do not check the video.  {run.NEEDED}"
+            "--disable_guardrail", is_flag=True, help=f"Do not check the video.  {run.NEEDED_HELP}"
         ),
-        *(
-            click.option(
-                f"--{name}",
-                is_flag=True,
-                help=f"Keep the {part} in host memory while it is not used.",
-            )
-            for name, part in (
-                ("offload_ar_model", "transformer"),
-                ("offload_tokenizer", "tokenizer"),
-                ("offload_diffusion_decoder", "diffusion decoder"),
-            )
-        ),
-        click.option(
-            "--offload_guardrail_models",
-            is_flag=True,
-            help="Has no effect: none runs in this version.",
-        ),
+        *(run.offload_option(name) for name in AUTOREGRESSIVE_OFFLOAD_FLAGS if name != _OF_TEXT),
+        click.option("--offload_guardrail_models", is_flag=True, help=run.NONE_RUNS_HELP),
         click.option(
             "--offload_prompt_upsampler",
             is_flag=True,
@@ -191,7 +177,7 @@ def base(context: click.Context, /, **flags: Any) -> None:
     """
     from worldline.cli.inputs import Fields
 
-    none = {**dict.fromkeys(_OF_PROMPTS), "offload_text_encoder_model": False}
+    none = {**dict.fromkeys(_OF_PROMPTS), _OF_TEXT: False}
     kind = flags["input_type"]
     fields = Fields(kind, 1 if kind == "image" else flags["num_input_frames"])
     _make_videos(context, {**none, **flags}, fields, kind)
@@ -224,9 +210,7 @@ def base(context: click.Context, /, **flags: Any) -> None:
     type=click.Choice(["bfloat16", "float32"]),
     help="Of the weights of T5.  [default: bfloat16 on a GPU, else float32]",
 )
-@click.option(
-    "--offload_text_encoder_model", is_flag=True, help="Keep it in host memory while unused."
-)
+@run.offload_option(_OF_TEXT)
 @click.pass_context
 def video2world(context: click.Context, /, **flags: Any) -> None:
     """Continue videos or images to 33 frames in all, or more, by a prompt.
@@ -265,9 +249,7 @@ def _make_videos(context: click.Context, flags: dict[str, Any], fields: Fields, 
         flags, _INPUTS, "no input: give --input_image_or_video_path or --batch_input_path"
     )
     batch = source != "input_image_or_video_path"
-    for name in _PATHS:
-        if flags[name] == "":
-            raise InputError(f"--{name} is empty")
+    run.refuse_empty(flags, _PATHS)
     if batch and flags["prompt"] is not None:
         raise InputError(f"--prompt and --{source} exclude each other: the lines hold the prompts")
     _refuse_missing_parts(flags)
@@ -343,7 +325,7 @@ def _log_notes(
     else:
         run.log_without_effect(given, {"batch_size": "there is one input"})
     if flags["prompt_embeddings"] is not None:
-        unread = ("text_encoder_dir", "text_encoder_dtype", "offload_text_encoder_model")
+        unread = ("text_encoder_dir", "text_encoder_dtype", _OF_TEXT)
         run.log_without_effect(given, dict.fromkeys(unread, "embeddings are given"))
         if any(item.prompt is not None for item in items):
             logger.info("prompts are written down alone: the embeddings decide")
@@ -374,14 +356,14 @@ def _find_files(
     """
     from worldline.places import find_place
 
-    find_place(flags["ar_model_dir"], flags["checkpoint_dir"])  # told before torch is imported
-    from worldline.loading import find_autoregressive
+    # told before torch is imported
+    place = find_place(flags["ar_model_dir"], flags["checkpoint_dir"])
+    from worldline.loading import open_autoregressive
     from worldline.pipelines.autoregressive import check_prompt, check_room
     from worldline.pipelines.prompts import read_prompt_embedding
 
-    files = find_autoregressive(
-        flags["ar_model_dir"],
-        flags["checkpoint_dir"],
+    files = open_autoregressive(
+        place,
         text_encoder_dir=flags["text_encoder_dir"],
         diffusion_decoder=_decodes(flags),
     )
@@ -461,22 +443,14 @@ def _run(
         )
 
     def load() -> World:
-        text: dict[str, Any] = {}
-        if files.config.context_width is not None:
-            text = {
-                "text_encoder_dtype": flags["text_encoder_dtype"],
-                "offload_text_encoder_model": flags["offload_text_encoder_model"],
-                "text": embeddings is None,
-            }
         return load_files(
             files,
             device=flags["device"],
-            offload_ar_model=flags["offload_ar_model"],
-            offload_tokenizer=flags["offload_tokenizer"],
-            offload_diffusion_decoder=flags["offload_diffusion_decoder"],
+            text_encoder_dtype=flags["text_encoder_dtype"],
+            text=embeddings is None,
             batch_size=at_once,
             num_video_frames=frames,
-            **text,
+            **{name: flags[name] for name in files.offload_flags},
         )
 
     def stream(world: World, task: run.Task) -> Iterator[Step]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worldline.catalog import APACHE_LICENCE
-from worldline.cli.run import DEVICE
+from worldline.cli.run import DEVICE_HELP
 from worldline.files import GIGABYTE
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _COLUMNS = ("folder", "state", "size", "memory", "runs here", "command", "licenc
 @click.option(
     "--checkpoint_dir", default="checkpoints", show_default=True, help="Holds the model folders."
 )
-@click.option("--device", help=DEVICE)
+@click.option("--device", help=DEVICE_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Everything that is known, as JSON.")
 def models(checkpoint_dir: str, device: str | None, as_json: bool) -> None:
     """List every known checkpoint.

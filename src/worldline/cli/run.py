@@ -50,9 +50,9 @@ _BARS = {
     ),
 }
 NUMBERED = {"video_save_name": "videos of a batch are numbered"}
-NEEDED = "Released models need this flag: this version has no such part."
-
-DEVICE = "cuda, cuda:1, cpu, mps…; by default the GPU, if there is one."
+NEEDED_HELP = "Released models need this flag: this version has no such part."
+NONE_RUNS_HELP = "Has no effect: none runs in this version."
+DEVICE_HELP = "cuda, cuda:1, cpu, mps…; by default the GPU, if there is one."
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -111,8 +111,16 @@ def machine_options() -> tuple[Option, ...]:
             show_default=True,
             help="How many to run on; 1 alone in this version.",
         ),
-        click.option("--device", help=DEVICE),
+        click.option("--device", help=DEVICE_HELP),
     )
+
+
+def offload_option(name: str) -> Option:
+    """Return the option that keeps a part in host memory."""
+    part = name.removeprefix("offload_").removesuffix("_model").replace("_", " ")
+    called = "transformer" if part == "ar" else part
+    told = f"Keep the {called} in host memory while it is not used."
+    return click.option(f"--{name}", is_flag=True, help=told)
 
 
 def with_options(options: Sequence[Option]) -> Option:
@@ -162,9 +170,19 @@ def choose_one(flags: dict[str, Any], names: Sequence[str], missing: str) -> str
         raise InputError(missing)
     if len(named) > 1:
         raise InputError(f"--{' and --'.join(named)} exclude each other: give one")
-    if not flags[named[0]]:
-        raise InputError(f"--{named[0]} is empty")
+    refuse_empty(flags, named)
     return named[0]
+
+
+def refuse_empty(flags: dict[str, Any], names: Sequence[str]) -> None:
+    """Refuse an empty text where a name or a path belongs; it would stand for the current folder.
+
+    Raises:
+        InputError: one of the flags is empty.
+    """
+    for name in names:
+        if flags[name] == "":
+            raise InputError(f"--{name} is empty")
 
 
 def log_without_effect(given: Collection[str], reasons: dict[str, str]) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from worldline.catalog import Entry
-from worldline.choices import AR_OFFLOAD_FLAGS, DIFFUSION_OFFLOAD_FLAGS, OFFLOAD_FLAGS
+from worldline.choices import DIFFUSION_OFFLOAD_FLAGS
 from worldline.errors import InputError, InsufficientMemoryError
 from worldline.loading.autoregressive import (
     AutoregressiveFiles,
     AutoregressiveParts,
     MemoryPlan,
+    offload_flags,
     open_autoregressive,
     plan_autoregressive,
     video_shape,
@@ -49,6 +50,7 @@ from worldline.loading.folders import (
     is_diffusion,
     open_transformer,
     read_settings,
+    refuse_options,
 )
 from worldline.loading.memory import Fit, Need, check_memory, fewest_flags
 from worldline.machine import Memory, device_memory
@@ -60,7 +62,7 @@ from worldline.models.predict1_dit.model import BLOCKS, DiT, DiTConfig
 from worldline.models.predict1_dit.model import PRESETS as DIFFUSION_PRESETS
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import Part, StreamedPart
-from worldline.places import Place, find_place
+from worldline.places import find_place
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.text.cache import EmbeddingCache
@@ -72,8 +74,6 @@ from worldline.weights.read import Checkpoint
 from worldline.weights.stream import load_into
 
 __all__ = [
-    "DIFFUSION_OFFLOAD_FLAGS",
-    "OFFLOAD_FLAGS",
     "WINDOW",
     "AutoregressiveFiles",
     "AutoregressiveParts",
@@ -98,6 +98,8 @@ __all__ = [
     "fit_files",
     "load_autoregressive",
     "load_diffusion",
+    "open_autoregressive",
+    "open_diffusion",
     "open_transformer",
     "plan_autoregressive",
     "plan_decoder",
@@ -150,31 +152,9 @@ def find_world(
         )
     special = {"tokenizer_dir": tokenizer_dir, "generation": generation}
     refuse_options(place.folder, "an autoregressive", special)
-    return _open_autoregressive(place, text_encoder_dir, diffusion_decoder)
-
-
-def _open_autoregressive(
-    place: Place, text_encoder_dir: str | Path | None, diffusion_decoder: bool
-) -> AutoregressiveFiles:
-    files = open_autoregressive(
+    return open_autoregressive(
         place, text_encoder_dir=text_encoder_dir, diffusion_decoder=diffusion_decoder
     )
-    if files.config.context_width is None:
-        refuse_options(
-            place.folder, "an autoregressive base", {"text_encoder_dir": text_encoder_dir}
-        )
-    return files
-
-
-def refuse_options(folder: Path, kind: str, given: dict[str, Any]) -> None:
-    """Refuse options that belong to another family of worlds.
-
-    Raises:
-        InputError: one of them is given.
-    """
-    wrong = [name for name, value in given.items() if value not in (None, False)]
-    if wrong:
-        raise InputError(f"{folder.name} is {kind} world, which has no {', no '.join(wrong)}")
 
 
 def find_autoregressive(
@@ -199,8 +179,11 @@ def find_autoregressive(
             text encoder is no error here: embeddings may be given.
         InputError: a base model is given a text encoder.
     """
-    place = find_place(model, checkpoint_dir)
-    return _open_autoregressive(place, text_encoder_dir, diffusion_decoder)
+    return open_autoregressive(
+        find_place(model, checkpoint_dir),
+        text_encoder_dir=text_encoder_dir,
+        diffusion_decoder=diffusion_decoder,
+    )
 
 
 def find_diffusion(
@@ -445,7 +428,10 @@ def fit(
     """
     dtype = dtype or compute_dtype(device)
     need = _need(config, tokenizer, device, dtype)
-    return fewest_flags(need, _flags_of(config), device, memory, given)
+    if isinstance(config, DiTConfig):
+        return fewest_flags(need, DIFFUSION_OFFLOAD_FLAGS, device, memory, given)
+    flags = offload_flags(text=config.context_width is not None, decoder=False)
+    return fewest_flags(need, flags, device, memory, given)
 
 
 def fit_files(
@@ -475,25 +461,15 @@ def fit_entry(entry: Entry, device: torch.device, memory: Memory | None) -> Fit 
     decoder = (DIFFUSION_PRESETS["7B-Decoder"], continuous)
     dtype = compute_dtype(device)
     need = _need(config, discrete, device, dtype, decoder=decoder)
-    flags = [
-        flag
-        for flag in AR_OFFLOAD_FLAGS
-        if flag != "offload_text_encoder_model" or config.context_width is not None
-    ]
-    found = fewest_flags(need, flags, device, memory)
+    text = config.context_width is not None
+    found = fewest_flags(need, offload_flags(text=text, decoder=True), device, memory)
     if found.fits is not False:
         return found
     bare = _need(config, discrete, device, dtype)
-    without = fewest_flags(
-        bare, [flag for flag in flags if flag != "offload_diffusion_decoder"], device, memory
-    )
+    without = fewest_flags(bare, offload_flags(text=text, decoder=False), device, memory)
     if not without.fits:
         return found
     return replace(without, flags=("disable_diffusion_decoder", *without.flags))
-
-
-def _flags_of(config: ARTransformerConfig | DiTConfig) -> tuple[str, ...]:
-    return DIFFUSION_OFFLOAD_FLAGS if isinstance(config, DiTConfig) else OFFLOAD_FLAGS
 
 
 def _flags(files: WorldFiles) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from worldline.choices import AR_OFFLOAD_FLAGS
+from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError
 from worldline.files import unfinished
 from worldline.loading.decoder import (
@@ -24,6 +24,7 @@ from worldline.loading.folders import (
     is_diffusion,
     open_transformer,
     read_settings,
+    refuse_options,
     stamps,
 )
 from worldline.loading.memory import coding_bytes, count_parameters, workspace
@@ -80,12 +81,7 @@ class AutoregressiveFiles:
     @property
     def offload_flags(self) -> tuple[str, ...]:
         """Names of the flags that keep a part in host memory, cheapest first."""
-        absent = set()
-        if self.text is None:
-            absent.add("offload_text_encoder_model")
-        if self.decoder is None:
-            absent.add("offload_diffusion_decoder")
-        return tuple(flag for flag in AR_OFFLOAD_FLAGS if flag not in absent)
+        return offload_flags(text=self.text is not None, decoder=self.decoder is not None)
 
     def identity(self) -> dict[str, Any]:
         """Return name, size and time of every file that decides what this world makes.
@@ -108,6 +104,12 @@ class AutoregressiveFiles:
         if self.text is not None:
             found["text_encoder"] = self.text.identity()
         return found
+
+
+def offload_flags(*, text: bool, decoder: bool) -> tuple[str, ...]:
+    """Return the flags of a world with or without text encoder and diffusion decoder."""
+    there = {"offload_text_encoder_model": text, "offload_diffusion_decoder": decoder}
+    return tuple(flag for flag in AUTOREGRESSIVE_OFFLOAD_FLAGS if there.get(flag, True))
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,9 @@ def open_autoregressive(
         diffusion_decoder: whether tokens will be decoded by diffusion.
 
     Raises:
-        CheckpointError: a file is absent, incomplete, damaged or of another model.
+        CheckpointError: a file is absent, incomplete, damaged or of another model. That there is no
+            text encoder is no error here: embeddings may be given.
+        InputError: a base model is given a text encoder.
     """
     named, folder = place.named, place.folder
     source = None if holds_diffusers(named) else open_transformer(named)
@@ -197,6 +201,8 @@ def open_autoregressive(
         config = _check_transformer(source, folder)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_doubt(source)}") from error
+    if config.context_width is None:
+        refuse_options(folder, "an autoregressive base", {"text_encoder_dir": text_encoder_dir})
     tokenizer_folder = _tokenizer_folder(place)
     try:
         tokenizer, tokenizer_config = open_tokenizer(tokenizer_folder)

@@ -173,10 +173,13 @@ def _check_kind(files: DiffusionFiles, request: DiffusionRequest) -> None:
 def _check_size(files: DiffusionFiles, request: DiffusionRequest) -> None:
     tokenizer, config = files.tokenizer_config, files.config
     frames, temporal = request.num_video_frames, tokenizer.temporal
+    given = request.num_input_frames
+    least = 1 + latent_frames_of(given, temporal) * temporal
     latent_frames = min(files.statistics.frames, config.max_grid.frames * config.patch[0])
     most = 1 + (latent_frames - 1) * temporal
-    nearest = min(most, nearest_frames(frames, temporal))
-    if nearest != frames:
+    if (frames - 1) % temporal or frames > most:
+        # one with something left to make, so that what is suggested is not refused next
+        nearest = min(most, max(least, nearest_frames(frames, temporal)))
         raise InputError(
             f"num_video_frames is {frames}; it must be 1 + {temporal}k and at most {most}: "
             f"the nearest is {nearest}"
@@ -193,9 +196,7 @@ def _check_size(files: DiffusionFiles, request: DiffusionRequest) -> None:
                 f"{name} is {pixels}; it must be a multiple of {step} and at most "
                 f"{tokens * step}: the nearest is {nearest}"
             )
-    given = request.num_input_frames
-    if given and latent_frames_of(given, temporal) >= 1 + (frames - 1) // temporal:
-        least = 1 + latent_frames_of(given, temporal) * temporal
+    if frames < least:
         raise InputError(
             f"num_video_frames is {frames}, but num_input_frames is {given}: nothing is left to "
             f"make; give {least} frames or more"

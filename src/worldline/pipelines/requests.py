@@ -24,8 +24,6 @@ from worldline.shapes import VideoShape
 ALLOWED_FPS = (1, 240)  # a video file can store them
 LARGEST_GUIDANCE = 100
 LARGEST_STEPS = 1000
-# A continuous tokenizer merges 8 pixels each way and 8 frames, or 4; a transformer 2 of its cells.
-SIDE_STEP, FRAME_STEP, LEAST_FRAME_STEP = 16, 8, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +91,8 @@ class DiffusionRequest:
         num_steps: evaluations of the denoiser.
         guidance: how far to go from the negative prompt towards the prompt and beyond; 0 is the
             prompt alone.
-        num_video_frames: 1 + 8k, the given ones included.
-        height: a multiple of 16.
+        num_video_frames: the given ones included; 1 + 8k for a released world.
+        height: likewise a multiple of 16.
         width: likewise.
         fps: frames a second of the motion, and of the file, 1 to 240.
         seed: of the noise, 0 to 2^32 - 1.
@@ -171,26 +169,3 @@ def _check_words(prompt: object, name: str) -> None:
         (prompt or "").encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{name} is no valid text: {error}") from None
-
-
-def check_steps_of_size(request: DiffusionRequest) -> None:
-    """Refuse a size that no diffusion world can make, before one is found.
-
-    Raises:
-        InputError: a side or the number of frames is between two that can be made.
-    """
-    for name in ("height", "width"):
-        pixels = getattr(request, name)
-        if pixels % SIDE_STEP:
-            below = pixels - pixels % SIDE_STEP
-            near = f"{below} or {below + SIDE_STEP}" if below else str(SIDE_STEP)
-            raise InputError(
-                f"{name} is {pixels}; it must be a multiple of {SIDE_STEP}, such as {near}"
-            )
-    frames = request.num_video_frames
-    if (frames - 1) % LEAST_FRAME_STEP:
-        below = frames - (frames - 1) % FRAME_STEP
-        raise InputError(
-            f"num_video_frames is {frames}; it must be 1 + {FRAME_STEP}k, "
-            f"such as {below} or {below + FRAME_STEP}"
-        )
