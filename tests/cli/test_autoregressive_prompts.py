@@ -166,7 +166,7 @@ def test_base_with_the_decoder(run: Run, clip: Path, whole_world: Path, tmp_path
         (["CLIP"], "no prompt: a Video2World model needs --prompt"),
         (["CLIP", "--prompt", " "], "--prompt is empty"),
         (["CLIP", "--prompt", "x", "--prompt_embeddings", ""], "--prompt_embeddings is empty"),
-        (["CLIP", "--prompt_embeddings", "nowhere"], "no file of embeddings nowhere"),
+        (["CLIP", "--prompt_embeddings", "nowhere"], "--prompt_embeddings nowhere: no such file"),
         (["--prompt", "x"], "give --input_image_or_video_path or --batch_input_path"),
         (["--prompt", "x", "--batch_input_path", "b"], "exclude each other: the lines hold"),
         (["--batch_input_path", "BATCH"], 'no "prompt"'),

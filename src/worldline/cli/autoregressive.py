@@ -250,6 +250,7 @@ def _make_videos(context: click.Context, flags: dict[str, Any], fields: Fields, 
     )
     batch = source != "input_image_or_video_path"
     run.refuse_empty(flags, _PATHS)
+    run.refuse_absent(flags, "prompt_embeddings")
     if batch and flags["prompt"] is not None:
         raise InputError(f"--prompt and --{source} exclude each other: the lines hold the prompts")
     _refuse_missing_parts(flags)
@@ -358,6 +359,8 @@ def _find_files(
 
     # told before torch is imported
     place = find_place(flags["ar_model_dir"], flags["checkpoint_dir"])
+    if flags["text_encoder_dir"] is not None:
+        place.chosen(flags["text_encoder_dir"], "text_encoder_dir")
     from worldline.loading import open_autoregressive
     from worldline.pipelines.autoregressive import check_prompt, check_room
     from worldline.pipelines.prompts import read_prompt_embedding

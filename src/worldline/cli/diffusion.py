@@ -321,8 +321,7 @@ def _make_videos(
     given = run.given_flags(context)
     run.refuse_empty(flags, _PATHS)
     embeddings = flags["prompt_embeddings"]
-    if embeddings is not None and not Path(embeddings).exists():
-        raise InputError(f"--prompt_embeddings {embeddings}: no such file")
+    run.refuse_absent(flags, "prompt_embeddings")
     _refuse_missing_parts(flags)
     if batch:
         items = read_batch(flags["batch_input_path"], fields)

@@ -185,6 +185,16 @@ def refuse_empty(flags: dict[str, Any], names: Sequence[str]) -> None:
             raise InputError(f"--{name} is empty")
 
 
+def refuse_absent(flags: dict[str, Any], name: str) -> None:
+    """Refuse a path that leads nowhere; the flag may be left out.
+
+    Raises:
+        InputError: nothing is there.
+    """
+    if flags[name] is not None and not Path(flags[name]).exists():
+        raise InputError(f"--{name} {flags[name]}: no such file")
+
+
 def log_without_effect(given: Collection[str], reasons: dict[str, str]) -> None:
     """Say which of the given flags do nothing, and why."""
     for name, reason in reasons.items():

@@ -24,6 +24,7 @@ from worldline.shapes import VideoShape
 ALLOWED_FPS = (1, 240)  # a video file can store them
 LARGEST_GUIDANCE = 100
 LARGEST_STEPS = 1000
+LARGEST_SIZE = 1 << 20  # of frames and sides; what a world makes is its own matter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,9 @@ class AutoregressiveRequest:
             object.__setattr__(self, name, real_number(name, getattr(self, name)))
         if self.num_input_frames not in (1, 9):
             raise InputError(f"num_input_frames is {self.num_input_frames}; it must be 1 or 9")
+        frames = self.num_video_frames
+        if frames is not None and not 1 <= frames <= LARGEST_SIZE:
+            raise InputError(f"num_video_frames is {frames}; it must be 1 to {LARGEST_SIZE}")
         if not self.temperature >= 0 or self.temperature == float("inf"):
             raise InputError(
                 f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number"
@@ -136,7 +140,7 @@ class DiffusionRequest:
         self._check_range("seed", 0, MAX_SEED)
         self._check_range("preview_every", 0, LARGEST_STEPS)
         for name in ("num_video_frames", "height", "width"):
-            self._check_range(name, 1, 1 << 20)
+            self._check_range(name, 1, LARGEST_SIZE)
         self._check_range("fps", *ALLOWED_FPS)
         if not 0 <= self.augment_sigma < math.inf:
             raise InputError(f"augment_sigma is {self.augment_sigma}; it must be 0 or more")
