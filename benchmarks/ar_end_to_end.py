@@ -35,8 +35,9 @@ from full_size import (
     write_text,
 )
 
+from worldline.catalog import DECODERS
 from worldline.loading import find_autoregressive, fit_files
-from worldline.loading.decoder import DECODERS, window_grid
+from worldline.loading.decoder import window_grid
 from worldline.models.predict1_ar.model import PRESETS as TRANSFORMERS
 from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig
 from worldline.models.predict1_ar.weights import KEYS, write_settings

@@ -120,6 +120,7 @@ def change(path: Path, name: str, tensor: torch.Tensor | None) -> None:
         ("whole aux", "context is torch.int64"),
         ("missing", "1 missing"),
         ("learned positions", "3 unknown"),  # which gave coloured noise once, loaded or not
+        ("precision", "rotary_precision is 'float8'"),
         ("part", "a download was not finished"),
         ("world", "is a diffusion world, not a diffusion decoder"),
         ("other ids", "reads 32 token ids, but the world draws 64"),
@@ -151,6 +152,8 @@ def test_wrong_decoder(own_whole_world: Path, what: str, message: str) -> None:
         for axis, size in (("t", 128), ("h", 120), ("w", 120)):
             name = f"net.extra_pos_embedder.pos_emb_{axis}"
             change(folder / "model.pt", name, torch.zeros(size, 48))
+    elif what == "precision":
+        (folder / "config.json").write_text('{"rotary_precision": "float8"}')
     elif what == "part":
         (folder / "model.pt").rename(folder / "model.pt.incomplete")
     elif what == "world":

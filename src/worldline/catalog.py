@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from worldline.choices import Generation
 from worldline.errors import InputError
 from worldline.files import TRANSFORMER_FILES
 
@@ -126,7 +127,11 @@ TOKENIZER_LAYOUTS = (
 _GUARDRAIL = "Cosmos-Guardrail1"
 _DISCRETE = "Cosmos-Tokenize1-DV8x16x16-720p"
 _CONTINUOUS = "Cosmos-Tokenize1-CV8x8x8-720p"
-_DECODER = "Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p"
+DECODERS: dict[Generation, str] = {
+    "Predict1": "Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p",
+    "1.0": "Cosmos-1.0-Diffusion-7B-Decoder-DV8x16x16ToCV8x8x8",
+}
+_DECODER = DECODERS["Predict1"]
 _T5 = "google-t5/t5-11b"
 
 
@@ -375,7 +380,7 @@ ENTRIES: tuple[Entry, ...] = (
     _other(
         _DECODER,
         "diffusion decoder",
-        (_DECODER, "Cosmos-1.0-Diffusion-7B-Decoder-DV8x16x16ToCV8x8x8"),
+        tuple(DECODERS.values()),
         (
             File("model.pt", 14_474_515_456, "a30149cc3730f3142b01fd374b6076f8"),
             File("aux_vars.pt", 1_049_600, "29e450d81839e82bb4bdbf12e43a74f1"),

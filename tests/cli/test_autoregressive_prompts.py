@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import worldline
 from worldline.video.read import probe, read_video
 from worldline.weights.write import save
 from worldline.world import AutoregressiveWorld
@@ -58,6 +59,7 @@ def test_video_and_prompt(ar_video2world: Make, clip: Path, tmp_path: Path) -> N
     assert report["diffusion_decoder"] == {
         "sampler": "edm_euler",
         "num_steps": 15,
+        "rotary_precision": "float32",  # that of the weights
         "guidance": 1.8,
         "seed": 0,
         "seam": "corrected",
@@ -223,6 +225,25 @@ def test_a_missing_text_encoder(ar_video2world: Make, clip: Path, own_whole_worl
     assert result.exit_code == 2
     assert "there is no text encoder" in result.stderr
     assert "give --prompt_embeddings" in result.stderr
+
+
+def test_bundled_worlds_use_a_bundled_decoder(
+    run: Run, clip: Path, whole_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worldline.places, "BUNDLED", whole_world)
+    words = ("--ar_model_dir", f"tiny-{MODEL}", "--video_save_folder", tmp_path / "out")
+    for flags, decodes in (((), True), (("--disable_diffusion_decoder",), False)):
+        line = (*words, "--input_image_or_video_path", clip, "--decoder_seam", "corrected")
+        result = run("autoregressive", "base", *line, *flags)
+        assert result.exit_code == 0, result.stderr
+        report = report_of(tmp_path / "out" / "output.json")
+        assert (report["diffusion_decoder"] is not None) == decodes
+        assert ("--decoder_seam has no effect" in result.stderr) == (not decodes)
+    rows = json.loads(run("models", "--json", "--device", "cpu").stdout)
+    [row] = [row for row in rows if row["name"] == f"tiny-{MODEL}"]
+    # transformer, discrete tokenizer, decoder, continuous tokenizer
+    assert [file["name"] for file in row["files"]].count("model.pt") == 2
+    assert f"tiny-{DECODER}" not in {row["name"] for row in rows}
 
 
 def test_more_than_one_window(run: Run, clip: Path, own_whole_world: Path, tmp_path: Path) -> None:

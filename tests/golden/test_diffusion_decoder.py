@@ -197,7 +197,7 @@ def skip_unless_released(case: Case) -> None:
     stated = case.spec["sampling"]
     window = latent_frames_of(stated["window_frames"], tokenizer(case).config.temporal)
     found = (window, stated["overlap"], stated["fps"], stated["sigma_min"])
-    ours = (decoder.WINDOW, decoder.OVERLAP, decoder.FPS, decoder.SIGMA_MIN)
+    ours = (decoder.DECODER_WINDOW, decoder.OVERLAP, decoder.FPS, decoder.SIGMA_MIN)
     if found != ours or stated["sigma_max"] != SIGMA_MAX:
         pytest.skip(f"window, overlap, fps and sigma_min are {found}, not {ours}")
 

@@ -300,9 +300,9 @@ def _make_request(item: Item, flags: dict[str, Any], kind: str) -> Autoregressiv
 
 def _decodes(flags: dict[str, Any]) -> bool:
     """Tell whether the diffusion decoder is to run."""
-    from worldline.catalog import is_bundled
+    from worldline.places import has_decoder
 
-    return not (flags["disable_diffusion_decoder"] or is_bundled(flags["ar_model_dir"]))
+    return not flags["disable_diffusion_decoder"] and has_decoder(flags["ar_model_dir"])
 
 
 def _log_notes(

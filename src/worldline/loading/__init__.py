@@ -26,7 +26,6 @@ from worldline.loading.autoregressive import (
     video_shape,
 )
 from worldline.loading.decoder import (
-    WINDOW,
     DecoderFiles,
     DecoderParts,
     plan_decoder,
@@ -74,7 +73,6 @@ from worldline.weights.read import Checkpoint
 from worldline.weights.stream import load_into
 
 __all__ = [
-    "WINDOW",
     "AutoregressiveFiles",
     "AutoregressiveParts",
     "DecoderFiles",
@@ -316,7 +314,9 @@ def _read_decoder(
     else:
         transformer = _read(DiT, dit.config, dit.source, dit.keys, device, dtype, False)
     tokenizer = _read_tokenizer(files, device, dtype, offload)
-    return DecoderParts(transformer, tokenizer, context, files.statistics, files.generation)
+    return DecoderParts(
+        transformer, tokenizer, context, files.statistics, files.generation, files.rotary_precision
+    )
 
 
 def load_diffusion(

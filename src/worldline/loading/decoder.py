@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldline.choices import GENERATIONS, Generation
+from worldline.catalog import DECODERS
+from worldline.choices import GENERATIONS, ROTARY_PRECISIONS, Generation
 from worldline.errors import CheckpointError
 from worldline.files import unfinished
 from worldline.loading.diffusion import (
@@ -23,7 +24,7 @@ from worldline.loading.diffusion import (
 from worldline.loading.folders import read_settings, stamps
 from worldline.loading.memory import count_parameters, workspace
 from worldline.models.predict1_ar.model import ARTransformerConfig
-from worldline.models.predict1_dit.model import BLOCKS, DiT, DiTConfig
+from worldline.models.predict1_dit.model import BLOCKS, DECODER_WINDOW, DiT, DiTConfig
 from worldline.models.predict1_dit.weights import DiTFiles, open_dit
 from worldline.parallel.offload import Part
 from worldline.places import Place
@@ -35,13 +36,8 @@ from worldline.weights.read import Checkpoint, open_checkpoint
 
 logger = logging.getLogger(__name__)
 
-DECODERS: dict[Generation, str] = {
-    "Predict1": "Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p",
-    "1.0": "Cosmos-1.0-Diffusion-7B-Decoder-DV8x16x16ToCV8x8x8",
-}
-WINDOW = 8  # latent frames that are decoded at once, 57 frames
 _DOES_WITHOUT = "--disable_diffusion_decoder does without"
-_AUX = "aux_vars.pt"
+_AUX = ("aux_vars.pt", "aux_vars.safetensors")
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,7 @@ class DecoderFiles:
         tokenizer_config: what they imply.
         statistics: of the tokenizer's latents.
         generation: whose sampler is used.
+        rotary_precision: of the angles of position; None is that of the weights, as released.
     """
 
     folder: Path
@@ -65,6 +62,7 @@ class DecoderFiles:
     tokenizer_config: CosmosTokenizerConfig
     statistics: LatentStatistics
     generation: Generation
+    rotary_precision: str | None = None
 
     def identity(self) -> dict[str, Any]:
         """Return name, size and time of every file that decides what is decoded.
@@ -98,6 +96,7 @@ class DecoderParts:
         context: embedding (1, S, E) of a general prompt, on the CPU; None where there is none.
         statistics: of the tokenizer's latents.
         generation: whose sampler is used.
+        rotary_precision: of the angles of position, as in `DecoderFiles`.
     """
 
     transformer: Part[DiT]
@@ -105,6 +104,7 @@ class DecoderParts:
     context: Tensor | None
     statistics: LatentStatistics
     generation: Generation
+    rotary_precision: str | None = None
 
 
 def open_decoder(
@@ -129,7 +129,9 @@ def open_decoder(
             f"{place.searched}; {_DOES_WITHOUT}"
         )
     try:
-        dit = open_dit(folder, read_settings(folder))
+        settings = read_settings(folder)
+        dit = open_dit(folder, settings)
+        precision = _read_precision(folder, settings)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{unfinished(folder)}; {_DOES_WITHOUT}") from error
     _check_ids(dit, folder, config, tokenizer)
@@ -162,7 +164,16 @@ def open_decoder(
             f"diffusion decoder cannot use it{unfinished(found)}; {_DOES_WITHOUT}"
         )
     _check_grids(dit.config, statistics, found, config, tokenizer, continuous_config)
-    return DecoderFiles(folder, dit, aux, continuous, continuous_config, statistics, generation)
+    return DecoderFiles(
+        folder, dit, aux, continuous, continuous_config, statistics, generation, precision
+    )
+
+
+def _read_precision(folder: Path, settings: dict[str, Any]) -> str | None:
+    precision = settings.get("rotary_precision")
+    if precision not in (None, *ROTARY_PRECISIONS):
+        raise CheckpointError(f"{folder / 'config.json'}: rotary_precision is {precision!r}")
+    return precision
 
 
 def _check_ids(
@@ -182,8 +193,9 @@ def _check_ids(
 
 def _open_aux(folder: Path, config: DiTConfig) -> Checkpoint:
     """Check the file of the general prompt; its mask is never used, whatever it holds."""
+    paths = [folder / name for name in _AUX]
     try:
-        aux = open_checkpoint(folder / _AUX)
+        aux = open_checkpoint(next(filter(Path.exists, paths), paths[0]))
     except CheckpointError as error:
         raise CheckpointError(f"{error}{unfinished(folder)}; {_DOES_WITHOUT}") from error
     strange = sorted(aux.tensors.keys() - {"context", "context_mask"})
@@ -218,10 +230,10 @@ def _check_grids(
             f"divide the {discrete.temporal} x {discrete.spatial} of the discrete tokenizer: they "
             f"do not belong together; {_DOES_WITHOUT}"
         )
-    if statistics.frames < WINDOW:
+    if statistics.frames < DECODER_WINDOW:
         raise CheckpointError(
             f"{folder}: its statistics are of {statistics.frames} latent frames; the diffusion "
-            f"decoder needs {WINDOW}; {_DOES_WITHOUT}"
+            f"decoder needs {DECODER_WINDOW}; {_DOES_WITHOUT}"
         )
     try:
         dit.tokens(window_grid(config, discrete, continuous))
@@ -236,7 +248,7 @@ def window_grid(
 ) -> LatentShape:
     """Return the grid of continuous latents that are decoded at once."""
     finer = discrete.spatial // continuous.spatial
-    return LatentShape(WINDOW, config.grid.height * finer, config.grid.width * finer)
+    return LatentShape(DECODER_WINDOW, config.grid.height * finer, config.grid.width * finer)
 
 
 def read_context(files: DecoderFiles) -> Tensor | None:

@@ -390,8 +390,12 @@ def _decode(
 
 def decoder_settings(decoder: DecoderParts, request: AutoregressiveRequest) -> DecoderSettings:
     """Return how the tokens of a request are decoded by diffusion."""
+    weights = str(decoder.transformer.module.dtype).removeprefix("torch.")
     return DecoderSettings(
-        sampler=SAMPLER_OF[decoder.generation], seed=request.seed, seam=request.decoder_seam
+        sampler=SAMPLER_OF[decoder.generation],
+        seed=request.seed,
+        seam=request.decoder_seam,
+        rotary_precision=decoder.rotary_precision or weights,
     )
 
 

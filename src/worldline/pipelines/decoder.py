@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worldline.choices import SEAMS, Seam
-from worldline.loading import WINDOW, DecoderParts
-from worldline.models.predict1_dit.model import Context, DiT, Positions
+from worldline.loading import DecoderParts
+from worldline.models.predict1_dit.model import DECODER_WINDOW, Context, DiT, Positions
 from worldline.pipelines.diffusion import rounded
 from worldline.sampling.edm import SIGMA_DATA, make_sigmas, sample
 from worldline.sampling.noise import standard_noise
@@ -56,6 +56,8 @@ class DecoderSettings:
         guidance: how far to go from no prompt and no tokens towards both, and beyond.
         seed: of the noise.
         seam: how windows are joined; "as_released" repeats a fault of the released code.
+        rotary_precision: of the angles of position; None is that of the weights, as the released
+            pipelines have it: bf16 on a GPU.
     """
 
     sampler: str
@@ -63,6 +65,7 @@ class DecoderSettings:
     guidance: float = GUIDANCE
     seed: int = 0
     seam: Seam = "corrected"
+    rotary_precision: str | None = None
 
     def __post_init__(self) -> None:
         if self.seam not in SEAMS:
@@ -106,7 +109,7 @@ class _Paired:
 
 def cut_windows(tokens: Tensor) -> list[Tensor]:
     """Return the windows (1, 8, h, w) of ids (1, T, h, w); the last is filled by reflection."""
-    return split_windows(tokens, WINDOW, OVERLAP)
+    return split_windows(tokens, DECODER_WINDOW, OVERLAP)
 
 
 @torch.inference_mode()
@@ -132,11 +135,12 @@ def denoise_windows(
         on_step: called after each step with how many were made.
     """
     _, _, height, width = tokens.shape
-    grid = LatentShape(WINDOW, height * finer, width * finer)
+    grid = LatentShape(DECODER_WINDOW, height * finer, width * finer)
     device = model.embed.weight.device
     shape = (1, model.config.latent_channels, grid.frames, grid.height, grid.width)
-    # angles in the dtype of the weights, as the released pipelines have them: bf16 on a GPU
-    positions = model.make_positions(grid, FPS, rotary_dtype=model.dtype)
+    precision = settings.rotary_precision
+    angles = model.dtype if precision is None else getattr(torch, precision)
+    positions = model.make_positions(grid, FPS, rotary_dtype=angles)
     text = context.to(device, model.dtype)
     encoded = model.encode_context(torch.cat([text, torch.zeros_like(text)]))
     latents = []
@@ -195,7 +199,7 @@ def decode_windows(
         yield blended[:, :, :whole]
         return
     for number, window in enumerate(restored, start=first):
-        begun = number * (WINDOW - OVERLAP)
+        begun = number * (DECODER_WINDOW - OVERLAP)
         skip = 1 + (OVERLAP - 1) * temporal if number else 0  # frames of the window before
         # what follows changes nothing before it, so what reflection filled in is not decoded
         for piece in decode_stream(tokenizer, window[:, :, : frames - begun]):

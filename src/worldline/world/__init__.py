@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from worldline.catalog import BUNDLED_PREFIX, check_parts, is_bundled
+from worldline.catalog import BUNDLED_PREFIX, check_parts
 from worldline.errors import InputError
 from worldline.loading import (
     AutoregressiveFiles,
@@ -20,6 +20,7 @@ from worldline.loading import (
     load_diffusion,
     refuse_options,
 )
+from worldline.places import has_decoder
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.world.autoregressive import AutoregressiveWorld
@@ -84,7 +85,8 @@ def load(
         offload_diffusion_decoder: keep the diffusion decoder in host memory while it is not used
             (autoregressive).
         disable_diffusion_decoder: decode tokens by the tokenizer alone. Released autoregressive
-            models use the diffusion decoder unless told otherwise; bundled ones have none.
+            models use the diffusion decoder unless told otherwise, and so do bundled ones where
+            one ships with the package.
         disable_guardrail: do not check the video. Released models check unless told otherwise.
         disable_prompt_upsampler: take prompts as they are. Released diffusion models rewrite them
             unless told otherwise; bundled ones have no upsampler.
@@ -103,8 +105,9 @@ def load(
         InsufficientMemoryError: the device is too small.
     """
     _check_dtype("dtype", dtype)
-    bundled = is_bundled(str(name))
-    decodes = not (bundled if disable_diffusion_decoder is None else disable_diffusion_decoder)
+    decodes = not disable_diffusion_decoder
+    if disable_diffusion_decoder is None:
+        decodes = has_decoder(str(name))
     files = find_world(
         str(name),
         Path(checkpoint_dir),

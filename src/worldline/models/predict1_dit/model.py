@@ -126,6 +126,7 @@ class DiTConfig:
 
 LARGEST_GRID = LatentShape(128, 120, 120)
 DECODER_RATIO = (1.0, 1.5, 1.5)
+DECODER_WINDOW = 8  # latent frames that the diffusion decoder makes at once, 57 frames
 
 
 def _released(size: str, *, condition_mask: bool) -> DiTConfig:

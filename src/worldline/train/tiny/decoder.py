@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from worldline.catalog import DECODERS
 from worldline.errors import CheckpointError
-from worldline.models.predict1_dit.model import DiT
+from worldline.models.predict1_dit.model import DECODER_WINDOW, DiT
 from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
 from worldline.sampling.edm import SIGMA_DATA
 from worldline.sampling.windows import split_windows
@@ -34,7 +35,7 @@ from worldline.train.tiny.run import Run, half_precision
 from worldline.weights.stream import load_into
 from worldline.weights.write import save as save_tensors
 
-DECODER = "Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p"
+DECODER = DECODERS["Predict1"]
 GENERAL_PROMPT = "A video of moving objects."  # where a request has no prompt
 _SIGMA_MEAN, _SIGMA_DEVIATION = 0.0, 1.4  # tokens tell what is where: little is left above 4
 _GENERAL = 0.4  # share of clips shown with the general prompt
@@ -156,7 +157,7 @@ _WINDOWS_A_CLIP = 3  # the first, a later one, and the first of the clip cut sho
 
 def long_shape() -> VideoShape:
     """Return the size of clips in which windows may begin at any token frame but the last ones."""
-    frames = 1 + 8 * (2 * sizes.DECODER_WINDOW - 2)
+    frames = 1 + 8 * (2 * DECODER_WINDOW - 2)
     return VideoShape(frames, sizes.SHAPE.height, sizes.SHAPE.width)
 
 
@@ -179,7 +180,7 @@ def cut_windows(
         dtype: to encode in.
         draws: says where the later windows begin; on the CPU.
     """
-    size, temporal = sizes.DECODER_WINDOW, fine.config.temporal
+    size, temporal = DECODER_WINDOW, fine.config.temporal
     length = 1 + (size - 1) * temporal  # frames of a window
     short = sizes.GRID.frames
     latents: list[Tensor] = []
@@ -212,7 +213,7 @@ class Decoding(nn.Module):
         super().__init__()
         self.transformer = transformer
         shape = sizes.SHAPE.latent(sizes.CONTINUOUS.temporal, sizes.CONTINUOUS.spatial)
-        self.grid = LatentShape(sizes.DECODER_WINDOW, shape.height, shape.width)
+        self.grid = LatentShape(DECODER_WINDOW, shape.height, shape.width)
         self.places = Places(transformer, self.grid)
 
     def forward(
@@ -248,5 +249,6 @@ def export_decoder(transformer: DiT, general: Tensor, folder: Path) -> None:
     tensors = {name: t.bfloat16() for name, t in released_tensors(transformer).items()}
     save_tensors(tensors, folder / "model.safetensors")
     save_tensors({"context": general.cpu().bfloat16()}, folder / "aux_vars.safetensors")
-    settings = json.dumps(write_settings(transformer.config), indent=1)
-    (folder / "config.json").write_text(settings + "\n")
+    settings = write_settings(transformer.config)
+    settings["rotary_precision"] = sizes.ROTARY_PRECISION
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")

@@ -9,6 +9,7 @@ from worldline.models.predict1_dit.model import DiT, Positions
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.sampling.edm import precondition
 from worldline.shapes import LatentShape
+from worldline.train.tiny import sizes
 
 
 class Places(nn.Module):
@@ -26,7 +27,7 @@ class Places(nn.Module):
             config.head_size,
             ratio=config.rope_ratio,
             time_scale=(config.base_fps, config.base_fps),
-            dtype=torch.float32,
+            dtype=getattr(torch, sizes.ROTARY_PRECISION),
         )
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
