@@ -113,7 +113,8 @@ def main(
     sheet: Path | None,
 ) -> None:
     """Measure, print, and write a JSON file."""
-    world = worldline.load(model, device=device)
+    # a diffusion decoder would hide what either way does to the tokens
+    world = worldline.load(model, device=device, disable_diffusion_decoder=True)
     assert isinstance(world, AutoregressiveWorld)
     clips, masks = [], []
     for number in range(count):

@@ -145,6 +145,7 @@ def test_wrong_batches(plain: AutoregressiveWorld, image: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_video_frames": 0}, "num_video_frames is 0; it must be 1 to"),
         ({"num_video_frames": 25}, "at least 33: the nearest is 33"),
         ({"num_video_frames": 50}, r"must be 1 \+ 8k and at least 33: the nearest is 49"),
         ({"num_video_frames": 1.5}, "num_video_frames is 1.5; it must be a whole number"),
