@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from worldline.catalog import ENTRIES, TOKENIZER_LAYOUTS, check_parts, find, is_bundled
+from worldline.catalog import ENTRIES, TOKENIZER_LAYOUTS, advice, check_parts, find, is_bundled
 from worldline.errors import InputError
 
 KEYS = Path(__file__).parent / "keys"
@@ -149,3 +149,14 @@ def test_parts_of_diffusion() -> None:
 def test_needs_no_torch() -> None:
     script = "import sys, worldline.catalog; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_advice_on_a_folder_that_is_not_there() -> None:
+    for entry in ENTRIES:
+        told = advice(entry.folders[0])
+        assert entry.name in told
+        assert ("does not run" in told) == (not entry.command)
+    assert advice("Cosmos-Predict1-7B-Text2Wrold") == (
+        "; did you mean Cosmos-Predict1-7B-Text2World?"
+    )
+    assert advice("my-own-model") == ""

@@ -6,6 +6,7 @@ Sizes, parameters and MD5 sums are those of the released files; needs no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -448,6 +449,18 @@ def find(folder: str) -> Entry | None:
     """
     released = folder.partition("_post-trained")[0]
     return next((entry for entry in ENTRIES if {folder, released} & {*entry.folders}), None)
+
+
+def advice(folder: str) -> str:
+    """Return what to tell someone who names a folder that is not there; "" for nothing."""
+    if (entry := find(folder)) is not None:
+        if entry.command:
+            return f"; download {entry.name} there: `worldline {entry.command}` runs it"
+        return f"; this version does not run {entry.name} (`worldline models` lists what it does)"
+    known = [name for entry in ENTRIES for name in entry.folders]
+    if close := get_close_matches(folder, known, n=1, cutoff=0.8):
+        return f"; did you mean {close[0]}?"
+    return ""
 
 
 def is_bundled(name: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from worldline.catalog import BUNDLED_PREFIX, DECODERS, is_bundled
+from worldline.catalog import BUNDLED_PREFIX, DECODERS, advice, is_bundled
 from worldline.errors import CheckpointError
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -109,13 +109,14 @@ def find_model(model: Path, checkpoint_dir: Path) -> Path:
     for path in (below, model):
         if path.is_dir() or path.is_file():
             return path
+    also = advice(model.name)
     if not checkpoint_dir.is_dir():
         raise CheckpointError(
-            f"no checkpoint folder {checkpoint_dir} (--checkpoint_dir), so no {model} in it"
+            f"no checkpoint folder {checkpoint_dir} (--checkpoint_dir), so no {model} in it{also}"
         )
     have = sorted(path.name for path in checkpoint_dir.iterdir() if path.is_dir())
     raise CheckpointError(
-        f"no folder {below}; {checkpoint_dir} holds: {', '.join(have) or 'no folder'}"
+        f"no folder {below}; {checkpoint_dir} holds: {', '.join(have) or 'no folder'}{also}"
     )
 
 
