@@ -20,6 +20,8 @@ NVIDIA_LICENCE = "NVIDIA Open Model License"
 APACHE_LICENCE = "Apache-2.0"
 LLAMA_LICENCE = "Llama 3.1 Community License"
 
+_WORLDS = ("autoregressive", "diffusion text", "diffusion video", "diffusion, other", "flow")
+
 Presence = Literal["present", "other size", "partial", "absent"]
 
 
@@ -456,7 +458,9 @@ def advice(folder: str) -> str:
     if (entry := find(folder)) is not None:
         if entry.command:
             return f"; download {entry.name} there: `worldline {entry.command}` runs it"
-        return f"; this version does not run {entry.name} (`worldline models` lists what it does)"
+        if entry.family.startswith(_WORLDS):
+            return f"; this version does not run {entry.name}: see `worldline models`"
+        return f"; download {entry.name} there"
     known = [name for entry in ENTRIES for name in entry.folders]
     if close := get_close_matches(folder, known, n=1, cutoff=0.8):
         return f"; did you mean {close[0]}?"

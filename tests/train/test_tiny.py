@@ -52,33 +52,16 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     small = replace(sizes.CONTINUOUS, channels=4, level_channels=(8, 8, 8))
     monkeypatch.setattr(sizes, "CONTINUOUS", small)
-    small_dit = replace(
-        sizes.DIFFUSION,
-        depth=1,
-        width=32,
-        num_heads=1,
-        hidden=32,
-        lora_rank=2,
-        context_width=16,
-        max_grid=grid,
-    )
-    monkeypatch.setattr(sizes, "DIFFUSION", small_dit)
+    small_dit: dict[str, Any] = {"depth": 1, "width": 32, "num_heads": 1, "hidden": 32}
+    small_dit |= {"lora_rank": 2, "context_width": 16}
+    monkeypatch.setattr(sizes, "DIFFUSION", replace(sizes.DIFFUSION, **small_dit, max_grid=grid))
+    monkeypatch.setattr(sizes, "DECODER", replace(sizes.DECODER, **small_dit))
     text = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 16, "num_layers": 1}
     monkeypatch.setattr(sizes, "TEXT", text)
     small_world = replace(
         sizes.VIDEO2WORLD, depth=1, width=32, hidden=32, grid=grid, context_width=16
     )
     monkeypatch.setattr(sizes, "VIDEO2WORLD", small_world)
-    small_decoder = replace(
-        sizes.DECODER,
-        depth=1,
-        width=32,
-        num_heads=1,
-        hidden=32,
-        lora_rank=2,
-        context_width=16,
-    )
-    monkeypatch.setattr(sizes, "DECODER", small_decoder)
 
 
 def run(*words: object) -> None:

@@ -171,18 +171,25 @@ def _check_kind(files: DiffusionFiles, request: DiffusionRequest) -> None:
 
 
 def _check_size(files: DiffusionFiles, request: DiffusionRequest) -> None:
+    """Refuse a size that the model cannot make, with all that is wrong with it in one line."""
     tokenizer, config = files.tokenizer_config, files.config
     frames, temporal = request.num_video_frames, tokenizer.temporal
     given = request.num_input_frames
     least = 1 + latent_frames_of(given, temporal) * temporal
     latent_frames = min(files.statistics.frames, config.max_grid.frames * config.patch[0])
     most = 1 + (latent_frames - 1) * temporal
+    wrong = []
     if (frames - 1) % temporal or frames > most:
         # one with something left to make, so that what is suggested is not refused next
         nearest = min(most, max(least, nearest_frames(frames, temporal)))
-        raise InputError(
+        wrong.append(
             f"num_video_frames is {frames}; it must be 1 + {temporal}k and at most {most}: "
             f"the nearest is {nearest}"
+        )
+    elif frames < least:
+        wrong.append(
+            f"num_video_frames is {frames}, but num_input_frames is {given}: nothing is left to "
+            f"make; give {least} frames or more"
         )
     sides = (
         ("height", request.height, config.patch[1], config.max_grid.height),
@@ -192,15 +199,12 @@ def _check_size(files: DiffusionFiles, request: DiffusionRequest) -> None:
         step = cells * tokenizer.spatial
         nearest = min(max(round(pixels / step), 1), tokens) * step
         if nearest != pixels:
-            raise InputError(
+            wrong.append(
                 f"{name} is {pixels}; it must be a multiple of {step} and at most "
                 f"{tokens * step}: the nearest is {nearest}"
             )
-    if frames < least:
-        raise InputError(
-            f"num_video_frames is {frames}, but num_input_frames is {given}: nothing is left to "
-            f"make; give {least} frames or more"
-        )
+    if wrong:
+        raise InputError("; ".join(wrong))
 
 
 def notes(files: DiffusionFiles, request: DiffusionRequest) -> list[str]:
