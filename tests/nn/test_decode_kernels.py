@@ -103,7 +103,7 @@ def test_the_captured_draw_is_the_plain_draw_of_the_same_logits(
 
 
 @pytest.mark.parametrize("config", VARIANTS)
-@pytest.mark.parametrize("batch", [2, 8])
+@pytest.mark.parametrize("batch", [2, 8, 12])
 def test_in_step_as_alone_bit_for_bit(config: ARTransformerConfig, batch: int) -> None:
     """Logits, cache and tokens; the clips go on beyond the window."""
     model = build(config)

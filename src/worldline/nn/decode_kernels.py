@@ -1,14 +1,15 @@
 """Triton kernels for one decoding step of a few sequences, bound by the bytes of the weights.
 
 Each kernel reads its weights once, and rounds to bf16 where the plain modules round, so that a
-step agrees with them up to the order of sums. Every sum of a sequence is made in the same order
-however many sequences there are, so a sequence is the same bit for bit alone and beside others: a
-program multiplies its rows of a matrix with one sequence after another, from the second on out of
-the cache of its processor. Import only where Triton is installed.
+step agrees with them up to the order of sums. Products run on tensor cores, where the sum of a row
+and a sequence does not depend on the sequences beside it: a sequence is the same bit for bit alone
+and among others. Import only where Triton is installed.
 Axes: B sequences, K head size, G query heads that share a key head.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,50 +28,103 @@ def _normed(x, gamma, rstd):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _rstd(x, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    column = tl.arange(0, BLOCK)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.static_range(0, COLUMNS, BLOCK):
+        part = tl.load(x + start + column, start + column < COLUMNS, other=0.0).to(tl.float32)
+        squares += part * part
+    return tl.rsqrt(tl.sum(squares) / COLUMNS + eps)
+
+
+@triton.jit
+def _norm_kernel(  # type: ignore[no-untyped-def]
+    x, gamma, out, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0) * COLUMNS
+    rstd = _rstd(x + row, eps, COLUMNS, BLOCK)
+    column = tl.arange(0, BLOCK)
+    for start in tl.static_range(0, COLUMNS, BLOCK):
+        at = start + column
+        part = tl.load(x + row + at, at < COLUMNS, other=0.0).to(tl.float32)
+        scale = tl.load(gamma + at, at < COLUMNS, other=0.0).to(tl.float32)
+        tl.store(out + row + at, _normed(part, scale, rstd).to(tl.bfloat16), at < COLUMNS)
+
+
+@triton.jit
+def _rows_of(  # type: ignore[no-untyped-def]
+    x,
+    gamma,
+    rstd,
+    start,
+    BATCH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Return columns `start` and on of all sequences, (BLOCK_COLUMNS, PADDED) bf16."""
+    at = start + tl.arange(0, BLOCK_COLUMNS)
+    one = tl.arange(0, PADDED)
+    if NORM:  # of one sequence
+        part = tl.load(x + at, at < COLUMNS, other=0.0).to(tl.float32)
+        scale = tl.load(gamma + at, at < COLUMNS, other=0.0).to(tl.float32)
+        part = _normed(part, scale, rstd).to(tl.bfloat16)
+        return tl.where((one == 0)[None, :], part[:, None], 0.0)
+    inside = (one < BATCH)[None, :] & (at < COLUMNS)[:, None]
+    return tl.load(x + one[None, :] * COLUMNS + at[:, None], inside, other=0.0)
+
+
+@triton.jit
+def _columns_of(  # type: ignore[no-untyped-def]
+    weight, row, start, COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """Return columns `start` and on of some rows of a matrix."""
+    at = start + tl.arange(0, BLOCK_COLUMNS)
+    pointers = weight + row.to(tl.int64)[:, None] * COLUMNS + at[None, :]
+    if COLUMNS % BLOCK_COLUMNS == 0:
+        return tl.load(pointers, eviction_policy="evict_first")
+    return tl.load(pointers, (at < COLUMNS)[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _matvec_rows(  # type: ignore[no-untyped-def]
     x,
     gamma,
     weight,
     residual,
     out,
-    row,
+    block,
     rows,
+    stride,
     eps,
+    BATCH: tl.constexpr,
     COLUMNS: tl.constexpr,
     NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    KEEP: tl.constexpr,
+    BLOCK_NORM: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
-    column = tl.arange(0, BLOCK_COLUMNS)
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    read = tl.minimum(row, rows - 1)
     rstd = 1.0
     if NORM:
-        squares = tl.zeros((BLOCK_COLUMNS,), tl.float32)
-        for start in tl.static_range(0, COLUMNS, BLOCK_COLUMNS):
-            part = tl.load(x + start + column, start + column < COLUMNS, other=0.0).to(tl.float32)
-            squares += part * part
-        rstd = tl.rsqrt(tl.sum(squares) / COLUMNS + eps)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    pointers = weight + row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
-    for start in tl.static_range(0, COLUMNS, BLOCK_COLUMNS):
-        inside = start + column < COLUMNS
-        values = tl.load(
-            pointers + start,
-            (row < rows)[:, None] & inside[None, :],
-            other=0.0,
-            eviction_policy=KEEP,
-        )
-        part = tl.load(x + start + column, inside, other=0.0).to(tl.float32)
-        if NORM:
-            scale = tl.load(gamma + start + column, inside, other=0.0).to(tl.float32)
-            part = _normed(part, scale, rstd)
-        sums += values.to(tl.float32) * part[None, :]
-    y = tl.sum(sums, 1).to(tl.bfloat16)
+        rstd = _rstd(x, eps, COLUMNS, BLOCK_NORM)
+    sums = tl.zeros((BLOCK_ROWS, PADDED), tl.float32)
+    for start in range(0, COLUMNS, BLOCK_COLUMNS):
+        values = _columns_of(weight, read, start, COLUMNS, BLOCK_COLUMNS)
+        part = _rows_of(x, gamma, rstd, start, BATCH, COLUMNS, NORM, BLOCK_COLUMNS, PADDED)
+        sums = tl.dot(values, part, sums)
+    y = sums.to(tl.bfloat16)
+    one = tl.arange(0, PADDED)
+    at = one[None, :] * stride + row[:, None]
+    there = (one < BATCH)[None, :] & (row < rows)[:, None]
     if RESIDUAL:
-        before = tl.load(residual + row, row < rows).to(tl.float32)
+        before = tl.load(residual + at, there, other=0.0).to(tl.float32)
         y = (y.to(tl.float32) + before).to(tl.bfloat16)
-    tl.store(out + row, y, row < rows)
+    tl.store(out + at, y, there)
 
 
 @triton.jit
@@ -93,44 +147,37 @@ def _matvec_kernel(  # type: ignore[no-untyped-def]
     RESIDUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    KEEP: tl.constexpr,
+    BLOCK_NORM: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     block = tl.program_id(0)
-    lane = tl.arange(0, BLOCK_ROWS)
     # one branch a matrix: a pointer chosen at run time would lose its alignment, and with it the
     # 16-byte loads
     if WEIGHTS == 1:
-        for one in range(BATCH):
-            _matvec_rows(
-                x + one * COLUMNS, gamma, weight0, residual + one * rows0, out + one * rows0,
-                block * BLOCK_ROWS + lane, rows0, eps,
-                COLUMNS, NORM, RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS, KEEP,
-            )  # fmt: skip
+        _matvec_rows(
+            x, gamma, weight0, residual, out, block, rows0, rows0, eps, BATCH, COLUMNS, NORM,
+            RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_NORM, PADDED,
+        )  # fmt: skip
     else:
         blocks0 = tl.cdiv(rows0, BLOCK_ROWS)
         blocks1 = tl.cdiv(rows1, BLOCK_ROWS)
         rows = rows0 + rows1 + rows2
         if block < blocks0:
-            for one in range(BATCH):
-                _matvec_rows(
-                    x + one * COLUMNS, gamma, weight0, residual, out + one * rows,
-                    block * BLOCK_ROWS + lane, rows0, eps,
-                    COLUMNS, NORM, RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS, KEEP,
-                )  # fmt: skip
+            _matvec_rows(
+                x, gamma, weight0, residual, out, block, rows0, rows, eps, BATCH, COLUMNS, NORM,
+                RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_NORM, PADDED,
+            )  # fmt: skip
         elif block < blocks0 + blocks1:
-            for one in range(BATCH):
-                _matvec_rows(
-                    x + one * COLUMNS, gamma, weight1, residual, out + one * rows + rows0,
-                    (block - blocks0) * BLOCK_ROWS + lane, rows1, eps,
-                    COLUMNS, NORM, RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS, KEEP,
-                )  # fmt: skip
+            _matvec_rows(
+                x, gamma, weight1, residual, out + rows0, block - blocks0, rows1, rows, eps, BATCH,
+                COLUMNS, NORM, RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_NORM, PADDED,
+            )  # fmt: skip
         else:
-            for one in range(BATCH):
-                _matvec_rows(
-                    x + one * COLUMNS, gamma, weight2, residual, out + one * rows + rows0 + rows1,
-                    (block - blocks0 - blocks1) * BLOCK_ROWS + lane, rows2, eps,
-                    COLUMNS, NORM, RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS, KEEP,
-                )  # fmt: skip
+            _matvec_rows(
+                x, gamma, weight2, residual, out + rows0 + rows1, block - blocks0 - blocks1, rows2,
+                rows, eps, BATCH, COLUMNS, NORM, RESIDUAL, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_NORM,
+                PADDED,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -144,57 +191,31 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     eps,
     BATCH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    NORM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    KEEP: tl.constexpr,
+    BLOCK_NORM: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    for one in range(BATCH):
-        _gate_up_rows(
-            x + one * COLUMNS, gamma, gate, up, out + one * rows, row, rows, eps,
-            COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, KEEP,
-        )  # fmt: skip
-
-
-@triton.jit
-def _gate_up_rows(  # type: ignore[no-untyped-def]
-    x,
-    gamma,
-    gate,
-    up,
-    out,
-    row,
-    rows,
-    eps,
-    COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    KEEP: tl.constexpr,
-):
-    column = tl.arange(0, BLOCK_COLUMNS)
-    squares = tl.zeros((BLOCK_COLUMNS,), tl.float32)
-    for start in tl.static_range(0, COLUMNS, BLOCK_COLUMNS):
-        part = tl.load(x + start + column, start + column < COLUMNS, other=0.0).to(tl.float32)
-        squares += part * part
-    rstd = tl.rsqrt(tl.sum(squares) / COLUMNS + eps)
-    gate_sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    up_sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    offsets = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
-    for start in tl.static_range(0, COLUMNS, BLOCK_COLUMNS):
-        inside = start + column < COLUMNS
-        mask = (row < rows)[:, None] & inside[None, :]
-        gate_values = tl.load(gate + offsets + start, mask, other=0.0, eviction_policy=KEEP)
-        up_values = tl.load(up + offsets + start, mask, other=0.0, eviction_policy=KEEP)
-        part = tl.load(x + start + column, inside, other=0.0).to(tl.float32)
-        part = _normed(
-            part, tl.load(gamma + start + column, inside, other=0.0).to(tl.float32), rstd
-        )
-        gate_sums += gate_values.to(tl.float32) * part[None, :]
-        up_sums += up_values.to(tl.float32) * part[None, :]
-    g = tl.sum(gate_sums, 1).to(tl.bfloat16).to(tl.float32)
-    u = tl.sum(up_sums, 1).to(tl.bfloat16).to(tl.float32)
+    read = tl.minimum(row, rows - 1)
+    rstd = 1.0
+    if NORM:
+        rstd = _rstd(x, eps, COLUMNS, BLOCK_NORM)
+    gate_sums = tl.zeros((BLOCK_ROWS, PADDED), tl.float32)
+    up_sums = tl.zeros((BLOCK_ROWS, PADDED), tl.float32)
+    for start in range(0, COLUMNS, BLOCK_COLUMNS):
+        gate_values = _columns_of(gate, read, start, COLUMNS, BLOCK_COLUMNS)
+        up_values = _columns_of(up, read, start, COLUMNS, BLOCK_COLUMNS)
+        part = _rows_of(x, gamma, rstd, start, BATCH, COLUMNS, NORM, BLOCK_COLUMNS, PADDED)
+        gate_sums = tl.dot(gate_values, part, gate_sums)
+        up_sums = tl.dot(up_values, part, up_sums)
+    g = gate_sums.to(tl.bfloat16).to(tl.float32)
+    u = up_sums.to(tl.bfloat16).to(tl.float32)
     activated = (g * tl.sigmoid(g)).to(tl.bfloat16).to(tl.float32)
-    tl.store(out + row, (activated * u).to(tl.bfloat16), row < rows)
+    one = tl.arange(0, PADDED)
+    there = (one < BATCH)[None, :] & (row < rows)[:, None]
+    tl.store(out + one[None, :] * rows + row[:, None], (activated * u).to(tl.bfloat16), there)
 
 
 @triton.jit
@@ -327,12 +348,39 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         tl.store(arrivals + head, 0)
 
 
-def _tile(columns: int, normed: bool) -> tuple[int, int, int]:
-    """Return rows and columns of a program's tile, and its warps; measured on an H200."""
-    block_columns = min(2048, triton.next_power_of_2(columns))
-    if normed:
-        return 4, block_columns, 4
-    return (2 if columns <= 8192 else 4), block_columns, 8
+class Tile(NamedTuple):
+    """What a program works on at once: rows and columns of a matrix, warps, tiles under way."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def _tile(*, normed: bool, pair: bool = False) -> Tile:
+    """Return the tile of a product: of a norm, or of two matrices; measured on an H200."""
+    if pair:
+        return Tile(32, 256, 2, 2)
+    return Tile(32, 128, 2, 6) if normed else Tile(16, 512, 2, 3)
+
+
+def _padded(batch: int) -> int:
+    """Return for how many sequences the tensor cores work."""
+    return max(8, int(triton.next_power_of_2(batch)))
+
+
+def normalise(x: Tensor, gamma: Tensor, eps: float, *, warps: int) -> Tensor:
+    """Return the RMS norm of `x` (B, columns) bf16, summed as a product of `warps` does itself."""
+    batch, columns = x.shape
+    out = torch.empty_like(x)
+    _norm_kernel[(batch,)](
+        x, gamma, out, eps, COLUMNS=columns, BLOCK=_norm_block(columns), num_warps=warps
+    )
+    return out
+
+
+def _norm_block(columns: int) -> int:
+    return int(min(2048, triton.next_power_of_2(columns)))
 
 
 def matvec(
@@ -356,8 +404,10 @@ def matvec(
     """
     batch, columns = x.shape
     rows = [weight.shape[0] for weight in weights] + [0, 0]
-    block_rows, block_columns, warps = _tile(columns, gamma is not None)
-    blocks = sum(triton.cdiv(count, block_rows) for count in rows[:3])
+    tile = _tile(normed=gamma is not None)
+    if gamma is not None and batch > 1:
+        x, gamma = normalise(x, gamma, eps, warps=tile.warps), None
+    blocks = sum(triton.cdiv(count, tile.rows) for count in rows[:3])
     _matvec_kernel[(blocks,)](
         x,
         x if gamma is None else gamma,
@@ -373,10 +423,12 @@ def matvec(
         WEIGHTS=len(weights),
         NORM=gamma is not None,
         RESIDUAL=residual is not None,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
-        KEEP=_keep(batch),
-        num_warps=warps,
+        BLOCK_ROWS=tile.rows,
+        BLOCK_COLUMNS=tile.columns,
+        BLOCK_NORM=_norm_block(columns),
+        PADDED=_padded(batch),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     return out
 
@@ -384,7 +436,10 @@ def matvec(
 def gate_up(x: Tensor, gamma: Tensor, eps: float, gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
     """Write silu(gate y) * (up y), y = RMS norm of `x` (B, columns), to `out` (B, rows); bf16."""
     batch, columns = x.shape
-    _gate_up_kernel[(gate.shape[0],)](
+    tile = _tile(normed=True, pair=True)
+    if batch > 1:
+        x = normalise(x, gamma, eps, warps=tile.warps)
+    _gate_up_kernel[(triton.cdiv(gate.shape[0], tile.rows),)](
         x,
         gamma,
         gate,
@@ -394,17 +449,15 @@ def gate_up(x: Tensor, gamma: Tensor, eps: float, gate: Tensor, up: Tensor, out:
         eps,
         BATCH=batch,
         COLUMNS=columns,
-        BLOCK_ROWS=1,  # of both matrices
-        BLOCK_COLUMNS=min(2048, triton.next_power_of_2(columns)),
-        KEEP=_keep(batch),
-        num_warps=8,
+        NORM=batch == 1,
+        BLOCK_ROWS=tile.rows,
+        BLOCK_COLUMNS=tile.columns,
+        BLOCK_NORM=_norm_block(columns),
+        PADDED=_padded(batch),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     return out
-
-
-def _keep(batch: int) -> str:
-    """Return how the caches treat weights: read once, or once a sequence."""
-    return "evict_first" if batch == 1 else "evict_last"
 
 
 class Attend:

@@ -87,7 +87,8 @@ def draw_noise(
             yield noise[0]
         return
     sizes = [min(CHUNK, count - at) for at in range(0, count, CHUNK)]
-    buffers = [torch.empty(CHUNK, len(seeds), vocabulary, pin_memory=True) for _ in range(2)]
+    with torch.inference_mode(False):  # a mode of the caller's thread; others fill them
+        buffers = [torch.empty(CHUNK, len(seeds), vocabulary, pin_memory=True) for _ in range(2)]
     sent: list[torch.cuda.Event | None] = [None, None]
 
     def fill_free(number: int, clip: int) -> None:

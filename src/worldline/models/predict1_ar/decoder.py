@@ -211,9 +211,9 @@ class CapturedDecoder(PlainDecoder):
     def _capture(self) -> None:
         # Rehearsals compile the kernels. They write one token and one row of the cache, which the
         # first replay writes again with the same values, and move the position, which is put back.
+        position = self.position.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        position = self.position.clone()
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self._run()
