@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError
+from worldline.models.predict1_ar import model as model_module
 from worldline.models.predict1_ar.decoder import PlainDecoder, make_decoder
 from worldline.models.predict1_ar.model import (
     PRESETS,
@@ -115,6 +116,15 @@ def test_last_only_is_the_last_row(config: ARTransformerConfig) -> None:
     whole = model(tokens, positions, context=context)
     last = model(tokens, positions, context=context, last_only=True)
     assert torch.allclose(last, whole[:, -1:], atol=1e-12)
+
+
+def test_a_long_prompt_is_fed_forward_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = build(BASE).layers[0].feed_forward.double()
+    x = torch.randn(2, 5, BASE.width, dtype=torch.float64)
+    whole = layer.down(torch.nn.functional.silu(layer.gate(x)) * layer.up(x))
+    assert torch.equal(layer(x), whole)
+    monkeypatch.setattr(model_module, "FEED_FORWARD_ROWS", 2)
+    torch.testing.assert_close(layer(x), whole)
 
 
 def run(model: ARTransformer, prompt: Tensor, seeds: list[int], sampling: Sampling) -> Tensor:

@@ -28,7 +28,12 @@ from worldline.loading.folders import (
     stamps,
 )
 from worldline.loading.memory import coding_bytes, count_parameters, workspace
-from worldline.models.predict1_ar.model import RELEASED_GRID, ARTransformer, ARTransformerConfig
+from worldline.models.predict1_ar.model import (
+    FEED_FORWARD_ROWS,
+    RELEASED_GRID,
+    ARTransformer,
+    ARTransformerConfig,
+)
 from worldline.models.predict1_ar.weights import KEYS, read_config
 from worldline.parallel.offload import Part
 from worldline.places import Place
@@ -329,8 +334,10 @@ def plan_autoregressive(
     activations = coding_bytes(cells, widest, size) + seen
     heads = config.num_kv_heads * config.head_size
     cache = 2 * config.depth * config.length * heads * size
-    # feed-forward of the longest prompt: gate, up, product; and queries, keys, values
-    prefill = config.length // 2 * (3 * config.hidden + 4 * config.width) * size
+    # the longest prompt: gate, up and product of a part of it; and queries, keys, values
+    prompt = config.length // 2
+    hidden = 3 * config.hidden * min(prompt, FEED_FORWARD_ROWS)
+    prefill = (hidden + 5 * config.width * prompt) * size
     if config.context_width is not None:
         cache += 2 * (config.depth // config.context_every) * context_length * heads * size
     cache += 2 * CHUNK * config.vocabulary * torch.float32.itemsize  # noise of the draws

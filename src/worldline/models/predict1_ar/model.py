@@ -23,6 +23,7 @@ from worldline.nn.rope import Rotation, Yarn, rotate, rotation_3d, sincos_3d
 from worldline.shapes import LatentShape
 
 RELEASED_GRID = LatentShape(5, 40, 64)
+FEED_FORWARD_ROWS = 2048  # tokens of a prompt at a time: nothing else in a layer is as wide
 
 _SIZES = (
     "depth",
@@ -230,7 +231,8 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        rows = x.split(FEED_FORWARD_ROWS, dim=-2)
+        return torch.cat([self.down(F.silu(self.gate(r)) * self.up(r)) for r in rows], dim=-2)
 
 
 class Layer(nn.Module):
