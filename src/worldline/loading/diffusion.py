@@ -26,8 +26,9 @@ from worldline.loading.folders import (
     stamps,
 )
 from worldline.loading.memory import coding_bytes, count_parameters, workspace
-from worldline.models.predict1_dit.model import HIDDEN_BYTES, DiT, DiTConfig
+from worldline.models.predict1_dit.model import DiT, DiTConfig
 from worldline.models.predict1_dit.weights import DiTFiles, Layout, find_dit, open_dit
+from worldline.nn.dit import HIDDEN_BYTES
 from worldline.parallel.offload import Part
 from worldline.places import Place
 from worldline.shapes import LatentShape, VideoShape

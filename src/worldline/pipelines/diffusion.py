@@ -27,7 +27,7 @@ from torch import Tensor
 
 from worldline.errors import CheckpointError, InputError
 from worldline.loading import DiffusionFiles, DiffusionParts, WorldDefaults
-from worldline.models.predict1_dit.model import Context
+from worldline.nn.dit import Context
 from worldline.pipelines.background import in_background
 from worldline.pipelines.preview import show_colours
 from worldline.pipelines.requests import DiffusionRequest
