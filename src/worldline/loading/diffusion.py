@@ -27,7 +27,7 @@ from worldline.loading.folders import (
 )
 from worldline.loading.memory import coding_bytes, count_parameters, workspace
 from worldline.models.predict1_dit.model import DiT, DiTConfig
-from worldline.models.predict1_dit.weights import DiTFiles, Layout, find_dit, open_dit
+from worldline.models.predict1_dit.weights import open_dit
 from worldline.nn.dit import HIDDEN_BYTES
 from worldline.parallel.offload import Part
 from worldline.places import Place
@@ -44,6 +44,7 @@ from worldline.tokenizers.cosmos.statistics import (
 )
 from worldline.tokenizers.cosmos.stream import CHUNK
 from worldline.tokenizers.cosmos.weights import key_map
+from worldline.weights.dit import DiTFiles, Layout, find_dit
 from worldline.weights.keymap import match
 from worldline.weights.read import Checkpoint
 
@@ -116,7 +117,7 @@ class DiffusionFiles:
 
     folder: Path
     bundled: bool
-    dit: DiTFiles
+    dit: DiTFiles[DiTConfig]
     tokenizer: Checkpoint
     tokenizer_config: CosmosTokenizerConfig
     statistics: LatentStatistics
@@ -333,7 +334,9 @@ def _generation(folder: Path, asked: str | None) -> Generation:
     return "1.0" if (asked or by_name) == "1.0" else "Predict1"
 
 
-def _open_dit(file: Path, layout: Layout, folder: Path) -> tuple[DiTFiles, dict[str, Any]]:
+def _open_dit(
+    file: Path, layout: Layout, folder: Path
+) -> tuple[DiTFiles[DiTConfig], dict[str, Any]]:
     """Open the transformer; return it with what our config.json beside it says.
 
     The released pipelines read no config.json, and what lies there may be anything. It matters only
@@ -413,7 +416,9 @@ def _tokenizer_folder(
     return found
 
 
-def _check_tokenizer(source: Checkpoint, config: CosmosTokenizerConfig, dit: DiTFiles) -> None:
+def _check_tokenizer(
+    source: Checkpoint, config: CosmosTokenizerConfig, dit: DiTFiles[DiTConfig]
+) -> None:
     if config.levels is not None:
         raise CheckpointError(
             f"{source.path} is a discrete tokenizer; a diffusion world needs a continuous one, "
