@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, cases, watched
+from flow_networks import model_of, settings_of
 from torch import Tensor
 
 from worldline.models.predict2_5_dit.model import FlowDiT
 from worldline.models.predict2_5_dit.weights import DIFFUSERS_KEYS, KEYS, open_flow_dit
 from worldline.nn.modulation import NORM_EPS, sinusoid
 from worldline.shapes import LatentShape
-from worldline.weights.stream import load_into
 
 CASES = cases("dit25_tiny") + cases("dit25_14b_like_tiny")
 DIFFUSERS = cases("dit25_diffusers_layout")
 SUB_BLOCKS = {"attention": "selfattn", "cross_attention": "crossattn", "feed_forward": "mlp"}
-
-
-def settings_of(net: dict[str, Any]) -> dict[str, Any]:
-    ratio = [net[f"rope_{axis}_extrapolation_ratio"] for axis in "thw"]
-    return {"rope_ratio": ratio, "timestep_scale": net["timestep_scale"]}
-
-
-@cache
-def loaded(path: Path, scale: float, *ratio: float) -> FlowDiT:
-    found = open_flow_dit(path, {"rope_ratio": ratio, "timestep_scale": scale})
-    with torch.device("meta"):
-        model = FlowDiT(found.config)
-    load_into(model, found.source, found.keys, device="cpu", dtype=torch.float32)
-    return model.requires_grad_(False).eval()
-
-
-def model_of(case: Case) -> FlowDiT:
-    settings = settings_of(case.spec["net"])
-    path = case.path / case.spec.get("checkpoint", "")
-    return loaded(path, settings["timestep_scale"], *settings["rope_ratio"])
 
 
 def run(case: Case, call: str, model: FlowDiT, **options: Any) -> Tensor:
@@ -87,7 +65,7 @@ def test_forward_and_everything_inside(case: Case) -> None:
     for call in calls(case):
         seen = watched(model, lambda c=call: run(case, c, model))
         case.compare(f"{call}.out", seen[""])
-        inside = {name for name in case.names(f"{call}.mid.*")}
+        inside = case.names(f"{call}.mid.*")
         grid = model.config.tokens(LatentShape(*seen[""].shape[2:]))
         batch, width = len(seen[""]), model.config.width
         shape = (batch, grid.frames, grid.height, grid.width, width)
@@ -133,8 +111,8 @@ def test_diffusers_folder(case: Case) -> None:
     """The folder alone tells everything: the stated numbers are compared, not used."""
     found = open_flow_dit(case.path)
     assert found.layout == "diffusers"
-    assert list(found.config.rope_ratio) == settings_of(case.spec["net"])["rope_ratio"]
-    model = loaded(case.path, found.config.timestep_scale)
+    assert list(found.config.rope_ratio) == settings_of(case)["rope_ratio"]
+    model = model_of(case)
     agrees_with_stated(model, case.spec["net"])
     for theirs, ours in case.spec.get("transformer_key_map", {}).items():
         assert KEYS.ours(theirs) == DIFFUSERS_KEYS.ours(ours)
