@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from cases import Case
 
-from worldline.models.predict2_5_dit.model import FlowDiT
+from worldline.models.predict2_5_dit.model import FlowDiT, FlowDiTConfig
 from worldline.models.predict2_5_dit.weights import open_flow_dit
+from worldline.weights.dit import DiTFiles
 from worldline.weights.stream import load_into
 
 
@@ -21,16 +21,13 @@ def settings_of(case: Case) -> dict[str, Any]:
     return {"rope_ratio": ratio, "timestep_scale": net["timestep_scale"]}
 
 
+@cache
 def model_of(case: Case) -> FlowDiT:
     """Return the network of a case, in float32."""
-    settings = settings_of(case)
-    path = case.path / case.spec.get("checkpoint", "")
-    return _load(path, settings["timestep_scale"], *settings["rope_ratio"])
+    return load(open_flow_dit(case.path / case.spec["checkpoint"], settings_of(case)))
 
 
-@cache
-def _load(path: Path, scale: float, *ratio: float) -> FlowDiT:
-    found = open_flow_dit(path, {"rope_ratio": ratio, "timestep_scale": scale})
+def load(found: DiTFiles[FlowDiTConfig]) -> FlowDiT:
     with torch.device("meta"):
         model = FlowDiT(found.config)
     load_into(model, found.source, found.keys, device="cpu", dtype=torch.float32)

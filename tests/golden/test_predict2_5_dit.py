@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, cases, watched
-from flow_networks import model_of, settings_of
+from flow_networks import load, model_of, settings_of
 from torch import Tensor
 
 from worldline.models.predict2_5_dit.model import FlowDiT
@@ -109,10 +109,11 @@ def test_every_tensor_is_used(case: Case) -> None:
 @pytest.mark.parametrize("case", DIFFUSERS, ids=str)
 def test_diffusers_folder(case: Case) -> None:
     """The folder alone tells everything: the stated numbers are compared, not used."""
-    found = open_flow_dit(case.path)
+    [config] = case.path.rglob("transformer/config.json")
+    found = open_flow_dit(config.parent.parent)
     assert found.layout == "diffusers"
     assert list(found.config.rope_ratio) == settings_of(case)["rope_ratio"]
-    model = model_of(case)
+    model = load(found)
     agrees_with_stated(model, case.spec["net"])
     for theirs, ours in case.spec.get("transformer_key_map", {}).items():
         assert KEYS.ours(theirs) == DIFFUSERS_KEYS.ours(ours)

@@ -57,10 +57,12 @@ class FlowDiTConfig(DiTSizes):
         super().__post_init__()
         if self.feature_width < 1:
             raise ValueError(f"feature_width is {self.feature_width}; it must be at least 1")
-        wanted = [len(one) for one in released_exponents(self.head_size)]
-        given = wanted if self.exponents is None else [len(one) for one in self.exponents]
-        if given != wanted:
-            raise ValueError(f"{given} rotary exponents; head_size {self.head_size} needs {wanted}")
+        wanted = [size // 2 for size in axis_sizes(self.head_size)[:2]]
+        if self.exponents is not None and [len(one) for one in self.exponents] != wanted:
+            raise ValueError(
+                f"{[len(one) for one in self.exponents]} rotary exponents in time and space; "
+                f"head_size {self.head_size} needs {wanted}"
+            )
 
     @property
     def input_features(self) -> int:
@@ -73,8 +75,9 @@ def released_exponents(head_size: int) -> Exponents:
 
     Unrounded ones differ by up to 2 % in frequency.
     """
-    time, space, _ = (rotary_exponents(size).bfloat16() for size in axis_sizes(head_size))
-    return tuple(time.tolist()), tuple(space.tolist())
+    with torch.device("cpu"):  # values are wanted where a model is built on the meta device, too
+        time, space, _ = (rotary_exponents(size).bfloat16() for size in axis_sizes(head_size))
+        return tuple(time.tolist()), tuple(space.tolist())
 
 
 def _released(depth: int, width: int) -> FlowDiTConfig:

@@ -104,7 +104,7 @@ def open_flow_dit(path: Path, settings: Mapping[str, Any] | None = None) -> DiTF
         CheckpointError: there is none, it is damaged, or a tensor does not fit.
     """
     file, layout = find_dit(path, FILE_NAMES)
-    source = _network_view(open_file(file))
+    source = network_view(open_file(file))
     keys = KEYS if layout == "nvidia" else DIFFUSERS_KEYS
     if layout == "diffusers":
         settings = diffusers_settings(file.parent, positions=None)
@@ -124,7 +124,8 @@ def is_flow_dit(source: Checkpoint) -> bool:
     return any(name.endswith("crossattn_proj.0.weight") for name in source.tensors)
 
 
-def _network_view(source: Checkpoint) -> Checkpoint:
+def network_view(source: Checkpoint) -> Checkpoint:
+    """Return what a file holds of the network; of a file with averaged weights, those."""
     averaged = any(name.startswith(_AVERAGED) for name in source.tensors)
     if averaged:
         logger.info("%s: the averaged weights are taken, not those beside them", source.path)
