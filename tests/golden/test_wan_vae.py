@@ -112,3 +112,8 @@ def test_the_released_file_is_written_as_it_was_read(case: Case, tmp_path: Path)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_tensor_is_used(case: Case) -> None:
     assert case.unused() == []
+
+
+@pytest.mark.parametrize("case", DIFFUSERS, ids=str)
+def test_every_tensor_of_the_tokenizer_is_used(case: Case) -> None:
+    assert [name for name in case.unused() if name.startswith("vae.")] == []
