@@ -139,7 +139,7 @@ def guided_velocity(
 
     def velocity(x: Tensor, index: int) -> Tensor:
         count = frames if given is not None and given.timestep is not None else 1
-        times = torch.full((batch, count), float(timesteps[index]), device=x.device)
+        times = torch.full((batch, count), timesteps[index], dtype=torch.float32, device=x.device)
         if given is not None and known is not None:
             x = torch.cat([known, x[:, :, given.frames :].float()], dim=2)
             if given.timestep is not None:

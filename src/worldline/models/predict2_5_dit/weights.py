@@ -180,7 +180,7 @@ def _read_exponents(source: Checkpoint, head_size: int) -> Exponents | None:
     if len(held) < len(_EXPONENTS):
         return None
     # whatever the file is in, the released pipeline rounds them with all else
-    time, space = (source.read(held[ending]).bfloat16().tolist() for ending in _EXPONENTS)
+    time, space = (source.read(held[ending]).bfloat16().flatten().tolist() for ending in _EXPONENTS)
     found = tuple(time), tuple(space)
     return None if found == released_exponents(head_size) else found
 
