@@ -12,7 +12,12 @@ from torch import Tensor
 
 from worldline.nn.pieces import Past
 from worldline.tokenizers.wan.load import channels_last
-from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig, norm_silu
+from worldline.tokenizers.wan.model import (
+    WanTokenizer,
+    WanTokenizerConfig,
+    attend_in_blocks,
+    norm_silu,
+)
 from worldline.tokenizers.wan.stream import decode_stream, encode_stream
 
 LATENT_FRAMES = 6
@@ -195,6 +200,15 @@ def test_the_norm_is_the_reference_s_for_any_cell() -> None:
     assert torch.equal(norm_silu(cells, gamma, before)[:, :2], before)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 10, 1000])
+def test_attention_in_blocks(rows: int) -> None:
+    q, k, v = torch.randn(2, 10, 3 * 24, generator=torch.Generator().manual_seed(2)).chunk(3, -1)
+    wanted = F.scaled_dot_product_attention(q, k, v)
+    found = attend_in_blocks(q, k, v, block_bytes=rows * 4 * 2 * 10)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert found.is_contiguous()
+
+
 def test_gradients_reach_every_weight(model: WanTokenizer) -> None:
     model.requires_grad_(True)
     model.reconstruct(clip(model, 3)).square().mean().backward()
@@ -276,6 +290,15 @@ def test_kernel(channels: int, dtype: torch.dtype) -> None:
         tolerance = 1e-5 if dtype == torch.float32 else 2**-8
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.cpu().double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.gpu
+def test_attention_of_a_wide_head() -> None:
+    qkv = torch.randn(2, 700, 3 * 384, generator=torch.Generator().manual_seed(2)).bfloat16()
+    wanted = F.scaled_dot_product_attention(*qkv.double().chunk(3, -1))
+    with torch.no_grad():
+        found = attend_in_blocks(*qkv.cuda().chunk(3, -1), block_bytes=1 << 20)
+    assert (found.cpu().double() - wanted).norm() < 0.01 * wanted.norm()
 
 
 @pytest.mark.gpu

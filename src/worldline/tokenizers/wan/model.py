@@ -31,6 +31,7 @@ from worldline.shapes import VideoShape
 _EPS = 1e-26
 _REACH = 2  # frames before its own that a causal convolution sees
 _EIGHT = 8  # channels come to tensor cores by this number
+_WIDEST = 256  # head that the fused kernels take
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # of the released latents, in code and not in the file
@@ -250,9 +251,38 @@ class Attention(nn.Module):
 
     def forward(self, cells: Tensor) -> Tensor:
         qkv = self.qkv(_norm(cells, self.gamma.flatten()))
-        q, k, v = qkv.flatten(2, 3).flatten(0, 1).unsqueeze(1).chunk(3, dim=-1)  # (B T, 1, H W, C)
-        y = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = qkv.flatten(2, 3).flatten(0, 1).chunk(3, dim=-1)  # (B T, H W, C)
+        if q.is_cuda and q.shape[-1] > _WIDEST and not torch.is_grad_enabled():
+            y = attend_in_blocks(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])
         return self.out(y.reshape(cells.shape)).add_(cells)
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, block_bytes: int = 1 << 27) -> Tensor:
+    """Return the attention (N, L, C) of one head, a block of queries at a time.
+
+    For heads that the fused kernels of a GPU do not take: what is left for those is several times
+    slower than two matrix products. Scores and their softmax are float32.
+
+    Args:
+        q: (N, L, C).
+        k: as `q`.
+        v: as `q`.
+        block_bytes: of the scores of one block.
+    """
+    batch, length, channels = q.shape
+    rows = max(1, block_bytes // (4 * batch * length))
+    found = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for start in range(0, length, rows):
+        block = q[:, start : start + rows]
+        if q.is_cuda and q.dtype != torch.float32:
+            scores = torch.bmm(block, k.mT, out_dtype=torch.float32)
+        else:
+            scores = torch.bmm(block, k.mT).float()
+        weights = torch.softmax(scores.mul_(channels**-0.5), dim=-1).to(v.dtype)
+        torch.bmm(weights, v, out=found[:, start : start + rows])
+    return found
 
 
 class Middle(nn.Module):
