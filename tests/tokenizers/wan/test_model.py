@@ -16,6 +16,7 @@ from worldline.tokenizers.wan.model import (
     WanTokenizer,
     WanTokenizerConfig,
     attend_in_blocks,
+    convolve_flat,
     norm_silu,
 )
 from worldline.tokenizers.wan.stream import decode_stream, encode_stream
@@ -198,6 +199,15 @@ def test_the_norm_is_the_reference_s_for_any_cell() -> None:
     assert torch.allclose(room[:, 2:], wanted, atol=1e-9)
     before = torch.randn(1, 2, 2, 4, 6, dtype=torch.float64)
     assert torch.equal(norm_silu(cells, gamma, before)[:, :2], before)
+
+
+def test_a_flat_convolution_is_the_one_in_three_axes() -> None:
+    generator = torch.Generator().manual_seed(3)
+    room = torch.randn(2, 6, 4, 5, 3, generator=generator)
+    weight, bias = torch.randn(7, 3, 3, 3, 3, generator=generator), torch.randn(7)
+    wanted = F.conv3d(room.permute(0, 4, 1, 2, 3), weight, bias, padding=(0, 1, 1))
+    found = convolve_flat(room, weight, bias)
+    assert torch.allclose(found, wanted.permute(0, 2, 3, 4, 1), atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 10, 1000])
