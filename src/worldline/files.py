@@ -85,6 +85,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return settings
 
 
+def released_folders(checkpoint_dir: Path, name: str, revision: str = "") -> list[Path]:
+    """List the folders below `checkpoint_dir` that may hold a released model.
+
+    That is a folder of its whole name or of the last part of it, or a hub cache.
+
+    Args:
+        checkpoint_dir: holds the folders of models.
+        name: on the hub, such as "nvidia/Cosmos-Predict2.5-2B".
+        revision: of the snapshot that is preferred in a cache.
+    """
+    cache = checkpoint_dir / f"models--{name.replace('/', '--')}"
+    try:
+        current = (cache / "refs" / "main").read_text().strip()
+    except OSError:
+        current = ""
+    snapshots = sorted(
+        (path for path in cache.glob("snapshots/*") if path.is_dir()),
+        key=lambda path: (path.name == revision, path.name == current, path.stat().st_mtime_ns),
+        reverse=True,
+    )
+    found = [checkpoint_dir / name, *snapshots, checkpoint_dir / Path(name).name]
+    return [path for path in found if path.is_dir()]
+
+
 def unfinished(folder: Path) -> str:
     """Return the end of a message about absent files: what a broken download left in `folder`."""
     if not folder.is_dir():

@@ -27,13 +27,9 @@ from worldline.loading.diffusion import (
     RELEASED_CONTEXT,
     DiffusionFiles,
     DiffusionParts,
-    DiffusionPlan,
-    TextPart,
     WorldDefaults,
     open_diffusion,
     plan_diffusion,
-    text_bytes,
-    text_dtype,
 )
 from worldline.loading.folders import (
     holds_diffusers,
@@ -41,7 +37,8 @@ from worldline.loading.folders import (
     open_transformer,
     read_settings,
 )
-from worldline.loading.memory import Fit, Need, check_memory, fewest_flags
+from worldline.loading.memory import DiffusionPlan, Fit, Need, check_memory, fewest_flags
+from worldline.loading.parts import TextPart, read_part, text_bytes, text_dtype
 from worldline.machine import Memory
 from worldline.models.predict1_ar.decoder import compile_ahead
 from worldline.models.predict1_ar.model import PRESETS as AUTOREGRESSIVE_PRESETS
@@ -55,12 +52,10 @@ from worldline.places import find_place
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.text.cache import EmbeddingCache
+from worldline.text.t5 import load_t5
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import key_map
-from worldline.weights.keymap import KeyMap
-from worldline.weights.read import Checkpoint
-from worldline.weights.stream import load_into
 
 __all__ = [
     "DIFFUSION_OFFLOAD_FLAGS",
@@ -90,6 +85,7 @@ __all__ = [
     "plan_diffusion",
     "read_settings",
     "refuse_options",
+    "text_dtype",
     "video_shape",
 ]
 
@@ -216,7 +212,7 @@ def load_autoregressive(
     logger.info("reading %s", files.folder)
     compiling = compile_ahead(files.config, device)
     with recorder.stage("load"):
-        transformer = _read(
+        transformer = read_part(
             ARTransformer, files.config, files.transformer, KEYS, device, dtype, offload_ar_model
         )
         tokenizer = _read_tokenizer(files, device, dtype, offload_tokenizer)
@@ -265,7 +261,7 @@ def load_diffusion(
     _check_memory(files, device, dtype, given, text_encoder_dtype=of_text, video=video, text=text)
     logger.info("reading %s", files.folder)
     with recorder.stage("load"):
-        transformer = _read(
+        transformer = read_part(
             DiT,
             files.config,
             files.dit.source,
@@ -279,6 +275,7 @@ def load_diffusion(
     if files.text is not None:
         encoder = TextPart(
             files.text,
+            load_t5,
             device,
             of_text,
             offload=offload_text_encoder_model,
@@ -291,25 +288,9 @@ def _read_tokenizer(
     files: WorldFiles, device: torch.device, dtype: torch.dtype, offload: bool
 ) -> Part[CosmosTokenizer]:
     keys = key_map(files.tokenizer_config)
-    return _read(
+    return read_part(
         CosmosTokenizer, files.tokenizer_config, files.tokenizer, keys, device, dtype, offload
     )
-
-
-def _read(
-    kind: Any,
-    config: Any,
-    source: Checkpoint,
-    keys: KeyMap,
-    device: torch.device,
-    dtype: torch.dtype,
-    offload: bool,
-) -> Part[Any]:
-    with torch.device("meta"):
-        module = kind(config)
-    home = torch.device("cpu") if offload else device
-    load_into(module, source, keys, device=home, dtype=dtype)
-    return Part(module.requires_grad_(False).eval(), device, offload=offload)
 
 
 def fit(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,26 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     return read_json(path) if path.exists() else {}
+
+
+def typed_settings(
+    settings: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], folder: Path
+) -> dict[str, Any]:
+    """Return those of `settings` that `kinds` names, each of its kind; numbers of 0 or more.
+
+    Raises:
+        CheckpointError: one is of another kind; names the config.json in `folder`.
+    """
+    given: dict[str, Any] = {}
+    for name, expected in kinds.items():
+        value = settings.get(name)
+        if value is None:
+            continue
+        of_kind = isinstance(value, expected) and isinstance(value, bool) == (bool in expected)
+        if not of_kind or (not isinstance(value, str) and not 0 <= value < math.inf):
+            raise CheckpointError(f"{folder / 'config.json'}: {name} is {value!r}")
+        given[name] = value
+    return given
 
 
 def stamps(parts: dict[str, Iterable[Path]]) -> dict[str, Any]:

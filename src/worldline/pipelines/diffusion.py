@@ -13,10 +13,8 @@ to the transformer's, and rotary angles are bf16 unless asked otherwise.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +26,27 @@ from torch import Tensor
 from worldline.errors import CheckpointError, InputError
 from worldline.loading import DiffusionFiles, DiffusionParts, WorldDefaults
 from worldline.nn.dit import Context
-from worldline.pipelines.background import in_background
+from worldline.pipelines.exchange import (
+    Embeddings,
+    Progress,
+    check_size,
+    on_thread,
+    shown_pieces,
+    stage,
+    step_teller,
+    with_defaults,
+)
 from worldline.pipelines.preview import show_colours
 from worldline.pipelines.requests import DiffusionRequest
 from worldline.report import Recorder
 from worldline.sampling.edm import SIGMA_DATA, Given, make_sigmas, sample
 from worldline.sampling.noise import standard_noise
-from worldline.shapes import LatentShape, latent_frames_of, nearest_frames
+from worldline.shapes import LatentShape
 from worldline.text import embeddings
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.tokenizers.cosmos.stream import decode_stream
-from worldline.video.convert import signed_to_uint8, stretched_frames
+from worldline.video.convert import stretched_frames
 from worldline.video.read import Clip
 
 logger = logging.getLogger(__name__)
@@ -48,55 +55,13 @@ SAMPLER_OF = {"1.0": "res_2ab", "Predict1": "edm_euler"}
 TRAINED_FPS = (12, 40)
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """Embeddings that are given in place of prompts, (1, S, E) or (S, E), floating.
-
-    Attributes:
-        prompt: of what the video shows.
-        negative: of what it does not show.
-    """
-
-    prompt: Tensor | None = None
-    negative: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a request stands.
-
-    Attributes:
-        kind: "text", "encode", "denoise", "decode" or "done".
-        done: how much of it.
-        total: of how much.
-        frames: pixels that are final, uint8 (T, H, W, 3); of "decode" the new ones, of "done" all.
-        preview: an early look, uint8 (T latent frames, h, w, 3).
-        seconds: that a step of "denoise" took.
-    """
-
-    kind: str
-    done: int
-    total: int
-    frames: NDArray[np.uint8] | None = None
-    preview: NDArray[np.uint8] | None = None
-    seconds: float | None = None
-
-
 def make_request(defaults: WorldDefaults, **options: Any) -> DiffusionRequest:
     """Return a request; what `options` leave out is as the world has it by default.
 
     Raises:
         InputError: an option is unknown or out of range.
     """
-    known = [field.name for field in fields(DiffusionRequest)]
-    if unknown := ", ".join(sorted(options.keys() - set(known))):
-        raise InputError(f"unknown option {unknown}; there are: {', '.join(known)}")
-    own = {
-        field.name: getattr(defaults, field.name)
-        for field in fields(defaults)
-        if field.name in known
-    }
-    return DiffusionRequest(**{"prompt": None, **own, **options})
+    return with_defaults(DiffusionRequest, defaults, options)
 
 
 def check_request(files: DiffusionFiles, request: DiffusionRequest) -> None:
@@ -106,7 +71,9 @@ def check_request(files: DiffusionFiles, request: DiffusionRequest) -> None:
         InputError: it cannot do this.
     """
     _check_kind(files, request)
-    _check_size(files, request)
+    most = min(files.statistics.frames, files.config.max_grid.frames * files.config.patch[0])
+    tokenizer = files.tokenizer_config
+    check_size(request, files.config, most, tokenizer.temporal, tokenizer.spatial)
     if request.sampler == "res_2mid" and request.num_steps < 2:
         raise InputError("num_steps is 1; the sampler res_2mid needs 2 or more")
     if request.reinsertion == "march_2025" and sampler_of(files, request) != "edm_euler":
@@ -166,38 +133,6 @@ def _check_kind(files: DiffusionFiles, request: DiffusionRequest) -> None:
         raise InputError(
             f"{files.folder} is a Video2World model, which needs an image or a video to continue; "
             "for a prompt alone use a Text2World model (worldline diffusion text2world)"
-        )
-
-
-def _check_size(files: DiffusionFiles, request: DiffusionRequest) -> None:
-    tokenizer, config = files.tokenizer_config, files.config
-    frames, temporal = request.num_video_frames, tokenizer.temporal
-    latent_frames = min(files.statistics.frames, config.max_grid.frames * config.patch[0])
-    most = 1 + (latent_frames - 1) * temporal
-    nearest = min(most, nearest_frames(frames, temporal))
-    if nearest != frames:
-        raise InputError(
-            f"num_video_frames is {frames}; it must be 1 + {temporal}k and at most {most}: "
-            f"the nearest is {nearest}"
-        )
-    sides = (
-        ("height", request.height, config.patch[1], config.max_grid.height),
-        ("width", request.width, config.patch[2], config.max_grid.width),
-    )
-    for name, pixels, cells, tokens in sides:
-        step = cells * tokenizer.spatial
-        nearest = min(max(round(pixels / step), 1), tokens) * step
-        if nearest != pixels:
-            raise InputError(
-                f"{name} is {pixels}; it must be a multiple of {step} and at most "
-                f"{tokens * step}: the nearest is {nearest}"
-            )
-    given = request.num_input_frames
-    if given and latent_frames_of(given, temporal) >= 1 + (frames - 1) // temporal:
-        least = 1 + latent_frames_of(given, temporal) * temporal
-        raise InputError(
-            f"num_video_frames is {frames}, but num_input_frames is {given}: nothing is left to "
-            f"make; give {least} frames or more"
         )
 
 
@@ -300,51 +235,36 @@ def generate(
     grid = request.video.latent(files.tokenizer_config.temporal, files.tokenizer_config.spatial)
 
     yield Progress("text", 0, 1)
-    with _stage(recorder, "text"):
+    with stage(recorder, "text"):
         prompt, negative = _embed(parts, request, embeddings or Embeddings())
 
     known = colours = None
     if request.num_input_frames or request.preview_every:
         yield Progress("encode", 0, 1)
-        stage = _stage(recorder, "encode")
-        with stage, torch.inference_mode(), parts.tokenizer.on_device() as tokenizer:
+        encoding = stage(recorder, "encode")
+        with encoding, torch.inference_mode(), parts.tokenizer.on_device() as tokenizer:
             if request.num_input_frames:
                 known = _encode(tokenizer, files.statistics, clip, request)
             if request.preview_every:
                 colours = parts.colours
 
     count = _count_steps(files, request)
-    with _stage(recorder, "denoise"):
+    with stage(recorder, "denoise"):
         yield Progress("denoise", 0, count)
 
-        # a thread begins on the first GPU, whatever this one is on
-        gpu = torch.cuda.current_device() if device.type == "cuda" else None
-        if device.index is not None:
-            gpu = device.index
-
         def denoise(tell: Callable[[Progress], None]) -> Tensor:
-            with torch.cuda.device(gpu) if device.type == "cuda" else nullcontext():
-                return _denoise(parts, request, grid, prompt, negative, known, colours, tell)
+            return _denoise(parts, request, grid, prompt, negative, known, colours, tell)
 
-        latents = yield from in_background(denoise)
+        latents = yield from on_thread(denoise, device)
 
     frames: list[NDArray[np.uint8]] = []
     yield Progress("decode", 0, request.num_video_frames)
-    with _stage(recorder, "decode"):
+    with stage(recorder, "decode"):
         for piece in _decode(parts, latents):
             frames.append(piece)
             done = sum(map(len, frames))
             yield Progress("decode", done, request.num_video_frames, piece)
     yield Progress("done", count, count, np.concatenate(frames))
-
-
-@contextmanager
-def _stage(recorder: Recorder, name: str) -> Iterator[None]:
-    """Record a stage, whose peak is not to count what an earlier one has left to be used again."""
-    if recorder.device.type == "cuda":
-        torch.cuda.empty_cache()
-    with recorder.stage(name):
-        yield
 
 
 def _embed(
@@ -440,20 +360,14 @@ def _denoise(
             return transformer(x, times, context, positions, condition_mask=mask)
 
         count = _count_steps(files, request)
-        started = time.perf_counter()
 
-        def on_step(step: int, _: Tensor, denoised: Tensor) -> None:
-            nonlocal started
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - started
-            preview = None
-            if colours is not None and (step + 1) % request.preview_every == 0:
-                shown = _restore(files.statistics, denoised.float())
-                preview = show_colours(shown, colours, files.tokenizer_config.spatial)
-            tell(Progress("denoise", step + 1, count, preview=preview, seconds=seconds))
-            started = time.perf_counter()
+        def look(denoised: Tensor) -> NDArray[np.uint8] | None:
+            if colours is None:
+                return None
+            shown = _restore(files.statistics, denoised.float())
+            return show_colours(shown, colours, files.tokenizer_config.spatial)
 
+        on_step = step_teller(tell, device, count, request.preview_every, look)
         return sample(
             network,
             noise,
@@ -478,10 +392,4 @@ def _decode(parts: DiffusionParts, latents: Tensor) -> Iterator[NDArray[np.uint8
         statistics = rounded(parts.files.statistics, weight.dtype)
         with torch.inference_mode():
             pieces = decode_stream(tokenizer, _restore(statistics, latents).to(weight))
-        while True:
-            with torch.inference_mode():  # not across a yield: it would leak to the caller
-                piece = next(pieces, None)
-                if piece is None:
-                    return
-                frames = signed_to_uint8(piece[0])
-            yield frames
+        yield from shown_pieces(pieces)

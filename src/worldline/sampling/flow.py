@@ -14,16 +14,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from worldline.choices import ScheduleName
 from worldline.sampling.guidance import check_guidance, guided
 from worldline.sampling.schedules import res_sigmas
 from worldline.sampling.solvers import OnStep
 
-ScheduleName = Literal["karras", "shifted"]
 SHIFT = 5.0
 # of the Karras table, in the terms of EDM, where the state is data + sigma noise
 SIGMA_MIN, SIGMA_MAX = 0.01, 200.0

@@ -54,30 +54,6 @@ class EncoderFiles:
             raise CheckpointError(f"{error.filename} cannot be read any more: {error}") from error
 
 
-def encoder_folders(checkpoint_dir: Path, name: str, revision: str = "") -> list[Path]:
-    """List the folders below `checkpoint_dir` where released worlds keep an encoder.
-
-    That is a folder of its whole name or of the last part of it, or a hub cache.
-
-    Args:
-        checkpoint_dir: of all models.
-        name: on the hub, such as "google-t5/t5-11b".
-        revision: of the snapshot that is preferred in a cache.
-    """
-    cache = checkpoint_dir / f"models--{name.replace('/', '--')}"
-    try:
-        current = (cache / "refs" / "main").read_text().strip()
-    except OSError:
-        current = ""
-    snapshots = sorted(
-        (path for path in cache.glob("snapshots/*") if path.is_dir()),
-        key=lambda path: (path.name == revision, path.name == current, path.stat().st_mtime_ns),
-        reverse=True,
-    )
-    found = [checkpoint_dir / name, *snapshots, checkpoint_dir / Path(name).name]
-    return [path for path in found if path.is_dir()]
-
-
 def read_config(folder: Path, kinds: Mapping[str, str]) -> dict[str, Any]:
     """Return the config.json of an encoder.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError, InputError
-from worldline.files import unfinished
+from worldline.files import released_folders, unfinished
 from worldline.text.cache import EmbeddingCache, cache_folder
 from worldline.text.chat_tokens import (
     FILE,
@@ -36,7 +36,6 @@ from worldline.text.chat_tokens import (
 from worldline.text.encoder_files import (
     MAX_LENGTH,
     EncoderFiles,
-    encoder_folders,
     open_weights,
     read_config,
     read_max_length,
@@ -314,7 +313,7 @@ def reason1_folders(checkpoint_dir: Path) -> list[Path]:
 
     They are `nvidia/Cosmos-Reason1-7B`, the snapshots of a hub cache, and `Cosmos-Reason1-7B`.
     """
-    return encoder_folders(checkpoint_dir, RELEASED, REVISION)
+    return released_folders(checkpoint_dir, RELEASED, REVISION)
 
 
 def find_reason1(folder: Path) -> Reason1Files:

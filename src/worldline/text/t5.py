@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError, InputError
-from worldline.files import unfinished
+from worldline.files import released_folders, unfinished
 from worldline.text.encoder_files import (
     EncoderFiles,
-    encoder_folders,
     open_weights,
     read_config,
     read_max_length,
@@ -291,7 +290,7 @@ def t5_folders(checkpoint_dir: Path) -> list[Path]:
 
     Cosmos-Predict1 has `google-t5/t5-11b`, Cosmos 1.0 a hub cache of the same name.
     """
-    return encoder_folders(checkpoint_dir, RELEASED)
+    return released_folders(checkpoint_dir, RELEASED)
 
 
 def find_t5(folder: Path) -> T5Files:

@@ -12,7 +12,6 @@ from worldline.errors import InputError
 from worldline.loading import DiffusionFiles, DiffusionParts
 from worldline.nn.attention import backend_name
 from worldline.pipelines.diffusion import (
-    Embeddings,
     check_request,
     check_text,
     generate,
@@ -22,6 +21,7 @@ from worldline.pipelines.diffusion import (
     rotary_precision_of,
     sampler_of,
 )
+from worldline.pipelines.exchange import Embeddings
 from worldline.pipelines.requests import DiffusionRequest
 from worldline.report import Recorder, environment
 from worldline.video.read import Clip
