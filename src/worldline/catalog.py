@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from worldline.choices import ScheduleName
 from worldline.errors import InputError
 from worldline.files import TRANSFORMER_FILES
 
@@ -123,6 +124,64 @@ TOKENIZER_LAYOUTS = (
     ("model.pt",),
 )
 
+
+@dataclass(frozen=True)
+class FlowModel:
+    """One of the released models of Cosmos-Predict2.5; nothing in its tensors tells it from others.
+
+    Attributes:
+        name: that it is asked for by.
+        repository: on the hub.
+        revision: of the repository.
+        file: below the repository's folder.
+        schedule: of its noise levels.
+        known_timestep: what it is told of given frames; None tells it the same of all frames.
+    """
+
+    name: str
+    repository: str
+    revision: str
+    file: str
+    schedule: ScheduleName = "shifted"
+    known_timestep: float | None = None
+
+
+def _flow_models() -> tuple[FlowModel, ...]:
+    small, large = "nvidia/Cosmos-Predict2.5-2B", "nvidia/Cosmos-Predict2.5-14B"
+    known = "15a82a2ec231bc318692aa0456a36537c806e7d4"
+    return (
+        FlowModel(
+            "2B/post-trained",
+            small,
+            known,
+            "base/post-trained/81edfebe-bd6a-4039-8c1d-737df1a790bf_ema_bf16.pt",
+            "karras",
+            0.1,
+        ),
+        FlowModel(
+            "2B/pre-trained",
+            small,
+            known,
+            "base/pre-trained/d20b7120-df3e-4911-919d-db6e08bad31c_ema_bf16.pt",
+        ),
+        FlowModel(
+            "14B/post-trained",
+            large,
+            "2bc4ca5ba5a20b9858a7ddb856bc82d70b030fbe",
+            "base/post-trained/e21d2a49-4747-44c8-ba44-9f6f9243715f_ema_bf16.pt",
+        ),
+        FlowModel(
+            "14B/pre-trained",
+            large,
+            "03eb354f35eae0d6e0c1be3c9f94d8551e125570",
+            "base/pre-trained/54937b8c-29de-4f04-862c-e67b04ec41e8_ema_bf16.pt",
+        ),
+    )
+
+
+FLOW_MODELS = _flow_models()  # the first is the default
+
+
 _GUARDRAIL = "Cosmos-Guardrail1"
 _DISCRETE = "Cosmos-Tokenize1-DV8x16x16-720p"
 _CONTINUOUS = "Cosmos-Tokenize1-CV8x8x8-720p"
@@ -203,8 +262,9 @@ def _sample(kind: str, md5: str = "") -> Entry:
     )
 
 
-def _flow(size: str, parameters: int, nbytes: int, files: tuple[str, ...]) -> Entry:
+def _flow(size: str, parameters: int, nbytes: int) -> Entry:
     name = f"Cosmos-Predict2.5-{size}"
+    files = [model.file for model in FLOW_MODELS if model.repository.endswith(name)]
     vae = (File("tokenizer.pth", 507_570_124),) if size == "2B" else ()
     return Entry(
         name=name,
@@ -354,24 +414,8 @@ ENTRIES: tuple[Entry, ...] = (
     _sample("Video2World-Sample-AV-Multiview", "1653f87dce3d558ee01416593552a91c"),
     _sample("SingleToMultiView-Sample-AV"),
     _sample("WorldInterpolator", "48a0bdc99d5e41eee05ba8597c4851da"),
-    _flow(
-        "2B",
-        2_059_174_912,
-        4_118_350_192,
-        (
-            "base/post-trained/81edfebe-bd6a-4039-8c1d-737df1a790bf_ema_bf16.pt",
-            "base/pre-trained/d20b7120-df3e-4911-919d-db6e08bad31c_ema_bf16.pt",
-        ),
-    ),
-    _flow(
-        "14B",
-        14_368_047_104,
-        28_736_094_576,
-        (
-            "base/post-trained/e21d2a49-4747-44c8-ba44-9f6f9243715f_ema_bf16.pt",
-            "base/pre-trained/54937b8c-29de-4f04-862c-e67b04ec41e8_ema_bf16.pt",
-        ),
-    ),
+    _flow("2B", 2_059_174_912, 4_118_350_192),
+    _flow("14B", 14_368_047_104, 28_736_094_576),
     _other(
         _DECODER,
         "diffusion decoder",
