@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 import worldline.world
 from worldline import loading, places
 from worldline.catalog import ENTRIES
-from worldline.choices import NEGATIVE_PROMPT
+from worldline.choices import DIFFUSION_OFFLOAD_FLAGS, NEGATIVE_PROMPT
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import AutoregressiveFiles, DiffusionFiles, DiffusionParts, DiffusionPlan
 from worldline.loading.memory import workspace
@@ -423,7 +423,7 @@ def plan(size: str, *flags: str, video: VideoShape | None = None) -> DiffusionPl
 
 def test_plans() -> None:
     """Each flag lowers the need or leaves it, and the published needs are met."""
-    flags = loading.DIFFUSION_OFFLOAD_FLAGS
+    flags = DIFFUSION_OFFLOAD_FLAGS
     for size, most in (("7B-Video2World", 24e9), ("14B-Video2World", 36e9)):
         whole = plan(size)
         for count in range(1, 4):
@@ -440,7 +440,7 @@ def test_plans_are_what_was_measured(size: str) -> None:
     path = BENCHMARKS / f"diffusion_end_to_end_{size.lower()}.json"
     stages = json.loads(path.read_text())["runs"]["offload_all"]["stages"]
     [measured] = [stage["peak_gb"] for stage in stages if stage["name"] == "denoise"]
-    planned = plan(f"{size}-Video2World", *loading.DIFFUSION_OFFLOAD_FLAGS).denoise / 1e9
+    planned = plan(f"{size}-Video2World", *DIFFUSION_OFFLOAD_FLAGS).denoise / 1e9
     assert measured <= planned <= 1.05 * measured
 
 
@@ -491,7 +491,7 @@ def test_the_plan_without_kernels(
             dtype=dtype,
             context_length=8,
             fused=fused,
-            **dict.fromkeys(loading.DIFFUSION_OFFLOAD_FLAGS, True),
+            **dict.fromkeys(DIFFUSION_OFFLOAD_FLAGS, True),
         ).denoise
         - workspace(dtype)
         - sum(weight.nbytes for weight in weights)
@@ -510,7 +510,7 @@ def test_kernels_are_planned_for_where_they_run(monkeypatch: pytest.MonkeyPatch)
     for kernels in (object(), None):
         monkeypatch.setattr("worldline.nn.modulation._load_kernels", lambda found=kernels: found)
         need = loading._need(*sizes, torch.device("cuda"), torch.bfloat16)
-        needs.append(need(loading.DIFFUSION_OFFLOAD_FLAGS))
+        needs.append(need(DIFFUSION_OFFLOAD_FLAGS))
     assert needs[1] > needs[0] + 2e9
 
 

@@ -1,4 +1,7 @@
-"""What a request may choose from: names, limits and defaults of all families; needs no torch."""
+"""Names that requests and loading choose from, and the released negative prompt; needs no torch.
+
+Limits and defaults of numbers are in `worldline.pipelines.requests`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,18 @@ ROTARY_PRECISIONS = ("bfloat16", "float32")
 ScheduleName = Literal["karras", "shifted"]  # of noise levels, for rectified flows
 MAX_SEED = 2**32 - 1  # numpy's RandomState takes no more
 
-# cheapest first
-OFFLOAD_FLAGS = ("offload_tokenizer", "offload_ar_model")
+Seam = Literal["corrected", "as_released"]  # between windows of the diffusion decoder
+SEAMS: tuple[Seam, ...] = ("corrected", "as_released")
+Rollout = Literal["tokens", "pixels"]  # beyond the window of an autoregressive model
+ROLLOUTS: tuple[Rollout, ...] = ("tokens", "pixels")
+
+# cheapest first, of a world that has all parts
+AUTOREGRESSIVE_OFFLOAD_FLAGS = (
+    "offload_text_encoder_model",
+    "offload_tokenizer",
+    "offload_diffusion_decoder",
+    "offload_ar_model",
+)
 # the text encoder is used once, the transformer is what takes the time
 DIFFUSION_OFFLOAD_FLAGS = (
     "offload_text_encoder_model",

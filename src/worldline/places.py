@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from worldline.catalog import BUNDLED_PREFIX, is_bundled
+from worldline.catalog import BUNDLED_PREFIX, DECODERS, advice, is_bundled
 from worldline.errors import CheckpointError
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -73,11 +73,7 @@ def find_place(model: str | Path, checkpoint_dir: str | Path) -> Place:
         if folder.name == "transformer":
             folder = folder.parent
         return Place(named, tuple(dict.fromkeys((Path(checkpoint_dir), folder.parent))), False)
-    folder = BUNDLED / str(model).removeprefix(BUNDLED_PREFIX)
-    if not folder.is_dir():
-        have = ", ".join(bundled_names()) or "none"
-        raise CheckpointError(f"there is no bundled model {model}; there are: {have}")
-    return Place(folder, (BUNDLED,), True)
+    return Place(_find_bundled("model", str(model), bundled_names()), (BUNDLED,), True)
 
 
 def find_tokenizer(name: str, checkpoint_dir: str | Path) -> Path:
@@ -92,10 +88,14 @@ def find_tokenizer(name: str, checkpoint_dir: str | Path) -> Path:
     """
     if not is_bundled(name):
         return find_model(Path(name), Path(checkpoint_dir))
+    return _find_bundled("tokenizer", name, bundled_tokenizers())
+
+
+def _find_bundled(kind: str, name: str, have: Sequence[str]) -> Path:
     folder = BUNDLED / name.removeprefix(BUNDLED_PREFIX)
     if not folder.is_dir():
-        have = ", ".join(bundled_tokenizers()) or "none"
-        raise CheckpointError(f"there is no bundled tokenizer {name}; there are: {have}")
+        there = ", ".join(have) or "none"
+        raise CheckpointError(f"there is no bundled {kind} {name}; there are: {there}")
     return folder
 
 
@@ -109,13 +109,14 @@ def find_model(model: Path, checkpoint_dir: Path) -> Path:
     for path in (below, model):
         if path.is_dir() or path.is_file():
             return path
+    also = advice(model.name)
     if not checkpoint_dir.is_dir():
         raise CheckpointError(
-            f"no checkpoint folder {checkpoint_dir} (--checkpoint_dir), so no {model} in it"
+            f"no checkpoint folder {checkpoint_dir} (--checkpoint_dir), so no {model} in it{also}"
         )
     have = sorted(path.name for path in checkpoint_dir.iterdir() if path.is_dir())
     raise CheckpointError(
-        f"no folder {below}; {checkpoint_dir} holds: {', '.join(have) or 'no folder'}"
+        f"no folder {below}; {checkpoint_dir} holds: {', '.join(have) or 'no folder'}{also}"
     )
 
 
@@ -124,8 +125,16 @@ def bundled_configs() -> dict[str, Path]:
     return {
         BUNDLED_PREFIX + path.parent.name: path
         for path in sorted(BUNDLED.glob("*/config.json"))
-        if "Tokeniz" not in path.parent.name
+        if "Tokeniz" not in path.parent.name and path.parent.name not in DECODERS.values()
     }
+
+
+def has_decoder(model: str) -> bool:
+    """Tell whether a world decodes its tokens by diffusion unless told otherwise.
+
+    A released one does, and a bundled one where a diffusion decoder ships with the package.
+    """
+    return not is_bundled(model) or any((BUNDLED / name).is_dir() for name in DECODERS.values())
 
 
 def bundled_names() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
+from click.testing import CliRunner, Result
 
 import worldline.loading
+import worldline.places
 import worldline.video.write
 from worldline.cli.diffusion import diffusion
 from worldline.errors import Error, InputError
@@ -314,6 +316,22 @@ def test_the_help_tells_released_and_bundled_defaults(name: str, run: Run) -> No
     assert "[default: that of the release; bundled " in told
 
 
+def test_a_damaged_bundled_file_costs_its_defaults_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, text in (("Damaged", "{"), ("Whole", '{"num_steps": 7}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    monkeypatch.setattr(worldline.places, "BUNDLED", tmp_path)
+    module = Path(sys.modules["worldline.cli.diffusion"].__file__ or "")
+    imported_anew = runpy.run_path(str(module))["diffusion"]
+    result = CliRunner().invoke(imported_anew, ["text2world", "--help"])
+    assert result.exit_code == 0
+    told = " ".join(result.stdout.split())
+    assert "[default: 35; bundled 7]" in told
+    assert "[default: 121]" in told
+
+
 # --- wrong words and inputs
 
 BAD_NUMBERS = [
@@ -329,14 +347,14 @@ BAD_NUMBERS = [
     (["--fps", 241], "fps is 241.0; it must be 1 to 240"),
     (["--fps", 101, "--video_save_name", "x.gif"], "a GIF shows 100 frames a second at most"),
     (["--fps", 3000000000], "fps is 3000000000.0; it must be 1 to 240"),
-    (["--num_video_frames", 10], "num_video_frames is 10; it must be 1 + 8k, such as 9 or 17"),
+    (["--num_video_frames", 10], "num_video_frames is 10; it must be 1 + 8k and at most"),
     (["--num_video_frames", 21], "num_video_frames is 21; it must be 1 + 8k and at most"),
-    (["--num_video_frames", 21], "the nearest is"),
+    (["--num_video_frames", 19], "the nearest is 17"),
     (["--num_video_frames", 117], "num_video_frames is 117; it must be 1 + 8k and at most"),
     (["--num_video_frames", 0], "num_video_frames is 0"),
     (["--num_video_frames", 16385], "num_video_frames is 16385"),
-    (["--height", 40], "height is 40; it must be a multiple of 16, such as 32 or 48"),
-    (["--height", 9], "height is 9; it must be a multiple of 16, such as 16"),
+    (["--height", 40], "height is 40; it must be a multiple of 16 and at most"),
+    (["--height", 9], "height is 9; it must be a multiple of 16 and at most"),
     (["--height", 0], "height is 0"),
     (["--width", 100], "width is 100; it must be a multiple of 16"),
     (["--width", 16000], "width is 16000"),

@@ -180,3 +180,16 @@ def test_a_second_run_replaces_the_first(evaluate: Evaluate, tmp_path: Path) -> 
     (tmp_path / "evaluation.json").write_text("old")
     assert evaluate(tmp_path).exit_code == 0
     assert report_of(tmp_path / "evaluation.json")["failure_rate"]["total"] == 1
+
+
+def test_its_own_report_is_not_passed_over(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "made"
+    write_video(moving(), folder / "a.mp4", 25)
+    (folder / "other.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        result = evaluate("made", "--output", folder / "told.json")
+        assert result.exit_code == 0, result.stderr
+    assert report_of(folder / "told.json")["passed_over"] == ["other.txt"]

@@ -61,6 +61,23 @@ def test_references_are_matched_by_name(tmp_path: Path) -> None:
     assert find_tasks(folder, true).notes == ("c.mp4 has no reference: not compared",)
 
 
+def test_a_folder_below_its_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tmp_path / "made"
+    for folder in (made, made / "made", tmp_path):
+        folder.mkdir(exist_ok=True)
+        write(folder / "a.mp4", moving())
+    monkeypatch.chdir(tmp_path)
+    # made/a.mp4 is to be judged, and is no reference of made/made/a.mp4
+    expected = [("a.mp4", 0, "a.mp4"), ("made/a.mp4", 0, "")]
+    assert names(Path("made"), Path()) == names(made, tmp_path) == expected
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(InputError, match="holds no videos outside made "):
+        names(Path("made"), Path())
+    (made / "a.mp4").unlink()
+    with pytest.raises(InputError, match="made holds no videos outside made/made "):
+        names(Path("made"), Path("made/made"))
+
+
 def test_other_lengths_and_rates_are_told(tmp_path: Path) -> None:
     for folder, count, fps in (("made", 12, 25), ("true", 7, 24)):
         (tmp_path / folder).mkdir()
@@ -148,6 +165,9 @@ def test_a_video_without_a_report_among_others_is_told(tmp_path: Path) -> None:
     write(tmp_path / "b.mp4", moving())
     assert find_tasks(tmp_path).notes == ("without a report, so no frame of it is given: b.mp4",)
     assert find_tasks(tmp_path, None, 2).notes == ()
+    write(tmp_path / "c.mp4", moving())
+    (note,) = find_tasks(tmp_path).notes
+    assert note == "without a report, so no frame of them is given: b.mp4, c.mp4"
     (tmp_path / "a.json").unlink()
     assert find_tasks(tmp_path).notes == ()  # plain videos
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -391,8 +392,14 @@ def test_wrong_requests(options: dict[str, Any], message: str) -> None:
         ({"height": 30}, "height is 30; it must be a multiple of 16 and at most 96.* is 32"),
         ({"width": 1280}, "width is 1280; .* at most 128: the nearest is 128"),
         ({"height": 4}, "the nearest is 16"),
+        ({"num_video_frames": 2}, "the nearest is 9"),  # one frame alone is given already
+        ({"num_input_frames": 9, "num_video_frames": 10}, "the nearest is 17"),
         ({"num_input_frames": 9, "num_video_frames": 9}, "nothing is left to make; give 17 frames"),
         ({"num_input_frames": 1, "num_video_frames": 1}, "give 9 frames or more"),
+        (
+            {"num_video_frames": 16, "height": 30, "width": 1280},
+            "is 17; height .* is 32; width .* is 128",
+        ),
         ({"num_input_frames": 0}, "is a Video2World model, which needs an image or a video"),
         ({"sampler": "res_2mid", "num_steps": 1}, "res_2mid needs 2 or more"),
         ({"sampler": "res_2ab", "reinsertion": "march_2025"}, "res_2ab never had it"),
@@ -404,6 +411,25 @@ def test_what_a_world_cannot_do(
     asked = request(**{"num_input_frames": 1, **options})
     with pytest.raises(InputError, match=message):
         check_request(video2world.files, asked)
+
+
+@pytest.mark.parametrize("temporal", [4, 8])
+@pytest.mark.parametrize("given", [0, 1, 9])
+def test_the_nearest_size_is_allowed(
+    temporal: int, given: int, text2world: DiffusionParts, video2world: DiffusionParts
+) -> None:
+    files = (video2world if given else text2world).files
+    tokenizer = replace(files.tokenizer_config, patch=2, temporal=temporal)
+    other = replace(files, tokenizer_config=tokenizer)
+    for name in ("num_video_frames", "height", "width"):
+        for size in range(1, 150):
+            try:
+                check_request(other, request(**{"num_input_frames": given, name: size}))
+            except InputError as error:
+                found = re.search(r"(?:nearest is|give) (\d+)", str(error))
+                assert found
+                asked = {"num_input_frames": given, name: int(found[1])}
+                check_request(other, request(**asked))
 
 
 def test_text2world_continues_nothing(text2world: DiffusionParts) -> None:

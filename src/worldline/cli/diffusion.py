@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -22,6 +23,7 @@ from worldline.choices import (
     NEGATIVE_PROMPT,
     ROTARY_PRECISIONS,
     SAMPLERS,
+    Reinsertion,
 )
 from worldline.cli import run
 from worldline.errors import CheckpointError, InputError
@@ -42,15 +44,9 @@ _WITHOUT_EFFECT = {
     "word_limit_to_skip_upsampler": "no prompt upsampler runs",
 }
 _PATHS = ("diffusion_transformer_dir", "tokenizer_dir", "text_encoder_dir", "prompt_embeddings")
-_NONE_RUNS = "Has no effect: none runs in this version."
 _GIF_FPS = 100  # its delays are whole 1/100 s
 # what a world's own configuration decides unless the command line does
 _OWN = ("num_steps", "guidance", "num_video_frames", "height", "width", "fps", "negative_prompt")
-_OFFLOADED = {
-    "offload_diffusion_transformer": "the transformer",
-    "offload_tokenizer": "the tokenizer",
-    "offload_text_encoder_model": "the text encoder",
-}
 
 
 def _default(name: str, released: object) -> str:
@@ -62,9 +58,14 @@ def _default(name: str, released: object) -> str:
 
 @cache
 def _bundled_settings() -> tuple[dict[str, Any], ...]:
+    """Return what each config.json says; a damaged one counts once its world is asked for."""
     from worldline.places import bundled_configs
 
-    return tuple(read_json(path) for path in bundled_configs().values())
+    found = []
+    for path in bundled_configs().values():
+        with suppress(CheckpointError):
+            found.append(read_json(path))
+    return tuple(found)
 
 
 def _options(model: str, upsampler: str) -> run.Option:
@@ -93,7 +94,7 @@ def _options(model: str, upsampler: str) -> run.Option:
             "--text_encoder_dir",
             help="T5: folder below --checkpoint_dir, or a path.  [default: google-t5/t5-11b]",
         ),
-        click.option("--prompt_upsampler_dir", default=upsampler, help=_NONE_RUNS),
+        click.option("--prompt_upsampler_dir", default=upsampler, help=run.NONE_RUNS_HELP),
         click.option("--prompt", help="What the video shows, in a paragraph."),
         click.option(
             "--negative_prompt",
@@ -182,21 +183,16 @@ def _options(model: str, upsampler: str) -> run.Option:
         click.option(
             "--disable_prompt_upsampler",
             is_flag=True,
-            help=f"Use the prompt as it is.  {run.NEEDED}",
+            help=f"Use the prompt as it is.  {run.NEEDED_HELP}",
         ),
         click.option(
             "--disable_guardrail",
             is_flag=True,
-            help=f"Check neither prompt nor video.  {run.NEEDED}",
+            help=f"Check neither prompt nor video.  {run.NEEDED_HELP}",
         ),
-        *(
-            click.option(
-                f"--{name}", is_flag=True, help=f"Keep {part} in host memory while it is not used."
-            )
-            for name, part in _OFFLOADED.items()
-        ),
-        click.option("--offload_prompt_upsampler", is_flag=True, help=_NONE_RUNS),
-        click.option("--offload_guardrail_models", is_flag=True, help=_NONE_RUNS),
+        *map(run.offload_option, DIFFUSION_OFFLOAD_FLAGS),
+        click.option("--offload_prompt_upsampler", is_flag=True, help=run.NONE_RUNS_HELP),
+        click.option("--offload_guardrail_models", is_flag=True, help=run.NONE_RUNS_HELP),
         *run.machine_options(),
     )
     return run.with_options(options)
@@ -213,7 +209,7 @@ def diffusion() -> None:
 @diffusion.command()
 @click.option("--batch_input_path", help='Many prompts: a JSONL with a "prompt" a line.')
 @_options("Cosmos-Predict1-7B-Text2World", "Cosmos-UpsamplePrompt1-12B-Text2World")
-@click.option("--word_limit_to_skip_upsampler", type=int, default=250, help=_NONE_RUNS)
+@click.option("--word_limit_to_skip_upsampler", type=int, default=250, help=run.NONE_RUNS_HELP)
 @click.option("--input_image_or_video_path", hidden=True)
 @click.pass_context
 def text2world(context: click.Context, /, **flags: Any) -> None:
@@ -271,7 +267,7 @@ def text2world(context: click.Context, /, **flags: Any) -> None:
 @_options("Cosmos-Predict1-7B-Video2World", "Pixtral-12B")
 @click.option(
     "--reinsertion",
-    type=click.Choice(["corrected", "march_2025"]),
+    type=click.Choice(get_args(Reinsertion)),
     default="corrected",
     show_default=True,
     help="Of the given frames at every step; march_2025 repeats a fault of the first release.",
@@ -323,12 +319,9 @@ def _make_videos(
     from worldline.cli.inputs import read_batch, read_single
 
     given = run.given_flags(context)
-    for name in _PATHS:
-        if flags[name] == "":
-            raise InputError(f"--{name} is empty")
+    run.refuse_empty(flags, _PATHS)
     embeddings = flags["prompt_embeddings"]
-    if embeddings is not None and not Path(embeddings).exists():
-        raise InputError(f"--prompt_embeddings {embeddings}: no such file")
+    run.refuse_absent(flags, "prompt_embeddings")
     _refuse_missing_parts(flags)
     if batch:
         items = read_batch(flags["batch_input_path"], fields)
@@ -377,11 +370,11 @@ def _options_of(item: Item, flags: dict[str, Any], num_input_frames: int) -> dic
 
 
 def _check_words(options: Sequence[dict[str, Any]]) -> None:
-    """Refuse what no world can do, before one is looked for."""
-    from worldline.pipelines.requests import DiffusionRequest, check_steps_of_size
+    """Refuse what no world can do, before one is looked for; sizes are a world's own matter."""
+    from worldline.pipelines.requests import DiffusionRequest
 
     for chosen in options:
-        check_steps_of_size(DiffusionRequest(**chosen))
+        DiffusionRequest(**chosen)
 
 
 def _make_requests(
@@ -422,11 +415,10 @@ def _find_files(flags: dict[str, Any], given: set[str]) -> DiffusionFiles:
     for name in ("tokenizer_dir", "text_encoder_dir"):
         if name in given:
             place.chosen(flags[name], name)
-    from worldline.loading import find_diffusion
+    from worldline.loading import open_diffusion
 
-    return find_diffusion(
-        flags["diffusion_transformer_dir"],
-        flags["checkpoint_dir"],
+    return open_diffusion(
+        place,
         tokenizer_dir=flags["tokenizer_dir"] if "tokenizer_dir" in given else None,
         text_encoder_dir=flags["text_encoder_dir"],
         generation=flags["generation"],

@@ -59,11 +59,8 @@ def evaluate(
         output = folder / _NAMED
     plan = find_tasks(folder, reference, num_input_frames)
     _check_output(output, plan, chosen=output != folder / _NAMED)
-    passed_over = [
-        name
-        for name in plan.passed_over
-        if folder / name not in (output, output.with_suffix(".png"))
-    ]
+    own = {path.resolve() for path in (output, output.with_suffix(".png"))}
+    passed_over = [name for name in plan.passed_over if (folder / name).resolve() not in own]
     if passed_over:
         logger.info("no videos, passed over: %s", shortened(passed_over))
     for note in plan.notes:

@@ -17,17 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from worldline.choices import MAX_SEED, NEGATIVE_PROMPT
 from worldline.errors import InputError
-from worldline.pipelines.requests import (
-    LARGEST_GUIDANCE,
-    LARGEST_STEPS,
-    LEAST_FRAME_STEP,
-    SIDE_STEP,
-)
+from worldline.pipelines.requests import LARGEST_GUIDANCE, LARGEST_STEPS
 from worldline.video.read import media_kind
 
 InferenceType = Literal["text2world", "image2world", "video2world"]
 SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
 LARGEST_SIDE = 1920
+# the tokenizer merges 8 pixels each way and 4 frames, the transformer 2 of its cells each way
+SIDE_STEP, FRAME_STEP = 16, 4
 
 _PATHS = ("prompt_path", "input_path")
 # a string is kept whole, so that what looks like a comment in it stays
@@ -145,7 +142,7 @@ class Sample(BaseModel):
     @property
     def num_input_frames(self) -> int:
         """How many of the input's last frames are continued."""
-        given = {"text2world": 0, "image2world": 1, "video2world": 1 + LEAST_FRAME_STEP}
+        given = {"text2world": 0, "image2world": 1, "video2world": 1 + FRAME_STEP}
         return given[self.inference_type]
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worldline.cli.batch import run_each
-from worldline.cli.run import DEVICE, check_folder, memory_advice
+from worldline.cli.run import DEVICE_HELP, check_folder, memory_advice, refuse_empty
 from worldline.errors import Error, InputError
 from worldline.shapes import VideoShape
 
@@ -130,7 +130,7 @@ def _options(tokenizer: str | None, text: str) -> Callable[[Command], Command]:
             show_default=True,
             help="Where the files go; made if it is not there.",
         ),
-        click.option("--device", help=DEVICE),
+        click.option("--device", help=DEVICE_HELP),
         click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help=_OF_DTYPE),
         click.option(
             "--resume", is_flag=True, help="Keep what an earlier run made in the same way."
@@ -165,6 +165,7 @@ def encode(inputs: Sequence[str], **flags: Any) -> None:
         probe(path, kind=media_kind(path))
         return Task(path, Path(flags["output_dir"]) / f"{path.stem}{_SUFFIX}")
 
+    refuse_empty(flags, ("tokenizer_dir",))
     tasks = _collect(inputs, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES), examine, flags)
     coder = _find(flags["tokenizer_dir"], flags)
     if flags["resume"]:
@@ -185,6 +186,7 @@ def decode(inputs: Sequence[str], **flags: Any) -> None:
     A clip becomes an .mp4 in --output_dir, an image a .png, each of its own size, with a .json
     beside it that says what it was made from.
     """
+    refuse_empty(flags, ("tokenizer_dir",))
     tasks = _collect(inputs, (_SUFFIX,), lambda path: _examine_coded(path, flags), flags)
     coder = _find(_tokenizer_of(tasks, flags), flags)
     _refuse([text for task in tasks if (text := _misfit(task, coder))], len(tasks))
@@ -222,7 +224,7 @@ def decode(inputs: Sequence[str], **flags: Any) -> None:
     help="Code so many frames apart from all others, with seams; by default the whole clip as one.",
 )
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help=_OF_DTYPE)
-@click.option("--device", help=DEVICE)
+@click.option("--device", help=DEVICE_HELP)
 @click.option(
     "--output_dir", help="By default the folder `reconstructions` beside each of the inputs."
 )
@@ -262,8 +264,6 @@ def reconstruct(**flags: Any) -> None:
 
 def _coder_of(flags: dict[str, Any]) -> Coder:
     """Return the tokenizer that the flags of the released script name."""
-    from worldline.tokenizers.cosmos.load import open_files
-
     halves = [flags["checkpoint_enc"], flags["checkpoint_dec"]]
     given = [flags["checkpoint"], any(halves), flags["tokenizer_type"]]
     if sum(map(bool, given[:2])) > 1 or not any(given):
@@ -274,6 +274,8 @@ def _coder_of(flags: dict[str, Any]) -> Coder:
         return _find(flags["checkpoint"] or f"Cosmos-Tokenize1-{flags['tokenizer_type']}", flags)
     if not all(halves):
         raise InputError("--checkpoint_enc and --checkpoint_dec are needed both")
+    from worldline.tokenizers.cosmos.load import open_files
+
     folder = Path(halves[0]).parent
     source, config = open_files([Path(half) for half in halves], folder.name)
     return Coder(folder.name, folder, source, config, *_place(flags))

@@ -12,12 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from worldline.evaluate.tasks import SSIM_WINDOW
+
 Frames = NDArray[np.uint8] | Tensor
 PEAK = 255.0
 
 # Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP
-# 13(4), 2004: window, its width, and the two constants that keep flat regions finite.
-SSIM_WINDOW = 11
+# 13(4), 2004, as SSIM_WINDOW: the window's width, and the two constants that keep flat regions
+# finite.
 SSIM_SIGMA = 1.5
 SSIM_BAND = 16  # rows that are worked on at a time
 SSIM_CONSTANTS = ((0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2)

@@ -1,4 +1,4 @@
-"""What there is to judge in a folder, and with what it is compared; no torch but to compare."""
+"""What there is to judge in a folder, and with what it is compared; needs no torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from worldline.video.read import VIDEO_SUFFIXES, MediaInfo, probe
 
 # of the files beside a video: its report, its prompt
 _BESIDE = (".json", ".txt")
+SSIM_WINDOW = 11  # of `worldline.evaluate.metrics`, so the least side that is compared
 _SHOWN = 5  # most names that a line holds
 
 
@@ -107,7 +108,8 @@ def find_tasks(
     if not tasks:
         raise InputError(_listed(f"{folder}: all {len(videos)} videos", list(unreadable.values())))
     if len(untold) < len(tasks) and untold:  # else a folder of plain videos, as it should be
-        notes.append(f"without a report, so no frame of it is given: {shortened(untold)}")
+        them = "it" if len(untold) == 1 else "them"
+        notes.append(f"without a report, so no frame of {them} is given: {shortened(untold)}")
     return Plan(tuple(tasks), unreadable, tuple(notes), passed_over)
 
 
@@ -120,7 +122,7 @@ def shortened(names: Sequence[str]) -> str:
 def _videos(folder: Path, apart: Path | None = None) -> tuple[dict[str, Path], tuple[str, ...]]:
     """List the videos below a folder by name, and other files that are not beside one.
 
-    Hidden files are left out, and those below `apart`.
+    Hidden files are left out, and those below `apart` where that lies in the folder.
 
     Raises:
         InputError: there is no such folder, or no video in it.
@@ -129,14 +131,17 @@ def _videos(folder: Path, apart: Path | None = None) -> tuple[dict[str, Path], t
         if not folder.is_dir():
             missing = "is not a folder" if folder.exists() else "no such folder"
             raise InputError(f"{folder}{' ' if folder.exists() else ': '}{missing}")
-        if apart is not None and apart.resolve() == folder.resolve():
+        whole, part = folder.resolve(), apart.resolve() if apart else None
+        if part == whole:
             raise InputError(f"{folder} is both the folder and its own reference")
+        if part is not None and whole not in part.parents:
+            part = None
         files = {
             _name(path, folder): path
             for path in sorted(folder.rglob("*"))
             if not any(part.startswith(".") for part in path.relative_to(folder).parts)
             and not path.is_dir()
-            and not (apart is not None and apart.resolve() in path.resolve().parents)
+            and part not in path.resolve().parents
         }
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         if isinstance(error, InputError):
@@ -148,7 +153,8 @@ def _videos(folder: Path, apart: Path | None = None) -> tuple[dict[str, Path], t
     others = [name for name, path in files.items() if name not in videos and path not in beside]
     if not videos:
         held = f", but {shortened(others)}" if others else ""
-        raise InputError(f"{folder} holds no videos ({' '.join(VIDEO_SUFFIXES)}){held}")
+        outside = f" outside {apart}" if part else ""
+        raise InputError(f"{folder} holds no videos{outside} ({' '.join(VIDEO_SUFFIXES)}){held}")
     return videos, tuple(others)
 
 
@@ -167,7 +173,7 @@ def _references(videos: dict[str, Path], folder: Path, reference: Path) -> dict[
     Raises:
         InputError: none fits, or a video has several of other suffixes.
     """
-    have, _ = _videos(reference)
+    have, _ = _videos(reference, apart=folder)
     by_stem: dict[str, list[str]] = {}
     for name in have:
         by_stem.setdefault(_stem(name), []).append(name)
@@ -228,8 +234,6 @@ def _check_comparable(path: Path, info: MediaInfo, given: int, other: Path) -> I
             f"{path} is {info.width} x {info.height}, but its reference {other} "
             f"{found.width} x {found.height}"
         )
-    from worldline.evaluate.metrics import SSIM_WINDOW  # which imports torch
-
     if min(info.height, info.width) < SSIM_WINDOW:
         raise InputError(
             f"{path} is {info.width} x {info.height}; to compare, {SSIM_WINDOW} x {SSIM_WINDOW} "

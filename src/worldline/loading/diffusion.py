@@ -58,14 +58,14 @@ logger = logging.getLogger(__name__)
 RELEASED_CONTEXT = 512  # rows of a text embedding
 T5 = EncoderKind("T5", RELEASED, t5_folders, find_t5)
 
-_TOKENIZERS = {
+CONTINUOUS_TOKENIZERS = {
     "Predict1": ("Cosmos-Tokenize1-CV8x8x8-720p", "Cosmos-1.0-Tokenizer-CV8x8x8"),
     "1.0": ("Cosmos-1.0-Tokenizer-CV8x8x8", "Cosmos-Tokenize1-CV8x8x8-720p"),
 }
 # a config.json with one of these was written by worldline
 _OWN_SETTINGS = ("rope_ratio", "base_fps", "text2world")
 _MOST_GIVEN = 9  # frames that are continued
-_STATISTICS = (
+STATISTICS = (
     "mean_std.pt",
     "image_mean_std.pt",
     "mean_std.safetensors",
@@ -147,7 +147,7 @@ class DiffusionFiles:
         source = self.dit.source
         settings = dict.fromkeys(path.parent / "config.json" for path in source.files)
         folder = self.tokenizer.path if self.tokenizer.path.is_dir() else self.tokenizer.path.parent
-        scales = [folder / name for name in _STATISTICS]
+        scales = [folder / name for name in STATISTICS]
         found = stamps(
             {
                 "transformer": [*source.files, *filter(Path.exists, settings)],
@@ -227,15 +227,20 @@ def open_diffusion(
     if layout == "diffusers" and folder.name == "transformer":
         folder = folder.parent
     dit, settings = _open_dit(file, layout, folder)
+    if dit.config.vocabulary:
+        raise CheckpointError(
+            f"{folder} is the diffusion decoder of the autoregressive worlds, not a world: "
+            "worldline autoregressive runs it with them"
+        )
     defaults = _read_defaults(settings, dit.config, folder)
-    chosen = _generation(folder, generation)
+    chosen = generation_of(folder, generation)
 
     tokenizer_folder = _tokenizer_folder(place, folder, layout, tokenizer_dir, chosen)
     try:
         tokenizer, tokenizer_config = open_tokenizer(tokenizer_folder)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{unfinished(tokenizer_folder)}") from error
-    _check_tokenizer(tokenizer, tokenizer_config, dit)
+    check_continuous(tokenizer, tokenizer_config, dit)
     scales = tokenizer_folder if tokenizer_folder.is_dir() else tokenizer_folder.parent
     statistics = read_statistics(scales, tokenizer_config.latent_channels)
     if statistics is None:
@@ -260,7 +265,7 @@ def open_diffusion(
     )
 
 
-def _generation(folder: Path, asked: str | None) -> Generation:
+def generation_of(folder: Path, asked: str | None) -> Generation:
     """Return the generation as asked, else by the name of the model's own folder."""
     folder = folder.absolute()
     name = folder.name
@@ -337,7 +342,7 @@ def _tokenizer_folder(
     own = folder / "vae"
     if layout == "diffusers" and holds_vae_weights(own):
         return own
-    names = _TOKENIZERS[generation]
+    names = CONTINUOUS_TOKENIZERS[generation]
     found = place.below(names)
     if found is None and own.is_dir():
         return own
@@ -349,13 +354,18 @@ def _tokenizer_folder(
     return found
 
 
-def _check_tokenizer(
+def check_continuous(
     source: Checkpoint, config: CosmosTokenizerConfig, dit: DiTFiles[DiTConfig]
 ) -> None:
+    """Refuse a tokenizer that does not make the latents of a transformer.
+
+    Raises:
+        CheckpointError: it is discrete, a tensor does not fit, or it has other channels.
+    """
     if config.levels is not None:
         raise CheckpointError(
             f"{source.path} is a discrete tokenizer; a diffusion world needs a continuous one, "
-            f"such as {_TOKENIZERS['Predict1'][0]}"
+            f"such as {CONTINUOUS_TOKENIZERS['Predict1'][0]}"
         )
     with torch.device("meta"):
         network = CosmosTokenizer(config)
@@ -378,6 +388,7 @@ def plan_diffusion(
     text_bytes: int = 0,
     context_length: int = RELEASED_CONTEXT,
     fused: bool = True,
+    batch: int = 1,
     offload_diffusion_transformer: bool = False,
     offload_tokenizer: bool = False,
     offload_text_encoder_model: bool = False,
@@ -392,6 +403,7 @@ def plan_diffusion(
         text_bytes: of the text encoder's weights; 0 where there is none.
         context_length: rows of a text embedding.
         fused: kernels do the work between the layers, see `worldline.nn.modulation`.
+        batch: branches of the guidance that the transformer computes at once.
         offload_diffusion_transformer: it waits in host memory.
         offload_tokenizer: likewise.
         offload_text_encoder_model: likewise.
@@ -409,7 +421,7 @@ def plan_diffusion(
     }
     resident = residents(weights, offloaded, dtype)
     grid = latent_grid(tokenizer, video)
-    denoising = denoise_bytes(config, grid, dtype, context_length, fused=fused)
+    denoising = denoise_bytes(config, grid, dtype, context_length, fused=fused, batch=batch)
     coding = resident("tokenizer")
 
     def pixels(frames: int) -> int:

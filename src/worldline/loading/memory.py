@@ -175,7 +175,13 @@ def residents(
 
 
 def denoise_bytes(
-    config: DiTSizes, grid: LatentShape, dtype: torch.dtype, context_length: int, *, fused: bool
+    config: DiTSizes,
+    grid: LatentShape,
+    dtype: torch.dtype,
+    context_length: int,
+    *,
+    fused: bool,
+    batch: int = 1,
 ) -> int:
     """Return the bytes that a sampler and its transformer need beside the weights.
 
@@ -185,17 +191,18 @@ def denoise_bytes(
         dtype: of the transformer.
         context_length: rows of a text embedding.
         fused: kernels do the work between the layers, see `worldline.nn.modulation`.
+        batch: branches of the guidance that the transformer computes at once.
     """
     size = dtype.itemsize
     _, rows, columns = config.patch
     tokens = grid.tokens // (rows * columns)
-    stream = tokens * config.width * size
+    stream = batch * tokens * config.width * size
     # the stream, positions, the norm's output, q, k, v before and after their norms, and the result
-    hidden = min(tokens * config.hidden * size, HIDDEN_BYTES)
+    hidden = min(batch * tokens * config.hidden * size, HIDDEN_BYTES)
     inner = config.num_heads * config.head_size
     activations = _STREAMS * stream + hidden
     if not fused:
-        heads = _PLAIN_HEADS * tokens * inner * max(size, torch.float32.itemsize)
+        heads = _PLAIN_HEADS * batch * tokens * inner * max(size, torch.float32.itemsize)
         activations = _PLAIN_STREAMS * stream + max(2 * hidden, heads)
     contexts = 2 * 2 * config.depth * context_length * inner * size
     latents = 12 * config.latent_channels * grid.tokens * 8  # states of the sampler, up to float64

@@ -98,6 +98,7 @@ class TextPart(Generic[FilesType]):
         for prompt in prompts:
             cached = self._cache.get(self._key, prompt)
             if cached is not None:
+                self.files.tell_if_cut(prompt)  # what the encoder would say
                 found[prompt] = cached.view(1, *cached.shape[-2:])
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         if not missing:

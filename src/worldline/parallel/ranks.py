@@ -64,10 +64,12 @@ def join(device: str) -> tuple[Ranks, str]:
     """Return who this process is and its device; meets the others, where there are any.
 
     Args:
-        device: "cuda", of which each process gets its own, or "cpu".
+        device: "cuda", of which each of several processes gets its own, "cuda:1", or "cpu".
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
+        if torch.device(device).index is not None:
+            torch.cuda.set_device(device)  # a graph is recorded on the current device
         return ALONE, device
     rank = int(os.environ["RANK"])
     if device == "cuda":

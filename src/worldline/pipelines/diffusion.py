@@ -37,6 +37,7 @@ from worldline.pipelines.exchange import (
     with_defaults,
 )
 from worldline.pipelines.preview import show_colours
+from worldline.pipelines.prompts import filled
 from worldline.pipelines.requests import DiffusionRequest
 from worldline.report import Recorder
 from worldline.sampling.edm import SIGMA_DATA, Given, make_sigmas, sample
@@ -191,20 +192,11 @@ def read_embeddings(
             raise InputError(
                 f"{name}_embeddings is a {type(given).__name__}; give a file or tensor"
             )
-    whole = {name: _filled(files, tensor, f"{name}_embeddings") for name, tensor in found.items()}
-    return Embeddings(whole.get("prompt"), whole.get("negative_prompt"))
-
-
-def _filled(files: DiffusionFiles, given: Tensor, name: str) -> Tensor:
     rows, width = files.context_length, files.config.context_width
-    flat = given[0] if given.ndim == 3 and len(given) == 1 else given
-    fits = flat.ndim == 2 and 1 <= len(flat) <= rows and flat.shape[1] == width
-    if not fits or not flat.is_floating_point() or not flat.isfinite().all():
-        raise InputError(
-            f"{name} is {str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}; it must be "
-            f"floating and finite, (S, {width}) or (1, S, {width}) with S up to {rows}"
-        )
-    return embeddings.padded(flat.detach().float().cpu(), rows)
+    whole = {
+        name: filled(tensor, rows, width, f"{name}_embeddings") for name, tensor in found.items()
+    }
+    return Embeddings(whole.get("prompt"), whole.get("negative_prompt"))
 
 
 def generate(

@@ -86,7 +86,7 @@ def with_defaults(
 def check_size(
     request: VideoRequest, config: DiTSizes, most: int, temporal: int, spatial: int
 ) -> None:
-    """Refuse a size that a world cannot make.
+    """Refuse a size that a world cannot make, with all that is wrong with it in one line.
 
     Args:
         request: what is wanted.
@@ -99,11 +99,20 @@ def check_size(
         InputError: the nearest size that can be made is another, or nothing is left to make.
     """
     frames, longest = request.num_video_frames, 1 + (most - 1) * temporal
-    nearest = min(longest, nearest_frames(frames, temporal))
-    if nearest != frames:
-        raise InputError(
+    given = request.num_input_frames
+    least = 1 + latent_frames_of(given, temporal) * temporal
+    wrong = []
+    if (frames - 1) % temporal or frames > longest:
+        # one with something left to make, so that what is suggested is not refused next
+        nearest = min(longest, max(least, nearest_frames(frames, temporal)))
+        wrong.append(
             f"num_video_frames is {frames}; it must be 1 + {temporal}k and at most {longest}: "
             f"the nearest is {nearest}"
+        )
+    elif frames < least:
+        wrong.append(
+            f"num_video_frames is {frames}, but num_input_frames is {given}: nothing is left to "
+            f"make; give {least} frames or more"
         )
     sides = (
         ("height", request.height, config.patch[1], config.max_grid.height),
@@ -113,17 +122,12 @@ def check_size(
         step = cells * spatial
         nearest = min(max(round(pixels / step), 1), tokens) * step
         if nearest != pixels:
-            raise InputError(
+            wrong.append(
                 f"{name} is {pixels}; it must be a multiple of {step} and at most "
                 f"{tokens * step}: the nearest is {nearest}"
             )
-    given = request.num_input_frames
-    if given and latent_frames_of(given, temporal) >= 1 + (frames - 1) // temporal:
-        least = 1 + latent_frames_of(given, temporal) * temporal
-        raise InputError(
-            f"num_video_frames is {frames}, but num_input_frames is {given}: nothing is left to "
-            f"make; give {least} frames or more"
-        )
+    if wrong:
+        raise InputError("; ".join(wrong))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ WEIGHTS = (
 
 
 @dataclass(frozen=True)
-class EncoderFiles:
+class EncoderFiles(ABC):
     """A text encoder on disk, checked by its headers.
 
     Attributes:
@@ -52,6 +53,15 @@ class EncoderFiles:
             return [stamp(path) for path in paths]
         except OSError as error:
             raise CheckpointError(f"{error.filename} cannot be read any more: {error}") from error
+
+    @abstractmethod
+    def tell_if_cut(self, prompt: str) -> None:
+        """Warn that a prompt is too long, as encoding it would; reads no weights.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be read.
+            Error: a package is not installed.
+        """
 
 
 def read_config(folder: Path, kinds: Mapping[str, str]) -> dict[str, Any]:

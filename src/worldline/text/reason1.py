@@ -31,6 +31,7 @@ from worldline.text.chat_tokens import (
     ChatTokenizer,
     byte_chat_tokenizer,
     chat_files,
+    chat_text,
     load_chat_tokenizer,
 )
 from worldline.text.encoder_files import (
@@ -110,6 +111,14 @@ class Reason1Files(EncoderFiles):
         """Numbers that `load_reason1` reads."""
         return sum(math.prod(shape) for shape in tensor_shapes(self.config).values())
 
+    def tell_if_cut(self, prompt: str) -> None:
+        # a token is a byte or more
+        if len(chat_text(prompt).encode("utf-8", "replace")) <= self.max_length:
+            return
+        count = len(load_chat_tokenizer(self.tokenizer[0]).encode(prompt))
+        if count > self.max_length:
+            _tell_cut(prompt, count, self.max_length)
+
 
 class Reason1Encoder(nn.Module):
     """Prompts to rows of numbers, one row a token and as many for padding.
@@ -156,12 +165,7 @@ class Reason1Encoder(nn.Module):
         rows = [self.tokenizer.encode(prompt) for prompt in prompts]
         for prompt, tokens in zip(prompts, rows, strict=True):
             if len(tokens) > length:
-                logger.warning(
-                    "a prompt has %d tokens with the chat around it and is cut after %d: %r ...",
-                    len(tokens),
-                    length,
-                    prompt[:40],
-                )
+                _tell_cut(prompt, len(tokens), length)
         return self.fitted(rows, length)
 
     def fitted(self, rows: Sequence[Sequence[int]], length: int) -> Tensor:
@@ -219,6 +223,15 @@ class Reason1Encoder(nn.Module):
         if not len(ids):
             return self.network.embed_tokens.weight.new_zeros(*ids.shape, self.width)
         return torch.cat([self.embed(row[None]) for row in ids])
+
+
+def _tell_cut(prompt: str, tokens: int, length: int) -> None:
+    logger.warning(
+        "a prompt has %d tokens with the chat around it and is cut after %d: %r ...",
+        tokens,
+        length,
+        prompt[:40],
+    )
 
 
 def _standardised(states: Tensor) -> Tensor:

@@ -98,6 +98,14 @@ class T5Files(EncoderFiles):
         del shapes["encoder.embed_tokens.weight"]
         return sum(math.prod(shape) for shape in shapes.values())
 
+    def tell_if_cut(self, prompt: str) -> None:
+        # a token is a byte or more; `</s>` and a leading space come on top
+        if len(prompt.encode()) + 2 <= self.max_length:
+            return
+        count = len(load_tokenizer(self.tokenizer[0]).encode(prompt))
+        if count > self.max_length:
+            _tell_cut(prompt, count, self.max_length)
+
 
 class T5Encoder(nn.Module):
     """Prompts to rows of numbers, one row a token.
@@ -152,12 +160,7 @@ class T5Encoder(nn.Module):
         for row, prompt in enumerate(prompts):
             tokens = self.tokenizer.encode(prompt)
             if len(tokens) > length:
-                logger.warning(
-                    "a prompt has %d tokens and is cut after %d: %r ...",
-                    len(tokens) - 1,
-                    length - 1,
-                    prompt[:40],
-                )
+                _tell_cut(prompt, len(tokens), length)
                 tokens = [*tokens[: length - 1], END]
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
@@ -328,6 +331,12 @@ def find_t5(folder: Path) -> T5Files:
             f"{folder} holds no tokenizer (tokenizer.json or spiece.model){unfinished(folder)}"
         )
     return T5Files(folder, checkpoint, config, read_max_length(holder), tuple(tokenizer))
+
+
+def _tell_cut(prompt: str, tokens: int, length: int) -> None:
+    logger.warning(
+        "a prompt has %d tokens and is cut after %d: %r ...", tokens - 1, length - 1, prompt[:40]
+    )
 
 
 def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T5Encoder:

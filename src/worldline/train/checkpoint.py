@@ -68,10 +68,9 @@ def load_state(
         for name, parameter in module.named_parameters()
         if "exp_avg_sq" in optimizer.state.get(parameter, {})
     }
-    if (
-        parts["weights"].keys() != dict(module.named_parameters()).keys()
-        or parts["second_moment"].keys() != second
-    ):
+    expected = {name: parameter.shape for name, parameter in module.named_parameters()}
+    stored = {name: tensor.shape for name, tensor in parts["weights"].items()}
+    if stored != expected or parts["second_moment"].keys() != second:
         raise CheckpointError(
             f"{folder} holds the state of another model or optimizer; give another folder"
         )

@@ -60,7 +60,7 @@ class LoopConfig:
         orthogonal: patterns of the names of matrices that Muon trains in its place.
         clip: largest norm of the gradient.
         average_decay: of the averaged weights.
-        log_every: steps between lines of `log.jsonl`.
+        log_every: steps between lines of `log.jsonl`; figures of held-out clips have lines too.
         save_every: steps between saved states.
         graphed: record a step as one CUDA graph. A small model's step is otherwise bound by the
             launches of its many small kernels.
@@ -98,10 +98,11 @@ def fit(
         objective: draws its batch from the step number alone.
         config: of the whole run.
         folder: states and `log.jsonl`.
-        seconds: stop (and save) after this time; the next call goes on.
+        seconds: stop (and save) after this time, counted from the call; the next call goes on.
         ranks: processes that train together: gradients are averaged over them, the first saves and
             logs. Their modules start equal, their objectives draw different batches.
     """
+    entered = time.monotonic()
     optimizer = make_optimizer(
         module,
         betas=config.betas,
@@ -141,7 +142,7 @@ def fit(
                 lines.write(json.dumps(line) + "\n")
                 lines.flush()
                 log.info("%s", line)
-            out_of_time = seconds is not None and time.monotonic() - started > seconds
+            out_of_time = seconds is not None and time.monotonic() - entered > seconds
             if ranks.count > 1:  # all stop at one step; asking each step would wait for the device
                 out_of_time = logged and ranks.any(out_of_time, told.loss.device)
             saved = step % config.save_every == 0 or step == config.steps or out_of_time

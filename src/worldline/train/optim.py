@@ -39,11 +39,19 @@ def make_optimizer(
         module: its parameters that want gradients, float32.
         betas: of AdamW.
         weight_decay: of both.
-        orthogonal: patterns of the names of matrices that Muon trains (`blocks.*.weight`).
+        orthogonal: patterns of the names of matrices that Muon trains (`blocks.*.weight`); what
+            they fit beside matrices is left to AdamW.
+
+    Raises:
+        ValueError: a pattern fits no matrix.
     """
+    matrices = [name for name, parameter in _parameters(module) if parameter.ndim == 2]
+    for pattern in orthogonal:
+        if not any(fnmatchcase(name, pattern) for name in matrices):
+            raise ValueError(f"no matrix to train has a name like {pattern}")
     parameters: dict[str, list[nn.Parameter]] = {"muon": [], "decayed": [], "free": []}
     for name, parameter in _parameters(module):
-        muon = any(fnmatchcase(name, pattern) for pattern in orthogonal)
+        muon = parameter.ndim == 2 and any(fnmatchcase(name, one) for one in orthogonal)
         kind = "muon" if muon else "decayed" if parameter.ndim > 1 else "free"
         parameters[kind].append(parameter)
     groups = [

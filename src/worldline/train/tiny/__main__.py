@@ -22,6 +22,7 @@ import click
 import torch
 
 from worldline.train.tiny.autoregressive import train_autoregressive
+from worldline.train.tiny.decoder import train_decoder
 from worldline.train.tiny.diffusion import train_diffusion
 from worldline.train.tiny.run import running
 from worldline.train.tiny.tokenizer import train_tokenizer
@@ -35,14 +36,19 @@ def main() -> None:
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in (
-        click.option("--folder", type=click.Path(path_type=Path), required=True),
+    options = (
+        click.option(
+            "--folder",
+            type=click.Path(path_type=Path),
+            required=True,
+            help="States, log.jsonl, and in the end export/ and result.json.",
+        ),
         click.option("--steps", type=int, default=None, help="Of the whole run."),
         click.option("--batch", type=int, default=None, help="Of each process."),
         click.option("--clips", type=int, default=None, help="How many clips to draw."),
         click.option("--seconds", type=float, default=None, help="Stop and save after this time."),
         click.option("--workers", type=int, default=0, help="Processes that draw clips."),
-        click.option("--seed", type=int, default=0),
+        click.option("--seed", type=int, default=0, help="Of weights, batches and noise."),
         click.option("--rate", type=float, default=None, help="Peak of the learning rate."),
         click.option(
             "--weights",
@@ -50,12 +56,23 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Path(path_type=Path, exists=True),
             help="Weights to begin with: an export folder.",
         ),
-        click.option("--compile/--no-compile", "compiled", default=False),
         click.option(
-            "--graph/--no-graph", "graphed", default=False, help="Run a step as one CUDA graph."
+            "--compile/--no-compile", "compiled", default=False, help="Compile the network."
         ),
-        click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu"),
-    ):
+        click.option(
+            "--graph/--no-graph",
+            "graphed",
+            default=False,
+            help="Run a step as one CUDA graph; needs a GPU.",
+        ),
+        click.option(
+            "--device",
+            default="cuda" if torch.cuda.is_available() else "cpu",
+            show_default=True,
+            help="cuda, cuda:1, cpu, …",
+        ),
+    )
+    for option in reversed(options):  # the last one added is shown first
         command = option(command)
     return command
 
@@ -89,10 +106,18 @@ def tokenizer(kind: str, features: Path | None, start: Path | None, **options: A
 @main.command()
 @_options
 @_tokenizer_option
-def autoregressive(tokenizer_folder: Path, start: Path | None, **options: Any) -> None:
+@click.option(
+    "--text",
+    "text_folder",
+    type=click.Path(path_type=Path, exists=True),
+    help="Folder of a T5 encoder: a model of clips and their captions (Video2World).",
+)
+def autoregressive(
+    tokenizer_folder: Path, text_folder: Path | None, start: Path | None, **options: Any
+) -> None:
     """Train the transformer on the tokens of generated clips, next token by next token."""
     with running(options) as run:
-        train_autoregressive(run, tokenizer_folder, start)
+        train_autoregressive(run, tokenizer_folder, text_folder, start)
 
 
 @main.command()
@@ -113,6 +138,35 @@ def diffusion(
     """
     with running(options) as run:
         train_diffusion(run, tokenizer_folder, start, undescribed)
+
+
+@main.command()
+@_options
+@_tokenizer_option
+@click.option(
+    "--latents",
+    "latents_folder",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="An export folder of a continuous tokenizer.",
+)
+@click.option(
+    "--text",
+    "text_folder",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="Folder of a T5 encoder.",
+)
+def decoder(
+    tokenizer_folder: Path,
+    latents_folder: Path,
+    text_folder: Path,
+    start: Path | None,
+    **options: Any,
+) -> None:
+    """Train the diffusion decoder, which turns tokens into finer latents than their own."""
+    with running(options) as run:
+        train_decoder(run, tokenizer_folder, latents_folder, text_folder, start)
 
 
 if __name__ == "__main__":

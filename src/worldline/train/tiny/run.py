@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import nn
 
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What both commands are told; None takes the command's own default."""
+    """What all commands are told; None takes the command's own default."""
 
     folder: Path
     steps: int | None
@@ -40,6 +41,10 @@ class Run:
         """Return this process's part of the clips."""
         return seeds[self.ranks.rank :: self.ranks.count]
 
+    def compiled_if_asked(self, measure: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of tensors, compiled for the one shape of all batches if asked."""
+        return torch.compile(measure, dynamic=False) if self.compiled else measure
+
     def train(self, model: nn.Module, objective: Objective, config: LoopConfig) -> int:
         """Train, give the model its averaged weights, and return the number of steps done."""
         done, average = fit(
@@ -57,6 +62,8 @@ class Run:
 @contextmanager
 def running(options: dict[str, Any]) -> Iterator[Run]:
     """Meet the other processes, where there are any, and part from them at the end."""
+    if options["graphed"] and torch.device(options["device"]).type != "cuda":
+        raise click.UsageError(f"--graph needs a GPU, not --device {options['device']}")
     ranks, device = join(options["device"])
     yield Run(**{**options, "device": device, "ranks": ranks})
     leave(ranks)

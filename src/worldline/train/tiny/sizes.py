@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from worldline.models.predict1_ar.model import ARTransformerConfig
-from worldline.models.predict1_dit.model import DiTConfig
+from worldline.models.predict1_dit.model import LARGEST_GRID, DiTConfig
 from worldline.physics import FPS
 from worldline.shapes import LatentShape, VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
@@ -29,6 +29,20 @@ AUTOREGRESSIVE = ARTransformerConfig(
     embedding_rows=4096,
     grid=GRID,
 )
+VIDEO2WORLD = ARTransformerConfig(
+    depth=6,
+    width=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=32,
+    hidden=384,
+    vocabulary=4096,
+    embedding_rows=4160,  # and the id that begins a video, in whole 64s
+    grid=GRID,
+    context_width=64,
+    absolute_positions=True,
+    leading_tokens=1,
+)
 DIFFUSION = DiTConfig(
     depth=6,
     width=160,
@@ -42,8 +56,24 @@ DIFFUSION = DiTConfig(
     rope_ratio=(1.0, 1.0, 1.0),
     base_fps=FPS,
 )
+DECODER = DiTConfig(
+    depth=5,
+    width=128,
+    num_heads=4,
+    head_size=32,
+    hidden=384,
+    context_width=64,
+    lora_rank=16,
+    condition_mask=False,
+    max_grid=LARGEST_GRID,
+    rope_ratio=(1.0, 1.0, 1.0),
+    learned_positions=False,
+    vocabulary=4096,
+    id_width=8,
+)
 TEXT = {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 192, "num_layers": 5}
 TEXT_LENGTH = 128  # bytes; captions have up to 120
+ROTARY_PRECISION = "float32"  # of the angles of position, in training too
 WORLD_SETTINGS = {
     "num_video_frames": SHAPE.frames,
     "height": SHAPE.height,
@@ -52,7 +82,7 @@ WORLD_SETTINGS = {
     "guidance": 1.0,
     "num_steps": 20,
     "negative_prompt": "",
-    "rotary_precision": "float32",
+    "rotary_precision": ROTARY_PRECISION,
     "text2world": True,
 }
 HELD_OUT = 900_000  # seeds from here to 999,999 steer training; evaluation starts at 1,000,000
