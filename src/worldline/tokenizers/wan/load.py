@@ -23,7 +23,7 @@ DIFFUSERS_FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
 )
-_CONFIG = "config.json"
+CONFIG = "config.json"
 _KIND = "AutoencoderKLWan"
 
 
@@ -56,8 +56,8 @@ def open_wan(path: Path) -> WanFiles:
     source = open_checkpoint(file)
     layout = find_layout(source)
     settings: Mapping[str, Any] = {}
-    if layout == "diffusers" and (file.parent / _CONFIG).is_file():
-        settings = read_json(file.parent / _CONFIG)
+    if layout == "diffusers" and (file.parent / CONFIG).is_file():
+        settings = read_json(file.parent / CONFIG)
         kind = settings.get("_class_name")
         if kind != _KIND:
             raise CheckpointError(f"{file.parent} holds a {kind}; {_KIND} is expected")
@@ -67,7 +67,7 @@ def open_wan(path: Path) -> WanFiles:
         model = WanTokenizer(config)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     match(source.tensors, expected, keys, str(source.path))
-    _compare(file.parent / _CONFIG, settings, config)
+    _compare(file.parent / CONFIG, settings, config)
     return WanFiles(source, keys, config)
 
 

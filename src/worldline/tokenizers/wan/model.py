@@ -155,6 +155,7 @@ class CausalConv(nn.Module):
         self.gamma = nn.Parameter(torch.empty(inputs, 1, 1, 1)) if normed else None
         self.weight = nn.Parameter(torch.empty(outputs, inputs, 3, 3, 3))
         self.bias = nn.Parameter(torch.empty(outputs))
+        self.prepare = norm_silu  # training may put a compiled one in its place
 
     def forward(self, cells: Tensor, past: Past | None = None) -> Tensor:
         before = None if past is None or not past.begun else past.kept[self]
@@ -162,7 +163,7 @@ class CausalConv(nn.Module):
             # a picture has three channels: five of zeros change nothing but the kernel's speed
             room = _preceded(cells, before, channels=_missing(cells.shape[-1]))
         else:
-            room = norm_silu(cells, self.gamma.flatten(), before)
+            room = self.prepare(cells, self.gamma.flatten(), before)
         if past is not None:
             past.kept[self] = room[:, -_REACH:].clone()  # a view would keep all of the piece
         return self._convolve(room)
@@ -483,8 +484,12 @@ class WanTokenizer(nn.Module):
 
     def _statistics(self, cells: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and 1/deviation, each rounded to the dtype of `cells` as in the reference."""
-        mean, std = (
-            torch.tensor(numbers, dtype=cells.dtype, device=cells.device)
-            for numbers in (self.config.mean, self.config.std)
-        )
-        return mean, 1 / std
+        mean = _on_device(self.config.mean, cells.dtype, cells.device)
+        return mean, 1 / _on_device(self.config.std, cells.dtype, cells.device)
+
+
+@cache
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor; kept, since a copy to a GPU would wait for it in every piece."""
+    with torch.inference_mode(False):  # what is kept serves training too
+        return torch.tensor(numbers, dtype=dtype, device=device)
