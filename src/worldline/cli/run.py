@@ -118,7 +118,7 @@ def machine_options() -> tuple[Option, ...]:
 def offload_option(name: str, *, negatable: bool = False) -> Option:
     """Return the option that keeps a part in host memory; `negatable` has a --no_… too."""
     part = name.removeprefix("offload_").removesuffix("_model").replace("_", " ")
-    called = "transformer" if part == "ar" else part
+    called = "transformer" if part in ("ar", "diffusion") else part
     told = f"Keep the {called} in host memory while it is not used."
     spelling = f"--{name}/--no_{name}" if negatable else f"--{name}"
     return click.option(spelling, is_flag=True, help=told)

@@ -253,7 +253,7 @@ def _network(settings: Mapping[str, Any]) -> Qwen2_5_VLTextModel:
         "mrope_section": [half, 0, 0],
     }
     sizes = {name: settings[name] for name in (*_SIZES, "rms_norm_eps")}
-    # nothing is generated: a word that begins or ends it is of no use, and may be none of a tiny one
+    # nothing is generated, and a tiny vocabulary lacks the words that begin and end it
     config = Qwen2_5_VLTextConfig(
         **sizes, rope_parameters=rotary, use_cache=False, bos_token_id=None, eos_token_id=None
     )
