@@ -153,10 +153,10 @@ def write_embeddings(root: Path, width: int = 1024) -> Path:
 
 
 def run_command(
-    words: list[str], folder: Path, name: str = "output"
+    words: list[str], folder: Path, name: str = "output", flag: str = "--video_save_folder"
 ) -> tuple[dict[str, Any], float]:
     """Run `worldline` in a fresh process; return the report of a video, and when it began."""
-    command = [sys.executable, "-m", "worldline", *words, "--video_save_folder", str(folder)]
+    command = [sys.executable, "-m", "worldline", *words, flag, str(folder)]
     # a cache of its own: each run encodes its prompts
     environment = {**os.environ, "WORLDLINE_CACHE": str(folder / "cache")}
     started = time.time()

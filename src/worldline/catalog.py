@@ -139,12 +139,14 @@ class FlowModel:
         file: below the repository's folder.
         schedule: of its noise levels.
         known_timestep: what it is told of given frames; None tells it the same of all frames.
+        experiment: name of the training run that it comes from.
     """
 
     name: str
     repository: str
     revision: str
     file: str
+    experiment: str
     schedule: ScheduleName = "shifted"
     known_timestep: float | None = None
 
@@ -152,12 +154,19 @@ class FlowModel:
 def _flow_models() -> tuple[FlowModel, ...]:
     small, large = "nvidia/Cosmos-Predict2.5-2B", "nvidia/Cosmos-Predict2.5-14B"
     known = "15a82a2ec231bc318692aa0456a36537c806e7d4"
+    stage = "Stage-c_pt_4-"
+    first, second = f"{stage}reason_embeddings-v1p1-Index-26", f"{stage}Index-2"
+    large_run = (
+        f"{stage}reason_embeddings-v1p1-Index-43-Size-14B-Res-720-Fps-16_resume_from_reason1p1_"
+        "rectified_flow_shift5_high_sigma"
+    )
     return (
         FlowModel(
             "2B/post-trained",
             small,
             known,
             "base/post-trained/81edfebe-bd6a-4039-8c1d-737df1a790bf_ema_bf16.pt",
+            f"{second}-Size-2B-Res-720-Fps-16-Note-rf_with_edm_ckpt",
             "karras",
             0.1,
         ),
@@ -166,23 +175,32 @@ def _flow_models() -> tuple[FlowModel, ...]:
             small,
             known,
             "base/pre-trained/d20b7120-df3e-4911-919d-db6e08bad31c_ema_bf16.pt",
+            f"{first}-Size-2B-Res-720-Fps-16-Note-T2V_high_sigma_loss_reweighted_1_1_"
+            "rectified_flow_only_resume2",
         ),
         FlowModel(
             "14B/post-trained",
             large,
             "2bc4ca5ba5a20b9858a7ddb856bc82d70b030fbe",
             "base/post-trained/e21d2a49-4747-44c8-ba44-9f6f9243715f_ema_bf16.pt",
+            large_run,
         ),
         FlowModel(
             "14B/pre-trained",
             large,
             "03eb354f35eae0d6e0c1be3c9f94d8551e125570",
             "base/pre-trained/54937b8c-29de-4f04-862c-e67b04ec41e8_ema_bf16.pt",
+            large_run,
         ),
     )
 
 
 FLOW_MODELS = _flow_models()  # the first is the default
+
+
+def find_flow_model(name: str) -> FlowModel | None:
+    """Return the released model of Predict2.5 of this name; None if there is none."""
+    return next((model for model in FLOW_MODELS if model.name == name), None)
 
 
 _GUARDRAIL = "Cosmos-Guardrail1"
@@ -283,7 +301,9 @@ def _flow(size: str, parameters: int, nbytes: int) -> Entry:
             ("transformer/diffusion_pytorch_model*.safetensors",),
         ),
         parameters=parameters,
+        preset=size,
         needs=("Cosmos-Reason1-7B", _GUARDRAIL, "Llama-Guard-3-8B"),
+        command="predict2.5",
     )
 
 
@@ -518,6 +538,7 @@ def is_bundled(name: str) -> bool:
 def check_parts(
     bundled: bool,
     disable_guardrail: bool | None = True,
+    disable_guardrails: bool | None = True,
     disable_prompt_upsampler: bool | None = True,
 ) -> None:
     """Refuse a request for parts that do not exist, by the flags that do without.
@@ -525,6 +546,7 @@ def check_parts(
     Args:
         bundled: whether the model ships with the package; such a model runs without the parts.
         disable_guardrail: True does without, False insists, None is as released.
+        disable_guardrails: likewise, by the name that it has for Predict2.5.
         disable_prompt_upsampler: likewise. Left out where the family has no such part.
 
     Raises:
@@ -533,6 +555,7 @@ def check_parts(
     wanted = {
         "disable_prompt_upsampler": ("prompt upsampler", disable_prompt_upsampler),
         "disable_guardrail": ("guardrail", disable_guardrail),
+        "disable_guardrails": ("guardrails", disable_guardrails),
     }
     missing = {
         flag: part
@@ -541,7 +564,7 @@ def check_parts(
     }
     if not missing:
         return
-    plural = len(missing) > 1
+    plural = len(missing) > 1 or "disable_guardrails" in missing
     raise InputError(
         f"the released model runs with its {' and '.join(missing.values())}, which this version "
         f"does not have; run without {'them' if plural else 'it'}: "

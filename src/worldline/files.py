@@ -16,6 +16,7 @@ from worldline.errors import CheckpointError
 GIGABYTE = 1e9
 # a whole transformer in NVIDIA's layout, in order of preference
 TRANSFORMER_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt")
+_FIRST_OF_DIFFUSERS = "diffusion_pytorch_model"
 _UNFINISHED = ("*.incomplete", "*.part", "*.crdownload")
 
 
@@ -107,6 +108,13 @@ def released_folders(checkpoint_dir: Path, name: str, revision: str = "") -> lis
     )
     found = [checkpoint_dir / name, *snapshots, checkpoint_dir / Path(name).name]
     return [path for path in found if path.is_dir()]
+
+
+def holds_diffusers(named: Path) -> bool:
+    """Tell whether a folder, or a file of it, is laid out as diffusers saves a transformer."""
+    if named.is_file():
+        return named.name.startswith(_FIRST_OF_DIFFUSERS)
+    return any(any(f.glob(f"{_FIRST_OF_DIFFUSERS}*")) for f in (named, named / "transformer"))
 
 
 def unfinished(folder: Path) -> str:

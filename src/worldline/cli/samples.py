@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from worldline.choices import MAX_SEED, NEGATIVE_PROMPT
 from worldline.errors import InputError
 from worldline.pipelines.requests import LARGEST_GUIDANCE, LARGEST_STEPS
-from worldline.video.read import media_kind
+from worldline.video.read import media_kind, probe
 
 InferenceType = Literal["text2world", "image2world", "video2world"]
 SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
@@ -67,6 +75,7 @@ class Sample(BaseModel):
     enable_autoregressive: bool = False
     chunk_size: int = Field(default=77, gt=0)
     chunk_overlap: int = Field(default=1, gt=0)
+    _place: str = PrivateAttr("")
 
     @field_validator("name")
     @classmethod
@@ -129,7 +138,21 @@ class Sample(BaseModel):
                 f"input_path: {self.input_path} is an image, but video2world continues a video; "
                 "image2world continues an image"
             )
+        try:
+            frames = probe(self.input_path, kind=media_kind(self.input_path)).frames
+        except InputError as error:
+            raise ValueError(f"input_path: {error}") from error
+        if frames < self.num_input_frames:
+            raise ValueError(
+                f"input_path: {self.input_path} has {frames} frames, but {self.inference_type} "
+                f"continues the last {self.num_input_frames}"
+            )
         return self
+
+    @property
+    def place(self) -> str:
+        """Where it is stated, for messages; empty of one that was read from no file."""
+        return self._place
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -180,6 +203,7 @@ def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = No
             if sample.name in first:
                 wrong.append(f"{label}: name: {first[sample.name]} has the same")
             first.setdefault(sample.name, place)
+            sample._place = label
             samples.append(sample)
     if wrong:
         raise InputError("\n".join(wrong))
@@ -196,8 +220,10 @@ def without_comments(text: str) -> str:
 def _read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield every sample of a file as it is stated, and where."""
     suffix = file.suffix.lower()
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; name its files, as in '{file / '*.json'}'")
     if suffix not in SUFFIXES:
-        raise InputError(f"{file}: {suffix or 'no suffix'} is none of {' '.join(SUFFIXES)}")
+        raise InputError(f"{file}: {suffix or 'its end'} is none of {' '.join(SUFFIXES)}")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

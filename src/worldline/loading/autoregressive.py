@@ -11,7 +11,7 @@ import torch
 
 from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError
-from worldline.files import unfinished
+from worldline.files import holds_diffusers, unfinished
 from worldline.loading.decoder import (
     DecoderFiles,
     DecoderNeed,
@@ -20,7 +20,6 @@ from worldline.loading.decoder import (
 )
 from worldline.loading.diffusion import RELEASED_CONTEXT, T5
 from worldline.loading.folders import (
-    holds_diffusers,
     is_diffusion,
     open_transformer,
     read_settings,

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from worldline.choices import GENERATIONS, NEGATIVE_PROMPT, ROTARY_PRECISIONS, Generation
 from worldline.errors import CheckpointError, InputError
-from worldline.files import unfinished
+from worldline.files import holds_diffusers, unfinished
 from worldline.loading.folders import (
-    holds_diffusers,
     is_diffusion,
     open_transformer,
     read_settings,

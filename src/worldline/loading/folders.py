@@ -13,8 +13,6 @@ from worldline.models.predict1_ar.weights import SHARDS
 from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.shards import find_shards, open_shards, shard_stem
 
-_FIRST_OF_DIFFUSERS = "diffusion_pytorch_model"
-
 
 def open_transformer(path: Path) -> Checkpoint:
     """Open the transformer of a folder, in whatever form it was saved; headers only.
@@ -44,13 +42,6 @@ def open_transformer(path: Path) -> Checkpoint:
         f"{path} holds no model.pt (nor model.safetensors, model_model_mp_*.pt, iter_*.pt)"
         f"{unfinished(path)}"
     )
-
-
-def holds_diffusers(named: Path) -> bool:
-    """Tell whether a folder, or a file of it, is laid out as diffusers saves a transformer."""
-    if named.is_file():
-        return named.name.startswith(_FIRST_OF_DIFFUSERS)
-    return any(any(f.glob(f"{_FIRST_OF_DIFFUSERS}*")) for f in (named, named / "transformer"))
 
 
 def is_diffusion(source: Checkpoint) -> bool:

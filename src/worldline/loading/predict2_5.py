@@ -15,10 +15,11 @@ from torch import Tensor
 from worldline.catalog import FLOW_MODELS, FlowModel
 from worldline.choices import FLOW_OFFLOAD_FLAGS, NEGATIVE_PROMPT, ScheduleName
 from worldline.errors import CheckpointError, InputError
-from worldline.files import read_json, released_folders, unfinished
-from worldline.loading.folders import holds_diffusers, read_settings, stamps, typed_settings
+from worldline.files import holds_diffusers, read_json, released_folders
+from worldline.loading.folders import read_settings, stamps, typed_settings
 from worldline.loading.memory import (
     DiffusionPlan,
+    Need,
     check_memory,
     coding_bytes,
     count_parameters,
@@ -37,7 +38,7 @@ from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, FlowDiTConfi
 from worldline.models.predict2_5_dit.weights import FILE_NAMES, open_flow_dit
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import Part
-from worldline.places import Place, find_place
+from worldline.places import Place, find_flow
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.text.encoder_files import MAX_LENGTH
@@ -54,7 +55,7 @@ from worldline.tokenizers.wan.load import FILES as TOKENIZER_FILES
 from worldline.tokenizers.wan.load import WanFiles, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.stream import CHUNK
-from worldline.weights.dit import DiTFiles, Layout, find_dit
+from worldline.weights.dit import DiTFiles, Layout, find_dit, open_file
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ TOKENIZER_REPOSITORY = "nvidia/Cosmos-Predict2.5-2B"
 TOKENIZER_REVISION = "6787e176dce74a101d922174a95dba29fa5f0c55"
 
 _KNOWN_TIMESTEP = {"karras": 0.1, "shifted": None}
+_PROJECTION = "crossattn_proj.0.weight"  # the other families have no such tensor
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -128,6 +130,7 @@ class FlowFiles:
     """A world of Predict2.5 on disk, checked but not read.
 
     Attributes:
+        name: as released, else of its folder.
         folder: of the transformer.
         bundled: whether it ships with the package.
         dit: the transformer.
@@ -138,6 +141,7 @@ class FlowFiles:
         rules: of sampling.
     """
 
+    name: str
     folder: Path
     bundled: bool
     dit: DiTFiles[FlowDiTConfig]
@@ -240,17 +244,30 @@ def find_predict2_5(
             text encoder is no error here: embeddings may be given.
         InputError: there is no such schedule.
     """
+    return open_predict2_5(
+        find_flow(model, checkpoint_dir),
+        tokenizer_dir=tokenizer_dir,
+        text_encoder_dir=text_encoder_dir,
+        schedule=schedule,
+    )
+
+
+def open_predict2_5(
+    place: Place,
+    *,
+    tokenizer_dir: str | Path | None = None,
+    text_encoder_dir: str | Path | None = None,
+    schedule: ScheduleName | None = None,
+) -> FlowFiles:
+    """Check the files of a world of Predict2.5; see `find_predict2_5`.
+
+    Raises:
+        CheckpointError: a file is absent, incomplete, damaged or of another model.
+        InputError: there is no such schedule.
+    """
     if schedule not in (None, *get_args(ScheduleName)):
         known = " or ".join(get_args(ScheduleName))
         raise InputError(f"schedule is {schedule!r}; it must be {known}")
-    released = next((one for one in FLOW_MODELS if one.name == str(model)), None)
-    place = _find_released(released, Path(checkpoint_dir)) if released else None
-    if place is None:
-        try:
-            place = find_place(model, checkpoint_dir)
-        except CheckpointError as error:
-            names = ", ".join(one.name for one in FLOW_MODELS)
-            raise CheckpointError(f"{error}; released names are {names}") from error
     named = _find_transformer(place.named)
     file, layout = find_dit(named, FILE_NAMES)
     folder = named if named.is_dir() else named.parent
@@ -263,7 +280,9 @@ def find_predict2_5(
     text, why_no_text = find_text(
         REASON1, place, folder, layout, text_encoder_dir, dit.config.feature_width
     )
+    released = place.released or (None if place.bundled else _released_as(file))
     return FlowFiles(
+        released.name if released else place.folder.name,
         folder,
         place.bundled,
         dit,
@@ -271,32 +290,18 @@ def find_predict2_5(
         text,
         why_no_text,
         FlowDefaults(**typed_settings(settings, _KINDS, folder)),
-        _rules(schedule, released or _released_as(file), settings, folder, dit),
+        _rules(schedule, released, settings, folder, dit),
     )
 
 
-def _find_released(model: FlowModel, checkpoint_dir: Path) -> Place:
-    """Return where a released model lies: its folder in the repository's, or diffusers' folder."""
-    roots = released_folders(checkpoint_dir, model.repository, model.revision)
-    for root in roots:
-        own = (root / model.file).parent
-        if (root / model.file).is_file():
-            own = root / model.file
-        if own.exists():
-            return Place(own, _around(checkpoint_dir, root), False)
-    if model is FLOW_MODELS[0]:  # the only one that was released in diffusers' layout
-        for root in roots:
-            if holds_diffusers(root):
-                return Place(root, _around(checkpoint_dir, root), False)
-    left = next(filter(None, map(unfinished, roots)), "")
-    raise CheckpointError(
-        f"no {model.name}: there is no {model.file} in "
-        f"{' or '.join(map(str, roots)) or checkpoint_dir / model.repository}{left}"
-    )
-
-
-def _around(checkpoint_dir: Path, repository: Path) -> tuple[Path, ...]:
-    return tuple(dict.fromkeys((checkpoint_dir, repository, repository.parent)))
+def holds_flow(named: Path) -> bool:
+    """Tell whether a folder, or a file, holds a transformer of Predict2.5, by names alone."""
+    try:
+        file, _ = find_dit(_find_transformer(named), FILE_NAMES)
+        tensors = open_file(file).tensors
+    except CheckpointError:
+        return False
+    return any(name.endswith(_PROJECTION) for name in tensors)
 
 
 def _find_transformer(named: Path) -> Path:
@@ -329,13 +334,13 @@ def _rules(
 ) -> FlowRules:
     if asked is not None:
         return rules_of(asked)
-    if released is not None:
-        return FlowRules(released.schedule, released.known_timestep)
     stated = settings.get("schedule")
     if stated is not None:
         if stated not in get_args(ScheduleName):
             raise CheckpointError(f"{folder / 'config.json'}: schedule is {stated!r}")
         return rules_of(stated)
+    if released is not None:
+        return FlowRules(released.schedule, released.known_timestep)
     # the scheduler of diffusers' 14B says the same as that of 2B, which it was not made for
     large = dit.config.width == PRESETS["14B"].width
     if dit.layout == "diffusers" and not large and (folder / _SCHEDULER).is_file():
@@ -412,20 +417,9 @@ def load_predict2_5(
         "offload_text_encoder": offload_text_encoder,
     }
 
-    def need(flags: Any) -> int:
-        return plan_predict2_5(
-            files.config,
-            files.tokenizer_config,
-            video=video or files.defaults.video,
-            dtype=dtype,
-            text_bytes=text_bytes(files.text if text else None, text_dtype(dtype)),
-            context_length=files.context_length,
-            fused=fused(device),
-            **dict.fromkeys(flags, True),
-        ).peak
-
     given = [flag for flag, wanted in chosen.items() if wanted]
-    check_memory(files.folder.name, need, FLOW_OFFLOAD_FLAGS, device, given)
+    need = need_predict2_5(files, device, dtype, video=video, text=text)
+    check_memory(files.name, need, FLOW_OFFLOAD_FLAGS, device, given)
     logger.info("reading %s", files.folder)
     with recorder.stage("load"):
         transformer: Part[FlowDiT] = read_part(
@@ -450,6 +444,29 @@ def load_predict2_5(
             cache=embedding_cache(),
         )
     return FlowParts(transformer, tokenizer, encoder, files)
+
+
+def need_predict2_5(
+    files: FlowFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    video: VideoShape | None = None,
+    text: bool = True,
+) -> Need:
+    """Return what a world needs by its flags; the arguments are those of `load_predict2_5`."""
+    return lambda flags: (
+        plan_predict2_5(
+            files.config,
+            files.tokenizer_config,
+            video=video or files.defaults.video,
+            dtype=dtype,
+            text_bytes=text_bytes(files.text if text else None, text_dtype(dtype)),
+            context_length=files.context_length,
+            fused=fused(device),
+            **dict.fromkeys(flags, True),
+        ).peak
+    )
 
 
 def plan_predict2_5(

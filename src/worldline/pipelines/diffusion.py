@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,13 +36,12 @@ from worldline.pipelines.exchange import (
     with_defaults,
 )
 from worldline.pipelines.preview import show_colours
-from worldline.pipelines.prompts import filled
+from worldline.pipelines.prompts import GivenEmbedding, filled, read_both
 from worldline.pipelines.requests import DiffusionRequest
 from worldline.report import Recorder
 from worldline.sampling.edm import SIGMA_DATA, Given, make_sigmas, sample
 from worldline.sampling.noise import standard_noise
 from worldline.shapes import LatentShape
-from worldline.text import embeddings
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.tokenizers.cosmos.stream import decode_stream
@@ -162,8 +160,8 @@ def rotary_precision_of(files: DiffusionFiles, request: DiffusionRequest) -> str
 
 def read_embeddings(
     files: DiffusionFiles,
-    prompt: str | Path | Tensor | NDArray[Any] | None,
-    negative: str | Path | Tensor | NDArray[Any] | None = None,
+    prompt: GivenEmbedding | None,
+    negative: GivenEmbedding | None = None,
 ) -> Embeddings:
     """Return the embeddings that a caller gives, checked, with as many rows as the world takes.
 
@@ -177,21 +175,7 @@ def read_embeddings(
     Raises:
         InputError: there is no such file, or it holds something else.
     """
-    found: dict[str, Tensor] = {}
-    for name, given in (("negative_prompt", negative), ("prompt", prompt)):
-        if given is None:
-            continue
-        if isinstance(given, (str, Path)):
-            read = embeddings.read_embeddings(Path(given))
-            if name == "negative_prompt":  # a file of its own may call it "prompt" all the same
-                read = {name: read.get(name, read["prompt"])}
-            found = {**read, **found}
-        elif isinstance(given, (Tensor, np.ndarray)):
-            found[name] = torch.as_tensor(given)
-        else:
-            raise InputError(
-                f"{name}_embeddings is a {type(given).__name__}; give a file or tensor"
-            )
+    found = read_both(prompt, negative)
     rows, width = files.context_length, files.config.context_width
     whole = {
         name: filled(tensor, rows, width, f"{name}_embeddings") for name, tensor in found.items()

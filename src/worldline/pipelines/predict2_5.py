@@ -32,6 +32,7 @@ from worldline.pipelines.exchange import (
     with_defaults,
 )
 from worldline.pipelines.preview import show_colours
+from worldline.pipelines.prompts import GivenEmbedding, read_both
 from worldline.pipelines.requests import FlowRequest
 from worldline.report import Recorder
 from worldline.sampling.flow import Given, make_schedule, sample
@@ -94,16 +95,35 @@ def check_text(
             continue
         rows = tensor[0] if tensor.ndim == 3 and len(tensor) == 1 else tensor
         fits = rows.ndim == 2 and len(rows) > 0 and rows.shape[1] == width
-        if not fits or not rows.is_floating_point():
+        if not fits or not rows.is_floating_point() or not rows.isfinite().all():
             raise InputError(
                 f"the embedding of {name} is {str(tensor.dtype).removeprefix('torch.')} "
-                f"{tuple(tensor.shape)}; it must be floating, (S, {width}) or (1, S, {width})"
+                f"{tuple(tensor.shape)}; it must be floating and finite, (S, {width}) or "
+                f"(1, S, {width})"
             )
     needed = to_encode(request, given)
     if needed and files.text is None:
         raise CheckpointError(
             f"{files.why_no_text}; text_encoder_dir names another (needed for: {', '.join(needed)})"
         )
+
+
+def read_embeddings(
+    prompt: GivenEmbedding | None, negative: GivenEmbedding | None = None
+) -> Embeddings:
+    """Return the embeddings that a caller gives; `check_text` says whether they fit.
+
+    Args:
+        prompt: (S, F) or (1, S, F), or a file of it and perhaps of the negative prompt's: see
+            `worldline.text.embeddings.read_embeddings`. Rows are taken as they are: of the released
+            encoder there are 512, padding among them.
+        negative: likewise, of the negative prompt.
+
+    Raises:
+        InputError: there is no such file, or it holds something else.
+    """
+    found = read_both(prompt, negative)
+    return Embeddings(found.get("prompt"), found.get("negative_prompt"))
 
 
 def to_encode(request: FlowRequest, given: Embeddings) -> dict[str, str]:

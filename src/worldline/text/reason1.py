@@ -253,7 +253,10 @@ def _network(settings: Mapping[str, Any]) -> Qwen2_5_VLTextModel:
         "mrope_section": [half, 0, 0],
     }
     sizes = {name: settings[name] for name in (*_SIZES, "rms_norm_eps")}
-    config = Qwen2_5_VLTextConfig(**sizes, rope_parameters=rotary, use_cache=False)
+    # nothing is generated, and a tiny vocabulary lacks the words that begin and end it
+    config = Qwen2_5_VLTextConfig(
+        **sizes, rope_parameters=rotary, use_cache=False, bos_token_id=None, eos_token_id=None
+    )
     network = Qwen2_5_VLTextModel(config)
     with torch.device("cpu"):  # no file holds its frequencies, so they must have values
         network.rotary_emb = type(network.rotary_emb)(config)  # type: ignore[arg-type]
