@@ -300,9 +300,7 @@ def test_every_flag(variant: dict[str, Any]) -> None:
                 assert given.startswith("The video captures a series of frames showing ugly")
             elif flag["file_default"] is not None and name != "num_output_frames":
                 assert given == flag["file_default"] or (name == "seed" and not first_release)
-        elif (
-            flag["type"] == "bool" and name not in ("keep_going", "offload_guardrail_models")
-        ) or name == "model":
+        elif name == "model" or (flag["type"] == "bool" and name not in changed):
             assert defaults[name] == flag["default"]
 
 
