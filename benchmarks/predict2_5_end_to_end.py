@@ -182,7 +182,9 @@ def work(modes: tuple[str, ...], variants: tuple[str, ...]) -> dict[str, tuple[s
     """Return the runs: name -> mode and flags; those of `--steps` come first."""
     found: dict[str, tuple[str, list[str]]] = {mode: (mode, []) for mode in modes or MODES}
     for variant in variants or OFFLOADED:
-        found[f"few_{variant}"] = ("video2world", OFFLOADED[variant])
+        found[f"few_{variant}"] = ("video2world", OFFLOADED.get(variant, []))
+    found.pop("none", None)
+    found.pop("few_none", None)
     return found
 
 
@@ -231,7 +233,7 @@ def main(
     if output.exists():
         result["runs"] = json.loads(output.read_text())["runs"]
     for name, (mode, flags) in work(modes, variants).items():
-        if mode == "none" or name.endswith("none") or name in result["runs"]:
+        if name in result["runs"]:
             continue
         if not with_text:
             flags = [*flags, "--prompt_embeddings", str(weights / "embeddings.safetensors")]

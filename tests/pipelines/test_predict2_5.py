@@ -14,9 +14,11 @@ from worldline.errors import CheckpointError, InputError
 from worldline.loading.predict2_5 import FlowParts, find_predict2_5, load_predict2_5
 from worldline.pipelines.exchange import Embeddings, Progress
 from worldline.pipelines.predict2_5 import (
+    Window,
     check_request,
     check_text,
     count_steps,
+    cut_windows,
     generate,
     make_request,
     notes,
@@ -32,6 +34,7 @@ from ..conftest import moving
 from ..tiny_predict2_5 import CONFIG, GRID, POST, PRE, SMALL
 
 PROMPT = "a red ball rolls"
+OWN_LENGTH: dict[str, Any] = {"num_video_frames": 13}  # of a chunk before it is cut
 CPU = torch.device("cpu")
 
 
@@ -173,6 +176,61 @@ def test_one_frame_is_a_picture(post: FlowParts) -> None:
     assert frames_of(run(post, num_video_frames=1)).shape == (1, 32, 48, 3)
 
 
+# --- long videos
+
+
+def test_the_windows_of_a_long_video(post: FlowParts) -> None:
+    """Chunks share their overlap alone, fill the whole length, and each has its own seed."""
+    for frames, size, overlap in ((77, 77, 1), (20, 13, 1), (30, 13, 5), (14, 9, 5), (9, 13, 1)):
+        asked = request(num_video_frames=frames, chunk_size=size, chunk_overlap=overlap, seed=4)
+        windows = cut_windows(post.files, asked)
+        assert sum(window.last - window.first for window in windows) == frames
+        assert all(window.last <= size for window in windows)
+        assert [window.first for window in windows] == [0] + [overlap] * (len(windows) - 1)
+        assert [window.request.seed for window in windows] == [4 + n for n in range(len(windows))]
+        for window in windows:
+            # the length that the models know, whatever is kept of it
+            assert window.request.num_video_frames == post.files.defaults.num_video_frames
+            assert window.request.chunk_size is None
+    assert cut_windows(post.files, request(seed=4)) == [Window(request(seed=4), 0, 9)]
+    last = request(num_video_frames=20, chunk_size=13, seed=2**32 - 1)
+    assert cut_windows(post.files, last)[1].request.seed == 0
+
+
+def test_a_window_is_cut() -> None:
+    pieces = [np.arange(4) + 4 * number for number in range(5)]
+    asked = iter(pieces)
+    kept = list(Window(request(), 5, 11).cut(asked))
+    assert np.concatenate(kept).tolist() == [5, 6, 7, 8, 9, 10]
+    assert len(list(asked)) == 2  # those behind are not asked for
+
+
+def test_a_long_video_is_its_chunks(tiny_predict2_5: Path) -> None:
+    """Each by itself, given the last frames of the one before, and joined by hand."""
+    parts = load(tiny_predict2_5, POST.name)
+    parts = replace(
+        parts, files=replace(parts.files, defaults=replace(parts.files.defaults, **OWN_LENGTH))
+    )
+    size, overlap = 9, 5
+    long = {"num_video_frames": 17, "chunk_size": size, "chunk_overlap": overlap}
+    steps = run(parts, clip(), num_input_frames=1, seed=3, **long)
+    made = frames_of(steps)
+    alone = frames_of(run(parts, clip(), num_input_frames=1, seed=3, num_video_frames=13))[:size]
+    joined = alone
+    for number in (1, 2):
+        given = Clip(joined[-overlap:], 16.0)
+        options = {"num_input_frames": overlap, "seed": 3 + number, "num_video_frames": 13}
+        joined = np.concatenate([joined, frames_of(run(parts, given, **options))[overlap:size]])
+    assert np.array_equal(made, joined)
+    assert len(made) == 17
+    denoised = [step for step in steps if step.kind == "denoise"]
+    assert [step.done for step in denoised if step.seconds is not None] == [*range(1, 10)]
+    assert {step.total for step in denoised} == {9}
+    pieces = [step.frames for step in steps if step.kind == "decode" and step.frames is not None]
+    assert np.array_equal(np.concatenate(pieces), made)
+    assert [step.done for step in steps if step.kind == "decode"][-1] == 17
+
+
 # --- what is refused
 
 
@@ -184,6 +242,8 @@ def test_one_frame_is_a_picture(post: FlowParts) -> None:
         ({"height": 40}, r"height is 40; it must be a multiple of 16 .* the nearest is 32"),
         ({"width": 1936}, "at most 1920: the nearest is 1920"),
         ({"num_input_frames": 9}, "nothing is left to make; give 13 frames or more"),
+        ({"chunk_size": 94}, "chunk_size is 94; it must be at most 93"),
+        ({"chunk_size": 77, "height": 40}, "height is 40"),
     ],
 )
 def test_sizes(post: FlowParts, options: dict[str, Any], message: str) -> None:
@@ -199,6 +259,12 @@ def test_sizes(post: FlowParts, options: dict[str, Any], message: str) -> None:
         ({"guidance": -1}, "guidance is -1"),
         ({"prompt": " "}, "the prompt is empty"),
         ({"seed": 2**32}, "seed is 4294967296"),
+        ({"chunk_size": 77, "chunk_overlap": 2}, r"be 1 \+ 4k: the nearest is 1"),
+        ({"chunk_size": 77, "chunk_overlap": 4}, r"be 1 \+ 4k: the nearest is 5"),
+        ({"chunk_size": 77, "chunk_overlap": 0}, "chunk_overlap is 0; it must be 1 to"),
+        ({"chunk_size": 5, "chunk_overlap": 5}, "chunk_size is 5, but 5 frames of a chunk"),
+        ({"chunk_size": 4, "num_input_frames": 5}, "chunk_size is 4, but 5 frames"),
+        ({"chunk_size": 7.5}, "chunk_size is 7.5"),
     ],
 )
 def test_values(options: dict[str, Any], message: str) -> None:

@@ -265,6 +265,21 @@ def test_lengths(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "after 13" in record.message
 
 
+def test_a_cut_is_told_without_the_weights(
+    exported: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words of encoding, for a prompt whose embedding is kept."""
+    files = find_reason1(exported)
+    long = "word " * files.max_length
+    load_reason1(files, "cpu", torch.float32).tokenize(["short", long])
+    [told] = caplog.messages
+    caplog.clear()
+    monkeypatch.setattr("worldline.text.reason1.load_into", None)
+    for prompt in ("short", long):
+        files.tell_if_cut(prompt)
+    assert caplog.messages == [told]
+
+
 def test_a_vocabulary_in_two_files(own: Path) -> None:
     """Ids are the same as by tokenizer.json, with merges and with the words split as Qwen2 does."""
     from tokenizers import Tokenizer, models, pre_tokenizers

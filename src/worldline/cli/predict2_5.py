@@ -10,6 +10,7 @@ import glob
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -45,6 +46,7 @@ _OVERRIDES = (
 )
 # what a world's own configuration decides unless a sample does
 _OWN = ("negative_prompt", "guidance", "num_steps")
+LONG_VIDEO = 77  # frames
 _PATHS = ("model", "checkpoint_path", "tokenizer_dir", "text_encoder_dir", "prompt_embeddings")
 # Python that the released command builds its network from; these make what every file says itself
 _CONFIG_FILES = ("", "cosmos_predict2/_src/predict2/configs/video2world/config.py")
@@ -180,9 +182,13 @@ _OPTIONS: tuple[run.Option, ...] = (
         is_flag=False,
         flag_value="true",
     ),
-    _override("chunk_size", "frames of a chunk of a long video, 1 + 4k.", type=int),
     _override(
-        "chunk_overlap", "frames that a chunk continues of the one before, 1 + 4k.", type=int
+        "chunk_size", "frames of a chunk of a long video. 77 where a file says nothing.", type=int
+    ),
+    _override(
+        "chunk_overlap",
+        "frames of a chunk that the next one continues, 1 + 4k. 1 where a file says nothing.",
+        type=int,
     ),
     click.option(
         "--resume", is_flag=True, help="Keep videos that an earlier run made in the same way."
@@ -339,6 +345,9 @@ def _options_of(sample: Sample) -> dict[str, Any]:
         found["height"], found["width"] = sample.size
     if sample.num_output_frames is not None:
         found["num_video_frames"] = sample.num_output_frames
+    if sample.enable_autoregressive:
+        found["chunk_size"], found["chunk_overlap"] = sample.chunk_size, sample.chunk_overlap
+        found.setdefault("num_video_frames", LONG_VIDEO)
     return found
 
 
@@ -429,6 +438,8 @@ def _make_requests(
     for sample, chosen in zip(samples, options, strict=True):
         left = {name for name in _OWN if name not in sample.model_fields_set}
         stated = {name: value for name, value in chosen.items() if name not in left}
+        if "chunk_size" in stated and "chunk_size" not in sample.model_fields_set:
+            stated["chunk_size"] = min(stated["chunk_size"], files.defaults.num_video_frames)
         requests.append(make_request(files, **stated, preview_every=flags["preview_every"]))
     return requests
 
@@ -500,14 +511,14 @@ def _run(
     files: FlowFiles,
     flags: dict[str, Any],
 ) -> None:
-    from worldline.pipelines.predict2_5 import read_embeddings, to_encode
+    from worldline.pipelines.predict2_5 import read_embeddings, to_encode, window_of
     from worldline.world import load_files
 
     given = flags["prompt_embeddings"]
 
     def load() -> Any:
         embeddings = read_embeddings(given)
-        sizes = [(r.num_video_frames, r.height, r.width) for r in (t.request for t in tasks)]
+        sizes = [astuple(window_of(files, task.request)) for task in tasks]
         return load_files(
             files,
             device=flags["device"],

@@ -160,6 +160,7 @@ def step_teller(
     count: int,
     preview_every: int,
     look: Callable[[Tensor], NDArray[np.uint8] | None],
+    before: int = 0,
 ) -> OnStep:
     """Return what tells of each step of a sampler, from now on.
 
@@ -169,6 +170,7 @@ def step_teller(
         count: steps in all.
         preview_every: steps between early looks; 0 for none.
         look: gives the early look of an estimate of the clean latents.
+        before: steps that were made before.
     """
     started = time.perf_counter()
 
@@ -179,7 +181,7 @@ def step_teller(
         seconds = time.perf_counter() - started
         wanted = preview_every and (step + 1) % preview_every == 0
         preview = look(denoised) if wanted else None
-        tell(Progress("denoise", step + 1, count, preview=preview, seconds=seconds))
+        tell(Progress("denoise", before + step + 1, count, preview=preview, seconds=seconds))
         started = time.perf_counter()
 
     return on_step

@@ -10,7 +10,9 @@ latents between the networks, the velocity, the sampler's state and colours are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from worldline.choices import MAX_SEED
 from worldline.errors import CheckpointError, InputError
 from worldline.loading.predict2_5 import FlowFiles, FlowParts
 from worldline.nn.dit import Context
@@ -37,7 +40,7 @@ from worldline.pipelines.requests import FlowRequest
 from worldline.report import Recorder
 from worldline.sampling.flow import Given, make_schedule, sample
 from worldline.sampling.noise import standard_noise
-from worldline.shapes import LatentShape, latent_frames_of
+from worldline.shapes import VideoShape, latent_frames_of
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.tokenizers.wan.stream import decode_stream, encode_stream
 from worldline.video.convert import covering_frames
@@ -66,10 +69,78 @@ def check_request(files: FlowFiles, request: FlowRequest) -> None:
     """
     tokenizer, config = files.tokenizer_config, files.config
     most = config.max_grid.frames * config.patch[0]
-    check_size(request, config, most, tokenizer.temporal, tokenizer.spatial)
+    window = window_of(files, request)
+    if request.chunk_size is not None and request.chunk_size > window.frames:
+        raise InputError(
+            f"chunk_size is {request.chunk_size}; it must be at most {window.frames}, what the "
+            "world makes at once"
+        )
+    alone = replace(request, num_video_frames=window.frames, chunk_size=None)
+    check_size(alone, config, most, tokenizer.temporal, tokenizer.spatial)
     given = request.num_input_frames
     if given and (given - 1) % tokenizer.temporal:
         raise InputError(f"num_input_frames is {given}; it must be 0 or 1 + {tokenizer.temporal}k")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a video that is denoised at once.
+
+    Attributes:
+        request: of this stretch alone.
+        first: of its frames that is kept; those before are the end of the stretch before.
+        last: the one behind the last that is kept.
+    """
+
+    request: FlowRequest
+    first: int
+    last: int
+
+    def cut(self, pieces: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+        """Yield what is kept of the frames; what comes behind is not even decoded."""
+        start = 0
+        for piece in pieces:
+            kept = piece[max(self.first - start, 0) : self.last - start]
+            start += len(piece)
+            if len(kept):
+                yield kept
+            if start >= self.last:
+                return
+
+
+def window_of(files: FlowFiles, request: FlowRequest) -> VideoShape:
+    """Return the size of what is denoised at once.
+
+    For a long video that is as many frames as the world makes unless told otherwise: those behind a
+    chunk are made and left out, as in the reference, for the models know this length alone.
+    """
+    if request.chunk_size is None:
+        return request.video
+    return replace(request.video, frames=files.defaults.num_video_frames)
+
+
+def cut_windows(files: FlowFiles, request: FlowRequest) -> list[Window]:
+    """Return the windows of a request: one, or those of the chunks of a long video.
+
+    A chunk goes on from the last frames of the one before. The reference takes their number for one
+    of latent frames, so that it gives more frames than it has made unless the number is 1.
+    """
+    frames, size = request.num_video_frames, request.chunk_size
+    if size is None:
+        return [Window(request, 0, frames)]
+    overlap = request.chunk_overlap
+    found = []
+    for number in range(1 + max(0, ceil((frames - size) / (size - overlap)))):
+        start = number * (size - overlap)
+        own = replace(
+            request,
+            num_video_frames=window_of(files, request).frames,
+            num_input_frames=overlap if number else request.num_input_frames,
+            seed=(request.seed + number) % (MAX_SEED + 1),
+            chunk_size=None,
+        )
+        found.append(Window(own, overlap if number else 0, min(size, frames - start)))
+    return found
 
 
 def check_text(
@@ -142,10 +213,10 @@ def notes(files: FlowFiles, request: FlowRequest) -> list[str]:
     if files.bundled:
         return []
     said = []
-    if request.num_video_frames not in (1, TRAINED_FRAMES):
+    frames = window_of(files, request).frames
+    if frames not in (1, TRAINED_FRAMES):
         said.append(
-            f"num_video_frames is {request.num_video_frames}; the released models were trained on "
-            f"{TRAINED_FRAMES}"
+            f"num_video_frames is {frames}; the released models were trained on {TRAINED_FRAMES}"
         )
     if (request.height, request.width) not in TRAINED_SIZES:
         known = ", ".join(f"{height} x {width}" for height, width in TRAINED_SIZES)
@@ -188,15 +259,50 @@ def generate(
     Raises:
         InputError: the world cannot do this, or the clip is too short.
     """
-    files, device = parts.files, parts.device
+    files = parts.files
     check_request(files, request)
     check_text(files, request, embeddings)
-    grid = request.video.latent(files.tokenizer_config.temporal, files.tokenizer_config.spatial)
+    windows = cut_windows(files, request)
 
     yield Progress("text", 0, 1)
     with stage(recorder, "text"):
-        prompt, negative = _embed(parts, request, embeddings or Embeddings())
+        words = _embed(parts, request, embeddings or Embeddings())
 
+    steps = count_steps(files, request)
+    total = steps * len(windows)
+    pieces: list[NDArray[np.uint8]] = []
+    made = 0
+    for number, window in enumerate(windows):
+        latents = yield from _make_latents(
+            parts, clip, window.request, recorder, words, number * steps, total
+        )
+        yield Progress("decode", made, request.num_video_frames)
+        with stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
+            for piece in window.cut(shown_pieces(decode_stream(tokenizer, latents))):
+                pieces.append(piece)
+                made += len(piece)
+                yield Progress("decode", made, request.num_video_frames, piece)
+        if number + 1 < len(windows):
+            given = windows[number + 1].request.num_input_frames
+            clip = Clip(_last(pieces, given), request.fps)
+    yield Progress("done", total, total, np.concatenate(pieces))
+
+
+def _last(pieces: list[NDArray[np.uint8]], count: int) -> NDArray[np.uint8]:
+    """Return the last frames of a video in pieces; each piece has one or more."""
+    return np.concatenate(pieces[-count:])[-count:]
+
+
+def _make_latents(
+    parts: FlowParts,
+    clip: Clip | None,
+    request: FlowRequest,
+    recorder: Recorder,
+    words: tuple[Tensor, Tensor | None],
+    before: int,
+    total: int,
+) -> Generator[Progress, None, Tensor]:
+    """Encode what is given of a window and denoise the rest; return its latents."""
     known = colours = None
     if request.num_input_frames or request.preview_every:
         yield Progress("encode", 0, 1)
@@ -207,23 +313,13 @@ def generate(
             if request.preview_every:
                 colours = parts.colours
 
-    count = count_steps(files, request)
     with stage(recorder, "denoise"):
-        yield Progress("denoise", 0, count)
+        yield Progress("denoise", before, total)
 
         def denoise(tell: Callable[[Progress], None]) -> Tensor:
-            return _denoise(parts, request, grid, prompt, negative, known, colours, tell)
+            return _denoise(parts, request, *words, known, colours, tell, before, total)
 
-        latents = yield from on_thread(denoise, device)
-
-    frames: list[NDArray[np.uint8]] = []
-    yield Progress("decode", 0, request.num_video_frames)
-    with stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
-        for piece in shown_pieces(decode_stream(tokenizer, latents)):
-            frames.append(piece)
-            done = sum(map(len, frames))
-            yield Progress("decode", done, request.num_video_frames, piece)
-    yield Progress("done", count, count, np.concatenate(frames))
+        return (yield from on_thread(denoise, parts.device))
 
 
 def _embed(
@@ -270,16 +366,18 @@ def encode_given(tokenizer: WanTokenizer, clip: Clip | None, request: FlowReques
 def _denoise(
     parts: FlowParts,
     request: FlowRequest,
-    grid: LatentShape,
     prompt: Tensor,
     negative: Tensor | None,
     known: Tensor | None,
     colours: Tensor | None,
     tell: Callable[[Progress], None],
+    before: int,
+    total: int,
 ) -> Tensor:
-    """Return the latents of the video, float32 (1, C, T, H, W)."""
+    """Return the latents of a window, float32 (1, C, T, H, W)."""
     files, device = parts.files, parts.device
     rules, temporal = files.rules, files.tokenizer_config.temporal
+    grid = request.video.latent(temporal, files.tokenizer_config.spatial)
     shape = (1, parts.config.latent_channels, grid.frames, grid.height, grid.width)
     noise = standard_noise(request.seed, shape).to(device)
     count = latent_frames_of(request.num_input_frames, temporal)
@@ -304,7 +402,7 @@ def _denoise(
         def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
             return transformer(x, times, contexts[conditional], positions, condition_mask=mask)
 
-        steps = count_steps(files, request)
+        on_step = step_teller(tell, device, total, request.preview_every, look, before)
         return sample(
             network,
             noise,
@@ -312,5 +410,5 @@ def _denoise(
             num_steps=request.num_steps,
             guidance=request.guidance,
             given=given,
-            on_step=step_teller(tell, device, steps, request.preview_every, look),
+            on_step=on_step,
         )

@@ -194,17 +194,39 @@ class FlowRequest(VideoRequest):
         num_video_frames: 1 + 4k.
         fps: the network is not told it.
         num_input_frames: 0, or 1 + 4k: 1 of an image, 5 of a video in the released settings.
+        chunk_size: frames that are kept of each chunk of a long video, which may have any number of
+            frames; None makes no long video.
+        chunk_overlap: frames that a chunk of a long video is given of the one before, 1 + 4k.
     """
 
     num_video_frames: int = 93
     fps: float = 16.0
     seed: int = 1
+    chunk_size: int | None = None
+    chunk_overlap: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.num_input_frames
         if given < 0 or (given and (given - 1) % 4):
             raise InputError(f"num_input_frames is {given}; it must be 0 or 1 + 4k, such as 1 or 5")
+        if self.chunk_size is None:
+            return
+        for name in ("chunk_size", "chunk_overlap"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+            self._check_range(name, 1, LARGEST_SIZE)
+        overlap = self.chunk_overlap
+        if (overlap - 1) % 4:
+            nearest = max(1, 1 + 4 * round((overlap - 1) / 4))
+            raise InputError(
+                f"chunk_overlap is {overlap}; it counts frames and must be 1 + 4k: the nearest is "
+                f"{nearest}"
+            )
+        if self.chunk_size <= max(overlap, given):
+            raise InputError(
+                f"chunk_size is {self.chunk_size}, but {max(overlap, given)} frames of a chunk are "
+                "given: nothing is left to make"
+            )
 
 
 def _check_words(prompt: object, name: str) -> None:

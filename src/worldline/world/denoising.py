@@ -15,6 +15,7 @@ from worldline.nn.attention import backend_name
 from worldline.pipelines.exchange import Embeddings, Progress
 from worldline.pipelines.requests import VideoRequest
 from worldline.report import Recorder, environment
+from worldline.shapes import VideoShape
 from worldline.video.read import Clip
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of
@@ -73,6 +74,11 @@ class DenoisingWorld(World):
     @abstractmethod
     def _offload(self) -> dict[str, bool]:
         """Return which parts wait in host memory."""
+
+    def _at_once(self, request: Any) -> VideoShape:
+        """Return the size of what is denoised at once."""
+        shape: VideoShape = request.video
+        return shape
 
     def _begin(
         self, input: Input | None, input_type: InputType | None, options: dict[str, Any]
@@ -156,7 +162,8 @@ class DenoisingWorld(World):
         parts = self.parts
         config, dtype = parts.config, parts.transformer.module.dtype
         tokenizer = parts.files.tokenizer_config
-        tokens = config.tokens(request.video.latent(tokenizer.temporal, tokenizer.spatial)).tokens
+        grid = self._at_once(request).latent(tokenizer.temporal, tokenizer.spatial)
+        tokens = config.tokens(grid).tokens
         text = parts.text
         return {
             "model": self.name,

@@ -11,13 +11,16 @@ from worldline.pipelines.predict2_5 import (
     check_request,
     check_text,
     count_steps,
+    cut_windows,
     generate,
     make_request,
     notes,
     read_embeddings,
+    window_of,
 )
 from worldline.pipelines.requests import FlowRequest
 from worldline.report import Recorder
+from worldline.shapes import VideoShape
 from worldline.video.read import Clip
 from worldline.world.denoising import DenoisingWorld
 
@@ -46,6 +49,9 @@ class FlowWorld(DenoisingWorld):
     def _notes(self, request: FlowRequest) -> list[str]:
         return notes(self.files, request)
 
+    def _at_once(self, request: FlowRequest) -> VideoShape:
+        return window_of(self.files, request)
+
     def _make(
         self,
         clip: Clip | None,
@@ -61,6 +67,7 @@ class FlowWorld(DenoisingWorld):
             "schedule": rules.schedule,
             "known_timestep": rules.known_timestep,
             "evaluations": count_steps(self.files, request),
+            "chunks": len(cut_windows(self.files, request)),
         }
 
     def _offload(self) -> dict[str, bool]:
