@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from full_size import GEMM_FLOPS, GRID, ROWS, flops
+from full_size import GEMM_FLOPS, GRID, ROWS, fill, flops, gap
 from torch import Tensor
 
 from worldline.files import GIGABYTE
@@ -36,15 +36,8 @@ PEERS = {  # seconds on one H200, torch 2.11, diffusers 0.42
 def make(config: DiTConfig, device: torch.device) -> DiT:
     with torch.device("meta"):
         model = DiT(config)
-    model = model.to(torch.bfloat16).to_empty(device=device)
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm"):
-            torch.nn.init.ones_(parameter.data)
-        else:
-            # a little below unit gain, so that activations stay within bf16's reach
-            torch.nn.init.normal_(parameter.data, std=0.7 * parameter.shape[-1] ** -0.5)
-    return model.requires_grad_(False).eval()
+    fill(model, device)
+    return model
 
 
 @torch.inference_mode()
@@ -102,13 +95,6 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
             "bf16 against float32 rotary angles": gap(first, turned),
         },
     }
-
-
-def gap(ours: Tensor, theirs: Tensor) -> dict[str, float]:
-    """Return the root mean square of the difference over that of the value, and both' size."""
-    difference = (ours.float() - theirs.float()).square().mean().sqrt()
-    size = theirs.float().square().mean().sqrt()
-    return {"relative_rms": float(difference / size), "rms": float(size)}
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
-"""What the benchmarks of whole runs share: the released sizes, and checkpoints of random weights.
+"""What the benchmarks of full-size models share: released sizes, the work, random weights.
 
 Neither time nor memory depends on the values of weights. They are drawn on the GPU, if there is
-one, and saved in the official names and layouts.
+one; checkpoints of them have the official names and layouts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from worldline.models.predict1_dit.model import DiT, DiTConfig
 from worldline.models.predict1_dit.weights import KEYS
+from worldline.nn.dit import DiTSizes
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import released_tensors
@@ -52,12 +53,36 @@ T5 = {
 }
 
 
-def flops(config: DiTConfig, grid: LatentShape = GRID) -> float:
+def flops(config: DiTSizes, grid: LatentShape = GRID) -> float:
     """Of one forward, two for each multiplication; the context's keys and values left out."""
     tokens, width = config.tokens(grid).tokens, config.width
     linear = 2 * tokens * width * (6 * width + 2 * config.hidden)
     scores = 4 * tokens * width * (tokens + ROWS)
     return config.depth * (linear + scores)
+
+
+def fill(model: nn.Module, device: torch.device) -> None:
+    """Give a model of the meta device random bf16 weights on `device`."""
+    model.to(torch.bfloat16).to_empty(device=device)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm"):
+            torch.nn.init.ones_(parameter.data)
+        else:
+            _scatter(parameter.data)
+    model.requires_grad_(False).eval()
+
+
+def _scatter(value: Tensor) -> None:
+    # a little below unit gain, so that activations stay within bf16's reach
+    value.normal_(std=0.7 * value.shape[-1] ** -0.5)
+
+
+def gap(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    """Return the root mean square of the difference over that of the value, and the value's."""
+    difference = (ours.float() - theirs.float()).square().mean().sqrt()
+    size = theirs.float().square().mean().sqrt()
+    return {"relative_rms": float(difference / size), "rms": float(size)}
 
 
 def draw(module: nn.Module) -> dict[str, Tensor]:
@@ -67,7 +92,7 @@ def draw(module: nn.Module) -> dict[str, Tensor]:
     for name, parameter in module.named_parameters():
         value = torch.ones(parameter.shape, device=device, dtype=torch.bfloat16)
         if parameter.ndim > 1:
-            value.normal_(std=0.7 * parameter.shape[-1] ** -0.5)
+            _scatter(value)
         values[name] = value.cpu()
     return values
 
@@ -128,10 +153,10 @@ def write_embeddings(root: Path, width: int = 1024) -> Path:
 
 
 def run_command(
-    words: list[str], folder: Path, name: str = "output"
+    words: list[str], folder: Path, name: str = "output", flag: str = "--video_save_folder"
 ) -> tuple[dict[str, Any], float]:
     """Run `worldline` in a fresh process; return the report of a video, and when it began."""
-    command = [sys.executable, "-m", "worldline", *words, "--video_save_folder", str(folder)]
+    command = [sys.executable, "-m", "worldline", *words, flag, str(folder)]
     # a cache of its own: each run encodes its prompts
     environment = {**os.environ, "WORLDLINE_CACHE": str(folder / "cache")}
     started = time.time()

@@ -1,11 +1,12 @@
-"""Measure the bundled diffusion world on clips and prompts that it never saw.
+"""Measure a bundled world that denoises latents on clips and prompts that it never saw.
 
     python benchmarks/tiny_diffusion_quality.py --output results.json --sheets sheets
+    python benchmarks/tiny_diffusion_quality.py --model tiny-Cosmos-Predict2.5-2B --output flow.json
 
 Seeds 1,000,000 and up; training stays below. One sample a clip, with the world's own settings
-unless told otherwise, through `worldline.load(...).generate(...)`, never the best of several. The
-check of what a video shows (`worldline.evaluate.objects`) is measured too, on rendered clips with
-their own captions and with those of others.
+unless told otherwise, as `worldline.load(...).generate(...)` makes it, never the best of several.
+The check of what a video shows (`worldline.evaluate.objects`) is measured too, on rendered clips
+with their own captions and with those of others.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import worldline
 from worldline.evaluate.clips import Rate, rate_as_json, summarise
 from worldline.evaluate.failures import Failure, find_failures
 from worldline.evaluate.metrics import motion, psnr
 from worldline.evaluate.objects import Found, Verdict, compare, find_objects, named_objects
+from worldline.loading import find_world
 from worldline.physics import make_clips
 from worldline.video.convert import signed_to_uint8
 from worldline.video.write import contact_sheet
-from worldline.world import DiffusionWorld
+from worldline.world import load_files
+from worldline.world.denoising import DenoisingWorld
 
 Frames = NDArray[np.uint8]
 
 FIRST_SEED = 1_000_000
 SHUFFLES = 5  # captions of other clips that each clip is compared with
 ROWS_A_SHEET = 20
-SAMPLING = ("num_steps", "guidance", "negative_prompt", "sampler", "fps")
-TASKS = {"video2world": 9, "image2world": 1, "text2world": 0}  # frames that are given
+SAMPLING = ("num_steps", "guidance", "negative_prompt", "sampler", "schedule", "fps")
+TASKS = ("video2world", "image2world", "text2world")
 
 
 def quartiles(values: Sequence[float]) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def share(passed: Sequence[bool]) -> dict[str, object]:
 
 
 @torch.inference_mode()
-def reconstructed(world: DiffusionWorld, frames: Frames) -> Frames:
+def reconstructed(world: DenoisingWorld, frames: Frames) -> Frames:
     tokenizer = world.parts.tokenizer.module
     weight = next(tokenizer.parameters())
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(weight.device).float()
@@ -206,9 +208,7 @@ def measure_check(clips: int, size: tuple[int, int, int]) -> dict[str, Any]:
 @click.option("--checkpoint_dir", default="checkpoints", help="For worlds that are not bundled.")
 @click.option("--clips", default=100, show_default=True, help="Unseen clips, and prompts.")
 @click.option("--check_clips", default=300, show_default=True, help="To try the check itself.")
-@click.option(
-    "--task", "tasks", multiple=True, type=click.Choice(list(TASKS)), help="Default: all."
-)
+@click.option("--task", "tasks", multiple=True, type=click.Choice(TASKS), help="Default: all.")
 @click.option("--num_steps", type=int, help="Default: the world's.")
 @click.option("--guidance", type=float, help="Default: the world's.")
 @click.option("--device", default=None)
@@ -229,27 +229,23 @@ def main(
     sheet_clips: int,
 ) -> None:
     """Measure, print, and write a JSON file."""
-    world = worldline.load(
-        model,
-        checkpoint_dir,
-        device=device,
-        disable_guardrail=True,
-        disable_prompt_upsampler=True,
-    )
-    assert isinstance(world, DiffusionWorld)
-    own = world.files.defaults
+    # prompts go in as they are, and videos come out as they are
+    world = load_files(find_world(model, checkpoint_dir), device=device)
+    assert isinstance(world, DenoisingWorld)
+    own = world.parts.files.defaults
     size = (own.num_video_frames, own.height, own.width)
     chosen = {"num_steps": num_steps, "guidance": guidance}
     options = {name: value for name, value in chosen.items() if value is not None}
+    frames_given = dict(zip(TASKS, (world.frames_given[1], 1, 0), strict=True))
     measured: dict[str, Continued | Prompted] = {
         task: Continued(given) if given else Prompted()
-        for task, given in TASKS.items()
+        for task, given in frames_given.items()
         if not tasks or task in tasks
     }
     reconstruction: list[float] = []
     seconds: dict[str, list[float]] = {task: [] for task in measured}
     rows: dict[str, list[tuple[Frames, str]]] = {task: [] for task in measured}
-    request: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     for number in range(clips):
         seed = FIRST_SEED + number
         clip = make_clips([seed], *size, return_masks=True)
@@ -260,7 +256,7 @@ def main(
         said = [f"tokenizer {reconstruction[-1]:.2f} dB"]
         for task, figures in measured.items():
             start = time.perf_counter()
-            given = TASKS[task]
+            given = frames_given[task]
             # the world sees the given frames alone
             video = world.generate(
                 truth[:given] if given else None,
@@ -270,7 +266,7 @@ def main(
                 **options,
             )
             seconds[task].append(time.perf_counter() - start)
-            request = video.report["request"]
+            told = {**video.report, **video.report["request"]}
             if isinstance(figures, Continued):
                 words = figures.add(video.frames, truth, masks)
             else:
@@ -288,7 +284,8 @@ def main(
         "torch": torch.__version__,
         "device": str(world.device),
         "seeds": [FIRST_SEED, FIRST_SEED + clips - 1],
-        "sampling": {name: request[name] for name in SAMPLING},
+        "sampling": {name: told[name] for name in SAMPLING if name in told},
+        "frames_given": frames_given,
         "prompt": "the caption of the clip, also where frames are given",
         "reconstruction_psnr_db": quartiles(reconstruction),
         **{task: figures.as_json() for task, figures in measured.items()},

@@ -22,6 +22,7 @@ from worldline.weights.write import save
 
 from .tiny_decoder import add_parts
 from .tiny_diffusion import make_tiny_diffusion
+from .tiny_predict2_5 import make_tiny_predict2_5
 
 MODEL = "Cosmos-Predict1-4B"
 TOKENIZER = "Cosmos-Tokenize1-DV8x16x16-720p"
@@ -132,6 +133,18 @@ def tiny_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_diffusion(tiny_diffusion: Path, tmp_path: Path) -> Path:
     """A copy of `tiny_diffusion` that a test may break."""
     return Path(shutil.copytree(tiny_diffusion, tmp_path / "diffusion"))
+
+
+@pytest.fixture(scope="session")
+def tiny_predict2_5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of worlds of Predict2.5, random weights; copy it before changing it."""
+    return make_tiny_predict2_5(tmp_path_factory.mktemp("predict2_5"))
+
+
+@pytest.fixture
+def own_predict2_5(tiny_predict2_5: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_predict2_5` that a test may break."""
+    return Path(shutil.copytree(tiny_predict2_5, tmp_path / "predict2_5"))
 
 
 def moving(frames: int = 12, height: int = 40, width: int = 64) -> NDArray[np.uint8]:

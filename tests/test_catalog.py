@@ -113,18 +113,20 @@ def test_layouts_are_those_that_are_read() -> None:
 def test_what_runs_has_a_preset() -> None:
     from worldline.models.predict1_ar.model import PRESETS
     from worldline.models.predict1_dit.model import PRESETS as DIFFUSION
+    from worldline.models.predict2_5_dit.model import PRESETS as FLOW
 
     commands = {entry.name: entry.command for entry in ENTRIES if entry.command}
     assert commands["Cosmos-Predict1-14B-Video2World"] == "diffusion video2world"
     assert commands["Cosmos-Predict1-7B-Text2World"] == "diffusion text2world"
     assert commands["Cosmos-Predict1-12B"] == "autoregressive base"
     assert commands["Cosmos-Predict1-5B-Video2World"] == "autoregressive video2world"
+    assert commands["Cosmos-Predict2.5-14B"] == "predict2.5"
     for entry in ENTRIES:
         if entry.command.startswith("diffusion"):
             config = DIFFUSION[entry.preset]
             assert config.condition_mask == ("video2world" in entry.command)
         elif entry.command:
-            assert entry.preset in PRESETS
+            assert entry.preset in (FLOW if entry.command == "predict2.5" else PRESETS)
 
 
 def test_parts() -> None:
@@ -134,6 +136,13 @@ def test_parts() -> None:
     for bundled, guardrail in ((False, None), (False, False), (True, False)):
         with pytest.raises(InputError, match="--disable_guardrail"):
             check_parts(bundled, guardrail)
+
+
+def test_parts_of_predict2_5() -> None:
+    check_parts(True, disable_guardrails=None)
+    check_parts(False, disable_guardrails=True)
+    with pytest.raises(InputError, match=r"its guardrails, which .* them: --disable_guardrails "):
+        check_parts(False, disable_guardrails=None)
 
 
 def test_parts_of_diffusion() -> None:

@@ -475,7 +475,7 @@ def test_the_plan_without_kernels(
     dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is done in place then; the feed-forward in parts, or at once."""
-    for module in ("worldline.models.predict1_dit.model", "worldline.loading.diffusion"):
+    for module in ("worldline.nn.dit", "worldline.loading.memory"):
         monkeypatch.setattr(f"{module}.HIDDEN_BYTES", at_once)
     sizes: dict[str, Any] = {"width": 1024, "num_heads": 8, "head_size": 128, "hidden": 4096}
     large = replace(config(condition_mask=False), **sizes, max_grid=LatentShape(2, 16, 16))

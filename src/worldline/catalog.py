@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from worldline.choices import Generation
+from worldline.choices import Generation, ScheduleName
 from worldline.errors import InputError
 from worldline.files import TRANSFORMER_FILES
 
@@ -127,6 +127,82 @@ TOKENIZER_LAYOUTS = (
     ("model.pt",),
 )
 
+
+@dataclass(frozen=True)
+class FlowModel:
+    """One of the released models of Cosmos-Predict2.5; nothing in its tensors tells it from others.
+
+    Attributes:
+        name: that it is asked for by.
+        repository: on the hub.
+        revision: of the repository.
+        file: below the repository's folder.
+        schedule: of its noise levels.
+        known_timestep: what it is told of given frames; None tells it the same of all frames.
+        experiment: name of the training run that it comes from.
+    """
+
+    name: str
+    repository: str
+    revision: str
+    file: str
+    experiment: str
+    schedule: ScheduleName = "shifted"
+    known_timestep: float | None = None
+
+
+def _flow_models() -> tuple[FlowModel, ...]:
+    small, large = "nvidia/Cosmos-Predict2.5-2B", "nvidia/Cosmos-Predict2.5-14B"
+    known = "15a82a2ec231bc318692aa0456a36537c806e7d4"
+    stage = "Stage-c_pt_4-"
+    first, second = f"{stage}reason_embeddings-v1p1-Index-26", f"{stage}Index-2"
+    large_run = (
+        f"{stage}reason_embeddings-v1p1-Index-43-Size-14B-Res-720-Fps-16_resume_from_reason1p1_"
+        "rectified_flow_shift5_high_sigma"
+    )
+    return (
+        FlowModel(
+            "2B/post-trained",
+            small,
+            known,
+            "base/post-trained/81edfebe-bd6a-4039-8c1d-737df1a790bf_ema_bf16.pt",
+            f"{second}-Size-2B-Res-720-Fps-16-Note-rf_with_edm_ckpt",
+            "karras",
+            0.1,
+        ),
+        FlowModel(
+            "2B/pre-trained",
+            small,
+            known,
+            "base/pre-trained/d20b7120-df3e-4911-919d-db6e08bad31c_ema_bf16.pt",
+            f"{first}-Size-2B-Res-720-Fps-16-Note-T2V_high_sigma_loss_reweighted_1_1_"
+            "rectified_flow_only_resume2",
+        ),
+        FlowModel(
+            "14B/post-trained",
+            large,
+            "2bc4ca5ba5a20b9858a7ddb856bc82d70b030fbe",
+            "base/post-trained/e21d2a49-4747-44c8-ba44-9f6f9243715f_ema_bf16.pt",
+            large_run,
+        ),
+        FlowModel(
+            "14B/pre-trained",
+            large,
+            "03eb354f35eae0d6e0c1be3c9f94d8551e125570",
+            "base/pre-trained/54937b8c-29de-4f04-862c-e67b04ec41e8_ema_bf16.pt",
+            large_run,
+        ),
+    )
+
+
+FLOW_MODELS = _flow_models()  # the first is the default
+
+
+def find_flow_model(name: str) -> FlowModel | None:
+    """Return the released model of Predict2.5 of this name; None if there is none."""
+    return next((model for model in FLOW_MODELS if model.name == name), None)
+
+
 _GUARDRAIL = "Cosmos-Guardrail1"
 _DISCRETE = "Cosmos-Tokenize1-DV8x16x16-720p"
 _CONTINUOUS = "Cosmos-Tokenize1-CV8x8x8-720p"
@@ -211,8 +287,9 @@ def _sample(kind: str, md5: str = "") -> Entry:
     )
 
 
-def _flow(size: str, parameters: int, nbytes: int, files: tuple[str, ...]) -> Entry:
+def _flow(size: str, parameters: int, nbytes: int) -> Entry:
     name = f"Cosmos-Predict2.5-{size}"
+    files = [model.file for model in FLOW_MODELS if model.repository.endswith(name)]
     vae = (File("tokenizer.pth", 507_570_124),) if size == "2B" else ()
     return Entry(
         name=name,
@@ -224,7 +301,9 @@ def _flow(size: str, parameters: int, nbytes: int, files: tuple[str, ...]) -> En
             ("transformer/diffusion_pytorch_model*.safetensors",),
         ),
         parameters=parameters,
+        preset=size,
         needs=("Cosmos-Reason1-7B", _GUARDRAIL, "Llama-Guard-3-8B"),
+        command="predict2.5",
     )
 
 
@@ -362,24 +441,8 @@ ENTRIES: tuple[Entry, ...] = (
     _sample("Video2World-Sample-AV-Multiview", "1653f87dce3d558ee01416593552a91c"),
     _sample("SingleToMultiView-Sample-AV"),
     _sample("WorldInterpolator", "48a0bdc99d5e41eee05ba8597c4851da"),
-    _flow(
-        "2B",
-        2_059_174_912,
-        4_118_350_192,
-        (
-            "base/post-trained/81edfebe-bd6a-4039-8c1d-737df1a790bf_ema_bf16.pt",
-            "base/pre-trained/d20b7120-df3e-4911-919d-db6e08bad31c_ema_bf16.pt",
-        ),
-    ),
-    _flow(
-        "14B",
-        14_368_047_104,
-        28_736_094_576,
-        (
-            "base/post-trained/e21d2a49-4747-44c8-ba44-9f6f9243715f_ema_bf16.pt",
-            "base/pre-trained/54937b8c-29de-4f04-862c-e67b04ec41e8_ema_bf16.pt",
-        ),
-    ),
+    _flow("2B", 2_059_174_912, 4_118_350_192),
+    _flow("14B", 14_368_047_104, 28_736_094_576),
     _other(
         _DECODER,
         "diffusion decoder",
@@ -475,6 +538,7 @@ def is_bundled(name: str) -> bool:
 def check_parts(
     bundled: bool,
     disable_guardrail: bool | None = True,
+    disable_guardrails: bool | None = True,
     disable_prompt_upsampler: bool | None = True,
 ) -> None:
     """Refuse a request for parts that do not exist, by the flags that do without.
@@ -482,6 +546,7 @@ def check_parts(
     Args:
         bundled: whether the model ships with the package; such a model runs without the parts.
         disable_guardrail: True does without, False insists, None is as released.
+        disable_guardrails: likewise, by the name that it has for Predict2.5.
         disable_prompt_upsampler: likewise. Left out where the family has no such part.
 
     Raises:
@@ -490,6 +555,7 @@ def check_parts(
     wanted = {
         "disable_prompt_upsampler": ("prompt upsampler", disable_prompt_upsampler),
         "disable_guardrail": ("guardrail", disable_guardrail),
+        "disable_guardrails": ("guardrails", disable_guardrails),
     }
     missing = {
         flag: part
@@ -498,7 +564,7 @@ def check_parts(
     }
     if not missing:
         return
-    plural = len(missing) > 1
+    plural = len(missing) > 1 or "disable_guardrails" in missing
     raise InputError(
         f"the released model runs with its {' and '.join(missing.values())}, which this version "
         f"does not have; run without {'them' if plural else 'it'}: "

@@ -13,6 +13,7 @@ GENERATIONS: tuple[Generation, ...] = ("1.0", "Predict1")
 Reinsertion = Literal["corrected", "march_2025"]  # of given frames, at every step of a sampler
 SAMPLERS = ("edm_euler", "res_2ab", "res_1euler", "res_2mid")
 ROTARY_PRECISIONS = ("bfloat16", "float32")
+ScheduleName = Literal["karras", "shifted"]  # of noise levels, for rectified flows
 MAX_SEED = 2**32 - 1  # numpy's RandomState takes no more
 
 Seam = Literal["corrected", "as_released"]  # between windows of the diffusion decoder
@@ -33,6 +34,7 @@ DIFFUSION_OFFLOAD_FLAGS = (
     "offload_tokenizer",
     "offload_diffusion_transformer",
 )
+FLOW_OFFLOAD_FLAGS = ("offload_text_encoder", "offload_tokenizer", "offload_diffusion_model")
 
 NEGATIVE_PROMPT = (
     "The video captures a series of frames showing ugly scenes, static with no motion, motion "

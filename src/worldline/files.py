@@ -16,6 +16,7 @@ from worldline.errors import CheckpointError
 GIGABYTE = 1e9
 # a whole transformer in NVIDIA's layout, in order of preference
 TRANSFORMER_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt")
+_FIRST_OF_DIFFUSERS = "diffusion_pytorch_model"
 _UNFINISHED = ("*.incomplete", "*.part", "*.crdownload")
 
 
@@ -83,6 +84,37 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} holds no settings, but a {type(settings).__name__}")
     return settings
+
+
+def released_folders(checkpoint_dir: Path, name: str, revision: str = "") -> list[Path]:
+    """List the folders below `checkpoint_dir` that may hold a released model.
+
+    That is a folder of its whole name or of the last part of it, or a hub cache.
+
+    Args:
+        checkpoint_dir: holds the folders of models.
+        name: on the hub, such as "nvidia/Cosmos-Predict2.5-2B".
+        revision: of the snapshot that is preferred in a cache.
+    """
+    cache = checkpoint_dir / f"models--{name.replace('/', '--')}"
+    try:
+        current = (cache / "refs" / "main").read_text().strip()
+    except OSError:
+        current = ""
+    snapshots = sorted(
+        (path for path in cache.glob("snapshots/*") if path.is_dir()),
+        key=lambda path: (path.name == revision, path.name == current, path.stat().st_mtime_ns),
+        reverse=True,
+    )
+    found = [checkpoint_dir / name, *snapshots, checkpoint_dir / Path(name).name]
+    return [path for path in found if path.is_dir()]
+
+
+def holds_diffusers(named: Path) -> bool:
+    """Tell whether a folder, or a file of it, is laid out as diffusers saves a transformer."""
+    if named.is_file():
+        return named.name.startswith(_FIRST_OF_DIFFUSERS)
+    return any(any(f.glob(f"{_FIRST_OF_DIFFUSERS}*")) for f in (named, named / "transformer"))
 
 
 def unfinished(folder: Path) -> str:

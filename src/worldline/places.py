@@ -6,8 +6,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from worldline.catalog import BUNDLED_PREFIX, DECODERS, advice, is_bundled
+from worldline.catalog import (
+    BUNDLED_PREFIX,
+    DECODERS,
+    FLOW_MODELS,
+    FlowModel,
+    advice,
+    find_flow_model,
+    is_bundled,
+)
 from worldline.errors import CheckpointError
+from worldline.files import holds_diffusers, released_folders, unfinished
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -20,11 +29,13 @@ class Place:
         named: the folder of its transformer, or the file.
         roots: folders that hold the folders of its other parts, in order of preference.
         bundled: whether it ships with the package.
+        released: the model of Predict2.5 that it was asked for as.
     """
 
     named: Path
     roots: tuple[Path, ...]
     bundled: bool
+    released: FlowModel | None = None
 
     @property
     def folder(self) -> Path:
@@ -74,6 +85,48 @@ def find_place(model: str | Path, checkpoint_dir: str | Path) -> Place:
             folder = folder.parent
         return Place(named, tuple(dict.fromkeys((Path(checkpoint_dir), folder.parent))), False)
     return Place(_find_bundled("model", str(model), bundled_names()), (BUNDLED,), True)
+
+
+def find_flow(model: str | Path, checkpoint_dir: str | Path) -> Place:
+    """Find a world of Predict2.5 by name alone, as `find_place` does; released names will do.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    released = find_flow_model(str(model))
+    if released is not None:
+        return _find_released(released, Path(checkpoint_dir))
+    try:
+        return find_place(model, checkpoint_dir)
+    except CheckpointError as error:
+        names = ", ".join(one.name for one in FLOW_MODELS)
+        raise CheckpointError(f"{error}; released names are {names}") from error
+
+
+def _find_released(model: FlowModel, checkpoint_dir: Path) -> Place:
+    """Return where a released model lies: its folder in the repository's, or diffusers' folder."""
+    roots = released_folders(checkpoint_dir, model.repository, model.revision)
+    for root in roots:
+        own = (root / model.file).parent
+        if (root / model.file).is_file():
+            own = root / model.file
+        if own.exists():
+            return Place(own, _around(checkpoint_dir, root), False, model)
+    if model is FLOW_MODELS[0]:  # the only one that was released in diffusers' layout
+        for root in roots:
+            if holds_diffusers(root):
+                return Place(root, _around(checkpoint_dir, root), False, model)
+    left = next(filter(None, map(unfinished, roots)), f"; download {model.repository} there")
+    if not checkpoint_dir.is_dir():
+        left = f"; there is no checkpoint folder {checkpoint_dir} (--checkpoint_dir)"
+    raise CheckpointError(
+        f"no {model.name}: there is no {model.file} in "
+        f"{' or '.join(map(str, roots)) or checkpoint_dir / model.repository}{left}"
+    )
+
+
+def _around(checkpoint_dir: Path, repository: Path) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys((checkpoint_dir, repository, repository.parent)))
 
 
 def find_tokenizer(name: str, checkpoint_dir: str | Path) -> Path:

@@ -64,7 +64,7 @@ def forbid_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(worldline.loading, "load_into", read)
+    monkeypatch.setattr(worldline.loading.parts, "load_into", read)
 
 
 @pytest.fixture(scope="session")

@@ -544,7 +544,7 @@ def test_resume(base: Base, clip: Path, tmp_path: Path, monkeypatch: pytest.Monk
     changed = {p.name for p in out.iterdir() if p.stat().st_mtime_ns != times[p.name]}
     assert changed == {"1.mp4", "1.json", "2.mp4", "2.json"}
     # nothing is left: no weights are read
-    monkeypatch.setattr(worldline.loading, "load_into", None)
+    monkeypatch.setattr(worldline.loading.parts, "load_into", None)
     result = base(*words)
     assert result.exit_code == 0
     assert "nothing left to do" in result.stdout

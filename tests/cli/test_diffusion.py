@@ -691,7 +691,7 @@ def test_resume(text2world: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {Path(name).stem for name in changed} == {"1", "2"}
     assert (out / "2.txt").read_text() == "another"
     # nothing is left: no weights are read
-    monkeypatch.setattr(worldline.loading, "load_into", None)
+    monkeypatch.setattr(worldline.loading.parts, "load_into", None)
     result = text2world(*words)
     assert result.exit_code == 0
     assert "nothing left to do" in result.stdout

@@ -50,7 +50,11 @@ def test_json(run: Run, own_world: Path) -> None:
     assert rows[MODEL]["folder"] == "Cosmos-1.0-Autoregressive-4B"
     assert rows[MODEL]["files"][0]["md5"] == "5fdc62fc87fbf470dbcc2288589b7942"
     assert rows[MODEL]["memory"] > 2 * rows[MODEL]["nbytes"]  # float32 on a CPU
-    assert rows["Cosmos-Predict2.5-2B"]["command"] is None
+    flow, large = (rows[f"Cosmos-Predict2.5-{size}"] for size in ("2B", "14B"))
+    assert (flow["command"], large["command"]) == ("predict2.5", "predict2.5")
+    assert flow["memory"] > 4 * (flow["parameters"] + 7_000_000_000)  # with Reason1
+    assert large["memory"] > flow["memory"]
+    assert rows["Cosmos-Reason1-7B"]["runs_here"] == "as a part"
 
 
 def test_diffusion_worlds(run: Run, bundled_diffusion: object, diffusion_worlds: Path) -> None:

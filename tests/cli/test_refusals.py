@@ -22,10 +22,14 @@ TEXT2WORLD = ("diffusion", "text2world")
 VIDEO2WORLD = ("diffusion", "video2world", *TINY, "--input_image_or_video_path")
 BASE = ("autoregressive", "base", *WITHOUT_PARTS, "--input_image_or_video_path")
 PROMPTED = ("autoregressive", "video2world", *WITHOUT_PARTS, "--input_image_or_video_path")
+FLOW = ("predict2.5",)
+SAMPLES = (*FLOW, "-i", "good.json", "-o", "out")
+UNGUARDED = (*SAMPLES, "--disable-guardrails")
 RELEASED = (*TEXT2WORLD, *WITHOUT_UPSAMPLER, "--prompt", "x")
 
-# in a folder with: a video clip.mp4; an empty picture.png; text in noise.mp4; a folder of notes
-# and two folders of pictures of 8 x 8 that move; each line with words of what is told
+# in a folder with: a sample good.json; a video clip.mp4; an empty picture.png; text in noise.mp4; a
+# folder of notes and two folders of pictures of 8 x 8 that move; each line with words of what is
+# told
 REFUSED: dict[tuple[str, ...], str] = {
     TEXT2WORLD: "no prompt",
     (*TEXT2WORLD, "--prompt", "x"): "run without them: --disable_prompt_upsampler",
@@ -69,6 +73,27 @@ REFUSED: dict[tuple[str, ...], str] = {
         *(*PROMPTED, "clip.mp4", "--prompt", "x", "--ar_model_dir", "tiny-Cosmos-Predict1-4B"),
         *("--text_encoder_dir", "nowhere"),
     ): "(--text_encoder_dir)",
+    FLOW: "no samples: give -i FILE",
+    (*FLOW, "-i"): "-i needs a file",
+    (*FLOW, "-i", "good.json"): "no output folder",
+    (*FLOW, "-i", "*.nothing", "-o", "out"): "no file has such a name",
+    (*FLOW, "notes/a.json", "out", "more"): "3 plain arguments",
+    (*SAMPLES, "--steps", "3"): "--steps",
+    SAMPLES: "run without them: --disable_guardrails",
+    (*UNGUARDED, "--model", "2B/distilled"): "released names are 2B/post-trained",
+    (*UNGUARDED, "--model", "tiny-nothing"): "no bundled model tiny-nothing",
+    UNGUARDED: "no checkpoint folder checkpoints",
+    (*UNGUARDED, "--checkpoint-path", "nowhere.pt"): "nowhere.pt",
+    (*UNGUARDED, "--profile"): "does not profile",
+    (*UNGUARDED, "--config-file", "x.py"): "runs no configuration in Python",
+    (*UNGUARDED, "--context-parallel-size", "8"): "give --context_parallel_size 1",
+    (*UNGUARDED, "--prompt_embeddings", "nowhere"): "nowhere: no such file",
+    (*UNGUARDED, "-o", "clip.mp4/x"): "cannot be written",
+    (*UNGUARDED, "-i", "notes/a.json"): "notes/a.json: name: it is missing",
+    (*UNGUARDED, "--inference-type", "video2world"): "input_path: video2world needs one",
+    (*UNGUARDED, "--guidance", "-1"): "sample 'good': guidance: -1.0: ",
+    (*UNGUARDED, "--enable-autoregressive", "--chunk-overlap", "2"): "chunk_overlap is 2",
+    (*UNGUARDED, "--inference-type", "image2world", "--input-path", "noise.mp4"): "is not an mp4",
     ("tokenize", "encode", "nowhere.mp4"): "nowhere.mp4",
     ("tokenize", "encode", "noise.mp4"): "noise.mp4 is not an mp4",
     ("tokenize", "encode", "clip.mp4"): "no checkpoint folder checkpoints",
@@ -112,6 +137,8 @@ def folder(clip: Path, tmp_path: Path) -> Path:
     (tmp_path / "clip.mp4").symlink_to(clip)
     (tmp_path / "picture.png").touch()
     (tmp_path / "noise.mp4").write_text("hello")
+    sample = {"name": "good", "inference_type": "text2world", "prompt": "x"}
+    (tmp_path / "good.json").write_text(json.dumps(sample))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.json").write_text("{}")
     for name in ("small", "true"):

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldline.errors import CheckpointError
-from worldline.models.predict1_dit import model as module
 from worldline.models.predict1_dit.model import DiT, DiTConfig
 from worldline.models.predict1_dit.weights import (
     diffusers_config,
@@ -24,6 +23,7 @@ from worldline.models.predict1_dit.weights import (
     released_tensors,
     write_settings,
 )
+from worldline.nn import dit
 from worldline.shapes import LatentShape
 from worldline.weights.stream import load_into
 from worldline.weights.write import save
@@ -114,7 +114,7 @@ def test_zero_rows_of_the_text_take_part() -> None:
 def test_feed_forward_in_parts_changes_nothing() -> None:
     model, given = build(), inputs()
     whole = run(model, given)
-    with mock.patch.object(module, "HIDDEN_BYTES", 8 * CONFIG.hidden * 7), torch.no_grad():
+    with mock.patch.object(dit, "HIDDEN_BYTES", 8 * CONFIG.hidden * 7), torch.no_grad():
         assert torch.allclose(run(model, given), whole)
 
 

@@ -43,6 +43,34 @@ def test_the_norm_sees_what_was_added() -> None:
     assert torch.allclose(back.var(-1, correction=0), torch.ones(1, dtype=torch.float64), 1e-4)
 
 
+def test_runs_of_tokens_may_have_vectors_of_their_own() -> None:
+    """A clip whose frames are modulated differently is its frames, one after the other."""
+    given, frames = inputs(48, torch.float64), GRID.frames
+    more = {name: torch.randn(2, frames, 48, dtype=torch.float64) for name in ("gate", "a", "b")}
+    carry = Carry(given["stream"], given["update"], more["gate"])
+    together = settle(carry, None, more["a"], more["b"])
+    cut = [given[name].chunk(frames, dim=1) for name in ("stream", "update")]
+    for frame, (stream, update) in enumerate(zip(*cut, strict=True)):
+        gate, shift, scale = (vectors[:, frame] for vectors in more.values())
+        alone = settle(Carry(stream, update, gate), None, shift, scale)
+        for ours, theirs in zip(alone, together, strict=True):
+            assert torch.equal(ours, theirs.chunk(frames, dim=1)[frame])
+    one = settle(carry._replace(gate=given["gate"][:, None]), None, *[given["shift"][:, None]] * 2)
+    same = settle(carry._replace(gate=given["gate"]), None, *[given["shift"]] * 2)
+    assert torch.equal(one[1], same[1])
+    with pytest.raises(ValueError, match=r"60 tokens cannot be cut into \[7\]"):
+        settle(carry, None, *[torch.zeros(2, 7, 48, dtype=torch.float64)] * 2)
+
+
+def test_the_norm_may_be_wider_than_the_stream() -> None:
+    given = inputs(48, torch.bfloat16)
+    shift, scale = given["shift"].float(), given["scale"].float()
+    carry = Carry(given["stream"], given["update"], given["gate"])
+    stream, normed = settle(carry, None, shift, scale, torch.float32)
+    assert (stream.dtype, normed.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(normed, settle(Carry(stream.float()), None, shift, scale)[1])
+
+
 def test_heads_have_unit_mean_square_before_the_weight() -> None:
     x = torch.randn(1, GRID.tokens, 2, 24)
     y = norm_heads(x, torch.ones(24), rotation(24))
@@ -86,6 +114,22 @@ def test_settle_kernel(width: int, what: str) -> None:
         gap = (ours.double() - theirs).abs() / (1 + theirs.abs())
         assert gap.max() < 2**-6
         assert gap.mean() < 2**-9
+
+
+@pytest.mark.gpu
+def test_settle_kernel_by_runs_and_wider() -> None:
+    given, frames = inputs(96, torch.bfloat16, "cuda"), GRID.frames
+    gate, shift, scale = (torch.randn(2, frames, 96, device="cuda") for _ in range(3))
+    exact = Carry(given["stream"].double(), given["update"].double(), gate.bfloat16().double())
+    wanted = settle(exact, None, shift.double(), scale.double())
+    with torch.inference_mode():
+        carry = Carry(given["stream"], given["update"], gate.bfloat16())
+        stream, normed = settle(carry, None, shift, scale, torch.float32)
+        # the norm of the stream as it was rounded
+        again = settle(Carry(stream.float()), None, shift, scale)[1]
+    assert ((stream.double() - wanted[0]).abs() / (1 + wanted[0].abs())).max() < 2**-7
+    assert normed.dtype == torch.float32
+    assert torch.allclose(normed, again, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,16 @@ import math
 
 import torch
 
-from worldline.nn.rope import Yarn, axis_sizes, inverse_frequencies, rotate, rotation_3d, sincos_3d
+from worldline.nn.rope import (
+    Yarn,
+    axis_sizes,
+    inverse_frequencies,
+    rotary_exponents,
+    rotate,
+    rotation_3d,
+    sincos_3d,
+    stretched_angles_3d,
+)
 from worldline.shapes import LatentShape
 
 GRID = LatentShape(3, 4, 5)
@@ -61,3 +70,17 @@ def test_the_fixed_table_holds_sines_and_cosines_of_each_axis() -> None:
     assert torch.equal(first[:, 0], torch.zeros(3, 16))
     assert torch.equal(first[:, 1], torch.ones(3, 16))
     assert torch.equal(table, table.bfloat16().float())
+
+
+def test_angles_follow_the_exponents_that_are_given() -> None:
+    ratio = (1.0, 3.0, 3.0)
+    plain = [rotary_exponents(size) for size in axis_sizes(32)]
+    angles = stretched_angles_3d(GRID, 32, ratio=ratio, time_scale=None)
+    again = stretched_angles_3d(GRID, 32, ratio=ratio, time_scale=None, exponents=plain)
+    assert torch.equal(angles, again)
+    other = [plain[0], plain[1] + 0.01, plain[2]]
+    moved = stretched_angles_3d(GRID, 32, ratio=ratio, time_scale=None, exponents=other)
+    base = 10_000 * 3 ** (10 / 8)
+    time, rows = slice(0, 6), slice(6, 11)  # of the 16 different angles
+    assert torch.equal(moved[:, time], angles[:, time])
+    assert torch.allclose(moved[:, rows], angles[:, rows] * base**-0.01)

@@ -17,9 +17,6 @@ from worldline.errors import CheckpointError, InputError
 from worldline.loading import DiffusionParts, find_diffusion, load_diffusion
 from worldline.pipelines import diffusion as pipeline
 from worldline.pipelines.diffusion import (
-    DiffusionRequest,
-    Embeddings,
-    Progress,
     check_request,
     check_text,
     generate,
@@ -28,11 +25,13 @@ from worldline.pipelines.diffusion import (
     read_embeddings,
     sampler_of,
 )
+from worldline.pipelines.exchange import Embeddings, Progress
+from worldline.pipelines.requests import DiffusionRequest
 from worldline.report import Recorder
 from worldline.sampling.edm import Given, make_sigmas, sample
 from worldline.sampling.noise import standard_noise
 from worldline.shapes import LatentShape
-from worldline.tokenizers.cosmos.colours import fit_colours
+from worldline.tokenizers.colours import fit_colours
 from worldline.video.convert import signed_to_uint8, stretched_frames
 from worldline.video.read import Clip
 from worldline.weights.write import save
@@ -286,7 +285,7 @@ def test_the_old_fault_can_be_had(
 def test_prompts_are_encoded_once(tiny_diffusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = load(tiny_diffusion, TEXT2WORLD)
     first = frames_of(run(parts))
-    monkeypatch.setattr("worldline.loading.diffusion.load_t5", None)  # is not called again
+    monkeypatch.setattr("worldline.loading.load_t5", None)  # is not called again
     fresh = load(tiny_diffusion, TEXT2WORLD)
     assert np.array_equal(frames_of(run(fresh)), first)
     with pytest.raises(TypeError):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from worldline.pipelines.preview import show_colours
-from worldline.tokenizers.cosmos.colours import fit_colours
+from worldline.tokenizers.colours import fit_colours
 from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from worldline.errors import CheckpointError
-from worldline.sampling import edm
+from worldline.sampling import edm, flow
 from worldline.train.losses import (
     FeatureNetwork,
     ReconstructionObjective,
@@ -20,6 +20,8 @@ from worldline.train.losses import (
     color_distance,
     consistency_distance,
     denoising_loss,
+    flow_loss,
+    flowed_latents,
     gram_distance,
     join_windows,
     kl_divergence,
@@ -31,6 +33,7 @@ from worldline.train.losses import (
     perceptual_distance,
     reconstruction_terms,
     reduce,
+    shifted_sigmas,
     split_windows,
     total,
 )
@@ -479,3 +482,57 @@ def test_noise_levels_are_log_normal() -> None:
     logarithm = log_normal_sigmas(normal, mean=0.2, deviation=1.4).log()
     assert logarithm.mean().item() == pytest.approx(0.2, abs=0.05)
     assert logarithm.std().item() == pytest.approx(1.4, rel=0.02)
+
+
+def test_flows_show_known_frames_as_a_sampler_shows_them() -> None:
+    latents, noise, _ = drawn(4)
+    seen: list[Tensor] = []
+
+    def network(shown: Tensor, times: Tensor, conditional: bool) -> Tensor:
+        seen.append(shown)
+        return torch.zeros_like(shown)
+
+    given = flow.Given(latents, 2)
+    flow.sample(network, noise, schedule="shifted", num_steps=2, guidance=0.0, given=given)
+    first = flow.make_schedule("shifted", 2).sigmas[0]
+    shown, mask = flowed_latents(latents, noise, first.expand(3), torch.tensor([2, 2, 2]))
+    assert torch.equal(shown[:, :, :2], seen[0][:, :, :2])
+    # all but noise: samplers begin with noise alone
+    torch.testing.assert_close(shown[:, :, 2:], seen[0][:, :, 2:], rtol=0, atol=1e-3)
+    assert mask[:, 0, :2].eq(1).all()
+    assert mask[:, 0, 2:].eq(0).all()
+
+
+def test_states_of_a_flow_lie_between_data_and_noise() -> None:
+    latents, noise, _ = drawn(5)
+    sigma, known = torch.tensor([0.0, 0.25, 1.0]), torch.tensor([0, 1, 3])
+    shown, mask = flowed_latents(latents, noise, sigma, known)
+    assert mask[:, 0, :, 0, 0].sum(1).tolist() == [0, 1, 3]
+    assert torch.equal(shown[0], latents[0])
+    torch.testing.assert_close(shown[1, :, 1:], 0.75 * latents[1, :, 1:] + 0.25 * noise[1, :, 1:])
+    assert torch.equal(shown[2, :, 3], noise[2, :, 3])
+    # the right velocity leads from any of them to the data
+    end = shown - sigma.view(-1, 1, 1, 1, 1) * (noise - latents) * (1 - mask)
+    torch.testing.assert_close(end, latents)
+
+
+def test_the_flow_loss_is_the_squared_error_of_the_velocity() -> None:
+    latents, noise, velocity = drawn(6)
+    mask = torch.zeros(3, 1, 4, 2, 2)
+    mask[1, :, :2] = 1
+    error = (velocity - (noise - latents)).double().square()
+    expected = torch.stack(
+        [error[0].mean(), error[1, :, 2:].sum() / error[1].numel(), error[2].mean()]
+    )
+    loss = flow_loss(velocity, latents, noise, mask)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert flow_loss(noise - latents, latents, noise, mask).max() < 1e-12
+
+
+def test_noise_levels_of_a_flow_are_shifted_towards_noise() -> None:
+    normal = torch.tensor([0.0, 2.0, -2.0, 40.0, -40.0])
+    # the level that is evenly spaced, on its grid; then the shift by 5
+    level = torch.tensor([0.5, 1 - 0.880, 1 - 0.119, 0.001, 1.0])
+    torch.testing.assert_close(shifted_sigmas(normal), 5 * level / (1 + 4 * level))
+    torch.testing.assert_close(shifted_sigmas(normal, shift=1.0), level)
+    torch.testing.assert_close(shifted_sigmas(normal / 2, deviation=2.0), shifted_sigmas(normal))

@@ -9,6 +9,7 @@ import torch
 from worldline.errors import InputError
 from worldline.video.convert import (
     condition_frames,
+    covering_frames,
     resize_and_crop,
     signed_to_uint8,
     stretched_frames,
@@ -95,3 +96,19 @@ def test_signed_colours() -> None:
     assert signed_to_uint8(video)[0, 0, :, 0].tolist() == [0, 0, 0, 127, 254, 255, 255]
     # not in the input's dtype: 1 + 127/128 needs 8 bits behind the point
     assert signed_to_uint8(torch.full((3, 1, 1, 1), 127 / 128).bfloat16())[0, 0, 0, 0] == 254
+
+
+def test_covering_frames_are_the_end_of_the_clip_in_whole_levels() -> None:
+    clip = noise(7, 20, 30)
+    same = covering_frames(clip, 5, 20, 30)
+    assert same.dtype == torch.uint8
+    assert np.array_equal(same[0].permute(1, 2, 3, 0), clip.frames[-5:])
+    # a wide picture loses its sides, a tall one its top and bottom, and nothing is stretched
+    assert torch.equal(covering_frames(clip, 5, 20, 20), same[..., 5:25])
+    assert torch.equal(covering_frames(clip, 5, 10, 30), same[..., 5:15, :])
+    flat = Clip(np.full((1, 8, 8, 3), 77, np.uint8), 0.0)
+    assert (covering_frames(flat, 1, 24, 40) == 77).all()
+    with pytest.raises(InputError, match="has 7 frames, but 9 are needed"):
+        covering_frames(clip, 9, 20, 30)
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        covering_frames(clip, 0, 20, 30)

@@ -20,8 +20,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from worldline.errors import Error, InputError
-from worldline.video.read import probe, read_video
-from worldline.video.write import check_destination, contact_sheet, write_bytes, write_video
+from worldline.video.read import probe, read_image, read_video
+from worldline.video.write import (
+    check_destination,
+    contact_sheet,
+    write_bytes,
+    write_stream,
+    write_video,
+)
 
 
 def clip(frames: int = 6, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
@@ -76,6 +82,19 @@ def test_folder_of_images_is_exact(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not empty"):
         write_video(clip(1), tmp_path / "frames", 25)
     assert os.listdir(tmp_path) == ["frames"]
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    """One frame, close to what was given; several are no picture."""
+    smooth = np.linspace(0, 255, 16 * 24 * 3).reshape(1, 16, 24, 3).astype(np.uint8)
+    write_video(smooth, tmp_path / "a.JPG", 16)
+    again = read_image(tmp_path / "a.JPG").frames
+    assert np.abs(again.astype(int) - smooth).mean() < 4
+    with pytest.raises(InputError, match="a picture has 1 frame, not 2; use .mp4"):
+        write_video(np.concatenate([smooth, smooth]), tmp_path / "b.jpg", 16)
+    with pytest.raises(InputError, match="a picture has 1 frame"):
+        write_stream([smooth], tmp_path / "b.jpg", 16)
+    assert not (tmp_path / "b.jpg").exists()
 
 
 def test_bad_requests(tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ main = Main(
         "demo": "worldline.cli.demo:demo",
         "autoregressive": "worldline.cli.autoregressive:autoregressive",
         "diffusion": "worldline.cli.diffusion:diffusion",
+        "predict2.5": "worldline.cli.predict2_5:predict2_5",
         "tokenize": "worldline.cli.tokenize:tokenize",
         "evaluate": "worldline.cli.evaluate:evaluate",
         "models": "worldline.cli.models:models",

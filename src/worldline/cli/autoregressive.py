@@ -399,8 +399,7 @@ def _files_of(item: Item, flags: dict[str, Any], fields: Fields) -> dict[str, Pa
 
 def _resolve(files: AutoregressiveFiles, flags: dict[str, Any]) -> dict[str, Any]:
     """Return what a report says of what the device decides."""
-    from worldline.loading import choose_device, compute_dtype
-    from worldline.loading.diffusion import text_dtype
+    from worldline.loading import choose_device, compute_dtype, text_dtype
 
     dtype = compute_dtype(choose_device(flags["device"]))
     text = None
@@ -419,8 +418,7 @@ def _run(
 ) -> None:
     import torch
 
-    from worldline.loading import choose_device, clips_at_once, compute_dtype
-    from worldline.loading.diffusion import text_dtype
+    from worldline.loading import choose_device, clips_at_once, compute_dtype, text_dtype
     from worldline.world import load_files
     from worldline.world.autoregressive import AutoregressiveWorld
 

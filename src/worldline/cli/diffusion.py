@@ -472,8 +472,7 @@ def _resolve(
     files: DiffusionFiles, request: DiffusionRequest, flags: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what a report says of what requests leave to the world and to the device."""
-    from worldline.loading import choose_device, compute_dtype
-    from worldline.loading.diffusion import text_dtype
+    from worldline.loading import choose_device, compute_dtype, text_dtype
     from worldline.pipelines.diffusion import rotary_precision_of, sampler_of
 
     dtype = compute_dtype(choose_device(flags["device"]))

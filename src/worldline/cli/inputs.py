@@ -63,13 +63,17 @@ class Item:
         number: 0-based line in the JSONL, or place in the folder; names the output.
         path: the file, found; None where the model reads none.
         prompt: what the video shows; None where there is none.
+        name: that it is called by, where it has one.
     """
 
     number: int
     path: Path | None = None
     prompt: str | None = None
+    name: str | None = None
 
     def __str__(self) -> str:
+        if self.name is not None:
+            return self.name
         if self.path is not None:
             return str(self.path)
         if self.prompt is None:

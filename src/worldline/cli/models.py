@@ -114,8 +114,13 @@ def _bundled_row(
 
 def _parts(files: WorldFiles) -> tuple[list[Checkpoint], str, str]:
     """Return the checkpoints of a world, its family, and the command that runs it."""
-    from worldline.loading import AutoregressiveFiles
+    from worldline.loading import AutoregressiveFiles, FlowFiles
 
+    if isinstance(files, FlowFiles):
+        sources = [files.dit.source, files.tokenizer.source]
+        if files.text is not None:
+            sources.append(files.text.checkpoint)
+        return sources, "flow", "predict2.5"
     if isinstance(files, AutoregressiveFiles):
         sources = [files.transformer, files.tokenizer]
         if files.text is not None:

@@ -115,12 +115,13 @@ def machine_options() -> tuple[Option, ...]:
     )
 
 
-def offload_option(name: str) -> Option:
-    """Return the option that keeps a part in host memory."""
+def offload_option(name: str, *, negatable: bool = False) -> Option:
+    """Return the option that keeps a part in host memory; `negatable` has a --no_… too."""
     part = name.removeprefix("offload_").removesuffix("_model").replace("_", " ")
-    called = "transformer" if part == "ar" else part
+    called = "transformer" if part in ("ar", "diffusion") else part
     told = f"Keep the {called} in host memory while it is not used."
-    return click.option(f"--{name}", is_flag=True, help=told)
+    spelling = f"--{name}/--no_{name}" if negatable else f"--{name}"
+    return click.option(spelling, is_flag=True, help=told)
 
 
 def with_options(options: Sequence[Option]) -> Option:
@@ -143,7 +144,7 @@ def given_flags(context: click.Context) -> set[str]:
     }
 
 
-def refuse_several_gpus(num_gpus: int) -> None:
+def refuse_several_gpus(num_gpus: int, flag: str = "num_gpus") -> None:
     """Refuse to run on more than one GPU, or as one of several processes.
 
     Raises:
@@ -151,7 +152,7 @@ def refuse_several_gpus(num_gpus: int) -> None:
     """
     processes = os.environ.get("WORLD_SIZE", "1")
     if num_gpus != 1:
-        raise InputError(f"--num_gpus is {num_gpus}; this version runs on 1 GPU: give --num_gpus 1")
+        raise InputError(f"--{flag} is {num_gpus}; this version runs on 1 GPU: give --{flag} 1")
     if processes != "1":
         raise InputError(
             f"started as {processes} processes (WORLD_SIZE); this version runs on 1 GPU: "
@@ -251,18 +252,33 @@ def choose_outputs(
     for output in outputs:
         check_destination(output)
     check_folder(outputs[0].parent, "--video_save_folder")
-    kept = {path.resolve() for path in (*(item.path for item in items), *read) if path}
+    ways = "--video_save_folder" if batch else "--video_save_folder or --video_save_name"
+    refuse_overwriting(outputs, [*(item.path for item in items), *read], flags, ways)
+    return outputs
+
+
+def refuse_overwriting(
+    outputs: Sequence[Path], read: Sequence[Path | None], flags: dict[str, Any], ways: str
+) -> None:
+    """Refuse to write where something is read from.
+
+    Args:
+        outputs: videos; what lies beside them is written too.
+        read: files that must stay; None are passed over.
+        flags: of the command; preview_every is used where the command has it.
+        ways: flags that choose another place.
+
+    Raises:
+        InputError: an input is in the way.
+    """
+    kept = {path.resolve() for path in read if path}
     for output in outputs:
         beside = [output.with_suffix(ending) for ending in _BESIDE]
         if flags.get("preview_every"):
             beside.append(_preview_of(output))
         for written in (output, *beside):
             if written.resolve() in kept:
-                raise InputError(
-                    f"{written} is an input; choose another --video_save_folder"
-                    + ("" if batch else " or --video_save_name")
-                )
-    return outputs
+                raise InputError(f"{written} is an input; choose another {ways}")
 
 
 def check_folder(folder: Path, flag: str) -> None:
@@ -306,7 +322,7 @@ def left_to_do(
             logger.info("%s was made in another way, or not finished: made again", task.output)
             left.append(task)
     if not left:
-        click.echo(f"nothing left to do in {flags['video_save_folder']}")
+        click.echo(f"nothing left to do in {tasks[0].output.parent}")
     return left
 
 

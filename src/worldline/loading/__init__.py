@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from worldline.catalog import Entry
-from worldline.choices import DIFFUSION_OFFLOAD_FLAGS
+from worldline.catalog import Entry, find_flow_model
+from worldline.choices import DIFFUSION_OFFLOAD_FLAGS, FLOW_OFFLOAD_FLAGS, ScheduleName
 from worldline.errors import InputError, InsufficientMemoryError
+from worldline.files import holds_diffusers
 from worldline.loading.autoregressive import (
     AutoregressiveFiles,
     AutoregressiveParts,
@@ -36,22 +37,29 @@ from worldline.loading.diffusion import (
     RELEASED_CONTEXT,
     DiffusionFiles,
     DiffusionParts,
-    DiffusionPlan,
-    TextPart,
     WorldDefaults,
     open_diffusion,
     plan_diffusion,
-    text_bytes,
-    text_dtype,
 )
 from worldline.loading.folders import (
-    holds_diffusers,
     is_diffusion,
     open_transformer,
     read_settings,
     refuse_options,
 )
-from worldline.loading.memory import Fit, Need, check_memory, fewest_flags
+from worldline.loading.memory import DiffusionPlan, Fit, Need, check_memory, fewest_flags
+from worldline.loading.parts import TextPart, read_part, text_bytes, text_dtype
+from worldline.loading.predict2_5 import (
+    FlowDefaults,
+    FlowFiles,
+    FlowParts,
+    find_predict2_5,
+    holds_flow,
+    load_predict2_5,
+    need_predict2_5,
+    open_predict2_5,
+    plan_predict2_5,
+)
 from worldline.machine import Memory, device_memory
 from worldline.models.predict1_ar.decoder import MOST_CLIPS, compile_ahead, kernels_fit
 from worldline.models.predict1_ar.model import PRESETS as AUTOREGRESSIVE_PRESETS
@@ -59,18 +67,19 @@ from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfi
 from worldline.models.predict1_ar.weights import KEYS
 from worldline.models.predict1_dit.model import BLOCKS, DiT, DiTConfig
 from worldline.models.predict1_dit.model import PRESETS as DIFFUSION_PRESETS
+from worldline.models.predict2_5_dit.model import PRESETS as FLOW_PRESETS
+from worldline.models.predict2_5_dit.model import FlowDiTConfig
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import Part, StreamedPart
-from worldline.places import find_place
+from worldline.places import find_flow, find_place
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.text.cache import EmbeddingCache
+from worldline.text.t5 import load_t5
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import key_map
-from worldline.weights.keymap import KeyMap
-from worldline.weights.read import Checkpoint
-from worldline.weights.stream import load_into
+from worldline.tokenizers.wan.model import WanTokenizerConfig
 
 __all__ = [
     "AutoregressiveFiles",
@@ -81,6 +90,8 @@ __all__ = [
     "DiffusionParts",
     "DiffusionPlan",
     "Fit",
+    "FlowFiles",
+    "FlowParts",
     "MemoryPlan",
     "TextPart",
     "WorldDefaults",
@@ -90,30 +101,36 @@ __all__ = [
     "compute_dtype",
     "find_autoregressive",
     "find_diffusion",
+    "find_predict2_5",
     "find_world",
     "fit",
     "fit_entry",
     "fit_files",
     "load_autoregressive",
     "load_diffusion",
+    "load_predict2_5",
     "open_autoregressive",
     "open_diffusion",
+    "open_predict2_5",
     "open_transformer",
     "plan_autoregressive",
     "plan_decoder",
     "plan_diffusion",
+    "plan_predict2_5",
     "read_settings",
     "refuse_options",
+    "text_dtype",
     "video_shape",
     "window_grid",
 ]
 
 logger = logging.getLogger(__name__)
 
-WorldFiles = AutoregressiveFiles | DiffusionFiles
+WorldFiles = AutoregressiveFiles | DiffusionFiles | FlowFiles
 
 # T5-11B: 24 layers of four 1024 x 16,384 and two 1024 x 65,536 matrices, and 32,128 words
 _RELEASED_TEXT_PARAMETERS = 4_864_791_552
+_REASON1_PARAMETERS = 7_070_619_136  # without eyes and head
 
 
 def find_world(
@@ -123,24 +140,37 @@ def find_world(
     tokenizer_dir: str | Path | None = None,
     text_encoder_dir: str | Path | None = None,
     generation: str | None = None,
+    schedule: ScheduleName | None = None,
     diffusion_decoder: bool = False,
 ) -> WorldFiles:
-    """Find and check the files of a world of either family, by what its folder holds.
+    """Find and check the files of a world of any family, by what its folder holds.
 
     Args:
         model: "tiny-…" for a bundled one, a folder's name below `checkpoint_dir`, or a path; the
-            path of a file opens that file.
+            path of a file opens that file. Of Predict2.5 the released names, too.
         checkpoint_dir: holds the folders, those of the other parts too.
-        tokenizer_dir: of a diffusion world; see `find_diffusion`.
+        tokenizer_dir: of a diffusion world or one of Predict2.5; see `find_diffusion`.
         text_encoder_dir: of a world that takes prompts; likewise.
         generation: of a diffusion world; likewise.
+        schedule: of a world of Predict2.5; see `find_predict2_5`.
         diffusion_decoder: of an autoregressive world; see `find_autoregressive`.
 
     Raises:
         CheckpointError: a file is absent, incomplete, damaged or of another model.
-        InputError: an autoregressive world is given what only diffusion worlds have.
+        InputError: a world is given what only those of another family have.
     """
-    place = find_place(model, checkpoint_dir)
+    of_flow = find_flow_model(str(model)) is not None
+    place = find_flow(model, checkpoint_dir) if of_flow else find_place(model, checkpoint_dir)
+    if of_flow or holds_flow(place.named):
+        refuse_options(place.folder, "a Predict2.5", {"generation": generation})
+        return open_predict2_5(
+            place,
+            tokenizer_dir=tokenizer_dir,
+            text_encoder_dir=text_encoder_dir,
+            schedule=schedule,
+        )
+    if schedule is not None:
+        refuse_options(place.folder, "no Predict2.5", {"schedule": schedule})
     if holds_diffusers(place.named) or is_diffusion(open_transformer(place.named)):
         return open_diffusion(
             place,
@@ -279,7 +309,7 @@ def load_autoregressive(
     logger.info("reading %s", files.folder)
     compiling = compile_ahead(files.config, device, dtype, batch_size)
     with recorder.stage("load"):
-        transformer = _read(
+        transformer = read_part(
             ARTransformer, files.config, files.transformer, KEYS, device, dtype, offload_ar_model
         )
         tokenizer = _read_tokenizer(files, device, dtype, offload_tokenizer)
@@ -292,6 +322,7 @@ def load_autoregressive(
     if files.text is not None:
         encoder = TextPart(
             files.text,
+            load_t5,
             device,
             of_text,
             offload=offload_text_encoder_model,
@@ -309,10 +340,10 @@ def _read_decoder(
     transformer: Part[DiT]
     if offload and device.type != "cpu":
         home = torch.device("cpu")
-        resident = _read(DiT, dit.config, dit.source, dit.keys, home, dtype, False)
+        resident = read_part(DiT, dit.config, dit.source, dit.keys, home, dtype, False)
         transformer = StreamedPart(resident.module, device, BLOCKS)
     else:
-        transformer = _read(DiT, dit.config, dit.source, dit.keys, device, dtype, False)
+        transformer = read_part(DiT, dit.config, dit.source, dit.keys, device, dtype, False)
     tokenizer = _read_tokenizer(files, device, dtype, offload)
     return DecoderParts(
         transformer, tokenizer, context, files.statistics, files.generation, files.rotary_precision
@@ -359,7 +390,7 @@ def load_diffusion(
     _check_memory(files, device, dtype, given, text_encoder_dtype=of_text, video=video, text=text)
     logger.info("reading %s", files.folder)
     with recorder.stage("load"):
-        transformer = _read(
+        transformer = read_part(
             DiT,
             files.config,
             files.dit.source,
@@ -373,6 +404,7 @@ def load_diffusion(
     if files.text is not None:
         encoder = TextPart(
             files.text,
+            load_t5,
             device,
             of_text,
             offload=offload_text_encoder_model,
@@ -382,28 +414,15 @@ def load_diffusion(
 
 
 def _read_tokenizer(
-    files: WorldFiles | DecoderFiles, device: torch.device, dtype: torch.dtype, offload: bool
-) -> Part[CosmosTokenizer]:
-    keys = key_map(files.tokenizer_config)
-    return _read(
-        CosmosTokenizer, files.tokenizer_config, files.tokenizer, keys, device, dtype, offload
-    )
-
-
-def _read(
-    kind: Any,
-    config: Any,
-    source: Checkpoint,
-    keys: KeyMap,
+    files: AutoregressiveFiles | DiffusionFiles | DecoderFiles,
     device: torch.device,
     dtype: torch.dtype,
     offload: bool,
-) -> Part[Any]:
-    with torch.device("meta"):
-        module = kind(config)
-    home = torch.device("cpu") if offload else device
-    load_into(module, source, keys, device=home, dtype=dtype)
-    return Part(module.requires_grad_(False).eval(), device, offload=offload)
+) -> Part[CosmosTokenizer]:
+    keys = key_map(files.tokenizer_config)
+    return read_part(
+        CosmosTokenizer, files.tokenizer_config, files.tokenizer, keys, device, dtype, offload
+    )
 
 
 def fit(
@@ -454,6 +473,9 @@ def fit_entry(entry: Entry, device: torch.device, memory: Memory | None) -> Fit 
     """
     if not entry.command:
         return None
+    if entry.preset in FLOW_PRESETS:
+        need = _need_flow(FLOW_PRESETS[entry.preset], device, compute_dtype(device))
+        return fewest_flags(need, FLOW_OFFLOAD_FLAGS, device, memory)
     if entry.preset in DIFFUSION_PRESETS:
         return fit(DIFFUSION_PRESETS[entry.preset], TOKENIZER_PRESETS["CV8x8x8"], device, memory)
     config = AUTOREGRESSIVE_PRESETS[entry.preset]
@@ -475,7 +497,22 @@ def fit_entry(entry: Entry, device: torch.device, memory: Memory | None) -> Fit 
 def _flags(files: WorldFiles) -> tuple[str, ...]:
     if isinstance(files, AutoregressiveFiles):
         return files.offload_flags
-    return DIFFUSION_OFFLOAD_FLAGS
+    return FLOW_OFFLOAD_FLAGS if isinstance(files, FlowFiles) else DIFFUSION_OFFLOAD_FLAGS
+
+
+def _need_flow(config: FlowDiTConfig, device: torch.device, dtype: torch.dtype) -> Need:
+    """Return what a released world of Predict2.5 needs by its flags."""
+    return lambda flags: (
+        plan_predict2_5(
+            config,
+            WanTokenizerConfig(),
+            video=FlowDefaults().video,
+            dtype=dtype,
+            text_bytes=_REASON1_PARAMETERS * text_dtype(dtype).itemsize,
+            fused=fused(device),
+            **dict.fromkeys(flags, True),
+        ).peak
+    )
 
 
 def _need(
@@ -541,6 +578,8 @@ def _need_of(
     num_video_frames: int | None = None,
 ) -> Need:
     """Return what a world needs that was found; `text` tells whether prompts will be encoded."""
+    if isinstance(files, FlowFiles):
+        return need_predict2_5(files, device, dtype, video=video, text=text)
     encoder = files.text if text else None
     if isinstance(files, AutoregressiveFiles):
         decoder = files.decoder

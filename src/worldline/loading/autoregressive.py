@@ -11,16 +11,15 @@ import torch
 
 from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError
-from worldline.files import unfinished
+from worldline.files import holds_diffusers, unfinished
 from worldline.loading.decoder import (
     DecoderFiles,
     DecoderNeed,
     DecoderParts,
     open_decoder,
 )
-from worldline.loading.diffusion import RELEASED_CONTEXT, TextPart, find_text
+from worldline.loading.diffusion import RELEASED_CONTEXT, T5
 from worldline.loading.folders import (
-    holds_diffusers,
     is_diffusion,
     open_transformer,
     read_settings,
@@ -28,6 +27,7 @@ from worldline.loading.folders import (
     stamps,
 )
 from worldline.loading.memory import coding_bytes, count_parameters, workspace
+from worldline.loading.parts import TextPart, find_text
 from worldline.models.predict1_ar.model import (
     FEED_FORWARD_ROWS,
     RELEASED_GRID,
@@ -132,7 +132,7 @@ class AutoregressiveParts:
     transformer: Part[ARTransformer]
     tokenizer: Part[CosmosTokenizer]
     files: AutoregressiveFiles
-    text: TextPart | None = None
+    text: TextPart[T5Files] | None = None
     decoder: DecoderParts | None = None
 
     @property
@@ -224,15 +224,9 @@ def open_autoregressive(
         )
     text, why_no_text = None, "a base model takes no prompt"
     if config.context_width is not None:
-        text, why_no_text = find_text(place, folder, "nvidia", text_encoder_dir)
-    if text is not None and text.width != config.context_width:
-        why_no_text = (
-            f"{text.folder} gives embeddings of width {text.width}, "
-            f"but {folder} was trained on {config.context_width}"
+        text, why_no_text = find_text(
+            T5, place, folder, "nvidia", text_encoder_dir, config.context_width
         )
-        if text_encoder_dir is not None:
-            raise CheckpointError(f"{why_no_text}: they do not belong together")
-        text = None
     decoder = open_decoder(place, config, tokenizer_config) if diffusion_decoder else None
     return AutoregressiveFiles(
         folder,

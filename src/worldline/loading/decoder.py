@@ -25,13 +25,14 @@ from worldline.loading.folders import read_settings, stamps
 from worldline.loading.memory import count_parameters, workspace
 from worldline.models.predict1_ar.model import ARTransformerConfig
 from worldline.models.predict1_dit.model import BLOCKS, DECODER_WINDOW, DiT, DiTConfig
-from worldline.models.predict1_dit.weights import DiTFiles, open_dit
+from worldline.models.predict1_dit.weights import open_dit
 from worldline.parallel.offload import Part
 from worldline.places import Place
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.statistics import LatentStatistics, read_statistics
+from worldline.weights.dit import DiTFiles
 from worldline.weights.read import Checkpoint, open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class DecoderFiles:
     """
 
     folder: Path
-    dit: DiTFiles
+    dit: DiTFiles[DiTConfig]
     aux: Checkpoint | None
     tokenizer: Checkpoint
     tokenizer_config: CosmosTokenizerConfig
@@ -177,7 +178,10 @@ def _read_precision(folder: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _check_ids(
-    dit: DiTFiles, folder: Path, config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig
+    dit: DiTFiles[DiTConfig],
+    folder: Path,
+    config: ARTransformerConfig,
+    tokenizer: CosmosTokenizerConfig,
 ) -> None:
     if not dit.config.vocabulary:
         raise CheckpointError(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,31 +16,29 @@ from torch import Tensor
 
 from worldline.choices import GENERATIONS, NEGATIVE_PROMPT, ROTARY_PRECISIONS, Generation
 from worldline.errors import CheckpointError, InputError
-from worldline.files import unfinished
+from worldline.files import holds_diffusers, unfinished
 from worldline.loading.folders import (
-    holds_diffusers,
     is_diffusion,
     open_transformer,
     read_settings,
     stamps,
+    typed_settings,
 )
-from worldline.loading.memory import coding_bytes, count_parameters, workspace
-from worldline.models.predict1_dit.model import HIDDEN_BYTES, DiT, DiTConfig
-from worldline.models.predict1_dit.weights import DiTFiles, Layout, find_dit, open_dit
+from worldline.loading.memory import (
+    DiffusionPlan,
+    coding_bytes,
+    count_parameters,
+    denoise_bytes,
+    residents,
+)
+from worldline.loading.parts import EncoderKind, TextPart, find_text
+from worldline.models.predict1_dit.model import DiT, DiTConfig
+from worldline.models.predict1_dit.weights import open_dit
 from worldline.parallel.offload import Part
 from worldline.places import Place
 from worldline.shapes import LatentShape, VideoShape
-from worldline.text.cache import EmbeddingCache
-from worldline.text.t5 import (
-    RELEASED,
-    T5Encoder,
-    T5Files,
-    find_t5,
-    load_t5,
-    t5_folders,
-    tell_if_cut,
-)
-from worldline.tokenizers.cosmos.colours import fit_colours
+from worldline.text.t5 import RELEASED, T5Files, find_t5, t5_folders
+from worldline.tokenizers.colours import fit_colours
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.statistics import (
@@ -51,20 +48,19 @@ from worldline.tokenizers.cosmos.statistics import (
 )
 from worldline.tokenizers.cosmos.stream import CHUNK
 from worldline.tokenizers.cosmos.weights import key_map
+from worldline.weights.dit import DiTFiles, Layout, find_dit
 from worldline.weights.keymap import match
 from worldline.weights.read import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 RELEASED_CONTEXT = 512  # rows of a text embedding
+T5 = EncoderKind("T5", RELEASED, t5_folders, find_t5)
 
 CONTINUOUS_TOKENIZERS = {
     "Predict1": ("Cosmos-Tokenize1-CV8x8x8-720p", "Cosmos-1.0-Tokenizer-CV8x8x8"),
     "1.0": ("Cosmos-1.0-Tokenizer-CV8x8x8", "Cosmos-Tokenize1-CV8x8x8-720p"),
 }
-_STREAMS = 7  # activations of every token that a block holds at once (measured)
-_PLAIN_STREAMS = 9  # likewise without kernels, which change nothing in place
-_PLAIN_HEADS = 4  # and while heads are normed and turned, in float32 or wider
 # a config.json with one of these was written by worldline
 _OWN_SETTINGS = ("rope_ratio", "base_fps", "text2world")
 _MOST_GIVEN = 9  # frames that are continued
@@ -123,7 +119,7 @@ class DiffusionFiles:
 
     folder: Path
     bundled: bool
-    dit: DiTFiles
+    dit: DiTFiles[DiTConfig]
     tokenizer: Checkpoint
     tokenizer_config: CosmosTokenizerConfig
     statistics: LatentStatistics
@@ -162,64 +158,6 @@ class DiffusionFiles:
         return found
 
 
-class TextPart:
-    """The text encoder behind its cache: weights are read when a prompt is not in it.
-
-    Attributes:
-        files: of the encoder.
-        device: where it runs.
-        dtype: of its weights.
-        offload: whether its home is the host.
-    """
-
-    def __init__(
-        self,
-        files: T5Files,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        offload: bool,
-        cache: EmbeddingCache,
-    ) -> None:
-        self.files = files
-        self.device = device
-        self.dtype = dtype
-        self.offload = offload and device.type != "cpu"
-        self._cache = cache
-        self._part: Part[T5Encoder] | None = None
-        self._key = json.dumps([files.identity(), str(dtype), files.max_length], sort_keys=True)
-
-    def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return the embedding (1, S, E) of each prompt, on the CPU.
-
-        Raises:
-            CheckpointError: the weights cannot be read.
-        """
-        found: dict[str, Tensor] = {}
-        for prompt in prompts:
-            cached = self._cache.get(self._key, prompt)
-            if cached is not None:
-                tell_if_cut(self.files, prompt)  # what the encoder would say
-                found[prompt] = cached.view(1, *cached.shape[-2:])
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
-        if not missing:
-            return found
-        with torch.inference_mode(), self._read().on_device() as encoder:
-            for prompt in missing:
-                found[prompt] = encoder.encode([prompt], self.files.max_length).cpu()
-        for prompt in missing:
-            self._cache.put(self._key, prompt, found[prompt])
-        return found
-
-    def _read(self) -> Part[T5Encoder]:
-        if self._part is None:
-            logger.info("reading %s", self.files.folder)
-            home = torch.device("cpu") if self.offload else self.device
-            encoder = load_t5(self.files, home, self.dtype)
-            self._part = Part(encoder, self.device, offload=self.offload)
-        return self._part
-
-
 @dataclass(frozen=True)
 class DiffusionParts:
     """A world's networks, each on its device or waiting in host memory.
@@ -233,7 +171,7 @@ class DiffusionParts:
 
     transformer: Part[DiT]
     tokenizer: Part[CosmosTokenizer]
-    text: TextPart | None
+    text: TextPart[T5Files] | None
     files: DiffusionFiles
 
     @property
@@ -309,15 +247,9 @@ def open_diffusion(
             f"{scales} holds no mean_std.pt, the statistics of the tokenizer's latents, without "
             f"which a diffusion world cannot use it{unfinished(scales)}"
         )
-    text, why_no_text = find_text(place, folder, layout, text_encoder_dir)
-    if text is not None and text.width != dit.config.context_width:
-        why_no_text = (
-            f"{text.folder} gives embeddings of width {text.width}, "
-            f"but {folder} was trained on {dit.config.context_width}"
-        )
-        if text_encoder_dir is not None:
-            raise CheckpointError(f"{why_no_text}: they do not belong together")
-        text = None
+    text, why_no_text = find_text(
+        T5, place, folder, layout, text_encoder_dir, dit.config.context_width
+    )
     return DiffusionFiles(
         folder,
         place.bundled,
@@ -346,7 +278,9 @@ def generation_of(folder: Path, asked: str | None) -> Generation:
     return "1.0" if (asked or by_name) == "1.0" else "Predict1"
 
 
-def _open_dit(file: Path, layout: Layout, folder: Path) -> tuple[DiTFiles, dict[str, Any]]:
+def _open_dit(
+    file: Path, layout: Layout, folder: Path
+) -> tuple[DiTFiles[DiTConfig], dict[str, Any]]:
     """Open the transformer; return it with what our config.json beside it says.
 
     The released pipelines read no config.json, and what lies there may be anything. It matters only
@@ -386,14 +320,7 @@ def _read_defaults(settings: Mapping[str, Any], config: DiTConfig, folder: Path)
         "negative_prompt": (str,),
         "rotary_precision": (str,),
     }
-    for name, expected in kinds.items():
-        value = settings.get(name)
-        if value is None:
-            continue
-        of_kind = isinstance(value, expected) and isinstance(value, bool) == (bool in expected)
-        if not of_kind or (not isinstance(value, str) and not 0 <= value < math.inf):
-            raise CheckpointError(f"{folder / 'config.json'}: {name} is {value!r}")
-        given[name] = value
+    given |= typed_settings(settings, kinds, folder)
     defaults = WorldDefaults(**given)
     if defaults.rotary_precision not in ROTARY_PRECISIONS:
         raise CheckpointError(
@@ -426,7 +353,9 @@ def _tokenizer_folder(
     return found
 
 
-def check_continuous(source: Checkpoint, config: CosmosTokenizerConfig, dit: DiTFiles) -> None:
+def check_continuous(
+    source: Checkpoint, config: CosmosTokenizerConfig, dit: DiTFiles[DiTConfig]
+) -> None:
     """Refuse a tokenizer that does not make the latents of a transformer.
 
     Raises:
@@ -447,51 +376,6 @@ def check_continuous(source: Checkpoint, config: CosmosTokenizerConfig, dit: DiT
             f"{dit.source.path} was trained on {dit.config.latent_channels}: "
             "they do not belong together"
         )
-
-
-def find_text(
-    place: Place, folder: Path, layout: Layout, asked: str | Path | None
-) -> tuple[T5Files | None, str]:
-    """Return the text encoder, or why there is none.
-
-    Raises:
-        CheckpointError: the one that is asked for is absent or damaged.
-    """
-    if asked is not None:
-        return find_t5(place.chosen(asked, "text_encoder_dir")), ""
-    present = [path for root in place.roots for path in t5_folders(root)]
-    if (folder / "text_encoder").is_dir():
-        present.insert(0 if layout == "diffusers" else len(present), folder / "text_encoder")
-    if not present:
-        return None, f"there is no text encoder: no folder {RELEASED} in {place.searched}"
-    reasons = []
-    for path in present:
-        try:
-            return find_t5(path), ""
-        except CheckpointError as error:
-            reasons.append(f"the text encoder is not whole: {error}")
-    return None, reasons[0]
-
-
-@dataclass(frozen=True)
-class DiffusionPlan:
-    """Bytes that a request will hold on its device, stage by stage.
-
-    Attributes:
-        text: while prompts are encoded.
-        encode: while given frames become latents.
-        denoise: while the sampler runs.
-        decode: while latents become pixels.
-    """
-
-    text: int
-    encode: int
-    denoise: int
-    decode: int
-
-    @property
-    def peak(self) -> int:
-        return max(self.text, self.encode, self.denoise, self.decode)
 
 
 def plan_diffusion(
@@ -534,24 +418,9 @@ def plan_diffusion(
         "tokenizer": offload_tokenizer,
         "text": offload_text_encoder_model,
     }
-
-    def resident(used: str) -> int:
-        there = (n for part, n in weights.items() if part == used or not offloaded[part])
-        return sum(there) + workspace(dtype)
-
+    resident = residents(weights, offloaded, dtype)
     grid = latent_grid(tokenizer, video)
-    _, rows, columns = config.patch
-    tokens = grid.tokens // (rows * columns)
-    stream = batch * tokens * config.width * size
-    # the stream, positions, the norm's output, q, k, v before and after their norms, and the result
-    hidden = min(batch * tokens * config.hidden * size, HIDDEN_BYTES)
-    inner = config.num_heads * config.head_size
-    activations = _STREAMS * stream + hidden
-    if not fused:
-        heads = _PLAIN_HEADS * batch * tokens * inner * max(size, torch.float32.itemsize)
-        activations = _PLAIN_STREAMS * stream + max(2 * hidden, heads)
-    contexts = 2 * 2 * config.depth * context_length * inner * size
-    latents = 12 * config.latent_channels * grid.tokens * 8  # states of the sampler, up to float64
+    denoising = denoise_bytes(config, grid, dtype, context_length, fused=fused, batch=batch)
     coding = resident("tokenizer")
 
     def pixels(frames: int) -> int:
@@ -566,7 +435,7 @@ def plan_diffusion(
     return DiffusionPlan(
         text=resident("text") + text_bytes // 20,
         encode=coding + pixels(min(video.frames, _MOST_GIVEN)),
-        denoise=resident("transformer") + activations + contexts + latents,
+        denoise=resident("transformer") + denoising,
         decode=coding + pixels(at_once) + seen,
     )
 
@@ -578,13 +447,3 @@ def latent_grid(tokenizer: CosmosTokenizerConfig, video: VideoShape) -> LatentSh
         ValueError: the tokenizer cannot take this size.
     """
     return video.latent(tokenizer.temporal, tokenizer.spatial)
-
-
-def text_bytes(files: T5Files | None, dtype: torch.dtype) -> int:
-    """Return the bytes of the text encoder's weights."""
-    return 0 if files is None else files.num_parameters * dtype.itemsize
-
-
-def text_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the text encoder in a world of this one; T5 overflows in float16."""
-    return dtype if dtype == torch.float32 else torch.bfloat16

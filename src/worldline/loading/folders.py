@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,6 @@ from worldline.files import TRANSFORMER_FILES, read_json, stamp, unfinished
 from worldline.models.predict1_ar.weights import SHARDS
 from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.shards import find_shards, open_shards, shard_stem
-
-_FIRST_OF_DIFFUSERS = "diffusion_pytorch_model"
 
 
 def open_transformer(path: Path) -> Checkpoint:
@@ -45,13 +44,6 @@ def open_transformer(path: Path) -> Checkpoint:
     )
 
 
-def holds_diffusers(named: Path) -> bool:
-    """Tell whether a folder, or a file of it, is laid out as diffusers saves a transformer."""
-    if named.is_file():
-        return named.name.startswith(_FIRST_OF_DIFFUSERS)
-    return any(any(f.glob(f"{_FIRST_OF_DIFFUSERS}*")) for f in (named, named / "transformer"))
-
-
 def is_diffusion(source: Checkpoint) -> bool:
     """Tell a diffusion transformer in NVIDIA's layout from others, by names alone."""
     return any(name.endswith("x_embedder.proj.1.weight") for name in source.tensors)
@@ -65,6 +57,26 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     return read_json(path) if path.exists() else {}
+
+
+def typed_settings(
+    settings: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], folder: Path
+) -> dict[str, Any]:
+    """Return those of `settings` that `kinds` names, each of its kind; numbers of 0 or more.
+
+    Raises:
+        CheckpointError: one is of another kind; names the config.json in `folder`.
+    """
+    given: dict[str, Any] = {}
+    for name, expected in kinds.items():
+        value = settings.get(name)
+        if value is None:
+            continue
+        of_kind = isinstance(value, expected) and isinstance(value, bool) == (bool in expected)
+        if not of_kind or (not isinstance(value, str) and not 0 <= value < math.inf):
+            raise CheckpointError(f"{folder / 'config.json'}: {name} is {value!r}")
+        given[name] = value
+    return given
 
 
 def stamps(parts: dict[str, Iterable[Path]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -12,9 +12,16 @@ from torch import nn
 from worldline.errors import InsufficientMemoryError
 from worldline.files import GIGABYTE
 from worldline.machine import Memory, device_memory
+from worldline.nn.dit import HIDDEN_BYTES, DiTSizes
+from worldline.shapes import LatentShape
 
 # offload flags that are set -> bytes that a request needs at most
 Need = Callable[[Collection[str]], int]
+
+
+_STREAMS = 7  # activations of every token that a block holds at once (measured)
+_PLAIN_STREAMS = 9  # likewise without kernels, which change nothing in place
+_PLAIN_HEADS = 4  # and while heads are normed and turned, in float32 or wider
 
 
 @dataclass(frozen=True)
@@ -126,3 +133,77 @@ def coding_bytes(cells: int, widest: int, size: int) -> int:
     """
     # the widest activation, held about six times by a residual block of the finest level
     return 6 * cells * widest * size
+
+
+@dataclass(frozen=True)
+class DiffusionPlan:
+    """Bytes that a request will hold on its device, stage by stage.
+
+    Attributes:
+        text: while prompts are encoded.
+        encode: while given frames become latents.
+        denoise: while the sampler runs.
+        decode: while latents become pixels.
+    """
+
+    text: int
+    encode: int
+    denoise: int
+    decode: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.text, self.encode, self.denoise, self.decode)
+
+
+def residents(
+    weights: Mapping[str, int], offloaded: Mapping[str, bool], dtype: torch.dtype
+) -> Callable[[str], int]:
+    """Return what tells the bytes of the weights that are on a device while one part is used.
+
+    Args:
+        weights: bytes of each part.
+        offloaded: whether it waits in host memory while it is not used.
+        dtype: of the parts.
+    """
+
+    def resident(used: str) -> int:
+        there = (n for part, n in weights.items() if part == used or not offloaded[part])
+        return sum(there) + workspace(dtype)
+
+    return resident
+
+
+def denoise_bytes(
+    config: DiTSizes,
+    grid: LatentShape,
+    dtype: torch.dtype,
+    context_length: int,
+    *,
+    fused: bool,
+    batch: int = 1,
+) -> int:
+    """Return the bytes that a sampler and its transformer need beside the weights.
+
+    Args:
+        config: of the transformer.
+        grid: of the latents.
+        dtype: of the transformer.
+        context_length: rows of a text embedding.
+        fused: kernels do the work between the layers, see `worldline.nn.modulation`.
+        batch: branches of the guidance that the transformer computes at once.
+    """
+    size = dtype.itemsize
+    _, rows, columns = config.patch
+    tokens = grid.tokens // (rows * columns)
+    stream = batch * tokens * config.width * size
+    # the stream, positions, the norm's output, q, k, v before and after their norms, and the result
+    hidden = min(batch * tokens * config.hidden * size, HIDDEN_BYTES)
+    inner = config.num_heads * config.head_size
+    activations = _STREAMS * stream + hidden
+    if not fused:
+        heads = _PLAIN_HEADS * batch * tokens * inner * max(size, torch.float32.itemsize)
+        activations = _PLAIN_STREAMS * stream + max(2 * hidden, heads)
+    contexts = 2 * 2 * config.depth * context_length * inner * size
+    latents = 12 * config.latent_channels * grid.tokens * 8  # states of the sampler, up to float64
+    return activations + contexts + latents

@@ -4,6 +4,9 @@ Source: adaLN of arXiv 2212.09748 (DiT), section 3.2, in its low-rank form; nvid
 cosmos-predict1 `diffusion/module/blocks.py`. The functions run as one kernel each on a GPU with
 Triton while no gradient is wanted; their plain forms are the definition.
 Axes: B batch, L tokens, D width, N heads, K head size.
+
+A vector that modulates is (B, D) for all tokens, or (B, G, D) with one for each of the G equal runs
+that the tokens are cut into, such as latent frames with noise levels of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ class Carry(NamedTuple):
     Attributes:
         stream: (B, L, D).
         update: (B, L, D), to be multiplied by `gate`; None before the first sub-block.
-        gate: (B, D).
+        gate: (B, D) or (B, G, D).
     """
 
     stream: Tensor
@@ -41,28 +44,55 @@ class Carry(NamedTuple):
         """Return the stream with the update in it."""
         if self.update is None or self.gate is None:
             return self.stream
-        return self.stream + self.gate.unsqueeze(1) * self.update
+        return self.stream + _by_token(self.gate, self.stream) * self.update
+
+
+def _by_token(vectors: Tensor, stream: Tensor) -> Tensor:
+    """Return `vectors` as what can be multiplied with a stream (B, L, D)."""
+    if vectors.ndim == 2:
+        return vectors.unsqueeze(1)
+    if vectors.shape[1] == 1:
+        return vectors
+    return vectors.repeat_interleave(_run_length(stream, vectors), dim=1)
+
+
+def _run_length(stream: Tensor, *modulation: Tensor) -> int:
+    """Return how many tokens of a stream (B, L, D) share a vector.
+
+    Raises:
+        ValueError: the tokens cannot be cut like that, or not in one way for all.
+    """
+    length = stream.shape[1]
+    runs = {1 if vectors.ndim == 2 else vectors.shape[1] for vectors in modulation}
+    if len(runs) > 1 or length % max(runs):
+        raise ValueError(f"{length} tokens cannot be cut into {sorted(runs)} equal runs")
+    return length // max(runs)
 
 
 def sinusoid(timesteps: Tensor, width: int) -> Tensor:
-    """Return cosines, then sines (B, width), of `timesteps` (B,), float32; base 10,000."""
+    """Return cosines, then sines (..., width), of `timesteps` (...), float32; base 10,000."""
     half = width // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     # float32: the phases of neighbouring noise levels differ by less than bf16 can tell
-    angles = timesteps.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    angles = timesteps.float().unsqueeze(-1) * torch.exp(-math.log(10_000) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def settle(
-    carry: Carry, added: Tensor | None, shift: Tensor, scale: Tensor
+    carry: Carry,
+    added: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add what is due to the stream, and normalise the sum for the next sub-block.
 
     Args:
         carry: with (B, L, D) tensors.
         added: (L, D), the same for the whole batch; None adds nothing.
-        shift: (B, D).
-        scale: (B, D); a norm of no weights is multiplied by 1 + scale.
+        shift: (B, D) or (B, G, D).
+        scale: as `shift`; a norm of no weights is multiplied by 1 + scale.
+        dtype: of the layer norm; None is the stream's.
 
     Returns:
         The stream and its modulated layer norm, both (B, L, D). The stream may take the place of
@@ -70,10 +100,12 @@ def settle(
     """
     kernels = _kernels(carry.stream)
     if kernels is not None:
-        return kernels.settle(*carry, added, shift, scale, NORM_EPS)
+        due = [shift, scale] if carry.gate is None else [shift, scale, carry.gate]
+        run = _run_length(carry.stream, *due)
+        return kernels.settle(*carry, added, shift, scale, run, dtype, NORM_EPS)
     stream = carry.total() if added is None else carry.total() + added
-    normed = F.layer_norm(stream, stream.shape[-1:], eps=NORM_EPS)
-    return stream, normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    normed = F.layer_norm(stream.to(dtype or stream.dtype), stream.shape[-1:], eps=NORM_EPS)
+    return stream, normed * (1 + _by_token(scale, stream)) + _by_token(shift, stream)
 
 
 def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None = None) -> Tensor:

@@ -25,6 +25,7 @@ def _settle_kernel(  # type: ignore[no-untyped-def]
     scale,
     normed,
     length,
+    run,
     width,
     eps,
     UPDATE: tl.constexpr,
@@ -32,14 +33,14 @@ def _settle_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    batch = row // length
+    vector = row // run * width  # of the modulation that this row's run shares
     column = tl.arange(0, BLOCK)
     inside = column < width
     place = row * width + column
     x = tl.load(stream + place, inside, other=0.0).to(tl.float32)
     if UPDATE:
         y = tl.load(update + place, inside, other=0.0).to(tl.float32)
-        g = tl.load(gate + batch * width + column, inside, other=0.0).to(tl.float32)
+        g = tl.load(gate + vector + column, inside, other=0.0).to(tl.float32)
         x += g * y
     if ADDED:
         e = tl.load(added + (row % length) * width + column, inside, other=0.0)
@@ -51,8 +52,8 @@ def _settle_kernel(  # type: ignore[no-untyped-def]
     mean = tl.sum(x) / width
     centred = tl.where(inside, x - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred) / width + eps)
-    a = tl.load(scale + batch * width + column, inside, other=0.0).to(tl.float32)
-    b = tl.load(shift + batch * width + column, inside, other=0.0).to(tl.float32)
+    a = tl.load(scale + vector + column, inside, other=0.0).to(tl.float32)
+    b = tl.load(shift + vector + column, inside, other=0.0).to(tl.float32)
     y = centred * rstd * (1 + a) + b
     tl.store(normed + place, y.to(normed.dtype.element_ty), inside)
 
@@ -64,12 +65,14 @@ def settle(
     added: Tensor | None,
     shift: Tensor,
     scale: Tensor,
+    run: int,
+    dtype: torch.dtype | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Do what `modulation.settle` does; the stream is changed in place."""
+    """Do what `modulation.settle` does, for runs of `run` tokens; the stream changes in place."""
     batch, length, width = stream.shape
     stream = stream.contiguous()
-    normed = torch.empty_like(stream)
+    normed = torch.empty_like(stream, dtype=dtype)
     unused = stream  # any pointer, where there is nothing to read
     with torch.cuda.device(stream.device):
         _settle_kernel[(batch * length,)](
@@ -81,6 +84,7 @@ def settle(
             scale.contiguous(),
             normed,
             length,
+            run,
             width,
             eps,
             UPDATE=update is not None,

@@ -2,13 +2,15 @@
 
 Source: arXiv 2104.09864 (RoPE), arXiv 2309.00071 (YaRN); numbers and layout of
 nvidia-cosmos/cosmos-predict1 `autoregressive/modules/embedding.py`, the class for rope version v2,
-and for the diffusion models `diffusion/module/position_embedding.py`.
+and for the diffusion models `diffusion/module/position_embedding.py`; those of Predict2.5 round the
+exponents (nvidia-cosmos/cosmos-predict2.5 `_src/predict2/networks/minimal_v4_dit.py`).
 Axes: L tokens, K head size; K is cut into time, height and width parts.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,6 +56,11 @@ def axis_sizes(head_size: int) -> tuple[int, int, int]:
     return head_size - 2 * spatial, spatial, spatial
 
 
+def rotary_exponents(size: int) -> Tensor:
+    """Return 2 j / d, (size / 2,) float32, for an axis of d = `size` channels."""
+    return torch.arange(0, size, 2, dtype=torch.float32) / size
+
+
 def inverse_frequencies(
     size: int, theta: float, yarn: Yarn | None = None, original: int = 0
 ) -> Tensor:
@@ -65,7 +72,7 @@ def inverse_frequencies(
         yarn: stretching, or None.
         original: cells of this axis the frequencies were first trained on; used by `yarn` alone.
     """
-    frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    frequencies = theta ** -rotary_exponents(size)
     if yarn is None:
         return frequencies
     high = 2 * math.pi * yarn.beta_fast / original
@@ -118,10 +125,12 @@ def stretched_angles_3d(
     ratio: tuple[float, float, float],
     time_scale: tuple[float, float] | None,
     dtype: torch.dtype = torch.float32,
+    exponents: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Return the angles (L, K) of every cell in radians, float32, with NTK stretching by axis.
 
-    An axis of d channels stretched by r has the base 10000 * r^(d / (d - 2)).
+    An axis of d channels stretched by r has the base 10000 * r^(d / (d - 2)), and its channel j
+    turns by base^-(2 j / d) a cell.
 
     Args:
         grid: tokens, time-major, then rows, then columns.
@@ -130,18 +139,22 @@ def stretched_angles_3d(
         time_scale: (fps, base fps): frame t stands at t / fps * base fps; None leaves it at t.
         dtype: of the arithmetic. The released pipelines compute in bf16, which moves angles by up
             to 0.15 radians (0.28 in the 14B models) at 704 x 1280.
+        exponents: 2 j / d of each axis as a checkpoint was trained with them, where it rounded
+            them; each (d / 2,).
     """
+    if exponents is None:
+        exponents = [rotary_exponents(size) for size in axis_sizes(head_size)]
     parts = []
     shape = (grid.frames, grid.height, grid.width)
     for axis, size in enumerate(axis_sizes(head_size)):
         base = 10_000.0 * ratio[axis] ** (size / (size - 2))
-        exponents = (torch.arange(0, size, 2, dtype=torch.float32) / size).to(dtype)
+        powers = base ** exponents[axis].to(dtype)
         position = torch.arange(shape[axis], dtype=torch.float32).to(dtype)
         if axis == 0 and time_scale is not None:
             position = position / torch.tensor([time_scale[0]]).to(dtype) * time_scale[1]
         view = [1, 1, 1, size // 2]
         view[axis] = shape[axis]
-        angles = torch.outer(position, 1.0 / base**exponents)
+        angles = torch.outer(position, 1.0 / powers)
         parts.append(angles.view(view).expand(*shape, size // 2))
     half = torch.cat(parts, dim=-1).reshape(grid.tokens, -1).float()
     return torch.cat([half, half], dim=1)

@@ -22,6 +22,7 @@ from worldline.errors import CheckpointError, InputError
 from worldline.loading import AutoregressiveFiles, AutoregressiveParts, DecoderParts, video_shape
 from worldline.models.predict1_ar.decoder import make_decoder
 from worldline.models.predict1_ar.model import ARTransformerConfig, make_positions
+from worldline.nn.pieces import Past
 from worldline.pipelines.background import in_background
 from worldline.pipelines.decoder import (
     DecoderSettings,
@@ -29,13 +30,14 @@ from worldline.pipelines.decoder import (
     decode_frames,
     denoise_windows,
 )
-from worldline.pipelines.diffusion import SAMPLER_OF, separate_stage
+from worldline.pipelines.diffusion import SAMPLER_OF
+from worldline.pipelines.exchange import stage
 from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling
 from worldline.shapes import latent_frames_of, nearest_frames
-from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig, Past
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip
 
@@ -416,12 +418,12 @@ def _decode_by_diffusion(
     groups = windows if settings.seam == "corrected" else [tokens]
     progress = Progress("denoise", 0, settings.count_steps(len(windows)), clip=one.number)
     for number, group in enumerate(groups):
-        with separate_stage(job.recorder, "denoise"):
+        with stage(job.recorder, "denoise"):
             yield progress
             latents = yield from _denoise(parts, group, context, settings, finer, progress)
         progress = replace(progress, done=progress.done + settings.count_steps(len(latents)))
         yield one.progress
-        with separate_stage(job.recorder, "decode"):
+        with stage(job.recorder, "decode"):
             frames = tokens.shape[1]
             for piece in decode_frames(parts, latents, frames, settings.seam, first=number):
                 fresh = one.add(piece)

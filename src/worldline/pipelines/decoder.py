@@ -28,7 +28,8 @@ from torch import Tensor
 
 from worldline.choices import SEAMS, Seam
 from worldline.loading import DecoderParts
-from worldline.models.predict1_dit.model import DECODER_WINDOW, Context, DiT, Positions
+from worldline.models.predict1_dit.model import DECODER_WINDOW, DiT, Positions
+from worldline.nn.dit import Context
 from worldline.pipelines.diffusion import rounded
 from worldline.sampling.edm import SIGMA_DATA, make_sigmas, sample
 from worldline.sampling.noise import standard_noise

@@ -13,11 +13,8 @@ to the transformer's, and rotary angles are bf16 unless asked otherwise.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,20 +24,28 @@ from torch import Tensor
 
 from worldline.errors import CheckpointError, InputError
 from worldline.loading import DiffusionFiles, DiffusionParts, WorldDefaults
-from worldline.models.predict1_dit.model import Context
-from worldline.pipelines.background import in_background
+from worldline.nn.dit import Context
+from worldline.pipelines.exchange import (
+    Embeddings,
+    Progress,
+    check_size,
+    on_thread,
+    shown_pieces,
+    stage,
+    step_teller,
+    with_defaults,
+)
 from worldline.pipelines.preview import show_colours
-from worldline.pipelines.prompts import filled
+from worldline.pipelines.prompts import GivenEmbedding, filled, read_both
 from worldline.pipelines.requests import DiffusionRequest
 from worldline.report import Recorder
 from worldline.sampling.edm import SIGMA_DATA, Given, make_sigmas, sample
 from worldline.sampling.noise import standard_noise
-from worldline.shapes import LatentShape, latent_frames_of, nearest_frames
-from worldline.text import embeddings
+from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.tokenizers.cosmos.stream import decode_stream
-from worldline.video.convert import signed_to_uint8, stretched_frames
+from worldline.video.convert import stretched_frames
 from worldline.video.read import Clip
 
 logger = logging.getLogger(__name__)
@@ -49,55 +54,13 @@ SAMPLER_OF = {"1.0": "res_2ab", "Predict1": "edm_euler"}
 TRAINED_FPS = (12, 40)
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """Embeddings that are given in place of prompts, (1, S, E) or (S, E), floating.
-
-    Attributes:
-        prompt: of what the video shows.
-        negative: of what it does not show.
-    """
-
-    prompt: Tensor | None = None
-    negative: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a request stands.
-
-    Attributes:
-        kind: "text", "encode", "denoise", "decode" or "done".
-        done: how much of it.
-        total: of how much.
-        frames: pixels that are final, uint8 (T, H, W, 3); of "decode" the new ones, of "done" all.
-        preview: an early look, uint8 (T latent frames, h, w, 3).
-        seconds: that a step of "denoise" took.
-    """
-
-    kind: str
-    done: int
-    total: int
-    frames: NDArray[np.uint8] | None = None
-    preview: NDArray[np.uint8] | None = None
-    seconds: float | None = None
-
-
 def make_request(defaults: WorldDefaults, **options: Any) -> DiffusionRequest:
     """Return a request; what `options` leave out is as the world has it by default.
 
     Raises:
         InputError: an option is unknown or out of range.
     """
-    known = [field.name for field in fields(DiffusionRequest)]
-    if unknown := ", ".join(sorted(options.keys() - set(known))):
-        raise InputError(f"unknown option {unknown}; there are: {', '.join(known)}")
-    own = {
-        field.name: getattr(defaults, field.name)
-        for field in fields(defaults)
-        if field.name in known
-    }
-    return DiffusionRequest(**{"prompt": None, **own, **options})
+    return with_defaults(DiffusionRequest, defaults, options)
 
 
 def check_request(files: DiffusionFiles, request: DiffusionRequest) -> None:
@@ -107,7 +70,9 @@ def check_request(files: DiffusionFiles, request: DiffusionRequest) -> None:
         InputError: it cannot do this.
     """
     _check_kind(files, request)
-    _check_size(files, request)
+    most = min(files.statistics.frames, files.config.max_grid.frames * files.config.patch[0])
+    tokenizer = files.tokenizer_config
+    check_size(request, files.config, most, tokenizer.temporal, tokenizer.spatial)
     if request.sampler == "res_2mid" and request.num_steps < 2:
         raise InputError("num_steps is 1; the sampler res_2mid needs 2 or more")
     if request.reinsertion == "march_2025" and sampler_of(files, request) != "edm_euler":
@@ -170,43 +135,6 @@ def _check_kind(files: DiffusionFiles, request: DiffusionRequest) -> None:
         )
 
 
-def _check_size(files: DiffusionFiles, request: DiffusionRequest) -> None:
-    """Refuse a size that the model cannot make, with all that is wrong with it in one line."""
-    tokenizer, config = files.tokenizer_config, files.config
-    frames, temporal = request.num_video_frames, tokenizer.temporal
-    given = request.num_input_frames
-    least = 1 + latent_frames_of(given, temporal) * temporal
-    latent_frames = min(files.statistics.frames, config.max_grid.frames * config.patch[0])
-    most = 1 + (latent_frames - 1) * temporal
-    wrong = []
-    if (frames - 1) % temporal or frames > most:
-        # one with something left to make, so that what is suggested is not refused next
-        nearest = min(most, max(least, nearest_frames(frames, temporal)))
-        wrong.append(
-            f"num_video_frames is {frames}; it must be 1 + {temporal}k and at most {most}: "
-            f"the nearest is {nearest}"
-        )
-    elif frames < least:
-        wrong.append(
-            f"num_video_frames is {frames}, but num_input_frames is {given}: nothing is left to "
-            f"make; give {least} frames or more"
-        )
-    sides = (
-        ("height", request.height, config.patch[1], config.max_grid.height),
-        ("width", request.width, config.patch[2], config.max_grid.width),
-    )
-    for name, pixels, cells, tokens in sides:
-        step = cells * tokenizer.spatial
-        nearest = min(max(round(pixels / step), 1), tokens) * step
-        if nearest != pixels:
-            wrong.append(
-                f"{name} is {pixels}; it must be a multiple of {step} and at most "
-                f"{tokens * step}: the nearest is {nearest}"
-            )
-    if wrong:
-        raise InputError("; ".join(wrong))
-
-
 def notes(files: DiffusionFiles, request: DiffusionRequest) -> list[str]:
     """Return what is worth saying of a request that is allowed."""
     said = []
@@ -232,8 +160,8 @@ def rotary_precision_of(files: DiffusionFiles, request: DiffusionRequest) -> str
 
 def read_embeddings(
     files: DiffusionFiles,
-    prompt: str | Path | Tensor | NDArray[Any] | None,
-    negative: str | Path | Tensor | NDArray[Any] | None = None,
+    prompt: GivenEmbedding | None,
+    negative: GivenEmbedding | None = None,
 ) -> Embeddings:
     """Return the embeddings that a caller gives, checked, with as many rows as the world takes.
 
@@ -247,21 +175,7 @@ def read_embeddings(
     Raises:
         InputError: there is no such file, or it holds something else.
     """
-    found: dict[str, Tensor] = {}
-    for name, given in (("negative_prompt", negative), ("prompt", prompt)):
-        if given is None:
-            continue
-        if isinstance(given, (str, Path)):
-            read = embeddings.read_embeddings(Path(given))
-            if name == "negative_prompt":  # a file of its own may call it "prompt" all the same
-                read = {name: read.get(name, read["prompt"])}
-            found = {**read, **found}
-        elif isinstance(given, (Tensor, np.ndarray)):
-            found[name] = torch.as_tensor(given)
-        else:
-            raise InputError(
-                f"{name}_embeddings is a {type(given).__name__}; give a file or tensor"
-            )
+    found = read_both(prompt, negative)
     rows, width = files.context_length, files.config.context_width
     whole = {
         name: filled(tensor, rows, width, f"{name}_embeddings") for name, tensor in found.items()
@@ -297,51 +211,36 @@ def generate(
     grid = request.video.latent(files.tokenizer_config.temporal, files.tokenizer_config.spatial)
 
     yield Progress("text", 0, 1)
-    with separate_stage(recorder, "text"):
+    with stage(recorder, "text"):
         prompt, negative = _embed(parts, request, embeddings or Embeddings())
 
     known = colours = None
     if request.num_input_frames or request.preview_every:
         yield Progress("encode", 0, 1)
-        stage = separate_stage(recorder, "encode")
-        with stage, torch.inference_mode(), parts.tokenizer.on_device() as tokenizer:
+        encoding = stage(recorder, "encode")
+        with encoding, torch.inference_mode(), parts.tokenizer.on_device() as tokenizer:
             if request.num_input_frames:
                 known = _encode(tokenizer, files.statistics, clip, request)
             if request.preview_every:
                 colours = parts.colours
 
     count = _count_steps(files, request)
-    with separate_stage(recorder, "denoise"):
+    with stage(recorder, "denoise"):
         yield Progress("denoise", 0, count)
 
-        # a thread begins on the first GPU, whatever this one is on
-        gpu = torch.cuda.current_device() if device.type == "cuda" else None
-        if device.index is not None:
-            gpu = device.index
-
         def denoise(tell: Callable[[Progress], None]) -> Tensor:
-            with torch.cuda.device(gpu) if device.type == "cuda" else nullcontext():
-                return _denoise(parts, request, grid, prompt, negative, known, colours, tell)
+            return _denoise(parts, request, grid, prompt, negative, known, colours, tell)
 
-        latents = yield from in_background(denoise)
+        latents = yield from on_thread(denoise, device)
 
     frames: list[NDArray[np.uint8]] = []
     yield Progress("decode", 0, request.num_video_frames)
-    with separate_stage(recorder, "decode"):
+    with stage(recorder, "decode"):
         for piece in _decode(parts, latents):
             frames.append(piece)
             done = sum(map(len, frames))
             yield Progress("decode", done, request.num_video_frames, piece)
     yield Progress("done", count, count, np.concatenate(frames))
-
-
-@contextmanager
-def separate_stage(recorder: Recorder, name: str) -> Iterator[None]:
-    """Record a stage, whose peak is not to count what an earlier one has left to be used again."""
-    if recorder.device.type == "cuda":
-        torch.cuda.empty_cache()
-    with recorder.stage(name):
-        yield
 
 
 def _embed(
@@ -437,20 +336,14 @@ def _denoise(
             return transformer(x, times, context, positions, condition_mask=mask)
 
         count = _count_steps(files, request)
-        started = time.perf_counter()
 
-        def on_step(step: int, _: Tensor, denoised: Tensor) -> None:
-            nonlocal started
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - started
-            preview = None
-            if colours is not None and (step + 1) % request.preview_every == 0:
-                shown = _restore(files.statistics, denoised.float())
-                preview = show_colours(shown, colours, files.tokenizer_config.spatial)
-            tell(Progress("denoise", step + 1, count, preview=preview, seconds=seconds))
-            started = time.perf_counter()
+        def look(denoised: Tensor) -> NDArray[np.uint8] | None:
+            if colours is None:
+                return None
+            shown = _restore(files.statistics, denoised.float())
+            return show_colours(shown, colours, files.tokenizer_config.spatial)
 
+        on_step = step_teller(tell, device, count, request.preview_every, look)
         return sample(
             network,
             noise,
@@ -475,10 +368,4 @@ def _decode(parts: DiffusionParts, latents: Tensor) -> Iterator[NDArray[np.uint8
         statistics = rounded(parts.files.statistics, weight.dtype)
         with torch.inference_mode():
             pieces = decode_stream(tokenizer, _restore(statistics, latents).to(weight))
-        while True:
-            with torch.inference_mode():  # not across a yield: it would leak to the caller
-                piece = next(pieces, None)
-                if piece is None:
-                    return
-                frames = signed_to_uint8(piece[0])
-            yield frames
+        yield from shown_pieces(pieces)

@@ -31,13 +31,38 @@ def read_prompt_embedding(given: GivenEmbedding | None, rows: int, width: int) -
     """
     if given is None:
         return None
-    if isinstance(given, (str, Path)):
-        found = embeddings.read_embeddings(Path(given))["prompt"]
-    elif isinstance(given, (Tensor, np.ndarray)):
-        found = torch.as_tensor(given)
-    else:
-        raise InputError(f"prompt_embeddings is a {type(given).__name__}; give a file or tensor")
-    return filled(found, rows, width, "prompt_embeddings")
+    return filled(read_both(given)["prompt"], rows, width, "prompt_embeddings")
+
+
+def read_both(
+    prompt: GivenEmbedding | None, negative: GivenEmbedding | None = None
+) -> dict[str, Tensor]:
+    """Return the embeddings that a caller gives: "prompt" and "negative_prompt", as far as given.
+
+    Args:
+        prompt: a tensor, or a file of it and perhaps of the negative prompt's: see
+            `worldline.text.embeddings.read_embeddings`.
+        negative: likewise, of the negative prompt.
+
+    Raises:
+        InputError: there is no such file, or it holds something else.
+    """
+    found: dict[str, Tensor] = {}
+    for name, given in (("negative_prompt", negative), ("prompt", prompt)):
+        if given is None:
+            continue
+        if isinstance(given, (str, Path)):
+            read = embeddings.read_embeddings(Path(given))
+            if name == "negative_prompt":  # a file of its own may call it "prompt" all the same
+                read = {name: read.get(name, read["prompt"])}
+            found = {**read, **found}
+        elif isinstance(given, (Tensor, np.ndarray)):
+            found[name] = torch.as_tensor(given)
+        else:
+            raise InputError(
+                f"{name}_embeddings is a {type(given).__name__}; give a file or tensor"
+            )
+    return found
 
 
 def filled(given: Tensor, rows: int, width: int, name: str) -> Tensor:

@@ -86,8 +86,8 @@ class AutoregressiveRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionRequest:
-    """One video to make.
+class VideoRequest:
+    """One video to make: what all diffusion families ask for.
 
     Attributes:
         prompt: what it shows; may be None where its embedding is given.
@@ -95,17 +95,12 @@ class DiffusionRequest:
         num_steps: evaluations of the denoiser.
         guidance: how far to go from the negative prompt towards the prompt and beyond; 0 is the
             prompt alone.
-        num_video_frames: the given ones included; 1 + 8k for a released world.
-        height: likewise a multiple of 16.
+        num_video_frames: the given ones included.
+        height: of a released world, a multiple of 16.
         width: likewise.
-        fps: frames a second of the motion, and of the file, 1 to 240.
+        fps: frames a second of the file, 1 to 240.
         seed: of the noise, 0 to 2^32 - 1.
-        num_input_frames: how many of the input's last frames are continued, 1 or 9; 0 for none.
-        sampler: None is that of the model's generation.
-        reinsertion: of the given frames; "march_2025" repeats a fault of the first release.
-        augment_sigma: noise level that the given frames are shown with.
-        rotary_precision: of the angles of position; None is the world's own, "bfloat16" for the
-            released ones, as in their code.
+        num_input_frames: how many of the input's last frames are continued; 0 for none.
         preview_every: steps between early looks; 0 for none.
     """
 
@@ -113,16 +108,12 @@ class DiffusionRequest:
     negative_prompt: str | None = NEGATIVE_PROMPT
     num_steps: int = 35
     guidance: float = 7.0
-    num_video_frames: int = 121
+    num_video_frames: int
     height: int = 704
     width: int = 1280
-    fps: float = 24.0
-    seed: int = 1
+    fps: float
+    seed: int
     num_input_frames: int = 0
-    sampler: str | None = None
-    reinsertion: Reinsertion = "corrected"
-    augment_sigma: float = 0.001
-    rotary_precision: str | None = None
     preview_every: int = 0
 
     def __post_init__(self) -> None:
@@ -133,7 +124,7 @@ class DiffusionRequest:
         whole = ("num_steps", "num_video_frames", "height", "width", "seed", "num_input_frames")
         for name in (*whole, "preview_every"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        for name in ("guidance", "fps", "augment_sigma"):
+        for name in ("guidance", "fps"):
             object.__setattr__(self, name, real_number(name, getattr(self, name)))
         self._check_range("num_steps", 1, LARGEST_STEPS)
         self._check_range("guidance", 0, LARGEST_GUIDANCE)
@@ -142,13 +133,6 @@ class DiffusionRequest:
         for name in ("num_video_frames", "height", "width"):
             self._check_range(name, 1, LARGEST_SIZE)
         self._check_range("fps", *ALLOWED_FPS)
-        if not 0 <= self.augment_sigma < math.inf:
-            raise InputError(f"augment_sigma is {self.augment_sigma}; it must be 0 or more")
-        if self.num_input_frames not in (0, 1, 9):
-            raise InputError(f"num_input_frames is {self.num_input_frames}; it must be 1 or 9")
-        self._check_choice("sampler", (None, *SAMPLERS))
-        self._check_choice("reinsertion", get_args(Reinsertion))
-        self._check_choice("rotary_precision", (None, *ROTARY_PRECISIONS))
 
     def _check_range(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
@@ -163,6 +147,86 @@ class DiffusionRequest:
     @property
     def video(self) -> VideoShape:
         return VideoShape(self.num_video_frames, self.height, self.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionRequest(VideoRequest):
+    """One video of Cosmos 1.0 or Predict1; see `VideoRequest` for what is not said here.
+
+    Attributes:
+        num_video_frames: 1 + 8k for a released world.
+        fps: of the motion, too.
+        num_input_frames: 0, 1 or 9.
+        sampler: None is that of the model's generation.
+        reinsertion: of the given frames; "march_2025" repeats a fault of the first release.
+        augment_sigma: noise level that the given frames are shown with.
+        rotary_precision: of the angles of position; None is the world's own, "bfloat16" for the
+            released ones, as in their code.
+    """
+
+    num_video_frames: int = 121
+    fps: float = 24.0
+    seed: int = 1
+    sampler: str | None = None
+    reinsertion: Reinsertion = "corrected"
+    augment_sigma: float = 0.001
+    rotary_precision: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "augment_sigma", real_number("augment_sigma", self.augment_sigma))
+        super().__post_init__()
+        if not 0 <= self.augment_sigma < math.inf:
+            raise InputError(f"augment_sigma is {self.augment_sigma}; it must be 0 or more")
+        if self.num_input_frames not in (0, 1, 9):
+            raise InputError(f"num_input_frames is {self.num_input_frames}; it must be 1 or 9")
+        self._check_choice("sampler", (None, *SAMPLERS))
+        self._check_choice("reinsertion", get_args(Reinsertion))
+        self._check_choice("rotary_precision", (None, *ROTARY_PRECISIONS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowRequest(VideoRequest):
+    """One video of Predict2.5; see `VideoRequest` for what is not said here.
+
+    Attributes:
+        guidance: v + guidance (v - u) of the velocities with the prompt and without: one less than
+            in the more usual form.
+        num_video_frames: 1 + 4k.
+        fps: the network is not told it.
+        num_input_frames: 0, or 1 + 4k: 1 of an image, 5 of a video in the released settings.
+        chunk_size: frames that are kept of each chunk of a long video, which may have any number of
+            frames; None makes no long video.
+        chunk_overlap: frames that a chunk of a long video is given of the one before, 1 + 4k.
+    """
+
+    num_video_frames: int = 93
+    fps: float = 16.0
+    seed: int = 1
+    chunk_size: int | None = None
+    chunk_overlap: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.num_input_frames
+        if given < 0 or (given and (given - 1) % 4):
+            raise InputError(f"num_input_frames is {given}; it must be 0 or 1 + 4k, such as 1 or 5")
+        if self.chunk_size is None:
+            return
+        for name in ("chunk_size", "chunk_overlap"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+            self._check_range(name, 1, LARGEST_SIZE)
+        overlap = self.chunk_overlap
+        if (overlap - 1) % 4:
+            nearest = max(1, 1 + 4 * round((overlap - 1) / 4))
+            raise InputError(
+                f"chunk_overlap is {overlap}; it counts frames and must be 1 + 4k: the nearest is "
+                f"{nearest}"
+            )
+        if self.chunk_size <= max(overlap, given):
+            raise InputError(
+                f"chunk_size is {self.chunk_size}, but {max(overlap, given)} frames of a chunk are "
+                "given: nothing is left to make"
+            )
 
 
 def _check_words(prompt: object, name: str) -> None:

@@ -19,8 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldline.errors import CheckpointError, Error, InputError
-from worldline.files import read_json, stamp, unfinished
+from worldline.errors import CheckpointError, InputError
+from worldline.files import released_folders, unfinished
+from worldline.text.encoder_files import (
+    EncoderFiles,
+    open_weights,
+    read_config,
+    read_max_length,
+    tokenizer_holders,
+    without_transformers,
+)
 from worldline.text.prompt_tokens import (
     BYTES,
     END,
@@ -28,11 +36,9 @@ from worldline.text.prompt_tokens import (
     ByteTokenizer,
     PromptTokenizer,
     load_tokenizer,
-    read_tokenizer_settings,
     tokenizer_files,
 )
 from worldline.weights.keymap import KeyMap, match
-from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.stream import load_into
 from worldline.weights.write import save
 
@@ -41,16 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_LENGTH = 512  # rows that the released worlds were trained on
 RELEASED = "google-t5/t5-11b"
-
-# in order of preference: what a folder may hold
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 
 _ATTENTION = "encoder.block.{i}.layer.0.SelfAttention"
 _FEED_FORWARD = "encoder.block.{i}.layer.1.DenseReluDense"
@@ -86,22 +83,8 @@ TINY: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class T5Files:
-    """A text encoder on disk, checked by its headers.
-
-    Attributes:
-        folder: that holds it.
-        checkpoint: its weights, not read yet, with or without the decoder's.
-        config: its config.json.
-        max_length: rows of an embedding; longer prompts are cut.
-        tokenizer: files of its tokenizer, the deciding one first.
-    """
-
-    folder: Path
-    checkpoint: Checkpoint
-    config: Mapping[str, Any]
-    max_length: int
-    tokenizer: tuple[Path, ...]
+class T5Files(EncoderFiles):
+    """A T5 encoder on disk, checked by its headers; its weights may hold the decoder's too."""
 
     @property
     def width(self) -> int:
@@ -115,17 +98,13 @@ class T5Files:
         del shapes["encoder.embed_tokens.weight"]
         return sum(math.prod(shape) for shape in shapes.values())
 
-    def identity(self) -> list[dict[str, Any]]:
-        """Return name, size and time of every file that decides an embedding.
-
-        Raises:
-            CheckpointError: a file has vanished.
-        """
-        paths = [*self.checkpoint.files, self.folder / "config.json", *self.tokenizer]
-        try:
-            return [stamp(path) for path in paths]
-        except OSError as error:
-            raise CheckpointError(f"{error.filename} cannot be read any more: {error}") from error
+    def tell_if_cut(self, prompt: str) -> None:
+        # a token is a byte or more; `</s>` and a leading space come on top
+        if len(prompt.encode()) + 2 <= self.max_length:
+            return
+        count = len(load_tokenizer(self.tokenizer[0]).encode(prompt))
+        if count > self.max_length:
+            _tell_cut(prompt, count, self.max_length)
 
 
 class T5Encoder(nn.Module):
@@ -249,11 +228,7 @@ def _network(settings: Mapping[str, Any]) -> T5EncoderModel:
     try:
         from transformers import T5Config, T5EncoderModel
     except ImportError as error:
-        reason = str(error).partition("\n")[0]  # it may advise at length
-        raise Error(
-            f"the text encoder needs the package transformers ({reason}); "
-            "pip install 'transformers>=5'"
-        ) from error
+        raise without_transformers(error) from error
     # No dropout: the released weights are only read, and a tiny encoder trains without it.
     network = T5EncoderModel(T5Config(**settings, dropout_rate=0.0, use_cache=False))
     network.set_input_embeddings(network.shared)  # one matrix under its two names
@@ -318,18 +293,7 @@ def t5_folders(checkpoint_dir: Path) -> list[Path]:
 
     Cosmos-Predict1 has `google-t5/t5-11b`, Cosmos 1.0 a hub cache of the same name.
     """
-    found = [checkpoint_dir / RELEASED]
-    cache = checkpoint_dir / f"models--{RELEASED.replace('/', '--')}"
-    try:
-        current = (cache / "refs" / "main").read_text().strip()
-    except OSError:
-        current = ""
-    snapshots = sorted(
-        (path for path in cache.glob("snapshots/*") if path.is_dir()),
-        key=lambda path: (path.name == current, path.stat().st_mtime_ns),
-        reverse=True,
-    )
-    return [path for path in (*found, *snapshots, checkpoint_dir / "t5-11b") if path.is_dir()]
+    return released_folders(checkpoint_dir, RELEASED)
 
 
 def find_t5(folder: Path) -> T5Files:
@@ -345,17 +309,20 @@ def find_t5(folder: Path) -> T5Files:
         CheckpointError: something is missing, damaged, half downloaded, or of another model.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"no text encoder folder {folder}")
-    config = _read_config(folder)
-    checkpoint = _open_weights(folder)
+    config = read_config(folder, {"t5": "a T5 encoder"})
+    try:
+        _settings(config)
+    except ValueError as error:
+        path = folder / "config.json"
+        raise CheckpointError(f"{path}: {error}, so no T5 encoder can be built") from error
+    checkpoint = open_weights(folder)
     shapes = tensor_shapes(config)
     # Either name of the shared matrix will do.
     twins = ("shared.weight", "encoder.embed_tokens.weight")
     pairs = match(checkpoint.tensors, shapes, KEYS, str(checkpoint.path), twins)
     if not any(name in pairs for name in twins):
         raise CheckpointError(f"{checkpoint.path} does not fit the model: 1 missing: shared.weight")
-    for holder in (folder, folder.parent / "tokenizer"):
+    for holder in tokenizer_holders(folder):
         tokenizer = tokenizer_files(holder)
         if tokenizer:
             break
@@ -363,57 +330,13 @@ def find_t5(folder: Path) -> T5Files:
         raise CheckpointError(
             f"{folder} holds no tokenizer (tokenizer.json or spiece.model){unfinished(folder)}"
         )
-    given = read_tokenizer_settings(holder).get("model_max_length")
-    # A tokenizer without a limit of its own says 1e30.
-    sane = isinstance(given, int) and 0 < given <= MAX_LENGTH
-    length = int(given) if sane else MAX_LENGTH  # type: ignore[arg-type]
-    return T5Files(folder, checkpoint, config, length, tuple(tokenizer))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no config.json{unfinished(folder)}")
-    config = read_json(path)
-    kind = config.get("model_type")
-    if kind != "t5":
-        raise CheckpointError(f"{path} is of a model of type {kind!r}, not of a T5 encoder")
-    try:
-        _settings(config)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}, so no T5 encoder can be built") from error
-    return config
-
-
-def _open_weights(folder: Path) -> Checkpoint:
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return open_checkpoint(folder / name)
-    left = unfinished(folder)
-    others = sorted(path.name for path in folder.glob("*_model.*"))
-    only = f"; {', '.join(others)} cannot be read" if others and not left else ""
-    raise CheckpointError(f"{folder} holds no weights ({' or '.join(WEIGHTS[::2])}){left or only}")
+    return T5Files(folder, checkpoint, config, read_max_length(holder), tuple(tokenizer))
 
 
 def _tell_cut(prompt: str, tokens: int, length: int) -> None:
     logger.warning(
         "a prompt has %d tokens and is cut after %d: %r ...", tokens - 1, length - 1, prompt[:40]
     )
-
-
-def tell_if_cut(files: T5Files, prompt: str) -> None:
-    """Warn that a prompt is too long for an encoder, as encoding it would; reads no weights.
-
-    Raises:
-        CheckpointError: the tokenizer cannot be read.
-        Error: a package is not installed.
-    """
-    # a token is a byte or more; `</s>` and a leading space come on top
-    if len(prompt.encode()) + 2 <= files.max_length:
-        return
-    count = len(load_tokenizer(files.tokenizer[0]).encode(prompt))
-    if count > files.max_length:
-        _tell_cut(prompt, count, files.max_length)
 
 
 def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T5Encoder:

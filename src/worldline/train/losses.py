@@ -1,7 +1,8 @@
-"""What training minimises: reconstruction of tokenizers, next token, and denoising of latents.
+"""What training minimises: reconstruction of tokenizers, next token, denoising of latents, flow.
 
 Source: nvidia-cosmos/cosmos-predict1, `tokenizer/training/losses`, `autoregressive/training` and
-`diffusion/training`; the numbers agree with it, except that no term is counted twice and that a
+`diffusion/training`; nvidia-cosmos/cosmos-predict2.5, `_src/predict2/models/video2world_model_
+rectified_flow.py`. The numbers agree with them, except that no term is counted twice and that a
 mask has its effect.
 
 A reconstruction loss is a set of *terms*, each a weighted tensor with its elements not yet
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 from worldline.errors import CheckpointError
 from worldline.sampling.edm import precondition
+from worldline.sampling.flow import SHIFT, TIMESTEPS
 
 # Images (N, 3, H, W) in [-1, 1] -> feature maps (N, C_k, H_k, W_k), one a layer.
 Features = Callable[[Tensor], Sequence[Tensor]]
@@ -554,7 +556,7 @@ class Noised(NamedTuple):
     """What a network is given of clean latents.
 
     Attributes:
-        latents: (B, C, T, H, W), float32, already multiplied by the factor of its noise level.
+        latents: (B, C, T, H, W), float32; of EDM, multiplied by the factor of its noise level.
         mask: (B, 1, T, H, W), 1 on frames that are known.
     """
 
@@ -584,16 +586,15 @@ def noised_latents(
         known_noise: as `noise`, for the known frames.
         known_sigma: (B,) their noise levels.
     """
-    frames = torch.arange(latents.shape[2], device=latents.device)
-    mask = (frames < known[:, None])[:, None, :, None, None]
+    mask = _marked(latents, known)
 
     def at(level: Tensor, drawn: Tensor) -> Tensor:
         return _wide(precondition(level.float()).scale) * (
             latents.float() + _wide(level) * drawn.float()
         )
 
-    shown = torch.where(mask, at(known_sigma, known_noise), at(sigma, noise))
-    return Noised(shown, mask.expand(-1, -1, -1, *latents.shape[3:]).to(shown))
+    shown = torch.where(mask != 0, at(known_sigma, known_noise), at(sigma, noise))
+    return Noised(shown, mask)
 
 
 def denoising_loss(
@@ -626,6 +627,58 @@ def denoising_loss(
 def log_normal_sigmas(normal: Tensor, *, mean: float, deviation: float) -> Tensor:
     """Return noise levels exp(mean + deviation * normal), float32, of unit normal numbers."""
     return (mean + deviation * normal.float()).exp()
+
+
+def flowed_latents(latents: Tensor, noise: Tensor, sigma: Tensor, known: Tensor) -> Noised:
+    """Return (1 - sigma) latents + sigma noise, the input of a network that tells the velocity.
+
+    The first frames of a clip may be known: they are shown clean, as a sampler shows them.
+
+    Args:
+        latents: (B, C, T, H, W), clean, about of unit deviation.
+        noise: unit normal, in their shape.
+        sigma: (B,) noise levels from 0 to 1.
+        known: (B,) number of latent frames that are known.
+    """
+    latents, level = latents.float(), _wide(sigma.float())
+    mask = _marked(latents, known)
+    return Noised(torch.where(mask != 0, latents, latents.lerp(noise.float(), level)), mask)
+
+
+def flow_loss(velocity: Tensor, latents: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
+    """Return, of each clip, |velocity - (noise - latents)|^2, its mean over all elements.
+
+    Known frames have no error, and count: the more is given of a clip, the less it weighs.
+
+    Args:
+        velocity: (B, C, T, H, W), any floating dtype.
+        latents: clean, in its shape.
+        noise: as given to `flowed_latents`.
+        mask: (B, 1, T, H, W), 1 on known frames.
+
+    Returns:
+        (B,) float32.
+    """
+    target = noise.float() - latents.float()  # float32: a mean of many squares
+    return ((velocity.float() - target).square() * (1 - mask)).mean((1, 2, 3, 4))
+
+
+def shifted_sigmas(normal: Tensor, *, shift: float = SHIFT, deviation: float = 1.0) -> Tensor:
+    """Return noise levels from above 0 to 1, float32, of unit normal numbers.
+
+    They are sigmoid(-deviation * normal), on a grid of 1/1000, moved towards noise by `shift` as
+    the levels of a sampler are. Recipes of the released models have a deviation of 1.
+    """
+    place = (TIMESTEPS * torch.sigmoid(deviation * normal.float())).floor()
+    level = 1 - place.clamp_max(TIMESTEPS - 1) / TIMESTEPS
+    return shift * level / (1 + (shift - 1) * level)
+
+
+def _marked(latents: Tensor, known: Tensor) -> Tensor:
+    """Return (B, 1, T, H, W), float32: 1 on the first `known` (B,) frames of latents."""
+    frames = torch.arange(latents.shape[2], device=latents.device)
+    mask = (frames < known[:, None])[:, None, :, None, None]
+    return mask.expand(-1, -1, -1, *latents.shape[3:]).float()
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Source: nvidia-cosmos/cosmos-predict1 `cosmos_predict1/autoregressive/utils/inference.py`
 (`load_vision_input`, `resize_input`, `prepare_video_batch_for_saving`), matched bit for bit; and
-`cosmos_predict1/diffusion/inference/inference_utils.py`, but in float32 where it has bf16.
+`cosmos_predict1/diffusion/inference/inference_utils.py`, but in float32 where it has bf16;
+nvidia-cosmos/cosmos-predict2.5 `_src/predict2/inference/video2world.py`.
 Axes: T frames, C colours, H/W pixels.
 """
 
@@ -65,6 +66,25 @@ def stretched_frames(clip: Clip, num_input_frames: int, height: int, width: int)
             frames, size=(height, width), mode="bicubic", align_corners=False, antialias=True
         )
     return frames.transpose(0, 1)[None]
+
+
+def covering_frames(clip: Clip, num_input_frames: int, height: int, width: int) -> Tensor:
+    """Turn the end of a clip into the conditioning input of the flow models.
+
+    The frames are scaled, keeping their aspect, until they cover the wanted size, and the middle is
+    cut out; they are rounded to whole levels again.
+
+    Returns:
+        uint8 (1, 3, num_input_frames, height, width), on the CPU.
+
+    Raises:
+        InputError: the clip is shorter than `num_input_frames`.
+    """
+    if num_input_frames < 1:
+        raise ValueError(f"num_input_frames is {num_input_frames}; it must be 1 or more")
+    frames = _last_frames(clip, num_input_frames).to(torch.float32)
+    levels = resize_and_crop(frames, height, width).round().to(torch.uint8)
+    return levels.transpose(0, 1)[None]
 
 
 def _last_frames(clip: Clip, count: int) -> Tensor:

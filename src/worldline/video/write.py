@@ -40,6 +40,9 @@ ENCODINGS: dict[str, tuple[str, str, dict[str, str]]] = {
     ".gif": ("gif", "gif", {}),
 }
 
+# of a single frame
+PICTURES: dict[str, tuple[str, dict[str, int]]] = {".jpg": ("JPEG", {"quality": 95})}
+
 BT709 = 1  # FFmpeg's number for the matrix, and for the primaries
 LIMITED_RANGE = 1
 
@@ -53,8 +56,8 @@ def write_video(frames: Frames, path: str | Path, fps: float) -> None:
 
     Args:
         frames: uint8 (T, H, W, 3), RGB.
-        path: `.mp4`, `.mov`, `.mkv`, `.webm` or `.gif` in any case, or no suffix; folders on the
-            way are made.
+        path: `.mp4`, `.mov`, `.mkv`, `.webm` or `.gif` in any case, or no suffix; of one frame
+            `.jpg` too. Folders on the way are made.
         fps: frames a second; unused for PNGs.
 
     Raises:
@@ -70,6 +73,14 @@ def write_video(frames: Frames, path: str | Path, fps: float) -> None:
             temporary.mkdir()
             for index, frame in enumerate(frames):
                 Image.fromarray(frame).save(temporary / f"{index:05d}.png")
+        return
+    if path.suffix.lower() in PICTURES:
+        kind, options = PICTURES[path.suffix.lower()]
+        if len(frames) > 1:
+            raise InputError(f"{path}: a picture has 1 frame, not {len(frames)}; use .mp4")
+        file = io.BytesIO()
+        Image.fromarray(frames[0]).save(file, format=kind, **options)
+        write_bytes(path, file.getbuffer())
         return
     if path.suffix.lower() == ".gif":
         write_bytes(path, _encode(path, fps, frames.shape[1:3], _in_palette(frames)))
@@ -91,6 +102,8 @@ def write_stream(pieces: Iterable[Frames], path: str | Path, fps: float) -> int:
     """
     path = Path(path)
     check_destination(path)
+    if path.suffix.lower() in PICTURES:
+        raise InputError(f"{path}: a picture has 1 frame; use .mp4")
     if not path.suffix or path.suffix.lower() == ".gif":
         what = "the palette of a GIF needs the whole clip" if path.suffix else "no suffix"
         raise InputError(f"{path}: {what}; use .mp4")
@@ -127,7 +140,7 @@ def check_destination(path: str | Path) -> None:
         InputError: unknown suffix, or a folder is in the way.
     """
     path = Path(path)
-    if path.suffix and path.suffix.lower() not in ENCODINGS:
+    if path.suffix and path.suffix.lower() not in (*ENCODINGS, *PICTURES):
         raise InputError(
             f"{path}: cannot write {path.suffix} videos; use {' '.join(ENCODINGS)}, "
             "or a name without suffix for a folder of PNGs"

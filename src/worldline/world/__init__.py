@@ -9,15 +9,18 @@ from pathlib import Path
 import torch
 
 from worldline.catalog import BUNDLED_PREFIX, check_parts
+from worldline.choices import ScheduleName
 from worldline.errors import InputError
 from worldline.loading import (
     AutoregressiveFiles,
+    FlowFiles,
     WorldFiles,
     choose_device,
     compute_dtype,
     find_world,
     load_autoregressive,
     load_diffusion,
+    load_predict2_5,
     refuse_options,
 )
 from worldline.places import has_decoder
@@ -26,12 +29,14 @@ from worldline.shapes import VideoShape
 from worldline.world.autoregressive import AutoregressiveWorld
 from worldline.world.base import World
 from worldline.world.diffusion import DiffusionWorld
+from worldline.world.flow import FlowWorld
 from worldline.world.inputs import Input, InputType, kind_of, read_clip
 from worldline.world.video import Step, Video
 
 __all__ = [
     "AutoregressiveWorld",
     "DiffusionWorld",
+    "FlowWorld",
     "Input",
     "InputType",
     "Step",
@@ -58,20 +63,25 @@ def load(
     offload_diffusion_transformer: bool = False,
     offload_text_encoder_model: bool = False,
     offload_diffusion_decoder: bool = False,
+    offload_diffusion_model: bool = False,
+    offload_text_encoder: bool = False,
     disable_diffusion_decoder: bool | None = None,
     disable_guardrail: bool | None = None,
+    disable_guardrails: bool | None = None,
     disable_prompt_upsampler: bool | None = None,
     tokenizer_dir: str | PathLike[str] | None = None,
     text_encoder_dir: str | PathLike[str] | None = None,
     text_encoder_dtype: torch.dtype | str | None = None,
     generation: str | None = None,
+    schedule: ScheduleName | None = None,
     video: tuple[int, int, int] | None = None,
 ) -> World:
-    """Load a world of either family.
+    """Load a world of any family.
 
     Args:
         name: "tiny-…" for a model that ships with the package, the name of a folder below
-            `checkpoint_dir`, or a path; the path of a file loads that file.
+            `checkpoint_dir`, or a path; the path of a file loads that file. Models of Predict2.5
+            have released names, too, such as "2B/post-trained".
         checkpoint_dir: holds the released folders.
         device: by default the GPU, if there is one.
         dtype: by default bf16 on a GPU, else float32.
@@ -84,19 +94,27 @@ def load(
             the world has one.
         offload_diffusion_decoder: keep the diffusion decoder in host memory while it is not used
             (autoregressive).
+        offload_diffusion_model: keep the transformer in host memory while it is not used
+            (Predict2.5).
+        offload_text_encoder: keep the text encoder in host memory while it is not used
+            (Predict2.5).
         disable_diffusion_decoder: decode tokens by the tokenizer alone. Released autoregressive
             models use the diffusion decoder unless told otherwise, and so do bundled ones where
             one ships with the package.
         disable_guardrail: do not check the video. Released models check unless told otherwise.
+        disable_guardrails: the same, by the name that it has for Predict2.5.
         disable_prompt_upsampler: take prompts as they are. Released diffusion models rewrite them
             unless told otherwise; bundled ones have no upsampler.
-        tokenizer_dir: another tokenizer, by a name below `checkpoint_dir` or a path (diffusion).
+        tokenizer_dir: another tokenizer, by a name below `checkpoint_dir` or a path (diffusion,
+            Predict2.5).
         text_encoder_dir: another text encoder, likewise, for a world that takes prompts.
         text_encoder_dtype: torch.float32 or torch.bfloat16; by default `dtype` if that is one of
-            them, else bf16.
+            them, else bf16 (diffusion, autoregressive).
         generation: "1.0" or "Predict1"; by default what the folder's name tells (diffusion).
+        schedule: "karras" or "shifted", how the noise levels fall; by default as the model was
+            released, or as its config.json says (Predict2.5).
         video: frames, height and width of the largest video that will be made, which must fit into
-            memory; by default what the world makes unless told otherwise (diffusion).
+            memory; by default what the world makes unless told otherwise (diffusion, Predict2.5).
 
     Raises:
         CheckpointError: files are absent, damaged, or of another model.
@@ -114,14 +132,29 @@ def load(
         tokenizer_dir=None if tokenizer_dir is None else Path(tokenizer_dir),
         text_encoder_dir=None if text_encoder_dir is None else Path(text_encoder_dir),
         generation=generation,
+        schedule=schedule,
         diffusion_decoder=decodes,
     )
-    if isinstance(files, AutoregressiveFiles):
-        strange = {"disable_prompt_upsampler": disable_prompt_upsampler}
+    if isinstance(files, FlowFiles):
+        strange = {
+            "disable_diffusion_decoder": disable_diffusion_decoder,
+            "disable_prompt_upsampler": disable_prompt_upsampler,
+            "disable_guardrail": disable_guardrail,
+        }
+        refuse_options(files.folder, "a Predict2.5", strange)
+        check_parts(files.bundled, disable_guardrails=disable_guardrails)
+    elif isinstance(files, AutoregressiveFiles):
+        strange = {
+            "disable_prompt_upsampler": disable_prompt_upsampler,
+            "disable_guardrails": disable_guardrails,
+        }
         refuse_options(files.folder, "an autoregressive", strange)
         check_parts(files.bundled, disable_guardrail=disable_guardrail)
     else:
-        strange = {"disable_diffusion_decoder": disable_diffusion_decoder}
+        strange = {
+            "disable_diffusion_decoder": disable_diffusion_decoder,
+            "disable_guardrails": disable_guardrails,
+        }
         refuse_options(files.folder, "a diffusion", strange)
         check_parts(
             files.bundled,
@@ -137,6 +170,8 @@ def load(
         offload_diffusion_transformer=offload_diffusion_transformer,
         offload_text_encoder_model=offload_text_encoder_model,
         offload_diffusion_decoder=offload_diffusion_decoder,
+        offload_diffusion_model=offload_diffusion_model,
+        offload_text_encoder=offload_text_encoder,
         text_encoder_dtype=text_encoder_dtype,
         video=video,
     )
@@ -152,6 +187,8 @@ def load_files(
     offload_diffusion_transformer: bool = False,
     offload_text_encoder_model: bool = False,
     offload_diffusion_decoder: bool = False,
+    offload_diffusion_model: bool = False,
+    offload_text_encoder: bool = False,
     text_encoder_dtype: torch.dtype | str | None = None,
     video: tuple[int, int, int] | None = None,
     text: bool = True,
@@ -172,9 +209,24 @@ def load_files(
         "offload_text_encoder_model": offload_text_encoder_model,
         "text_encoder_dtype": text_encoder_dtype,
     }
-    if isinstance(files, AutoregressiveFiles):
+    of_decoder = {"offload_diffusion_decoder": offload_diffusion_decoder}
+    of_flow = {
+        "offload_diffusion_model": offload_diffusion_model,
+        "offload_text_encoder": offload_text_encoder,
+    }
+    if isinstance(files, FlowFiles):
         strange: dict[str, object] = {
+            "offload_ar_model": offload_ar_model,
             "offload_diffusion_transformer": offload_diffusion_transformer,
+            **of_decoder,
+            **of_text,
+            "num_video_frames": num_video_frames,
+        }
+        refuse_options(files.folder, "a Predict2.5", strange)
+    elif isinstance(files, AutoregressiveFiles):
+        strange = {
+            "offload_diffusion_transformer": offload_diffusion_transformer,
+            **of_flow,
             "video": video,
         }
         refuse_options(files.folder, "an autoregressive", strange)
@@ -183,7 +235,8 @@ def load_files(
     else:
         strange = {
             "offload_ar_model": offload_ar_model,
-            "offload_diffusion_decoder": offload_diffusion_decoder,
+            **of_decoder,
+            **of_flow,
             "num_video_frames": num_video_frames,
         }
         refuse_options(files.folder, "a diffusion", strange)
@@ -191,7 +244,21 @@ def load_files(
     identity = files.identity()
     recorder = Recorder(chosen)
     dtype = dtype or compute_dtype(chosen)
-    name = f"{BUNDLED_PREFIX if files.bundled else ''}{files.folder.name}"
+    own = files.name if isinstance(files, FlowFiles) else files.folder.name
+    name = f"{BUNDLED_PREFIX if files.bundled else ''}{own}"
+    size = VideoShape(*video) if video else None
+    if isinstance(files, FlowFiles):
+        flow = load_predict2_5(
+            files,
+            chosen,
+            dtype,
+            recorder,
+            offload_tokenizer=offload_tokenizer,
+            video=size,
+            text=text,
+            **of_flow,
+        )
+        return FlowWorld(name, flow, recorder, identity)
     if isinstance(files, AutoregressiveFiles):
         parts = load_autoregressive(
             files,
@@ -219,7 +286,7 @@ def load_files(
             offload_tokenizer=offload_tokenizer,
             offload_text_encoder_model=offload_text_encoder_model,
             text_encoder_dtype=text_encoder_dtype,
-            video=VideoShape(*video) if video else None,
+            video=size,
             text=text,
         ),
         recorder,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from worldline.errors import InputError
-from worldline.loading import AutoregressiveParts, DiffusionParts
+from worldline.loading import AutoregressiveParts, DiffusionParts, FlowParts
 from worldline.report import Recorder
 from worldline.world.inputs import Input, InputType
 from worldline.world.video import Step, Video
@@ -24,12 +24,12 @@ class World:
         identity: name, size and time of every file that decides what it makes.
     """
 
-    parts: AutoregressiveParts | DiffusionParts
+    parts: AutoregressiveParts | DiffusionParts | FlowParts
 
     def __init__(
         self,
         name: str,
-        parts: AutoregressiveParts | DiffusionParts,
+        parts: AutoregressiveParts | DiffusionParts | FlowParts,
         loading: Recorder,
         identity: dict[str, Any],
     ) -> None:
@@ -61,7 +61,7 @@ class World:
 
         Args:
             input: a file; a PIL image; or frames (T, H, W, 3) uint8, array or tensor. None where a
-                diffusion world makes a video from a prompt alone.
+                diffusion world, or one of Predict2.5, makes a video from a prompt alone.
             input_type: "image" or "video"; by default what the input is.
             options: of an autoregressive world the fields of `AutoregressiveRequest`:
                 num_input_frames (9; 1 for an image), num_video_frames, rollout, temperature, top_p,
@@ -70,7 +70,10 @@ class World:
                 diffusion decoder as its windows complete. Of a diffusion world those of
                 `DiffusionRequest`: prompt, negative_prompt, num_input_frames (1), num_video_frames,
                 height, width, fps, num_steps, guidance, seed, sampler, …, and prompt_embeddings and
-                negative_prompt_embeddings, which take the place of prompts.
+                negative_prompt_embeddings, which take the place of prompts. Of a world of
+                Predict2.5 those of `FlowRequest`, likewise: num_input_frames (1 for an image, 5 for
+                a video), num_video_frames, height, width, guidance, num_steps, seed, chunk_size,
+                chunk_overlap, …
 
         Raises:
             InputError: the input or an option is wrong; raised before anything runs.

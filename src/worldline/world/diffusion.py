@@ -1,18 +1,12 @@
-"""Worlds that denoise latents, from a prompt, an image or a clip."""
+"""Worlds that denoise latents, from a prompt, an image or a clip: Cosmos 1.0 and Predict1."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from dataclasses import fields
-from statistics import median
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from worldline.errors import InputError
 from worldline.loading import DiffusionFiles, DiffusionParts
-from worldline.nn.attention import backend_name
 from worldline.pipelines.diffusion import (
-    Embeddings,
     check_request,
     check_text,
     generate,
@@ -22,28 +16,19 @@ from worldline.pipelines.diffusion import (
     rotary_precision_of,
     sampler_of,
 )
+from worldline.pipelines.exchange import Embeddings, Progress
 from worldline.pipelines.requests import DiffusionRequest
-from worldline.report import Recorder, environment
+from worldline.report import Recorder
 from worldline.video.read import Clip
-from worldline.world.base import World
-from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of
-from worldline.world.video import Step, Video
-
-logger = logging.getLogger(__name__)
-
-_EMBEDDINGS = ("prompt_embeddings", "negative_prompt_embeddings")
+from worldline.world.denoising import DenoisingWorld
 
 
-class DiffusionWorld(World):
+class DiffusionWorld(DenoisingWorld):
     """Makes a video of a prompt, or continues an image or a video by one."""
 
+    request_type = DiffusionRequest
+    frames_given = (1, 9)
     parts: DiffusionParts
-
-    def __init__(
-        self, name: str, parts: DiffusionParts, loading: Recorder, identity: dict[str, Any]
-    ) -> None:
-        super().__init__(name, parts, loading, identity)
-        self._said: set[str] = set()
 
     @property
     def files(self) -> DiffusionFiles:
@@ -60,110 +45,38 @@ class DiffusionWorld(World):
         """Whether it continues images and videos."""
         return self.files.config.condition_mask
 
-    def _begin(
-        self, input: Input | None, input_type: InputType | None, options: dict[str, Any]
-    ) -> Iterator[Step]:
-        known = [field.name for field in fields(DiffusionRequest)]
-        if unknown := ", ".join(sorted(options.keys() - {*known, *_EMBEDDINGS})):
-            raise InputError(
-                f"unknown option {unknown}; there are: input_type, "
-                f"{', '.join((*known, *_EMBEDDINGS))}"
-            )
-        given = {name: options.pop(name, None) for name in _EMBEDDINGS}
-        kind = None if input is None else input_type or kind_of(input)
-        options.setdefault("num_input_frames", 0 if kind is None else 1)
-        request = make_request(self.files.defaults, **options)
-        _check_input(kind, request.num_input_frames)
-        check_request(self.files, request)
-        embeddings = read_embeddings(self.files, *given.values())
-        check_text(self.files, request, embeddings)
-        for note in notes(self.files, request):
-            if note not in self._said:  # once for a batch
-                logger.info("%s", note)
-            self._said.add(note)
-        recorder = Recorder(self.device)
-        stamps = {"input": stamp_of(input), "prompt_embeddings": stamp_of(given[_EMBEDDINGS[0]])}
-        if given[_EMBEDDINGS[1]] is not None:
-            stamps[_EMBEDDINGS[1]] = stamp_of(given[_EMBEDDINGS[1]])
-        source = {
-            "input": None if input is None else describe(input),
-            "files": {**self.identity, **stamps},
-        }
-        clip = None
-        if input is not None and kind is not None:
-            with recorder.stage("read"):
-                clip = read_clip(input, kind, request.num_input_frames)
-        return self._run(clip, request, recorder, source, embeddings)
+    def _make_request(self, options: Mapping[str, Any]) -> DiffusionRequest:
+        return make_request(self.files.defaults, **options)
 
-    def _run(
+    def _check(self, request: DiffusionRequest, embeddings: Mapping[str, Any]) -> Embeddings:
+        check_request(self.files, request)
+        given = read_embeddings(self.files, *embeddings.values())
+        check_text(self.files, request, given)
+        return given
+
+    def _notes(self, request: DiffusionRequest) -> list[str]:
+        return notes(self.files, request)
+
+    def _make(
         self,
         clip: Clip | None,
         request: DiffusionRequest,
         recorder: Recorder,
-        source: dict[str, Any],
         embeddings: Embeddings,
-    ) -> Iterator[Step]:
-        seconds: list[float] = []
-        for progress in generate(self.parts, clip, request, recorder, embeddings):
-            if progress.seconds is not None:
-                seconds.append(round(progress.seconds, 4))
-            video = None
-            if progress.kind == "done":
-                assert progress.frames is not None
-                report = self._report(request, recorder, source, seconds)
-                video = Video(progress.frames, request.fps, report, request.prompt)
-            yield Step(
-                progress.kind,
-                progress.done,
-                progress.total,
-                progress.frames,
-                progress.preview,
-                video,
-            )
+    ) -> Iterator[Progress]:
+        return generate(self.parts, clip, request, recorder, embeddings)
 
-    def _report(
-        self,
-        request: DiffusionRequest,
-        recorder: Recorder,
-        source: dict[str, Any],
-        seconds: list[float],
-    ) -> dict[str, Any]:
-        parts, files = self.parts, self.files
-        config, dtype = parts.config, parts.transformer.module.dtype
-        tokenizer = files.tokenizer_config
-        tokens = config.tokens(request.video.latent(tokenizer.temporal, tokenizer.spatial)).tokens
-        text = parts.text
+    def _rules(self, request: DiffusionRequest) -> dict[str, Any]:
         return {
-            "model": self.name,
-            "parameters": self.parameters,
-            "generation": files.generation,
-            **source,
-            "request": dict(request.__dict__),
-            "sampler": sampler_of(files, request),
-            "rotary_precision": rotary_precision_of(files, request),
-            "tokens": tokens,
-            "attention": backend_name(self.device, dtype, config.head_size, tokens),
-            "dtype": str(dtype).removeprefix("torch."),
-            "text_encoder_dtype": str(text.dtype).removeprefix("torch.") if text else None,
-            "offload": {
-                "diffusion_transformer": parts.transformer.offload,
-                "tokenizer": parts.tokenizer.offload,
-                "text_encoder_model": text.offload if text else False,
-            },
-            "seconds_per_step": round(median(seconds), 4) if seconds else None,
-            "seconds_of_steps": seconds,
-            **environment(self.device),
-            "load": self.loading.as_dict(),
-            "run": recorder.as_dict(),
+            "generation": self.files.generation,
+            "sampler": sampler_of(self.files, request),
+            "rotary_precision": rotary_precision_of(self.files, request),
         }
 
-
-def _check_input(kind: InputType | None, num_input_frames: int) -> None:
-    if kind is None and num_input_frames:
-        raise InputError(f"num_input_frames is {num_input_frames}, but there is no input")
-    if kind is not None and not num_input_frames:
-        raise InputError("num_input_frames is 0, but there is an input; give 1 or 9")
-    if kind == "image" and num_input_frames > 1:
-        raise InputError(
-            f"num_input_frames is {num_input_frames}, but an image has 1 frame; give 1, or a video"
-        )
+    def _offload(self) -> dict[str, bool]:
+        parts = self.parts
+        return {
+            "diffusion_transformer": parts.transformer.offload,
+            "tokenizer": parts.tokenizer.offload,
+            "text_encoder_model": parts.text.offload if parts.text else False,
+        }

@@ -37,6 +37,8 @@ class Video:
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the video (by suffix: .mp4, .mov, .mkv, .webm, .gif) and its report beside it.
 
+        A video of one frame may be a .jpg, too.
+
         The report has the same name and the suffix .json, the prompt, where there is one, .txt;
         where there is none, that of an earlier video of this name is removed.
         Each file appears whole or not at all, and of two programs that save under one name the last

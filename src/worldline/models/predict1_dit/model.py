@@ -12,7 +12,6 @@ S rows of the text, E its width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,108 +19,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldline.nn.attention import AttentionCore
+from worldline.nn.dit import (
+    Context,
+    CrossAttention,
+    DiTSizes,
+    FeedForward,
+    SelfAttention,
+    patchify,
+    unpatchify,
+)
 from worldline.nn.modulation import NORM_EPS, Carry, norm_heads, settle, sinusoid
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.parallel.offload import BlockPlan
 from worldline.shapes import LatentShape
 
-# keys and values (B, N, S, K) of the text, block by block
-Context = list[tuple[Tensor, Tensor]]
-
-_SIZES = ("depth", "width", "num_heads", "head_size", "hidden", "context_width", "lora_rank")
-# hidden activations of the feed-forward that exist at once; 56,320 tokens of 14B would need 2.3 GB
-HIDDEN_BYTES = 512 << 20
-
 
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig:
+class DiTConfig(DiTSizes):
     """Everything that fixes a weight's shape or a token's position.
 
+    The learned positions, where there are any, hold `max_grid`.
+
     Attributes:
-        depth: number of blocks.
-        width: D.
-        num_heads: N.
-        head_size: K.
-        hidden: channels inside the feed-forward.
-        context_width: E.
-        lora_rank: of the modulation's low-rank matrices.
-        latent_channels: C of the input, without the masks.
-        out_channels: C of the output.
         condition_mask: a further input channel marks given frames (Video2World).
-        max_grid: tokens of the largest grid; what the learned positions hold, where there are any.
-        rope_ratio: stretching of the rotary positions in time, rows and columns.
         base_fps: frame rate at which latent frame t stands at position t.
-        patch: latent cells a token covers in time, rows and columns.
         learned_positions: a learned table of positions is added before every block.
         vocabulary: ids that the diffusion decoder reads; 0 for the other models.
         id_width: channels of an embedded id.
     """
 
-    depth: int
-    width: int
-    num_heads: int
-    head_size: int
-    hidden: int
-    context_width: int
-    lora_rank: int
     condition_mask: bool
-    max_grid: LatentShape
-    rope_ratio: tuple[float, float, float]
-    latent_channels: int = 16
-    out_channels: int = 16
     base_fps: float = 24.0
-    patch: tuple[int, int, int] = (1, 2, 2)
     learned_positions: bool = True
     vocabulary: int = 0
     id_width: int = 0
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.head_size < 12 or self.head_size % 2:
-            # below, an axis of the rotation has two channels, which no stretching fits
-            raise ValueError(f"head_size is {self.head_size}; it must be even and at least 12")
-        if self.patch[0] != 1:
-            raise ValueError(f"patch is {self.patch}; a token covers one latent frame")
+        super().__post_init__()
         if (self.vocabulary > 0) != (self.id_width > 0):
             raise ValueError(f"{self.vocabulary} ids of width {self.id_width}: both, or neither")
-
-    @property
-    def patch_cells(self) -> int:
-        return self.patch[0] * self.patch[1] * self.patch[2]
 
     @property
     def input_features(self) -> int:
         """Numbers a token reads: latents, condition mask (Video2World) or ids, padding mask."""
         return (self.latent_channels + self.condition_mask + self.id_width + 1) * self.patch_cells
-
-    def tokens(self, grid: LatentShape) -> LatentShape:
-        """Return the grid of tokens of a latent grid.
-
-        Raises:
-            ValueError: a side is no multiple of the patch, or the positions end before it.
-        """
-        _, rows, columns = self.patch
-        if grid.height % rows or grid.width % columns:
-            raise ValueError(
-                f"a latent grid of {grid.height} x {grid.width} cells: "
-                f"sides must be multiples of {rows} and {columns}"
-            )
-        tokens = LatentShape(grid.frames, grid.height // rows, grid.width // columns)
-        largest = self.max_grid
-        if (
-            tokens.frames > largest.frames
-            or tokens.height > largest.height
-            or tokens.width > largest.width
-        ):
-            raise ValueError(
-                f"a latent grid of {grid.frames} x {grid.height} x {grid.width} cells is beyond "
-                f"the model's positions ({largest.frames} x {largest.height * rows} x "
-                f"{largest.width * columns})"
-            )
-        return tokens
 
 
 LARGEST_GRID = LatentShape(128, 120, 120)
@@ -234,76 +175,6 @@ class NoiseEmbedding(nn.Module):
         embedding = norm_heads(waves[:, None, None].clone(), self.norm)[:, 0, 0]
         shared = self.second(F.silu(self.first(waves)))
         return NoiseLevel(F.silu(embedding), shared)
-
-
-class Attention(nn.Module):
-    """Projections, norms of heads, and the core that both kinds of attention have."""
-
-    def __init__(self, config: DiTConfig, source_width: int) -> None:
-        super().__init__()
-        inner = config.num_heads * config.head_size
-        self.head_size = config.head_size
-        self.q = nn.Linear(config.width, inner, bias=False)
-        self.k = nn.Linear(source_width, inner, bias=False)
-        self.v = nn.Linear(source_width, inner, bias=False)
-        self.q_norm = nn.Parameter(torch.empty(config.head_size))
-        self.k_norm = nn.Parameter(torch.empty(config.head_size))
-        self.out = nn.Linear(inner, config.width, bias=False)
-        self.core = AttentionCore()
-
-    def heads(self, x: Tensor) -> Tensor:
-        """Return (B, L, N, K): split by head size, so that column-sharded layers need no change."""
-        return x.unflatten(-1, (-1, self.head_size))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return (B, L, D) for q (B, N, L, K), k and v (B, N, S, K)."""
-        return self.out(self.core(q, k, v).transpose(1, 2).flatten(2))
-
-
-class SelfAttention(Attention):
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__(config, config.width)
-
-    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        q = norm_heads(self.heads(self.q(x)), self.q_norm, rotation).transpose(1, 2)
-        k = norm_heads(self.heads(self.k(x)), self.k_norm, rotation).transpose(1, 2)
-        return self.attend(q, k, self.heads(self.v(x)).transpose(1, 2))
-
-
-class CrossAttention(Attention):
-    """Attention to all rows of the text, the zero rows behind its end included."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__(config, config.context_width)
-
-    def encode(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values (B, N, S, K); they are the same for every token and step."""
-        k = norm_heads(self.heads(self.k(context)), self.k_norm)
-        return k.transpose(1, 2), self.heads(self.v(context)).transpose(1, 2)
-
-    def forward(self, x: Tensor, encoded: tuple[Tensor, Tensor]) -> Tensor:
-        q = norm_heads(self.heads(self.q(x)), self.q_norm)
-        return self.attend(q.transpose(1, 2), *encoded)
-
-
-class FeedForward(nn.Module):
-    """Two matrices with an exact GELU between, a part of the rows at a time when they are many."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.width, config.hidden, bias=False)
-        self.down = nn.Linear(config.hidden, config.width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        at_once = max(1, HIDDEN_BYTES // (self.up.out_features * x.element_size()))
-        if torch.is_grad_enabled() or len(rows) <= at_once:
-            return self.down(F.gelu(self.up(x)))
-        y = torch.empty_like(rows)
-        parts = -(-len(rows) // at_once)
-        for part, place in zip(rows.chunk(parts), y.chunk(parts), strict=True):
-            torch.mm(F.gelu(self.up(part)), self.down.weight.T, out=place)
-        return y.view(x.shape)
 
 
 class Modulation(nn.Module):
@@ -493,35 +364,13 @@ class DiT(nn.Module):
             if wanted != (given is not None):
                 raise ValueError(f"this model {'needs' if wanted else 'takes no'} {name}")
         shown = [part for part in (condition_mask, ids) if part is not None]
-        x = self._patchify(latents.to(self.dtype), shown, padding_mask)
+        x = patchify(latents.to(self.dtype), shown, padding_mask, self.config.patch)
         noise = self.noise(timesteps)
         carry = Carry(self.embed(x))
         for block, encoded in zip(self._stack, context, strict=True):
             carry = block(carry, noise, positions, encoded)
-        return self._unpatchify(self.head(carry, noise), latents)
-
-    def _patchify(
-        self, latents: Tensor, shown: Sequence[Tensor], padding_mask: Tensor | None
-    ) -> Tensor:
-        """Return (B, L, features): channels slowest, then rows and columns of the patch."""
-        batch, _, frames, height, width = latents.shape
-        channels = [latents, *(part.to(latents) for part in shown)]
-        if padding_mask is None:
-            channels.append(latents.new_zeros(batch, 1, frames, height, width))
-        else:
-            padding = F.interpolate(padding_mask.to(latents), (height, width), mode="nearest")
-            channels.append(padding.unsqueeze(2).expand(batch, 1, frames, height, width))
-        x = torch.cat(channels, dim=1)
-        _, rows, columns = self.config.patch
-        x = x.unflatten(4, (-1, columns)).unflatten(3, (-1, rows))  # (B, C, T, H', r, W', c)
-        return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
-
-    def _unpatchify(self, y: Tensor, like: Tensor) -> Tensor:
-        """Undo the patches; here the channels are fastest, unlike in the input."""
-        batch, _, frames, height, width = like.shape
-        _, rows, columns = self.config.patch
-        y = y.view(batch, frames, height // rows, width // columns, rows, columns, -1)
-        return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)
+        grid = LatentShape(*latents.shape[2:])
+        return unpatchify(self.head(carry, noise), grid, self.config.patch)
 
     @property
     def _stack(self) -> list[Block]:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn import fsq, wavelet
+from worldline.nn.pieces import Past, starts
 from worldline.shapes import VideoShape
 
 _EPS = 1e-6
@@ -120,23 +121,6 @@ PRESETS = {
         patch=2, temporal=4, z_channels=256, latent_channels=6, levels=(8, 8, 8, 5, 5, 5)
     ),
 }
-
-
-class Past:
-    """What a network remembers of the frames before a piece of a clip; new for each clip.
-
-    Attributes:
-        begun: a piece has passed; until then the layers start a clip.
-        kept: layer -> its last input frames, or the keys and values of all frames.
-    """
-
-    def __init__(self) -> None:
-        self.begun = False
-        self.kept: dict[nn.Module, Tensor] = {}
-
-
-def _starts(past: Past | None) -> bool:
-    return past is None or not past.begun
 
 
 def _cells(x: Tensor) -> Tensor:
@@ -334,7 +318,7 @@ class Downsample(nn.Module):
             x = self.space(F.pad(x, (0, 1, 0, 1))) + mean
         if self.time is not None:
             cells = _cells(x)
-            if _starts(past):
+            if starts(past):
                 cells = torch.cat([cells[:, :1], cells], dim=1)
             mean = (cells[:, ::2] + cells[:, 1::2]) / 2
             x = self.time(_features(cells), past) + _features(mean)
@@ -353,7 +337,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         if self.time is not None:
             x = _features(_doubled(_cells(x), 1))
-            if _starts(past):
+            if starts(past):
                 x = x[:, :, 1:]
             x = x + self.time(x, past)
         if self.space is not None:
@@ -409,7 +393,7 @@ class Encoder(nn.Module):
         self.conv_out = FactorisedConv(width, config.z_channels)
 
     def forward(self, video: Tensor, past: Past | None = None) -> Tensor:
-        x = wavelet.patch(video, self.patch, self.tap, start=_starts(past))
+        x = wavelet.patch(video, self.patch, self.tap, start=starts(past))
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d), past)
         for level in self.levels:
             x = level(x, past)
@@ -441,7 +425,7 @@ class Decoder(nn.Module):
         for level in reversed(self.levels):
             x = level(x, past)
         x = self.conv_out(_silu(self.norm_out(x)), past)
-        return wavelet.unpatch(x, self.patch, self.tap, start=_starts(past))
+        return wavelet.unpatch(x, self.patch, self.tap, start=starts(past))
 
 
 class CosmosTokenizer(nn.Module):
@@ -478,7 +462,7 @@ class CosmosTokenizer(nn.Module):
                 multiple of the compression.
         """
         frames, height, width = video.shape[2:]
-        before = 0 if _starts(past) else 1  # as if after frame 0 alone
+        before = 0 if starts(past) else 1  # as if after frame 0 alone
         VideoShape(before + frames, height, width).latent(self.config.temporal, self.config.spatial)
         latents = self.quant_conv(self.encoder(video, past))
         if past is not None:

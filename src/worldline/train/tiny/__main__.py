@@ -6,6 +6,9 @@
     python -m worldline.train.tiny tokenizer --kind continuous --folder runs/latents --seconds 540
     python -m worldline.train.tiny diffusion --folder runs/dit --tokenizer runs/latents/export
 
+    python -m worldline.train.tiny wan --folder runs/wan --seconds 540
+    python -m worldline.train.tiny flow --folder runs/flow --tokenizer runs/wan/export
+
 Each call goes on where the last one stopped; under `torchrun --nproc_per_node=N` it trains on N
 GPUs. The networks, losses and file layouts are those of the released models; only the sizes are
 small.
@@ -24,8 +27,10 @@ import torch
 from worldline.train.tiny.autoregressive import train_autoregressive
 from worldline.train.tiny.decoder import train_decoder
 from worldline.train.tiny.diffusion import train_diffusion
+from worldline.train.tiny.flow import train_flow
 from worldline.train.tiny.run import running
 from worldline.train.tiny.tokenizer import train_tokenizer
+from worldline.train.tiny.wan import train_wan
 
 
 @click.group()
@@ -84,6 +89,11 @@ _tokenizer_option = click.option(
     required=True,
     help="An export folder.",
 )
+_undescribed_option = click.option(
+    "--undescribed",
+    multiple=True,
+    help="A text that shall say nothing of a clip, as no text at all; a negative prompt.",
+)
 
 
 @main.command()
@@ -123,11 +133,7 @@ def autoregressive(
 @main.command()
 @_options
 @_tokenizer_option
-@click.option(
-    "--undescribed",
-    multiple=True,
-    help="A text that shall say nothing of a clip, as no text at all; a negative prompt.",
-)
+@_undescribed_option
 def diffusion(
     tokenizer_folder: Path, start: Path | None, undescribed: tuple[str, ...], **options: Any
 ) -> None:
@@ -138,6 +144,30 @@ def diffusion(
     """
     with running(options) as run:
         train_diffusion(run, tokenizer_folder, start, undescribed)
+
+
+@main.command()
+@_options
+def wan(start: Path | None, **options: Any) -> None:
+    """Train a video tokenizer laid out as Wan2.1's on generated clips, to continuous latents."""
+    with running(options) as run:
+        train_wan(run, start)
+
+
+@main.command()
+@_options
+@_tokenizer_option
+@_undescribed_option
+def flow(
+    tokenizer_folder: Path, start: Path | None, undescribed: tuple[str, ...], **options: Any
+) -> None:
+    """Train the flow transformer, and the text encoder with it, on captioned clips.
+
+    A clip is given with none, one or two latent frames known and with its caption or none, so
+    that one network makes a world of a text, an image or a video.
+    """
+    with running(options) as run:
+        train_flow(run, tokenizer_folder, start, undescribed)
 
 
 @main.command()

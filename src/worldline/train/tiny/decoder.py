@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from worldline.catalog import DECODERS
 from worldline.models.predict1_dit.model import DECODER_WINDOW, DiT
-from worldline.models.predict1_dit.weights import open_dit, write_settings
+from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
 from worldline.sampling.edm import SIGMA_DATA
 from worldline.sampling.windows import split_windows
 from worldline.shapes import LatentShape, VideoShape
@@ -218,5 +218,8 @@ class Decoding(nn.Module):
 def export_decoder(transformer: DiT, general: Tensor, folder: Path) -> None:
     """Write the decoder in bf16 under the released names, and the general prompt's embedding."""
     folder = folder / DECODER
-    export_transformer(transformer, folder, rotary_precision=sizes.ROTARY_PRECISION)
+    settings = {"rotary_precision": sizes.ROTARY_PRECISION}
+    export_transformer(
+        released_tensors(transformer), {**write_settings(transformer.config), **settings}, folder
+    )
     save_tensors({"context": general.cpu().bfloat16()}, folder / "aux_vars.safetensors")

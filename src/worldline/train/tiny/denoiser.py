@@ -1,29 +1,32 @@
-"""What the small diffusion transformers share in training."""
+"""What the small transformers that denoise latents share in training."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
 from worldline.models.predict1_dit.model import DiT, Positions
-from worldline.models.predict1_dit.weights import released_tensors, write_settings
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.sampling.edm import precondition
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.statistics import LatentStatistics, read_statistics
-from worldline.train.loop import LoopConfig, Objective
+from worldline.train.data import captioned_batches, encode_captioned, to_device
+from worldline.train.loop import LoopConfig, Objective, generator
 from worldline.train.tiny import sizes
 from worldline.train.tiny.run import Run, half_precision
 from worldline.weights.write import save as save_tensors
 
 _HELD_OUT_BATCHES = 8
+# Shares of clips with no known latent frame, one (an image), or two: less given, more to learn.
+_KNOWN = (0.5, 0.2, 0.3)
+_TEXT_DROPPED = 0.1
 
 
 def train_denoiser(
@@ -37,7 +40,8 @@ def train_denoiser(
 
     Args:
         run: how.
-        model: its `transformer` is a DiT; called with a batch it returns the loss of each clip.
+        model: its `transformer` is a DiT of either kind; called with a batch it returns the loss of
+            each clip.
         draw: step -> a batch.
         draw_held_out: number -> a batch of clips that are held out.
         export: writes the trained model below a folder.
@@ -71,6 +75,89 @@ def train_denoiser(
     run.tell({"steps": done, "held_out": float(watch()["held_out"])})
 
 
+class Captioned(NamedTuple):
+    """Clips as they are trained on, each as drawn and mirrored; the texts lie on the CPU.
+
+    Attributes:
+        latents: (clips, C, t, h, w), bf16.
+        texts: each (clips, S): ids, and the mask of tokens where the encoder takes one.
+    """
+
+    latents: Tensor
+    texts: tuple[Tensor, ...]
+
+
+def encode_clips(
+    run: Run,
+    seeds: range,
+    workers: int,
+    encode: Callable[[Tensor], Tensor],
+    tokenize: Callable[[list[str]], tuple[Tensor, ...]],
+) -> Captioned:
+    """Return generated clips with their captions.
+
+    Args:
+        run: how.
+        seeds: of the clips.
+        workers: processes that draw them.
+        encode: video (B, 3, T, H, W) to latents as they are trained on.
+        tokenize: captions to what the text encoder takes.
+    """
+    batches = captioned_batches(seeds, sizes.SHAPE, run.device, workers=workers)
+    latents, captions = encode_captioned(
+        batches, half_precision(run.device), lambda video: encode(video).bfloat16()
+    )
+    return Captioned(latents, tokenize(captions))
+
+
+class Drawn(NamedTuple):
+    """A batch without its noise, on the device.
+
+    Attributes:
+        latents: (B, C, t, h, w), float32.
+        texts: as in `Captioned`.
+        known: (B,) number of latent frames that are known.
+        normal: (B,) unit normal, to make noise levels of.
+    """
+
+    latents: Tensor
+    texts: tuple[Tensor, ...]
+    known: Tensor
+    normal: Tensor
+
+
+def draw_clips(
+    run: Run, given: Captioned, silent: tuple[Tensor, ...], step: int, batch: int
+) -> Drawn:
+    """Return the clips of a step, some without their text.
+
+    Args:
+        run: how.
+        given: to draw from.
+        silent: texts that say nothing of a clip, as in `Captioned`.
+        step: number of the batch.
+        batch: B.
+    """
+    draws = generator(run.seed, step, rank=run.ranks.rank)
+    chosen = torch.randint(len(given.latents), (batch,), generator=draws)
+    dropped = torch.rand(batch, generator=draws) < _TEXT_DROPPED
+    other = torch.randint(len(silent[0]), (batch,), generator=draws)
+    known = torch.multinomial(torch.tensor(_KNOWN), batch, replacement=True, generator=draws)
+    normal = torch.randn(batch, generator=draws)
+    texts = []
+    for told, nothing in zip(given.texts, silent, strict=True):
+        rows = torch.where(dropped[:, None], nothing[other], told[chosen])
+        texts.append(to_device(rows, run.device))
+    chosen, known, normal = (to_device(values, run.device) for values in (chosen, known, normal))
+    return Drawn(given.latents[chosen].float(), tuple(texts), known, normal)
+
+
+def draw_noise(run: Run, step: int, *shape: int) -> Tensor:
+    """Return the unit normal noise of a step, on the device."""
+    draws = generator(run.seed, step, run.device, rank=run.ranks.rank)
+    return torch.randn(shape, generator=draws, device=run.device)
+
+
 def scales_of(folder: Path) -> LatentStatistics:
     """Return the statistics of a continuous tokenizer.
 
@@ -83,13 +170,14 @@ def scales_of(folder: Path) -> LatentStatistics:
     return statistics
 
 
-def export_transformer(transformer: DiT, folder: Path, **settings: Any) -> None:
-    """Write weights in bf16 under the released names, and config.json with further settings."""
+def export_transformer(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], folder: Path
+) -> None:
+    """Write tensors in bf16 under their released names, and what config.json says beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.bfloat16() for name, t in released_tensors(transformer).items()}
-    save_tensors(tensors, folder / "model.safetensors")
-    said = json.dumps({**write_settings(transformer.config), **settings}, indent=1)
-    (folder / "config.json").write_text(said + "\n")
+    halves = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_tensors(halves, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
 class Places(nn.Module):

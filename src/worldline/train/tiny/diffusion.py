@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from worldline.models.predict1_dit.model import DiT
-from worldline.models.predict1_dit.weights import open_dit, write_settings
+from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
 from worldline.sampling.edm import SIGMA_DATA
 from worldline.text.t5 import KEYS as T5_KEYS
 from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
 from worldline.tokenizers.cosmos.load import load_tokenizer
-from worldline.train.data import captioned_batches, encode_captioned, to_device
-from worldline.train.loop import generator
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.train.tiny import sizes
 from worldline.train.tiny.denoiser import (
+    Captioned,
     Places,
+    draw_clips,
+    draw_noise,
+    encode_clips,
     export_transformer,
     scales_of,
     told_level,
@@ -38,10 +39,6 @@ WORLD, TEXT_FOLDER = "Cosmos-Predict1-7B-Video2World", "google-t5/t5-11b"
 # (docs/LOG.md), which most draws hit.
 _SIGMA_MEAN, _SIGMA_DEVIATION = 0.7, 1.4
 _KNOWN_SIGMA = 0.001  # noise on known frames, as samplers show them
-# Shares of clips with no known latent frame, one (an image), or two (nine frames): less given, more
-# to learn.
-_KNOWN = (0.5, 0.2, 0.3)
-_TEXT_DROPPED = 0.1
 
 
 def train_diffusion(
@@ -73,35 +70,22 @@ def train_diffusion(
     model = model.to(device)
     coder = load_tokenizer(tokenizer_folder, device=device, dtype=half)
 
-    def encoded(seeds: range, workers: int) -> _Captioned:
-        batches = captioned_batches(seeds, sizes.SHAPE, device, workers=workers)
-        latents, captions = encode_captioned(
-            batches,
-            half,
-            lambda video: (SIGMA_DATA * scales.normalise(coder.encode(video).float())).bfloat16(),
-        )
-        return _Captioned(latents, *model.text.tokenize(captions))
+    def encode(video: Tensor) -> Tensor:
+        return SIGMA_DATA * scales.normalise(coder.encode(video).float())
 
-    pool = encoded(run.share(range(clips)), run.workers)
-    aside = encoded(range(sizes.HELD_OUT, sizes.HELD_OUT + min(clips, 256)), 0)
+    tokenize = model.text.tokenize
+    pool = encode_clips(run, run.share(range(clips)), run.workers, encode, tokenize)
+    held_out = range(sizes.HELD_OUT, sizes.HELD_OUT + min(clips, 256))
+    aside = encode_clips(run, held_out, 0, encode, tokenize)
     # no text, as a sampler may give it: no row at all, or a text about nothing
-    silent = model.text.tokenize(["", *undescribed])
+    silent = tokenize(["", *undescribed])
     silent[1][0] = 0
-    shares = torch.tensor(_KNOWN)
 
-    def draw_from(given: _Captioned, step: int) -> tuple[Tensor, ...]:
-        small, large = (generator(run.seed, step, d, rank=run.ranks.rank) for d in ("cpu", device))
-        chosen = torch.randint(len(given.latents), (batch,), generator=small)
-        latents = given.latents[to_device(chosen, device)].float()
-        ids, mask = given.ids[chosen].clone(), given.mask[chosen].clone()
-        dropped = torch.rand(batch, generator=small) < _TEXT_DROPPED
-        other = torch.randint(len(silent[0]), (batch,), generator=small)
-        ids[dropped], mask[dropped] = silent[0][other[dropped]], silent[1][other[dropped]]
-        known = torch.multinomial(shares, batch, replacement=True, generator=small)
-        normal = torch.randn(batch, generator=small)
+    def draw_from(given: Captioned, step: int) -> tuple[Tensor, ...]:
+        latents, texts, known, normal = draw_clips(run, given, silent, step, batch)
+        noise = draw_noise(run, step, 2, *latents.shape)
         sigma = log_normal_sigmas(normal, mean=_SIGMA_MEAN, deviation=_SIGMA_DEVIATION)
-        noise = torch.randn(2, *latents.shape, generator=large, device=device)
-        return latents, noise, *(to_device(values, device) for values in (ids, mask, sigma, known))
+        return latents, noise, *texts, sigma, known
 
     train_denoiser(
         run,
@@ -110,20 +94,6 @@ def train_diffusion(
         functools.partial(draw_from, aside),
         lambda folder: export_diffusion(model.transformer, model.text, folder),
     )
-
-
-class _Captioned(NamedTuple):
-    """Clips as they are trained on; the texts lie on the CPU.
-
-    Attributes:
-        latents: (clips, C, t, h, w), bf16, of standard deviation 0.5.
-        ids: (clips, S) int64.
-        mask: (clips, S), 1 at tokens.
-    """
-
-    latents: Tensor
-    ids: Tensor
-    mask: Tensor
 
 
 class Denoising(nn.Module):
@@ -174,5 +144,6 @@ class Denoising(nn.Module):
 
 def export_diffusion(transformer: DiT, text: T5Encoder, folder: Path) -> None:
     """Write the world and its text encoder in bf16, in the folders of the released ones."""
-    export_transformer(transformer, folder / WORLD, **sizes.WORLD_SETTINGS)
+    settings = {**write_settings(transformer.config), **sizes.WORLD_SETTINGS}
+    export_transformer(released_tensors(transformer), settings, folder / WORLD)
     export_t5(text, folder / TEXT_FOLDER)

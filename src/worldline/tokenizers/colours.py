@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
+from worldline.nn.pieces import CausalTokenizer
 
 _CELLS = 16  # side of a picture that the map is fitted to, in latent cells
 _PICTURES = 6
 _DAMPING = 1e-3  # against channels that hold no colour
 
 
-def fit_colours(tokenizer: CosmosTokenizer) -> Tensor:
+def fit_colours(tokenizer: CausalTokenizer) -> Tensor:
     """Return the linear map from a tokenizer's latents to colours, by least squares.
 
     It is fitted to smooth pictures that stand still, the same every time. The first latent frame
@@ -29,7 +29,7 @@ def fit_colours(tokenizer: CosmosTokenizer) -> Tensor:
     Returns:
         (2, C + 1, 3), float32, on the CPU; the last row is added.
     """
-    config, weight = tokenizer.config, tokenizer.quant_conv.weight
+    config, weight = tokenizer.config, next(tokenizer.parameters())
     noise = np.random.RandomState(0).uniform(-1, 1, (_PICTURES, 3, 4, 4)).astype(np.float32)
     coarse = torch.from_numpy(noise)
     side = _CELLS * config.spatial

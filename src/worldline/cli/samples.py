@@ -1,0 +1,289 @@
+"""The files of samples that Predict2.5 is run with: JSON, JSON lines, YAML; needs no torch.
+
+Source: nvidia-cosmos/cosmos-predict2.5 `cosmos_predict2/config.py` and `examples/inference.py`, of
+its releases since 13 October 2025, and of the one a week earlier, with many samples in a file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from worldline.choices import MAX_SEED, NEGATIVE_PROMPT
+from worldline.errors import InputError
+from worldline.pipelines.requests import LARGEST_GUIDANCE, LARGEST_STEPS
+from worldline.video.read import media_kind, probe
+
+InferenceType = Literal["text2world", "image2world", "video2world"]
+SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
+LARGEST_SIDE = 1920
+# the tokenizer merges 8 pixels each way and 4 frames, the transformer 2 of its cells each way
+SIDE_STEP, FRAME_STEP = 16, 4
+
+_PATHS = ("prompt_path", "input_path")
+# a string is kept whole, so that what looks like a comment in it stays
+_STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
+
+
+class Sample(BaseModel):
+    """One video to make, checked.
+
+    Attributes:
+        name: stem of its files.
+        inference_type: what it starts from.
+        prompt: what it shows; read from `prompt_path` where it is not given itself.
+        prompt_path: text file.
+        input_path: image or video to continue.
+        negative_prompt: what it does not show.
+        seed: of the noise.
+        guidance: strength of the prompt.
+        resolution: "H,W", or "none" for the world's own.
+        num_output_frames: 1 + 4k; None is the world's own, or of a long video 77.
+        num_steps: of the sampler.
+        enable_autoregressive: makes a long video, chunk after chunk.
+        chunk_size: frames of a chunk.
+        chunk_overlap: frames of a chunk that the next one begins with.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    inference_type: InferenceType
+    prompt: str | None = None
+    prompt_path: Path | None = None
+    input_path: Path | None = None
+    negative_prompt: str = NEGATIVE_PROMPT
+    seed: int = Field(default=1, ge=0, le=MAX_SEED)
+    guidance: float = Field(default=7, ge=0, le=LARGEST_GUIDANCE)
+    resolution: str = "none"
+    num_output_frames: int | None = Field(default=None, gt=0)
+    num_steps: int = Field(default=35, gt=0, le=LARGEST_STEPS)
+    enable_autoregressive: bool = False
+    chunk_size: int = Field(default=77, gt=0)
+    chunk_overlap: int = Field(default=1, gt=0)
+    _place: str = PrivateAttr("")
+
+    @field_validator("name")
+    @classmethod
+    def _is_file_name(cls, value: str) -> str:
+        if not value.strip() or value in (".", "..") or re.search(r"[/\\\x00]", value):
+            raise ValueError(f"{value!r} cannot be the name of a file")
+        return value
+
+    @field_validator("resolution")
+    @classmethod
+    def _is_size(cls, value: str) -> str:
+        if value == "none":
+            return value
+        sides = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", value)
+        if sides is None:
+            raise ValueError(f'{value!r} is neither "none" nor height and width such as "704,1280"')
+        for side in map(int, sides.groups()):
+            if side % SIDE_STEP or not SIDE_STEP <= side <= LARGEST_SIDE:
+                raise ValueError(
+                    f"{side} is no multiple of {SIDE_STEP} from {SIDE_STEP} to {LARGEST_SIDE}"
+                )
+        return value
+
+    @field_validator("prompt_path", "input_path")
+    @classmethod
+    def _is_file(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_file():
+            raise ValueError(f"there is no file {value}")
+        return value
+
+    @field_validator("input_path")
+    @classmethod
+    def _is_media(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            media_kind(value)
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_prompt(cls, data: Any) -> Any:
+        path = data.get("prompt_path")
+        wanted = data.get("prompt") is None and isinstance(path, str | Path)
+        if not wanted or not Path(path).is_file():
+            return data
+        try:
+            return {**data, "prompt": Path(path).read_text(encoding="utf-8").strip()}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompt_path: {path} cannot be read: {error}") from error
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Sample:
+        if self.prompt is None or not self.prompt.strip():
+            raise ValueError("prompt: there is none, or it is empty (nor a prompt_path with one)")
+        if self.inference_type == "text2world":
+            return self
+        if self.input_path is None:
+            raise ValueError(f"input_path: {self.inference_type} needs one")
+        if self.inference_type == "video2world" and media_kind(self.input_path) == "image":
+            raise ValueError(
+                f"input_path: {self.input_path} is an image, but video2world continues a video; "
+                "image2world continues an image"
+            )
+        try:
+            frames = probe(self.input_path, kind=media_kind(self.input_path)).frames
+        except InputError as error:
+            raise ValueError(f"input_path: {error}") from error
+        if frames < self.num_input_frames:
+            raise ValueError(
+                f"input_path: {self.input_path} has {frames} frames, but {self.inference_type} "
+                f"continues the last {self.num_input_frames}"
+            )
+        return self
+
+    @property
+    def place(self) -> str:
+        """Where it is stated, for messages; empty of one that was read from no file."""
+        return self._place
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width; None is the world's own."""
+        if self.resolution == "none":
+            return None
+        height, width = map(int, self.resolution.split(","))
+        return height, width
+
+    @property
+    def num_input_frames(self) -> int:
+        """How many of the input's last frames are continued."""
+        given = {"text2world": 0, "image2world": 1, "video2world": 1 + FRAME_STEP}
+        return given[self.inference_type]
+
+
+def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = None) -> list[Sample]:
+    """Return the samples of all files, in order.
+
+    Args:
+        files: `.json` with one sample, a list of them, or the first release's "samples" by name;
+            `.jsonl` with one a line; `.yaml` or `.yml` as `.json`. `//` starts a comment in JSON.
+            Relative paths in a file start at its folder.
+        overrides: fields that win over those of every sample; their relative paths start here.
+
+    Raises:
+        InputError: names file, sample and field of everything that is wrong.
+    """
+    samples: list[Sample] = []
+    wrong: list[str] = []
+    first: dict[str, str] = {}
+    for file in files:
+        try:
+            found = list(_read_file(file))
+        except InputError as error:
+            wrong.append(str(error))
+            continue
+        for place, stated in found:
+            data = {**_resolved(stated, file.parent), **(overrides or {})}
+            if "prompt_path" in (overrides or {}) and "prompt" not in (overrides or {}):
+                data.pop("prompt", None)
+            label = f"{place}, sample {data['name']!r}" if "name" in data else place
+            try:
+                sample = Sample.model_validate(data)
+            except ValidationError as error:
+                wrong += [f"{label}: {told}" for told in _problems(error)]
+                continue
+            if sample.name in first:
+                wrong.append(f"{label}: name: {first[sample.name]} has the same")
+            first.setdefault(sample.name, place)
+            sample._place = label
+            samples.append(sample)
+    if wrong:
+        raise InputError("\n".join(wrong))
+    if not samples:
+        raise InputError(f"no samples in {', '.join(map(str, files)) or 'no files'}")
+    return samples
+
+
+def without_comments(text: str) -> str:
+    """Return JSON without what follows `//` in a line, but for strings; lines stay lines."""
+    return _STRING_OR_COMMENT.sub(lambda found: found[0] if found[0].startswith('"') else "", text)
+
+
+def _read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield every sample of a file as it is stated, and where."""
+    suffix = file.suffix.lower()
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; name its files, as in '{file / '*.json'}'")
+    if suffix not in SUFFIXES:
+        raise InputError(f"{file}: {suffix or 'its end'} is none of {' '.join(SUFFIXES)}")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    if suffix == ".jsonl":
+        for number, line in enumerate(text.splitlines(), 1):
+            if without_comments(line).strip():
+                place = f"{file}, line {number}"
+                yield place, _mapping(place, _parsed(place, line, suffix))
+        return
+    held = _parsed(str(file), text, suffix)
+    if isinstance(held, list):
+        for number, one in enumerate(held, 1):
+            place = f"{file}, item {number}"
+            yield place, _mapping(place, one)
+        return
+    held = _mapping(str(file), held)
+    if "samples" not in held:
+        yield str(file), held
+        return
+    common = {name: value for name, value in held.items() if name != "samples"}
+    for name, own in _mapping(f"{file}, samples", held["samples"]).items():
+        stated = {**common, **_mapping(f"{file}, sample {name!r}", own), "name": name}
+        if stated.get("prompt_path") is not None:  # the first release prefers it
+            stated.pop("prompt", None)
+        yield str(file), stated
+
+
+def _parsed(place: str, text: str, suffix: str) -> Any:
+    try:
+        if suffix in (".yaml", ".yml"):
+            return yaml.safe_load(text)
+        return json.loads(without_comments(text))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())
+        raise InputError(f"{place} is no valid {suffix[1:].upper()}: {told}") from error
+
+
+def _mapping(place: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise InputError(f"{place}: a {type(value).__name__} where names and values are expected")
+    return value
+
+
+def _resolved(stated: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a sample with its paths as seen from here."""
+    return {
+        name: str(folder / value) if name in _PATHS and isinstance(value, str) else value
+        for name, value in stated.items()
+    }
+
+
+def _problems(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        field = ".".join(map(str, problem["loc"]))
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = f"there is no such field; there are: {', '.join(Sample.model_fields)}"
+        elif problem["type"] == "missing":
+            message = "it is missing"
+        elif "value" not in problem["type"]:
+            message = f"{problem['input']!r:.80}: {message[:1].lower()}{message[1:]}"
+        yield f"{field}: {message}" if field else message

@@ -1,0 +1,159 @@
+"""Files of samples: every form of them, where paths start, and what is wrong in which field."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from worldline.choices import NEGATIVE_PROMPT
+from worldline.cli.samples import Sample, read_samples, without_comments
+from worldline.errors import InputError
+
+ASSETS = Path(__file__).parents[3] / "shared" / "assets" / "predict2_5"
+TEXT = {"inference_type": "text2world", "prompt": "a ball rolls"}
+
+
+def write(path: Path, value: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def read(path: Path, value: Any, **overrides: Any) -> list[Sample]:
+    return read_samples([write(path, value)], overrides)
+
+
+def test_defaults(tmp_path: Path) -> None:
+    [sample] = read(tmp_path / "a.json", {**TEXT, "name": "a"})
+    assert sample.negative_prompt == NEGATIVE_PROMPT
+    assert (sample.seed, sample.guidance, sample.num_steps, sample.size) == (1, 7, 35, None)
+    assert (sample.num_output_frames, sample.num_input_frames) == (None, 0)
+
+
+def test_every_form(tmp_path: Path) -> None:
+    one, two = ({**TEXT, "name": name} for name in "ab")
+    lines = "\n".join(["// both", json.dumps(one), "", json.dumps(two) + " // the second"])
+    by_yaml = "".join(f"- {{name: {n}, inference_type: text2world, prompt: x}}\n" for n in "ab")
+    named = {
+        "inference_type": "text2world",
+        "seed": 3,
+        "samples": {"a": {"prompt": "x"}, "b": {"prompt": "y"}},
+    }
+    for file, value in (
+        ("a.json", [one, two]),
+        ("b.jsonl", lines),
+        ("c.yaml", by_yaml),
+        ("d.YML", by_yaml),
+        ("e.json", named),
+    ):
+        assert [sample.name for sample in read(tmp_path / file, value)] == ["a", "b"]
+    assert [sample.seed for sample in read(tmp_path / "e.json", named)] == [3, 3]
+
+
+def test_comments() -> None:
+    text = '{"a": "http://x // y", // "b"\n "c": "\\"//" // d\n}'
+    assert json.loads(without_comments(text)) == {"a": "http://x // y", "c": '"//'}
+    assert without_comments(text).count("\n") == text.count("\n")
+
+
+def test_paths_start_at_the_file(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "words.txt", " snow falls \n")
+    write(tmp_path / "here" / "words.txt", "rain falls")
+    (tmp_path / "in.PNG").write_bytes(image.read_bytes())
+    stated = {
+        "name": "a",
+        "inference_type": "image2world",
+        "prompt_path": "../words.txt",
+        "input_path": "../in.PNG",
+    }
+    file = tmp_path / "files" / "a.json"
+    monkeypatch.chdir(tmp_path / "here")
+    [sample] = read(file, stated)
+    assert sample.prompt == "snow falls"
+    assert sample.input_path is not None
+    assert sample.input_path.samefile(tmp_path / "in.PNG")
+    assert sample.num_input_frames == 1
+    # what is given for all wins, and its paths start where the command does
+    [sample] = read(file, {**stated, "prompt": "fog"}, prompt_path="words.txt", seed=9)
+    assert (sample.prompt, sample.seed) == ("rain falls", 9)
+    # in the first release a path wins over words, later words over a path
+    assert read(file, {**stated, "prompt": "fog"})[0].prompt == "fog"
+    old = {
+        "inference_type": "text2world",
+        "samples": {"a": {"prompt": "fog", "prompt_path": "../words.txt"}},
+    }
+    assert read(file, old)[0].prompt == "snow falls"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": None}, "name: "),
+        ({"name": "a/b"}, "name: 'a/b' cannot be the name of a file"),
+        ({"inference_type": "world"}, "inference_type: 'world'"),
+        ({"prompt": " "}, "prompt: there is none, or it is empty"),
+        ({"sead": 1}, "sead: there is no such field; there are: name, "),
+        ({"seed": -1}, "seed: -1: "),
+        ({"guidance": "much"}, "guidance: 'much': "),
+        ({"num_steps": 0}, "num_steps: 0: "),
+        ({"resolution": "704x1280"}, "resolution: '704x1280' is neither"),
+        ({"resolution": "700,1280"}, "resolution: 700 is no multiple of 16"),
+        ({"prompt": None, "prompt_path": "gone.txt"}, "prompt_path: there is no file"),
+        ({"prompt": None, "prompt_path": 3}, "prompt_path: 3: "),
+        ({"inference_type": "image2world"}, "input_path: image2world needs one"),
+        ({"inference_type": "video2world", "input_path": "in.png"}, "image2world continues an"),
+        ({"input_path": "a.json"}, "input_path: "),
+    ],
+)
+def test_what_is_wrong(change: dict[str, Any], message: str, tmp_path: Path, image: Path) -> None:
+    (tmp_path / "in.png").write_bytes(image.read_bytes())
+    file = tmp_path / "a.json"
+    with pytest.raises(InputError) as told:
+        read(file, {**TEXT, "name": "a", **change})
+    assert message in str(told.value)
+    assert str(told.value).startswith(f"{file}, sample ")
+
+
+def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    good = json.dumps({**TEXT, "name": "a"})
+    bad = json.dumps({"name": "b", "prompt": "x", "seed": "y"})
+    lines = write(tmp_path / "a.jsonl", f"{good}\n{bad}\n{good}\n")
+    broken = write(tmp_path / "b.json", '{"name": ')
+    other = write(tmp_path / "c.txt", "")
+    with pytest.raises(InputError) as told:
+        read_samples([lines, broken, other, tmp_path / "gone.yaml"])
+    said = str(told.value).splitlines()
+    assert [line.split(": ")[0] for line in said[:3]] == [
+        f"{lines}, line 2, sample 'b'",
+        f"{lines}, line 2, sample 'b'",
+        f"{lines}, line 3, sample 'a'",
+    ]
+    assert f"name: {lines}, line 1 has the same" in said[2]
+    assert said[3].startswith(f"{broken} is no valid JSON")
+    assert said[4].startswith(f"{other}: .txt is none of")
+    assert said[5].startswith(f"{tmp_path / 'gone.yaml'} cannot be read")
+    with pytest.raises(InputError, match="no samples"):
+        read(tmp_path / "d.jsonl", "\n")
+
+
+@pytest.mark.skipif(not ASSETS.is_dir(), reason="the released samples are not here")
+@pytest.mark.parametrize("folder", ["single", "old"])
+def test_released_files(folder: str) -> None:
+    files = sorted((ASSETS / folder).glob("*.json"))
+    samples = [sample for file in files for sample in read_samples([file])]
+    assert samples
+    for sample in samples:
+        assert sample.prompt
+        assert (sample.input_path is None) == (sample.inference_type == "text2world")
+
+
+def test_needs_no_torch() -> None:
+    script = "import sys, worldline.cli.samples; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,34 @@
+"""The tiny flow transformers of the cases of Predict2.5."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from cases import Case
+
+from worldline.models.predict2_5_dit.model import FlowDiT, FlowDiTConfig
+from worldline.models.predict2_5_dit.weights import open_flow_dit
+from worldline.weights.dit import DiTFiles
+from worldline.weights.stream import load_into
+
+
+def settings_of(case: Case) -> dict[str, Any]:
+    """Return what no tensor tells of a case's network."""
+    net = case.spec["net"]
+    ratio = [net[f"rope_{axis}_extrapolation_ratio"] for axis in "thw"]
+    return {"rope_ratio": ratio, "timestep_scale": net["timestep_scale"]}
+
+
+@cache
+def model_of(case: Case) -> FlowDiT:
+    """Return the network of a case, in float32."""
+    return load(open_flow_dit(case.path / case.spec["checkpoint"], settings_of(case)))
+
+
+def load(found: DiTFiles[FlowDiTConfig]) -> FlowDiT:
+    with torch.device("meta"):
+        model = FlowDiT(found.config)
+    load_into(model, found.source, found.keys, device="cpu", dtype=torch.float32)
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,195 @@
+"""Predict2.5 from an image or a clip to pixels: text, image and video to world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from cases import Case, cases
+from flow_networks import settings_of
+from torch import Tensor
+
+from worldline.loading.predict2_5 import (
+    FlowFiles,
+    FlowParts,
+    FlowRules,
+    find_predict2_5,
+    load_predict2_5,
+)
+from worldline.models.predict2_5_dit.weights import open_flow_dit
+from worldline.pipelines import predict2_5 as pipeline
+from worldline.pipelines.exchange import Embeddings
+from worldline.pipelines.requests import FlowRequest
+from worldline.report import Recorder
+from worldline.sampling import flow
+from worldline.sampling.noise import standard_noise
+from worldline.shapes import latent_frames_of
+from worldline.video.convert import covering_frames
+from worldline.video.read import Clip, read_image, read_video
+
+CASES = cases("p25_e2e_tiny")
+CPU = torch.device("cpu")
+
+
+def scenarios() -> list[Any]:
+    """List (case, scenario) of every scenario that the cases hold."""
+    found = []
+    for case in CASES:
+        if not isinstance(case, Case):  # what stands for a case that is not here
+            found.append(pytest.param(None, "", marks=case.marks, id=str(case.id)))
+            continue
+        found += [pytest.param(case, name, id=f"{case}-{name}") for name in case.spec["scenarios"]]
+    return found
+
+
+@cache
+def files_of(case: Case) -> FlowFiles:
+    """Return the files of a case, as they are found, with what no tensor of the network tells."""
+    file = case.path / case.spec["checkpoint"]
+    tokenizer = case.path / case.spec["vae_checkpoint"]
+    files = find_predict2_5(file, case.path, tokenizer_dir=tokenizer)
+    return replace(files, dit=open_flow_dit(file, settings_of(case)))
+
+
+@cache
+def parts_of(case: Case) -> FlowParts:
+    return load_predict2_5(files_of(case), CPU, torch.float32, Recorder(CPU))
+
+
+def parts_for(case: Case, scenario: str) -> FlowParts:
+    """Return the parts of a case under the rules of one of its scenarios."""
+    parts, stated = parts_of(case), case.spec["scenarios"][scenario]
+    timestep = stated["conditional_frame_timestep"]
+    rules = FlowRules(
+        "karras" if stated["karras"] else "shifted", None if timestep < 0 else timestep
+    )
+    return replace(parts, files=replace(parts.files, rules=rules))
+
+
+def request_for(case: Case, scenario: str) -> FlowRequest:
+    stated = case.spec["scenarios"][scenario]
+    height, width = case.spec["resolution"]
+    latents = stated["num_conditional_frames"]
+    temporal = files_of(case).tokenizer_config.temporal
+    return FlowRequest(
+        prompt=None,
+        num_steps=stated["num_steps"],
+        guidance=stated["guidance"],
+        num_video_frames=case.spec["num_frames"],
+        height=height,
+        width=width,
+        seed=stated["seed"],
+        num_input_frames=1 + (latents - 1) * temporal if latents else 0,
+    )
+
+
+def clip_for(case: Case, scenario: str) -> Clip | None:
+    """Return the input as the reference's reader gives it."""
+    name = case.spec["scenarios"][scenario]["input"]
+    if name is None:
+        return None
+    if name.endswith(".mp4"):
+        return Clip(case.tensor("mp4_frames").numpy(), 0.0)
+    return read_image(case.path / name)
+
+
+def whole_input(case: Case, scenario: str) -> Tensor:
+    """Return the input as the reference fills it: behind an image black, else the last frame."""
+    request, clip = request_for(case, scenario), clip_for(case, scenario)
+    video = torch.zeros(
+        (1, 3, request.num_video_frames, request.height, request.width), dtype=torch.uint8
+    )
+    if clip is None:
+        return video
+    given = covering_frames(clip, request.num_input_frames, request.height, request.width)
+    video[:, :, : request.num_input_frames] = given
+    if len(clip.frames) > 1:
+        video[:, :, request.num_input_frames :] = given[:, :, -1:]
+    return video
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, Tensor]]:
+    """Keep the noise, the first velocity and the latents of what is sampled meanwhile."""
+    seen: dict[str, Tensor] = {}
+    unipc = flow.unipc
+
+    def solve(velocity: flow.Velocity, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+        def first(state: Tensor, index: int) -> Tensor:
+            found = velocity(state, index)
+            seen.setdefault("first_velocity", found)
+            return found
+
+        seen["noise"] = x
+        seen["latents"] = unipc(first, x, sigmas, **options)
+        return seen["latents"]
+
+    with mock.patch.object(flow, "unipc", solve):
+        yield seen
+
+
+@pytest.mark.parametrize(("case", "scenario"), scenarios())
+def test_request(case: Case, scenario: str) -> None:
+    embeddings = Embeddings(case.tensor("prompt_embeds"), case.tensor("negative_prompt_embeds"))
+    parts, request = parts_for(case, scenario), request_for(case, scenario)
+    with watched() as seen:
+        steps = list(
+            pipeline.generate(parts, clip_for(case, scenario), request, Recorder(CPU), embeddings)
+        )
+    for name in ("noise", "first_velocity", "latents"):
+        if f"{scenario}.{name}" in case:
+            case.compare(f"{scenario}.{name}", seen[name])
+    frames = steps[-1].frames
+    assert frames is not None
+    pieces = [step.frames for step in steps if step.kind == "decode" and step.frames is not None]
+    assert np.array_equal(np.concatenate(pieces), frames)
+    case.compare(f"{scenario}.video_u8", torch.from_numpy(frames).permute(3, 0, 1, 2)[None])
+    if f"{scenario}.video" in case:
+        video = parts.tokenizer.module.decode(case.tensor(f"{scenario}.latents"))
+        case.compare(f"{scenario}.video", video)
+
+
+@pytest.mark.parametrize(("case", "scenario"), scenarios())
+def test_input(case: Case, scenario: str) -> None:
+    """What the reference encodes, and that the given frames alone give the same latents."""
+    video = whole_input(case, scenario)
+    case.compare(f"{scenario}.vid_input", video)
+    tokenizer = parts_of(case).tokenizer.module
+    latents = tokenizer.encode(video.float() / 127.5 - 1)
+    case.compare(f"{scenario}.gt_latents", latents)
+    request, clip = request_for(case, scenario), clip_for(case, scenario)
+    if clip is not None:
+        given = pipeline.encode_given(tokenizer, clip, request)
+        count = latent_frames_of(request.num_input_frames, tokenizer.config.temporal)
+        assert given.shape[2] == count
+        assert torch.allclose(given, latents[:, :, :count], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_noise_is_drawn_from_the_seed(case: Case) -> None:
+    for name, stated in case.spec["scenarios"].items():
+        noise = case.tensor(f"{name}.noise")
+        case.compare(f"{name}.noise", standard_noise(stated["seed"], noise.shape))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_clips_are_read_as_by_the_reference(case: Case) -> None:
+    """Another FFmpeg may differ by two levels."""
+    stored = case.tensor("mp4_frames")
+    names = {stated["input"] for stated in case.spec["scenarios"].values()}
+    for name in sorted(name for name in names if name and name.endswith(".mp4")):
+        ours = torch.from_numpy(read_video(case.path / name).frames)
+        assert ours.shape == stored.shape
+        assert (ours.int() - stored.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_tensor_is_used(case: Case) -> None:
+    assert case.unused() == []

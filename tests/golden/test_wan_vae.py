@@ -1,0 +1,119 @@
+"""The Wan2.1 tokenizer against the golden cases of kind wan_vae_tiny, and in diffusers' layout."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Case, cases
+
+from worldline.tokenizers.wan.load import load_wan, open_wan
+from worldline.tokenizers.wan.model import WanTokenizer
+from worldline.tokenizers.wan.stream import decode_stream, encode_stream
+from worldline.tokenizers.wan.weights import diffusers_config, diffusers_tensors, released_tensors
+from worldline.weights.write import save
+
+CASES = cases("wan_vae_tiny")
+DIFFUSERS = cases("dit25_diffusers_layout")
+
+
+@cache
+def loaded(case: Case) -> WanTokenizer:
+    path = case.path / case.spec["checkpoint"] if "checkpoint" in case.spec else case.path
+    return load_wan(open_wan(path), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES + DIFFUSERS, ids=str)
+def test_configuration_is_read_from_the_files(case: Case) -> None:
+    config, stated = loaded(case).config, case.spec["vae"]
+    ours = {
+        "dim": config.channels,
+        "z_dim": config.latent_channels,
+        "dim_mult": list(config.multipliers),
+        "num_res_blocks": config.num_blocks,
+        "attn_scales": [],
+        "temperal_downsample": list(config.temporal_steps),
+    }
+    assert {name: ours[name] for name in stated} == stated
+    for name in ("mean", "std"):
+        if name in case.spec:
+            assert getattr(config, name) == tuple(case.spec[name])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_clips(case: Case) -> None:
+    model = loaded(case)
+    for name in case.names("encode.*.video"):
+        case.compare(name.replace("video", "latent"), model.encode(case.tensor(name)))
+    for name in case.names("decode.*.latent"):
+        case.compare(name.replace("latent", "video"), model.decode(case.tensor(name)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_clips_in_pieces(case: Case, chunk: int) -> None:
+    model = loaded(case)
+    for name in case.names("encode.*.video"):
+        pieces = encode_stream(model, case.tensor(name).split(3, dim=2), chunk=chunk)
+        case.compare(name.replace("video", "latent"), torch.cat(list(pieces), dim=2))
+    for name in case.names("decode.*.latent"):
+        pieces = decode_stream(model, case.tensor(name), chunk=chunk)
+        case.compare(name.replace("latent", "video"), torch.cat(list(pieces), dim=2))
+
+
+@pytest.mark.parametrize("case", DIFFUSERS, ids=str)
+def test_weights_that_diffusers_saved(case: Case) -> None:
+    model = loaded(case)
+    case.compare("vae.out.latent", model.encode(case.tensor("vae.in.video")))
+    case.compare("vae.out.video", model.decode(case.tensor("vae.in.latent")))
+
+
+@pytest.mark.parametrize("case", CASES + DIFFUSERS, ids=str)
+def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model = loaded(case)
+    tensors, settings = diffusers_tensors(model), diffusers_config(model.config)
+    save(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+
+    theirs = diffusers.AutoencoderKLWan.from_pretrained(tmp_path)
+    assert sorted(theirs.state_dict()) == sorted(tensors)
+    assert {name: theirs.config[name] for name in settings if name[0] != "_"} == {
+        name: value for name, value in settings.items() if name[0] != "_"
+    }
+    mean, std = (
+        torch.tensor(numbers).view(1, -1, 1, 1, 1)
+        for numbers in (model.config.mean, model.config.std)
+    )
+    for name in case.names("*.video"):
+        if ".out." in name or name.startswith("decode"):
+            continue
+        video = case.tensor(name)
+        mode = theirs.encode(video).latent_dist.mode()
+        latents = model.encode(video)
+        assert torch.allclose(latents, (mode - mean) / std, atol=2e-5, rtol=0)
+        decoded = theirs.decode(latents * std + mean).sample  # clamped
+        assert torch.allclose(model.decode(latents).clamp(-1, 1), decoded, atol=2e-5, rtol=0)
+    assert open_wan(tmp_path).config == model.config
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_released_file_is_written_as_it_was_read(case: Case, tmp_path: Path) -> None:
+    torch.save(released_tensors(loaded(case)), tmp_path / "tokenizer.pth")
+    source, stored = open_wan(tmp_path).source, open_wan(case.path / case.spec["checkpoint"]).source
+    assert source.tensors.keys() == stored.tensors.keys()
+    for name in stored.tensors:
+        assert torch.equal(source.read(name), stored.read(name).float())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_tensor_is_used(case: Case) -> None:
+    assert case.unused() == []
+
+
+@pytest.mark.parametrize("case", DIFFUSERS, ids=str)
+def test_every_tensor_of_the_tokenizer_is_used(case: Case) -> None:
+    assert [name for name in case.unused() if name.startswith("vae.")] == []

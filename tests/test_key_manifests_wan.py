@@ -1,0 +1,79 @@
+"""The released files of the Wan2.1 tokenizer, at full size, against our network without weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from worldline.errors import CheckpointError
+from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
+from worldline.tokenizers.wan.weights import (
+    Layout,
+    diffusers_config,
+    diffusers_tensors,
+    find_layout,
+    key_map,
+    read_config,
+    released_tensors,
+)
+
+from .test_key_manifests import fake, fits, manifest
+
+FILES: dict[Layout, str] = {"released": "Wan2.1_VAE", "diffusers": "Wan2.1_VAE.diffusers"}
+CONFIG = WanTokenizerConfig()
+
+
+def model() -> WanTokenizer:
+    with torch.device("meta"):
+        return WanTokenizer(CONFIG)
+
+
+@pytest.mark.parametrize("layout", FILES)
+def test_files_fit_both_ways(layout: Layout) -> None:
+    stated = manifest(FILES[layout])
+    checkpoint = fake(stated["tensors"], "x")
+    assert find_layout(checkpoint) == layout
+    assert read_config(checkpoint, {}) == CONFIG
+    keys = key_map(CONFIG, layout)
+    pairs = fits(model(), checkpoint, keys)
+    assert sorted(pairs.values()) == sorted(stated["tensors"])
+    for ours, theirs in pairs.items():
+        assert keys.released(ours) == theirs
+    assert sum(p.numel() for p in model().parameters()) == stated["parameters"]
+
+
+def test_both_layouts_end_at_the_same_tensor() -> None:
+    keys = {layout: key_map(CONFIG, layout) for layout in FILES}
+    for theirs, released in manifest(FILES["diffusers"])["key_map"].items():
+        assert keys["diffusers"].ours(theirs) == keys["released"].ours(released)
+
+
+@pytest.mark.parametrize("layout", FILES)
+def test_what_is_written_has_the_released_names_and_shapes(layout: Layout) -> None:
+    ours = released_tensors(model()) if layout == "released" else diffusers_tensors(model())
+    shapes = {name: list(tensor.shape) for name, tensor in ours.items()}
+    stated = manifest(FILES[layout])["tensors"]
+    assert shapes == {name: shape for name, (_, shape) in stated.items()}
+
+
+def test_the_config_of_diffusers() -> None:
+    stated, ours = manifest(FILES["diffusers"])["config"], diffusers_config(CONFIG)
+    assert {name: ours[name] for name in stated} == stated
+    source = fake(manifest(FILES["diffusers"])["tensors"], "x")
+    assert read_config(source, stated) == CONFIG
+
+
+@pytest.mark.parametrize("layout", FILES)
+def test_files_that_do_not_fit(layout: Layout) -> None:
+    keys, tensors = key_map(CONFIG, layout), manifest(FILES[layout])["tensors"]
+    for name, change in {
+        keys.released("decoder.layers.3.time.weight"): None,
+        keys.released("encoder.layers.4.conv2.gamma"): [191, 1, 1, 1],
+        "decoder.conv9.weight": [8, 8],
+    }.items():
+        changed = {n: info for n, info in tensors.items() if n != name}
+        if change is not None:
+            changed[name] = ["float32", change]
+        with pytest.raises(CheckpointError) as raised:
+            fits(model(), fake(changed, "x"), keys)
+        assert name in str(raised.value)

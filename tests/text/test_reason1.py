@@ -1,0 +1,495 @@
+"""The files of the Reason1 encoder, the chat around a prompt, and transformers' own results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from worldline.errors import CheckpointError, Error, InputError
+from worldline.text.chat_tokens import (
+    END,
+    PAD,
+    START,
+    SYSTEM,
+    ChatTokenizer,
+    byte_chat_tokenizer,
+    chat_text,
+    load_chat_tokenizer,
+)
+from worldline.text.reason1 import (
+    CACHED,
+    KEYS,
+    REVISION,
+    Reason1Encoder,
+    embedding_cache,
+    export_reason1,
+    find_reason1,
+    load_reason1,
+    new_reason1,
+    reason1_folders,
+    tensor_shapes,
+)
+from worldline.weights.keymap import match
+from worldline.weights.source import TensorInfo
+from worldline.weights.write import save
+
+# config.json of nvidia/Cosmos-Reason1-7B, as far as it is about the language model
+RELEASED: dict[str, Any] = {
+    "model_type": "qwen2_5_vl",
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vocab_size": 152064,
+}
+PROMPTS = ["A ball rolls off a table.", "", "Größe ✓ 日本", "x" * 300]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder of bytes, in float32; copy it before changing it."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("text") / "Cosmos-Reason1-7B"
+    encoder = new_reason1({"num_hidden_layers": 3})
+    for parameter in encoder.parameters():  # biases begin as zeros, and would not be seen
+        torch.nn.init.normal_(parameter, 0.5 * (parameter.ndim == 1), 0.1)
+    export_reason1(encoder, folder, dtype=None)
+    return folder
+
+
+@pytest.fixture
+def own(exported: Path, tmp_path: Path) -> Path:
+    """A copy of `exported` that a test may break."""
+    return Path(shutil.copytree(exported, tmp_path / "encoder"))
+
+
+def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Reason1Encoder:
+    return load_reason1(find_reason1(folder), "cpu", dtype)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    checkpoint = find_reason1(folder).checkpoint
+    return {name: checkpoint.read(name).clone() for name in checkpoint.tensors}
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        find_reason1(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    return message
+
+
+# --- the network ---
+
+
+@pytest.mark.parametrize("layout", ["released", "since"])
+def test_transformers_computes_the_same(exported: Path, own: Path, layout: str) -> None:
+    """Its whole model, with eyes and head, three axes of position and no mask."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    settings = json.loads((exported / "config.json").read_text())
+    rotary = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    text = {**settings, "rope_parameters": rotary, "model_type": "qwen2_5_vl_text"}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "intermediate_size": 32})
+    theirs = Qwen2_5_VLForConditionalGeneration(config).eval()
+    tensors = weights(exported)
+    language = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    theirs.model.language_model.load_state_dict(language)
+
+    encoder = loaded(exported)
+    ids = encoder.tokenize(PROMPTS)
+    states = theirs(input_ids=ids, output_hidden_states=True).hidden_states
+    assert len(states) == 4
+    for ours, other in zip(encoder.hidden(ids), states, strict=True):
+        torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-5)
+    parts = [(x - x.mean(-1, True)) / (x.std(-1, keepdim=True) + 1e-8) for x in states[1:]]
+    torch.testing.assert_close(encoder.encode(PROMPTS), torch.cat(parts, -1), atol=1e-4, rtol=1e-4)
+
+    # and what it saves is read, by the names of either time
+    theirs.save_pretrained(own)
+    if layout == "since":
+        state = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+        assert {n.partition("model.language_model.")[2] for n in state} - {""} == set(language)
+        save(state, own / "model.safetensors")
+    assert torch.equal(loaded(own).encode(PROMPTS), encoder.encode(PROMPTS))
+
+
+def test_rows_are_normalised_layer_by_layer(exported: Path) -> None:
+    encoder = loaded(exported)
+    embeddings = encoder.encode(PROMPTS)
+    assert embeddings.shape == (4, 128, 3 * 64)
+    layers = embeddings.unflatten(-1, (3, 64))
+    assert torch.allclose(layers.mean(-1), torch.zeros(()), atol=1e-5)
+    assert torch.allclose(layers.std(-1), torch.ones(()), atol=1e-4)
+
+
+def test_tokens_see_what_was_before_them_and_padding_counts(exported: Path) -> None:
+    encoder = loaded(exported)
+    ids = encoder.tokenize(["a ball"])
+    whole = encoder.embed(ids)
+    used = encoder.count_tokens("a ball")
+    other = ids.clone()
+    other[0, used + 5] = 7
+    changed = encoder.embed(other)
+    torch.testing.assert_close(changed[:, : used + 5], whole[:, : used + 5])
+    assert not torch.allclose(changed[:, -1], whole[:, -1], atol=1e-3)
+    assert whole[:, used:].abs().amin(-1).max() > 0  # rows of padding are not blanked
+
+
+def test_a_prompt_alone_and_among_others(exported: Path) -> None:
+    encoder = loaded(exported)
+    together = encoder.encode(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        assert torch.equal(encoder.encode([prompt])[0], together[row])
+
+
+def test_no_prompts_and_one_string(exported: Path) -> None:
+    encoder = loaded(exported)
+    assert encoder.encode([], 7).shape == (0, 7, encoder.width)
+    with pytest.raises(ValueError, match="list of prompts"):
+        encoder.encode("a ball")
+    with pytest.raises(ValueError, match="max_length is 0"):
+        encoder.encode(["a ball"], 0)
+
+
+def test_embed_is_differentiable_in_every_parameter() -> None:
+    encoder = new_reason1()
+    embeddings = encoder.embed(encoder.tokenize(["a ball rolls", "b"]))
+    (embeddings * torch.randn_like(embeddings)).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_inference_leaves_no_gradient(exported: Path) -> None:
+    encoder = loaded(exported)
+    assert not encoder.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert not new_reason1().encode(["a"]).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8])
+def test_dtypes_that_it_cannot_have(exported: Path, dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match="bfloat16 or float32"):
+        loaded(exported, dtype)
+
+
+def test_bfloat16_is_near_float32(exported: Path) -> None:
+    exact = loaded(exported).encode(PROMPTS)
+    rough = loaded(exported, torch.bfloat16)
+    assert {parameter.dtype for parameter in rough.parameters()} == {torch.bfloat16}
+    found = rough.encode(PROMPTS)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - exact).norm() < 0.05 * exact.norm()
+    # the angles of position stay float32: bfloat16 cannot tell neighbours apart
+    assert rough.network.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_new_weights_follow_the_seed() -> None:
+    torch.manual_seed(7)
+    first = new_reason1().encode(["a ball"])
+    torch.manual_seed(7)
+    assert torch.equal(new_reason1().encode(["a ball"]), first)
+    with pytest.raises(ValueError, match="bytes need"):
+        new_reason1({"vocab_size": 100})
+    with pytest.raises(ValueError, match="num_hidden_layers is 0"):
+        new_reason1({"num_hidden_layers": 0})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(exported: Path, dtype: torch.dtype) -> None:
+    exact = loaded(exported).encode(PROMPTS)
+    found = load_reason1(find_reason1(exported), "cuda", dtype).encode(PROMPTS)
+    assert found.device.type == "cuda"
+    gap = (found.cpu().float() - exact).norm() / exact.norm()
+    assert gap < (1e-4 if dtype == torch.float32 else 0.05)
+
+
+# --- words to ids ---
+
+
+def test_the_chat() -> None:
+    assert chat_text("a {b}\n") == (
+        "<|im_start|>system\nYou are a helpful assistant who will provide prompts to an image "
+        "generator.<|im_end|>\n<|im_start|>user\na {b}\n<|im_end|>\n"
+    )
+    tokenizer = byte_chat_tokenizer()
+    vocabulary = tokenizer._tokenizer.get_vocab(with_added_tokens=True)
+    [ids] = [tokenizer.encode("ab")]
+    signs = {number: sign for sign, number in vocabulary.items()}
+    line = signs[ids[3]]
+    assert [signs[n] for n in ids] == [
+        *(START, f"system\n{SYSTEM}", END, line, START, "user\n"),
+        *("a", "b", END, line),
+    ]
+    assert (tokenizer.pad, tokenizer.size) == (vocabulary[PAD], len(vocabulary))
+
+
+def test_a_prompt_is_neither_stripped_nor_escaped() -> None:
+    tokenizer = byte_chat_tokenizer()
+    around = len(tokenizer.encode(""))
+    assert len(tokenizer.encode("  a \n")) == around + 5
+    assert len(tokenizer.encode(f"a{END}b")) == around + 3
+    assert len(tokenizer.encode("\ud800")) == around + 1  # "?": it has no UTF-8
+
+
+def test_lengths(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = loaded(exported)
+    whole = encoder.tokenizer.encode("abcdefgh")
+    ids = encoder.tokenize(["abcdefgh"])
+    assert ids[0].tolist() == whole + [encoder.tokenizer.pad] * (128 - len(whole))
+    assert encoder.count_tokens("abcdefgh") == len(whole)
+    with caplog.at_level(logging.WARNING, "worldline"):
+        ids = encoder.tokenize(["abcdefgh", "abcde"], 13)
+    assert ids.tolist() == [whole[:13], encoder.tokenizer.encode("abcde")]
+    [record] = caplog.records
+    assert f"{len(whole)} tokens" in record.message
+    assert "after 13" in record.message
+
+
+def test_a_cut_is_told_without_the_weights(
+    exported: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words of encoding, for a prompt whose embedding is kept."""
+    files = find_reason1(exported)
+    long = "word " * files.max_length
+    load_reason1(files, "cpu", torch.float32).tokenize(["short", long])
+    [told] = caplog.messages
+    caplog.clear()
+    monkeypatch.setattr("worldline.text.reason1.load_into", None)
+    for prompt in ("short", long):
+        files.tell_if_cut(prompt)
+    assert caplog.messages == [told]
+
+
+def test_a_vocabulary_in_two_files(own: Path) -> None:
+    """Ids are the same as by tokenizer.json, with merges and with the words split as Qwen2 does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {sign: number for number, sign in enumerate([*alphabet, "ba", "ll", "ball"])}
+    (own / "tokenizer.json").unlink()
+    (own / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = ["b a", "l l", "ba ll"]
+    (own / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    special = [PAD, START, END]
+    added = {
+        str(len(vocabulary) + number): {
+            **dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False),
+            "content": token,
+            "special": True,
+        }
+        for number, token in enumerate(special)
+    }
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
+    (own / "tokenizer_config.json").write_text(json.dumps(settings))
+    files = find_reason1(own)
+    assert [path.name for path in files.tokenizer] == [
+        "vocab.json",
+        "merges.txt",
+        "tokenizer_config.json",
+    ]
+    assert files.max_length == 512
+    pairs = [tuple(merge.split()) for merge in merges]
+    other = Tokenizer(models.BPE(vocabulary, pairs))
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    other.add_special_tokens(special)
+    expected = ChatTokenizer(other, "here")
+    ours = load_chat_tokenizer(files.tokenizer[0])
+    assert (ours.pad, ours.size) == (expected.pad, expected.size) == (259, 262)
+    assert ours.encode("a ball") == expected.encode("a ball")
+    assert vocabulary["ball"] in ours.encode("a ball")
+
+
+def test_a_vocabulary_of_another_model(own: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({START: 0, PAD: 1}, unk_token=PAD)).save(str(own / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match=r"no <\|im_end\|>"):
+        loaded(own)
+    (own / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+        loaded(own)
+
+
+# --- the released encoder, without its weights ---
+
+
+def test_released_names_and_shapes() -> None:
+    shapes = tensor_shapes(RELEASED)
+    with torch.device("meta"):
+        encoder = Reason1Encoder(RELEASED, byte_chat_tokenizer())
+    state = {name: tuple(tensor.shape) for name, tensor in encoder.network.named_parameters()}
+    assert state == shapes
+    assert encoder.width == 100_352
+    assert encoder.max_length == 512
+    assert KEYS.released("layers.27.mlp.up_proj.weight") == "model.layers.27.mlp.up_proj.weight"
+    count = sum(parameter.numel() for parameter in encoder.parameters())
+    assert 7.06e9 < count < 7.08e9
+    held = {KEYS.released(name): TensorInfo(torch.bfloat16, s) for name, s in shapes.items()}
+    held["lm_head.weight"] = held["model.embed_tokens.weight"]
+    held["visual.blocks.0.attn.qkv.weight"] = held["lm_head.weight"]
+    assert set(match(held, shapes, KEYS, "file")) == set(shapes)
+
+
+@pytest.mark.parametrize("form", ["flat", "nested", "nested rotation"])
+def test_where_a_config_keeps_its_numbers(form: str) -> None:
+    config = {**RELEASED, "rope_theta": 5e5}
+    if form != "flat":
+        names = [name for name in config if name not in ("model_type", "rope_theta")]
+        text = {name: config.pop(name) for name in names}
+        text["rope_theta"] = config.pop("rope_theta")
+        if form == "nested rotation":
+            text["rope_parameters"] = {"rope_theta": text.pop("rope_theta")}
+        config["text_config"] = text
+    with torch.device("meta"):
+        encoder = Reason1Encoder(config, byte_chat_tokenizer())
+    assert encoder.config["rope_theta"] == 5e5
+    assert encoder.network.config.rope_parameters["rope_theta"] == 5e5
+    assert encoder.width == 100_352
+
+
+# --- files ---
+
+
+def test_a_folder_is_checked_without_transformers(exported: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from worldline.text.reason1 import find_reason1; "
+        f"files = find_reason1(Path({str(exported)!r})); files.identity(); "
+        "assert not {'transformers', 'tokenizers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_found(exported: Path) -> None:
+    files = find_reason1(exported)
+    assert (files.folder, files.width, files.max_length) == (exported, 192, 128)
+    assert files.num_parameters == sum(p.numel() for p in loaded(exported).parameters())
+    assert {Path(item["path"]).name for item in files.identity()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_tokenizer_beside_as_diffusers_saves_it(own: Path) -> None:
+    (own.parent / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (own / name).rename(own.parent / "tokenizer" / name)
+    assert find_reason1(own).max_length == 128
+    assert loaded(own).count_tokens("abc") == 11
+
+
+def test_missing_parts(own: Path) -> None:
+    assert "no text encoder folder" in refused(own / "nowhere")
+    (own / "tokenizer.json").unlink()
+    (own / "vocab.json").touch()
+    assert "no tokenizer (tokenizer.json, or vocab.json and merges.txt)" in refused(own)
+    (own / "model.safetensors").unlink()
+    assert "no weights" in refused(own)
+    (own / "config.json").unlink()
+    assert "no config.json" in refused(own)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model_type": "t5"}, "not of a Qwen2.5-VL"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf"),
+        ({"num_attention_heads": 3}, "num_attention_heads is 3"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ],
+)
+def test_settings_that_make_no_encoder(own: Path, change: dict[str, Any], word: str) -> None:
+    path = own / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert word in refused(own)
+
+
+def test_weights_of_another_model(own: Path) -> None:
+    tensors = weights(own)
+    name = "model.layers.1.self_attn.q_proj.bias"
+    save({**tensors, name: torch.zeros(3)}, own / "model.safetensors")
+    assert f"wrong shape: {name}" in refused(own)
+    save({n: t for n, t in tensors.items() if n != name}, own / "model.safetensors")
+    assert f"1 missing: {name}" in refused(own)
+    save({**tensors, "model.layers.1.lora.weight": torch.ones(2)}, own / "model.safetensors")
+    assert "model.layers.1.lora.weight" in refused(own)
+
+
+def test_a_vocabulary_larger_than_the_encoder_s(own: Path) -> None:
+    path, tensors = own / "config.json", weights(own)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 200}))
+    table = tensors["model.embed_tokens.weight"][:200].clone()
+    save({**tensors, "model.embed_tokens.weight": table}, own / "model.safetensors")
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        loaded(own)
+
+
+def test_without_transformers(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(Error, match="pip install 'transformers>=5'"):
+        loaded(exported)
+
+
+def test_where_released_worlds_keep_it(tmp_path: Path) -> None:
+    """Another revision is another encoder: the right one comes first, whatever `main` is."""
+    assert reason1_folders(tmp_path) == []
+    cache = tmp_path / "models--nvidia--Cosmos-Reason1-7B"
+    for revision in ("aaa", REVISION):
+        (cache / "snapshots" / revision).mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("aaa")
+    plain, short = tmp_path / "nvidia" / "Cosmos-Reason1-7B", tmp_path / "Cosmos-Reason1-7B"
+    for folder in (plain, short):
+        folder.mkdir(parents=True)
+    snapshots = [cache / "snapshots" / revision for revision in (REVISION, "aaa")]
+    assert reason1_folders(tmp_path) == [plain, *snapshots, short]
+
+
+def test_embeddings_are_kept(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLDLINE_CACHE", str(tmp_path))
+    cache = embedding_cache()
+    assert cache.largest == CACHED
+    [embedding] = loaded(exported, torch.bfloat16).encode(PROMPTS[:1])
+    cache.put("encoder", PROMPTS[0], embedding[None])
+    found = embedding_cache().get("encoder", PROMPTS[0])
+    assert found is not None
+    assert torch.equal(found, embedding[None])
+    # 40 of the released size are not to push a thousand small ones of another encoder out
+    assert cache.folder.parent == tmp_path / "embeddings"
+
+
+def test_export_is_in_bfloat16(tmp_path: Path) -> None:
+    encoder = new_reason1(max_length=32)
+    export_reason1(encoder, tmp_path / "made" / "here")
+    files = find_reason1(tmp_path / "made" / "here")
+    assert {info.dtype for info in files.checkpoint.tensors.values()} == {torch.bfloat16}
+    assert files.max_length == 32
+    again = load_reason1(files, "cpu", torch.float32)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, encoder.get_parameter(name).bfloat16().float())
+    assert again.tokenizer.encode("Größe") == encoder.tokenizer.encode("Größe")

@@ -1,0 +1,326 @@
+"""Invariants of the Wan2.1 tokenizer that hold for any weights; a clip in pieces is the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worldline.nn.pieces import Past
+from worldline.tokenizers.wan.load import channels_last
+from worldline.tokenizers.wan.model import (
+    WanTokenizer,
+    WanTokenizerConfig,
+    attend_in_blocks,
+    convolve_flat,
+    norm_silu,
+)
+from worldline.tokenizers.wan.stream import decode_stream, encode_stream
+
+LATENT_FRAMES = 6
+NEAR = 0.1  # of bf16: norms of a few channels make much of its roundings
+SHAPES = {
+    "as released": WanTokenizerConfig(channels=4),
+    "wide and shallow": WanTokenizerConfig(
+        channels=10, multipliers=(1, 3), num_blocks=1, temporal_steps=(True,)
+    ),
+    "an image's": WanTokenizerConfig(channels=8, multipliers=(1, 2), temporal_steps=(False,)),
+    "other latents": WanTokenizerConfig(
+        channels=4,
+        multipliers=(1, 1, 2),
+        temporal_steps=(True, False),
+        latent_channels=3,
+        mean=(1.0, -2.0, 0.5),
+        std=(0.5, 2.0, 1.0),
+    ),
+}
+
+
+def build(config: WanTokenizerConfig) -> WanTokenizer:
+    torch.manual_seed(0)
+    model = WanTokenizer(config)
+    model.reset_parameters()
+    return model.double().requires_grad_(False).eval()
+
+
+@pytest.fixture(params=SHAPES)
+def model(request: pytest.FixtureRequest) -> WanTokenizer:
+    return build(SHAPES[request.param])
+
+
+@pytest.fixture
+def released() -> WanTokenizer:
+    return build(SHAPES["as released"])
+
+
+def clip(model: WanTokenizer, latent_frames: int = LATENT_FRAMES) -> Tensor:
+    config = model.config
+    frames = 1 + (latent_frames - 1) * config.temporal
+    generator = torch.Generator().manual_seed(1)
+    shape = (2, 3, frames, config.spatial, 2 * config.spatial)
+    return torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def test_shapes(model: WanTokenizer) -> None:
+    video = clip(model)
+    latents = model.encode(video)
+    assert latents.shape == (2, model.config.latent_channels, LATENT_FRAMES, 1, 2)
+    assert model.reconstruct(video).shape == video.shape
+
+
+def test_causal_both_ways(model: WanTokenizer) -> None:
+    """The first 1 + c*k frames alone give the first 1 + k latent frames of the longer clip."""
+    video = clip(model)
+    latents, frames = model.encode(video), model.reconstruct(video)
+    for count in (1, 2, 4):
+        part = video[:, :, : 1 + (count - 1) * model.config.temporal]
+        assert torch.allclose(model.encode(part), latents[:, :, :count], atol=1e-10)
+        decoded = model.decode(latents[:, :, :count])
+        assert torch.allclose(decoded, frames[:, :, : part.shape[2]], atol=1e-10)
+
+
+def test_clips_of_a_batch_do_not_mix(model: WanTokenizer) -> None:
+    video = clip(model, 3)
+    apart = torch.cat([model.reconstruct(video[:1]), model.reconstruct(video[1:])])
+    assert torch.allclose(model.reconstruct(video), apart, atol=1e-10)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+@pytest.mark.parametrize("length", [1, 6, 1000])
+def test_encoding_in_pieces(model: WanTokenizer, chunk: int, length: int) -> None:
+    video = clip(model)
+    pieces = list(encode_stream(model, video.split(length, dim=2), chunk=chunk))
+    assert all(piece.shape[2] <= chunk for piece in pieces)
+    assert torch.allclose(torch.cat(pieces, dim=2), model.encode(video), atol=1e-10)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+def test_decoding_in_pieces(model: WanTokenizer, chunk: int) -> None:
+    latents = model.encode(clip(model))
+    pieces = list(decode_stream(model, latents, chunk=chunk))
+    assert pieces[0].shape[2] == 1 + (min(chunk, LATENT_FRAMES) - 1) * model.config.temporal
+    assert torch.allclose(torch.cat(pieces, dim=2), model.decode(latents), atol=1e-10)
+
+
+def test_frames_leave_as_they_are_ready(released: WanTokenizer) -> None:
+    video = clip(released)
+    taken = 0
+
+    def camera() -> Iterator[Tensor]:
+        nonlocal taken
+        for frame in video.split(1, dim=2):
+            taken += 1
+            yield frame
+
+    stream = encode_stream(released, camera(), chunk=1)
+    for number in range(3):
+        next(stream)
+        assert taken == 1 + 4 * number
+    frames = [piece.shape[2] for piece in decode_stream(released, released.encode(video), chunk=1)]
+    assert frames == [1, 4, 4, 4, 4, 4]
+
+
+def test_memory_of_the_past_does_not_grow(model: WanTokenizer) -> None:
+    latents = model.encode(clip(model))
+    past, sizes = Past(), []
+    for piece in latents.split(1, dim=2):
+        model.decode(piece, past)
+        sizes.append(sum(kept.untyped_storage().nbytes() for kept in past.kept.values()))
+    assert len(set(sizes)) == 1
+
+
+def test_the_first_frame_is_not_doubled_and_not_seen_by_the_step_in_time(
+    released: WanTokenizer,
+) -> None:
+    """What the convolution over time makes of the second latent frame is of that frame alone."""
+    step = next(layer for layer in released.decoder.layers if getattr(layer, "time", None))
+    width = step.time.weight.shape[1]
+    cells = torch.randn(1, 2, 3, 4, width, dtype=torch.float64)
+    frames = step(cells)
+    assert frames.shape[1] == 3
+    other = step(torch.cat([cells[:, :1] + 1, cells[:, 1:]], dim=1))
+    assert torch.equal(other[:, 1:], frames[:, 1:])
+    assert not torch.equal(other[:, :1], frames[:, :1])
+    # first the even frame: with the odd one's weights at zero, only the bias is left of it
+    step.time.weight[width:] = 0
+    step.time.bias[width:] = 0
+    blank = step._enlarge(torch.zeros(1, width, 3, 4, dtype=torch.float64))
+    assert torch.equal(step(cells)[:, 2].permute(0, 3, 1, 2), blank)
+
+
+def test_latents_are_normalised(released: WanTokenizer) -> None:
+    config = released.config
+    plain = build(replace(config, mean=(0.0,) * 16, std=(1.0,) * 16))
+    video = clip(released, 2)
+    mean, std = (
+        torch.tensor(numbers, dtype=torch.float64).view(1, -1, 1, 1, 1)
+        for numbers in (config.mean, config.std)
+    )
+    assert torch.allclose(released.encode(video), (plain.encode(video) - mean) / std)
+    latents = released.encode(video)
+    assert torch.allclose(released.decode(latents), plain.decode(latents * std + mean))
+
+
+def test_statistics_are_rounded_as_the_weights_are(released: WanTokenizer) -> None:
+    """The reference keeps mean and 1/deviation in bfloat16."""
+    mean, scale = released._statistics(torch.zeros(1, dtype=torch.bfloat16))
+    assert mean.dtype == scale.dtype == torch.bfloat16
+    std = torch.tensor(released.config.std).bfloat16()
+    assert torch.equal(scale, (1 / std.float()).bfloat16())
+
+
+def test_bfloat16_is_near_float32(released: WanTokenizer) -> None:
+    video = clip(released, 3).float()
+    exact = released.float()
+    latents = exact.encode(video)
+    frames = exact.decode(latents)
+    rough = released.bfloat16()
+    for ours, wanted in (
+        (rough.encode(video.bfloat16()), latents),
+        (rough.decode(latents.bfloat16()), frames),
+    ):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.float() - wanted).norm() < NEAR * wanted.norm()
+
+
+def test_the_norm_is_the_reference_s_for_any_cell() -> None:
+    """Zeros, and cells of numbers as small as dark features are, included."""
+    gamma = torch.rand(6, dtype=torch.float64) + 0.5
+    cells = torch.randn(1, 3, 2, 4, 6, dtype=torch.float64)
+    cells[0, 0, 0, 0] = 0
+    cells[0, 0, 0, 1] *= 1e-6
+    wanted = F.silu(F.normalize(cells, dim=-1, eps=1e-12) * 6**0.5 * gamma)
+    room = norm_silu(cells, gamma, None)
+    assert not room[:, :2].any()
+    assert torch.allclose(room[:, 2:], wanted, atol=1e-9)
+    before = torch.randn(1, 2, 2, 4, 6, dtype=torch.float64)
+    assert torch.equal(norm_silu(cells, gamma, before)[:, :2], before)
+
+
+def test_a_flat_convolution_is_the_one_in_three_axes() -> None:
+    generator = torch.Generator().manual_seed(3)
+    room = torch.randn(2, 6, 4, 5, 3, generator=generator)
+    weight, bias = torch.randn(7, 3, 3, 3, 3, generator=generator), torch.randn(7)
+    wanted = F.conv3d(room.permute(0, 4, 1, 2, 3), weight, bias, padding=(0, 1, 1))
+    found = convolve_flat(room, weight, bias)
+    assert torch.allclose(found, wanted.permute(0, 2, 3, 4, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10, 1000])
+def test_attention_in_blocks(rows: int) -> None:
+    q, k, v = torch.randn(2, 10, 3 * 24, generator=torch.Generator().manual_seed(2)).chunk(3, -1)
+    wanted = F.scaled_dot_product_attention(q, k, v)
+    found = attend_in_blocks(q, k, v, block_bytes=rows * 4 * 2 * 10)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert found.is_contiguous()
+
+
+def test_gradients_reach_every_weight(model: WanTokenizer) -> None:
+    model.requires_grad_(True)
+    model.reconstruct(clip(model, 3)).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_layouts_of_memory_change_nothing(released: WanTokenizer) -> None:
+    video = clip(released, 3)
+    latents, frames = released.encode(video), released.reconstruct(video)
+    turned = channels_last(released)
+    assert turned.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    cells = video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+    assert torch.allclose(turned.encode(cells), latents, atol=1e-12)
+    assert torch.allclose(turned.decode(latents.contiguous()), frames, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"), [((1, 0, 0), "frames"), ((0, 1, 0), "multiples"), ((0, 0, 4), "multiples")]
+)
+def test_sizes_that_do_not_fit_are_refused(
+    released: WanTokenizer, change: tuple[int, int, int], word: str
+) -> None:
+    frames, height, width = (a + b for a, b in zip((5, 16, 16), change, strict=True))
+    with pytest.raises(ValueError, match=word):
+        released.encode(torch.zeros(1, 3, frames, height, width, dtype=torch.float64))
+
+
+def test_a_clip_of_a_wrong_length_is_refused(released: WanTokenizer) -> None:
+    video = clip(released, 3)[:, :, :-1]
+    with pytest.raises(ValueError, match=r"1 \+ 4k frames"):
+        list(encode_stream(released, video.split(5, dim=2)))
+    with pytest.raises(ValueError, match="chunk is 0"):
+        decode_stream(released, video, chunk=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"temporal_steps": (True,)}, "3 steps"),
+        ({"mean": (0.0,)}, "do not fit 16"),
+        ({"std": (0.0,) * 16}, "above 0"),
+        ({"mean": (float("nan"),) * 16}, "finite"),
+    ],
+)
+def test_configurations_that_make_no_sense(change: dict[str, tuple[float]], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        WanTokenizerConfig(**change)
+
+
+def test_released_size() -> None:
+    with torch.device("meta"):
+        model = WanTokenizer(WanTokenizerConfig())
+        video = torch.empty(1, 3, 93, 704, 1280)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 126_892_531
+    assert (model.config.temporal, model.config.spatial) == (4, 8)
+    assert model.encode(video).shape == (1, 16, 24, 88, 160)
+    assert model.reconstruct(video).shape == video.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [3, 96, 192, 384])
+def test_kernel(channels: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.randn(2, 3, 5, 7, channels, generator=generator)
+    cells[0, 0, 0, 0] = 0
+    gamma, before = torch.rand(channels) + 0.5, torch.randn(2, 2, 5, 7, channels)
+    for given in (None, before):
+        exact = None if given is None else given.to(dtype).double()
+        wanted = norm_silu(cells.to(dtype).double(), gamma.to(dtype).double(), exact)
+        with torch.no_grad():
+            ours = norm_silu(
+                cells.to("cuda", dtype),
+                gamma.to("cuda", dtype),
+                None if given is None else given.to("cuda", dtype),
+            )
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.cpu().double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.gpu
+def test_attention_of_a_wide_head() -> None:
+    qkv = torch.randn(2, 700, 3 * 384, generator=torch.Generator().manual_seed(2)).bfloat16()
+    wanted = F.scaled_dot_product_attention(*qkv.double().chunk(3, -1))
+    with torch.no_grad():
+        found = attend_in_blocks(*qkv.cuda().chunk(3, -1), block_bytes=1 << 20)
+    assert (found.cpu().double() - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_on_a_gpu(released: WanTokenizer, chunk: int) -> None:
+    video = clip(released).float()
+    exact = released.float()
+    latents = exact.encode(video)
+    frames = exact.decode(latents)
+    model = channels_last(released.cuda().bfloat16())
+    pieces = list(encode_stream(model, [video.cuda().bfloat16()], chunk=chunk))
+    ours = torch.cat(pieces, dim=2).cpu().float()
+    assert (ours - latents).norm() < NEAR * latents.norm()
+    decoded = torch.cat(list(decode_stream(model, latents, chunk=chunk)), dim=2).cpu().float()
+    assert (decoded - frames).norm() < NEAR * frames.norm()
