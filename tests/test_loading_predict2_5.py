@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from itertools import combinations
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from worldline.catalog import ENTRIES, FLOW_MODELS
 from worldline.choices import FLOW_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
-from worldline.loading import memory
+from worldline.loading import fit_entry, memory
 from worldline.loading.predict2_5 import (
     TOKENIZER_REPOSITORY,
     FlowFiles,
@@ -31,7 +32,7 @@ from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT
 from worldline.models.predict2_5_dit.weights import diffusers_config, diffusers_tensors
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
-from worldline.text.reason1 import RELEASED, TINY, export_reason1, new_reason1
+from worldline.text.reason1 import RELEASED, TINY, export_reason1, new_reason1, tensor_shapes
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import diffusers_config as vae_config
 from worldline.tokenizers.wan.weights import diffusers_tensors as vae_tensors
@@ -240,6 +241,33 @@ def test_the_plan_of_released_sizes() -> None:
     # the tokenizer works in pieces: a longer clip needs no more
     longer = {**options, "text_bytes": 0, "video": VideoShape(189, 704, 1280)}
     assert plan_predict2_5(PRESETS["2B"], WanTokenizerConfig(), **longer).decode == large.decode
+
+
+def test_what_is_planned_for_released_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the whole encoder, of 28 layers, in bf16 on a GPU."""
+    encoder = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
+    count = sum(prod(shape) for shape in tensor_shapes(encoder).values())
+    monkeypatch.setattr("worldline.loading.fused", lambda _: True)
+    for size in ("2B", "14B"):
+        [entry] = [entry for entry in ENTRIES if entry.name == f"Cosmos-Predict2.5-{size}"]
+        found = fit_entry(entry, torch.device("cuda"), None)
+        assert found is not None
+        whole: dict[str, Any] = {"video": VideoShape(93, 704, 1280), "dtype": torch.bfloat16}
+        plan = plan_predict2_5(PRESETS[size], WanTokenizerConfig(), text_bytes=2 * count, **whole)
+        assert (found.need, found.flags) == (plan.peak, ())
+        # a device a little smaller needs a flag, and the plan says which
+        less = Memory(plan.peak - 1, plan.peak)
+        found = fit_entry(entry, torch.device("cuda"), less)
+        assert found is not None
+        assert found.fits
+        assert found.flags == ("offload_text_encoder",)
 
 
 def test_a_device_that_is_too_small(tiny_predict2_5: Path, monkeypatch: pytest.MonkeyPatch) -> None:

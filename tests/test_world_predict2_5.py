@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import worldline
+from worldline.loading import find_autoregressive, find_diffusion, find_predict2_5
 from worldline.video.read import read_image, read_video
 from worldline.weights.write import save
 from worldline.world import FlowWorld
@@ -200,6 +201,19 @@ def test_options_of_other_families(
         ):
             with pytest.raises(worldline.InputError, match=f"has no {next(iter(options))}"):
                 worldline.load(name, folder, **parts, **more, **options)  # type: ignore[arg-type]
+
+
+def test_the_commands_of_other_families(
+    tiny_predict2_5: Path, tiny_diffusion: Path, small_world: Path
+) -> None:
+    root = tiny_predict2_5 / Path(POST.repository).name
+    for find in (find_diffusion, find_autoregressive):
+        for name in (root.name, root / POST.file):
+            with pytest.raises(worldline.CheckpointError, match=r"use worldline predict2\.5"):
+                find(name, tiny_predict2_5)
+    for name, folder in ((TEXT2WORLD, tiny_diffusion), (AUTOREGRESSIVE, small_world)):
+        with pytest.raises(worldline.CheckpointError, match=r"is no world of Predict2\.5; worldl"):
+            find_predict2_5(name, folder)
 
 
 def test_released_parts_are_refused_by_name(tiny_predict2_5: Path) -> None:

@@ -106,7 +106,7 @@ def test_paths_start_at_the_file(
         ({"resolution": "704x1280"}, "resolution: '704x1280' is neither"),
         ({"resolution": "700,1280"}, "resolution: 700 is no multiple of 16"),
         ({"prompt": None, "prompt_path": "gone.txt"}, "prompt_path: there is no file"),
-        ({"prompt": None, "prompt_path": 3}, "prompt_path: 3: "),
+        ({"prompt": None, "prompt_path": 3}, "prompt_path: 3: it must be a path"),
         ({"inference_type": "image2world"}, "input_path: image2world needs one"),
         ({"inference_type": "video2world", "input_path": "in.png"}, "image2world continues an"),
         ({"input_path": "a.json"}, "input_path: "),
@@ -139,8 +139,24 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     assert said[3].startswith(f"{broken} is no valid JSON")
     assert said[4].startswith(f"{other}: .txt is none of")
     assert said[5].startswith(f"{tmp_path / 'gone.yaml'} cannot be read")
-    with pytest.raises(InputError, match="no samples"):
-        read(tmp_path / "d.jsonl", "\n")
+
+
+def test_files_without_samples(tmp_path: Path) -> None:
+    """Each is told, beside files that have some."""
+    good = write(tmp_path / "a.json", {**TEXT, "name": "a"})
+    for name, value, message in (
+        ("d.jsonl", "\n", "no samples in it"),
+        ("e.json", [], "no samples in it"),
+        ("f.json", {"inference_type": "text2world", "samples": {}}, "no samples in it"),
+        ("g.json", {"samples": ["a"]}, "samples: a list where names and values are expected"),
+        ("h.json", [1], "item 1: 1 where names and values are expected"),
+        ("i.yaml", "", "nothing where names and values are expected"),
+    ):
+        file = write(tmp_path / name, value)
+        with pytest.raises(InputError) as told:
+            read_samples([good, file])
+        assert str(told.value).startswith(str(file))
+        assert message in str(told.value)
 
 
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="the released samples are not here")

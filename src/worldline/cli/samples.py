@@ -190,6 +190,8 @@ def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = No
         except InputError as error:
             wrong.append(str(error))
             continue
+        if not found:
+            wrong.append(f"{file}: no samples in it")
         for place, stated in found:
             data = {**_resolved(stated, file.parent), **(overrides or {})}
             if "prompt_path" in (overrides or {}) and "prompt" not in (overrides or {}):
@@ -207,8 +209,6 @@ def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = No
             samples.append(sample)
     if wrong:
         raise InputError("\n".join(wrong))
-    if not samples:
-        raise InputError(f"no samples in {', '.join(map(str, files)) or 'no files'}")
     return samples
 
 
@@ -264,7 +264,8 @@ def _parsed(place: str, text: str, suffix: str) -> Any:
 
 def _mapping(place: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise InputError(f"{place}: a {type(value).__name__} where names and values are expected")
+        kind = {"str": "text", "NoneType": "nothing", "list": "a list"}.get(type(value).__name__)
+        raise InputError(f"{place}: {kind or repr(value)} where names and values are expected")
     return value
 
 
@@ -284,6 +285,8 @@ def _problems(error: ValidationError) -> Iterator[str]:
             message = f"there is no such field; there are: {', '.join(Sample.model_fields)}"
         elif problem["type"] == "missing":
             message = "it is missing"
+        elif problem["type"] == "path_type":
+            message = f"{problem['input']!r:.80}: it must be a path"
         elif "value" not in problem["type"]:
             message = f"{problem['input']!r:.80}: {message[:1].lower()}{message[1:]}"
         yield f"{field}: {message}" if field else message

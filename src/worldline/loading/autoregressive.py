@@ -28,6 +28,7 @@ from worldline.loading.folders import (
 )
 from worldline.loading.memory import coding_bytes, count_parameters, workspace
 from worldline.loading.parts import TextPart, find_text
+from worldline.loading.predict2_5 import refuse_flow
 from worldline.models.predict1_ar.model import (
     FEED_FORWARD_ROWS,
     RELEASED_GRID,
@@ -196,6 +197,7 @@ def open_autoregressive(
         InputError: a base model is given a text encoder.
     """
     named, folder = place.named, place.folder
+    refuse_flow(named)
     source = None if holds_diffusers(named) else open_transformer(named)
     if source is None or is_diffusion(source):
         raise CheckpointError(

@@ -32,6 +32,7 @@ from worldline.loading.memory import (
     residents,
 )
 from worldline.loading.parts import EncoderKind, TextPart, find_text
+from worldline.loading.predict2_5 import refuse_flow
 from worldline.models.predict1_dit.model import DiT, DiTConfig
 from worldline.models.predict1_dit.weights import open_dit
 from worldline.parallel.offload import Part
@@ -214,6 +215,7 @@ def open_diffusion(
     if generation not in (None, *GENERATIONS):
         raise InputError(f"generation is {generation!r}; it must be {' or '.join(GENERATIONS)}")
     named = place.named
+    refuse_flow(named)
     if not holds_diffusers(named) and not is_diffusion(source := open_transformer(named)):
         raise CheckpointError(
             f"{source.path} is no diffusion transformer (tensors such as "

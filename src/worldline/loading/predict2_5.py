@@ -274,7 +274,15 @@ def open_predict2_5(
     if layout == "diffusers" and folder.name == "transformer":
         folder = folder.parent
     settings = read_settings(folder) if layout == "nvidia" else {}
-    dit = open_flow_dit(file, settings)
+    try:
+        dit = open_flow_dit(file, settings)
+    except CheckpointError as error:
+        if holds_flow(file):
+            raise
+        raise CheckpointError(
+            f"{place.folder} is no world of Predict2.5; worldline diffusion or worldline "
+            f"autoregressive may run it ({error})"
+        ) from error
     tokenizer = open_wan(_tokenizer_path(place, folder, layout, tokenizer_dir))
     _check_tokenizer(tokenizer, dit)
     text, why_no_text = find_text(
@@ -302,6 +310,19 @@ def holds_flow(named: Path) -> bool:
     except CheckpointError:
         return False
     return any(name.endswith(_PROJECTION) for name in tensors)
+
+
+def refuse_flow(named: Path) -> None:
+    """Refuse a world of Predict2.5 where one of another family is wanted.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if holds_flow(named):
+        raise CheckpointError(
+            f"{named} is a world of Predict2.5: use worldline predict2.5, or worldline.load in "
+            "Python"
+        )
 
 
 def _find_transformer(named: Path) -> Path:
