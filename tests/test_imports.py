@@ -20,7 +20,7 @@ LAYERS = (
     ("loading",),
     ("places",),
     ("catalog",),
-    ("models", "text", "tokenizers"),
+    ("models", "text", "tokenizers", "guardrails"),
     ("nn", "sampling", "weights", "parallel", "video", "physics", "report"),
     ("shapes", "files", "machine", "choices"),
     ("errors",),
