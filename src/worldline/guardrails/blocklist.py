@@ -46,8 +46,7 @@ _FIRST_RUN = re.compile(r"\w+")
 def _stands_for(text: str, entry: str) -> bool:
     """Tell whether every character of `text`, lower case, may stand for that of `entry`."""
     return len(text) == len(entry) and all(
-        given in _STAND_INS.get(wanted, wanted)
-        for given, wanted in zip(text, entry, strict=True)
+        given in _STAND_INS.get(wanted, wanted) for given, wanted in zip(text, entry, strict=True)
     )
 
 

@@ -169,57 +169,63 @@ class Sentences:
 
 # --- words
 
-_OPENING = (
-    (re.compile(r"(`+)"), r" \1 "),
-    (re.compile(r'^"'), "``"),
-    (re.compile(r"(``)"), r" \1 "),
-    (re.compile(r"([ (\[{<])(\"|'')"), r"\1 `` "),
-    (re.compile(r"(?i)'(?!re|ve|ll|m|t|s|d|n)(\w)\b"), r"' \1"),
+# what a sentence must hold for a rule to matter ("": always tried), the rule, what it writes
+_Rule = tuple[str, re.Pattern[str], str]
+_OPENING_AND_MARKS: tuple[_Rule, ...] = (
+    ("`", re.compile(r"(`+)"), r" \1 "),
+    ('"', re.compile(r'^"'), "``"),
+    ("``", re.compile(r"(``)"), r" \1 "),
+    ("", re.compile(r"([ (\[{<])(?:\"|'')"), r"\1 `` "),
+    ("'", re.compile(r"(?i)'(?!re|ve|ll|m|t|s|d|n)(\w)\b"), r"' \1"),
+    (".", re.compile(r"([^.])(\.)([\])}>\"' ]*)\s*$"), r"\1 \2 \3 "),
+    ("", re.compile(r"([:,])([^\d])"), r" \1 \2"),
+    ("", re.compile(r"([:,])$"), r" \1 "),
+    ("..", re.compile(r"\.{2,}"), r" \g<0> "),
+    ("", re.compile(r"[;@#$%&]"), r" \g<0> "),
+    (".", re.compile(r"([^.])(\.)([\])}>\"']*)\s*$"), r"\1 \2\3 "),
+    ("", re.compile(r"[?!]"), r" \g<0> "),
+    ("' ", re.compile(r"([^'])' "), r"\1 ' "),
+    ("*", re.compile(r"[*]"), r" \g<0> "),
+    ("", re.compile(r"[\]\[(){}<>]"), r" \g<0> "),
+    ("--", re.compile(r"--"), r" -- "),
 )
-_LAST_PERIOD = re.compile(r"([^.])(\.)([\])}>\"' ]*)\s*$")
-_MARKS = (
-    (_LAST_PERIOD, r"\1 \2 \3 "),
-    (re.compile(r"([:,])([^\d])"), r" \1 \2"),
-    (re.compile(r"([:,])$"), r" \1 "),
-    (re.compile(r"\.{2,}"), r" \g<0> "),
-    (re.compile(r"[;@#$%&]"), r" \g<0> "),
-    (re.compile(r"([^.])(\.)([\])}>\"']*)\s*$"), r"\1 \2\3 "),
-    (re.compile(r"[?!]"), r" \g<0> "),
-    (re.compile(r"([^'])' "), r"\1 ' "),
-    (re.compile(r"[*]"), r" \g<0> "),
-    (re.compile(r"[\]\[(){}<>]"), r" \g<0> "),
-    (re.compile(r"--"), r" -- "),
+_ENDING: tuple[_Rule, ...] = (
+    ("''", re.compile(r"''"), " '' "),
+    ('"', re.compile(r'"'), " '' "),
+    ("", re.compile(r"\s+"), " "),
+    ("'", re.compile(r"([^' ])('[sSmMdD]|') "), r"\1 \2 "),
+    ("'", re.compile(r"([^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) "), r"\1 \2 "),
 )
-_ENDING = (
-    (re.compile(r"''"), " '' "),
-    (re.compile(r'"'), " '' "),
-    (re.compile(r"\s+"), " "),
-    (re.compile(r"([^' ])('[sSmMdD]|') "), r"\1 \2 "),
-    (re.compile(r"([^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) "), r"\1 \2 "),
+_JOINED = tuple(
+    re.compile(rf"(?i){words}")
+    for words in (
+        r"\b(can)(not)\b",
+        r"\b(d)('ye)\b",
+        r"\b(gim)(me)\b",
+        r"\b(gon)(na)\b",
+        r"\b(got)(ta)\b",
+        r"\b(lem)(me)\b",
+        r"\b(more)('n)\b",
+        r"\b(wan)(na)(?=\s)",
+        r" ('t)(is)\b",
+        r" ('t)(was)\b",
+    )
 )
-_JOINED = (
-    re.compile(r"(?i)\b(can)(not)\b"),
-    re.compile(r"(?i)\b(d)('ye)\b"),
-    re.compile(r"(?i)\b(gim)(me)\b"),
-    re.compile(r"(?i)\b(gon)(na)\b"),
-    re.compile(r"(?i)\b(got)(ta)\b"),
-    re.compile(r"(?i)\b(lem)(me)\b"),
-    re.compile(r"(?i)\b(more)('n)\b"),
-    re.compile(r"(?i)\b(wan)(na)(?=\s)"),
-    re.compile(r"(?i) ('t)(is)\b"),
-    re.compile(r"(?i) ('t)(was)\b"),
-)
+_ANY_JOINED = re.compile("|".join(pattern.pattern[4:] for pattern in _JOINED), re.IGNORECASE)
 
 
 def split_words(sentence: str) -> list[str]:
     """Return the words and marks of one ASCII sentence; `"` becomes two quotes or backquotes."""
-    for pattern, replacement in (*_OPENING, *_MARKS):
-        sentence = pattern.sub(replacement, sentence)
+    for held, pattern, replacement in _OPENING_AND_MARKS:
+        if held in sentence:
+            sentence = pattern.sub(replacement, sentence)
     sentence = f" {sentence} "
-    for pattern, replacement in _ENDING:
-        sentence = pattern.sub(replacement, sentence)
-    for pattern in _JOINED:
-        sentence = pattern.sub(r" \1 \2 ", sentence)
+    for held, pattern, replacement in _ENDING:
+        if held in sentence:
+            sentence = pattern.sub(replacement, sentence)
+    if _ANY_JOINED.search(sentence):
+        for pattern in _JOINED:
+            sentence = pattern.sub(r" \1 \2 ", sentence)
     return sentence.split()
 
 
