@@ -5,17 +5,15 @@ A guardrail that cannot load or cannot decide is an error, never a silent "safe"
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from torch import nn
 
 from worldline.errors import CheckpointError, Error, GuardrailRefusal, InputError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,26 +31,31 @@ class Verdict:
     categories: tuple[str, ...] = ()
 
 
-class TextGuard(Protocol):
-    """Judges a prompt."""
+class Guard(Protocol):
+    """What all of them have."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Its networks, for whoever moves them; each runs where its weights are."""
+
+
+class TextGuard(Guard, Protocol):
+    """Judges a prompt."""
 
     def check(self, text: str) -> Verdict: ...
 
 
-class VideoGuard(Protocol):
+class VideoGuard(Guard, Protocol):
     """Judges a video, frames uint8 (T, H, W, 3)."""
-
-    name: str
 
     def check(self, frames: np.ndarray) -> Verdict: ...
 
 
-class VideoFilter(Protocol):
+class VideoFilter(Guard, Protocol):
     """Changes a video that was found safe, such as by blurring faces."""
-
-    name: str
 
     def apply(self, frames: np.ndarray) -> tuple[np.ndarray, int]:
         """Return frames of the same shape, and how many regions were changed."""
@@ -94,6 +97,12 @@ class Guardrails:
         self.video = tuple(video)
         self.filters = tuple(filters)
         self.ran: list[Ran] = []
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Every network, in the order of use."""
+        guards = (*self.text, *self.video, *self.filters)
+        return tuple(network for guard in guards for network in guard.networks)
 
     def restart(self) -> None:
         """Forget what ran: a new request begins."""
@@ -154,7 +163,7 @@ def loading(name: str, flag: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, OSError) as error:
+    except (InputError, OSError, ImportError) as error:
         raise CheckpointError(
             f"guardrail {name} cannot load: {error}; {flag} runs without guardrails"
         ) from error

@@ -173,9 +173,12 @@ class Listed:
                 window = " ".join(words[start : start + count])
                 if window in entries:
                     return "partial"
-                if self.near.insertion and len(window) - 1 in self.lengths:
-                    if not entries.isdisjoint(_without(window)):
-                        return "partial"
+                if (
+                    self.near.insertion
+                    and len(window) - 1 in self.lengths
+                    and not entries.isdisjoint(_without(window))
+                ):
+                    return "partial"
         return ""
 
 
@@ -197,6 +200,7 @@ class Blocklist:
     """
 
     name = "blocklist"
+    networks = ()
 
     def __init__(self, folder: Path, near: Nearness = PREDICT) -> None:
         """Read the lists and the language data of `folder`.

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldline.errors import CheckpointError, Error
+from worldline.errors import Error
+from worldline.guardrails.networks import fill
 from worldline.weights.keymap import KeyMap
-from worldline.weights.read import open_checkpoint
-from worldline.weights.stream import load_into
 
 WIDTH = 256
 _STEPS = (8, 16, 32)  # pixels between priors of each level
@@ -200,12 +199,10 @@ def load_retinaface(path: Path, device: torch.device | str = "cpu") -> RetinaFac
     Raises:
         CheckpointError: it is absent, damaged or of another network.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
     with torch.device("meta"):
         network = RetinaFace()
-    load_into(network, open_checkpoint(path), KEYS, device=device, dtype=torch.float32)
-    return network.requires_grad_(False).eval()
+    fill(network, path, KEYS, device)
+    return network
 
 
 def prepare(frames: Tensor) -> Tensor:
@@ -303,6 +300,7 @@ class FaceBlur:
 
     def __init__(self, network: RetinaFace) -> None:
         self.network = network
+        self.networks = (network,)
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> FaceBlur:

@@ -6,7 +6,6 @@ drawing it at random, as the checkpoints' own settings would, makes a refusal a 
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from worldline.files import read_json
 from worldline.guardrails.base import Verdict
 from worldline.guardrails.networks import pretrained
 from worldline.weights.read import open_checkpoint
-
-logger = logging.getLogger(__name__)
 
 # category texts are this project's own words for the topics that the model was taught
 _AEGIS = (
@@ -204,6 +201,7 @@ class LanguageGuard:
         self.name = kind.name
         self.kind = kind
         self.network = network
+        self.networks = (network,)
         self.tokenizer = tokenizer
         self.ends = ends
 

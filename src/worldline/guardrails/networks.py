@@ -1,4 +1,4 @@
-"""Networks that transformers builds, read from a local folder; strict, and nothing is executed."""
+"""Networks read from a local file or folder; strict, and nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from worldline.errors import CheckpointError
 from worldline.files import unfinished
+from worldline.weights.keymap import KeyMap
+from worldline.weights.read import open_checkpoint
+from worldline.weights.stream import load_into
 
 
 def pretrained(
@@ -63,3 +67,27 @@ def pretrained(
     if problems:
         raise CheckpointError(f"{folder} does not fit {kind.__name__}: {'; '.join(problems)}")
     return network.requires_grad_(False).eval()
+
+
+def fill(network: nn.Module, path: Path, keys: KeyMap, device: torch.device | str) -> None:
+    """Give a network of our own the weights of a file, in float32, for inference.
+
+    Args:
+        network: built under `torch.device("meta")`.
+        path: the file.
+        keys: from its names to ours.
+        device: where the weights go.
+
+    Raises:
+        CheckpointError: it is absent, damaged or of another network.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing{unfinished(path.parent)}")
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            # counted in training alone, and absent from files of old torch
+            module.num_batches_tracked = torch.zeros((), dtype=torch.int64)
+    counts = ("*.num_batches_tracked",)
+    checkpoint = open_checkpoint(path)
+    load_into(network, checkpoint, keys, device=device, dtype=torch.float32, optional=counts)
+    network.requires_grad_(False).eval()

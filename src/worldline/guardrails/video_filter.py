@@ -19,10 +19,8 @@ from torch import Tensor, nn
 from worldline.errors import CheckpointError, Error
 from worldline.files import read_json
 from worldline.guardrails.base import Verdict
-from worldline.guardrails.networks import pretrained
+from worldline.guardrails.networks import fill, pretrained
 from worldline.weights.keymap import KeyMap
-from worldline.weights.read import open_checkpoint
-from worldline.weights.stream import load_into
 
 CLASSES = (
     "Safe",
@@ -104,12 +102,10 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> FrameClas
     Raises:
         CheckpointError: it is absent, damaged or of another network.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
     with torch.device("meta"):
         network = FrameClassifier()
-    load_into(network, open_checkpoint(path), KEYS, device=device, dtype=torch.float32)
-    return network.requires_grad_(False).eval()
+    fill(network, path, KEYS, device)
+    return network
 
 
 class FrameFeatures:
@@ -163,6 +159,7 @@ class VideoFilter:
         self.features = features
         self.classifier = classifier
         self.rule = rule
+        self.networks = (features.network, classifier)
 
     @classmethod
     def load(

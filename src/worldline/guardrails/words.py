@@ -12,6 +12,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from worldline.errors import CheckpointError
@@ -123,7 +124,7 @@ class Sentences:
         ]
         for token in tokens:
             self._judge_alone(token)
-        for token, following in zip(tokens, tokens[1:], strict=False):
+        for token, following in pairwise(tokens):
             if token.text.endswith("."):
                 self._judge_pair(token, following)
         return any(token.ends for token in tokens[:-1])
@@ -145,10 +146,10 @@ class Sentences:
             return
         initial = _INITIAL.fullmatch(token.text) is not None
         upper = following.text[0].isupper()
-        if (token.short or token.dots) and not initial:
-            if self._starts(following) or (upper and following.key in self.starters):
-                token.ends = True
-                return
+        known = self._starts(following) or (upper and following.key in self.starters)
+        if (token.short or token.dots) and not initial and known:
+            token.ends = True
+            return
         if initial or token.stem == "##number##":
             starts = self._starts(following)
             never_lower = not self.met.get(following.key, 0) & _LOWER
