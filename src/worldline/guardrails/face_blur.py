@@ -323,10 +323,11 @@ class FaceBlur:
         for start in range(0, len(frames), step):
             part = torch.from_numpy(blurred[start : start + step]).to(device)
             corrections, shares = self.network(prepare(part))
-            if not (corrections.isfinite().all() and shares.isfinite().all()):
+            corners = decode(corrections, fixed) * scale
+            if not (corners.isfinite().all() and shares.isfinite().all()):
                 raise Error(f"guardrail {self.name} gave boxes that are no numbers")
-            boxes = (decode(corrections, fixed) * scale).cpu().numpy()
             scores = shares[..., 1].cpu().numpy()
-            for frame, corners, sure in zip(blurred[start:], boxes, scores, strict=False):
-                count += blur(frame, select(corners, sure))
+            boxes = corners.cpu().numpy()
+            for frame, found, sure in zip(blurred[start:], boxes, scores, strict=False):
+                count += blur(frame, select(found, sure))
         return blurred, count

@@ -17,9 +17,7 @@ from worldline.weights.read import open_checkpoint
 from worldline.weights.stream import load_into
 
 
-def pretrained(
-    kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[str] = (), **options: Any
-) -> Any:
+def pretrained(kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[str] = ()) -> Any:
     """Return a network of transformers for inference, on the CPU.
 
     Args:
@@ -27,7 +25,6 @@ def pretrained(
         folder: config.json and safetensors.
         dtype: of the weights.
         unused: patterns of tensors in the file that this network has no place for.
-        options: passed on to `from_pretrained`.
 
     Raises:
         CheckpointError: the folder is absent or incomplete, or its tensors are not the network's.
@@ -36,8 +33,9 @@ def pretrained(
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no config.json{unfinished(folder)}")
-    bars = logging.is_progress_bar_enabled()
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it would warn of is an error below
     try:
         network, found = kind.from_pretrained(
             folder,
@@ -46,14 +44,15 @@ def pretrained(
             use_safetensors=True,  # a pickle is never opened
             trust_remote_code=False,
             output_loading_info=True,
-            **options,
+            ignore_mismatched_sizes=True,  # so that they are named; none is accepted
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}{unfinished(folder)}") from error
     finally:
+        logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    # transformers only warns of these and draws the weights at random
+    # transformers would draw such weights at random
     wrong = {
         "missing": sorted(found["missing_keys"]),
         "of another shape": sorted(str(each) for each in found["mismatched_keys"]),
