@@ -77,13 +77,10 @@ _LLAMA_GUARD_3 = {
     "s14": "Code Interpreter Abuse.",  # lower case, as the model is given it upstream
 }
 
-_QWEN3GUARD = (
-    "Violent",
-    "Non-violent Illegal Acts",
-    "Sexual Content or Sexual Acts",
-    "Suicide & Self-Harm",
-    "Unethical Acts",
-    "Jailbreak",
+# personal data, politics and copyright refuse too, and are not reported
+_QWEN3GUARD = re.compile(
+    "Violent|Non-violent Illegal Acts|Sexual Content or Sexual Acts|Suicide & Self-Harm"
+    "|Unethical Acts|Jailbreak"
 )
 _QWEN3GUARD_SAFETY = re.compile(r"Safety: (Safe|Unsafe|Controversial)")
 
@@ -116,7 +113,7 @@ def decide_qwen3guard(answer: str) -> Verdict:
         return Verdict(False, "unreadable")
     if said[1] != "Unsafe":
         return Verdict(True)
-    return Verdict(False, "", tuple(name for name in _QWEN3GUARD if name in answer))
+    return Verdict(False, "", tuple(_QWEN3GUARD.findall(answer)))
 
 
 def aegis_prompt(text: str) -> str:

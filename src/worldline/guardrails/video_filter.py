@@ -21,6 +21,7 @@ from worldline.files import read_json
 from worldline.guardrails.base import Verdict
 from worldline.guardrails.networks import fill, pretrained
 from worldline.weights.keymap import KeyMap
+from worldline.weights.read import open_checkpoint
 
 CLASSES = (
     "Safe",
@@ -34,6 +35,7 @@ CLASSES = (
 _WIDTHS = (1152, 512, 256)
 _FRAMES_AT_ONCE = 16  # 16 frames of SigLIP so400m in float32 take about 2 GB
 
+_SIZED = ("network.layers.0.weight", "network.layers.3.weight")  # tell the widths
 _LEAVES = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 KEYS = KeyMap(
@@ -79,9 +81,10 @@ PREDICT2_5 = Rule(_NO_VIOLENCE, 0.10)  # from 2025-10-13 on
 class FrameClassifier(nn.Module):
     """Features (N, 1152) of length 1 -> scores (N, 7), all float32."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: tuple[int, int, int] = _WIDTHS) -> None:
         super().__init__()
-        first, second, third = _WIDTHS
+        self.width = widths[0]
+        first, second, third = widths
         self.layers = nn.Sequential(
             nn.Linear(first, second),
             nn.BatchNorm1d(second),
@@ -102,8 +105,15 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> FrameClas
     Raises:
         CheckpointError: it is absent, damaged or of another network.
     """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    stored = open_checkpoint(path).tensors
+    shapes = [stored[name].shape for name in _SIZED if name in stored]
     with torch.device("meta"):
-        network = FrameClassifier()
+        if [len(shape) for shape in shapes] == [2, 2]:
+            network = FrameClassifier((shapes[0][1], shapes[0][0], shapes[1][0]))
+        else:
+            network = FrameClassifier()  # what does not fit is then named
     fill(network, path, KEYS, device)
     return network
 
@@ -176,13 +186,15 @@ class VideoFilter:
         Raises:
             CheckpointError: a file is absent or does not fit, or the two do not fit together.
         """
+        network = load_classifier(classifier, device)
         features = FrameFeatures(siglip, device)
         width = features.network.config.hidden_size
-        if width != _WIDTHS[0]:
+        if width != network.width:
             raise CheckpointError(
-                f"{siglip} gives features of {width} numbers, and {classifier} wants {_WIDTHS[0]}"
+                f"{siglip} gives features of {width} numbers, and {classifier} wants "
+                f"{network.width}"
             )
-        return cls(features, load_classifier(classifier, device), rule)
+        return cls(features, network, rule)
 
     def check(self, frames: np.ndarray) -> Verdict:
         classes = [number for part in self._parts(frames) for number in part]
