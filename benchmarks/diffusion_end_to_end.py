@@ -12,9 +12,6 @@ their offload flags and make `--steps`; `whole` makes 35 with everything offload
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,15 +19,18 @@ from typing import Any
 
 import click
 import torch
-from full_size import GEMM_FLOPS, ROWS, flops
-from torch import Tensor, nn
+from full_size import (
+    GEMM_FLOPS,
+    flops,
+    run_command,
+    write_continuous,
+    write_dit,
+    write_embeddings,
+    write_text,
+)
 
-from worldline.models.predict1_dit.model import PRESETS, DiT
-from worldline.models.predict1_dit.weights import KEYS
+from worldline.models.predict1_dit.model import PRESETS
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.weights import released_tensors
-from worldline.weights.write import save
 
 _TEXT = "--offload_text_encoder_model"
 _TOKENIZER = "--offload_tokenizer"
@@ -47,90 +47,28 @@ PUBLISHED = {  # peak GB of the reference with everything offloaded, seconds a c
     "7B": {"peak_gb": 27.3, "seconds": 383},
     "14B": {"peak_gb": 39.0, "seconds": 593},
 }
-T5 = {
-    "architectures": ["T5ForConditionalGeneration"],
-    "model_type": "t5",
-    "d_model": 1024,
-    "d_kv": 128,
-    "d_ff": 65536,
-    "num_layers": 24,
-    "num_decoder_layers": 24,
-    "num_heads": 128,
-    "vocab_size": 32128,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "feed_forward_proj": "relu",
-    "layer_norm_epsilon": 1e-6,
-    "dropout_rate": 0.0,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "is_encoder_decoder": True,
-}
-
-
-def draw(module: nn.Module) -> dict[str, Tensor]:
-    """Return a bf16 value on the host for every parameter of a module on the meta device."""
-    values = {}
-    for name, parameter in module.named_parameters():
-        value = torch.ones(parameter.shape, device="cuda", dtype=torch.bfloat16)
-        if parameter.ndim > 1:
-            value.normal_(std=0.7 * parameter.shape[-1] ** -0.5)
-        values[name] = value.cpu()
-    return values
 
 
 def write_weights(root: Path, size: str, *, with_text: bool) -> None:
     """Write everything that a Video2World run of this size reads."""
     torch.manual_seed(0)
-    folder = root / f"Cosmos-Predict1-{size}-Video2World"
-    if not (folder / "model.pt").exists():
-        folder.mkdir(parents=True)
-        with torch.device("meta"):
-            model = DiT(PRESETS[f"{size}-Video2World"])
-        torch.save({KEYS.released(n): t for n, t in draw(model).items()}, folder / "model.pt")
-    folder = root / "Cosmos-Tokenize1-CV8x8x8-720p"
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        tokenizer = CosmosTokenizer(TOKENIZERS["CV8x8x8"])
-        tokenizer.reset_parameters()
-        for half, tensors in released_tensors(tokenizer).items():
-            save(tensors, folder / f"{half}.safetensors")
-        torch.save((torch.zeros(256), torch.ones(256)), folder / "mean_std.pt")
-    folder = root / "google-t5" / "t5-11b"
-    if with_text and not folder.exists():
-        from transformers import T5Config, T5EncoderModel
-
-        folder.mkdir(parents=True)
-        with torch.device("meta"):
-            encoder = T5EncoderModel(T5Config(**T5))
-        save(draw(encoder), folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(T5))
-        # bytes for words: the released vocabulary is not needed to measure
-        words = {"tokenizer_class": "ByT5Tokenizer", "model_max_length": ROWS, "extra_ids": 125}
-        (folder / "tokenizer_config.json").write_text(json.dumps(words))
-    embeddings = root / "embeddings.safetensors"
-    if not embeddings.exists():
-        names = ("prompt", "negative_prompt")
-        save({name: torch.randn(ROWS, T5["d_model"]).bfloat16() for name in names}, embeddings)
+    write_dit(root / f"Cosmos-Predict1-{size}-Video2World", PRESETS[f"{size}-Video2World"])
+    write_continuous(root, TOKENIZERS["CV8x8x8"])
+    if with_text:
+        write_text(root)
+    write_embeddings(root)
 
 
 def run(
     root: Path, size: str, image: Path, flags: list[str], steps: int, folder: Path
 ) -> dict[str, Any]:
     """Run the command in a fresh process; return what its report says."""
-    command = [sys.executable, "-m", "worldline", "diffusion", "video2world"]
-    command += ["--checkpoint_dir", str(root), "--video_save_folder", str(folder)]
-    command += ["--diffusion_transformer_dir", f"Cosmos-Predict1-{size}-Video2World"]
-    command += ["--input_image_or_video_path", str(image), "--num_steps", str(steps)]
-    command += ["--disable_guardrail", "--disable_prompt_upsampler", *flags]
-    # a cache of its own: each run encodes its prompts
-    environment = {**os.environ, "WORLDLINE_CACHE": str(folder / "cache")}
-    started = time.time()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    words = ["diffusion", "video2world", "--checkpoint_dir", str(root)]
+    words += ["--diffusion_transformer_dir", f"Cosmos-Predict1-{size}-Video2World"]
+    words += ["--input_image_or_video_path", str(image), "--num_steps", str(steps)]
+    words += ["--disable_guardrail", "--disable_prompt_upsampler", *flags]
+    report, started = run_command(words, folder)
     seconds = time.time() - started
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    report = json.loads((folder / "output.json").read_text())
     stages = {stage["name"]: stage for stage in report["run"]["stages"]}
     return {
         "steps": steps,

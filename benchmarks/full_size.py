@@ -1,18 +1,141 @@
-"""What the benchmarks of the diffusion models share: the released size, and the work it takes."""
+"""What the benchmarks of whole runs share: the released sizes, and checkpoints of random weights.
+
+Neither time nor memory depends on the values of weights. They are drawn on the GPU, if there is
+one, and saved in the official names and layouts.
+"""
 
 from __future__ import annotations
 
-from worldline.models.predict1_dit.model import DiTConfig
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from worldline.models.predict1_dit.model import DiT, DiTConfig
+from worldline.models.predict1_dit.weights import KEYS
 from worldline.shapes import LatentShape
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+from worldline.tokenizers.cosmos.weights import released_tensors
+from worldline.weights.keymap import KeyMap
+from worldline.weights.write import save
 
 GRID = LatentShape(16, 88, 160)  # of 121 frames of 704 x 1280: 56,320 tokens
 ROWS = 512  # of the text
 GEMM_FLOPS = 790e12  # a second: measured best of large bf16 products on an H200
+COPY_RATE = 4.3e12  # bytes a second that an H200 moves
+CONTINUOUS = "Cosmos-Tokenize1-CV8x8x8-720p"
+TEXT = "google-t5/t5-11b"
+T5 = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "d_model": 1024,
+    "d_kv": 128,
+    "d_ff": 65536,
+    "num_layers": 24,
+    "num_decoder_layers": 24,
+    "num_heads": 128,
+    "vocab_size": 32128,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "feed_forward_proj": "relu",
+    "layer_norm_epsilon": 1e-6,
+    "dropout_rate": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "is_encoder_decoder": True,
+}
 
 
-def flops(config: DiTConfig) -> float:
+def flops(config: DiTConfig, grid: LatentShape = GRID) -> float:
     """Of one forward, two for each multiplication; the context's keys and values left out."""
-    tokens, width = config.tokens(GRID).tokens, config.width
+    tokens, width = config.tokens(grid).tokens, config.width
     linear = 2 * tokens * width * (6 * width + 2 * config.hidden)
     scores = 4 * tokens * width * (tokens + ROWS)
     return config.depth * (linear + scores)
+
+
+def draw(module: nn.Module) -> dict[str, Tensor]:
+    """Return a bf16 value on the host for every parameter of a module on the meta device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = {}
+    for name, parameter in module.named_parameters():
+        value = torch.ones(parameter.shape, device=device, dtype=torch.bfloat16)
+        if parameter.ndim > 1:
+            value.normal_(std=0.7 * parameter.shape[-1] ** -0.5)
+        values[name] = value.cpu()
+    return values
+
+
+def write_network(folder: Path, kind: type[nn.Module], config: object, keys: KeyMap = KEYS) -> None:
+    """Write a transformer as `model.pt`, unless it is there."""
+    if (folder / "model.pt").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        module = kind(config)
+    torch.save({keys.released(n): t for n, t in draw(module).items()}, folder / "model.pt")
+
+
+def write_dit(folder: Path, config: DiTConfig) -> None:
+    """Write a diffusion transformer."""
+    write_network(folder, DiT, config)
+
+
+def write_continuous(root: Path, config: CosmosTokenizerConfig, frames: int = 16) -> None:
+    """Write the continuous tokenizer, and statistics of latents that change nothing."""
+    folder = root / CONTINUOUS
+    if folder.exists():
+        return
+    folder.mkdir(parents=True)
+    tokenizer = CosmosTokenizer(config)
+    tokenizer.reset_parameters()
+    for half, tensors in released_tensors(tokenizer).items():
+        save(tensors, folder / f"{half}.safetensors")
+    size = config.latent_channels * frames
+    torch.save((torch.zeros(size), torch.ones(size)), folder / "mean_std.pt")
+
+
+def write_text(root: Path, settings: dict[str, Any] = T5) -> None:
+    """Write the encoder of T5."""
+    folder = root / TEXT
+    if folder.exists():
+        return
+    from transformers import T5Config, T5EncoderModel
+
+    folder.mkdir(parents=True)
+    with torch.device("meta"):
+        encoder = T5EncoderModel(T5Config(**settings))
+    save(draw(encoder), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(settings))
+    # bytes for words: the released vocabulary is not needed to measure
+    words = {"tokenizer_class": "ByT5Tokenizer", "model_max_length": ROWS, "extra_ids": 125}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+
+
+def write_embeddings(root: Path, width: int = 1024) -> Path:
+    """Write embeddings that take the place of prompts."""
+    path = root / "embeddings.safetensors"
+    if not path.exists():
+        names = ("prompt", "negative_prompt")
+        save({name: torch.randn(ROWS, width).bfloat16() for name in names}, path)
+    return path
+
+
+def run_command(
+    words: list[str], folder: Path, name: str = "output"
+) -> tuple[dict[str, Any], float]:
+    """Run `worldline` in a fresh process; return the report of a video, and when it began."""
+    command = [sys.executable, "-m", "worldline", *words, "--video_save_folder", str(folder)]
+    # a cache of its own: each run encodes its prompts
+    environment = {**os.environ, "WORLDLINE_CACHE": str(folder / "cache")}
+    started = time.time()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads((folder / f"{name}.json").read_text()), started

@@ -20,6 +20,7 @@ from worldline.tokenizers.cosmos.weights import released_tensors
 from worldline.video.write import write_video
 from worldline.weights.write import save
 
+from .tiny_decoder import add_parts
 from .tiny_diffusion import make_tiny_diffusion
 
 MODEL = "Cosmos-Predict1-4B"
@@ -97,6 +98,21 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_world(small_world: Path, tmp_path: Path) -> Path:
     """A copy of `small_world` that a test may break."""
     return Path(shutil.copytree(small_world, tmp_path / "checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def whole_world(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small world, its diffusion decoder, and a Video2World model; copy it to change it."""
+    root = tmp_path_factory.mktemp("whole") / "checkpoints"
+    shutil.copytree(small_world, root)
+    add_parts(root, SMALL_TRANSFORMER)
+    return root
+
+
+@pytest.fixture
+def own_whole_world(whole_world: Path, tmp_path: Path) -> Path:
+    """A copy of `whole_world` that a test may break."""
+    return Path(shutil.copytree(whole_world, tmp_path / "whole"))
 
 
 @pytest.fixture(autouse=True)

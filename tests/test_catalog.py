@@ -117,6 +117,8 @@ def test_what_runs_has_a_preset() -> None:
     commands = {entry.name: entry.command for entry in ENTRIES if entry.command}
     assert commands["Cosmos-Predict1-14B-Video2World"] == "diffusion video2world"
     assert commands["Cosmos-Predict1-7B-Text2World"] == "diffusion text2world"
+    assert commands["Cosmos-Predict1-12B"] == "autoregressive base"
+    assert commands["Cosmos-Predict1-5B-Video2World"] == "autoregressive video2world"
     for entry in ENTRIES:
         if entry.command.startswith("diffusion"):
             config = DIFFUSION[entry.preset]
@@ -126,20 +128,12 @@ def test_what_runs_has_a_preset() -> None:
 
 
 def test_parts() -> None:
-    check_parts(True, None, None)
-    check_parts(True, True, True)
-    check_parts(False, True, True)
-    for bundled, decoder, guardrail in (
-        (False, None, None),
-        (False, True, None),
-        (False, None, True),
-        (True, False, None),
-        (True, None, False),
-    ):
-        with pytest.raises(InputError, match="--disable_"):
-            check_parts(bundled, decoder, guardrail)
-    with pytest.raises(InputError, match="--disable_diffusion_decoder --disable_guardrail"):
-        check_parts(False, None, None)
+    check_parts(True, None)
+    check_parts(True, True)
+    check_parts(False, True)
+    for bundled, guardrail in ((False, None), (False, False), (True, False)):
+        with pytest.raises(InputError, match="--disable_guardrail"):
+            check_parts(bundled, guardrail)
 
 
 def test_parts_of_diffusion() -> None:
@@ -161,7 +155,8 @@ def test_advice_on_a_folder_that_is_not_there() -> None:
     for entry in ENTRIES:
         told = advice(entry.folders[0])
         assert entry.name in told
-        assert ("does not run" in told) == (not entry.command)
+        part = entry.family.endswith(("tokenizer", "encoder", "upsampler", "guardrail", "decoder"))
+        assert ("does not run" in told) == (not entry.command and not part)
     assert advice("Cosmos-Predict1-7B-Text2Wrold") == (
         "; did you mean Cosmos-Predict1-7B-Text2World?"
     )

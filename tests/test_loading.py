@@ -13,11 +13,10 @@ import torch
 
 import worldline
 from worldline import loading, machine, places
-from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import MemoryPlan
 from worldline.machine import Memory
-from worldline.models.predict1_ar.model import PRESETS, ARTransformer, ARTransformerConfig
+from worldline.models.predict1_ar.model import PRESETS
 from worldline.models.predict1_ar.weights import SHARDS
 from worldline.report import Recorder
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
@@ -175,21 +174,6 @@ def test_what_is_there_is_listed(small_world: Path) -> None:
         loading.find_autoregressive("Cosmos-Predict1-12B", small_world)
 
 
-def test_video2world_is_refused(own_world: Path) -> None:
-    from worldline.models.predict1_ar.weights import KEYS, write_settings
-    from worldline.weights.write import save
-
-    config = ARTransformerConfig(
-        **{**vars(SMALL_TRANSFORMER), "context_width": 32, "leading_tokens": 1}
-    )
-    model = ARTransformer(config)
-    tensors = {KEYS.released(n): p.detach() for n, p in model.named_parameters()}
-    save(tensors, own_world / MODEL / "model.pt")
-    (own_world / MODEL / "config.json").write_text(json.dumps(write_settings(config)))
-    with pytest.raises(CheckpointError, match="is a Video2World model"):
-        loading.find_autoregressive(MODEL, own_world)
-
-
 def test_plans() -> None:
     """Offloading lowers the need, and a larger model needs more."""
     plan = loading.plan_autoregressive
@@ -222,7 +206,7 @@ def test_memory_advice_is_enough(small_world: Path, monkeypatch: pytest.MonkeyPa
     needs = {(False, False): 10, (True, False): 8, (False, True): 9, (True, True): 3}
 
     def plan(*_: object, **flags: object) -> MemoryPlan:
-        need = needs[tuple(bool(flags.get(name)) for name in AUTOREGRESSIVE_OFFLOAD_FLAGS)]
+        need = needs[tuple(bool(flags.get(name)) for name in files.offload_flags)]
         return MemoryPlan(need, 0, 0)
 
     def advice(free: int, *given: str) -> str:
@@ -239,9 +223,9 @@ def test_memory_advice_is_enough(small_world: Path, monkeypatch: pytest.MonkeyPa
     assert advice(3).startswith("with --offload_tokenizer --offload_ar_model it needs")
     assert advice(3, "offload_tokenizer").startswith("with --offload_ar_model it needs")
     assert advice(3, "offload_ar_model").startswith("with --offload_tokenizer it needs")
-    assert advice(3, *AUTOREGRESSIVE_OFFLOAD_FLAGS) == "fits"
+    assert advice(3, *files.offload_flags) == "fits"
     assert advice(9, "offload_ar_model") == "fits"
-    for given in ((), AUTOREGRESSIVE_OFFLOAD_FLAGS):
+    for given in ((), files.offload_flags):
         assert advice(2, *given).startswith("no offload flag is enough (at least")
 
 

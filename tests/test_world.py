@@ -67,12 +67,22 @@ def test_stream(world: worldline.World, clip: Path) -> None:
     steps = list(world.stream(clip))
     assert all(isinstance(step, worldline.Step) for step in steps)
     kinds = list(dict.fromkeys(step.kind for step in steps))
-    assert kinds == ["encode", "tokens", "decode", "done"]
+    assert kinds == ["encode", "tokens", "done"]
     tokens = [step for step in steps if step.kind == "tokens"]
     assert [step.done for step in tokens] == list(range(1, 19))
     assert {step.total for step in tokens} == {18}
     assert [step.video is not None for step in steps] == [False] * (len(steps) - 1) + [True]
     assert steps[-1].frames is steps[-1].video.frames  # type: ignore[union-attr]
+
+
+def test_frames_come_as_latent_frames_complete(world: worldline.World, clip: Path) -> None:
+    steps = list(world.stream(clip, num_video_frames=49))
+    told = [(step.done, len(step.frames)) for step in steps[:-1] if step.frames is not None]
+    # 6 tokens a latent frame; the first to be complete brings the given ones along
+    assert told == [(6, 17), (12, 8), (18, 8), (24, 8), (30, 8)]
+    frames = np.concatenate([step.frames for step in steps[:-1] if step.frames is not None])
+    assert steps[-1].video is not None
+    assert np.array_equal(frames, steps[-1].video.frames)
 
 
 def test_a_stream_may_be_left(world: worldline.World, clip: Path) -> None:
@@ -146,6 +156,9 @@ def test_numbers_of_numpy(world: worldline.World, clip: Path) -> None:
         "temperature": 0.5,
         "top_p": 0.8,
         "seed": 3,
+        "decoder_seam": "corrected",
+        "num_video_frames": None,
+        "rollout": "tokens",
     }
 
 

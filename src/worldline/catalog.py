@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from worldline.choices import Generation
 from worldline.errors import InputError
 from worldline.files import TRANSFORMER_FILES
 
@@ -18,6 +19,8 @@ BUNDLED_PREFIX = "tiny-"
 NVIDIA_LICENCE = "NVIDIA Open Model License"
 APACHE_LICENCE = "Apache-2.0"
 LLAMA_LICENCE = "Llama 3.1 Community License"
+
+_WORLDS = ("autoregressive", "diffusion text", "diffusion video", "diffusion, other", "flow")
 
 Presence = Literal["present", "other size", "partial", "absent"]
 
@@ -127,7 +130,11 @@ TOKENIZER_LAYOUTS = (
 _GUARDRAIL = "Cosmos-Guardrail1"
 _DISCRETE = "Cosmos-Tokenize1-DV8x16x16-720p"
 _CONTINUOUS = "Cosmos-Tokenize1-CV8x8x8-720p"
-_DECODER = "Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p"
+DECODERS: dict[Generation, str] = {
+    "Predict1": "Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p",
+    "1.0": "Cosmos-1.0-Diffusion-7B-Decoder-DV8x16x16ToCV8x8x8",
+}
+_DECODER = DECODERS["Predict1"]
 _T5 = "google-t5/t5-11b"
 
 
@@ -148,7 +155,7 @@ def _autoregressive(
         parameters=parameters,
         preset=size,
         needs=(_DISCRETE, _DECODER, _CONTINUOUS, _GUARDRAIL, *(() if base else (_T5,))),
-        command="autoregressive base" if base else "",
+        command=f"autoregressive {'base' if base else 'video2world'}",
         failure_rates=failure_rates,
     )
 
@@ -376,7 +383,7 @@ ENTRIES: tuple[Entry, ...] = (
     _other(
         _DECODER,
         "diffusion decoder",
-        (_DECODER, "Cosmos-1.0-Diffusion-7B-Decoder-DV8x16x16ToCV8x8x8"),
+        tuple(DECODERS.values()),
         (
             File("model.pt", 14_474_515_456, "a30149cc3730f3142b01fd374b6076f8"),
             File("aux_vars.pt", 1_049_600, "29e450d81839e82bb4bdbf12e43a74f1"),
@@ -451,7 +458,9 @@ def advice(folder: str) -> str:
     if (entry := find(folder)) is not None:
         if entry.command:
             return f"; download {entry.name} there: `worldline {entry.command}` runs it"
-        return f"; this version does not run {entry.name} (`worldline models` lists what it does)"
+        if entry.family.startswith(_WORLDS):
+            return f"; this version does not run {entry.name}: see `worldline models`"
+        return f"; download {entry.name} there"
     known = [name for entry in ENTRIES for name in entry.folders]
     if close := get_close_matches(folder, known, n=1, cutoff=0.8):
         return f"; did you mean {close[0]}?"
@@ -465,7 +474,6 @@ def is_bundled(name: str) -> bool:
 
 def check_parts(
     bundled: bool,
-    disable_diffusion_decoder: bool | None = True,
     disable_guardrail: bool | None = True,
     disable_prompt_upsampler: bool | None = True,
 ) -> None:
@@ -473,17 +481,14 @@ def check_parts(
 
     Args:
         bundled: whether the model ships with the package; such a model runs without the parts.
-        disable_diffusion_decoder: True does without, False insists, None is as released. Left out
-            where the family has no such part.
-        disable_guardrail: likewise.
-        disable_prompt_upsampler: likewise.
+        disable_guardrail: True does without, False insists, None is as released.
+        disable_prompt_upsampler: likewise. Left out where the family has no such part.
 
     Raises:
         InputError: the model is to run with one of these parts.
     """
     wanted = {
         "disable_prompt_upsampler": ("prompt upsampler", disable_prompt_upsampler),
-        "disable_diffusion_decoder": ("diffusion decoder", disable_diffusion_decoder),
         "disable_guardrail": ("guardrail", disable_guardrail),
     }
     missing = {

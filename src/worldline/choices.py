@@ -15,8 +15,18 @@ SAMPLERS = ("edm_euler", "res_2ab", "res_1euler", "res_2mid")
 ROTARY_PRECISIONS = ("bfloat16", "float32")
 MAX_SEED = 2**32 - 1  # numpy's RandomState takes no more
 
-# cheapest first
-AUTOREGRESSIVE_OFFLOAD_FLAGS = ("offload_tokenizer", "offload_ar_model")
+Seam = Literal["corrected", "as_released"]  # between windows of the diffusion decoder
+SEAMS: tuple[Seam, ...] = ("corrected", "as_released")
+Rollout = Literal["tokens", "pixels"]  # beyond the window of an autoregressive model
+ROLLOUTS: tuple[Rollout, ...] = ("tokens", "pixels")
+
+# cheapest first, of a world that has all parts
+AUTOREGRESSIVE_OFFLOAD_FLAGS = (
+    "offload_text_encoder_model",
+    "offload_tokenizer",
+    "offload_diffusion_decoder",
+    "offload_ar_model",
+)
 # the text encoder is used once, the transformer is what takes the time
 DIFFUSION_OFFLOAD_FLAGS = (
     "offload_text_encoder_model",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from worldline.catalog import BUNDLED_PREFIX, advice, is_bundled
+from worldline.catalog import BUNDLED_PREFIX, DECODERS, advice, is_bundled
 from worldline.errors import CheckpointError
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -125,8 +125,16 @@ def bundled_configs() -> dict[str, Path]:
     return {
         BUNDLED_PREFIX + path.parent.name: path
         for path in sorted(BUNDLED.glob("*/config.json"))
-        if "Tokeniz" not in path.parent.name
+        if "Tokeniz" not in path.parent.name and path.parent.name not in DECODERS.values()
     }
+
+
+def has_decoder(model: str) -> bool:
+    """Tell whether a world decodes its tokens by diffusion unless told otherwise.
+
+    A released one does, and a bundled one where a diffusion decoder ships with the package.
+    """
+    return not is_bundled(model) or any((BUNDLED / name).is_dir() for name in DECODERS.values())
 
 
 def bundled_names() -> list[str]:

@@ -49,7 +49,10 @@ class Recorder:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside; a stage that raises is recorded too."""
+        """Time what happens inside; a stage that raises is recorded too.
+
+        Stages of one name, as of networks that take turns, are one stage: their seconds add up.
+        """
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize(self.device)
@@ -62,7 +65,24 @@ class Recorder:
                 torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - started
             peak = round(self._peak() / GIGABYTE, 3)
-            self.stages.append(Stage(name, round(seconds, 4), peak, round(time.time(), 2)))
+            self._add(Stage(name, round(seconds, 4), peak, round(time.time(), 2)))
+
+    def _add(self, stage: Stage) -> None:
+        for index, known in enumerate(self.stages):
+            if known.name == stage.name:
+                seconds = round(known.seconds + stage.seconds, 4)
+                peak = max(known.peak_gb, stage.peak_gb)
+                self.stages[index] = Stage(stage.name, seconds, peak, stage.ended)
+                return
+        self.stages.append(stage)
+
+    def followed_by(self, other: Recorder) -> Recorder:
+        """Return a recorder of the stages and facts of both."""
+        joined = Recorder(self.device)
+        for stage in (*self.stages, *other.stages):
+            joined._add(stage)
+        joined.facts = {**self.facts, **other.facts}
+        return joined
 
     def _peak(self) -> float:
         if self.device.type == "cuda":

@@ -46,6 +46,18 @@ def base(small_world: Path, tmp_path: Path) -> Base:
 
 
 @pytest.fixture
+def ar_video2world(whole_world: Path, tmp_path: Path) -> Make:
+    """Run `worldline autoregressive video2world` likewise; the diffusion decoder is on."""
+
+    def call(*words: object, checkpoint_dir: Path = whole_world) -> Result:
+        fixed = ("--checkpoint_dir", checkpoint_dir, "--video_save_folder", tmp_path / "out")
+        words = ("autoregressive", "video2world", *fixed, "--disable_guardrail", *words)
+        return run_words(words)
+
+    return call
+
+
+@pytest.fixture
 def forbid_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail the test if tensor data are read."""
 

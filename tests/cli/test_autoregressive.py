@@ -59,7 +59,11 @@ def test_video_to_video(base: Base, clip: Path, tmp_path: Path) -> None:
         "temperature": 1.0,
         "top_p": 0.8,
         "seed": 0,
+        "decoder_seam": "corrected",
+        "num_video_frames": None,
+        "rollout": "tokens",
     }
+    assert report["diffusion_decoder"] is None
     assert [stage["name"] for stage in report["run"]["stages"]] == [
         "read",
         "encode",
@@ -81,7 +85,7 @@ def test_video_to_video(base: Base, clip: Path, tmp_path: Path) -> None:
     for part in (str(out / "output.mp4"), "tokens/s", "peak memory", "seed 0", "encode"):
         assert part in result.stdout
     # no bar without a terminal, but a line a stage
-    for part in ("encoding", "drawing 18 tokens", "decoding"):
+    for part in ("encoding", "drawing 18 tokens"):
         assert part in result.stderr
 
 
@@ -276,7 +280,7 @@ def test_several_processes(base: Base, clip: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ((), ["--disable_diffusion_decoder", "--disable_guardrail"]),
+        ((), ["--disable_guardrail"]),
         (("--disable_guardrail",), ["--disable_diffusion_decoder"]),
         (("--disable_diffusion_decoder",), ["--disable_guardrail"]),
     ],

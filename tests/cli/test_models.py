@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import worldline.places
+from worldline import machine
 from worldline.catalog import ENTRIES
 
 from ..conftest import MODEL, TOKENIZER
@@ -78,3 +79,23 @@ def test_no_checkpoint_folder(run: Run) -> None:
     result = run("models", "--checkpoint_dir", "nowhere")
     assert result.exit_code == 0
     assert "no folder nowhere yet" in result.stderr
+
+
+def test_autoregressive_worlds_with_their_parts(
+    run: Run, small_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "host_memory", lambda: None)
+    words = ("models", "--checkpoint_dir", small_world, "--json", "--device", "cpu")
+    rows = {row["name"]: row for row in json.loads(run(*words).stdout)}
+    row = rows["Cosmos-Predict1-5B-Video2World"]
+    assert row["command"] == "autoregressive video2world"
+    decoder = rows["Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p"]
+    assert decoder["command"] is None
+    assert decoder["runs_here"] == "as a part"
+    # float32: the model itself, its decoder, T5-11B
+    assert row["memory"] > 4 * (row["parameters"] + decoder["parameters"] + 4_000_000_000)
+    # a host that holds the model, but not its decoder beside it
+    memory = machine.Memory(30_000_000_000, 32_000_000_000)
+    monkeypatch.setattr(machine, "host_memory", lambda: memory)
+    rows = {row["name"]: row for row in json.loads(run(*words).stdout)}
+    assert rows["Cosmos-Predict1-4B"]["runs_here"] == "yes --disable_diffusion_decoder"

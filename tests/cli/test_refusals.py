@@ -21,6 +21,7 @@ TINY = ("--diffusion_transformer_dir", "tiny-Cosmos-Predict1-7B-Video2World", "-
 TEXT2WORLD = ("diffusion", "text2world")
 VIDEO2WORLD = ("diffusion", "video2world", *TINY, "--input_image_or_video_path")
 BASE = ("autoregressive", "base", *WITHOUT_PARTS, "--input_image_or_video_path")
+PROMPTED = ("autoregressive", "video2world", *WITHOUT_PARTS, "--input_image_or_video_path")
 RELEASED = (*TEXT2WORLD, *WITHOUT_UPSAMPLER, "--prompt", "x")
 
 # in a folder with: a video clip.mp4; an empty picture.png; text in noise.mp4; a folder of notes
@@ -56,6 +57,18 @@ REFUSED: dict[tuple[str, ...], str] = {
     (*BASE, "clip.mp4"): "no checkpoint folder checkpoints",
     (*BASE, "clip.mp4", "--ar_model_dir", ""): "--ar_model_dir is empty",
     (*BASE, "clip.mp4", "--ar_model_dir", "tiny-nothing"): "no bundled model tiny-nothing",
+    (*BASE, "clip.mp4", "--num_video_frames", "0"): "num_video_frames is 0; it must be 1",
+    (*PROMPTED, "clip.mp4"): "prompt",
+    (*PROMPTED, "clip.mp4", "--prompt", ""): "prompt is empty",
+    (*PROMPTED, "clip.mp4", "--prompt", "x"): "no checkpoint folder checkpoints",
+    (*PROMPTED, "clip.mp4", "--text_encoder_dir", "", "--prompt", "x"): "dir is empty",
+    (*PROMPTED, "clip.mp4", "--prompt_embeddings", "nowhere"): "nowhere: no such file",
+    (*PROMPTED, "clip.mp4", "--prompt", "x", "--batch_size", "0"): "0 is neither auto nor",
+    (*PROMPTED, "clip.mp4", "--prompt", "x", "--rollout", "frames"): "'frames' is not one of",
+    (
+        *(*PROMPTED, "clip.mp4", "--prompt", "x", "--ar_model_dir", "tiny-Cosmos-Predict1-4B"),
+        *("--text_encoder_dir", "nowhere"),
+    ): "(--text_encoder_dir)",
     ("tokenize", "encode", "nowhere.mp4"): "nowhere.mp4",
     ("tokenize", "encode", "noise.mp4"): "noise.mp4 is not an mp4",
     ("tokenize", "encode", "clip.mp4"): "no checkpoint folder checkpoints",

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from worldline.models.predict1_dit.model import DiT
 from worldline.models.predict1_dit.weights import open_dit
-from worldline.sampling.edm import make_sigmas, precondition, sample
+from worldline.pipelines import decoder
+from worldline.pipelines.decoder import DecoderSettings, decode_windows, denoise_windows
+from worldline.sampling.edm import SIGMA_MAX, make_sigmas, precondition, sample
 from worldline.sampling.windows import blend_windows, split_windows
 from worldline.shapes import LatentShape, latent_frames_of
 from worldline.tokenizers.cosmos.load import open_tokenizer
@@ -188,6 +190,81 @@ def test_long_clips_as_shipped(case: Case) -> None:
     case.compare("long.frame_means", video.mean((2, 3)))
     around, size = case.tensor("long.video_around_seam").shape[1] // 2, settings["window_frames"]
     case.compare("long.video_around_seam", video[:, size - around : size + around])
+
+
+def skip_unless_released(case: Case) -> None:
+    """The pipeline has the released numbers as constants."""
+    stated = case.spec["sampling"]
+    window = latent_frames_of(stated["window_frames"], tokenizer(case).config.temporal)
+    found = (window, stated["overlap"], stated["fps"], stated["sigma_min"])
+    ours = (decoder.DECODER_WINDOW, decoder.OVERLAP, decoder.FPS, decoder.SIGMA_MIN)
+    if found != ours or stated["sigma_max"] != SIGMA_MAX:
+        pytest.skip(f"window, overlap, fps and sigma_min are {found}, not {ours}")
+
+
+def pipeline_latents(
+    case: Case, tokens: Tensor, starts: Tensor, sampler: str, steps: int
+) -> list[Tensor]:
+    stated = case.spec["sampling"]
+    scale = (SIGMA_MAX**2 + 1) ** 0.5 if sampler == "edm_euler" else SIGMA_MAX
+    aux = open_checkpoint(case.path / case.spec["folder"] / "aux_vars.pt")
+    return denoise_windows(
+        network(case),
+        tokens,
+        aux.read("context"),
+        DecoderSettings(sampler=sampler, num_steps=steps, guidance=stated["guidance"]),
+        finer=starts.shape[-1] // tokens.shape[-1],
+        noise=[start / scale for start in starts.split(1)],
+    )
+
+
+def pipeline_video(case: Case, latents: list[Tensor], frames: int, seam: decoder.Seam) -> Tensor:
+    model = tokenizer(case)
+    statistics = read_statistics(pixels_folder(case), model.config.latent_channels)
+    assert statistics is not None
+    pieces = list(decode_windows(model, statistics, latents, frames, seam))
+    return (1 + torch.cat(pieces, dim=2)[0].clamp(-1, 1)) / 2
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tokens_to_video_through_the_pipeline(case: Case) -> None:
+    """Both branches in one batch, and no more than the wanted frames decoded."""
+    skip_unless_released(case)
+    tokens, stated = case.tensor("tokens")[None], case.spec["sampling"]
+    start = case.tensor("predict1.x_T")
+    latents = pipeline_latents(case, tokens, start, "edm_euler", stated["num_steps"])
+    case.compare("predict1.latent", latents[0])
+    for seam in decoder.SEAMS:
+        case.compare("predict1.video", pipeline_video(case, latents, tokens.shape[1], seam))
+    sampler = f"res_{stated['v1_solver']}"
+    start = case.tensor("v1.x_T")
+    latents = pipeline_latents(case, tokens, start, sampler, stated["num_steps"])
+    case.compare("v1.latent", latents[0])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_long_clips_through_the_pipeline(case: Case) -> None:
+    if not case.names("long.*"):
+        return
+    skip_unless_released(case)
+    tokens, stated = case.tensor("long.tokens")[None], case.spec["sampling"]
+    starts = case.tensor("long.x_T")
+    latents = pipeline_latents(case, tokens, starts, "edm_euler", stated["long_num_steps"])
+    case.compare("long.latents", torch.cat(latents))
+    video = pipeline_video(case, latents, tokens.shape[1], "as_released")
+    case.compare("long.frame_means", video.mean((2, 3)))
+    around, size = case.tensor("long.video_around_seam").shape[1] // 2, stated["window_frames"]
+    case.compare("long.video_around_seam", video[:, size - around : size + around])
+    # corrected, the frames before the seam are the same, and those behind it another window's
+    corrected = pipeline_video(case, latents, tokens.shape[1], "corrected")
+    assert corrected.shape == video.shape
+    torch.testing.assert_close(corrected[:, : size - 1], video[:, : size - 1])
+    temporal = tokenizer(case).config.temporal
+    jump = 1 + (stated["overlap"] - 1) * temporal - stated["overlap"]  # frames that come twice
+    behind = corrected.shape[1] - size
+    torch.testing.assert_close(
+        corrected[:, size : size + behind - jump], video[:, size + jump : size + behind]
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -18,6 +18,7 @@ from worldline.models.predict1_ar.model import (
     make_positions,
 )
 from worldline.models.predict1_ar.weights import KEYS, read_config, write_settings
+from worldline.nn.kv_cache import KVCache
 from worldline.nn.rope import Yarn
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling
@@ -136,6 +137,92 @@ def test_clips_decoded_together_draw_what_each_draws_alone() -> None:
         alone = run(model, prompts[row : row + 1], [seed], Sampling(top_p=0.9))
         assert torch.equal(together[row], alone[0])
     assert not torch.equal(together[0, 8:], together[1, 8:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clips_in_step_are_the_same_bit_for_bit(
+    config: ARTransformerConfig, dtype: torch.dtype
+) -> None:
+    """Where a product of several rows rounds otherwise than that of one."""
+    model = build(config).to(dtype)
+    prompts = inputs(config, batch=3)["tokens"][:, :8]
+    context = None
+    if config.context_width is not None:
+        context = torch.randn(3, 5, config.context_width)
+
+    def caches(rows: slice) -> tuple[Tensor, Tensor]:
+        decoder = make_decoder(
+            model,
+            make_positions(config, "cpu", dtype),
+            Sampling(top_p=0.9),
+            batch=len(prompts[rows]),
+            context=None if context is None else context[rows],
+        )
+        noise = draw_noise([5, 6, 7][rows], config.vocabulary, 30, torch.device("cpu"))
+        for _ in decode(decoder, prompts[rows], 30, noise):
+            pass
+        return decoder.tokens, decoder.cache.keys
+
+    tokens, keys = caches(slice(None))
+    for clip in range(3):
+        alone, own_keys = caches(slice(clip, clip + 1))
+        assert torch.equal(tokens[clip], alone[0])
+        assert torch.equal(keys[:, clip], own_keys[:, 0])
+
+
+class Band(KVCache):
+    """All keys of a long clip, of which a token sees those in the window of the one it draws."""
+
+    config = BASE
+
+    def append(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = super().append(layer, start, k, v)
+        config, leading = self.config, self.config.leading_tokens
+        size = config.grid.tokens_per_frame
+        frame = (keys.shape[2] - leading) // size
+        oldest = leading + max(0, frame - config.grid.frames + 1) * size
+        return tuple(  # type: ignore[return-value]
+            torch.cat([part[:, :, :leading], part[:, :, oldest:]], dim=2) for part in (keys, values)
+        )
+
+
+def test_a_clip_longer_than_the_window(config: ARTransformerConfig) -> None:
+    """Forgetting the oldest latent frame is attending to the newest ones, at their own times."""
+    model, frames = build(config), 7
+    leading, size = config.leading_tokens, config.grid.tokens_per_frame
+    prompt = inputs(config, batch=1)["tokens"][:, : leading + size]
+    count = (frames - 1) * size
+    context = None
+    if config.context_width is not None:
+        context = torch.randn(1, 5, config.context_width).double()
+    decoder = make_decoder(
+        model,
+        make_positions(config, "cpu", torch.float64),
+        Sampling(temperature=0),
+        context=context,
+    )
+    for _ in range(2):  # a second clip starts as the first did
+        for _ in decode(decoder, prompt, count, None):
+            pass
+    long = replace(config, grid=replace(config.grid, frames=frames))
+    positions = make_positions(long, "cpu", torch.float64)
+    if positions.table is not None:
+        # it goes by the place in the window, where a token is read to draw the next one
+        of_window = make_positions(config, "cpu", torch.float64).table
+        assert of_window is not None
+        drawn = torch.arange(long.length) + 1
+        late = (drawn - leading) // size - config.grid.frames + 1
+        rows = torch.arange(long.length) - late.clamp(min=0) * size
+        positions = positions._replace(table=of_window[rows])
+    cache = Band(*model.new_cache(1, long.length))
+    cache.config = config
+    ids = prompt
+    encoded = None if context is None else model.encode_context(context)
+    logits = model(ids, positions, cache=cache, context=encoded, last_only=True)
+    for at in range(ids.shape[1], long.length):
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        logits = model(ids[:, at:], positions, cache=cache, start=at, context=encoded)
+    assert torch.equal(decoder.tokens, ids)
 
 
 def test_a_seed_decides_the_draws() -> None:

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from worldline.models.predict1_ar.decoder import CapturedDecoder
 from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig, make_positions
+from worldline.nn.rope import Yarn
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling, draw
 from worldline.shapes import LatentShape
@@ -28,6 +30,14 @@ VARIANTS = [
     CONFIG,
     replace(CONFIG, num_heads=6, num_kv_heads=2, head_size=32, width=160, hidden=448),
     replace(CONFIG, num_heads=4, num_kv_heads=4, head_size=128),
+    replace(
+        CONFIG,
+        embedding_rows=1024,
+        context_width=96,
+        absolute_positions=True,
+        leading_tokens=1,
+        yarn=Yarn(),
+    ),
 ]
 
 
@@ -39,6 +49,12 @@ def build(config: ARTransformerConfig) -> ARTransformer:
     return model.to("cuda", torch.bfloat16).requires_grad_(False).eval()
 
 
+def text(config: ARTransformerConfig, batch: int = 1) -> Tensor | None:
+    if config.context_width is None:
+        return None
+    return torch.randn(batch, 70, config.context_width, device="cuda")
+
+
 @pytest.mark.parametrize("config", VARIANTS)
 def test_every_step_agrees_with_the_plain_modules(config: ARTransformerConfig) -> None:
     """As close to a float32 run as the plain bf16 path is, at every position of the clip."""
@@ -47,17 +63,21 @@ def test_every_step_agrees_with_the_plain_modules(config: ARTransformerConfig) -
     exact_model = build(config).float()
     exact_positions = make_positions(config, "cuda", torch.float32)
     tokens = torch.randint(config.vocabulary, (1, config.length), device="cuda")
-    exact = exact_model(tokens, exact_positions)[0]
-    decoder = CapturedDecoder(model, positions, Sampling(temperature=0))
+    context = text(config)
+    exact_text = None if context is None else exact_model.encode_context(context)
+    plain_text = None if context is None else model.encode_context(context)
+    exact = exact_model(tokens, exact_positions, context=exact_text)[0]
+    decoder = CapturedDecoder(model, positions, Sampling(temperature=0), context=context)
     plain_cache = model.new_cache(1)
     prompt = 96
     decoder.start(tokens[:, :prompt], None)
-    model(tokens[:, :prompt], positions, cache=plain_cache)
+    model(tokens[:, :prompt], positions, cache=plain_cache, context=plain_text)
     for at in range(prompt, config.length - 1):
         decoder.ids[0, at] = tokens[0, at]
         decoder.step(None)
-        plain = model(tokens[:, at : at + 1], positions, cache=plain_cache, start=at)[0, 0]
-        fast = decoder.fused.logits
+        last = tokens[:, at : at + 1]
+        plain = model(last, positions, cache=plain_cache, start=at, context=plain_text)[0, 0]
+        fast = decoder.fused.logits[0]
         scale = exact[at].norm()
         plain_error = float((plain - exact[at]).norm() / scale)
         fast_error = float((fast - exact[at]).norm() / scale)
@@ -72,14 +92,46 @@ def test_the_captured_draw_is_the_plain_draw_of_the_same_logits(
     positions = make_positions(config, "cuda", torch.bfloat16)
     prompt = torch.randint(config.vocabulary, (1, 96), device="cuda")
     rule = Sampling(top_p=0.8, temperature=0.7)
-    decoder = CapturedDecoder(model, positions, rule)
+    decoder = CapturedDecoder(model, positions, rule, context=text(config))
     noise = list(draw_noise([0], config.vocabulary, 40, prompt.device))
     decoder.start(prompt, noise[0])
     for index, step_noise in enumerate(noise[1:], start=97):
         decoder.step(step_noise)
-        expected = draw(decoder.fused.logits[None], rule, step_noise)
+        expected = draw(decoder.fused.logits, rule, step_noise)
         assert decoder.ids[0, index] == expected[0]
     assert decoder.tokens.shape == (1, 136)
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+@pytest.mark.parametrize("batch", [2, 8])
+def test_in_step_as_alone_bit_for_bit(config: ARTransformerConfig, batch: int) -> None:
+    """Logits, cache and tokens; the clips go on beyond the window."""
+    model = build(config)
+    prompts = torch.randint(config.vocabulary, (batch, 96), device="cuda")
+    contexts = text(config, batch)
+    count = config.length - 96 + 2 * config.grid.tokens_per_frame
+
+    def run(rows: slice) -> CapturedDecoder:
+        decoder = CapturedDecoder(
+            model,
+            make_positions(config, "cuda", torch.bfloat16),
+            Sampling(top_p=0.9),
+            batch=len(prompts[rows]),
+            context=None if contexts is None else contexts[rows],
+        )
+        noise = draw_noise(range(batch)[rows], config.vocabulary, count, prompts.device)
+        for _ in decode(decoder, prompts[rows], count, noise):
+            pass
+        return decoder
+
+    together = run(slice(None))
+    assert together.tokens.shape == (batch, 96 + count)
+    for clip in range(batch):
+        alone = run(slice(clip, clip + 1))
+        assert torch.equal(together.fused.logits[clip], alone.fused.logits[0])
+        assert torch.equal(together.cache.keys[:, clip], alone.cache.keys[:, 0])
+        assert torch.equal(together.cache.values[:, clip], alone.cache.values[:, 0])
+        assert torch.equal(together.tokens[clip], alone.tokens[0])
 
 
 def test_a_second_clip_is_not_touched_by_the_first() -> None:

@@ -397,6 +397,10 @@ def test_wrong_requests(options: dict[str, Any], message: str) -> None:
         ({"num_input_frames": 9, "num_video_frames": 10}, "the nearest is 17"),
         ({"num_input_frames": 9, "num_video_frames": 9}, "nothing is left to make; give 17 frames"),
         ({"num_input_frames": 1, "num_video_frames": 1}, "give 9 frames or more"),
+        (
+            {"num_video_frames": 16, "height": 30, "width": 1280},
+            "is 17; height .* is 32; width .* is 128",
+        ),
         ({"num_input_frames": 0}, "is a Video2World model, which needs an image or a video"),
         ({"sampler": "res_2mid", "num_steps": 1}, "res_2mid needs 2 or more"),
         ({"sampler": "res_2ab", "reinsertion": "march_2025"}, "res_2ab never had it"),

@@ -40,7 +40,7 @@ def test_each_latent_has_the_caption_of_its_view() -> None:
     model.eval()
     clips = make_clips(range(2), 9, 32, 48)
     latents, captions = encode_captioned(
-        model, captioned_batches(range(2), SHAPE, "cpu"), torch.float32, lambda z: z
+        captioned_batches(range(2), SHAPE, "cpu"), torch.float32, model.encode
     )
     assert latents.shape == (4, 16, 2, 4, 6)
     assert captions == [*clips.captions, *map(mirror_caption, clips.captions)]

@@ -1,19 +1,26 @@
 """The scripts that train the bundled world, at the smallest size: they run, resume and export."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
 
+import worldline
+from worldline import places
 from worldline.models.predict1_ar.model import ARTransformer, make_positions
 from worldline.models.predict1_ar.weights import read_config
 from worldline.models.predict1_dit.model import DiT
 from worldline.models.predict1_dit.weights import open_dit
+from worldline.pipelines import decoder
+from worldline.sampling.edm import make_sigmas
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import export_t5, find_t5, load_t5, new_t5
 from worldline.tokenizers.cosmos.load import load_tokenizer, open_tokenizer
@@ -24,7 +31,7 @@ from worldline.train.tiny import diffusion as tiny_diffusion
 from worldline.train.tiny import sizes
 from worldline.train.tiny.__main__ import main
 from worldline.train.tiny.autoregressive import sequence_loss
-from worldline.train.tiny.decoder import DECODER, cut_windows, long_shape
+from worldline.train.tiny.decoder import DECODER, Decoding, cut_windows, long_shape
 from worldline.train.tiny.denoiser import rounded_to
 from worldline.train.tiny.tokenizer import export_tokenizer
 from worldline.weights.read import open_checkpoint
@@ -45,33 +52,16 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     small = replace(sizes.CONTINUOUS, channels=4, level_channels=(8, 8, 8))
     monkeypatch.setattr(sizes, "CONTINUOUS", small)
-    small_dit = replace(
-        sizes.DIFFUSION,
-        depth=1,
-        width=32,
-        num_heads=1,
-        hidden=32,
-        lora_rank=2,
-        context_width=16,
-        max_grid=grid,
-    )
-    monkeypatch.setattr(sizes, "DIFFUSION", small_dit)
+    small_dit: dict[str, Any] = {"depth": 1, "width": 32, "num_heads": 1, "hidden": 32}
+    small_dit |= {"lora_rank": 2, "context_width": 16}
+    monkeypatch.setattr(sizes, "DIFFUSION", replace(sizes.DIFFUSION, **small_dit, max_grid=grid))
+    monkeypatch.setattr(sizes, "DECODER", replace(sizes.DECODER, **small_dit))
     text = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 16, "num_layers": 1}
     monkeypatch.setattr(sizes, "TEXT", text)
     small_world = replace(
         sizes.VIDEO2WORLD, depth=1, width=32, hidden=32, grid=grid, context_width=16
     )
     monkeypatch.setattr(sizes, "VIDEO2WORLD", small_world)
-    small_decoder = replace(
-        sizes.DECODER,
-        depth=1,
-        width=32,
-        num_heads=1,
-        hidden=32,
-        lora_rank=2,
-        context_width=16,
-    )
-    monkeypatch.setattr(sizes, "DECODER", small_decoder)
 
 
 def run(*words: object) -> None:
@@ -284,3 +274,129 @@ def test_graphs_need_a_gpu(tmp_path: Path) -> None:
         main(["tokenizer", "--folder", str(tmp_path), "--graph", "--device", "cpu"])
     assert stopped.value.code == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def shipped(
+    tmp_path: Path,
+    tokens: Path,
+    latents: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """What the training commands export, laid out as it ships with the package."""
+    few = ("--steps", 1, "--batch", 1, "--clips", 1, "--tokenizer", tokens)
+    run("decoder", "--folder", tmp_path / "decoder", *few, "--latents", latents, "--text", text)
+    run("autoregressive", "--folder", tmp_path / "base", *few)
+    run("autoregressive", "--folder", tmp_path / "prompted", *few, "--text", text)
+    root = tmp_path / "bundled"
+    shutil.copytree(tmp_path / "decoder" / "export", root)
+    for source, name in (
+        (tmp_path / "base" / "export", "Cosmos-Predict1-4B"),
+        (tmp_path / "prompted" / "export", "Cosmos-Predict1-5B-Video2World"),
+        (tokens, "Cosmos-Tokenize1-DV8x16x16-720p"),
+        (latents, "Cosmos-Tokenize1-CV8x8x8-720p"),
+        (text, "google-t5/t5-11b"),
+    ):
+        shutil.copytree(source, root / name)
+    monkeypatch.setattr(places, "BUNDLED", root)
+    return root
+
+
+@pytest.mark.parametrize("bundled", [True, False])
+def test_exported_worlds_decode_by_diffusion(shipped: Path, bundled: bool) -> None:
+    clip = next(physics_batches(range(1), sizes.SHAPE, "cpu"))[0].numpy()
+    for name, options in (
+        ("Cosmos-Predict1-4B", {}),
+        ("Cosmos-Predict1-5B-Video2World", {"prompt": "A red ball falls."}),
+    ):
+        if bundled:
+            world = worldline.load(f"tiny-{name}", device="cpu")
+        else:
+            world = worldline.load(name, shipped, device="cpu", disable_guardrail=True)
+        video = world.generate(clip[:9], seed=3, **options)
+        assert video.frames.shape == (33, 32, 48, 3)
+        settings = video.report["diffusion_decoder"]
+        assert settings["rotary_precision"] == sizes.ROTARY_PRECISION
+        plain = worldline.load(
+            name, shipped, device="cpu", disable_guardrail=True, disable_diffusion_decoder=True
+        )
+        coarse = plain.generate(clip[:9], seed=3, **options)
+        assert coarse.report["diffusion_decoder"] is None
+        assert coarse.frames.shape == video.frames.shape
+        assert not np.array_equal(coarse.frames, video.frames)
+
+
+def test_a_shipped_decoder_is_no_world(shipped: Path) -> None:
+    assert places.bundled_names() == [
+        "tiny-Cosmos-Predict1-4B",
+        "tiny-Cosmos-Predict1-5B-Video2World",
+    ]
+    assert places.has_decoder("tiny-Cosmos-Predict1-4B")
+    shutil.rmtree(shipped / DECODER)
+    assert not places.has_decoder("tiny-Cosmos-Predict1-4B")
+    assert places.has_decoder("Cosmos-Predict1-4B")  # a released one, which must have it
+    world = worldline.load("tiny-Cosmos-Predict1-4B", device="cpu")
+    clip = next(physics_batches(range(1), sizes.SHAPE, "cpu"))[0].numpy()
+    assert world.generate(clip[:9]).report["diffusion_decoder"] is None
+
+
+def test_the_decoder_is_trained_as_it_is_used(
+    tokens: Path, latents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows, positions, ids and noise levels are those of the pipeline."""
+    coarse = load_tokenizer(tokens, device="cpu", dtype=torch.float32)
+    fine = load_tokenizer(latents, device="cpu", dtype=torch.float32)
+    statistics = read_statistics(latents)
+    assert statistics is not None
+    clips = next(physics_batches(range(1), long_shape(), "cpu"))
+    draws = torch.Generator().manual_seed(2)
+    z, ids = cut_windows(coarse, fine, statistics, clips, torch.float32, draws)
+    # a short clip: the pipeline cuts its tokens as training does
+    [short] = decoder.cut_windows(coarse.encode_tokens(as_video(clips))[:, : sizes.GRID.frames])
+    assert torch.equal(ids[2:3].long(), short.long())
+
+    torch.manual_seed(0)
+    model = Decoding(DiT(sizes.DECODER))
+    for parameter in model.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    seen: list[tuple[Tensor, ...]] = []
+    forward = DiT.forward
+
+    def spy(self: DiT, x: Tensor, times: Tensor, context: Any, at: Any, *, ids: Tensor) -> Tensor:
+        seen.append((times, context[0][0], at.rotation.cos, at.rotation.sin, ids))
+        return forward(self, x, times, context, at, ids=ids)
+
+    monkeypatch.setattr(DiT, "forward", spy)
+    context = torch.randn(1, 4, 16)
+    settings = decoder.DecoderSettings(sampler="edm_euler", num_steps=2)
+    decoder.denoise_windows(model.transformer, short, context, settings)
+    sigma = make_sigmas("edm_euler", 2, sigma_min=decoder.SIGMA_MIN)[0]
+    # both branches in training's terms: the clip, and one shown with neither prompt nor tokens
+    texts, shown = torch.cat([context, context * 0]), torch.cat([short, short * 0])
+    clean = torch.cat([z[2:3], z[2:3]]).float()
+    model(clean, torch.randn_like(clean), shown, texts, sigma.float().expand(2))
+    used, trained = seen[0], seen[-1]
+    torch.testing.assert_close(used[0], trained[0], atol=0, rtol=2**-8)  # told in bf16
+    for one, other in zip(used[1:], trained[1:], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_clips_without_a_prompt_are_shown_without_tokens(
+    tmp_path: Path, tokens: Path, latents: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the branch of the guidance that the decoder's pipeline calls without prompt."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    forward = Decoding.forward
+
+    def spy(self: Decoding, *given: Tensor) -> Tensor:
+        seen.append((given[2], given[3]))
+        return forward(self, *given)
+
+    monkeypatch.setattr(Decoding, "forward", spy)
+    words = ["--tokenizer", tokens, "--latents", latents, "--text", text]
+    run("decoder", "--folder", tmp_path, "--steps", 1, "--batch", 64, "--clips", 1, *words)
+    ids, context = seen[0]
+    shown = ids.flatten(1).any(1)
+    assert 0 < shown.sum() < len(shown)
+    assert torch.equal(shown, context.flatten(1).any(1))

@@ -44,33 +44,35 @@ def run_each(
         try:
             told = run(task, label)
         except Exception as error:
-            if not batch or _is_disk_full(error):
+            if not batch or is_disk_full(error):
                 raise
             refused += isinstance(error, GuardrailRefusal)
             failed += not isinstance(error, GuardrailRefusal)
-            logger.error("%s: %s", label, _one_line(error))
+            logger.error("%s: %s", label, one_line(error))
             logger.debug("%s", traceback.format_exc())
         else:
             click.echo(told)
             continue
-        _free_memory()  # what the failed one held would be missing to the next
+        free_memory()  # what the failed one held would be missing to the next
     return failed, refused
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Give back what nothing refers to, on the device too."""
     import torch
 
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Tell whether going on would waste the time of every further task."""
     cause = error if isinstance(error, OSError) else error.__cause__
     return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return what an error says, in a line."""
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
     return first if isinstance(error, Error) else f"{type(error).__name__}: {first}"

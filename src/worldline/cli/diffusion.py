@@ -68,12 +68,6 @@ def _bundled_settings() -> tuple[dict[str, Any], ...]:
     return tuple(found)
 
 
-def _offload_option(name: str) -> run.Option:
-    part = name.removeprefix("offload_").removesuffix("_model").replace("_", " ")
-    told = f"Keep the {part} in host memory while it is not used."
-    return click.option(f"--{name}", is_flag=True, help=told)
-
-
 def _options(model: str, upsampler: str) -> run.Option:
     """Return what adds the options that both commands have."""
     options: tuple[run.Option, ...] = (
@@ -196,7 +190,7 @@ def _options(model: str, upsampler: str) -> run.Option:
             is_flag=True,
             help=f"Check neither prompt nor video.  {run.NEEDED_HELP}",
         ),
-        *map(_offload_option, DIFFUSION_OFFLOAD_FLAGS),
+        *map(run.offload_option, DIFFUSION_OFFLOAD_FLAGS),
         click.option("--offload_prompt_upsampler", is_flag=True, help=run.NONE_RUNS_HELP),
         click.option("--offload_guardrail_models", is_flag=True, help=run.NONE_RUNS_HELP),
         *run.machine_options(),
@@ -327,8 +321,7 @@ def _make_videos(
     given = run.given_flags(context)
     run.refuse_empty(flags, _PATHS)
     embeddings = flags["prompt_embeddings"]
-    if embeddings is not None and not Path(embeddings).exists():
-        raise InputError(f"--prompt_embeddings {embeddings}: no such file")
+    run.refuse_absent(flags, "prompt_embeddings")
     _refuse_missing_parts(flags)
     if batch:
         items = read_batch(flags["batch_input_path"], fields)

@@ -30,6 +30,7 @@ class Fields:
         prompt: whether the input needs a `prompt`, may have one, or has no use for it.
         model: what reads them, in words.
         example: a released file of such lines.
+        type_prefix: what stands before "image" or "video" in the choices of --input_type.
     """
 
     visual: Kind | Literal["either"] | None
@@ -37,6 +38,7 @@ class Fields:
     prompt: Literal["required", "optional", "unused"] = "unused"
     model: str = "base model"
     example: str = "assets/autoregressive/batch_inputs/base.jsonl"
+    type_prefix: str = ""
 
     @property
     def names(self) -> set[str]:
@@ -238,6 +240,13 @@ def _find(name: str, file: Path) -> Path:
 def _check(path: Path, fields: Fields) -> None:
     assert fields.visual is not None
     kind = media_kind(path) if fields.visual == "either" else fields.visual
+    prefix = fields.type_prefix
+    if prefix and path.is_file() and (found := media_kind(path)) != kind:
+        article = "an image" if found == "image" else "a video"
+        raise InputError(
+            f"{path} is {article}, but --input_type is {prefix}{kind}; "
+            f"use --input_type {prefix}{found}"
+        )
     info = probe(path, kind=kind)
     if info.frames < fields.num_input_frames:
         frames = f"{info.frames} frame{'s' if info.frames > 1 else ''}"

@@ -72,13 +72,13 @@ def _gigabytes(nbytes: int | None) -> str:
 def _bundled_rows(device: str | None) -> list[dict[str, Any]]:
     from worldline.loading import choose_device, find_world, fit_files
     from worldline.machine import device_memory
-    from worldline.places import bundled_names, bundled_tokenizers, find_tokenizer
+    from worldline.places import bundled_names, bundled_tokenizers, find_tokenizer, has_decoder
     from worldline.tokenizers.cosmos.load import open_tokenizer
 
     chosen = choose_device(device)
     rows = []
     for name in bundled_names():
-        files = find_world(name, "")
+        files = find_world(name, "", diffusion_decoder=has_decoder(name))
         sources, family, command = _parts(files)
         found = fit_files(files, chosen, device_memory(chosen))
         rows.append(_bundled_row(name, sources, family, command, found.need, _verdict(found)))
@@ -118,7 +118,12 @@ def _parts(files: WorldFiles) -> tuple[list[Checkpoint], str, str]:
 
     if isinstance(files, AutoregressiveFiles):
         sources = [files.transformer, files.tokenizer]
-        return sources, "autoregressive base", "autoregressive base"
+        if files.text is not None:
+            sources.append(files.text.checkpoint)
+        if files.decoder is not None:
+            sources += [files.decoder.dit.source, files.decoder.tokenizer]
+        kind = "base" if files.config.context_width is None else "video2world"
+        return sources, f"autoregressive {kind}", f"autoregressive {kind}"
     sources = [files.dit.source, files.tokenizer]
     if files.text is not None:
         sources.append(files.text.checkpoint)
@@ -169,7 +174,9 @@ def _use(entry: Entry) -> tuple[str | None, str]:
 
     if entry.family.endswith("tokenizer") and entry.preset in PRESETS:
         return "tokenize", "yes"
-    if entry.family == "text encoder" and any(entry.name in e.needs for e in _runnable()):
+    if entry.family in ("text encoder", "diffusion decoder") and any(
+        entry.name in e.needs for e in _runnable()
+    ):
         return None, "as a part"
     return entry.command or None, "not in this version"
 

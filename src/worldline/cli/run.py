@@ -13,13 +13,14 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from worldline.cli.batch import run_each
+from worldline.cli.batch import free_memory, is_disk_full, one_line, run_each
 from worldline.errors import Error, GuardrailRefusal, InputError
 
 if TYPE_CHECKING:
@@ -114,6 +115,14 @@ def machine_options() -> tuple[Option, ...]:
     )
 
 
+def offload_option(name: str) -> Option:
+    """Return the option that keeps a part in host memory."""
+    part = name.removeprefix("offload_").removesuffix("_model").replace("_", " ")
+    called = "transformer" if part == "ar" else part
+    told = f"Keep the {called} in host memory while it is not used."
+    return click.option(f"--{name}", is_flag=True, help=told)
+
+
 def with_options(options: Sequence[Option]) -> Option:
     """Return what adds options to a command, shown in their order."""
 
@@ -174,6 +183,16 @@ def refuse_empty(flags: dict[str, Any], names: Sequence[str]) -> None:
     for name in names:
         if flags[name] == "":
             raise InputError(f"--{name} is empty")
+
+
+def refuse_absent(flags: dict[str, Any], name: str) -> None:
+    """Refuse a path that leads nowhere; the flag may be left out.
+
+    Raises:
+        InputError: nothing is there.
+    """
+    if flags[name] is not None and not Path(flags[name]).exists():
+        raise InputError(f"--{name} {flags[name]}: no such file")
 
 
 def log_without_effect(given: Collection[str], reasons: dict[str, str]) -> None:
@@ -308,7 +327,9 @@ def _is_finished(task: Task, identity: dict[str, Any]) -> bool:
 
 
 def _without(request: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    return {name: value for name, value in request.items() if name not in names}
+    """Return the fields that decide; a report may lack one that is None."""
+    kept = (item for item in request.items() if item[0] not in names)
+    return {name: value for name, value in kept if value is not None}
 
 
 @contextmanager
@@ -337,6 +358,8 @@ def run_tasks(
     offload_flags: Sequence[str],
     *,
     batch: bool,
+    at_once: int = 1,
+    stream_group: Callable[[Any, Sequence[Task]], Iterator[tuple[int, Step]]] | None = None,
 ) -> None:
     """Load the world, make the videos one after another, and say what came of it.
 
@@ -347,6 +370,8 @@ def run_tasks(
         flags: of the command.
         offload_flags: which of them keep a part in host memory.
         batch: whether to go on after a task that fails.
+        at_once: how many are made in step.
+        stream_group: begins several tasks on the world; tells of each by its place.
 
     Raises:
         Error: an item failed; the others of the batch were made.
@@ -359,7 +384,13 @@ def run_tasks(
         log_without_effect(used, dict.fromkeys(used, "the model runs on the CPU"))
     logger.info("%s", describe_world(world))
 
+    groups: _InStep | None = None
+    if stream_group is not None and at_once > 1:
+        groups = _InStep(tasks, at_once, partial(stream_group, world))
+
     def make(task: Task, label: str) -> str:
+        if groups is not None and (line := groups.take(task)) is not None:
+            return line
         preview = _Preview(task.output, task.preview_fps)
         try:
             with memory_advice(flags, offload_flags):
@@ -438,9 +469,10 @@ def describe_video(video: Video, path: Path) -> str:
     count, height, width = video.frames.shape[:3]
     rates = (("tokens_per_second", "tokens/s"), ("seconds_per_step", "s a step"))
     told = "".join(f"{report[key]} {unit}, " for key, unit in rates if report.get(key) is not None)
+    together = f"{report['clips_at_once']} in step, " if report.get("clips_at_once", 1) > 1 else ""
     return (
         f"{path}: {count} frame{'s' if count > 1 else ''} of {width} x {height}, "
-        f"seed {report['request']['seed']}, {run['seconds']:.1f} s ({stages}), {told}"
+        f"seed {report['request']['seed']}, {run['seconds']:.1f} s ({stages}), {together}{told}"
         f"peak memory {run['peak_gb']:.2f} GB; worldline {report['worldline']}, "
         f"torch {report['torch']}, {report['attention']}"
     )
@@ -454,34 +486,98 @@ def follow(steps: Iterator[Step], label: str, show: Callable[[Step], None] | Non
         label: names it.
         show: is given the steps that carry a preview.
     """
-    from tqdm import tqdm
-
-    told = ""
-    on_terminal = sys.stderr.isatty()
-    bar: Any = None
-    try:
+    with _Progress(label) as progress:
         for step in steps:
             if step.video is not None:
                 return step.video
-            if step.kind != told:
-                told = step.kind
-                if bar is not None:
-                    bar.close()
-                    bar = None
-                if not on_terminal:
-                    logger.info("%s: %s", label, _STAGES[told].format(total=step.total))
-                elif told in _BARS:
-                    unit, shape = _BARS[told]
-                    bar = tqdm(
-                        total=step.total, desc=label, unit=unit, bar_format=shape, leave=False
-                    )
-            if bar is not None:
-                bar.update(step.done - bar.n)
+            progress.tell(step)
             if show is not None and step.preview is not None:
-                if bar is not None:
-                    bar.clear()  # what is said of the preview has a line of its own
+                progress.clear()  # what is said of the preview has a line of its own
                 show(step)
-    finally:
-        if bar is not None:
-            bar.close()
     raise AssertionError("a stream ends with its video")
+
+
+class _Progress:
+    """What a user sees while steps go by."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.told = ""
+        self.bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def clear(self) -> None:
+        if self.bar is not None:
+            self.bar.clear()
+
+    def tell(self, step: Step) -> None:
+        from tqdm import tqdm
+
+        if step.kind != self.told:
+            self.told = step.kind
+            self._close()
+            if not sys.stderr.isatty():
+                logger.info("%s: %s", self.label, _STAGES[step.kind].format(total=step.total))
+            elif step.kind in _BARS:
+                unit, shape = _BARS[step.kind]
+                self.bar = tqdm(
+                    total=step.total, desc=self.label, unit=unit, bar_format=shape, leave=False
+                )
+        if self.bar is not None:
+            self.bar.update(step.done - self.bar.n)
+
+
+class _InStep:
+    """Tasks that are made in step, group by group; what a group does not make is made alone."""
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        size: int,
+        stream: Callable[[Sequence[Task]], Iterator[tuple[int, Step]]],
+    ) -> None:
+        self.count, self.stream = len(tasks), stream
+        self.groups = [list(tasks[at : at + size]) for at in range(0, len(tasks), size)]
+        self.begun = 0
+        self.lines: dict[Path, str] = {}
+
+    def take(self, task: Task) -> str | None:
+        """Return the line of a task that was made with its group; None if it must be made alone."""
+        if self.groups and task is self.groups[0][0]:
+            group = self.groups.pop(0)
+            first, self.begun = self.begun + 1, self.begun + len(group)
+            if len(group) > 1:
+                self._make(group, f"{first}-{self.begun}/{self.count} in step")
+        return self.lines.pop(task.output, None)
+
+    def _make(self, group: list[Task], label: str) -> None:
+        from worldline.cli import is_out_of_memory
+
+        try:
+            with _Progress(label) as progress:
+                for number, step in self.stream(group):
+                    if step.video is None:
+                        progress.tell(step)
+                        continue
+                    output = group[number].output
+                    step.video.save(output)
+                    self.lines[output] = describe_video(step.video, output)
+        except Exception as error:
+            if is_disk_full(error):
+                raise
+            logger.warning("%s: %s; made one by one", label, one_line(error))
+            if is_out_of_memory(error):
+                self.groups = []
+        else:
+            return
+        free_memory()

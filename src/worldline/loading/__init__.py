@@ -7,21 +7,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from worldline.catalog import Entry
-from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS, DIFFUSION_OFFLOAD_FLAGS
-from worldline.errors import InputError
+from worldline.choices import DIFFUSION_OFFLOAD_FLAGS
+from worldline.errors import InputError, InsufficientMemoryError
 from worldline.loading.autoregressive import (
     AutoregressiveFiles,
     AutoregressiveParts,
     MemoryPlan,
+    offload_flags,
     open_autoregressive,
     plan_autoregressive,
     video_shape,
+)
+from worldline.loading.decoder import (
+    DecoderFiles,
+    DecoderParts,
+    plan_decoder,
+    read_context,
+    window_grid,
 )
 from worldline.loading.diffusion import (
     RELEASED_CONTEXT,
@@ -40,17 +49,18 @@ from worldline.loading.folders import (
     is_diffusion,
     open_transformer,
     read_settings,
+    refuse_options,
 )
 from worldline.loading.memory import Fit, Need, check_memory, fewest_flags
-from worldline.machine import Memory
-from worldline.models.predict1_ar.decoder import compile_ahead
+from worldline.machine import Memory, device_memory
+from worldline.models.predict1_ar.decoder import MOST_CLIPS, compile_ahead, kernels_fit
 from worldline.models.predict1_ar.model import PRESETS as AUTOREGRESSIVE_PRESETS
 from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig
 from worldline.models.predict1_ar.weights import KEYS
+from worldline.models.predict1_dit.model import BLOCKS, DiT, DiTConfig
 from worldline.models.predict1_dit.model import PRESETS as DIFFUSION_PRESETS
-from worldline.models.predict1_dit.model import DiT, DiTConfig
 from worldline.nn.modulation import fused
-from worldline.parallel.offload import Part
+from worldline.parallel.offload import Part, StreamedPart
 from worldline.places import find_place
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
@@ -65,6 +75,8 @@ from worldline.weights.stream import load_into
 __all__ = [
     "AutoregressiveFiles",
     "AutoregressiveParts",
+    "DecoderFiles",
+    "DecoderParts",
     "DiffusionFiles",
     "DiffusionParts",
     "DiffusionPlan",
@@ -74,6 +86,7 @@ __all__ = [
     "WorldDefaults",
     "WorldFiles",
     "choose_device",
+    "clips_at_once",
     "compute_dtype",
     "find_autoregressive",
     "find_diffusion",
@@ -87,10 +100,12 @@ __all__ = [
     "open_diffusion",
     "open_transformer",
     "plan_autoregressive",
+    "plan_decoder",
     "plan_diffusion",
     "read_settings",
     "refuse_options",
     "video_shape",
+    "window_grid",
 ]
 
 logger = logging.getLogger(__name__)
@@ -108,6 +123,7 @@ def find_world(
     tokenizer_dir: str | Path | None = None,
     text_encoder_dir: str | Path | None = None,
     generation: str | None = None,
+    diffusion_decoder: bool = False,
 ) -> WorldFiles:
     """Find and check the files of a world of either family, by what its folder holds.
 
@@ -116,19 +132,15 @@ def find_world(
             path of a file opens that file.
         checkpoint_dir: holds the folders, those of the other parts too.
         tokenizer_dir: of a diffusion world; see `find_diffusion`.
-        text_encoder_dir: likewise.
-        generation: likewise.
+        text_encoder_dir: of a world that takes prompts; likewise.
+        generation: of a diffusion world; likewise.
+        diffusion_decoder: of an autoregressive world; see `find_autoregressive`.
 
     Raises:
         CheckpointError: a file is absent, incomplete, damaged or of another model.
         InputError: an autoregressive world is given what only diffusion worlds have.
     """
     place = find_place(model, checkpoint_dir)
-    special = {
-        "tokenizer_dir": tokenizer_dir,
-        "text_encoder_dir": text_encoder_dir,
-        "generation": generation,
-    }
     if holds_diffusers(place.named) or is_diffusion(open_transformer(place.named)):
         return open_diffusion(
             place,
@@ -136,33 +148,40 @@ def find_world(
             text_encoder_dir=text_encoder_dir,
             generation=generation,
         )
+    special = {"tokenizer_dir": tokenizer_dir, "generation": generation}
     refuse_options(place.folder, "an autoregressive", special)
-    return open_autoregressive(place)
+    return open_autoregressive(
+        place, text_encoder_dir=text_encoder_dir, diffusion_decoder=diffusion_decoder
+    )
 
 
-def refuse_options(folder: Path, kind: str, given: dict[str, Any]) -> None:
-    """Refuse options that belong to another family of worlds.
-
-    Raises:
-        InputError: one of them is given.
-    """
-    wrong = [name for name, value in given.items() if value not in (None, False)]
-    if wrong:
-        raise InputError(f"{folder.name} is {kind} world, which has no {', no '.join(wrong)}")
-
-
-def find_autoregressive(model: str | Path, checkpoint_dir: str | Path) -> AutoregressiveFiles:
+def find_autoregressive(
+    model: str | Path,
+    checkpoint_dir: str | Path,
+    *,
+    text_encoder_dir: str | Path | None = None,
+    diffusion_decoder: bool = False,
+) -> AutoregressiveFiles:
     """Find and check the files of an autoregressive world.
 
     Args:
         model: "tiny-…" for a bundled one, a folder's name below `checkpoint_dir`, or a path; the
             path of a file opens that file.
         checkpoint_dir: holds the folders, the tokenizer's too.
+        text_encoder_dir: another text encoder for a Video2World model, by a name below
+            `checkpoint_dir` or a path.
+        diffusion_decoder: find the diffusion decoder and its tokenizer too.
 
     Raises:
-        CheckpointError: a file is absent, incomplete, damaged or of another model.
+        CheckpointError: a file is absent, incomplete, damaged or of another model. That there is no
+            text encoder is no error here: embeddings may be given.
+        InputError: a base model is given a text encoder.
     """
-    return open_autoregressive(find_place(model, checkpoint_dir))
+    return open_autoregressive(
+        find_place(model, checkpoint_dir),
+        text_encoder_dir=text_encoder_dir,
+        diffusion_decoder=diffusion_decoder,
+    )
 
 
 def find_diffusion(
@@ -205,24 +224,99 @@ def load_autoregressive(
     *,
     offload_ar_model: bool = False,
     offload_tokenizer: bool = False,
+    offload_diffusion_decoder: bool = False,
+    offload_text_encoder_model: bool = False,
+    text_encoder_dtype: torch.dtype | None = None,
+    text: bool = True,
+    batch_size: int = 1,
+    num_video_frames: int | None = None,
 ) -> AutoregressiveParts:
-    """Read the weights of a world.
+    """Read the weights of a world; those of the text encoder wait for a prompt that needs them.
+
+    Args:
+        files: found and checked.
+        device: where it runs.
+        dtype: of the networks.
+        recorder: is told seconds and memory.
+        offload_ar_model: keep the transformer in host memory while it is not used.
+        offload_tokenizer: likewise.
+        offload_diffusion_decoder: likewise, its tokenizer too; the blocks of its transformer come
+            to the device one after another.
+        offload_text_encoder_model: likewise.
+        text_encoder_dtype: by default `dtype` where T5 runs in it.
+        text: whether prompts will be encoded, which takes memory; False where embeddings are given.
+        batch_size: clips whose tokens are drawn in step.
+        num_video_frames: of the longest clip; None is the model's own.
 
     Raises:
-        InsufficientMemoryError: the device is too small for one clip.
+        InsufficientMemoryError: the device is too small for so many clips.
     """
-    chosen = {"offload_ar_model": offload_ar_model, "offload_tokenizer": offload_tokenizer}
-    _check_memory(files, device, dtype, [flag for flag, given in chosen.items() if given])
+    chosen = {
+        "offload_ar_model": offload_ar_model,
+        "offload_tokenizer": offload_tokenizer,
+        "offload_diffusion_decoder": offload_diffusion_decoder,
+        "offload_text_encoder_model": offload_text_encoder_model,
+    }
+    given = [flag for flag in files.offload_flags if chosen[flag]]
+    of_text = text_encoder_dtype or text_dtype(dtype)
+    try:
+        _check_memory(
+            files,
+            device,
+            dtype,
+            given,
+            text_encoder_dtype=of_text,
+            text=text,
+            batch=batch_size,
+            num_video_frames=num_video_frames,
+        )
+    except InsufficientMemoryError as error:
+        if batch_size == 1:
+            raise
+        raise InsufficientMemoryError(
+            f"{batch_size} clips at once: {error}; a smaller --batch_size needs less"
+        ) from error
     logger.info("reading %s", files.folder)
-    compiling = compile_ahead(files.config, device)
+    compiling = compile_ahead(files.config, device, dtype, batch_size)
     with recorder.stage("load"):
         transformer = _read(
             ARTransformer, files.config, files.transformer, KEYS, device, dtype, offload_ar_model
         )
         tokenizer = _read_tokenizer(files, device, dtype, offload_tokenizer)
+        decoder = None
+        if files.decoder is not None:
+            decoder = _read_decoder(files.decoder, device, dtype, offload_diffusion_decoder)
         if compiling is not None:
             compiling.join()
-    return AutoregressiveParts(transformer, tokenizer)
+    encoder = None
+    if files.text is not None:
+        encoder = TextPart(
+            files.text,
+            device,
+            of_text,
+            offload=offload_text_encoder_model,
+            cache=EmbeddingCache(),
+        )
+    return AutoregressiveParts(transformer, tokenizer, files, encoder, decoder)
+
+
+def _read_decoder(
+    files: DecoderFiles, device: torch.device, dtype: torch.dtype, offload: bool
+) -> DecoderParts:
+    logger.info("reading %s", files.folder)
+    context = read_context(files)
+    dit = files.dit
+    transformer: Part[DiT]
+    if offload and device.type != "cpu":
+        home = torch.device("cpu")
+        resident = _read(DiT, dit.config, dit.source, dit.keys, home, dtype, False)
+        transformer = StreamedPart(resident.module, device, BLOCKS)
+    else:
+        transformer = _read(DiT, dit.config, dit.source, dit.keys, device, dtype, False)
+    tokenizer = _read_tokenizer(files, device, dtype, offload)
+    return DecoderParts(
+        transformer, tokenizer, context, files.statistics, files.generation, files.rotary_precision
+    )
 
 
 def load_diffusion(
@@ -288,7 +382,7 @@ def load_diffusion(
 
 
 def _read_tokenizer(
-    files: WorldFiles, device: torch.device, dtype: torch.dtype, offload: bool
+    files: WorldFiles | DecoderFiles, device: torch.device, dtype: torch.dtype, offload: bool
 ) -> Part[CosmosTokenizer]:
     keys = key_map(files.tokenizer_config)
     return _read(
@@ -323,8 +417,9 @@ def fit(
     """Find the fewest offload flags with which a world fits.
 
     Args:
-        config: of the transformer; a diffusion world is taken to have T5-11B and to make the
-            released 121 frames of 704 x 1280.
+        config: of the transformer; a world that takes prompts is taken to have T5-11B, a diffusion
+            world to make the released 121 frames of 704 x 1280, and an autoregressive one to decode
+            by its tokenizer alone.
         tokenizer: its configuration.
         device: where the world would run.
         memory: of the device; None where it is not known.
@@ -333,7 +428,10 @@ def fit(
     """
     dtype = dtype or compute_dtype(device)
     need = _need(config, tokenizer, device, dtype)
-    return fewest_flags(need, _flags(config), device, memory, given)
+    if isinstance(config, DiTConfig):
+        return fewest_flags(need, DIFFUSION_OFFLOAD_FLAGS, device, memory, given)
+    flags = offload_flags(text=config.context_width is not None, decoder=False)
+    return fewest_flags(need, flags, device, memory, given)
 
 
 def fit_files(
@@ -345,22 +443,39 @@ def fit_files(
 ) -> Fit:
     """Do what `fit` does for files that were found: a video of their default size."""
     need = _need_of(files, device, dtype or compute_dtype(device))
-    return fewest_flags(need, _flags(files.config), device, memory, given)
+    return fewest_flags(need, _flags(files), device, memory, given)
 
 
 def fit_entry(entry: Entry, device: torch.device, memory: Memory | None) -> Fit | None:
-    """Do what `fit` does for a released checkpoint; None where this version does not run it."""
+    """Do what `fit` does for a released checkpoint; None where this version does not run it.
+
+    An autoregressive one has its diffusion decoder, unless it fits only without; then the flags
+    begin with the one that does without.
+    """
     if not entry.command:
         return None
     if entry.preset in DIFFUSION_PRESETS:
         return fit(DIFFUSION_PRESETS[entry.preset], TOKENIZER_PRESETS["CV8x8x8"], device, memory)
     config = AUTOREGRESSIVE_PRESETS[entry.preset]
-    return fit(config, TOKENIZER_PRESETS["DV8x16x16"], device, memory)
+    discrete, continuous = TOKENIZER_PRESETS["DV8x16x16"], TOKENIZER_PRESETS["CV8x8x8"]
+    decoder = (DIFFUSION_PRESETS["7B-Decoder"], continuous)
+    dtype = compute_dtype(device)
+    need = _need(config, discrete, device, dtype, decoder=decoder)
+    text = config.context_width is not None
+    found = fewest_flags(need, offload_flags(text=text, decoder=True), device, memory)
+    if found.fits is not False:
+        return found
+    bare = _need(config, discrete, device, dtype)
+    without = fewest_flags(bare, offload_flags(text=text, decoder=False), device, memory)
+    if not without.fits:
+        return found
+    return replace(without, flags=("disable_diffusion_decoder", *without.flags))
 
 
-def _flags(config: ARTransformerConfig | DiTConfig) -> tuple[str, ...]:
-    diffusion = isinstance(config, DiTConfig)
-    return DIFFUSION_OFFLOAD_FLAGS if diffusion else AUTOREGRESSIVE_OFFLOAD_FLAGS
+def _flags(files: WorldFiles) -> tuple[str, ...]:
+    if isinstance(files, AutoregressiveFiles):
+        return files.offload_flags
+    return DIFFUSION_OFFLOAD_FLAGS
 
 
 def _need(
@@ -372,16 +487,34 @@ def _need(
     video: VideoShape | None = None,
     nbytes_of_text: int | None = None,
     context_length: int = RELEASED_CONTEXT,
+    decoder: tuple[DiTConfig, CosmosTokenizerConfig] | None = None,
+    batch: int = 1,
+    num_video_frames: int | None = None,
 ) -> Need:
     """Return what a world needs by its flags; a released world's where nothing is said of it."""
+    if nbytes_of_text is None:
+        nbytes_of_text = _RELEASED_TEXT_PARAMETERS * text_dtype(dtype).itemsize
     if not isinstance(config, DiTConfig):
+        decoding = None
+        if decoder is not None:
+            grid = window_grid(config, tokenizer, decoder[1])
+            decoding = plan_decoder(*decoder, grid, dtype=dtype, fused=fused(device))
+        of_text = nbytes_of_text if config.context_width is not None else 0
         return lambda flags: (
-            plan_autoregressive(config, tokenizer, dtype=dtype, **dict.fromkeys(flags, True)).peak
+            plan_autoregressive(
+                config,
+                tokenizer,
+                dtype=dtype,
+                text_bytes=of_text,
+                context_length=context_length,
+                decoder=decoding,
+                batch=batch,
+                num_video_frames=num_video_frames,
+                **dict.fromkeys(flags, True),
+            ).peak
         )
     released = WorldDefaults(text2world=True)
     size = video or VideoShape(released.num_video_frames, released.height, released.width)
-    if nbytes_of_text is None:
-        nbytes_of_text = _RELEASED_TEXT_PARAMETERS * text_dtype(dtype).itemsize
     return lambda flags: (
         plan_diffusion(
             config,
@@ -404,12 +537,25 @@ def _need_of(
     text_encoder_dtype: torch.dtype | None = None,
     video: VideoShape | None = None,
     text: bool = True,
+    batch: int = 1,
+    num_video_frames: int | None = None,
 ) -> Need:
     """Return what a world needs that was found; `text` tells whether prompts will be encoded."""
-    if isinstance(files, AutoregressiveFiles):
-        return _need(files.config, files.tokenizer_config, device, dtype)
-    defaults = files.defaults
     encoder = files.text if text else None
+    if isinstance(files, AutoregressiveFiles):
+        decoder = files.decoder
+        return _need(
+            files.config,
+            files.tokenizer_config,
+            device,
+            dtype,
+            nbytes_of_text=text_bytes(encoder, text_encoder_dtype or text_dtype(dtype)),
+            context_length=files.context_length,
+            decoder=(decoder.dit.config, decoder.tokenizer_config) if decoder else None,
+            batch=batch,
+            num_video_frames=num_video_frames,
+        )
+    defaults = files.defaults
     return _need(
         files.config,
         files.tokenizer_config,
@@ -430,7 +576,37 @@ def _check_memory(
 ) -> None:
     """Refuse a world that does not fit; `options` are those of `_need_of`."""
     need = _need_of(files, device, dtype, **options)
-    check_memory(files.folder.name, need, _flags(files.config), device, given)
+    check_memory(files.folder.name, need, _flags(files), device, given)
+
+
+def clips_at_once(
+    files: AutoregressiveFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    given: Collection[str],
+    most: int,
+    **options: Any,
+) -> int:
+    """Return how many clips are best drawn in step, at most `most`.
+
+    That is as many as fit, and 1 where no kernels run, since several then take as long as one after
+    another.
+
+    Args:
+        files: of the world.
+        device: where it will run.
+        dtype: of the networks.
+        given: offload flags that are set.
+        most: clips there are.
+        options: those of `_need_of`.
+    """
+    memory = device_memory(device)
+    if memory is None or not kernels_fit(files.config, device, dtype):
+        return 1
+    for count in range(min(most, MOST_CLIPS), 1, -1):
+        if _need_of(files, device, dtype, batch=count, **options)(given) <= memory.free:
+            return count
+    return 1
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

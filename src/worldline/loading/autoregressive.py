@@ -9,13 +9,22 @@ from typing import Any
 
 import torch
 
+from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError
 from worldline.files import unfinished
+from worldline.loading.decoder import (
+    DecoderFiles,
+    DecoderNeed,
+    DecoderParts,
+    open_decoder,
+)
+from worldline.loading.diffusion import RELEASED_CONTEXT, TextPart, find_text
 from worldline.loading.folders import (
     holds_diffusers,
     is_diffusion,
     open_transformer,
     read_settings,
+    refuse_options,
     stamps,
 )
 from worldline.loading.memory import coding_bytes, count_parameters, workspace
@@ -23,7 +32,9 @@ from worldline.models.predict1_ar.model import RELEASED_GRID, ARTransformer, ART
 from worldline.models.predict1_ar.weights import KEYS, read_config
 from worldline.parallel.offload import Part
 from worldline.places import Place
-from worldline.shapes import VideoShape
+from worldline.sampling.decode import CHUNK
+from worldline.shapes import VideoShape, latent_frames_of
+from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import key_map
@@ -47,6 +58,9 @@ class AutoregressiveFiles:
         config: what they imply.
         tokenizer: the tensors of the discrete tokenizer.
         tokenizer_config: what they imply.
+        text: the text encoder, of a Video2World model; None where there is none.
+        why_no_text: why not.
+        decoder: the diffusion decoder; None where the tokenizer decodes alone.
     """
 
     folder: Path
@@ -55,6 +69,19 @@ class AutoregressiveFiles:
     config: ARTransformerConfig
     tokenizer: Checkpoint
     tokenizer_config: CosmosTokenizerConfig
+    text: T5Files | None = None
+    why_no_text: str = ""
+    decoder: DecoderFiles | None = None
+
+    @property
+    def context_length(self) -> int:
+        """Rows of a text embedding."""
+        return self.text.max_length if self.text else RELEASED_CONTEXT
+
+    @property
+    def offload_flags(self) -> tuple[str, ...]:
+        """Names of the flags that keep a part in host memory, cheapest first."""
+        return offload_flags(text=self.text is not None, decoder=self.decoder is not None)
 
     def identity(self) -> dict[str, Any]:
         """Return name, size and time of every file that decides what this world makes.
@@ -63,7 +90,7 @@ class AutoregressiveFiles:
             CheckpointError: a file has vanished.
         """
         settings = self.folder / "config.json"
-        return stamps(
+        found = stamps(
             {
                 "transformer": [
                     *self.transformer.files,
@@ -72,14 +99,36 @@ class AutoregressiveFiles:
                 "tokenizer": self.tokenizer.files,
             }
         )
+        if self.decoder is not None:
+            found |= self.decoder.identity()
+        if self.text is not None:
+            found["text_encoder"] = self.text.identity()
+        return found
+
+
+def offload_flags(*, text: bool, decoder: bool) -> tuple[str, ...]:
+    """Return the flags of a world with or without text encoder and diffusion decoder."""
+    there = {"offload_text_encoder_model": text, "offload_diffusion_decoder": decoder}
+    return tuple(flag for flag in AUTOREGRESSIVE_OFFLOAD_FLAGS if there.get(flag, True))
 
 
 @dataclass(frozen=True)
 class AutoregressiveParts:
-    """A world's networks, each on its device or waiting in host memory."""
+    """A world's networks, each on its device or waiting in host memory.
+
+    Attributes:
+        transformer: draws tokens.
+        tokenizer: pixels to tokens and back.
+        files: that they were read from.
+        text: prompts to embeddings; None where there is none.
+        decoder: tokens to pixels by diffusion; None where the tokenizer decodes.
+    """
 
     transformer: Part[ARTransformer]
     tokenizer: Part[CosmosTokenizer]
+    files: AutoregressiveFiles
+    text: TextPart | None = None
+    decoder: DecoderParts | None = None
 
     @property
     def config(self) -> ARTransformerConfig:
@@ -108,22 +157,38 @@ class MemoryPlan:
         encode: while the input is turned into tokens.
         tokens: while tokens are read and drawn.
         decode: while tokens are turned into pixels.
+        text: while a prompt is encoded.
+        denoise: while the diffusion decoder samples.
     """
 
     encode: int
     tokens: int
     decode: int
+    text: int = 0
+    denoise: int = 0
 
     @property
     def peak(self) -> int:
-        return max(self.encode, self.tokens, self.decode)
+        return max(self.encode, self.tokens, self.decode, self.text, self.denoise)
 
 
-def open_autoregressive(place: Place) -> AutoregressiveFiles:
+def open_autoregressive(
+    place: Place,
+    *,
+    text_encoder_dir: str | Path | None = None,
+    diffusion_decoder: bool = False,
+) -> AutoregressiveFiles:
     """Check the files of an autoregressive world.
 
+    Args:
+        place: where it lies.
+        text_encoder_dir: another text encoder for a Video2World model; see `Place.chosen`.
+        diffusion_decoder: whether tokens will be decoded by diffusion.
+
     Raises:
-        CheckpointError: a file is absent, incomplete, damaged or of another model.
+        CheckpointError: a file is absent, incomplete, damaged or of another model. That there is no
+            text encoder is no error here: embeddings may be given.
+        InputError: a base model is given a text encoder.
     """
     named, folder = place.named, place.folder
     source = None if holds_diffusers(named) else open_transformer(named)
@@ -136,12 +201,8 @@ def open_autoregressive(place: Place) -> AutoregressiveFiles:
         config = _check_transformer(source, folder)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_doubt(source)}") from error
-    if config.context_width is not None:
-        raise CheckpointError(
-            f"{folder} is a Video2World model, which continues a clip by a prompt; "
-            "this version runs base models (4B, 12B)"
-        )
-
+    if config.context_width is None:
+        refuse_options(folder, "an autoregressive base", {"text_encoder_dir": text_encoder_dir})
     tokenizer_folder = _tokenizer_folder(place)
     try:
         tokenizer, tokenizer_config = open_tokenizer(tokenizer_folder)
@@ -156,7 +217,29 @@ def open_autoregressive(place: Place) -> AutoregressiveFiles:
             f"{tokenizer_folder} has {tokenizer_config.vocabulary} token ids, but {folder} "
             f"was trained on {config.vocabulary}: they do not belong together{_doubt(source)}"
         )
-    return AutoregressiveFiles(folder, place.bundled, source, config, tokenizer, tokenizer_config)
+    text, why_no_text = None, "a base model takes no prompt"
+    if config.context_width is not None:
+        text, why_no_text = find_text(place, folder, "nvidia", text_encoder_dir)
+    if text is not None and text.width != config.context_width:
+        why_no_text = (
+            f"{text.folder} gives embeddings of width {text.width}, "
+            f"but {folder} was trained on {config.context_width}"
+        )
+        if text_encoder_dir is not None:
+            raise CheckpointError(f"{why_no_text}: they do not belong together")
+        text = None
+    decoder = open_decoder(place, config, tokenizer_config) if diffusion_decoder else None
+    return AutoregressiveFiles(
+        folder,
+        place.bundled,
+        source,
+        config,
+        tokenizer,
+        tokenizer_config,
+        text,
+        why_no_text,
+        decoder,
+    )
 
 
 def _check_transformer(source: Checkpoint, folder: Path) -> ARTransformerConfig:
@@ -202,10 +285,33 @@ def plan_autoregressive(
     tokenizer: CosmosTokenizerConfig,
     *,
     dtype: torch.dtype,
+    text_bytes: int = 0,
+    context_length: int = RELEASED_CONTEXT,
+    decoder: DecoderNeed | None = None,
     offload_ar_model: bool = False,
     offload_tokenizer: bool = False,
+    offload_diffusion_decoder: bool = False,
+    offload_text_encoder_model: bool = False,
+    batch: int = 1,
+    num_video_frames: int | None = None,
 ) -> MemoryPlan:
-    """Estimate the memory of one clip; `benchmarks/ar_end_to_end.py` compares it with the truth."""
+    """Estimate the memory of one clip; `benchmarks/ar_end_to_end.py` compares it with the truth.
+
+    Args:
+        config: of the transformer.
+        tokenizer: the discrete one.
+        dtype: of the weights.
+        text_bytes: of the text encoder's weights; 0 where there is none.
+        context_length: rows of a text embedding.
+        decoder: what the diffusion decoder needs; None where there is none.
+        offload_ar_model: the transformer waits in host memory.
+        offload_tokenizer: likewise.
+        offload_diffusion_decoder: both networks of the decoder likewise; the blocks of its
+            transformer come one after another.
+        offload_text_encoder_model: likewise.
+        batch: clips whose tokens are drawn in step.
+        num_video_frames: of a clip; None is the model's own.
+    """
     size = dtype.itemsize
     transformer_bytes = count_parameters(ARTransformer, config) * size
     tokenizer_bytes = count_parameters(CosmosTokenizer, tokenizer) * size
@@ -216,20 +322,44 @@ def plan_autoregressive(
         * (shape.width // tokenizer.patch)
     )
     widest = max(tokenizer.level_channels[0], tokenizer.patch_channels)
-    activations = coding_bytes(cells, widest, size)
+    # of a window; of a longer clip the keys and values of what was decoded stay besides
+    latents = latent_frames_of(num_video_frames or shape.frames, tokenizer.temporal)
+    beyond = max(0, latents - config.grid.frames) * config.grid.tokens_per_frame
+    seen = 2 * beyond * tokenizer.level_channels[-1] * size
+    activations = coding_bytes(cells, widest, size) + seen
     heads = config.num_kv_heads * config.head_size
     cache = 2 * config.depth * config.length * heads * size
     # feed-forward of the longest prompt: gate, up, product; and queries, keys, values
     prefill = config.length // 2 * (3 * config.hidden + 4 * config.width) * size
-    context = workspace(dtype)
-    resident = (0 if offload_ar_model else transformer_bytes) + (
-        0 if offload_tokenizer else tokenizer_bytes
-    )
-    waiting_tokenizer = tokenizer_bytes if offload_tokenizer else 0
-    waiting_transformer = transformer_bytes if offload_ar_model else 0
-    coding = resident + waiting_tokenizer + activations + context
+    if config.context_width is not None:
+        cache += 2 * (config.depth // config.context_every) * context_length * heads * size
+    cache += 2 * CHUNK * config.vocabulary * torch.float32.itemsize  # noise of the draws
+    weights = {
+        "transformer": transformer_bytes,
+        "tokenizer": tokenizer_bytes,
+        "denoiser": decoder.transformer if decoder else 0,
+        "pixels": decoder.tokenizer if decoder else 0,
+        "text": text_bytes,
+    }
+    offloaded = {
+        "transformer": offload_ar_model,
+        "tokenizer": offload_tokenizer,
+        "denoiser": offload_diffusion_decoder,
+        "pixels": offload_diffusion_decoder,
+        "text": offload_text_encoder_model,
+    }
+
+    def resident(used: str) -> int:
+        there = (n for part, n in weights.items() if part == used or not offloaded[part])
+        return sum(there) + workspace(dtype)
+
+    if decoder and offload_diffusion_decoder:
+        weights["denoiser"] = decoder.streamed
+    coding = resident("tokenizer") + activations
     return MemoryPlan(
         encode=coding,
-        tokens=resident + waiting_transformer + cache + prefill + context,
-        decode=coding,
+        tokens=resident("transformer") + batch * cache + prefill,
+        decode=resident("pixels") + decoder.decode if decoder else coding,
+        text=resident("text") + text_bytes // 20 if text_bytes else 0,
+        denoise=resident("denoiser") + decoder.denoise if decoder else 0,
     )

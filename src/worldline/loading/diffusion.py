@@ -32,7 +32,15 @@ from worldline.parallel.offload import Part
 from worldline.places import Place
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.cache import EmbeddingCache
-from worldline.text.t5 import RELEASED, T5Encoder, T5Files, find_t5, load_t5, t5_folders
+from worldline.text.t5 import (
+    RELEASED,
+    T5Encoder,
+    T5Files,
+    find_t5,
+    load_t5,
+    t5_folders,
+    tell_if_cut,
+)
 from worldline.tokenizers.cosmos.colours import fit_colours
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
@@ -50,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 RELEASED_CONTEXT = 512  # rows of a text embedding
 
-_TOKENIZERS = {
+CONTINUOUS_TOKENIZERS = {
     "Predict1": ("Cosmos-Tokenize1-CV8x8x8-720p", "Cosmos-1.0-Tokenizer-CV8x8x8"),
     "1.0": ("Cosmos-1.0-Tokenizer-CV8x8x8", "Cosmos-Tokenize1-CV8x8x8-720p"),
 }
@@ -60,7 +68,7 @@ _PLAIN_HEADS = 4  # and while heads are normed and turned, in float32 or wider
 # a config.json with one of these was written by worldline
 _OWN_SETTINGS = ("rope_ratio", "base_fps", "text2world")
 _MOST_GIVEN = 9  # frames that are continued
-_STATISTICS = (
+STATISTICS = (
     "mean_std.pt",
     "image_mean_std.pt",
     "mean_std.safetensors",
@@ -142,7 +150,7 @@ class DiffusionFiles:
         source = self.dit.source
         settings = dict.fromkeys(path.parent / "config.json" for path in source.files)
         folder = self.tokenizer.path if self.tokenizer.path.is_dir() else self.tokenizer.path.parent
-        scales = [folder / name for name in _STATISTICS]
+        scales = [folder / name for name in STATISTICS]
         found = stamps(
             {
                 "transformer": [*source.files, *filter(Path.exists, settings)],
@@ -191,6 +199,7 @@ class TextPart:
         for prompt in prompts:
             cached = self._cache.get(self._key, prompt)
             if cached is not None:
+                tell_if_cut(self.files, prompt)  # what the encoder would say
                 found[prompt] = cached.view(1, *cached.shape[-2:])
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         if not missing:
@@ -279,15 +288,20 @@ def open_diffusion(
     if layout == "diffusers" and folder.name == "transformer":
         folder = folder.parent
     dit, settings = _open_dit(file, layout, folder)
+    if dit.config.vocabulary:
+        raise CheckpointError(
+            f"{folder} is the diffusion decoder of the autoregressive worlds, not a world: "
+            "worldline autoregressive runs it with them"
+        )
     defaults = _read_defaults(settings, dit.config, folder)
-    chosen = _generation(folder, generation)
+    chosen = generation_of(folder, generation)
 
     tokenizer_folder = _tokenizer_folder(place, folder, layout, tokenizer_dir, chosen)
     try:
         tokenizer, tokenizer_config = open_tokenizer(tokenizer_folder)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{unfinished(tokenizer_folder)}") from error
-    _check_tokenizer(tokenizer, tokenizer_config, dit)
+    check_continuous(tokenizer, tokenizer_config, dit)
     scales = tokenizer_folder if tokenizer_folder.is_dir() else tokenizer_folder.parent
     statistics = read_statistics(scales, tokenizer_config.latent_channels)
     if statistics is None:
@@ -295,7 +309,7 @@ def open_diffusion(
             f"{scales} holds no mean_std.pt, the statistics of the tokenizer's latents, without "
             f"which a diffusion world cannot use it{unfinished(scales)}"
         )
-    text, why_no_text = _find_text(place, folder, layout, text_encoder_dir)
+    text, why_no_text = find_text(place, folder, layout, text_encoder_dir)
     if text is not None and text.width != dit.config.context_width:
         why_no_text = (
             f"{text.folder} gives embeddings of width {text.width}, "
@@ -318,7 +332,7 @@ def open_diffusion(
     )
 
 
-def _generation(folder: Path, asked: str | None) -> Generation:
+def generation_of(folder: Path, asked: str | None) -> Generation:
     """Return the generation as asked, else by the name of the model's own folder."""
     folder = folder.absolute()
     name = folder.name
@@ -400,7 +414,7 @@ def _tokenizer_folder(
     own = folder / "vae"
     if layout == "diffusers" and holds_vae_weights(own):
         return own
-    names = _TOKENIZERS[generation]
+    names = CONTINUOUS_TOKENIZERS[generation]
     found = place.below(names)
     if found is None and own.is_dir():
         return own
@@ -412,11 +426,16 @@ def _tokenizer_folder(
     return found
 
 
-def _check_tokenizer(source: Checkpoint, config: CosmosTokenizerConfig, dit: DiTFiles) -> None:
+def check_continuous(source: Checkpoint, config: CosmosTokenizerConfig, dit: DiTFiles) -> None:
+    """Refuse a tokenizer that does not make the latents of a transformer.
+
+    Raises:
+        CheckpointError: it is discrete, a tensor does not fit, or it has other channels.
+    """
     if config.levels is not None:
         raise CheckpointError(
             f"{source.path} is a discrete tokenizer; a diffusion world needs a continuous one, "
-            f"such as {_TOKENIZERS['Predict1'][0]}"
+            f"such as {CONTINUOUS_TOKENIZERS['Predict1'][0]}"
         )
     with torch.device("meta"):
         network = CosmosTokenizer(config)
@@ -430,10 +449,14 @@ def _check_tokenizer(source: Checkpoint, config: CosmosTokenizerConfig, dit: DiT
         )
 
 
-def _find_text(
+def find_text(
     place: Place, folder: Path, layout: Layout, asked: str | Path | None
 ) -> tuple[T5Files | None, str]:
-    """Return the text encoder, or why there is none."""
+    """Return the text encoder, or why there is none.
+
+    Raises:
+        CheckpointError: the one that is asked for is absent or damaged.
+    """
     if asked is not None:
         return find_t5(place.chosen(asked, "text_encoder_dir")), ""
     present = [path for root in place.roots for path in t5_folders(root)]
@@ -480,6 +503,7 @@ def plan_diffusion(
     text_bytes: int = 0,
     context_length: int = RELEASED_CONTEXT,
     fused: bool = True,
+    batch: int = 1,
     offload_diffusion_transformer: bool = False,
     offload_tokenizer: bool = False,
     offload_text_encoder_model: bool = False,
@@ -494,6 +518,7 @@ def plan_diffusion(
         text_bytes: of the text encoder's weights; 0 where there is none.
         context_length: rows of a text embedding.
         fused: kernels do the work between the layers, see `worldline.nn.modulation`.
+        batch: branches of the guidance that the transformer computes at once.
         offload_diffusion_transformer: it waits in host memory.
         offload_tokenizer: likewise.
         offload_text_encoder_model: likewise.
@@ -517,13 +542,13 @@ def plan_diffusion(
     grid = latent_grid(tokenizer, video)
     _, rows, columns = config.patch
     tokens = grid.tokens // (rows * columns)
-    stream = tokens * config.width * size
+    stream = batch * tokens * config.width * size
     # the stream, positions, the norm's output, q, k, v before and after their norms, and the result
-    hidden = min(tokens * config.hidden * size, HIDDEN_BYTES)
+    hidden = min(batch * tokens * config.hidden * size, HIDDEN_BYTES)
     inner = config.num_heads * config.head_size
     activations = _STREAMS * stream + hidden
     if not fused:
-        heads = _PLAIN_HEADS * tokens * inner * max(size, torch.float32.itemsize)
+        heads = _PLAIN_HEADS * batch * tokens * inner * max(size, torch.float32.itemsize)
         activations = _PLAIN_STREAMS * stream + max(2 * hidden, heads)
     contexts = 2 * 2 * config.depth * context_length * inner * size
     latents = 12 * config.latent_channels * grid.tokens * 8  # states of the sampler, up to float64

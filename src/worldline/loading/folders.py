@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from worldline.errors import CheckpointError
+from worldline.errors import CheckpointError, InputError
 from worldline.files import TRANSFORMER_FILES, read_json, stamp, unfinished
 from worldline.models.predict1_ar.weights import SHARDS
 from worldline.weights.read import Checkpoint, open_checkpoint
@@ -77,3 +77,14 @@ def stamps(parts: dict[str, Iterable[Path]]) -> dict[str, Any]:
         return {part: [stamp(path) for path in paths] for part, paths in parts.items()}
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read any more: {error}") from error
+
+
+def refuse_options(folder: Path, kind: str, given: dict[str, Any]) -> None:
+    """Refuse options that belong to another family of worlds.
+
+    Raises:
+        InputError: one of them is given.
+    """
+    wrong = [name for name, value in given.items() if value not in (None, False)]
+    if wrong:
+        raise InputError(f"{folder.name} is {kind} world, which has no {', no '.join(wrong)}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
-class KVCache:
+class KVCache(NamedTuple):
     """Static cache; attention reads the filled prefix alone.
 
     Attributes:
@@ -14,8 +16,12 @@ class KVCache:
         values: same shape.
     """
 
-    def __init__(
-        self,
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def empty(
+        cls,
         *,
         layers: int,
         batch: int,
@@ -24,14 +30,24 @@ class KVCache:
         head_size: int,
         device: torch.device | str,
         dtype: torch.dtype,
-    ) -> None:
+    ) -> KVCache:
+        """Return a cache of zeros."""
         shape = (layers, batch, heads, length, head_size)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        return cls(keys, values)
 
     @property
     def length(self) -> int:
         return self.keys.shape[3]
+
+    def one(self, clip: int) -> KVCache:
+        """Return the cache of one clip of the batch; its memory is shared."""
+        return KVCache(self.keys[:, clip : clip + 1], self.values[:, clip : clip + 1])
+
+    def forget(self, start: int, count: int) -> None:
+        """Drop `count` tokens from `start` on; those behind move up, and keep their rotation."""
+        for part in (*self.keys, *self.values):  # by layers: the copy between needs their memory
+            part[:, :, start:-count] = part[:, :, start + count :].clone()
 
     def append(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, heads, S, K) at `start`; return all of this layer up to their end."""

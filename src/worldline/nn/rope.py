@@ -75,7 +75,12 @@ def inverse_frequencies(
 
 
 def rotation_3d(
-    grid: LatentShape, head_size: int, theta: float, yarn: Yarn | None = None, leading: int = 0
+    grid: LatentShape,
+    head_size: int,
+    theta: float,
+    yarn: Yarn | None = None,
+    leading: int = 0,
+    first_frame: int = 0,
 ) -> Rotation:
     """Return the rotation of every cell of `grid`, time-major, then rows, then columns.
 
@@ -85,15 +90,15 @@ def rotation_3d(
         theta: base of the frequencies.
         yarn: stretching, or None.
         leading: tokens before the first cell, which are not turned.
+        first_frame: time of the first latent frame.
     """
     sizes = axis_sizes(head_size)
     originals = (
         (0, 0, 0) if yarn is None else (yarn.original[0], yarn.original[1], yarn.original[1])
     )
-    cells = torch.meshgrid(
-        *(torch.arange(n, dtype=torch.float32) for n in (grid.frames, grid.height, grid.width)),
-        indexing="ij",
-    )
+    times = torch.arange(first_frame, first_frame + grid.frames, dtype=torch.float32)
+    sides = (torch.arange(n, dtype=torch.float32) for n in (grid.height, grid.width))
+    cells = torch.meshgrid(times, *sides, indexing="ij")
     half = torch.cat(
         [
             cell.reshape(-1, 1) * inverse_frequencies(size, theta, yarn, original)

@@ -30,6 +30,7 @@ from worldline.loading import DiffusionFiles, DiffusionParts, WorldDefaults
 from worldline.models.predict1_dit.model import Context
 from worldline.pipelines.background import in_background
 from worldline.pipelines.preview import show_colours
+from worldline.pipelines.prompts import filled
 from worldline.pipelines.requests import DiffusionRequest
 from worldline.report import Recorder
 from worldline.sampling.edm import SIGMA_DATA, Given, make_sigmas, sample
@@ -170,18 +171,25 @@ def _check_kind(files: DiffusionFiles, request: DiffusionRequest) -> None:
 
 
 def _check_size(files: DiffusionFiles, request: DiffusionRequest) -> None:
+    """Refuse a size that the model cannot make, with all that is wrong with it in one line."""
     tokenizer, config = files.tokenizer_config, files.config
     frames, temporal = request.num_video_frames, tokenizer.temporal
     given = request.num_input_frames
     least = 1 + latent_frames_of(given, temporal) * temporal
     latent_frames = min(files.statistics.frames, config.max_grid.frames * config.patch[0])
     most = 1 + (latent_frames - 1) * temporal
+    wrong = []
     if (frames - 1) % temporal or frames > most:
         # one with something left to make, so that what is suggested is not refused next
         nearest = min(most, max(least, nearest_frames(frames, temporal)))
-        raise InputError(
+        wrong.append(
             f"num_video_frames is {frames}; it must be 1 + {temporal}k and at most {most}: "
             f"the nearest is {nearest}"
+        )
+    elif frames < least:
+        wrong.append(
+            f"num_video_frames is {frames}, but num_input_frames is {given}: nothing is left to "
+            f"make; give {least} frames or more"
         )
     sides = (
         ("height", request.height, config.patch[1], config.max_grid.height),
@@ -191,15 +199,12 @@ def _check_size(files: DiffusionFiles, request: DiffusionRequest) -> None:
         step = cells * tokenizer.spatial
         nearest = min(max(round(pixels / step), 1), tokens) * step
         if nearest != pixels:
-            raise InputError(
+            wrong.append(
                 f"{name} is {pixels}; it must be a multiple of {step} and at most "
                 f"{tokens * step}: the nearest is {nearest}"
             )
-    if frames < least:
-        raise InputError(
-            f"num_video_frames is {frames}, but num_input_frames is {given}: nothing is left to "
-            f"make; give {least} frames or more"
-        )
+    if wrong:
+        raise InputError("; ".join(wrong))
 
 
 def notes(files: DiffusionFiles, request: DiffusionRequest) -> list[str]:
@@ -257,20 +262,11 @@ def read_embeddings(
             raise InputError(
                 f"{name}_embeddings is a {type(given).__name__}; give a file or tensor"
             )
-    whole = {name: _filled(files, tensor, f"{name}_embeddings") for name, tensor in found.items()}
-    return Embeddings(whole.get("prompt"), whole.get("negative_prompt"))
-
-
-def _filled(files: DiffusionFiles, given: Tensor, name: str) -> Tensor:
     rows, width = files.context_length, files.config.context_width
-    flat = given[0] if given.ndim == 3 and len(given) == 1 else given
-    fits = flat.ndim == 2 and 1 <= len(flat) <= rows and flat.shape[1] == width
-    if not fits or not flat.is_floating_point() or not flat.isfinite().all():
-        raise InputError(
-            f"{name} is {str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}; it must be "
-            f"floating and finite, (S, {width}) or (1, S, {width}) with S up to {rows}"
-        )
-    return embeddings.padded(flat.detach().float().cpu(), rows)
+    whole = {
+        name: filled(tensor, rows, width, f"{name}_embeddings") for name, tensor in found.items()
+    }
+    return Embeddings(whole.get("prompt"), whole.get("negative_prompt"))
 
 
 def generate(
@@ -301,13 +297,13 @@ def generate(
     grid = request.video.latent(files.tokenizer_config.temporal, files.tokenizer_config.spatial)
 
     yield Progress("text", 0, 1)
-    with _stage(recorder, "text"):
+    with separate_stage(recorder, "text"):
         prompt, negative = _embed(parts, request, embeddings or Embeddings())
 
     known = colours = None
     if request.num_input_frames or request.preview_every:
         yield Progress("encode", 0, 1)
-        stage = _stage(recorder, "encode")
+        stage = separate_stage(recorder, "encode")
         with stage, torch.inference_mode(), parts.tokenizer.on_device() as tokenizer:
             if request.num_input_frames:
                 known = _encode(tokenizer, files.statistics, clip, request)
@@ -315,7 +311,7 @@ def generate(
                 colours = parts.colours
 
     count = _count_steps(files, request)
-    with _stage(recorder, "denoise"):
+    with separate_stage(recorder, "denoise"):
         yield Progress("denoise", 0, count)
 
         # a thread begins on the first GPU, whatever this one is on
@@ -331,7 +327,7 @@ def generate(
 
     frames: list[NDArray[np.uint8]] = []
     yield Progress("decode", 0, request.num_video_frames)
-    with _stage(recorder, "decode"):
+    with separate_stage(recorder, "decode"):
         for piece in _decode(parts, latents):
             frames.append(piece)
             done = sum(map(len, frames))
@@ -340,7 +336,7 @@ def generate(
 
 
 @contextmanager
-def _stage(recorder: Recorder, name: str) -> Iterator[None]:
+def separate_stage(recorder: Recorder, name: str) -> Iterator[None]:
     """Record a stage, whose peak is not to count what an earlier one has left to be used again."""
     if recorder.device.type == "cuda":
         torch.cuda.empty_cache()

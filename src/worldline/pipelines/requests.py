@@ -6,7 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
-from worldline.choices import MAX_SEED, NEGATIVE_PROMPT, ROTARY_PRECISIONS, SAMPLERS, Reinsertion
+from worldline.choices import (
+    MAX_SEED,
+    NEGATIVE_PROMPT,
+    ROLLOUTS,
+    ROTARY_PRECISIONS,
+    SAMPLERS,
+    SEAMS,
+    Reinsertion,
+    Rollout,
+    Seam,
+)
 from worldline.errors import InputError
 from worldline.pipelines.numbers import real_number, whole_number
 from worldline.shapes import VideoShape
@@ -14,6 +24,7 @@ from worldline.shapes import VideoShape
 ALLOWED_FPS = (1, 240)  # a video file can store them
 LARGEST_GUIDANCE = 100
 LARGEST_STEPS = 1000
+LARGEST_SIZE = 1 << 20  # of frames and sides; what a world makes is its own matter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,21 +35,39 @@ class AutoregressiveRequest:
         num_input_frames: how many of the input's last frames are given to the model, 9 or 1.
         temperature: divides the logits; 0 takes the most likely token every time.
         top_p: mass of the likely tokens that may be drawn, in (0, 1].
-        seed: of the draws, 0 to 2^32 - 1.
+        seed: of the draws, and of the diffusion decoder's noise, 0 to 2^32 - 1.
+        prompt: what the video shows; Video2World models alone, None where its embedding is given.
+        decoder_seam: how the diffusion decoder joins the windows of a clip of more than 57 frames;
+            "as_released" repeats a fault of the released code, see `worldline.pipelines.decoder`.
+        num_video_frames: 1 + 8k, the given ones included; the model's own or more. None is the
+            model's own.
+        rollout: how a longer video goes on: "tokens" draws on behind the last ones, while the
+            oldest latent frame leaves the window; "pixels" encodes the last frames again as the
+            beginning of a new window.
     """
 
     num_input_frames: int = 9
     temperature: float = 1.0
     top_p: float = 0.8
     seed: int = 0
+    prompt: str | None = None
+    decoder_seam: Seam = "corrected"
+    num_video_frames: int | None = None
+    rollout: Rollout = "tokens"
 
     def __post_init__(self) -> None:
-        for name in ("num_input_frames", "seed"):
+        whole = ["num_input_frames", "seed"]
+        if self.num_video_frames is not None:
+            whole.append("num_video_frames")
+        for name in whole:
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("temperature", "top_p"):
             object.__setattr__(self, name, real_number(name, getattr(self, name)))
         if self.num_input_frames not in (1, 9):
             raise InputError(f"num_input_frames is {self.num_input_frames}; it must be 1 or 9")
+        frames = self.num_video_frames
+        if frames is not None and not 1 <= frames <= LARGEST_SIZE:
+            raise InputError(f"num_video_frames is {frames}; it must be 1 to {LARGEST_SIZE}")
         if not self.temperature >= 0 or self.temperature == float("inf"):
             raise InputError(
                 f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number"
@@ -47,6 +76,13 @@ class AutoregressiveRequest:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not 0 <= self.seed <= MAX_SEED:
             raise InputError(f"seed is {self.seed}; it must be 0 to {MAX_SEED}")
+        _check_words(self.prompt, "prompt")
+        if self.prompt is not None and not self.prompt.strip():
+            raise InputError("the prompt is empty")
+        for name, known in (("decoder_seam", SEAMS), ("rollout", ROLLOUTS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +127,7 @@ class DiffusionRequest:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise InputError(f"{name} is a {type(value).__name__}; it must be text")
-            try:
-                (value or "").encode()
-            except UnicodeEncodeError as error:
-                raise InputError(f"{name} is no valid text: {error}") from None
+            _check_words(getattr(self, name), name)
         if self.prompt is not None and not self.prompt.strip():
             raise InputError("the prompt is empty")
         whole = ("num_steps", "num_video_frames", "height", "width", "seed", "num_input_frames")
@@ -110,7 +140,7 @@ class DiffusionRequest:
         self._check_range("seed", 0, MAX_SEED)
         self._check_range("preview_every", 0, LARGEST_STEPS)
         for name in ("num_video_frames", "height", "width"):
-            self._check_range(name, 1, 1 << 20)
+            self._check_range(name, 1, LARGEST_SIZE)
         self._check_range("fps", *ALLOWED_FPS)
         if not 0 <= self.augment_sigma < math.inf:
             raise InputError(f"augment_sigma is {self.augment_sigma}; it must be 0 or more")
@@ -133,3 +163,13 @@ class DiffusionRequest:
     @property
     def video(self) -> VideoShape:
         return VideoShape(self.num_video_frames, self.height, self.width)
+
+
+def _check_words(prompt: object, name: str) -> None:
+    """Refuse a prompt that is no text, or that cannot be written down."""
+    if prompt is not None and not isinstance(prompt, str):
+        raise InputError(f"{name} is a {type(prompt).__name__}; it must be text")
+    try:
+        (prompt or "").encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} is no valid text: {error}") from None

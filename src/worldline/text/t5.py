@@ -181,12 +181,7 @@ class T5Encoder(nn.Module):
         for row, prompt in enumerate(prompts):
             tokens = self.tokenizer.encode(prompt)
             if len(tokens) > length:
-                logger.warning(
-                    "a prompt has %d tokens and is cut after %d: %r ...",
-                    len(tokens) - 1,
-                    length - 1,
-                    prompt[:40],
-                )
+                _tell_cut(prompt, len(tokens), length)
                 tokens = [*tokens[: length - 1], END]
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
@@ -398,6 +393,27 @@ def _open_weights(folder: Path) -> Checkpoint:
     others = sorted(path.name for path in folder.glob("*_model.*"))
     only = f"; {', '.join(others)} cannot be read" if others and not left else ""
     raise CheckpointError(f"{folder} holds no weights ({' or '.join(WEIGHTS[::2])}){left or only}")
+
+
+def _tell_cut(prompt: str, tokens: int, length: int) -> None:
+    logger.warning(
+        "a prompt has %d tokens and is cut after %d: %r ...", tokens - 1, length - 1, prompt[:40]
+    )
+
+
+def tell_if_cut(files: T5Files, prompt: str) -> None:
+    """Warn that a prompt is too long for an encoder, as encoding it would; reads no weights.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be read.
+        Error: a package is not installed.
+    """
+    # a token is a byte or more; `</s>` and a leading space come on top
+    if len(prompt.encode()) + 2 <= files.max_length:
+        return
+    count = len(load_tokenizer(files.tokenizer[0]).encode(prompt))
+    if count > files.max_length:
+        _tell_cut(prompt, count, files.max_length)
 
 
 def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T5Encoder:

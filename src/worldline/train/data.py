@@ -13,7 +13,6 @@ from torch import Tensor
 
 from worldline.physics import Motion, Scene, draw_scenes, render, simulate
 from worldline.shapes import VideoShape
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.train.loop import generator
 
 _ENCODED_TOGETHER = 32  # clips
@@ -104,61 +103,43 @@ def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     return values.to(device)
 
 
-@torch.no_grad()
-def encode_pool(
-    tokenizer: CosmosTokenizer, batches: Iterator[tuple[Tensor, list[str]]], dtype: torch.dtype
-) -> tuple[Tensor, list[str]]:
-    """Return the tokens of all clips and their captions, each clip as drawn and mirrored.
-
-    Args:
-        tokenizer: discrete, in `dtype`.
-        batches: of `captioned_batches`.
-        dtype: to encode in.
-
-    Returns:
-        (clips, tokens) int16 on the tokenizer's device, and as many captions.
-    """
-    rows: list[Tensor] = []
-    said: list[str] = []
-    for clips, captions in batches:
-        video = as_video(clips).to(dtype)
-        for view in (video, video.flip(-1)):
-            rows.append(tokenizer.encode_tokens(view).flatten(1).to(torch.int16))
-        said += [*captions, *map(mirror_caption, captions)]
-    return torch.cat(rows), said
-
-
 def mirror_caption(caption: str) -> str:
     """Return what `caption` says of the mirrored clip."""
     other = {"left": "right", "right": "left"}
     return re.sub(r"\b(left|right)\b", lambda side: other[side[0]], caption)
 
 
+def views(
+    batches: Iterator[tuple[Tensor, list[str]]],
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yield what `captioned_batches` gave, a few clips at a time, as drawn and then mirrored."""
+    for clips, captions in batches:
+        for at in range(0, len(clips), _ENCODED_TOGETHER):
+            part = clips[at : at + _ENCODED_TOGETHER]
+            said = captions[at : at + _ENCODED_TOGETHER]
+            yield part, said
+            yield part.flip(3), [mirror_caption(caption) for caption in said]
+
+
 @torch.no_grad()
 def encode_captioned(
-    tokenizer: CosmosTokenizer,
     batches: Iterator[tuple[Tensor, list[str]]],
     dtype: torch.dtype,
-    normalise: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, list[str]]:
-    """Return the latents of all clips and their captions, each clip as drawn and mirrored.
+    """Return the code of all clips and their captions, each clip as drawn and mirrored.
 
     Args:
-        tokenizer: continuous, in `dtype`.
         batches: of `captioned_batches`.
         dtype: to encode in.
-        normalise: what a latent goes through before it is kept.
+        encode: video (B, 3, T, H, W) in [-1, 1] to what is kept of it.
 
     Returns:
-        (clips, C, t, h, w), bf16 on the tokenizer's device, and as many captions.
+        What `encode` gives, joined, and as many captions.
     """
     rows: list[Tensor] = []
     said: list[str] = []
-    for clips, captions in batches:
-        for at in range(0, len(clips), _ENCODED_TOGETHER):
-            video = as_video(clips[at : at + _ENCODED_TOGETHER]).to(dtype)
-            for view in (video, video.flip(-1)):
-                rows.append(normalise(tokenizer.encode(view).float()).bfloat16())
-            part = captions[at : at + _ENCODED_TOGETHER]
-            said += [*part, *map(mirror_caption, part)]
+    for clips, captions in views(batches):
+        rows.append(encode(as_video(clips).to(dtype)))
+        said += captions
     return torch.cat(rows), said

@@ -20,6 +20,7 @@ from worldline.loading import (
     load_diffusion,
     refuse_options,
 )
+from worldline.places import has_decoder
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.world.autoregressive import AutoregressiveWorld
@@ -56,6 +57,7 @@ def load(
     offload_tokenizer: bool = False,
     offload_diffusion_transformer: bool = False,
     offload_text_encoder_model: bool = False,
+    offload_diffusion_decoder: bool = False,
     disable_diffusion_decoder: bool | None = None,
     disable_guardrail: bool | None = None,
     disable_prompt_upsampler: bool | None = None,
@@ -77,20 +79,24 @@ def load(
             (autoregressive).
         offload_tokenizer: keep the tokenizer in host memory while it is not used.
         offload_diffusion_transformer: keep the transformer in host memory while it is not used
-            (diffusion, as all that follows but `disable_…`).
-        offload_text_encoder_model: keep the text encoder in host memory while it is not used.
+            (diffusion).
+        offload_text_encoder_model: keep the text encoder in host memory while it is not used, where
+            the world has one.
+        offload_diffusion_decoder: keep the diffusion decoder in host memory while it is not used
+            (autoregressive).
         disable_diffusion_decoder: decode tokens by the tokenizer alone. Released autoregressive
-            models use the diffusion decoder unless told otherwise; bundled ones have none.
+            models use the diffusion decoder unless told otherwise, and so do bundled ones where
+            one ships with the package.
         disable_guardrail: do not check the video. Released models check unless told otherwise.
         disable_prompt_upsampler: take prompts as they are. Released diffusion models rewrite them
             unless told otherwise; bundled ones have no upsampler.
-        tokenizer_dir: another tokenizer, by a name below `checkpoint_dir` or a path.
-        text_encoder_dir: another text encoder, likewise.
+        tokenizer_dir: another tokenizer, by a name below `checkpoint_dir` or a path (diffusion).
+        text_encoder_dir: another text encoder, likewise, for a world that takes prompts.
         text_encoder_dtype: torch.float32 or torch.bfloat16; by default `dtype` if that is one of
             them, else bf16.
-        generation: "1.0" or "Predict1"; by default what the folder's name tells.
+        generation: "1.0" or "Predict1"; by default what the folder's name tells (diffusion).
         video: frames, height and width of the largest video that will be made, which must fit into
-            memory; by default what the world makes unless told otherwise.
+            memory; by default what the world makes unless told otherwise (diffusion).
 
     Raises:
         CheckpointError: files are absent, damaged, or of another model.
@@ -99,17 +105,21 @@ def load(
         InsufficientMemoryError: the device is too small.
     """
     _check_dtype("dtype", dtype)
+    decodes = not disable_diffusion_decoder
+    if disable_diffusion_decoder is None:
+        decodes = has_decoder(str(name))
     files = find_world(
         str(name),
         Path(checkpoint_dir),
         tokenizer_dir=None if tokenizer_dir is None else Path(tokenizer_dir),
         text_encoder_dir=None if text_encoder_dir is None else Path(text_encoder_dir),
         generation=generation,
+        diffusion_decoder=decodes,
     )
     if isinstance(files, AutoregressiveFiles):
         strange = {"disable_prompt_upsampler": disable_prompt_upsampler}
         refuse_options(files.folder, "an autoregressive", strange)
-        check_parts(files.bundled, disable_diffusion_decoder, disable_guardrail)
+        check_parts(files.bundled, disable_guardrail=disable_guardrail)
     else:
         strange = {"disable_diffusion_decoder": disable_diffusion_decoder}
         refuse_options(files.folder, "a diffusion", strange)
@@ -126,6 +136,7 @@ def load(
         offload_tokenizer=offload_tokenizer,
         offload_diffusion_transformer=offload_diffusion_transformer,
         offload_text_encoder_model=offload_text_encoder_model,
+        offload_diffusion_decoder=offload_diffusion_decoder,
         text_encoder_dtype=text_encoder_dtype,
         video=video,
     )
@@ -140,30 +151,42 @@ def load_files(
     offload_tokenizer: bool = False,
     offload_diffusion_transformer: bool = False,
     offload_text_encoder_model: bool = False,
+    offload_diffusion_decoder: bool = False,
     text_encoder_dtype: torch.dtype | str | None = None,
     video: tuple[int, int, int] | None = None,
     text: bool = True,
+    batch_size: int = 1,
+    num_video_frames: int | None = None,
 ) -> World:
     """Do what `load` does with files that were found and checked before.
 
-    `text` tells whether a diffusion world will encode prompts. Where embeddings are given it will
-    not, and needs less memory.
+    `text` tells whether a world that takes prompts will encode any. Where embeddings are given it
+    will not, and needs less memory. An autoregressive world must have room for `batch_size` clips
+    of `num_video_frames` frames, None for the model's own.
     """
     if isinstance(text_encoder_dtype, str):
         text_encoder_dtype = getattr(torch, text_encoder_dtype, text_encoder_dtype)
     _check_dtype("text_encoder_dtype", text_encoder_dtype, _TEXT_DTYPES)
     assert not isinstance(text_encoder_dtype, str)  # told by `_check_dtype`
-    autoregressive = isinstance(files, AutoregressiveFiles)
-    if autoregressive:
+    of_text = {
+        "offload_text_encoder_model": offload_text_encoder_model,
+        "text_encoder_dtype": text_encoder_dtype,
+    }
+    if isinstance(files, AutoregressiveFiles):
         strange: dict[str, object] = {
             "offload_diffusion_transformer": offload_diffusion_transformer,
-            "offload_text_encoder_model": offload_text_encoder_model,
-            "text_encoder_dtype": text_encoder_dtype,
             "video": video,
         }
+        refuse_options(files.folder, "an autoregressive", strange)
+        if files.config.context_width is None:
+            refuse_options(files.folder, "an autoregressive base", of_text)
     else:
-        strange = {"offload_ar_model": offload_ar_model}
-    refuse_options(files.folder, "an autoregressive" if autoregressive else "a diffusion", strange)
+        strange = {
+            "offload_ar_model": offload_ar_model,
+            "offload_diffusion_decoder": offload_diffusion_decoder,
+            "num_video_frames": num_video_frames,
+        }
+        refuse_options(files.folder, "a diffusion", strange)
     chosen = choose_device(device)
     identity = files.identity()
     recorder = Recorder(chosen)
@@ -177,6 +200,12 @@ def load_files(
             recorder,
             offload_ar_model=offload_ar_model,
             offload_tokenizer=offload_tokenizer,
+            offload_diffusion_decoder=offload_diffusion_decoder,
+            offload_text_encoder_model=offload_text_encoder_model,
+            text_encoder_dtype=text_encoder_dtype,
+            text=text,
+            batch_size=batch_size,
+            num_video_frames=num_video_frames,
         )
         return AutoregressiveWorld(name, parts, recorder, identity)
     return DiffusionWorld(

@@ -3,63 +3,153 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 from worldline.errors import InputError
-from worldline.loading import AutoregressiveParts
+from worldline.loading import AutoregressiveFiles, AutoregressiveParts
 from worldline.models.predict1_ar.decoder import PlainDecoder
-from worldline.pipelines.autoregressive import FPS, check_room, continue_clip
+from worldline.pipelines.autoregressive import (
+    FPS,
+    Job,
+    check_prompt,
+    check_room,
+    continue_clips,
+    decoder_settings,
+)
+from worldline.pipelines.prompts import read_prompt_embedding
 from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder, environment
-from worldline.video.read import Clip
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of
 from worldline.world.video import Step, Video
 
 logger = logging.getLogger(__name__)
 
+_EMBEDDINGS = "prompt_embeddings"
+
+
+class _Plan(NamedTuple):
+    """A clip to continue, and what its report says of where it comes from."""
+
+    job: Job
+    source: dict[str, Any]
+
 
 class AutoregressiveWorld(World):
-    """Continues an image or a video; takes no prompt."""
+    """Continues an image or a video; a Video2World model does so by a prompt."""
 
     parts: AutoregressiveParts
+
+    @property
+    def files(self) -> AutoregressiveFiles:
+        """What the world was read from."""
+        return self.parts.files
+
+    @property
+    def video2world(self) -> bool:
+        """Whether it needs a prompt."""
+        return self.parts.config.context_width is not None
+
+    def stream_batch(
+        self,
+        inputs: Sequence[Input],
+        each: Sequence[Mapping[str, Any]],
+        *,
+        input_type: InputType | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[int, Step]]:
+        """Continue several inputs in step; yield which one, and a `Step` as `stream` does.
+
+        Each becomes the video that it becomes alone. Steps that are made for all are told of
+        input 0.
+
+        Args:
+            inputs: as `stream` takes them.
+            each: for each input the options that are its own: seed, prompt, prompt_embeddings.
+            input_type: of all.
+            options: of all.
+
+        Raises:
+            InputError: an input or an option is wrong; raised before anything runs.
+        """
+        own = {"seed", "prompt", _EMBEDDINGS}
+        if not inputs or len(inputs) != len(each) or any(one.keys() - own for one in each):
+            raise InputError(
+                f"{len(inputs)} inputs and options of {len(each)}: there must be one or more, and "
+                f"as many of both; of its own an input has {', '.join(sorted(own))}"
+            )
+        shared = Recorder(self.device)
+        plans = [
+            self._plan(input, input_type, {**options, **one}, Recorder(self.device), shared)
+            for input, one in zip(inputs, each, strict=True)
+        ]
+        if len({plan.job.request.num_input_frames for plan in plans}) > 1:
+            raise InputError("images and videos cannot be continued in step")
+        return self._run(plans, shared)
 
     def _begin(
         self, input: Input | None, input_type: InputType | None, options: dict[str, Any]
     ) -> Iterator[Step]:
+        recorder = Recorder(self.device)
+        plan = self._plan(input, input_type, options, recorder, recorder)
+        return (step for _, step in self._run([plan], recorder))
+
+    def _plan(
+        self,
+        input: Input | None,
+        input_type: InputType | None,
+        options: dict[str, Any],
+        recorder: Recorder,
+        reading: Recorder,
+    ) -> _Plan:
+        """Check everything and read the input, of which `reading` is told."""
         found = kind_of(input)
         assert input is not None  # told by `kind_of`
         kind = input_type or found
         known = AutoregressiveRequest.__dataclass_fields__
-        if unknown := ", ".join(sorted(options.keys() - known.keys())):
-            raise InputError(f"unknown option {unknown}; there are: input_type, {', '.join(known)}")
+        if unknown := ", ".join(sorted(options.keys() - {*known, _EMBEDDINGS})):
+            raise InputError(
+                f"unknown option {unknown}; there are: input_type, "
+                f"{', '.join((*known, _EMBEDDINGS))}"
+            )
+        given = options.pop(_EMBEDDINGS, None)
         if kind == "image":
             if options.get("num_input_frames", 1) != 1:
                 logger.info("num_input_frames has no effect: an image has 1 frame")
             options["num_input_frames"] = 1
         request = AutoregressiveRequest(**options)
-        check_room(self.parts.config, self.parts.tokenizer.module.config, request.num_input_frames)
-        recorder = Recorder(self.device)
-        source = {"input": describe(input), "files": {**self.identity, "input": stamp_of(input)}}
-        with recorder.stage("read"):
+        check_room(self.parts.config, self.parts.tokenizer.module.config, request)
+        embedding = None
+        stamps = {"input": stamp_of(input)}
+        if self.video2world:
+            width = self.parts.config.context_width
+            assert width is not None
+            embedding = read_prompt_embedding(given, self.files.context_length, width)
+            stamps[_EMBEDDINGS] = stamp_of(given)
+        elif given is not None:
+            raise InputError(f"{self.files.folder} is a base model, which takes no prompt")
+        check_prompt(self.files, request, embedding)
+        source = {"input": describe(input), "files": {**self.identity, **stamps}}
+        with reading.stage("read"):
             clip = read_clip(input, kind, request.num_input_frames)
-        return self._run(clip, request, recorder, source)
+        return _Plan(Job(clip, request, recorder, embedding), source)
 
-    def _run(
-        self,
-        clip: Clip,
-        request: AutoregressiveRequest,
-        recorder: Recorder,
-        source: dict[str, Any],
-    ) -> Iterator[Step]:
-        for progress in continue_clip(self.parts, clip, request, recorder):
-            if progress.frames is None:
-                yield Step(progress.kind, progress.done, progress.total)
+    def _run(self, plans: Sequence[_Plan], shared: Recorder) -> Iterator[tuple[int, Step]]:
+        jobs = [plan.job for plan in plans]
+        for progress in continue_clips(self.parts, jobs, shared):
+            if progress.kind != "done":
+                step = Step(progress.kind, progress.done, progress.total, progress.frames)
+                yield progress.clip, step
                 continue
-            report = self._report(request, recorder, source, progress.total)
-            video = Video(progress.frames, FPS, report)
-            yield Step("done", progress.total, progress.total, progress.frames, video=video)
+            assert progress.frames is not None
+            job, source = jobs[progress.clip], plans[progress.clip].source
+            recorder = shared if job.recorder is shared else shared.followed_by(job.recorder)
+            report = self._report(job.request, recorder, source, progress.total, len(jobs))
+            video = Video(progress.frames, FPS, report, job.request.prompt)
+            done = Step("done", progress.total, progress.total, progress.frames, video=video)
+            yield progress.clip, done
 
     def _report(
         self,
@@ -67,26 +157,39 @@ class AutoregressiveWorld(World):
         recorder: Recorder,
         source: dict[str, Any],
         drawn: int,
+        at_once: int,
     ) -> dict[str, Any]:
-        transformer = self.parts.transformer
+        transformer, text = self.parts.transformer, self.parts.text
         spent = sum(s.seconds for s in recorder.stages if s.name in ("prefill", "tokens"))
         decoder = recorder.facts["decoder"]
         # a prompt has many queries; see `worldline.nn.attention` for the one query of a step
         steps = "matrix products" if decoder == PlainDecoder.name else "Triton, split keys"
+        asked = dict(request.__dict__)
+        if not self.video2world:
+            del asked["prompt"]  # it has none, not even an empty one
+        diffusion = self.parts.decoder
+        settings = None
+        if diffusion is not None:
+            settings = asdict(decoder_settings(diffusion, request))
         return {
             "model": self.name,
             "parameters": self.parameters,
             **source,
-            "request": request.__dict__,
+            "request": asked,
             "decoder": decoder,
+            "diffusion_decoder": settings,
             "attention": f"torch SDPA (prompt), {steps} (decoding)",
             "dtype": str(transformer.module.head.weight.dtype).removeprefix("torch."),
+            "text_encoder_dtype": str(text.dtype).removeprefix("torch.") if text else None,
             "offload": {
                 "ar_model": transformer.offload,
                 "tokenizer": self.parts.tokenizer.offload,
+                "diffusion_decoder": diffusion is not None and diffusion.transformer.offload,
+                "text_encoder_model": text is not None and text.offload,
             },
             "tokens": drawn,
-            "tokens_per_second": round(drawn / spent, 2) if spent else None,
+            "clips_at_once": at_once,  # that share the seconds of all stages but their decoding
+            "tokens_per_second": round(at_once * drawn / spent, 2) if spent else None,
             **environment(self.device),
             "load": self.loading.as_dict(),
             "run": recorder.as_dict(),

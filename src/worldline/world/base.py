@@ -64,10 +64,13 @@ class World:
                 diffusion world makes a video from a prompt alone.
             input_type: "image" or "video"; by default what the input is.
             options: of an autoregressive world the fields of `AutoregressiveRequest`:
-                num_input_frames (9; 1 for an image), temperature, top_p, seed; of a diffusion world
-                those of `DiffusionRequest`: prompt, negative_prompt, num_input_frames (1),
-                num_video_frames, height, width, fps, num_steps, guidance, seed, sampler, …, and
-                prompt_embeddings and negative_prompt_embeddings, which take the place of prompts.
+                num_input_frames (9; 1 for an image), num_video_frames, rollout, temperature, top_p,
+                seed, decoder_seam, and of a Video2World model prompt or prompt_embeddings; frames
+                are told as latent frames complete, unless a network is offloaded, and behind the
+                diffusion decoder as its windows complete. Of a diffusion world those of
+                `DiffusionRequest`: prompt, negative_prompt, num_input_frames (1), num_video_frames,
+                height, width, fps, num_steps, guidance, seed, sampler, …, and prompt_embeddings and
+                negative_prompt_embeddings, which take the place of prompts.
 
         Raises:
             InputError: the input or an option is wrong; raised before anything runs.

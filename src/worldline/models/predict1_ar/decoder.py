@@ -1,20 +1,41 @@
-"""One clip after another through an autoregressive transformer, token by token.
+"""Clips through an autoregressive transformer, token by token, one clip or several in step.
 
-`PlainDecoder` calls the model as it is, on any device. `CapturedDecoder` runs one clip on a CUDA
-device: a step (the model by the kernels of `worldline.nn.decode_kernels`, the filter, the draw) is
-captured once in a CUDA graph and replayed.
+`PlainDecoder` calls the model as it is, on any device. `CapturedDecoder` runs on a CUDA device: a
+step (the model by the kernels of `worldline.nn.decode_kernels`, the filter, the draw) is captured
+once in a CUDA graph and replayed.
+
+A clip draws the same tokens alone and beside others, bit for bit. A matrix product of several rows
+may round otherwise than that of one, and so may sums over several rows: so the plain decoder calls
+the model clip by clip, the kernels sum in an order that does not depend on how many clips there
+are, and prompts are read and tokens drawn clip by clip in both. What is shared is the reading of
+the weights, which is what a step of the kernels costs.
+
+A clip may be longer than the model's window. When the window is full, its oldest latent frame is
+forgotten and the others stay as they are in the cache: positions are relative in the rotation, so
+that a new token sees the frames before it as near as in training.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig, Positions
+from worldline.models.predict1_ar.model import (
+    ARTransformer,
+    ARTransformerConfig,
+    EncodedContext,
+    Layer,
+    Positions,
+    make_positions,
+)
+from worldline.nn.kv_cache import KVCache
 from worldline.sampling.logits import Sampling, draw
+
+MOST_CLIPS = 16  # that the kernels decode in step
 
 
 def make_decoder(
@@ -29,28 +50,23 @@ def make_decoder(
 
     Args:
         model: on its device.
-        positions: of a whole clip, on the same device in the dtype of the weights.
+        positions: of a whole clip, on the same device in the dtype of the weights; changed in
+            place where the clip becomes longer than the window.
         sampling: how tokens are drawn.
         batch: B, clips decoded in step.
         context: text context (B, rows, width); Video2World only.
     """
-    kind = CapturedDecoder if can_capture(model, batch) else PlainDecoder
+    weight = model.head.weight
+    fast = batch <= MOST_CLIPS and kernels_fit(model.config, weight.device, weight.dtype)
+    kind = CapturedDecoder if fast else PlainDecoder
     return kind(model, positions, sampling, batch=batch, context=context)
 
 
-def can_capture(model: ARTransformer, batch: int) -> bool:
-    weight = model.head.weight
-    return (
-        weight.dtype == torch.bfloat16 and batch == 1 and kernels_fit(model.config, weight.device)
-    )
-
-
-def kernels_fit(config: ARTransformerConfig, device: torch.device) -> bool:
+def kernels_fit(config: ARTransformerConfig, device: torch.device, dtype: torch.dtype) -> bool:
     """Tell whether the kernels can run this architecture here."""
     return (
         device.type == "cuda"
-        and config.context_width is None
-        and not config.absolute_positions
+        and dtype == torch.bfloat16
         and config.head_size >= 32  # a tile of the attention kernel is a power of two wide
         and config.head_size & (config.head_size - 1) == 0
         and has_triton()
@@ -77,10 +93,13 @@ class PlainDecoder:
     ) -> None:
         self.model, self.positions, self.sampling = model, positions, sampling
         self.cache = model.new_cache(batch)
-        self.encoded = None if context is None else model.encode_context(context)
+        self.encoded: list[EncodedContext | None] = [None] * batch
+        if context is not None:
+            self.encoded = [model.encode_context(one) for one in context.split(1)]
         device = model.head.weight.device
         self.ids = torch.zeros(batch, self.cache.length, dtype=torch.int64, device=device)
         self.done = 0
+        self.forgotten: list[Tensor] = []
         self._prepare()
 
     def _prepare(self) -> None:
@@ -89,11 +108,13 @@ class PlainDecoder:
     @property
     def tokens(self) -> Tensor:
         """Prompt and drawn tokens (B, so far)."""
-        return self.ids[:, : self.done]
+        leading = self.model.config.leading_tokens
+        seen = self.ids[:, : self.done]
+        return torch.cat([seen[:, :leading], *self.forgotten, seen[:, leading:]], dim=1)
 
     @torch.inference_mode()
     def start(self, prompt: Tensor, noise: Tensor | None) -> None:
-        """Read `prompt` (B, P) at once and draw the token after it.
+        """Read `prompt` (B, P) and draw the token after it; what was read before is forgotten.
 
         Raises:
             ValueError: the prompt leaves no room in the clip.
@@ -101,42 +122,64 @@ class PlainDecoder:
         count = prompt.shape[1]
         if not 0 < count < self.cache.length:
             raise ValueError(f"a prompt of {count} tokens; a clip has {self.cache.length}")
+        if self.forgotten:
+            self.forgotten = []
+            self._place()
         self.ids[:, :count] = prompt
-        logits = self.model(
-            prompt,
-            self.positions,
-            cache=self.cache,
-            context=self.encoded,
-            last_only=True,
-        )
-        self.ids[:, count] = draw(logits[:, -1], self.sampling, noise)
-        self.done = count + 1
+        self._read_and_draw(0, count, noise)
 
     @torch.inference_mode()
     def step(self, noise: Tensor | None) -> None:
         """Read the last token and draw the next; `noise` is (B, V), or None when greedy."""
-        last = self.ids[:, self.done - 1 : self.done]
-        logits = self.model(
-            last,
-            self.positions,
-            cache=self.cache,
-            start=self.done - 1,
-            context=self.encoded,
-        )
-        self.ids[:, self.done] = draw(logits[:, -1], self.sampling, noise)
-        self.done += 1
+        if self.done == self.cache.length:
+            self._forget()
+        self._read_and_draw(self.done - 1, self.done, noise)
+
+    def _forget(self) -> None:
+        """Make room for another latent frame: the oldest one leaves the window."""
+        config = self.model.config
+        start, count = config.leading_tokens, config.grid.tokens_per_frame
+        self.forgotten.append(self.ids[:, start : start + count].clone())
+        self.ids[:, start:-count] = self.ids[:, start + count :].clone()
+        self.cache.forget(start, count)
+        self.done -= count
+        self._place()
+
+    def _place(self) -> None:
+        """Let the window begin at the latent frame that is its oldest."""
+        rotation, device = self.positions.rotation, self.ids.device
+        now = make_positions(
+            self.model.config, device, rotation.cos.dtype, first_frame=len(self.forgotten)
+        ).rotation
+        rotation.cos.copy_(now.cos)
+        rotation.sin.copy_(now.sin)
+
+    def _read_and_draw(self, start: int, end: int, noise: Tensor | None) -> None:
+        """Read the tokens from `start` to `end` of every clip, and draw the one behind them."""
+        for clip, (ids, encoded) in enumerate(zip(self.ids, self.encoded, strict=True)):
+            logits = self.model(
+                ids[None, start:end],
+                self.positions,
+                cache=self.cache.one(clip),
+                start=start,
+                context=encoded,
+                last_only=True,
+            )
+            own = None if noise is None else noise[clip : clip + 1]
+            ids[end : end + 1] = draw(logits[:, -1], self.sampling, own)
+        self.done = end + 1
 
 
 class CapturedDecoder(PlainDecoder):
-    """One clip, one CUDA graph a token."""
+    """One CUDA graph a token of every clip."""
 
     name = "CUDA graph, Triton kernels"
 
     def _prepare(self) -> None:
-        self.fused = FusedStep(self.model, self.positions)
-        device = self.ids.device
+        batch, device = len(self.ids), self.ids.device
+        self.fused = FusedStep(self.model, self.positions, self.encoded)
         self.position = torch.zeros((), dtype=torch.int64, device=device)
-        self.noise = torch.ones(1, self.model.config.vocabulary, device=device)
+        self.noise = torch.ones(batch, self.model.config.vocabulary, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
@@ -146,6 +189,9 @@ class CapturedDecoder(PlainDecoder):
 
     @torch.inference_mode()
     def step(self, noise: Tensor | None) -> None:
+        if self.done == self.cache.length:
+            self._forget()
+            self.position.fill_(self.done - 1)
         if self.graph is None:
             self._capture()
         assert self.graph is not None
@@ -155,11 +201,12 @@ class CapturedDecoder(PlainDecoder):
         self.done += 1
 
     def _run(self) -> None:
-        last = self.ids[0].gather(0, self.position.view(1))
-        logits = self.fused(last, self.position, self.cache.keys, self.cache.values)
+        last = self.ids.index_select(1, self.position.view(1)).view(-1)
+        logits = self.fused(last, self.position, self.cache)
         self.position += 1
-        token = draw(logits, self.sampling, self.noise)
-        self.ids[0].scatter_(0, self.position.view(1), token)
+        # sums of one row and of several take different kernels, which round differently
+        for ids, row, own in zip(self.ids, logits.split(1), self.noise.split(1), strict=True):
+            ids.scatter_(0, self.position.view(1), draw(row, self.sampling, own))
 
     def _capture(self) -> None:
         # Rehearsals compile the kernels. They write one token and one row of the cache, which the
@@ -179,19 +226,36 @@ class CapturedDecoder(PlainDecoder):
 
 
 class FusedStep:
-    """The transformer for one token of one clip, by five kernels a layer."""
+    """The transformer for one token of each clip: five kernels a layer, with a prompt nine."""
 
-    def __init__(self, model: ARTransformer, positions: Positions) -> None:
+    def __init__(
+        self,
+        model: ARTransformer,
+        positions: Positions,
+        contexts: Sequence[EncodedContext | None] = (None,),
+    ) -> None:
+        """Set up.
+
+        Args:
+            model: bf16, on its device.
+            positions: of a whole clip, likewise.
+            contexts: for each clip what `encode_context` gave.
+        """
         from worldline.nn import decode_kernels
 
         self.kernels = decode_kernels
         self.model = model
-        self.rotation = positions.rotation
+        self.rotation, self.table = positions
         config = model.config
         device = model.head.weight.device
+        batch = len(contexts)
+        self.contexts = [
+            _stacked([None if one is None else one[layer.number] for one in contexts])
+            for layer in model.stack
+        ]
 
         def buffer(size: int) -> Tensor:
-            return torch.empty(size, dtype=torch.bfloat16, device=device)
+            return torch.empty(batch, size, dtype=torch.bfloat16, device=device)
 
         heads = config.num_heads * config.head_size
         self.stream = buffer(config.width)
@@ -199,26 +263,30 @@ class FusedStep:
         self.mixed = buffer(heads)
         self.hidden = buffer(config.hidden)
         self.logits = buffer(config.vocabulary)
+        self.query = buffer(heads)
         self.attend = decode_kernels.Attend(
+            batch=batch,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_size=config.head_size,
             device=device,
         )
 
-    def __call__(self, token: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Return logits (1, V), bf16.
+    def __call__(self, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+        """Return logits (B, V), bf16.
 
         Args:
-            token: (1,) id on the device.
-            position: () its index in the clip.
-            keys: (layers, 1, M, length, K) cache, one row a layer is written.
-            values: as `keys`.
+            tokens: (B,) ids on the device.
+            position: () their index in the clip, the same for all.
+            cache: one row a layer and clip is written.
         """
         matvec, x = self.kernels.matvec, self.stream
-        torch.index_select(self.model.embedding.weight, 0, token, out=x.view(1, -1))
+        torch.index_select(self.model.embedding.weight, 0, tokens, out=x)
+        here = None if self.table is None else self.table.index_select(0, position.view(1))
         for number, layer in enumerate(self.model.stack):
             attention, feed_forward = layer.attention, layer.feed_forward
+            if here is not None:
+                x += here
             matvec(
                 x,
                 (attention.q.weight, attention.k.weight, attention.v.weight),
@@ -233,12 +301,13 @@ class FusedStep:
                 attention.q_norm.eps,
                 self.rotation.cos,
                 self.rotation.sin,
-                keys[number, 0],
-                values[number, 0],
+                cache.keys[number],
+                cache.values[number],
                 position,
                 self.mixed,
             )
             matvec(self.mixed, (attention.out.weight,), x, residual=x)
+            self._attend_to_context(layer, self.contexts[number])
             self.kernels.gate_up(
                 x,
                 layer.feed_forward_norm.weight,
@@ -250,15 +319,39 @@ class FusedStep:
             matvec(self.hidden, (feed_forward.down.weight,), x, residual=x)
         norm = self.model.norm
         matvec(x, (self.model.head.weight,), self.logits, gamma=norm.weight, eps=norm.eps)
-        return self.logits.view(1, -1)
+        return self.logits
+
+    def _attend_to_context(self, layer: Layer, context: tuple[Tensor, Tensor] | None) -> None:
+        """Add to the stream what a layer reads in the text, where it does."""
+        attention, norm = layer.cross_attention, layer.cross_attention_norm
+        if attention is None or norm is None:
+            return
+        assert context is not None, "a Video2World model needs its text context"
+        matvec, x, weight = self.kernels.matvec, self.stream, attention.q_norm
+        matvec(x, (attention.q.weight,), self.query, gamma=norm.weight, eps=norm.eps)
+        self.attend.read(self.query, weight.weight, weight.eps, *context, self.mixed)
+        matvec(self.mixed, (attention.out.weight,), x, residual=x)
 
 
-def compile_ahead(config: ARTransformerConfig, device: torch.device) -> threading.Thread | None:
+def _stacked(
+    encoded: Sequence[tuple[Tensor, Tensor] | None],
+) -> tuple[Tensor, Tensor] | None:
+    """Return one layer's keys and values (B, M, rows, K) of every clip's text; None for none."""
+    found = [one for one in encoded if one is not None]
+    if not found:
+        return None
+    keys, values = (torch.cat(part).contiguous() for part in zip(*found, strict=True))
+    return keys, values
+
+
+def compile_ahead(
+    config: ARTransformerConfig, device: torch.device, dtype: torch.dtype, batch: int = 1
+) -> threading.Thread | None:
     """Compile the kernels of a decoder of this architecture in a thread, while weights load.
 
     Returns None where there is nothing to compile.
     """
-    if not kernels_fit(config, device):
+    if batch > MOST_CLIPS or not kernels_fit(config, device, dtype):
         return None
 
     def run() -> None:
@@ -266,11 +359,14 @@ def compile_ahead(config: ARTransformerConfig, device: torch.device) -> threadin
 
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
             decode_kernels.compile_for(
+                batch=batch,
                 width=config.width,
                 hidden=config.hidden,
                 num_heads=config.num_heads,
                 num_kv_heads=config.num_kv_heads,
                 head_size=config.head_size,
+                length=config.length,
+                context=config.context_width is not None,
                 device=device,
             )
 

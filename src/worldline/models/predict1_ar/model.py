@@ -125,6 +125,10 @@ PRESETS = {
 }
 
 
+# for each layer, keys and values of a text context; None where the layer reads none
+EncodedContext = Sequence[tuple[Tensor, Tensor] | None]
+
+
 class Positions(NamedTuple):
     """Where each token of a clip stands: rotation (length, K), and the fixed table (length, D)."""
 
@@ -137,11 +141,23 @@ class Positions(NamedTuple):
 
 
 def make_positions(
-    config: ARTransformerConfig, device: torch.device | str, dtype: torch.dtype
+    config: ARTransformerConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    first_frame: int = 0,
 ) -> Positions:
-    """Return the positions of a whole clip, computed in float32 and rounded to `dtype` at last."""
+    """Return the positions of a whole clip, computed in float32 and rounded to `dtype` at last.
+
+    Of a longer clip, `first_frame` is the latent frame that the model sees first. The rotation goes
+    on with time; the fixed table has no later time and stays as it is.
+    """
     rotation = rotation_3d(
-        config.grid, config.head_size, config.rope_theta, config.yarn, config.leading_tokens
+        config.grid,
+        config.head_size,
+        config.rope_theta,
+        config.yarn,
+        config.leading_tokens,
+        first_frame,
     )
     table = None
     if config.absolute_positions:
@@ -274,7 +290,7 @@ class ARTransformer(nn.Module):
     def new_cache(self, batch: int, length: int | None = None) -> KVCache:
         """Return an empty cache for `batch` clips, where the weights are and in their dtype."""
         weight = self.head.weight
-        return KVCache(
+        return KVCache.empty(
             layers=self.config.depth,
             batch=batch,
             heads=self.config.num_kv_heads,
@@ -284,7 +300,7 @@ class ARTransformer(nn.Module):
             dtype=weight.dtype,
         )
 
-    def encode_context(self, context: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+    def encode_context(self, context: Tensor) -> EncodedContext:
         """Return, for each layer, keys and values of a text context (B, rows, context_width)."""
         context = context.to(self.head.weight.dtype)
         return [
@@ -299,7 +315,7 @@ class ARTransformer(nn.Module):
         *,
         cache: KVCache | None = None,
         start: int = 0,
-        context: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+        context: EncodedContext | None = None,
         context_mask: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:

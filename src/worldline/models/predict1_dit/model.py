@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from worldline.nn.attention import AttentionCore
 from worldline.nn.modulation import NORM_EPS, Carry, norm_heads, settle, sinusoid
 from worldline.nn.rope import Rotation, stretched_angles_3d
+from worldline.parallel.offload import BlockPlan
 from worldline.shapes import LatentShape
 
 # keys and values (B, N, S, K) of the text, block by block
@@ -125,6 +126,7 @@ class DiTConfig:
 
 LARGEST_GRID = LatentShape(128, 120, 120)
 DECODER_RATIO = (1.0, 1.5, 1.5)
+DECODER_WINDOW = 8  # latent frames that the diffusion decoder makes at once, 57 frames
 
 
 def _released(size: str, *, condition_mask: bool) -> DiTConfig:
@@ -162,6 +164,13 @@ PRESETS = {
         id_width=32,
     )
 }
+
+
+# keys and values of a text are made before the blocks are called
+BLOCKS = BlockPlan(
+    "blocks",
+    kept=("cross_attention.body.k.weight", "cross_attention.body.v.weight", "body.k_norm"),
+)
 
 
 class Positions(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from worldline.models.predict1_ar.weights import KEYS, write_settings
 from worldline.text.t5 import T5Encoder, find_t5, load_t5
 from worldline.tokenizers.cosmos.load import load_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.train.data import captioned_batches, encode_pool, to_device
+from worldline.train.data import captioned_batches, encode_captioned, to_device
 from worldline.train.loop import LoopConfig, Objective, generator
 from worldline.train.losses import next_token_labels, next_token_loss
 from worldline.train.tiny import sizes
@@ -68,9 +68,7 @@ def train_autoregressive(
         source = open_checkpoint(start / "model.safetensors")
         load_into(model, source, KEYS, device=device, dtype=torch.float32)
     positions = make_positions(config, device, torch.float32)
-    measure: Any = sequence_loss
-    if run.compiled:
-        measure = torch.compile(measure, dynamic=False)
+    measure = run.compiled_if_asked(sequence_loss)
 
     def draw(step: int) -> tuple[Tensor, ...]:
         draws = generator(run.seed, step, rank=run.ranks.rank)
@@ -131,7 +129,9 @@ def encode_sequences(
     """Return the tokens of clips, each as drawn and mirrored, and their captions' embeddings."""
     half = half_precision(run.device)
     batches = captioned_batches(seeds, sizes.SHAPE, run.device, workers=workers)
-    tokens, captions = encode_pool(coder, batches, half)
+    tokens, captions = encode_captioned(
+        batches, half, lambda video: coder.encode_tokens(video).flatten(1).to(torch.int16)
+    )
     if text is None:
         return _Sequences(tokens, None)
     parts = range(0, len(captions), _EMBEDDED_TOGETHER)

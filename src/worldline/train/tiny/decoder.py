@@ -8,38 +8,42 @@ frame stands for one. A short clip fills its window by reflection.
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from worldline.errors import CheckpointError
-from worldline.models.predict1_dit.model import DiT
-from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
+from worldline.catalog import DECODERS
+from worldline.models.predict1_dit.model import DECODER_WINDOW, DiT
+from worldline.models.predict1_dit.weights import open_dit, write_settings
 from worldline.sampling.edm import SIGMA_DATA
 from worldline.sampling.windows import split_windows
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import find_t5, load_t5
 from worldline.tokenizers.cosmos.load import load_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.statistics import LatentStatistics, read_statistics
-from worldline.train.data import as_video, captioned_batches, mirror_caption, to_device
-from worldline.train.loop import LoopConfig, Objective, generator
+from worldline.tokenizers.cosmos.statistics import LatentStatistics
+from worldline.train.data import as_video, captioned_batches, to_device, views
+from worldline.train.loop import generator
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.train.tiny import sizes
-from worldline.train.tiny.denoiser import Places, rounded_to, told_level
+from worldline.train.tiny.denoiser import (
+    Places,
+    export_transformer,
+    scales_of,
+    told_level,
+    train_denoiser,
+)
 from worldline.train.tiny.run import Run, half_precision
 from worldline.weights.stream import load_into
 from worldline.weights.write import save as save_tensors
 
-DECODER = "Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p"
+DECODER = DECODERS["Predict1"]
 GENERAL_PROMPT = "A video of moving objects."  # where a request has no prompt
 _SIGMA_MEAN, _SIGMA_DEVIATION = 0.0, 1.4  # tokens tell what is where: little is left above 4
 _GENERAL = 0.4  # share of clips shown with the general prompt
 _DROPPED = 0.1  # share shown with neither prompt nor tokens
-_ENCODED_TOGETHER = 16  # windows
 
 
 def train_decoder(
@@ -58,9 +62,7 @@ def train_decoder(
         CheckpointError: the continuous tokenizer has no statistics.
     """
     batch, clips, device = run.batch or 256, run.clips or 30_000, run.device
-    statistics = read_statistics(latents_folder)
-    if statistics is None:
-        raise CheckpointError(f"{latents_folder} holds no statistics of latents")
+    statistics = scales_of(latents_folder)
     half = half_precision(device)
     coarse = load_tokenizer(tokenizer_folder, device=device, dtype=half)
     fine = load_tokenizer(latents_folder, device=device, dtype=half)
@@ -71,13 +73,9 @@ def train_decoder(
         batches = captioned_batches(seeds, long_shape(), device, batch=64, workers=workers)
         parts, said = [], []
         draws = generator(run.seed, 0, rank=run.ranks.rank)
-        for pictures, captions in batches:
-            for view, words in (
-                (pictures, captions),
-                (pictures.flip(3), [mirror_caption(caption) for caption in captions]),
-            ):
-                parts.append(cut_windows(coarse, fine, statistics, view, half, draws))
-                said.append(text.encode(words).repeat_interleave(_WINDOWS_A_CLIP, 0))
+        for pictures, captions in views(batches):
+            parts.append(cut_windows(coarse, fine, statistics, pictures, half, draws))
+            said.append(text.encode(captions).repeat_interleave(_WINDOWS_A_CLIP, 0))
         latents, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
         return Windows(latents, tokens, torch.cat(said))
 
@@ -91,9 +89,6 @@ def train_decoder(
         load_into(transformer, stored.source, stored.keys, device=device, dtype=torch.float32)
         transformer.requires_grad_(True)
     model = Decoding(transformer).to(device)
-    measure: Any = functools.partial(rounded_to, half, model)
-    if run.compiled:
-        measure = torch.compile(measure, dynamic=False)
 
     def draw_from(given: Windows, step: int) -> tuple[Tensor, ...]:
         small, large = (generator(run.seed, step, d, rank=run.ranks.rank) for d in ("cpu", device))
@@ -111,30 +106,13 @@ def train_decoder(
         noise = torch.randn(latents.shape, generator=large, device=device)
         return latents, noise, tokens, context, sigma
 
-    def loss(*drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return measure(*drawn).mean(), {}
-
-    def watch() -> dict[str, Tensor]:
-        # with gradients, as in training: a compiled network then serves both
-        parts = [loss(*draw_from(aside, step))[0].detach() for step in range(8)]
-        return {"held_out": torch.stack(parts).mean()}
-
-    plan = LoopConfig(
-        steps=run.steps or 20_000,
-        learning_rate=run.rate or 4e-3,
-        warmup=500,
-        weight_decay=0.01,
-        betas=(0.9, 0.98),
-        orthogonal=("transformer.blocks.*.body.*.weight",),
-        average_decay=0.9995,
-        graphed=run.graphed,
+    train_denoiser(
+        run,
+        model,
+        functools.partial(draw_from, pool),
+        functools.partial(draw_from, aside),
+        lambda folder: export_decoder(model.transformer, general, folder),
     )
-    objective = Objective(draw=functools.partial(draw_from, pool), loss=loss, watch=watch)
-    done = run.train(model, objective, plan)
-    if not run.ranks.first:
-        return
-    export_decoder(model.transformer, general, run.folder / "export")
-    run.tell({"steps": done, "held_out": float(watch()["held_out"])})
 
 
 class Windows(NamedTuple):
@@ -156,7 +134,7 @@ _WINDOWS_A_CLIP = 3  # the first, a later one, and the first of the clip cut sho
 
 def long_shape() -> VideoShape:
     """Return the size of clips in which windows may begin at any token frame but the last ones."""
-    frames = 1 + 8 * (2 * sizes.DECODER_WINDOW - 2)
+    frames = 1 + 8 * (2 * DECODER_WINDOW - 2)
     return VideoShape(frames, sizes.SHAPE.height, sizes.SHAPE.width)
 
 
@@ -177,32 +155,28 @@ def cut_windows(
         statistics: of its latents.
         clips: uint8 (B, frames, H, W, 3), of `long_shape`.
         dtype: to encode in.
-        draws: says where the later windows begin; on the CPU.
+        draws: says where the later windows of these clips begin; on the CPU.
     """
-    size, temporal = sizes.DECODER_WINDOW, fine.config.temporal
+    size, temporal = DECODER_WINDOW, fine.config.temporal
     length = 1 + (size - 1) * temporal  # frames of a window
     short = sizes.GRID.frames
-    latents: list[Tensor] = []
-    tokens: list[Tensor] = []
-    for at in range(0, len(clips), _ENCODED_TOGETHER):
-        video = as_video(clips[at : at + _ENCODED_TOGETHER]).to(dtype)
-        ids = coarse.encode_tokens(video)  # (B, T, h, w)
-        later = int(torch.randint(1, size - 1, (), generator=draws))
-        z = []
-        for start in (0, later):
-            piece = video[:, :, temporal * start : temporal * start + length]
-            z.append(SIGMA_DATA * statistics.normalise(fine.encode(piece).float()))
-        first, second = z
-        cut = split_windows(first[:, :, :short].transpose(1, 2), size, 0)[0].transpose(1, 2)
-        # window after window of one clip, so that its caption can be repeated
-        latents.append(torch.stack([first, second, cut], 1).flatten(0, 1).bfloat16())
-        rows = [
-            ids[:, :size],
-            ids[:, later : later + size],
-            split_windows(ids[:, :short], size, 0)[0],
-        ]
-        tokens.append(torch.stack(rows, 1).flatten(0, 1).to(torch.int16))
-    return torch.cat(latents), torch.cat(tokens)
+    video = as_video(clips).to(dtype)
+    ids = coarse.encode_tokens(video)  # (B, T, h, w)
+    later = int(torch.randint(1, size - 1, (), generator=draws))
+    z = []
+    for start in (0, later):
+        piece = video[:, :, temporal * start : temporal * start + length]
+        z.append(SIGMA_DATA * statistics.normalise(fine.encode(piece).float()))
+    first, second = z
+    cut = split_windows(first[:, :, :short].transpose(1, 2), size, 0)[0].transpose(1, 2)
+    tokens = [
+        ids[:, :size],
+        ids[:, later : later + size],
+        split_windows(ids[:, :short], size, 0)[0],
+    ]
+    # window after window of one clip, so that its caption can be repeated
+    latents = torch.stack([first, second, cut], 1).flatten(0, 1).bfloat16()
+    return latents, torch.stack(tokens, 1).flatten(0, 1).to(torch.int16)
 
 
 class Decoding(nn.Module):
@@ -212,7 +186,7 @@ class Decoding(nn.Module):
         super().__init__()
         self.transformer = transformer
         shape = sizes.SHAPE.latent(sizes.CONTINUOUS.temporal, sizes.CONTINUOUS.spatial)
-        self.grid = LatentShape(sizes.DECODER_WINDOW, shape.height, shape.width)
+        self.grid = LatentShape(DECODER_WINDOW, shape.height, shape.width)
         self.places = Places(transformer, self.grid)
 
     def forward(
@@ -244,9 +218,5 @@ class Decoding(nn.Module):
 def export_decoder(transformer: DiT, general: Tensor, folder: Path) -> None:
     """Write the decoder in bf16 under the released names, and the general prompt's embedding."""
     folder = folder / DECODER
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.bfloat16() for name, t in released_tensors(transformer).items()}
-    save_tensors(tensors, folder / "model.safetensors")
+    export_transformer(transformer, folder, rotary_precision=sizes.ROTARY_PRECISION)
     save_tensors({"context": general.cpu().bfloat16()}, folder / "aux_vars.safetensors")
-    settings = json.dumps(write_settings(transformer.config), indent=1)
-    (folder / "config.json").write_text(settings + "\n")

@@ -7,29 +7,31 @@ network makes a world of a text, an image or a video.
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from worldline.errors import CheckpointError
 from worldline.models.predict1_dit.model import DiT
-from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
+from worldline.models.predict1_dit.weights import open_dit, write_settings
 from worldline.sampling.edm import SIGMA_DATA
 from worldline.text.t5 import KEYS as T5_KEYS
 from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
 from worldline.tokenizers.cosmos.load import load_tokenizer
-from worldline.tokenizers.cosmos.statistics import read_statistics
 from worldline.train.data import captioned_batches, encode_captioned, to_device
-from worldline.train.loop import LoopConfig, Objective, generator
+from worldline.train.loop import generator
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.train.tiny import sizes
-from worldline.train.tiny.denoiser import Places, rounded_to, told_level
+from worldline.train.tiny.denoiser import (
+    Places,
+    export_transformer,
+    scales_of,
+    told_level,
+    train_denoiser,
+)
 from worldline.train.tiny.run import Run, half_precision
 from worldline.weights.stream import load_into
-from worldline.weights.write import save as save_tensors
 
 WORLD, TEXT_FOLDER = "Cosmos-Predict1-7B-Video2World", "google-t5/t5-11b"
 # Where an object is, how it is turned and what it looks like is settled at noise levels of 10 to 1
@@ -40,7 +42,6 @@ _KNOWN_SIGMA = 0.001  # noise on known frames, as samplers show them
 # to learn.
 _KNOWN = (0.5, 0.2, 0.3)
 _TEXT_DROPPED = 0.1
-_HELD_OUT_BATCHES = 8
 
 
 def train_diffusion(
@@ -57,10 +58,8 @@ def train_diffusion(
     Raises:
         CheckpointError: the continuous tokenizer has no statistics.
     """
-    batch, clips, device, folder = run.batch or 256, run.clips or 80_000, run.device, run.folder
-    statistics = read_statistics(tokenizer_folder)
-    if statistics is None:
-        raise CheckpointError(f"{tokenizer_folder} holds no statistics of latents")
+    batch, clips, device = run.batch or 256, run.clips or 80_000, run.device
+    scales = scales_of(tokenizer_folder)
     half = half_precision(device)
     torch.manual_seed(run.seed)
     model = Denoising(DiT(sizes.DIFFUSION), new_t5(sizes.TEXT, max_length=sizes.TEXT_LENGTH))
@@ -77,7 +76,9 @@ def train_diffusion(
     def encoded(seeds: range, workers: int) -> _Captioned:
         batches = captioned_batches(seeds, sizes.SHAPE, device, workers=workers)
         latents, captions = encode_captioned(
-            coder, batches, half, lambda z: SIGMA_DATA * statistics.normalise(z)
+            batches,
+            half,
+            lambda video: (SIGMA_DATA * scales.normalise(coder.encode(video).float())).bfloat16(),
         )
         return _Captioned(latents, *model.text.tokenize(captions))
 
@@ -87,9 +88,6 @@ def train_diffusion(
     silent = model.text.tokenize(["", *undescribed])
     silent[1][0] = 0
     shares = torch.tensor(_KNOWN)
-    measure: Any = functools.partial(rounded_to, half, model)
-    if run.compiled:
-        measure = torch.compile(measure, dynamic=False)
 
     def draw_from(given: _Captioned, step: int) -> tuple[Tensor, ...]:
         small, large = (generator(run.seed, step, d, rank=run.ranks.rank) for d in ("cpu", device))
@@ -105,30 +103,13 @@ def train_diffusion(
         noise = torch.randn(2, *latents.shape, generator=large, device=device)
         return latents, noise, *(to_device(values, device) for values in (ids, mask, sigma, known))
 
-    def loss(*drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return measure(*drawn).mean(), {}
-
-    def watch() -> dict[str, Tensor]:
-        # with gradients, as in training: a compiled network then serves both
-        parts = [loss(*draw_from(aside, step))[0].detach() for step in range(_HELD_OUT_BATCHES)]
-        return {"held_out": torch.stack(parts).mean()}
-
-    config = LoopConfig(
-        steps=run.steps or 20_000,
-        learning_rate=run.rate or 4e-3,
-        warmup=500,
-        weight_decay=0.01,
-        betas=(0.9, 0.98),
-        orthogonal=("transformer.blocks.*.body.*.weight",),
-        average_decay=0.9995,
-        graphed=run.graphed,
+    train_denoiser(
+        run,
+        model,
+        functools.partial(draw_from, pool),
+        functools.partial(draw_from, aside),
+        lambda folder: export_diffusion(model.transformer, model.text, folder),
     )
-    objective = Objective(draw=functools.partial(draw_from, pool), loss=loss, watch=watch)
-    done = run.train(model, objective, config)
-    if not run.ranks.first:
-        return
-    export_diffusion(model.transformer, model.text, folder / "export")
-    run.tell({"steps": done, "held_out": float(watch()["held_out"])})
 
 
 class _Captioned(NamedTuple):
@@ -193,10 +174,5 @@ class Denoising(nn.Module):
 
 def export_diffusion(transformer: DiT, text: T5Encoder, folder: Path) -> None:
     """Write the world and its text encoder in bf16, in the folders of the released ones."""
-    world = folder / WORLD
-    world.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.bfloat16() for name, t in released_tensors(transformer).items()}
-    save_tensors(tensors, world / "model.safetensors")
-    settings = {**write_settings(transformer.config), **sizes.WORLD_SETTINGS}
-    (world / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    export_transformer(transformer, folder / WORLD, **sizes.WORLD_SETTINGS)
     export_t5(text, folder / TEXT_FOLDER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,10 @@ class Run:
     def share(self, seeds: range) -> range:
         """Return this process's part of the clips."""
         return seeds[self.ranks.rank :: self.ranks.count]
+
+    def compiled_if_asked(self, measure: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of tensors, compiled for the one shape of all batches if asked."""
+        return torch.compile(measure, dynamic=False) if self.compiled else measure
 
     def train(self, model: nn.Module, objective: Objective, config: LoopConfig) -> int:
         """Train, give the model its averaged weights, and return the number of steps done."""

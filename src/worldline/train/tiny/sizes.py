@@ -56,7 +56,6 @@ DIFFUSION = DiTConfig(
     rope_ratio=(1.0, 1.0, 1.0),
     base_fps=FPS,
 )
-DECODER_WINDOW = 8  # latent frames that the diffusion decoder makes at once
 DECODER = DiTConfig(
     depth=5,
     width=128,
@@ -74,6 +73,7 @@ DECODER = DiTConfig(
 )
 TEXT = {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 192, "num_layers": 5}
 TEXT_LENGTH = 128  # bytes; captions have up to 120
+ROTARY_PRECISION = "float32"  # of the angles of position, in training too
 WORLD_SETTINGS = {
     "num_video_frames": SHAPE.frames,
     "height": SHAPE.height,
@@ -82,7 +82,7 @@ WORLD_SETTINGS = {
     "guidance": 1.0,
     "num_steps": 20,
     "negative_prompt": "",
-    "rotary_precision": "float32",
+    "rotary_precision": ROTARY_PRECISION,
     "text2world": True,
 }
 HELD_OUT = 900_000  # seeds from here to 999,999 steer training; evaluation starts at 1,000,000

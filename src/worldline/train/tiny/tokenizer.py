@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,9 +65,7 @@ def train_tokenizer(run: Run, kind: str, features: Path | None, start: Path | No
         perceptual=None if network is None else Schedule.constant(_PERCEPTUAL),
         kl=Schedule.constant(_KL),
     )
-    measure: Any = _reconstruction_loss
-    if run.compiled:
-        measure = torch.compile(measure, dynamic=False)
+    measure = run.compiled_if_asked(_reconstruction_loss)
 
     def draw(step: int) -> tuple[Tensor, Tensor]:
         config = model.config

@@ -1,0 +1,179 @@
+"""Measure clips longer than the bundled autoregressive world's window, by both ways of going on.
+
+    python benchmarks/rollouts.py --output benchmarks/results/rollouts.json
+
+Seeds 1,000,000 and up, which training never saw; one sample a clip, never the best of several. A
+longer video begins with the frames of a shorter one, so one video of each way tells of all lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tiny_quality import FIRST_SEED, GIVEN, quartiles
+
+import worldline
+from worldline.choices import ROLLOUTS
+from worldline.evaluate.clips import summarise
+from worldline.evaluate.failures import find_failures
+from worldline.evaluate.metrics import psnr
+from worldline.physics import make_clips
+from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip
+from worldline.video.write import contact_sheet
+from worldline.world import AutoregressiveWorld
+
+LENGTHS = (33, 81, 161)
+Frames = NDArray[np.uint8]
+
+
+def detail(frames: Frames) -> float:
+    """Mean difference of neighbouring pixels, in levels: what blur lowers."""
+    return float(np.abs(np.diff(frames.astype(np.int16), axis=2)).mean())
+
+
+def motion(frames: Frames) -> float:
+    """Mean difference of neighbouring frames, in levels: what a still picture has none of."""
+    return float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean())
+
+
+def compare(frames: Frames, truth: Frames, masks: NDArray[np.bool_]) -> dict[str, float]:
+    """Compare a stretch of a video with what really happens."""
+    return {
+        "psnr_db": psnr(frames, truth),
+        "psnr_of_objects_db": psnr(frames, truth, masks),
+        "psnr_of_background_db": psnr(frames, truth, ~masks),
+        "detail": detail(frames) / detail(truth),
+        "motion": motion(frames) / motion(truth),
+    }
+
+
+def stretches(length: int) -> list[tuple[int, int]]:
+    """Return where a video is looked at: the frames that each length adds, in halves."""
+    bounds = [GIVEN, LENGTHS[0]]
+    for longer in LENGTHS[1:]:
+        bounds += [(bounds[-1] + longer) // 2, longer]
+    return [(a, b) for a, b in pairwise(bounds) if b <= length]
+
+
+def videos(
+    world: AutoregressiveWorld, clips: list[Frames], way: str, length: int, at_once: int
+) -> list[Frames]:
+    """Continue the clips, `at_once` in step."""
+    found: dict[int, Frames] = {}
+    for first in range(0, len(clips), at_once):
+        group = clips[first : first + at_once]
+        each = [{"seed": first + number} for number in range(len(group))]
+        steps = world.stream_batch(
+            [clip[:GIVEN] for clip in group],  # the model sees the given frames alone
+            each,
+            num_input_frames=GIVEN,
+            num_video_frames=length,
+            rollout=way,
+        )
+        for number, step in steps:
+            if step.video is not None:
+                found[first + number] = step.video.frames
+        print(f"{way}: {first + len(group)} of {len(clips)}", flush=True)
+    return [found[number] for number in range(len(clips))]
+
+
+@torch.inference_mode()
+def reconstructed(world: AutoregressiveWorld, clip: Frames) -> Frames:
+    tokenizer = world.parts.tokenizer.module
+    ids, shape = encode_clip(tokenizer, [clip])
+    return np.concatenate(list(decode_clip(tokenizer, ids, shape)))
+
+
+@click.command()
+@click.option("--model", default="tiny-Cosmos-Predict1-4B", show_default=True)
+@click.option("--clips", "count", default=100, show_default=True)
+@click.option("--frames", "length", default=LENGTHS[-1], show_default=True)
+@click.option("--batch_size", default=8, show_default=True, help="Clips in step.")
+@click.option("--device", default=None)
+@click.option("--output", type=click.Path(path_type=Path), required=True)
+@click.option("--sheet", type=click.Path(path_type=Path), help="A PNG of the first clips.")
+def main(
+    model: str,
+    count: int,
+    length: int,
+    batch_size: int,
+    device: str | None,
+    output: Path,
+    sheet: Path | None,
+) -> None:
+    """Measure, print, and write a JSON file."""
+    # a diffusion decoder would hide what either way does to the tokens
+    world = worldline.load(model, device=device, disable_diffusion_decoder=True)
+    assert isinstance(world, AutoregressiveWorld)
+    clips, masks = [], []
+    for number in range(count):
+        truth = make_clips([FIRST_SEED + number], frames=length, return_masks=True)
+        assert truth.masks is not None
+        clips.append(truth.frames[0].numpy())
+        masks.append(truth.masks[0].numpy())
+    still = [np.broadcast_to(clip[GIVEN - 1], clip.shape) for clip in clips]
+    ways = {"repeating the last given frame": still}
+    ways["tokenizer alone"] = [reconstructed(world, clip) for clip in clips]
+    seconds = {}
+    for way in ROLLOUTS:
+        started = time.perf_counter()
+        ways[f"rollout {way}"] = videos(world, clips, way, length, batch_size)
+        seconds[way] = round((time.perf_counter() - started) / count, 2)
+    result: dict[str, Any] = {
+        "model": model,
+        "torch": torch.__version__,
+        "device": str(world.device),
+        "seeds": [FIRST_SEED, FIRST_SEED + count - 1],
+        "sampling": "temperature 1.0, top_p 0.8, one sample a clip",
+        "seconds_a_clip": seconds,
+        "detail and motion": "median over clips of the share of the true clip's",
+        "ways": {},
+    }
+    for name, made in ways.items():
+        told: dict[str, Any] = {"stretches": {}, "failures": {}}
+        for start, end in stretches(length):
+            figures: dict[str, list[float]] = defaultdict(list)
+            for frames, clip, mask in zip(made, clips, masks, strict=True):
+                compared = compare(frames[start:end], clip[start:end], mask[start:end])
+                for figure, value in compared.items():
+                    figures[figure].append(value)
+            told["stretches"][f"frames {start + 1} to {end}"] = {
+                figure: quartiles(values) if "psnr" in figure else round(median(values), 3)
+                for figure, values in figures.items()
+            }
+        for longest in (n for n in LENGTHS if n <= length and name.startswith("rollout")):
+            with ThreadPoolExecutor() as threads:  # seconds a clip
+                begun = [threads.submit(find_failures, f[:longest], GIVEN) for f in made]
+            found = [one.result() for one in begun]
+            told["failures"][f"{longest} frames"] = summarise(found).as_json()
+        result["ways"][name] = told
+        output.write_text(json.dumps(result, indent=1) + "\n")
+        shown = {
+            stretch: {
+                figure: value["median"] if isinstance(value, dict) else value
+                for figure, value in figures_of.items()
+            }
+            for stretch, figures_of in told["stretches"].items()
+        }
+        print(name, json.dumps(shown, indent=1), flush=True)
+        print({n: f["failure_rate"]["count"] for n, f in told["failures"].items()}, flush=True)
+    if sheet is not None:
+        rows = [ways[name][n] for n in range(min(4, count)) for name in ways]
+        contact_sheet(
+            rows, sheet, [f"{FIRST_SEED + n}, {k}" for n in range(min(4, count)) for k in ways]
+        )
+
+
+if __name__ == "__main__":
+    main()

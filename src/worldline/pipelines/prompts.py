@@ -1,0 +1,56 @@
+"""Embeddings that a caller gives in place of prompts, as a world takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from worldline.errors import InputError
+from worldline.text import embeddings
+from worldline.text.embeddings import padded
+
+GivenEmbedding = str | Path | Tensor | NDArray[Any]
+
+
+def read_prompt_embedding(given: GivenEmbedding | None, rows: int, width: int) -> Tensor | None:
+    """Return the embedding of a prompt that a caller gives, checked, float32 (1, rows, width).
+
+    Args:
+        given: (S, E) or (1, S, E), or a file of it: see `worldline.text.embeddings`. Rows that are
+            missing are zeros, as those behind the end of a prompt are. None for none.
+        rows: that the world takes.
+        width: E.
+
+    Raises:
+        InputError: there is no such file, or it holds something else.
+    """
+    if given is None:
+        return None
+    if isinstance(given, (str, Path)):
+        found = embeddings.read_embeddings(Path(given))["prompt"]
+    elif isinstance(given, (Tensor, np.ndarray)):
+        found = torch.as_tensor(given)
+    else:
+        raise InputError(f"prompt_embeddings is a {type(given).__name__}; give a file or tensor")
+    return filled(found, rows, width, "prompt_embeddings")
+
+
+def filled(given: Tensor, rows: int, width: int, name: str) -> Tensor:
+    """Return an embedding with as many rows as a world takes, float32 (1, rows, width), on the CPU.
+
+    Raises:
+        InputError: it is not floating and finite, or of another shape.
+    """
+    flat = given[0] if given.ndim == 3 and len(given) == 1 else given
+    fits = flat.ndim == 2 and 1 <= len(flat) <= rows and flat.shape[1] == width
+    if not fits or not flat.is_floating_point() or not flat.isfinite().all():
+        raise InputError(
+            f"{name} is {str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}; it must be "
+            f"floating and finite, (S, {width}) or (1, S, {width}) with S up to {rows}"
+        )
+    return padded(flat.detach().float().cpu(), rows)
