@@ -128,6 +128,7 @@ TOKENIZER_LAYOUTS = (
 )
 
 _GUARDRAIL = "Cosmos-Guardrail1"
+_PROMPT_GUARDRAIL = "Llama-Guard-3-8B"
 _DISCRETE = "Cosmos-Tokenize1-DV8x16x16-720p"
 _CONTINUOUS = "Cosmos-Tokenize1-CV8x8x8-720p"
 DECODERS: dict[Generation, str] = {
@@ -154,7 +155,10 @@ def _autoregressive(
         layouts=_TRANSFORMER_LAYOUTS,
         parameters=parameters,
         preset=size,
-        needs=(_DISCRETE, _DECODER, _CONTINUOUS, _GUARDRAIL, *(() if base else (_T5,))),
+        needs=(
+            *(_DISCRETE, _DECODER, _CONTINUOUS, _GUARDRAIL),
+            *(() if base else (_T5, _PROMPT_GUARDRAIL)),
+        ),
         command=f"autoregressive {'base' if base else 'video2world'}",
         failure_rates=failure_rates,
     )
@@ -194,7 +198,7 @@ def _diffusion(size: str, kind: str, parameters: int, nbytes: int, md5: str) -> 
         layouts=_DIFFUSION_LAYOUTS,
         parameters=parameters,
         preset=f"{size}-{kind}",
-        needs=(_CONTINUOUS, _T5, upsampler, _GUARDRAIL),
+        needs=(_CONTINUOUS, _T5, upsampler, _GUARDRAIL, _PROMPT_GUARDRAIL),
         command=f"diffusion {kind.lower()}",
     )
 
@@ -207,7 +211,7 @@ def _sample(kind: str, md5: str = "") -> Entry:
         folders=(name,),
         files=(File("model.pt", md5=md5),),
         layouts=_DIFFUSION_LAYOUTS,
-        needs=(_CONTINUOUS, _T5, _GUARDRAIL),
+        needs=(_CONTINUOUS, _T5, _GUARDRAIL, _PROMPT_GUARDRAIL),
     )
 
 
@@ -224,7 +228,7 @@ def _flow(size: str, parameters: int, nbytes: int, files: tuple[str, ...]) -> En
             ("transformer/diffusion_pytorch_model*.safetensors",),
         ),
         parameters=parameters,
-        needs=("Cosmos-Reason1-7B", _GUARDRAIL, "Llama-Guard-3-8B"),
+        needs=("Cosmos-Reason1-7B", _GUARDRAIL, "Qwen3Guard-Gen-0.6B"),
     )
 
 
@@ -405,7 +409,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
     ),
     _other(
-        "Llama-Guard-3-8B",
+        _PROMPT_GUARDRAIL,
         "guardrail",
         ("meta-llama/Llama-Guard-3-8B",),
         (),
@@ -413,17 +417,27 @@ ENTRIES: tuple[Entry, ...] = (
         (("*.safetensors", "config.json"),),
     ),
     _other(
+        "Qwen3Guard-Gen-0.6B",
+        "guardrail",
+        ("Qwen/Qwen3Guard-Gen-0.6B",),
+        (),
+        APACHE_LICENCE,
+        (("*.safetensors", "config.json"),),
+    ),
+    _other(
         "Cosmos-UpsamplePrompt1-12B-Text2World",
         "prompt upsampler",
         ("Cosmos-UpsamplePrompt1-12B-Text2World", "Cosmos-1.0-Prompt-Upsampler-12B-Text2World"),
         (File("model.pt", md5="52d7a6b8b1ac44d856b4c1ea3f8c8c74"),),
+        layouts=(("model.pt",), ("*.safetensors", "config.json")),
     ),
     _other(
         "Pixtral-12B",
         "prompt upsampler",
-        ("Pixtral-12B",),
+        ("Pixtral-12B", "mistral-community/pixtral-12b"),
         (File("model.pt"), File("config.json")),
         APACHE_LICENCE,
+        (("model.pt", "config.json"), ("*.safetensors", "config.json")),
     ),
     _other(
         _T5,
@@ -444,13 +458,14 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def find(folder: str) -> Entry | None:
-    """Return the entry whose folder has this name, of any generation; None if it is unknown.
+    """Return the entry of this name, or whose folder has it, of any generation; None for none.
 
     A post-trained model, such as "…_post-trained" or "…_post-trained-4gpu_80gb", is an instance of
     the one that it was made from.
     """
     released = folder.partition("_post-trained")[0]
-    return next((entry for entry in ENTRIES if {folder, released} & {*entry.folders}), None)
+    asked = {folder, released}
+    return next((e for e in ENTRIES if asked & {e.name, *e.folders}), None)
 
 
 def advice(folder: str) -> str:

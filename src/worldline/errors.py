@@ -4,6 +4,7 @@
     ├── InputError               2: the caller's words or files are wrong (also a ValueError)
     │   ├── CheckpointError      2: weights are absent, damaged, or of another model
     │   └── InsufficientMemoryError  2: the request cannot fit on the device
+    ├── DownloadError            1: a released file cannot be fetched
     └── GuardrailRefusal         3: a guardrail refused the prompt or the video
 
 A command prints the message as one line and exits with `exit_code`.
@@ -30,6 +31,10 @@ class CheckpointError(InputError):
 
 class InsufficientMemoryError(InputError):
     """The device has less memory than the request needs."""
+
+
+class DownloadError(Error):
+    """A released file cannot be fetched: no such repository, no access, no connection, damage."""
 
 
 class GuardrailRefusal(Error):
