@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from worldline.choices import Generation
-from worldline.errors import InputError
 from worldline.files import TRANSFORMER_FILES
 
 BUNDLED_PREFIX = "tiny-"
@@ -471,11 +470,10 @@ def find(folder: str) -> Entry | None:
 def advice(folder: str) -> str:
     """Return what to tell someone who names a folder that is not there; "" for nothing."""
     if (entry := find(folder)) is not None:
-        if entry.command:
-            return f"; download {entry.name} there: `worldline {entry.command}` runs it"
-        if entry.family.startswith(_WORLDS):
+        if not entry.command and entry.family.startswith(_WORLDS):
             return f"; this version does not run {entry.name}: see `worldline models`"
-        return f"; download {entry.name} there"
+        runs = f", and `worldline {entry.command}` runs it" if entry.command else ""
+        return f"; `worldline checkpoints download {folder}` fetches it{runs}"
     known = [name for entry in ENTRIES for name in entry.folders]
     if close := get_close_matches(folder, known, n=1, cutoff=0.8):
         return f"; did you mean {close[0]}?"
@@ -485,38 +483,3 @@ def advice(folder: str) -> str:
 def is_bundled(name: str) -> bool:
     """Tell whether this is the name of a model that ships with the package."""
     return name.startswith(BUNDLED_PREFIX)
-
-
-def check_parts(
-    bundled: bool,
-    disable_guardrail: bool | None = True,
-    disable_prompt_upsampler: bool | None = True,
-) -> None:
-    """Refuse a request for parts that do not exist, by the flags that do without.
-
-    Args:
-        bundled: whether the model ships with the package; such a model runs without the parts.
-        disable_guardrail: True does without, False insists, None is as released.
-        disable_prompt_upsampler: likewise. Left out where the family has no such part.
-
-    Raises:
-        InputError: the model is to run with one of these parts.
-    """
-    wanted = {
-        "disable_prompt_upsampler": ("prompt upsampler", disable_prompt_upsampler),
-        "disable_guardrail": ("guardrail", disable_guardrail),
-    }
-    missing = {
-        flag: part
-        for flag, (part, disabled) in wanted.items()
-        if (not bundled if disabled is None else not disabled)
-    }
-    if not missing:
-        return
-    plural = len(missing) > 1
-    raise InputError(
-        f"the released model runs with its {' and '.join(missing.values())}, which this version "
-        f"does not have; run without {'them' if plural else 'it'}: "
-        f"{' '.join(f'--{flag}' for flag in missing)} "
-        f"(in Python {', '.join(f'{flag}=True' for flag in missing)})"
-    )

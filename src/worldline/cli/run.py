@@ -35,6 +35,8 @@ _UNWRITTEN = (".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".
 _BESIDE = (".json", ".txt")
 _UNDECIDING = {"preview_every"}  # fields of requests
 _STAGES = {
+    "guardrail": "asking the guardrails",
+    "upsample": "writing the prompt",
     "text": "encoding the prompt",
     "encode": "encoding",
     "tokens": "drawing {total:,} tokens",
@@ -50,8 +52,6 @@ _BARS = {
     ),
 }
 NUMBERED = {"video_save_name": "videos of a batch are numbered"}
-NEEDED_HELP = "Released models need this flag: this version has no such part."
-NONE_RUNS_HELP = "Has no effect: none runs in this version."
 DEVICE_HELP = "cuda, cuda:1, cpu, mps…; by default the GPU, if there is one."
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
@@ -101,6 +101,23 @@ def output_options() -> tuple[Option, ...]:
     )
 
 
+def guardrail_options(checked: str) -> tuple[Option, ...]:
+    """Return the options of guardrails; `checked` says what they look at."""
+    return (
+        click.option(
+            "--disable_guardrail",
+            is_flag=True,
+            help=f"Do not check {checked}. Bundled models have no guardrails.",
+        ),
+        offload_option("offload_guardrail_models"),
+        click.option(
+            "--guardrail_dir",
+            help="Holds blocklist, video_content_safety_filter and face_blur_filter.  [default: "
+            "the released places below --checkpoint_dir]",
+        ),
+    )
+
+
 def machine_options() -> tuple[Option, ...]:
     """Return the options that say what the world runs on."""
     return (
@@ -118,8 +135,9 @@ def machine_options() -> tuple[Option, ...]:
 def offload_option(name: str) -> Option:
     """Return the option that keeps a part in host memory."""
     part = name.removeprefix("offload_").removesuffix("_model").replace("_", " ")
-    called = "transformer" if part == "ar" else part
-    told = f"Keep the {called} in host memory while it is not used."
+    called = {"ar": "transformer", "guardrail models": "guardrails"}.get(part, part)
+    plural = called.endswith("s")
+    told = f"Keep the {called} in host memory while {'they are' if plural else 'it is'} not used."
     return click.option(f"--{name}", is_flag=True, help=told)
 
 
@@ -200,6 +218,21 @@ def log_without_effect(given: Collection[str], reasons: dict[str, str]) -> None:
     for name, reason in reasons.items():
         if name in given:
             logger.info("--%s has no effect: %s", name, reason)
+
+
+def log_guardrails(name: str, flags: dict[str, Any], given: Collection[str]) -> bool:
+    """Say which flags have no effect with the guardrails, or without; return whether they run."""
+    from worldline.catalog import is_bundled
+
+    bundled = is_bundled(name)
+    reasons = {"disable_guardrail": f"{name} has no guardrails"} if bundled else {}
+    if not (bundled or flags["disable_guardrail"]):
+        reasons = {"preview_every": "no frames are shown before the guardrails have seen the video"}
+        log_without_effect([n for n in given if flags[n]], reasons)
+        return True
+    reasons |= dict.fromkeys(("offload_guardrail_models", "guardrail_dir"), "no guardrail runs")
+    log_without_effect(given, reasons)
+    return False
 
 
 def log_bundled(name: str, given: Collection[str]) -> None:

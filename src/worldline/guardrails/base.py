@@ -5,15 +5,18 @@ A guardrail that cannot load or cannot decide is an error, never a silent "safe"
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import nn
 
 from worldline.errors import CheckpointError, Error, GuardrailRefusal, InputError
+from worldline.parallel.offload import Part
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,31 @@ class Guardrails:
         self.video = tuple(video)
         self.filters = tuple(filters)
         self.ran: list[Ran] = []
+        self._parts: dict[nn.Module, Part[nn.Module]] = {}
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
         """Every network, in the order of use."""
         guards = (*self.text, *self.video, *self.filters)
         return tuple(network for guard in guards for network in guard.networks)
+
+    def wait_in_host_memory(self, device: torch.device) -> None:
+        """Bring the networks, which are on the host, to `device` while they are used, from now on.
+
+        On a CPU they stay where they are.
+        """
+        self._parts = {n: Part(n, device, offload=True) for n in self.networks}
+
+    @property
+    def offload(self) -> bool:
+        """Whether the networks' home is the host, and they run elsewhere."""
+        return any(part.offload for part in self._parts.values())
+
+    def for_request(self) -> Guardrails:
+        """Return the same guardrails with a list `ran` of their own."""
+        own = copy.copy(self)
+        own.restart()
+        return own
 
     def restart(self) -> None:
         """Forget what ran: a new request begins."""
@@ -119,7 +141,9 @@ class Guardrails:
             GuardrailRefusal: one refused; its stage is "prompt".
         """
         for guard in self.text:
-            self._judge(guard.name, guard.check(text), subject, "prompt")
+            with self._on_device(guard):
+                verdict = guard.check(text)
+            self._judge(guard.name, verdict, subject, "prompt")
 
     def check_video(self, frames: np.ndarray) -> np.ndarray:
         """Ask every video guard, then pass the frames through the filters.
@@ -137,14 +161,25 @@ class Guardrails:
             )
         subject = f"video of {len(frames)} frames"
         for guard in self.video:
-            self._judge(guard.name, guard.check(frames), subject, "video")
+            with self._on_device(guard):
+                verdict = guard.check(frames)
+            self._judge(guard.name, verdict, subject, "video")
         for each in self.filters:
             shape = frames.shape
-            frames, count = each.apply(frames)
+            with self._on_device(each):
+                frames, count = each.apply(frames)
             if frames.shape != shape:
                 raise Error(f"{each.name} made {frames.shape} of frames {shape}")
             self.ran.append(Ran(each.name, subject, f"{count} regions changed"))
         return frames
+
+    @contextmanager
+    def _on_device(self, guard: Guard) -> Iterator[None]:
+        with ExitStack() as stack:
+            for network in guard.networks:
+                if network in self._parts:
+                    stack.enter_context(self._parts[network].on_device())
+            yield
 
     def _judge(self, guard: str, verdict: Verdict, subject: str, stage: str) -> None:
         said = "safe" if verdict.safe else "refused"
@@ -165,5 +200,6 @@ def loading(name: str, flag: str) -> Iterator[None]:
         yield
     except (InputError, OSError, ImportError) as error:
         raise CheckpointError(
-            f"guardrail {name} cannot load: {error}; {flag} runs without guardrails"
+            f"guardrail {name} cannot load: {error}; `worldline checkpoints download guardrails` "
+            f"fetches it; {flag} runs without guardrails"
         ) from error

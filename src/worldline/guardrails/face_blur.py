@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.errors import Error
-from worldline.guardrails.networks import fill
 from worldline.weights.keymap import KeyMap
+from worldline.weights.networks import fill
 
 WIDTH = 256
 _STEPS = (8, 16, 32)  # pixels between priors of each level

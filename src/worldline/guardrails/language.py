@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from worldline.errors import CheckpointError
 from worldline.files import read_json
 from worldline.guardrails.base import Verdict
-from worldline.guardrails.networks import pretrained
+from worldline.weights.networks import pretrained
 from worldline.weights.read import open_checkpoint
 
 # category texts are this project's own words for the topics that the model was taught

@@ -106,6 +106,7 @@ def load_guardrails(
     device: torch.device | str = "cpu",
     text: bool = True,
     video: bool = True,
+    offload: bool = False,
 ) -> Guardrails:
     """Load all guardrails of a release; what cannot load is an error, not a check less.
 
@@ -117,10 +118,22 @@ def load_guardrails(
         device: where the networks run.
         text: prompts will be checked.
         video: videos will be checked and faces blurred.
+        offload: keep the networks in host memory while they do not look.
 
     Raises:
         CheckpointError: a file is absent or does not fit; it and `flag` are named.
     """
+    if offload:
+        waiting = load_guardrails(
+            release,
+            checkpoint_dir,
+            flag=flag,
+            guardrail_dir=guardrail_dir,
+            text=text,
+            video=video,
+        )
+        waiting.wait_in_host_memory(torch.device(device))
+        return waiting
     chain = CHAINS[release]
     with loading("files", flag):
         folder = find_folder(checkpoint_dir, guardrail_dir)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from worldline.errors import CheckpointError, Error
 from worldline.files import read_json
 from worldline.guardrails.base import Verdict
-from worldline.guardrails.networks import fill, pretrained
 from worldline.weights.keymap import KeyMap
+from worldline.weights.networks import fill, pretrained
 from worldline.weights.read import open_checkpoint
 
 CLASSES = (

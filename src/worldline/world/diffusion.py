@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from statistics import median
 from typing import Any
 
@@ -27,6 +27,8 @@ from worldline.report import Recorder, environment
 from worldline.video.read import Clip
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of
+from worldline.world.safety import Safety
+from worldline.world.upsampling import Upsampling
 from worldline.world.video import Step, Video
 
 logger = logging.getLogger(__name__)
@@ -40,9 +42,16 @@ class DiffusionWorld(World):
     parts: DiffusionParts
 
     def __init__(
-        self, name: str, parts: DiffusionParts, loading: Recorder, identity: dict[str, Any]
+        self,
+        name: str,
+        parts: DiffusionParts,
+        loading: Recorder,
+        identity: dict[str, Any],
+        safety: Safety | None = None,
+        upsampling: Upsampling | None = None,
     ) -> None:
-        super().__init__(name, parts, loading, identity)
+        super().__init__(name, parts, loading, identity, safety)
+        self.upsampling = upsampling or Upsampling(why_off="none was loaded")
         self._said: set[str] = set()
 
     @property
@@ -76,7 +85,11 @@ class DiffusionWorld(World):
         _check_input(kind, request.num_input_frames)
         check_request(self.files, request)
         embeddings = read_embeddings(self.files, *given.values())
-        check_text(self.files, request, embeddings)
+        embedded = embeddings.prompt is not None
+        written = self.upsampling.applies(request.prompt, embedded=embedded)
+        # one that will be written stands in for none
+        stand_in = replace(request, prompt="…") if written else request
+        check_text(self.files, stand_in, embeddings)
         for note in notes(self.files, request):
             if note not in self._said:  # once for a batch
                 logger.info("%s", note)
@@ -93,7 +106,7 @@ class DiffusionWorld(World):
         if input is not None and kind is not None:
             with recorder.stage("read"):
                 clip = read_clip(input, kind, request.num_input_frames)
-        return self._run(clip, request, recorder, source, embeddings)
+        return self._run(clip, request, recorder, source, embeddings, written)
 
     def _run(
         self,
@@ -102,24 +115,56 @@ class DiffusionWorld(World):
         recorder: Recorder,
         source: dict[str, Any],
         embeddings: Embeddings,
+        written: bool,
     ) -> Iterator[Step]:
+        checks = self.safety.begin(recorder)
+        prompt = request.prompt
+        if checks.on and prompt is None and not written:
+            logger.warning("no guardrail checks the prompt: its embedding is given")
+        if checks.on and prompt is not None:
+            yield Step("guardrail", 0, 1)
+            checks.prompt(prompt)
+        if written:
+            yield Step("upsample", 0, 1)
+            prompt = self.upsampling.write(prompt, clip, request.seed, recorder)
+            if checks.on:
+                yield Step("guardrail", 0, 1)
+                checks.prompt(prompt, "upsampled prompt")
+
         seconds: list[float] = []
-        for progress in generate(self.parts, clip, request, recorder, embeddings):
+        made = replace(request, prompt=prompt)
+        for progress in generate(self.parts, clip, made, recorder, embeddings):
             if progress.seconds is not None:
                 seconds.append(round(progress.seconds, 4))
-            video = None
-            if progress.kind == "done":
-                assert progress.frames is not None
-                report = self._report(request, recorder, source, seconds)
-                video = Video(progress.frames, request.fps, report, request.prompt)
-            yield Step(
-                progress.kind,
-                progress.done,
-                progress.total,
-                progress.frames,
-                progress.preview,
-                video,
-            )
+            if progress.kind != "done":
+                yield self._shown(
+                    Step(
+                        progress.kind,
+                        progress.done,
+                        progress.total,
+                        progress.frames,
+                        progress.preview,
+                    )
+                )
+                continue
+            assert progress.frames is not None
+            if checks.on:
+                yield Step("guardrail", 0, 1)
+            frames = checks.video(progress.frames)
+            report = self._report(request, recorder, source, seconds)
+            report |= {
+                "prompt": prompt,
+                "prompt_upsampler": self._upsampler_name,
+                "prompt_upsampler_ran": written,
+                **checks.report(),
+            }
+            video = Video(frames, request.fps, report, prompt)
+            yield Step("done", progress.done, progress.total, frames, video=video)
+
+    @property
+    def _upsampler_name(self) -> str | None:
+        upsampler = self.upsampling.upsampler
+        return None if upsampler is None else upsampler.name
 
     def _report(
         self,
@@ -149,6 +194,8 @@ class DiffusionWorld(World):
                 "diffusion_transformer": parts.transformer.offload,
                 "tokenizer": parts.tokenizer.offload,
                 "text_encoder_model": text.offload if text else False,
+                **self.upsampling.offloading,
+                **self.safety.offloading,
             },
             "seconds_per_step": round(median(seconds), 4) if seconds else None,
             "seconds_of_steps": seconds,
