@@ -12,6 +12,7 @@ from worldline.guardrails.language import (
     decide_llama_guard_3,
     decide_qwen3guard,
 )
+from worldline.text.upsampler import clean, shrunk
 
 CASES = cases("guardrail_llm_decisions")
 DECIDE = {
@@ -42,3 +43,17 @@ def test_verdict_and_categories(case: Case, guard: str) -> None:
         else:
             assert verdict.safe == record["is_safe"], record
             assert list(verdict.categories) == stored_categories(guard, record["message"]), record
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_answers_of_upsamplers_are_cleaned(case: Case) -> None:
+    assert case.spec["clean_text"]
+    for record in case.spec["clean_text"]:
+        assert clean(record["in"]) == record["out"], record
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pictures_are_scaled_down(case: Case) -> None:
+    assert case.spec["pixtral_resize"]
+    for record in case.spec["pixtral_resize"]:
+        assert shrunk(*record["in_w_h"]) == tuple(record["out_w_h"]), record
