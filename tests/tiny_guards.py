@@ -24,7 +24,7 @@ from worldline.text.upsampler import IMAGE_KEYS, TEXT_KEYS
 
 from .guardrails.folders import write_blocklist
 from .guardrails.networks import write_classifier, write_retinaface, write_siglip
-from .guardrails.test_language import write_model
+from .guardrails.test_language import write_adapter, write_model
 
 GUARDRAILS = "nvidia/Cosmos-Guardrail1"
 LENGTHENS, DESCRIBES = "Cosmos-UpsamplePrompt1-12B-Text2World", "Pixtral-12B"
@@ -35,17 +35,38 @@ LONG, CAPTION = f"a very long {SAFE}", f"a picture of a {SAFE}"
 HEAD, PATCH = 16, 16
 
 
-def add_guardrails(root: Path, *, frames: int = 0) -> Path:
-    """Add the guardrails of Predict1; every frame of a video has the class `frames`."""
-    folder = root / GUARDRAILS
+def add_guardrails(
+    root: Path, name: str = GUARDRAILS, answers: dict[str, str] | None = None
+) -> Path:
+    """Add the guardrails of Predict1; each frame of a video is safe. Return their folder.
+
+    Args:
+        root: of the checkpoints.
+        name: of the folder of blocklist and others.
+        answers: of Llama Guard, by the last words of prompts.
+    """
+    folder = root / name
     write_blocklist(folder / "blocklist")
     own = folder / "video_content_safety_filter"
-    write_classifier(own / "safety_filter.pt", frames)
-    cached = f"models--{SIGLIP.replace('/', '--')}/snapshots/0123abcd"
-    write_siglip(own / cached)
+    write_classifier(own / "safety_filter.pt")
+    write_siglip(own / _cached(SIGLIP))
     write_retinaface(folder / "face_blur_filter" / "Resnet50_Final.pth")
-    write_model(root / language.LLAMA_GUARD_3.released, language.LLAMA_GUARD_3)
-    return root
+    write_model(root / language.LLAMA_GUARD_3.released, language.LLAMA_GUARD_3, answers)
+    return folder
+
+
+def add_aegis(folder: Path, answer: str) -> None:
+    """Add Aegis to a folder of guardrails, as Cosmos 1.0 has it; it gives one answer."""
+    aegis = language.AEGIS
+    answers = {"[/INST]": answer}
+    write_model(folder / "aegis" / _cached(aegis.released), aegis, answers)
+    adapter = folder / "aegis" / _cached(aegis.adapter)
+    adapter.parent.mkdir(parents=True)
+    write_adapter(adapter, 4, lora_alpha=0)
+
+
+def _cached(repository: str) -> str:
+    return f"models--{repository.replace('/', '--')}/snapshots/0123abcd"
 
 
 def write_tokenizer(folder: Path, answer: str) -> dict[str, int]:

@@ -39,10 +39,10 @@ TEMPLATES = {
 }
 
 
-def write_model(folder: Path, kind: Kind) -> Path:
-    """Write a guard model as released; return its folder."""
-    answers = ANSWERS[kind.name]
-    words = ["<unk>", "<end>", *answers, *answers.values()]
+def write_model(folder: Path, kind: Kind, answers: dict[str, str] | None = None) -> Path:
+    """Write a guard model as released, with answers of its own or `ANSWERS`; return its folder."""
+    answers = answers or ANSWERS[kind.name]
+    words = dict.fromkeys(("<unk>", "<end>", *answers, *answers.values()))
     ids = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

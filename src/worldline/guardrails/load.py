@@ -70,21 +70,25 @@ def find_repository(repository: str, roots: Sequence[Path]) -> Path:
     raise CheckpointError(f"{repository} is missing: no folder of it in {where}")
 
 
-def find_folder(checkpoint_dir: Path, guardrail_dir: Path | None = None) -> Path:
+def find_folder(
+    checkpoint_dir: Path, guardrail_dir: Path | None = None, release: str = "predict1"
+) -> Path:
     """Return the folder that holds `blocklist`, `video_content_safety_filter`, `face_blur_filter`.
 
     Args:
         checkpoint_dir: holds the models; a model's own folder `guardrail` counts too.
         guardrail_dir: the folder itself, if it is known.
+        release: whose repository is looked for first.
 
     Raises:
         CheckpointError: there is none.
     """
+    repositories = _REPOSITORIES[::-1] if release == "cosmos1" else _REPOSITORIES
     if guardrail_dir is not None:
         if not guardrail_dir.is_dir():
             raise CheckpointError(f"there is no folder {guardrail_dir}")
         return guardrail_dir
-    for repository in _REPOSITORIES:
+    for repository in repositories:
         for path in _places(repository, [checkpoint_dir]):
             if path.is_dir():
                 return path
@@ -92,7 +96,7 @@ def find_folder(checkpoint_dir: Path, guardrail_dir: Path | None = None) -> Path
         if path.is_dir():
             return path
     raise CheckpointError(
-        f"{_REPOSITORIES[0]} is missing: no folder of it, and none named guardrail, "
+        f"{repositories[0]} is missing: no folder of it, and none named guardrail, "
         f"in {checkpoint_dir}"
     )
 
@@ -136,7 +140,7 @@ def load_guardrails(
         return waiting
     chain = CHAINS[release]
     with loading("files", flag):
-        folder = find_folder(checkpoint_dir, guardrail_dir)
+        folder = find_folder(checkpoint_dir, guardrail_dir, release)
     guards: list[TextGuard] = []
     if text:
         with loading(Blocklist.name, flag):
