@@ -298,8 +298,8 @@ def test_a_refused_prompt(
     assert result.exit_code == 3, result.stderr
     last = result.stderr.splitlines()[-1]
     assert f"guardrail {guard} refused the prompt" in last
-    assert REFUSED_WORD not in last
-    assert UNSAFE not in last
+    assert REFUSED_WORD not in result.stderr
+    assert UNSAFE not in result.stderr
     assert not [*tmp_path.glob("out/*")]
     assert "denoising" not in result.stderr
     assert "drawing" not in result.stderr
@@ -349,9 +349,8 @@ def test_a_batch_goes_on(command: Command, tmp_path: Path) -> None:
     assert "1 of 3 videos are in" in result.stdout
     refusals = [line for line in result.stderr.splitlines() if "refused the prompt" in line]
     assert len(refusals) == 2
-    for line in refusals:
-        assert REFUSED_WORD not in line
-        assert UNSAFE not in line
+    assert REFUSED_WORD not in result.stderr
+    assert UNSAFE not in result.stderr
 
 
 @pytest.mark.parametrize("at_once", [1, 3])

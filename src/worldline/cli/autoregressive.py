@@ -477,12 +477,13 @@ def _run(
             **shared,
         )
 
+    guarded = not (files.bundled or flags["disable_guardrail"])
     run.run_tasks(
         tasks,
         load,
         stream,
         flags,
-        files.offload_flags,
+        (*files.offload_flags, *run.guard_offload_flags(guarded)),
         batch=batch,
         at_once=at_once,
         stream_group=stream_group,

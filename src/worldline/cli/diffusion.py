@@ -574,4 +574,6 @@ def _run(
             task.item.path, prompt_embeddings=flags["prompt_embeddings"], **vars(task.request)
         )
 
-    run.run_tasks(tasks, load, stream, flags, DIFFUSION_OFFLOAD_FLAGS, batch=batch)
+    guarded = not (files.bundled or flags["disable_guardrail"])
+    offloads = (*DIFFUSION_OFFLOAD_FLAGS, *run.guard_offload_flags(guarded, upsamples))
+    run.run_tasks(tasks, load, stream, flags, offloads, batch=batch)

@@ -10,6 +10,7 @@ import logging
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from worldline.hub import RemoteFile
 logger = logging.getLogger(__name__)
 
 _LISTS = ("--model_sizes", "--model_types", "--tokenizer_types")
+_SILENCE = 30.0  # seconds between lines on the progress, where there is no bar
 _LEFT_OVER = 1_000_000_000  # bytes of the disk that stay free
 
 
@@ -175,15 +177,19 @@ def _fetch(plan: Sequence[_Planned], folder: Path) -> None:
     check_folder(folder, "--checkpoint_dir")
     _check_room(plan, folder)
     whole = sum(each.file.nbytes for each in plan)
-    ready, lock = 0, threading.Lock()
+    ready, came, told, lock = 0, 0, time.monotonic(), threading.Lock()
+    on_terminal = sys.stderr.isatty()
     fetched = {each.file for each in plan if not each.seems_present}
-    with tqdm(
-        total=whole, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False
-    ) as bar:
+    with tqdm(total=whole, unit="B", unit_scale=True, disable=not on_terminal, leave=False) as bar:
 
         def tell(_: RemoteFile, count: int) -> None:
+            nonlocal came, told
             with lock:
+                came += count
                 bar.update(count)
+                if not on_terminal and time.monotonic() - told > _SILENCE:
+                    told = time.monotonic()
+                    logger.info("%s of %s", _size(came), _size(whole))
 
         def done(file: RemoteFile, path: Path) -> None:
             nonlocal ready

@@ -235,6 +235,12 @@ def log_guardrails(name: str, flags: dict[str, Any], given: Collection[str]) -> 
     return False
 
 
+def guard_offload_flags(guarded: bool, upsampled: bool = False) -> tuple[str, ...]:
+    """Return the flags that keep in host memory what stands around a world, where it is there."""
+    there = {"offload_prompt_upsampler": upsampled, "offload_guardrail_models": guarded}
+    return tuple(flag for flag, runs in there.items() if runs)
+
+
 def log_bundled(name: str, given: Collection[str]) -> None:
     """Say what to expect of a bundled world, and which flags it has no use for."""
     from worldline.catalog import is_bundled
@@ -559,7 +565,9 @@ class _Progress:
         if step.kind != self.told:
             self.told = step.kind
             self._close()
-            if not sys.stderr.isatty():
+            if step.kind == "guardrail":  # the label may be words that it will refuse
+                logger.info("%s", _STAGES[step.kind])
+            elif not sys.stderr.isatty():
                 logger.info("%s: %s", self.label, _STAGES[step.kind].format(total=step.total))
             elif step.kind in _BARS:
                 unit, shape = _BARS[step.kind]
