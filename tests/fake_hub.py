@@ -28,6 +28,8 @@ class FakeHub:
         refused: repository -> status and error code for its files.
         small: files that are in git itself, with git's hash.
         asked: method, path and range of every request.
+        logins: what every request for a file said of a login.
+        files_at: address of another host that holds the files; "" is this one.
     """
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -38,6 +40,8 @@ class FakeHub:
     small: set[str] = field(default_factory=set)
     ranges: bool = True
     asked: list[tuple[str, str, str]] = field(default_factory=list)
+    logins: list[str | None] = field(default_factory=list)
+    files_at: str = ""
     address: str = ""
 
     def listing(self, repository: str) -> dict[str, Any]:
@@ -86,10 +90,13 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             repository, file = f"{owner}/{name}", "/".join(rest)
             with lock:
                 hub.asked.append((self.command, file, self.headers.get("Range", "")))
+                hub.logins.append(self.headers.get("Authorization"))
             if repository in hub.refused:
                 self.refuse(*hub.refused[repository])
             elif file not in hub.repositories.get(repository, {}):
                 self.refuse(404, "EntryNotFound")
+            elif self.command == "GET" and hub.files_at:
+                self.reply(b"", {"Location": hub.files_at + self.path}, 302)
             else:
                 self.serve(file, hub.repositories[repository][file], commit)
 

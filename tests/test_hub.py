@@ -174,3 +174,15 @@ def test_two_downloads_of_one_file(hub: FakeHub, tmp_path: Path) -> None:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(DownloadError, match="by another download"):
             fetch(file, tmp_path / "model.pt")
+
+
+def test_a_login_is_for_the_hub_alone(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    with serving(FakeHub(hub.repositories)) as other:
+        hub.files_at = other.address
+        fetch(find("model.pt"), tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").read_bytes() == CONTENT
+    assert hub.logins == ["Bearer hf_x"]
+    assert other.logins == [None]
