@@ -141,3 +141,6 @@ def test_advice_on_a_folder_that_is_not_there() -> None:
         "; did you mean Cosmos-Predict1-7B-Text2World?"
     )
     assert advice("my-own-model") == ""
+    own = "Cosmos-Predict1-4B-Base_post-trained"
+    assert "download" not in advice(own)
+    assert "post-training makes of" in advice("Cosmos-Predict1-4B_post-trained")

@@ -177,5 +177,7 @@ def test_what_goes_with_nothing(
 def test_an_unknown_name() -> None:
     with pytest.raises(InputError, match="did you mean Cosmos-Predict1-4B"):
         sources(["Cosmos-Predict1-4b"])
+    with pytest.raises(InputError, match="is not released"):
+        sources(["Cosmos-Predict1-4B_post-trained"])
     with pytest.raises(InputError, match="no model Cosmos-Predict1-4B/pre-trained"):
         sources(["Cosmos-Predict1-4B/pre-trained"])

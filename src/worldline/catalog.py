@@ -472,6 +472,8 @@ def advice(folder: str) -> str:
     if (entry := find(folder)) is not None:
         if not entry.command and entry.family.startswith(_WORLDS):
             return f"; this version does not run {entry.name}: see `worldline models`"
+        if "_post-trained" in folder:
+            return f"; it is what post-training makes of {entry.name}"
         runs = f", and `worldline {entry.command}` runs it" if entry.command else ""
         return f"; `worldline checkpoints download {folder}` fetches it{runs}"
     known = [name for entry in ENTRIES for name in entry.folders]

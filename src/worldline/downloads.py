@@ -215,10 +215,14 @@ def _look_up(model: str) -> tuple[str, Entry, str]:
     Raises:
         InputError: it is not known.
     """
-    name, _, variant = model.rpartition("/") if model.endswith(FLOW_VARIANTS) else (model, "", "")
+    name, variant = model, ""
+    if model.endswith(tuple(f"/{known}" for known in FLOW_VARIANTS)):
+        name, _, variant = model.rpartition("/")
     if variant and name in ("2B", "14B"):
         name = f"Cosmos-Predict2.5-{name}"
     entry = find(name) or find(name.removeprefix("nvidia/"))
+    if entry is not None and "_post-trained" in name:
+        raise InputError(f"{model} is not released: it is what post-training makes of {entry.name}")
     if entry is None or (variant and entry.family != "flow"):
         known = [*GROUPS, *(folder for each in ENTRIES for folder in each.folders)]
         close = get_close_matches(model, known, n=1, cutoff=0.6)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from worldline.errors import CheckpointError, Error
 from worldline.text.upsampler import (
@@ -74,6 +75,29 @@ def test_both_layouts_are_one_network(describes: bool, tmp_path: Path) -> None:
         one, two = (each.network(input_ids=ids, **seen).logits for each in (first, second))
     assert torch.equal(one, two)
     assert one.std() > 0
+
+
+def test_pixtral_as_it_is_published(tmp_path: Path) -> None:
+    """The repository was saved by an early transformers, whose modules had other names."""
+    words = len(write_tokenizer(tmp_path / "new", "x y z"))
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    network = image_network(words)
+    network.save_pretrained(tmp_path / "new")
+    shutil.copy(tmp_path / "new" / "config.json", tmp_path / "old")
+    names = {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.vision_tower.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        (new,) = (prefix for prefix in names if name.startswith(prefix))
+        tensors[names[new] + name.removeprefix(new)] = tensor
+    save_file(tensors, tmp_path / "old" / "model.safetensors", {"format": "pt"})
+    first, second = (load(tmp_path / name, describes=True) for name in ("new", "old"))
+    for one, two in zip(first.network.parameters(), second.network.parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_rows_in_halves_turn_as_neighbours_do() -> None:
