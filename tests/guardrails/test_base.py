@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from worldline.errors import CheckpointError, GuardrailRefusal, InputError
 from worldline.guardrails.base import Guardrails, Verdict, loading
@@ -91,3 +93,47 @@ def test_what_cannot_load_names_file_and_flag(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
     with pytest.raises(CheckpointError, match=r"absent.*--no-rails"), loading("x", "--no-rails"):
         absent.read_bytes()
+
+
+class Where:
+    """Tells on which device its network is while it looks; `meta` stands for a GPU."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.network = nn.Linear(2, 2)
+        self.networks = (self.network,)
+        self.seen: list[str] = []
+
+    def check(self, _: object) -> Verdict:
+        self.seen.append(self.network.weight.device.type)
+        return SAFE
+
+    def apply(self, frames: np.ndarray) -> tuple[np.ndarray, int]:
+        self.check(frames)
+        return frames, 0
+
+
+def test_networks_wait_in_host_memory() -> None:
+    guards = text, video, blur = Where("t"), Where("v"), Where("b")
+    chain = Guardrails([text], [video], [blur])
+    weights = [guard.network.weight.clone() for guard in guards]
+    assert not chain.offload
+    chain.wait_in_host_memory(torch.device("meta"))
+    assert chain.offload
+    request = chain.for_request()
+    request.check_prompt("x")
+    assert (text.seen, video.seen, blur.seen) == (["meta"], [], [])
+    request.check_video(FRAMES)
+    assert (text.seen, video.seen, blur.seen) == (["meta"], ["meta"], ["meta"])
+    for guard, weight in zip(guards, weights, strict=True):
+        assert torch.equal(guard.network.weight, weight)  # at home again
+    chain.wait_in_host_memory(torch.device("cpu"))
+    assert not chain.offload
+
+
+def test_requests_do_not_share_what_ran() -> None:
+    chain = Guardrails([Says("a", SAFE)])
+    first, second = chain.for_request(), chain.for_request()
+    first.check_prompt("x")
+    assert len(first.ran) == 1
+    assert second.ran == chain.ran == []
