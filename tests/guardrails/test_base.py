@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import nn
 
 from worldline.errors import CheckpointError, GuardrailRefusal, InputError
 from worldline.guardrails.base import Guardrails, Verdict, loading
+from worldline.parallel.offload import Part
 
 FRAMES = np.zeros((3, 8, 8, 3), np.uint8)
 
@@ -96,16 +99,17 @@ def test_what_cannot_load_names_file_and_flag(tmp_path: Path) -> None:
 
 
 class Where:
-    """Tells on which device its network is while it looks; `meta` stands for a GPU."""
+    """Tells whose networks are on the device while it looks."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, there: list[nn.Module]) -> None:
         self.name = name
         self.network = nn.Linear(2, 2)
         self.networks = (self.network,)
-        self.seen: list[str] = []
+        self.there = there
+        self.seen: list[list[nn.Module]] = []
 
     def check(self, _: object) -> Verdict:
-        self.seen.append(self.network.weight.device.type)
+        self.seen.append([*self.there])
         return SAFE
 
     def apply(self, frames: np.ndarray) -> tuple[np.ndarray, int]:
@@ -113,20 +117,27 @@ class Where:
         return frames, 0
 
 
-def test_networks_wait_in_host_memory() -> None:
-    guards = text, video, blur = Where("t"), Where("v"), Where("b")
+def test_networks_wait_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[nn.Module] = []
+
+    @contextmanager
+    def visiting(part: Part[nn.Module]) -> Iterator[nn.Module]:
+        there.append(part.module)
+        yield part.module
+        there.remove(part.module)
+
+    monkeypatch.setattr(Part, "on_device", visiting)
+    guards = text, video, blur = [Where(name, there) for name in "tvb"]
     chain = Guardrails([text], [video], [blur])
-    weights = [guard.network.weight.clone() for guard in guards]
     assert not chain.offload
-    chain.wait_in_host_memory(torch.device("meta"))
+    chain.wait_in_host_memory(torch.device("cuda"))
     assert chain.offload
     request = chain.for_request()
     request.check_prompt("x")
-    assert (text.seen, video.seen, blur.seen) == (["meta"], [], [])
+    assert [len(guard.seen) for guard in guards] == [1, 0, 0]
     request.check_video(FRAMES)
-    assert (text.seen, video.seen, blur.seen) == (["meta"], ["meta"], ["meta"])
-    for guard, weight in zip(guards, weights, strict=True):
-        assert torch.equal(guard.network.weight, weight)  # at home again
+    for guard in guards:
+        assert guard.seen == [[guard.network]]  # itself alone
     chain.wait_in_host_memory(torch.device("cpu"))
     assert not chain.offload
 
