@@ -12,6 +12,8 @@ A command prints the message as one line and exits with `exit_code`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class Error(Exception):
     """Base of all errors that a program may want to catch."""
@@ -42,10 +44,14 @@ class GuardrailRefusal(Error):
 
     Attributes:
         stage: the check that refused.
+        refusals: of inputs that were made in step, by their places; the others were made.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, stage: str) -> None:
+    def __init__(
+        self, message: str, stage: str, refusals: Mapping[int, GuardrailRefusal] | None = None
+    ) -> None:
         super().__init__(message)
         self.stage = stage
+        self.refusals = dict(refusals or {})

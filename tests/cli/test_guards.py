@@ -16,7 +16,7 @@ import worldline
 import worldline.loading
 from worldline.errors import GuardrailRefusal
 from worldline.guardrails import language
-from worldline.guardrails.base import VideoGuard
+from worldline.guardrails.base import Verdict, VideoGuard
 from worldline.guardrails.video_filter import VideoFilter
 from worldline.video.read import read_video
 
@@ -367,6 +367,28 @@ def test_a_batch_in_step_goes_on(
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     for name in "02":
         assert [guard for guard, _ in ran(report_of(tmp_path, name))] == ALL
+    assert "one by one" not in result.stderr
+    assert result.stderr.count("drawing") == (2 if at_once == 1 else 1)  # not for the refused one
+    assert "2/3: guardrail llama_guard_3 refused the prompt" in result.stderr
+
+
+def test_a_video_refused_in_step_is_not_made_again(
+    command: Command, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def check(_: VideoFilter, frames: np.ndarray) -> Verdict:
+        asked.append(len(frames))
+        return Verdict(len(asked) != 2, "", ("Violence",))
+
+    monkeypatch.setattr(VideoFilter, "check", check)
+    batch = tmp_path / "b.jsonl"
+    batch.write_text(f"{json.dumps({'visual_input': str(clip)})}\n" * 3)
+    words = [word for word in BASE if "input" not in word]
+    result = command(*words, "--batch_input_path", batch, "--batch_size", 3)
+    assert result.exit_code == 3, result.stderr
+    assert {path.name for path in (tmp_path / "out").glob("*.mp4")} == {"0.mp4", "2.mp4"}
+    assert len(asked) == 3
 
 
 # --- in Python

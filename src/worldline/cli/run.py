@@ -591,14 +591,21 @@ class _InStep:
         self.groups = [list(tasks[at : at + size]) for at in range(0, len(tasks), size)]
         self.begun = 0
         self.lines: dict[Path, str] = {}
+        self.refused: dict[Path, GuardrailRefusal] = {}
 
     def take(self, task: Task) -> str | None:
-        """Return the line of a task that was made with its group; None if it must be made alone."""
+        """Return the line of a task that was made with its group; None if it must be made alone.
+
+        Raises:
+            GuardrailRefusal: it was refused there.
+        """
         if self.groups and task is self.groups[0][0]:
             group = self.groups.pop(0)
             first, self.begun = self.begun + 1, self.begun + len(group)
             if len(group) > 1:
                 self._make(group, f"{first}-{self.begun}/{self.count} in step")
+        if task.output in self.refused:
+            raise self.refused[task.output]
         return self.lines.pop(task.output, None)
 
     def _make(self, group: list[Task], label: str) -> None:
@@ -613,6 +620,10 @@ class _InStep:
                     output = group[number].output
                     step.video.save(output)
                     self.lines[output] = describe_video(step.video, output)
+        except GuardrailRefusal as refusal:
+            for number, error in refusal.refusals.items():
+                self.refused[group[number].output] = error
+            return
         except Exception as error:
             if is_disk_full(error):
                 raise

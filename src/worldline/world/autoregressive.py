@@ -140,7 +140,7 @@ class AutoregressiveWorld(World):
     def _run(self, plans: Sequence[_Plan], shared: Recorder) -> Iterator[tuple[int, Step]]:
         """Yield which clip, and a step; what is refused does not stop the others."""
         checks = [self.safety.begin(plan.job.recorder) for plan in plans]
-        refusal: GuardrailRefusal | None = None
+        refusals: dict[int, GuardrailRefusal] = {}
         live: list[int] = []  # clips whose prompt is not refused
         for number, plan in enumerate(plans):
             prompt = plan.job.request.prompt
@@ -152,7 +152,7 @@ class AutoregressiveWorld(World):
                         yield number, Step("guardrail", 0, 1)
                         checks[number].prompt(prompt)
             except GuardrailRefusal as error:
-                refusal = refusal or error
+                refusals[number] = error
             else:
                 live.append(number)
         jobs = [plans[number].job for number in live]
@@ -169,7 +169,7 @@ class AutoregressiveWorld(World):
             try:
                 frames = checks[number].video(progress.frames)
             except GuardrailRefusal as error:
-                refusal = refusal or error
+                refusals[number] = error
                 continue
             recorder = shared if job.recorder is shared else shared.followed_by(job.recorder)
             report = self._report(job.request, recorder, source, progress.total, len(jobs))
@@ -177,8 +177,13 @@ class AutoregressiveWorld(World):
             video = Video(frames, FPS, report, job.request.prompt)
             done = Step("done", progress.total, progress.total, frames, video=video)
             yield number, done
-        if refusal is not None:
-            raise refusal
+        if not refusals:
+            return
+        first = next(iter(refusals.values()))
+        if len(plans) == 1:
+            raise first
+        count = f"{len(refusals)} of {len(plans)} inputs were refused"
+        raise GuardrailRefusal(f"{count}, the first so: {first}", first.stage, refusals)
 
     def _report(
         self,

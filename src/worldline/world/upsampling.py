@@ -24,12 +24,11 @@ from worldline.text.upsampler import (
     load_upsampler,
 )
 from worldline.video.read import Clip
+from worldline.world.safety import BUNDLED, DISABLED
 
 logger = logging.getLogger(__name__)
 
 FLAG = "--disable_prompt_upsampler (in Python disable_prompt_upsampler=True)"
-BUNDLED = "bundled worlds have none"
-DISABLED = "disabled by the user"
 _LENGTHENS = ("Cosmos-UpsamplePrompt1-12B-Text2World", "Cosmos-1.0-Prompt-Upsampler-12B-Text2World")
 _PIXTRAL = "mistral-community/pixtral-12b"
 _DESCRIBES = ("Pixtral-12B", _PIXTRAL)
