@@ -123,6 +123,8 @@ def test_text2world(offload: tuple[str, ...], command: Command, tmp_path: Path) 
     assert (tmp_path / "out" / "output.txt").read_text() == LONG
     stages = [stage["name"] for stage in report["run"]["stages"]]
     assert [name for name in stages if name != "read"][:2] == ["guardrail", "upsample"]
+    loaded = [stage["name"] for stage in report["load"]["stages"]]
+    assert loaded == ["load guardrails", "load prompt upsampler", "load"]
     assert f"guardrails: {', '.join(ALL)}" in result.stderr
 
 

@@ -195,7 +195,7 @@ def load_guards(
     Raises:
         CheckpointError: one of them cannot load.
     """
-    chosen = choose_device(device)
+    recorder = Recorder(choose_device(device))
     folder = None if prompt_upsampler_dir is None else Path(prompt_upsampler_dir)
     try:
         safety = load_safety(
@@ -203,7 +203,7 @@ def load_guards(
             Path(checkpoint_dir),
             disable_guardrail,
             guardrail_dir=None if guardrail_dir is None else Path(guardrail_dir),
-            device=chosen,
+            recorder=recorder,
             offload=offload_guardrail_models,
         )
     except CheckpointError as error:
@@ -223,7 +223,7 @@ def load_guards(
         disable_prompt_upsampler,
         folder=folder,
         word_limit=word_limit_to_skip_upsampler,
-        device=chosen,
+        recorder=recorder,
         offload=offload_prompt_upsampler,
     )
     return safety, upsampling
@@ -281,6 +281,8 @@ def load_files(
     chosen = choose_device(device)
     identity = files.identity()
     recorder = Recorder(chosen)
+    if safety is not None and safety.loading is not None:
+        recorder = safety.loading.followed_by(recorder)
     dtype = dtype or compute_dtype(chosen)
     name = f"{BUNDLED_PREFIX if files.bundled else ''}{files.folder.name}"
     if isinstance(files, AutoregressiveFiles):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from worldline.errors import CheckpointError
@@ -32,6 +31,7 @@ class Safety:
         guardrails: None where none run.
         release: whose chain they are; None where none run.
         why_off: why none run; None where they do.
+        loading: seconds and memory that loading took, of the prompt upsampler too.
     """
 
     def __init__(
@@ -39,7 +39,9 @@ class Safety:
         guardrails: Guardrails | None = None,
         release: str | None = None,
         why_off: str | None = None,
+        loading: Recorder | None = None,
     ) -> None:
+        self.loading = loading
         self.guardrails = guardrails
         self.release = release
         self.why_off = why_off
@@ -134,7 +136,7 @@ def load_safety(
     disable: bool | None,
     *,
     guardrail_dir: str | Path | None,
-    device: torch.device,
+    recorder: Recorder,
     offload: bool,
 ) -> Safety:
     """Load the guardrails of a world; before its own weights, so that nothing runs without them.
@@ -144,7 +146,7 @@ def load_safety(
         checkpoint_dir: holds the folders.
         disable: of `guardrail_release`.
         guardrail_dir: the folder of `blocklist` and others, if it is none of the released places.
-        device: where the networks run.
+        recorder: of the device where the networks run; is told seconds and memory.
         offload: keep them in host memory while they do not look.
 
     Raises:
@@ -155,31 +157,32 @@ def load_safety(
     if release is None:
         if disable is None:
             logger.info("no guardrail checks prompt or video: %s", BUNDLED)
-            return Safety(why_off=BUNDLED)
+            return Safety(why_off=BUNDLED, loading=recorder)
         if not files.bundled:
             logger.info(
                 "the guardrails are off: by the NVIDIA Open Model License, the rights to the "
                 "released weights end where a guardrail is bypassed without a similar one that "
                 "fits the use"
             )
-        return Safety(why_off=DISABLED)
+        return Safety(why_off=DISABLED, loading=recorder)
     roots = (Path(checkpoint_dir), files.folder.parent)
     root = next((each for each in roots if _has_guardrails(each)), roots[0])
     takes_prompts = not isinstance(files, AutoregressiveFiles) or (
         files.config.context_width is not None
     )
-    guardrails = load_guardrails(
-        release,
-        root,
-        flag=FLAG,
-        guardrail_dir=None if guardrail_dir is None else Path(guardrail_dir),
-        device=device,
-        text=takes_prompts,
-        offload=offload,
-    )
+    with recorder.stage("load guardrails"):
+        guardrails = load_guardrails(
+            release,
+            root,
+            flag=FLAG,
+            guardrail_dir=None if guardrail_dir is None else Path(guardrail_dir),
+            device=recorder.device,
+            text=takes_prompts,
+            offload=offload,
+        )
     names = (guard.name for guard in (*guardrails.text, *guardrails.video, *guardrails.filters))
     logger.info("guardrails: %s", ", ".join(names))
-    return Safety(guardrails, release)
+    return Safety(guardrails, release, loading=recorder)
 
 
 def _has_guardrails(root: Path) -> bool:

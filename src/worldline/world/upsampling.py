@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from worldline.errors import CheckpointError
@@ -125,7 +124,7 @@ def load_upsampling(
     *,
     folder: str | Path | None,
     word_limit: int,
-    device: torch.device,
+    recorder: Recorder,
     offload: bool,
 ) -> Upsampling:
     """Load the prompt upsampler of a world; before its own weights.
@@ -136,7 +135,7 @@ def load_upsampling(
         disable: True does without, False insists, None is as released: bundled worlds have none.
         folder: another one, by a name below a root or a path.
         word_limit: of `Upsampling`.
-        device: where it runs.
+        recorder: of the device where it runs; is told seconds and memory.
         offload: keep it in host memory while it is not used.
 
     Raises:
@@ -147,7 +146,8 @@ def load_upsampling(
         return Upsampling(why_off=BUNDLED if disable is None else DISABLED)
     describes = files.config.condition_mask
     found = find_upsampler(files, place, folder)
-    with _advising(files):
+    device = recorder.device
+    with _advising(files), recorder.stage("load prompt upsampler"):
         logger.info("reading %s", found)
         upsampler = load_upsampler(
             found,
