@@ -18,10 +18,10 @@ LAYERS = (
     ("world",),
     ("pipelines", "train", "evaluate"),
     ("loading",),
-    ("places",),
+    ("places", "downloads"),
     ("catalog",),
-    ("models", "text", "tokenizers"),
-    ("nn", "sampling", "weights", "parallel", "video", "physics", "report"),
+    ("models", "text", "tokenizers", "guardrails"),
+    ("nn", "sampling", "weights", "parallel", "video", "physics", "report", "hub"),
     ("shapes", "files", "machine", "choices"),
     ("errors",),
 )

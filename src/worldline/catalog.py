@@ -204,6 +204,7 @@ def find_flow_model(name: str) -> FlowModel | None:
 
 
 _GUARDRAIL = "Cosmos-Guardrail1"
+_PROMPT_GUARDRAIL = "Llama-Guard-3-8B"
 _DISCRETE = "Cosmos-Tokenize1-DV8x16x16-720p"
 _CONTINUOUS = "Cosmos-Tokenize1-CV8x8x8-720p"
 DECODERS: dict[Generation, str] = {
@@ -230,7 +231,10 @@ def _autoregressive(
         layouts=_TRANSFORMER_LAYOUTS,
         parameters=parameters,
         preset=size,
-        needs=(_DISCRETE, _DECODER, _CONTINUOUS, _GUARDRAIL, *(() if base else (_T5,))),
+        needs=(
+            *(_DISCRETE, _DECODER, _CONTINUOUS, _GUARDRAIL),
+            *(() if base else (_T5, _PROMPT_GUARDRAIL)),
+        ),
         command=f"autoregressive {'base' if base else 'video2world'}",
         failure_rates=failure_rates,
     )
@@ -270,7 +274,7 @@ def _diffusion(size: str, kind: str, parameters: int, nbytes: int, md5: str) -> 
         layouts=_DIFFUSION_LAYOUTS,
         parameters=parameters,
         preset=f"{size}-{kind}",
-        needs=(_CONTINUOUS, _T5, upsampler, _GUARDRAIL),
+        needs=(_CONTINUOUS, _T5, upsampler, _GUARDRAIL, _PROMPT_GUARDRAIL),
         command=f"diffusion {kind.lower()}",
     )
 
@@ -283,7 +287,7 @@ def _sample(kind: str, md5: str = "") -> Entry:
         folders=(name,),
         files=(File("model.pt", md5=md5),),
         layouts=_DIFFUSION_LAYOUTS,
-        needs=(_CONTINUOUS, _T5, _GUARDRAIL),
+        needs=(_CONTINUOUS, _T5, _GUARDRAIL, _PROMPT_GUARDRAIL),
     )
 
 
@@ -302,7 +306,7 @@ def _flow(size: str, parameters: int, nbytes: int) -> Entry:
         ),
         parameters=parameters,
         preset=size,
-        needs=("Cosmos-Reason1-7B", _GUARDRAIL, "Llama-Guard-3-8B"),
+        needs=("Cosmos-Reason1-7B", _GUARDRAIL, "Qwen3Guard-Gen-0.6B"),
         command="predict2.5",
     )
 
@@ -468,7 +472,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
     ),
     _other(
-        "Llama-Guard-3-8B",
+        _PROMPT_GUARDRAIL,
         "guardrail",
         ("meta-llama/Llama-Guard-3-8B",),
         (),
@@ -476,17 +480,27 @@ ENTRIES: tuple[Entry, ...] = (
         (("*.safetensors", "config.json"),),
     ),
     _other(
+        "Qwen3Guard-Gen-0.6B",
+        "guardrail",
+        ("Qwen/Qwen3Guard-Gen-0.6B",),
+        (),
+        APACHE_LICENCE,
+        (("*.safetensors", "config.json"),),
+    ),
+    _other(
         "Cosmos-UpsamplePrompt1-12B-Text2World",
         "prompt upsampler",
         ("Cosmos-UpsamplePrompt1-12B-Text2World", "Cosmos-1.0-Prompt-Upsampler-12B-Text2World"),
         (File("model.pt", md5="52d7a6b8b1ac44d856b4c1ea3f8c8c74"),),
+        layouts=(("model.pt",), ("*.safetensors", "config.json")),
     ),
     _other(
         "Pixtral-12B",
         "prompt upsampler",
-        ("Pixtral-12B",),
+        ("Pixtral-12B", "mistral-community/pixtral-12b"),
         (File("model.pt"), File("config.json")),
         APACHE_LICENCE,
+        (("model.pt", "config.json"), ("*.safetensors", "config.json")),
     ),
     _other(
         _T5,
@@ -507,23 +521,25 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def find(folder: str) -> Entry | None:
-    """Return the entry whose folder has this name, of any generation; None if it is unknown.
+    """Return the entry of this name, or whose folder has it, of any generation; None for none.
 
     A post-trained model, such as "…_post-trained" or "…_post-trained-4gpu_80gb", is an instance of
     the one that it was made from.
     """
     released = folder.partition("_post-trained")[0]
-    return next((entry for entry in ENTRIES if {folder, released} & {*entry.folders}), None)
+    asked = {folder, released}
+    return next((e for e in ENTRIES if asked & {e.name, *e.folders}), None)
 
 
 def advice(folder: str) -> str:
     """Return what to tell someone who names a folder that is not there; "" for nothing."""
     if (entry := find(folder)) is not None:
-        if entry.command:
-            return f"; download {entry.name} there: `worldline {entry.command}` runs it"
-        if entry.family.startswith(_WORLDS):
+        if not entry.command and entry.family.startswith(_WORLDS):
             return f"; this version does not run {entry.name}: see `worldline models`"
-        return f"; download {entry.name} there"
+        if "_post-trained" in folder:
+            return f"; it is what post-training makes of {entry.name}"
+        runs = f", and `worldline {entry.command}` runs it" if entry.command else ""
+        return f"; `worldline checkpoints download {folder}` fetches it{runs}"
     known = [name for entry in ENTRIES for name in entry.folders]
     if close := get_close_matches(folder, known, n=1, cutoff=0.8):
         return f"; did you mean {close[0]}?"
@@ -535,39 +551,18 @@ def is_bundled(name: str) -> bool:
     return name.startswith(BUNDLED_PREFIX)
 
 
-def check_parts(
-    bundled: bool,
-    disable_guardrail: bool | None = True,
-    disable_guardrails: bool | None = True,
-    disable_prompt_upsampler: bool | None = True,
-) -> None:
-    """Refuse a request for parts that do not exist, by the flags that do without.
+def check_parts(bundled: bool, disable_guardrails: bool | None) -> None:
+    """Refuse a request of Predict2.5 for guardrails, which this version does not run there.
 
     Args:
-        bundled: whether the model ships with the package; such a model runs without the parts.
-        disable_guardrail: True does without, False insists, None is as released.
-        disable_guardrails: likewise, by the name that it has for Predict2.5.
-        disable_prompt_upsampler: likewise. Left out where the family has no such part.
+        bundled: whether the model ships with the package; such a model runs without.
+        disable_guardrails: True does without, False insists, None is as released.
 
     Raises:
-        InputError: the model is to run with one of these parts.
+        InputError: the model is to run with guardrails.
     """
-    wanted = {
-        "disable_prompt_upsampler": ("prompt upsampler", disable_prompt_upsampler),
-        "disable_guardrail": ("guardrail", disable_guardrail),
-        "disable_guardrails": ("guardrails", disable_guardrails),
-    }
-    missing = {
-        flag: part
-        for flag, (part, disabled) in wanted.items()
-        if (not bundled if disabled is None else not disabled)
-    }
-    if not missing:
-        return
-    plural = len(missing) > 1 or "disable_guardrails" in missing
-    raise InputError(
-        f"the released model runs with its {' and '.join(missing.values())}, which this version "
-        f"does not have; run without {'them' if plural else 'it'}: "
-        f"{' '.join(f'--{flag}' for flag in missing)} "
-        f"(in Python {', '.join(f'{flag}=True' for flag in missing)})"
-    )
+    if not bundled if disable_guardrails is None else not disable_guardrails:
+        raise InputError(
+            "the released model runs with its guardrails, which this version does not have; run "
+            "without them: --disable_guardrails (in Python disable_guardrails=True)"
+        )

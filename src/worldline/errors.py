@@ -4,12 +4,15 @@
     ├── InputError               2: the caller's words or files are wrong (also a ValueError)
     │   ├── CheckpointError      2: weights are absent, damaged, or of another model
     │   └── InsufficientMemoryError  2: the request cannot fit on the device
+    ├── DownloadError            1: a released file cannot be fetched
     └── GuardrailRefusal         3: a guardrail refused the prompt or the video
 
 A command prints the message as one line and exits with `exit_code`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class Error(Exception):
@@ -32,15 +35,23 @@ class InsufficientMemoryError(InputError):
     """The device has less memory than the request needs."""
 
 
+class DownloadError(Error):
+    """A released file cannot be fetched: no such repository, no access, no connection, damage."""
+
+
 class GuardrailRefusal(Error):
     """A guardrail refused; `stage` names where ("prompt" or "video"), never the words.
 
     Attributes:
         stage: the check that refused.
+        refusals: of inputs that were made in step, by their places; the others were made.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, stage: str) -> None:
+    def __init__(
+        self, message: str, stage: str, refusals: Mapping[int, GuardrailRefusal] | None = None
+    ) -> None:
         super().__init__(message)
         self.stage = stage
+        self.refusals = dict(refusals or {})

@@ -76,7 +76,7 @@ def test_diffusion_worlds(run: Run, bundled_diffusion: object, diffusion_worlds:
     assert rows["Cosmos-Predict1-14B-Video2World"]["memory"] > row["memory"]
     assert rows["Cosmos-Tokenize1-CV8x8x8-720p"]["command"] == "tokenize"
     assert rows["google-t5/t5-11b"]["runs_here"] == "as a part"
-    assert rows["Pixtral-12B"]["runs_here"] == "not in this version"
+    assert rows["Pixtral-12B"]["runs_here"] == "as a part"
 
 
 def test_no_checkpoint_folder(run: Run) -> None:

@@ -32,7 +32,11 @@ RELEASED = (*TEXT2WORLD, *WITHOUT_UPSAMPLER, "--prompt", "x")
 # told
 REFUSED: dict[tuple[str, ...], str] = {
     TEXT2WORLD: "no prompt",
-    (*TEXT2WORLD, "--prompt", "x"): "run without them: --disable_prompt_upsampler",
+    (*TEXT2WORLD, "--prompt", "x"): "no checkpoint folder checkpoints",
+    (*VIDEO2WORLD[:2], "--input_image_or_video_path", "clip.mp4"): "no checkpoint folder",
+    (*TEXT2WORLD, *TINY, "--guardrail_dir", ""): "--guardrail_dir is empty",
+    ("checkpoints", "download"): "nothing is named",
+    ("checkpoints", "download", "Cosmos-Predict1-4C"): "did you mean",
     (*TEXT2WORLD, "--prompt", ""): "--prompt is empty",
     (*TEXT2WORLD, *TINY, "--steps", "3"): "--steps",
     (*TEXT2WORLD, *TINY, "--sampler", "heun"): "'heun' is not one of",

@@ -40,6 +40,7 @@ KEPT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "t5_tiny": ((), ()),
+    "guardrail_llm_decisions": ((), ()),
 }
 
 
@@ -49,14 +50,15 @@ def main(source: Path) -> None:
         shutil.copytree(
             source / kind, TARGET / kind, ignore=shutil.ignore_patterns(*files, "io.safetensors")
         )
-        kept = {
-            name: tensor
-            for name, tensor in load_file(source / kind / "io.safetensors").items()
-            if not any(fnmatchcase(name, pattern) for pattern in tensors)
-        }
-        save_file(kept, TARGET / kind / "io.safetensors")
         spec = json.loads((source / kind / "case.json").read_text())
-        spec["tensors"] = {n: line for n, line in spec["tensors"].items() if n in kept}
+        if (source / kind / "io.safetensors").exists():
+            kept = {
+                name: tensor
+                for name, tensor in load_file(source / kind / "io.safetensors").items()
+                if not any(fnmatchcase(name, pattern) for pattern in tensors)
+            }
+            save_file(kept, TARGET / kind / "io.safetensors")
+            spec["tensors"] = {n: line for n, line in spec["tensors"].items() if n in kept}
         if "loads" in spec:
             spec["loads"] = [
                 load

@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _INPUTS = ("input_image_or_video_path", "batch_input_path", "input_prompts_path")
-_PATHS = ("ar_model_dir", "text_encoder_dir", "prompt_embeddings")
+_PATHS = ("ar_model_dir", "text_encoder_dir", "prompt_embeddings", "guardrail_dir")
 _WITHOUT_EFFECT = {
-    "offload_guardrail_models": "no guardrail runs",
     "offload_prompt_upsampler": "autoregressive models have no prompt upsampler",
 }
 _WITHOUT_DECODER = dict.fromkeys(
@@ -47,7 +46,7 @@ def _read_batch_size(_: click.Context, __: click.Parameter, value: str) -> int |
     return int(value)
 
 
-def _options(model: str, likely: str) -> run.Option:
+def _options(model: str, likely: str, checked: str) -> run.Option:
     """Return what adds the options that both commands have."""
     options: tuple[run.Option, ...] = (
         click.option(
@@ -130,11 +129,8 @@ def _options(model: str, likely: str) -> run.Option:
             help="How many inputs of a batch are drawn in step, each as it would be alone; auto: "
             "as many as fit into the memory, where that saves time.",
         ),
-        click.option(
-            "--disable_guardrail", is_flag=True, help=f"Do not check the video.  {run.NEEDED_HELP}"
-        ),
         *(run.offload_option(name) for name in AUTOREGRESSIVE_OFFLOAD_FLAGS if name != _OF_TEXT),
-        click.option("--offload_guardrail_models", is_flag=True, help=run.NONE_RUNS_HELP),
+        *run.guardrail_options(checked),
         click.option(
             "--offload_prompt_upsampler",
             is_flag=True,
@@ -167,7 +163,7 @@ def autoregressive() -> None:
     help='Many inputs: a JSONL with a "visual_input" a line, or a folder of media.',
 )
 @click.option("--input_prompts_path", help="Another name of --batch_input_path.")
-@_options("Cosmos-Predict1-4B", "made for 4B, use 0.9 for 12B")
+@_options("Cosmos-Predict1-4B", "made for 4B, use 0.9 for 12B", "the video")
 @click.pass_context
 def base(context: click.Context, /, **flags: Any) -> None:
     """Continue videos or images to 33 frames in all, or more, without a prompt.
@@ -200,7 +196,11 @@ def base(context: click.Context, /, **flags: Any) -> None:
     "--batch_input_path", help="Many inputs: a JSONL with a visual_input and a prompt a line."
 )
 @click.option("--input_prompts_path", help="Another name of --batch_input_path.")
-@_options("Cosmos-Predict1-5B-Video2World", "the released examples use 0.7 for 5B, 0.8 for 13B")
+@_options(
+    "Cosmos-Predict1-5B-Video2World",
+    "the released examples use 0.7 for 5B, 0.8 for 13B",
+    "prompt and video",
+)
 @click.option(
     "--text_encoder_dir",
     help="T5: folder below --checkpoint_dir, or a path.  [default: google-t5/t5-11b]",
@@ -253,7 +253,6 @@ def _make_videos(context: click.Context, flags: dict[str, Any], fields: Fields, 
     run.refuse_absent(flags, "prompt_embeddings")
     if batch and flags["prompt"] is not None:
         raise InputError(f"--prompt and --{source} exclude each other: the lines hold the prompts")
-    _refuse_missing_parts(flags)
     if batch:
         items = read_batch(flags[source], fields)
     else:
@@ -273,14 +272,6 @@ def _make_videos(context: click.Context, flags: dict[str, Any], fields: Fields, 
     ]
     if left := run.left_to_do(tasks, flags, files.identity):
         _run(left, files, flags, kind, batch=batch)
-
-
-def _refuse_missing_parts(flags: dict[str, Any]) -> None:
-    from worldline.catalog import check_parts, is_bundled
-
-    check_parts(
-        is_bundled(flags["ar_model_dir"]), disable_guardrail=flags["disable_guardrail"] or None
-    )
 
 
 def _make_request(item: Item, flags: dict[str, Any], kind: str) -> AutoregressiveRequest:
@@ -312,6 +303,7 @@ def _log_notes(
     from worldline.catalog import find
 
     run.log_bundled(flags["ar_model_dir"], given)
+    run.log_guardrails(flags["ar_model_dir"], flags, given)
     run.log_without_effect(given, _WITHOUT_EFFECT)
     if not _decodes(flags):
         run.log_without_effect(given, _WITHOUT_DECODER)
@@ -398,14 +390,19 @@ def _files_of(item: Item, flags: dict[str, Any], fields: Fields) -> dict[str, Pa
 
 
 def _resolve(files: AutoregressiveFiles, flags: dict[str, Any]) -> dict[str, Any]:
-    """Return what a report says of what the device decides."""
+    """Return what a report says of what the device and the guardrails decide."""
     from worldline.loading import choose_device, compute_dtype, text_dtype
+    from worldline.world.safety import guardrail_release
 
     dtype = compute_dtype(choose_device(flags["device"]))
     text = None
     if files.text is not None:
         text = flags["text_encoder_dtype"] or str(text_dtype(dtype)).removeprefix("torch.")
-    return {"dtype": str(dtype).removeprefix("torch."), "text_encoder_dtype": text}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "text_encoder_dtype": text,
+        "guardrail": guardrail_release(files, flags["disable_guardrail"] or None),
+    }
 
 
 def _run(
@@ -419,7 +416,7 @@ def _run(
     import torch
 
     from worldline.loading import choose_device, clips_at_once, compute_dtype, text_dtype
-    from worldline.world import load_files
+    from worldline.world import load_files, load_guards
     from worldline.world.autoregressive import AutoregressiveWorld
 
     embeddings = flags["prompt_embeddings"]
@@ -444,8 +441,18 @@ def _run(
         )
 
     def load() -> World:
+        safety, _ = load_guards(
+            files,
+            flags["ar_model_dir"],
+            flags["checkpoint_dir"],
+            device=flags["device"],
+            disable_guardrail=flags["disable_guardrail"] or None,
+            guardrail_dir=flags["guardrail_dir"],
+            offload_guardrail_models=flags["offload_guardrail_models"],
+        )
         return load_files(
             files,
+            safety=safety,
             device=flags["device"],
             text_encoder_dtype=flags["text_encoder_dtype"],
             text=embeddings is None,
@@ -468,12 +475,13 @@ def _run(
             **shared,
         )
 
+    guarded = not (files.bundled or flags["disable_guardrail"])
     run.run_tasks(
         tasks,
         load,
         stream,
         flags,
-        files.offload_flags,
+        (*files.offload_flags, *run.guard_offload_flags(guarded)),
         batch=batch,
         at_once=at_once,
         stream_group=stream_group,

@@ -48,6 +48,8 @@ def run_each(
                 raise
             refused += isinstance(error, GuardrailRefusal)
             failed += not isinstance(error, GuardrailRefusal)
+            if isinstance(error, GuardrailRefusal):
+                label = f"{position + 1}/{len(tasks)}"  # a name may be words of the prompt
             logger.error("%s: %s", label, one_line(error))
             logger.debug("%s", traceback.format_exc())
         else:

@@ -1,4 +1,4 @@
-"""`worldline checkpoints inspect`: what a file or a folder of weights is."""
+"""`worldline checkpoints`: what a file or a folder of weights is; released ones from the hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from worldline.cli.download import download
 from worldline.errors import CheckpointError
 from worldline.files import GIGABYTE
 
@@ -21,7 +22,10 @@ _SHOWN = 3
 
 @click.group()
 def checkpoints() -> None:
-    """Look into checkpoints."""
+    """Fetch checkpoints, and look into them."""
+
+
+checkpoints.add_command(download)
 
 
 @checkpoints.command()

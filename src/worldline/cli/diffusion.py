@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -37,13 +38,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WITHOUT_EFFECT = {
-    "offload_guardrail_models": "no guardrail runs",
-    "offload_prompt_upsampler": "no prompt upsampler runs",
-    "prompt_upsampler_dir": "no prompt upsampler runs",
-    "word_limit_to_skip_upsampler": "no prompt upsampler runs",
-}
-_PATHS = ("diffusion_transformer_dir", "tokenizer_dir", "text_encoder_dir", "prompt_embeddings")
+_OF_UPSAMPLER = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
+_PATHS = (
+    *("diffusion_transformer_dir", "tokenizer_dir", "text_encoder_dir", "prompt_embeddings"),
+    *("prompt_upsampler_dir", "guardrail_dir"),
+)
 _GIF_FPS = 100  # its delays are whole 1/100 s
 # what a world's own configuration decides unless the command line does
 _OWN = ("num_steps", "guidance", "num_video_frames", "height", "width", "fps", "negative_prompt")
@@ -68,7 +67,7 @@ def _bundled_settings() -> tuple[dict[str, Any], ...]:
     return tuple(found)
 
 
-def _options(model: str, upsampler: str) -> run.Option:
+def _options(model: str, upsampler: str, told: str, without: str) -> run.Option:
     """Return what adds the options that both commands have."""
     options: tuple[run.Option, ...] = (
         click.option(
@@ -94,8 +93,13 @@ def _options(model: str, upsampler: str) -> run.Option:
             "--text_encoder_dir",
             help="T5: folder below --checkpoint_dir, or a path.  [default: google-t5/t5-11b]",
         ),
-        click.option("--prompt_upsampler_dir", default=upsampler, help=run.NONE_RUNS_HELP),
-        click.option("--prompt", help="What the video shows, in a paragraph."),
+        click.option(
+            "--prompt_upsampler_dir",
+            default=upsampler,
+            help=f"Folder below --checkpoint_dir, or a path.  [default: {upsampler}; of a 1.0 "
+            "model the one of its name]",
+        ),
+        click.option("--prompt", help=told),
         click.option(
             "--negative_prompt",
             default=NEGATIVE_PROMPT,
@@ -183,16 +187,11 @@ def _options(model: str, upsampler: str) -> run.Option:
         click.option(
             "--disable_prompt_upsampler",
             is_flag=True,
-            help=f"Use the prompt as it is.  {run.NEEDED_HELP}",
-        ),
-        click.option(
-            "--disable_guardrail",
-            is_flag=True,
-            help=f"Check neither prompt nor video.  {run.NEEDED_HELP}",
+            help=f"{without} Bundled models have no upsampler.",
         ),
         *map(run.offload_option, DIFFUSION_OFFLOAD_FLAGS),
-        click.option("--offload_prompt_upsampler", is_flag=True, help=run.NONE_RUNS_HELP),
-        click.option("--offload_guardrail_models", is_flag=True, help=run.NONE_RUNS_HELP),
+        run.offload_option("offload_prompt_upsampler"),
+        *run.guardrail_options("prompt and video"),
         *run.machine_options(),
     )
     return run.with_options(options)
@@ -208,8 +207,19 @@ def diffusion() -> None:
 
 @diffusion.command()
 @click.option("--batch_input_path", help='Many prompts: a JSONL with a "prompt" a line.')
-@_options("Cosmos-Predict1-7B-Text2World", "Cosmos-UpsamplePrompt1-12B-Text2World")
-@click.option("--word_limit_to_skip_upsampler", type=int, default=250, help=run.NONE_RUNS_HELP)
+@_options(
+    "Cosmos-Predict1-7B-Text2World",
+    "Cosmos-UpsamplePrompt1-12B-Text2World",
+    "What the video shows; the prompt upsampler makes a paragraph of it.",
+    "Use the prompt as it is.",
+)
+@click.option(
+    "--word_limit_to_skip_upsampler",
+    type=int,
+    default=250,
+    show_default=True,
+    help="Prompts of more words are used as they are.",
+)
 @click.option("--input_image_or_video_path", hidden=True)
 @click.pass_context
 def text2world(context: click.Context, /, **flags: Any) -> None:
@@ -264,7 +274,12 @@ def text2world(context: click.Context, /, **flags: Any) -> None:
     show_default=True,
     help="How many of the input's last frames are continued; an image has 1.",
 )
-@_options("Cosmos-Predict1-7B-Video2World", "Pixtral-12B")
+@_options(
+    "Cosmos-Predict1-7B-Video2World",
+    "Pixtral-12B",
+    "What the video shows, in a paragraph; without it the prompt upsampler describes the input.",
+    "Write no prompt: each input needs its own.",
+)
 @click.option(
     "--reinsertion",
     type=click.Choice(get_args(Reinsertion)),
@@ -297,7 +312,7 @@ def video2world(context: click.Context, /, **flags: Any) -> None:
     fields = Fields(
         "either",
         flags["num_input_frames"],
-        prompt="required" if flags["prompt_embeddings"] is None else "optional",
+        prompt="optional" if flags["prompt_embeddings"] or _upsamples(flags) else "required",
         model="Video2World model",
         example="assets/diffusion/batch_inputs/video2world_wo_ps.jsonl",
     )
@@ -322,19 +337,20 @@ def _make_videos(
     run.refuse_empty(flags, _PATHS)
     embeddings = flags["prompt_embeddings"]
     run.refuse_absent(flags, "prompt_embeddings")
-    _refuse_missing_parts(flags)
     if batch:
         items = read_batch(flags["batch_input_path"], fields)
     else:
         items = [read_single(path, fields, flags["prompt"])]
     options = [_options_of(item, flags, num_input_frames) for item in items]
     _check_words(options)
-    _log_notes(items, flags, given, batch=batch)
+    _log_notes(items, flags, given, fields, batch=batch)
     read = [Path(name) for name in (flags["batch_input_path"], embeddings) if name]
     outputs = run.choose_outputs(items, flags, batch=batch, read=read)
     files = _find_files(flags, given)
     requests = _make_requests(options, files, given)
-    _check(files, requests, embeddings)
+    # a prompt that will be written stands in for none
+    written = [replace(r, prompt="…") if _upsampled(r, flags) else r for r in requests]
+    _check(files, written, embeddings)
     _check_rates(requests, outputs)
     tasks = [
         run.Task(
@@ -348,15 +364,26 @@ def _make_videos(
         for item, request, output in zip(items, requests, outputs, strict=True)
     ]
     if left := run.left_to_do(tasks, flags, files.identity):
-        _run(left, files, flags, batch=batch)
+        _run(left, files, flags, given, batch=batch)
 
 
-def _refuse_missing_parts(flags: dict[str, Any]) -> None:
-    from worldline.catalog import check_parts, is_bundled
+def _upsamples(flags: dict[str, Any]) -> bool:
+    """Tell whether prompts are to be written or made longer, where one needs it."""
+    from worldline.catalog import is_bundled
 
-    names = ("disable_prompt_upsampler", "disable_guardrail")
-    check_parts(
-        is_bundled(flags["diffusion_transformer_dir"]), **{n: flags[n] or None for n in names}
+    bundled = is_bundled(flags["diffusion_transformer_dir"])
+    return not (bundled or flags["disable_prompt_upsampler"])
+
+
+def _upsampled(request: DiffusionRequest, flags: dict[str, Any]) -> bool:
+    """Tell whether the upsampler writes the prompt of this request."""
+    from worldline.world.upsampling import applies
+
+    return _upsamples(flags) and applies(
+        request.prompt,
+        describes=bool(request.num_input_frames),
+        embedded=flags["prompt_embeddings"] is not None,
+        word_limit=flags.get("word_limit_to_skip_upsampler", 0),
     )
 
 
@@ -391,11 +418,15 @@ def _make_requests(
 
 
 def _log_notes(
-    items: Sequence[Item], flags: dict[str, Any], given: set[str], *, batch: bool
+    items: Sequence[Item], flags: dict[str, Any], given: set[str], fields: Fields, *, batch: bool
 ) -> None:
     """Say what was asked for and has no effect, and what to expect of the model."""
     run.log_bundled(flags["diffusion_transformer_dir"], given)
-    run.log_without_effect(given, _WITHOUT_EFFECT)
+    run.log_guardrails(flags["diffusion_transformer_dir"], flags, given)
+    if not _upsamples(flags):
+        run.log_without_effect(given, dict.fromkeys(_OF_UPSAMPLER, "no prompt upsampler runs"))
+    elif fields.visual and any(item.prompt is not None for item in items):
+        logger.info("prompts are used as they are: the prompt upsampler writes those that lack")
     if batch:
         run.log_without_effect(given, run.NUMBERED)
     if flags["guidance"] == 0:
@@ -412,7 +443,10 @@ def _find_files(flags: dict[str, Any], given: set[str]) -> DiffusionFiles:
 
     # told before torch is imported
     place = find_place(flags["diffusion_transformer_dir"], flags["checkpoint_dir"])
-    for name in ("tokenizer_dir", "text_encoder_dir"):
+    named = ["tokenizer_dir", "text_encoder_dir"]
+    if _upsamples(flags):
+        named.append("prompt_upsampler_dir")
+    for name in named:
         if name in given:
             place.chosen(flags[name], name)
     from worldline.loading import open_diffusion
@@ -474,6 +508,7 @@ def _resolve(
     """Return what a report says of what requests leave to the world and to the device."""
     from worldline.loading import choose_device, compute_dtype, text_dtype
     from worldline.pipelines.diffusion import rotary_precision_of, sampler_of
+    from worldline.world.safety import guardrail_release
 
     dtype = compute_dtype(choose_device(flags["device"]))
     text = None
@@ -485,25 +520,51 @@ def _resolve(
         "rotary_precision": rotary_precision_of(files, request),
         "dtype": str(dtype).removeprefix("torch."),
         "text_encoder_dtype": text,
+        "prompt_upsampler_ran": _upsampled(request, flags),
+        "guardrail": guardrail_release(files, flags["disable_guardrail"] or None),
     }
 
 
 def _run(
-    tasks: Sequence[run.Task], files: DiffusionFiles, flags: dict[str, Any], *, batch: bool
+    tasks: Sequence[run.Task],
+    files: DiffusionFiles,
+    flags: dict[str, Any],
+    given: set[str],
+    *,
+    batch: bool,
 ) -> None:
     from worldline.pipelines.diffusion import read_embeddings, to_encode
-    from worldline.world import load_files
+    from worldline.world import load_files, load_guards
+
+    upsamples = any(_upsampled(task.request, flags) for task in tasks)
+    own = "prompt_upsampler_dir" in given
 
     def load() -> Any:
+        safety, upsampling = load_guards(
+            files,
+            flags["diffusion_transformer_dir"],
+            flags["checkpoint_dir"],
+            device=flags["device"],
+            disable_guardrail=flags["disable_guardrail"] or None,
+            # it is not read where every prompt is used as it is
+            disable_prompt_upsampler=None if upsamples else True,
+            guardrail_dir=flags["guardrail_dir"],
+            prompt_upsampler_dir=flags["prompt_upsampler_dir"] if own else None,
+            word_limit_to_skip_upsampler=flags.get("word_limit_to_skip_upsampler", 0),
+            offload_guardrail_models=flags["offload_guardrail_models"],
+            offload_prompt_upsampler=flags["offload_prompt_upsampler"],
+        )
         embeddings = read_embeddings(files, flags["prompt_embeddings"])
         offload = {name: flags[name] for name in DIFFUSION_OFFLOAD_FLAGS}
         sizes = [(r.num_video_frames, r.height, r.width) for r in (t.request for t in tasks)]
         return load_files(
             files,
+            safety=safety,
+            upsampling=upsampling,
             device=flags["device"],
             text_encoder_dtype=flags["text_encoder_dtype"],
             video=max(sizes, key=math.prod),
-            text=any(to_encode(task.request, embeddings) for task in tasks),
+            text=upsamples or any(to_encode(task.request, embeddings) for task in tasks),
             **offload,
         )
 
@@ -512,4 +573,6 @@ def _run(
             task.item.path, prompt_embeddings=flags["prompt_embeddings"], **vars(task.request)
         )
 
-    run.run_tasks(tasks, load, stream, flags, DIFFUSION_OFFLOAD_FLAGS, batch=batch)
+    guarded = not (files.bundled or flags["disable_guardrail"])
+    offloads = (*DIFFUSION_OFFLOAD_FLAGS, *run.guard_offload_flags(guarded, upsamples))
+    run.run_tasks(tasks, load, stream, flags, offloads, batch=batch)

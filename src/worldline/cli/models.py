@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from worldline.loading import Fit, WorldFiles
     from worldline.weights.read import Checkpoint
 
+_PARTS = ("text encoder", "diffusion decoder", "guardrail", "prompt upsampler")
 _COLUMNS = ("folder", "state", "size", "memory", "runs here", "command", "licence", "files")
 
 
@@ -179,9 +180,7 @@ def _use(entry: Entry) -> tuple[str | None, str]:
 
     if entry.family.endswith("tokenizer") and entry.preset in PRESETS:
         return "tokenize", "yes"
-    if entry.family in ("text encoder", "diffusion decoder") and any(
-        entry.name in e.needs for e in _runnable()
-    ):
+    if entry.family in _PARTS and any(entry.name in e.needs for e in _runnable()):
         return None, "as a part"
     return entry.command or None, "not in this version"
 

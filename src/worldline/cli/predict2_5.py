@@ -206,8 +206,11 @@ _OPTIONS: tuple[run.Option, ...] = (
         "Go on with the next sample when one fails; on by default.",
         True,
     ),
-    _pair("disable_guardrails", f"Check neither prompt nor video.  {run.NEEDED_HELP}"),
-    _pair("offload_guardrail_models", run.NONE_RUNS_HELP, True),
+    _pair(
+        "disable_guardrails",
+        "Check neither prompt nor video; released models need this flag in this version.",
+    ),
+    _pair("offload_guardrail_models", "Has no effect: none runs in this version.", True),
     *(run.offload_option(name, negatable=True) for name in FLOW_OFFLOAD_FLAGS),
     _pair("profile", "Not in this version: reports tell seconds and memory of each stage."),
     click.option(
@@ -279,7 +282,7 @@ def _refuse_absent_parts(flags: dict[str, Any], given: set[str]) -> None:
     run.refuse_absent(flags, "prompt_embeddings")
     bundled = flags["checkpoint_path"] is None and is_bundled(flags["model"])
     asked = flags["disable_guardrails"] if "disable_guardrails" in given else None
-    check_parts(bundled, disable_guardrails=asked)
+    check_parts(bundled, asked)
 
 
 def _named_files(flags: dict[str, Any]) -> tuple[list[Path], Path]:

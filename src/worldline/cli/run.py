@@ -35,6 +35,8 @@ _UNWRITTEN = (".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".
 _BESIDE = (".json", ".txt")
 _UNDECIDING = {"preview_every"}  # fields of requests
 _STAGES = {
+    "guardrail": "asking the guardrails",
+    "upsample": "writing the prompt",
     "text": "encoding the prompt",
     "encode": "encoding",
     "tokens": "drawing {total:,} tokens",
@@ -50,8 +52,6 @@ _BARS = {
     ),
 }
 NUMBERED = {"video_save_name": "videos of a batch are numbered"}
-NEEDED_HELP = "Released models need this flag: this version has no such part."
-NONE_RUNS_HELP = "Has no effect: none runs in this version."
 DEVICE_HELP = "cuda, cuda:1, cpu, mps…; by default the GPU, if there is one."
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
@@ -101,6 +101,23 @@ def output_options() -> tuple[Option, ...]:
     )
 
 
+def guardrail_options(checked: str) -> tuple[Option, ...]:
+    """Return the options of guardrails; `checked` says what they look at."""
+    return (
+        click.option(
+            "--disable_guardrail",
+            is_flag=True,
+            help=f"Do not check {checked}. Bundled models have no guardrails.",
+        ),
+        offload_option("offload_guardrail_models"),
+        click.option(
+            "--guardrail_dir",
+            help="Holds blocklist, video_content_safety_filter and face_blur_filter.  [default: "
+            "the released places below --checkpoint_dir]",
+        ),
+    )
+
+
 def machine_options() -> tuple[Option, ...]:
     """Return the options that say what the world runs on."""
     return (
@@ -118,8 +135,10 @@ def machine_options() -> tuple[Option, ...]:
 def offload_option(name: str, *, negatable: bool = False) -> Option:
     """Return the option that keeps a part in host memory; `negatable` has a --no_… too."""
     part = name.removeprefix("offload_").removesuffix("_model").replace("_", " ")
-    called = "transformer" if part in ("ar", "diffusion") else part
-    told = f"Keep the {called} in host memory while it is not used."
+    transformers = dict.fromkeys(("ar", "diffusion"), "transformer")
+    called = {**transformers, "guardrail models": "guardrails"}.get(part, part)
+    plural = called.endswith("s")
+    told = f"Keep the {called} in host memory while {'they are' if plural else 'it is'} not used."
     spelling = f"--{name}/--no_{name}" if negatable else f"--{name}"
     return click.option(spelling, is_flag=True, help=told)
 
@@ -201,6 +220,27 @@ def log_without_effect(given: Collection[str], reasons: dict[str, str]) -> None:
     for name, reason in reasons.items():
         if name in given:
             logger.info("--%s has no effect: %s", name, reason)
+
+
+def log_guardrails(name: str, flags: dict[str, Any], given: Collection[str]) -> bool:
+    """Say which flags have no effect with the guardrails, or without; return whether they run."""
+    from worldline.catalog import is_bundled
+
+    bundled = is_bundled(name)
+    reasons = {"disable_guardrail": f"{name} has no guardrails"} if bundled else {}
+    if not (bundled or flags["disable_guardrail"]):
+        reasons = {"preview_every": "no frames are shown before the guardrails have seen the video"}
+        log_without_effect([n for n in given if flags[n]], reasons)
+        return True
+    reasons |= dict.fromkeys(("offload_guardrail_models", "guardrail_dir"), "no guardrail runs")
+    log_without_effect(given, reasons)
+    return False
+
+
+def guard_offload_flags(guarded: bool, upsampled: bool = False) -> tuple[str, ...]:
+    """Return the flags that keep in host memory what stands around a world, where it is there."""
+    there = {"offload_prompt_upsampler": upsampled, "offload_guardrail_models": guarded}
+    return tuple(flag for flag, runs in there.items() if runs)
 
 
 def log_bundled(name: str, given: Collection[str]) -> None:
@@ -542,7 +582,9 @@ class _Progress:
         if step.kind != self.told:
             self.told = step.kind
             self._close()
-            if not sys.stderr.isatty():
+            if step.kind == "guardrail":  # the label may be words that it will refuse
+                logger.info("%s", _STAGES[step.kind])
+            elif not sys.stderr.isatty():
                 logger.info("%s: %s", self.label, _STAGES[step.kind].format(total=step.total))
             elif step.kind in _BARS:
                 unit, shape = _BARS[step.kind]
@@ -566,14 +608,21 @@ class _InStep:
         self.groups = [list(tasks[at : at + size]) for at in range(0, len(tasks), size)]
         self.begun = 0
         self.lines: dict[Path, str] = {}
+        self.refused: dict[Path, GuardrailRefusal] = {}
 
     def take(self, task: Task) -> str | None:
-        """Return the line of a task that was made with its group; None if it must be made alone."""
+        """Return the line of a task that was made with its group; None if it must be made alone.
+
+        Raises:
+            GuardrailRefusal: it was refused there.
+        """
         if self.groups and task is self.groups[0][0]:
             group = self.groups.pop(0)
             first, self.begun = self.begun + 1, self.begun + len(group)
             if len(group) > 1:
                 self._make(group, f"{first}-{self.begun}/{self.count} in step")
+        if task.output in self.refused:
+            raise self.refused[task.output]
         return self.lines.pop(task.output, None)
 
     def _make(self, group: list[Task], label: str) -> None:
@@ -588,6 +637,10 @@ class _InStep:
                     output = group[number].output
                     step.video.save(output)
                     self.lines[output] = describe_video(step.video, output)
+        except GuardrailRefusal as refusal:
+            for number, error in refusal.refusals.items():
+                self.refused[group[number].output] = error
+            return
         except Exception as error:
             if is_disk_full(error):
                 raise

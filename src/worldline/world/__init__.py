@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 
 from worldline.catalog import BUNDLED_PREFIX, check_parts
 from worldline.choices import ScheduleName
-from worldline.errors import InputError
+from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
+from worldline.files import GIGABYTE
 from worldline.loading import (
     AutoregressiveFiles,
+    DiffusionFiles,
     FlowFiles,
     WorldFiles,
     choose_device,
@@ -23,7 +26,7 @@ from worldline.loading import (
     load_predict2_5,
     refuse_options,
 )
-from worldline.places import has_decoder
+from worldline.places import find_place, has_decoder
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.world.autoregressive import AutoregressiveWorld
@@ -31,6 +34,8 @@ from worldline.world.base import World
 from worldline.world.diffusion import DiffusionWorld
 from worldline.world.flow import FlowWorld
 from worldline.world.inputs import Input, InputType, kind_of, read_clip
+from worldline.world.safety import Safety, load_safety
+from worldline.world.upsampling import Upsampling, find_upsampler, load_upsampling
 from worldline.world.video import Step, Video
 
 __all__ = [
@@ -45,6 +50,7 @@ __all__ = [
     "kind_of",
     "load",
     "load_files",
+    "load_guards",
     "read_clip",
 ]
 
@@ -65,10 +71,15 @@ def load(
     offload_diffusion_decoder: bool = False,
     offload_diffusion_model: bool = False,
     offload_text_encoder: bool = False,
+    offload_prompt_upsampler: bool = False,
+    offload_guardrail_models: bool = False,
     disable_diffusion_decoder: bool | None = None,
     disable_guardrail: bool | None = None,
     disable_guardrails: bool | None = None,
     disable_prompt_upsampler: bool | None = None,
+    guardrail_dir: str | PathLike[str] | None = None,
+    prompt_upsampler_dir: str | PathLike[str] | None = None,
+    word_limit_to_skip_upsampler: int = 250,
     tokenizer_dir: str | PathLike[str] | None = None,
     text_encoder_dir: str | PathLike[str] | None = None,
     text_encoder_dtype: torch.dtype | str | None = None,
@@ -101,10 +112,18 @@ def load(
         disable_diffusion_decoder: decode tokens by the tokenizer alone. Released autoregressive
             models use the diffusion decoder unless told otherwise, and so do bundled ones where
             one ships with the package.
-        disable_guardrail: do not check the video. Released models check unless told otherwise.
+        offload_prompt_upsampler: keep the prompt upsampler in host memory while it is not used
+            (diffusion).
+        offload_guardrail_models: keep the guardrails in host memory while they do not look.
+        disable_guardrail: check neither prompt nor video. Released models check unless told
+            otherwise, and do not load where a guardrail cannot; bundled ones have no guardrails.
         disable_guardrails: the same, by the name that it has for Predict2.5.
         disable_prompt_upsampler: take prompts as they are. Released diffusion models rewrite them
             unless told otherwise; bundled ones have no upsampler.
+        guardrail_dir: folder of the guardrails' files, if it is none of the released places.
+        prompt_upsampler_dir: another upsampler, by a name below `checkpoint_dir` or a path
+            (diffusion).
+        word_limit_to_skip_upsampler: prompts of more words stay as they are (Text2World).
         tokenizer_dir: another tokenizer, by a name below `checkpoint_dir` or a path (diffusion,
             Predict2.5).
         text_encoder_dir: another text encoder, likewise, for a world that takes prompts.
@@ -118,8 +137,8 @@ def load(
 
     Raises:
         CheckpointError: files are absent, damaged, or of another model.
-        InputError: a part is asked for that this version does not have, an option is of the other
-            family, there is no such device, or the dtype is none to compute in.
+        InputError: an option is of the other family, there is no such device, or the dtype is none
+            to compute in.
         InsufficientMemoryError: the device is too small.
     """
     _check_dtype("dtype", dtype)
@@ -135,34 +154,45 @@ def load(
         schedule=schedule,
         diffusion_decoder=decodes,
     )
+    of_upsampler: dict[str, object] = {
+        "disable_prompt_upsampler": disable_prompt_upsampler,
+        "prompt_upsampler_dir": prompt_upsampler_dir,
+        "offload_prompt_upsampler": offload_prompt_upsampler,
+    }
     if isinstance(files, FlowFiles):
         strange = {
             "disable_diffusion_decoder": disable_diffusion_decoder,
-            "disable_prompt_upsampler": disable_prompt_upsampler,
             "disable_guardrail": disable_guardrail,
+            **of_upsampler,
         }
         refuse_options(files.folder, "a Predict2.5", strange)
-        check_parts(files.bundled, disable_guardrails=disable_guardrails)
+        check_parts(files.bundled, disable_guardrails)
     elif isinstance(files, AutoregressiveFiles):
-        strange = {
-            "disable_prompt_upsampler": disable_prompt_upsampler,
-            "disable_guardrails": disable_guardrails,
-        }
+        strange = {"disable_guardrails": disable_guardrails, **of_upsampler}
         refuse_options(files.folder, "an autoregressive", strange)
-        check_parts(files.bundled, disable_guardrail=disable_guardrail)
     else:
         strange = {
             "disable_diffusion_decoder": disable_diffusion_decoder,
             "disable_guardrails": disable_guardrails,
         }
         refuse_options(files.folder, "a diffusion", strange)
-        check_parts(
-            files.bundled,
-            disable_guardrail=disable_guardrail,
-            disable_prompt_upsampler=disable_prompt_upsampler,
-        )
+    safety, upsampling = load_guards(
+        files,
+        name,
+        checkpoint_dir,
+        device=device,
+        disable_guardrail=disable_guardrails if isinstance(files, FlowFiles) else disable_guardrail,
+        disable_prompt_upsampler=disable_prompt_upsampler,
+        guardrail_dir=guardrail_dir,
+        prompt_upsampler_dir=prompt_upsampler_dir,
+        word_limit_to_skip_upsampler=word_limit_to_skip_upsampler,
+        offload_guardrail_models=offload_guardrail_models,
+        offload_prompt_upsampler=offload_prompt_upsampler,
+    )
     return load_files(
         files,
+        safety=safety,
+        upsampling=upsampling,
         device=device,
         dtype=dtype,
         offload_ar_model=offload_ar_model,
@@ -177,9 +207,67 @@ def load(
     )
 
 
+def load_guards(
+    files: WorldFiles,
+    name: str | PathLike[str],
+    checkpoint_dir: str | PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    disable_guardrail: bool | None = None,
+    disable_prompt_upsampler: bool | None = None,
+    guardrail_dir: str | PathLike[str] | None = None,
+    prompt_upsampler_dir: str | PathLike[str] | None = None,
+    word_limit_to_skip_upsampler: int = 250,
+    offload_guardrail_models: bool = False,
+    offload_prompt_upsampler: bool = False,
+) -> tuple[Safety, Upsampling | None]:
+    """Load what stands before and behind a world, its guardrails and its prompt upsampler.
+
+    They are loaded before the world, so that nothing big is read, and nothing made, where one of
+    them is missing. The arguments are those of `load`.
+
+    Raises:
+        CheckpointError: one of them cannot load.
+    """
+    recorder = Recorder(choose_device(device))
+    folder = None if prompt_upsampler_dir is None else Path(prompt_upsampler_dir)
+    try:
+        safety = load_safety(
+            files,
+            Path(checkpoint_dir),
+            disable_guardrail,
+            guardrail_dir=None if guardrail_dir is None else Path(guardrail_dir),
+            recorder=recorder,
+            offload=offload_guardrail_models,
+        )
+    except CheckpointError as error:
+        without = files.bundled if disable_prompt_upsampler is None else disable_prompt_upsampler
+        if not isinstance(files, DiffusionFiles) or without:
+            raise
+        try:
+            find_upsampler(files, find_place(str(name), Path(checkpoint_dir)), folder)
+        except CheckpointError as other:  # all that is missing, at once
+            raise CheckpointError(f"{error}; and {other}") from error
+        raise
+    if not isinstance(files, DiffusionFiles):
+        return safety, None
+    upsampling = load_upsampling(
+        files,
+        find_place(str(name), Path(checkpoint_dir)),
+        disable_prompt_upsampler,
+        folder=folder,
+        word_limit=word_limit_to_skip_upsampler,
+        recorder=recorder,
+        offload=offload_prompt_upsampler,
+    )
+    return safety, upsampling
+
+
 def load_files(
     files: WorldFiles,
     *,
+    safety: Safety | None = None,
+    upsampling: Upsampling | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     offload_ar_model: bool = False,
@@ -197,6 +285,8 @@ def load_files(
 ) -> World:
     """Do what `load` does with files that were found and checked before.
 
+    `safety` and `upsampling` are those of `load_guards`; without them nothing is checked or
+    rewritten, and the report says so.
     `text` tells whether a world that takes prompts will encode any. Where embeddings are given it
     will not, and needs less memory. An autoregressive world must have room for `batch_size` clips
     of `num_video_frames` frames, None for the model's own.
@@ -243,41 +333,44 @@ def load_files(
     chosen = choose_device(device)
     identity = files.identity()
     recorder = Recorder(chosen)
+    if safety is not None and safety.loading is not None:
+        recorder = safety.loading.followed_by(recorder)
     dtype = dtype or compute_dtype(chosen)
     own = files.name if isinstance(files, FlowFiles) else files.folder.name
     name = f"{BUNDLED_PREFIX if files.bundled else ''}{own}"
     size = VideoShape(*video) if video else None
     if isinstance(files, FlowFiles):
-        flow = load_predict2_5(
-            files,
-            chosen,
-            dtype,
-            recorder,
-            offload_tokenizer=offload_tokenizer,
-            video=size,
-            text=text,
-            **of_flow,
-        )
-        return FlowWorld(name, flow, recorder, identity)
+        with _naming_guards(safety, None):
+            flow = load_predict2_5(
+                files,
+                chosen,
+                dtype,
+                recorder,
+                offload_tokenizer=offload_tokenizer,
+                video=size,
+                text=text,
+                **of_flow,
+            )
+        return FlowWorld(name, flow, recorder, identity, safety)
     if isinstance(files, AutoregressiveFiles):
-        parts = load_autoregressive(
-            files,
-            chosen,
-            dtype,
-            recorder,
-            offload_ar_model=offload_ar_model,
-            offload_tokenizer=offload_tokenizer,
-            offload_diffusion_decoder=offload_diffusion_decoder,
-            offload_text_encoder_model=offload_text_encoder_model,
-            text_encoder_dtype=text_encoder_dtype,
-            text=text,
-            batch_size=batch_size,
-            num_video_frames=num_video_frames,
-        )
-        return AutoregressiveWorld(name, parts, recorder, identity)
-    return DiffusionWorld(
-        name,
-        load_diffusion(
+        with _naming_guards(safety, None):
+            parts = load_autoregressive(
+                files,
+                chosen,
+                dtype,
+                recorder,
+                offload_ar_model=offload_ar_model,
+                offload_tokenizer=offload_tokenizer,
+                offload_diffusion_decoder=offload_diffusion_decoder,
+                offload_text_encoder_model=offload_text_encoder_model,
+                text_encoder_dtype=text_encoder_dtype,
+                text=text,
+                batch_size=batch_size,
+                num_video_frames=num_video_frames,
+            )
+        return AutoregressiveWorld(name, parts, recorder, identity, safety)
+    with _naming_guards(safety, upsampling):
+        diffusion = load_diffusion(
             files,
             chosen,
             dtype,
@@ -288,10 +381,24 @@ def load_files(
             text_encoder_dtype=text_encoder_dtype,
             video=size,
             text=text,
-        ),
-        recorder,
-        identity,
-    )
+        )
+    return DiffusionWorld(name, diffusion, recorder, identity, safety, upsampling)
+
+
+@contextmanager
+def _naming_guards(safety: Safety | None, upsampling: Upsampling | None) -> Iterator[None]:
+    """Say of a world that finds no room what its guards hold, and the flags that free it."""
+    try:
+        yield
+    except InsufficientMemoryError as error:
+        held = {
+            "--offload_guardrail_models": safety.nbytes if safety else 0,
+            "--offload_prompt_upsampler": upsampling.nbytes if upsampling else 0,
+        }
+        told = [f"{flag} frees {n / GIGABYTE:.1f} GB" for flag, n in held.items() if n]
+        if not told:
+            raise
+        raise InsufficientMemoryError(f"{error}; {', '.join(told)}") from error
 
 
 def _check_dtype(name: str, dtype: object, allowed: Sequence[torch.dtype] = _DTYPES) -> None:

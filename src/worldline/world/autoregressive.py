@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from worldline.errors import InputError
+from worldline.errors import GuardrailRefusal, InputError
 from worldline.loading import AutoregressiveFiles, AutoregressiveParts
 from worldline.models.predict1_ar.decoder import PlainDecoder
 from worldline.pipelines.autoregressive import (
@@ -73,6 +73,7 @@ class AutoregressiveWorld(World):
 
         Raises:
             InputError: an input or an option is wrong; raised before anything runs.
+            GuardrailRefusal: a prompt or a video was refused; raised when the others are done.
         """
         own = {"seed", "prompt", _EMBEDDINGS}
         if not inputs or len(inputs) != len(each) or any(one.keys() - own for one in each):
@@ -137,19 +138,52 @@ class AutoregressiveWorld(World):
         return _Plan(Job(clip, request, recorder, embedding), source)
 
     def _run(self, plans: Sequence[_Plan], shared: Recorder) -> Iterator[tuple[int, Step]]:
-        jobs = [plan.job for plan in plans]
-        for progress in continue_clips(self.parts, jobs, shared):
+        """Yield which clip, and a step; what is refused does not stop the others."""
+        checks = [self.safety.begin(plan.job.recorder) for plan in plans]
+        refusals: dict[int, GuardrailRefusal] = {}
+        live: list[int] = []  # clips whose prompt is not refused
+        for number, plan in enumerate(plans):
+            prompt = plan.job.request.prompt
+            try:
+                if self.video2world and checks[number].on:
+                    if prompt is None:
+                        logger.warning("no guardrail checks the prompt: its embedding is given")
+                    else:
+                        yield number, Step("guardrail", 0, 1)
+                        checks[number].prompt(prompt)
+            except GuardrailRefusal as error:
+                refusals[number] = error
+            else:
+                live.append(number)
+        jobs = [plans[number].job for number in live]
+        for progress in continue_clips(self.parts, jobs, shared) if jobs else ():
+            number = live[progress.clip]
             if progress.kind != "done":
                 step = Step(progress.kind, progress.done, progress.total, progress.frames)
-                yield progress.clip, step
+                yield number, self._shown(step)
                 continue
             assert progress.frames is not None
-            job, source = jobs[progress.clip], plans[progress.clip].source
+            job, source = plans[number].job, plans[number].source
+            if checks[number].on:
+                yield number, Step("guardrail", 0, 1)
+            try:
+                frames = checks[number].video(progress.frames)
+            except GuardrailRefusal as error:
+                refusals[number] = error
+                continue
             recorder = shared if job.recorder is shared else shared.followed_by(job.recorder)
             report = self._report(job.request, recorder, source, progress.total, len(jobs))
-            video = Video(progress.frames, FPS, report, job.request.prompt)
-            done = Step("done", progress.total, progress.total, progress.frames, video=video)
-            yield progress.clip, done
+            report |= checks[number].report()
+            video = Video(frames, FPS, report, job.request.prompt)
+            done = Step("done", progress.total, progress.total, frames, video=video)
+            yield number, done
+        if not refusals:
+            return
+        first = next(iter(refusals.values()))
+        if len(plans) == 1:
+            raise first
+        count = f"{len(refusals)} of {len(plans)} inputs were refused"
+        raise GuardrailRefusal(f"{count}, the first so: {first}", first.stage, refusals)
 
     def _report(
         self,
@@ -186,6 +220,7 @@ class AutoregressiveWorld(World):
                 "tokenizer": self.parts.tokenizer.offload,
                 "diffusion_decoder": diffusion is not None and diffusion.transformer.offload,
                 "text_encoder_model": text is not None and text.offload,
+                **self.safety.offloading,
             },
             "tokens": drawn,
             "clips_at_once": at_once,  # that share the seconds of all stages but their decoding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from worldline.errors import InputError
 from worldline.loading import AutoregressiveParts, DiffusionParts, FlowParts
 from worldline.report import Recorder
 from worldline.world.inputs import Input, InputType
+from worldline.world.safety import Safety
 from worldline.world.video import Step, Video
 
 
@@ -22,6 +24,7 @@ class World:
         parts: its networks.
         loading: seconds and memory that loading took.
         identity: name, size and time of every file that decides what it makes.
+        safety: its guardrails.
     """
 
     parts: AutoregressiveParts | DiffusionParts | FlowParts
@@ -32,11 +35,13 @@ class World:
         parts: AutoregressiveParts | DiffusionParts | FlowParts,
         loading: Recorder,
         identity: dict[str, Any],
+        safety: Safety | None = None,
     ) -> None:
         self.name = name
         self.parts = parts
         self.loading = loading
         self.identity = identity
+        self.safety = safety or Safety(why_off="none was loaded")
 
     @property
     def parameters(self) -> int:
@@ -77,10 +82,16 @@ class World:
 
         Raises:
             InputError: the input or an option is wrong; raised before anything runs.
+            GuardrailRefusal: a guardrail refused the prompt, before anything was made, or the
+                video. Where guardrails check videos, no frames are shown before that.
         """
         if input_type not in ("image", "video", None):
             raise InputError(f'input_type is {input_type!r}; it must be "image" or "video"')
         return self._begin(input, input_type, options)
+
+    def _shown(self, step: Step) -> Step:
+        """Return a step without the frames that no guardrail has seen yet."""
+        return replace(step, frames=None, preview=None) if self.safety.checks_videos else step
 
     def _begin(
         self, input: Input | None, input_type: InputType | None, options: dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import fields
 from statistics import median
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from worldline.shapes import VideoShape
 from worldline.video.read import Clip
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of
+from worldline.world.safety import Checks, Safety
 from worldline.world.video import Step, Video
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,9 @@ class DenoisingWorld(World):
         parts: DiffusionParts | FlowParts,
         loading: Recorder,
         identity: dict[str, Any],
+        safety: Safety | None = None,
     ) -> None:
-        super().__init__(name, parts, loading, identity)
+        super().__init__(name, parts, loading, identity, safety)
         self._said: set[str] = set()
 
     @abstractmethod
@@ -61,6 +63,26 @@ class DenoisingWorld(World):
     def _notes(self, request: Any) -> list[str]:
         """Return what is worth saying of a request that is allowed."""
 
+    def _prepare(
+        self,
+        clip: Clip | None,
+        request: Any,
+        recorder: Recorder,
+        embeddings: Embeddings,
+        checks: Checks,
+    ) -> Generator[Step, None, Any]:
+        """Have the prompt checked, before anything is made; return the request to make it by.
+
+        Raises:
+            GuardrailRefusal: the prompt is refused.
+        """
+        if checks.on and request.prompt is None:
+            logger.warning("no guardrail checks the prompt: its embedding is given")
+        elif checks.on:
+            yield Step("guardrail", 0, 1)
+            checks.prompt(request.prompt)
+        return request
+
     @abstractmethod
     def _make(
         self, clip: Clip | None, request: Any, recorder: Recorder, embeddings: Embeddings
@@ -68,7 +90,7 @@ class DenoisingWorld(World):
         """Make the video."""
 
     @abstractmethod
-    def _rules(self, request: Any) -> dict[str, Any]:
+    def _rules(self, request: Any, recorder: Recorder) -> dict[str, Any]:
         """Return what the report says of how the video was made, beside the request."""
 
     @abstractmethod
@@ -134,23 +156,24 @@ class DenoisingWorld(World):
         source: dict[str, Any],
         embeddings: Embeddings,
     ) -> Iterator[Step]:
+        checks = self.safety.begin(recorder)
+        made = yield from self._prepare(clip, request, recorder, embeddings, checks)
         seconds: list[float] = []
-        for progress in self._make(clip, request, recorder, embeddings):
+        for progress in self._make(clip, made, recorder, embeddings):
+            kind, done, total = progress.kind, progress.done, progress.total
             if progress.seconds is not None:
                 seconds.append(round(progress.seconds, 4))
-            video = None
-            if progress.kind == "done":
-                assert progress.frames is not None
-                report = self._report(request, recorder, source, seconds)
-                video = Video(progress.frames, request.fps, report, request.prompt)
-            yield Step(
-                progress.kind,
-                progress.done,
-                progress.total,
-                progress.frames,
-                progress.preview,
-                video,
-            )
+            if kind != "done":
+                yield self._shown(Step(kind, done, total, progress.frames, progress.preview))
+                continue
+            assert progress.frames is not None
+            if checks.on:
+                yield Step("guardrail", 0, 1)
+            frames = checks.video(progress.frames)
+            report = self._report(request, recorder, source, seconds)
+            report |= {"prompt": made.prompt, **checks.report()}
+            video = Video(frames, request.fps, report, made.prompt)
+            yield Step(kind, done, total, frames, video=video)
 
     def _report(
         self,
@@ -170,12 +193,12 @@ class DenoisingWorld(World):
             "parameters": self.parameters,
             **source,
             "request": dict(request.__dict__),
-            **self._rules(request),
+            **self._rules(request, recorder),
             "tokens": tokens,
             "attention": backend_name(self.device, dtype, config.head_size, tokens),
             "dtype": str(dtype).removeprefix("torch."),
             "text_encoder_dtype": str(text.dtype).removeprefix("torch.") if text else None,
-            "offload": self._offload(),
+            "offload": {**self._offload(), **self.safety.offloading},
             "seconds_per_step": round(median(seconds), 4) if seconds else None,
             "seconds_of_steps": seconds,
             **environment(self.device),

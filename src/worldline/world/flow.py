@@ -61,7 +61,7 @@ class FlowWorld(DenoisingWorld):
     ) -> Iterator[Progress]:
         return generate(self.parts, clip, request, recorder, embeddings)
 
-    def _rules(self, request: FlowRequest) -> dict[str, Any]:
+    def _rules(self, request: FlowRequest, recorder: Recorder) -> dict[str, Any]:
         rules = self.files.rules
         return {
             "schedule": rules.schedule,

@@ -91,7 +91,8 @@ class Step:
     """Progress of a request.
 
     Attributes:
-        kind: what is being done: "text", "encode", "tokens", "denoise", "decode" or "done".
+        kind: what is being done: "guardrail", "upsample", "text", "encode", "tokens", "denoise",
+            "decode" or "done".
         done: how much of it.
         total: of how much.
         frames: pixels that are final, uint8 (T, H, W, 3), where there are new ones.

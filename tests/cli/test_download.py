@@ -1,0 +1,181 @@
+"""`checkpoints download` against a hub on this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import worldline.hub
+from worldline.cli.download import download
+
+from ..fake_hub import FakeHub, serving
+from .conftest import Run
+from .parity import variants
+
+NAMES = ("Cosmos-Predict1-4B", "Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-Guardrail1")
+MODEL = f"nvidia/{NAMES[0]}"
+
+
+def made_up() -> dict[str, dict[str, bytes]]:
+    guardrail = (
+        "blocklist/custom/words",
+        "face_blur_filter/Resnet50_Final.pth",
+        "video_content_safety_filter/safety_filter.pt",
+    )
+    files = {
+        "Cosmos-Predict1-4B": ("model.pt", "config.json", "README.md"),
+        "Cosmos-Tokenize1-DV8x16x16-720p": ("encoder.jit", "decoder.jit", "autoencoder.jit"),
+        "Cosmos-Tokenize1-CV8x8x8-720p": ("encoder.jit", "decoder.jit", "mean_std.pt"),
+        "Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p": ("model.pt", "aux_vars.pt"),
+        "Cosmos-Guardrail1": guardrail,
+    }
+    return {
+        f"nvidia/{folder}": {name: f"{folder} {name}".encode() * 100 for name in names}
+        for folder, names in files.items()
+    }
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    monkeypatch.setattr(worldline.hub, "PAUSE", 0.0)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with serving(FakeHub(made_up())) as found:
+        monkeypatch.setenv("HF_ENDPOINT", found.address)
+        yield found
+
+
+def test_a_model_and_its_parts(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    result = run("checkpoints", "download", "--model_sizes", "4B", "--checkpoint_dir", root)
+    assert result.exit_code == 0, result.stderr
+    assert "12 files" in result.stdout
+    assert (root / "Cosmos-Predict1-4B" / "model.pt").read_bytes() == (
+        hub.repositories[MODEL]["model.pt"]
+    )
+    assert not (root / "Cosmos-Predict1-4B" / "README.md").exists()
+    assert not (root / "Cosmos-Tokenize1-DV8x16x16-720p" / "autoencoder.jit").exists()
+    assert (root / "nvidia" / "Cosmos-Guardrail1" / "blocklist" / "custom" / "words").is_file()
+    hub.asked.clear()
+    again = run("checkpoints", "download", NAMES[0], "--checkpoint_dir", root)
+    assert again.exit_code == 0, again.stderr
+    assert not [name for method, name, _ in hub.asked if method == "GET"]
+    assert again.stderr.count("verified") == 12
+
+
+def test_without_parts(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    words = ("--disable-guardrail", "--disable-diffusion-decoder", "--checkpoint-dir", tmp_path)
+    result = run("checkpoints", "download", NAMES[0], *words)
+    assert result.exit_code == 0, result.stderr
+    assert not (tmp_path / "nvidia").exists()
+    assert {path.name for path in tmp_path.iterdir()} >= {NAMES[0], NAMES[1]}
+
+
+def test_dry_run(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / NAMES[0]).mkdir()
+    content = hub.repositories[MODEL]["model.pt"]
+    (tmp_path / NAMES[0] / "model.pt").write_bytes(content)
+    result = run("checkpoints", "download", NAMES[0], "--dry-run", "--checkpoint_dir", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert f"{MODEL} -> {tmp_path / NAMES[0]}" in result.stdout
+    assert "2.7 kB  model.pt  (there)" in result.stdout
+    assert "3.0 kB  config.json\n" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("12 files, ")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["model.pt"]
+
+
+def test_what_is_refused_is_told_at_once(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    hub.refused["nvidia/Cosmos-Guardrail1"] = (401, "GatedRepo")
+    del hub.repositories["nvidia/Cosmos-Tokenize1-DV8x16x16-720p"]
+    result = run("checkpoints", "download", NAMES[0], "--checkpoint_dir", tmp_path)
+    assert result.exit_code == 1
+    told = result.stderr
+    for part in (
+        "nothing was fetched",
+        "accept its licence on https://huggingface.co/nvidia/Cosmos-Guardrail1",
+        "hf auth login",
+        "has no nvidia/Cosmos-Tokenize1-DV8x16x16-720p",
+    ):
+        assert part in told
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_damaged_file_is_not_left(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    hub.damaged["model.pt"] = 9
+    result = run("checkpoints", "download", NAMES[0], "--checkpoint_dir", tmp_path)
+    assert result.exit_code == 1
+    assert "came damaged" in result.stderr
+    assert not (tmp_path / NAMES[0] / "model.pt").exists()
+
+
+def test_a_full_disk_is_told_first(
+    run: Run, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    result = run("checkpoints", "download", NAMES[0], "--checkpoint_dir", tmp_path)
+    assert result.exit_code == 1
+    assert "has room for 10 B" in result.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "nothing is named"),
+        (["--model_sizes", "3B"], "'3B' is not one of"),
+        (["--model_sizes", "4B", "--model_types", "Text2World"], "is of diffusion models"),
+        (["Cosmos-Predict1-4C"], "did you mean"),
+    ],
+)
+def test_wrong_words(words: list[str], told: str, run: Run, tmp_path: Path) -> None:
+    result = run("checkpoints", "download", *words, "--checkpoint_dir", tmp_path)
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *variants("download_autoregressive_checkpoints.py"),
+        *variants("download_autoregressive.py"),
+        *variants("download_diffusion_checkpoints.py"),
+        *variants("download_diffusion.py"),
+        *variants("download_tokenizer_checkpoints.py"),
+    ],
+)
+def test_every_flag_of_the_scripts(variant: dict[str, Any]) -> None:
+    options = {spelling: p for p in download.params for spelling in p.opts}
+    for flag in variant["args"]:
+        option = options[flag["name"]]
+        assert isinstance(option, click.Option)
+        assert option.multiple == (flag["nargs"] == "*")
+        if flag["choices"] is not None:
+            assert isinstance(option.type, click.Choice)
+            assert set(flag["choices"]) <= set(option.type.choices)
+        words: list[str] = [flag["name"]]
+        default = flag["default"]
+        words += default if isinstance(default, list) else [default]
+        found = download.make_context("download", words, resilient_parsing=False).params
+        value = found[flag["dest"]]
+        assert (list(value) if isinstance(value, tuple) else value) == default
+
+
+def test_it_imports_no_torch(hub: FakeHub, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom worldline.cli import main\n"
+        f"words = {json.dumps(['checkpoints', 'download', NAMES[0], '--checkpoint_dir', '.'])}\n"
+        "try: main(words)\nexcept SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, capture_output=True)
+    assert (tmp_path / NAMES[0] / "model.pt").is_file()

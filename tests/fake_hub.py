@@ -1,0 +1,144 @@
+"""A hub on this machine that serves made-up repositories, and fails as it is told to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class FakeHub:
+    """What it serves, and what goes wrong.
+
+    Attributes:
+        repositories: "owner/name" -> file -> content.
+        drops: file -> after how many bytes of an answer the connection breaks, one answer each.
+        damaged: file -> how many times a byte of it comes wrong.
+        fails: file -> how many times the server answers 503.
+        refused: repository -> status and error code for its files.
+        small: files that are in git itself, with git's hash.
+        asked: method, path and range of every request.
+        logins: what every request for a file said of a login.
+        files_at: address of another host that holds the files; "" is this one.
+    """
+
+    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    drops: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    damaged: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    fails: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    small: set[str] = field(default_factory=set)
+    ranges: bool = True
+    asked: list[tuple[str, str, str]] = field(default_factory=list)
+    logins: list[str | None] = field(default_factory=list)
+    files_at: str = ""
+    address: str = ""
+
+    def listing(self, repository: str) -> dict[str, Any]:
+        siblings = []
+        for name, content in self.repositories[repository].items():
+            git = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+            entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": git}
+            if name not in self.small:
+                sha = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"size": len(content), "sha256": sha, "pointerSize": 1}
+            siblings.append(entry)
+        return {"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings}
+
+    def fetched(self, name: str) -> list[str]:
+        """Return the ranges in which a file was asked for."""
+        return [span for method, path, span in self.asked if method == "GET" and path == name]
+
+
+@contextmanager
+def serving(hub: FakeHub) -> Iterator[FakeHub]:
+    """Serve on a free port of this machine."""
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.answer()
+
+        def do_GET(self) -> None:
+            self.answer()
+
+        def answer(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            if path.startswith("/api/models/"):
+                repository = "/".join(path.split("/")[3:5])
+                if repository not in hub.repositories:
+                    self.refuse(404, "RepoNotFound")
+                    return
+                self.reply(json.dumps(hub.listing(repository)).encode(), {})
+                return
+            owner, name, _, commit, *rest = path.strip("/").split("/")
+            repository, file = f"{owner}/{name}", "/".join(rest)
+            with lock:
+                hub.asked.append((self.command, file, self.headers.get("Range", "")))
+                hub.logins.append(self.headers.get("Authorization"))
+            if repository in hub.refused:
+                self.refuse(*hub.refused[repository])
+            elif file not in hub.repositories.get(repository, {}):
+                self.refuse(404, "EntryNotFound")
+            elif self.command == "GET" and hub.files_at:
+                self.reply(b"", {"Location": hub.files_at + self.path}, 302)
+            else:
+                self.serve(file, hub.repositories[repository][file], commit)
+
+        def serve(self, file: str, content: bytes, commit: str) -> None:
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+            with lock:
+                if self.command == "GET" and hub.fails[file]:
+                    hub.fails[file] -= 1
+                    self.refuse(503, "")
+                    return
+                broken = hub.drops[file].pop(0) if self.command == "GET" and hub.drops[file] else -1
+                if self.command == "GET" and hub.damaged[file]:
+                    hub.damaged[file] -= 1
+                    content = bytes([content[0] ^ 1]) + content[1:]
+            span = self.headers.get("Range", "")
+            begin = int(span.removeprefix("bytes=").split("-")[0]) if span and hub.ranges else 0
+            if begin:
+                headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+            self.reply(content[begin:], headers, 206 if begin else 200, broken)
+
+        def refuse(self, status: int, code: str) -> None:
+            self.reply(b"", {"X-Error-Code": code} if code else {}, status)
+
+        def reply(
+            self, body: bytes, headers: dict[str, str], status: int = 200, broken: int = -1
+        ) -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body if broken < 0 else body[:broken])
+            if broken >= 0:
+                self.close_connection = True
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,166 @@
+"""What the blocklist catches of misspelt words, what it misses, and whom it wrongs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from worldline.errors import CheckpointError
+from worldline.guardrails.blocklist import COSMOS1, PREDICT, Blocklist, Censor, Listed
+from worldline.guardrails.words import Words
+
+from .folders import EXACT, write_blocklist
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> Blocklist:
+    return Blocklist(write_blocklist(tmp_path_factory.mktemp("guard") / "blocklist"))
+
+
+CAUGHT = """
+    zorbash zorbashes ZORBASH ZoRbAsH z0rbash zorb@sh zorb4sh z0rb4sh zorba$h z*rbash zorb*sh
+    zorba5h z@rbash z0rb@$h zorbash's "zorbash" (zorbash) zorbash! zorbash. #zorbash -zorbash-
+    zor-bash zor.bash zor_bash zorb/ash z-o-r-bash z0rb@sh, fl1mquat fliMquat flimqu4t flimqu@7
+    flimquat? flimquats fl*mquat flimqvat fl-im-quat f.l.i.m.quat gl0nk gl*nk gl@nk gl0nk! g.lonk
+    glonkim jorry JORRY jorry's superwidget superwidget; moon-free-zorbash p1ovus plouus lOl
+"""
+MISSED = (
+    *("zorrbash", "zrbash", "zorbas", "hsabroz", "z0rb45hh", "snackattack", "'zorbash'"),
+    "zorb\N{CYRILLIC SMALL LETTER A}sh",
+)
+PHRASES = {
+    "zor bash": True,
+    "z o r bash": True,
+    "wibble wobble": True,
+    "Wibble  wobble": True,  # by its lemmas, which are joined by one space
+    "w1bbl3 w0bbl3": True,
+    "snack-attack": True,
+    "snack attack": False,  # an entry with a separator needs that very one
+    "wobble wibble": False,
+    "moon   cheese": True,
+    "moon cheesy": False,
+    "z o r b a s h": False,  # its last letter is not seen at a text's end
+}
+
+LOOK_ALIKES = """
+    sorbet horizon orbash zorba bashful bash zorbas flim quat quato kumquat squat film flimsy
+    wibble wobble wobbles snack attack snacks attacks glow lonk link clonk gloss honk monk
+    trellix Trellix trellis plover plus plows jorrys story sorry lorry majorry joyride moon
+    cheese mooncheese super widget superwidgets widgets louvre pillow evolve t7 5s @ * 1l 100%
+"""
+# False positives, as in the released guardrail: harmless words in a row that spell an entry, and
+# a number that can be read as one.
+WRONGED = ("zor bash", "flim quat", "plo vus", "101")
+
+
+def in_sentence(word: str) -> str:
+    return f"The camera shows {word} on a wooden table."
+
+
+def test_fifty_adversarial_spellings(guard: Blocklist) -> None:
+    assert len(set(CAUGHT.split())) >= 50
+    assert [word for word in CAUGHT.split() if guard.check(in_sentence(word)).safe] == []
+    # known to pass, as in the released guardrail: letters added, dropped or of other scripts
+    assert [word for word in MISSED if not guard.check(in_sentence(word)).safe] == []
+
+
+def test_phrases(guard: Blocklist) -> None:
+    for phrase, refused in PHRASES.items():
+        assert guard.check(phrase).safe != refused, phrase
+
+
+def test_fifty_harmless_look_alikes(guard: Blocklist) -> None:
+    """None of them is refused alone; the false positives are harmless words in a row."""
+    assert len(set(LOOK_ALIKES.split())) >= 50
+    assert [word for word in LOOK_ALIKES.split() if not guard.check(in_sentence(word)).safe] == []
+    assert [row for row in WRONGED if guard.check(in_sentence(row)).safe] == []
+
+
+def test_an_asterisk_is_no_refusal(guard: Blocklist) -> None:
+    assert guard.check("a * b ** c").safe
+
+
+def test_empty_prompt(guard: Blocklist) -> None:
+    assert guard.check("").check == "empty"
+    assert guard.check(" ").safe
+
+
+def test_stages(guard: Blocklist) -> None:
+    assert guard.check("a zorbash here").check == "censor"
+    assert guard.check("many glonkim here").check == "censor_lemma"
+    assert guard.check("some moon cheese here").check == "exact"
+
+
+def test_whitelist() -> None:
+    """An allowed word takes back the mark at its own place in the text."""
+    censor = Censor(["peacock parade", "zorbash", "stilts"], ["Peacock", "stilts"])
+    assert censor.refuses("a zorbash")
+    assert not censor.refuses("on stilts")
+    assert not censor.refuses("peacock parade")
+    assert censor.refuses("a zorbash, a peacock")
+    # the mark swallowed a space, so that the allowed word points behind the text's end
+    assert censor.refuses("peacock parade of a zorbash peacock")
+
+
+def test_whole_words() -> None:
+    listed = Listed(["jorry", "(beep)", "c++", "go team!"], PREDICT)
+    assert listed.check("A Jorry!") == "exact"
+    assert listed.check("majorry jorrys") == ""
+    assert listed.check("a (beep) here") == "partial"
+    assert listed.check("x(beep)y") == "exact"
+    assert listed.check("go  team! now") == "partial"
+    assert listed.check("c++ is short") == ""
+
+
+def test_cosmos1_also_refuses_one_letter_more() -> None:
+    assert Listed(EXACT, COSMOS1).check("the superwidgets") == "partial"
+    assert Listed(EXACT, COSMOS1).check("the superwidge") == ""
+    assert Listed(EXACT, PREDICT).check("the superwidgets") == ""
+
+
+def test_blank_lines_refuse_nothing(tmp_path: Path) -> None:
+    folder = write_blocklist(tmp_path / "b", exact=("jorry", "", "  "), custom=("", "glonk"))
+    assert Blocklist(folder).check("a harmless prompt").safe
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "custom",
+        "whitelist",
+        "exact_match",
+        "nltk_data/corpora/wordnet.zip",
+        "nltk_data/tokenizers/punkt_tab/english/abbrev_types.txt",
+    ],
+)
+def test_what_is_absent_is_named(lost: str, tmp_path: Path) -> None:
+    folder = write_blocklist(tmp_path / "blocklist")
+    (folder / lost).rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=Path(lost).name.split(".")[0]):
+        Blocklist(folder)
+
+
+def test_damaged_data(tmp_path: Path) -> None:
+    folder = write_blocklist(tmp_path / "blocklist")
+    (folder / "nltk_data/corpora/wordnet.zip").write_bytes(b"<html>")
+    with pytest.raises(CheckpointError, match="wordnet"):
+        Blocklist(folder)
+    empty = write_blocklist(tmp_path / "empty", custom=(), exact=())
+    with pytest.raises(CheckpointError, match="no words"):
+        Blocklist(empty)
+
+
+def test_sentences_and_words(tmp_path: Path) -> None:
+    words = Words(write_blocklist(tmp_path / "blocklist") / "nltk_data")
+    assert words.sentences.split('He met Dr. Who. "Hi." The end.') == [
+        "He met Dr. Who.",
+        '"Hi."',
+        "The end.",
+    ]
+    assert words.tokens('I can\'t say "no"... cannot') == [
+        *("I", "ca", "n't", "say", "``", "no", "''", "...", "can", "not"),
+    ]
+    assert words.lemmas("wolves boxes Boxes cities men glonkim geese glass") == [
+        *("wolf", "box", "Boxes", "city", "man", "glonk", "geese", "glass"),
+    ]

@@ -1,0 +1,192 @@
+"""Guard models on networks whose next word follows from the last one alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from worldline.errors import CheckpointError
+from worldline.guardrails.language import (
+    AEGIS,
+    LLAMA_GUARD_3,
+    QWEN3GUARD,
+    Kind,
+    LanguageGuard,
+    aegis_prompt,
+    load_language_guard,
+)
+
+# what each last word of a prompt is answered with, before the end
+ANSWERS = {
+    "llama_guard_3": {"kitten": "safe", "dagger": "unsafe\nS1,S9", "riddle": "maybe"},
+    "qwen3guard": {
+        "kitten": "Safety: Safe\nCategories: None",
+        "dagger": "Safety: Unsafe\nCategories: Violent",
+        "riddle": "Safety: Controversial\nCategories: Violent",
+        "blank": "maybe",
+    },
+    "aegis": {"[/INST]": "unsafe\nO3"},
+}
+TEMPLATES = {
+    "llama_guard_3": "{{ categories['S1'] }} {{ messages[0].content[0].text }}",
+    "qwen3guard": "{{ messages[0].content }}",
+}
+
+
+def write_model(folder: Path, kind: Kind, answers: dict[str, str] | None = None) -> Path:
+    """Write a guard model as released, with answers of its own or `ANSWERS`; return its folder."""
+    answers = answers or ANSWERS[kind.name]
+    words = dict.fromkeys(("<unk>", "<end>", *answers, *answers.values()))
+    ids = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>"
+    )
+    wrapped.chat_template = TEMPLATES.get(kind.name)
+    wrapped.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(ids),
+        hidden_size=32,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=ids["<end>"],
+        pad_token_id=None,
+    )
+    network = LlamaForCausalLM(config)
+    with torch.no_grad():
+        network.model.embed_tokens.weight.copy_(torch.eye(len(ids), 32))
+        layer = network.model.layers[0]
+        layer.self_attn.o_proj.weight.zero_()  # so that a token is all that the head sees
+        layer.mlp.down_proj.weight.zero_()
+        network.lm_head.weight.zero_()
+        for word, answer in answers.items():
+            network.lm_head.weight[ids[answer], ids[word]] = 1
+            network.lm_head.weight[ids["<end>"], ids[answer]] = 1
+    network.save_pretrained(folder)
+    return folder
+
+
+def write_adapter(folder: Path, width: int, **changed: object) -> Path:
+    """Write an adapter that turns an answer into the end; alpha / rank is 2."""
+    folder.mkdir()
+    settings = {"r": 1, "lora_alpha": 2, "target_modules": ["lm_head"], **changed}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    down, up = torch.zeros(1, 32), torch.zeros(width, 1)
+    down[0, 2], up[1, 0] = 1, 1  # the prompt's last word; the end
+    names = ("A", down), ("B", up)
+    tensors = {f"base_model.model.lm_head.lora_{half}.weight": t for half, t in names}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def load(folder: Path, kind: Kind) -> LanguageGuard:
+    return load_language_guard(kind, write_model(folder, kind), "cpu", torch.float32)
+
+
+def test_llama_guard_3(tmp_path: Path) -> None:
+    guard = load(tmp_path, LLAMA_GUARD_3)
+    assert guard.check("pet the kitten").safe
+    refused = guard.check("draw the dagger")
+    assert not refused.safe
+    assert refused.categories == ("Violent Crimes", "Indiscriminate Weapons")
+    assert guard.check("draw the dagger") == refused  # nothing is drawn at random
+    assert guard.check("a riddle").check == "unreadable"
+
+
+def test_qwen3guard(tmp_path: Path) -> None:
+    guard = load(tmp_path, QWEN3GUARD)
+    assert guard.check("pet the kitten").safe
+    assert guard.check("a riddle").safe
+    assert guard.check("draw the dagger").categories == ("Violent",)
+    assert guard.check("a blank").check == "unreadable"
+
+
+def test_aegis_and_its_adapter(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "base", AEGIS)
+    with pytest.raises(CheckpointError, match="nvidia/Aegis"):
+        load_language_guard(AEGIS, folder, "cpu")
+    width = len(ANSWERS["aegis"]) * 2 + 2
+    silent = write_adapter(tmp_path / "silent", width, lora_alpha=0)
+    guard = load_language_guard(AEGIS, folder, "cpu", torch.float32, silent)
+    assert guard.check("any words").categories == ("criminal_planning",)
+    ending = write_adapter(tmp_path / "ending", width)  # 2 for the end beats 1 for the answer
+    guard = load_language_guard(AEGIS, folder, "cpu", torch.float32, ending)
+    assert guard.answer("any words") == ""
+    assert guard.check("any words").check == "unreadable"
+
+
+@pytest.mark.parametrize(
+    ("width", "changed", "told"),
+    [
+        (5, {}, "other shapes"),
+        (4, {"use_dora": True}, "use_dora"),
+        (4, {"bias": "all"}, "another kind"),
+        (4, {"r": "x"}, "adapter_config"),
+    ],
+)
+def test_other_adapters(width: int, changed: dict[str, object], told: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "base", AEGIS)
+    adapter = write_adapter(tmp_path / "adapter", width, **changed)
+    with pytest.raises(CheckpointError, match=told):
+        load_language_guard(AEGIS, folder, "cpu", torch.float32, adapter)
+
+
+def test_aegis_prompt_has_all_categories() -> None:
+    asked = aegis_prompt("some words")
+    assert "User: some words\n" in asked
+    codes = [f"O{number}:" for number in (*range(1, 9), 10, 11, 12)]
+    assert [code for code in codes if code not in asked] == []
+    assert "O9" not in asked
+    assert asked.startswith("[INST]")
+    assert asked.endswith("[/INST]")
+
+
+def test_weights_that_are_no_numbers_refuse(tmp_path: Path) -> None:
+    guard = load(tmp_path, LLAMA_GUARD_3)
+    with torch.no_grad():
+        guard.network.lm_head.weight.fill_(torch.nan)  # type: ignore[union-attr]
+    assert guard.check("pet the kitten").check == "unreadable"
+
+
+@pytest.mark.parametrize("change", ["lost", "added", "cut"])
+def test_weights_are_strict(change: str, tmp_path: Path) -> None:
+    """What is absent would be drawn at random by transformers."""
+    folder = write_model(tmp_path, LLAMA_GUARD_3)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    if change == "added":
+        tensors["model.layers.0.stranger"] = torch.zeros(1)
+    elif change == "cut":
+        tensors[name] = tensors[name][:, :3].contiguous()
+    else:
+        del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj|stranger"):
+        load_language_guard(LLAMA_GUARD_3, folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        ("config.json", "config.json"),
+        ("model.safetensors", "safetensors"),
+        ("tokenizer.json", "tokenizer"),
+        ("chat_template.jinja", "chat template"),
+    ],
+)
+def test_what_is_absent_is_named(lost: str, told: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, LLAMA_GUARD_3)
+    (folder / lost).unlink()
+    with pytest.raises(CheckpointError, match=told):
+        load_language_guard(LLAMA_GUARD_3, folder, "cpu")

@@ -1,0 +1,131 @@
+"""Whole chains from folders laid out as each release has them; what is absent is an error."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from worldline.errors import CheckpointError, GuardrailRefusal
+from worldline.guardrails import language
+from worldline.guardrails.load import CHAINS, SIGLIP, find_folder, load_guardrails
+
+from .folders import write_blocklist
+from .networks import write_classifier, write_retinaface, write_siglip
+from .test_language import ANSWERS, write_adapter, write_model
+
+FRAMES = np.random.RandomState(0).randint(0, 256, (4, 32, 48, 3), np.uint8)
+FLAG = "--without-them"
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of each part, to be linked into the layouts."""
+    root = tmp_path_factory.mktemp("made")
+    write_blocklist(root / "blocklist")
+    write_classifier(root / "video_content_safety_filter" / "safety_filter.pt")
+    write_siglip(root / "siglip")
+    write_retinaface(root / "face_blur_filter" / "Resnet50_Final.pth")
+    for kind in (language.AEGIS, language.LLAMA_GUARD_3, language.QWEN3GUARD):
+        write_model(root / kind.name, kind)
+    write_adapter(root / "adapter", 2 * len(ANSWERS["aegis"]) + 2, lora_alpha=0)
+    return root
+
+
+def put(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def cached(repository: str) -> str:
+    return f"models--{repository.replace('/', '--')}/snapshots/0123abcd"
+
+
+def parts(made: Path, folder: Path) -> None:
+    for name in ("blocklist", "video_content_safety_filter", "face_blur_filter"):
+        put(made / name, folder / name)
+
+
+def lay_out(release: str, made: Path, root: Path, cache: Path) -> None:
+    """Lay the files out as a release does below `root`, or in the cache."""
+    aegis, llama, qwen = language.AEGIS, language.LLAMA_GUARD_3, language.QWEN3GUARD
+    if release == "cosmos1":
+        folder = root / "Cosmos-1.0-Guardrail"
+    elif release == "march":
+        folder = root / "Cosmos-Predict1-7B-Text2World" / "guardrail"
+    elif release == "predict1":
+        folder = root / "nvidia" / "Cosmos-Guardrail1"
+    else:
+        folder = cache / cached("nvidia/Cosmos-Guardrail1")
+    parts(made, folder)
+    siglip = cache if release == "predict2.5" else folder / "video_content_safety_filter"
+    put(made / "siglip", siglip / cached(SIGLIP))
+    if release == "predict1":
+        put(made / llama.name, root / llama.released)
+    elif release == "predict2.5":
+        put(made / qwen.name, cache / cached(qwen.released))
+    else:
+        put(made / aegis.name, folder / "aegis" / cached(aegis.released))
+        put(made / "adapter", folder / "aegis" / cached(aegis.adapter))
+
+
+@pytest.mark.parametrize("layout", ["cosmos1", "march", "predict1", "predict2.5"])
+def test_layouts(layout: str, made: Path, tmp_path: Path, no_cache: Path) -> None:
+    lay_out(layout, made, tmp_path / "root", no_cache)
+    (tmp_path / "root").mkdir(exist_ok=True)
+    release = "predict1" if layout == "march" else layout
+    chain = load_guardrails(release, tmp_path / "root", flag=FLAG)
+    asked = {"predict1": "llama_guard_3", "predict2.5": "qwen3guard"}.get(layout, "aegis")
+    assert [guard.name for guard in chain.text] == ["blocklist", asked]
+    with pytest.raises(GuardrailRefusal, match="blocklist"):
+        chain.check_prompt("a zorbash")
+    if asked != "aegis":  # whose model refuses whatever it is asked here
+        chain.check_prompt("a kitten")
+    with pytest.raises(GuardrailRefusal, match=asked):
+        chain.check_prompt("a dagger")
+    assert chain.check_video(FRAMES).shape == FRAMES.shape
+    assert {ran.guard for ran in chain.ran} == {
+        *("blocklist", asked, "video_content_safety_filter", "face_blur_filter")
+    }
+    assert len(chain.networks) == 4
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        ("nvidia/Cosmos-Guardrail1", "nvidia/Cosmos-Guardrail1 is missing"),
+        ("nvidia/Cosmos-Guardrail1/blocklist", "blocklist"),
+        ("meta-llama", "meta-llama/Llama-Guard-3-8B is missing"),
+        ("nvidia/Cosmos-Guardrail1/face_blur_filter", "Resnet50_Final.pth is missing"),
+        (
+            f"nvidia/Cosmos-Guardrail1/video_content_safety_filter/{cached(SIGLIP)}",
+            f"{SIGLIP} is missing",
+        ),
+    ],
+)
+def test_what_is_absent_is_named_with_the_flag(
+    lost: str, told: str, made: Path, tmp_path: Path, no_cache: Path
+) -> None:
+    lay_out("predict1", made, tmp_path / "root", no_cache)
+    shutil.rmtree(tmp_path / "root" / lost)
+    with pytest.raises(CheckpointError, match=f"{told}.*{FLAG}"):
+        load_guardrails("predict1", tmp_path / "root", flag=FLAG)
+
+
+def test_only_what_is_asked_for_is_read(made: Path, tmp_path: Path) -> None:
+    put(made / "blocklist", tmp_path / "own" / "blocklist")
+    put(made / language.LLAMA_GUARD_3.name, tmp_path / "Llama-Guard-3-8B")
+    own = tmp_path / "own"
+    chain = load_guardrails("predict1", tmp_path, flag=FLAG, guardrail_dir=own, video=False)
+    assert (len(chain.text), chain.video, chain.filters) == (2, (), ())
+    with pytest.raises(CheckpointError, match="no folder"):
+        find_folder(tmp_path, tmp_path / "nowhere")
+    assert set(CHAINS) == {"cosmos1", "predict1", "predict2.5"}

@@ -1,0 +1,400 @@
+"""The released guides' command lines, as they stand there except for the program, do their work.
+
+They run on worlds with made-up weights under the released names; guardrails and prompt upsamplers
+run where the command does not disable them. Downloads come from a hub on this machine. What needs
+several GPUs, trains, shards or merges has its own tests.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import worldline.hub
+from worldline.downloads import sources
+from worldline.video.read import probe
+from worldline.video.write import write_video
+
+from .cli.conftest import run_words
+from .conftest import MODEL, moving
+from .fake_hub import FakeHub, serving
+from .guardrails.test_load import put
+from .tiny_decoder import DECODER, OLD_DECODER
+from .tiny_decoder import VIDEO2WORLD as AR_VIDEO2WORLD
+from .tiny_diffusion import CONTINUOUS, TEXT2WORLD, VIDEO2WORLD
+from .tiny_guards import add_aegis, add_guardrails, add_upsampler
+
+# what stands for the program of each script
+PROGRAMS = {
+    "cosmos_predict1/autoregressive/inference/base.py": "autoregressive base",
+    "cosmos_predict1/autoregressive/inference/video2world.py": "autoregressive video2world",
+    "cosmos_predict1/diffusion/inference/text2world.py": "diffusion text2world",
+    "cosmos_predict1/diffusion/inference/video2world.py": "diffusion video2world",
+    "cosmos1/models/autoregressive/inference/base.py": "autoregressive base",
+    "cosmos1/models/autoregressive/inference/video2world.py": "autoregressive video2world",
+    "scripts/download_autoregressive_checkpoints.py": "checkpoints download",
+    "scripts/download_diffusion_checkpoints.py": "checkpoints download",
+    "cosmos1/scripts/download_autoregressive.py": "checkpoints download --cosmos_version 1.0",
+}
+# of scripts of the guides that are no business of this file
+ELSEWHERE = {
+    "cosmos_predict1/autoregressive/train.py",
+    "scripts/merge_autoregressive_tp_checkpoints.py",
+    "scripts/shard_autoregressive_base_checkpoints.py",
+    "examples/inference.py",
+}
+
+ASSETS = "cosmos1/models/autoregressive/assets/v1p0"
+MOVING_CAR = (
+    "A video recorded from a moving vehicle's perspective, capturing roads, buildings, landscapes, "
+    "and changing weather and lighting conditions."
+)
+
+# guide -> name of the example -> its command
+GENERATE: dict[str, dict[str, str]] = {
+    "inference_autoregressive_base": {
+        "single": r"""
+            cosmos_predict1/autoregressive/inference/base.py \
+                --checkpoint_dir checkpoints \
+                --ar_model_dir Cosmos-Predict1-4B \
+                --input_type video \
+                --input_image_or_video_path assets/autoregressive/input.mp4 \
+                --top_p 0.8 \
+                --temperature 1.0 \
+                --offload_diffusion_decoder \
+                --offload_tokenizer \
+                --video_save_name autoregressive-4b""",
+        "batch": r"""
+            cosmos_predict1/autoregressive/inference/base.py \
+                --checkpoint_dir checkpoints \
+                --ar_model_dir Cosmos-Predict1-4B \
+                --batch_input_path assets/autoregressive/batch_inputs/base.jsonl \
+                --top_p 0.8 \
+                --temperature 1.0 \
+                --offload_diffusion_decoder \
+                --offload_tokenizer \
+                --video_save_folder autoregressive-4b-batch""",
+    },
+    "inference_autoregressive_video2world": {
+        "single": rf"""
+            cosmos_predict1/autoregressive/inference/video2world.py \
+                --checkpoint_dir checkpoints \
+                --ar_model_dir Cosmos-Predict1-5B-Video2World \
+                --input_type text_and_video \
+                --input_image_or_video_path assets/autoregressive/input.mp4 \
+                --prompt "{MOVING_CAR}" \
+                --top_p 0.7 \
+                --temperature 1.0 \
+                --offload_diffusion_decoder \
+                --offload_tokenizer \
+                --video_save_name autoregressive-video2world-5b""",
+    },
+    "inference_diffusion_video2world": {
+        "single": r"""
+            cosmos_predict1/diffusion/inference/video2world.py \
+                --checkpoint_dir checkpoints \
+                --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World \
+                --input_image_or_video_path assets/diffusion/video2world_input0.jpg \
+                --num_input_frames 1 \
+                --offload_prompt_upsampler \
+                --video_save_name diffusion-video2world-7b""",
+        "offloaded": r"""
+            cosmos_predict1/diffusion/inference/video2world.py \
+                --checkpoint_dir checkpoints \
+                --diffusion_transformer_dir Cosmos-Predict1-14B-Video2World \
+                --input_image_or_video_path assets/diffusion/video2world_input0.jpg \
+                --num_input_frames 1 \
+                --offload_tokenizer \
+                --offload_diffusion_transformer \
+                --offload_text_encoder_model \
+                --offload_prompt_upsampler \
+                --offload_guardrail_models \
+                --video_save_name diffusion-video2world-14b""",
+        "batch": r"""
+            cosmos_predict1/diffusion/inference/video2world.py \
+                --checkpoint_dir checkpoints \
+                --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World \
+                --batch_input_path assets/diffusion/batch_inputs/video2world_ps.jsonl \
+                --num_input_frames 9 \
+                --offload_prompt_upsampler \
+                --video_save_folder diffusion-video2world-7b-batch""",
+        "batch without upsampler": r"""
+            cosmos_predict1/diffusion/inference/video2world.py \
+                --checkpoint_dir checkpoints \
+                --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World \
+                --batch_input_path assets/diffusion/batch_inputs/video2world_wo_ps.jsonl \
+                --num_input_frames 9 \
+                --disable_prompt_upsampler \
+                --video_save_folder diffusion-video2world-7b-batch-wo-ps""",
+        "post-trained": r"""
+            cosmos_predict1/diffusion/inference/video2world.py \
+                --checkpoint_dir checkpoints \
+                --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World_post-trained \
+                --input_image_or_video_path assets/diffusion/video2world_input0.jpg \
+                --num_input_frames 1 \
+                --offload_prompt_upsampler \
+                --video_save_name diffusion-video2world-7b-post-trained""",
+    },
+    "inference_diffusion_text2world": {
+        "single": r"""
+            cosmos_predict1/diffusion/inference/text2world.py \
+                --checkpoint_dir checkpoints \
+                --diffusion_transformer_dir Cosmos-Predict1-7B-Text2World \
+                --prompt "A sleek, humanoid robot stands in a vast warehouse." \
+                --offload_prompt_upsampler \
+                --video_save_name diffusion-text2world-7b""",
+    },
+    "Cosmos 1.0 autoregressive": {
+        "base 4B": r"""
+            cosmos1/models/autoregressive/inference/base.py \
+                --input_type=video \
+                --input_image_or_video_path=cosmos1/models/autoregressive/assets/v1p0/input.mp4 \
+                --video_save_name=Cosmos-1.0-Autoregressive-4B \
+                --ar_model_dir=Cosmos-1.0-Autoregressive-4B \
+                --top_p=0.8 \
+                --temperature=1.0""",
+        "base 12B, offloaded": r"""
+            cosmos1/models/autoregressive/inference/base.py \
+                --input_type=video \
+                --input_image_or_video_path=cosmos1/models/autoregressive/assets/v1p0/input.mp4 \
+                --video_save_name=Cosmos-1.0-Autoregressive-12B \
+                --ar_model_dir=Cosmos-1.0-Autoregressive-12B \
+                --top_p=0.9 \
+                --temperature=1.0 \
+                --offload_guardrail_models \
+                --offload_diffusion_decoder \
+                --offload_ar_model \
+                --offload_tokenizer""",
+        "base 12B, batch": rf"""
+            cosmos1/models/autoregressive/inference/base.py \
+                --input_type=video \
+                --batch_input_path={ASSETS}/batch_inputs/base.jsonl \
+                --video_save_folder=outputs/Cosmos-1.0-Autoregressive-12B \
+                --ar_model_dir=Cosmos-1.0-Autoregressive-12B \
+                --top_p=0.9 \
+                --temperature=1.0""",
+        "video2world 5B": rf"""
+            cosmos1/models/autoregressive/inference/video2world.py \
+                --input_type=text_and_video \
+                --input_image_or_video_path=cosmos1/models/autoregressive/assets/v1p0/input.mp4 \
+                --prompt="{MOVING_CAR}" \
+                --video_save_name=Cosmos-1.0-Autoregressive-5B-Video2World \
+                --ar_model_dir=Cosmos-1.0-Autoregressive-5B-Video2World \
+                --top_p=0.7 \
+                --temperature=1.0""",
+        "video2world 13B, offloaded": rf"""
+            cosmos1/models/autoregressive/inference/video2world.py \
+                --input_type=text_and_video \
+                --input_image_or_video_path=cosmos1/models/autoregressive/assets/v1p0/input.mp4 \
+                --prompt="{MOVING_CAR}" \
+                --video_save_name=Cosmos-1.0-Autoregressive-13B-Video2World \
+                --ar_model_dir=Cosmos-1.0-Autoregressive-13B-Video2World \
+                --top_p=0.8 \
+                --temperature=1.0 \
+                --offload_guardrail_models \
+                --offload_diffusion_decoder \
+                --offload_ar_model \
+                --offload_tokenizer \
+                --offload_text_encoder_model""",
+        "video2world 13B, batch": rf"""
+            cosmos1/models/autoregressive/inference/video2world.py \
+                --input_type=text_and_video \
+                --batch_input_path={ASSETS}/batch_inputs/video2world.jsonl \
+                --video_save_folder=outputs/Cosmos-1.0-Autoregressive-13B-Video2World \
+                --ar_model_dir=Cosmos-1.0-Autoregressive-13B-Video2World \
+                --top_p=0.8 \
+                --temperature=1.0 \
+                --offload_guardrail_models""",
+    },
+}
+# command -> folders that must be there
+DOWNLOAD: dict[str, tuple[str, ...]] = {
+    "scripts/download_autoregressive_checkpoints.py --model_sizes 4B 12B "
+    "--checkpoint_dir checkpoints": ("Cosmos-Predict1-4B", "Cosmos-Predict1-12B"),
+    "scripts/download_autoregressive_checkpoints.py --model_sizes 5B 13B "
+    "--checkpoint_dir checkpoints": (
+        *("Cosmos-Predict1-5B-Video2World", "google-t5/t5-11b", "meta-llama/Llama-Guard-3-8B"),
+    ),
+    "scripts/download_autoregressive_checkpoints.py --model_sizes 4B": ("Cosmos-Predict1-4B",),
+    "scripts/download_diffusion_checkpoints.py --model_sizes 7B 14B --model_types Video2World "
+    "--checkpoint_dir checkpoints": (
+        *("Cosmos-Predict1-7B-Video2World", "Cosmos-Predict1-14B-Video2World", "Pixtral-12B"),
+    ),
+    "cosmos1/scripts/download_autoregressive.py --model_sizes 4B 5B 12B 13B": (
+        *("Cosmos-1.0-Autoregressive-4B", "Cosmos-1.0-Autoregressive-13B-Video2World"),
+        *("Cosmos-1.0-Tokenizer-DV8x16x16", OLD_DECODER, "Cosmos-1.0-Guardrail"),
+    ),
+}
+
+
+def words_of(command: str) -> list[str]:
+    """Return the words of a command line, `worldline`'s in place of the program's."""
+    script, *words = shlex.split(command.replace("\\\n", " "))
+    return [*PROGRAMS[script].split(), *words]
+
+
+@pytest.fixture(scope="module")
+def place(
+    tmp_path_factory: pytest.TempPathFactory, whole_world: Path, tiny_diffusion: Path
+) -> Path:
+    """A folder with checkpoints and assets under the released names."""
+    place = tmp_path_factory.mktemp("released")
+    root = place / "checkpoints"
+    shutil.copytree(whole_world, root)
+    shutil.copytree(tiny_diffusion, root, dirs_exist_ok=True)
+    same = {
+        "Cosmos-Predict1-12B": MODEL,
+        "Cosmos-1.0-Autoregressive-4B": MODEL,
+        "Cosmos-1.0-Autoregressive-12B": MODEL,
+        "Cosmos-1.0-Autoregressive-5B-Video2World": AR_VIDEO2WORLD,
+        "Cosmos-1.0-Autoregressive-13B-Video2World": AR_VIDEO2WORLD,
+        "Cosmos-1.0-Tokenizer-DV8x16x16": "Cosmos-Tokenize1-DV8x16x16-720p",
+        "Cosmos-1.0-Tokenizer-CV8x8x8": CONTINUOUS,
+        OLD_DECODER: DECODER,
+        "Cosmos-Predict1-14B-Video2World": VIDEO2WORLD,
+        "Cosmos-Predict1-7B-Video2World_post-trained": VIDEO2WORLD,
+        "Cosmos-Predict1-14B-Text2World": TEXT2WORLD,
+    }
+    for name, other in same.items():
+        (root / name).symlink_to(root / other)
+    folder = add_guardrails(root, answers={"<unk>": "safe"})
+    put(folder, root / "Cosmos-1.0-Guardrail")
+    add_aegis(root / "Cosmos-1.0-Guardrail", "safe")
+    for describes in (False, True):
+        add_upsampler(root, describes=describes)
+
+    clip = place / "assets" / "autoregressive" / "input.mp4"
+    write_video(moving(), clip, 25)
+    from PIL import Image
+
+    (place / "assets" / "diffusion" / "batch_inputs").mkdir(parents=True)
+    Image.fromarray(moving(1)[0]).save(place / "assets" / "diffusion" / "video2world_input0.jpg")
+    for kind, name, prompt in (
+        ("autoregressive", "base", None),
+        ("autoregressive", "video2world", MOVING_CAR),
+        ("diffusion", "video2world_ps", None),
+        ("diffusion", "video2world_wo_ps", MOVING_CAR),
+    ):
+        line = {"visual_input": "assets/autoregressive/input.mp4"}
+        if prompt is not None:
+            line["prompt"] = prompt
+        lines = place / "assets" / kind / "batch_inputs" / f"{name}.jsonl"
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        lines.write_text(f"{json.dumps(line)}\n" * 2)
+    (place / "assets" / "diffusion" / "batch_inputs" / "text2world.jsonl").write_text(
+        json.dumps({"prompt": MOVING_CAR}) + "\n"
+    )
+    old = place / "cosmos1" / "models" / "autoregressive" / "assets"
+    old.mkdir(parents=True)
+    (old / "v1p0").symlink_to(place / "assets" / "autoregressive")
+    return place
+
+
+@pytest.fixture
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Work there; what is made is gone afterwards."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_CACHE", str(place / "no-cache"))
+    before = {path.name for path in place.iterdir()}
+    yield place
+    for path in place.iterdir():
+        if path.name not in before:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, id=f"{guide}: {name}")
+        for guide, examples in GENERATE.items()
+        for name, command in examples.items()
+    ],
+)
+def test_generate(command: str, here: Path) -> None:
+    words = words_of(command)
+    result = run_words(words)
+    assert result.exit_code == 0, result.stderr
+    given = dict(
+        word.lstrip("-").split("=", 1) for word in words if word.startswith("--") and "=" in word
+    )
+    for word, following in pairwise(words):
+        if word.startswith("--") and "=" not in word and not following.startswith("--"):
+            given[word.lstrip("-")] = following
+    folder = here / given.get("video_save_folder", "outputs")
+    batch = "batch_input_path" in given
+    names = ["0", "1"] if batch else [given.get("video_save_name", "output")]
+    for name in names:
+        video = folder / f"{name}.mp4"
+        assert probe(video, kind="video").frames > 1
+        report = json.loads(video.with_suffix(".json").read_text())
+        old = "cosmos1" in command.split()[0]
+        assert report["guardrail"] == ("cosmos1" if old else "predict1")
+        assert [check["guard"] for check in report["guardrail_checks"]][-2:] == [
+            *("video_content_safety_filter", "face_blur_filter"),
+        ]
+        upsamples = "diffusion" in words and "--disable_prompt_upsampler" not in words
+        assert report.get("prompt_upsampler_ran", False) == upsamples
+    assert len([*folder.glob("*.mp4")]) == len(names)
+
+
+def test_the_batch_of_the_guide_that_has_no_videos(here: Path) -> None:
+    """The guide of the base models names a file of prompts alone, with which its script fails."""
+    command = GENERATE["inference_autoregressive_base"]["batch"].replace(
+        "assets/autoregressive/batch_inputs/base.jsonl",
+        "assets/diffusion/batch_inputs/text2world.jsonl",
+    )
+    result = run_words(words_of(command))
+    assert result.exit_code == 2
+    assert 'no "visual_input"' in result.stderr
+    assert "assets/autoregressive/batch_inputs/base.jsonl" in result.stderr
+
+
+@pytest.mark.parametrize("script", sorted(PROGRAMS))
+def test_help(script: str) -> None:
+    result = run_words([*PROGRAMS[script].split(), "--help"])
+    assert result.exit_code == 0
+    assert "--checkpoint_dir" in result.stdout
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    """A hub of every repository that the guides' downloads need, with a little in each file."""
+    names = {folder for folders in DOWNLOAD.values() for folder in folders}
+    names |= {"Cosmos-Predict1-13B-Video2World", "Cosmos-1.0-Autoregressive-5B-Video2World"}
+    names |= {"Cosmos-1.0-Autoregressive-12B"}
+    repositories = {}
+    for source in sources(sorted(names)):
+        files = [pattern.replace("*", "x") for pattern in (*source.needed[0], "config.json")]
+        repositories[source.repository] = {name: name.encode() for name in files}
+    monkeypatch.setattr(worldline.hub, "PAUSE", 0.0)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with serving(FakeHub(repositories)) as found:
+        monkeypatch.setenv("HF_ENDPOINT", found.address)
+        yield found
+
+
+@pytest.mark.parametrize("command", DOWNLOAD)
+def test_download(
+    command: str, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run_words(words_of(command))
+    assert result.exit_code == 0, result.stderr
+    for folder in DOWNLOAD[command]:
+        assert [*(tmp_path / "checkpoints" / folder).iterdir()], folder
+    assert not [*tmp_path.rglob("*.incomplete")]
+
+
+def test_every_script_of_the_guides_has_its_command() -> None:
+    table = json.loads((Path(__file__).parent / "data" / "cli_parity.json").read_text())
+    scripts = {script["path"] for script in table["scripts"] if script["seed_docs"]}
+    assert scripts <= {*PROGRAMS, *ELSEWHERE}
+    told = [c for examples in GENERATE.values() for c in examples.values()]
+    assert {command.split()[0] for command in (*told, *DOWNLOAD)} == {*PROGRAMS}

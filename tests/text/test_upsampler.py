@@ -1,0 +1,203 @@
+"""Prompt upsamplers with made-up weights: layouts, order of rows, pictures, answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from worldline.errors import CheckpointError, Error
+from worldline.text.upsampler import (
+    ImageUpsampler,
+    TextUpsampler,
+    Upsampler,
+    _in_halves,
+    clean,
+    load_upsampler,
+    shrunk,
+)
+
+from ..tiny_guards import (
+    CAPTION,
+    HEAD,
+    LONG,
+    add_upsampler,
+    image_network,
+    save_released,
+    text_network,
+    write_tokenizer,
+)
+
+FRAME = np.random.RandomState(0).randint(0, 256, (40, 56, 3), np.uint8)
+
+
+def load(folder: Path, *, describes: bool) -> Upsampler:
+    return load_upsampler(folder, describes=describes, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_long_prompt(released: bool, tmp_path: Path) -> None:
+    upsampler = load(add_upsampler(tmp_path, describes=False, released=released), describes=False)
+    assert isinstance(upsampler, TextUpsampler)
+    assert upsampler.lengthen(["a kitten"]) == [LONG]
+    assert upsampler.lengthen(["a kitten", "a much longer prompt of more words"]) == [LONG] * 2
+
+
+@pytest.mark.parametrize("released", [True, False])
+@pytest.mark.parametrize("shape", [(40, 56), (16, 16), (1100, 40)])
+def test_a_picture_described(released: bool, shape: tuple[int, int], tmp_path: Path) -> None:
+    upsampler = load(add_upsampler(tmp_path, describes=True, released=released), describes=True)
+    assert isinstance(upsampler, ImageUpsampler)
+    assert upsampler.describe(np.zeros((*shape, 3), np.uint8)) == CAPTION
+
+
+@pytest.mark.parametrize("describes", [False, True])
+def test_both_layouts_are_one_network(describes: bool, tmp_path: Path) -> None:
+    """With weights at random, so that every row and every angle counts."""
+    words = len(write_tokenizer(tmp_path / "a", "x y z"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    network = image_network(words) if describes else text_network(words)
+    network.save_pretrained(tmp_path / "a")
+    save_released(network, tmp_path / "b", describes=describes)
+    first, second = (load(tmp_path / name, describes=describes) for name in "ab")
+    ids = torch.tensor([[2, 4, 4, 5, 4, 4, 6, 3]])
+    seen = {}
+    if describes:
+        pixels = torch.randn(1, 3, 32, 32)
+        seen = {"pixel_values": pixels, "image_sizes": torch.tensor([[32, 32]])}
+    with torch.inference_mode():
+        one, two = (each.network(input_ids=ids, **seen).logits for each in (first, second))
+    assert torch.equal(one, two)
+    assert one.std() > 0
+
+
+def test_pixtral_as_it_is_published(tmp_path: Path) -> None:
+    """The repository was saved by an early transformers, whose modules had other names."""
+    words = len(write_tokenizer(tmp_path / "new", "x y z"))
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    network = image_network(words)
+    network.save_pretrained(tmp_path / "new")
+    shutil.copy(tmp_path / "new" / "config.json", tmp_path / "old")
+    names = {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.vision_tower.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        (new,) = (prefix for prefix in names if name.startswith(prefix))
+        tensors[names[new] + name.removeprefix(new)] = tensor
+    save_file(tensors, tmp_path / "old" / "model.safetensors", {"format": "pt"})
+    first, second = (load(tmp_path / name, describes=True) for name in ("new", "old"))
+    for one, two in zip(first.network.parameters(), second.network.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_rows_in_halves_turn_as_neighbours_do() -> None:
+    """Scores of queries and keys are those of the released rotation of neighbouring numbers."""
+    torch.manual_seed(0)
+    width, heads, length = 24, 2, 7
+    query, key = (torch.randn(heads * HEAD, width) for _ in range(2))
+    x = torch.randn(length, width)
+    angles = torch.outer(torch.arange(length), 100.0 ** -(torch.arange(HEAD // 2) * 2 / HEAD))
+
+    def neighbours(weight: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex((x @ weight.T).view(length, heads, HEAD // 2, 2))
+        turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+        return torch.view_as_real(turned).flatten(2)
+
+    def halves(weight: torch.Tensor) -> torch.Tensor:
+        a, b = (x @ _in_halves(weight, HEAD).T).view(length, heads, HEAD).chunk(2, dim=-1)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    scores = [torch.einsum("qhd,khd->hqk", turn(query), turn(key)) for turn in (neighbours, halves)]
+    torch.testing.assert_close(*scores)
+
+
+def test_a_seed_gives_the_same_words(tmp_path: Path) -> None:
+    words = len(write_tokenizer(tmp_path, "p q r s t u v w x y z"))
+    save_released(text_network(words), tmp_path, describes=False)
+    upsampler = load(tmp_path, describes=False)
+    before = torch.random.get_rng_state()
+    drawn = [upsampler._answer(["[INST]x[/INST]"], seed) for seed in (1, 1, 2, 3, 4, 5)]
+    assert drawn[0] == drawn[1]
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_what_the_picture_becomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upsampler = load(add_upsampler(tmp_path, describes=True), describes=True)
+    assert isinstance(upsampler, ImageUpsampler)
+    asked: list[str] = []
+    shown: list[torch.Tensor] = []
+
+    def answer(questions: list[str], _: int, **pixels: torch.Tensor) -> list[str]:
+        asked.extend(questions)
+        shown.append(pixels["pixel_values"])
+        return ["a"]
+
+    monkeypatch.setattr(upsampler, "_answer", answer)
+    upsampler.describe(FRAME)
+    rows, columns = math.ceil(40 / 16), math.ceil(56 / 16)
+    assert asked[0].count("[IMG]") == rows * columns
+    assert asked[0].count("[IMG_BREAK]") == rows - 1
+    assert asked[0].startswith("[INST]" + "[IMG]" * columns + "[IMG_BREAK]")
+    assert "[IMG][IMG_END]\n" in asked[0]
+    assert shown[0].shape == (1, 3, rows * 16, columns * 16)
+    upsampler.describe(np.full((16, 16, 3), 255, np.uint8))
+    white = (1 - upsampler.mean) / upsampler.std
+    torch.testing.assert_close(shown[1], white.expand(1, 3, 16, 16).to(shown[1]))
+
+
+def test_no_room_and_no_answer(tmp_path: Path) -> None:
+    upsampler = load(add_upsampler(tmp_path, describes=False), describes=False)
+    assert isinstance(upsampler, TextUpsampler)
+    with pytest.raises(Error, match="has room for 1023; disable_prompt_upsampler"):
+        upsampler.lengthen(["word " * 1100])
+    silent = load(add_upsampler(tmp_path, describes=False, answer="- *"), describes=False)
+    assert isinstance(silent, TextUpsampler)
+    with pytest.raises(Error, match="wrote nothing"):
+        silent.lengthen(["a kitten"])
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        ("model.pt", "holds no model.pt or safetensors"),
+        ("tokenizer.json", "tokenizer"),
+        ("chat_template.jinja", "chat template"),
+    ],
+)
+def test_what_is_missing_is_named(lost: str, told: str, tmp_path: Path) -> None:
+    folder = add_upsampler(tmp_path, describes=False)
+    (folder / lost).unlink()
+    with pytest.raises(CheckpointError, match=told):
+        load(folder, describes=False)
+
+
+def test_another_model(tmp_path: Path) -> None:
+    folder = add_upsampler(tmp_path, describes=False)
+    with pytest.raises(CheckpointError, match="no prompt upsampler"):
+        load(folder, describes=True)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "head_dim": 8}))
+    assert load(folder, describes=False).network.config.num_attention_heads == 4  # type: ignore[union-attr]
+    state = torch.load(folder / "model.pt")
+    del state["model"]["model.norm.weight"]
+    torch.save(state, folder / "model.pt")
+    with pytest.raises(CheckpointError, match=r"1 missing: model\.norm\.weight"):
+        load(folder, describes=False)
+
+
+def test_clean_and_shrunk() -> None:
+    assert clean("Caption: - **Scene** A dog,\n runs. ") == "A dog, runs."
+    assert clean("- - twice") == "twice"
+    assert shrunk(1024, 3) == (1024, 3)
+    assert shrunk(2048, 3) == (1024, 2)
