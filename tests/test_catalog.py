@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from worldline.catalog import ENTRIES, TOKENIZER_LAYOUTS, advice, check_parts, find, is_bundled
-from worldline.errors import InputError
+from worldline.catalog import ENTRIES, TOKENIZER_LAYOUTS, advice, find, is_bundled
 
 KEYS = Path(__file__).parent / "keys"
 BYTES = {"bfloat16": 2, "float32": 4, "int64": 8, "int32": 4, "float16": 2, "uint8": 1, "bool": 1}
@@ -127,13 +126,6 @@ def test_what_runs_has_a_preset() -> None:
             assert config.condition_mask == ("video2world" in entry.command)
         elif entry.command:
             assert entry.preset in (FLOW if entry.command == "predict2.5" else PRESETS)
-
-
-def test_parts_of_predict2_5() -> None:
-    check_parts(True, disable_guardrails=None)
-    check_parts(False, disable_guardrails=True)
-    with pytest.raises(InputError, match=r"its guardrails, which .* them: --disable_guardrails "):
-        check_parts(False, disable_guardrails=None)
 
 
 def test_needs_no_torch() -> None:

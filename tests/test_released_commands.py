@@ -263,7 +263,7 @@ def place(
     }
     for name, other in same.items():
         (root / name).symlink_to(root / other)
-    folder = add_guardrails(root, answers={"<unk>": "safe"})
+    folder = add_guardrails(root, unknown_is_safe=True)
     put(folder, root / "Cosmos-1.0-Guardrail")
     add_aegis(root / "Cosmos-1.0-Guardrail", "safe")
     for describes in (False, True):

@@ -181,6 +181,7 @@ def test_options_of_other_families(
         {"offload_ar_model": True},
         {"disable_guardrail": True},
         {"disable_prompt_upsampler": True},
+        {"offload_prompt_upsampler": True},
         {"generation": "1.0"},
         {"text_encoder_dtype": torch.float32},
     ):
@@ -216,6 +217,6 @@ def test_the_commands_of_other_families(
             find_predict2_5(name, folder)
 
 
-def test_released_parts_are_refused_by_name(tiny_predict2_5: Path) -> None:
-    with pytest.raises(worldline.InputError, match="disable_guardrails=True"):
+def test_released_worlds_need_their_guardrails(tiny_predict2_5: Path) -> None:
+    with pytest.raises(worldline.CheckpointError, match="disable_guardrails=True"):
         worldline.load(POST.name, tiny_predict2_5)

@@ -24,7 +24,7 @@ from worldline.text.upsampler import IMAGE_KEYS, TEXT_KEYS
 
 from .guardrails.folders import write_blocklist
 from .guardrails.networks import write_classifier, write_retinaface, write_siglip
-from .guardrails.test_language import write_adapter, write_model
+from .guardrails.test_language import ANSWERS, write_adapter, write_model
 
 GUARDRAILS = "nvidia/Cosmos-Guardrail1"
 LENGTHENS, DESCRIBES = "Cosmos-UpsamplePrompt1-12B-Text2World", "Pixtral-12B"
@@ -35,15 +35,13 @@ LONG, CAPTION = f"a very long {SAFE}", f"a picture of a {SAFE}"
 HEAD, PATCH = 16, 16
 
 
-def add_guardrails(
-    root: Path, name: str = GUARDRAILS, answers: dict[str, str] | None = None
-) -> Path:
-    """Add the guardrails of Predict1; each frame of a video is safe. Return their folder.
+def add_guardrails(root: Path, name: str = GUARDRAILS, *, unknown_is_safe: bool = False) -> Path:
+    """Add the guardrails of Predict1 and Predict2.5; each frame is safe. Return their folder.
 
     Args:
         root: of the checkpoints.
         name: of the folder of blocklist and others.
-        answers: of Llama Guard, by the last words of prompts.
+        unknown_is_safe: the guard models call every prompt safe, not only those they know.
     """
     folder = root / name
     write_blocklist(folder / "blocklist")
@@ -51,7 +49,9 @@ def add_guardrails(
     write_classifier(own / "safety_filter.pt")
     write_siglip(own / _cached(SIGLIP))
     write_retinaface(folder / "face_blur_filter" / "Resnet50_Final.pth")
-    write_model(root / language.LLAMA_GUARD_3.released, language.LLAMA_GUARD_3, answers)
+    for kind in (language.LLAMA_GUARD_3, language.QWEN3GUARD):
+        answers = {"<unk>": ANSWERS[kind.name][SAFE]} if unknown_is_safe else None
+        write_model(root / kind.released, kind, answers)
     return folder
 
 

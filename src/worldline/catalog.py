@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from worldline.choices import Generation, ScheduleName
-from worldline.errors import InputError
 from worldline.files import TRANSFORMER_FILES
 
 BUNDLED_PREFIX = "tiny-"
@@ -549,20 +548,3 @@ def advice(folder: str) -> str:
 def is_bundled(name: str) -> bool:
     """Tell whether this is the name of a model that ships with the package."""
     return name.startswith(BUNDLED_PREFIX)
-
-
-def check_parts(bundled: bool, disable_guardrails: bool | None) -> None:
-    """Refuse a request of Predict2.5 for guardrails, which this version does not run there.
-
-    Args:
-        bundled: whether the model ships with the package; such a model runs without.
-        disable_guardrails: True does without, False insists, None is as released.
-
-    Raises:
-        InputError: the model is to run with guardrails.
-    """
-    if not bundled if disable_guardrails is None else not disable_guardrails:
-        raise InputError(
-            "the released model runs with its guardrails, which this version does not have; run "
-            "without them: --disable_guardrails (in Python disable_guardrails=True)"
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from click.testing import Result
 
 import worldline
+import worldline.places
 from worldline.errors import GuardrailRefusal
 from worldline.guardrails import language
 from worldline.guardrails.base import Verdict, VideoGuard
@@ -20,6 +21,7 @@ from worldline.guardrails.video_filter import VideoFilter
 from worldline.video.read import read_video
 
 from ..conftest import MODEL
+from ..guardrails.networks import write_classifier
 from ..tiny_decoder import VIDEO2WORLD as AR_VIDEO2WORLD
 from ..tiny_diffusion import TEXT2WORLD, VIDEO2WORLD
 from ..tiny_guards import (
@@ -34,24 +36,31 @@ from ..tiny_guards import (
     add_guardrails,
     add_upsampler,
 )
+from ..tiny_predict2_5 import POST, SMALL
 from .conftest import run_words
 
 PROMPT = f"a red ball rolls to the {SAFE}"
 REFUSED_BY_WORDS = f"a {REFUSED_WORD} and a {SAFE}"
 REFUSED_BY_MODEL = f"the ball hits the {UNSAFE}"
 ALL = ["blocklist", "llama_guard_3", "video_content_safety_filter", "face_blur_filter"]
+OF_FLOW = ["blocklist", "qwen3guard", "video_content_safety_filter", "face_blur_filter"]
 UNSAFE_CLASS = 2
+UNSAFE_TO_FLOW = 1
 Command = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
 def guarded(
-    tmp_path_factory: pytest.TempPathFactory, whole_world: Path, diffusion_worlds: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    whole_world: Path,
+    diffusion_worlds: Path,
+    tiny_predict2_5: Path,
 ) -> Path:
     """All small worlds with guardrails and upsamplers; copy it before changing it."""
     root = tmp_path_factory.mktemp("guarded") / "checkpoints"
     shutil.copytree(whole_world, root)
-    shutil.copytree(diffusion_worlds, root, dirs_exist_ok=True)
+    for others in (diffusion_worlds, tiny_predict2_5):
+        shutil.copytree(others, root, dirs_exist_ok=True)
     add_guardrails(root)
     add_upsampler(root, describes=False)
     add_upsampler(root, describes=True)
@@ -75,6 +84,26 @@ def command(guarded: Path, tmp_path: Path) -> Command:
     def call(*words: object, checkpoint_dir: Path = guarded) -> Result:
         fixed = ("--checkpoint_dir", checkpoint_dir, "--video_save_folder", tmp_path / "out")
         return run_words((*words, *fixed))
+
+    return call
+
+
+@pytest.fixture
+def flow(guarded: Path, tmp_path: Path) -> Command:
+    """`flow("--seed", 1, prompts=…)`: `worldline predict2.5` likewise; samples are 0, 1, …."""
+
+    def call(
+        *words: object, prompts: Sequence[str] = (PROMPT,), checkpoint_dir: Path = guarded
+    ) -> Result:
+        file = tmp_path / "samples.jsonl"
+        samples = [
+            {"name": str(number), "inference_type": "text2world", "prompt": prompt}
+            for number, prompt in enumerate(prompts)
+        ]
+        file.write_text("\n".join(map(json.dumps, samples)))
+        fixed = ("-i", file, "-o", tmp_path / "out", "--checkpoint_dir", checkpoint_dir)
+        size = ("--resolution", "32,48", "--num_output_frames", 9, "--num_steps", 1)
+        return run_words(("predict2.5", *fixed, *size, *words))
 
     return call
 
@@ -191,6 +220,26 @@ def test_autoregressive_video2world(
     assert [guard for guard, _ in ran(report_of(tmp_path))] == ALL
 
 
+def test_predict2_5(flow: Command, tmp_path: Path) -> None:
+    result = flow()
+    assert result.exit_code == 0, result.stderr
+    report = report_of(tmp_path, "0")
+    assert ran(report) == [
+        ("blocklist", "prompt"),
+        ("qwen3guard", "prompt"),
+        ("video_content_safety_filter", "video of 9 frames"),
+        ("face_blur_filter", "video of 9 frames"),
+    ]
+    assert (report["guardrail"], report["guardrail_off"]) == ("predict2.5", None)
+    assert [stage["name"] for stage in report["load"]["stages"]] == ["load guardrails", "load"]
+    assert report["run"]["stages"][0]["name"] == "guardrail"
+    assert f"guardrails: {', '.join(OF_FLOW)}" in result.stderr
+    assert "has no effect" not in result.stderr  # of what nobody asked for
+    result = flow("--offload_guardrail_models", "--preview_every", 1)
+    assert "--offload_guardrail_models has no effect: the model runs on the CPU" in result.stderr
+    assert "--preview_every has no effect: no frames are shown before" in result.stderr
+
+
 # --- off
 
 
@@ -203,6 +252,38 @@ def test_disabled_is_said(command: Command, tmp_path: Path, clip: Path) -> None:
         assert report["guardrail"] is None
         assert report["guardrail_off"] == "disabled by the user"
         assert report["guardrail_checks"] == []
+
+
+def test_predict2_5_without(flow: Command, tmp_path: Path) -> None:
+    words = ("--disable-guardrails", "--offload-guardrail-models", "--guardrail_dir", "x")
+    result = flow(*words, prompts=[REFUSED_BY_WORDS])
+    assert result.exit_code == 0, result.stderr
+    assert "NVIDIA Open Model License" in result.stderr
+    for flag in ("offload_guardrail_models", "guardrail_dir"):
+        assert f"--{flag} has no effect: no guardrail runs" in result.stderr
+    report = report_of(tmp_path, "0")
+    assert (report["guardrail"], report["guardrail_off"]) == (None, "disabled by the user")
+    assert report["guardrail_checks"] == []
+    assert "is finished" in flow(words[0], "--resume", prompts=[REFUSED_BY_WORDS]).stderr
+    result = flow("--resume", prompts=[REFUSED_BY_WORDS])
+    assert "was made in another way" in result.stderr
+    assert result.exit_code == 3
+
+
+def test_bundled_worlds_of_predict2_5_have_none(
+    flow: Command, own_predict2_5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worldline.places, "BUNDLED", own_predict2_5)
+    words = ("--model", f"tiny-{Path(POST.repository).name}")
+    result = flow(*words, "--disable_guardrails", checkpoint_dir=tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert f"--disable_guardrails has no effect: {words[1]} has no guardrails" in result.stderr
+    result = flow(*words, checkpoint_dir=tmp_path)
+    assert "no guardrail checks prompt or video: bundled worlds have none" in result.stderr
+    assert report_of(tmp_path, "0")["guardrail_off"] == "bundled worlds have none"
+    result = flow(*words, "--no-disable-guardrails", checkpoint_dir=tmp_path)
+    assert result.exit_code == 2
+    assert "nvidia/Cosmos-Guardrail1 is missing" in result.stderr
 
 
 def test_bundled_worlds_have_none(run: Callable[..., Result], tmp_path: Path) -> None:
@@ -251,6 +332,30 @@ def test_what_is_missing_stops_it_first(
         for part in (told, "--disable_guardrail", "worldline checkpoints download guardrails"):
             assert part in last
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("forbid_weights")
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        (GUARDRAILS, "nvidia/Cosmos-Guardrail1 is missing"),
+        (f"{GUARDRAILS}/blocklist", "blocklist"),
+        (language.QWEN3GUARD.released, "Qwen/Qwen3Guard-Gen-0.6B is missing"),
+        (f"{GUARDRAILS}/video_content_safety_filter/safety_filter.pt", "safety_filter.pt"),
+        (f"{GUARDRAILS}/face_blur_filter", "Resnet50_Final.pth is missing"),
+    ],
+)
+def test_what_is_missing_stops_predict2_5_first(
+    lost: str, told: str, flow: Command, own_guarded: Path, tmp_path: Path
+) -> None:
+    (own_guarded / lost).rename(tmp_path / "lost")
+    result = flow(checkpoint_dir=own_guarded)
+    assert result.exit_code == 2, result.stderr
+    last = result.stderr.splitlines()[-1]
+    fetch = "worldline checkpoints download Cosmos-Guardrail1 Qwen3Guard-Gen-0.6B"
+    for part in (told, "--disable_guardrails (in Python disable_guardrails=True)", fetch):
+        assert part in last
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_upsampler(command: Command, own_guarded: Path, clip: Path) -> None:
@@ -314,8 +419,6 @@ def test_a_refused_upsampled_prompt(
 @pytest.fixture
 def unsafe_frames(own_guarded: Path) -> Path:
     folder = own_guarded / GUARDRAILS / "video_content_safety_filter"
-    from ..guardrails.networks import write_classifier
-
     write_classifier(folder / "safety_filter.pt", UNSAFE_CLASS)
     return own_guarded
 
@@ -348,6 +451,39 @@ def test_a_batch_goes_on(command: Command, tmp_path: Path) -> None:
     assert len(refusals) == 2
     assert REFUSED_WORD not in result.stderr
     assert UNSAFE not in result.stderr
+
+
+def test_predict2_5_refuses(flow: Command, tmp_path: Path) -> None:
+    for prompt, guard in ((REFUSED_BY_WORDS, "blocklist"), (REFUSED_BY_MODEL, "qwen3guard")):
+        result = flow(prompts=[prompt])
+        assert result.exit_code == 3, result.stderr
+        assert f"guardrail {guard} refused the prompt" in result.stderr.splitlines()[-1]
+    prompts = (REFUSED_BY_WORDS, PROMPT, REFUSED_BY_MODEL)
+    result = flow("--no-keep-going", prompts=prompts)
+    assert result.exit_code == 3, result.stderr
+    assert not [*tmp_path.glob("out/*")]
+    result = flow(prompts=prompts)
+    assert result.exit_code == 3, result.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"1.mp4", "1.txt", "1.json"}
+    assert "1 of 3 videos are in" in result.stdout
+    assert result.stderr.count("refused the prompt") == 2
+    for word in (REFUSED_WORD, UNSAFE):
+        assert word not in result.stderr
+
+
+@pytest.mark.parametrize(("kind", "status"), [(UNSAFE_CLASS, 0), (UNSAFE_TO_FLOW, 3)])
+def test_which_videos_predict2_5_refuses(
+    kind: int, status: int, flow: Command, own_guarded: Path, tmp_path: Path
+) -> None:
+    """Violence passes, as released."""
+    folder = own_guarded / GUARDRAILS / "video_content_safety_filter"
+    write_classifier(folder / "safety_filter.pt", kind)
+    result = flow(checkpoint_dir=own_guarded)
+    assert result.exit_code == status, result.stderr
+    if status:
+        last = result.stderr.splitlines()[-1]
+        assert "guardrail video_content_safety_filter refused the video" in last
+        assert not [*tmp_path.glob("out/*")]
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -395,9 +531,12 @@ def test_frames_are_not_shown_before_the_check(guarded: Path, clip: Path) -> Non
     for name, options in (
         (MODEL, {"disable_diffusion_decoder": True}),
         (VIDEO2WORLD, {"disable_prompt_upsampler": True}),
+        (POST.name, {}),
     ):
         world = worldline.load(name, guarded, **options)  # type: ignore[arg-type]
         given: dict[str, Any] = {} if name == MODEL else {"prompt": PROMPT, "preview_every": 1}
+        if name == POST.name:
+            given |= SMALL
         steps = [*world.stream(clip, **given)]
         assert all(step.frames is None and step.preview is None for step in steps[:-1])
         assert steps[-1].video is not None
@@ -428,6 +567,10 @@ def test_a_refusal_is_an_exception(guarded: Path) -> None:
     assert told.value.stage == "prompt"
     assert told.value.exit_code == 3
     assert world.generate(prompt=PROMPT, num_steps=1).report["guardrail"] == "predict1"
+    flow = worldline.load(POST.name, guarded)
+    with pytest.raises(GuardrailRefusal):
+        flow.generate(prompt=REFUSED_BY_MODEL, **SMALL)
+    assert flow.generate(prompt=PROMPT, **SMALL).report["guardrail"] == "predict2.5"
 
 
 def test_a_guard_that_fails_lets_nothing_pass(
@@ -469,6 +612,14 @@ def test_offloaded_networks_visit_the_device(
         *("LlamaForCausalLM", "MistralForCausalLM", "LlamaForCausalLM"),
         *("SiglipVisionModel", "FrameClassifier", "RetinaFace"),
     ]
+
+
+def test_guardrails_of_predict2_5_wait_in_host_memory(guarded: Path) -> None:
+    """As released, unless told otherwise."""
+    for told, waiting in (({}, True), ({"offload_guardrail_models": False}, False)):
+        guardrails = worldline.load(POST.name, guarded, **told).safety.guardrails
+        assert guardrails is not None
+        assert bool(guardrails._parts) == waiting
 
 
 def test_embeddings_have_no_words_to_check(

@@ -334,6 +334,7 @@ def refused(result: Result, message: str, out: Path) -> None:
         (["--tokenizer_dir", "nowhere"], "no folder nowhere (--tokenizer_dir)"),
         (["--text_encoder_dir", "nowhere"], "no folder nowhere (--text_encoder_dir)"),
         (["--prompt_embeddings", "nowhere"], "--prompt_embeddings nowhere: no such file"),
+        (["--guardrail_dir", ""], "--guardrail_dir is empty"),
         (["--context-parallel-size", 8], "--context_parallel_size is 8; this version runs on 1"),
         (["--profile"], "this version does not profile"),
         (["--config-file", "mine.py"], "worldline runs no configuration in Python"),
@@ -372,9 +373,7 @@ def test_wrong_words(words: list[Any], message: str, flow: Flow, tmp_path: Path)
         (["a.json", "b", "c"], "3 plain arguments"),
         (["a.json", "x", "-o", "x"], "a.json stands alone"),
         (["-i", "*.json", "-o", "x"], "-i *.json: no file has such a name"),
-        (["-i", ".", "-o", "x", "--disable-guardrails"], ". is a folder; name its files"),
-        (["-i", "a.json", "-o", "x"], "run without them: --disable_guardrails"),
-        (["-i", "a.json", "-o", "x", "--no-disable-guardrails"], "--disable_guardrails"),
+        (["-i", ".", "-o", "x"], ". is a folder; name its files"),
     ],
 )
 @pytest.mark.usefixtures("forbid_weights")

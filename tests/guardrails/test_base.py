@@ -94,7 +94,10 @@ def test_other_arrays_are_refused(frames: np.ndarray) -> None:
 
 def test_what_cannot_load_names_file_and_flag(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
-    with pytest.raises(CheckpointError, match=r"absent.*--no-rails"), loading("x", "--no-rails"):
+    with (
+        pytest.raises(CheckpointError, match=r"absent.*download rails`.*--no-rails"),
+        loading("x", "--no-rails", "rails"),
+    ):
         absent.read_bytes()
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from worldline.catalog import FLOW_MODELS, check_parts, find_flow_model, is_bundled
+from worldline.catalog import FLOW_MODELS, find_flow_model
 from worldline.choices import FLOW_OFFLOAD_FLAGS, MAX_SEED, ScheduleName
 from worldline.cli import run
 from worldline.errors import CheckpointError, InputError
@@ -47,11 +47,13 @@ _OVERRIDES = (
 # what a world's own configuration decides unless a sample does
 _OWN = ("negative_prompt", "guidance", "num_steps")
 LONG_VIDEO = 77  # frames
-_PATHS = ("model", "checkpoint_path", "tokenizer_dir", "text_encoder_dir", "prompt_embeddings")
+_PATHS = (
+    *("model", "checkpoint_path", "tokenizer_dir", "text_encoder_dir", "prompt_embeddings"),
+    "guardrail_dir",
+)
 # Python that the released command builds its network from; these make what every file says itself
 _CONFIG_FILES = ("", "cosmos_predict2/_src/predict2/configs/video2world/config.py")
 _WITHOUT_EFFECT = {
-    "offload_guardrail_models": "no guardrail runs",
     "config_file": "the file of weights says how the network is built",
 }
 
@@ -203,14 +205,15 @@ _OPTIONS: tuple[run.Option, ...] = (
     ),
     _pair(
         "keep_going",
-        "Go on with the next sample when one fails; on by default.",
+        "Go on with the next sample when one fails or is refused; on by default.",
         True,
     ),
     _pair(
         "disable_guardrails",
-        "Check neither prompt nor video; released models need this flag in this version.",
+        "Do not check prompt and video. Bundled models have no guardrails.",
     ),
-    _pair("offload_guardrail_models", "Has no effect: none runs in this version.", True),
+    run.offload_option("offload_guardrail_models", negatable=True, default=True),
+    run.guardrail_dir_option(),
     *(run.offload_option(name, negatable=True) for name in FLOW_OFFLOAD_FLAGS),
     _pair("profile", "Not in this version: reports tell seconds and memory of each stage."),
     click.option(
@@ -234,7 +237,7 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
     """
     given = run.given_flags(context)
     files, folder = _named_files(flags)
-    _refuse_absent_parts(flags, given)
+    _refuse_absent_parts(flags)
     samples = _read(files, {name: flags[name] for name in _OVERRIDES if name in given})
     requests = _check_words(samples)
     outputs = _choose_outputs(samples, files, folder, flags)
@@ -252,7 +255,7 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
                 "input": _read_input(sample),
                 "prompt_embeddings": Path(embeddings) if embeddings else None,
             },
-            _resolve(world, flags) if flags["resume"] else {},
+            _resolve(world, flags, given) if flags["resume"] else {},
             request.fps / world.tokenizer_config.temporal,
         )
         for number, (sample, request, output) in enumerate(
@@ -261,10 +264,10 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
     ]
     if left := run.left_to_do(tasks, flags, world.identity):
         stated = dict(zip(outputs, samples, strict=True))
-        _run(left, stated, world, flags)
+        _run(left, stated, world, flags, given)
 
 
-def _refuse_absent_parts(flags: dict[str, Any], given: set[str]) -> None:
+def _refuse_absent_parts(flags: dict[str, Any]) -> None:
     """Refuse what this version cannot do."""
     run.refuse_empty(flags, _PATHS)
     size = flags["context_parallel_size"]
@@ -280,9 +283,6 @@ def _refuse_absent_parts(flags: dict[str, Any], given: set[str]) -> None:
             "file of weights says how the network is built, and --schedule how it is sampled"
         )
     run.refuse_absent(flags, "prompt_embeddings")
-    bundled = flags["checkpoint_path"] is None and is_bundled(flags["model"])
-    asked = flags["disable_guardrails"] if "disable_guardrails" in given else None
-    check_parts(bundled, asked)
 
 
 def _named_files(flags: dict[str, Any]) -> tuple[list[Path], Path]:
@@ -380,6 +380,7 @@ def _log_notes(flags: dict[str, Any], given: set[str]) -> None:
     """Say what was asked for and has no effect, and what to expect of the model."""
     if flags["checkpoint_path"] is None:
         run.log_bundled(flags["model"], given)
+    run.log_guardrails(_named(flags), flags, given, "disable_guardrails")
     run.log_without_effect(given, _WITHOUT_EFFECT)
     if flags["prompt_embeddings"] is not None:
         unread = ("text_encoder_dir", "offload_text_encoder")
@@ -387,11 +388,17 @@ def _log_notes(flags: dict[str, Any], given: set[str]) -> None:
         logger.info("prompts are written down alone: the embeddings decide")
 
 
+def _named(flags: dict[str, Any]) -> str:
+    """Return what names the transformer."""
+    name: str = flags["checkpoint_path"] or flags["model"]
+    return name
+
+
 def _find_files(flags: dict[str, Any], given: set[str]) -> FlowFiles:
     from worldline.places import find_flow
 
     # told before torch is imported
-    place = find_flow(flags["checkpoint_path"] or flags["model"], flags["checkpoint_dir"])
+    place = find_flow(_named(flags), flags["checkpoint_dir"])
     for name in ("tokenizer_dir", "text_encoder_dir"):
         if flags[name] is not None:
             place.chosen(flags[name], name)
@@ -492,9 +499,15 @@ def _read_input(sample: Sample) -> Path | None:
     return sample.input_path if sample.num_input_frames else None
 
 
-def _resolve(files: FlowFiles, flags: dict[str, Any]) -> dict[str, Any]:
+def _disabled(flags: dict[str, Any], given: set[str]) -> bool | None:
+    """Return whether the guardrails are off; None leaves it to the world."""
+    return flags["disable_guardrails"] if "disable_guardrails" in given else None
+
+
+def _resolve(files: FlowFiles, flags: dict[str, Any], given: set[str]) -> dict[str, Any]:
     """Return what a report says of what requests leave to the world and to the device."""
     from worldline.loading import choose_device, compute_dtype, text_dtype
+    from worldline.world.safety import guardrail_release
 
     dtype = compute_dtype(choose_device(flags["device"]))
     text = None
@@ -505,6 +518,7 @@ def _resolve(files: FlowFiles, flags: dict[str, Any]) -> dict[str, Any]:
         "known_timestep": files.rules.known_timestep,
         "dtype": str(dtype).removeprefix("torch."),
         "text_encoder_dtype": text,
+        "guardrail": guardrail_release(files, _disabled(flags, given)),
     }
 
 
@@ -513,17 +527,30 @@ def _run(
     samples: Mapping[Path, Sample],
     files: FlowFiles,
     flags: dict[str, Any],
+    given: set[str],
 ) -> None:
     from worldline.pipelines.predict2_5 import read_embeddings, to_encode, window_of
-    from worldline.world import load_files
+    from worldline.world import load_files, load_guards
+    from worldline.world.safety import guardrail_release
 
-    given = flags["prompt_embeddings"]
+    embedded = flags["prompt_embeddings"]
+    disabled = _disabled(flags, given)
 
     def load() -> Any:
-        embeddings = read_embeddings(given)
+        safety, _ = load_guards(
+            files,
+            _named(flags),
+            flags["checkpoint_dir"],
+            device=flags["device"],
+            disable_guardrail=disabled,
+            guardrail_dir=flags["guardrail_dir"],
+            offload_guardrail_models=flags["offload_guardrail_models"],
+        )
+        embeddings = read_embeddings(embedded)
         sizes = [astuple(window_of(files, task.request)) for task in tasks]
         return load_files(
             files,
+            safety=safety,
             device=flags["device"],
             video=max(sizes, key=math.prod),
             text=any(to_encode(task.request, embeddings) for task in tasks),
@@ -531,12 +558,16 @@ def _run(
         )
 
     def stream(world: Any, task: run.Task) -> Iterator[Step]:
-        steps = world.stream(task.item.path, prompt_embeddings=given, **vars(task.request))
+        steps = world.stream(task.item.path, prompt_embeddings=embedded, **vars(task.request))
         for step in steps:
             if step.video is not None:
                 told = samples[task.output].model_dump(mode="json", exclude_none=True)
                 step.video.report["sample"] = told
             yield step
 
+    # on unless told otherwise, which needs no word
+    told = "offload_guardrail_models" in given
+    guarded = told and guardrail_release(files, disabled) is not None
+    offloads = (*FLOW_OFFLOAD_FLAGS, *run.guard_offload_flags(guarded))
     batch = len(samples) > 1 and flags["keep_going"]
-    run.run_tasks(tasks, load, stream, flags, FLOW_OFFLOAD_FLAGS, batch=batch)
+    run.run_tasks(tasks, load, stream, flags, offloads, batch=batch)

@@ -110,11 +110,16 @@ def guardrail_options(checked: str) -> tuple[Option, ...]:
             help=f"Do not check {checked}. Bundled models have no guardrails.",
         ),
         offload_option("offload_guardrail_models"),
-        click.option(
-            "--guardrail_dir",
-            help="Holds blocklist, video_content_safety_filter and face_blur_filter.  [default: "
-            "the released places below --checkpoint_dir]",
-        ),
+        guardrail_dir_option(),
+    )
+
+
+def guardrail_dir_option() -> Option:
+    """Return the option that says where the guardrails' files lie."""
+    return click.option(
+        "--guardrail_dir",
+        help="Holds blocklist, video_content_safety_filter and face_blur_filter.  [default: the "
+        "released places below --checkpoint_dir]",
     )
 
 
@@ -132,15 +137,16 @@ def machine_options() -> tuple[Option, ...]:
     )
 
 
-def offload_option(name: str, *, negatable: bool = False) -> Option:
+def offload_option(name: str, *, negatable: bool = False, default: bool = False) -> Option:
     """Return the option that keeps a part in host memory; `negatable` has a --no_… too."""
     part = name.removeprefix("offload_").removesuffix("_model").replace("_", " ")
     transformers = dict.fromkeys(("ar", "diffusion"), "transformer")
     called = {**transformers, "guardrail models": "guardrails"}.get(part, part)
     plural = called.endswith("s")
-    told = f"Keep the {called} in host memory while {'they are' if plural else 'it is'} not used."
+    told = f"Keep the {called} in host memory while {'they are' if plural else 'it is'} not used"
+    told += "; on by default." if default else "."
     spelling = f"--{name}/--no_{name}" if negatable else f"--{name}"
-    return click.option(spelling, is_flag=True, help=told)
+    return click.option(spelling, is_flag=True, default=default, help=told)
 
 
 def with_options(options: Sequence[Option]) -> Option:
@@ -222,19 +228,25 @@ def log_without_effect(given: Collection[str], reasons: dict[str, str]) -> None:
             logger.info("--%s has no effect: %s", name, reason)
 
 
-def log_guardrails(name: str, flags: dict[str, Any], given: Collection[str]) -> bool:
-    """Say which flags have no effect with the guardrails, or without; return whether they run."""
+def log_guardrails(
+    name: str, flags: dict[str, Any], given: Collection[str], disable: str = "disable_guardrail"
+) -> None:
+    """Say which flags have no effect with the guardrails, or without.
+
+    Args:
+        name: of the model.
+        flags: of the command.
+        given: those that stand on the command line.
+        disable: the one that does without; where it is given as false, bundled models have them.
+    """
     from worldline.catalog import is_bundled
 
-    bundled = is_bundled(name)
-    reasons = {"disable_guardrail": f"{name} has no guardrails"} if bundled else {}
-    if not (bundled or flags["disable_guardrail"]):
+    reasons = dict.fromkeys(("offload_guardrail_models", "guardrail_dir"), "no guardrail runs")
+    if not flags[disable] and (disable in given or not is_bundled(name)):
         reasons = {"preview_every": "no frames are shown before the guardrails have seen the video"}
-        log_without_effect([n for n in given if flags[n]], reasons)
-        return True
-    reasons |= dict.fromkeys(("offload_guardrail_models", "guardrail_dir"), "no guardrail runs")
-    log_without_effect(given, reasons)
-    return False
+    elif is_bundled(name):
+        reasons[disable] = f"{name} has no guardrails"
+    log_without_effect([each for each in given if flags[each]], reasons)
 
 
 def guard_offload_flags(guarded: bool, upsampled: bool = False) -> tuple[str, ...]:

@@ -190,8 +190,13 @@ class Guardrails:
 
 
 @contextmanager
-def loading(name: str, flag: str) -> Iterator[None]:
+def loading(name: str, flag: str, fetched_as: str) -> Iterator[None]:
     """Turn what fails inside into one error that says how to run without the guardrail.
+
+    Args:
+        name: of the guardrail.
+        flag: what the user would give to run without.
+        fetched_as: what `worldline checkpoints download` takes for it.
 
     Raises:
         CheckpointError: a file is absent, damaged or of another model; it is named.
@@ -200,6 +205,6 @@ def loading(name: str, flag: str) -> Iterator[None]:
         yield
     except (InputError, OSError, ImportError) as error:
         raise CheckpointError(
-            f"guardrail {name} cannot load: {error}; `worldline checkpoints download guardrails` "
-            f"fetches it; {flag} runs without guardrails"
+            f"guardrail {name} cannot load: {error}; `worldline checkpoints download "
+            f"{fetched_as}` fetches it; {flag} runs without guardrails"
         ) from error

@@ -28,18 +28,29 @@ class Chain:
         near: of the blocklist.
         kinds: its language model; of several, the first that is there.
         rule: of the frame classifier.
+        fetched_as: what `worldline checkpoints download` takes for all of it.
     """
 
     near: Nearness
     kinds: tuple[Kind, ...]
     rule: Rule
+    fetched_as: str
 
 
 CHAINS = {
-    "cosmos1": Chain(COSMOS1, (language.AEGIS,), video_filter.PREDICT1),
+    "cosmos1": Chain(
+        COSMOS1, (language.AEGIS,), video_filter.PREDICT1, "--cosmos_version 1.0 guardrails"
+    ),
     # Aegis until April 2025, in the folder `guardrail` of each model
-    "predict1": Chain(PREDICT, (language.LLAMA_GUARD_3, language.AEGIS), video_filter.PREDICT1),
-    "predict2.5": Chain(PREDICT, (language.QWEN3GUARD,), video_filter.PREDICT2_5),
+    "predict1": Chain(
+        PREDICT, (language.LLAMA_GUARD_3, language.AEGIS), video_filter.PREDICT1, "guardrails"
+    ),
+    "predict2.5": Chain(
+        PREDICT,
+        (language.QWEN3GUARD,),
+        video_filter.PREDICT2_5,
+        "Cosmos-Guardrail1 Qwen3Guard-Gen-0.6B",
+    ),
 }
 
 
@@ -139,25 +150,26 @@ def load_guardrails(
         waiting.wait_in_host_memory(torch.device(device))
         return waiting
     chain = CHAINS[release]
-    with loading("files", flag):
+    fetched_as = chain.fetched_as
+    with loading("files", flag, fetched_as):
         folder = find_folder(checkpoint_dir, guardrail_dir, release)
     guards: list[TextGuard] = []
     if text:
-        with loading(Blocklist.name, flag):
+        with loading(Blocklist.name, flag, fetched_as):
             guards.append(Blocklist(folder / "blocklist", chain.near))
-        with loading(chain.kinds[0].name, flag):
+        with loading(chain.kinds[0].name, flag, fetched_as):
             guards.append(_language_guard(chain, [checkpoint_dir, folder], device))
     if not video:
         return Guardrails(guards)
     filter_folder = folder / "video_content_safety_filter"
-    with loading(video_filter.VideoFilter.name, flag):
+    with loading(video_filter.VideoFilter.name, flag, fetched_as):
         classifier = video_filter.VideoFilter.load(
             filter_folder / "safety_filter.pt",
             find_repository(SIGLIP, [filter_folder, checkpoint_dir]),
             chain.rule,
             device,
         )
-    with loading(face_blur.FaceBlur.name, flag):
+    with loading(face_blur.FaceBlur.name, flag, fetched_as):
         path = folder / "face_blur_filter" / "Resnet50_Final.pth"
         faces = face_blur.FaceBlur.load(path, device)
     return Guardrails(guards, [classifier], [faces])

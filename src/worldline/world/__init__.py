@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from worldline.catalog import BUNDLED_PREFIX, check_parts
+from worldline.catalog import BUNDLED_PREFIX
 from worldline.choices import ScheduleName
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.files import GIGABYTE
@@ -72,7 +72,7 @@ def load(
     offload_diffusion_model: bool = False,
     offload_text_encoder: bool = False,
     offload_prompt_upsampler: bool = False,
-    offload_guardrail_models: bool = False,
+    offload_guardrail_models: bool | None = None,
     disable_diffusion_decoder: bool | None = None,
     disable_guardrail: bool | None = None,
     disable_guardrails: bool | None = None,
@@ -114,7 +114,8 @@ def load(
             one ships with the package.
         offload_prompt_upsampler: keep the prompt upsampler in host memory while it is not used
             (diffusion).
-        offload_guardrail_models: keep the guardrails in host memory while they do not look.
+        offload_guardrail_models: keep the guardrails in host memory while they do not look; by
+            default those of Predict2.5, as released.
         disable_guardrail: check neither prompt nor video. Released models check unless told
             otherwise, and do not load where a guardrail cannot; bundled ones have no guardrails.
         disable_guardrails: the same, by the name that it has for Predict2.5.
@@ -166,7 +167,6 @@ def load(
             **of_upsampler,
         }
         refuse_options(files.folder, "a Predict2.5", strange)
-        check_parts(files.bundled, disable_guardrails)
     elif isinstance(files, AutoregressiveFiles):
         strange = {"disable_guardrails": disable_guardrails, **of_upsampler}
         refuse_options(files.folder, "an autoregressive", strange)
@@ -218,7 +218,7 @@ def load_guards(
     guardrail_dir: str | PathLike[str] | None = None,
     prompt_upsampler_dir: str | PathLike[str] | None = None,
     word_limit_to_skip_upsampler: int = 250,
-    offload_guardrail_models: bool = False,
+    offload_guardrail_models: bool | None = None,
     offload_prompt_upsampler: bool = False,
 ) -> tuple[Safety, Upsampling | None]:
     """Load what stands before and behind a world, its guardrails and its prompt upsampler.
@@ -231,6 +231,7 @@ def load_guards(
     """
     recorder = Recorder(choose_device(device))
     folder = None if prompt_upsampler_dir is None else Path(prompt_upsampler_dir)
+    offload = offload_guardrail_models
     try:
         safety = load_safety(
             files,
@@ -238,7 +239,7 @@ def load_guards(
             disable_guardrail,
             guardrail_dir=None if guardrail_dir is None else Path(guardrail_dir),
             recorder=recorder,
-            offload=offload_guardrail_models,
+            offload=isinstance(files, FlowFiles) if offload is None else offload,
         )
     except CheckpointError as error:
         without = files.bundled if disable_prompt_upsampler is None else disable_prompt_upsampler

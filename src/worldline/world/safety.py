@@ -18,7 +18,6 @@ from worldline.report import Recorder
 
 logger = logging.getLogger(__name__)
 
-FLAG = "--disable_guardrail (in Python disable_guardrail=True)"
 BUNDLED = "bundled worlds have none"
 DISABLED = "disabled by the user"
 _RELEASES = {"1.0": "cosmos1", "Predict1": "predict1"}
@@ -173,11 +172,12 @@ def load_safety(
     takes_prompts = not isinstance(files, AutoregressiveFiles) or (
         files.config.context_width is not None
     )
+    flag = "disable_guardrails" if isinstance(files, FlowFiles) else "disable_guardrail"
     with recorder.stage("load guardrails"):
         guardrails = load_guardrails(
             release,
             root,
-            flag=FLAG,
+            flag=f"--{flag} (in Python {flag}=True)",
             guardrail_dir=None if guardrail_dir is None else Path(guardrail_dir),
             device=recorder.device,
             text=takes_prompts,
