@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from worldline.catalog import ENTRIES, find
+from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, find
 from worldline.downloads import OPTIONAL, needs, select, source_of, sources
 from worldline.errors import DownloadError, InputError
 from worldline.hub import RemoteFile
@@ -64,17 +64,28 @@ def test_cosmos_1_0() -> None:
 
 
 def test_predict2_5() -> None:
-    found = sources(["Cosmos-Predict2.5-14B"])
-    names = listed(
-        "base/post-trained/x_ema_bf16.pt",
-        "base/pre-trained/y_ema_bf16.pt",
-        "tokenizer.pth",
-    )
-    assert [file.name for file in found[0].choose(names)] == ["base/post-trained/x_ema_bf16.pt"]
-    assert found[1].repository == "nvidia/Cosmos-Predict2.5-2B"
-    assert [file.name for file in found[1].choose(names)] == ["tokenizer.pth"]
-    (first, *_) = sources(["2B/pre-trained"])
-    assert [file.name for file in first.choose(names)] == ["base/pre-trained/y_ema_bf16.pt"]
+    for model in FLOW_MODELS:
+        found = sources([model.name])
+        assert [source.repository for source in found] == [
+            model.repository,
+            FLOW_TOKENIZER[0],
+            "nvidia/Cosmos-Reason1-7B",
+            "nvidia/Cosmos-Guardrail1",
+            "Qwen/Qwen3Guard-Gen-0.6B",
+        ]
+        published = listed(model.file, "base/other/x_ema_bf16.pt", "tokenizer.pth", "LICENSE")
+        names = [[file.name for file in source.choose(published)] for source in found[:2]]
+        assert names == [[model.file, "LICENSE"], ["tokenizer.pth"]]
+        assert [source.revision for source in found[:2]] == [model.revision, FLOW_TOKENIZER[1]]
+        kind = model.name.partition("/")[2]
+        for name in (f"{model.repository}/{kind}", f"{model.repository}/{kind}"[len("nvidia/") :]):
+            assert sources([name]) == found
+    first, large = FLOW_MODELS[0], FLOW_MODELS[2]
+    assert sources([first.repository]) == sources([first.name])
+    assert sources(["Cosmos-Predict2.5-14B"]) == sources([large.name])
+    assert repositories(first.name, without=["guardrail"])[-1] == "nvidia/Cosmos-Reason1-7B"
+    with pytest.raises(InputError, match="did you mean 2B/post-trained"):
+        sources(["2B/posttrained"])
 
 
 @pytest.mark.parametrize(

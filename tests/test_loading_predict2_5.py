@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from worldline.catalog import ENTRIES, FLOW_MODELS
+from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER
 from worldline.choices import FLOW_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import fit_entry, memory
 from worldline.loading.predict2_5 import (
-    TOKENIZER_REPOSITORY,
     FlowFiles,
     FlowParts,
     FlowRules,
@@ -170,7 +169,7 @@ def test_what_is_absent(own_predict2_5: Path) -> None:
     assert files.text is None
     assert f"no folder {RELEASED}" in files.why_no_text
     (repository(own_predict2_5) / "tokenizer.pth").unlink()
-    with pytest.raises(CheckpointError, match=rf"no tokenizer: .*{TOKENIZER_REPOSITORY}"):
+    with pytest.raises(CheckpointError, match=rf"no tokenizer: .*{FLOW_TOKENIZER[0]}"):
         find(POST.name, own_predict2_5)
 
 

@@ -195,6 +195,8 @@ def _flow_models() -> tuple[FlowModel, ...]:
 
 
 FLOW_MODELS = _flow_models()  # the first is the default
+# of the tokenizer, which all of them share
+FLOW_TOKENIZER = ("nvidia/Cosmos-Predict2.5-2B", "6787e176dce74a101d922174a95dba29fa5f0c55")
 
 
 def find_flow_model(name: str) -> FlowModel | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from worldline.catalog import ENTRIES, Entry, find
+from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, Entry, FlowModel, find
 from worldline.choices import Generation
 from worldline.errors import DownloadError, InputError
 from worldline.hub import RemoteFile, chosen
@@ -24,7 +24,6 @@ SAMPLE_TYPES = (
     "Video2World-Sample-AV-Multiview",
     "SingleToMultiView-Sample-AV",
 )
-FLOW_VARIANTS = ("post-trained", "pre-trained")
 TOKENIZER_TYPES = tuple(
     entry.name.removeprefix("Cosmos-Tokenize1-")
     for entry in ENTRIES
@@ -126,13 +125,15 @@ _SOURCES = {
 }
 
 
-def source_of(entry: Entry, generation: Generation = "Predict1", variant: str = "") -> Source:
+def source_of(
+    entry: Entry, generation: Generation = "Predict1", flow: FlowModel | None = None
+) -> Source:
     """Return where an entry of the catalog is published, and what of it is fetched.
 
     Args:
         entry: of the catalog.
         generation: of Cosmos 1.0 the repository is taken that has its name, where there is one.
-        variant: of a flow model, one of `FLOW_VARIANTS`; "" for its other parts alone.
+        flow: which model of Predict2.5 it is; None for the tokenizer alone.
     """
     own = next((name for name in entry.folders if name.startswith("Cosmos-1.0-")), None)
     known = _SOURCES.get(entry.name)
@@ -153,8 +154,9 @@ def source_of(entry: Entry, generation: Generation = "Predict1", variant: str = 
             repository, name, _TOKENIZER, ("mean_std.pt", "image_mean_std.pt", *_SETTINGS)
         )
     if entry.family == "flow":
-        needed = ((f"base/{variant}/*_ema_bf16.pt",),) if variant else (("tokenizer.pth",),)
-        return Source(repository, name, needed)
+        if flow is None:
+            return Source(FLOW_TOKENIZER[0], name, (("tokenizer.pth",),), (), (), FLOW_TOKENIZER[1])
+        return Source(repository, name, ((flow.file,),), revision=flow.revision)
     return Source(repository, name, (("model.pt",), ("model*.safetensors",)))
 
 
@@ -164,7 +166,7 @@ def sources(
     """Return what models need, each repository once, the models themselves first.
 
     Args:
-        models: names of the catalog, of either generation; a flow model may end in "/pre-trained".
+        models: names of the catalog, of either generation, or of `FLOW_MODELS`.
         generation: of the parts; None is that of each name.
         without: families of parts that are left out, values of `OPTIONAL`.
 
@@ -180,11 +182,11 @@ def sources(
     chosen_of = [
         generation or ("1.0" if "Cosmos-1.0-" in model else "Predict1") for model, _, _ in named
     ]
-    for (_, entry, variant), of in zip(named, chosen_of, strict=True):
-        add(source_of(entry, of, variant or (FLOW_VARIANTS[0] if entry.family == "flow" else "")))
+    for (_, entry, flow), of in zip(named, chosen_of, strict=True):
+        add(source_of(entry, of, flow))
     for (_, entry, _), of in zip(named, chosen_of, strict=True):
-        if entry.family == "flow":  # of both sizes; it lies with the smaller one
-            smaller = find("Cosmos-Predict2.5-2B")
+        if entry.family == "flow":
+            smaller = find(FLOW_TOKENIZER[0])
             assert smaller is not None
             add(source_of(smaller))
         for name in needs(entry, of, without):
@@ -209,26 +211,30 @@ def needs(
     return list(dict.fromkeys(names))
 
 
-def _look_up(model: str) -> tuple[str, Entry, str]:
-    """Return a model's name, its entry and its variant.
+def _look_up(model: str) -> tuple[str, Entry, FlowModel | None]:
+    """Return a model's name, its entry, and which one of Predict2.5 it is.
+
+    Of a repository of Predict2.5 that is its first model; another is named by its kind behind it.
 
     Raises:
         InputError: it is not known.
     """
-    name, variant = model, ""
-    if model.endswith(tuple(f"/{known}" for known in FLOW_VARIANTS)):
-        name, _, variant = model.rpartition("/")
-    if variant and name in ("2B", "14B"):
-        name = f"Cosmos-Predict2.5-{name}"
+    flows = {
+        name: flow
+        for flow in FLOW_MODELS[::-1]
+        for name in (flow.repository, f"{flow.repository}/{flow.name.partition('/')[2]}", flow.name)
+    }
+    flow = flows.get(model) or flows.get(f"nvidia/{model}")
+    name = flow.repository if flow else model
     entry = find(name) or find(name.removeprefix("nvidia/"))
     if entry is not None and "_post-trained" in name:
         raise InputError(f"{model} is not released: it is what post-training makes of {entry.name}")
-    if entry is None or (variant and entry.family != "flow"):
-        known = [*GROUPS, *(folder for each in ENTRIES for folder in each.folders)]
+    if entry is None:
+        known = [*GROUPS, *flows, *(folder for each in ENTRIES for folder in each.folders)]
         close = get_close_matches(model, known, n=1, cutoff=0.6)
         hint = f"; did you mean {close[0]}?" if close else "; `worldline models` lists them"
         raise InputError(f"no model {model} is known{hint}")
-    return name, entry, variant
+    return name, entry, flow
 
 
 def select(

@@ -116,9 +116,10 @@ def _find_released(model: FlowModel, checkpoint_dir: Path) -> Place:
         for root in roots:
             if holds_diffusers(root):
                 return Place(root, _around(checkpoint_dir, root), False, model)
-    left = next(filter(None, map(unfinished, roots)), f"; download {model.repository} there")
+    fetch = f"; `worldline checkpoints download {model.name}` fetches it"
+    left = next(filter(None, map(unfinished, roots)), fetch)
     if not checkpoint_dir.is_dir():
-        left = f"; there is no checkpoint folder {checkpoint_dir} (--checkpoint_dir)"
+        left = f"; there is no checkpoint folder {checkpoint_dir} (--checkpoint_dir){fetch}"
     raise CheckpointError(
         f"no {model.name}: there is no {model.file} in "
         f"{' or '.join(map(str, roots)) or checkpoint_dir / model.repository}{left}"

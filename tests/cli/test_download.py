@@ -13,7 +13,10 @@ import click
 import pytest
 
 import worldline.hub
+from worldline.catalog import FLOW_MODELS
 from worldline.cli.download import download
+from worldline.loading import find_predict2_5
+from worldline.text.reason1 import RELEASED
 
 from ..fake_hub import FakeHub, serving
 from .conftest import Run
@@ -68,6 +71,35 @@ def test_a_model_and_its_parts(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     assert again.exit_code == 0, again.stderr
     assert not [name for method, name, _ in hub.asked if method == "GET"]
     assert again.stderr.count("verified") == 12
+
+
+def test_predict2_5(run: Run, hub: FakeHub, tiny_predict2_5: Path, tmp_path: Path) -> None:
+    """What was fetched is found, both models of a repository and what they share."""
+    post, pre = FLOW_MODELS[:2]
+    folders = {post.repository: post.repository.split("/")[1], RELEASED: RELEASED}
+    for repository, folder in folders.items():
+        there = tiny_predict2_5 / folder
+        files = (path for path in there.rglob("*") if path.is_file())
+        hub.repositories[repository] = {
+            path.relative_to(there).as_posix(): path.read_bytes() for path in files
+        }
+    hub.repositories[post.repository]["LICENSE"] = b"of both"
+    for name in ("config.json", "model.safetensors"):
+        hub.repositories.setdefault("Qwen/Qwen3Guard-Gen-0.6B", {})[name] = name.encode()
+    words = (post.name, f"{post.repository}/pre-trained", "--checkpoint_dir", tmp_path)
+    result = run("checkpoints", "download", *words)
+    assert result.exit_code == 0, result.stderr
+    for model in (post, pre):
+        files = find_predict2_5(model.name, tmp_path)
+        assert files.name == model.name
+        assert files.text is not None
+    for name in ("nvidia/Cosmos-Guardrail1", "Qwen/Qwen3Guard-Gen-0.6B"):
+        assert (tmp_path / name).is_dir()
+    assert result.stderr.count("LICENSE") == 1
+    again = run("checkpoints", "download", *words, "--disable-guardrails", "--dry-run")
+    assert again.exit_code == 0, again.stderr
+    assert "uardrail1" not in again.stdout
+    assert again.stdout.rstrip().endswith("; 0 B to fetch")
 
 
 def test_without_parts(run: Run, hub: FakeHub, tmp_path: Path) -> None:

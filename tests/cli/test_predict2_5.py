@@ -325,7 +325,7 @@ def refused(result: Result, message: str, out: Path) -> None:
     ("words", "message"),
     [
         (["--model", "2B/distilled"], "released names are 2B/post-trained"),
-        (["--model", "14B/pre-trained"], "download nvidia/Cosmos-Predict2.5-14B there"),
+        (["--model", "14B/pre-trained"], "`worldline checkpoints download 14B/pre-trained`"),
         (["--model", "tiny-nothing"], "no bundled model tiny-nothing"),
         (["--model", ""], "--model is empty"),
         (["--checkpoint_path", "nowhere.pt"], "nowhere.pt"),

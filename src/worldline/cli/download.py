@@ -93,16 +93,23 @@ def _list_option(name: str, choices: Sequence[str], told: str) -> Option:
     help="Where the folders of the models go.",
 )
 @click.option("--dry_run", is_flag=True, help="Show files and sizes; fetch nothing.")
-@click.option("--disable_guardrail", is_flag=True, help="Leave out the guardrails.")
+@click.option(
+    "--disable_guardrail",
+    "--disable_guardrails",
+    "disable_guardrail",
+    is_flag=True,
+    help="Leave out the guardrails.",
+)
 @click.option("--disable_prompt_upsampler", is_flag=True, help="Leave out the prompt upsampler.")
 @click.option("--disable_diffusion_decoder", is_flag=True, help="Leave out the diffusion decoder.")
 def download(**flags: Any) -> None:
     """Fetch MODELs and all that they need.
 
     MODEL is a name that `worldline models` lists, such as Cosmos-Predict1-4B, of either generation,
-    or all of: autoregressive, diffusion, tokenizers, guardrails. Only files that are read are
-    fetched, several at once; a broken download goes on where it was, and every file is verified by
-    its published hash before it takes its name. HF_ENDPOINT names a mirror, HF_TOKEN a login.
+    a model of Predict2.5, such as 2B/post-trained, or all of: autoregressive, diffusion,
+    tokenizers, guardrails. Only files that are read are fetched, several at once; a broken download
+    goes on where it was, and every file is verified by its published hash before it takes its name.
+    HF_ENDPOINT names a mirror, HF_TOKEN a login.
     """
     generation = flags["cosmos_version"]
     kinds = ("models", "model_sizes", "model_types", "tokenizer_types")
@@ -135,7 +142,7 @@ def _make_plan(wanted: Iterable[Source], folder: Path) -> tuple[list[_Planned], 
     """Return the files of all sources, and what is wrong with those that cannot be fetched."""
     from worldline.hub import check_access, list_files
 
-    plan: list[_Planned] = []
+    plan: dict[Path, _Planned] = {}  # models that share a repository share its licence
     problems: list[str] = []
     for source in wanted:
         try:
@@ -144,8 +151,10 @@ def _make_plan(wanted: Iterable[Source], folder: Path) -> tuple[list[_Planned], 
         except DownloadError as error:
             problems.append(str(error))
             continue
-        plan += [_Planned(source, file, target(source, file, folder)) for file in files]
-    return plan, problems
+        for file in files:
+            path = target(source, file, folder)
+            plan.setdefault(path, _Planned(source, file, path))
+    return [*plan.values()], problems
 
 
 def _show(plan: Sequence[_Planned]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from worldline.catalog import FLOW_MODELS, FlowModel
+from worldline.catalog import FLOW_MODELS, FLOW_TOKENIZER, FlowModel
 from worldline.choices import FLOW_OFFLOAD_FLAGS, NEGATIVE_PROMPT, ScheduleName
 from worldline.errors import CheckpointError, InputError
 from worldline.files import holds_diffusers, read_json, released_folders
@@ -60,9 +60,6 @@ from worldline.weights.dit import DiTFiles, Layout, find_dit, open_file
 logger = logging.getLogger(__name__)
 
 REASON1 = EncoderKind("Reason1", RELEASED, reason1_folders, find_reason1)
-# of the tokenizer, which all sizes share
-TOKENIZER_REPOSITORY = "nvidia/Cosmos-Predict2.5-2B"
-TOKENIZER_REVISION = "6787e176dce74a101d922174a95dba29fa5f0c55"
 
 _KNOWN_TIMESTEP = {"karras": 0.1, "shifted": None}
 _PROJECTION = "crossattn_proj.0.weight"  # the other families have no such tensor
@@ -376,9 +373,7 @@ def _tokenizer_path(place: Place, folder: Path, layout: Layout, asked: str | Pat
     if layout == "diffusers" and (folder / "vae").is_dir():
         return folder / "vae"
     repositories = [
-        path
-        for root in place.roots
-        for path in released_folders(root, TOKENIZER_REPOSITORY, TOKENIZER_REVISION)
+        path for root in place.roots for path in released_folders(root, *FLOW_TOKENIZER)
     ]
     # a repository's folder lies two above that of its transformer
     around = [folder, *list(folder.parents)[:2], *place.roots, *repositories]
@@ -391,7 +386,7 @@ def _tokenizer_path(place: Place, folder: Path, layout: Layout, asked: str | Pat
             return path / "vae"
     raise CheckpointError(
         f"no tokenizer: neither {' nor '.join(TOKENIZER_FILES)} is in {folder} or in "
-        f"{TOKENIZER_REPOSITORY} below {place.searched} (--tokenizer_dir names another)"
+        f"{FLOW_TOKENIZER[0]} below {place.searched} (--tokenizer_dir names another)"
     )
 
 
