@@ -12,6 +12,7 @@ from worldline.catalog import (
     FLOW_MODELS,
     FlowModel,
     advice,
+    find,
     find_flow_model,
     is_bundled,
 )
@@ -174,13 +175,24 @@ def find_model(model: Path, checkpoint_dir: Path) -> Path:
     )
 
 
-def bundled_configs() -> dict[str, Path]:
-    """Return the config.json of each world that ships with the package, by its name."""
+def bundled_configs(command: str = "") -> dict[str, Path]:
+    """Return the config.json of each world that ships with the package, by its name.
+
+    Args:
+        command: that runs it, such as "diffusion"; "" for any.
+    """
     return {
         BUNDLED_PREFIX + path.parent.name: path
         for path in sorted(BUNDLED.glob("*/config.json"))
-        if "Tokeniz" not in path.parent.name and path.parent.name not in DECODERS.values()
+        if "Tokeniz" not in path.parent.name
+        and path.parent.name not in DECODERS.values()
+        and _is_run_by(command, path.parent.name)
     }
+
+
+def _is_run_by(command: str, folder: str) -> bool:
+    entry = find(folder)
+    return not command or (entry is not None and entry.command.startswith(command))
 
 
 def has_decoder(model: str) -> bool:

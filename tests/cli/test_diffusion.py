@@ -306,7 +306,7 @@ def test_every_flag_of_video2world(variant: dict[str, Any]) -> None:
 def test_the_help_tells_released_and_bundled_defaults(name: str, run: Run) -> None:
     told = " ".join(run("diffusion", name, "--help").stdout.split())
     options = {option.name: option for option in diffusion.commands[name].params}
-    configs = [json.loads(path.read_text()) for path in bundled_configs().values()]
+    configs = [json.loads(path.read_text()) for path in bundled_configs("diffusion").values()]
     own = [config for config in configs if "num_steps" in config]
     assert own  # a diffusion world is bundled
     for option in ("num_steps", "guidance", "num_video_frames", "height", "width", "fps"):
@@ -316,10 +316,12 @@ def test_the_help_tells_released_and_bundled_defaults(name: str, run: Run) -> No
     assert "[default: that of the release; bundled " in told
 
 
-def test_a_damaged_bundled_file_costs_its_defaults_alone(
+def test_damaged_bundled_files_and_those_of_other_commands_have_no_defaults_here(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name, text in (("Damaged", "{"), ("Whole", '{"num_steps": 7}')):
+    of_flow, damaged = "Cosmos-Predict2.5-2B", "{"
+    own = {TEXT2WORLD: damaged, VIDEO2WORLD: '{"num_steps": 7}', of_flow: '{"num_steps": 9}'}
+    for name, text in own.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
     monkeypatch.setattr(worldline.places, "BUNDLED", tmp_path)

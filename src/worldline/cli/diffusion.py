@@ -61,7 +61,7 @@ def _bundled_settings() -> tuple[dict[str, Any], ...]:
     from worldline.places import bundled_configs
 
     found = []
-    for path in bundled_configs().values():
+    for path in bundled_configs("diffusion").values():
         with suppress(CheckpointError):
             found.append(read_json(path))
     return tuple(found)
