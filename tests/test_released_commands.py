@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import worldline.hub
+from worldline.catalog import FLOW_MODELS
 from worldline.downloads import sources
 from worldline.video.read import probe
 from worldline.video.write import write_video
@@ -29,6 +30,7 @@ from .tiny_decoder import DECODER, OLD_DECODER
 from .tiny_decoder import VIDEO2WORLD as AR_VIDEO2WORLD
 from .tiny_diffusion import CONTINUOUS, TEXT2WORLD, VIDEO2WORLD
 from .tiny_guards import add_aegis, add_guardrails, add_upsampler
+from .tiny_predict2_5 import SMALL, write_transformer
 
 # what stands for the program of each script
 PROGRAMS = {
@@ -41,13 +43,13 @@ PROGRAMS = {
     "scripts/download_autoregressive_checkpoints.py": "checkpoints download",
     "scripts/download_diffusion_checkpoints.py": "checkpoints download",
     "cosmos1/scripts/download_autoregressive.py": "checkpoints download --cosmos_version 1.0",
+    "examples/inference.py": "predict2.5",
 }
 # of scripts of the guides that are no business of this file
 ELSEWHERE = {
     "cosmos_predict1/autoregressive/train.py",
     "scripts/merge_autoregressive_tp_checkpoints.py",
     "scripts/shard_autoregressive_base_checkpoints.py",
-    "examples/inference.py",
 }
 
 ASSETS = "cosmos1/models/autoregressive/assets/v1p0"
@@ -213,6 +215,30 @@ GENERATE: dict[str, dict[str, str]] = {
                 --offload_guardrail_models""",
     },
 }
+POURING, LONG, WELDING = "robot_pouring", "bus_terminal_long", "robot_welding"
+# of Predict2.5: command -> what it makes, and from what
+SAMPLES: dict[str, dict[str, str]] = {
+    "examples/inference.py -i assets/base/robot_pouring.json -o outputs/base_video2world "
+    "--inference-type=video2world": {POURING: "video2world"},
+    "examples/inference.py -i assets/base/robot_pouring.json -o outputs/base_text2world "
+    "--inference-type=text2world": {POURING: "text2world"},
+    "examples/inference.py -i assets/base/robot_pouring.json -o outputs/base_image2world "
+    "--inference-type=image2world": {POURING: "image2world"},
+    "examples/inference.py -i assets/base/bus_terminal_long.json -o outputs/autoregressive": {
+        LONG: "video2world"
+    },
+    "examples/inference.py -i assets/base/*.json -o outputs/base": {
+        POURING: "video2world",
+        LONG: "video2world",
+        WELDING: "image2world",
+    },
+    "examples/inference.py -i assets/base/robot_pouring.json -o outputs/base_video2world "
+    "--model=14B/post-trained": {POURING: "video2world"},
+    # of the first release
+    "examples/inference.py assets/base/image2world.json outputs/image2world": {
+        WELDING: "image2world"
+    },
+}
 # command -> folders that must be there
 DOWNLOAD: dict[str, tuple[str, ...]] = {
     "scripts/download_autoregressive_checkpoints.py --model_sizes 4B 12B "
@@ -239,9 +265,47 @@ def words_of(command: str) -> list[str]:
     return [*PROGRAMS[script].split(), *words]
 
 
+def add_predict2_5(place: Path, made: Path) -> None:
+    """Add models of Predict2.5 that make small videos, and samples in the guide's form."""
+    root = place / "checkpoints"
+    shutil.copytree(made, root, dirs_exist_ok=True)
+    small, large = FLOW_MODELS[0], FLOW_MODELS[2]
+    for model in (small, large):
+        file = root / Path(model.repository).name / model.file
+        if model is large:
+            write_transformer(file)
+        (file.parent / "config.json").write_text(json.dumps({**SMALL, "num_steps": 1}))
+    folder = place / "assets" / "base"
+    folder.mkdir()
+    shutil.copy(place / "assets" / "autoregressive" / "input.mp4", folder / "robot_pouring.mp4")
+    for name, more in (
+        (POURING, {}),
+        (LONG, {"enable_autoregressive": True, "num_output_frames": 20}),
+    ):
+        lines = json.dumps(
+            {
+                "inference_type": "video2world",
+                "name": name,
+                "prompt": MOVING_CAR,
+                "input_path": "robot_pouring.mp4",
+                **more,
+            },
+            indent=2,
+        )
+        commented = lines.replace('  "name"', '  // Sample name\n  "name"')
+        (folder / f"{name}.json").write_text(commented)
+    sample = {"prompt": MOVING_CAR, "input_path": "../diffusion/video2world_input0.jpg"}
+    (folder / "image2world.json").write_text(
+        json.dumps({"inference_type": "image2world", "samples": {WELDING: sample}})
+    )
+
+
 @pytest.fixture(scope="module")
 def place(
-    tmp_path_factory: pytest.TempPathFactory, whole_world: Path, tiny_diffusion: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    whole_world: Path,
+    tiny_diffusion: Path,
+    tiny_predict2_5: Path,
 ) -> Path:
     """A folder with checkpoints and assets under the released names."""
     place = tmp_path_factory.mktemp("released")
@@ -290,6 +354,7 @@ def place(
     (place / "assets" / "diffusion" / "batch_inputs" / "text2world.jsonl").write_text(
         json.dumps({"prompt": MOVING_CAR}) + "\n"
     )
+    add_predict2_5(place, tiny_predict2_5)
     old = place / "cosmos1" / "models" / "autoregressive" / "assets"
     old.mkdir(parents=True)
     (old / "v1p0").symlink_to(place / "assets" / "autoregressive")
@@ -341,6 +406,27 @@ def test_generate(command: str, here: Path) -> None:
         upsamples = "diffusion" in words and "--disable_prompt_upsampler" not in words
         assert report.get("prompt_upsampler_ran", False) == upsamples
     assert len([*folder.glob("*.mp4")]) == len(names)
+
+
+@pytest.mark.parametrize("command", SAMPLES)
+def test_predict2_5(command: str, here: Path) -> None:
+    words = words_of(command)
+    result = run_words(words)
+    assert result.exit_code == 0, result.stderr
+    folder = here / next(word for word in words if word.startswith("outputs/"))
+    assert {video.stem for video in folder.glob("*.mp4")} == SAMPLES[command].keys()
+    for name, kind in SAMPLES[command].items():
+        report = json.loads((folder / f"{name}.json").read_text())
+        assert report["sample"]["inference_type"] == kind
+        assert report["model"] == ("14B" if "14B" in command else "2B") + "/post-trained"
+        assert (
+            report["request"]["num_video_frames"]
+            == probe(folder / f"{name}.mp4", kind="video").frames
+        )
+        assert report["guardrail"] == "predict2.5"
+        assert [check["guard"] for check in report["guardrail_checks"]] == [
+            *("blocklist", "qwen3guard", "video_content_safety_filter", "face_blur_filter"),
+        ]
 
 
 def test_the_batch_of_the_guide_that_has_no_videos(here: Path) -> None:
@@ -397,4 +483,4 @@ def test_every_script_of_the_guides_has_its_command() -> None:
     scripts = {script["path"] for script in table["scripts"] if script["seed_docs"]}
     assert scripts <= {*PROGRAMS, *ELSEWHERE}
     told = [c for examples in GENERATE.values() for c in examples.values()]
-    assert {command.split()[0] for command in (*told, *DOWNLOAD)} == {*PROGRAMS}
+    assert {command.split()[0] for command in (*told, *SAMPLES, *DOWNLOAD)} == {*PROGRAMS}
