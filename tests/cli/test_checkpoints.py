@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from worldline.models.predict1_dit import weights as predict1_dit
+from worldline.models.predict1_dit.model import DiT
+from worldline.models.predict2_5_dit import weights as predict2_5_dit
+from worldline.models.predict2_5_dit.model import FlowDiT
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
 
 from ..conftest import MODEL, TOKENIZER
+from ..tiny_decoder import DECODER
+from ..tiny_diffusion import TEXT2WORLD, VIDEO2WORLD
+from ..tiny_diffusion import config as diffusion_config
+from ..tiny_predict2_5 import CONFIG as FLOW_CONFIG
+from ..tiny_predict2_5 import POST, PRE
 from .conftest import Run
 
 
@@ -49,6 +59,59 @@ def test_one(path: str, part: str, run: Run, small_world: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert part in result.stdout
     assert "complete: every tensor fits" in result.stdout
+
+
+def test_diffusion_models(run: Run, whole_world: Path, tiny_diffusion: Path) -> None:
+    for folder, part in (
+        (tiny_diffusion / TEXT2WORLD, "Cosmos diffusion Text2World model, no released size: 2 l"),
+        (tiny_diffusion / VIDEO2WORLD / "model.pt", "Cosmos diffusion Video2World model, no rel"),
+        (whole_world / DECODER, "Cosmos diffusion decoder of the autoregressive models, vocabul"),
+    ):
+        result = run("checkpoints", "inspect", folder)
+        assert result.exit_code == 0, result.stderr
+        assert part in result.stdout
+        assert "complete: every tensor fits" in result.stdout
+
+
+def test_a_repository_of_predict2_5(run: Run, tiny_predict2_5: Path) -> None:
+    """Its transformers lie below its tokenizer; so they do where several repositories are shown."""
+    folder = tiny_predict2_5 / Path(POST.repository).name
+    for shown in (folder, tiny_predict2_5):
+        result = run("checkpoints", "inspect", shown)
+        assert result.exit_code == 0, result.stderr
+        for model in (POST, PRE):
+            assert f"{(folder / model.file).parent}\n" in result.stdout
+        assert result.stdout.count("Cosmos-Predict2.5 model, no released size: 2 layers") == 2
+        assert result.stdout.count("Wan video tokenizer, no released size: compression 4x8x8") == 1
+        assert result.stdout.count("complete: every tensor fits") == 3
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_diffusers_folders(flow: bool, run: Run, tmp_path: Path) -> None:
+    config = FLOW_CONFIG if flow else diffusion_config(condition_mask=True)
+    model, weights = (FlowDiT(config), predict2_5_dit) if flow else (DiT(config), predict1_dit)
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.parent.mkdir()
+    save(weights.diffusers_tensors(model), file)
+    settings = file.parent / "config.json"
+    settings.write_text(json.dumps(weights.diffusers_config(config)))
+    for shown in (tmp_path, file.parent, file):
+        result = run("checkpoints", "inspect", shown)
+        assert result.exit_code == 0, result.stderr
+        assert ("Cosmos-Predict2.5 model" if flow else "Video2World model") in result.stdout
+        assert "complete: every tensor fits" in result.stdout
+    settings.unlink()
+    assert "has no rope_scale" in run("checkpoints", "inspect", file).stdout
+
+
+def test_a_flow_model_that_lacks_a_tensor(run: Run, own_predict2_5: Path) -> None:
+    path = own_predict2_5 / Path(POST.repository).name / POST.file
+    tensors = read_all(path)
+    del tensors["net.crossattn_proj.0.bias"]
+    save(tensors, path)
+    result = run("checkpoints", "inspect", path)
+    assert result.exit_code == 0
+    assert "1 missing: net.crossattn_proj.0.bias" in result.stdout
 
 
 def test_inside_a_training_checkpoint(run: Run, small_world: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
 _SHOWN = 3
+_COMPLETE = "complete: every tensor fits"
 
 
 @click.group()
@@ -37,8 +39,12 @@ def inspect(path: Path) -> None:
     exit status is 2 where there is no checkpoint or a file is damaged.
     """
     targets = [path]
-    if path.is_dir() and not _holds_weights(path):
-        targets = [folder for folder in sorted(path.iterdir()) if _holds_weights(folder)]
+    if path.is_dir():
+        # a repository of Predict2.5 holds its tokenizer, and its transformers two folders below
+        around = () if _holds_weights(path) else path.iterdir()
+        inside = [*around, *path.glob("base/*"), *path.glob("*/base/*")]
+        targets = [*targets, *sorted(inside)]
+        targets = [folder for folder in targets if _holds_weights(folder)]
         if not targets:
             raise CheckpointError(f"{path} holds no weights ({', '.join(_SUFFIXES)})")
     damaged: list[str] = []
@@ -105,6 +111,10 @@ def examine(path: Path) -> Finding:
     folder = path if path.is_dir() else path.parent
     if "tok_embeddings.weight" in names:
         return _autoregressive(source, folder, whole=path.is_dir())
+    for recognise in (_denoiser, _wan_tokenizer):
+        found = recognise(source)
+        if found is not None:
+            return found
     tokenizer = _tokenizer(source, path)
     if tokenizer is not None:
         return tokenizer
@@ -118,7 +128,9 @@ def _holds_weights(folder: Path) -> bool:
 
 def _open(path: Path) -> Checkpoint:
     from worldline.loading import open_transformer
+    from worldline.models.predict2_5_dit.weights import FILE_NAMES
     from worldline.tokenizers.cosmos.load import LAYOUTS, open_tokenizer
+    from worldline.weights.dit import find_dit
     from worldline.weights.read import open_checkpoint
 
     if not path.is_dir():
@@ -129,6 +141,8 @@ def _open(path: Path) -> Checkpoint:
     try:
         return open_transformer(path)
     except CheckpointError:
+        with suppress(CheckpointError):
+            return open_checkpoint(find_dit(path, FILE_NAMES)[0])
         found = [file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES]
         if len(found) != 1 or found[0].name == "model.pt":
             raise
@@ -145,15 +159,7 @@ def _autoregressive(source: Checkpoint, folder: Path, *, whole: bool) -> Finding
     config = read_config(source, read_settings(folder))
     with torch.device("meta"):
         expected = {n: tuple(p.shape) for n, p in ARTransformer(config).named_parameters()}
-    size = next(
-        (
-            name
-            for name, preset in PRESETS.items()
-            if (preset.depth, preset.width, preset.context_width)
-            == (config.depth, config.width, config.context_width)
-        ),
-        "no released size",
-    )
+    size = _released_size(PRESETS, config, ("depth", "width", "context_width"))
     kind = "Video2World" if config.context_width is not None else "base"
     grid = config.grid
     family = (
@@ -165,6 +171,106 @@ def _autoregressive(source: Checkpoint, folder: Path, *, whole: bool) -> Finding
     if whole and not (folder / "config.json").exists():
         verdict += "; no config.json: the released defaults are assumed"
     return Finding(source, family, _count(expected), verdict)
+
+
+def _denoiser(source: Checkpoint) -> Finding | None:
+    """Recognise a transformer that denoises latents, of Predict1 or of Predict2.5."""
+    from worldline.loading.folders import is_diffusion
+    from worldline.models.predict2_5_dit.weights import is_flow_dit
+
+    in_diffusers = any(name.startswith("patch_embed.") for name in source.tensors)
+    if not in_diffusers and not is_diffusion(source):
+        return None
+    describe = _flow if is_flow_dit(source) else _diffusion
+    try:
+        return describe(source, in_diffusers=in_diffusers)
+    except ValueError as error:  # CheckpointError is one
+        return Finding(source, "Cosmos diffusion transformer", None, str(error))
+
+
+def _diffusion(source: Checkpoint, *, in_diffusers: bool) -> Finding:
+    import torch
+
+    from worldline.loading import read_settings
+    from worldline.models.predict1_dit.model import PRESETS, DiT
+    from worldline.models.predict1_dit.weights import DIFFUSERS_KEYS, KEYS, read_config
+    from worldline.weights.dit import diffusers_settings
+
+    folder = source.path.parent
+    settings = diffusers_settings(folder, "learnable") if in_diffusers else read_settings(folder)
+    keys = DIFFUSERS_KEYS if in_diffusers else KEYS
+    config = read_config(source, keys, settings)
+    with torch.device("meta"):
+        expected = {n: tuple(p.shape) for n, p in DiT(config).named_parameters()}
+    kind = "Video2World model" if config.condition_mask else "Text2World model"
+    if config.vocabulary:
+        kind = f"decoder of the autoregressive models, vocabulary {config.vocabulary:,}"
+    size = _released_size(PRESETS, config, ("depth", "width", "condition_mask", "vocabulary"))
+    family = (
+        f"Cosmos diffusion {kind}, {size}: {config.depth} layers, width {config.width}, "
+        f"{config.num_heads} heads"
+    )
+    return Finding(source, family, _count(expected), _match(source, expected, keys))
+
+
+def _flow(source: Checkpoint, *, in_diffusers: bool) -> Finding:
+    import torch
+
+    from worldline.loading import read_settings
+    from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT
+    from worldline.models.predict2_5_dit.weights import (
+        DIFFUSERS_KEYS,
+        KEYS,
+        network_view,
+        read_config,
+    )
+    from worldline.weights.dit import diffusers_settings
+
+    folder = source.path.parent
+    settings = diffusers_settings(folder, None) if in_diffusers else read_settings(folder)
+    keys = DIFFUSERS_KEYS if in_diffusers else KEYS
+    network = network_view(source)
+    config = read_config(network, keys, settings)
+    with torch.device("meta"):
+        expected = {n: tuple(p.shape) for n, p in FlowDiT(config).named_parameters()}
+    size = _released_size(PRESETS, config, ("depth", "width"))
+    family = (
+        f"Cosmos-Predict2.5 model, {size}: {config.depth} layers, width {config.width}, "
+        f"{config.num_heads} heads, text features {config.feature_width:,}"
+    )
+    return Finding(source, family, _count(expected), _match(network, expected, keys))
+
+
+def _wan_tokenizer(source: Checkpoint) -> Finding | None:
+    import torch
+
+    from worldline.tokenizers.wan.load import open_wan
+    from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
+    from worldline.tokenizers.wan.weights import find_layout
+
+    if find_layout(source) is None:
+        return None
+    try:
+        config = open_wan(source.path).config
+    except CheckpointError as error:
+        return Finding(source, "Wan video tokenizer", None, str(error))
+    with torch.device("meta"):
+        expected = {n: tuple(p.shape) for n, p in WanTokenizer(config).named_parameters()}
+    names = ("channels", "multipliers", "num_blocks", "temporal_steps", "latent_channels")
+    size = _released_size({"2.1": WanTokenizerConfig()}, config, names)
+    family = (
+        f"Wan video tokenizer, {size}: compression {config.temporal}x{config.spatial}x"
+        f"{config.spatial}, {config.latent_channels} latent channels"
+    )
+    return Finding(source, family, _count(expected), _COMPLETE)
+
+
+def _released_size(presets: Mapping[str, object], config: object, names: Sequence[str]) -> str:
+    """Return which of the released sizes a model has, by the fields that tell."""
+    for preset, known in presets.items():
+        if all(getattr(known, name) == getattr(config, name) for name in names):
+            return preset
+    return "no released size"
 
 
 def _tokenizer(source: Checkpoint, path: Path) -> Finding | None:
@@ -194,15 +300,8 @@ def _tokenizer(source: Checkpoint, path: Path) -> Finding | None:
     prefixes = tuple(prefix for half in present for prefix in halves[half])
     expected = {n: shape for n, shape in expected.items() if n.startswith(prefixes)}
     part = "" if len(present) == 2 else f", {present[0]} alone" if present else ""
-    released = next(
-        (
-            preset
-            for preset, known in PRESETS.items()
-            if (known.spatial, known.temporal, known.patch, known.level_channels, known.levels)
-            == (config.spatial, config.temporal, config.patch, config.level_channels, config.levels)
-        ),
-        "no released size",
-    )
+    sizes = ("spatial", "temporal", "patch", "level_channels", "levels")
+    released = _released_size(PRESETS, config, sizes)
     kind = "discrete" if config.levels else "continuous"
     family = (
         f"Cosmos {kind} video tokenizer{part}, {released}: compression "
@@ -224,7 +323,7 @@ def _match(source: Checkpoint, expected: Mapping[str, tuple[int, ...]], keys: ob
         match(source.tensors, expected, keys, source.path.name)
     except CheckpointError as error:
         return str(error)
-    return "complete: every tensor fits"
+    return _COMPLETE
 
 
 def _count(expected: Mapping[str, tuple[int, ...]]) -> int:
