@@ -83,7 +83,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     (*FLOW, "-i", "*.nothing", "-o", "out"): "no file has such a name",
     (*FLOW, "notes/a.json", "out", "more"): "3 plain arguments",
     (*SAMPLES, "--steps", "3"): "--steps",
-    SAMPLES: "run without them: --disable_guardrails",
+    SAMPLES: "`worldline checkpoints download 2B/post-trained` fetches it",
     (*UNGUARDED, "--model", "2B/distilled"): "released names are 2B/post-trained",
     (*UNGUARDED, "--model", "tiny-nothing"): "no bundled model tiny-nothing",
     UNGUARDED: "no checkpoint folder checkpoints",
