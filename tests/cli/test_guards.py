@@ -36,6 +36,7 @@ from ..tiny_guards import (
     add_guardrails,
     add_upsampler,
 )
+from ..tiny_predict2_5 import CONFIG as FLOW_CONFIG
 from ..tiny_predict2_5 import POST, SMALL
 from .conftest import run_words
 
@@ -625,8 +626,20 @@ def test_guardrails_of_predict2_5_wait_in_host_memory(guarded: Path) -> None:
 def test_embeddings_have_no_words_to_check(
     guarded: Path, clip: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    told = "no guardrail checks the prompt: its embedding is given"
     world = worldline.load(AR_VIDEO2WORLD, guarded, disable_diffusion_decoder=True)
     width = world.parts.config.context_width  # type: ignore[union-attr]
-    video = world.generate(clip, prompt_embeddings=np.zeros((3, width), np.float32))
-    assert "no guardrail checks the prompt: its embedding is given" in caplog.text
+    given = np.zeros((3, width), np.float32)
+    video = world.generate(clip, prompt_embeddings=given)
+    assert told in caplog.text
     assert [check["guard"] for check in video.report["guardrail_checks"]] == ALL[2:]
+    caplog.clear()  # words beside it are checked, and do not decide
+    assert world.generate(clip, prompt=PROMPT, prompt_embeddings=given).report["guardrail_checks"]
+    assert told in caplog.text
+    flow = worldline.load(POST.name, guarded)
+    one = {"prompt_embeddings": np.zeros((3, FLOW_CONFIG.feature_width), np.float32)}
+    for prompt, guards in ((None, OF_FLOW[2:]), (PROMPT, OF_FLOW)):
+        caplog.clear()
+        report = flow.generate(prompt=prompt, **one, **{**SMALL, "guidance": 0}).report
+        assert told in caplog.text
+        assert [check["guard"] for check in report["guardrail_checks"]] == guards

@@ -146,9 +146,9 @@ class AutoregressiveWorld(World):
             prompt = plan.job.request.prompt
             try:
                 if self.video2world and checks[number].on:
-                    if prompt is None:
-                        logger.warning("no guardrail checks the prompt: its embedding is given")
-                    else:
+                    if plan.job.embedding is not None:
+                        checks[number].pass_embedding()
+                    if prompt is not None:
                         yield number, Step("guardrail", 0, 1)
                         checks[number].prompt(prompt)
             except GuardrailRefusal as error:

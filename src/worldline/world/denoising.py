@@ -76,9 +76,9 @@ class DenoisingWorld(World):
         Raises:
             GuardrailRefusal: the prompt is refused.
         """
-        if checks.on and request.prompt is None:
-            logger.warning("no guardrail checks the prompt: its embedding is given")
-        elif checks.on:
+        if checks.on and embeddings.prompt is not None:
+            checks.pass_embedding()
+        if checks.on and request.prompt is not None:
             yield Step("guardrail", 0, 1)
             checks.prompt(request.prompt)
         return request
