@@ -195,6 +195,30 @@ def test_wrong_input(
 
 
 @pytest.mark.usefixtures("forbid_weights")
+def test_the_decoder_in_place_of_a_model(ar_video2world: Make, clip: Path) -> None:
+    words = ("--input_image_or_video_path", clip, "--prompt", PROMPT, "--ar_model_dir", DECODER)
+    result = ar_video2world(*words)
+    assert result.exit_code == 2
+    assert "is the diffusion decoder of the autoregressive worlds, not a world" in result.stderr
+
+
+@pytest.mark.usefixtures("forbid_weights")
+def test_an_embedding_table_without_the_begin_token(
+    ar_video2world: Make, clip: Path, own_whole_world: Path
+) -> None:
+    path = own_whole_world / VIDEO2WORLD / "model.pt"
+    tensors = torch.load(path)
+    table = tensors["model.tok_embeddings.weight"]
+    rows = len(tensors["model.output.weight"])
+    tensors["model.tok_embeddings.weight"] = table[:rows].clone()
+    torch.save(tensors, path)
+    words = ("--input_image_or_video_path", clip, "--prompt", PROMPT)
+    result = ar_video2world(*words, checkpoint_dir=own_whole_world)
+    assert result.exit_code == 2
+    assert f"{path}: embedding_rows is {rows}; {rows + 1} ids are read" in result.stderr
+
+
+@pytest.mark.usefixtures("forbid_weights")
 def test_video2world_given_to_base(run: Run, clip: Path, whole_world: Path) -> None:
     words = ("--checkpoint_dir", whole_world, "--ar_model_dir", VIDEO2WORLD)
     flags = ("--disable_guardrail", "--input_image_or_video_path", clip)
