@@ -131,6 +131,7 @@ def test_embeddings_in_place_of_the_text_encoder(
     save({"prompt": torch.randn(5, CONTEXT_WIDTH + 1)}, path)
     wrong = ar_video2world(*words, checkpoint_dir=own_whole_world)
     assert wrong.exit_code == 2
+    assert f"prompt_embeddings {path} is float32 (5, {CONTEXT_WIDTH + 1})" in wrong.stderr
     assert f"it must be floating and finite, (S, {CONTEXT_WIDTH})" in wrong.stderr
 
 

@@ -247,7 +247,7 @@ def read_embeddings(
     Raises:
         InputError: there is no such file, or it holds something else.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, tuple[Tensor, str]] = {}  # and what an error calls it
     for name, given in (("negative_prompt", negative), ("prompt", prompt)):
         if given is None:
             continue
@@ -255,17 +255,16 @@ def read_embeddings(
             read = embeddings.read_embeddings(Path(given))
             if name == "negative_prompt":  # a file of its own may call it "prompt" all the same
                 read = {name: read.get(name, read["prompt"])}
-            found = {**read, **found}
+            called = f"{name}_embeddings {given}"
+            found = {**{kind: (tensor, called) for kind, tensor in read.items()}, **found}
         elif isinstance(given, (Tensor, np.ndarray)):
-            found[name] = torch.as_tensor(given)
+            found[name] = (torch.as_tensor(given), f"{name}_embeddings")
         else:
             raise InputError(
                 f"{name}_embeddings is a {type(given).__name__}; give a file or tensor"
             )
     rows, width = files.context_length, files.config.context_width
-    whole = {
-        name: filled(tensor, rows, width, f"{name}_embeddings") for name, tensor in found.items()
-    }
+    whole = {name: filled(tensor, rows, width, called) for name, (tensor, called) in found.items()}
     return Embeddings(whole.get("prompt"), whole.get("negative_prompt"))
 
 

@@ -31,13 +31,15 @@ def read_prompt_embedding(given: GivenEmbedding | None, rows: int, width: int) -
     """
     if given is None:
         return None
+    name = "prompt_embeddings"
     if isinstance(given, (str, Path)):
+        name = f"{name} {given}"
         found = embeddings.read_embeddings(Path(given))["prompt"]
     elif isinstance(given, (Tensor, np.ndarray)):
         found = torch.as_tensor(given)
     else:
         raise InputError(f"prompt_embeddings is a {type(given).__name__}; give a file or tensor")
-    return filled(found, rows, width, "prompt_embeddings")
+    return filled(found, rows, width, name)
 
 
 def filled(given: Tensor, rows: int, width: int, name: str) -> Tensor:
