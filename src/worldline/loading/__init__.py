@@ -96,6 +96,7 @@ __all__ = [
     "fit_files",
     "load_autoregressive",
     "load_diffusion",
+    "most_in_step",
     "open_autoregressive",
     "open_diffusion",
     "open_transformer",
@@ -600,13 +601,20 @@ def clips_at_once(
         most: clips there are.
         options: those of `_need_of`.
     """
-    memory = device_memory(device)
-    if memory is None or not kernels_fit(files.config, device, dtype):
+    memory, limit = device_memory(device), most_in_step(files, device, dtype)
+    if memory is None or limit is None:
         return 1
-    for count in range(min(most, MOST_CLIPS), 1, -1):
+    for count in range(min(most, limit), 1, -1):
         if _need_of(files, device, dtype, batch=count, **options)(given) <= memory.free:
             return count
     return 1
+
+
+def most_in_step(
+    files: AutoregressiveFiles, device: torch.device, dtype: torch.dtype
+) -> int | None:
+    """Return how many clips the kernels draw in step; None where none run."""
+    return MOST_CLIPS if kernels_fit(files.config, device, dtype) else None
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
