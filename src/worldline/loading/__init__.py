@@ -259,6 +259,8 @@ def load_autoregressive(
         "offload_text_encoder_model": offload_text_encoder_model,
     }
     given = [flag for flag in files.offload_flags if chosen[flag]]
+    if offload_diffusion_decoder and files.decoder is None:
+        logger.info("offload_diffusion_decoder has no effect: no diffusion decoder runs")
     of_text = text_encoder_dtype or text_dtype(dtype)
     try:
         _check_memory(
