@@ -282,15 +282,23 @@ def load_autoregressive(
     logger.info("reading %s", files.folder)
     compiling = compile_ahead(files.config, device, dtype, batch_size)
     with recorder.stage("load"):
-        transformer = _read(
-            ARTransformer, files.config, files.transformer, KEYS, device, dtype, offload_ar_model
-        )
-        tokenizer = _read_tokenizer(files, device, dtype, offload_tokenizer)
-        decoder = None
-        if files.decoder is not None:
-            decoder = _read_decoder(files.decoder, device, dtype, offload_diffusion_decoder)
-        if compiling is not None:
-            compiling.join()
+        try:
+            transformer = _read(
+                ARTransformer,
+                files.config,
+                files.transformer,
+                KEYS,
+                device,
+                dtype,
+                offload_ar_model,
+            )
+            tokenizer = _read_tokenizer(files, device, dtype, offload_tokenizer)
+            decoder = None
+            if files.decoder is not None:
+                decoder = _read_decoder(files.decoder, device, dtype, offload_diffusion_decoder)
+        finally:
+            if compiling is not None:  # it launches kernels, also beside what follows a failure
+                compiling.join()
     encoder = None
     if files.text is not None:
         encoder = TextPart(
