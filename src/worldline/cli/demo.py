@@ -188,7 +188,8 @@ def _compare(made: Mapping[str, Video], truth: NDArray[np.uint8]) -> None:
 
     left = truth[GIVEN:]
     predicted = ", ".join(
-        f"{psnr(video.frames[GIVEN:], left):.1f} dB PSNR{way}" for way, video in made.items()
+        f"{psnr(video.frames[GIVEN:], left):.1f} dB PSNR{way.removeprefix(',')}"
+        for way, video in made.items()
     )
     repeated = psnr(truth[GIVEN - 1 : GIVEN].repeat(len(left), axis=0), left)
     click.echo(
