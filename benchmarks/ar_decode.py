@@ -169,6 +169,47 @@ def in_step(model: ARTransformer, batch: int, tokens: int) -> dict[str, Any]:
     return result
 
 
+def repeated(model: ARTransformer, times: int) -> dict[str, Any]:
+    """Decode one clip again and again; return in which runs what first differs from the first run.
+
+    That is the cache of the prompt, the token drawn behind it, or, of a later token, the logits (of
+    the kernels) or the draw.
+    """
+    prompt = torch.randint(model.config.vocabulary, (1, prefix_of(model)), device=DEVICE)
+    context = random_text(model)
+    first: list[tuple[str, Tensor]] = []
+    differing: dict[str, list[int]] = {}
+    for run in range(times):
+        positions = make_positions(model.config, DEVICE, torch.bfloat16)
+        decoder = make_decoder(model, positions, Sampling(), context=context)
+        found: list[tuple[str, Tensor]] = []
+        noise = draw_noise([0], model.config.vocabulary, TRIED, prompt.device)
+        for number, _ in enumerate(_each(decoder, prompt, noise)):
+            if not number:
+                found.append(("keys of the prompt", decoder.cache.keys.clone()))
+                found.append(("values of the prompt", decoder.cache.values.clone()))
+            elif isinstance(decoder, CapturedDecoder):
+                found.append((f"logits of token {number}", decoder.fused.logits.clone()))
+            found.append((f"token {number}", decoder.tokens[:, -1].clone()))
+        first = first or found
+        for (what, ours), (_, theirs) in zip(found, first, strict=True):
+            if not torch.equal(ours, theirs):
+                differing.setdefault(what, []).append(run)
+                break
+        del decoder, found
+    return {"runs": times, "first difference": differing}
+
+
+def _each(decoder: PlainDecoder, prompt: Tensor, noise: Iterator[Tensor]) -> Iterator[None]:
+    """Draw tokens one by one."""
+    for number, drawn in enumerate(noise):
+        if number:
+            decoder.step(drawn)
+        else:
+            decoder.start(prompt, drawn)
+        yield
+
+
 def wait() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -180,8 +221,14 @@ def wait() -> None:
 @click.option("--batch", "batches", multiple=True, default=(1, 8), type=int, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path))
 @click.option("--plain-tokens", default=64, help="How many tokens to time on the plain path.")
+@click.option("--repeats", default=0, help=f"How often to draw the first {TRIED} tokens again.")
 def main(
-    name: str, tokens: int | None, batches: tuple[int, ...], output: Path | None, plain_tokens: int
+    name: str,
+    tokens: int | None,
+    batches: tuple[int, ...],
+    output: Path | None,
+    plain_tokens: int,
+    repeats: int,
 ) -> None:
     """Measure, print, and write a JSON file."""
     model = random_model(name)
@@ -199,6 +246,9 @@ def main(
     for batch in batches:
         result["in_step"][str(batch)] = in_step(model, batch, tokens)
         print(json.dumps(result["in_step"]), flush=True)
+    if repeats:
+        result["repeated"] = repeated(model, repeats)
+        print(json.dumps(result["repeated"]), flush=True)
     if DEVICE == "cuda":
         result["agreement"] = agreement(model, 16)
         positions = make_positions(config, DEVICE, torch.bfloat16)

@@ -1,105 +1,264 @@
-"""Measure the bundled autoregressive world on clips that it never saw.
+"""Measure a small autoregressive world on clips that it never saw, by both ways of decoding.
 
     python benchmarks/tiny_quality.py --output benchmarks/results/tiny_quality.json
 
-Seeds 1,000,000 and up; training stays below. One sample a clip, with the released sampling, through
-`worldline.load(...).generate(...)`, never the best of several.
+Seeds 1,000,000 and up; training stays below. One sample a clip, with the released sampling, never
+the best of several; the same tokens are decoded by the tokenizer and, where there is one, by the
+diffusion decoder. A Video2World model is given each clip's caption.
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import worldline
 from worldline.evaluate.clips import summarise
-from worldline.evaluate.failures import find_failures
-from worldline.evaluate.metrics import psnr
+from worldline.evaluate.failures import Failure, find_failures
+from worldline.evaluate.metrics import psnr, ssim
 from worldline.physics import make_clips
+from worldline.pipelines.autoregressive import decoder_settings
+from worldline.pipelines.decoder import decode_frames, denoise_windows
+from worldline.pipelines.requests import AutoregressiveRequest
+from worldline.places import has_decoder
 from worldline.video.convert import to_uint8
 from worldline.video.write import contact_sheet
+from worldline.world import AutoregressiveWorld
+
+Frames = NDArray[np.uint8]
 
 FIRST_SEED = 1_000_000
 GIVEN = 9
+WAYS = {"discrete": True, "diffusion": False}  # is the diffusion decoder disabled?
+SHOWN = 20  # clips on the sheet
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
+def quartiles(values: Sequence[float], digits: int = 2) -> dict[str, Any]:
     low, high = np.percentile(values, [25, 75])
     return {
-        "median": round(median(values), 2),
-        "mean": round(mean(values), 2),
-        "quartiles": [round(float(low), 2), round(float(high), 2)],
-        "lowest": round(min(values), 2),
+        "median": round(median(values), digits),
+        "mean": round(mean(values), digits),
+        "quartiles": [round(float(low), digits), round(float(high), digits)],
+        "lowest": round(min(values), digits),
     }
 
 
+def differences(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    return quartiles([value - other for value, other in zip(values, others, strict=True)])
+
+
 @torch.inference_mode()
-def reconstructed(world: worldline.World, frames: np.ndarray) -> np.ndarray:
-    tokenizer = world.parts.tokenizer.module
+def reconstructed(world: AutoregressiveWorld, frames: Frames, prompt: str | None) -> Frames:
+    """Encode all frames of a clip, and decode their tokens as the world decodes its own."""
+    parts = world.parts
+    tokenizer = parts.tokenizer.module
     weight = tokenizer.quant_conv.weight
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(weight.device).float()
-    decoded = tokenizer.reconstruct((video / 255 * 2 - 1).to(weight.dtype))[0]
-    return to_uint8(decoded * 0.5 + 0.5)
+    video = (video / 255 * 2 - 1).to(weight.dtype)
+    if parts.decoder is None:
+        return to_uint8(tokenizer.reconstruct(video)[0] * 0.5 + 0.5)
+    ids = tokenizer.encode_tokens(video)
+    context = parts.decoder.context
+    if prompt is not None:
+        assert parts.text is not None
+        context = parts.text.embed([prompt])[prompt]
+    assert context is not None
+    settings = decoder_settings(parts.decoder, AutoregressiveRequest())
+    with parts.decoder.transformer.on_device() as transformer:
+        finer = tokenizer.config.spatial // parts.decoder.tokenizer.module.config.spatial
+        latents = denoise_windows(transformer, ids, context, settings, finer=finer)
+    pieces = decode_frames(parts.decoder, latents, ids.shape[1], settings.seam)
+    return np.concatenate(list(pieces))
+
+
+def continued(
+    world: AutoregressiveWorld, clips: Sequence[Frames], each: Sequence[dict[str, Any]]
+) -> list[Frames]:
+    """Return the videos that begin with some frames; the world sees these alone."""
+    found: dict[int, Frames] = {}
+    for number, step in world.stream_batch(clips, each, num_input_frames=len(clips[0])):
+        if step.video is not None:
+            found[number] = step.video.frames
+    return [found[number] for number in range(len(clips))]
+
+
+class Measured(NamedTuple):
+    """What is measured of one clip, by name."""
+
+    psnr: dict[str, float]
+    ssim: dict[str, float]
+    failures: dict[str, list[Failure]]
+
+
+def measure(
+    truth: Frames, masks: NDArray[np.bool_], again: Frames, video: Frames, image: Frames
+) -> Measured:
+    """Measure a clip's reconstruction, and its continuations from 9 frames and from 1."""
+    target, masks = truth[GIVEN:], masks[GIVEN:]
+    still = np.broadcast_to(truth[GIVEN - 1], target.shape).copy()
+    pairs = {
+        "reconstruction": (again, truth),
+        "repeat": (still, target),
+        "predicted": (video[GIVEN:], target),
+    }
+    return Measured(
+        {name: psnr(*pair) for name, pair in pairs.items()}
+        | {f"{name}_objects": psnr(*pairs[name], masks) for name in ("repeat", "predicted")},
+        {name: ssim(*pair) for name, pair in pairs.items()},
+        {"9 frames": find_failures(video, GIVEN), "1 frame": find_failures(image, 1)},
+    )
+
+
+class Figures:
+    """What is measured of one way of decoding, clip by clip."""
+
+    def __init__(self) -> None:
+        self.psnr: dict[str, list[float]] = defaultdict(list)
+        self.ssim: dict[str, list[float]] = defaultdict(list)
+        self.failures: dict[str, list[list[Failure]]] = defaultdict(list)
+
+    def add(self, measured: Measured) -> None:
+        for name, value in measured.psnr.items():
+            self.psnr[name].append(value)
+        for name, value in measured.ssim.items():
+            self.ssim[name].append(value)
+        for name, found in measured.failures.items():
+            self.failures[name].append(found)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "psnr_db": {name: quartiles(values) for name, values in self.psnr.items()},
+            "ssim": {name: quartiles(values, 4) for name, values in self.ssim.items()},
+            "gain_over_repeating_db": differences(self.psnr["predicted"], self.psnr["repeat"]),
+            "clips_where_repeating_scores_15_to_22": sum(
+                15 <= value <= 22 for value in self.psnr["repeat"]
+            ),
+            "failures": {name: summarise(found).as_json() for name, found in self.failures.items()},
+        }
+
+
+def table(figures: dict[str, Figures]) -> str:
+    """The rows of the README's table."""
+    lines = [f"| median (quartiles) | {' | '.join(figures)} |", f"|---|{'---|' * len(figures)}"]
+
+    def row(name: str, cells: Sequence[str]) -> None:
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+
+    def cell(values: dict[str, Any]) -> str:
+        low, high = values["quartiles"]
+        return f"{values['median']} ({low} to {high})"
+
+    told = [one.as_json() for one in figures.values()]
+    for kind in ("psnr_db", "ssim"):
+        for name in told[0][kind]:
+            row(f"{kind} {name}", [cell(one[kind][name]) for one in told])
+    row("gain over repeating, dB", [cell(one["gain_over_repeating_db"]) for one in told])
+    for name in told[0]["failures"]:
+        row(
+            f"failures from {name}",
+            [str(summarise(one.failures[name]).failed) for one in figures.values()],
+        )
+    return "\n".join(lines)
 
 
 @click.command()
 @click.option("--model", default="tiny-Cosmos-Predict1-4B", show_default=True)
-@click.option("--clips", default=100, show_default=True)
+@click.option("--checkpoint_dir", default="checkpoints", help="For worlds that are not bundled.")
+@click.option(
+    "--decoding",
+    "ways",
+    multiple=True,
+    type=click.Choice(list(WAYS)),
+    help="Default: discrete, and diffusion where the world has a decoder.",
+)
+@click.option("--clips", "count", default=100, show_default=True)
+@click.option("--batch_size", default=5, show_default=True, help="Clips in step.")
 @click.option("--device", default=None)
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--sheet", type=click.Path(path_type=Path), help="A PNG of the first clips.")
-def main(model: str, clips: int, device: str | None, output: Path, sheet: Path | None) -> None:
+def main(
+    model: str,
+    checkpoint_dir: str,
+    ways: tuple[str, ...],
+    count: int,
+    batch_size: int,
+    device: str | None,
+    output: Path,
+    sheet: Path | None,
+) -> None:
     """Measure, print, and write a JSON file."""
-    world = worldline.load(model, device=device)
-    figures: dict[str, list[float]] = {
-        name: []
-        for name in ("reconstruction", "repeat", "predicted", "repeat_objects", "predicted_objects")
-    }
-    failures: dict[str, list[Any]] = {"9 frames": [], "1 frame": []}
+    worlds: dict[str, AutoregressiveWorld] = {}
+    for way in ways or (WAYS if has_decoder(model) else ["discrete"]):
+        world = worldline.load(
+            model,
+            checkpoint_dir,
+            device=device,
+            disable_guardrail=True,
+            disable_diffusion_decoder=WAYS[way],
+        )
+        assert isinstance(world, AutoregressiveWorld)
+        worlds[way] = world
+    figures = {way: Figures() for way in worlds}
     rows, labels = [], []
-    for number in range(clips):
-        seed = FIRST_SEED + number
-        truth = make_clips([seed], return_masks=True)
-        assert truth.masks is not None
-        frames, masks = truth.frames[0].numpy(), truth.masks[0, GIVEN:].numpy()
-        still = np.broadcast_to(frames[GIVEN - 1], frames[GIVEN:].shape).copy()
-        # the model sees the given frames alone
-        video = world.generate(frames[:GIVEN], num_input_frames=GIVEN, seed=number)
-        from_image = world.generate(frames[:1], num_input_frames=1, seed=number)
-        predicted = video.frames[GIVEN:]
-        figures["reconstruction"].append(psnr(reconstructed(world, frames), frames))
-        figures["repeat"].append(psnr(still, frames[GIVEN:]))
-        figures["predicted"].append(psnr(predicted, frames[GIVEN:]))
-        figures["repeat_objects"].append(psnr(still, frames[GIVEN:], masks))
-        figures["predicted_objects"].append(psnr(predicted, frames[GIVEN:], masks))
-        failures["9 frames"].append(find_failures(video.frames, GIVEN))
-        failures["1 frame"].append(find_failures(from_image.frames, 1))
-        if number < 20:
-            rows += [frames, video.frames]
-            labels += [f"truth {seed}", f"from 9 frames, seed {number}"]
-        print(seed, {name: round(values[-1], 2) for name, values in figures.items()}, flush=True)
-    gains = [a - b for a, b in zip(figures["predicted"], figures["repeat"], strict=True)]
-    result = {
+    prompted = all(world.video2world for world in worlds.values())
+    for first in range(0, count, batch_size):
+        numbers = range(first, min(first + batch_size, count))
+        batch = make_clips([FIRST_SEED + number for number in numbers], return_masks=True)
+        assert batch.masks is not None
+        clips, masks = batch.frames.numpy(), batch.masks.numpy()
+        prompts = batch.captions if prompted else [None] * len(numbers)
+        each: list[dict[str, Any]] = [{"seed": number} for number in numbers]
+        if prompted:
+            each = [{**one, "prompt": prompt} for one, prompt in zip(each, prompts, strict=True)]
+        made = {
+            way: (
+                continued(world, [clip[:GIVEN] for clip in clips], each),
+                continued(world, [clip[:1] for clip in clips], each),
+            )
+            for way, world in worlds.items()
+        }
+        for way, world in worlds.items():
+            again = [reconstructed(world, *one) for one in zip(clips, prompts, strict=True)]
+            with ThreadPoolExecutor() as threads:  # a second a clip
+                found = list(threads.map(measure, clips, masks, again, *made[way]))
+            for number, one in zip(numbers, found, strict=True):
+                figures[way].add(one)
+                told = ", ".join(f"{name} {value:.2f}" for name, value in one.psnr.items())
+                print(f"{FIRST_SEED + number} {way}: {told}", flush=True)
+        for place, number in enumerate(numbers[: max(0, SHOWN - first)]):
+            rows += [clips[place], *(videos[0][place] for videos in made.values())]
+            labels.append(f"truth {FIRST_SEED + number}: {batch.captions[place]}")
+            labels += [f"from 9 frames, seed {number}, {way}" for way in made]
+    result: dict[str, Any] = {
         "model": model,
         "torch": torch.__version__,
-        "device": str(world.device),
-        "seeds": [FIRST_SEED, FIRST_SEED + clips - 1],
+        "device": str(next(iter(worlds.values())).device),
+        "seeds": [FIRST_SEED, FIRST_SEED + count - 1],
         "sampling": "temperature 1.0, top_p 0.8, one sample a clip",
+        "prompt": "the caption of the clip" if prompted else None,
         "frames": f"{GIVEN + 1} to 33 predicted from {GIVEN}",
-        "psnr_db": {name: quartiles(values) for name, values in figures.items()},
-        "gain_over_repeating_db": quartiles(gains),
-        "clips_where_repeating_scores_15_to_22": sum(15 <= v <= 22 for v in figures["repeat"]),
-        "failures": {name: summarise(found).as_json() for name, found in failures.items()},
     }
+    for way, figure in figures.items():
+        # the discrete decoding has the names that it had when it was the only one
+        result |= figure.as_json() if way == "discrete" else {"by_diffusion": figure.as_json()}
+    if len(figures) == len(WAYS):
+        fine, coarse = figures["diffusion"].psnr, figures["discrete"].psnr
+        result["gain_of_diffusion_over_discrete_db"] = {
+            name: differences(fine[name], coarse[name])
+            for name in ("reconstruction", "predicted", "predicted_objects")
+        }
     output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in result.items() if k != "failures"}, indent=1))
-    print({k: str(summarise(v).failed) for k, v in failures.items()})
+    print(table(figures))
     if sheet is not None:
         contact_sheet(rows, sheet, labels)
 

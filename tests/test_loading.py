@@ -169,6 +169,17 @@ def test_bundled(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert places.bundled_names() == []
 
 
+def test_what_ships_is_small() -> None:
+    """At most 8 MB a model and 32 MB for all, so that the whole tree stays small."""
+    sizes = {
+        folder.name: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        for folder in places.BUNDLED.iterdir()
+    }
+    assert places.bundled_names()
+    assert max(sizes.values()) <= 8e6
+    assert sum(sizes.values()) <= 32e6
+
+
 def test_what_is_there_is_listed(small_world: Path) -> None:
     with pytest.raises(CheckpointError, match=f"holds: {MODEL}, {TOKENIZER}"):
         loading.find_autoregressive("Cosmos-Predict1-12B", small_world)

@@ -132,6 +132,15 @@ def test_offloading_changes_no_video(
     assert np.array_equal(frames, world.generate(clip, prompt=PROMPT).frames)
 
 
+def test_offloading_a_decoder_that_does_not_run(
+    whole_world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"disable_diffusion_decoder": True, "offload_diffusion_decoder": True}
+    with caplog.at_level("INFO"):
+        worldline.load(MODEL, whole_world, disable_guardrail=True, **options)  # type: ignore[arg-type]
+    assert "offload_diffusion_decoder has no effect" in caplog.text
+
+
 def test_the_discrete_decode_is_not_run(
     world: AutoregressiveWorld, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,11 +147,10 @@ def find_tokenizer(name: str, checkpoint_dir: str | Path) -> Path:
 
 
 def _find_bundled(kind: str, name: str, have: Sequence[str]) -> Path:
-    folder = BUNDLED / name.removeprefix(BUNDLED_PREFIX)
-    if not folder.is_dir():
+    if name not in have:
         there = ", ".join(have) or "none"
         raise CheckpointError(f"there is no bundled {kind} {name}; there are: {there}")
-    return folder
+    return BUNDLED / name.removeprefix(BUNDLED_PREFIX)
 
 
 def find_model(model: Path, checkpoint_dir: Path) -> Path:

@@ -128,9 +128,12 @@ def test_embeddings_in_place_of_the_text_encoder(
     assert names_of([report["files"]["prompt_embeddings"]]) == ["prompt.safetensors"]
     assert report["request"]["prompt"] is None
     assert "text" not in [stage["name"] for stage in report["run"]["stages"]]
+    unread = ar_video2world(*words, "--offload_text_encoder_model")
+    assert unread.stderr.count("--offload_text_encoder_model has no effect") == 1
     save({"prompt": torch.randn(5, CONTEXT_WIDTH + 1)}, path)
     wrong = ar_video2world(*words, checkpoint_dir=own_whole_world)
     assert wrong.exit_code == 2
+    assert f"prompt_embeddings {path} is float32 (5, {CONTEXT_WIDTH + 1})" in wrong.stderr
     assert f"it must be floating and finite, (S, {CONTEXT_WIDTH})" in wrong.stderr
 
 
@@ -195,6 +198,30 @@ def test_wrong_input(
 
 
 @pytest.mark.usefixtures("forbid_weights")
+def test_the_decoder_in_place_of_a_model(ar_video2world: Make, clip: Path) -> None:
+    words = ("--input_image_or_video_path", clip, "--prompt", PROMPT, "--ar_model_dir", DECODER)
+    result = ar_video2world(*words)
+    assert result.exit_code == 2
+    assert "is the diffusion decoder of the autoregressive worlds, not a world" in result.stderr
+
+
+@pytest.mark.usefixtures("forbid_weights")
+def test_an_embedding_table_without_the_begin_token(
+    ar_video2world: Make, clip: Path, own_whole_world: Path
+) -> None:
+    path = own_whole_world / VIDEO2WORLD / "model.pt"
+    tensors = torch.load(path)
+    table = tensors["model.tok_embeddings.weight"]
+    rows = len(tensors["model.output.weight"])
+    tensors["model.tok_embeddings.weight"] = table[:rows].clone()
+    torch.save(tensors, path)
+    words = ("--input_image_or_video_path", clip, "--prompt", PROMPT)
+    result = ar_video2world(*words, checkpoint_dir=own_whole_world)
+    assert result.exit_code == 2
+    assert f"{path}: embedding_rows is {rows}; {rows + 1} ids are read" in result.stderr
+
+
+@pytest.mark.usefixtures("forbid_weights")
 def test_video2world_given_to_base(run: Run, clip: Path, whole_world: Path) -> None:
     words = ("--checkpoint_dir", whole_world, "--ar_model_dir", VIDEO2WORLD)
     flags = ("--disable_guardrail", "--input_image_or_video_path", clip)
@@ -238,7 +265,8 @@ def test_bundled_worlds_use_a_bundled_decoder(
         assert result.exit_code == 0, result.stderr
         report = report_of(tmp_path / "out" / "output.json")
         assert (report["diffusion_decoder"] is not None) == decodes
-        assert ("--decoder_seam has no effect" in result.stderr) == (not decodes)
+        reason = "one window of the decoder is enough" if decodes else "no diffusion decoder runs"
+        assert f"--decoder_seam has no effect: {reason}" in result.stderr
     rows = json.loads(run("models", "--json", "--device", "cpu").stdout)
     [row] = [row for row in rows if row["name"] == f"tiny-{MODEL}"]
     # transformer, discrete tokenizer, decoder, continuous tokenizer
@@ -324,6 +352,19 @@ def test_a_group_that_fails_is_made_one_by_one(
     assert "3 of 3 videos" in result.stdout
 
 
+def test_more_in_step_than_the_kernels_take(
+    ar_video2world: Make, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worldline.loading, "kernels_fit", lambda *_: True)
+    monkeypatch.setattr(worldline.loading, "MOST_CLIPS", 2)
+    words = ("--batch_size", 3, "--disable_diffusion_decoder")
+    result = ar_video2world("--batch_input_path", prompts, *words)
+    assert result.exit_code == 0, result.stderr
+    assert "--batch_size 3: 2 are drawn in step, the most for the kernels" in result.stderr
+    out = tmp_path / "out"
+    assert [report_of(out / f"{n}.json")["clips_at_once"] for n in range(3)] == [2, 2, 1]
+
+
 @pytest.mark.parametrize("given", ["0", "-1", "x", "1.5"])
 def test_wrong_batch_size(given: str, ar_video2world: Make, prompts: Path) -> None:
     result = ar_video2world("--batch_input_path", prompts, "--batch_size", given)
@@ -344,6 +385,8 @@ def test_longer_than_the_window(ar_video2world: Make, clip: Path, tmp_path: Path
     result = ar_video2world(*words, *usual)
     assert "--rollout has no effect: the video is as long as the model's own" in result.stderr
     assert "--batch_size has no effect: there is one input" in result.stderr
+    result = ar_video2world(*words, "--num_video_frames", 33, "--rollout", "pixels")
+    assert "--rollout has no effect: the video is as long as the model's own" in result.stderr
     wrong = ar_video2world(*words, "--num_video_frames", 48)
     assert wrong.exit_code == 2
     assert "the nearest is 49" in wrong.stderr

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 import worldline.places
-from worldline.video.read import probe
+from worldline.pipelines.autoregressive import Progress, _Drawing
+from worldline.video.read import probe, read_video
 
 from ..conftest import MODEL
 from .conftest import Run
@@ -49,6 +55,59 @@ def test_demo_has_a_seed(run: Run, tmp_path: Path) -> None:
     assert made[0] == made[1] != made[2]
 
 
+BOTH_FILES = {
+    "output.mp4",
+    "output.json",
+    "output_discrete.mp4",
+    "output_discrete.json",
+    "side_by_side.mp4",
+    "contact_sheet.png",
+}
+PROMPTED_FILES = {
+    "input.mp4",
+    *(f"prompted_{name}" for name in (*BOTH_FILES, "output.txt", "output_discrete.txt")),
+}
+
+
+def test_demo_of_both_decodings(
+    run: Run, whole_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where decoder and Video2World model are bundled, they are shown, on the same tokens."""
+    monkeypatch.setattr(worldline.places, "BUNDLED", whole_world)
+    drawn: list[Tensor] = []
+    draw = _Drawing.run
+
+    def spy(self: _Drawing, *given: Any) -> Generator[Progress, None, Tensor]:
+        drawn.append((yield from draw(self, *given)))
+        return drawn[-1]
+
+    monkeypatch.setattr(_Drawing, "run", spy)
+    out = tmp_path / "demo"
+    result = run("demo", "--output", out, "--seed", 2)
+    assert result.exit_code == 0, result.stderr
+    assert {path.name for path in out.iterdir()} == BOTH_FILES | PROMPTED_FILES
+    base, base_again, prompted, prompted_again = drawn
+    assert torch.equal(base, base_again)
+    assert torch.equal(prompted, prompted_again)
+    for prefix in ("", "prompted_"):
+        decodings = [f"{prefix}output{end}" for end in ("", "_discrete")]
+        reports = [json.loads((out / f"{name}.json").read_text()) for name in decodings]
+        assert [report["diffusion_decoder"] is None for report in reports] == [False, True]
+        assert {report["request"]["seed"] for report in reports} == {2}
+        assert ("prompt" in reports[0]["request"]) == bool(prefix)
+        fine, coarse = (read_video(out / f"{name}.mp4").frames for name in decodings)
+        assert not np.array_equal(fine, coarse)
+        size = probe(out / f"{prefix}output.mp4", kind="video")
+        assert probe(out / f"{prefix}side_by_side.mp4", kind="video").width > 6 * size.width
+        with Image.open(out / f"{prefix}contact_sheet.png") as sheet:
+            assert sheet.height > 3 * size.height
+    assert result.stdout.count("dB PSNR decoded by the tokenizer, ") == 2
+
+    shutil.rmtree(out)
+    assert run("demo", "--output", out, "--kind", "autoregressive-video2world").exit_code == 0
+    assert {path.name for path in out.iterdir()} == PROMPTED_FILES
+
+
 DIFFUSION_FILES = {
     *(f"{n}2world.{end}" for n in ("text", "image", "video") for end in ("mp4", "txt", "json")),
     "diffusion_sheet.png",
@@ -69,10 +128,11 @@ def test_demo_of_diffusion(run: Run, tmp_path: Path) -> None:
     assert {report["request"]["seed"] for report in reports} == {3}
     assert str(out / "diffusion_sheet.png") in result.stdout
     # what is bundled is shown
-    shutil.rmtree(out)
-    assert run("demo", "--output", out).exit_code == 0
-    assert {path.name for path in out.iterdir()} == DIFFUSION_FILES
-    result = run("demo", "--output", out, "--kind", "all")
+    for words in ((), ("--kind", "all")):
+        shutil.rmtree(out)
+        assert run("demo", "--output", out, *words).exit_code == 0
+        assert {path.name for path in out.iterdir()} == DIFFUSION_FILES
+    result = run("demo", "--output", out, "--kind", "autoregressive")
     assert result.exit_code == 2
     assert "no bundled model tiny-Cosmos-Predict1-4B" in result.stderr
 

@@ -121,7 +121,7 @@ def test_a_folder_with_the_wrong_kind(clip: Path, image: Path, tmp_path: Path) -
     [
         (b"", "has no line with an input"),
         (b"\n \n", "has no line with an input"),
-        (b"\xff\xfe\x00", "is not text"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
         (None, "no such file or folder"),
     ],
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pytest
 import torch
 
-from worldline.physics import make_clips
+from worldline.physics import Motion, Scene, make_clips
 from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+from worldline.train import data
 from worldline.train.data import (
     captioned_batches,
     encode_captioned,
@@ -31,6 +35,47 @@ def test_captions_belong_to_their_clips() -> None:
     assert torch.equal(torch.cat([clips for clips, _ in parts]), whole.frames)
     alone = list(physics_batches(seeds, SHAPE, "cpu", batch=2))
     assert torch.equal(torch.cat(alone), whole.frames)
+
+
+def test_what_is_ready_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with caplog.at_level("INFO", logger="worldline.train"):
+        list(physics_batches(range(5), SHAPE, "cpu", batch=2))
+        assert not caplog.messages  # it was quick
+        monkeypatch.setattr(data, "_SECONDS_A_LINE", 0.0)
+        list(physics_batches(range(5), SHAPE, "cpu", batch=2))
+    told = [message.partition(" are ready")[0] for message in caplog.messages]
+    assert told == ["2 of 5 clips", "4 of 5 clips", "5 of 5 clips"]
+
+
+@pytest.mark.parametrize("together", [1, 3, 1024])
+def test_clips_do_not_depend_on_what_is_drawn_with_them(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_DRAWN_TOGETHER", together)
+    whole = make_clips(range(7), 9, 32, 48)
+    parts = list(captioned_batches(range(7), SHAPE, "cpu", batch=2))
+    assert [len(captions) for _, captions in parts] == [2, 2, 2, 1]
+    assert [caption for _, captions in parts for caption in captions] == whole.captions
+    assert torch.equal(torch.cat([clips for clips, _ in parts]), whole.frames)
+
+
+def test_drawing_stops_where_nobody_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips are drawn ahead of their use, but not all of them."""
+    drawn = []
+    draw = data._motion
+
+    def spy(seeds: Sequence[int], shape: VideoShape) -> tuple[list[Scene], Motion]:
+        drawn.extend(seeds)
+        return draw(seeds, shape)
+
+    monkeypatch.setattr(data, "_motion", spy)
+    monkeypatch.setattr(data, "_DRAWN_TOGETHER", 2)
+    batches = captioned_batches(range(100), SHAPE, "cpu", batch=2)
+    next(batches)
+    batches.close()
+    assert len(drawn) <= 4
 
 
 def test_each_latent_has_the_caption_of_its_view() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import worldline
 from worldline import places
+from worldline.errors import CheckpointError
 from worldline.models.predict1_ar.model import ARTransformer, make_positions
 from worldline.models.predict1_ar.weights import read_config
 from worldline.models.predict1_dit.model import DiT
@@ -332,6 +333,9 @@ def test_a_shipped_decoder_is_no_world(shipped: Path) -> None:
         "tiny-Cosmos-Predict1-4B",
         "tiny-Cosmos-Predict1-5B-Video2World",
     ]
+    for part in (DECODER, "Cosmos-Tokenize1-DV8x16x16-720p", "google-t5"):
+        with pytest.raises(CheckpointError, match="no bundled model tiny-"):
+            worldline.load(f"tiny-{part}")
     assert places.has_decoder("tiny-Cosmos-Predict1-4B")
     shutil.rmtree(shipped / DECODER)
     assert not places.has_decoder("tiny-Cosmos-Predict1-4B")

@@ -265,6 +265,7 @@ def _make_videos(context: click.Context, flags: dict[str, Any], fields: Fields, 
         read.append(Path(flags[source]))
     outputs = run.choose_outputs(items, flags, batch=batch, read=read)
     files = _find_files(flags, requests[0], fields)
+    _log_length_notes(files, requests[0], given)
     resolved = _resolve(files, flags) if flags["resume"] else {}
     tasks = [
         run.Task(item, request, output, _files_of(item, flags, fields), resolved)
@@ -311,8 +312,6 @@ def _log_notes(
         greedy = "temperature 0 draws nothing at random"
         names = ("top_p",) if _decodes(flags) else ("top_p", "seed")
         run.log_without_effect(given, dict.fromkeys(names, greedy))
-    if flags["num_video_frames"] is None:
-        run.log_without_effect(given, {"rollout": "the video is as long as the model's own"})
     if batch:
         run.log_without_effect(given, run.NUMBERED)
     else:
@@ -336,6 +335,24 @@ def _log_notes(
                 entry.name,
                 nine,
             )
+
+
+def _log_length_notes(
+    files: AutoregressiveFiles, request: AutoregressiveRequest, given: set[str]
+) -> None:
+    """Say which flags have no effect on a video of this length."""
+    from worldline.models.predict1_dit.model import DECODER_WINDOW
+    from worldline.pipelines.autoregressive import frames_of
+    from worldline.shapes import latent_frames_of
+
+    config, tokenizer = files.config, files.tokenizer_config
+    window = config.grid.frames
+    latents = latent_frames_of(frames_of(config, tokenizer, request), tokenizer.temporal)
+    if latents <= window:
+        run.log_without_effect(given, {"rollout": "the video is as long as the model's own"})
+    decoded = min(latents, window) if request.rollout == "pixels" else latents
+    if files.decoder is not None and decoded <= DECODER_WINDOW:
+        run.log_without_effect(given, {"decoder_seam": "one window of the decoder is enough"})
 
 
 def _find_files(
@@ -415,25 +432,39 @@ def _run(
 ) -> None:
     import torch
 
-    from worldline.loading import choose_device, clips_at_once, compute_dtype, text_dtype
+    from worldline.loading import (
+        choose_device,
+        clips_at_once,
+        compute_dtype,
+        most_in_step,
+        text_dtype,
+    )
     from worldline.world import load_files, load_guards
     from worldline.world.autoregressive import AutoregressiveWorld
 
     embeddings = flags["prompt_embeddings"]
+    # an encoder that is not read needs no memory
+    offload_flags = [name for name in files.offload_flags if embeddings is None or name != _OF_TEXT]
     given: dict[str, Any] = {"input_type": kind}
     if embeddings is not None:
         given["prompt_embeddings"] = embeddings
     frames = flags["num_video_frames"]
     at_once = min(len(tasks), flags["batch_size"] or 1)
+    device = choose_device(flags["device"])
+    dtype = compute_dtype(device)
+    most = most_in_step(files, device, dtype)
+    if most is not None and at_once > most:
+        logger.info(
+            "--batch_size %d: %d are drawn in step, the most for the kernels", at_once, most
+        )
+        at_once = most
     if flags["batch_size"] is None and len(tasks) > 1:
-        device = choose_device(flags["device"])
-        dtype = compute_dtype(device)
         of_text = flags["text_encoder_dtype"]
         at_once = clips_at_once(
             files,
             device,
             dtype,
-            [flag for flag in files.offload_flags if flags[flag]],
+            [flag for flag in offload_flags if flags[flag]],
             len(tasks),
             text_encoder_dtype=getattr(torch, of_text) if of_text else text_dtype(dtype),
             text=embeddings is None,
@@ -458,7 +489,7 @@ def _run(
             text=embeddings is None,
             batch_size=at_once,
             num_video_frames=frames,
-            **{name: flags[name] for name in files.offload_flags},
+            **{name: flags[name] for name in offload_flags},
         )
 
     def stream(world: World, task: run.Task) -> Iterator[Step]:
@@ -481,7 +512,7 @@ def _run(
         load,
         stream,
         flags,
-        (*files.offload_flags, *run.guard_offload_flags(guarded)),
+        (*offload_flags, *run.guard_offload_flags(guarded)),
         batch=batch,
         at_once=at_once,
         stream_group=stream_group,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -14,18 +15,40 @@ if TYPE_CHECKING:
     from worldline.world import Video
 
 AUTOREGRESSIVE = "tiny-Cosmos-Predict1-4B"
+PROMPTED = "tiny-Cosmos-Predict1-5B-Video2World"
 DIFFUSION = "tiny-Cosmos-Predict1-7B-Video2World"
-MODELS = {"autoregressive": AUTOREGRESSIVE, "diffusion": DIFFUSION}
+MODELS = {
+    "autoregressive": AUTOREGRESSIVE,
+    "autoregressive-video2world": PROMPTED,
+    "diffusion": DIFFUSION,
+}
 SCENE = 1_000_000  # of the evaluation seeds, which no bundled model was trained on
 GIVEN = 9  # frames of the clip that the model sees
 MAGNIFIED = 2  # the side-by-side is shown larger, since the tiny world's frames are small
+
+
+class _Way(NamedTuple):
+    """A way from tokens to frames; without a diffusion decoder there is but one."""
+
+    words: str
+    suffix: str
+    without: bool | None
+
+
+_ONE_WAY = (_Way("", "", None),)
+_BOTH_WAYS = (
+    _Way(", decoded by the tokenizer", "_discrete", True),
+    _Way(", decoded by diffusion", "", False),
+)
 
 
 @click.command()
 @click.option(
     "--kind",
     type=click.Choice([*MODELS, "all"]),
-    help="Which world to show.  [default: all that are bundled]",
+    default="all",
+    show_default=True,
+    help="Which world to show; all are those that are bundled.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the model's draws.")
 @click.option(
@@ -35,15 +58,17 @@ MAGNIFIED = 2  # the side-by-side is shown larger, since the tiny world's frames
     show_default=True,
     help="Folder of the results.",
 )
-def demo(kind: str | None, seed: int, output: Path) -> None:
+def demo(kind: str, seed: int, output: Path) -> None:
     """Show small worlds at work.
 
     They ship with the package. The autoregressive one continues a clip, and the result is compared
     with the true continuation: the 9 frames given (input.mp4), the continued video (output.mp4,
     output.json), both beside each other (side_by_side.mp4) and frame by frame (contact_sheet.png).
-    The diffusion world makes a video of a sentence (text2world.mp4), of the sentence and a picture
-    (image2world.mp4), and of the sentence and 9 frames (video2world.mp4), frame by frame in
-    diffusion_sheet.png.
+    Where a diffusion decoder ships too, output.mp4 is decoded by it, and output_discrete.mp4 is the
+    same tokens decoded without; all are shown. The autoregressive Video2World model does the same
+    by a sentence (prompted_output.mp4, …). The diffusion world makes a video of a sentence
+    (text2world.mp4), of the sentence and a picture (image2world.mp4), and of the sentence and 9
+    frames (video2world.mp4), frame by frame in diffusion_sheet.png.
     """
     from worldline.cli.run import check_folder
     from worldline.pipelines.requests import AutoregressiveRequest
@@ -51,50 +76,66 @@ def demo(kind: str | None, seed: int, output: Path) -> None:
 
     AutoregressiveRequest(seed=seed)  # the range of seeds is the same for all
     check_folder(output, "--output")
-    chosen = set(MODELS) if kind == "all" else {kind}
-    if kind is None:
+    chosen = {kind}
+    if kind == "all":
         bundled = bundled_names()
         chosen = {name for name, model in MODELS.items() if model in bundled}
     if "autoregressive" in chosen:
-        _continue_clip(seed, output)
+        _continue_clip(AUTOREGRESSIVE, seed, output)
+    if "autoregressive-video2world" in chosen:
+        _continue_clip(PROMPTED, seed, output, prefix="prompted_")
     if "diffusion" in chosen:
         _show_sentence(seed, output)
 
 
-def _continue_clip(seed: int, output: Path) -> None:
+def _continue_clip(model: str, seed: int, output: Path, *, prefix: str = "") -> None:
+    """Continue the clip, with a sentence if the names of the files have a `prefix`."""
     import worldline
     from worldline.cli.run import describe_video, describe_world, follow
     from worldline.physics import FPS, make_clips
     from worldline.pipelines.requests import AutoregressiveRequest
+    from worldline.places import has_decoder
     from worldline.video.write import contact_sheet, write_video
 
-    world = worldline.load(AUTOREGRESSIVE)
-    click.echo(describe_world(world), err=True)
-    size = world.parts.video
+    ways = _BOTH_WAYS if has_decoder(model) else _ONE_WAY
+    worlds = [worldline.load(model, disable_diffusion_decoder=way.without) for way in ways]
+    click.echo(describe_world(worlds[0]), err=True)
+    size = worlds[0].parts.video
     clip = make_clips([SCENE], size.frames, size.height, size.width)
-    truth = clip.frames[0].numpy()
+    truth, sentence = clip.frames[0].numpy(), clip.captions[0]
     source = output / "input.mp4"
     write_video(truth[:GIVEN], source, FPS)
 
-    click.echo(f"continuing {source}: {clip.captions[0]}", err=True)
-    request = AutoregressiveRequest(num_input_frames=GIVEN, seed=seed)
-    video = follow(world.stream(source, **vars(request)), str(source))
-    target = video.save(output / "output.mp4")
-    write_video(_beside(video.frames, truth), output / "side_by_side.mp4", video.fps)
+    click.echo(f"continuing {source}: {sentence}", err=True)
+    prompt = sentence if prefix else None
+    request = AutoregressiveRequest(num_input_frames=GIVEN, seed=seed, prompt=prompt)
+    made: dict[str, Video] = {}
+    for way, world in zip(ways, worlds, strict=True):
+        video = follow(world.stream(source, **vars(request)), f"{source}{way.words}")
+        target = video.save(output / f"{prefix}output{way.suffix}.mp4")
+        click.echo(describe_video(video, target))
+        made[way.words] = video
+    clips = [video.frames for video in made.values()]
+    write_video(_beside(*clips, truth), output / f"{prefix}side_by_side.mp4", FPS)
+    given = f"frames 0-{GIVEN - 1}{' and the sentence' if prompt else ''}"
     contact_sheet(
-        [truth, video.frames],
-        output / "contact_sheet.png",
-        ["true", f"continued by {AUTOREGRESSIVE} from frames 0-{GIVEN - 1}"],
+        [truth, *clips],
+        output / f"{prefix}contact_sheet.png",
+        [
+            f"true: {sentence}" if prompt else "true",
+            f"continued by {model} from {given}{ways[0].words}",
+            *(f"the same tokens{way.words}" for way in ways[1:]),
+        ],
     )
 
-    click.echo(describe_video(video, target))
-    _compare(video, truth)
+    _compare(made, truth)
+    left = "the same tokens decoded by the tokenizer and by diffusion" if ways[1:] else "continued"
     _tell(
         output,
         {
-            "output.mp4": "the continued video",
-            "side_by_side.mp4": "left continued, right true",
-            "contact_sheet.png": "both, frame by frame",
+            f"{prefix}output.mp4": "the continued video",
+            f"{prefix}side_by_side.mp4": f"left {left}, right true",
+            f"{prefix}contact_sheet.png": "all of them, frame by frame",
         },
     )
 
@@ -120,7 +161,7 @@ def _show_sentence(seed: int, output: Path) -> None:
         video = follow(steps, name)
         click.echo(describe_video(video, video.save(output / f"{name}.mp4")))
         made[name] = video
-    _compare(made["video2world"], truth)
+    _compare({"": made["video2world"]}, truth)
     contact_sheet(
         [truth, *(video.frames for video in made.values())],
         output / "diffusion_sheet.png",
@@ -141,15 +182,18 @@ def _show_sentence(seed: int, output: Path) -> None:
     )
 
 
-def _compare(video: Video, truth: NDArray[np.uint8]) -> None:
-    """Say how near a continued clip is to the true one, and how near doing nothing is."""
+def _compare(made: Mapping[str, Video], truth: NDArray[np.uint8]) -> None:
+    """Say how near continued clips are to the true one, and how near doing nothing is."""
     from worldline.evaluate.metrics import psnr
 
     left = truth[GIVEN:]
-    predicted = psnr(video.frames[GIVEN:], left)
+    predicted = ", ".join(
+        f"{psnr(video.frames[GIVEN:], left):.1f} dB PSNR{way.removeprefix(',')}"
+        for way, video in made.items()
+    )
     repeated = psnr(truth[GIVEN - 1 : GIVEN].repeat(len(left), axis=0), left)
     click.echo(
-        f"frames {GIVEN + 1}-{len(truth)} against the true continuation: {predicted:.1f} dB PSNR; "
+        f"frames {GIVEN + 1}-{len(truth)} against the true continuation: {predicted}; "
         f"repeating frame {GIVEN} gives {repeated:.1f} dB (one clip; see the README for a hundred)"
     )
 
@@ -159,10 +203,11 @@ def _tell(output: Path, names: dict[str, str]) -> None:
         click.echo(f"{what}: {(output / name).resolve()}")
 
 
-def _beside(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return two clips of one size beside each other, magnified, with a white line between."""
+def _beside(*clips: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return clips of one size beside each other, magnified, with white lines between."""
     import numpy as np
 
-    line = np.full((*left.shape[:2], 4, 3), 255, np.uint8)
-    both = np.concatenate([left, line, right], axis=2)
-    return both.repeat(MAGNIFIED, axis=1).repeat(MAGNIFIED, axis=2)
+    line = np.full((*clips[0].shape[:2], 4, 3), 255, np.uint8)
+    parts = [part for clip in clips for part in (clip, line)][:-1]
+    beside = np.concatenate(parts, axis=2)
+    return beside.repeat(MAGNIFIED, axis=1).repeat(MAGNIFIED, axis=2)

@@ -183,7 +183,7 @@ def _lines(file: Path) -> list[str]:
     except FileNotFoundError:
         raise InputError(f"{file}: no such file or folder") from None
     except UnicodeDecodeError:
-        raise InputError(f"{file} is not text; --batch_input_path takes a JSONL") from None
+        raise InputError(f"{file} is not UTF-8 text; a batch is a JSONL of it") from None
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
 

@@ -109,6 +109,7 @@ __all__ = [
     "load_autoregressive",
     "load_diffusion",
     "load_predict2_5",
+    "most_in_step",
     "open_autoregressive",
     "open_diffusion",
     "open_predict2_5",
@@ -288,6 +289,8 @@ def load_autoregressive(
         "offload_text_encoder_model": offload_text_encoder_model,
     }
     given = [flag for flag in files.offload_flags if chosen[flag]]
+    if offload_diffusion_decoder and files.decoder is None:
+        logger.info("offload_diffusion_decoder has no effect: no diffusion decoder runs")
     of_text = text_encoder_dtype or text_dtype(dtype)
     try:
         _check_memory(
@@ -309,15 +312,23 @@ def load_autoregressive(
     logger.info("reading %s", files.folder)
     compiling = compile_ahead(files.config, device, dtype, batch_size)
     with recorder.stage("load"):
-        transformer = read_part(
-            ARTransformer, files.config, files.transformer, KEYS, device, dtype, offload_ar_model
-        )
-        tokenizer = _read_tokenizer(files, device, dtype, offload_tokenizer)
-        decoder = None
-        if files.decoder is not None:
-            decoder = _read_decoder(files.decoder, device, dtype, offload_diffusion_decoder)
-        if compiling is not None:
-            compiling.join()
+        try:
+            transformer = read_part(
+                ARTransformer,
+                files.config,
+                files.transformer,
+                KEYS,
+                device,
+                dtype,
+                offload_ar_model,
+            )
+            tokenizer = _read_tokenizer(files, device, dtype, offload_tokenizer)
+            decoder = None
+            if files.decoder is not None:
+                decoder = _read_decoder(files.decoder, device, dtype, offload_diffusion_decoder)
+        finally:
+            if compiling is not None:  # it launches kernels, also beside what follows a failure
+                compiling.join()
     encoder = None
     if files.text is not None:
         encoder = TextPart(
@@ -639,13 +650,20 @@ def clips_at_once(
         most: clips there are.
         options: those of `_need_of`.
     """
-    memory = device_memory(device)
-    if memory is None or not kernels_fit(files.config, device, dtype):
+    memory, limit = device_memory(device), most_in_step(files, device, dtype)
+    if memory is None or limit is None:
         return 1
-    for count in range(min(most, MOST_CLIPS), 1, -1):
+    for count in range(min(most, limit), 1, -1):
         if _need_of(files, device, dtype, batch=count, **options)(given) <= memory.free:
             return count
     return 1
+
+
+def most_in_step(
+    files: AutoregressiveFiles, device: torch.device, dtype: torch.dtype
+) -> int | None:
+    """Return how many clips the kernels draw in step; None where none run."""
+    return MOST_CLIPS if kernels_fit(files.config, device, dtype) else None
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

@@ -23,6 +23,7 @@ from worldline.loading.folders import (
     is_diffusion,
     open_transformer,
     read_settings,
+    refuse_decoder,
     refuse_options,
     stamps,
 )
@@ -200,6 +201,8 @@ def open_autoregressive(
     refuse_flow(named)
     source = None if holds_diffusers(named) else open_transformer(named)
     if source is None or is_diffusion(source):
+        if source is not None:
+            refuse_decoder(folder, source)
         raise CheckpointError(
             f"{folder} is a diffusion world, not an autoregressive one: "
             "use worldline diffusion, or worldline.load in Python"

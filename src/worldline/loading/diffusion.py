@@ -21,6 +21,7 @@ from worldline.loading.folders import (
     is_diffusion,
     open_transformer,
     read_settings,
+    refuse_decoder,
     stamps,
     typed_settings,
 )
@@ -228,11 +229,7 @@ def open_diffusion(
     if layout == "diffusers" and folder.name == "transformer":
         folder = folder.parent
     dit, settings = _open_dit(file, layout, folder)
-    if dit.config.vocabulary:
-        raise CheckpointError(
-            f"{folder} is the diffusion decoder of the autoregressive worlds, not a world: "
-            "worldline autoregressive runs it with them"
-        )
+    refuse_decoder(folder, dit.source)
     defaults = _read_defaults(settings, dit.config, folder)
     chosen = generation_of(folder, generation)
 

@@ -49,6 +49,19 @@ def is_diffusion(source: Checkpoint) -> bool:
     return any(name.endswith("x_embedder.proj.1.weight") for name in source.tensors)
 
 
+def refuse_decoder(folder: Path, source: Checkpoint) -> None:
+    """Refuse the diffusion decoder of autoregressive worlds where a world is asked for.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if any(name.endswith("token_embedder.weight") for name in source.tensors):
+        raise CheckpointError(
+            f"{folder} is the diffusion decoder of the autoregressive worlds, not a world: "
+            "worldline autoregressive runs it with them"
+        )
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return what config.json in `folder` says; nothing where there is none.
 

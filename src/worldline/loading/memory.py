@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -117,7 +118,8 @@ def workspace(dtype: torch.dtype) -> int:
     return 1_200_000_000 if dtype != torch.float32 else 0
 
 
-def count_parameters(kind: type[nn.Module], config: object) -> int:
+@functools.cache
+def count_parameters(kind: type[nn.Module], config: Hashable) -> int:
     """Return the number of weights of a network that is not built."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in kind(config).parameters())

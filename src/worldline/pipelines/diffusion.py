@@ -177,9 +177,7 @@ def read_embeddings(
     """
     found = read_both(prompt, negative)
     rows, width = files.context_length, files.config.context_width
-    whole = {
-        name: filled(tensor, rows, width, f"{name}_embeddings") for name, tensor in found.items()
-    }
+    whole = {name: filled(tensor, rows, width, called) for name, (tensor, called) in found.items()}
     return Embeddings(whole.get("prompt"), whole.get("negative_prompt"))
 
 

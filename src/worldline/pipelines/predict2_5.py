@@ -193,7 +193,7 @@ def read_embeddings(
     Raises:
         InputError: there is no such file, or it holds something else.
     """
-    found = read_both(prompt, negative)
+    found = {name: tensor for name, (tensor, _) in read_both(prompt, negative).items()}
     return Embeddings(found.get("prompt"), found.get("negative_prompt"))
 
 

@@ -31,13 +31,16 @@ def read_prompt_embedding(given: GivenEmbedding | None, rows: int, width: int) -
     """
     if given is None:
         return None
-    return filled(read_both(given)["prompt"], rows, width, "prompt_embeddings")
+    tensor, called = read_both(given)["prompt"]
+    return filled(tensor, rows, width, called)
 
 
 def read_both(
     prompt: GivenEmbedding | None, negative: GivenEmbedding | None = None
-) -> dict[str, Tensor]:
+) -> dict[str, tuple[Tensor, str]]:
     """Return the embeddings that a caller gives: "prompt" and "negative_prompt", as far as given.
+
+    Each comes with what an error calls it.
 
     Args:
         prompt: a tensor, or a file of it and perhaps of the negative prompt's: see
@@ -47,7 +50,7 @@ def read_both(
     Raises:
         InputError: there is no such file, or it holds something else.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, tuple[Tensor, str]] = {}
     for name, given in (("negative_prompt", negative), ("prompt", prompt)):
         if given is None:
             continue
@@ -55,9 +58,10 @@ def read_both(
             read = embeddings.read_embeddings(Path(given))
             if name == "negative_prompt":  # a file of its own may call it "prompt" all the same
                 read = {name: read.get(name, read["prompt"])}
-            found = {**read, **found}
+            called = f"{name}_embeddings {given}"
+            found = {**{kind: (tensor, called) for kind, tensor in read.items()}, **found}
         elif isinstance(given, (Tensor, np.ndarray)):
-            found[name] = torch.as_tensor(given)
+            found[name] = (torch.as_tensor(given), f"{name}_embeddings")
         else:
             raise InputError(
                 f"{name}_embeddings is a {type(given).__name__}; give a file or tensor"

@@ -84,7 +84,7 @@ def draw_noise(
             noise = torch.empty(1, len(seeds), vocabulary)
             for clip, generator in enumerate(generators):
                 fill(noise[:, clip], generator)
-            yield noise[0]
+            yield noise[0].to(device)
         return
     sizes = [min(CHUNK, count - at) for at in range(0, count, CHUNK)]
     with torch.inference_mode(False):  # a mode of the caller's thread; others fill them

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import fields
+from itertools import islice
 from multiprocessing import get_context
 
 import torch
@@ -15,7 +19,11 @@ from worldline.physics import Motion, Scene, draw_scenes, render, simulate
 from worldline.shapes import VideoShape
 from worldline.train.loop import generator
 
+log = logging.getLogger(__name__)
+
 _ENCODED_TOGETHER = 32  # clips
+_DRAWN_TOGETHER = 1024  # clips; a few at a time cost several times as much each
+_SECONDS_A_LINE = 10.0
 
 
 def physics_batches(
@@ -47,22 +55,51 @@ def captioned_batches(
     batch: int = 224,
     workers: int = 0,
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yield what `physics_batches` does, each with its captions."""
-    parts = [(seeds[at : at + batch], shape) for at in range(0, len(seeds), batch)]
-    with ExitStack() as stack:
-        moving: Iterator[tuple[list[Scene], Motion]] = map(_motion, parts)
-        if workers:
-            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-            moving = stack.enter_context(pool).map(_motion, parts)
-        for scenes, motion in moving:
-            clips = render(scenes, motion, shape.height, shape.width, device)
-            yield clips, [scene.caption for scene in scenes]
+    """Yield what `physics_batches` does, each with its captions.
+
+    How many are ready is logged now and then: a batch is when the next one is asked for.
+    """
+    began = told = time.monotonic()
+    ready = 0
+    for scenes, motion in _moving(seeds, shape, batch, workers):
+        clips = render(scenes, motion, shape.height, shape.width, device)
+        yield clips, [scene.caption for scene in scenes]
+        ready += len(scenes)
+        now = time.monotonic()
+        if now - told >= _SECONDS_A_LINE or (ready == len(seeds) and told > began):
+            told = now
+            log.info("%d of %d clips are ready after %.0f s", ready, len(seeds), now - began)
 
 
-def _motion(part: tuple[Sequence[int], VideoShape]) -> tuple[list[Scene], Motion]:
-    seeds, shape = part
+def _moving(
+    seeds: Sequence[int], shape: VideoShape, batch: int, workers: int
+) -> Iterator[tuple[list[Scene], Motion]]:
+    """Yield scenes and their motion, `batch` at a time, drawn ahead of their use."""
+    share = -(-len(seeds) // max(1, workers))  # so that each process has some
+    together = batch * max(1, min(_DRAWN_TOGETHER, share) // batch)
+    parts = ((seeds[at : at + together], shape) for at in range(0, len(seeds), together))
+    pool: Executor
+    if workers:
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    else:
+        pool = ThreadPoolExecutor(1)
+    with pool:
+        coming = deque(pool.submit(_motion, *part) for part in islice(parts, 1 + workers))
+        while coming:
+            scenes, motion = coming.popleft().result()
+            coming.extend(pool.submit(_motion, *part) for part in islice(parts, 1))
+            for at in range(0, len(scenes), batch):
+                rows = slice(at, at + batch)
+                yield scenes[rows], _rows_of(motion, rows)
+
+
+def _motion(seeds: Sequence[int], shape: VideoShape) -> tuple[list[Scene], Motion]:
     scenes = draw_scenes(seeds, aspect=shape.width / shape.height)
     return scenes, simulate(scenes, shape.frames)
+
+
+def _rows_of(motion: Motion, rows: slice) -> Motion:
+    return Motion(**{field.name: getattr(motion, field.name)[rows] for field in fields(motion)})
 
 
 class ClipPool:
@@ -93,7 +130,7 @@ class ClipPool:
 
 def as_video(clips: Tensor) -> Tensor:
     """Turn uint8 (B, T, H, W, 3) into float32 (B, 3, T, H, W) in [-1, 1]."""
-    return clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    return clips.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
 
 
 def to_device(values: Tensor, device: torch.device | str) -> Tensor:

@@ -88,6 +88,9 @@ class ARTransformerConfig:
             )
         if self.head_size % 2:
             raise ValueError(f"head_size {self.head_size} is odd: rotary channels come in pairs")
+        needed = self.vocabulary + min(1, self.leading_tokens)  # the begin token is the next id
+        if self.embedding_rows < needed:
+            raise ValueError(f"embedding_rows is {self.embedding_rows}; {needed} ids are read")
 
     @property
     def length(self) -> int:
