@@ -10,9 +10,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/worldline demo
 
-# a process a core, up to four, each with one thread: they would wait for each other
+# a process a core, up to four, each with one thread: they would wait for each other; a file of tests
+# stays together, since some ask what those before them have used
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
