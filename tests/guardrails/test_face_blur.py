@@ -61,6 +61,18 @@ def test_pixelate_makes_squares_of_one_colour() -> None:
     assert (pixelate(flat) == flat).all()
 
 
+@pytest.mark.parametrize("side", [245, 490, 515, 535])
+def test_blocks_begin_where_rounding_puts_them(side: int) -> None:
+    """A fifth of these times its rounded reciprocal is less than 1: OpenCV is a pixel late."""
+    fifth = side // 5
+    assert int(fifth * (1 / fifth)) == 0
+    column = np.repeat(np.arange(5, dtype=np.uint8) * 50, fifth)
+    frame = np.repeat(column[:, None, None], 3, 2).repeat(25, 1)
+    blocks = pixelate(frame)[:, 0, 0].astype(int)
+    assert np.flatnonzero(np.diff(blocks))[0] + 1 == fifth + 1
+    assert np.array_equal(pixelate(frame.transpose(1, 0, 2))[0, :, 0], blocks)
+
+
 def test_blur_clips_and_leaves_small_boxes() -> None:
     frame = np.random.RandomState(0).randint(0, 256, (64, 80, 3), np.uint8)
     before = frame.copy()

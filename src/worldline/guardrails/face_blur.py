@@ -273,7 +273,10 @@ def pixelate(region: np.ndarray) -> np.ndarray:
     x = torch.from_numpy(np.ascontiguousarray(region)).permute(2, 0, 1)[None].to(torch.float32)
     small = F.interpolate(x, (_BLOCKS, _BLOCKS), mode="bilinear", align_corners=False)
     squares = small[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
-    rows, columns = (np.arange(n) * _BLOCKS // n for n in (height, width))
+    # the quotient is rounded before the product, as OpenCV does: where a block begins depends on it
+    rows, columns = (
+        (np.arange(n) * (1 / (n / _BLOCKS))).astype(np.int64) for n in (height, width)
+    )
     return squares[rows][:, columns]
 
 

@@ -139,6 +139,14 @@ def _ask_qwen3guard(tokenizer: Any, text: str) -> list[int]:
     return _chat(tokenizer, [{"role": "user", "content": text}])
 
 
+def _without_marks(tokenizer: Any, text: str) -> str:
+    """Return `text` without what would end its turn, and let it answer for the model."""
+    for mark in tokenizer.get_added_vocab():
+        if len(mark) > 1:
+            text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+    return text
+
+
 def _chat(tokenizer: Any, messages: list[dict[str, Any]], **values: Any) -> list[int]:
     """Return the tokens of a conversation; the template is the one in the tokenizer's folder."""
     asked = tokenizer.apply_chat_template(messages, tokenize=False, **values)
@@ -186,7 +194,7 @@ QWEN3GUARD = Kind("qwen3guard", "Qwen/Qwen3Guard-Gen-0.6B", _ask_qwen3guard, dec
 class LanguageGuard:
     """A text guard that asks a language model."""
 
-    def __init__(self, kind: Kind, network: nn.Module, tokenizer: Any, ends: set[int]) -> None:
+    def __init__(self, kind: Kind, network: Any, tokenizer: Any, ends: set[int]) -> None:
         """Put the parts together.
 
         Args:
@@ -197,22 +205,25 @@ class LanguageGuard:
         """
         self.name = kind.name
         self.kind = kind
-        self.network = network
+        self.network: nn.Module = network
         self.networks = (network,)
         self.tokenizer = tokenizer
         self.ends = ends
+        self.room = network.config.max_position_embeddings - kind.longest
 
     def check(self, text: str) -> Verdict:
-        answer = self.answer(text)
+        ids = self.kind.ask(self.tokenizer, _without_marks(self.tokenizer, text))
+        if len(ids) > self.room:
+            return Verdict(False, "too long")  # what the model was not taught to read to its end
+        answer = self._answer(ids)
         verdict = self.kind.decide(answer)
         if verdict.safe and "safe" not in answer.lower() and "controversial" not in answer.lower():
             return Verdict(False, "unreadable")  # no verdict at all is none in favour
         return verdict
 
     @torch.inference_mode()
-    def answer(self, text: str) -> str:
-        """Return what the model says about `text`, its special tokens left out."""
-        ids = self.kind.ask(self.tokenizer, text)
+    def _answer(self, ids: list[int]) -> str:
+        """Return what the model says behind the tokens, its special tokens left out."""
         tokens = torch.tensor([ids], device=next(self.network.parameters()).device)
         said: list[int] = []
         cache = None
