@@ -274,9 +274,7 @@ def pixelate(region: np.ndarray) -> np.ndarray:
     small = F.interpolate(x, (_BLOCKS, _BLOCKS), mode="bilinear", align_corners=False)
     squares = small[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
     # the quotient is rounded before the product, as OpenCV does: where a block begins depends on it
-    rows, columns = (
-        (np.arange(n) * (1 / (n / _BLOCKS))).astype(np.int64) for n in (height, width)
-    )
+    rows, columns = ((np.arange(n) * (1 / (n / _BLOCKS))).astype(np.int64) for n in (height, width))
     return squares[rows][:, columns]
 
 
