@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +166,28 @@ def test_a_name_that_leads_out_of_the_folder(hub: FakeHub) -> None:
     hub.repositories[REPOSITORY]["../outside"] = b"x"
     with pytest.raises(DownloadError, match="no name of a file"):
         list_files(REPOSITORY)
+
+
+def test_what_cannot_be_written_is_told(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = find("model.pt")
+    (tmp_path / "model.pt").mkdir()
+    with pytest.raises(DownloadError, match=r"model\.pt cannot be written: a folder has its name"):
+        fetch(file, tmp_path / "model.pt")
+    (tmp_path / "taken").touch()
+    with pytest.raises(DownloadError, match=r"taken/model\.pt cannot be written"):
+        fetch(file, tmp_path / "taken" / "model.pt")
+    assert not hub.fetched("model.pt")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DownloadError, match=r"a\.pt cannot be written: No space left"):
+        fetch(file, tmp_path / "a.pt")
+    monkeypatch.undo()
+    assert len(leftovers(tmp_path)) == 1  # of which the next run makes use
 
 
 def test_two_downloads_of_one_file(hub: FakeHub, tmp_path: Path) -> None:

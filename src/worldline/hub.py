@@ -8,6 +8,7 @@ is the published one.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -183,12 +184,23 @@ def fetch(
         stop: once set, the download ends where it is.
 
     Raises:
-        DownloadError: it cannot be fetched, or comes with another hash twice.
+        DownloadError: it cannot be fetched or written, or comes with another hash twice.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder has its name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _fetch(file, path, tell, stop or threading.Event())
+    except OSError as error:  # what has come of it stays, and is used in the next run
+        raise DownloadError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _fetch(
+    file: RemoteFile, path: Path, tell: Callable[[int], None], stop: threading.Event
+) -> None:
     part = path.with_name(f"{path.name}.{file.digest[:8]}.incomplete")
     for attempt in range(2):
-        if _fetch_part(file, part, tell, stop or threading.Event()):
+        if _fetch_part(file, part, tell, stop):
             break
         part.unlink(missing_ok=True)
         tell(-file.nbytes)
