@@ -175,6 +175,21 @@ def test_a_prompt_does_not_answer_for_the_model(
         assert not guard.ends & {*asked.pop()}
 
 
+def test_an_answer_in_favour_begins_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = load(tmp_path, LLAMA_GUARD_3)
+    for answer, check in {
+        "safe": "",
+        "\n\nSafe\n": "",
+        "": "unreadable",
+        "not safe": "unreadable",
+        "safety first": "unreadable",
+    }.items():
+        monkeypatch.setattr(guard, "_answer", lambda _, answer=answer: answer)
+        assert (guard.check("x").safe, guard.check("x").check) == (not check, check), answer
+
+
 def test_what_the_model_cannot_read_is_refused(tmp_path: Path) -> None:
     guard = load(tmp_path, LLAMA_GUARD_3)
     assert guard.room == 2048 - LLAMA_GUARD_3.longest  # of the configuration that transformers has
@@ -215,3 +230,15 @@ def test_what_is_absent_is_named(lost: str, told: str, tmp_path: Path) -> None:
     (folder / lost).unlink()
     with pytest.raises(CheckpointError, match=told):
         load_language_guard(LLAMA_GUARD_3, folder, "cpu")
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model": 3}'])
+def test_a_damaged_tokenizer_is_told_in_a_line(content: str | None, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, LLAMA_GUARD_3)
+    if content is None:
+        (folder / "tokenizer.json").unlink()
+    else:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match="holds no tokenizer") as told:
+        load_language_guard(LLAMA_GUARD_3, folder, "cpu")
+    assert len(str(told.value).splitlines()) == 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from worldline.errors import CheckpointError
 from worldline.files import read_json
 from worldline.guardrails.base import Verdict
-from worldline.weights.networks import pretrained
+from worldline.weights.networks import pretrained, pretrained_tokenizer
 from worldline.weights.read import open_checkpoint
 
 # category texts are this project's own words for the topics that the model was taught
@@ -83,6 +83,8 @@ _QWEN3GUARD = re.compile(
     "|Unethical Acts|Jailbreak"
 )
 _QWEN3GUARD_SAFETY = re.compile(r"Safety: (Safe|Unsafe|Controversial)")
+# how an answer that lets pass begins; the released code takes all that do not say "unsafe"
+_IN_FAVOUR = re.compile(r"\s*safe\b|.*Safety: (?:Safe|Controversial)\b", re.DOTALL | re.IGNORECASE)
 
 
 def decide_aegis(answer: str) -> Verdict:
@@ -217,8 +219,8 @@ class LanguageGuard:
             return Verdict(False, "too long")  # what the model was not taught to read to its end
         answer = self._answer(ids)
         verdict = self.kind.decide(answer)
-        if verdict.safe and "safe" not in answer.lower() and "controversial" not in answer.lower():
-            return Verdict(False, "unreadable")  # no verdict at all is none in favour
+        if verdict.safe and not _IN_FAVOUR.match(answer):
+            return Verdict(False, "unreadable")  # "not safe" is none in favour, nor is silence
         return verdict
 
     @torch.inference_mode()
@@ -262,17 +264,12 @@ def load_language_guard(
     Raises:
         CheckpointError: a file is absent or does not fit.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if kind.adapter and adapter is None:
         raise CheckpointError(f"{kind.name} needs the folder of {kind.adapter}")
     network = pretrained(AutoModelForCausalLM, folder, dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds no tokenizer: {error}") from error
-    if kind.chat and not tokenizer.chat_template:
-        raise CheckpointError(f"{folder} holds no chat template (chat_template.jinja)")
+    tokenizer = pretrained_tokenizer(folder, chat=kind.chat)
     ends: set[int] = set()
     settings = network.generation_config, AutoConfig.from_pretrained(folder), tokenizer
     for each in settings:

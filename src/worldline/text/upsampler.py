@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from worldline.errors import CheckpointError, Error
 from worldline.files import read_json, unfinished
 from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import pretrained
+from worldline.weights.networks import pretrained, pretrained_tokenizer
 from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.stream import load_into
 
@@ -316,7 +316,7 @@ def load_upsampler(
     Raises:
         CheckpointError: a file is absent or does not fit.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
+    from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
@@ -331,12 +331,7 @@ def load_upsampler(
     else:
         raise CheckpointError(f"{folder} holds no model.pt or safetensors{unfinished(folder)}")
     place = tokenizer_folder or folder
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{place} holds no tokenizer: {error}") from error
-    if not tokenizer.chat_template:
-        raise CheckpointError(f"{place} holds no chat template (chat_template.jinja)")
+    tokenizer = pretrained_tokenizer(place)
     end = tokenizer.eos_token_id
     if end is None:
         raise CheckpointError(f"{place} does not say which token ends an answer")

@@ -68,6 +68,30 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[s
     return network.requires_grad_(False).eval()
 
 
+def pretrained_tokenizer(folder: Path, *, chat: bool = True) -> Any:
+    """Return a tokenizer of transformers.
+
+    Args:
+        folder: of its files.
+        chat: it must know how a conversation is written.
+
+    Raises:
+        CheckpointError: a file is absent or damaged, or there is no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the packages raise plain Exception for a damaged file
+        told = f"{type(error).__name__}: {error}".splitlines()[0]  # of a page of advice
+        raise CheckpointError(
+            f"{folder} holds no tokenizer ({told}){unfinished(folder)}"
+        ) from error
+    if chat and not tokenizer.chat_template:
+        raise CheckpointError(f"{folder} holds no chat template (chat_template.jinja)")
+    return tokenizer
+
+
 def fill(network: nn.Module, path: Path, keys: KeyMap, device: torch.device | str) -> None:
     """Give a network of our own the weights of a file, in float32, for inference.
 
