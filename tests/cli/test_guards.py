@@ -275,8 +275,9 @@ def test_bundled_worlds_of_predict2_5_have_none(
     flow: Command, own_predict2_5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worldline.places, "BUNDLED", own_predict2_5)
-    (own_predict2_5 / Path(POST.repository).name / "config.json").write_text("{}")
-    words = ("--model", f"tiny-{Path(POST.repository).name}")
+    folder = own_predict2_5 / Path(POST.repository).name
+    (folder / "config.json").write_text("{}")  # what a bundled world is known by
+    words = ("--model", f"tiny-{folder.name}")
     result = flow(*words, "--disable_guardrails", checkpoint_dir=tmp_path)
     assert result.exit_code == 0, result.stderr
     assert f"--disable_guardrails has no effect: {words[1]} has no guardrails" in result.stderr
