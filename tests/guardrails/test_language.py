@@ -192,7 +192,7 @@ def test_an_answer_in_favour_begins_with_it(
 
 def test_what_the_model_cannot_read_is_refused(tmp_path: Path) -> None:
     guard = load(tmp_path, LLAMA_GUARD_3)
-    assert guard.room == 2048 - LLAMA_GUARD_3.longest  # of the configuration that transformers has
+    assert guard.room == LlamaConfig().max_position_embeddings
     guard.room = len(LLAMA_GUARD_3.ask(guard.tokenizer, "pet the kitten"))
     assert guard.check("pet the kitten").safe
     assert guard.check("please pet the kitten").check == "too long"

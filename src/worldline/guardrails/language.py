@@ -211,7 +211,7 @@ class LanguageGuard:
         self.networks = (network,)
         self.tokenizer = tokenizer
         self.ends = ends
-        self.room = network.config.max_position_embeddings - kind.longest
+        self.room: int = network.config.max_position_embeddings
 
     def check(self, text: str) -> Verdict:
         ids = self.kind.ask(self.tokenizer, _without_marks(self.tokenizer, text))
