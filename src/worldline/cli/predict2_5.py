@@ -241,7 +241,7 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
     samples = _read(files, {name: flags[name] for name in _OVERRIDES if name in given})
     requests = _check_words(samples)
     outputs = _choose_outputs(samples, files, folder, flags)
-    _log_notes(flags, given)
+    _log_notes(samples, flags, given)
     world = _find_files(flags, given)
     embeddings = flags["prompt_embeddings"]
     asked = _make_requests(samples, requests, world, flags)
@@ -376,8 +376,11 @@ def _choose_outputs(
     return outputs
 
 
-def _log_notes(flags: dict[str, Any], given: set[str]) -> None:
+def _log_notes(samples: Sequence[Sample], flags: dict[str, Any], given: set[str]) -> None:
     """Say what was asked for and has no effect, and what to expect of the model."""
+    for sample in samples:
+        for name, reason in sample.without_effect.items():
+            logger.info("%s: %s has no effect: %s", sample.place, name, reason)
     if flags["checkpoint_path"] is None:
         run.log_bundled(flags["model"], given)
     run.log_guardrails(_named(flags), flags, given, "disable_guardrails")
