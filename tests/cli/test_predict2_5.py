@@ -248,6 +248,9 @@ def test_notes_of_what_has_no_effect(flow: Flow, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     for flag in ("config_file", "offload_guardrail_models", "offload_tokenizer"):
         assert result.stderr.count(f"--{flag} has no effect") == 1
+    result = flow("-i", file, "--chunk_size", 9, "--experiment", "mine")
+    assert f"{file}, sample 'a': chunk_size has no effect: " in result.stderr
+    assert "--experiment mine is no released run" in result.stderr
     quiet = ("--no-offload-tokenizer", "--no-keep-going", "--no-profile")
     result = flow("-i", file, *quiet)
     assert result.exit_code == 0, result.stderr
@@ -351,6 +354,7 @@ def refused(result: Result, message: str, out: Path) -> None:
         (["--enable_autoregressive", "--chunk_overlap", 3], "it counts frames and must be 1 + 4k"),
         (["--enable_autoregressive", "--chunk_size", 101], "chunk_size is 101; it must be at most"),
         (["--enable_autoregressive", "maybe"], "'maybe' is not a valid boolean"),
+        (["--prompt", "x", "--prompt_path", "x"], "--prompt and --prompt_path exclude each other"),
         (["--name", "b"], "No such option"),
         (["b.json"], "b.json stands alone: files of samples follow -i"),
     ],

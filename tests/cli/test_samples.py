@@ -209,6 +209,11 @@ def test_what_decides_nothing(tmp_path: Path, image: Path) -> None:
     assert list(sample.without_effect) == ["input_path", "negative_prompt", "chunk_size"]
     [sample] = read(tmp_path / "a.json", {**stated, "enable_autoregressive": True})
     assert sample.without_effect == {}
+    (tmp_path / "words.txt").write_text("\ufeffsnow falls\n", encoding="utf-8")
+    [sample] = read(tmp_path / "a.json", {**stated, "prompt_path": "words.txt"})
+    assert (sample.prompt, "prompt_path" in sample.without_effect) == (TEXT["prompt"], True)
+    [sample] = read(tmp_path / "a.json", {**stated, "prompt": None, "prompt_path": "words.txt"})
+    assert (sample.prompt, "prompt_path" in sample.without_effect) == ("snow falls", False)
 
 
 def test_files_without_samples(tmp_path: Path) -> None:
@@ -219,6 +224,8 @@ def test_files_without_samples(tmp_path: Path) -> None:
         ("e.json", [], "no samples in it"),
         ("f.json", {"inference_type": "text2world", "samples": {}}, "no samples in it"),
         ("g.json", {"samples": ["a"]}, "samples: a list where names and values are expected"),
+        ("j.json", {"samples": {"a": {**TEXT, "name": "b"}}}, "name: it has one already"),
+        ("k.json", {**TEXT, "name": "b", "samples": {"a": {}}}, "name: it has one already"),
         ("h.json", [1], "item 1: 1 where names and values are expected"),
         ("i.yaml", "", "nothing where names and values are expected"),
     ):

@@ -46,6 +46,7 @@ _OVERRIDES = (
 )
 # what a world's own configuration decides unless a sample does
 _OWN = ("negative_prompt", "guidance", "num_steps")
+_RUNS: dict[str, ScheduleName] = {model.experiment: model.schedule for model in FLOW_MODELS}
 LONG_VIDEO = 77  # frames
 _PATHS = (
     *("model", "checkpoint_path", "tokenizer_dir", "text_encoder_dir", "prompt_embeddings"),
@@ -270,6 +271,8 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
 def _refuse_absent_parts(flags: dict[str, Any]) -> None:
     """Refuse what this version cannot do."""
     run.refuse_empty(flags, _PATHS)
+    if flags["prompt"] is not None and flags["prompt_path"] is not None:
+        raise InputError("--prompt and --prompt_path exclude each other: give one")
     size = flags["context_parallel_size"]
     run.refuse_several_gpus(1 if size is None else size, "context_parallel_size")
     if flags["profile"]:
@@ -385,6 +388,11 @@ def _log_notes(samples: Sequence[Sample], flags: dict[str, Any], given: set[str]
         run.log_bundled(flags["model"], given)
     run.log_guardrails(_named(flags), flags, given, "disable_guardrails")
     run.log_without_effect(given, _WITHOUT_EFFECT)
+    if flags["experiment"] not in (None, *_RUNS) and flags["schedule"] is None:
+        logger.info(
+            "--experiment %s is no released run: taken for one that began with 2B/pre-trained",
+            flags["experiment"],
+        )
     if flags["prompt_embeddings"] is not None:
         unread = ("text_encoder_dir", "offload_text_encoder")
         run.log_without_effect(given, dict.fromkeys(unread, "embeddings are given"))
@@ -424,9 +432,8 @@ def _schedule(flags: dict[str, Any], given: set[str]) -> ScheduleName | None:
     if asked is not None:
         return asked
     if flags["experiment"] is not None:
-        runs = {model.experiment: model.schedule for model in FLOW_MODELS}
         # those of post-training begin with 2B/pre-trained
-        return runs.get(flags["experiment"], "shifted")
+        return _RUNS.get(flags["experiment"], "shifted")
     if flags["checkpoint_path"] is not None and "model" in given:
         model = find_flow_model(flags["model"])
         if model is None:

@@ -79,6 +79,7 @@ class Sample(BaseModel):
     chunk_size: int = Field(default=77, gt=0)
     chunk_overlap: int = Field(default=1, gt=0)
     _place: str = PrivateAttr("")
+    _has_words: bool = PrivateAttr(False)  # that win over its `prompt_path`
 
     @field_validator("name")
     @classmethod
@@ -137,7 +138,7 @@ class Sample(BaseModel):
         if not wanted or not _is_there(Path(path)):
             return data
         try:
-            return {**data, "prompt": Path(path).read_text(encoding="utf-8").strip()}
+            return {**data, "prompt": Path(path).read_text(encoding="utf-8-sig").strip()}
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"prompt_path: {path} cannot be read: {error}") from error
 
@@ -174,6 +175,8 @@ class Sample(BaseModel):
     def without_effect(self) -> dict[str, str]:
         """Fields that are stated and decide nothing, and why."""
         found: dict[str, str] = {}
+        if self.prompt_path is not None and self._has_words:
+            found["prompt_path"] = "the prompt is given"
         if self.input_path is not None and self.inference_type == "text2world":
             found["input_path"] = "text2world begins with the prompt alone"
         if "negative_prompt" in self.model_fields_set and self.guidance == 0:
@@ -234,6 +237,7 @@ def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = No
                 wrong.append(f"{label}: name: {first[sample.name]} has the same")
             first.setdefault(sample.name, place)
             sample._place = label
+            sample._has_words = data.get("prompt") is not None
             samples.append(sample)
     if wrong:
         raise InputError("\n".join(wrong))
@@ -297,6 +301,10 @@ def _samples_in(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | InputErro
         own = _attempt(f"{file}, sample {name!r}", one)
         if isinstance(own, InputError):
             yield str(file), own
+            continue
+        if "name" in {**common, **own}:
+            told = f"{file}, sample {name!r}: name: it has one already, before its fields"
+            yield str(file), InputError(told)
             continue
         stated = {**common, **own, "name": name}
         if stated.get("prompt_path") is not None:  # the first release prefers it
