@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import glob
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from worldline.cli.samples import Sample
     from worldline.loading import FlowFiles
     from worldline.pipelines.requests import FlowRequest
+    from worldline.shapes import VideoShape
     from worldline.world import Step
 
 logger = logging.getLogger(__name__)
@@ -532,6 +531,26 @@ def _resolve(files: FlowFiles, flags: dict[str, Any], given: set[str]) -> dict[s
     }
 
 
+def _largest(
+    files: FlowFiles, requests: Sequence[FlowRequest], flags: dict[str, Any]
+) -> tuple[int, int, int]:
+    """Return frames, height and width of what needs most memory.
+
+    A large picture may need more than a clip of more pixels, which is made in pieces.
+    """
+    from worldline.loading import choose_device, compute_dtype, need_predict2_5
+    from worldline.pipelines.predict2_5 import window_of
+
+    device = choose_device(flags["device"])
+    offloaded = [flag for flag in FLOW_OFFLOAD_FLAGS if flags[flag]]
+
+    def need(video: VideoShape) -> int:
+        return need_predict2_5(files, device, compute_dtype(device), video=video)(offloaded)
+
+    video = max({window_of(files, request) for request in requests}, key=need)
+    return video.frames, video.height, video.width
+
+
 def _run(
     tasks: Sequence[run.Task],
     samples: Mapping[Path, Sample],
@@ -539,7 +558,7 @@ def _run(
     flags: dict[str, Any],
     given: set[str],
 ) -> None:
-    from worldline.pipelines.predict2_5 import read_embeddings, to_encode, window_of
+    from worldline.pipelines.predict2_5 import read_embeddings, to_encode
     from worldline.world import load_files, load_guards
     from worldline.world.safety import guardrail_release
 
@@ -557,12 +576,11 @@ def _run(
             offload_guardrail_models=flags["offload_guardrail_models"],
         )
         embeddings = read_embeddings(embedded)
-        sizes = [astuple(window_of(files, task.request)) for task in tasks]
         return load_files(
             files,
             safety=safety,
             device=flags["device"],
-            video=max(sizes, key=math.prod),
+            video=_largest(files, [task.request for task in tasks], flags),
             text=any(to_encode(task.request, embeddings) for task in tasks),
             **{name: flags[name] for name in FLOW_OFFLOAD_FLAGS},
         )
