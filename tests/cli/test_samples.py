@@ -112,6 +112,7 @@ def test_paths_start_at_the_file(
         ({"input_path": "a.json"}, "input_path: "),
         ({"input_path": "x" * 300 + ".png"}, "input_path: there is no file"),
         ({"prompt": None, "prompt_path": "x" * 300}, "prompt_path: there is no file"),
+        ({"name": "a\nb"}, r"name: 'a\nb' cannot be the name of a file"),
         ({"name": "é" * 101}, "name: 202 bytes are too long for a name"),
         ({"name": "\ud800"}, "is no valid text"),
         ({"seed": True}, "seed: True is no number"),

@@ -538,7 +538,8 @@ def _largest(
 
     A large picture may need more than a clip of more pixels, which is made in pieces.
     """
-    from worldline.loading import choose_device, compute_dtype, need_predict2_5
+    from worldline.loading import choose_device, compute_dtype
+    from worldline.loading.predict2_5 import need_predict2_5
     from worldline.pipelines.predict2_5 import window_of
 
     device = choose_device(flags["device"])

@@ -84,7 +84,7 @@ class Sample(BaseModel):
     @field_validator("name")
     @classmethod
     def _is_file_name(cls, value: str) -> str:
-        if not value.strip() or value in (".", "..") or re.search(r"[/\\\x00]", value):
+        if not value.strip() or value in (".", "..") or re.search(r"[/\\\x00-\x1f]", value):
             raise ValueError(f"{value!r} cannot be the name of a file")
         try:
             size = len(value.encode())
@@ -346,7 +346,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-class _Yaml(yaml.SafeLoader):
+class _Yaml(yaml.SafeLoader):  # type: ignore[misc]
     """Refuses names that are there twice, as `_each_once` does."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
