@@ -16,6 +16,7 @@ import torch
 from click.testing import Result
 
 import worldline.loading.parts
+import worldline.world
 from worldline.catalog import FLOW_MODELS
 from worldline.cli import main
 from worldline.cli.predict2_5 import predict2_5
@@ -248,6 +249,9 @@ def test_notes_of_what_has_no_effect(flow: Flow, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     for flag in ("config_file", "offload_guardrail_models", "offload_tokenizer"):
         assert result.stderr.count(f"--{flag} has no effect") == 1
+    result = flow("-i", file, "--chunk_size", 9, "--experiment", "mine")
+    assert f"{file}, sample 'a': chunk_size has no effect: " in result.stderr
+    assert "--experiment mine is no released run" in result.stderr
     quiet = ("--no-offload-tokenizer", "--no-keep-going", "--no-profile")
     result = flow("-i", file, *quiet)
     assert result.exit_code == 0, result.stderr
@@ -351,6 +355,7 @@ def refused(result: Result, message: str, out: Path) -> None:
         (["--enable_autoregressive", "--chunk_overlap", 3], "it counts frames and must be 1 + 4k"),
         (["--enable_autoregressive", "--chunk_size", 101], "chunk_size is 101; it must be at most"),
         (["--enable_autoregressive", "maybe"], "'maybe' is not a valid boolean"),
+        (["--prompt", "x", "--prompt_path", "x"], "--prompt and --prompt_path exclude each other"),
         (["--name", "b"], "No such option"),
         (["b.json"], "b.json stands alone: files of samples follow -i"),
     ],
@@ -502,6 +507,26 @@ def test_out_of_memory_names_the_flags(
     result = flow("-i", file, "--offload_tokenizer", "--offload_text_encoder")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].endswith("--offload_diffusion_model lowers the need")
+
+
+def test_memory_is_planned_for_what_needs_most(
+    flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture of fewer pixels than a clip, which is coded in pieces, may need more."""
+    planned: list[tuple[int, int, int]] = []
+
+    def load(*_: Any, video: tuple[int, int, int], **__: Any) -> None:
+        planned.append(video)
+        raise Error("enough")
+
+    monkeypatch.setattr(worldline.world, "load_files", load)
+    samples = (
+        {**TEXT, "name": "clip", "num_output_frames": 93, "resolution": "192,208"},
+        {**TEXT, "name": "picture", "num_output_frames": 1, "resolution": "1920,1920"},
+    )
+    assert 93 * 192 * 208 > 1920 * 1920
+    assert flow("-i", write(tmp_path / "a.jsonl", *samples), small=False).exit_code == 1
+    assert planned == [(1, 1920, 1920)]
 
 
 def test_resume(flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

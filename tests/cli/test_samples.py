@@ -110,6 +110,13 @@ def test_paths_start_at_the_file(
         ({"inference_type": "image2world"}, "input_path: image2world needs one"),
         ({"inference_type": "video2world", "input_path": "in.png"}, "image2world continues an"),
         ({"input_path": "a.json"}, "input_path: "),
+        ({"input_path": "x" * 300 + ".png"}, "input_path: there is no file"),
+        ({"prompt": None, "prompt_path": "x" * 300}, "prompt_path: there is no file"),
+        ({"name": "a\nb"}, r"name: 'a\nb' cannot be the name of a file"),
+        ({"name": "é" * 101}, "name: 202 bytes are too long for a name"),
+        ({"name": "\ud800"}, "is no valid text"),
+        ({"seed": True}, "seed: True is no number"),
+        ({"guidance": False}, "guidance: False is no number"),
     ],
 )
 def test_what_is_wrong(change: dict[str, Any], message: str, tmp_path: Path, image: Path) -> None:
@@ -141,6 +148,75 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     assert said[5].startswith(f"{tmp_path / 'gone.yaml'} cannot be read")
 
 
+def test_all_broken_lines_and_items_are_told(tmp_path: Path) -> None:
+    good = json.dumps({**TEXT, "name": "a"})
+    lines = write(tmp_path / "a.jsonl", f'{{"name": \n[1]\n{good}\n{{"name": "b"}}\n{{]\n')
+    items = write(tmp_path / "b.json", [1, {**TEXT, "name": "a"}, {"name": "c", "sead": 1}])
+    named = {"inference_type": "text2world", "samples": {"d": 1, "e": {}, "f": {"prompt": "x"}}}
+    old = write(tmp_path / "c.json", named)
+    with pytest.raises(InputError) as told:
+        read_samples([lines, items, old])
+    places = [line.split(": ")[0] for line in str(told.value).splitlines()]
+    assert list(dict.fromkeys(places)) == [
+        f"{lines}, line 1 is no valid JSONL",
+        f"{lines}, line 2",
+        f"{lines}, line 4, sample 'b'",
+        f"{lines}, line 5 is no valid JSONL",
+        f"{items}, item 1",
+        f"{items}, item 2, sample 'a'",
+        f"{items}, item 3, sample 'c'",
+        f"{old}, sample 'd'",
+        f"{old}, sample 'e'",
+    ]
+
+
+def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
+    """Some signs that end a line of text may stand in a JSON string."""
+    sample = {**TEXT, "name": "a", "prompt": "a\u2028b\x85c\u2029d"}
+    text = json.dumps(sample, ensure_ascii=False) + "\r\n" + json.dumps({**TEXT, "name": "b"})
+    first, second = read(tmp_path / "a.jsonl", text)
+    assert (first.prompt, second.name) == (sample["prompt"], "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '{"name": "a", "seed": 1, "seed": 2}'),
+        ("a.json", '{"samples": {"seed": {"prompt": "x"}, "seed": {"prompt": "y"}}}'),
+        ("a.jsonl", '{"name": "a", "seed": 1, "seed": 2}'),
+        ("a.yaml", "name: a\nseed: 1\nseed: 2\n"),
+        ("a.yml", "samples: {seed: {prompt: x}, 'seed': {prompt: y}}\n"),
+    ],
+)
+def test_nothing_is_stated_twice(name: str, text: str, tmp_path: Path) -> None:
+    """Of two values one would be lost, and of two samples of a name one video."""
+    with pytest.raises(InputError, match="'seed' is there twice"):
+        read(tmp_path / name, text)
+
+
+def test_yaml_may_merge(tmp_path: Path) -> None:
+    """What a merge brings is overridden, not there twice."""
+    text = (
+        "- &one {name: a, inference_type: text2world, prompt: x, seed: 5}\n"
+        "- &two {<<: *one, name: b, seed: 6}\n- {<<: *two, name: c}\n"
+    )
+    assert [sample.seed for sample in read(tmp_path / "a.yaml", text)] == [5, 6, 6]
+
+
+def test_what_decides_nothing(tmp_path: Path, image: Path) -> None:
+    stated = {**TEXT, "name": "a", "negative_prompt": "fog", "chunk_size": 9}
+    (tmp_path / "in.png").write_bytes(image.read_bytes())
+    [sample] = read(tmp_path / "a.json", {**stated, "input_path": "in.png", "guidance": 0})
+    assert list(sample.without_effect) == ["input_path", "negative_prompt", "chunk_size"]
+    [sample] = read(tmp_path / "a.json", {**stated, "enable_autoregressive": True})
+    assert sample.without_effect == {}
+    (tmp_path / "words.txt").write_text("\ufeffsnow falls\n", encoding="utf-8")
+    [sample] = read(tmp_path / "a.json", {**stated, "prompt_path": "words.txt"})
+    assert (sample.prompt, "prompt_path" in sample.without_effect) == (TEXT["prompt"], True)
+    [sample] = read(tmp_path / "a.json", {**stated, "prompt": None, "prompt_path": "words.txt"})
+    assert (sample.prompt, "prompt_path" in sample.without_effect) == ("snow falls", False)
+
+
 def test_files_without_samples(tmp_path: Path) -> None:
     """Each is told, beside files that have some."""
     good = write(tmp_path / "a.json", {**TEXT, "name": "a"})
@@ -149,6 +225,8 @@ def test_files_without_samples(tmp_path: Path) -> None:
         ("e.json", [], "no samples in it"),
         ("f.json", {"inference_type": "text2world", "samples": {}}, "no samples in it"),
         ("g.json", {"samples": ["a"]}, "samples: a list where names and values are expected"),
+        ("j.json", {"samples": {"a": {**TEXT, "name": "b"}}}, "name: it has one already"),
+        ("k.json", {**TEXT, "name": "b", "samples": {"a": {}}}, "name: it has one already"),
         ("h.json", [1], "item 1: 1 where names and values are expected"),
         ("i.yaml", "", "nothing where names and values are expected"),
     ):

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import glob
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from worldline.cli.samples import Sample
     from worldline.loading import FlowFiles
     from worldline.pipelines.requests import FlowRequest
+    from worldline.shapes import VideoShape
     from worldline.world import Step
 
 logger = logging.getLogger(__name__)
@@ -46,6 +45,7 @@ _OVERRIDES = (
 )
 # what a world's own configuration decides unless a sample does
 _OWN = ("negative_prompt", "guidance", "num_steps")
+_RUNS: dict[str, ScheduleName] = {model.experiment: model.schedule for model in FLOW_MODELS}
 LONG_VIDEO = 77  # frames
 _PATHS = (
     *("model", "checkpoint_path", "tokenizer_dir", "text_encoder_dir", "prompt_embeddings"),
@@ -241,7 +241,7 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
     samples = _read(files, {name: flags[name] for name in _OVERRIDES if name in given})
     requests = _check_words(samples)
     outputs = _choose_outputs(samples, files, folder, flags)
-    _log_notes(flags, given)
+    _log_notes(samples, flags, given)
     world = _find_files(flags, given)
     embeddings = flags["prompt_embeddings"]
     asked = _make_requests(samples, requests, world, flags)
@@ -270,6 +270,8 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
 def _refuse_absent_parts(flags: dict[str, Any]) -> None:
     """Refuse what this version cannot do."""
     run.refuse_empty(flags, _PATHS)
+    if flags["prompt"] is not None and flags["prompt_path"] is not None:
+        raise InputError("--prompt and --prompt_path exclude each other: give one")
     size = flags["context_parallel_size"]
     run.refuse_several_gpus(1 if size is None else size, "context_parallel_size")
     if flags["profile"]:
@@ -376,12 +378,20 @@ def _choose_outputs(
     return outputs
 
 
-def _log_notes(flags: dict[str, Any], given: set[str]) -> None:
+def _log_notes(samples: Sequence[Sample], flags: dict[str, Any], given: set[str]) -> None:
     """Say what was asked for and has no effect, and what to expect of the model."""
+    for sample in samples:
+        for name, reason in sample.without_effect.items():
+            logger.info("%s: %s has no effect: %s", sample.place, name, reason)
     if flags["checkpoint_path"] is None:
         run.log_bundled(flags["model"], given)
     run.log_guardrails(_named(flags), flags, given, "disable_guardrails")
     run.log_without_effect(given, _WITHOUT_EFFECT)
+    if flags["experiment"] not in (None, *_RUNS) and flags["schedule"] is None:
+        logger.info(
+            "--experiment %s is no released run: taken for one that began with 2B/pre-trained",
+            flags["experiment"],
+        )
     if flags["prompt_embeddings"] is not None:
         unread = ("text_encoder_dir", "offload_text_encoder")
         run.log_without_effect(given, dict.fromkeys(unread, "embeddings are given"))
@@ -421,9 +431,8 @@ def _schedule(flags: dict[str, Any], given: set[str]) -> ScheduleName | None:
     if asked is not None:
         return asked
     if flags["experiment"] is not None:
-        runs = {model.experiment: model.schedule for model in FLOW_MODELS}
         # those of post-training begin with 2B/pre-trained
-        return runs.get(flags["experiment"], "shifted")
+        return _RUNS.get(flags["experiment"], "shifted")
     if flags["checkpoint_path"] is not None and "model" in given:
         model = find_flow_model(flags["model"])
         if model is None:
@@ -522,6 +531,27 @@ def _resolve(files: FlowFiles, flags: dict[str, Any], given: set[str]) -> dict[s
     }
 
 
+def _largest(
+    files: FlowFiles, requests: Sequence[FlowRequest], flags: dict[str, Any]
+) -> tuple[int, int, int]:
+    """Return frames, height and width of what needs most memory.
+
+    A large picture may need more than a clip of more pixels, which is made in pieces.
+    """
+    from worldline.loading import choose_device, compute_dtype
+    from worldline.loading.predict2_5 import need_predict2_5
+    from worldline.pipelines.predict2_5 import window_of
+
+    device = choose_device(flags["device"])
+    offloaded = [flag for flag in FLOW_OFFLOAD_FLAGS if flags[flag]]
+
+    def need(video: VideoShape) -> int:
+        return need_predict2_5(files, device, compute_dtype(device), video=video)(offloaded)
+
+    video = max({window_of(files, request) for request in requests}, key=need)
+    return video.frames, video.height, video.width
+
+
 def _run(
     tasks: Sequence[run.Task],
     samples: Mapping[Path, Sample],
@@ -529,7 +559,7 @@ def _run(
     flags: dict[str, Any],
     given: set[str],
 ) -> None:
-    from worldline.pipelines.predict2_5 import read_embeddings, to_encode, window_of
+    from worldline.pipelines.predict2_5 import read_embeddings, to_encode
     from worldline.world import load_files, load_guards
     from worldline.world.safety import guardrail_release
 
@@ -547,12 +577,11 @@ def _run(
             offload_guardrail_models=flags["offload_guardrail_models"],
         )
         embeddings = read_embeddings(embedded)
-        sizes = [astuple(window_of(files, task.request)) for task in tasks]
         return load_files(
             files,
             safety=safety,
             device=flags["device"],
-            video=max(sizes, key=math.prod),
+            video=_largest(files, [task.request for task in tasks], flags),
             text=any(to_encode(task.request, embeddings) for task in tasks),
             **{name: flags[name] for name in FLOW_OFFLOAD_FLAGS},
         )

@@ -33,8 +33,11 @@ SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
 LARGEST_SIDE = 1920
 # the tokenizer merges 8 pixels each way and 4 frames, the transformer 2 of its cells each way
 SIDE_STEP, FRAME_STEP = 16, 4
+LONGEST_NAME = 200  # bytes; files may have 255, of which what is added to it takes some
 
 _PATHS = ("prompt_path", "input_path")
+_CHUNKS = ("chunk_size", "chunk_overlap")
+_NUMBERS = ("seed", "guidance", "num_output_frames", "num_steps", *_CHUNKS)
 # a string is kept whole, so that what looks like a comment in it stays
 _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
 
@@ -76,12 +79,26 @@ class Sample(BaseModel):
     chunk_size: int = Field(default=77, gt=0)
     chunk_overlap: int = Field(default=1, gt=0)
     _place: str = PrivateAttr("")
+    _has_words: bool = PrivateAttr(False)  # that win over its `prompt_path`
 
     @field_validator("name")
     @classmethod
     def _is_file_name(cls, value: str) -> str:
-        if not value.strip() or value in (".", "..") or re.search(r"[/\\\x00]", value):
+        if not value.strip() or value in (".", "..") or re.search(r"[/\\\x00-\x1f]", value):
             raise ValueError(f"{value!r} cannot be the name of a file")
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{value!r} is no valid text: {error}") from None
+        if size > LONGEST_NAME:
+            raise ValueError(f"{size} bytes are too long for a name; {LONGEST_NAME} may be")
+        return value
+
+    @field_validator(*_NUMBERS, mode="before")
+    @classmethod
+    def _is_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which pydantic takes for 0 or 1
+            raise ValueError(f"{value} is no number")
         return value
 
     @field_validator("resolution")
@@ -102,7 +119,7 @@ class Sample(BaseModel):
     @field_validator("prompt_path", "input_path")
     @classmethod
     def _is_file(cls, value: Path | None) -> Path | None:
-        if value is not None and not value.is_file():
+        if value is not None and not _is_there(value):
             raise ValueError(f"there is no file {value}")
         return value
 
@@ -118,10 +135,10 @@ class Sample(BaseModel):
     def _read_prompt(cls, data: Any) -> Any:
         path = data.get("prompt_path")
         wanted = data.get("prompt") is None and isinstance(path, str | Path)
-        if not wanted or not Path(path).is_file():
+        if not wanted or not _is_there(Path(path)):
             return data
         try:
-            return {**data, "prompt": Path(path).read_text(encoding="utf-8").strip()}
+            return {**data, "prompt": Path(path).read_text(encoding="utf-8-sig").strip()}
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"prompt_path: {path} cannot be read: {error}") from error
 
@@ -155,6 +172,21 @@ class Sample(BaseModel):
         return self._place
 
     @property
+    def without_effect(self) -> dict[str, str]:
+        """Fields that are stated and decide nothing, and why."""
+        found: dict[str, str] = {}
+        if self.prompt_path is not None and self._has_words:
+            found["prompt_path"] = "the prompt is given"
+        if self.input_path is not None and self.inference_type == "text2world":
+            found["input_path"] = "text2world begins with the prompt alone"
+        if "negative_prompt" in self.model_fields_set and self.guidance == 0:
+            found["negative_prompt"] = "guidance is 0"
+        if not self.enable_autoregressive:
+            stated = [name for name in _CHUNKS if name in self.model_fields_set]
+            found |= dict.fromkeys(stated, "enable_autoregressive is not true")
+        return found
+
+    @property
     def size(self) -> tuple[int, int] | None:
         """Height and width; None is the world's own."""
         if self.resolution == "none":
@@ -185,14 +217,13 @@ def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = No
     wrong: list[str] = []
     first: dict[str, str] = {}
     for file in files:
-        try:
-            found = list(_read_file(file))
-        except InputError as error:
-            wrong.append(str(error))
-            continue
+        found = list(_read_file(file))
         if not found:
             wrong.append(f"{file}: no samples in it")
         for place, stated in found:
+            if isinstance(stated, InputError):
+                wrong.append(str(stated))
+                continue
             data = {**_resolved(stated, file.parent), **(overrides or {})}
             if "prompt_path" in (overrides or {}) and "prompt" not in (overrides or {}):
                 data.pop("prompt", None)
@@ -206,6 +237,7 @@ def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = No
                 wrong.append(f"{label}: name: {first[sample.name]} has the same")
             first.setdefault(sample.name, place)
             sample._place = label
+            sample._has_words = data.get("prompt") is not None
             samples.append(sample)
     if wrong:
         raise InputError("\n".join(wrong))
@@ -217,8 +249,27 @@ def without_comments(text: str) -> str:
     return _STRING_OR_COMMENT.sub(lambda found: found[0] if found[0].startswith('"') else "", text)
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield every sample of a file as it is stated, and where."""
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def _read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | InputError]]:
+    """Yield every sample of a file as it is stated, or what is wrong with it, and where."""
+    try:
+        yield from _samples_in(file)
+    except InputError as error:
+        yield str(file), error
+
+
+def _samples_in(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | InputError]]:
+    """Yield as `_read_file` does.
+
+    Raises:
+        InputError: the file as a whole is wrong.
+    """
     suffix = file.suffix.lower()
     if file.is_dir():
         raise InputError(f"{file} is a folder; name its files, as in '{file / '*.json'}'")
@@ -229,37 +280,86 @@ def _read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
     if suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        # not `splitlines`: some of the signs that end its lines may stand in a JSON string
+        for number, line in enumerate(text.split("\n"), 1):
             if without_comments(line).strip():
                 place = f"{file}, line {number}"
-                yield place, _mapping(place, _parsed(place, line, suffix))
+                yield place, _attempt(place, line, suffix)
         return
     held = _parsed(str(file), text, suffix)
     if isinstance(held, list):
         for number, one in enumerate(held, 1):
             place = f"{file}, item {number}"
-            yield place, _mapping(place, one)
+            yield place, _attempt(place, one)
         return
     held = _mapping(str(file), held)
     if "samples" not in held:
         yield str(file), held
         return
     common = {name: value for name, value in held.items() if name != "samples"}
-    for name, own in _mapping(f"{file}, samples", held["samples"]).items():
-        stated = {**common, **_mapping(f"{file}, sample {name!r}", own), "name": name}
+    for name, one in _mapping(f"{file}, samples", held["samples"]).items():
+        own = _attempt(f"{file}, sample {name!r}", one)
+        if isinstance(own, InputError):
+            yield str(file), own
+            continue
+        if "name" in {**common, **own}:
+            told = f"{file}, sample {name!r}: name: it has one already, before its fields"
+            yield str(file), InputError(told)
+            continue
+        stated = {**common, **own, "name": name}
         if stated.get("prompt_path") is not None:  # the first release prefers it
             stated.pop("prompt", None)
         yield str(file), stated
 
 
+def _attempt(place: str, held: Any, suffix: str = "") -> Mapping[str, Any] | InputError:
+    """Return a sample, or what is wrong with it, so that those behind it are looked at too.
+
+    Args:
+        place: where it is stated.
+        held: what is there.
+        suffix: of the file, where `held` is text that is not parsed yet.
+    """
+    try:
+        return _mapping(place, _parsed(place, held, suffix) if suffix else held)
+    except InputError as error:
+        return error
+
+
 def _parsed(place: str, text: str, suffix: str) -> Any:
     try:
         if suffix in (".yaml", ".yml"):
-            return yaml.safe_load(text)
-        return json.loads(without_comments(text))
+            return yaml.load(text, _Yaml)
+        return json.loads(without_comments(text), object_pairs_hook=_each_once)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())
         raise InputError(f"{place} is no valid {suffix[1:].upper()}: {told}") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; of a name that is there twice, one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+class _Yaml(yaml.SafeLoader):  # type: ignore[misc]
+    """Refuses names that are there twice, as `_each_once` does."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        known: set[str] = set()
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode):
+                if name.value in known:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"{name.value!r} is there twice", problem_mark=name.start_mark
+                    )
+                known.add(name.value)
+        return node
 
 
 def _mapping(place: str, value: Any) -> Mapping[str, Any]:
