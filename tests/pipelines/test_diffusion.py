@@ -107,7 +107,7 @@ def test_the_colours_of_previews_are_fitted_once(
         fits.append(tokenizer)
         return fit_colours(tokenizer)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("worldline.loading.diffusion.fit_colours", fit)
+    monkeypatch.setattr("worldline.loading.parts.fit_colours", fit)
     for _ in range(2):
         run(fresh, clip(), num_input_frames=1, num_steps=2, preview_every=1)
     assert len(fits) == 1

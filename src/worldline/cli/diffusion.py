@@ -7,7 +7,6 @@ Flags, names and defaults are those of cosmos-predict1 `diffusion/inference/text
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -533,6 +532,7 @@ def _run(
     *,
     batch: bool,
 ) -> None:
+    from worldline.loading import choose_device, dearest
     from worldline.pipelines.diffusion import read_embeddings, to_encode
     from worldline.world import load_files, load_guards
 
@@ -556,14 +556,16 @@ def _run(
         )
         embeddings = read_embeddings(files, flags["prompt_embeddings"])
         offload = {name: flags[name] for name in DIFFUSION_OFFLOAD_FLAGS}
-        sizes = [(r.num_video_frames, r.height, r.width) for r in (t.request for t in tasks)]
+        offloaded = [flag for flag in offload if offload[flag]]
+        videos = [task.request.video for task in tasks]
+        largest = dearest(files, videos, choose_device(flags["device"]), offloaded)
         return load_files(
             files,
             safety=safety,
             upsampling=upsampling,
             device=flags["device"],
             text_encoder_dtype=flags["text_encoder_dtype"],
-            video=max(sizes, key=math.prod),
+            video=(largest.frames, largest.height, largest.width),
             text=upsamples or any(to_encode(task.request, embeddings) for task in tasks),
             **offload,
         )

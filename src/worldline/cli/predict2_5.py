@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from worldline.cli.samples import Sample
     from worldline.loading import FlowFiles
     from worldline.pipelines.requests import FlowRequest
-    from worldline.shapes import VideoShape
     from worldline.world import Step
 
 logger = logging.getLogger(__name__)
@@ -531,27 +530,6 @@ def _resolve(files: FlowFiles, flags: dict[str, Any], given: set[str]) -> dict[s
     }
 
 
-def _largest(
-    files: FlowFiles, requests: Sequence[FlowRequest], flags: dict[str, Any]
-) -> tuple[int, int, int]:
-    """Return frames, height and width of what needs most memory.
-
-    A large picture may need more than a clip of more pixels, which is made in pieces.
-    """
-    from worldline.loading import choose_device, compute_dtype
-    from worldline.loading.predict2_5 import need_predict2_5
-    from worldline.pipelines.predict2_5 import window_of
-
-    device = choose_device(flags["device"])
-    offloaded = [flag for flag in FLOW_OFFLOAD_FLAGS if flags[flag]]
-
-    def need(video: VideoShape) -> int:
-        return need_predict2_5(files, device, compute_dtype(device), video=video)(offloaded)
-
-    video = max({window_of(files, request) for request in requests}, key=need)
-    return video.frames, video.height, video.width
-
-
 def _run(
     tasks: Sequence[run.Task],
     samples: Mapping[Path, Sample],
@@ -559,7 +537,8 @@ def _run(
     flags: dict[str, Any],
     given: set[str],
 ) -> None:
-    from worldline.pipelines.predict2_5 import read_embeddings, to_encode
+    from worldline.loading import choose_device, dearest
+    from worldline.pipelines.predict2_5 import read_embeddings, to_encode, window_of
     from worldline.world import load_files, load_guards
     from worldline.world.safety import guardrail_release
 
@@ -577,11 +556,14 @@ def _run(
             offload_guardrail_models=flags["offload_guardrail_models"],
         )
         embeddings = read_embeddings(embedded)
+        offloaded = [flag for flag in FLOW_OFFLOAD_FLAGS if flags[flag]]
+        windows = [window_of(files, task.request) for task in tasks]
+        largest = dearest(files, windows, choose_device(flags["device"]), offloaded)
         return load_files(
             files,
             safety=safety,
             device=flags["device"],
-            video=_largest(files, [task.request for task in tasks], flags),
+            video=(largest.frames, largest.height, largest.width),
             text=any(to_encode(task.request, embeddings) for task in tasks),
             **{name: flags[name] for name in FLOW_OFFLOAD_FLAGS},
         )

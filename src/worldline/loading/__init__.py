@@ -6,7 +6,7 @@ Everything that can be wrong is found from file headers, before tensor data are 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from worldline.loading.folders import (
     refuse_options,
 )
 from worldline.loading.memory import DiffusionPlan, Fit, Need, check_memory, fewest_flags
-from worldline.loading.parts import TextPart, read_part, text_bytes, text_dtype
+from worldline.loading.parts import TextPart, read_part, text_bytes, text_dtype, text_part
 from worldline.loading.predict2_5 import (
     FlowDefaults,
     FlowFiles,
@@ -99,6 +99,7 @@ __all__ = [
     "choose_device",
     "clips_at_once",
     "compute_dtype",
+    "dearest",
     "find_autoregressive",
     "find_diffusion",
     "find_predict2_5",
@@ -329,16 +330,14 @@ def load_autoregressive(
         finally:
             if compiling is not None:  # it launches kernels, also beside what follows a failure
                 compiling.join()
-    encoder = None
-    if files.text is not None:
-        encoder = TextPart(
-            files.text,
-            load_t5,
-            device,
-            of_text,
-            offload=offload_text_encoder_model,
-            cache=EmbeddingCache(),
-        )
+    encoder = text_part(
+        files.text,
+        load_t5,
+        device,
+        of_text,
+        offload=offload_text_encoder_model,
+        cache=EmbeddingCache(),
+    )
     return AutoregressiveParts(transformer, tokenizer, files, encoder, decoder)
 
 
@@ -411,16 +410,14 @@ def load_diffusion(
             offload_diffusion_transformer,
         )
         tokenizer = _read_tokenizer(files, device, dtype, offload_tokenizer)
-    encoder = None
-    if files.text is not None:
-        encoder = TextPart(
-            files.text,
-            load_t5,
-            device,
-            of_text,
-            offload=offload_text_encoder_model,
-            cache=EmbeddingCache(),
-        )
+    encoder = text_part(
+        files.text,
+        load_t5,
+        device,
+        of_text,
+        offload=offload_text_encoder_model,
+        cache=EmbeddingCache(),
+    )
     return DiffusionParts(transformer, tokenizer, encoder, files)
 
 
@@ -605,16 +602,35 @@ def _need_of(
             batch=batch,
             num_video_frames=num_video_frames,
         )
-    defaults = files.defaults
     return _need(
         files.config,
         files.tokenizer_config,
         device,
         dtype,
-        video=video or VideoShape(defaults.num_video_frames, defaults.height, defaults.width),
+        video=video or files.defaults.video,
         nbytes_of_text=text_bytes(encoder, text_encoder_dtype or text_dtype(dtype)),
         context_length=files.context_length,
     )
+
+
+def dearest(
+    files: DiffusionFiles | FlowFiles,
+    videos: Iterable[VideoShape],
+    device: torch.device,
+    given: Collection[str],
+) -> VideoShape:
+    """Return the size of which a world needs most memory.
+
+    A large picture may need more than a clip of more pixels, which is coded in pieces.
+
+    Args:
+        files: of the world.
+        videos: one or more.
+        device: where it will run.
+        given: offload flags that are set.
+    """
+    dtype = compute_dtype(device)
+    return max(set(videos), key=lambda video: _need_of(files, device, dtype, video=video)(given))
 
 
 def _check_memory(

@@ -7,12 +7,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from worldline.choices import GENERATIONS, NEGATIVE_PROMPT, ROTARY_PRECISIONS, Generation
 from worldline.errors import CheckpointError, InputError
@@ -32,15 +30,13 @@ from worldline.loading.memory import (
     denoise_bytes,
     residents,
 )
-from worldline.loading.parts import EncoderKind, TextPart, find_text
+from worldline.loading.parts import DenoisingParts, EncoderKind, find_text
 from worldline.loading.predict2_5 import refuse_flow
 from worldline.models.predict1_dit.model import DiT, DiTConfig
 from worldline.models.predict1_dit.weights import open_dit
-from worldline.parallel.offload import Part
 from worldline.places import Place
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import RELEASED, T5Files, find_t5, t5_folders
-from worldline.tokenizers.colours import fit_colours
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.statistics import (
@@ -101,6 +97,10 @@ class WorldDefaults:
     negative_prompt: str = NEGATIVE_PROMPT
     rotary_precision: str = ROTARY_PRECISIONS[0]
 
+    @property
+    def video(self) -> VideoShape:
+        return VideoShape(self.num_video_frames, self.height, self.width)
+
 
 @dataclass(frozen=True)
 class DiffusionFiles:
@@ -160,43 +160,12 @@ class DiffusionFiles:
         return found
 
 
-@dataclass(frozen=True)
-class DiffusionParts:
-    """A world's networks, each on its device or waiting in host memory.
-
-    Attributes:
-        transformer: the denoiser.
-        tokenizer: pixels to latents and back.
-        text: prompts to embeddings; None where there is none.
-        files: that they were read from.
-    """
-
-    transformer: Part[DiT]
-    tokenizer: Part[CosmosTokenizer]
-    text: TextPart[T5Files] | None
-    files: DiffusionFiles
+class DiffusionParts(DenoisingParts[DiT, CosmosTokenizer, DiffusionFiles]):
+    """The networks of such a world."""
 
     @property
     def config(self) -> DiTConfig:
         return self.transformer.module.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.device
-
-    @cached_property
-    def colours(self) -> Tensor:
-        """What the latents look like, for previews: of `fit_colours`, once for all requests.
-
-        First to be read while the tokenizer is on its device.
-        """
-        return fit_colours(self.tokenizer.module)
-
-    @property
-    def video(self) -> VideoShape:
-        """Size of what this world makes unless asked for another."""
-        defaults = self.files.defaults
-        return VideoShape(defaults.num_video_frames, defaults.height, defaults.width)
 
 
 def open_diffusion(

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 from worldline.errors import CheckpointError
 from worldline.parallel.offload import Part
 from worldline.places import Place
+from worldline.shapes import VideoShape
 from worldline.text.cache import EmbeddingCache
 from worldline.text.encoder_files import EncoderFiles
+from worldline.tokenizers.colours import fit_colours
+from worldline.tokenizers.cosmos.model import CosmosTokenizer
+from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.weights.dit import Layout
 from worldline.weights.keymap import KeyMap
 from worldline.weights.read import Checkpoint
@@ -119,6 +124,55 @@ class TextPart(Generic[FilesType]):
         return self._part
 
 
+class _Defaults(Protocol):
+    @property
+    def video(self) -> VideoShape: ...
+
+
+class _Files(Protocol):
+    @property
+    def defaults(self) -> _Defaults: ...
+
+
+NetworkType = TypeVar("NetworkType", bound=nn.Module)
+CoderType = TypeVar("CoderType", CosmosTokenizer, WanTokenizer)
+WorldFilesType = TypeVar("WorldFilesType", bound=_Files)
+
+
+@dataclass(frozen=True)
+class DenoisingParts(Generic[NetworkType, CoderType, WorldFilesType]):
+    """The networks of a world that denoises, each on its device or waiting in host memory.
+
+    Attributes:
+        transformer: the denoiser, or what gives the velocity of a flow.
+        tokenizer: pixels to latents and back.
+        text: prompts to embeddings; None where there is none.
+        files: that they were read from.
+    """
+
+    transformer: Part[NetworkType]
+    tokenizer: Part[CoderType]
+    text: TextPart[Any] | None
+    files: WorldFilesType
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @cached_property
+    def colours(self) -> Tensor:
+        """What the latents look like, for previews: of `fit_colours`, once for all requests.
+
+        First to be read while the tokenizer is on its device.
+        """
+        return fit_colours(self.tokenizer.module)
+
+    @property
+    def video(self) -> VideoShape:
+        """Size of what this world makes unless asked for another."""
+        return self.files.defaults.video
+
+
 def find_text(
     kind: EncoderKind[MeasuredType],
     place: Place,
@@ -194,6 +248,21 @@ def read_part(
     home = torch.device("cpu") if offload else device
     load_into(module, source, keys, device=home, dtype=dtype)
     return Part(module.requires_grad_(False).eval(), device, offload=offload)
+
+
+def text_part(
+    files: FilesType | None,
+    load: Callable[[FilesType, torch.device, torch.dtype], nn.Module],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    offload: bool,
+    cache: EmbeddingCache,
+) -> TextPart[FilesType] | None:
+    """Return the text encoder of a world; None where there is none."""
+    if files is None:
+        return None
+    return TextPart(files, load, device, dtype, offload=offload, cache=cache)
 
 
 def text_bytes(files: Measured | None, dtype: torch.dtype) -> int:

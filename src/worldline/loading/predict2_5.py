@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from worldline.catalog import FLOW_MODELS, FLOW_TOKENIZER, FlowModel
 from worldline.choices import FLOW_OFFLOAD_FLAGS, NEGATIVE_PROMPT, ScheduleName
@@ -27,12 +25,13 @@ from worldline.loading.memory import (
     residents,
 )
 from worldline.loading.parts import (
+    DenoisingParts,
     EncoderKind,
-    TextPart,
     find_text,
     read_part,
     text_bytes,
     text_dtype,
+    text_part,
 )
 from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.models.predict2_5_dit.weights import FILE_NAMES, open_flow_dit
@@ -50,7 +49,6 @@ from worldline.text.reason1 import (
     load_reason1,
     reason1_folders,
 )
-from worldline.tokenizers.colours import fit_colours
 from worldline.tokenizers.wan.load import FILES as TOKENIZER_FILES
 from worldline.tokenizers.wan.load import WanFiles, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
@@ -177,42 +175,12 @@ class FlowFiles:
         return found
 
 
-@dataclass(frozen=True)
-class FlowParts:
-    """A world's networks, each on its device or waiting in host memory.
-
-    Attributes:
-        transformer: gives the velocity.
-        tokenizer: pixels to latents and back.
-        text: prompts to embeddings; None where there is none.
-        files: that they were read from.
-    """
-
-    transformer: Part[FlowDiT]
-    tokenizer: Part[WanTokenizer]
-    text: TextPart[Reason1Files] | None
-    files: FlowFiles
+class FlowParts(DenoisingParts[FlowDiT, WanTokenizer, FlowFiles]):
+    """The networks of such a world."""
 
     @property
     def config(self) -> FlowDiTConfig:
         return self.transformer.module.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.device
-
-    @cached_property
-    def colours(self) -> Tensor:
-        """What the latents look like, for previews: of `fit_colours`, once for all requests.
-
-        First to be read while the tokenizer is on its device.
-        """
-        return fit_colours(self.tokenizer.module)
-
-    @property
-    def video(self) -> VideoShape:
-        """Size of what this world makes unless asked for another."""
-        return self.files.defaults.video
 
 
 def find_predict2_5(
@@ -449,16 +417,14 @@ def load_predict2_5(
         )
         home = torch.device("cpu") if offload_tokenizer else device
         tokenizer = Part(load_wan(files.tokenizer, home, dtype), device, offload=offload_tokenizer)
-    encoder = None
-    if files.text is not None:
-        encoder = TextPart(
-            files.text,
-            load_reason1,
-            device,
-            text_dtype(dtype),
-            offload=offload_text_encoder,
-            cache=embedding_cache(),
-        )
+    encoder = text_part(
+        files.text,
+        load_reason1,
+        device,
+        text_dtype(dtype),
+        offload=offload_text_encoder,
+        cache=embedding_cache(),
+    )
     return FlowParts(transformer, tokenizer, encoder, files)
 
 

@@ -31,6 +31,7 @@ from worldline.loading import DecoderParts
 from worldline.models.predict1_dit.model import DECODER_WINDOW, DiT, Positions
 from worldline.nn.dit import Context
 from worldline.pipelines.diffusion import rounded
+from worldline.pipelines.exchange import shown_pieces
 from worldline.sampling.edm import SIGMA_DATA, make_sigmas, sample
 from worldline.sampling.noise import standard_noise
 from worldline.sampling.windows import blend_windows, split_windows
@@ -38,7 +39,6 @@ from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.tokenizers.cosmos.stream import decode_stream
-from worldline.video.convert import signed_to_uint8
 
 OVERLAP = 2  # latent frames that a window shares with the one before
 GUIDANCE = 1.8
@@ -218,11 +218,6 @@ def decode_frames(
         weight = tokenizer.quant_conv.weight
         # statistics as the released pipelines use them: in the dtype of the tokenizer
         statistics = rounded(parts.statistics, weight.dtype)
-        pieces = decode_windows(tokenizer, statistics, latents, frames, seam, first=first)
-        while True:
-            with torch.inference_mode():  # not across a yield: it would leak to the caller
-                piece = next(pieces, None)
-                if piece is None:
-                    return
-                shown = signed_to_uint8(piece[0])
-            yield shown
+        yield from shown_pieces(
+            decode_windows(tokenizer, statistics, latents, frames, seam, first=first)
+        )

@@ -58,8 +58,6 @@ def stretched_frames(clip: Clip, num_input_frames: int, height: int, width: int)
     Raises:
         InputError: the clip is shorter than `num_input_frames`.
     """
-    if num_input_frames < 1:
-        raise ValueError(f"num_input_frames is {num_input_frames}; it must be 1 or more")
     frames = _last_frames(clip, num_input_frames).to(torch.float32) / 128 - 1
     if frames.shape[-2:] != (height, width):
         frames = F.interpolate(
@@ -80,8 +78,6 @@ def covering_frames(clip: Clip, num_input_frames: int, height: int, width: int) 
     Raises:
         InputError: the clip is shorter than `num_input_frames`.
     """
-    if num_input_frames < 1:
-        raise ValueError(f"num_input_frames is {num_input_frames}; it must be 1 or more")
     frames = _last_frames(clip, num_input_frames).to(torch.float32)
     levels = resize_and_crop(frames, height, width).round().to(torch.uint8)
     return levels.transpose(0, 1)[None]
@@ -89,6 +85,8 @@ def covering_frames(clip: Clip, num_input_frames: int, height: int, width: int) 
 
 def _last_frames(clip: Clip, count: int) -> Tensor:
     """Return the last frames of a clip, uint8 (T, 3, h, w)."""
+    if count < 1:
+        raise ValueError(f"num_input_frames is {count}; it must be 1 or more")
     have = len(clip.frames)
     if have < count:
         raise InputError(f"the clip has {have} frames, but {count} are needed")
