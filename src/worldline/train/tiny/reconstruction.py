@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.train.data import ClipPool, as_video, physics_batches
@@ -37,6 +38,7 @@ def train_reconstruction(
     objective: ReconstructionObjective,
     features: FeatureNetwork | None = None,
     *,
+    piece: VideoShape = sizes.SHAPE,
     whole: bool = True,
 ) -> int:
     """Train a tokenizer to give back generated clips; return the number of steps done.
@@ -47,13 +49,14 @@ def train_reconstruction(
         objective: with weights that are constant, so that any iteration has the same; one with a
             KL term makes latents that bear noise.
         features: for the perceptual term, if the objective has one.
+        piece: what is cut of a clip, anywhere in its picture; the same place for a whole batch.
         whole: the network is compiled as a whole where the run asks for it.
     """
     batch, clips, device = run.batch or 48, run.clips or 24_000, run.device
     shape, config = sizes.SHAPE, model.config
     seeds = run.share(range(clips))
     pool = ClipPool(physics_batches(seeds, shape, device, workers=run.workers), len(seeds), shape)
-    grid = shape.latent(config.temporal, config.spatial)
+    grid = piece.latent(config.temporal, config.spatial)
     latents = (batch, config.latent_channels, grid.frames, grid.height, grid.width)
     measure: Callable[..., tuple[Tensor, Tensor]] = _reconstruction_loss
     if whole:
@@ -62,7 +65,8 @@ def train_reconstruction(
     def draw(step: int) -> tuple[Tensor, Tensor]:
         draws = generator(run.seed, step, device, rank=run.ranks.rank)
         noise = torch.randn(latents, generator=draws, device=device)
-        return pool.batch(run.seed, step, batch, rank=run.ranks.rank), noise
+        pictures = pool.batch(run.seed, step, batch, rank=run.ranks.rank)
+        return cut(pictures, piece, generator(run.seed, step, rank=run.ranks.rank)), noise
 
     def loss(clips: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with mixed_precision(device):
@@ -73,6 +77,19 @@ def train_reconstruction(
         steps=run.steps or 12_000, learning_rate=run.rate or 1.5e-3, graphed=run.graphed
     )
     return run.train(model, Objective(draw=draw, loss=loss), plan)
+
+
+def cut(clips: Tensor, piece: VideoShape, draws: torch.Generator) -> Tensor:
+    """Return the first frames of clips (B, T, H, W, 3), cut at one random place.
+
+    Args:
+        clips: no smaller than `piece`.
+        piece: frames, height and width of what is returned.
+        draws: says where; on the CPU.
+    """
+    rooms = (clips.shape[2] - piece.height, clips.shape[3] - piece.width)
+    y, x = (int(torch.randint(room + 1, (), generator=draws)) for room in rooms)
+    return clips[:, : piece.frames, y : y + piece.height, x : x + piece.width]
 
 
 def _reconstruction_loss(

@@ -23,6 +23,8 @@ TOKENIZER = CosmosTokenizerConfig(
 CONTINUOUS = CosmosTokenizerConfig(channels=24, level_channels=(48, 40, 40))
 # whole eights wherever there are many pixels, in the halves that enlarging makes too
 WAN = WanTokenizerConfig(channels=8, multipliers=(1, 4, 4, 4), num_blocks=1)
+# Its cost is that of its first level, which has all pixels: quarters of more pictures teach more.
+WAN_PIECE = VideoShape(33, 64, 96)
 AUTOREGRESSIVE = ARTransformerConfig(
     depth=7,
     width=160,

@@ -49,7 +49,8 @@ def train_wan(run: Run, start: Path | None) -> None:
     model.config = _unscaled(model.config)
     if run.compiled:
         compile_between_convolutions(model)
-    done = train_reconstruction(run, model, ReconstructionObjective(kl=KL), whole=False)
+    objective = ReconstructionObjective(kl=KL)
+    done = train_reconstruction(run, model, objective, piece=sizes.WAN_PIECE, whole=False)
     if not run.ranks.first:
         return
     folder = run.folder / "export"
