@@ -25,12 +25,11 @@ from worldline.train.data import captioned_batches, encode_captioned, to_device
 from worldline.train.loop import LoopConfig, Objective, generator
 from worldline.train.losses import next_token_labels, next_token_loss
 from worldline.train.tiny import sizes
-from worldline.train.tiny.run import Run, half_precision, mixed_precision
+from worldline.train.tiny.run import Run, embed_captions, half_precision, mixed_precision
 from worldline.weights.read import open_checkpoint
 from worldline.weights.stream import load_into
 from worldline.weights.write import save_module
 
-_EMBEDDED_TOGETHER = 1024  # captions
 _HELD_OUT_TOGETHER = 128  # clips
 
 
@@ -134,9 +133,7 @@ def encode_sequences(
     )
     if text is None:
         return _Sequences(tokens, None)
-    parts = range(0, len(captions), _EMBEDDED_TOGETHER)
-    rows = [text.encode(captions[at : at + _EMBEDDED_TOGETHER]) for at in parts]
-    return _Sequences(tokens, torch.cat(rows))
+    return _Sequences(tokens, embed_captions(text, captions))
 
 
 def sequence_loss(

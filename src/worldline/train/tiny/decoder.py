@@ -35,7 +35,7 @@ from worldline.train.tiny.denoiser import (
     told_level,
     train_denoiser,
 )
-from worldline.train.tiny.run import Run, half_precision
+from worldline.train.tiny.run import Run, embed_captions, half_precision
 from worldline.weights.stream import load_into
 from worldline.weights.write import save as save_tensors
 
@@ -75,7 +75,7 @@ def train_decoder(
         draws = generator(run.seed, 0, rank=run.ranks.rank)
         for pictures, captions in views(batches):
             parts.append(cut_windows(coarse, fine, statistics, pictures, half, draws))
-            said.append(text.encode(captions).repeat_interleave(_WINDOWS_A_CLIP, 0))
+            said.append(embed_captions(text, captions).repeat_interleave(_WINDOWS_A_CLIP, 0))
         latents, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
         return Windows(latents, tokens, torch.cat(said))
 

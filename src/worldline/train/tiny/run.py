@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,15 @@ from typing import Any
 
 import click
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from worldline.parallel.ranks import ALONE, Ranks, join, leave
+from worldline.text.t5 import T5Encoder
 from worldline.train.loop import LoopConfig, Objective, fit
 
 log = logging.getLogger(__name__)
+
+_EMBEDDED_TOGETHER = 1024  # captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,14 @@ def running(options: dict[str, Any]) -> Iterator[Run]:
         logging.getLogger("worldline.train").setLevel(logging.WARNING)
     yield Run(**{**options, "device": device, "ranks": ranks})
     leave(ranks)
+
+
+@torch.no_grad()
+def embed_captions(text: T5Encoder, captions: Sequence[str]) -> Tensor:
+    """Return the embeddings of captions (N, S, E), many at a time: a request takes one by one."""
+    ids, mask = text.tokenize(captions)
+    parts = zip(ids.split(_EMBEDDED_TOGETHER), mask.split(_EMBEDDED_TOGETHER), strict=True)
+    return torch.cat([text.embed(*part) for part in parts])
 
 
 def half_precision(device: str) -> torch.dtype:
