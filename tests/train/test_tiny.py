@@ -34,6 +34,7 @@ from worldline.train.tiny.__main__ import main
 from worldline.train.tiny.autoregressive import sequence_loss
 from worldline.train.tiny.decoder import DECODER, Decoding, cut_windows, long_shape
 from worldline.train.tiny.denoiser import rounded_to
+from worldline.train.tiny.run import embed_captions
 from worldline.train.tiny.tokenizer import export_tokenizer
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
@@ -220,6 +221,14 @@ def test_a_transformer_of_clips_and_captions(tmp_path: Path, tokens: Path, text:
         load_file(tmp_path / name / "export/model.safetensors") for name in ("whole", "cut")
     )
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_captions_together_are_embedded_as_alone(text: Path) -> None:
+    encoder = load_t5(find_t5(text), "cpu", torch.float32)
+    captions = ["A red ball falls.", "", "A long yellow box slides to the left."]
+    torch.testing.assert_close(
+        embed_captions(encoder, captions), encoder.encode(captions), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_first_latent_frame_and_the_begin_token_are_given() -> None:

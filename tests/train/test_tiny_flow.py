@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import worldline
 from worldline import places
+from worldline.cli import main
 from worldline.models.predict2_5_dit.model import FlowDiT
 from worldline.models.predict2_5_dit.weights import open_flow_dit
 from worldline.physics import FPS
@@ -32,7 +34,7 @@ from worldline.train.losses import ReconstructionObjective
 from worldline.train.tiny import sizes
 from worldline.train.tiny.denoiser import rounded_to
 from worldline.train.tiny.flow import TEXT_FOLDER, WORLD, Flowing
-from worldline.train.tiny.reconstruction import DEVIATION, KL, _reconstruction_loss
+from worldline.train.tiny.reconstruction import DEVIATION, KL, _reconstruction_loss, cut
 from worldline.train.tiny.wan import compile_between_convolutions
 
 from .test_tiny import run
@@ -42,6 +44,7 @@ from .test_tiny import run
 def _small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sizes, "SHAPE", VideoShape(9, 32, 48))
+        patch.setattr(sizes, "WAN_PIECE", VideoShape(5, 16, 24))
         small = replace(sizes.WAN, channels=4, multipliers=(1, 1, 2, 2))
         patch.setattr(sizes, "WAN", small)
         text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
@@ -84,6 +87,20 @@ def test_the_exported_variance_is_the_noise_of_training(tokenizer: Path) -> None
     with torch.no_grad():
         drawn = theirs.encode(as_video(clips)).latent_dist
     torch.testing.assert_close(drawn.std, torch.full_like(drawn.std, DEVIATION), rtol=0.02, atol=0)
+
+
+def test_pieces_are_of_one_place_and_reach_all_of_a_picture() -> None:
+    shape = (2, 5, 6, 7)  # clips, frames, height, width; a colour of each pixel tells where it was
+    clips = torch.arange(math.prod(shape)).view(*shape, 1).expand(*shape, 3)
+    corners = set()
+    for seed in range(60):
+        piece = cut(clips, VideoShape(3, 4, 6), torch.Generator().manual_seed(seed))
+        assert piece.shape == (2, 3, 4, 6, 3)
+        first = int(piece[0, 0, 0, 0, 0])
+        y, x = divmod(first, 7)
+        assert torch.equal(piece, clips[:, :3, y : y + 4, x : x + 6])
+        corners.add((y, x))
+    assert corners == {(y, x) for y in range(3) for x in range(2)}
 
 
 def test_a_run_of_the_tokenizer_may_begin_with_weights(tmp_path: Path, tokenizer: Path) -> None:
@@ -213,6 +230,19 @@ def test_the_exported_world_makes_videos(world: worldline.World) -> None:
         assert video.fps == FPS
         assert video.report["schedule"] == "shifted"
         assert video.report["evaluations"] == 2
+
+
+def test_the_demo_shows_it(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "BUNDLED", exported)
+    result = CliRunner().invoke(main, ["demo", "--seed", "2", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.stderr
+    names = [f"predict2.5_{kind}2world" for kind in ("text", "image", "video")]
+    files = {f"{name}.{end}" for name in names for end in ("mp4", "txt", "json")}
+    assert {path.name for path in tmp_path.iterdir()} == files | {"predict2.5_sheet.png"}
+    reports = [json.loads((tmp_path / f"{name}.json").read_text()) for name in names]
+    assert [report["request"]["num_input_frames"] for report in reports] == [0, 1, 5]
+    assert {report["request"]["seed"] for report in reports} == {2}
+    assert "frames 6-9 against the true continuation: " in result.stdout
 
 
 @pytest.mark.parametrize("frames", [0, 1, 5])

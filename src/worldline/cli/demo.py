@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 AUTOREGRESSIVE = "tiny-Cosmos-Predict1-4B"
 PROMPTED = "tiny-Cosmos-Predict1-5B-Video2World"
 DIFFUSION = "tiny-Cosmos-Predict1-7B-Video2World"
+FLOW = "tiny-Cosmos-Predict2.5-2B"
 MODELS = {
     "autoregressive": AUTOREGRESSIVE,
     "autoregressive-video2world": PROMPTED,
     "diffusion": DIFFUSION,
+    "predict2.5": FLOW,
 }
 SCENE = 1_000_000  # of the evaluation seeds, which no bundled model was trained on
-GIVEN = 9  # frames of the clip that the model sees
+GIVEN = 9  # frames of the clip that an autoregressive model sees
 MAGNIFIED = 2  # the side-by-side is shown larger, since the tiny world's frames are small
 
 
@@ -68,7 +70,8 @@ def demo(kind: str, seed: int, output: Path) -> None:
     same tokens decoded without; all are shown. The autoregressive Video2World model does the same
     by a sentence (prompted_output.mp4, …). The diffusion world makes a video of a sentence
     (text2world.mp4), of the sentence and a picture (image2world.mp4), and of the sentence and 9
-    frames (video2world.mp4), frame by frame in diffusion_sheet.png.
+    frames (video2world.mp4), frame by frame in diffusion_sheet.png. So does that of Predict2.5, of
+    5 frames (predict2.5_text2world.mp4, …).
     """
     from worldline.cli.run import check_folder
     from worldline.pipelines.requests import AutoregressiveRequest
@@ -85,7 +88,9 @@ def demo(kind: str, seed: int, output: Path) -> None:
     if "autoregressive-video2world" in chosen:
         _continue_clip(PROMPTED, seed, output, prefix="prompted_")
     if "diffusion" in chosen:
-        _show_sentence(seed, output)
+        _show_sentence(DIFFUSION, seed, output, sheet="diffusion_sheet.png")
+    if "predict2.5" in chosen:
+        _show_sentence(FLOW, seed, output, prefix="predict2.5_")
 
 
 def _continue_clip(model: str, seed: int, output: Path, *, prefix: str = "") -> None:
@@ -140,61 +145,66 @@ def _continue_clip(model: str, seed: int, output: Path, *, prefix: str = "") -> 
     )
 
 
-def _show_sentence(seed: int, output: Path) -> None:
+def _show_sentence(
+    model: str, seed: int, output: Path, *, prefix: str = "", sheet: str = "sheet.png"
+) -> None:
+    """Make a video of a sentence, alone and with one or more frames of the clip."""
     import worldline
     from worldline.cli.run import describe_video, describe_world, follow
     from worldline.physics import make_clips
     from worldline.video.write import contact_sheet
+    from worldline.world.denoising import DenoisingWorld
 
-    world = worldline.load(DIFFUSION)
+    world = worldline.load(model)
+    assert isinstance(world, DenoisingWorld)
     click.echo(describe_world(world), err=True)
-    size = world.parts.video
+    size, several = world.parts.video, world.frames_given[1]
     clip = make_clips([SCENE], size.frames, size.height, size.width)
     truth, prompt = clip.frames[0].numpy(), clip.captions[0]
 
     click.echo(f"showing: {prompt}", err=True)
     made: dict[str, Video] = {}
-    for name, given in (("text2world", 0), ("image2world", 1), ("video2world", GIVEN)):
+    for name, given in (("text2world", 0), ("image2world", 1), ("video2world", several)):
         steps = world.stream(
             truth[:given] if given else None, prompt=prompt, seed=seed, num_input_frames=given
         )
-        video = follow(steps, name)
-        click.echo(describe_video(video, video.save(output / f"{name}.mp4")))
+        video = follow(steps, f"{prefix}{name}")
+        click.echo(describe_video(video, video.save(output / f"{prefix}{name}.mp4")))
         made[name] = video
-    _compare({"": made["video2world"]}, truth)
+    _compare({"": made["video2world"]}, truth, several)
     contact_sheet(
         [truth, *(video.frames for video in made.values())],
-        output / "diffusion_sheet.png",
+        output / f"{prefix}{sheet}",
         [
             f"true: {prompt}",
-            f"by {DIFFUSION} from the sentence",
+            f"by {model} from the sentence",
             "from the sentence and frame 0",
-            f"from the sentence and frames 0-{GIVEN - 1}",
+            f"from the sentence and frames 0-{several - 1}",
         ],
     )
     _tell(
         output,
         {
-            "text2world.mp4": "a video of the sentence",
-            "video2world.mp4": "9 frames continued by it",
-            "diffusion_sheet.png": "all three, frame by frame",
+            f"{prefix}text2world.mp4": "a video of the sentence",
+            f"{prefix}video2world.mp4": f"{several} frames continued by it",
+            f"{prefix}{sheet}": "all three, frame by frame",
         },
     )
 
 
-def _compare(made: Mapping[str, Video], truth: NDArray[np.uint8]) -> None:
+def _compare(made: Mapping[str, Video], truth: NDArray[np.uint8], given: int = GIVEN) -> None:
     """Say how near continued clips are to the true one, and how near doing nothing is."""
     from worldline.evaluate.metrics import psnr
 
-    left = truth[GIVEN:]
+    left = truth[given:]
     predicted = ", ".join(
-        f"{psnr(video.frames[GIVEN:], left):.1f} dB PSNR{way.removeprefix(',')}"
+        f"{psnr(video.frames[given:], left):.1f} dB PSNR{way.removeprefix(',')}"
         for way, video in made.items()
     )
-    repeated = psnr(truth[GIVEN - 1 : GIVEN].repeat(len(left), axis=0), left)
+    repeated = psnr(truth[given - 1 : given].repeat(len(left), axis=0), left)
     click.echo(
-        f"frames {GIVEN + 1}-{len(truth)} against the true continuation: {predicted}; "
-        f"repeating frame {GIVEN} gives {repeated:.1f} dB (one clip; see the README for a hundred)"
+        f"frames {given + 1}-{len(truth)} against the true continuation: {predicted}; "
+        f"repeating frame {given} gives {repeated:.1f} dB (one clip; see the README for a hundred)"
     )
 
 

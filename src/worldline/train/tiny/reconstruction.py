@@ -38,7 +38,7 @@ def train_reconstruction(
     objective: ReconstructionObjective,
     features: FeatureNetwork | None = None,
     *,
-    piece: VideoShape = sizes.SHAPE,
+    piece: VideoShape | None = None,
     whole: bool = True,
 ) -> int:
     """Train a tokenizer to give back generated clips; return the number of steps done.
@@ -50,10 +50,12 @@ def train_reconstruction(
             KL term makes latents that bear noise.
         features: for the perceptual term, if the objective has one.
         piece: what is cut of a clip, anywhere in its picture; the same place for a whole batch.
+            None is all of it.
         whole: the network is compiled as a whole where the run asks for it.
     """
     batch, clips, device = run.batch or 48, run.clips or 24_000, run.device
     shape, config = sizes.SHAPE, model.config
+    piece = piece or shape
     seeds = run.share(range(clips))
     pool = ClipPool(physics_batches(seeds, shape, device, workers=run.workers), len(seeds), shape)
     grid = piece.latent(config.temporal, config.spatial)
