@@ -67,13 +67,20 @@ def stretches(length: int) -> list[tuple[int, int]]:
 
 
 def videos(
-    world: AutoregressiveWorld, clips: list[Frames], way: str, length: int, at_once: int
+    world: AutoregressiveWorld,
+    clips: list[Frames],
+    captions: list[str] | None,
+    way: str,
+    length: int,
+    at_once: int,
 ) -> list[Frames]:
-    """Continue the clips, `at_once` in step."""
+    """Continue the clips, `at_once` in step, by their captions if there are any."""
     found: dict[int, Frames] = {}
     for first in range(0, len(clips), at_once):
         group = clips[first : first + at_once]
-        each = [{"seed": first + number} for number in range(len(group))]
+        each: list[dict[str, Any]] = [{"seed": first + number} for number in range(len(group))]
+        if captions is not None:
+            each = [{**one, "prompt": captions[one["seed"]]} for one in each]
         steps = world.stream_batch(
             [clip[:GIVEN] for clip in group],  # the model sees the given frames alone
             each,
@@ -97,6 +104,7 @@ def reconstructed(world: AutoregressiveWorld, clip: Frames) -> Frames:
 
 @click.command()
 @click.option("--model", default="tiny-Cosmos-Predict1-4B", show_default=True)
+@click.option("--way", "chosen", multiple=True, type=click.Choice(ROLLOUTS), help="Default: both.")
 @click.option("--clips", "count", default=100, show_default=True)
 @click.option("--frames", "length", default=LENGTHS[-1], show_default=True)
 @click.option("--batch_size", default=8, show_default=True, help="Clips in step.")
@@ -105,6 +113,7 @@ def reconstructed(world: AutoregressiveWorld, clip: Frames) -> Frames:
 @click.option("--sheet", type=click.Path(path_type=Path), help="A PNG of the first clips.")
 def main(
     model: str,
+    chosen: tuple[str, ...],
     count: int,
     length: int,
     batch_size: int,
@@ -116,19 +125,21 @@ def main(
     # a diffusion decoder would hide what either way does to the tokens
     world = worldline.load(model, device=device, disable_diffusion_decoder=True)
     assert isinstance(world, AutoregressiveWorld)
-    clips, masks = [], []
+    clips, masks, captions = [], [], []
     for number in range(count):
         truth = make_clips([FIRST_SEED + number], frames=length, return_masks=True)
         assert truth.masks is not None
         clips.append(truth.frames[0].numpy())
         masks.append(truth.masks[0].numpy())
+        captions += truth.captions
+    by = captions if world.video2world else None
     still = [np.broadcast_to(clip[GIVEN - 1], clip.shape) for clip in clips]
     ways = {"repeating the last given frame": still}
     ways["tokenizer alone"] = [reconstructed(world, clip) for clip in clips]
     seconds = {}
-    for way in ROLLOUTS:
+    for way in chosen or ROLLOUTS:
         started = time.perf_counter()
-        ways[f"rollout {way}"] = videos(world, clips, way, length, batch_size)
+        ways[f"rollout {way}"] = videos(world, clips, by, way, length, batch_size)
         seconds[way] = round((time.perf_counter() - started) / count, 2)
     result: dict[str, Any] = {
         "model": model,
