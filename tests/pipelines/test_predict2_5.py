@@ -265,6 +265,7 @@ def test_sizes(post: FlowParts, options: dict[str, Any], message: str) -> None:
         ({"chunk_size": 5, "chunk_overlap": 5}, "chunk_size is 5, but 5 frames of a chunk"),
         ({"chunk_size": 4, "num_input_frames": 5}, "chunk_size is 4, but 5 frames"),
         ({"chunk_size": 7.5}, "chunk_size is 7.5"),
+        ({"chunk_overlap": 5}, "chunk_overlap is 5, but without a chunk_size"),
     ],
 )
 def test_values(options: dict[str, Any], message: str) -> None:

@@ -419,12 +419,31 @@ def test_missing_parts(own: Path) -> None:
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
         ({"num_attention_heads": 3}, "num_attention_heads is 3"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type of rope_scaling is 'yarn'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_type of rope_scaling is 'linear'"),
+        ({"rope_scaling": {"type": None}}, "type of rope_scaling is None"),
+        ({"rope_scaling": 4.0}, "rope_scaling is 4.0"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type of rope_parameters is 'yarn'"),
+        ({"text_config": {"rope_scaling": {"type": "ntk"}}}, "type of rope_scaling is 'ntk'"),
     ],
 )
 def test_settings_that_make_no_encoder(own: Path, change: dict[str, Any], word: str) -> None:
     path = own / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    assert word in refused(own)
+    (own / "model.safetensors").write_bytes(b"damaged, and not looked at")
+    message = refused(own)
+    assert str(path) in message
+    assert word in message
+
+
+@pytest.mark.parametrize(
+    "rotation",
+    [None, {}, {"mrope_section": [2, 3, 3]}, {"type": "mrope"}, {"rope_type": "default"}],
+)
+def test_rotations_of_the_released_kind(own: Path, rotation: dict[str, Any] | None) -> None:
+    path = own / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_scaling": rotation}))
+    assert find_reason1(own).width == 192
 
 
 def test_weights_of_another_model(own: Path) -> None:

@@ -75,7 +75,7 @@ def check_request(files: FlowFiles, request: FlowRequest) -> None:
             f"chunk_size is {request.chunk_size}; it must be at most {window.frames}, what the "
             "world makes at once"
         )
-    alone = replace(request, num_video_frames=window.frames, chunk_size=None)
+    alone = replace(request, num_video_frames=window.frames, chunk_size=None, chunk_overlap=1)
     check_size(alone, config, most, tokenizer.temporal, tokenizer.spatial)
     given = request.num_input_frames
     if given and (given - 1) % tokenizer.temporal:
@@ -138,6 +138,7 @@ def cut_windows(files: FlowFiles, request: FlowRequest) -> list[Window]:
             num_input_frames=overlap if number else request.num_input_frames,
             seed=(request.seed + number) % (MAX_SEED + 1),
             chunk_size=None,
+            chunk_overlap=1,
         )
         found.append(Window(own, overlap if number else 0, min(size, frames - start)))
     return found

@@ -196,7 +196,8 @@ class FlowRequest(VideoRequest):
         num_input_frames: 0, or 1 + 4k: 1 of an image, 5 of a video in the released settings.
         chunk_size: frames that are kept of each chunk of a long video, which may have any number of
             frames; None makes no long video.
-        chunk_overlap: frames that a chunk of a long video is given of the one before, 1 + 4k.
+        chunk_overlap: frames that a chunk of a long video is given of the one before, 1 + 4k; 1
+            where none is made.
     """
 
     num_video_frames: int = 93
@@ -211,6 +212,11 @@ class FlowRequest(VideoRequest):
         if given < 0 or (given and (given - 1) % 4):
             raise InputError(f"num_input_frames is {given}; it must be 0 or 1 + 4k, such as 1 or 5")
         if self.chunk_size is None:
+            if self.chunk_overlap != 1:
+                raise InputError(
+                    f"chunk_overlap is {self.chunk_overlap}, but without a chunk_size no long "
+                    "video is made, and it has no effect"
+                )
             return
         for name in ("chunk_size", "chunk_overlap"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))

@@ -59,6 +59,8 @@ CACHED = 40  # embeddings that are kept, 103 MB each of the released encoder in 
 
 _EPS = 1e-8  # beside the deviation
 _KINDS = {"qwen2_5_vl": "a Qwen2.5-VL", "qwen2_5_vl_text": "a Qwen2.5-VL"}
+# of a rotation: the released name, and the one that transformers writes in its place
+_ROTATIONS = ("mrope", "default")
 _LAYER = "layers.{i}"
 _NAMES = (
     "embed_tokens.weight",
@@ -270,12 +272,21 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     rotation by itself, and in `rope_parameters`.
 
     Raises:
-        ValueError: a size is absent or no number above 0, or the activation is another.
+        ValueError: a size is absent or no number above 0, or the activation or the kind of rotation
+            is another.
     """
     nested = config.get("text_config")
     own = {**config, **nested} if isinstance(nested, Mapping) else config
-    rotary = own.get("rope_parameters")
-    own = {**rotary, **own} if isinstance(rotary, Mapping) else own
+    for entry in ("rope_scaling", "rope_parameters"):
+        rotary = own.get(entry)
+        if rotary is None:
+            continue
+        if not isinstance(rotary, Mapping):
+            raise ValueError(f"{entry} is {rotary!r}")
+        for key in ("rope_type", "type"):
+            if rotary.get(key, _ROTATIONS[0]) not in _ROTATIONS:
+                raise ValueError(f"{key} of {entry} is {rotary[key]!r}")
+    own = {**(own.get("rope_parameters") or {}), **own}
     found: dict[str, Any] = {}
     for name in (*_SIZES, *_DEFAULTS):
         value = own.get(name, _DEFAULTS.get(name))
