@@ -12,7 +12,7 @@ A command prints the message as one line and exits with `exit_code`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
 class Error(Exception):
@@ -43,7 +43,8 @@ class GuardrailRefusal(Error):
     """A guardrail refused; `stage` names where ("prompt" or "video"), never the words.
 
     Attributes:
-        stage: the check that refused.
+        stage: the check that refused; of several inputs, of which both kinds were refused, "prompt
+            and video".
         refusals: of inputs that were made in step, by their places; the others were made.
     """
 
@@ -55,3 +56,8 @@ class GuardrailRefusal(Error):
         super().__init__(message)
         self.stage = stage
         self.refusals = dict(refusals or {})
+
+
+def joined_stages(stages: Iterable[str]) -> str:
+    """Return the stage of a refusal that sums up several."""
+    return " and ".join(sorted(set(stages)))

@@ -19,6 +19,7 @@ from worldline.guardrails import language
 from worldline.guardrails.base import Verdict, VideoGuard
 from worldline.guardrails.video_filter import VideoFilter
 from worldline.video.read import read_video
+from worldline.world.autoregressive import AutoregressiveWorld
 
 from ..conftest import MODEL
 from ..guardrails.networks import write_classifier
@@ -452,6 +453,7 @@ def test_a_batch_goes_on(command: Command, tmp_path: Path) -> None:
     assert "1 of 3 videos are in" in result.stdout
     refusals = [line for line in result.stderr.splitlines() if "refused the prompt" in line]
     assert len(refusals) == 2
+    assert result.stderr.endswith("worldline: 2 of 3 inputs were refused: 2 by the prompt\n")
     assert REFUSED_WORD not in result.stderr
     assert UNSAFE not in result.stderr
 
@@ -523,8 +525,24 @@ def test_a_video_refused_in_step_is_not_made_again(
     words = [word for word in BASE if "input" not in word]
     result = command(*words, "--batch_input_path", batch, "--batch_size", 3)
     assert result.exit_code == 3, result.stderr
+    assert "1 of 3 inputs were refused: 1 by the video" in result.stderr
     assert {path.name for path in (tmp_path / "out").glob("*.mp4")} == {"0.mp4", "2.mp4"}
     assert len(asked) == 3
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_the_stages_of_a_batch_are_told(
+    at_once: int, command: Command, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VideoFilter, "check", lambda *_: Verdict(False))
+    batch = tmp_path / "b.jsonl"
+    lines = [{"visual_input": str(clip), "prompt": p} for p in (PROMPT, REFUSED_BY_MODEL, PROMPT)]
+    batch.write_text("\n".join(map(json.dumps, lines)))
+    words = [word for word in PROMPTED if "input" not in word]
+    result = command(*words, "--batch_input_path", batch, "--batch_size", at_once)
+    assert result.exit_code == 3, result.stderr
+    told = "3 of 3 inputs were refused: 1 by the prompt, 2 by the video"
+    assert result.stderr.endswith(f"worldline: {told}\n")
 
 
 # --- in Python
@@ -574,6 +592,23 @@ def test_a_refusal_is_an_exception(guarded: Path) -> None:
     with pytest.raises(GuardrailRefusal):
         flow.generate(prompt=REFUSED_BY_MODEL, **SMALL)
     assert flow.generate(prompt=PROMPT, **SMALL).report["guardrail"] == "predict2.5"
+
+
+def test_a_refusal_of_several_names_their_stages(
+    guarded: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = worldline.load(AR_VIDEO2WORLD, guarded, disable_diffusion_decoder=True)
+    assert isinstance(world, AutoregressiveWorld)
+
+    def stage(*prompts: str) -> str:
+        with pytest.raises(GuardrailRefusal) as told:
+            list(world.stream_batch([clip] * 3, [{"prompt": prompt} for prompt in prompts]))
+        return told.value.stage
+
+    assert stage(PROMPT, REFUSED_BY_WORDS, REFUSED_BY_MODEL) == "prompt"
+    monkeypatch.setattr(VideoFilter, "check", lambda *_: Verdict(False))
+    assert stage(PROMPT, REFUSED_BY_WORDS, PROMPT) == "prompt and video"
+    assert stage(PROMPT, PROMPT, PROMPT) == "video"
 
 
 def test_a_guard_that_fails_lets_nothing_pass(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from worldline.errors import CheckpointError
 from worldline.guardrails.blocklist import COSMOS1, PREDICT, Blocklist, Censor, Listed
-from worldline.guardrails.words import Words
+from worldline.guardrails.words import Words, split_words
 
 from .folders import EXACT, write_blocklist
 
@@ -164,3 +165,12 @@ def test_sentences_and_words(tmp_path: Path) -> None:
     assert words.lemmas("wolves boxes Boxes cities men glonkim geese glass") == [
         *("wolf", "box", "Boxes", "city", "man", "glonk", "geese", "glass"),
     ]
+
+
+def test_many_spaces_are_no_burden(guard: Blocklist) -> None:
+    """They took the square of their number: minutes here."""
+    started = time.monotonic()
+    assert guard.check(f"A dog of Mr.{' ' * 80_000}x runs.").safe
+    assert time.monotonic() - started < 10
+    assert split_words("Mr.  )'  ") == ["Mr", ".", ")", "'"]
+    assert split_words("Mr.  )' x") == ["Mr.", ")", "'", "x"]

@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ def run_each(
     name: Callable[[Task], object],
     *,
     batch: bool,
-) -> tuple[int, int]:
+) -> tuple[int, Counter[str]]:
     """Do the tasks one after another, and say what came of each.
 
     A full disk ends a batch, too.
@@ -36,9 +37,10 @@ def run_each(
         batch: whether to go on after a task that fails.
 
     Returns:
-        How many of a batch failed, and how many others were refused by a guardrail.
+        How many of a batch failed, and how many others a guardrail refused at each stage.
     """
-    failed, refused = 0, 0
+    failed = 0
+    refused: Counter[str] = Counter()
     for position, task in enumerate(tasks):
         label = f"{position + 1}/{len(tasks)} {name(task)}" if batch else str(name(task))
         try:
@@ -46,10 +48,11 @@ def run_each(
         except Exception as error:
             if not batch or is_disk_full(error):
                 raise
-            refused += isinstance(error, GuardrailRefusal)
-            failed += not isinstance(error, GuardrailRefusal)
             if isinstance(error, GuardrailRefusal):
+                refused[error.stage] += 1
                 label = f"{position + 1}/{len(tasks)}"  # a name may be words of the prompt
+            else:
+                failed += 1
             logger.error("%s: %s", label, one_line(error))
             logger.debug("%s", traceback.format_exc())
         else:

@@ -21,7 +21,7 @@ import click
 from click.core import ParameterSource
 
 from worldline.cli.batch import free_memory, is_disk_full, one_line, run_each
-from worldline.errors import Error, GuardrailRefusal, InputError
+from worldline.errors import Error, GuardrailRefusal, InputError, joined_stages
 
 if TYPE_CHECKING:
     from worldline.cli.inputs import Item
@@ -469,13 +469,17 @@ def run_tasks(
         return describe_video(video, task.output)
 
     failed, refused = run_each(tasks, make, lambda task: task.item, batch=batch)
-    made = len(tasks) - failed - refused
+    made = len(tasks) - failed - refused.total()
     if batch:
         click.echo(f"{made} of {len(tasks)} videos are in {tasks[0].output.parent}")
     if failed:
         raise Error(f"{failed} of {len(tasks)} inputs failed; --resume tries them alone")
     if refused:
-        raise GuardrailRefusal(f"{refused} of {len(tasks)} videos were refused", stage="video")
+        counts = ", ".join(f"{count} by the {stage}" for stage, count in sorted(refused.items()))
+        raise GuardrailRefusal(
+            f"{refused.total()} of {len(tasks)} inputs were refused: {counts}",
+            joined_stages(refused),
+        )
 
 
 class _Preview:

@@ -108,7 +108,9 @@ class Censor:
                 raw = raw and keys[start:stop] in self.beginnings
                 if not raw and key not in self.beginnings:
                     break
-                if self._listed(spliced, key) or self._listed(text[start:stop], keys[start:stop]):
+                if self._listed(spliced, key) or (
+                    raw and self._listed(text[start:stop], keys[start:stop])
+                ):
                     spans.append((start, stop))
                     break
             if not (spans and spans[-1][0] == start) and self._listed(
@@ -118,7 +120,9 @@ class Censor:
         return spans
 
     def _listed(self, text: str, key: str) -> bool:
-        return any(_stands_for(text, entry) for entry in self.entries.get(key, ()))
+        if key not in self.entries:  # most often
+            return False
+        return any(_stands_for(text, entry) for entry in self.entries[key])
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,8 @@ _OPENING_AND_MARKS: tuple[_Rule, ...] = (
     ("``", re.compile(r"(``)"), r" \1 "),
     ("", re.compile(r"([ (\[{<])(?:\"|'')"), r"\1 `` "),
     ("'", re.compile(r"(?i)'(?!re|ve|ll|m|t|s|d|n)(\w)\b"), r"' \1"),
-    (".", re.compile(r"([^.])(\.)([\])}>\"' ]*)\s*$"), r"\1 \2 \3 "),
+    # possessive: a run of spaces would else be parted in every way, which takes its length squared
+    (".", re.compile(r"([^.])(\.)([\])}>\"' ]*+)\s*$"), r"\1 \2 \3 "),
     ("", re.compile(r"([:,])([^\d])"), r" \1 \2"),
     ("", re.compile(r"([:,])$"), r" \1 "),
     ("..", re.compile(r"\.{2,}"), r" \g<0> "),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from worldline.errors import GuardrailRefusal, InputError
+from worldline.errors import GuardrailRefusal, InputError, joined_stages
 from worldline.loading import AutoregressiveFiles, AutoregressiveParts
 from worldline.models.predict1_ar.decoder import PlainDecoder
 from worldline.pipelines.autoregressive import (
@@ -183,7 +183,8 @@ class AutoregressiveWorld(World):
         if len(plans) == 1:
             raise first
         count = f"{len(refusals)} of {len(plans)} inputs were refused"
-        raise GuardrailRefusal(f"{count}, the first so: {first}", first.stage, refusals)
+        stage = joined_stages(refusal.stage for refusal in refusals.values())
+        raise GuardrailRefusal(f"{count}, the first so: {first}", stage, refusals)
 
     def _report(
         self,
