@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,11 @@ def disguise(head: bytes) -> str:
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "web page"
     return "git-lfs pointer" if text.startswith(b"version https://git-lfs") else ""
+
+
+def folded(name: str) -> str:
+    """Return what two names have in common where a file system, as macOS has, ignores case."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def stamp(path: Path) -> dict[str, Any]:

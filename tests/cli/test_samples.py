@@ -128,6 +128,19 @@ def test_what_is_wrong(change: dict[str, Any], message: str, tmp_path: Path, ima
     assert str(told.value).startswith(f"{file}, sample ")
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("fall", "Fall"), ("GRÖSSE", "größe"), ("caf\u00e9", "CAFE\u0301")]
+)
+def test_names_that_some_disks_take_for_one(first: str, second: str, tmp_path: Path) -> None:
+    listed = write(tmp_path / "a.json", [{**TEXT, "name": first}])
+    keyed = write(tmp_path / "b.json", {**TEXT, "samples": {second: {}, "other": {}}})
+    with pytest.raises(InputError) as told:
+        read_samples([listed, keyed])
+    assert str(told.value) == (
+        f"{keyed}, sample {second!r}: name: {listed}, item 1 has {first!r}: many disks ignore case"
+    )
+
+
 def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     good = json.dumps({**TEXT, "name": "a"})
     bad = json.dumps({"name": "b", "prompt": "x", "seed": "y"})

@@ -179,6 +179,13 @@ def test_outputs_that_collide_are_refused(
     assert result.exit_code == 2
     assert "another input would become" in result.stderr
 
+    (tmp_path / "clip.png").rename(tmp_path / "CLIP.png")
+    result = run("tokenize", "encode", clip, tmp_path / "CLIP.png", *words)
+    assert result.exit_code == 2
+    for path, other in ((clip, tmp_path / "CLIP.png"), (tmp_path / "CLIP.png", clip)):
+        assert f"{path}: {other} would become {tmp_path / other.stem}.safetens" in result.stderr
+    assert "where case is ignored" in result.stderr
+
     write_video(moving(9), tmp_path / "own.mp4", 25)
     assert run("tokenize", "encode", tmp_path / "own.mp4", *words).exit_code == 0
     before = (tmp_path / "own.mp4").read_bytes()

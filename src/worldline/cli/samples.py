@@ -25,6 +25,7 @@ from pydantic import (
 
 from worldline.choices import MAX_SEED, NEGATIVE_PROMPT
 from worldline.errors import InputError
+from worldline.files import folded
 from worldline.pipelines.requests import LARGEST_GUIDANCE, LARGEST_STEPS
 from worldline.video.read import media_kind, probe
 
@@ -215,7 +216,7 @@ def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = No
     """
     samples: list[Sample] = []
     wrong: list[str] = []
-    first: dict[str, str] = {}
+    first: dict[str, tuple[str, str]] = {}  # by its folded name, a name and its place
     for file in files:
         found = list(_read_file(file))
         if not found:
@@ -233,9 +234,12 @@ def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = No
             except ValidationError as error:
                 wrong += [f"{label}: {told}" for told in _problems(error)]
                 continue
-            if sample.name in first:
-                wrong.append(f"{label}: name: {first[sample.name]} has the same")
-            first.setdefault(sample.name, place)
+            name = folded(sample.name)
+            if name in first:
+                other, where = first[name]
+                same = "the same" if other == sample.name else f"{other!r}: many disks ignore case"
+                wrong.append(f"{label}: name: {where} has {same}")
+            first.setdefault(name, (sample.name, place))
             sample._place = label
             sample._has_words = data.get("prompt") is not None
             samples.append(sample)

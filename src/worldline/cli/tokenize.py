@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
@@ -20,6 +20,7 @@ import click
 from worldline.cli.batch import run_each
 from worldline.cli.run import DEVICE_HELP, check_folder, memory_advice, refuse_empty
 from worldline.errors import Error, InputError
+from worldline.files import folded
 from worldline.shapes import VideoShape
 
 if TYPE_CHECKING:
@@ -354,10 +355,18 @@ def _collect(
             except InputError as error:
                 problems.append(str(error))
     read = {task.path.resolve() for task in tasks}
-    outputs = Counter(task.output for task in tasks)
+    outputs: defaultdict[str, list[Task]] = defaultdict(list)
     for task in tasks:
-        if outputs[task.output] > 1:
+        outputs[folded(str(task.output))].append(task)
+    for task in tasks:
+        others = [other for other in outputs[folded(str(task.output))] if other is not task]
+        if any(other.output == task.output for other in others):
             problems.append(f"{task.path}: another input would become {task.output}, too")
+        elif others:
+            problems.append(
+                f"{task.path}: {others[0].path} would become {others[0].output}, which is "
+                f"{task.output} where case is ignored"
+            )
         elif task.output.resolve() in read:
             problems.append(f"{task.output} is an input; choose another --output_dir")
     _refuse(problems, count)
