@@ -203,6 +203,22 @@ def test_plans() -> None:
         assert less.decode < whole.decode
 
 
+def test_a_visitor_comes_beside_what_stays() -> None:
+    """What is offloaded is away then; a visitor of nothing is none."""
+    config, tokenizer = PRESETS["4B"], TOKENIZERS["DV8x16x16"]
+
+    def plan(**options: int) -> MemoryPlan:
+        return loading.plan_autoregressive(config, tokenizer, dtype=torch.bfloat16, **options)  # type: ignore[arg-type]
+
+    assert plan().visit == 0
+    stays, waits = plan(visitor_bytes=1), plan(visitor_bytes=1, offload_ar_model=True)
+    assert 8e9 < stays.visit - waits.visit < stays.visit
+    large = plan(visitor_bytes=10**11)
+    assert large.visit - stays.visit == 10**11 - 1
+    assert large.peak == large.visit
+    assert stays.peak == plan().peak
+
+
 def test_too_little_memory(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1, 8_000_000_000))
     files = loading.find_autoregressive(MODEL, small_world)

@@ -410,15 +410,27 @@ def test_bundled_worlds(tiny_diffusion: Path, tmp_path: Path, monkeypatch: Any) 
 # --- memory
 
 
-def plan(size: str, *flags: str, video: VideoShape | None = None) -> DiffusionPlan:
+def plan(
+    size: str, *flags: str, video: VideoShape | None = None, visitor_bytes: int = 0
+) -> DiffusionPlan:
     return loading.plan_diffusion(
         PRESETS[size],
         TOKENIZERS["CV8x8x8"],
         video=video or VideoShape(121, 704, 1280),
         dtype=torch.bfloat16,
         text_bytes=9_729_583_104,
+        visitor_bytes=visitor_bytes,
         **dict.fromkeys(flags, True),
     )
+
+
+def test_a_visitor_comes_beside_what_stays() -> None:
+    flag = "offload_text_encoder_model"
+    stays = plan("7B-Text2World", visitor_bytes=10**11)
+    waits = plan("7B-Text2World", flag, visitor_bytes=10**11)
+    assert plan("7B-Text2World").visit == 0
+    assert stays.peak == stays.visit > 10**11
+    assert stays.visit - waits.visit == 9_729_583_104
 
 
 def test_plans() -> None:

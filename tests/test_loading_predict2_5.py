@@ -237,6 +237,11 @@ def test_the_plan_of_released_sizes() -> None:
     large = plan_predict2_5(PRESETS["2B"], WanTokenizerConfig(), **{**options, "text_bytes": 0})
     small = {**options, "text_bytes": 0, "video": VideoShape(93, 352, 640)}
     assert plan_predict2_5(PRESETS["2B"], WanTokenizerConfig(), **small).peak < large.peak
+    visited = plan_predict2_5(
+        PRESETS["2B"], WanTokenizerConfig(), **options, visitor_bytes=10**11, offload_tokenizer=True
+    )
+    weights = memory.count_parameters(FlowDiT, PRESETS["2B"]) * 2 + 10**10
+    assert visited.peak == visited.visit == weights + 10**11 + memory.workspace(torch.bfloat16)
     # the tokenizer works in pieces: a longer clip needs no more
     longer = {**options, "text_bytes": 0, "video": VideoShape(189, 704, 1280)}
     assert plan_predict2_5(PRESETS["2B"], WanTokenizerConfig(), **longer).decode == large.decode

@@ -14,10 +14,12 @@ from click.testing import Result
 
 import worldline
 import worldline.places
-from worldline.errors import GuardrailRefusal
+from worldline import machine
+from worldline.errors import GuardrailRefusal, InsufficientMemoryError
 from worldline.guardrails import language
-from worldline.guardrails.base import Verdict, VideoGuard
+from worldline.guardrails.base import Guardrails, Verdict, VideoGuard
 from worldline.guardrails.video_filter import VideoFilter
+from worldline.machine import Memory
 from worldline.video.read import read_video
 from worldline.world.autoregressive import AutoregressiveWorld
 
@@ -626,8 +628,6 @@ def test_a_guard_that_fails_lets_nothing_pass(
 def test_offloaded_networks_visit_the_device(
     guarded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from worldline.guardrails.base import Guardrails
-
     loaded = worldline.load(
         TEXT2WORLD, guarded, offload_guardrail_models=True, offload_prompt_upsampler=True
     )
@@ -650,6 +650,19 @@ def test_offloaded_networks_visit_the_device(
         *("LlamaForCausalLM", "MistralForCausalLM", "LlamaForCausalLM"),
         *("SiglipVisionModel", "FrameClassifier", "RetinaFace"),
     ]
+
+
+@pytest.mark.parametrize("name", [MODEL, TEXT2WORLD, POST.name])
+def test_a_visit_is_planned(name: str, guarded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No world is read where the largest guard finds no room beside it."""
+    room = Memory(10**12, 10**12)
+    monkeypatch.setattr(machine, "host_memory", lambda: room)
+    worldline.load(name, guarded)
+    monkeypatch.setattr(Guardrails, "visitor_bytes", room.free)
+    with pytest.raises(
+        InsufficientMemoryError, match=r"; a guardrail holds 1000\.0 GB as it looks"
+    ):
+        worldline.load(name, guarded)
 
 
 def test_guardrails_of_predict2_5_wait_in_host_memory(guarded: Path) -> None:

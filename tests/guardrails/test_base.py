@@ -20,7 +20,7 @@ FRAMES = np.zeros((3, 8, 8, 3), np.uint8)
 
 
 class Says:
-    networks = ()
+    networks: tuple[nn.Module, ...] = ()
 
     def __init__(self, name: str, verdict: Verdict | Exception) -> None:
         self.name = name
@@ -71,6 +71,18 @@ def test_video_is_judged_then_filtered() -> None:
         refusing.check_video(FRAMES)
     assert refusal.value.stage == "video"
     assert [ran.guard for ran in refusing.ran] == ["v"]
+
+
+def test_the_bytes_of_the_largest_guard_that_waits() -> None:
+    """A guard's networks come together, guards one after another; what stays visits nothing."""
+    small, larger = Says("a", SAFE), Says("b", SAFE)
+    small.networks = (nn.Linear(2, 3, bias=False),)
+    larger.networks = (nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False).half())
+    chain = Guardrails([small], video=[larger], filters=[Adds()])
+    for device, nbytes in (("cpu", 0), ("meta", 4 * 4 + 4 * 2)):
+        assert chain.visitor_bytes == 0
+        chain.wait_in_host_memory(torch.device(device))
+        assert chain.visitor_bytes == nbytes
 
 
 def test_a_guard_that_fails_is_no_safe() -> None:

@@ -120,6 +120,16 @@ class Guardrails:
         """Whether the networks' home is the host, and they run elsewhere."""
         return any(part.offload for part in self._parts.values())
 
+    @property
+    def visitor_bytes(self) -> int:
+        """Bytes that the networks of a guard hold at most where they run, of those that wait."""
+        waiting = {network for network, part in self._parts.items() if part.offload}
+        sizes = (
+            sum(w.nbytes for n in guard.networks if n in waiting for w in n.parameters())
+            for guard in (*self.text, *self.video, *self.filters)
+        )
+        return max(sizes, default=0)
+
     def for_request(self) -> Guardrails:
         """Return the same guardrails with a list `ran` of their own."""
         own = copy.copy(self)

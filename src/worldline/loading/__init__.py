@@ -262,6 +262,7 @@ def load_autoregressive(
     text: bool = True,
     batch_size: int = 1,
     num_video_frames: int | None = None,
+    visitor_bytes: int = 0,
 ) -> AutoregressiveParts:
     """Read the weights of a world; those of the text encoder wait for a prompt that needs them.
 
@@ -279,6 +280,7 @@ def load_autoregressive(
         text: whether prompts will be encoded, which takes memory; False where embeddings are given.
         batch_size: clips whose tokens are drawn in step.
         num_video_frames: of the longest clip; None is the model's own.
+        visitor_bytes: of `plan_autoregressive`.
 
     Raises:
         InsufficientMemoryError: the device is too small for so many clips.
@@ -303,6 +305,7 @@ def load_autoregressive(
             text=text,
             batch=batch_size,
             num_video_frames=num_video_frames,
+            visitor_bytes=visitor_bytes,
         )
     except InsufficientMemoryError as error:
         if batch_size == 1:
@@ -372,6 +375,7 @@ def load_diffusion(
     text_encoder_dtype: torch.dtype | None = None,
     video: VideoShape | None = None,
     text: bool = True,
+    visitor_bytes: int = 0,
 ) -> DiffusionParts:
     """Read the weights of a world; those of the text encoder wait for a prompt that needs them.
 
@@ -386,6 +390,7 @@ def load_diffusion(
         text_encoder_dtype: by default `dtype` where T5 runs in it.
         video: the largest that will be made; by default of the world's own size.
         text: whether prompts will be encoded, which takes memory; False where embeddings are given.
+        visitor_bytes: of `plan_diffusion`.
 
     Raises:
         InsufficientMemoryError: the device is too small for such a video.
@@ -397,7 +402,16 @@ def load_diffusion(
     }
     of_text = text_encoder_dtype or text_dtype(dtype)
     given = [flag for flag, given in chosen.items() if given]
-    _check_memory(files, device, dtype, given, text_encoder_dtype=of_text, video=video, text=text)
+    _check_memory(
+        files,
+        device,
+        dtype,
+        given,
+        text_encoder_dtype=of_text,
+        video=video,
+        text=text,
+        visitor_bytes=visitor_bytes,
+    )
     logger.info("reading %s", files.folder)
     with recorder.stage("load"):
         transformer = read_part(
@@ -535,6 +549,7 @@ def _need(
     decoder: tuple[DiTConfig, CosmosTokenizerConfig] | None = None,
     batch: int = 1,
     num_video_frames: int | None = None,
+    visitor_bytes: int = 0,
 ) -> Need:
     """Return what a world needs by its flags; a released world's where nothing is said of it."""
     if nbytes_of_text is None:
@@ -555,6 +570,7 @@ def _need(
                 decoder=decoding,
                 batch=batch,
                 num_video_frames=num_video_frames,
+                visitor_bytes=visitor_bytes,
                 **dict.fromkeys(flags, True),
             ).peak
         )
@@ -569,6 +585,7 @@ def _need(
             text_bytes=nbytes_of_text,
             context_length=context_length,
             fused=fused(device),
+            visitor_bytes=visitor_bytes,
             **dict.fromkeys(flags, True),
         ).peak
     )
@@ -584,10 +601,13 @@ def _need_of(
     text: bool = True,
     batch: int = 1,
     num_video_frames: int | None = None,
+    visitor_bytes: int = 0,
 ) -> Need:
     """Return what a world needs that was found; `text` tells whether prompts will be encoded."""
     if isinstance(files, FlowFiles):
-        return need_predict2_5(files, device, dtype, video=video, text=text)
+        return need_predict2_5(
+            files, device, dtype, video=video, text=text, visitor_bytes=visitor_bytes
+        )
     encoder = files.text if text else None
     if isinstance(files, AutoregressiveFiles):
         decoder = files.decoder
@@ -601,6 +621,7 @@ def _need_of(
             decoder=(decoder.dit.config, decoder.tokenizer_config) if decoder else None,
             batch=batch,
             num_video_frames=num_video_frames,
+            visitor_bytes=visitor_bytes,
         )
     return _need(
         files.config,
@@ -610,6 +631,7 @@ def _need_of(
         video=video or files.defaults.video,
         nbytes_of_text=text_bytes(encoder, text_encoder_dtype or text_dtype(dtype)),
         context_length=files.context_length,
+        visitor_bytes=visitor_bytes,
     )
 
 

@@ -166,6 +166,7 @@ class MemoryPlan:
         decode: while tokens are turned into pixels.
         text: while a prompt is encoded.
         denoise: while the diffusion decoder samples.
+        visit: while a network that is none of the world's, such as an offloaded guard, is used.
     """
 
     encode: int
@@ -173,10 +174,12 @@ class MemoryPlan:
     decode: int
     text: int = 0
     denoise: int = 0
+    visit: int = 0
 
     @property
     def peak(self) -> int:
-        return max(self.encode, self.tokens, self.decode, self.text, self.denoise)
+        used = (self.encode, self.tokens, self.decode, self.text, self.denoise, self.visit)
+        return max(used)
 
 
 def open_autoregressive(
@@ -298,6 +301,7 @@ def plan_autoregressive(
     offload_text_encoder_model: bool = False,
     batch: int = 1,
     num_video_frames: int | None = None,
+    visitor_bytes: int = 0,
 ) -> MemoryPlan:
     """Estimate the memory of one clip; `benchmarks/ar_end_to_end.py` compares it with the truth.
 
@@ -315,6 +319,8 @@ def plan_autoregressive(
         offload_text_encoder_model: likewise.
         batch: clips whose tokens are drawn in step.
         num_video_frames: of a clip; None is the model's own.
+        visitor_bytes: of the largest network that comes to the device beside the world while it is
+            used, such as an offloaded guard; 0 for none.
     """
     size = dtype.itemsize
     transformer_bytes = count_parameters(ARTransformer, config) * size
@@ -368,4 +374,5 @@ def plan_autoregressive(
         decode=resident("pixels") + decoder.decode if decoder else coding,
         text=resident("text") + text_bytes // 20 if text_bytes else 0,
         denoise=resident("denoiser") + decoder.denoise if decoder else 0,
+        visit=resident("") + visitor_bytes if visitor_bytes else 0,
     )

@@ -359,6 +359,7 @@ def plan_diffusion(
     offload_diffusion_transformer: bool = False,
     offload_tokenizer: bool = False,
     offload_text_encoder_model: bool = False,
+    visitor_bytes: int = 0,
 ) -> DiffusionPlan:
     """Estimate the memory of one clip; `benchmarks/diffusion_end_to_end.py` compares.
 
@@ -374,6 +375,8 @@ def plan_diffusion(
         offload_diffusion_transformer: it waits in host memory.
         offload_tokenizer: likewise.
         offload_text_encoder_model: likewise.
+        visitor_bytes: of the largest network that comes to the device beside the world while it is
+            used, such as an offloaded guard; 0 for none.
     """
     size = dtype.itemsize
     weights = {
@@ -405,6 +408,7 @@ def plan_diffusion(
         encode=coding + pixels(min(video.frames, _MOST_GIVEN)),
         denoise=resident("transformer") + denoising,
         decode=coding + pixels(at_once) + seen,
+        visit=resident("") + visitor_bytes if visitor_bytes else 0,
     )
 
 

@@ -146,22 +146,26 @@ class DiffusionPlan:
         encode: while given frames become latents.
         denoise: while the sampler runs.
         decode: while latents become pixels.
+        visit: while a network that is none of the world's, such as an offloaded guard, is used.
     """
 
     text: int
     encode: int
     denoise: int
     decode: int
+    visit: int = 0
 
     @property
     def peak(self) -> int:
-        return max(self.text, self.encode, self.denoise, self.decode)
+        return max(self.text, self.encode, self.denoise, self.decode, self.visit)
 
 
 def residents(
     weights: Mapping[str, int], offloaded: Mapping[str, bool], dtype: torch.dtype
 ) -> Callable[[str], int]:
     """Return what tells the bytes of the weights that are on a device while one part is used.
+
+    While another network visits it, that is no part: "".
 
     Args:
         weights: bytes of each part.

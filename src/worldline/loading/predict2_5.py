@@ -378,6 +378,7 @@ def load_predict2_5(
     offload_text_encoder: bool = False,
     video: VideoShape | None = None,
     text: bool = True,
+    visitor_bytes: int = 0,
 ) -> FlowParts:
     """Read the weights of a world; those of the text encoder wait for a prompt that needs them.
 
@@ -391,6 +392,7 @@ def load_predict2_5(
         offload_text_encoder: likewise.
         video: the largest that will be made; by default of the world's own size.
         text: whether prompts will be encoded, which takes memory; False where embeddings are given.
+        visitor_bytes: of `plan_predict2_5`.
 
     Raises:
         InsufficientMemoryError: the device is too small for such a video.
@@ -402,7 +404,9 @@ def load_predict2_5(
     }
 
     given = [flag for flag, wanted in chosen.items() if wanted]
-    need = need_predict2_5(files, device, dtype, video=video, text=text)
+    need = need_predict2_5(
+        files, device, dtype, video=video, text=text, visitor_bytes=visitor_bytes
+    )
     check_memory(files.name, need, FLOW_OFFLOAD_FLAGS, device, given)
     logger.info("reading %s", files.folder)
     with recorder.stage("load"):
@@ -435,6 +439,7 @@ def need_predict2_5(
     *,
     video: VideoShape | None = None,
     text: bool = True,
+    visitor_bytes: int = 0,
 ) -> Need:
     """Return what a world needs by its flags; the arguments are those of `load_predict2_5`."""
     return lambda flags: (
@@ -446,6 +451,7 @@ def need_predict2_5(
             text_bytes=text_bytes(files.text if text else None, text_dtype(dtype)),
             context_length=files.context_length,
             fused=fused(device),
+            visitor_bytes=visitor_bytes,
             **dict.fromkeys(flags, True),
         ).peak
     )
@@ -463,6 +469,7 @@ def plan_predict2_5(
     offload_diffusion_model: bool = False,
     offload_tokenizer: bool = False,
     offload_text_encoder: bool = False,
+    visitor_bytes: int = 0,
 ) -> DiffusionPlan:
     """Estimate the memory of one clip.
 
@@ -477,6 +484,8 @@ def plan_predict2_5(
         offload_diffusion_model: it waits in host memory.
         offload_tokenizer: likewise.
         offload_text_encoder: likewise.
+        visitor_bytes: of the largest network that comes to the device beside the world while it is
+            used, such as an offloaded guard; 0 for none.
     """
     size = dtype.itemsize
     weights = {
@@ -503,4 +512,5 @@ def plan_predict2_5(
         + features
         + denoise_bytes(config, grid, dtype, context_length, fused=fused),
         decode=resident("tokenizer") + coding,
+        visit=resident("") + visitor_bytes if visitor_bytes else 0,
     )

@@ -340,6 +340,7 @@ def load_files(
     own = files.name if isinstance(files, FlowFiles) else files.folder.name
     name = f"{BUNDLED_PREFIX if files.bundled else ''}{own}"
     size = VideoShape(*video) if video else None
+    visitor_bytes = safety.visitor_bytes if safety else 0
     if isinstance(files, FlowFiles):
         with _naming_guards(safety, None):
             flow = load_predict2_5(
@@ -350,6 +351,7 @@ def load_files(
                 offload_tokenizer=offload_tokenizer,
                 video=size,
                 text=text,
+                visitor_bytes=visitor_bytes,
                 **of_flow,
             )
         return FlowWorld(name, flow, recorder, identity, safety)
@@ -368,6 +370,7 @@ def load_files(
                 text=text,
                 batch_size=batch_size,
                 num_video_frames=num_video_frames,
+                visitor_bytes=visitor_bytes,
             )
         return AutoregressiveWorld(name, parts, recorder, identity, safety)
     with _naming_guards(safety, upsampling):
@@ -382,6 +385,7 @@ def load_files(
             text_encoder_dtype=text_encoder_dtype,
             video=size,
             text=text,
+            visitor_bytes=visitor_bytes,
         )
     return DiffusionWorld(name, diffusion, recorder, identity, safety, upsampling)
 
@@ -397,6 +401,8 @@ def _naming_guards(safety: Safety | None, upsampling: Upsampling | None) -> Iter
             "--offload_prompt_upsampler": upsampling.nbytes if upsampling else 0,
         }
         told = [f"{flag} frees {n / GIGABYTE:.1f} GB" for flag, n in held.items() if n]
+        if safety and safety.visitor_bytes:
+            told.append(f"a guardrail holds {safety.visitor_bytes / GIGABYTE:.1f} GB as it looks")
         if not told:
             raise
         raise InsufficientMemoryError(f"{error}; {', '.join(told)}") from error

@@ -68,6 +68,11 @@ class Safety:
         weights = (weight for network in networks for weight in network.parameters())
         return sum(weight.nbytes for weight in weights if weight.is_cuda)
 
+    @property
+    def visitor_bytes(self) -> int:
+        """Bytes of the largest guard that waits in host memory, as it comes to the device."""
+        return self.guardrails.visitor_bytes if self.guardrails is not None else 0
+
     def begin(self, recorder: Recorder) -> Checks:
         """Return what checks one request, which `recorder` is told of."""
         own = None if self.guardrails is None else self.guardrails.for_request()
