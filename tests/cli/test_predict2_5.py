@@ -349,6 +349,7 @@ def refused(result: Result, message: str, out: Path) -> None:
         (["--num_steps", 0], "sample 'a': num_steps: 0: "),
         (["--resolution", "32"], "sample 'a': resolution: '32' is neither"),
         (["--num_output_frames", 10], "sample 'a': num_output_frames is 10; it must be 1 + 4k"),
+        (["--num_output_frames", 10**13], "num_output_frames is 10000000000000; it must be 1 to"),
         (["--inference_type", "video2world"], "sample 'a': input_path: video2world needs one"),
         (["--inference_type", "world"], "'text2world', 'image2world', 'video2world'"),
         (["--prompt_path", "nowhere.txt"], "sample 'a': prompt_path: there is no file"),
@@ -437,6 +438,31 @@ def test_clips_that_are_too_short(flow: Flow, tmp_path: Path) -> None:
     sample = {"name": "a", "inference_type": "video2world", "prompt": "x", "input_path": "in.mp4"}
     file = write(tmp_path / "a.json", sample)
     refused(flow("-i", file), "in.mp4 has 4 frames, but video2world continues", tmp_path / "out")
+
+
+@pytest.mark.usefixtures("forbid_weights")
+def test_clips_that_leave_nothing_to_make(flow: Flow, tmp_path: Path) -> None:
+    """In the words of a sample; a video whose last frame alone is continued is told."""
+    from worldline.video.write import write_video
+
+    write_video(np.zeros((5, 32, 48, 3), np.uint8), tmp_path / "in.mp4", 25)
+    sample = {**TEXT, "name": "a", "input_path": "in.mp4"}
+    file = write(tmp_path / "a.json", sample)
+    words = ("-i", file, "--resolution", "32,48", "--num_output_frames")
+    result = flow(*words, 5, "--inference_type", "video2world", small=False)
+    message = "num_output_frames is 5, but video2world is given 5 of them: nothing is left to make"
+    refused(result, message, tmp_path / "out")
+    assert "the last frame" not in result.stderr
+    result = flow(*words, 1, "--inference_type", "image2world", small=False)
+    refused(result, "is 1, but image2world is given 1 of them", tmp_path / "out")
+    assert f"{file}, sample 'a': of the video, image2world continues the last" in result.stderr
+
+
+def test_a_bundled_model_that_does_not_exist(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.json", {**TEXT, "name": "a"})
+    result = run_words(("predict2.5", "-i", file, "-o", tmp_path / "out", "--model", "tiny-x"))
+    refused(result, "there is no bundled model tiny-x", tmp_path / "out")
+    assert "coloured fog" not in result.stderr
 
 
 @pytest.mark.usefixtures("forbid_weights")

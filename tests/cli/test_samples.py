@@ -117,10 +117,16 @@ def test_paths_start_at_the_file(
         ({"name": "\ud800"}, "is no valid text"),
         ({"seed": True}, "seed: True is no number"),
         ({"guidance": False}, "guidance: False is no number"),
+        ({"resolution": [704, 1280]}, "resolution: [704, 1280] is neither"),
+        ({"resolution": 720}, "resolution: 720 is neither"),
+        ({"name": 7}, "name: 7: it must be text, in quotes"),
+        ({"input_path": "clips.mp4"}, "clips.mp4 is a folder"),
+        ({"prompt": None, "prompt_path": "in.png"}, "in.png is no text in UTF-8"),
     ],
 )
 def test_what_is_wrong(change: dict[str, Any], message: str, tmp_path: Path, image: Path) -> None:
     (tmp_path / "in.png").write_bytes(image.read_bytes())
+    (tmp_path / "clips.mp4").mkdir()
     file = tmp_path / "a.json"
     with pytest.raises(InputError) as told:
         read(file, {**TEXT, "name": "a", **change})
@@ -248,6 +254,34 @@ def test_files_without_samples(tmp_path: Path) -> None:
             read_samples([good, file])
         assert str(told.value).startswith(str(file))
         assert message in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", " \n", "is no valid JSON: it is empty"),
+        ("a.yaml", "name: a\n\tseed: 1\n", "line 2, column 1: found character '\\t'"),
+        ("a.yaml", "name: a\n\tseed: 1\n", "(lines are indented by spaces)"),
+        ("a.yaml", "prompt: A dog: it runs", "line 1, column 14: mapping values"),
+        ("a.yaml", "prompt: A dog: it runs", '(text that holds ": " stands in quotes)'),
+        ("a.yaml", "name: a\nname: b\n", "is no valid YAML: line 2, column 1: 'name' is there"),
+    ],
+)
+def test_where_a_file_is_damaged(name: str, text: str, message: str, tmp_path: Path) -> None:
+    file = write(tmp_path / name, text)
+    with pytest.raises(InputError) as told:
+        read_samples([file])
+    assert str(told.value).startswith(str(file))
+    assert message in str(told.value)
+    assert "unicode string" not in str(told.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, image: Path) -> None:
+    (tmp_path / "a.json").write_bytes(image.read_bytes())
+    with pytest.raises(InputError, match=r"a\.json cannot be read: it is no text in UTF-8$"):
+        read_samples([tmp_path / "a.json"])
+    with pytest.raises(InputError, match=r"b\.json cannot be read: No such file or directory$"):
+        read_samples([tmp_path / "b.json"])
 
 
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="the released samples are not here")

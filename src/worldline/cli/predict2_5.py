@@ -330,11 +330,20 @@ def _check_words(samples: Sequence[Sample]) -> list[dict[str, Any]]:
         try:
             FlowRequest(**request)
         except InputError as error:
-            wrong.append(f"{sample.place}: {error}")
+            wrong.append(f"{sample.place}: {_by_its_fields(error, sample)}")
         requests.append(request)
     if wrong:
         raise InputError("\n".join(wrong))
     return requests
+
+
+def _by_its_fields(error: InputError, sample: Sample) -> str:
+    """Return what is wrong with a request, by the names that a sample has for it."""
+    given = sample.num_input_frames
+    told = str(error).replace("num_video_frames", "num_output_frames")
+    return told.replace(
+        f"num_input_frames is {given}", f"{sample.inference_type} is given {given} of them"
+    )
 
 
 def _options_of(sample: Sample) -> dict[str, Any]:
@@ -382,6 +391,8 @@ def _log_notes(samples: Sequence[Sample], flags: dict[str, Any], given: set[str]
     for sample in samples:
         for name, reason in sample.without_effect.items():
             logger.info("%s: %s has no effect: %s", sample.place, name, reason)
+        if sample.continues_a_still:
+            logger.info("%s: of the video, image2world continues the last frame", sample.place)
     if flags["checkpoint_path"] is None:
         run.log_bundled(flags["model"], given)
     run.log_guardrails(_named(flags), flags, given, "disable_guardrails")
@@ -481,8 +492,7 @@ def _check(
         try:
             check_request(files, request)
         except InputError as error:
-            told = str(error).replace("num_video_frames", "num_output_frames")
-            wrong.append(f"{sample.place}: {told}")
+            wrong.append(f"{sample.place}: {_by_its_fields(error, sample)}")
     if wrong:
         raise InputError("\n".join(wrong))
     given = read_embeddings(embeddings)

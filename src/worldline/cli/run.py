@@ -257,9 +257,9 @@ def guard_offload_flags(guarded: bool, upsampled: bool = False) -> tuple[str, ..
 
 def log_bundled(name: str, given: Collection[str]) -> None:
     """Say what to expect of a bundled world, and which flags it has no use for."""
-    from worldline.catalog import is_bundled
+    from worldline.places import bundled_names
 
-    if not is_bundled(name):
+    if name not in bundled_names():  # another name of their form is refused later
         return
     logger.info(
         "%s knows generated clips of moving shapes alone; of others it makes coloured fog", name

@@ -7,6 +7,7 @@ its releases since 13 October 2025, and of the one a week earlier, with many sam
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -102,12 +103,13 @@ class Sample(BaseModel):
             raise ValueError(f"{value} is no number")
         return value
 
-    @field_validator("resolution")
+    @field_validator("resolution", mode="before")
     @classmethod
-    def _is_size(cls, value: str) -> str:
+    def _is_size(cls, value: Any) -> Any:
         if value == "none":
             return value
-        sides = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", value)
+        # a list or a number is told the same
+        sides = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", value if isinstance(value, str) else "")
         if sides is None:
             raise ValueError(f'{value!r} is neither "none" nor height and width such as "704,1280"')
         for side in map(int, sides.groups()):
@@ -121,7 +123,8 @@ class Sample(BaseModel):
     @classmethod
     def _is_file(cls, value: Path | None) -> Path | None:
         if value is not None and not _is_there(value):
-            raise ValueError(f"there is no file {value}")
+            told = f"{value} is a folder" if os.path.isdir(value) else f"there is no file {value}"
+            raise ValueError(told)
         return value
 
     @field_validator("input_path")
@@ -140,8 +143,11 @@ class Sample(BaseModel):
             return data
         try:
             return {**data, "prompt": Path(path).read_text(encoding="utf-8-sig").strip()}
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"prompt_path: {path} cannot be read: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompt_path: {path} is no text in UTF-8") from error
+        except OSError as error:
+            told = error.strerror or error
+            raise ValueError(f"prompt_path: {path} cannot be read: {told}") from error
 
     @model_validator(mode="after")
     def _is_whole(self) -> Sample:
@@ -186,6 +192,13 @@ class Sample(BaseModel):
             stated = [name for name in _CHUNKS if name in self.model_fields_set]
             found |= dict.fromkeys(stated, "enable_autoregressive is not true")
         return found
+
+    @property
+    def continues_a_still(self) -> bool:
+        """Whether of a video one frame alone is continued."""
+        if self.inference_type != "image2world" or self.input_path is None:
+            return False
+        return media_kind(self.input_path) == "video"
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -281,8 +294,12 @@ def _samples_in(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | InputErro
         raise InputError(f"{file}: {suffix or 'its end'} is none of {' '.join(SUFFIXES)}")
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} cannot be read: it is no text in UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
+    if suffix == ".json" and not text.strip():
+        raise InputError(f"{file} is no valid JSON: it is empty")
     if suffix == ".jsonl":
         # not `splitlines`: some of the signs that end its lines may stand in a JSON string
         for number, line in enumerate(text.split("\n"), 1):
@@ -336,8 +353,20 @@ def _parsed(place: str, text: str, suffix: str) -> Any:
             return yaml.load(text, _Yaml)
         return json.loads(without_comments(text), object_pairs_hook=_each_once)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        told = " ".join(str(error).split())
+        told = _told_by(error) if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        told = " ".join(told.split())
         raise InputError(f"{place} is no valid {suffix[1:].upper()}: {told}") from error
+
+
+def _told_by(error: yaml.MarkedYAMLError) -> str:
+    """Return what is wrong with YAML and where, and of common faults the cure."""
+    mark, told = error.problem_mark, error.problem or error.context or ""
+    cures = {
+        "mapping values": 'text that holds ": " stands in quotes',
+        "'\\t'": "lines are indented by spaces",
+    }
+    cure = "".join(f" ({cure})" for sign, cure in cures.items() if sign in told)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {told}{cure}" if mark else told
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -391,6 +420,8 @@ def _problems(error: ValidationError) -> Iterator[str]:
             message = "it is missing"
         elif problem["type"] == "path_type":
             message = f"{problem['input']!r:.80}: it must be a path"
+        elif problem["type"] == "string_type":
+            message = f"{problem['input']!r:.80}: it must be text, in quotes"
         elif "value" not in problem["type"]:
             message = f"{problem['input']!r:.80}: {message[:1].lower()}{message[1:]}"
         yield f"{field}: {message}" if field else message
