@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,16 @@ import torch
 
 import worldline
 from worldline import loading, machine, places
+from worldline.choices import CARRIED
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import MemoryPlan
 from worldline.machine import Memory
 from worldline.models.predict1_ar.model import PRESETS
 from worldline.models.predict1_ar.weights import SHARDS
+from worldline.pipelines.autoregressive import check_room
+from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder
+from worldline.shapes import LatentShape, latent_frames_of
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
@@ -217,6 +223,41 @@ def test_a_visitor_comes_beside_what_stays() -> None:
     assert large.visit - stays.visit == 10**11 - 1
     assert large.peak == large.visit
     assert stays.peak == plan().peak
+
+
+@pytest.mark.parametrize("temporal", [4, 8, 16])
+@pytest.mark.parametrize("frames", [2, 3, 5])
+def test_most_given(frames: int, temporal: int) -> None:
+    """As many tokens as a request can give: of an input, or of the window before."""
+    config = replace(PRESETS["5B-Video2World"], grid=LatentShape(frames, 4, 6))
+    tokenizer = replace(TOKENIZERS["DV8x16x16"], temporal=temporal)
+    own = loading.video_shape(config, tokenizer).frames
+    counts = []
+    for given, length, way in product((1, 9), (None, own + temporal), ("tokens", "pixels")):
+        request = AutoregressiveRequest(
+            num_input_frames=given, num_video_frames=length, rollout=way
+        )
+        try:
+            check_room(config, tokenizer, request)
+        except InputError:
+            continue
+        counts.append(latent_frames_of(given, temporal))
+        if length and way == "pixels":
+            counts.append(CARRIED)
+    most = config.leading_tokens + max(counts) * config.grid.tokens_per_frame
+    assert loading.autoregressive.most_given(config, tokenizer) == most
+
+
+def test_the_plan_knows_how_much_is_given() -> None:
+    """Two latent frames of three are more than half a window; a window of six begins alike."""
+    tokenizer, dtype = TOKENIZERS["DV8x16x16"], torch.bfloat16
+    need = {}
+    for frames in (3, 6):
+        config = replace(PRESETS["4B"], grid=LatentShape(frames, 40, 64))
+        plan = loading.plan_autoregressive(config, tokenizer, dtype=dtype)
+        cache = 2 * config.depth * config.length * config.num_kv_heads * config.head_size
+        need[frames] = plan.tokens - cache * dtype.itemsize
+    assert need[3] == need[6]
 
 
 def test_too_little_memory(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +14,14 @@ import torch
 
 import worldline
 from worldline.errors import CheckpointError, InputError
+from worldline.loading import AutoregressiveParts
 from worldline.models.predict1_ar.model import make_positions
+from worldline.parallel.offload import Part
 from worldline.pipelines.autoregressive import Job, continue_clips
 from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder
 from worldline.video.convert import condition_frames
+from worldline.weights.write import save
 from worldline.world import read_clip
 from worldline.world.autoregressive import AutoregressiveWorld
 
@@ -116,9 +122,74 @@ def test_embeddings_are_prompts(plain: AutoregressiveWorld, clip: Path) -> None:
     assert not np.array_equal(other.frames, by_prompt.frames)
 
 
-def test_offloading_changes_no_video(
-    world: AutoregressiveWorld, whole_world: Path, clip: Path
+def test_a_negative_prompt_is_not_dropped_in_silence(
+    plain: AutoregressiveWorld, clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    prompt = torch.randn(5, CONTEXT_WIDTH)
+    both, alone = tmp_path / "both.safetensors", tmp_path / "alone.safetensors"
+    save({"prompt": prompt, "negative_prompt": torch.randn(5, CONTEXT_WIDTH)}, both)
+    save({"prompt": prompt}, alone)
+    first = plain.generate(clip, prompt_embeddings=alone)
+    assert "no effect" not in caplog.text
+    for _ in range(2):  # it is said once
+        second = plain.generate(clip, prompt_embeddings=both)
+        told = f"{both}: no effect on an autoregressive model: negative_prompt"
+        assert caplog.messages == [told]
+    assert np.array_equal(first.frames, second.frames)
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_offloading_changes_no_video(
+    decodes: bool,
+    world: AutoregressiveWorld,
+    plain: AutoregressiveWorld,
+    whole_world: Path,
+    clip: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every part computes during its visits to the device alone: elsewhere its weights are NaN."""
+    resident = world if decodes else plain
+    offloaded = worldline.load(
+        VIDEO2WORLD, whole_world, disable_guardrail=True, disable_diffusion_decoder=not decodes
+    )
+    on_device = Part.on_device
+    home: dict[int, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+    visits: list[str] = []
+
+    def hide(part: Part[Any]) -> None:
+        part.offload = True  # a CPU is its own host: nothing moves, but the way is the same
+        home[id(part)] = [(weight, weight.data) for weight in part.module.parameters()]
+        for weight, _ in home[id(part)]:
+            weight.data = torch.full_like(weight, torch.nan)
+
+    @contextmanager
+    def visiting(part: Part[Any]) -> Iterator[torch.nn.Module]:
+        visits.append(type(part.module).__name__)
+        for weight, value in home.get(id(part), ()):  # the text encoder is read at its first visit
+            weight.data = value
+        try:
+            with on_device(part) as module:
+                yield module
+        finally:
+            hide(part)
+
+    monkeypatch.setattr(Part, "on_device", visiting)
+    parts = offloaded.parts
+    assert isinstance(parts, AutoregressiveParts)
+    hide(parts.transformer)
+    hide(parts.tokenizer)
+    if parts.decoder is not None:
+        hide(parts.decoder.transformer)
+        hide(parts.decoder.tokenizer)
+    frames = offloaded.generate(clip, prompt=PROMPT).frames
+    decoding = ["DiT", "CosmosTokenizer"] if decodes else ["CosmosTokenizer"]
+    assert visits == ["T5Encoder", "CosmosTokenizer", "ARTransformer", *decoding]
+    monkeypatch.setattr(Part, "on_device", on_device)
+    assert np.array_equal(frames, resident.generate(clip, prompt=PROMPT).frames)
+
+
+@pytest.mark.gpu
+def test_offloading_on_a_gpu(world: AutoregressiveWorld, whole_world: Path, clip: Path) -> None:
     offloaded = worldline.load(
         VIDEO2WORLD,
         whole_world,
@@ -128,8 +199,9 @@ def test_offloading_changes_no_video(
         offload_diffusion_decoder=True,
         offload_text_encoder_model=True,
     )
-    frames = offloaded.generate(clip, prompt=PROMPT).frames
-    assert np.array_equal(frames, world.generate(clip, prompt=PROMPT).frames)
+    video = offloaded.generate(clip, prompt=PROMPT)
+    assert np.array_equal(video.frames, world.generate(clip, prompt=PROMPT).frames)
+    assert all(video.report["offload"].values())
 
 
 def test_offloading_a_decoder_that_does_not_run(
@@ -151,10 +223,11 @@ def test_the_discrete_decode_is_not_run(
     assert len(world.generate(clip, prompt=PROMPT).frames) == 33
 
 
-def test_seams(world: AutoregressiveWorld, clip: Path) -> None:
-    """33 frames are one window, which has none."""
+@pytest.mark.parametrize("length", [33, 57])
+def test_seams(world: AutoregressiveWorld, clip: Path, length: int) -> None:
+    """57 frames are one window, which has none."""
     frames = [
-        world.generate(clip, prompt=PROMPT, decoder_seam=seam).frames
+        world.generate(clip, prompt=PROMPT, decoder_seam=seam, num_video_frames=length).frames
         for seam in ("corrected", "as_released")
     ]
     assert np.array_equal(*frames)

@@ -20,6 +20,8 @@ Seam = Literal["corrected", "as_released"]  # between windows of the diffusion d
 SEAMS: tuple[Seam, ...] = ("corrected", "as_released")
 Rollout = Literal["tokens", "pixels"]  # beyond the window of an autoregressive model
 ROLLOUTS: tuple[Rollout, ...] = ("tokens", "pixels")
+INPUT_FRAMES = (1, 9)  # that models of Cosmos 1.0 and Predict1 are given: of an image, of a video
+CARRIED = 2  # latent frames of a window that the next one is given, by way of pixels
 
 # cheapest first, of a world that has all parts
 AUTOREGRESSIVE_OFFLOAD_FLAGS = (

@@ -266,8 +266,8 @@ def test_bad_lines_are_told_before_the_checkpoint_is_opened(
     result = base("--batch_input_path", batch, checkpoint_dir=tmp_path / "nowhere")
     assert result.exit_code == 2
     assert "2 of 3 inputs cannot be used" in result.stderr
-    assert "line 2: " in result.stderr
-    assert "line 3: " in result.stderr
+    assert "line 2 (output 1.mp4): " in result.stderr
+    assert "line 3 (output 2.mp4): " in result.stderr
 
 
 def test_several_processes(base: Base, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -604,6 +604,38 @@ def test_resume_makes_again_what_was_made_otherwise(base: Base, clip: Path, tmp_
     assert report["request"]["seed"] == 2
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "finished"),
+    [
+        ((), ("--rollout", "pixels", "--decoder_seam", "as_released"), True),
+        ((), ("--offload_ar_model", "--offload_tokenizer", "--batch_size", 4), True),
+        (("--temperature", 0), ("--temperature", 0, "--top_p", 0.5, "--seed", 3), True),
+        ((), ("--temperature", 0), False),
+        (("--temperature", 0), (), False),
+        ((), ("--top_p", 0.5), False),
+        ((), ("--num_video_frames", 49), False),
+        (("--num_video_frames", 49), (), False),
+        (("--num_video_frames", 49), ("--num_video_frames", 49, "--rollout", "pixels"), False),
+    ],
+)
+def test_resume_knows_what_has_no_effect(
+    first: tuple[object, ...],
+    then: tuple[object, ...],
+    finished: bool,
+    base: Base,
+    clip: Path,
+    tmp_path: Path,
+) -> None:
+    words = ("--input_image_or_video_path", clip)
+    assert base(*words, *first).exit_code == 0
+    made = (tmp_path / "out" / "output.mp4").read_bytes()
+    result = base(*words, *then, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert ("is finished" if finished else "was made in another way") in result.stderr
+    assert base(*words, *then).exit_code == 0
+    assert ((tmp_path / "out" / "output.mp4").read_bytes() == made) == finished
+
+
 def test_resume_makes_again_what_another_device_made(
     base: Base, clip: Path, tmp_path: Path
 ) -> None:
@@ -612,6 +644,17 @@ def test_resume_makes_again_what_another_device_made(
     path = tmp_path / "out" / "output.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "bfloat16"}))
     assert "was made in another way" in base(*words).stderr
+    assert "is finished" in base(*words).stderr
+
+
+@pytest.mark.parametrize("changed", ["null", "[]", '{"files": null}', "{"])
+def test_resume_makes_again_what_has_no_true_report(
+    changed: str, base: Base, clip: Path, tmp_path: Path
+) -> None:
+    words = ("--input_image_or_video_path", clip, "--resume")
+    assert base(*words).exit_code == 0
+    (tmp_path / "out" / "output.json").write_text(changed)
+    assert "was made in another way, or not finished" in base(*words).stderr
     assert "is finished" in base(*words).stderr
 
 

@@ -130,6 +130,8 @@ def test_embeddings_in_place_of_the_text_encoder(
     assert "text" not in [stage["name"] for stage in report["run"]["stages"]]
     unread = ar_video2world(*words, "--offload_text_encoder_model")
     assert unread.stderr.count("--offload_text_encoder_model has no effect") == 1
+    again = ar_video2world(*words, "--text_encoder_dtype", "bfloat16", "--resume")
+    assert "is finished" in again.stderr
     save({"prompt": torch.randn(5, CONTEXT_WIDTH + 1)}, path)
     wrong = ar_video2world(*words, checkpoint_dir=own_whole_world)
     assert wrong.exit_code == 2

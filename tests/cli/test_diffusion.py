@@ -465,7 +465,7 @@ def test_bad_lines_are_told_at_once(
     result = text2world("--batch_input_path", batch)
     assert result.exit_code == 2
     assert "3 of 4 inputs cannot be used" in result.stderr
-    for part in ("line 2: ", "line 3: ", "line 4: "):
+    for part in ("line 2 (output 1.mp4): ", "line 3 (output 2.mp4): ", "line 4 (output 3.mp4): "):
         assert part in result.stderr
     lines = [
         {"visual_input": str(clip), "prompt": "x"},
@@ -478,7 +478,7 @@ def test_bad_lines_are_told_at_once(
     result = video2world(*words, checkpoint_dir=tmp_path / "nowhere")
     assert result.exit_code == 2
     assert "3 of 4 inputs cannot be used" in result.stderr
-    for part in ("line 2: ", "line 3: ", "line 4: "):
+    for part in ("line 2 (output 1.mp4): ", "line 3 (output 2.mp4): ", "line 4 (output 3.mp4): "):
         assert part in result.stderr
 
 
@@ -733,6 +733,8 @@ def test_resume_knows_changed_files(
         (("--generation", "1.0"), (), False),
         ((), ("--text_encoder_dtype", "float32"), True),  # the default on a CPU
         ((), ("--text_encoder_dtype", "bfloat16"), False),
+        (("--guidance", 0), ("--guidance", 0, "--negative_prompt", "fog"), True),
+        ((), ("--negative_prompt", "fog"), False),
         (("--text_encoder_dtype", "bfloat16"), (), False),
     ],
 )
@@ -750,6 +752,22 @@ def test_resume_knows_other_ways(
     assert result.exit_code == 0, result.stderr
     told = "is finished" if finished else "was made in another way"
     assert told in result.stderr
+
+
+def test_resume_knows_when_no_text_is_encoded(
+    text2world: Make, embeddings: Path, own_worlds: Path, tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone.safetensors"
+    save({"prompt": torch.randn(7, CONTEXT_WIDTH)}, alone)
+    for given, finished in ((embeddings, True), (alone, False)):
+        words = ("--prompt_embeddings", given, "--device", "cpu")
+        assert text2world(*words, checkpoint_dir=own_worlds).exit_code == 0
+        words = (*words, "--resume", "--text_encoder_dtype", "bfloat16")
+        result = text2world(*words, checkpoint_dir=own_worlds)
+        assert ("is finished" in result.stderr) == finished
+        (own_worlds / TEXT_ENCODER / "model.safetensors").touch()
+        result = text2world(*words, checkpoint_dir=own_worlds)
+        assert ("is finished" in result.stderr) == finished
 
 
 def test_resume_knows_another_dtype(

@@ -22,6 +22,7 @@ from worldline.cli import main
 from worldline.cli.predict2_5 import predict2_5
 from worldline.cli.samples import Sample
 from worldline.errors import Error
+from worldline.text.reason1 import RELEASED
 from worldline.video.read import probe, read_image, read_video
 from worldline.weights.write import save
 
@@ -593,6 +594,31 @@ def test_resume_knows_other_ways(
     result = flow("-i", file, "--device", "cpu", "--resume", *words)
     assert result.exit_code == 0, result.stderr
     assert ("is finished" if finished else "was made in another way") in result.stderr
+
+
+def test_resume_knows_what_has_no_effect(flow: Flow, own_predict2_5: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.json", {**TEXT, "name": "a"})
+    prompt, both = tmp_path / "prompt.safetensors", tmp_path / "both.safetensors"
+    save({"prompt": torch.randn(7, CONFIG.feature_width)}, prompt)
+    save({n: torch.randn(7, CONFIG.feature_width) for n in ("prompt", "negative_prompt")}, both)
+    touched = next((own_predict2_5 / RELEASED).rglob("*.safetensors"))
+    cases = (
+        (0, None, True, False),
+        (0, prompt, True, True),
+        (2, prompt, False, False),  # the negative prompt is encoded
+        (2, both, False, True),
+    )
+    for number, (guidance, embeddings, of_words, of_encoder) in enumerate(cases, 1):
+        words: tuple[object, ...] = ("-i", file, "--guidance", guidance, "--device", "cpu")
+        if embeddings is not None:
+            words += ("--prompt_embeddings", embeddings)
+        assert flow(*words, checkpoint_dir=own_predict2_5).exit_code == 0
+        other = (*words, "--negative_prompt", "fog", "--resume")
+        result = flow(*other, checkpoint_dir=own_predict2_5)
+        assert ("is finished" in result.stderr) == of_words, (guidance, embeddings)
+        os.utime(touched, (number, number))
+        result = flow(*other, checkpoint_dir=own_predict2_5)
+        assert ("is finished" in result.stderr) == of_encoder, (guidance, embeddings)
 
 
 def test_resume_knows_changed_files(flow: Flow, own_predict2_5: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,36 @@ def test_in_step_as_alone(plain: AutoregressiveWorld, whole: AutoregressiveWorld
             assert report["request"] == alone.report["request"]
             names = [stage["name"] for stage in report["run"]["stages"]]
             assert names == [stage["name"] for stage in alone.report["run"]["stages"]]
+
+
+def test_more_than_the_kernels_take_in_step(
+    plain: AutoregressiveWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are drawn in groups; each is what it is alone, and tells of its own group alone."""
+    monkeypatch.setattr(worldline.loading, "kernels_fit", lambda *_: True)
+    monkeypatch.setattr(worldline.loading, "MOST_CLIPS", 2)
+    ticks = itertools.count()
+    monkeypatch.setattr(worldline.report.time, "perf_counter", lambda: float(next(ticks)))
+    drawn, real = [], worldline.world.autoregressive.continue_clips
+
+    def continue_clips(parts: Any, jobs: Sequence[Any], recorder: Any) -> Any:
+        drawn.append(len(jobs))
+        return real(parts, jobs, recorder)
+
+    monkeypatch.setattr(worldline.world.autoregressive, "continue_clips", continue_clips)
+    each = [{"seed": seed} for seed in range(5)]
+    videos = finished(plain.stream_batch([moving()] * 5, each, top_p=1.0))
+    assert drawn == [2, 2, 1]
+    assert [videos[number].report["clips_at_once"] for number in range(5)] == [2, 2, 2, 2, 1]
+    for own in each:
+        alone = plain.generate(moving(), **own, top_p=1.0)
+        assert np.array_equal(videos[own["seed"]].frames, alone.frames)
+    spent = [
+        {stage["name"]: stage["seconds"] for stage in videos[number].report["run"]["stages"]}
+        for number in (0, 2)
+    ]
+    assert spent[0] == spent[1]
+    assert spent[0]["read"] == 5  # a tick for each input
 
 
 def finished(steps: Iterator[tuple[int, worldline.Step]]) -> dict[int, worldline.Video]:

@@ -265,10 +265,21 @@ def _make_videos(context: click.Context, flags: dict[str, Any], fields: Fields, 
         read.append(Path(flags[source]))
     outputs = run.choose_outputs(items, flags, batch=batch, read=read)
     files = _find_files(flags, requests[0], fields)
-    _log_length_notes(files, requests[0], given)
+    at_length = _idle_at_length(files, requests[0])
+    run.log_without_effect(given, at_length)
     resolved = _resolve(files, flags) if flags["resume"] else {}
+    idle = {*_idle_flags(flags), *at_length}
+    if flags["prompt_embeddings"] is not None:
+        idle.update(run.ENCODING)
     tasks = [
-        run.Task(item, request, output, _files_of(item, flags, fields), resolved)
+        run.Task(
+            item,
+            request,
+            output,
+            _files_of(item, flags, fields),
+            resolved,
+            undeciding=idle,
+        )
         for item, request, output in zip(items, requests, outputs, strict=True)
     ]
     if left := run.left_to_do(tasks, flags, files.identity):
@@ -306,12 +317,7 @@ def _log_notes(
     run.log_bundled(flags["ar_model_dir"], given)
     run.log_guardrails(flags["ar_model_dir"], flags, given)
     run.log_without_effect(given, _WITHOUT_EFFECT)
-    if not _decodes(flags):
-        run.log_without_effect(given, _WITHOUT_DECODER)
-    if flags["temperature"] == 0:
-        greedy = "temperature 0 draws nothing at random"
-        names = ("top_p",) if _decodes(flags) else ("top_p", "seed")
-        run.log_without_effect(given, dict.fromkeys(names, greedy))
+    run.log_without_effect(given, _idle_flags(flags))
     if batch:
         run.log_without_effect(given, run.NUMBERED)
     else:
@@ -337,10 +343,18 @@ def _log_notes(
             )
 
 
-def _log_length_notes(
-    files: AutoregressiveFiles, request: AutoregressiveRequest, given: set[str]
-) -> None:
-    """Say which flags have no effect on a video of this length."""
+def _idle_flags(flags: dict[str, Any]) -> dict[str, str]:
+    """Return which flags have no effect beside others, and why."""
+    decodes = _decodes(flags)
+    idle = {} if decodes else dict(_WITHOUT_DECODER)
+    if flags["temperature"] == 0:
+        names = ("top_p",) if decodes else ("top_p", "seed")
+        idle |= dict.fromkeys(names, "temperature 0 draws nothing at random")
+    return idle
+
+
+def _idle_at_length(files: AutoregressiveFiles, request: AutoregressiveRequest) -> dict[str, str]:
+    """Return which flags have no effect on a video of this length, and why."""
     from worldline.models.predict1_dit.model import DECODER_WINDOW
     from worldline.pipelines.autoregressive import frames_of
     from worldline.shapes import latent_frames_of
@@ -348,11 +362,13 @@ def _log_length_notes(
     config, tokenizer = files.config, files.tokenizer_config
     window = config.grid.frames
     latents = latent_frames_of(frames_of(config, tokenizer, request), tokenizer.temporal)
+    idle = {}
     if latents <= window:
-        run.log_without_effect(given, {"rollout": "the video is as long as the model's own"})
+        idle["rollout"] = "the video is as long as the model's own"
     decoded = min(latents, window) if request.rollout == "pixels" else latents
     if files.decoder is not None and decoded <= DECODER_WINDOW:
-        run.log_without_effect(given, {"decoder_seam": "one window of the decoder is enough"})
+        idle["decoder_seam"] = "one window of the decoder is enough"
+    return idle
 
 
 def _find_files(

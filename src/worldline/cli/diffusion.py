@@ -359,6 +359,7 @@ def _make_videos(
             _files_of(item, flags),
             _resolve(files, request, flags) if flags["resume"] else {},
             request.fps / files.tokenizer_config.temporal,
+            _undeciding(files, request, embeddings) if flags["resume"] else (),
         )
         for item, request, output in zip(items, requests, outputs, strict=True)
     ]
@@ -522,6 +523,18 @@ def _resolve(
         "prompt_upsampler_ran": _upsampled(request, flags),
         "guardrail": guardrail_release(files, flags["disable_guardrail"] or None),
     }
+
+
+def _undeciding(
+    files: DiffusionFiles, request: DiffusionRequest, embeddings: str | None
+) -> list[str]:
+    """Return what has no effect on a video, by the names of `run.Task`."""
+    from worldline.pipelines.diffusion import read_embeddings, to_encode
+
+    found = [] if request.guidance else ["negative_prompt"]
+    if embeddings is not None and not to_encode(request, read_embeddings(files, embeddings)):
+        found += run.ENCODING
+    return found
 
 
 def _run(

@@ -256,6 +256,7 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
             },
             _resolve(world, flags, given) if flags["resume"] else {},
             request.fps / world.tokenizer_config.temporal,
+            _undeciding(request, embeddings) if flags["resume"] else (),
         )
         for number, (sample, request, output) in enumerate(
             zip(samples, asked, outputs, strict=True)
@@ -538,6 +539,16 @@ def _resolve(files: FlowFiles, flags: dict[str, Any], given: set[str]) -> dict[s
         "text_encoder_dtype": text,
         "guardrail": guardrail_release(files, _disabled(flags, given)),
     }
+
+
+def _undeciding(request: FlowRequest, embeddings: str | None) -> list[str]:
+    """Return what has no effect on a video, by the names of `run.Task`."""
+    from worldline.pipelines.predict2_5 import read_embeddings, to_encode
+
+    found = [] if request.guidance else ["negative_prompt"]
+    if embeddings is not None and not to_encode(request, read_embeddings(embeddings)):
+        found += run.ENCODING
+    return found
 
 
 def _run(

@@ -34,6 +34,7 @@ _UNWRITTEN = (".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".
 # of the files beside a video: its report, its prompt
 _BESIDE = (".json", ".txt")
 _UNDECIDING = {"preview_every"}  # fields of requests
+ENCODING = ("text_encoder", "text_encoder_dtype")  # in reports, of what encodes prompts
 _STAGES = {
     "guardrail": "asking the guardrails",
     "upsample": "writing the prompt",
@@ -70,6 +71,8 @@ class Task:
         resolved: entries of the report that decide what it shows too, as they will be; where they
             have the name of a field of the request, they stand for it.
         preview_fps: frames a second of early looks; None where there are none.
+        undeciding: of all these the names that have no effect on what it shows; which ones must
+            follow from those that have one, since an earlier video is compared by these alone.
     """
 
     item: Item
@@ -78,6 +81,7 @@ class Task:
     files: dict[str, Path | None] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
     preview_fps: float | None = None
+    undeciding: Collection[str] = ()
 
 
 def output_options() -> tuple[Option, ...]:
@@ -384,19 +388,21 @@ def _is_finished(task: Task, identity: dict[str, Any]) -> bool:
     try:
         report = json.loads(task.output.with_suffix(".json").read_text())
         files = {role: path and stamp(path) for role, path in task.files.items()}
-        if report["files"] != {**identity, **files}:
+        left_out = _UNDECIDING | set(task.undeciding)
+        if _without(report["files"], left_out) != _without({**identity, **files}, left_out):
             return False
-        if any(report[name] != value for name, value in task.resolved.items()):
+        resolved = {n: value for n, value in task.resolved.items() if n not in left_out}
+        if any(report[name] != value for name, value in resolved.items()):
             return False
-        left_out = _UNDECIDING | task.resolved.keys()
+        left_out |= task.resolved.keys()
         return _without(report["request"], left_out) == _without(vars(task.request), left_out)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _without(request: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Return the fields that decide; a report may lack one that is None."""
-    kept = (item for item in request.items() if item[0] not in names)
+def _without(stated: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return the entries that decide; a report may lack one that is None."""
+    kept = (item for item in stated.items() if item[0] not in names)
     return {name: value for name, value in kept if value is not None}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
+from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS, CARRIED, INPUT_FRAMES
 from worldline.errors import CheckpointError
 from worldline.files import holds_diffusers, unfinished
 from worldline.loading.decoder import (
@@ -154,6 +154,14 @@ class AutoregressiveParts:
 def video_shape(config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig) -> VideoShape:
     """Return the size of the clips that a transformer and a tokenizer make together."""
     return config.grid.video(tokenizer.temporal, tokenizer.spatial)
+
+
+def most_given(config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig) -> int:
+    """Return how many tokens a window begins with at most: of an input, or of the one before."""
+    latents = max(latent_frames_of(max(INPUT_FRAMES), tokenizer.temporal), CARRIED)
+    # at least one latent frame is left to draw
+    latents = min(latents, config.grid.frames - 1)
+    return config.leading_tokens + latents * config.grid.tokens_per_frame
 
 
 @dataclass(frozen=True)
@@ -340,7 +348,7 @@ def plan_autoregressive(
     heads = config.num_kv_heads * config.head_size
     cache = 2 * config.depth * config.length * heads * size
     # the longest prompt: gate, up and product of a part of it; and queries, keys, values
-    prompt = config.length // 2
+    prompt = most_given(config, tokenizer)
     hidden = 3 * config.hidden * min(prompt, FEED_FORWARD_ROWS)
     prefill = (hidden + 5 * config.width * prompt) * size
     if config.context_width is not None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from worldline.choices import CARRIED
 from worldline.errors import CheckpointError, InputError
 from worldline.loading import AutoregressiveFiles, AutoregressiveParts, DecoderParts, video_shape
 from worldline.models.predict1_ar.decoder import make_decoder
@@ -42,7 +43,6 @@ from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip
 
 FPS = 25.0  # of every autoregressive output, whatever the input's was
-CARRIED = 2  # latent frames of a window that the next one is given, by way of pixels
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor
 from worldline.errors import InputError
 from worldline.text import embeddings
 from worldline.text.embeddings import padded
+
+logger = logging.getLogger(__name__)
 
 GivenEmbedding = str | Path | Tensor | NDArray[Any]
 
@@ -31,8 +35,16 @@ def read_prompt_embedding(given: GivenEmbedding | None, rows: int, width: int) -
     """
     if given is None:
         return None
-    tensor, called = read_both(given)["prompt"]
+    found = read_both(given)
+    if "negative_prompt" in found:
+        _tell_unread(str(given))
+    tensor, called = found["prompt"]
     return filled(tensor, rows, width, called)
+
+
+@cache  # once a file, for however many clips it is read
+def _tell_unread(path: str) -> None:
+    logger.warning("%s: no effect on an autoregressive model: negative_prompt", path)
 
 
 def read_both(

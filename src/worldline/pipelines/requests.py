@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from worldline.choices import (
+    INPUT_FRAMES,
     MAX_SEED,
     NEGATIVE_PROMPT,
     ROLLOUTS,
@@ -63,7 +64,7 @@ class AutoregressiveRequest:
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("temperature", "top_p"):
             object.__setattr__(self, name, real_number(name, getattr(self, name)))
-        if self.num_input_frames not in (1, 9):
+        if self.num_input_frames not in INPUT_FRAMES:
             raise InputError(f"num_input_frames is {self.num_input_frames}; it must be 1 or 9")
         frames = self.num_video_frames
         if frames is not None and not 1 <= frames <= LARGEST_SIZE:
@@ -177,7 +178,7 @@ class DiffusionRequest(VideoRequest):
         super().__post_init__()
         if not 0 <= self.augment_sigma < math.inf:
             raise InputError(f"augment_sigma is {self.augment_sigma}; it must be 0 or more")
-        if self.num_input_frames not in (0, 1, 9):
+        if self.num_input_frames not in (0, *INPUT_FRAMES):
             raise InputError(f"num_input_frames is {self.num_input_frames}; it must be 1 or 9")
         self._check_choice("sampler", (None, *SAMPLERS))
         self._check_choice("reinsertion", get_args(Reinsertion))

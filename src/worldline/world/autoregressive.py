@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from worldline.errors import GuardrailRefusal, InputError, joined_stages
-from worldline.loading import AutoregressiveFiles, AutoregressiveParts
+from worldline.loading import AutoregressiveFiles, AutoregressiveParts, most_in_step
 from worldline.models.predict1_ar.decoder import PlainDecoder
 from worldline.pipelines.autoregressive import (
     FPS,
@@ -23,6 +23,7 @@ from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder, environment
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of
+from worldline.world.safety import Checks
 from worldline.world.video import Step, Video
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,8 @@ class AutoregressiveWorld(World):
     ) -> Iterator[tuple[int, Step]]:
         """Continue several inputs in step; yield which one, and a `Step` as `stream` does.
 
-        Each becomes the video that it becomes alone. Steps that are made for all are told of
-        input 0.
+        Each becomes the video that it becomes alone. More inputs than the decoding kernels take
+        are drawn group by group; steps that are made for a group are told of its first input.
 
         Args:
             inputs: as `stream` takes them.
@@ -155,9 +156,34 @@ class AutoregressiveWorld(World):
                 refusals[number] = error
             else:
                 live.append(number)
-        jobs = [plans[number].job for number in live]
-        for progress in continue_clips(self.parts, jobs, shared) if jobs else ():
-            number = live[progress.clip]
+        weight = self.parts.transformer.module.head.weight
+        most = most_in_step(self.files, self.device, weight.dtype) or len(plans)
+        for at in range(0, len(live), most):
+            group = live[at : at + most]
+            # what all share so far is the reading; the rest is the group's own
+            own = shared.followed_by(Recorder(self.device)) if len(live) > most else shared
+            yield from self._draw(plans, group, own, checks, refusals)
+        if not refusals:
+            return
+        first = next(iter(refusals.values()))
+        if len(plans) == 1:
+            raise first
+        count = f"{len(refusals)} of {len(plans)} inputs were refused"
+        stage = joined_stages(refusal.stage for refusal in refusals.values())
+        raise GuardrailRefusal(f"{count}, the first so: {first}", stage, refusals)
+
+    def _draw(
+        self,
+        plans: Sequence[_Plan],
+        group: Sequence[int],
+        shared: Recorder,
+        checks: Sequence[Checks],
+        refusals: dict[int, GuardrailRefusal],
+    ) -> Iterator[tuple[int, Step]]:
+        """Continue the clips of a group, by their numbers; add what is refused to `refusals`."""
+        jobs = [plans[number].job for number in group]
+        for progress in continue_clips(self.parts, jobs, shared):
+            number = group[progress.clip]
             if progress.kind != "done":
                 step = Step(progress.kind, progress.done, progress.total, progress.frames)
                 yield number, self._shown(step)
@@ -177,14 +203,6 @@ class AutoregressiveWorld(World):
             video = Video(frames, FPS, report, job.request.prompt)
             done = Step("done", progress.total, progress.total, frames, video=video)
             yield number, done
-        if not refusals:
-            return
-        first = next(iter(refusals.values()))
-        if len(plans) == 1:
-            raise first
-        count = f"{len(refusals)} of {len(plans)} inputs were refused"
-        stage = joined_stages(refusal.stage for refusal in refusals.values())
-        raise GuardrailRefusal(f"{count}, the first so: {first}", stage, refusals)
 
     def _report(
         self,

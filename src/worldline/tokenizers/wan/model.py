@@ -158,6 +158,13 @@ class CausalConv(nn.Module):
         self.prepare = norm_silu  # training may put a compiled one in its place
 
     def forward(self, cells: Tensor, past: Past | None = None) -> Tensor:
+        return self.convolve(self.precede(cells, past))
+
+    def precede(self, cells: Tensor, past: Past | None) -> Tensor:
+        """Return what is convolved: cells, normed if they are to be, behind the two frames before.
+
+        A caller that does not need the cells themselves any more can let go of them then.
+        """
         before = None if past is None or not past.begun else past.kept[self]
         if self.gamma is None:
             # a picture has three channels: five of zeros change nothing but the kernel's speed
@@ -166,9 +173,10 @@ class CausalConv(nn.Module):
             room = self.prepare(cells, self.gamma.flatten(), before)
         if past is not None:
             past.kept[self] = room[:, -_REACH:].clone()  # a view would keep all of the piece
-        return self._convolve(room)
+        return room
 
-    def _convolve(self, room: Tensor) -> Tensor:
+    def convolve(self, room: Tensor) -> Tensor:
+        """Return the convolution (B, T, H, W, C') of what `precede` gave, (B, 2 + T, H, W, C)."""
         outputs = len(self.bias)
         inputs, more = room.shape[-1] - self.weight.shape[1], _missing(outputs)
         weight: Tensor = self.weight
@@ -254,8 +262,10 @@ class ResidualBlock(nn.Module):
         self.shortcut = Pointwise(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, cells: Tensor, past: Past | None = None) -> Tensor:
-        y = self.conv2(self.conv1(cells, past), past)
-        return y.add_(self.shortcut(cells))
+        y = self.conv1(cells, past)
+        room = self.conv2.precede(y, past)
+        del y  # as large as a piece gets
+        return self.conv2.convolve(room).add_(self.shortcut(cells))
 
 
 class Attention(nn.Module):
