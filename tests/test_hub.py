@@ -158,7 +158,9 @@ def test_no_repository_and_no_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(DownloadError, match="has no no/body"):
         list_files("no/body")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DownloadError, match=r"127.0.0.1:9 cannot be reached.*HF_ENDPOINT"):
+    with pytest.raises(
+        DownloadError, match=rf"{REPOSITORY}: .*127.0.0.1:9 cannot be reached.*HF_ENDPOINT"
+    ):
         list_files(REPOSITORY)
 
 

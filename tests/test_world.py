@@ -136,9 +136,14 @@ def test_wrong_inputs(world: worldline.World, short_clip: Path) -> None:
     ):
         with pytest.raises(worldline.InputError, match=r"uint8 \(T, H, W, 3\)"):
             world.generate(wrong)
-    for nothing, kind in (([], "list"), (None, "NoneType"), (b"in.mp4", "bytes"), (3, "int")):
+    for nothing, told in (
+        ([], "the input is a list"),
+        (None, "no input is given"),
+        (b"in.mp4", "the input is a bytes"),
+        (3, "the input is a int"),
+    ):
         for input_type in (None, "video", "image"):
-            with pytest.raises(worldline.InputError, match=f"the input is a {kind}; it must be"):
+            with pytest.raises(worldline.InputError, match=f"{told}; it must be"):
                 world.generate(nothing, input_type=input_type)  # type: ignore[arg-type]
     with pytest.raises(worldline.InputError, match="image 4 x 4 is an image, but the input type"):
         world.generate(Image.new("RGB", (4, 4)), input_type="video")

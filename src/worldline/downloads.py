@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, Entry, FlowModel, find
+from worldline.catalog import (
+    ENTRIES,
+    FLOW_MODELS,
+    FLOW_TOKENIZER,
+    Entry,
+    FlowModel,
+    find,
+    is_bundled,
+)
 from worldline.choices import Generation
 from worldline.errors import DownloadError, InputError
 from worldline.hub import RemoteFile, chosen
@@ -229,6 +237,8 @@ def _look_up(model: str) -> tuple[str, Entry, FlowModel | None]:
     entry = find(name) or find(name.removeprefix("nvidia/"))
     if entry is not None and "_post-trained" in name:
         raise InputError(f"{model} is not released: it is what post-training makes of {entry.name}")
+    if entry is None and is_bundled(model):
+        raise InputError(f"{model}: models of that name come with the package; nothing is fetched")
     if entry is None:
         known = [*GROUPS, *flows, *(folder for each in ENTRIES for folder in each.folders)]
         close = get_close_matches(model, known, n=1, cutoff=0.6)

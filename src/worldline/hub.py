@@ -345,7 +345,7 @@ def _explained(repository: str, *, passing: bool = False) -> Iterator[None]:
         if passing:
             raise
         raise DownloadError(
-            f"{endpoint()} cannot be reached: {error} (HF_ENDPOINT names a mirror)"
+            f"{repository}: {endpoint()} cannot be reached: {error} (HF_ENDPOINT names a mirror)"
         ) from error
 
 

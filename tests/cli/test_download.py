@@ -123,6 +123,14 @@ def test_dry_run(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["model.pt"]
 
 
+def test_dry_run_without_a_hub(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    result = run("checkpoints", "download", NAMES[0], "--dry_run", "--checkpoint_dir", tmp_path)
+    assert result.exit_code == 1
+    assert result.stdout == ""  # no sum of nothing
+    assert f"{MODEL}: http://127.0.0.1:9 cannot be reached" in result.stderr
+
+
 def test_what_is_refused_is_told_at_once(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     hub.refused["nvidia/Cosmos-Guardrail1"] = (401, "GatedRepo")
     del hub.repositories["nvidia/Cosmos-Tokenize1-DV8x16x16-720p"]

@@ -118,7 +118,7 @@ def download(**flags: Any) -> None:
     wanted = sources(names, generation, without)
     folder = Path(flags["checkpoint_dir"])
     plan, problems = _make_plan(wanted, folder)
-    if flags["dry_run"]:
+    if flags["dry_run"] and plan:
         _show(plan)
     if problems:
         count = "nothing was fetched: " if not flags["dry_run"] else ""

@@ -34,8 +34,9 @@ def kind_of(input: Input | None) -> InputType:
     if isinstance(input, (str, PathLike)):
         kind: InputType = media_kind(Path(input))
         return kind
+    what = "no input is given" if input is None else f"the input is a {type(input).__name__}"
     raise InputError(
-        f"the input is a {type(input).__name__}; it must be a path, a PIL image, or frames "
+        f"{what}; it must be a path, a PIL image, or frames "
         "(T, H, W, 3), uint8, as an array or a tensor"
     )
 
