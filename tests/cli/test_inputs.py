@@ -78,10 +78,11 @@ def test_all_problems_at_once(clip: Path, short_clip: Path, image: Path, tmp_pat
     message = str(caught.value).splitlines()
     assert message[0] == f"{batch}: 11 of 12 inputs cannot be used, so none was run"
     told = dict(line.strip().removeprefix("line ").split(": ", 1) for line in message[1:])
-    wrong = {f"{n + 1} (output {n}.mp4)": part for n, (_, part) in enumerate(lines) if part}
+    wrong = {str(n + 1): (part, n) for n, (_, part) in enumerate(lines) if part}
     assert told.keys() == wrong.keys()
-    for number, part in wrong.items():
+    for number, (part, output) in wrong.items():
         assert part in told[number], f"line {number}: {told[number]}"
+        assert told[number].endswith(f" (output {output}.mp4)")
 
 
 def test_fields_without_effect_are_named(

@@ -168,7 +168,7 @@ def _read_lines(file: Path, fields: Fields) -> tuple[list[Item], list[str]]:
                 _check(path, fields)
             prompt = None if fields.prompt == "unused" else entry.get(PROMPT)
         except InputError as error:
-            problems.append(f"line {number + 1} (output {number}.mp4): {error}")
+            problems.append(f"line {number + 1}: {error} (output {number}.mp4)")
         else:
             items.append(Item(number, path, prompt))
     if ignored:
