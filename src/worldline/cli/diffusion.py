@@ -32,6 +32,7 @@ from worldline.files import read_json
 if TYPE_CHECKING:
     from worldline.cli.inputs import Fields, Item
     from worldline.loading import DiffusionFiles
+    from worldline.pipelines.exchange import Embeddings
     from worldline.pipelines.requests import DiffusionRequest
     from worldline.world import Step
 
@@ -349,7 +350,9 @@ def _make_videos(
     requests = _make_requests(options, files, given)
     # a prompt that will be written stands in for none
     written = [replace(r, prompt="…") if _upsampled(r, flags) else r for r in requests]
-    _check(files, written, embeddings)
+    held = _check(files, written, embeddings)
+    from worldline.pipelines.diffusion import to_encode  # slow: not before wrong words are told
+
     _check_rates(requests, outputs)
     tasks = [
         run.Task(
@@ -359,12 +362,14 @@ def _make_videos(
             _files_of(item, flags),
             _resolve(files, request, flags) if flags["resume"] else {},
             request.fps / files.tokenizer_config.temporal,
-            _undeciding(files, request, embeddings) if flags["resume"] else (),
+            run.undeciding(
+                request.guidance, encodes=embeddings is None or bool(to_encode(request, held))
+            ),
         )
         for item, request, output in zip(items, requests, outputs, strict=True)
     ]
     if left := run.left_to_do(tasks, flags, files.identity):
-        _run(left, files, flags, given, batch=batch)
+        _run(left, files, flags, given, held, batch=batch)
 
 
 def _upsamples(flags: dict[str, Any]) -> bool:
@@ -461,8 +466,8 @@ def _find_files(flags: dict[str, Any], given: set[str]) -> DiffusionFiles:
 
 def _check(
     files: DiffusionFiles, requests: Sequence[DiffusionRequest], embeddings: str | None
-) -> None:
-    """Refuse what this world cannot do.
+) -> Embeddings:
+    """Refuse what this world cannot do; return the embeddings that are given.
 
     Raises:
         InputError: it cannot.
@@ -484,6 +489,7 @@ def _check(
                 "an empty --negative_prompt"
             )
         raise CheckpointError(f"{files.why_no_text}; {ways}") from error
+    return given
 
 
 def _check_rates(requests: Sequence[DiffusionRequest], outputs: Sequence[Path]) -> None:
@@ -525,28 +531,17 @@ def _resolve(
     }
 
 
-def _undeciding(
-    files: DiffusionFiles, request: DiffusionRequest, embeddings: str | None
-) -> list[str]:
-    """Return what has no effect on a video, by the names of `run.Task`."""
-    from worldline.pipelines.diffusion import read_embeddings, to_encode
-
-    found = [] if request.guidance else ["negative_prompt"]
-    if embeddings is not None and not to_encode(request, read_embeddings(files, embeddings)):
-        found += run.ENCODING
-    return found
-
-
 def _run(
     tasks: Sequence[run.Task],
     files: DiffusionFiles,
     flags: dict[str, Any],
     given: set[str],
+    held: Embeddings,
     *,
     batch: bool,
 ) -> None:
     from worldline.loading import choose_device, dearest
-    from worldline.pipelines.diffusion import read_embeddings, to_encode
+    from worldline.pipelines.diffusion import to_encode
     from worldline.world import load_files, load_guards
 
     upsamples = any(_upsampled(task.request, flags) for task in tasks)
@@ -567,7 +562,6 @@ def _run(
             offload_guardrail_models=flags["offload_guardrail_models"],
             offload_prompt_upsampler=flags["offload_prompt_upsampler"],
         )
-        embeddings = read_embeddings(files, flags["prompt_embeddings"])
         offload = {name: flags[name] for name in DIFFUSION_OFFLOAD_FLAGS}
         offloaded = [flag for flag in offload if offload[flag]]
         videos = [task.request.video for task in tasks]
@@ -579,7 +573,7 @@ def _run(
             device=flags["device"],
             text_encoder_dtype=flags["text_encoder_dtype"],
             video=(largest.frames, largest.height, largest.width),
-            text=upsamples or any(to_encode(task.request, embeddings) for task in tasks),
+            text=upsamples or any(to_encode(task.request, held) for task in tasks),
             **offload,
         )
 

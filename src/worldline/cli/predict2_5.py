@@ -22,6 +22,7 @@ from worldline.errors import CheckpointError, InputError
 if TYPE_CHECKING:
     from worldline.cli.samples import Sample
     from worldline.loading import FlowFiles
+    from worldline.pipelines.exchange import Embeddings
     from worldline.pipelines.requests import FlowRequest
     from worldline.world import Step
 
@@ -244,7 +245,9 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
     world = _find_files(flags, given)
     embeddings = flags["prompt_embeddings"]
     asked = _make_requests(samples, requests, world, flags)
-    _check(world, samples, asked, embeddings)
+    held = _check(world, samples, asked, embeddings)
+    from worldline.pipelines.predict2_5 import to_encode  # slow: not before wrong words are told
+
     tasks = [
         run.Task(
             _item(number, sample),
@@ -256,7 +259,9 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
             },
             _resolve(world, flags, given) if flags["resume"] else {},
             request.fps / world.tokenizer_config.temporal,
-            _undeciding(request, embeddings) if flags["resume"] else (),
+            run.undeciding(
+                request.guidance, encodes=embeddings is None or bool(to_encode(request, held))
+            ),
         )
         for number, (sample, request, output) in enumerate(
             zip(samples, asked, outputs, strict=True)
@@ -264,7 +269,7 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
     ]
     if left := run.left_to_do(tasks, flags, world.identity):
         stated = dict(zip(outputs, samples, strict=True))
-        _run(left, stated, world, flags, given)
+        _run(left, stated, world, flags, given, held)
 
 
 def _refuse_absent_parts(flags: dict[str, Any]) -> None:
@@ -479,8 +484,8 @@ def _check(
     samples: Sequence[Sample],
     requests: Sequence[FlowRequest],
     embeddings: str | None,
-) -> None:
-    """Refuse what this world cannot do.
+) -> Embeddings:
+    """Refuse what this world cannot do; return the embeddings that are given.
 
     Raises:
         InputError: it cannot; all samples of which this is so are told.
@@ -505,6 +510,7 @@ def _check(
         if given.prompt is not None:
             ways = f"{embeddings} has no negative_prompt: add its embedding, or give --guidance 0"
         raise CheckpointError(f"{files.why_no_text}; {ways}") from error
+    return given
 
 
 def _item(number: int, sample: Sample) -> Any:
@@ -541,25 +547,16 @@ def _resolve(files: FlowFiles, flags: dict[str, Any], given: set[str]) -> dict[s
     }
 
 
-def _undeciding(request: FlowRequest, embeddings: str | None) -> list[str]:
-    """Return what has no effect on a video, by the names of `run.Task`."""
-    from worldline.pipelines.predict2_5 import read_embeddings, to_encode
-
-    found = [] if request.guidance else ["negative_prompt"]
-    if embeddings is not None and not to_encode(request, read_embeddings(embeddings)):
-        found += run.ENCODING
-    return found
-
-
 def _run(
     tasks: Sequence[run.Task],
     samples: Mapping[Path, Sample],
     files: FlowFiles,
     flags: dict[str, Any],
     given: set[str],
+    held: Embeddings,
 ) -> None:
     from worldline.loading import choose_device, dearest
-    from worldline.pipelines.predict2_5 import read_embeddings, to_encode, window_of
+    from worldline.pipelines.predict2_5 import to_encode, window_of
     from worldline.world import load_files, load_guards
     from worldline.world.safety import guardrail_release
 
@@ -576,7 +573,6 @@ def _run(
             guardrail_dir=flags["guardrail_dir"],
             offload_guardrail_models=flags["offload_guardrail_models"],
         )
-        embeddings = read_embeddings(embedded)
         offloaded = [flag for flag in FLOW_OFFLOAD_FLAGS if flags[flag]]
         windows = [window_of(files, task.request) for task in tasks]
         largest = dearest(files, windows, choose_device(flags["device"]), offloaded)
@@ -585,7 +581,7 @@ def _run(
             safety=safety,
             device=flags["device"],
             video=(largest.frames, largest.height, largest.width),
-            text=any(to_encode(task.request, embeddings) for task in tasks),
+            text=any(to_encode(task.request, held) for task in tasks),
             **{name: flags[name] for name in FLOW_OFFLOAD_FLAGS},
         )
 

@@ -382,6 +382,16 @@ def left_to_do(
     return left
 
 
+def undeciding(guidance: float, *, encodes: bool) -> list[str]:
+    """Return what has no effect on a video that is denoised, by the names of `Task`.
+
+    Args:
+        guidance: 0 asks for no branch without the prompt.
+        encodes: whether prompts are encoded, not all given as embeddings.
+    """
+    return [*([] if guidance else ["negative_prompt"]), *(() if encodes else ENCODING)]
+
+
 def _is_finished(task: Task, identity: dict[str, Any]) -> bool:
     from worldline.files import stamp
 
