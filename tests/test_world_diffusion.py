@@ -22,7 +22,7 @@ from worldline.world import DiffusionWorld
 
 from .conftest import MODEL as AUTOREGRESSIVE
 from .conftest import moving
-from .tiny_diffusion import CONTEXT_WIDTH, TEXT2WORLD, VIDEO2WORLD
+from .tiny_diffusion import CONTEXT_LENGTH, CONTEXT_WIDTH, TEXT2WORLD, VIDEO2WORLD
 
 WITHOUT_PARTS = {"disable_guardrail": True, "disable_prompt_upsampler": True}
 PROMPT = "a red ball rolls"
@@ -94,6 +94,23 @@ def test_the_report_tells_all(video2world: DiffusionWorld, image: Path) -> None:
     assert {"transformer", "tokenizer", "text_encoder"} <= files.keys()
     stages = [stage["name"] for stage in report["run"]["stages"]]
     assert stages == ["read", "text", "encode", "denoise", "decode"]
+
+
+def test_the_report_tells_which_prompts_are_cut(text2world: DiffusionWorld) -> None:
+    letters = CONTEXT_LENGTH - 1  # behind them stands `</s>`
+    for prompt, negative in ((0, 0), (0, 3), (1, 2)):  # letters beyond
+        words = {"prompt": "a" * (letters + prompt), "negative_prompt": "b" * (letters + negative)}
+        expected = {
+            name: {"max_length": CONTEXT_LENGTH, "num_truncated_tokens": count}
+            for name, count in (("prompt", prompt), ("negative_prompt", negative))
+            if count
+        }
+        for _ in range(2):  # the second time their embeddings are in the cache
+            report = text2world.generate(**words, num_steps=1).report
+            assert report["prompt_truncation"] == expected
+    embedding = torch.zeros(3, CONTEXT_WIDTH)
+    given = text2world.generate(prompt_embeddings=embedding, guidance=0, num_steps=1)
+    assert given.report["prompt_truncation"] == {}
 
 
 def test_every_form_of_input(video2world: DiffusionWorld, clip: Path, image: Path) -> None:

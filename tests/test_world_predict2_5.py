@@ -14,13 +14,14 @@ from PIL import Image
 
 import worldline
 from worldline.loading import find_autoregressive, find_diffusion, find_predict2_5
+from worldline.text.chat_tokens import load_chat_tokenizer
 from worldline.video.read import read_image, read_video
 from worldline.weights.write import save
 from worldline.world import FlowWorld
 
 from .conftest import MODEL as AUTOREGRESSIVE
 from .tiny_diffusion import TEXT2WORLD
-from .tiny_predict2_5 import CONFIG, POST, PRE, SMALL
+from .tiny_predict2_5 import CONFIG, POST, PRE, SMALL, TEXT_LENGTH
 
 PROMPT = "a red ball rolls"
 
@@ -68,6 +69,24 @@ def test_the_report_tells_all(world: FlowWorld, clip: Path) -> None:
     assert {"transformer", "tokenizer", "text_encoder", "input"} <= report["files"].keys()
     stages = [stage["name"] for stage in report["run"]["stages"]]
     assert stages == ["read", "text", "encode", "denoise", "decode"]
+
+
+def test_the_report_tells_which_prompts_are_cut(world: FlowWorld) -> None:
+    assert world.parts.text is not None
+    chat = len(load_chat_tokenizer(world.parts.text.files.tokenizer[0]).encode(""))
+    letters = TEXT_LENGTH - chat  # of a prompt that the chat leaves room for
+    for prompt, negative in ((0, 0), (0, 3), (1, 2)):  # letters beyond
+        words = {"prompt": "a" * (letters + prompt), "negative_prompt": "b" * (letters + negative)}
+        expected = {
+            name: {"max_length": TEXT_LENGTH, "num_truncated_tokens": count}
+            for name, count in (("prompt", prompt), ("negative_prompt", negative))
+            if count
+        }
+        for _ in range(2):  # the second time their embeddings are in the cache
+            report = world.generate(**words, **SMALL).report
+            assert report["prompt_truncation"] == expected
+    unread = world.generate(**words, **{**SMALL, "guidance": 0}).report["prompt_truncation"]
+    assert unread.keys() == {"prompt"}
 
 
 def test_every_form_of_input(world: FlowWorld, clip: Path, image: Path) -> None:

@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,13 +114,26 @@ class Reason1Files(EncoderFiles):
         """Numbers that `load_reason1` reads."""
         return sum(math.prod(shape) for shape in tensor_shapes(self.config).values())
 
-    def tell_if_cut(self, prompt: str) -> None:
+    @cached_property
+    def chat_tokenizer(self) -> ChatTokenizer:
+        """Words to ids of a chat; read once."""
+        return load_chat_tokenizer(self.tokenizer[0])
+
+    @staticmethod
+    def tell_cut(prompt: str, tokens: int, length: int) -> None:
+        logger.warning(
+            "a prompt has %d tokens with the chat around it and is cut after %d: %r ...",
+            tokens,
+            length,
+            prompt[:40],
+        )
+
+    def most_tokens(self, prompt: str) -> int:
         # a token is a byte or more
-        if len(chat_text(prompt).encode("utf-8", "replace")) <= self.max_length:
-            return
-        count = len(load_chat_tokenizer(self.tokenizer[0]).encode(prompt))
-        if count > self.max_length:
-            _tell_cut(prompt, count, self.max_length)
+        return len(chat_text(prompt).encode("utf-8", "replace"))
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(self.chat_tokenizer.encode(prompt))
 
 
 class Reason1Encoder(nn.Module):
@@ -167,7 +181,7 @@ class Reason1Encoder(nn.Module):
         rows = [self.tokenizer.encode(prompt) for prompt in prompts]
         for prompt, tokens in zip(prompts, rows, strict=True):
             if len(tokens) > length:
-                _tell_cut(prompt, len(tokens), length)
+                Reason1Files.tell_cut(prompt, len(tokens), length)
         return self.fitted(rows, length)
 
     def fitted(self, rows: Sequence[Sequence[int]], length: int) -> Tensor:
@@ -225,15 +239,6 @@ class Reason1Encoder(nn.Module):
         if not len(ids):
             return self.network.embed_tokens.weight.new_zeros(*ids.shape, self.width)
         return torch.cat([self.embed(row[None]) for row in ids])
-
-
-def _tell_cut(prompt: str, tokens: int, length: int) -> None:
-    logger.warning(
-        "a prompt has %d tokens with the chat around it and is cut after %d: %r ...",
-        tokens,
-        length,
-        prompt[:40],
-    )
 
 
 def _standardised(states: Tensor) -> Tensor:
@@ -393,7 +398,7 @@ def load_reason1(
     if dtype not in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         raise InputError(f"the text encoder runs in bfloat16 or float32; not in {name}")
-    tokenizer = load_chat_tokenizer(files.tokenizer[0])
+    tokenizer = files.chat_tokenizer
     with torch.device("meta"):
         encoder = Reason1Encoder(files.config, tokenizer, files.max_length)
     if tokenizer.size > encoder.config["vocab_size"]:

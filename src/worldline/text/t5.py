@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,13 +99,26 @@ class T5Files(EncoderFiles):
         del shapes["encoder.embed_tokens.weight"]
         return sum(math.prod(shape) for shape in shapes.values())
 
-    def tell_if_cut(self, prompt: str) -> None:
+    @cached_property
+    def prompt_tokenizer(self) -> PromptTokenizer:
+        """Words to ids; read once."""
+        return load_tokenizer(self.tokenizer[0])
+
+    @staticmethod
+    def tell_cut(prompt: str, tokens: int, length: int) -> None:
+        logger.warning(
+            "a prompt has %d tokens and is cut after %d: %r ...",
+            tokens - 1,
+            length - 1,
+            prompt[:40],
+        )
+
+    def most_tokens(self, prompt: str) -> int:
         # a token is a byte or more; `</s>` and a leading space come on top
-        if len(prompt.encode()) + 2 <= self.max_length:
-            return
-        count = len(load_tokenizer(self.tokenizer[0]).encode(prompt))
-        if count > self.max_length:
-            _tell_cut(prompt, count, self.max_length)
+        return len(prompt.encode()) + 2
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(self.prompt_tokenizer.encode(prompt))
 
 
 class T5Encoder(nn.Module):
@@ -160,7 +174,7 @@ class T5Encoder(nn.Module):
         for row, prompt in enumerate(prompts):
             tokens = self.tokenizer.encode(prompt)
             if len(tokens) > length:
-                _tell_cut(prompt, len(tokens), length)
+                T5Files.tell_cut(prompt, len(tokens), length)
                 tokens = [*tokens[: length - 1], END]
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
@@ -333,12 +347,6 @@ def find_t5(folder: Path) -> T5Files:
     return T5Files(folder, checkpoint, config, read_max_length(holder), tuple(tokenizer))
 
 
-def _tell_cut(prompt: str, tokens: int, length: int) -> None:
-    logger.warning(
-        "a prompt has %d tokens and is cut after %d: %r ...", tokens - 1, length - 1, prompt[:40]
-    )
-
-
 def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T5Encoder:
     """Return the encoder of `files`, for inference.
 
@@ -357,7 +365,7 @@ def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T
     if dtype not in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         raise InputError(f"the text encoder runs in float32 or bfloat16; {name} overflows in T5")
-    tokenizer = load_tokenizer(files.tokenizer[0])
+    tokenizer = files.prompt_tokenizer
     with torch.device("meta"):
         encoder = T5Encoder(files.config, tokenizer, files.max_length)
     if tokenizer.size > files.config["vocab_size"]:
