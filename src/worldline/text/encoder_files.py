@@ -141,6 +141,22 @@ def open_weights(folder: Path) -> Checkpoint:
     raise CheckpointError(f"{folder} holds no weights ({' or '.join(WEIGHTS[::2])}){left or only}")
 
 
+def files_together(path: Path) -> set[str]:
+    """Return the names of the files that hold an encoder together with this one.
+
+    That is its own name alone, unless an index beside it lists others.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    for name in WEIGHTS[1::2]:
+        if (path.parent / name).is_file():
+            listed = read_json(path.parent / name).get("weight_map")
+            if isinstance(listed, Mapping) and path.name in listed.values():
+                return {str(file) for file in listed.values()}
+    return {path.name}
+
+
 def tokenizer_holders(folder: Path) -> tuple[Path, Path]:
     """Return where a tokenizer may lie: with the encoder, or beside it as diffusers saves it."""
     return folder, folder.parent / "tokenizer"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,7 @@ from worldline.text.prompt_tokens import (
     tokenizer_files,
 )
 from worldline.weights.keymap import KeyMap, match
+from worldline.weights.source import TensorInfo
 from worldline.weights.stream import load_into
 from worldline.weights.write import save
 
@@ -49,9 +51,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RELEASED = "google-t5/t5-11b"
+# model types of config.json -> what such a model is
+KINDS = {"t5": "a T5 encoder"}
 
 _ATTENTION = "encoder.block.{i}.layer.0.SelfAttention"
 _FEED_FORWARD = "encoder.block.{i}.layer.1.DenseReluDense"
+_OF_T5 = re.compile(r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight")
 _NAMES = (
     "shared.weight",
     "encoder.embed_tokens.weight",  # the same matrix: a file may hold either name, or both
@@ -72,6 +77,16 @@ _DEFAULTS: dict[str, Any] = {
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
     "feed_forward_proj": "relu",
+}
+PRESETS: dict[str, dict[str, int]] = {
+    "11B": {
+        "vocab_size": 32128,
+        "d_model": 1024,
+        "d_kv": 128,
+        "d_ff": 65536,
+        "num_layers": 24,
+        "num_heads": 128,
+    },
 }
 TINY: dict[str, Any] = {
     "vocab_size": 384,
@@ -134,7 +149,7 @@ class T5Encoder(nn.Module):
         self, config: Mapping[str, Any], tokenizer: PromptTokenizer, max_length: int
     ) -> None:
         super().__init__()
-        self.config = _settings(config)
+        self.config = settings_of(config)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.network = _network(self.config)
@@ -249,7 +264,7 @@ def _network(settings: Mapping[str, Any]) -> T5EncoderModel:
     return network
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a config.json fixes the encoder.
 
     Raises:
@@ -276,7 +291,7 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: a size is absent or no number above 0.
     """
-    settings = _settings(config)
+    settings = settings_of(config)
     width, hidden = settings["d_model"], settings["d_ff"]
     inner = settings["num_heads"] * settings["d_kv"]
     gated = settings["feed_forward_proj"].startswith("gated-")
@@ -323,19 +338,14 @@ def find_t5(folder: Path) -> T5Files:
         CheckpointError: something is missing, damaged, half downloaded, or of another model.
     """
     folder = Path(folder)
-    config = read_config(folder, {"t5": "a T5 encoder"})
+    config = read_config(folder, KINDS)
     try:
-        _settings(config)
+        settings_of(config)
     except ValueError as error:
         path = folder / "config.json"
         raise CheckpointError(f"{path}: {error}, so no T5 encoder can be built") from error
     checkpoint = open_weights(folder)
-    shapes = tensor_shapes(config)
-    # Either name of the shared matrix will do.
-    twins = ("shared.weight", "encoder.embed_tokens.weight")
-    pairs = match(checkpoint.tensors, shapes, KEYS, str(checkpoint.path), twins)
-    if not any(name in pairs for name in twins):
-        raise CheckpointError(f"{checkpoint.path} does not fit the model: 1 missing: shared.weight")
+    fit(checkpoint.tensors, config, str(checkpoint.path))
     for holder in tokenizer_holders(folder):
         tokenizer = tokenizer_files(holder)
         if tokenizer:
@@ -345,6 +355,37 @@ def find_t5(folder: Path) -> T5Files:
             f"{folder} holds no tokenizer (tokenizer.json or spiece.model){unfinished(folder)}"
         )
     return T5Files(folder, checkpoint, config, read_max_length(holder), tuple(tokenizer))
+
+
+def is_t5(names: Iterable[str]) -> bool:
+    """Tell by the names of tensors whether some are of the encoder of a T5."""
+    return any(_OF_T5.fullmatch(name) for name in names)
+
+
+def fit(
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    called: str,
+    *,
+    part: bool = False,
+) -> None:
+    """Check that tensors are those of an encoder.
+
+    Args:
+        tensors: of a file.
+        config: of the encoder.
+        called: name of the file, for the message.
+        part: some may be absent, as they are from one file of several.
+
+    Raises:
+        CheckpointError: some are missing, unknown or of another shape.
+        ValueError: a size is absent or no number above 0.
+    """
+    # Either name of the shared matrix will do.
+    twins = ("shared.weight", "encoder.embed_tokens.weight")
+    pairs = match(tensors, tensor_shapes(config), KEYS, called, ("*",) if part else twins)
+    if not part and not any(name in pairs for name in twins):
+        raise CheckpointError(f"{called} does not fit the model: 1 missing: shared.weight")
 
 
 def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T5Encoder:
