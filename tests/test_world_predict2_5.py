@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from worldline.weights.write import save
 from worldline.world import FlowWorld
 
 from .conftest import MODEL as AUTOREGRESSIVE
+from .offloading import check_offloading
 from .tiny_diffusion import TEXT2WORLD
 from .tiny_predict2_5 import CONFIG, POST, PRE, SMALL, TEXT_LENGTH
 
@@ -145,13 +147,22 @@ def test_names_folders_and_schedules(tiny_predict2_5: Path, own_predict2_5: Path
     assert not root_of.exists()
 
 
-def test_offloading_changes_no_video(tiny_predict2_5: Path, clip: Path) -> None:
-    flags = ("offload_diffusion_model", "offload_tokenizer", "offload_text_encoder")
-    videos = [
-        load(tiny_predict2_5, **dict.fromkeys(flags, given)).generate(clip, prompt=PROMPT, **SMALL)
-        for given in (False, True)
-    ]
-    assert np.array_equal(videos[0].frames, videos[1].frames)
+OFFLOADED = {
+    "offload_text_encoder": "Reason1Encoder",
+    "offload_tokenizer": "WanTokenizer",
+    "offload_diffusion_model": "FlowDiT",
+}
+
+
+@pytest.mark.parametrize("flags", [tuple(OFFLOADED), *((flag,) for flag in OFFLOADED)])
+def test_what_is_offloaded_is_there_while_it_is_used(
+    flags: tuple[str, ...], tiny_predict2_5: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"prompt": PROMPT, **SMALL, "preview_every": 2}
+    options |= {"num_video_frames": 20, "chunk_size": 13}  # two chunks
+    used = ("Reason1Encoder", *(2 * ("WanTokenizer", "FlowDiT", "WanTokenizer")))
+    make = partial(load, tiny_predict2_5)
+    check_offloading(make, clip, options, OFFLOADED, used, flags, monkeypatch)
 
 
 def test_another_dtype(tiny_predict2_5: Path, clip: Path) -> None:
