@@ -330,6 +330,7 @@ def refused(result: Result, message: str, out: Path) -> None:
     ("words", "message"),
     [
         (["--model", "2B/distilled"], "released names are 2B/post-trained"),
+        (["--model", "2B/posttrained"], "did you mean 2B/post-trained?"),
         (["--model", "14B/pre-trained"], "`worldline checkpoints download 14B/pre-trained`"),
         (["--model", "tiny-nothing"], "no bundled model tiny-nothing"),
         (["--model", ""], "--model is empty"),
