@@ -164,6 +164,17 @@ def test_what_is_absent(own_predict2_5: Path) -> None:
         find("14B/post-trained", own_predict2_5)
     with pytest.raises(CheckpointError, match=r"2B/distilled.*released names are 2B/post-tr"):
         find("2B/distilled", own_predict2_5)
+    for wrong, meant in (
+        ("14B", "14B/post-trained"),
+        ("2b/pre-traind", "2B/pre-trained"),
+        ("tiny-Cosmos-Predict2.5-2", "tiny-Cosmos-Predict2.5-2B"),
+        ("Cosmos-Predict2.5-14", "Cosmos-Predict2.5-14B"),
+        ("photograph", ""),
+    ):
+        with pytest.raises(CheckpointError, match="released names are 2B/post-tr") as told:
+            find(wrong, own_predict2_5)
+        assert str(told.value).count("did you mean ") == bool(meant)
+        assert f"did you mean {meant}?" in str(told.value) or not meant
     shutil.rmtree(own_predict2_5 / RELEASED)
     files = find(POST.name, own_predict2_5)
     assert files.text is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from worldline.catalog import (
@@ -100,8 +101,20 @@ def find_flow(model: str | Path, checkpoint_dir: str | Path) -> Place:
     try:
         return find_place(model, checkpoint_dir)
     except CheckpointError as error:
-        names = ", ".join(one.name for one in FLOW_MODELS)
-        raise CheckpointError(f"{error}; released names are {names}") from error
+        names = [one.name for one in FLOW_MODELS]
+        told = f"{error}; released names are {', '.join(names)}"
+        if "did you mean" not in told:
+            told += _nearest(str(model), names)
+        raise CheckpointError(told) from error
+
+
+def _nearest(word: str, names: Sequence[str]) -> str:
+    """Return the end of a message about a wrong name: the one that is most likely meant."""
+    known = [*names, *bundled_configs("predict2.5")]
+    whole = [name for name in names if name.startswith(f"{word}/")]
+    if close := whole or get_close_matches(word, known, n=1, cutoff=0.8):
+        return f"; did you mean {close[0]}?"
+    return ""
 
 
 def _find_released(model: FlowModel, checkpoint_dir: Path) -> Place:

@@ -541,13 +541,38 @@ def test_resume(base: Base, clip: Path, tmp_path: Path, monkeypatch: pytest.Monk
     result = base(*words)
     assert result.exit_code == 0
     assert f"{out / '0.mp4'} is finished" in result.stderr
+    assert result.stdout.endswith(f"\n3 of 3 videos are in {out}: 2 made now, 1 there before\n")
     changed = {p.name for p in out.iterdir() if p.stat().st_mtime_ns != times[p.name]}
     assert changed == {"1.mp4", "1.json", "2.mp4", "2.json"}
     # nothing is left: no weights are read
     monkeypatch.setattr(worldline.loading.parts, "load_into", None)
     result = base(*words)
     assert result.exit_code == 0
-    assert "nothing left to do" in result.stdout
+    assert result.stdout == f"nothing left to do in {out}: 3 of 3 videos were there before\n"
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(Error("this one failed"), 1), (GuardrailRefusal("it was refused", "video"), 3)],
+)
+def test_what_is_told_counts_what_was_there_before(
+    failure: Exception,
+    code: int,
+    base: Base,
+    clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, words = tmp_path / "out", ("--batch_input_path", tmp_path / "b.jsonl", "--resume")
+    write_batch(tmp_path / "b.jsonl", clip, clip, clip)
+    assert base(*words).exit_code == 0
+    for number in (0, 2):
+        (out / f"{number}.mp4").unlink()
+    failing_stream(monkeypatch, failure, at=0)
+    result = base(*words)
+    assert result.exit_code == code
+    assert result.stdout.endswith(f"\n2 of 3 videos are in {out}: 1 made now, 1 there before\n")
+    assert "worldline: 1 of 3 inputs " in result.stderr
 
 
 @pytest.mark.parametrize("changed", ["input", "transformer", "settings", "tokenizer"])

@@ -330,6 +330,7 @@ def refused(result: Result, message: str, out: Path) -> None:
     ("words", "message"),
     [
         (["--model", "2B/distilled"], "released names are 2B/post-trained"),
+        (["--model", "2B/posttrained"], "did you mean 2B/post-trained?"),
         (["--model", "14B/pre-trained"], "`worldline checkpoints download 14B/pre-trained`"),
         (["--model", "tiny-nothing"], "no bundled model tiny-nothing"),
         (["--model", ""], "--model is empty"),
@@ -567,13 +568,17 @@ def test_resume(flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     result = flow(*words)
     assert result.exit_code == 0
     assert f"{out / 'a.mp4'} is finished" in result.stderr
+    assert result.stdout.endswith(f"\n3 of 3 videos are in {out}: 2 made now, 1 there before\n")
+    (out / "b.mp4").unlink()
+    result = flow(*words, "--no_keep_going")
+    assert result.stdout.endswith(f"\n3 of 3 videos are in {out}: 1 made now, 2 there before\n")
     changed = {p.name for p in out.iterdir() if p.stat().st_mtime_ns != times[p.name]}
     assert {Path(name).stem for name in changed} == {"b", "c"}
     # nothing is left: no weights are read
     monkeypatch.setattr(worldline.loading.parts, "load_into", None)
     result = flow(*words)
     assert result.exit_code == 0
-    assert f"nothing left to do in {out}" in result.stdout
+    assert result.stdout == f"nothing left to do in {out}: 3 of 3 videos were there before\n"
 
 
 @pytest.mark.parametrize(

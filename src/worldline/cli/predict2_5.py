@@ -598,4 +598,5 @@ def _run(
     guarded = told and guardrail_release(files, disabled) is not None
     offloads = (*FLOW_OFFLOAD_FLAGS, *run.guard_offload_flags(guarded))
     batch = len(samples) > 1 and flags["keep_going"]
-    run.run_tasks(tasks, load, stream, flags, offloads, batch=batch)
+    before = len(samples) - len(tasks)
+    run.run_tasks(tasks, load, stream, flags, offloads, batch=batch, before=before)

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from worldline.cli.batch import free_memory, is_disk_full, one_line, run_each
+from worldline.cli.batch import (
+    free_memory,
+    is_disk_full,
+    one_line,
+    run_each,
+    tell_all,
+    tell_nothing_left,
+)
 from worldline.errors import Error, GuardrailRefusal, InputError, joined_stages
 
 if TYPE_CHECKING:
@@ -378,7 +385,7 @@ def left_to_do(
             logger.info("%s was made in another way, or not finished: made again", task.output)
             left.append(task)
     if not left:
-        click.echo(f"nothing left to do in {tasks[0].output.parent}")
+        tell_nothing_left(len(tasks), tasks[0].output.parent)
     return left
 
 
@@ -442,6 +449,7 @@ def run_tasks(
     offload_flags: Sequence[str],
     *,
     batch: bool,
+    before: int = 0,
     at_once: int = 1,
     stream_group: Callable[[Any, Sequence[Task]], Iterator[tuple[int, Step]]] | None = None,
 ) -> None:
@@ -454,6 +462,7 @@ def run_tasks(
         flags: of the command.
         offload_flags: which of them keep a part in host memory.
         batch: whether to go on after a task that fails.
+        before: how many others were asked for and are finished.
         at_once: how many are made in step.
         stream_group: begins several tasks on the world; tells of each by its place.
 
@@ -485,15 +494,15 @@ def run_tasks(
         return describe_video(video, task.output)
 
     failed, refused = run_each(tasks, make, lambda task: task.item, batch=batch)
-    made = len(tasks) - failed - refused.total()
-    if batch:
-        click.echo(f"{made} of {len(tasks)} videos are in {tasks[0].output.parent}")
+    made, total = len(tasks) - failed - refused.total(), before + len(tasks)
+    if batch or total > 1:
+        tell_all(made, before, total, tasks[0].output.parent)
     if failed:
-        raise Error(f"{failed} of {len(tasks)} inputs failed; --resume tries them alone")
+        raise Error(f"{failed} of {total} inputs failed; --resume tries them alone")
     if refused:
         counts = ", ".join(f"{count} by the {stage}" for stage, count in sorted(refused.items()))
         raise GuardrailRefusal(
-            f"{refused.total()} of {len(tasks)} inputs were refused: {counts}",
+            f"{refused.total()} of {total} inputs were refused: {counts}",
             joined_stages(refused),
         )
 

@@ -35,7 +35,7 @@ from worldline.pipelines.exchange import (
     with_defaults,
 )
 from worldline.pipelines.preview import show_colours
-from worldline.pipelines.prompts import GivenEmbedding, read_both
+from worldline.pipelines.prompts import TRUNCATION, GivenEmbedding, read_both
 from worldline.pipelines.requests import FlowRequest
 from worldline.report import Recorder
 from worldline.sampling.flow import Given, make_schedule, sample
@@ -267,7 +267,7 @@ def generate(
 
     yield Progress("text", 0, 1)
     with stage(recorder, "text"):
-        words = _embed(parts, request, embeddings or Embeddings())
+        words = _embed(parts, request, embeddings or Embeddings(), recorder)
 
     steps = count_steps(files, request)
     total = steps * len(windows)
@@ -324,7 +324,10 @@ def _make_latents(
 
 
 def _embed(
-    parts: FlowParts, request: FlowRequest, given: Embeddings
+    parts: FlowParts,
+    request: FlowRequest,
+    given: Embeddings,
+    recorder: Recorder,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the embedding of the prompt and of what guidance leads away from, (1, S, F).
 
@@ -334,6 +337,7 @@ def _embed(
     found: dict[str, Tensor] = {}
     if wanted and parts.text is not None:  # else told by `check_text`
         found = parts.text.embed(list(wanted.values()))
+        recorder.facts[TRUNCATION] = parts.text.truncations(wanted)
     prompt = given.prompt if given.prompt is not None else found[wanted["prompt"]]
     if not request.guidance:
         return _batched(prompt), None

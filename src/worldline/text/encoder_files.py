@@ -25,6 +25,19 @@ WEIGHTS = (
 
 
 @dataclass(frozen=True)
+class Truncation:
+    """How a prompt is cut that is longer than what its encoder reads.
+
+    Attributes:
+        max_length: tokens that are read, those that the encoder adds among them.
+        num_truncated_tokens: that are not read.
+    """
+
+    max_length: int
+    num_truncated_tokens: int
+
+
+@dataclass(frozen=True)
 class EncoderFiles(ABC):
     """A text encoder on disk, checked by its headers.
 
@@ -54,14 +67,40 @@ class EncoderFiles(ABC):
         except OSError as error:
             raise CheckpointError(f"{error.filename} cannot be read any more: {error}") from error
 
-    @abstractmethod
-    def tell_if_cut(self, prompt: str) -> None:
-        """Warn that a prompt is too long, as encoding it would; reads no weights.
+    def truncation_of(self, prompt: str) -> Truncation | None:
+        """Return how encoding cuts a prompt; None for one that is read whole. Reads no weights.
 
         Raises:
             CheckpointError: the tokenizer cannot be read.
             Error: a package is not installed.
         """
+        if self.most_tokens(prompt) <= self.max_length:
+            return None
+        left_out = self.count_tokens(prompt) - self.max_length
+        return Truncation(self.max_length, left_out) if left_out > 0 else None
+
+    def tell_if_cut(self, prompt: str) -> None:
+        """Warn that a prompt is too long, as encoding it would.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be read.
+            Error: a package is not installed.
+        """
+        if self.truncation_of(prompt) is not None:
+            self.tell_cut(prompt, self.count_tokens(prompt), self.max_length)
+
+    @staticmethod
+    @abstractmethod
+    def tell_cut(prompt: str, tokens: int, length: int) -> None:
+        """Warn that of a prompt's tokens, those that the encoder adds among them, some are cut."""
+
+    @abstractmethod
+    def most_tokens(self, prompt: str) -> int:
+        """Return how many tokens a prompt has at most, without reading the tokenizer."""
+
+    @abstractmethod
+    def count_tokens(self, prompt: str) -> int:
+        """Return how many tokens a prompt has, those that the encoder adds among them."""
 
 
 def read_config(folder: Path, kinds: Mapping[str, str]) -> dict[str, Any]:
@@ -100,6 +139,22 @@ def open_weights(folder: Path) -> Checkpoint:
     others = sorted(path.name for path in folder.glob("*_model.*"))
     only = f"; {', '.join(others)} cannot be read" if others and not left else ""
     raise CheckpointError(f"{folder} holds no weights ({' or '.join(WEIGHTS[::2])}){left or only}")
+
+
+def files_together(path: Path) -> set[str]:
+    """Return the names of the files that hold an encoder together with this one.
+
+    That is its own name alone, unless an index beside it lists others.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    for name in WEIGHTS[1::2]:
+        if (path.parent / name).is_file():
+            listed = read_json(path.parent / name).get("weight_map")
+            if isinstance(listed, Mapping) and path.name in listed.values():
+                return {str(file) for file in listed.values()}
+    return {path.name}
 
 
 def tokenizer_holders(folder: Path) -> tuple[Path, Path]:

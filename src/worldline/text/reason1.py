@@ -14,8 +14,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,7 @@ from worldline.text.encoder_files import (
     without_transformers,
 )
 from worldline.weights.keymap import KeyMap, match
+from worldline.weights.source import TensorInfo
 from worldline.weights.stream import load_into
 from worldline.weights.write import save
 
@@ -53,15 +56,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RELEASED = "nvidia/Cosmos-Reason1-7B"
+# model types of config.json -> what such a model is
+KINDS = {"qwen2_5_vl": "a Qwen2.5-VL", "qwen2_5_vl_text": "a Qwen2.5-VL"}
 # The released worlds were trained with these weights; another revision is another encoder.
 REVISION = "3210bec0495fdc7a8d3dbb8d58da5711eab4b423"
 CACHED = 40  # embeddings that are kept, 103 MB each of the released encoder in bfloat16
 
 _EPS = 1e-8  # beside the deviation
-_KINDS = {"qwen2_5_vl": "a Qwen2.5-VL", "qwen2_5_vl_text": "a Qwen2.5-VL"}
 # of a rotation: the released name, and the one that transformers writes in its place
 _ROTATIONS = ("mrope", "default")
 _LAYER = "layers.{i}"
+_OF_QWEN2 = re.compile(r"model\.(language_model\.)?layers\.\d+\.self_attn\.q_proj\.bias")
 _NAMES = (
     "embed_tokens.weight",
     "norm.weight",
@@ -89,6 +94,16 @@ _SIZES = (
     "num_key_value_heads",
 )
 _DEFAULTS: dict[str, float] = {"rms_norm_eps": 1e-6, "rope_theta": 1e6}
+PRESETS: dict[str, dict[str, int]] = {
+    "7B": {
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+}
 TINY: dict[str, Any] = {
     "vocab_size": 264,
     "hidden_size": 64,
@@ -106,20 +121,33 @@ class Reason1Files(EncoderFiles):
     @property
     def width(self) -> int:
         """Numbers in a row of an embedding."""
-        return _width(_settings(self.config))
+        return _width(settings_of(self.config))
 
     @property
     def num_parameters(self) -> int:
         """Numbers that `load_reason1` reads."""
         return sum(math.prod(shape) for shape in tensor_shapes(self.config).values())
 
-    def tell_if_cut(self, prompt: str) -> None:
+    @cached_property
+    def chat_tokenizer(self) -> ChatTokenizer:
+        """Words to ids of a chat; read once."""
+        return load_chat_tokenizer(self.tokenizer[0])
+
+    @staticmethod
+    def tell_cut(prompt: str, tokens: int, length: int) -> None:
+        logger.warning(
+            "a prompt has %d tokens with the chat around it and is cut after %d: %r ...",
+            tokens,
+            length,
+            prompt[:40],
+        )
+
+    def most_tokens(self, prompt: str) -> int:
         # a token is a byte or more
-        if len(chat_text(prompt).encode("utf-8", "replace")) <= self.max_length:
-            return
-        count = len(load_chat_tokenizer(self.tokenizer[0]).encode(prompt))
-        if count > self.max_length:
-            _tell_cut(prompt, count, self.max_length)
+        return len(chat_text(prompt).encode("utf-8", "replace"))
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(self.chat_tokenizer.encode(prompt))
 
 
 class Reason1Encoder(nn.Module):
@@ -135,7 +163,7 @@ class Reason1Encoder(nn.Module):
         self, config: Mapping[str, Any], tokenizer: ChatTokenizer, max_length: int = MAX_LENGTH
     ) -> None:
         super().__init__()
-        self.config = _settings(config)
+        self.config = settings_of(config)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.network = _network(self.config)
@@ -167,7 +195,7 @@ class Reason1Encoder(nn.Module):
         rows = [self.tokenizer.encode(prompt) for prompt in prompts]
         for prompt, tokens in zip(prompts, rows, strict=True):
             if len(tokens) > length:
-                _tell_cut(prompt, len(tokens), length)
+                Reason1Files.tell_cut(prompt, len(tokens), length)
         return self.fitted(rows, length)
 
     def fitted(self, rows: Sequence[Sequence[int]], length: int) -> Tensor:
@@ -227,15 +255,6 @@ class Reason1Encoder(nn.Module):
         return torch.cat([self.embed(row[None]) for row in ids])
 
 
-def _tell_cut(prompt: str, tokens: int, length: int) -> None:
-    logger.warning(
-        "a prompt has %d tokens with the chat around it and is cut after %d: %r ...",
-        tokens,
-        length,
-        prompt[:40],
-    )
-
-
 def _standardised(states: Tensor) -> Tensor:
     """Return each row less its mean, over its deviation (of n - 1), in the dtype of `states`."""
     mean, std = states.mean(-1, keepdim=True), states.std(-1, keepdim=True)
@@ -265,7 +284,7 @@ def _network(settings: Mapping[str, Any]) -> Qwen2_5_VLTextModel:
     return network
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a config.json fixes the language model.
 
     transformers has kept it in three places in turn: among the rest, and in `text_config`; the
@@ -313,7 +332,7 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: a size is absent or no number above 0.
     """
-    settings = _settings(config)
+    settings = settings_of(config)
     width, inner = settings["hidden_size"], settings["intermediate_size"]
     narrow = width // settings["num_attention_heads"] * settings["num_key_value_heads"]
     rows = {"q": width, "k": narrow, "v": narrow, "o": width}
@@ -356,14 +375,14 @@ def find_reason1(folder: Path) -> Reason1Files:
         CheckpointError: something is missing, damaged, half downloaded, or of another model.
     """
     folder = Path(folder)
-    config = read_config(folder, _KINDS)
+    config = read_config(folder, KINDS)
     try:
-        shapes = tensor_shapes(config)
+        settings_of(config)
     except ValueError as error:
         path = folder / "config.json"
         raise CheckpointError(f"{path}: {error}, so no text encoder can be built") from error
     checkpoint = open_weights(folder)
-    match(checkpoint.tensors, shapes, KEYS, str(checkpoint.path))
+    fit(checkpoint.tensors, config, str(checkpoint.path))
     for holder in tokenizer_holders(folder):
         tokenizer = chat_files(holder)
         if tokenizer:
@@ -373,6 +392,36 @@ def find_reason1(folder: Path) -> Reason1Files:
             f"{folder} holds no tokenizer ({FILE}, or {' and '.join(PIECES)}){unfinished(folder)}"
         )
     return Reason1Files(folder, checkpoint, config, read_max_length(holder), tuple(tokenizer))
+
+
+def is_qwen2(names: Iterable[str]) -> bool:
+    """Tell by the names of tensors whether some are of a language model such as Reason1's.
+
+    Those of Qwen2 have the same names: config.json tells which it is.
+    """
+    return any(_OF_QWEN2.fullmatch(name) for name in names)
+
+
+def fit(
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    called: str,
+    *,
+    part: bool = False,
+) -> None:
+    """Check that tensors are those of an encoder.
+
+    Args:
+        tensors: of a file.
+        config: of the encoder.
+        called: name of the file, for the message.
+        part: some may be absent, as they are from one file of several.
+
+    Raises:
+        CheckpointError: some are missing, unknown or of another shape.
+        ValueError: a size is absent or no number above 0, or the language model is another.
+    """
+    match(tensors, tensor_shapes(config), KEYS, called, ("*",) if part else ())
 
 
 def load_reason1(
@@ -393,7 +442,7 @@ def load_reason1(
     if dtype not in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         raise InputError(f"the text encoder runs in bfloat16 or float32; not in {name}")
-    tokenizer = load_chat_tokenizer(files.tokenizer[0])
+    tokenizer = files.chat_tokenizer
     with torch.device("meta"):
         encoder = Reason1Encoder(files.config, tokenizer, files.max_length)
     if tokenizer.size > encoder.config["vocab_size"]:

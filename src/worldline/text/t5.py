@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,7 @@ from worldline.text.prompt_tokens import (
     tokenizer_files,
 )
 from worldline.weights.keymap import KeyMap, match
+from worldline.weights.source import TensorInfo
 from worldline.weights.stream import load_into
 from worldline.weights.write import save
 
@@ -48,9 +51,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RELEASED = "google-t5/t5-11b"
+# model types of config.json -> what such a model is
+KINDS = {"t5": "a T5 encoder"}
 
 _ATTENTION = "encoder.block.{i}.layer.0.SelfAttention"
 _FEED_FORWARD = "encoder.block.{i}.layer.1.DenseReluDense"
+_OF_T5 = re.compile(r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight")
 _NAMES = (
     "shared.weight",
     "encoder.embed_tokens.weight",  # the same matrix: a file may hold either name, or both
@@ -71,6 +77,16 @@ _DEFAULTS: dict[str, Any] = {
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
     "feed_forward_proj": "relu",
+}
+PRESETS: dict[str, dict[str, int]] = {
+    "11B": {
+        "vocab_size": 32128,
+        "d_model": 1024,
+        "d_kv": 128,
+        "d_ff": 65536,
+        "num_layers": 24,
+        "num_heads": 128,
+    },
 }
 TINY: dict[str, Any] = {
     "vocab_size": 384,
@@ -98,13 +114,26 @@ class T5Files(EncoderFiles):
         del shapes["encoder.embed_tokens.weight"]
         return sum(math.prod(shape) for shape in shapes.values())
 
-    def tell_if_cut(self, prompt: str) -> None:
+    @cached_property
+    def prompt_tokenizer(self) -> PromptTokenizer:
+        """Words to ids; read once."""
+        return load_tokenizer(self.tokenizer[0])
+
+    @staticmethod
+    def tell_cut(prompt: str, tokens: int, length: int) -> None:
+        logger.warning(
+            "a prompt has %d tokens and is cut after %d: %r ...",
+            tokens - 1,
+            length - 1,
+            prompt[:40],
+        )
+
+    def most_tokens(self, prompt: str) -> int:
         # a token is a byte or more; `</s>` and a leading space come on top
-        if len(prompt.encode()) + 2 <= self.max_length:
-            return
-        count = len(load_tokenizer(self.tokenizer[0]).encode(prompt))
-        if count > self.max_length:
-            _tell_cut(prompt, count, self.max_length)
+        return len(prompt.encode()) + 2
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(self.prompt_tokenizer.encode(prompt))
 
 
 class T5Encoder(nn.Module):
@@ -120,7 +149,7 @@ class T5Encoder(nn.Module):
         self, config: Mapping[str, Any], tokenizer: PromptTokenizer, max_length: int
     ) -> None:
         super().__init__()
-        self.config = _settings(config)
+        self.config = settings_of(config)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.network = _network(self.config)
@@ -160,7 +189,7 @@ class T5Encoder(nn.Module):
         for row, prompt in enumerate(prompts):
             tokens = self.tokenizer.encode(prompt)
             if len(tokens) > length:
-                _tell_cut(prompt, len(tokens), length)
+                T5Files.tell_cut(prompt, len(tokens), length)
                 tokens = [*tokens[: length - 1], END]
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
@@ -235,7 +264,7 @@ def _network(settings: Mapping[str, Any]) -> T5EncoderModel:
     return network
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a config.json fixes the encoder.
 
     Raises:
@@ -262,7 +291,7 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: a size is absent or no number above 0.
     """
-    settings = _settings(config)
+    settings = settings_of(config)
     width, hidden = settings["d_model"], settings["d_ff"]
     inner = settings["num_heads"] * settings["d_kv"]
     gated = settings["feed_forward_proj"].startswith("gated-")
@@ -309,19 +338,14 @@ def find_t5(folder: Path) -> T5Files:
         CheckpointError: something is missing, damaged, half downloaded, or of another model.
     """
     folder = Path(folder)
-    config = read_config(folder, {"t5": "a T5 encoder"})
+    config = read_config(folder, KINDS)
     try:
-        _settings(config)
+        settings_of(config)
     except ValueError as error:
         path = folder / "config.json"
         raise CheckpointError(f"{path}: {error}, so no T5 encoder can be built") from error
     checkpoint = open_weights(folder)
-    shapes = tensor_shapes(config)
-    # Either name of the shared matrix will do.
-    twins = ("shared.weight", "encoder.embed_tokens.weight")
-    pairs = match(checkpoint.tensors, shapes, KEYS, str(checkpoint.path), twins)
-    if not any(name in pairs for name in twins):
-        raise CheckpointError(f"{checkpoint.path} does not fit the model: 1 missing: shared.weight")
+    fit(checkpoint.tensors, config, str(checkpoint.path))
     for holder in tokenizer_holders(folder):
         tokenizer = tokenizer_files(holder)
         if tokenizer:
@@ -333,10 +357,35 @@ def find_t5(folder: Path) -> T5Files:
     return T5Files(folder, checkpoint, config, read_max_length(holder), tuple(tokenizer))
 
 
-def _tell_cut(prompt: str, tokens: int, length: int) -> None:
-    logger.warning(
-        "a prompt has %d tokens and is cut after %d: %r ...", tokens - 1, length - 1, prompt[:40]
-    )
+def is_t5(names: Iterable[str]) -> bool:
+    """Tell by the names of tensors whether some are of the encoder of a T5."""
+    return any(_OF_T5.fullmatch(name) for name in names)
+
+
+def fit(
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    called: str,
+    *,
+    part: bool = False,
+) -> None:
+    """Check that tensors are those of an encoder.
+
+    Args:
+        tensors: of a file.
+        config: of the encoder.
+        called: name of the file, for the message.
+        part: some may be absent, as they are from one file of several.
+
+    Raises:
+        CheckpointError: some are missing, unknown or of another shape.
+        ValueError: a size is absent or no number above 0.
+    """
+    # Either name of the shared matrix will do.
+    twins = ("shared.weight", "encoder.embed_tokens.weight")
+    pairs = match(tensors, tensor_shapes(config), KEYS, called, ("*",) if part else twins)
+    if not part and not any(name in pairs for name in twins):
+        raise CheckpointError(f"{called} does not fit the model: 1 missing: shared.weight")
 
 
 def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T5Encoder:
@@ -357,7 +406,7 @@ def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T
     if dtype not in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         raise InputError(f"the text encoder runs in float32 or bfloat16; {name} overflows in T5")
-    tokenizer = load_tokenizer(files.tokenizer[0])
+    tokenizer = files.prompt_tokenizer
     with torch.device("meta"):
         encoder = T5Encoder(files.config, tokenizer, files.max_length)
     if tokenizer.size > files.config["vocab_size"]:
