@@ -43,7 +43,8 @@ def toy(case: Case) -> Network:
 
     def network(latents: Tensor, timesteps: Tensor, conditional: bool) -> Tensor:
         known = {"x": latents, "t": timesteps[:, None, :, None, None]}
-        functions = {"sin": torch.sin, "cos": torch.cos, "exp": torch.exp, "tanh": torch.tanh}
+        names = ("sin", "cos", "exp", "tanh", "abs", "sqrt", "log", "sigmoid")
+        functions = {name: getattr(torch, name) for name in names}
         return eval(formulas[conditional], {"__builtins__": {}}, functions | known)
 
     return network

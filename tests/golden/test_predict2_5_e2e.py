@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -16,6 +16,7 @@ from cases import Case, cases
 from flow_networks import settings_of
 from torch import Tensor
 
+from worldline.errors import InputError
 from worldline.loading.predict2_5 import (
     FlowFiles,
     FlowParts,
@@ -139,10 +140,15 @@ def watched() -> Iterator[dict[str, Tensor]]:
 def test_request(case: Case, scenario: str) -> None:
     embeddings = Embeddings(case.tensor("prompt_embeds"), case.tensor("negative_prompt_embeds"))
     parts, request = parts_for(case, scenario), request_for(case, scenario)
-    with watched() as seen:
-        steps = list(
-            pipeline.generate(parts, clip_for(case, scenario), request, Recorder(CPU), embeddings)
-        )
+    clip, recorder = clip_for(case, scenario), Recorder(CPU)
+    with ExitStack() as stack:
+        seen = stack.enter_context(watched())
+        if request.num_input_frames == request.num_video_frames:
+            with pytest.raises(InputError, match="nothing is left to make"):
+                pipeline.check_request(parts.files, request)
+            # the reference makes even this
+            stack.enter_context(mock.patch.object(pipeline, "check_request"))
+        steps = list(pipeline.generate(parts, clip, request, recorder, embeddings))
     for name in ("noise", "first_velocity", "latents"):
         if f"{scenario}.{name}" in case:
             case.compare(f"{scenario}.{name}", seen[name])
