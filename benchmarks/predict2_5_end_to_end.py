@@ -222,7 +222,6 @@ def main(
     result: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
-        "commit": commit,
         "model": f"Cosmos-Predict2.5 {_name(size)}, random weights",
         "clip": f"{clip.frames} frames of {clip.height} x {clip.width}",
         "text": "Reason1 encoder, random weights" if with_text else "embeddings given",
@@ -239,6 +238,7 @@ def main(
             flags = [*flags, "--prompt_embeddings", str(weights / "embeddings.safetensors")]
         count = few if name.startswith("few_") else steps
         measured = run(weights, size, mode, flags, count, clip)
+        measured["commit"] = commit
         measured["share_of_bound"] = round(bound / measured["seconds_a_forward"], 3)
         if with_text:
             measured["planned_gb"] = plan(weights, size, flags, clip)
