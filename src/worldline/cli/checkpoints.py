@@ -15,7 +15,7 @@ from worldline.errors import CheckpointError
 from worldline.files import GIGABYTE
 
 if TYPE_CHECKING:
-    from worldline.weights.keymap import KeyMap
+    from worldline.text.encoder_files import EncoderFamily
     from worldline.weights.read import Checkpoint
 
 _SUFFIXES = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
@@ -154,8 +154,8 @@ def _open(path: Path) -> Checkpoint:
     from worldline.loading import open_transformer
     from worldline.models.predict2_5_dit.weights import FILE_NAMES
     from worldline.text.encoder_files import open_weights
-    from worldline.text.reason1 import KINDS as REASON1_KINDS
-    from worldline.text.t5 import KINDS as T5_KINDS
+    from worldline.text.reason1 import FAMILY as REASON1
+    from worldline.text.t5 import FAMILY as T5
     from worldline.tokenizers.cosmos.load import LAYOUTS, open_tokenizer
     from worldline.weights.dit import find_dit
     from worldline.weights.read import open_checkpoint
@@ -165,7 +165,7 @@ def _open(path: Path) -> Checkpoint:
     names = {name for layout in LAYOUTS for name in layout if not name.startswith("model.")}
     if any((path / name).exists() for name in names):
         return open_tokenizer(path)[0]
-    if _model_type(path) in (*T5_KINDS, *REASON1_KINDS):
+    if _model_type(path) in (*T5.kinds, *REASON1.kinds):
         return open_weights(path)
     try:
         return open_transformer(path)
@@ -295,47 +295,38 @@ def _wan_tokenizer(source: Checkpoint) -> Finding | None:
 
 
 def _t5(source: Checkpoint, path: Path) -> Finding | None:
-    from worldline.text import t5
+    from worldline.text.t5 import FAMILY
 
-    if not t5.is_t5(source.tensors) and not _is_part(path, t5.KINDS):
+    if not FAMILY.marks(source.tensors) and not _is_part(path, FAMILY.kinds):
         return None
 
-    def sizes(config: Mapping[str, Any]) -> tuple[str, int]:
-        settings, shapes = t5.settings_of(config), t5.tensor_shapes(config)
-        del shapes["encoder.embed_tokens.weight"]  # `shared.weight` by another name
-        told = (
+    def sizes(settings: Mapping[str, Any]) -> str:
+        return (
             f"{settings['num_layers']} layers, width {settings['d_model']:,}, "
             f"{settings['num_heads']} heads, vocabulary {settings['vocab_size']:,}"
         )
-        return f"{_released_encoder(t5.PRESETS, settings)}: {told}", _count(shapes)
 
-    checks = (t5.find_t5, t5.fit)
-    return _text_encoder(source, path, "T5 text encoder", t5.KINDS, sizes, *checks, t5.KEYS)
+    return _text_encoder(source, path, FAMILY, "T5 text encoder", sizes)
 
 
 def _reason1(source: Checkpoint, path: Path) -> Finding | None:
-    from worldline.text import reason1
+    from worldline.text.reason1 import FAMILY
 
     kind = _model_type(path if path.is_dir() else path.parent)
-    if kind is not None and kind not in reason1.KINDS:  # Qwen2's own models have the same names
+    if kind is not None and kind not in FAMILY.kinds:  # Qwen2's own models have the same names
         return None
-    if not reason1.is_qwen2(source.tensors) and not _is_part(path, reason1.KINDS):
+    if not FAMILY.marks(source.tensors) and not _is_part(path, FAMILY.kinds):
         return None
 
-    def sizes(config: Mapping[str, Any]) -> tuple[str, int]:
-        settings = reason1.settings_of(config)
+    def sizes(settings: Mapping[str, Any]) -> str:
         layers, width = settings["num_hidden_layers"], settings["hidden_size"]
-        told = (
+        return (
             f"{layers} layers, width {width:,}, {settings['num_attention_heads']} heads "
             f"({settings['num_key_value_heads']} of keys), vocabulary {settings['vocab_size']:,}, "
             f"text features {layers * width:,}"
         )
-        released = _released_encoder(reason1.PRESETS, settings)
-        return f"{released}: {told}", _count(reason1.tensor_shapes(config))
 
-    family = "Reason1 text encoder (Qwen2.5-VL)"
-    checks = (reason1.find_reason1, reason1.fit)
-    return _text_encoder(source, path, family, reason1.KINDS, sizes, *checks, reason1.KEYS)
+    return _text_encoder(source, path, FAMILY, "Reason1 text encoder (Qwen2.5-VL)", sizes)
 
 
 def _is_part(path: Path, kinds: Collection[str]) -> bool:
@@ -356,45 +347,40 @@ def _released_encoder(presets: Mapping[str, Mapping[str, int]], settings: Mappin
 def _text_encoder(
     source: Checkpoint,
     path: Path,
-    family: str,
-    kinds: Mapping[str, str],
-    sizes: Callable[[Mapping[str, Any]], tuple[str, int]],
-    find: Callable[[Path], object],
-    fit: Callable[..., None],
-    keys: KeyMap,
+    family: EncoderFamily,
+    name: str,
+    sizes: Callable[[Mapping[str, Any]], str],
 ) -> Finding:
     """Say what a text encoder is.
 
     Args:
         source: its tensors.
         path: its folder, of which the tokenizer is looked at too; or a file.
-        family: in words.
-        kinds: of `read_config`.
-        sizes: returns those of a configuration in words, and the number of weights.
-        find: checks a folder.
-        fit: checks the tensors of a file.
-        keys: of the tensors.
+        family: of encoders.
+        name: of the family, in words.
+        sizes: says them in words, of what fixes an encoder.
     """
     from worldline.text.encoder_files import files_together, read_config
 
     parameters = None
     verdict = _COMPLETE
     try:
-        config = read_config(path if path.is_dir() else path.parent, kinds)
-        told, parameters = sizes(config)
-        family = f"{family}, {told}"
+        config = read_config(path if path.is_dir() else path.parent, family.kinds)
+        settings = family.settings_of(config)
+        name = f"{name}, {_released_encoder(family.presets, settings)}: {sizes(settings)}"
+        parameters = family.count_parameters(config)
         if path.is_dir():
-            find(path)
+            family.open(path)
         else:
             together = files_together(path)
-            fit(source.tensors, config, path.name, part=len(together) > 1)
+            family.fit(source.tensors, config, path.name, part=len(together) > 1)
             if len(together) > 1:
                 verdict = f"every tensor fits; one of {len(together)} files"
-        if unread := sum(keys.ours(name) is None for name in source.tensors):
+        if unread := sum(family.keys.ours(tensor) is None for tensor in source.tensors):
             verdict += f"; {unread:,} more, which are not read"
     except ValueError as error:  # CheckpointError is one
         verdict = str(error)
-    return Finding(source, family, parameters, verdict)
+    return Finding(source, name, parameters, verdict)
 
 
 def _released_size(presets: Mapping[str, object], config: object, names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from worldline.errors import CheckpointError, InputError
-from worldline.files import released_folders, unfinished
+from worldline.files import released_folders
 from worldline.text.cache import EmbeddingCache, cache_folder
 from worldline.text.chat_tokens import (
     FILE,
@@ -38,16 +37,13 @@ from worldline.text.chat_tokens import (
 )
 from worldline.text.encoder_files import (
     MAX_LENGTH,
+    EncoderFamily,
     EncoderFiles,
-    open_weights,
-    read_config,
-    read_max_length,
-    tokenizer_holders,
+    check_dtype,
+    fill,
     without_transformers,
 )
-from worldline.weights.keymap import KeyMap, match
-from worldline.weights.source import TensorInfo
-from worldline.weights.stream import load_into
+from worldline.weights.keymap import KeyMap
 from worldline.weights.write import save
 
 if TYPE_CHECKING:
@@ -56,8 +52,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RELEASED = "nvidia/Cosmos-Reason1-7B"
-# model types of config.json -> what such a model is
-KINDS = {"qwen2_5_vl": "a Qwen2.5-VL", "qwen2_5_vl_text": "a Qwen2.5-VL"}
 # The released worlds were trained with these weights; another revision is another encoder.
 REVISION = "3210bec0495fdc7a8d3dbb8d58da5711eab4b423"
 CACHED = 40  # embeddings that are kept, 103 MB each of the released encoder in bfloat16
@@ -66,7 +60,6 @@ _EPS = 1e-8  # beside the deviation
 # of a rotation: the released name, and the one that transformers writes in its place
 _ROTATIONS = ("mrope", "default")
 _LAYER = "layers.{i}"
-_OF_QWEN2 = re.compile(r"model\.(language_model\.)?layers\.\d+\.self_attn\.q_proj\.bias")
 _NAMES = (
     "embed_tokens.weight",
     "norm.weight",
@@ -126,7 +119,7 @@ class Reason1Files(EncoderFiles):
     @property
     def num_parameters(self) -> int:
         """Numbers that `load_reason1` reads."""
-        return sum(math.prod(shape) for shape in tensor_shapes(self.config).values())
+        return FAMILY.count_parameters(self.config)
 
     @cached_property
     def chat_tokenizer(self) -> ChatTokenizer:
@@ -354,6 +347,20 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+FAMILY = EncoderFamily(
+    name="text encoder",
+    kinds={"qwen2_5_vl": "a Qwen2.5-VL", "qwen2_5_vl_text": "a Qwen2.5-VL"},
+    # Qwen2's own models have the same names: config.json tells which it is
+    mark=re.compile(r"model\.(language_model\.)?layers\.\d+\.self_attn\.q_proj\.bias"),
+    keys=KEYS,
+    settings_of=settings_of,
+    tensor_shapes=tensor_shapes,
+    tokenizer_files=chat_files,
+    tokenizer_names=f"{FILE}, or {' and '.join(PIECES)}",
+    presets=PRESETS,
+)
+
+
 def reason1_folders(checkpoint_dir: Path) -> list[Path]:
     """List the folders below `checkpoint_dir` that may hold the encoder; the right revision first.
 
@@ -363,65 +370,15 @@ def reason1_folders(checkpoint_dir: Path) -> list[Path]:
 
 
 def find_reason1(folder: Path) -> Reason1Files:
-    """Check the files of a text encoder; headers only, and without transformers.
+    """Check the files of a text encoder; see `EncoderFamily.open`.
 
-    Args:
-        folder: with config.json, the weights (safetensors or `pytorch_model.bin`, whole or in
-            shards, with or without eyes and head) and the tokenizer: tokenizer.json, or vocab.json
-            and merges.txt. The tokenizer may also lie in the folder `tokenizer` beside, as
-            diffusers saves it.
+    Its tokenizer is tokenizer.json, or vocab.json and merges.txt; its weights may hold those of
+    eyes and head too.
 
     Raises:
         CheckpointError: something is missing, damaged, half downloaded, or of another model.
     """
-    folder = Path(folder)
-    config = read_config(folder, KINDS)
-    try:
-        settings_of(config)
-    except ValueError as error:
-        path = folder / "config.json"
-        raise CheckpointError(f"{path}: {error}, so no text encoder can be built") from error
-    checkpoint = open_weights(folder)
-    fit(checkpoint.tensors, config, str(checkpoint.path))
-    for holder in tokenizer_holders(folder):
-        tokenizer = chat_files(holder)
-        if tokenizer:
-            break
-    else:
-        raise CheckpointError(
-            f"{folder} holds no tokenizer ({FILE}, or {' and '.join(PIECES)}){unfinished(folder)}"
-        )
-    return Reason1Files(folder, checkpoint, config, read_max_length(holder), tuple(tokenizer))
-
-
-def is_qwen2(names: Iterable[str]) -> bool:
-    """Tell by the names of tensors whether some are of a language model such as Reason1's.
-
-    Those of Qwen2 have the same names: config.json tells which it is.
-    """
-    return any(_OF_QWEN2.fullmatch(name) for name in names)
-
-
-def fit(
-    tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
-    called: str,
-    *,
-    part: bool = False,
-) -> None:
-    """Check that tensors are those of an encoder.
-
-    Args:
-        tensors: of a file.
-        config: of the encoder.
-        called: name of the file, for the message.
-        part: some may be absent, as they are from one file of several.
-
-    Raises:
-        CheckpointError: some are missing, unknown or of another shape.
-        ValueError: a size is absent or no number above 0, or the language model is another.
-    """
-    match(tensors, tensor_shapes(config), KEYS, called, ("*",) if part else ())
+    return Reason1Files(*FAMILY.open(folder))
 
 
 def load_reason1(
@@ -439,18 +396,20 @@ def load_reason1(
         CheckpointError: the weights or the tokenizer do not fit, or cannot be read.
         Error: a package is not installed.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        raise InputError(f"the text encoder runs in bfloat16 or float32; not in {name}")
+    check_dtype(dtype)
     tokenizer = files.chat_tokenizer
     with torch.device("meta"):
         encoder = Reason1Encoder(files.config, tokenizer, files.max_length)
-    if tokenizer.size > encoder.config["vocab_size"]:
-        raise CheckpointError(
-            f"{files.tokenizer[0]} has {tokenizer.size:,} tokens and the encoder of "
-            f"{files.folder} only {encoder.config['vocab_size']:,}: they do not belong together"
-        )
-    load_into(encoder.network, files.checkpoint, KEYS, device=device, dtype=dtype)
+    rows = encoder.config["vocab_size"]
+    fill(
+        encoder.network,
+        files,
+        KEYS,
+        tokens=tokenizer.size,
+        vocabulary=rows,
+        device=device,
+        dtype=dtype,
+    )
     return encoder.requires_grad_(False).eval()
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,14 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldline.errors import CheckpointError, InputError
-from worldline.files import released_folders, unfinished
+from worldline.files import released_folders
 from worldline.text.encoder_files import (
+    EncoderFamily,
     EncoderFiles,
-    open_weights,
-    read_config,
-    read_max_length,
-    tokenizer_holders,
+    check_dtype,
+    fill,
     without_transformers,
 )
 from worldline.text.prompt_tokens import (
@@ -40,9 +37,7 @@ from worldline.text.prompt_tokens import (
     load_tokenizer,
     tokenizer_files,
 )
-from worldline.weights.keymap import KeyMap, match
-from worldline.weights.source import TensorInfo
-from worldline.weights.stream import load_into
+from worldline.weights.keymap import KeyMap
 from worldline.weights.write import save
 
 if TYPE_CHECKING:
@@ -51,15 +46,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RELEASED = "google-t5/t5-11b"
-# model types of config.json -> what such a model is
-KINDS = {"t5": "a T5 encoder"}
 
 _ATTENTION = "encoder.block.{i}.layer.0.SelfAttention"
 _FEED_FORWARD = "encoder.block.{i}.layer.1.DenseReluDense"
-_OF_T5 = re.compile(r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight")
+_SHARED = ("shared.weight", "encoder.embed_tokens.weight")  # the same matrix
 _NAMES = (
-    "shared.weight",
-    "encoder.embed_tokens.weight",  # the same matrix: a file may hold either name, or both
+    *_SHARED,
     "encoder.final_layer_norm.weight",
     "encoder.block.{i}.layer.{j}.layer_norm.weight",
     *(f"{_ATTENTION}.{leaf}.weight" for leaf in ("q", "k", "v", "o", "relative_attention_bias")),
@@ -110,9 +102,7 @@ class T5Files(EncoderFiles):
     @property
     def num_parameters(self) -> int:
         """Numbers that `load_t5` reads."""
-        shapes = tensor_shapes(self.config)
-        del shapes["encoder.embed_tokens.weight"]
-        return sum(math.prod(shape) for shape in shapes.values())
+        return FAMILY.count_parameters(self.config)
 
     @cached_property
     def prompt_tokenizer(self) -> PromptTokenizer:
@@ -296,8 +286,7 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     inner = settings["num_heads"] * settings["d_kv"]
     gated = settings["feed_forward_proj"].startswith("gated-")
     shapes: dict[str, tuple[int, ...]] = {
-        "shared.weight": (settings["vocab_size"], width),
-        "encoder.embed_tokens.weight": (settings["vocab_size"], width),
+        **dict.fromkeys(_SHARED, (settings["vocab_size"], width)),
         "encoder.final_layer_norm.weight": (width,),
     }
     for i in range(settings["num_layers"]):
@@ -317,6 +306,20 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+FAMILY = EncoderFamily(
+    name="T5 encoder",
+    kinds={"t5": "a T5 encoder"},
+    mark=re.compile(r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight"),
+    keys=KEYS,
+    settings_of=settings_of,
+    tensor_shapes=tensor_shapes,
+    tokenizer_files=tokenizer_files,
+    tokenizer_names="tokenizer.json or spiece.model",
+    presets=PRESETS,
+    twins=_SHARED,
+)
+
+
 def t5_folders(checkpoint_dir: Path) -> list[Path]:
     """List the folders below `checkpoint_dir` where the released worlds keep T5-11B.
 
@@ -326,66 +329,15 @@ def t5_folders(checkpoint_dir: Path) -> list[Path]:
 
 
 def find_t5(folder: Path) -> T5Files:
-    """Check the files of a text encoder; headers only, and without transformers.
+    """Check the files of a text encoder; see `EncoderFamily.open`.
 
-    Args:
-        folder: with config.json, the weights (safetensors or `pytorch_model.bin`, whole or in
-            shards, with or without the decoder) and the tokenizer: tokenizer.json, spiece.model,
-            or a tokenizer_config.json of class ByT5Tokenizer. The tokenizer may also lie in the
-            folder `tokenizer` beside, as diffusers saves it.
+    Its tokenizer is tokenizer.json, spiece.model, or a tokenizer_config.json of class
+    ByT5Tokenizer; its weights may hold the decoder's too.
 
     Raises:
         CheckpointError: something is missing, damaged, half downloaded, or of another model.
     """
-    folder = Path(folder)
-    config = read_config(folder, KINDS)
-    try:
-        settings_of(config)
-    except ValueError as error:
-        path = folder / "config.json"
-        raise CheckpointError(f"{path}: {error}, so no T5 encoder can be built") from error
-    checkpoint = open_weights(folder)
-    fit(checkpoint.tensors, config, str(checkpoint.path))
-    for holder in tokenizer_holders(folder):
-        tokenizer = tokenizer_files(holder)
-        if tokenizer:
-            break
-    else:
-        raise CheckpointError(
-            f"{folder} holds no tokenizer (tokenizer.json or spiece.model){unfinished(folder)}"
-        )
-    return T5Files(folder, checkpoint, config, read_max_length(holder), tuple(tokenizer))
-
-
-def is_t5(names: Iterable[str]) -> bool:
-    """Tell by the names of tensors whether some are of the encoder of a T5."""
-    return any(_OF_T5.fullmatch(name) for name in names)
-
-
-def fit(
-    tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
-    called: str,
-    *,
-    part: bool = False,
-) -> None:
-    """Check that tensors are those of an encoder.
-
-    Args:
-        tensors: of a file.
-        config: of the encoder.
-        called: name of the file, for the message.
-        part: some may be absent, as they are from one file of several.
-
-    Raises:
-        CheckpointError: some are missing, unknown or of another shape.
-        ValueError: a size is absent or no number above 0.
-    """
-    # Either name of the shared matrix will do.
-    twins = ("shared.weight", "encoder.embed_tokens.weight")
-    pairs = match(tensors, tensor_shapes(config), KEYS, called, ("*",) if part else twins)
-    if not part and not any(name in pairs for name in twins):
-        raise CheckpointError(f"{called} does not fit the model: 1 missing: shared.weight")
+    return T5Files(*FAMILY.open(folder))
 
 
 def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T5Encoder:
@@ -403,18 +355,20 @@ def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T
         CheckpointError: the weights or the tokenizer do not fit, or cannot be read.
         Error: a package is not installed.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        raise InputError(f"the text encoder runs in float32 or bfloat16; {name} overflows in T5")
+    check_dtype(dtype)
     tokenizer = files.prompt_tokenizer
     with torch.device("meta"):
         encoder = T5Encoder(files.config, tokenizer, files.max_length)
-    if tokenizer.size > files.config["vocab_size"]:
-        raise CheckpointError(
-            f"{files.tokenizer[0]} has {tokenizer.size:,} tokens and the encoder of "
-            f"{files.folder} only {files.config['vocab_size']:,}: they do not belong together"
-        )
-    load_into(encoder.network, files.checkpoint, KEYS, device=device, dtype=dtype)
+    rows = encoder.config["vocab_size"]
+    fill(
+        encoder.network,
+        files,
+        KEYS,
+        tokens=tokenizer.size,
+        vocabulary=rows,
+        device=device,
+        dtype=dtype,
+    )
     return encoder.requires_grad_(False).eval()
 
 
