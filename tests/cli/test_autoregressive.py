@@ -683,6 +683,21 @@ def test_resume_makes_again_what_has_no_true_report(
     assert "is finished" in base(*words).stderr
 
 
+def test_resume_makes_a_damaged_video_again(base: Base, clip: Path, tmp_path: Path) -> None:
+    words = ("--input_image_or_video_path", clip, "--video_save_name", "a.gif", "--resume")
+    assert base(*words).exit_code == 0
+    path = tmp_path / "out" / "a.gif"
+    made = path.read_bytes()
+    for damaged in (b"", made[: len(made) // 2]):
+        path.write_bytes(damaged)
+        result = base(*words)
+        assert result.exit_code == 0
+        assert f"{path} is " in result.stderr
+        assert ": made again" in result.stderr
+        assert path.read_bytes() == made
+    assert "is finished" in base(*words).stderr
+
+
 def test_two_runs_of_one_name_do_not_mix(
     small_world: Path, clip: Path, tmp_path: Path, base: Base
 ) -> None:

@@ -24,6 +24,7 @@ from worldline.cli.samples import Sample
 from worldline.errors import Error
 from worldline.text.reason1 import RELEASED
 from worldline.video.read import probe, read_image, read_video
+from worldline.video.write import write_video
 from worldline.weights.write import save
 
 from ..tiny_predict2_5 import CONFIG, POST, PRE, write_transformer
@@ -599,6 +600,29 @@ def test_resume_knows_other_ways(
     result = flow("-i", file, "--device", "cpu", "--resume", *words)
     assert result.exit_code == 0, result.stderr
     assert ("is finished" if finished else "was made in another way") in result.stderr
+
+
+def test_resume_makes_damaged_videos_again(flow: Flow, tmp_path: Path) -> None:
+    names = ("empty", "half", "shorter", "whole", "long")
+    samples = [{**TEXT, "name": name, "num_output_frames": 9} for name in names]
+    samples[-1] |= {"enable_autoregressive": True, "chunk_size": 5, "num_output_frames": 12}
+    words = ("-i", write(tmp_path / "a.jsonl", *samples), "--resume")
+    out = tmp_path / "out"
+    size = ("--resolution", "32,48", "--num_steps", 1)
+    assert flow(*words, *size, small=False).exit_code == 0
+    made = {name: (out / f"{name}.mp4").read_bytes() for name in names}
+    (out / "empty.mp4").write_bytes(b"")
+    (out / "half.mp4").write_bytes(made["half"][: len(made["half"]) // 2])
+    clip = read_video(out / "shorter.mp4")
+    write_video(clip.frames[:8], out / "shorter.mp4", clip.fps)
+    result = flow(*words, *size, small=False)
+    assert result.exit_code == 0, result.stderr
+    assert f"{out / 'empty.mp4'} is empty (0 bytes): made again" in result.stderr
+    assert f"{out / 'half.mp4'} is truncated" in result.stderr
+    assert f"{out / 'shorter.mp4'} has 8 of 9 frames: made again" in result.stderr
+    assert result.stdout.endswith(f"5 videos are in {out}: 3 made now, 2 there before\n")
+    assert {name: (out / f"{name}.mp4").read_bytes() for name in names} == made
+    assert "nothing left to do" in flow(*words, *size, small=False).stdout
 
 
 def test_resume_knows_what_has_no_effect(flow: Flow, own_predict2_5: Path, tmp_path: Path) -> None:

@@ -366,7 +366,7 @@ def left_to_do(
 ) -> Sequence[Task]:
     """Return the tasks; to resume, those that are not finished. Says where nothing is left.
 
-    A task is finished when its video is there and was made from these files in this way.
+    A task is finished when its video is there, whole, and was made from these files in this way.
 
     Args:
         tasks: all of them.
@@ -379,11 +379,14 @@ def left_to_do(
     for task in tasks:
         if not task.output.exists():
             left.append(task)
-        elif _is_finished(task, known):
-            logger.info("%s is finished", task.output)
-        else:
+        elif not _is_finished(task, known):
             logger.info("%s was made in another way, or not finished: made again", task.output)
             left.append(task)
+        elif told := _damage(task):
+            logger.info("%s: made again", told)
+            left.append(task)
+        else:
+            logger.info("%s is finished", task.output)
     if not left:
         tell_nothing_left(len(tasks), tasks[0].output.parent)
     return left
@@ -415,6 +418,21 @@ def _is_finished(task: Task, identity: dict[str, Any]) -> bool:
         return _without(report["request"], left_out) == _without(vars(task.request), left_out)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _damage(task: Task) -> str:
+    """Return what is wrong with the file of a video that was made as the task says; "" if nothing.
+
+    The file is looked at, not its report: so this holds of reports of every version.
+    """
+    from worldline.video.read import check_written
+
+    try:
+        # None is the model's own number, which is not known here
+        check_written(task.output, getattr(task.request, "num_video_frames", None))
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def _without(stated: dict[str, Any], names: Collection[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Axes: T frames, H rows, W columns, and three colours last.
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 from collections import deque
 from collections.abc import Iterator
@@ -46,6 +47,9 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
 # First atoms of a QuickTime or MP4 file; `ftyp` alone would refuse old camera files.
 MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+
+
+GIF_END = b";"  # FFmpeg takes a cut-off GIF for a shorter one
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,29 @@ def probe(path: str | Path, *, kind: Kind) -> MediaInfo:
         if count == 0:
             raise InputError(f"{path} has no video frames")
         return MediaInfo("video", count, height, width, _rate(stream))
+
+
+def check_written(path: str | Path, frames: int | None) -> None:
+    """Check that a video, or a picture, that `write_video` once wrote is still there, whole.
+
+    Cheap: as in `probe`, the frames of a long video are counted, not decoded.
+
+    Args:
+        path: the file.
+        frames: how many it must have; None for any number.
+
+    Raises:
+        InputError: it is absent, damaged, cut short, or of another number of frames.
+    """
+    path = Path(path)
+    have = probe(path, kind=media_kind(path)).frames
+    if frames is not None and have != frames:
+        raise InputError(f"{path} has {have} of {frames} frames")
+    if path.suffix.lower() == ".gif":
+        with path.open("rb") as file:
+            file.seek(-len(GIF_END), os.SEEK_END)
+            if file.read() != GIF_END:
+                raise InputError(f"{path} is truncated: it has no end")
 
 
 def read_video(path: str | Path, *, last: int | None = None) -> Clip:
@@ -224,6 +251,8 @@ def _check_file(path: Path) -> None:
         with path.open("rb") as file:
             if not file.read(1):
                 raise InputError(f"{path} is empty (0 bytes)")
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
