@@ -21,6 +21,8 @@ from worldline.errors import CheckpointError
 from worldline.files import holds_diffusers, released_folders, unfinished
 
 BUNDLED = Path(__file__).parent / "bundled"
+# endings of files; what follows a dot may be a number of version
+_OF_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".jit", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,10 @@ def find_flow(model: str | Path, checkpoint_dir: str | Path) -> Place:
     try:
         return find_place(model, checkpoint_dir)
     except CheckpointError as error:
+        if Path(model).suffix in _OF_WEIGHTS:
+            raise CheckpointError(
+                f"no such file: {model} (--checkpoint_path), nor is it in {checkpoint_dir}"
+            ) from error
         names = [one.name for one in FLOW_MODELS]
         told = f"{error}; released names are {', '.join(names)}"
         if "did you mean" not in told:

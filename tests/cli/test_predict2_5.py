@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -335,7 +336,7 @@ def refused(result: Result, message: str, out: Path) -> None:
         (["--model", "14B/pre-trained"], "`worldline checkpoints download 14B/pre-trained`"),
         (["--model", "tiny-nothing"], "no bundled model tiny-nothing"),
         (["--model", ""], "--model is empty"),
-        (["--checkpoint_path", "nowhere.pt"], "nowhere.pt"),
+        (["--checkpoint_path", "nowhere.pt"], "no such file: nowhere.pt (--checkpoint_path), nor"),
         (["--checkpoint_path", "nvidia/Cosmos-Reason1-7B"], "not a Cosmos diffusion transformer"),
         (["--checkpoint_dir", "nowhere"], "there is no checkpoint folder nowhere"),
         (["--tokenizer_dir", "nowhere"], "no folder nowhere (--tokenizer_dir)"),
@@ -368,6 +369,22 @@ def refused(result: Result, message: str, out: Path) -> None:
 def test_wrong_words(words: list[Any], message: str, flow: Flow, tmp_path: Path) -> None:
     file = write(tmp_path / "a.json", {**TEXT, "name": "a"})
     refused(flow("-i", file, "--seed", 1, *words), message, tmp_path / "out")
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_damaged_checkpoint_is_told_alone(
+    share: float, pickled: bool, flow: Flow, own_predict2_5: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "a.json", {**TEXT, "name": "a"})
+    checkpoint = own_predict2_5 / Path(POST.repository).name / POST.file
+    whole = pickle.dumps({"step": 1}) if pickled else checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: int(share * len(whole))])
+    result = flow("-i", file, "--checkpoint_path", checkpoint)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith(f"worldline: {checkpoint}")
+    assert "diffusion" not in result.stderr
+    assert "autoregressive" not in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from worldline.loading.parts import (
     text_part,
 )
 from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, FlowDiTConfig
-from worldline.models.predict2_5_dit.weights import FILE_NAMES, open_flow_dit
+from worldline.models.predict2_5_dit.weights import FILE_NAMES, is_flow_dit, open_flow_dit
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import Part
 from worldline.places import Place, find_flow
@@ -60,7 +60,6 @@ logger = logging.getLogger(__name__)
 REASON1 = EncoderKind("Reason1", RELEASED, reason1_folders, find_reason1)
 
 _KNOWN_TIMESTEP = {"karras": 0.1, "shifted": None}
-_PROJECTION = "crossattn_proj.0.weight"  # the other families have no such tensor
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -242,10 +241,10 @@ def open_predict2_5(
     try:
         dit = open_flow_dit(file, settings)
     except CheckpointError as error:
-        if holds_flow(file):
+        if is_flow_dit(open_file(file)):  # of a damaged file nothing but that is said
             raise
         raise CheckpointError(
-            f"{place.folder} is no world of Predict2.5; worldline diffusion or worldline "
+            f"{place.named} is no world of Predict2.5; worldline diffusion or worldline "
             f"autoregressive may run it ({error})"
         ) from error
     tokenizer = open_wan(_tokenizer_path(place, folder, layout, tokenizer_dir))
@@ -271,10 +270,9 @@ def holds_flow(named: Path) -> bool:
     """Tell whether a folder, or a file, holds a transformer of Predict2.5, by names alone."""
     try:
         file, _ = find_dit(_find_transformer(named), FILE_NAMES)
-        tensors = open_file(file).tensors
+        return is_flow_dit(open_file(file))
     except CheckpointError:
         return False
-    return any(name.endswith(_PROJECTION) for name in tensors)
 
 
 def refuse_flow(named: Path) -> None:
