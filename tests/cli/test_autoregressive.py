@@ -683,6 +683,18 @@ def test_resume_makes_again_what_has_no_true_report(
     assert "is finished" in base(*words).stderr
 
 
+@pytest.mark.parametrize("ending", ["mp4", "json", "txt"])
+@pytest.mark.usefixtures("forbid_weights")
+def test_a_folder_in_the_way_is_told_first(
+    ending: str, base: Base, clip: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out" / f"output.{ending}"
+    folder.mkdir(parents=True)
+    result = base("--input_image_or_video_path", clip)
+    assert result.exit_code == 2
+    assert f"{folder} is a folder" in result.stderr
+
+
 def test_resume_makes_a_damaged_video_again(base: Base, clip: Path, tmp_path: Path) -> None:
     words = ("--input_image_or_video_path", clip, "--video_save_name", "a.gif", "--resume")
     assert base(*words).exit_code == 0

@@ -500,6 +500,18 @@ def test_an_output_never_replaces_an_input(flow: Flow, image: Path, tmp_path: Pa
     assert f"{words} is an input" in result.stderr
 
 
+@pytest.mark.parametrize("ending", ["mp4", "json", "txt"])
+@pytest.mark.usefixtures("forbid_weights")
+def test_a_folder_in_the_way_is_told_first(ending: str, flow: Flow, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / f"b.{ending}"
+    folder.mkdir(parents=True)
+    samples = [{**TEXT, "name": name} for name in "ab"]
+    result = flow("-i", write(tmp_path / "a.jsonl", *samples))
+    assert result.exit_code == 2
+    assert f"{folder} is a folder" in result.stderr
+    assert files_in(tmp_path / "out") == {folder.name}
+
+
 # --- interrupted, resumed
 
 

@@ -323,7 +323,7 @@ def choose_outputs(
 def refuse_overwriting(
     outputs: Sequence[Path], read: Sequence[Path | None], flags: dict[str, Any], ways: str
 ) -> None:
-    """Refuse to write where something is read from.
+    """Refuse to write where something is read from, and where a folder is in the way.
 
     Args:
         outputs: videos; what lies beside them is written too.
@@ -332,11 +332,14 @@ def refuse_overwriting(
         ways: flags that choose another place.
 
     Raises:
-        InputError: an input is in the way.
+        InputError: an input is in the way, or a folder.
     """
     kept = {path.resolve() for path in read if path}
     for output in outputs:
         beside = [output.with_suffix(ending) for ending in _BESIDE]
+        for path in beside:  # `check_destination` has looked at the video itself
+            if path.is_dir():
+                raise InputError(f"{path} is a folder; choose another {ways}")
         if flags.get("preview_every"):
             beside.append(_preview_of(output))
         for written in (output, *beside):
