@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -287,3 +288,21 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(InputError, match="no such file"):
         read_image(path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_large_image(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to Pillow's limit it is read without a word, above it refused."""
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(quarters()).save(path)
+    pixels = quarters().shape[0] * quarters().shape[1]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels // 2)  # from here on Pillow warns
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(path).frames.shape == (1, *quarters().shape)
+        assert probe(path, kind="image").height == len(quarters())
+    most = pixels // 2 - 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+    told = f"^{re.escape(str(path))} is too large: it has {pixels:,} pixels; at most {2 * most:,}"
+    with pytest.raises(InputError, match=told):
+        probe(path, kind="image")

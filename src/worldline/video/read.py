@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import struct
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -196,22 +198,34 @@ def read_video(path: str | Path, *, last: int | None = None) -> Clip:
 def read_image(path: str | Path) -> Clip:
     """Decode an image to one upright RGB frame, see `to_rgb`; the first of an animated WebP.
 
+    Pillow warns of images above half of what it refuses: these are read, without a word.
+
     Raises:
-        InputError: missing, unreadable, not an image, or damaged.
+        InputError: missing, unreadable, not an image, damaged, or larger than Pillow's limit.
     """
     path = Path(path)
     _check_file(path)
     try:
-        with Image.open(path) as stored:
-            return to_rgb(stored, str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as stored:
+                return to_rgb(stored, str(path))
     except InputError:
         raise
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image{_guess(path)}") from None
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path} is too large: {error}") from None
+        raise InputError(f"{path} is too large: {_bomb_size(error)}") from None
     except _DAMAGE as error:
         raise InputError(f"{path} is a damaged image: {error}") from None
+
+
+def _bomb_size(error: Image.DecompressionBombError) -> str:
+    """Return how large an image is that Pillow refuses; its error alone tells that."""
+    counts = [f"{int(number):,}" for number in re.findall(r"\d+", str(error))]
+    if len(counts) != 2:
+        return str(error)
+    return f"it has {counts[0]} pixels; at most {counts[1]} are read"
 
 
 def to_rgb(stored: Image.Image, name: str) -> Clip:
