@@ -219,6 +219,8 @@ def test_every_flag_of_the_reference(variant: dict[str, Any]) -> None:
         (["CLIP", "--seed", "-1"], "seed is -1"),
         (["CLIP", "--seed", 2**32], "seed is 4294967296"),
         (["CLIP", "--video_save_name", ""], "is no name"),
+        (["CLIP", "--video_save_name", "x" * 300], "a name in it has 304 bytes"),
+        (["CLIP", "--video_save_folder", "x" * 300], "a name in it has 300 bytes"),
         (["CLIP", "--video_save_name", "x.avi"], "cannot write .avi; use .mp4 .mov .mkv"),
         (["CLIP", "--video_save_name", "x.PNG"], "cannot write .png; use .mp4 .mov .mkv"),
         (["CLIP", "--ar_model_dir", "Nowhere"], "no folder"),

@@ -350,6 +350,7 @@ def refused(result: Result, message: str, out: Path) -> None:
         (["--device", "abacus"], "no device abacus here"),
         (["--seed", -1], "sample 'a': seed: -1: "),
         (["--guidance", "nan"], "sample 'a': guidance: nan: "),
+        (["-o", "x" * 300], "cannot be written: a name in it has 300 bytes"),
         (["--num_steps", 0], "sample 'a': num_steps: 0: "),
         (["--resolution", "32"], "sample 'a': resolution: '32' is neither"),
         (["--num_output_frames", 10], "sample 'a': num_output_frames is 10; it must be 1 + 4k"),
