@@ -17,11 +17,13 @@ from click.testing import Result
 
 import worldline.loading.parts
 import worldline.world
+from worldline import machine
 from worldline.catalog import FLOW_MODELS
 from worldline.cli import main
 from worldline.cli.predict2_5 import predict2_5
 from worldline.cli.samples import Sample
 from worldline.errors import Error
+from worldline.machine import Memory
 from worldline.text.reason1 import RELEASED
 from worldline.video.read import probe, read_image, read_video
 from worldline.weights.write import save
@@ -555,6 +557,31 @@ def test_memory_is_planned_for_what_needs_most(
     assert 93 * 192 * 208 > 1920 * 1920
     assert flow("-i", write(tmp_path / "a.jsonl", *samples), small=False).exit_code == 1
     assert planned == [(1, 1920, 1920)]
+
+
+@pytest.mark.usefixtures("forbid_weights")
+def test_frames_that_find_no_room(
+    flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long video is made piece by piece, but held as a whole."""
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(20 * 10**9, 24 * 10**9))
+    long = {**TEXT, "enable_autoregressive": True, "resolution": "704,1280", "chunk_size": 9}
+    file = write(
+        tmp_path / "a.jsonl",
+        {**TEXT, "name": "short", "resolution": "32,48"},
+        {**long, "name": "long", "num_output_frames": 1_000_001},
+        {**long, "name": "longer", "num_output_frames": 1_000_002, "resolution": "32,48"},
+        {**long, "name": "longest", "num_output_frames": 1_048_576},
+    )
+    result = flow("-i", file, small=False)
+    refused(result, "", tmp_path / "out")
+    told = [line for line in result.stderr.splitlines() if "sample" in line]
+    assert len(told) == 2
+    assert (
+        f"{file}, line 2, sample 'long': num_output_frames is 1000001: all frames of 704 x 1280 "
+        "pixels take 2703.4 GB of host memory, 20.0 of 24.0 GB are free"
+    ) in told[0]
+    assert "sample 'longest': num_output_frames is 1048576" in told[1]
 
 
 def test_resume(flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

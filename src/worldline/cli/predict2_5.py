@@ -17,7 +17,7 @@ import click
 from worldline.catalog import FLOW_MODELS, find_flow_model
 from worldline.choices import FLOW_OFFLOAD_FLAGS, MAX_SEED, ScheduleName
 from worldline.cli import run
-from worldline.errors import CheckpointError, InputError
+from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 
 if TYPE_CHECKING:
     from worldline.cli.samples import Sample
@@ -547,6 +547,37 @@ def _resolve(files: FlowFiles, flags: dict[str, Any], given: set[str]) -> dict[s
     }
 
 
+def _check_frames(
+    tasks: Sequence[run.Task],
+    samples: Mapping[Path, Sample],
+    files: FlowFiles,
+    flags: dict[str, Any],
+    *,
+    text: bool,
+    guarded: bool,
+) -> None:
+    """Refuse videos whose frames find no room in host memory, before anything is loaded.
+
+    Raises:
+        InsufficientMemoryError: all samples of which this is so are told.
+    """
+    from worldline.loading import check_frames, choose_device, host_need
+    from worldline.pipelines.predict2_5 import window_of
+    from worldline.world.safety import frame_copies
+
+    device = choose_device(flags["device"])
+    wrong = []
+    for task in tasks:
+        beside = host_need(files, window_of(files, task.request), device, text=text)
+        try:
+            check_frames(task.request.video, copies=frame_copies(guarded), beside=beside)
+        except InsufficientMemoryError as error:
+            sample = samples[task.output]
+            wrong.append(f"{sample.place}: {_by_its_fields(error, sample)}")
+    if wrong:
+        raise InsufficientMemoryError("\n".join(wrong))
+
+
 def _run(
     tasks: Sequence[run.Task],
     samples: Mapping[Path, Sample],
@@ -562,6 +593,9 @@ def _run(
 
     embedded = flags["prompt_embeddings"]
     disabled = _disabled(flags, given)
+    text = any(to_encode(task.request, held) for task in tasks)
+    guarding = guardrail_release(files, disabled) is not None
+    _check_frames(tasks, samples, files, flags, text=text, guarded=guarding)
 
     def load() -> Any:
         safety, _ = load_guards(
@@ -581,7 +615,7 @@ def _run(
             safety=safety,
             device=flags["device"],
             video=(largest.frames, largest.height, largest.width),
-            text=any(to_encode(task.request, held) for task in tasks),
+            text=text,
             **{name: flags[name] for name in FLOW_OFFLOAD_FLAGS},
         )
 
@@ -595,8 +629,7 @@ def _run(
 
     # on unless told otherwise, which needs no word
     told = "offload_guardrail_models" in given
-    guarded = told and guardrail_release(files, disabled) is not None
-    offloads = (*FLOW_OFFLOAD_FLAGS, *run.guard_offload_flags(guarded))
+    offloads = (*FLOW_OFFLOAD_FLAGS, *run.guard_offload_flags(told and guarding))
     batch = len(samples) > 1 and flags["keep_going"]
     before = len(samples) - len(tasks)
     run.run_tasks(tasks, load, stream, flags, offloads, batch=batch, before=before)

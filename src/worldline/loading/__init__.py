@@ -47,7 +47,14 @@ from worldline.loading.folders import (
     read_settings,
     refuse_options,
 )
-from worldline.loading.memory import DiffusionPlan, Fit, Need, check_memory, fewest_flags
+from worldline.loading.memory import (
+    DiffusionPlan,
+    Fit,
+    Need,
+    check_frames,
+    check_memory,
+    fewest_flags,
+)
 from worldline.loading.parts import TextPart, read_part, text_bytes, text_dtype, text_part
 from worldline.loading.predict2_5 import (
     FlowDefaults,
@@ -96,6 +103,7 @@ __all__ = [
     "TextPart",
     "WorldDefaults",
     "WorldFiles",
+    "check_frames",
     "choose_device",
     "clips_at_once",
     "compute_dtype",
@@ -107,6 +115,7 @@ __all__ = [
     "fit",
     "fit_entry",
     "fit_files",
+    "host_need",
     "load_autoregressive",
     "load_diffusion",
     "load_predict2_5",
@@ -653,6 +662,26 @@ def dearest(
     """
     dtype = compute_dtype(device)
     return max(set(videos), key=lambda video: _need_of(files, device, dtype, video=video)(given))
+
+
+def host_need(
+    files: FlowFiles,
+    video: VideoShape,
+    device: torch.device,
+    *,
+    text: bool = True,
+) -> int:
+    """Return the bytes of host memory that a world computes in; on a GPU it computes in none.
+
+    Args:
+        files: of the world.
+        video: the largest that is made at once.
+        device: where it will run.
+        text: whether prompts will be encoded.
+    """
+    if device.type != "cpu":
+        return 0
+    return _need_of(files, device, compute_dtype(device), video=video, text=text)(())
 
 
 def _check_memory(
