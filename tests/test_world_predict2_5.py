@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from worldline import machine
 from worldline.errors import InsufficientMemoryError
 from worldline.loading import find_autoregressive, find_diffusion, find_predict2_5
 from worldline.machine import Memory
+from worldline.places import bundled_names
 from worldline.text.chat_tokens import load_chat_tokenizer
 from worldline.video.read import read_image, read_video
 from worldline.weights.write import save
@@ -131,6 +133,13 @@ def test_a_video_that_finds_no_room(world: FlowWorld, monkeypatch: pytest.Monkey
     message = r"num_video_frames is 250000: all frames of 32 x 48 pixels take 1\.2 GB of host"
     with pytest.raises(InsufficientMemoryError, match=message):
         world.stream(prompt=PROMPT, **options)
+
+
+def test_a_world_that_finds_no_room_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(1, 10**9))
+    for name in bundled_names():
+        with pytest.raises(InsufficientMemoryError, match=f"^{re.escape(name)} needs about"):
+            worldline.load(name)
 
 
 def test_embeddings_in_place_of_a_prompt(world: FlowWorld, tmp_path: Path) -> None:

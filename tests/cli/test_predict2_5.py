@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -557,6 +558,33 @@ def test_memory_is_planned_for_what_needs_most(
     assert 93 * 192 * 208 > 1920 * 1920
     assert flow("-i", write(tmp_path / "a.jsonl", *samples), small=False).exit_code == 1
     assert planned == [(1, 1920, 1920)]
+
+
+@pytest.mark.usefixtures("forbid_weights")
+def test_the_sample_that_needs_most_is_named(
+    flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(10**8, 24 * 10**9))
+    small = {**TEXT, "name": "small", "resolution": "32,48", "num_output_frames": 9}
+    clip = {**small, "name": "clip", "resolution": "640,480", "num_output_frames": 93}
+    picture = {**small, "name": "picture", "resolution": "1920,1904", "num_output_frames": 1}
+    long = {**clip, "name": "long", "enable_autoregressive": True, "num_output_frames": 78}
+    needs = rf"{re.escape(POST.name)} needs about \S+ GB of host memory, 0\.1 of 24\.0 GB are free"
+    for samples, told in (
+        ([small, clip], "resolution (640,480) or num_output_frames (93)"),
+        ([small, picture], "resolution (1920,1904)"),
+        ([small, long], "resolution (640,480)"),
+        ([clip], "resolution (640,480) or num_output_frames (93)"),
+    ):
+        file = write(tmp_path / "a.jsonl", *samples)
+        result = flow("-i", file, small=False)
+        refused(result, "", tmp_path / "out")
+        most = " needs most" if len(samples) > 1 else ""
+        place = f"{file}, line {len(samples)}, sample '{samples[-1]['name']}'{most}"
+        line = result.stderr.splitlines()[-1]
+        assert re.search(
+            rf"{re.escape(place)}: {needs}; a lower {re.escape(told)} needs less$", line
+        ), line
 
 
 @pytest.mark.usefixtures("forbid_weights")

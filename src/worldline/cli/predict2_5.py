@@ -578,6 +578,15 @@ def _check_frames(
         raise InsufficientMemoryError("\n".join(wrong))
 
 
+def _cure(request: FlowRequest) -> str:
+    """Return what of a request lowers the memory that it is denoised in, by a sample's names."""
+    size = f"resolution ({request.height},{request.width})"
+    # of a long video as many frames as ever are made at once
+    if request.num_video_frames == 1 or request.chunk_size is not None:
+        return f"a lower {size} needs less"
+    return f"a lower {size} or num_output_frames ({request.num_video_frames}) needs less"
+
+
 def _run(
     tasks: Sequence[run.Task],
     samples: Mapping[Path, Sample],
@@ -610,14 +619,19 @@ def _run(
         offloaded = [flag for flag in FLOW_OFFLOAD_FLAGS if flags[flag]]
         windows = [window_of(files, task.request) for task in tasks]
         largest = dearest(files, windows, choose_device(flags["device"]), offloaded)
-        return load_files(
-            files,
-            safety=safety,
-            device=flags["device"],
-            video=(largest.frames, largest.height, largest.width),
-            text=text,
-            **{name: flags[name] for name in FLOW_OFFLOAD_FLAGS},
-        )
+        try:
+            return load_files(
+                files,
+                safety=safety,
+                device=flags["device"],
+                video=(largest.frames, largest.height, largest.width),
+                text=text,
+                **{name: flags[name] for name in FLOW_OFFLOAD_FLAGS},
+            )
+        except InsufficientMemoryError as error:
+            task = tasks[windows.index(largest)]
+            most = f"{samples[task.output].place}{' needs most' if len(tasks) > 1 else ''}"
+            raise InsufficientMemoryError(f"{most}: {error}; {_cure(task.request)}") from error
 
     def stream(world: Any, task: run.Task) -> Iterator[Step]:
         steps = world.stream(task.item.path, prompt_embeddings=embedded, **vars(task.request))

@@ -46,6 +46,7 @@ from worldline.loading.folders import (
     open_transformer,
     read_settings,
     refuse_options,
+    world_name,
 )
 from worldline.loading.memory import (
     DiffusionPlan,
@@ -133,6 +134,7 @@ __all__ = [
     "text_dtype",
     "video_shape",
     "window_grid",
+    "world_name",
 ]
 
 logger = logging.getLogger(__name__)
@@ -693,7 +695,8 @@ def _check_memory(
 ) -> None:
     """Refuse a world that does not fit; `options` are those of `_need_of`."""
     need = _need_of(files, device, dtype, **options)
-    check_memory(files.folder.name, need, _flags(files), device, given)
+    name = world_name(files.folder.name, bundled=files.bundled)
+    check_memory(name, need, _flags(files), device, given)
 
 
 def clips_at_once(
