@@ -190,15 +190,19 @@ def test_a_world_of_its_own_defaults(flow: Flow, own_predict2_5: Path, tmp_path:
     assert flow(*words, checkpoint_dir=own_predict2_5, small=False).exit_code == 0
     report = report_of(tmp_path / "out" / "a.json")
     assert {name: report["request"][name] for name in own} == own
+    assert report["sample"] == {**TEXT, "name": "a"}  # and not what other worlds have by default
     result = flow(*words, "--guidance", 7, checkpoint_dir=own_predict2_5, small=False)
     assert result.exit_code == 0, result.stderr
-    assert report_of(tmp_path / "out" / "a.json")["request"]["guidance"] == 7
+    report = report_of(tmp_path / "out" / "a.json")
+    assert report["request"]["guidance"] == report["sample"]["guidance"] == 7
     # a chunk is no longer than what the world makes
     long = ("--enable_autoregressive", "--num_output_frames", 20)
     result = flow(*words, *long, checkpoint_dir=own_predict2_5, small=False)
     assert result.exit_code == 0, result.stderr
     report = report_of(tmp_path / "out" / "a.json")
     assert (report["request"]["chunk_size"], report["chunks"]) == (13, 2)
+    stated = {"enable_autoregressive": True, "num_output_frames": 20}
+    assert report["sample"] == {**TEXT, "name": "a", **stated}
 
 
 def test_long_videos(flow: Flow, clip: Path, tmp_path: Path) -> None:

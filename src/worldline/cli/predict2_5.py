@@ -637,8 +637,10 @@ def _run(
         steps = world.stream(task.item.path, prompt_embeddings=embedded, **vars(task.request))
         for step in steps:
             if step.video is not None:
-                told = samples[task.output].model_dump(mode="json", exclude_none=True)
-                step.video.report["sample"] = told
+                # what it leaves to the world is told by the request, not by a sample's defaults
+                step.video.report["sample"] = samples[task.output].model_dump(
+                    mode="json", exclude_none=True, exclude_unset=True
+                )
             yield step
 
     # on unless told otherwise, which needs no word
