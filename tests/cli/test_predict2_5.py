@@ -396,7 +396,7 @@ def test_wrong_usage(
 def test_everything_that_is_wrong_is_told_at_once(
     flow: Flow, short_clip: Path, image: Path, tmp_path: Path
 ) -> None:
-    """By file, sample and field."""
+    """By file, sample and field; of inputs when all else is right."""
     noise = tmp_path / "noise.mp4"
     noise.write_text("hello")
     one = tmp_path / "one.mp4"
@@ -405,7 +405,6 @@ def test_everything_that_is_wrong_is_told_at_once(
     lines = write(
         tmp_path / "a.jsonl",
         {**TEXT, "name": "good"},
-        {**video, "name": "noise", "input_path": "noise.mp4"},
         {**video, "name": "still", "input_path": str(image)},
         {**video, "name": "gone", "input_path": "gone.mp4"},
         {**TEXT, "name": "good"},
@@ -413,16 +412,23 @@ def test_everything_that_is_wrong_is_told_at_once(
     )
     broken = write(tmp_path / "b.json")
     result = flow("-i", lines, broken, tmp_path / "c.txt")
-    refused(result, f"{lines}, line 2, sample 'noise': input_path: ", tmp_path / "out")
+    refused(result, f"{lines}, line 2, sample 'still': input_path: ", tmp_path / "out")
     for part in (
-        "line 3, sample 'still': input_path: ",
-        "line 4, sample 'gone': input_path: there is no file",
-        "line 5, sample 'good': name: ",
-        "line 6, sample 'empty': inference_type: it is missing",
+        "line 3, sample 'gone': input_path: there is no file",
+        "line 4, sample 'good': name: ",
+        "line 5, sample 'empty': inference_type: it is missing",
         f"{broken} is no valid JSON",
         "c.txt: .txt is none of",
     ):
         assert part in result.stderr
+    media = write(
+        tmp_path / "e.jsonl",
+        {**video, "name": "one", "input_path": "one.mp4"},
+        *({**video, "name": name, "input_path": "noise.mp4"} for name in ("noise", "again")),
+    )
+    result = flow("-i", media)
+    refused(result, f"{media}, line 2, sample 'noise': input_path: ", tmp_path / "out")
+    assert f"{media}, line 3, sample 'again': input_path: " in result.stderr
     sizes = write(
         tmp_path / "d.jsonl",
         *({**TEXT, "name": f"s{frames}", "num_output_frames": frames} for frames in (9, 10, 11)),

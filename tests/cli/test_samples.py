@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from worldline.choices import NEGATIVE_PROMPT
-from worldline.cli.samples import Sample, read_samples, without_comments
+from worldline.cli.samples import Sample, check_media, read_samples, without_comments
 from worldline.errors import InputError
 
 ASSETS = Path(__file__).parents[3] / "shared" / "assets" / "predict2_5"
@@ -282,6 +282,69 @@ def test_files_that_cannot_be_read(tmp_path: Path, image: Path) -> None:
         read_samples([tmp_path / "a.json"])
     with pytest.raises(InputError, match=r"b\.json cannot be read: No such file or directory$"):
         read_samples([tmp_path / "b.json"])
+
+
+def test_each_input_is_looked_at_once(
+    tmp_path: Path, clip: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under whatever name; not before all that is stated is right."""
+    from worldline.cli import samples
+
+    seen: list[Path] = []
+    real = samples.probe
+
+    def probe(path: Path, **kind: Any) -> Any:
+        seen.append(path)
+        return real(path, **kind)
+
+    monkeypatch.setattr(samples, "probe", probe)
+    (tmp_path / "in.mp4").write_bytes(clip.read_bytes())
+    (tmp_path / "noise.mp4").write_text("hello")
+    (tmp_path / "still.png").write_bytes(image.read_bytes())
+    made = [
+        {**TEXT, "name": f"s{number}", "inference_type": kind, "input_path": path}
+        for number, (kind, path) in enumerate(
+            (
+                ("video2world", "in.mp4"),
+                ("image2world", "./in.mp4"),
+                ("video2world", str(tmp_path / "in.mp4")),
+                ("image2world", "still.png"),
+                ("text2world", "noise.mp4"),
+            )
+        )
+    ]
+    with pytest.raises(InputError, match="seed"):
+        read(tmp_path / "a.json", [*made, {**TEXT, "name": "last", "seed": -1}])
+    assert seen == []
+    check_media(read(tmp_path / "a.json", made))
+    assert [path.name for path in seen] == ["in.mp4", "still.png"]
+    bad = [{**made[0], "name": name, "input_path": "noise.mp4"} for name in "ab"]
+    with pytest.raises(InputError) as told:
+        check_media(read(tmp_path / "b.json", bad))
+    assert [line.split(": ")[:2] for line in str(told.value).splitlines()] == [
+        [f"{tmp_path / 'b.json'}, item {number}, sample {name!r}", "input_path"]
+        for number, name in enumerate("ab", 1)
+    ]
+    assert len(seen) == 3
+
+
+def test_slow_looks_are_not_silent(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from worldline.cli import samples
+
+    stated = {**TEXT, "inference_type": "image2world"}
+    made = []
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(image.read_bytes())
+        made.append({**stated, "name": name, "input_path": f"{name}.png"})
+    found = read(tmp_path / "a.json", made)
+    with caplog.at_level("INFO"):
+        check_media(found)
+        assert caplog.messages == []
+        monkeypatch.setattr(samples, "SECONDS_OF_SILENCE", 0)
+        check_media(found)
+    assert caplog.messages == [f"looked at {count} of 3 input files" for count in range(3)]
 
 
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="the released samples are not here")

@@ -241,6 +241,7 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
     samples = _read(files, {name: flags[name] for name in _OVERRIDES if name in given})
     requests = _check_words(samples)
     outputs = _choose_outputs(samples, files, folder, flags)
+    _check_media(samples)
     _log_notes(samples, flags, given)
     world = _find_files(flags, given)
     embeddings = flags["prompt_embeddings"]
@@ -324,6 +325,12 @@ def _read(files: Sequence[Path], overrides: Mapping[str, Any]) -> list[Sample]:
     from worldline.cli.samples import read_samples
 
     return read_samples(files, overrides)
+
+
+def _check_media(samples: Sequence[Sample]) -> None:
+    from worldline.cli.samples import check_media
+
+    check_media(samples)
 
 
 def _check_words(samples: Sequence[Sample]) -> list[dict[str, Any]]:

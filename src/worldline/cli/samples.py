@@ -7,8 +7,10 @@ its releases since 13 October 2025, and of the one a week earlier, with many sam
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +32,14 @@ from worldline.files import folded
 from worldline.pipelines.requests import LARGEST_GUIDANCE, LARGEST_STEPS
 from worldline.video.read import media_kind, probe
 
+logger = logging.getLogger(__name__)
+
 InferenceType = Literal["text2world", "image2world", "video2world"]
 SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
 LARGEST_SIDE = 1920
 # the tokenizer merges 8 pixels each way and 4 frames, the transformer 2 of its cells each way
 SIDE_STEP, FRAME_STEP = 16, 4
+SECONDS_OF_SILENCE = 5
 LONGEST_NAME = 200  # bytes; files may have 255, of which what is added to it takes some
 
 _PATHS = ("prompt_path", "input_path")
@@ -45,7 +50,7 @@ _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
 
 
 class Sample(BaseModel):
-    """One video to make, checked.
+    """One video to make, checked as far as its input need not be opened: see `check_media`.
 
     Attributes:
         name: stem of its files.
@@ -162,15 +167,6 @@ class Sample(BaseModel):
                 f"input_path: {self.input_path} is an image, but video2world continues a video; "
                 "image2world continues an image"
             )
-        try:
-            frames = probe(self.input_path, kind=media_kind(self.input_path)).frames
-        except InputError as error:
-            raise ValueError(f"input_path: {error}") from error
-        if frames < self.num_input_frames:
-            raise ValueError(
-                f"input_path: {self.input_path} has {frames} frames, but {self.inference_type} "
-                f"continues the last {self.num_input_frames}"
-            )
         return self
 
     @property
@@ -216,7 +212,7 @@ class Sample(BaseModel):
 
 
 def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = None) -> list[Sample]:
-    """Return the samples of all files, in order.
+    """Return the samples of all files, in order; their inputs are there, and not opened yet.
 
     Args:
         files: `.json` with one sample, a list of them, or the first release's "samples" by name;
@@ -259,6 +255,46 @@ def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = No
     if wrong:
         raise InputError("\n".join(wrong))
     return samples
+
+
+def check_media(samples: Sequence[Sample]) -> None:
+    """Look at every image and video that is continued, once each; says how far it is, if slow.
+
+    Raises:
+        InputError: names the samples whose input is no readable media, or too short.
+    """
+    inputs = {_identity(sample.input_path) for sample in samples if sample.num_input_frames}
+    looked_at: dict[str, int | InputError] = {}  # frames of the file, or what is wrong with it
+    wrong: list[str] = []
+    said = time.monotonic()
+    for sample in samples:
+        path = sample.input_path
+        if not sample.num_input_frames or path is None:
+            continue
+        identity = _identity(path)
+        if identity not in looked_at:
+            if time.monotonic() - said >= SECONDS_OF_SILENCE:
+                said = time.monotonic()
+                logger.info("looked at %d of %d input files", len(looked_at), len(inputs))
+            try:
+                looked_at[identity] = probe(path, kind=media_kind(path)).frames
+            except InputError as error:
+                looked_at[identity] = error
+        frames = looked_at[identity]
+        if isinstance(frames, InputError):
+            wrong.append(f"{sample.place}: input_path: {frames}")
+        elif frames < sample.num_input_frames:
+            wrong.append(
+                f"{sample.place}: input_path: {path} has {frames} frame{'s' * (frames != 1)}, but "
+                f"{sample.inference_type} continues the last {sample.num_input_frames}"
+            )
+    if wrong:
+        raise InputError("\n".join(wrong))
+
+
+def _identity(path: Path | None) -> str:
+    """Return what files of several spellings are known by."""
+    return os.path.realpath(path or "")
 
 
 def without_comments(text: str) -> str:
