@@ -98,7 +98,9 @@ def test_paths_start_at_the_file(
         ({"name": None}, "name: "),
         ({"name": "a/b"}, "name: 'a/b' cannot be the name of a file"),
         ({"inference_type": "world"}, "inference_type: 'world'"),
-        ({"prompt": " "}, "prompt: there is none, or it is empty"),
+        ({"prompt": " "}, "prompt: it is empty"),
+        ({"prompt": None}, "prompt: there is none, and no prompt_path"),
+        ({"prompt": None, "prompt_path": "blank.txt"}, "blank.txt is empty"),
         ({"sead": 1}, "sead: there is no such field; there are: name, "),
         ({"seed": -1}, "seed: -1: "),
         ({"guidance": "much"}, "guidance: 'much': "),
@@ -127,11 +129,58 @@ def test_paths_start_at_the_file(
 def test_what_is_wrong(change: dict[str, Any], message: str, tmp_path: Path, image: Path) -> None:
     (tmp_path / "in.png").write_bytes(image.read_bytes())
     (tmp_path / "clips.mp4").mkdir()
+    (tmp_path / "blank.txt").write_text("\n")
     file = tmp_path / "a.json"
     with pytest.raises(InputError) as told:
         read(file, {**TEXT, "name": "a", **change})
     assert message in str(told.value)
     assert str(told.value).startswith(f"{file}, sample ")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"prompt": ""}, "--prompt: it is empty"),
+        ({"resolution": "100,100"}, "--resolution: 100 is no multiple of 16 from 16 to 1920"),
+        ({"num_steps": 0}, "--num_steps: 0: input should be greater than 0"),
+        ({"prompt_path": "gone.txt"}, "--prompt_path: there is no file gone.txt"),
+        ({"inference_type": "image2world"}, None),
+        (
+            {"inference_type": "video2world", "input_path": "in.png"},
+            "--input_path: in.png is an image, but video2world continues a video; "
+            "image2world continues an image",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_flag_is_told_once(
+    override: dict[str, Any],
+    message: str | None,
+    tmp_path: Path,
+    image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.png").write_bytes(image.read_bytes())
+    two = [{**TEXT, "name": name} for name in "ab"]
+    with pytest.raises(InputError) as told:
+        read(tmp_path / "a.json", two, **override)
+    said = str(told.value).splitlines()
+    if message is None:  # it is the samples that lack something
+        assert [line.split(", ")[1] for line in said] == ["item 1", "item 2"]
+    else:
+        assert said == [message]
+
+
+def test_a_flag_that_suits_some_samples(tmp_path: Path, image: Path) -> None:
+    """Those that it does not suit are named."""
+    two = [
+        {**TEXT, "name": "a", "inference_type": "image2world"},
+        {**TEXT, "name": "b", "inference_type": "video2world"},
+    ]
+    with pytest.raises(InputError) as told:
+        read(tmp_path / "a.json", two, input_path=str(image))
+    [line] = str(told.value).splitlines()
+    assert line.startswith(f"{tmp_path / 'a.json'}, item 2, sample 'b': input_path: ")
 
 
 @pytest.mark.parametrize(

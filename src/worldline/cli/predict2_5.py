@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -238,15 +238,16 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
     given = run.given_flags(context)
     files, folder = _named_files(flags)
     _refuse_absent_parts(flags)
-    samples = _read(files, {name: flags[name] for name in _OVERRIDES if name in given})
-    requests = _check_words(samples)
+    overrides = {name: flags[name] for name in _OVERRIDES if name in given}
+    samples = _read(files, overrides)
+    requests = _check_words(samples, overrides)
     outputs = _choose_outputs(samples, files, folder, flags)
-    _check_media(samples)
+    _check_media(samples, overrides)
     _log_notes(samples, flags, given)
     world = _find_files(flags, given)
     embeddings = flags["prompt_embeddings"]
     asked = _make_requests(samples, requests, world, flags)
-    held = _check(world, samples, asked, embeddings)
+    held = _check(world, samples, asked, embeddings, overrides)
     from worldline.pipelines.predict2_5 import to_encode  # slow: not before wrong words are told
 
     tasks = [
@@ -327,14 +328,15 @@ def _read(files: Sequence[Path], overrides: Mapping[str, Any]) -> list[Sample]:
     return read_samples(files, overrides)
 
 
-def _check_media(samples: Sequence[Sample]) -> None:
+def _check_media(samples: Sequence[Sample], overrides: Collection[str]) -> None:
     from worldline.cli.samples import check_media
 
-    check_media(samples)
+    check_media(samples, overrides)
 
 
-def _check_words(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+def _check_words(samples: Sequence[Sample], overrides: Collection[str]) -> list[dict[str, Any]]:
     """Return what each sample says of its request, checked as far as no world is needed."""
+    from worldline.cli.samples import refuse
     from worldline.pipelines.requests import FlowRequest
 
     requests, wrong = [], []
@@ -343,10 +345,9 @@ def _check_words(samples: Sequence[Sample]) -> list[dict[str, Any]]:
         try:
             FlowRequest(**request)
         except InputError as error:
-            wrong.append(f"{sample.place}: {_by_its_fields(error, sample)}")
+            wrong.append((sample.place, _by_its_fields(error, sample)))
         requests.append(request)
-    if wrong:
-        raise InputError("\n".join(wrong))
+    refuse(wrong, len(samples), overrides)
     return requests
 
 
@@ -491,6 +492,7 @@ def _check(
     samples: Sequence[Sample],
     requests: Sequence[FlowRequest],
     embeddings: str | None,
+    overrides: Collection[str],
 ) -> Embeddings:
     """Refuse what this world cannot do; return the embeddings that are given.
 
@@ -498,6 +500,7 @@ def _check(
         InputError: it cannot; all samples of which this is so are told.
         CheckpointError: there is no text encoder, and one is needed.
     """
+    from worldline.cli.samples import refuse
     from worldline.pipelines.predict2_5 import check_request, check_text, read_embeddings
 
     wrong = []
@@ -505,9 +508,8 @@ def _check(
         try:
             check_request(files, request)
         except InputError as error:
-            wrong.append(f"{sample.place}: {_by_its_fields(error, sample)}")
-    if wrong:
-        raise InputError("\n".join(wrong))
+            wrong.append((sample.place, _by_its_fields(error, sample)))
+    refuse(wrong, len(samples), overrides)
     given = read_embeddings(embeddings)
     try:
         for request in requests:

@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -147,17 +148,21 @@ class Sample(BaseModel):
         if not wanted or not _is_there(Path(path)):
             return data
         try:
-            return {**data, "prompt": Path(path).read_text(encoding="utf-8-sig").strip()}
+            prompt = Path(path).read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise ValueError(f"prompt_path: {path} is no text in UTF-8") from error
         except OSError as error:
             told = error.strerror or error
             raise ValueError(f"prompt_path: {path} cannot be read: {told}") from error
+        if not prompt:
+            raise ValueError(f"prompt_path: {path} is empty")
+        return {**data, "prompt": prompt}
 
     @model_validator(mode="after")
     def _is_whole(self) -> Sample:
         if self.prompt is None or not self.prompt.strip():
-            raise ValueError("prompt: there is none, or it is empty (nor a prompt_path with one)")
+            told = "there is none, and no prompt_path" if self.prompt is None else "it is empty"
+            raise ValueError(f"prompt: {told}")
         if self.inference_type == "text2world":
             return self
         if self.input_path is None:
@@ -221,51 +226,82 @@ def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = No
         overrides: fields that win over those of every sample; their relative paths start here.
 
     Raises:
-        InputError: names file, sample and field of everything that is wrong.
+        InputError: names file, sample and field of everything that is wrong; or the overrides that
+            are, as flags.
     """
+    overrides = overrides or {}
+    if alone := _problems_alone(overrides):
+        raise InputError("\n".join(f"--{name}: {told}" for name, told in alone))
     samples: list[Sample] = []
-    wrong: list[str] = []
+    wrong: list[tuple[str, str]] = []  # a place, and what is wrong there
+    checked = 0
     first: dict[str, tuple[str, str]] = {}  # by its folded name, a name and its place
     for file in files:
         found = list(_read_file(file))
         if not found:
-            wrong.append(f"{file}: no samples in it")
+            wrong.append((str(file), "no samples in it"))
         for place, stated in found:
             if isinstance(stated, InputError):
-                wrong.append(str(stated))
+                wrong.append(("", str(stated)))
                 continue
-            data = {**_resolved(stated, file.parent), **(overrides or {})}
-            if "prompt_path" in (overrides or {}) and "prompt" not in (overrides or {}):
+            checked += 1
+            data = {**_resolved(stated, file.parent), **overrides}
+            if "prompt_path" in overrides and "prompt" not in overrides:
                 data.pop("prompt", None)
             label = f"{place}, sample {data['name']!r}" if "name" in data else place
             try:
                 sample = Sample.model_validate(data)
             except ValidationError as error:
-                wrong += [f"{label}: {told}" for told in _problems(error)]
+                wrong += [(label, f"{name}: {told}") for name, told in _problems(error)]
                 continue
             name = folded(sample.name)
             if name in first:
                 other, where = first[name]
                 same = "the same" if other == sample.name else f"{other!r}: many disks ignore case"
-                wrong.append(f"{label}: name: {where} has {same}")
+                wrong.append((label, f"name: {where} has {same}"))
             first.setdefault(name, (sample.name, place))
             sample._place = label
             sample._has_words = data.get("prompt") is not None
             samples.append(sample)
-    if wrong:
-        raise InputError("\n".join(wrong))
+    refuse(wrong, checked, overrides)
     return samples
 
 
-def check_media(samples: Sequence[Sample]) -> None:
+def refuse(wrong: Sequence[tuple[str, str]], checked: int, overrides: Collection[str]) -> None:
+    """Tell all that is wrong; of an override that suits no sample once, as the flag's.
+
+    Args:
+        wrong: places, "" where the words name it, and what is wrong there; begins with the field.
+        checked: how many samples were.
+        overrides: names of the fields that are the same for all.
+
+    Raises:
+        InputError: there is something.
+    """
+    times = Counter(told for _, told in wrong)
+    lines = []
+    for place, told in wrong:
+        if times[told] == checked and re.split(r"\W", told, maxsplit=1)[0] in overrides:
+            lines.append(f"--{told}")
+        else:
+            lines.append(f"{place}: {told}" if place else told)
+    if lines:
+        raise InputError("\n".join(dict.fromkeys(lines)))
+
+
+def check_media(samples: Sequence[Sample], overrides: Collection[str] = ()) -> None:
     """Look at every image and video that is continued, once each; says how far it is, if slow.
+
+    Args:
+        samples: all of them.
+        overrides: as of `refuse`.
 
     Raises:
         InputError: names the samples whose input is no readable media, or too short.
     """
     inputs = {_identity(sample.input_path) for sample in samples if sample.num_input_frames}
     looked_at: dict[str, int | InputError] = {}  # frames of the file, or what is wrong with it
-    wrong: list[str] = []
+    wrong: list[tuple[str, str]] = []
     said = time.monotonic()
     for sample in samples:
         path = sample.input_path
@@ -282,14 +318,14 @@ def check_media(samples: Sequence[Sample]) -> None:
                 looked_at[identity] = error
         frames = looked_at[identity]
         if isinstance(frames, InputError):
-            wrong.append(f"{sample.place}: input_path: {frames}")
+            wrong.append((sample.place, f"input_path: {frames}"))
         elif frames < sample.num_input_frames:
-            wrong.append(
-                f"{sample.place}: input_path: {path} has {frames} frame{'s' * (frames != 1)}, but "
+            told = (
+                f"input_path: {path} has {frames} frame{'s' * (frames != 1)}, but "
                 f"{sample.inference_type} continues the last {sample.num_input_frames}"
             )
-    if wrong:
-        raise InputError("\n".join(wrong))
+            wrong.append((sample.place, told))
+    refuse(wrong, len(samples), overrides)
 
 
 def _identity(path: Path | None) -> str:
@@ -446,10 +482,28 @@ def _resolved(stated: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def _problems(error: ValidationError) -> Iterator[str]:
+def _problems_alone(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what is wrong with values whatever stands beside them, as `_problems` does."""
+    whole = {"name": "a", "inference_type": "text2world", **fields}
+    if whole["inference_type"] in get_args(InferenceType):
+        whole["inference_type"] = "text2world"  # which needs no other field but a prompt
+    if "prompt_path" not in fields:
+        whole.setdefault("prompt", "a")
+    try:
+        Sample.model_validate(whole)
+    except ValidationError as error:
+        return list(_problems(error))
+    return []
+
+
+def _problems(error: ValidationError) -> Iterator[tuple[str, str]]:
+    """Yield fields, and what is wrong with each."""
     for problem in error.errors():
-        field = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
+        if not problem["loc"]:
+            field, _, message = message.partition(": ")
+            yield field, message
+            continue
         if problem["type"] == "extra_forbidden":
             message = f"there is no such field; there are: {', '.join(Sample.model_fields)}"
         elif problem["type"] == "missing":
@@ -460,4 +514,4 @@ def _problems(error: ValidationError) -> Iterator[str]:
             message = f"{problem['input']!r:.80}: it must be text, in quotes"
         elif "value" not in problem["type"]:
             message = f"{problem['input']!r:.80}: {message[:1].lower()}{message[1:]}"
-        yield f"{field}: {message}" if field else message
+        yield ".".join(map(str, problem["loc"])), message
