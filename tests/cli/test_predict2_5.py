@@ -96,6 +96,9 @@ def test_every_kind_of_sample(flow: Flow, clip: Path, image: Path, tmp_path: Pat
         info = probe(out / f"{name}.mp4", kind="video")
         assert (info.frames, info.height, info.width, info.fps) == (9, 32, 48, 16)
     assert (out / "t.txt").read_text() == PROMPT
+    again = flow("-i", out / "*.json", "-o", tmp_path / "again")
+    refused(again, "t.json: this is the report of a video that worldline made", tmp_path / "again")
+    assert again.stderr.count("\n") == 3  # a line each
 
 
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="the released samples are not here")

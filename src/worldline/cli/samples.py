@@ -13,6 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,6 +44,7 @@ SIDE_STEP, FRAME_STEP = 16, 4
 SECONDS_OF_SILENCE = 5
 LONGEST_NAME = 200  # bytes; files may have 255, of which what is added to it takes some
 
+_OF_A_REPORT = {"worldline", "request", "run"}
 _PATHS = ("prompt_path", "input_path")
 _CHUNKS = ("chunk_size", "chunk_overlap")
 _NUMBERS = ("seed", "guidance", "num_output_frames", "num_steps", *_CHUNKS)
@@ -471,6 +473,11 @@ def _mapping(place: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         kind = {"str": "text", "NoneType": "nothing", "list": "a list"}.get(type(value).__name__)
         raise InputError(f"{place}: {kind or repr(value)} where names and values are expected")
+    if value.keys() >= _OF_A_REPORT:
+        raise InputError(
+            f"{place}: this is the report of a video that worldline made, and no sample"
+            + ('; what it was made from stands in it as "sample"' if "sample" in value else "")
+        )
     return value
 
 
@@ -505,7 +512,7 @@ def _problems(error: ValidationError) -> Iterator[tuple[str, str]]:
             yield field, message
             continue
         if problem["type"] == "extra_forbidden":
-            message = f"there is no such field; there are: {', '.join(Sample.model_fields)}"
+            message = f"there is no such field; {_meant(str(problem['loc'][0]))}"
         elif problem["type"] == "missing":
             message = "it is missing"
         elif problem["type"] == "path_type":
@@ -515,3 +522,12 @@ def _problems(error: ValidationError) -> Iterator[tuple[str, str]]:
         elif "value" not in problem["type"]:
             message = f"{problem['input']!r:.80}: {message[:1].lower()}{message[1:]}"
         yield ".".join(map(str, problem["loc"])), message
+
+
+def _meant(name: str) -> str:
+    """Return which field is most likely meant, or all of them."""
+    known = list(Sample.model_fields)
+    spelling = name.strip().lower().replace("-", "_").replace(" ", "_")
+    if close := get_close_matches(spelling, known, n=1, cutoff=0.7):
+        return f"did you mean {close[0]!r}?"
+    return f"there are: {', '.join(known)}"
