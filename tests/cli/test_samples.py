@@ -89,7 +89,12 @@ def test_paths_start_at_the_file(
         "inference_type": "text2world",
         "samples": {"a": {"prompt": "fog", "prompt_path": "../words.txt"}},
     }
-    assert read(file, old)[0].prompt == "snow falls"
+    [sample] = read(file, old)
+    assert (sample.prompt, list(sample.without_effect)) == ("snow falls", ["prompt"])
+    [sample] = read(file, old, prompt="hail")
+    assert (sample.prompt, list(sample.without_effect)) == ("hail", ["prompt_path"])
+    [sample] = read(file, old, prompt_path="words.txt")
+    assert (sample.prompt, sample.without_effect) == ("rain falls", {})
 
 
 @pytest.mark.parametrize(
@@ -185,6 +190,18 @@ def test_a_flag_that_suits_some_samples(tmp_path: Path, image: Path) -> None:
         read(tmp_path / "a.json", two, input_path=str(image))
     [line] = str(told.value).splitlines()
     assert line.startswith(f"{tmp_path / 'a.json'}, item 2, sample 'b': input_path: ")
+
+
+def test_what_is_wrong_above_the_samples_is_told_once(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    stated = {"inference_type": "text2world", "prompt": "x", "sede": 1, "num_steps": 0}
+    with pytest.raises(InputError) as told:
+        read(file, {**stated, "samples": {"a": {}, "b": {"seed": -1}, "c": {"num_steps": 5}}})
+    assert [line.split(": ")[:2] for line in str(told.value).splitlines()] == [
+        [str(file), "num_steps"],
+        [str(file), "sede"],
+        [f"{file}, sample 'b'", "seed"],
+    ]
 
 
 @pytest.mark.parametrize(

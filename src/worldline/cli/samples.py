@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import (
@@ -50,6 +50,21 @@ _CHUNKS = ("chunk_size", "chunk_overlap")
 _NUMBERS = ("seed", "guidance", "num_output_frames", "num_steps", *_CHUNKS)
 # a string is kept whole, so that what looks like a comment in it stays
 _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
+
+
+class _Stated(NamedTuple):
+    """A sample as a file states it.
+
+    Attributes:
+        place: where.
+        fields: names and values, or why there are none.
+        common: in the first release's form, names of the fields that stand above its samples; None
+            in the other form.
+    """
+
+    place: str
+    fields: Mapping[str, Any] | InputError
+    common: Collection[str] | None = None
 
 
 class Sample(BaseModel):
@@ -90,6 +105,7 @@ class Sample(BaseModel):
     chunk_overlap: int = Field(default=1, gt=0)
     _place: str = PrivateAttr("")
     _has_words: bool = PrivateAttr(False)  # that win over its `prompt_path`
+    _had_words: bool = PrivateAttr(False)  # that its `prompt_path` won over
 
     @field_validator("name")
     @classmethod
@@ -187,6 +203,8 @@ class Sample(BaseModel):
         found: dict[str, str] = {}
         if self.prompt_path is not None and self._has_words:
             found["prompt_path"] = "the prompt is given"
+        if self._had_words:
+            found["prompt"] = 'prompt_path is given, and wins in files with "samples"'
         if self.input_path is not None and self.inference_type == "text2world":
             found["input_path"] = "text2world begins with the prompt alone"
         if "negative_prompt" in self.model_fields_set and self.guidance == 0:
@@ -242,19 +260,25 @@ def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = No
         found = list(_read_file(file))
         if not found:
             wrong.append((str(file), "no samples in it"))
-        for place, stated in found:
+        for place, stated, common in found:
             if isinstance(stated, InputError):
                 wrong.append(("", str(stated)))
                 continue
             checked += 1
             data = {**_resolved(stated, file.parent), **overrides}
-            if "prompt_path" in overrides and "prompt" not in overrides:
-                data.pop("prompt", None)
+            had_words = False
+            if "prompt" not in overrides:
+                if "prompt_path" in overrides:
+                    data.pop("prompt", None)
+                elif common is not None and data.get("prompt_path") is not None:
+                    had_words = data.pop("prompt", None) is not None
             label = f"{place}, sample {data['name']!r}" if "name" in data else place
             try:
                 sample = Sample.model_validate(data)
             except ValidationError as error:
-                wrong += [(label, f"{name}: {told}") for name, told in _problems(error)]
+                for name, told in _problems(error):
+                    above = common is not None and name in common and name not in overrides
+                    wrong.append((str(file) if above else label, f"{name}: {told}"))
                 continue
             name = folded(sample.name)
             if name in first:
@@ -264,6 +288,7 @@ def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = No
             first.setdefault(name, (sample.name, place))
             sample._place = label
             sample._has_words = data.get("prompt") is not None
+            sample._had_words = had_words
             samples.append(sample)
     refuse(wrong, checked, overrides)
     return samples
@@ -347,15 +372,15 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | InputError]]:
+def _read_file(file: Path) -> Iterator[_Stated]:
     """Yield every sample of a file as it is stated, or what is wrong with it, and where."""
     try:
         yield from _samples_in(file)
     except InputError as error:
-        yield str(file), error
+        yield _Stated(str(file), error)
 
 
-def _samples_in(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | InputError]]:
+def _samples_in(file: Path) -> Iterator[_Stated]:
     """Yield as `_read_file` does.
 
     Raises:
@@ -379,32 +404,30 @@ def _samples_in(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | InputErro
         for number, line in enumerate(text.split("\n"), 1):
             if without_comments(line).strip():
                 place = f"{file}, line {number}"
-                yield place, _attempt(place, line, suffix)
+                yield _Stated(place, _attempt(place, line, suffix))
         return
     held = _parsed(str(file), text, suffix)
     if isinstance(held, list):
         for number, one in enumerate(held, 1):
             place = f"{file}, item {number}"
-            yield place, _attempt(place, one)
+            yield _Stated(place, _attempt(place, one))
         return
     held = _mapping(str(file), held)
     if "samples" not in held:
-        yield str(file), held
+        yield _Stated(str(file), held)
         return
     common = {name: value for name, value in held.items() if name != "samples"}
     for name, one in _mapping(f"{file}, samples", held["samples"]).items():
         own = _attempt(f"{file}, sample {name!r}", one)
         if isinstance(own, InputError):
-            yield str(file), own
+            yield _Stated(str(file), own)
             continue
         if "name" in {**common, **own}:
             told = f"{file}, sample {name!r}: name: it has one already, before its fields"
-            yield str(file), InputError(told)
+            yield _Stated(str(file), InputError(told))
             continue
         stated = {**common, **own, "name": name}
-        if stated.get("prompt_path") is not None:  # the first release prefers it
-            stated.pop("prompt", None)
-        yield str(file), stated
+        yield _Stated(str(file), stated, common.keys() - own.keys())
 
 
 def _attempt(place: str, held: Any, suffix: str = "") -> Mapping[str, Any] | InputError:
