@@ -313,9 +313,12 @@ def test_files_without_samples(tmp_path: Path) -> None:
         ("d.jsonl", "\n", "no samples in it"),
         ("e.json", [], "no samples in it"),
         ("f.json", {"inference_type": "text2world", "samples": {}}, "no samples in it"),
-        ("g.json", {"samples": ["a"]}, "samples: a list where names and values are expected"),
-        ("j.json", {"samples": {"a": {**TEXT, "name": "b"}}}, "name: it has one already"),
-        ("k.json", {**TEXT, "name": "b", "samples": {"a": {}}}, "name: it has one already"),
+        ("g.json", {"samples": ["a"]}, '"samples" holds a list, not names and values'),
+        ("j.json", {"samples": {"a": {**TEXT, "name": "b"}}}, "sample 'a': name: its key in"),
+        ("k.json", {**TEXT, "name": "b", "samples": {"b": {}}}, 'k.json: name and "samples" stand'),
+        ("l.json", [{"samples": {"a": TEXT}}], 'item 1: "samples" within one of several samples'),
+        ("m.jsonl", {"samples": {"a": TEXT}}, 'line 1: "samples" within one of several samples'),
+        ("n.json", {"samples": {"a": {"samples": {}}}}, "sample 'a': \"samples\" within one"),
         ("h.json", [1], "item 1: 1 where names and values are expected"),
         ("i.yaml", "", "nothing where names and values are expected"),
     ):
@@ -324,6 +327,7 @@ def test_files_without_samples(tmp_path: Path) -> None:
             read_samples([good, file])
         assert str(told.value).startswith(str(file))
         assert message in str(told.value)
+        assert len(str(told.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,12 @@ _NUMBERS = ("seed", "guidance", "num_output_frames", "num_steps", *_CHUNKS)
 _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
 
 
+_FORMS = (
+    'a file holds samples such as {"name": "ball", "prompt": …}, one or a list of them, or alone '
+    '{"samples": {"ball": {"prompt": …}}}'
+)
+
+
 class _Stated(NamedTuple):
     """A sample as a file states it.
 
@@ -416,15 +422,20 @@ def _samples_in(file: Path) -> Iterator[_Stated]:
     if "samples" not in held:
         yield _Stated(str(file), held)
         return
-    common = {name: value for name, value in held.items() if name != "samples"}
+    if "name" in held:
+        told = f'name and "samples" stand beside each other; {_FORMS}'
+        yield _Stated(str(file), InputError(f"{file}: {told}"))
+    if isinstance(held["samples"], list):
+        raise InputError(f'{file}: "samples" holds a list, not names and values; {_FORMS}')
+    common = {name: value for name, value in held.items() if name not in ("name", "samples")}
     for name, one in _mapping(f"{file}, samples", held["samples"]).items():
         own = _attempt(f"{file}, sample {name!r}", one)
         if isinstance(own, InputError):
             yield _Stated(str(file), own)
             continue
-        if "name" in {**common, **own}:
-            told = f"{file}, sample {name!r}: name: it has one already, before its fields"
-            yield _Stated(str(file), InputError(told))
+        if "name" in own:
+            told = f'name: its key in "samples", {name!r}, is its name; {_FORMS}'
+            yield _Stated(str(file), InputError(f"{file}, sample {name!r}: {told}"))
             continue
         stated = {**common, **own, "name": name}
         yield _Stated(str(file), stated, common.keys() - own.keys())
@@ -439,9 +450,12 @@ def _attempt(place: str, held: Any, suffix: str = "") -> Mapping[str, Any] | Inp
         suffix: of the file, where `held` is text that is not parsed yet.
     """
     try:
-        return _mapping(place, _parsed(place, held, suffix) if suffix else held)
+        found = _mapping(place, _parsed(place, held, suffix) if suffix else held)
     except InputError as error:
         return error
+    if "samples" in found:
+        return InputError(f'{place}: "samples" within one of several samples; {_FORMS}')
+    return found
 
 
 def _parsed(place: str, text: str, suffix: str) -> Any:
