@@ -119,6 +119,13 @@ def test_paths_start_at_the_file(
         ({"prompt": None, "prompt_path": "gone.txt"}, "prompt_path: there is no file"),
         ({"prompt": None, "prompt_path": 3}, "prompt_path: 3: it must be a path"),
         ({"inference_type": "image2world"}, "input_path: image2world needs one"),
+        ({"inference_type": "image2world", "input_path": ""}, "input_path: it is empty"),
+        ({"prompt": None, "prompt_path": " "}, "prompt_path: it is empty"),
+        (
+            {"input_path": "https://example.com/a.jpg"},
+            "input_path: https://example.com/a.jpg: URLs are not fetched",
+        ),
+        ({"guidance": float("nan")}, "guidance: nan: input should be a finite number"),
         ({"inference_type": "video2world", "input_path": "in.png"}, "image2world continues an"),
         ({"input_path": "a.json"}, "input_path: "),
         ({"input_path": "x" * 300 + ".png"}, "input_path: there is no file"),
@@ -334,6 +341,7 @@ def test_files_without_samples(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("a.json", " \n", "is no valid JSON: it is empty"),
+        ("a.jsonl", '\n{"name": }', "line 2 is no valid JSONL: column 10: Expecting value"),
         ("a.yaml", "name: a\n\tseed: 1\n", "line 2, column 1: found character '\\t'"),
         ("a.yaml", "name: a\n\tseed: 1\n", "(lines are indented by spaces)"),
         ("a.yaml", "prompt: A dog: it runs", "line 1, column 14: mapping values"),

@@ -299,7 +299,10 @@ def _named_files(flags: dict[str, Any]) -> tuple[list[Path], Path]:
     earlier, inputs, output = flags["earlier"], flags["input_files"], flags["output_dir"]
     if earlier and not inputs and output is None:
         if len(earlier) != 2:
-            raise InputError(f"{len(earlier)} plain arguments; give PARAMS_FILE and OUTPUT_DIR")
+            plural = "s" * (len(earlier) != 1)
+            raise InputError(
+                f"{len(earlier)} plain argument{plural}; give PARAMS_FILE and OUTPUT_DIR"
+            )
         inputs, output = earlier[:1], earlier[1]
     elif earlier:
         raise InputError(
@@ -309,6 +312,8 @@ def _named_files(flags: dict[str, Any]) -> tuple[list[Path], Path]:
         raise InputError("no samples: give -i FILE")
     if not output:
         raise InputError("no output folder: give -o DIR")
+    if not all(inputs):
+        raise InputError(f"{'PARAMS_FILE' if earlier else '-i'} is empty; name a file of samples")
     return [path for name in inputs for path in _expanded(name)], Path(output)
 
 

@@ -48,6 +48,7 @@ _OF_A_REPORT = {"worldline", "request", "run"}
 _PATHS = ("prompt_path", "input_path")
 _CHUNKS = ("chunk_size", "chunk_overlap")
 _NUMBERS = ("seed", "guidance", "num_output_frames", "num_steps", *_CHUNKS)
+_URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 # a string is kept whole, so that what looks like a comment in it stays
 _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
 
@@ -102,7 +103,7 @@ class Sample(BaseModel):
     input_path: Path | None = None
     negative_prompt: str = NEGATIVE_PROMPT
     seed: int = Field(default=1, ge=0, le=MAX_SEED)
-    guidance: float = Field(default=7, ge=0, le=LARGEST_GUIDANCE)
+    guidance: float = Field(default=7, ge=0, le=LARGEST_GUIDANCE, allow_inf_nan=False)
     resolution: str = "none"
     num_output_frames: int | None = Field(default=None, gt=0)
     num_steps: int = Field(default=35, gt=0, le=LARGEST_STEPS)
@@ -149,7 +150,16 @@ class Sample(BaseModel):
                 )
         return value
 
-    @field_validator("prompt_path", "input_path")
+    @field_validator(*_PATHS, mode="before")
+    @classmethod
+    def _is_path(cls, value: Any) -> Any:
+        if isinstance(value, str) and not _begins_at_a_folder(value):
+            if value.strip():
+                raise ValueError(f"{value}: URLs are not fetched; save the file, and give its path")
+            raise ValueError("it is empty")
+        return value
+
+    @field_validator(*_PATHS)
     @classmethod
     def _is_file(cls, value: Path | None) -> Path | None:
         if value is not None and not _is_there(value):
@@ -465,6 +475,8 @@ def _parsed(place: str, text: str, suffix: str) -> Any:
         return json.loads(without_comments(text), object_pairs_hook=_each_once)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         told = _told_by(error) if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        if suffix == ".jsonl" and isinstance(error, json.JSONDecodeError):
+            told = f"column {error.colno}: {error.msg}"  # the place has the line
         told = " ".join(told.split())
         raise InputError(f"{place} is no valid {suffix[1:].upper()}: {told}") from error
 
@@ -521,9 +533,16 @@ def _mapping(place: str, value: Any) -> Mapping[str, Any]:
 def _resolved(stated: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return a sample with its paths as seen from here."""
     return {
-        name: str(folder / value) if name in _PATHS and isinstance(value, str) else value
+        name: str(folder / value)
+        if name in _PATHS and isinstance(value, str) and _begins_at_a_folder(value)
+        else value
         for name, value in stated.items()
     }
+
+
+def _begins_at_a_folder(value: str) -> bool:
+    """Tell whether this is a path; a URL is none, nor are blanks."""
+    return bool(value.strip()) and not _URL.match(value)
 
 
 def _problems_alone(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
