@@ -48,15 +48,13 @@ _OF_A_REPORT = {"worldline", "request", "run"}
 _PATHS = ("prompt_path", "input_path")
 _CHUNKS = ("chunk_size", "chunk_overlap")
 _NUMBERS = ("seed", "guidance", "num_output_frames", "num_steps", *_CHUNKS)
+_FORMS = (
+    'samples are {"name": "ball", "inference_type": …, "prompt": …}, one, a list or a line each; '
+    'or a whole file is {"samples": {"ball": {"inference_type": …, "prompt": …}}}'
+)
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 # a string is kept whole, so that what looks like a comment in it stays
 _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
-
-
-_FORMS = (
-    'a file holds samples such as {"name": "ball", "prompt": …}, one or a list of them, or alone '
-    '{"samples": {"ball": {"prompt": …}}}'
-)
 
 
 class _Stated(NamedTuple):
@@ -153,7 +151,7 @@ class Sample(BaseModel):
     @field_validator(*_PATHS, mode="before")
     @classmethod
     def _is_path(cls, value: Any) -> Any:
-        if isinstance(value, str) and not _begins_at_a_folder(value):
+        if isinstance(value, str) and not _could_be_path(value):
             if value.strip():
                 raise ValueError(f"{value}: URLs are not fetched; save the file, and give its path")
             raise ValueError("it is empty")
@@ -324,7 +322,8 @@ def refuse(wrong: Sequence[tuple[str, str]], checked: int, overrides: Collection
     times = Counter(told for _, told in wrong)
     lines = []
     for place, told in wrong:
-        if times[told] == checked and re.split(r"\W", told, maxsplit=1)[0] in overrides:
+        shared = place and times[told] == checked
+        if shared and re.split(r"\W", told, maxsplit=1)[0] in overrides:
             lines.append(f"--{told}")
         else:
             lines.append(f"{place}: {told}" if place else told)
@@ -342,13 +341,14 @@ def check_media(samples: Sequence[Sample], overrides: Collection[str] = ()) -> N
     Raises:
         InputError: names the samples whose input is no readable media, or too short.
     """
-    inputs = {_identity(sample.input_path) for sample in samples if sample.num_input_frames}
-    looked_at: dict[str, int | InputError] = {}  # frames of the file, or what is wrong with it
+    inputs = {_identity(path) for path in map(_continued, samples) if path}
+    # frames of the file, or what is wrong with it
+    looked_at: dict[tuple[str, str], int | InputError] = {}
     wrong: list[tuple[str, str]] = []
     said = time.monotonic()
     for sample in samples:
-        path = sample.input_path
-        if not sample.num_input_frames or path is None:
+        path = _continued(sample)
+        if path is None:
             continue
         identity = _identity(path)
         if identity not in looked_at:
@@ -371,9 +371,13 @@ def check_media(samples: Sequence[Sample], overrides: Collection[str] = ()) -> N
     refuse(wrong, len(samples), overrides)
 
 
-def _identity(path: Path | None) -> str:
-    """Return what files of several spellings are known by."""
-    return os.path.realpath(path or "")
+def _continued(sample: Sample) -> Path | None:
+    return sample.input_path if sample.num_input_frames else None
+
+
+def _identity(path: Path) -> tuple[str, str]:
+    """Return what a file of several spellings is known by, and the kind that this one says."""
+    return os.path.realpath(path), media_kind(path)
 
 
 def without_comments(text: str) -> str:
@@ -534,13 +538,13 @@ def _resolved(stated: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return a sample with its paths as seen from here."""
     return {
         name: str(folder / value)
-        if name in _PATHS and isinstance(value, str) and _begins_at_a_folder(value)
+        if name in _PATHS and isinstance(value, str) and _could_be_path(value)
         else value
         for name, value in stated.items()
     }
 
 
-def _begins_at_a_folder(value: str) -> bool:
+def _could_be_path(value: str) -> bool:
     """Tell whether this is a path; a URL is none, nor are blanks."""
     return bool(value.strip()) and not _URL.match(value)
 
