@@ -256,7 +256,7 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
             request,
             output,
             {
-                "input": _read_input(sample),
+                "input": sample.continued,
                 "prompt_embeddings": Path(embeddings) if embeddings else None,
             },
             _resolve(world, flags, given) if flags["resume"] else {},
@@ -530,12 +530,7 @@ def _check(
 def _item(number: int, sample: Sample) -> Any:
     from worldline.cli.inputs import Item
 
-    return Item(number, _read_input(sample), sample.prompt, sample.name)
-
-
-def _read_input(sample: Sample) -> Path | None:
-    """Return the image or video that a sample continues; text2world continues none."""
-    return sample.input_path if sample.num_input_frames else None
+    return Item(number, sample.continued, sample.prompt, sample.name)
 
 
 def _disabled(flags: dict[str, Any], given: set[str]) -> bool | None:

@@ -229,6 +229,11 @@ class Sample(BaseModel):
         return found
 
     @property
+    def continued(self) -> Path | None:
+        """The image or video that it continues; text2world continues none."""
+        return self.input_path if self.num_input_frames else None
+
+    @property
     def continues_a_still(self) -> bool:
         """Whether of a video one frame alone is continued."""
         if self.inference_type != "image2world" or self.input_path is None:
@@ -341,13 +346,13 @@ def check_media(samples: Sequence[Sample], overrides: Collection[str] = ()) -> N
     Raises:
         InputError: names the samples whose input is no readable media, or too short.
     """
-    inputs = {_identity(path) for path in map(_continued, samples) if path}
+    inputs = {_identity(path) for sample in samples if (path := sample.continued)}
     # frames of the file, or what is wrong with it
     looked_at: dict[tuple[str, str], int | InputError] = {}
     wrong: list[tuple[str, str]] = []
     said = time.monotonic()
     for sample in samples:
-        path = _continued(sample)
+        path = sample.continued
         if path is None:
             continue
         identity = _identity(path)
@@ -369,10 +374,6 @@ def check_media(samples: Sequence[Sample], overrides: Collection[str] = ()) -> N
             )
             wrong.append((sample.place, told))
     refuse(wrong, len(samples), overrides)
-
-
-def _continued(sample: Sample) -> Path | None:
-    return sample.input_path if sample.num_input_frames else None
 
 
 def _identity(path: Path) -> tuple[str, str]:
