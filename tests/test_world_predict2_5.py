@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ import torch
 from PIL import Image
 
 import worldline
+from worldline import machine
+from worldline.errors import InsufficientMemoryError
 from worldline.loading import find_autoregressive, find_diffusion, find_predict2_5
+from worldline.machine import Memory
+from worldline.places import bundled_names
 from worldline.text.chat_tokens import load_chat_tokenizer
 from worldline.video.read import read_image, read_video
 from worldline.weights.write import save
@@ -119,6 +124,22 @@ def test_a_long_video(world: FlowWorld) -> None:
     assert video.report["chunks"] == 2
     # of what is denoised at once
     assert video.report["tokens"] == 24 * 2 * 3
+
+
+def test_a_video_that_finds_no_room(world: FlowWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before anything is made, and nothing at all is held for it."""
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(10**9, 2 * 10**9))
+    options = {**SMALL, "num_video_frames": 250_000, "chunk_size": 13}
+    message = r"num_video_frames is 250000: all frames of 32 x 48 pixels take 1\.2 GB of host"
+    with pytest.raises(InsufficientMemoryError, match=message):
+        world.stream(prompt=PROMPT, **options)
+
+
+def test_a_world_that_finds_no_room_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(1, 10**9))
+    for name in bundled_names():
+        with pytest.raises(InsufficientMemoryError, match=f"^{re.escape(name)} needs about"):
+            worldline.load(name)
 
 
 def test_embeddings_in_place_of_a_prompt(world: FlowWorld, tmp_path: Path) -> None:

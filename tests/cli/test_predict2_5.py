@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +18,13 @@ from click.testing import Result
 
 import worldline.loading.parts
 import worldline.world
+from worldline import machine
 from worldline.catalog import FLOW_MODELS
 from worldline.cli import main
 from worldline.cli.predict2_5 import predict2_5
 from worldline.cli.samples import Sample
 from worldline.errors import Error
+from worldline.machine import Memory
 from worldline.text.reason1 import RELEASED
 from worldline.video.read import probe, read_image, read_video
 from worldline.weights.write import save
@@ -190,15 +193,19 @@ def test_a_world_of_its_own_defaults(flow: Flow, own_predict2_5: Path, tmp_path:
     assert flow(*words, checkpoint_dir=own_predict2_5, small=False).exit_code == 0
     report = report_of(tmp_path / "out" / "a.json")
     assert {name: report["request"][name] for name in own} == own
+    assert report["sample"] == {**TEXT, "name": "a"}  # and not what other worlds have by default
     result = flow(*words, "--guidance", 7, checkpoint_dir=own_predict2_5, small=False)
     assert result.exit_code == 0, result.stderr
-    assert report_of(tmp_path / "out" / "a.json")["request"]["guidance"] == 7
+    report = report_of(tmp_path / "out" / "a.json")
+    assert report["request"]["guidance"] == report["sample"]["guidance"] == 7
     # a chunk is no longer than what the world makes
     long = ("--enable_autoregressive", "--num_output_frames", 20)
     result = flow(*words, *long, checkpoint_dir=own_predict2_5, small=False)
     assert result.exit_code == 0, result.stderr
     report = report_of(tmp_path / "out" / "a.json")
     assert (report["request"]["chunk_size"], report["chunks"]) == (13, 2)
+    stated = {"enable_autoregressive": True, "num_output_frames": 20}
+    assert report["sample"] == {**TEXT, "name": "a", **stated}
 
 
 def test_long_videos(flow: Flow, clip: Path, tmp_path: Path) -> None:
@@ -567,6 +574,58 @@ def test_memory_is_planned_for_what_needs_most(
     assert 93 * 192 * 208 > 1920 * 1920
     assert flow("-i", write(tmp_path / "a.jsonl", *samples), small=False).exit_code == 1
     assert planned == [(1, 1920, 1920)]
+
+
+@pytest.mark.usefixtures("forbid_weights")
+def test_the_sample_that_needs_most_is_named(
+    flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(10**8, 24 * 10**9))
+    small = {**TEXT, "name": "small", "resolution": "32,48", "num_output_frames": 9}
+    clip = {**small, "name": "clip", "resolution": "640,480", "num_output_frames": 93}
+    picture = {**small, "name": "picture", "resolution": "1920,1904", "num_output_frames": 1}
+    long = {**clip, "name": "long", "enable_autoregressive": True, "num_output_frames": 78}
+    needs = rf"{re.escape(POST.name)} needs about \S+ GB of host memory, 0\.1 of 24\.0 GB are free"
+    for samples, told in (
+        ([small, clip], "resolution (640,480) or num_output_frames (93)"),
+        ([small, picture], "resolution (1920,1904)"),
+        ([small, long], "resolution (640,480)"),
+        ([clip], "resolution (640,480) or num_output_frames (93)"),
+    ):
+        file = write(tmp_path / "a.jsonl", *samples)
+        result = flow("-i", file, small=False)
+        refused(result, "", tmp_path / "out")
+        most = " needs most" if len(samples) > 1 else ""
+        place = f"{file}, line {len(samples)}, sample '{samples[-1]['name']}'{most}"
+        line = result.stderr.splitlines()[-1]
+        assert re.search(
+            rf"{re.escape(place)}: {needs}; a lower {re.escape(told)} needs less$", line
+        ), line
+
+
+@pytest.mark.usefixtures("forbid_weights")
+def test_frames_that_find_no_room(
+    flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long video is made piece by piece, but held as a whole."""
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(20 * 10**9, 24 * 10**9))
+    long = {**TEXT, "enable_autoregressive": True, "resolution": "704,1280", "chunk_size": 9}
+    file = write(
+        tmp_path / "a.jsonl",
+        {**TEXT, "name": "short", "resolution": "32,48"},
+        {**long, "name": "long", "num_output_frames": 1_000_001},
+        {**long, "name": "longer", "num_output_frames": 1_000_002, "resolution": "32,48"},
+        {**long, "name": "longest", "num_output_frames": 1_048_576},
+    )
+    result = flow("-i", file, small=False)
+    refused(result, "", tmp_path / "out")
+    told = [line for line in result.stderr.splitlines() if "sample" in line]
+    assert len(told) == 2
+    assert (
+        f"{file}, line 2, sample 'long': num_output_frames is 1000001: all frames of 704 x 1280 "
+        "pixels take 2703.4 GB of host memory, 20.0 of 24.0 GB are free"
+    ) in told[0]
+    assert "sample 'longest': num_output_frames is 1048576" in told[1]
 
 
 def test_resume(flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import click
 from worldline.catalog import FLOW_MODELS, find_flow_model
 from worldline.choices import FLOW_OFFLOAD_FLAGS, MAX_SEED, ScheduleName
 from worldline.cli import run
-from worldline.errors import CheckpointError, InputError
+from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 
 if TYPE_CHECKING:
     from worldline.cli.samples import Sample
@@ -556,6 +556,46 @@ def _resolve(files: FlowFiles, flags: dict[str, Any], given: set[str]) -> dict[s
     }
 
 
+def _check_frames(
+    tasks: Sequence[run.Task],
+    samples: Mapping[Path, Sample],
+    files: FlowFiles,
+    flags: dict[str, Any],
+    *,
+    text: bool,
+    guarded: bool,
+) -> None:
+    """Refuse videos whose frames find no room in host memory, before anything is loaded.
+
+    Raises:
+        InsufficientMemoryError: all samples of which this is so are told.
+    """
+    from worldline.loading import check_frames, choose_device, host_need
+    from worldline.pipelines.predict2_5 import window_of
+    from worldline.world.safety import frame_copies
+
+    device = choose_device(flags["device"])
+    wrong = []
+    for task in tasks:
+        beside = host_need(files, window_of(files, task.request), device, text=text)
+        try:
+            check_frames(task.request.video, copies=frame_copies(guarded), beside=beside)
+        except InsufficientMemoryError as error:
+            sample = samples[task.output]
+            wrong.append(f"{sample.place}: {_by_its_fields(error, sample)}")
+    if wrong:
+        raise InsufficientMemoryError("\n".join(wrong))
+
+
+def _cure(request: FlowRequest) -> str:
+    """Return what of a request lowers the memory that it is denoised in, by a sample's names."""
+    size = f"resolution ({request.height},{request.width})"
+    # of a long video as many frames as ever are made at once
+    if request.num_video_frames == 1 or request.chunk_size is not None:
+        return f"a lower {size} needs less"
+    return f"a lower {size} or num_output_frames ({request.num_video_frames}) needs less"
+
+
 def _run(
     tasks: Sequence[run.Task],
     samples: Mapping[Path, Sample],
@@ -571,6 +611,9 @@ def _run(
 
     embedded = flags["prompt_embeddings"]
     disabled = _disabled(flags, given)
+    text = any(to_encode(task.request, held) for task in tasks)
+    guarding = guardrail_release(files, disabled) is not None
+    _check_frames(tasks, samples, files, flags, text=text, guarded=guarding)
 
     def load() -> Any:
         safety, _ = load_guards(
@@ -585,27 +628,33 @@ def _run(
         offloaded = [flag for flag in FLOW_OFFLOAD_FLAGS if flags[flag]]
         windows = [window_of(files, task.request) for task in tasks]
         largest = dearest(files, windows, choose_device(flags["device"]), offloaded)
-        return load_files(
-            files,
-            safety=safety,
-            device=flags["device"],
-            video=(largest.frames, largest.height, largest.width),
-            text=any(to_encode(task.request, held) for task in tasks),
-            **{name: flags[name] for name in FLOW_OFFLOAD_FLAGS},
-        )
+        try:
+            return load_files(
+                files,
+                safety=safety,
+                device=flags["device"],
+                video=(largest.frames, largest.height, largest.width),
+                text=text,
+                **{name: flags[name] for name in FLOW_OFFLOAD_FLAGS},
+            )
+        except InsufficientMemoryError as error:
+            task = tasks[windows.index(largest)]
+            most = f"{samples[task.output].place}{' needs most' if len(tasks) > 1 else ''}"
+            raise InsufficientMemoryError(f"{most}: {error}; {_cure(task.request)}") from error
 
     def stream(world: Any, task: run.Task) -> Iterator[Step]:
         steps = world.stream(task.item.path, prompt_embeddings=embedded, **vars(task.request))
         for step in steps:
             if step.video is not None:
-                told = samples[task.output].model_dump(mode="json", exclude_none=True)
-                step.video.report["sample"] = told
+                # what it leaves to the world is told by the request, not by a sample's defaults
+                step.video.report["sample"] = samples[task.output].model_dump(
+                    mode="json", exclude_none=True, exclude_unset=True
+                )
             yield step
 
     # on unless told otherwise, which needs no word
     told = "offload_guardrail_models" in given
-    guarded = told and guardrail_release(files, disabled) is not None
-    offloads = (*FLOW_OFFLOAD_FLAGS, *run.guard_offload_flags(guarded))
+    offloads = (*FLOW_OFFLOAD_FLAGS, *run.guard_offload_flags(told and guarding))
     batch = len(samples) > 1 and flags["keep_going"]
     before = len(samples) - len(tasks)
     run.run_tasks(tasks, load, stream, flags, offloads, batch=batch, before=before)

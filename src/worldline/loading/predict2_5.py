@@ -14,7 +14,7 @@ from worldline.catalog import FLOW_MODELS, FLOW_TOKENIZER, FlowModel
 from worldline.choices import FLOW_OFFLOAD_FLAGS, NEGATIVE_PROMPT, ScheduleName
 from worldline.errors import CheckpointError, InputError
 from worldline.files import holds_diffusers, read_json, released_folders
-from worldline.loading.folders import read_settings, stamps, typed_settings
+from worldline.loading.folders import read_settings, stamps, typed_settings, world_name
 from worldline.loading.memory import (
     DiffusionPlan,
     Need,
@@ -407,7 +407,8 @@ def load_predict2_5(
     need = need_predict2_5(
         files, device, dtype, video=video, text=text, visitor_bytes=visitor_bytes
     )
-    check_memory(files.name, need, FLOW_OFFLOAD_FLAGS, device, given)
+    name = world_name(files.name, bundled=files.bundled)
+    check_memory(name, need, FLOW_OFFLOAD_FLAGS, device, given)
     logger.info("reading %s", files.folder)
     with recorder.stage("load"):
         transformer: Part[FlowDiT] = read_part(

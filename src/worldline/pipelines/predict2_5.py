@@ -271,7 +271,8 @@ def generate(
 
     steps = count_steps(files, request)
     total = steps * len(windows)
-    pieces: list[NDArray[np.uint8]] = []
+    # all at once, as long as they are: to join pieces would hold a long video twice
+    frames = np.empty((request.num_video_frames, request.height, request.width, 3), np.uint8)
     made = 0
     for number, window in enumerate(windows):
         latents = yield from _make_latents(
@@ -280,18 +281,13 @@ def generate(
         yield Progress("decode", made, request.num_video_frames)
         with stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
             for piece in window.cut(shown_pieces(decode_stream(tokenizer, latents))):
-                pieces.append(piece)
+                frames[made : made + len(piece)] = piece
                 made += len(piece)
                 yield Progress("decode", made, request.num_video_frames, piece)
         if number + 1 < len(windows):
             given = windows[number + 1].request.num_input_frames
-            clip = Clip(_last(pieces, given), request.fps)
-    yield Progress("done", total, total, np.concatenate(pieces))
-
-
-def _last(pieces: list[NDArray[np.uint8]], count: int) -> NDArray[np.uint8]:
-    """Return the last frames of a video in pieces; each piece has one or more."""
-    return np.concatenate(pieces[-count:])[-count:]
+            clip = Clip(frames[made - given : made], request.fps)
+    yield Progress("done", total, total, frames)
 
 
 def _make_latents(
