@@ -101,6 +101,9 @@ def test_every_kind_of_sample(flow: Flow, clip: Path, image: Path, tmp_path: Pat
         info = probe(out / f"{name}.mp4", kind="video")
         assert (info.frames, info.height, info.width, info.fps) == (9, 32, 48, 16)
     assert (out / "t.txt").read_text() == PROMPT
+    again = flow("-i", out / "*.json", "-o", tmp_path / "again")
+    refused(again, "t.json: this is the report of a video that worldline made", tmp_path / "again")
+    assert again.stderr.count("\n") == 3  # a line each
 
 
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="the released samples are not here")
@@ -355,16 +358,17 @@ def refused(result: Result, message: str, out: Path) -> None:
         (["--config-file", "mine.py"], "worldline runs no configuration in Python"),
         (["--schedule", "linear"], "'karras', 'shifted'"),
         (["--device", "abacus"], "no device abacus here"),
-        (["--seed", -1], "sample 'a': seed: -1: "),
-        (["--guidance", "nan"], "sample 'a': guidance: nan: "),
         (["-o", "x" * 300], "cannot be written: a name in it has 300 bytes"),
-        (["--num_steps", 0], "sample 'a': num_steps: 0: "),
-        (["--resolution", "32"], "sample 'a': resolution: '32' is neither"),
-        (["--num_output_frames", 10], "sample 'a': num_output_frames is 10; it must be 1 + 4k"),
+        (["--seed", -1], "--seed: -1: "),
+        (["--guidance", "nan"], "--guidance: nan: input should be a finite number"),
+        (["--input_path", ""], "--input_path: it is empty"),
+        (["--num_steps", 0], "--num_steps: 0: "),
+        (["--resolution", "32"], "--resolution: '32' is neither"),
+        (["--num_output_frames", 10], "--num_output_frames is 10; it must be 1 + 4k"),
         (["--num_output_frames", 10**13], "num_output_frames is 10000000000000; it must be 1 to"),
         (["--inference_type", "video2world"], "sample 'a': input_path: video2world needs one"),
         (["--inference_type", "world"], "'text2world', 'image2world', 'video2world'"),
-        (["--prompt_path", "nowhere.txt"], "sample 'a': prompt_path: there is no file"),
+        (["--prompt_path", "nowhere.txt"], "--prompt_path: there is no file"),
         (["--enable_autoregressive", "--chunk_overlap", 3], "it counts frames and must be 1 + 4k"),
         (["--enable_autoregressive", "--chunk_size", 101], "chunk_size is 101; it must be at most"),
         (["--enable_autoregressive", "maybe"], "'maybe' is not a valid boolean"),
@@ -403,7 +407,9 @@ def test_a_damaged_checkpoint_is_told_alone(
         (["-i", "-o", "x"], "-i needs a file of samples"),
         (["-i", "a.json"], "no output folder: give -o DIR"),
         (["-o", "x"], "no samples"),
-        (["a.json"], "1 plain arguments; give PARAMS_FILE and OUTPUT_DIR"),
+        (["a.json"], "1 plain argument; give PARAMS_FILE and OUTPUT_DIR"),
+        (["-i", "", "-o", "x"], "-i is empty"),
+        (["", "x"], "PARAMS_FILE is empty"),
         (["a.json", "b", "c"], "3 plain arguments"),
         (["a.json", "x", "-o", "x"], "a.json stands alone"),
         (["-i", "*.json", "-o", "x"], "-i *.json: no file has such a name"),
@@ -422,7 +428,7 @@ def test_wrong_usage(
 def test_everything_that_is_wrong_is_told_at_once(
     flow: Flow, short_clip: Path, image: Path, tmp_path: Path
 ) -> None:
-    """By file, sample and field."""
+    """By file, sample and field; of inputs when all else is right."""
     noise = tmp_path / "noise.mp4"
     noise.write_text("hello")
     one = tmp_path / "one.mp4"
@@ -431,7 +437,6 @@ def test_everything_that_is_wrong_is_told_at_once(
     lines = write(
         tmp_path / "a.jsonl",
         {**TEXT, "name": "good"},
-        {**video, "name": "noise", "input_path": "noise.mp4"},
         {**video, "name": "still", "input_path": str(image)},
         {**video, "name": "gone", "input_path": "gone.mp4"},
         {**TEXT, "name": "good"},
@@ -439,16 +444,23 @@ def test_everything_that_is_wrong_is_told_at_once(
     )
     broken = write(tmp_path / "b.json")
     result = flow("-i", lines, broken, tmp_path / "c.txt")
-    refused(result, f"{lines}, line 2, sample 'noise': input_path: ", tmp_path / "out")
+    refused(result, f"{lines}, line 2, sample 'still': input_path: ", tmp_path / "out")
     for part in (
-        "line 3, sample 'still': input_path: ",
-        "line 4, sample 'gone': input_path: there is no file",
-        "line 5, sample 'good': name: ",
-        "line 6, sample 'empty': inference_type: it is missing",
+        "line 3, sample 'gone': input_path: there is no file",
+        "line 4, sample 'good': name: ",
+        "line 5, sample 'empty': inference_type: it is missing",
         f"{broken} is no valid JSON",
         "c.txt: .txt is none of",
     ):
         assert part in result.stderr
+    media = write(
+        tmp_path / "e.jsonl",
+        {**video, "name": "one", "input_path": "one.mp4"},
+        *({**video, "name": name, "input_path": "noise.mp4"} for name in ("noise", "again")),
+    )
+    result = flow("-i", media)
+    refused(result, f"{media}, line 2, sample 'noise': input_path: ", tmp_path / "out")
+    assert f"{media}, line 3, sample 'again': input_path: " in result.stderr
     sizes = write(
         tmp_path / "d.jsonl",
         *({**TEXT, "name": f"s{frames}", "num_output_frames": frames} for frames in (9, 10, 11)),

@@ -159,6 +159,8 @@ def test_resuming_makes_what_is_not_there_or_differs(
     assert made(*encode) == {"a", "b"}
     (out / "b.json").unlink()
     assert made(*decode) == {"a", "b"}
+    (out / "b.mp4").write_bytes(b"")
+    assert made(*decode) == {"b"}
     write_video(moving(17), clips / "b.mp4", 25)
     assert made(*encode) == {"b"}
     assert made(*encode, "--dtype", "bfloat16") == {"a", "b"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -238,14 +238,16 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
     given = run.given_flags(context)
     files, folder = _named_files(flags)
     _refuse_absent_parts(flags)
-    samples = _read(files, {name: flags[name] for name in _OVERRIDES if name in given})
-    requests = _check_words(samples)
+    overrides = {name: flags[name] for name in _OVERRIDES if name in given}
+    samples = _read(files, overrides)
+    requests = _check_words(samples, overrides)
     outputs = _choose_outputs(samples, files, folder, flags)
+    _check_media(samples, overrides)
     _log_notes(samples, flags, given)
     world = _find_files(flags, given)
     embeddings = flags["prompt_embeddings"]
     asked = _make_requests(samples, requests, world, flags)
-    held = _check(world, samples, asked, embeddings)
+    held = _check(world, samples, asked, embeddings, overrides)
     from worldline.pipelines.predict2_5 import to_encode  # slow: not before wrong words are told
 
     tasks = [
@@ -254,7 +256,7 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
             request,
             output,
             {
-                "input": _read_input(sample),
+                "input": sample.continued,
                 "prompt_embeddings": Path(embeddings) if embeddings else None,
             },
             _resolve(world, flags, given) if flags["resume"] else {},
@@ -297,7 +299,10 @@ def _named_files(flags: dict[str, Any]) -> tuple[list[Path], Path]:
     earlier, inputs, output = flags["earlier"], flags["input_files"], flags["output_dir"]
     if earlier and not inputs and output is None:
         if len(earlier) != 2:
-            raise InputError(f"{len(earlier)} plain arguments; give PARAMS_FILE and OUTPUT_DIR")
+            plural = "s" * (len(earlier) != 1)
+            raise InputError(
+                f"{len(earlier)} plain argument{plural}; give PARAMS_FILE and OUTPUT_DIR"
+            )
         inputs, output = earlier[:1], earlier[1]
     elif earlier:
         raise InputError(
@@ -307,6 +312,8 @@ def _named_files(flags: dict[str, Any]) -> tuple[list[Path], Path]:
         raise InputError("no samples: give -i FILE")
     if not output:
         raise InputError("no output folder: give -o DIR")
+    if not all(inputs):
+        raise InputError(f"{'PARAMS_FILE' if earlier else '-i'} is empty; name a file of samples")
     return [path for name in inputs for path in _expanded(name)], Path(output)
 
 
@@ -326,8 +333,15 @@ def _read(files: Sequence[Path], overrides: Mapping[str, Any]) -> list[Sample]:
     return read_samples(files, overrides)
 
 
-def _check_words(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+def _check_media(samples: Sequence[Sample], overrides: Collection[str]) -> None:
+    from worldline.cli.samples import check_media
+
+    check_media(samples, overrides)
+
+
+def _check_words(samples: Sequence[Sample], overrides: Collection[str]) -> list[dict[str, Any]]:
     """Return what each sample says of its request, checked as far as no world is needed."""
+    from worldline.cli.samples import refuse
     from worldline.pipelines.requests import FlowRequest
 
     requests, wrong = [], []
@@ -336,10 +350,9 @@ def _check_words(samples: Sequence[Sample]) -> list[dict[str, Any]]:
         try:
             FlowRequest(**request)
         except InputError as error:
-            wrong.append(f"{sample.place}: {_by_its_fields(error, sample)}")
+            wrong.append((sample.place, _by_its_fields(error, sample)))
         requests.append(request)
-    if wrong:
-        raise InputError("\n".join(wrong))
+    refuse(wrong, len(samples), overrides)
     return requests
 
 
@@ -484,6 +497,7 @@ def _check(
     samples: Sequence[Sample],
     requests: Sequence[FlowRequest],
     embeddings: str | None,
+    overrides: Collection[str],
 ) -> Embeddings:
     """Refuse what this world cannot do; return the embeddings that are given.
 
@@ -491,6 +505,7 @@ def _check(
         InputError: it cannot; all samples of which this is so are told.
         CheckpointError: there is no text encoder, and one is needed.
     """
+    from worldline.cli.samples import refuse
     from worldline.pipelines.predict2_5 import check_request, check_text, read_embeddings
 
     wrong = []
@@ -498,9 +513,8 @@ def _check(
         try:
             check_request(files, request)
         except InputError as error:
-            wrong.append(f"{sample.place}: {_by_its_fields(error, sample)}")
-    if wrong:
-        raise InputError("\n".join(wrong))
+            wrong.append((sample.place, _by_its_fields(error, sample)))
+    refuse(wrong, len(samples), overrides)
     given = read_embeddings(embeddings)
     try:
         for request in requests:
@@ -516,12 +530,7 @@ def _check(
 def _item(number: int, sample: Sample) -> Any:
     from worldline.cli.inputs import Item
 
-    return Item(number, _read_input(sample), sample.prompt, sample.name)
-
-
-def _read_input(sample: Sample) -> Path | None:
-    """Return the image or video that a sample continues; text2world continues none."""
-    return sample.input_path if sample.num_input_frames else None
+    return Item(number, sample.continued, sample.prompt, sample.name)
 
 
 def _disabled(flags: dict[str, Any], given: set[str]) -> bool | None:

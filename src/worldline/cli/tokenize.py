@@ -514,6 +514,9 @@ def _read_header(path: Path) -> Any:
 
 
 def _read_report(path: Path) -> Any:
+    from worldline.video.read import check_written
+
+    check_written(path, None)
     return json.loads(path.with_suffix(".json").read_text())["made_from"]
 
 

@@ -217,7 +217,7 @@ def notes(files: FlowFiles, request: FlowRequest) -> list[str]:
     frames = window_of(files, request).frames
     if frames not in (1, TRAINED_FRAMES):
         said.append(
-            f"num_video_frames is {frames}; the released models were trained on {TRAINED_FRAMES}"
+            f"{frames} frames at once; the released models were trained on {TRAINED_FRAMES}"
         )
     if (request.height, request.width) not in TRAINED_SIZES:
         known = ", ".join(f"{height} x {width}" for height, width in TRAINED_SIZES)
