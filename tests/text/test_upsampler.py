@@ -104,9 +104,10 @@ def test_rows_in_halves_turn_as_neighbours_do() -> None:
     """Scores of queries and keys are those of the released rotation of neighbouring numbers."""
     torch.manual_seed(0)
     width, heads, length = 24, 2, 7
-    query, key = (torch.randn(heads * HEAD, width) for _ in range(2))
-    x = torch.randn(length, width)
-    angles = torch.outer(torch.arange(length), 100.0 ** -(torch.arange(HEAD // 2) * 2 / HEAD))
+    query, key = (torch.randn(heads * HEAD, width).double() for _ in range(2))
+    x = torch.randn(length, width).double()
+    frequencies = 100.0 ** -(torch.arange(HEAD // 2) * 2 / HEAD)
+    angles = torch.outer(torch.arange(length), frequencies).double()
 
     def neighbours(weight: torch.Tensor) -> torch.Tensor:
         pairs = torch.view_as_complex((x @ weight.T).view(length, heads, HEAD // 2, 2))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from re import Pattern
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -94,8 +94,8 @@ class EncoderFiles(ABC):
             CheckpointError: the tokenizer cannot be read.
             Error: a package is not installed.
         """
-        if self.truncation_of(prompt) is not None:
-            self.tell_cut(prompt, self.count_tokens(prompt), self.max_length)
+        if (cut := self.truncation_of(prompt)) is not None:
+            self.tell_cut(prompt, cut.max_length + cut.num_truncated_tokens, cut.max_length)
 
     @staticmethod
     @abstractmethod
@@ -109,6 +109,28 @@ class EncoderFiles(ABC):
     @abstractmethod
     def count_tokens(self, prompt: str) -> int:
         """Return how many tokens a prompt has, those that the encoder adds among them."""
+
+
+class Tokenizer(Protocol):
+    """Words to ids."""
+
+    @property
+    def size(self) -> int:
+        """How many tokens it knows."""
+
+
+class TextEncoder(Protocol):
+    """An encoder as it is built."""
+
+    config: dict[str, Any]  # `vocab_size` among it
+
+    @property
+    def network(self) -> nn.Module:
+        """The network, of transformers."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Words to ids."""
 
 
 class Opened(NamedTuple):
@@ -229,35 +251,32 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 
 def fill(
-    network: nn.Module,
+    encoder: TextEncoder,
     files: EncoderFiles,
     keys: KeyMap,
     *,
-    tokens: int,
-    vocabulary: int,
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> None:
     """Read the weights of an encoder.
 
     Args:
-        network: gets them.
+        encoder: gets them.
         files: of the encoder.
         keys: of its tensors.
-        tokens: that its tokenizer knows.
-        vocabulary: rows of its table.
         device: where the weights go.
         dtype: that they take.
 
     Raises:
         CheckpointError: they do not fit, or cannot be read; or the tokenizer is another's.
     """
-    if tokens > vocabulary:
+    tokens, rows = encoder.tokenizer.size, encoder.config["vocab_size"]
+    if tokens > rows:
         raise CheckpointError(
             f"{files.tokenizer[0]} has {tokens:,} tokens and the encoder of "
-            f"{files.folder} only {vocabulary:,}: they do not belong together"
+            f"{files.folder} only {rows:,}: they do not belong together"
         )
-    load_into(network, files.checkpoint, keys, device=device, dtype=dtype)
+    load_into(encoder.network, files.checkpoint, keys, device=device, dtype=dtype)
 
 
 def read_config(folder: Path, kinds: Mapping[str, str]) -> dict[str, Any]:

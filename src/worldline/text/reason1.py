@@ -400,16 +400,7 @@ def load_reason1(
     tokenizer = files.chat_tokenizer
     with torch.device("meta"):
         encoder = Reason1Encoder(files.config, tokenizer, files.max_length)
-    rows = encoder.config["vocab_size"]
-    fill(
-        encoder.network,
-        files,
-        KEYS,
-        tokens=tokenizer.size,
-        vocabulary=rows,
-        device=device,
-        dtype=dtype,
-    )
+    fill(encoder, files, KEYS, device=device, dtype=dtype)
     return encoder.requires_grad_(False).eval()
 
 

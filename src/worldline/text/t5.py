@@ -359,16 +359,7 @@ def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T
     tokenizer = files.prompt_tokenizer
     with torch.device("meta"):
         encoder = T5Encoder(files.config, tokenizer, files.max_length)
-    rows = encoder.config["vocab_size"]
-    fill(
-        encoder.network,
-        files,
-        KEYS,
-        tokens=tokenizer.size,
-        vocabulary=rows,
-        device=device,
-        dtype=dtype,
-    )
+    fill(encoder, files, KEYS, device=device, dtype=dtype)
     return encoder.requires_grad_(False).eval()
 
 

@@ -49,9 +49,7 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
 # First atoms of a QuickTime or MP4 file; `ftyp` alone would refuse old camera files.
 MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
-
-
-GIF_END = b";"  # FFmpeg takes a cut-off GIF for a shorter one
+_GIF_END = b";"  # FFmpeg takes a cut-off GIF for a shorter one
 
 
 @dataclass(frozen=True)
@@ -158,8 +156,8 @@ def check_written(path: str | Path, frames: int | None) -> None:
         raise InputError(f"{path} has {have} of {frames} frames")
     if path.suffix.lower() == ".gif":
         with path.open("rb") as file:
-            file.seek(-len(GIF_END), os.SEEK_END)
-            if file.read() != GIF_END:
+            file.seek(-len(_GIF_END), os.SEEK_END)
+            if file.read() != _GIF_END:
                 raise InputError(f"{path} is truncated: it has no end")
 
 
