@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from math import prod
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from worldline import machine
 from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER
 from worldline.choices import FLOW_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
-from worldline.loading import fit_entry, memory
+from worldline.loading import check_frames, fit_entry, memory
 from worldline.loading.predict2_5 import (
     FlowFiles,
     FlowParts,
@@ -164,6 +166,17 @@ def test_what_is_absent(own_predict2_5: Path) -> None:
         find("14B/post-trained", own_predict2_5)
     with pytest.raises(CheckpointError, match=r"2B/distilled.*released names are 2B/post-tr"):
         find("2B/distilled", own_predict2_5)
+    for wrong, meant in (
+        ("14B", "14B/post-trained"),
+        ("2b/pre-traind", "2B/pre-trained"),
+        ("tiny-Cosmos-Predict2.5-2", "tiny-Cosmos-Predict2.5-2B"),
+        ("Cosmos-Predict2.5-14", "Cosmos-Predict2.5-14B"),
+        ("photograph", ""),
+    ):
+        with pytest.raises(CheckpointError, match="released names are 2B/post-tr") as told:
+            find(wrong, own_predict2_5)
+        assert str(told.value).count("did you mean ") == bool(meant)
+        assert f"did you mean {meant}?" in str(told.value) or not meant
     shutil.rmtree(own_predict2_5 / RELEASED)
     files = find(POST.name, own_predict2_5)
     assert files.text is None
@@ -279,3 +292,26 @@ def test_a_device_that_is_too_small(tiny_predict2_5: Path, monkeypatch: pytest.M
     monkeypatch.setattr("worldline.loading.memory.device_memory", lambda _: Memory(1000, 1000))
     with pytest.raises(InsufficientMemoryError, match=r"needs about .* of host memory"):
         load(files)
+
+
+def test_frames_that_find_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are held at last, beside what the world needs where that fits alone."""
+    video = VideoShape(1000, 100, 100)
+    whole = 3 * 1000 * 100 * 100
+    for free, copies, beside, fits in (
+        (whole, 1, 0, True),
+        (whole - 1, 1, 0, False),
+        (2 * whole - 1, 2, 0, False),
+        (2 * whole, 2, 0, True),
+        (whole + 10, 1, 10, True),
+        (whole + 10, 1, 11, False),
+        (whole, 1, whole + 1, True),  # no room for the world: told when it is loaded
+    ):
+        monkeypatch.setattr(machine, "host_memory", partial(Memory, free, 10**10))
+        if fits:
+            check_frames(video, copies=copies, beside=beside)
+            continue
+        with pytest.raises(InsufficientMemoryError, match=r"^num_video_frames is 1000: .* lower"):
+            check_frames(video, copies=copies, beside=beside)
+    monkeypatch.setattr(machine, "host_memory", lambda: None)
+    check_frames(video)

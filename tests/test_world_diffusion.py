@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ import torch
 from PIL import Image
 
 import worldline
-from worldline.parallel.offload import Part
 from worldline.video.read import read_image, read_video
 from worldline.weights.write import save
 from worldline.world import DiffusionWorld
 
 from .conftest import MODEL as AUTOREGRESSIVE
 from .conftest import moving
-from .tiny_diffusion import CONTEXT_WIDTH, TEXT2WORLD, VIDEO2WORLD
+from .offloading import check_offloading
+from .tiny_diffusion import CONTEXT_LENGTH, CONTEXT_WIDTH, TEXT2WORLD, VIDEO2WORLD
 
 WITHOUT_PARTS = {"disable_guardrail": True, "disable_prompt_upsampler": True}
 PROMPT = "a red ball rolls"
@@ -94,6 +93,23 @@ def test_the_report_tells_all(video2world: DiffusionWorld, image: Path) -> None:
     assert {"transformer", "tokenizer", "text_encoder"} <= files.keys()
     stages = [stage["name"] for stage in report["run"]["stages"]]
     assert stages == ["read", "text", "encode", "denoise", "decode"]
+
+
+def test_the_report_tells_which_prompts_are_cut(text2world: DiffusionWorld) -> None:
+    letters = CONTEXT_LENGTH - 1  # behind them stands `</s>`
+    for prompt, negative in ((0, 0), (0, 3), (1, 2)):  # letters beyond
+        words = {"prompt": "a" * (letters + prompt), "negative_prompt": "b" * (letters + negative)}
+        expected = {
+            name: {"max_length": CONTEXT_LENGTH, "num_truncated_tokens": count}
+            for name, count in (("prompt", prompt), ("negative_prompt", negative))
+            if count
+        }
+        for _ in range(2):  # the second time their embeddings are in the cache
+            report = text2world.generate(**words, num_steps=1).report
+            assert report["prompt_truncation"] == expected
+    embedding = torch.zeros(3, CONTEXT_WIDTH)
+    given = text2world.generate(prompt_embeddings=embedding, guidance=0, num_steps=1)
+    assert given.report["prompt_truncation"] == {}
 
 
 def test_every_form_of_input(video2world: DiffusionWorld, clip: Path, image: Path) -> None:
@@ -230,79 +246,29 @@ def test_other_dtypes(dtype: torch.dtype, tiny_diffusion: Path, clip: Path) -> N
     assert video.report["text_encoder_dtype"] == "bfloat16"
 
 
-def offloaded(folder: Path, clip: Path, **options: Any) -> list[np.ndarray[Any, Any]]:
-    flags = ("offload_diffusion_transformer", "offload_tokenizer", "offload_text_encoder_model")
-    videos = []
-    for given in (False, True):
-        world = load(folder, VIDEO2WORLD, **dict.fromkeys(flags, given), **options)
-        video = world.generate(clip, prompt="never asked before", num_input_frames=9)
-        assert world.generate(clip, prompt=PROMPT).report["offload"] == dict.fromkeys(
-            (flag.removeprefix("offload_") for flag in flags),
-            given and world.device.type != "cpu",
-        )
-        videos.append(video.frames)
-    return videos
+OFFLOADED = {
+    "offload_text_encoder_model": "T5Encoder",
+    "offload_tokenizer": "CosmosTokenizer",
+    "offload_diffusion_transformer": "DiT",
+}
 
 
-def test_offloading_changes_no_video(tiny_diffusion: Path, clip: Path) -> None:
-    first, second = offloaded(tiny_diffusion, clip)
-    assert np.array_equal(first, second)
-
-
-def test_no_two_parts_are_on_the_device_together(
-    tiny_diffusion: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flags", [tuple(OFFLOADED), *((flag,) for flag in OFFLOADED)])
+def test_what_is_offloaded_is_there_while_it_is_used(
+    flags: tuple[str, ...], tiny_diffusion: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each part leaves before the next one comes, and computes nowhere else."""
-    on_device = Part.on_device
-    there: list[str] = []
-    visits: list[str] = []
-
-    @contextmanager
-    def watched(part: Part[Any]) -> Iterator[torch.nn.Module]:
-        name = type(part.module).__name__
-        assert not there, f"{name} comes while {there} is there"
-        there.append(name)
-        visits.append(name)
-        try:
-            with on_device(part) as module:
-                yield module
-        finally:
-            there.remove(name)
-
-    def computing(module: torch.nn.Module, *_: Any) -> None:
-        for source, name in owners.items():
-            if type(module).__module__.startswith(source):
-                assert there == [name]
-                computed.add(name)
-
-    owners = {
-        "worldline.models.": "DiT",
-        "worldline.tokenizers.": "CosmosTokenizer",
-        "transformers.": "T5Encoder",
-    }
-    computed: set[str] = set()
-    monkeypatch.setattr(Part, "on_device", watched)
-    flags = ("offload_diffusion_transformer", "offload_tokenizer", "offload_text_encoder_model")
-    world = load(tiny_diffusion, VIDEO2WORLD, **dict.fromkeys(flags, True))
-    for part in (world.parts.transformer, world.parts.tokenizer, world.parts.text):
-        assert part is not None
-        part.offload = True  # a CPU is its own host: nothing moves, but the way is the same
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(computing)
-    try:
-        video = world.generate(
-            clip, prompt="a prompt of this test", num_input_frames=9, preview_every=2
-        )
-    finally:
-        hook.remove()
-    assert visits == ["T5Encoder", "CosmosTokenizer", "DiT", "CosmosTokenizer"]
-    assert computed == set(visits)
-    assert all(video.report["offload"].values())
-    resident = load(tiny_diffusion, VIDEO2WORLD)
-    plain = resident.generate(clip, prompt="a prompt of this test", num_input_frames=9)
-    assert np.array_equal(video.frames, plain.frames)
+    options = {"prompt": PROMPT, "num_input_frames": 9, "preview_every": 2}
+    used = ("T5Encoder", "CosmosTokenizer", "DiT", "CosmosTokenizer")
+    make = partial(load, tiny_diffusion, VIDEO2WORLD)
+    check_offloading(make, clip, options, OFFLOADED, used, flags, monkeypatch)
 
 
 @pytest.mark.gpu
 def test_offloading_on_a_gpu(tiny_diffusion: Path, clip: Path) -> None:
-    first, second = offloaded(tiny_diffusion, clip, dtype=torch.float32)
-    assert np.array_equal(first, second)
+    videos = []
+    for given in (False, True):
+        flags = dict.fromkeys(OFFLOADED, given)
+        world = load(tiny_diffusion, VIDEO2WORLD, dtype=torch.float32, **flags)
+        videos.append(world.generate(clip, prompt="never asked before", num_input_frames=9))
+        assert set(videos[-1].report["offload"].values()) == {given}
+    assert np.array_equal(videos[0].frames, videos[1].frames)

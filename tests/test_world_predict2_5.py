@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,20 @@ import torch
 from PIL import Image
 
 import worldline
+from worldline import machine
+from worldline.errors import InsufficientMemoryError
 from worldline.loading import find_autoregressive, find_diffusion, find_predict2_5
+from worldline.machine import Memory
+from worldline.places import bundled_names
+from worldline.text.chat_tokens import load_chat_tokenizer
 from worldline.video.read import read_image, read_video
 from worldline.weights.write import save
 from worldline.world import FlowWorld
 
 from .conftest import MODEL as AUTOREGRESSIVE
+from .offloading import check_offloading
 from .tiny_diffusion import TEXT2WORLD
-from .tiny_predict2_5 import CONFIG, POST, PRE, SMALL
+from .tiny_predict2_5 import CONFIG, POST, PRE, SMALL, TEXT_LENGTH
 
 PROMPT = "a red ball rolls"
 
@@ -70,6 +78,24 @@ def test_the_report_tells_all(world: FlowWorld, clip: Path) -> None:
     assert stages == ["read", "text", "encode", "denoise", "decode"]
 
 
+def test_the_report_tells_which_prompts_are_cut(world: FlowWorld) -> None:
+    assert world.parts.text is not None
+    chat = len(load_chat_tokenizer(world.parts.text.files.tokenizer[0]).encode(""))
+    letters = TEXT_LENGTH - chat  # of a prompt that the chat leaves room for
+    for prompt, negative in ((0, 0), (0, 3), (1, 2)):  # letters beyond
+        words = {"prompt": "a" * (letters + prompt), "negative_prompt": "b" * (letters + negative)}
+        expected = {
+            name: {"max_length": TEXT_LENGTH, "num_truncated_tokens": count}
+            for name, count in (("prompt", prompt), ("negative_prompt", negative))
+            if count
+        }
+        for _ in range(2):  # the second time their embeddings are in the cache
+            report = world.generate(**words, **SMALL).report
+            assert report["prompt_truncation"] == expected
+    unread = world.generate(**words, **{**SMALL, "guidance": 0}).report["prompt_truncation"]
+    assert unread.keys() == {"prompt"}
+
+
 def test_every_form_of_input(world: FlowWorld, clip: Path, image: Path) -> None:
     frames = read_video(clip).frames
     options = {"prompt": PROMPT, **SMALL}
@@ -100,6 +126,22 @@ def test_a_long_video(world: FlowWorld) -> None:
     assert video.report["tokens"] == 24 * 2 * 3
 
 
+def test_a_video_that_finds_no_room(world: FlowWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before anything is made, and nothing at all is held for it."""
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(10**9, 2 * 10**9))
+    options = {**SMALL, "num_video_frames": 250_000, "chunk_size": 13}
+    message = r"num_video_frames is 250000: all frames of 32 x 48 pixels take 1\.2 GB of host"
+    with pytest.raises(InsufficientMemoryError, match=message):
+        world.stream(prompt=PROMPT, **options)
+
+
+def test_a_world_that_finds_no_room_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(1, 10**9))
+    for name in bundled_names():
+        with pytest.raises(InsufficientMemoryError, match=f"^{re.escape(name)} needs about"):
+            worldline.load(name)
+
+
 def test_embeddings_in_place_of_a_prompt(world: FlowWorld, tmp_path: Path) -> None:
     words = torch.randn(5, CONFIG.feature_width)
     save({"prompt": words, "negative_prompt": -words}, tmp_path / "words.safetensors")
@@ -126,13 +168,22 @@ def test_names_folders_and_schedules(tiny_predict2_5: Path, own_predict2_5: Path
     assert not root_of.exists()
 
 
-def test_offloading_changes_no_video(tiny_predict2_5: Path, clip: Path) -> None:
-    flags = ("offload_diffusion_model", "offload_tokenizer", "offload_text_encoder")
-    videos = [
-        load(tiny_predict2_5, **dict.fromkeys(flags, given)).generate(clip, prompt=PROMPT, **SMALL)
-        for given in (False, True)
-    ]
-    assert np.array_equal(videos[0].frames, videos[1].frames)
+OFFLOADED = {
+    "offload_text_encoder": "Reason1Encoder",
+    "offload_tokenizer": "WanTokenizer",
+    "offload_diffusion_model": "FlowDiT",
+}
+
+
+@pytest.mark.parametrize("flags", [tuple(OFFLOADED), *((flag,) for flag in OFFLOADED)])
+def test_what_is_offloaded_is_there_while_it_is_used(
+    flags: tuple[str, ...], tiny_predict2_5: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"prompt": PROMPT, **SMALL, "preview_every": 2}
+    options |= {"num_video_frames": 20, "chunk_size": 13}  # two chunks
+    used = ("Reason1Encoder", *(2 * ("WanTokenizer", "FlowDiT", "WanTokenizer")))
+    make = partial(load, tiny_predict2_5)
+    check_offloading(make, clip, options, OFFLOADED, used, flags, monkeypatch)
 
 
 def test_another_dtype(tiny_predict2_5: Path, clip: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from worldline.catalog import (
@@ -20,6 +21,8 @@ from worldline.errors import CheckpointError
 from worldline.files import holds_diffusers, released_folders, unfinished
 
 BUNDLED = Path(__file__).parent / "bundled"
+# endings of files; what follows a dot may be a number of version
+_OF_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".jit", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,24 @@ def find_flow(model: str | Path, checkpoint_dir: str | Path) -> Place:
     try:
         return find_place(model, checkpoint_dir)
     except CheckpointError as error:
-        names = ", ".join(one.name for one in FLOW_MODELS)
-        raise CheckpointError(f"{error}; released names are {names}") from error
+        if Path(model).suffix in _OF_WEIGHTS:
+            raise CheckpointError(
+                f"no such file: {model} (--checkpoint_path), nor is it in {checkpoint_dir}"
+            ) from error
+        names = [one.name for one in FLOW_MODELS]
+        told = f"{error}; released names are {', '.join(names)}"
+        if "did you mean" not in told:
+            told += _nearest(str(model), names)
+        raise CheckpointError(told) from error
+
+
+def _nearest(word: str, names: Sequence[str]) -> str:
+    """Return the end of a message about a wrong name: the one that is most likely meant."""
+    known = [*names, *bundled_configs("predict2.5")]
+    whole = [name for name in names if name.startswith(f"{word}/")]
+    if close := whole or get_close_matches(word, known, n=1, cutoff=0.8):
+        return f"; did you mean {close[0]}?"
+    return ""
 
 
 def _find_released(model: FlowModel, checkpoint_dir: Path) -> Place:

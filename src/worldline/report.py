@@ -39,13 +39,13 @@ class Recorder:
     """Collects the stages of one run on one device.
 
     Attributes:
-        facts: what was chosen on the way, such as the decoder.
+        facts: what was chosen or found on the way, such as the decoder.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stages: list[Stage] = []
-        self.facts: dict[str, str] = {}
+        self.facts: dict[str, Any] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -219,6 +219,8 @@ def test_every_flag_of_the_reference(variant: dict[str, Any]) -> None:
         (["CLIP", "--seed", "-1"], "seed is -1"),
         (["CLIP", "--seed", 2**32], "seed is 4294967296"),
         (["CLIP", "--video_save_name", ""], "is no name"),
+        (["CLIP", "--video_save_name", "x" * 300], "a name in it has 304 bytes"),
+        (["CLIP", "--video_save_folder", "x" * 300], "a name in it has 300 bytes"),
         (["CLIP", "--video_save_name", "x.avi"], "cannot write .avi; use .mp4 .mov .mkv"),
         (["CLIP", "--video_save_name", "x.PNG"], "cannot write .png; use .mp4 .mov .mkv"),
         (["CLIP", "--ar_model_dir", "Nowhere"], "no folder"),
@@ -541,13 +543,38 @@ def test_resume(base: Base, clip: Path, tmp_path: Path, monkeypatch: pytest.Monk
     result = base(*words)
     assert result.exit_code == 0
     assert f"{out / '0.mp4'} is finished" in result.stderr
+    assert result.stdout.endswith(f"\n3 of 3 videos are in {out}: 2 made now, 1 there before\n")
     changed = {p.name for p in out.iterdir() if p.stat().st_mtime_ns != times[p.name]}
     assert changed == {"1.mp4", "1.json", "2.mp4", "2.json"}
     # nothing is left: no weights are read
     monkeypatch.setattr(worldline.loading.parts, "load_into", None)
     result = base(*words)
     assert result.exit_code == 0
-    assert "nothing left to do" in result.stdout
+    assert result.stdout == f"nothing left to do in {out}: 3 of 3 videos were there before\n"
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(Error("this one failed"), 1), (GuardrailRefusal("it was refused", "video"), 3)],
+)
+def test_what_is_told_counts_what_was_there_before(
+    failure: Exception,
+    code: int,
+    base: Base,
+    clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, words = tmp_path / "out", ("--batch_input_path", tmp_path / "b.jsonl", "--resume")
+    write_batch(tmp_path / "b.jsonl", clip, clip, clip)
+    assert base(*words).exit_code == 0
+    for number in (0, 2):
+        (out / f"{number}.mp4").unlink()
+    failing_stream(monkeypatch, failure, at=0)
+    result = base(*words)
+    assert result.exit_code == code
+    assert result.stdout.endswith(f"\n2 of 3 videos are in {out}: 1 made now, 1 there before\n")
+    assert "worldline: 1 of 3 inputs " in result.stderr
 
 
 @pytest.mark.parametrize("changed", ["input", "transformer", "settings", "tokenizer"])
@@ -655,6 +682,33 @@ def test_resume_makes_again_what_has_no_true_report(
     assert base(*words).exit_code == 0
     (tmp_path / "out" / "output.json").write_text(changed)
     assert "was made in another way, or not finished" in base(*words).stderr
+    assert "is finished" in base(*words).stderr
+
+
+@pytest.mark.parametrize("ending", ["mp4", "json", "txt"])
+@pytest.mark.usefixtures("forbid_weights")
+def test_a_folder_in_the_way_is_told_first(
+    ending: str, base: Base, clip: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out" / f"output.{ending}"
+    folder.mkdir(parents=True)
+    result = base("--input_image_or_video_path", clip)
+    assert result.exit_code == 2
+    assert f"{folder} is a folder" in result.stderr
+
+
+def test_resume_makes_a_damaged_video_again(base: Base, clip: Path, tmp_path: Path) -> None:
+    words = ("--input_image_or_video_path", clip, "--video_save_name", "a.gif", "--resume")
+    assert base(*words).exit_code == 0
+    path = tmp_path / "out" / "a.gif"
+    made = path.read_bytes()
+    for damaged in (b"", made[: len(made) // 2]):
+        path.write_bytes(damaged)
+        result = base(*words)
+        assert result.exit_code == 0
+        assert f"{path} is " in result.stderr
+        assert ": made again" in result.stderr
+        assert path.read_bytes() == made
     assert "is finished" in base(*words).stderr
 
 

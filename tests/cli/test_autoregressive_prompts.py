@@ -139,13 +139,31 @@ def test_embeddings_in_place_of_the_text_encoder(
     assert f"it must be floating and finite, (S, {CONTEXT_WIDTH})" in wrong.stderr
 
 
-def test_a_long_prompt_is_cut_and_said_so(ar_video2world: Make, clip: Path) -> None:
+def test_a_long_prompt_is_cut_and_said_so(ar_video2world: Make, clip: Path, tmp_path: Path) -> None:
     words = ("--prompt", "a" * (CONTEXT_LENGTH + 1), "--disable_diffusion_decoder")
     for _ in range(2):  # the second time its embedding is in the cache
         result = ar_video2world("--input_image_or_video_path", clip, *words)
         assert result.exit_code == 0, result.stderr
         [line] = [line for line in result.stderr.splitlines() if "warning" in line]
         assert f"has {CONTEXT_LENGTH + 1} tokens and is cut after {CONTEXT_LENGTH - 1}" in line
+        report = report_of(tmp_path / "out" / "output.json")
+        cut = {"max_length": CONTEXT_LENGTH, "num_truncated_tokens": 2}
+        assert report["prompt_truncation"] == {"prompt": cut}
+
+
+def test_of_clips_in_step_each_report_tells_of_its_own_prompt(
+    ar_video2world: Make, clip: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    lengths = (CONTEXT_LENGTH + 1, CONTEXT_LENGTH - 1, CONTEXT_LENGTH)
+    lines = ({"visual_input": str(clip), "prompt": "a" * length} for length in lengths)
+    path.write_text("\n".join(map(json.dumps, lines)))
+    words = ("--batch_input_path", path, "--batch_size", 3, "--disable_diffusion_decoder")
+    assert ar_video2world(*words).exit_code == 0
+    reports = [report_of(tmp_path / "out" / f"{number}.json") for number in range(3)]
+    assert [report["clips_at_once"] for report in reports] == [3, 3, 3]
+    told = [report["prompt_truncation"] for report in reports]
+    assert [cut.get("prompt", {}).get("num_truncated_tokens") for cut in told] == [2, None, 1]
 
 
 def test_base_with_the_decoder(run: Run, clip: Path, whole_world: Path, tmp_path: Path) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
+from worldline import places
 from worldline.models.predict1_dit import weights as predict1_dit
 from worldline.models.predict1_dit.model import DiT
 from worldline.models.predict2_5_dit import weights as predict2_5_dit
 from worldline.models.predict2_5_dit.model import FlowDiT
+from worldline.text import reason1, t5
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
 
@@ -83,7 +88,10 @@ def test_a_repository_of_predict2_5(run: Run, tiny_predict2_5: Path) -> None:
             assert f"{(folder / model.file).parent}\n" in result.stdout
         assert result.stdout.count("Cosmos-Predict2.5 model, no released size: 2 layers") == 2
         assert result.stdout.count("Wan video tokenizer, no released size: compression 4x8x8") == 1
-        assert result.stdout.count("complete: every tensor fits") == 3
+        # beside the repository stands the text encoder
+        encoders = int(shown != folder)
+        assert result.stdout.count("Reason1 text encoder (Qwen2.5-VL), no released") == encoders
+        assert result.stdout.count("complete: every tensor fits") == 3 + encoders
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -136,6 +144,135 @@ def test_missing_and_too_much(run: Run, own_world: Path) -> None:
     assert result.exit_code == 0
     assert "1 missing: model.norm.weight" in result.stdout
     assert "1 unknown: model.layers.0.attention.wq.bias" in result.stdout
+
+
+def write_header(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Write a file of bf16 tensors as large as its header says, which takes no room on a disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    told = json.dumps(header).encode()
+    file.write_bytes(len(told).to_bytes(8, "little") + told)
+    os.truncate(file, 8 + len(told) + end)
+
+
+def write_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], count: int) -> list[Path]:
+    """Write them in several files and an index, as Hugging Face does; the last holds one tensor."""
+    names, most = list(shapes), len(shapes) // (count - 1)
+    parts = [names[at * most : (at + 1) * most] for at in range(count - 1)] + [names[-1:]]
+    parts[-2] = names[(count - 2) * most : -1]
+    files = [folder / f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    for file, part in zip(files, parts, strict=True):
+        write_header(file, {name: shapes[name] for name in part})
+    places = {n: file.name for file, part in zip(files, parts, strict=True) for n in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return files
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_released_t5(count: int, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / t5.RELEASED
+    folder.mkdir(parents=True)
+    config = {**t5.PRESETS["11B"], "model_type": "t5"}
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(places.BUNDLED / t5.RELEASED / "tokenizer_config.json", folder)
+    shapes = {"decoder.final_layer_norm.weight": (1024,), **t5.tensor_shapes(config)}
+    layer = 4 * 1024 * 128 * 128 + 2 * 1024 * 65_536  # without its two norms
+    if count == 1:
+        files = [folder / "model.safetensors"]
+        write_header(files[0], shapes)
+    else:
+        files = write_shards(folder, shapes, count)
+    for shown in (tmp_path, folder):
+        result = run("checkpoints", "inspect", shown)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout.startswith(f"{folder}\n")
+        for part in (
+            "family      T5 text encoder, 11B: 24 layers, width 1,024, 128 heads, vocabulary 32,1",
+            f"parameters  {24 * (layer + 2 * 1024) + 32_128 * 1024 + 1024 + 32 * 128:,}\n",
+            "verdict     complete: every tensor fits; 1 more, which are not read\n",
+        ):
+            assert part in result.stdout
+    for file in files:
+        told = run("checkpoints", "inspect", file).stdout
+        assert "family      T5 text encoder, 11B: 24 layers" in told
+        whole = "complete: every tensor fits" if count == 1 else "every tensor fits; one of 4 files"
+        assert f"verdict     {whole}" in told
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_released_reason1(nested: bool, run: Run, tmp_path: Path) -> None:
+    """As it was released, and as transformers saves it since."""
+    folder = tmp_path / reason1.RELEASED
+    folder.mkdir(parents=True)
+    config: dict[str, object] = dict(reason1.PRESETS["7B"])
+    stated = {"model_type": "qwen2_5_vl", **({"text_config": config} if nested else config)}
+    (folder / "config.json").write_text(json.dumps(stated))
+    shutil.copy(places.BUNDLED / reason1.RELEASED / "tokenizer.json", folder)
+    prefix = "model.language_model." if nested else "model."
+    shapes: dict[str, tuple[int, ...]] = {"visual.merger.ln_q.weight": (1280,)}
+    shapes |= {prefix + name: shape for name, shape in reason1.tensor_shapes(config).items()}
+    shapes["lm_head.weight"] = shapes[f"{prefix}embed_tokens.weight"]
+    files = write_shards(folder, shapes, 4)
+    attention = 2 * 3584 * (3584 + 512) + 3584 + 2 * 512  # with biases
+    layer = attention + 3 * 3584 * 18_944  # without its two norms
+    for shown in (tmp_path, folder, *files):
+        result = run("checkpoints", "inspect", shown)
+        assert result.exit_code == 0, result.stderr
+        for part in (
+            "family      Reason1 text encoder (Qwen2.5-VL), 7B: 28 layers, width 3,584, 28 heads "
+            "(4 of keys), vocabulary 152,064, text features 100,352\n",
+            f"parameters  {28 * (layer + 2 * 3584) + 152_064 * 3584 + 3584:,}\n",
+        ):
+            assert part in result.stdout
+        whole = shown not in files
+        verdict = "complete: every tensor fits; 2 more" if whole else "every tensor fits; one of 4"
+        assert f"verdict     {verdict}" in result.stdout
+    (folder / "tokenizer.json").unlink()
+    assert (
+        f"verdict     {folder} holds no tokenizer" in run("checkpoints", "inspect", folder).stdout
+    )
+
+
+@pytest.mark.parametrize("encoder", [t5.RELEASED, reason1.RELEASED])
+def test_bundled_text_encoders(encoder: str, run: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(places.BUNDLED / encoder, tmp_path / "encoder"))
+    for shown in (folder, folder / "model.safetensors"):
+        result = run("checkpoints", "inspect", shown)
+        assert result.exit_code == 0, result.stderr
+        assert "text encoder" in result.stdout
+        assert "no released size" in result.stdout
+        assert result.stdout.endswith("verdict     complete: every tensor fits\n")
+    assert str(places.BUNDLED / encoder) in run("checkpoints", "inspect", places.BUNDLED).stdout
+    tensors = read_all(folder / "model.safetensors")
+    lacking = next(name for name in tensors if name.endswith("norm.weight"))
+    save({name: t for name, t in tensors.items() if name != lacking}, folder / "model.safetensors")
+    for shown in (folder, folder / "model.safetensors"):
+        assert f"1 missing: {lacking}" in run("checkpoints", "inspect", shown).stdout
+    (folder / "config.json").unlink()
+    told = run("checkpoints", "inspect", folder / "model.safetensors").stdout
+    assert f"verdict     {folder} holds no config.json" in told
+
+
+def test_other_language_models_are_none_of_ours(run: Run, tmp_path: Path) -> None:
+    for encoder, kind, told in (
+        (
+            t5.RELEASED,
+            "umt5",
+            "verdict     {}/config.json is of a model of type 'umt5', not of a T5",
+        ),
+        (
+            reason1.RELEASED,
+            "qwen2",
+            "family      unknown (tensors such as model.embed_tokens.weight",
+        ),
+    ):
+        folder = Path(shutil.copytree(places.BUNDLED / encoder, tmp_path / kind))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+        for shown in (folder, folder / "model.safetensors"):
+            assert told.format(folder) in run("checkpoints", "inspect", shown).stdout
 
 
 def test_unknown(run: Run, tmp_path: Path) -> None:

@@ -694,6 +694,7 @@ def test_resume(text2world: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = text2world(*words)
     assert result.exit_code == 0
     assert f"{out / '0.mp4'} is finished" in result.stderr
+    assert result.stdout.endswith(f"\n3 of 3 videos are in {out}: 2 made now, 1 there before\n")
     changed = {p.name for p in out.iterdir() if p.stat().st_mtime_ns != times[p.name]}
     assert {Path(name).stem for name in changed} == {"1", "2"}
     assert (out / "2.txt").read_text() == "another"
@@ -701,7 +702,7 @@ def test_resume(text2world: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(worldline.loading.parts, "load_into", None)
     result = text2world(*words)
     assert result.exit_code == 0
-    assert "nothing left to do" in result.stdout
+    assert result.stdout == f"nothing left to do in {out}: 3 of 3 videos were there before\n"
 
 
 @pytest.mark.parametrize("changed", ["input", "transformer", "tokenizer", "text encoder"])

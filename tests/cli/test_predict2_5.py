@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,13 +19,16 @@ from click.testing import Result
 
 import worldline.loading.parts
 import worldline.world
+from worldline import machine
 from worldline.catalog import FLOW_MODELS
 from worldline.cli import main
 from worldline.cli.predict2_5 import predict2_5
 from worldline.cli.samples import Sample
 from worldline.errors import Error
+from worldline.machine import Memory
 from worldline.text.reason1 import RELEASED
 from worldline.video.read import probe, read_image, read_video
+from worldline.video.write import write_video
 from worldline.weights.write import save
 
 from ..tiny_predict2_5 import CONFIG, POST, PRE, write_transformer
@@ -96,6 +101,9 @@ def test_every_kind_of_sample(flow: Flow, clip: Path, image: Path, tmp_path: Pat
         info = probe(out / f"{name}.mp4", kind="video")
         assert (info.frames, info.height, info.width, info.fps) == (9, 32, 48, 16)
     assert (out / "t.txt").read_text() == PROMPT
+    again = flow("-i", out / "*.json", "-o", tmp_path / "again")
+    refused(again, "t.json: this is the report of a video that worldline made", tmp_path / "again")
+    assert again.stderr.count("\n") == 3  # a line each
 
 
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="the released samples are not here")
@@ -187,15 +195,19 @@ def test_a_world_of_its_own_defaults(flow: Flow, own_predict2_5: Path, tmp_path:
     assert flow(*words, checkpoint_dir=own_predict2_5, small=False).exit_code == 0
     report = report_of(tmp_path / "out" / "a.json")
     assert {name: report["request"][name] for name in own} == own
+    assert report["sample"] == {**TEXT, "name": "a"}  # and not what other worlds have by default
     result = flow(*words, "--guidance", 7, checkpoint_dir=own_predict2_5, small=False)
     assert result.exit_code == 0, result.stderr
-    assert report_of(tmp_path / "out" / "a.json")["request"]["guidance"] == 7
+    report = report_of(tmp_path / "out" / "a.json")
+    assert report["request"]["guidance"] == report["sample"]["guidance"] == 7
     # a chunk is no longer than what the world makes
     long = ("--enable_autoregressive", "--num_output_frames", 20)
     result = flow(*words, *long, checkpoint_dir=own_predict2_5, small=False)
     assert result.exit_code == 0, result.stderr
     report = report_of(tmp_path / "out" / "a.json")
     assert (report["request"]["chunk_size"], report["chunks"]) == (13, 2)
+    stated = {"enable_autoregressive": True, "num_output_frames": 20}
+    assert report["sample"] == {**TEXT, "name": "a", **stated}
 
 
 def test_long_videos(flow: Flow, clip: Path, tmp_path: Path) -> None:
@@ -330,10 +342,11 @@ def refused(result: Result, message: str, out: Path) -> None:
     ("words", "message"),
     [
         (["--model", "2B/distilled"], "released names are 2B/post-trained"),
+        (["--model", "2B/posttrained"], "did you mean 2B/post-trained?"),
         (["--model", "14B/pre-trained"], "`worldline checkpoints download 14B/pre-trained`"),
         (["--model", "tiny-nothing"], "no bundled model tiny-nothing"),
         (["--model", ""], "--model is empty"),
-        (["--checkpoint_path", "nowhere.pt"], "nowhere.pt"),
+        (["--checkpoint_path", "nowhere.pt"], "no such file: nowhere.pt (--checkpoint_path), nor"),
         (["--checkpoint_path", "nvidia/Cosmos-Reason1-7B"], "not a Cosmos diffusion transformer"),
         (["--checkpoint_dir", "nowhere"], "there is no checkpoint folder nowhere"),
         (["--tokenizer_dir", "nowhere"], "no folder nowhere (--tokenizer_dir)"),
@@ -345,15 +358,17 @@ def refused(result: Result, message: str, out: Path) -> None:
         (["--config-file", "mine.py"], "worldline runs no configuration in Python"),
         (["--schedule", "linear"], "'karras', 'shifted'"),
         (["--device", "abacus"], "no device abacus here"),
-        (["--seed", -1], "sample 'a': seed: -1: "),
-        (["--guidance", "nan"], "sample 'a': guidance: nan: "),
-        (["--num_steps", 0], "sample 'a': num_steps: 0: "),
-        (["--resolution", "32"], "sample 'a': resolution: '32' is neither"),
-        (["--num_output_frames", 10], "sample 'a': num_output_frames is 10; it must be 1 + 4k"),
+        (["-o", "x" * 300], "cannot be written: a name in it has 300 bytes"),
+        (["--seed", -1], "--seed: -1: "),
+        (["--guidance", "nan"], "--guidance: nan: input should be a finite number"),
+        (["--input_path", ""], "--input_path: it is empty"),
+        (["--num_steps", 0], "--num_steps: 0: "),
+        (["--resolution", "32"], "--resolution: '32' is neither"),
+        (["--num_output_frames", 10], "--num_output_frames is 10; it must be 1 + 4k"),
         (["--num_output_frames", 10**13], "num_output_frames is 10000000000000; it must be 1 to"),
         (["--inference_type", "video2world"], "sample 'a': input_path: video2world needs one"),
         (["--inference_type", "world"], "'text2world', 'image2world', 'video2world'"),
-        (["--prompt_path", "nowhere.txt"], "sample 'a': prompt_path: there is no file"),
+        (["--prompt_path", "nowhere.txt"], "--prompt_path: there is no file"),
         (["--enable_autoregressive", "--chunk_overlap", 3], "it counts frames and must be 1 + 4k"),
         (["--enable_autoregressive", "--chunk_size", 101], "chunk_size is 101; it must be at most"),
         (["--enable_autoregressive", "maybe"], "'maybe' is not a valid boolean"),
@@ -368,6 +383,22 @@ def test_wrong_words(words: list[Any], message: str, flow: Flow, tmp_path: Path)
     refused(flow("-i", file, "--seed", 1, *words), message, tmp_path / "out")
 
 
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_damaged_checkpoint_is_told_alone(
+    share: float, pickled: bool, flow: Flow, own_predict2_5: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "a.json", {**TEXT, "name": "a"})
+    checkpoint = own_predict2_5 / Path(POST.repository).name / POST.file
+    whole = pickle.dumps({"step": 1}) if pickled else checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: int(share * len(whole))])
+    result = flow("-i", file, "--checkpoint_path", checkpoint)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith(f"worldline: {checkpoint}")
+    assert "diffusion" not in result.stderr
+    assert "autoregressive" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -376,7 +407,9 @@ def test_wrong_words(words: list[Any], message: str, flow: Flow, tmp_path: Path)
         (["-i", "-o", "x"], "-i needs a file of samples"),
         (["-i", "a.json"], "no output folder: give -o DIR"),
         (["-o", "x"], "no samples"),
-        (["a.json"], "1 plain arguments; give PARAMS_FILE and OUTPUT_DIR"),
+        (["a.json"], "1 plain argument; give PARAMS_FILE and OUTPUT_DIR"),
+        (["-i", "", "-o", "x"], "-i is empty"),
+        (["", "x"], "PARAMS_FILE is empty"),
         (["a.json", "b", "c"], "3 plain arguments"),
         (["a.json", "x", "-o", "x"], "a.json stands alone"),
         (["-i", "*.json", "-o", "x"], "-i *.json: no file has such a name"),
@@ -395,7 +428,7 @@ def test_wrong_usage(
 def test_everything_that_is_wrong_is_told_at_once(
     flow: Flow, short_clip: Path, image: Path, tmp_path: Path
 ) -> None:
-    """By file, sample and field."""
+    """By file, sample and field; of inputs when all else is right."""
     noise = tmp_path / "noise.mp4"
     noise.write_text("hello")
     one = tmp_path / "one.mp4"
@@ -404,7 +437,6 @@ def test_everything_that_is_wrong_is_told_at_once(
     lines = write(
         tmp_path / "a.jsonl",
         {**TEXT, "name": "good"},
-        {**video, "name": "noise", "input_path": "noise.mp4"},
         {**video, "name": "still", "input_path": str(image)},
         {**video, "name": "gone", "input_path": "gone.mp4"},
         {**TEXT, "name": "good"},
@@ -412,16 +444,23 @@ def test_everything_that_is_wrong_is_told_at_once(
     )
     broken = write(tmp_path / "b.json")
     result = flow("-i", lines, broken, tmp_path / "c.txt")
-    refused(result, f"{lines}, line 2, sample 'noise': input_path: ", tmp_path / "out")
+    refused(result, f"{lines}, line 2, sample 'still': input_path: ", tmp_path / "out")
     for part in (
-        "line 3, sample 'still': input_path: ",
-        "line 4, sample 'gone': input_path: there is no file",
-        "line 5, sample 'good': name: ",
-        "line 6, sample 'empty': inference_type: it is missing",
+        "line 3, sample 'gone': input_path: there is no file",
+        "line 4, sample 'good': name: ",
+        "line 5, sample 'empty': inference_type: it is missing",
         f"{broken} is no valid JSON",
         "c.txt: .txt is none of",
     ):
         assert part in result.stderr
+    media = write(
+        tmp_path / "e.jsonl",
+        {**video, "name": "one", "input_path": "one.mp4"},
+        *({**video, "name": name, "input_path": "noise.mp4"} for name in ("noise", "again")),
+    )
+    result = flow("-i", media)
+    refused(result, f"{media}, line 2, sample 'noise': input_path: ", tmp_path / "out")
+    assert f"{media}, line 3, sample 'again': input_path: " in result.stderr
     sizes = write(
         tmp_path / "d.jsonl",
         *({**TEXT, "name": f"s{frames}", "num_output_frames": frames} for frames in (9, 10, 11)),
@@ -479,6 +518,18 @@ def test_an_output_never_replaces_an_input(flow: Flow, image: Path, tmp_path: Pa
     result = flow("-i", write(tmp_path / "b.json", sample))
     assert result.exit_code == 2
     assert f"{words} is an input" in result.stderr
+
+
+@pytest.mark.parametrize("ending", ["mp4", "json", "txt"])
+@pytest.mark.usefixtures("forbid_weights")
+def test_a_folder_in_the_way_is_told_first(ending: str, flow: Flow, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / f"b.{ending}"
+    folder.mkdir(parents=True)
+    samples = [{**TEXT, "name": name} for name in "ab"]
+    result = flow("-i", write(tmp_path / "a.jsonl", *samples))
+    assert result.exit_code == 2
+    assert f"{folder} is a folder" in result.stderr
+    assert files_in(tmp_path / "out") == {folder.name}
 
 
 # --- interrupted, resumed
@@ -556,6 +607,58 @@ def test_memory_is_planned_for_what_needs_most(
     assert planned == [(1, 1920, 1920)]
 
 
+@pytest.mark.usefixtures("forbid_weights")
+def test_the_sample_that_needs_most_is_named(
+    flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(10**8, 24 * 10**9))
+    small = {**TEXT, "name": "small", "resolution": "32,48", "num_output_frames": 9}
+    clip = {**small, "name": "clip", "resolution": "640,480", "num_output_frames": 93}
+    picture = {**small, "name": "picture", "resolution": "1920,1904", "num_output_frames": 1}
+    long = {**clip, "name": "long", "enable_autoregressive": True, "num_output_frames": 78}
+    needs = rf"{re.escape(POST.name)} needs about \S+ GB of host memory, 0\.1 of 24\.0 GB are free"
+    for samples, told in (
+        ([small, clip], "resolution (640,480) or num_output_frames (93)"),
+        ([small, picture], "resolution (1920,1904)"),
+        ([small, long], "resolution (640,480)"),
+        ([clip], "resolution (640,480) or num_output_frames (93)"),
+    ):
+        file = write(tmp_path / "a.jsonl", *samples)
+        result = flow("-i", file, small=False)
+        refused(result, "", tmp_path / "out")
+        most = " needs most" if len(samples) > 1 else ""
+        place = f"{file}, line {len(samples)}, sample '{samples[-1]['name']}'{most}"
+        line = result.stderr.splitlines()[-1]
+        assert re.search(
+            rf"{re.escape(place)}: {needs}; a lower {re.escape(told)} needs less$", line
+        ), line
+
+
+@pytest.mark.usefixtures("forbid_weights")
+def test_frames_that_find_no_room(
+    flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long video is made piece by piece, but held as a whole."""
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(20 * 10**9, 24 * 10**9))
+    long = {**TEXT, "enable_autoregressive": True, "resolution": "704,1280", "chunk_size": 9}
+    file = write(
+        tmp_path / "a.jsonl",
+        {**TEXT, "name": "short", "resolution": "32,48"},
+        {**long, "name": "long", "num_output_frames": 1_000_001},
+        {**long, "name": "longer", "num_output_frames": 1_000_002, "resolution": "32,48"},
+        {**long, "name": "longest", "num_output_frames": 1_048_576},
+    )
+    result = flow("-i", file, small=False)
+    refused(result, "", tmp_path / "out")
+    told = [line for line in result.stderr.splitlines() if "sample" in line]
+    assert len(told) == 2
+    assert (
+        f"{file}, line 2, sample 'long': num_output_frames is 1000001: all frames of 704 x 1280 "
+        "pixels take 2703.4 GB of host memory, 20.0 of 24.0 GB are free"
+    ) in told[0]
+    assert "sample 'longest': num_output_frames is 1048576" in told[1]
+
+
 def test_resume(flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = [{**TEXT, "name": name} for name in "abc"]
     words = ("-i", write(tmp_path / "a.jsonl", *samples), "--resume")
@@ -567,13 +670,17 @@ def test_resume(flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     result = flow(*words)
     assert result.exit_code == 0
     assert f"{out / 'a.mp4'} is finished" in result.stderr
+    assert result.stdout.endswith(f"\n3 of 3 videos are in {out}: 2 made now, 1 there before\n")
+    (out / "b.mp4").unlink()
+    result = flow(*words, "--no_keep_going")
+    assert result.stdout.endswith(f"\n3 of 3 videos are in {out}: 1 made now, 2 there before\n")
     changed = {p.name for p in out.iterdir() if p.stat().st_mtime_ns != times[p.name]}
     assert {Path(name).stem for name in changed} == {"b", "c"}
     # nothing is left: no weights are read
     monkeypatch.setattr(worldline.loading.parts, "load_into", None)
     result = flow(*words)
     assert result.exit_code == 0
-    assert f"nothing left to do in {out}" in result.stdout
+    assert result.stdout == f"nothing left to do in {out}: 3 of 3 videos were there before\n"
 
 
 @pytest.mark.parametrize(
@@ -594,6 +701,29 @@ def test_resume_knows_other_ways(
     result = flow("-i", file, "--device", "cpu", "--resume", *words)
     assert result.exit_code == 0, result.stderr
     assert ("is finished" if finished else "was made in another way") in result.stderr
+
+
+def test_resume_makes_damaged_videos_again(flow: Flow, tmp_path: Path) -> None:
+    names = ("empty", "half", "shorter", "whole", "long")
+    samples = [{**TEXT, "name": name, "num_output_frames": 9} for name in names]
+    samples[-1] |= {"enable_autoregressive": True, "chunk_size": 5, "num_output_frames": 12}
+    words = ("-i", write(tmp_path / "a.jsonl", *samples), "--resume")
+    out = tmp_path / "out"
+    size = ("--resolution", "32,48", "--num_steps", 1)
+    assert flow(*words, *size, small=False).exit_code == 0
+    made = {name: (out / f"{name}.mp4").read_bytes() for name in names}
+    (out / "empty.mp4").write_bytes(b"")
+    (out / "half.mp4").write_bytes(made["half"][: len(made["half"]) // 2])
+    clip = read_video(out / "shorter.mp4")
+    write_video(clip.frames[:8], out / "shorter.mp4", clip.fps)
+    result = flow(*words, *size, small=False)
+    assert result.exit_code == 0, result.stderr
+    assert f"{out / 'empty.mp4'} is empty (0 bytes): made again" in result.stderr
+    assert f"{out / 'half.mp4'} is truncated" in result.stderr
+    assert f"{out / 'shorter.mp4'} has 8 of 9 frames: made again" in result.stderr
+    assert result.stdout.endswith(f"5 videos are in {out}: 3 made now, 2 there before\n")
+    assert {name: (out / f"{name}.mp4").read_bytes() for name in names} == made
+    assert "nothing left to do" in flow(*words, *size, small=False).stdout
 
 
 def test_resume_knows_what_has_no_effect(flow: Flow, own_predict2_5: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     (*UNGUARDED, "-o", "clip.mp4/x"): "cannot be written",
     (*UNGUARDED, "-i", "notes/a.json"): "notes/a.json: name: it is missing",
     (*UNGUARDED, "--inference-type", "video2world"): "input_path: video2world needs one",
-    (*UNGUARDED, "--guidance", "-1"): "sample 'good': guidance: -1.0: ",
+    (*UNGUARDED, "--guidance", "-1"): "--guidance: -1.0: ",
     (*UNGUARDED, "--enable-autoregressive", "--chunk-overlap", "2"): "chunk_overlap is 2",
     (*UNGUARDED, "--inference-type", "image2world", "--input-path", "noise.mp4"): "is not an mp4",
     ("tokenize", "encode", "nowhere.mp4"): "nowhere.mp4",

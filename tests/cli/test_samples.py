@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from worldline.choices import NEGATIVE_PROMPT
-from worldline.cli.samples import Sample, read_samples, without_comments
+from worldline.cli.samples import Sample, check_media, read_samples, without_comments
 from worldline.errors import InputError
 
 ASSETS = Path(__file__).parents[3] / "shared" / "assets" / "predict2_5"
@@ -89,7 +89,12 @@ def test_paths_start_at_the_file(
         "inference_type": "text2world",
         "samples": {"a": {"prompt": "fog", "prompt_path": "../words.txt"}},
     }
-    assert read(file, old)[0].prompt == "snow falls"
+    [sample] = read(file, old)
+    assert (sample.prompt, list(sample.without_effect)) == ("snow falls", ["prompt"])
+    [sample] = read(file, old, prompt="hail")
+    assert (sample.prompt, list(sample.without_effect)) == ("hail", ["prompt_path"])
+    [sample] = read(file, old, prompt_path="words.txt")
+    assert (sample.prompt, sample.without_effect) == ("rain falls", {})
 
 
 @pytest.mark.parametrize(
@@ -98,8 +103,14 @@ def test_paths_start_at_the_file(
         ({"name": None}, "name: "),
         ({"name": "a/b"}, "name: 'a/b' cannot be the name of a file"),
         ({"inference_type": "world"}, "inference_type: 'world'"),
-        ({"prompt": " "}, "prompt: there is none, or it is empty"),
-        ({"sead": 1}, "sead: there is no such field; there are: name, "),
+        ({"prompt": " "}, "prompt: it is empty"),
+        ({"prompt": None}, "prompt: there is none, and no prompt_path"),
+        ({"prompt": None, "prompt_path": "blank.txt"}, "blank.txt is empty"),
+        ({"fps": 1}, "fps: there is no such field; there are: name, "),
+        ({"sead": 1}, "sead: there is no such field; did you mean 'seed'?"),
+        ({"promt": "x"}, "promt: there is no such field; did you mean 'prompt'?"),
+        ({"num-step": 1}, "num-step: there is no such field; did you mean 'num_steps'?"),
+        ({"Name": "x"}, "Name: there is no such field; did you mean 'name'?"),
         ({"seed": -1}, "seed: -1: "),
         ({"guidance": "much"}, "guidance: 'much': "),
         ({"num_steps": 0}, "num_steps: 0: "),
@@ -108,6 +119,13 @@ def test_paths_start_at_the_file(
         ({"prompt": None, "prompt_path": "gone.txt"}, "prompt_path: there is no file"),
         ({"prompt": None, "prompt_path": 3}, "prompt_path: 3: it must be a path"),
         ({"inference_type": "image2world"}, "input_path: image2world needs one"),
+        ({"inference_type": "image2world", "input_path": ""}, "input_path: it is empty"),
+        ({"prompt": None, "prompt_path": " "}, "prompt_path: it is empty"),
+        (
+            {"input_path": "https://example.com/a.jpg"},
+            "input_path: https://example.com/a.jpg: URLs are not fetched",
+        ),
+        ({"guidance": float("nan")}, "guidance: nan: input should be a finite number"),
         ({"inference_type": "video2world", "input_path": "in.png"}, "image2world continues an"),
         ({"input_path": "a.json"}, "input_path: "),
         ({"input_path": "x" * 300 + ".png"}, "input_path: there is no file"),
@@ -127,11 +145,70 @@ def test_paths_start_at_the_file(
 def test_what_is_wrong(change: dict[str, Any], message: str, tmp_path: Path, image: Path) -> None:
     (tmp_path / "in.png").write_bytes(image.read_bytes())
     (tmp_path / "clips.mp4").mkdir()
+    (tmp_path / "blank.txt").write_text("\n")
     file = tmp_path / "a.json"
     with pytest.raises(InputError) as told:
         read(file, {**TEXT, "name": "a", **change})
     assert message in str(told.value)
     assert str(told.value).startswith(f"{file}, sample ")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"prompt": ""}, "--prompt: it is empty"),
+        ({"resolution": "100,100"}, "--resolution: 100 is no multiple of 16 from 16 to 1920"),
+        ({"num_steps": 0}, "--num_steps: 0: input should be greater than 0"),
+        ({"prompt_path": "gone.txt"}, "--prompt_path: there is no file gone.txt"),
+        ({"inference_type": "image2world"}, None),
+        (
+            {"inference_type": "video2world", "input_path": "in.png"},
+            "--input_path: in.png is an image, but video2world continues a video; "
+            "image2world continues an image",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_flag_is_told_once(
+    override: dict[str, Any],
+    message: str | None,
+    tmp_path: Path,
+    image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.png").write_bytes(image.read_bytes())
+    two = [{**TEXT, "name": name} for name in "ab"]
+    with pytest.raises(InputError) as told:
+        read(tmp_path / "a.json", two, **override)
+    said = str(told.value).splitlines()
+    if message is None:  # it is the samples that lack something
+        assert [line.split(", ")[1] for line in said] == ["item 1", "item 2"]
+    else:
+        assert said == [message]
+
+
+def test_a_flag_that_suits_some_samples(tmp_path: Path, image: Path) -> None:
+    """Those that it does not suit are named."""
+    two = [
+        {**TEXT, "name": "a", "inference_type": "image2world"},
+        {**TEXT, "name": "b", "inference_type": "video2world"},
+    ]
+    with pytest.raises(InputError) as told:
+        read(tmp_path / "a.json", two, input_path=str(image))
+    [line] = str(told.value).splitlines()
+    assert line.startswith(f"{tmp_path / 'a.json'}, item 2, sample 'b': input_path: ")
+
+
+def test_what_is_wrong_above_the_samples_is_told_once(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    stated = {"inference_type": "text2world", "prompt": "x", "sede": 1, "num_steps": 0}
+    with pytest.raises(InputError) as told:
+        read(file, {**stated, "samples": {"a": {}, "b": {"seed": -1}, "c": {"num_steps": 5}}})
+    assert [line.split(": ")[:2] for line in str(told.value).splitlines()] == [
+        [str(file), "num_steps"],
+        [str(file), "sede"],
+        [f"{file}, sample 'b'", "seed"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -243,9 +320,12 @@ def test_files_without_samples(tmp_path: Path) -> None:
         ("d.jsonl", "\n", "no samples in it"),
         ("e.json", [], "no samples in it"),
         ("f.json", {"inference_type": "text2world", "samples": {}}, "no samples in it"),
-        ("g.json", {"samples": ["a"]}, "samples: a list where names and values are expected"),
-        ("j.json", {"samples": {"a": {**TEXT, "name": "b"}}}, "name: it has one already"),
-        ("k.json", {**TEXT, "name": "b", "samples": {"a": {}}}, "name: it has one already"),
+        ("g.json", {"samples": ["a"]}, '"samples" holds a list, not names and values'),
+        ("j.json", {"samples": {"a": {**TEXT, "name": "b"}}}, "sample 'a': name: its key in"),
+        ("k.json", {**TEXT, "name": "b", "samples": {"b": {}}}, 'k.json: name and "samples" stand'),
+        ("l.json", [{"samples": {"a": TEXT}}], 'item 1: "samples" within one of several samples'),
+        ("m.jsonl", {"samples": {"a": TEXT}}, 'line 1: "samples" within one of several samples'),
+        ("n.json", {"samples": {"a": {"samples": {}}}}, "sample 'a': \"samples\" within one"),
         ("h.json", [1], "item 1: 1 where names and values are expected"),
         ("i.yaml", "", "nothing where names and values are expected"),
     ):
@@ -254,12 +334,14 @@ def test_files_without_samples(tmp_path: Path) -> None:
             read_samples([good, file])
         assert str(told.value).startswith(str(file))
         assert message in str(told.value)
+        assert len(str(told.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.json", " \n", "is no valid JSON: it is empty"),
+        ("a.jsonl", '\n{"name": }', "line 2 is no valid JSONL: column 10: Expecting value"),
         ("a.yaml", "name: a\n\tseed: 1\n", "line 2, column 1: found character '\\t'"),
         ("a.yaml", "name: a\n\tseed: 1\n", "(lines are indented by spaces)"),
         ("a.yaml", "prompt: A dog: it runs", "line 1, column 14: mapping values"),
@@ -282,6 +364,69 @@ def test_files_that_cannot_be_read(tmp_path: Path, image: Path) -> None:
         read_samples([tmp_path / "a.json"])
     with pytest.raises(InputError, match=r"b\.json cannot be read: No such file or directory$"):
         read_samples([tmp_path / "b.json"])
+
+
+def test_each_input_is_looked_at_once(
+    tmp_path: Path, clip: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under whatever name; not before all that is stated is right."""
+    from worldline.cli import samples
+
+    seen: list[Path] = []
+    real = samples.probe
+
+    def probe(path: Path, **kind: Any) -> Any:
+        seen.append(path)
+        return real(path, **kind)
+
+    monkeypatch.setattr(samples, "probe", probe)
+    (tmp_path / "in.mp4").write_bytes(clip.read_bytes())
+    (tmp_path / "noise.mp4").write_text("hello")
+    (tmp_path / "still.png").write_bytes(image.read_bytes())
+    made = [
+        {**TEXT, "name": f"s{number}", "inference_type": kind, "input_path": path}
+        for number, (kind, path) in enumerate(
+            (
+                ("video2world", "in.mp4"),
+                ("image2world", "./in.mp4"),
+                ("video2world", str(tmp_path / "in.mp4")),
+                ("image2world", "still.png"),
+                ("text2world", "noise.mp4"),
+            )
+        )
+    ]
+    with pytest.raises(InputError, match="seed"):
+        read(tmp_path / "a.json", [*made, {**TEXT, "name": "last", "seed": -1}])
+    assert seen == []
+    check_media(read(tmp_path / "a.json", made))
+    assert [path.name for path in seen] == ["in.mp4", "still.png"]
+    bad = [{**made[0], "name": name, "input_path": "noise.mp4"} for name in "ab"]
+    with pytest.raises(InputError) as told:
+        check_media(read(tmp_path / "b.json", bad))
+    assert [line.split(": ")[:2] for line in str(told.value).splitlines()] == [
+        [f"{tmp_path / 'b.json'}, item {number}, sample {name!r}", "input_path"]
+        for number, name in enumerate("ab", 1)
+    ]
+    assert len(seen) == 3
+
+
+def test_slow_looks_are_not_silent(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from worldline.cli import samples
+
+    stated = {**TEXT, "inference_type": "image2world"}
+    made = []
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(image.read_bytes())
+        made.append({**stated, "name": name, "input_path": f"{name}.png"})
+    found = read(tmp_path / "a.json", made)
+    with caplog.at_level("INFO"):
+        check_media(found)
+        assert caplog.messages == []
+        monkeypatch.setattr(samples, "SECONDS_OF_SILENCE", 0)
+        check_media(found)
+    assert caplog.messages == [f"looked at {count} of 3 input files" for count in range(3)]
 
 
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="the released samples are not here")

@@ -137,21 +137,30 @@ def test_resuming_makes_what_is_not_there_or_differs(
     encode = ("tokenize", "encode", clips, *words, "--output_dir", coded)
     decode = ("tokenize", "decode", coded, *words, "--output_dir", out)
 
+    def folder_of(command: tuple[object, ...]) -> object:
+        return command[command.index("--output_dir") + 1]
+
     def made(*command: object) -> set[str]:
         result = run(*command)
         assert result.exit_code == 0, result.stderr
-        return {Path(line.split(":")[0]).stem for line in result.stdout.splitlines()}
+        *lines, told = result.stdout.splitlines()
+        since = f": {len(lines)} made now, 1 there before" if len(lines) < 2 else ""
+        assert told == f"2 of 2 files are in {folder_of(command)}{since}"
+        return {Path(line.split(":")[0]).stem for line in lines}
 
     assert made(*encode) == {"a", "b"}
     assert made(*decode) == {"a", "b"}
     for command in (encode, decode):
         result = run(*command)
-        assert "nothing left to do" in result.stdout
+        told = f"nothing left to do in {folder_of(command)}: 2 of 2 files were there before\n"
+        assert result.stdout == told
     (coded / "a.safetensors").unlink()
     os.utime(clips / "b.mp4", (1, 1))
     assert made(*encode) == {"a", "b"}
     (out / "b.json").unlink()
     assert made(*decode) == {"a", "b"}
+    (out / "b.mp4").write_bytes(b"")
+    assert made(*decode) == {"b"}
     write_video(moving(17), clips / "b.mp4", 25)
     assert made(*encode) == {"b"}
     assert made(*encode, "--dtype", "bfloat16") == {"a", "b"}
@@ -276,6 +285,11 @@ def test_a_task_that_fails_does_not_end_the_batch(
     assert "1/2 " in result.stderr
     assert "a.mp4 was not written: libx264 cannot encode frames of 16408 x 8" in result.stderr
     assert "1 of 2 inputs failed; --resume tries them alone" in result.stderr
+    assert result.stdout.endswith(f"1 of 2 files are in {tmp_path / 'out'}\n")
+    again = run("tokenize", "decode", tmp_path, *words, "--resume")
+    assert "1 of 2 inputs failed; --resume tries them alone" in again.stderr
+    told = f"1 of 2 files are in {tmp_path / 'out'}: 0 made now, 1 there before\n"
+    assert again.stdout == told
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.json", "b.mp4"]
     result = run("tokenize", "decode", tmp_path / "a.safetensors", *words)
     assert result.exit_code == 1

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from cases import Case
 
-from worldline.models.predict2_5_dit.model import FlowDiT, FlowDiTConfig
+from worldline.models.predict2_5_dit.model import (
+    RELEASED_RATIO,
+    TIMESTEP_SCALE,
+    FlowDiT,
+    FlowDiTConfig,
+)
 from worldline.models.predict2_5_dit.weights import open_flow_dit
 from worldline.weights.dit import DiTFiles
 from worldline.weights.stream import load_into
@@ -17,8 +22,9 @@ from worldline.weights.stream import load_into
 def settings_of(case: Case) -> dict[str, Any]:
     """Return what no tensor tells of a case's network."""
     net = case.spec["net"]
-    ratio = [net[f"rope_{axis}_extrapolation_ratio"] for axis in "thw"]
-    return {"rope_ratio": ratio, "timestep_scale": net["timestep_scale"]}
+    released = zip("thw", RELEASED_RATIO, strict=True)
+    ratio = [net.get(f"rope_{axis}_extrapolation_ratio", own) for axis, own in released]
+    return {"rope_ratio": ratio, "timestep_scale": net.get("timestep_scale", TIMESTEP_SCALE)}
 
 
 @cache

@@ -31,7 +31,8 @@ SPEC = {
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, case in [("kind_tiny", "kind_tiny"), ("other", "kind_tiny"), ("kind_tinyish", "x")]:
+    named = [("kind_tiny", "kind_tiny"), ("other", "kind_tiny"), ("kind_tinyish", "x")]
+    for name, case in [*named, ("my_kind_tiny_2", "x"), ("mykind_tiny", "x")]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "case.json").write_text(json.dumps(SPEC | {"case": case}))
         save_file(STORED, tmp_path / name / "io.safetensors")
@@ -40,9 +41,31 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_kinds(root: Path) -> None:
-    assert [str(case) for case in cases("kind_tiny")] == ["kind_tiny", "kind_tiny-other"]
+    found = ["kind_tiny", "my_kind_tiny_2", "kind_tiny-other"]
+    assert [str(case) for case in cases("kind_tiny")] == found
     assert cases("kind_tiny")[0] is cases("kind_tiny")[0]  # what is used adds up
     assert cases("absent_tiny") == []
+
+
+def test_a_case_that_says_no_kind_is_known_by_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {
+        "a": {"net": {}, "checkpoint": "x.pt"},
+        "b": {"net": {}, "checkpoint": "x.pt", "toy_field": {}},
+        "dit25_14b_like_tiny_3": {"net": {}, "checkpoint": "x.pt"},
+        "c": {"net": {}, "checkpoint": "x.pt", "case": "kind_tiny"},
+        "d": {"vae": {}, "encode": "", "decode": ""},
+    }
+    for name, spec in held.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "case.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("WORLDLINE_GOLDEN", str(tmp_path))
+    assert [case.path.name for case in cases("dit25_tiny")] == ["a"]
+    assert [case.path.name for case in cases("flow_unipc_sampler")] == ["b"]
+    assert [case.path.name for case in cases("dit25_14b_like_tiny")] == ["dit25_14b_like_tiny_3"]
+    assert [case.path.name for case in cases("wan_vae_tiny")] == ["d"]
+    assert cases("p25_e2e_tiny") == cases("reason1_tiny") == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from flow_networks import model_of
 from torch import Tensor
 
 from worldline.sampling.flow import (
+    SHIFT,
     Given,
     Network,
     Schedule,
@@ -43,7 +44,8 @@ def toy(case: Case) -> Network:
 
     def network(latents: Tensor, timesteps: Tensor, conditional: bool) -> Tensor:
         known = {"x": latents, "t": timesteps[:, None, :, None, None]}
-        functions = {"sin": torch.sin, "cos": torch.cos, "exp": torch.exp, "tanh": torch.tanh}
+        names = ("sin", "cos", "exp", "tanh", "abs", "sqrt", "log", "sigmoid")
+        functions = {name: getattr(torch, name) for name in names}
         return eval(formulas[conditional], {"__builtins__": {}}, functions | known)
 
     return network
@@ -64,8 +66,17 @@ def tiny(case: Case, frames: int) -> Network:
     return network
 
 
+def schedule_settings(stated: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "schedule": "karras" if stated["karras"] else "shifted",
+        "num_steps": stated["num_steps"],
+        "shift": stated.get("shift", SHIFT),
+    }
+
+
 def schedule_of(stated: dict[str, Any]) -> Schedule:
-    return make_schedule("karras" if stated["karras"] else "shifted", stated["num_steps"])
+    settings = schedule_settings(stated)
+    return make_schedule(settings.pop("schedule"), **settings)
 
 
 @pytest.mark.parametrize(("case", "name"), scenarios())
@@ -92,8 +103,7 @@ def test_every_step(case: Case, name: str) -> None:
     end = sample(
         network,
         noise,
-        schedule="karras" if stated["karras"] else "shifted",
-        num_steps=stated["num_steps"],
+        **schedule_settings(stated),
         guidance=stated["guidance"],
         given=given,
         on_step=lambda _step, state, _estimate: states.append(state),

@@ -13,7 +13,12 @@ from cases import Case, cases
 from worldline.tokenizers.wan.load import load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.tokenizers.wan.stream import decode_stream, encode_stream
-from worldline.tokenizers.wan.weights import diffusers_config, diffusers_tensors, released_tensors
+from worldline.tokenizers.wan.weights import (
+    diffusers_config,
+    diffusers_tensors,
+    key_map,
+    released_tensors,
+)
 from worldline.weights.write import save
 
 CASES = cases("wan_vae_tiny")
@@ -21,9 +26,9 @@ DIFFUSERS = cases("dit25_diffusers_layout")
 
 
 @cache
-def loaded(case: Case) -> WanTokenizer:
+def loaded(case: Case, dtype: torch.dtype = torch.float32) -> WanTokenizer:
     path = case.path / case.spec["checkpoint"] if "checkpoint" in case.spec else case.path
-    return load_wan(open_wan(path), "cpu", torch.float32)
+    return load_wan(open_wan(path), "cpu", dtype)
 
 
 @pytest.mark.parametrize("case", CASES + DIFFUSERS, ids=str)
@@ -37,7 +42,9 @@ def test_configuration_is_read_from_the_files(case: Case) -> None:
         "attn_scales": [],
         "temperal_downsample": list(config.temporal_steps),
     }
-    assert {name: ours[name] for name in stated} == stated
+    common = ours.keys() & stated.keys()
+    assert common
+    assert {name: ours[name] for name in common} == {name: stated[name] for name in common}
     for name in ("mean", "std"):
         if name in case.spec:
             assert getattr(config, name) == tuple(case.spec[name])
@@ -67,35 +74,43 @@ def test_clips_in_pieces(case: Case, chunk: int) -> None:
 @pytest.mark.parametrize("case", DIFFUSERS, ids=str)
 def test_weights_that_diffusers_saved(case: Case) -> None:
     model = loaded(case)
-    case.compare("vae.out.latent", model.encode(case.tensor("vae.in.video")))
-    case.compare("vae.out.video", model.decode(case.tensor("vae.in.latent")))
+    for name in case.names("vae*.in.video"):
+        latents = model.encode(case.tensor(name))
+        case.compare(name.replace(".in.video", ".out.latent"), latents)
+    for name in case.names("vae*.in.latent"):
+        video = model.decode(case.tensor(name))
+        case.compare(name.replace(".in.latent", ".out.video"), video)
+    layouts = key_map(model.config), key_map(model.config, "diffusers")
+    for theirs, ours in case.spec.get("vae_key_map", {}).items():
+        assert layouts[0].ours(theirs) == layouts[1].ours(ours)
 
 
 @pytest.mark.parametrize("case", CASES + DIFFUSERS, ids=str)
 def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: Path) -> None:
+    """In float64: networks this narrow make 1e-4 of how float32 is rounded."""
     diffusers = pytest.importorskip("diffusers")
-    model = loaded(case)
+    model = loaded(case, torch.float64)
     tensors, settings = diffusers_tensors(model), diffusers_config(model.config)
     save(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(settings))
 
-    theirs = diffusers.AutoencoderKLWan.from_pretrained(tmp_path)
+    theirs = diffusers.AutoencoderKLWan.from_pretrained(tmp_path, torch_dtype=torch.float64)
     assert sorted(theirs.state_dict()) == sorted(tensors)
     assert {name: theirs.config[name] for name in settings if name[0] != "_"} == {
         name: value for name, value in settings.items() if name[0] != "_"
     }
     mean, std = (
-        torch.tensor(numbers).view(1, -1, 1, 1, 1)
+        torch.tensor(numbers, dtype=torch.float64).view(1, -1, 1, 1, 1)
         for numbers in (model.config.mean, model.config.std)
     )
     for name in case.names("*.video"):
         if ".out." in name or name.startswith("decode"):
             continue
-        video = case.tensor(name)
+        video = case.tensor(name).double()
         mode = theirs.encode(video).latent_dist.mode()
         latents = model.encode(video)
-        assert torch.allclose(latents, (mode - mean) / std, atol=2e-5, rtol=0)
-        decoded = theirs.decode(latents * std + mean).sample  # clamped
+        assert torch.allclose(latents, (mode - mean) / std, atol=1e-10, rtol=0)
+        decoded = theirs.decode(latents * std + mean).sample  # clamped; enlarged in float32
         assert torch.allclose(model.decode(latents).clamp(-1, 1), decoded, atol=2e-5, rtol=0)
     assert open_wan(tmp_path).config == model.config
 

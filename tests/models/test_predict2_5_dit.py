@@ -31,6 +31,7 @@ from worldline.models.predict2_5_dit.weights import (
     write_settings,
 )
 from worldline.nn import dit
+from worldline.nn.modulation import NORM_EPS
 from worldline.shapes import LatentShape
 from worldline.weights.stream import load_into
 from worldline.weights.write import save
@@ -310,6 +311,10 @@ def test_diffusers_runs_our_export_and_agrees(monkeypatch: pytest.MonkeyPatch) -
     model, given = build(dtype=torch.float32), inputs(torch.float32, batch=1)
     theirs = diffusers.CosmosTransformer3DModel.from_config(diffusers_config(CONFIG)).eval()
     theirs.load_state_dict(diffusers_tensors(model))  # strict
+    for name, module in theirs.named_modules():
+        if name.endswith(("norm_q", "norm_k")):
+            assert module.eps == 1e-5
+            module.eps = NORM_EPS  # as in the released pipeline
     padding = torch.zeros(1, 1, 48, 64)
     padding[:, :, 30:] = 1
     for times in (given["timesteps"], torch.full((1, GRID.frames), 812.0)):

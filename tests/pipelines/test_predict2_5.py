@@ -299,7 +299,7 @@ def test_defaults_and_notes(post: FlowParts) -> None:
     assert (asked.num_video_frames, asked.height, asked.width, asked.fps) == (93, 704, 1280, 16)
     assert notes(post.files, asked) == []
     said = " ".join(notes(post.files, request(fps=24)))
-    for word in ("num_video_frames is 9", "32 x 48", "fps is 24"):
+    for word in ("9 frames at once", "32 x 48", "fps is 24"):
         assert word in said
     with pytest.raises(InputError, match="unknown option sampler"):
         make_request(post.files, sampler="x")

@@ -274,7 +274,7 @@ def test_a_cut_is_told_without_the_weights(
     load_reason1(files, "cpu", torch.float32).tokenize(["short", long])
     [told] = caplog.messages
     caplog.clear()
-    monkeypatch.setattr("worldline.text.reason1.load_into", None)
+    monkeypatch.setattr("worldline.text.encoder_files.load_into", None)
     for prompt in ("short", long):
         files.tell_if_cut(prompt)
     assert caplog.messages == [told]

@@ -161,7 +161,7 @@ def test_the_shared_matrix_is_one(exported: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8])
 def test_dtypes_that_t5_cannot_have(exported: Path, dtype: torch.dtype) -> None:
-    with pytest.raises(InputError, match="float32 or bfloat16"):
+    with pytest.raises(InputError, match="bfloat16 or float32"):
         loaded(exported, dtype)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,16 @@ def train(
 
     _, average = fit(model, Objective(draw=draw, loss=loss), config, folder)
     return model, average
+
+
+def test_streams_of_a_step_are_its_own() -> None:
+    kinds = product((0, 1), (0, 7), (0, 1), (0, 1, 2))  # rank, seed, step, stream
+    seeds = [generator(s, t, rank=r, stream=n).initial_seed() for r, s, t, n in kinds]
+    assert len(set(seeds)) == len(seeds)
+    assert generator(7, 1).initial_seed() == generator(7, 1, rank=0, stream=0).initial_seed()
+    # what runs drew before there were streams
+    before = np.random.SeedSequence((1, 7, 5)).generate_state(1)[0]
+    assert generator(7, 5, rank=1).initial_seed() == before
 
 
 @pytest.mark.parametrize("orthogonal", [(), ("0.weight",)])

@@ -30,11 +30,13 @@ from worldline.text.reason1 import find_reason1, load_reason1, new_reason1
 from worldline.tokenizers.wan.load import channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.train.data import as_video, physics_batches
+from worldline.train.loop import Objective
 from worldline.train.losses import ReconstructionObjective
-from worldline.train.tiny import sizes
+from worldline.train.tiny import reconstruction, sizes
 from worldline.train.tiny.denoiser import rounded_to
 from worldline.train.tiny.flow import TEXT_FOLDER, WORLD, Flowing
 from worldline.train.tiny.reconstruction import DEVIATION, KL, _reconstruction_loss, cut
+from worldline.train.tiny.run import Run
 from worldline.train.tiny.wan import compile_between_convolutions
 
 from .test_tiny import run
@@ -101,6 +103,34 @@ def test_pieces_are_of_one_place_and_reach_all_of_a_picture() -> None:
         assert torch.equal(piece, clips[:, :3, y : y + 4, x : x + 6])
         corners.add((y, x))
     assert corners == {(y, x) for y in range(3) for x in range(2)}
+
+
+def test_where_a_piece_is_cut_tells_nothing_of_which_clips_were_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, piece = sizes.SHAPE, sizes.WAN_PIECE
+    count = shape.height - piece.height + 1  # as many clips as rows where a piece may begin
+    clips = torch.zeros(count, shape.frames, shape.height, shape.width, 3, dtype=torch.uint8)
+    clips[..., 0] = torch.arange(count).view(-1, 1, 1, 1)
+    clips[..., 1] = torch.arange(shape.height).view(-1, 1)
+    drawn: list[tuple[int, int]] = []
+
+    def train(_: Run, __: nn.Module, objective: Objective, ___: object) -> int:
+        for step in range(20 * count):
+            clip, row, _ = objective.draw(step)[0][0, 0, 0, 0].tolist()
+            drawn.append((clip, row))
+        return 0
+
+    monkeypatch.setattr(reconstruction, "physics_batches", lambda *_, **__: iter([clips]))
+    monkeypatch.setattr(Run, "train", train)
+    told: dict[str, Any] = {"folder": tmp_path, "steps": 1, "batch": 1, "clips": count, "seed": 0}
+    told |= dict.fromkeys(("seconds", "rate")) | {"workers": 0, "device": "cpu"}
+    options = Run(**told, compiled=False, graphed=False)
+    objective = ReconstructionObjective(kl=KL)
+    reconstruction.train_reconstruction(options, WanTokenizer(sizes.WAN), objective, piece=piece)
+    for ahead in range(count):  # a relation would bring one of these about much more often
+        together = sum((clip + ahead) % count == row for clip, row in drawn)
+        assert 2 <= together <= 45  # 20 is the mean
 
 
 def test_a_run_of_the_tokenizer_may_begin_with_weights(tmp_path: Path, tokenizer: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from worldline.errors import InputError
-from worldline.video.read import probe, read_image, read_video
-from worldline.video.write import write_video
+from worldline.video.read import check_written, probe, read_image, read_video
+from worldline.video.write import ENCODINGS, PICTURES, write_video
 
 # Quarters of plain colours: which way is up survives any compression.
 RED, GREEN, BLUE, GREY = (220, 30, 30), (30, 200, 30), (30, 30, 220), (128, 128, 128)
@@ -194,6 +196,23 @@ def test_truncated_video(suffix: str, share: float, tmp_path: Path) -> None:
     refuse(path, "truncated")
 
 
+@pytest.mark.parametrize("suffix", [*ENCODINGS, *PICTURES])
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
+def test_what_was_written_is_there_whole(suffix: str, share: float, tmp_path: Path) -> None:
+    """A GIF too, which FFmpeg takes for a shorter clip."""
+    path = tmp_path / f"clip{suffix}"
+    frames = 1 if suffix in PICTURES else 12
+    write_video(clip(frames), path, 20)
+    check_written(path, frames)
+    check_written(path, None)
+    with pytest.raises(InputError, match=f"has {frames} of {frames + 1} frames"):
+        check_written(path, frames + 1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))} is "):
+        check_written(path, None)
+
+
 def test_damaged_video(video: Path) -> None:
     data = bytearray(video.read_bytes())
     start = data.index(b"mdat") + 4
@@ -269,3 +288,21 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(InputError, match="no such file"):
         read_image(path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_large_image(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to Pillow's limit it is read without a word, above it refused."""
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(quarters()).save(path)
+    pixels = quarters().shape[0] * quarters().shape[1]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels // 2)  # from here on Pillow warns
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(path).frames.shape == (1, *quarters().shape)
+        assert probe(path, kind="image").height == len(quarters())
+    most = pixels // 2 - 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+    told = f"^{re.escape(str(path))} is too large: it has {pixels:,} pixels; at most {2 * most:,}"
+    with pytest.raises(InputError, match=told):
+        probe(path, kind="image")

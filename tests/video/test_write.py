@@ -115,6 +115,29 @@ def test_bad_requests(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.mp4"]
 
 
+def test_names_that_are_too_long_are_told_first(tmp_path: Path) -> None:
+    """A name that is accepted is short enough for a report and temporary files, too."""
+    stem = max(
+        (n for n in range(1, 300) if _accepted(tmp_path / "new" / ("é" * n + ".mp4"))), default=0
+    )
+    assert 90 < stem < 125  # two bytes each
+    path = tmp_path / "new" / ("é" * stem + ".mp4")
+    write_video(clip(), path, 25)
+    write_bytes(path.with_suffix(".json"), b"{}")
+    for folder in ("x" * 300, f"new/{'x' * 300}", f"absent/{'x' * 300}", "/".join(["x" * 99] * 99)):
+        with pytest.raises(InputError, match="cannot be written"):
+            check_destination(tmp_path / folder / "a.mp4")
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def _accepted(path: Path) -> bool:
+    try:
+        check_destination(path)
+    except InputError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     ("failure", "raised", "pattern"),
     [

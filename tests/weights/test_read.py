@@ -123,11 +123,12 @@ def test_training_checkpoint_takes_the_model_and_leaves_the_rest(tmp_path: Path)
     assert_equal(checkpoint, TENSORS)
 
 
+@pytest.mark.parametrize("state", [b"fp8", b""])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_extra_state_in_old_and_new_files(tmp_path: Path, legacy: bool) -> None:
+def test_extra_state_in_old_and_new_files(tmp_path: Path, legacy: bool, state: bytes) -> None:
     path = tmp_path / "model.pt"
     torch.save(
-        {"w": torch.ones(2), "w._extra_state": io.BytesIO(b"fp8")},
+        {"w": torch.ones(2), "w._extra_state": io.BytesIO(state)},
         path,
         _use_new_zipfile_serialization=not legacy,
     )

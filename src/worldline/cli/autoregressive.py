@@ -283,7 +283,7 @@ def _make_videos(context: click.Context, flags: dict[str, Any], fields: Fields, 
         for item, request, output in zip(items, requests, outputs, strict=True)
     ]
     if left := run.left_to_do(tasks, flags, files.identity):
-        _run(left, files, flags, kind, batch=batch)
+        _run(left, files, flags, kind, batch=batch, before=len(tasks) - len(left))
 
 
 def _make_request(item: Item, flags: dict[str, Any], kind: str) -> AutoregressiveRequest:
@@ -445,6 +445,7 @@ def _run(
     kind: str,
     *,
     batch: bool,
+    before: int,
 ) -> None:
     import torch
 
@@ -530,6 +531,7 @@ def _run(
         flags,
         (*offload_flags, *run.guard_offload_flags(guarded)),
         batch=batch,
+        before=before,
         at_once=at_once,
         stream_group=stream_group,
     )

@@ -8,6 +8,7 @@ import logging
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import click
@@ -60,6 +61,25 @@ def run_each(
             continue
         free_memory()  # what the failed one held would be missing to the next
     return failed, refused
+
+
+def tell_all(made: int, before: int, total: int, folder: Path, things: str = "videos") -> None:
+    """Say how many of all the things that were asked for are there.
+
+    Args:
+        made: in this run.
+        before: were there when it began.
+        total: that were asked for.
+        folder: that holds them.
+        things: what they are.
+    """
+    since = f": {made} made now, {before} there before" if before else ""
+    click.echo(f"{made + before} of {total} {things} are in {folder}{since}")
+
+
+def tell_nothing_left(total: int, folder: Path, things: str = "videos") -> None:
+    """Say that all the things that were asked for were there before."""
+    click.echo(f"nothing left to do in {folder}: {total} of {total} {things} were there before")
 
 
 def free_memory() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,11 +15,13 @@ from worldline.errors import CheckpointError
 from worldline.files import GIGABYTE
 
 if TYPE_CHECKING:
+    from worldline.text.encoder_files import EncoderFamily
     from worldline.weights.read import Checkpoint
 
 _SUFFIXES = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
 _SHOWN = 3
 _COMPLETE = "complete: every tensor fits"
+_NO_RELEASED_SIZE = "no released size"
 
 
 @click.group()
@@ -41,8 +43,8 @@ def inspect(path: Path) -> None:
     targets = [path]
     if path.is_dir():
         # a repository of Predict2.5 holds its tokenizer, and its transformers two folders below
-        around = () if _holds_weights(path) else path.iterdir()
-        inside = [*around, *path.glob("base/*"), *path.glob("*/base/*")]
+        around = () if _holds_weights(path) else (*path.iterdir(), *_text_folders(path))
+        inside = {*around, *path.glob("base/*"), *path.glob("*/base/*")}
         targets = [*targets, *sorted(inside)]
         targets = [folder for folder in targets if _holds_weights(folder)]
         if not targets:
@@ -115,6 +117,10 @@ def examine(path: Path) -> Finding:
         found = recognise(source)
         if found is not None:
             return found
+    for recognise_encoder in (_t5, _reason1):
+        found = recognise_encoder(source, path)
+        if found is not None:
+            return found
     tokenizer = _tokenizer(source, path)
     if tokenizer is not None:
         return tokenizer
@@ -126,9 +132,30 @@ def _holds_weights(folder: Path) -> bool:
     return folder.is_dir() and any(path.suffix in _SUFFIXES for path in folder.iterdir())
 
 
+def _text_folders(checkpoint_dir: Path) -> list[Path]:
+    """List the folders where the released worlds keep their text encoders."""
+    from worldline.text.reason1 import reason1_folders
+    from worldline.text.t5 import t5_folders
+
+    return [*t5_folders(checkpoint_dir), *reason1_folders(checkpoint_dir)]
+
+
+def _model_type(folder: Path) -> str | None:
+    """Return what the config.json in a folder says of the kind of model; None for nothing."""
+    from worldline.loading import read_settings
+
+    with suppress(CheckpointError):  # told by those who need what it says
+        kind = read_settings(folder).get("model_type")
+        return kind if isinstance(kind, str) else None
+    return None
+
+
 def _open(path: Path) -> Checkpoint:
     from worldline.loading import open_transformer
     from worldline.models.predict2_5_dit.weights import FILE_NAMES
+    from worldline.text.encoder_files import open_weights
+    from worldline.text.reason1 import FAMILY as REASON1
+    from worldline.text.t5 import FAMILY as T5
     from worldline.tokenizers.cosmos.load import LAYOUTS, open_tokenizer
     from worldline.weights.dit import find_dit
     from worldline.weights.read import open_checkpoint
@@ -138,6 +165,8 @@ def _open(path: Path) -> Checkpoint:
     names = {name for layout in LAYOUTS for name in layout if not name.startswith("model.")}
     if any((path / name).exists() for name in names):
         return open_tokenizer(path)[0]
+    if _model_type(path) in (*T5.kinds, *REASON1.kinds):
+        return open_weights(path)
     try:
         return open_transformer(path)
     except CheckpointError:
@@ -265,12 +294,101 @@ def _wan_tokenizer(source: Checkpoint) -> Finding | None:
     return Finding(source, family, _count(expected), _COMPLETE)
 
 
+def _t5(source: Checkpoint, path: Path) -> Finding | None:
+    from worldline.text.t5 import FAMILY
+
+    if not FAMILY.marks(source.tensors) and not _is_part(path, FAMILY.kinds):
+        return None
+
+    def sizes(settings: Mapping[str, Any]) -> str:
+        return (
+            f"{settings['num_layers']} layers, width {settings['d_model']:,}, "
+            f"{settings['num_heads']} heads, vocabulary {settings['vocab_size']:,}"
+        )
+
+    return _text_encoder(source, path, FAMILY, "T5 text encoder", sizes)
+
+
+def _reason1(source: Checkpoint, path: Path) -> Finding | None:
+    from worldline.text.reason1 import FAMILY
+
+    kind = _model_type(path if path.is_dir() else path.parent)
+    if kind is not None and kind not in FAMILY.kinds:  # Qwen2's own models have the same names
+        return None
+    if not FAMILY.marks(source.tensors) and not _is_part(path, FAMILY.kinds):
+        return None
+
+    def sizes(settings: Mapping[str, Any]) -> str:
+        layers, width = settings["num_hidden_layers"], settings["hidden_size"]
+        return (
+            f"{layers} layers, width {width:,}, {settings['num_attention_heads']} heads "
+            f"({settings['num_key_value_heads']} of keys), vocabulary {settings['vocab_size']:,}, "
+            f"text features {layers * width:,}"
+        )
+
+    return _text_encoder(source, path, FAMILY, "Reason1 text encoder (Qwen2.5-VL)", sizes)
+
+
+def _is_part(path: Path, kinds: Collection[str]) -> bool:
+    """Tell whether a file is listed with others as one of a model of these kinds."""
+    from worldline.text.encoder_files import files_together
+
+    return path.is_file() and _model_type(path.parent) in kinds and len(files_together(path)) > 1
+
+
+def _released_encoder(presets: Mapping[str, Mapping[str, int]], settings: Mapping[str, Any]) -> str:
+    """Return which of the released sizes a text encoder has."""
+    for preset, known in presets.items():
+        if known.items() <= settings.items():
+            return preset
+    return _NO_RELEASED_SIZE
+
+
+def _text_encoder(
+    source: Checkpoint,
+    path: Path,
+    family: EncoderFamily,
+    name: str,
+    sizes: Callable[[Mapping[str, Any]], str],
+) -> Finding:
+    """Say what a text encoder is.
+
+    Args:
+        source: its tensors.
+        path: its folder, of which the tokenizer is looked at too; or a file.
+        family: of encoders.
+        name: of the family, in words.
+        sizes: says them in words, of what fixes an encoder.
+    """
+    from worldline.text.encoder_files import files_together, read_config
+
+    parameters = None
+    verdict = _COMPLETE
+    try:
+        config = read_config(path if path.is_dir() else path.parent, family.kinds)
+        settings = family.settings_of(config)
+        name = f"{name}, {_released_encoder(family.presets, settings)}: {sizes(settings)}"
+        parameters = family.count_parameters(config)
+        if path.is_dir():
+            family.open(path)
+        else:
+            together = files_together(path)
+            family.fit(source.tensors, config, path.name, part=len(together) > 1)
+            if len(together) > 1:
+                verdict = f"every tensor fits; one of {len(together)} files"
+        if unread := sum(family.keys.ours(tensor) is None for tensor in source.tensors):
+            verdict += f"; {unread:,} more, which are not read"
+    except ValueError as error:  # CheckpointError is one
+        verdict = str(error)
+    return Finding(source, name, parameters, verdict)
+
+
 def _released_size(presets: Mapping[str, object], config: object, names: Sequence[str]) -> str:
     """Return which of the released sizes a model has, by the fields that tell."""
     for preset, known in presets.items():
         if all(getattr(known, name) == getattr(config, name) for name in names):
             return preset
-    return "no released size"
+    return _NO_RELEASED_SIZE
 
 
 def _tokenizer(source: Checkpoint, path: Path) -> Finding | None:

@@ -369,7 +369,7 @@ def _make_videos(
         for item, request, output in zip(items, requests, outputs, strict=True)
     ]
     if left := run.left_to_do(tasks, flags, files.identity):
-        _run(left, files, flags, given, held, batch=batch)
+        _run(left, files, flags, given, held, batch=batch, before=len(tasks) - len(left))
 
 
 def _upsamples(flags: dict[str, Any]) -> bool:
@@ -539,6 +539,7 @@ def _run(
     held: Embeddings,
     *,
     batch: bool,
+    before: int,
 ) -> None:
     from worldline.loading import choose_device, dearest
     from worldline.pipelines.diffusion import to_encode
@@ -584,4 +585,4 @@ def _run(
 
     guarded = not (files.bundled or flags["disable_guardrail"])
     offloads = (*DIFFUSION_OFFLOAD_FLAGS, *run.guard_offload_flags(guarded, upsamples))
-    run.run_tasks(tasks, load, stream, flags, offloads, batch=batch)
+    run.run_tasks(tasks, load, stream, flags, offloads, batch=batch, before=before)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -17,7 +17,7 @@ import click
 from worldline.catalog import FLOW_MODELS, find_flow_model
 from worldline.choices import FLOW_OFFLOAD_FLAGS, MAX_SEED, ScheduleName
 from worldline.cli import run
-from worldline.errors import CheckpointError, InputError
+from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 
 if TYPE_CHECKING:
     from worldline.cli.samples import Sample
@@ -238,14 +238,16 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
     given = run.given_flags(context)
     files, folder = _named_files(flags)
     _refuse_absent_parts(flags)
-    samples = _read(files, {name: flags[name] for name in _OVERRIDES if name in given})
-    requests = _check_words(samples)
+    overrides = {name: flags[name] for name in _OVERRIDES if name in given}
+    samples = _read(files, overrides)
+    requests = _check_words(samples, overrides)
     outputs = _choose_outputs(samples, files, folder, flags)
+    _check_media(samples, overrides)
     _log_notes(samples, flags, given)
     world = _find_files(flags, given)
     embeddings = flags["prompt_embeddings"]
     asked = _make_requests(samples, requests, world, flags)
-    held = _check(world, samples, asked, embeddings)
+    held = _check(world, samples, asked, embeddings, overrides)
     from worldline.pipelines.predict2_5 import to_encode  # slow: not before wrong words are told
 
     tasks = [
@@ -254,7 +256,7 @@ def predict2_5(context: click.Context, /, **flags: Any) -> None:
             request,
             output,
             {
-                "input": _read_input(sample),
+                "input": sample.continued,
                 "prompt_embeddings": Path(embeddings) if embeddings else None,
             },
             _resolve(world, flags, given) if flags["resume"] else {},
@@ -297,7 +299,10 @@ def _named_files(flags: dict[str, Any]) -> tuple[list[Path], Path]:
     earlier, inputs, output = flags["earlier"], flags["input_files"], flags["output_dir"]
     if earlier and not inputs and output is None:
         if len(earlier) != 2:
-            raise InputError(f"{len(earlier)} plain arguments; give PARAMS_FILE and OUTPUT_DIR")
+            plural = "s" * (len(earlier) != 1)
+            raise InputError(
+                f"{len(earlier)} plain argument{plural}; give PARAMS_FILE and OUTPUT_DIR"
+            )
         inputs, output = earlier[:1], earlier[1]
     elif earlier:
         raise InputError(
@@ -307,6 +312,8 @@ def _named_files(flags: dict[str, Any]) -> tuple[list[Path], Path]:
         raise InputError("no samples: give -i FILE")
     if not output:
         raise InputError("no output folder: give -o DIR")
+    if not all(inputs):
+        raise InputError(f"{'PARAMS_FILE' if earlier else '-i'} is empty; name a file of samples")
     return [path for name in inputs for path in _expanded(name)], Path(output)
 
 
@@ -326,8 +333,15 @@ def _read(files: Sequence[Path], overrides: Mapping[str, Any]) -> list[Sample]:
     return read_samples(files, overrides)
 
 
-def _check_words(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+def _check_media(samples: Sequence[Sample], overrides: Collection[str]) -> None:
+    from worldline.cli.samples import check_media
+
+    check_media(samples, overrides)
+
+
+def _check_words(samples: Sequence[Sample], overrides: Collection[str]) -> list[dict[str, Any]]:
     """Return what each sample says of its request, checked as far as no world is needed."""
+    from worldline.cli.samples import refuse
     from worldline.pipelines.requests import FlowRequest
 
     requests, wrong = [], []
@@ -336,10 +350,9 @@ def _check_words(samples: Sequence[Sample]) -> list[dict[str, Any]]:
         try:
             FlowRequest(**request)
         except InputError as error:
-            wrong.append(f"{sample.place}: {_by_its_fields(error, sample)}")
+            wrong.append((sample.place, _by_its_fields(error, sample)))
         requests.append(request)
-    if wrong:
-        raise InputError("\n".join(wrong))
+    refuse(wrong, len(samples), overrides)
     return requests
 
 
@@ -484,6 +497,7 @@ def _check(
     samples: Sequence[Sample],
     requests: Sequence[FlowRequest],
     embeddings: str | None,
+    overrides: Collection[str],
 ) -> Embeddings:
     """Refuse what this world cannot do; return the embeddings that are given.
 
@@ -491,6 +505,7 @@ def _check(
         InputError: it cannot; all samples of which this is so are told.
         CheckpointError: there is no text encoder, and one is needed.
     """
+    from worldline.cli.samples import refuse
     from worldline.pipelines.predict2_5 import check_request, check_text, read_embeddings
 
     wrong = []
@@ -498,9 +513,8 @@ def _check(
         try:
             check_request(files, request)
         except InputError as error:
-            wrong.append(f"{sample.place}: {_by_its_fields(error, sample)}")
-    if wrong:
-        raise InputError("\n".join(wrong))
+            wrong.append((sample.place, _by_its_fields(error, sample)))
+    refuse(wrong, len(samples), overrides)
     given = read_embeddings(embeddings)
     try:
         for request in requests:
@@ -516,12 +530,7 @@ def _check(
 def _item(number: int, sample: Sample) -> Any:
     from worldline.cli.inputs import Item
 
-    return Item(number, _read_input(sample), sample.prompt, sample.name)
-
-
-def _read_input(sample: Sample) -> Path | None:
-    """Return the image or video that a sample continues; text2world continues none."""
-    return sample.input_path if sample.num_input_frames else None
+    return Item(number, sample.continued, sample.prompt, sample.name)
 
 
 def _disabled(flags: dict[str, Any], given: set[str]) -> bool | None:
@@ -547,6 +556,46 @@ def _resolve(files: FlowFiles, flags: dict[str, Any], given: set[str]) -> dict[s
     }
 
 
+def _check_frames(
+    tasks: Sequence[run.Task],
+    samples: Mapping[Path, Sample],
+    files: FlowFiles,
+    flags: dict[str, Any],
+    *,
+    text: bool,
+    guarded: bool,
+) -> None:
+    """Refuse videos whose frames find no room in host memory, before anything is loaded.
+
+    Raises:
+        InsufficientMemoryError: all samples of which this is so are told.
+    """
+    from worldline.loading import check_frames, choose_device, host_need
+    from worldline.pipelines.predict2_5 import window_of
+    from worldline.world.safety import frame_copies
+
+    device = choose_device(flags["device"])
+    wrong = []
+    for task in tasks:
+        beside = host_need(files, window_of(files, task.request), device, text=text)
+        try:
+            check_frames(task.request.video, copies=frame_copies(guarded), beside=beside)
+        except InsufficientMemoryError as error:
+            sample = samples[task.output]
+            wrong.append(f"{sample.place}: {_by_its_fields(error, sample)}")
+    if wrong:
+        raise InsufficientMemoryError("\n".join(wrong))
+
+
+def _cure(request: FlowRequest) -> str:
+    """Return what of a request lowers the memory that it is denoised in, by a sample's names."""
+    size = f"resolution ({request.height},{request.width})"
+    # of a long video as many frames as ever are made at once
+    if request.num_video_frames == 1 or request.chunk_size is not None:
+        return f"a lower {size} needs less"
+    return f"a lower {size} or num_output_frames ({request.num_video_frames}) needs less"
+
+
 def _run(
     tasks: Sequence[run.Task],
     samples: Mapping[Path, Sample],
@@ -562,6 +611,9 @@ def _run(
 
     embedded = flags["prompt_embeddings"]
     disabled = _disabled(flags, given)
+    text = any(to_encode(task.request, held) for task in tasks)
+    guarding = guardrail_release(files, disabled) is not None
+    _check_frames(tasks, samples, files, flags, text=text, guarded=guarding)
 
     def load() -> Any:
         safety, _ = load_guards(
@@ -576,26 +628,33 @@ def _run(
         offloaded = [flag for flag in FLOW_OFFLOAD_FLAGS if flags[flag]]
         windows = [window_of(files, task.request) for task in tasks]
         largest = dearest(files, windows, choose_device(flags["device"]), offloaded)
-        return load_files(
-            files,
-            safety=safety,
-            device=flags["device"],
-            video=(largest.frames, largest.height, largest.width),
-            text=any(to_encode(task.request, held) for task in tasks),
-            **{name: flags[name] for name in FLOW_OFFLOAD_FLAGS},
-        )
+        try:
+            return load_files(
+                files,
+                safety=safety,
+                device=flags["device"],
+                video=(largest.frames, largest.height, largest.width),
+                text=text,
+                **{name: flags[name] for name in FLOW_OFFLOAD_FLAGS},
+            )
+        except InsufficientMemoryError as error:
+            task = tasks[windows.index(largest)]
+            most = f"{samples[task.output].place}{' needs most' if len(tasks) > 1 else ''}"
+            raise InsufficientMemoryError(f"{most}: {error}; {_cure(task.request)}") from error
 
     def stream(world: Any, task: run.Task) -> Iterator[Step]:
         steps = world.stream(task.item.path, prompt_embeddings=embedded, **vars(task.request))
         for step in steps:
             if step.video is not None:
-                told = samples[task.output].model_dump(mode="json", exclude_none=True)
-                step.video.report["sample"] = told
+                # what it leaves to the world is told by the request, not by a sample's defaults
+                step.video.report["sample"] = samples[task.output].model_dump(
+                    mode="json", exclude_none=True, exclude_unset=True
+                )
             yield step
 
     # on unless told otherwise, which needs no word
     told = "offload_guardrail_models" in given
-    guarded = told and guardrail_release(files, disabled) is not None
-    offloads = (*FLOW_OFFLOAD_FLAGS, *run.guard_offload_flags(guarded))
+    offloads = (*FLOW_OFFLOAD_FLAGS, *run.guard_offload_flags(told and guarding))
     batch = len(samples) > 1 and flags["keep_going"]
-    run.run_tasks(tasks, load, stream, flags, offloads, batch=batch)
+    before = len(samples) - len(tasks)
+    run.run_tasks(tasks, load, stream, flags, offloads, batch=batch, before=before)

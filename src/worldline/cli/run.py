@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from worldline.cli.batch import free_memory, is_disk_full, one_line, run_each
+from worldline.cli.batch import (
+    free_memory,
+    is_disk_full,
+    one_line,
+    run_each,
+    tell_all,
+    tell_nothing_left,
+)
 from worldline.errors import Error, GuardrailRefusal, InputError, joined_stages
 
 if TYPE_CHECKING:
@@ -316,7 +323,7 @@ def choose_outputs(
 def refuse_overwriting(
     outputs: Sequence[Path], read: Sequence[Path | None], flags: dict[str, Any], ways: str
 ) -> None:
-    """Refuse to write where something is read from.
+    """Refuse to write where something is read from, and where a folder is in the way.
 
     Args:
         outputs: videos; what lies beside them is written too.
@@ -325,11 +332,14 @@ def refuse_overwriting(
         ways: flags that choose another place.
 
     Raises:
-        InputError: an input is in the way.
+        InputError: an input is in the way, or a folder.
     """
     kept = {path.resolve() for path in read if path}
     for output in outputs:
         beside = [output.with_suffix(ending) for ending in _BESIDE]
+        for path in beside:  # `check_destination` has looked at the video itself
+            if path.is_dir():
+                raise InputError(f"{path} is a folder; choose another {ways}")
         if flags.get("preview_every"):
             beside.append(_preview_of(output))
         for written in (output, *beside):
@@ -359,7 +369,7 @@ def left_to_do(
 ) -> Sequence[Task]:
     """Return the tasks; to resume, those that are not finished. Says where nothing is left.
 
-    A task is finished when its video is there and was made from these files in this way.
+    A task is finished when its video is there, whole, and was made from these files in this way.
 
     Args:
         tasks: all of them.
@@ -372,13 +382,16 @@ def left_to_do(
     for task in tasks:
         if not task.output.exists():
             left.append(task)
-        elif _is_finished(task, known):
-            logger.info("%s is finished", task.output)
-        else:
+        elif not _is_finished(task, known):
             logger.info("%s was made in another way, or not finished: made again", task.output)
             left.append(task)
+        elif told := _damage(task):
+            logger.info("%s: made again", told)
+            left.append(task)
+        else:
+            logger.info("%s is finished", task.output)
     if not left:
-        click.echo(f"nothing left to do in {tasks[0].output.parent}")
+        tell_nothing_left(len(tasks), tasks[0].output.parent)
     return left
 
 
@@ -408,6 +421,21 @@ def _is_finished(task: Task, identity: dict[str, Any]) -> bool:
         return _without(report["request"], left_out) == _without(vars(task.request), left_out)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _damage(task: Task) -> str:
+    """Return what is wrong with the file of a video that was made as the task says; "" if nothing.
+
+    The file is looked at, not its report: so this holds of reports of every version.
+    """
+    from worldline.video.read import check_written
+
+    try:
+        # None is the model's own number, which is not known here
+        check_written(task.output, getattr(task.request, "num_video_frames", None))
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def _without(stated: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -442,6 +470,7 @@ def run_tasks(
     offload_flags: Sequence[str],
     *,
     batch: bool,
+    before: int = 0,
     at_once: int = 1,
     stream_group: Callable[[Any, Sequence[Task]], Iterator[tuple[int, Step]]] | None = None,
 ) -> None:
@@ -454,6 +483,7 @@ def run_tasks(
         flags: of the command.
         offload_flags: which of them keep a part in host memory.
         batch: whether to go on after a task that fails.
+        before: how many others were asked for and are finished.
         at_once: how many are made in step.
         stream_group: begins several tasks on the world; tells of each by its place.
 
@@ -485,15 +515,15 @@ def run_tasks(
         return describe_video(video, task.output)
 
     failed, refused = run_each(tasks, make, lambda task: task.item, batch=batch)
-    made = len(tasks) - failed - refused.total()
-    if batch:
-        click.echo(f"{made} of {len(tasks)} videos are in {tasks[0].output.parent}")
+    made, total = len(tasks) - failed - refused.total(), before + len(tasks)
+    if batch or total > 1:
+        tell_all(made, before, total, tasks[0].output.parent)
     if failed:
-        raise Error(f"{failed} of {len(tasks)} inputs failed; --resume tries them alone")
+        raise Error(f"{failed} of {total} inputs failed; --resume tries them alone")
     if refused:
         counts = ", ".join(f"{count} by the {stage}" for stage, count in sorted(refused.items()))
         raise GuardrailRefusal(
-            f"{refused.total()} of {len(tasks)} inputs were refused: {counts}",
+            f"{refused.total()} of {total} inputs were refused: {counts}",
             joined_stages(refused),
         )
 

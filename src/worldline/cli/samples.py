@@ -7,11 +7,15 @@ its releases since 13 October 2025, and of the one a week earlier, with many sam
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import (
@@ -30,22 +34,46 @@ from worldline.files import folded
 from worldline.pipelines.requests import LARGEST_GUIDANCE, LARGEST_STEPS
 from worldline.video.read import media_kind, probe
 
+logger = logging.getLogger(__name__)
+
 InferenceType = Literal["text2world", "image2world", "video2world"]
 SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
 LARGEST_SIDE = 1920
 # the tokenizer merges 8 pixels each way and 4 frames, the transformer 2 of its cells each way
 SIDE_STEP, FRAME_STEP = 16, 4
+SECONDS_OF_SILENCE = 5
 LONGEST_NAME = 200  # bytes; files may have 255, of which what is added to it takes some
 
+_OF_A_REPORT = {"worldline", "request", "run"}
 _PATHS = ("prompt_path", "input_path")
 _CHUNKS = ("chunk_size", "chunk_overlap")
 _NUMBERS = ("seed", "guidance", "num_output_frames", "num_steps", *_CHUNKS)
+_FORMS = (
+    'samples are {"name": "ball", "inference_type": …, "prompt": …}, one, a list or a line each; '
+    'or a whole file is {"samples": {"ball": {"inference_type": …, "prompt": …}}}'
+)
+_URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 # a string is kept whole, so that what looks like a comment in it stays
 _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
 
 
+class _Stated(NamedTuple):
+    """A sample as a file states it.
+
+    Attributes:
+        place: where.
+        fields: names and values, or why there are none.
+        common: in the first release's form, names of the fields that stand above its samples; None
+            in the other form.
+    """
+
+    place: str
+    fields: Mapping[str, Any] | InputError
+    common: Collection[str] | None = None
+
+
 class Sample(BaseModel):
-    """One video to make, checked.
+    """One video to make, checked as far as its input need not be opened: see `check_media`.
 
     Attributes:
         name: stem of its files.
@@ -73,7 +101,7 @@ class Sample(BaseModel):
     input_path: Path | None = None
     negative_prompt: str = NEGATIVE_PROMPT
     seed: int = Field(default=1, ge=0, le=MAX_SEED)
-    guidance: float = Field(default=7, ge=0, le=LARGEST_GUIDANCE)
+    guidance: float = Field(default=7, ge=0, le=LARGEST_GUIDANCE, allow_inf_nan=False)
     resolution: str = "none"
     num_output_frames: int | None = Field(default=None, gt=0)
     num_steps: int = Field(default=35, gt=0, le=LARGEST_STEPS)
@@ -82,6 +110,7 @@ class Sample(BaseModel):
     chunk_overlap: int = Field(default=1, gt=0)
     _place: str = PrivateAttr("")
     _has_words: bool = PrivateAttr(False)  # that win over its `prompt_path`
+    _had_words: bool = PrivateAttr(False)  # that its `prompt_path` won over
 
     @field_validator("name")
     @classmethod
@@ -119,7 +148,16 @@ class Sample(BaseModel):
                 )
         return value
 
-    @field_validator("prompt_path", "input_path")
+    @field_validator(*_PATHS, mode="before")
+    @classmethod
+    def _is_path(cls, value: Any) -> Any:
+        if isinstance(value, str) and not _could_be_path(value):
+            if value.strip():
+                raise ValueError(f"{value}: URLs are not fetched; save the file, and give its path")
+            raise ValueError("it is empty")
+        return value
+
+    @field_validator(*_PATHS)
     @classmethod
     def _is_file(cls, value: Path | None) -> Path | None:
         if value is not None and not _is_there(value):
@@ -142,17 +180,21 @@ class Sample(BaseModel):
         if not wanted or not _is_there(Path(path)):
             return data
         try:
-            return {**data, "prompt": Path(path).read_text(encoding="utf-8-sig").strip()}
+            prompt = Path(path).read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise ValueError(f"prompt_path: {path} is no text in UTF-8") from error
         except OSError as error:
             told = error.strerror or error
             raise ValueError(f"prompt_path: {path} cannot be read: {told}") from error
+        if not prompt:
+            raise ValueError(f"prompt_path: {path} is empty")
+        return {**data, "prompt": prompt}
 
     @model_validator(mode="after")
     def _is_whole(self) -> Sample:
         if self.prompt is None or not self.prompt.strip():
-            raise ValueError("prompt: there is none, or it is empty (nor a prompt_path with one)")
+            told = "there is none, and no prompt_path" if self.prompt is None else "it is empty"
+            raise ValueError(f"prompt: {told}")
         if self.inference_type == "text2world":
             return self
         if self.input_path is None:
@@ -161,15 +203,6 @@ class Sample(BaseModel):
             raise ValueError(
                 f"input_path: {self.input_path} is an image, but video2world continues a video; "
                 "image2world continues an image"
-            )
-        try:
-            frames = probe(self.input_path, kind=media_kind(self.input_path)).frames
-        except InputError as error:
-            raise ValueError(f"input_path: {error}") from error
-        if frames < self.num_input_frames:
-            raise ValueError(
-                f"input_path: {self.input_path} has {frames} frames, but {self.inference_type} "
-                f"continues the last {self.num_input_frames}"
             )
         return self
 
@@ -184,6 +217,8 @@ class Sample(BaseModel):
         found: dict[str, str] = {}
         if self.prompt_path is not None and self._has_words:
             found["prompt_path"] = "the prompt is given"
+        if self._had_words:
+            found["prompt"] = 'prompt_path is given, and wins in files with "samples"'
         if self.input_path is not None and self.inference_type == "text2world":
             found["input_path"] = "text2world begins with the prompt alone"
         if "negative_prompt" in self.model_fields_set and self.guidance == 0:
@@ -192,6 +227,11 @@ class Sample(BaseModel):
             stated = [name for name in _CHUNKS if name in self.model_fields_set]
             found |= dict.fromkeys(stated, "enable_autoregressive is not true")
         return found
+
+    @property
+    def continued(self) -> Path | None:
+        """The image or video that it continues; text2world continues none."""
+        return self.input_path if self.num_input_frames else None
 
     @property
     def continues_a_still(self) -> bool:
@@ -216,7 +256,7 @@ class Sample(BaseModel):
 
 
 def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = None) -> list[Sample]:
-    """Return the samples of all files, in order.
+    """Return the samples of all files, in order; their inputs are there, and not opened yet.
 
     Args:
         files: `.json` with one sample, a list of them, or the first release's "samples" by name;
@@ -225,40 +265,120 @@ def read_samples(files: Sequence[Path], overrides: Mapping[str, Any] | None = No
         overrides: fields that win over those of every sample; their relative paths start here.
 
     Raises:
-        InputError: names file, sample and field of everything that is wrong.
+        InputError: names file, sample and field of everything that is wrong; or the overrides that
+            are, as flags.
     """
+    overrides = overrides or {}
+    if alone := _problems_alone(overrides):
+        raise InputError("\n".join(f"--{name}: {told}" for name, told in alone))
     samples: list[Sample] = []
-    wrong: list[str] = []
+    wrong: list[tuple[str, str]] = []  # a place, and what is wrong there
+    checked = 0
     first: dict[str, tuple[str, str]] = {}  # by its folded name, a name and its place
     for file in files:
         found = list(_read_file(file))
         if not found:
-            wrong.append(f"{file}: no samples in it")
-        for place, stated in found:
+            wrong.append((str(file), "no samples in it"))
+        for place, stated, common in found:
             if isinstance(stated, InputError):
-                wrong.append(str(stated))
+                wrong.append(("", str(stated)))
                 continue
-            data = {**_resolved(stated, file.parent), **(overrides or {})}
-            if "prompt_path" in (overrides or {}) and "prompt" not in (overrides or {}):
-                data.pop("prompt", None)
+            checked += 1
+            data = {**_resolved(stated, file.parent), **overrides}
+            had_words = False
+            if "prompt" not in overrides:
+                if "prompt_path" in overrides:
+                    data.pop("prompt", None)
+                elif common is not None and data.get("prompt_path") is not None:
+                    had_words = data.pop("prompt", None) is not None
             label = f"{place}, sample {data['name']!r}" if "name" in data else place
             try:
                 sample = Sample.model_validate(data)
             except ValidationError as error:
-                wrong += [f"{label}: {told}" for told in _problems(error)]
+                for name, told in _problems(error):
+                    above = common is not None and name in common and name not in overrides
+                    wrong.append((str(file) if above else label, f"{name}: {told}"))
                 continue
             name = folded(sample.name)
             if name in first:
                 other, where = first[name]
                 same = "the same" if other == sample.name else f"{other!r}: many disks ignore case"
-                wrong.append(f"{label}: name: {where} has {same}")
+                wrong.append((label, f"name: {where} has {same}"))
             first.setdefault(name, (sample.name, place))
             sample._place = label
             sample._has_words = data.get("prompt") is not None
+            sample._had_words = had_words
             samples.append(sample)
-    if wrong:
-        raise InputError("\n".join(wrong))
+    refuse(wrong, checked, overrides)
     return samples
+
+
+def refuse(wrong: Sequence[tuple[str, str]], checked: int, overrides: Collection[str]) -> None:
+    """Tell all that is wrong; of an override that suits no sample once, as the flag's.
+
+    Args:
+        wrong: places, "" where the words name it, and what is wrong there; begins with the field.
+        checked: how many samples were.
+        overrides: names of the fields that are the same for all.
+
+    Raises:
+        InputError: there is something.
+    """
+    times = Counter(told for _, told in wrong)
+    lines = []
+    for place, told in wrong:
+        shared = place and times[told] == checked
+        if shared and re.split(r"\W", told, maxsplit=1)[0] in overrides:
+            lines.append(f"--{told}")
+        else:
+            lines.append(f"{place}: {told}" if place else told)
+    if lines:
+        raise InputError("\n".join(dict.fromkeys(lines)))
+
+
+def check_media(samples: Sequence[Sample], overrides: Collection[str] = ()) -> None:
+    """Look at every image and video that is continued, once each; says how far it is, if slow.
+
+    Args:
+        samples: all of them.
+        overrides: as of `refuse`.
+
+    Raises:
+        InputError: names the samples whose input is no readable media, or too short.
+    """
+    inputs = {_identity(path) for sample in samples if (path := sample.continued)}
+    # frames of the file, or what is wrong with it
+    looked_at: dict[tuple[str, str], int | InputError] = {}
+    wrong: list[tuple[str, str]] = []
+    said = time.monotonic()
+    for sample in samples:
+        path = sample.continued
+        if path is None:
+            continue
+        identity = _identity(path)
+        if identity not in looked_at:
+            if time.monotonic() - said >= SECONDS_OF_SILENCE:
+                said = time.monotonic()
+                logger.info("looked at %d of %d input files", len(looked_at), len(inputs))
+            try:
+                looked_at[identity] = probe(path, kind=media_kind(path)).frames
+            except InputError as error:
+                looked_at[identity] = error
+        frames = looked_at[identity]
+        if isinstance(frames, InputError):
+            wrong.append((sample.place, f"input_path: {frames}"))
+        elif frames < sample.num_input_frames:
+            told = (
+                f"input_path: {path} has {frames} frame{'s' * (frames != 1)}, but "
+                f"{sample.inference_type} continues the last {sample.num_input_frames}"
+            )
+            wrong.append((sample.place, told))
+    refuse(wrong, len(samples), overrides)
+
+
+def _identity(path: Path) -> tuple[str, str]:
+    """Return what a file of several spellings is known by, and the kind that this one says."""
+    return os.path.realpath(path), media_kind(path)
 
 
 def without_comments(text: str) -> str:
@@ -273,15 +393,15 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | InputError]]:
+def _read_file(file: Path) -> Iterator[_Stated]:
     """Yield every sample of a file as it is stated, or what is wrong with it, and where."""
     try:
         yield from _samples_in(file)
     except InputError as error:
-        yield str(file), error
+        yield _Stated(str(file), error)
 
 
-def _samples_in(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | InputError]]:
+def _samples_in(file: Path) -> Iterator[_Stated]:
     """Yield as `_read_file` does.
 
     Raises:
@@ -305,32 +425,35 @@ def _samples_in(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | InputErro
         for number, line in enumerate(text.split("\n"), 1):
             if without_comments(line).strip():
                 place = f"{file}, line {number}"
-                yield place, _attempt(place, line, suffix)
+                yield _Stated(place, _attempt(place, line, suffix))
         return
     held = _parsed(str(file), text, suffix)
     if isinstance(held, list):
         for number, one in enumerate(held, 1):
             place = f"{file}, item {number}"
-            yield place, _attempt(place, one)
+            yield _Stated(place, _attempt(place, one))
         return
     held = _mapping(str(file), held)
     if "samples" not in held:
-        yield str(file), held
+        yield _Stated(str(file), held)
         return
-    common = {name: value for name, value in held.items() if name != "samples"}
+    if "name" in held:
+        told = f'name and "samples" stand beside each other; {_FORMS}'
+        yield _Stated(str(file), InputError(f"{file}: {told}"))
+    if isinstance(held["samples"], list):
+        raise InputError(f'{file}: "samples" holds a list, not names and values; {_FORMS}')
+    common = {name: value for name, value in held.items() if name not in ("name", "samples")}
     for name, one in _mapping(f"{file}, samples", held["samples"]).items():
         own = _attempt(f"{file}, sample {name!r}", one)
         if isinstance(own, InputError):
-            yield str(file), own
+            yield _Stated(str(file), own)
             continue
-        if "name" in {**common, **own}:
-            told = f"{file}, sample {name!r}: name: it has one already, before its fields"
-            yield str(file), InputError(told)
+        if "name" in own:
+            told = f'name: its key in "samples", {name!r}, is its name; {_FORMS}'
+            yield _Stated(str(file), InputError(f"{file}, sample {name!r}: {told}"))
             continue
         stated = {**common, **own, "name": name}
-        if stated.get("prompt_path") is not None:  # the first release prefers it
-            stated.pop("prompt", None)
-        yield str(file), stated
+        yield _Stated(str(file), stated, common.keys() - own.keys())
 
 
 def _attempt(place: str, held: Any, suffix: str = "") -> Mapping[str, Any] | InputError:
@@ -342,9 +465,12 @@ def _attempt(place: str, held: Any, suffix: str = "") -> Mapping[str, Any] | Inp
         suffix: of the file, where `held` is text that is not parsed yet.
     """
     try:
-        return _mapping(place, _parsed(place, held, suffix) if suffix else held)
+        found = _mapping(place, _parsed(place, held, suffix) if suffix else held)
     except InputError as error:
         return error
+    if "samples" in found:
+        return InputError(f'{place}: "samples" within one of several samples; {_FORMS}')
+    return found
 
 
 def _parsed(place: str, text: str, suffix: str) -> Any:
@@ -354,6 +480,8 @@ def _parsed(place: str, text: str, suffix: str) -> Any:
         return json.loads(without_comments(text), object_pairs_hook=_each_once)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         told = _told_by(error) if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        if suffix == ".jsonl" and isinstance(error, json.JSONDecodeError):
+            told = f"column {error.colno}: {error.msg}"  # the place has the line
         told = " ".join(told.split())
         raise InputError(f"{place} is no valid {suffix[1:].upper()}: {told}") from error
 
@@ -399,23 +527,53 @@ def _mapping(place: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         kind = {"str": "text", "NoneType": "nothing", "list": "a list"}.get(type(value).__name__)
         raise InputError(f"{place}: {kind or repr(value)} where names and values are expected")
+    if value.keys() >= _OF_A_REPORT:
+        raise InputError(
+            f"{place}: this is the report of a video that worldline made, and no sample"
+            + ('; what it was made from stands in it as "sample"' if "sample" in value else "")
+        )
     return value
 
 
 def _resolved(stated: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return a sample with its paths as seen from here."""
     return {
-        name: str(folder / value) if name in _PATHS and isinstance(value, str) else value
+        name: str(folder / value)
+        if name in _PATHS and isinstance(value, str) and _could_be_path(value)
+        else value
         for name, value in stated.items()
     }
 
 
-def _problems(error: ValidationError) -> Iterator[str]:
+def _could_be_path(value: str) -> bool:
+    """Tell whether this is a path; a URL is none, nor are blanks."""
+    return bool(value.strip()) and not _URL.match(value)
+
+
+def _problems_alone(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what is wrong with values whatever stands beside them, as `_problems` does."""
+    whole = {"name": "a", "inference_type": "text2world", **fields}
+    if whole["inference_type"] in get_args(InferenceType):
+        whole["inference_type"] = "text2world"  # which needs no other field but a prompt
+    if "prompt_path" not in fields:
+        whole.setdefault("prompt", "a")
+    try:
+        Sample.model_validate(whole)
+    except ValidationError as error:
+        return list(_problems(error))
+    return []
+
+
+def _problems(error: ValidationError) -> Iterator[tuple[str, str]]:
+    """Yield fields, and what is wrong with each."""
     for problem in error.errors():
-        field = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
+        if not problem["loc"]:
+            field, _, message = message.partition(": ")
+            yield field, message
+            continue
         if problem["type"] == "extra_forbidden":
-            message = f"there is no such field; there are: {', '.join(Sample.model_fields)}"
+            message = f"there is no such field; {_meant(str(problem['loc'][0]))}"
         elif problem["type"] == "missing":
             message = "it is missing"
         elif problem["type"] == "path_type":
@@ -424,4 +582,13 @@ def _problems(error: ValidationError) -> Iterator[str]:
             message = f"{problem['input']!r:.80}: it must be text, in quotes"
         elif "value" not in problem["type"]:
             message = f"{problem['input']!r:.80}: {message[:1].lower()}{message[1:]}"
-        yield f"{field}: {message}" if field else message
+        yield ".".join(map(str, problem["loc"])), message
+
+
+def _meant(name: str) -> str:
+    """Return which field is most likely meant, or all of them."""
+    known = list(Sample.model_fields)
+    spelling = name.strip().lower().replace("-", "_").replace(" ", "_")
+    if close := get_close_matches(spelling, known, n=1, cutoff=0.7):
+        return f"did you mean {close[0]!r}?"
+    return f"there are: {', '.join(known)}"

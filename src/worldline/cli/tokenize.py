@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from worldline.cli.batch import run_each
+from worldline.cli.batch import run_each, tell_all, tell_nothing_left
 from worldline.cli.run import DEVICE_HELP, check_folder, memory_advice, refuse_empty
 from worldline.errors import Error, InputError
 from worldline.files import folded
@@ -169,9 +169,7 @@ def encode(inputs: Sequence[str], **flags: Any) -> None:
     refuse_empty(flags, ("tokenizer_dir",))
     tasks = _collect(inputs, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES), examine, flags)
     coder = _find(flags["tokenizer_dir"], flags)
-    if flags["resume"]:
-        tasks = _leave_out_finished(tasks, coder, _read_header)
-    _run(tasks, coder, _encode, flags)
+    _run(tasks, coder, _encode, flags, _read_header)
 
 
 @tokenize.command()
@@ -191,9 +189,7 @@ def decode(inputs: Sequence[str], **flags: Any) -> None:
     tasks = _collect(inputs, (_SUFFIX,), lambda path: _examine_coded(path, flags), flags)
     coder = _find(_tokenizer_of(tasks, flags), flags)
     _refuse([text for task in tasks if (text := _misfit(task, coder))], len(tasks))
-    if flags["resume"]:
-        tasks = _leave_out_finished(tasks, coder, _read_report)
-    _run(tasks, coder, _decode, flags)
+    _run(tasks, coder, _decode, flags, _read_report)
 
 
 @tokenize.command()
@@ -518,6 +514,9 @@ def _read_header(path: Path) -> Any:
 
 
 def _read_report(path: Path) -> Any:
+    from worldline.video.read import check_written
+
+    check_written(path, None)
     return json.loads(path.with_suffix(".json").read_text())["made_from"]
 
 
@@ -526,14 +525,25 @@ def _run(
     coder: Coder,
     run: Callable[[CosmosTokenizer, Coder, Task], str],
     flags: dict[str, Any],
+    read: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> None:
     """Load the tokenizer, do the tasks one after another, and say what came of it.
+
+    Args:
+        tasks: all that were asked for.
+        coder: the tokenizer.
+        run: does a task, and returns what to say of it.
+        flags: of the command.
+        read: returns what a file was made from; None for a command that leaves nothing out.
 
     Raises:
         Error: a task failed; the others of several were done.
     """
+    total = len(tasks)
+    if read is not None and flags["resume"]:
+        tasks = _leave_out_finished(tasks, coder, read)
     if not tasks:
-        click.echo(f"nothing left to do in {flags['output_dir']}")
+        tell_nothing_left(total, Path(flags["output_dir"]), "files")
         return
     for folder in {task.output.parent for task in tasks}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -555,10 +565,13 @@ def _run(
             told = run(model, coder, task)
         return f"{task.output}: {told}, {time.perf_counter() - begun:.1f} s"
 
-    failed, _ = run_each(tasks, do, lambda task: task.path, batch=len(tasks) > 1)
+    failed, _ = run_each(tasks, do, lambda task: task.path, batch=total > 1)
+    if read is not None and total > 1:
+        before = total - len(tasks)
+        tell_all(len(tasks) - failed, before, total, Path(flags["output_dir"]), "files")
     if failed:
-        advice = "; --resume tries them alone" if "resume" in flags else ""
-        raise Error(f"{failed} of {len(tasks)} inputs failed{advice}")
+        advice = "" if read is None else "; --resume tries them alone"
+        raise Error(f"{failed} of {total} inputs failed{advice}")
 
 
 def _encode(model: CosmosTokenizer, coder: Coder, task: Task) -> str:

@@ -46,8 +46,16 @@ from worldline.loading.folders import (
     open_transformer,
     read_settings,
     refuse_options,
+    world_name,
 )
-from worldline.loading.memory import DiffusionPlan, Fit, Need, check_memory, fewest_flags
+from worldline.loading.memory import (
+    DiffusionPlan,
+    Fit,
+    Need,
+    check_frames,
+    check_memory,
+    fewest_flags,
+)
 from worldline.loading.parts import TextPart, read_part, text_bytes, text_dtype, text_part
 from worldline.loading.predict2_5 import (
     FlowDefaults,
@@ -96,6 +104,7 @@ __all__ = [
     "TextPart",
     "WorldDefaults",
     "WorldFiles",
+    "check_frames",
     "choose_device",
     "clips_at_once",
     "compute_dtype",
@@ -107,6 +116,7 @@ __all__ = [
     "fit",
     "fit_entry",
     "fit_files",
+    "host_need",
     "load_autoregressive",
     "load_diffusion",
     "load_predict2_5",
@@ -124,6 +134,7 @@ __all__ = [
     "text_dtype",
     "video_shape",
     "window_grid",
+    "world_name",
 ]
 
 logger = logging.getLogger(__name__)
@@ -655,6 +666,26 @@ def dearest(
     return max(set(videos), key=lambda video: _need_of(files, device, dtype, video=video)(given))
 
 
+def host_need(
+    files: FlowFiles,
+    video: VideoShape,
+    device: torch.device,
+    *,
+    text: bool = True,
+) -> int:
+    """Return the bytes of host memory that a world computes in; on a GPU it computes in none.
+
+    Args:
+        files: of the world.
+        video: the largest that is made at once.
+        device: where it will run.
+        text: whether prompts will be encoded.
+    """
+    if device.type != "cpu":
+        return 0
+    return _need_of(files, device, compute_dtype(device), video=video, text=text)(())
+
+
 def _check_memory(
     files: WorldFiles,
     device: torch.device,
@@ -664,7 +695,8 @@ def _check_memory(
 ) -> None:
     """Refuse a world that does not fit; `options` are those of `_need_of`."""
     need = _need_of(files, device, dtype, **options)
-    check_memory(files.folder.name, need, _flags(files), device, given)
+    name = world_name(files.folder.name, bundled=files.bundled)
+    check_memory(name, need, _flags(files), device, given)
 
 
 def clips_at_once(

@@ -7,11 +7,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from worldline.catalog import BUNDLED_PREFIX
 from worldline.errors import CheckpointError, InputError
 from worldline.files import TRANSFORMER_FILES, read_json, stamp, unfinished
 from worldline.models.predict1_ar.weights import SHARDS
 from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.shards import find_shards, open_shards, shard_stem
+
+
+def world_name(name: str, *, bundled: bool) -> str:
+    """Return the name that a world is asked for by, of its own or that of its folder."""
+    return f"{BUNDLED_PREFIX if bundled else ''}{name}"
 
 
 def open_transformer(path: Path) -> Checkpoint:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -114,6 +114,21 @@ class TextPart(Generic[FilesType]):
         for prompt in missing:
             self._cache.put(self._key, prompt, found[prompt])
         return found
+
+    def truncations(self, prompts: Mapping[str, str]) -> dict[str, dict[str, int]]:
+        """Return how prompts are cut that are longer than what the encoder reads, for a report.
+
+        Args:
+            prompts: by their names.
+
+        Returns:
+            By its name, each of those that are: the fields of `Truncation`.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be read.
+        """
+        cuts = {name: self.files.truncation_of(prompt) for name, prompt in prompts.items()}
+        return {name: asdict(cut) for name, cut in cuts.items() if cut is not None}
 
     def _read(self) -> Part[Any]:
         if self._part is None:

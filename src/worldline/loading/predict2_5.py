@@ -14,7 +14,7 @@ from worldline.catalog import FLOW_MODELS, FLOW_TOKENIZER, FlowModel
 from worldline.choices import FLOW_OFFLOAD_FLAGS, NEGATIVE_PROMPT, ScheduleName
 from worldline.errors import CheckpointError, InputError
 from worldline.files import holds_diffusers, read_json, released_folders
-from worldline.loading.folders import read_settings, stamps, typed_settings
+from worldline.loading.folders import read_settings, stamps, typed_settings, world_name
 from worldline.loading.memory import (
     DiffusionPlan,
     Need,
@@ -34,7 +34,7 @@ from worldline.loading.parts import (
     text_part,
 )
 from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, FlowDiTConfig
-from worldline.models.predict2_5_dit.weights import FILE_NAMES, open_flow_dit
+from worldline.models.predict2_5_dit.weights import FILE_NAMES, is_flow_dit, open_flow_dit
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import Part
 from worldline.places import Place, find_flow
@@ -60,7 +60,6 @@ logger = logging.getLogger(__name__)
 REASON1 = EncoderKind("Reason1", RELEASED, reason1_folders, find_reason1)
 
 _KNOWN_TIMESTEP = {"karras": 0.1, "shifted": None}
-_PROJECTION = "crossattn_proj.0.weight"  # the other families have no such tensor
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -242,10 +241,10 @@ def open_predict2_5(
     try:
         dit = open_flow_dit(file, settings)
     except CheckpointError as error:
-        if holds_flow(file):
+        if is_flow_dit(open_file(file)):  # of a damaged file nothing but that is said
             raise
         raise CheckpointError(
-            f"{place.folder} is no world of Predict2.5; worldline diffusion or worldline "
+            f"{place.named} is no world of Predict2.5; worldline diffusion or worldline "
             f"autoregressive may run it ({error})"
         ) from error
     tokenizer = open_wan(_tokenizer_path(place, folder, layout, tokenizer_dir))
@@ -271,10 +270,9 @@ def holds_flow(named: Path) -> bool:
     """Tell whether a folder, or a file, holds a transformer of Predict2.5, by names alone."""
     try:
         file, _ = find_dit(_find_transformer(named), FILE_NAMES)
-        tensors = open_file(file).tensors
+        return is_flow_dit(open_file(file))
     except CheckpointError:
         return False
-    return any(name.endswith(_PROJECTION) for name in tensors)
 
 
 def refuse_flow(named: Path) -> None:
@@ -407,7 +405,8 @@ def load_predict2_5(
     need = need_predict2_5(
         files, device, dtype, video=video, text=text, visitor_bytes=visitor_bytes
     )
-    check_memory(files.name, need, FLOW_OFFLOAD_FLAGS, device, given)
+    name = world_name(files.name, bundled=files.bundled)
+    check_memory(name, need, FLOW_OFFLOAD_FLAGS, device, given)
     logger.info("reading %s", files.folder)
     with recorder.stage("load"):
         transformer: Part[FlowDiT] = read_part(
@@ -503,8 +502,8 @@ def plan_predict2_5(
     # both ways go in pieces, whatever the length of the clip
     frames = min(video.frames, CHUNK * tokenizer.temporal)
     pixels = frames * video.height * video.width
-    # as much again for the frames that convolutions keep of the piece before, and their workspace
-    coding = 2 * coding_bytes(pixels, max(tokenizer.channels, 3), size)
+    # what convolutions keep of the piece before, and their workspace: measured on one H200
+    coding = 7 * coding_bytes(pixels, max(tokenizer.channels, 3), size) // 4
     # the prompt's features, of which two are made, before and behind the layer that narrows them
     features = 2 * context_length * (config.feature_width + config.context_width) * size
     return DiffusionPlan(

@@ -33,6 +33,7 @@ from worldline.pipelines.decoder import (
 )
 from worldline.pipelines.diffusion import SAMPLER_OF
 from worldline.pipelines.exchange import stage
+from worldline.pipelines.prompts import TRUNCATION
 from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder
 from worldline.sampling.decode import decode, draw_noise
@@ -227,6 +228,10 @@ def _embed(
         yield Progress("text", 0, 1)
         with recorder.stage("text"):
             found = parts.text.embed(prompts)
+            for job in jobs:
+                if job.embedding is None:
+                    words = {"prompt": str(job.request.prompt)}
+                    job.recorder.facts[TRUNCATION] = parts.text.truncations(words)
     return [
         found[str(job.request.prompt)] if job.embedding is None else job.embedding for job in jobs
     ]

@@ -36,7 +36,7 @@ from worldline.pipelines.exchange import (
     with_defaults,
 )
 from worldline.pipelines.preview import show_colours
-from worldline.pipelines.prompts import GivenEmbedding, filled, read_both
+from worldline.pipelines.prompts import TRUNCATION, GivenEmbedding, filled, read_both
 from worldline.pipelines.requests import DiffusionRequest
 from worldline.report import Recorder
 from worldline.sampling.edm import SIGMA_DATA, Given, make_sigmas, sample
@@ -210,7 +210,7 @@ def generate(
 
     yield Progress("text", 0, 1)
     with stage(recorder, "text"):
-        prompt, negative = _embed(parts, request, embeddings or Embeddings())
+        prompt, negative = _embed(parts, request, embeddings or Embeddings(), recorder)
 
     known = colours = None
     if request.num_input_frames or request.preview_every:
@@ -242,7 +242,10 @@ def generate(
 
 
 def _embed(
-    parts: DiffusionParts, request: DiffusionRequest, given: Embeddings
+    parts: DiffusionParts,
+    request: DiffusionRequest,
+    given: Embeddings,
+    recorder: Recorder,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the embedding of the prompt and of what guidance leads away from, (1, S, E).
 
@@ -252,6 +255,7 @@ def _embed(
     found: Mapping[str, Tensor] = {}
     if wanted and parts.text is not None:  # else told by `check_text`
         found = parts.text.embed(list(wanted.values()))
+        recorder.facts[TRUNCATION] = parts.text.truncations(wanted)
     prompt = given.prompt if given.prompt is not None else found[wanted["prompt"]]
     if not request.guidance:
         return prompt, None

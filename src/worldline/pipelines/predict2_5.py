@@ -35,7 +35,7 @@ from worldline.pipelines.exchange import (
     with_defaults,
 )
 from worldline.pipelines.preview import show_colours
-from worldline.pipelines.prompts import GivenEmbedding, read_both
+from worldline.pipelines.prompts import TRUNCATION, GivenEmbedding, read_both
 from worldline.pipelines.requests import FlowRequest
 from worldline.report import Recorder
 from worldline.sampling.flow import Given, make_schedule, sample
@@ -217,7 +217,7 @@ def notes(files: FlowFiles, request: FlowRequest) -> list[str]:
     frames = window_of(files, request).frames
     if frames not in (1, TRAINED_FRAMES):
         said.append(
-            f"num_video_frames is {frames}; the released models were trained on {TRAINED_FRAMES}"
+            f"{frames} frames at once; the released models were trained on {TRAINED_FRAMES}"
         )
     if (request.height, request.width) not in TRAINED_SIZES:
         known = ", ".join(f"{height} x {width}" for height, width in TRAINED_SIZES)
@@ -267,11 +267,12 @@ def generate(
 
     yield Progress("text", 0, 1)
     with stage(recorder, "text"):
-        words = _embed(parts, request, embeddings or Embeddings())
+        words = _embed(parts, request, embeddings or Embeddings(), recorder)
 
     steps = count_steps(files, request)
     total = steps * len(windows)
-    pieces: list[NDArray[np.uint8]] = []
+    # all at once, as long as they are: to join pieces would hold a long video twice
+    frames = np.empty((request.num_video_frames, request.height, request.width, 3), np.uint8)
     made = 0
     for number, window in enumerate(windows):
         latents = yield from _make_latents(
@@ -280,18 +281,13 @@ def generate(
         yield Progress("decode", made, request.num_video_frames)
         with stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
             for piece in window.cut(shown_pieces(decode_stream(tokenizer, latents))):
-                pieces.append(piece)
+                frames[made : made + len(piece)] = piece
                 made += len(piece)
                 yield Progress("decode", made, request.num_video_frames, piece)
         if number + 1 < len(windows):
             given = windows[number + 1].request.num_input_frames
-            clip = Clip(_last(pieces, given), request.fps)
-    yield Progress("done", total, total, np.concatenate(pieces))
-
-
-def _last(pieces: list[NDArray[np.uint8]], count: int) -> NDArray[np.uint8]:
-    """Return the last frames of a video in pieces; each piece has one or more."""
-    return np.concatenate(pieces[-count:])[-count:]
+            clip = Clip(frames[made - given : made], request.fps)
+    yield Progress("done", total, total, frames)
 
 
 def _make_latents(
@@ -324,7 +320,10 @@ def _make_latents(
 
 
 def _embed(
-    parts: FlowParts, request: FlowRequest, given: Embeddings
+    parts: FlowParts,
+    request: FlowRequest,
+    given: Embeddings,
+    recorder: Recorder,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the embedding of the prompt and of what guidance leads away from, (1, S, F).
 
@@ -334,6 +333,7 @@ def _embed(
     found: dict[str, Tensor] = {}
     if wanted and parts.text is not None:  # else told by `check_text`
         found = parts.text.embed(list(wanted.values()))
+        recorder.facts[TRUNCATION] = parts.text.truncations(wanted)
     prompt = given.prompt if given.prompt is not None else found[wanted["prompt"]]
     if not request.guidance:
         return _batched(prompt), None

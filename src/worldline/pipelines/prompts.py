@@ -19,6 +19,7 @@ from worldline.text.embeddings import padded
 logger = logging.getLogger(__name__)
 
 GivenEmbedding = str | Path | Tensor | NDArray[Any]
+TRUNCATION = "prompt_truncation"  # fact of a recorder, and entry of a report
 
 
 def read_prompt_embedding(given: GivenEmbedding | None, rows: int, width: int) -> Tensor | None:

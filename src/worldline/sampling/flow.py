@@ -172,24 +172,30 @@ def unipc(
     if len(levels) < 2 or not falling or levels[0] >= 1 or levels[-1] != 0:
         raise ValueError(f"sigmas {levels} do not fall, two values or more, from below 1 to 0")
     steps = len(levels) - 1
-    # float32 as in the reference: steps are small against the logarithms they are differences of
-    table = sigmas.float()
-    logs: list[float] = ((1 - table).log() - table.log()).tolist()
+    # Every number is a float32 of the CPU, made in the order of the reference: a guided network
+    # may turn a last bit of one into a difference that can be seen.
+    table = sigmas.float().cpu()
+    logs = (1 - table).log() - table.log()
     estimates: list[Tensor] = []  # of the data: this step's last, two before it at most
     start, order = x, 0  # of the step before: the state it started from, its order
     for step in range(steps):
-        estimates = [*estimates[-2:], x - levels[step] * velocity(x, step)]
+        estimates = [*estimates[-2:], x - table[step] * velocity(x, step)]
         if step > 0:
-            x = _corrected(start, estimates, levels, logs, step, order)
+            x = _corrected(start, estimates, table, logs, step, order)
         start, order = x, min(2, step + 1, steps - step)
-        x = _predicted(start, estimates, levels, logs, step, order)
+        x = _predicted(start, estimates, table, logs, step, order)
         if on_step is not None:
             on_step(step, x, estimates[-1])
     return x
 
 
 def _advanced(
-    x: Tensor, estimate: Tensor, change: Tensor | None, sigma: float, target: float, growth: float
+    x: Tensor,
+    estimate: Tensor,
+    change: Tensor | None,
+    sigma: Tensor,
+    target: Tensor,
+    growth: Tensor,
 ) -> Tensor:
     """Return the state at `target`.
 
@@ -197,11 +203,10 @@ def _advanced(
         x: state at `sigma`.
         estimate: of the data at `sigma`.
         change: by which the mean estimate on the way differs from it.
-        sigma: from where.
-        target: to where.
-        growth: expm1(-h), h the step in log signal-to-noise.
+        sigma: from where, ().
+        target: to where, ().
+        growth: expm1(-h), (), h the step in log signal-to-noise.
     """
-    # term by term as in the reference, whose roundings a guided network makes visible
     weight = (1 - target) * growth
     y = (target / sigma) * x - weight * estimate
     return y if change is None else y - weight * change
@@ -210,8 +215,8 @@ def _advanced(
 def _predicted(
     x: Tensor,
     estimates: list[Tensor],
-    levels: list[float],
-    logs: list[float],
+    table: Tensor,
+    logs: Tensor,
     step: int,
     order: int,
 ) -> Tensor:
@@ -221,14 +226,14 @@ def _predicted(
     if order == 2:
         r = (logs[step - 1] - logs[step]) / h
         change = 0.5 * ((estimates[-2] - estimates[-1]) / r)
-    return _advanced(x, estimates[-1], change, levels[step], levels[step + 1], math.expm1(-h))
+    return _advanced(x, estimates[-1], change, table[step], table[step + 1], torch.expm1(-h))
 
 
 def _corrected(
     x: Tensor,
     estimates: list[Tensor],
-    levels: list[float],
-    logs: list[float],
+    table: Tensor,
+    logs: Tensor,
     step: int,
     order: int,
 ) -> Tensor:
@@ -237,25 +242,25 @@ def _corrected(
     Args:
         x: state that the step to this level started from.
         estimates: of the data; the last is at this level, of the predicted state.
-        levels: noise levels.
+        table: noise levels.
         logs: their log signal-to-noise.
         step: this level.
         order: of the prediction.
     """
     h = logs[step] - logs[step - 1]
-    growth = math.expm1(-h)
+    growth = torch.expm1(-h)
     before = estimates[-2]
     change = estimates[-1] - before
     if order == 1:
         change = 0.5 * change
     else:
         r = (logs[step - 2] - logs[step - 1]) / h
-        # the weights of both differences solve [[1, 1], [r, 1]] weights = [first, second]
         a = growth / -h - 1
-        first, second = a / growth, 2 * (a / -h - 0.5) / growth
-        weight = (first - second) / (1 - r)
-        change = weight * ((estimates[-3] - before) / r) + (first - weight) * change
-    return _advanced(x, before, change, levels[step - 1], levels[step], growth)
+        wanted = torch.stack([a / growth, 2 * (a / -h - 0.5) / growth])
+        one = torch.ones_like(r)
+        earlier, later = torch.linalg.solve(torch.stack([one, one, r, one]).view(2, 2), wanted)
+        change = earlier * ((estimates[-3] - before) / r) + later * change
+    return _advanced(x, before, change, table[step - 1], table[step], growth)
 
 
 def sample(

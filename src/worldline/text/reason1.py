@@ -14,16 +14,17 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from worldline.errors import CheckpointError, InputError
-from worldline.files import released_folders, unfinished
+from worldline.files import released_folders
 from worldline.text.cache import EmbeddingCache, cache_folder
 from worldline.text.chat_tokens import (
     FILE,
@@ -36,15 +37,13 @@ from worldline.text.chat_tokens import (
 )
 from worldline.text.encoder_files import (
     MAX_LENGTH,
+    EncoderFamily,
     EncoderFiles,
-    open_weights,
-    read_config,
-    read_max_length,
-    tokenizer_holders,
+    check_dtype,
+    fill,
     without_transformers,
 )
-from worldline.weights.keymap import KeyMap, match
-from worldline.weights.stream import load_into
+from worldline.weights.keymap import KeyMap
 from worldline.weights.write import save
 
 if TYPE_CHECKING:
@@ -58,7 +57,6 @@ REVISION = "3210bec0495fdc7a8d3dbb8d58da5711eab4b423"
 CACHED = 40  # embeddings that are kept, 103 MB each of the released encoder in bfloat16
 
 _EPS = 1e-8  # beside the deviation
-_KINDS = {"qwen2_5_vl": "a Qwen2.5-VL", "qwen2_5_vl_text": "a Qwen2.5-VL"}
 # of a rotation: the released name, and the one that transformers writes in its place
 _ROTATIONS = ("mrope", "default")
 _LAYER = "layers.{i}"
@@ -89,6 +87,16 @@ _SIZES = (
     "num_key_value_heads",
 )
 _DEFAULTS: dict[str, float] = {"rms_norm_eps": 1e-6, "rope_theta": 1e6}
+PRESETS: dict[str, dict[str, int]] = {
+    "7B": {
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+}
 TINY: dict[str, Any] = {
     "vocab_size": 264,
     "hidden_size": 64,
@@ -106,20 +114,33 @@ class Reason1Files(EncoderFiles):
     @property
     def width(self) -> int:
         """Numbers in a row of an embedding."""
-        return _width(_settings(self.config))
+        return _width(settings_of(self.config))
 
     @property
     def num_parameters(self) -> int:
         """Numbers that `load_reason1` reads."""
-        return sum(math.prod(shape) for shape in tensor_shapes(self.config).values())
+        return FAMILY.count_parameters(self.config)
 
-    def tell_if_cut(self, prompt: str) -> None:
+    @cached_property
+    def chat_tokenizer(self) -> ChatTokenizer:
+        """Words to ids of a chat; read once."""
+        return load_chat_tokenizer(self.tokenizer[0])
+
+    @staticmethod
+    def tell_cut(prompt: str, tokens: int, length: int) -> None:
+        logger.warning(
+            "a prompt has %d tokens with the chat around it and is cut after %d: %r ...",
+            tokens,
+            length,
+            prompt[:40],
+        )
+
+    def most_tokens(self, prompt: str) -> int:
         # a token is a byte or more
-        if len(chat_text(prompt).encode("utf-8", "replace")) <= self.max_length:
-            return
-        count = len(load_chat_tokenizer(self.tokenizer[0]).encode(prompt))
-        if count > self.max_length:
-            _tell_cut(prompt, count, self.max_length)
+        return len(chat_text(prompt).encode("utf-8", "replace"))
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(self.chat_tokenizer.encode(prompt))
 
 
 class Reason1Encoder(nn.Module):
@@ -135,7 +156,7 @@ class Reason1Encoder(nn.Module):
         self, config: Mapping[str, Any], tokenizer: ChatTokenizer, max_length: int = MAX_LENGTH
     ) -> None:
         super().__init__()
-        self.config = _settings(config)
+        self.config = settings_of(config)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.network = _network(self.config)
@@ -167,7 +188,7 @@ class Reason1Encoder(nn.Module):
         rows = [self.tokenizer.encode(prompt) for prompt in prompts]
         for prompt, tokens in zip(prompts, rows, strict=True):
             if len(tokens) > length:
-                _tell_cut(prompt, len(tokens), length)
+                Reason1Files.tell_cut(prompt, len(tokens), length)
         return self.fitted(rows, length)
 
     def fitted(self, rows: Sequence[Sequence[int]], length: int) -> Tensor:
@@ -227,15 +248,6 @@ class Reason1Encoder(nn.Module):
         return torch.cat([self.embed(row[None]) for row in ids])
 
 
-def _tell_cut(prompt: str, tokens: int, length: int) -> None:
-    logger.warning(
-        "a prompt has %d tokens with the chat around it and is cut after %d: %r ...",
-        tokens,
-        length,
-        prompt[:40],
-    )
-
-
 def _standardised(states: Tensor) -> Tensor:
     """Return each row less its mean, over its deviation (of n - 1), in the dtype of `states`."""
     mean, std = states.mean(-1, keepdim=True), states.std(-1, keepdim=True)
@@ -265,7 +277,7 @@ def _network(settings: Mapping[str, Any]) -> Qwen2_5_VLTextModel:
     return network
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a config.json fixes the language model.
 
     transformers has kept it in three places in turn: among the rest, and in `text_config`; the
@@ -313,7 +325,7 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: a size is absent or no number above 0.
     """
-    settings = _settings(config)
+    settings = settings_of(config)
     width, inner = settings["hidden_size"], settings["intermediate_size"]
     narrow = width // settings["num_attention_heads"] * settings["num_key_value_heads"]
     rows = {"q": width, "k": narrow, "v": narrow, "o": width}
@@ -335,6 +347,20 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+FAMILY = EncoderFamily(
+    name="text encoder",
+    kinds={"qwen2_5_vl": "a Qwen2.5-VL", "qwen2_5_vl_text": "a Qwen2.5-VL"},
+    # Qwen2's own models have the same names: config.json tells which it is
+    mark=re.compile(r"model\.(language_model\.)?layers\.\d+\.self_attn\.q_proj\.bias"),
+    keys=KEYS,
+    settings_of=settings_of,
+    tensor_shapes=tensor_shapes,
+    tokenizer_files=chat_files,
+    tokenizer_names=f"{FILE}, or {' and '.join(PIECES)}",
+    presets=PRESETS,
+)
+
+
 def reason1_folders(checkpoint_dir: Path) -> list[Path]:
     """List the folders below `checkpoint_dir` that may hold the encoder; the right revision first.
 
@@ -344,35 +370,15 @@ def reason1_folders(checkpoint_dir: Path) -> list[Path]:
 
 
 def find_reason1(folder: Path) -> Reason1Files:
-    """Check the files of a text encoder; headers only, and without transformers.
+    """Check the files of a text encoder; see `EncoderFamily.open`.
 
-    Args:
-        folder: with config.json, the weights (safetensors or `pytorch_model.bin`, whole or in
-            shards, with or without eyes and head) and the tokenizer: tokenizer.json, or vocab.json
-            and merges.txt. The tokenizer may also lie in the folder `tokenizer` beside, as
-            diffusers saves it.
+    Its tokenizer is tokenizer.json, or vocab.json and merges.txt; its weights may hold those of
+    eyes and head too.
 
     Raises:
         CheckpointError: something is missing, damaged, half downloaded, or of another model.
     """
-    folder = Path(folder)
-    config = read_config(folder, _KINDS)
-    try:
-        shapes = tensor_shapes(config)
-    except ValueError as error:
-        path = folder / "config.json"
-        raise CheckpointError(f"{path}: {error}, so no text encoder can be built") from error
-    checkpoint = open_weights(folder)
-    match(checkpoint.tensors, shapes, KEYS, str(checkpoint.path))
-    for holder in tokenizer_holders(folder):
-        tokenizer = chat_files(holder)
-        if tokenizer:
-            break
-    else:
-        raise CheckpointError(
-            f"{folder} holds no tokenizer ({FILE}, or {' and '.join(PIECES)}){unfinished(folder)}"
-        )
-    return Reason1Files(folder, checkpoint, config, read_max_length(holder), tuple(tokenizer))
+    return Reason1Files(*FAMILY.open(folder))
 
 
 def load_reason1(
@@ -390,18 +396,20 @@ def load_reason1(
         CheckpointError: the weights or the tokenizer do not fit, or cannot be read.
         Error: a package is not installed.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        raise InputError(f"the text encoder runs in bfloat16 or float32; not in {name}")
-    tokenizer = load_chat_tokenizer(files.tokenizer[0])
+    check_dtype(dtype)
+    tokenizer = files.chat_tokenizer
     with torch.device("meta"):
         encoder = Reason1Encoder(files.config, tokenizer, files.max_length)
-    if tokenizer.size > encoder.config["vocab_size"]:
-        raise CheckpointError(
-            f"{files.tokenizer[0]} has {tokenizer.size:,} tokens and the encoder of "
-            f"{files.folder} only {encoder.config['vocab_size']:,}: they do not belong together"
-        )
-    load_into(encoder.network, files.checkpoint, KEYS, device=device, dtype=dtype)
+    rows = encoder.config["vocab_size"]
+    fill(
+        encoder.network,
+        files,
+        KEYS,
+        tokens=tokenizer.size,
+        vocabulary=rows,
+        device=device,
+        dtype=dtype,
+    )
     return encoder.requires_grad_(False).eval()
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldline.errors import CheckpointError, InputError
-from worldline.files import released_folders, unfinished
+from worldline.files import released_folders
 from worldline.text.encoder_files import (
+    EncoderFamily,
     EncoderFiles,
-    open_weights,
-    read_config,
-    read_max_length,
-    tokenizer_holders,
+    check_dtype,
+    fill,
     without_transformers,
 )
 from worldline.text.prompt_tokens import (
@@ -38,8 +37,7 @@ from worldline.text.prompt_tokens import (
     load_tokenizer,
     tokenizer_files,
 )
-from worldline.weights.keymap import KeyMap, match
-from worldline.weights.stream import load_into
+from worldline.weights.keymap import KeyMap
 from worldline.weights.write import save
 
 if TYPE_CHECKING:
@@ -51,9 +49,9 @@ RELEASED = "google-t5/t5-11b"
 
 _ATTENTION = "encoder.block.{i}.layer.0.SelfAttention"
 _FEED_FORWARD = "encoder.block.{i}.layer.1.DenseReluDense"
+_SHARED = ("shared.weight", "encoder.embed_tokens.weight")  # the same matrix
 _NAMES = (
-    "shared.weight",
-    "encoder.embed_tokens.weight",  # the same matrix: a file may hold either name, or both
+    *_SHARED,
     "encoder.final_layer_norm.weight",
     "encoder.block.{i}.layer.{j}.layer_norm.weight",
     *(f"{_ATTENTION}.{leaf}.weight" for leaf in ("q", "k", "v", "o", "relative_attention_bias")),
@@ -71,6 +69,16 @@ _DEFAULTS: dict[str, Any] = {
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
     "feed_forward_proj": "relu",
+}
+PRESETS: dict[str, dict[str, int]] = {
+    "11B": {
+        "vocab_size": 32128,
+        "d_model": 1024,
+        "d_kv": 128,
+        "d_ff": 65536,
+        "num_layers": 24,
+        "num_heads": 128,
+    },
 }
 TINY: dict[str, Any] = {
     "vocab_size": 384,
@@ -94,17 +102,28 @@ class T5Files(EncoderFiles):
     @property
     def num_parameters(self) -> int:
         """Numbers that `load_t5` reads."""
-        shapes = tensor_shapes(self.config)
-        del shapes["encoder.embed_tokens.weight"]
-        return sum(math.prod(shape) for shape in shapes.values())
+        return FAMILY.count_parameters(self.config)
 
-    def tell_if_cut(self, prompt: str) -> None:
+    @cached_property
+    def prompt_tokenizer(self) -> PromptTokenizer:
+        """Words to ids; read once."""
+        return load_tokenizer(self.tokenizer[0])
+
+    @staticmethod
+    def tell_cut(prompt: str, tokens: int, length: int) -> None:
+        logger.warning(
+            "a prompt has %d tokens and is cut after %d: %r ...",
+            tokens - 1,
+            length - 1,
+            prompt[:40],
+        )
+
+    def most_tokens(self, prompt: str) -> int:
         # a token is a byte or more; `</s>` and a leading space come on top
-        if len(prompt.encode()) + 2 <= self.max_length:
-            return
-        count = len(load_tokenizer(self.tokenizer[0]).encode(prompt))
-        if count > self.max_length:
-            _tell_cut(prompt, count, self.max_length)
+        return len(prompt.encode()) + 2
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(self.prompt_tokenizer.encode(prompt))
 
 
 class T5Encoder(nn.Module):
@@ -120,7 +139,7 @@ class T5Encoder(nn.Module):
         self, config: Mapping[str, Any], tokenizer: PromptTokenizer, max_length: int
     ) -> None:
         super().__init__()
-        self.config = _settings(config)
+        self.config = settings_of(config)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.network = _network(self.config)
@@ -160,7 +179,7 @@ class T5Encoder(nn.Module):
         for row, prompt in enumerate(prompts):
             tokens = self.tokenizer.encode(prompt)
             if len(tokens) > length:
-                _tell_cut(prompt, len(tokens), length)
+                T5Files.tell_cut(prompt, len(tokens), length)
                 tokens = [*tokens[: length - 1], END]
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
@@ -235,7 +254,7 @@ def _network(settings: Mapping[str, Any]) -> T5EncoderModel:
     return network
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a config.json fixes the encoder.
 
     Raises:
@@ -262,13 +281,12 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: a size is absent or no number above 0.
     """
-    settings = _settings(config)
+    settings = settings_of(config)
     width, hidden = settings["d_model"], settings["d_ff"]
     inner = settings["num_heads"] * settings["d_kv"]
     gated = settings["feed_forward_proj"].startswith("gated-")
     shapes: dict[str, tuple[int, ...]] = {
-        "shared.weight": (settings["vocab_size"], width),
-        "encoder.embed_tokens.weight": (settings["vocab_size"], width),
+        **dict.fromkeys(_SHARED, (settings["vocab_size"], width)),
         "encoder.final_layer_norm.weight": (width,),
     }
     for i in range(settings["num_layers"]):
@@ -288,6 +306,20 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+FAMILY = EncoderFamily(
+    name="T5 encoder",
+    kinds={"t5": "a T5 encoder"},
+    mark=re.compile(r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight"),
+    keys=KEYS,
+    settings_of=settings_of,
+    tensor_shapes=tensor_shapes,
+    tokenizer_files=tokenizer_files,
+    tokenizer_names="tokenizer.json or spiece.model",
+    presets=PRESETS,
+    twins=_SHARED,
+)
+
+
 def t5_folders(checkpoint_dir: Path) -> list[Path]:
     """List the folders below `checkpoint_dir` where the released worlds keep T5-11B.
 
@@ -297,46 +329,15 @@ def t5_folders(checkpoint_dir: Path) -> list[Path]:
 
 
 def find_t5(folder: Path) -> T5Files:
-    """Check the files of a text encoder; headers only, and without transformers.
+    """Check the files of a text encoder; see `EncoderFamily.open`.
 
-    Args:
-        folder: with config.json, the weights (safetensors or `pytorch_model.bin`, whole or in
-            shards, with or without the decoder) and the tokenizer: tokenizer.json, spiece.model,
-            or a tokenizer_config.json of class ByT5Tokenizer. The tokenizer may also lie in the
-            folder `tokenizer` beside, as diffusers saves it.
+    Its tokenizer is tokenizer.json, spiece.model, or a tokenizer_config.json of class
+    ByT5Tokenizer; its weights may hold the decoder's too.
 
     Raises:
         CheckpointError: something is missing, damaged, half downloaded, or of another model.
     """
-    folder = Path(folder)
-    config = read_config(folder, {"t5": "a T5 encoder"})
-    try:
-        _settings(config)
-    except ValueError as error:
-        path = folder / "config.json"
-        raise CheckpointError(f"{path}: {error}, so no T5 encoder can be built") from error
-    checkpoint = open_weights(folder)
-    shapes = tensor_shapes(config)
-    # Either name of the shared matrix will do.
-    twins = ("shared.weight", "encoder.embed_tokens.weight")
-    pairs = match(checkpoint.tensors, shapes, KEYS, str(checkpoint.path), twins)
-    if not any(name in pairs for name in twins):
-        raise CheckpointError(f"{checkpoint.path} does not fit the model: 1 missing: shared.weight")
-    for holder in tokenizer_holders(folder):
-        tokenizer = tokenizer_files(holder)
-        if tokenizer:
-            break
-    else:
-        raise CheckpointError(
-            f"{folder} holds no tokenizer (tokenizer.json or spiece.model){unfinished(folder)}"
-        )
-    return T5Files(folder, checkpoint, config, read_max_length(holder), tuple(tokenizer))
-
-
-def _tell_cut(prompt: str, tokens: int, length: int) -> None:
-    logger.warning(
-        "a prompt has %d tokens and is cut after %d: %r ...", tokens - 1, length - 1, prompt[:40]
-    )
+    return T5Files(*FAMILY.open(folder))
 
 
 def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T5Encoder:
@@ -354,18 +355,20 @@ def load_t5(files: T5Files, device: torch.device | str, dtype: torch.dtype) -> T
         CheckpointError: the weights or the tokenizer do not fit, or cannot be read.
         Error: a package is not installed.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        raise InputError(f"the text encoder runs in float32 or bfloat16; {name} overflows in T5")
-    tokenizer = load_tokenizer(files.tokenizer[0])
+    check_dtype(dtype)
+    tokenizer = files.prompt_tokenizer
     with torch.device("meta"):
         encoder = T5Encoder(files.config, tokenizer, files.max_length)
-    if tokenizer.size > files.config["vocab_size"]:
-        raise CheckpointError(
-            f"{files.tokenizer[0]} has {tokenizer.size:,} tokens and the encoder of "
-            f"{files.folder} only {files.config['vocab_size']:,}: they do not belong together"
-        )
-    load_into(encoder.network, files.checkpoint, KEYS, device=device, dtype=dtype)
+    rows = encoder.config["vocab_size"]
+    fill(
+        encoder.network,
+        files,
+        KEYS,
+        tokens=tokenizer.size,
+        vocabulary=rows,
+        device=device,
+        dtype=dtype,
+    )
     return encoder.requires_grad_(False).eval()
 
 

@@ -216,9 +216,13 @@ class _Update:
 
 
 def generator(
-    seed: int, step: int, device: torch.device | str = "cpu", *, rank: int = 0
+    seed: int, step: int, device: torch.device | str = "cpu", *, rank: int = 0, stream: int = 0
 ) -> torch.Generator:
-    """Return the source of randomness of one step of one process; equal arguments draw equally."""
+    """Return the source of randomness of one step of one process; equal arguments draw equally.
+
+    What is drawn from two streams of a step has nothing to do with each other.
+    """
+    spawned = (stream,) if stream else ()
     # a CPU's generator looks at 32 bits of its seed
-    mixed = np.random.SeedSequence((rank, seed, step)).generate_state(1)[0]
+    mixed = np.random.SeedSequence((rank, seed, step), spawn_key=spawned).generate_state(1)[0]
     return torch.Generator(device).manual_seed(int(mixed))

@@ -8,7 +8,10 @@ Axes: T frames, H rows, W columns, and three colours last.
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import struct
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,6 +49,9 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
 # First atoms of a QuickTime or MP4 file; `ftyp` alone would refuse old camera files.
 MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+
+
+GIF_END = b";"  # FFmpeg takes a cut-off GIF for a shorter one
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,29 @@ def probe(path: str | Path, *, kind: Kind) -> MediaInfo:
         return MediaInfo("video", count, height, width, _rate(stream))
 
 
+def check_written(path: str | Path, frames: int | None) -> None:
+    """Check that a video, or a picture, that `write_video` once wrote is still there, whole.
+
+    Cheap: as in `probe`, the frames of a long video are counted, not decoded.
+
+    Args:
+        path: the file.
+        frames: how many it must have; None for any number.
+
+    Raises:
+        InputError: it is absent, damaged, cut short, or of another number of frames.
+    """
+    path = Path(path)
+    have = probe(path, kind=media_kind(path)).frames
+    if frames is not None and have != frames:
+        raise InputError(f"{path} has {have} of {frames} frames")
+    if path.suffix.lower() == ".gif":
+        with path.open("rb") as file:
+            file.seek(-len(GIF_END), os.SEEK_END)
+            if file.read() != GIF_END:
+                raise InputError(f"{path} is truncated: it has no end")
+
+
 def read_video(path: str | Path, *, last: int | None = None) -> Clip:
     """Decode a video, or an animated GIF, to upright RGB.
 
@@ -169,22 +198,34 @@ def read_video(path: str | Path, *, last: int | None = None) -> Clip:
 def read_image(path: str | Path) -> Clip:
     """Decode an image to one upright RGB frame, see `to_rgb`; the first of an animated WebP.
 
+    Pillow warns of images above half of what it refuses: these are read, without a word.
+
     Raises:
-        InputError: missing, unreadable, not an image, or damaged.
+        InputError: missing, unreadable, not an image, damaged, or larger than Pillow's limit.
     """
     path = Path(path)
     _check_file(path)
     try:
-        with Image.open(path) as stored:
-            return to_rgb(stored, str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as stored:
+                return to_rgb(stored, str(path))
     except InputError:
         raise
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image{_guess(path)}") from None
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path} is too large: {error}") from None
+        raise InputError(f"{path} is too large: {_bomb_size(error)}") from None
     except _DAMAGE as error:
         raise InputError(f"{path} is a damaged image: {error}") from None
+
+
+def _bomb_size(error: Image.DecompressionBombError) -> str:
+    """Return how large an image is that Pillow refuses; its error alone tells that."""
+    counts = [f"{int(number):,}" for number in re.findall(r"\d+", str(error))]
+    if len(counts) != 2:
+        return str(error)
+    return f"it has {counts[0]} pixels; at most {counts[1]} are read"
 
 
 def to_rgb(stored: Image.Image, name: str) -> Clip:
@@ -224,6 +265,8 @@ def _check_file(path: Path) -> None:
         with path.open("rb") as file:
             if not file.read(1):
                 raise InputError(f"{path} is empty (0 bytes)")
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import chain
@@ -42,6 +43,9 @@ ENCODINGS: dict[str, tuple[str, str, dict[str, str]]] = {
 
 # of a single frame
 PICTURES: dict[str, tuple[str, dict[str, int]]] = {".jpg": ("JPEG", {"quality": 95})}
+
+_LONGEST_NAME = 255  # bytes; of Linux and macOS
+_ROOM = 24  # of them, that the temporary name of a file beside a video has more than the video
 
 BT709 = 1  # FFmpeg's number for the matrix, and for the primaries
 LIMITED_RANGE = 1
@@ -137,9 +141,17 @@ def check_destination(path: str | Path) -> None:
     """Refuse, before any work is done, a name that `write_video` would not take.
 
     Raises:
-        InputError: unknown suffix, or a folder is in the way.
+        InputError: unknown suffix, a name that is too long, a place that cannot be looked at, or a
+            folder is in the way.
     """
     path = Path(path)
+    _check_lengths(path)
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # folders are made, and a file in their place is told when they are
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     if path.suffix and path.suffix.lower() not in (*ENCODINGS, *PICTURES):
         raise InputError(
             f"{path}: cannot write {path.suffix} videos; use {' '.join(ENCODINGS)}, "
@@ -149,6 +161,16 @@ def check_destination(path: str | Path) -> None:
         raise InputError(f"{path} is a folder{'' if path.suffix else ' that is not empty'}")
     if not path.suffix and path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; a folder of PNGs cannot take its name")
+
+
+def _check_lengths(path: Path) -> None:
+    for name in path.parts:
+        most = _LONGEST_NAME - _ROOM * (name == path.name)
+        size = len(os.fsencode(name))
+        if size > most:
+            raise InputError(
+                f"{path} cannot be written: a name in it has {size} bytes; it may have {most}"
+            )
 
 
 def write_bytes(path: str | Path, data: bytes | memoryview) -> None:

@@ -183,7 +183,7 @@ def match(
         else:
             pairs[ours] = name
             prefixes[prefix] += 1
-    if not pairs and expected:
+    if not pairs and expected and unknown:
         held = _some(sorted(released_infos))
         raise CheckpointError(
             f"{source} is of another model: none of its {len(released_infos):,} tensors "

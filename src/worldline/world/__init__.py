@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from worldline.catalog import BUNDLED_PREFIX
 from worldline.choices import ScheduleName
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.files import GIGABYTE
@@ -25,6 +24,7 @@ from worldline.loading import (
     load_diffusion,
     load_predict2_5,
     refuse_options,
+    world_name,
 )
 from worldline.places import find_place, has_decoder
 from worldline.report import Recorder
@@ -338,7 +338,7 @@ def load_files(
         recorder = safety.loading.followed_by(recorder)
     dtype = dtype or compute_dtype(chosen)
     own = files.name if isinstance(files, FlowFiles) else files.folder.name
-    name = f"{BUNDLED_PREFIX if files.bundled else ''}{own}"
+    name = world_name(own, bundled=files.bundled)
     size = VideoShape(*video) if video else None
     visitor_bytes = safety.visitor_bytes if safety else 0
     if isinstance(files, FlowFiles):

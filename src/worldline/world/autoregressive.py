@@ -18,7 +18,7 @@ from worldline.pipelines.autoregressive import (
     continue_clips,
     decoder_settings,
 )
-from worldline.pipelines.prompts import read_prompt_embedding
+from worldline.pipelines.prompts import TRUNCATION, read_prompt_embedding
 from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder, environment
 from worldline.world.base import World
@@ -234,6 +234,7 @@ class AutoregressiveWorld(World):
             "attention": f"torch SDPA (prompt), {steps} (decoding)",
             "dtype": str(transformer.module.head.weight.dtype).removeprefix("torch."),
             "text_encoder_dtype": str(text.dtype).removeprefix("torch.") if text else None,
+            TRUNCATION: recorder.facts.get(TRUNCATION, {}),
             "offload": {
                 "ar_model": transformer.offload,
                 "tokenizer": self.parts.tokenizer.offload,

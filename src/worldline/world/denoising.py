@@ -13,6 +13,7 @@ from worldline.errors import InputError
 from worldline.loading import DiffusionParts, FlowParts
 from worldline.nn.attention import backend_name
 from worldline.pipelines.exchange import Embeddings, Progress
+from worldline.pipelines.prompts import TRUNCATION
 from worldline.pipelines.requests import VideoRequest
 from worldline.report import Recorder, environment
 from worldline.shapes import VideoShape
@@ -198,6 +199,7 @@ class DenoisingWorld(World):
             "attention": backend_name(self.device, dtype, config.head_size, tokens),
             "dtype": str(dtype).removeprefix("torch."),
             "text_encoder_dtype": str(text.dtype).removeprefix("torch.") if text else None,
+            TRUNCATION: recorder.facts.get(TRUNCATION, {}),
             "offload": {**self._offload(), **self.safety.offloading},
             "seconds_per_step": round(median(seconds), 4) if seconds else None,
             "seconds_of_steps": seconds,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from worldline.loading import FlowFiles, FlowParts
+from worldline.loading import FlowFiles, FlowParts, check_frames
 from worldline.pipelines.exchange import Embeddings, Progress
 from worldline.pipelines.predict2_5 import (
     check_request,
@@ -23,6 +23,7 @@ from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.video.read import Clip
 from worldline.world.denoising import DenoisingWorld
+from worldline.world.safety import frame_copies
 
 
 class FlowWorld(DenoisingWorld):
@@ -42,6 +43,7 @@ class FlowWorld(DenoisingWorld):
 
     def _check(self, request: FlowRequest, embeddings: Mapping[str, Any]) -> Embeddings:
         check_request(self.files, request)
+        check_frames(request.video, copies=frame_copies(self.safety.checks_videos))
         given = read_embeddings(*embeddings.values())
         check_text(self.files, request, given)
         return given

@@ -203,8 +203,8 @@ def released_tensors(model: FlowDiT) -> dict[str, Tensor]:
 def diffusers_config(config: FlowDiTConfig) -> dict[str, Any]:
     """Return the config.json of the same model as diffusers' `CosmosTransformer3DModel`.
 
-    Its class computes with unrounded rotary exponents (`FlowDiT.make_positions`), and takes
-    timesteps that are scaled already.
+    Its class computes with unrounded rotary exponents (`FlowDiT.make_positions`), norms heads with
+    1e-5 below the root in place of 1e-6, and takes timesteps that are scaled already.
     """
     grid, (_, rows, columns) = config.max_grid, config.patch
     return {

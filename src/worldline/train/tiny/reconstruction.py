@@ -29,6 +29,7 @@ VideoTokenizer = CosmosTokenizer | WanTokenizer
 # worth a latent, so that fine detail does not become hard to predict noise.
 DEVIATION = 0.1
 KL = Schedule.constant(3e-4)
+_PLACES = 1  # the stream that says where a piece is cut: not that which chooses the clips
 _SQUARED = 5.0  # of its squared error: few pixels, those of moving objects, have most of it
 
 
@@ -68,7 +69,8 @@ def train_reconstruction(
         draws = generator(run.seed, step, device, rank=run.ranks.rank)
         noise = torch.randn(latents, generator=draws, device=device)
         pictures = pool.batch(run.seed, step, batch, rank=run.ranks.rank)
-        return cut(pictures, piece, generator(run.seed, step, rank=run.ranks.rank)), noise
+        place = generator(run.seed, step, rank=run.ranks.rank, stream=_PLACES)
+        return cut(pictures, piece, place), noise
 
     def loss(clips: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with mixed_precision(device):

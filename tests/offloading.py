@@ -1,0 +1,109 @@
+"""A CPU that stands for a GPU, so that a mistake in offloading is seen without one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from worldline.loading import TextPart
+from worldline.parallel.offload import Part
+from worldline.world import World
+
+
+def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let worlds that are loaded from now on offload what they are told to, though on a CPU.
+
+    The weights of an offloaded part are NaN but for its visits, as if they were not there, and no
+    two parts may visit together.
+
+    Returns:
+        What visits, by the names of the networks: they are added as they come.
+    """
+    make, make_text, on_device = Part.__init__, TextPart.__init__, Part.on_device
+    home: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
+    there: list[str] = []
+    visits: list[str] = []
+
+    def made(part: Part[Any], module: nn.Module, device: torch.device, *, offload: bool) -> None:
+        make(part, module, device, offload=offload)
+        part.offload = offload
+        if offload:
+            home[id(part)] = [(weight, weight.data) for weight in module.parameters()]
+            hide(part)
+
+    def made_text(part: TextPart[Any], *given: Any, offload: bool, **others: Any) -> None:
+        make_text(part, *given, offload=offload, **others)
+        part.offload = offload
+
+    def hide(part: Part[Any]) -> None:
+        for weight, value in home[id(part)]:
+            weight.data = torch.full_like(value, torch.nan)
+
+    @contextmanager
+    def visiting(part: Part[Any]) -> Iterator[nn.Module]:
+        if not part.offload:
+            yield part.module
+            return
+        name = type(part.module).__name__
+        assert not there, f"{name} comes while {there} is there"
+        there.append(name)
+        visits.append(name)
+        for weight, value in home[id(part)]:
+            weight.data = value
+        try:
+            with on_device(part) as module:
+                yield module
+        finally:
+            hide(part)
+            there.remove(name)
+
+    monkeypatch.setattr(Part, "__init__", made)
+    monkeypatch.setattr(TextPart, "__init__", made_text)
+    monkeypatch.setattr(Part, "on_device", visiting)
+    return visits
+
+
+def check_offloading(
+    load: Callable[..., World],
+    input: Path,
+    options: Mapping[str, Any],
+    networks: Mapping[str, str],
+    used: Sequence[str],
+    flags: Sequence[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Check that offloaded networks are there when they are used, and change nothing that is shown.
+
+    Args:
+        load: loads the world, by flags.
+        input: that is continued.
+        options: of the request.
+        networks: flag -> the network that it offloads.
+        used: the networks in the order of their use, each as often.
+        flags: those that are given.
+        monkeypatch: of the test.
+    """
+    resident = list(load().stream(input, **options))
+    # an embedding that is kept would spare the text encoder its visit
+    monkeypatch.setenv("WORLDLINE_CACHE", os.environ["WORLDLINE_CACHE"] + "-of-another")
+    visits = stand_for_a_gpu(monkeypatch)
+    steps = list(load(**dict.fromkeys(flags, True)).stream(input, **options))
+    offloaded = {networks[flag] for flag in flags}
+    assert visits == [name for name in used if name in offloaded]
+    video = steps[-1].video
+    assert video is not None
+    told = {flag.removeprefix("offload_"): flag in flags for flag in networks}
+    assert video.report["offload"] == told
+    for step, other in zip(steps, resident, strict=True):
+        assert step.kind == other.kind
+        for shown, expected in ((step.frames, other.frames), (step.preview, other.preview)):
+            assert np.array_equal(shown, expected)  # type: ignore[arg-type]
+    assert any(step.preview is not None for step in steps) == bool(options.get("preview_every"))
