@@ -35,6 +35,11 @@ from worldline.tokenizers.wan.stream import CHUNK, decode_stream, encode_stream
 GEMM_FLOPS = 790e12  # measured best of large bf16 products on an H200
 PEER = {"encode": 2.94, "decode": 4.72}  # diffusers 0.42 on one H200, torch 2.11
 WANTED = {"encode": 1.5, "decode": 2.4}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "convolved in three axes": {"_FEW": 0},
+    "torch's attention": {"_WIDEST": 1 << 30},
+    "without the fused norm": {"_load_kernels": lambda: None},
+}
 _SHOWN = 12  # convolutions of a pass, the slowest first
 
 
@@ -244,40 +249,35 @@ def main() -> None:
     }
     print(result, flush=True)
 
-    for tuned in (False, True):
-        torch.backends.cudnn.benchmark = tuned
-        held = result["cudnn.benchmark on" if tuned else "cudnn.benchmark off"] = {}
+    for way in PEER:
+        alone: dict[str, Any] = {}
+        reference: Tensor | None = None
+        for chunk in (1, 2, 4):
+            found, pieces = clip.measure(way, chunk, arguments.rounds)
+            counted: Counter[Convolution] = Counter()
+            with recorded(counted):
+                getattr(clip, way)(chunk)
+            if chunk == CHUNK:
+                alone = time_convolutions(counted, device, torch.bfloat16)
+            work = sum(count * one.flops() for one, count in counted.items())
+            found["tflop_per_second"] = round(work / found["seconds"] / 1e12, 1)
+            found["share_of_gemm"] = round(work / GEMM_FLOPS / found["seconds"], 3)
+            if reference is None:
+                reference = pieces
+            else:
+                found["against chunk 1"] = relative(pieces, reference)
+            result[f"{way}, {chunk} latent frames at a time"] = found
+            print(way, chunk, found, flush=True)
+        result[f"{way}, convolutions alone"] = alone
+        print(way, "alone", {k: v for k, v in alone.items() if k != "slowest"})
+        for row in alone["slowest"]:
+            print("   ", row, flush=True)
+    for what, changed in VARIANTS.items():
         for way in PEER:
-            alone: dict[str, Any] = {}
-            reference: Tensor | None = None
-            for chunk in (1, 2, 4):
-                found, pieces = clip.measure(way, chunk, arguments.rounds)
-                counted: Counter[Convolution] = Counter()
-                with recorded(counted):
-                    getattr(clip, way)(chunk)
-                if chunk == CHUNK:
-                    alone = time_convolutions(counted, device, torch.bfloat16)
-                work = sum(count * one.flops() for one, count in counted.items())
-                found["tflop_per_second"] = round(work / found["seconds"] / 1e12, 1)
-                found["share_of_gemm"] = round(work / GEMM_FLOPS / found["seconds"], 3)
-                if reference is None:
-                    reference = pieces
-                else:
-                    found["against chunk 1"] = relative(pieces, reference)
-                held[f"{way}, {chunk} latent frames at a time"] = found
-                print(tuned, way, chunk, found, flush=True)
-            held[f"{way}, convolutions alone"] = alone
-            print(tuned, way, "alone", {k: v for k, v in alone.items() if k != "slowest"})
-            for row in alone["slowest"]:
-                print("   ", row, flush=True)
-        with mock.patch.object(wan, "_WIDEST", 1 << 30):
-            found, _ = clip.measure("decode", CHUNK, arguments.rounds)
-            held["decode, torch's attention"] = found
-            print(tuned, "torch's attention", found, flush=True)
-        with mock.patch.object(wan, "_load_kernels", return_value=None):
-            found, _ = clip.measure("decode", CHUNK, arguments.rounds)
-            held["decode, without the fused norm"] = found
-            print(tuned, "without the fused norm", found, flush=True)
+            with mock.patch.multiple(wan, **changed):
+                found, _ = clip.measure(way, CHUNK, arguments.rounds)
+            result[f"{way}, {what}"] = found
+            print(way, what, found, flush=True)
     if arguments.profile:
         with torch.profiler.profile() as profile:
             clip.decode(CHUNK)

@@ -18,6 +18,7 @@ from worldline.tokenizers.wan.model import (
     attend_in_blocks,
     convolve_flat,
     norm_silu,
+    side_by_side,
 )
 from worldline.tokenizers.wan.stream import decode_stream, encode_stream
 
@@ -206,7 +207,7 @@ def test_a_flat_convolution_is_the_one_in_three_axes() -> None:
     room = torch.randn(2, 6, 4, 5, 3, generator=generator)
     weight, bias = torch.randn(7, 3, 3, 3, 3, generator=generator), torch.randn(7)
     wanted = F.conv3d(room.permute(0, 4, 1, 2, 3), weight, bias, padding=(0, 1, 1))
-    found = convolve_flat(room, weight, bias)
+    found = convolve_flat(side_by_side(room), weight, bias)
     assert torch.allclose(found, wanted.permute(0, 2, 3, 4, 1), atol=1e-5)
 
 
@@ -282,20 +283,23 @@ def test_released_size() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("channels", [3, 96, 192, 384])
-def test_kernel(channels: int, dtype: torch.dtype) -> None:
+def test_kernel(channels: int, flat: bool, frames: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    cells = torch.randn(2, 3, 5, 7, channels, generator=generator)
+    cells = torch.randn(2, frames, 5, 7, channels, generator=generator)
     cells[0, 0, 0, 0] = 0
     gamma, before = torch.rand(channels) + 0.5, torch.randn(2, 2, 5, 7, channels)
     for given in (None, before):
         exact = None if given is None else given.to(dtype).double()
-        wanted = norm_silu(cells.to(dtype).double(), gamma.to(dtype).double(), exact)
+        wanted = norm_silu(cells.to(dtype).double(), gamma.to(dtype).double(), exact, flat=flat)
         with torch.no_grad():
             ours = norm_silu(
                 cells.to("cuda", dtype),
                 gamma.to("cuda", dtype),
                 None if given is None else given.to("cuda", dtype),
+                flat=flat,
             )
         tolerance = 1e-5 if dtype == torch.float32 else 2**-8
         assert ours.dtype == dtype

@@ -22,9 +22,12 @@ def _norm_silu_kernel(  # type: ignore[no-untyped-def]
     gamma,
     room,
     rows,
-    ahead,
+    area,
+    frames,
+    reach,
     channels,
     eps,
+    COPIES: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -38,21 +41,30 @@ def _norm_silu_kernel(  # type: ignore[no-untyped-def]
     weight = tl.load(gamma + channel, channel < channels, other=0.0).to(tl.float32)
     y = x * scale[:, None] * weight[None, :]
     y = y * tl.sigmoid(y)
-    target = (clip * (ahead + rows) + ahead + row)[:, None] * channels + channel[None, :]
-    tl.store(room + target, y.to(room.dtype.element_ty), inside)
+    y = y.to(room.dtype.element_ty)
+    for copy in tl.static_range(COPIES):
+        frame = row // area + reach - copy
+        place = ((clip * frames + frame) * area + row % area) * COPIES + copy
+        target = place[:, None] * channels + channel[None, :]
+        tl.store(room + target, y, inside & (frame < frames)[:, None])
 
 
 def norm_silu(
-    cells: Tensor, gamma: Tensor, before: Tensor | None, reach: int, eps: float
+    cells: Tensor, gamma: Tensor, before: Tensor | None, reach: int, eps: float, *, flat: bool
 ) -> Tensor:
     """Do what `model.norm_silu` does, with no copy of the frames."""
     batch, frames, height, width, channels = cells.shape
     cells = cells.contiguous()
-    room = cells.new_empty(batch, reach + frames, height, width, channels)
-    if before is None:
-        room[:, :reach].zero_()
-    else:
-        room[:, :reach].copy_(before)
+    copies = reach + 1 if flat else 1
+    length = frames if flat else reach + frames
+    room = cells.new_empty(batch, length, height, width, copies * channels)
+    for copy in range(copies):
+        count = min(reach - copy, length)
+        place = room[:, :count, ..., copy * channels : (copy + 1) * channels]
+        if before is None:
+            place.zero_()
+        else:
+            place.copy_(before[:, copy : copy + count])
     rows = frames * height * width
     block = triton.next_power_of_2(channels)
     at_once = max(1, _BLOCK // block)
@@ -62,9 +74,12 @@ def norm_silu(
             gamma.contiguous(),
             room,
             rows,
-            reach * height * width,
+            height * width,
+            length,
+            reach,
             channels,
             eps,
+            COPIES=copies,
             ROWS=at_once,
             CHANNELS=block,
             num_warps=4,

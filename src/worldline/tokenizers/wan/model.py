@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from worldline.shapes import VideoShape
 _EPS = 1e-26
 _REACH = 2  # frames before its own that a causal convolution sees
 _EIGHT = 8  # channels come to tensor cores by this number
+_FEW = 96  # channels that a GPU convolves faster as three times as many in two axes
 _WIDEST = 256  # head that the fused kernels take
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -97,22 +99,24 @@ class WanTokenizerConfig:
         return 1 << sum(self.temporal_steps)
 
 
-def norm_silu(cells: Tensor, gamma: Tensor, before: Tensor | None) -> Tensor:
+def norm_silu(cells: Tensor, gamma: Tensor, before: Tensor | None, *, flat: bool = False) -> Tensor:
     """Divide each cell by its root mean square, scale it, apply SiLU, and join the frames before.
 
     Args:
         cells: (B, T, H, W, C).
         gamma: (C,).
         before: (B, 2, H, W, C), results of the last frames before; None for zeros.
+        flat: see `side_by_side`.
 
     Returns:
-        (B, 2 + T, H, W, C).
+        (B, 2 + T, H, W, C), or (B, T, H, W, 3 C) if `flat`.
     """
     kernels = _kernels(cells)
     if kernels is not None:
-        return kernels.norm_silu(cells, gamma, before, _REACH, _EPS)
+        return kernels.norm_silu(cells, gamma, before, _REACH, _EPS, flat=flat)
     y = _norm(cells, gamma)
-    return _preceded(F.silu(y, inplace=not y.requires_grad), before)
+    room = _preceded(F.silu(y, inplace=not y.requires_grad), before)
+    return side_by_side(room) if flat else room
 
 
 def _norm(cells: Tensor, gamma: Tensor) -> Tensor:
@@ -126,6 +130,12 @@ def _preceded(cells: Tensor, before: Tensor | None, *, channels: int = 0) -> Ten
     if channels:
         cells = F.pad(cells, (0, channels))
     return torch.cat([before, cells], dim=1)
+
+
+def side_by_side(room: Tensor) -> Tensor:
+    """Return each frame of (B, 2 + T, H, W, C) behind the two before it: (B, T, H, W, 3 C)."""
+    frames = room.shape[1] - _REACH
+    return torch.cat([room[:, n : n + frames] for n in range(_REACH + 1)], dim=-1)
 
 
 def _kernels(cells: Tensor) -> ModuleType | None:
@@ -144,6 +154,25 @@ def _load_kernels() -> ModuleType | None:
     return kernels
 
 
+class Room(NamedTuple):
+    """What a `CausalConv` convolves.
+
+    Attributes:
+        cells: (B, 2 + T, H, W, C), or (B, T, H, W, 3 C) if `flat`.
+        flat: each frame lies `side_by_side` with the two before it.
+    """
+
+    cells: Tensor
+    flat: bool
+
+    def last(self) -> Tensor:
+        """Return the last two frames (B, 2, H, W, C), in memory of their own."""
+        if not self.flat:
+            return self.cells[:, -_REACH:].clone()
+        frames = self.cells[:, -1].chunk(_REACH + 1, dim=-1)
+        return torch.stack(frames[1:], dim=1)
+
+
 class CausalConv(nn.Module):
     """A 3 x 3 x 3 convolution over each frame and the two before it; zeros before the first.
 
@@ -160,49 +189,57 @@ class CausalConv(nn.Module):
     def forward(self, cells: Tensor, past: Past | None = None) -> Tensor:
         return self.convolve(self.precede(cells, past))
 
-    def precede(self, cells: Tensor, past: Past | None) -> Tensor:
-        """Return what is convolved: cells, normed if they are to be, behind the two frames before.
+    def precede(self, cells: Tensor, past: Past | None) -> Room:
+        """Return what is convolved: cells, normed if they are to be, and the two frames before.
 
         A caller that does not need the cells themselves any more can let go of them then.
         """
         before = None if past is None or not past.begun else past.kept[self]
+        flat = self._is_flat(cells)
         if self.gamma is None:
             # a picture has three channels: five of zeros change nothing but the kernel's speed
-            room = _preceded(cells, before, channels=_missing(cells.shape[-1]))
+            joined = _preceded(cells, before, channels=_missing(cells.shape[-1]))
+            room = Room(side_by_side(joined) if flat else joined, flat)
         else:
-            room = self.prepare(cells, self.gamma.flatten(), before)
+            room = Room(self.prepare(cells, self.gamma.flatten(), before, flat=flat), flat)
         if past is not None:
-            past.kept[self] = room[:, -_REACH:].clone()  # a view would keep all of the piece
+            past.kept[self] = room.last()  # a view would keep all of the piece
         return room
 
-    def convolve(self, room: Tensor) -> Tensor:
-        """Return the convolution (B, T, H, W, C') of what `precede` gave, (B, 2 + T, H, W, C)."""
+    def convolve(self, room: Room) -> Tensor:
+        """Return the convolution (B, T, H, W, C') of what `precede` gave."""
         outputs = len(self.bias)
-        inputs, more = room.shape[-1] - self.weight.shape[1], _missing(outputs)
+        given = room.cells.shape[-1] // (_REACH + 1 if room.flat else 1)
+        inputs, more = given - self.weight.shape[1], _missing(outputs)
         weight: Tensor = self.weight
         bias: Tensor = self.bias
         if inputs or more:
             weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, inputs, 0, more))
             bias = F.pad(bias, (0, more))
-        if room.is_cuda:
-            x = F.conv3d(room.permute(0, 4, 1, 2, 3), weight, bias, padding=(0, 1, 1))
-            cells = x.permute(0, 2, 3, 4, 1)
+        if room.flat:
+            cells = convolve_flat(room.cells, weight, bias)
         else:
-            cells = convolve_flat(room, weight, bias)
+            x = F.conv3d(room.cells.permute(0, 4, 1, 2, 3), weight, bias, padding=(0, 1, 1))
+            cells = x.permute(0, 2, 3, 4, 1)
         return cells[..., :outputs]
 
+    def _is_flat(self, cells: Tensor) -> bool:
+        """Whether to convolve three frames as one of three times the channels: where it is faster.
 
-def convolve_flat(room: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the 3 x 3 x 3 convolution (B, T, H, W, C') of cells (B, 2 + T, H, W, C), zero-padded.
+        On one core with 8 to 32 channels that was 4 to 12 times as fast as torch 2.13's convolution
+        in three axes, in bfloat16 14 to 20 times; with 96 channels it was no slower. On an H200
+        (bfloat16) it was 1.6 times as fast with 96 channels, and no faster with 192.
+        """
+        if not cells.is_cuda:
+            return True
+        few = self.weight.shape[1] <= _FEW and len(self.bias) > _EIGHT
+        return few and _kernels(cells) is not None
 
-    Three frames side by side are convolved as the channels of one, which costs a copy. On one core
-    with 8 to 32 channels that was 4 to 12 times as fast as torch 2.13's convolution in three axes,
-    in bfloat16 14 to 20 times; with 96 channels it was no slower.
-    """
-    frames = room.shape[1] - _REACH
-    triples = torch.cat([room[:, n : n + frames] for n in range(_REACH + 1)], dim=-1)
+
+def convolve_flat(cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the 3 x 3 x 3 convolution (B, T, H, W, C') of frames `side_by_side`, zero-padded."""
     flat = weight.transpose(1, 2).flatten(1, 2)  # (C', 3 C, 3, 3)
-    return _each_frame(lambda x: F.conv2d(x, flat, bias, padding=1), triples)
+    return _each_frame(lambda x: F.conv2d(x, flat, bias, padding=1), cells)
 
 
 def _missing(channels: int) -> int:
