@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,10 +14,12 @@ from torch import Tensor
 from worldline.nn.pieces import Past
 from worldline.tokenizers.wan.load import channels_last
 from worldline.tokenizers.wan.model import (
+    ResidualBlock,
     WanTokenizer,
     WanTokenizerConfig,
     attend_in_blocks,
     convolve_flat,
+    enlarge,
     norm_silu,
     side_by_side,
 )
@@ -211,6 +214,18 @@ def test_a_flat_convolution_is_the_one_in_three_axes() -> None:
     assert torch.allclose(found, wanted.permute(0, 2, 3, 4, 1), atol=1e-5)
 
 
+def test_a_bias_is_added_before_the_norm() -> None:
+    cells, gamma, bias = torch.randn(1, 2, 3, 4, 6), torch.rand(6) + 0.5, torch.randn(6)
+    found = norm_silu(cells, gamma, None, bias=bias)
+    assert torch.equal(found, norm_silu(cells + bias, gamma, None))
+
+
+def test_cells_are_repeated_in_squares() -> None:
+    cells = torch.randn(2, 3, 4, 5, 6)
+    wanted = F.interpolate(cells.permute(0, 4, 1, 2, 3), scale_factor=(1, 2, 2), mode="nearest")
+    assert torch.equal(enlarge(cells), wanted.permute(0, 2, 3, 4, 1))
+
+
 @pytest.mark.parametrize("rows", [1, 3, 10, 1000])
 def test_attention_in_blocks(rows: int) -> None:
     q, k, v = torch.randn(2, 10, 3 * 24, generator=torch.Generator().manual_seed(2)).chunk(3, -1)
@@ -291,19 +306,38 @@ def test_kernel(channels: int, flat: bool, frames: int, dtype: torch.dtype) -> N
     cells = torch.randn(2, frames, 5, 7, channels, generator=generator)
     cells[0, 0, 0, 0] = 0
     gamma, before = torch.rand(channels) + 0.5, torch.randn(2, 2, 5, 7, channels)
-    for given in (None, before):
-        exact = None if given is None else given.to(dtype).double()
-        wanted = norm_silu(cells.to(dtype).double(), gamma.to(dtype).double(), exact, flat=flat)
+    bias = torch.randn(channels, generator=generator)
+    for given, added in ((None, None), (before, None), (None, bias), (before, bias)):
+        rounded = [None if x is None else x.to(dtype) for x in (cells, gamma, given, added)]
+        x, scale, last, more = (None if each is None else each.double() for each in rounded)
+        wanted = norm_silu(x, scale, last, bias=more, flat=flat)
+        x, scale, last, more = (None if each is None else each.cuda() for each in rounded)
         with torch.no_grad():
-            ours = norm_silu(
-                cells.to("cuda", dtype),
-                gamma.to("cuda", dtype),
-                None if given is None else given.to("cuda", dtype),
-                flat=flat,
-            )
+            ours = norm_silu(x, scale, last, bias=more, flat=flat)
         tolerance = 1e-5 if dtype == torch.float32 else 2**-8
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.cpu().double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (96, 96), (192, 96)])
+def test_a_block_on_a_gpu(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    """Biases are added in passing there; a second piece goes on from the first."""
+    generator = torch.Generator().manual_seed(4)
+    block = ResidualBlock(inputs, outputs).requires_grad_(False)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    cells = torch.randn(2, 5, 6, 7, inputs, generator=generator).to(dtype)
+    block = block.to(dtype)
+    wanted = copy.deepcopy(block).double()(cells.double())
+    block, past, found = block.cuda(), Past(), []
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        for piece in cells.cuda().split(3, dim=1):
+            found.append(block(piece, past).cpu().double())
+            past.begun = True
+    gap = (torch.cat(found, dim=1) - wanted).norm() / wanted.norm()
+    assert gap < (1e-5 if dtype == torch.float32 else 0.02)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Triton kernel of `worldline.tokenizers.wan.model`; import only where Triton is installed.
+"""Triton kernels of `worldline.tokenizers.wan.model`; import only where Triton is installed.
 
 The arithmetic is float32 and rounded once at the end. Axes: B batch, T/H/W frames, rows, columns,
 C channels.
@@ -19,6 +19,7 @@ _BLOCK = 4096  # numbers of one program
 @triton.jit
 def _norm_silu_kernel(  # type: ignore[no-untyped-def]
     cells,
+    bias,
     gamma,
     room,
     rows,
@@ -27,6 +28,7 @@ def _norm_silu_kernel(  # type: ignore[no-untyped-def]
     reach,
     channels,
     eps,
+    BIASED: tl.constexpr,
     COPIES: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -37,6 +39,8 @@ def _norm_silu_kernel(  # type: ignore[no-untyped-def]
     inside = (row < rows)[:, None] & (channel < channels)[None, :]
     source = (clip * rows + row)[:, None] * channels + channel[None, :]
     x = tl.load(cells + source, inside, other=0.0).to(tl.float32)
+    if BIASED:
+        x += tl.load(bias + channel, channel < channels, other=0.0).to(tl.float32)[None, :]
     scale = tl.rsqrt(tl.sum(x * x, 1) / channels + eps)
     weight = tl.load(gamma + channel, channel < channels, other=0.0).to(tl.float32)
     y = x * scale[:, None] * weight[None, :]
@@ -49,8 +53,25 @@ def _norm_silu_kernel(  # type: ignore[no-untyped-def]
         tl.store(room + target, y, inside & (frame < frames)[:, None])
 
 
+@triton.jit
+def _add_kernel(cells, bias, other, count, channels, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = place < count
+    x = tl.load(cells + place, inside, other=0.0).to(tl.float32)
+    x += tl.load(bias + place % channels, inside, other=0.0).to(tl.float32)
+    x += tl.load(other + place, inside, other=0.0).to(tl.float32)
+    tl.store(cells + place, x.to(cells.dtype.element_ty), inside)
+
+
 def norm_silu(
-    cells: Tensor, gamma: Tensor, before: Tensor | None, reach: int, eps: float, *, flat: bool
+    cells: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    before: Tensor | None,
+    reach: int,
+    eps: float,
+    *,
+    flat: bool,
 ) -> Tensor:
     """Do what `model.norm_silu` does, with no copy of the frames."""
     batch, frames, height, width, channels = cells.shape
@@ -71,6 +92,7 @@ def norm_silu(
     with torch.cuda.device(cells.device):
         _norm_silu_kernel[(triton.cdiv(rows, at_once), batch)](
             cells,
+            gamma if bias is None else bias.contiguous(),
             gamma.contiguous(),
             room,
             rows,
@@ -79,9 +101,29 @@ def norm_silu(
             reach,
             channels,
             eps,
+            BIASED=bias is not None,
             COPIES=copies,
             ROWS=at_once,
             CHANNELS=block,
             num_warps=4,
         )
     return room
+
+
+def add(cells: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    """Return cells (B, T, H, W, C) with a bias (C,) and others of their size added; uses `cells`.
+
+    To add the bias of a convolution in passing is a sixth of decoding: torch does it by itself.
+    """
+    cells = cells.contiguous()
+    with torch.cuda.device(cells.device):
+        _add_kernel[(triton.cdiv(cells.numel(), _BLOCK),)](
+            cells,
+            bias.contiguous(),
+            other.contiguous(),
+            cells.numel(),
+            cells.shape[-1],
+            SIZE=_BLOCK,
+            num_warps=4,
+        )
+    return cells
