@@ -229,6 +229,7 @@ def test_every_flag_of_the_reference(variant: dict[str, Any]) -> None:
         (["CLIP", "--ar_model_dir", ""], "--ar_model_dir is empty"),
         (["CLIP", "--checkpoint_dir", "nowhere"], "no checkpoint folder nowhere"),
         (["CLIP", "--ar_model_dir", "tiny-Nowhere"], "there is no bundled model tiny-Nowhere"),
+        (["CLIP", "--ar_model_dir", f"tiny-{MODEL[:-1]}"], f"; did you mean tiny-{MODEL}?"),
         (["CLIP", "--device", "abacus"], "no device abacus here"),
     ],
 )
