@@ -367,7 +367,7 @@ def _read_decoder(
         resident = read_part(DiT, dit.config, dit.source, dit.keys, home, dtype, False)
         transformer = StreamedPart(resident.module, device, BLOCKS)
     else:
-        transformer = read_part(DiT, dit.config, dit.source, dit.keys, device, dtype, False)
+        transformer = read_part(DiT, dit.config, dit.source, dit.keys, device, dtype, offload)
     tokenizer = _read_tokenizer(files, device, dtype, offload)
     return DecoderParts(
         transformer, tokenizer, context, files.statistics, files.generation, files.rotary_precision
