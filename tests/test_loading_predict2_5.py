@@ -298,20 +298,21 @@ def test_frames_that_find_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them are held at last, beside what the world needs where that fits alone."""
     video = VideoShape(1000, 100, 100)
     whole = 3 * 1000 * 100 * 100
-    for free, copies, beside, fits in (
-        (whole, 1, 0, True),
-        (whole - 1, 1, 0, False),
-        (2 * whole - 1, 2, 0, False),
-        (2 * whole, 2, 0, True),
-        (whole + 10, 1, 10, True),
-        (whole + 10, 1, 11, False),
-        (whole, 1, whole + 1, True),  # no room for the world: told when it is loaded
+    for free, guarded, beside, fits in (
+        (whole, False, 0, True),
+        (whole - 1, False, 0, False),
+        (2 * whole - 1, True, 0, False),
+        (2 * whole, True, 0, True),
+        (whole + 10, False, 10, True),
+        (whole + 10, False, 11, False),
+        (whole, False, whole + 1, True),  # no room for the world: told when it is loaded
     ):
         monkeypatch.setattr(machine, "host_memory", partial(Memory, free, 10**10))
         if fits:
-            check_frames(video, copies=copies, beside=beside)
+            check_frames(video, guarded=guarded, beside=beside)
             continue
-        with pytest.raises(InsufficientMemoryError, match=r"^num_video_frames is 1000: .* lower"):
-            check_frames(video, copies=copies, beside=beside)
+        with pytest.raises(InsufficientMemoryError, match=r"^num_video_frames is 1000: ") as told:
+            check_frames(video, guarded=guarded, beside=beside)
+        assert ("(twice, for the guardrails)" in str(told.value)) == guarded
     monkeypatch.setattr(machine, "host_memory", lambda: None)
-    check_frames(video)
+    check_frames(video, guarded=True)

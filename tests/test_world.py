@@ -12,8 +12,11 @@ import torch
 from PIL import Image
 
 import worldline
+from worldline import machine
+from worldline.machine import Memory
 from worldline.video.read import read_image, read_video
 from worldline.world import read_clip
+from worldline.world.autoregressive import AutoregressiveWorld
 
 from .conftest import MODEL, moving
 
@@ -48,6 +51,19 @@ def test_every_form_of_input(world: worldline.World, clip: Path, image: Path) ->
     assert np.array_equal(world.generate(Image.fromarray(picture[0])).frames, from_image)
     one_frame = world.generate(frames, num_input_frames=1).report
     assert one_frame["tokens"] == 24
+
+
+def test_a_video_that_finds_no_room(
+    world: worldline.World, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told before anything is made, of one clip and of clips in step."""
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(10**9, 2 * 10**9))
+    message = r"num_video_frames is 250001: all frames of 32 x 48 pixels take 1\.2 GB of host"
+    with pytest.raises(worldline.InsufficientMemoryError, match=message):
+        world.stream(clip, num_video_frames=250_001)
+    assert isinstance(world, AutoregressiveWorld)
+    with pytest.raises(worldline.InsufficientMemoryError, match=message):
+        world.stream_batch([clip, clip], [{}, {}], num_video_frames=250_001)
 
 
 def test_only_the_last_frames_count(world: worldline.World) -> None:

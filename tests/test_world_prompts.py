@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,9 @@ import pytest
 import torch
 
 import worldline
+from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError, InputError
-from worldline.loading import AutoregressiveParts
 from worldline.models.predict1_ar.model import make_positions
-from worldline.parallel.offload import Part
 from worldline.pipelines.autoregressive import Job, continue_clips
 from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder
@@ -26,9 +23,11 @@ from worldline.world import read_clip
 from worldline.world.autoregressive import AutoregressiveWorld
 
 from .conftest import MODEL
+from .offloading import stand_for_a_gpu
 from .tiny_decoder import CONTEXT_LENGTH, CONTEXT_WIDTH, VIDEO2WORLD
 
 PROMPT = "A ball rolls."
+OFFLOADED: dict[str, Any] = dict.fromkeys(AUTOREGRESSIVE_OFFLOAD_FLAGS, True)
 
 
 @pytest.fixture(scope="module")
@@ -147,58 +146,27 @@ def test_offloading_changes_no_video(
     clip: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every part computes during its visits to the device alone: elsewhere its weights are NaN."""
+    """Every part computes during its visits to the device alone, one after another."""
     resident = world if decodes else plain
-    offloaded = worldline.load(
-        VIDEO2WORLD, whole_world, disable_guardrail=True, disable_diffusion_decoder=not decodes
-    )
-    on_device = Part.on_device
-    home: dict[int, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
-    visits: list[str] = []
-
-    def hide(part: Part[Any]) -> None:
-        part.offload = True  # a CPU is its own host: nothing moves, but the way is the same
-        home[id(part)] = [(weight, weight.data) for weight in part.module.parameters()]
-        for weight, _ in home[id(part)]:
-            weight.data = torch.full_like(weight, torch.nan)
-
-    @contextmanager
-    def visiting(part: Part[Any]) -> Iterator[torch.nn.Module]:
-        visits.append(type(part.module).__name__)
-        for weight, value in home.get(id(part), ()):  # the text encoder is read at its first visit
-            weight.data = value
-        try:
-            with on_device(part) as module:
-                yield module
-        finally:
-            hide(part)
-
-    monkeypatch.setattr(Part, "on_device", visiting)
-    parts = offloaded.parts
-    assert isinstance(parts, AutoregressiveParts)
-    hide(parts.transformer)
-    hide(parts.tokenizer)
-    if parts.decoder is not None:
-        hide(parts.decoder.transformer)
-        hide(parts.decoder.tokenizer)
-    frames = offloaded.generate(clip, prompt=PROMPT).frames
-    decoding = ["DiT", "CosmosTokenizer"] if decodes else ["CosmosTokenizer"]
-    assert visits == ["T5Encoder", "CosmosTokenizer", "ARTransformer", *decoding]
-    monkeypatch.setattr(Part, "on_device", on_device)
-    assert np.array_equal(frames, resident.generate(clip, prompt=PROMPT).frames)
-
-
-@pytest.mark.gpu
-def test_offloading_on_a_gpu(world: AutoregressiveWorld, whole_world: Path, clip: Path) -> None:
+    visits = stand_for_a_gpu(monkeypatch)
     offloaded = worldline.load(
         VIDEO2WORLD,
         whole_world,
         disable_guardrail=True,
-        offload_ar_model=True,
-        offload_tokenizer=True,
-        offload_diffusion_decoder=True,
-        offload_text_encoder_model=True,
+        disable_diffusion_decoder=not decodes,
+        **OFFLOADED,
     )
+    video = offloaded.generate(clip, prompt=PROMPT)
+    decoding = ["DiT", "CosmosTokenizer"] if decodes else ["CosmosTokenizer"]
+    assert visits == ["T5Encoder", "CosmosTokenizer", "ARTransformer", *decoding]
+    told = {flag.removeprefix("offload_"): True for flag in OFFLOADED}
+    assert video.report["offload"] == {**told, "diffusion_decoder": decodes}
+    assert np.array_equal(video.frames, resident.generate(clip, prompt=PROMPT).frames)
+
+
+@pytest.mark.gpu
+def test_offloading_on_a_gpu(world: AutoregressiveWorld, whole_world: Path, clip: Path) -> None:
+    offloaded = worldline.load(VIDEO2WORLD, whole_world, disable_guardrail=True, **OFFLOADED)
     video = offloaded.generate(clip, prompt=PROMPT)
     assert np.array_equal(video.frames, world.generate(clip, prompt=PROMPT).frames)
     assert all(video.report["offload"].values())

@@ -6,11 +6,11 @@ Sizes, parameters and MD5 sums are those of the released files; needs no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from worldline.choices import Generation, ScheduleName
+from worldline.errors import did_you_mean
 from worldline.files import TRANSFORMER_FILES
 
 BUNDLED_PREFIX = "tiny-"
@@ -541,10 +541,7 @@ def advice(folder: str) -> str:
             return f"; it is what post-training makes of {entry.name}"
         runs = f", and `worldline {entry.command}` runs it" if entry.command else ""
         return f"; `worldline checkpoints download {folder}` fetches it{runs}"
-    known = [name for entry in ENTRIES for name in entry.folders]
-    if close := get_close_matches(folder, known, n=1, cutoff=0.8):
-        return f"; did you mean {close[0]}?"
-    return ""
+    return did_you_mean(folder, [name for entry in ENTRIES for name in entry.folders], 0.8)
 
 
 def is_bundled(name: str) -> bool:

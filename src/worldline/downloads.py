@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from worldline.catalog import (
@@ -21,7 +20,7 @@ from worldline.catalog import (
     is_bundled,
 )
 from worldline.choices import Generation
-from worldline.errors import DownloadError, InputError
+from worldline.errors import DownloadError, InputError, did_you_mean
 from worldline.hub import RemoteFile, chosen
 
 AUTOREGRESSIVE_SIZES = ("4B", "5B", "12B", "13B")
@@ -241,8 +240,7 @@ def _look_up(model: str) -> tuple[str, Entry, FlowModel | None]:
         raise InputError(f"{model}: models of that name come with the package; nothing is fetched")
     if entry is None:
         known = [*GROUPS, *flows, *(folder for each in ENTRIES for folder in each.folders)]
-        close = get_close_matches(model, known, n=1, cutoff=0.6)
-        hint = f"; did you mean {close[0]}?" if close else "; `worldline models` lists them"
+        hint = did_you_mean(model, known, 0.6) or "; `worldline models` lists them"
         raise InputError(f"no model {model} is known{hint}")
     return name, entry, flow
 

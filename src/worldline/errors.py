@@ -12,7 +12,8 @@ A command prints the message as one line and exits with `exit_code`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 
 
 class Error(Exception):
@@ -61,3 +62,15 @@ class GuardrailRefusal(Error):
 def joined_stages(stages: Iterable[str]) -> str:
     """Return the stage of a refusal that sums up several."""
     return " and ".join(sorted(set(stages)))
+
+
+def did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:
+    """Return the end of a message about a wrong name: which one is most likely meant; "" for none.
+
+    Args:
+        word: the wrong name.
+        known: the right ones.
+        cutoff: how much the two must have in common at least, 0 to 1.
+    """
+    close = get_close_matches(word, known, n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from worldline.catalog import (
@@ -17,7 +16,7 @@ from worldline.catalog import (
     find_flow_model,
     is_bundled,
 )
-from worldline.errors import CheckpointError
+from worldline.errors import CheckpointError, did_you_mean
 from worldline.files import holds_diffusers, released_folders, unfinished
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -109,18 +108,10 @@ def find_flow(model: str | Path, checkpoint_dir: str | Path) -> Place:
             ) from error
         names = [one.name for one in FLOW_MODELS]
         told = f"{error}; released names are {', '.join(names)}"
-        if "did you mean" not in told:
-            told += _nearest(str(model), names)
+        if not advice(Path(model).name):  # it says more, and was told already
+            whole = next((name for name in names if name.startswith(f"{model}/")), str(model))
+            told += did_you_mean(whole, names, 0.8)
         raise CheckpointError(told) from error
-
-
-def _nearest(word: str, names: Sequence[str]) -> str:
-    """Return the end of a message about a wrong name: the one that is most likely meant."""
-    known = [*names, *bundled_configs("predict2.5")]
-    whole = [name for name in names if name.startswith(f"{word}/")]
-    if close := whole or get_close_matches(word, known, n=1, cutoff=0.8):
-        return f"; did you mean {close[0]}?"
-    return ""
 
 
 def _find_released(model: FlowModel, checkpoint_dir: Path) -> Place:
@@ -167,7 +158,7 @@ def find_tokenizer(name: str, checkpoint_dir: str | Path) -> Path:
 
 def _find_bundled(kind: str, name: str, have: Sequence[str]) -> Path:
     if name not in have:
-        there = ", ".join(have) or "none"
+        there = f"{', '.join(have) or 'none'}{did_you_mean(name, have, 0.8)}"
         raise CheckpointError(f"there is no bundled {kind} {name}; there are: {there}")
     return BUNDLED / name.removeprefix(BUNDLED_PREFIX)
 

@@ -19,7 +19,9 @@ import torch
 
 import worldline.loading
 import worldline.places
+from worldline import machine
 from worldline.errors import Error, GuardrailRefusal
+from worldline.machine import Memory
 from worldline.video.read import probe, read_video
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
@@ -227,6 +229,7 @@ def test_every_flag_of_the_reference(variant: dict[str, Any]) -> None:
         (["CLIP", "--ar_model_dir", ""], "--ar_model_dir is empty"),
         (["CLIP", "--checkpoint_dir", "nowhere"], "no checkpoint folder nowhere"),
         (["CLIP", "--ar_model_dir", "tiny-Nowhere"], "there is no bundled model tiny-Nowhere"),
+        (["CLIP", "--ar_model_dir", f"tiny-{MODEL[:-1]}"], f"; did you mean tiny-{MODEL}?"),
         (["CLIP", "--device", "abacus"], "no device abacus here"),
     ],
 )
@@ -411,6 +414,36 @@ def test_out_of_memory_names_the_flags(
     result = base("--input_image_or_video_path", clip, "--offload_tokenizer")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].endswith("--offload_ar_model lowers the need")
+
+
+@pytest.mark.usefixtures("forbid_weights")
+@pytest.mark.parametrize("rollout", ["tokens", "pixels"])
+@pytest.mark.parametrize(
+    ("unguarded", "taken"), [(("--disable_guardrail",), "2.3 GB"), ((), "4.6 GB")]
+)
+def test_frames_that_find_no_room(
+    unguarded: tuple[str, ...],
+    taken: str,
+    rollout: str,
+    run: Run,
+    small_world: Path,
+    clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A long video is drawn piece by piece, but held as a whole: told before guardrails load."""
+    frames = 500_001
+    need = 3 * 32 * 48 * frames * (1 if unguarded else 2)
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(need - 1, 24 * 10**9))
+    places = ("--checkpoint_dir", small_world, "--video_save_folder", tmp_path / "out")
+    words = ("--input_image_or_video_path", clip, "--disable_diffusion_decoder", *unguarded)
+    length = ("--num_video_frames", frames, "--rollout", rollout)
+    result = run("autoregressive", "base", *places, *words, *length)
+    assert result.exit_code == 2
+    assert (
+        f"num_video_frames is {frames}: all frames of 32 x 48 pixels take {taken} of host memory"
+    ) in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_of_host_memory_names_no_flag(

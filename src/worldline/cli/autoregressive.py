@@ -356,12 +356,12 @@ def _idle_flags(flags: dict[str, Any]) -> dict[str, str]:
 def _idle_at_length(files: AutoregressiveFiles, request: AutoregressiveRequest) -> dict[str, str]:
     """Return which flags have no effect on a video of this length, and why."""
     from worldline.models.predict1_dit.model import DECODER_WINDOW
-    from worldline.pipelines.autoregressive import frames_of
+    from worldline.pipelines.autoregressive import video_of
     from worldline.shapes import latent_frames_of
 
     config, tokenizer = files.config, files.tokenizer_config
     window = config.grid.frames
-    latents = latent_frames_of(frames_of(config, tokenizer, request), tokenizer.temporal)
+    latents = latent_frames_of(video_of(config, tokenizer, request).frames, tokenizer.temporal)
     idle = {}
     if latents <= window:
         idle["rollout"] = "the video is as long as the model's own"
@@ -450,12 +450,15 @@ def _run(
     import torch
 
     from worldline.loading import (
+        check_frames,
         choose_device,
         clips_at_once,
         compute_dtype,
+        host_need,
         most_in_step,
         text_dtype,
     )
+    from worldline.pipelines.autoregressive import video_of
     from worldline.world import load_files, load_guards
     from worldline.world.autoregressive import AutoregressiveWorld
 
@@ -469,6 +472,12 @@ def _run(
     at_once = min(len(tasks), flags["batch_size"] or 1)
     device = choose_device(flags["device"])
     dtype = compute_dtype(device)
+    of_text = flags["text_encoder_dtype"]
+    options: dict[str, Any] = {
+        "text_encoder_dtype": getattr(torch, of_text) if of_text else text_dtype(dtype),
+        "text": embeddings is None,
+        "num_video_frames": frames,
+    }
     most = most_in_step(files, device, dtype)
     if most is not None and at_once > most:
         logger.info(
@@ -476,17 +485,14 @@ def _run(
         )
         at_once = most
     if flags["batch_size"] is None and len(tasks) > 1:
-        of_text = flags["text_encoder_dtype"]
-        at_once = clips_at_once(
-            files,
-            device,
-            dtype,
-            [flag for flag in offload_flags if flags[flag]],
-            len(tasks),
-            text_encoder_dtype=getattr(torch, of_text) if of_text else text_dtype(dtype),
-            text=embeddings is None,
-            num_video_frames=frames,
-        )
+        offloaded = [flag for flag in offload_flags if flags[flag]]
+        at_once = clips_at_once(files, device, dtype, offloaded, len(tasks), **options)
+    guarded = not (files.bundled or flags["disable_guardrail"])
+    check_frames(
+        video_of(files.config, files.tokenizer_config, tasks[0].request),
+        guarded=guarded,
+        beside=host_need(files, device, batch=at_once, **options),
+    )
 
     def load() -> World:
         safety, _ = load_guards(
@@ -523,7 +529,6 @@ def _run(
             **shared,
         )
 
-    guarded = not (files.bundled or flags["disable_guardrail"])
     run.run_tasks(
         tasks,
         load,

@@ -572,14 +572,13 @@ def _check_frames(
     """
     from worldline.loading import check_frames, choose_device, host_need
     from worldline.pipelines.predict2_5 import window_of
-    from worldline.world.safety import frame_copies
 
     device = choose_device(flags["device"])
     wrong = []
     for task in tasks:
-        beside = host_need(files, window_of(files, task.request), device, text=text)
+        beside = host_need(files, device, video=window_of(files, task.request), text=text)
         try:
-            check_frames(task.request.video, copies=frame_copies(guarded), beside=beside)
+            check_frames(task.request.video, guarded=guarded, beside=beside)
         except InsufficientMemoryError as error:
             sample = samples[task.output]
             wrong.append(f"{sample.place}: {_by_its_fields(error, sample)}")

@@ -13,7 +13,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -29,7 +28,7 @@ from pydantic import (
 )
 
 from worldline.choices import MAX_SEED, NEGATIVE_PROMPT
-from worldline.errors import InputError
+from worldline.errors import InputError, did_you_mean
 from worldline.files import folded
 from worldline.pipelines.requests import LARGEST_GUIDANCE, LARGEST_STEPS
 from worldline.video.read import media_kind, probe
@@ -573,7 +572,7 @@ def _problems(error: ValidationError) -> Iterator[tuple[str, str]]:
             yield field, message
             continue
         if problem["type"] == "extra_forbidden":
-            message = f"there is no such field; {_meant(str(problem['loc'][0]))}"
+            message = f"there is no such field{_meant(str(problem['loc'][0]))}"
         elif problem["type"] == "missing":
             message = "it is missing"
         elif problem["type"] == "path_type":
@@ -586,9 +585,7 @@ def _problems(error: ValidationError) -> Iterator[tuple[str, str]]:
 
 
 def _meant(name: str) -> str:
-    """Return which field is most likely meant, or all of them."""
+    """Return the end of a message: which field is most likely meant, or all of them."""
     known = list(Sample.model_fields)
     spelling = name.strip().lower().replace("-", "_").replace(" ", "_")
-    if close := get_close_matches(spelling, known, n=1, cutoff=0.7):
-        return f"did you mean {close[0]!r}?"
-    return f"there are: {', '.join(known)}"
+    return did_you_mean(spelling, known, 0.7) or f"; there are: {', '.join(known)}"

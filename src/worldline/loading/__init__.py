@@ -367,7 +367,7 @@ def _read_decoder(
         resident = read_part(DiT, dit.config, dit.source, dit.keys, home, dtype, False)
         transformer = StreamedPart(resident.module, device, BLOCKS)
     else:
-        transformer = read_part(DiT, dit.config, dit.source, dit.keys, device, dtype, False)
+        transformer = read_part(DiT, dit.config, dit.source, dit.keys, device, dtype, offload)
     tokenizer = _read_tokenizer(files, device, dtype, offload)
     return DecoderParts(
         transformer, tokenizer, context, files.statistics, files.generation, files.rotary_precision
@@ -666,24 +666,17 @@ def dearest(
     return max(set(videos), key=lambda video: _need_of(files, device, dtype, video=video)(given))
 
 
-def host_need(
-    files: FlowFiles,
-    video: VideoShape,
-    device: torch.device,
-    *,
-    text: bool = True,
-) -> int:
+def host_need(files: WorldFiles, device: torch.device, **options: Any) -> int:
     """Return the bytes of host memory that a world computes in; on a GPU it computes in none.
 
     Args:
         files: of the world.
-        video: the largest that is made at once.
         device: where it will run.
-        text: whether prompts will be encoded.
+        options: those of `_need_of`.
     """
     if device.type != "cpu":
         return 0
-    return _need_of(files, device, compute_dtype(device), video=video, text=text)(())
+    return _need_of(files, device, compute_dtype(device), **options)(())
 
 
 def _check_memory(

@@ -113,28 +113,27 @@ def check_memory(
     raise InsufficientMemoryError(message)
 
 
-def check_frames(video: VideoShape, *, copies: int = 1, beside: int = 0) -> None:
+def check_frames(video: VideoShape, *, guarded: bool, beside: int = 0) -> None:
     """Refuse a video whose frames find no room in host memory, which holds all of them at last.
 
     Args:
         video: its size.
-        copies: how often they are held; twice where a guardrail gives back others than it is given.
+        guarded: guardrails check them, and blur faces in others: they are held twice.
         beside: bytes of host memory that the world takes itself, if that fits.
 
     Raises:
         InsufficientMemoryError: they find none.
     """
     memory = device_memory(torch.device("cpu"))
-    need = copies * 3 * video.frames * video.height * video.width
+    need = (2 if guarded else 1) * 3 * video.frames * video.height * video.width
     if memory is None or need + (beside if beside <= memory.free else 0) <= memory.free:
         return
-    held = " (twice, for the guardrails)" if copies > 1 else ""
+    held = " (twice, for the guardrails)" if guarded else ""
     world = f" and the world {beside / GIGABYTE:.1f} GB" if need <= memory.free else ""
     raise InsufficientMemoryError(
         f"num_video_frames is {video.frames}: all frames of {video.height} x {video.width} pixels "
         f"take {need / GIGABYTE:.1f} GB of host memory{held}{world}, {memory.free / GIGABYTE:.1f} "
-        f"of {memory.total / GIGABYTE:.1f} GB are free; fewer frames or a lower resolution take "
-        "less"
+        f"of {memory.total / GIGABYTE:.1f} GB are free; fewer or smaller frames take less"
     )
 
 

@@ -38,7 +38,7 @@ from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling
-from worldline.shapes import latent_frames_of, nearest_frames
+from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip
@@ -96,7 +96,7 @@ def check_room(
             f"this model makes {own} frames, "
             f"but num_input_frames is {request.num_input_frames}; give --num_input_frames 1"
         )
-    frames = frames_of(config, tokenizer, request)
+    frames = video_of(config, tokenizer, request).frames
     nearest = max(own, nearest_frames(frames, tokenizer.temporal))
     if nearest != frames:
         raise InputError(
@@ -143,11 +143,12 @@ def check_prompt(
         )
 
 
-def frames_of(
+def video_of(
     config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig, request: AutoregressiveRequest
-) -> int:
-    """Return how many frames a request makes, the given ones included."""
-    return request.num_video_frames or video_shape(config, tokenizer).frames
+) -> VideoShape:
+    """Return the size of what a request makes, the given frames included."""
+    own = video_shape(config, tokenizer)
+    return replace(own, frames=request.num_video_frames or own.frames)
 
 
 def continue_clips(
@@ -178,24 +179,24 @@ def continue_clips(
     config, tokenizer = parts.config, parts.tokenizer.module.config
     temporal = tokenizer.temporal
     given = latent_frames_of(request.num_input_frames, temporal)
-    total = frames_of(config, tokenizer, request)
-    window, latents = config.grid.frames, latent_frames_of(total, temporal)
+    video = video_of(config, tokenizer, request)
+    window, latents = config.grid.frames, latent_frames_of(video.frames, temporal)
     yield Progress("encode", 0, 1)
     clips = [job.clip for job in jobs]
     cells = _encode(parts, clips, request.num_input_frames, recorder)
     count = (latents - given) * config.grid.tokens_per_frame
     drawing = _Drawing(parts, request, [job.request.seed for job in jobs], embeddings, count)
     if request.rollout == "tokens" or latents <= window:
-        live = drawing.begin_live(given, total)
+        live = drawing.begin_live(given, video)
         cells = yield from drawing.run(cells, latents - given, recorder, live)
         for number, job in enumerate(jobs):
-            one = live or _Decoding(number, given, total)
+            one = live or _Decoding(number, given, video)
             if live is None:
                 yield from _decode(parts, one, cells[number : number + 1], job, embeddings[number])
-            yield Progress("done", count, count, np.concatenate(one.frames), number)
+            yield Progress("done", count, count, one.frames, number)
         return
 
-    made = [_Decoding(number, given, total) for number in range(len(jobs))]
+    made = [_Decoding(number, given, video) for number in range(len(jobs))]
     taken = 1 + (CARRIED - 1) * temporal  # frames that a window takes over
     left = latents - given
     while True:
@@ -209,11 +210,10 @@ def continue_clips(
             break
         for one in made:
             one.begin_window(CARRIED, taken)
-        # a window makes at least one latent frame, so two pieces hold what is taken over
-        ends = [Clip(np.concatenate(one.frames[-2:]), FPS) for one in made]
+        ends = [Clip(one.frames[one.made - taken : one.made], FPS) for one in made]
         cells = _encode(parts, ends, taken, recorder)
     for one in made:
-        yield Progress("done", count, count, np.concatenate(one.frames), one.number)
+        yield Progress("done", count, count, one.frames, one.number)
 
 
 def _embed(
@@ -260,14 +260,15 @@ class _Decoding:
     Attributes:
         number: of the clip.
         given: latent frames that the window begins with.
-        total: frames of the whole clip.
-        frames: pieces, uint8 (T, H, W, 3).
+        frames: of the whole clip, uint8 (T, H, W, 3).
+        made: how many of them there are so far.
         latents: latent frames of the window that were decoded.
     """
 
-    def __init__(self, number: int, given: int, total: int) -> None:
-        self.number, self.given, self.total = number, given, total
-        self.frames: list[NDArray[np.uint8]] = []
+    def __init__(self, number: int, given: int, video: VideoShape) -> None:
+        self.number, self.made = number, 0
+        # all at once: to join pieces would hold a long video twice
+        self.frames = np.empty((video.frames, video.height, video.width, 3), np.uint8)
         self.begin_window(given, 0)
 
     def begin_window(self, given: int, again: int) -> None:
@@ -277,8 +278,7 @@ class _Decoding:
 
     @property
     def progress(self) -> Progress:
-        done = sum(map(len, self.frames))
-        return Progress("decode", done, self.total, clip=self.number)
+        return Progress("decode", self.made, len(self.frames), clip=self.number)
 
     def add(self, piece: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
         """Keep and return the frames of a piece that are new."""
@@ -286,7 +286,8 @@ class _Decoding:
         self.skip = max(0, self.skip - len(piece))
         if not len(fresh):
             return None
-        self.frames.append(fresh)
+        self.frames[self.made : self.made + len(fresh)] = fresh
+        self.made += len(fresh)
         return fresh
 
     @torch.inference_mode()
@@ -332,14 +333,14 @@ class _Drawing:
         if given := [one for one in embeddings if one is not None]:
             self.context = torch.cat(given).to(parts.device)
 
-    def begin_live(self, given: int, total: int) -> _Decoding | None:
+    def begin_live(self, given: int, video: VideoShape) -> _Decoding | None:
         """Return what decodes a clip while it is drawn; None where frames wait for all tokens.
 
         They do not where both networks are on the device at once.
         """
         parts = self.parts
         moves = parts.tokenizer.offload or parts.transformer.offload
-        return None if moves or parts.decoder or self.clips > 1 else _Decoding(0, given, total)
+        return None if moves or parts.decoder or self.clips > 1 else _Decoding(0, given, video)
 
     def run(
         self, cells: Tensor, new: int, recorder: Recorder, live: _Decoding | None = None

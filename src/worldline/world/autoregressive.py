@@ -8,7 +8,12 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from worldline.errors import GuardrailRefusal, InputError, joined_stages
-from worldline.loading import AutoregressiveFiles, AutoregressiveParts, most_in_step
+from worldline.loading import (
+    AutoregressiveFiles,
+    AutoregressiveParts,
+    check_frames,
+    most_in_step,
+)
 from worldline.models.predict1_ar.decoder import PlainDecoder
 from worldline.pipelines.autoregressive import (
     FPS,
@@ -17,6 +22,7 @@ from worldline.pipelines.autoregressive import (
     check_room,
     continue_clips,
     decoder_settings,
+    video_of,
 )
 from worldline.pipelines.prompts import TRUNCATION, read_prompt_embedding
 from worldline.pipelines.requests import AutoregressiveRequest
@@ -122,7 +128,9 @@ class AutoregressiveWorld(World):
                 logger.info("num_input_frames has no effect: an image has 1 frame")
             options["num_input_frames"] = 1
         request = AutoregressiveRequest(**options)
-        check_room(self.parts.config, self.parts.tokenizer.module.config, request)
+        configs = self.parts.config, self.parts.tokenizer.module.config
+        check_room(*configs, request)
+        check_frames(video_of(*configs, request), guarded=self.safety.checks_videos)
         embedding = None
         stamps = {"input": stamp_of(input)}
         if self.video2world:

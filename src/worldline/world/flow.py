@@ -23,7 +23,6 @@ from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.video.read import Clip
 from worldline.world.denoising import DenoisingWorld
-from worldline.world.safety import frame_copies
 
 
 class FlowWorld(DenoisingWorld):
@@ -43,7 +42,7 @@ class FlowWorld(DenoisingWorld):
 
     def _check(self, request: FlowRequest, embeddings: Mapping[str, Any]) -> Embeddings:
         check_request(self.files, request)
-        check_frames(request.video, copies=frame_copies(self.safety.checks_videos))
+        check_frames(request.video, guarded=self.safety.checks_videos)
         given = read_embeddings(*embeddings.values())
         check_text(self.files, request, given)
         return given

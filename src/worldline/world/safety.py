@@ -125,11 +125,6 @@ class Checks:
         }
 
 
-def frame_copies(guarded: bool) -> int:
-    """Return how often the frames of a video are held at most: guardrails blur faces in others."""
-    return 2 if guarded else 1
-
-
 def guardrail_release(files: WorldFiles, disable: bool | None) -> str | None:
     """Return whose guardrails a world runs with; None for none.
 
