@@ -503,7 +503,7 @@ def plan_predict2_5(
     frames = min(video.frames, CHUNK * tokenizer.temporal)
     pixels = frames * video.height * video.width
     # what convolutions keep of the piece before, and their workspace: measured on one H200
-    coding = 5 * coding_bytes(pixels, max(tokenizer.channels, 3), size) // 2
+    coding = 3 * coding_bytes(pixels, max(tokenizer.channels, 3), size)
     # the prompt's features, of which two are made, before and behind the layer that narrows them
     features = 2 * context_length * (config.feature_width + config.context_width) * size
     return DiffusionPlan(

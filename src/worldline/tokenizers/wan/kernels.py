@@ -113,7 +113,7 @@ def norm_silu(
 def add(cells: Tensor, bias: Tensor, other: Tensor) -> Tensor:
     """Return cells (B, T, H, W, C) with a bias (C,) and others of their size added; uses `cells`.
 
-    To add the bias of a convolution in passing is a sixth of decoding: torch does it by itself.
+    torch adds the bias of a convolution in a pass of its own, an eighth of decoding.
     """
     cells = cells.contiguous()
     with torch.cuda.device(cells.device):

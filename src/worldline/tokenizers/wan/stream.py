@@ -14,7 +14,7 @@ from torch import Tensor
 from worldline.nn.pieces import decode_pieces, encode_pieces
 from worldline.tokenizers.wan.model import WanTokenizer
 
-CHUNK = 1  # latent frames at once: 4 frames; two are 5 % faster and take half as much again
+CHUNK = 1  # latent frames at once: 4 frames; two are 6 % faster in 1.6 times the memory
 
 
 def encode_stream(
