@@ -30,6 +30,7 @@ from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
 
 from .conftest import MODEL, SMALL_TOKENIZER, SMALL_TRANSFORMER, TOKENIZER
+from .offloading import stand_for_a_gpu
 
 OLD_MODEL = "Cosmos-1.0-Autoregressive-4B"
 OLD_TOKENIZER = "Cosmos-1.0-Tokenizer-DV8x16x16"
@@ -316,9 +317,12 @@ def test_devices() -> None:
     assert loading.compute_dtype(torch.device("cuda")) == torch.bfloat16
 
 
-def test_offloading_changes_no_video(small_world: Path, clip: Path) -> None:
+def test_offloading_changes_no_video(
+    small_world: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     videos = []
     for offload in (False, True):
+        visits = stand_for_a_gpu(monkeypatch) if offload else []
         world = worldline.load(
             MODEL,
             small_world,
@@ -328,4 +332,5 @@ def test_offloading_changes_no_video(small_world: Path, clip: Path) -> None:
             offload_tokenizer=offload,
         )
         videos.append(world.generate(clip).frames)
+    assert visits == ["CosmosTokenizer", "ARTransformer", "CosmosTokenizer"]
     assert np.array_equal(videos[0], videos[1])
