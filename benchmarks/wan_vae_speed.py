@@ -70,6 +70,7 @@ class Convolution:
     weight: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
+    biased: bool
 
     @property
     def format(self) -> torch.memory_format:
@@ -79,7 +80,7 @@ class Convolution:
         x = torch.randn(self.inputs, device=device, dtype=dtype).contiguous(memory_format=form)
         weight = torch.randn(self.weight, device=device, dtype=dtype)
         weight = weight.contiguous(memory_format=form)
-        bias = torch.randn(self.weight[0], device=device, dtype=dtype)
+        bias = torch.randn(self.weight[0], device=device, dtype=dtype) if self.biased else None
         convolve = F.conv2d if self.axes == 2 else F.conv3d
         return lambda: convolve(x, weight, bias, self.stride, self.padding)
 
@@ -90,7 +91,7 @@ class Convolution:
         batch, channels, frames, *sides = self.inputs
         inputs = (batch * (frames - 2), 3 * channels, *sides)
         weight = (self.weight[0], 3 * channels, *self.weight[3:])
-        return Convolution(2, inputs, weight, self.stride[1:], self.padding[1:])
+        return Convolution(2, inputs, weight, self.stride[1:], self.padding[1:], self.biased)
 
     def flops(self) -> float:
         with torch.device("meta"):
@@ -106,10 +107,11 @@ def recorded(found: Counter[Convolution]) -> Iterator[None]:
 
     def watch(axes: int, real: Any) -> Any:
         def convolve(
-            x: Tensor, weight: Tensor, bias: Tensor, stride: Any = 1, padding: Any = 0
+            x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0
         ) -> Tensor:
             several = [n if isinstance(n, tuple) else (n,) * axes for n in (stride, padding)]
-            found[Convolution(axes, tuple(x.shape), tuple(weight.shape), *several)] += 1
+            shapes = tuple(x.shape), tuple(weight.shape)
+            found[Convolution(axes, *shapes, *several, bias is not None)] += 1
             return real(x, weight, bias, stride, padding)
 
         return convolve

@@ -17,6 +17,7 @@ from worldline.machine import Memory
 from worldline.video.read import read_image, read_video
 from worldline.world import read_clip
 from worldline.world.autoregressive import AutoregressiveWorld
+from worldline.world.safety import Safety
 
 from .conftest import MODEL, moving
 
@@ -64,6 +65,29 @@ def test_a_video_that_finds_no_room(
     assert isinstance(world, AutoregressiveWorld)
     with pytest.raises(worldline.InsufficientMemoryError, match=message):
         world.stream_batch([clip, clip], [{}, {}], num_video_frames=250_001)
+    half = {"num_video_frames": 125_001}
+    world.stream_batch([clip, clip], [{}, {}], **half)
+    with pytest.raises(worldline.InsufficientMemoryError, match=r"1\.2 GB.* \(2 videos in step\)"):
+        world.stream_batch([clip, clip], [{}, {}], **half, rollout="pixels")
+    monkeypatch.setattr(Safety, "checks_videos", True)
+    with pytest.raises(worldline.InsufficientMemoryError, match=r"1\.2 GB.* \(twice, for the "):
+        world.stream(clip, **half)
+
+
+@pytest.mark.parametrize("rollout", ["tokens", "pixels"])
+@pytest.mark.parametrize("clips", [1, 2])
+def test_frames_are_held_once(rollout: str, clips: int, world: worldline.World, clip: Path) -> None:
+    """The pieces that are shown lie in the video that is made of them."""
+    assert isinstance(world, AutoregressiveWorld)
+    each = [{"seed": number} for number in range(clips)]
+    shown: dict[int, list[Any]] = {number: [] for number in range(clips)}
+    options = {"num_video_frames": 57, "rollout": rollout}
+    for number, step in world.stream_batch([clip] * clips, each, **options):
+        if step.video is not None:
+            assert sum(map(len, shown[number])) == 57
+            assert all(np.shares_memory(piece, step.video.frames) for piece in shown[number])
+        elif step.frames is not None:
+            shown[number].append(step.frames)
 
 
 def test_only_the_last_frames_count(world: worldline.World) -> None:

@@ -421,7 +421,9 @@ def test_out_of_memory_names_the_flags(
 @pytest.mark.parametrize(
     ("unguarded", "taken"), [(("--disable_guardrail",), "2.3 GB"), ((), "4.6 GB")]
 )
+@pytest.mark.parametrize("spare", [-1, 1])
 def test_frames_that_find_no_room(
+    spare: int,
     unguarded: tuple[str, ...],
     taken: str,
     rollout: str,
@@ -434,7 +436,7 @@ def test_frames_that_find_no_room(
     """A long video is drawn piece by piece, but held as a whole: told before guardrails load."""
     frames = 500_001
     need = 3 * 32 * 48 * frames * (1 if unguarded else 2)
-    monkeypatch.setattr(machine, "host_memory", lambda: Memory(need - 1, 24 * 10**9))
+    monkeypatch.setattr(machine, "host_memory", lambda: Memory(need + spare, 24 * 10**9))
     places = ("--checkpoint_dir", small_world, "--video_save_folder", tmp_path / "out")
     words = ("--input_image_or_video_path", clip, "--disable_diffusion_decoder", *unguarded)
     length = ("--num_video_frames", frames, "--rollout", rollout)
@@ -443,6 +445,7 @@ def test_frames_that_find_no_room(
     assert (
         f"num_video_frames is {frames}: all frames of 32 x 48 pixels take {taken} of host memory"
     ) in result.stderr
+    assert (" and the world " in result.stderr) == (spare > 0)
     assert not (tmp_path / "out").exists()
 
 

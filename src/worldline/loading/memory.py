@@ -113,22 +113,25 @@ def check_memory(
     raise InsufficientMemoryError(message)
 
 
-def check_frames(video: VideoShape, *, guarded: bool, beside: int = 0) -> None:
+def check_frames(video: VideoShape, *, guarded: bool, clips: int = 1, beside: int = 0) -> None:
     """Refuse a video whose frames find no room in host memory, which holds all of them at last.
 
     Args:
         video: its size.
-        guarded: guardrails check them, and blur faces in others: they are held twice.
+        guarded: guardrails check them, and blur faces in others: one video is held twice.
+        clips: that are held at once.
         beside: bytes of host memory that the world takes itself, if that fits.
 
     Raises:
         InsufficientMemoryError: they find none.
     """
     memory = device_memory(torch.device("cpu"))
-    need = (2 if guarded else 1) * 3 * video.frames * video.height * video.width
+    need = (clips + guarded) * 3 * video.frames * video.height * video.width
     if memory is None or need + (beside if beside <= memory.free else 0) <= memory.free:
         return
     held = " (twice, for the guardrails)" if guarded else ""
+    if clips > 1:
+        held = f" ({clips} videos in step{', and one more for the guardrails' if guarded else ''})"
     world = f" and the world {beside / GIGABYTE:.1f} GB" if need <= memory.free else ""
     raise InsufficientMemoryError(
         f"num_video_frames is {video.frames}: all frames of {video.height} x {video.width} pixels "

@@ -151,6 +151,20 @@ def video_of(
     return replace(own, frames=request.num_video_frames or own.frames)
 
 
+def count_held(
+    config: ARTransformerConfig,
+    tokenizer: CosmosTokenizerConfig,
+    request: AutoregressiveRequest,
+    clips: int,
+) -> int:
+    """Return of how many clips in step all frames are held at once.
+
+    By tokens they are decoded when all are drawn, one clip after another.
+    """
+    latents = latent_frames_of(video_of(config, tokenizer, request).frames, tokenizer.temporal)
+    return clips if request.rollout == "pixels" and latents > config.grid.frames else 1
+
+
 def continue_clips(
     parts: AutoregressiveParts, jobs: Sequence[Job], recorder: Recorder
 ) -> Iterator[Progress]:
@@ -284,11 +298,9 @@ class _Decoding:
         """Keep and return the frames of a piece that are new."""
         fresh = piece[self.skip :]
         self.skip = max(0, self.skip - len(piece))
-        if not len(fresh):
-            return None
-        self.frames[self.made : self.made + len(fresh)] = fresh
-        self.made += len(fresh)
-        return fresh
+        begun, self.made = self.made, self.made + len(fresh)
+        self.frames[begun : self.made] = fresh
+        return self._since(begun)
 
     @torch.inference_mode()
     def decode(self, tokenizer: CosmosTokenizer, tokens: Tensor) -> NDArray[np.uint8] | None:
@@ -299,12 +311,15 @@ class _Decoding:
         """
         codes = tokenizer.to_codes(tokens[:, self.latents :])
         first = [] if self.latents else [self.given]
-        found = []
+        begun = self.made
         for piece in codes.split([*first, *[1] * (codes.shape[2] - sum(first))], dim=2):
             video = tokenizer.decode(piece, self.past)[0]
-            found.append(to_uint8(video * 0.5 + 0.5))
+            self.add(to_uint8(video * 0.5 + 0.5))
         self.latents = tokens.shape[1]
-        return self.add(np.concatenate(found))
+        return self._since(begun)
+
+    def _since(self, begun: int) -> NDArray[np.uint8] | None:
+        return self.frames[begun : self.made] if self.made > begun else None
 
 
 class _Drawing:

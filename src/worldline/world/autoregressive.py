@@ -21,6 +21,7 @@ from worldline.pipelines.autoregressive import (
     check_prompt,
     check_room,
     continue_clips,
+    count_held,
     decoder_settings,
     video_of,
 )
@@ -93,6 +94,7 @@ class AutoregressiveWorld(World):
             self._plan(input, input_type, {**options, **one}, Recorder(self.device), shared)
             for input, one in zip(inputs, each, strict=True)
         ]
+        self._check_frames(plans[0].job.request, len(plans))
         if len({plan.job.request.num_input_frames for plan in plans}) > 1:
             raise InputError("images and videos cannot be continued in step")
         return self._run(plans, shared)
@@ -130,7 +132,7 @@ class AutoregressiveWorld(World):
         request = AutoregressiveRequest(**options)
         configs = self.parts.config, self.parts.tokenizer.module.config
         check_room(*configs, request)
-        check_frames(video_of(*configs, request), guarded=self.safety.checks_videos)
+        self._check_frames(request, 1)
         embedding = None
         stamps = {"input": stamp_of(input)}
         if self.video2world:
@@ -145,6 +147,17 @@ class AutoregressiveWorld(World):
         with reading.stage("read"):
             clip = read_clip(input, kind, request.num_input_frames)
         return _Plan(Job(clip, request, recorder, embedding), source)
+
+    def _at_once(self, clips: int) -> int:
+        """Return how many of these clips are drawn in step."""
+        weight = self.parts.transformer.module.head.weight
+        return min(clips, most_in_step(self.files, self.device, weight.dtype) or clips)
+
+    def _check_frames(self, request: AutoregressiveRequest, clips: int) -> None:
+        """Refuse clips whose frames find no room in host memory."""
+        configs = self.parts.config, self.parts.tokenizer.module.config
+        held = count_held(*configs, request, self._at_once(clips))
+        check_frames(video_of(*configs, request), clips=held, guarded=self.safety.checks_videos)
 
     def _run(self, plans: Sequence[_Plan], shared: Recorder) -> Iterator[tuple[int, Step]]:
         """Yield which clip, and a step; what is refused does not stop the others."""
@@ -164,8 +177,7 @@ class AutoregressiveWorld(World):
                 refusals[number] = error
             else:
                 live.append(number)
-        weight = self.parts.transformer.module.head.weight
-        most = most_in_step(self.files, self.device, weight.dtype) or len(plans)
+        most = self._at_once(len(plans))
         for at in range(0, len(live), most):
             group = live[at : at + most]
             # what all share so far is the reading; the rest is the group's own
@@ -211,6 +223,7 @@ class AutoregressiveWorld(World):
             video = Video(frames, FPS, report, job.request.prompt)
             done = Step("done", progress.total, progress.total, frames, video=video)
             yield number, done
+            del frames, video, done  # or the frames of two clips would be held
 
     def _report(
         self,

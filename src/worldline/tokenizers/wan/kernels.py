@@ -73,7 +73,7 @@ def norm_silu(
     *,
     flat: bool,
 ) -> Tensor:
-    """Do what `model.norm_silu` does, with no copy of the frames."""
+    """Do what `model.norm_silu` does in one pass."""
     batch, frames, height, width, channels = cells.shape
     cells = cells.contiguous()
     copies = reach + 1 if flat else 1

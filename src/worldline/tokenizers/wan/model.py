@@ -147,7 +147,7 @@ def side_by_side(room: Tensor) -> Tensor:
 
 
 def _kernels(cells: Tensor) -> ModuleType | None:
-    """Return the fused kernel where it can stand in for the plain form."""
+    """Return the fused kernels where they can stand in for the plain forms."""
     if not cells.is_cuda or torch.is_grad_enabled() or cells.dtype not in _DTYPES:
         return None
     return _load_kernels()
@@ -224,12 +224,12 @@ class CausalConv(nn.Module):
         """Return the convolution (B, T, H, W, C') of what `precede` gave."""
         outputs = len(self.bias)
         given = room.cells.shape[-1] // (_REACH + 1 if room.flat else 1)
-        inputs, more = given - self.weight.shape[1], _missing(outputs)
+        more_inputs, more_outputs = given - self.weight.shape[1], _missing(outputs)
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias if biased else None
-        if inputs or more:
-            weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, inputs, 0, more))
-            bias = None if bias is None else F.pad(bias, (0, more))
+        if more_inputs or more_outputs:
+            weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, more_inputs, 0, more_outputs))
+            bias = None if bias is None else F.pad(bias, (0, more_outputs))
         if room.flat:
             cells = convolve_flat(room.cells, weight, bias)
         else:
@@ -242,7 +242,8 @@ class CausalConv(nn.Module):
 
         On one core with 8 to 32 channels that was 4 to 12 times as fast as torch 2.13's convolution
         in three axes, in bfloat16 14 to 20 times; with 96 channels it was no slower. On an H200
-        (bfloat16) it was 1.6 times as fast with 96 channels, and no faster with 192.
+        (bfloat16) it was 1.6 times as fast with 96 channels, and no faster with 192, or where few
+        come out.
         """
         if not cells.is_cuda:
             return True
