@@ -168,6 +168,7 @@ def test_groups_are_the_scripts_defaults() -> None:
     assert len(select(["autoregressive"], [], [], [])) == 4
     assert len(select(["diffusion"], [], [], [])) == 4
     assert len(select(["tokenizers"], [], [], [])) == 8
+    assert select(["predict2.5"], [], [], []) == [model.name for model in FLOW_MODELS]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ TOKENIZER_TYPES = tuple(
     for entry in ENTRIES
     if entry.name.startswith("Cosmos-Tokenize1-")
 )
-GROUPS = ("autoregressive", "diffusion", "tokenizers", "guardrails")
+GROUPS = ("autoregressive", "diffusion", "predict2.5", "tokenizers", "guardrails")
 
 # families of parts that a user may do without, by the flags of the commands that run the models
 OPTIONAL = {
@@ -292,6 +292,8 @@ def select(
         found += [name for name in wanted if name in known]
         if not any(name in known for name in wanted):
             raise InputError(f"there is no {' or '.join(wanted)}")
+    if "predict2.5" in groups:
+        found += [model.name for model in FLOW_MODELS]
     if tokenizers or "tokenizers" in groups:
         found += [f"Cosmos-Tokenize1-{kind}" for kind in tokenizers or TOKENIZER_TYPES]
     if "guardrails" in groups:

@@ -107,8 +107,9 @@ def download(**flags: Any) -> None:
 
     MODEL is a name that `worldline models` lists, such as Cosmos-Predict1-4B, of either generation,
     a model of Predict2.5, such as 2B/post-trained, or all of: autoregressive, diffusion,
-    tokenizers, guardrails. Only files that are read are fetched, several at once; a broken download
-    goes on where it was, and every file is verified by its published hash before it takes its name.
+    predict2.5, tokenizers, guardrails. Only files that are read are fetched, several at once; a
+    broken download goes on where it was, and every file is verified by its published hash before it
+    takes its name.
     HF_ENDPOINT names a mirror, HF_TOKEN a login.
     """
     generation = flags["cosmos_version"]
