@@ -59,6 +59,17 @@ def test_unknown_lists_the_nearest() -> None:
         KEYS.released("blocks.x")
 
 
+def test_finding_refuses_nothing() -> None:
+    assert KEYS.find("network._orig_mod.tok_embeddings.weight") == (
+        "network._orig_mod.",
+        "embed.weight",
+    )
+    assert KEYS.find("tok_embeddings.bias") is None
+    assert KEYS.find("ema.tok_embeddings.weight") is None
+    assert KEYS.drops("ema.tok_embeddings.weight")
+    assert not KEYS.drops("tok_embeddings.bias")
+
+
 def test_bad_maps() -> None:
     with pytest.raises(ValueError, match="different fields"):
         KeyMap({"a.{i}": "b"})

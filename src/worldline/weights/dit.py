@@ -152,12 +152,8 @@ def read_shapes(source: Checkpoint, keys: KeyMap) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that `keys` knows, by our name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, info in source.tensors.items():
-        try:
-            ours = keys.ours(name)
-        except CheckpointError:  # a stranger, which `match` reports
-            continue
-        if ours is not None:
-            shapes[ours] = info.shape
+        if found := keys.find(name):  # else a stranger, which `match` reports
+            shapes[found[1]] = info.shape
     return shapes
 
 

@@ -93,15 +93,22 @@ class KeyMap:
         Raises:
             CheckpointError: the name is neither renamed nor dropped.
         """
-        if self._dropped(name):
+        found = self.find(name)
+        if found is not None or self.drops(name):
+            return found
+        near = difflib.get_close_matches(name, self._patterns, n=3, cutoff=0.0)
+        raise CheckpointError(f"unknown tensor {name}; nearest known: {', '.join(near)}")
+
+    def find(self, name: str) -> tuple[str, str] | None:
+        """Do what `split` does; None also for a name that is not known."""
+        if self.drops(name):
             return None
         for prefix in self.prefixes:
             if name.startswith(prefix):
                 ours = self._to_ours.get(name[len(prefix) :])
                 if ours is not None:
                     return prefix, ours
-        near = difflib.get_close_matches(name, self._patterns, n=3, cutoff=0.0)
-        raise CheckpointError(f"unknown tensor {name}; nearest known: {', '.join(near)}")
+        return None
 
     def ours(self, name: str) -> str | None:
         """Our name of a released tensor; None if it is dropped.
@@ -123,7 +130,8 @@ class KeyMap:
             raise ValueError(f"the key map has no released name for {name!r}")
         return (self.prefixes[0] if prefix is None else prefix) + found
 
-    def _dropped(self, name: str) -> bool:
+    def drops(self, name: str) -> bool:
+        """Tell whether a released name is skipped."""
         forms = {name} | {name[len(p) :] for p in self.prefixes if name.startswith(p)}
         return any(fnmatchcase(form, pattern) for pattern in self.drop for form in forms)
 
@@ -168,15 +176,10 @@ def match(
     unknown: list[str] = []
     doubled: list[str] = []
     for name in released_infos:
-        try:
-            found = keymap.split(name)
-        except CheckpointError:
-            unknown.append(name)
+        if keymap.drops(name):
             continue
-        if found is None:
-            continue
-        prefix, ours = found
-        if ours not in expected:
+        prefix, ours = keymap.find(name) or ("", None)
+        if ours is None or ours not in expected:
             unknown.append(name)
         elif ours in pairs:
             doubled.append(f"{pairs[ours]} and {name}")

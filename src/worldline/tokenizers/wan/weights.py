@@ -172,12 +172,8 @@ def _named(source: Checkpoint, layout: Layout) -> Iterator[tuple[str, str]]:
     """Yield the encoder's tensors under both names; strangers are told later, all at once."""
     keys = KeyMap(rename=dict(_encoder(layout)))
     for name in source.tensors:
-        try:
-            ours = keys.ours(name)
-        except CheckpointError:
-            continue
-        if ours is not None:
-            yield name, ours
+        if found := keys.find(name):
+            yield name, found[1]
 
 
 def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[int], list[bool]]:
