@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tqdm
 from click.testing import CliRunner, Result
 
 import worldline.loading
@@ -284,6 +285,38 @@ def test_seconds_per_step_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys:
     shown = capsys.readouterr().err
     assert "a ball" in shown
     assert "s/step" in shown
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_of_a_video_in_parts(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A later part goes on where the one before ended, and only its own steps take its time."""
+    from worldline.cli.run import follow
+    from worldline.world import Step, Video
+
+    begun = []
+
+    class Bar(tqdm.tqdm):  # type: ignore[type-arg]
+        def __init__(self, **options: Any) -> None:
+            begun.append((options["initial"], options["total"]))
+            super().__init__(**options)
+
+    def steps() -> Iterator[Step]:
+        for part in range(3):
+            for done in range(5):
+                yield Step("denoise", 4 * part + done, 12)
+            yield Step("decode", part, 3)
+        yield Step("done", 12, 12, video=Video(np.zeros((1, 2, 2, 3), np.uint8), 24))
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    with caplog.at_level("INFO"):
+        follow(steps(), "a ball")
+    told = [message for message in caplog.messages if "denoising" in message]
+    assert begun == ([(0, 12), (4, 12), (8, 12)] if terminal else [])
+    line = "a ball: denoising in 12 steps"
+    assert told == ([] if terminal else [line, f"{line}, 4 are done", f"{line}, 8 are done"])
 
 
 # --- parity

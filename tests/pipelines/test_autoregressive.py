@@ -166,8 +166,15 @@ def finished(steps: Iterator[tuple[int, worldline.Step]]) -> dict[int, worldline
 
 def test_wrong_batches(plain: AutoregressiveWorld, image: Path) -> None:
     frames = moving()
-    for inputs, each in (([], []), ([frames], []), ([frames], [{"top_p": 0.5}])):
-        with pytest.raises(InputError, match="there must be one or more, and as many of both"):
+    many = "there must be one or more, and as many of both"
+    for inputs, each, message in (
+        ([], [], many),
+        ([frames], [], many),
+        ([frames], [{"top_p": 0.5}], "unknown option top_p; of its own an input has prompt"),
+        (str(image), [{}], "inputs must be a list, and each a list of as many dicts"),
+        ([frames], {"seed": 1}, "inputs must be a list, and each a list of as many dicts"),
+    ):
+        with pytest.raises(InputError, match=message):
             plain.stream_batch(inputs, each)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="cannot be continued in step"):
         plain.stream_batch([frames, image], [{}, {}])
@@ -178,6 +185,7 @@ def test_wrong_batches(plain: AutoregressiveWorld, image: Path) -> None:
     [
         ({"num_video_frames": 0}, "num_video_frames is 0; it must be 1 to"),
         ({"num_video_frames": 25}, "at least 33: the nearest is 33"),
+        ({"num_video_frames": 1 << 20}, "the nearest is 1048569"),
         ({"num_video_frames": 50}, r"must be 1 \+ 8k and at least 33: the nearest is 49"),
         ({"num_video_frames": 1.5}, "num_video_frames is 1.5; it must be a whole number"),
         ({"rollout": "x"}, "rollout is 'x'; it must be one of tokens, pixels"),

@@ -237,7 +237,8 @@ def test_a_long_video_is_its_chunks(tiny_predict2_5: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_video_frames": 10}, r"must be 1 \+ 4k and at most 509: the nearest is 9"),
+        ({"num_video_frames": 10}, r"must be 1 \+ 4k and at most 509: the nearest is 9$"),
+        ({"num_video_frames": 513}, r"the nearest is 509 \(chunk_size makes longer videos\)"),
         ({"num_video_frames": 601}, "at most 509"),
         ({"height": 40}, r"height is 40; it must be a multiple of 16 .* the nearest is 32"),
         ({"width": 1936}, "at most 1920: the nearest is 1920"),

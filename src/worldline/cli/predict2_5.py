@@ -360,6 +360,7 @@ def _by_its_fields(error: InputError, sample: Sample) -> str:
     """Return what is wrong with a request, by the names that a sample has for it."""
     given = sample.num_input_frames
     told = str(error).replace("num_video_frames", "num_output_frames")
+    told = told.replace("chunk_size makes longer", "enable_autoregressive makes longer")
     return told.replace(
         f"num_input_frames is {given}", f"{sample.inference_type} is given {given} of them"
     )

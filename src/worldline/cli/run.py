@@ -621,6 +621,7 @@ class _Progress:
     def __init__(self, label: str) -> None:
         self.label = label
         self.told = ""
+        self.before: set[str] = set()
         self.bar: Any = None
 
     def __enter__(self) -> _Progress:
@@ -647,11 +648,20 @@ class _Progress:
             if step.kind == "guardrail":  # the label may be words that it will refuse
                 logger.info("%s", _STAGES[step.kind])
             elif not sys.stderr.isatty():
-                logger.info("%s: %s", self.label, _STAGES[step.kind].format(total=step.total))
+                line = _STAGES[step.kind].format(total=step.total)
+                if step.kind in self.before:  # of a video that is made in parts
+                    line += f", {step.done:,} are done"
+                logger.info("%s: %s", self.label, line)
+                self.before |= {step.kind} & _BARS.keys()
             elif step.kind in _BARS:
                 unit, shape = _BARS[step.kind]
                 self.bar = tqdm(
-                    total=step.total, desc=self.label, unit=unit, bar_format=shape, leave=False
+                    total=step.total,
+                    initial=step.done,
+                    desc=self.label,
+                    unit=unit,
+                    bar_format=shape,
+                    leave=False,
                 )
         if self.bar is not None:
             self.bar.update(step.done - self.bar.n)

@@ -34,7 +34,7 @@ from worldline.pipelines.decoder import (
 from worldline.pipelines.diffusion import SAMPLER_OF
 from worldline.pipelines.exchange import stage
 from worldline.pipelines.prompts import TRUNCATION
-from worldline.pipelines.requests import AutoregressiveRequest
+from worldline.pipelines.requests import LARGEST_SIZE, AutoregressiveRequest
 from worldline.report import Recorder
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling
@@ -96,12 +96,13 @@ def check_room(
             f"this model makes {own} frames, "
             f"but num_input_frames is {request.num_input_frames}; give --num_input_frames 1"
         )
-    frames = video_of(config, tokenizer, request).frames
-    nearest = max(own, nearest_frames(frames, tokenizer.temporal))
+    frames, temporal = video_of(config, tokenizer, request).frames, tokenizer.temporal
+    most = 1 + (LARGEST_SIZE - 1) // temporal * temporal
+    nearest = min(max(own, nearest_frames(frames, temporal)), most)
     if nearest != frames:
         raise InputError(
-            f"num_video_frames is {frames}; it must be 1 + {tokenizer.temporal}k and at least "
-            f"{own}: the nearest is {nearest}"
+            f"num_video_frames is {frames}; it must be 1 + {temporal}k and at least {own}: the "
+            f"nearest is {nearest}"
         )
     if frames > own and request.rollout == "pixels" and window <= CARRIED:
         raise InputError(

@@ -84,7 +84,13 @@ def with_defaults(
 
 
 def check_size(
-    request: VideoRequest, config: DiTSizes, most: int, temporal: int, spatial: int
+    request: VideoRequest,
+    config: DiTSizes,
+    most: int,
+    temporal: int,
+    spatial: int,
+    *,
+    longer: str = "",
 ) -> None:
     """Refuse a size that a world cannot make, with all that is wrong with it in one line.
 
@@ -94,6 +100,7 @@ def check_size(
         most: latent frames of the longest video.
         temporal: frames that a latent frame covers.
         spatial: pixels that a latent cell covers on each side.
+        longer: what makes longer videos, for the message.
 
     Raises:
         InputError: the nearest size that can be made is another, or nothing is left to make.
@@ -105,9 +112,10 @@ def check_size(
     if (frames - 1) % temporal or frames > longest:
         # one with something left to make, so that what is suggested is not refused next
         nearest = min(longest, max(least, nearest_frames(frames, temporal)))
+        ways = f" ({longer})" if longer and frames > longest else ""
         wrong.append(
             f"num_video_frames is {frames}; it must be 1 + {temporal}k and at most {longest}: "
-            f"the nearest is {nearest}"
+            f"the nearest is {nearest}{ways}"
         )
     elif frames < least:
         wrong.append(

@@ -76,7 +76,8 @@ def check_request(files: FlowFiles, request: FlowRequest) -> None:
             "world makes at once"
         )
     alone = replace(request, num_video_frames=window.frames, chunk_size=None, chunk_overlap=1)
-    check_size(alone, config, most, tokenizer.temporal, tokenizer.spatial)
+    longer = "chunk_size makes longer videos" if request.chunk_size is None else ""
+    check_size(alone, config, most, tokenizer.temporal, tokenizer.spatial, longer=longer)
     given = request.num_input_frames
     if given and (given - 1) % tokenizer.temporal:
         raise InputError(f"num_input_frames is {given}; it must be 0 or 1 + {tokenizer.temporal}k")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from os import PathLike
 from typing import Any, NamedTuple
 
 from worldline.errors import GuardrailRefusal, InputError, joined_stages
@@ -84,11 +85,16 @@ class AutoregressiveWorld(World):
             GuardrailRefusal: a prompt or a video was refused; raised when the others are done.
         """
         own = {"seed", "prompt", _EMBEDDINGS}
-        if not inputs or len(inputs) != len(each) or any(one.keys() - own for one in each):
+        if isinstance(inputs, str | PathLike) or not all(isinstance(one, Mapping) for one in each):
+            raise InputError("inputs must be a list, and each a list of as many dicts of options")
+        if not inputs or len(inputs) != len(each):
             raise InputError(
                 f"{len(inputs)} inputs and options of {len(each)}: there must be one or more, and "
-                f"as many of both; of its own an input has {', '.join(sorted(own))}"
+                "as many of both"
             )
+        if unknown := ", ".join(sorted({name for one in each for name in one} - own)):
+            has = ", ".join(sorted(own))
+            raise InputError(f"unknown option {unknown}; of its own an input has {has}")
         shared = Recorder(self.device)
         plans = [
             self._plan(input, input_type, {**options, **one}, Recorder(self.device), shared)

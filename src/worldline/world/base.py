@@ -43,6 +43,9 @@ class World:
         self.identity = identity
         self.safety = safety or Safety(why_off="none was loaded")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {str(self.device)!r})"
+
     @property
     def parameters(self) -> int:
         """Number of trained weights of the transformer."""

@@ -29,7 +29,7 @@ class Video:
         prompt: that it was made from; None where there was none.
     """
 
-    frames: NDArray[np.uint8]
+    frames: NDArray[np.uint8] = field(repr=False)
     fps: float
     report: dict[str, Any] = field(default_factory=dict, repr=False)
     prompt: str | None = None
