@@ -458,7 +458,7 @@ def _run(
         most_in_step,
         text_dtype,
     )
-    from worldline.pipelines.autoregressive import count_held, video_of
+    from worldline.pipelines.autoregressive import alternates, video_of
     from worldline.world import load_files, load_guards
     from worldline.world.autoregressive import AutoregressiveWorld
 
@@ -488,10 +488,10 @@ def _run(
         offloaded = [flag for flag in offload_flags if flags[flag]]
         at_once = clips_at_once(files, device, dtype, offloaded, len(tasks), **options)
     guarded = not (files.bundled or flags["disable_guardrail"])
-    configs = files.config, files.tokenizer_config
+    made = files.config, files.tokenizer_config, tasks[0].request
     check_frames(
-        video_of(*configs, tasks[0].request),
-        clips=count_held(*configs, tasks[0].request, at_once),
+        video_of(*made),
+        clips=at_once if alternates(*made) else 1,
         guarded=guarded,
         beside=host_need(files, device, batch=at_once, **options),
     )

@@ -152,18 +152,16 @@ def video_of(
     return replace(own, frames=request.num_video_frames or own.frames)
 
 
-def count_held(
-    config: ARTransformerConfig,
-    tokenizer: CosmosTokenizerConfig,
-    request: AutoregressiveRequest,
-    clips: int,
-) -> int:
-    """Return of how many clips in step all frames are held at once.
+def alternates(
+    config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig, request: AutoregressiveRequest
+) -> bool:
+    """Tell whether drawing and decoding take turns, window by window.
 
-    By tokens they are decoded when all are drawn, one clip after another.
+    Clips in step then hold all their frames at once. Otherwise all tokens are drawn first, and the
+    clips decoded one after another.
     """
     latents = latent_frames_of(video_of(config, tokenizer, request).frames, tokenizer.temporal)
-    return clips if request.rollout == "pixels" and latents > config.grid.frames else 1
+    return request.rollout == "pixels" and latents > config.grid.frames
 
 
 def continue_clips(
@@ -201,7 +199,7 @@ def continue_clips(
     cells = _encode(parts, clips, request.num_input_frames, recorder)
     count = (latents - given) * config.grid.tokens_per_frame
     drawing = _Drawing(parts, request, [job.request.seed for job in jobs], embeddings, count)
-    if request.rollout == "tokens" or latents <= window:
+    if not alternates(config, tokenizer, request):
         live = drawing.begin_live(given, video)
         cells = yield from drawing.run(cells, latents - given, recorder, live)
         for number, job in enumerate(jobs):

@@ -176,10 +176,13 @@ def match(
     unknown: list[str] = []
     doubled: list[str] = []
     for name in released_infos:
-        if keymap.drops(name):
+        found = keymap.find(name)
+        if found is None:
+            if not keymap.drops(name):
+                unknown.append(name)
             continue
-        prefix, ours = keymap.find(name) or ("", None)
-        if ours is None or ours not in expected:
+        prefix, ours = found
+        if ours not in expected:
             unknown.append(name)
         elif ours in pairs:
             doubled.append(f"{pairs[ours]} and {name}")

@@ -19,10 +19,10 @@ from worldline.models.predict1_ar.decoder import PlainDecoder
 from worldline.pipelines.autoregressive import (
     FPS,
     Job,
+    alternates,
     check_prompt,
     check_room,
     continue_clips,
-    count_held,
     decoder_settings,
     video_of,
 )
@@ -162,7 +162,7 @@ class AutoregressiveWorld(World):
     def _check_frames(self, request: AutoregressiveRequest, clips: int) -> None:
         """Refuse clips whose frames find no room in host memory."""
         configs = self.parts.config, self.parts.tokenizer.module.config
-        held = count_held(*configs, request, self._at_once(clips))
+        held = self._at_once(clips) if alternates(*configs, request) else 1
         check_frames(video_of(*configs, request), clips=held, guarded=self.safety.checks_videos)
 
     def _run(self, plans: Sequence[_Plan], shared: Recorder) -> Iterator[tuple[int, Step]]:
