@@ -1,4 +1,4 @@
-"""Things that are done one after another, of which one may fail: the loop of every command."""
+"""Loop of every command: tasks one after another, of which one may fail."""
 
 from __future__ import annotations
 
@@ -21,31 +21,25 @@ Task = TypeVar("Task")
 
 
 def run_each(
-    tasks: Sequence[Task],
-    run: Callable[[Task, str], str],
-    name: Callable[[Task], object],
-    *,
-    batch: bool,
+    tasks: Sequence[Task], run: Callable[[Task, str], str], *, batch: bool
 ) -> tuple[int, Counter[str]]:
-    """Do the tasks one after another, and say what came of each.
-
-    A full disk ends a batch, too.
+    """Run tasks and print one line for each; a full disk ends a batch.
 
     Args:
-        tasks: what to do.
-        run: does a task, of which it is given the label, too, and returns the line to print.
-        name: of a task, for its label.
+        tasks: named by `str`.
+        run: runs a task with its label, and returns the line to print.
         batch: whether to go on after a task that fails.
 
     Returns:
-        How many of a batch failed, and how many others a guardrail refused at each stage.
+        Number of failed tasks, and number of refused ones by the stage that refused.
     """
     failed = 0
     refused: Counter[str] = Counter()
     for position, task in enumerate(tasks):
-        label = f"{position + 1}/{len(tasks)} {name(task)}" if batch else str(name(task))
+        label = f"{position + 1}/{len(tasks)} {task}" if batch else str(task)
         try:
-            told = run(task, label)
+            click.echo(run(task, label))
+            continue
         except Exception as error:
             if not batch or is_disk_full(error):
                 raise
@@ -56,34 +50,18 @@ def run_each(
                 failed += 1
             logger.error("%s: %s", label, one_line(error))
             logger.debug("%s", traceback.format_exc())
-        else:
-            click.echo(told)
-            continue
         free_memory()  # what the failed one held would be missing to the next
     return failed, refused
 
 
-def tell_all(made: int, before: int, total: int, folder: Path, things: str = "videos") -> None:
-    """Say how many of all the things that were asked for are there.
-
-    Args:
-        made: in this run.
-        before: were there when it began.
-        total: that were asked for.
-        folder: that holds them.
-        things: what they are.
-    """
+def report_done(made: int, before: int, total: int, folder: Path, things: str = "videos") -> None:
+    """Print how many of all things that were asked for are there."""
     since = f": {made} made now, {before} there before" if before else ""
     click.echo(f"{made + before} of {total} {things} are in {folder}{since}")
 
 
-def tell_nothing_left(total: int, folder: Path, things: str = "videos") -> None:
-    """Say that all the things that were asked for were there before."""
-    click.echo(f"nothing left to do in {folder}: {total} of {total} {things} were there before")
-
-
 def free_memory() -> None:
-    """Give back what nothing refers to, on the device too."""
+    """Free unreferenced memory, on the device too."""
     import torch
 
     gc.collect()
@@ -91,13 +69,13 @@ def free_memory() -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Tell whether going on would waste the time of every further task."""
+    """Whether an error is a full disk, which every further task would meet, too."""
     cause = error if isinstance(error, OSError) else error.__cause__
     return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says, in a line."""
+    """First line of an error."""
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
     return first if isinstance(error, Error) else f"{type(error).__name__}: {first}"

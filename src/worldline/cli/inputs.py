@@ -1,258 +1,234 @@
-"""What a run starts from: one input, the lines of a JSONL, or a folder of media; no torch.
-
-All that is wrong with a batch is found before anything is loaded, and told at once.
-"""
+"""What the released commands read: one input, the lines of a JSONL, or a folder of media."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from worldline.errors import InputError
-from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Kind, media_kind, probe
+from worldline.family import Item
+from worldline.request import Options
+from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_kind
+from worldline.video.write import ENCODINGS
 
 logger = logging.getLogger(__name__)
 
 VISUAL, PROMPT = "visual_input", "prompt"
-_SHOWN = 40  # most letters of a prompt that names an item
+_LABEL = 40  # characters of a prompt that names an item
+# formats that are not written; another suffix is part of the name
+_UNWRITTEN = (".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".3gp")
+
+
+class PromptFlags(Options):
+    """Flags of `diffusion text2world`."""
+
+    batch_input_path: str | None = Field(
+        None, description='Many inputs: a JSONL with a "prompt" a line.'
+    )
+    video_save_name: str = Field(
+        "output",
+        description="Name of a single video, without .mp4; .mov .mkv .webm .gif choose another "
+        "format.",
+    )
+    video_save_folder: str = Field("outputs/", description="Folder of the videos; made if absent.")
+    resume: bool = Field(False, description="Keep videos that an earlier run made in the same way.")
+
+
+class MediaFlags(PromptFlags):
+    """Flags of commands that continue images and videos."""
+
+    input_image_or_video_path: str | None = Field(
+        None, description="One input: mp4, mov, mkv, webm, gif, png, jpg…"
+    )
+    batch_input_path: str | None = Field(
+        None,
+        description='Many inputs: a JSONL with a "visual_input" (and a "prompt") a line, or a '
+        "folder of media.",
+    )
+
+
+class TypedFlags(MediaFlags):
+    """Flags of `autoregressive base`."""
+
+    input_prompts_path: str | None = Field(
+        None, description="Another name of --batch_input_path."
+    )
+    input_type: Literal["image", "video"] = Field("video", description="Kind of all inputs.")
+
+
+class TextTypedFlags(TypedFlags):
+    """Flags of `autoregressive video2world`."""
+
+    input_type: Literal["text_and_image", "text_and_video"] = Field(  # type: ignore[assignment]
+        "text_and_video", description="Kind of all inputs."
+    )
 
 
 @dataclass(frozen=True)
-class Fields:
-    """What a command reads of every input.
+class Lines:
+    """Reader of the released commands: one input, or many from a JSONL or a folder.
 
     Attributes:
-        visual: what `visual_input` must be; "either" goes by the suffix, None reads none.
-        num_input_frames: how many frames it must have.
-        prompt: whether the input needs a `prompt`, may have one, or has no use for it.
-        model: what reads them, in words.
-        example: a released file of such lines.
-        type_prefix: what stands before "image" or "video" in the choices of --input_type.
+        flags: options of the command.
+        visual: whether an input is an image or a video.
+        prompts: whether the model takes prompts.
     """
 
-    visual: Kind | Literal["either"] | None
-    num_input_frames: int = 1
-    prompt: Literal["required", "optional", "unused"] = "unused"
-    model: str = "base model"
-    example: str = "assets/autoregressive/batch_inputs/base.jsonl"
-    type_prefix: str = ""
+    flags: type[PromptFlags]
+    visual: bool = True
+    prompts: bool = True
 
-    @property
-    def names(self) -> set[str]:
-        """Names of the fields that have an effect."""
-        read = {VISUAL} if self.visual else set()
-        return read if self.prompt == "unused" else {*read, PROMPT}
+    def read(self, flags: Any, stated: Mapping[str, Any]) -> tuple[list[Item], list[str]]:
+        """Every input, and what is wrong with others."""
+        sources = ["batch_input_path"]
+        if self.visual:
+            sources = ["input_image_or_video_path", *sources]
+        if hasattr(flags, "input_prompts_path"):
+            sources.append("input_prompts_path")
+        named = {name: getattr(flags, name) for name in sources if getattr(flags, name) is not None}
+        if len(named) > 1:
+            raise InputError(f"--{' and --'.join(named)} exclude each other; give one")
+        if "" in named.values():
+            raise InputError(f"--{next(iter(named))} is empty; give a path")
+        if self.visual and not named:
+            raise InputError(f"no input; give --{' or --'.join(sources[:2])}")
+        kind = getattr(flags, "input_type", "").removeprefix("text_and_") or None
+        if not named or "input_image_or_video_path" in named:
+            return [self._single(flags, stated, kind)], []
+        [(source, path)] = named.items()
+        for name in ("prompt", *(() if self.visual else ("prompt_embeddings",))):
+            if name in stated:
+                raise InputError(f"--{name} and --{source} exclude each other; give one")
+        return self._batch(Path(path), flags, stated, kind)
 
-    @property
-    def sample(self) -> str:
-        """A line that would do."""
-        line = {VISUAL: "in.mp4"} if self.visual else {}
-        return json.dumps(
-            {**line, PROMPT: "A ball…"} if self.prompt == "required" else line, ensure_ascii=False
-        )
+    def _single(self, flags: Any, stated: Mapping[str, Any], kind: str | None) -> Item:
+        if not self.visual and not stated.keys() & {"prompt", "prompt_embeddings"}:
+            raise InputError("no prompt; give --prompt, --batch_input_path or --prompt_embeddings")
+        path = Path(flags.input_image_or_video_path) if self.visual else None
+        label = str(path) if path else label_of(str(stated.get("prompt", "embeddings")))
+        output = single_output(flags.video_save_folder, flags.video_save_name)
+        return Item(label, "", stated, path, kind_of(path, kind), output)
+
+    def _batch(
+        self, path: Path, flags: Any, stated: Mapping[str, Any], kind: str | None
+    ) -> tuple[list[Item], list[str]]:
+        items: list[Item] = []
+        problems: list[str] = []
+        unread: set[str] = set()
+        entries = _folder(path) if path.is_dir() and self.visual else _lines(path)
+        for number, place, line in entries:
+            try:
+                file, prompt = line if isinstance(line, Path) else None, None
+                if isinstance(line, str):
+                    file, prompt = self._entry(line, path, unread)
+                label = str(file) if file else label_of(prompt or "")
+                said = {**stated, **({} if prompt is None else {PROMPT: prompt})}
+                output = Path(flags.video_save_folder) / f"{number}.mp4"
+                items.append(Item(label, place, said, file, kind_of(file, kind), output))
+            except InputError as error:
+                problems.append(f"{place}: {error}")
+        if unread:
+            logger.info("%s: no effect: %s", path, ", ".join(sorted(unread)))
+        if not items and not problems:
+            raise InputError(f"{path}: it has no input; give a JSONL or a folder of media")
+        return items, problems
+
+    def _entry(
+        self, line: str, file: Path, unread: set[str]
+    ) -> tuple[Path | None, str | None]:
+        """File and prompt of a line; names of other fields are added to `unread`."""
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"not JSON ({error}); give an object a line") from None
+        needed = VISUAL if self.visual else PROMPT
+        if not isinstance(entry, dict) or not isinstance(entry.get(needed), str):
+            example = {needed: "in.mp4" if self.visual else "A ball rolls."}
+            raise InputError(f'no "{needed}"; give an object such as {json.dumps(example)}')
+        read = {name for name, wanted in ((VISUAL, self.visual), (PROMPT, self.prompts)) if wanted}
+        unread |= entry.keys() - read
+        prompt = entry.get(PROMPT) if self.prompts else None
+        if prompt is not None and not isinstance(prompt, str):
+            raise InputError(f'"{PROMPT}" is {json.dumps(prompt)}; give a text')
+        return (find_beside(entry[VISUAL], file) if self.visual else None), prompt
 
 
-@dataclass(frozen=True)
-class Item:
-    """One clip or image to continue, one prompt to show, or both.
-
-    Attributes:
-        number: 0-based line in the JSONL, or place in the folder; names the output.
-        path: the file, found; None where the model reads none.
-        prompt: what the video shows; None where there is none.
-        name: that it is called by, where it has one.
-    """
-
-    number: int
-    path: Path | None = None
-    prompt: str | None = None
-    name: str | None = None
-
-    def __str__(self) -> str:
-        if self.name is not None:
-            return self.name
-        if self.path is not None:
-            return str(self.path)
-        if self.prompt is None:
-            return "embeddings"
-        words = " ".join(self.prompt.split())
-        return f"“{words}”" if len(words) <= _SHOWN else f"“{words[:_SHOWN].rstrip()}…”"
+def kind_of(path: Path | None, kind: str | None) -> str | None:
+    """Kind of an input: as the command was told, else by the file's suffix."""
+    return None if path is None else kind or media_kind(path)
 
 
-def read_single(path: str | Path | None, fields: Fields, prompt: str | None = None) -> Item:
-    """Check a single input.
+def label_of(prompt: str) -> str:
+    """The first words of a prompt."""
+    words = " ".join(prompt.split())
+    return f"“{words}”" if len(words) <= _LABEL else f"“{words[:_LABEL].rstrip()}…”"
+
+
+def single_output(folder: str, name: str) -> Path:
+    """File of a single video.
 
     Raises:
-        InputError: it is no readable media of this kind, or too short; the prompt is empty, no
-            text, or missing where one is needed.
+        InputError: its format is not written.
     """
-    if prompt is not None:
-        _check_prompt(prompt, "--prompt")
-    if prompt is None and fields.prompt == "required":
-        raise InputError(f"no prompt: a {fields.model} needs --prompt")
-    if path is None:
-        return Item(0, None, prompt)
-    _check(Path(path), fields)
-    return Item(0, Path(path), prompt)
-
-
-def read_batch(path: str | Path, fields: Fields) -> list[Item]:
-    """Check every input of a JSONL file, or of a folder of media in the order of their names.
-
-    Args:
-        path: the file, one object a line, or the folder.
-        fields: what the object must hold.
-
-    Raises:
-        InputError: something is wrong; all bad lines are in the message.
-    """
-    path = Path(path)
-    if path.is_dir():
-        if VISUAL not in fields.names or fields.prompt == "required":
-            raise InputError(
-                f"{path} is a folder, which holds no prompts; give a JSONL with lines like "
-                f"{fields.sample}"
-            )
-        items, problems = _read_folder(path, fields)
-    else:
-        items, problems = _read_lines(path, fields)
-    if problems:
-        count = len(problems) + len(items)
-        told = "\n".join(f"  {problem}" for problem in problems)
+    suffix = Path(name).suffix.lower()
+    if not Path(name).name or suffix in (*_UNWRITTEN, *IMAGE_SUFFIXES):
         raise InputError(
-            f"{path}: {len(problems)} of {count} inputs cannot be used, so none was run\n{told}"
+            f"--video_save_name {name!r}: no such format; give a name, or one with "
+            f"{' '.join(ENCODINGS)}"
         )
-    if not items:
-        raise InputError(
-            f"{path} holds no media" if path.is_dir() else f"{path} has no line with an input"
-        )
-    return items
+    return Path(folder) / (name if suffix in ENCODINGS else f"{name}.mp4")
 
 
-def _read_folder(folder: Path, fields: Fields) -> tuple[list[Item], list[str]]:
-    items: list[Item] = []
-    problems: list[str] = []
-    passed_over: list[str] = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.is_dir():
-            continue
-        if path.suffix.lower() not in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
-            passed_over.append(path.name)
-            continue
-        try:
-            _check(path, fields)
-        except InputError as error:
-            problems.append(str(error))
-        else:
-            items.append(Item(len(items), path))
-    if passed_over:
-        logger.info("%s: no media, passed over: %s", folder, ", ".join(passed_over))
-    return items, problems
-
-
-def _read_lines(file: Path, fields: Fields) -> tuple[list[Item], list[str]]:
-    items: list[Item] = []
-    problems: list[str] = []
-    ignored: set[str] = set()
-    for number, line in enumerate(_lines(file)):
-        if not line.strip():
-            continue
-        try:
-            entry = _parse(line, fields)
-            ignored |= entry.keys() - fields.names
-            path = _find(entry[VISUAL], file) if fields.visual else None
-            if path is not None:
-                _check(path, fields)
-            prompt = None if fields.prompt == "unused" else entry.get(PROMPT)
-        except InputError as error:
-            problems.append(f"line {number + 1}: {error} (output {number}.mp4)")
-        else:
-            items.append(Item(number, path, prompt))
-    if ignored:
-        names = ", ".join(sorted(ignored))
-        logger.info("%s: no effect on a %s: %s", file, fields.model, names)
-    return items, problems
-
-
-def _lines(file: Path) -> list[str]:
+def _lines(file: Path) -> Iterator[tuple[int, str, str]]:
+    """Number, place and text of every line that is not blank."""
     try:
-        return file.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file or folder") from None
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError(f"{file} is not UTF-8 text; a batch is a JSONL of it") from None
+        raise InputError(f"{file}: it is not UTF-8 text; give a JSONL") from None
     except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
+        raise InputError(f"{file}: {error.strerror or error}; give a JSONL") from None
+    for number, line in enumerate(text.split("\n")):
+        if line.strip():
+            yield number, f"{file} line {number + 1} ({number}.mp4)", line
 
 
-def _parse(line: str, fields: Fields) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error})") from None
-    if not isinstance(entry, dict):
-        raise InputError(f"not an object like {fields.sample}")
-    needed = fields.names if fields.prompt == "required" else fields.names - {PROMPT}
-    missing = [name for name in (VISUAL, PROMPT) if name in needed and name not in entry]
-    if missing:
-        names = " and no ".join(f'"{name}"' for name in missing)
-        raise InputError(
-            f"no {names}; a line is like {fields.sample}, as in the released {fields.example}"
-        )
-    if fields.visual:
-        name = entry[VISUAL]
-        if not isinstance(name, str) or not name or "\0" in name:
-            raise InputError(f'"{VISUAL}" must be the path of a file, not {json.dumps(name)}')
-    if fields.prompt != "unused" and PROMPT in entry:
-        prompt = entry[PROMPT]
-        if not isinstance(prompt, str):
-            raise InputError(f'"{PROMPT}" must be a text, not {json.dumps(prompt)}')
-        _check_prompt(prompt, f'"{PROMPT}"')
-    return entry
+def _folder(folder: Path) -> Iterator[tuple[int, str, Path]]:
+    """Number, place and path of every media file, in the order of names."""
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    media = [path for path in files if path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)]
+    if skipped := [path.name for path in files if path not in media]:
+        logger.info("%s: skipped, not media: %s", folder, ", ".join(skipped))
+    for number, path in enumerate(media):
+        yield number, str(path), path
 
 
-def _check_prompt(prompt: str, name: str) -> None:
-    if not prompt.strip():
-        raise InputError(f"{name} is empty")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, or bytes that are no UTF-8
-        raise InputError(f"{name} is no valid text: {error}") from None
+def find_beside(name: str, file: Path) -> Path:
+    """A path from the working directory, else from the folder of the file that names it.
 
+    The released files name their media from the folder that holds `assets/`: a path that begins
+    with the name of a folder around the file is looked up beside that folder, too.
 
-def _find(name: str, file: Path) -> Path:
-    """Look a path up from the working directory, then beside the JSONL.
-
-    The released files name their media from the folder that holds `assets/`: so a path that begins
-    with the name of a folder around the JSONL is also looked up beside that folder.
+    Raises:
+        InputError: no such file.
     """
+    if not name or "\0" in name:
+        raise InputError(f'"{VISUAL}" is {json.dumps(name)}; give the path of a file')
     path = Path(name).expanduser()
     around = file.absolute().parent
     bases = [around, *(up.parent for up in (around, *around.parents) if up.name == path.parts[0])]
-    candidates = [path, *(base / path for base in bases)]
-    for candidate in candidates:
+    for candidate in (path, *(base / path for base in bases)):
         if candidate.exists():
             return candidate
-    if path.is_absolute():
-        return path
     raise InputError(f"{name}: no such file, from {Path.cwd()} or beside the JSONL in {around}")
 
 
-def _check(path: Path, fields: Fields) -> None:
-    assert fields.visual is not None
-    kind = media_kind(path) if fields.visual == "either" else fields.visual
-    prefix = fields.type_prefix
-    if prefix and path.is_file() and (found := media_kind(path)) != kind:
-        article = "an image" if found == "image" else "a video"
-        raise InputError(
-            f"{path} is {article}, but --input_type is {prefix}{kind}; "
-            f"use --input_type {prefix}{found}"
-        )
-    info = probe(path, kind=kind)
-    if info.frames < fields.num_input_frames:
-        frames = f"{info.frames} frame{'s' if info.frames > 1 else ''}"
-        what = f"is an image, which has {frames}" if kind == "image" else f"has {frames}"
-        raise InputError(f"{path} {what}, but --num_input_frames is {fields.num_input_frames}")
+PROMPTS = Lines(PromptFlags, visual=False)
+MEDIA = Lines(MediaFlags)
+TYPED_MEDIA = Lines(TypedFlags, prompts=False)
+TYPED_TEXT_MEDIA = Lines(TextTypedFlags)

@@ -1,0 +1,142 @@
+"""`worldline generate`, and the released commands of every family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import Field
+
+from worldline.cli import run
+from worldline.cli.inputs import label_of
+from worldline.cli.options import ManyValues, options
+from worldline.family import FAMILIES, Command, Item, requests_of
+from worldline.request import Options
+from worldline.video.read import media_kind
+
+
+@cache
+def released_commands() -> dict[str, click.Command]:
+    """Commands of every family, by the first word of their names."""
+    found: dict[str, click.Command] = {}
+    for family in FAMILIES:
+        described = requests_of(family)
+        for command in described.COMMANDS:
+            root, _, name = command.name.partition(" ")
+            if not name:
+                found[root] = make_command(family, command)
+                continue
+            group = found.setdefault(root, click.Group(root, help=described.HELP))
+            assert isinstance(group, click.Group)
+            group.add_command(make_command(family, command), name)
+    return found
+
+
+def make_command(family: str, command: Command) -> click.Command:
+    """The click command that a family describes."""
+    described, reader = requests_of(family), run.load_reader(command.reads)
+
+    @click.pass_context
+    def callback(context: click.Context, /, **_: object) -> None:
+        run.run(family, command, context)
+
+    model = click.option(
+        f"--{command.model}",
+        help="Folder of the model below --checkpoint_dir, a path, or tiny-… for a bundled one; "
+        f"`worldline models` lists them.  [default: {command.default_model}]",
+    )
+    shown = {"hidden": command.hidden, "defaults": command.defaults, "negatable": command.negatable}
+    for decorate in (
+        options(described.OPTIONS, **shown),
+        options(described.REQUEST, **shown),
+        options(reader.flags, negatable=command.negatable),
+        model,
+    ):
+        callback = decorate(callback)
+    name = command.name.rpartition(" ")[2]
+    if not hasattr(reader, "many_values"):
+        return click.command(name, help=command.help)(callback)
+    built = click.command(name, cls=ManyValues, help=command.help)(callback)
+    built.many = reader.many_values
+    return built
+
+
+class GenerateFlags(Options):
+    """Flags of `worldline generate`."""
+
+    output: str = Field(
+        "output.mp4",
+        description="File of the video: .mp4, .mov, .mkv, .webm or .gif.",
+        json_schema_extra={"short": "-o"},
+    )
+    resume: bool = Field(False, description="Keep a video that an earlier run made in the same way.")
+
+
+class One:
+    """Reader of a single input.
+
+    Attributes:
+        input: image or video to continue; None for none.
+    """
+
+    flags = GenerateFlags
+
+    def __init__(self, input: str | None) -> None:
+        self.input = input
+
+    def read(
+        self, flags: GenerateFlags, stated: Mapping[str, Any]
+    ) -> tuple[list[Item], list[str]]:
+        path = None if self.input is None else Path(self.input)
+        label = str(path) if path else label_of(str(stated.get("prompt", "embeddings")))
+        kind = None if path is None else media_kind(path)
+        return [Item(label, "", stated, path, kind, Path(flags.output))], []
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.argument("world")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[INPUT] [OPTIONS]...")
+@click.pass_context
+def generate(context: click.Context, /, world: str, words: tuple[str, ...]) -> None:
+    """Make a video with any world model.
+
+    WORLD is a bundled model (tiny-…), a folder below --checkpoint_dir or a path; `worldline models`
+    lists them. INPUT is an image or a video to continue; without it --prompt starts the video.
+    `worldline generate WORLD --help` lists the options of that model, with its own defaults.
+    """
+    command = command_of(world, words)
+    with command.make_context(f"{context.info_name} {world}", list(words), context.parent) as inner:
+        command.invoke(inner)
+
+
+def command_of(world: str, words: Sequence[str]) -> click.Command:
+    """The command for one model: its family's options with its own defaults.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    from worldline.opening import read_family
+    from worldline.places import find_place
+
+    roots = [v for n, v in pairwise(words) if n.replace("-", "_") == "__checkpoint_dir"]
+    roots += [w.partition("=")[2] for w in words if w.replace("-", "_").startswith("__checkpoint_dir=")]
+    family, defaults = read_family(find_place(world, roots[0] if roots else "checkpoints"))
+
+    @click.pass_context
+    def callback(context: click.Context, /, input: str | None, **_: object) -> None:
+        released = Command("generate", "", "world", world, reads="")
+        run.run(family.name, released, context, reader=One(input))
+
+    for decorate in (
+        options(family.options),
+        options(family.request, defaults=defaults),
+        options(GenerateFlags),
+        click.argument("input", required=False),
+    ):
+        callback = decorate(callback)
+    text = f"Make a video with {world}: of a prompt, or of what happens next in INPUT."
+    return click.command("generate", help=text)(callback)

@@ -1,0 +1,164 @@
+"""The command `worldline`: one call for a command line, one line for an expected error.
+
+A command's module is imported when the command is named or listed, and imports torch only when it
+runs, so that `worldline --help` does not wait.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from worldline.errors import Error
+
+INTERRUPTED = 130
+# every option of every command may be written with `_` or with `-`
+SETTINGS = {
+    "token_normalize_func": lambda token: token.replace("-", "_"),
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+}
+
+# a group without a command; click before 8.2 shows the help by itself
+_NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+
+
+class LazyGroup(click.Group):
+    """Commands that are imported when they are named.
+
+    Attributes:
+        places: command name -> "module:attribute".
+    """
+
+    places: Mapping[str, str] = {
+        "demo": "worldline.cli.demo:demo",
+        "generate": "worldline.cli.generate:generate",
+        "tokenize": "worldline.cli.tokenize:tokenize",
+        "evaluate": "worldline.cli.evaluate:evaluate",
+        "models": "worldline.cli.models:models",
+        "doctor": "worldline.cli.doctor:doctor",
+        "checkpoints": "worldline.cli.checkpoints:checkpoints",
+    }
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from worldline.cli.generate import released_commands
+
+        demo, generate, *others = self.places
+        return [demo, generate, *released_commands(), *others]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.places:
+            from worldline.cli.generate import released_commands
+
+            return released_commands().get(cmd_name)
+        module, attribute = self.places[cmd_name].split(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+
+class Main(LazyGroup):
+    """Outermost group, which alone prints errors and chooses exit statuses."""
+
+    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
+        """Run a command line and exit.
+
+        0 done; 2 wrong usage or input; 3 refused by a guardrail; 130 interrupted; 1 anything else.
+        """
+        words, debug = _without_debug(list(sys.argv[1:] if args is None else args))
+        handler = _LogLines()
+        logger = logging.getLogger("worldline")
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG if debug else logging.INFO)
+        try:
+            with self.make_context("worldline", words) as context:
+                self.invoke(context)
+            sys.exit(0)
+        except click.exceptions.Exit as done:
+            sys.exit(done.exit_code)
+        except BaseException as error:
+            if isinstance(error, (SystemExit, GeneratorExit)):
+                raise
+            if isinstance(error, _NO_ARGUMENTS):
+                click.echo(error.format_message(), err=True)
+                sys.exit(2)
+            status, message = explain(error)
+            if debug:
+                click.echo(traceback.format_exc(), err=True, nl=False)
+            if message:
+                click.echo(f"worldline: {message}", err=True)
+            sys.exit(status)
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+def _without_debug(words: list[str]) -> tuple[list[str], bool]:
+    """The words without --debug, and whether it stood before a lone `--`."""
+    end = words.index("--") if "--" in words else len(words)
+    kept = [word for word in words[:end] if word != "--debug"]
+    return kept + words[end:], len(kept) < end
+
+
+class _LogLines(logging.Handler):
+    """Log records as lines on the current standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        click.echo(f"worldline: {prefix}{record.getMessage()}", err=True)
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit status and last line of a command that an exception ends."""
+    if isinstance(error, click.UsageError):
+        path = error.ctx.command_path if error.ctx else "worldline"
+        usage = error.format_message().rstrip(".")
+        return 2, f"{usage} (see {path} --help)"
+    if isinstance(error, click.ClickException):
+        return error.exit_code, error.format_message()
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, Error):
+        return error.exit_code, str(error)
+    if isinstance(error, BrokenPipeError) or getattr(error, "errno", None) == errno.EPIPE:
+        # whoever read our output has gone; keep the interpreter from flushing into the void
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1, ""
+    if is_out_of_memory(error):
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else "no memory left"
+        return 1, f"out of memory: {reason}"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return 1, f"{where}{error.strerror or error}"
+    lines = str(error).strip().splitlines()
+    text = f": {lines[0]}" if lines else ""
+    return 1, f"unexpected {type(error).__name__}{text} (--debug shows the trace)"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host had too little memory; imports no torch."""
+    torch = sys.modules.get("torch")
+    kinds: tuple[type[BaseException], ...] = (MemoryError,)
+    if torch is not None:
+        kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds)
+
+
+main = Main(
+    "worldline",
+    help="Run and post-train world foundation models: continue a video, an image or a sentence.",
+    epilog="Options may be written with _ or with -.",
+    context_settings=SETTINGS,
+    params=[
+        click.Option(["--debug"], is_flag=True, expose_value=False, help="Show traces of errors."),
+    ],
+)
+main = click.version_option(package_name="worldline", message="%(prog)s %(version)s")(main)

@@ -1,0 +1,130 @@
+"""Requests, load options and commands of Cosmos-Predict2.5; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from worldline.catalog import FLOW_MODELS
+from worldline.family import Command
+from worldline.request import LoadOptions, OneGpu, Path, Size, VideoRequest
+
+Schedule = Literal["karras", "shifted"]
+
+
+def _one_plus_4k(frames: int) -> int:
+    if frames and (frames - 1) % 4:
+        raise ValueError(f"it is {frames}; give 1 + 4k, such as {max(1, 1 + 4 * round((frames - 1) / 4))}")
+    return frames
+
+
+Frames4 = Annotated[int, AfterValidator(_one_plus_4k)]
+
+
+class FlowRequest(VideoRequest):
+    """One video of Predict2.5.
+
+    Guidance is v + guidance (v - u) of the velocities with and without the prompt: one less than in
+    the more usual form.
+    """
+
+    INPUT_FRAMES: ClassVar[Mapping[str, int]] = {"image": 1, "video": 5}
+
+    num_input_frames: Frames4 = Field(
+        0, ge=0, description="Last frames of the input that are continued; 1 + 4k, 1 of an image."
+    )
+    num_video_frames: Size = Field(
+        93, description="Frames of the video, input frames included; 1 + 4k unless chunk_size is given."
+    )
+    fps: Annotated[float, Field(ge=1, le=240)] = Field(
+        16.0, description="Frames per second of the file; the network does not read it."
+    )
+    chunk_size: Size | None = Field(
+        None, description="Frames kept of each chunk of a long video; makes one."
+    )
+    chunk_overlap: Annotated[Frames4, Field(ge=1)] = Field(
+        1, description="Frames of a chunk that the next one continues; 1 + 4k."
+    )
+
+    @model_validator(mode="after")
+    def _chunks(self) -> Self:
+        if self.chunk_size is None:
+            if self.chunk_overlap != 1:
+                raise ValueError(
+                    f"chunk_overlap is {self.chunk_overlap}, but no long video is made; give chunk_size"
+                )
+            return self
+        continued = max(self.chunk_overlap, self.num_input_frames)
+        if self.chunk_size <= continued:
+            raise ValueError(
+                f"chunk_size is {self.chunk_size}, but {continued} frames of a chunk are continued; "
+                "give more"
+            )
+        return self
+
+
+class FlowOptions(LoadOptions):
+    """How a model of Predict2.5 is loaded."""
+
+    DECISIVE: ClassVar[frozenset[str]] = frozenset({"schedule"})
+
+    num_gpus: OneGpu = Field(
+        1, alias="context_parallel_size", description="GPUs that share a video; 1 in this version."
+    )
+    tokenizer_dir: Path | None = Field(
+        None,
+        description="Wan2.1 tokenizer: file or folder, below --checkpoint_dir or a path.  [default: "
+        "that of nvidia/Cosmos-Predict2.5-2B]",
+    )
+    text_encoder_dir: Path | None = Field(
+        None,
+        description="Reason1: folder below --checkpoint_dir, or a path.  [default: "
+        "nvidia/Cosmos-Reason1-7B]",
+    )
+    schedule: Schedule | None = Field(
+        None,
+        description="Noise schedule.  [default: as the model was released; otherwise what its "
+        "config.json states, else shifted]",
+    )
+    disable_guardrail: bool | None = Field(
+        None,
+        alias="disable_guardrails",
+        description="Do not check prompt and video. Bundled models have no guardrails.",
+    )
+    offload_guardrail_models: bool = Field(
+        True, description="Keep the guardrails in host memory while they are not used."
+    )
+    offload_text_encoder: bool = Field(
+        False, description="Keep the text encoder in host memory while it is not used."
+    )
+    offload_tokenizer: bool = Field(
+        False, description="Keep the tokenizer in host memory while it is not used."
+    )
+    offload_diffusion_model: bool = Field(
+        False, description="Keep the transformer in host memory while it is not used."
+    )
+
+
+def recognise(tensors: Collection[str]) -> bool:
+    """Whether a transformer with these tensors is one of Predict2.5, in either layout."""
+    return any(name.endswith("crossattn_proj.0.weight") for name in tensors)
+
+
+REQUEST, OPTIONS = FlowRequest, FlowOptions
+
+COMMANDS = (
+    Command(
+        name="predict2.5",
+        help="Make the videos of files of samples, by a model of Predict2.5.\n\n"
+        "Each sample becomes NAME.mp4 in --output_dir (NAME.jpg if it has one frame); beside it the "
+        "prompt (.txt) and a report (.json). Fields given here win over those of all samples. A "
+        "sample that fails does not stop the others.",
+        model="model",
+        default_model=FLOW_MODELS[0].name,
+        reads="worldline.families.predict2_5.samples:SAMPLES",
+        hidden=frozenset(FlowRequest.model_fields) - {"preview_every", "prompt_embeddings"},
+        negatable=True,
+    ),
+)

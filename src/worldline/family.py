@@ -1,0 +1,368 @@
+"""One record for a model family, and what is opened and loaded of it; needs no torch.
+
+A family is a folder of `worldline.families`: `request.py` (its requests, load options and
+commands, imported for --help) and `family.py` (`FAMILY`, imported when a model is opened).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from worldline.errors import CheckpointError
+from worldline.request import LoadOptions, Options, Request
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from worldline.locate import Place
+    from worldline.memory import Stage
+    from worldline.report import Recorder, Step
+    from worldline.video.read import Clip
+
+# name -> package; the first whose `recognise` knows a transformer's tensors opens it
+FAMILIES = {
+    "predict2.5": "worldline.families.predict2_5",
+    "diffusion": "worldline.families.diffusion",
+    "autoregressive": "worldline.families.autoregressive",
+}
+
+
+class OpenedPart(Protocol):
+    """One part of a model on disk: headers are checked, tensors are not read."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Every file that decides what the part computes."""
+
+    def nbytes(self, compute: Compute) -> int:
+        """Bytes of its weights."""
+
+    def streamed_nbytes(self, compute: Compute) -> int | None:
+        """Bytes on the device while it is offloaded block by block; None where it moves whole."""
+
+    def load(self, compute: Compute, *, offload: bool) -> Any:
+        """The part on its device, or waiting in host memory."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which precision a model runs.
+
+    Attributes:
+        device: of all networks.
+        dtype: of transformer and tokenizer.
+        text_dtype: of the text encoder, which overflows in float16.
+        fused: whether Triton kernels work between the layers.
+        batch_size: clips computed together.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    text_dtype: torch.dtype
+    fused: bool
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a family's models.
+
+    Attributes:
+        name: "transformer", "tokenizer", "text", "decoder".
+        flag: load option that offloads it.
+        open: opens it beside the parts that are opened already; None where the model has none.
+        option: load option that names another folder; "" for none.
+        optional: whether a model opens without it: a request that needs it is refused instead.
+    """
+
+    name: str
+    flag: str
+    open: Callable[[Opened], OpenedPart | None]
+    option: str = ""
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Item:
+    """One video that a command is asked for.
+
+    Attributes:
+        label: short name for progress.
+        place: where it is described, for messages; "" for the command line.
+        stated: fields of the request.
+        input: file to continue; None for none.
+        kind: of the input, "image" or "video"; None for none.
+        output: file of the video.
+        names: field -> the name that it has where it is described.
+        sample: its description, for the report; None for none.
+    """
+
+    label: str
+    place: str
+    stated: Mapping[str, Any]
+    input: Path | None
+    kind: str | None
+    output: Path
+    names: Mapping[str, str] = field(default_factory=dict)
+    sample: Mapping[str, Any] | None = None
+
+    def field(self, name: str) -> str:
+        """What an error calls a field."""
+        name = self.names.get(name, name)
+        if name.startswith("--") or not self.place:
+            return f"--{name.removeprefix('--')}"
+        return f"{self.place}, {name}"
+
+
+class Reader(Protocol):
+    """Reads the inputs of a command.
+
+    Attributes:
+        flags: its options.
+    """
+
+    flags: type[Options]
+
+    def read(self, flags: Any, stated: Mapping[str, Any]) -> tuple[list[Item], list[str]]:
+        """Every video that is asked for, and what is wrong with others.
+
+        Args:
+            flags: of its own class.
+            stated: fields of requests that were typed.
+
+        Raises:
+            InputError: nothing can be read.
+        """
+
+
+@dataclass(frozen=True)
+class Command:
+    """One released command of a family.
+
+    Attributes:
+        name: words after `worldline`.
+        help: docstring of the command.
+        model: flag that names the model.
+        default_model: its default.
+        reads: "module:attribute" of its `Reader`.
+        hidden: fields that the command has no flag for.
+        defaults: fields whose default differs from the class's.
+        negatable: whether boolean flags have a --no_… form.
+    """
+
+    name: str
+    help: str
+    model: str
+    default_model: str
+    reads: str
+    hidden: frozenset[str] = frozenset()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    negatable: bool = False
+
+
+def _no_report(parts: Parts, request: Any, recorder: Recorder) -> dict[str, Any]:
+    return {}
+
+
+def _unused(opened: Opened, request: Request) -> dict[str, str]:
+    return request.unused()
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that differs between families.
+
+    Attributes:
+        name: "predict2.5".
+        request: class of its requests.
+        options: class of its load options.
+        recognise: names of a transformer's tensors -> whether it is one of this family.
+        parts: cheapest to offload first; opened from the last to the first.
+        agree: (part, attribute of its config, part, attribute) that must be equal.
+        check: refuses what opened files cannot do; fills in what a request leaves to the model.
+        stages: memory of a request, stage by stage, beside the weights.
+        generate: a request -> steps, the last of which carries all frames.
+        presets: catalog entry -> parts of a released model, for its memory plan.
+        guardrails: opened model -> name of its set of guardrails.
+        unused: fields of a request without effect -> why.
+        report: family's own entries of a video's report.
+        notes: what is worth logging about an allowed request.
+        generate_together: several clips in step; None computes them one after another.
+        max_batch_size: clips that are worth computing in step.
+        upsampler: opened model -> prompt upsampler that it is released with; None for none.
+        prepare: what runs beside the reading of weights, such as compiling kernels.
+    """
+
+    name: str
+    request: type[Request]
+    options: type[LoadOptions]
+    recognise: Callable[[Collection[str]], bool]
+    parts: tuple[Part, ...]
+    agree: tuple[tuple[str, str, str, str], ...]
+    check: Callable[[Opened, Any], Any]
+    stages: Callable[[Opened, Any, Compute], Iterator[Stage]]
+    generate: Callable[[Parts, Clip | None, Any, Recorder], Iterator[Step]]
+    presets: Callable[[Any], dict[str, OpenedPart]]
+    guardrails: Callable[[Opened], str]
+    unused: Callable[[Opened, Any], dict[str, str]] = _unused
+    report: Callable[[Parts, Any, Recorder], dict[str, Any]] = _no_report
+    notes: Callable[[Opened, Any], list[str]] = lambda opened, request: []
+    generate_together: Callable[..., Iterator[tuple[int, Step]]] | None = None
+    max_batch_size: Callable[[Opened, Compute], int] = lambda opened, compute: 1
+    upsampler: Callable[[Opened], Any] | None = None
+    prepare: Callable[[Opened, Compute], AbstractContextManager[None]] | None = None
+
+    def part(self, name: str) -> Part:
+        return next(part for part in self.parts if part.name == name)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Offload flags, cheapest first."""
+        return tuple(dict.fromkeys(part.flag for part in self.parts))
+
+
+def load_family(name: str) -> Family:
+    """The record of a family; imports torch."""
+    family: Family = import_module(f"{FAMILIES[name]}.family").FAMILY
+    return family
+
+
+def requests_of(name: str) -> Any:
+    """The module that describes a family's requests, options and commands; needs no torch."""
+    return import_module(f"{FAMILIES[name]}.request")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model on disk: headers are checked, tensors are not read.
+
+    Attributes:
+        family: its record.
+        name: for messages and reports.
+        place: where it lies; None for a released model that is only planned for.
+        options: how it is to be loaded.
+        source: tensors of its transformer.
+        settings: its config.json.
+        defaults: fields of requests in it.
+        parts: opened parts by name.
+        missing: optional parts that did not open -> why.
+    """
+
+    family: Family
+    name: str
+    place: Place | None
+    options: LoadOptions
+    source: Any = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.parts[name]
+
+    def get(self, name: str) -> Any | None:
+        """An opened part; None where the model has none."""
+        return self.parts.get(name)
+
+    @property
+    def bundled(self) -> bool:
+        return self.place is not None and self.place.bundled
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the transformer."""
+        assert self.place is not None
+        return self.place.folder
+
+    def with_part(self, name: str, part: Any, missing: str = "") -> Opened:
+        """The same with one more part, or the reason why it is missing."""
+        if missing:
+            return replace(self, missing={**self.missing, name: missing})
+        return replace(self, parts={**self.parts, name: part}) if part is not None else self
+
+    def require(self, name: str, purpose: str) -> Any:
+        """An optional part that a request needs.
+
+        Raises:
+            CheckpointError: it is missing.
+        """
+        if name not in self.parts:
+            option = self.family.part(name).option
+            reason = self.missing.get(name, f"{self.name} has no {name}")
+            advice = f"; {option} names another" if option else ""
+            raise CheckpointError(f"{reason} (needed for {purpose}){advice}")
+        return self.parts[name]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The loaded parts of a model, each on its device or waiting in host memory.
+
+    Attributes:
+        opened: what they were loaded from.
+        compute: device and precision.
+        loaded: parts by name.
+    """
+
+    opened: Opened
+    compute: Compute
+    loaded: Mapping[str, Any]
+
+    @property
+    def transformer(self) -> Any:
+        return self.loaded["transformer"]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded["tokenizer"]
+
+    @property
+    def text(self) -> Any | None:
+        """The text encoder; None where the model has none."""
+        return self.loaded.get("text")
+
+    @property
+    def decoder(self) -> Any | None:
+        """The diffusion decoder; None where the tokenizer decodes."""
+        return self.loaded.get("decoder")
+
+    @property
+    def device(self) -> torch.device:
+        return self.compute.device
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the transformer."""
+        return self.opened["transformer"].config
+
+    @cached_property
+    def colours(self) -> Any:
+        """Linear map from latents to colours, for previews; first read with the tokenizer there."""
+        from worldline.tokenizers.colours import fit_colours
+
+        return fit_colours(self.tokenizer.module)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights of the transformer."""
+        network: nn.Module = self.transformer.module
+        return sum(weight.numel() for weight in network.parameters())
+
+
+def refuse_unless_equal(first: Any, a: str, second: Any, b: str) -> None:
+    """Raise `CheckpointError` unless two opened parts agree."""
+    left, right = getattr(first.config, a), getattr(second.config, b)
+    if left != right:
+        raise CheckpointError(
+            f"{first.path} has {left} {a.replace('_', ' ')}, {second.path} expects {right}: they "
+            "do not belong together"
+        )
+

@@ -1,0 +1,233 @@
+"""Guardrails and prompt upsampler around a request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worldline.errors import CheckpointError
+from worldline.family import Compute, Opened
+from worldline.files import GIGABYTE
+from worldline.guardrails.base import Guardrails
+from worldline.guardrails.load import find_folder, load_guardrails
+from worldline.report import Recorder, Step
+from worldline.request import Request
+from worldline.text.upsampler import PromptUpsampler, load_prompt_upsampler
+from worldline.video.read import Clip
+
+logger = logging.getLogger(__name__)
+
+_LICENCE = (
+    "the guardrails are off: by the NVIDIA Open Model License, the rights to the released weights "
+    "end where a guardrail is bypassed without a similar one that fits the use"
+)
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What runs around the requests of one model.
+
+    Attributes:
+        loading: seconds and memory that loading took.
+        guardrails: None where none run.
+        release: name of their set; None where none run.
+        guardrail_off: why none run; None where they do.
+        upsampler: None where prompts are used as they are.
+    """
+
+    loading: Recorder
+    guardrails: Guardrails | None = None
+    release: str | None = None
+    guardrail_off: str | None = None
+    upsampler: PromptUpsampler | None = None
+
+    @property
+    def checks_videos(self) -> bool:
+        """Whether frames must not leave before the whole video was checked."""
+        return self.guardrails is not None and bool(self.guardrails.video)
+
+    @property
+    def guardrail_bytes(self) -> int:
+        """Bytes of the largest offloaded guardrail, which come to the device when it is used."""
+        return self.guardrails.visitor_bytes if self.guardrails else 0
+
+    @property
+    def advice(self) -> str:
+        """End of a message about exhausted memory: which flags free how much."""
+        found = []
+        if self.guardrails is not None and not self.guardrails.offload:
+            nbytes = sum(w.nbytes for n in self.guardrails.networks for w in n.parameters())
+            found.append(f"--offload_guardrail_models frees {nbytes / GIGABYTE:.1f} GB")
+        if self.upsampler is not None and not self.upsampler.offload:
+            nbytes = self.upsampler.nbytes
+            found.append(f"--offload_prompt_upsampler frees {nbytes / GIGABYTE:.1f} GB")
+        return "".join(f"; {each}" for each in found)
+
+    @property
+    def offloaded(self) -> dict[str, bool]:
+        """What runs around the model, and whether it waits in host memory."""
+        found = {}
+        if self.guardrails is not None:
+            found["guardrail_models"] = self.guardrails.offload
+        if self.upsampler is not None:
+            found["prompt_upsampler"] = self.upsampler.offload
+        return found
+
+    def begin(self, recorder: Recorder) -> Checks:
+        """The checks of one request, with a report of their own."""
+        return Checks(self, self.guardrails and self.guardrails.for_request(), recorder)
+
+
+@dataclass
+class Checks:
+    """The guards of one request."""
+
+    guards: Guards
+    guardrails: Guardrails | None
+    recorder: Recorder
+    upsampled: bool = False
+
+    def before(
+        self, request: Request, clip: Clip | None
+    ) -> Generator[Step, None, Request]:
+        """Check the prompt, rewrite it, check it again; return the request to make.
+
+        Raises:
+            GuardrailRefusal: the prompt is refused.
+        """
+        embedded = getattr(request, "prompt_embeddings", None) is not None
+        if self.guardrails is not None and embedded:
+            logger.warning("no guardrail checks the prompt: its embedding is given")
+        if request.prompt is not None:
+            yield from self._check_prompt(request.prompt, "prompt")
+        upsampler = self.guards.upsampler
+        if upsampler is None or embedded or not upsampler.applies(request.prompt):
+            return request
+        yield Step("upsample", 0, 1)
+        with self.recorder.stage("upsample"):
+            frame = None if clip is None else clip.frames[-1]
+            prompt = upsampler.write(request.prompt, frame, request.seed)
+        self.upsampled = True
+        yield from self._check_prompt(prompt, "upsampled prompt")
+        return request.model_copy(update={"prompt": prompt})
+
+    def _check_prompt(self, prompt: str, subject: str) -> Generator[Step, None, None]:
+        if self.guardrails is None or not self.guardrails.text:
+            return
+        yield Step("guardrail", 0, 1)
+        with self.recorder.stage("guardrail"):
+            self.guardrails.check_prompt(prompt, subject)
+
+    def after(
+        self, frames: NDArray[np.uint8]
+    ) -> Generator[Step, None, NDArray[np.uint8]]:
+        """Check a video; return it with faces blurred.
+
+        Raises:
+            GuardrailRefusal: the video is refused.
+        """
+        if self.guardrails is None:
+            return frames
+        yield Step("guardrail", 0, 1)
+        with self.recorder.stage("guardrail"):
+            return self.guardrails.check_video(frames)
+
+    def report(self) -> dict[str, Any]:
+        guards = self.guards
+        return {
+            "guardrail": guards.release,
+            "guardrail_off": guards.guardrail_off,
+            "guardrail_checks": self.guardrails.report() if self.guardrails else [],
+            "prompt_upsampler": guards.upsampler.name if guards.upsampler else None,
+            "prompt_upsampler_ran": self.upsampled,
+        }
+
+
+def release_of(opened: Opened) -> str | None:
+    """Name of the set of guardrails that a model runs with; None for none.
+
+    Released models run with theirs unless disabled; bundled ones have none unless insisted on.
+    """
+    disabled = opened.options.disable_guardrail
+    off = opened.bundled if disabled is None else disabled
+    return None if off else opened.family.guardrails(opened)
+
+
+def upsamples(opened: Opened) -> bool:
+    """Whether a prompt upsampler belongs to a model and is not disabled."""
+    if opened.family.upsampler is None:
+        return False
+    disabled = opened.options.disable_prompt_upsampler
+    return not (opened.bundled if disabled is None else disabled)
+
+
+def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> Guards:
+    """Load guardrails and prompt upsampler; before the model, so that nothing runs without them.
+
+    Args:
+        opened: the model.
+        compute: its device is theirs.
+        upsample: whether any prompt will be rewritten.
+
+    Raises:
+        CheckpointError: one is absent or damaged; all that are, and the flags to run without.
+    """
+    recorder = Recorder(compute.device)
+    problems: list[str] = []
+    guardrails = upsampler = None
+    release = release_of(opened)
+    if release is None:
+        disabled = opened.options.disable_guardrail
+        why = "disabled by the user" if disabled else "bundled models have none"
+        logger.info("%s", _LICENCE if disabled and not opened.bundled else f"no guardrail: {why}")
+    else:
+        try:
+            with recorder.stage("load guardrails"):
+                guardrails = _load_guardrails(opened, compute, release)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if upsample and upsamples(opened):
+        assert opened.family.upsampler is not None
+        try:
+            with recorder.stage("load prompt upsampler"):
+                upsampler = load_prompt_upsampler(
+                    opened.family.upsampler(opened), opened.place, opened.options, compute.device
+                )
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("; and ".join(problems))
+    return Guards(recorder, guardrails, release, None if release else why, upsampler)
+
+
+def _load_guardrails(opened: Opened, compute: Compute, release: str) -> Guardrails:
+    options = opened.options
+    assert opened.place is not None
+    flag = options.field_flag("disable_guardrail")
+    folder = options.guardrail_dir
+    guardrails = load_guardrails(
+        release,
+        next(filter(_has_guardrails, opened.place.roots), opened.place.roots[0]),
+        flag=f"--{flag} (in Python {flag}=True)",
+        guardrail_dir=None if folder is None else Path(folder),
+        device=compute.device,
+        text="prompt" in opened.family.request.model_fields,
+        offload=options.offload_guardrail_models,
+    )
+    names = (guard.name for guard in (*guardrails.text, *guardrails.video, *guardrails.filters))
+    logger.info("guardrails: %s", ", ".join(names))
+    return guardrails
+
+
+def _has_guardrails(root: Path) -> bool:
+    try:
+        find_folder(root)
+    except CheckpointError:
+        return False
+    return True

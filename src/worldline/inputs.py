@@ -1,0 +1,82 @@
+"""What a world can continue: a file, a picture or frames."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from worldline.errors import InputError
+from worldline.video.read import Clip, media_kind, read_image, read_video, to_rgb
+
+InputType = Literal["image", "video"]
+# a file, a picture, or frames uint8 (T, H, W, 3)
+Input = str | PathLike[str] | Image.Image | NDArray[np.uint8] | torch.Tensor
+
+
+def kind_of(input: Input | None) -> InputType:
+    """Whether an input is an image or a video; a file's by its suffix.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(input, Image.Image):
+        return "image"
+    if isinstance(input, np.ndarray | torch.Tensor):
+        return "video"
+    if isinstance(input, str | PathLike):
+        kind: InputType = media_kind(Path(input))
+        return kind
+    raise InputError(
+        f"the input is {type(input).__name__}; give a path, a PIL image, or frames uint8 "
+        "(T, H, W, 3) as an array or a tensor"
+    )
+
+
+def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
+    """Frames of an input; of a video only the last that are needed.
+
+    Raises:
+        InputError: it cannot be read, is of another kind, or is too short.
+    """
+    found = kind_of(input)
+    if found != kind and not isinstance(input, np.ndarray | torch.Tensor):
+        raise InputError(f"{describe(input)}: it is of type {found}; give --input_type {found}")
+    if isinstance(input, np.ndarray | torch.Tensor):
+        clip = Clip(_frames(input), 0.0)
+    elif isinstance(input, Image.Image):
+        clip = to_rgb(input, describe(input))
+    elif kind == "image":
+        clip = read_image(Path(input))
+    else:
+        clip = read_video(Path(input), last=num_input_frames)
+    if len(clip.frames) < num_input_frames:
+        raise InputError(
+            f"{describe(input)}: it has {len(clip.frames)} frames, num_input_frames is "
+            f"{num_input_frames}; give a longer clip"
+        )
+    return clip
+
+
+def _frames(input: NDArray[np.uint8] | torch.Tensor) -> NDArray[np.uint8]:
+    frames = input.detach().cpu().numpy() if isinstance(input, torch.Tensor) else input
+    right = frames.ndim == 4 and frames.shape[-1] == 3 and frames.dtype == np.uint8
+    if not right or 0 in frames.shape:
+        raise InputError(
+            f"frames are {frames.dtype} {frames.shape}; give uint8 (T, H, W, 3), not empty"
+        )
+    return frames
+
+
+def describe(input: Input) -> str:
+    """A few words that identify an input."""
+    if isinstance(input, str | PathLike):
+        return str(input)
+    if isinstance(input, Image.Image):
+        return f"image {input.width} x {input.height}"
+    return f"frames {tuple(input.shape)}"

@@ -1,0 +1,297 @@
+"""Memory plan: bytes that each stage of a request holds on its device, and what fits."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from worldline.errors import InsufficientMemoryError
+from worldline.files import GIGABYTE
+from worldline.nn.dit import HIDDEN_BYTES, DiTSizes
+from worldline.shapes import LatentShape, VideoShape
+
+_WORKSPACE = 1_200_000_000  # of cuDNN, cuBLAS and the allocator beside bf16 networks (measured)
+_STREAMS = 7  # activations of every token that a block holds at once (measured)
+_PLAIN_STREAMS = 9  # without kernels, which work in place
+_PLAIN_HEADS = 4  # heads being normalised and rotated in float32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of host or device memory."""
+
+    free: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.free / GIGABYTE:.1f} of {self.total / GIGABYTE:.1f} GB are free"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of one part.
+
+    Attributes:
+        nbytes: all of them.
+        flag: offload flag that keeps them in host memory while they are not used.
+        streamed: bytes on the device while they are used and offloaded block by block; None where
+            offloading moves them whole.
+    """
+
+    nbytes: int
+    flag: str
+    streamed: int | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a request.
+
+    Attributes:
+        name: text, encode, tokens, denoise, decode or guardrail.
+        uses: name of the part that computes; "" for one outside the plan's weights.
+        activations: bytes beside the weights.
+    """
+
+    name: str
+    uses: str
+    activations: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory of one or several requests, run one after another.
+
+    Attributes:
+        name: of the model, for messages.
+        weights: by part.
+        stages: of all requests.
+        flags: offload flags, cheapest first.
+        workspace: bytes that libraries take beside tensors.
+    """
+
+    name: str
+    weights: dict[str, Weights]
+    stages: tuple[Stage, ...]
+    flags: tuple[str, ...]
+    workspace: int = 0
+
+    def resident(self, uses: str, offloaded: Collection[str]) -> int:
+        """Bytes of weights on the device while the part `uses` computes."""
+        found = self.workspace
+        for part, weights in self.weights.items():
+            if weights.flag not in offloaded:
+                found += weights.nbytes
+            elif part == uses:
+                found += weights.nbytes if weights.streamed is None else weights.streamed
+        return found
+
+    def need(self, stage: Stage, offloaded: Collection[str]) -> int:
+        """Bytes that a stage holds."""
+        return self.resident(stage.uses, offloaded) + stage.activations
+
+    def peak(self, offloaded: Collection[str] = ()) -> int:
+        """Bytes of the stage that needs most."""
+        return max(self.need(stage, offloaded) for stage in self.stages)
+
+    def fit(
+        self, device: torch.device, memory: Memory | None, offloaded: Collection[str] = ()
+    ) -> Fit:
+        """The fewest offload flags with which the plan fits.
+
+        Args:
+            device: where it runs.
+            memory: of the device; None where it is unknown.
+            offloaded: flags that are set already.
+        """
+        choices: list[tuple[str, ...]] = [()]
+        if device.type == "cuda":  # elsewhere offloading moves nothing
+            choices = [
+                choice
+                for count in range(len(self.flags) + 1)
+                for choice in combinations(self.flags, count)
+                if set(offloaded) & set(self.flags) <= set(choice)
+            ]
+        fits = []
+        for choice in choices:
+            peak = self.peak(choice)
+            fits.append(Fit(peak, choice, None if memory is None else peak <= memory.free))
+            if fits[-1].fits is not False:
+                return fits[-1]
+        return min(fits, key=lambda fit: fit.need)
+
+    def refuse_unless_fits(
+        self, device: torch.device, offloaded: Collection[str], advice: str = ""
+    ) -> None:
+        """Raise `InsufficientMemoryError`, naming the flags that help, where the plan is too large.
+
+        Args:
+            device: where it runs.
+            offloaded: flags that are set.
+            advice: end of the message.
+        """
+        memory = device_memory(device)
+        found = self.fit(device, memory, offloaded)
+        missing = [name for name in found.flags if name not in offloaded]
+        if memory is None or (found.fits and not missing):
+            return
+        kind = "GPU" if device.type == "cuda" else "host"
+        need = self.peak(offloaded if device.type == "cuda" else ())
+        message = f"{self.name} needs about {need / GIGABYTE:.1f} GB of {kind} memory, {memory}"
+        if found.fits:
+            flags = " ".join(f"--{name}" for name in missing)
+            message += f"; add {flags}, which needs {found.need / GIGABYTE:.1f} GB"
+        elif device.type == "cuda":
+            message += f"; all offload flags together need {found.need / GIGABYTE:.1f} GB"
+        raise InsufficientMemoryError(message + advice)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a plan fits.
+
+    Attributes:
+        need: bytes with `flags`, or the least possible where nothing fits.
+        flags: offload flags.
+        fits: None where the memory is unknown.
+    """
+
+    need: int
+    flags: tuple[str, ...]
+    fits: bool | None
+
+    def __str__(self) -> str:
+        if self.fits is None:
+            return "yes, if the memory suffices"
+        if not self.fits:
+            return "no, too little memory"
+        return " ".join(("yes", *(f"--{name}" for name in self.flags)))
+
+
+def refuse_frames(video: VideoShape, *, clips: int = 1, guarded: bool, beside: int = 0) -> None:
+    """Refuse a video whose frames do not fit into host memory, which holds all of them at the end.
+
+    Args:
+        video: its size.
+        clips: videos held at once.
+        guarded: whether guardrails check the frames, which copies one video.
+        beside: bytes of host memory that the networks need, counted if they fit at all.
+
+    Raises:
+        InsufficientMemoryError: too little is free.
+    """
+    memory = host_memory()
+    need = (clips + guarded) * 3 * video.frames * video.height * video.width
+    if memory is None or need + (beside if beside <= memory.free else 0) <= memory.free:
+        return
+    raise InsufficientMemoryError(
+        f"num_video_frames is {video.frames}: the frames of {clips} video(s) of {video.height} x "
+        f"{video.width} pixels need {need / GIGABYTE:.1f} GB of host memory beside "
+        f"{beside / GIGABYTE:.1f} GB of networks, {memory}; lower num_video_frames or the size"
+    )
+
+
+def workspace(dtype: torch.dtype) -> int:
+    """Bytes that libraries take beside the tensors of networks in `dtype`."""
+    return _WORKSPACE if dtype != torch.float32 else 0
+
+
+@functools.cache
+def count_parameters(kind: type[nn.Module], config: Hashable) -> int:
+    """Number of weights of a network, which is not built."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in kind(config).parameters())
+
+
+def coding_bytes(cells: int, widest: int, size: int) -> int:
+    """Bytes of a tokenizer's activations.
+
+    Args:
+        cells: pixels or wavelet patches computed at once.
+        widest: channels of the finest level.
+        size: bytes of a number.
+    """
+    return 6 * cells * widest * size  # a residual block of the finest level holds about six
+
+
+def denoise_bytes(
+    config: DiTSizes,
+    grid: LatentShape,
+    dtype: torch.dtype,
+    context_length: int,
+    *,
+    fused: bool,
+    batch: int = 1,
+) -> int:
+    """Bytes that a sampler and its diffusion transformer need beside the weights.
+
+    Args:
+        config: of the transformer.
+        grid: of the latents.
+        dtype: of the transformer.
+        context_length: rows of a text embedding.
+        fused: whether kernels work between the layers, see `worldline.nn.modulation`.
+        batch: guidance branches computed at once.
+    """
+    size = dtype.itemsize
+    _, rows, columns = config.patch
+    tokens = batch * (grid.tokens // (rows * columns))
+    residual = tokens * config.width * size
+    # residual, positions, the norm's output, q, k, v before and after their norms, and the result
+    hidden = min(tokens * config.hidden * size, HIDDEN_BYTES)
+    inner = config.num_heads * config.head_size
+    activations = _STREAMS * residual + hidden
+    if not fused:
+        heads = _PLAIN_HEADS * tokens * inner * max(size, torch.float32.itemsize)
+        activations = _PLAIN_STREAMS * residual + max(2 * hidden, heads)
+    contexts = 2 * 2 * config.depth * context_length * inner * size
+    latents = 12 * config.latent_channels * grid.tokens * 8  # sampler states, up to float64
+    return activations + contexts + latents
+
+
+def host_memory() -> Memory | None:
+    """Host memory that this process may take; None where it is unknown."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    free = total
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass  # macOS has no such file
+    limit, used = _container_limit()
+    if limit is not None and limit < total:
+        return Memory(min(free, max(0, limit - used)), limit)
+    return Memory(free, total)
+
+
+def _container_limit() -> tuple[int | None, int]:
+    """Limit and use of the container's memory, without its file cache; None for no limit."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = int((root / "memory.max").read_text())
+        used = int((root / "memory.current").read_text())
+        for line in (root / "memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):
+                used -= int(line.split()[1])
+    except (OSError, ValueError):
+        return None, 0
+    return limit, used
+
+
+def device_memory(device: torch.device) -> Memory | None:
+    """Memory where networks on `device` would lie."""
+    if device.type == "cuda":
+        return Memory(*torch.cuda.mem_get_info(device))
+    return host_memory()
+

@@ -1,0 +1,417 @@
+"""From a name to loaded parts, for every family: open headers, agree, plan, read, offload.
+
+Everything that can be wrong is found from file headers, before tensor data are read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from worldline.catalog import BUNDLED_PREFIX
+from worldline.errors import CheckpointError, InputError
+from worldline.family import (
+    FAMILIES,
+    Compute,
+    Family,
+    Opened,
+    Part,
+    Parts,
+    load_family,
+    refuse_unless_equal,
+    requests_of,
+)
+from worldline.files import TRANSFORMER_FILES, holds_diffusers, read_json, unfinished
+from worldline.memory import Plan, Stage, Weights, count_parameters, workspace
+from worldline.nn.modulation import fused
+from worldline.parallel.offload import BlockPlan, StreamedPart
+from worldline.parallel.offload import Part as LoadedPart
+from worldline.places import Place
+from worldline.report import Recorder
+from worldline.request import LoadOptions, Name, Request, keyword
+from worldline.text.encoder import MAX_LENGTH, EncoderFiles, TextEncoder
+from worldline.weights.keymap import KeyMap
+from worldline.weights.read import Checkpoint, open_checkpoint
+from worldline.weights.shards import find_shards, open_shards, shard_stem
+from worldline.weights.stream import load_into
+
+logger = logging.getLogger(__name__)
+
+RELEASED_FILES = "*_ema_bf16.pt"  # of Predict2.5, whose files are named by a hash
+DIFFUSERS_FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network on disk, or one that is only planned for.
+
+    Attributes:
+        kind: its class.
+        config: its configuration.
+        source: its tensors; None where it is only planned for.
+        keys: from their names to ours.
+        beside: files beside the tensors that decide what it computes.
+        blocks: how it is offloaded block by block; None where it is moved whole.
+    """
+
+    kind: Any
+    config: Any
+    source: Checkpoint | None = None
+    keys: KeyMap | None = None
+    beside: tuple[Path, ...] = ()
+    blocks: BlockPlan | None = None
+
+    @property
+    def path(self) -> Path | str:
+        return self.source.path if self.source else self.kind.__name__
+
+    @property
+    def files(self) -> list[Path]:
+        return [*(self.source.files if self.source else ()), *filter(Path.exists, self.beside)]
+
+    def nbytes(self, compute: Compute) -> int:
+        return count_parameters(self.kind, self.config) * compute.dtype.itemsize
+
+    def streamed_nbytes(self, compute: Compute) -> int | None:
+        if self.blocks is None:
+            return None
+        with torch.device("meta"):
+            return self.blocks.count(self.kind(self.config)) * compute.dtype.itemsize
+
+    def read(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The network with its weights, for inference.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown or of the wrong shape.
+        """
+        assert self.source is not None
+        assert self.keys is not None
+        with torch.device("meta"):
+            module: nn.Module = self.kind(self.config)
+        load_into(module, self.source, self.keys, device=device, dtype=dtype)
+        return module.requires_grad_(False).eval()
+
+    def load(self, compute: Compute, *, offload: bool) -> LoadedPart[Any]:
+        """The network on its device, or waiting in host memory."""
+        home = torch.device("cpu") if offload else compute.device
+        module = self.read(home, compute.dtype)
+        if offload and self.blocks is not None and compute.device.type != "cpu":
+            return StreamedPart(module, compute.device, self.blocks)
+        return LoadedPart(module, compute.device, offload=offload)
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A text encoder on disk, or one that is only planned for.
+
+    Attributes:
+        num_parameters: that are read.
+        max_length: rows of an embedding.
+        encoder: its files; None where it is only planned for.
+    """
+
+    num_parameters: int
+    max_length: int = MAX_LENGTH
+    encoder: EncoderFiles | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        return self.encoder.files if self.encoder else []
+
+    def nbytes(self, compute: Compute) -> int:
+        return self.num_parameters * compute.text_dtype.itemsize
+
+    def streamed_nbytes(self, compute: Compute) -> None:
+        return None
+
+    def load(self, compute: Compute, *, offload: bool) -> TextEncoder[Any]:
+        """The encoder, whose weights are read at the first prompt that is not cached."""
+        assert self.encoder is not None
+        return TextEncoder(self.encoder, compute.device, compute.text_dtype, offload=offload)
+
+
+def open_text(opened: Opened, kind: type[EncoderFiles], width: int) -> TextPart:
+    """The text encoder of a model: as chosen, beside the transformer, or below a root.
+
+    Args:
+        opened: the model.
+        kind: of encoder.
+        width: of the embeddings that the transformer expects.
+
+    Raises:
+        CheckpointError: there is none, it is not whole, or of another width.
+    """
+    assert opened.place is not None
+    if opened.options.text_encoder_dir is not None:
+        folders = [opened.place.chosen(opened.options.text_encoder_dir, "text_encoder_dir")]
+    else:
+        folders = [path for root in opened.place.roots for path in kind.folders(root)]
+        beside = opened.folder / "text_encoder"
+        if beside.is_dir():
+            folders.insert(0 if holds_diffusers(opened.folder) else len(folders), beside)
+    if not folders:
+        raise CheckpointError(f"no text encoder {kind.released} in {opened.place.searched}")
+    encoder = kind.open_first(folders, width)
+    return TextPart(encoder.num_parameters, encoder.max_length, encoder)
+
+
+def open_transformer(path: Path) -> tuple[Path, Checkpoint]:
+    """The file of a model's transformer, and its tensors; its header is read here, once.
+
+    Args:
+        path: a file, of a tensor-parallel set one of its shards; or a folder: NVIDIA's, of a whole
+            repository of Predict2.5, of a training run, or of diffusers.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = _inside_repository(path)
+    if path.is_file():
+        return path, _open_file(path)
+    for name in TRANSFORMER_FILES:
+        if (path / name).is_file():
+            return path / name, _open_file(path / name)
+    named = sorted(path.glob(RELEASED_FILES))
+    if len(named) > 1:
+        names = ", ".join(file.name for file in named)
+        raise CheckpointError(f"{path}: it holds several transformers; name one: {names}")
+    if named:
+        return named[0], _open_file(named[0])
+    if shards := find_shards(path):
+        return shards[0], open_shards(shards, SHARDS)
+    saved = [file for file in sorted(path.glob("iter_*.pt")) if shard_stem(file) is None]
+    if saved:
+        return saved[-1], _open_file(saved[-1])
+    for folder in (path / "transformer", path):
+        for name in DIFFUSERS_FILES:
+            if (folder / name).is_file():
+                return folder / name, _open_file(folder / name)
+        if parts := sorted(folder.glob("diffusion_pytorch_model-*.safetensors")):
+            raise CheckpointError(f"{folder}: it holds {parts[0].name} without {DIFFUSERS_FILES[1]}")
+    raise CheckpointError(
+        f"{path}: it holds no transformer (model.pt, model.safetensors, model_model_mp_*.pt, "
+        f"iter_*.pt or transformer/{DIFFUSERS_FILES[0]}){unfinished(path)}"
+    )
+
+
+def _inside_repository(path: Path) -> Path:
+    """The folder of the transformer in that of a whole repository; else `path` itself."""
+    if path.is_file() or holds_diffusers(path):
+        return path
+    inside = [path / "base" / kind for kind in ("post-trained", "pre-trained")]
+    present = [folder for folder in inside if folder.is_dir()]
+    if len(present) > 1:
+        logger.info("%s holds several models: %s is taken", path, present[0].name)
+    return present[0] if present else path
+
+
+def _open_file(file: Path) -> Checkpoint:
+    stem = shard_stem(file)
+    if stem is not None:
+        return open_shards(find_shards(file.parent, stem), SHARDS)
+    source = open_checkpoint(file)
+    if adapters := [name for name in source.tensors if "lora_" in name.lower()]:
+        raise CheckpointError(
+            f"{source.path}: it holds {len(adapters):,} tensors of LoRA adapters, such as "
+            f"{adapters[0]}; merge them into the weights first"
+        )
+    return source
+
+
+def find_family(source: Checkpoint) -> Family:
+    """The family whose transformer this is, by the names of its tensors.
+
+    Raises:
+        CheckpointError: none knows it.
+    """
+    for name in FAMILIES:
+        if requests_of(name).recognise(source.tensors.keys()):
+            return load_family(name)
+    names = ", ".join(sorted(source.tensors)[:3])
+    raise CheckpointError(
+        f"{source.path}: no model family has such a transformer (tensors {names}); "
+        "`worldline checkpoints inspect` describes the file"
+    )
+
+
+def read_family(place: Place) -> tuple[Family, dict[str, Any]]:
+    """The family of a model, and its own defaults of requests.
+
+    Raises:
+        CheckpointError: there is no transformer of a known family.
+    """
+    file, source = open_transformer(place.named)
+    family, folder = find_family(source), _folder(file)
+    return family, _defaults(family, read_settings(folder), folder)
+
+
+def _folder(file: Path) -> Path:
+    """Folder of a model, by the file of its transformer."""
+    return file.parent.parent if file.parent.name == "transformer" else file.parent
+
+
+def open_world(place: Place, stated: Mapping[str, Any], name: Name = keyword) -> Opened:
+    """Open every part of a model and check that they belong together; headers only.
+
+    Args:
+        place: where it lies.
+        stated: load options by name.
+        name: what an error calls a load option.
+
+    Raises:
+        CheckpointError: a file is absent, incomplete, damaged or of another model.
+        InputError: a load option is unknown or wrong.
+    """
+    file, source = open_transformer(place.named)
+    family = find_family(source)
+    options = family.options.parse(stated, name)
+    folder = _folder(file)
+    place = replace(place, named=file if place.named.is_file() else folder)
+    settings = read_settings(folder)
+    called = place.released.name if place.released else folder.name
+    opened = Opened(
+        family,
+        f"{BUNDLED_PREFIX if place.bundled else ''}{called}",
+        place,
+        options,
+        source=source,
+        settings=settings,
+        defaults=_defaults(family, settings, folder),
+    )
+    try:
+        for part in reversed(family.parts):
+            opened = _open_part(part, opened)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{unfinished(folder)}") from error
+    return opened
+
+
+def _open_part(part: Part, opened: Opened) -> Opened:
+    try:
+        opened = opened.with_part(part.name, part.open(opened))
+        for first, a, second, b in opened.family.agree:
+            if part.name in (first, second) and {first, second} <= opened.parts.keys():
+                refuse_unless_equal(opened[first], a, opened[second], b)
+    except CheckpointError as error:
+        chosen = part.option and getattr(opened.options, part.option)
+        if not part.optional or chosen:
+            raise
+        parts = {name: other for name, other in opened.parts.items() if name != part.name}
+        return replace(opened, parts=parts).with_part(part.name, None, str(error))
+    return opened
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What config.json in `folder` holds; empty where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = folder / "config.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _defaults(family: Family, settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Fields of requests in config.json, checked."""
+    known = {name: settings[name] for name in family.request.model_fields if name in settings}
+    try:
+        family.request.parse(known)
+    except InputError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    return known
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The named device; by default the GPU, if there is one.
+
+    Raises:
+        InputError: it does not exist here.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f"no device {device} here: {str(error).splitlines()[0]}") from error
+    return chosen
+
+
+def choose_compute(options: LoadOptions) -> Compute:
+    """Device and precision: bfloat16 on a GPU, else float32, unless chosen.
+
+    Raises:
+        InputError: the device does not exist here.
+    """
+    device = choose_device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if options.dtype is not None:
+        dtype = getattr(torch, options.dtype)
+    chosen = getattr(options, "text_encoder_dtype", None)
+    text = dtype if dtype == torch.float32 else torch.bfloat16  # T5 overflows in float16
+    return Compute(device, dtype, getattr(torch, chosen) if chosen else text, fused(device))
+
+
+def plan(
+    opened: Opened, requests: Iterable[Request], compute: Compute, guardrail_bytes: int = 0
+) -> Plan:
+    """Memory of requests that run one after another; weights of unused parts are not read.
+
+    Args:
+        opened: the model.
+        requests: checked ones.
+        compute: device and precision.
+        guardrail_bytes: of the largest guardrail that comes to the device when it is used.
+    """
+    family = opened.family
+    stages = [
+        stage for request in requests for stage in family.stages(opened, request, compute)
+    ]
+    if guardrail_bytes:
+        stages.append(Stage("guardrail", "", guardrail_bytes))
+    used = {stage.uses for stage in stages}
+    weights = {
+        part.name: Weights(
+            opened[part.name].nbytes(compute),
+            part.flag,
+            opened[part.name].streamed_nbytes(compute),
+        )
+        for part in family.parts
+        if part.name in opened.parts and (part.name in used or not part.optional)
+    }
+    flags = tuple(dict.fromkeys(p.flag for p in family.parts if p.name in weights))
+    return Plan(opened.name, weights, tuple(dict.fromkeys(stages)), flags, workspace(compute.dtype))
+
+
+def load_parts(opened: Opened, compute: Compute, recorder: Recorder) -> Parts:
+    """Read the weights of an opened model; a text encoder's wait for the first prompt.
+
+    The plan was checked before, see `Plan.refuse_unless_fits`.
+
+    Raises:
+        CheckpointError: the weights cannot be read.
+    """
+    logger.info("reading %s", opened.folder)
+    prepare = opened.family.prepare
+    with recorder.stage("load"), prepare(opened, compute) if prepare else nullcontext():
+        loaded = {
+            part.name: opened[part.name].load(
+                compute, offload=part.flag in opened.options.offloaded
+            )
+            for part in opened.family.parts
+            if part.name in opened.parts
+        }
+    return Parts(opened, compute, loaded)
+

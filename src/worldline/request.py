@@ -1,0 +1,283 @@
+"""One description of a request: Python keywords, flags, sample files and reports; needs no torch.
+
+A family describes its requests, and how its models are loaded, by one class each. A field's line
+holds its type, range, default and help text; everything else is derived from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from os import PathLike, fspath
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from worldline.errors import InputError, did_you_mean
+from worldline.shapes import VideoShape
+
+LARGEST_SIZE = 1 << 20  # frames, rows, columns; each model has smaller limits
+NEGATIVE_PROMPT = (
+    "The video captures a series of frames showing ugly scenes, static with no motion, motion "
+    "blur, over-saturation, shaky footage, low resolution, grainy texture, pixelated images, "
+    "poorly lit areas, underexposed and overexposed scenes, poor color balance, washed out "
+    "colors, choppy sequences, jerky movements, low frame rate, artifacting, color banding, "
+    "unnatural transitions, outdated special effects, fake elements, unconvincing visuals, poorly "
+    "edited content, jump cuts, visual noise, and flickering. Overall, the video is of poor "
+    "quality."
+)
+
+Name = Callable[[str], str]  # a field -> what the user wrote in its place, for messages
+
+
+def keyword(field: str) -> str:
+    """Name of a field in Python."""
+    return field
+
+
+def flag(field: str) -> str:
+    """Name of a field on the command line: `--guidance`."""
+    return f"--{field}"
+
+
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it is not valid text ({error.reason})") from None
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty")
+    return _utf8(text)
+
+
+def _path(value: str) -> str:
+    if not value.strip():
+        raise ValueError("it is empty")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_utf8)]
+Prompt = Annotated[str, AfterValidator(_not_blank)]
+Path = Annotated[str, AfterValidator(_path)]
+Seed = Annotated[
+    int, Field(ge=0, lt=2**32, description="Random seed; gives the same noise on any machine.")
+]
+Steps = Annotated[int, Field(ge=1, le=1000, description="Denoising steps; fewer are faster.")]
+Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
+Guidance = Annotated[
+    float, Field(ge=0, le=100, description="Classifier-free guidance scale; 0 turns it off.")
+]
+Fps = Annotated[float, Field(ge=1, le=240, description="Frames per second.")]
+PreviewEvery = Annotated[
+    int,
+    Field(ge=0, le=1000, description="Steps between previews (NAME.preview.mp4); 0 makes none."),
+]
+# a file, or a tensor or array (S, E) or (1, S, E); not checked before the model is known
+Embedding = Annotated[Any, Field(description="File of embeddings, in place of the text encoder.")]
+
+
+class Options(BaseModel):
+    """Named values of one command or call: checked when made, then trusted."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+        arbitrary_types_allowed=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normalise(cls, stated: Any) -> Any:
+        """Accept NumPy scalars, paths, torch dtypes and devices as plain values."""
+        return {name: _plain(value) for name, value in stated.items()}
+
+    @classmethod
+    def parse(cls, stated: Mapping[str, Any], name: Name = keyword) -> Self:
+        """Checked options.
+
+        Args:
+            stated: values by field name.
+            name: what an error calls a field.
+
+        Raises:
+            InputError: one line for each problem.
+        """
+        try:
+            return cls.model_validate(dict(stated))
+        except ValidationError as error:
+            raise InputError("\n".join(cls.problems(error, name))) from None
+
+    @classmethod
+    def problems(cls, error: ValidationError, name: Name) -> Iterator[str]:
+        """One line for each problem, `WHERE: WHAT IS WRONG; WHAT TO DO`."""
+        for problem in error.errors():
+            field = str(problem["loc"][0]) if problem["loc"] else ""
+            value, kind = problem["input"], problem["type"]
+            if kind == "extra_forbidden":
+                known = [field.alias or name for name, field in cls.model_fields.items()]
+                close = did_you_mean(field.strip().lower().replace("-", "_"), known, 0.7)
+                yield f"{name(field)}: no such option{close or '; there are: ' + ', '.join(known)}"
+            elif kind == "missing":
+                yield f"{name(field)}: it is missing"
+            elif kind == "value_error":
+                message = problem["msg"].removeprefix("Value error, ")
+                yield f"{name(field)}: {message}" if field else message
+            else:
+                advice = problem["msg"].replace("Input should", "it must")
+                yield f"{name(field)} is {value!r:.80}; {advice}"
+
+    @classmethod
+    def describe(cls) -> Iterator[str]:
+        """One line for each field, for help: name, description, default."""
+        for name, field in cls.model_fields.items():
+            text = field.description or ""
+            if "[default:" not in text and field.default not in (None, NEGATIVE_PROMPT):
+                text += f"  [default: {field.default}]"
+            yield f"{field.alias or name}: {text}"
+
+    @classmethod
+    def field_flag(cls, field: str) -> str:
+        """Flag and keyword of a field: its alias where it has one."""
+        return cls.model_fields[field].alias or field
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
+        return str(value).removeprefix("torch.")
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Request(Options):
+    """One video to make.
+
+    Attributes:
+        NO_EFFECT: fields that never change the frames.
+        INPUT_FRAMES: kind of input -> frames that are continued by default.
+    """
+
+    NO_EFFECT: ClassVar[frozenset[str]] = frozenset({"preview_every"})
+    INPUT_FRAMES: ClassVar[Mapping[str, int]] = {"image": 1, "video": 1}
+
+    prompt: Prompt | None = None
+    seed: Seed = 1
+    num_input_frames: int = 0
+
+    @classmethod
+    def make(
+        cls,
+        stated: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        kind: str | None,
+        name: Name = keyword,
+    ) -> Self:
+        """A request: what is stated, else the model's default, else the class's.
+
+        Args:
+            stated: fields by name.
+            defaults: of the model.
+            kind: of the input, "image" or "video"; None for none.
+            name: what an error calls a field.
+
+        Raises:
+            InputError: one line for each problem.
+        """
+        frames = {"num_input_frames": cls.INPUT_FRAMES[kind] if kind else 0}
+        request = cls.parse({**frames, **defaults, **stated}, name)
+        given, called = request.num_input_frames, name("num_input_frames")
+        if kind is None and given:
+            raise InputError(f"{called} is {given}, but there is no input; give one, or leave it out")
+        if kind is not None and not given:
+            raise InputError(f"{called} is 0, but there is an input; give 1 or more")
+        if kind == "image" and given > 1:
+            raise InputError(f"{called} is {given}, but an image has 1 frame; leave it out")
+        return request
+
+    def unused(self) -> dict[str, str]:
+        """Fields without effect beside the others -> why."""
+        return {}
+
+    def effective(self, unused: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The values that decide the frames: what --resume compares."""
+        left_out = self.NO_EFFECT | (self.unused() if unused is None else unused).keys()
+        return {name: value for name, value in self if name not in left_out}
+
+
+class VideoRequest(Request):
+    """One video of a given size, denoised from noise."""
+
+    negative_prompt: Text | None = Field(
+        NEGATIVE_PROMPT, description="What the video does not show; empty for none."
+    )
+    prompt_embeddings: Embedding = None
+    negative_prompt_embeddings: Embedding = None
+    num_steps: Steps = 35
+    guidance: Guidance = 7.0
+    num_video_frames: Size = Field(93, description="Frames of the video, input frames included.")
+    height: Size = Field(704, description="Height in pixels; a multiple of 16.")
+    width: Size = Field(1280, description="Width in pixels; a multiple of 16.")
+    fps: Fps = 16.0
+    preview_every: PreviewEvery = 0
+
+    @property
+    def video(self) -> VideoShape:
+        return VideoShape(self.num_video_frames, self.height, self.width)
+
+    def unused(self) -> dict[str, str]:
+        return {} if self.guidance else {"negative_prompt": "guidance is 0"}
+
+
+def _one_gpu(number: int) -> int:
+    if number != 1:
+        raise ValueError(f"it is {number}, but this version runs on 1 GPU; give 1")
+    return number
+
+
+OneGpu = Annotated[int, AfterValidator(_one_gpu)]
+
+
+class LoadOptions(Options):
+    """How a model is loaded: where its parts are, on what it runs, what runs around it.
+
+    Attributes:
+        DECISIVE: options that change the frames.
+    """
+
+    DECISIVE: ClassVar[frozenset[str]] = frozenset()
+
+    checkpoint_dir: Path = Field("checkpoints", description="Folder of the model folders.")
+    device: str | None = Field(
+        None, description="cuda, cuda:1, cpu, mps.  [default: the GPU, if there is one]"
+    )
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = Field(
+        None, description="Precision of the networks.  [default: bfloat16 on a GPU, else float32]"
+    )
+    num_gpus: OneGpu = Field(
+        1, description="GPUs to run on; 1 in this version."
+    )
+    disable_guardrail: bool | None = Field(
+        None, description="Do not check prompt and video. Bundled models have no guardrails."
+    )
+    guardrail_dir: Path | None = Field(
+        None,
+        description="Folder of blocklist, video_content_safety_filter and face_blur_filter.  "
+        "[default: the released places below --checkpoint_dir]",
+    )
+    offload_guardrail_models: bool = Field(
+        False, description="Keep the guardrails in host memory while they are not used."
+    )
+
+    @property
+    def offloaded(self) -> frozenset[str]:
+        """Offload flags that are set."""
+        return frozenset(name for name, value in self if name.startswith("offload_") and value)

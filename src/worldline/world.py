@@ -1,0 +1,419 @@
+"""A loaded world model and the videos it makes: the public Python interface."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from worldline.errors import GuardrailRefusal, InputError, joined_stages
+from worldline.family import FAMILIES, Compute, Opened, Parts, requests_of
+from worldline.files import stamp
+from worldline.inputs import Input, InputType, describe, kind_of, read_clip
+from worldline.guards import Checks, Guards, load_guards, release_of, rewrites
+from worldline.memory import refuse_frames
+from worldline.opening import choose_compute, load_parts, open_world, plan
+from worldline.places import find_place
+from worldline.report import Recorder, Step, environment
+from worldline.request import Request
+from worldline.video.read import Clip
+from worldline.video.video import Video
+
+logger = logging.getLogger(__name__)
+
+def load(name: str | PathLike[str], **options: Any) -> World:
+    """Load a world model.
+
+    Args:
+        name: "tiny-…" for a model that ships with the package, the name of a folder below
+            `checkpoint_dir`, a path of a folder or file, or a released name such as
+            "2B/post-trained".
+        options: below, by family.
+
+    Raises:
+        CheckpointError: files are absent, damaged or of another model.
+        InputError: an option is unknown or wrong.
+        InsufficientMemoryError: the device is too small.
+    """
+    video = options.pop("video", None)
+    place = find_place(str(name), options.get("checkpoint_dir", "checkpoints"))
+    opened = open_world(place, options)
+    stated: dict[str, Any] = {}
+    if video is not None:
+        stated = dict(zip(("num_video_frames", "height", "width"), video, strict=True))
+    return load_world(opened, [opened.family.request.parse({**opened.defaults, **stated})])
+
+
+def load_world(
+    opened: Opened, requests: Sequence[Request], compute: Compute | None = None, *, upsample: bool = True
+) -> World:
+    """Load an opened model with room for the largest of some requests.
+
+    Args:
+        opened: the model.
+        requests: parsed ones.
+        compute: device and precision; by default as the load options choose.
+        upsample: whether any prompt may be rewritten.
+
+    Raises:
+        CheckpointError: a guardrail, the prompt upsampler or the weights cannot be read.
+        InsufficientMemoryError: the device is too small.
+    """
+    compute = compute or choose_compute(opened.options)
+    guards = load_guards(opened, compute, upsample=upsample)
+    needed = plan(opened, requests, compute, guards.guardrail_bytes)
+    needed.refuse_unless_fits(compute.device, opened.options.offloaded, guards.advice)
+    recorder = guards.loading.followed_by(Recorder(compute.device))
+    return World(load_parts(opened, compute, recorder), guards, recorder)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make.
+
+    Attributes:
+        input: what is continued; None for a prompt alone.
+        clip: its frames.
+        request: checked.
+        recorder: of the stages that are this video's alone.
+    """
+
+    input: Input | None
+    clip: Clip | None
+    request: Any
+    recorder: Recorder
+
+
+class World:
+    """A world model, ready to make videos; made by `worldline.load`.
+
+    Attributes:
+        parts: its networks.
+        guards: guardrails and prompt upsampler.
+        loading: seconds and memory that loading took.
+    """
+
+    def __init__(self, parts: Parts, guards: Guards, loading: Recorder) -> None:
+        self.parts = parts
+        self.guards = guards
+        self.loading = loading
+        self._notes: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"World({self.name!r}, {str(self.device)!r})"
+
+    @property
+    def opened(self) -> Opened:
+        return self.parts.opened
+
+    @property
+    def name(self) -> str:
+        return self.opened.name
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts.device
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights of the transformer."""
+        return self.parts.parameters
+
+    def generate(
+        self, input: Input | None = None, *, input_type: InputType | None = None, **options: Any
+    ) -> Video:
+        """Video of a prompt, or of what happens next in an image or a clip.
+
+        Arguments, options and errors are those of `stream`.
+        """
+        for step in self.stream(input, input_type=input_type, **options):
+            if step.video is not None:
+                return step.video
+        raise AssertionError("a stream ends with its video")
+
+    def stream(
+        self, input: Input | None = None, *, input_type: InputType | None = None, **options: Any
+    ) -> Iterator[Step]:
+        """Steps of the video that `generate` makes; the last carries it.
+
+        Where guardrails check videos, no step before the last carries frames.
+
+        Args:
+            input: a file, a PIL image, or frames uint8 (T, H, W, 3) as an array or a tensor; None
+                starts from the prompt alone.
+            input_type: "image" or "video"; by default what the input is.
+            options: below, by family.
+
+        Raises:
+            InputError: the input or an option is wrong; raised before the first step.
+            GuardrailRefusal: the prompt or the video was refused.
+        """
+        return self.run(self.prepare(input, options, input_type=input_type))
+
+    def stream_batch(
+        self,
+        inputs: Sequence[Input],
+        each: Sequence[Mapping[str, Any]],
+        *,
+        input_type: InputType | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[int, Step]]:
+        """Steps of several videos and the index of each; computed together where a family can.
+
+        Each video is the one that its input gives alone.
+
+        Args:
+            inputs: as of `stream`.
+            each: options of each input alone: seed, prompt, prompt_embeddings.
+            input_type: of all inputs.
+            options: of all inputs.
+
+        Raises:
+            InputError: an input or an option is wrong; raised before the first step.
+            GuardrailRefusal: prompts or videos were refused; raised after the others are done.
+        """
+        if isinstance(inputs, str | PathLike) or not all(isinstance(one, Mapping) for one in each):
+            raise InputError("inputs must be a list, and each a list of as many dicts of options")
+        if not inputs or len(inputs) != len(each):
+            raise InputError(
+                f"{len(inputs)} inputs and options of {len(each)}; give as many of both, at least 1"
+            )
+        own = {"seed", "prompt", "prompt_embeddings"}
+        if unknown := sorted({name for one in each for name in one} - own):
+            raise InputError(f"{', '.join(unknown)}: not an option of one input; {sorted(own)} are")
+        jobs = [
+            self.prepare(input, {**options, **one}, input_type=input_type)
+            for input, one in zip(inputs, each, strict=True)
+        ]
+        if len({job.request.num_input_frames for job in jobs}) > 1:
+            raise InputError("images and videos cannot be continued in one batch")
+        return self.run_batch(jobs)
+
+    def prepare(
+        self,
+        input: Input | None,
+        options: Mapping[str, Any],
+        *,
+        input_type: InputType | None = None,
+        request: Request | None = None,
+    ) -> Job:
+        """Check a request and read its input; `request` stands for options checked before.
+
+        Raises:
+            InputError: the input or an option is wrong.
+        """
+        if input_type not in ("image", "video", None):
+            raise InputError(f"input_type is {input_type!r}; it must be 'image' or 'video'")
+        kind = None if input is None else input_type or kind_of(input)
+        if request is None:
+            family, defaults = self.opened.family, self.opened.defaults
+            request = family.check(self.opened, family.request.make(options, defaults, kind))
+        refuse_frames(request.video, guarded=self.guards.checks_videos)
+        for note in self.opened.family.notes(self.opened, request):
+            if note not in self._notes:  # once for a batch
+                logger.info("%s", note)
+            self._notes.add(note)
+        recorder = Recorder(self.device)
+        clip = None
+        if input is not None and kind is not None:
+            with recorder.stage("read"):
+                clip = read_clip(input, kind, request.num_input_frames)
+        return Job(input, clip, request, recorder)
+
+    def run(self, job: Job) -> Iterator[Step]:
+        """Steps of one video.
+
+        Raises:
+            GuardrailRefusal: the prompt or the video was refused.
+        """
+        checks = self.guards.begin(job.recorder)
+        request = yield from checks.before(job.request, job.clip)
+        steps = self.opened.family.generate(self.parts, job.clip, request, job.recorder)
+        for step in steps:
+            if step.kind == "done":
+                yield from self._finish(job, request, step, checks, job.recorder)
+            else:
+                yield self._visible(step)
+
+    def run_batch(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Step]]:
+        """Steps of several videos and the index of each.
+
+        Raises:
+            GuardrailRefusal: some were refused; raised after the others are done.
+        """
+        together = self.opened.family.generate_together
+        refusals: dict[int, GuardrailRefusal] = {}
+        if together is None:
+            for index, job in enumerate(jobs):
+                try:
+                    for step in self.run(job):
+                        yield index, step
+                except GuardrailRefusal as error:
+                    refusals[index] = error
+        else:
+            yield from self._run_together(together, jobs, refusals)
+        if len(jobs) == 1:
+            for refusal in refusals.values():
+                raise refusal
+        if refusals:
+            stage = joined_stages(refusal.stage for refusal in refusals.values())
+            first = next(iter(refusals.values()))
+            message = f"{len(refusals)} of {len(jobs)} inputs were refused, the first: {first}"
+            raise GuardrailRefusal(message, stage, refusals)
+
+    def _run_together(
+        self, together: Any, jobs: Sequence[Job], refusals: dict[int, GuardrailRefusal]
+    ) -> Iterator[tuple[int, Step]]:
+        checks = [self.guards.begin(job.recorder) for job in jobs]
+        allowed = []
+        for index, job in enumerate(jobs):
+            try:
+                for step in checks[index].before(job.request, job.clip):
+                    yield index, step
+                allowed.append(index)
+            except GuardrailRefusal as error:
+                refusals[index] = error
+        if not allowed:
+            return
+        shared = Recorder(self.device)  # of the stages that the videos have in common
+        group = [jobs[index] for index in allowed]
+        for position, step in together(self.parts, group, shared):
+            index = allowed[position]
+            if step.kind != "done":
+                yield index, self._visible(step)
+                continue
+            recorder = jobs[index].recorder.followed_by(shared)
+            try:
+                finished = self._finish(
+                    jobs[index], jobs[index].request, step, checks[index], recorder
+                )
+                for last in finished:
+                    yield index, last
+            except GuardrailRefusal as error:
+                refusals[index] = error
+
+    def _visible(self, step: Step) -> Step:
+        """The step without frames that no guardrail has checked."""
+        return replace(step, frames=None, preview=None) if self.guards.checks_videos else step
+
+    def _finish(
+        self, job: Job, request: Any, step: Step, checks: Checks, recorder: Recorder
+    ) -> Iterator[Step]:
+        assert step.frames is not None
+        frames = yield from checks.after(step.frames)
+        report = self._report(job, recorder)
+        report |= {
+            "prompt": request.prompt,
+            **checks.report(),
+            "frames_sha256": hashlib.sha256(np.ascontiguousarray(frames)).hexdigest(),
+        }
+        video = Video(frames, request.fps, report, request.prompt)
+        yield Step("done", step.done, step.total, frames, video=video)
+
+    def _report(self, job: Job, recorder: Recorder) -> dict[str, Any]:
+        parts, family = self.parts, self.opened.family
+        text, seconds = parts.text, recorder.facts.get("seconds_of_steps", [])
+        return {
+            "model": self.name,
+            "parameters": self.parameters,
+            "input": None if job.input is None else describe(job.input),
+            "files": [stamp(path) for path in _files(self.opened, job.request, job.input)],
+            "fingerprint": fingerprint(self.opened, parts.compute, job.request, job.input),
+            "request": {name: _describe(value) for name, value in job.request},
+            "dtype": str(parts.compute.dtype).removeprefix("torch."),
+            "text_encoder_dtype": str(text.dtype).removeprefix("torch.") if text else None,
+            "offload": {
+                **{
+                    part.flag.removeprefix("offload_"): parts.loaded[part.name].offload
+                    for part in family.parts
+                    if part.name in parts.loaded
+                },
+                **self.guards.offloaded,
+            },
+            "prompt_truncation": recorder.facts.get("prompt_truncation", {}),
+            "seconds_per_step": round(median(seconds), 4) if seconds else None,
+            "seconds_of_steps": seconds,
+            **family.report(parts, job.request, recorder),
+            **environment(self.device),
+            "load": self.loading.as_dict(),
+            "run": recorder.as_dict(),
+        }
+
+
+def fingerprint(opened: Opened, compute: Compute, request: Request, input: Input | None) -> str:
+    """Hash of everything that decides the frames of a request: what --resume compares.
+
+    That is the request without fields that have no effect, every file that is read (name, size and
+    time), precision, decisive load options, guardrails and prompt upsampler; not the device,
+    offloading or batch size.
+
+    Raises:
+        CheckpointError: a file has vanished.
+    """
+    unused = opened.family.unused(opened, request)
+    text = None if "text" in unused else str(compute.text_dtype)
+    decisive = {
+        "request": {n: _describe(v) for n, v in request.effective(unused).items()},
+        "files": [stamp(path) for path in _files(opened, request, input)],
+        "input": None if input is None or _path_of(input) else _describe(input),
+        "precision": [str(compute.dtype), text],
+        "options": {n: v for n, v in opened.options if n in opened.options.DECISIVE},
+        "guardrail": release_of(opened),
+        "upsampled": rewrites(opened, request),
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _files(opened: Opened, request: Request, input: Input | None) -> list[Path]:
+    """Files that decide the frames of a request."""
+    unused = opened.family.unused(opened, request)
+    found = [path for n, part in opened.parts.items() if n not in unused for path in part.files]
+    fields = ("prompt_embeddings", "negative_prompt_embeddings")
+    beside = (_path_of(value) for value in (input, *(getattr(request, f, None) for f in fields)))
+    return [*dict.fromkeys(found), *(path for path in beside if path is not None)]
+
+
+def _path_of(value: object) -> Path | None:
+    return Path(value) if isinstance(value, str | PathLike) else None
+
+
+def _describe(value: Any) -> Any:
+    """A value as JSON holds it; a tensor or a picture by the hash of its numbers."""
+    if isinstance(value, PathLike):
+        return str(value)
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().float().numpy()
+    if isinstance(value, np.ndarray | Image.Image):
+        array = np.ascontiguousarray(value)
+        return f"{list(array.shape)} {hashlib.sha256(array).hexdigest()}"
+    return value
+
+
+def _document() -> None:
+    """Append every family's options to the docstrings, for `help()`."""
+    for names, targets in (
+        ("request", (World.generate, World.stream)),
+        ("options", (load,)),
+    ):
+        lines = []
+        for family in FAMILIES:
+            described = getattr(requests_of(family), names.upper())
+            lines += [f"{family}:", *(f"    {line}" for line in described.describe()), ""]
+        text = "\n".join(f"        {line}".rstrip() for line in ["Options:", "", *lines])
+        for target in targets:
+            target.__doc__ = f"{target.__doc__}\n{text}"
+
+
+with suppress(AttributeError):  # python -OO has no docstrings
+    _document()
