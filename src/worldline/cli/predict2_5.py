@@ -516,7 +516,7 @@ def _check(
         except InputError as error:
             wrong.append((sample.place, _by_its_fields(error, sample)))
     refuse(wrong, len(samples), overrides)
-    given = read_embeddings(embeddings)
+    given = read_embeddings(files, embeddings)
     try:
         for request in requests:
             check_text(files, request, given)

@@ -26,9 +26,10 @@ from worldline.pipelines.autoregressive import (
     decoder_settings,
     video_of,
 )
-from worldline.pipelines.prompts import TRUNCATION, read_prompt_embedding
 from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder, environment
+from worldline.text.embeddings import given_embeddings
+from worldline.text.encoder import TRUNCATION
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of
 from worldline.world.safety import Checks
@@ -144,7 +145,8 @@ class AutoregressiveWorld(World):
         if self.video2world:
             width = self.parts.config.context_width
             assert width is not None
-            embedding = read_prompt_embedding(given, self.files.context_length, width)
+            rows = self.files.context_length
+            embedding = given_embeddings(given, width=width, rows=rows, guided=False).get("prompt")
             stamps[_EMBEDDINGS] = stamp_of(given)
         elif given is not None:
             raise InputError(f"{self.files.folder} is a base model, which takes no prompt")

@@ -13,10 +13,10 @@ from worldline.errors import InputError
 from worldline.loading import DiffusionParts, FlowParts
 from worldline.nn.attention import backend_name
 from worldline.pipelines.exchange import Embeddings, Progress
-from worldline.pipelines.prompts import TRUNCATION
 from worldline.pipelines.requests import VideoRequest
 from worldline.report import Recorder, environment
 from worldline.shapes import VideoShape
+from worldline.text.encoder import TRUNCATION
 from worldline.video.read import Clip
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of

@@ -43,7 +43,7 @@ class FlowWorld(DenoisingWorld):
     def _check(self, request: FlowRequest, embeddings: Mapping[str, Any]) -> Embeddings:
         check_request(self.files, request)
         check_frames(request.video, guarded=self.safety.checks_videos)
-        given = read_embeddings(*embeddings.values())
+        given = read_embeddings(self.files, *embeddings.values())
         check_text(self.files, request, given)
         return given
 

@@ -15,11 +15,12 @@ from worldline.loading import DiffusionFiles
 from worldline.parallel.offload import Part
 from worldline.places import Place
 from worldline.report import Recorder
-from worldline.text.prompt_tokens import tokenizer_files
 from worldline.text.upsampler import (
-    ImageUpsampler,
-    TextUpsampler,
+    DESCRIBING,
+    LENGTHENING,
+    PIXTRAL,
     Upsampler,
+    applies,
     load_upsampler,
 )
 from worldline.video.read import Clip
@@ -29,9 +30,6 @@ logger = logging.getLogger(__name__)
 
 FLAG = "--disable_prompt_upsampler (in Python disable_prompt_upsampler=True)"
 UPSAMPLE = "upsample"  # the stage of a recorder, and the kind of a step
-_LENGTHENS = ("Cosmos-UpsamplePrompt1-12B-Text2World", "Cosmos-1.0-Prompt-Upsampler-12B-Text2World")
-_PIXTRAL = "mistral-community/pixtral-12b"
-_DESCRIBES = ("Pixtral-12B", _PIXTRAL)
 
 
 class Upsampling:
@@ -90,32 +88,10 @@ class Upsampling:
             recorder: is told seconds and memory.
         """
         assert self._part is not None
+        assert self.upsampler is not None
+        frame = None if clip is None else clip.frames[-1]
         with recorder.stage(UPSAMPLE), self._part.on_device():
-            if isinstance(self.upsampler, ImageUpsampler):
-                assert clip is not None
-                return self.upsampler.describe(clip.frames[-1], seed)
-            assert isinstance(self.upsampler, TextUpsampler)
-            assert prompt is not None
-            return self.upsampler.lengthen([prompt], seed)[0]
-
-
-def applies(prompt: str | None, *, describes: bool, embedded: bool, word_limit: int) -> bool:
-    """Tell whether the prompt of a request is written by an upsampler.
-
-    A clip is described where there is no prompt for it. One that is given is used; the released
-    code ignores it.
-
-    Args:
-        prompt: of the request.
-        describes: the upsampler is that of Video2World.
-        embedded: an embedding is given in place of the prompt.
-        word_limit: prompts of more words stay as they are (Text2World).
-    """
-    if embedded:
-        return False
-    if describes:
-        return prompt is None
-    return prompt is not None and len(prompt.split()) <= word_limit
+            return self.upsampler.write(prompt, frame, seed)
 
 
 def load_upsampling(
@@ -169,9 +145,9 @@ def find_upsampler(files: DiffusionFiles, place: Place, folder: str | Path | Non
     with _advising(files):
         if folder is not None:
             return place.chosen(folder, "prompt_upsampler_dir")
-        names: Sequence[str] = _DESCRIBES
+        names: Sequence[str] = DESCRIBING
         if not files.config.condition_mask:
-            names = _LENGTHENS[::-1] if files.generation == "1.0" else _LENGTHENS
+            names = LENGTHENING[::-1] if files.generation == "1.0" else LENGTHENING
         found = place.below(names)
         if found is None:
             raise CheckpointError(f"neither {names[0]} nor {names[1]} is in {place.searched}")
@@ -196,4 +172,4 @@ def _advising(files: DiffusionFiles) -> Iterator[None]:
 
 def _tokenizer(folder: Path, roots: Sequence[Path]) -> Path:
     """Return where the tokenizer of Pixtral is: the released conversion has none beside it."""
-    return folder if tokenizer_files(folder) else find_repository(_PIXTRAL, roots)
+    return folder if (folder / "tokenizer.json").is_file() else find_repository(PIXTRAL, roots)
