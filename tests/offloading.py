@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from worldline.loading import TextPart
 from worldline.parallel.offload import Part
+from worldline.text.encoder import TextEncoder
 from worldline.world import World
 
 
@@ -27,7 +27,7 @@ def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     Returns:
         What visits, by the names of the networks: they are added as they come.
     """
-    make, make_text, on_device = Part.__init__, TextPart.__init__, Part.on_device
+    make, make_text, on_device = Part.__init__, TextEncoder.__init__, Part.on_device
     home: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
     there: list[str] = []
     visits: list[str] = []
@@ -39,7 +39,7 @@ def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             home[id(part)] = [(weight, weight.data) for weight in module.parameters()]
             hide(part)
 
-    def made_text(part: TextPart[Any], *given: Any, offload: bool, **others: Any) -> None:
+    def made_text(part: TextEncoder[Any], *given: Any, offload: bool, **others: Any) -> None:
         make_text(part, *given, offload=offload, **others)
         part.offload = offload
 
@@ -66,7 +66,7 @@ def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             there.remove(name)
 
     monkeypatch.setattr(Part, "__init__", made)
-    monkeypatch.setattr(TextPart, "__init__", made_text)
+    monkeypatch.setattr(TextEncoder, "__init__", made_text)
     monkeypatch.setattr(Part, "on_device", visiting)
     return visits
 

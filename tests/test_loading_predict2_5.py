@@ -33,7 +33,7 @@ from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT
 from worldline.models.predict2_5_dit.weights import diffusers_config, diffusers_tensors
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
-from worldline.text.reason1 import RELEASED, TINY, export_reason1, new_reason1, tensor_shapes
+from worldline.text.reason1 import NUM_PARAMETERS, RELEASED, TINY, export_reason1, new_reason1
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import diffusers_config as vae_config
 from worldline.tokenizers.wan.weights import diffusers_tensors as vae_tensors
@@ -200,7 +200,7 @@ def test_other_parts(own_predict2_5: Path) -> None:
     with pytest.raises(CheckpointError, match=r"latents of 4 channels.*do not belong together"):
         find(POST.name, own_predict2_5, tokenizer_dir="few")
     export_reason1(new_reason1(TINY), own_predict2_5 / "wide")
-    with pytest.raises(CheckpointError, match=r"embeddings of width 128.*do not belong together"):
+    with pytest.raises(CheckpointError, match=r"wide has width 128, the world expects"):
         find(POST.name, own_predict2_5, text_encoder_dir="wide")
 
 
@@ -262,15 +262,7 @@ def test_the_plan_of_released_sizes() -> None:
 
 def test_what_is_planned_for_released_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the whole encoder, of 28 layers, in bf16 on a GPU."""
-    encoder = {
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    }
-    count = sum(prod(shape) for shape in tensor_shapes(encoder).values())
+    count = NUM_PARAMETERS
     monkeypatch.setattr("worldline.loading.fused", lambda _: True)
     for size in ("2B", "14B"):
         [entry] = [entry for entry in ENTRIES if entry.name == f"Cosmos-Predict2.5-{size}"]

@@ -20,7 +20,6 @@ from worldline.errors import InsufficientMemoryError
 from worldline.loading import find_autoregressive, find_diffusion, find_predict2_5
 from worldline.machine import Memory
 from worldline.places import bundled_names
-from worldline.text.chat_tokens import load_chat_tokenizer
 from worldline.video.read import read_image, read_video
 from worldline.weights.write import save
 from worldline.world import FlowWorld
@@ -80,7 +79,7 @@ def test_the_report_tells_all(world: FlowWorld, clip: Path) -> None:
 
 def test_the_report_tells_which_prompts_are_cut(world: FlowWorld) -> None:
     assert world.parts.text is not None
-    chat = len(load_chat_tokenizer(world.parts.text.files.tokenizer[0]).encode(""))
+    chat = world.parts.text.files.count_tokens("")
     letters = TEXT_LENGTH - chat  # of a prompt that the chat leaves room for
     for prompt, negative in ((0, 0), (0, 3), (1, 2)):  # letters beyond
         words = {"prompt": "a" * (letters + prompt), "negative_prompt": "b" * (letters + negative)}

@@ -64,7 +64,8 @@ def forbid_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(worldline.loading.parts, "load_into", read)
+    for module in ("loading.parts", "text.encoder"):
+        monkeypatch.setattr(f"worldline.{module}.load_into", read)
 
 
 @pytest.fixture(scope="session")

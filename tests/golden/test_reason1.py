@@ -10,17 +10,8 @@ import pytest
 import torch
 from cases import Case, cases
 
-from worldline.text.chat_tokens import (
-    END,
-    FILE,
-    PAD,
-    START,
-    ChatTokenizer,
-    chat_files,
-    chat_text,
-    load_chat_tokenizer,
-)
-from worldline.text.reason1 import Reason1Files, find_reason1, load_reason1
+from worldline.text.reason1 import END, PAD, START, ChatTokenizer, Reason1Files, chat_text
+from worldline.weights.read import open_checkpoint
 
 CASES = cases("reason1_tiny")
 
@@ -49,14 +40,14 @@ def files(case: Case, tmp_path: Path) -> Reason1Files:
     folder.mkdir()
     for path in folder_of(case).iterdir():
         (folder / path.name).symlink_to(path)
-    if not chat_files(folder):
+    if Reason1Files.find_tokenizer(folder, {}) is None:
         word_tokenizer(case).save(folder)
-    return find_reason1(folder)
+    return Reason1Files.open(folder)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_embeddings(case: Case, files: Reason1Files) -> None:
-    encoder = load_reason1(files, "cpu", torch.float32)
+    encoder = files.load("cpu", torch.float32)
     for name in case.names("*.input_ids"):
         prompt = name.removesuffix(".input_ids")
         length = case.tensor(f"{prompt}.padded_ids").shape[-1]
@@ -73,12 +64,13 @@ def test_embeddings(case: Case, files: Reason1Files) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_only_what_is_needed_is_read(case: Case, files: Reason1Files) -> None:
-    encoder = load_reason1(files, "cpu", torch.float32)
+    encoder = files.load("cpu", torch.float32)
     count = sum(parameter.numel() for parameter in encoder.parameters())
-    held = sum(math.prod(info.shape) for info in files.checkpoint.tensors.values())
+    held = sum(math.prod(info.shape) for info in open_checkpoint(files.weights).tensors.values())
     assert files.num_parameters == count < held
+    assert files.check() > 0
     stated = case.spec["config"]
-    assert files.width == encoder.width == stated["num_hidden_layers"] * stated["hidden_size"]
+    assert files.width == stated["num_hidden_layers"] * stated["hidden_size"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -93,12 +85,11 @@ def test_the_chat_around_a_prompt(case: Case) -> None:
         special = [n for n in vector["ids"] if n in ids.values()]
         found = re.findall(f"{re.escape(START)}|{re.escape(END)}", chat_text(vector["prompt"]))
         assert special == [ids[token] for token in found]
-    for folder in {path.parent for path in case.path.rglob("*.json")}:
-        for path in chat_files(folder)[:1]:
-            tokenizer = load_chat_tokenizer(path)
-            for vector in vectors["cases"]:
-                assert tokenizer.encode(vector["prompt"]) == vector["ids"], FILE
-                assert tokenizer.pad == vectors["pad_token_id"]
+    if Reason1Files.find_tokenizer(folder_of(case), {}) is not None:
+        tokenizer = Reason1Files.open(folder_of(case)).tokenizer
+        for vector in vectors["cases"]:
+            assert tokenizer.encode(vector["prompt"]) == vector["ids"]
+            assert tokenizer.pad == vectors["pad_token_id"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -285,7 +285,7 @@ def test_the_old_fault_can_be_had(
 def test_prompts_are_encoded_once(tiny_diffusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = load(tiny_diffusion, TEXT2WORLD)
     first = frames_of(run(parts))
-    monkeypatch.setattr("worldline.loading.load_t5", None)  # is not called again
+    monkeypatch.setattr("worldline.text.encoder.load_into", None)  # is not called again
     fresh = load(tiny_diffusion, TEXT2WORLD)
     assert np.array_equal(frames_of(run(fresh)), first)
     with pytest.raises(TypeError):

@@ -23,7 +23,7 @@ from worldline.models.predict1_dit.weights import open_dit
 from worldline.pipelines import decoder
 from worldline.sampling.edm import make_sigmas
 from worldline.shapes import LatentShape, VideoShape
-from worldline.text.t5 import export_t5, find_t5, load_t5, new_t5
+from worldline.text.t5 import T5Files, export_t5, new_t5
 from worldline.tokenizers.cosmos.load import load_tokenizer, open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import read_statistics
@@ -164,7 +164,7 @@ def test_the_world_and_its_text_encoder_can_be_opened(tmp_path: Path, latents: P
     settings = json.loads((world / "config.json").read_text())
     assert open_dit(world, settings).config == sizes.DIFFUSION
     assert settings["text2world"] is True
-    text = load_t5(find_t5(tmp_path / "export" / tiny_diffusion.TEXT_FOLDER), "cpu", torch.float32)
+    text = T5Files.open(tmp_path / "export" / tiny_diffusion.TEXT_FOLDER).load("cpu", torch.float32)
     rows = text.encode(["A red ball falls."])
     assert rows.shape == (1, sizes.TEXT_LENGTH, sizes.TEXT["d_model"])
     # another run may begin with these weights
@@ -224,7 +224,7 @@ def test_a_transformer_of_clips_and_captions(tmp_path: Path, tokens: Path, text:
 
 
 def test_captions_together_are_embedded_as_alone(text: Path) -> None:
-    encoder = load_t5(find_t5(text), "cpu", torch.float32)
+    encoder = T5Files.open(text).load("cpu", torch.float32)
     captions = ["A red ball falls.", "", "A long yellow box slides to the left."]
     torch.testing.assert_close(
         embed_captions(encoder, captions), encoder.encode(captions), rtol=1e-5, atol=1e-6

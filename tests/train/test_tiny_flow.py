@@ -26,7 +26,7 @@ from worldline.models.predict2_5_dit.weights import open_flow_dit
 from worldline.physics import FPS
 from worldline.sampling.flow import make_schedule
 from worldline.shapes import VideoShape
-from worldline.text.reason1 import find_reason1, load_reason1, new_reason1
+from worldline.text.reason1 import Reason1Encoder, Reason1Files, new_reason1
 from worldline.tokenizers.wan.load import channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.train.data import as_video, physics_batches
@@ -231,7 +231,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
 def test_the_world_and_its_text_encoder_can_be_opened(tmp_path: Path, exported: Path) -> None:
     settings = json.loads((exported / WORLD / "config.json").read_text())
     assert open_flow_dit(exported / WORLD, settings).config == sizes.FLOW
-    text = load_reason1(find_reason1(exported / TEXT_FOLDER), "cpu", torch.float32)
+    text = Reason1Files.open(exported / TEXT_FOLDER).load("cpu", torch.float32)
     rows = text.encode(["A red ball falls."])
     assert rows.shape == (1, sizes.TEXT_LENGTH, sizes.FLOW.feature_width)
     # another run may begin with these weights
@@ -312,7 +312,7 @@ def test_a_network_is_shown_in_training_what_samplers_show(
 
 
 def load_text(exported: Path) -> Any:
-    return load_reason1(find_reason1(exported / TEXT_FOLDER), "cpu", torch.float32)
+    return Reason1Files.open(exported / TEXT_FOLDER).load("cpu", torch.float32)
 
 
 def _flat(given: Any) -> list[Tensor]:

@@ -388,7 +388,7 @@ def _find_files(
         place.chosen(flags["text_encoder_dir"], "text_encoder_dir")
     from worldline.loading import open_autoregressive
     from worldline.pipelines.autoregressive import check_prompt, check_room
-    from worldline.pipelines.prompts import read_prompt_embedding
+    from worldline.text.embeddings import given_embeddings
 
     files = open_autoregressive(
         place,
@@ -404,7 +404,8 @@ def _find_files(
     check_room(files.config, files.tokenizer_config, request)
     embedding = None
     if width is not None:
-        embedding = read_prompt_embedding(flags["prompt_embeddings"], files.context_length, width)
+        given, rows = flags["prompt_embeddings"], files.context_length
+        embedding = given_embeddings(given, width=width, rows=rows, guided=False).get("prompt")
     try:
         check_prompt(files, request, embedding)
     except CheckpointError as error:

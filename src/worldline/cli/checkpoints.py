@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,7 +15,6 @@ from worldline.errors import CheckpointError
 from worldline.files import GIGABYTE
 
 if TYPE_CHECKING:
-    from worldline.text.encoder_files import EncoderFamily
     from worldline.weights.read import Checkpoint
 
 _SUFFIXES = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
@@ -117,10 +116,9 @@ def examine(path: Path) -> Finding:
         found = recognise(source)
         if found is not None:
             return found
-    for recognise_encoder in (_t5, _reason1):
-        found = recognise_encoder(source, path)
-        if found is not None:
-            return found
+    found = _text_encoder(source, path)
+    if found is not None:
+        return found
     tokenizer = _tokenizer(source, path)
     if tokenizer is not None:
         return tokenizer
@@ -134,10 +132,10 @@ def _holds_weights(folder: Path) -> bool:
 
 def _text_folders(checkpoint_dir: Path) -> list[Path]:
     """List the folders where the released worlds keep their text encoders."""
-    from worldline.text.reason1 import reason1_folders
-    from worldline.text.t5 import t5_folders
+    from worldline.text.reason1 import Reason1Files
+    from worldline.text.t5 import T5Files
 
-    return [*t5_folders(checkpoint_dir), *reason1_folders(checkpoint_dir)]
+    return [*T5Files.folders(checkpoint_dir), *Reason1Files.folders(checkpoint_dir)]
 
 
 def _model_type(folder: Path) -> str | None:
@@ -153,9 +151,9 @@ def _model_type(folder: Path) -> str | None:
 def _open(path: Path) -> Checkpoint:
     from worldline.loading import open_transformer
     from worldline.models.predict2_5_dit.weights import FILE_NAMES
-    from worldline.text.encoder_files import open_weights
-    from worldline.text.reason1 import FAMILY as REASON1
-    from worldline.text.t5 import FAMILY as T5
+    from worldline.text.encoder import find_weights
+    from worldline.text.reason1 import Reason1Files
+    from worldline.text.t5 import T5Files
     from worldline.tokenizers.cosmos.load import LAYOUTS, open_tokenizer
     from worldline.weights.dit import find_dit
     from worldline.weights.read import open_checkpoint
@@ -165,8 +163,8 @@ def _open(path: Path) -> Checkpoint:
     names = {name for layout in LAYOUTS for name in layout if not name.startswith("model.")}
     if any((path / name).exists() for name in names):
         return open_tokenizer(path)[0]
-    if _model_type(path) in (*T5.kinds, *REASON1.kinds):
-        return open_weights(path)
+    if _model_type(path) in (*T5Files.model_types, *Reason1Files.model_types):
+        return open_checkpoint(find_weights(path))
     try:
         return open_transformer(path)
     except CheckpointError:
@@ -294,93 +292,26 @@ def _wan_tokenizer(source: Checkpoint) -> Finding | None:
     return Finding(source, family, _count(expected), _COMPLETE)
 
 
-def _t5(source: Checkpoint, path: Path) -> Finding | None:
-    from worldline.text.t5 import FAMILY
+def _text_encoder(source: Checkpoint, path: Path) -> Finding | None:
+    """Recognise a text encoder by the config.json of its folder, which is checked as a whole."""
+    from worldline.text.reason1 import Reason1Files
+    from worldline.text.t5 import T5Files
 
-    if not FAMILY.marks(source.tensors) and not _is_part(path, FAMILY.kinds):
-        return None
-
-    def sizes(settings: Mapping[str, Any]) -> str:
-        return (
-            f"{settings['num_layers']} layers, width {settings['d_model']:,}, "
-            f"{settings['num_heads']} heads, vocabulary {settings['vocab_size']:,}"
-        )
-
-    return _text_encoder(source, path, FAMILY, "T5 text encoder", sizes)
-
-
-def _reason1(source: Checkpoint, path: Path) -> Finding | None:
-    from worldline.text.reason1 import FAMILY
-
-    kind = _model_type(path if path.is_dir() else path.parent)
-    if kind is not None and kind not in FAMILY.kinds:  # Qwen2's own models have the same names
-        return None
-    if not FAMILY.marks(source.tensors) and not _is_part(path, FAMILY.kinds):
-        return None
-
-    def sizes(settings: Mapping[str, Any]) -> str:
-        layers, width = settings["num_hidden_layers"], settings["hidden_size"]
-        return (
-            f"{layers} layers, width {width:,}, {settings['num_attention_heads']} heads "
-            f"({settings['num_key_value_heads']} of keys), vocabulary {settings['vocab_size']:,}, "
-            f"text features {layers * width:,}"
-        )
-
-    return _text_encoder(source, path, FAMILY, "Reason1 text encoder (Qwen2.5-VL)", sizes)
-
-
-def _is_part(path: Path, kinds: Collection[str]) -> bool:
-    """Tell whether a file is listed with others as one of a model of these kinds."""
-    from worldline.text.encoder_files import files_together
-
-    return path.is_file() and _model_type(path.parent) in kinds and len(files_together(path)) > 1
-
-
-def _released_encoder(presets: Mapping[str, Mapping[str, int]], settings: Mapping[str, Any]) -> str:
-    """Return which of the released sizes a text encoder has."""
-    for preset, known in presets.items():
-        if known.items() <= settings.items():
-            return preset
-    return _NO_RELEASED_SIZE
-
-
-def _text_encoder(
-    source: Checkpoint,
-    path: Path,
-    family: EncoderFamily,
-    name: str,
-    sizes: Callable[[Mapping[str, Any]], str],
-) -> Finding:
-    """Say what a text encoder is.
-
-    Args:
-        source: its tensors.
-        path: its folder, of which the tokenizer is looked at too; or a file.
-        family: of encoders.
-        name: of the family, in words.
-        sizes: says them in words, of what fixes an encoder.
-    """
-    from worldline.text.encoder_files import files_together, read_config
-
-    parameters = None
-    verdict = _COMPLETE
-    try:
-        config = read_config(path if path.is_dir() else path.parent, family.kinds)
-        settings = family.settings_of(config)
-        name = f"{name}, {_released_encoder(family.presets, settings)}: {sizes(settings)}"
-        parameters = family.count_parameters(config)
-        if path.is_dir():
-            family.open(path)
-        else:
-            together = files_together(path)
-            family.fit(source.tensors, config, path.name, part=len(together) > 1)
-            if len(together) > 1:
-                verdict = f"every tensor fits; one of {len(together)} files"
-        if unread := sum(family.keys.ours(tensor) is None for tensor in source.tensors):
-            verdict += f"; {unread:,} more, which are not read"
-    except ValueError as error:  # CheckpointError is one
-        verdict = str(error)
-    return Finding(source, name, parameters, verdict)
+    folder = path if path.is_dir() else path.parent
+    kind = _model_type(folder)
+    for encoder in (T5Files, Reason1Files):
+        if kind not in encoder.model_types:
+            continue
+        name, parameters = encoder.name, None
+        try:
+            files = encoder.open(folder)
+            name, parameters = f"{name}, text width {files.width:,}", files.num_parameters
+            unread = files.check()
+            verdict = _COMPLETE + (f"; {unread:,} more, which are not read" if unread else "")
+        except CheckpointError as error:
+            verdict = str(error)
+        return Finding(source, name, parameters, verdict)
+    return None
 
 
 def _released_size(presets: Mapping[str, object], config: object, names: Sequence[str]) -> str:

@@ -382,7 +382,7 @@ def _upsamples(flags: dict[str, Any]) -> bool:
 
 def _upsampled(request: DiffusionRequest, flags: dict[str, Any]) -> bool:
     """Tell whether the upsampler writes the prompt of this request."""
-    from worldline.world.upsampling import applies
+    from worldline.text.upsampler import applies
 
     return _upsamples(flags) and applies(
         request.prompt,

@@ -116,23 +116,24 @@ def _bundled_row(
 def _parts(files: WorldFiles) -> tuple[list[Checkpoint], str, str]:
     """Return the checkpoints of a world, its family, and the command that runs it."""
     from worldline.loading import AutoregressiveFiles, FlowFiles
+    from worldline.weights.read import open_checkpoint
 
     if isinstance(files, FlowFiles):
         sources = [files.dit.source, files.tokenizer.source]
         if files.text is not None:
-            sources.append(files.text.checkpoint)
+            sources.append(open_checkpoint(files.text.weights))
         return sources, "flow", "predict2.5"
     if isinstance(files, AutoregressiveFiles):
         sources = [files.transformer, files.tokenizer]
         if files.text is not None:
-            sources.append(files.text.checkpoint)
+            sources.append(open_checkpoint(files.text.weights))
         if files.decoder is not None:
             sources += [files.decoder.dit.source, files.decoder.tokenizer]
         kind = "base" if files.config.context_width is None else "video2world"
         return sources, f"autoregressive {kind}", f"autoregressive {kind}"
     sources = [files.dit.source, files.tokenizer]
     if files.text is not None:
-        sources.append(files.text.checkpoint)
+        sources.append(open_checkpoint(files.text.weights))
     kind = "video2world" if files.config.condition_mask else "text2world"
     return sources, f"diffusion {kind}", f"diffusion {kind}"
 

@@ -56,7 +56,7 @@ from worldline.loading.memory import (
     check_memory,
     fewest_flags,
 )
-from worldline.loading.parts import TextPart, read_part, text_bytes, text_dtype, text_part
+from worldline.loading.parts import read_part
 from worldline.loading.predict2_5 import (
     FlowDefaults,
     FlowFiles,
@@ -82,8 +82,8 @@ from worldline.parallel.offload import Part, StreamedPart
 from worldline.places import find_flow, find_place
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
-from worldline.text.cache import EmbeddingCache
-from worldline.text.t5 import load_t5
+from worldline.text import reason1, t5
+from worldline.text.encoder import TextEncoder, text_dtype
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import key_map
@@ -101,7 +101,6 @@ __all__ = [
     "FlowFiles",
     "FlowParts",
     "MemoryPlan",
-    "TextPart",
     "WorldDefaults",
     "WorldFiles",
     "check_frames",
@@ -140,10 +139,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 WorldFiles = AutoregressiveFiles | DiffusionFiles | FlowFiles
-
-# T5-11B: 24 layers of four 1024 x 16,384 and two 1024 x 65,536 matrices, and 32,128 words
-_RELEASED_TEXT_PARAMETERS = 4_864_791_552
-_REASON1_PARAMETERS = 7_070_619_136  # without eyes and head
 
 
 def find_world(
@@ -344,14 +339,9 @@ def load_autoregressive(
         finally:
             if compiling is not None:  # it launches kernels, also beside what follows a failure
                 compiling.join()
-    encoder = text_part(
-        files.text,
-        load_t5,
-        device,
-        of_text,
-        offload=offload_text_encoder_model,
-        cache=EmbeddingCache(),
-    )
+    encoder = None
+    if files.text is not None:
+        encoder = TextEncoder(files.text, device, of_text, offload=offload_text_encoder_model)
     return AutoregressiveParts(transformer, tokenizer, files, encoder, decoder)
 
 
@@ -435,14 +425,9 @@ def load_diffusion(
             offload_diffusion_transformer,
         )
         tokenizer = _read_tokenizer(files, device, dtype, offload_tokenizer)
-    encoder = text_part(
-        files.text,
-        load_t5,
-        device,
-        of_text,
-        offload=offload_text_encoder_model,
-        cache=EmbeddingCache(),
-    )
+    encoder = None
+    if files.text is not None:
+        encoder = TextEncoder(files.text, device, of_text, offload=offload_text_encoder_model)
     return DiffusionParts(transformer, tokenizer, encoder, files)
 
 
@@ -541,7 +526,7 @@ def _need_flow(config: FlowDiTConfig, device: torch.device, dtype: torch.dtype) 
             WanTokenizerConfig(),
             video=FlowDefaults().video,
             dtype=dtype,
-            text_bytes=_REASON1_PARAMETERS * text_dtype(dtype).itemsize,
+            text_bytes=reason1.NUM_PARAMETERS * text_dtype(dtype).itemsize,
             fused=fused(device),
             **dict.fromkeys(flags, True),
         ).peak
@@ -564,7 +549,7 @@ def _need(
 ) -> Need:
     """Return what a world needs by its flags; a released world's where nothing is said of it."""
     if nbytes_of_text is None:
-        nbytes_of_text = _RELEASED_TEXT_PARAMETERS * text_dtype(dtype).itemsize
+        nbytes_of_text = t5.NUM_PARAMETERS * text_dtype(dtype).itemsize
     if not isinstance(config, DiTConfig):
         decoding = None
         if decoder is not None:
@@ -619,7 +604,11 @@ def _need_of(
         return need_predict2_5(
             files, device, dtype, video=video, text=text, visitor_bytes=visitor_bytes
         )
-    encoder = files.text if text else None
+    nbytes_of_text = 0
+    if files.text is not None and text:
+        nbytes_of_text = (
+            files.text.num_parameters * (text_encoder_dtype or text_dtype(dtype)).itemsize
+        )
     if isinstance(files, AutoregressiveFiles):
         decoder = files.decoder
         return _need(
@@ -627,7 +616,7 @@ def _need_of(
             files.tokenizer_config,
             device,
             dtype,
-            nbytes_of_text=text_bytes(encoder, text_encoder_dtype or text_dtype(dtype)),
+            nbytes_of_text=nbytes_of_text,
             context_length=files.context_length,
             decoder=(decoder.dit.config, decoder.tokenizer_config) if decoder else None,
             batch=batch,
@@ -640,7 +629,7 @@ def _need_of(
         device,
         dtype,
         video=video or files.defaults.video,
-        nbytes_of_text=text_bytes(encoder, text_encoder_dtype or text_dtype(dtype)),
+        nbytes_of_text=nbytes_of_text,
         context_length=files.context_length,
         visitor_bytes=visitor_bytes,
     )

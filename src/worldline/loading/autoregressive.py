@@ -18,7 +18,7 @@ from worldline.loading.decoder import (
     DecoderParts,
     open_decoder,
 )
-from worldline.loading.diffusion import RELEASED_CONTEXT, T5
+from worldline.loading.diffusion import RELEASED_CONTEXT
 from worldline.loading.folders import (
     is_diffusion,
     open_transformer,
@@ -28,7 +28,7 @@ from worldline.loading.folders import (
     stamps,
 )
 from worldline.loading.memory import coding_bytes, count_parameters, workspace
-from worldline.loading.parts import TextPart, find_text
+from worldline.loading.parts import find_text
 from worldline.loading.predict2_5 import refuse_flow
 from worldline.models.predict1_ar.model import (
     FEED_FORWARD_ROWS,
@@ -41,6 +41,7 @@ from worldline.parallel.offload import Part
 from worldline.places import Place
 from worldline.sampling.decode import CHUNK
 from worldline.shapes import VideoShape, latent_frames_of
+from worldline.text.encoder import TextEncoder
 from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
@@ -109,7 +110,7 @@ class AutoregressiveFiles:
         if self.decoder is not None:
             found |= self.decoder.identity()
         if self.text is not None:
-            found["text_encoder"] = self.text.identity()
+            found |= stamps({"text_encoder": self.text.files})
         return found
 
 
@@ -134,7 +135,7 @@ class AutoregressiveParts:
     transformer: Part[ARTransformer]
     tokenizer: Part[CosmosTokenizer]
     files: AutoregressiveFiles
-    text: TextPart[T5Files] | None = None
+    text: TextEncoder[T5Files] | None = None
     decoder: DecoderParts | None = None
 
     @property
@@ -241,7 +242,7 @@ def open_autoregressive(
     text, why_no_text = None, "a base model takes no prompt"
     if config.context_width is not None:
         text, why_no_text = find_text(
-            T5, place, folder, "nvidia", text_encoder_dir, config.context_width
+            T5Files, place, folder, "nvidia", text_encoder_dir, config.context_width
         )
     decoder = open_decoder(place, config, tokenizer_config) if diffusion_decoder else None
     return AutoregressiveFiles(

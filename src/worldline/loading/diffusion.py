@@ -30,13 +30,13 @@ from worldline.loading.memory import (
     denoise_bytes,
     residents,
 )
-from worldline.loading.parts import DenoisingParts, EncoderKind, find_text
+from worldline.loading.parts import DenoisingParts, find_text
 from worldline.loading.predict2_5 import refuse_flow
 from worldline.models.predict1_dit.model import DiT, DiTConfig
 from worldline.models.predict1_dit.weights import open_dit
 from worldline.places import Place
 from worldline.shapes import LatentShape, VideoShape
-from worldline.text.t5 import RELEASED, T5Files, find_t5, t5_folders
+from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.statistics import (
@@ -53,7 +53,6 @@ from worldline.weights.read import Checkpoint
 logger = logging.getLogger(__name__)
 
 RELEASED_CONTEXT = 512  # rows of a text embedding
-T5 = EncoderKind("T5", RELEASED, t5_folders, find_t5)
 
 CONTINUOUS_TOKENIZERS = {
     "Predict1": ("Cosmos-Tokenize1-CV8x8x8-720p", "Cosmos-1.0-Tokenizer-CV8x8x8"),
@@ -156,7 +155,7 @@ class DiffusionFiles:
             }
         )
         if self.text is not None:
-            found["text_encoder"] = self.text.identity()
+            found |= stamps({"text_encoder": self.text.files})
         return found
 
 
@@ -216,7 +215,7 @@ def open_diffusion(
             f"which a diffusion world cannot use it{unfinished(scales)}"
         )
     text, why_no_text = find_text(
-        T5, place, folder, layout, text_encoder_dir, dit.config.context_width
+        T5Files, place, folder, layout, text_encoder_dir, dit.config.context_width
     )
     return DiffusionFiles(
         folder,

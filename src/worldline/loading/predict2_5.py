@@ -24,15 +24,7 @@ from worldline.loading.memory import (
     denoise_bytes,
     residents,
 )
-from worldline.loading.parts import (
-    DenoisingParts,
-    EncoderKind,
-    find_text,
-    read_part,
-    text_bytes,
-    text_dtype,
-    text_part,
-)
+from worldline.loading.parts import DenoisingParts, find_text, read_part
 from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.models.predict2_5_dit.weights import FILE_NAMES, is_flow_dit, open_flow_dit
 from worldline.nn.modulation import fused
@@ -40,15 +32,8 @@ from worldline.parallel.offload import Part
 from worldline.places import Place, find_flow
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
-from worldline.text.encoder_files import MAX_LENGTH
-from worldline.text.reason1 import (
-    RELEASED,
-    Reason1Files,
-    embedding_cache,
-    find_reason1,
-    load_reason1,
-    reason1_folders,
-)
+from worldline.text.encoder import MAX_LENGTH, TextEncoder, text_dtype
+from worldline.text.reason1 import Reason1Files
 from worldline.tokenizers.wan.load import FILES as TOKENIZER_FILES
 from worldline.tokenizers.wan.load import WanFiles, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
@@ -57,7 +42,6 @@ from worldline.weights.dit import DiTFiles, Layout, find_dit, open_file
 
 logger = logging.getLogger(__name__)
 
-REASON1 = EncoderKind("Reason1", RELEASED, reason1_folders, find_reason1)
 
 _KNOWN_TIMESTEP = {"karras": 0.1, "shifted": None}
 _SCHEDULER = "scheduler/scheduler_config.json"
@@ -170,7 +154,7 @@ class FlowFiles:
             settings = dict.fromkeys(path.parent / "config.json" for path in source.files)
             found |= stamps({part: [*source.files, *filter(Path.exists, settings)]})
         if self.text is not None:
-            found["text_encoder"] = self.text.identity()
+            found |= stamps({"text_encoder": self.text.files})
         return found
 
 
@@ -250,7 +234,7 @@ def open_predict2_5(
     tokenizer = open_wan(_tokenizer_path(place, folder, layout, tokenizer_dir))
     _check_tokenizer(tokenizer, dit)
     text, why_no_text = find_text(
-        REASON1, place, folder, layout, text_encoder_dir, dit.config.feature_width
+        Reason1Files, place, folder, layout, text_encoder_dir, dit.config.feature_width
     )
     released = place.released or (None if place.bundled else _released_as(file))
     return FlowFiles(
@@ -420,14 +404,9 @@ def load_predict2_5(
         )
         home = torch.device("cpu") if offload_tokenizer else device
         tokenizer = Part(load_wan(files.tokenizer, home, dtype), device, offload=offload_tokenizer)
-    encoder = text_part(
-        files.text,
-        load_reason1,
-        device,
-        text_dtype(dtype),
-        offload=offload_text_encoder,
-        cache=embedding_cache(),
-    )
+    encoder = None
+    if files.text is not None:
+        encoder = TextEncoder(files.text, device, text_dtype(dtype), offload=offload_text_encoder)
     return FlowParts(transformer, tokenizer, encoder, files)
 
 
@@ -441,13 +420,16 @@ def need_predict2_5(
     visitor_bytes: int = 0,
 ) -> Need:
     """Return what a world needs by its flags; the arguments are those of `load_predict2_5`."""
+    text_bytes = 0
+    if files.text is not None and text:
+        text_bytes = files.text.num_parameters * text_dtype(dtype).itemsize
     return lambda flags: (
         plan_predict2_5(
             files.config,
             files.tokenizer_config,
             video=video or files.defaults.video,
             dtype=dtype,
-            text_bytes=text_bytes(files.text if text else None, text_dtype(dtype)),
+            text_bytes=text_bytes,
             context_length=files.context_length,
             fused=fused(device),
             visitor_bytes=visitor_bytes,

@@ -33,12 +33,12 @@ from worldline.pipelines.decoder import (
 )
 from worldline.pipelines.diffusion import SAMPLER_OF
 from worldline.pipelines.exchange import stage
-from worldline.pipelines.prompts import TRUNCATION
 from worldline.pipelines.requests import LARGEST_SIZE, AutoregressiveRequest
 from worldline.report import Recorder
 from worldline.sampling.decode import decode, draw_noise
 from worldline.sampling.logits import Sampling
 from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
+from worldline.text.encoder import TRUNCATION
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip

@@ -36,12 +36,13 @@ from worldline.pipelines.exchange import (
     with_defaults,
 )
 from worldline.pipelines.preview import show_colours
-from worldline.pipelines.prompts import TRUNCATION, GivenEmbedding, filled, read_both
 from worldline.pipelines.requests import DiffusionRequest
 from worldline.report import Recorder
 from worldline.sampling.edm import SIGMA_DATA, Given, make_sigmas, sample
 from worldline.sampling.noise import standard_noise
 from worldline.shapes import LatentShape
+from worldline.text.embeddings import GivenEmbedding, given_embeddings
+from worldline.text.encoder import TRUNCATION
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.tokenizers.cosmos.stream import decode_stream
@@ -175,9 +176,8 @@ def read_embeddings(
     Raises:
         InputError: there is no such file, or it holds something else.
     """
-    found = read_both(prompt, negative)
     rows, width = files.context_length, files.config.context_width
-    whole = {name: filled(tensor, rows, width, called) for name, (tensor, called) in found.items()}
+    whole = given_embeddings(prompt, negative, width=width, rows=rows)
     return Embeddings(whole.get("prompt"), whole.get("negative_prompt"))
 
 

@@ -35,12 +35,13 @@ from worldline.pipelines.exchange import (
     with_defaults,
 )
 from worldline.pipelines.preview import show_colours
-from worldline.pipelines.prompts import TRUNCATION, GivenEmbedding, read_both
 from worldline.pipelines.requests import FlowRequest
 from worldline.report import Recorder
 from worldline.sampling.flow import Given, make_schedule, sample
 from worldline.sampling.noise import standard_noise
 from worldline.shapes import VideoShape, latent_frames_of
+from worldline.text.embeddings import GivenEmbedding, given_embeddings
+from worldline.text.encoder import TRUNCATION
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.tokenizers.wan.stream import decode_stream, encode_stream
 from worldline.video.convert import covering_frames
@@ -182,11 +183,12 @@ def check_text(
 
 
 def read_embeddings(
-    prompt: GivenEmbedding | None, negative: GivenEmbedding | None = None
+    files: FlowFiles, prompt: GivenEmbedding | None, negative: GivenEmbedding | None = None
 ) -> Embeddings:
-    """Return the embeddings that a caller gives; `check_text` says whether they fit.
+    """Embeddings that a caller gives, checked.
 
     Args:
+        files: of the world.
         prompt: (S, F) or (1, S, F), or a file of it and perhaps of the negative prompt's: see
             `worldline.text.embeddings.read_embeddings`. Rows are taken as they are: of the released
             encoder there are 512, padding among them.
@@ -195,7 +197,7 @@ def read_embeddings(
     Raises:
         InputError: there is no such file, or it holds something else.
     """
-    found = {name: tensor for name, (tensor, _) in read_both(prompt, negative).items()}
+    found = given_embeddings(prompt, negative, width=files.config.feature_width)
     return Embeddings(found.get("prompt"), found.get("negative_prompt"))
 
 

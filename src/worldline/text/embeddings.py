@@ -1,28 +1,100 @@
-"""Ready embeddings in a file, in place of prompts: ours, or those that training data comes with."""
+"""Embeddings that a caller gives in place of prompts: tensors, arrays, files of several kinds."""
 
 from __future__ import annotations
 
+import logging
 import pickle
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from worldline.errors import CheckpointError, InputError
 from worldline.files import disguise
 from worldline.weights.read import open_checkpoint
 
+logger = logging.getLogger(__name__)
+
+GivenEmbedding = str | Path | Tensor | NDArray[Any]
+
 PROMPT, NEGATIVE_PROMPT = "prompt", "negative_prompt"
 _LARGEST_PICKLE = 100_000_000  # bytes; a released one has 1 MB at most
 _DTYPES = ("f2", "f4", "f8")
 
 
+def given_embeddings(
+    prompt: GivenEmbedding | None,
+    negative_prompt: GivenEmbedding | None = None,
+    *,
+    width: int,
+    rows: int | None = None,
+    guided: bool = True,
+) -> dict[str, Tensor]:
+    """Embeddings that a caller gives, checked, by the names "prompt" and "negative_prompt".
+
+    Args:
+        prompt: (S, width) or (1, S, width); or a file of it and perhaps of the negative prompt's:
+            see `read_embeddings`.
+        negative_prompt: the same; wins over the one in the prompt's file.
+        width: of the world's context.
+        rows: S that the world takes: fewer are filled with zeros, as behind the end of a prompt,
+            and more refused. None takes any number as it is.
+        guided: whether the world has a use for a negative prompt; a file's is left out otherwise.
+
+    Returns:
+        Each (1, S, width), float32, on the CPU.
+
+    Raises:
+        InputError: there is no such file, it is damaged or unsafe, or holds something else.
+    """
+    found: dict[str, Tensor] = {}
+    for name, given in ((NEGATIVE_PROMPT, negative_prompt), (PROMPT, prompt)):
+        if given is None:
+            continue
+        label = f"{name}_embeddings"
+        if isinstance(given, Tensor | np.ndarray):
+            found[name] = _checked(torch.as_tensor(given), label, width, rows)
+            continue
+        if not isinstance(given, str | Path):
+            raise InputError(f"{label} is a {type(given).__name__}; give a file or tensor")
+        read = read_embeddings(Path(given))
+        if name == NEGATIVE_PROMPT:  # a file of its own may call it "prompt" all the same
+            read = {name: read.get(name, read[PROMPT])}
+        elif not guided and read.pop(NEGATIVE_PROMPT, None) is not None:
+            _warn_of_unread(str(given))
+        for kind, tensor in read.items():
+            found.setdefault(kind, _checked(tensor, f"{label} {given}", width, rows))
+    return found
+
+
+def _checked(given: Tensor, label: str, width: int, rows: int | None) -> Tensor:
+    """An embedding as (1, S, width), float32, with zeros up to S = `rows`."""
+    flat = given[0] if given.ndim == 3 and len(given) == 1 else given
+    fits = flat.ndim == 2 and len(flat) > 0 and flat.shape[1] == width
+    fits = fits and (rows is None or len(flat) <= rows)
+    if not fits or not flat.is_floating_point() or not flat.isfinite().all():
+        dtype = str(given.dtype).removeprefix("torch.")
+        most = "" if rows is None else f" with S up to {rows}"
+        raise InputError(
+            f"{label} is {dtype} {tuple(given.shape)}; it must be floating and finite, "
+            f"(S, {width}) or (1, S, {width}){most}"
+        )
+    missing = 0 if rows is None else rows - len(flat)
+    return F.pad(flat.detach().float().cpu(), (0, 0, 0, missing))[None]
+
+
+@cache  # once a file, for however many clips it is read
+def _warn_of_unread(path: str) -> None:
+    logger.warning("%s: negative_prompt has no effect on this model", path)
+
+
 def read_embeddings(path: Path) -> dict[str, Tensor]:
-    """Read embeddings from a file.
+    """Tensors "prompt" and perhaps "negative_prompt" of a file, of any shape and dtype.
 
     Args:
         path: either weights (safetensors, or a `.pt` of plain tensors) that hold a tensor `prompt`
@@ -30,13 +102,9 @@ def read_embeddings(path: Path) -> dict[str, Tensor]:
             pickle as Cosmos' `get_t5_embeddings.py` writes it, a list of one NumPy array. Nothing
             in a pickle is run.
 
-    Returns:
-        "prompt", and "negative_prompt" if it is there: (S, D), float32, S of 1 or more.
-
     Raises:
-        InputError: there is no such file, it is damaged or unsafe, or it holds something else.
+        InputError: there is no such file, it is damaged or unsafe, or holds something else.
     """
-    path = Path(path)
     if not path.is_file():
         raise InputError(f"no file of embeddings {path}")
     try:
@@ -47,118 +115,70 @@ def read_embeddings(path: Path) -> dict[str, Tensor]:
     pickled = head[:1] == b"\x80" or head[:2] in (b"(l", b"]q")
     # PyTorch's old format starts as a pickle too, with a long integer.
     if pickled and head[2:3] != b"\x8a" and not disguise(head):
-        found = {PROMPT: _read_pickle(path)}
-    else:
-        found = _read_tensors(path)
-    return {name: _rows(path, name, tensor) for name, tensor in found.items()}
-
-
-def padded(embedding: Tensor, length: int) -> Tensor:
-    """Return rows (S, D) as (1, length, D), zeros after the last: what an encoder gives.
-
-    Raises:
-        InputError: there are more rows than `length`.
-    """
-    if len(embedding) > length:
-        raise InputError(
-            f"an embedding has {len(embedding):,} rows; this world attends to {length:,} at most"
-        )
-    return F.pad(embedding, (0, 0, 0, length - len(embedding)))[None]
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+        return {PROMPT: _read_pickle(path)}
     source = open_checkpoint(path)
-    if len(source.entries) == 1 and NEGATIVE_PROMPT not in source.entries:
-        [name] = source.entries
-        return {PROMPT: source.read(name).clone()}
-    known = [name for name in (PROMPT, NEGATIVE_PROMPT) if name in source.entries]
-    if PROMPT not in known or len(known) != len(source.entries):
-        held = ", ".join(sorted(source.entries)[:4])
+    names = sorted(source.entries)
+    if len(names) == 1 and names != [NEGATIVE_PROMPT]:
+        return {PROMPT: source.read(names[0]).clone()}
+    if names != [NEGATIVE_PROMPT, PROMPT]:
         raise InputError(
-            f"{path} holds {held}; expected one tensor, or {PROMPT} and perhaps {NEGATIVE_PROMPT}"
+            f"{path} holds {', '.join(names[:4])}; expected one tensor, or {PROMPT} and perhaps "
+            f"{NEGATIVE_PROMPT}"
         )
-    return {name: source.read(name).clone() for name in known}
+    return {name: source.read(name).clone() for name in (PROMPT, NEGATIVE_PROMPT)}
 
 
-def _rows(path: Path, name: str, tensor: Tensor) -> Tensor:
-    rows = tensor[0] if tensor.ndim == 3 and len(tensor) == 1 else tensor
-    if rows.ndim != 2 or not rows.numel() or not rows.is_floating_point():
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise InputError(
-            f"{path}: {name} is {kind} {list(tensor.shape)}; an embedding is floating, a row a "
-            "token: (S, D) or (1, S, D)"
-        )
-    rows = rows.float()
-    if not rows.isfinite().all():
-        raise InputError(f"{path}: {name} has numbers that are not finite")
-    return rows
-
-
-@dataclass
 class _DType:
-    """A NumPy dtype as a pickle tells it."""
+    """A NumPy dtype in a pickle."""
 
-    name: object
-    swapped: bool = False
+    swapped = False
+
+    def __init__(self, name: object, *align_and_copy: object) -> None:
+        self.name = name
 
     def __setstate__(self, state: tuple[object, ...]) -> None:
         self.swapped = state[1] == ">"
 
-    def numpy(self) -> np.dtype[Any]:
-        if self.name not in _DTYPES:
-            raise pickle.UnpicklingError(f"an array of {self.name!r:.20}")
-        return np.dtype(f"{'>' if self.swapped else '<'}{self.name}")
-
 
 class _Array:
-    """A NumPy array that is being told."""
+    """A NumPy array in a pickle."""
 
-    value: np.ndarray[Any, Any] | None = None
+    value: NDArray[Any] | None = None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _version, shape, dtype, fortran, data = state
-        self.value = _array(data, dtype, shape, "F" if fortran else "C")
+        self.fill(data, dtype, shape, "F" if fortran else "C")
 
-
-def _array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
-    if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray):
-        raise pickle.UnpicklingError("a malformed array")
-    array = np.frombuffer(data, dtype.numpy())
-    return array.reshape(tuple(shape), order="F" if order == "F" else "C")
+    def fill(self, data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+        if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray):
+            raise pickle.UnpicklingError("a malformed array")
+        if dtype.name not in _DTYPES:
+            raise pickle.UnpicklingError(f"an array of {dtype.name!r:.20}")
+        array = np.frombuffer(data, f"{'>' if dtype.swapped else '<'}{dtype.name}")
+        self.value = array.reshape(tuple(shape), order="F" if order == "F" else "C")
+        return self
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows NumPy arrays of floating numbers, and builds them itself.
+    """Reader of arrays of floating numbers, which it builds itself.
 
-    NumPy's own constructors are never called: they trust what they are told. What `find_class`
-    returns are bound methods, so that a hostile pickle cannot change it for the next file.
+    NumPy's own constructors trust their arguments and are never called. `find_class` returns fresh
+    functions, so that a hostile pickle cannot change it for the next file.
     """
 
     def find_class(self, module: str, name: str, /) -> Any:
-        package = module.replace("numpy._core", "numpy.core")
-        match package, name:
+        match module.replace("numpy._core", "numpy.core"), name:
             case "numpy", "ndarray":
                 return None  # only ever an argument
             case "numpy", "dtype":
-                return self._dtype
+                return lambda *arguments: _DType(*arguments)
             case "numpy.core.multiarray", "_reconstruct":
-                return self._empty
+                return lambda *class_and_shape: _Array()
             case "numpy.core.numeric", "_frombuffer":
-                return self._whole
+                return lambda *arguments: _Array().fill(*arguments)
             case "_codecs", "encode":
                 return self._bytes
         raise pickle.UnpicklingError(f"it names {module}.{name}, and loading that could run code")
-
-    def _dtype(self, name: object, *align_and_copy: object) -> _DType:
-        return _DType(name)
-
-    def _empty(self, *class_and_shape: object) -> _Array:
-        return _Array()
-
-    def _whole(self, data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-        made = _Array()
-        made.value = _array(data, dtype, shape, order)
-        return made
 
     def _bytes(self, text: str, encoding: str) -> bytes:
         if encoding != "latin1":

@@ -18,7 +18,7 @@ from worldline.models.predict1_ar.model import (
     make_positions,
 )
 from worldline.models.predict1_ar.weights import KEYS, write_settings
-from worldline.text.t5 import T5Encoder, find_t5, load_t5
+from worldline.text.t5 import T5Encoder, T5Files
 from worldline.tokenizers.cosmos.load import load_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.train.data import captioned_batches, encode_captioned, to_device
@@ -49,7 +49,7 @@ def train_autoregressive(
     half = half_precision(device)
     config = sizes.AUTOREGRESSIVE if text_folder is None else sizes.VIDEO2WORLD
     coder = load_tokenizer(tokenizer_folder, device=device, dtype=half)
-    text = None if text_folder is None else load_t5(find_t5(text_folder), device, half)
+    text = None if text_folder is None else T5Files.open(text_folder).load(device, half)
 
     def encoded(seeds: range, workers: int) -> _Sequences:
         return encode_sequences(run, coder, text, seeds, workers)

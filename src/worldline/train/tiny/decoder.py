@@ -20,7 +20,7 @@ from worldline.models.predict1_dit.weights import open_dit, released_tensors, wr
 from worldline.sampling.edm import SIGMA_DATA
 from worldline.sampling.windows import split_windows
 from worldline.shapes import LatentShape, VideoShape
-from worldline.text.t5 import find_t5, load_t5
+from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.load import load_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
@@ -66,7 +66,7 @@ def train_decoder(
     half = half_precision(device)
     coarse = load_tokenizer(tokenizer_folder, device=device, dtype=half)
     fine = load_tokenizer(latents_folder, device=device, dtype=half)
-    text = load_t5(find_t5(text_folder), device, half)
+    text = T5Files.open(text_folder).load(device, half)
     general = text.encode([GENERAL_PROMPT])
 
     def encoded(seeds: range, workers: int) -> Windows:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from worldline.models.predict1_dit.model import DiT
 from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
 from worldline.sampling.edm import SIGMA_DATA
-from worldline.text.t5 import KEYS as T5_KEYS
-from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
+from worldline.text.t5 import T5Encoder, T5Files, export_t5, new_t5
 from worldline.tokenizers.cosmos.load import load_tokenizer
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.train.tiny import sizes
@@ -63,9 +62,8 @@ def train_diffusion(
     model.transformer.reset_parameters()
     if start is not None:
         dit = open_dit(start / WORLD, write_settings(sizes.DIFFUSION))
-        text = find_t5(start / TEXT_FOLDER)
         load_into(model.transformer, dit.source, dit.keys, device=device, dtype=torch.float32)
-        load_into(model.text.network, text.checkpoint, T5_KEYS, device=device, dtype=torch.float32)
+        model.text = T5Files.open(start / TEXT_FOLDER).load(device, torch.float32).train()
         model.requires_grad_(True)
     model = model.to(device)
     coder = load_tokenizer(tokenizer_folder, device=device, dtype=half)

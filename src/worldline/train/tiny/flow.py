@@ -17,9 +17,8 @@ from worldline.models.predict2_5_dit.model import FlowDiT
 from worldline.models.predict2_5_dit.weights import open_flow_dit, released_tensors, write_settings
 from worldline.nn.rope import Rotation
 from worldline.sampling.flow import TIMESTEPS
-from worldline.text.reason1 import KEYS as REASON1_KEYS
 from worldline.text.reason1 import RELEASED as TEXT_FOLDER
-from worldline.text.reason1 import Reason1Encoder, export_reason1, find_reason1, new_reason1
+from worldline.text.reason1 import Reason1Encoder, Reason1Files, export_reason1, new_reason1
 from worldline.tokenizers.wan.load import load_wan, open_wan
 from worldline.train.losses import flow_loss, flowed_latents, shifted_sigmas
 from worldline.train.tiny import sizes
@@ -58,11 +57,8 @@ def train_flow(
     model.transformer.reset_parameters()
     if start is not None:
         dit = open_flow_dit(start / WORLD, write_settings(sizes.FLOW))
-        text = find_reason1(start / TEXT_FOLDER)
         load_into(model.transformer, dit.source, dit.keys, device=device, dtype=torch.float32)
-        load_into(
-            model.text.network, text.checkpoint, REASON1_KEYS, device=device, dtype=torch.float32
-        )
+        model.text = Reason1Files.open(start / TEXT_FOLDER).load(device, torch.float32).train()
         model.requires_grad_(True)
     model = model.to(device)
 
