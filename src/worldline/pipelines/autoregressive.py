@@ -36,8 +36,7 @@ from worldline.pipelines.exchange import stage
 from worldline.pipelines.prompts import TRUNCATION
 from worldline.pipelines.requests import LARGEST_SIZE, AutoregressiveRequest
 from worldline.report import Recorder
-from worldline.sampling.decode import decode, draw_noise
-from worldline.sampling.logits import Sampling
+from worldline.sampling.tokens import Sampling, decode, draw_noise
 from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.video.convert import condition_frames, to_uint8
