@@ -26,8 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from worldline.models.predict1_ar.decoder import CapturedDecoder, PlainDecoder, make_decoder
 from worldline.models.predict1_ar.model import PRESETS, ARTransformer, make_positions
-from worldline.sampling.decode import decode, draw_noise
-from worldline.sampling.logits import Sampling
+from worldline.sampling.tokens import Sampling, decode, draw_noise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRIED = 32  # tokens that are compared, of clips in step

@@ -13,6 +13,7 @@ from torch import Tensor
 from worldline.models.predict1_dit.model import DiT
 from worldline.models.predict1_dit.weights import open_dit
 from worldline.sampling.edm import Network
+from worldline.sampling.solvers import Stepped, Steps
 from worldline.shapes import LatentShape
 from worldline.weights.stream import load_into
 
@@ -74,6 +75,16 @@ def make_network(
         )
 
     return network
+
+
+def collected(steps: Steps) -> tuple[list[Stepped], Tensor]:
+    """All steps of a sampler, and its result."""
+    made: list[Stepped] = []
+    while True:
+        try:
+            made.append(next(steps))
+        except StopIteration as stop:
+            return made, stop.value
 
 
 def read_unused_inputs(case: Case) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, cases
+from networks import collected
 from torch import Tensor
 
 from worldline.models.predict1_dit.model import DiT
@@ -16,7 +17,7 @@ from worldline.models.predict1_dit.weights import open_dit
 from worldline.pipelines import decoder
 from worldline.pipelines.decoder import DecoderSettings, decode_windows, denoise_windows
 from worldline.sampling.edm import SIGMA_MAX, make_sigmas, precondition, sample
-from worldline.sampling.windows import blend_windows, split_windows
+from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape, latent_frames_of
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
@@ -90,24 +91,18 @@ def sampled(case: Case, run: Run, start: Tensor, sampler: str, steps: int) -> di
     largest = settings["sigma_max"]
     # what the case holds is scaled already
     scale = (largest**2 + 1) ** 0.5 if sampler == "edm_euler" else largest
-    states: list[Tensor] = []
-    estimates: list[Tensor] = []
-
-    def keep(_: int, state: Tensor, estimate: Tensor) -> None:
-        states.append(state)
-        estimates.append(estimate)
-
-    latent = sample(
+    sampling = sample(
         run,
         start / scale,
         sampler=sampler,
         num_steps=steps,
         guidance=settings["guidance"],
-        on_step=keep,
         sigma_min=settings["sigma_min"],
         sigma_max=largest,
     )
-    return {"latent": latent, "states": torch.cat(states), "estimates": estimates}
+    made, latent = collected(sampling)
+    states = torch.cat([step.x for step in made])
+    return {"latent": latent, "states": states, "estimates": [step.denoised for step in made]}
 
 
 def decoded(case: Case, latents: Tensor) -> Tensor:

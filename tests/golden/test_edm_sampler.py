@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, cases
-from networks import make_network, read_unused_inputs
+from networks import collected, make_network, read_unused_inputs
 from torch import Tensor
 
-from worldline.sampling.edm import Given, Network, make_sigmas, precondition, sample
-from worldline.sampling.noise import standard_noise
+from worldline.sampling.edm import Conditioning, Network, make_sigmas, precondition, sample
+from worldline.sampling.schedules import standard_noise
+from worldline.sampling.solvers import Steps, finish
 
 CASES = cases("edm_res_sampler")
 RUN = re.compile(r"(?P<source>toy|t2w|v2w)\.(?P<sampler>[a-z0-9_]+)\.(?P<steps>\d+)\.\w+")
@@ -38,25 +39,17 @@ def runs(kind: str) -> list[Any]:
     return found
 
 
-class Trajectory:
-    """Keeps the states after the steps that a case stores."""
-
-    def __init__(self) -> None:
-        self.states: list[Tensor] = []
-
-    def __call__(self, step: int, state: Tensor, denoised: Tensor) -> None:
-        assert step == len(self.states)
-        assert denoised.shape == state.shape
-        self.states.append(state)
-
-    def compare(self, case: Case, name: str) -> None:
-        kept = range(len(self.states))
+def compare(case: Case, name: str, steps: Steps) -> None:
+    """Compare the end of a sampler, and the states that the case stores on the way."""
+    made, end = collected(steps)
+    case.compare(f"{name}.final", end)
+    if f"{name}.traj" in case:
         # "state after updates 0,5,10,...,30"
-        listed = re.search(r"updates (\d+),(\d+),", case.spec["tensors"][name])
+        listed = re.search(r"updates (\d+),(\d+),", case.spec["tensors"][f"{name}.traj"])
         if listed:
             first, second = int(listed[1]), int(listed[2])
-            kept = kept[first :: second - first]
-        case.compare(name, torch.stack([self.states[index] for index in kept]))
+            made = made[first :: second - first]
+        case.compare(f"{name}.traj", torch.stack([step.x for step in made]))
 
 
 def toy(case: Case) -> Network:
@@ -85,18 +78,8 @@ def test_gaussian_denoiser(case: Case, source: str, sampler: str, steps: int) ->
     if f"{name}.timesteps" in case:
         times = [precondition(sigma).noise for sigma in sigmas[:-1].tolist()]
         case.compare(f"{name}.timesteps", torch.tensor(times))
-    trajectory = Trajectory()
-    end = sample(
-        toy(case),
-        case.tensor("toy.noise"),
-        sampler=sampler,
-        num_steps=steps,
-        guidance=case.spec["guidance"],
-        on_step=trajectory,
-    )
-    case.compare(f"{name}.final", end)
-    if f"{name}.traj" in case:
-        trajectory.compare(case, f"{name}.traj")
+    settings = {"sampler": sampler, "num_steps": steps, "guidance": case.spec["guidance"]}
+    compare(case, name, sample(toy(case), case.tensor("toy.noise"), **settings))
 
 
 def checkpoint_of(case: Case, source: str) -> str:
@@ -105,30 +88,29 @@ def checkpoint_of(case: Case, source: str) -> str:
     return path
 
 
-def given_of(case: Case, name: str) -> Given:
+def conditioning_of(case: Case, name: str) -> Conditioning:
     # "Video2World (1 condition latent frame, ..."
     stated = re.search(r"(\d+) condition latent frame", case.spec["tensors"][name])
     assert stated
     noise = case.tensor("net.augment_noise")
     assert torch.equal(noise, standard_noise(case.spec["augment_seed"], noise.shape))
-    return Given(
-        case.tensor("net.condition_latent"), int(stated[1]), noise, case.spec["augment_sigma"]
-    )
+    clean, frames = case.tensor("net.condition_latent"), int(stated[1])
+    return Conditioning(clean[:, :, :frames], noise[:, :, :frames], case.spec["augment_sigma"])
 
 
 @pytest.mark.parametrize(("case", "source", "sampler", "steps"), runs("network"))
 def test_tiny_network(case: Case, source: str, sampler: str, steps: int) -> None:
     name = f"{source}.{sampler}.{steps}"
-    given = given_of(case, f"{name}.final") if source == "v2w" else None
+    known = conditioning_of(case, f"{name}.final") if source == "v2w" else None
     checkpoint, stated = checkpoint_of(case, source), case.spec["models"][source]
 
-    def run(negative: Tensor | None, trajectory: Trajectory) -> Tensor:
+    def run(negative: Tensor | None) -> Steps:
         network = make_network(
             case,
             checkpoint,
             stated,
             prefix="net.",
-            frames=given.frames if given else 0,
+            frames=known.latents.shape[2] if known else 0,
             negative=negative,
         )
         return sample(
@@ -137,20 +119,16 @@ def test_tiny_network(case: Case, source: str, sampler: str, steps: int) -> None
             sampler=sampler,
             num_steps=steps,
             guidance=case.spec["guidance"],
-            given=given,
-            on_step=trajectory,
+            conditioning=known,
         )
 
-    trajectory = Trajectory()
-    case.compare(f"{name}.final", run(None, trajectory))
-    if f"{name}.traj" in case:
-        trajectory.compare(case, f"{name}.traj")
+    compare(case, name, run(None))
     unprompted = f"{name}.final_no_negative_prompt"
     if unprompted in case:
         positive = case.tensor("net.t5_text_embeddings")
         # Text2World has no text in that branch; Video2World takes the prompt a second time
         negative = positive if source == "v2w" else torch.zeros_like(positive)
-        case.compare(unprompted, run(negative, Trajectory()))
+        case.compare(unprompted, finish(run(negative)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

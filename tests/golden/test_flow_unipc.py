@@ -8,18 +8,19 @@ import pytest
 import torch
 from cases import Case, cases
 from flow_networks import model_of
+from networks import collected
 from torch import Tensor
 
 from worldline.sampling.flow import (
     SHIFT,
-    Given,
+    Conditioning,
     Network,
     Schedule,
     guided_velocity,
     make_schedule,
     sample,
 )
-from worldline.sampling.noise import standard_noise
+from worldline.sampling.schedules import standard_noise
 from worldline.shapes import LatentShape
 
 CASES = cases("flow_unipc_sampler")
@@ -66,17 +67,9 @@ def tiny(case: Case, frames: int) -> Network:
     return network
 
 
-def schedule_settings(stated: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "schedule": "karras" if stated["karras"] else "shifted",
-        "num_steps": stated["num_steps"],
-        "shift": stated.get("shift", SHIFT),
-    }
-
-
 def schedule_of(stated: dict[str, Any]) -> Schedule:
-    settings = schedule_settings(stated)
-    return make_schedule(settings.pop("schedule"), **settings)
+    name: Any = "karras" if stated["karras"] else "shifted"
+    return make_schedule(name, stated["num_steps"], shift=stated.get("shift", SHIFT))
 
 
 @pytest.mark.parametrize(("case", "name"), scenarios())
@@ -92,24 +85,18 @@ def test_every_step(case: Case, name: str) -> None:
     noise, clean = case.tensor(f"{name}.noise"), case.tensor("gt_latents")
     assert torch.equal(noise, standard_noise(stated["seed"], noise.shape))
     frames, timestep = stated["num_conditional_frames"], stated["conditional_frame_timestep"]
-    given = Given(clean, frames, None if timestep < 0 else timestep) if frames else None
+    known = None
+    if frames:
+        known = Conditioning(clean[:, :, :frames], None if timestep < 0 else timestep)
     network = toy(case) if stated["net"] == "toy" else tiny(case, frames)
 
-    velocity = guided_velocity(
-        network, noise, schedule_of(stated), guidance=stated["guidance"], given=given
-    )
+    schedule = schedule_of(stated)
+    settings: dict[str, Any] = {"guidance": stated["guidance"], "conditioning": known}
+    velocity = guided_velocity(network, noise, schedule, **settings)
     case.compare(f"{name}.velocity_first", velocity(noise, 0))
-    states: list[Tensor] = []
-    end = sample(
-        network,
-        noise,
-        **schedule_settings(stated),
-        guidance=stated["guidance"],
-        given=given,
-        on_step=lambda _step, state, _estimate: states.append(state),
-    )
+    made, end = collected(sample(network, noise, schedule, **settings))
     case.compare(f"{name}.final", end)
-    kept = torch.stack([states[step] for step in stated["kept_steps"]])
+    kept = torch.stack([made[step].x for step in stated["kept_steps"]])
     stored = case.tensor(f"{name}.latents_after_step")
     case.compare(f"{name}.latents_after_step", kept.view(stored.shape))
 

@@ -30,7 +30,8 @@ from worldline.pipelines.exchange import Embeddings
 from worldline.pipelines.requests import FlowRequest
 from worldline.report import Recorder
 from worldline.sampling import flow
-from worldline.sampling.noise import standard_noise
+from worldline.sampling.schedules import standard_noise
+from worldline.sampling.solvers import Steps
 from worldline.shapes import latent_frames_of
 from worldline.video.convert import covering_frames
 from worldline.video.read import Clip, read_image, read_video
@@ -122,14 +123,14 @@ def watched() -> Iterator[dict[str, Tensor]]:
     seen: dict[str, Tensor] = {}
     unipc = flow.unipc
 
-    def solve(velocity: flow.Velocity, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+    def solve(velocity: flow.Velocity, x: Tensor, sigmas: Tensor) -> Steps:
         def first(state: Tensor, index: int) -> Tensor:
             found = velocity(state, index)
             seen.setdefault("first_velocity", found)
             return found
 
         seen["noise"] = x
-        seen["latents"] = unipc(first, x, sigmas, **options)
+        seen["latents"] = yield from unipc(first, x, sigmas)
         return seen["latents"]
 
     with mock.patch.object(flow, "unipc", solve):

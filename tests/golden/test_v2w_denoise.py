@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, cases
-from networks import make_network, read_unused_inputs
-from torch import Tensor
+from networks import collected, make_network, read_unused_inputs
 
-from worldline.sampling.edm import Given, Reinsertion, make_sigmas, sample
-from worldline.sampling.noise import standard_noise
+from worldline.sampling.edm import Conditioning, Reinsertion, make_sigmas, sample
+from worldline.sampling.schedules import standard_noise
+from worldline.sampling.solvers import Steps
 
 CASES = cases("v2w_denoise_e2e")
 RUN = re.compile(
@@ -40,25 +40,25 @@ def runs(pattern: str = "*.final") -> list[Any]:
     return found
 
 
-def given_of(case: Case, stated: re.Match[str]) -> Given:
-    return Given(
-        case.tensor("condition_latent"),
-        int(stated["frames"]),
-        case.tensor("augment_noise"),
+def conditioning_of(case: Case, stated: re.Match[str]) -> Conditioning:
+    frames = int(stated["frames"])
+    return Conditioning(
+        case.tensor("condition_latent")[:, :, :frames],
+        case.tensor("augment_noise")[:, :, :frames],
         float(stated["augment"] or case.spec["augment_sigma"]),
     )
 
 
-def denoise(case: Case, run: str, states: list[Tensor] | None = None) -> Tensor:
+def denoise(case: Case, run: str) -> Steps:
     stated = RUN.fullmatch(f"{run}.final")
     assert stated, f"{case}: no rule for {run}"
     sampler, reinsertion = RELEASES[stated["release"]]
-    given = given_of(case, stated)
+    conditioning = conditioning_of(case, stated)
     network = make_network(
         case,
         case.spec["checkpoint"],
         case.spec["model"],
-        frames=given.frames,
+        frames=int(stated["frames"]),
         # without a negative prompt, Video2World takes the prompt a second time
         negative=case.tensor("t5_text_embeddings") if stated["unprompted"] else None,
     )
@@ -69,18 +69,17 @@ def denoise(case: Case, run: str, states: list[Tensor] | None = None) -> Tensor:
         sampler=sampler,
         num_steps=int(stated["steps"]),
         guidance=case.spec["guidance"],
-        given=given,
+        conditioning=conditioning,
         reinsertion=reinsertion,
-        on_step=None if states is None else lambda _step, state, _denoised: states.append(state),
     )
 
 
 @pytest.mark.parametrize(("case", "run"), runs())
 def test_latents(case: Case, run: str) -> None:
-    states: list[Tensor] = []
-    case.compare(f"{run}.final", denoise(case, run, states))
+    made, end = collected(denoise(case, run))
+    case.compare(f"{run}.final", end)
     if f"{run}.traj" in case:
-        case.compare(f"{run}.traj", torch.stack(states))
+        case.compare(f"{run}.traj", torch.stack([step.x for step in made]))
 
 
 # a large augmentation lets go of the frames early, and the network then has the last word
@@ -91,11 +90,11 @@ FIRST_RELEASE = [run for run in runs("predict1_mar2025.*.final") if ".aug" not i
 def test_known_frames_of_the_first_release_are_scaled(case: Case, run: str) -> None:
     stated = RUN.fullmatch(f"{run}.final")
     assert stated
-    given = given_of(case, stated)
+    conditioning = conditioning_of(case, stated)
     sigmas = make_sigmas("edm_euler", int(stated["steps"])).tolist()
-    last = max(index for index, sigma in enumerate(sigmas) if given.known_at(sigma))
-    known = given.latents[:, :, : given.frames]
-    stored = case.tensor(f"{run}.final")[:, :, : given.frames]
+    last = max(index for index, sigma in enumerate(sigmas) if conditioning.held_at(sigma))
+    known = conditioning.latents
+    stored = case.tensor(f"{run}.final")[:, :, : known.shape[2]]
     fitted = ((stored * known).sum() / known.square().sum()).item()
     assert fitted == pytest.approx(2 - sigmas[last + 1] / sigmas[last], abs=0.02)
 

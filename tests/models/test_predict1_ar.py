@@ -21,8 +21,8 @@ from worldline.models.predict1_ar.model import (
 from worldline.models.predict1_ar.weights import KEYS, read_config, write_settings
 from worldline.nn.kv_cache import KVCache
 from worldline.nn.rope import Yarn
-from worldline.sampling.decode import decode, draw_noise
-from worldline.sampling.logits import Sampling
+from worldline.sampling.solvers import finish
+from worldline.sampling.tokens import Sampling, decode, draw_noise
 from worldline.shapes import LatentShape
 from worldline.weights.read import Checkpoint, Entry
 
@@ -134,9 +134,7 @@ def run(model: ARTransformer, prompt: Tensor, seeds: list[int], sampling: Sampli
     decoder = make_decoder(model, positions, sampling, batch=len(seeds))
     assert isinstance(decoder, PlainDecoder)
     noise = draw_noise(seeds, config.vocabulary, count, torch.device("cpu"))
-    for _ in decode(decoder, prompt, count, noise):
-        pass
-    return decoder.tokens
+    return finish(decode(decoder, prompt, count, noise))
 
 
 def test_clips_decoded_together_draw_what_each_draws_alone() -> None:
@@ -169,8 +167,7 @@ def test_clips_in_step_are_the_same_bit_for_bit(
             context=None if context is None else context[rows],
         )
         noise = draw_noise([5, 6, 7][rows], config.vocabulary, 30, torch.device("cpu"))
-        for _ in decode(decoder, prompts[rows], 30, noise):
-            pass
+        finish(decode(decoder, prompts[rows], 30, noise))
         return decoder.tokens, decoder.cache.keys
 
     tokens, keys = caches(slice(None))
@@ -212,8 +209,7 @@ def test_a_clip_longer_than_the_window(config: ARTransformerConfig) -> None:
         context=context,
     )
     for _ in range(2):  # a second clip starts as the first did
-        for _ in decode(decoder, prompt, count, None):
-            pass
+        finish(decode(decoder, prompt, count, None))
     long = replace(config, grid=replace(config.grid, frames=frames))
     positions = make_positions(long, "cpu", torch.float64)
     if positions.table is not None:

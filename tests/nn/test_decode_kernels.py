@@ -9,8 +9,8 @@ from torch import Tensor
 from worldline.models.predict1_ar.decoder import CapturedDecoder
 from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig, make_positions
 from worldline.nn.rope import Yarn
-from worldline.sampling.decode import decode, draw_noise
-from worldline.sampling.logits import Sampling, draw
+from worldline.sampling.solvers import finish
+from worldline.sampling.tokens import Sampling, decode, draw, draw_noise
 from worldline.shapes import LatentShape
 
 pytestmark = pytest.mark.gpu
@@ -120,8 +120,7 @@ def test_in_step_as_alone_bit_for_bit(config: ARTransformerConfig, batch: int) -
             context=None if contexts is None else contexts[rows],
         )
         noise = draw_noise(range(batch)[rows], config.vocabulary, count, prompts.device)
-        for _ in decode(decoder, prompts[rows], count, noise):
-            pass
+        finish(decode(decoder, prompts[rows], count, noise))
         return decoder
 
     together = run(slice(None))
@@ -143,8 +142,6 @@ def test_a_second_clip_is_not_touched_by_the_first() -> None:
         prompt = torch.randint(CONFIG.vocabulary, (1, 96), generator=generator).cuda()
         decoder = CapturedDecoder(model, positions, Sampling())
         noise = draw_noise([7], CONFIG.vocabulary, 100, prompt.device)
-        for _ in decode(decoder, prompt, 100, noise):
-            pass
-        results.append(decoder.tokens)
+        results.append(finish(decode(decoder, prompt, 100, noise)))
     assert torch.equal(results[0], results[2])
     assert not torch.equal(results[0], results[1])

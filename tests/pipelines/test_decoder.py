@@ -27,7 +27,8 @@ from worldline.pipelines.decoder import (
 from worldline.pipelines.diffusion import SIGMA_DATA
 from worldline.report import Recorder
 from worldline.sampling.edm import sample
-from worldline.sampling.noise import standard_noise
+from worldline.sampling.schedules import standard_noise
+from worldline.sampling.solvers import finish
 from worldline.shapes import LatentShape
 from worldline.video.convert import signed_to_uint8
 
@@ -79,7 +80,7 @@ def test_one_batch_is_two_branches(parts: DecoderParts, sampler: str) -> None:
 
     noise = standard_noise(chosen.seed, (1, model.config.latent_channels, 8, 4, 6))
     with torch.inference_mode():
-        expected = sample(
+        steps = sample(
             network,
             noise,
             sampler=sampler,
@@ -87,6 +88,7 @@ def test_one_batch_is_two_branches(parts: DecoderParts, sampler: str) -> None:
             guidance=GUIDANCE,
             sigma_min=SIGMA_MIN,
         )
+        expected = finish(steps)
     assert calls[:2] == [True, False]
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 

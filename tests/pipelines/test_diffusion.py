@@ -28,8 +28,9 @@ from worldline.pipelines.diffusion import (
 from worldline.pipelines.exchange import Embeddings, Progress
 from worldline.pipelines.requests import DiffusionRequest
 from worldline.report import Recorder
-from worldline.sampling.edm import Given, make_sigmas, sample
-from worldline.sampling.noise import standard_noise
+from worldline.sampling.edm import Conditioning, make_sigmas, sample
+from worldline.sampling.schedules import standard_noise
+from worldline.sampling.solvers import Steps, finish
 from worldline.shapes import LatentShape
 from worldline.tokenizers.colours import fit_colours
 from worldline.video.convert import signed_to_uint8, stretched_frames
@@ -158,14 +159,9 @@ def test_the_request_is_what_its_parts_make(
             context = dit.encode_context(words[PROMPT if conditional else "fog"])
             return dit(x, times, context, positions, condition_mask=mask)
 
-        latents = sample(
-            network,
-            noise,
-            sampler=sampler,
-            num_steps=2,
-            guidance=2.0,
-            given=Given(clean, known, noise, 0.001),
-        )
+        given = Conditioning(clean[:, :, :known], noise[:, :, :known], 0.001)
+        settings: dict[str, Any] = {"sampler": sampler, "num_steps": 2, "guidance": 2.0}
+        latents = finish(sample(network, noise, conditioning=given, **settings))
         video = tokenizer.decode(statistics.denormalise(latents / 0.5))
     expected = signed_to_uint8(video[0])
     made = frames_of(list(generate(video2world, clip(), asked, Recorder(CPU))))
@@ -259,9 +255,9 @@ def test_the_old_fault_can_be_had(
     """
     made, known = [], []
 
-    def watched(*args: Any, **options: Any) -> torch.Tensor:
-        made.append(sample(*args, **options))
-        known.append(options["given"].latents[:, :, :1])
+    def watched(*args: Any, **options: Any) -> Steps:
+        made.append((yield from sample(*args, **options)))
+        known.append(options["conditioning"].latents)
         return made[-1]
 
     monkeypatch.setattr(pipeline, "sample", watched)

@@ -25,8 +25,9 @@ from worldline.pipelines.predict2_5 import (
 )
 from worldline.pipelines.requests import FlowRequest
 from worldline.report import Recorder
-from worldline.sampling.flow import Given, sample
-from worldline.sampling.noise import standard_noise
+from worldline.sampling.flow import Conditioning, make_schedule, sample
+from worldline.sampling.schedules import standard_noise
+from worldline.sampling.solvers import finish
 from worldline.video.convert import covering_frames, signed_to_uint8
 from worldline.video.read import Clip
 
@@ -121,14 +122,9 @@ def test_the_request_is_what_its_parts_make(frames: int, name: str, tiny_predict
             context = dit.encode_context(words[PROMPT if conditional else "fog"])
             return dit(x, times, context, dit.make_positions(GRID), condition_mask=mask)
 
-        latents = sample(
-            network,
-            noise,
-            schedule=model.schedule,
-            num_steps=2,
-            guidance=2.0,
-            given=Given(clean, known, model.known_timestep) if known else None,
-        )
+        given = Conditioning(clean[:, :, :known], model.known_timestep) if known else None
+        schedule = make_schedule(model.schedule, 2)
+        latents = finish(sample(network, noise, schedule, guidance=2.0, conditioning=given))
         video = tokenizer.decode(latents)
     made = frames_of(run(parts, clip() if frames else None, num_input_frames=frames, seed=7))
     assert np.abs(made.astype(int) - signed_to_uint8(video[0])).max() <= 1

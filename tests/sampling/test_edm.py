@@ -10,13 +10,14 @@ from torch import Tensor
 from worldline.sampling.edm import (
     SAMPLERS,
     SIGMA_DATA,
-    Given,
+    Conditioning,
     Network,
     make_sigmas,
     precondition,
     sample,
 )
-from worldline.sampling.noise import standard_noise
+from worldline.sampling.schedules import standard_noise
+from worldline.sampling.solvers import finish
 
 SHAPE = (2, 3, 4, 2, 2)  # (B, C, T, H, W)
 MEANS = {True: 0.4, False: -0.3}
@@ -35,13 +36,14 @@ def gaussian(std: float, means: dict[bool, float] = MEANS) -> Network:
     return network
 
 
-def given_frames(frames: int = 2, sigma: float = 0.001) -> Given:
-    return Given(0.5 * standard_noise(5, SHAPE), frames, standard_noise(6, SHAPE), sigma)
+def known_frames(frames: int = 2, sigma: float = 0.001) -> Conditioning:
+    clean, noise = (standard_noise(seed, SHAPE)[:, :, :frames] for seed in (5, 6))
+    return Conditioning(0.5 * clean, noise, sigma)
 
 
 def run(network: Network, sampler: str = "edm_euler", **options: Any) -> Tensor:
     settings = {"num_steps": 35, "guidance": 0.0, **options}
-    return sample(network, standard_noise(1, SHAPE), sampler=sampler, **settings)
+    return finish(sample(network, standard_noise(1, SHAPE), sampler=sampler, **settings))
 
 
 def test_factors_keep_unit_variance() -> None:
@@ -101,80 +103,66 @@ def test_what_the_network_is_given(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_each_step_is_told(sampler: str) -> None:
-    told: list[int] = []
-
-    def on_step(step: int, state: Tensor, denoised: Tensor) -> None:
-        told.append(step)
-        assert state.shape == denoised.shape == SHAPE
-        assert denoised.dtype == torch.float32
-
-    run(gaussian(0.5), sampler, num_steps=7, on_step=on_step)
-    assert told == list(range(len(make_sigmas(sampler, 7)) - 1))
+def test_steps(sampler: str) -> None:
+    noise = standard_noise(1, SHAPE)
+    steps = list(sample(gaussian(0.5), noise, sampler=sampler, num_steps=7, guidance=0.0))
+    assert len(steps) == len(make_sigmas(sampler, 7)) - 1
+    assert all(x.shape == denoised.shape == SHAPE for x, denoised in steps)
+    assert all(denoised.dtype == torch.float32 for _, denoised in steps)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_known_frames_leave_as_they_came(sampler: str) -> None:
     # data spread out far more than the noise left at the end: nothing more is taken from the frames
-    given = given_frames()
-    end = run(gaussian(1e3), sampler, given=given, guidance=2.0)
-    known = given.latents[:, :, : given.frames]
+    known = known_frames()
+    end = run(gaussian(1e3), sampler, conditioning=known, guidance=2.0)
     if sampler == "edm_euler":  # below the level of the augmentation they are denoised like all
-        torch.testing.assert_close(end[:, :, : given.frames], known, rtol=0, atol=2e-3)
+        torch.testing.assert_close(end[:, :, :2], known.latents, rtol=0, atol=2e-3)
     else:
-        assert torch.equal(end[:, :, : given.frames], known)
+        assert torch.equal(end[:, :, :2], known.latents)
 
 
 def test_first_release_scales_the_known_frames() -> None:
-    given = given_frames()
+    known = known_frames()
     sigmas = make_sigmas("edm_euler", 35).tolist()
-    held = [sigma for sigma in sigmas if given.known_at(sigma)]
-    assert len(held) == 33  # as its source has it: two steps are left
+    assert sum(known.held_at(sigma) for sigma in sigmas) == 33  # all but the last two steps
     factor = 2 - sigmas[33] / sigmas[32]
-    end = run(gaussian(1e3), given=given, reinsertion="march_2025")
-    known = given.latents[:, :, : given.frames]
-    torch.testing.assert_close(end[:, :, : given.frames], factor * known, rtol=0, atol=6e-3)
+    end = run(gaussian(1e3), conditioning=known, reinsertion="march_2025")
+    torch.testing.assert_close(end[:, :, :2], factor * known.latents, rtol=0, atol=6e-3)
     assert factor > 1.5
     # the frames to generate do not depend on it: this network looks at no neighbours
-    right = run(gaussian(1e3), given=given)
-    assert torch.equal(right[:, :, given.frames :], end[:, :, given.frames :])
+    right = run(gaussian(1e3), conditioning=known)
+    assert torch.equal(right[:, :, 2:], end[:, :, 2:])
 
 
 @pytest.mark.parametrize("sampler", ["edm_euler", "res_2ab"])
 @pytest.mark.parametrize("augment", [0.001, 0.5])
 def test_the_network_sees_known_frames_at_their_own_noise(sampler: str, augment: float) -> None:
-    given = given_frames(1, augment)
-    shown = (given.latents + augment * given.noise) * precondition(augment).scale
+    known = known_frames(1, augment)
+    wanted = (known.latents + augment * known.noise) * precondition(augment).scale
     seen: list[tuple[bool, bool]] = []
 
     def network(latents: Tensor, times: Tensor, _conditional: bool) -> Tensor:
         sigma = math.exp(4 * times[0].item())
-        same = torch.allclose(latents[:, :, :1], shown[:, :, :1], rtol=1e-4, atol=1e-5)
+        same = torch.allclose(latents[:, :, :1], wanted, rtol=1e-4, atol=1e-5)
         seen.append((same, sigma > augment))
         return torch.zeros_like(latents)
 
-    run(network, sampler, num_steps=12, given=given)
+    run(network, sampler, num_steps=12, conditioning=known)
     assert all(same == held for same, held in seen)
     assert seen[0] == (True, True)
     # once let go, they stay so
     assert [held for _, held in seen] == sorted((held for _, held in seen), reverse=True)
 
 
-def test_only_the_known_frames_are_read() -> None:
-    given = given_frames(1)
-    latents = given.latents.clone()
-    latents[:, :, 1:] = math.nan
-    cut = Given(latents, 1, given.noise)
-    assert torch.equal(run(gaussian(0.5), given=given), run(gaussian(0.5), given=cut))
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_nothing_given_is_changed(sampler: str) -> None:
-    noise, given = standard_noise(1, SHAPE), given_frames()
-    before = noise.clone(), given.latents.clone()
-    sample(gaussian(1.0), noise, sampler=sampler, num_steps=4, guidance=1.0, given=given)
+def test_inputs_stay_as_they_are(sampler: str) -> None:
+    noise, known = standard_noise(1, SHAPE), known_frames()
+    before = noise.clone(), known.latents.clone()
+    settings: dict[str, Any] = {"num_steps": 4, "guidance": 1.0, "conditioning": known}
+    finish(sample(gaussian(1.0), noise, sampler=sampler, **settings))
     assert torch.equal(noise, before[0])
-    assert torch.equal(given.latents, before[1])
+    assert torch.equal(known.latents, before[1])
 
 
 def test_other_noise_levels() -> None:
@@ -205,9 +193,9 @@ def test_fewest_steps() -> None:
         ({"sampler": "res_2mid", "num_steps": 1}, "num_steps 1"),
         ({"guidance": math.nan}, "guidance nan"),
         ({"sigma_min": 80.0}, "sigma_min 80.0"),
-        ({"reinsertion": "april"}, "reinsertion 'april'"),
-        ({"sampler": "res_2ab", "reinsertion": "march_2025"}, "not of res_2ab"),
-        ({"given": Given(torch.zeros(1, 1, 1, 1, 1), 1, torch.zeros(1, 1, 1, 1, 1))}, "differ"),
+        ({"sampler": "res_2ab", "reinsertion": "march_2025"}, "not res_2ab"),
+        ({"conditioning": Conditioning(*torch.zeros(2, 1, 1, 1, 1, 1))}, "differ"),
+        ({"conditioning": Conditioning(*torch.zeros(2, 2, 3, 5, 2, 2))}, "differ"),
     ],
 )
 def test_refusals(options: dict[str, Any], said: str) -> None:
@@ -215,18 +203,8 @@ def test_refusals(options: dict[str, Any], said: str) -> None:
         run(gaussian(0.5), **options)
 
 
-@pytest.mark.parametrize(
-    ("shape", "noise", "frames", "sigma", "said"),
-    [
-        ((3, 4, 2, 2), (3, 4, 2, 2), 1, 0.1, "shape"),
-        (SHAPE, SHAPE[1:], 1, 0.1, "noise"),
-        (SHAPE, SHAPE, 0, 0.1, "0 given frames"),
-        (SHAPE, SHAPE, 5, 0.1, "5 given frames"),
-        (SHAPE, SHAPE, 1, -0.1, "sigma -0.1"),
-    ],
-)
-def test_refusals_of_known_frames(
-    shape: tuple[int, ...], noise: tuple[int, ...], frames: int, sigma: float, said: str
-) -> None:
-    with pytest.raises(ValueError, match=said):
-        Given(torch.zeros(shape), frames, torch.zeros(noise), sigma)
+def test_refusals_of_known_frames() -> None:
+    with pytest.raises(ValueError, match="differ"):
+        Conditioning(torch.zeros(SHAPE), torch.zeros(SHAPE[1:]))
+    with pytest.raises(ValueError, match=r"sigma -0\.1"):
+        Conditioning(torch.zeros(SHAPE), torch.zeros(SHAPE), -0.1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worldline.sampling.flow import (
     KNOWN_TIMESTEP,
-    Given,
+    Conditioning,
     Network,
     Velocity,
     guided_velocity,
@@ -19,7 +19,8 @@ from worldline.sampling.flow import (
     sample,
     unipc,
 )
-from worldline.sampling.noise import standard_noise
+from worldline.sampling.schedules import standard_noise
+from worldline.sampling.solvers import Steps, finish
 
 SHAPE = (2, 3, 4, 2, 2)  # (B, C, T, H, W)
 DATA_STD = 0.3
@@ -45,9 +46,15 @@ def network(latents: Tensor, timesteps: Tensor, conditional: bool) -> Tensor:
     return (0.5 + 0.2 * conditional) * latents.roll(1, 2) - 0.1 * times
 
 
+def steps_of(
+    name: Any = "shifted", num_steps: int = 8, network: Network = network, **options: Any
+) -> Steps:
+    schedule = make_schedule(name, num_steps, shift=options.pop("shift", 5.0))
+    return sample(network, standard_noise(1, SHAPE), schedule, **{"guidance": 2.0, **options})
+
+
 def run(**options: Any) -> Tensor:
-    settings: dict[str, Any] = {"schedule": "shifted", "num_steps": 8, "guidance": 2.0, **options}
-    return sample(settings.pop("network", network), standard_noise(1, SHAPE), **settings)
+    return finish(steps_of(**options))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 35, 200])
@@ -83,12 +90,12 @@ def test_without_shift_levels_are_evenly_spaced() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"schedule": "cosine"}, "schedule 'cosine' is none of karras, shifted"),
+        ({"name": "cosine"}, "schedule 'cosine' is none of karras, shifted"),
         ({"num_steps": 0}, "num_steps 0"),
         ({"shift": 0.0}, "shift 0.0"),
         ({"guidance": math.nan}, "guidance nan"),
-        ({"given": Given(torch.zeros(2, 3, 4, 2, 3), 1)}, "given latents"),
-        ({"given": Given(torch.zeros(2, 3, 5, 2, 2), 5)}, "given latents"),
+        ({"conditioning": Conditioning(torch.zeros(2, 3, 4, 2, 3))}, "differ"),
+        ({"conditioning": Conditioning(torch.zeros(2, 3, 5, 2, 2))}, "differ"),
     ],
 )
 def test_refusals(options: dict[str, Any], said: str) -> None:
@@ -96,18 +103,11 @@ def test_refusals(options: dict[str, Any], said: str) -> None:
         run(**options)
 
 
-def test_given_frames_that_cannot_be() -> None:
-    latents = torch.zeros(SHAPE)
-    for bad in ((latents[0], 1), (latents, 0), (latents, 5), (latents, 1, -1.0)):
-        with pytest.raises(ValueError, match="given"):
-            Given(*bad)
-
-
 def error(steps: int) -> float:
     sigmas = make_schedule("shifted", steps, shift=1.0).sigmas.double()
     x = torch.tensor([2.0, -0.7], dtype=torch.float64)
     exact = x * DATA_STD / spread(sigmas[0].item())
-    return (unipc(gaussian(sigmas), x, sigmas) - exact).abs().max().item()
+    return (finish(unipc(gaussian(sigmas), x, sigmas)) - exact).abs().max().item()
 
 
 def test_order() -> None:
@@ -120,26 +120,21 @@ def test_path_towards_a_single_point_is_exact() -> None:
     point = torch.tensor([0.3, -2.0], dtype=torch.float64)
     start = torch.tensor([1.0, 0.5], dtype=torch.float64)
     sigmas = torch.tensor([0.9, 0.5, 0.1, 0.0], dtype=torch.float64)
-    states: list[Tensor] = []
-    unipc(
-        lambda x, index: (x - point) / sigmas[index],
-        start,
-        sigmas,
-        on_step=lambda _step, state, _estimate: states.append(state),
-    )
-    for state, sigma in zip(states, sigmas[1:], strict=True):
-        torch.testing.assert_close(state, point + (start - point) * (sigma / 0.9))
+    steps = unipc(lambda x, index: (x - point) / sigmas[index], start, sigmas)
+    for step, sigma in zip(steps, sigmas[1:], strict=True):
+        torch.testing.assert_close(step.x, point + (start - point) * (sigma / 0.9))
 
 
 @pytest.mark.parametrize("levels", [[0.5], [1.0, 0.0], [0.9, 0.1], [0.1, 0.9, 0.0]])
 def test_levels_that_do_not_fall_to_zero(levels: list[float]) -> None:
     with pytest.raises(ValueError, match="do not fall"):
-        unipc(lambda x, _index: x, torch.zeros(1), torch.tensor(levels))
+        finish(unipc(lambda x, _index: x, torch.zeros(1), torch.tensor(levels)))
 
 
 def test_one_step_is_the_estimate() -> None:
     x, sigmas = torch.randn(5), torch.tensor([0.9, 0.0])
-    torch.testing.assert_close(unipc(lambda x, _index: 2 * x, x, sigmas), x - 0.9 * 2 * x)
+    end = finish(unipc(lambda x, _index: 2 * x, x, sigmas))
+    torch.testing.assert_close(end, x - 0.9 * 2 * x)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -162,27 +157,20 @@ def test_diffusers_takes_the_same_steps(steps: int) -> None:
     def velocity(x: Tensor, index: int) -> Tensor:
         return 5.3 * x - 1.6 * torch.sin(3 * x) + 0.1 * index
 
-    states: list[Tensor] = []
     theirs = standard_noise(3, SHAPE)
-    unipc(
-        velocity,
-        theirs,
-        sigmas,
-        on_step=lambda _step, state, _estimate: states.append(state),
-    )
+    states = [step.x for step in unipc(velocity, theirs, sigmas)]
     assert len(states) == len(scheduler.timesteps) == steps + 1
     for index, time in enumerate(scheduler.timesteps):
         theirs = scheduler.step(velocity(theirs, index), time, theirs, return_dict=False)[0]
         assert torch.equal(states[index], theirs)
 
 
-def test_each_step_is_told() -> None:
-    told: list[tuple[int, Tensor, Tensor]] = []
-    end = run(on_step=lambda *step: told.append(step))
-    assert [step for step, _, _ in told] == list(range(8))
+def test_steps() -> None:
+    steps = list(steps_of())
+    assert len(steps) == 8
     # the last step leaves no noise: the state is the estimate
-    torch.testing.assert_close(told[-1][1], told[-1][2])
-    assert torch.equal(told[-1][1], end)
+    torch.testing.assert_close(steps[-1].x, steps[-1].denoised)
+    assert torch.equal(steps[-1].x, run())
 
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
@@ -196,7 +184,7 @@ def test_what_the_network_is_given(guidance: float) -> None:
         seen.append((int(timesteps[0, 0]), conditional))
         return latents.bfloat16()
 
-    end = run(network=asked, guidance=guidance, schedule="karras")
+    end = run(network=asked, guidance=guidance, name="karras")
     assert (end.dtype, end.shape) == (torch.float32, SHAPE)
     branches = [True, False] if guidance else [True]
     timesteps = make_schedule("karras", 8).timesteps.tolist()
@@ -205,17 +193,20 @@ def test_what_the_network_is_given(guidance: float) -> None:
 
 def test_a_batch_gives_what_each_gives_alone() -> None:
     noise = standard_noise(1, SHAPE)
-    given = Given(standard_noise(2, SHAPE), 2, KNOWN_TIMESTEP)
-    options: dict[str, Any] = {"schedule": "karras", "num_steps": 5, "guidance": 1.0}
-    both = sample(network, noise, given=given, **options)
+    clean, schedule = standard_noise(2, SHAPE)[:, :, :2], make_schedule("karras", 5)
+
+    def sampled(rows: slice) -> Tensor:
+        known = Conditioning(clean[rows], KNOWN_TIMESTEP)
+        return finish(sample(network, noise[rows], schedule, guidance=1.0, conditioning=known))
+
+    both = sampled(slice(2))
     for row in range(2):
-        one = Given(given.latents[row : row + 1], 2, KNOWN_TIMESTEP)
-        alone = sample(network, noise[row : row + 1], given=one, **options)
+        alone = sampled(slice(row, row + 1))
         torch.testing.assert_close(alone, both[row : row + 1])
 
 
 @pytest.mark.parametrize("timestep", [None, KNOWN_TIMESTEP])
-def test_known_frames_are_seen_clean_and_told_as_such(timestep: float | None) -> None:
+def test_known_frames_are_seen_clean_at_their_own_timestep(timestep: float | None) -> None:
     clean, times = standard_noise(2, SHAPE), make_schedule("shifted", 8).timesteps.tolist()
     seen: list[Tensor] = []
 
@@ -224,7 +215,7 @@ def test_known_frames_are_seen_clean_and_told_as_such(timestep: float | None) ->
         seen.append(timesteps)
         return network(latents, timesteps, conditional)
 
-    run(network=asked, given=Given(clean, 2, timestep))
+    run(network=asked, conditioning=Conditioning(clean[:, :, :2], timestep))
     for index, timesteps in enumerate(seen[::2]):
         if timestep is None:
             assert torch.equal(timesteps, torch.full((2, 1), float(times[index])))
@@ -236,20 +227,18 @@ def test_known_frames_are_seen_clean_and_told_as_such(timestep: float | None) ->
 @pytest.mark.parametrize("name", ["shifted", "karras"])
 def test_known_frames_leave_with_a_trace_of_noise(name: Any) -> None:
     clean, noise = standard_noise(2, SHAPE), standard_noise(1, SHAPE)
-    end = run(given=Given(clean, 2), schedule=name, num_steps=20)
+    end = run(conditioning=Conditioning(clean[:, :, :2]), name=name, num_steps=20)
     left = 1 - make_schedule(name, 20).sigmas[0]
     wanted = clean + left * (noise - clean)
     torch.testing.assert_close(end[:, :, :2], wanted[:, :, :2], rtol=0, atol=1e-5)
-    # what follows the known frames is not read, and need not be there
-    short = run(given=Given(clean[:, :, :2], 2), schedule=name, num_steps=20)
-    assert torch.equal(short, end)
 
 
 def test_the_velocity_of_known_frames_is_not_the_networks() -> None:
     clean, noise = standard_noise(2, SHAPE), standard_noise(1, SHAPE)
     schedule = make_schedule("shifted", 4)
     nowhere: Network = lambda latents, _times, _branch: torch.full_like(latents, torch.nan)  # noqa: E731
-    velocity = guided_velocity(nowhere, noise, schedule, guidance=7, given=Given(clean, 3))
+    known = Conditioning(clean[:, :, :3])
+    velocity = guided_velocity(nowhere, noise, schedule, guidance=7, conditioning=known)
     y = velocity(noise, 0)
     assert torch.equal(y[:, :, :3], (noise - clean)[:, :, :3])
     assert y[:, :, 3:].isnan().all()

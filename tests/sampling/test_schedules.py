@@ -3,10 +3,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from worldline.sampling.schedules import karras_sigmas, res_sigmas
+from worldline.choices import MAX_SEED
+from worldline.sampling.schedules import karras_sigmas, res_sigmas, standard_noise
 
 
 @pytest.mark.parametrize("steps", [1, 2, 15, 35, 200])
@@ -25,7 +27,7 @@ def test_ends(steps: int) -> None:
 
 
 def test_curve_is_straight_in_the_root_of_sigma() -> None:
-    roots = res_sigmas(15, sigma_min=0.02, sigma_max=10, rho=3) ** (1 / 3)
+    roots = res_sigmas(15, sigma_min=0.02, sigma_max=10) ** (1 / 7)
     torch.testing.assert_close(roots.diff(), (roots[-1] - roots[0]).expand(15) / 15)
 
 
@@ -39,9 +41,32 @@ def test_curve_is_straight_in_the_root_of_sigma() -> None:
         (5, {"sigma_min": 90.0}, "sigma_min 90.0"),
         (5, {"sigma_max": math.inf}, "sigma_max inf"),
         (5, {"sigma_max": math.nan}, "sigma_max nan"),
-        (5, {"rho": 0.0}, "rho 0.0"),
     ],
 )
 def test_refusals(table: Any, steps: int, options: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         table(steps, **options)
+
+
+def test_noise_is_that_of_the_legacy_generator() -> None:
+    noise = standard_noise(7, (2, 3, 4))
+    expected = np.random.RandomState(7).standard_normal(24).astype(np.float32)
+    assert noise.dtype == torch.float32
+    assert torch.equal(noise.flatten(), torch.from_numpy(expected))
+
+
+def test_noise_leaves_the_global_generators_alone() -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first, second = standard_noise(3, (5,)), standard_noise(3, torch.Size((5,)))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, standard_noise(4, (5,)))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+
+
+def test_ends_of_the_seeds() -> None:
+    for seed in (0, MAX_SEED):
+        assert standard_noise(seed, (1,)).isfinite().all()
+    for seed in (-1, MAX_SEED + 1):
+        with pytest.raises(ValueError, match=f"seed {seed} "):
+            standard_noise(seed, (1,))

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from worldline.sampling.schedules import res_sigmas
-from worldline.sampling.solvers import euler, res_2ab, res_2mid
+from worldline.sampling.solvers import Steps, euler, finish, guided, res_2ab, res_2mid
 
 DATA_STD = 0.7
-Solver = Callable[..., Tensor]
+Solver = Callable[..., Steps]
 SOLVERS = [euler, res_2ab, res_2mid]
 
 
@@ -27,7 +27,7 @@ def error(solver: Solver, steps: int) -> float:
     sigmas = res_sigmas(steps, sigma_min=0.05)
     x = torch.tensor([80.0, -30.0], dtype=torch.float64)
     shrunk = math.hypot(DATA_STD, sigmas[-1].item()) / math.hypot(DATA_STD, sigmas[0].item())
-    return (solver(denoise, x, sigmas) - x * shrunk).abs().max().item()
+    return (finish(solver(denoise, x, sigmas)) - x * shrunk).abs().max().item()
 
 
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (res_2ab, 2), (res_2mid, 2)])
@@ -41,7 +41,7 @@ def test_path_towards_a_single_point_is_exact(solver: Solver) -> None:
     point = torch.tensor([0.3, -2.0], dtype=torch.float64)
     start = torch.tensor([50.0, 20.0], dtype=torch.float64)
     sigmas = torch.tensor([60.0, 3.0, 0.2], dtype=torch.float64)
-    end = solver(lambda _x, _sigma: point, start, sigmas)
+    end = finish(solver(lambda _x, _sigma: point, start, sigmas))
     torch.testing.assert_close(end, point + (start - point) * (0.2 / 60), rtol=1e-12, atol=1e-12)
 
 
@@ -55,13 +55,8 @@ def test_estimates_linear_in_log_sigma_are_integrated_exactly(solver: Solver) ->
     def exact(index: int, other: int, x: Tensor) -> Tensor:
         return u[index] + (x - u[other]) * (u[other] - u[index]).exp()
 
-    states = []
-    solver(
-        lambda x, sigma: torch.full_like(x, 1 - math.log(sigma)),
-        first,
-        sigmas,
-        on_step=lambda _step, state, _denoised: states.append(state),
-    )
+    steps = solver(lambda x, sigma: torch.full_like(x, 1 - math.log(sigma)), first, sigmas)
+    states = [step.x for step in steps]
     # the first step of Adams-Bashforth knows one estimate only
     start = 1 if solver is res_2ab else 0
     chain = [first, *states]
@@ -70,19 +65,18 @@ def test_estimates_linear_in_log_sigma_are_integrated_exactly(solver: Solver) ->
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_each_step_is_told(solver: Solver) -> None:
+def test_steps(solver: Solver) -> None:
     sigmas = torch.tensor([4.0, 2.0, 1.0, 0.5])
-    told: list[tuple[int, Tensor, Tensor]] = []
     asked: list[float] = []
 
     def asking(x: Tensor, sigma: float) -> Tensor:
         asked.append(sigma)
         return denoise(x, sigma)
 
-    end = solver(asking, torch.ones(2), sigmas, on_step=lambda *values: told.append(values))
-    assert [step for step, _, _ in told] == [0, 1, 2]
-    assert torch.equal(told[-1][1], end)
-    assert all(state.shape == denoised.shape == (2,) for _, state, denoised in told)
+    steps = list(solver(asking, torch.ones(2), sigmas))
+    assert len(steps) == 3
+    assert torch.equal(steps[-1].x, finish(solver(denoise, torch.ones(2), sigmas)))
+    assert all(x.shape == denoised.shape == (2,) for x, denoised in steps)
     levels = sigmas.tolist()
     if solver is res_2mid:
         middles = [math.sqrt(a * b) for a, b in pairwise(levels)]
@@ -91,30 +85,29 @@ def test_each_step_is_told(solver: Solver) -> None:
         assert asked == levels[:-1]
 
 
-def test_a_step_may_stop_the_solver() -> None:
-    class Stopped(Exception):
-        pass
-
-    def stop(step: int, _state: Tensor, _denoised: Tensor) -> None:
-        if step == 1:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        res_2ab(denoise, torch.ones(1), torch.tensor([4.0, 2.0, 1.0, 0.5]), on_step=stop)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_nothing_runs_between_steps(solver: Solver) -> None:
+    asked: list[float] = []
+    steps = solver(lambda x, s: asked.append(s) or x, torch.ones(1), torch.tensor([4.0, 2.0, 1.0]))
+    assert not asked
+    next(steps)
+    once = len(asked)
+    steps.close()
+    assert len(asked) == once < 3
 
 
 def test_last_step_to_zero_returns_the_estimate_itself() -> None:
     estimate = torch.randn(5)
-    end = euler(lambda _x, _sigma: estimate, torch.randn(5) * 80, torch.tensor([80.0, 3.0, 0.0]))
+    start, sigmas = torch.randn(5) * 80, torch.tensor([80.0, 3.0, 0.0])
+    end = finish(euler(lambda _x, _sigma: estimate, start, sigmas))
     assert torch.equal(end, estimate)
 
 
 def test_a_step_starts_from_the_state_that_is_put_in_place() -> None:
     sigmas = torch.tensor([4.0, 1.0])
     replaced = torch.tensor([8.0])
-    end = euler(
-        lambda x, _sigma: x / 2, torch.tensor([100.0]), sigmas, before_step=lambda _x, _s: replaced
-    )
+    start = torch.tensor([100.0])
+    end = finish(euler(lambda x, _sigma: x / 2, start, sigmas, before_step=lambda _x, _s: replaced))
     assert torch.equal(end, torch.tensor([4 + 4 / 4.0]))
 
 
@@ -122,7 +115,8 @@ def test_a_step_starts_from_the_state_that_is_put_in_place() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_of_the_state_is_kept(solver: Solver, dtype: torch.dtype) -> None:
     sigmas = res_sigmas(4)
-    end = solver(lambda x, s: denoise(x, s).float(), torch.ones(2, dtype=dtype), sigmas)
+    start = torch.ones(2, dtype=dtype)
+    end = finish(solver(lambda x, s: denoise(x, s).float(), start, sigmas))
     assert end.dtype == dtype
 
 
@@ -132,10 +126,44 @@ def test_dtype_of_the_state_is_kept(solver: Solver, dtype: torch.dtype) -> None:
 )
 def test_refusals(solver: Any, sigmas: list[float]) -> None:
     with pytest.raises(ValueError, match="do not fall"):
-        solver(denoise, torch.ones(1), torch.tensor(sigmas))
+        finish(solver(denoise, torch.ones(1), torch.tensor(sigmas)))
 
 
 @pytest.mark.parametrize("solver", [res_2ab, res_2mid])
 def test_logarithmic_solvers_cannot_end_at_zero(solver: Solver) -> None:
     with pytest.raises(ValueError, match="a value above 0"):
-        solver(denoise, torch.ones(1), torch.tensor([1.0, 0.0]))
+        finish(solver(denoise, torch.ones(1), torch.tensor([1.0, 0.0])))
+
+
+BRANCHES = {True: torch.tensor([3.0, -1.0]), False: torch.tensor([1.0, 1.0])}
+
+
+def test_pushes_away_from_the_branch_without_the_prompt() -> None:
+    assert torch.equal(guided(BRANCHES.__getitem__, 7), torch.tensor([17.0, -15.0]))
+    assert torch.equal(guided(BRANCHES.__getitem__, -1), BRANCHES[False])
+
+
+def test_without_weight_the_second_branch_is_not_computed() -> None:
+    asked = []
+
+    def branch(conditional: bool) -> Tensor:
+        asked.append(conditional)
+        return BRANCHES[conditional]
+
+    assert torch.equal(guided(branch, 0), BRANCHES[True])
+    assert asked == [True]
+    guided(branch, 0.5)
+    assert asked == [True, True, False]
+
+
+def test_difference_is_taken_in_float32() -> None:
+    halves = {key: value.bfloat16() for key, value in BRANCHES.items()}
+    out = guided(halves.__getitem__, 0.3)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, guided(BRANCHES.__getitem__, 0.3))
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_guidance_that_is_no_number(scale: float) -> None:
+    with pytest.raises(ValueError, match=f"guidance {scale}"):
+        guided(BRANCHES.__getitem__, scale)

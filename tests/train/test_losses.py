@@ -416,14 +416,18 @@ def test_factors_of_a_tensor_are_those_of_a_number() -> None:
 
 def test_known_frames_are_shown_as_a_sampler_shows_them() -> None:
     latents, noise, more = drawn(0)
-    given = edm.Given(latents, 2, more, sigma=0.001)
+    known = edm.Conditioning(latents[:, :, :2], more[:, :, :2], sigma=0.001)
     seen: list[Tensor] = []
 
     def network(shown: Tensor, times: Tensor, conditional: bool) -> Tensor:
         seen.append(shown)
         return torch.zeros_like(shown)
 
-    edm.sample(network, noise, sampler="edm_euler", num_steps=2, guidance=0.0, given=given)
+    next(
+        edm.sample(
+            network, noise, sampler="edm_euler", num_steps=2, guidance=0.0, conditioning=known
+        )
+    )
     sigma = torch.full((3,), 80.0)
     shown, mask = noised_latents(
         latents,
@@ -492,9 +496,9 @@ def test_flows_show_known_frames_as_a_sampler_shows_them() -> None:
         seen.append(shown)
         return torch.zeros_like(shown)
 
-    given = flow.Given(latents, 2)
-    flow.sample(network, noise, schedule="shifted", num_steps=2, guidance=0.0, given=given)
-    first = flow.make_schedule("shifted", 2).sigmas[0]
+    schedule, known = flow.make_schedule("shifted", 2), flow.Conditioning(latents[:, :, :2])
+    next(flow.sample(network, noise, schedule, guidance=0.0, conditioning=known))
+    first = schedule.sigmas[0]
     shown, mask = flowed_latents(latents, noise, first.expand(3), torch.tensor([2, 2, 2]))
     assert torch.equal(shown[:, :, :2], seen[0][:, :, :2])
     # all but noise: samplers begin with noise alone

@@ -39,7 +39,7 @@ from worldline.models.predict1_ar.model import (
 from worldline.models.predict1_ar.weights import KEYS, read_config
 from worldline.parallel.offload import Part
 from worldline.places import Place
-from worldline.sampling.decode import CHUNK
+from worldline.sampling.tokens import CHUNK
 from worldline.shapes import VideoShape, latent_frames_of
 from worldline.text.encoder import TextEncoder
 from worldline.text.t5 import T5Files

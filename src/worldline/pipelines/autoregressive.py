@@ -35,8 +35,7 @@ from worldline.pipelines.diffusion import SAMPLER_OF
 from worldline.pipelines.exchange import stage
 from worldline.pipelines.requests import LARGEST_SIZE, AutoregressiveRequest
 from worldline.report import Recorder
-from worldline.sampling.decode import decode, draw_noise
-from worldline.sampling.logits import Sampling
+from worldline.sampling.tokens import Sampling, decode, draw_noise
 from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
 from worldline.text.encoder import TRUNCATION
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig

@@ -33,8 +33,9 @@ from worldline.nn.dit import Context
 from worldline.pipelines.diffusion import rounded
 from worldline.pipelines.exchange import shown_pieces
 from worldline.sampling.edm import SIGMA_DATA, make_sigmas, sample
-from worldline.sampling.noise import standard_noise
-from worldline.sampling.windows import blend_windows, split_windows
+from worldline.sampling.schedules import standard_noise
+from worldline.sampling.solvers import Steps
+from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
@@ -113,6 +114,15 @@ def cut_windows(tokens: Tensor) -> list[Tensor]:
     return split_windows(tokens, DECODER_WINDOW, OVERLAP)
 
 
+def _counted(count: Callable[[], None], steps: Steps) -> Tensor:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+        count()
+
+
 @torch.inference_mode()
 def denoise_windows(
     model: DiT,
@@ -158,14 +168,16 @@ def denoise_windows(
         ids = model.encode_ids(torch.cat([window, torch.zeros_like(window)]), grid)
         start = standard_noise(settings.seed, shape) if noise is None else noise[number]
         latents.append(
-            sample(
-                _Paired(model, _Branches(encoded, ids, positions)),
-                start.to(device),
-                sampler=settings.sampler,
-                num_steps=settings.num_steps,
-                guidance=settings.guidance,
-                on_step=count,
-                sigma_min=SIGMA_MIN,
+            _counted(
+                count,
+                sample(
+                    _Paired(model, _Branches(encoded, ids, positions)),
+                    start.to(device),
+                    sampler=settings.sampler,
+                    num_steps=settings.num_steps,
+                    guidance=settings.guidance,
+                    sigma_min=SIGMA_MIN,
+                ),
             )
         )
     return latents

@@ -38,8 +38,8 @@ from worldline.pipelines.exchange import (
 from worldline.pipelines.preview import show_colours
 from worldline.pipelines.requests import DiffusionRequest
 from worldline.report import Recorder
-from worldline.sampling.edm import SIGMA_DATA, Given, make_sigmas, sample
-from worldline.sampling.noise import standard_noise
+from worldline.sampling.edm import SIGMA_DATA, Conditioning, make_sigmas, sample
+from worldline.sampling.schedules import standard_noise
 from worldline.shapes import LatentShape
 from worldline.text.embeddings import GivenEmbedding, given_embeddings
 from worldline.text.encoder import TRUNCATION
@@ -314,14 +314,13 @@ def _denoise(
     noise = standard_noise(request.seed, shape).to(device)
     given = None
     if known is not None:
-        latents = torch.zeros(shape, device=device)
-        latents[:, :, : known.shape[2]] = known
         # the same noise as the state's, as Cosmos 1.0 has it
-        given = Given(latents, known.shape[2], noise, request.augment_sigma)
+        frames = known.shape[2]
+        given = Conditioning(known, noise[:, :, :frames], request.augment_sigma)
     mask = None
     if config.condition_mask:
         mask = torch.zeros(1, 1, *shape[2:], device=device)
-        mask[:, :, : given.frames if given else 0] = 1
+        mask[:, :, : given.latents.shape[2] if given else 0] = 1
     with torch.inference_mode(), parts.transformer.on_device() as transformer:
         dtype = transformer.dtype
         positions = transformer.make_positions(
@@ -345,17 +344,17 @@ def _denoise(
             shown = _restore(files.statistics, denoised.float())
             return show_colours(shown, colours, files.tokenizer_config.spatial)
 
-        on_step = step_teller(tell, device, count, request.preview_every, look)
-        return sample(
+        run = step_teller(tell, device, count, request.preview_every, look)
+        steps = sample(
             network,
             noise,
             sampler=sampler_of(files, request),
             num_steps=request.num_steps,
             guidance=0.0 if negative is None else request.guidance,
-            given=given,
+            conditioning=given,
             reinsertion=request.reinsertion,
-            on_step=on_step,
         )
+        return run(steps)
 
 
 def _restore(statistics: LatentStatistics, latents: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from worldline.nn.dit import DiTSizes
 from worldline.pipelines.background import in_background
 from worldline.pipelines.requests import VideoRequest
 from worldline.report import Recorder
-from worldline.sampling.solvers import OnStep
+from worldline.sampling.solvers import Steps
 from worldline.shapes import latent_frames_of, nearest_frames
 from worldline.video.convert import signed_to_uint8
 
@@ -169,8 +169,8 @@ def step_teller(
     preview_every: int,
     look: Callable[[Tensor], NDArray[np.uint8] | None],
     before: int = 0,
-) -> OnStep:
-    """Return what tells of each step of a sampler, from now on.
+) -> Callable[[Steps], Tensor]:
+    """Return what runs a sampler and tells of each step, from now on.
 
     Args:
         tell: is told.
@@ -182,17 +182,24 @@ def step_teller(
     """
     started = time.perf_counter()
 
-    def on_step(step: int, _: Tensor, denoised: Tensor) -> None:
+    def run(steps: Steps) -> Tensor:
         nonlocal started
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - started
-        wanted = preview_every and (step + 1) % preview_every == 0
-        preview = look(denoised) if wanted else None
-        tell(Progress("denoise", before + step + 1, count, preview=preview, seconds=seconds))
-        started = time.perf_counter()
+        step = before
+        while True:
+            try:
+                denoised = next(steps).denoised
+            except StopIteration as stop:
+                return stop.value
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - started
+            step += 1
+            wanted = preview_every and (step - before) % preview_every == 0
+            preview = look(denoised) if wanted else None
+            tell(Progress("denoise", step, count, preview=preview, seconds=seconds))
+            started = time.perf_counter()
 
-    return on_step
+    return run
 
 
 def shown_pieces(pieces: Iterator[Tensor]) -> Iterator[NDArray[np.uint8]]:

@@ -37,8 +37,8 @@ from worldline.pipelines.exchange import (
 from worldline.pipelines.preview import show_colours
 from worldline.pipelines.requests import FlowRequest
 from worldline.report import Recorder
-from worldline.sampling.flow import Given, make_schedule, sample
-from worldline.sampling.noise import standard_noise
+from worldline.sampling.flow import Conditioning, make_schedule, sample
+from worldline.sampling.schedules import standard_noise
 from worldline.shapes import VideoShape, latent_frames_of
 from worldline.text.embeddings import GivenEmbedding, given_embeddings
 from worldline.text.encoder import TRUNCATION
@@ -385,7 +385,7 @@ def _denoise(
     shape = (1, parts.config.latent_channels, grid.frames, grid.height, grid.width)
     noise = standard_noise(request.seed, shape).to(device)
     count = latent_frames_of(request.num_input_frames, temporal)
-    given = None if known is None else Given(known, count, rules.known_timestep)
+    given = None if known is None else Conditioning(known, rules.known_timestep)
     mask = torch.zeros(1, 1, *shape[2:], device=device)
     mask[:, :, :count] = 1
 
@@ -406,13 +406,12 @@ def _denoise(
         def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
             return transformer(x, times, contexts[conditional], positions, condition_mask=mask)
 
-        on_step = step_teller(tell, device, total, request.preview_every, look, before)
-        return sample(
+        run = step_teller(tell, device, total, request.preview_every, look, before)
+        steps = sample(
             network,
             noise,
-            schedule=rules.schedule,
-            num_steps=request.num_steps,
+            make_schedule(rules.schedule, request.num_steps),
             guidance=request.guidance,
-            given=given,
-            on_step=on_step,
+            conditioning=given,
         )
+        return run(steps)

@@ -20,16 +20,14 @@ import torch
 from torch import Tensor
 
 from worldline.choices import ScheduleName
-from worldline.sampling.guidance import check_guidance, guided
 from worldline.sampling.schedules import res_sigmas
-from worldline.sampling.solvers import OnStep
+from worldline.sampling.solvers import Stepped, Steps, guided
 
 SHIFT = 5.0
 # of the Karras table, in the terms of EDM, where the state is data + sigma noise
 SIGMA_MIN, SIGMA_MAX = 0.01, 200.0
-TIMESTEPS = 1000  # that the noise level 1 stands for
-# known frames are shown to `2B/post-trained` as almost free of noise
-KNOWN_TIMESTEP = 0.1
+TIMESTEPS = 1000  # the timestep of noise level 1
+KNOWN_TIMESTEP = 0.1  # of known frames in `2B/post-trained`: almost free of noise
 
 # (state with the known frames in it, timesteps (B, 1) or (B, T), branch with the prompt?)
 # -> velocity, in any floating dtype
@@ -38,11 +36,11 @@ Velocity = Callable[[Tensor, int], Tensor]  # (state, index of the noise level) 
 
 
 class Schedule(NamedTuple):
-    """The noise levels that a sampler goes through.
+    """Noise levels and timesteps of a sampler.
 
     Attributes:
         sigmas: (evaluations + 1,), falling from below 1 to 0, float32.
-        timesteps: (evaluations,) that the network is told, int64.
+        timesteps: (evaluations,), the network's time, int64.
     """
 
     sigmas: Tensor
@@ -50,7 +48,7 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(name: ScheduleName, num_steps: int, *, shift: float = SHIFT) -> Schedule:
-    """Return a schedule on the CPU.
+    """Schedule on the CPU.
 
     Args:
         name: "shifted" evaluates the network `num_steps` times; "karras", which only
@@ -80,30 +78,19 @@ def make_schedule(name: ScheduleName, num_steps: int, *, shift: float = SHIFT) -
 
 
 @dataclass(frozen=True)
-class Given:
-    """Latent frames that are known: the network sees them clean at every step.
+class Conditioning:
+    """Known latent frames at the start of a clip: the network sees them clean at every step.
 
     The condition mask, which marks them for the network, is the caller's.
 
     Attributes:
-        latents: (B, C, T', H, W) with T' >= `frames`; what follows those is not read.
-        frames: latent frames that are known, 1 or more.
-        timestep: what the network is told of these frames, such as KNOWN_TIMESTEP; None tells it
-            the same timestep for all frames.
+        latents: (B, C, known frames, H, W).
+        timestep: the network's time of these frames, such as KNOWN_TIMESTEP; None is that of the
+            other frames.
     """
 
     latents: Tensor
-    frames: int
     timestep: float | None = None
-
-    def __post_init__(self) -> None:
-        shape = tuple(self.latents.shape)
-        if len(shape) != 5:
-            raise ValueError(f"given latents have shape {shape}, not (B, C, T, H, W)")
-        if not 1 <= self.frames <= shape[2]:
-            raise ValueError(f"{self.frames} given frames are outside 1 to {shape[2]}")
-        if self.timestep is not None and not 0 <= self.timestep < math.inf:
-            raise ValueError(f"timestep {self.timestep} of the given frames is not 0 or more")
 
 
 def guided_velocity(
@@ -112,57 +99,49 @@ def guided_velocity(
     schedule: Schedule,
     *,
     guidance: float,
-    given: Given | None = None,
+    conditioning: Conditioning | None = None,
 ) -> Velocity:
-    """Return the velocity of the guided network, float32, with what is known of the given frames.
+    """Velocity of the guided network, float32; known frames move straight to their latents.
 
     Args:
         network: called once with the prompt and, unless `guidance` is 0, once without.
         noise: (B, C, T, H, W) that the sampler starts from.
         schedule: whose indices the velocity takes.
         guidance: see `guided`.
-        given: frames that are known; they move straight from their noise to their latents.
+        conditioning: known frames.
 
     Raises:
-        ValueError: the given frames do not fit the noise, or guidance is no number.
+        ValueError: the known frames do not fit the noise.
     """
-    check_guidance(guidance)
     timesteps = schedule.timesteps.tolist()
     batch, _, frames = noise.shape[:3]
-    known: Tensor | None = None
-    if given is not None:
-        known = given.latents[:, :, : given.frames].to(noise.device, torch.float32)
-        if known.shape != noise[:, :, : given.frames].shape:
-            raise ValueError(
-                f"given latents {tuple(given.latents.shape)} and noise {tuple(noise.shape)} differ"
-            )
+    known = noise[:, :, :0] if conditioning is None else conditioning.latents
+    known, count = known.to(noise.device, torch.float32), known.shape[2]
+    if known.shape != noise[:, :, :count].shape:
+        raise ValueError(f"conditioning {tuple(known.shape)} and noise {tuple(noise.shape)} differ")
+    timestep = None if conditioning is None else conditioning.timestep
 
     def velocity(x: Tensor, index: int) -> Tensor:
-        count = frames if given is not None and given.timestep is not None else 1
-        times = torch.full((batch, count), timesteps[index], dtype=torch.float32, device=x.device)
-        if given is not None and known is not None:
-            x = torch.cat([known, x[:, :, given.frames :].float()], dim=2)
-            if given.timestep is not None:
-                times[:, : given.frames] = given.timestep
+        count_times = 1 if timestep is None else frames
+        times = torch.full(
+            (batch, count_times), timesteps[index], dtype=torch.float32, device=x.device
+        )
+        if timestep is not None:
+            times[:, :count] = timestep
+        x = torch.cat([known, x[:, :, count:].float()], dim=2)
         y = guided(lambda conditional: network(x, times, conditional), guidance)
-        if given is not None and known is not None:
-            y = torch.cat([noise[:, :, : given.frames] - known, y[:, :, given.frames :]], dim=2)
-        return y
+        return torch.cat([noise[:, :, :count] - known, y[:, :, count:]], dim=2)
 
     return velocity
 
 
-def unipc(
-    velocity: Velocity, x: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None
-) -> Tensor:
+def unipc(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Steps:
     """Carry `x` from noise level sigmas[0] to 0 by UniPC of order 2 (bh2), with its corrector.
 
     Args:
         velocity: called once a step.
         x: any shape.
         sigmas: (steps + 1,), falling from below 1 to 0.
-        on_step: called after each step with its index, the state and the estimate of the data; may
-            stop by raising.
 
     Raises:
         ValueError: the noise levels do not fall from below 1 to 0.
@@ -175,125 +154,88 @@ def unipc(
     # Every number is a float32 of the CPU, made in the order of the reference: a guided network
     # may turn a last bit of one into a difference that can be seen.
     table = sigmas.float().cpu()
-    logs = (1 - table).log() - table.log()
+    logs = (1 - table).log() - table.log()  # log signal-to-noise
     estimates: list[Tensor] = []  # of the data: this step's last, two before it at most
     start, order = x, 0  # of the step before: the state it started from, its order
     for step in range(steps):
         estimates = [*estimates[-2:], x - table[step] * velocity(x, step)]
+        change: Tensor | None
         if step > 0:
-            x = _corrected(start, estimates, table, logs, step, order)
+            change = _corrector_change(estimates, logs[: step + 1], order)
+            x = _advanced(start, estimates[-2], change, table[step - 1 :], logs[step - 1 :])
         start, order = x, min(2, step + 1, steps - step)
-        x = _predicted(start, estimates, table, logs, step, order)
-        if on_step is not None:
-            on_step(step, x, estimates[-1])
+        change = None
+        if order == 2:
+            r = (logs[step - 1] - logs[step]) / (logs[step + 1] - logs[step])
+            change = 0.5 * ((estimates[-2] - estimates[-1]) / r)
+        x = _advanced(start, estimates[-1], change, table[step:], logs[step:])
+        yield Stepped(x, estimates[-1])
     return x
 
 
 def _advanced(
-    x: Tensor,
-    estimate: Tensor,
-    change: Tensor | None,
-    sigma: Tensor,
-    target: Tensor,
-    growth: Tensor,
+    x: Tensor, estimate: Tensor, change: Tensor | None, table: Tensor, logs: Tensor
 ) -> Tensor:
-    """Return the state at `target`.
+    """State at the next noise level.
 
     Args:
-        x: state at `sigma`.
-        estimate: of the data at `sigma`.
-        change: by which the mean estimate on the way differs from it.
-        sigma: from where, ().
-        target: to where, ().
-        growth: expm1(-h), (), h the step in log signal-to-noise.
+        x: state at this level.
+        estimate: of the data, at this level.
+        change: mean estimate on the way less `estimate`; None for order 1.
+        table: noise levels, from this one on.
+        logs: their log signal-to-noise.
     """
-    weight = (1 - target) * growth
-    y = (target / sigma) * x - weight * estimate
+    weight = (1 - table[1]) * torch.expm1(-(logs[1] - logs[0]))
+    y = (table[1] / table[0]) * x - weight * estimate
     return y if change is None else y - weight * change
 
 
-def _predicted(
-    x: Tensor,
-    estimates: list[Tensor],
-    table: Tensor,
-    logs: Tensor,
-    step: int,
-    order: int,
-) -> Tensor:
-    """Return the state at the next level; see `_corrected`."""
-    h = logs[step + 1] - logs[step]
-    change = None
-    if order == 2:
-        r = (logs[step - 1] - logs[step]) / h
-        change = 0.5 * ((estimates[-2] - estimates[-1]) / r)
-    return _advanced(x, estimates[-1], change, table[step], table[step + 1], torch.expm1(-h))
-
-
-def _corrected(
-    x: Tensor,
-    estimates: list[Tensor],
-    table: Tensor,
-    logs: Tensor,
-    step: int,
-    order: int,
-) -> Tensor:
-    """Return the state at this level once more, now that the estimate there is known.
+def _corrector_change(estimates: list[Tensor], logs: Tensor, order: int) -> Tensor:
+    """Mean estimate of the last step less that at its start, now that the one at its end is known.
 
     Args:
-        x: state that the step to this level started from.
         estimates: of the data; the last is at this level, of the predicted state.
-        table: noise levels.
-        logs: their log signal-to-noise.
-        step: this level.
+        logs: log signal-to-noise of the levels up to this one.
         order: of the prediction.
     """
-    h = logs[step] - logs[step - 1]
-    growth = torch.expm1(-h)
-    before = estimates[-2]
-    change = estimates[-1] - before
+    change = estimates[-1] - estimates[-2]
     if order == 1:
-        change = 0.5 * change
-    else:
-        r = (logs[step - 2] - logs[step - 1]) / h
-        a = growth / -h - 1
-        wanted = torch.stack([a / growth, 2 * (a / -h - 0.5) / growth])
-        one = torch.ones_like(r)
-        earlier, later = torch.linalg.solve(torch.stack([one, one, r, one]).view(2, 2), wanted)
-        change = earlier * ((estimates[-3] - before) / r) + later * change
-    return _advanced(x, before, change, table[step - 1], table[step], growth)
+        return 0.5 * change
+    h = logs[-1] - logs[-2]
+    growth = torch.expm1(-h)
+    r = (logs[-3] - logs[-2]) / h
+    a = growth / -h - 1
+    wanted = torch.stack([a / growth, 2 * (a / -h - 0.5) / growth])
+    one = torch.ones_like(r)
+    earlier, later = torch.linalg.solve(torch.stack([one, one, r, one]).view(2, 2), wanted)
+    return earlier * ((estimates[-3] - estimates[-2]) / r) + later * change
 
 
 def sample(
     network: Network,
     noise: Tensor,
+    schedule: Schedule,
     *,
-    schedule: ScheduleName,
-    num_steps: int,
     guidance: float,
-    given: Given | None = None,
-    on_step: OnStep | None = None,
-    shift: float = SHIFT,
-) -> Tensor:
-    """Return clean latents, float32, in the shape and on the device of `noise`.
+    conditioning: Conditioning | None = None,
+) -> Steps:
+    """Clean latents, float32, in the shape and on the device of `noise`.
 
-    Given frames leave with a trace of noise, (1 - sigmas[0]) of them short: the state itself is
+    Known frames leave with a trace of noise, (1 - sigmas[0]) of them short: the state itself is
     never overwritten, as in the reference.
 
     Args:
         network: called with float32, twice an evaluation (once where guidance is 0).
         noise: unit normal (B, C, T, H, W).
-        schedule: see `make_schedule`, as `num_steps` and `shift`.
-        num_steps: 1 or more.
+        schedule: see `make_schedule`; a step for each timestep.
         guidance: see `guided`.
-        given: frames that are known.
-        on_step: called after each step with its index, the state after it and the estimate of
-            clean latents; `len(make_schedule(...).timesteps)` times. May stop by raising.
-        shift: of the schedule "shifted".
+        conditioning: known frames.
 
     Raises:
         ValueError: an argument is out of range.
     """
-    levels = make_schedule(schedule, num_steps, shift=shift)
     noise = noise.float()
-    velocity = guided_velocity(network, noise, levels, guidance=guidance, given=given)
-    return unipc(velocity, noise, levels.sigmas, on_step=on_step)
+    velocity = guided_velocity(
+        network, noise, schedule, guidance=guidance, conditioning=conditioning
+    )
+    return (yield from unipc(velocity, noise, schedule.sigmas))

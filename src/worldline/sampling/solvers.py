@@ -1,8 +1,8 @@
-"""Solvers of dx/dsigma = (x - denoised) / sigma, which carries noise to data.
+"""Solvers of dx/dsigma = (x - denoised) / sigma as generators, and classifier-free guidance.
 
 Source: `euler` is arXiv 2206.00364, algorithm 1 without churn; the `res_*` solvers are the
 exponential integrators of arXiv 2308.02157 as NVIDIA/Cosmos runs them
-(`cosmos1/models/diffusion/diffusion/modules/res_sampler.py`).
+(`cosmos1/models/diffusion/diffusion/modules/res_sampler.py`); guidance is arXiv 2207.12598.
 
 A noise level is a Python number, so nothing here waits for a GPU. The state keeps the dtype and
 device that it comes with.
@@ -11,34 +11,66 @@ device that it comes with.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+Result = TypeVar("Result")
 Denoise = Callable[[Tensor, float], Tensor]  # (noised x, sigma) -> estimate of the clean x
-OnStep = Callable[[int, Tensor, Tensor], None]  # (index, state after the step, denoised)
 
 
-def _levels(sigmas: Tensor, *, may_end_at_zero: bool) -> list[float]:
-    levels: list[float] = sigmas.tolist()
-    falling = all(sigma > target for sigma, target in pairwise(levels))
-    lowest_is_fine = levels and (levels[-1] > 0 or (may_end_at_zero and levels[-1] == 0))
-    if len(levels) < 2 or not falling or not lowest_is_fine or math.isinf(levels[0]):
-        end = "0 or more" if may_end_at_zero else "a value above 0"
-        raise ValueError(f"sigmas {levels} do not fall, two values or more, to {end}")
-    return levels
+class Stepped(NamedTuple):
+    """A sampler after one step.
+
+    Attributes:
+        x: state.
+        denoised: estimate of the clean latents, for previews.
+    """
+
+    x: Tensor
+    denoised: Tensor
+
+
+Steps = Generator[Stepped, None, Tensor]  # returns the final state
+
+
+def finish(steps: Generator[Any, None, Result]) -> Result:
+    """Run a generator to its end; its return value."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+
+
+def guided(branch: Callable[[bool], Tensor], scale: float) -> Tensor:
+    """Classifier-free guidance: cond + scale * (cond - uncond), in float32.
+
+    This scale is one less than in the more usual uncond + s * (cond - uncond). At 0 the branch
+    without the prompt has no weight, so it is not computed.
+
+    Args:
+        branch: gives the output with the prompt (True) or without (False), any floating dtype.
+        scale: 0 or more in practice; -1 is the branch without the prompt alone.
+
+    Raises:
+        ValueError: the scale is not finite.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance {scale} is not a finite number")
+    conditional = branch(True).float()  # float32: the difference of two near bf16 values is coarse
+    if scale == 0:
+        return conditional
+    return conditional + scale * (conditional - branch(False).float())
 
 
 def euler(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    before_step: Denoise | None = None,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Carry `x` from noise level sigmas[0] to sigmas[-1] by Euler's rule, of first order.
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, before_step: Denoise | None = None
+) -> Steps:
+    """Carry `x` from noise level sigmas[0] to sigmas[-1] by Euler's rule, order 1.
 
     In ln(sigma) this is the exponential Euler rule too, so it also is the solver `1euler` of RES.
 
@@ -48,90 +80,86 @@ def euler(
         sigmas: (steps + 1,), falling; the last may be 0, and the result then is what the last
             call of `denoise` returned, exactly.
         before_step: given state and sigma, returns the state that the step starts from.
-        on_step: called after each step, to draw progress or to stop by raising.
 
     Raises:
         ValueError: the noise levels do not fall.
     """
-    for step, (sigma, target) in enumerate(pairwise(_levels(sigmas, may_end_at_zero=True))):
+    for sigma, target in pairwise(_levels(sigmas, may_end_at_zero=True)):
         if before_step is not None:
             x = before_step(x, sigma)
         denoised = denoise(x, sigma)
         x = denoised + (target / sigma) * (x - denoised)
-        if on_step is not None:
-            on_step(step, x, denoised)
+        yield Stepped(x, denoised)
     return x
 
 
-def _phi1(z: float) -> float:
-    return math.expm1(z) / z
-
-
-def _phi2(z: float) -> float:
-    return (_phi1(z) - 1) / z
-
-
-def _two_estimates(
-    x: Tensor, sigma: float, target: float, denoised: Tensor, other: Tensor, other_sigma: float
-) -> Tensor:
-    """Return the state at `target`, from estimates at `sigma` (of `x`) and at `other_sigma`.
-
-    Between the two, the estimate is taken as linear in ln(sigma); the rest is integrated exactly.
-    """
-    h = math.log(sigma / target)
-    where = math.log(sigma / other_sigma) / h  # of the other estimate: 0 at sigma, 1 at target
-    b2 = _phi2(-h) / where
-    b1 = _phi1(-h) - b2
-    estimate = b1 * denoised.to(x.dtype) + b2 * other.to(x.dtype)
-    return (target / sigma) * x + h * estimate
-
-
-def res_2ab(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None
-) -> Tensor:
+def res_2ab(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Steps:
     """Carry `x` from sigmas[0] to sigmas[-1] by two-step exponential Adams-Bashforth, order 2.
 
     Args:
         denoise: called once a step; its last result but one is kept.
         x: any shape, float64 where the reference is to be matched.
         sigmas: (steps + 1,), falling, above 0. The first step is Euler's.
-        on_step: called after each step.
 
     Raises:
         ValueError: the noise levels do not fall, or reach 0.
     """
-    before: tuple[Tensor, float] | None = None  # the estimate of the previous step, and its sigma
-    for step, (sigma, target) in enumerate(pairwise(_levels(sigmas, may_end_at_zero=False))):
+    previous: tuple[Tensor, float] | None = None  # estimate of the previous step, and its sigma
+    for sigma, target in pairwise(_levels(sigmas, may_end_at_zero=False)):
         denoised = denoise(x, sigma)
-        if before is None:
+        if previous is None:
             x = denoised + (target / sigma) * (x - denoised)
         else:
-            x = _two_estimates(x, sigma, target, denoised, *before)
-        before = denoised, sigma
-        if on_step is not None:
-            on_step(step, x, denoised)
+            x = _two_estimates(x, sigma, target, denoised, *previous)
+        previous = denoised, sigma
+        yield Stepped(x, denoised)
     return x
 
 
-def res_2mid(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None
-) -> Tensor:
+def res_2mid(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Steps:
     """Carry `x` from sigmas[0] to sigmas[-1] by the exponential midpoint rule, order 2.
 
     Args:
         denoise: called twice a step: at its start, and half way down in ln(sigma).
         x: any shape, float64 where the reference is to be matched.
         sigmas: (steps + 1,), falling, above 0.
-        on_step: called after each step, with the estimate half way.
 
     Raises:
         ValueError: the noise levels do not fall, or reach 0.
     """
-    for step, (sigma, target) in enumerate(pairwise(_levels(sigmas, may_end_at_zero=False))):
+    for sigma, target in pairwise(_levels(sigmas, may_end_at_zero=False)):
         denoised = denoise(x, sigma)
         middle = math.sqrt(sigma * target)
         half_way = denoise(denoised + (middle / sigma) * (x - denoised), middle)
         x = _two_estimates(x, sigma, target, denoised, half_way, middle)
-        if on_step is not None:
-            on_step(step, x, half_way)
+        yield Stepped(x, half_way)
     return x
+
+
+def _levels(sigmas: Tensor, *, may_end_at_zero: bool) -> list[float]:
+    levels: list[float] = sigmas.tolist()
+    falling = len(levels) > 1 and all(sigma > target for sigma, target in pairwise(levels))
+    if (
+        falling
+        and levels[0] < math.inf
+        and (levels[-1] > 0 or (may_end_at_zero and not levels[-1]))
+    ):
+        return levels
+    end = "0 or more" if may_end_at_zero else "a value above 0"
+    raise ValueError(f"sigmas {levels} do not fall, two values or more, to {end}")
+
+
+def _two_estimates(
+    x: Tensor, sigma: float, target: float, denoised: Tensor, other: Tensor, other_sigma: float
+) -> Tensor:
+    """State at `target`, from estimates at `sigma` (of `x`) and at `other_sigma`.
+
+    Between the two, the estimate is taken as linear in ln(sigma); the rest is integrated exactly.
+    """
+    h = math.log(sigma / target)
+    where = math.log(sigma / other_sigma) / h  # of the other estimate: 0 at sigma, 1 at target
+    phi1 = math.expm1(-h) / -h
+    b2 = (phi1 - 1) / -h / where
+    b1 = phi1 - b2
+    estimate = b1 * denoised.to(x.dtype) + b2 * other.to(x.dtype)
+    return (target / sigma) * x + h * estimate

@@ -33,7 +33,7 @@ from worldline.models.predict1_ar.model import (
     make_positions,
 )
 from worldline.nn.kv_cache import KVCache
-from worldline.sampling.logits import Sampling, draw
+from worldline.sampling.tokens import Sampling, draw
 
 MOST_CLIPS = 16  # that the kernels decode in step
 

@@ -18,7 +18,7 @@ from worldline.catalog import DECODERS
 from worldline.models.predict1_dit.model import DECODER_WINDOW, DiT
 from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
 from worldline.sampling.edm import SIGMA_DATA
-from worldline.sampling.windows import split_windows
+from worldline.sampling.tokens import split_windows
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.load import load_tokenizer

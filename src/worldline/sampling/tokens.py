@@ -1,0 +1,236 @@
+"""Tokens one after another: from logits to a draw, the loop, its noise, and windows of long clips.
+
+Source: nvidia-cosmos/cosmos-predict1 `autoregressive/utils/sampling.py` and
+`autoregressive/diffusion_decoder/utils.py`; nucleus sampling from arXiv 1904.09751.
+Axes: B batch, V vocabulary, C channels, T frames, H/W rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK = 32  # tokens whose noise travels to a GPU together, and between two reports of progress
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Rule by which a token is drawn.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token and ignores the rest.
+        top_p: the smallest set of likely tokens whose probability exceeds this stays; 1 keeps all.
+        top_k: as many of the likeliest tokens stay; None keeps all. Not together with top_p < 1.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.8
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature} is negative; 0 is greedy")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is outside (0, 1]")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k} is below 1")
+        if self.top_k is not None and self.top_p < 1:
+            raise ValueError("give top_k or top_p, not both")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Filtered distribution, most likely token first.
+
+    Args:
+        logits: (B, V), any floating dtype; equal logits keep the order of their ids.
+        sampling: not greedy.
+
+    Returns:
+        Probabilities (B, V), float32, falling, 0 where filtered out; and their token ids (B, V).
+    """
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    # float32: bf16 sums of 64,000 probabilities would end anywhere
+    probs = (ordered.float() / sampling.temperature).softmax(-1)
+    if sampling.top_k is not None:
+        # equal to the k-th largest stays too, as in the reference
+        kth = ordered[:, min(sampling.top_k, ordered.shape[1]) - 1, None]
+        probs = probs.masked_fill(ordered < kth, 0)
+    elif sampling.top_p < 1:
+        # strict: the token that crosses the threshold stays, so at least one always does
+        probs = probs.masked_fill(probs.cumsum(-1) - probs > sampling.top_p, 0)
+    return probs / probs.sum(-1, keepdim=True), ids
+
+
+def draw(logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> Tensor:
+    """One token id (B,), int64, for each row of `logits` (B, V).
+
+    Args:
+        logits: (B, V).
+        sampling: the rule.
+        noise: (B, V) float32, exponential with mean 1; probability / noise is largest at token i
+            with that token's probability. Needed unless greedy.
+    """
+    if sampling.greedy:
+        return logits.argmax(-1)
+    assert noise is not None
+    probs, ids = probabilities(logits, sampling)
+    return ids.gather(-1, (probs / noise).argmax(-1, keepdim=True)).squeeze(-1)
+
+
+class Decoder(Protocol):
+    """The loop's view of a model; B clips advance together."""
+
+    def start(self, prompt: Tensor, noise: Tensor | None) -> None:
+        """Read the prompt (B, P) and draw the first token after it."""
+
+    def step(self, noise: Tensor | None) -> None:
+        """Read the token drawn last and draw the next."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """Prompt and all tokens drawn so far (B, P + count)."""
+
+
+def decode(
+    decoder: Decoder, prompt: Tensor, count: int, noise: Iterator[Tensor] | None
+) -> Generator[int, None, Tensor]:
+    """Continue `prompt` by `count` tokens; yield now and then how many are drawn, at last all.
+
+    Args:
+        decoder: the model and its rule of sampling.
+        prompt: (B, P) ids, on the device of the model.
+        count: tokens to draw for each clip, 1 or more.
+        noise: one (B, V) tensor a token, on the device; None when the decoder is greedy.
+
+    Returns:
+        Prompt and drawn tokens (B, P + count).
+    """
+    previous: torch.cuda.Event | None = None
+    for index in range(count):
+        numbers = None if noise is None else next(noise)
+        if index == 0:
+            decoder.start(prompt, numbers)
+        else:
+            decoder.step(numbers)
+        at_end = index + 1 == count
+        if prompt.device.type != "cuda" or index == 0:
+            yield index + 1
+        elif (index + 1) % CHUNK == 0 or at_end:
+            # let the host run one chunk ahead, no more: the bar stays true and Ctrl-C is heard
+            event = torch.cuda.Event()
+            event.record()
+            if previous is not None:
+                previous.synchronize()
+            if at_end:
+                event.synchronize()
+            previous = event
+            yield index + 1
+    return decoder.tokens
+
+
+def draw_noise(
+    seeds: Sequence[int], vocabulary: int, count: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Yield, for each token, exponential noise (B, V), float32 on `device`, with mean 1.
+
+    Every clip has its own CPU generator, so its draws depend neither on the device nor on the
+    clips beside it. A GPU's noise is made and sent in a thread, ahead of its use.
+
+    Args:
+        seeds: one a clip.
+        vocabulary: V.
+        count: how many tokens will be drawn.
+        device: where the noise is used.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def fill(rows: Tensor, generator: torch.Generator) -> None:
+        for row in rows:  # (V,); one call a clip and token: a larger call would draw otherwise
+            row.exponential_(1, generator=generator)
+
+    if device.type != "cuda":
+        for _ in range(count):
+            noise = torch.empty(1, len(seeds), vocabulary)
+            for clip, generator in enumerate(generators):
+                fill(noise[:, clip], generator)
+            yield noise[0].to(device)
+        return
+    sizes = [min(CHUNK, count - at) for at in range(0, count, CHUNK)]
+    with torch.inference_mode(False):  # a mode of the caller's thread; others fill them
+        buffers = [torch.empty(CHUNK, len(seeds), vocabulary, pin_memory=True) for _ in range(2)]
+    sent: list[torch.cuda.Event | None] = [None, None]
+
+    def fill_free(number: int, clip: int) -> None:
+        event = sent[number % 2]
+        if event is not None:
+            event.synchronize()  # the buffer's last content is on the device
+        fill(buffers[number % 2][: sizes[number], clip], generators[clip])
+
+    # a thread a clip: 64,000 numbers take 1.4 ms, and a step of several clips not much longer
+    with ThreadPoolExecutor(len(seeds), "noise") as threads:
+
+        def begin(number: int) -> list[Future[None]]:
+            return [threads.submit(fill_free, number, clip) for clip in range(len(seeds))]
+
+        ahead = begin(0)
+        for number, size in enumerate(sizes):
+            for part in ahead:
+                part.result()
+            chunk = buffers[number % 2][:size].to(device, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            sent[number % 2] = event
+            if number + 1 < len(sizes):
+                ahead = begin(number + 1)
+            yield from chunk
+
+
+def split_windows(frames: Tensor, size: int, overlap: int) -> list[Tensor]:
+    """Windows of `size` frames of (B, T, ...), overlapping; the last is filled by reflection.
+
+    Windows begin every `size - overlap` frames while more than `overlap` frames remain.
+
+    Raises:
+        ValueError: the numbers make no windows.
+    """
+    if not 0 <= overlap < size:
+        raise ValueError(f"windows of {size} frames cannot overlap by {overlap}")
+    length = frames.shape[1]
+    windows = []
+    for start in range(0, max(1, length - overlap), size - overlap):
+        remaining = length - start
+        period = max(1, 2 * (remaining - 1))  # of 0 1 2 1 0 1 …, the ends being mirrors
+        order = [at % period for at in range(size)]
+        order = [at if at < remaining else period - at for at in order]
+        windows.append(frames[:, [start + at for at in order]])
+    return windows
+
+
+def blend_windows(windows: Sequence[Tensor], overlap: int) -> Tensor:
+    """Join (B, C, T, H, W) windows; each overlap fades linearly from the earlier to the later.
+
+    The weights of the later window run from 0 to 1, both ends included, so an overlap of one frame
+    takes the earlier window's.
+
+    Raises:
+        ValueError: a window is shorter than the overlap.
+    """
+    joined = windows[0]
+    for window in windows[1:]:
+        if overlap > min(joined.shape[2], window.shape[2]) or overlap < 0:
+            raise ValueError(f"windows of {window.shape[2]} frames cannot overlap by {overlap}")
+        weight = torch.linspace(0, 1, overlap, device=window.device, dtype=window.dtype)
+        weight = weight.view(1, 1, -1, 1, 1)
+        before = joined.shape[2] - overlap
+        seam = joined[:, :, before:] * (1 - weight) + window[:, :, :overlap] * weight
+        joined = torch.cat([joined[:, :, :before], seam, window[:, :, overlap:]], dim=2)
+    return joined
