@@ -19,7 +19,9 @@ if TYPE_CHECKING:
         InputError,
         InsufficientMemoryError,
     )
-    from worldline.world import Step, Video, World, load
+    from worldline.report import Step
+    from worldline.video.video import Video
+    from worldline.world import World, load
 
 __all__ = [
     "CheckpointError",
@@ -33,15 +35,19 @@ __all__ = [
     "load",
 ]
 
-# name -> module; imported on first use, so that `worldline --help` does not wait for torch
-_WORLD = ("Step", "Video", "World", "load")
+# imported when used, so that `worldline --help` does not wait for torch
+_MODULES = {
+    "Step": "worldline.report",
+    "Video": "worldline.video.video",
+    "World": "worldline.world",
+    "load": "worldline.world",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'worldline' has no attribute {name!r}")
-    module = "worldline.world" if name in _WORLD else "worldline.errors"
-    return getattr(import_module(module), name)
+    return getattr(import_module(_MODULES.get(name, "worldline.errors")), name)
 
 
 def __dir__() -> list[str]:

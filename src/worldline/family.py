@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from worldline.locate import Place
     from worldline.memory import Stage
     from worldline.report import Recorder, Step
+    from worldline.shapes import VideoShape
     from worldline.video.read import Clip
 
 # name -> package; the first whose `recognise` knows a transformer's tensors opens it
@@ -80,6 +81,7 @@ class Part:
         open: opens it beside the parts that are opened already; None where the model has none.
         option: load option that names another folder; "" for none.
         optional: whether a model opens without it: a request that needs it is refused instead.
+        disable: load option that leaves it out; "" for none.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Part:
     open: Callable[[Opened], OpenedPart | None]
     option: str = ""
     optional: bool = False
+    disable: str = ""
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,7 @@ class Family:
         generate: a request -> steps, the last of which carries all frames.
         presets: catalog entry -> parts of a released model, for its memory plan.
         guardrails: opened model -> name of its set of guardrails.
+        video: size of a request's video.
         unused: fields of a request without effect -> why.
         report: family's own entries of a video's report.
         notes: what is worth logging about an allowed request.
@@ -211,6 +215,7 @@ class Family:
     generate: Callable[[Parts, Clip | None, Any, Recorder], Iterator[Step]]
     presets: Callable[[Any], dict[str, OpenedPart]]
     guardrails: Callable[[Opened], str]
+    video: Callable[[Opened, Any], VideoShape] = lambda opened, request: request.video
     unused: Callable[[Opened, Any], dict[str, str]] = _unused
     report: Callable[[Parts, Any, Recorder], dict[str, Any]] = _no_report
     notes: Callable[[Opened, Any], list[str]] = lambda opened, request: []
@@ -237,6 +242,14 @@ def load_family(name: str) -> Family:
 def requests_of(name: str) -> Any:
     """The module that describes a family's requests, options and commands; needs no torch."""
     return import_module(f"{FAMILIES[name]}.request")
+
+
+def command_family(command: str) -> str | None:
+    """Name of the family that a released command belongs to."""
+    for name in FAMILIES:
+        if any(each.name == command for each in requests_of(name).COMMANDS):
+            return name
+    return None
 
 
 @dataclass(frozen=True)
@@ -365,4 +378,3 @@ def refuse_unless_equal(first: Any, a: str, second: Any, b: str) -> None:
             f"{first.path} has {left} {a.replace('_', ' ')}, {second.path} expects {right}: they "
             "do not belong together"
         )
-

@@ -15,10 +15,11 @@ from worldline.errors import CheckpointError
 from worldline.family import Compute, Opened
 from worldline.files import GIGABYTE
 from worldline.guardrails.base import Guardrails
-from worldline.guardrails.load import find_folder, load_guardrails
+from worldline.guardrails.load import find_folder, find_repository, load_guardrails
+from worldline.parallel.offload import Part
 from worldline.report import Recorder, Step
 from worldline.request import Request
-from worldline.text.upsampler import PromptUpsampler, load_prompt_upsampler
+from worldline.text.upsampler import PIXTRAL, Upsampler, applies, load_upsampler
 from worldline.video.read import Clip
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,41 @@ _LICENCE = (
 )
 
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class PromptUpsampler:
+    """A prompt upsampler on its device, or waiting in host memory."""
+
+    upsampler: Upsampler
+    part: Part[Any]
+
+    @property
+    def name(self) -> str:
+        return self.upsampler.name
+
+    @property
+    def offload(self) -> bool:
+        return self.part.offload
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.part.module.parameters())
+
+    def write(self, request: Request, clip: Clip | None) -> str:
+        """The prompt to use in place of a request's, of the last frame of its clip where it has none."""
+        frame = None if clip is None else clip.frames[-1]
+        with self.part.on_device():
+            return self.upsampler.write(request.prompt, frame, request.seed)
+
+
 @dataclass(frozen=True)
 class Guards:
     """What runs around the requests of one model.
 
     Attributes:
+        opened: the model.
         loading: seconds and memory that loading took.
         guardrails: None where none run.
         release: name of their set; None where none run.
@@ -41,6 +72,7 @@ class Guards:
         upsampler: None where prompts are used as they are.
     """
 
+    opened: Opened
     loading: Recorder
     guardrails: Guardrails | None = None
     release: str | None = None
@@ -93,26 +125,22 @@ class Checks:
     recorder: Recorder
     upsampled: bool = False
 
-    def before(
-        self, request: Request, clip: Clip | None
-    ) -> Generator[Step, None, Request]:
+    def before(self, request: Request, clip: Clip | None) -> Generator[Step, None, Request]:
         """Check the prompt, rewrite it, check it again; return the request to make.
 
         Raises:
             GuardrailRefusal: the prompt is refused.
         """
-        embedded = getattr(request, "prompt_embeddings", None) is not None
-        if self.guardrails is not None and embedded:
+        if self.guardrails is not None and request.prompt_embeddings is not None:
             logger.warning("no guardrail checks the prompt: its embedding is given")
         if request.prompt is not None:
             yield from self._check_prompt(request.prompt, "prompt")
         upsampler = self.guards.upsampler
-        if upsampler is None or embedded or not upsampler.applies(request.prompt):
+        if upsampler is None or not rewrites(self.guards.opened, request):
             return request
         yield Step("upsample", 0, 1)
         with self.recorder.stage("upsample"):
-            frame = None if clip is None else clip.frames[-1]
-            prompt = upsampler.write(request.prompt, frame, request.seed)
+            prompt = upsampler.write(request, clip)
         self.upsampled = True
         yield from self._check_prompt(prompt, "upsampled prompt")
         return request.model_copy(update={"prompt": prompt})
@@ -124,9 +152,7 @@ class Checks:
         with self.recorder.stage("guardrail"):
             self.guardrails.check_prompt(prompt, subject)
 
-    def after(
-        self, frames: NDArray[np.uint8]
-    ) -> Generator[Step, None, NDArray[np.uint8]]:
+    def after(self, frames: NDArray[np.uint8]) -> Generator[Step, None, NDArray[np.uint8]]:
         """Check a video; return it with faces blurred.
 
         Raises:
@@ -167,6 +193,19 @@ def upsamples(opened: Opened) -> bool:
     return not (opened.bundled if disabled is None else disabled)
 
 
+def rewrites(opened: Opened, request: Any) -> bool:
+    """Whether the prompt upsampler writes the prompt of a request."""
+    if opened.family.upsampler is None or not upsamples(opened):
+        return False
+    describes, _ = opened.family.upsampler(opened)
+    return applies(
+        request.prompt,
+        describes=describes,
+        embedded=request.prompt_embeddings is not None,
+        word_limit=opened.options.word_limit_to_skip_upsampler,
+    )
+
+
 def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> Guards:
     """Load guardrails and prompt upsampler; before the model, so that nothing runs without them.
 
@@ -193,17 +232,18 @@ def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> G
         except CheckpointError as error:
             problems.append(str(error))
     if upsample and upsamples(opened):
-        assert opened.family.upsampler is not None
         try:
             with recorder.stage("load prompt upsampler"):
-                upsampler = load_prompt_upsampler(
-                    opened.family.upsampler(opened), opened.place, opened.options, compute.device
-                )
-        except CheckpointError as error:
-            problems.append(str(error))
+                upsampler = _load_upsampler(opened, compute)
+        except (CheckpointError, OSError, ImportError) as error:
+            flag = "disable_prompt_upsampler"
+            problems.append(
+                f"the prompt upsampler cannot load: {error}; `worldline checkpoints download "
+                f"{opened.folder.name}` fetches it, --{flag} (in Python {flag}=True) runs without"
+            )
     if problems:
         raise CheckpointError("; and ".join(problems))
-    return Guards(recorder, guardrails, release, None if release else why, upsampler)
+    return Guards(opened, recorder, guardrails, release, None if release else why, upsampler)
 
 
 def _load_guardrails(opened: Opened, compute: Compute, release: str) -> Guardrails:
@@ -217,12 +257,37 @@ def _load_guardrails(opened: Opened, compute: Compute, release: str) -> Guardrai
         flag=f"--{flag} (in Python {flag}=True)",
         guardrail_dir=None if folder is None else Path(folder),
         device=compute.device,
-        text="prompt" in opened.family.request.model_fields,
+        text="text" in opened.parts or "text" in opened.missing,
         offload=options.offload_guardrail_models,
     )
     names = (guard.name for guard in (*guardrails.text, *guardrails.video, *guardrails.filters))
     logger.info("guardrails: %s", ", ".join(names))
     return guardrails
+
+
+def _load_upsampler(opened: Opened, compute: Compute) -> PromptUpsampler:
+    place, options = opened.place, opened.options
+    assert place is not None
+    assert opened.family.upsampler is not None
+    describes, names = opened.family.upsampler(opened)
+    if options.prompt_upsampler_dir is not None:
+        folder = place.chosen(options.prompt_upsampler_dir, "prompt_upsampler_dir")
+    elif (found := place.below(names)) is not None:
+        folder = found
+    else:
+        raise CheckpointError(f"neither {' nor '.join(names)} is in {place.searched}")
+    tokenizer = None
+    if describes and not any((folder / name).is_file() for name in _TOKENIZERS):  # the released conversion has none
+        tokenizer = find_repository(PIXTRAL, place.roots)
+    offload = options.offload_prompt_upsampler
+    logger.info("reading %s", folder)
+    upsampler = load_upsampler(
+        folder,
+        describes=describes,
+        device="cpu" if offload else compute.device,
+        tokenizer_folder=tokenizer,
+    )
+    return PromptUpsampler(upsampler, Part(upsampler.network, compute.device, offload=offload))
 
 
 def _has_guardrails(root: Path) -> bool:

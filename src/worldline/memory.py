@@ -294,4 +294,3 @@ def device_memory(device: torch.device) -> Memory | None:
     if device.type == "cuda":
         return Memory(*torch.cuda.mem_get_info(device))
     return host_memory()
-

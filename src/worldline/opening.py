@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from worldline.catalog import BUNDLED_PREFIX
+from worldline.catalog import BUNDLED_PREFIX, Entry
 from worldline.errors import CheckpointError, InputError
 from worldline.family import (
     FAMILIES,
@@ -24,12 +24,14 @@ from worldline.family import (
     Opened,
     Part,
     Parts,
+    command_family,
     load_family,
     refuse_unless_equal,
     requests_of,
 )
 from worldline.files import TRANSFORMER_FILES, holds_diffusers, read_json, unfinished
-from worldline.memory import Plan, Stage, Weights, count_parameters, workspace
+from worldline.memory import Fit, Memory, Plan, Stage, Weights, count_parameters, workspace
+from worldline.models.predict1_ar.weights import SHARDS
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import BlockPlan, StreamedPart
 from worldline.parallel.offload import Part as LoadedPart
@@ -197,7 +199,9 @@ def open_transformer(path: Path) -> tuple[Path, Checkpoint]:
             if (folder / name).is_file():
                 return folder / name, _open_file(folder / name)
         if parts := sorted(folder.glob("diffusion_pytorch_model-*.safetensors")):
-            raise CheckpointError(f"{folder}: it holds {parts[0].name} without {DIFFUSERS_FILES[1]}")
+            raise CheckpointError(
+                f"{folder}: it holds {parts[0].name} without {DIFFUSERS_FILES[1]}"
+            )
     raise CheckpointError(
         f"{path}: it holds no transformer (model.pt, model.safetensors, model_model_mp_*.pt, "
         f"iter_*.pt or transformer/{DIFFUSERS_FILES[0]}){unfinished(path)}"
@@ -376,9 +380,7 @@ def plan(
         guardrail_bytes: of the largest guardrail that comes to the device when it is used.
     """
     family = opened.family
-    stages = [
-        stage for request in requests for stage in family.stages(opened, request, compute)
-    ]
+    stages = [stage for request in requests for stage in family.stages(opened, request, compute)]
     if guardrail_bytes:
         stages.append(Stage("guardrail", "", guardrail_bytes))
     used = {stage.uses for stage in stages}
@@ -415,3 +417,25 @@ def load_parts(opened: Opened, compute: Compute, recorder: Recorder) -> Parts:
         }
     return Parts(opened, compute, loaded)
 
+
+def fit_released(entry: Entry, compute: Compute, memory: Memory | None) -> Fit | None:
+    """How a released model fits, with the fewest flags; None where no command runs it.
+
+    Parts are left out, by the flags that disable them, where it fits only so.
+    """
+    name = command_family(entry.command)
+    if name is None:
+        return None
+    family = load_family(name)
+    options = family.options.parse({})
+    opened = Opened(family, entry.name, None, options, parts=family.presets(entry))
+    request = family.request.parse({})
+    found = plan(opened, [request], compute).fit(compute.device, memory)
+    disabled = {part.name: part.disable for part in family.parts if part.disable}
+    if found.fits is not False or not disabled:
+        return found
+    parts = {name: part for name, part in opened.parts.items() if name not in disabled}
+    bare = plan(replace(opened, parts=parts), [request], compute).fit(compute.device, memory)
+    if not bare.fits:
+        return found
+    return replace(bare, flags=(*dict.fromkeys(disabled.values()), *bare.flags))

@@ -81,6 +81,8 @@ def find_place(model: str | Path, checkpoint_dir: str | Path) -> Place:
     Raises:
         CheckpointError: there is none.
     """
+    if (released := find_flow_model(str(model))) is not None:
+        return _find_released(released, Path(checkpoint_dir))
     if not is_bundled(str(model)):
         named = find_model(Path(model), Path(checkpoint_dir))
         folder = named.parent if named.is_file() else named

@@ -169,7 +169,8 @@ class Request(Options):
     NO_EFFECT: ClassVar[frozenset[str]] = frozenset({"preview_every"})
     INPUT_FRAMES: ClassVar[Mapping[str, int]] = {"image": 1, "video": 1}
 
-    prompt: Prompt | None = None
+    prompt: Prompt | None = Field(None, description="What the video shows, in a paragraph.")
+    prompt_embeddings: Embedding = None
     seed: Seed = 1
     num_input_frames: int = 0
 
@@ -196,7 +197,9 @@ class Request(Options):
         request = cls.parse({**frames, **defaults, **stated}, name)
         given, called = request.num_input_frames, name("num_input_frames")
         if kind is None and given:
-            raise InputError(f"{called} is {given}, but there is no input; give one, or leave it out")
+            raise InputError(
+                f"{called} is {given}, but there is no input; give one, or leave it out"
+            )
         if kind is not None and not given:
             raise InputError(f"{called} is 0, but there is an input; give 1 or more")
         if kind == "image" and given > 1:
@@ -219,7 +222,6 @@ class VideoRequest(Request):
     negative_prompt: Text | None = Field(
         NEGATIVE_PROMPT, description="What the video does not show; empty for none."
     )
-    prompt_embeddings: Embedding = None
     negative_prompt_embeddings: Embedding = None
     num_steps: Steps = 35
     guidance: Guidance = 7.0
@@ -262,9 +264,7 @@ class LoadOptions(Options):
     dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = Field(
         None, description="Precision of the networks.  [default: bfloat16 on a GPU, else float32]"
     )
-    num_gpus: OneGpu = Field(
-        1, description="GPUs to run on; 1 in this version."
-    )
+    num_gpus: OneGpu = Field(1, description="GPUs to run on; 1 in this version.")
     disable_guardrail: bool | None = Field(
         None, description="Do not check prompt and video. Bundled models have no guardrails."
     )

@@ -20,8 +20,8 @@ from PIL import Image
 from worldline.errors import GuardrailRefusal, InputError, joined_stages
 from worldline.family import FAMILIES, Compute, Opened, Parts, requests_of
 from worldline.files import stamp
-from worldline.inputs import Input, InputType, describe, kind_of, read_clip
 from worldline.guards import Checks, Guards, load_guards, release_of, rewrites
+from worldline.inputs import Input, InputType, describe, kind_of, read_clip
 from worldline.memory import refuse_frames
 from worldline.opening import choose_compute, load_parts, open_world, plan
 from worldline.places import find_place
@@ -31,6 +31,7 @@ from worldline.video.read import Clip
 from worldline.video.video import Video
 
 logger = logging.getLogger(__name__)
+
 
 def load(name: str | PathLike[str], **options: Any) -> World:
     """Load a world model.
@@ -56,7 +57,11 @@ def load(name: str | PathLike[str], **options: Any) -> World:
 
 
 def load_world(
-    opened: Opened, requests: Sequence[Request], compute: Compute | None = None, *, upsample: bool = True
+    opened: Opened,
+    requests: Sequence[Request],
+    compute: Compute | None = None,
+    *,
+    upsample: bool = True,
 ) -> World:
     """Load an opened model with room for the largest of some requests.
 
@@ -215,12 +220,13 @@ class World:
         """
         if input_type not in ("image", "video", None):
             raise InputError(f"input_type is {input_type!r}; it must be 'image' or 'video'")
-        kind = None if input is None else input_type or kind_of(input)
+        kind, opened = None if input is None else input_type or kind_of(input), self.opened
         if request is None:
-            family, defaults = self.opened.family, self.opened.defaults
-            request = family.check(self.opened, family.request.make(options, defaults, kind))
-        refuse_frames(request.video, guarded=self.guards.checks_videos)
-        for note in self.opened.family.notes(self.opened, request):
+            request = opened.family.request.make(options, opened.defaults, kind)
+            request = opened.family.check(opened, request)
+        family = opened.family
+        refuse_frames(family.video(opened, request), guarded=self.guards.checks_videos)
+        for note in family.notes(opened, request):
             if note not in self._notes:  # once for a batch
                 logger.info("%s", note)
             self._notes.add(note)

@@ -1,10 +1,11 @@
-"""`worldline doctor`: what this machine has, and which worlds fit."""
+"""`worldline doctor`: what this machine has, and which models fit."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import click
 
@@ -18,7 +19,7 @@ _DECODERS = ("h264", "hevc", "vp9", "av1", "mpeg4", "gif")
 def doctor() -> None:
     """Report what this machine can run.
 
-    That is Python, torch, GPUs, attention, codecs, free memory, and which models fit.
+    It lists Python, torch, GPUs, attention, codecs, free memory, and the models that fit.
     """
     for topic, finding in _findings():
         click.echo(f"{topic:<12} {finding}")
@@ -48,7 +49,7 @@ def _installed(package: str, otherwise: str) -> str:
 def _devices() -> Iterator[tuple[str, str]]:
     import torch
 
-    from worldline.machine import host_memory
+    from worldline.memory import host_memory
 
     host = host_memory()
     free = f", {_gigabytes(host.free)} of {_gigabytes(host.total)} free" if host else ""
@@ -71,8 +72,6 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _attention() -> list[str]:
     import torch
 
-    from worldline.models.predict1_ar.decoder import has_triton
-
     if not torch.cuda.is_available():
         return ["torch SDPA on the CPU (prompt), matrix products (decoding)"]
     backends = torch.backends.cuda
@@ -86,7 +85,9 @@ def _attention() -> list[str]:
         )
         if enabled
     ]
-    decoding = ["Triton, split keys (decoding)" if has_triton() else "matrix products (decoding)"]
+    decoding = [
+        "Triton, split keys (decoding)" if find_spec("triton") else "matrix products (decoding)"
+    ]
     return [*decoding, f"torch SDPA ({', '.join(found)})"]
 
 
@@ -114,23 +115,23 @@ def _codecs() -> Iterator[tuple[str, str]]:
 
 def _fits() -> Iterator[tuple[str, str]]:
     from worldline.catalog import ENTRIES
-    from worldline.loading import choose_device, fit_entry
-    from worldline.machine import device_memory
+    from worldline.memory import device_memory
+    from worldline.opening import choose_compute, fit_released
     from worldline.places import bundled_names
+    from worldline.request import LoadOptions
 
     for name in bundled_names():
         yield "fits", f"{name} (bundled)"
-    device = choose_device(None)
-    memory = device_memory(device)
+    compute = choose_compute(LoadOptions.parse({}))
+    device, memory = compute.device, device_memory(compute.device)
     for entry in ENTRIES:
-        found = fit_entry(entry, device, memory)
-        if found is None:
+        fit = fit_released(entry, compute, memory)
+        if fit is None:
             continue
-        need = f"about {_gigabytes(found.need)} of {device.type} memory"
-        flags = "".join(f" with --{flag}" for flag in found.flags)
-        if found.fits is False:
-            have = _gigabytes(memory.free) if memory else "?"
-            yield "too large", f"{entry.name}: needs {need}{flags}, {have} are free"
+        need = f"about {_gigabytes(fit.need)} of {device.type} memory"
+        flags = "".join(f" with --{flag}" for flag in fit.flags)
+        if fit.fits is False:
+            yield "too large", f"{entry.name}: needs {need}{flags}, {memory}"
         else:
             yield "fits", f"{entry.name}: {need}{flags}"
 

@@ -73,7 +73,9 @@ class GenerateFlags(Options):
         description="File of the video: .mp4, .mov, .mkv, .webm or .gif.",
         json_schema_extra={"short": "-o"},
     )
-    resume: bool = Field(False, description="Keep a video that an earlier run made in the same way.")
+    resume: bool = Field(
+        False, description="Keep a video that an earlier run made in the same way."
+    )
 
 
 class One:
@@ -88,9 +90,7 @@ class One:
     def __init__(self, input: str | None) -> None:
         self.input = input
 
-    def read(
-        self, flags: GenerateFlags, stated: Mapping[str, Any]
-    ) -> tuple[list[Item], list[str]]:
+    def read(self, flags: GenerateFlags, stated: Mapping[str, Any]) -> tuple[list[Item], list[str]]:
         path = None if self.input is None else Path(self.input)
         label = str(path) if path else label_of(str(stated.get("prompt", "embeddings")))
         kind = None if path is None else media_kind(path)
@@ -123,7 +123,9 @@ def command_of(world: str, words: Sequence[str]) -> click.Command:
     from worldline.places import find_place
 
     roots = [v for n, v in pairwise(words) if n.replace("-", "_") == "__checkpoint_dir"]
-    roots += [w.partition("=")[2] for w in words if w.replace("-", "_").startswith("__checkpoint_dir=")]
+    roots += [
+        w.partition("=")[2] for w in words if w.replace("-", "_").startswith("__checkpoint_dir=")
+    ]
     family, defaults = read_family(find_place(world, roots[0] if roots else "checkpoints"))
 
     @click.pass_context

@@ -56,9 +56,7 @@ class MediaFlags(PromptFlags):
 class TypedFlags(MediaFlags):
     """Flags of `autoregressive base`."""
 
-    input_prompts_path: str | None = Field(
-        None, description="Another name of --batch_input_path."
-    )
+    input_prompts_path: str | None = Field(None, description="Another name of --batch_input_path.")
     input_type: Literal["image", "video"] = Field("video", description="Kind of all inputs.")
 
 
@@ -139,9 +137,7 @@ class Lines:
             raise InputError(f"{path}: it has no input; give a JSONL or a folder of media")
         return items, problems
 
-    def _entry(
-        self, line: str, file: Path, unread: set[str]
-    ) -> tuple[Path | None, str | None]:
+    def _entry(self, line: str, file: Path, unread: set[str]) -> tuple[Path | None, str | None]:
         """File and prompt of a line; names of other fields are added to `unread`."""
         try:
             entry = json.loads(line)

@@ -258,7 +258,9 @@ def make(opened: Opened, tasks: Sequence[Task], *, resume: bool, keep_going: boo
             return
     offloaded = sorted(opened.options.offloaded)
     with memory_advice(opened):
-        world, size = load(opened, tasks, compute, upsample=any(rewrites(opened, t.request) for t in tasks))
+        world, size = load(
+            opened, tasks, compute, upsample=any(rewrites(opened, t.request) for t in tasks)
+        )
     if offloaded and world.device.type == "cpu":
         logger.info("%s: no effect on the CPU", ", ".join(f"--{name}" for name in offloaded))
     logger.info("%s", describe_world(world))
@@ -298,6 +300,7 @@ def load(
     """The loaded world, and how many clips it computes in step."""
     from dataclasses import replace
 
+    from worldline.guards import release_of
     from worldline.memory import device_memory, refuse_frames
     from worldline.opening import plan
     from worldline.world import load_world
@@ -318,10 +321,12 @@ def load(
             size -= 1
     compute = replace(compute, batch_size=size)
     beside = plan(opened, requests, compute).peak() if compute.device.type == "cpu" else 0
+    guarded = release_of(opened) is not None
     problems = []
     for task in tasks:
         try:
-            refuse_frames(task.request.video, clips=size, guarded=True, beside=beside)
+            video = opened.family.video(opened, task.request)
+            refuse_frames(video, clips=size, guarded=guarded, beside=beside)
         except InsufficientMemoryError as error:
             problems.append(f"{task.item.place}: {error}" if task.item.place else str(error))
     if problems:
@@ -339,9 +344,7 @@ def is_finished(task: Task, opened: Opened, compute: Compute) -> bool:
         return False
     try:
         report = json.loads(output.with_suffix(".json").read_text())
-        same = report["fingerprint"] == fingerprint(
-            opened, compute, task.request, task.item.input
-        )
+        same = report["fingerprint"] == fingerprint(opened, compute, task.request, task.item.input)
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
@@ -377,7 +380,9 @@ def memory_advice(opened: Opened) -> Iterator[None]:
         flags = [name for name in opened.family.flags if name not in opened.options.offloaded]
         advice = f"; add {' '.join(f'--{name}' for name in flags)}" if flags else ""
         # on the host, offloading would need more
-        raise Error(f"out of memory: {detail}{'' if isinstance(error, MemoryError) else advice}") from error
+        raise Error(
+            f"out of memory: {detail}{'' if isinstance(error, MemoryError) else advice}"
+        ) from error
 
 
 class Groups:

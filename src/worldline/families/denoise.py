@@ -10,31 +10,31 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worldline.errors import InputError
-from worldline.family import Parts
-from worldline.nn.attention import backend_name
-from worldline.nn.dit import DiTSizes
-from worldline.report import Recorder, Step
-from worldline.request import VideoRequest
+from worldline.pipelines.prompts import TRUNCATION
+from worldline.pipelines.requests import VideoRequest
+from worldline.pipelines.step import Step
+from worldline.report import Recorder
 from worldline.sampling.solvers import Stepped
-from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
-from worldline.text.embeddings import given_embeddings
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.video.convert import signed_to_uint8
+
+if TYPE_CHECKING:
+    from worldline.loading.parts import DenoisingParts, TextPart
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Frames = NDArray[np.uint8]  # (T, H, W, 3)
+Preview = Callable[[Tensor], Frames]  # of latents (1, C, T, H, W)
 STEP_SECONDS = "seconds_of_steps"  # fact of a recorder, and entry of a report
 
 
@@ -165,24 +165,27 @@ def log_result(name: str, x: Tensor) -> None:
 
 
 def encode_prompts(
-    text: Any | None, prompts: Mapping[str, str], given: Embeddings, recorder: Recorder
+    text: TextPart[Any] | None,
+    prompts: Mapping[str, str],
+    embeddings: Embeddings,
+    recorder: Recorder,
 ) -> tuple[Tensor, Tensor | None]:
     """Embeddings (1, S, E) of prompt and negative prompt; None for an absent negative one.
 
     Args:
         text: the text encoder; None where there are no prompts to encode.
         prompts: those to encode, by the names "prompt" and "negative_prompt".
-        given: embeddings in place of the others.
+        embeddings: in place of the others.
         recorder: receives how prompts were truncated.
     """
-    found = {"prompt": given.prompt, "negative_prompt": given.negative}
+    tensors = {"prompt": embeddings.prompt, "negative_prompt": embeddings.negative}
     if prompts:
         assert text is not None
         encoded = text.embed(list(prompts.values()))
-        found |= {name: encoded[words] for name, words in prompts.items()}
+        tensors |= {name: encoded[words] for name, words in prompts.items()}
         recorder.facts["prompt_truncation"] = text.truncations(prompts)
     prompt, negative = (
-        one[None] if one is not None and one.ndim == 2 else one for one in found.values()
+        one[None] if one is not None and one.ndim == 2 else one for one in tensors.values()
     )
     assert prompt is not None
     log_result("text", prompt)
@@ -194,8 +197,8 @@ def encode_inputs(
     request: VideoRequest,
     recorder: Recorder,
     encode_frames: Callable[[Any], Tensor],
-) -> Generator[Step, None, tuple[Tensor | None, Tensor | None]]:
-    """Latents of the known frames, and the colours of previews; None for what a request has not.
+) -> Generator[Step, None, tuple[Tensor | None, Preview | None]]:
+    """Latents of the known frames, and what makes previews; None where a request has none.
 
     Args:
         parts: the networks.
@@ -207,13 +210,14 @@ def encode_inputs(
         return None, None
     yield Step("encode", 0, 1)
     with stage(recorder, "encode"), parts.tokenizer.on_device() as tokenizer:
-        known = colours = None
+        known = preview = None
         if request.num_input_frames:
             known = encode_frames(tokenizer)
             log_result("encode", known)
         if request.preview_every:
-            colours = parts.colours
-        return known, colours
+            spatial = parts.opened["tokenizer"].config.spatial
+            preview = partial(preview_frames, colours=parts.colours, spatial=spatial)
+        return known, preview
 
 
 def condition_mask(noise: Tensor, known: Tensor | None) -> Tensor:
@@ -249,8 +253,8 @@ def report(
     total: int,
     *,
     before: int = 0,
-    preview_every: int = 0,
-    preview: Callable[[Tensor], Frames] | None = None,
+    preview_every: int = 1,
+    preview: Preview | None = None,
 ) -> Generator[Step, None, Result]:
     """Run a sampler, yielding a `Step` before the first and after each of its steps.
 
@@ -259,8 +263,8 @@ def report(
         recorder: receives the seconds of each step.
         total: steps of the whole request.
         before: of these, steps before this sampler's.
-        preview_every: steps between previews; 0 is no previews.
-        preview: estimate of the clean latents -> its preview.
+        preview_every: steps between previews, where there are any.
+        preview: makes them of the estimate of the clean latents.
 
     Returns:
         What the sampler returns.
@@ -280,7 +284,7 @@ def report(
         seconds.append(round(time.perf_counter() - started, 4))
         made += 1
         look = None
-        if preview is not None and preview_every and made % preview_every == 0:
+        if preview is not None and made % preview_every == 0:
             look = preview(denoised.float())
         yield Step("denoise", before + made, total, preview=look)
 
@@ -340,7 +344,7 @@ def decode(
 
 
 def rounded(statistics: LatentStatistics, dtype: torch.dtype) -> LatentStatistics:
-    """Statistics with their values rounded to the tokenizer's dtype, as in the released pipelines."""
+    """Statistics rounded to the tokenizer's dtype, as in the released pipelines."""
     return replace(
         statistics,
         **{name: tensor.to(dtype).float() for name, tensor in statistics.tensors().items()},

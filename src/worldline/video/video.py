@@ -1,4 +1,4 @@
-"""What a world gives: steps, and at last a video."""
+"""A finished video and its report."""
 
 from __future__ import annotations
 
@@ -84,25 +84,3 @@ def _alone_in(folder: Path) -> Iterator[None]:
     finally:
         if opened is not None:
             os.close(opened)
-
-
-@dataclass(frozen=True)
-class Step:
-    """Progress of a request.
-
-    Attributes:
-        kind: what is being done: "guardrail", "upsample", "text", "encode", "tokens", "denoise",
-            "decode" or "done".
-        done: how much of it.
-        total: of how much.
-        frames: pixels that are final, uint8 (T, H, W, 3), where there are new ones.
-        preview: a cheap early look, where there is one.
-        video: the result; of the last step alone.
-    """
-
-    kind: str
-    done: int
-    total: int
-    frames: NDArray[np.uint8] | None = None
-    preview: NDArray[np.uint8] | None = None
-    video: Video | None = None

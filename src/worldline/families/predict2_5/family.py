@@ -20,14 +20,13 @@ from worldline.catalog import FLOW_MODELS, FLOW_TOKENIZER, Entry, FlowModel
 from worldline.errors import CheckpointError, InputError
 from worldline.families.denoise import (
     Embeddings,
-    Frames,
+    attention_entries,
     condition_mask,
     conditioned,
     decode,
     encode_inputs,
     encode_prompts,
     log_result,
-    preview_frames,
     read_embeddings,
     refuse_size,
     report,
@@ -81,7 +80,7 @@ class FlowNetwork(Network):
 
 def open_transformer(opened: Opened) -> FlowNetwork:
     """The transformer in either layout."""
-    files = open_flow_dit(opened.source, opened.settings)
+    files = open_flow_dit(opened.source.path, opened.settings)
     schedule, known_timestep = _schedule(opened, files.layout, files.config)
     return FlowNetwork(
         FlowDiT,
@@ -94,9 +93,7 @@ def open_transformer(opened: Opened) -> FlowNetwork:
     )
 
 
-def _schedule(
-    opened: Opened, layout: str, config: FlowDiTConfig
-) -> tuple[Schedule, float | None]:
+def _schedule(opened: Opened, layout: str, config: FlowDiTConfig) -> tuple[Schedule, float | None]:
     """Schedule and timestep of input frames: as chosen, stated, released, or else "shifted"."""
     assert opened.place is not None
     chosen = opened.options.schedule or opened.settings.get("schedule")
@@ -303,7 +300,9 @@ def notes(opened: Opened, request: FlowRequest) -> list[str]:
         found.append(f"{frames} frames at once; the models were trained on {TRAINED_FRAMES}")
     if (request.height, request.width) not in TRAINED_SIZES:
         known = ", ".join(f"{height} x {width}" for height, width in TRAINED_SIZES)
-        found.append(f"{request.height} x {request.width} pixels; the models were trained on {known}")
+        found.append(
+            f"{request.height} x {request.width} pixels; the models were trained on {known}"
+        )
     if request.fps != TRAINED_FPS:
         found.append(f"fps is {request.fps:g}; the models move at {TRAINED_FPS} all the same")
     return found
@@ -348,12 +347,11 @@ def generate(
     Raises:
         InputError: the clip is absent or too short.
     """
-    opened = parts.opened
-    given, windows = read_embeddings(request, parts.config.feature_width), cut_windows(opened, request)
+    embeddings, windows = embeddings or Embeddings(), cut_windows(parts.files, request)
 
     yield Step("text", 0, 1)
     with stage(recorder, "text"):
-        context = encode_prompts(parts.text, prompts_to_encode(request, given), given, recorder)
+        context = encode_prompts(parts.text, to_encode(request, embeddings), embeddings, recorder)
 
     count = count_steps(opened, request) * len(windows)
     # all at once, as long as they are: to join pieces would hold a long video twice
@@ -388,8 +386,8 @@ def denoise_window(
         context: embeddings of prompt and negative prompt.
         count: steps of all windows.
     """
-    files, request = parts.files, window.request
-    rules, tokenizer = files.rules, files.tokenizer_config
+    opened, request = parts.opened, window.request
+    network, tokenizer = opened["transformer"], opened["tokenizer"].config
     grid = request.video.latent(tokenizer.temporal, tokenizer.spatial)
     known, preview = yield from encode_inputs(
         parts, request, recorder, lambda coder: encode_frames(coder, clip, request)
@@ -441,13 +439,13 @@ FAMILY = Family(
     options=FlowOptions,
     recognise=recognise,
     parts=(
-        Part("text", "offload_text_encoder", open_encoder, option="text_encoder_dir", optional=True),
+        Part(
+            "text", "offload_text_encoder", open_encoder, option="text_encoder_dir", optional=True
+        ),
         Part("tokenizer", "offload_tokenizer", open_tokenizer, option="tokenizer_dir"),
         Part("transformer", "offload_diffusion_model", open_transformer),
     ),
-    agree=(
-        ("tokenizer", "latent_channels", "transformer", "latent_channels"),
-    ),
+    agree=(("tokenizer", "latent_channels", "transformer", "latent_channels"),),
     check=refuse,
     stages=stages,
     generate=generate,

@@ -16,7 +16,9 @@ Schedule = Literal["karras", "shifted"]
 
 def _one_plus_4k(frames: int) -> int:
     if frames and (frames - 1) % 4:
-        raise ValueError(f"it is {frames}; give 1 + 4k, such as {max(1, 1 + 4 * round((frames - 1) / 4))}")
+        raise ValueError(
+            f"it is {frames}; give 1 + 4k, such as {max(1, 1 + 4 * round((frames - 1) / 4))}"
+        )
     return frames
 
 
@@ -36,7 +38,8 @@ class FlowRequest(VideoRequest):
         0, ge=0, description="Last frames of the input that are continued; 1 + 4k, 1 of an image."
     )
     num_video_frames: Size = Field(
-        93, description="Frames of the video, input frames included; 1 + 4k unless chunk_size is given."
+        93,
+        description="Frames of the video, input frames included; 1 + 4k unless chunk_size is given.",
     )
     fps: Annotated[float, Field(ge=1, le=240)] = Field(
         16.0, description="Frames per second of the file; the network does not read it."

@@ -152,9 +152,7 @@ class Samples:
     flags = SampleFlags
     many_values = ("-i", "--input_files")
 
-    def read(
-        self, flags: SampleFlags, stated: Mapping[str, Any]
-    ) -> tuple[list[Item], list[str]]:
+    def read(self, flags: SampleFlags, stated: Mapping[str, Any]) -> tuple[list[Item], list[str]]:
         """Every sample of all files, and what is wrong with others."""
         if flags.profile:
             raise InputError("--profile: not in this version; reports hold seconds of each stage")
@@ -272,7 +270,9 @@ def make_item(
     sample = Sample.parse(fields, item.field)
     kind = sample.inference_type
     if kind is None:
-        raise InputError(f"{item.field('inference_type')}: it is missing; give {', '.join(INPUT_FRAMES)}")
+        raise InputError(
+            f"{item.field('inference_type')}: it is missing; give {', '.join(INPUT_FRAMES)}"
+        )
     path = None if kind == "text2world" else sample.input_path
     if kind != "text2world" and path is None:
         raise InputError(f"{item.field('input_path')}: it is missing; {kind} needs one")
@@ -288,7 +288,11 @@ def make_item(
             )
     request = {
         **stated,
-        **{n: v for n, v in sample if n in ("negative_prompt", "seed", "guidance", "num_steps") and v is not None},
+        **{
+            n: v
+            for n, v in sample
+            if n in ("negative_prompt", "seed", "guidance", "num_steps") and v is not None
+        },
         "prompt": _prompt(sample, item, overrides),
         "num_input_frames": INPUT_FRAMES[kind],
     }
@@ -321,7 +325,9 @@ def _prompt(sample: Sample, item: Item, overrides: Mapping[str, Any]) -> str:
         try:
             own = path.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{item.field('prompt_path')}: {path} cannot be read: {error}") from error
+            raise InputError(
+                f"{item.field('prompt_path')}: {path} cannot be read: {error}"
+            ) from error
     if own is None or not own.strip():
         raise InputError(f"{item.field('prompt')}: there is none; give prompt or prompt_path")
     return own
@@ -330,7 +336,9 @@ def _prompt(sample: Sample, item: Item, overrides: Mapping[str, Any]) -> str:
 def _beside(name: str, value: Any, file: Path) -> Any:
     """A path of a sample as seen from here."""
     is_path = name in ("prompt_path", "input_path") and isinstance(value, str)
-    return str(file.parent / value) if is_path and value.strip() and not _URL.match(value) else value
+    return (
+        str(file.parent / value) if is_path and value.strip() and not _URL.match(value) else value
+    )
 
 
 def read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | InputError]]:
@@ -374,7 +382,9 @@ def _by_name(
     """Samples of the first release's form: by name, below fields that all have in common."""
     common = {name: value for name, value in found.items() if name != "samples"}
     if "name" in common or not isinstance(found["samples"], dict):
-        raise InputError(f'{file}: "samples" must hold samples by name; give {{"samples": {{"a": …}}}}')
+        raise InputError(
+            f'{file}: "samples" must hold samples by name; give {{"samples": {{"a": …}}}}'
+        )
     for name, one in found["samples"].items():
         place, fields = _one(str(file), lambda one=one: one)
         if isinstance(fields, dict) and "name" in fields:

@@ -1,0 +1,131 @@
+"""Requests, load options and commands of the autoregressive models; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from worldline.family import Command
+from worldline.request import LARGEST_SIZE, LoadOptions, Path, Request, Seed
+
+Seam = Literal["corrected", "as_released"]
+Rollout = Literal["tokens", "pixels"]
+FPS = 25.0  # of every video, whatever the input's
+
+
+class ARRequest(Request):
+    """One clip to continue by an autoregressive model of Cosmos 1.0 or Predict1."""
+
+    INPUT_FRAMES: ClassVar[Mapping[str, int]] = {"image": 1, "video": 9}
+
+    num_input_frames: Literal[1, 9] = Field(
+        9, description="Last frames of the input that are continued; an image has 1."
+    )
+    num_video_frames: Annotated[int, Field(ge=1, le=LARGEST_SIZE)] | None = Field(
+        None,
+        description="Frames of the video, input frames included; 1 + 8k, longer than the model's own "
+        "by --rollout.  [default: the model's own, 33]",
+    )
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Sampling temperature; 0 is greedy."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="Nucleus sampling: total probability of the tokens that may be drawn."
+    )
+    seed: Seed = 0
+    rollout: Rollout = Field(
+        "tokens",
+        description="Beyond the model's own length: draw on behind the last tokens, or encode the "
+        "last frames again, window after window.",
+    )
+    decoder_seam: Seam = Field(
+        "corrected",
+        description="Join of the diffusion decoder's windows in a clip of more than 57 frames; "
+        "as_released repeats a fault of the released code.",
+    )
+
+    @property
+    def fps(self) -> float:
+        return FPS
+
+
+class AROptions(LoadOptions):
+    """How an autoregressive model is loaded."""
+
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="Inputs of a batch that are drawn in step, each as it would be alone; auto: as "
+        "many as fit into the memory, where that saves time.",
+        json_schema_extra={"text": True},
+    )
+    disable_diffusion_decoder: bool | None = Field(
+        None, description="Decode by the tokenizer alone."
+    )
+    text_encoder_dir: Path | None = Field(
+        None,
+        description="T5: folder below --checkpoint_dir, or a path.  [default: google-t5/t5-11b]",
+    )
+    text_encoder_dtype: Literal["bfloat16", "float32"] | None = Field(
+        None, description="Precision of T5.  [default: bfloat16 on a GPU, else float32]"
+    )
+    offload_text_encoder_model: bool = Field(
+        False, description="Keep the text encoder in host memory while it is not used."
+    )
+    offload_tokenizer: bool = Field(
+        False, description="Keep the tokenizer in host memory while it is not used."
+    )
+    offload_diffusion_decoder: bool = Field(
+        False, description="Keep the diffusion decoder in host memory while it is not used."
+    )
+    offload_ar_model: bool = Field(
+        False, description="Keep the transformer in host memory while it is not used."
+    )
+    offload_prompt_upsampler: bool = Field(
+        False, description="Has no effect: these models have no prompt upsampler."
+    )
+
+
+def recognise(tensors: Collection[str]) -> bool:
+    """Whether a transformer with these tensors draws tokens."""
+    return any(name.endswith("tok_embeddings.weight") for name in tensors)
+
+
+REQUEST, OPTIONS = ARRequest, AROptions
+HELP = (
+    "Run the autoregressive models: 4B and 12B, which take no prompt, and 5B and 13B Video2World, "
+    "which need one; of Cosmos 1.0 and Predict1."
+)
+_TEXT = frozenset(
+    {
+        "prompt",
+        "prompt_embeddings",
+        "text_encoder_dir",
+        "text_encoder_dtype",
+        "offload_text_encoder_model",
+    }
+)
+_OUTPUTS = (
+    "A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to "
+    "0.mp4, 1.mp4, … by the 0-based line of the JSONL; beside each a report (.json)."
+)
+
+COMMANDS = (
+    Command(
+        name="autoregressive base",
+        help=f"Continue videos or images to 33 frames, or more, without a prompt.\n\n{_OUTPUTS}",
+        model="ar_model_dir",
+        default_model="Cosmos-Predict1-4B",
+        reads="worldline.cli.inputs:TYPED_MEDIA",
+        hidden=frozenset({*_TEXT, "dtype"}),
+    ),
+    Command(
+        name="autoregressive video2world",
+        help=f"Continue videos or images to 33 frames, or more, by a prompt.\n\n{_OUTPUTS}",
+        model="ar_model_dir",
+        default_model="Cosmos-Predict1-5B-Video2World",
+        reads="worldline.cli.inputs:TYPED_TEXT_MEDIA",
+        hidden=frozenset({"dtype"}),
+    ),
+)

@@ -1,0 +1,142 @@
+"""Requests, load options and commands of the diffusion models; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from worldline.family import Command
+from worldline.request import LoadOptions, Path, Size, VideoRequest
+
+Generation = Literal["1.0", "Predict1"]
+Sampler = Literal["edm_euler", "res_2ab", "res_1euler", "res_2mid"]
+Reinsertion = Literal["corrected", "march_2025"]
+Precision = Literal["bfloat16", "float32"]
+
+
+class DiffusionRequest(VideoRequest):
+    """One video of Cosmos 1.0 or Predict1."""
+
+    num_input_frames: Literal[0, 1, 9] = Field(
+        0, description="Last frames of the input that are continued: 1 or 9, 1 of an image."
+    )
+    num_video_frames: Size = Field(
+        121, description="Frames of the video, input frames included; 1 + 8k."
+    )
+    fps: Annotated[float, Field(ge=1, le=240)] = Field(
+        24.0, description="Frames per second of the motion, and of the file."
+    )
+    sampler: Sampler | None = Field(
+        None, description="[default: edm_euler; res_2ab of a 1.0 model]"
+    )
+    reinsertion: Reinsertion = Field(
+        "corrected",
+        description="Input frames in each step; march_2025 repeats a fault of the first release.",
+    )
+    augment_sigma: Annotated[float, Field(ge=0)] = Field(
+        0.001, description="Noise level of the input frames."
+    )
+    rotary_precision: Precision | None = Field(
+        None, description="Precision of the rotary angles.  [default: bfloat16, as released]"
+    )
+
+
+class TextEncoderOptions(LoadOptions):
+    """Load options of models that read T5 embeddings."""
+
+    text_encoder_dir: Path | None = Field(
+        None,
+        description="T5: folder below --checkpoint_dir, or a path.  [default: google-t5/t5-11b]",
+    )
+    text_encoder_dtype: Precision | None = Field(
+        None, description="Precision of T5.  [default: bfloat16 on a GPU, else float32]"
+    )
+    offload_text_encoder_model: bool = Field(
+        False, description="Keep the text encoder in host memory while it is not used."
+    )
+    offload_tokenizer: bool = Field(
+        False, description="Keep the tokenizer in host memory while it is not used."
+    )
+
+
+class DiffusionOptions(TextEncoderOptions):
+    """How a diffusion model is loaded."""
+
+    DECISIVE: ClassVar[frozenset[str]] = frozenset({"generation"})
+
+    tokenizer_dir: Path | None = Field(
+        None,
+        description="Folder below --checkpoint_dir, or a path.  [default: "
+        "Cosmos-Tokenize1-CV8x8x8-720p; Cosmos-1.0-Tokenizer-CV8x8x8 of a 1.0 model]",
+    )
+    generation: Generation | None = Field(
+        None,
+        description="Model generation; overrides the folder name.  [default: by that name, else "
+        "Predict1]",
+    )
+    offload_diffusion_transformer: bool = Field(
+        False, description="Keep the transformer in host memory while it is not used."
+    )
+    disable_prompt_upsampler: bool | None = Field(
+        None, description="Use prompts as they are. Bundled models have no upsampler."
+    )
+    prompt_upsampler_dir: Path | None = Field(
+        None,
+        description="Folder below --checkpoint_dir, or a path.  [default: "
+        "Cosmos-UpsamplePrompt1-12B-Text2World, or Pixtral-12B of a Video2World model]",
+    )
+    offload_prompt_upsampler: bool = Field(
+        False, description="Keep the prompt upsampler in host memory while it is not used."
+    )
+    word_limit_to_skip_upsampler: Annotated[int, Field(ge=0)] = Field(
+        250, description="Prompts of more words are used as they are (Text2World)."
+    )
+
+
+def recognise(tensors: Collection[str]) -> bool:
+    """Whether a transformer with these tensors is a diffusion model's, in either layout."""
+    ends = ("x_embedder.proj.1.weight", "patch_embed.proj.weight")
+    return any(name.endswith(ends) for name in tensors)
+
+
+REQUEST, OPTIONS = DiffusionRequest, DiffusionOptions
+HELP = (
+    "Run the diffusion models: 7B and 14B, Text2World and Video2World, of Cosmos 1.0 and Predict1."
+)
+_OUTPUTS = (
+    "A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to "
+    "0.mp4, 1.mp4, … by the 0-based line of the JSONL; beside each the prompt (.txt) and a report "
+    "(.json)."
+)
+
+COMMANDS = (
+    Command(
+        name="diffusion text2world",
+        help=f"Make a video of a prompt.\n\n{_OUTPUTS}",
+        model="diffusion_transformer_dir",
+        default_model="Cosmos-Predict1-7B-Text2World",
+        reads="worldline.cli.inputs:PROMPTS",
+        hidden=frozenset(
+            {
+                "num_input_frames",
+                "reinsertion",
+                "augment_sigma",
+                "negative_prompt_embeddings",
+                "dtype",
+            }
+        ),
+    ),
+    Command(
+        name="diffusion video2world",
+        help=f"Continue an image or a video, by a prompt.\n\n{_OUTPUTS}",
+        model="diffusion_transformer_dir",
+        default_model="Cosmos-Predict1-7B-Video2World",
+        reads="worldline.cli.inputs:MEDIA",
+        hidden=frozenset(
+            {"augment_sigma", "negative_prompt_embeddings", "dtype", "word_limit_to_skip_upsampler"}
+        ),
+        defaults={"num_input_frames": 1},
+    ),
+)
