@@ -22,7 +22,7 @@ from worldline.errors import CheckpointError, InputError, InsufficientMemoryErro
 if TYPE_CHECKING:
     from worldline.cli.samples import Sample
     from worldline.loading import FlowFiles
-    from worldline.pipelines.exchange import Embeddings
+    from worldline.pipelines.denoise import Embeddings
     from worldline.pipelines.requests import FlowRequest
     from worldline.world import Step
 

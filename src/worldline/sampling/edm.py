@@ -18,13 +18,14 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from worldline.choices import SAMPLERS, Reinsertion
+from worldline.choices import SAMPLERS, Generation, Reinsertion
 from worldline.sampling.schedules import karras_sigmas, res_sigmas
 from worldline.sampling.solvers import Steps, euler, guided, res_2ab, res_2mid
 
 SIGMA_DATA = 0.5
 SIGMA_MAX = 80.0
 AUGMENT_SIGMA = 0.001
+SAMPLER_OF: dict[Generation, str] = {"1.0": "res_2ab", "Predict1": "edm_euler"}
 
 # (latents already times c_in, c_noise (B,), branch with the prompt?) -> F, in any floating dtype
 Network = Callable[[Tensor, Tensor, bool], Tensor]

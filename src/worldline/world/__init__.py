@@ -26,6 +26,7 @@ from worldline.loading import (
     refuse_options,
     world_name,
 )
+from worldline.pipelines.step import Step, Video
 from worldline.places import find_place, has_decoder
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
@@ -36,7 +37,6 @@ from worldline.world.flow import FlowWorld
 from worldline.world.inputs import Input, InputType, kind_of, read_clip
 from worldline.world.safety import Safety, load_safety
 from worldline.world.upsampling import Upsampling, find_upsampler, load_upsampling
-from worldline.world.video import Step, Video
 
 __all__ = [
     "AutoregressiveWorld",

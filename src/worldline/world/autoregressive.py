@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -22,17 +22,17 @@ from worldline.pipelines.autoregressive import (
     alternates,
     check_prompt,
     check_room,
-    continue_clips,
     decoder_settings,
+    generate_together,
     video_of,
 )
 from worldline.pipelines.prompts import TRUNCATION, read_prompt_embedding
 from worldline.pipelines.requests import AutoregressiveRequest
+from worldline.pipelines.step import Step, Video
 from worldline.report import Recorder, environment
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of
 from worldline.world.safety import Checks
-from worldline.world.video import Step, Video
 
 logger = logging.getLogger(__name__)
 
@@ -208,28 +208,27 @@ class AutoregressiveWorld(World):
     ) -> Iterator[tuple[int, Step]]:
         """Continue the clips of a group, by their numbers; add what is refused to `refusals`."""
         jobs = [plans[number].job for number in group]
-        for progress in continue_clips(self.parts, jobs, shared):
-            number = group[progress.clip]
-            if progress.kind != "done":
-                step = Step(progress.kind, progress.done, progress.total, progress.frames)
-                yield number, self._shown(step)
+        for step in generate_together(self.parts, jobs, shared):
+            number = group[step.clip]
+            if step.kind != "done":
+                yield number, self._shown(replace(step, clip=number))
                 continue
-            assert progress.frames is not None
+            assert step.frames is not None
             job, source = plans[number].job, plans[number].source
             if checks[number].on:
                 yield number, Step("guardrail", 0, 1)
             try:
-                frames = checks[number].video(progress.frames)
+                frames = checks[number].video(step.frames)
             except GuardrailRefusal as error:
                 refusals[number] = error
                 continue
             recorder = shared if job.recorder is shared else shared.followed_by(job.recorder)
-            report = self._report(job.request, recorder, source, progress.total, len(jobs))
+            report = self._report(job.request, recorder, source, step.total, len(jobs))
             report |= checks[number].report()
             video = Video(frames, FPS, report, job.request.prompt)
-            done = Step("done", progress.total, progress.total, frames, video=video)
-            yield number, done
-            del frames, video, done  # or the frames of two clips would be held
+            step = replace(step, frames=frames, video=video, clip=number)
+            yield number, step
+            del frames, video, step  # or the frames of two clips would be held
 
     def _report(
         self,

@@ -10,10 +10,10 @@ import torch
 
 from worldline.errors import InputError
 from worldline.loading import AutoregressiveParts, DiffusionParts, FlowParts
+from worldline.pipelines.step import Step, Video
 from worldline.report import Recorder
 from worldline.world.inputs import Input, InputType
 from worldline.world.safety import Safety
-from worldline.world.video import Step, Video
 
 
 class World:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from statistics import median
 from typing import Any, ClassVar
 
 from worldline.errors import InputError
 from worldline.loading import DiffusionParts, FlowParts
 from worldline.nn.attention import backend_name
-from worldline.pipelines.exchange import Embeddings, Progress
+from worldline.pipelines.denoise import STEP_SECONDS, Embeddings
 from worldline.pipelines.prompts import TRUNCATION
 from worldline.pipelines.requests import VideoRequest
+from worldline.pipelines.step import Step, Video
 from worldline.report import Recorder, environment
 from worldline.shapes import VideoShape
 from worldline.video.read import Clip
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of
 from worldline.world.safety import Checks, Safety
-from worldline.world.video import Step, Video
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class DenoisingWorld(World):
     @abstractmethod
     def _make(
         self, clip: Clip | None, request: Any, recorder: Recorder, embeddings: Embeddings
-    ) -> Iterator[Progress]:
+    ) -> Iterator[Step]:
         """Make the video."""
 
     @abstractmethod
@@ -159,31 +159,26 @@ class DenoisingWorld(World):
     ) -> Iterator[Step]:
         checks = self.safety.begin(recorder)
         made = yield from self._prepare(clip, request, recorder, embeddings, checks)
-        seconds: list[float] = []
-        for progress in self._make(clip, made, recorder, embeddings):
-            kind, done, total = progress.kind, progress.done, progress.total
-            if progress.seconds is not None:
-                seconds.append(round(progress.seconds, 4))
-            if kind != "done":
-                yield self._shown(Step(kind, done, total, progress.frames, progress.preview))
+        for step in self._make(clip, made, recorder, embeddings):
+            if step.kind != "done":
+                yield self._shown(step)
                 continue
-            assert progress.frames is not None
+            assert step.frames is not None
             if checks.on:
                 yield Step("guardrail", 0, 1)
-            frames = checks.video(progress.frames)
-            report = self._report(request, recorder, source, seconds)
+            frames = checks.video(step.frames)
+            report = self._report(request, recorder, source)
             report |= {"prompt": made.prompt, **checks.report()}
             video = Video(frames, request.fps, report, made.prompt)
-            yield Step(kind, done, total, frames, video=video)
+            yield replace(step, frames=frames, video=video)
 
     def _report(
         self,
         request: VideoRequest,
         recorder: Recorder,
         source: dict[str, Any],
-        seconds: list[float],
     ) -> dict[str, Any]:
-        parts = self.parts
+        parts, seconds = self.parts, recorder.facts[STEP_SECONDS]
         config, dtype = parts.config, parts.transformer.module.dtype
         tokenizer = parts.files.tokenizer_config
         grid = self._at_once(request).latent(tokenizer.temporal, tokenizer.spatial)
@@ -202,7 +197,7 @@ class DenoisingWorld(World):
             TRUNCATION: recorder.facts.get(TRUNCATION, {}),
             "offload": {**self._offload(), **self.safety.offloading},
             "seconds_per_step": round(median(seconds), 4) if seconds else None,
-            "seconds_of_steps": seconds,
+            STEP_SECONDS: seconds,
             **environment(self.device),
             "load": self.loading.as_dict(),
             "run": recorder.as_dict(),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from worldline.loading import DiffusionFiles, DiffusionParts
+from worldline.pipelines.denoise import Embeddings
 from worldline.pipelines.diffusion import (
     check_request,
     check_text,
@@ -17,14 +18,13 @@ from worldline.pipelines.diffusion import (
     rotary_precision_of,
     sampler_of,
 )
-from worldline.pipelines.exchange import Embeddings, Progress
 from worldline.pipelines.requests import DiffusionRequest
+from worldline.pipelines.step import Step
 from worldline.report import Recorder
 from worldline.video.read import Clip
 from worldline.world.denoising import DenoisingWorld
 from worldline.world.safety import Checks, Safety
 from worldline.world.upsampling import UPSAMPLE, Upsampling
-from worldline.world.video import Step
 
 
 class DiffusionWorld(DenoisingWorld):
@@ -104,7 +104,7 @@ class DiffusionWorld(DenoisingWorld):
         request: DiffusionRequest,
         recorder: Recorder,
         embeddings: Embeddings,
-    ) -> Iterator[Progress]:
+    ) -> Iterator[Step]:
         return generate(self.parts, clip, request, recorder, embeddings)
 
     def _rules(self, request: DiffusionRequest, recorder: Recorder) -> dict[str, Any]:

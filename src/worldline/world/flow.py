@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from worldline.loading import FlowFiles, FlowParts, check_frames
-from worldline.pipelines.exchange import Embeddings, Progress
+from worldline.pipelines.denoise import Embeddings
 from worldline.pipelines.predict2_5 import (
     check_request,
     check_text,
@@ -19,6 +19,7 @@ from worldline.pipelines.predict2_5 import (
     window_of,
 )
 from worldline.pipelines.requests import FlowRequest
+from worldline.pipelines.step import Step
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.video.read import Clip
@@ -59,7 +60,7 @@ class FlowWorld(DenoisingWorld):
         request: FlowRequest,
         recorder: Recorder,
         embeddings: Embeddings,
-    ) -> Iterator[Progress]:
+    ) -> Iterator[Step]:
         return generate(self.parts, clip, request, recorder, embeddings)
 
     def _rules(self, request: FlowRequest, recorder: Recorder) -> dict[str, Any]:
