@@ -111,8 +111,8 @@ def generate_together(
         remaining -= new
         for number, (job, one) in enumerate(zip(jobs, videos, strict=True)):
             if live is None:
-                own = ids[number : number + 1]
-                for step in _decode(parts, one, own, job, embeddings[number]):
+                window = ids[number : number + 1]
+                for step in _decode(parts, one, window, job, embeddings[number]):
                     yield replace(step, clip=number)
             if not remaining:
                 yield Step("done", tokens.count, tokens.count, one.frames, clip=number)
@@ -132,18 +132,18 @@ def _encode_prompts(
     """Embedding (1, S, E) of each job's prompt."""
     # a job without an embedding has a prompt, and there is an encoder: see `check_prompt`
     prompts = [str(job.request.prompt) for job in jobs if job.embedding is None]
-    found: Mapping[str, Tensor] = {}
+    encoded: Mapping[str, Tensor] = {}
     if prompts:
         assert parts.text is not None
         yield Step("text", 0, 1)
         with recorder.stage("text"):
-            found = parts.text.embed(prompts)
+            encoded = parts.text.embed(prompts)
             for job in jobs:
                 if job.embedding is None:
                     words = {"prompt": str(job.request.prompt)}
                     job.recorder.facts[TRUNCATION] = parts.text.truncations(words)
     return [
-        found[str(job.request.prompt)] if job.embedding is None else job.embedding for job in jobs
+        encoded[str(job.request.prompt)] if job.embedding is None else job.embedding for job in jobs
     ]
 
 
@@ -154,15 +154,15 @@ def _encode(
     config, shape = parts.tokenizer.module.config, parts.video
     # the tokenizer is causal: what follows the known frames would not change their tokens
     used = 1 + (latent_frames_of(num_input_frames, config.temporal) - 1) * config.temporal
-    found = []
+    batch = []
     with recorder.stage("encode"), parts.tokenizer.on_device() as tokenizer:
         weight = tokenizer.quant_conv.weight
         for clip in clips:  # one at a time, so that each gets the ids that it gets alone
             frames = condition_frames(clip, num_input_frames, used, shape.height, shape.width)
             ids = tokenizer.encode_tokens(frames.to(parts.device, weight.dtype))
-            found.append(ids.flatten(1).long())
-        log_result("encode", found[0])
-        return torch.cat(found)
+            batch.append(ids.flatten(1).long())
+        log_result("encode", batch[0])
+        return torch.cat(batch)
 
 
 class _Tokens:
@@ -321,23 +321,23 @@ def check_room(
     """Refuse a length that the model cannot make from the input.
 
     Raises:
-        InputError: no frame would be left to make, or the length does not fit.
+        InputError: there would be no frame to make, or the length does not fit.
     """
-    own, window = video_shape(config, tokenizer).frames, config.grid.frames
+    shortest, window = video_shape(config, tokenizer).frames, config.grid.frames
     if latent_frames_of(request.num_input_frames, tokenizer.temporal) >= window:
         raise InputError(
-            f"this model makes {own} frames, "
+            f"this model makes {shortest} frames, "
             f"but num_input_frames is {request.num_input_frames}; give --num_input_frames 1"
         )
     frames, temporal = video_of(config, tokenizer, request).frames, tokenizer.temporal
-    most = 1 + (LARGEST_SIZE - 1) // temporal * temporal
-    nearest = min(max(own, nearest_frames(frames, temporal)), most)
+    longest = 1 + (LARGEST_SIZE - 1) // temporal * temporal
+    nearest = min(max(shortest, nearest_frames(frames, temporal)), longest)
     if nearest != frames:
         raise InputError(
-            f"num_video_frames is {frames}; it must be 1 + {temporal}k and at least {own}: the "
-            f"nearest is {nearest}"
+            f"num_video_frames is {frames}; it must be 1 + {temporal}k and at least {shortest}: "
+            f"the nearest is {nearest}"
         )
-    if frames > own and request.rollout == "pixels" and window <= CARRIED:
+    if frames > shortest and request.rollout == "pixels" and window <= CARRIED:
         raise InputError(
             f"this model makes {window} latent frames at once, of which rollout pixels takes over "
             f"{CARRIED}: nothing is left to make; use rollout tokens"
@@ -358,15 +358,15 @@ def check_prompt(
         InputError: the model is of the other kind, or there is no prompt.
         CheckpointError: there is no text encoder, and one is needed.
     """
-    given = embedding is not None or request.prompt is not None
+    prompted = embedding is not None or request.prompt is not None
     if files.config.context_width is None:
-        if given:
+        if prompted:
             raise InputError(
                 f"{files.folder} is a base model, which takes no prompt: use it without, or a "
                 "Video2World model (worldline autoregressive video2world)"
             )
         return
-    if not given:
+    if not prompted:
         raise InputError(
             f"{files.folder} is a Video2World model, which needs a prompt (--prompt of worldline "
             "autoregressive video2world), or prompt_embeddings"
@@ -381,8 +381,8 @@ def video_of(
     config: ARTransformerConfig, tokenizer: CosmosTokenizerConfig, request: AutoregressiveRequest
 ) -> VideoShape:
     """Size of what a request makes, the known frames included."""
-    own = video_shape(config, tokenizer)
-    return replace(own, frames=request.num_video_frames or own.frames)
+    default = video_shape(config, tokenizer)
+    return replace(default, frames=request.num_video_frames or default.frames)
 
 
 def alternates(

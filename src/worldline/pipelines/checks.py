@@ -21,7 +21,7 @@ RequestType = TypeVar("RequestType", bound=VideoRequest)
 def with_defaults(
     kind: type[RequestType], defaults: DataclassInstance, options: Mapping[str, Any]
 ) -> RequestType:
-    """Request of `options`; what they leave out is as `defaults` say, where they do.
+    """Request of `options`, filled up from `defaults` and those of its class.
 
     Raises:
         InputError: an option is unknown or out of range.
@@ -29,12 +29,12 @@ def with_defaults(
     known = [field.name for field in fields(kind)]
     if unknown := ", ".join(sorted(options.keys() - set(known))):
         raise InputError(f"unknown option {unknown}; there are: {', '.join(known)}")
-    own = {
+    defined = {
         field.name: getattr(defaults, field.name)
         for field in fields(defaults)
         if field.name in known
     }
-    return kind(**{"prompt": None, **own, **options})
+    return kind(**{"prompt": None, **defined, **options})
 
 
 def check_size(
@@ -93,13 +93,16 @@ def check_size(
 
 
 def check_prompts(
-    request: VideoRequest, given: Embeddings, needed: Mapping[str, str], why_no_text: str | None
+    request: VideoRequest,
+    embeddings: Embeddings,
+    needed: Mapping[str, str],
+    why_no_text: str | None,
 ) -> None:
     """Refuse a request without a prompt, or with prompts that nothing can encode.
 
     Args:
         request: the request.
-        given: embeddings in place of prompts.
+        embeddings: in place of prompts.
         needed: prompts to encode, by name.
         why_no_text: why there is no text encoder; None where there is one.
 
@@ -107,7 +110,7 @@ def check_prompts(
         InputError: there is no prompt.
         CheckpointError: there is no text encoder, and one is needed.
     """
-    if request.prompt is None and given.prompt is None:
+    if request.prompt is None and embeddings.prompt is None:
         raise InputError("no prompt; give one, or prompt_embeddings")
     if needed and why_no_text is not None:
         raise CheckpointError(

@@ -11,14 +11,13 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worldline.loading.parts import DenoisingParts, TextPart
 from worldline.pipelines.prompts import TRUNCATION
 from worldline.pipelines.requests import VideoRequest
 from worldline.pipelines.step import Step
@@ -26,6 +25,9 @@ from worldline.report import Recorder
 from worldline.sampling.solvers import Stepped
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.video.convert import signed_to_uint8
+
+if TYPE_CHECKING:
+    from worldline.loading.parts import DenoisingParts, TextPart
 
 logger = logging.getLogger(__name__)
 
@@ -63,24 +65,27 @@ def log_result(name: str, x: Tensor) -> None:
 
 
 def encode_prompts(
-    text: TextPart[Any] | None, prompts: Mapping[str, str], given: Embeddings, recorder: Recorder
+    text: TextPart[Any] | None,
+    prompts: Mapping[str, str],
+    embeddings: Embeddings,
+    recorder: Recorder,
 ) -> tuple[Tensor, Tensor | None]:
     """Embeddings (1, S, E) of prompt and negative prompt; None for an absent negative one.
 
     Args:
         text: the text encoder; None where there are no prompts to encode.
         prompts: those to encode, by the names "prompt" and "negative_prompt".
-        given: embeddings in place of the others.
+        embeddings: in place of the others.
         recorder: receives how prompts were truncated.
     """
-    found = {"prompt": given.prompt, "negative_prompt": given.negative}
+    tensors = {"prompt": embeddings.prompt, "negative_prompt": embeddings.negative}
     if prompts:
         assert text is not None
         encoded = text.embed(list(prompts.values()))
-        found |= {name: encoded[words] for name, words in prompts.items()}
+        tensors |= {name: encoded[words] for name, words in prompts.items()}
         recorder.facts[TRUNCATION] = text.truncations(prompts)
     prompt, negative = (
-        one[None] if one is not None and one.ndim == 2 else one for one in found.values()
+        one[None] if one is not None and one.ndim == 2 else one for one in tensors.values()
     )
     assert prompt is not None
     log_result("text", prompt)

@@ -129,14 +129,14 @@ def generate(
 
 
 def embed(
-    parts: DiffusionParts, request: DiffusionRequest, given: Embeddings, recorder: Recorder
+    parts: DiffusionParts, request: DiffusionRequest, embeddings: Embeddings, recorder: Recorder
 ) -> tuple[Tensor, Tensor | None]:
     """Embeddings (1, S, E) of the prompt and of what guidance leads away from.
 
     The second is None without guidance, and where guidance would do nothing.
     """
-    prompts = to_encode(request, given)
-    prompt, negative = encode_prompts(parts.text, prompts, given, recorder)
+    prompts = to_encode(request, embeddings)
+    prompt, negative = encode_prompts(parts.text, prompts, embeddings, recorder)
     if not request.guidance:
         return prompt, None
     if negative is None and (not request.num_input_frames or parts.files.defaults.text2world):
@@ -176,7 +176,7 @@ def restored(statistics: LatentStatistics, latents: Tensor) -> Tensor:
 
 
 def make_request(defaults: WorldDefaults, **options: Any) -> DiffusionRequest:
-    """Request of `options`; what they leave out is as the world has it by default.
+    """Request of `options`, filled up from the world's defaults.
 
     Raises:
         InputError: an option is unknown or out of range.
@@ -200,9 +200,9 @@ def check_request(files: DiffusionFiles, request: DiffusionRequest) -> None:
             f"{files.folder} is a Video2World model, which needs an image or a video to continue; "
             "for a prompt alone use a Text2World model (worldline diffusion text2world)"
         )
-    most = min(files.statistics.frames, files.config.max_grid.frames * files.config.patch[0])
+    max_latents = min(files.statistics.frames, files.config.max_grid.frames * files.config.patch[0])
     tokenizer = files.tokenizer_config
-    check_size(request, files.config, most, tokenizer.temporal, tokenizer.spatial)
+    check_size(request, files.config, max_latents, tokenizer.temporal, tokenizer.spatial)
     sampler = sampler_of(files, request)
     if sampler == "res_2mid" and request.num_steps < 2:
         raise InputError("num_steps is 1; the sampler res_2mid needs 2 or more")
@@ -219,27 +219,27 @@ def check_text(
         InputError: there is no prompt.
         CheckpointError: there is no text encoder, and one is needed.
     """
-    given = embeddings or Embeddings()
+    embeddings = embeddings or Embeddings()
     why_no_text = None if files.text is not None else files.why_no_text
-    check_prompts(request, given, to_encode(request, given), why_no_text)
+    check_prompts(request, embeddings, to_encode(request, embeddings), why_no_text)
 
 
-def to_encode(request: DiffusionRequest, given: Embeddings) -> dict[str, str]:
+def to_encode(request: DiffusionRequest, embeddings: Embeddings) -> dict[str, str]:
     """Prompts that must be encoded, by their names: "prompt", "negative_prompt"."""
     prompts: dict[str, str] = {}
-    if given.prompt is None and request.prompt is not None:
+    if embeddings.prompt is None and request.prompt is not None:
         prompts["prompt"] = request.prompt
-    if request.guidance and given.negative is None and request.negative_prompt:
+    if request.guidance and embeddings.negative is None and request.negative_prompt:
         prompts["negative_prompt"] = request.negative_prompt
     return prompts
 
 
 def notes(files: DiffusionFiles, request: DiffusionRequest) -> list[str]:
     """Remarks on a request that is allowed."""
-    least, most = TRAINED_FPS
-    if files.bundled or least <= request.fps <= most:
+    slowest, fastest = TRAINED_FPS
+    if files.bundled or slowest <= request.fps <= fastest:
         return []
-    return [f"fps is {request.fps:g}; the released models know {least} to {most}"]
+    return [f"fps is {request.fps:g}; the released models know {slowest} to {fastest}"]
 
 
 def sampler_of(files: DiffusionFiles, request: DiffusionRequest) -> str:
@@ -274,7 +274,9 @@ def read_embeddings(
     Raises:
         InputError: there is no such file, or it holds something else.
     """
-    found = read_both(prompt, negative)
+    tensors = read_both(prompt, negative)
     rows, width = files.context_length, files.config.context_width
-    whole = {name: filled(tensor, rows, width, called) for name, (tensor, called) in found.items()}
+    whole = {
+        name: filled(tensor, rows, width, called) for name, (tensor, called) in tensors.items()
+    }
     return Embeddings(whole.get("prompt"), whole.get("negative_prompt"))

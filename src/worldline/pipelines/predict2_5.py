@@ -75,11 +75,11 @@ def generate(
     Raises:
         InputError: the clip is absent or too short.
     """
-    given, windows = embeddings or Embeddings(), cut_windows(parts.files, request)
+    embeddings, windows = embeddings or Embeddings(), cut_windows(parts.files, request)
 
     yield Step("text", 0, 1)
     with stage(recorder, "text"):
-        context = encode_prompts(parts.text, to_encode(request, given), given, recorder)
+        context = encode_prompts(parts.text, to_encode(request, embeddings), embeddings, recorder)
 
     count = count_steps(parts.files, request) * len(windows)
     # all at once, as long as they are: to join pieces would hold a long video twice
@@ -199,10 +199,10 @@ def cut_windows(files: FlowFiles, request: FlowRequest) -> list[Window]:
     if size is None:
         return [Window(0, request, 0, frames)]
     overlap = request.chunk_overlap
-    found = []
+    windows = []
     for number in range(1 + max(0, ceil((frames - size) / (size - overlap)))):
         start = number * (size - overlap)
-        own = replace(
+        alone = replace(
             request,
             num_video_frames=window_of(files, request).frames,
             num_input_frames=overlap if number else request.num_input_frames,
@@ -211,12 +211,12 @@ def cut_windows(files: FlowFiles, request: FlowRequest) -> list[Window]:
             chunk_overlap=1,
         )
         first, last = overlap if number else 0, min(size, frames - start)
-        found.append(Window(number, own, first, last))
-    return found
+        windows.append(Window(number, alone, first, last))
+    return windows
 
 
 def make_request(files: FlowFiles, **options: Any) -> FlowRequest:
-    """Request of `options`; what they leave out is as the world has it by default.
+    """Request of `options`, filled up from the world's defaults.
 
     Raises:
         InputError: an option is unknown or out of range.
@@ -231,7 +231,7 @@ def check_request(files: FlowFiles, request: FlowRequest) -> None:
         InputError: it cannot do this.
     """
     tokenizer, config = files.tokenizer_config, files.config
-    most = config.max_grid.frames * config.patch[0]
+    max_latents = config.max_grid.frames * config.patch[0]
     window = window_of(files, request)
     if request.chunk_size is not None and request.chunk_size > window.frames:
         raise InputError(
@@ -240,10 +240,10 @@ def check_request(files: FlowFiles, request: FlowRequest) -> None:
         )
     alone = replace(request, num_video_frames=window.frames, chunk_size=None, chunk_overlap=1)
     longer = "chunk_size makes longer videos" if request.chunk_size is None else ""
-    check_size(alone, config, most, tokenizer.temporal, tokenizer.spatial, longer=longer)
-    given = request.num_input_frames
-    if given and (given - 1) % tokenizer.temporal:
-        raise InputError(f"num_input_frames is {given}; it must be 0 or 1 + {tokenizer.temporal}k")
+    check_size(alone, config, max_latents, tokenizer.temporal, tokenizer.spatial, longer=longer)
+    known = request.num_input_frames
+    if known and (known - 1) % tokenizer.temporal:
+        raise InputError(f"num_input_frames is {known}; it must be 0 or 1 + {tokenizer.temporal}k")
 
 
 def check_text(
@@ -255,9 +255,9 @@ def check_text(
         InputError: there is no prompt, or an embedding does not fit.
         CheckpointError: there is no text encoder, and one is needed.
     """
-    given = embeddings or Embeddings()
+    embeddings = embeddings or Embeddings()
     width = files.config.feature_width
-    for name, tensor in (("prompt", given.prompt), ("negative_prompt", given.negative)):
+    for name, tensor in (("prompt", embeddings.prompt), ("negative_prompt", embeddings.negative)):
         if tensor is None:
             continue
         rows = tensor[0] if tensor.ndim == 3 and len(tensor) == 1 else tensor
@@ -269,13 +269,13 @@ def check_text(
                 f"(1, S, {width})"
             )
     why_no_text = None if files.text is not None else files.why_no_text
-    check_prompts(request, given, to_encode(request, given), why_no_text)
+    check_prompts(request, embeddings, to_encode(request, embeddings), why_no_text)
 
 
 def read_embeddings(
     prompt: GivenEmbedding | None, negative: GivenEmbedding | None = None
 ) -> Embeddings:
-    """Embeddings in place of prompts; `check_text` says whether they fit.
+    """Embeddings in place of prompts; `check_text` refuses those that do not fit.
 
     Args:
         prompt: (S, F) or (1, S, F), or a file of it and perhaps of the negative prompt's: see
@@ -286,16 +286,16 @@ def read_embeddings(
     Raises:
         InputError: there is no such file, or it holds something else.
     """
-    found = {name: tensor for name, (tensor, _) in read_both(prompt, negative).items()}
-    return Embeddings(found.get("prompt"), found.get("negative_prompt"))
+    tensors = {name: tensor for name, (tensor, _) in read_both(prompt, negative).items()}
+    return Embeddings(tensors.get("prompt"), tensors.get("negative_prompt"))
 
 
-def to_encode(request: FlowRequest, given: Embeddings) -> dict[str, str]:
+def to_encode(request: FlowRequest, embeddings: Embeddings) -> dict[str, str]:
     """Prompts that must be encoded, by their names: "prompt", "negative_prompt"."""
     prompts: dict[str, str] = {}
-    if given.prompt is None and request.prompt is not None:
+    if embeddings.prompt is None and request.prompt is not None:
         prompts["prompt"] = request.prompt
-    if request.guidance and given.negative is None:
+    if request.guidance and embeddings.negative is None:
         # no words are words too: zeros, which no text gives, were never learnt
         prompts["negative_prompt"] = request.negative_prompt or ""
     return prompts
@@ -319,8 +319,8 @@ def notes(files: FlowFiles, request: FlowRequest) -> list[str]:
         )
     if request.fps != TRAINED_FPS:
         remarks.append(
-            f"fps is {request.fps:g}; the released models move at {TRAINED_FPS}, whatever a file "
-            "says"
+            f"fps is {request.fps:g}; the released models move at {TRAINED_FPS}, whatever the "
+            "file's rate"
         )
     return remarks
 
