@@ -28,9 +28,10 @@ from worldline.evaluate.failures import Failure, find_failures
 from worldline.evaluate.metrics import psnr, ssim
 from worldline.physics import make_clips
 from worldline.pipelines.autoregressive import decoder_settings
-from worldline.pipelines.decoder import decode_frames, denoise_windows
+from worldline.pipelines.decoder import decode_tokens
 from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.places import has_decoder
+from worldline.report import Recorder
 from worldline.video.convert import to_uint8
 from worldline.video.write import contact_sheet
 from worldline.world import AutoregressiveWorld
@@ -74,11 +75,10 @@ def reconstructed(world: AutoregressiveWorld, frames: Frames, prompt: str | None
         context = parts.text.embed([prompt])[prompt]
     assert context is not None
     settings = decoder_settings(parts.decoder, AutoregressiveRequest())
-    with parts.decoder.transformer.on_device() as transformer:
-        finer = tokenizer.config.spatial // parts.decoder.tokenizer.module.config.spatial
-        latents = denoise_windows(transformer, ids, context, settings, finer=finer)
-    pieces = decode_frames(parts.decoder, latents, ids.shape[1], settings.seam)
-    return np.concatenate(list(pieces))
+    cells = tokenizer.config.spatial // parts.decoder.tokenizer.module.config.spatial
+    recorder = Recorder(world.device)
+    steps = decode_tokens(parts.decoder, ids, context, settings, cells, recorder)
+    return np.concatenate([step.frames for step in steps if step.frames is not None])
 
 
 def continued(

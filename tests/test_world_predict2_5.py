@@ -193,7 +193,7 @@ def test_another_dtype(tiny_predict2_5: Path, clip: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "no prompt; give one, or its embedding"),
+        ({}, "no prompt; give one, or prompt_embeddings"),
         ({"prompt": "x", "steps": 3}, "unknown option steps; there are: input_type, prompt, "),
         ({"prompt": "x", "num_input_frames": 1}, "num_input_frames is 1, but there is no input"),
         ({"prompt": "x", "height": 33}, "height is 33"),

@@ -14,7 +14,7 @@ import worldline
 from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError, InputError
 from worldline.models.predict1_ar.model import make_positions
-from worldline.pipelines.autoregressive import Job, continue_clips
+from worldline.pipelines.autoregressive import Job, generate_together
 from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder
 from worldline.video.convert import condition_frames
@@ -88,7 +88,7 @@ def test_tokens_are_those_of_the_model_called_plainly(
     request = AutoregressiveRequest(prompt=PROMPT, temperature=0)
     frames = read_clip(clip, "video", 9)
     recorder = Recorder(plain.device)
-    *_, last = continue_clips(parts, [Job(frames, request, recorder)], recorder)
+    *_, last = generate_together(parts, [Job(frames, request, recorder)], recorder)
     model, tokenizer, config = parts.transformer.module, parts.tokenizer.module, parts.config
     assert parts.text is not None
     with torch.inference_mode():

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 import worldline.places
-from worldline.pipelines.autoregressive import Progress, _Drawing
+from worldline.pipelines.autoregressive import _Tokens
+from worldline.pipelines.step import Step
 from worldline.video.read import probe, read_video
 
 from ..conftest import MODEL
@@ -75,13 +76,13 @@ def test_demo_of_both_decodings(
     """Where decoder and Video2World model are bundled, they are shown, on the same tokens."""
     monkeypatch.setattr(worldline.places, "BUNDLED", whole_world)
     drawn: list[Tensor] = []
-    draw = _Drawing.run
+    draw = _Tokens.draw
 
-    def spy(self: _Drawing, *given: Any) -> Generator[Progress, None, Tensor]:
+    def spy(self: _Tokens, *given: Any) -> Generator[Step, None, Tensor]:
         drawn.append((yield from draw(self, *given)))
         return drawn[-1]
 
-    monkeypatch.setattr(_Drawing, "run", spy)
+    monkeypatch.setattr(_Tokens, "draw", spy)
     out = tmp_path / "demo"
     result = run("demo", "--output", out, "--seed", 2)
     assert result.exit_code == 0, result.stderr

@@ -17,6 +17,7 @@ from worldline.models.predict1_dit.weights import open_dit
 from worldline.pipelines import decoder
 from worldline.pipelines.decoder import DecoderSettings, decode_windows, denoise_windows
 from worldline.sampling.edm import SIGMA_MAX, make_sigmas, precondition, sample
+from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape, latent_frames_of
 from worldline.tokenizers.cosmos.load import open_tokenizer
@@ -203,14 +204,15 @@ def pipeline_latents(
     stated = case.spec["sampling"]
     scale = (SIGMA_MAX**2 + 1) ** 0.5 if sampler == "edm_euler" else SIGMA_MAX
     aux = open_checkpoint(case.path / case.spec["folder"] / "aux_vars.pt")
-    return denoise_windows(
+    windows = denoise_windows(
         network(case),
         tokens,
         aux.read("context"),
         DecoderSettings(sampler=sampler, num_steps=steps, guidance=stated["guidance"]),
-        finer=starts.shape[-1] // tokens.shape[-1],
+        token_cells=starts.shape[-1] // tokens.shape[-1],
         noise=[start / scale for start in starts.split(1)],
     )
+    return finish(windows)
 
 
 def pipeline_video(case: Case, latents: list[Tensor], frames: int, seam: decoder.Seam) -> Tensor:

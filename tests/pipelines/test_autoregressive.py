@@ -95,6 +95,23 @@ def test_every_frame_is_told_once(
         assert counts[-1] == steps[-1].done == 6 * (8 - 2)
 
 
+@pytest.mark.parametrize("kind", ["encode", "tokens", "denoise", "decode"])
+def test_closed_in_the_middle(
+    plain: AutoregressiveWorld, whole: AutoregressiveWorld, kind: str
+) -> None:
+    """Neither the caller nor the next request notices."""
+    for world, prompt in ((plain, {}), (whole, {"prompt": "A ball rolls."})):
+        expected = world.generate(moving(), seed=1, **prompt).frames
+        steps = world.stream(moving(), seed=1, **prompt)
+        for step in steps:
+            assert not torch.is_inference_mode_enabled()
+            if step.kind == kind:
+                break
+        steps.close()  # type: ignore[attr-defined]
+        assert not torch.is_inference_mode_enabled()
+        assert np.array_equal(world.generate(moving(), seed=1, **prompt).frames, expected)
+
+
 def test_frames_come_as_windows_of_the_diffusion_decoder_complete(
     whole: AutoregressiveWorld,
 ) -> None:
@@ -138,13 +155,13 @@ def test_more_than_the_kernels_take_in_step(
     monkeypatch.setattr(worldline.loading, "MOST_CLIPS", 2)
     ticks = itertools.count()
     monkeypatch.setattr(worldline.report.time, "perf_counter", lambda: float(next(ticks)))
-    drawn, real = [], worldline.world.autoregressive.continue_clips
+    drawn, real = [], worldline.world.autoregressive.generate_together
 
-    def continue_clips(parts: Any, jobs: Sequence[Any], recorder: Any) -> Any:
+    def generate_together(parts: Any, jobs: Sequence[Any], recorder: Any) -> Any:
         drawn.append(len(jobs))
         return real(parts, jobs, recorder)
 
-    monkeypatch.setattr(worldline.world.autoregressive, "continue_clips", continue_clips)
+    monkeypatch.setattr(worldline.world.autoregressive, "generate_together", generate_together)
     each = [{"seed": seed} for seed in range(5)]
     videos = finished(plain.stream_batch([moving()] * 5, each, top_p=1.0))
     assert drawn == [2, 2, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +21,13 @@ from worldline.pipelines.decoder import (
     SIGMA_MIN,
     DecoderSettings,
     cut_windows,
-    decode_frames,
+    decode_tokens,
     decode_windows,
     denoise_windows,
 )
-from worldline.pipelines.diffusion import SIGMA_DATA
+from worldline.pipelines.step import Step
 from worldline.report import Recorder
-from worldline.sampling.edm import sample
+from worldline.sampling.edm import SIGMA_DATA, sample
 from worldline.sampling.schedules import standard_noise
 from worldline.sampling.solvers import finish
 from worldline.shapes import LatentShape
@@ -56,7 +57,13 @@ def settings(sampler: str = "edm_euler", **changes: object) -> DecoderSettings:
 def run(parts: DecoderParts, tokens: Tensor, chosen: DecoderSettings) -> list[Tensor]:
     assert parts.context is not None
     with parts.transformer.on_device() as model:
-        return denoise_windows(model, tokens, parts.context, chosen)
+        return finish(denoise_windows(model, tokens, parts.context, chosen))
+
+
+def decoded(parts: DecoderParts, tokens: Tensor, chosen: DecoderSettings) -> list[Step]:
+    assert parts.context is not None
+    with torch.inference_mode():
+        return list(decode_tokens(parts, tokens, parts.context, chosen, 2, Recorder(CPU)))
 
 
 @pytest.mark.parametrize("sampler", ["edm_euler", "res_2ab"])
@@ -119,13 +126,14 @@ def test_streamed_blocks_change_nothing(parts: DecoderParts) -> None:
     assert torch.equal(run(parts, tokens, settings())[0], expected[0])
 
 
-def test_steps_are_told(parts: DecoderParts) -> None:
-    told: list[int] = []
-    chosen = settings()
-    assert parts.context is not None
-    with parts.transformer.on_device() as model:
-        denoise_windows(model, ids(12), parts.context, chosen, on_step=told.append)
-    assert told == list(range(1, chosen.count_steps(2) + 1))
+def test_steps(parts: DecoderParts) -> None:
+    for seam, starts in (("corrected", (0, 2)), ("as_released", (0,))):
+        chosen = settings(seam=seam)
+        steps = decoded(parts, ids(12), chosen)
+        denoised = [(step.done, step.total) for step in steps if step.kind == "denoise"]
+        per_window = chosen.count_steps(2) // len(starts)
+        expected = [(at + n, 4) for at in starts for n in range(per_window + 1)]
+        assert denoised == expected
 
 
 def test_the_seed_is_the_noise_of_every_window(parts: DecoderParts) -> None:
@@ -139,12 +147,14 @@ def test_the_seed_is_the_noise_of_every_window(parts: DecoderParts) -> None:
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 8, 9, 14, 15])
 def test_any_length(parts: DecoderParts, frames: int) -> None:
-    latents = run(parts, ids(frames), settings(num_steps=1))
     for seam in ("corrected", "as_released"):
-        pieces = list(decode_frames(parts, latents, frames, seam))
-        video = np.concatenate(pieces)
+        video = frames_of(decoded(parts, ids(frames), settings(num_steps=1, seam=seam)))
         assert video.shape == (1 + 8 * (frames - 1), 32, 48, 3)
         assert video.dtype == np.uint8
+
+
+def frames_of(steps: list[Step]) -> np.ndarray[Any, Any]:
+    return np.concatenate([step.frames for step in steps if step.frames is not None])
 
 
 def whole(parts: DecoderParts, window: Tensor) -> Tensor:
@@ -175,12 +185,12 @@ def test_the_released_seam_jumps(parts: DecoderParts) -> None:
 
 def test_one_window_has_no_seam_and_streams(parts: DecoderParts) -> None:
     [latents] = run(parts, ids(5), settings())
-    pieces = list(decode_frames(parts, [latents], 5, "corrected"))
-    assert [len(piece) for piece in pieces] == [25, 8]
+    steps = decoded(parts, ids(5), settings())
+    assert [len(step.frames) for step in steps if step.frames is not None] == [25, 8]
     expected = signed_to_uint8(whole(parts, latents)[0, :, :33])
-    assert np.abs(np.concatenate(pieces).astype(int) - expected.astype(int)).max() <= 1
-    released = list(decode_frames(parts, [latents], 5, "as_released"))
-    assert np.array_equal(np.concatenate(released), np.concatenate(pieces))
+    assert np.abs(frames_of(steps).astype(int) - expected.astype(int)).max() <= 1
+    released = decoded(parts, ids(5), settings(seam="as_released"))
+    assert np.array_equal(frames_of(released), frames_of(steps))
 
 
 def test_wrong_seam() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Iterator
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ import torch
 from worldline.choices import NEGATIVE_PROMPT
 from worldline.errors import CheckpointError, InputError
 from worldline.loading import DiffusionParts, find_diffusion, load_diffusion
+from worldline.models.predict1_dit.model import BLOCKS
+from worldline.parallel.offload import StreamedPart
 from worldline.pipelines import diffusion as pipeline
+from worldline.pipelines.denoise import STEP_SECONDS, Embeddings
 from worldline.pipelines.diffusion import (
     check_request,
     check_text,
@@ -25,8 +29,8 @@ from worldline.pipelines.diffusion import (
     read_embeddings,
     sampler_of,
 )
-from worldline.pipelines.exchange import Embeddings, Progress
 from worldline.pipelines.requests import DiffusionRequest
+from worldline.pipelines.step import Step
 from worldline.report import Recorder
 from worldline.sampling.edm import Conditioning, make_sigmas, sample
 from worldline.sampling.schedules import standard_noise
@@ -72,11 +76,11 @@ def run(
     given: Clip | None = None,
     embeddings: Embeddings | None = None,
     **options: Any,
-) -> list[Progress]:
+) -> list[Step]:
     return list(generate(parts, given, request(**options), Recorder(CPU), embeddings))
 
 
-def frames_of(steps: list[Progress]) -> np.ndarray[Any, Any]:
+def frames_of(steps: list[Step]) -> np.ndarray[Any, Any]:
     assert steps[-1].frames is not None
     return steps[-1].frames
 
@@ -85,12 +89,13 @@ def frames_of(steps: list[Progress]) -> np.ndarray[Any, Any]:
 
 
 def test_progress(video2world: DiffusionParts) -> None:
-    steps = run(video2world, clip(), num_input_frames=9, num_steps=4, preview_every=2)
+    asked, recorder = request(num_input_frames=9, num_steps=4, preview_every=2), Recorder(CPU)
+    steps = list(generate(video2world, clip(), asked, recorder))
     kinds = list(dict.fromkeys(step.kind for step in steps))
     assert kinds == ["text", "encode", "denoise", "decode", "done"]
     denoised = [step for step in steps if step.kind == "denoise"]
     assert [(step.done, step.total) for step in denoised] == [(n, 4) for n in range(5)]
-    assert [step.seconds is None for step in denoised] == [True] + [False] * 4
+    assert len(recorder.facts[STEP_SECONDS]) == 4
     assert [step.preview is not None for step in denoised] == [False, False, True, False, True]
     looks = [step.preview.shape for step in denoised if step.preview is not None]
     assert looks == [(3, 8, 12, 3)] * 2
@@ -235,14 +240,60 @@ def test_no_network_is_asked_for_nothing(video2world: DiffusionParts) -> None:
     assert counts == [6, 3, 3]
 
 
-def test_left_in_the_middle(text2world: DiffusionParts) -> None:
-    whole = frames_of(run(text2world))
-    steps: Iterator[Progress] = generate(text2world, None, request(), Recorder(CPU))
+@pytest.mark.parametrize("kind", ["text", "encode", "denoise", "decode"])
+def test_closed_in_the_middle(video2world: DiffusionParts, kind: str) -> None:
+    """Weights go home, and neither the caller nor the next request notices."""
+    asked = request(num_input_frames=9)
+    whole = frames_of(list(generate(video2world, clip(), asked, Recorder(CPU))))
+    module = video2world.transformer.module
+    streamed = replace(video2world, transformer=StreamedPart(module, CPU, BLOCKS))
+    home = [parameter.data_ptr() for parameter in module.parameters()]
+    recorder = Recorder(CPU)
+    steps = generate(streamed, clip(), asked, recorder)
     for step in steps:
-        if step.kind == "denoise" and step.done:
+        assert not torch.is_inference_mode_enabled()
+        if step.kind == kind and step.done == (kind == "denoise"):
             break
-    del steps
-    assert np.array_equal(frames_of(run(text2world)), whole)
+    if kind == "denoise":
+        assert [parameter.data_ptr() for parameter in module.parameters()] != home
+    steps.close()  # type: ignore[attr-defined]
+    assert [parameter.data_ptr() for parameter in module.parameters()] == home
+    assert not any(layer._forward_hooks for layer in module.modules())
+    assert not torch.is_inference_mode_enabled()
+    if kind == "denoise":
+        assert recorder.stages[-1].name == kind  # recorded, though it did not end
+    made = frames_of(list(generate(streamed, clip(), asked, Recorder(CPU))))
+    assert np.array_equal(made, whole)
+
+
+def test_an_error_comes_through_and_keeps_nothing(
+    video2world: DiffusionParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed request's tensors go with the error, not with the next collection of garbage."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def forward(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        held.append(weakref.ref(x))
+        raise KeyError("gone")
+
+    monkeypatch.setattr(video2world.transformer.module, "forward", forward)
+    gc.disable()
+    try:
+        with pytest.raises(KeyError, match="gone"):
+            run(video2world, clip(), num_input_frames=1)
+    finally:
+        gc.enable()
+    assert held[0]() is None
+
+
+def test_results_of_stages_are_logged(
+    video2world: DiffusionParts, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG"):
+        run(video2world, clip(), num_input_frames=9)
+    lines = [r.getMessage() for r in caplog.records if r.name == "worldline.pipelines.denoise"]
+    assert [line.split(":")[0] for line in lines] == ["text", "encode", "denoise", "decode"]
+    assert "denoise: (1, 16, 3, 4, 6) float32, mean " in lines[2]
 
 
 def test_the_old_fault_can_be_had(
@@ -398,7 +449,7 @@ def test_wrong_requests(options: dict[str, Any], message: str) -> None:
         ),
         ({"num_input_frames": 0}, "is a Video2World model, which needs an image or a video"),
         ({"sampler": "res_2mid", "num_steps": 1}, "res_2mid needs 2 or more"),
-        ({"sampler": "res_2ab", "reinsertion": "march_2025"}, "res_2ab never had it"),
+        ({"sampler": "res_2ab", "reinsertion": "march_2025"}, "edm_euler, not res_2ab"),
     ],
 )
 def test_what_a_world_cannot_do(

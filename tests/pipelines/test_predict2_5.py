@@ -12,7 +12,7 @@ import torch
 
 from worldline.errors import CheckpointError, InputError
 from worldline.loading.predict2_5 import FlowParts, find_predict2_5, load_predict2_5
-from worldline.pipelines.exchange import Embeddings, Progress
+from worldline.pipelines.denoise import STEP_SECONDS, Embeddings, decode
 from worldline.pipelines.predict2_5 import (
     Window,
     check_request,
@@ -24,6 +24,7 @@ from worldline.pipelines.predict2_5 import (
     notes,
 )
 from worldline.pipelines.requests import FlowRequest
+from worldline.pipelines.step import Step
 from worldline.report import Recorder
 from worldline.sampling.flow import Conditioning, make_schedule, sample
 from worldline.sampling.schedules import standard_noise
@@ -66,11 +67,11 @@ def run(
     given: Clip | None = None,
     embeddings: Embeddings | None = None,
     **options: Any,
-) -> list[Progress]:
+) -> list[Step]:
     return list(generate(parts, given, request(**options), Recorder(CPU), embeddings))
 
 
-def frames_of(steps: list[Progress]) -> np.ndarray[Any, Any]:
+def frames_of(steps: list[Step]) -> np.ndarray[Any, Any]:
     assert steps[-1].frames is not None
     return steps[-1].frames
 
@@ -79,13 +80,14 @@ def frames_of(steps: list[Progress]) -> np.ndarray[Any, Any]:
 
 
 def test_progress(post: FlowParts) -> None:
-    steps = run(post, clip(), num_input_frames=5, num_steps=3, preview_every=2)
+    asked, recorder = request(num_input_frames=5, num_steps=3, preview_every=2), Recorder(CPU)
+    steps = list(generate(post, clip(), asked, recorder))
     kinds = list(dict.fromkeys(step.kind for step in steps))
     assert kinds == ["text", "encode", "denoise", "decode", "done"]
     denoised = [step for step in steps if step.kind == "denoise"]
     # "karras" evaluates once more than it is asked
     assert [(step.done, step.total) for step in denoised] == [(n, 4) for n in range(5)]
-    assert [step.seconds is None for step in denoised] == [True] + [False] * 4
+    assert len(recorder.facts[STEP_SECONDS]) == 4
     assert [step.preview is not None for step in denoised] == [False, False, True, False, True]
     pieces = [step.frames for step in steps if step.kind == "decode" and step.frames is not None]
     assert len(pieces) > 1
@@ -144,7 +146,7 @@ def test_without_guidance_the_negative_prompt_is_not_encoded(post: FlowParts) ->
     made = frames_of(run(blind, embeddings=words, guidance=0))
     assert np.array_equal(made, frames_of(run(post, guidance=0)))
     with pytest.raises(CheckpointError, match=r"none; .*needed for: negative_prompt"):
-        run(blind, embeddings=words)
+        check_text(blind.files, request(), words)
 
 
 def test_no_negative_prompt_is_an_empty_one(post: FlowParts) -> None:
@@ -188,17 +190,19 @@ def test_the_windows_of_a_long_video(post: FlowParts) -> None:
             # the length that the models know, whatever is kept of it
             assert window.request.num_video_frames == post.files.defaults.num_video_frames
             assert window.request.chunk_size is None
-    assert cut_windows(post.files, request(seed=4)) == [Window(request(seed=4), 0, 9)]
+    assert cut_windows(post.files, request(seed=4)) == [Window(0, request(seed=4), 0, 9)]
     last = request(num_video_frames=20, chunk_size=13, seed=2**32 - 1)
     assert cut_windows(post.files, last)[1].request.seed == 0
 
 
 def test_a_window_is_cut() -> None:
-    pieces = [np.arange(4) + 4 * number for number in range(5)]
-    asked = iter(pieces)
-    kept = list(Window(request(), 5, 11).cut(asked))
-    assert np.concatenate(kept).tolist() == [5, 6, 7, 8, 9, 10]
-    assert len(list(asked)) == 2  # those behind are not asked for
+    pieces = iter(torch.linspace(-1, 1, 20).view(5, 1, 1, 4, 1, 1).expand(5, 1, 3, 4, 1, 1))
+    frames = np.zeros((8, 1, 1, 3), np.uint8)
+    steps = list(decode(pieces, frames, 2, first=5, last=11))
+    wanted = [int(255 * frame / 19) for frame in range(5, 11)]
+    assert frames[:, 0, 0, 0].tolist() == [0, 0, *wanted]
+    assert [step.done for step in steps] == [5, 8]
+    assert len(list(pieces)) == 2  # those behind are not asked for
 
 
 def test_a_long_video_is_its_chunks(tiny_predict2_5: Path) -> None:
@@ -219,9 +223,8 @@ def test_a_long_video_is_its_chunks(tiny_predict2_5: Path) -> None:
         joined = np.concatenate([joined, frames_of(run(parts, given, **options))[overlap:size]])
     assert np.array_equal(made, joined)
     assert len(made) == 17
-    denoised = [step for step in steps if step.kind == "denoise"]
-    assert [step.done for step in denoised if step.seconds is not None] == [*range(1, 10)]
-    assert {step.total for step in denoised} == {9}
+    denoised = [(step.done, step.total) for step in steps if step.kind == "denoise"]
+    assert denoised == [(window + n, 9) for window in (0, 3, 6) for n in range(4)]
     pieces = [step.frames for step in steps if step.kind == "decode" and step.frames is not None]
     assert np.array_equal(np.concatenate(pieces), made)
     assert [step.done for step in steps if step.kind == "decode"][-1] == 17

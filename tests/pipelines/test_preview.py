@@ -1,4 +1,4 @@
-"""The early look has the colours of what it shows."""
+"""Previews have the colours of their latents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worldline.pipelines.preview import show_colours
+from worldline.pipelines.denoise import preview_frames
 from worldline.tokenizers.colours import fit_colours
 from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
 
@@ -33,7 +33,7 @@ def test_colours_are_found() -> None:
     colours = fit_colours(tokenizer)  # type: ignore[arg-type]
     assert torch.equal(colours, fit_colours(tokenizer))  # type: ignore[arg-type]
     red = torch.tensor([0.8, -0.6, -0.6])[None, :, None, None, None].expand(1, 3, 9, 32, 48)
-    shown = show_colours(tokenizer.encode(red), colours, 8)
+    shown = preview_frames(tokenizer.encode(red), colours, 8)
     assert shown.shape == (2, 8, 12, 3)
     assert shown.dtype == np.uint8
     assert np.abs(shown.astype(int) - (229, 51, 51)).max() <= 3
@@ -42,6 +42,6 @@ def test_colours_are_found() -> None:
 def test_size_is_a_quarter_or_more() -> None:
     latents = torch.zeros(1, 16, 3, 4, 6)
     for spatial in (4, 8, 16):
-        frames = show_colours(latents, torch.zeros(2, 17, 3), spatial)
+        frames = preview_frames(latents, torch.zeros(2, 17, 3), spatial)
         assert 4 * frames.shape[1] >= 4 * spatial
         assert frames.shape[0] == 3

@@ -383,7 +383,7 @@ def test_the_decoder_is_trained_as_it_is_used(
     monkeypatch.setattr(DiT, "forward", spy)
     context = torch.randn(1, 4, 16)
     settings = decoder.DecoderSettings(sampler="edm_euler", num_steps=2)
-    decoder.denoise_windows(model.transformer, short, context, settings)
+    next(decoder.denoise_windows(model.transformer, short, context, settings))
     sigma = make_sigmas("edm_euler", 2, sigma_min=decoder.SIGMA_MIN)[0]
     # both branches in training's terms: the clip, and one shown with neither prompt nor tokens
     texts, shown = torch.cat([context, context * 0]), torch.cat([short, short * 0])

@@ -32,7 +32,7 @@ from worldline.files import read_json
 if TYPE_CHECKING:
     from worldline.cli.inputs import Fields, Item
     from worldline.loading import DiffusionFiles
-    from worldline.pipelines.exchange import Embeddings
+    from worldline.pipelines.denoise import Embeddings
     from worldline.pipelines.requests import DiffusionRequest
     from worldline.world import Step
 

@@ -11,41 +11,40 @@ its tokens alone.
 
 The seam: latent frame 0 of a window decodes to one frame and each other one to eight, so two shared
 latent frames are the last frames of the earlier window and the first nine of the later one. These
-nine are dropped, and time runs on evenly. The released code blends two frames in their place,
-wherefore time jumps back by seven frames at every seam; that is `seam="as_released"`.
+nine are dropped, and time runs on evenly. The released code blends two frames in their place, so
+that time jumps back by seven frames at every seam; that is `seam="as_released"`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from worldline.choices import SEAMS, Seam
 from worldline.loading import DecoderParts
 from worldline.models.predict1_dit.model import DECODER_WINDOW, DiT, Positions
 from worldline.nn.dit import Context
-from worldline.pipelines.diffusion import rounded
-from worldline.pipelines.exchange import shown_pieces
-from worldline.sampling.edm import SIGMA_DATA, make_sigmas, sample
+from worldline.pipelines.denoise import report, rounded, stage
+from worldline.pipelines.step import Step
+from worldline.report import Recorder
+from worldline.sampling.edm import SIGMA_DATA, Network, make_sigmas, sample
 from worldline.sampling.schedules import standard_noise
-from worldline.sampling.solvers import Steps
+from worldline.sampling.solvers import Stepped
 from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.tokenizers.cosmos.stream import decode_stream
+from worldline.video.convert import signed_to_uint8
 
 OVERLAP = 2  # latent frames that a window shares with the one before
 GUIDANCE = 1.8
 NUM_STEPS = 15
 SIGMA_MIN = 0.02
-FPS = 24.0  # of the motion as the network is told it, whatever the rate of the file
+FPS = 24.0  # of the motion, for the network, whatever the rate of the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,8 @@ class DecoderSettings:
         guidance: how far to go from no prompt and no tokens towards both, and beyond.
         seed: of the noise.
         seam: how windows are joined; "as_released" repeats a fault of the released code.
-        rotary_precision: of the angles of position; None is that of the weights, as the released
-            pipelines have it: bf16 on a GPU.
+        rotary_precision: dtype of the angles of position; None is that of the weights, as in the
+            released pipelines: bf16 on a GPU.
     """
 
     sampler: str
@@ -74,53 +73,48 @@ class DecoderSettings:
             raise ValueError(f"seam is {self.seam!r}; it must be one of {', '.join(SEAMS)}")
 
     def count_steps(self, windows: int) -> int:
-        """Return how often `on_step` of `denoise_windows` is called."""
+        """Steps of `denoise_windows`."""
         return windows * (len(make_sigmas(self.sampler, self.num_steps)) - 1)
 
 
-class _Branches(NamedTuple):
-    """What the network is shown beside the latents; row 0 with the prompt, row 1 without."""
+def decode_tokens(
+    parts: DecoderParts,
+    tokens: Tensor,
+    context: Tensor,
+    settings: DecoderSettings,
+    token_cells: int,
+    recorder: Recorder,
+) -> Iterator[Step]:
+    """Video of ids (1, T, h, w), window after window; steps of "decode" hold its pieces.
 
-    context: Context
-    ids: Tensor
-    positions: Positions
-
-
-class _Paired:
-    """The network with both branches of the guidance in one batch.
-
-    The sampler asks for the branch with the prompt, then for the other with the same latents: the
-    second answer is ready by then.
+    Args:
+        parts: the decoder's networks.
+        tokens: any integer dtype, any T of 1 or more.
+        context: embedding of the prompt (1, S, E).
+        settings: how.
+        token_cells: latent cells that a token is wide and high.
+        recorder: receives seconds and memory.
     """
-
-    def __init__(self, model: DiT, branches: _Branches) -> None:
-        self.model = model
-        self.branches = branches
-        self._other: Tensor | None = None
-
-    def __call__(self, x: Tensor, times: Tensor, conditional: bool) -> Tensor:
-        if not conditional:
-            assert self._other is not None, "the branch with the prompt comes first"
-            other, self._other = self._other, None
-            return other
-        context, ids, positions = self.branches
-        y = self.model(x.repeat(2, 1, 1, 1, 1), times.repeat(2), context, positions, ids=ids)
-        wanted, self._other = y.chunk(2)
-        return wanted
+    windows = cut_windows(tokens)
+    total, denoised = settings.count_steps(len(windows)), 0
+    # a window depends on its tokens alone, but the released seam fades from one into the next
+    for number, group in enumerate(windows if settings.seam == "corrected" else [tokens]):
+        with stage(recorder, "denoise"), parts.transformer.on_device() as model:
+            steps = denoise_windows(model, group, context, settings, token_cells=token_cells)
+            latents = yield from report(steps, recorder, total, before=denoised)
+        denoised += settings.count_steps(len(latents))
+        yield Step("decode", 0, 0)
+        with stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
+            statistics = rounded(parts.statistics, tokenizer.quant_conv.weight.dtype)
+            for piece in decode_windows(
+                tokenizer, statistics, latents, tokens.shape[1], settings.seam, first=number
+            ):
+                yield Step("decode", 0, 0, signed_to_uint8(piece[0]))
 
 
 def cut_windows(tokens: Tensor) -> list[Tensor]:
-    """Return the windows (1, 8, h, w) of ids (1, T, h, w); the last is filled by reflection."""
+    """Windows (1, 8, h, w) of ids (1, T, h, w); the last is filled by reflection."""
     return split_windows(tokens, DECODER_WINDOW, OVERLAP)
-
-
-def _counted(count: Callable[[], None], steps: Steps) -> Tensor:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value
-        count()
 
 
 @torch.inference_mode()
@@ -130,23 +124,21 @@ def denoise_windows(
     context: Tensor,
     settings: DecoderSettings,
     *,
-    finer: int = 2,
+    token_cells: int = 2,
     noise: list[Tensor] | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> list[Tensor]:
-    """Return the latents of every window, float32 (1, C, 8, H, W), normalised.
+) -> Generator[Stepped, None, list[Tensor]]:
+    """Latents of every window, float32 (1, C, 8, H, W), normalised.
 
     Args:
         model: on its device.
         tokens: ids (1, T, h, w), any integer dtype, any T of 1 or more.
         context: embedding of the prompt (1, S, E).
         settings: how.
-        finer: latent cells a token is wide and high.
+        token_cells: latent cells that a token is wide and high.
         noise: unit normal, one for each window; None draws it from the seed.
-        on_step: called after each step with how many were made.
     """
     _, _, height, width = tokens.shape
-    grid = LatentShape(DECODER_WINDOW, height * finer, width * finer)
+    grid = LatentShape(DECODER_WINDOW, height * token_cells, width * token_cells)
     device = model.embed.weight.device
     shape = (1, model.config.latent_channels, grid.frames, grid.height, grid.width)
     precision = settings.rotary_precision
@@ -155,32 +147,38 @@ def denoise_windows(
     text = context.to(device, model.dtype)
     encoded = model.encode_context(torch.cat([text, torch.zeros_like(text)]))
     latents = []
-    done = 0
-
-    def count(*_: object) -> None:
-        nonlocal done
-        done += 1
-        if on_step is not None:
-            on_step(done)
-
     for number, window in enumerate(cut_windows(tokens.to(device))):
         # without the prompt there are no tokens either: all ids 0, which is a token too
         ids = model.encode_ids(torch.cat([window, torch.zeros_like(window)]), grid)
         start = standard_noise(settings.seed, shape) if noise is None else noise[number]
-        latents.append(
-            _counted(
-                count,
-                sample(
-                    _Paired(model, _Branches(encoded, ids, positions)),
-                    start.to(device),
-                    sampler=settings.sampler,
-                    num_steps=settings.num_steps,
-                    guidance=settings.guidance,
-                    sigma_min=SIGMA_MIN,
-                ),
-            )
+        steps = sample(
+            _paired(model, encoded, ids, positions),
+            start.to(device),
+            sampler=settings.sampler,
+            num_steps=settings.num_steps,
+            guidance=settings.guidance,
+            sigma_min=SIGMA_MIN,
         )
+        latents.append((yield from steps))
     return latents
+
+
+def _paired(model: DiT, context: Context, ids: Tensor, positions: Positions) -> Network:
+    """Network that computes both branches of the guidance in one batch.
+
+    The sampler asks for the branch with the prompt (row 0 of context and ids), then for the other
+    with the same latents: the second answer is ready by then.
+    """
+    ready: list[Tensor] = []
+
+    def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
+        if not conditional:
+            return ready.pop()
+        y = model(x.repeat(2, 1, 1, 1, 1), times.repeat(2), context, positions, ids=ids)
+        with_prompt, ready[:] = y[:1], [y[1:]]
+        return with_prompt
+
+    return network
 
 
 def decode_windows(
@@ -192,15 +190,15 @@ def decode_windows(
     *,
     first: int = 0,
 ) -> Iterator[Tensor]:
-    """Yield the video of `denoise_windows`, (1, 3, T, H, W) in about [-1, 1], piece by piece.
+    """Video of `denoise_windows`, (1, 3, T, H, W) in about [-1, 1], piece by piece.
 
     Args:
         tokenizer: on its device.
-        statistics: of its latents.
-        latents: of every window, or of a few in order, whose part of the video it is then.
+        statistics: those of its latents.
+        latents: those of all windows, or of successive ones, whose part of the video this is then.
         frames: latent frames of the clip.
         seam: how windows are joined; "as_released" needs all of them.
-        first: number of the first of these windows.
+        first: index of the first of these windows.
     """
     temporal = tokenizer.config.temporal
     whole = 1 + (frames - 1) * temporal
@@ -216,20 +214,7 @@ def decode_windows(
         skip = 1 + (OVERLAP - 1) * temporal if number else 0  # frames of the window before
         # what follows changes nothing before it, so what reflection filled in is not decoded
         for piece in decode_stream(tokenizer, window[:, :, : frames - begun]):
-            left = piece[:, :, skip:]
+            new = piece[:, :, skip:]
             skip = max(0, skip - piece.shape[2])
-            if left.shape[2]:
-                yield left
-
-
-def decode_frames(
-    parts: DecoderParts, latents: list[Tensor], frames: int, seam: Seam, *, first: int = 0
-) -> Iterator[NDArray[np.uint8]]:
-    """Yield the frames of a video, uint8 (T, H, W, 3), piece by piece, as `decode_windows`."""
-    with parts.tokenizer.on_device() as tokenizer:
-        weight = tokenizer.quant_conv.weight
-        # statistics as the released pipelines use them: in the dtype of the tokenizer
-        statistics = rounded(parts.statistics, weight.dtype)
-        yield from shown_pieces(
-            decode_windows(tokenizer, statistics, latents, frames, seam, first=first)
-        )
+            if new.shape[2]:
+                yield new

@@ -143,7 +143,7 @@ def draw_noise(
     """Yield, for each token, exponential noise (B, V), float32 on `device`, with mean 1.
 
     Every clip has its own CPU generator, so its draws depend neither on the device nor on the
-    clips beside it. A GPU's noise is made and sent in a thread, ahead of its use.
+    clips beside it. A GPU's noise is made and sent in a thread, before it is needed.
 
     Args:
         seeds: one a clip.

@@ -1,4 +1,8 @@
+<<<<<<<< HEAD:src/worldline/video/video.py
 """A finished video and its report."""
+========
+"""Progress of a request, and the finished video; needs no torch."""
+>>>>>>>> h/sampling:src/worldline/pipelines/step.py
 
 from __future__ import annotations
 
@@ -19,14 +23,37 @@ from worldline.video.write import check_destination, write_bytes, write_video
 
 
 @dataclass(frozen=True)
+class Step:
+    """One step of a request.
+
+    Attributes:
+        kind: "guardrail", "upsample", "text", "encode", "tokens", "denoise", "decode" or "done".
+        done: how much of this kind is done.
+        total: of how much.
+        frames: new final pixels, uint8 (T, H, W, 3); at "done" all of them.
+        preview: cheap early look, uint8 (latent frames, h, w, 3).
+        video: the result, at "done".
+        clip: index of the clip, where several are continued in one batch.
+    """
+
+    kind: str
+    done: int
+    total: int
+    frames: NDArray[np.uint8] | None = None
+    preview: NDArray[np.uint8] | None = None
+    video: Video | None = None
+    clip: int = 0
+
+
+@dataclass(frozen=True)
 class Video:
-    """A finished video.
+    """Finished video.
 
     Attributes:
         frames: uint8 (T, H, W, 3).
         fps: frames a second.
         report: model, seed, versions, seconds and memory of each stage.
-        prompt: that it was made from; None where there was none.
+        prompt: its prompt; None where there was none.
     """
 
     frames: NDArray[np.uint8] = field(repr=False)
@@ -63,7 +90,7 @@ class Video:
 
 
 def _request_of(video: Path) -> dict[str, Any]:
-    """Return the request that the report beside a video tells of; empty where there is none."""
+    """Request in the report beside a video; empty where there is none."""
     with suppress(OSError, ValueError, AttributeError):
         request = json.loads(video.with_suffix(".json").read_text()).get("request")
         if isinstance(request, dict):
@@ -73,7 +100,7 @@ def _request_of(video: Path) -> dict[str, Any]:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other programs from saving into `folder`; file systems without locks do without."""
+    """Keep other programs from saving into `folder`, where the file system has locks."""
     opened = None
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,251 @@
+"""Parts of a request that all denoising families share: prompts, known frames, steps, decoding.
+
+Axes: B batch, C channels, T/H/W latent grid, S rows of a text embedding, E its width.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from worldline.pipelines.prompts import TRUNCATION
+from worldline.pipelines.requests import VideoRequest
+from worldline.pipelines.step import Step
+from worldline.report import Recorder
+from worldline.sampling.solvers import Stepped
+from worldline.tokenizers.cosmos.statistics import LatentStatistics
+from worldline.video.convert import signed_to_uint8
+
+if TYPE_CHECKING:
+    from worldline.loading.parts import DenoisingParts, TextPart
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Frames = NDArray[np.uint8]  # (T, H, W, 3)
+Preview = Callable[[Tensor], Frames]  # of latents (1, C, T, H, W)
+STEP_SECONDS = "seconds_of_steps"  # fact of a recorder, and entry of a report
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings in place of prompts, (1, S, E) or (S, E), floating."""
+
+    prompt: Tensor | None = None
+    negative: Tensor | None = None
+
+
+@contextmanager
+def stage(recorder: Recorder, name: str) -> Iterator[None]:
+    """Record a stage, whose peak does not count unused memory that earlier stages cached."""
+    if recorder.device.type == "cuda":
+        torch.cuda.empty_cache()
+    with recorder.stage(name):
+        yield
+
+
+def log_result(name: str, x: Tensor) -> None:
+    """Log shape, dtype and statistics of a stage's result, with --debug."""
+    if logger.isEnabledFor(logging.DEBUG):
+        values = x.float()
+        numbers = [float(of(values)) for of in (torch.mean, torch.std, torch.min, torch.max)]
+        statistics = "mean %.4g, std %.4g, min %.4g, max %.4g"
+        dtype = str(x.dtype).removeprefix("torch.")
+        logger.debug(f"%s: %s %s, {statistics}", name, tuple(x.shape), dtype, *numbers)
+
+
+def encode_prompts(
+    text: TextPart[Any] | None,
+    prompts: Mapping[str, str],
+    embeddings: Embeddings,
+    recorder: Recorder,
+) -> tuple[Tensor, Tensor | None]:
+    """Embeddings (1, S, E) of prompt and negative prompt; None for an absent negative one.
+
+    Args:
+        text: the text encoder; None where there are no prompts to encode.
+        prompts: those to encode, by the names "prompt" and "negative_prompt".
+        embeddings: in place of the others.
+        recorder: receives how prompts were truncated.
+    """
+    tensors = {"prompt": embeddings.prompt, "negative_prompt": embeddings.negative}
+    if prompts:
+        assert text is not None
+        encoded = text.embed(list(prompts.values()))
+        tensors |= {name: encoded[words] for name, words in prompts.items()}
+        recorder.facts[TRUNCATION] = text.truncations(prompts)
+    prompt, negative = (
+        one[None] if one is not None and one.ndim == 2 else one for one in tensors.values()
+    )
+    assert prompt is not None
+    log_result("text", prompt)
+    return prompt, negative
+
+
+def encode_inputs(
+    parts: DenoisingParts[Any, Any, Any],
+    request: VideoRequest,
+    recorder: Recorder,
+    encode_frames: Callable[[Any], Tensor],
+) -> Generator[Step, None, tuple[Tensor | None, Preview | None]]:
+    """Latents of the known frames, and what makes previews; None where a request has none.
+
+    Args:
+        parts: the networks.
+        request: how many frames are known, and whether there are previews.
+        recorder: receives seconds and memory.
+        encode_frames: the tokenizer on its device -> latents (1, C, known frames, H, W).
+    """
+    if not request.num_input_frames and not request.preview_every:
+        return None, None
+    yield Step("encode", 0, 1)
+    with stage(recorder, "encode"), parts.tokenizer.on_device() as tokenizer:
+        known = preview = None
+        if request.num_input_frames:
+            known = encode_frames(tokenizer)
+            log_result("encode", known)
+        if request.preview_every:
+            spatial = parts.files.tokenizer_config.spatial
+            preview = partial(preview_frames, colours=parts.colours, spatial=spatial)
+        return known, preview
+
+
+def condition_mask(noise: Tensor, known: Tensor | None) -> Tensor:
+    """Mask (1, 1, T, H, W) of the latent frames that are known."""
+    mask = torch.zeros_like(noise[:1, :1])
+    mask[:, :, : 0 if known is None else known.shape[2]] = 1
+    return mask
+
+
+def conditioned(
+    model: Any, prompt: Tensor, negative: Tensor | None, positions: Any, mask: Tensor | None
+) -> Callable[[Tensor, Tensor, bool], Tensor]:
+    """Network as samplers call it: (latents, times, branch with the prompt?) -> output.
+
+    The text is encoded once for all steps: it does not change, and is by far the widest input.
+    """
+    contexts = {
+        conditional: model.encode_context(embedding)
+        for conditional, embedding in ((True, prompt), (False, negative))
+        if embedding is not None
+    }
+
+    def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
+        output: Tensor = model(x, times, contexts[conditional], positions, condition_mask=mask)
+        return output
+
+    return network
+
+
+def report(
+    steps: Generator[Stepped, None, Result],
+    recorder: Recorder,
+    total: int,
+    *,
+    before: int = 0,
+    preview_every: int = 1,
+    preview: Preview | None = None,
+) -> Generator[Step, None, Result]:
+    """Run a sampler, yielding a `Step` before the first and after each of its steps.
+
+    Args:
+        steps: the sampler.
+        recorder: receives the seconds of each step.
+        total: steps of the whole request.
+        before: of these, steps before this sampler's.
+        preview_every: steps between previews, where there are any.
+        preview: makes them of the estimate of the clean latents.
+
+    Returns:
+        What the sampler returns.
+    """
+    seconds = recorder.facts.setdefault(STEP_SECONDS, [])
+    made = 0
+    yield Step("denoise", before, total)
+    while True:
+        started = time.perf_counter()
+        try:
+            denoised = next(steps).denoised
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+        if recorder.device.type == "cuda":
+            torch.cuda.synchronize(recorder.device)
+        seconds.append(round(time.perf_counter() - started, 4))
+        made += 1
+        look = None
+        if preview is not None and made % preview_every == 0:
+            look = preview(denoised.float())
+        yield Step("denoise", before + made, total, preview=look)
+
+
+def preview_frames(latents: Tensor, colours: Tensor, spatial: int) -> Frames:
+    """Rough colours of latents, uint8 (T, h, w, 3), at a quarter of the video's size or more.
+
+    Args:
+        latents: (1, C, T, H, W), as the tokenizer gives them.
+        colours: see `worldline.tokenizers.colours.fit_colours`.
+        spatial: pixels of a cell on each side.
+    """
+    maps = colours.to(latents.device)
+    chosen = maps[(torch.arange(latents.shape[2], device=latents.device) > 0).long()]  # (T, C+1, 3)
+    cells = latents[0].float().permute(1, 2, 3, 0).flatten(1, 2)  # (T, H W, C)
+    pixels = cells @ chosen[:, :-1] + chosen[:, -1:]
+    pictures = pixels.unflatten(1, latents.shape[-2:]).permute(3, 0, 1, 2)
+    times = -(-spatial // 4)
+    return signed_to_uint8(pictures).repeat(times, axis=1).repeat(times, axis=2)
+
+
+def decode(
+    pieces: Iterator[Tensor],
+    frames: Frames,
+    made: int = 0,
+    *,
+    first: int = 0,
+    last: int | None = None,
+) -> Generator[Step, None, int]:
+    """Write a video into `frames` as it is decoded.
+
+    Args:
+        pieces: of the video, (1, 3, T, H, W) in about [-1, 1]; asked for no further than needed.
+        frames: all frames of the request; filled from `made` on.
+        made: number of frames that are there.
+        first: first frame of the pieces that is kept.
+        last: end of those that are kept; None keeps all.
+
+    Returns:
+        The number of frames that are there now.
+    """
+    start = 0
+    for piece in pieces:
+        new = signed_to_uint8(piece[0])[
+            max(first - start, 0) : None if last is None else last - start
+        ]
+        start += piece.shape[2]
+        if len(new):
+            frames[made : made + len(new)] = new
+            made += len(new)
+            yield Step("decode", made, len(frames), new)
+        if last is not None and start >= last:
+            break
+    if logger.isEnabledFor(logging.DEBUG):  # of some pixels: all of them as float32 may be large
+        log_result("decode", torch.from_numpy(frames[:made, ::8, ::8].copy()))
+    return made
+
+
+def rounded(statistics: LatentStatistics, dtype: torch.dtype) -> LatentStatistics:
+    """Statistics rounded to the tokenizer's dtype, as in the released pipelines."""
+    return replace(
+        statistics,
+        **{name: tensor.to(dtype).float() for name, tensor in statistics.tensors().items()},
+    )

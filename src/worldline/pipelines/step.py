@@ -1,0 +1,113 @@
+<<<<<<<< HEAD:src/worldline/video/video.py
+"""A finished video and its report."""
+========
+"""Progress of a request, and the finished video; needs no torch."""
+>>>>>>>> h/sampling:src/worldline/pipelines/step.py
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worldline.video.write import check_destination, write_bytes, write_video
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a request.
+
+    Attributes:
+        kind: "guardrail", "upsample", "text", "encode", "tokens", "denoise", "decode" or "done".
+        done: how much of this kind is done.
+        total: of how much.
+        frames: new final pixels, uint8 (T, H, W, 3); at "done" all of them.
+        preview: cheap early look, uint8 (latent frames, h, w, 3).
+        video: the result, at "done".
+        clip: index of the clip, where several are continued in one batch.
+    """
+
+    kind: str
+    done: int
+    total: int
+    frames: NDArray[np.uint8] | None = None
+    preview: NDArray[np.uint8] | None = None
+    video: Video | None = None
+    clip: int = 0
+
+
+@dataclass(frozen=True)
+class Video:
+    """Finished video.
+
+    Attributes:
+        frames: uint8 (T, H, W, 3).
+        fps: frames a second.
+        report: model, seed, versions, seconds and memory of each stage.
+        prompt: its prompt; None where there was none.
+    """
+
+    frames: NDArray[np.uint8] = field(repr=False)
+    fps: float
+    report: dict[str, Any] = field(default_factory=dict, repr=False)
+    prompt: str | None = None
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the video (by suffix: .mp4, .mov, .mkv, .webm, .gif) and its report beside it.
+
+        A video of one frame may be a .jpg, too.
+
+        The report has the same name and the suffix .json, the prompt, where there is one, .txt;
+        where there is none, that of an earlier video of this name is removed.
+        Each file appears whole or not at all, and of two programs that save under one name the last
+        leaves all files.
+
+        Raises:
+            InputError: the name or the folder cannot be written.
+            Error: the disk is full; what was there before stays.
+        """
+        target = Path(path)
+        check_destination(target)
+        text = json.dumps(self.report, indent=1) + "\n"
+        with _alone_in(target.parent):
+            write_video(self.frames, target, self.fps)
+            if self.prompt is not None:
+                write_bytes(target.with_suffix(".txt"), self.prompt.encode())
+            elif "prompt" in _request_of(target):
+                with suppress(OSError):  # words of the video that stood here
+                    target.with_suffix(".txt").unlink(missing_ok=True)
+            write_bytes(target.with_suffix(".json"), text.encode())
+        return target
+
+
+def _request_of(video: Path) -> dict[str, Any]:
+    """Request in the report beside a video; empty where there is none."""
+    with suppress(OSError, ValueError, AttributeError):
+        request = json.loads(video.with_suffix(".json").read_text()).get("request")
+        if isinstance(request, dict):
+            return request
+    return {}
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other programs from saving into `folder`, where the file system has locks."""
+    opened = None
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = os.open(folder, os.O_RDONLY)
+        fcntl.flock(opened, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if opened is not None:
+            os.close(opened)
