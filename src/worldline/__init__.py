@@ -19,8 +19,7 @@ if TYPE_CHECKING:
         InputError,
         InsufficientMemoryError,
     )
-    from worldline.report import Step
-    from worldline.video.video import Video
+    from worldline.step import Step, Video
     from worldline.world import World, load
 
 __all__ = [
@@ -37,8 +36,8 @@ __all__ = [
 
 # imported when used, so that `worldline --help` does not wait for torch
 _MODULES = {
-    "Step": "worldline.report",
-    "Video": "worldline.video.video",
+    "Step": "worldline.step",
+    "Video": "worldline.step",
     "World": "worldline.world",
     "load": "worldline.world",
 }

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from worldline.choices import Generation, ScheduleName
 from worldline.errors import did_you_mean
 from worldline.files import TRANSFORMER_FILES
 
@@ -146,7 +145,7 @@ class FlowModel:
     revision: str
     file: str
     experiment: str
-    schedule: ScheduleName = "shifted"
+    schedule: str = "shifted"
     known_timestep: float | None = None
 
 
@@ -208,7 +207,7 @@ _GUARDRAIL = "Cosmos-Guardrail1"
 _PROMPT_GUARDRAIL = "Llama-Guard-3-8B"
 _DISCRETE = "Cosmos-Tokenize1-DV8x16x16-720p"
 _CONTINUOUS = "Cosmos-Tokenize1-CV8x8x8-720p"
-DECODERS: dict[Generation, str] = {
+DECODERS: dict[str, str] = {
     "Predict1": "Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p",
     "1.0": "Cosmos-1.0-Diffusion-7B-Decoder-DV8x16x16ToCV8x8x8",
 }

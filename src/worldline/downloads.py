@@ -19,7 +19,6 @@ from worldline.catalog import (
     find,
     is_bundled,
 )
-from worldline.choices import Generation
 from worldline.errors import DownloadError, InputError, did_you_mean
 from worldline.hub import RemoteFile, chosen
 
@@ -132,9 +131,7 @@ _SOURCES = {
 }
 
 
-def source_of(
-    entry: Entry, generation: Generation = "Predict1", flow: FlowModel | None = None
-) -> Source:
+def source_of(entry: Entry, generation: str = "Predict1", flow: FlowModel | None = None) -> Source:
     """Return where an entry of the catalog is published, and what of it is fetched.
 
     Args:
@@ -168,7 +165,7 @@ def source_of(
 
 
 def sources(
-    models: Iterable[str], generation: Generation | None = None, without: Collection[str] = ()
+    models: Iterable[str], generation: str | None = None, without: Collection[str] = ()
 ) -> list[Source]:
     """Return what models need, each repository once, the models themselves first.
 
@@ -203,9 +200,7 @@ def sources(
     return list(found.values())
 
 
-def needs(
-    entry: Entry, generation: Generation = "Predict1", without: Collection[str] = ()
-) -> list[str]:
+def needs(entry: Entry, generation: str = "Predict1", without: Collection[str] = ()) -> list[str]:
     """Return the names of the parts that a model needs beside itself, and theirs."""
     names: list[str] = []
     for name in entry.needs:
@@ -251,7 +246,7 @@ def select(
     types: Sequence[str],
     tokenizers: Sequence[str],
     *,
-    generation: Generation | None = None,
+    generation: str | None = None,
 ) -> list[str]:
     """Return the names of models, from names, groups, and the flags of the released scripts.
 

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from worldline.locate import Place
     from worldline.memory import Stage
-    from worldline.report import Recorder, Step
+    from worldline.places import Place
+    from worldline.report import Recorder
     from worldline.shapes import VideoShape
+    from worldline.step import Step
     from worldline.video.read import Clip
 
 # name -> package; the first whose `recognise` knows a transformer's tensors opens it

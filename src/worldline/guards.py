@@ -17,8 +17,9 @@ from worldline.files import GIGABYTE
 from worldline.guardrails.base import Guardrails
 from worldline.guardrails.load import find_folder, find_repository, load_guardrails
 from worldline.parallel.offload import Part
-from worldline.report import Recorder, Step
+from worldline.report import Recorder
 from worldline.request import Request
+from worldline.step import Step
 from worldline.text.upsampler import PIXTRAL, Upsampler, applies, load_upsampler
 from worldline.video.read import Clip
 
@@ -277,7 +278,9 @@ def _load_upsampler(opened: Opened, compute: Compute) -> PromptUpsampler:
     else:
         raise CheckpointError(f"neither {' nor '.join(names)} is in {place.searched}")
     tokenizer = None
-    if describes and not any((folder / name).is_file() for name in _TOKENIZERS):  # the released conversion has none
+    if describes and not any(
+        (folder / name).is_file() for name in _TOKENIZERS
+    ):  # the released conversion has none
         tokenizer = find_repository(PIXTRAL, place.roots)
     offload = options.offload_prompt_upsampler
     logger.info("reading %s", folder)

@@ -10,37 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from worldline.files import GIGABYTE
-
-if TYPE_CHECKING:
-    from worldline.video.video import Video
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a request.
-
-    Attributes:
-        kind: "guardrail", "upsample", "text", "encode", "tokens", "denoise", "decode" or "done".
-        done: how much of this kind is done.
-        total: of how much.
-        frames: new final pixels, uint8 (T, H, W, 3); at "done" all of them.
-        preview: cheap early look, uint8 (latent frames, h, w, 3).
-        video: the result, at "done".
-    """
-
-    kind: str
-    done: int
-    total: int
-    frames: NDArray[np.uint8] | None = None
-    preview: NDArray[np.uint8] | None = None
-    video: Video | None = None
 
 
 @dataclass(frozen=True)

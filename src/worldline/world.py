@@ -25,10 +25,10 @@ from worldline.inputs import Input, InputType, describe, kind_of, read_clip
 from worldline.memory import refuse_frames
 from worldline.opening import choose_compute, load_parts, open_world, plan
 from worldline.places import find_place
-from worldline.report import Recorder, Step, environment
+from worldline.report import Recorder, environment
 from worldline.request import Request
+from worldline.step import Step, Video
 from worldline.video.read import Clip
-from worldline.video.video import Video
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from worldline.errors import Error
 
 if TYPE_CHECKING:
-    from worldline.report import Step
-    from worldline.video.video import Video
+    from worldline.step import Step, Video
 
 logger = logging.getLogger(__name__)
 

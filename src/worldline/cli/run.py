@@ -31,7 +31,7 @@ from worldline.request import flag
 
 if TYPE_CHECKING:
     from worldline.family import Compute, Opened
-    from worldline.video.video import Video
+    from worldline.step import Video
     from worldline.world import World
 
 logger = logging.getLogger(__name__)
@@ -369,7 +369,7 @@ def save(video: Video, task: Task) -> None:
 @contextmanager
 def memory_advice(opened: Opened) -> Iterator[None]:
     """Turn an exhausted device into an error that names the flags which help."""
-    from worldline.cli import is_out_of_memory
+    from worldline.cli.main import is_out_of_memory
 
     try:
         yield
@@ -412,7 +412,7 @@ class Groups:
         return self.lines.pop(task.item.output, None)
 
     def _make(self, group: list[Task], label: str) -> None:
-        from worldline.cli import is_out_of_memory
+        from worldline.cli.main import is_out_of_memory
 
         try:
             jobs = [

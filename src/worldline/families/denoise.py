@@ -12,23 +12,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worldline.pipelines.prompts import TRUNCATION
-from worldline.pipelines.requests import VideoRequest
-from worldline.pipelines.step import Step
+from worldline.errors import InputError
+from worldline.family import Parts
+from worldline.nn.attention import backend_name
+from worldline.nn.dit import DiTSizes
 from worldline.report import Recorder
+from worldline.request import VideoRequest
 from worldline.sampling.solvers import Stepped
+from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
+from worldline.step import Step
+from worldline.text.embeddings import given_embeddings
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.video.convert import signed_to_uint8
-
-if TYPE_CHECKING:
-    from worldline.loading.parts import DenoisingParts, TextPart
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +167,7 @@ def log_result(name: str, x: Tensor) -> None:
 
 
 def encode_prompts(
-    text: TextPart[Any] | None,
+    text: Any | None,
     prompts: Mapping[str, str],
     embeddings: Embeddings,
     recorder: Recorder,

@@ -18,14 +18,14 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from worldline.choices import SAMPLERS, Generation, Reinsertion
 from worldline.sampling.schedules import karras_sigmas, res_sigmas
 from worldline.sampling.solvers import Steps, euler, guided, res_2ab, res_2mid
 
 SIGMA_DATA = 0.5
 SIGMA_MAX = 80.0
 AUGMENT_SIGMA = 0.001
-SAMPLER_OF: dict[Generation, str] = {"1.0": "res_2ab", "Predict1": "edm_euler"}
+SAMPLERS = ("edm_euler", "res_2ab", "res_1euler", "res_2mid")
+SAMPLER_OF: dict[str, str] = {"1.0": "res_2ab", "Predict1": "edm_euler"}
 
 # (latents already times c_in, c_noise (B,), branch with the prompt?) -> F, in any floating dtype
 Network = Callable[[Tensor, Tensor, bool], Tensor]
@@ -106,7 +106,7 @@ class _Denoiser:
         network: Network,
         guidance: float,
         conditioning: Conditioning | None,
-        reinsertion: Reinsertion,
+        reinsertion: str,
         device: torch.device,
     ) -> None:
         self.network = network
@@ -176,7 +176,7 @@ def sample(
     num_steps: int,
     guidance: float,
     conditioning: Conditioning | None = None,
-    reinsertion: Reinsertion = "corrected",
+    reinsertion: str = "corrected",
     sigma_min: float | None = None,
     sigma_max: float = SIGMA_MAX,
 ) -> Steps:

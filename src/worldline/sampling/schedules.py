@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldline.choices import MAX_SEED
-
 RHO = 7.0
 
 
@@ -27,8 +25,8 @@ def standard_noise(seed: int, shape: Sequence[int]) -> Tensor:
     Raises:
         ValueError: the seed is outside 0 to 2^32 - 1.
     """
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed {seed} is outside 0 to {MAX_SEED}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} is outside 0 to {2**32 - 1}")
     drawn = np.random.RandomState(seed).standard_normal(tuple(shape))
     return torch.from_numpy(drawn.astype(np.float32))
 

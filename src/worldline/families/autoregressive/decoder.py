@@ -28,12 +28,13 @@ from worldline.families.denoise import report, rounded, stage
 from worldline.family import Parts
 from worldline.models.predict1_dit.model import DECODER_WINDOW, DiT, Positions
 from worldline.nn.dit import Context
-from worldline.report import Recorder, Step
+from worldline.report import Recorder
 from worldline.sampling.edm import SIGMA_DATA, Network, make_sigmas, sample
 from worldline.sampling.schedules import standard_noise
 from worldline.sampling.solvers import Stepped
 from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape
+from worldline.step import Step
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.tokenizers.cosmos.stream import decode_stream

@@ -60,11 +60,12 @@ from worldline.models.predict1_dit.model import PRESETS as DIT_PRESETS
 from worldline.models.predict1_dit.weights import open_dit
 from worldline.nn.pieces import Past
 from worldline.opening import Network, TextPart, open_text, read_settings
-from worldline.report import Recorder, Step
+from worldline.report import Recorder
 from worldline.request import LARGEST_SIZE
 from worldline.sampling.edm import SAMPLER_OF
 from worldline.sampling.tokens import CHUNK, Sampling, decode, draw_noise
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of, nearest_frames
+from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
 from worldline.tokenizers.cosmos.load import open_tokenizer as open_cosmos
@@ -187,12 +188,25 @@ def encode_prompts(
         with recorder.stage("text"):
             encoded = parts.text.embed(prompts)
             for job in jobs:
-                if job.embedding is None:
-                    words = {"prompt": str(job.request.prompt)}
-                    job.recorder.facts[TRUNCATION] = parts.text.truncations(words)
+                words = {"prompt": str(job.request.prompt)}
+                job.recorder.facts["prompt_truncation"] = parts.text.truncations(words)
     return [
-        encoded[str(job.request.prompt)] if job.embedding is None else job.embedding for job in jobs
+        encoded[str(job.request.prompt)] if one is None else one
+        for job, one in zip(jobs, given, strict=True)
     ]
+
+
+def first_of_batch(
+    steps: Generator[Step, None, Result],
+) -> Generator[tuple[int, Step], None, Result]:
+    """Steps that are made for a whole batch, as those of its first clip."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+        yield 0, step
 
 
 def encode_clips(
@@ -257,7 +271,11 @@ class Tokens:
             decoder = make_decoder(
                 transformer, positions, self.sampling, batch=len(ids), context=self.context
             )
-            recorder.facts |= {"decoder": decoder.name, "tokens": self.count, "clips_at_once": len(ids)}
+            recorder.facts |= {
+                "decoder": decoder.name,
+                "tokens": self.count,
+                "clips_at_once": len(ids),
+            }
             steps = decode(decoder, prompt, new * size, self.noise)
             with recorder.stage("prefill"):
                 self.done = begun + next(steps)

@@ -53,10 +53,11 @@ from worldline.memory import Stage, coding_bytes, denoise_bytes
 from worldline.models.predict1_dit.model import PRESETS, DiT, DiTConfig
 from worldline.models.predict1_dit.weights import open_dit
 from worldline.opening import Network, TextPart, open_text
-from worldline.report import Recorder, Step
+from worldline.report import Recorder
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, Conditioning, make_sigmas, sample
 from worldline.sampling.schedules import standard_noise
 from worldline.shapes import VideoShape
+from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
 from worldline.text.upsampler import DESCRIBING, LENGTHENING
@@ -164,13 +165,14 @@ def generate(
 
 
 def embed(
-    parts: DiffusionParts, request: DiffusionRequest, embeddings: Embeddings, recorder: Recorder
+    parts: Parts, request: DiffusionRequest, recorder: Recorder
 ) -> tuple[Tensor, Tensor | None]:
     """Embeddings (1, S, E) of the prompt and of what guidance leads away from.
 
     The second is None without guidance, and where guidance would do nothing.
     """
-    prompts = to_encode(request, embeddings)
+    embeddings = embeddings_of(parts.opened, request)
+    prompts = prompts_to_encode(request, embeddings)
     prompt, negative = encode_prompts(parts.text, prompts, embeddings, recorder)
     if not request.guidance:
         return prompt, None
@@ -348,9 +350,7 @@ def starts_from_text(opened: Opened) -> bool:
 
 def embeddings_of(opened: Opened, request: DiffusionRequest) -> Embeddings:
     """Embeddings in place of prompts, with as many rows as the model takes."""
-    return read_embeddings(
-        request, opened["transformer"].config.context_width, text_length(opened)
-    )
+    return read_embeddings(request, opened["transformer"].config.context_width, text_length(opened))
 
 
 def prompts_to_encode(request: DiffusionRequest, given: Embeddings) -> dict[str, str]:
@@ -422,7 +422,9 @@ def denoising_stages(
         config, grid, compute.dtype, context_length, fused=compute.fused, batch=batch
     )
     yield Stage("denoise", "transformer", denoising)
-    past = 2 * grid.tokens * tokenizer.level_channels[-1] * size  # keys and values of earlier pieces
+    past = (
+        2 * grid.tokens * tokenizer.level_channels[-1] * size
+    )  # keys and values of earlier pieces
     pieces = min(video.frames, CHUNK * tokenizer.temporal)
     yield Stage("decode", "tokenizer", coding(pieces) + past)
 

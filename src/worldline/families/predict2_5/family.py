@@ -44,10 +44,11 @@ from worldline.memory import Stage, coding_bytes, denoise_bytes
 from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.models.predict2_5_dit.weights import open_flow_dit
 from worldline.opening import Network, TextPart, open_text
-from worldline.report import Recorder, Step
+from worldline.report import Recorder
 from worldline.sampling.flow import Conditioning, make_schedule, sample
 from worldline.sampling.schedules import standard_noise
 from worldline.shapes import VideoShape
+from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
 from worldline.text.reason1 import NUM_PARAMETERS, Reason1Files
 from worldline.tokenizers.wan.load import FILES as TOKENIZER_FILES
@@ -347,11 +348,15 @@ def generate(
     Raises:
         InputError: the clip is absent or too short.
     """
-    embeddings, windows = embeddings or Embeddings(), cut_windows(parts.files, request)
+    opened = parts.opened
+    embeddings = read_embeddings(request, parts.config.feature_width)
+    windows = cut_windows(opened, request)
 
     yield Step("text", 0, 1)
     with stage(recorder, "text"):
-        context = encode_prompts(parts.text, to_encode(request, embeddings), embeddings, recorder)
+        context = encode_prompts(
+            parts.text, prompts_to_encode(request, embeddings), embeddings, recorder
+        )
 
     count = count_steps(opened, request) * len(windows)
     # all at once, as long as they are: to join pieces would hold a long video twice

@@ -1,8 +1,4 @@
-<<<<<<<< HEAD:src/worldline/video/video.py
-"""A finished video and its report."""
-========
 """Progress of a request, and the finished video; needs no torch."""
->>>>>>>> h/sampling:src/worldline/pipelines/step.py
 
 from __future__ import annotations
 
@@ -33,7 +29,6 @@ class Step:
         frames: new final pixels, uint8 (T, H, W, 3); at "done" all of them.
         preview: cheap early look, uint8 (latent frames, h, w, 3).
         video: the result, at "done".
-        clip: index of the clip, where several are continued in one batch.
     """
 
     kind: str
@@ -42,7 +37,6 @@ class Step:
     frames: NDArray[np.uint8] | None = None
     preview: NDArray[np.uint8] | None = None
     video: Video | None = None
-    clip: int = 0
 
 
 @dataclass(frozen=True)
