@@ -23,7 +23,7 @@ from worldline.weights.keymap import KeyMap
 from worldline.weights.read import Checkpoint
 from worldline.weights.stream import load_into
 
-FilesType = TypeVar("FilesType", bound=EncoderFiles)
+FilesType = TypeVar("FilesType", bound=EncoderFiles[Any])
 
 
 class _Defaults(Protocol):

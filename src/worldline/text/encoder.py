@@ -76,8 +76,11 @@ class PromptEncoder(nn.Module, ABC):
         """Embeddings (B, max_length, D) of prompts, each encoded alone, where the weights are."""
 
 
+EncoderType = TypeVar("EncoderType", bound=PromptEncoder)
+
+
 @dataclass(frozen=True)
-class EncoderFiles(ABC):
+class EncoderFiles(ABC, Generic[EncoderType]):
     """A text encoder on disk, of which config.json alone was read.
 
     Attributes:
@@ -206,7 +209,7 @@ class EncoderFiles(ABC):
         """Prompts to ids; read at the first use."""
 
     @abstractmethod
-    def build(self) -> PromptEncoder:
+    def build(self) -> EncoderType:
         """The encoder on the default device, its weights not read."""
 
     def count_tokens(self, prompt: str) -> int:
@@ -220,7 +223,7 @@ class EncoderFiles(ABC):
             return 0
         return max(0, self.count_tokens(prompt) - self.max_length)
 
-    def load(self, device: torch.device | str, dtype: torch.dtype) -> PromptEncoder:
+    def load(self, device: torch.device | str, dtype: torch.dtype) -> EncoderType:
         """The encoder with its weights, for inference.
 
         Args:
@@ -257,7 +260,7 @@ class EncoderFiles(ABC):
             raise CheckpointError(f"{checkpoint.path}: 1 missing: {self.tied[0]}")
         return len(checkpoint.tensors) - len(pairs)
 
-    def _unfilled(self) -> tuple[PromptEncoder, Checkpoint, KeyMap]:
+    def _unfilled(self) -> tuple[EncoderType, Checkpoint, KeyMap]:
         try:
             with torch.device("meta"):
                 encoder = self.build()
@@ -275,7 +278,7 @@ class EncoderFiles(ABC):
         return EmbeddingCache()
 
 
-FilesType = TypeVar("FilesType", bound=EncoderFiles)
+FilesType = TypeVar("FilesType", bound=EncoderFiles[Any])
 
 
 class TextEncoder(Generic[FilesType]):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,7 +64,7 @@ def chat_text(prompt: str) -> str:
 
 
 @dataclass(frozen=True)
-class Reason1Files(EncoderFiles):
+class Reason1Files(EncoderFiles["Reason1Encoder"]):
     """A Reason1 encoder on disk; its weights may hold eyes and head too.
 
     Its tokenizer is tokenizer.json, or vocab.json and merges.txt.
@@ -134,20 +133,25 @@ class Reason1Encoder(PromptEncoder):
         self.config = config
         self.tokenizer = tokenizer
         self.max_length = max_length
+        half = config["hidden_size"] // config["num_attention_heads"] // 2
+        rotary = {
+            **(config.get("rope_scaling") or {}),  # its older name
+            **(config.get("rope_parameters") or {}),
+            # A word has the same position on all three axes, so that they may be taken as one.
+            "mrope_section": [half, 0, 0],
+        }
+        stated = {name: value for name, value in config.items() if name != "rope_scaling"}
         settings = Qwen2_5_VLTextConfig.from_dict(
             {
                 "rms_norm_eps": 1e-6,
-                **deepcopy(dict(config)),  # transformers changes nested settings
+                **stated,
+                "rope_parameters": rotary,
                 "use_cache": False,
                 # nothing is generated, and a tiny vocabulary lacks these words
                 "bos_token_id": None,
                 "eos_token_id": None,
             }
         )
-        half = settings.hidden_size // settings.num_attention_heads // 2
-        # A word has the same position on all three axes, so that they may be taken as one.
-        rotary = {**(settings.rope_parameters or {}), "mrope_section": [half, 0, 0]}
-        settings.rope_parameters = rotary
         self.network = Qwen2_5_VLTextModel(settings)
         with torch.device("cpu"):  # no file holds its frequencies, so they must have values
             self.network.rotary_emb = type(self.network.rotary_emb)(settings)

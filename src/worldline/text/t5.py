@@ -48,7 +48,7 @@ TINY: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class T5Files(EncoderFiles):
+class T5Files(EncoderFiles["T5Encoder"]):
     """A T5 encoder on disk; its weights may hold the decoder's too.
 
     Its tokenizer is tokenizer.json, spiece.model, or a tokenizer_config.json of ByT5.
