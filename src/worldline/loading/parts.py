@@ -102,7 +102,7 @@ def find_text(
     if (folder / "text_encoder").is_dir():
         present.insert(0 if layout == "diffusers" else len(present), folder / "text_encoder")
     if not present:
-        return None, f"there is no text encoder: no {kind.released} in {place.searched}"
+        return None, f"there is no text encoder: no folder {kind.released} in {place.searched}"
     try:
         return kind.open_first(present, width), ""
     except CheckpointError as error:
