@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worldline.errors import CheckpointError, Error, InputError
+from worldline.errors import CheckpointError, InputError
 from worldline.text.t5 import (
     NUM_PARAMETERS,
     ByteTokenizer,
@@ -406,11 +405,7 @@ def test_a_vocabulary(tmp_path: Path) -> None:
         assert tokenizer.encode("a\ud800") == [3, 4, 2, 1]
 
 
-def test_damaged_and_foreign_vocabularies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "spiece.model").write_bytes(b"\n")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Error, match="pip install sentencepiece"):
-        tokenizer_of(tmp_path)
+def test_damaged_and_foreign_vocabularies(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be read"):
         tokenizer_of(tmp_path)
@@ -421,7 +416,6 @@ def test_damaged_and_foreign_vocabularies(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_which_file_decides(tmp_path: Path) -> None:
     assert T5Files.find_tokenizer(tmp_path, {"tokenizer_class": "T5Tokenizer"}) is None
-    for name in ("spiece.model", "tokenizer.json"):
-        (tmp_path / name).touch()
-        assert T5Files.find_tokenizer(tmp_path, {}) == [tmp_path / name]
+    (tmp_path / "tokenizer.json").touch()
+    assert T5Files.find_tokenizer(tmp_path, {}) == [tmp_path / "tokenizer.json"]
     assert T5Files.find_tokenizer(tmp_path, {"tokenizer_class": "ByT5Tokenizer"}) == []

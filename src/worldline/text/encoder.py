@@ -44,13 +44,9 @@ WEIGHTS = (  # in order of preference
 
 
 class PromptTokenizer(Protocol):
-    """Prompts to ids.
+    """Prompts to ids."""
 
-    Attributes:
-        size: one more than the largest id.
-    """
-
-    size: int
+    size: int  # one more than the largest id
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of a whole prompt, those that the encoder adds among them."""
@@ -66,14 +62,49 @@ class PromptEncoder(nn.Module, ABC):
         max_length: S of an embedding; longer prompts are cut.
     """
 
-    network: Any
-    config: Mapping[str, Any]
-    tokenizer: PromptTokenizer
-    max_length: int
+    def __init__(
+        self, network: Any, config: Mapping[str, Any], tokenizer: Any, max_length: int
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_length = max_length
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings (B, max_length, D) of prompts, each encoded alone, where the weights are."""
+
+    def export(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        tokenizer_config: Mapping[str, Any],
+        *,
+        prefix: str = "",
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Write config.json, tokenizer_config.json and model.safetensors.
+
+        Args:
+            folder: made if absent.
+            config: of the encoder.
+            tokenizer_config: besides the length.
+            prefix: of the tensors' names in the file.
+            dtype: of the weights; None keeps theirs.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer_config = {**tokenizer_config, "model_max_length": self.max_length}
+        for name, settings in (("config", config), ("tokenizer_config", tokenizer_config)):
+            (folder / f"{name}.json").write_text(json.dumps(settings, indent=1) + "\n")
+        tensors = {
+            prefix + name: tensor.to(dtype or tensor.dtype)
+            for name, tensor in self.network.named_parameters()  # each shared tensor once
+        }
+        save(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 EncoderType = TypeVar("EncoderType", bound=PromptEncoder)
@@ -158,20 +189,18 @@ class EncoderFiles(ABC, Generic[EncoderType]):
         Raises:
             CheckpointError: there is none; the error is that of the first folder.
         """
-        errors: list[CheckpointError] = []
+        first: CheckpointError | None = None
         for folder in folders:
             try:
                 files = cls.open(folder)
-                if files.width == width:
-                    return files
-                errors.append(
-                    CheckpointError(
+                if files.width != width:
+                    raise CheckpointError(
                         f"text encoder {folder} has width {files.width}, the world expects {width}"
                     )
-                )
+                return files
             except CheckpointError as error:
-                errors.append(error)
-        raise errors[0] if errors else CheckpointError(f"there is no text encoder {cls.released}")
+                first = first or error
+        raise first or CheckpointError(f"there is no text encoder {cls.released}")
 
     @property
     def files(self) -> list[Path]:

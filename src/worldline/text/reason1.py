@@ -10,7 +10,6 @@ Padding is read like any other token, so that all rows count.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +29,6 @@ from worldline.text.encoder import (
     cache_folder,
     read_tokenizer,
 )
-from worldline.weights.write import save
 
 if TYPE_CHECKING:
     import tokenizers
@@ -122,17 +120,11 @@ class Reason1Files(EncoderFiles["Reason1Encoder"]):
 class Reason1Encoder(PromptEncoder):
     """Prompts to context, one row a token and as many for padding."""
 
-    tokenizer: ChatTokenizer
-
     def __init__(
         self, config: Mapping[str, Any], tokenizer: ChatTokenizer, max_length: int = MAX_LENGTH
     ) -> None:
         from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
-        super().__init__()
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_length = max_length
         half = config["hidden_size"] // config["num_attention_heads"] // 2
         rotary = {
             **(config.get("rope_scaling") or {}),  # its older name
@@ -152,9 +144,10 @@ class Reason1Encoder(PromptEncoder):
                 "eos_token_id": None,
             }
         )
-        self.network = Qwen2_5_VLTextModel(settings)
+        network = Qwen2_5_VLTextModel(settings)
         with torch.device("cpu"):  # no file holds its frequencies, so they must have values
-            self.network.rotary_emb = type(self.network.rotary_emb)(settings)
+            network.rotary_emb = type(network.rotary_emb)(settings)  # type: ignore[arg-type]
+        super().__init__(network, config, tokenizer, max_length)
 
     def tokenize(self, prompts: Sequence[str], max_length: int | None = None) -> Tensor:
         """Ids (B, S) int64 of prompts, on the CPU; S is `max_length`, or the encoder's own."""
@@ -262,16 +255,7 @@ def new_reason1(
 def export_reason1(
     encoder: Reason1Encoder, folder: Path, *, dtype: torch.dtype | None = torch.bfloat16
 ) -> None:
-    """Write an encoder so that `Reason1Files.open` reads it, its tensors by the released names.
-
-    Args:
-        encoder: any.
-        folder: made if absent; gets config.json, model.safetensors and the tokenizer.
-        dtype: of the weights; None keeps theirs.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Write an encoder by the released names, as `PromptEncoder.export` does, and its tokenizer."""
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -279,13 +263,6 @@ def export_reason1(
         **encoder.config,
         "tie_word_embeddings": False,
     }
-    tokens = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": encoder.max_length}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, settings in (("config", config), ("tokenizer_config", tokens)):
-        (folder / f"{name}.json").write_text(json.dumps(settings, indent=1) + "\n")
+    words = {"tokenizer_class": "Qwen2Tokenizer"}
+    encoder.export(folder, config, words, prefix="model.", dtype=dtype)
     encoder.tokenizer.save(folder)
-    tensors = {
-        f"model.{name}": tensor.to(dtype or tensor.dtype)
-        for name, tensor in encoder.network.named_parameters()
-    }
-    save(tensors, folder / "model.safetensors", {"format": "pt"})
