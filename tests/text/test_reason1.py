@@ -353,7 +353,7 @@ def test_missing_parts(own: Path) -> None:
     assert "no text encoder folder" in refused(own / "nowhere")
     (own / "tokenizer.json").unlink()
     (own / "vocab.json").touch()
-    assert "no tokenizer" in refused(own)
+    assert "no tokenizer.json" in refused(own)
     (own / "model.safetensors").unlink()
     assert "no weights" in refused(own)
     (own / "config.json").unlink()

@@ -249,7 +249,7 @@ def test_tokenizer_beside_as_diffusers_saves_it(own: Path) -> None:
 def test_missing_parts(own: Path) -> None:
     assert "no text encoder folder" in refused(own / "nowhere")
     (own / "tokenizer_config.json").rename(own / "kept")
-    assert "no tokenizer" in refused(own)
+    assert "no tokenizer.json" in refused(own)
     (own / "kept").rename(own / "tokenizer_config.json")
     (own / "model.safetensors").rename(own / "tf_model.h5")
     assert "no weights (model.safetensors or pytorch_model.bin)" in refused(own)

@@ -388,7 +388,7 @@ def _find_files(
         place.chosen(flags["text_encoder_dir"], "text_encoder_dir")
     from worldline.loading import open_autoregressive
     from worldline.pipelines.autoregressive import check_prompt, check_room
-    from worldline.text.embeddings import given_embeddings
+    from worldline.text.embeddings import read_embeddings
 
     files = open_autoregressive(
         place,
@@ -405,7 +405,7 @@ def _find_files(
     embedding = None
     if width is not None:
         given, rows = flags["prompt_embeddings"], files.context_length
-        embedding = given_embeddings(given, width=width, rows=rows, guided=False).get("prompt")
+        embedding = read_embeddings(given, width=width, rows=rows, guided=False).get("prompt")
     try:
         check_prompt(files, request, embedding)
     except CheckpointError as error:

@@ -41,7 +41,8 @@ from worldline.report import Recorder
 from worldline.sampling.edm import SIGMA_DATA, Given, make_sigmas, sample
 from worldline.sampling.noise import standard_noise
 from worldline.shapes import LatentShape
-from worldline.text.embeddings import GivenEmbedding, given_embeddings
+from worldline.text import embeddings as text_embeddings
+from worldline.text.embeddings import EmbeddingSource
 from worldline.text.encoder import TRUNCATION
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
@@ -161,15 +162,15 @@ def rotary_precision_of(files: DiffusionFiles, request: DiffusionRequest) -> str
 
 def read_embeddings(
     files: DiffusionFiles,
-    prompt: GivenEmbedding | None,
-    negative: GivenEmbedding | None = None,
+    prompt: EmbeddingSource | None,
+    negative: EmbeddingSource | None = None,
 ) -> Embeddings:
     """Return the embeddings that a caller gives, checked, with as many rows as the world takes.
 
     Args:
         files: of the world.
         prompt: (S, E) or (1, S, E), or a file of it and perhaps of the negative prompt's: see
-            `worldline.text.embeddings.read_embeddings`. Rows that are missing are zeros, as those
+            `text_embeddings.read_embedding_file`. Rows that are missing are zeros, as those
             behind the end of a prompt are.
         negative: likewise, of the negative prompt.
 
@@ -177,7 +178,7 @@ def read_embeddings(
         InputError: there is no such file, or it holds something else.
     """
     rows, width = files.context_length, files.config.context_width
-    whole = given_embeddings(prompt, negative, width=width, rows=rows)
+    whole = text_embeddings.read_embeddings(prompt, negative, width=width, rows=rows)
     return Embeddings(whole.get("prompt"), whole.get("negative_prompt"))
 
 

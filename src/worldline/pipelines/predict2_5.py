@@ -40,7 +40,8 @@ from worldline.report import Recorder
 from worldline.sampling.flow import Given, make_schedule, sample
 from worldline.sampling.noise import standard_noise
 from worldline.shapes import VideoShape, latent_frames_of
-from worldline.text.embeddings import GivenEmbedding, given_embeddings
+from worldline.text import embeddings as text_embeddings
+from worldline.text.embeddings import EmbeddingSource
 from worldline.text.encoder import TRUNCATION
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.tokenizers.wan.stream import decode_stream, encode_stream
@@ -183,21 +184,21 @@ def check_text(
 
 
 def read_embeddings(
-    files: FlowFiles, prompt: GivenEmbedding | None, negative: GivenEmbedding | None = None
+    files: FlowFiles, prompt: EmbeddingSource | None, negative: EmbeddingSource | None = None
 ) -> Embeddings:
     """Embeddings that a caller gives, checked.
 
     Args:
         files: of the world.
         prompt: (S, F) or (1, S, F), or a file of it and perhaps of the negative prompt's: see
-            `worldline.text.embeddings.read_embeddings`. Rows are taken as they are: of the released
+            `text_embeddings.read_embedding_file`. Rows are taken as they are: of the released
             encoder there are 512, padding among them.
         negative: likewise, of the negative prompt.
 
     Raises:
         InputError: there is no such file, or it holds something else.
     """
-    found = given_embeddings(prompt, negative, width=files.config.feature_width)
+    found = text_embeddings.read_embeddings(prompt, negative, width=files.config.feature_width)
     return Embeddings(found.get("prompt"), found.get("negative_prompt"))
 
 

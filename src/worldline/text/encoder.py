@@ -168,14 +168,14 @@ class EncoderFiles(ABC, Generic[EncoderType]):
             settings = holder / "tokenizer_config.json"
             beside = [settings] if settings.is_file() else []
             stated = read_json(settings) if beside else {}
-            if (found := cls.find_tokenizer(holder, stated)) is None:
+            if (tokenizer := cls.find_tokenizer(holder, stated)) is None:
                 continue
             # a tokenizer without a limit of its own has 1e30, or the length of the model's context
             limit = stated.get("model_max_length")
             length = limit if isinstance(limit, int) and 0 < limit <= MAX_LENGTH else MAX_LENGTH
-            files = dict.fromkeys([*found, *beside])
+            files = dict.fromkeys([*tokenizer, *beside])
             return cls(folder, config, weights, tuple(files), length)
-        raise CheckpointError(f"{folder} holds no tokenizer{unfinished(folder)}")
+        raise CheckpointError(f"{folder} holds no tokenizer.json{unfinished(folder)}")
 
     @classmethod
     def folders(cls, root: Path) -> list[Path]:
@@ -341,7 +341,7 @@ class TextEncoder(Generic[FilesType]):
         Raises:
             CheckpointError: the weights do not fit, or cannot be read.
         """
-        found: dict[str, Tensor] = {}
+        embeddings: dict[str, Tensor] = {}
         missing: list[str] = []
         for prompt in dict.fromkeys(prompts):
             if cut := self.files.count_truncated(prompt):
@@ -356,19 +356,19 @@ class TextEncoder(Generic[FilesType]):
             if cached is None:
                 missing.append(prompt)
             else:
-                found[prompt] = cached.view(1, *cached.shape[-2:])
+                embeddings[prompt] = cached.view(1, *cached.shape[-2:])
         if not missing:
-            return found
+            return embeddings
         if self._part is None:
             logger.info("reading %s", self.files.folder)
             encoder = self.files.load("cpu" if self.offload else self.device, self.dtype)
             self._part = Part(encoder, self.device, offload=self.offload)
         with torch.inference_mode(), self._part.on_device() as encoder:
             for prompt in missing:
-                found[prompt] = encoder.encode([prompt]).cpu()
+                embeddings[prompt] = encoder.encode([prompt]).cpu()
         for prompt in missing:
-            self._cache.put(self._key, prompt, found[prompt])
-        return found
+            self._cache.put(self._key, prompt, embeddings[prompt])
+        return embeddings
 
     def truncations(self, prompts: Mapping[str, str]) -> dict[str, dict[str, int]]:
         """Report entry of the prompts that are cut, by their names: tokens read and not read."""
@@ -500,13 +500,13 @@ class EmbeddingCache:
             if not path.is_file():
                 return None
             # a copy: the mapping would change with what another process does to the file
-            found = open_checkpoint(path).read(_TENSOR).clone()
+            embedding = open_checkpoint(path).read(_TENSOR).clone()
         except (CheckpointError, OSError) as error:
             logger.info("a kept embedding is made anew: %s", error)
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # used now, so removed last
-        return found
+        return embedding
 
     def put(self, model_key: str, text: str, embedding: Tensor) -> None:
         """Keep an embedding in place of what `get` finds for the same arguments."""

@@ -1,8 +1,8 @@
 """Cosmos-Reason1-7B, the text encoder of Cosmos-Predict2.5.
 
 Source: nvidia-cosmos/cosmos-predict2.5 `_src/predict2/text_encoders/{text_encoder,reason1}.py`; the
-network is the language model of transformers' `Qwen2_5_VLForConditionalGeneration`. Eyes and head,
-2.4 GB, are not read. Axes: B batch, S tokens, D width.
+network is the language model of transformers' `Qwen2_5_VLForConditionalGeneration`. Vision tower
+and head, 2.4 GB, are not read. Axes: B batch, S tokens, D width.
 
 An embedding is the normalised output of every layer side by side: 28 x 3584 numbers a row.
 Padding is read like any other token, so that all rows count.
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 RELEASED = "nvidia/Cosmos-Reason1-7B"
 # The released worlds were trained with these weights; another revision is another encoder.
 REVISION = "3210bec0495fdc7a8d3dbb8d58da5711eab4b423"
-NUM_PARAMETERS = 7_070_619_136  # without eyes and head
+NUM_PARAMETERS = 7_070_619_136  # without vision tower and head
 CACHED = 40  # embeddings that are kept, 103 MB each of the released encoder in bfloat16
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -63,7 +63,7 @@ def chat_text(prompt: str) -> str:
 
 @dataclass(frozen=True)
 class Reason1Files(EncoderFiles["Reason1Encoder"]):
-    """A Reason1 encoder on disk; its weights may hold eyes and head too.
+    """A Reason1 encoder on disk; its weights may hold vision tower and head too.
 
     Its tokenizer is tokenizer.json, or vocab.json and merges.txt.
     """
@@ -74,7 +74,7 @@ class Reason1Files(EncoderFiles["Reason1Encoder"]):
     model_types = ("qwen2_5_vl", "qwen2_5_vl_text")
     sizes = tuple(TINY)
     prefixes = ("model.", "model.language_model.")  # as released; as transformers saves it since
-    unread = {"visual.*": "the eyes", "lm_head.*": "the next word"}  # noqa: RUF012
+    unread: ClassVar = {"visual.*": "vision tower", "lm_head.*": "head"}
     most_added = len(chat_text(""))
 
     @property
@@ -83,7 +83,7 @@ class Reason1Files(EncoderFiles["Reason1Encoder"]):
 
     @property
     def num_parameters(self) -> int:
-        words, width, inner, depth, heads, groups = (self.config[name] for name in TINY)
+        words, width, inner, depth, heads, groups = (self.config[name] for name in self.sizes)
         narrow = width // heads * groups
         attention = 2 * width * (width + narrow) + width + 2 * narrow  # with biases of q, k, v
         return int((words + 1) * width + depth * (attention + 3 * width * inner + 2 * width))
@@ -170,8 +170,8 @@ class Reason1Encoder(PromptEncoder):
         Returns:
             One more than there are layers, each (B, S, D) in the weights' dtype; differentiable.
         """
-        found = self.network(input_ids=ids, use_cache=False, output_hidden_states=True)
-        return tuple(found.hidden_states)
+        output = self.network(input_ids=ids, use_cache=False, output_hidden_states=True)
+        return tuple(output.hidden_states)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings: the layers' outputs side by side, each row of each standardised.

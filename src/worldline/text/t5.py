@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +52,8 @@ class T5Files(EncoderFiles["T5Encoder"]):
     name = "T5 encoder"
     released = RELEASED
     model_types = ("t5",)
-    sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-    unread = dict.fromkeys(("decoder.*", "lm_head.*"), "the other half of T5")
+    sizes = tuple(TINY)
+    unread: ClassVar = {"decoder.*": "decoder", "lm_head.*": "decoder's head"}
     most_added = 2  # </s>, and a space in front
     tied = ("shared.weight", "encoder.embed_tokens.weight")
 
@@ -63,10 +63,7 @@ class T5Files(EncoderFiles["T5Encoder"]):
 
     @property
     def num_parameters(self) -> int:
-        words, width, inner, hidden, depth, heads = (
-            self.config[name]
-            for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-        )
+        words, width, inner, hidden, depth, heads = (self.config[name] for name in self.sizes)
         gated = str(self.config.get("feed_forward_proj", "relu")).startswith("gated-")
         block = 4 * width * inner * heads + (3 if gated else 2) * width * hidden + 2 * width
         buckets = self.config.get("relative_attention_num_buckets", 32)

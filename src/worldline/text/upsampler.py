@@ -225,46 +225,41 @@ def shrunk(width: int, height: int) -> tuple[int, int]:
 
 # --- files
 
-_ATTENTION = {f"attention.w{leaf}": f"{leaf}_proj" for leaf in "qkvo"}
-_FEED_FORWARD = {
-    f"feed_forward.w{number}": f"{leaf}_proj"
-    for number, leaf in ((1, "gate"), (2, "down"), (3, "up"))
-}
-_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_LANGUAGE_LAYER = {
-    **{theirs: f"self_attn.{ours}" for theirs, ours in _ATTENTION.items()},
-    **{theirs: f"mlp.{ours}" for theirs, ours in _FEED_FORWARD.items()},
-    **_NORMS,
-}
-_VISION_LAYER = {
-    **{theirs: f"attention.{ours}" for theirs, ours in _ATTENTION.items()},
-    **{theirs: f"feed_forward.{ours}" for theirs, ours in _FEED_FORWARD.items()},
-    **{name: name for name in _NORMS},
-}
 _DROPPED = {
     "*_extra_state": "FP8 bookkeeping of Transformer Engine",
     "*rope.*_cached": "rotary table, computed here",
 }
+_TOWER = "model.vision_tower."
+
+
+def _layers(
+    theirs: str, ours: str, attention: str, feed_forward: str, norms: tuple[str, str]
+) -> dict[str, str]:
+    names = {
+        **{f"attention.w{leaf}": f"{attention}.{leaf}_proj" for leaf in "qkvo"},
+        "feed_forward.w1": f"{feed_forward}.gate_proj",
+        "feed_forward.w2": f"{feed_forward}.down_proj",
+        "feed_forward.w3": f"{feed_forward}.up_proj",
+        "attention_norm": norms[0],
+        "ffn_norm": norms[1],
+    }
+    return {
+        f"{theirs}layers.{{i}}.{released}.weight": f"{ours}layers.{{i}}.{name}.weight"
+        for released, name in names.items()
+    }
 
 
 def _language(ours: str) -> dict[str, str]:
+    norms = ("input_layernorm", "post_attention_layernorm")
     return {
         "tok_embeddings.weight": f"{ours}embed_tokens.weight",
         "norm.weight": f"{ours}norm.weight",
         "output.weight": "lm_head.weight",
-        **_layers("", ours, _LANGUAGE_LAYER),
-    }
-
-
-def _layers(theirs: str, ours: str, leaves: Mapping[str, str]) -> dict[str, str]:
-    return {
-        f"{theirs}layers.{{i}}.{their_leaf}.weight": f"{ours}layers.{{i}}.{our_leaf}.weight"
-        for their_leaf, our_leaf in leaves.items()
+        **_layers("", ours, "self_attn", "mlp", norms),
     }
 
 
 TEXT_KEYS = KeyMap(_language("model."), _DROPPED, ("model.", ""))
-_TOWER = "model.vision_tower."
 IMAGE_KEYS = KeyMap(
     {
         **_language("model.language_model."),
@@ -277,7 +272,13 @@ IMAGE_KEYS = KeyMap(
             f"vision_encoder.{name}.weight": f"{_TOWER}{name}.weight"
             for name in ("patch_conv", "ln_pre")
         },
-        **_layers("vision_encoder.transformer.", f"{_TOWER}transformer.", _VISION_LAYER),
+        **_layers(
+            "vision_encoder.transformer.",
+            f"{_TOWER}transformer.",
+            "attention",
+            "feed_forward",
+            ("attention_norm", "ffn_norm"),
+        ),
     },
     _DROPPED,
     ("model.", ""),
@@ -320,7 +321,7 @@ def load_upsampler(
     place = tokenizer_folder or folder
     tokenizer = pretrained_tokenizer(place)
     if tokenizer.eos_token_id is None:
-        raise CheckpointError(f"{place} does not say which token ends an answer")
+        raise CheckpointError(f"{place} names no token that ends an answer")
     network.generation_config = type(network.generation_config)()
     network.to(device)
     if not describes:

@@ -28,7 +28,7 @@ from worldline.pipelines.autoregressive import (
 )
 from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder, environment
-from worldline.text.embeddings import given_embeddings
+from worldline.text.embeddings import read_embeddings
 from worldline.text.encoder import TRUNCATION
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of
@@ -146,7 +146,7 @@ class AutoregressiveWorld(World):
             width = self.parts.config.context_width
             assert width is not None
             rows = self.files.context_length
-            embedding = given_embeddings(given, width=width, rows=rows, guided=False).get("prompt")
+            embedding = read_embeddings(given, width=width, rows=rows, guided=False).get("prompt")
             stamps[_EMBEDDINGS] = stamp_of(given)
         elif given is not None:
             raise InputError(f"{self.files.folder} is a base model, which takes no prompt")
