@@ -140,7 +140,7 @@ class EncoderFiles(ABC, Generic[EncoderType]):
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Look at the folder of an encoder, without torch reading or transformers loading.
+        """Check the folder of an encoder by names and config.json; transformers is not imported.
 
         Args:
             folder: config.json, weights (safetensors or `pytorch_model.bin`, whole or in shards)
@@ -155,7 +155,7 @@ class EncoderFiles(ABC, Generic[EncoderType]):
         if not path.is_file():
             raise CheckpointError(f"{folder} holds no config.json{unfinished(folder)}")
         config = read_json(path)
-        kind, language = config.get("model_type"), config.get("text_config")
+        kind, language = config.get("model_type"), config.pop("text_config", None)
         if kind not in cls.model_types:
             raise CheckpointError(f"{path}: model_type is {kind!r}, expected {cls.model_types[0]}")
         config |= language if isinstance(language, dict) else {}
