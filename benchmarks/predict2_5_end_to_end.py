@@ -31,7 +31,13 @@ from worldline.loading import find_predict2_5, fit_files
 from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.models.predict2_5_dit.weights import released_tensors
 from worldline.shapes import VideoShape
-from worldline.text.reason1 import RELEASED, TINY, Reason1Encoder, byte_chat_tokenizer, export_reason1
+from worldline.text.reason1 import (
+    RELEASED,
+    TINY,
+    Reason1Encoder,
+    byte_chat_tokenizer,
+    export_reason1,
+)
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import released_tensors as released_tokenizer
 from worldline.video.write import write_video

@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
-from math import prod
 from pathlib import Path
 from typing import Any
 

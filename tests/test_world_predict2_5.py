@@ -198,7 +198,7 @@ def test_another_dtype(tiny_predict2_5: Path, clip: Path) -> None:
         ({"prompt": "x", "num_input_frames": 1}, "num_input_frames is 1, but there is no input"),
         ({"prompt": "x", "height": 33}, "height is 33"),
         ({"prompt": "x", "num_video_frames": 10}, "num_video_frames is 10; it must be 1"),
-        ({"prompt_embeddings": torch.ones(3, 3)}, r"the embedding of prompt is float32 \(3, 3\)"),
+        ({"prompt_embeddings": torch.ones(3, 3)}, r"prompt_embeddings is float32 \(3, 3\)"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str, world: FlowWorld) -> None:

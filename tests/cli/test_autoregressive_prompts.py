@@ -145,7 +145,7 @@ def test_a_long_prompt_is_cut_and_said_so(ar_video2world: Make, clip: Path, tmp_
         result = ar_video2world("--input_image_or_video_path", clip, *words)
         assert result.exit_code == 0, result.stderr
         [line] = [line for line in result.stderr.splitlines() if "warning" in line]
-        assert f"has {CONTEXT_LENGTH + 1} tokens and is cut after {CONTEXT_LENGTH - 1}" in line
+        assert f"has {CONTEXT_LENGTH + 2} tokens and is cut after {CONTEXT_LENGTH}" in line
         report = report_of(tmp_path / "out" / "output.json")
         cut = {"max_length": CONTEXT_LENGTH, "num_truncated_tokens": 2}
         assert report["prompt_truncation"] == {"prompt": cut}

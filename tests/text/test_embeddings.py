@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from worldline.errors import InputError
-from worldline.text.embeddings import padded, read_embeddings
+from worldline.text.embeddings import read_embedding_file, read_embeddings
 from worldline.weights.write import save
 
 ROWS = torch.linspace(-2, 2, 7 * 16).view(7, 16).half().float()
@@ -24,7 +24,7 @@ def pickled(path: Path, value: object, protocol: int = 4) -> Path:
 
 def refused(path: Path) -> str:
     with pytest.raises(InputError) as caught:
-        read_embeddings(path)
+        read_embeddings(path, width=16)
     assert str(path) in str(caught.value)
     return str(caught.value)
 
@@ -35,21 +35,21 @@ def test_both_prompts(tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
     path = tmp_path / f"embeddings.{suffix}"
     tensors = {"prompt": ROWS.to(dtype), "negative_prompt": ROWS[None, :2].to(dtype)}
     save(tensors, path)
-    found = read_embeddings(path)
-    assert list(found) == ["prompt", "negative_prompt"]
-    assert torch.equal(found["prompt"], ROWS.to(dtype).float())
-    assert torch.equal(found["negative_prompt"], ROWS[:2].to(dtype).float())
+    found = read_embeddings(path, width=16)
+    assert set(found) == {"prompt", "negative_prompt"}
+    assert torch.equal(found["prompt"], ROWS.to(dtype).float()[None])
+    assert torch.equal(found["negative_prompt"], ROWS[:2].to(dtype).float()[None])
 
 
 def test_one_tensor_of_any_name(tmp_path: Path) -> None:
     save({"t5": ROWS}, tmp_path / "e.safetensors")
-    assert torch.equal(read_embeddings(tmp_path / "e.safetensors")["prompt"], ROWS)
+    assert torch.equal(read_embedding_file(tmp_path / "e.safetensors")["prompt"], ROWS)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_saved_tensor(tmp_path: Path, legacy: bool) -> None:
     torch.save(ROWS, tmp_path / "e.pt", _use_new_zipfile_serialization=not legacy)
-    assert torch.equal(read_embeddings(tmp_path / "e.pt")["prompt"], ROWS)
+    assert torch.equal(read_embedding_file(tmp_path / "e.pt")["prompt"], ROWS)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -59,7 +59,7 @@ def test_pickles_of_training_data(tmp_path: Path, protocol: int, dtype: str, for
     array = ROWS.numpy().astype(dtype)
     array = np.asfortranarray(array) if fortran else array
     path = pickled(tmp_path / "e.pickle", [array], protocol)
-    assert torch.equal(read_embeddings(path)["prompt"], ROWS)
+    assert torch.equal(read_embedding_file(path)["prompt"], ROWS)
 
 
 class Payload:
@@ -75,9 +75,9 @@ class Payload:
         ([np.zeros((2, 2), "i4")], "array of 'i4'"),
         ([ROWS.numpy(), ROWS.numpy()], "list of one NumPy array"),
         ({"prompt": ROWS.numpy()}, "list of one NumPy array"),
-        ([ROWS.numpy()[0]], "(S, D)"),
-        ([ROWS.numpy()[:0]], "(S, D)"),
-        ([np.full((2, 2), np.inf, "f2")], "not finite"),
+        ([ROWS.numpy()[0]], "(S, 16)"),
+        ([ROWS.numpy()[:0]], "(S, 16)"),
+        ([np.full((2, 16), np.inf, "f2")], "finite"),
     ],
 )
 def test_pickles_of_something_else(
@@ -105,10 +105,34 @@ def test_other_files(tmp_path: Path) -> None:
     assert "damaged" in refused(cut)
 
 
-def test_padding() -> None:
-    whole = padded(ROWS, 9)
-    assert whole.shape == (1, 9, 16)
-    assert torch.equal(whole[0, :7], ROWS)
-    assert not whole[0, 7:].any()
-    with pytest.raises(InputError, match="7 rows"):
-        padded(ROWS, 6)
+def test_rows_and_width(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = read_embeddings(ROWS, ROWS.numpy()[None], width=16, rows=9)
+    for tensor in (whole["prompt"], whole["negative_prompt"]):
+        assert tensor.shape == (1, 9, 16)
+        assert torch.equal(tensor[0, :7], ROWS)
+        assert not tensor[0, 7:].any()
+    assert read_embeddings(None, width=16) == {}
+    assert read_embeddings(ROWS, width=16)["prompt"].shape == (1, 7, 16)
+    for wrong, named in (
+        ({"rows": 6, "width": 16}, r"prompt_embeddings is float32 \(7, 16\).*S up to 6"),
+        ({"width": 8}, r"\(S, 8\)"),
+    ):
+        with pytest.raises(InputError, match=named):
+            read_embeddings(ROWS, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="negative_prompt_embeddings is a int"):
+        read_embeddings(ROWS, 3, width=16)  # type: ignore[arg-type]
+
+
+def test_whose_negative_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    both, alone = tmp_path / "both.pt", str(tmp_path / "alone.pt")
+    save({"prompt": ROWS, "negative_prompt": 2 * ROWS}, both)
+    save({"prompt": 3 * ROWS}, Path(alone))
+    for negative, factor in ((None, 2), (alone, 3), (both, 2), (4 * ROWS, 4)):
+        found = read_embeddings(both, negative, width=16)
+        assert torch.equal(found["negative_prompt"][0], factor * ROWS)
+        assert torch.equal(found["prompt"][0], ROWS)
+    for _ in range(2):
+        assert set(read_embeddings(both, width=16, guided=False)) == {"prompt"}
+    [warning] = caplog.messages
+    assert str(both) in warning
+    assert "negative_prompt" in warning

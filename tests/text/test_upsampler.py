@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from worldline.errors import CheckpointError, Error
 from worldline.text.upsampler import (
     ImageUpsampler,
-    TextUpsampler,
     Upsampler,
     _in_halves,
+    applies,
     clean,
     load_upsampler,
     shrunk,
@@ -44,17 +44,15 @@ def load(folder: Path, *, describes: bool) -> Upsampler:
 @pytest.mark.parametrize("released", [True, False])
 def test_a_long_prompt(released: bool, tmp_path: Path) -> None:
     upsampler = load(add_upsampler(tmp_path, describes=False, released=released), describes=False)
-    assert isinstance(upsampler, TextUpsampler)
-    assert upsampler.lengthen(["a kitten"]) == [LONG]
-    assert upsampler.lengthen(["a kitten", "a much longer prompt of more words"]) == [LONG] * 2
+    for prompt in ("a kitten", "a much longer prompt of more words"):
+        assert upsampler.write(prompt, None) == LONG
 
 
 @pytest.mark.parametrize("released", [True, False])
 @pytest.mark.parametrize("shape", [(40, 56), (16, 16), (1100, 40)])
 def test_a_picture_described(released: bool, shape: tuple[int, int], tmp_path: Path) -> None:
     upsampler = load(add_upsampler(tmp_path, describes=True, released=released), describes=True)
-    assert isinstance(upsampler, ImageUpsampler)
-    assert upsampler.describe(np.zeros((*shape, 3), np.uint8)) == CAPTION
+    assert upsampler.write(None, np.zeros((*shape, 3), np.uint8)) == CAPTION
 
 
 @pytest.mark.parametrize("describes", [False, True])
@@ -128,7 +126,7 @@ def test_a_seed_gives_the_same_words(tmp_path: Path) -> None:
     save_released(text_network(words), tmp_path, describes=False)
     upsampler = load(tmp_path, describes=False)
     before = torch.random.get_rng_state()
-    drawn = [upsampler._answer(["[INST]x[/INST]"], seed) for seed in (1, 1, 2, 3, 4, 5)]
+    drawn = [upsampler._answer("[INST]x[/INST]", seed) for seed in (1, 1, 2, 3, 4, 5)]
     assert drawn[0] == drawn[1]
     assert torch.equal(before, torch.random.get_rng_state())
 
@@ -137,49 +135,47 @@ def test_what_the_picture_becomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     upsampler = load(add_upsampler(tmp_path, describes=True), describes=True)
     assert isinstance(upsampler, ImageUpsampler)
     asked: list[str] = []
-    shown: list[torch.Tensor] = []
+    looked_at: list[torch.Tensor] = []
 
-    def answer(questions: list[str], _: int, **pixels: torch.Tensor) -> list[str]:
-        asked.extend(questions)
-        shown.append(pixels["pixel_values"])
-        return ["a"]
+    def answer(question: str, _: int, **pixels: torch.Tensor) -> str:
+        asked.append(question)
+        looked_at.append(pixels["pixel_values"])
+        return "a"
 
     monkeypatch.setattr(upsampler, "_answer", answer)
-    upsampler.describe(FRAME)
+    upsampler.write(None, FRAME)
     rows, columns = math.ceil(40 / 16), math.ceil(56 / 16)
     assert asked[0].count("[IMG]") == rows * columns
     assert asked[0].count("[IMG_BREAK]") == rows - 1
     assert asked[0].startswith("[INST]" + "[IMG]" * columns + "[IMG_BREAK]")
     assert "[IMG][IMG_END]\n" in asked[0]
-    assert shown[0].shape == (1, 3, rows * 16, columns * 16)
-    upsampler.describe(np.full((16, 16, 3), 255, np.uint8))
+    assert looked_at[0].shape == (1, 3, rows * 16, columns * 16)
+    upsampler.write(None, np.full((16, 16, 3), 255, np.uint8))
     white = (1 - upsampler.mean) / upsampler.std
-    torch.testing.assert_close(shown[1], white.expand(1, 3, 16, 16).to(shown[1]))
+    torch.testing.assert_close(looked_at[1], white.expand(1, 3, 16, 16).to(looked_at[1]))
 
 
 def test_no_room_and_no_answer(tmp_path: Path) -> None:
     upsampler = load(add_upsampler(tmp_path, describes=False), describes=False)
-    assert isinstance(upsampler, TextUpsampler)
     with pytest.raises(Error, match="has room for 1023; disable_prompt_upsampler"):
-        upsampler.lengthen(["word " * 1100])
+        upsampler.write("word " * 1100, None)
     silent = load(add_upsampler(tmp_path, describes=False, answer="- *"), describes=False)
-    assert isinstance(silent, TextUpsampler)
     with pytest.raises(Error, match="wrote nothing"):
-        silent.lengthen(["a kitten"])
+        silent.write("a kitten", None)
 
 
 @pytest.mark.parametrize(
-    ("lost", "told"),
+    ("lost", "named"),
     [
         ("model.pt", "holds no model.pt or safetensors"),
         ("tokenizer.json", "tokenizer"),
         ("chat_template.jinja", "chat template"),
     ],
 )
-def test_what_is_missing_is_named(lost: str, told: str, tmp_path: Path) -> None:
+def test_what_is_missing_is_named(lost: str, named: str, tmp_path: Path) -> None:
     folder = add_upsampler(tmp_path, describes=False)
     (folder / lost).unlink()
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=named):
         load(folder, describes=False)
 
 
@@ -202,3 +198,21 @@ def test_clean_and_shrunk() -> None:
     assert clean("- - twice") == "twice"
     assert shrunk(1024, 3) == (1024, 3)
     assert shrunk(2048, 3) == (1024, 2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "describes", "embedded", "expected"),
+    [
+        ("a b", False, False, True),
+        ("a b c", False, False, False),  # more words than the limit
+        (None, False, False, False),
+        ("a", False, True, False),
+        (None, True, False, True),
+        ("a", True, False, False),
+        (None, True, True, False),
+    ],
+)
+def test_which_prompts_are_written(
+    prompt: str | None, describes: bool, embedded: bool, expected: bool
+) -> None:
+    assert applies(prompt, describes=describes, embedded=embedded, word_limit=2) == expected

@@ -26,7 +26,7 @@ from worldline.models.predict2_5_dit.weights import open_flow_dit
 from worldline.physics import FPS
 from worldline.sampling.flow import make_schedule
 from worldline.shapes import VideoShape
-from worldline.text.reason1 import Reason1Encoder, Reason1Files, new_reason1
+from worldline.text.reason1 import Reason1Files, new_reason1
 from worldline.tokenizers.wan.load import channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.train.data import as_video, physics_batches

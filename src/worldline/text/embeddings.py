@@ -20,26 +20,26 @@ from worldline.weights.read import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
-GivenEmbedding = str | Path | Tensor | NDArray[Any]
+EmbeddingSource = str | Path | Tensor | NDArray[Any]
 
 PROMPT, NEGATIVE_PROMPT = "prompt", "negative_prompt"
 _LARGEST_PICKLE = 100_000_000  # bytes; a released one has 1 MB at most
 _DTYPES = ("f2", "f4", "f8")
 
 
-def given_embeddings(
-    prompt: GivenEmbedding | None,
-    negative_prompt: GivenEmbedding | None = None,
+def read_embeddings(
+    prompt: EmbeddingSource | None,
+    negative_prompt: EmbeddingSource | None = None,
     *,
     width: int,
     rows: int | None = None,
     guided: bool = True,
 ) -> dict[str, Tensor]:
-    """Embeddings that a caller gives, checked, by the names "prompt" and "negative_prompt".
+    """Embeddings in place of prompts, checked, by the names "prompt" and "negative_prompt".
 
     Args:
         prompt: (S, width) or (1, S, width); or a file of it and perhaps of the negative prompt's:
-            see `read_embeddings`.
+            see `read_embedding_file`.
         negative_prompt: the same; wins over the one in the prompt's file.
         width: of the world's context.
         rows: S that the world takes: fewer are filled with zeros, as behind the end of a prompt,
@@ -52,36 +52,36 @@ def given_embeddings(
     Raises:
         InputError: there is no such file, it is damaged or unsafe, or holds something else.
     """
-    found: dict[str, Tensor] = {}
-    for name, given in ((NEGATIVE_PROMPT, negative_prompt), (PROMPT, prompt)):
-        if given is None:
+    embeddings: dict[str, Tensor] = {}
+    for name, source in ((NEGATIVE_PROMPT, negative_prompt), (PROMPT, prompt)):
+        if source is None:
             continue
         label = f"{name}_embeddings"
-        if isinstance(given, Tensor | np.ndarray):
-            found[name] = _checked(torch.as_tensor(given), label, width, rows)
+        if isinstance(source, Tensor | np.ndarray):
+            embeddings[name] = _checked(torch.as_tensor(source), label, width, rows)
             continue
-        if not isinstance(given, str | Path):
-            raise InputError(f"{label} is a {type(given).__name__}; give a file or tensor")
-        read = read_embeddings(Path(given))
+        if not isinstance(source, str | Path):
+            raise InputError(f"{label} is a {type(source).__name__}; give a file or tensor")
+        read = read_embedding_file(Path(source))
         if name == NEGATIVE_PROMPT:  # a file of its own may call it "prompt" all the same
             read = {name: read.get(name, read[PROMPT])}
         elif not guided and read.pop(NEGATIVE_PROMPT, None) is not None:
-            _warn_of_unread(str(given))
+            _warn_of_unread(str(source))
         for kind, tensor in read.items():
-            found.setdefault(kind, _checked(tensor, f"{label} {given}", width, rows))
-    return found
+            embeddings.setdefault(kind, _checked(tensor, f"{label} {source}", width, rows))
+    return embeddings
 
 
-def _checked(given: Tensor, label: str, width: int, rows: int | None) -> Tensor:
+def _checked(tensor: Tensor, label: str, width: int, rows: int | None) -> Tensor:
     """An embedding as (1, S, width), float32, with zeros up to S = `rows`."""
-    flat = given[0] if given.ndim == 3 and len(given) == 1 else given
+    flat = tensor[0] if tensor.ndim == 3 and len(tensor) == 1 else tensor
     fits = flat.ndim == 2 and len(flat) > 0 and flat.shape[1] == width
     fits = fits and (rows is None or len(flat) <= rows)
     if not fits or not flat.is_floating_point() or not flat.isfinite().all():
-        dtype = str(given.dtype).removeprefix("torch.")
+        dtype = str(tensor.dtype).removeprefix("torch.")
         most = "" if rows is None else f" with S up to {rows}"
         raise InputError(
-            f"{label} is {dtype} {tuple(given.shape)}; it must be floating and finite, "
+            f"{label} is {dtype} {tuple(tensor.shape)}; it must be floating and finite, "
             f"(S, {width}) or (1, S, {width}){most}"
         )
     missing = 0 if rows is None else rows - len(flat)
@@ -93,7 +93,7 @@ def _warn_of_unread(path: str) -> None:
     logger.warning("%s: negative_prompt has no effect on this model", path)
 
 
-def read_embeddings(path: Path) -> dict[str, Tensor]:
+def read_embedding_file(path: Path) -> dict[str, Tensor]:
     """Tensors "prompt" and perhaps "negative_prompt" of a file, of any shape and dtype.
 
     Args:

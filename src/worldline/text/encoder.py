@@ -44,13 +44,9 @@ WEIGHTS = (  # in order of preference
 
 
 class PromptTokenizer(Protocol):
-    """Prompts to ids.
+    """Prompts to ids."""
 
-    Attributes:
-        size: one more than the largest id.
-    """
-
-    size: int
+    size: int  # one more than the largest id
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of a whole prompt, those that the encoder adds among them."""
@@ -66,18 +62,56 @@ class PromptEncoder(nn.Module, ABC):
         max_length: S of an embedding; longer prompts are cut.
     """
 
-    network: Any
-    config: Mapping[str, Any]
-    tokenizer: PromptTokenizer
-    max_length: int
+    def __init__(
+        self, network: Any, config: Mapping[str, Any], tokenizer: Any, max_length: int
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_length = max_length
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings (B, max_length, D) of prompts, each encoded alone, where the weights are."""
 
+    def export(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        tokenizer_config: Mapping[str, Any],
+        *,
+        prefix: str = "",
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Write config.json, tokenizer_config.json and model.safetensors.
+
+        Args:
+            folder: made if absent.
+            config: of the encoder.
+            tokenizer_config: besides the length.
+            prefix: of the tensors' names in the file.
+            dtype: of the weights; None keeps theirs.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer_config = {**tokenizer_config, "model_max_length": self.max_length}
+        for name, settings in (("config", config), ("tokenizer_config", tokenizer_config)):
+            (folder / f"{name}.json").write_text(json.dumps(settings, indent=1) + "\n")
+        tensors = {
+            prefix + name: tensor.to(dtype or tensor.dtype)
+            for name, tensor in self.network.named_parameters()  # each shared tensor once
+        }
+        save(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+EncoderType = TypeVar("EncoderType", bound=PromptEncoder)
+
 
 @dataclass(frozen=True)
-class EncoderFiles(ABC):
+class EncoderFiles(ABC, Generic[EncoderType]):
     """A text encoder on disk, of which config.json alone was read.
 
     Attributes:
@@ -106,7 +140,7 @@ class EncoderFiles(ABC):
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Look at the folder of an encoder, without torch reading or transformers loading.
+        """Check the folder of an encoder by names and config.json; transformers is not imported.
 
         Args:
             folder: config.json, weights (safetensors or `pytorch_model.bin`, whole or in shards)
@@ -121,7 +155,7 @@ class EncoderFiles(ABC):
         if not path.is_file():
             raise CheckpointError(f"{folder} holds no config.json{unfinished(folder)}")
         config = read_json(path)
-        kind, language = config.get("model_type"), config.get("text_config")
+        kind, language = config.get("model_type"), config.pop("text_config", None)
         if kind not in cls.model_types:
             raise CheckpointError(f"{path}: model_type is {kind!r}, expected {cls.model_types[0]}")
         config |= language if isinstance(language, dict) else {}
@@ -134,14 +168,14 @@ class EncoderFiles(ABC):
             settings = holder / "tokenizer_config.json"
             beside = [settings] if settings.is_file() else []
             stated = read_json(settings) if beside else {}
-            if (found := cls.find_tokenizer(holder, stated)) is None:
+            if (tokenizer := cls.find_tokenizer(holder, stated)) is None:
                 continue
             # a tokenizer without a limit of its own has 1e30, or the length of the model's context
             limit = stated.get("model_max_length")
             length = limit if isinstance(limit, int) and 0 < limit <= MAX_LENGTH else MAX_LENGTH
-            files = dict.fromkeys([*found, *beside])
+            files = dict.fromkeys([*tokenizer, *beside])
             return cls(folder, config, weights, tuple(files), length)
-        raise CheckpointError(f"{folder} holds no tokenizer{unfinished(folder)}")
+        raise CheckpointError(f"{folder} holds no tokenizer.json{unfinished(folder)}")
 
     @classmethod
     def folders(cls, root: Path) -> list[Path]:
@@ -155,20 +189,18 @@ class EncoderFiles(ABC):
         Raises:
             CheckpointError: there is none; the error is that of the first folder.
         """
-        errors: list[CheckpointError] = []
+        first: CheckpointError | None = None
         for folder in folders:
             try:
                 files = cls.open(folder)
-                if files.width == width:
-                    return files
-                errors.append(
-                    CheckpointError(
+                if files.width != width:
+                    raise CheckpointError(
                         f"text encoder {folder} has width {files.width}, the world expects {width}"
                     )
-                )
+                return files
             except CheckpointError as error:
-                errors.append(error)
-        raise errors[0] if errors else CheckpointError(f"there is no text encoder {cls.released}")
+                first = first or error
+        raise first or CheckpointError(f"there is no text encoder {cls.released}")
 
     @property
     def files(self) -> list[Path]:
@@ -206,7 +238,7 @@ class EncoderFiles(ABC):
         """Prompts to ids; read at the first use."""
 
     @abstractmethod
-    def build(self) -> PromptEncoder:
+    def build(self) -> EncoderType:
         """The encoder on the default device, its weights not read."""
 
     def count_tokens(self, prompt: str) -> int:
@@ -220,7 +252,7 @@ class EncoderFiles(ABC):
             return 0
         return max(0, self.count_tokens(prompt) - self.max_length)
 
-    def load(self, device: torch.device | str, dtype: torch.dtype) -> PromptEncoder:
+    def load(self, device: torch.device | str, dtype: torch.dtype) -> EncoderType:
         """The encoder with its weights, for inference.
 
         Args:
@@ -257,7 +289,7 @@ class EncoderFiles(ABC):
             raise CheckpointError(f"{checkpoint.path}: 1 missing: {self.tied[0]}")
         return len(checkpoint.tensors) - len(pairs)
 
-    def _unfilled(self) -> tuple[PromptEncoder, Checkpoint, KeyMap]:
+    def _unfilled(self) -> tuple[EncoderType, Checkpoint, KeyMap]:
         try:
             with torch.device("meta"):
                 encoder = self.build()
@@ -275,7 +307,7 @@ class EncoderFiles(ABC):
         return EmbeddingCache()
 
 
-FilesType = TypeVar("FilesType", bound=EncoderFiles)
+FilesType = TypeVar("FilesType", bound=EncoderFiles[Any])
 
 
 class TextEncoder(Generic[FilesType]):
@@ -309,7 +341,7 @@ class TextEncoder(Generic[FilesType]):
         Raises:
             CheckpointError: the weights do not fit, or cannot be read.
         """
-        found: dict[str, Tensor] = {}
+        embeddings: dict[str, Tensor] = {}
         missing: list[str] = []
         for prompt in dict.fromkeys(prompts):
             if cut := self.files.count_truncated(prompt):
@@ -324,19 +356,19 @@ class TextEncoder(Generic[FilesType]):
             if cached is None:
                 missing.append(prompt)
             else:
-                found[prompt] = cached.view(1, *cached.shape[-2:])
+                embeddings[prompt] = cached.view(1, *cached.shape[-2:])
         if not missing:
-            return found
+            return embeddings
         if self._part is None:
             logger.info("reading %s", self.files.folder)
             encoder = self.files.load("cpu" if self.offload else self.device, self.dtype)
             self._part = Part(encoder, self.device, offload=self.offload)
         with torch.inference_mode(), self._part.on_device() as encoder:
             for prompt in missing:
-                found[prompt] = encoder.encode([prompt]).cpu()
+                embeddings[prompt] = encoder.encode([prompt]).cpu()
         for prompt in missing:
-            self._cache.put(self._key, prompt, found[prompt])
-        return found
+            self._cache.put(self._key, prompt, embeddings[prompt])
+        return embeddings
 
     def truncations(self, prompts: Mapping[str, str]) -> dict[str, dict[str, int]]:
         """Report entry of the prompts that are cut, by their names: tokens read and not read."""
@@ -468,13 +500,13 @@ class EmbeddingCache:
             if not path.is_file():
                 return None
             # a copy: the mapping would change with what another process does to the file
-            found = open_checkpoint(path).read(_TENSOR).clone()
+            embedding = open_checkpoint(path).read(_TENSOR).clone()
         except (CheckpointError, OSError) as error:
             logger.info("a kept embedding is made anew: %s", error)
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # used now, so removed last
-        return found
+        return embedding
 
     def put(self, model_key: str, text: str, embedding: Tensor) -> None:
         """Keep an embedding in place of what `get` finds for the same arguments."""

@@ -1,8 +1,8 @@
 """Cosmos-Reason1-7B, the text encoder of Cosmos-Predict2.5.
 
 Source: nvidia-cosmos/cosmos-predict2.5 `_src/predict2/text_encoders/{text_encoder,reason1}.py`; the
-network is the language model of transformers' `Qwen2_5_VLForConditionalGeneration`. Eyes and head,
-2.4 GB, are not read. Axes: B batch, S tokens, D width.
+network is the language model of transformers' `Qwen2_5_VLForConditionalGeneration`. Vision tower
+and head, 2.4 GB, are not read. Axes: B batch, S tokens, D width.
 
 An embedding is the normalised output of every layer side by side: 28 x 3584 numbers a row.
 Padding is read like any other token, so that all rows count.
@@ -10,13 +10,11 @@ Padding is read like any other token, so that all rows count.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +29,6 @@ from worldline.text.encoder import (
     cache_folder,
     read_tokenizer,
 )
-from worldline.weights.write import save
 
 if TYPE_CHECKING:
     import tokenizers
@@ -39,7 +36,7 @@ if TYPE_CHECKING:
 RELEASED = "nvidia/Cosmos-Reason1-7B"
 # The released worlds were trained with these weights; another revision is another encoder.
 REVISION = "3210bec0495fdc7a8d3dbb8d58da5711eab4b423"
-NUM_PARAMETERS = 7_070_619_136  # without eyes and head
+NUM_PARAMETERS = 7_070_619_136  # without vision tower and head
 CACHED = 40  # embeddings that are kept, 103 MB each of the released encoder in bfloat16
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -65,8 +62,8 @@ def chat_text(prompt: str) -> str:
 
 
 @dataclass(frozen=True)
-class Reason1Files(EncoderFiles):
-    """A Reason1 encoder on disk; its weights may hold eyes and head too.
+class Reason1Files(EncoderFiles["Reason1Encoder"]):
+    """A Reason1 encoder on disk; its weights may hold vision tower and head too.
 
     Its tokenizer is tokenizer.json, or vocab.json and merges.txt.
     """
@@ -77,7 +74,7 @@ class Reason1Files(EncoderFiles):
     model_types = ("qwen2_5_vl", "qwen2_5_vl_text")
     sizes = tuple(TINY)
     prefixes = ("model.", "model.language_model.")  # as released; as transformers saves it since
-    unread = {"visual.*": "the eyes", "lm_head.*": "the next word"}  # noqa: RUF012
+    unread: ClassVar = {"visual.*": "vision tower", "lm_head.*": "head"}
     most_added = len(chat_text(""))
 
     @property
@@ -86,7 +83,7 @@ class Reason1Files(EncoderFiles):
 
     @property
     def num_parameters(self) -> int:
-        words, width, inner, depth, heads, groups = (self.config[name] for name in TINY)
+        words, width, inner, depth, heads, groups = (self.config[name] for name in self.sizes)
         narrow = width // heads * groups
         attention = 2 * width * (width + narrow) + width + 2 * narrow  # with biases of q, k, v
         return int((words + 1) * width + depth * (attention + 3 * width * inner + 2 * width))
@@ -123,34 +120,34 @@ class Reason1Files(EncoderFiles):
 class Reason1Encoder(PromptEncoder):
     """Prompts to context, one row a token and as many for padding."""
 
-    tokenizer: ChatTokenizer
-
     def __init__(
         self, config: Mapping[str, Any], tokenizer: ChatTokenizer, max_length: int = MAX_LENGTH
     ) -> None:
         from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
-        super().__init__()
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_length = max_length
+        half = config["hidden_size"] // config["num_attention_heads"] // 2
+        rotary = {
+            **(config.get("rope_scaling") or {}),  # its older name
+            **(config.get("rope_parameters") or {}),
+            # A word has the same position on all three axes, so that they may be taken as one.
+            "mrope_section": [half, 0, 0],
+        }
+        stated = {name: value for name, value in config.items() if name != "rope_scaling"}
         settings = Qwen2_5_VLTextConfig.from_dict(
             {
                 "rms_norm_eps": 1e-6,
-                **deepcopy(dict(config)),  # transformers changes nested settings
+                **stated,
+                "rope_parameters": rotary,
                 "use_cache": False,
                 # nothing is generated, and a tiny vocabulary lacks these words
                 "bos_token_id": None,
                 "eos_token_id": None,
             }
         )
-        half = settings.hidden_size // settings.num_attention_heads // 2
-        # A word has the same position on all three axes, so that they may be taken as one.
-        rotary = {**(settings.rope_parameters or {}), "mrope_section": [half, 0, 0]}
-        settings.rope_parameters = rotary
-        self.network = Qwen2_5_VLTextModel(settings)
+        network = Qwen2_5_VLTextModel(settings)
         with torch.device("cpu"):  # no file holds its frequencies, so they must have values
-            self.network.rotary_emb = type(self.network.rotary_emb)(settings)
+            network.rotary_emb = type(network.rotary_emb)(settings)  # type: ignore[arg-type]
+        super().__init__(network, config, tokenizer, max_length)
 
     def tokenize(self, prompts: Sequence[str], max_length: int | None = None) -> Tensor:
         """Ids (B, S) int64 of prompts, on the CPU; S is `max_length`, or the encoder's own."""
@@ -173,8 +170,8 @@ class Reason1Encoder(PromptEncoder):
         Returns:
             One more than there are layers, each (B, S, D) in the weights' dtype; differentiable.
         """
-        found = self.network(input_ids=ids, use_cache=False, output_hidden_states=True)
-        return tuple(found.hidden_states)
+        output = self.network(input_ids=ids, use_cache=False, output_hidden_states=True)
+        return tuple(output.hidden_states)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings: the layers' outputs side by side, each row of each standardised.
@@ -258,16 +255,7 @@ def new_reason1(
 def export_reason1(
     encoder: Reason1Encoder, folder: Path, *, dtype: torch.dtype | None = torch.bfloat16
 ) -> None:
-    """Write an encoder so that `Reason1Files.open` reads it, its tensors by the released names.
-
-    Args:
-        encoder: any.
-        folder: made if absent; gets config.json, model.safetensors and the tokenizer.
-        dtype: of the weights; None keeps theirs.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Write an encoder by the released names, as `PromptEncoder.export` does, and its tokenizer."""
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -275,13 +263,6 @@ def export_reason1(
         **encoder.config,
         "tie_word_embeddings": False,
     }
-    tokens = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": encoder.max_length}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, settings in (("config", config), ("tokenizer_config", tokens)):
-        (folder / f"{name}.json").write_text(json.dumps(settings, indent=1) + "\n")
+    words = {"tokenizer_class": "Qwen2Tokenizer"}
+    encoder.export(folder, config, words, prefix="model.", dtype=dtype)
     encoder.tokenizer.save(folder)
-    tensors = {
-        f"model.{name}": tensor.to(dtype or tensor.dtype)
-        for name, tensor in encoder.network.named_parameters()
-    }
-    save(tensors, folder / "model.safetensors", {"format": "pt"})

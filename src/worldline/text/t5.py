@@ -7,29 +7,24 @@ device. Axes: B batch, S tokens, D width.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldline.errors import CheckpointError, Error
+from worldline.errors import CheckpointError
 from worldline.text.encoder import (
     EncoderFiles,
     FastTokenizer,
     PromptEncoder,
     PromptTokenizer,
     read_tokenizer,
-    valid_unicode,
 )
-from worldline.weights.write import save
 
 RELEASED = "google-t5/t5-11b"
 NUM_PARAMETERS = 4_864_791_552  # of its encoder
@@ -48,17 +43,17 @@ TINY: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class T5Files(EncoderFiles):
+class T5Files(EncoderFiles["T5Encoder"]):
     """A T5 encoder on disk; its weights may hold the decoder's too.
 
-    Its tokenizer is tokenizer.json, spiece.model, or a tokenizer_config.json of ByT5.
+    Its tokenizer is tokenizer.json, or a tokenizer_config.json of ByT5.
     """
 
     name = "T5 encoder"
     released = RELEASED
     model_types = ("t5",)
-    sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-    unread = dict.fromkeys(("decoder.*", "lm_head.*"), "the other half of T5")
+    sizes = tuple(TINY)
+    unread: ClassVar = {"decoder.*": "decoder", "lm_head.*": "decoder's head"}
     most_added = 2  # </s>, and a space in front
     tied = ("shared.weight", "encoder.embed_tokens.weight")
 
@@ -68,10 +63,7 @@ class T5Files(EncoderFiles):
 
     @property
     def num_parameters(self) -> int:
-        words, width, inner, hidden, depth, heads = (
-            self.config[name]
-            for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-        )
+        words, width, inner, hidden, depth, heads = (self.config[name] for name in self.sizes)
         gated = str(self.config.get("feed_forward_proj", "relu")).startswith("gated-")
         block = 4 * width * inner * heads + (3 if gated else 2) * width * hidden + 2 * width
         buckets = self.config.get("relative_attention_num_buckets", 32)
@@ -81,16 +73,14 @@ class T5Files(EncoderFiles):
     def find_tokenizer(cls, folder: Path, settings: Mapping[str, Any]) -> list[Path] | None:
         if settings.get("tokenizer_class") == BYTES:
             return []
-        found = [folder / name for name in ("tokenizer.json", "spiece.model")]
-        return [path for path in found if path.is_file()][:1] or None
+        path = folder / "tokenizer.json"
+        return [path] if path.is_file() else None
 
     @cached_property
     def tokenizer(self) -> PromptTokenizer:
         path = self.tokenizer_files[0]
         if path.name == "tokenizer_config.json":
             return ByteTokenizer()
-        if path.name == "spiece.model":
-            return PieceTokenizer(path)
         tokenizer = FastTokenizer(read_tokenizer(path))
         if tokenizer.encode("") != [END]:
             raise CheckpointError(f"{path} is not of a T5: no token {END}, </s>, ends a prompt")
@@ -108,14 +98,11 @@ class T5Encoder(PromptEncoder):
     ) -> None:
         from transformers import T5Config, T5EncoderModel
 
-        super().__init__()
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_length = max_length
         # No dropout: released weights are only read, and a tiny encoder trains without it.
         settings = T5Config.from_dict({**config, "dropout_rate": 0.0, "use_cache": False})
-        self.network = T5EncoderModel(settings)
-        self.network.set_input_embeddings(self.network.shared)  # one matrix under its two names
+        network = T5EncoderModel(settings)
+        network.set_input_embeddings(network.shared)  # one matrix under its two names
+        super().__init__(network, config, tokenizer, max_length)
 
     def tokenize(
         self, prompts: Sequence[str], max_length: int | None = None
@@ -186,28 +173,6 @@ class ByteTokenizer:
         return [byte + _FIRST_BYTE for byte in prompt.encode("utf-8", "replace")] + [END]
 
 
-class PieceTokenizer:
-    """`spiece.model`, for a folder without `tokenizer.json`; needs the package sentencepiece."""
-
-    def __init__(self, path: Path) -> None:
-        if importlib.util.find_spec("sentencepiece") is None:
-            raise Error(
-                f"{path} needs the package sentencepiece; pip install sentencepiece, or download "
-                "tokenizer.json to the same folder"
-            )
-        sentencepiece: Any = importlib.import_module("sentencepiece")  # it has no types
-        try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
-        self.size = int(self._pieces.get_piece_size())
-        if self._pieces.eos_id() != END:
-            raise CheckpointError(f"{path} is not of a T5: its </s> is {self._pieces.eos_id()}")
-
-    def encode(self, prompt: str) -> list[int]:
-        return [*self._pieces.encode(valid_unicode(prompt)), END]
-
-
 def new_t5(config: Mapping[str, Any] | None = None, *, max_length: int = 128) -> T5Encoder:
     """A small encoder of bytes with float32 weights drawn as T5's authors do, to be trained.
 
@@ -227,16 +192,7 @@ def new_t5(config: Mapping[str, Any] | None = None, *, max_length: int = 128) ->
 def export_t5(
     encoder: T5Encoder, folder: Path, *, dtype: torch.dtype | None = torch.bfloat16
 ) -> None:
-    """Write an encoder of bytes so that `T5Files.open`, and transformers, read it.
-
-    Args:
-        encoder: of `new_t5`.
-        folder: made if absent; gets config.json, model.safetensors, tokenizer_config.json.
-        dtype: of the weights; None keeps theirs.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Write an encoder of `new_t5`, as `PromptEncoder.export` does."""
     config = {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
@@ -246,19 +202,11 @@ def export_t5(
         "pad_token_id": PAD,
         "eos_token_id": END,
     }
-    tokens = {
+    words = {
         "tokenizer_class": BYTES,
-        "model_max_length": encoder.max_length,
         "extra_ids": encoder.config["vocab_size"] - ByteTokenizer.size,
         "pad_token": "<pad>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, settings in (("config", config), ("tokenizer_config", tokens)):
-        (folder / f"{name}.json").write_text(json.dumps(settings, indent=1) + "\n")
-    tensors = {
-        name: tensor.to(dtype or tensor.dtype)
-        for name, tensor in encoder.network.named_parameters()  # each shared tensor once
-    }
-    save(tensors, folder / "model.safetensors", {"format": "pt"})
+    encoder.export(folder, config, words, dtype=dtype)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,27 +66,6 @@ def applies(prompt: str | None, *, describes: bool, embedded: bool, word_limit: 
     return prompt is not None and len(prompt.split()) <= word_limit
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """Sampling of an answer.
-
-    Attributes:
-        top_p: mass of the likely tokens that may be drawn.
-        longest: tokens of an answer.
-        room: tokens of question and answer together.
-        temperature: so low that it is nearly greedy.
-    """
-
-    top_p: float
-    longest: int
-    room: int
-    temperature: float = 0.01
-
-
-TEXT_DRAWING = Drawing(top_p=1.0, longest=512, room=1024)
-IMAGE_DRAWING = Drawing(top_p=0.9, longest=400, room=4300)
-
-
 class Upsampler:
     """A language model that makes long prompts of short ones, for Text2World.
 
@@ -95,10 +73,15 @@ class Upsampler:
         name: of its folder.
         network: a causal language model of transformers; runs where its weights are.
         describes: whether it makes a prompt of a picture instead.
+        room: tokens of question and answer together.
+        longest: tokens of an answer.
+        top_p: mass of the likely tokens that may be drawn.
     """
 
     describes = False
-    drawing = TEXT_DRAWING
+    room = 1024
+    longest = 512
+    top_p = 1.0
 
     def __init__(self, name: str, network: Any, tokenizer: Any) -> None:
         self.name = name
@@ -129,20 +112,20 @@ class Upsampler:
         """The text that is drawn behind a question, without its end."""
         from transformers import GenerationConfig
 
-        drawing, network = self.drawing, self.network
         ids = self.tokenizer(question, add_special_tokens=False)["input_ids"]
-        room = min(drawing.longest, drawing.room - len(ids))
+        room = min(self.longest, self.room - len(ids))
         if room < 1:
             raise Error(
-                f"the prompt has {len(ids)} tokens, {self.name} has room for {drawing.room - 1}; "
+                f"the prompt has {len(ids)} tokens, {self.name} has room for {self.room - 1}; "
                 "disable_prompt_upsampler takes it as it is"
             )
+        network: Any = self.network
         device = next(network.parameters()).device
         tokens = torch.tensor([ids], device=device)
         settings = GenerationConfig(
             do_sample=True,
-            temperature=drawing.temperature,
-            top_p=drawing.top_p,
+            temperature=0.01,  # as released: nearly greedy
+            top_p=self.top_p,
             top_k=0,
             max_new_tokens=room,
             eos_token_id=self.end,
@@ -153,7 +136,7 @@ class Upsampler:
         # the draws of others are not changed by the seed
         with torch.inference_mode(), torch.random.fork_rng(generators):
             torch.manual_seed(seed)
-            drawn = network.generate(  # type: ignore[operator]
+            drawn = network.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
                 generation_config=settings,
@@ -179,7 +162,9 @@ class ImageUpsampler(Upsampler):
     """
 
     describes = True
-    drawing = IMAGE_DRAWING
+    room = 4300
+    longest = 400
+    top_p = 0.9
 
     def __init__(
         self,
@@ -240,46 +225,41 @@ def shrunk(width: int, height: int) -> tuple[int, int]:
 
 # --- files
 
-_ATTENTION = {f"attention.w{leaf}": f"{leaf}_proj" for leaf in "qkvo"}
-_FEED_FORWARD = {
-    f"feed_forward.w{number}": f"{leaf}_proj"
-    for number, leaf in ((1, "gate"), (2, "down"), (3, "up"))
-}
-_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_LANGUAGE_LAYER = {
-    **{theirs: f"self_attn.{ours}" for theirs, ours in _ATTENTION.items()},
-    **{theirs: f"mlp.{ours}" for theirs, ours in _FEED_FORWARD.items()},
-    **_NORMS,
-}
-_VISION_LAYER = {
-    **{theirs: f"attention.{ours}" for theirs, ours in _ATTENTION.items()},
-    **{theirs: f"feed_forward.{ours}" for theirs, ours in _FEED_FORWARD.items()},
-    **{name: name for name in _NORMS},
-}
 _DROPPED = {
     "*_extra_state": "FP8 bookkeeping of Transformer Engine",
     "*rope.*_cached": "rotary table, computed here",
 }
+_TOWER = "model.vision_tower."
+
+
+def _layers(
+    theirs: str, ours: str, attention: str, feed_forward: str, norms: tuple[str, str]
+) -> dict[str, str]:
+    names = {
+        **{f"attention.w{leaf}": f"{attention}.{leaf}_proj" for leaf in "qkvo"},
+        "feed_forward.w1": f"{feed_forward}.gate_proj",
+        "feed_forward.w2": f"{feed_forward}.down_proj",
+        "feed_forward.w3": f"{feed_forward}.up_proj",
+        "attention_norm": norms[0],
+        "ffn_norm": norms[1],
+    }
+    return {
+        f"{theirs}layers.{{i}}.{released}.weight": f"{ours}layers.{{i}}.{name}.weight"
+        for released, name in names.items()
+    }
 
 
 def _language(ours: str) -> dict[str, str]:
+    norms = ("input_layernorm", "post_attention_layernorm")
     return {
         "tok_embeddings.weight": f"{ours}embed_tokens.weight",
         "norm.weight": f"{ours}norm.weight",
         "output.weight": "lm_head.weight",
-        **_layers("", ours, _LANGUAGE_LAYER),
-    }
-
-
-def _layers(theirs: str, ours: str, leaves: Mapping[str, str]) -> dict[str, str]:
-    return {
-        f"{theirs}layers.{{i}}.{their_leaf}.weight": f"{ours}layers.{{i}}.{our_leaf}.weight"
-        for their_leaf, our_leaf in leaves.items()
+        **_layers("", ours, "self_attn", "mlp", norms),
     }
 
 
 TEXT_KEYS = KeyMap(_language("model."), _DROPPED, ("model.", ""))
-_TOWER = "model.vision_tower."
 IMAGE_KEYS = KeyMap(
     {
         **_language("model.language_model."),
@@ -292,7 +272,13 @@ IMAGE_KEYS = KeyMap(
             f"vision_encoder.{name}.weight": f"{_TOWER}{name}.weight"
             for name in ("patch_conv", "ln_pre")
         },
-        **_layers("vision_encoder.transformer.", f"{_TOWER}transformer.", _VISION_LAYER),
+        **_layers(
+            "vision_encoder.transformer.",
+            f"{_TOWER}transformer.",
+            "attention",
+            "feed_forward",
+            ("attention_norm", "ffn_norm"),
+        ),
     },
     _DROPPED,
     ("model.", ""),
@@ -335,7 +321,7 @@ def load_upsampler(
     place = tokenizer_folder or folder
     tokenizer = pretrained_tokenizer(place)
     if tokenizer.eos_token_id is None:
-        raise CheckpointError(f"{place} does not say which token ends an answer")
+        raise CheckpointError(f"{place} names no token that ends an answer")
     network.generation_config = type(network.generation_config)()
     network.to(device)
     if not describes:
@@ -407,7 +393,7 @@ def _text_config(
             "rope_theta": settings.get("rope_theta") or (1e9 if describes else 1e6),
         },
         sliding_window=None,
-        max_position_embeddings=(IMAGE_DRAWING if describes else TEXT_DRAWING).room,
+        max_position_embeddings=(ImageUpsampler if describes else Upsampler).room,
         tie_word_embeddings=False,
     )
 

@@ -1,4 +1,4 @@
-"""Kept embeddings: found again, told apart, never in the way."""
+"""Text encoders behind their cache; kept embeddings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from worldline.text.cache import EmbeddingCache, cache_folder
+from worldline.errors import CheckpointError
+from worldline.text.encoder import EmbeddingCache, TextEncoder, cache_folder
+from worldline.text.t5 import T5Files, export_t5, new_t5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -21,7 +23,7 @@ def test_found_again_by_another_process(tmp_path: Path, dtype: torch.dtype) -> N
     assert torch.equal(found, embedding)
 
 
-def test_told_apart(tmp_path: Path) -> None:
+def test_different_keys_are_different_entries(tmp_path: Path) -> None:
     cache = EmbeddingCache(tmp_path)
     keys = [("m", "ab"), ("ma", "b"), ("m", "a b"), ("m", ""), ("", "m"), ("m", "\ud800")]
     for number, (model, text) in enumerate(keys):
@@ -99,3 +101,62 @@ def test_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "worldline" / "embeddings"
+
+
+# --- encoders behind a cache
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WORLDLINE_CACHE", str(tmp_path / "cache"))
+    export_t5(new_t5(max_length=16), tmp_path / "t5")
+    return tmp_path / "t5"
+
+
+def encoder_of(folder: Path, dtype: torch.dtype = torch.float32) -> TextEncoder[T5Files]:
+    return TextEncoder(T5Files.open(folder), torch.device("cpu"), dtype, offload=True)
+
+
+def test_weights_are_read_at_the_first_unknown_prompt(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = encoder_of(folder).embed(["a ball", "", "a ball"])
+    assert list(first) == ["a ball", ""]
+    expected = T5Files.open(folder).load("cpu", torch.float32).encode(["a ball"])
+    assert torch.equal(first["a ball"], expected)
+    monkeypatch.setattr("worldline.text.encoder.load_into", None)
+    assert torch.equal(encoder_of(folder).embed(["a ball"])["a ball"], expected)
+    for other in (encoder_of(folder, torch.bfloat16), encoder_of(folder)):
+        with pytest.raises(TypeError):
+            other.embed(["a ball" if other.dtype == torch.bfloat16 else "another"])
+
+
+def test_a_truncated_prompt_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder, long = encoder_of(folder), "x" * 20
+    for _ in range(2):  # kept embeddings too
+        encoder.embed(["short", long])
+        [warning] = caplog.messages
+        assert "21 tokens" in warning
+        assert "16" in warning
+        caplog.clear()
+    cut = encoder.truncations({"prompt": long, "negative_prompt": "short"})
+    assert cut == {"prompt": {"max_length": 16, "num_truncated_tokens": 5}}
+
+
+def test_the_first_folder_that_fits(folder: Path, tmp_path: Path) -> None:
+    export_t5(new_t5({"d_model": 32}), tmp_path / "narrow")
+    nowhere = tmp_path / "nowhere"
+    folders = [nowhere, tmp_path / "narrow", folder]
+    assert T5Files.open_first(folders, 64).folder == folder
+    assert T5Files.open_first(folders, 32).folder == tmp_path / "narrow"
+    with pytest.raises(CheckpointError, match=r"narrow has width 32, .* 64"):
+        T5Files.open_first(folders[1:2], 64)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        T5Files.open_first(folders, 5)
+
+
+def test_a_file_that_vanished(folder: Path) -> None:
+    files = T5Files.open(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        TextEncoder(files, torch.device("cpu"), torch.float32, offload=False)
