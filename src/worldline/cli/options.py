@@ -52,8 +52,11 @@ def make_option(name: str, field: FieldInfo, default: Any, negatable: bool) -> c
     given: dict[str, Any] = {"metavar": extra.get("metavar"), "default": None}
     if extra.get("argument"):
         return click.Argument([name], nargs=-1, metavar=given["metavar"])
-    spelling = f"--{name}/--no_{name}" if negatable and kind is bool else f"--{name}"
-    if get_origin(kind) is Literal:
+    pair = negatable and kind is bool and "optional_value" not in extra
+    spelling = f"--{name}/--no_{name}" if pair else f"--{name}"
+    if extra.get("text"):
+        given["type"] = str
+    elif get_origin(kind) is Literal:
         given["type"] = click.Choice(get_args(kind))
     elif get_origin(kind) is tuple:
         given["multiple"] = True

@@ -28,7 +28,7 @@ from worldline.request import VideoRequest
 from worldline.sampling.solvers import Stepped
 from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
 from worldline.step import Step
-from worldline.text.embeddings import given_embeddings
+from worldline.text import embeddings as sources
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
 from worldline.video.convert import signed_to_uint8
 
@@ -61,7 +61,7 @@ def read_embeddings(request: Any, width: int, rows: int | None = None) -> Embedd
     """
     values = request.prompt_embeddings, getattr(request, "negative_prompt_embeddings", None)
     if not all(value is None or isinstance(value, str) for value in values):
-        found = given_embeddings(*values, width=width, rows=rows)
+        found = sources.read_embeddings(*values, width=width, rows=rows)
     else:  # a batch reads its file once
         stamps = (value and _modified(value) for value in values)
         found = _read_files(*values, *stamps, width, rows)
@@ -79,7 +79,7 @@ def _modified(path: str) -> int:
 def _read_files(
     prompt: str | None, negative: str | None, _: int, __: int, width: int, rows: int | None
 ) -> dict[str, Tensor]:
-    return given_embeddings(prompt, negative, width=width, rows=rows)
+    return sources.read_embeddings(prompt, negative, width=width, rows=rows)
 
 
 def refuse_size(

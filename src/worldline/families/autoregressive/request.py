@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from worldline.family import Command
 from worldline.request import LARGEST_SIZE, LoadOptions, Path, Request, Seed
@@ -51,10 +51,16 @@ class ARRequest(Request):
         return FPS
 
 
+def _number(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 class AROptions(LoadOptions):
     """How an autoregressive model is loaded."""
 
-    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    batch_size: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_number)
+    ] = Field(
         "auto",
         description="Inputs of a batch that are drawn in step, each as it would be alone; auto: as "
         "many as fit into the memory, where that saves time.",
