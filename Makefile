@@ -11,9 +11,9 @@ demo: $(READY)
 	$(BIN)/worldline demo
 
 # a process a core, up to four, each with one thread: they would wait for each other; a file of tests
-# stays together, since some ask what those before them have used
+# stays together, since some ask what those before them have used. `.ci/run` runs the slow ones too
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -492,6 +492,7 @@ def test_ctrl_c_leaves_no_partial_video(
     assert files_in(tmp_path / "out") == {"0.mp4", "0.json"}
 
 
+@pytest.mark.slow
 def test_a_real_interrupt(small_world: Path, clip: Path, tmp_path: Path) -> None:
     """SIGINT while tokens are drawn, in a process of its own."""
     script = (
@@ -748,6 +749,7 @@ def test_resume_makes_a_damaged_video_again(base: Base, clip: Path, tmp_path: Pa
     assert "is finished" in base(*words).stderr
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_name_do_not_mix(
     small_world: Path, clip: Path, tmp_path: Path, base: Base
 ) -> None:

@@ -644,6 +644,7 @@ def test_ctrl_c_leaves_no_partial_video(
     assert files_in(tmp_path / "out") == {"0.mp4", "0.txt", "0.json"}
 
 
+@pytest.mark.slow
 def test_a_real_interrupt(diffusion_worlds: Path, tmp_path: Path) -> None:
     """SIGINT while the sampler runs, in a process of its own."""
     out = tmp_path / "out"

@@ -59,6 +59,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / state["files"]["weights"])
 
 
+@pytest.mark.slow
 def test_two_give_what_one_gives(tmp_path: Path) -> None:
     train(tmp_path / "one", ALONE)
     run_two(tmp_path / "two")
@@ -69,6 +70,7 @@ def test_two_give_what_one_gives(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_all_stop_where_one_runs_out_of_time(tmp_path: Path) -> None:
     run_two(tmp_path / "two", seconds=0)
     assert [(tmp_path / "two" / f"steps-{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
