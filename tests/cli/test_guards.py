@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
+from torch import nn
 
 import worldline
 import worldline.places
-from worldline import machine
+from worldline import guardrails, machine
 from worldline.errors import GuardrailRefusal, InsufficientMemoryError
 from worldline.guardrails import language
-from worldline.guardrails.base import Guardrails, Verdict, VideoGuard
-from worldline.guardrails.video_filter import VideoFilter
+from worldline.guardrails.base import Guardrails, Verdict
+from worldline.guardrails.frames import FrameFilter
 from worldline.machine import Memory
 from worldline.video.read import read_video
 from worldline.world.autoregressive import AutoregressiveWorld
@@ -149,7 +150,7 @@ def test_text2world(offload: tuple[str, ...], command: Command, tmp_path: Path) 
     verdicts = [check["verdict"] for check in report["guardrail_checks"]]
     assert set(verdicts[:-1]) == {"safe"}
     assert "regions changed" in verdicts[-1]
-    assert (report["guardrail"], report["guardrail_off"]) == ("predict1", None)
+    assert (report["guardrail"], report["guardrail_off"]) == ("Predict1", None)
     assert (report["request"]["prompt"], report["prompt"]) == (PROMPT, LONG)
     assert (report["prompt_upsampler"], report["prompt_upsampler_ran"]) == (LENGTHENS, True)
     assert (tmp_path / "out" / "output.txt").read_text() == LONG
@@ -517,11 +518,11 @@ def test_a_video_refused_in_step_is_not_made_again(
 ) -> None:
     asked: list[int] = []
 
-    def check(_: VideoFilter, frames: np.ndarray) -> Verdict:
+    def check(_: FrameFilter, frames: np.ndarray) -> Verdict:
         asked.append(len(frames))
         return Verdict(len(asked) != 2, "", ("Violence",))
 
-    monkeypatch.setattr(VideoFilter, "check", check)
+    monkeypatch.setattr(FrameFilter, "check", check)
     batch = tmp_path / "b.jsonl"
     batch.write_text(f"{json.dumps({'visual_input': str(clip)})}\n" * 3)
     words = [word for word in BASE if "input" not in word]
@@ -536,7 +537,7 @@ def test_a_video_refused_in_step_is_not_made_again(
 def test_the_stages_of_a_batch_are_told(
     at_once: int, command: Command, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(VideoFilter, "check", lambda *_: Verdict(False))
+    monkeypatch.setattr(FrameFilter, "check", lambda *_: Verdict(False))
     batch = tmp_path / "b.jsonl"
     lines = [{"visual_input": str(clip), "prompt": p} for p in (PROMPT, REFUSED_BY_MODEL, PROMPT)]
     batch.write_text("\n".join(map(json.dumps, lines)))
@@ -569,7 +570,7 @@ def test_frames_are_not_shown_before_the_check(guarded: Path, clip: Path) -> Non
 def test_faces_are_blurred(
     guarded: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from worldline.guardrails.face_blur import FaceBlur
+    from worldline.guardrails.faces import FaceBlur
 
     def apply(_: FaceBlur, frames: np.ndarray) -> tuple[np.ndarray, int]:
         return np.zeros_like(frames), 7
@@ -589,7 +590,7 @@ def test_a_refusal_is_an_exception(guarded: Path) -> None:
         world.generate(prompt=REFUSED_BY_WORDS)
     assert told.value.stage == "prompt"
     assert told.value.exit_code == 3
-    assert world.generate(prompt=PROMPT, num_steps=1).report["guardrail"] == "predict1"
+    assert world.generate(prompt=PROMPT, num_steps=1).report["guardrail"] == "Predict1"
     flow = worldline.load(POST.name, guarded)
     with pytest.raises(GuardrailRefusal):
         flow.generate(prompt=REFUSED_BY_MODEL, **SMALL)
@@ -608,7 +609,7 @@ def test_a_refusal_of_several_names_their_stages(
         return told.value.stage
 
     assert stage(PROMPT, REFUSED_BY_WORDS, REFUSED_BY_MODEL) == "prompt"
-    monkeypatch.setattr(VideoFilter, "check", lambda *_: Verdict(False))
+    monkeypatch.setattr(FrameFilter, "check", lambda *_: Verdict(False))
     assert stage(PROMPT, REFUSED_BY_WORDS, PROMPT) == "prompt and video"
     assert stage(PROMPT, PROMPT, PROMPT) == "video"
 
@@ -616,10 +617,10 @@ def test_a_refusal_of_several_names_their_stages(
 def test_a_guard_that_fails_lets_nothing_pass(
     guarded: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(_: VideoGuard, __: np.ndarray) -> None:
+    def check(_: FrameFilter, __: np.ndarray) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(VideoFilter, "check", check)
+    monkeypatch.setattr(FrameFilter, "check", check)
     world = worldline.load(MODEL, guarded, disable_diffusion_decoder=True)
     with pytest.raises(RuntimeError, match="broken"):
         world.generate(clip)
@@ -631,16 +632,14 @@ def test_offloaded_networks_visit_the_device(
     loaded = worldline.load(
         TEXT2WORLD, guarded, offload_guardrail_models=True, offload_prompt_upsampler=True
     )
-    guardrails = loaded.safety.guardrails
-    assert isinstance(guardrails, Guardrails)
-    assert set(guardrails._parts) == set(guardrails.networks)
     visits: list[str] = []
     from worldline.parallel.offload import Part
 
     on_device = Part.on_device
 
     def watched(part: Part[Any]) -> Any:
-        visits.append(type(part.module).__name__)
+        networks = part.module if isinstance(part.module, nn.ModuleList) else [part.module]
+        visits.extend(type(network).__name__ for network in networks)
         return on_device(part)
 
     monkeypatch.setattr(Part, "on_device", watched)
@@ -658,19 +657,26 @@ def test_a_visit_is_planned(name: str, guarded: Path, monkeypatch: pytest.Monkey
     room = Memory(10**12, 10**12)
     monkeypatch.setattr(machine, "host_memory", lambda: room)
     worldline.load(name, guarded)
-    monkeypatch.setattr(Guardrails, "visitor_bytes", room.free)
+    monkeypatch.setattr(Guardrails, "offloaded_bytes", room.free)
     with pytest.raises(
         InsufficientMemoryError, match=r"; a guardrail holds 1000\.0 GB as it looks"
     ):
         worldline.load(name, guarded)
 
 
-def test_guardrails_of_predict2_5_wait_in_host_memory(guarded: Path) -> None:
-    """As released, unless told otherwise."""
-    for told, waiting in (({}, True), ({"offload_guardrail_models": False}, False)):
-        guardrails = worldline.load(POST.name, guarded, **told).safety.guardrails
-        assert guardrails is not None
-        assert bool(guardrails._parts) == waiting
+def test_guardrails_of_predict2_5_are_offloaded_by_default(
+    guarded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def load(*_: object, offload: bool, **__: object) -> Guardrails:
+        seen.append(offload)
+        return Guardrails()
+
+    monkeypatch.setattr(guardrails, "load", load)
+    worldline.load(POST.name, guarded)
+    worldline.load(POST.name, guarded, offload_guardrail_models=False)
+    assert seen == [True, False]
 
 
 def test_embeddings_have_no_words_to_check(

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worldline.errors import CheckpointError
+from worldline import guardrails
 from worldline.guardrails.base import Guardrails
-from worldline.guardrails.load import find_folder, load_guardrails
 from worldline.loading import AutoregressiveFiles, FlowFiles, WorldFiles
 from worldline.loading.diffusion import generation_of
 from worldline.report import Recorder
@@ -20,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 BUNDLED = "bundled worlds have none"
 DISABLED = "disabled by the user"
-_RELEASES = {"1.0": "cosmos1", "Predict1": "predict1"}
 _FLOW_RELEASE = "predict2.5"
 
 
@@ -64,14 +62,12 @@ class Safety:
     @property
     def nbytes(self) -> int:
         """Bytes that their networks hold on a GPU all the time."""
-        networks = () if self.guardrails is None or self.offload else self.guardrails.networks
-        weights = (weight for network in networks for weight in network.parameters())
-        return sum(weight.nbytes for weight in weights if weight.is_cuda)
+        return self.guardrails.resident_bytes if self.guardrails is not None else 0
 
     @property
     def visitor_bytes(self) -> int:
         """Bytes of the largest guard that waits in host memory, as it comes to the device."""
-        return self.guardrails.visitor_bytes if self.guardrails is not None else 0
+        return self.guardrails.offloaded_bytes if self.guardrails is not None else 0
 
     def begin(self, recorder: Recorder) -> Checks:
         """Return what checks one request, which `recorder` is told of."""
@@ -121,7 +117,7 @@ class Checks:
         return {
             "guardrail": self.safety.release,
             "guardrail_off": self.safety.why_off,
-            "guardrail_checks": [] if self.guardrails is None else self.guardrails.report(),
+            "guardrail_checks": [] if self.guardrails is None else self.guardrails.checks,
         }
 
 
@@ -137,8 +133,8 @@ def guardrail_release(files: WorldFiles, disable: bool | None) -> str | None:
     if isinstance(files, FlowFiles):
         return _FLOW_RELEASE
     if isinstance(files, AutoregressiveFiles):
-        return _RELEASES[generation_of(files.folder, None)]
-    return _RELEASES[files.generation]
+        return generation_of(files.folder, None)
+    return files.generation
 
 
 def load_safety(
@@ -176,30 +172,19 @@ def load_safety(
                 "fits the use"
             )
         return Safety(why_off=DISABLED, loading=recorder)
-    roots = (Path(checkpoint_dir), files.folder.parent)
-    root = next((each for each in roots if _has_guardrails(each)), roots[0])
     takes_prompts = not isinstance(files, AutoregressiveFiles) or (
         files.config.context_width is not None
     )
     flag = "disable_guardrails" if isinstance(files, FlowFiles) else "disable_guardrail"
     with recorder.stage("load guardrails"):
-        guardrails = load_guardrails(
+        loaded = guardrails.load(
             release,
-            root,
+            (Path(checkpoint_dir), files.folder.parent),
             flag=f"--{flag} (in Python {flag}=True)",
-            guardrail_dir=None if guardrail_dir is None else Path(guardrail_dir),
+            folder=None if guardrail_dir is None else Path(guardrail_dir),
             device=recorder.device,
             text=takes_prompts,
             offload=offload,
         )
-    names = (guard.name for guard in (*guardrails.text, *guardrails.video, *guardrails.filters))
-    logger.info("guardrails: %s", ", ".join(names))
-    return Safety(guardrails, release, loading=recorder)
-
-
-def _has_guardrails(root: Path) -> bool:
-    try:
-        find_folder(root)
-    except CheckpointError:
-        return False
-    return True
+    logger.info("guardrails: %s", ", ".join(loaded.parts))
+    return Safety(loaded, release, loading=recorder)

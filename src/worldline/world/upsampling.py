@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from worldline.errors import CheckpointError
-from worldline.guardrails.load import find_repository
+from worldline.files import find_repository
 from worldline.loading import DiffusionFiles
 from worldline.parallel.offload import Part
 from worldline.places import Place

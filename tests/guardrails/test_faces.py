@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from worldline.errors import CheckpointError, Error
-from worldline.guardrails.face_blur import (
+from worldline.guardrails.faces import (
     KEYS,
     FaceBlur,
     RetinaFace,
@@ -89,12 +89,12 @@ def test_strict_file_and_finite_numbers(tmp_path: Path) -> None:
     path = write_retinaface(tmp_path / "Resnet50_Final.pth")
     state = torch.load(path, weights_only=True)
     torch.save({"state_dict": state}, path)  # also saved like this
-    guard = FaceBlur.load(path)
+    guard = FaceBlur(load_retinaface(path))
     frames = np.zeros((1, 32, 48, 3), np.uint8)
     assert guard.apply(frames)[0].shape == frames.shape
     with torch.no_grad():
-        guard.network.boxes[0].conv1x1.bias.fill_(torch.inf)
-    with pytest.raises(Error, match="no numbers"):
+        guard.network.BboxHead[0].conv1x1.bias.fill_(torch.inf)
+    with pytest.raises(Error, match="not finite"):
         guard.apply(frames)
     state["module.fpn.stranger"] = state.pop("module.fpn.merge1.0.weight")
     torch.save(state, path)

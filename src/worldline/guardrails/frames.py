@@ -1,12 +1,11 @@
 """The classifier of frames: SigLIP features, three linear layers, seven classes.
 
-Sources: arXiv 2303.15343 (SigLIP, through transformers); the classifier's layers are those of the
-released `safety_filter.pt`. Everything in float32: a class is decided by a comparison.
+Sources: arXiv 2303.15343 (SigLIP, through transformers); the released `safety_filter.pt`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,53 +32,46 @@ CLASSES = (
     "Self-Harm",
 )
 _WIDTHS = (1152, 512, 256)
-_FRAMES_AT_ONCE = 16  # 16 frames of SigLIP so400m in float32 take about 2 GB
+_BATCH = 16  # frames; SigLIP so400m takes about 2 GB for them in float32
 
-_SIZED = ("network.layers.0.weight", "network.layers.3.weight")  # tell the widths
-_LEAVES = ("weight", "bias")
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_LINEAR = ("weight", "bias")
+_NORM = (*_LINEAR, "running_mean", "running_var", "num_batches_tracked")
+_LEAVES = {0: _LINEAR, 1: _NORM, 3: _LINEAR, 4: _NORM, 6: _LINEAR}
 KEYS = KeyMap(
     rename={
-        **{
-            f"network.layers.{i}.{leaf}": f"layers.{i}.{leaf}"
-            for i in (0, 3, 6)
-            for leaf in _LEAVES
-        },
-        **{
-            f"network.layers.{i}.{leaf}": f"layers.{i}.{leaf}"
-            for i in (1, 4)
-            for leaf in (*_LEAVES, *_STATISTICS)
-        },
+        f"network.layers.{layer}.{leaf}": f"layers.{layer}.{leaf}"
+        for layer, leaves in _LEAVES.items()
+        for leaf in leaves
     }
 )
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When a video is refused.
+    """Condition under which a video is refused.
 
     Attributes:
         unsafe: numbers of the classes that count.
-        share: of frames that must be of such a class; more than this refuses.
+        share: largest allowed share of frames in these classes, in [0, 1].
     """
 
     unsafe: frozenset[int]
     share: float
 
-    def refuses(self, classes: list[int]) -> bool:
+    def refuses(self, classes: Sequence[int]) -> bool:
         count = sum(number in self.unsafe for number in classes)
         return count > 0 and count / len(classes) > self.share
 
 
 _ALL = frozenset(range(1, len(CLASSES)))
-_NO_VIOLENCE = _ALL - {CLASSES.index("Violence")}  # Predict2.5 lets that class pass
+_NO_VIOLENCE = _ALL - {CLASSES.index("Violence")}  # Predict2.5 allows that class
 PREDICT1 = Rule(_ALL, 0.0)  # Cosmos 1.0 as well
 PREDICT2_5_FIRST = Rule(_NO_VIOLENCE, 0.0)  # of 2025-10-06
 PREDICT2_5 = Rule(_NO_VIOLENCE, 0.10)  # from 2025-10-13 on
 
 
 class FrameClassifier(nn.Module):
-    """Features (N, 1152) of length 1 -> scores (N, 7), all float32."""
+    """Features (N, 1152) of length 1 -> logits (N, 7), float32: classes are compared exactly."""
 
     def __init__(self, widths: tuple[int, int, int] = _WIDTHS) -> None:
         super().__init__()
@@ -100,20 +92,23 @@ class FrameClassifier(nn.Module):
 
 
 def load_classifier(path: Path, device: torch.device | str = "cpu") -> FrameClassifier:
-    """Read `safety_filter.pt`.
+    """Frame classifier of `safety_filter.pt`, with the widths of its tensors.
 
     Raises:
-        CheckpointError: it is absent, damaged or of another network.
+        CheckpointError: the file is absent, damaged or of another network.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    stored = open_checkpoint(path).tensors
-    shapes = [stored[name].shape for name in _SIZED if name in stored]
-    with torch.device("meta"):
+    widths = _WIDTHS  # for a file without them, whose first misfit `fill` names
+    if path.is_file():
+        tensors = open_checkpoint(path).tensors
+        shapes = [
+            tensors[name].shape
+            for name in ("network.layers.0.weight", "network.layers.3.weight")
+            if name in tensors
+        ]
         if [len(shape) for shape in shapes] == [2, 2]:
-            network = FrameClassifier((shapes[0][1], shapes[0][0], shapes[1][0]))
-        else:
-            network = FrameClassifier()  # what does not fit is then named
+            widths = (shapes[0][1], shapes[0][0], shapes[1][0])
+    with torch.device("meta"):
+        network = FrameClassifier(widths)
     fill(network, path, KEYS, device)
     return network
 
@@ -140,73 +135,58 @@ class FrameFeatures:
             self.resample = Image.Resampling(settings["resample"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder}/preprocessor_config.json: {error!r}") from error
-        text = ("text_model.*", "logit_scale", "logit_bias")  # the other half
-        self.network = pretrained(SiglipVisionModel, folder, torch.float32, text).to(device)
+        text_half = ("text_model.*", "logit_scale", "logit_bias")
+        network = pretrained(SiglipVisionModel, folder, torch.float32, text_half)
+        self.network: nn.Module = network.to(device)
+        self.width: int = network.config.hidden_size
 
     def pixels(self, frames: np.ndarray) -> Tensor:
-        """Return what the network sees of frames uint8 (N, H, W, 3): (N, 3, h, w), in [-1, 1]."""
+        """Frames uint8 (N, H, W, 3) as the network's input (N, 3, h, w), in [-1, 1]."""
         small = [np.asarray(Image.fromarray(f).resize(self.size, self.resample)) for f in frames]
         x = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).to(torch.float32)
         return (x * self.scale - self.mean) / self.std
 
     @torch.inference_mode()
     def pooled(self, pixels: Tensor) -> Tensor:
-        """Return the vector of each image, (N, D), of any length."""
+        """Features (N, D) of `pixels`, of any length."""
         device = next(self.network.parameters()).device
         return self.network(pixel_values=pixels.to(device)).pooler_output
 
     def __call__(self, frames: np.ndarray) -> Tensor:
-        """Return the feature of each frame, (N, D), of length 1."""
+        """Features (N, D) of frames uint8 (N, H, W, 3), of length 1."""
         return F.normalize(self.pooled(self.pixels(frames)), dim=-1)
 
 
-class VideoFilter:
-    """The video guard: every frame is classified."""
+class FrameFilter:
+    """The video guardrail: every frame is classified."""
 
     name = "video_content_safety_filter"
 
     def __init__(self, features: FrameFeatures, classifier: FrameClassifier, rule: Rule) -> None:
+        """Put the parts together.
+
+        Raises:
+            CheckpointError: the classifier expects other features.
+        """
+        if features.width != classifier.width:
+            raise CheckpointError(
+                f"SigLIP has {features.width} features, the frame classifier expects "
+                f"{classifier.width}"
+            )
         self.features = features
         self.classifier = classifier
         self.rule = rule
         self.networks = (features.network, classifier)
 
-    @classmethod
-    def load(
-        cls, classifier: Path, siglip: Path, rule: Rule, device: torch.device | str = "cpu"
-    ) -> VideoFilter:
-        """Load both networks.
-
-        Args:
-            classifier: safety_filter.pt.
-            siglip: folder of google/siglip-so400m-patch14-384.
-            rule: when a video is refused.
-            device: where both run.
-
-        Raises:
-            CheckpointError: a file is absent or does not fit, or the two do not fit together.
-        """
-        network = load_classifier(classifier, device)
-        features = FrameFeatures(siglip, device)
-        width = features.network.config.hidden_size
-        if width != network.width:
-            raise CheckpointError(
-                f"{siglip} gives features of {width} numbers, and {classifier} wants "
-                f"{network.width}"
-            )
-        return cls(features, network, rule)
-
+    @torch.inference_mode()
     def check(self, frames: np.ndarray) -> Verdict:
-        classes = [number for part in self._parts(frames) for number in part]
+        classes: list[int] = []
+        for start in range(0, len(frames), _BATCH):
+            logits = self.classifier(self.features(frames[start : start + _BATCH]))
+            if not logits.isfinite().all():
+                raise Error(f"guardrail {self.name}: the logits are not finite")
+            classes += logits.argmax(-1).tolist()
         if not self.rule.refuses(classes):
             return Verdict(True)
         found = sorted(self.rule.unsafe.intersection(classes))
         return Verdict(False, "", tuple(CLASSES[number] for number in found))
-
-    @torch.inference_mode()
-    def _parts(self, frames: np.ndarray) -> Iterator[list[int]]:
-        for start in range(0, len(frames), _FRAMES_AT_ONCE):
-            scores = self.classifier(self.features(frames[start : start + _FRAMES_AT_ONCE]))
-            if not scores.isfinite().all():
-                raise Error(f"guardrail {self.name} gave scores that are no numbers")
-            yield scores.argmax(-1).tolist()

@@ -1,4 +1,4 @@
-"""The frame classifier: strict files, rules as shares of frames, nothing undecided passes."""
+"""The frame classifier: strict files, rules as shares of frames, nothing undecided is safe."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from worldline.errors import CheckpointError, Error
-from worldline.guardrails.video_filter import (
+from worldline.guardrails.frames import (
     CLASSES,
     KEYS,
     PREDICT1,
     PREDICT2_5,
     PREDICT2_5_FIRST,
     FrameClassifier,
-    VideoFilter,
+    FrameFeatures,
+    FrameFilter,
+    Rule,
     load_classifier,
 )
 
@@ -32,6 +34,10 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_siglip(tmp_path_factory.mktemp("siglip"))
 
 
+def load(classifier: Path, siglip: Path, rule: Rule = PREDICT1) -> FrameFilter:
+    return FrameFilter(FrameFeatures(siglip), load_classifier(classifier), rule)
+
+
 def test_released_keys() -> None:
     released = json.loads(MANIFEST.read_text())["tensors"]
     ours = {KEYS.released(n): list(t.shape) for n, t in FrameClassifier().state_dict().items()}
@@ -41,7 +47,7 @@ def test_released_keys() -> None:
 @pytest.mark.parametrize("answer", range(len(CLASSES)))
 def test_every_class(answer: int, siglip: Path, tmp_path: Path) -> None:
     classifier = write_classifier(tmp_path / "safety_filter.pt", answer)
-    guard = VideoFilter.load(classifier, siglip, PREDICT1)
+    guard = load(classifier, siglip)
     verdict = guard.check(FRAMES)
     assert verdict.safe == (answer == 0)
     assert verdict.categories == ((CLASSES[answer],) if answer else ())
@@ -61,11 +67,11 @@ def test_shares() -> None:
     assert not any(rule.refuses([]) for rule in (PREDICT1, PREDICT2_5, PREDICT2_5_FIRST))
 
 
-def test_scores_that_are_no_numbers(siglip: Path, tmp_path: Path) -> None:
-    guard = VideoFilter.load(write_classifier(tmp_path / "f.pt"), siglip, PREDICT1)
+def test_logits_that_are_not_finite(siglip: Path, tmp_path: Path) -> None:
+    guard = load(write_classifier(tmp_path / "f.pt"), siglip)
     with torch.no_grad():
         guard.classifier.layers[6].bias[3] = torch.nan
-    with pytest.raises(Error, match="no numbers"):
+    with pytest.raises(Error, match="not finite"):
         guard.check(FRAMES)
 
 
@@ -73,13 +79,13 @@ def test_other_files(siglip: Path, tmp_path: Path) -> None:
     classifier = write_classifier(tmp_path / "safety_filter.pt")
     with pytest.raises(CheckpointError, match=r"absent\.pt is missing"):
         load_classifier(tmp_path / "absent.pt")
-    with pytest.raises(CheckpointError, match="16 numbers"):
-        VideoFilter.load(classifier, write_siglip(tmp_path / "narrow", 16), PREDICT1)
+    with pytest.raises(CheckpointError, match="16 features"):
+        load(classifier, write_siglip(tmp_path / "narrow", 16))
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
-        VideoFilter.load(classifier, tmp_path / "none", PREDICT1)
+        load(classifier, tmp_path / "none")
     (siglip / "preprocessor_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="size"):
-        VideoFilter.load(classifier, siglip, PREDICT1)
+        load(classifier, siglip)
 
 
 def test_classifier_is_strict(tmp_path: Path) -> None:
