@@ -67,17 +67,12 @@ class Censor:
     def refuses(self, text: str) -> bool:
         lower = text.lower()
         spans = self._matches(lower)
-        if not spans:
-            return False
         words = [word.strip(string.punctuation) for word in lower.split()]
-        if self.allowed.isdisjoint(words):
-            return True
-        pieces: list[str] = []
-        end = 0
-        for start, stop in spans:
-            pieces += (text[end:start], _MARK)
-            end = stop
-        marked = [_MARK in piece for piece in "".join((*pieces, text[end:])).split()]
+        if not spans or self.allowed.isdisjoint(words):
+            return bool(spans)
+        for start, stop in reversed(spans):
+            text = f"{text[:start]}{_MARK}{text[stop:]}"
+        marked = [_MARK in piece for piece in text.split()]
         # Allowed words are restored by their number in the prompt, although a match with spaces
         # has fewer pieces: the released rule, on which decisions depend.
         for number, word in enumerate(words):
@@ -93,36 +88,38 @@ class Censor:
         if self.beginnings.isdisjoint(_WORD.findall(keys)):
             return []
         words = [found.span() for found in _WORD.finditer(text)]
-        last = len(text) - 1
-        if words[0][0] == last:
+        if words[0][0] == len(text) - 1:  # ignored, in the released rule
             return []
         spans: list[tuple[int, int]] = []
         for number, (start, end) in enumerate(words):
-            if keys[start:end] not in self.beginnings or (spans and start < spans[-1][1]):
-                continue
-            spliced, key = text[start:end], keys[start:end]
-            raw = True  # the slice with its separators may still grow to an entry
-            for following, stop in words[number + 1 : number + 1 + self.joined]:
-                if following == last:  # ignored, in the released rule
-                    break
-                spliced += text[following:stop]
-                key += keys[following:stop]
-                raw = raw and keys[start:stop] in self.beginnings
-                if not raw and key not in self.beginnings:
-                    break
-                if self._listed(spliced, key) or (
-                    raw and self._listed(text[start:stop], keys[start:stop])
-                ):
+            if keys[start:end] in self.beginnings and (not spans or start >= spans[-1][1]):
+                stop = self._match_end(text, words[number : number + 1 + self.joined])
+                if stop:
                     spans.append((start, stop))
-                    break
-            if not (spans and spans[-1][0] == start) and self._listed(
-                text[start:end], keys[start:end]
-            ):
-                spans.append((start, end))
         return spans
 
-    def _listed(self, text: str, key: str) -> bool:
-        return any(_spells(text, entry) for entry in self.entries.get(key, ()))
+    def _match_end(self, text: str, words: list[tuple[int, int]]) -> int:
+        """End of the entry that begins with the first of `words`; 0 if there is none."""
+        start, end = words[0]
+        joined = text[start:end]
+        separated = True  # whether the slice with its separators may still grow to an entry
+        for following, stop in words[1:]:
+            if following == len(text) - 1:  # ignored, in the released rule
+                break
+            joined += text[following:stop]
+            separated = separated and self._begins(text[start:stop])
+            if not separated and not self._begins(joined):
+                break
+            if self._listed(joined) or self._listed(text[start:stop]):
+                return stop
+        return end if self._listed(text[start:end]) else 0
+
+    def _begins(self, text: str) -> bool:
+        return text.translate(_FOLD) in self.beginnings
+
+    def _listed(self, text: str) -> bool:
+        entries = self.entries.get(text.translate(_FOLD))
+        return entries is not None and any(_spells(text, entry) for entry in entries)
 
 
 @dataclass(frozen=True)
