@@ -6,7 +6,7 @@ python examples/continue_clip.py out.mp4
 import sys
 
 import worldline
-from worldline.physics import make_clips
+from tiny.clips import make_clips
 
 
 def main(output: str = "out.mp4") -> None:

@@ -6,7 +6,7 @@ python examples/several_futures.py futures.png 3
 import sys
 
 import worldline
-from worldline.physics import make_clips
+from tiny.clips import make_clips
 from worldline.video.write import contact_sheet
 
 

@@ -96,8 +96,8 @@ def demo(kind: str, seed: int, output: Path) -> None:
 def _continue_clip(model: str, seed: int, output: Path, *, prefix: str = "") -> None:
     """Continue the clip, with a sentence if the names of the files have a `prefix`."""
     import worldline
+    from tiny.clips import FPS, make_clips
     from worldline.cli.run import describe_video, describe_world, follow
-    from worldline.physics import FPS, make_clips
     from worldline.pipelines.requests import AutoregressiveRequest
     from worldline.places import has_decoder
     from worldline.video.write import contact_sheet, write_video
@@ -150,8 +150,8 @@ def _show_sentence(
 ) -> None:
     """Make a video of a sentence, alone and with one or more frames of the clip."""
     import worldline
+    from tiny.clips import make_clips
     from worldline.cli.run import describe_video, describe_world, follow
-    from worldline.physics import make_clips
     from worldline.video.write import contact_sheet
     from worldline.world.denoising import DenoisingWorld
 

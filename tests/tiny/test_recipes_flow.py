@@ -19,27 +19,27 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import worldline
+from tiny import reconstruction, sizes
+from tiny.clips import FPS
+from tiny.data import as_video, physics_batches
+from tiny.denoiser import rounded_to
+from tiny.flow import TEXT_FOLDER, WORLD, Flowing
+from tiny.reconstruction import DEVIATION, KL, _reconstruction_loss, cut
+from tiny.run import Run
+from tiny.wan import compile_between_convolutions
 from worldline import places
 from worldline.cli import main
 from worldline.models.predict2_5_dit.model import FlowDiT
 from worldline.models.predict2_5_dit.weights import open_flow_dit
-from worldline.physics import FPS
 from worldline.sampling.flow import make_schedule
 from worldline.shapes import VideoShape
 from worldline.text.reason1 import find_reason1, load_reason1, new_reason1
 from worldline.tokenizers.wan.load import channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer
-from worldline.train.data import as_video, physics_batches
 from worldline.train.loop import Objective
 from worldline.train.losses import ReconstructionObjective
-from worldline.train.tiny import reconstruction, sizes
-from worldline.train.tiny.denoiser import rounded_to
-from worldline.train.tiny.flow import TEXT_FOLDER, WORLD, Flowing
-from worldline.train.tiny.reconstruction import DEVIATION, KL, _reconstruction_loss, cut
-from worldline.train.tiny.run import Run
-from worldline.train.tiny.wan import compile_between_convolutions
 
-from .test_tiny import run
+from .test_recipes import run
 
 
 @pytest.fixture(autouse=True, scope="module")
