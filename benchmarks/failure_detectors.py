@@ -3,7 +3,7 @@
     python benchmarks/failure_detectors.py [--assets ../shared/assets] [--clips 200] [--design]
 
 False alarms are counted on true clips, as they are and degraded as codecs, tokenizers and cameras
-do; detection on clips broken on purpose (`worldline.evaluate.injected`). The physics clips and all
+do; detection on clips broken on purpose (`tiny.injected`). The physics clips and all
 injections are of evaluation seeds that the thresholds were never chosen on; `--design` runs seeds
 from 0, where thresholds may be chosen, and writes nothing. The few real clips served for both,
 though not with these injections. About ten minutes on one core.
@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tiny.clips import make_clips
+from tiny.injected import DEGRADATIONS, Frames, inject_appearance, inject_collapse
 from worldline.evaluate.clips import Rate, rate_as_json
 from worldline.evaluate.failures import find_failures
-from worldline.evaluate.injected import DEGRADATIONS, Frames, inject_appearance, inject_collapse
-from worldline.physics import make_clips
 from worldline.video.read import read_video
 
 HERE = Path(__file__).parent

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from tiny_quality import FIRST_SEED, GIVEN, quartiles
 
 import worldline
+from tiny.clips import make_clips
 from worldline.choices import ROLLOUTS
 from worldline.evaluate.clips import summarise
 from worldline.evaluate.failures import find_failures
 from worldline.evaluate.metrics import psnr
-from worldline.physics import make_clips
 from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip
 from worldline.video.write import contact_sheet
 from worldline.world import AutoregressiveWorld

@@ -5,7 +5,7 @@
 
 Seeds 1,000,000 and up; training stays below. One sample a clip, with the world's own settings
 unless told otherwise, as `worldline.load(...).generate(...)` makes it, never the best of several.
-The check of what a video shows (`worldline.evaluate.objects`) is measured too, on rendered clips
+The check of what a video shows (`tiny.objects`) is measured too, on rendered clips
 with their own captions and with those of others.
 """
 
@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tiny.clips import make_clips
+from tiny.objects import Found, Verdict, compare, find_objects, named_objects
 from worldline.evaluate.clips import Rate, rate_as_json, summarise
 from worldline.evaluate.failures import Failure, find_failures
 from worldline.evaluate.metrics import motion, psnr
-from worldline.evaluate.objects import Found, Verdict, compare, find_objects, named_objects
 from worldline.loading import find_world
-from worldline.physics import make_clips
 from worldline.video.convert import signed_to_uint8
 from worldline.video.write import contact_sheet
 from worldline.world import load_files

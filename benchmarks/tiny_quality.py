@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 
 import worldline
+from tiny.clips import make_clips
 from worldline.evaluate.clips import summarise
 from worldline.evaluate.failures import Failure, find_failures
 from worldline.evaluate.metrics import psnr, ssim
-from worldline.physics import make_clips
 from worldline.pipelines.autoregressive import decoder_settings
 from worldline.pipelines.decoder import decode_frames, denoise_windows
 from worldline.pipelines.requests import AutoregressiveRequest

@@ -21,7 +21,7 @@ LAYERS = (
     ("places", "downloads"),
     ("catalog",),
     ("models", "text", "tokenizers", "guardrails"),
-    ("nn", "sampling", "weights", "parallel", "video", "physics", "report", "hub"),
+    ("nn", "sampling", "weights", "parallel", "video", "report", "hub"),
     ("shapes", "files", "machine", "choices"),
     ("errors",),
 )

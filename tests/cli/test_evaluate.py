@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from tiny.clips import make_clips
+from tiny.injected import DEGRADATIONS, inject_appearance, inject_collapse
 from worldline.cli import SETTINGS, Main
-from worldline.evaluate.injected import DEGRADATIONS, inject_appearance, inject_collapse
-from worldline.physics import make_clips
 from worldline.video.write import write_video
 
 from ..conftest import moving

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from worldline.evaluate import failures
-from worldline.evaluate.failures import find_failures
-from worldline.evaluate.injected import (
+from tiny.clips import make_clips
+from tiny.injected import (
     DEGRADATIONS,
     inject_appearance,
     inject_collapse,
     relight,
 )
-from worldline.physics import make_clips
+from worldline.evaluate import failures
+from worldline.evaluate.failures import find_failures
 from worldline.video.read import read_video
 
 ASSETS = Path(__file__).resolve().parents[2].parent / "shared" / "assets"

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tiny.clips import make_clips
+from tiny.injected import inject_appearance, inject_collapse
 from worldline.evaluate.failures import find_failures
 from worldline.evaluate.folder import (
     Comparison,
@@ -21,10 +23,8 @@ from worldline.evaluate.folder import (
     rate,
     score_video,
 )
-from worldline.evaluate.injected import inject_appearance, inject_collapse
 from worldline.evaluate.metrics import flicker, motion, psnr, ssim
 from worldline.evaluate.tasks import Task
-from worldline.physics import make_clips
 from worldline.video.read import read_video
 
 from .test_tasks import write

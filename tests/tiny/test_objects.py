@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from worldline.evaluate.objects import compare, find_objects, named_objects, shows
-from worldline.physics import COLOURS, SHAPES, draw_scenes, make_clips
+from tiny.clips import COLOURS, SHAPES, draw_scenes, make_clips
+from tiny.objects import compare, find_objects, named_objects, shows
 
 SEEDS = range(1_100_000, 1_100_012)
 

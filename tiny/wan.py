@@ -11,13 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from worldline.tokenizers.wan.load import CONFIG, DIFFUSERS_FILES, channels_last, load_wan, open_wan
-from worldline.tokenizers.wan.model import CausalConv, WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.weights import diffusers_config, diffusers_tensors
-from worldline.train.data import as_video
-from worldline.train.losses import ReconstructionObjective
-from worldline.train.tiny import sizes
-from worldline.train.tiny.reconstruction import (
+from tiny import sizes
+from tiny.data import as_video
+from tiny.reconstruction import (
     DEVIATION,
     KL,
     Moments,
@@ -25,7 +21,11 @@ from worldline.train.tiny.reconstruction import (
     tell_psnr,
     train_reconstruction,
 )
-from worldline.train.tiny.run import Run, half_precision
+from tiny.run import Run, half_precision
+from worldline.tokenizers.wan.load import CONFIG, DIFFUSERS_FILES, channels_last, load_wan, open_wan
+from worldline.tokenizers.wan.model import CausalConv, WanTokenizer, WanTokenizerConfig
+from worldline.tokenizers.wan.weights import diffusers_config, diffusers_tensors
+from worldline.train.losses import ReconstructionObjective
 from worldline.weights.write import save as save_tensors
 
 _SHAPES = 64  # of cells that are prepared for a convolution; no two levels have the same

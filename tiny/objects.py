@@ -23,7 +23,7 @@ import torch.nn.functional as functional
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worldline.physics.scene import COLOURS, OUTLINES, SHAPES, Outline
+from tiny.scenes import COLOURS, OUTLINES, SHAPES, Outline
 
 Floats = NDArray[np.floating]
 Mask = NDArray[np.bool_]

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from tiny import sizes
+from tiny.data import ClipPool, as_video, physics_batches
+from tiny.run import Run, half_precision, mixed_precision
 from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.wan.model import WanTokenizer
-from worldline.train.data import ClipPool, as_video, physics_batches
 from worldline.train.loop import LoopConfig, Objective, generator
 from worldline.train.losses import (
     FeatureNetwork,
@@ -20,8 +22,6 @@ from worldline.train.losses import (
     reconstruction_terms,
     total,
 )
-from worldline.train.tiny import sizes
-from worldline.train.tiny.run import Run, half_precision, mixed_precision
 
 VideoTokenizer = CosmosTokenizer | WanTokenizer
 

@@ -8,21 +8,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from worldline.tokenizers.cosmos import weights as tokenizer_weights
-from worldline.tokenizers.cosmos.load import load_tokenizer
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.statistics import LatentStatistics
-from worldline.train.data import as_video
-from worldline.train.losses import FeatureNetwork, ReconstructionObjective, Schedule
-from worldline.train.tiny import sizes
-from worldline.train.tiny.reconstruction import (
+from tiny import sizes
+from tiny.data import as_video
+from tiny.reconstruction import (
     KL,
     Moments,
     clips_for_statistics,
     tell_psnr,
     train_reconstruction,
 )
-from worldline.train.tiny.run import Run, half_precision
+from tiny.run import Run, half_precision
+from worldline.tokenizers.cosmos import weights as tokenizer_weights
+from worldline.tokenizers.cosmos.load import load_tokenizer
+from worldline.tokenizers.cosmos.model import CosmosTokenizer
+from worldline.tokenizers.cosmos.statistics import LatentStatistics
+from worldline.train.losses import FeatureNetwork, ReconstructionObjective, Schedule
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save as save_tensors
 

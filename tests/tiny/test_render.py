@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tiny.clips import Clips, make_clips
+from tiny.motion import simulate
+from tiny.render import object_masks, render
+from tiny.scenes import MAX_OBJECTS, draw_scenes
 from worldline.errors import InputError
-from worldline.physics import Clips, make_clips
-from worldline.physics.render import object_masks, render
-from worldline.physics.scene import MAX_OBJECTS, draw_scenes
-from worldline.physics.simulate import simulate
 
 SEEDS = (*range(10), *range(1_000_000, 1_000_010))
 

@@ -7,8 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from worldline.errors import InputError
-from worldline.physics.scene import (
+from tiny.scenes import (
     COLOURS,
     KINDS,
     MAX_OBJECTS,
@@ -19,6 +18,7 @@ from worldline.physics.scene import (
     draw_scene,
     draw_scenes,
 )
+from worldline.errors import InputError
 
 SCENES = draw_scenes(range(200))
 

@@ -14,6 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tiny import sizes
+from tiny.data import as_video, captioned_batches, to_device, views
+from tiny.denoiser import (
+    Places,
+    export_transformer,
+    scales_of,
+    told_level,
+    train_denoiser,
+)
+from tiny.run import Run, embed_captions, half_precision
 from worldline.catalog import DECODERS
 from worldline.models.predict1_dit.model import DECODER_WINDOW, DiT
 from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
@@ -24,18 +34,8 @@ from worldline.text.t5 import find_t5, load_t5
 from worldline.tokenizers.cosmos.load import load_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import LatentStatistics
-from worldline.train.data import as_video, captioned_batches, to_device, views
 from worldline.train.loop import generator
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
-from worldline.train.tiny import sizes
-from worldline.train.tiny.denoiser import (
-    Places,
-    export_transformer,
-    scales_of,
-    told_level,
-    train_denoiser,
-)
-from worldline.train.tiny.run import Run, embed_captions, half_precision
 from worldline.weights.stream import load_into
 from worldline.weights.write import save as save_tensors
 

@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tiny import sizes
+from tiny.data import captioned_batches, encode_captioned, to_device
+from tiny.run import Run, embed_captions, half_precision, mixed_precision
 from worldline.models.predict1_ar.model import (
     ARTransformer,
     Positions,
@@ -21,11 +24,8 @@ from worldline.models.predict1_ar.weights import KEYS, write_settings
 from worldline.text.t5 import T5Encoder, find_t5, load_t5
 from worldline.tokenizers.cosmos.load import load_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.train.data import captioned_batches, encode_captioned, to_device
 from worldline.train.loop import LoopConfig, Objective, generator
 from worldline.train.losses import next_token_labels, next_token_loss
-from worldline.train.tiny import sizes
-from worldline.train.tiny.run import Run, embed_captions, half_precision, mixed_precision
 from worldline.weights.read import open_checkpoint
 from worldline.weights.stream import load_into
 from worldline.weights.write import save_module

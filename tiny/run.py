@@ -69,7 +69,7 @@ def running(options: dict[str, Any]) -> Iterator[Run]:
         raise click.UsageError(f"--graph needs a GPU, not --device {options['device']}")
     ranks, device = join(options["device"])
     if not ranks.first:  # one tells of its clips for all
-        logging.getLogger("worldline.train").setLevel(logging.WARNING)
+        logging.getLogger("tiny").setLevel(logging.WARNING)
     yield Run(**{**options, "device": device, "ranks": ranks})
     leave(ranks)
 

@@ -1,13 +1,13 @@
 """Train the small worlds that ship with the package, in segments that a kill cannot spoil.
 
-    python -m worldline.train.tiny tokenizer --folder runs/tokenizer --seconds 540
-    python -m worldline.train.tiny autoregressive --folder runs/ar --tokenizer runs/tokenizer/export
+    python -m tiny tokenizer --folder runs/tokenizer --seconds 540
+    python -m tiny autoregressive --folder runs/ar --tokenizer runs/tokenizer/export
 
-    python -m worldline.train.tiny tokenizer --kind continuous --folder runs/latents --seconds 540
-    python -m worldline.train.tiny diffusion --folder runs/dit --tokenizer runs/latents/export
+    python -m tiny tokenizer --kind continuous --folder runs/latents --seconds 540
+    python -m tiny diffusion --folder runs/dit --tokenizer runs/latents/export
 
-    python -m worldline.train.tiny wan --folder runs/wan --seconds 540
-    python -m worldline.train.tiny flow --folder runs/flow --tokenizer runs/wan/export
+    python -m tiny wan --folder runs/wan --seconds 540
+    python -m tiny flow --folder runs/flow --tokenizer runs/wan/export
 
 Each call goes on where the last one stopped; under `torchrun --nproc_per_node=N` it trains on N
 GPUs. The networks, losses and file layouts are those of the released models; only the sizes are
@@ -16,6 +16,7 @@ small.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +25,15 @@ from typing import Any
 import click
 import torch
 
-from worldline.train.tiny.autoregressive import train_autoregressive
-from worldline.train.tiny.decoder import train_decoder
-from worldline.train.tiny.diffusion import train_diffusion
-from worldline.train.tiny.flow import train_flow
-from worldline.train.tiny.run import running
-from worldline.train.tiny.tokenizer import train_tokenizer
-from worldline.train.tiny.wan import train_wan
+from tiny.autoregressive import train_autoregressive
+from tiny.clips import FPS, make_clips
+from tiny.decoder import train_decoder
+from tiny.diffusion import train_diffusion
+from tiny.flow import train_flow
+from tiny.run import running
+from tiny.tokenizer import train_tokenizer
+from tiny.wan import train_wan
+from worldline.video.write import write_video
 
 
 @click.group()
@@ -197,6 +200,22 @@ def decoder(
     """Train the diffusion decoder, which turns tokens into finer latents than their own."""
     with running(options) as run:
         train_decoder(run, tokenizer_folder, latents_folder, text_folder, start)
+
+
+@main.command()
+@click.option("--seed", default=1_000_000, show_default=True, help="Evaluation seeds start here.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path("src/worldline/bundled/demo"),
+    show_default=True,
+)
+def clip(seed: int, folder: Path) -> None:
+    """Write the clip of `worldline demo` and its caption."""
+    made = make_clips([seed])
+    write_video(made.frames[0].numpy(), folder / "clip.mp4", FPS)
+    captions = {"clip.mp4": made.captions[0]}
+    (folder / "captions.json").write_text(json.dumps(captions, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worldline.physics.parts import Scene
-from worldline.physics.render import object_masks, render
-from worldline.physics.scene import COLOURS, KINDS, SHAPES, draw_scene, draw_scenes
-from worldline.physics.simulate import FPS, Motion, simulate
+from tiny.motion import FPS, Motion, simulate
+from tiny.parts import Scene
+from tiny.render import object_masks, render
+from tiny.scenes import COLOURS, KINDS, SHAPES, draw_scene, draw_scenes
 
 __all__ = [
     "COLOURS",

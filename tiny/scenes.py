@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tiny.motion import Bodies, Motion, integrate
+from tiny.parts import Background, Floats, Scene
 from worldline.errors import InputError
-from worldline.physics.parts import Background, Floats, Scene
-from worldline.physics.simulate import Bodies, Motion, integrate
 
 KINDS = ("drop", "throw", "roll", "meet", "billiards")
 SHAPES = ("ball", "box", "triangle", "star")

@@ -14,6 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import worldline
+from tiny import diffusion as tiny_diffusion
+from tiny import sizes
+from tiny.__main__ import main
+from tiny.autoregressive import sequence_loss
+from tiny.data import as_video, physics_batches
+from tiny.decoder import DECODER, Decoding, cut_windows, long_shape
+from tiny.denoiser import rounded_to
+from tiny.run import embed_captions
+from tiny.tokenizer import export_tokenizer
 from worldline import places
 from worldline.errors import CheckpointError
 from worldline.models.predict1_ar.model import ARTransformer, make_positions
@@ -27,15 +36,6 @@ from worldline.text.t5 import export_t5, find_t5, load_t5, new_t5
 from worldline.tokenizers.cosmos.load import load_tokenizer, open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import read_statistics
-from worldline.train.data import as_video, physics_batches
-from worldline.train.tiny import diffusion as tiny_diffusion
-from worldline.train.tiny import sizes
-from worldline.train.tiny.__main__ import main
-from worldline.train.tiny.autoregressive import sequence_loss
-from worldline.train.tiny.decoder import DECODER, Decoding, cut_windows, long_shape
-from worldline.train.tiny.denoiser import rounded_to
-from worldline.train.tiny.run import embed_captions
-from worldline.train.tiny.tokenizer import export_tokenizer
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
 

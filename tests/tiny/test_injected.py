@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from worldline.evaluate.injected import DEGRADATIONS, inject_appearance, inject_collapse
+from tiny.injected import DEGRADATIONS, inject_appearance, inject_collapse
 
 INJECTORS = (inject_appearance, inject_collapse)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tiny.parts import Floats, Scene
 from worldline.errors import InputError
-from worldline.physics.parts import Floats, Scene
 
 FPS = 25.0
 SUBSTEPS = 4  # a frame; at 2 heights a second a body moves a sixth of the smallest radius in one

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from worldline.physics import Motion, Scene, make_clips
-from worldline.shapes import VideoShape
-from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.train import data
-from worldline.train.data import (
+from tiny import data
+from tiny.clips import Motion, Scene, make_clips
+from tiny.data import (
     captioned_batches,
     encode_captioned,
     mirror_caption,
     physics_batches,
 )
+from worldline.shapes import VideoShape
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 
 SHAPE = VideoShape(9, 32, 48)
 
@@ -40,7 +40,7 @@ def test_captions_belong_to_their_clips() -> None:
 def test_what_is_ready_is_told(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with caplog.at_level("INFO", logger="worldline.train"):
+    with caplog.at_level("INFO", logger="tiny"):
         list(physics_batches(range(5), SHAPE, "cpu", batch=2))
         assert not caplog.messages  # it was quick
         monkeypatch.setattr(data, "_SECONDS_A_LINE", 0.0)

@@ -13,6 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tiny import sizes
+from tiny.denoiser import (
+    Captioned,
+    draw_clips,
+    draw_noise,
+    encode_clips,
+    export_transformer,
+    train_denoiser,
+)
+from tiny.run import Run, half_precision
 from worldline.models.predict2_5_dit.model import FlowDiT
 from worldline.models.predict2_5_dit.weights import open_flow_dit, released_tensors, write_settings
 from worldline.nn.rope import Rotation
@@ -22,16 +32,6 @@ from worldline.text.reason1 import RELEASED as TEXT_FOLDER
 from worldline.text.reason1 import Reason1Encoder, export_reason1, find_reason1, new_reason1
 from worldline.tokenizers.wan.load import load_wan, open_wan
 from worldline.train.losses import flow_loss, flowed_latents, shifted_sigmas
-from worldline.train.tiny import sizes
-from worldline.train.tiny.denoiser import (
-    Captioned,
-    draw_clips,
-    draw_noise,
-    encode_clips,
-    export_transformer,
-    train_denoiser,
-)
-from worldline.train.tiny.run import Run, half_precision
 from worldline.weights.stream import load_into
 
 WORLD = "Cosmos-Predict2.5-2B"

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tiny import sizes
+from tiny.data import captioned_batches, encode_captioned, to_device
+from tiny.run import Run, half_precision
 from worldline.errors import CheckpointError
 from worldline.models.predict1_dit.model import DiT, Positions
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.sampling.edm import precondition
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.statistics import LatentStatistics, read_statistics
-from worldline.train.data import captioned_batches, encode_captioned, to_device
 from worldline.train.loop import LoopConfig, Objective, generator
-from worldline.train.tiny import sizes
-from worldline.train.tiny.run import Run, half_precision
 from worldline.weights.write import save as save_tensors
 
 _HELD_OUT_BATCHES = 8

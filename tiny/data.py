@@ -15,7 +15,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from worldline.physics import Motion, Scene, draw_scenes, render, simulate
+from tiny.clips import Motion, Scene, draw_scenes, render, simulate
 from worldline.shapes import VideoShape
 from worldline.train.loop import generator
 

@@ -19,27 +19,29 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import worldline
+from tiny import reconstruction, sizes
+from tiny.clips import FPS
+from tiny.data import as_video, physics_batches
+from tiny.denoiser import rounded_to
+from tiny.flow import TEXT_FOLDER, WORLD, Flowing
+from tiny.reconstruction import DEVIATION, KL, _reconstruction_loss, cut
+from tiny.run import Run
+from tiny.wan import compile_between_convolutions
 from worldline import places
-from worldline.cli import main
+from worldline.cli import demo, main
 from worldline.models.predict2_5_dit.model import FlowDiT
 from worldline.models.predict2_5_dit.weights import open_flow_dit
-from worldline.physics import FPS
 from worldline.sampling.flow import make_schedule
 from worldline.shapes import VideoShape
 from worldline.text.reason1 import find_reason1, load_reason1, new_reason1
 from worldline.tokenizers.wan.load import channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer
-from worldline.train.data import as_video, physics_batches
 from worldline.train.loop import Objective
 from worldline.train.losses import ReconstructionObjective
-from worldline.train.tiny import reconstruction, sizes
-from worldline.train.tiny.denoiser import rounded_to
-from worldline.train.tiny.flow import TEXT_FOLDER, WORLD, Flowing
-from worldline.train.tiny.reconstruction import DEVIATION, KL, _reconstruction_loss, cut
-from worldline.train.tiny.run import Run
-from worldline.train.tiny.wan import compile_between_convolutions
 
-from .test_tiny import run
+from .test_recipes import run
+
+TINY = f"tiny-{WORLD}"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -247,7 +249,7 @@ def world(
     if request.param == "named":
         return worldline.load(WORLD, exported, device="cpu", disable_guardrails=True)
     monkeypatch.setattr(places, "BUNDLED", exported)
-    return worldline.load(f"tiny-{WORLD}", device="cpu")
+    return worldline.load(TINY, device="cpu")
 
 
 def test_the_exported_world_makes_videos(world: worldline.World) -> None:
@@ -264,15 +266,13 @@ def test_the_exported_world_makes_videos(world: worldline.World) -> None:
 
 def test_the_demo_shows_it(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "BUNDLED", exported)
-    result = CliRunner().invoke(main, ["demo", "--seed", "2", "--output", str(tmp_path)])
+    for ways in ("WAYS", "OTHER_WAYS"):
+        monkeypatch.setattr(demo, ways, tuple(w for w in getattr(demo, ways) if w.world == TINY))
+    result = CliRunner().invoke(main, ["demo", "--all", "--seed", "2", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.stderr
-    names = [f"predict2.5_{kind}2world" for kind in ("text", "image", "video")]
-    files = {f"{name}.{end}" for name in names for end in ("mp4", "txt", "json")}
-    assert {path.name for path in tmp_path.iterdir()} == files | {"predict2.5_sheet.png"}
-    reports = [json.loads((tmp_path / f"{name}.json").read_text()) for name in names]
-    assert [report["request"]["num_input_frames"] for report in reports] == [0, 1, 5]
-    assert {report["request"]["seed"] for report in reports} == {2}
-    assert "frames 6-9 against the true continuation: " in result.stdout
+    requests = [json.loads(path.read_text())["request"] for path in tmp_path.glob("*.json")]
+    assert sorted(request["num_input_frames"] for request in requests) == [0, 1, 5]
+    assert {request["seed"] for request in requests} == {2}
 
 
 @pytest.mark.parametrize("frames", [0, 1, 5])

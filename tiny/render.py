@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tiny.motion import FPS, Motion
+from tiny.parts import Scene
+from tiny.scenes import COLOURS, GRID, OUTLINES
 from worldline.errors import InputError
-from worldline.physics.parts import Scene
-from worldline.physics.scene import COLOURS, GRID, OUTLINES
-from worldline.physics.simulate import FPS, Motion
 
 CPU_MEMORY = 1_000_000_000  # bytes that a chunk may take
 CUDA_MEMORY = 8_000_000_000

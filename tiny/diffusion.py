@@ -12,15 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from worldline.models.predict1_dit.model import DiT
-from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
-from worldline.sampling.edm import SIGMA_DATA
-from worldline.text.t5 import KEYS as T5_KEYS
-from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
-from worldline.tokenizers.cosmos.load import load_tokenizer
-from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
-from worldline.train.tiny import sizes
-from worldline.train.tiny.denoiser import (
+from tiny import sizes
+from tiny.denoiser import (
     Captioned,
     Places,
     draw_clips,
@@ -31,7 +24,14 @@ from worldline.train.tiny.denoiser import (
     told_level,
     train_denoiser,
 )
-from worldline.train.tiny.run import Run, half_precision
+from tiny.run import Run, half_precision
+from worldline.models.predict1_dit.model import DiT
+from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
+from worldline.sampling.edm import SIGMA_DATA
+from worldline.text.t5 import KEYS as T5_KEYS
+from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
+from worldline.tokenizers.cosmos.load import load_tokenizer
+from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.weights.stream import load_into
 
 WORLD, TEXT_FOLDER = "Cosmos-Predict1-7B-Video2World", "google-t5/t5-11b"

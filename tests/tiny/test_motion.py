@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tiny.motion import INERTIA, Bodies, Motion, gather_bodies, integrate, simulate
+from tiny.scenes import draw_scenes
 from worldline.errors import InputError
-from worldline.physics.scene import draw_scenes
-from worldline.physics.simulate import INERTIA, Bodies, Motion, gather_bodies, integrate, simulate
 
 SCENES = draw_scenes(range(60))
 
