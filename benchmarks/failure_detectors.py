@@ -25,8 +25,7 @@ from PIL import Image
 
 from tiny.clips import make_clips
 from tiny.injected import DEGRADATIONS, Frames, inject_appearance, inject_collapse
-from worldline.evaluate.clips import Rate, rate_as_json
-from worldline.evaluate.failures import find_failures
+from worldline.evaluate.failures import Rate, find_failures
 from worldline.video.read import read_video
 
 HERE = Path(__file__).parent
@@ -163,9 +162,9 @@ def main() -> None:
     injected = [group for group in tally.hits if not group.startswith("true")]
     report = {
         "question": "how often do the failure detectors of worldline.evaluate.failures err",
-        "false_alarms": rate_as_json(tally.rate(*true)),
-        "detection": rate_as_json(tally.rate(*injected)),
-        "sets": {group: rate_as_json(tally.rate(group)) for group in tally.hits},
+        "false_alarms": tally.rate(*true).as_json(),
+        "detection": tally.rate(*injected).as_json(),
+        "sets": {group: tally.rate(group).as_json() for group in tally.hits},
         "errors": dict(tally.errors),
         "seeds": {
             "design": DESIGN,
