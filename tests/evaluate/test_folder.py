@@ -31,8 +31,8 @@ from ..conftest import moving
 GIVEN = 9
 
 
-def write(path: Path, frames: np.ndarray, given: int | None = None, fps: float = 25) -> Path:
-    write_video(frames, path, fps)
+def write(path: Path, frames: np.ndarray, given: int | None = None) -> Path:
+    write_video(frames, path, 25)
     if given is not None:
         path.with_suffix(".json").write_text(json.dumps({"request": {"num_input_frames": given}}))
     return path
@@ -207,13 +207,12 @@ def test_a_folder_below_its_reference(tmp_path: Path, monkeypatch: pytest.Monkey
         names(Path("made"), Path("made/made"))
 
 
-def test_other_lengths_and_rates_are_noted(tmp_path: Path) -> None:
-    for folder, count, fps in (("made", 12, 25), ("true", 7, 24)):
+def test_other_lengths_are_noted(tmp_path: Path) -> None:
+    for folder, count in (("made", 12), ("true", 7)):
         (tmp_path / folder).mkdir()
-        write(tmp_path / folder / "a.mp4", moving(count), fps=fps)
-    length, speed = find_tasks(tmp_path / "made", tmp_path / "true").notes
+        write(tmp_path / folder / "a.mp4", moving(count))
+    (length,) = find_tasks(tmp_path / "made", tmp_path / "true").notes
     assert "a.mp4 has 12 frames, its reference 7: the first 7 are compared" in length
-    assert "25 frames a second, its reference 24" in speed
 
 
 def test_all_that_cannot_be_compared_is_named_at_once(tmp_path: Path) -> None:
@@ -285,18 +284,6 @@ def test_a_folder_without_videos_says_what_it_holds(tmp_path: Path) -> None:
         (tmp_path / f"{number}.json").touch()
     with pytest.raises(InputError, match=r"holds no videos \(.*\), but 0.json, .* and 2 more"):
         find_tasks(tmp_path)
-
-
-def test_a_video_without_a_report_among_others_is_noted(tmp_path: Path) -> None:
-    write(tmp_path / "a.mp4", moving(), GIVEN)
-    write(tmp_path / "b.mp4", moving())
-    assert find_tasks(tmp_path).notes == ("no report beside, so without input frames: b.mp4",)
-    assert find_tasks(tmp_path, None, 2).notes == ()
-    write(tmp_path / "c.mp4", moving())
-    (note,) = find_tasks(tmp_path).notes
-    assert note == "no report beside, so without input frames: b.mp4, c.mp4"
-    (tmp_path / "a.json").unlink()
-    assert find_tasks(tmp_path).notes == ()  # plain videos
 
 
 def test_a_line_of_names_stays_short() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +71,6 @@ def find_tasks(
     unreadable: dict[str, str] = {}
     problems: list[str] = []
     notes: list[str] = []
-    unreported: list[str] = []
     for name, path in videos.items():
         try:
             info = probe(path, kind="video")
@@ -80,9 +78,7 @@ def find_tasks(
             unreadable[name] = str(error)
             continue
         given = _reported_input_frames(path) if num_input_frames is None else num_input_frames
-        if given is None:
-            unreported.append(name)
-        task = Task(name, path, given or 0, *references.get(name, ()))
+        task = Task(name, path, given, *references.get(name, ()))
         if reference is not None and task.reference is None:
             notes.append(f"{name} has no reference: not compared")
         try:
@@ -94,8 +90,6 @@ def find_tasks(
         problems += unreadable.values()
         count = f"{len(problems)} of {len(videos)} videos"
         raise InputError("\n  ".join([f"{folder}: {count} cannot be used", *problems]))
-    if 0 < len(unreported) < len(tasks):  # else a folder of plain videos, as it should be
-        notes.append(f"no report beside, so without input frames: {shortened(unreported)}")
     return Listing(tuple(tasks), unreadable, tuple(notes), tuple(passed_over))
 
 
@@ -171,13 +165,13 @@ def _match_references(
     return matched
 
 
-def _reported_input_frames(path: Path) -> int | None:
-    """Number of input frames in the report beside a video; None without such a report."""
+def _reported_input_frames(path: Path) -> int:
+    """Number of input frames in the report beside a video; 0 without such a report."""
     try:
         frames = json.loads(path.with_suffix(".json").read_text())["request"]["num_input_frames"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return frames if type(frames) is int and frames >= 0 else None
+        return 0
+    return max(0, frames) if type(frames) is int else 0
 
 
 def _check(task: Task, info: MediaInfo) -> Iterator[str]:
@@ -205,11 +199,6 @@ def _check(task: Task, info: MediaInfo) -> Iterator[str]:
         yield (
             f"{task.path} has {info.frames} frames, its reference {other.frames}: the first "
             f"{min(info.frames, other.frames)} are compared"
-        )
-    if info.fps and other.fps and not math.isclose(info.fps, other.fps, rel_tol=0.01):
-        yield (
-            f"{task.path} has {info.fps:g} frames a second, its reference {other.fps:g}: compared "
-            "frame by frame"
         )
 
 
