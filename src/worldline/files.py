@@ -69,8 +69,8 @@ def stamp(path: Path) -> dict[str, Any]:
     Raises:
         OSError: the file is absent or out of reach.
     """
-    found = path.stat()
-    return {"path": str(path.resolve()), "nbytes": found.st_size, "modified": found.st_mtime_ns}
+    status = path.stat()
+    return {"path": str(path.resolve()), "nbytes": status.st_size, "modified": status.st_mtime_ns}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -106,8 +106,8 @@ def released_folders(root: Path, name: str, revision: str = "") -> list[Path]:
         key=lambda path: (path.name == revision, path.name == current, path.stat().st_mtime_ns),
         reverse=True,
     )
-    found = [root / name, *snapshots, root / Path(name).name]
-    return [path for path in found if path.is_dir()]
+    folders = [root / name, *snapshots, root / Path(name).name]
+    return [path for path in folders if path.is_dir()]
 
 
 def repository_folders(name: str, roots: Sequence[Path]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The memory that this machine has to give; imports torch only to ask a GPU."""
+"""Free memory of host and device; imports torch only to ask a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Memory:
 
 
 def host_memory() -> Memory | None:
-    """Return the memory of this machine that a process may take; None where it cannot be told."""
+    """Memory of this machine that a process may take; None if it is unknown."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -39,7 +39,7 @@ def host_memory() -> Memory | None:
 
 
 def _container_limit() -> tuple[int | None, int]:
-    """Return what a container may take in all and holds now, without its file cache."""
+    """Limit of a container, and its use without the file cache; None without a limit."""
     root = Path("/sys/fs/cgroup")
     try:
         limit = int((root / "memory.max").read_text())
@@ -53,7 +53,7 @@ def _container_limit() -> tuple[int | None, int]:
 
 
 def device_memory(device: torch.device) -> Memory | None:
-    """Return the memory where a world on `device` would live."""
+    """Memory of `device`; the host's for a CPU."""
     import torch
 
     if device.type == "cuda":

@@ -69,10 +69,10 @@ class Recorder:
             self._add(Stage(name, round(seconds, 4), peak, round(time.time(), 2)))
 
     def _add(self, stage: Stage) -> None:
-        for index, known in enumerate(self.stages):
-            if known.name == stage.name:
-                seconds = round(known.seconds + stage.seconds, 4)
-                peak = max(known.peak_gb, stage.peak_gb)
+        for index, previous in enumerate(self.stages):
+            if previous.name == stage.name:
+                seconds = round(previous.seconds + stage.seconds, 4)
+                peak = max(previous.peak_gb, stage.peak_gb)
                 self.stages[index] = Stage(stage.name, seconds, peak, stage.ended)
                 return
         self.stages.append(stage)
@@ -105,13 +105,13 @@ class Recorder:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and the device's name, for a report."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "worldline": version("worldline"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": platform.processor() or platform.machine(),
     }
     if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-        found["cuda"] = torch.version.cuda
-    return found
+        facts["device"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda
+    return facts

@@ -60,8 +60,8 @@ def evaluate(
     picture = output.with_suffix(".png")
     listing = find_tasks(folder, reference, num_input_frames)
     _check_output(output, picture, listing)
-    own = {output.resolve(), picture.resolve()}
-    passed_over = [name for name in listing.passed_over if (folder / name).resolve() not in own]
+    outputs = {output.resolve(), picture.resolve()}
+    passed_over = [name for name in listing.passed_over if (folder / name).resolve() not in outputs]
     if passed_over:
         logger.info("no videos, passed over: %s", shortened(passed_over))
     for note in listing.notes:
@@ -137,8 +137,8 @@ def _summary(scores: list[Score]) -> str:
     from worldline.evaluate.failures import DETECTORS, failure_rate
     from worldline.evaluate.folder import medians
 
-    found = failure_rate([score.failures for score in scores])
-    kinds = "".join(f", {kind} {count}" for kind, count in sorted(found.kinds.items()))
-    detectors = ", ".join(f"{name} {rate}" for name, rate in DETECTORS.items())
+    rate = failure_rate([score.failures for score in scores])
+    kinds = "".join(f", {kind} {count}" for kind, count in sorted(rate.kinds.items()))
+    detectors = ", ".join(f"{name} {value}" for name, value in DETECTORS.items())
     middle = ", ".join(f"{name} {value:.4g}" for name, value in medians(scores).items())
-    return f"failed: {found.failed}{kinds}\ndetectors, measured: {detectors}\nmedians: {middle}"
+    return f"failed: {rate.failed}{kinds}\ndetectors, measured: {detectors}\nmedians: {middle}"

@@ -134,7 +134,7 @@ class FailureRate:
 
 def failure_rate(failures: Sequence[Sequence[Failure]]) -> FailureRate:
     """Failure rate of the failures of each clip, at least one clip."""
-    kinds = Counter(kind for found in failures for kind in {failure.kind for failure in found})
+    kinds = Counter(kind for clip in failures for kind in {failure.kind for failure in clip})
     return FailureRate(Rate(sum(map(bool, failures)), len(failures)), dict(kinds))
 
 
@@ -176,7 +176,7 @@ def find_in_reduced(copy: Tensor, num_input_frames: int) -> list[Failure]:
     end = len(copy)
     failures = []
     if collapses := list(_collapses(copy, first)):
-        frame, share, rise = max(collapses, key=lambda found: found[1])
+        frame, share, rise = max(collapses, key=lambda collapse: collapse[1])
         detail = f"{share:.0%} of the picture has one colour, {rise:.0%} more than at the start"
         failures.append(Failure("collapse", frame, round(share, 4), detail))
         # A collapse begins up to 12 frames before it is found; after that no appearance counts,
@@ -297,11 +297,11 @@ def _novelty(copy: Tensor, frame: int, gap: int) -> NDArray[np.float32]:
     """
     patches = _patches(copy[frame : frame + 1])[0]  # (N, 3 * PATCH^2)
     earlier = sorted({max(0, frame - back) for back in (gap, *FURTHER_GAPS)})
-    known = _patches(_in_the_light_of(copy[earlier], copy[frame]))
+    others = _patches(_in_the_light_of(copy[earlier], copy[frame]))
     # |a - b|^2 = |a|^2 + |b|^2 - 2ab, so that one matrix product compares all with all: of
     # (-2a, 1) and (b, |b|^2), to which |a|^2 is added after the least is found.
     ours = torch.cat([-2 * patches, torch.ones(len(patches), 1)], 1)
-    theirs = torch.cat([known, known.square().sum(2, keepdim=True)], 2)
+    theirs = torch.cat([others, others.square().sum(2, keepdim=True)], 2)
     price = _price(*copy.shape[2:])
     distances = [torch.addmm(price, ours, other.T).amin(1) for other in theirs]
     squares = torch.stack(distances).amin(0) + patches.square().sum(1)

@@ -91,7 +91,7 @@ def score_video(task: Task) -> tuple[Score, dict[int, Frame]]:
     Raises:
         InputError: it, or its reference, cannot be read to the end, or is too short.
     """
-    given = task.num_input_frames
+    inputs = task.num_input_frames
     copies: list[Tensor] = []
     pictures: list[Frame] = []
     errors: list[float] = []
@@ -102,27 +102,27 @@ def score_video(task: Task) -> tuple[Score, dict[int, Frame]]:
         copies.append(reduce(frame))
         pictures.append(_small(frame))
         reference = next(references, None)
-        if index >= given - 1:  # a change needs a frame before it
+        if index >= inputs - 1:  # a change needs a frame before it
             changes.add(frame)
             if reference is not None:
                 true_changes.add(reference)
-        if index >= given and reference is not None:
+        if index >= inputs and reference is not None:
             errors.append(mse(frame, reference))
             similarities.append(ssim(frame, reference))
-    check_length(task.path, len(copies), given)
+    check_length(task.path, len(copies), inputs)
     height, width = frame.shape[:2]
     score = Score(
         name=task.name,
         frames=len(copies),
         height=height,
         width=width,
-        num_input_frames=given,
-        failures=tuple(find_in_reduced(torch.cat(copies), given)),
+        num_input_frames=inputs,
+        failures=tuple(find_in_reduced(torch.cat(copies), inputs)),
         motion=changes.motion,
         flicker=changes.flicker,
     )
     if task.reference is not None:
-        check_length(task.reference, given + len(errors), given, least=1)
+        check_length(task.reference, inputs + len(errors), inputs, least=1)
         score = replace(
             score,
             reference=task.reference_name,
@@ -221,13 +221,13 @@ class Sheet:
             title = title.encode("ascii", "replace").decode()
             draw.text((_GAP, top), title, fill="red" if worst else "black", font=font)
             for column, (index, picture) in enumerate(pictures.items()):
-                left, below = _GAP + column * width, top + 2 * _LINE
+                x, y = _GAP + column * width, top + 2 * _LINE
                 number = f"{index} input" if index < score.num_input_frames else str(index)
-                draw.text((left, top + _LINE), number, fill="gray", font=font)
-                sheet.paste(Image.fromarray(picture), (left, below))
+                draw.text((x, top + _LINE), number, fill="gray", font=font)
+                sheet.paste(Image.fromarray(picture), (x, y))
                 if index in worst:
-                    corner = left + picture.shape[1] - 1, below + picture.shape[0] - 1
-                    draw.rectangle((left, below, *corner), outline="red", width=3)
+                    corner = x + picture.shape[1] - 1, y + picture.shape[0] - 1
+                    draw.rectangle((x, y, *corner), outline="red", width=3)
             top += height
         if self.omitted:
             draw.text((_GAP, top), f"and {self.omitted} more videos", fill="black", font=font)

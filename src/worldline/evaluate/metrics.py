@@ -52,17 +52,17 @@ def mse(frames: Frames, reference: Frames, mask: NDArray[np.bool_] | Tensor | No
     """
     first, second = _as_pair(frames, reference)
     shape = tuple(first.shape[:3])
-    chosen = torch.ones(shape[1:], dtype=torch.bool) if mask is None else _as_tensor(mask)
-    if chosen.dtype != torch.bool or tuple(chosen.shape) not in (shape, shape[1:]):
+    inside = torch.ones(shape[1:], dtype=torch.bool) if mask is None else _as_tensor(mask)
+    if inside.dtype != torch.bool or tuple(inside.shape) not in (shape, shape[1:]):
         raise ValueError(
-            f"the mask is bool {shape} or {shape[1:]}, not {chosen.dtype} {tuple(chosen.shape)}"
+            f"the mask is bool {shape} or {shape[1:]}, not {inside.dtype} {tuple(inside.shape)}"
         )
-    chosen = chosen.to(first.device).expand(shape)
+    inside = inside.to(first.device).expand(shape)
     error = 0.0
-    for x, y, inside in zip(first, second, chosen, strict=True):
+    for x, y, pixels in zip(first, second, inside, strict=True):
         square = (x.int() - y.int()).square().sum(-1)  # whole numbers, so nothing is rounded
-        error += float(square[inside].sum())
-    count = 3 * int(chosen.sum())
+        error += float(square[pixels].sum())
+    count = 3 * int(inside.sum())
     return error / count if count else math.nan
 
 

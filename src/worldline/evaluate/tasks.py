@@ -77,8 +77,8 @@ def find_tasks(
         except InputError as error:
             unreadable[name] = str(error)
             continue
-        given = _reported_input_frames(path) if num_input_frames is None else num_input_frames
-        task = Task(name, path, given, *references.get(name, ()))
+        inputs = _reported_input_frames(path) if num_input_frames is None else num_input_frames
+        task = Task(name, path, inputs, *references.get(name, ()))
         if reference is not None and task.reference is None:
             notes.append(f"{name} has no reference: not compared")
         try:
@@ -146,21 +146,21 @@ def _match_references(
     Raises:
         InputError: none fits, or a video has several of other suffixes.
     """
-    present, _ = _list_videos(reference, apart=folder)
+    names, _ = _list_videos(reference, apart=folder)
     by_stem: dict[str, list[str]] = {}
-    for name in present:
+    for name in names:
         by_stem.setdefault(name.rpartition(".")[0], []).append(name)
     matched: dict[str, tuple[Path, str]] = {}
     for name in videos:
-        fitting = [name] if name in present else by_stem.get(name.rpartition(".")[0], [])
+        fitting = [name] if name in names else by_stem.get(name.rpartition(".")[0], [])
         if len(fitting) > 1:
             raise InputError(f"{name} has several references: {', '.join(fitting)}")
         if fitting:
-            matched[name] = present[fitting[0]], fitting[0]
+            matched[name] = names[fitting[0]], fitting[0]
     if not matched:
         raise InputError(
             f"{reference} has no video of the name of one in {folder}: it has "
-            f"{shortened(list(present))}; to compare are {shortened(list(videos))}"
+            f"{shortened(list(names))}; to compare are {shortened(list(videos))}"
         )
     return matched
 

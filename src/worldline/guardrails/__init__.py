@@ -139,7 +139,7 @@ def find_folder(release: Release, roots: Sequence[Path]) -> Path:
 def _language_guard(
     release: Release, roots: Sequence[Path], device: torch.device | str
 ) -> language.LanguageGuard:
-    present = (kind for kind in release.models if repository_folders(kind.released, roots))
-    kind = next(present, release.models[0])
+    candidates = (kind for kind in release.models if repository_folders(kind.released, roots))
+    kind = next(candidates, release.models[0])
     adapter = find_repository(kind.adapter, roots) if kind.adapter else None
     return language.load(kind, find_repository(kind.released, roots), device, adapter=adapter)

@@ -148,8 +148,10 @@ class Guardrails:
             verdict = guard.check(content)
         self._record(guard.name, subject, "safe" if verdict.safe else "refused", verdict)
         if not verdict.safe:
-            found = f" ({', '.join(verdict.categories)})" if verdict.categories else ""
-            raise GuardrailRefusal(f"guardrail {guard.name} refused the {subject}{found}", stage)
+            categories = f" ({', '.join(verdict.categories)})" if verdict.categories else ""
+            raise GuardrailRefusal(
+                f"guardrail {guard.name} refused the {subject}{categories}", stage
+            )
 
     def _record(self, guard: str, subject: str, result: str, verdict: Verdict) -> None:
         check, categories = verdict.check, verdict.categories

@@ -87,7 +87,7 @@ class Censor:
         keys = text.translate(_FOLD)
         if self.beginnings.isdisjoint(_WORD.findall(keys)):
             return []
-        words = [found.span() for found in _WORD.finditer(text)]
+        words = [match.span() for match in _WORD.finditer(text)]
         if words[0][0] == len(text) - 1:  # ignored, in the released rule
             return []
         spans: list[tuple[int, int]] = []
@@ -313,11 +313,11 @@ class Words:
             if word[-1:] not in ("s", "n"):  # no suffix rule fits
                 return word
             forms = [word.removesuffix(a) + b for a, b in _SUFFIXES if word.endswith(a)]
-        known = [form for form in (word, *forms) if form in self.nouns]
-        return min(known, key=len, default=word)
+        forms = [form for form in (word, *forms) if form in self.nouns]
+        return min(forms, key=len, default=word)
 
     def sentences(self, text: str) -> list[str]:
-        found: list[str] = []
+        sentences: list[str] = []
         slices = list(self._slices(text))
         shift = 0
         for (start, stop), (following, end) in pairwise([*slices, (len(text), len(text))]):
@@ -328,8 +328,8 @@ class Words:
                 stop = following + len(closing[0].rstrip())
                 shift = closing.end()
             if text[start:stop]:
-                found.append(text[start:stop])
-        return found
+                sentences.append(text[start:stop])
+        return sentences
 
     def _slices(self, text: str) -> Iterator[tuple[int, int]]:
         start = 0
@@ -462,8 +462,8 @@ class Blocklist:
             return Verdict(False, "censor")
         if self.censor.refuses(" ".join(self.words.lemmas(text))):
             return Verdict(False, "censor_lemma")
-        found = self.listed.check(text)
-        return Verdict(not found, found)
+        check = self.listed.check(text)
+        return Verdict(not check, check)
 
 
 def _entries(folder: Path) -> list[str]:

@@ -190,13 +190,13 @@ def prepare(frames: Tensor) -> Tensor:
 
 def priors(height: int, width: int) -> Tensor:
     """Centre and size (P, 4) of every prior, in shares of width and height, float32."""
-    found = []
+    boxes = []
     for step, sides in zip(_STEPS, _SIDES, strict=True):
         rows, columns = math.ceil(height / step), math.ceil(width / step)
         for row, column, side in itertools.product(range(rows), range(columns), sides):
             x, y = (column + 0.5) * step / width, (row + 0.5) * step / height
-            found.append((x, y, side / width, side / height))
-    return torch.tensor(found, dtype=torch.float32)
+            boxes.append((x, y, side / width, side / height))
+    return torch.tensor(boxes, dtype=torch.float32)
 
 
 def decode(corrections: Tensor, priors: Tensor) -> Tensor:
@@ -226,22 +226,22 @@ def select(
         candidates: number of boxes that are compared.
         keep: largest number of boxes that are returned.
     """
-    sure = scores > min_score
-    boxes, scores = boxes[sure], scores[sure]
+    confident = scores > min_score
+    boxes, scores = boxes[confident], scores[confident]
     order = scores.argsort()[::-1][:candidates]
     boxes, scores = boxes[order], scores[order]
     sides = boxes[:, 2:] - boxes[:, :2] + 1  # pixels are counted, both ends
     areas = sides.prod(1)
-    kept: list[int] = []
+    selection: list[int] = []
     rest = scores.argsort()[::-1]
     while rest.size:
         first, rest = rest[0], rest[1:]
-        kept.append(int(first))
+        selection.append(int(first))
         low = np.maximum(boxes[first, :2], boxes[rest, :2])
         high = np.minimum(boxes[first, 2:], boxes[rest, 2:])
         common = np.maximum(0.0, high - low + 1).prod(1)
         rest = rest[common / (areas[first] + areas[rest] - common) <= max_overlap]
-    return boxes[kept[:keep]]
+    return boxes[selection[:keep]]
 
 
 def pixelate(region: np.ndarray) -> np.ndarray:
@@ -296,7 +296,7 @@ class FaceBlur:
             corners = decode(corrections, fixed) * scale
             if not (corners.isfinite().all() and scores.isfinite().all()):
                 raise Error(f"guardrail {self.name}: the boxes are not finite")
-            boxes, faces = corners.cpu().numpy(), scores[..., 1].cpu().numpy()
-            for frame, found, score in zip(batch, boxes, faces, strict=True):
-                count += blur(frame, select(found, score))
+            faces = zip(corners.cpu().numpy(), scores[..., 1].cpu().numpy(), strict=True)
+            for frame, (boxes, confidences) in zip(batch, faces, strict=True):
+                count += blur(frame, select(boxes, confidences))
         return blurred, count

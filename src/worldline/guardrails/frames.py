@@ -188,5 +188,5 @@ class FrameFilter:
             classes += logits.argmax(-1).tolist()
         if not self.rule.refuses(classes):
             return Verdict(True)
-        found = sorted(self.rule.unsafe.intersection(classes))
-        return Verdict(False, "", tuple(CLASSES[number] for number in found))
+        unsafe = sorted(self.rule.unsafe.intersection(classes))
+        return Verdict(False, "", tuple(CLASSES[number] for number in unsafe))

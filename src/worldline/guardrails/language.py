@@ -111,10 +111,10 @@ def decide_llama_guard_3(answer: str) -> Verdict:
 
 def decide_qwen3guard(answer: str) -> Verdict:
     """Verdict of an answer of Qwen3Guard; an answer without one is refused."""
-    found = _QWEN3GUARD_SAFETY.search(answer)
-    if found is None:
+    safety = _QWEN3GUARD_SAFETY.search(answer)
+    if safety is None:
         return Verdict(False, "unreadable")
-    if found[1] != "Unsafe":
+    if safety[1] != "Unsafe":
         return Verdict(True)
     return Verdict(False, "", tuple(_QWEN3GUARD.findall(answer)))
 
@@ -305,10 +305,10 @@ def merge_adapter(network: nn.Module, folder: Path) -> None:
     checkpoint = open_checkpoint(path)
     halves: dict[str, dict[str, str]] = {}
     for name in checkpoint.entries:
-        found = _ADAPTER_KEY.fullmatch(name)
-        if found is None:
+        match = _ADAPTER_KEY.fullmatch(name)
+        if match is None:
             raise CheckpointError(f"{path}: {name} is no low-rank weight")
-        halves.setdefault(found[1], {})[found[2]] = name
+        halves.setdefault(match[1], {})[match[2]] = name
     modules = dict(network.named_modules())
     for name, pair in halves.items():
         layer = modules.get(name)
