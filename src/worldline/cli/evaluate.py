@@ -104,11 +104,7 @@ def evaluate(
 
 
 def _check_output(output: Path, picture: Path, listing: Listing) -> None:
-    """Refuse, before any work, a report that cannot be written or would replace another file.
-
-    Raises:
-        InputError: the name is wrong, taken, or in a folder that cannot be written.
-    """
+    """Refuse, before any work, a report that cannot be written or would replace another file."""
     from worldline.cli.run import check_folder
 
     if output.suffix.lower() != ".json":

@@ -189,11 +189,7 @@ def find_in_reduced(copy: Tensor, num_input_frames: int) -> list[Failure]:
 
 
 def reduce(frames: Frames) -> Tensor:
-    """Blurred copy, float32 (T, 3, h, w) of about REDUCED_PIXELS, of uint8 (T, H, W, 3).
-
-    Raises:
-        ValueError: another shape or dtype.
-    """
+    """Blurred copy, float32 (T, 3, h, w) of about REDUCED_PIXELS, of uint8 (T, H, W, 3)."""
     clip = as_clip(frames).cpu()
     height, width = clip.shape[1:3]
     scale = (REDUCED_PIXELS / (height * width)) ** 0.5

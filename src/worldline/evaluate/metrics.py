@@ -114,11 +114,7 @@ def _mean_size(change: Tensor) -> float:
 
 
 def as_clip(frames: Frames) -> Tensor:
-    """Frames as a tensor (T, H, W, 3).
-
-    Raises:
-        ValueError: another shape or dtype.
-    """
+    """Frames as a tensor (T, H, W, 3)."""
     clip = _as_tensor(frames)
     if clip.ndim == 3:
         clip = clip[None]

@@ -103,9 +103,6 @@ def _list_videos(folder: Path, apart: Path | None) -> tuple[dict[str, Path], lis
     """Videos below a folder by name, and names of other files that are not beside one.
 
     Hidden files are left out, and those below `apart`, if that lies in the folder.
-
-    Raises:
-        InputError: there is no such folder, or no video in it.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -141,11 +138,7 @@ def _list_videos(folder: Path, apart: Path | None) -> tuple[dict[str, Path], lis
 def _match_references(
     videos: dict[str, Path], folder: Path, reference: Path
 ) -> dict[str, tuple[Path, str]]:
-    """Reference of each video, and its name: of the same suffix, else the only one of its stem.
-
-    Raises:
-        InputError: none fits, or a video has several of other suffixes.
-    """
+    """Reference of each video, and its name: of the same suffix, else the only one of its stem."""
     names, _ = _list_videos(reference, apart=folder)
     by_stem: dict[str, list[str]] = {}
     for name in names:
@@ -175,11 +168,7 @@ def _reported_input_frames(path: Path) -> int:
 
 
 def _check(task: Task, info: MediaInfo) -> Iterator[str]:
-    """Limits of the comparison.
-
-    Raises:
-        InputError: too few frames, or a reference that is unreadable or of another size.
-    """
+    """Limits of the comparison; an InputError if it, or judging the video, is impossible."""
     check_length(task.path, info.frames, task.num_input_frames)
     if task.reference is None:
         return

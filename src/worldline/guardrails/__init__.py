@@ -116,13 +116,7 @@ def load(
 
 
 def find_folder(release: Release, roots: Sequence[Path]) -> Path:
-    """Folder of `blocklist`, `video_content_safety_filter` and `face_blur_filter`.
-
-    It is that of a repository, or a folder `guardrail` of a model.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """Folder of a repository of the release, or the folder `guardrail` of a model."""
     for repository in release.repositories:
         for folder in repository_folders(repository, roots):
             return folder

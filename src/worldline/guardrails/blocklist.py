@@ -279,11 +279,6 @@ class Words:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the tables; packages may be folders or zip files.
-
-        Raises:
-            CheckpointError: a table is absent or unreadable.
-        """
         punkt, wordnet = folder / "tokenizers" / "punkt_tab", folder / "corpora" / "wordnet"
         self.abbreviations = set(_table(punkt, "english/abbrev_types.txt"))
         pairs = (line.split("\t") for line in _table(punkt, "english/collocations.tab"))
@@ -411,11 +406,7 @@ def _stem(word: str) -> str:
 
 
 def _table(package: Path, name: str) -> list[str]:
-    """Lines of a file of a package, unpacked or zipped, without blank ones.
-
-    Raises:
-        CheckpointError: the file is absent or damaged.
-    """
+    """Lines of a file of a package, unpacked or zipped, without blank ones."""
     path = package / name
     try:
         if path.is_file():
@@ -429,7 +420,7 @@ def _table(package: Path, name: str) -> list[str]:
 
 
 class Blocklist:
-    """The text guardrail of the folder `blocklist`.
+    """The text guardrail of a folder `blocklist`: custom, whitelist, exact_match, nltk_data.
 
     `check` refuses with "empty", "censor", "censor_lemma", "exact" or "partial".
     """
@@ -438,15 +429,6 @@ class Blocklist:
     networks = ()
 
     def __init__(self, folder: Path, near: Nearness = PREDICT) -> None:
-        """Read the lists and the language data of `folder`.
-
-        Args:
-            folder: holds custom, whitelist, exact_match and nltk_data.
-            near: `PREDICT`, or `COSMOS1` for Cosmos 1.0.
-
-        Raises:
-            CheckpointError: one is absent or unreadable, or no entry is listed.
-        """
         custom, exact = _entries(folder / "custom"), _entries(folder / "exact_match")
         if not any(custom) and not any(exact):
             raise CheckpointError(f"{folder} lists no words")

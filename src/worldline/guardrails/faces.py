@@ -127,7 +127,7 @@ class _Head(nn.Module):
 
 
 class RetinaFace(nn.Module):
-    """Images -> corrections of the priors, and probability of a face at each.
+    """Images of `prepare` -> corrections of the priors, and probability of a face at each.
 
     Modules have the names of the released file. Landmarks are loaded, since loading is strict, and
     not computed.
@@ -153,11 +153,7 @@ class RetinaFace(nn.Module):
         return torch.cat([head(x) for head, x in zip(heads, maps, strict=True)], 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Corrections (N, P, 4) and probabilities of "no face" and "face" (N, P, 2).
-
-        Args:
-            images: of `prepare`.
-        """
+        """Corrections (N, P, 4) and probabilities of "no face" and "face" (N, P, 2)."""
         maps = self.maps(images)
         return self.join(self.BboxHead, maps), self.join(self.ClassHead, maps).softmax(-1)
 
@@ -172,11 +168,7 @@ KEYS = KeyMap(rename={name: name for name in _meta().state_dict()}, prefixes=("m
 
 
 def load_retinaface(path: Path, device: torch.device | str = "cpu") -> RetinaFace:
-    """Network of `Resnet50_Final.pth`.
-
-    Raises:
-        CheckpointError: the file is absent, damaged or of another network.
-    """
+    """Network of `Resnet50_Final.pth`."""
     network = _meta()
     fill(network, path, KEYS, device)
     return network
@@ -216,15 +208,10 @@ def select(
     candidates: int = 5000,
     keep: int = 750,
 ) -> np.ndarray:
-    """Non-maximum suppression: boxes to blur, highest score first.
+    """Non-maximum suppression of boxes (P, 4), corners in pixels: those to blur, surest first.
 
-    Args:
-        boxes: (P, 4) corners in pixels.
-        scores: (P,), probability of a face.
-        min_score: exclusive.
-        max_overlap: intersection over union; above it, the box of the lower score is dropped.
-        candidates: number of boxes that are compared.
-        keep: largest number of boxes that are returned.
+    `max_overlap` is an intersection over union; at most `candidates` boxes are compared, and `keep`
+    returned.
     """
     confident = scores > min_score
     boxes, scores = boxes[confident], scores[confident]
@@ -279,11 +266,7 @@ class FaceBlur:
 
     @torch.inference_mode()
     def apply(self, frames: np.ndarray) -> tuple[np.ndarray, int]:
-        """Copy of frames uint8 (T, H, W, 3) with faces pixelated, and their number.
-
-        Raises:
-            Error: the network's output is not finite.
-        """
+        """Copy of frames uint8 (T, H, W, 3) with faces pixelated, and their number."""
         height, width = frames.shape[1:3]
         device = next(self.network.parameters()).device
         fixed = priors(height, width).to(device)

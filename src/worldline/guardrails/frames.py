@@ -92,11 +92,7 @@ class FrameClassifier(nn.Module):
 
 
 def load_classifier(path: Path, device: torch.device | str = "cpu") -> FrameClassifier:
-    """Frame classifier of `safety_filter.pt`, with the widths of its tensors.
-
-    Raises:
-        CheckpointError: the file is absent, damaged or of another network.
-    """
+    """Frame classifier of `safety_filter.pt`, with the widths of its tensors."""
     widths = _WIDTHS  # for a file without them, whose first misfit `fill` names
     if path.is_file():
         tensors = open_checkpoint(path).tensors
@@ -114,14 +110,9 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> FrameClas
 
 
 class FrameFeatures:
-    """The image half of SigLIP."""
+    """The image half of SigLIP, from a folder as released."""
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        """Load from a folder as released.
-
-        Raises:
-            CheckpointError: a file is absent or does not fit.
-        """
         from transformers import SiglipVisionModel
 
         settings = read_json(folder / "preprocessor_config.json")
@@ -163,11 +154,6 @@ class FrameFilter:
     name = "video_content_safety_filter"
 
     def __init__(self, features: FrameFeatures, classifier: FrameClassifier, rule: Rule) -> None:
-        """Put the parts together.
-
-        Raises:
-            CheckpointError: the classifier expects other features.
-        """
         if features.width != classifier.width:
             raise CheckpointError(
                 f"SigLIP has {features.width} features, the frame classifier expects "

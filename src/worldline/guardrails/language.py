@@ -182,17 +182,14 @@ QWEN3GUARD = Kind(
 
 
 class LanguageGuard:
-    """A text guardrail that asks a language model."""
+    """A text guardrail that asks a causal language model of transformers.
+
+    Attributes:
+        ends: ids of tokens that end an answer.
+        max_length: largest number of tokens in a question; longer ones are refused.
+    """
 
     def __init__(self, kind: Kind, network: Any, tokenizer: Any, ends: set[int]) -> None:
-        """Put the parts together.
-
-        Args:
-            kind: guard model.
-            network: its causal language model, of transformers.
-            tokenizer: of the model.
-            ends: ids of tokens that end an answer.
-        """
         self.name = kind.name
         self.kind = kind
         self.network: nn.Module = network
@@ -250,18 +247,7 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     adapter: Path | None = None,
 ) -> LanguageGuard:
-    """Load a guard model from its folder, as released; nothing in it is executed.
-
-    Args:
-        kind: guard model.
-        folder: config.json, safetensors and tokenizer files.
-        device: where it runs.
-        dtype: of the weights.
-        adapter: folder of the adapter, for a kind that has one.
-
-    Raises:
-        CheckpointError: a file is absent or does not fit.
-    """
+    """Guard model of a folder as released, with its adapter; nothing in them is executed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if kind.adapter and adapter is None:
@@ -285,11 +271,7 @@ _UNSUPPORTED = ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "
 
 @torch.no_grad()
 def merge_adapter(network: nn.Module, folder: Path) -> None:
-    """Add the low-rank weights of a PEFT folder to `network`: W + (alpha / rank) B A.
-
-    Raises:
-        CheckpointError: the folder is not of such an adapter, or not of this network.
-    """
+    """Add the low-rank weights of a PEFT folder to `network`: W + (alpha / rank) B A."""
     settings = read_json(folder / "adapter_config.json")
     try:
         scale = float(settings["lora_alpha"]) / int(settings["r"])
