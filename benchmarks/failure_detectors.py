@@ -3,7 +3,7 @@
     python benchmarks/failure_detectors.py [--assets ../shared/assets] [--clips 200] [--design]
 
 False alarms are counted on true clips, as they are and degraded as codecs, tokenizers and cameras
-do; detection on clips broken on purpose (`worldline.evaluate.injected`). The physics clips and all
+do; detection on clips broken on purpose (`tiny.injected`). The physics clips and all
 injections are of evaluation seeds that the thresholds were never chosen on; `--design` runs seeds
 from 0, where thresholds may be chosen, and writes nothing. The few real clips served for both,
 though not with these injections. About ten minutes on one core.
@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from worldline.evaluate.clips import Rate, rate_as_json
-from worldline.evaluate.failures import find_failures
-from worldline.evaluate.injected import DEGRADATIONS, Frames, inject_appearance, inject_collapse
-from worldline.physics import make_clips
+from tiny.clips import make_clips
+from tiny.injected import DEGRADATIONS, Frames, inject_appearance, inject_collapse
+from worldline.evaluate.failures import Rate, find_failures
 from worldline.video.read import read_video
 
 HERE = Path(__file__).parent
@@ -163,9 +162,9 @@ def main() -> None:
     injected = [group for group in tally.hits if not group.startswith("true")]
     report = {
         "question": "how often do the failure detectors of worldline.evaluate.failures err",
-        "false_alarms": rate_as_json(tally.rate(*true)),
-        "detection": rate_as_json(tally.rate(*injected)),
-        "sets": {group: rate_as_json(tally.rate(group)) for group in tally.hits},
+        "false_alarms": tally.rate(*true).as_json(),
+        "detection": tally.rate(*injected).as_json(),
+        "sets": {group: tally.rate(group).as_json() for group in tally.hits},
         "errors": dict(tally.errors),
         "seeds": {
             "design": DESIGN,

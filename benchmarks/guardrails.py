@@ -15,7 +15,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ import numpy as np
 import torch
 
 from worldline.files import GIGABYTE
-from worldline.guardrails.blocklist import COSMOS1, PREDICT, Censor, Listed
-from worldline.guardrails.face_blur import FaceBlur, RetinaFace
-from worldline.guardrails.video_filter import PREDICT1, FrameClassifier, FrameFeatures, VideoFilter
-from worldline.guardrails.words import Nouns, Sentences, split_words
+from worldline.guardrails.blocklist import COSMOS1, PREDICT, Blocklist
+from worldline.guardrails.faces import FaceBlur, RetinaFace
+from worldline.guardrails.frames import PREDICT1, FrameClassifier, FrameFeatures, FrameFilter
 from worldline.report import environment
 
 FRAMES, HEIGHT, WIDTH = 33, 640, 1024
@@ -41,35 +40,46 @@ SIGLIP = {
 }
 
 
-def blocklist(rng: random.Random) -> dict[str, Any]:
-    """Prompts a second of processor time, the same checks as `Blocklist.check` makes."""
+def write(folder: Path, tables: dict[str, Iterable[str]]) -> None:
+    for name, lines in tables.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines))
+
+
+def blocklist(rng: random.Random, folder: Path) -> dict[str, Any]:
+    """Prompts a second of processor time."""
     letters = "aeiourtnslbcdfghmpvwz"
     words = ["".join(rng.choices(letters, k=rng.randint(2, 10))) for _ in range(20_000)]
     listed, free = words[:2200], sorted(set(words[2200:]) - set(words[:2200]))
     custom = [*listed[:800], *(f"{a} {b}" for a, b in zip(listed, listed[800:1600], strict=False))]
-    censor = Censor(custom, free[:50])
-    sentences = Sentences(frozenset({"dr", "e.g"}), starters=frozenset({"however"}))
-    nouns = Nouns(frozenset(free[::2]))
+    english, wordnet = "nltk_data/tokenizers/punkt_tab/english", "nltk_data/corpora/wordnet"
+    tables = {
+        "custom/words": custom,
+        "whitelist/words": free[:50],
+        "exact_match/words": listed[1600:],
+        f"{english}/abbrev_types.txt": ("dr", "e.g"),
+        f"{english}/collocations.tab": (),
+        f"{english}/sent_starters.txt": ("however",),
+        f"{english}/ortho_context.tab": (),
+        f"{wordnet}/index.noun": free[::2],
+        f"{wordnet}/noun.exc": (),
+    }
+    write(folder, tables)
     found: dict[str, Any] = {"entries": len(custom) + 600, "words": WORDS}
     for name, near in (("predict", PREDICT), ("cosmos1", COSMOS1)):
-        exact = Listed(listed[1600:], near)
-
-        def refused(prompt: str, exact: Listed = exact) -> bool:
-            tokens = [word for each in sentences.split(prompt) for word in split_words(each)]
-            lemmas = " ".join(map(nouns.lemma, tokens))
-            return censor.refuses(prompt) or censor.refuses(lemmas) or exact.check(prompt) != ""
-
+        guard = Blocklist(folder, near)
         prompts: list[str] = []
         while len(prompts) < PROMPTS:
             parts = [" ".join(rng.choices(free, k=WORDS // 2)) for _ in range(2)]
             prompt = f"{parts[0].capitalize()}, isn't it? {parts[1].capitalize()}."
-            if not refused(prompt):
+            if guard.check(prompt).safe:
                 prompts.append(prompt)
         rounds = []
         for _ in range(5):
             started = time.process_time()
             for prompt in prompts:
-                refused(prompt)
+                guard.check(prompt)
             rounds.append(time.process_time() - started)
         found[f"{name}_prompts_per_second"] = round(PROMPTS / statistics.median(rounds))
     return found
@@ -86,7 +96,7 @@ def clip(device: torch.device) -> dict[str, Any]:
         SiglipVisionModel(SiglipVisionConfig(**SIGLIP)).save_pretrained(name)
         (Path(name) / "preprocessor_config.json").write_text(json.dumps(settings))
         features = FrameFeatures(Path(name), device)
-    guard = VideoFilter(features, FrameClassifier().eval().to(device), PREDICT1)
+    guard = FrameFilter(features, FrameClassifier().eval().to(device), PREDICT1)
     faces = FaceBlur(RetinaFace().eval().to(device))
     measured = {"classifier": guard.check, "face_blur": faces.apply}
     return {name: seconds(work, frames, device) for name, work in measured.items()}
@@ -116,11 +126,12 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device or "cpu")
     torch.set_num_threads(1 if device.type == "cpu" else torch.get_num_threads())
-    result: dict[str, Any] = {
-        "commit": arguments.commit,
-        "environment": environment(device),
-        "blocklist_one_core": blocklist(random.Random(0)),
-    }
+    with tempfile.TemporaryDirectory() as name:
+        result: dict[str, Any] = {
+            "commit": arguments.commit,
+            "environment": environment(device),
+            "blocklist_one_core": blocklist(random.Random(0), Path(name)),
+        }
     if arguments.device:
         result["clip"] = {"frames": [FRAMES, HEIGHT, WIDTH], **clip(device)}
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")

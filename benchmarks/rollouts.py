@@ -24,11 +24,10 @@ from numpy.typing import NDArray
 from tiny_quality import FIRST_SEED, GIVEN, quartiles
 
 import worldline
+from tiny.clips import make_clips
 from worldline.choices import ROLLOUTS
-from worldline.evaluate.clips import summarise
-from worldline.evaluate.failures import find_failures
+from worldline.evaluate.failures import failure_rate, find_failures
 from worldline.evaluate.metrics import psnr
-from worldline.physics import make_clips
 from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip
 from worldline.video.write import contact_sheet
 from worldline.world import AutoregressiveWorld
@@ -167,7 +166,7 @@ def main(
             with ThreadPoolExecutor() as threads:  # seconds a clip
                 begun = [threads.submit(find_failures, f[:longest], GIVEN) for f in made]
             found = [one.result() for one in begun]
-            told["failures"][f"{longest} frames"] = summarise(found).as_json()
+            told["failures"][f"{longest} frames"] = failure_rate(found).as_json()
         result["ways"][name] = told
         output.write_text(json.dumps(result, indent=1) + "\n")
         shown = {

@@ -5,7 +5,7 @@
 
 Seeds 1,000,000 and up; training stays below. One sample a clip, with the world's own settings
 unless told otherwise, as `worldline.load(...).generate(...)` makes it, never the best of several.
-The check of what a video shows (`worldline.evaluate.objects`) is measured too, on rendered clips
+The check of what a video shows (`tiny.objects`) is measured too, on rendered clips
 with their own captions and with those of others.
 """
 
@@ -24,12 +24,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worldline.evaluate.clips import Rate, rate_as_json, summarise
-from worldline.evaluate.failures import Failure, find_failures
+from tiny.clips import make_clips
+from tiny.objects import Found, Verdict, compare, find_objects, named_objects
+from worldline.evaluate.failures import Failure, Rate, failure_rate, find_failures
 from worldline.evaluate.metrics import motion, psnr
-from worldline.evaluate.objects import Found, Verdict, compare, find_objects, named_objects
 from worldline.loading import find_world
-from worldline.physics import make_clips
 from worldline.video.convert import signed_to_uint8
 from worldline.video.write import contact_sheet
 from worldline.world import load_files
@@ -55,7 +54,7 @@ def quartiles(values: Sequence[float]) -> dict[str, Any]:
 
 
 def share(passed: Sequence[bool]) -> dict[str, object]:
-    return rate_as_json(Rate(sum(passed), len(passed)))
+    return Rate(sum(passed), len(passed)).as_json()
 
 
 @torch.inference_mode()
@@ -97,7 +96,7 @@ class Continued:
             "clips_where_repeating_scores_15_to_22": sum(
                 15 <= value <= 22 for value in self.figures["repeat"]
             ),
-            "failures": summarise(self.failures).as_json(),
+            "failures": failure_rate(self.failures).as_json(),
         }
 
 
@@ -139,7 +138,7 @@ class Prompted:
                 for part, of in prompts_by.items()
             },
             "motion": quartiles(self.motion),
-            "failures": summarise(self.failures).as_json(),
+            "failures": failure_rate(self.failures).as_json(),
             "not_passed": [
                 {"prompt": caption, "shown": shown(verdict.objects)}
                 for caption, verdict in zip(self.captions, self.verdicts, strict=True)
@@ -302,7 +301,7 @@ def main(
     }
     print(json.dumps(brief, indent=1))
     for task, figures in measured.items():
-        print(task, "failures:", summarise(figures.failures).failed)
+        print(task, "failures:", failure_rate(figures.failures).failed)
     if sheets is not None:
         sheets.mkdir(parents=True, exist_ok=True)
         for task, strips in rows.items():

@@ -23,10 +23,9 @@ import torch
 from numpy.typing import NDArray
 
 import worldline
-from worldline.evaluate.clips import summarise
-from worldline.evaluate.failures import Failure, find_failures
+from tiny.clips import make_clips
+from worldline.evaluate.failures import Failure, failure_rate, find_failures
 from worldline.evaluate.metrics import psnr, ssim
-from worldline.physics import make_clips
 from worldline.pipelines.autoregressive import decoder_settings
 from worldline.pipelines.decoder import decode_tokens
 from worldline.pipelines.requests import AutoregressiveRequest
@@ -143,7 +142,9 @@ class Figures:
             "clips_where_repeating_scores_15_to_22": sum(
                 15 <= value <= 22 for value in self.psnr["repeat"]
             ),
-            "failures": {name: summarise(found).as_json() for name, found in self.failures.items()},
+            "failures": {
+                name: failure_rate(found).as_json() for name, found in self.failures.items()
+            },
         }
 
 
@@ -166,7 +167,7 @@ def table(figures: dict[str, Figures]) -> str:
     for name in told[0]["failures"]:
         row(
             f"failures from {name}",
-            [str(summarise(one.failures[name]).failed) for one in figures.values()],
+            [str(failure_rate(one.failures[name]).failed) for one in figures.values()],
         )
     return "\n".join(lines)
 

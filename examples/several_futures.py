@@ -4,14 +4,17 @@ python examples/several_futures.py futures.png 3
 """
 
 import sys
+from pathlib import Path
 
 import worldline
-from worldline.physics import make_clips
+from worldline.video.read import read_video
 from worldline.video.write import contact_sheet
+
+CLIP = Path(worldline.__file__).parent / "bundled" / "demo" / "clip.mp4"
 
 
 def main(output: str = "futures.png", count: str = "3") -> None:
-    truth = make_clips([1_000_001]).frames[0].numpy()
+    truth = read_video(CLIP).frames
     world = worldline.load("tiny-Cosmos-Predict1-4B")
     rows, labels = [truth], ["what really happens"]
     for seed in range(int(count)):

@@ -18,8 +18,7 @@ from transformers import (
 )
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from worldline.guardrails import language
-from worldline.guardrails.load import SIGLIP
+from worldline.guardrails import SIGLIP, language
 from worldline.text.upsampler import IMAGE_KEYS, TEXT_KEYS
 
 from .guardrails.folders import write_blocklist

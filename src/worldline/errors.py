@@ -1,7 +1,7 @@
 """Every exception that worldline raises on purpose.
 
     Error                        exit status 1
-    ├── InputError               2: the caller's words or files are wrong (also a ValueError)
+    ├── InputError               2: an argument or a file is wrong (also a ValueError)
     │   ├── CheckpointError      2: weights are absent, damaged, or of another model
     │   └── InsufficientMemoryError  2: the request cannot fit on the device
     ├── DownloadError            1: a released file cannot be fetched
@@ -41,12 +41,11 @@ class DownloadError(Error):
 
 
 class GuardrailRefusal(Error):
-    """A guardrail refused; `stage` names where ("prompt" or "video"), never the words.
+    """A guardrail refused; the message never holds the prompt's words.
 
     Attributes:
-        stage: the check that refused; of several inputs, of which both kinds were refused, "prompt
-            and video".
-        refusals: of inputs that were made in step, by their places; the others were made.
+        stage: "prompt" or "video"; "prompt and video" where a batch was refused by both.
+        refusals: of the refused inputs of a batch, by their places.
     """
 
     exit_code = 3
@@ -60,17 +59,17 @@ class GuardrailRefusal(Error):
 
 
 def joined_stages(stages: Iterable[str]) -> str:
-    """Return the stage of a refusal that sums up several."""
+    """The stage of a refusal that stands for several."""
     return " and ".join(sorted(set(stages)))
 
 
 def did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:
-    """Return the end of a message about a wrong name: which one is most likely meant; "" for none.
+    """End of a message about a wrong name: the nearest known name; "" if none is near.
 
     Args:
         word: the wrong name.
-        known: the right ones.
-        cutoff: how much the two must have in common at least, 0 to 1.
+        known: the right names.
+        cutoff: smallest similarity, 0 to 1, as of `difflib`.
     """
     close = get_close_matches(word, known, n=1, cutoff=cutoff)
     return f"; did you mean {close[0]}?" if close else ""

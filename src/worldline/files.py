@@ -1,4 +1,4 @@
-"""Files as such: written whole or not at all, told apart, recognised again; needs no torch."""
+"""Files: atomic writing, fingerprints, JSON, folders of released models; needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,15 @@ from worldline.errors import CheckpointError
 GIGABYTE = 1e9
 # a whole transformer in NVIDIA's layout, in order of preference
 TRANSFORMER_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt")
-_FIRST_OF_DIFFUSERS = "diffusion_pytorch_model"
+_DIFFUSERS_FILE = "diffusion_pytorch_model"
 _UNFINISHED = ("*.incomplete", "*.part", "*.crdownload")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; what is made there takes the name `path` at the end.
+    """Temporary name beside `path`; a file or folder made there is renamed to `path` at the end.
 
-    The temporary may become a file or a folder. On any exception, Ctrl-C too, it is removed and
-    what `path` held stays.
+    On any exception, Ctrl-C too, the temporary is removed and the old content of `path` stays.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -48,13 +47,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def disguise(head: bytes) -> str:
-    """Name what often lies in the place of a file that was to be downloaded.
+    """Kind of page that often takes the place of a download: "web page", "git-lfs pointer" or "".
 
     Args:
-        head: the first bytes, 64 or more.
-
-    Returns:
-        "web page", "git-lfs pointer", or "".
+        head: the first bytes of the file, 64 or more.
     """
     text = head.lstrip()[:64].lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
@@ -63,25 +59,25 @@ def disguise(head: bytes) -> str:
 
 
 def folded(name: str) -> str:
-    """Return what two names have in common where a file system, as macOS has, ignores case."""
+    """Name in the form that a file system without case, such as macOS's, compares."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def stamp(path: Path) -> dict[str, Any]:
-    """Return what tells this file, as it is now, from another or a changed one.
+    """Fingerprint of a file: its path, size and time of modification.
 
     Raises:
-        OSError: it cannot be looked at.
+        OSError: the file is absent or out of reach.
     """
-    found = path.stat()
-    return {"path": str(path.resolve()), "nbytes": found.st_size, "modified": found.st_mtime_ns}
+    status = path.stat()
+    return {"path": str(path.resolve()), "nbytes": status.st_size, "modified": status.st_mtime_ns}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, such as a config.json.
+    """Object in a JSON file, such as a config.json.
 
     Raises:
-        CheckpointError: it cannot be read, or is no object.
+        CheckpointError: the file cannot be read, or holds no object.
     """
     try:
         settings = json.loads(path.read_bytes())
@@ -92,17 +88,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return settings
 
 
-def released_folders(checkpoint_dir: Path, name: str, revision: str = "") -> list[Path]:
-    """List the folders below `checkpoint_dir` that may hold a released model.
-
-    That is a folder of its whole name or of the last part of it, or a hub cache.
+def released_folders(root: Path, name: str, revision: str = "") -> list[Path]:
+    """Folders of a released model: by its whole name, in a hub cache, by its last name.
 
     Args:
-        checkpoint_dir: holds the folders of models.
+        root: folder of checkpoints.
         name: on the hub, such as "nvidia/Cosmos-Predict2.5-2B".
         revision: of the snapshot that is preferred in a cache.
     """
-    cache = checkpoint_dir / f"models--{name.replace('/', '--')}"
+    cache = root / f"models--{name.replace('/', '--')}"
     try:
         current = (cache / "refs" / "main").read_text().strip()
     except OSError:
@@ -112,27 +106,45 @@ def released_folders(checkpoint_dir: Path, name: str, revision: str = "") -> lis
         key=lambda path: (path.name == revision, path.name == current, path.stat().st_mtime_ns),
         reverse=True,
     )
-    found = [checkpoint_dir / name, *snapshots, checkpoint_dir / Path(name).name]
-    return [path for path in found if path.is_dir()]
+    folders = [root / name, *snapshots, root / Path(name).name]
+    return [path for path in folders if path.is_dir()]
 
 
-def holds_diffusers(named: Path) -> bool:
-    """Tell whether a folder, or a file of it, is laid out as diffusers saves a transformer."""
-    if named.is_file():
-        return named.name.startswith(_FIRST_OF_DIFFUSERS)
-    return any(any(f.glob(f"{_FIRST_OF_DIFFUSERS}*")) for f in (named, named / "transformer"))
+def repository_folders(name: str, roots: Sequence[Path]) -> list[Path]:
+    """Folders of a released model below the roots and in the user's hub cache, preferred first."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    return [folder for root in (*roots, cache) for folder in released_folders(root, name)]
+
+
+def find_repository(name: str, roots: Sequence[Path]) -> Path:
+    """The preferred one of `repository_folders`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for folder in repository_folders(name, roots):
+        return folder
+    raise CheckpointError(f"{name} is missing: no folder of it in {' or '.join(map(str, roots))}")
+
+
+def holds_diffusers(path: Path) -> bool:
+    """Whether a folder, or a file in it, has diffusers' layout of a transformer."""
+    if path.is_file():
+        return path.name.startswith(_DIFFUSERS_FILE)
+    return any(any(f.glob(f"{_DIFFUSERS_FILE}*")) for f in (path, path / "transformer"))
 
 
 def unfinished(folder: Path) -> str:
-    """Return the end of a message about absent files: what a broken download left in `folder`."""
+    """End of a message about absent files that names those of a broken download; "" without any."""
     if not folder.is_dir():
         return ""
-    left = {path.name for pattern in _UNFINISHED for path in folder.rglob(pattern)}
+    names = {path.name for pattern in _UNFINISHED for path in folder.rglob(pattern)}
     # in a hub cache a snapshot has links, and the bytes are in a folder beside
-    left |= {path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()}
+    names |= {path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()}
     if folder.parent.name == "snapshots":
-        left |= {path.name for path in (folder.parent.parent / "blobs").glob("*.incomplete")}
-    if not left:
+        names |= {path.name for path in (folder.parent.parent / "blobs").glob("*.incomplete")}
+    if not names:
         return ""
-    names = ", ".join(sorted(left)[:3])
-    return f"; a download was not finished ({names}): download it again"
+    listed = ", ".join(sorted(names)[:3])
+    return f"; a download was not finished ({listed}): download it again"

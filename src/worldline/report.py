@@ -1,4 +1,4 @@
-"""What a run did: seconds and peak memory of every stage, and what it ran on."""
+"""Seconds and peak memory of each stage of a run, and the software and device that it ran on."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Stage:
     """One stage of a request.
 
     Attributes:
-        name: what was done.
-        seconds: wall time; the device had finished.
-        peak_gb: most memory held during the stage, in 1e9 bytes: reserved by torch on a GPU, else
-            of the process since its start.
+        name: such as "denoise".
+        seconds: wall time, until the device has finished.
+        peak_gb: peak memory in 1e9 bytes: on a GPU reserved by torch during the stage, else of the
+            process since its start.
         ended: Unix time.
     """
 
@@ -36,10 +36,11 @@ class Stage:
 
 
 class Recorder:
-    """Collects the stages of one run on one device.
+    """Stages of one run on one device.
 
     Attributes:
-        facts: what was chosen or found on the way, such as the decoder.
+        stages: in order of their first start.
+        facts: choices made on the way, such as the decoder.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,7 +50,7 @@ class Recorder:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside; a stage that raises is recorded too.
+        """Time the block inside; a stage that raises is recorded too.
 
         Stages of one name, as of networks that take turns, are one stage: their seconds add up.
         """
@@ -68,16 +69,16 @@ class Recorder:
             self._add(Stage(name, round(seconds, 4), peak, round(time.time(), 2)))
 
     def _add(self, stage: Stage) -> None:
-        for index, known in enumerate(self.stages):
-            if known.name == stage.name:
-                seconds = round(known.seconds + stage.seconds, 4)
-                peak = max(known.peak_gb, stage.peak_gb)
+        for index, previous in enumerate(self.stages):
+            if previous.name == stage.name:
+                seconds = round(previous.seconds + stage.seconds, 4)
+                peak = max(previous.peak_gb, stage.peak_gb)
                 self.stages[index] = Stage(stage.name, seconds, peak, stage.ended)
                 return
         self.stages.append(stage)
 
     def followed_by(self, other: Recorder) -> Recorder:
-        """Return a recorder of the stages and facts of both."""
+        """Recorder of the stages and facts of both."""
         joined = Recorder(self.device)
         for stage in (*self.stages, *other.stages):
             joined._add(stage)
@@ -103,14 +104,14 @@ class Recorder:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return versions and the device's name, for a report."""
-    found: dict[str, Any] = {
+    """Versions and the device's name, for a report."""
+    facts: dict[str, Any] = {
         "worldline": version("worldline"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": platform.processor() or platform.machine(),
     }
     if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-        found["cuda"] = torch.version.cuda
-    return found
+        facts["device"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda
+    return facts

@@ -36,7 +36,7 @@ class LatentShape:
         return self.frames * self.tokens_per_frame
 
     def video(self, temporal: int, spatial: int) -> VideoShape:
-        """Return the video that decodes from this grid at the given compression factors."""
+        """Video that decodes from this grid; arguments are the factors of compression."""
         return VideoShape(
             1 + (self.frames - 1) * temporal, self.height * spatial, self.width * spatial
         )
@@ -51,7 +51,7 @@ class VideoShape:
     width: int
 
     def latent(self, temporal: int, spatial: int) -> LatentShape:
-        """Return the latent grid of this video.
+        """Latent grid of this video; arguments are the factors of compression.
 
         Raises:
             ValueError: the frame count is not 1 + temporal*k, or a side is no multiple of spatial.
@@ -71,10 +71,10 @@ class VideoShape:
 
 
 def nearest_frames(frames: int, temporal: int) -> int:
-    """Return the frame count of the form 1 + temporal*k that is closest to `frames`."""
+    """Frame count 1 + temporal*k that is closest to `frames`."""
     return 1 + temporal * max(0, round((frames - 1) / temporal))
 
 
 def latent_frames_of(frames: int, temporal: int) -> int:
-    """Return how many latent frames the first `frames` frames fill completely."""
+    """Number of latent frames that the first `frames` frames fill completely."""
     return 0 if frames < 1 else 1 + (frames - 1) // temporal

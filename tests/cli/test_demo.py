@@ -3,142 +3,117 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Generator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 import worldline.places
-from worldline.pipelines.autoregressive import _Tokens
-from worldline.pipelines.step import Step
+from tiny.clips import make_clips
+from worldline.cli.demo import CLIP, OTHER_WAYS, WAYS, Way
+from worldline.evaluate.metrics import psnr
 from worldline.video.read import probe, read_video
 
-from ..conftest import MODEL
 from .conftest import Run
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
-def bundled(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worldline.places, "BUNDLED", small_world)
+def autoregressive(whole_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle(monkeypatch, whole_world, "output", "prompted")
 
 
-@pytest.mark.usefixtures("bundled")
-def test_demo(run: Run, tmp_path: Path) -> None:
-    out = tmp_path / "demo"
-    result = run("demo", "--output", out)
-    assert result.exit_code == 0, result.stderr
-    names = {"input.mp4", "output.mp4", "output.json", "side_by_side.mp4", "contact_sheet.png"}
-    assert {path.name for path in out.iterdir()} == names
-    assert probe(out / "input.mp4", kind="video").frames == 9
-    size = probe(out / "output.mp4", kind="video")
-    both = probe(out / "side_by_side.mp4", kind="video")
-    assert size.frames == both.frames == 33
-    assert both.width > 4 * size.width
-    with Image.open(out / "contact_sheet.png") as sheet:
-        assert sheet.width > 3 * size.width
-    assert json.loads((out / "output.json").read_text())["model"] == f"tiny-{MODEL}"
-    assert "frames 10-33 against the true continuation: " in result.stdout
-    assert str(out / "side_by_side.mp4") in result.stdout
+def bundle(monkeypatch: pytest.MonkeyPatch, root: Path, *names: str) -> None:
+    """Make the demo show the ways whose names begin so, with the worlds of another folder."""
+
+    def chosen(ways: tuple[Way, ...]) -> tuple[Way, ...]:
+        return tuple(way for way in ways if way.name.startswith(names))
+
+    monkeypatch.setattr(worldline.places, "BUNDLED", root)
+    monkeypatch.setattr("worldline.cli.demo.WAYS", chosen(WAYS))
+    monkeypatch.setattr("worldline.cli.demo.OTHER_WAYS", chosen(OTHER_WAYS))
 
 
-@pytest.mark.usefixtures("bundled")
-def test_demo_has_a_seed(run: Run, tmp_path: Path) -> None:
-    made = []
-    for seed in (0, 0, 1):
-        assert run("demo", "--output", tmp_path, "--seed", seed).exit_code == 0
-        made.append((tmp_path / "output.mp4").read_bytes())
-    assert made[0] == made[1] != made[2]
+def reports(folder: Path) -> dict[str, dict[str, object]]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
-BOTH_FILES = {
-    "output.mp4",
-    "output.json",
-    "output_discrete.mp4",
-    "output_discrete.json",
-    "side_by_side.mp4",
-    "contact_sheet.png",
-}
-PROMPTED_FILES = {
-    "input.mp4",
-    *(f"prompted_{name}" for name in (*BOTH_FILES, "output.txt", "output_discrete.txt")),
-}
+def test_the_clip_is_the_one_that_tiny_draws() -> None:
+    truth = make_clips([1_000_000])
+    clip = read_video(CLIP)
+    assert (clip.fps, clip.frames.shape) == (25, (33, 128, 192, 3))
+    assert psnr(clip.frames, truth.frames[0].numpy()) > 35
+    assert json.loads(CLIP.with_name("captions.json").read_text()) == {CLIP.name: truth.captions[0]}
+    assert sum(path.stat().st_size for path in CLIP.parent.iterdir()) < 40_000
 
 
-def test_demo_of_both_decodings(
-    run: Run, whole_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_bundled_world_beats_repeating(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where decoder and Video2World model are bundled, they are shown, on the same tokens."""
-    monkeypatch.setattr(worldline.places, "BUNDLED", whole_world)
-    drawn: list[Tensor] = []
-    draw = _Tokens.draw
-
-    def spy(self: _Tokens, *given: Any) -> Generator[Step, None, Tensor]:
-        drawn.append((yield from draw(self, *given)))
-        return drawn[-1]
-
-    monkeypatch.setattr(_Tokens, "draw", spy)
-    out = tmp_path / "demo"
-    result = run("demo", "--output", out, "--seed", 2)
+    """A network as it ships: what follows the input frames is nearer to the truth than they are."""
+    bundle(monkeypatch, worldline.places.BUNDLED, "diffusion")
+    monkeypatch.setattr("worldline.cli.demo.OTHER_WAYS", ())
+    result = run("demo", "--output", tmp_path)
     assert result.exit_code == 0, result.stderr
-    assert {path.name for path in out.iterdir()} == BOTH_FILES | PROMPTED_FILES
-    base, base_again, prompted, prompted_again = drawn
-    assert torch.equal(base, base_again)
-    assert torch.equal(prompted, prompted_again)
-    for prefix in ("", "prompted_"):
-        decodings = [f"{prefix}output{end}" for end in ("", "_discrete")]
-        reports = [json.loads((out / f"{name}.json").read_text()) for name in decodings]
-        assert [report["diffusion_decoder"] is None for report in reports] == [False, True]
-        assert {report["request"]["seed"] for report in reports} == {2}
-        assert ("prompt" in reports[0]["request"]) == bool(prefix)
-        fine, coarse = (read_video(out / f"{name}.mp4").frames for name in decodings)
-        assert not np.array_equal(fine, coarse)
-        size = probe(out / f"{prefix}output.mp4", kind="video")
-        assert probe(out / f"{prefix}side_by_side.mp4", kind="video").width > 6 * size.width
-        with Image.open(out / f"{prefix}contact_sheet.png") as sheet:
-            assert sheet.height > 3 * size.height
-    assert result.stdout.count("dB PSNR decoded by the tokenizer, ") == 2
-
-    shutil.rmtree(out)
-    assert run("demo", "--output", out, "--kind", "autoregressive-video2world").exit_code == 0
-    assert {path.name for path in out.iterdir()} == PROMPTED_FILES
+    truth, made = read_video(CLIP).frames, read_video(tmp_path / "diffusion.mp4").frames
+    assert psnr(made[9:], truth[9:]) > psnr(truth[8:9].repeat(24, axis=0), truth[9:]) + 1
+    assert " dB PSNR, frame 8 repeated 20." in result.stdout
+    assert len(result.output.splitlines()) <= 20
 
 
-DIFFUSION_FILES = {
-    *(f"{n}2world.{end}" for n in ("text", "image", "video") for end in ("mp4", "txt", "json")),
-    "diffusion_sheet.png",
-}
+@pytest.mark.usefixtures("autoregressive")
+def test_one_video_a_world_and_one_picture(run: Run, tmp_path: Path) -> None:
+    result = run("demo", "--output", tmp_path / "demo")
+    assert result.exit_code == 0, result.stderr
+    names = {"input.mp4", "output.mp4", "output.json", "contact_sheet.png"}
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == names
+    assert probe(tmp_path / "demo" / "input.mp4", kind="video").frames == 9
+    assert probe(tmp_path / "demo" / "output.mp4", kind="video").frames == 33
+    with Image.open(tmp_path / "demo" / "contact_sheet.png") as sheet:
+        assert sheet.width > 9 * 192
+    assert result.stdout.splitlines()[-1] == f"open {tmp_path / 'demo' / 'contact_sheet.png'}"
+
+
+@pytest.mark.usefixtures("autoregressive")
+def test_all_ways_of_decoding(run: Run, tmp_path: Path) -> None:
+    result = run("demo", "--all", "--output", tmp_path, "--seed", 2)
+    assert result.exit_code == 0, result.stderr
+    made = reports(tmp_path)
+    assert made.keys() == {"output", "output_discrete", "prompted", "prompted_discrete"}
+    for name, report in made.items():
+        assert report["request"]["seed"] == 2
+        assert (report["diffusion_decoder"] is None) == name.endswith("_discrete")
+        assert ("prompt" in report["request"]) == name.startswith("prompted")
+        fine = read_video(tmp_path / f"{name.removesuffix('_discrete')}.mp4").frames
+        frames = read_video(tmp_path / f"{name}.mp4").frames
+        assert np.array_equal(frames, fine) != name.endswith("_discrete")
 
 
 @pytest.mark.usefixtures("bundled_diffusion")
-def test_demo_of_diffusion(run: Run, tmp_path: Path) -> None:
-    out = tmp_path / "demo"
-    result = run("demo", "--output", out, "--kind", "diffusion", "--seed", 3)
+def test_worlds_of_prompts(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle(monkeypatch, worldline.places.BUNDLED, "diffusion")
+    result = run("demo", "--all", "--output", tmp_path, "--seed", 3)
     assert result.exit_code == 0, result.stderr
-    assert {path.name for path in out.iterdir()} == DIFFUSION_FILES
-    size = probe(out / "text2world.mp4", kind="video")
-    with Image.open(out / "diffusion_sheet.png") as sheet:
-        assert sheet.height > 4 * size.height
-    reports = [json.loads((out / f"{n}2world.json").read_text()) for n in ("text", "image")]
-    assert [report["request"]["num_input_frames"] for report in reports] == [0, 1]
-    assert {report["request"]["seed"] for report in reports} == {3}
-    assert str(out / "diffusion_sheet.png") in result.stdout
-    # what is bundled is shown
-    for words in ((), ("--kind", "all")):
-        shutil.rmtree(out)
-        assert run("demo", "--output", out, *words).exit_code == 0
-        assert {path.name for path in out.iterdir()} == DIFFUSION_FILES
-    result = run("demo", "--output", out, "--kind", "autoregressive")
-    assert result.exit_code == 2
-    assert "no bundled model tiny-Cosmos-Predict1-4B" in result.stderr
+    requests = {stem: report["request"] for stem, report in reports(tmp_path).items()}
+    assert {stem: request["num_input_frames"] for stem, request in requests.items()} == {
+        "diffusion": 9,
+        "diffusion_image2world": 1,
+        "diffusion_text2world": 0,
+    }
+    captions = json.loads(CLIP.with_name("captions.json").read_text())
+    assert {request["prompt"] for request in requests.values()} == {captions[CLIP.name]}
 
 
-def test_demo_without_a_place(run: Run, tmp_path: Path) -> None:
+def test_wrong_options_are_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     result = run("demo", "--output", tmp_path / "file" / "demo")
     assert result.exit_code == 2

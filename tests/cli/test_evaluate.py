@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from tiny.clips import make_clips
+from tiny.injected import DEGRADATIONS, inject_appearance, inject_collapse
 from worldline.cli import SETTINGS, Main
-from worldline.evaluate.injected import DEGRADATIONS, inject_appearance, inject_collapse
-from worldline.physics import make_clips
 from worldline.video.write import write_video
 
 from ..conftest import moving
@@ -103,22 +103,21 @@ def test_against_a_reference(evaluate: Evaluate, physics: np.ndarray, tmp_path: 
     write_video(physics[1], true / "b.mp4", 25)
     write_video(DEGRADATIONS["block_noise"](physics[0], 1), made / "a.mp4", 25)
     shutil.copyfile(true / "b.mp4", made / "b.mp4")
-    told = {"request": {"num_input_frames": GIVEN}}
-    (made / "a.json").write_text(json.dumps(told))
+    stored = {"request": {"num_input_frames": GIVEN}}
+    (made / "a.json").write_text(json.dumps(stored))
     output = tmp_path / "results" / "noise.json"
     result = evaluate(made, "--reference", true, "--output", output)
     assert result.exit_code == 0, result.stderr
     a, b = report_of(output)["videos"]
     # independent shifts of 6 grey levels, and what the codec loses
-    assert a["comparison"]["psnr"] == pytest.approx(20 * np.log10(255 / 6), abs=1.5)
-    assert 0.5 < a["comparison"]["ssim"] < 1
-    assert (a["num_input_frames"], a["comparison"]["frames"]) == (GIVEN, FRAMES - GIVEN)
-    assert a["flicker"] > a["comparison"]["flicker"]
-    assert (b["num_input_frames"], b["comparison"]["psnr"], b["comparison"]["ssim"]) == (0, None, 1)
+    assert a["psnr"] == pytest.approx(20 * np.log10(255 / 6), abs=1.5)
+    assert 0.5 < a["ssim"] < 1
+    assert (a["num_input_frames"], a["compared_frames"]) == (GIVEN, FRAMES - GIVEN)
+    assert a["flicker"] > a["reference_flicker"]
+    assert (b["num_input_frames"], b["psnr"], b["ssim"]) == (0, None, 1)
     assert "PSNR" in result.stdout
-    assert "of 2 compared" in result.stdout
     assert output.with_suffix(".png").exists()
-    assert report_of(made / "a.json") == told
+    assert report_of(made / "a.json") == stored
     assert sorted(path.name for path in made.iterdir()) == ["a.json", "a.mp4", "b.mp4"]
 
 
@@ -143,13 +142,13 @@ def test_what_cannot_be_read_does_not_count(
     (tmp_path / "evaluation.png").unlink()
     result = evaluate(tmp_path)
     assert result.exit_code == 2
-    assert "all 2 videos cannot be used" in result.stderr
+    assert "2 of 2 videos cannot be used" in result.stderr
     assert "cut.mp4" in result.stderr
     assert "empty.mp4" in result.stderr
     assert not (tmp_path / "evaluation.json").exists()
 
 
-def test_wrong_input_is_told_before_any_work(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_wrong_input_is_refused_before_any_work(evaluate: Evaluate, tmp_path: Path) -> None:
     made = tmp_path / "made"
     write_video(moving(), made / "a.mp4", 25)
     (made / "a.json").write_text("{}")
@@ -158,17 +157,17 @@ def test_wrong_input_is_told_before_any_work(evaluate: Evaluate, tmp_path: Path)
     cases: tuple[tuple[tuple[object, ...], str], ...] = (
         ((tmp_path / "absent",), "no such folder"),
         ((tmp_path, "--reference", tmp_path / "absent"), "no such folder"),
-        ((made, "--num_input_frames", 12), "has 12 frames, but 12 are given"),
+        ((made, "--num_input_frames", 12), "has 12 frames, 12 of them input"),
         ((made, "--num_input_frames", -1), "num_input_frames"),
         ((made, "--output", tmp_path / "a.txt"), "must end in .json"),
         ((made, "--output", made / "a.json"), "is the report of"),
-        ((made, "--output", made / "picture.json"), "is in the way"),
+        ((made, "--output", made / "picture.json"), "would replace"),
         ((made, "--output", tmp_path / "file" / "a.json"), "cannot be written"),
     )
-    for words, told in cases:
+    for words, message in cases:
         result = evaluate(*words)
         assert result.exit_code == 2, words
-        assert told in result.stderr, words
+        assert message in result.stderr, words
         assert result.stdout == ""
     assert sorted(path.name for path in made.iterdir()) == ["a.json", "a.mp4", "picture.png"]
     assert (made / "a.json").read_text() == "{}"
@@ -190,6 +189,6 @@ def test_its_own_report_is_not_passed_over(
     (folder / "other.txt").touch()
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        result = evaluate("made", "--output", folder / "told.json")
+        result = evaluate("made", "--output", folder / "own.json")
         assert result.exit_code == 0, result.stderr
-    assert report_of(folder / "told.json")["passed_over"] == ["other.txt"]
+    assert report_of(folder / "own.json")["passed_over"] == ["other.txt"]

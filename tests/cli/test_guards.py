@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
+from torch import nn
 
 import worldline
 import worldline.places
-from worldline import machine
+from worldline import guardrails, machine
 from worldline.errors import GuardrailRefusal, InsufficientMemoryError
 from worldline.guardrails import language
-from worldline.guardrails.base import Guardrails, Verdict, VideoGuard
-from worldline.guardrails.video_filter import VideoFilter
+from worldline.guardrails.base import Guardrails, Verdict
+from worldline.guardrails.frames import FrameFilter
 from worldline.machine import Memory
 from worldline.video.read import read_video
 from worldline.world.autoregressive import AutoregressiveWorld
@@ -99,12 +100,11 @@ def flow(guarded: Path, tmp_path: Path) -> Command:
     def call(
         *words: object, prompts: Sequence[str] = (PROMPT,), checkpoint_dir: Path = guarded
     ) -> Result:
-        file = tmp_path / "samples.jsonl"
         samples = [
             {"name": str(number), "inference_type": "text2world", "prompt": prompt}
             for number, prompt in enumerate(prompts)
         ]
-        file.write_text("\n".join(map(json.dumps, samples)))
+        file = jsonl(tmp_path, *samples)
         fixed = ("-i", file, "-o", tmp_path / "out", "--checkpoint_dir", checkpoint_dir)
         size = ("--resolution", "32,48", "--num_output_frames", 9, "--num_steps", 1)
         return run_words(("predict2.5", *fixed, *size, *words))
@@ -116,6 +116,12 @@ def report_of(folder: Path, name: str = "output") -> dict[str, Any]:
     return dict(json.loads((folder / "out" / f"{name}.json").read_text()))
 
 
+def jsonl(folder: Path, *lines: dict[str, Any]) -> Path:
+    path = folder / "batch.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
 def ran(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [(check["guard"], check["subject"]) for check in report["guardrail_checks"]]
 
@@ -123,10 +129,17 @@ def ran(report: dict[str, Any]) -> list[tuple[str, str]]:
 TEXT = ("diffusion", "text2world", "--prompt")
 CONTINUE = ("diffusion", "video2world", "--input_image_or_video_path")
 BASE = ("autoregressive", "base", "--disable_diffusion_decoder", "--input_image_or_video_path")
-PROMPTED = (
-    *("autoregressive", "video2world", "--disable_diffusion_decoder"),
-    "--input_image_or_video_path",
-)
+PROMPTED = ("autoregressive", "video2world", *BASE[2:])
+
+
+def words_of(prompt: str, clip: Path) -> dict[str, tuple[object, ...]]:
+    """A command of each kind by its name."""
+    return {
+        "text2world": (*TEXT, prompt),
+        "video2world": (*CONTINUE, clip, "--prompt", prompt),
+        "prompted": (*PROMPTED, clip, "--prompt", prompt),
+        "base": (*BASE, clip),
+    }
 
 
 # --- on
@@ -149,7 +162,7 @@ def test_text2world(offload: tuple[str, ...], command: Command, tmp_path: Path) 
     verdicts = [check["verdict"] for check in report["guardrail_checks"]]
     assert set(verdicts[:-1]) == {"safe"}
     assert "regions changed" in verdicts[-1]
-    assert (report["guardrail"], report["guardrail_off"]) == ("predict1", None)
+    assert (report["guardrail"], report["guardrail_off"]) == ("Predict1", None)
     assert (report["request"]["prompt"], report["prompt"]) == (PROMPT, LONG)
     assert (report["prompt_upsampler"], report["prompt_upsampler_ran"]) == (LENGTHENS, True)
     assert (tmp_path / "out" / "output.txt").read_text() == LONG
@@ -193,9 +206,9 @@ def test_video2world_uses_a_prompt_that_is_given(
 
 
 def test_a_batch_with_prompts_and_without(command: Command, clip: Path, tmp_path: Path) -> None:
-    batch = tmp_path / "b.jsonl"
-    lines = [{"visual_input": str(clip)}, {"visual_input": str(clip), "prompt": PROMPT}]
-    batch.write_text("\n".join(map(json.dumps, lines)))
+    batch = jsonl(
+        tmp_path, {"visual_input": str(clip)}, {"visual_input": str(clip), "prompt": PROMPT}
+    )
     words = ("diffusion", "video2world", "--batch_input_path", batch)
     result = command(*words)
     assert result.exit_code == 0, result.stderr
@@ -218,8 +231,8 @@ def test_autoregressive_base_checks_the_video_alone(
 def test_autoregressive_video2world(
     decoder: bool, command: Command, clip: Path, tmp_path: Path
 ) -> None:
-    words = [word for word in PROMPTED if not (decoder and word.startswith("--disable"))]
-    result = command(*words, clip, "--prompt", PROMPT)
+    words = words_of(PROMPT, clip)["prompted"]
+    result = command(*(word for word in words if not (decoder and word == BASE[2])))
     assert result.exit_code == 0, result.stderr
     assert [guard for guard, _ in ran(report_of(tmp_path))] == ALL
 
@@ -247,7 +260,7 @@ def test_predict2_5(flow: Command, tmp_path: Path) -> None:
 # --- off
 
 
-def test_disabled_is_said(command: Command, tmp_path: Path, clip: Path) -> None:
+def test_disabled_is_reported(command: Command, tmp_path: Path, clip: Path) -> None:
     for words in ((*TEXT, PROMPT), (*BASE, clip)):
         result = command(*words, "--disable_guardrail")
         assert result.exit_code == 0, result.stderr
@@ -310,58 +323,47 @@ def test_bundled_worlds_have_none(run: Callable[..., Result], tmp_path: Path) ->
 
 @pytest.mark.usefixtures("forbid_weights")
 @pytest.mark.parametrize(
-    ("lost", "told", "needed_by"),
+    ("lost", "message", "kinds"),
     [
-        (GUARDRAILS, "nvidia/Cosmos-Guardrail1 is missing", "all"),
-        (f"{GUARDRAILS}/blocklist", "blocklist", "prompts"),
-        (language.LLAMA_GUARD_3.released, "meta-llama/Llama-Guard-3-8B is missing", "prompts"),
-        (f"{GUARDRAILS}/face_blur_filter", "Resnet50_Final.pth is missing", "all"),
+        (
+            GUARDRAILS,
+            "nvidia/Cosmos-Guardrail1 is missing",
+            ("text2world", "video2world", "prompted", "base", "predict2.5"),
+        ),
+        (
+            language.LLAMA_GUARD_3.released,
+            "meta-llama/Llama-Guard-3-8B is missing",
+            ("text2world", "video2world", "prompted"),
+        ),
+        (language.QWEN3GUARD.released, "Qwen/Qwen3Guard-Gen-0.6B is missing", ("predict2.5",)),
+        (f"{GUARDRAILS}/blocklist", "blocklist", ("prompted", "predict2.5")),
+        (f"{GUARDRAILS}/face_blur_filter", "Resnet50_Final.pth is missing", ("base", "predict2.5")),
     ],
 )
 def test_what_is_missing_stops_it_first(
     lost: str,
-    told: str,
-    needed_by: str,
+    message: str,
+    kinds: tuple[str, ...],
     command: Command,
+    flow: Command,
     own_guarded: Path,
     clip: Path,
     tmp_path: Path,
 ) -> None:
-    shutil.rmtree(own_guarded / lost)
-    commands = [(*TEXT, PROMPT), (*CONTINUE, clip), (*PROMPTED, clip, "--prompt", PROMPT)]
-    if needed_by == "all":
-        commands.append((*BASE, clip))
-    for words in commands:
-        result = command(*words, checkpoint_dir=own_guarded)
+    (own_guarded / lost).rename(tmp_path / "lost")
+    for kind in kinds:
+        if kind == "predict2.5":
+            result = flow(checkpoint_dir=own_guarded)
+            flag, fetch = "--disable_guardrails", "Cosmos-Guardrail1 Qwen3Guard-Gen-0.6B"
+        else:
+            result = command(*words_of(PROMPT, clip)[kind], checkpoint_dir=own_guarded)
+            flag, fetch = "--disable_guardrail", "guardrails"
         last = result.stderr.splitlines()[-1]
         assert result.exit_code == 2, last
-        for part in (told, "--disable_guardrail", "worldline checkpoints download guardrails"):
+        python = f"(in Python {flag.removeprefix('--')}=True)"
+        for part in (message, f"{flag} {python}", f"worldline checkpoints download {fetch}"):
             assert part in last
         assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.usefixtures("forbid_weights")
-@pytest.mark.parametrize(
-    ("lost", "told"),
-    [
-        (GUARDRAILS, "nvidia/Cosmos-Guardrail1 is missing"),
-        (f"{GUARDRAILS}/blocklist", "blocklist"),
-        (language.QWEN3GUARD.released, "Qwen/Qwen3Guard-Gen-0.6B is missing"),
-        (f"{GUARDRAILS}/video_content_safety_filter/safety_filter.pt", "safety_filter.pt"),
-        (f"{GUARDRAILS}/face_blur_filter", "Resnet50_Final.pth is missing"),
-    ],
-)
-def test_what_is_missing_stops_predict2_5_first(
-    lost: str, told: str, flow: Command, own_guarded: Path, tmp_path: Path
-) -> None:
-    (own_guarded / lost).rename(tmp_path / "lost")
-    result = flow(checkpoint_dir=own_guarded)
-    assert result.exit_code == 2, result.stderr
-    last = result.stderr.splitlines()[-1]
-    fetch = "worldline checkpoints download Cosmos-Guardrail1 Qwen3Guard-Gen-0.6B"
-    for part in (told, "--disable_guardrails (in Python disable_guardrails=True)", fetch):
-        assert part in last
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_upsampler(command: Command, own_guarded: Path, clip: Path) -> None:
@@ -393,16 +395,11 @@ def test_a_folder_of_guardrails_elsewhere(
 @pytest.mark.parametrize(
     ("prompt", "guard"), [(REFUSED_BY_WORDS, "blocklist"), (REFUSED_BY_MODEL, "llama_guard_3")]
 )
-@pytest.mark.parametrize("kind", ["text2world", "video2world", "autoregressive"])
+@pytest.mark.parametrize("kind", ["text2world", "video2world", "prompted"])
 def test_a_refused_prompt(
     kind: str, prompt: str, guard: str, command: Command, clip: Path, tmp_path: Path
 ) -> None:
-    words = {
-        "text2world": (*TEXT, prompt),
-        "video2world": (*CONTINUE, clip, "--prompt", prompt),
-        "autoregressive": (*PROMPTED, clip, "--prompt", prompt),
-    }[kind]
-    result = command(*words)
+    result = command(*words_of(prompt, clip)[kind])
     assert result.exit_code == 3, result.stderr
     last = result.stderr.splitlines()[-1]
     assert f"guardrail {guard} refused the prompt" in last
@@ -430,14 +427,9 @@ def unsafe_frames(own_guarded: Path) -> Path:
 
 
 def test_a_refused_video(command: Command, unsafe_frames: Path, clip: Path, tmp_path: Path) -> None:
-    commands = (
-        (*TEXT, PROMPT, "--preview_every", 1),
-        (*CONTINUE, clip),
-        (*BASE, clip),
-        (*PROMPTED, clip, "--prompt", PROMPT),
-    )
-    for words in commands:
-        result = command(*words, checkpoint_dir=unsafe_frames)
+    for kind, words in words_of(PROMPT, clip).items():
+        more = ("--preview_every", 1) if kind == "text2world" else ()
+        result = command(*words, *more, checkpoint_dir=unsafe_frames)
         assert result.exit_code == 3, result.stderr
         last = result.stderr.splitlines()[-1]
         assert "guardrail video_content_safety_filter refused the video" in last
@@ -446,9 +438,7 @@ def test_a_refused_video(command: Command, unsafe_frames: Path, clip: Path, tmp_
 
 
 def test_a_batch_goes_on(command: Command, tmp_path: Path) -> None:
-    batch = tmp_path / "b.jsonl"
-    prompts = (REFUSED_BY_WORDS, PROMPT, REFUSED_BY_MODEL)
-    batch.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    batch = jsonl(tmp_path, *({"prompt": p} for p in (REFUSED_BY_WORDS, PROMPT, REFUSED_BY_MODEL)))
     result = command("diffusion", "text2world", "--batch_input_path", batch)
     assert result.exit_code == 3, result.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"1.mp4", "1.txt", "1.json"}
@@ -493,15 +483,18 @@ def test_which_videos_predict2_5_refuses(
         assert not [*tmp_path.glob("out/*")]
 
 
+def batch_words(clip: Path, folder: Path) -> tuple[object, ...]:
+    """A command for three inputs, of which the second is refused."""
+    prompts = (PROMPT, REFUSED_BY_MODEL, PROMPT)
+    batch = jsonl(folder, *({"visual_input": str(clip), "prompt": p} for p in prompts))
+    return (*PROMPTED[:-1], "--batch_input_path", batch)
+
+
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_a_batch_in_step_goes_on(
     at_once: int, command: Command, clip: Path, tmp_path: Path
 ) -> None:
-    batch = tmp_path / "b.jsonl"
-    lines = [{"visual_input": str(clip), "prompt": p} for p in (PROMPT, REFUSED_BY_MODEL, PROMPT)]
-    batch.write_text("\n".join(map(json.dumps, lines)))
-    words = [word for word in PROMPTED if "input" not in word]
-    result = command(*words, "--batch_input_path", batch, "--batch_size", at_once)
+    result = command(*batch_words(clip, tmp_path), "--batch_size", at_once)
     assert result.exit_code == 3, result.stderr
     names = {f"{n}.{end}" for n in "02" for end in ("mp4", "txt", "json")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
@@ -517,15 +510,13 @@ def test_a_video_refused_in_step_is_not_made_again(
 ) -> None:
     asked: list[int] = []
 
-    def check(_: VideoFilter, frames: np.ndarray) -> Verdict:
+    def check(_: FrameFilter, frames: np.ndarray) -> Verdict:
         asked.append(len(frames))
         return Verdict(len(asked) != 2, "", ("Violence",))
 
-    monkeypatch.setattr(VideoFilter, "check", check)
-    batch = tmp_path / "b.jsonl"
-    batch.write_text(f"{json.dumps({'visual_input': str(clip)})}\n" * 3)
-    words = [word for word in BASE if "input" not in word]
-    result = command(*words, "--batch_input_path", batch, "--batch_size", 3)
+    monkeypatch.setattr(FrameFilter, "check", check)
+    batch = jsonl(tmp_path, *[{"visual_input": str(clip)}] * 3)
+    result = command(*BASE[:-1], "--batch_input_path", batch, "--batch_size", 3)
     assert result.exit_code == 3, result.stderr
     assert "1 of 3 inputs were refused: 1 by the video" in result.stderr
     assert {path.name for path in (tmp_path / "out").glob("*.mp4")} == {"0.mp4", "2.mp4"}
@@ -533,18 +524,14 @@ def test_a_video_refused_in_step_is_not_made_again(
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_the_stages_of_a_batch_are_told(
+def test_the_stages_of_a_batch_are_counted(
     at_once: int, command: Command, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(VideoFilter, "check", lambda *_: Verdict(False))
-    batch = tmp_path / "b.jsonl"
-    lines = [{"visual_input": str(clip), "prompt": p} for p in (PROMPT, REFUSED_BY_MODEL, PROMPT)]
-    batch.write_text("\n".join(map(json.dumps, lines)))
-    words = [word for word in PROMPTED if "input" not in word]
-    result = command(*words, "--batch_input_path", batch, "--batch_size", at_once)
+    monkeypatch.setattr(FrameFilter, "check", lambda *_: Verdict(False))
+    result = command(*batch_words(clip, tmp_path), "--batch_size", at_once)
     assert result.exit_code == 3, result.stderr
-    told = "3 of 3 inputs were refused: 1 by the prompt, 2 by the video"
-    assert result.stderr.endswith(f"worldline: {told}\n")
+    counts = "3 of 3 inputs were refused: 1 by the prompt, 2 by the video"
+    assert result.stderr.endswith(f"worldline: {counts}\n")
 
 
 # --- in Python
@@ -569,7 +556,7 @@ def test_frames_are_not_shown_before_the_check(guarded: Path, clip: Path) -> Non
 def test_faces_are_blurred(
     guarded: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from worldline.guardrails.face_blur import FaceBlur
+    from worldline.guardrails.faces import FaceBlur
 
     def apply(_: FaceBlur, frames: np.ndarray) -> tuple[np.ndarray, int]:
         return np.zeros_like(frames), 7
@@ -585,11 +572,11 @@ def test_faces_are_blurred(
 
 def test_a_refusal_is_an_exception(guarded: Path) -> None:
     world = worldline.load(TEXT2WORLD, guarded, disable_prompt_upsampler=True)
-    with pytest.raises(GuardrailRefusal) as told:
+    with pytest.raises(GuardrailRefusal) as refusal:
         world.generate(prompt=REFUSED_BY_WORDS)
-    assert told.value.stage == "prompt"
-    assert told.value.exit_code == 3
-    assert world.generate(prompt=PROMPT, num_steps=1).report["guardrail"] == "predict1"
+    assert refusal.value.stage == "prompt"
+    assert refusal.value.exit_code == 3
+    assert world.generate(prompt=PROMPT, num_steps=1).report["guardrail"] == "Predict1"
     flow = worldline.load(POST.name, guarded)
     with pytest.raises(GuardrailRefusal):
         flow.generate(prompt=REFUSED_BY_MODEL, **SMALL)
@@ -603,12 +590,12 @@ def test_a_refusal_of_several_names_their_stages(
     assert isinstance(world, AutoregressiveWorld)
 
     def stage(*prompts: str) -> str:
-        with pytest.raises(GuardrailRefusal) as told:
+        with pytest.raises(GuardrailRefusal) as refusal:
             list(world.stream_batch([clip] * 3, [{"prompt": prompt} for prompt in prompts]))
-        return told.value.stage
+        return refusal.value.stage
 
     assert stage(PROMPT, REFUSED_BY_WORDS, REFUSED_BY_MODEL) == "prompt"
-    monkeypatch.setattr(VideoFilter, "check", lambda *_: Verdict(False))
+    monkeypatch.setattr(FrameFilter, "check", lambda *_: Verdict(False))
     assert stage(PROMPT, REFUSED_BY_WORDS, PROMPT) == "prompt and video"
     assert stage(PROMPT, PROMPT, PROMPT) == "video"
 
@@ -616,10 +603,10 @@ def test_a_refusal_of_several_names_their_stages(
 def test_a_guard_that_fails_lets_nothing_pass(
     guarded: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(_: VideoGuard, __: np.ndarray) -> None:
+    def check(_: FrameFilter, __: np.ndarray) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(VideoFilter, "check", check)
+    monkeypatch.setattr(FrameFilter, "check", check)
     world = worldline.load(MODEL, guarded, disable_diffusion_decoder=True)
     with pytest.raises(RuntimeError, match="broken"):
         world.generate(clip)
@@ -631,16 +618,14 @@ def test_offloaded_networks_visit_the_device(
     loaded = worldline.load(
         TEXT2WORLD, guarded, offload_guardrail_models=True, offload_prompt_upsampler=True
     )
-    guardrails = loaded.safety.guardrails
-    assert isinstance(guardrails, Guardrails)
-    assert set(guardrails._parts) == set(guardrails.networks)
     visits: list[str] = []
     from worldline.parallel.offload import Part
 
     on_device = Part.on_device
 
     def watched(part: Part[Any]) -> Any:
-        visits.append(type(part.module).__name__)
+        networks = part.module if isinstance(part.module, nn.ModuleList) else [part.module]
+        visits.extend(type(network).__name__ for network in networks)
         return on_device(part)
 
     monkeypatch.setattr(Part, "on_device", watched)
@@ -658,38 +643,45 @@ def test_a_visit_is_planned(name: str, guarded: Path, monkeypatch: pytest.Monkey
     room = Memory(10**12, 10**12)
     monkeypatch.setattr(machine, "host_memory", lambda: room)
     worldline.load(name, guarded)
-    monkeypatch.setattr(Guardrails, "visitor_bytes", room.free)
+    monkeypatch.setattr(Guardrails, "offloaded_bytes", room.free)
     with pytest.raises(
         InsufficientMemoryError, match=r"; a guardrail holds 1000\.0 GB as it looks"
     ):
         worldline.load(name, guarded)
 
 
-def test_guardrails_of_predict2_5_wait_in_host_memory(guarded: Path) -> None:
-    """As released, unless told otherwise."""
-    for told, waiting in (({}, True), ({"offload_guardrail_models": False}, False)):
-        guardrails = worldline.load(POST.name, guarded, **told).safety.guardrails
-        assert guardrails is not None
-        assert bool(guardrails._parts) == waiting
+def test_guardrails_of_predict2_5_are_offloaded_by_default(
+    guarded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def load(*_: object, offload: bool, **__: object) -> Guardrails:
+        seen.append(offload)
+        return Guardrails()
+
+    monkeypatch.setattr(guardrails, "load", load)
+    worldline.load(POST.name, guarded)
+    worldline.load(POST.name, guarded, offload_guardrail_models=False)
+    assert seen == [True, False]
 
 
 def test_embeddings_have_no_words_to_check(
     guarded: Path, clip: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = "no guardrail checks the prompt: its embedding is given"
+    warning = "no guardrail checks the prompt: its embedding is given"
     world = worldline.load(AR_VIDEO2WORLD, guarded, disable_diffusion_decoder=True)
     width = world.parts.config.context_width  # type: ignore[union-attr]
     given = np.zeros((3, width), np.float32)
     video = world.generate(clip, prompt_embeddings=given)
-    assert told in caplog.text
+    assert warning in caplog.text
     assert [check["guard"] for check in video.report["guardrail_checks"]] == ALL[2:]
     caplog.clear()  # words beside it are checked, and do not decide
     assert world.generate(clip, prompt=PROMPT, prompt_embeddings=given).report["guardrail_checks"]
-    assert told in caplog.text
+    assert warning in caplog.text
     flow = worldline.load(POST.name, guarded)
     one = {"prompt_embeddings": np.zeros((3, FLOW_CONFIG.feature_width), np.float32)}
     for prompt, guards in ((None, OF_FLOW[2:]), (PROMPT, OF_FLOW)):
         caplog.clear()
         report = flow.generate(prompt=prompt, **one, **{**SMALL, "guidance": 0}).report
-        assert told in caplog.text
+        assert warning in caplog.text
         assert [check["guard"] for check in report["guardrail_checks"]] == guards

@@ -110,8 +110,8 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("evaluate", "nowhere"): "nowhere: no such folder",
     ("evaluate", "notes"): "notes holds no videos",
     ("evaluate", ".", "--output", "x.txt"): "must end in .json",
-    ("evaluate", ".", "--num_input_frames", "99"): "but 99 are given",
-    ("evaluate", "small", "--reference", "true"): "to compare, 11 x 11",
+    ("evaluate", ".", "--num_input_frames", "99"): "99 of them input",
+    ("evaluate", "small", "--reference", "true"): "needs 11 x 11",
     ("demo", "--seed", "-1"): "seed",
 }
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import worldline.weights.write
-from worldline.physics import make_clips
+from tiny.clips import make_clips
 from worldline.places import BUNDLED
 from worldline.tokenizers.cosmos.load import load_tokenizer
 from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer

@@ -1,24 +1,26 @@
-"""What is a failure and what is not, told on clips where the answer is known."""
+"""Failures and sound clips where the answer is known, and the failure rate."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from worldline.evaluate import failures
-from worldline.evaluate.failures import find_failures
-from worldline.evaluate.injected import (
+from tiny.clips import make_clips
+from tiny.injected import (
     DEGRADATIONS,
     inject_appearance,
     inject_collapse,
     relight,
 )
-from worldline.physics import make_clips
+from worldline.evaluate import failures
+from worldline.evaluate.failures import DETECTORS, Rate, failure_rate, find_failures
 from worldline.video.read import read_video
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/failure_detectors.json"
 ASSETS = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
 SEEDS = range(1_500_000, 1_500_002)
 
@@ -104,7 +106,7 @@ def test_a_collapse_is_found(scenery: np.ndarray, share: float) -> None:
 def test_injected_failures_are_found(physics: np.ndarray) -> None:
     for seed, clip in zip(SEEDS, physics, strict=True):
         assert "appearance" in kinds(inject_appearance(clip, seed).frames)
-        # Of a wall that was plain before, a collapse may be called an appearance; it is a failure.
+        # On a plain wall a collapse may be called an appearance.
         assert kinds(inject_collapse(clip, seed).frames)
 
 
@@ -129,17 +131,12 @@ def test_the_input_stays_as_it_was(physics: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     "clip",
-    [np.zeros((9, 32, 32, 3), np.float32), np.zeros((32, 32, 3), np.uint8)],
-    ids=["float", "one frame"],
+    [np.zeros((9, 32, 32, 3), np.float32), np.zeros((9, 32, 32), np.uint8)],
+    ids=["float", "grey"],
 )
 def test_other_arrays_are_refused(clip: np.ndarray) -> None:
     with pytest.raises(ValueError, match="uint8"):
         find_failures(clip)
-
-
-def test_no_input_frames_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1, not 0"):
-        find_failures(np.zeros((9, 32, 32, 3), np.uint8), 0)
 
 
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="needs the real clips of ../shared/assets")
@@ -158,7 +155,7 @@ def test_one_thread_and_then_as_many_as_before(monkeypatch: pytest.MonkeyPatch) 
         seen.append(torch.get_num_threads())
         raise RuntimeError
 
-    monkeypatch.setattr(failures, "_reduce", spy)
+    monkeypatch.setattr(failures, "reduce", spy)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -168,3 +165,47 @@ def test_one_thread_and_then_as_many_as_before(monkeypatch: pytest.MonkeyPatch) 
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_wilson_interval_of_none_in_ten() -> None:
+    """At 0 of n the upper end is z^2 / (n + z^2)."""
+    z = 1.959964
+    low, high = Rate(0, 10).interval
+    assert low == 0
+    assert high == pytest.approx(z**2 / (10 + z**2))
+
+
+def test_wilson_ends_solve_their_equation() -> None:
+    """The ends are the rates p from which the count lies exactly z standard deviations away."""
+    rate = Rate(7, 50)
+    for p in rate.interval:
+        assert abs(rate.value - p) / (p * (1 - p) / 50) ** 0.5 == pytest.approx(1.959964)
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 0), (3, 2), (-1, 2)])
+def test_impossible_rates_are_refused(count: int, total: int) -> None:
+    with pytest.raises(ValueError, match="count <= total"):
+        Rate(count, total)
+
+
+def test_failed_clips_are_counted(scenery: np.ndarray) -> None:
+    sound = scenery[None, :, :144].repeat(12, 0)
+    flat = sound.copy()
+    flat[10:] = 128
+    result = failure_rate([find_failures(clip) for clip in (sound, flat, sound)])
+    assert result.failed == Rate(1, 3)
+    assert result.kinds == {"collapse": 1}
+    report = json.loads(json.dumps(result.as_json()))
+    assert report["failure_rate"]["rate"] == 0.3333
+    assert set(report["detectors"]) == {"false alarms", "detection"}
+    with pytest.raises(ValueError, match="total > 0"):
+        failure_rate([])
+
+
+def test_detectors_are_as_good_as_measured() -> None:
+    measured = json.loads(RESULTS.read_text())
+    for name, rate in DETECTORS.items():
+        entry = measured[name.replace(" ", "_")]
+        assert (entry["count"], entry["total"]) == (rate.count, rate.total)
+    assert DETECTORS["false alarms"].value <= 0.02
+    assert DETECTORS["detection"].value >= 0.95

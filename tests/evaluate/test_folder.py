@@ -1,4 +1,4 @@
-"""A folder's scores are those of the whole clips, though each was read frame by frame."""
+"""The videos of a folder are found, and score as the whole clips, though read frame by frame."""
 
 from __future__ import annotations
 
@@ -10,26 +10,32 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tiny.clips import make_clips
+from tiny.injected import inject_appearance, inject_collapse
+from worldline.errors import InputError
 from worldline.evaluate.failures import find_failures
 from worldline.evaluate.folder import (
-    Comparison,
     Score,
     Sheet,
-    Strip,
     as_json,
     medians,
-    rate,
     score_video,
 )
-from worldline.evaluate.injected import inject_appearance, inject_collapse
 from worldline.evaluate.metrics import flicker, motion, psnr, ssim
-from worldline.evaluate.tasks import Task
-from worldline.physics import make_clips
+from worldline.evaluate.tasks import Task, find_tasks, shortened
 from worldline.video.read import read_video
+from worldline.video.write import write_video
 
-from .test_tasks import write
+from ..conftest import moving
 
 GIVEN = 9
+
+
+def write(path: Path, frames: np.ndarray, given: int | None = None) -> Path:
+    write_video(frames, path, 25)
+    if given is not None:
+        path.with_suffix(".json").write_text(json.dumps({"request": {"num_input_frames": given}}))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +49,11 @@ def test_failures_are_those_of_the_whole_clip(
 ) -> None:
     frames = inject(physics[0], 3, GIVEN).frames if callable(inject) else physics[0]
     path = write(tmp_path / "a.mp4", frames)
-    strip = score_video(Task("a.mp4", path, GIVEN))
+    score, pictures = score_video(Task("a.mp4", path, GIVEN))
     expected = find_failures(read_video(path).frames, GIVEN)
-    assert list(strip.score.failures) == expected
+    assert list(score.failures) == expected
     assert bool(expected) == callable(inject)
-    assert {failure.frame for failure in expected} <= strip.pictures.keys()
+    assert {failure.frame for failure in expected} <= pictures.keys()
 
 
 @pytest.mark.parametrize("given", [0, 1, GIVEN])
@@ -56,19 +62,17 @@ def test_measures_are_those_of_the_frames_that_were_not_given(
 ) -> None:
     path = write(tmp_path / "a.mp4", physics[0])
     other = write(tmp_path / "b.mp4", physics[1, :15])
-    score = score_video(Task("a.mp4", path, given, other, "b.mp4")).score
+    score, _ = score_video(Task("a.mp4", path, given, other, "b.mp4"))
     made, true = read_video(path).frames, read_video(other).frames
     begin = max(0, given - 1)
     assert (score.frames, score.height, score.width) == (20, 64, 96)
     assert score.motion == pytest.approx(motion(made[begin:]))
     assert score.flicker == pytest.approx(flicker(made[begin:]))
-    compared = score.comparison
-    assert compared is not None
-    assert compared.frames == 15 - given
-    assert compared.psnr == pytest.approx(psnr(made[given:15], true[given:]))
-    assert compared.ssim == pytest.approx(ssim(made[given:15], true[given:]))
-    assert compared.motion == pytest.approx(motion(true[begin:]))
-    assert compared.flicker == pytest.approx(flicker(true[begin:]))
+    assert (score.reference, score.compared_frames) == ("b.mp4", 15 - given)
+    assert score.psnr == pytest.approx(psnr(made[given:15], true[given:]))
+    assert score.ssim == pytest.approx(ssim(made[given:15], true[given:]))
+    assert score.reference_motion == pytest.approx(motion(true[begin:]))
+    assert score.reference_flicker == pytest.approx(flicker(true[begin:]))
 
 
 def test_given_frames_are_not_judged(physics: np.ndarray, tmp_path: Path) -> None:
@@ -76,42 +80,37 @@ def test_given_frames_are_not_judged(physics: np.ndarray, tmp_path: Path) -> Non
     frames[5:] = physics[1, 5:]
     frames[3:, 16:48, 32:64] = (250, 20, 20)
     path = write(tmp_path / "a.mp4", frames)
-    assert score_video(Task("a.mp4", path, 1)).score.failures
-    assert not score_video(Task("a.mp4", path, 17)).score.failures
+    assert score_video(Task("a.mp4", path, 1))[0].failures
+    assert not score_video(Task("a.mp4", path, 17))[0].failures
 
 
 def test_a_blank_video_has_collapsed_unless_it_was_given(tmp_path: Path) -> None:
     blank = np.full((12, 64, 96, 3), 90, np.uint8)
     path = write(tmp_path / "a.mp4", blank)
-    (failure,) = score_video(Task("a.mp4", path, 0)).score.failures
+    (failure,) = score_video(Task("a.mp4", path, 0))[0].failures
     assert failure.kind == "collapse"
-    assert not score_video(Task("a.mp4", path, 1)).score.failures
+    assert not score_video(Task("a.mp4", path, 1))[0].failures
 
 
 def test_a_still_video_is_sound(physics: np.ndarray, tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", physics[0, :1].repeat(20, 0))
-    score = score_video(Task("a.mp4", path, 0)).score
+    score = score_video(Task("a.mp4", path, 0))[0]
     assert score.verdict == "sound"
     assert score.motion < 0.1  # of the codec
 
 
 def make_score(name: str, psnr_value: float | None, *, failed: bool = False) -> Score:
-    failures = tuple(find_failures(_collapsed(), 2)) if failed else ()
-    comparison = None
-    if psnr_value is not None:
-        comparison = Comparison(
-            reference=name, frames=3, psnr=psnr_value, ssim=0.5, motion=2.0, flicker=1.0
-        )
+    compared = {} if psnr_value is None else {"psnr": psnr_value, "reference_motion": 2.0}
     return Score(
         name=name,
         frames=12,
         height=48,
         width=64,
         num_input_frames=2,
-        failures=failures,
+        failures=tuple(find_failures(_collapsed(), 2)) if failed else (),
         motion=4.0,
         flicker=3.0,
-        comparison=comparison,
+        **compared,
     )
 
 
@@ -122,9 +121,9 @@ def _collapsed() -> np.ndarray:
     return frames
 
 
-def test_a_summary_counts_failures_and_takes_the_middle() -> None:
+def test_a_summary_counts_failures_and_takes_medians() -> None:
     scores = [make_score("a", 20.0), make_score("b", 30.0, failed=True), make_score("c", None)]
-    assert (rate(scores).failed.count, rate(scores).failed.total) == (1, 3)
+    assert as_json(scores, {})["failure_rate"]["count"] == 1
     middle = medians(scores)
     assert (middle["motion"], middle["psnr"], middle["reference_motion"]) == (4.0, 25.0, 2.0)
     assert "psnr" not in medians(scores[2:])
@@ -132,23 +131,162 @@ def test_a_summary_counts_failures_and_takes_the_middle() -> None:
 
 def test_a_report_is_json_even_of_equal_videos() -> None:
     report = as_json([make_score("a", math.inf), make_score("b", None)], {"c": "damaged"})
-    told = json.loads(json.dumps(report, allow_nan=False))
-    assert told["videos"][0]["comparison"]["psnr"] is None
-    assert told["medians"]["psnr"] is None
-    assert told["videos"][1]["comparison"] is None
-    assert told["unreadable"] == {"c": "damaged"}
-    assert told["failure_rate"]["total"] == 2
+    loaded = json.loads(json.dumps(report, allow_nan=False))
+    assert loaded["videos"][0]["psnr"] is None
+    assert loaded["medians"]["psnr"] is None
+    assert [video["reference_motion"] for video in loaded["videos"]] == [2.0, None]
+    assert loaded["unreadable"] == {"c": "damaged"}
+    assert loaded["failure_rate"]["total"] == 2
 
 
-def test_a_sheet_stays_small_and_shows_what_failed(tmp_path: Path) -> None:
+def test_a_sheet_stays_small_with_failures_on_top(tmp_path: Path) -> None:
     picture = np.full((48, 64, 3), 90, np.uint8)
     sheet = Sheet()
     for number in range(100):
         score = make_score(f"naïve {number}", None, failed=number == 99)
-        sheet.add(Strip(score, dict.fromkeys((0, 6, 11), picture)))
+        sheet.add(score, dict.fromkeys((0, 6, 11), picture))
     sheet.save(tmp_path / "sheet.png")
     image = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert image.shape[0] < 60 * (48 + 40) + 40
     red = (image == (255, 0, 0)).all(-1)
     assert red[:80].any()  # of the failed one, which is on top
     assert not red[100:].any()
+
+
+def names(folder: Path, reference: Path | None = None) -> list[tuple[str, int, str]]:
+    plan = find_tasks(folder, reference)
+    return [(task.name, task.num_input_frames, task.reference_name) for task in plan.tasks]
+
+
+def test_videos_are_found_below_and_know_what_was_given(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    write(tmp_path / "a.mp4", moving(), GIVEN)
+    write(tmp_path / "b.webm", moving())
+    write(tmp_path / "more" / "a.gif", moving(), 1)
+    write(tmp_path / ".hidden" / "c.mp4", moving())
+    write(tmp_path / ".d.mp4", moving())
+    (tmp_path / "notes.txt").write_text("no video")
+    assert names(tmp_path) == [("a.mp4", 9, ""), ("b.webm", 0, ""), ("more/a.gif", 1, "")]
+    assert {task.num_input_frames for task in find_tasks(tmp_path, None, 3).tasks} == {3}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"request": 1}', '{"request": {"num_input_frames": "9"}}', "[" * 9**5]
+)
+def test_other_files_beside_a_video_say_nothing(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "a.mp4", moving()).with_suffix(".json").write_text(text)
+    assert names(tmp_path) == [("a.mp4", 0, "")]
+
+
+def test_references_are_matched_by_name(tmp_path: Path) -> None:
+    folder, true = tmp_path / "made", tmp_path / "made" / "true"  # below, and not judged itself
+    for path in ("a.mp4", "more/b.mp4", "c.mp4", "true/a.mp4", "true/a.gif", "true/more/b.webm"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / path, moving())
+    assert names(folder, true) == [
+        *(("a.mp4", 0, "a.mp4"), ("c.mp4", 0, ""), ("more/b.mp4", 0, "more/b.webm"))
+    ]
+    assert find_tasks(folder, true).notes == ("c.mp4 has no reference: not compared",)
+
+
+def test_a_folder_below_its_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tmp_path / "made"
+    for folder in (made, made / "made", tmp_path):
+        folder.mkdir(exist_ok=True)
+        write(folder / "a.mp4", moving())
+    monkeypatch.chdir(tmp_path)
+    # made/a.mp4 is to be judged, and is no reference of made/made/a.mp4
+    expected = [("a.mp4", 0, "a.mp4"), ("made/a.mp4", 0, "")]
+    assert names(Path("made"), Path()) == names(made, tmp_path) == expected
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(InputError, match="holds no videos outside made "):
+        names(Path("made"), Path())
+    (made / "a.mp4").unlink()
+    with pytest.raises(InputError, match="made holds no videos outside made/made "):
+        names(Path("made"), Path("made/made"))
+
+
+def test_other_lengths_are_noted(tmp_path: Path) -> None:
+    for folder, count in (("made", 12), ("true", 7)):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "a.mp4", moving(count))
+    (length,) = find_tasks(tmp_path / "made", tmp_path / "true").notes
+    assert "a.mp4 has 12 frames, its reference 7: the first 7 are compared" in length
+
+
+def test_all_that_cannot_be_compared_is_named_at_once(tmp_path: Path) -> None:
+    made, true = tmp_path / "made", tmp_path / "true"
+    made.mkdir()
+    true.mkdir()
+    for name in "abcd":
+        write(made / f"{name}.mp4", moving(), GIVEN)
+    write(true / "a.mp4", moving(12, 64, 40))
+    write(true / "b.mp4", moving(8))
+    (true / "c.mp4").write_bytes(b"nothing")
+    write(true / "d.mp4", moving())
+    with pytest.raises(InputError) as caught:
+        find_tasks(made, true)
+    message = str(caught.value)
+    assert "3 of 4 videos cannot be used" in message
+    assert f"a.mp4 is 64 x 40, but its reference {true / 'a.mp4'} 40 x 64" in message
+    assert f"{true / 'b.mp4'} has 8 frames, 9 of them input" in message
+    assert f"{true / 'c.mp4'} is not an mp4" in message
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    empty, made, true = tmp_path / "empty", tmp_path / "made", tmp_path / "true"
+    for folder in (empty, made, true):
+        folder.mkdir()
+    video = write(made / "a.mp4", moving())
+    for name in ("b.mp4", "a.gif", "a.webm"):
+        write(true / name, moving())
+    cases = (
+        (tmp_path / "absent", None, "no such folder"),
+        (video, None, "no such folder"),
+        (empty, None, "holds no videos"),
+        (made, empty, "holds no videos"),
+        (made, made, "its own reference"),
+        (made, true, "a.mp4 has several references: a.gif, a.webm"),
+    )
+    for folder, reference, words in cases:
+        with pytest.raises(InputError, match=words):
+            find_tasks(folder, reference)
+    (true / "a.gif").unlink()
+    (true / "a.webm").unlink()
+    with pytest.raises(InputError, match=r"has no video of the name of one in .*b\.mp4.*a\.mp4"):
+        find_tasks(made, true)
+
+
+def test_a_video_with_nothing_left_to_judge_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.mp4", moving(9), GIVEN)
+    with pytest.raises(InputError, match="has 9 frames, 9 of them input; at least 10"):
+        find_tasks(tmp_path)
+    write(tmp_path / "a.mp4", moving(1), 0)
+    with pytest.raises(InputError, match="has 1 frames, 0 of them input; at least 2"):
+        find_tasks(tmp_path)
+
+
+def test_other_files_are_passed_over_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "a.mp4", moving(), GIVEN).with_suffix(".txt").write_text("its prompt")
+    write(tmp_path / "b.preview.mp4", moving())  # as a killed run leaves it
+    for name in ("a.png", "b.json", "c.avi", "more/c.txt", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    plan = find_tasks(tmp_path)
+    assert [task.name for task in plan.tasks] == ["a.mp4"]
+    assert plan.passed_over == ("a.png", "b.json", "b.preview.mp4", "c.avi", "more/c.txt")
+    assert plan.notes == ()
+
+
+def test_a_folder_without_videos_says_what_it_holds(tmp_path: Path) -> None:
+    for number in range(7):
+        (tmp_path / f"{number}.json").touch()
+    with pytest.raises(InputError, match=r"holds no videos \(.*\), but 0.json, .* and 2 more"):
+        find_tasks(tmp_path)
+
+
+def test_a_line_of_names_stays_short() -> None:
+    names = [str(number) for number in range(12)]
+    assert shortened(names[:5]) == "0, 1, 2, 3, 4"
+    assert shortened(names) == "0, 1, 2, 3, 4 and 7 more"

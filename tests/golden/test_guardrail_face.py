@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import Case, cases
 
-from worldline.guardrails.face_blur import (
+from worldline.guardrails.faces import (
     FaceBlur,
     RetinaFace,
     blur,
@@ -64,13 +64,13 @@ def test_network(case: Case, tmp_path: Path) -> None:
     network = network_of(case, tmp_path)
     images = prepare(case.tensor("net_image"))
     with torch.inference_mode():
-        levels = network.pyramid(network.body(images))
+        levels = network.fpn(network.body(images))
         case.compare("net_fpn_0_mean", levels[0].mean((2, 3)))
         case.compare("net_fpn_2", levels[2])
         boxes, scores = network(images)
         case.compare("net_loc", boxes)
         case.compare("net_conf", scores)
-        case.compare("net_landm", network.join(network.landmarks, network.maps(images)))
+        case.compare("net_landm", network.join(network.LandmarkHead, network.maps(images)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -98,9 +98,9 @@ def test_select(case: Case) -> None:
         kept = select(
             case.tensor(f"{number}_boxes").numpy(),
             case.tensor(f"{number}_scores").numpy(),
-            least=float(found[1]),
-            overlap=float(found[2]),
-            most=int(found[3]),
+            min_score=float(found[1]),
+            max_overlap=float(found[2]),
+            candidates=int(found[3]),
             keep=int(found[4]),
         )
         case.compare(name, kept)
@@ -128,16 +128,16 @@ def test_frames(case: Case) -> None:
     case.compare("frames_out", blurred)
 
 
-class Told(RetinaFace):
-    """Gives the numbers of the case in place of its own."""
+class Recorded(RetinaFace):
+    """A network whose output is that of the case."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.told = case.tensor("loc"), case.tensor("conf")
+        self.recorded = case.tensor("loc"), case.tensor("conf")
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        assert len(images) == len(self.told[0])
-        return self.told
+        assert len(images) == len(self.recorded[0])
+        return self.recorded
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -145,7 +145,7 @@ def test_filter(case: Case) -> None:
     frames = case.tensor("frames_in").numpy()
     before = frames.copy()
     with torch.device("cpu"):
-        blurred, count = FaceBlur(Told(case)).apply(frames)
+        blurred, count = FaceBlur(Recorded(case)).apply(frames)
     case.compare("frames_out", blurred)
     assert (count > 0) == bool((blurred != before).any())
     assert np.array_equal(frames, before)

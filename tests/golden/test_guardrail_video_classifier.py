@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import Case, cases
 
-from worldline.guardrails.video_filter import (
+from worldline.guardrails.frames import (
     CLASSES,
     PREDICT1,
     PREDICT2_5,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import SiglipConfig, SiglipModel
 
-from worldline.guardrails import face_blur, video_filter
+from worldline.guardrails import faces, frames
 
 WIDTH = 1152
 
@@ -30,17 +30,17 @@ def drawn(network: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def write_retinaface(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = drawn(face_blur.RetinaFace())
-    torch.save({face_blur.KEYS.released(name): t for name, t in tensors.items()}, path)
+    tensors = drawn(faces.RetinaFace())
+    torch.save({faces.KEYS.released(name): t for name, t in tensors.items()}, path)
     return path
 
 
 def write_classifier(path: Path, answer: int = 0) -> Path:
     """Write a classifier that gives every frame the class `answer`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = drawn(video_filter.FrameClassifier())
+    tensors = drawn(frames.FrameClassifier())
     tensors["layers.6.bias"] = torch.eye(7)[answer] * 1e3
-    state = {video_filter.KEYS.released(name): t for name, t in tensors.items()}
+    state = {frames.KEYS.released(name): t for name, t in tensors.items()}
     torch.save({"model": state}, path)
     return path
 

@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 from worldline.errors import CheckpointError
-from worldline.guardrails.blocklist import COSMOS1, PREDICT, Blocklist, Censor, Listed
-from worldline.guardrails.words import Words, split_words
+from worldline.guardrails.blocklist import (
+    COSMOS1,
+    PREDICT,
+    Blocklist,
+    Censor,
+    Listed,
+    Words,
+    split_words,
+)
 
 from .folders import EXACT, write_blocklist
 
@@ -154,7 +161,7 @@ def test_damaged_data(tmp_path: Path) -> None:
 
 def test_sentences_and_words(tmp_path: Path) -> None:
     words = Words(write_blocklist(tmp_path / "blocklist") / "nltk_data")
-    assert words.sentences.split('He met Dr. Who. "Hi." The end.') == [
+    assert words.sentences('He met Dr. Who. "Hi." The end.') == [
         "He met Dr. Who.",
         '"Hi."',
         "The end.",

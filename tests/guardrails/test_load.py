@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from worldline import guardrails
 from worldline.errors import CheckpointError, GuardrailRefusal
-from worldline.guardrails import language
-from worldline.guardrails.load import CHAINS, SIGLIP, find_folder, load_guardrails
+from worldline.guardrails import RELEASES, SIGLIP, language
 
 from .folders import write_blocklist
 from .networks import write_classifier, write_retinaface, write_siglip
@@ -57,18 +57,18 @@ def parts(made: Path, folder: Path) -> None:
 def lay_out(release: str, made: Path, root: Path, cache: Path) -> None:
     """Lay the files out as a release does below `root`, or in the cache."""
     aegis, llama, qwen = language.AEGIS, language.LLAMA_GUARD_3, language.QWEN3GUARD
-    if release == "cosmos1":
+    if release == "1.0":
         folder = root / "Cosmos-1.0-Guardrail"
     elif release == "march":
         folder = root / "Cosmos-Predict1-7B-Text2World" / "guardrail"
-    elif release == "predict1":
+    elif release == "Predict1":
         folder = root / "nvidia" / "Cosmos-Guardrail1"
     else:
         folder = cache / cached("nvidia/Cosmos-Guardrail1")
     parts(made, folder)
     siglip = cache if release == "predict2.5" else folder / "video_content_safety_filter"
     put(made / "siglip", siglip / cached(SIGLIP))
-    if release == "predict1":
+    if release == "Predict1":
         put(made / llama.name, root / llama.released)
     elif release == "predict2.5":
         put(made / qwen.name, cache / cached(qwen.released))
@@ -77,13 +77,13 @@ def lay_out(release: str, made: Path, root: Path, cache: Path) -> None:
         put(made / "adapter", folder / "aegis" / cached(aegis.adapter))
 
 
-@pytest.mark.parametrize("layout", ["cosmos1", "march", "predict1", "predict2.5"])
+@pytest.mark.parametrize("layout", ["1.0", "march", "Predict1", "predict2.5"])
 def test_layouts(layout: str, made: Path, tmp_path: Path, no_cache: Path) -> None:
     lay_out(layout, made, tmp_path / "root", no_cache)
     (tmp_path / "root").mkdir(exist_ok=True)
-    release = "predict1" if layout == "march" else layout
-    chain = load_guardrails(release, tmp_path / "root", flag=FLAG)
-    asked = {"predict1": "llama_guard_3", "predict2.5": "qwen3guard"}.get(layout, "aegis")
+    release = "Predict1" if layout == "march" else layout
+    chain = guardrails.load(release, [tmp_path / "root"], flag=FLAG)
+    asked = {"Predict1": "llama_guard_3", "predict2.5": "qwen3guard"}.get(layout, "aegis")
     assert [guard.name for guard in chain.text] == ["blocklist", asked]
     with pytest.raises(GuardrailRefusal, match="blocklist"):
         chain.check_prompt("a zorbash")
@@ -92,14 +92,14 @@ def test_layouts(layout: str, made: Path, tmp_path: Path, no_cache: Path) -> Non
     with pytest.raises(GuardrailRefusal, match=asked):
         chain.check_prompt("a dagger")
     assert chain.check_video(FRAMES).shape == FRAMES.shape
-    assert {ran.guard for ran in chain.ran} == {
+    assert {check["guard"] for check in chain.checks} == {
         *("blocklist", asked, "video_content_safety_filter", "face_blur_filter")
     }
-    assert len(chain.networks) == 4
+    assert sum(len(part.module) for part in chain.parts.values()) == 4
 
 
 @pytest.mark.parametrize(
-    ("lost", "told"),
+    ("lost", "message"),
     [
         ("nvidia/Cosmos-Guardrail1", "nvidia/Cosmos-Guardrail1 is missing"),
         ("nvidia/Cosmos-Guardrail1/blocklist", "blocklist"),
@@ -112,20 +112,22 @@ def test_layouts(layout: str, made: Path, tmp_path: Path, no_cache: Path) -> Non
     ],
 )
 def test_what_is_absent_is_named_with_the_flag(
-    lost: str, told: str, made: Path, tmp_path: Path, no_cache: Path
+    lost: str, message: str, made: Path, tmp_path: Path, no_cache: Path
 ) -> None:
-    lay_out("predict1", made, tmp_path / "root", no_cache)
+    lay_out("Predict1", made, tmp_path / "root", no_cache)
     shutil.rmtree(tmp_path / "root" / lost)
-    with pytest.raises(CheckpointError, match=f"{told}.*{FLAG}"):
-        load_guardrails("predict1", tmp_path / "root", flag=FLAG)
+    with pytest.raises(CheckpointError, match=f"{message}.*download guardrails.*{FLAG}"):
+        guardrails.load("Predict1", [tmp_path / "none", tmp_path / "root"], flag=FLAG)
 
 
-def test_only_what_is_asked_for_is_read(made: Path, tmp_path: Path) -> None:
-    put(made / "blocklist", tmp_path / "own" / "blocklist")
-    put(made / language.LLAMA_GUARD_3.name, tmp_path / "Llama-Guard-3-8B")
-    own = tmp_path / "own"
-    chain = load_guardrails("predict1", tmp_path, flag=FLAG, guardrail_dir=own, video=False)
-    assert (len(chain.text), chain.video, chain.filters) == (2, (), ())
-    with pytest.raises(CheckpointError, match="no folder"):
-        find_folder(tmp_path, tmp_path / "nowhere")
-    assert set(CHAINS) == {"cosmos1", "predict1", "predict2.5"}
+def test_prompts_that_are_not_checked_need_no_files(
+    made: Path, tmp_path: Path, no_cache: Path
+) -> None:
+    lay_out("Predict1", made, tmp_path / "root", no_cache)
+    folder = (tmp_path / "root" / "nvidia" / "Cosmos-Guardrail1").rename(tmp_path / "elsewhere")
+    shutil.rmtree(folder / "blocklist")
+    chain = guardrails.load("Predict1", [tmp_path], flag=FLAG, folder=folder, text=False)
+    assert [*chain.parts] == ["video_content_safety_filter", "face_blur_filter"]
+    with pytest.raises(CheckpointError, match=f"nowhere.*{FLAG}"):
+        guardrails.load("Predict1", [tmp_path], flag=FLAG, folder=tmp_path / "nowhere")
+    assert set(RELEASES) == {"1.0", "Predict1", "predict2.5"}

@@ -1,35 +1,41 @@
-"""Find the two failures that the released table of the autoregressive models counts.
+"""Detectors of the two failures that the released table of the autoregressive models counts.
 
 *Collapse*: the picture, or most of it, turns into one flat colour. *Appearance*: a large object is
 there from one moment to the next, though it was nowhere before and did not come in over the border.
 A still video, small artifacts, blocks, fast motion, a panning camera and a change of light are not
 failures. How often the detectors err is measured by `benchmarks/failure_detectors.py`; a failure
-rate means little without those figures, and `evaluate.clips.failure_rate` gives both.
+rate means little without those figures, and `FailureRate` has both.
 
-Both look at a copy of about 48 x 72 pixels, so that the size of a video does not matter.
+Both work on a copy of about 48 x 72 pixels, so that the size of a video does not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from worldline.evaluate.metrics import Frames, as_clip
 
 # The constants were chosen on the design seeds that benchmarks/failure_detectors.py names.
 REDUCED_PIXELS = 48 * 72
 
-# Collapse, each rule: (a pixel this near to the commonest colour has that colour, in grey levels of
-# the reduced copy; share of the picture that has it; its rise since the input frames; part of its
-# former contrast that this place keeps). The first is for a perfectly flat part of the picture, the
-# second for the nearly flat whole.
+# Collapse, each rule: (distance from the commonest colour within which a pixel has that colour, in
+# grey levels of the reduced copy; share of the picture that has it; its rise since the input
+# frames; part of its former contrast that this place keeps). The first is for a perfectly flat part
+# of the picture, the second for the nearly flat whole.
 COLLAPSES = ((5.0, 0.55, 0.12, 0.1), (12.0, 0.8, 0.35, 0.3))
+
+BLANK = (5.0, 0.98)  # the same distance, and the share of a frame that is all of one colour
 
 # Appearance. A patch is PATCH pixels square, one stands every STRIDE pixels.
 PATCH = 4
@@ -56,7 +62,7 @@ class Failure:
     Attributes:
         kind: "collapse" or "appearance".
         frame: where it is worst, counted from 0.
-        score: share of the picture that is hit, in [0, 1].
+        score: share of the picture, in [0, 1].
         detail: a few words for a person.
     """
 
@@ -66,11 +72,77 @@ class Failure:
     detail: str
 
 
+@dataclass(frozen=True)
+class Rate:
+    """A share of clips: `count` of `total`, which is at least 1."""
+
+    count: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.count <= self.total or self.total == 0:
+            raise ValueError(f"a rate needs 0 <= count <= total > 0, not {self.count}/{self.total}")
+
+    @property
+    def value(self) -> float:
+        return self.count / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval (Wilson, JASA 22, 1927), of use also at 0 of n."""
+        z = 1.959964
+        middle = (self.count + z**2 / 2) / (self.total + z**2)
+        spread = self.value * (1 - self.value) / self.total + z**2 / (4 * self.total**2)
+        half = z * math.sqrt(spread) / (1 + z**2 / self.total)
+        low = 0.0 if self.count == 0 else middle - half  # exactly, where rounding would leave 1e-17
+        high = 1.0 if self.count == self.total else middle + half
+        return low, high
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        counts = f"{self.count} of {self.total}"
+        return f"{self.value:.1%} ({counts}; 95 % interval {low:.1%} to {high:.1%})"
+
+    def as_json(self) -> dict[str, object]:
+        interval = [round(end, 4) for end in self.interval]
+        return {**asdict(self), "rate": round(self.value, 4), "interval_95": interval}
+
+
+# benchmarks/results/failure_detectors.json, evaluation seeds; a test compares the two.
+DETECTORS = {"false alarms": Rate(3, 661), "detection": Rate(348, 350)}
+
+
+@dataclass(frozen=True)
+class FailureRate:
+    """Failure rate of a set of clips, beside the error rates of the detectors.
+
+    Attributes:
+        failed: clips with at least one failure.
+        kinds: clips by kind of failure; a clip with both counts in both.
+    """
+
+    failed: Rate
+    kinds: dict[str, int]
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "failure_rate": self.failed.as_json(),
+            "kinds": self.kinds,
+            "detectors": {name: rate.as_json() for name, rate in DETECTORS.items()},
+        }
+
+
+def failure_rate(failures: Sequence[Sequence[Failure]]) -> FailureRate:
+    """Failure rate of the failures of each clip, at least one clip."""
+    kinds = Counter(kind for clip in failures for kind in {failure.kind for failure in clip})
+    return FailureRate(Rate(sum(map(bool, failures)), len(failures)), dict(kinds))
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch work on one thread, for its small pictures are done before others have woken.
+    """Run torch on one thread: small pictures are done before other threads have woken.
 
-    Where the cores are busy, threads that wait for each other took 5 times as long and more.
+    On busy cores, threads that wait for each other took 5 times as long and more.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -81,54 +153,62 @@ def one_thread() -> Iterator[None]:
 
 
 @one_thread()
-def find_failures(frames: NDArray[np.uint8] | Tensor, num_input_frames: int = 9) -> list[Failure]:
-    """List what is wrong with a clip: at most one collapse and one appearance; none if sound.
+def find_failures(frames: Frames, num_input_frames: int = 9) -> list[Failure]:
+    """Failures of a clip: at most one collapse and one appearance.
 
     Args:
         frames: uint8 (T, H, W, 3), any size.
-        num_input_frames: the first frames, which are given and taken for sound; at least 1.
+        num_input_frames: number of input frames at the start, which are not judged.
 
     Raises:
-        ValueError: the frames have another shape or dtype, or there are no input frames.
+        ValueError: another shape or dtype.
     """
-    clip = frames if isinstance(frames, Tensor) else torch.from_numpy(np.ascontiguousarray(frames))
-    if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not clip.numel():
-        raise ValueError(
-            f"frames are uint8 (T, H, W, 3), not {str(clip.dtype).removeprefix('torch.')} "
-            f"{tuple(clip.shape)}"
-        )
-    if num_input_frames < 1:
-        raise ValueError(f"num_input_frames is at least 1, not {num_input_frames}")
-    copy = _smooth(_reduce(clip.cpu()))
-    collapse = _find_collapse(copy, num_input_frames)
-    # What follows a collapse tells nothing: the first colour patch would count as an object.
-    until = len(copy) if collapse is None else _onset(copy, num_input_frames)
-    appearance = _find_appearance(copy[:until], num_input_frames)
-    return [failure for failure in (collapse, appearance) if failure is not None]
+    return find_in_reduced(reduce(frames), num_input_frames)
 
 
-def _reduce(clip: Tensor) -> Tensor:
-    """Average uint8 (T, H, W, 3) down to float32 (T, 3, h, w) of about REDUCED_PIXELS."""
+def find_in_reduced(copy: Tensor, num_input_frames: int) -> list[Failure]:
+    """Failures of a clip from its reduced copy (T, 3, h, w), float32.
+
+    Without input frames the first frame counts as sound, except in a video that is blank from its
+    first frame to its last, which has collapsed.
+    """
+    first = max(1, num_input_frames)
+    end = len(copy)
+    failures = []
+    if collapses := list(_collapses(copy, first)):
+        frame, share, rise = max(collapses, key=lambda collapse: collapse[1])
+        detail = f"{share:.0%} of the picture has one colour, {rise:.0%} more than at the start"
+        failures.append(Failure("collapse", frame, round(share, 4), detail))
+        # A collapse begins up to 12 frames before it is found; after that no appearance counts,
+        # since the first patch of the colour would be one.
+        end = max(first, min(frame for frame, _, _ in collapses) - 12)
+    elif not num_input_frames and all(map(_is_blank, copy)):
+        failures.append(Failure("collapse", 0, 1.0, "all frames have one colour"))
+    appearance = _find_appearance(copy[:end], first)
+    return [*failures, appearance] if appearance else failures
+
+
+def reduce(frames: Frames) -> Tensor:
+    """Blurred copy, float32 (T, 3, h, w) of about REDUCED_PIXELS, of uint8 (T, H, W, 3)."""
+    clip = as_clip(frames).cpu()
     height, width = clip.shape[1:3]
     scale = (REDUCED_PIXELS / (height * width)) ** 0.5
     size = (max(2 * PATCH, round(height * scale)), max(2 * PATCH, round(width * scale)))
     skip = max(1, int(1 / scale) // 5)  # five samples each way are enough for a mean
     thinned = clip[:, ::skip, ::skip].permute(0, 3, 1, 2)
     # Frame by frame: in float32 a whole clip of 4k frames would fill the memory.
-    return torch.cat(
-        [functional.interpolate(frame[None].float(), size=size, mode="area") for frame in thinned]
+    return _blur(
+        torch.cat([F.interpolate(frame[None].float(), size=size, mode="area") for frame in thinned])
     )
 
 
-def _smooth(copy: Tensor) -> Tensor:
-    """Weigh neighbours 1 2 1 in both directions, so that half a pixel of motion changes little."""
+def _blur(copy: Tensor) -> Tensor:
+    """Mean of neighbours, 1 2 1 in both directions: half a pixel of motion changes little."""
     weights = torch.tensor([0.25, 0.5, 0.25])
     channels = copy.shape[1]
     for shape, padding in (((1, 1, 1, 3), (1, 1, 0, 0)), ((1, 1, 3, 1), (0, 0, 1, 1))):
         kernel = weights.view(shape).expand(channels, *shape[1:])
-        copy = functional.conv2d(
-            functional.pad(copy, padding, mode="replicate"), kernel, groups=channels
-        )
+        copy = F.conv2d(F.pad(copy, padding, mode="replicate"), kernel, groups=channels)
     return copy
 
 
@@ -151,34 +231,24 @@ def _contrast(picture: Tensor, where: Tensor) -> float:
 
 
 def _collapses(copy: Tensor, num_input_frames: int) -> Iterator[tuple[int, float, float]]:
-    """Yield frame, share of the commonest colour, and its rise, of each collapsed frame."""
-    given = copy[:num_input_frames]
+    """Frame, share of the commonest colour, and its rise, of each collapsed frame."""
+    inputs = copy[:num_input_frames]
     for tolerance, least_share, least_rise, most_kept in COLLAPSES:
-        before = max(float(_same_color(picture, tolerance).float().mean()) for picture in given)
+        before = max(float(_same_color(picture, tolerance).float().mean()) for picture in inputs)
         for frame in range(num_input_frames, len(copy)):
             where = _same_color(copy[frame], tolerance)
             share = float(where.float().mean())
             if share < least_share or share - before < least_rise:
                 continue
             # In the dark all has one colour, but a darkened picture keeps a part of its contrast.
-            former = min(_contrast(picture, where) for picture in (given[0], given[-1]))
+            former = min(_contrast(picture, where) for picture in (inputs[0], inputs[-1]))
             if _contrast(copy[frame], where) < most_kept * former:
                 yield frame, share, share - before
 
 
-def _find_collapse(copy: Tensor, num_input_frames: int) -> Failure | None:
-    found = list(_collapses(copy, num_input_frames))
-    if not found:
-        return None
-    frame, share, rise = max(found, key=lambda item: item[1])
-    detail = f"{share:.0%} of the picture has one colour, {rise:.0%} more than at the start"
-    return Failure("collapse", frame, round(share, 4), detail)
-
-
-def _onset(copy: Tensor, num_input_frames: int) -> int:
-    """Frame from which a collapse may have begun: 12 before it is plain to see."""
-    first = min(frame for frame, _, _ in _collapses(copy, num_input_frames))
-    return max(num_input_frames, first - 12)
+def _is_blank(picture: Tensor) -> bool:
+    tolerance, share = BLANK
+    return float(_same_color(picture, tolerance).float().mean()) >= share
 
 
 def _find_appearance(copy: Tensor, num_input_frames: int) -> Failure | None:
@@ -195,9 +265,9 @@ def _find_appearance(copy: Tensor, num_input_frames: int) -> Failure | None:
 
 
 def _new_regions(copy: Tensor, frame: int) -> Iterator[tuple[float, float, float]]:
-    """Yield area, row and column, all in [0, 1], of each connected region that is new in `frame`.
+    """Area, row and column, all in [0, 1], of each connected region that is new in `frame`.
 
-    Of a region that touches the border only what BORDER says is counted.
+    A region that touches the border counts in part, by the rule of BORDER.
     """
     ratio = _novelty(copy, frame, GAP)
     new = _open(ratio > 1)
@@ -206,9 +276,7 @@ def _new_regions(copy: Tensor, frame: int) -> Iterator[tuple[float, float, float
     rows, columns = new.shape
     for cells in _components(new):
         row, column = cells[:, 0], cells[:, 1]
-        depth = np.minimum(
-            np.minimum(row, rows - 1 - row), np.minimum(column, columns - 1 - column)
-        )
+        depth = np.minimum.reduce([row, rows - 1 - row, column, columns - 1 - column])
         weight = weights[row, column]
         if depth.min() < 1 and len(cells) <= WHOLE_AREA * new.size:
             if recent is None:
@@ -219,17 +287,17 @@ def _new_regions(copy: Tensor, frame: int) -> Iterator[tuple[float, float, float
 
 
 def _novelty(copy: Tensor, frame: int, gap: int) -> NDArray[np.float32]:
-    """How unlike anything up to `gap` frames before each patch is: (rows, columns), above 1 new.
+    """Difference of each patch from all patches `gap` frames before: (rows, columns), above 1 new.
 
     Earlier frames are first brought to the frame's light.
     """
     patches = _patches(copy[frame : frame + 1])[0]  # (N, 3 * PATCH^2)
     earlier = sorted({max(0, frame - back) for back in (gap, *FURTHER_GAPS)})
-    known = _patches(_in_the_light_of(copy[earlier], copy[frame]))
+    others = _patches(_in_the_light_of(copy[earlier], copy[frame]))
     # |a - b|^2 = |a|^2 + |b|^2 - 2ab, so that one matrix product compares all with all: of
     # (-2a, 1) and (b, |b|^2), to which |a|^2 is added after the least is found.
     ours = torch.cat([-2 * patches, torch.ones(len(patches), 1)], 1)
-    theirs = torch.cat([known, known.square().sum(2, keepdim=True)], 2)
+    theirs = torch.cat([others, others.square().sum(2, keepdim=True)], 2)
     price = _price(*copy.shape[2:])
     distances = [torch.addmm(price, ours, other.T).amin(1) for other in theirs]
     squares = torch.stack(distances).amin(0) + patches.square().sum(1)
@@ -241,13 +309,13 @@ def _novelty(copy: Tensor, frame: int, gap: int) -> NDArray[np.float32]:
 
 
 def _grid(height: int, width: int) -> tuple[int, int]:
-    """Return rows and columns of patches."""
+    """Rows and columns of patches."""
     return (height - PATCH) // STRIDE + 1, (width - PATCH) // STRIDE + 1
 
 
 @lru_cache(maxsize=8)
 def _price(height: int, width: int) -> Tensor:
-    """What a patch pays to be another's, by the way between them: (N, N), squares as summed."""
+    """Penalty (N, N), a sum of squares, for matching patches that are far apart."""
     rows, columns = _grid(height, width)
     places = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     position = torch.stack(places, -1).flatten(0, 1).float() * STRIDE / width
@@ -257,7 +325,7 @@ def _price(height: int, width: int) -> Tensor:
 
 def _patches(pictures: Tensor) -> Tensor:
     """Cut (B, 3, h, w) into patches (B, N, 3 * PATCH^2)."""
-    return functional.unfold(pictures, PATCH, stride=STRIDE).transpose(1, 2)
+    return F.unfold(pictures, PATCH, stride=STRIDE).transpose(1, 2)
 
 
 def _in_the_light_of(pictures: Tensor, target: Tensor) -> Tensor:
@@ -271,7 +339,7 @@ def _in_the_light_of(pictures: Tensor, target: Tensor) -> Tensor:
         total = weights.sum(2, keepdim=True)
         mean_x = (weights * x).sum(2, keepdim=True) / total
         mean_y = (weights * y).sum(2, keepdim=True) / total
-        # 50 square grey levels hold the gain near 1 where the picture is flat and cannot tell it.
+        # 50 square grey levels hold the gain near 1 where the picture is too flat to determine it.
         from_x = x - mean_x
         variance = (weights * from_x.square()).sum(2, keepdim=True) / total + 50
         covariance = (weights * from_x * (y - mean_y)).sum(2, keepdim=True) / total + 50
@@ -282,29 +350,23 @@ def _in_the_light_of(pictures: Tensor, target: Tensor) -> Tensor:
 
 
 def _open(cells: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Keep what a 3 x 3 square fits into: strips uncovered by a moving thing are thinner."""
+    """Morphological opening by a 3 x 3 square: strips uncovered by a moving thing are thinner."""
     value = torch.from_numpy(cells)[None].float()
-    eroded = -functional.max_pool2d(-functional.pad(value, (1,) * 4, value=1.0), 3, 1)
-    opened = functional.max_pool2d(functional.pad(eroded, (1,) * 4), 3, 1)
+    eroded = -F.max_pool2d(-F.pad(value, (1,) * 4, value=1.0), 3, 1)
+    opened = F.max_pool2d(F.pad(eroded, (1,) * 4), 3, 1)
     return (opened[0] > 0).numpy() & cells
 
 
 def _components(cells: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
-    """Yield (N, 2) rows and columns of each region that hangs together by its sides."""
-    left = {(int(row), int(column)) for row, column in np.argwhere(cells)}
-    while left:
-        waiting = [left.pop()]
-        found = []
+    """Rows and columns (N, 2) of each region that is connected by its sides."""
+    remaining = {(int(row), int(column)) for row, column in np.argwhere(cells)}
+    while remaining:
+        waiting = [remaining.pop()]
+        region = []
         while waiting:
             row, column = waiting.pop()
-            found.append((row, column))
-            for near in (
-                (row + 1, column),
-                (row - 1, column),
-                (row, column + 1),
-                (row, column - 1),
-            ):
-                if near in left:
-                    left.remove(near)
-                    waiting.append(near)
-        yield np.array(found)
+            region.append((row, column))
+            sides = {(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)}
+            waiting += sides & remaining
+            remaining -= sides
+        yield np.array(region)

@@ -1,6 +1,6 @@
-"""Videos of a folder, judged and measured: what `worldline evaluate` tells.
+"""Videos judged, measured and drawn, for `worldline evaluate`.
 
-A video is read once, frame by frame. Of each frame only a small copy is kept, about 80 kB, so that
+A video is read once, frame by frame. Only a small copy of each frame is kept, about 80 kB, so that
 neither size nor length fills the memory.
 """
 
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -20,69 +21,46 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from worldline.errors import InputError
-from worldline.evaluate.clips import FailureRate, summarise
 from worldline.evaluate.failures import (
     Failure,
-    _find_appearance,
-    _find_collapse,
-    _onset,
-    _reduce,
-    _same_color,
-    _smooth,
+    failure_rate,
+    find_in_reduced,
     one_thread,
+    reduce,
 )
-from worldline.evaluate.metrics import ChangeMeter, FidelityMeter
-from worldline.evaluate.tasks import Task, too_short
+from worldline.evaluate.metrics import decibels, flicker, motion, mse, ssim
+from worldline.evaluate.tasks import Task, check_length
 from worldline.video.stream import stream_media
 from worldline.video.write import write_bytes
 
 Frame = NDArray[np.uint8]
 
+_MEASURES = ("motion", "flicker", "psnr", "ssim", "reference_motion", "reference_flicker")
 _CHUNK = 8  # frames that are decoded at a time
-# A frame is blank if this share of it is within so many grey levels of its commonest colour.
-_BLANK_SHARE, _BLANK_LEVELS = 0.98, 5.0
-# of the contact sheet
-_ROWS = 60
-_COLUMNS = 9
-_CELL = (160, 120)  # most pixels a picture is wide and high
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A video beside its reference, over the frames that both have and that were not given.
-
-    Attributes:
-        reference: path below the reference folder.
-        frames: how many were compared.
-        psnr: in dB, squared errors pooled over the frames; `inf` where they are equal.
-        ssim: mean over the frames.
-        motion: of the reference, as in `Score`.
-        flicker: likewise.
-    """
-
-    reference: str
-    frames: int
-    psnr: float
-    ssim: float
-    motion: float
-    flicker: float
+_ROWS, _COLUMNS = 60, 9  # of the contact sheet
+_CELL = (160, 120)  # largest width and height of its pictures
+_GAP, _LINE = 4, 14  # pixels between its pictures, and of a line of text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What one video is worth.
+    """Failures and measures of one video.
 
     Attributes:
         name: path below the folder.
-        frames: how many it has.
-        height: rows.
-        width: columns.
-        num_input_frames: how many at its start are given, and so neither judged nor compared.
+        frames: number of frames.
+        height: pixels.
+        width: pixels.
+        num_input_frames: number of frames at its start that are neither judged nor compared.
         failures: empty if it is sound.
-        motion: mean absolute change from frame to frame, in grey levels, from the last given on.
-        flicker: half the mean absolute second difference in time, likewise.
-        comparison: with its reference, where it has one.
+        motion: mean absolute change between frames, in grey levels, from the last input frame on.
+        flicker: half the mean absolute second difference in time, from the same frame on.
+        reference: name of the true video; None without one, as are all that follow.
+        compared_frames: number of frames behind the input frames that both have.
+        psnr: dB, squared errors pooled over these frames; `inf` if they are equal.
+        ssim: mean over these frames.
+        reference_motion: motion of the true video.
+        reference_flicker: flicker of the true video.
     """
 
     name: str
@@ -93,139 +71,131 @@ class Score:
     failures: tuple[Failure, ...]
     motion: float
     flicker: float
-    comparison: Comparison | None = None
+    reference: str | None = None
+    compared_frames: int | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    reference_motion: float | None = None
+    reference_flicker: float | None = None
 
     @property
     def verdict(self) -> str:
-        """In a word or two: "sound", or the kinds of failure."""
+        """The word "sound", or the kinds of failure."""
         return " and ".join(failure.kind for failure in self.failures) or "sound"
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain numbers and words; a `psnr` of null means that the videos are equal."""
-        told = {**asdict(self), "sound": not self.failures}
-        told["motion"], told["flicker"] = round(self.motion, 3), round(self.flicker, 3)
-        if self.comparison is not None:
-            numbers = {name: _rounded(value) for name, value in asdict(self.comparison).items()}
-            told["comparison"] = numbers
-        return told
-
-
-@dataclass(frozen=True)
-class Strip:
-    """A row of the contact sheet.
-
-    Attributes:
-        score: of the video.
-        pictures: by number of the frame.
-    """
-
-    score: Score
-    pictures: dict[int, Frame]
 
 
 @one_thread()
-def score_video(task: Task) -> Strip:
-    """Judge a video and measure it; compare it, where it has a reference.
+def score_video(task: Task) -> tuple[Score, dict[int, Frame]]:
+    """Score of a video, and small pictures of it by number of their frame.
 
     Raises:
         InputError: it, or its reference, cannot be read to the end, or is too short.
     """
-    first = max(1, task.num_input_frames)  # to be judged: a change needs a frame before it
+    inputs = task.num_input_frames
     copies: list[Tensor] = []
     pictures: list[Frame] = []
-    changes, reference_changes, fidelity = ChangeMeter(), ChangeMeter(), FidelityMeter()
-    others = iter(()) if task.reference is None else _frames(task.reference)
-    height = width = 0
+    errors: list[float] = []
+    similarities: list[float] = []
+    changes, true_changes = _Changes(), _Changes()
+    references = _frames(task.reference) if task.reference else iter(())
     for index, frame in enumerate(_frames(task.path)):
-        height, width = frame.shape[:2]
-        copies.append(_smooth(_reduce(torch.from_numpy(frame)[None])))
+        copies.append(reduce(frame))
         pictures.append(_small(frame))
-        other = next(others, None)
-        if index >= first - 1:
+        reference = next(references, None)
+        if index >= inputs - 1:  # a change needs a frame before it
             changes.add(frame)
-            if other is not None:
-                reference_changes.add(other)
-        if index >= task.num_input_frames and other is not None:
-            fidelity.add(frame, other)
-    if len(copies) <= first:
-        raise InputError(too_short(task.path, len(copies), task.num_input_frames))
-    comparison = None
-    if task.reference is not None:
-        if not fidelity.frames:
-            raise InputError(too_short(task.reference, 0, task.num_input_frames))
-        comparison = Comparison(
-            reference=task.reference_name,
-            frames=fidelity.frames,
-            psnr=fidelity.psnr,
-            ssim=fidelity.ssim,
-            motion=reference_changes.motion,
-            flicker=reference_changes.flicker,
-        )
+            if reference is not None:
+                true_changes.add(reference)
+        if index >= inputs and reference is not None:
+            errors.append(mse(frame, reference))
+            similarities.append(ssim(frame, reference))
+    check_length(task.path, len(copies), inputs)
+    height, width = frame.shape[:2]
     score = Score(
         name=task.name,
         frames=len(copies),
         height=height,
         width=width,
-        num_input_frames=task.num_input_frames,
-        failures=_judge(torch.cat(copies), task.num_input_frames),
+        num_input_frames=inputs,
+        failures=tuple(find_in_reduced(torch.cat(copies), inputs)),
         motion=changes.motion,
         flicker=changes.flicker,
-        comparison=comparison,
     )
-    return Strip(score, {index: pictures[index] for index in _picks(score)})
+    if task.reference is not None:
+        check_length(task.reference, inputs + len(errors), inputs, least=1)
+        score = replace(
+            score,
+            reference=task.reference_name,
+            compared_frames=len(errors),
+            psnr=decibels(fmean(errors)),
+            ssim=fmean(similarities),
+            reference_motion=true_changes.motion,
+            reference_flicker=true_changes.flicker,
+        )
+    return score, {index: pictures[index] for index in _picks(score)}
 
 
-def rate(scores: Sequence[Score]) -> FailureRate:
-    """Return how many videos failed, at least one being scored."""
-    return summarise([score.failures for score in scores])
+class _Changes:
+    """`motion` and `flicker` of a clip that arrives frame by frame; three frames are in memory."""
+
+    def __init__(self) -> None:
+        self.frames: deque[Frame] = deque(maxlen=3)
+        self.motions: list[float] = []
+        self.flickers: list[float] = []
+
+    def add(self, frame: Frame) -> None:
+        self.frames.append(frame)
+        if len(self.frames) > 1:
+            self.motions.append(motion(np.stack([*self.frames][-2:])))
+        if len(self.frames) > 2:
+            self.flickers.append(flicker(np.stack(self.frames)))
+
+    @property
+    def motion(self) -> float:
+        return fmean(self.motions or [0.0])
+
+    @property
+    def flicker(self) -> float:
+        return fmean(self.flickers or [0.0])
 
 
 def medians(scores: Sequence[Score]) -> dict[str, float]:
-    """Return the middle value of each measure, of those videos that have it."""
+    """Median of each measure over the videos that have it."""
     values = {
-        "motion": [score.motion for score in scores],
-        "flicker": [score.flicker for score in scores],
+        name: [getattr(score, name) for score in scores if getattr(score, name) is not None]
+        for name in _MEASURES
     }
-    compared = [score.comparison for score in scores if score.comparison is not None]
-    if compared:
-        values |= {
-            "psnr": [comparison.psnr for comparison in compared],
-            "ssim": [comparison.ssim for comparison in compared],
-            "reference_motion": [comparison.motion for comparison in compared],
-            "reference_flicker": [comparison.flicker for comparison in compared],
-        }
-    return {name: median(found) for name, found in values.items()}
+    return {name: median(each) for name, each in values.items() if each}
 
 
 def as_json(scores: Sequence[Score], unreadable: dict[str, str]) -> dict[str, Any]:
-    """Return a report of plain numbers and words; a PSNR of null means equal videos."""
-    told = rate(scores).as_json()
-    del told["failed_clips"]  # which knows numbers, where `videos` has names
+    """Report of plain numbers and words; an infinite PSNR, of equal frames, is null."""
     return {
-        **told,
-        "medians": {name: _rounded(value) for name, value in medians(scores).items()},
+        **failure_rate([score.failures for score in scores]).as_json(),
+        "medians": _rounded(medians(scores)),
         "unreadable": unreadable,
-        "videos": [score.as_json() for score in scores],
+        "videos": [_rounded(asdict(score)) | {"sound": not score.failures} for score in scores],
     }
 
 
-class Sheet:
-    """A picture of all videos: a row of frames each, the failed ones on top.
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    floats = {name: value for name, value in values.items() if isinstance(value, float)}
+    rounded = {name: round(x, 4) if math.isfinite(x) else None for name, x in floats.items()}
+    return values | rounded
 
-    At most 60 rows, of failed ones before sound ones, in the order they were added.
-    """
+
+class Sheet:
+    """Contact sheet: a row of frames for each video, the failed ones on top, at most 60 rows."""
 
     def __init__(self) -> None:
-        self._failed: list[Strip] = []
-        self._sound: list[Strip] = []
-        self._left_out = 0
+        self.rows: list[tuple[Score, dict[int, Frame]]] = []
+        self.omitted = 0
 
-    def add(self, strip: Strip) -> None:
-        kept = self._failed if strip.score.failures else self._sound
-        if len(kept) < _ROWS:
-            kept.append(strip)
-        else:
-            self._left_out += 1
+    def add(self, score: Score, pictures: dict[int, Frame]) -> None:
+        self.rows.append((score, pictures))
+        self.rows.sort(key=lambda row: not row[0].failures)
+        self.omitted += len(self.rows) > _ROWS
+        del self.rows[_ROWS:]
 
     def save(self, path: Path) -> None:
         """Write a PNG; a frame where a failure is worst has a red border.
@@ -234,58 +204,36 @@ class Sheet:
             InputError: the place cannot be written.
             Error: the disk is full.
         """
-        every = self._failed + self._sound
-        strips = every[:_ROWS]
-        left_out = self._left_out + len(every) - len(strips)
-        gap, line = 4, 14
-        heights = [
-            2 * line + gap + max(picture.shape[0] for picture in strip.pictures.values())
-            for strip in strips
-        ]
-        wide = max(
-            sum(picture.shape[1] + gap for picture in strip.pictures.values()) for strip in strips
-        )
-        below = line if left_out else 0
-        sheet = Image.new("RGB", (max(wide + gap, 480), sum(heights) + gap + below), "white")
+        shapes = [picture.shape for _, row in self.rows for picture in row.values()]
+        height = max(shape[0] for shape in shapes) + 2 * _LINE + _GAP
+        width = max(shape[1] for shape in shapes) + _GAP
+        columns = max(len(pictures) for _, pictures in self.rows)
+        size = max(columns * width + _GAP, 480), len(self.rows) * height + _LINE + 2 * _GAP
+        sheet = Image.new("RGB", size, "white")
         draw = ImageDraw.Draw(sheet)
         font = ImageFont.load_default()
-        top = gap
-        for strip, tall in zip(strips, heights, strict=True):
-            self._draw_row(sheet, draw, font, strip, top)
-            top += tall
-        if left_out:
-            draw.text((gap, top), f"{left_out} more are not shown", fill="black", font=font)
+        top = _GAP
+        for score, pictures in self.rows:
+            worst = {failure.frame for failure in score.failures}
+            details = "; ".join(failure.detail for failure in score.failures)
+            title = f"{score.name}: {score.verdict} {details}"
+            # Pillow's own font, the only one sure to be there, draws boxes for other characters.
+            title = title.encode("ascii", "replace").decode()
+            draw.text((_GAP, top), title, fill="red" if worst else "black", font=font)
+            for column, (index, picture) in enumerate(pictures.items()):
+                x, y = _GAP + column * width, top + 2 * _LINE
+                number = f"{index} input" if index < score.num_input_frames else str(index)
+                draw.text((x, top + _LINE), number, fill="gray", font=font)
+                sheet.paste(Image.fromarray(picture), (x, y))
+                if index in worst:
+                    corner = x + picture.shape[1] - 1, y + picture.shape[0] - 1
+                    draw.rectangle((x, y, *corner), outline="red", width=3)
+            top += height
+        if self.omitted:
+            draw.text((_GAP, top), f"and {self.omitted} more videos", fill="black", font=font)
         file = io.BytesIO()
         sheet.save(file, format="PNG")
         write_bytes(path, file.getbuffer())
-
-    @staticmethod
-    def _draw_row(
-        sheet: Image.Image,
-        draw: ImageDraw.ImageDraw,
-        font: Any,
-        strip: Strip,
-        top: int,
-    ) -> None:
-        score = strip.score
-        gap, line = 4, 14
-        worst = {failure.frame for failure in score.failures}
-        told = f"{score.name}: {score.verdict}"
-        if score.failures:
-            told += f" ({'; '.join(failure.detail for failure in score.failures)})"
-        # Pillow's own font, the only one sure to be there, draws boxes for the rest.
-        text = told.encode("ascii", "replace").decode()
-        draw.text((gap, top), text, fill="red" if worst else "black", font=font)
-        left = gap
-        for index, picture in strip.pictures.items():
-            height, width = picture.shape[:2]
-            number = f"{index} given" if index < score.num_input_frames else str(index)
-            draw.text((left, top + line), number, fill="gray", font=font)
-            sheet.paste(Image.fromarray(picture), (left, top + 2 * line))
-            if index in worst:
-                corner = (left + width - 1, top + 2 * line + height - 1)
-                draw.rectangle((left, top + 2 * line, *corner), outline="red", width=3)
-            left += width + gap
 
 
 def _frames(path: Path) -> Iterator[Frame]:
@@ -293,47 +241,15 @@ def _frames(path: Path) -> Iterator[Frame]:
         yield from piece
 
 
-def _judge(copy: Tensor, num_input_frames: int) -> tuple[Failure, ...]:
-    """Do what `find_failures` does, of the small copy (T, 3, h, w) it makes of a clip.
-
-    Without input frames the first one made is taken for sound; but then a video that is blank from
-    its first frame to its last has collapsed before it began.
-    """
-    first = max(1, num_input_frames)
-    collapse = _find_collapse(copy, first)
-    until = len(copy) if collapse is None else _onset(copy, first)
-    if not num_input_frames and all(_is_blank(picture) for picture in copy):
-        collapse = Failure("collapse", 0, 1.0, "all frames have one colour")
-    found = (collapse, _find_appearance(copy[:until], first))
-    return tuple(failure for failure in found if failure is not None)
-
-
-def _is_blank(picture: Tensor) -> bool:
-    return float(_same_color(picture, _BLANK_LEVELS).float().mean()) >= _BLANK_SHARE
-
-
 def _small(frame: Frame) -> Frame:
-    """Return a frame that fits into a cell of the contact sheet."""
-    height, width = frame.shape[:2]
-    scale = min(1.0, _CELL[0] / width, _CELL[1] / height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX))
+    """Frame that fits into a cell of the contact sheet."""
+    picture = Image.fromarray(frame)
+    scale = min(1.0, _CELL[0] / picture.width, _CELL[1] / picture.height)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return np.asarray(picture.resize(size, Image.Resampling.BOX))
 
 
 def _picks(score: Score) -> list[int]:
-    """Choose frames spread over a video, the first and last among them, and where it fails."""
+    """Numbers of frames spread over a video, with its first, its last and those of failures."""
     spread = np.linspace(0, score.frames - 1, min(_COLUMNS, score.frames)).round().astype(int)
-    picks = {int(index) for index in spread}
-    for failure in score.failures:
-        inner = sorted(picks - {0, score.frames - 1, *(other.frame for other in score.failures)})
-        if inner and failure.frame not in picks:
-            picks.remove(min(inner, key=lambda index: abs(index - failure.frame)))
-        picks.add(failure.frame)
-    return sorted(picks)
-
-
-def _rounded(value: Any) -> Any:
-    """Round for a report; what JSON has no number for becomes None."""
-    if not isinstance(value, float):
-        return value
-    return round(value, 4) if math.isfinite(value) else None
+    return sorted({*spread.tolist(), *(failure.frame for failure in score.failures)})

@@ -1,32 +1,31 @@
-"""What a guardrail is, and the chain of those that one world runs.
+"""A guardrail's verdict, and the chain of guardrails around one request.
 
-A guardrail that cannot load or cannot decide is an error, never a silent "safe".
+A guardrail that cannot load or cannot decide raises an error; nothing counts as safe by default.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from worldline.errors import CheckpointError, Error, GuardrailRefusal, InputError
+from worldline.errors import Error, GuardrailRefusal, InputError
 from worldline.parallel.offload import Part
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one guardrail says.
+    """Decision of one guardrail.
 
     Attributes:
-        safe: it found nothing.
-        check: which of its checks refused, such as "exact"; "" if safe or if it has only one.
-        categories: what it found, in its own names; may be empty.
+        safe: nothing was found.
+        check: the check that refused, such as "exact"; "" for a guardrail with only one.
+        categories: findings, in the guardrail's own names; may be empty.
     """
 
     safe: bool
@@ -35,186 +34,132 @@ class Verdict:
 
 
 class Guard(Protocol):
-    """What all of them have."""
+    """A guardrail; its networks run where their weights are."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        """Its networks, for whoever moves them; each runs where its weights are."""
+    def networks(self) -> tuple[nn.Module, ...]: ...
 
 
-class TextGuard(Guard, Protocol):
-    """Judges a prompt."""
+class Classifier(Guard, Protocol):
+    """Decides on a prompt, or on frames uint8 (T, H, W, 3)."""
 
-    def check(self, text: str) -> Verdict: ...
-
-
-class VideoGuard(Guard, Protocol):
-    """Judges a video, frames uint8 (T, H, W, 3)."""
-
-    def check(self, frames: np.ndarray) -> Verdict: ...
+    def check(self, content: Any, /) -> Verdict: ...
 
 
-class VideoFilter(Guard, Protocol):
-    """Changes a video that was found safe, such as by blurring faces."""
+class Filter(Guard, Protocol):
+    """Changes frames that were found safe, such as by blurring faces."""
 
-    def apply(self, frames: np.ndarray) -> tuple[np.ndarray, int]:
-        """Return frames of the same shape, and how many regions were changed."""
-
-
-@dataclass(frozen=True)
-class Ran:
-    """One line of a report: which guardrail ran, on what, and its verdict.
-
-    Attributes:
-        guard: its name.
-        subject: "prompt", "upsampled prompt", "video of 121 frames".
-        verdict: "safe", "refused", or what a filter did.
-        check: of `Verdict`.
-        categories: of `Verdict`.
-    """
-
-    guard: str
-    subject: str
-    verdict: str
-    check: str = ""
-    categories: tuple[str, ...] = ()
+    def apply(self, frames: np.ndarray, /) -> tuple[np.ndarray, int]:
+        """Frames of the same shape, and the number of regions that were changed."""
 
 
 class Guardrails:
-    """The guardrails of one world, in the order in which they are asked.
+    """Guardrails in the order of use; the first refusal ends a check.
 
     Attributes:
-        ran: what ran since the last `restart`, in order.
+        parts: networks by name of their guardrail; offloaded ones visit the device one by one.
+        checks: entries of the report, one for each guardrail that ran; without the prompt's words.
     """
 
     def __init__(
         self,
-        text: Sequence[TextGuard] = (),
-        video: Sequence[VideoGuard] = (),
-        filters: Sequence[VideoFilter] = (),
+        text: Sequence[Classifier] = (),
+        video: Sequence[Classifier] = (),
+        filters: Sequence[Filter] = (),
+        *,
+        device: torch.device | str = "cpu",
+        offload: bool = False,
     ) -> None:
         self.text = tuple(text)
         self.video = tuple(video)
         self.filters = tuple(filters)
-        self.ran: list[Ran] = []
-        self._parts: dict[nn.Module, Part[nn.Module]] = {}
+        self.parts = {
+            guard.name: Part(nn.ModuleList(guard.networks), torch.device(device), offload=offload)
+            for guard in (*self.text, *self.video, *self.filters)
+        }
+        self.checks: list[dict[str, Any]] = []
 
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        """Every network, in the order of use."""
-        guards = (*self.text, *self.video, *self.filters)
-        return tuple(network for guard in guards for network in guard.networks)
-
-    def wait_in_host_memory(self, device: torch.device) -> None:
-        """Bring the networks, which are on the host, to `device` while they are used, from now on.
-
-        On a CPU they stay where they are.
-        """
-        self._parts = {n: Part(n, device, offload=True) for n in self.networks}
+    def for_request(self) -> Guardrails:
+        """The same guardrails with an empty list `checks`."""
+        request = copy.copy(self)
+        request.checks = []
+        return request
 
     @property
     def offload(self) -> bool:
-        """Whether the networks' home is the host, and they run elsewhere."""
-        return any(part.offload for part in self._parts.values())
+        """Whether the networks stay in host memory between checks; never on a CPU."""
+        return any(part.offload for part in self.parts.values())
 
     @property
-    def visitor_bytes(self) -> int:
-        """Bytes that the networks of a guard hold at most where they run, of those that wait."""
-        waiting = {network for network, part in self._parts.items() if part.offload}
-        sizes = (
-            sum(w.nbytes for n in guard.networks if n in waiting for w in n.parameters())
-            for guard in (*self.text, *self.video, *self.filters)
-        )
-        return max(sizes, default=0)
+    def resident_bytes(self) -> int:
+        """Bytes of weights that stay on a GPU between checks."""
+        resident = (p for p in self.parts.values() if not p.offload and p.device.type != "cpu")
+        return sum(map(_nbytes, resident))
 
-    def for_request(self) -> Guardrails:
-        """Return the same guardrails with a list `ran` of their own."""
-        own = copy.copy(self)
-        own.restart()
-        return own
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of the largest offloaded guardrail, which its check brings to the device."""
+        return max((_nbytes(part) for part in self.parts.values() if part.offload), default=0)
 
-    def restart(self) -> None:
-        """Forget what ran: a new request begins."""
-        self.ran = []
+    def check_prompt(self, prompt: str, subject: str = "prompt") -> None:
+        """Ask the text guardrails.
 
-    def report(self) -> list[dict[str, Any]]:
-        """Return `ran` as it goes into a run's JSON; the prompt's words are not in it."""
-        return [asdict(ran) for ran in self.ran]
-
-    def check_prompt(self, text: str, subject: str = "prompt") -> None:
-        """Ask every text guard until one refuses.
+        Args:
+            prompt: may be empty, which the blocklist refuses.
+            subject: name of the prompt in report and message, such as "upsampled prompt".
 
         Raises:
-            GuardrailRefusal: one refused; its stage is "prompt".
+            GuardrailRefusal: stage "prompt"; the message has none of the prompt's words.
         """
         for guard in self.text:
-            with self._on_device(guard):
-                verdict = guard.check(text)
-            self._judge(guard.name, verdict, subject, "prompt")
+            self._check(guard, prompt, subject, "prompt")
 
     def check_video(self, frames: np.ndarray) -> np.ndarray:
-        """Ask every video guard, then pass the frames through the filters.
+        """Ask the video guardrails, then apply the filters.
 
         Args:
             frames: uint8 (T, H, W, 3); not changed.
 
         Raises:
-            GuardrailRefusal: one refused; its stage is "video".
-            InputError: these are no such frames.
+            GuardrailRefusal: stage "video".
+            InputError: other shape or dtype.
         """
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
             raise InputError(
-                f"guardrails look at uint8 frames (T, H, W, 3), not {frames.dtype} {frames.shape}"
+                f"guardrails check uint8 frames (T, H, W, 3), not {frames.dtype} {frames.shape}"
             )
         subject = f"video of {len(frames)} frames"
         for guard in self.video:
-            with self._on_device(guard):
-                verdict = guard.check(frames)
-            self._judge(guard.name, verdict, subject, "video")
+            self._check(guard, frames, subject, "video")
         for each in self.filters:
-            shape = frames.shape
-            with self._on_device(each):
-                frames, count = each.apply(frames)
-            if frames.shape != shape:
-                raise Error(f"{each.name} made {frames.shape} of frames {shape}")
-            self.ran.append(Ran(each.name, subject, f"{count} regions changed"))
+            with self.parts[each.name].on_device():
+                filtered, count = each.apply(frames)
+            if filtered.shape != frames.shape:
+                raise Error(f"guardrail {each.name} changed {frames.shape} into {filtered.shape}")
+            frames = filtered
+            self._record(each.name, subject, f"{count} regions changed", Verdict(True))
         return frames
 
-    @contextmanager
-    def _on_device(self, guard: Guard) -> Iterator[None]:
-        with ExitStack() as stack:
-            for network in guard.networks:
-                if network in self._parts:
-                    stack.enter_context(self._parts[network].on_device())
-            yield
-
-    def _judge(self, guard: str, verdict: Verdict, subject: str, stage: str) -> None:
-        said = "safe" if verdict.safe else "refused"
-        self.ran.append(Ran(guard, subject, said, verdict.check, verdict.categories))
+    def _check(self, guard: Classifier, content: Any, subject: str, stage: str) -> None:
+        with self.parts[guard.name].on_device():
+            verdict = guard.check(content)
+        self._record(guard.name, subject, "safe" if verdict.safe else "refused", verdict)
         if not verdict.safe:
-            found = f" ({', '.join(verdict.categories)})" if verdict.categories else ""
-            raise GuardrailRefusal(f"guardrail {guard} refused the {subject}{found}", stage)
+            categories = f" ({', '.join(verdict.categories)})" if verdict.categories else ""
+            raise GuardrailRefusal(
+                f"guardrail {guard.name} refused the {subject}{categories}", stage
+            )
+
+    def _record(self, guard: str, subject: str, result: str, verdict: Verdict) -> None:
+        check, categories = verdict.check, verdict.categories
+        self.checks.append(
+            {"guard": guard, "subject": subject, "verdict": result}
+            | {"check": check, "categories": categories}
+        )
 
 
-@contextmanager
-def loading(name: str, flag: str, fetched_as: str) -> Iterator[None]:
-    """Turn what fails inside into one error that says how to run without the guardrail.
-
-    Args:
-        name: of the guardrail.
-        flag: what the user would give to run without.
-        fetched_as: what `worldline checkpoints download` takes for it.
-
-    Raises:
-        CheckpointError: a file is absent, damaged or of another model; it is named.
-    """
-    try:
-        yield
-    except (InputError, OSError, ImportError) as error:
-        raise CheckpointError(
-            f"guardrail {name} cannot load: {error}; `worldline checkpoints download "
-            f"{fetched_as}` fetches it; {flag} runs without guardrails"
-        ) from error
+def _nbytes(part: Part[nn.ModuleList]) -> int:
+    return sum(weight.nbytes for weight in part.module.parameters())

@@ -1,0 +1,253 @@
+"""Rigid bodies in the plane: gravity, walls, impulses between circles, Coulomb friction.
+
+Every body collides as a disc with the inertia of one, whatever is drawn for it. One step moves the
+bodies on exact parabolas and then resolves contacts by impulses, so energy never grows in free
+flight or in a collision. Lengths are picture heights, x to the right and y DOWN as in an image; a
+positive angle turns clockwise on screen. Axes: N bodies, B clips, T frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiny.parts import Floats, Scene
+from worldline.errors import InputError
+
+FPS = 25.0
+SUBSTEPS = 4  # a frame; at 2 heights a second a body moves a sixth of the smallest radius in one
+INERTIA = 0.5  # of a disc, in units of mass * radius^2
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """The start of B clips of N bodies each.
+
+    All arrays are float64. Those of bodies are (N, B), those of clips (B,). A radius of 0 marks a
+    place without a body.
+    """
+
+    x: Floats
+    y: Floats
+    velocity_x: Floats  # heights a second
+    velocity_y: Floats
+    angle: Floats  # radians
+    spin: Floats  # radians a second
+    radius: Floats
+    mass: Floats
+    gravity: Floats  # heights a second squared, downwards
+    drag: Floats  # 1 / second, the share of velocity that a table seen from above takes
+    restitution: Floats  # 0 to 1
+    friction: Floats  # Coulomb's coefficient
+    left: Floats  # the walls, which no disc crosses
+    right: Floats
+    top: Floats
+    bottom: Floats
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Where the bodies are in each frame: float64 arrays of (B, T, N)."""
+
+    x: Floats
+    y: Floats
+    angle: Floats
+    velocity_x: Floats
+    velocity_y: Floats
+    spin: Floats
+
+
+def simulate(scenes: Sequence[Scene], frames: int = 33, fps: float = FPS) -> Motion:
+    """Return the motion of `scenes`; each clip is the same whatever the others are.
+
+    Raises:
+        InputError: `frames` or `fps` is not positive, or there is no scene.
+    """
+    if not scenes:
+        raise InputError("there is no scene to simulate")
+    return integrate(gather_bodies(scenes), frames, fps)
+
+
+def gather_bodies(scenes: Sequence[Scene]) -> Bodies:
+    """Put scenes of any number of bodies side by side; N is the largest number."""
+    num_bodies = max(scene.num_objects for scene in scenes)
+    shape = (num_bodies, len(scenes))
+    radius, mass = np.zeros(shape), np.ones(shape)
+    state = np.zeros((6, *shape))
+    for column, scene in enumerate(scenes):
+        count = scene.num_objects
+        radius[:count, column] = scene.radii
+        mass[:count, column] = scene.masses
+        state[:, :count, column] = scene.state
+
+    def clips(name: str) -> Floats:
+        return np.array([getattr(scene, name) for scene in scenes], dtype=np.float64)
+
+    return Bodies(
+        x=state[0],
+        y=state[1],
+        velocity_x=state[2],
+        velocity_y=state[3],
+        angle=state[4],
+        spin=state[5],
+        radius=radius,
+        mass=mass,
+        gravity=clips("gravity"),
+        drag=clips("drag"),
+        restitution=clips("restitution"),
+        friction=clips("friction"),
+        left=clips("left"),
+        right=clips("right"),
+        top=clips("top"),
+        bottom=clips("bottom"),
+    )
+
+
+def integrate(bodies: Bodies, frames: int, fps: float = FPS) -> Motion:
+    """Carry `bodies` through `frames` frames; frame 0 is the start itself."""
+    if frames < 1:
+        raise InputError(f"frames is {frames}; it must be at least 1")
+    if fps <= 0:
+        raise InputError(f"fps is {fps}; it must be positive")
+    # (x, y, angle, velocity_x, velocity_y, spin); the views below are changed in place.
+    state = np.stack(
+        [
+            bodies.x,
+            bodies.y,
+            bodies.angle,
+            bodies.velocity_x,
+            bodies.velocity_y,
+            bodies.spin,
+        ]
+    )
+    track = np.empty((frames, *state.shape))
+    track[0] = state
+    solver = _Solver(bodies, state, 1.0 / (fps * SUBSTEPS))
+    for frame in range(1, frames):
+        for _ in range(SUBSTEPS):
+            solver.step()
+        track[frame] = state
+    x, y, angle, velocity_x, velocity_y, spin = track.transpose(1, 3, 0, 2)
+    return Motion(x, y, angle, velocity_x, velocity_y, spin)
+
+
+class _Solver:
+    """The state of a batch and what each substep needs, computed once."""
+
+    def __init__(self, bodies: Bodies, state: Floats, seconds: float) -> None:
+        self.bodies = bodies
+        self.state = state
+        self.seconds = seconds
+        num_bodies, num_clips = bodies.x.shape
+        self.first, self.second = np.triu_indices(num_bodies, 1)
+        present = (bodies.radius[self.first] > 0) & (bodies.radius[self.second] > 0)
+        reach = (bodies.radius[self.first] + bodies.radius[self.second]) * present
+        self.reach_squared = reach**2  # 0 where a body is absent: such a pair never touches
+        self.fall = bodies.gravity * seconds
+        self.keep = 1.0 - bodies.drag * seconds
+        radius = np.maximum(bodies.radius, 1e-9)  # absent bodies must not divide by 0
+        self.radius = radius.ravel()
+        # Flat views, so that the few bodies in contact are picked with one index.
+        self.flat = state.reshape(6, -1)
+        self.clip = np.tile(np.arange(num_clips), num_bodies)
+        # The discs' centres stay in a rectangle: its middle and half its size, along x and along y.
+        self.middle = (0.5 * (bodies.left + bodies.right), 0.5 * (bodies.top + bodies.bottom))
+        self.room = (
+            0.5 * (bodies.right - bodies.left) - radius,
+            0.5 * (bodies.bottom - bodies.top) - radius,
+        )
+
+    def step(self) -> None:
+        position, velocity = self.state[:3], self.state[3:]
+        position += velocity * self.seconds
+        position[1] += 0.5 * self.seconds * self.fall
+        velocity[1] += self.fall
+        velocity *= self.keep
+        self._collide_pairs()
+        self._collide_walls(1)
+        self._collide_walls(0)
+
+    def _collide_pairs(self) -> None:
+        x, y = self.state[0], self.state[1]
+        dx = x[self.first] - x[self.second]
+        dy = y[self.first] - y[self.second]
+        touching = dx * dx + dy * dy < self.reach_squared
+        # One pair after the other: simultaneous impulses on a body that touches two others would
+        # create energy.
+        for pair in touching.any(axis=1).nonzero()[0]:
+            self._collide_pair(
+                int(self.first[pair]), int(self.second[pair]), touching[pair].nonzero()[0]
+            )
+
+    def _collide_pair(self, first: int, second: int, clips: NDArray[np.intp]) -> None:
+        state, bodies = self.state, self.bodies
+        a, b = state[:, first, clips], state[:, second, clips]
+        inverse_a, inverse_b = 1 / bodies.mass[first, clips], 1 / bodies.mass[second, clips]
+        radius_a, radius_b = bodies.radius[first, clips], bodies.radius[second, clips]
+        inverse = inverse_a + inverse_b
+        dx, dy = a[0] - b[0], a[1] - b[1]
+        distance = np.sqrt(dx * dx + dy * dy)
+        safe = np.maximum(distance, 1e-9)
+        # Two centres in one point have no direction; any will do.
+        normal_x = np.where(distance > 1e-9, dx / safe, 1.0)
+        normal_y = dy / safe
+        # Moving both by inverse mass keeps the centre of mass, hence the energy of the pair under
+        # gravity.
+        overlap = np.maximum(radius_a + radius_b - distance, 0.0) / inverse
+        a[0] += overlap * inverse_a * normal_x
+        a[1] += overlap * inverse_a * normal_y
+        b[0] -= overlap * inverse_b * normal_x
+        b[1] -= overlap * inverse_b * normal_y
+
+        relative_x, relative_y = a[3] - b[3], a[4] - b[4]
+        closing = np.maximum(-(relative_x * normal_x + relative_y * normal_y), 0.0)
+        bounce = (1 + bodies.restitution[clips]) * closing / inverse
+        slip = relative_y * normal_x - relative_x * normal_y - a[5] * radius_a - b[5] * radius_b
+        limit = bodies.friction[clips] * bounce
+        rub = np.minimum(np.maximum(-slip / (inverse * (1 + 1 / INERTIA)), -limit), limit)
+        impulse_x = bounce * normal_x - rub * normal_y
+        impulse_y = bounce * normal_y + rub * normal_x
+        a[3] += impulse_x * inverse_a
+        a[4] += impulse_y * inverse_a
+        b[3] -= impulse_x * inverse_b
+        b[4] -= impulse_y * inverse_b
+        a[5] -= rub * inverse_a / (INERTIA * radius_a)
+        b[5] -= rub * inverse_b / (INERTIA * radius_b)
+        state[:, first, clips], state[:, second, clips] = a, b
+
+    def _collide_walls(self, axis: int) -> None:
+        """Resolve contacts with the two walls that stop motion along x (0) or y (1)."""
+        offset = self.state[axis] - self.middle[axis]
+        depth = np.abs(offset) - self.room[axis]
+        hit = (depth.ravel() > 0).nonzero()[0]
+        if not hit.size:
+            return
+        bodies, clip, radius = self.bodies, self.clip[hit], self.radius[hit]
+        direction = np.sign(
+            offset.ravel()[hit]
+        )  # towards the wall: 1 is the right one, or the floor
+        depth = depth.ravel()[hit]
+        pull = bodies.gravity[clip] * direction * axis
+        along, across, spin = self.flat[3 + axis], self.flat[4 - axis], self.flat[5]
+        speed = along[hit] * direction
+        # Putting the body back to the wall raises it against gravity: take that energy from its
+        # speed.
+        arrival = np.maximum(speed, 0.0)
+        arrival = np.sqrt(np.maximum(arrival * arrival - 2 * pull * depth, 0.0))
+        # Below this speed a bounce would not leave the wall within a few substeps: the body rests.
+        resting = arrival < 4 * np.abs(pull) * self.seconds
+        bounce = arrival * np.where(resting, 0.0, bodies.restitution[clip])
+        # The tangent is the wall's direction turned by a quarter: (-1, 0) at the floor, (0, 1) at
+        # the right wall.
+        tangent = direction * (1 - 2 * axis)
+        slip = across[hit] * tangent + spin[hit] * radius
+        limit = bodies.friction[clip] * (np.maximum(speed, 0.0) + bounce)
+        rub = np.minimum(np.maximum(-slip / (1 + 1 / INERTIA), -limit), limit)
+        self.flat[axis, hit] -= depth * direction
+        # A body that is already leaving keeps its speed.
+        along[hit] = np.where(speed < 0, speed, -bounce) * direction
+        across[hit] += rub * tangent
+        spin[hit] += rub / (INERTIA * radius)

@@ -1,0 +1,112 @@
+"""Training of the small tokenizer that is laid out as Wan2.1's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tiny import sizes
+from tiny.data import as_video
+from tiny.reconstruction import (
+    DEVIATION,
+    KL,
+    Moments,
+    clips_for_statistics,
+    tell_psnr,
+    train_reconstruction,
+)
+from tiny.run import Run, half_precision
+from worldline.tokenizers.wan.load import CONFIG, DIFFUSERS_FILES, channels_last, load_wan, open_wan
+from worldline.tokenizers.wan.model import CausalConv, WanTokenizer, WanTokenizerConfig
+from worldline.tokenizers.wan.weights import diffusers_config, diffusers_tensors
+from worldline.train.losses import ReconstructionObjective
+from worldline.weights.write import save as save_tensors
+
+_SHAPES = 64  # of cells that are prepared for a convolution; no two levels have the same
+
+
+def train_wan(run: Run, start: Path | None) -> None:
+    """Train on generated clips; latents are left as they come, and normalised in what is written.
+
+    Args:
+        run: how.
+        start: weights to begin with, an export folder.
+    """
+    device, half = run.device, half_precision(run.device)
+    torch.manual_seed(run.seed)
+    if start is None:
+        model = WanTokenizer(sizes.WAN)
+        model.reset_parameters()
+        model = channels_last(model.to(device))
+    else:
+        model = load_wan(open_wan(start), device, torch.float32).requires_grad_(True)
+    model.config = _unscaled(model.config)
+    if run.compiled:
+        compile_between_convolutions(model)
+    objective = ReconstructionObjective(kl=KL)
+    done = train_reconstruction(run, model, objective, piece=sizes.WAN_PIECE, whole=False)
+    if not run.ranks.first:
+        return
+    folder = run.folder / "export"
+    export_wan(model, folder)
+    exported = load_wan(open_wan(folder), device, half)
+    mean, std = channel_statistics(exported, clips_for_statistics(run), half)
+    exported.config = model.config = replace(model.config, mean=mean, std=std)
+    export_wan(model, folder)
+    tell_psnr(run, done, exported)
+
+
+def _unscaled(config: WanTokenizerConfig) -> WanTokenizerConfig:
+    """Return a configuration whose latents are what the encoder says."""
+    channels = config.latent_channels
+    return replace(config, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+def compile_between_convolutions(model: WanTokenizer) -> None:
+    """Let one kernel do what lies between two convolutions; these are left to cuDNN.
+
+    The few small functions are compiled in a fraction of the time that the whole network takes.
+    """
+    torch._dynamo.config.recompile_limit = _SHAPES
+    for module in model.modules():
+        if isinstance(module, CausalConv):
+            module.prepare = torch.compile(module.prepare, dynamic=False)
+
+
+@torch.no_grad()
+def channel_statistics(
+    model: WanTokenizer, batches: Iterator[Tensor], dtype: torch.dtype
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation of every channel of the latents.
+
+    Args:
+        model: in `dtype`.
+        batches: clips, uint8 (B, T, H, W, 3).
+        dtype: to encode in.
+    """
+    moments = Moments()
+    for clips in batches:
+        for part in clips.split(32):
+            z = model.encode(as_video(part).to(dtype))
+            moments.add(z.flatten(2, 3).unsqueeze(2))  # all latent frames as one
+    mean, deviation = (tuple(values[:, 0].tolist()) for values in moments.result())
+    return mean, deviation
+
+
+def export_wan(model: WanTokenizer, folder: Path) -> None:
+    """Write weights in bf16 by diffusers' names, and config.json with the statistics of latents."""
+    channels = model.config.latent_channels
+    with torch.no_grad():  # the variance, which training keeps fixed
+        model.quant_conv.weight[channels:] = 0
+        model.quant_conv.bias[channels:] = 2 * math.log(DEVIATION)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.bfloat16() for name, tensor in diffusers_tensors(model).items()}
+    save_tensors(tensors, folder / DIFFUSERS_FILES[0])
+    said = json.dumps(diffusers_config(model.config), indent=1)
+    (folder / CONFIG).write_text(said + "\n")
