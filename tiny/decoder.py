@@ -203,7 +203,7 @@ class Decoding(nn.Module):
         """
         nothing = torch.zeros_like(sigma)
         shown, marked = noised_latents(
-            latents, noise, sigma, nothing, known_noise=noise, known_sigma=sigma
+            latents, noise, sigma, nothing, conditioning_noise=noise, conditioning_sigma=sigma
         )
         output = self.transformer(
             shown,

@@ -125,7 +125,7 @@ class Denoising(nn.Module):
         """
         level = torch.full_like(sigma, _KNOWN_SIGMA)
         shown, marked = noised_latents(
-            latents, noise[0], sigma, known, known_noise=noise[1], known_sigma=level
+            latents, noise[0], sigma, known, conditioning_noise=noise[1], conditioning_sigma=level
         )
         attended = mask.clone()
         attended[:, 0] = 1  # attention over no token at all is not defined

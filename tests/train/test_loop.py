@@ -186,11 +186,11 @@ def test_a_run_stops_in_time_and_saves(tmp_path: Path) -> None:
 
 
 def test_step_sizes_rise_and_fall() -> None:
-    rates = [warmup_cosine(s, peak=1.0, warmup=10, total=110, final=0.1) for s in range(111)]
+    rates = [warmup_cosine(s, peak=1.0, warmup=10, total=110) for s in range(111)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
-    assert rates[60] == pytest.approx(0.55)
-    assert rates[110] == pytest.approx(0.1)
+    assert rates[60] == pytest.approx(0.505)
+    assert rates[110] == pytest.approx(0.01)
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 

@@ -1,7 +1,7 @@
 """The whole state of a run in a folder, so that a killed run goes on bit for bit.
 
 `state.json` is written last and names the files that belong to it: a run that dies while it
-saves leaves the state before untouched.
+saves leaves the previous state untouched.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from worldline.errors import CheckpointError
 from worldline.train.optim import Average
 from worldline.weights.write import save as save_tensors
 
-_PARTS = ("weights", "average", "first_moment", "second_moment")
+# name of a moment in the optimizer's state -> stem of its file
+_MOMENTS = {"exp_avg": "first_moment", "exp_avg_sq": "second_moment"}
 
 
 def save_state(
@@ -27,69 +28,66 @@ def save_state(
 ) -> None:
     """Write weights, averages and moments after `step` steps (one file each), then state.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
-    for name, parameter in module.named_parameters():
-        parts["weights"][name] = parameter.detach()
-        if parameter in optimizer.state:
-            moments = optimizer.state[parameter]
-            parts["first_moment"][name] = moments["exp_avg"]
-            if "exp_avg_sq" in moments:  # Muon has none
-                parts["second_moment"][name] = moments["exp_avg_sq"]
-    parts["average"] = average.values
-    files = {part: f"{part}-{step:07d}.safetensors" for part in _PARTS}
+    parts = _tensors(module, average, optimizer)
+    files = {part: f"{part}-{step:07d}.safetensors" for part in parts}
     for part, tensors in parts.items():
-        save_tensors(
-            {name: t.cpu().contiguous() for name, t in tensors.items()}, folder / files[part]
-        )
-    before = _read_state(folder)
-    state = folder / "state.json"
-    temporary = state.with_suffix(".tmp")
+        copies = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_tensors(copies, folder / files[part])
+    previous = _read_state(folder)
+    temporary = folder / "state.tmp"
     temporary.write_text(json.dumps({"step": step, "files": files}, indent=1))
-    os.replace(temporary, state)
-    if before is not None and before["step"] != step:
-        for name in before["files"].values():
+    os.replace(temporary, folder / "state.json")
+    for name in previous.get("files", {}).values():
+        if name not in files.values():
             (folder / name).unlink(missing_ok=True)
 
 
 def load_state(
     folder: Path, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer
 ) -> int:
-    """Restore what `save_state` wrote; return the number of steps done, 0 where nothing is saved.
+    """Restore what `save_state` wrote; the number of steps done, 0 in a new folder.
 
     Raises:
-        CheckpointError: the saved tensors do not fit the module.
+        CheckpointError: the saved tensors do not fit the module or the optimizer.
     """
     state = _read_state(folder)
-    if state is None:
+    if not state:
         return 0
-    parts = {part: load_file(folder / state["files"][part]) for part in _PARTS}
-    second = {
-        name
-        for name, parameter in module.named_parameters()
-        if "exp_avg_sq" in optimizer.state.get(parameter, {})
-    }
-    expected = {name: parameter.shape for name, parameter in module.named_parameters()}
-    stored = {name: tensor.shape for name, tensor in parts["weights"].items()}
-    if stored != expected or parts["second_moment"].keys() != second:
-        raise CheckpointError(
-            f"{folder} holds the state of another model or optimizer; give another folder"
-        )
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(parts["weights"][name])
-            average.values[name].copy_(parts["average"][name])
-            if parameter in optimizer.state:
-                moments = optimizer.state[parameter]
-                moments["exp_avg"].copy_(parts["first_moment"][name])
-                if "exp_avg_sq" in moments:
-                    moments["exp_avg_sq"].copy_(parts["second_moment"][name])
-                    moments["step"].fill_(float(state["step"]))
+    for part, tensors in _tensors(module, average, optimizer).items():
+        stored = load_file(folder / state["files"][part])
+        if _shapes(stored) != _shapes(tensors):
+            raise CheckpointError(
+                f"{folder} holds the state of another model or optimizer; choose another folder"
+            )
+        for name, tensor in tensors.items():
+            tensor.copy_(stored[name])
+    for moments in optimizer.state.values():
+        if "step" in moments:
+            moments["step"].fill_(float(state["step"]))
     return int(state["step"])
 
 
-def _read_state(folder: Path) -> dict[str, Any] | None:
+def _tensors(
+    module: nn.Module, average: Average, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors of a state by part and parameter; Muon's matrices have no second moment."""
+    parameters = dict(module.named_parameters())
+    moments = {
+        part: {
+            name: optimizer.state[parameter][moment]
+            for name, parameter in parameters.items()
+            if moment in optimizer.state.get(parameter, {})
+        }
+        for moment, part in _MOMENTS.items()
+    }
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    return {"weights": weights, "average": average.values, **moments}
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / "state.json"
-    if not path.exists():
-        return None
-    state: dict[str, Any] = json.loads(path.read_text())
-    return state
+    return json.loads(path.read_text()) if path.exists() else {}

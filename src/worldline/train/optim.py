@@ -1,9 +1,9 @@
-"""Step sizes, parameter groups and averaged weights."""
+"""Learning rates, AdamW and Muon, averaged weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 _MUON_MOMENTUM = 0.95
-_MUON_SIZE = 0.2  # root mean square of AdamW's updates, about, at a learning rate of one
-# steepest at 0 of the quintics that keep singular values near one
+_MUON_SCALE = 0.2  # root mean square of AdamW's updates, about, at a learning rate of one
+# the quintic that is steepest at 0 of those that keep singular values near one
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_FINAL_RATE = 0.01  # of the peak
 
 
-def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, final: float = 0.0) -> float:
-    """Return the learning rate of `step` (from 0): a linear rise, then half a cosine to `final`."""
+def warmup_cosine(step: int, *, peak: float, warmup: int, total: int) -> float:
+    """Learning rate of `step` (from 0): a linear rise, then half a cosine to 1 % of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
+    final = peak * _FINAL_RATE
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -31,39 +33,44 @@ def make_optimizer(
     weight_decay: float,
     orthogonal: Sequence[str] = (),
 ) -> MuonAdamW:
-    """Return AdamW that decays matrices and kernels, not norms and biases; Muon where it is asked.
+    """AdamW that decays matrices and kernels, not norms and biases; Muon for some matrices.
 
     Its moments exist from the start, so that a CUDA graph of its step finds them in place.
 
     Args:
-        module: its parameters that want gradients, float32.
-        betas: of AdamW.
+        module: its trainable parameters are float32.
+        betas: AdamW's.
         weight_decay: of both.
-        orthogonal: patterns of the names of matrices that Muon trains (`blocks.*.weight`); what
-            they fit beside matrices is left to AdamW.
+        orthogonal: patterns of the names of matrices that Muon trains (`blocks.*.weight`); a match
+            that is no matrix stays with AdamW.
 
     Raises:
-        ValueError: a pattern fits no matrix.
+        ValueError: a pattern matches no matrix.
     """
-    matrices = [name for name, parameter in _parameters(module) if parameter.ndim == 2]
+    parameters = _trainable(module)
+    matrices = [name for name, parameter in parameters.items() if parameter.ndim == 2]
     for pattern in orthogonal:
         if not any(fnmatchcase(name, pattern) for name in matrices):
             raise ValueError(f"no matrix to train has a name like {pattern}")
-    parameters: dict[str, list[nn.Parameter]] = {"muon": [], "decayed": [], "free": []}
-    for name, parameter in _parameters(module):
-        muon = parameter.ndim == 2 and any(fnmatchcase(name, one) for one in orthogonal)
-        kind = "muon" if muon else "decayed" if parameter.ndim > 1 else "free"
-        parameters[kind].append(parameter)
-    groups = [
-        {"params": parameters["muon"], "weight_decay": weight_decay, "orthogonal": True},
-        {"params": parameters["decayed"], "weight_decay": weight_decay},
-        {"params": parameters["free"], "weight_decay": 0.0},
-    ]
+    kinds: dict[str, list[nn.Parameter]] = {"muon": [], "decayed": [], "free": []}
+    for name, parameter in parameters.items():
+        muon = name in matrices and any(fnmatchcase(name, pattern) for pattern in orthogonal)
+        kinds["muon" if muon else "decayed" if parameter.ndim > 1 else "free"].append(parameter)
     device = next(module.parameters()).device
     on_gpu = device.type == "cuda"
     rate: Any = torch.zeros((), device=device) if on_gpu else 0.0  # a graph reads it from memory
-    optimizer = MuonAdamW(groups, lr=rate, betas=betas, fused=on_gpu, capturable=on_gpu)
-    for kind, members in parameters.items():
+    optimizer = MuonAdamW(
+        [
+            {"params": kinds["muon"], "weight_decay": weight_decay, "orthogonal": True},
+            {"params": kinds["decayed"], "weight_decay": weight_decay},
+            {"params": kinds["free"], "weight_decay": 0.0},
+        ],
+        lr=rate,
+        betas=betas,
+        fused=on_gpu,
+        capturable=on_gpu,
+    )
+    for kind, members in kinds.items():
         for parameter in members:
             moments = {"exp_avg": torch.zeros_like(parameter)}
             if kind != "muon":
@@ -83,25 +90,25 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Change all parameters by their gradients; those of Muon's matrices are let go."""
+        """Update all parameters; gradients of Muon's matrices are dropped."""
         for group in self.param_groups:
             if group.get("orthogonal"):
-                alike: dict[torch.Size, list[nn.Parameter]] = {}
+                by_shape: dict[torch.Size, list[nn.Parameter]] = {}
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        alike.setdefault(parameter.shape, []).append(parameter)
-                for matrices in alike.values():
-                    self._step_of(matrices, group["lr"], group["weight_decay"])
+                        by_shape.setdefault(parameter.shape, []).append(parameter)
+                for matrices in by_shape.values():
+                    self._muon_step(matrices, group["lr"], group["weight_decay"])
         super().step()
 
-    def _step_of(self, matrices: list[nn.Parameter], rate: float | Tensor, decay: float) -> None:
-        """Do Muon's step for matrices of one shape at once."""
+    def _muon_step(self, matrices: list[nn.Parameter], rate: float | Tensor, decay: float) -> None:
+        """Muon's step for all matrices of one shape."""
         weights: list[Tensor] = [matrix.data for matrix in matrices]
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         momenta = [self.state[matrix]["exp_avg"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - _MUON_MOMENTUM)
         ahead = torch.stack(torch._foreach_lerp(gradients, momenta, _MUON_MOMENTUM))  # Nesterov's
-        size = _MUON_SIZE * math.sqrt(max(matrices[0].shape))
+        size = _MUON_SCALE * math.sqrt(max(matrices[0].shape))
         steps = orthogonalise(ahead).float() * (rate * size)
         torch._foreach_mul_(weights, 1 - rate * decay)
         torch._foreach_sub_(weights, steps.unbind())
@@ -110,15 +117,9 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Return U V^T of each matrix U S V^T, roughly: singular values come out between 0.7 and 1.2.
+    """U V^T of each matrix U S V^T, roughly: singular values come out between 0.7 and 1.2.
 
-    A quintic Newton-Schulz iteration, in bf16.
-
-    Args:
-        matrices: (N, rows, columns).
-
-    Returns:
-        bf16, in the same shape.
+    A quintic Newton-Schulz iteration in bf16; (N, rows, columns) in and out.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).bfloat16()
@@ -131,7 +132,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give all groups this learning rate, in place where it lies on a device."""
+    """Set the rate of all groups, in place where it lies on a device."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -140,7 +141,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 class Average:
-    """Exponential moving average of a module's parameters, float32.
+    """Exponential moving average of a module's trainable parameters, float32.
 
     The decay rises with the step, min(decay, (1 + step) / (10 + step)), so that a young average
     forgets its start.
@@ -148,37 +149,31 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.values = {
-            name: parameter.detach().float().clone() for name, parameter in _parameters(module)
-        }
+        self.values = {name: p.detach().float().clone() for name, p in _trainable(module).items()}
         device = next(iter(self.values.values())).device
         self._weight = torch.ones((), device=device)  # of the newest parameters
 
     def set_weight(self, step: int) -> None:
-        """Say that the next update is that of `step`, counted from 1."""
+        """Set the weight of the next update, that of `step`, counted from 1."""
         self._weight.fill_(1 - min(self.decay, (1 + step) / (10 + step)))
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Move towards the parameters by the weight that was set."""
         values = list(self.values.values())
-        steps = torch._foreach_sub([p.detach().float() for _, p in _parameters(module)], values)
+        newest = [parameter.detach().float() for parameter in _trainable(module).values()]
+        steps = torch._foreach_sub(newest, values)
         torch._foreach_mul_(steps, self._weight)
         torch._foreach_add_(values, steps)
 
+    @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
         """Exchange the averages and the module's parameters; twice is no change."""
-        with torch.no_grad():
-            for name, parameter in _parameters(module):
-                held = parameter.detach().float().clone()
-                parameter.copy_(self.values[name])
-                self.values[name].copy_(held)
+        for name, parameter in _trainable(module).items():
+            newest = parameter.detach().float().clone()
+            parameter.copy_(self.values[name])
+            self.values[name].copy_(newest)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale all gradients so that their joint norm is at most `limit`; return the norm before."""
-    return torch.nn.utils.clip_grad_norm_(list(parameters), limit)
-
-
-def _parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
