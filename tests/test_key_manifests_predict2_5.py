@@ -57,7 +57,7 @@ def test_files_fit_both_ways(size: str, layout: str, bare: bool) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == stated["parameters"]
     for ours, theirs in pairs.items():
         assert keys.released(ours, "" if bare else None) == theirs
-    assert weights.is_flow_dit(checkpoint)
+    assert weights.is_flow_dit(checkpoint.tensors)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -116,6 +116,6 @@ def test_files_that_do_not_fit(layout: str) -> None:
 
 def test_a_transformer_of_predict1_is_none() -> None:
     checkpoint = fake(manifest("Cosmos-Predict1-7B-Video2World")["tensors"], "model.pt")
-    assert not weights.is_flow_dit(checkpoint)
+    assert not weights.is_flow_dit(checkpoint.tensors)
     with pytest.raises(CheckpointError, match="diffusion transformer of this kind"):
         model_of(checkpoint, weights.KEYS)

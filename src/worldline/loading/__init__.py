@@ -16,7 +16,6 @@ import torch
 from worldline.catalog import Entry, find_flow_model
 from worldline.choices import DIFFUSION_OFFLOAD_FLAGS, FLOW_OFFLOAD_FLAGS, ScheduleName
 from worldline.errors import InputError, InsufficientMemoryError
-from worldline.files import holds_diffusers
 from worldline.loading.autoregressive import (
     AutoregressiveFiles,
     AutoregressiveParts,
@@ -41,13 +40,7 @@ from worldline.loading.diffusion import (
     open_diffusion,
     plan_diffusion,
 )
-from worldline.loading.folders import (
-    is_diffusion,
-    open_transformer,
-    read_settings,
-    refuse_options,
-    world_name,
-)
+from worldline.loading.folders import refuse_options, world_name
 from worldline.loading.memory import (
     DiffusionPlan,
     Fit,
@@ -88,6 +81,8 @@ from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import key_map
 from worldline.tokenizers.wan.model import WanTokenizerConfig
+from worldline.weights.dit import is_dit
+from worldline.weights.networks import open_transformer
 
 __all__ = [
     "AutoregressiveFiles",
@@ -124,12 +119,10 @@ __all__ = [
     "open_autoregressive",
     "open_diffusion",
     "open_predict2_5",
-    "open_transformer",
     "plan_autoregressive",
     "plan_decoder",
     "plan_diffusion",
     "plan_predict2_5",
-    "read_settings",
     "refuse_options",
     "text_dtype",
     "video_shape",
@@ -184,7 +177,7 @@ def find_world(
         )
     if schedule is not None:
         refuse_options(place.folder, "no Predict2.5", {"schedule": schedule})
-    if holds_diffusers(place.named) or is_diffusion(open_transformer(place.named)):
+    if is_dit(open_transformer(place.named).tensors):
         return open_diffusion(
             place,
             tokenizer_dir=tokenizer_dir,

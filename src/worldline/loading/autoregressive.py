@@ -11,7 +11,7 @@ import torch
 
 from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS, CARRIED, INPUT_FRAMES
 from worldline.errors import CheckpointError
-from worldline.files import holds_diffusers, unfinished
+from worldline.files import unfinished
 from worldline.loading.decoder import (
     DecoderFiles,
     DecoderNeed,
@@ -19,24 +19,16 @@ from worldline.loading.decoder import (
     open_decoder,
 )
 from worldline.loading.diffusion import RELEASED_CONTEXT, T5
-from worldline.loading.folders import (
-    is_diffusion,
-    open_transformer,
-    read_settings,
-    refuse_decoder,
-    refuse_options,
-    stamps,
-)
+from worldline.loading.folders import refuse_decoder, refuse_options, stamps
 from worldline.loading.memory import coding_bytes, count_parameters, workspace
 from worldline.loading.parts import TextPart, find_text
 from worldline.loading.predict2_5 import refuse_flow
 from worldline.models.predict1_ar.model import (
     FEED_FORWARD_ROWS,
-    RELEASED_GRID,
     ARTransformer,
     ARTransformerConfig,
 )
-from worldline.models.predict1_ar.weights import KEYS, read_config
+from worldline.models.predict1_ar.weights import open_autoregressive as open_network
 from worldline.parallel.offload import Part
 from worldline.places import Place
 from worldline.sampling.decode import CHUNK
@@ -45,7 +37,9 @@ from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import key_map
+from worldline.weights.dit import is_dit, layout_of
 from worldline.weights.keymap import match
+from worldline.weights.networks import open_transformer
 from worldline.weights.read import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -210,18 +204,21 @@ def open_autoregressive(
     """
     named, folder = place.named, place.folder
     refuse_flow(named)
-    source = None if holds_diffusers(named) else open_transformer(named)
-    if source is None or is_diffusion(source):
-        if source is not None:
+    source = open_transformer(named)
+    if is_dit(source.tensors):
+        if layout_of(source.tensors) == "nvidia":
             refuse_decoder(folder, source)
         raise CheckpointError(
             f"{folder} is a diffusion world, not an autoregressive one: "
             "use worldline diffusion, or worldline.load in Python"
         )
     try:
-        config = _check_transformer(source, folder)
+        config = open_network(source).config
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_doubt(source)}") from error
+    if not (folder / "config.json").exists():
+        sides = " x ".join(map(str, astuple(config.grid)))
+        logger.info("no config.json in %s: released grid %s assumed", folder, sides)
     if config.context_width is None:
         refuse_options(folder, "an autoregressive base", {"text_encoder_dir": text_encoder_dir})
     tokenizer_folder = _tokenizer_folder(place)
@@ -255,29 +252,6 @@ def open_autoregressive(
         why_no_text,
         decoder,
     )
-
-
-def _check_transformer(source: Checkpoint, folder: Path) -> ARTransformerConfig:
-    """Return the architecture of a transformer, checked against every tensor."""
-    settings = read_settings(folder)
-    if not (folder / "config.json").exists():
-        sides = " x ".join(map(str, astuple(RELEASED_GRID)))
-        logger.info("no config.json in %s: released grid %s assumed", folder, sides)
-    config = read_config(source, settings)
-    expected = _shapes(config)
-    try:
-        match(source.tensors, expected, KEYS, str(source.path))
-    except CheckpointError as error:
-        if settings and expected != _shapes(read_config(source, {})):
-            raise CheckpointError(f"{error} (expected by config.json)") from error
-        raise
-    return config
-
-
-def _shapes(config: ARTransformerConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        module = ARTransformer(config)
-    return {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
 
 
 def _doubt(source: Checkpoint) -> str:

@@ -21,7 +21,7 @@ from worldline.loading.diffusion import (
     generation_of,
     plan_diffusion,
 )
-from worldline.loading.folders import read_settings, stamps
+from worldline.loading.folders import stamps
 from worldline.loading.memory import count_parameters, workspace
 from worldline.models.predict1_ar.model import ARTransformerConfig
 from worldline.models.predict1_dit.model import BLOCKS, DECODER_WINDOW, DiT, DiTConfig
@@ -32,7 +32,7 @@ from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.statistics import LatentStatistics, read_statistics
-from worldline.weights.dit import DiTFiles
+from worldline.weights.networks import NetworkFiles, read_settings
 from worldline.weights.read import Checkpoint, open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class DecoderFiles:
     """
 
     folder: Path
-    dit: DiTFiles[DiTConfig]
+    dit: NetworkFiles[DiTConfig]
     aux: Checkpoint | None
     tokenizer: Checkpoint
     tokenizer_config: CosmosTokenizerConfig
@@ -178,7 +178,7 @@ def _read_precision(folder: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _check_ids(
-    dit: DiTFiles[DiTConfig],
+    dit: NetworkFiles[DiTConfig],
     folder: Path,
     config: ARTransformerConfig,
     tokenizer: CosmosTokenizerConfig,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,15 +13,8 @@ import torch
 
 from worldline.choices import GENERATIONS, NEGATIVE_PROMPT, ROTARY_PRECISIONS, Generation
 from worldline.errors import CheckpointError, InputError
-from worldline.files import holds_diffusers, unfinished
-from worldline.loading.folders import (
-    is_diffusion,
-    open_transformer,
-    read_settings,
-    refuse_decoder,
-    stamps,
-    typed_settings,
-)
+from worldline.files import unfinished
+from worldline.loading.folders import refuse_decoder, stamps, typed_settings
 from worldline.loading.memory import (
     DiffusionPlan,
     coding_bytes,
@@ -33,7 +25,7 @@ from worldline.loading.memory import (
 from worldline.loading.parts import DenoisingParts, EncoderKind, find_text
 from worldline.loading.predict2_5 import refuse_flow
 from worldline.models.predict1_dit.model import DiT, DiTConfig
-from worldline.models.predict1_dit.weights import open_dit
+from worldline.models.predict1_dit.weights import open_dit, read_settings
 from worldline.places import Place
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import RELEASED, T5Files, find_t5, t5_folders
@@ -46,8 +38,9 @@ from worldline.tokenizers.cosmos.statistics import (
 )
 from worldline.tokenizers.cosmos.stream import CHUNK
 from worldline.tokenizers.cosmos.weights import key_map
-from worldline.weights.dit import DiTFiles, Layout, find_dit
+from worldline.weights.dit import is_dit, layout_of
 from worldline.weights.keymap import match
+from worldline.weights.networks import Layout, NetworkFiles, open_transformer
 from worldline.weights.read import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -59,8 +52,6 @@ CONTINUOUS_TOKENIZERS = {
     "Predict1": ("Cosmos-Tokenize1-CV8x8x8-720p", "Cosmos-1.0-Tokenizer-CV8x8x8"),
     "1.0": ("Cosmos-1.0-Tokenizer-CV8x8x8", "Cosmos-Tokenize1-CV8x8x8-720p"),
 }
-# a config.json with one of these was written by worldline
-_OWN_SETTINGS = ("rope_ratio", "base_fps", "text2world")
 _MOST_GIVEN = 9  # frames that are continued
 STATISTICS = (
     "mean_std.pt",
@@ -121,7 +112,7 @@ class DiffusionFiles:
 
     folder: Path
     bundled: bool
-    dit: DiTFiles[DiTConfig]
+    dit: NetworkFiles[DiTConfig]
     tokenizer: Checkpoint
     tokenizer_config: CosmosTokenizerConfig
     statistics: LatentStatistics
@@ -186,18 +177,17 @@ def open_diffusion(
         raise InputError(f"generation is {generation!r}; it must be {' or '.join(GENERATIONS)}")
     named = place.named
     refuse_flow(named)
-    if not holds_diffusers(named) and not is_diffusion(source := open_transformer(named)):
+    source = open_transformer(named)
+    if not is_dit(source.tensors):
         raise CheckpointError(
             f"{source.path} is no diffusion transformer (tensors such as "
             f"{', '.join(sorted(source.tensors)[:2])})"
         )
-    try:
-        file, layout = find_dit(named)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{unfinished(folder)}") from error
+    layout = layout_of(source.tensors)
     if layout == "diffusers" and folder.name == "transformer":
         folder = folder.parent
-    dit, settings = _open_dit(file, layout, folder)
+    settings = read_settings(folder) if layout == "nvidia" else {}
+    dit = open_dit(source, settings)
     refuse_decoder(folder, dit.source)
     defaults = _read_defaults(settings, dit.config, folder)
     chosen = generation_of(folder, generation)
@@ -244,34 +234,6 @@ def generation_of(folder: Path, asked: str | None) -> Generation:
     if asked is not None and by_name not in (None, asked):
         logger.info("generation %s as asked, though %s is named as one of %s", asked, name, by_name)
     return "1.0" if (asked or by_name) == "1.0" else "Predict1"
-
-
-def _open_dit(
-    file: Path, layout: Layout, folder: Path
-) -> tuple[DiTFiles[DiTConfig], dict[str, Any]]:
-    """Open the transformer; return it with what our config.json beside it says.
-
-    The released pipelines read no config.json, and what lies there may be anything. It matters only
-    if it is ours, or if the transformer cannot do without it.
-    """
-    if layout == "diffusers":
-        return open_dit(file), {}
-    try:
-        settings = read_settings(folder)
-    except CheckpointError as unreadable:
-        try:
-            dit = open_dit(file)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {unreadable}") from unreadable
-        logger.info("%s; a released model does without", unreadable)
-        return dit, {}
-    if settings and not any(name in settings for name in _OWN_SETTINGS):
-        logger.info("%s has no effect: it is not of worldline", folder / "config.json")
-        settings = {}
-    fps = settings.get("base_fps", 24.0)
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf:
-        raise CheckpointError(f"{folder / 'config.json'}: base_fps is {fps!r}")
-    return open_dit(file, settings), settings
 
 
 def _read_defaults(settings: Mapping[str, Any], config: DiTConfig, folder: Path) -> WorldDefaults:
@@ -322,7 +284,7 @@ def _tokenizer_folder(
 
 
 def check_continuous(
-    source: Checkpoint, config: CosmosTokenizerConfig, dit: DiTFiles[DiTConfig]
+    source: Checkpoint, config: CosmosTokenizerConfig, dit: NetworkFiles[DiTConfig]
 ) -> None:
     """Refuse a tokenizer that does not make the latents of a transformer.
 

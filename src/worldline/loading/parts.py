@@ -22,8 +22,8 @@ from worldline.text.encoder_files import EncoderFiles
 from worldline.tokenizers.colours import fit_colours
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.wan.model import WanTokenizer
-from worldline.weights.dit import Layout
 from worldline.weights.keymap import KeyMap
+from worldline.weights.networks import Layout
 from worldline.weights.read import Checkpoint
 from worldline.weights.stream import load_into
 

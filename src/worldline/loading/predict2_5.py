@@ -14,7 +14,7 @@ from worldline.catalog import FLOW_MODELS, FLOW_TOKENIZER, FlowModel
 from worldline.choices import FLOW_OFFLOAD_FLAGS, NEGATIVE_PROMPT, ScheduleName
 from worldline.errors import CheckpointError, InputError
 from worldline.files import holds_diffusers, read_json, released_folders
-from worldline.loading.folders import read_settings, stamps, typed_settings, world_name
+from worldline.loading.folders import stamps, typed_settings, world_name
 from worldline.loading.memory import (
     DiffusionPlan,
     Need,
@@ -34,7 +34,7 @@ from worldline.loading.parts import (
     text_part,
 )
 from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, FlowDiTConfig
-from worldline.models.predict2_5_dit.weights import FILE_NAMES, is_flow_dit, open_flow_dit
+from worldline.models.predict2_5_dit.weights import is_flow_dit, open_flow_dit
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import Part
 from worldline.places import Place, find_flow
@@ -53,7 +53,8 @@ from worldline.tokenizers.wan.load import FILES as TOKENIZER_FILES
 from worldline.tokenizers.wan.load import WanFiles, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.stream import CHUNK
-from worldline.weights.dit import DiTFiles, Layout, find_dit, open_file
+from worldline.weights.dit import layout_of
+from worldline.weights.networks import Layout, NetworkFiles, open_transformer, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class FlowFiles:
     name: str
     folder: Path
     bundled: bool
-    dit: DiTFiles[FlowDiTConfig]
+    dit: NetworkFiles[FlowDiTConfig]
     tokenizer: WanFiles
     text: Reason1Files | None
     why_no_text: str
@@ -233,15 +234,16 @@ def open_predict2_5(
         known = " or ".join(get_args(ScheduleName))
         raise InputError(f"schedule is {schedule!r}; it must be {known}")
     named = _find_transformer(place.named)
-    file, layout = find_dit(named, FILE_NAMES)
+    source = open_transformer(named)
+    file, layout = source.path, layout_of(source.tensors)
     folder = named if named.is_dir() else named.parent
     if layout == "diffusers" and folder.name == "transformer":
         folder = folder.parent
     settings = read_settings(folder) if layout == "nvidia" else {}
     try:
-        dit = open_flow_dit(file, settings)
+        dit = open_flow_dit(source, settings)
     except CheckpointError as error:
-        if is_flow_dit(open_file(file)):  # of a damaged file nothing but that is said
+        if is_flow_dit(source.tensors):  # of a damaged file nothing but that is said
             raise
         raise CheckpointError(
             f"{place.named} is no world of Predict2.5; worldline diffusion or worldline "
@@ -269,8 +271,7 @@ def open_predict2_5(
 def holds_flow(named: Path) -> bool:
     """Tell whether a folder, or a file, holds a transformer of Predict2.5, by names alone."""
     try:
-        file, _ = find_dit(_find_transformer(named), FILE_NAMES)
-        return is_flow_dit(open_file(file))
+        return is_flow_dit(open_transformer(_find_transformer(named)).tensors)
     except CheckpointError:
         return False
 
@@ -314,7 +315,7 @@ def _rules(
     released: FlowModel | None,
     settings: Mapping[str, Any],
     folder: Path,
-    dit: DiTFiles[FlowDiTConfig],
+    dit: NetworkFiles[FlowDiTConfig],
 ) -> FlowRules:
     if asked is not None:
         return rules_of(asked)
@@ -356,7 +357,7 @@ def _tokenizer_path(place: Place, folder: Path, layout: Layout, asked: str | Pat
     )
 
 
-def _check_tokenizer(tokenizer: WanFiles, dit: DiTFiles[FlowDiTConfig]) -> None:
+def _check_tokenizer(tokenizer: WanFiles, dit: NetworkFiles[FlowDiTConfig]) -> None:
     given, wanted = tokenizer.config.latent_channels, dit.config.latent_channels
     if given != wanted:
         raise CheckpointError(
