@@ -69,7 +69,7 @@ class Finding:
     """Result of looking into a checkpoint.
 
     Attributes:
-        source: its tensors, before anything is left out.
+        source: all of its tensors.
         family: in words.
         verdict: whether everything fits, and what does not.
         num_parameters: of the network it fits; None where it fits none.
@@ -143,7 +143,7 @@ def _model_type(folder: Path) -> object:
     """Kind of model that the config.json in a folder states; None where it states none."""
     from worldline.weights.networks import read_settings
 
-    with suppress(CheckpointError):  # raised again by those who need what it says
+    with suppress(CheckpointError):  # raised again by those who need the file
         return read_settings(folder).get("model_type")
     return None
 

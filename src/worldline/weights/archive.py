@@ -110,7 +110,7 @@ class _Record:
     def locate(
         self, path: Path, start: int, swapped: bool, member: str | None = None
     ) -> FileTensor:
-        """The tensor, given where its storage begins."""
+        """The tensor in a file; `start` is where its storage begins."""
         position = start + self.offset * self.info.dtype.itemsize
         return FileTensor(path, self.info, position, self.strides, swapped, member)
 
@@ -227,7 +227,7 @@ def _data_start(path: Path, file: BinaryIO, member: zipfile.ZipInfo) -> int:
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise CheckpointError(
-            f"{path} is damaged: {member.filename} is not where the directory says; "
+            f"{path} is damaged: {member.filename} is not where the directory puts it; "
             "download it again"
         )
     name_length, extra_length = struct.unpack("<HH", header[26:30])

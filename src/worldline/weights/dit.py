@@ -1,7 +1,7 @@
 """Diffusion transformers on disk: what their files have in common.
 
 Two layouts hold the same weights: NVIDIA's file, and the folder of diffusers'
-`CosmosTransformer3DModel`. A family says what its tensors are called; the rest is here.
+`CosmosTransformer3DModel`. Families name their tensors; the rest is here.
 """
 
 from __future__ import annotations
@@ -147,9 +147,9 @@ def read_diffusers_settings(folder: Path, positions: str | None) -> dict[str, An
 def read_shapes(source: Checkpoint, keys: KeyMap) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that `keys` knows, by our name."""
     return {
-        found[1]: info.shape
+        pair[1]: info.shape
         for name, info in source.tensors.items()
-        if (found := keys.find(name))  # the others are left to `match`
+        if (pair := keys.find(name))  # `match` reports the others
     }
 
 

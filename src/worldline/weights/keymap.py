@@ -51,7 +51,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """Released names on the left, ours on the right.
+    """Map between released names and ours.
 
     Attributes:
         rename: released pattern -> our pattern; "{i}" stands for an integer, and each field of one
@@ -100,10 +100,10 @@ class KeyMap:
         Raises:
             CheckpointError: the name is neither renamed nor dropped.
         """
-        found = self.find(name)
-        if found is None and not self.drops(name):
+        pair = self.find(name)
+        if pair is None and not self.drops(name):
             raise CheckpointError(f"unknown tensor {name}")
-        return found[1] if found else None
+        return pair[1] if pair else None
 
     def released(self, name: str, prefix: str | None = None) -> str:
         """Released name of one of our tensors.

@@ -1,4 +1,4 @@
-"""Open files of weights by their headers, told apart by content; several files as one."""
+"""Open files of weights by their headers, whatever their format; join several as one."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _open_index(path: Path) -> Checkpoint:
                 f"{path.parent / name} lacks tensor {tensor}, which {path.name} lists"
             )
         entries[tensor] = opened[name].entries[tensor]
-    files = (path, *(path.parent / name for name in names))
+    files = tuple(sorted([path, *(path.parent / name for name in names)]))
     return Checkpoint(path, "safetensors", entries, files=files)
 
 
@@ -195,7 +195,7 @@ def joined(checkpoints: Sequence[Checkpoint], path: Path) -> Checkpoint:
         if twice := entries.keys() & checkpoint.entries.keys():
             raise CheckpointError(f"{path}: {min(twice)} is in more than one of its files")
         entries.update(checkpoint.entries)
-    files = tuple(file for checkpoint in checkpoints for file in checkpoint.files)
+    files = tuple(sorted(file for checkpoint in checkpoints for file in checkpoint.files))
     return replace(checkpoints[0], path=path, entries=entries, files=files)
 
 

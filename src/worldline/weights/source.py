@@ -1,7 +1,7 @@
 """Tensors in files: where their bytes lie, and how the bytes become a tensor.
 
-A `FileTensor` is what a header says: position, dtype, shape, strides. Nothing is read until `read`,
-which maps the tensor's own bytes and no others, so that a mapping ends with its tensor.
+A `FileTensor` is an entry of a header: position, dtype, shape, strides. Nothing is read until
+`read`, which maps the tensor's own bytes and no others, so that a mapping ends with its tensor.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Checkpoint:
         path: the file; of several, the first, the index or their folder.
         kind: "safetensors", "pt", "jit" or "tensor-parallel shards".
         entries: name as stored -> tensor.
-        files: all files that make it, the index of several too.
+        files: all files that make it, the index of several too; sorted.
         nesting: dotted path of the dict inside the file that was taken, such as "model".
         strays: names beside the tensors whose values are none (`_extra_state`).
         beside: other keys of the outer dict, such as "optimizer".

@@ -1,4 +1,4 @@
-"""How the released files name their tensors, and the architecture that they imply.
+"""Names of the tensors in released files, and the architecture that they imply.
 
 Source: nvidia-cosmos/cosmos-predict1 `autoregressive/model.py` (load_ar_model),
 `autoregressive/utils/checkpoint.py`, `autoregressive/configs/inference/inference_config.py`.
@@ -94,27 +94,31 @@ def _is_shape(value: object) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(_is_size, value))
 
 
+_SIZE = _is_size, "a whole number of at least 1"
+_NUMBER = _is_number, "a number above 0"
+_FLAG = lambda value: isinstance(value, bool), "true or false"
+_SHAPE = _is_shape, "[frames, rows, columns], whole numbers of at least 1"
 # field of config.json -> its check, and what it must be
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        (
-            *("vocab_size", "n_layers", "dim", "head_dim", "n_heads", "n_kv_heads"),
-            *("ffn_hidden_size", "context_dim", "insert_cross_attn_every_k_layers"),
-        ),
-        (_is_size, "a whole number of at least 1"),
-    ),
-    **dict.fromkeys(
-        ("rope_theta", "norm_eps", "yarn_scale", "yarn_beta_fast", "yarn_beta_slow"),
-        (_is_number, "a number above 0"),
-    ),
-    **dict.fromkeys(
-        ("insert_cross_attn", "apply_abs_pos_emb", "apply_yarn"),
-        (lambda value: isinstance(value, bool), "true or false"),
-    ),
-    **dict.fromkeys(
-        ("video_latent_shape", "original_latent_shape"),
-        (_is_shape, "[frames, rows, columns], whole numbers of at least 1"),
-    ),
+    **dict.fromkeys(("vocab_size", "n_layers", "dim", "head_dim", "n_heads", "n_kv_heads"), _SIZE),
+    **dict.fromkeys(("ffn_hidden_size", "context_dim", "insert_cross_attn_every_k_layers"), _SIZE),
+    **dict.fromkeys(("rope_theta", "norm_eps"), _NUMBER),
+    **dict.fromkeys(("yarn_scale", "yarn_beta_fast", "yarn_beta_slow"), _NUMBER),
+    **dict.fromkeys(("insert_cross_attn", "apply_abs_pos_emb", "apply_yarn"), _FLAG),
+    **dict.fromkeys(("video_latent_shape", "original_latent_shape"), _SHAPE),
+}
+# field of config.json -> field of the config, of equal meaning
+_EQUAL = {
+    "n_layers": "depth",
+    "dim": "width",
+    "n_heads": "num_heads",
+    "n_kv_heads": "num_kv_heads",
+    "head_dim": "head_size",
+    "ffn_hidden_size": "hidden",
+    "norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "apply_abs_pos_emb": "absolute_positions",
+    "insert_cross_attn_every_k_layers": "context_every",
 }
 
 
@@ -166,50 +170,49 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
         _require(check(value), path, field, value, expected)
     rows = shapes["output.weight"][0]
     [head_size] = shapes["layers.0.attention.q_norm.weight"]
-    num_heads = stated.get("n_heads", shapes["layers.0.attention.wq.weight"][0] // head_size)
     layers = [int(layer[1]) for name in shapes if (layer := _LAYER.match(name))]
-    depth = stated.get("n_layers", 1 + max(layers))
-    width = stated.get("dim", shapes["tok_embeddings.weight"][1])
+    context = shapes.get("layers.0.cross_attention.wk.weight")
+    has_context = stated.get("insert_cross_attn", context is not None)
+    fields = {
+        "depth": 1 + max(layers),
+        "width": shapes["tok_embeddings.weight"][1],
+        "num_heads": shapes["layers.0.attention.wq.weight"][0] // head_size,
+        "num_kv_heads": shapes["layers.0.attention.wk.weight"][0] // head_size,
+        "head_size": head_size,
+        "hidden": shapes["layers.0.feed_forward.w1.weight"][0],
+        "norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "absolute_positions": has_context,
+        "context_every": 1,
+        **{ours: stated[field] for field, ours in _EQUAL.items() if field in stated},
+    }
     grid = stated.get("video_latent_shape", [*astuple(RELEASED_GRID)])
     for field, good, expected in (
         ("vocab_size", stated.get("vocab_size") == rows, f"{rows}, the rows of output.weight"),
-        ("head_dim", stated.get("head_dim", 0) % 2 == 0, "even: rotary channels come in pairs"),
+        ("head_dim", fields["head_size"] % 2 == 0, "even: rotary channels come in pairs"),
         (
             "n_kv_heads",
-            num_heads % stated.get("n_kv_heads", 1) == 0,
-            f"a divisor of the number of heads, {num_heads}",
+            fields["num_heads"] % stated.get("n_kv_heads", 1) == 0,
+            f"a divisor of the number of heads, {fields['num_heads']}",
         ),
         ("video_latent_shape", grid[0] > 1, "of 2 frames or more: the first is an input"),
     ):
         if field in stated:
             _require(good, path, field, stated[field], expected)
-    yarn = None
-    if stated.get("apply_yarn", (depth, width) == _DEEP_AND_WIDE):
-        yarn = _read_yarn(stated, path)
-    context = shapes.get("layers.0.cross_attention.wk.weight")
-    has_context = stated.get("insert_cross_attn", context is not None)
+    large = (fields["depth"], fields["width"]) == _DEEP_AND_WIDE
     context_width = stated.get("context_dim", context[1] if context else 1024)
     try:
         return ARTransformerConfig(
-            depth=depth,
-            width=width,
-            num_heads=num_heads,
-            num_kv_heads=stated.get(
-                "n_kv_heads", shapes["layers.0.attention.wk.weight"][0] // head_size
-            ),
-            head_size=stated.get("head_dim", head_size),
-            hidden=stated.get("ffn_hidden_size", shapes["layers.0.feed_forward.w1.weight"][0]),
+            **fields,
             vocabulary=rows,
             embedding_rows=shapes["tok_embeddings.weight"][0],
             grid=LatentShape(*grid),
-            rope_theta=float(stated.get("rope_theta", 500_000.0)),
-            norm_eps=float(stated.get("norm_eps", 1e-5)),
-            yarn=yarn,
+            yarn=_read_yarn(stated, path) if stated.get("apply_yarn", large) else None,
             context_width=context_width if has_context else None,
-            context_every=stated.get("insert_cross_attn_every_k_layers", 1),
-            absolute_positions=stated.get("apply_abs_pos_emb", has_context),
             leading_tokens=1 if has_context else 0,
         )
+    except CheckpointError:
+        raise
     except ValueError as error:  # of the shapes
         raise CheckpointError(f"{source.path}: {error}") from error
 
@@ -248,22 +251,12 @@ def describe(config: ARTransformerConfig) -> str:
 
 def write_settings(config: ARTransformerConfig) -> dict[str, Any]:
     """Content of the config.json from which `read_config` reads `config`."""
-    grid = config.grid
     settings: dict[str, Any] = {
-        "dim": config.width,
-        "n_layers": config.depth,
-        "n_heads": config.num_heads,
-        "n_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "ffn_hidden_size": config.hidden,
+        **{field: getattr(config, ours) for field, ours in _EQUAL.items()},
         "vocab_size": config.vocabulary,
-        "norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
         "apply_yarn": config.yarn is not None,
-        "apply_abs_pos_emb": config.absolute_positions,
         "insert_cross_attn": config.context_width is not None,
-        "insert_cross_attn_every_k_layers": config.context_every,
-        "video_latent_shape": [grid.frames, grid.height, grid.width],
+        "video_latent_shape": [*astuple(config.grid)],
     }
     if config.context_width is not None:
         settings["context_dim"] = config.context_width

@@ -1,4 +1,4 @@
-"""How the released files name the diffusion transformer's tensors, and what their shapes tell.
+"""Names of the diffusion transformer's tensors in released files, and the architecture they imply.
 
 Two layouts hold the same weights: NVIDIA's `model.pt`, and the folder of diffusers'
 `CosmosTransformer3DModel`. Source: nvidia-cosmos/cosmos-predict1 `diffusion/inference/

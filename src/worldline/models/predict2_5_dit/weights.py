@@ -1,4 +1,4 @@
-"""How the released files name the flow transformer's tensors, and what their shapes tell.
+"""Names of the flow transformer's tensors in released files, and the architecture they imply.
 
 Two layouts hold the same weights: NVIDIA's flat dict, and the folder of diffusers'
 `CosmosTransformer3DModel`. Source: nvidia-cosmos/cosmos-predict2.5 `_src/predict2/networks/
