@@ -25,6 +25,7 @@ from worldline.tokenizers.cosmos.weights import read_config as read_tokenizer_co
 from worldline.weights.keymap import KeyMap, match
 from worldline.weights.read import SHARDED_AXES, Checkpoint
 
+from .diffusers_layout import diffusers_config
 from .weights.memory import MemoryTensor
 
 FOLDER = Path(__file__).parent / "keys"
@@ -184,7 +185,7 @@ def test_both_diffusion_layouts_end_at_the_same_tensor(name: str) -> None:
 def test_a_diffusers_config_says_what_the_released_one_says() -> None:
     for name in DIFFUSION:
         stated = manifest(f"Cosmos-Predict1-{name}.diffusers")["config"]
-        for key, value in dit_weights.diffusers_config(DIT_PRESETS[name]).items():
+        for key, value in diffusers_config(DIT_PRESETS[name]).items():
             if not key.startswith("_"):
                 assert stated[key] == value, key
 

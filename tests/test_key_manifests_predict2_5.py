@@ -13,6 +13,7 @@ from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, released_exp
 from worldline.weights.keymap import KeyMap
 from worldline.weights.read import Checkpoint
 
+from .diffusers_layout import diffusers_config
 from .test_key_manifests import fake, fits, manifest
 
 SIZES = ("2B", "14B")
@@ -69,7 +70,7 @@ def test_both_layouts_end_at_the_same_tensor(size: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_a_diffusers_config_says_what_the_released_one_says(size: str) -> None:
     stated = manifest(f"Cosmos-Predict2.5-{size}.diffusers")["config"]
-    for key, value in weights.diffusers_config(PRESETS[size]).items():
+    for key, value in diffusers_config(PRESETS[size]).items():
         if not key.startswith("_"):
             assert stated[key] == value, key
 

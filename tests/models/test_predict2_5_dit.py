@@ -23,8 +23,6 @@ from worldline.models.predict2_5_dit.model import (
     released_exponents,
 )
 from worldline.models.predict2_5_dit.weights import (
-    diffusers_config,
-    diffusers_tensors,
     is_flow_dit,
     open_flow_dit,
     released_tensors,
@@ -35,6 +33,8 @@ from worldline.nn.modulation import NORM_EPS
 from worldline.shapes import LatentShape
 from worldline.weights.stream import load_into
 from worldline.weights.write import save
+
+from ..diffusers_layout import diffusers_config, diffusers_tensors
 
 CONFIG = FlowDiTConfig(
     depth=2,

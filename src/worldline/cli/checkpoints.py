@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +12,7 @@ import click
 
 from worldline.cli.download import download
 from worldline.errors import CheckpointError
-from worldline.files import GIGABYTE
+from worldline.files import GIGABYTE, read_json
 
 if TYPE_CHECKING:
     from worldline.text.encoder_files import EncoderFamily
@@ -119,12 +118,20 @@ def examine(path: Path) -> Finding:
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged or incomplete.
     """
+    if path.is_file() and any(path.name in _listed(i) for i in path.parent.glob("*.index.json")):
+        path = path.parent  # one of several files; the whole model is examined
     source = _open(path)
     for recognise in (_network, _text_encoder, _cosmos_tokenizer):
         if finding := recognise(source, path):
             return finding
     some = ", ".join(sorted(source.tensors)[:3])
     return Finding(source, f"unknown (tensors such as {some})", "not recognised")
+
+
+def _listed(index: Path) -> set[str]:
+    """Names of the files that an index of Hugging Face lists."""
+    places = read_json(index).get("weight_map")
+    return set(map(str, places.values())) if isinstance(places, dict) else set()
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -139,17 +146,8 @@ def _text_folders(checkpoint_dir: Path) -> list[Path]:
     return [*t5_folders(checkpoint_dir), *reason1_folders(checkpoint_dir)]
 
 
-def _model_type(folder: Path) -> object:
-    """Kind of model that the config.json in a folder states; None where it states none."""
-    from worldline.weights.networks import read_settings
-
-    with suppress(CheckpointError):  # raised again by those who need the file
-        return read_settings(folder).get("model_type")
-    return None
-
-
 def _open(path: Path) -> Checkpoint:
-    from worldline.text.encoder_files import open_weights
+    from worldline.text.encoder_files import WEIGHTS, open_weights
     from worldline.tokenizers.cosmos.load import LAYOUTS, open_tokenizer
     from worldline.weights.networks import open_transformer
     from worldline.weights.read import open_checkpoint
@@ -158,7 +156,7 @@ def _open(path: Path) -> Checkpoint:
         names = {name for layout in LAYOUTS for name in layout if not name.startswith("model.")}
         if any((path / name).exists() for name in names):
             return open_tokenizer(path)[0]
-        if any(_model_type(path) in family.kinds for _, family, _ in _encoders()):
+        if any((path / name).exists() for name in WEIGHTS if name.startswith("pytorch_")):
             return open_weights(path)
         files = [file for file in path.iterdir() if file.suffix in _SUFFIXES]
         if len(files) == 1 and files[0].name != "model.pt":
@@ -238,60 +236,49 @@ def _network(source: Checkpoint, path: Path) -> Finding | None:
     return None
 
 
-def _t5_sizes(settings: Mapping[str, Any]) -> str:
-    return (
-        f"{settings['num_layers']} layers, width {settings['d_model']:,}, "
-        f"{settings['num_heads']} heads, vocabulary {settings['vocab_size']:,}"
-    )
-
-
-def _reason1_sizes(settings: Mapping[str, Any]) -> str:
-    layers, width = settings["num_hidden_layers"], settings["hidden_size"]
-    return (
-        f"{layers} layers, width {width:,}, {settings['num_attention_heads']} heads "
-        f"({settings['num_key_value_heads']} of keys), vocabulary {settings['vocab_size']:,}, "
-        f"text features {layers * width:,}"
-    )
-
-
 def _encoders() -> Iterator[tuple[str, EncoderFamily, Callable[[Mapping[str, Any]], str]]]:
-    """Text encoders: name, family, and settings -> sizes in words."""
+    """Text encoders: name, family, and settings of config.json -> sizes in words."""
     from worldline.text.reason1 import FAMILY as REASON1
     from worldline.text.t5 import FAMILY as T5
 
-    yield "T5 text encoder", T5, _t5_sizes
-    yield "Reason1 text encoder (Qwen2.5-VL)", REASON1, _reason1_sizes
+    def t5(settings: Mapping[str, Any]) -> str:
+        return (
+            f"{settings['num_layers']} layers, width {settings['d_model']:,}, "
+            f"{settings['num_heads']} heads, vocabulary {settings['vocab_size']:,}"
+        )
+
+    def reason1(settings: Mapping[str, Any]) -> str:
+        layers, width = settings["num_hidden_layers"], settings["hidden_size"]
+        return (
+            f"{layers} layers, width {width:,}, {settings['num_attention_heads']} heads "
+            f"({settings['num_key_value_heads']} of keys), vocabulary {settings['vocab_size']:,}, "
+            f"text features {layers * width:,}"
+        )
+
+    yield "T5 text encoder", T5, t5
+    yield "Reason1 text encoder (Qwen2.5-VL)", REASON1, reason1
 
 
 def _text_encoder(source: Checkpoint, path: Path) -> Finding | None:
     """Recognise a text encoder; of a folder, the tokenizer is checked too."""
-    from worldline.text.encoder_files import files_together, read_config
+    from worldline.text.encoder_files import read_config
 
-    folder = path if path.is_dir() else path.parent
-    together = 1 if path.is_dir() else len(files_together(path))
-    encoders = [
-        encoder
-        for encoder in _encoders()
-        # one of several files need not hold the tensor that marks the family
-        if (together > 1 and _model_type(folder) in encoder[1].kinds)
-        or encoder[1].marks(source.tensors)
-    ]
+    encoders = [encoder for encoder in _encoders() if encoder[1].marks(source.tensors)]
     if not encoders:
         return None
     name, family, sizes = encoders[0]
-    parameters = None
-    verdict = _COMPLETE if together == 1 else f"every tensor fits; one of {together} files"
+    verdict, parameters = _COMPLETE, None
     try:
-        config = read_config(folder, family.kinds)
+        config = read_config(path if path.is_dir() else path.parent, family.kinds)
         settings = family.settings_of(config)
-        sizes_of = family.presets.items()
-        presets = (key for key, preset in sizes_of if preset.items() <= settings.items())
-        name += f", {next(presets, 'no released size')}: {sizes(settings)}"
+        presets = family.presets.items()
+        known = (size for size, preset in presets if preset.items() <= settings.items())
+        name += f", {next(known, 'no released size')}: {sizes(settings)}"
         parameters = family.count_parameters(config)
         if path.is_dir():
             family.open(path)
         else:
-            family.fit(source.tensors, config, path.name, part=together > 1)
+            family.fit(source.tensors, config, path.name)
         if unread := sum(family.keys.ours(tensor) is None for tensor in source.tensors):
             verdict += f"; {unread:,} more, which are not read"
     except ValueError as error:  # CheckpointError is one

@@ -204,25 +204,6 @@ def renamed_tensors(model: nn.Module, keys: KeyMap) -> dict[str, Tensor]:
     return {keys.released(name): tensor.detach() for name, tensor in model.named_parameters()}
 
 
-def diffusers_config(config: Any) -> dict[str, Any]:
-    """Fields of config.json that diffusers' `CosmosTransformer3DModel` has for every family."""
-    grid, (_, rows, columns) = config.max_grid, config.patch
-    return {
-        "_class_name": "CosmosTransformer3DModel",
-        "out_channels": config.out_channels,
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": config.head_size,
-        "num_layers": config.depth,
-        "mlp_ratio": config.hidden / config.width,
-        "text_embed_dim": config.context_width,
-        "adaln_lora_dim": config.lora_rank,
-        "max_size": [grid.frames, grid.height * rows, grid.width * columns],
-        "patch_size": list(config.patch),
-        "rope_scale": list(config.rope_ratio),
-        "concat_padding_mask": True,
-    }
-
-
 def diffusers_keys(more: Mapping[str, str]) -> KeyMap:
     """Map from diffusers' names to ours.
 

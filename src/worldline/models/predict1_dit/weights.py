@@ -194,17 +194,3 @@ def describe(config: DiTConfig) -> str:
 def released_tensors(model: DiT) -> dict[str, Tensor]:
     """Parameters by the names of NVIDIA's `model.pt`."""
     return dit.renamed_tensors(model, KEYS)
-
-
-def diffusers_tensors(model: DiT) -> dict[str, Tensor]:
-    """Parameters by the names of diffusers' `CosmosTransformer3DModel`."""
-    return dit.renamed_tensors(model, DIFFUSERS_KEYS)
-
-
-def diffusers_config(config: DiTConfig) -> dict[str, Any]:
-    """config.json of the same model as diffusers' `CosmosTransformer3DModel`."""
-    return {
-        **dit.diffusers_config(config),
-        "in_channels": config.latent_channels + config.condition_mask,
-        "extra_pos_embed_type": "learnable",
-    }

@@ -193,24 +193,3 @@ def released_tensors(model: FlowDiT) -> dict[str, Tensor]:
         **{KEYS.prefixes[0] + name: tensor.bfloat16() for name, tensor in positions.items()},
         **dit.renamed_tensors(model, KEYS),
     }
-
-
-def diffusers_tensors(model: FlowDiT) -> dict[str, Tensor]:
-    """Parameters by the names of diffusers' `CosmosTransformer3DModel`."""
-    return dit.renamed_tensors(model, DIFFUSERS_KEYS)
-
-
-def diffusers_config(config: FlowDiTConfig) -> dict[str, Any]:
-    """config.json of the same model as diffusers' `CosmosTransformer3DModel`.
-
-    Its class computes with unrounded rotary exponents (`FlowDiT.make_positions`), norms heads with
-    1e-5 below the root in place of 1e-6, and takes timesteps that are scaled already.
-    """
-    return {
-        **dit.diffusers_config(config),
-        "in_channels": config.latent_channels + 1,
-        "extra_pos_embed_type": None,
-        "use_crossattn_projection": True,
-        "crossattn_proj_in_channels": config.feature_width,
-        "encoder_hidden_states_channels": config.context_width,
-    }
