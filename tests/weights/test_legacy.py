@@ -64,18 +64,6 @@ def test_a_file_cut_short(tmp_path: Path, share: float) -> None:
         open_checkpoint(path)
 
 
-class Payload:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return print, ("run",)
-
-
-def test_nothing_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = saved(tmp_path / "model.pt", {"a": torch.ones(2), "b": Payload()})
-    with pytest.raises(CheckpointError, match=r"builtin(s|__)\.print"):
-        open_checkpoint(path)
-    assert capsys.readouterr().out == ""
-
-
 def test_other_formats(tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / "new.pt")
     save({"a": BASE}, tmp_path / "a.safetensors")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,6 @@ from worldline.weights.networks import (
     Layout,
     NetworkFiles,
     check_network,
-    open_transformer,
     read_settings,
     require_number,
 )
@@ -51,18 +50,6 @@ _DECISIVE = {
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
-class Sizes(TypedDict):
-    """Sizes that every diffusion transformer's shapes imply, by the names of its config."""
-
-    depth: int
-    width: int
-    num_heads: int
-    head_size: int
-    hidden: int
-    context_width: int
-    lora_rank: int
-
-
 def layout_of(names: Iterable[str]) -> Layout:
     """Layout of a diffusion transformer by the names of its tensors."""
     theirs = ("patch_embed.", "transformer_blocks.")
@@ -75,33 +62,27 @@ def is_dit(names: Iterable[str]) -> bool:
     return any(name.endswith(ends) for name in names)
 
 
-def open_network(
-    path: Path | Checkpoint,
+def check_dit(
+    source: Checkpoint,
     settings: Mapping[str, Any] | None,
     layouts: Mapping[Layout, KeyMap],
     network: type[nn.Module],
     read_config: Callable[[Checkpoint, KeyMap, Mapping[str, Any]], Config],
-    *,
     positions: str | None,
-    beside: Callable[[Path], Mapping[str, Any]] = read_settings,
-    view: Callable[[Checkpoint], Checkpoint] = lambda source: source,
 ) -> NetworkFiles[Config]:
-    """Open a diffusion transformer of either layout; headers only.
+    """Check a diffusion transformer of either layout; headers only.
 
     Args:
-        path: as for `find_transformer`, or a file opened already.
+        source: its tensors.
         settings: content of NVIDIA's `config.json`; None reads the one beside the file.
         layouts: names of tensors -> ours.
         network: built of the config.
         read_config: tensors and settings -> config.
         positions: extra positions that diffusers' config.json must state.
-        beside: folder -> content of NVIDIA's `config.json`.
-        view: the tensors of the network among those of a file.
 
     Raises:
-        CheckpointError: there is none, it is damaged, holds adapters, or does not fit.
+        CheckpointError: it holds adapters, or does not fit.
     """
-    source = path if isinstance(path, Checkpoint) else open_transformer(path)
     if adapters := [name for name in source.tensors if "lora_" in name.lower()]:
         raise CheckpointError(
             f"{source.path} holds LoRA adapters ({len(adapters):,} tensors, such as "
@@ -111,8 +92,7 @@ def open_network(
     if layout == "diffusers":
         settings = read_diffusers_settings(folder, positions)
     elif settings is None:
-        settings = beside(folder)
-    source = view(source)
+        settings = read_settings(folder)
     keys = layouts[layout]
     try:
         config = read_config(source, keys, settings)
@@ -155,8 +135,8 @@ def read_shapes(source: Checkpoint, keys: KeyMap) -> dict[str, tuple[int, ...]]:
 
 def read_sizes(
     source: Checkpoint, keys: KeyMap, shapes: Shapes, decisive: Mapping[str, int]
-) -> Sizes:
-    """Sizes that the shapes of a diffusion transformer imply.
+) -> dict[str, Any]:
+    """Sizes that the shapes of a diffusion transformer imply, by the names of its config.
 
     Args:
         source: named in the message.
@@ -175,15 +155,15 @@ def read_sizes(
                 f"(tensor {keys.released(name)} {state})"
             )
     [head_size] = shapes["blocks.0.attention.body.q_norm"]
-    return Sizes(
-        depth=1 + max(int(block[1]) for name in shapes if (block := _BLOCK.match(name))),
-        width=shapes["embed.weight"][0],
-        num_heads=shapes["blocks.0.attention.body.q.weight"][0] // head_size,
-        head_size=head_size,
-        hidden=shapes["blocks.0.feed_forward.body.up.weight"][0],
-        context_width=shapes["blocks.0.cross_attention.body.k.weight"][1],
-        lora_rank=shapes["blocks.0.attention.modulation.first.weight"][0],
-    )
+    return {
+        "depth": 1 + max(int(block[1]) for name in shapes if (block := _BLOCK.match(name))),
+        "width": shapes["embed.weight"][0],
+        "num_heads": shapes["blocks.0.attention.body.q.weight"][0] // head_size,
+        "head_size": head_size,
+        "hidden": shapes["blocks.0.feed_forward.body.up.weight"][0],
+        "context_width": shapes["blocks.0.cross_attention.body.k.weight"][1],
+        "lora_rank": shapes["blocks.0.attention.modulation.first.weight"][0],
+    }
 
 
 def read_ratio(source: Checkpoint, value: Any) -> Ratio:

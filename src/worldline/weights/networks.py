@@ -126,12 +126,17 @@ def find_transformer(path: Path) -> Path:
     )
 
 
-def open_transformer(path: Path) -> Checkpoint:
-    """Open the transformer that `find_transformer` finds; all shards of a set as one.
+def open_transformer(path: Path | Checkpoint) -> Checkpoint:
+    """Open the transformer that `find_transformer` finds, all shards of a set as one.
+
+    Args:
+        path: as for `find_transformer`; or a checkpoint opened already, which is returned.
 
     Raises:
-        CheckpointError: there is none, or it is incomplete, damaged or no transformer's.
+        CheckpointError: there is none, or it is incomplete or damaged.
     """
+    if isinstance(path, Checkpoint):
+        return path
     file = find_transformer(path)
     stem = shard_stem(file)
     return open_shards(find_shards(file.parent, stem)) if stem else open_checkpoint(file)

@@ -133,13 +133,13 @@ def open_autoregressive(
     """Open an autoregressive transformer; headers only.
 
     Args:
-        path: as for `find_transformer`, or a file opened already.
+        path: as for `open_transformer`.
         settings: content of `config.json`; None reads the one beside the file.
 
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor does not fit.
     """
-    source = path if isinstance(path, Checkpoint) else open_transformer(path)
+    source = open_transformer(path)
     if settings is None:
         settings = read_settings(source.path.parent)
     return check_network(source, KEYS, read_config(source, settings), ARTransformer)

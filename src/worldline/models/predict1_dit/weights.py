@@ -28,7 +28,13 @@ from worldline.shapes import LatentShape
 from worldline.weights import dit, networks
 from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION, PATCH, SUB_BLOCKS, Ratio
 from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import NetworkFiles, released_size, require_number
+from worldline.weights.networks import (
+    Layout,
+    NetworkFiles,
+    open_transformer,
+    released_size,
+    require_number,
+)
 from worldline.weights.source import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -88,7 +94,7 @@ def open_dit(
     """Open a diffusion transformer of either layout; headers only.
 
     Args:
-        path: as for `find_transformer`, or a file opened already.
+        path: as for `open_transformer`.
         settings: content of NVIDIA's `config.json`; None reads the one beside the file.
             "rope_ratio" (three numbers: time, rows, columns), which is needed where the width is
             none of the released ones, since no tensor holds it, and "base_fps" count.
@@ -97,18 +103,13 @@ def open_dit(
         CheckpointError: there is none, it is damaged, a tensor does not fit, or the rotary
             stretching is unknown.
     """
-    files = dit.open_network(
-        path,
-        settings,
-        {"nvidia": KEYS, "diffusers": DIFFUSERS_KEYS},
-        DiT,
-        read_config,
-        positions="learnable",
-        beside=read_settings,
-    )
-    if "ema" in files.source.beside:
-        logger.info("%s: the averaged weights beside its own are not used", files.source.path)
-    return files
+    source = open_transformer(path)
+    if settings is None and dit.layout_of(source.tensors) == "nvidia":
+        settings = read_settings(source.path.parent)
+    if "ema" in source.beside:
+        logger.info("%s: the averaged weights beside its own are not used", source.path)
+    layouts: dict[Layout, KeyMap] = {"nvidia": KEYS, "diffusers": DIFFUSERS_KEYS}
+    return dit.check_dit(source, settings, layouts, DiT, read_config, positions="learnable")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

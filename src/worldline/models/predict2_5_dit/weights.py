@@ -29,7 +29,13 @@ from worldline.models.predict2_5_dit.model import (
 from worldline.weights import dit
 from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION, PATCH, SUB_BLOCKS
 from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import NetworkFiles, released_size, require_number
+from worldline.weights.networks import (
+    Layout,
+    NetworkFiles,
+    open_transformer,
+    released_size,
+    require_number,
+)
 from worldline.weights.read import renamed
 from worldline.weights.source import Checkpoint
 
@@ -91,8 +97,8 @@ def open_flow_dit(
     """Open a flow transformer of either layout; headers only.
 
     Args:
-        path: as for `find_transformer`, or a file opened already. In a file that training wrote,
-            averaged weights are preferred.
+        path: as for `open_transformer`; in a file that training wrote, averaged weights are
+            preferred.
         settings: content of NVIDIA's `config.json`; None reads the one beside the file.
             "rope_ratio" (three numbers: time, rows, columns) and "timestep_scale" count, where a
             model is not as the released ones.
@@ -100,15 +106,9 @@ def open_flow_dit(
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor does not fit.
     """
-    return dit.open_network(
-        path,
-        settings,
-        {"nvidia": KEYS, "diffusers": DIFFUSERS_KEYS},
-        FlowDiT,
-        read_config,
-        positions=None,
-        view=network_view,
-    )
+    source = network_view(open_transformer(path))
+    layouts: dict[Layout, KeyMap] = {"nvidia": KEYS, "diffusers": DIFFUSERS_KEYS}
+    return dit.check_dit(source, settings, layouts, FlowDiT, read_config, positions=None)
 
 
 def is_flow_dit(names: Iterable[str]) -> bool:
