@@ -10,6 +10,7 @@ from typing import Any
 from worldline.catalog import BUNDLED_PREFIX
 from worldline.errors import CheckpointError, InputError
 from worldline.files import stamp
+from worldline.models.predict1_dit.weights import is_decoder
 from worldline.weights.source import Checkpoint
 
 
@@ -24,7 +25,7 @@ def refuse_decoder(folder: Path, source: Checkpoint) -> None:
     Raises:
         CheckpointError: it is one.
     """
-    if any(name.endswith("token_embedder.weight") for name in source.tensors):
+    if is_decoder(source.tensors):
         raise CheckpointError(
             f"{folder} is the diffusion decoder of the autoregressive worlds, not a world: "
             "worldline autoregressive runs it with them"

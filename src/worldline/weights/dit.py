@@ -6,7 +6,6 @@ Two layouts hold the same weights: NVIDIA's file, and the folder of diffusers'
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +18,14 @@ from worldline.weights.networks import (
     Layout,
     NetworkFiles,
     check_network,
+    count_blocks,
     read_settings,
+    read_shapes,
     require_number,
 )
 from worldline.weights.source import Checkpoint
 
 Config = TypeVar("Config")
-Shapes = Mapping[str, tuple[int, ...]]
 Ratio = tuple[float, float, float]
 
 PATCH = (1, 2, 2)  # of every released model; no tensor tells it
@@ -47,7 +47,6 @@ _DECISIVE = {
     "blocks.0.cross_attention.body.k.weight": 2,
     "blocks.0.feed_forward.body.up.weight": 2,
 }
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def layout_of(names: Iterable[str]) -> Layout:
@@ -124,39 +123,24 @@ def read_diffusers_settings(folder: Path, positions: str | None) -> dict[str, An
     return {"rope_ratio": settings["rope_scale"]}
 
 
-def read_shapes(source: Checkpoint, keys: KeyMap) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that `keys` knows, by our name."""
-    return {
-        pair[1]: info.shape
-        for name, info in source.tensors.items()
-        if (pair := keys.find(name))  # `match` reports the others
-    }
-
-
 def read_sizes(
-    source: Checkpoint, keys: KeyMap, shapes: Shapes, decisive: Mapping[str, int]
-) -> dict[str, Any]:
-    """Sizes that the shapes of a diffusion transformer imply, by the names of its config.
+    source: Checkpoint, keys: KeyMap, decisive: Mapping[str, int]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shapes of a diffusion transformer, and the sizes they imply, by the names of its config.
 
     Args:
-        source: named in the message.
-        keys: to the names in the message.
-        shapes: by our names.
-        decisive: further tensors that there must be -> number of axes.
+        source: its tensors.
+        keys: from their names to ours.
+        decisive: our name of a further tensor that there must be -> number of axes.
 
     Raises:
         CheckpointError: a tensor is absent or of another kind.
     """
-    for name, axes in {**_DECISIVE, **decisive}.items():
-        if len(shapes.get(name, ())) != axes or 0 in shapes[name]:
-            state = f"is {list(shapes[name])}" if name in shapes else "is absent"
-            raise CheckpointError(
-                f"{source.path}: not a Cosmos diffusion transformer of this kind "
-                f"(tensor {keys.released(name)} {state})"
-            )
+    kind = "a Cosmos diffusion transformer of this kind"
+    shapes = read_shapes(source, keys, {**_DECISIVE, **decisive}, kind)
     [head_size] = shapes["blocks.0.attention.body.q_norm"]
-    return {
-        "depth": 1 + max(int(block[1]) for name in shapes if (block := _BLOCK.match(name))),
+    return shapes, {
+        "depth": count_blocks(shapes, "blocks"),
         "width": shapes["embed.weight"][0],
         "num_heads": shapes["blocks.0.attention.body.q.weight"][0] // head_size,
         "head_size": head_size,

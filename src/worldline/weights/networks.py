@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -76,6 +76,39 @@ def check_network(
     expected = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
     match(source.tensors, expected, keys, str(source.path))
     return NetworkFiles(source, keys, config, sum(map(math.prod, expected.values())), layout)
+
+
+def read_shapes(
+    source: Checkpoint, keys: KeyMap, decisive: Mapping[str, int], kind: str
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that `keys` knows, by our name.
+
+    Args:
+        source: its tensors.
+        keys: from their names to ours.
+        decisive: our name of a tensor that there must be -> number of axes.
+        kind: network in words, for the message.
+
+    Raises:
+        CheckpointError: such a tensor is absent or has other axes.
+    """
+    shapes = {
+        pair[1]: info.shape
+        for name, info in source.tensors.items()
+        if (pair := keys.find(name))  # `match` reports the others
+    }
+    for name, axes in decisive.items():
+        if len(shapes.get(name, ())) != axes or 0 in shapes[name]:
+            state = f"is {list(shapes[name])}" if name in shapes else "is absent"
+            raise CheckpointError(
+                f"{source.path}: not {kind} (tensor {keys.released(name)} {state})"
+            )
+    return shapes
+
+
+def count_blocks(names: Iterable[str], blocks: str) -> int:
+    """Number of blocks of a network, by the names of its tensors."""
+    return 1 + max(int(name.split(".")[1]) for name in names if name.startswith(f"{blocks}."))
 
 
 def released_size(presets: Mapping[str, object], config: object, *fields: str) -> str:

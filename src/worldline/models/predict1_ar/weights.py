@@ -7,7 +7,6 @@ Source: nvidia-cosmos/cosmos-predict1 `autoregressive/model.py` (load_ar_model),
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple
 from pathlib import Path
@@ -26,8 +25,10 @@ from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import (
     NetworkFiles,
     check_network,
+    count_blocks,
     open_transformer,
     read_settings,
+    read_shapes,
     released_size,
 )
 from worldline.weights.source import Checkpoint
@@ -67,16 +68,15 @@ KEYS = KeyMap(
     },
 )
 
-# tensors that fix the architecture -> number of axes
+# tensors that fix the architecture -> number of axes; our names
 _DECISIVE = {
-    "tok_embeddings.weight": 2,
-    "output.weight": 2,
-    "layers.0.attention.wq.weight": 2,
-    "layers.0.attention.wk.weight": 2,
+    "embedding.weight": 2,
+    "head.weight": 2,
+    "layers.0.attention.q.weight": 2,
+    "layers.0.attention.k.weight": 2,
     "layers.0.attention.q_norm.weight": 1,
-    "layers.0.feed_forward.w1.weight": 2,
+    "layers.0.feed_forward.gate.weight": 2,
 }
-_LAYER = re.compile(r"layers\.(\d+)\.")
 _LARGEST = 1 << 20  # of any size in config.json; beyond it lies a slip of the pen
 _DEEP_AND_WIDE = (40, 5120)  # the 12B and 13B models, which stretch their frequencies
 
@@ -156,30 +156,23 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
         CheckpointError: the tensors are not those of an autoregressive Cosmos model, or a setting
             makes no sense.
     """
-    shapes = {name.removeprefix("model."): info.shape for name, info in source.tensors.items()}
-    for name, axes in _DECISIVE.items():
-        if len(shapes.get(name, ())) != axes or 0 in shapes[name]:
-            state = f"is {list(shapes[name])}" if name in shapes else "is absent"
-            raise CheckpointError(
-                f"{source.path}: not an autoregressive Cosmos model (tensor {name} {state})"
-            )
+    shapes = read_shapes(source, KEYS, _DECISIVE, "an autoregressive Cosmos model")
     path = source.path.parent / "config.json"
     stated = {field: settings[field] for field in _FIELDS if settings.get(field) is not None}
     for field, value in stated.items():
         check, expected = _FIELDS[field]
         _require(check(value), path, field, value, expected)
-    rows = shapes["output.weight"][0]
+    rows = shapes["head.weight"][0]
     [head_size] = shapes["layers.0.attention.q_norm.weight"]
-    layers = [int(layer[1]) for name in shapes if (layer := _LAYER.match(name))]
-    context = shapes.get("layers.0.cross_attention.wk.weight")
+    context = shapes.get("layers.0.cross_attention.k.weight")
     has_context = stated.get("insert_cross_attn", context is not None)
     fields = {
-        "depth": 1 + max(layers),
-        "width": shapes["tok_embeddings.weight"][1],
-        "num_heads": shapes["layers.0.attention.wq.weight"][0] // head_size,
-        "num_kv_heads": shapes["layers.0.attention.wk.weight"][0] // head_size,
+        "depth": count_blocks(shapes, "layers"),
+        "width": shapes["embedding.weight"][1],
+        "num_heads": shapes["layers.0.attention.q.weight"][0] // head_size,
+        "num_kv_heads": shapes["layers.0.attention.k.weight"][0] // head_size,
         "head_size": head_size,
-        "hidden": shapes["layers.0.feed_forward.w1.weight"][0],
+        "hidden": shapes["layers.0.feed_forward.gate.weight"][0],
         "norm_eps": 1e-5,
         "rope_theta": 500_000.0,
         "absolute_positions": has_context,
@@ -205,7 +198,7 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
         return ARTransformerConfig(
             **fields,
             vocabulary=rows,
-            embedding_rows=shapes["tok_embeddings.weight"][0],
+            embedding_rows=shapes["embedding.weight"][0],
             grid=LatentShape(*grid),
             yarn=_read_yarn(stated, path) if stated.get("apply_yarn", large) else None,
             context_width=context_width if has_context else None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,11 @@ def open_dit(
     return dit.check_dit(source, settings, layouts, DiT, read_config, positions="learnable")
 
 
+def is_decoder(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are of the decoder of autoregressive worlds."""
+    return any(name.endswith("token_embedder.weight") for name in names)
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """Content of our `config.json`; {} for another's, which the released pipelines do not read."""
     try:
@@ -131,9 +136,9 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any]) -
     Raises:
         CheckpointError: the tensors are of another model, or the rotary stretching is unknown.
     """
-    shapes = dit.read_shapes(source, keys)
-    decodes = len(shapes.get("ids.weight", ())) == 2
-    sizes = dit.read_sizes(source, keys, shapes, {} if decodes else dict.fromkeys(_POSITIONS, 2))
+    decodes = is_decoder(source.tensors)
+    decisive = {"ids.weight": 2} if decodes else dict.fromkeys(_POSITIONS, 2)
+    shapes, sizes = dit.read_sizes(source, keys, decisive)
     features, cells = shapes["embed.weight"][1], math.prod(PATCH)
     channels = shapes["head.linear.weight"][0] // cells
     vocabulary, id_width = shapes["ids.weight"] if decodes else (0, 0)

@@ -137,8 +137,7 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any]) -
         CheckpointError: the tensors are of another model.
         ValueError: the sizes they imply are of none.
     """
-    shapes = dit.read_shapes(source, keys)
-    sizes = dit.read_sizes(source, keys, shapes, {"project.weight": 2})
+    shapes, sizes = dit.read_sizes(source, keys, {"project.weight": 2})
     cells = math.prod(PATCH)
     channels = shapes["head.linear.weight"][0] // cells
     features = shapes["embed.weight"][1]
