@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from worldline.errors import CheckpointError
 from worldline.models.predict1_ar.model import PRESETS as AR_PRESETS
 from worldline.models.predict1_ar.model import ARTransformer
-from worldline.models.predict1_ar.weights import KEYS, SHARDS, read_config, write_settings
+from worldline.models.predict1_ar.weights import KEYS, read_config, write_settings
 from worldline.models.predict1_dit import weights as dit_weights
 from worldline.models.predict1_dit.model import PRESETS as DIT_PRESETS
 from worldline.models.predict1_dit.model import DiT
@@ -23,8 +23,9 @@ from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import key_map, network_view
 from worldline.tokenizers.cosmos.weights import read_config as read_tokenizer_config
 from worldline.weights.keymap import KeyMap, match
-from worldline.weights.read import Checkpoint, Entry
+from worldline.weights.read import SHARDED_AXES, Checkpoint
 
+from .diffusers_layout import diffusers_config
 from .weights.memory import MemoryTensor
 
 FOLDER = Path(__file__).parent / "keys"
@@ -50,7 +51,7 @@ def fake(tensors: dict[str, Any], path: str, **values: Tensor) -> Checkpoint:
         tensor = values.get(name.replace(".", "_"))
         if tensor is None:
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-        entries[name] = Entry((MemoryTensor(tensor),))
+        entries[name] = MemoryTensor(tensor)
     return Checkpoint(Path(path), "pt", entries)
 
 
@@ -115,7 +116,7 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named() -> None:
 def test_shards_have_the_stated_cut() -> None:
     whole, shard = manifest("Cosmos-Predict1-4B"), manifest("Cosmos-Predict1-4B.tp4")
     for name, (_, shape) in shard["tensors"].items():
-        dim = next(d for pattern, d in SHARDS.items() if fnmatchcase(name, pattern))
+        dim = next(d for pattern, d in SHARDED_AXES.items() if fnmatchcase(name, pattern))
         joined = list(shape)
         if dim is not None:
             joined[dim] *= shard["shards"]
@@ -184,7 +185,7 @@ def test_both_diffusion_layouts_end_at_the_same_tensor(name: str) -> None:
 def test_a_diffusers_config_says_what_the_released_one_says() -> None:
     for name in DIFFUSION:
         stated = manifest(f"Cosmos-Predict1-{name}.diffusers")["config"]
-        for key, value in dit_weights.diffusers_config(DIT_PRESETS[name]).items():
+        for key, value in diffusers_config(DIT_PRESETS[name]).items():
             if not key.startswith("_"):
                 assert stated[key] == value, key
 

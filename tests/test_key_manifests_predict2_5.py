@@ -13,6 +13,7 @@ from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, released_exp
 from worldline.weights.keymap import KeyMap
 from worldline.weights.read import Checkpoint
 
+from .diffusers_layout import diffusers_config
 from .test_key_manifests import fake, fits, manifest
 
 SIZES = ("2B", "14B")
@@ -57,7 +58,7 @@ def test_files_fit_both_ways(size: str, layout: str, bare: bool) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == stated["parameters"]
     for ours, theirs in pairs.items():
         assert keys.released(ours, "" if bare else None) == theirs
-    assert weights.is_flow_dit(checkpoint)
+    assert weights.is_flow_dit(checkpoint.tensors)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -69,7 +70,7 @@ def test_both_layouts_end_at_the_same_tensor(size: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_a_diffusers_config_says_what_the_released_one_says(size: str) -> None:
     stated = manifest(f"Cosmos-Predict2.5-{size}.diffusers")["config"]
-    for key, value in weights.diffusers_config(PRESETS[size]).items():
+    for key, value in diffusers_config(PRESETS[size]).items():
         if not key.startswith("_"):
             assert stated[key] == value, key
 
@@ -116,6 +117,6 @@ def test_files_that_do_not_fit(layout: str) -> None:
 
 def test_a_transformer_of_predict1_is_none() -> None:
     checkpoint = fake(manifest("Cosmos-Predict1-7B-Video2World")["tensors"], "model.pt")
-    assert not weights.is_flow_dit(checkpoint)
+    assert not weights.is_flow_dit(checkpoint.tensors)
     with pytest.raises(CheckpointError, match="diffusion transformer of this kind"):
         model_of(checkpoint, weights.KEYS)

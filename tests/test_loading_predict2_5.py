@@ -29,7 +29,6 @@ from worldline.loading.predict2_5 import (
 )
 from worldline.machine import Memory
 from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT
-from worldline.models.predict2_5_dit.weights import diffusers_config, diffusers_tensors
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.text.reason1 import NUM_PARAMETERS, RELEASED, TINY, export_reason1, new_reason1
@@ -38,6 +37,7 @@ from worldline.tokenizers.wan.weights import diffusers_config as vae_config
 from worldline.tokenizers.wan.weights import diffusers_tensors as vae_tensors
 from worldline.weights.write import save
 
+from .diffusers_layout import diffusers_config, diffusers_tensors
 from .tiny_predict2_5 import CONFIG, POST, PRE, TEXT_LENGTH, TOKENIZER, write_tokenizer
 
 CPU = torch.device("cpu")

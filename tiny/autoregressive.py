@@ -162,5 +162,5 @@ def sequence_loss(
 def export_autoregressive(model: ARTransformer, folder: Path) -> None:
     """Write weights in bf16 under the released names, and config.json beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_module(model, folder / "model.safetensors", keymap=KEYS, dtype=torch.bfloat16)
+    save_module(model, folder / "model.safetensors", KEYS, torch.bfloat16)
     (folder / "config.json").write_text(json.dumps(write_settings(model.config), indent=1) + "\n")

@@ -15,7 +15,7 @@ from worldline.models.predict2_5_dit.model import (
     FlowDiTConfig,
 )
 from worldline.models.predict2_5_dit.weights import open_flow_dit
-from worldline.weights.dit import DiTFiles
+from worldline.weights.networks import NetworkFiles
 from worldline.weights.stream import load_into
 
 
@@ -33,7 +33,7 @@ def model_of(case: Case) -> FlowDiT:
     return load(open_flow_dit(case.path / case.spec["checkpoint"], settings_of(case)))
 
 
-def load(found: DiTFiles[FlowDiTConfig]) -> FlowDiT:
+def load(found: NetworkFiles[FlowDiTConfig]) -> FlowDiT:
     with torch.device("meta"):
         model = FlowDiT(found.config)
     load_into(model, found.source, found.keys, device="cpu", dtype=torch.float32)

@@ -22,13 +22,12 @@ from worldline.models.predict1_ar.model import (
     Positions,
     make_positions,
 )
-from worldline.models.predict1_ar.weights import KEYS, SHARDS, read_config
+from worldline.models.predict1_ar.weights import KEYS, read_config
 from worldline.nn.rope import axis_sizes as rope_axis_sizes
 from worldline.nn.rope import inverse_frequencies, rotate, rotation_3d, sincos_3d
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import Sampling, decode, draw, draw_noise, probabilities
-from worldline.weights.read import Checkpoint, open_checkpoint
-from worldline.weights.shards import find_shards, open_shards
+from worldline.weights.read import Checkpoint, find_shards, open_checkpoint, open_shards
 from worldline.weights.stream import load_into
 
 BASE = [*cases("ar_base_tiny"), *cases("ar_12b_like_tiny")]
@@ -261,7 +260,7 @@ def settings_of_shards(case: Case) -> dict[str, Any]:
 def test_shards_make_one_model(case: Case) -> None:
     compared = set()
     for name, folder in sharded_folders(case):
-        model = build(open_shards(find_shards(folder), SHARDS), settings_of_shards(case))
+        model = build(open_shards(find_shards(folder)), settings_of_shards(case))
         logits = model(case.tensor("tokens"), positions_of(model))
         case.compare(f"logits_full_{name}", logits)
         compared.add(f"logits_full_{name}")

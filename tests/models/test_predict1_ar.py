@@ -24,7 +24,7 @@ from worldline.nn.rope import Yarn
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import Sampling, decode, draw_noise
 from worldline.shapes import LatentShape
-from worldline.weights.read import Checkpoint, Entry
+from worldline.weights.read import Checkpoint
 
 from ..weights.memory import MemoryTensor
 
@@ -286,7 +286,7 @@ def stored(config: ARTransformerConfig, path: Path) -> Checkpoint:
     with torch.device("meta"):
         model = ARTransformer(config)
     entries = {
-        KEYS.released(name): Entry((MemoryTensor(parameter.detach()),))
+        KEYS.released(name): MemoryTensor(parameter.detach())
         for name, parameter in model.named_parameters()
     }
     return Checkpoint(path, "pt", entries)
@@ -346,7 +346,7 @@ def test_shapes_that_tell_nothing(tmp_path: Path) -> None:
     name = "model.layers.0.attention.q_norm.weight"
     for shape in ((), (0,), (2, 2)):
         source = stored(BASE, tmp_path / "model.pt")
-        entries = {**source.entries, name: Entry((MemoryTensor(torch.zeros(shape)),))}
+        entries = {**source.entries, name: MemoryTensor(torch.zeros(shape))}
         with pytest.raises(CheckpointError, match=r"not an autoregressive .*q_norm\.weight is \["):
             read_config(replace(source, entries=entries), {})
 

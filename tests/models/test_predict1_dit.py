@@ -17,8 +17,6 @@ from torch import Tensor
 from worldline.errors import CheckpointError
 from worldline.models.predict1_dit.model import DiT, DiTConfig
 from worldline.models.predict1_dit.weights import (
-    diffusers_config,
-    diffusers_tensors,
     open_dit,
     released_tensors,
     write_settings,
@@ -27,6 +25,8 @@ from worldline.nn import dit
 from worldline.shapes import LatentShape
 from worldline.weights.stream import load_into
 from worldline.weights.write import save
+
+from ..diffusers_layout import diffusers_config, diffusers_tensors
 
 CONFIG = DiTConfig(
     depth=2,

@@ -23,8 +23,6 @@ from worldline.models.predict2_5_dit.model import (
     released_exponents,
 )
 from worldline.models.predict2_5_dit.weights import (
-    diffusers_config,
-    diffusers_tensors,
     is_flow_dit,
     open_flow_dit,
     released_tensors,
@@ -35,6 +33,8 @@ from worldline.nn.modulation import NORM_EPS
 from worldline.shapes import LatentShape
 from worldline.weights.stream import load_into
 from worldline.weights.write import save
+
+from ..diffusers_layout import diffusers_config, diffusers_tensors
 
 CONFIG = FlowDiTConfig(
     depth=2,
@@ -201,7 +201,7 @@ def test_fresh_weights_give_zero() -> None:
 def read_back(model: FlowDiT, path: Path, **settings: Any) -> None:
     found = open_flow_dit(path, settings)
     assert found.config == model.config
-    assert is_flow_dit(found.source)
+    assert is_flow_dit(found.source.tensors)
     with torch.device("meta"):
         again = FlowDiT(found.config)
     load_into(again, found.source, found.keys, device="cpu", dtype=None)
@@ -269,11 +269,11 @@ def test_a_file_of_another_model_is_named_as_such(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a Cosmos diffusion transformer"):
         open_flow_dit(tmp_path)
     (tmp_path / "model.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no model\.pt \(nor \*_ema_bf16\.pt"):
+    with pytest.raises(CheckpointError, match=r"holds no model\.pt"):
         open_flow_dit(tmp_path)
     for name in ("a_ema_bf16.pt", "b_ema_bf16.pt"):
         (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match=r"name one: a_ema_bf16\.pt, b_ema_bf16\.pt"):
+    with pytest.raises(CheckpointError, match=r"several.*a_ema_bf16\.pt, b_ema_bf16\.pt"):
         open_flow_dit(tmp_path)
 
 

@@ -1,9 +1,8 @@
-"""Tensors that are of no file, in the place of those of a checkpoint."""
+"""Tensors in memory in the place of those of a checkpoint."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
@@ -15,7 +14,6 @@ class MemoryTensor:
     """A `Source` that is read already; its tensor may be on the meta device."""
 
     tensor: Tensor
-    path: Path | None = None
 
     @property
     def info(self) -> TensorInfo:

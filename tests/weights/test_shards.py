@@ -9,22 +9,8 @@ from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
 from worldline.weights.keymap import KeyMap
-from worldline.weights.read import open_checkpoint
-from worldline.weights.shards import find_shards, open_shards
+from worldline.weights.read import find_shards, open_checkpoint, open_shards
 from worldline.weights.stream import load_into
-
-LAYOUT = {
-    "tok_embeddings.weight": 0,
-    "output.weight": 0,
-    "attention.wq.weight": 0,
-    "attention.wk.weight": 0,
-    "attention.wv.weight": 0,
-    "layers.{i}.attention.wo.weight": 1,
-    "feed_forward.w1.weight": 0,
-    "feed_forward.w3.weight": 0,
-    "feed_forward.w2.weight": 1,
-    "*norm.weight": None,
-}
 
 WHOLE = {
     "model.output.weight": torch.randn(8, 6, generator=torch.Generator().manual_seed(2)),
@@ -54,7 +40,7 @@ def cut(folder: Path, ranks: int, stem: str = "model", clone: bool = True) -> li
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_merged_equals_the_source(tmp_path: Path, ranks: int, clone: bool) -> None:
     cut(tmp_path, ranks, clone=clone)
-    merged = open_shards(find_shards(tmp_path, "model"), LAYOUT)
+    merged = open_shards(find_shards(tmp_path, "model"))
     assert merged.kind == "tensor-parallel shards"
     assert {name: info.shape for name, info in merged.tensors.items()} == {
         name: tensor.shape for name, tensor in WHOLE.items()
@@ -82,7 +68,7 @@ def test_streamed_equals_the_source(
         },
         prefixes=("model.",),
     )
-    shards = open_shards(cut(tmp_path, 2, clone=clone), LAYOUT)
+    shards = open_shards(cut(tmp_path, 2, clone=clone))
     load_into(module, shards, keys, device=device, dtype=dtype)
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor.cpu(), WHOLE[keys.released(name)].to(dtype))
@@ -94,7 +80,7 @@ def test_golden_shards(golden: Path) -> None:
     if sets:  # a reduced copy may lack them; the tests above hold without
         whole = open_checkpoint(source)
         for folder in sets:
-            merged = open_shards(find_shards(folder), LAYOUT)
+            merged = open_shards(find_shards(folder))
             assert merged.tensors == whole.tensors
             for name in whole.tensors:
                 assert torch.equal(merged.read(name), whole.read(name)), name
@@ -103,7 +89,7 @@ def test_golden_shards(golden: Path) -> None:
 def test_golden_replicas_are_averaged(golden: Path) -> None:
     folder = golden / "ar_ckpt_layouts" / "uneven_tp4"
     if folder.is_dir():
-        merged = open_shards(find_shards(folder), LAYOUT)
+        merged = open_shards(find_shards(folder))
         expected = open_checkpoint(folder / "merged.pt")
         assert merged.tensors == expected.tensors
         for name in expected.tensors:
@@ -113,11 +99,11 @@ def test_golden_replicas_are_averaged(golden: Path) -> None:
 def test_replicas(tmp_path: Path) -> None:
     for rank, value in enumerate((1.0, 1.0625)):
         torch.save({"norm.weight": torch.full((3,), value)}, tmp_path / f"model_model_mp_{rank}.pt")
-    shards = open_shards(find_shards(tmp_path), LAYOUT)
+    shards = open_shards(find_shards(tmp_path))
     assert shards.read("norm.weight").tolist() == [1.03125] * 3
     torch.save({"norm.weight": torch.full((3,), 9.0)}, tmp_path / "model_model_mp_1.pt")
     with pytest.raises(CheckpointError, match=r"norm\.weight is copied on every rank, yet rank 0"):
-        open_shards(find_shards(tmp_path), LAYOUT).read("norm.weight")
+        open_shards(find_shards(tmp_path)).read("norm.weight")
 
 
 def test_find_shards(tmp_path: Path) -> None:
@@ -141,12 +127,13 @@ def test_shards_of_different_models(tmp_path: Path) -> None:
     paths = cut(tmp_path, 2)
     torch.save({"model.norm.weight": torch.ones(6)}, paths[1])
     with pytest.raises(CheckpointError, match=r"mp_1\.pt lacks tensor model\.layers\.0"):
-        open_shards(paths, LAYOUT)
+        open_shards(paths)
     cut(tmp_path, 2)
     wide = {name: torch.ones(9, 9) for name in WHOLE}
     torch.save(wide, paths[1])
     with pytest.raises(CheckpointError, match=r"mp_1\.pt: model\.output\.weight is .*\[9, 9\]"):
-        open_shards(paths, LAYOUT)
-    cut(tmp_path, 2)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight, and how ranks share it"):
-        open_shards(paths, {"output.weight": 0, "wo.weight": 1})
+        open_shards(paths)
+    for path in paths:
+        torch.save({"conv.weight": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match=r"conv\.weight, and how ranks share it"):
+        open_shards(paths)

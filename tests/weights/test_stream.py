@@ -195,7 +195,7 @@ def test_a_staging_buffer_is_filled_only_after_it_was_fetched(
         copier.cuda = True
         copier.staging = [torch.empty(16, dtype=torch.uint8) for _ in range(2)]
         filled = torch.empty(18, dtype=torch.float16)
-        copier.fill_entry(filled, open_checkpoint(tmp_path / "x.safetensors").entries["x"])
+        copier.fill(filled, open_checkpoint(tmp_path / "x.safetensors").entries["x"])
         copier.cuda = False
     assert filled.tolist() == list(range(18))
     start = [(what, turn) for turn in (0, 1) for what in ("filled", "sent")]

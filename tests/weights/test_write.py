@@ -59,7 +59,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 def test_module_under_released_names(tmp_path: Path) -> None:
     module = nn.Linear(2, 3)
     keys = KeyMap({"fc.w": "weight", "fc.b": "bias"}, prefixes=("model.",))
-    save_module(module, tmp_path / "model.pt", keymap=keys, dtype=torch.bfloat16)
+    save_module(module, tmp_path / "model.pt", keys, torch.bfloat16)
     checkpoint = open_checkpoint(tmp_path / "model.pt")
     assert torch.equal(checkpoint.read("model.fc.w"), module.weight.bfloat16())
     assert checkpoint.tensors.keys() == {"model.fc.w", "model.fc.b"}

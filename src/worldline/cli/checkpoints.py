@@ -1,26 +1,25 @@
-"""`worldline checkpoints`: what a file or a folder of weights is; released ones from the hub."""
+"""`worldline checkpoints`: contents of a file or folder of weights; released ones from the hub."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from worldline.cli.download import download
 from worldline.errors import CheckpointError
-from worldline.files import GIGABYTE
+from worldline.files import GIGABYTE, read_json
 
 if TYPE_CHECKING:
-    from worldline.weights.read import Checkpoint
+    from worldline.weights.networks import NetworkFiles
+    from worldline.weights.source import Checkpoint
 
 _SUFFIXES = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
-_SHOWN = 3
 _COMPLETE = "complete: every tensor fits"
-_NO_RELEASED_SIZE = "no released size"
 
 
 @click.group()
@@ -34,7 +33,7 @@ checkpoints.add_command(download)
 @checkpoints.command()
 @click.argument("path", type=click.Path(path_type=Path))
 def inspect(path: Path) -> None:
-    """Say what PATH is, and what is missing or too much in it.
+    """Name the model in PATH, and what is missing or too much in it.
 
     PATH is a file, the folder of a model, or a folder of such folders. Headers alone are read. The
     exit status is 2 where there is no checkpoint or a file is damaged.
@@ -44,61 +43,72 @@ def inspect(path: Path) -> None:
         # a repository of Predict2.5 holds its tokenizer, and its transformers two folders below
         around = () if _holds_weights(path) else (*path.iterdir(), *_text_folders(path))
         inside = {*around, *path.glob("base/*"), *path.glob("*/base/*")}
-        targets = [*targets, *sorted(inside)]
-        targets = [folder for folder in targets if _holds_weights(folder)]
+        targets = [folder for folder in (path, *sorted(inside)) if _holds_weights(folder)]
         if not targets:
             raise CheckpointError(f"{path} holds no weights ({', '.join(_SUFFIXES)})")
-    damaged: list[str] = []
+    num_damaged = 0
     for target in targets:
         try:
-            finding = examine(target)
+            lines = [*examine(target).lines()]
         except CheckpointError as error:
             if len(targets) == 1:
                 raise
-            damaged.append(str(error))
-            click.echo(f"{target}\n  damaged     {error}")
-            continue
+            num_damaged += 1
+            lines = [("damaged", str(error))]
         click.echo(target)
-        for topic, text in finding.lines():
+        for topic, text in lines:
             click.echo(f"  {topic:<11} {text}")
-    if damaged:
-        raise CheckpointError(f"{len(damaged)} of {len(targets)} checkpoints cannot be read")
+    if num_damaged:
+        raise CheckpointError(f"{num_damaged} of {len(targets)} checkpoints cannot be read")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a checkpoint turned out to be.
+    """Result of looking into a checkpoint.
 
     Attributes:
-        source: its tensors, before anything is left out.
+        source: all of its tensors.
         family: in words.
-        parameters: of the network it fits; None where it fits none.
         verdict: whether everything fits, and what does not.
+        num_parameters: of the network it fits; None where it fits none.
     """
 
     source: Checkpoint
     family: str
-    parameters: int | None
     verdict: str
+    num_parameters: int | None = None
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        from worldline.weights.inspect import describe
-
-        summary = describe(self.source)
-        nesting = f', inside ["{summary.nesting}"]' if summary.nesting else ""
-        yield "format", f"{summary.kind}{nesting}"
-        size = summary.nbytes
-        shown = f"{size / GIGABYTE:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
-        dtypes = ", ".join(f"{kind} ({count:,})" for kind, count in summary.elements.items())
-        yield "tensors", f"{summary.num_tensors:,}, {shown}; values: {dtypes}"
-        if summary.prefix:
-            yield "prefix", summary.prefix
-        if self.parameters is not None:
-            yield "parameters", f"{self.parameters:,}"
-        if summary.beside:
-            yield "beside", ", ".join(summary.beside)
+        """Topics and texts, in the order of printing."""
+        source = self.source
+        inside = f', inside ["{source.nesting}"]' if source.nesting else ""
+        yield "format", f"{source.kind}{inside}"
+        nbytes = sum(info.nbytes for info in source.tensors.values())
+        size = f"{nbytes / GIGABYTE:.2f} GB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2f} MB"
+        numels: Counter[str] = Counter()
+        for info in source.tensors.values():
+            numels[str(info.dtype).removeprefix("torch.")] += info.numel
+        dtypes = ", ".join(f"{dtype} ({count:,})" for dtype, count in numels.most_common())
+        yield "tensors", f"{len(source.tensors):,}, {size}; values: {dtypes}"
+        if prefix := _common_prefix(source.tensors):
+            yield "prefix", prefix
+        if self.num_parameters is not None:
+            yield "parameters", f"{self.num_parameters:,}"
+        if source.beside:
+            yield "beside", ", ".join(source.beside)
         yield "family", self.family
         yield "verdict", self.verdict
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """Leading parts, up to a dot, that all names share; "" for a lone name."""
+    first, last = min(names), max(names)
+    shared = ""
+    for part in first.split(".")[:-1]:
+        if first == last or not last.startswith(f"{shared}{part}."):
+            break
+        shared += f"{part}."
+    return shared
 
 
 def examine(path: Path) -> Finding:
@@ -107,23 +117,20 @@ def examine(path: Path) -> Finding:
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged or incomplete.
     """
+    if path.is_file() and any(path.name in _listed(i) for i in path.parent.glob("*.index.json")):
+        path = path.parent  # one of several files; the whole model is examined
     source = _open(path)
-    names = {name.removeprefix("model.") for name in source.tensors}
-    folder = path if path.is_dir() else path.parent
-    if "tok_embeddings.weight" in names:
-        return _autoregressive(source, folder, whole=path.is_dir())
-    for recognise in (_denoiser, _wan_tokenizer):
-        found = recognise(source)
-        if found is not None:
-            return found
-    found = _text_encoder(source, path)
-    if found is not None:
-        return found
-    tokenizer = _tokenizer(source, path)
-    if tokenizer is not None:
-        return tokenizer
-    some = ", ".join(sorted(source.tensors)[:_SHOWN])
-    return Finding(source, f"unknown (tensors such as {some})", None, "not recognised")
+    for recognise in (_network, _text_encoder, _cosmos_tokenizer):
+        if finding := recognise(source, path):
+            return finding
+    some = ", ".join(sorted(source.tensors)[:3])
+    return Finding(source, f"unknown (tensors such as {some})", "not recognised")
+
+
+def _listed(index: Path) -> set[str]:
+    """Names of the files that an index of Hugging Face lists."""
+    places = read_json(index).get("weight_map")
+    return set(map(str, places.values())) if isinstance(places, dict) else set()
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -131,165 +138,101 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def _text_folders(checkpoint_dir: Path) -> list[Path]:
-    """List the folders where the released worlds keep their text encoders."""
+    """Folders where the released worlds keep their text encoders."""
     from worldline.text.reason1 import Reason1Files
     from worldline.text.t5 import T5Files
 
     return [*T5Files.folders(checkpoint_dir), *Reason1Files.folders(checkpoint_dir)]
 
 
-def _model_type(folder: Path) -> str | None:
-    """Return what the config.json in a folder says of the kind of model; None for nothing."""
-    from worldline.loading import read_settings
-
-    with suppress(CheckpointError):  # told by those who need what it says
-        kind = read_settings(folder).get("model_type")
-        return kind if isinstance(kind, str) else None
-    return None
-
-
 def _open(path: Path) -> Checkpoint:
-    from worldline.loading import open_transformer
-    from worldline.models.predict2_5_dit.weights import FILE_NAMES
-    from worldline.text.encoder import find_weights
-    from worldline.text.reason1 import Reason1Files
-    from worldline.text.t5 import T5Files
+    from worldline.text.encoder import WEIGHTS, find_weights
     from worldline.tokenizers.cosmos.load import LAYOUTS, open_tokenizer
-    from worldline.weights.dit import find_dit
+    from worldline.weights.networks import open_transformer
     from worldline.weights.read import open_checkpoint
 
-    if not path.is_dir():
-        return open_checkpoint(path)
-    names = {name for layout in LAYOUTS for name in layout if not name.startswith("model.")}
-    if any((path / name).exists() for name in names):
-        return open_tokenizer(path)[0]
-    if _model_type(path) in (*T5Files.model_types, *Reason1Files.model_types):
-        return open_checkpoint(find_weights(path))
-    try:
-        return open_transformer(path)
-    except CheckpointError:
-        with suppress(CheckpointError):
-            return open_checkpoint(find_dit(path, FILE_NAMES)[0])
-        found = [file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES]
-        if len(found) != 1 or found[0].name == "model.pt":
-            raise
-        return open_checkpoint(found[0])
+    if path.is_dir():
+        names = {name for layout in LAYOUTS for name in layout if not name.startswith("model.")}
+        if any((path / name).exists() for name in names):
+            return open_tokenizer(path)[0]
+        if any((path / name).exists() for name in WEIGHTS if name.startswith("pytorch_")):
+            return open_checkpoint(find_weights(path))
+        files = [file for file in path.iterdir() if file.suffix in _SUFFIXES]
+        if len(files) == 1 and files[0].name != "model.pt":
+            return open_checkpoint(files[0])
+    return open_transformer(path)
 
 
-def _autoregressive(source: Checkpoint, folder: Path, *, whole: bool) -> Finding:
-    import torch
+class _Kind(NamedTuple):
+    """A network that is opened by its file alone, by the code that runs use."""
 
-    from worldline.loading import read_settings
-    from worldline.models.predict1_ar.model import PRESETS, ARTransformer
-    from worldline.models.predict1_ar.weights import KEYS, read_config
-
-    config = read_config(source, read_settings(folder))
-    with torch.device("meta"):
-        expected = {n: tuple(p.shape) for n, p in ARTransformer(config).named_parameters()}
-    size = _released_size(PRESETS, config, ("depth", "width", "context_width"))
-    kind = "Video2World" if config.context_width is not None else "base"
-    grid = config.grid
-    family = (
-        f"Cosmos autoregressive {kind} model, {size}: {config.depth} layers, width {config.width}, "
-        f"{config.num_heads} heads ({config.num_kv_heads} of keys), vocabulary "
-        f"{config.vocabulary:,}, latent {grid.frames} x {grid.height} x {grid.width}"
-    )
-    verdict = _match(source, expected, KEYS)
-    if whole and not (folder / "config.json").exists():
-        verdict += "; no config.json: the released defaults are assumed"
-    return Finding(source, family, _count(expected), verdict)
+    name: str
+    recognise: Callable[[Checkpoint], bool]
+    open: Callable[[Checkpoint], NetworkFiles[Any]]
+    describe: Callable[[Any], str]  # config -> kind and size
 
 
-def _denoiser(source: Checkpoint) -> Finding | None:
-    """Recognise a transformer that denoises latents, of Predict1 or of Predict2.5."""
-    from worldline.loading.folders import is_diffusion
-    from worldline.models.predict2_5_dit.weights import is_flow_dit
-
-    in_diffusers = any(name.startswith("patch_embed.") for name in source.tensors)
-    if not in_diffusers and not is_diffusion(source):
-        return None
-    describe = _flow if is_flow_dit(source) else _diffusion
-    try:
-        return describe(source, in_diffusers=in_diffusers)
-    except ValueError as error:  # CheckpointError is one
-        return Finding(source, "Cosmos diffusion transformer", None, str(error))
-
-
-def _diffusion(source: Checkpoint, *, in_diffusers: bool) -> Finding:
-    import torch
-
-    from worldline.loading import read_settings
-    from worldline.models.predict1_dit.model import PRESETS, DiT
-    from worldline.models.predict1_dit.weights import DIFFUSERS_KEYS, KEYS, read_config
-    from worldline.weights.dit import diffusers_settings
-
-    folder = source.path.parent
-    settings = diffusers_settings(folder, "learnable") if in_diffusers else read_settings(folder)
-    keys = DIFFUSERS_KEYS if in_diffusers else KEYS
-    config = read_config(source, keys, settings)
-    with torch.device("meta"):
-        expected = {n: tuple(p.shape) for n, p in DiT(config).named_parameters()}
-    kind = "Video2World model" if config.condition_mask else "Text2World model"
-    if config.vocabulary:
-        kind = f"decoder of the autoregressive models, vocabulary {config.vocabulary:,}"
-    size = _released_size(PRESETS, config, ("depth", "width", "condition_mask", "vocabulary"))
-    family = (
-        f"Cosmos diffusion {kind}, {size}: {config.depth} layers, width {config.width}, "
-        f"{config.num_heads} heads"
-    )
-    return Finding(source, family, _count(expected), _match(source, expected, keys))
-
-
-def _flow(source: Checkpoint, *, in_diffusers: bool) -> Finding:
-    import torch
-
-    from worldline.loading import read_settings
-    from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT
-    from worldline.models.predict2_5_dit.weights import (
-        DIFFUSERS_KEYS,
-        KEYS,
-        network_view,
-        read_config,
-    )
-    from worldline.weights.dit import diffusers_settings
-
-    folder = source.path.parent
-    settings = diffusers_settings(folder, None) if in_diffusers else read_settings(folder)
-    keys = DIFFUSERS_KEYS if in_diffusers else KEYS
-    network = network_view(source)
-    config = read_config(network, keys, settings)
-    with torch.device("meta"):
-        expected = {n: tuple(p.shape) for n, p in FlowDiT(config).named_parameters()}
-    size = _released_size(PRESETS, config, ("depth", "width"))
-    family = (
-        f"Cosmos-Predict2.5 model, {size}: {config.depth} layers, width {config.width}, "
-        f"{config.num_heads} heads, text features {config.feature_width:,}"
-    )
-    return Finding(source, family, _count(expected), _match(network, expected, keys))
-
-
-def _wan_tokenizer(source: Checkpoint) -> Finding | None:
-    import torch
-
+def _kinds() -> Iterator[_Kind]:
+    from worldline.models.predict1_ar import weights as autoregressive
+    from worldline.models.predict1_dit import weights as diffusion
+    from worldline.models.predict2_5_dit import weights as flow
     from worldline.tokenizers.wan.load import open_wan
     from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
     from worldline.tokenizers.wan.weights import find_layout
+    from worldline.weights.dit import is_dit
+    from worldline.weights.networks import check_network, released_size
 
-    if find_layout(source) is None:
-        return None
-    try:
-        config = open_wan(source.path).config
-    except CheckpointError as error:
-        return Finding(source, "Wan video tokenizer", None, str(error))
-    with torch.device("meta"):
-        expected = {n: tuple(p.shape) for n, p in WanTokenizer(config).named_parameters()}
-    names = ("channels", "multipliers", "num_blocks", "temporal_steps", "latent_channels")
-    size = _released_size({"2.1": WanTokenizerConfig()}, config, names)
-    family = (
-        f"Wan video tokenizer, {size}: compression {config.temporal}x{config.spatial}x"
-        f"{config.spatial}, {config.latent_channels} latent channels"
+    def open_tokenizer(source: Checkpoint) -> NetworkFiles[WanTokenizerConfig]:
+        files = open_wan(source.path)
+        return check_network(files.source, files.keys, files.config, WanTokenizer)
+
+    def describe_tokenizer(config: WanTokenizerConfig) -> str:
+        fields = ("channels", "multipliers", "num_blocks", "temporal_steps", "latent_channels")
+        size = released_size({"2.1": WanTokenizerConfig()}, config, *fields)
+        return (
+            f"Wan video tokenizer, {size}: compression {config.temporal}x{config.spatial}x"
+            f"{config.spatial}, {config.latent_channels} latent channels"
+        )
+
+    yield _Kind(
+        "Cosmos autoregressive model",
+        lambda source: autoregressive.is_autoregressive(source.tensors),
+        autoregressive.open_autoregressive,
+        autoregressive.describe,
     )
-    return Finding(source, family, _count(expected), _COMPLETE)
+    yield _Kind(
+        "Cosmos-Predict2.5 model",
+        lambda source: flow.is_flow_dit(source.tensors),
+        flow.open_flow_dit,
+        flow.describe,
+    )
+    yield _Kind(
+        "Cosmos diffusion model",
+        lambda source: is_dit(source.tensors),
+        diffusion.open_dit,
+        diffusion.describe,
+    )
+    yield _Kind(
+        "Wan video tokenizer",
+        lambda source: find_layout(source) is not None,
+        open_tokenizer,
+        describe_tokenizer,
+    )
+
+
+def _network(source: Checkpoint, path: Path) -> Finding | None:
+    """Recognise a network that is opened by its file alone."""
+    for kind in _kinds():
+        if not kind.recognise(source):
+            continue
+        try:
+            files = kind.open(source)
+        except CheckpointError as error:
+            return Finding(source, kind.name, str(error))
+        settings = (source.path.parent / "config.json").exists()
+        verdict = _COMPLETE if settings else f"{_COMPLETE}; no config.json: released defaults"
+        return Finding(source, kind.describe(files.config), verdict, files.num_parameters)
+    return None
 
 
 def _text_encoder(source: Checkpoint, path: Path) -> Finding | None:
@@ -298,7 +241,8 @@ def _text_encoder(source: Checkpoint, path: Path) -> Finding | None:
     from worldline.text.t5 import T5Files
 
     folder = path if path.is_dir() else path.parent
-    kind = _model_type(folder)
+    settings = folder / "config.json"
+    kind = read_json(settings).get("model_type") if settings.is_file() else None
     for encoder in (T5Files, Reason1Files):
         if kind not in encoder.model_types:
             continue
@@ -310,72 +254,57 @@ def _text_encoder(source: Checkpoint, path: Path) -> Finding | None:
             verdict = _COMPLETE + (f"; {unread:,} more, which are not read" if unread else "")
         except CheckpointError as error:
             verdict = str(error)
-        return Finding(source, name, parameters, verdict)
+        return Finding(source, name, verdict, parameters)
     return None
 
 
-def _released_size(presets: Mapping[str, object], config: object, names: Sequence[str]) -> str:
-    """Return which of the released sizes a model has, by the fields that tell."""
-    for preset, known in presets.items():
-        if all(getattr(known, name) == getattr(config, name) for name in names):
-            return preset
-    return _NO_RELEASED_SIZE
+def _cosmos_tokenizer(source: Checkpoint, path: Path) -> Finding | None:
+    """Recognise a tokenizer, or half of one."""
+    from math import prod
 
-
-def _tokenizer(source: Checkpoint, path: Path) -> Finding | None:
     import torch
 
     from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
     from worldline.tokenizers.cosmos.weights import key_map, network_view, read_config
+    from worldline.weights.keymap import match
+    from worldline.weights.networks import released_size
 
     network = network_view(source)
-    name = path.name if path.is_dir() else path.parent.name
     try:
-        config = read_config(network, name=name)
+        config = read_config(network, name=path.name if path.is_dir() else path.parent.name)
     except CheckpointError:
         return None
-    with torch.device("meta"):
-        model = CosmosTokenizer(config)
-    expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
     halves = {
         "encoder": ("encoder.", "quant_conv."),
         "decoder": ("decoder.", "post_quant_conv."),
     }
     present = [
-        half
-        for half in halves
-        if any(tensor.startswith(f"{half}.conv_in") for tensor in network.tensors)
+        half for half in halves if any(n.startswith(f"{half}.conv_in") for n in network.tensors)
     ]
     prefixes = tuple(prefix for half in present for prefix in halves[half])
-    expected = {n: shape for n, shape in expected.items() if n.startswith(prefixes)}
-    part = "" if len(present) == 2 else f", {present[0]} alone" if present else ""
-    sizes = ("spatial", "temporal", "patch", "level_channels", "levels")
-    released = _released_size(PRESETS, config, sizes)
-    kind = "discrete" if config.levels else "continuous"
+    with torch.device("meta"):
+        parameters = dict(CosmosTokenizer(config).named_parameters())
+    expected: Mapping[str, tuple[int, ...]] = {
+        name: tuple(tensor.shape)
+        for name, tensor in parameters.items()
+        if name.startswith(prefixes)
+    }
+    fields = ("spatial", "temporal", "patch", "level_channels", "levels")
     family = (
-        f"Cosmos {kind} video tokenizer{part}, {released}: compression "
-        f"{config.temporal}x{config.spatial}x{config.spatial}, "
-        + (f"vocabulary {config.vocabulary:,}" if config.levels else "")
-        + ("" if config.levels else f"{config.latent_channels} latent channels")
+        f"Cosmos {'discrete' if config.levels else 'continuous'} video tokenizer"
+        f"{f', {present[0]} alone' if len(present) == 1 else ''}, "
+        f"{released_size(PRESETS, config, *fields)}: "
+        f"compression {config.temporal}x{config.spatial}x{config.spatial}, "
     )
+    if config.levels:
+        family += f"vocabulary {config.vocabulary:,}"
+    else:
+        family += f"{config.latent_channels} latent channels"
     if network is not source:
-        averaged = any(tensor.startswith("ema.network-") for tensor in source.tensors)
+        averaged = any(name.startswith("ema.network-") for name in source.tensors)
         family += f"; a training checkpoint{', with averaged weights too' if averaged else ''}"
-    return Finding(source, family, _count(expected), _match(network, expected, key_map(config)))
-
-
-def _match(source: Checkpoint, expected: Mapping[str, tuple[int, ...]], keys: object) -> str:
-    from worldline.weights.keymap import KeyMap, match
-
-    assert isinstance(keys, KeyMap)
     try:
-        match(source.tensors, expected, keys, source.path.name)
+        match(network.tensors, expected, key_map(config), str(source.path))
     except CheckpointError as error:
-        return str(error)
-    return _COMPLETE
-
-
-def _count(expected: Mapping[str, tuple[int, ...]]) -> int:
-    from math import prod
-
-    return sum(prod(shape) for shape in expected.values())
+        return Finding(source, family, str(error))
+    return Finding(source, family, _COMPLETE, sum(map(prod, expected.values())))

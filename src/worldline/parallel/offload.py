@@ -1,10 +1,11 @@
-"""Which part of a world is on the device, and when."""
+"""Networks that wait in host memory until they are used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+_SLOTS = 2  # the block that computes, and the one that arrives
 
 
 class Part(Generic[ModuleType]):
@@ -34,21 +37,25 @@ class Part(Generic[ModuleType]):
 
     @contextmanager
     def on_device(self) -> Iterator[ModuleType]:
-        """Give the module, with its weights on the device."""
-        if not self.offload:
+        """The module, with its weights on the device."""
+        tensors = [*self.module.parameters(), *self.module.buffers()] if self.offload else []
+        with self._at_home_again(tensors):
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.device, non_blocking=True)
             yield self.module
-            return
-        tensors = [*self.module.parameters(), *self.module.buffers()]
+
+    @contextmanager
+    def _at_home_again(self, tensors: list[Tensor]) -> Iterator[None]:
+        """Bring tensors back to where they are now, and free what they had on the device."""
         home = [tensor.data for tensor in tensors]
         try:
-            for tensor, host in zip(tensors, home, strict=True):
-                tensor.data = host.to(self.device, non_blocking=True)
-            yield self.module
+            yield
         finally:
+            if tensors and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             for tensor, host in zip(tensors, home, strict=True):
                 tensor.data = host
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if tensors and self.device.type == "cuda":
                 torch.cuda.empty_cache()  # so that the next part finds the room
 
 
@@ -58,32 +65,25 @@ class BlockPlan:
 
     Attributes:
         blocks: name of the list of blocks, which are called in order and are alike.
-        kept: ends of the names of weights that are used from outside of a block's own call, too,
-            and stay on the device.
+        kept: ends of the names of weights that are also used outside of a block's own call, and
+            stay on the device.
     """
 
     blocks: str
     kept: tuple[str, ...] = ()
 
     def split(self, module: nn.Module) -> list[dict[str, nn.Parameter]]:
-        """Return, for each block, the weights that come and go, by their names in the block."""
+        """Weights of each block that come and go, by their names in the block."""
         return [
-            {
-                name: parameter
-                for name, parameter in block.named_parameters()
-                if not name.endswith(self.kept)
-            }
+            {name: p for name, p in block.named_parameters() if not name.endswith(self.kept)}
             for block in module.get_submodule(self.blocks).children()
         ]
 
     def count(self, module: nn.Module) -> int:
-        """Return how many weights are on the device at most, of a module on any device."""
+        """Number of weights on the device at most, of a module on any device."""
         coming = [sum(p.numel() for p in block.values()) for block in self.split(module)]
         whole = sum(parameter.numel() for parameter in module.parameters())
         return whole - sum(coming) + _SLOTS * max(coming, default=0)
-
-
-_SLOTS = 2  # the block that computes, and the one that arrives
 
 
 class StreamedPart(Part[ModuleType]):
@@ -97,44 +97,35 @@ class StreamedPart(Part[ModuleType]):
     def __init__(self, module: ModuleType, device: torch.device, plan: BlockPlan) -> None:
         super().__init__(module, device, offload=True)
         self.plan = plan
-        self.cuda = device.type == "cuda"
-        if self.cuda:
+        if device.type == "cuda":
             for block in plan.split(module):
                 for parameter in block.values():
                     parameter.data = parameter.data.pin_memory()
 
     @contextmanager
     def on_device(self) -> Iterator[ModuleType]:
-        """Give the module; it can be called, not changed."""
+        """The module; it can be called, not changed."""
         blocks = self.plan.split(self.module)
         coming = {id(parameter) for block in blocks for parameter in block.values()}
-        others = [
-            tensor
-            for tensor in (*self.module.parameters(), *self.module.buffers())
-            if id(tensor) not in coming
-        ]
-        home = [(tensor, tensor.data) for tensor in others]
-        home += [(p, p.data) for block in blocks for p in block.values()]
-        stream = _BlockStream(blocks, self.device)
-        modules = list(self.module.get_submodule(self.plan.blocks).children())
+        tensors = [*self.module.parameters(), *self.module.buffers()]
         hooks: list[RemovableHandle] = []
-        try:
-            for tensor in others:
-                tensor.data = tensor.data.to(self.device, non_blocking=True)
-            for number, module in enumerate(modules):
-                hooks.append(module.register_forward_pre_hook(stream.before(number)))
-                hooks.append(module.register_forward_hook(stream.after(number)))
-            yield self.module
-        finally:
-            for hook in hooks:
-                hook.remove()
-            if self.cuda:
-                torch.cuda.synchronize(self.device)
-            for tensor, host in home:
-                tensor.data = host
-            del stream
-            if self.cuda:
-                torch.cuda.empty_cache()  # so that the next part finds the room
+        with self._at_home_again(tensors):
+            stream = _BlockStream(blocks, self.device)
+            try:
+                for tensor in tensors:
+                    if id(tensor) not in coming:
+                        tensor.data = tensor.data.to(self.device, non_blocking=True)
+                for number, block in enumerate(
+                    self.module.get_submodule(self.plan.blocks).children()
+                ):
+                    hooks.append(block.register_forward_pre_hook(partial(stream.before, number)))
+                    hooks.append(block.register_forward_hook(partial(stream.after, number)))
+                yield self.module
+            finally:
+                for hook in hooks:
+                    hook.remove()
+                hooks.clear()
+                del stream  # its slots are freed with the weights
 
 
 class _BlockStream:
@@ -142,62 +133,53 @@ class _BlockStream:
 
     def __init__(self, blocks: list[dict[str, nn.Parameter]], device: torch.device) -> None:
         self.home = [{name: p.data for name, p in block.items()} for block in blocks]
-        self.cuda = device.type == "cuda"
         self.device = device
         self.slots: list[dict[str, Tensor]] = [
             {name: torch.empty_like(t, device=device) for name, t in self.home[0].items()}
             for _ in range(_SLOTS)
         ]
+        self.contents: list[int | None] = [None] * _SLOTS  # numbers of blocks
         self.copying: torch.cuda.Stream | None = None
-        if self.cuda:
+        if device.type == "cuda":
             self.copying = torch.cuda.Stream(device)
             # what had the memory of the slots before may not have been used to its end
             self.copying.wait_stream(torch.cuda.current_stream(device))
-        self.arrived = [torch.cuda.Event() for _ in self.slots] if self.cuda else []
-        self.used = [torch.cuda.Event() for _ in self.slots] if self.cuda else []
-        # an odd number of blocks: the last and the first would share a slot, and one must wait
-        self.place = [number % _SLOTS for number in range(len(blocks))]
-        for block, place in zip(blocks, self.place, strict=True):
+            self.arrived = [torch.cuda.Event() for _ in self.slots]
+            self.used = [torch.cuda.Event() for _ in self.slots]
+        for number, block in enumerate(blocks):
             for name, parameter in block.items():
-                parameter.data = self.slots[place][name]
-        self.held: list[int | None] = [None] * _SLOTS
+                parameter.data = self.slots[number % _SLOTS][name]
 
     def fetch(self, number: int) -> None:
         """Begin to copy a block, unless it is there or on its way."""
-        place = self.place[number]
-        if self.held[place] == number:
+        slot = number % _SLOTS
+        if self.contents[slot] == number:
             return
-        self.held[place] = number
+        self.contents[slot] = number
         with torch.cuda.stream(self.copying) if self.copying else nullcontext():
             if self.copying:
-                self.copying.wait_event(self.used[place])
+                self.copying.wait_event(self.used[slot])
             for name, host in self.home[number].items():
-                self.slots[place][name].copy_(host, non_blocking=True)
+                self.slots[slot][name].copy_(host, non_blocking=True)
             if self.copying:
-                self.arrived[place].record(self.copying)
+                self.arrived[slot].record(self.copying)
 
-    def before(self, number: int) -> Callable[..., None]:
-        """Return the hook before block `number`: it is there, and the next one is on its way."""
+    def before(self, number: int, *_: object) -> None:
+        """Wait for block `number`, and send for the next one unless it needs the same slot."""
+        self.fetch(number)
+        if self.copying:
+            torch.cuda.current_stream(self.device).wait_event(self.arrived[number % _SLOTS])
+        following = (number + 1) % len(self.home)
+        if (following - number) % _SLOTS:
+            self.fetch(following)
 
-        def hook(*_: object) -> None:
-            self.fetch(number)
-            if self.cuda:
-                torch.cuda.current_stream(self.device).wait_event(self.arrived[self.place[number]])
-            following = (number + 1) % len(self.home)
-            if self.place[following] != self.place[number]:
-                self.fetch(following)
+    def after(self, number: int, *_: object) -> None:
+        """Give the slot of block `number` to the next one that needs it, once it is used.
 
-        return hook
-
-    def after(self, number: int) -> Callable[..., None]:
-        """Return the hook behind block `number`: its place is free once the device has used it."""
-
-        def hook(*_: object) -> None:
-            place = self.place[number]
-            if self.cuda:
-                self.used[place].record(torch.cuda.current_stream(self.device))
-            following = (number + 1) % len(self.home)
-            if self.place[following] == place and len(self.home) > 1:
-                self.fetch(following)
-
-        return hook
+        With an odd number of blocks, the last and the first share a slot.
+        """
+        if self.copying:
+            self.used[number % _SLOTS].record(torch.cuda.current_stream(self.device))
+        following = (number + 1) % len(self.home)
+        if (following - number) % _SLOTS == 0:
+            self.fetch(following)

@@ -1,6 +1,6 @@
 """Several processes that train one model, each on its own part of a batch.
 
-Started by `torchrun --nproc_per_node=N …`, which tells each process who it is.
+Started by `torchrun --nproc_per_node=N …`, which numbers them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is among those that train together.
+    """This process among those that train together.
 
     Attributes:
         rank: from 0.
-        count: of processes.
+        count: number of processes.
     """
 
     rank: int = 0
@@ -28,7 +28,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes and tells."""
+        """Whether this process is the one that writes and reports."""
         return self.rank == 0
 
     def average(self, tensors: Iterable[Tensor]) -> None:
@@ -43,25 +43,20 @@ class Ranks:
         for tensor, part in zip(whole, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def any(self, told: bool, device: torch.device) -> bool:
-        """Return whether any process was told so; all get the same answer."""
+    def any(self, value: bool, device: torch.device) -> bool:
+        """Whether `value` is true in any process; all get the same answer."""
         if self.count == 1:
-            return told
-        flag = torch.tensor(float(told), device=device)
+            return value
+        flag = torch.tensor(float(value), device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
-
-    def wait(self) -> None:
-        """Return when all processes have come here."""
-        if self.count > 1:
-            dist.barrier()
 
 
 ALONE = Ranks()
 
 
 def join(device: str) -> tuple[Ranks, str]:
-    """Return who this process is and its device; meets the others, where there are any.
+    """Meet the other processes, if any; this one's rank and device.
 
     Args:
         device: "cuda", of which each of several processes gets its own, "cuda:1", or "cpu".
@@ -71,18 +66,17 @@ def join(device: str) -> tuple[Ranks, str]:
         if torch.device(device).index is not None:
             torch.cuda.set_device(device)  # a graph is recorded on the current device
         return ALONE, device
-    rank = int(os.environ["RANK"])
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=torch.device(device))
     else:
         dist.init_process_group("gloo")
-    return Ranks(rank, count), device
+    return Ranks(int(os.environ["RANK"]), count), device
 
 
 def leave(ranks: Ranks) -> None:
     """Part from the others, once all have come here."""
     if ranks.count > 1:
-        ranks.wait()
+        dist.barrier()
         dist.destroy_process_group()

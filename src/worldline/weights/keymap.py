@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -14,20 +13,18 @@ from worldline.errors import CheckpointError
 from worldline.weights.source import TensorInfo
 
 _FIELD = re.compile(r"\{(\w+)\}")
-_SHOWN = 4  # names of each kind in one message
+_MOST_NAMES = 4  # of each kind in one message
 
 
 def _expression(pattern: str) -> re.Pattern[str]:
-    """Regular expression of a pattern; a field met twice must hold the same number."""
+    """Regular expression of a pattern; a field that stands twice must hold the same number."""
     parts: list[str] = []
-    seen: set[str] = set()
-    end = 0
-    for found in _FIELD.finditer(pattern):
-        parts.append(re.escape(pattern[end : found.start()]))
-        parts.append(f"(?P={found[1]})" if found[1] in seen else rf"(?P<{found[1]}>\d+)")
-        seen.add(found[1])
-        end = found.end()
-    parts.append(re.escape(pattern[end:]))
+    for index, part in enumerate(_FIELD.split(pattern)):
+        if index % 2 == 0:
+            parts.append(re.escape(part))
+        else:
+            group = rf"(?P<{part}>\d+)"
+            parts.append(f"(?P={part})" if group in parts else group)
     return re.compile("".join(parts))
 
 
@@ -47,15 +44,14 @@ class _Table:
         if name in self.literal:
             return self.literal[name]
         for expression, target in self.patterns:
-            found = expression.fullmatch(name)
-            if found:
-                return target.format_map(found.groupdict())
+            if fields := expression.fullmatch(name):
+                return target.format_map(fields.groupdict())
         return None
 
 
 @dataclass(frozen=True)
 class KeyMap:
-    """Released names on the left, ours on the right.
+    """Map between released names and ours.
 
     Attributes:
         rename: released pattern -> our pattern; "{i}" stands for an integer, and each field of one
@@ -75,9 +71,9 @@ class KeyMap:
         for released, ours in self.rename.items():
             if set(_FIELD.findall(released)) != set(_FIELD.findall(ours)):
                 raise ValueError(f"{released!r} and {ours!r} have different fields")
-        if len(set(self.rename.values())) != len(self.rename):
-            twice = [name for name, n in Counter(self.rename.values()).items() if n > 1]
-            raise ValueError(f"two released names lead to {twice[0]!r}")
+        name, count = Counter(self.rename.values()).most_common(1)[0] if self.rename else ("", 1)
+        if count > 1:
+            raise ValueError(f"two released names lead to {name!r}")
 
     @cached_property
     def _to_ours(self) -> _Table:
@@ -87,20 +83,8 @@ class KeyMap:
     def _to_released(self) -> _Table:
         return _Table((ours, released) for released, ours in self.rename.items())
 
-    def split(self, name: str) -> tuple[str, str] | None:
-        """The prefix of a released name and our name for it; None if it is dropped.
-
-        Raises:
-            CheckpointError: the name is neither renamed nor dropped.
-        """
-        found = self.find(name)
-        if found is not None or self.drops(name):
-            return found
-        near = difflib.get_close_matches(name, self._patterns, n=3, cutoff=0.0)
-        raise CheckpointError(f"unknown tensor {name}; nearest known: {', '.join(near)}")
-
     def find(self, name: str) -> tuple[str, str] | None:
-        """Do what `split` does; None also for a name that is not known."""
+        """Prefix of a released name, and our name for it; None if it is dropped or unknown."""
         if self.drops(name):
             return None
         for prefix in self.prefixes:
@@ -114,39 +98,34 @@ class KeyMap:
         """Our name of a released tensor; None if it is dropped.
 
         Raises:
-            CheckpointError: the name is neither; the three nearest known names are listed.
+            CheckpointError: the name is neither renamed nor dropped.
         """
-        found = self.split(name)
-        return None if found is None else found[1]
+        pair = self.find(name)
+        if pair is None and not self.drops(name):
+            raise CheckpointError(f"unknown tensor {name}")
+        return pair[1] if pair else None
 
     def released(self, name: str, prefix: str | None = None) -> str:
-        """The released name of one of our tensors.
+        """Released name of one of our tensors.
 
         Raises:
             ValueError: the map has no such tensor.
         """
-        found = self._to_released.get(name)
-        if found is None:
+        released = self._to_released.get(name)
+        if released is None:
             raise ValueError(f"the key map has no released name for {name!r}")
-        return (self.prefixes[0] if prefix is None else prefix) + found
+        return (self.prefixes[0] if prefix is None else prefix) + released
 
     def drops(self, name: str) -> bool:
-        """Tell whether a released name is skipped."""
+        """Whether a released name is skipped."""
+        if not self.drop:
+            return False
         forms = {name} | {name[len(p) :] for p in self.prefixes if name.startswith(p)}
         return any(fnmatchcase(form, pattern) for pattern in self.drop for form in forms)
 
-    @cached_property
-    def _patterns(self) -> list[str]:
-        return [self.prefixes[0] + released for released in self.rename]
-
-
-def _some(items: list[str]) -> str:
-    more = f" and {len(items) - _SHOWN:,} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more
-
 
 def match(
-    released_infos: Mapping[str, TensorInfo],
+    tensors: Mapping[str, TensorInfo],
     expected: Mapping[str, tuple[int, ...]],
     keymap: KeyMap,
     source: str,
@@ -155,7 +134,7 @@ def match(
     """Pair every tensor of the model with one of the file; strict.
 
     Args:
-        released_infos: what the file holds.
+        tensors: of the file.
         expected: our name -> shape.
         keymap: between the two.
         source: name of the file, for the message.
@@ -175,52 +154,42 @@ def match(
     prefixes: Counter[str] = Counter()
     unknown: list[str] = []
     doubled: list[str] = []
-    for name in released_infos:
-        found = keymap.find(name)
-        if found is None:
-            if not keymap.drops(name):
-                unknown.append(name)
-            continue
-        prefix, ours = found
-        if ours not in expected:
-            unknown.append(name)
-        elif ours in pairs:
+    for name in tensors:
+        prefix, ours = keymap.find(name) or ("", "")
+        if ours in pairs:
             doubled.append(f"{pairs[ours]} and {name}")
-        else:
+        elif ours in expected:
             pairs[ours] = name
             prefixes[prefix] += 1
+        elif ours or not keymap.drops(name):
+            unknown.append(name)
     if not pairs and expected and unknown:
-        held = _some(sorted(released_infos))
         raise CheckpointError(
-            f"{source} is of another model: none of its {len(released_infos):,} tensors "
-            f"is known ({held})"
+            f"{source} is of another model: none of its {len(tensors):,} tensors is known "
+            f"({_some(sorted(tensors))})"
         )
-    used = prefixes.most_common(1)[0][0] if prefixes else None
-    missing = [
-        keymap.released(name, used)
-        for name in expected
-        if name not in pairs and not any(fnmatchcase(name, pattern) for pattern in optional)
-    ]
-    wrong = [
-        f"{name} is {list(released_infos[name].shape)} in the file, expected {list(expected[ours])}"
-        for ours, name in pairs.items()
-        if released_infos[name].shape != tuple(expected[ours])
-    ]
-    problems = []
-    if wrong:
-        problems.append(f"wrong shape: {_some(wrong)}")
-    if missing:
-        problems.append(f"{len(missing):,} missing: {_some(missing)}")
-    if unknown:
-        known = [keymap.released(name, used) for name in expected]
-        near = {
-            name: difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-            for name in unknown[:_SHOWN]
-        }
-        shown = [f"{n} (nearest: {', '.join(near[n])})" if near.get(n) else n for n in unknown]
-        problems.append(f"{len(unknown):,} unknown: {_some(shown)}")
-    if doubled:
-        problems.append(f"{len(doubled):,} twice: {_some(doubled)}")
-    if problems:
-        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}")
+    prefix = prefixes.most_common(1)[0][0] if prefixes else keymap.prefixes[0]
+    problems = {
+        "wrong shape": [
+            f"{name} is {list(tensors[name].shape)} in the file, expected {list(expected[ours])}"
+            for ours, name in pairs.items()
+            if tensors[name].shape != tuple(expected[ours])
+        ],
+        "missing": [
+            keymap.released(name, prefix)
+            for name in expected
+            if name not in pairs and not any(fnmatchcase(name, pattern) for pattern in optional)
+        ],
+        "unknown": unknown,
+        "twice": doubled,
+    }
+    if wrong := [
+        f"{len(names):,} {kind}: {_some(names)}" for kind, names in problems.items() if names
+    ]:
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(wrong)}")
     return pairs
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more

@@ -1,32 +1,33 @@
-"""Open a file of weights: safetensors, `.pt`, TorchScript. Headers only; told apart by content."""
+"""Open files of weights by their headers, whatever their format; join several as one."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from worldline.errors import CheckpointError
 from worldline.files import disguise
-from worldline.weights.archive import ArchiveContents, read_archive
-from worldline.weights.legacy import is_legacy, read_legacy
+from worldline.weights.archive import is_legacy, open_archive, open_legacy
 from worldline.weights.source import (
+    Checkpoint,
     FileTensor,
+    ShardedTensor,
     Source,
     TensorInfo,
     contiguous_strides,
 )
 
-__all__ = ["Checkpoint", "Entry", "TensorInfo", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
-_SAFETENSORS_DTYPES = {
+_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -44,101 +45,22 @@ _SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+# what a damaged or made-up JSON header raises
+_BAD_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
-# Ranks that hold a replicated tensor may have drifted apart by rounding; the reference's bounds.
-_REPLICA_ATOL, _REPLICA_RTOL = 5e-2, 0.1
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor, in one part or, in tensor-parallel shards, in one part a rank.
-
-    Attributes:
-        parts: where the bytes are.
-        dim: the axis on which parts are joined; None if each part is the whole tensor.
-    """
-
-    parts: tuple[Source, ...]
-    dim: int | None = None
-
-    @cached_property
-    def info(self) -> TensorInfo:
-        first = self.parts[0].info
-        if self.dim is None:
-            return first
-        shape = list(first.shape)
-        shape[self.dim] = sum(part.info.shape[self.dim] for part in self.parts)
-        return TensorInfo(first.dtype, tuple(shape))
-
-    def read(self, label: str) -> Tensor:
-        """Return the whole tensor on the CPU; replicas are averaged.
-
-        Raises:
-            CheckpointError: replicas differ by more than rounding; `label` starts the message.
-        """
-        if len(self.parts) == 1:
-            return self.parts[0].read()
-        tensors = [part.read() for part in self.parts]
-        if self.dim is not None:
-            return torch.cat(tensors, self.dim)
-        first = tensors[0]
-        if all(torch.equal(first, other) for other in tensors[1:]):
-            return first
-        mean = torch.stack([tensor.float() for tensor in tensors]).mean(0).to(first.dtype)
-        if not torch.allclose(first, mean, atol=_REPLICA_ATOL, rtol=_REPLICA_RTOL):
-            worst = (first.float() - mean.float()).abs().max().item()
-            raise CheckpointError(
-                f"{label} is copied on every rank, yet rank 0 is {worst:.3g} away from the mean: "
-                "the shards are not of one model"
-            )
-        return mean
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One opened file, or a set of files that make one model. Tensor data is touched by `read`.
-
-    Attributes:
-        path: the file; of several, the first or the index.
-        kind: "safetensors", "pt", "jit" or "tensor-parallel shards".
-        nesting: dotted path of the dict inside the file that was taken, such as "model".
-        entries: name as stored -> where it is.
-        strays: names beside the tensors whose values are none (`_extra_state`).
-        beside: other keys of the outer dict, such as "optimizer".
-        metadata: the text that a safetensors file carries.
-    """
-
-    path: Path
-    kind: str
-    entries: Mapping[str, Entry]
-    nesting: str = ""
-    strays: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    @cached_property
-    def tensors(self) -> dict[str, TensorInfo]:
-        """The dtype and shape of every tensor, by its name in the file."""
-        return {name: entry.info for name, entry in self.entries.items()}
-
-    @property
-    def files(self) -> list[Path]:
-        """All files that make it, the index of several too."""
-        parts = (part.path for entry in self.entries.values() for part in entry.parts)
-        found = {path for path in parts if path is not None}
-        return sorted(found | ({self.path} if self.path.is_file() else set()))
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor on the CPU, memory-mapped where the format allows.
-
-        Raises:
-            CheckpointError: there is no such tensor, or the file changed or is inconsistent.
-        """
-        if name not in self.entries:
-            raise CheckpointError(f"{self.path} holds no tensor {name}")
-        return self.entries[name].read(f"{self.path}: {name}")
+_SHARD = re.compile(r"(?P<stem>.+)_model_mp_(?P<rank>\d+)\.pt")
+# released name pattern -> axis on which tensor-parallel ranks cut it; None for a tensor that every
+# rank holds whole
+SHARDED_AXES: Mapping[str, int | None] = {
+    "*tok_embeddings.weight": 0,
+    "*output.weight": 0,
+    "*attention.w[qkv].weight": 0,
+    "*attention.wo.weight": 1,
+    "*feed_forward.w[13].weight": 0,
+    "*feed_forward.w2.weight": 1,
+    "*norm.weight": None,
+}
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -149,115 +71,67 @@ def open_checkpoint(path: Path) -> Checkpoint:
             pointer in the place of the file, of unknown format, unsafe, or without a tensor.
     """
     path = Path(path)
-    head, size = _head(path)
-    if not size:
-        raise CheckpointError(f"{path} is empty; download it again")
-    if head.startswith(b"PK\x03\x04"):
-        return _open_archive(path, read_archive)
-    if is_legacy(head):
-        return _open_archive(path, read_legacy)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
-        return _open_safetensors(path, size)
-    found = disguise(head)
-    if found == "web page":
-        raise CheckpointError(
-            f"{path} is a web page, not weights: the download was answered with a page "
-            "(a licence to accept, or a login?); download it again"
-        )
-    if found == "git-lfs pointer":
-        raise CheckpointError(
-            f"{path} is a git-lfs pointer, not weights; run `git lfs pull` in its folder"
-        )
-    if head.lstrip().startswith(b"{"):
-        return _open_index(path)
-    if not head.strip(b"\0"):
-        raise CheckpointError(
-            f"{path} starts with zeros: a download that was not finished; download it again"
-        )
-    if path.suffix == ".safetensors" and size < 9:
-        raise CheckpointError(f"{path} is cut short: it has {size} bytes; download it again")
-    raise CheckpointError(
-        f"{path} is in no known format (it starts with {head[:8]!r}); "
-        "expected a .safetensors, .pt or .jit file"
-    )
-
-
-def _head(path: Path) -> tuple[bytes, int]:
-    """First bytes and the size, or the reason why there are none."""
     try:
         with path.open("rb") as file:
-            return file.read(512), os.fstat(file.fileno()).st_size
+            head, size = file.read(512), os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except IsADirectoryError as error:
-        inside = sorted(
-            item.name
-            for item in path.iterdir()
-            if item.suffix in (".pt", ".pth", ".jit", ".safetensors")
+        raise CheckpointError(f"{path} is a folder; name a file of weights in it") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if head.startswith(b"PK\x03\x04"):
+        checkpoint = open_archive(path)
+    elif is_legacy(head):
+        checkpoint = open_legacy(path)
+    elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
+        checkpoint = _open_safetensors(path, size)
+    elif disguise(head) == "web page":
+        raise CheckpointError(
+            f"{path} is a web page, not weights (a licence to accept, or a login?); "
+            "download it again"
         )
-        hint = f"name one of its files: {', '.join(inside[:5])}" if inside else "it has no weights"
-        raise CheckpointError(f"{path} is a folder, not a file of weights; {hint}") from error
-    except PermissionError as error:
-        raise CheckpointError(f"{path} may not be read by this user (permission denied)") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _open_archive(path: Path, read: Callable[[Path], ArchiveContents]) -> Checkpoint:
-    try:
-        contents = read(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    _require_tensors(path, contents.tensors, contents.beside, contents.strays)
-    return Checkpoint(
-        path,
-        "jit" if contents.torchscript else "pt",
-        {name: Entry((tensor,)) for name, tensor in contents.tensors.items()},
-        contents.nesting,
-        contents.strays,
-        contents.beside,
-    )
-
-
-def _require_tensors(
-    path: Path, tensors: Mapping[str, object], beside: tuple[str, ...], strays: tuple[str, ...]
-) -> None:
-    if tensors:
-        return
-    keys = ", ".join((*beside, *strays)[:5])
-    hint = f" (only {keys})" if keys else ""
-    shards = sorted(path.parent.glob(f"{path.stem}_model_mp_*.pt"))
-    if shards:
-        hint += f"; its weights are in the tensor-parallel shards {shards[0].name} and following"
-    raise CheckpointError(f"{path} holds no tensors{hint}")
+    elif disguise(head) == "git-lfs pointer":
+        raise CheckpointError(f"{path} is a git-lfs pointer; run `git lfs pull` in its folder")
+    elif head.lstrip().startswith(b"{"):
+        checkpoint = _open_index(path)
+    elif not head.strip(b"\0"):
+        state = "starts with zeros, as an unfinished download does" if size else "is empty"
+        raise CheckpointError(f"{path} {state}; download it again")
+    else:
+        raise CheckpointError(
+            f"{path} is in no known format (it starts with {head[:8]!r}); "
+            "expected a .safetensors, .pt or .jit file"
+        )
+    if not checkpoint.entries:
+        names = ", ".join((*checkpoint.beside, *checkpoint.strays)[:5])
+        shards = sorted(path.parent.glob(f"{path.stem}_model_mp_*.pt"))
+        advice = f"; name {shards[0].name}, which is beside it" if shards else ""
+        raise CheckpointError(f"{path} holds no tensors (only {names or 'an empty list'}){advice}")
+    return checkpoint
 
 
 def _open_safetensors(path: Path, size: int) -> Checkpoint:
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length)
-    if len(text) < length:
-        raise CheckpointError(
-            f"{path} is cut short: it has {size:,} bytes and its header alone needs "
-            f"{8 + length:,}; download it again"
-        )
+        start = 8 + int.from_bytes(file.read(8), "little")
+        text = file.read(start - 8)
+    end = start
     try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__", None) or {}
-        tensors = {str(name): _safetensor(path, 8 + length, item) for name, item in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if size >= start:
+            header = json.loads(text)
+            metadata = header.pop("__metadata__", None) or {}
+            tensors = {name: _safetensor(path, start, item) for name, item in header.items()}
+            end = max((t.position + t.span for t in tensors.values()), default=start)
+    except _BAD_JSON as error:
         raise CheckpointError(
             f"{path} is damaged: its header cannot be read ({error}); download it again"
         ) from error
-    end = max((tensor.position + tensor.span for tensor in tensors.values()), default=8 + length)
-    if end != size:
+    if size != end:
         state = "cut short" if size < end else "damaged"
         raise CheckpointError(
             f"{path} is {state}: it has {size:,} bytes of {end:,}; download it again"
         )
-    _require_tensors(path, tensors, (), ())
-    entries = {name: Entry((tensor,)) for name, tensor in tensors.items()}
-    return Checkpoint(path, "safetensors", entries, metadata=dict(metadata))
+    return Checkpoint(path, "safetensors", tensors, files=(path,), metadata=dict(metadata))
 
 
 def _safetensor(path: Path, data: int, item: Mapping[str, Any]) -> FileTensor:
@@ -265,9 +139,9 @@ def _safetensor(path: Path, data: int, item: Mapping[str, Any]) -> FileTensor:
     shape = tuple(item["shape"])
     if not all(isinstance(n, int) and n >= 0 for n in (start, end, *shape)):
         raise ValueError("a malformed tensor")
-    if item["dtype"] not in _SAFETENSORS_DTYPES:
+    if item["dtype"] not in _DTYPES:
         raise ValueError(f"dtype {item['dtype']} is not supported")
-    info = TensorInfo(_SAFETENSORS_DTYPES[item["dtype"]], shape)
+    info = TensorInfo(_DTYPES[item["dtype"]], shape)
     if end - start != info.nbytes:
         raise ValueError(f"{end - start} bytes for shape {list(shape)}")
     return FileTensor(path, info, data + start, contiguous_strides(shape))
@@ -277,26 +151,132 @@ def _open_index(path: Path) -> Checkpoint:
     """Open `*.safetensors.index.json`: the files that it names, as one."""
     try:
         index = json.loads(path.read_bytes())
-        files = {str(name): str(file) for name, file in index["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        places = {str(name): str(file) for name, file in index["weight_map"].items()}
+    except _BAD_JSON as error:
         raise CheckpointError(
             f"{path} is a text, not weights, and no index of safetensors files either"
         ) from error
-    names = sorted(set(files.values()))
+    names = sorted(set(places.values()))
     if any(Path(name).name != name for name in names):
         raise CheckpointError(f"{path} names files outside its own folder")
-    missing = [name for name in names if not (path.parent / name).is_file()]
-    if missing:
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
         raise CheckpointError(
-            f"{path.parent} is incomplete: {path.name} names {len(names)} files and "
+            f"{path.parent} is incomplete: of {len(names)} files that {path.name} names, "
             f"{', '.join(missing[:5])} {'is' if len(missing) == 1 else 'are'} missing"
         )
     opened = {name: open_checkpoint(path.parent / name) for name in names}
-    entries: dict[str, Entry] = {}
-    for tensor, name in files.items():
+    entries: dict[str, Source] = {}
+    for tensor, name in places.items():
         if tensor not in opened[name].entries:
             raise CheckpointError(
-                f"{path.parent / name} lacks tensor {tensor}, which {path.name} says it holds"
+                f"{path.parent / name} lacks tensor {tensor}, which {path.name} lists"
             )
         entries[tensor] = opened[name].entries[tensor]
-    return Checkpoint(path, "safetensors", entries)
+    files = tuple(sorted([path, *(path.parent / name for name in names)]))
+    return Checkpoint(path, "safetensors", entries, files=files)
+
+
+def renamed(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Checkpoint:
+    """`checkpoint` with every name passed through `rename`; None leaves a tensor out."""
+    entries = {
+        new: entry for old, entry in checkpoint.entries.items() if (new := rename(old)) is not None
+    }
+    return replace(checkpoint, entries=entries)
+
+
+def joined(checkpoints: Sequence[Checkpoint], path: Path) -> Checkpoint:
+    """The tensors of all `checkpoints` as one; `path` stands for the whole in messages.
+
+    Raises:
+        CheckpointError: two files hold a tensor of the same name.
+    """
+    entries: dict[str, Source] = {}
+    for checkpoint in checkpoints:
+        if twice := entries.keys() & checkpoint.entries.keys():
+            raise CheckpointError(f"{path}: {min(twice)} is in more than one of its files")
+        entries.update(checkpoint.entries)
+    files = tuple(sorted(file for checkpoint in checkpoints for file in checkpoint.files))
+    return replace(checkpoints[0], path=path, entries=entries, files=files)
+
+
+def shard_stem(path: Path) -> str | None:
+    """Stem of the set that a tensor-parallel shard belongs to; None for another file."""
+    shard = _SHARD.fullmatch(path.name)
+    return shard["stem"] if shard else None
+
+
+def find_shards(folder: Path, stem: str | None = None) -> list[Path]:
+    """Shards `{stem}_model_mp_{rank}.pt` of a folder in the order of ranks; [] if it has none.
+
+    Args:
+        folder: where to look.
+        stem: "model", or "iter_000000002" of a training run; None takes the only one there is.
+
+    Raises:
+        CheckpointError: ranks are missing, or `stem` is None and there are several sets.
+    """
+    sets: dict[str, dict[int, Path]] = {}
+    for path in sorted(folder.glob("*_model_mp_*.pt")):
+        shard = _SHARD.fullmatch(path.name)
+        if shard and stem in (None, shard["stem"]):
+            sets.setdefault(shard["stem"], {})[int(shard["rank"])] = path
+    if not sets:
+        return []
+    if len(sets) > 1:
+        raise CheckpointError(
+            f"{folder} holds several sets of tensor-parallel shards ({', '.join(sets)}); name a "
+            f"file of one, such as {folder / min(sets)}_model_mp_0.pt"
+        )
+    [(name, ranks)] = sets.items()
+    # Models are cut in 1, 2, 4, 8 ... parts, so three files are four of which one is missing.
+    count = 1 << max(ranks).bit_length()
+    missing = [f"{name}_model_mp_{rank}.pt" for rank in range(count) if rank not in ranks]
+    if missing:
+        raise CheckpointError(
+            f"{folder} has {len(ranks)} of {count} tensor-parallel shards; "
+            f"missing: {', '.join(missing)}"
+        )
+    return [ranks[rank] for rank in range(count)]
+
+
+def open_shards(paths: Sequence[Path]) -> Checkpoint:
+    """Open the files of all ranks as one checkpoint of full-size tensors; headers only.
+
+    Replicated tensors that differ are averaged when they are read, and refused if they differ by
+    more than rounding.
+
+    Args:
+        paths: in the order of ranks, at least one.
+
+    Raises:
+        CheckpointError: the files do not fit together, or a name is not in `SHARDED_AXES`.
+    """
+    first, *others = shards = [open_checkpoint(path) for path in paths]
+    for other in others:
+        if odd := sorted(first.entries.keys() ^ other.entries.keys()):
+            holder, lacker = (first, other) if odd[0] in first.entries else (other, first)
+            raise CheckpointError(
+                f"{lacker.path} lacks tensor {odd[0]}, which {holder.path.name} holds: "
+                "the shards are not of one model"
+            )
+    entries: dict[str, Source] = {}
+    for name in first.entries:
+        axes = [axis for pattern, axis in SHARDED_AXES.items() if fnmatchcase(name, pattern)]
+        if not axes:
+            raise CheckpointError(f"{first.path} holds {name}, and how ranks share it is not known")
+        parts = tuple(shard.entries[name] for shard in shards)
+        for part, shard in zip(parts, shards, strict=True):
+            if _uncut(part.info, axes[0]) != _uncut(parts[0].info, axes[0]):
+                raise CheckpointError(
+                    f"{shard.path}: {name} is {part.info.dtype} {list(part.info.shape)}, but "
+                    f"{parts[0].info.dtype} {list(parts[0].info.shape)} on rank 0: "
+                    "the shards are not of one model"
+                )
+        entries[name] = ShardedTensor(f"{first.path}: {name}", parts, axes[0])
+    return replace(first, kind="tensor-parallel shards", entries=entries, files=tuple(paths))
+
+
+def _uncut(info: TensorInfo, axis: int | None) -> object:
+    """What the parts of a sharded tensor have in common."""
+    sizes = [None if index == axis else size for index, size in enumerate(info.shape)]
+    return info.dtype, sizes

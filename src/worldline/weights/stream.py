@@ -8,10 +8,10 @@ one of two pinned buffers for a GPU. While the GPU fetches one buffer, the threa
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
@@ -21,43 +21,11 @@ from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
 from worldline.weights.keymap import KeyMap, match
-from worldline.weights.read import Checkpoint, Entry
-from worldline.weights.source import FileTensor, Source
+from worldline.weights.source import Checkpoint, FileTensor, ShardedTensor, Source
 
 STAGING_BYTES = 64 << 20  # each of two; 1.3 ms at 50 GB/s, far above the cost of starting a copy
 _SLICE_BYTES = 4 << 20  # below this a second thread costs more than it brings
 _READERS = 8
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """A place in the module that holds a tensor."""
-
-    name: str
-    owner: nn.Module
-    leaf: str
-    tensor: Tensor
-    stored: bool  # a parameter or persistent buffer, which a checkpoint holds
-
-    def put(self, tensor: Tensor) -> None:
-        if self.leaf in self.owner._parameters:
-            if not isinstance(tensor, nn.Parameter):
-                tensor = nn.Parameter(tensor, requires_grad=self.tensor.requires_grad)
-            self.owner._parameters[self.leaf] = tensor
-        else:
-            self.owner._buffers[self.leaf] = tensor
-
-
-def _slots(module: nn.Module) -> Iterator[_Slot]:
-    for path, owner in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for leaf, parameter in owner._parameters.items():
-            if parameter is not None:
-                yield _Slot(prefix + leaf, owner, leaf, parameter, True)
-        for leaf, buffer in owner._buffers.items():
-            if buffer is not None:
-                stored = leaf not in owner._non_persistent_buffers_set
-                yield _Slot(prefix + leaf, owner, leaf, buffer, stored)
 
 
 def load_into(
@@ -88,60 +56,54 @@ def load_into(
             would be left without a value.
     """
     device = torch.device(device)
-    groups: dict[int, list[_Slot]] = {}
-    for slot in _slots(module):
-        groups.setdefault(id(slot.tensor), []).append(slot)
-    expected = {
-        slot.name: tuple(slot.tensor.shape)
-        for group in groups.values()
-        for slot in group
-        if slot.stored
+    tensors: dict[str, Tensor] = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
     }
-    # Of names that share a tensor, the file may hold any; that it holds one is checked below.
-    shared = [slot.name for group in groups.values() if len(group) > 1 for slot in group]
-    source = str(checkpoint.path)
-    pairs = match(checkpoint.tensors, expected, keymap, source, [*optional, *shared])
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        names[id(tensor)].append(name)
+    stored = {name: tuple(tensors[name].shape) for name in module.state_dict(keep_vars=True)}
+    # Under which of several names the file holds a shared tensor is all the same.
+    shared = [name for group in names.values() if len(group) > 1 for name in group]
+    pairs = match(checkpoint.tensors, stored, keymap, str(checkpoint.path), [*optional, *shared])
 
-    plan: list[tuple[list[_Slot], str | None]] = []
-    for group in groups.values():
-        names = [pairs[slot.name] for slot in group if slot.name in pairs]
-        slot = group[0]
-        needed = slot.stored and not any(fnmatchcase(slot.name, pattern) for pattern in optional)
-        if not names and (needed or slot.tensor.is_meta):
-            raise CheckpointError(f"{source} does not fit the model: nothing gives {slot.name}")
-        if names:
-            kind = checkpoint.tensors[names[0]].dtype
-            if kind.is_floating_point != slot.tensor.dtype.is_floating_point:
+    sources: dict[int, Source] = {}
+    for key, group in names.items():
+        name, tensor = group[0], tensors[group[0]]
+        if inside := [pairs[each] for each in group if each in pairs]:
+            sources[key] = checkpoint.entries[inside[0]]
+            kind = sources[key].info.dtype
+            if kind.is_floating_point != tensor.dtype.is_floating_point:
                 raise CheckpointError(
-                    f"{source} does not fit the model: {names[0]} is {kind} in the file, "
-                    f"expected {slot.tensor.dtype}"
+                    f"{checkpoint.path} does not fit the model: {inside[0]} is {kind} in the file, "
+                    f"expected {tensor.dtype}"
                 )
-        plan.append((group, names[0] if names else None))
+            continue
+        needed = name in stored and not any(fnmatchcase(name, pattern) for pattern in optional)
+        if needed or tensor.is_meta:
+            raise CheckpointError(f"{checkpoint.path} does not fit the model: nothing gives {name}")
 
+    values: dict[int, Tensor] = {}
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with torch.no_grad(), on_device, _Copier(device) as copier:
-        for group, name in plan:
-            if name is None:
-                filled = group[0].tensor.to(device)
+        for key, group in names.items():
+            tensor = tensors[group[0]]
+            if key not in sources:
+                value = tensor.to(device)
             else:
-                entry = checkpoint.entries[name]
-                wanted = group[0].tensor.dtype
-                if wanted.is_floating_point:
-                    wanted = dtype or entry.info.dtype
-                filled = torch.empty(entry.info.shape, dtype=wanted, device=device)
-                if entry.dim is None and len(entry.parts) > 1:
-                    filled.copy_(checkpoint.read(name))  # replicas: small, and to be compared
-                else:
-                    copier.fill_entry(filled, entry)
-            _put(group, filled)
-
-
-def _put(group: list[_Slot], tensor: Tensor) -> None:
-    for slot in group:
-        slot.put(tensor)
-        # The second name of a shared tensor must get the very Parameter that the first one made.
-        if slot.leaf in slot.owner._parameters:
-            tensor = slot.owner._parameters[slot.leaf]  # type: ignore[assignment]
+                info = sources[key].info
+                kind = dtype or info.dtype if tensor.is_floating_point() else tensor.dtype
+                value = torch.empty(info.shape, dtype=kind, device=device)
+                copier.fill(value, sources[key])
+            if isinstance(tensor, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+            values[key] = value
+    for owner in module.modules():
+        for places in (owner._parameters, owner._buffers):
+            for leaf, old in places.items():
+                if old is not None:
+                    places[leaf] = values[id(old)]  # type: ignore[assignment]
 
 
 class _Copier:
@@ -170,71 +132,50 @@ class _Copier:
             self.staging.clear()
             self.stack.close()
 
-    def fill_entry(self, destination: Tensor, entry: Entry) -> None:
-        if entry.dim is None:
-            self.fill(destination, entry.parts[0])
-            return
-        start = 0
-        for part in entry.parts:
-            count = part.info.shape[entry.dim]
-            self.fill(destination.narrow(entry.dim, start, count), part)
-            start += count
-
     def fill(self, destination: Tensor, source: Source) -> None:
         """Write all of `source` to `destination`, of equal shape and perhaps another dtype."""
-        if not isinstance(source, FileTensor) or not source.plain:
+        if isinstance(source, ShardedTensor) and source.dim is not None:
+            counts = [part.info.shape[source.dim] for part in source.parts]
+            slices = destination.split(counts, source.dim)
+            for part, slice_ in zip(source.parts, slices, strict=True):
+                self.fill(slice_, part)
+        elif not isinstance(source, FileTensor) or not source.plain:
             destination.copy_(source.read())
-            return
-        if not destination.is_contiguous():  # a column shard
+        elif not destination.is_contiguous():  # a column shard
             whole = torch.empty(source.info.shape, dtype=source.info.dtype, device=self.device)
             self.fill(whole, source)
             destination.copy_(whole)
-            return
-        flat = destination.view(-1)
-        stored = source.info.dtype
-        same = stored == flat.dtype
-        if same and self.device.type == "cpu":
-            self._read(flat.view(torch.uint8), source.path, source.position)
-            return
-        step = STAGING_BYTES // stored.itemsize
-        for start in range(0, flat.numel(), step):
-            part = flat[start : start + step]
-            staged = self._stage(
-                source.path,
-                source.position + start * stored.itemsize,
-                part.numel() * stored.itemsize,
-            ).view(stored)
-            if same:
-                part.copy_(staged, non_blocking=self.cuda)
-            elif self.cuda:
-                part.copy_(staged.to(self.device, non_blocking=True))  # cast on the device
-            else:
-                part.copy_(staged.to(part.dtype))
-            self._sent()
+        elif self.cuda or destination.dtype != source.info.dtype:
+            self._stage(destination.view(-1), source)
+        else:
+            self._read(destination.view(-1).view(torch.uint8), source.path, source.position)
 
-    def _stage(self, path: Path, position: int, count: int) -> Tensor:
-        """Fill the buffer whose turn it is, once the device has fetched what was in it."""
+    def _stage(self, flat: Tensor, source: FileTensor) -> None:
+        """Fill a tensor by way of the staging buffers."""
         if not self.staging:
             self.staging = [
                 torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=self.cuda)
                 for _ in range(2 if self.cuda else 1)
             ]
-        fetched = self.fetched[self.turn]
-        if fetched is not None:
-            fetched.synchronize()
-        buffer = self.staging[self.turn][:count]
-        self._read(buffer, path, position)
-        return buffer
-
-    def _sent(self) -> None:
-        """Mark, in the stream of the copies, the point where the buffer is free again."""
-        if self.cuda:
-            # The copies go through the current stream: nothing else runs while weights load, and
-            # memory that the allocator hands out here is then safe to use without another event.
-            event = torch.cuda.Event()
-            event.record()
-            self.fetched[self.turn] = event
-            self.turn = 1 - self.turn
+        size = source.info.dtype.itemsize
+        step = STAGING_BYTES // size
+        for start in range(0, flat.numel(), step):
+            part = flat[start : start + step]
+            if fetched := self.fetched[self.turn]:
+                fetched.synchronize()
+            buffer = self.staging[self.turn][: part.numel() * size]
+            self._read(buffer, source.path, source.position + start * size)
+            staged = buffer.view(source.info.dtype)
+            if self.cuda and part.dtype != staged.dtype:
+                staged = staged.to(self.device, non_blocking=True)  # cast on the device
+            part.copy_(staged, non_blocking=self.cuda)
+            if self.cuda:
+                # The copies go through the current stream: nothing else runs while weights load,
+                # and memory that the allocator hands out here is then safe without another event.
+                event = torch.cuda.Event()
+                event.record()
+                self.fetched[self.turn] = event
+                self.turn = 1 - self.turn
 
     def _read(self, buffer: Tensor, path: Path, position: int) -> None:
         """Read bytes from a position of a file to a uint8 CPU tensor, by several threads."""
@@ -248,12 +189,11 @@ class _Copier:
         if len(view) <= _SLICE_BYTES:
             _read_exactly(number, view, position, path)
             return
-        slices = range(0, len(view), _SLICE_BYTES)
         jobs = [
             self.pool.submit(
                 _read_exactly, number, view[start : start + _SLICE_BYTES], position + start, path
             )
-            for start in slices
+            for start in range(0, len(view), _SLICE_BYTES)
         ]
         for job in jobs:
             job.result()

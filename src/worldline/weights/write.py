@@ -30,54 +30,39 @@ def save(
         OSError: the folder cannot be written or the disk is full; `path` is then as it was.
     """
     path = Path(path)
-    as_pt = path.suffix == ".pt"
-    if as_pt and metadata:
+    if path.suffix == ".pt" and metadata:
         raise ValueError(f"{path.name}: a .pt file has no place for metadata; use .safetensors")
-    seen: set[int] = set()
+    storages: set[int] = set()
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        held = tensor.detach().cpu().contiguous()
+        copy = tensor.detach().cpu().contiguous()
         # Both formats write storages: a view, or a second name of one tensor, needs its own.
-        storage = held.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != held.numel() * held.element_size():
-            held = held.clone()
-        seen.add(held.untyped_storage().data_ptr())
-        whole[name] = held
+        storage = copy.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != copy.nbytes:
+            copy = copy.clone()
+        storages.add(copy.untyped_storage().data_ptr())
+        whole[name] = copy
     with replacing(path) as temporary:
-        if as_pt:
+        if path.suffix == ".pt":
             torch.save(whole, temporary)
-        else:
-            text = {key: str(value) for key, value in (metadata or {}).items()}
-            try:
-                safetensors.torch.save_file(whole, temporary, metadata=text or None)
-            except safetensors.SafetensorError as error:
-                raise OSError(f"{path} cannot be written: {error}") from error
+            return
+        text = {key: str(value) for key, value in (metadata or {}).items()}
+        try:
+            safetensors.torch.save_file(whole, temporary, metadata=text or None)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
-def save_module(
-    module: nn.Module,
-    path: Path,
-    *,
-    keymap: KeyMap | None = None,
-    dtype: torch.dtype | None = None,
-    metadata: Mapping[str, object] | None = None,
-) -> None:
-    """Save a module's parameters and persistent buffers.
+def save_module(module: nn.Module, path: Path, keymap: KeyMap, dtype: torch.dtype) -> None:
+    """Save a module's parameters and persistent buffers under their released names.
 
     Args:
         module: on any device.
         path: as for `save`.
-        keymap: writes the released names; absent, our own.
-        dtype: of floating tensors; absent, as they are.
-        metadata: as for `save`.
-
-    Raises:
-        ValueError: the key map does not know a tensor of the module.
+        keymap: knows all of its tensors.
+        dtype: of floating tensors.
     """
-    tensors = {
-        (keymap.released(name) if keymap else name): (
-            tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-        )
-        for name, tensor in module.state_dict().items()
-    }
-    save(tensors, path, metadata)
+    tensors = module.state_dict().items()
+    save(
+        {keymap.released(n): t.to(dtype) if t.is_floating_point() else t for n, t in tensors}, path
+    )

@@ -1,4 +1,4 @@
-"""How the released files name the diffusion transformer's tensors, and what their shapes tell.
+"""Names of the diffusion transformer's tensors in released files, and the architecture they imply.
 
 Two layouts hold the same weights: NVIDIA's `model.pt`, and the folder of diffusers'
 `CosmosTransformer3DModel`. Source: nvidia-cosmos/cosmos-predict1 `diffusion/inference/
@@ -9,136 +9,136 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError
 from worldline.models.predict1_dit.model import (
     DECODER_RATIO,
     LARGEST_GRID,
+    PRESETS,
     RELEASED_RATIOS,
     DiT,
     DiTConfig,
 )
 from worldline.shapes import LatentShape
-from worldline.weights.dit import (
-    BOOKKEEPING,
-    PATCH,
-    SUB_BLOCKS,
-    DiTFiles,
-    Ratio,
-    check,
-    diffusers_names,
-    diffusers_settings,
-    find_dit,
-    open_file,
-    read_ratio,
-    read_shapes,
-    read_sizes,
-    released_names,
-)
+from worldline.weights import dit, networks
+from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION, PATCH, SUB_BLOCKS, Ratio
 from worldline.weights.keymap import KeyMap
-from worldline.weights.read import Checkpoint
+from worldline.weights.networks import (
+    Layout,
+    NetworkFiles,
+    open_transformer,
+    released_size,
+    require_number,
+)
+from worldline.weights.source import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-_DROP = {
-    **BOOKKEEPING,
-    "pos_embedder.seq": "positions, computed here",
-    "logvar.*": "the uncertainty head of training",
-}
+_OUR_SETTINGS = ("rope_ratio", "base_fps", "text2world")  # one of them stands in our config.json
+_BLOCK = "blocks.block{i}.blocks"
 # our axes of the learned positions, and the released ones
 _AXES = {"time": "t", "rows": "h", "columns": "w"}
-
-
-def _nvidia() -> dict[str, str]:
-    layout = {
-        "embed.weight": "x_embedder.proj.1.weight",
-        "ids.weight": "token_embedder.weight",
-        **{
-            f"positions.{ours}": f"extra_pos_embedder.pos_emb_{axis}"
-            for ours, axis in _AXES.items()
-        },
-        "noise.first.weight": "t_embedder.1.linear_1.weight",
-        "noise.second.weight": "t_embedder.1.linear_2.weight",
-        "noise.norm": "affline_norm.weight",
-        "head.linear.weight": "final_layer.linear.weight",
-        "head.modulation.first.weight": "final_layer.adaLN_modulation.1.weight",
-        "head.modulation.second.weight": "final_layer.adaLN_modulation.2.weight",
-    }
-    for number, ours in enumerate(SUB_BLOCKS):
-        stem = f"blocks.{{i}}.{ours}"
-        theirs = f"blocks.{number}.block"
-        for step, place in (("1", "first"), ("2", "second")):
-            layout[f"{stem}.modulation.{place}.weight"] = (
-                f"blocks.{number}.adaLN_modulation.{step}.weight"
-            )
-        if ours == "feed_forward":
-            layout[f"{stem}.body.up.weight"] = f"{theirs}.layer1.weight"
-            layout[f"{stem}.body.down.weight"] = f"{theirs}.layer2.weight"
-            continue
-        for leaf in ("q", "k", "v", "out"):
-            layout[f"{stem}.body.{leaf}.weight"] = f"{theirs}.attn.to_{leaf}.0.weight"
-        for leaf in ("q", "k"):
-            layout[f"{stem}.body.{leaf}_norm"] = f"{theirs}.attn.to_{leaf}.1.weight"
-    return released_names(layout, "blocks.block{i}.")
-
-
-KEYS = KeyMap(prefixes=("net.", ""), rename=_nvidia(), drop=_DROP)
-DIFFUSERS_KEYS = KeyMap(
-    rename=diffusers_names(
-        {f"positions.{ours}": f"learnable_pos_embed.pos_emb_{axis}" for ours, axis in _AXES.items()}
-    )
-)
-
 _POSITIONS = tuple(f"positions.{axis}" for axis in _AXES)
 
+KEYS = KeyMap(
+    prefixes=("net.", ""),
+    rename={
+        "x_embedder.proj.1.weight": "embed.weight",
+        "token_embedder.weight": "ids.weight",
+        "t_embedder.1.linear_1.weight": "noise.first.weight",
+        "t_embedder.1.linear_2.weight": "noise.second.weight",
+        "affline_norm.weight": "noise.norm",
+        "final_layer.linear.weight": "head.linear.weight",
+        "final_layer.adaLN_modulation.1.weight": "head.modulation.first.weight",
+        "final_layer.adaLN_modulation.2.weight": "head.modulation.second.weight",
+        f"{_BLOCK}.2.block.layer1.weight": "blocks.{i}.feed_forward.body.up.weight",
+        f"{_BLOCK}.2.block.layer2.weight": "blocks.{i}.feed_forward.body.down.weight",
+        **{f"extra_pos_embedder.pos_emb_{axis}": f"positions.{n}" for n, axis in _AXES.items()},
+        **{
+            f"{_BLOCK}.{n}.adaLN_modulation.{step}.weight": (
+                f"blocks.{{i}}.{ours}.modulation.{layer}"
+            )
+            for n, ours in enumerate(SUB_BLOCKS)
+            for step, layer in MODULATION
+        },
+        **{
+            f"{_BLOCK}.{n}.block.attn.to_{leaf}.0.weight": f"blocks.{{i}}.{ours}.body.{leaf}.weight"
+            for n, ours in enumerate(ATTENTIONS)
+            for leaf in ("q", "k", "v", "out")
+        },
+        **{
+            f"{_BLOCK}.{n}.block.attn.to_{leaf}.1.weight": f"blocks.{{i}}.{ours}.body.{leaf}_norm"
+            for n, ours in enumerate(ATTENTIONS)
+            for leaf in ("q", "k")
+        },
+    },
+    drop={
+        **BOOKKEEPING,
+        "pos_embedder.seq": "positions, computed here",
+        "logvar.*": "the uncertainty head of training",
+    },
+)
+DIFFUSERS_KEYS = dit.diffusers_keys(
+    {f"learnable_pos_embed.pos_emb_{axis}": f"positions.{name}" for name, axis in _AXES.items()}
+)
 
-def open_dit(path: Path, settings: Mapping[str, Any] | None = None) -> DiTFiles[DiTConfig]:
+
+def open_dit(
+    path: Path | Checkpoint, settings: Mapping[str, Any] | None = None
+) -> NetworkFiles[DiTConfig]:
     """Open a diffusion transformer of either layout; headers only.
 
     Args:
-        path: a released folder, a diffusers folder (the `transformer` folder or the one around it),
-            or the file of weights itself.
-        settings: of `config.json` beside NVIDIA's file: "rope_ratio" (three numbers: time, rows,
-            columns) and "base_fps". Needed where the width is none of the released ones, since no
-            tensor holds them.
+        path: as for `open_transformer`.
+        settings: content of NVIDIA's `config.json`; None reads the one beside the file.
+            "rope_ratio" (three numbers: time, rows, columns), which is needed where the width is
+            none of the released ones, since no tensor holds it, and "base_fps" count.
 
     Raises:
         CheckpointError: there is none, it is damaged, a tensor does not fit, or the rotary
             stretching is unknown.
     """
-    file, layout = find_dit(path)
-    source = open_file(file)
-    keys = KEYS if layout == "nvidia" else DIFFUSERS_KEYS
-    if layout == "diffusers":
-        settings = diffusers_settings(file.parent, positions="learnable")
-    try:
-        config = read_config(source, keys, settings or {})
-    except ValueError as error:  # CheckpointError is one: it says which file itself
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{source.path}: {error}") from error
+    source = open_transformer(path)
+    if settings is None and dit.layout_of(source.tensors) == "nvidia":
+        settings = read_settings(source.path.parent)
     if "ema" in source.beside:
-        logger.info("%s: the averaged weights beside its own are left aside", source.path)
-    with torch.device("meta"):
-        check(source, DiT(config), keys)
-    return DiTFiles(source, keys, config, layout)
+        logger.info("%s: the averaged weights beside its own are not used", source.path)
+    layouts: dict[Layout, KeyMap] = {"nvidia": KEYS, "diffusers": DIFFUSERS_KEYS}
+    return dit.check_dit(source, settings, layouts, DiT, read_config, positions="learnable")
+
+
+def is_decoder(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are of the decoder of autoregressive worlds."""
+    return any(name.endswith("token_embedder.weight") for name in names)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Content of our `config.json`; {} for another's, which the released pipelines do not read."""
+    try:
+        settings = networks.read_settings(folder)
+    except CheckpointError as error:
+        logger.info("%s; released models need none", error)
+        return {}
+    if settings and not any(name in settings for name in _OUR_SETTINGS):
+        logger.info("%s has no effect: it is not of worldline", folder / "config.json")
+        return {}
+    return settings
 
 
 def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any]) -> DiTConfig:
-    """Return the architecture of a checkpoint; see `open_dit` for `settings`.
+    """Architecture of a checkpoint; see `open_dit` for `settings`.
 
     Raises:
         CheckpointError: the tensors are of another model, or the rotary stretching is unknown.
     """
-    shapes = read_shapes(source, keys)
-    decodes = len(shapes.get("ids.weight", ())) == 2
-    sizes = read_sizes(source, keys, shapes, {} if decodes else dict.fromkeys(_POSITIONS, 2))
+    decodes = is_decoder(source.tensors)
+    decisive = {"ids.weight": 2} if decodes else dict.fromkeys(_POSITIONS, 2)
+    shapes, sizes = dit.read_sizes(source, keys, decisive)
     features, cells = shapes["embed.weight"][1], math.prod(PATCH)
     channels = shapes["head.linear.weight"][0] // cells
     vocabulary, id_width = shapes["ids.weight"] if decodes else (0, 0)
@@ -159,7 +159,7 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any]) -
         rope_ratio=_ratio(source, sizes["width"], settings, decodes=decodes),
         latent_channels=channels,
         out_channels=channels,
-        base_fps=float(settings.get("base_fps") or 24.0),
+        base_fps=require_number(settings.get("base_fps", 24.0), f"{source.path}: base_fps"),
         patch=PATCH,
         learned_positions=not decodes,
         vocabulary=vocabulary,
@@ -170,49 +170,33 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any]) -
 def _ratio(source: Checkpoint, width: int, settings: Mapping[str, Any], *, decodes: bool) -> Ratio:
     # there is one diffusion decoder alone, whatever its width
     released = DECODER_RATIO if decodes else RELEASED_RATIOS.get(width)
-    given = settings.get("rope_ratio", released)
-    if given is None:
+    ratio = settings.get("rope_ratio", released)
+    if ratio is None:
         known = " or ".join(map(str, RELEASED_RATIOS))
         raise CheckpointError(
             f"{source.path}: a model of width {width} (released ones have {known}) needs its "
             'rotary stretching in config.json beside it: "rope_ratio": [time, rows, columns]'
         )
-    return read_ratio(source, given)
+    return dit.read_ratio(source, ratio)
 
 
 def write_settings(config: DiTConfig) -> dict[str, Any]:
-    """Return what config.json must say of `config` for `open_dit` to give it back."""
+    """Content of the config.json from which `open_dit` reads `config`."""
     return {"rope_ratio": list(config.rope_ratio), "base_fps": config.base_fps}
 
 
+def describe(config: DiTConfig) -> str:
+    """Kind and size in words."""
+    kind = "Video2World model" if config.condition_mask else "Text2World model"
+    if config.vocabulary:
+        kind = f"decoder of the autoregressive models, vocabulary {config.vocabulary:,}"
+    size = released_size(PRESETS, config, "depth", "width", "condition_mask", "vocabulary")
+    return (
+        f"Cosmos diffusion {kind}, {size}: {config.depth} layers, width {config.width}, "
+        f"{config.num_heads} heads"
+    )
+
+
 def released_tensors(model: DiT) -> dict[str, Tensor]:
-    """Return the parameters by the names of NVIDIA's `model.pt`."""
-    return {KEYS.released(name): tensor.detach() for name, tensor in model.named_parameters()}
-
-
-def diffusers_config(config: DiTConfig) -> dict[str, Any]:
-    """Return the config.json of the same model as diffusers' `CosmosTransformer3DModel`."""
-    grid, (_, rows, columns) = config.max_grid, config.patch
-    return {
-        "_class_name": "CosmosTransformer3DModel",
-        "in_channels": config.latent_channels + config.condition_mask,
-        "out_channels": config.out_channels,
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": config.head_size,
-        "num_layers": config.depth,
-        "mlp_ratio": config.hidden / config.width,
-        "text_embed_dim": config.context_width,
-        "adaln_lora_dim": config.lora_rank,
-        "max_size": [grid.frames, grid.height * rows, grid.width * columns],
-        "patch_size": list(config.patch),
-        "rope_scale": list(config.rope_ratio),
-        "concat_padding_mask": True,
-        "extra_pos_embed_type": "learnable",
-    }
-
-
-def diffusers_tensors(model: DiT) -> dict[str, Tensor]:
-    """Return the parameters by the names of diffusers' `CosmosTransformer3DModel`."""
-    return {
-        DIFFUSERS_KEYS.released(name): tensor.detach() for name, tensor in model.named_parameters()
-    }
+    """Parameters by the names of NVIDIA's `model.pt`."""
+    return dit.renamed_tensors(model, KEYS)

@@ -1,4 +1,4 @@
-"""How the released files name the flow transformer's tensors, and what their shapes tell.
+"""Names of the flow transformer's tensors in released files, and the architecture they imply.
 
 Two layouts hold the same weights: NVIDIA's flat dict, and the folder of diffusers'
 `CosmosTransformer3DModel`. Source: nvidia-cosmos/cosmos-predict2.5 `_src/predict2/networks/
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from worldline.errors import CheckpointError
 from worldline.models.predict2_5_dit.model import (
+    PRESETS,
     RELEASED_RATIO,
     TIMESTEP_SCALE,
     Exponents,
@@ -25,107 +26,98 @@ from worldline.models.predict2_5_dit.model import (
     FlowDiTConfig,
     released_exponents,
 )
-from worldline.weights.dit import (
-    BOOKKEEPING,
-    PATCH,
-    SUB_BLOCKS,
-    DiTFiles,
-    check,
-    diffusers_names,
-    diffusers_settings,
-    find_dit,
-    open_file,
-    read_ratio,
-    read_shapes,
-    read_sizes,
-    released_names,
-)
+from worldline.weights import dit
+from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION, PATCH, SUB_BLOCKS
 from worldline.weights.keymap import KeyMap
-from worldline.weights.read import Checkpoint
-from worldline.weights.views import renamed
+from worldline.weights.networks import (
+    Layout,
+    NetworkFiles,
+    open_transformer,
+    released_size,
+    require_number,
+)
+from worldline.weights.read import renamed
+from worldline.weights.source import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-# of the released files, whose names start with a hash, and of what training writes
-FILE_NAMES = "*_ema_bf16.pt"
 _AVERAGED = "net_ema."
 _CHECKPOINTING = "._checkpoint_wrapped_module"
 _EXPONENTS = ("pos_embedder.dim_temporal_range", "pos_embedder.dim_spatial_range")
-_DROP = {
-    **BOOKKEEPING,
-    "pos_embedder.*": "positions, computed here; `read_config` looks at their exponents",
-    "accum_*": "counters of training",
-}
-_PROJECTION = {f"project.{leaf}": f"crossattn_proj.0.{leaf}" for leaf in ("weight", "bias")}
+_RELEASED = {"attention": "self_attn", "cross_attention": "cross_attn", "feed_forward": "mlp"}
+_PROJECTION = {f"crossattn_proj.0.{leaf}": f"project.{leaf}" for leaf in ("weight", "bias")}
 
-
-def _nvidia() -> dict[str, str]:
-    layout = {
-        "embed.weight": "x_embedder.proj.1.weight",
+KEYS = KeyMap(
+    prefixes=("net.", _AVERAGED, ""),
+    rename={
+        "x_embedder.proj.1.weight": "embed.weight",
         **_PROJECTION,
-        "noise.first.weight": "t_embedder.1.linear_1.weight",
-        "noise.second.weight": "t_embedder.1.linear_2.weight",
-        "noise.norm": "t_embedding_norm.weight",
-        "head.linear.weight": "final_layer.linear.weight",
-        "head.modulation.first.weight": "final_layer.adaln_modulation.1.weight",
-        "head.modulation.second.weight": "final_layer.adaln_modulation.2.weight",
-    }
-    for ours, theirs in zip(SUB_BLOCKS, ("self_attn", "cross_attn", "mlp"), strict=True):
-        stem = f"blocks.{{i}}.{ours}"
-        for step, place in (("1", "first"), ("2", "second")):
-            layout[f"{stem}.modulation.{place}.weight"] = f"adaln_modulation_{theirs}.{step}.weight"
-        if theirs == "mlp":
-            layout[f"{stem}.body.up.weight"] = "mlp.layer1.weight"
-            layout[f"{stem}.body.down.weight"] = "mlp.layer2.weight"
-            continue
-        for leaf, name in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "output")):
-            layout[f"{stem}.body.{leaf}.weight"] = f"{theirs}.{name}_proj.weight"
-        for leaf in ("q", "k"):
-            layout[f"{stem}.body.{leaf}_norm"] = f"{theirs}.{leaf}_norm.weight"
-    return released_names(layout, "blocks.{i}.")
+        "t_embedder.1.linear_1.weight": "noise.first.weight",
+        "t_embedder.1.linear_2.weight": "noise.second.weight",
+        "t_embedding_norm.weight": "noise.norm",
+        "final_layer.linear.weight": "head.linear.weight",
+        "final_layer.adaln_modulation.1.weight": "head.modulation.first.weight",
+        "final_layer.adaln_modulation.2.weight": "head.modulation.second.weight",
+        "blocks.{i}.mlp.layer1.weight": "blocks.{i}.feed_forward.body.up.weight",
+        "blocks.{i}.mlp.layer2.weight": "blocks.{i}.feed_forward.body.down.weight",
+        **{
+            f"blocks.{{i}}.adaln_modulation_{_RELEASED[ours]}.{step}.weight": (
+                f"blocks.{{i}}.{ours}.modulation.{layer}"
+            )
+            for ours in SUB_BLOCKS
+            for step, layer in MODULATION
+        },
+        **{
+            f"blocks.{{i}}.{_RELEASED[ours]}.{theirs}_proj.weight": (
+                f"blocks.{{i}}.{ours}.body.{leaf}.weight"
+            )
+            for ours in ATTENTIONS
+            for leaf, theirs in {"q": "q", "k": "k", "v": "v", "out": "output"}.items()
+        },
+        **{
+            f"blocks.{{i}}.{_RELEASED[ours]}.{leaf}_norm.weight": (
+                f"blocks.{{i}}.{ours}.body.{leaf}_norm"
+            )
+            for ours in ATTENTIONS
+            for leaf in ("q", "k")
+        },
+    },
+    drop={
+        **BOOKKEEPING,
+        "pos_embedder.*": "positions, computed here; `read_config` looks at their exponents",
+        "accum_*": "counters of training",
+    },
+)
+DIFFUSERS_KEYS = dit.diffusers_keys(_PROJECTION)
 
 
-KEYS = KeyMap(prefixes=("net.", _AVERAGED, ""), rename=_nvidia(), drop=_DROP)
-DIFFUSERS_KEYS = KeyMap(rename=diffusers_names(_PROJECTION))
-
-
-def open_flow_dit(path: Path, settings: Mapping[str, Any] | None = None) -> DiTFiles[FlowDiTConfig]:
+def open_flow_dit(
+    path: Path | Checkpoint, settings: Mapping[str, Any] | None = None
+) -> NetworkFiles[FlowDiTConfig]:
     """Open a flow transformer of either layout; headers only.
 
-    Of a file that training wrote, the averaged weights are taken where it has both.
-
     Args:
-        path: a released folder (with one `*_ema_bf16.pt`, or `model.pt`), a diffusers folder (the
-            `transformer` folder or the one around it), or the file of weights itself.
-        settings: of `config.json` beside NVIDIA's file, where a model is not as the released ones:
-            "rope_ratio" (three numbers: time, rows, columns) and "timestep_scale".
+        path: as for `open_transformer`; in a file that training wrote, averaged weights are
+            preferred.
+        settings: content of NVIDIA's `config.json`; None reads the one beside the file.
+            "rope_ratio" (three numbers: time, rows, columns) and "timestep_scale" count, where a
+            model is not as the released ones.
 
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor does not fit.
     """
-    file, layout = find_dit(path, FILE_NAMES)
-    source = network_view(open_file(file))
-    keys = KEYS if layout == "nvidia" else DIFFUSERS_KEYS
-    if layout == "diffusers":
-        settings = diffusers_settings(file.parent, positions=None)
-    try:
-        config = read_config(source, keys, settings or {})
-    except ValueError as error:  # CheckpointError is one: it says which file itself
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{source.path}: {error}") from error
-    with torch.device("meta"):
-        check(source, FlowDiT(config), keys)
-    return DiTFiles(source, keys, config, layout)
+    source = network_view(open_transformer(path))
+    layouts: dict[Layout, KeyMap] = {"nvidia": KEYS, "diffusers": DIFFUSERS_KEYS}
+    return dit.check_dit(source, settings, layouts, FlowDiT, read_config, positions=None)
 
 
-def is_flow_dit(source: Checkpoint) -> bool:
-    """Tell a transformer of Predict2.5 from those of Predict1, in either layout, by names alone."""
-    return any(name.endswith("crossattn_proj.0.weight") for name in source.tensors)
+def is_flow_dit(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are of a Predict2.5 transformer, in either layout."""
+    return any(name.endswith("crossattn_proj.0.weight") for name in names)
 
 
 def network_view(source: Checkpoint) -> Checkpoint:
-    """Return what a file holds of the network; of a file with averaged weights, those."""
+    """Tensors of the network among those of a file; the averaged ones where it has both."""
     averaged = any(name.startswith(_AVERAGED) for name in source.tensors)
     if averaged:
         logger.info("%s: the averaged weights are taken, not those beside them", source.path)
@@ -139,14 +131,13 @@ def network_view(source: Checkpoint) -> Checkpoint:
 
 
 def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any]) -> FlowDiTConfig:
-    """Return the architecture of a checkpoint; see `open_flow_dit` for `settings`.
+    """Architecture of a checkpoint; see `open_flow_dit` for `settings`.
 
     Raises:
         CheckpointError: the tensors are of another model.
         ValueError: the sizes they imply are of none.
     """
-    shapes = read_shapes(source, keys)
-    sizes = read_sizes(source, keys, shapes, {"project.weight": 2})
+    shapes, sizes = dit.read_sizes(source, keys, {"project.weight": 2})
     cells = math.prod(PATCH)
     channels = shapes["head.linear.weight"][0] // cells
     features = shapes["embed.weight"][1]
@@ -156,15 +147,11 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any]) -
             f"model of {channels} channels reads {(channels + 2) * cells}: latents and two masks"
         )
     scale = settings.get("timestep_scale", TIMESTEP_SCALE)
-    if not isinstance(scale, int | float) or not 0 < scale < math.inf:
-        raise CheckpointError(
-            f"{source.path}: timestep_scale is {scale!r}; it must be a number above 0"
-        )
     return FlowDiTConfig(
         **sizes,
         feature_width=shapes["project.weight"][1],
-        rope_ratio=read_ratio(source, settings.get("rope_ratio", RELEASED_RATIO)),
-        timestep_scale=float(scale),
+        rope_ratio=dit.read_ratio(source, settings.get("rope_ratio", RELEASED_RATIO)),
+        timestep_scale=require_number(scale, f"{source.path}: timestep_scale"),
         exponents=_read_exponents(source, sizes["head_size"]),
         latent_channels=channels,
         out_channels=channels,
@@ -173,63 +160,35 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any]) -
 
 
 def _read_exponents(source: Checkpoint, head_size: int) -> Exponents | None:
-    """Return the rotary exponents in a file, where they are not what is computed without it."""
-    held = {
-        ending: name for name in source.tensors for ending in _EXPONENTS if name.endswith(ending)
-    }
-    if len(held) < len(_EXPONENTS):
+    """Rotary exponents in a file; None where it has none, or those that are computed without it."""
+    names = [next((n for n in source.tensors if n.endswith(end)), None) for end in _EXPONENTS]
+    if None in names:
         return None
-    # whatever the file is in, the released pipeline rounds them with all else
-    time, space = (source.read(held[ending]).bfloat16().flatten().tolist() for ending in _EXPONENTS)
-    found = tuple(time), tuple(space)
-    return None if found == released_exponents(head_size) else found
+    # whatever dtype the file is in, the released pipeline rounds them with all else
+    time, space = (tuple(source.read(str(n)).bfloat16().flatten().tolist()) for n in names)
+    return None if (time, space) == released_exponents(head_size) else (time, space)
 
 
 def write_settings(config: FlowDiTConfig) -> dict[str, Any]:
-    """Return what config.json must say of `config` for `open_flow_dit` to give it back."""
+    """Content of the config.json from which `open_flow_dit` reads `config`."""
     return {"rope_ratio": list(config.rope_ratio), "timestep_scale": config.timestep_scale}
 
 
+def describe(config: FlowDiTConfig) -> str:
+    """Kind and size in words."""
+    return (
+        f"Cosmos-Predict2.5 model, {released_size(PRESETS, config, 'depth', 'width')}: "
+        f"{config.depth} layers, width {config.width}, {config.num_heads} heads, "
+        f"text features {config.feature_width:,}"
+    )
+
+
 def released_tensors(model: FlowDiT) -> dict[str, Tensor]:
-    """Return the tensors of NVIDIA's file: the parameters, and what it holds of positions."""
+    """Tensors of NVIDIA's file: the parameters, and the exponents of positions."""
     config = model.config
     exponents = config.exponents or released_exponents(config.head_size)
     positions = dict(zip(_EXPONENTS, map(torch.tensor, exponents), strict=True))
-    return {KEYS.prefixes[0] + name: tensor.bfloat16() for name, tensor in positions.items()} | {
-        KEYS.released(name): tensor.detach() for name, tensor in model.named_parameters()
-    }
-
-
-def diffusers_config(config: FlowDiTConfig) -> dict[str, Any]:
-    """Return the config.json of the same model as diffusers' `CosmosTransformer3DModel`.
-
-    Its class computes with unrounded rotary exponents (`FlowDiT.make_positions`), norms heads with
-    1e-5 below the root in place of 1e-6, and takes timesteps that are scaled already.
-    """
-    grid, (_, rows, columns) = config.max_grid, config.patch
     return {
-        "_class_name": "CosmosTransformer3DModel",
-        "in_channels": config.latent_channels + 1,
-        "out_channels": config.out_channels,
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": config.head_size,
-        "num_layers": config.depth,
-        "mlp_ratio": config.hidden / config.width,
-        "text_embed_dim": config.context_width,
-        "adaln_lora_dim": config.lora_rank,
-        "max_size": [grid.frames, grid.height * rows, grid.width * columns],
-        "patch_size": list(config.patch),
-        "rope_scale": list(config.rope_ratio),
-        "concat_padding_mask": True,
-        "extra_pos_embed_type": None,
-        "use_crossattn_projection": True,
-        "crossattn_proj_in_channels": config.feature_width,
-        "encoder_hidden_states_channels": config.context_width,
-    }
-
-
-def diffusers_tensors(model: FlowDiT) -> dict[str, Tensor]:
-    """Return the parameters by the names of diffusers' `CosmosTransformer3DModel`."""
-    return {
-        DIFFUSERS_KEYS.released(name): tensor.detach() for name, tensor in model.named_parameters()
+        **{KEYS.prefixes[0] + name: tensor.bfloat16() for name, tensor in positions.items()},
+        **dit.renamed_tensors(model, KEYS),
     }

@@ -23,8 +23,7 @@ from worldline.tokenizers.cosmos.statistics import (
 )
 from worldline.tokenizers.cosmos.weights import key_map, leaves, read_config
 from worldline.weights.keymap import KeyMap
-from worldline.weights.read import Checkpoint, open_checkpoint
-from worldline.weights.views import renamed
+from worldline.weights.read import Checkpoint, open_checkpoint, renamed
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 

@@ -12,9 +12,8 @@ from worldline.tokenizers.cosmos.diffusers import open_vae
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.statistics import find_vae
 from worldline.tokenizers.cosmos.weights import key_map, network_view, read_config
-from worldline.weights.read import Checkpoint, open_checkpoint
+from worldline.weights.read import Checkpoint, joined, open_checkpoint
 from worldline.weights.stream import load_into
-from worldline.weights.views import joined
 
 # in order of preference: what a folder may hold
 LAYOUTS = (

@@ -15,8 +15,7 @@ from worldline.errors import CheckpointError
 from worldline.nn.wavelet import EXACT_TAP
 from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer, CosmosTokenizerConfig
 from worldline.weights.keymap import KeyMap
-from worldline.weights.read import Checkpoint, TensorInfo
-from worldline.weights.views import renamed
+from worldline.weights.read import Checkpoint, TensorInfo, renamed
 
 _SUFFIXES = ("weight", "bias")
 _RELEASED_LEVELS = PRESETS["DV8x16x16"].levels or ()
