@@ -34,7 +34,7 @@ from worldline.shapes import VideoShape
 from worldline.text.chat_tokens import byte_chat_tokenizer
 from worldline.text.reason1 import RELEASED, TINY, Reason1Encoder, export_reason1
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.weights import released_tensors as released_tokenizer
+from worldline.tokenizers.wan.weights import stored_tensors
 from worldline.video.write import write_video
 from worldline.weights.write import save
 
@@ -95,7 +95,7 @@ def write_weights(root: Path, size: str, *, with_text: bool) -> None:
         tokenizer = WanTokenizer(TINY_TOKENIZER if tiny else TOKENIZER)
         tokenizer.reset_parameters()
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(released_tokenizer(tokenizer), file)
+        torch.save(stored_tensors(tokenizer, "released"), file)
     if with_text and not (root / RELEASED).exists():
         with torch.device("meta"):
             encoder = Reason1Encoder(TINY if tiny else REASON1, byte_chat_tokenizer())

@@ -18,9 +18,8 @@ from PIL import Image
 import worldline.weights.write
 from worldline.physics import make_clips
 from worldline.places import BUNDLED
-from worldline.tokenizers.cosmos.load import load_tokenizer
 from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
-from worldline.tokenizers.cosmos.weights import released_tensors
+from worldline.tokenizers.cosmos.weights import open_tokenizer, released_tensors
 from worldline.video.read import probe, read_image, read_video
 from worldline.video.write import write_video
 from worldline.weights.read import open_checkpoint
@@ -90,7 +89,7 @@ def test_a_long_clip_is_coded_as_one(run: Run, scene: Path, tmp_path: Path) -> N
     frames = np.pad(frames, ((0, 1), (0, 6), (0, 10), (0, 0)), mode="edge")
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 255 * 2 - 1
     folder = BUNDLED / DISCRETE.removeprefix("tiny-")
-    model = load_tokenizer(folder, device="cpu", dtype=torch.float32)
+    model = open_tokenizer(folder).read("cpu", torch.float32)
     tokens = open_checkpoint(tmp_path / "scene.safetensors").read("tokens")
     # a value next to a rounding boundary may fall either way
     assert (model.encode_tokens(video)[0] != tokens).float().mean() < 0.005

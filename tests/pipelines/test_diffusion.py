@@ -15,6 +15,7 @@ import torch
 from worldline.choices import NEGATIVE_PROMPT
 from worldline.errors import CheckpointError, InputError
 from worldline.loading import DiffusionParts, find_diffusion, load_diffusion
+from worldline.nn.pieces import fit_colours
 from worldline.pipelines import diffusion as pipeline
 from worldline.pipelines.diffusion import (
     check_request,
@@ -31,7 +32,6 @@ from worldline.report import Recorder
 from worldline.sampling.edm import Given, make_sigmas, sample
 from worldline.sampling.noise import standard_noise
 from worldline.shapes import LatentShape
-from worldline.tokenizers.colours import fit_colours
 from worldline.video.convert import signed_to_uint8, stretched_frames
 from worldline.video.read import Clip
 from worldline.weights.write import save

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from worldline.nn.pieces import fit_colours
 from worldline.pipelines.preview import show_colours
-from worldline.tokenizers.colours import fit_colours
 from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
 
 

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError
-from worldline.tokenizers.cosmos.load import load_tokenizer, open_tokenizer
 from worldline.tokenizers.cosmos.model import (
     PRESETS,
     CosmosTokenizer,
     CosmosTokenizerConfig,
 )
-from worldline.tokenizers.cosmos.weights import released_tensors
+from worldline.tokenizers.cosmos.weights import open_tokenizer, released_tensors
 from worldline.weights.write import save
 
 TINY = {"channels": 4, "level_channels": (8, 8, 8)}
@@ -143,7 +142,7 @@ def test_a_saved_tokenizer_is_read_back(
     model = build(VARIANTS[name]).to(torch.bfloat16)
     for half, tensors in released_tensors(model).items():
         save(tensors, folder / f"{half}.safetensors")
-    again = load_tokenizer(folder, device="cpu", dtype=torch.bfloat16)
+    again = open_tokenizer(folder).read("cpu", torch.bfloat16)
     assert replace(again.config, tap=model.config.tap) == model.config
     for (ours, a), (theirs, b) in zip(
         model.named_parameters(), again.named_parameters(), strict=True

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer, FrameNorm, Past
-from worldline.tokenizers.cosmos.stream import decode_stream, encode_stream
+from worldline.nn.pieces import CausalCache, decode_stream, encode_stream
+from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer, FrameNorm
 
 LATENT_FRAMES = 7
 
@@ -69,16 +69,14 @@ def test_pieces_come_as_soon_as_their_frames_are_there(model: CosmosTokenizer) -
 
 def test_memory_of_the_past_is_bounded_by_what_layers_reach(model: CosmosTokenizer) -> None:
     """Only the temporal attention keeps more as the clip goes on."""
-    past, sizes = Past(), []
+    cache, sizes = CausalCache(), []
     video = clip(model)
     temporal = model.config.temporal
     for number in range(4):
         first = 0 if number == 0 else 1 + (number - 1) * temporal
-        model.encode(video[:, :, first : 1 + number * temporal], past)
-        attention = model.encoder.middle.temporal_attention
-        sizes.append(
-            sum(kept.untyped_storage().nbytes() for m, kept in past.kept.items() if m != attention)
-        )
+        model.encode(video[:, :, first : 1 + number * temporal], cache)
+        kept = [one for key, one in cache.state.items() if not isinstance(key, tuple)]
+        sizes.append(sum(one.untyped_storage().nbytes() for one in kept))
     assert len(set(sizes)) == 1
 
 
@@ -87,14 +85,14 @@ def test_a_clip_of_a_wrong_length_is_refused(model: CosmosTokenizer) -> None:
     video = clip(model, 2 + 2 * temporal)
     with pytest.raises(ValueError, match=rf"1 \+ {temporal}k frames"):
         list(encode_stream(model, video.split(5, dim=2)))
-    past = Past()
-    model.encode(video[:, :, :1], past)
+    cache = CausalCache()
+    model.encode(video[:, :, :1], cache)
     with pytest.raises(ValueError, match="frames"):
-        model.encode(video[:, :, 1:2], past)
+        model.encode(video[:, :, 1:2], cache)
     with pytest.raises(ValueError, match="chunk is 0"):
-        encode_stream(model, [video], chunk=0)
+        list(encode_stream(model, [video], chunk=0))
     with pytest.raises(ValueError, match="chunk is 0"):
-        decode_stream(model, video, chunk=0)
+        list(decode_stream(model, video, chunk=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

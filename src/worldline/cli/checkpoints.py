@@ -156,15 +156,16 @@ def _open(path: Path) -> Checkpoint:
     from worldline.text.encoder_files import open_weights
     from worldline.text.reason1 import FAMILY as REASON1
     from worldline.text.t5 import FAMILY as T5
-    from worldline.tokenizers.cosmos.load import LAYOUTS, open_tokenizer
+    from worldline.tokenizers.cosmos.weights import LAYOUTS, tokenizer_files
     from worldline.weights.dit import find_dit
     from worldline.weights.read import open_checkpoint
+    from worldline.weights.views import joined
 
     if not path.is_dir():
         return open_checkpoint(path)
     names = {name for layout in LAYOUTS for name in layout if not name.startswith("model.")}
     if any((path / name).exists() for name in names):
-        return open_tokenizer(path)[0]
+        return joined([open_checkpoint(file) for file in tokenizer_files(path)], path)
     if _model_type(path) in (*T5.kinds, *REASON1.kinds):
         return open_weights(path)
     try:
@@ -273,9 +274,8 @@ def _flow(source: Checkpoint, *, in_diffusers: bool) -> Finding:
 def _wan_tokenizer(source: Checkpoint) -> Finding | None:
     import torch
 
-    from worldline.tokenizers.wan.load import open_wan
     from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-    from worldline.tokenizers.wan.weights import find_layout
+    from worldline.tokenizers.wan.weights import find_layout, open_wan
 
     if find_layout(source) is None:
         return None

@@ -74,7 +74,7 @@ def _bundled_rows(device: str | None) -> list[dict[str, Any]]:
     from worldline.loading import choose_device, find_world, fit_files
     from worldline.machine import device_memory
     from worldline.places import bundled_names, bundled_tokenizers, find_tokenizer, has_decoder
-    from worldline.tokenizers.cosmos.load import open_tokenizer
+    from worldline.tokenizers.cosmos.weights import open_tokenizer
 
     chosen = choose_device(device)
     rows = []
@@ -84,9 +84,9 @@ def _bundled_rows(device: str | None) -> list[dict[str, Any]]:
         found = fit_files(files, chosen, device_memory(chosen))
         rows.append(_bundled_row(name, sources, family, command, found.need, _verdict(found)))
     for name in bundled_tokenizers():
-        source, config = open_tokenizer(find_tokenizer(name, ""))
-        family = f"{'continuous' if config.levels is None else 'discrete'} video tokenizer"
-        rows.append(_bundled_row(name, [source], family, "tokenize", None, "yes"))
+        found = open_tokenizer(find_tokenizer(name, ""))
+        family = f"{'continuous' if found.config.levels is None else 'discrete'} video tokenizer"
+        rows.append(_bundled_row(name, [found.source], family, "tokenize", None, "yes"))
     return rows
 
 
@@ -123,14 +123,14 @@ def _parts(files: WorldFiles) -> tuple[list[Checkpoint], str, str]:
             sources.append(files.text.checkpoint)
         return sources, "flow", "predict2.5"
     if isinstance(files, AutoregressiveFiles):
-        sources = [files.transformer, files.tokenizer]
+        sources = [files.transformer, files.tokenizer.source]
         if files.text is not None:
             sources.append(files.text.checkpoint)
         if files.decoder is not None:
-            sources += [files.decoder.dit.source, files.decoder.tokenizer]
+            sources += [files.decoder.dit.source, files.decoder.tokenizer.source]
         kind = "base" if files.config.context_width is None else "video2world"
         return sources, f"autoregressive {kind}", f"autoregressive {kind}"
-    sources = [files.dit.source, files.tokenizer]
+    sources = [files.dit.source, files.tokenizer.source]
     if files.text is not None:
         sources.append(files.text.checkpoint)
     kind = "video2world" if files.config.condition_mask else "text2world"

@@ -86,7 +86,6 @@ from worldline.text.cache import EmbeddingCache
 from worldline.text.t5 import load_t5
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.tokenizers.cosmos.weights import key_map
 from worldline.tokenizers.wan.model import WanTokenizerConfig
 
 __all__ = [
@@ -452,10 +451,8 @@ def _read_tokenizer(
     dtype: torch.dtype,
     offload: bool,
 ) -> Part[CosmosTokenizer]:
-    keys = key_map(files.tokenizer_config)
-    return read_part(
-        CosmosTokenizer, files.tokenizer_config, files.tokenizer, keys, device, dtype, offload
-    )
+    home = torch.device("cpu") if offload else device
+    return Part(files.tokenizer.read(home, dtype), device, offload=offload)
 
 
 def fit(

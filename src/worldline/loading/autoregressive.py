@@ -11,7 +11,7 @@ import torch
 
 from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS, CARRIED, INPUT_FRAMES
 from worldline.errors import CheckpointError
-from worldline.files import holds_diffusers, unfinished
+from worldline.files import holds_diffusers
 from worldline.loading.decoder import (
     DecoderFiles,
     DecoderNeed,
@@ -42,9 +42,8 @@ from worldline.places import Place
 from worldline.sampling.decode import CHUNK
 from worldline.shapes import VideoShape, latent_frames_of
 from worldline.text.t5 import T5Files
-from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.tokenizers.cosmos.weights import key_map
+from worldline.tokenizers.cosmos.weights import OpenedCosmos, open_tokenizer
 from worldline.weights.keymap import match
 from worldline.weights.read import Checkpoint
 
@@ -63,8 +62,7 @@ class AutoregressiveFiles:
         bundled: whether it ships with the package.
         transformer: its tensors.
         config: what they imply.
-        tokenizer: the tensors of the discrete tokenizer.
-        tokenizer_config: what they imply.
+        tokenizer: the discrete tokenizer.
         text: the text encoder, of a Video2World model; None where there is none.
         why_no_text: why not.
         decoder: the diffusion decoder; None where the tokenizer decodes alone.
@@ -74,11 +72,14 @@ class AutoregressiveFiles:
     bundled: bool
     transformer: Checkpoint
     config: ARTransformerConfig
-    tokenizer: Checkpoint
-    tokenizer_config: CosmosTokenizerConfig
+    tokenizer: OpenedCosmos
     text: T5Files | None = None
     why_no_text: str = ""
     decoder: DecoderFiles | None = None
+
+    @property
+    def tokenizer_config(self) -> CosmosTokenizerConfig:
+        return self.tokenizer.config
 
     @property
     def context_length(self) -> int:
@@ -225,14 +226,8 @@ def open_autoregressive(
     if config.context_width is None:
         refuse_options(folder, "an autoregressive base", {"text_encoder_dir": text_encoder_dir})
     tokenizer_folder = _tokenizer_folder(place)
-    try:
-        tokenizer, tokenizer_config = open_tokenizer(tokenizer_folder)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{unfinished(tokenizer_folder)}") from error
-    with torch.device("meta"):
-        network = CosmosTokenizer(tokenizer_config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
-    match(tokenizer.tensors, shapes, key_map(tokenizer_config), str(tokenizer.path))
+    tokenizer = open_tokenizer(tokenizer_folder)
+    tokenizer_config = tokenizer.config
     if tokenizer_config.vocabulary != config.vocabulary:
         raise CheckpointError(
             f"{tokenizer_folder} has {tokenizer_config.vocabulary} token ids, but {folder} "
@@ -250,7 +245,6 @@ def open_autoregressive(
         source,
         config,
         tokenizer,
-        tokenizer_config,
         text,
         why_no_text,
         decoder,

@@ -16,7 +16,6 @@ from worldline.errors import CheckpointError
 from worldline.files import unfinished
 from worldline.loading.diffusion import (
     CONTINUOUS_TOKENIZERS,
-    STATISTICS,
     check_continuous,
     generation_of,
     plan_diffusion,
@@ -29,9 +28,12 @@ from worldline.models.predict1_dit.weights import open_dit
 from worldline.parallel.offload import Part
 from worldline.places import Place
 from worldline.shapes import LatentShape
-from worldline.tokenizers.cosmos.load import open_tokenizer
-from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.tokenizers.cosmos.statistics import LatentStatistics, read_statistics
+from worldline.tokenizers.cosmos.model import (
+    CosmosTokenizer,
+    CosmosTokenizerConfig,
+    LatentStatistics,
+)
+from worldline.tokenizers.cosmos.weights import OpenedCosmos, open_tokenizer
 from worldline.weights.dit import DiTFiles
 from worldline.weights.read import Checkpoint, open_checkpoint
 
@@ -49,8 +51,7 @@ class DecoderFiles:
         folder: of the transformer.
         dit: the transformer.
         aux: holds the embedding of a general prompt; None where every request brings its own.
-        tokenizer: the tensors of the continuous tokenizer.
-        tokenizer_config: what they imply.
+        tokenizer: the continuous tokenizer.
         statistics: of the tokenizer's latents.
         generation: whose sampler is used.
         rotary_precision: of the angles of position; None is that of the weights, as released.
@@ -59,11 +60,14 @@ class DecoderFiles:
     folder: Path
     dit: DiTFiles[DiTConfig]
     aux: Checkpoint | None
-    tokenizer: Checkpoint
-    tokenizer_config: CosmosTokenizerConfig
+    tokenizer: OpenedCosmos
     statistics: LatentStatistics
     generation: Generation
     rotary_precision: str | None = None
+
+    @property
+    def tokenizer_config(self) -> CosmosTokenizerConfig:
+        return self.tokenizer.config
 
     def identity(self) -> dict[str, Any]:
         """Return name, size and time of every file that decides what is decoded.
@@ -71,10 +75,8 @@ class DecoderFiles:
         Raises:
             CheckpointError: a file has vanished.
         """
-        source, tokenizer = self.dit.source, self.tokenizer
+        source = self.dit.source
         settings = dict.fromkeys(path.parent / "config.json" for path in source.files)
-        folder = tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent
-        scales = [folder / name for name in STATISTICS]
         return stamps(
             {
                 "diffusion_decoder": [
@@ -82,7 +84,7 @@ class DecoderFiles:
                     *(self.aux.files if self.aux else ()),
                     *filter(Path.exists, settings),
                 ],
-                "diffusion_decoder_tokenizer": [*tokenizer.files, *filter(Path.exists, scales)],
+                "diffusion_decoder_tokenizer": self.tokenizer.files,
             }
         )
 
@@ -154,20 +156,18 @@ def open_decoder(
             f"is in {place.searched}; {_DOES_WITHOUT}"
         )
     try:
-        continuous, continuous_config = open_tokenizer(found)
+        continuous = open_tokenizer(found)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}{unfinished(found)}; {_DOES_WITHOUT}") from error
-    check_continuous(continuous, continuous_config, dit)
-    statistics = read_statistics(found, continuous_config.latent_channels)
+        raise CheckpointError(f"{error}; {_DOES_WITHOUT}") from error
+    check_continuous(continuous, dit)
+    statistics = continuous.statistics
     if statistics is None:
         raise CheckpointError(
             f"{found} holds no mean_std.pt, the statistics of its latents, without which the "
             f"diffusion decoder cannot use it{unfinished(found)}; {_DOES_WITHOUT}"
         )
-    _check_grids(dit.config, statistics, found, config, tokenizer, continuous_config)
-    return DecoderFiles(
-        folder, dit, aux, continuous, continuous_config, statistics, generation, precision
-    )
+    _check_grids(dit.config, statistics, found, config, tokenizer, continuous.config)
+    return DecoderFiles(folder, dit, aux, continuous, statistics, generation, precision)
 
 
 def _read_precision(folder: Path, settings: dict[str, Any]) -> str | None:

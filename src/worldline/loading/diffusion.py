@@ -37,18 +37,13 @@ from worldline.models.predict1_dit.weights import open_dit
 from worldline.places import Place
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import RELEASED, T5Files, find_t5, t5_folders
-from worldline.tokenizers.cosmos.load import open_tokenizer
-from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.tokenizers.cosmos.statistics import (
+from worldline.tokenizers.cosmos.model import (
+    CosmosTokenizer,
+    CosmosTokenizerConfig,
     LatentStatistics,
-    holds_vae_weights,
-    read_statistics,
 )
-from worldline.tokenizers.cosmos.stream import CHUNK
-from worldline.tokenizers.cosmos.weights import key_map
+from worldline.tokenizers.cosmos.weights import OpenedCosmos, open_tokenizer
 from worldline.weights.dit import DiTFiles, Layout, find_dit
-from worldline.weights.keymap import match
-from worldline.weights.read import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +57,6 @@ CONTINUOUS_TOKENIZERS = {
 # a config.json with one of these was written by worldline
 _OWN_SETTINGS = ("rope_ratio", "base_fps", "text2world")
 _MOST_GIVEN = 9  # frames that are continued
-STATISTICS = (
-    "mean_std.pt",
-    "image_mean_std.pt",
-    "mean_std.safetensors",
-    "config.json",
-    "vae/config.json",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +98,7 @@ class DiffusionFiles:
         folder: of the transformer.
         bundled: whether it ships with the package.
         dit: the transformer.
-        tokenizer: the tensors of the continuous tokenizer.
-        tokenizer_config: what they imply.
+        tokenizer: the continuous tokenizer.
         statistics: of the tokenizer's latents.
         text: the text encoder; None where there is none.
         why_no_text: why not.
@@ -122,8 +109,7 @@ class DiffusionFiles:
     folder: Path
     bundled: bool
     dit: DiTFiles[DiTConfig]
-    tokenizer: Checkpoint
-    tokenizer_config: CosmosTokenizerConfig
+    tokenizer: OpenedCosmos
     statistics: LatentStatistics
     text: T5Files | None
     why_no_text: str
@@ -133,6 +119,10 @@ class DiffusionFiles:
     @property
     def config(self) -> DiTConfig:
         return self.dit.config
+
+    @property
+    def tokenizer_config(self) -> CosmosTokenizerConfig:
+        return self.tokenizer.config
 
     @property
     def context_length(self) -> int:
@@ -147,12 +137,10 @@ class DiffusionFiles:
         """
         source = self.dit.source
         settings = dict.fromkeys(path.parent / "config.json" for path in source.files)
-        folder = self.tokenizer.path if self.tokenizer.path.is_dir() else self.tokenizer.path.parent
-        scales = [folder / name for name in STATISTICS]
         found = stamps(
             {
                 "transformer": [*source.files, *filter(Path.exists, settings)],
-                "tokenizer": [*self.tokenizer.files, *filter(Path.exists, scales)],
+                "tokenizer": self.tokenizer.files,
             }
         )
         if self.text is not None:
@@ -203,13 +191,9 @@ def open_diffusion(
     chosen = generation_of(folder, generation)
 
     tokenizer_folder = _tokenizer_folder(place, folder, layout, tokenizer_dir, chosen)
-    try:
-        tokenizer, tokenizer_config = open_tokenizer(tokenizer_folder)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{unfinished(tokenizer_folder)}") from error
-    check_continuous(tokenizer, tokenizer_config, dit)
-    scales = tokenizer_folder if tokenizer_folder.is_dir() else tokenizer_folder.parent
-    statistics = read_statistics(scales, tokenizer_config.latent_channels)
+    tokenizer = open_tokenizer(tokenizer_folder)
+    check_continuous(tokenizer, dit)
+    statistics, scales = tokenizer.statistics, tokenizer.folder
     if statistics is None:
         raise CheckpointError(
             f"{scales} holds no mean_std.pt, the statistics of the tokenizer's latents, without "
@@ -223,7 +207,6 @@ def open_diffusion(
         place.bundled,
         dit,
         tokenizer,
-        tokenizer_config,
         statistics,
         text,
         why_no_text,
@@ -307,7 +290,7 @@ def _tokenizer_folder(
     if asked is not None:
         return place.chosen(asked, "tokenizer_dir")
     own = folder / "vae"
-    if layout == "diffusers" and holds_vae_weights(own):
+    if layout == "diffusers" and any(own.glob("diffusion_pytorch_model*")):
         return own
     names = CONTINUOUS_TOKENIZERS[generation]
     found = place.below(names)
@@ -321,23 +304,18 @@ def _tokenizer_folder(
     return found
 
 
-def check_continuous(
-    source: Checkpoint, config: CosmosTokenizerConfig, dit: DiTFiles[DiTConfig]
-) -> None:
+def check_continuous(tokenizer: OpenedCosmos, dit: DiTFiles[DiTConfig]) -> None:
     """Refuse a tokenizer that does not make the latents of a transformer.
 
     Raises:
-        CheckpointError: it is discrete, a tensor does not fit, or it has other channels.
+        CheckpointError: it is discrete, or it has other channels.
     """
+    source, config = tokenizer.source, tokenizer.config
     if config.levels is not None:
         raise CheckpointError(
             f"{source.path} is a discrete tokenizer; a diffusion world needs a continuous one, "
             f"such as {CONTINUOUS_TOKENIZERS['Predict1'][0]}"
         )
-    with torch.device("meta"):
-        network = CosmosTokenizer(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
-    match(source.tensors, shapes, key_map(config), str(source.path))
     if config.latent_channels != dit.config.latent_channels:
         raise CheckpointError(
             f"{source.path} gives latents of {config.latent_channels} channels, but "
@@ -401,7 +379,7 @@ def plan_diffusion(
         widest = max(tokenizer.level_channels[0], tokenizer.patch_channels)
         return 2 * coding_bytes(cells, widest, size)
 
-    at_once = min(video.frames, CHUNK * tokenizer.temporal)
+    at_once = min(video.frames, CosmosTokenizer.chunk * tokenizer.temporal)
     seen = 2 * grid.tokens * tokenizer.level_channels[-1] * size  # keys and values of what was
     return DiffusionPlan(
         text=resident("text") + text_bytes // 20,

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
+from worldline.nn.pieces import fit_colours
 from worldline.parallel.offload import Part
 from worldline.places import Place
 from worldline.shapes import VideoShape
 from worldline.text.cache import EmbeddingCache
 from worldline.text.encoder_files import EncoderFiles
-from worldline.tokenizers.colours import fit_colours
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.weights.dit import Layout

@@ -49,10 +49,9 @@ from worldline.text.reason1 import (
     load_reason1,
     reason1_folders,
 )
-from worldline.tokenizers.wan.load import FILES as TOKENIZER_FILES
-from worldline.tokenizers.wan.load import WanFiles, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.stream import CHUNK
+from worldline.tokenizers.wan.weights import FILES as TOKENIZER_FILES
+from worldline.tokenizers.wan.weights import OpenedWan, open_wan
 from worldline.weights.dit import DiTFiles, Layout, find_dit, open_file
 
 logger = logging.getLogger(__name__)
@@ -139,7 +138,7 @@ class FlowFiles:
     folder: Path
     bundled: bool
     dit: DiTFiles[FlowDiTConfig]
-    tokenizer: WanFiles
+    tokenizer: OpenedWan
     text: Reason1Files | None
     why_no_text: str
     defaults: FlowDefaults
@@ -356,7 +355,7 @@ def _tokenizer_path(place: Place, folder: Path, layout: Layout, asked: str | Pat
     )
 
 
-def _check_tokenizer(tokenizer: WanFiles, dit: DiTFiles[FlowDiTConfig]) -> None:
+def _check_tokenizer(tokenizer: OpenedWan, dit: DiTFiles[FlowDiTConfig]) -> None:
     given, wanted = tokenizer.config.latent_channels, dit.config.latent_channels
     if given != wanted:
         raise CheckpointError(
@@ -419,7 +418,7 @@ def load_predict2_5(
             offload_diffusion_model,
         )
         home = torch.device("cpu") if offload_tokenizer else device
-        tokenizer = Part(load_wan(files.tokenizer, home, dtype), device, offload=offload_tokenizer)
+        tokenizer = Part(files.tokenizer.read(home, dtype), device, offload=offload_tokenizer)
     encoder = text_part(
         files.text,
         load_reason1,
@@ -500,7 +499,7 @@ def plan_predict2_5(
     resident = residents(weights, offloaded, dtype)
     grid = video.latent(tokenizer.temporal, tokenizer.spatial)
     # both ways go in pieces, whatever the length of the clip
-    frames = min(video.frames, CHUNK * tokenizer.temporal)
+    frames = min(video.frames, WanTokenizer.chunk * tokenizer.temporal)
     pixels = frames * video.height * video.width
     # what convolutions keep of the piece before, and their workspace: measured on one H200
     coding = 3 * coding_bytes(pixels, max(tokenizer.channels, 3), size)

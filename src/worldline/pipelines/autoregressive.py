@@ -23,7 +23,7 @@ from worldline.errors import CheckpointError, InputError
 from worldline.loading import AutoregressiveFiles, AutoregressiveParts, DecoderParts, video_shape
 from worldline.models.predict1_ar.decoder import make_decoder
 from worldline.models.predict1_ar.model import ARTransformerConfig, make_positions
-from worldline.nn.pieces import Past
+from worldline.nn.pieces import CausalCache
 from worldline.pipelines.background import in_background
 from worldline.pipelines.decoder import (
     DecoderSettings,
@@ -287,7 +287,7 @@ class _Decoding:
     def begin_window(self, given: int, again: int) -> None:
         """Begin anew with `given` latent frames; the first `again` frames are there already."""
         self.given, self.skip = given, again
-        self.latents, self.past = 0, Past()
+        self.latents, self.cache = 0, CausalCache()
 
     @property
     def progress(self) -> Progress:
@@ -312,7 +312,7 @@ class _Decoding:
         first = [] if self.latents else [self.given]
         begun = self.made
         for piece in codes.split([*first, *[1] * (codes.shape[2] - sum(first))], dim=2):
-            video = tokenizer.decode(piece, self.past)[0]
+            video = tokenizer.decode(piece, self.cache)[0]
             self.add(to_uint8(video * 0.5 + 0.5))
         self.latents = tokens.shape[1]
         return self._since(begun)

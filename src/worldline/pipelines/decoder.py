@@ -30,15 +30,14 @@ from worldline.choices import SEAMS, Seam
 from worldline.loading import DecoderParts
 from worldline.models.predict1_dit.model import DECODER_WINDOW, DiT, Positions
 from worldline.nn.dit import Context
+from worldline.nn.pieces import decode_stream
 from worldline.pipelines.diffusion import rounded
 from worldline.pipelines.exchange import shown_pieces
 from worldline.sampling.edm import SIGMA_DATA, make_sigmas, sample
 from worldline.sampling.noise import standard_noise
 from worldline.sampling.windows import blend_windows, split_windows
 from worldline.shapes import LatentShape
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.statistics import LatentStatistics
-from worldline.tokenizers.cosmos.stream import decode_stream
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 
 OVERLAP = 2  # latent frames that a window shares with the one before
 GUIDANCE = 1.8

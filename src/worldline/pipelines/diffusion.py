@@ -25,6 +25,7 @@ from torch import Tensor
 from worldline.errors import CheckpointError, InputError
 from worldline.loading import DiffusionFiles, DiffusionParts, WorldDefaults
 from worldline.nn.dit import Context
+from worldline.nn.pieces import decode_stream
 from worldline.pipelines.exchange import (
     Embeddings,
     Progress,
@@ -42,9 +43,7 @@ from worldline.report import Recorder
 from worldline.sampling.edm import SIGMA_DATA, Given, make_sigmas, sample
 from worldline.sampling.noise import standard_noise
 from worldline.shapes import LatentShape
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.statistics import LatentStatistics
-from worldline.tokenizers.cosmos.stream import decode_stream
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 from worldline.video.convert import stretched_frames
 from worldline.video.read import Clip
 

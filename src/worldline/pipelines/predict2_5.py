@@ -24,6 +24,7 @@ from worldline.choices import MAX_SEED
 from worldline.errors import CheckpointError, InputError
 from worldline.loading.predict2_5 import FlowFiles, FlowParts
 from worldline.nn.dit import Context
+from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.pipelines.exchange import (
     Embeddings,
     Progress,
@@ -42,7 +43,6 @@ from worldline.sampling.flow import Given, make_schedule, sample
 from worldline.sampling.noise import standard_noise
 from worldline.shapes import VideoShape, latent_frames_of
 from worldline.tokenizers.wan.model import WanTokenizer
-from worldline.tokenizers.wan.stream import decode_stream, encode_stream
 from worldline.video.convert import covering_frames
 from worldline.video.read import Clip
 

@@ -18,7 +18,7 @@ def show_colours(latents: Tensor, colours: Tensor, spatial: int) -> NDArray[np.u
 
     Args:
         latents: (1, C, T, H, W), as the tokenizer gives them.
-        colours: of `worldline.tokenizers.colours.fit_colours`.
+        colours: of `worldline.nn.pieces.fit_colours`.
         spatial: pixels a cell covers on each side.
 
     Returns:

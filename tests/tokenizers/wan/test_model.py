@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldline.nn.pieces import Past
-from worldline.tokenizers.wan.load import channels_last
+from worldline.nn.pieces import CausalCache, decode_stream, encode_stream
 from worldline.tokenizers.wan.model import (
     ResidualBlock,
     WanTokenizer,
@@ -23,7 +22,6 @@ from worldline.tokenizers.wan.model import (
     norm_silu,
     side_by_side,
 )
-from worldline.tokenizers.wan.stream import decode_stream, encode_stream
 
 LATENT_FRAMES = 6
 NEAR = 0.1  # of bf16: norms of a few channels make much of its roundings
@@ -130,10 +128,10 @@ def test_frames_leave_as_they_are_ready(released: WanTokenizer) -> None:
 
 def test_memory_of_the_past_does_not_grow(model: WanTokenizer) -> None:
     latents = model.encode(clip(model))
-    past, sizes = Past(), []
+    cache, sizes = CausalCache(), []
     for piece in latents.split(1, dim=2):
-        model.decode(piece, past)
-        sizes.append(sum(kept.untyped_storage().nbytes() for kept in past.kept.values()))
+        model.decode(piece, cache)
+        sizes.append(sum(kept.untyped_storage().nbytes() for kept in cache.state.values()))
     assert len(set(sizes)) == 1
 
 
@@ -144,15 +142,16 @@ def test_the_first_frame_is_not_doubled_and_not_seen_by_the_step_in_time(
     step = next(layer for layer in released.decoder.layers if getattr(layer, "time", None))
     width = step.time.weight.shape[1]
     cells = torch.randn(1, 2, 3, 4, width, dtype=torch.float64)
-    frames = step(cells)
+    frames = step(cells, CausalCache(keep=False))
     assert frames.shape[1] == 3
-    other = step(torch.cat([cells[:, :1] + 1, cells[:, 1:]], dim=1))
+    moved = torch.cat([cells[:, :1] + 1, cells[:, 1:]], dim=1)
+    other = step(moved, CausalCache(keep=False))
     assert torch.equal(other[:, 1:], frames[:, 1:])
     assert not torch.equal(other[:, :1], frames[:, :1])
     # first the even frame: with the odd one's weights at zero, only the bias is left of it
     step.time.weight[width:] = 0
     step.time.bias[width:] = 0
-    assert (step(cells)[:, 2] == step.space.bias).all()
+    assert (step(cells, CausalCache(keep=False))[:, 2] == step.space.bias).all()
 
 
 def test_latents_are_normalised(released: WanTokenizer) -> None:
@@ -245,7 +244,7 @@ def test_gradients_reach_every_weight(model: WanTokenizer) -> None:
 def test_layouts_of_memory_change_nothing(released: WanTokenizer) -> None:
     video = clip(released, 3)
     latents, frames = released.encode(video), released.reconstruct(video)
-    turned = channels_last(released)
+    turned = released.channels_last()
     assert turned.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
     cells = video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
     assert torch.allclose(turned.encode(cells), latents, atol=1e-12)
@@ -268,7 +267,7 @@ def test_a_clip_of_a_wrong_length_is_refused(released: WanTokenizer) -> None:
     with pytest.raises(ValueError, match=r"1 \+ 4k frames"):
         list(encode_stream(released, video.split(5, dim=2)))
     with pytest.raises(ValueError, match="chunk is 0"):
-        decode_stream(released, video, chunk=0)
+        list(decode_stream(released, video, chunk=0))
 
 
 @pytest.mark.parametrize(
@@ -329,12 +328,12 @@ def test_a_block_on_a_gpu(inputs: int, outputs: int, dtype: torch.dtype) -> None
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     cells = torch.randn(2, 5, 6, 7, inputs, generator=generator).to(dtype)
     block = block.to(dtype)
-    wanted = copy.deepcopy(block).double()(cells.double())
-    block, past, found = block.cuda(), Past(), []
+    wanted = copy.deepcopy(block).double()(cells.double(), CausalCache(keep=False))
+    block, cache, found = block.cuda(), CausalCache(), []
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
         for piece in cells.cuda().split(3, dim=1):
-            found.append(block(piece, past).cpu().double())
-            past.begun = True
+            found.append(block(piece, cache).cpu().double())
+            cache.finish_piece()
     gap = (torch.cat(found, dim=1) - wanted).norm() / wanted.norm()
     assert gap < (1e-5 if dtype == torch.float32 else 0.02)
 
@@ -355,7 +354,7 @@ def test_on_a_gpu(released: WanTokenizer, chunk: int) -> None:
     exact = released.float()
     latents = exact.encode(video)
     frames = exact.decode(latents)
-    model = channels_last(released.cuda().bfloat16())
+    model = released.cuda().bfloat16().channels_last()
     pieces = list(encode_stream(model, [video.cuda().bfloat16()], chunk=chunk))
     ours = torch.cat(pieces, dim=2).cpu().float()
     assert (ours - latents).norm() < NEAR * latents.norm()

@@ -21,9 +21,8 @@ from worldline.sampling.edm import SIGMA_DATA
 from worldline.sampling.windows import split_windows
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import find_t5, load_t5
-from worldline.tokenizers.cosmos.load import load_tokenizer
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.statistics import LatentStatistics
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
+from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.data import as_video, captioned_batches, to_device, views
 from worldline.train.loop import generator
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
@@ -64,8 +63,8 @@ def train_decoder(
     batch, clips, device = run.batch or 256, run.clips or 30_000, run.device
     statistics = scales_of(latents_folder)
     half = half_precision(device)
-    coarse = load_tokenizer(tokenizer_folder, device=device, dtype=half)
-    fine = load_tokenizer(latents_folder, device=device, dtype=half)
+    coarse = open_tokenizer(tokenizer_folder).read(device, half)
+    fine = open_tokenizer(latents_folder).read(device, half)
     text = load_t5(find_t5(text_folder), device, half)
     general = text.encode([GENERAL_PROMPT])
 

@@ -16,7 +16,8 @@ from worldline.models.predict1_dit.model import DiT, Positions
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.sampling.edm import precondition
 from worldline.shapes import LatentShape
-from worldline.tokenizers.cosmos.statistics import LatentStatistics, read_statistics
+from worldline.tokenizers.cosmos.model import LatentStatistics
+from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.data import captioned_batches, encode_captioned, to_device
 from worldline.train.loop import LoopConfig, Objective, generator
 from worldline.train.tiny import sizes
@@ -164,7 +165,7 @@ def scales_of(folder: Path) -> LatentStatistics:
     Raises:
         CheckpointError: its folder holds none.
     """
-    statistics = read_statistics(folder)
+    statistics = open_tokenizer(folder).statistics
     if statistics is None:
         raise CheckpointError(f"{folder} holds no statistics of latents")
     return statistics

@@ -17,7 +17,7 @@ from worldline.models.predict1_dit.weights import open_dit, released_tensors, wr
 from worldline.sampling.edm import SIGMA_DATA
 from worldline.text.t5 import KEYS as T5_KEYS
 from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
-from worldline.tokenizers.cosmos.load import load_tokenizer
+from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.train.tiny import sizes
 from worldline.train.tiny.denoiser import (
@@ -68,7 +68,7 @@ def train_diffusion(
         load_into(model.text.network, text.checkpoint, T5_KEYS, device=device, dtype=torch.float32)
         model.requires_grad_(True)
     model = model.to(device)
-    coder = load_tokenizer(tokenizer_folder, device=device, dtype=half)
+    coder = open_tokenizer(tokenizer_folder).read(device, half)
 
     def encode(video: Tensor) -> Tensor:
         return SIGMA_DATA * scales.normalise(coder.encode(video).float())
