@@ -185,14 +185,12 @@ def test_outputs_that_collide_are_refused(
     words = ("--checkpoint_dir", checkpoints, "--output_dir", tmp_path)
     result = run("tokenize", "encode", clip, tmp_path / "clip.png", *words)
     assert result.exit_code == 2
-    assert "another input would become" in result.stderr
+    assert f"{clip} would both become {tmp_path / clip.stem}.safetensors" in result.stderr
 
     (tmp_path / "clip.png").rename(tmp_path / "CLIP.png")
     result = run("tokenize", "encode", clip, tmp_path / "CLIP.png", *words)
     assert result.exit_code == 2
-    for path, other in ((clip, tmp_path / "CLIP.png"), (tmp_path / "CLIP.png", clip)):
-        assert f"{path}: {other} would become {tmp_path / other.stem}.safetens" in result.stderr
-    assert "where case is ignored" in result.stderr
+    assert f"{tmp_path / 'CLIP.png'} and {clip} would both become" in result.stderr
 
     write_video(moving(9), tmp_path / "own.mp4", 25)
     assert run("tokenize", "encode", tmp_path / "own.mp4", *words).exit_code == 0
@@ -252,7 +250,7 @@ def test_latents_and_tokens_of_a_wrong_type_are_named(
     assert "4 of 5 inputs cannot be used" in result.stderr
     for name in bad:
         assert f"{name}.safetensors" in result.stderr
-    assert "latents are int32; they must be one of bfloat16, " in result.stderr
+    assert "latents are needed, not int32" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

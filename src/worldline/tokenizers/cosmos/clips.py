@@ -10,7 +10,6 @@ Axes: B batch, T frames, H/W pixels; t/h/w latent frames, rows, columns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +20,12 @@ from torch import Tensor
 
 from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.shapes import LatentShape, VideoShape
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 
 Frames = NDArray[np.uint8]
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 # the released tools align to these whatever the tokenizer's own compression is
 _SPATIAL_ALIGNMENT = 16
 _TEMPORAL_ALIGNMENT = 8
@@ -83,27 +84,56 @@ def decode_clip(
         shape: size of the clip, to which the video is cut; by default all of it.
 
     Raises:
-        ValueError: `stored` is not of such a tokenizer or not finite, or `shape` is larger than its
-            video.
+        ValueError: as `check_stored`; latents that are not finite, or ids beyond the vocabulary.
     """
     config = model.config
-    discrete = config.levels is not None
-    if stored.is_floating_point() == discrete or stored.dim() != (3 if discrete else 4):
-        wanted = "token ids (t, h, w)" if discrete else "latents (C, t, h, w)"
-        raise ValueError(f"{stored.dtype} {list(stored.shape)}; {wanted} are needed")
-    if not discrete and stored.shape[0] != config.latent_channels:
-        raise ValueError(f"latents of {stored.shape[0]} channels, not {config.latent_channels}")
-    if not discrete and not bool(stored.isfinite().all()):
-        raise ValueError("latents that are not finite")
-    if discrete and (int(stored.min()) < 0 or int(stored.max()) >= config.vocabulary):
-        raise ValueError(f"token ids outside 0 to {config.vocabulary - 1:,}")
+    check_stored(config, stored.dtype, tuple(stored.shape), shape)
+    if config.levels is None:
+        if not bool(stored.isfinite().all()):
+            raise ValueError("latents that are not finite")
+        latents = stored[None]
+    else:
+        if int(stored.min()) < 0 or int(stored.max()) >= config.vocabulary:
+            raise ValueError(f"token ids outside 0 to {config.vocabulary - 1:,}")
+        latents = model.to_codes(stored[None])
     whole = LatentShape(*stored.shape[-3:]).video(config.temporal, config.spatial)
-    shape = shape or whole
-    pairs = zip(astuple(shape), astuple(whole), strict=True)
-    if not all(0 < wanted <= available for wanted, available in pairs):
-        raise ValueError(f"a clip of {shape} cannot be cut from {whole}")
-    latents = model.to_codes(stored[None]) if discrete else stored[None]
-    return _cut(decode_stream(model, latents), shape)
+    return _cut(decode_stream(model, latents), shape or whole)
+
+
+def check_stored(
+    config: CosmosTokenizerConfig,
+    dtype: torch.dtype,
+    stored: tuple[int, ...],
+    clip: VideoShape | None,
+) -> None:
+    """Refuse latents or token ids that are not of a tokenizer.
+
+    Args:
+        config: of the tokenizer.
+        dtype: of the stored tensor.
+        stored: its shape.
+        clip: size of the clip it was made from, if known.
+
+    Raises:
+        ValueError: other dtype, number of axes, channels or grid.
+    """
+    channels: tuple[int, ...]
+    if config.levels is None:
+        name, dtypes, channels = "latents", _FLOATS, (config.latent_channels,)
+    else:
+        name, dtypes, channels = "token ids", _INTEGERS, ()
+    if dtype not in dtypes:
+        raise ValueError(f"{name} are needed, not {str(dtype).removeprefix('torch.')}")
+    grid = stored[-3:]
+    if clip is not None:
+        grid = (
+            1 + -(-(clip.frames - 1) // config.temporal),
+            -(-clip.height // config.spatial),
+            -(-clip.width // config.spatial),
+        )
+    if stored != (*channels, *grid) or len(grid) != 3 or min(stored) < 1:
+        sides = " x ".join(map(str, (*channels, *(grid if clip else "thw"))))
+        raise ValueError(f"{name} {sides} are needed, not {' x '.join(map(str, stored))}")
 
 
 def _cut(pieces: Iterable[Tensor], shape: VideoShape) -> Iterator[Frames]:
