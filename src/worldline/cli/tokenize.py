@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,7 +255,7 @@ def reconstruct(**flags: Any) -> None:
         coder = _find(flags["checkpoint"] or f"Cosmos-Tokenize1-{released}", flags)
     if flags["mode"]:
         logger.info("--mode has no effect: files of both kinds are read, and none is executed")
-    _run(tasks, coder, lambda *arguments: _reconstruct(*arguments, flags), flags)
+    _run(tasks, coder, partial(_reconstruct, flags=flags), flags)
 
 
 def _collect(

@@ -63,7 +63,7 @@ def _rows_of(  # type: ignore[no-untyped-def]
     BLOCK_COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Return columns `start` and on of all sequences, (BLOCK_COLUMNS, PADDED) bf16."""
+    """Columns `start` and on of all sequences, (BLOCK_COLUMNS, PADDED) bf16."""
     at = start + tl.arange(0, BLOCK_COLUMNS)
     one = tl.arange(0, PADDED)
     if NORM:  # of one sequence
@@ -79,7 +79,7 @@ def _rows_of(  # type: ignore[no-untyped-def]
 def _columns_of(  # type: ignore[no-untyped-def]
     weight, row, start, COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
-    """Return columns `start` and on of some rows of a matrix."""
+    """Columns `start` and on of some rows of a matrix."""
     at = start + tl.arange(0, BLOCK_COLUMNS)
     pointers = weight + row.to(tl.int64)[:, None] * COLUMNS + at[None, :]
     if COLUMNS % BLOCK_COLUMNS == 0:
@@ -220,7 +220,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _turned(first, second, cos, sin):  # type: ignore[no-untyped-def]
-    """Return first * cos + second * sin with the roundings of `rope.rotate` in bf16."""
+    """First * cos + second * sin with the roundings of `rope.rotate` in bf16."""
     a = (first * cos).to(tl.bfloat16).to(tl.float32)
     b = (second * sin).to(tl.bfloat16).to(tl.float32)
     return (a + b).to(tl.bfloat16)
@@ -358,19 +358,19 @@ class Tile(NamedTuple):
 
 
 def _tile(*, normed: bool, pair: bool = False) -> Tile:
-    """Return the tile of a product: of a norm, or of two matrices; measured on an H200."""
+    """Tile of a product, with a norm, or of two matrices; measured on an H200."""
     if pair:
         return Tile(32, 256, 2, 2)
     return Tile(32, 128, 2, 6) if normed else Tile(16, 512, 2, 3)
 
 
 def _padded(batch: int) -> int:
-    """Return for how many sequences the tensor cores work."""
+    """Sequences that the tensor cores work for."""
     return max(8, int(triton.next_power_of_2(batch)))
 
 
 def normalise(x: Tensor, gamma: Tensor, eps: float, *, warps: int) -> Tensor:
-    """Return the RMS norm of `x` (B, columns) bf16, summed as a product of `warps` does itself."""
+    """RMS norm of `x` (B, columns) bf16, summed as a product of `warps` does itself."""
     batch, columns = x.shape
     out = torch.empty_like(x)
     _norm_kernel[(batch,)](
@@ -497,7 +497,7 @@ class Attend:
         position: Tensor,
         out: Tensor,
     ) -> Tensor:
-        """Write the attention of the token at `position` to `out`, and its key and value away.
+        """Write the attention of the token at `position` to `out`, its key and value to the cache.
 
         Args:
             qkv: (B, (N + 2 M) K) bf16: queries, keys, values before norm and rotation.
@@ -517,7 +517,7 @@ class Attend:
     def read(
         self, queries: Tensor, gamma: Tensor, eps: float, keys: Tensor, values: Tensor, out: Tensor
     ) -> Tensor:
-        """Write to `out` the attention to keys that are there: no rotation, nothing is added.
+        """Write to `out` the attention to existing keys: no rotation, nothing is added.
 
         Args:
             queries: (B, N K) bf16, before the norm.

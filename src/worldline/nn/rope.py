@@ -51,20 +51,20 @@ class Rotation(NamedTuple):
 
 
 def axis_sizes(head_size: int) -> tuple[int, int, int]:
-    """Return how many of the K channels turn with time, height and width."""
+    """Channels of K that turn with time, height and width."""
     spatial = head_size // 6 * 2
     return head_size - 2 * spatial, spatial, spatial
 
 
 def rotary_exponents(size: int) -> Tensor:
-    """Return 2 j / d, (size / 2,) float32, for an axis of d = `size` channels."""
+    """Exponents 2 j / d, (size / 2,) float32, of an axis of d = `size` channels."""
     return torch.arange(0, size, 2, dtype=torch.float32) / size
 
 
 def inverse_frequencies(
     size: int, theta: float, yarn: Yarn | None = None, original: int = 0
 ) -> Tensor:
-    """Return the (size / 2,) inverse frequencies of one axis, in radians a cell, float32.
+    """Inverse frequencies (size / 2,) of one axis, in radians a cell, float32.
 
     Args:
         size: channels of this axis, even.
@@ -89,7 +89,7 @@ def rotation_3d(
     leading: int = 0,
     first_frame: int = 0,
 ) -> Rotation:
-    """Return the rotation of every cell of `grid`, time-major, then rows, then columns.
+    """Rotation of every cell of `grid`, time-major, then rows, then columns.
 
     Args:
         grid: latent grid.
@@ -127,7 +127,7 @@ def stretched_angles_3d(
     dtype: torch.dtype = torch.float32,
     exponents: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Return the angles (L, K) of every cell in radians, float32, with NTK stretching by axis.
+    """Angles (L, K) of every cell in radians, float32, with NTK stretching by axis.
 
     An axis of d channels stretched by r has the base 10000 * r^(d / (d - 2)), and its channel j
     turns by base^-(2 j / d) a cell.
@@ -167,7 +167,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def sincos_3d(grid: LatentShape, width: int, leading: int = 0) -> Tensor:
-    """Return the fixed table (leading + tokens, width) that is added to the stream, float32.
+    """Fixed table (leading + tokens, width) that is added to the stream, float32.
 
     The values are rounded to bf16, as the reference keeps them. Source: same file, class
     SinCosPosEmbAxisTE; arXiv 1706.03762, section 3.5.

@@ -32,7 +32,7 @@ from worldline.models.predict1_ar.model import (
     Positions,
     make_positions,
 )
-from worldline.nn.kv_cache import KVCache
+from worldline.nn.attention import KVCache
 from worldline.sampling.logits import Sampling, draw
 
 MOST_CLIPS = 16  # that the kernels decode in step
