@@ -33,8 +33,9 @@ from worldline.models.predict2_5_dit.weights import released_tensors
 from worldline.shapes import VideoShape
 from worldline.text.chat_tokens import byte_chat_tokenizer
 from worldline.text.reason1 import RELEASED, TINY, Reason1Encoder, export_reason1
+from worldline.tokenizers.opened import stored_tensors
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.weights import stored_tensors
+from worldline.tokenizers.wan.weights import key_map
 from worldline.video.write import write_video
 from worldline.weights.write import save
 
@@ -95,7 +96,7 @@ def write_weights(root: Path, size: str, *, with_text: bool) -> None:
         tokenizer = WanTokenizer(TINY_TOKENIZER if tiny else TOKENIZER)
         tokenizer.reset_parameters()
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(stored_tensors(tokenizer, "released"), file)
+        torch.save(stored_tensors(tokenizer, key_map(tokenizer.config)), file)
     if with_text and not (root / RELEASED).exists():
         with torch.device("meta"):
             encoder = Reason1Encoder(TINY if tiny else REASON1, byte_chat_tokenizer())

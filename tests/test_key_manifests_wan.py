@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from worldline.errors import CheckpointError
+from worldline.tokenizers.opened import stored_tensors
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import (
     Layout,
@@ -13,7 +14,6 @@ from worldline.tokenizers.wan.weights import (
     find_layout,
     key_map,
     read_config,
-    stored_tensors,
 )
 
 from .test_key_manifests import fake, fits, manifest

@@ -31,7 +31,8 @@ from worldline.report import Recorder
 from worldline.shapes import LatentShape, VideoShape
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
 from worldline.tokenizers.cosmos.weights import diffusers_config as vae_config
-from worldline.tokenizers.cosmos.weights import diffusers_tensors as vae_tensors
+from worldline.tokenizers.cosmos.weights import key_map
+from worldline.tokenizers.opened import stored_tensors
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
 
@@ -219,7 +220,8 @@ def write_diffusers(own: Path, parts: DiffusionParts) -> Path:
 def write_vae(own: Path, parts: DiffusionParts) -> None:
     (own / "vae").mkdir()
     coder, statistics = parts.tokenizer.module, parts.files.statistics
-    save(vae_tensors(coder), own / "vae" / "diffusion_pytorch_model.safetensors")
+    tensors = stored_tensors(coder, key_map(coder.config, "diffusers"))
+    save(tensors, own / "vae" / "diffusion_pytorch_model.safetensors")
     (own / "vae" / "config.json").write_text(json.dumps(vae_config(coder.config, statistics)))
 
 

@@ -34,9 +34,10 @@ from worldline.models.predict2_5_dit.weights import diffusers_config, diffusers_
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.text.reason1 import RELEASED, TINY, export_reason1, new_reason1, tensor_shapes
+from worldline.tokenizers.opened import stored_tensors
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import diffusers_config as vae_config
-from worldline.tokenizers.wan.weights import stored_tensors
+from worldline.tokenizers.wan.weights import key_map
 from worldline.weights.write import save
 
 from .tiny_predict2_5 import CONFIG, POST, PRE, TEXT_LENGTH, TOKENIZER, write_tokenizer
@@ -196,7 +197,7 @@ def test_other_parts(own_predict2_5: Path) -> None:
     (own_predict2_5 / "few").mkdir()
     said = json.dumps(vae_config(tokenizer.config))
     (own_predict2_5 / "few" / "config.json").write_text(said)
-    tensors = stored_tensors(tokenizer, "diffusers")
+    tensors = stored_tensors(tokenizer, key_map(tokenizer.config, "diffusers"))
     save(tensors, own_predict2_5 / "few" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match=r"latents of 4 channels.*do not belong together"):
         find(POST.name, own_predict2_5, tokenizer_dir="few")

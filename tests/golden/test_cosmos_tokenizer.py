@@ -18,13 +18,13 @@ from worldline.tokenizers.cosmos.clips import pad, reconstruct_windows
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import (
     diffusers_config,
-    diffusers_tensors,
     find_layout,
     key_map,
     network_view,
     open_tokenizer,
     read_config,
 )
+from worldline.tokenizers.opened import stored_tensors
 from worldline.weights.read import open_checkpoint
 from worldline.weights.stream import load_into
 from worldline.weights.write import save
@@ -245,12 +245,13 @@ def test_weights_that_diffusers_saved(case: Case) -> None:
 def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     model, statistics = loaded(case, "jit", "exact"), open_tokenizer(folder_of(case)).statistics
-    save(diffusers_tensors(model), tmp_path / "diffusion_pytorch_model.safetensors")
+    tensors = stored_tensors(model, key_map(model.config, "diffusers"))
+    save(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     settings = diffusers_config(model.config, statistics)
     (tmp_path / "config.json").write_text(json.dumps(settings))
 
     theirs = diffusers.AutoencoderKLCosmos.from_pretrained(tmp_path)
-    assert sorted(theirs.state_dict()) == sorted(diffusers_tensors(model))
+    assert sorted(theirs.state_dict()) == sorted(tensors)
     for name in case.names("t*.video"):
         video = case.tensor(name)
         latents = theirs.encode(video).latent_dist.mode()

@@ -11,12 +11,12 @@ import torch
 from cases import Case, cases
 
 from worldline.nn.pieces import decode_stream, encode_stream
+from worldline.tokenizers.opened import stored_tensors
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.tokenizers.wan.weights import (
     diffusers_config,
     key_map,
     open_wan,
-    stored_tensors,
 )
 from worldline.weights.write import save
 
@@ -89,7 +89,10 @@ def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: P
     """In float64: networks this narrow make 1e-4 of how float32 is rounded."""
     diffusers = pytest.importorskip("diffusers")
     model = loaded(case, torch.float64)
-    tensors, settings = stored_tensors(model, "diffusers"), diffusers_config(model.config)
+    tensors, settings = (
+        stored_tensors(model, key_map(model.config, "diffusers")),
+        diffusers_config(model.config),
+    )
     save(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(settings))
 
@@ -116,7 +119,10 @@ def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: P
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_released_file_is_written_as_it_was_read(case: Case, tmp_path: Path) -> None:
-    torch.save(stored_tensors(loaded(case), "released"), tmp_path / "tokenizer.pth")
+    torch.save(
+        stored_tensors(loaded(case), key_map(loaded(case).config)),
+        tmp_path / "tokenizer.pth",
+    )
     source, stored = open_wan(tmp_path).source, open_wan(case.path / case.spec["checkpoint"]).source
     assert source.tensors.keys() == stored.tensors.keys()
     for name in stored.tensors:

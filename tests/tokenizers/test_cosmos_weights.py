@@ -19,12 +19,12 @@ from worldline.tokenizers.cosmos.model import (
 )
 from worldline.tokenizers.cosmos.weights import (
     diffusers_config,
-    diffusers_tensors,
     key_map,
     open_tokenizer,
     read_statistics,
     tokenizer_files,
 )
+from worldline.tokenizers.opened import stored_tensors
 from worldline.weights.keymap import match
 from worldline.weights.read import TensorInfo
 from worldline.weights.write import save
@@ -54,7 +54,7 @@ def statistics(channels: int = 16, frames: int = 16) -> LatentStatistics:
 
 def save_vae(folder: Path, model: CosmosTokenizer, **changes: Any) -> dict[str, Tensor]:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = diffusers_tensors(model)
+    tensors = stored_tensors(model, key_map(model.config, "diffusers"))
     save(tensors, folder / "diffusion_pytorch_model.safetensors")
     settings = {**diffusers_config(model.config, statistics()), **changes}
     (folder / "config.json").write_text(json.dumps(settings))
@@ -75,7 +75,7 @@ def test_every_tensor_of_the_diffusers_file_has_its_place() -> None:
     }
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert len(match(infos, expected, keys, "vae")) == stated["count"]
-    assert sorted(diffusers_tensors(model)) == sorted(stated["tensors"])
+    assert sorted(stored_tensors(model, keys)) == sorted(stated["tensors"])
     settings = diffusers_config(model.config)
     for name, value in settings.items():
         assert stated["config"].get(name, value) == value
@@ -124,14 +124,6 @@ def test_what_is_wrong_with_a_vae_folder_is_said(tmp_path: Path) -> None:
     (tmp_path / "vae" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         open_tokenizer(tmp_path)
-
-
-def test_discrete_tokenizers_have_no_diffusers_layout() -> None:
-    config = CosmosTokenizerConfig(
-        channels=4, level_channels=(8, 8, 8), spatial=16, latent_channels=2, levels=(4, 4)
-    )
-    with pytest.raises(ValueError, match="continuous"):
-        diffusers_tensors(build(config))
 
 
 def test_released_statistics_are_read(tmp_path: Path) -> None:

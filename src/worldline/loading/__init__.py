@@ -69,7 +69,7 @@ from worldline.loading.predict2_5 import (
     plan_predict2_5,
 )
 from worldline.machine import Memory, device_memory
-from worldline.models.predict1_ar.decoder import MOST_CLIPS, compile_ahead, kernels_fit
+from worldline.models.predict1_ar.decoder import MAX_BATCH_SIZE, compile_ahead, kernels_fit
 from worldline.models.predict1_ar.model import PRESETS as AUTOREGRESSIVE_PRESETS
 from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig
 from worldline.models.predict1_ar.weights import KEYS
@@ -723,7 +723,7 @@ def most_in_step(
     files: AutoregressiveFiles, device: torch.device, dtype: torch.dtype
 ) -> int | None:
     """Return how many clips the kernels draw in step; None where none run."""
-    return MOST_CLIPS if kernels_fit(files.config, device, dtype) else None
+    return MAX_BATCH_SIZE if kernels_fit(files.config, device, dtype) else None
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

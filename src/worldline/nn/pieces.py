@@ -8,12 +8,14 @@ Axes: B batch, C channels, T/H/W frames, rows, columns; t/h/w those of latents.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from worldline.shapes import VideoShape
 
 _SIDE = 16  # of a picture that colours are fitted to, in latent cells
 _PICTURES = 6
@@ -51,24 +53,58 @@ class CausalCache:
             self.state[key] = frames
         return frames
 
-    def finish_piece(self) -> None:
-        self.started = self.keep
 
+class CausalTokenizer(nn.Module):
+    """Base of the video tokenizers.
 
-class CausalTokenizer(Protocol):
-    """A tokenizer that clips can pass piece by piece."""
+    Attributes:
+        chunk: latent frames at once where a clip passes in pieces.
+        config: architecture; has `temporal` and `spatial`, the frames and pixels of a latent cell.
+    """
 
-    chunk: int  # latent frames at once
+    chunk: int
+    config: Any
 
-    @property
-    def config(self) -> Any:
-        """Architecture; has `temporal` and `spatial`, the frames and pixels of a latent cell."""
+    def encode(self, video: Tensor, cache: CausalCache | None = None) -> Tensor:
+        """Latents (B, C, t, h, w).
 
-    def encode(self, video: Tensor, cache: CausalCache | None = None) -> Tensor: ...
+        Args:
+            video: (B, 3, T, H, W) in [-1, 1], in the dtype of the weights.
+            cache: holds the pieces of this clip encoded before; updated.
 
-    def decode(self, latents: Tensor, cache: CausalCache | None = None) -> Tensor: ...
+        Raises:
+            ValueError: T is not 1 + temporal*k (after the first piece: temporal*k), or H or W is no
+                multiple of the compression.
+        """
+        cache = cache or CausalCache(keep=False)
+        frames, height, width = video.shape[2:]
+        frames += cache.started  # as if after frame 0 alone
+        VideoShape(frames, height, width).latent(self.config.temporal, self.config.spatial)
+        latents = self.encode_piece(video, cache)
+        cache.started = cache.keep
+        return latents
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def decode(self, latents: Tensor, cache: CausalCache | None = None) -> Tensor:
+        """Video (B, 3, T, H, W), about [-1, 1] and not clamped.
+
+        Args:
+            latents: (B, C, t, h, w), or codes of a discrete tokenizer, in the dtype of the weights.
+            cache: holds the pieces of this clip decoded before; updated.
+        """
+        cache = cache or CausalCache(keep=False)
+        video = self.decode_piece(latents, cache)
+        cache.started = cache.keep
+        return video
+
+    def reconstruct(self, video: Tensor) -> Tensor:
+        """decode(encode(video))."""
+        return self.decode(self.encode(video))
+
+    def encode_piece(self, video: Tensor, cache: CausalCache) -> Tensor:
+        raise NotImplementedError
+
+    def decode_piece(self, latents: Tensor, cache: CausalCache) -> Tensor:
+        raise NotImplementedError
 
 
 @torch.no_grad()

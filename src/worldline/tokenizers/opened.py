@@ -1,23 +1,32 @@
-"""A video tokenizer on disk, whatever its family."""
+"""Files of a video tokenizer of any family: what is common to opening and writing them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from worldline.errors import CheckpointError
 from worldline.weights.keymap import KeyMap, match
 from worldline.weights.read import Checkpoint
 from worldline.weights.stream import load_into
 
 Network = TypeVar("Network", bound=nn.Module)
 Config = TypeVar("Config")
+Layout = Literal["released", "diffusers"]  # whose names the tensors of a file have
+
+CONFIG = "config.json"
+DIFFUSERS_FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
 
 
 @dataclass(frozen=True)
@@ -79,3 +88,38 @@ class OpenedTokenizer(Generic[Network, Config]):
             model = self.network(self.config)
         load_into(model, self.source, self.keys, device=device, dtype=dtype)
         return model.requires_grad_(False).eval()
+
+
+def renamed_by(rules: Iterable[tuple[str, str]], name: str) -> str:
+    """Name after regular expressions and their replacements, applied in order."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def stored_tensors(model: nn.Module, keys: KeyMap) -> dict[str, Tensor]:
+    """Tensors of a network by their names in a file, in their own dtype."""
+    return {
+        keys.released(name): parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def refuse_other_settings(
+    path: Path, settings: Mapping[str, Any], stated: Mapping[str, Any]
+) -> None:
+    """Refuse a config.json that differs from the one that belongs to the tensors beside it.
+
+    Args:
+        path: the file.
+        settings: its content.
+        stated: the one that belongs to the tensors.
+
+    Raises:
+        CheckpointError: a setting differs.
+    """
+    for name, value in settings.items():
+        if name in stated and value != stated[name]:
+            raise CheckpointError(
+                f"{path}: {name} is {value}; the tensors beside it are of {stated[name]}"
+            )

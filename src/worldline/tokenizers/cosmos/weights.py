@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +24,18 @@ from worldline.tokenizers.cosmos.model import (
     CosmosTokenizerConfig,
     LatentStatistics,
 )
-from worldline.tokenizers.opened import OpenedTokenizer
+from worldline.tokenizers.opened import (
+    CONFIG,
+    DIFFUSERS_FILES,
+    Layout,
+    OpenedTokenizer,
+    refuse_other_settings,
+    renamed_by,
+    stored_tensors,
+)
 from worldline.weights.keymap import KeyMap
 from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.views import joined, renamed
-
-Layout = Literal["released", "diffusers"]
 
 # files that a folder may hold, in order of preference
 LAYOUTS = (
@@ -40,11 +46,6 @@ LAYOUTS = (
     ("model.safetensors",),
     ("model.pt",),
 )
-DIFFUSERS_FILES = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-)
-CONFIG = "config.json"
 STATISTICS = ("mean_std.pt", "image_mean_std.pt", "mean_std.safetensors")
 
 # our names to theirs, by rules applied in this order; first the convolutions of a resampler, which
@@ -136,7 +137,9 @@ def open_tokenizer(*paths: Path) -> OpenedCosmos:
     settings = [folder / name for name in STATISTICS]
     if layout == "diffusers":
         settings = [folder / CONFIG]
-        _refuse_other_settings(folder / CONFIG, config)
+        stated = diffusers_config(config)
+        del stated["latents_mean"], stated["latents_std"]  # of statistics, which come later
+        refuse_other_settings(folder / CONFIG, read_json(folder / CONFIG), stated)
     existing = tuple(path for path in settings if path.exists())
     return OpenedCosmos(CosmosTokenizer, config, source, key_map(config, layout), existing)
 
@@ -196,9 +199,7 @@ def _theirs(name: str, layout: Layout, num_levels: int = 0) -> str:
     """Their name of one of our tensors; `num_levels` matters to diffusers' decoder alone."""
     if layout == "diffusers" and (found := re.match(r"decoder\.levels\.(\d+)", name)):
         name = f"decoder.levels.{num_levels - 1 - int(found[1])}{name[found.end() :]}"
-    for pattern, replacement in _RULES[layout]:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return renamed_by(_RULES[layout], name)
 
 
 def read_config(
@@ -375,28 +376,17 @@ def _read_pair(path: Path, channels: int) -> list[Tensor]:
     return [tensor.reshape(channels, -1) for tensor in pair]
 
 
-def _refuse_other_settings(path: Path, config: CosmosTokenizerConfig) -> None:
-    """Refuse a config.json that is not of the tensors beside it."""
-    settings, stated = read_json(path), diffusers_config(config)
-    for name, value in settings.items():
-        if stated.get(name) is not None and stated[name] != value:
-            raise CheckpointError(
-                f"{path}: {name} is {value}; the tensors beside it are of {stated[name]}"
-            )
-
-
 def released_tensors(model: CosmosTokenizer) -> dict[str, dict[str, Tensor]]:
     """Tensors of the files "encoder" and "decoder", bf16, by their released names.
 
     The taps, and for a discrete tokenizer its levels, go into both files, as in released ones.
     """
     config = model.config
-    keys = key_map(config)
     encoder: dict[str, Tensor] = {}
     decoder: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, tensor in stored_tensors(model, key_map(config)).items():
         half = encoder if name.startswith(("encoder.", "quant_conv.")) else decoder
-        half[keys.released(name)] = parameter.detach().bfloat16().cpu().contiguous()
+        half[name] = tensor.bfloat16().cpu()
     taps = torch.full((2,), config.tap)
     encoder["encoder.patcher3d.wavelets"] = taps.bfloat16()
     decoder["decoder.unpatcher3d.wavelets"] = taps.bfloat16()
@@ -407,25 +397,13 @@ def released_tensors(model: CosmosTokenizer) -> dict[str, dict[str, Tensor]]:
     return {"encoder": encoder, "decoder": decoder}
 
 
-def diffusers_tensors(model: CosmosTokenizer) -> dict[str, Tensor]:
-    """Tensors of a continuous tokenizer by diffusers' names, in their own dtype.
-
-    diffusers computes with exact wavelet taps: `model.config.tap` is not carried over.
-
-    Raises:
-        ValueError: the tokenizer is discrete, or its quantiser changes the number of channels.
-    """
-    config = model.config
-    if config.levels is not None or config.z_channels != config.latent_channels:
-        raise ValueError("diffusers keeps continuous tokenizers alone")
-    keys = key_map(config, "diffusers")
-    return {keys.released(name): tensor.detach() for name, tensor in model.named_parameters()}
-
-
 def diffusers_config(
     config: CosmosTokenizerConfig, statistics: LatentStatistics | None = None
 ) -> dict[str, Any]:
-    """The `config.json` that belongs to `diffusers_tensors`."""
+    """The `config.json` of a continuous tokenizer in diffusers' layout.
+
+    diffusers computes with exact wavelet taps: `config.tap` is not carried over.
+    """
     return {
         "_class_name": "AutoencoderKLCosmos",
         "in_channels": 3,

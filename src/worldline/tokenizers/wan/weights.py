@@ -10,27 +10,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from worldline.errors import CheckpointError
 from worldline.files import read_json, unfinished
-from worldline.tokenizers.opened import OpenedTokenizer
+from worldline.tokenizers.opened import (
+    CONFIG,
+    DIFFUSERS_FILES,
+    Layout,
+    OpenedTokenizer,
+    refuse_other_settings,
+    renamed_by,
+)
 from worldline.tokenizers.wan.model import MEAN, WanTokenizer, WanTokenizerConfig
 from worldline.weights.keymap import KeyMap
 from worldline.weights.read import Checkpoint, open_checkpoint
 
-Layout = Literal["released", "diffusers"]
-
 # files that a folder may hold, in order of preference
 FILES = ("tokenizer.pth", "Wan2.1_VAE.pth")
-DIFFUSERS_FILES = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-)
-CONFIG = "config.json"
 
 # our names to theirs, by rules applied in this order
 _RULES: dict[Layout, tuple[tuple[str, str], ...]] = {
@@ -95,7 +94,11 @@ def open_wan(path: Path) -> OpenedWan:
     used = (stated,) if layout == "diffusers" and stated.is_file() else ()
     settings = read_json(stated) if used else {}
     config = read_config(source, settings)
-    _refuse_other_settings(stated, settings, config)
+    expected = diffusers_config(config)
+    del expected["dropout"]
+    if settings.get("decoder_base_dim") == config.channels:
+        del expected["decoder_base_dim"]
+    refuse_other_settings(stated, settings, expected)
     return OpenedWan(WanTokenizer, config, source, key_map(config, layout or "released"), used)
 
 
@@ -128,9 +131,7 @@ def _theirs(name: str, layout: Layout, num_blocks: int = 0) -> str:
         level, number = divmod(int(found[1]), num_blocks + 2)  # blocks, then an upsampler
         part = f"resnets.{number}" if number <= num_blocks else "upsamplers.0"
         name = f"decoder.up_blocks.{level}.{part}{name[found.end() :]}"
-    for pattern, replacement in _RULES[layout]:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return renamed_by(_RULES[layout], name)
 
 
 def find_layout(source: Checkpoint) -> Layout | None:
@@ -195,7 +196,7 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> WanTokenizer
     try:
         return WanTokenizerConfig(
             channels=channels,
-            multipliers=tuple(width // channels for width in widths),
+            multipliers=tuple(outputs // channels for outputs in widths),
             num_blocks=depths[0],
             temporal_steps=tuple(steps),
             latent_channels=latent_channels,
@@ -205,35 +206,11 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> WanTokenizer
         raise CheckpointError(f"{source.path}: {error}") from error
 
 
-def _refuse_other_settings(
-    path: Path, settings: Mapping[str, Any], config: WanTokenizerConfig
-) -> None:
-    """Refuse a config.json that is not of the tensors beside it."""
-    stated = diffusers_config(config)
-    del stated["dropout"]
-    if settings.get("decoder_base_dim") == config.channels:
-        del stated["decoder_base_dim"]
-    for name, value in settings.items():
-        if name in stated and value != stated[name]:
-            raise CheckpointError(
-                f"{path}: {name} is {value}; the tensors beside it are of {stated[name]}"
-            )
-
-
-def stored_tensors(model: WanTokenizer, layout: Layout) -> dict[str, Tensor]:
-    """Tensors by the names of a layout, in their own dtype.
-
-    `tokenizer.pth` holds no statistics of latents: they are in the code that reads such a file.
-    """
-    keys = key_map(model.config, layout)
-    return {
-        keys.released(name): parameter.detach().contiguous()
-        for name, parameter in model.named_parameters()
-    }
-
-
 def diffusers_config(config: WanTokenizerConfig) -> dict[str, Any]:
-    """The `config.json` that belongs to tensors by diffusers' names."""
+    """The `config.json` in diffusers' layout.
+
+    The released file holds no statistics of latents: they are in the code that reads it.
+    """
     return {
         "_class_name": "AutoencoderKLWan",
         "attn_scales": [],

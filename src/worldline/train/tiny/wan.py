@@ -11,14 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from worldline.tokenizers.opened import CONFIG, DIFFUSERS_FILES, stored_tensors
 from worldline.tokenizers.wan.model import CausalConv, WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.weights import (
-    CONFIG,
-    DIFFUSERS_FILES,
-    diffusers_config,
-    open_wan,
-    stored_tensors,
-)
+from worldline.tokenizers.wan.weights import diffusers_config, key_map, open_wan
 from worldline.train.data import as_video
 from worldline.train.losses import ReconstructionObjective
 from worldline.train.tiny import sizes
@@ -111,7 +106,7 @@ def export_wan(model: WanTokenizer, folder: Path) -> None:
         model.quant_conv.weight[channels:] = 0
         model.quant_conv.bias[channels:] = 2 * math.log(DEVIATION)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = stored_tensors(model, "diffusers")
+    tensors = stored_tensors(model, key_map(model.config, "diffusers"))
     tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     save_tensors(tensors, folder / DIFFUSERS_FILES[0])
     said = json.dumps(diffusers_config(model.config), indent=1)
