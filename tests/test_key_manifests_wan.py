@@ -49,11 +49,7 @@ def test_both_layouts_end_at_the_same_tensor() -> None:
 
 @pytest.mark.parametrize("layout", FILES)
 def test_what_is_written_has_the_released_names_and_shapes(layout: Layout) -> None:
-    ours = (
-        stored_tensors(model(), "released")
-        if layout == "released"
-        else stored_tensors(model(), "diffusers")
-    )
+    ours = stored_tensors(model(), key_map(CONFIG, layout))
     shapes = {name: list(tensor.shape) for name, tensor in ours.items()}
     stated = manifest(FILES[layout])["tensors"]
     assert shapes == {name: shape for name, (_, shape) in stated.items()}
