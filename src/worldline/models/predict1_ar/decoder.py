@@ -309,15 +309,13 @@ class FusedStep:
             )
             self.attend(
                 self.qkv,
-                attention.q_norm.weight,
-                attention.k_norm.weight,
+                (attention.q_norm.weight, attention.k_norm.weight),
                 attention.q_norm.eps,
-                self.rotation.cos,
-                self.rotation.sin,
                 cache.keys[number],
                 cache.values[number],
-                position,
                 self.mixed,
+                rotation=self.rotation,
+                position=position,
             )
             matvec(self.mixed, (attention.out.weight,), x, residual=x)
             self._attend_to_context(layer, self.contexts[number])
@@ -340,9 +338,9 @@ class FusedStep:
         if attention is None or norm is None:
             return
         assert context is not None, "a Video2World model needs its text context"
-        matvec, x, weight = self.kernels.matvec, self.stream, attention.q_norm
+        matvec, x, q_norm = self.kernels.matvec, self.stream, attention.q_norm
         matvec(x, (attention.q.weight,), self.query, gamma=norm.weight, eps=norm.eps)
-        self.attend.read(self.query, weight.weight, weight.eps, *context, self.mixed)
+        self.attend(self.query, (q_norm.weight, q_norm.weight), q_norm.eps, *context, self.mixed)
         matvec(self.mixed, (attention.out.weight,), x, residual=x)
 
 

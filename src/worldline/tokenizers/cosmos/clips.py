@@ -10,7 +10,6 @@ Axes: B batch, T frames, H/W pixels; t/h/w latent frames, rows, columns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -159,22 +158,14 @@ def _to_levels(video: Tensor) -> Tensor:
     return levels.permute(0, 2, 3, 4, 1)
 
 
-class Crop(NamedTuple):
-    """Place of the original in its padded form: first frame, row, column, and the ends."""
-
-    frame: int
-    row: int
-    column: int
-    frame_end: int
-    row_end: int
-    column_end: int
-
-
-def pad(frames: Tensor) -> tuple[Tensor, Crop]:
+def pad(frames: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Pad `frames` (B, T, H, W, 3), any dtype, to 1 + 8k frames and sides that are multiples of 16.
 
     Rows and columns are black, half on each side; frames are copies of the first and the last, half
     (rounded down) in front.
+
+    Returns:
+        The frames, and where the originals lie: first frame, row, column, and their ends.
     """
     _, count, height, width, _ = frames.shape
     extra_rows = -height % _SPATIAL_ALIGNMENT
@@ -184,7 +175,7 @@ def pad(frames: Tensor) -> tuple[Tensor, Crop]:
     frames = F.pad(frames, (0, 0, left, extra_columns - left, top, extra_rows - top))
     order = torch.arange(-front, count + extra_frames - front).clamp(0, count - 1)
     frames = frames[:, order.to(frames.device)]
-    return frames, Crop(front, top, left, front + count, top + height, left + width)
+    return frames, (front, top, left, front + count, top + height, left + width)
 
 
 @torch.no_grad()
@@ -199,8 +190,7 @@ def reconstruct_windows(model: CosmosTokenizer, frames: Tensor, window: int) -> 
     weight = model.quant_conv.weight
     parts = []
     for start in range(0, frames.shape[1], window):
-        padded, crop = pad(frames[:, start : start + window])
+        padded, (t0, y0, x0, t1, y1, x1) = pad(frames[:, start : start + window])
         levels = _to_levels(model.reconstruct(_to_video(padded.to(weight.device), weight)))
-        levels = levels[:, crop.frame : crop.frame_end, crop.row : crop.row_end]
-        parts.append(levels[:, :, :, crop.column : crop.column_end])
+        parts.append(levels[:, t0:t1, y0:y1, x0:x1])
     return torch.cat(parts, dim=1)
