@@ -143,7 +143,9 @@ def parts(size: str, device: torch.device) -> dict[str, float]:
         "cross attention": lambda: attention.attend(heads, few, few),
         "one projection": lambda: block.attention.body.q(x),
         "feed-forward": lambda: block.feed_forward.body(x),
-        "settle": lambda: modulation.settle(modulation.Carry(x, x, vector), x[0], vector, vector),
+        "add and modulate": lambda: modulation.add_and_modulate(
+            modulation.Residual(x, x, vector), x[0], vector, vector
+        ),
         "norm of heads": lambda: modulation.norm_heads(q, weight),
     }
     found = {}

@@ -39,7 +39,7 @@ from worldline.text.reason1 import (
     export_reason1,
 )
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.weights import released_tensors as released_tokenizer
+from worldline.tokenizers.wan.weights import key_map
 from worldline.video.write import write_video
 from worldline.weights.write import save
 
@@ -100,7 +100,7 @@ def write_weights(root: Path, size: str, *, with_text: bool) -> None:
         tokenizer = WanTokenizer(TINY_TOKENIZER if tiny else TOKENIZER)
         tokenizer.reset_parameters()
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(released_tokenizer(tokenizer), file)
+        torch.save(stored_tensors(tokenizer, key_map(tokenizer.config)), file)
     if with_text and not (root / RELEASED).exists():
         with torch.device("meta"):
             encoder = Reason1Encoder(TINY if tiny else REASON1, byte_chat_tokenizer())

@@ -160,10 +160,12 @@ def parts(size: str, device: torch.device) -> dict[str, float]:
         "one projection": lambda: block.attention.body.q(x),
         "feed-forward": lambda: block.feed_forward.body(x),
         "modulation": lambda: block.attention.modulation(noise),
-        "settle": lambda: modulation.settle(modulation.Carry(x, x, gate), None, shift, scale),
+        "add and modulate": lambda: modulation.add_and_modulate(
+            modulation.Residual(x, x, gate), None, shift, scale
+        ),
         "norm of heads, turned": lambda: modulation.norm_heads(q, weight, rotation),
-        "norm of the head, float32": lambda: modulation.settle(
-            modulation.Carry(x), None, head_shift, head_scale, torch.float32
+        "norm of the head, float32": lambda: modulation.add_and_modulate(
+            modulation.Residual(x), None, head_shift, head_scale, torch.float32
         ),
     }
     return {

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from worldline.files import GIGABYTE
+from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.report import environment
 from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
-from worldline.tokenizers.cosmos.stream import decode_stream, encode_stream
 
 FRAMES, HEIGHT, WIDTH = 121, 704, 1280
 TERAFLOP = {"encode": 35.7, "decode": 61.3}  # counted on the reference's modules

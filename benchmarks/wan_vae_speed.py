@@ -25,12 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldline.files import GIGABYTE
+from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.report import environment
 from worldline.shapes import VideoShape
 from worldline.tokenizers.wan import model as wan
-from worldline.tokenizers.wan.load import channels_last
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.stream import CHUNK, decode_stream, encode_stream
 
 GEMM_FLOPS = 790e12  # measured best of large bf16 products on an H200
 PEER = {"encode": 2.94, "decode": 4.72}  # diffusers 0.42 on one H200, torch 2.11
@@ -206,7 +205,7 @@ def errors(model: WanTokenizer, device: torch.device) -> dict[str, float]:
     small = VideoShape(9, 12 * model.config.spatial, 16 * model.config.spatial)
     exact = WanTokenizer(model.config).to(device)
     exact.load_state_dict({name: t.float() for name, t in model.state_dict().items()})
-    exact = channels_last(exact).requires_grad_(False).eval()
+    exact = exact.channels_last().requires_grad_(False).eval()
     ours, wanted = Clip(model, small, device), Clip(exact, small, device)
     wanted.video, wanted.latents = ours.video.float(), ours.latents.float()
     found = {way: relative(getattr(ours, way)(1), getattr(wanted, way)(1)) for way in PEER}
@@ -238,7 +237,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = WanTokenizer(replace(WanTokenizerConfig(), channels=arguments.channels))
     model.reset_parameters()
-    model = channels_last(model.to(device, torch.bfloat16)).requires_grad_(False).eval()
+    model = model.to(device, torch.bfloat16).channels_last().requires_grad_(False).eval()
     clip = Clip(model, video, device)
     result: dict[str, Any] = {
         "what": f"Wan2.1 tokenizer, {arguments.channels} channels, random bf16 weights, "
@@ -259,7 +258,7 @@ def main() -> None:
             counted: Counter[Convolution] = Counter()
             with recorded(counted):
                 getattr(clip, way)(chunk)
-            if chunk == CHUNK:
+            if chunk == WanTokenizer.chunk:
                 alone = time_convolutions(counted, device, torch.bfloat16)
             work = sum(count * one.flops() for one, count in counted.items())
             found["tflop_per_second"] = round(work / found["seconds"] / 1e12, 1)
@@ -277,12 +276,12 @@ def main() -> None:
     for what, changed in VARIANTS.items():
         for way in PEER:
             with mock.patch.multiple(wan, **changed):
-                found, _ = clip.measure(way, CHUNK, arguments.rounds)
+                found, _ = clip.measure(way, WanTokenizer.chunk, arguments.rounds)
             result[f"{way}, {what}"] = found
             print(way, what, found, flush=True)
     if arguments.profile:
         with torch.profiler.profile() as profile:
-            clip.decode(CHUNK)
+            clip.decode(WanTokenizer.chunk)
             wait(device)
         table = profile.key_averages().table("self_cuda_time_total", row_limit=25)
         arguments.profile.write_text(table)

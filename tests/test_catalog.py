@@ -104,7 +104,7 @@ def test_sizes_of_a_request() -> None:
 
 
 def test_layouts_are_those_that_are_read() -> None:
-    from worldline.tokenizers.cosmos.load import LAYOUTS
+    from worldline.tokenizers.cosmos.weights import LAYOUTS
 
     assert TOKENIZER_LAYOUTS == LAYOUTS
 

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from worldline.errors import CheckpointError
+from worldline.tokenizers.opened import stored_tensors
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import (
     Layout,
     diffusers_config,
-    diffusers_tensors,
     find_layout,
     key_map,
     read_config,
-    released_tensors,
 )
 
 from .test_key_manifests import fake, fits, manifest
@@ -50,7 +49,7 @@ def test_both_layouts_end_at_the_same_tensor() -> None:
 
 @pytest.mark.parametrize("layout", FILES)
 def test_what_is_written_has_the_released_names_and_shapes(layout: Layout) -> None:
-    ours = released_tensors(model()) if layout == "released" else diffusers_tensors(model())
+    ours = stored_tensors(model(), key_map(CONFIG, layout))
     shapes = {name: list(tensor.shape) for name, tensor in ours.items()}
     stated = manifest(FILES[layout])["tensors"]
     assert shapes == {name: shape for name, (_, shape) in stated.items()}

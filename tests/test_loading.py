@@ -142,10 +142,10 @@ def test_a_tokenizer_that_was_not_downloaded(own_world: Path) -> None:
 def test_both_generations(own_world: Path) -> None:
     (own_world / MODEL).rename(own_world / OLD_MODEL)
     files = loading.find_autoregressive(OLD_MODEL, own_world)
-    assert files.tokenizer.path.name == TOKENIZER
+    assert files.tokenizer.source.path.name == TOKENIZER
     shutil.copytree(own_world / TOKENIZER, own_world / OLD_TOKENIZER)
     files = loading.find_autoregressive(OLD_MODEL, own_world)
-    assert files.tokenizer.path.name == OLD_TOKENIZER
+    assert files.tokenizer.source.path.name == OLD_TOKENIZER
 
 
 def test_a_folder_s_name_is_only_a_hint(own_world: Path) -> None:

@@ -72,14 +72,14 @@ def test_both_generations(own_whole_world: Path) -> None:
     files = find(root)
     assert files.decoder is not None
     assert files.decoder.folder.name == DECODER
-    assert files.decoder.tokenizer.path.name == CONTINUOUS
+    assert files.decoder.tokenizer.source.path.name == CONTINUOUS
     old = "Cosmos-1.0-Autoregressive-4B"
     (root / MODEL).rename(root / old)
     files = find(root, old)
     assert files.decoder is not None
     assert files.decoder.folder.name == OLD_DECODER
     assert files.decoder.generation == "1.0"
-    assert files.decoder.tokenizer.path.name == OLD_CONTINUOUS
+    assert files.decoder.tokenizer.source.path.name == OLD_CONTINUOUS
     # one that is there is better than none
     shutil.rmtree(root / OLD_DECODER)
     files = find(root, old)

@@ -28,9 +28,10 @@ from worldline.machine import Memory
 from worldline.models.predict1_dit.model import PRESETS, RELEASED_RATIOS, DiT
 from worldline.report import Recorder
 from worldline.shapes import LatentShape, VideoShape
-from worldline.tokenizers.cosmos.diffusers import diffusers_config as vae_config
-from worldline.tokenizers.cosmos.diffusers import diffusers_tensors as vae_tensors
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
+from worldline.tokenizers.cosmos.weights import diffusers_config as vae_config
+from worldline.tokenizers.cosmos.weights import key_map
+from worldline.tokenizers.opened import stored_tensors
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
 
@@ -123,10 +124,10 @@ def test_the_generation(own_diffusion: Path, caplog: pytest.LogCaptureFixture) -
 def test_tokenizers_of_both_generations(own_diffusion: Path) -> None:
     shutil.copytree(own_diffusion / TEXT2WORLD, own_diffusion / OLD)
     shutil.copytree(own_diffusion / CONTINUOUS, own_diffusion / OLD_CONTINUOUS)
-    assert find(TEXT2WORLD, own_diffusion).tokenizer.path.name == CONTINUOUS
-    assert find(OLD, own_diffusion).tokenizer.path.name == OLD_CONTINUOUS
+    assert find(TEXT2WORLD, own_diffusion).tokenizer.source.path.name == CONTINUOUS
+    assert find(OLD, own_diffusion).tokenizer.source.path.name == OLD_CONTINUOUS
     shutil.rmtree(own_diffusion / CONTINUOUS)
-    assert find(TEXT2WORLD, own_diffusion).tokenizer.path.name == OLD_CONTINUOUS
+    assert find(TEXT2WORLD, own_diffusion).tokenizer.source.path.name == OLD_CONTINUOUS
     shutil.rmtree(own_diffusion / OLD_CONTINUOUS)
     with pytest.raises(CheckpointError, match="no continuous tokenizer: neither Cosmos-Tok"):
         find(TEXT2WORLD, own_diffusion)
@@ -159,11 +160,11 @@ def test_statistics_of_other_latents(own_diffusion: Path) -> None:
         assert find(TEXT2WORLD, own_diffusion).statistics.frames == frames
     for shape in ((8, 16), (17 * 16 + 1,)):
         torch.save((torch.zeros(shape), torch.ones(shape)), path)
-        with pytest.raises(CheckpointError, match=r"mean_std\.pt holds .* no latent frames of 16"):
+        with pytest.raises(CheckpointError, match=r"mean_std\.pt has .* of 16 channels"):
             find(TEXT2WORLD, own_diffusion)
     path.unlink()
     save({"mean": torch.zeros(8, 4), "std": torch.ones(8, 4)}, path.with_suffix(".safetensors"))
-    with pytest.raises(CheckpointError, match=r"of latents of 8 channels, .* gives 16"):
+    with pytest.raises(CheckpointError, match=r"of 8 channels, .* of 16"):
         find(TEXT2WORLD, own_diffusion)
 
 
@@ -224,7 +225,8 @@ def write_diffusers(own: Path, parts: DiffusionParts) -> Path:
 def write_vae(own: Path, parts: DiffusionParts) -> None:
     (own / "vae").mkdir()
     coder, statistics = parts.tokenizer.module, parts.files.statistics
-    save(vae_tensors(coder), own / "vae" / "diffusion_pytorch_model.safetensors")
+    tensors = stored_tensors(coder, key_map(coder.config, "diffusers"))
+    save(tensors, own / "vae" / "diffusion_pytorch_model.safetensors")
     (own / "vae" / "config.json").write_text(json.dumps(vae_config(coder.config, statistics)))
 
 
@@ -248,7 +250,7 @@ def test_a_folder_of_both_layouts(own_diffusion: Path) -> None:
     for name in (own, own / "model.pt"):
         files = find(name, own_diffusion)
         assert (files.folder, files.dit.layout, files.defaults.fps) == (own, "nvidia", 12)
-        assert files.tokenizer.path == own_diffusion / CONTINUOUS
+        assert files.tokenizer.source.path == own_diffusion / CONTINUOUS
         assert files.text is not None
         assert files.text.folder == own_diffusion / TEXT_ENCODER
     files = find(own / "transformer", own_diffusion)
@@ -274,9 +276,9 @@ def test_a_vae_without_weights_hides_no_tokenizer(own_diffusion: Path) -> None:
     for folder in (own, own_diffusion / CONTINUOUS):
         write_vae(folder, parts)
         (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert find(own, own_diffusion).tokenizer.path == own_diffusion / CONTINUOUS
+    assert find(own, own_diffusion).tokenizer.source.path == own_diffusion / CONTINUOUS
     shutil.rmtree(own_diffusion / CONTINUOUS)
-    with pytest.raises(CheckpointError, match=r"vae .*diffusion_pytorch_model\.saf.* is missing"):
+    with pytest.raises(CheckpointError, match=r"vae holds no .*diffusion_pytorch_model\.saf"):
         find(own, own_diffusion)
 
 

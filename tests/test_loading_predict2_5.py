@@ -34,7 +34,7 @@ from worldline.shapes import VideoShape
 from worldline.text.reason1 import NUM_PARAMETERS, RELEASED, TINY, export_reason1, new_reason1
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import diffusers_config as vae_config
-from worldline.tokenizers.wan.weights import diffusers_tensors as vae_tensors
+from worldline.tokenizers.wan.weights import key_map
 from worldline.weights.write import save
 
 from .diffusers_layout import diffusers_config, diffusers_tensors
@@ -195,7 +195,8 @@ def test_other_parts(own_predict2_5: Path) -> None:
     (own_predict2_5 / "few").mkdir()
     said = json.dumps(vae_config(tokenizer.config))
     (own_predict2_5 / "few" / "config.json").write_text(said)
-    save(vae_tensors(tokenizer), own_predict2_5 / "few" / "diffusion_pytorch_model.safetensors")
+    tensors = stored_tensors(tokenizer, key_map(tokenizer.config, "diffusers"))
+    save(tensors, own_predict2_5 / "few" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match=r"latents of 4 channels.*do not belong together"):
         find(POST.name, own_predict2_5, tokenizer_dir="few")
     export_reason1(new_reason1(TINY), own_predict2_5 / "wide")

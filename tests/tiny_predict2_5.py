@@ -15,8 +15,9 @@ from worldline.models.predict2_5_dit.model import FlowDiT, FlowDiTConfig
 from worldline.models.predict2_5_dit.weights import released_tensors
 from worldline.shapes import LatentShape
 from worldline.text.reason1 import RELEASED, TINY, export_reason1, new_reason1
+from worldline.tokenizers.opened import stored_tensors
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.weights import released_tensors as released_tokenizer
+from worldline.tokenizers.wan.weights import key_map
 
 from .tiny_diffusion import fill
 
@@ -60,7 +61,7 @@ def write_tokenizer(file: Path, **changes: Any) -> None:
     tokenizer = WanTokenizer(WanTokenizerConfig(**{**TOKENIZER.__dict__, **changes}))
     tokenizer.reset_parameters()
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(released_tokenizer(tokenizer), file)
+    torch.save(stored_tensors(tokenizer, key_map(tokenizer.config)), file)
 
 
 def make_tiny_predict2_5(folder: Path) -> Path:

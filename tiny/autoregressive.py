@@ -22,7 +22,7 @@ from worldline.models.predict1_ar.model import (
 )
 from worldline.models.predict1_ar.weights import KEYS, write_settings
 from worldline.text.t5 import T5Encoder, T5Files
-from worldline.tokenizers.cosmos.load import load_tokenizer
+from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.train.loop import LoopConfig, Objective, generator
 from worldline.train.losses import next_token_labels, next_token_loss
@@ -48,7 +48,7 @@ def train_autoregressive(
     batch, clips, device = run.batch or 256, run.clips or 150_000, run.device
     half = half_precision(device)
     config = sizes.AUTOREGRESSIVE if text_folder is None else sizes.VIDEO2WORLD
-    coder = load_tokenizer(tokenizer_folder, device=device, dtype=half)
+    coder = open_tokenizer(tokenizer_folder).read(device, half)
     text = None if text_folder is None else T5Files.open(text_folder).load(device, half)
 
     def encoded(seeds: range, workers: int) -> _Sequences:

@@ -31,9 +31,9 @@ from worldline.sampling.edm import SIGMA_DATA
 from worldline.sampling.tokens import split_windows
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import T5Files
-from worldline.tokenizers.cosmos.load import load_tokenizer
+from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.statistics import LatentStatistics
+from worldline.tokenizers.cosmos.model import LatentStatistics
 from worldline.train.loop import generator
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.weights.stream import load_into
@@ -64,8 +64,8 @@ def train_decoder(
     batch, clips, device = run.batch or 256, run.clips or 30_000, run.device
     statistics = scales_of(latents_folder)
     half = half_precision(device)
-    coarse = load_tokenizer(tokenizer_folder, device=device, dtype=half)
-    fine = load_tokenizer(latents_folder, device=device, dtype=half)
+    coarse = open_tokenizer(tokenizer_folder).read(device, half)
+    fine = open_tokenizer(latents_folder).read(device, half)
     text = T5Files.open(text_folder).load(device, half)
     general = text.encode([GENERAL_PROMPT])
 

@@ -19,7 +19,8 @@ from worldline.models.predict1_dit.model import DiT, Positions
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.sampling.edm import precondition
 from worldline.shapes import LatentShape
-from worldline.tokenizers.cosmos.statistics import LatentStatistics, read_statistics
+from worldline.tokenizers.cosmos.model import LatentStatistics
+from worldline.tokenizers.cosmos.weights import read_statistics
 from worldline.train.loop import LoopConfig, Objective, generator
 from worldline.weights.write import save as save_tensors
 
@@ -164,7 +165,7 @@ def scales_of(folder: Path) -> LatentStatistics:
     Raises:
         CheckpointError: its folder holds none.
     """
-    statistics = read_statistics(folder)
+    statistics = open_tokenizer(folder).statistics
     if statistics is None:
         raise CheckpointError(f"{folder} holds no statistics of latents")
     return statistics

@@ -30,7 +30,7 @@ from worldline.models.predict1_dit.weights import open_dit, released_tensors, wr
 from worldline.sampling.edm import SIGMA_DATA
 from worldline.text.t5 import KEYS as T5_KEYS
 from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
-from worldline.tokenizers.cosmos.load import load_tokenizer
+from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.weights.stream import load_into
 
@@ -67,7 +67,7 @@ def train_diffusion(
         model.text = T5Files.open(start / TEXT_FOLDER).load(device, torch.float32).train()
         model.requires_grad_(True)
     model = model.to(device)
-    coder = load_tokenizer(tokenizer_folder, device=device, dtype=half)
+    coder = open_tokenizer(tokenizer_folder).read(device, half)
 
     def encode(video: Tensor) -> Tensor:
         return SIGMA_DATA * scales.normalise(coder.encode(video).float())

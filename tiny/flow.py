@@ -29,7 +29,7 @@ from worldline.nn.rope import Rotation
 from worldline.sampling.flow import TIMESTEPS
 from worldline.text.reason1 import RELEASED as TEXT_FOLDER
 from worldline.text.reason1 import Reason1Encoder, Reason1Files, export_reason1, new_reason1
-from worldline.tokenizers.wan.load import load_wan, open_wan
+from worldline.tokenizers.wan.weights import load_wan, open_wan
 from worldline.train.losses import flow_loss, flowed_latents, shifted_sigmas
 from worldline.weights.stream import load_into
 
@@ -51,7 +51,7 @@ def train_flow(
         undescribed: texts that shall say nothing of a clip, as the empty one.
     """
     batch, clips, device = run.batch or 256, run.clips or 80_000, run.device
-    coder = load_wan(open_wan(tokenizer_folder), device, half_precision(device))
+    coder = open_wan(tokenizer_folder).read(device, half_precision(device))
     torch.manual_seed(run.seed)
     model = Flowing(FlowDiT(sizes.FLOW), new_reason1(sizes.REASON1, max_length=sizes.TEXT_LENGTH))
     model.transformer.reset_parameters()

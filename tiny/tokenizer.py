@@ -19,9 +19,9 @@ from tiny.reconstruction import (
 )
 from tiny.run import Run, half_precision
 from worldline.tokenizers.cosmos import weights as tokenizer_weights
-from worldline.tokenizers.cosmos.load import load_tokenizer
+from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.statistics import LatentStatistics
+from worldline.tokenizers.cosmos.model import LatentStatistics
 from worldline.train.losses import FeatureNetwork, ReconstructionObjective, Schedule
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save as save_tensors
@@ -46,7 +46,8 @@ def train_tokenizer(run: Run, kind: str, features: Path | None, start: Path | No
         model.reset_parameters()
         model = model.to(device)
     else:
-        model = load_tokenizer(start, device=device, dtype=torch.float32).requires_grad_(True)
+        model = tokenizer_weights.open_tokenizer(start).read(device, torch.float32)
+        model = model.requires_grad_(True)
     network = None
     if features is not None:
         stored = open_checkpoint(features)
@@ -60,7 +61,7 @@ def train_tokenizer(run: Run, kind: str, features: Path | None, start: Path | No
     if not run.ranks.first:
         return
     export_tokenizer(model, run.folder / "export")
-    exported = load_tokenizer(run.folder / "export", device=device, dtype=half)
+    exported = tokenizer_weights.open_tokenizer(run.folder / "export").read(device, half)
     if kind == "continuous":
         statistics = latent_statistics(exported, clips_for_statistics(run), half)
         save_tensors(statistics.tensors(), run.folder / "export" / "mean_std.safetensors")

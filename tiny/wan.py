@@ -22,7 +22,7 @@ from tiny.reconstruction import (
     train_reconstruction,
 )
 from tiny.run import Run, half_precision
-from worldline.tokenizers.wan.load import CONFIG, DIFFUSERS_FILES, channels_last, load_wan, open_wan
+from worldline.tokenizers.wan.weights import CONFIG, DIFFUSERS_FILES, channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import CausalConv, WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import diffusers_config, diffusers_tensors
 from worldline.train.losses import ReconstructionObjective
@@ -43,9 +43,9 @@ def train_wan(run: Run, start: Path | None) -> None:
     if start is None:
         model = WanTokenizer(sizes.WAN)
         model.reset_parameters()
-        model = channels_last(model.to(device))
+        model = model.to(device).channels_last()
     else:
-        model = load_wan(open_wan(start), device, torch.float32).requires_grad_(True)
+        model = open_wan(start).read(device, torch.float32).requires_grad_(True)
     model.config = _unscaled(model.config)
     if run.compiled:
         compile_between_convolutions(model)
@@ -55,7 +55,7 @@ def train_wan(run: Run, start: Path | None) -> None:
         return
     folder = run.folder / "export"
     export_wan(model, folder)
-    exported = load_wan(open_wan(folder), device, half)
+    exported = open_wan(folder).read(device, half)
     mean, std = channel_statistics(exported, clips_for_statistics(run), half)
     exported.config = model.config = replace(model.config, mean=mean, std=std)
     export_wan(model, folder)
@@ -106,7 +106,8 @@ def export_wan(model: WanTokenizer, folder: Path) -> None:
         model.quant_conv.weight[channels:] = 0
         model.quant_conv.bias[channels:] = 2 * math.log(DEVIATION)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.bfloat16() for name, tensor in diffusers_tensors(model).items()}
+    tensors = stored_tensors(model, key_map(model.config, "diffusers"))
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     save_tensors(tensors, folder / DIFFUSERS_FILES[0])
     said = json.dumps(diffusers_config(model.config), indent=1)
     (folder / CONFIG).write_text(said + "\n")

@@ -360,7 +360,7 @@ class Parts:
     @cached_property
     def colours(self) -> Any:
         """Linear map from latents to colours, for previews; first read with the tokenizer there."""
-        from worldline.tokenizers.colours import fit_colours
+        from worldline.nn.pieces import fit_colours
 
         return fit_colours(self.tokenizer.module)
 

@@ -41,7 +41,7 @@ from worldline.request import LoadOptions, Name, Request, keyword
 from worldline.text.encoder import MAX_LENGTH, EncoderFiles, TextEncoder
 from worldline.weights.keymap import KeyMap
 from worldline.weights.read import Checkpoint, open_checkpoint
-from worldline.weights.shards import find_shards, open_shards, shard_stem
+from worldline.weights.read import find_shards, open_shards, shard_stem
 from worldline.weights.stream import load_into
 
 logger = logging.getLogger(__name__)

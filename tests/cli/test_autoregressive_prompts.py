@@ -376,7 +376,7 @@ def test_more_in_step_than_the_kernels_take(
     ar_video2world: Make, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worldline.loading, "kernels_fit", lambda *_: True)
-    monkeypatch.setattr(worldline.loading, "MOST_CLIPS", 2)
+    monkeypatch.setattr(worldline.loading, "MAX_BATCH_SIZE", 2)
     words = ("--batch_size", 3, "--disable_diffusion_decoder")
     result = ar_video2world("--batch_input_path", prompts, *words)
     assert result.exit_code == 0, result.stderr

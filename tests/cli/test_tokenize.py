@@ -18,9 +18,8 @@ from PIL import Image
 import worldline.weights.write
 from tiny.clips import make_clips
 from worldline.places import BUNDLED
-from worldline.tokenizers.cosmos.load import load_tokenizer
 from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
-from worldline.tokenizers.cosmos.weights import released_tensors
+from worldline.tokenizers.cosmos.weights import open_tokenizer, released_tensors
 from worldline.video.read import probe, read_image, read_video
 from worldline.video.write import write_video
 from worldline.weights.read import open_checkpoint
@@ -90,7 +89,7 @@ def test_a_long_clip_is_coded_as_one(run: Run, scene: Path, tmp_path: Path) -> N
     frames = np.pad(frames, ((0, 1), (0, 6), (0, 10), (0, 0)), mode="edge")
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 255 * 2 - 1
     folder = BUNDLED / DISCRETE.removeprefix("tiny-")
-    model = load_tokenizer(folder, device="cpu", dtype=torch.float32)
+    model = open_tokenizer(folder).read("cpu", torch.float32)
     tokens = open_checkpoint(tmp_path / "scene.safetensors").read("tokens")
     # a value next to a rounding boundary may fall either way
     assert (model.encode_tokens(video)[0] != tokens).float().mean() < 0.005
@@ -186,14 +185,12 @@ def test_outputs_that_collide_are_refused(
     words = ("--checkpoint_dir", checkpoints, "--output_dir", tmp_path)
     result = run("tokenize", "encode", clip, tmp_path / "clip.png", *words)
     assert result.exit_code == 2
-    assert "another input would become" in result.stderr
+    assert f"{clip} would both become {tmp_path / clip.stem}.safetensors" in result.stderr
 
     (tmp_path / "clip.png").rename(tmp_path / "CLIP.png")
     result = run("tokenize", "encode", clip, tmp_path / "CLIP.png", *words)
     assert result.exit_code == 2
-    for path, other in ((clip, tmp_path / "CLIP.png"), (tmp_path / "CLIP.png", clip)):
-        assert f"{path}: {other} would become {tmp_path / other.stem}.safetens" in result.stderr
-    assert "where case is ignored" in result.stderr
+    assert f"{tmp_path / 'CLIP.png'} and {clip} would both become" in result.stderr
 
     write_video(moving(9), tmp_path / "own.mp4", 25)
     assert run("tokenize", "encode", tmp_path / "own.mp4", *words).exit_code == 0
@@ -253,7 +250,7 @@ def test_latents_and_tokens_of_a_wrong_type_are_named(
     assert "4 of 5 inputs cannot be used" in result.stderr
     for name in bad:
         assert f"{name}.safetensors" in result.stderr
-    assert "latents are int32; they must be one of bfloat16, " in result.stderr
+    assert "latents are needed, not int32" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -14,12 +14,18 @@ from cases import Case, cases, watched
 
 from worldline.nn import fsq
 from worldline.nn.wavelet import EXACT_TAP, patch, unpatch
-from worldline.tokenizers.cosmos.diffusers import diffusers_config, diffusers_tensors
-from worldline.tokenizers.cosmos.load import open_tokenizer
+from worldline.tokenizers.cosmos.clips import pad, reconstruct_windows
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.statistics import read_statistics
-from worldline.tokenizers.cosmos.weights import key_map
-from worldline.tokenizers.cosmos.windows import pad, reconstruct_windows
+from worldline.tokenizers.cosmos.weights import (
+    diffusers_config,
+    find_layout,
+    key_map,
+    network_view,
+    open_tokenizer,
+    read_config,
+)
+from worldline.tokenizers.opened import stored_tensors
+from worldline.weights.read import open_checkpoint
 from worldline.weights.stream import load_into
 from worldline.weights.write import save
 
@@ -42,16 +48,17 @@ def loaded(case: Case, weights: str = "jit", tap: str = "stored") -> CosmosToken
     """Weights "jit" of the exported files, "reg" or "ema" of the training checkpoint."""
     folder = folder_of(case)
     if weights == "jit":
-        source, config = open_tokenizer(folder)
+        opened = open_tokenizer(folder)
+        source, config = opened.source, opened.config
     else:
-        source, config = open_tokenizer(
-            folder / "model.pt", ema=weights == "ema", levels=stated_levels(case)
-        )
+        source = network_view(open_checkpoint(folder / "model.pt"), ema=weights == "ema")
+        config = read_config(source, levels=stated_levels(case))
     if tap == "exact":
         config = replace(config, tap=EXACT_TAP)
     with torch.device("meta"):
         model = CosmosTokenizer(config)
-    load_into(model, source, key_map(config), device="cpu", dtype=torch.float32)
+    keys = key_map(config, find_layout(source))
+    load_into(model, source, keys, device="cpu", dtype=torch.float32)
     return model.requires_grad_(False).eval()
 
 
@@ -153,7 +160,7 @@ def test_normalised_chunks(case: Case) -> None:
     names = case.names("norm*.video")
     if not names:
         return
-    model, statistics = loaded(case), read_statistics(folder_of(case))
+    model, statistics = loaded(case), open_tokenizer(folder_of(case)).statistics
     assert statistics is not None
     for name in names:
         chunk = name.removesuffix(".video")
@@ -170,7 +177,7 @@ def test_normalised_chunks(case: Case) -> None:
 def test_images_have_statistics_of_their_own(case: Case) -> None:
     for name in case.names("image*.video"):
         image = name.removesuffix(".video")
-        model, statistics = loaded(case), read_statistics(folder_of(case))
+        model, statistics = loaded(case), open_tokenizer(folder_of(case)).statistics
         assert statistics is not None
         case.compare(f"{image}.latent", statistics.normalise(model.encode(case.tensor(name))))
         stored = case.tensor(f"{image}.latent")
@@ -222,7 +229,7 @@ def test_quantiser(case: Case) -> None:
 @pytest.mark.parametrize("case", DIFFUSERS, ids=str)
 def test_weights_that_diffusers_saved(case: Case) -> None:
     folder = folder_of(case)
-    model, statistics = loaded(case), read_statistics(folder)
+    model, statistics = loaded(case), open_tokenizer(folder).statistics
     for name in case.names("*.video"):
         clip = name.removesuffix(".video")
         latents = model.encode(case.tensor(name))
@@ -237,13 +244,14 @@ def test_weights_that_diffusers_saved(case: Case) -> None:
 @pytest.mark.parametrize("case", CONTINUOUS + DIFFUSERS, ids=str)
 def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
-    model, statistics = loaded(case, "jit", "exact"), read_statistics(folder_of(case))
-    save(diffusers_tensors(model), tmp_path / "diffusion_pytorch_model.safetensors")
+    model, statistics = loaded(case, "jit", "exact"), open_tokenizer(folder_of(case)).statistics
+    tensors = stored_tensors(model, key_map(model.config, "diffusers"))
+    save(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     settings = diffusers_config(model.config, statistics)
     (tmp_path / "config.json").write_text(json.dumps(settings))
 
     theirs = diffusers.AutoencoderKLCosmos.from_pretrained(tmp_path)
-    assert sorted(theirs.state_dict()) == sorted(diffusers_tensors(model))
+    assert sorted(theirs.state_dict()) == sorted(tensors)
     for name in case.names("t*.video"):
         video = case.tensor(name)
         latents = theirs.encode(video).latent_dist.mode()
@@ -251,8 +259,9 @@ def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: P
         decoded = theirs.decode(latents).sample
         assert torch.allclose(model.decode(latents), decoded, atol=2e-5, rtol=0)
 
-    assert open_tokenizer(tmp_path)[1] == model.config
-    read = read_statistics(tmp_path)
+    opened = open_tokenizer(tmp_path)
+    assert opened.config == model.config
+    read = opened.statistics
     if statistics is None:  # a tokenizer that no diffusion model uses may have none
         assert read is None
     else:

@@ -20,10 +20,8 @@ from worldline.sampling.edm import SIGMA_MAX, make_sigmas, precondition, sample
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape, latent_frames_of
-from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.statistics import read_statistics
-from worldline.tokenizers.cosmos.weights import key_map
+from worldline.tokenizers.cosmos.weights import key_map, read_config, read_statistics
 from worldline.weights.read import open_checkpoint
 from worldline.weights.stream import load_into
 
@@ -46,7 +44,8 @@ def network(case: Case) -> DiT:
 @cache
 def tokenizer(case: Case) -> CosmosTokenizer:
     """The half that decodes; the case holds no other."""
-    source, config = open_tokenizer(pixels_folder(case) / "decoder.jit")
+    source = open_checkpoint(pixels_folder(case) / "decoder.jit")
+    config = read_config(source)
     model = CosmosTokenizer(config)
     model.reset_parameters()
     halves = ["encoder.*", "quant_conv.*"]

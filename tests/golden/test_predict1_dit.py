@@ -110,8 +110,8 @@ def test_forward_and_everything_inside(case: Case) -> None:
         case.compare(f"{call}.affline_emb", normed)
         case.compare(f"{call}.adaln_lora_B_3D", seen["noise"].shared)
         for ours, theirs in SUB_BLOCKS.items():
-            carry = seen[f"blocks.0.{ours}"]
-            case.compare(f"{call}.block0_after_{theirs}", carry.total().view(shape))
+            residual = seen[f"blocks.0.{ours}"]
+            case.compare(f"{call}.block0_after_{theirs}", residual.total().view(shape))
         last = seen[f"blocks.{model.config.depth - 1}"]
         case.compare(f"{call}.last_block", last.total().view(shape))
 

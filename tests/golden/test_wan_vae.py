@@ -10,14 +10,13 @@ import pytest
 import torch
 from cases import Case, cases
 
-from worldline.tokenizers.wan.load import load_wan, open_wan
+from worldline.nn.pieces import decode_stream, encode_stream
+from worldline.tokenizers.opened import stored_tensors
 from worldline.tokenizers.wan.model import WanTokenizer
-from worldline.tokenizers.wan.stream import decode_stream, encode_stream
 from worldline.tokenizers.wan.weights import (
     diffusers_config,
-    diffusers_tensors,
     key_map,
-    released_tensors,
+    open_wan,
 )
 from worldline.weights.write import save
 
@@ -28,7 +27,7 @@ DIFFUSERS = cases("dit25_diffusers_layout")
 @cache
 def loaded(case: Case, dtype: torch.dtype = torch.float32) -> WanTokenizer:
     path = case.path / case.spec["checkpoint"] if "checkpoint" in case.spec else case.path
-    return load_wan(open_wan(path), "cpu", dtype)
+    return open_wan(path).read("cpu", dtype)
 
 
 @pytest.mark.parametrize("case", CASES + DIFFUSERS, ids=str)
@@ -90,7 +89,10 @@ def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: P
     """In float64: networks this narrow make 1e-4 of how float32 is rounded."""
     diffusers = pytest.importorskip("diffusers")
     model = loaded(case, torch.float64)
-    tensors, settings = diffusers_tensors(model), diffusers_config(model.config)
+    tensors, settings = (
+        stored_tensors(model, key_map(model.config, "diffusers")),
+        diffusers_config(model.config),
+    )
     save(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(settings))
 
@@ -117,7 +119,10 @@ def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: P
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_released_file_is_written_as_it_was_read(case: Case, tmp_path: Path) -> None:
-    torch.save(released_tensors(loaded(case)), tmp_path / "tokenizer.pth")
+    torch.save(
+        stored_tensors(loaded(case), key_map(loaded(case).config)),
+        tmp_path / "tokenizer.pth",
+    )
     source, stored = open_wan(tmp_path).source, open_wan(case.path / case.spec["checkpoint"]).source
     assert source.tensors.keys() == stored.tensors.keys()
     for name in stored.tensors:

@@ -19,7 +19,7 @@ from worldline.models.predict1_ar.model import (
     make_positions,
 )
 from worldline.models.predict1_ar.weights import KEYS, read_config, write_settings
-from worldline.nn.kv_cache import KVCache
+from worldline.nn.attention import KVCache
 from worldline.nn.rope import Yarn
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import Sampling, decode, draw_noise

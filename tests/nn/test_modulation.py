@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from worldline.nn.modulation import Carry, norm_heads, settle, sinusoid
+from worldline.nn.modulation import Residual, add_and_modulate, norm_heads, sinusoid
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.shapes import LatentShape
 
@@ -34,8 +34,8 @@ def inputs(width: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, tor
 
 def test_the_norm_sees_what_was_added() -> None:
     given = inputs(48, torch.float64)
-    carry = Carry(given["stream"], given["update"], given["gate"])
-    stream, normed = settle(carry, given["added"], given["shift"], given["scale"])
+    residual = Residual(given["stream"], given["update"], given["gate"])
+    stream, normed = add_and_modulate(residual, given["added"], given["shift"], given["scale"])
     total = given["stream"] + given["gate"][:, None] * given["update"] + given["added"]
     assert torch.equal(stream, total)
     back = (normed - given["shift"][:, None]) / (1 + given["scale"][:, None])
@@ -47,28 +47,30 @@ def test_runs_of_tokens_may_have_vectors_of_their_own() -> None:
     """A clip whose frames are modulated differently is its frames, one after the other."""
     given, frames = inputs(48, torch.float64), GRID.frames
     more = {name: torch.randn(2, frames, 48, dtype=torch.float64) for name in ("gate", "a", "b")}
-    carry = Carry(given["stream"], given["update"], more["gate"])
-    together = settle(carry, None, more["a"], more["b"])
+    residual = Residual(given["stream"], given["update"], more["gate"])
+    together = add_and_modulate(residual, None, more["a"], more["b"])
     cut = [given[name].chunk(frames, dim=1) for name in ("stream", "update")]
     for frame, (stream, update) in enumerate(zip(*cut, strict=True)):
         gate, shift, scale = (vectors[:, frame] for vectors in more.values())
-        alone = settle(Carry(stream, update, gate), None, shift, scale)
+        alone = add_and_modulate(Residual(stream, update, gate), None, shift, scale)
         for ours, theirs in zip(alone, together, strict=True):
             assert torch.equal(ours, theirs.chunk(frames, dim=1)[frame])
-    one = settle(carry._replace(gate=given["gate"][:, None]), None, *[given["shift"][:, None]] * 2)
-    same = settle(carry._replace(gate=given["gate"]), None, *[given["shift"]] * 2)
+    one = add_and_modulate(
+        residual._replace(gate=given["gate"][:, None]), None, *[given["shift"][:, None]] * 2
+    )
+    same = add_and_modulate(residual._replace(gate=given["gate"]), None, *[given["shift"]] * 2)
     assert torch.equal(one[1], same[1])
     with pytest.raises(ValueError, match=r"60 tokens cannot be cut into \[7\]"):
-        settle(carry, None, *[torch.zeros(2, 7, 48, dtype=torch.float64)] * 2)
+        add_and_modulate(residual, None, *[torch.zeros(2, 7, 48, dtype=torch.float64)] * 2)
 
 
 def test_the_norm_may_be_wider_than_the_stream() -> None:
     given = inputs(48, torch.bfloat16)
     shift, scale = given["shift"].float(), given["scale"].float()
-    carry = Carry(given["stream"], given["update"], given["gate"])
-    stream, normed = settle(carry, None, shift, scale, torch.float32)
+    residual = Residual(given["stream"], given["update"], given["gate"])
+    stream, normed = add_and_modulate(residual, None, shift, scale, torch.float32)
     assert (stream.dtype, normed.dtype) == (torch.bfloat16, torch.float32)
-    assert torch.equal(normed, settle(Carry(stream.float()), None, shift, scale)[1])
+    assert torch.equal(normed, add_and_modulate(Residual(stream.float()), None, shift, scale)[1])
 
 
 def test_heads_have_unit_mean_square_before_the_weight() -> None:
@@ -96,20 +98,22 @@ def test_the_sinusoid_starts_with_cosines() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [96, 4096, 5120])
 @pytest.mark.parametrize("what", ["all", "no addition", "no update", "nothing due"])
-def test_settle_kernel(width: int, what: str) -> None:
+def test_modulation_kernel(width: int, what: str) -> None:
     given = inputs(width, torch.bfloat16, "cuda")
     due = (given["update"], given["gate"]) if what in ("all", "no addition") else (None, None)
     added = given["added"] if what in ("all", "no update") else None
     exact = {name: tensor.double() for name, tensor in given.items()}
     exact_due = (exact["update"], exact["gate"]) if due[0] is not None else (None, None)
-    wanted = settle(
-        Carry(exact["stream"], *exact_due),
+    wanted = add_and_modulate(
+        Residual(exact["stream"], *exact_due),
         None if added is None else exact["added"],
         exact["shift"],
         exact["scale"],
     )
     with torch.inference_mode():
-        got = settle(Carry(given["stream"], *due), added, given["shift"], given["scale"])
+        got = add_and_modulate(
+            Residual(given["stream"], *due), added, given["shift"], given["scale"]
+        )
     for ours, theirs in zip(got, wanted, strict=True):
         gap = (ours.double() - theirs).abs() / (1 + theirs.abs())
         assert gap.max() < 2**-6
@@ -117,16 +121,16 @@ def test_settle_kernel(width: int, what: str) -> None:
 
 
 @pytest.mark.gpu
-def test_settle_kernel_by_runs_and_wider() -> None:
+def test_modulation_kernel_by_runs_and_wider() -> None:
     given, frames = inputs(96, torch.bfloat16, "cuda"), GRID.frames
     gate, shift, scale = (torch.randn(2, frames, 96, device="cuda") for _ in range(3))
-    exact = Carry(given["stream"].double(), given["update"].double(), gate.bfloat16().double())
-    wanted = settle(exact, None, shift.double(), scale.double())
+    exact = Residual(given["stream"].double(), given["update"].double(), gate.bfloat16().double())
+    wanted = add_and_modulate(exact, None, shift.double(), scale.double())
     with torch.inference_mode():
-        carry = Carry(given["stream"], given["update"], gate.bfloat16())
-        stream, normed = settle(carry, None, shift, scale, torch.float32)
+        residual = Residual(given["stream"], given["update"], gate.bfloat16())
+        stream, normed = add_and_modulate(residual, None, shift, scale, torch.float32)
         # the norm of the stream as it was rounded
-        again = settle(Carry(stream.float()), None, shift, scale)[1]
+        again = add_and_modulate(Residual(stream.float()), None, shift, scale)[1]
     assert ((stream.double() - wanted[0]).abs() / (1 + wanted[0].abs())).max() < 2**-7
     assert normed.dtype == torch.float32
     assert torch.allclose(normed, again, atol=1e-5)

@@ -152,7 +152,7 @@ def test_more_than_the_kernels_take_in_step(
 ) -> None:
     """They are drawn in groups; each is what it is alone, and tells of its own group alone."""
     monkeypatch.setattr(worldline.loading, "kernels_fit", lambda *_: True)
-    monkeypatch.setattr(worldline.loading, "MOST_CLIPS", 2)
+    monkeypatch.setattr(worldline.loading, "MAX_BATCH_SIZE", 2)
     ticks = itertools.count()
     monkeypatch.setattr(worldline.report.time, "perf_counter", lambda: float(next(ticks)))
     drawn, real = [], worldline.world.autoregressive.generate_together

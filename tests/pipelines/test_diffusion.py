@@ -36,7 +36,6 @@ from worldline.sampling.edm import Conditioning, make_sigmas, sample
 from worldline.sampling.schedules import standard_noise
 from worldline.sampling.solvers import Steps, finish
 from worldline.shapes import LatentShape
-from worldline.tokenizers.colours import fit_colours
 from worldline.video.convert import signed_to_uint8, stretched_frames
 from worldline.video.read import Clip
 from worldline.weights.write import save

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from worldline.pipelines.denoise import preview_frames
-from worldline.tokenizers.colours import fit_colours
+from worldline.nn.pieces import fit_colours
 from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
 
 

@@ -33,7 +33,7 @@ from worldline.pipelines import decoder
 from worldline.sampling.edm import make_sigmas
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import T5Files, export_t5, new_t5
-from worldline.tokenizers.cosmos.load import load_tokenizer, open_tokenizer
+from worldline.tokenizers.cosmos.weights import load_tokenizer, open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import read_statistics
 from worldline.weights.read import open_checkpoint
@@ -90,7 +90,7 @@ def test_tokenizer_then_transformer(tmp_path: Path) -> None:
     run("tokenizer", "--folder", tmp_path / "tok", "--steps", 3, *common)  # goes on
     assert json.loads((tmp_path / "tok" / "result.json").read_text())["steps"] == 3
     export = tmp_path / "tok" / "export"
-    assert open_tokenizer(export)[1].levels == sizes.TOKENIZER.levels
+    assert open_tokenizer(export).config.levels == sizes.TOKENIZER.levels
     words = ["--tokenizer", export, "--steps", 2, *common]
     run("autoregressive", "--folder", tmp_path / "ar", *words)
     settings = json.loads((tmp_path / "ar" / "export" / "config.json").read_text())
@@ -111,7 +111,7 @@ def test_the_perceptual_term_changes_the_weights(tmp_path: Path) -> None:
     common = ["--steps", 1, "--batch", 1, "--clips", 1]
     run("tokenizer", "--folder", tmp_path / "colour", *common)
     run("tokenizer", "--folder", tmp_path / "both", "--features", features, *common)
-    sources = [open_tokenizer(tmp_path / name / "export")[0] for name in ("colour", "both")]
+    sources = [open_tokenizer(tmp_path / name / "export").source for name in ("colour", "both")]
     name = "decoder.conv_out.0.conv3d.weight"
     assert not torch.equal(sources[0].read(name), sources[1].read(name))
 
@@ -131,10 +131,10 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_statistics_are_those_of_the_exported_tokenizer(latents: Path) -> None:
-    statistics = read_statistics(latents)
+    statistics = open_tokenizer(latents).statistics
     assert statistics is not None
     assert statistics.frames == 16  # as many as in released files
-    model = load_tokenizer(latents, device="cpu", dtype=torch.float32)
+    model = open_tokenizer(latents).read("cpu", torch.float32)
     clips = next(physics_batches(range(3), sizes.SHAPE, "cpu"))
     normal = statistics.normalise(model.encode(as_video(clips)))
     torch.testing.assert_close(normal.mean((0, 3, 4)), torch.zeros(16, 5), atol=1e-3, rtol=0)
@@ -249,9 +249,9 @@ def test_the_first_latent_frame_and_the_begin_token_are_given() -> None:
 
 
 def test_windows_pair_tokens_with_the_latents_of_their_frames(tokens: Path, latents: Path) -> None:
-    coarse = load_tokenizer(tokens, device="cpu", dtype=torch.float32)
-    fine = load_tokenizer(latents, device="cpu", dtype=torch.float32)
-    statistics = read_statistics(latents)
+    coarse = open_tokenizer(tokens).read("cpu", torch.float32)
+    fine = open_tokenizer(latents).read("cpu", torch.float32)
+    statistics = open_tokenizer(latents).statistics
     assert statistics is not None
     clips = next(physics_batches(range(2), long_shape(), "cpu"))
     draws = torch.Generator().manual_seed(1)
@@ -358,9 +358,9 @@ def test_the_decoder_is_trained_as_it_is_used(
     tokens: Path, latents: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows, positions, ids and noise levels are those of the pipeline."""
-    coarse = load_tokenizer(tokens, device="cpu", dtype=torch.float32)
-    fine = load_tokenizer(latents, device="cpu", dtype=torch.float32)
-    statistics = read_statistics(latents)
+    coarse = open_tokenizer(tokens).read("cpu", torch.float32)
+    fine = open_tokenizer(latents).read("cpu", torch.float32)
+    statistics = open_tokenizer(latents).statistics
     assert statistics is not None
     clips = next(physics_batches(range(1), long_shape(), "cpu"))
     draws = torch.Generator().manual_seed(2)

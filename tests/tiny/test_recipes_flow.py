@@ -34,7 +34,7 @@ from worldline.models.predict2_5_dit.weights import open_flow_dit
 from worldline.sampling.flow import make_schedule
 from worldline.shapes import VideoShape
 from worldline.text.reason1 import Reason1Files, new_reason1
-from worldline.tokenizers.wan.load import channels_last, load_wan, open_wan
+from worldline.tokenizers.wan.weights import channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.train.loop import Objective
 from worldline.train.losses import ReconstructionObjective
@@ -77,7 +77,7 @@ def train(folder: Path, tokenizer: Path, steps: int, *more: object) -> dict[str,
 
 
 def test_latents_of_the_exported_tokenizer_are_of_unit_deviation(tokenizer: Path) -> None:
-    model = load_wan(open_wan(tokenizer), "cpu", torch.float32)
+    model = open_wan(tokenizer).read("cpu", torch.float32)
     clips = next(physics_batches(range(3), sizes.SHAPE, "cpu"))
     z = model.encode(as_video(clips)).transpose(0, 1).flatten(1)
     torch.testing.assert_close(z.mean(1), torch.zeros(16), atol=1e-3, rtol=0)
@@ -195,7 +195,7 @@ def test_a_step_waits_for_no_number() -> None:
         rounded_to(torch.bfloat16, model, *given).sum().backward()
     tokenizer = WanTokenizer(sizes.WAN)
     tokenizer.reset_parameters()
-    channels_last(tokenizer)
+    tokenizer.channels_last()
     clips, noise = torch.zeros(1, 9, 32, 48, 3, dtype=torch.uint8), torch.zeros(1, 16, 3, 4, 6)
     objective = ReconstructionObjective(kl=KL)
     measured = (tokenizer, None, objective, clips, noise)
@@ -297,7 +297,7 @@ def test_a_network_is_shown_in_training_what_samplers_show(
         input, prompt="A star falls.", num_input_frames=frames, guidance=0.0, num_steps=1
     )
     model = Flowing(world.parts.transformer.module, load_text(exported))
-    coder = load_wan(open_wan(exported / WORLD / "vae"), "cpu", torch.float32)
+    coder = open_wan(exported / WORLD / "vae").read("cpu", torch.float32)
     latents = coder.encode(as_video(clip))
     sigma = make_schedule("shifted", 1).sigmas[:1]
     used = seen[0]

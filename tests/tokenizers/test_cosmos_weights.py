@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError
-from worldline.tokenizers.cosmos.diffusers import (
-    diffusers_config,
-    diffusers_tensors,
-    name_map,
-    open_vae,
+from worldline.tokenizers.cosmos.model import (
+    PRESETS,
+    CosmosTokenizer,
+    CosmosTokenizerConfig,
+    LatentStatistics,
 )
-from worldline.tokenizers.cosmos.load import load_tokenizer, open_tokenizer
-from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer, CosmosTokenizerConfig
-from worldline.tokenizers.cosmos.statistics import LatentStatistics, find_vae, read_statistics
-from worldline.tokenizers.cosmos.weights import key_map
+from worldline.tokenizers.cosmos.weights import (
+    diffusers_config,
+    key_map,
+    open_tokenizer,
+    read_statistics,
+    tokenizer_files,
+)
+from worldline.tokenizers.opened import stored_tensors
 from worldline.weights.keymap import match
 from worldline.weights.read import TensorInfo
 from worldline.weights.write import save
@@ -50,7 +54,7 @@ def statistics(channels: int = 16, frames: int = 16) -> LatentStatistics:
 
 def save_vae(folder: Path, model: CosmosTokenizer, **changes: Any) -> dict[str, Tensor]:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = diffusers_tensors(model)
+    tensors = stored_tensors(model, key_map(model.config, "diffusers"))
     save(tensors, folder / "diffusion_pytorch_model.safetensors")
     settings = {**diffusers_config(model.config, statistics()), **changes}
     (folder / "config.json").write_text(json.dumps(settings))
@@ -61,17 +65,17 @@ def test_every_tensor_of_the_diffusers_file_has_its_place() -> None:
     stated = manifest("diffusers")
     with torch.device("meta"):
         model = CosmosTokenizer(PRESETS["CV8x8x8"])
-    keys = name_map(3)
-    assert {name: keys.ours(name) for name in stated["tensors"]} == stated["key_map"]
-    for theirs, released in stated["key_map"].items():
-        assert keys.released(released) == theirs
+    keys, released = key_map(model.config, "diffusers"), key_map(model.config)
+    assert stated["tensors"].keys() == stated["key_map"].keys()
+    for theirs, name in stated["key_map"].items():
+        assert keys.ours(theirs) == released.ours(name)
     infos = {
-        stated["key_map"][name]: TensorInfo(torch.bfloat16, tuple(shape))
+        name: TensorInfo(torch.bfloat16, tuple(shape))
         for name, (_, shape) in stated["tensors"].items()
     }
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert len(match(infos, expected, key_map(model.config), "vae")) == stated["count"]
-    assert sorted(diffusers_tensors(model)) == sorted(stated["tensors"])
+    assert len(match(infos, expected, keys, "vae")) == stated["count"]
+    assert sorted(stored_tensors(model, keys)) == sorted(stated["tensors"])
     settings = diffusers_config(model.config)
     for name, value in settings.items():
         assert stated["config"].get(name, value) == value
@@ -88,10 +92,12 @@ def test_a_vae_folder_is_opened_as_such_or_from_its_model(name: str, tmp_path: P
     (tmp_path / "model" / "model.pt").write_bytes(b"of another part")
     video = torch.rand(1, 3, 9, 16, 16)
     for folder in (tmp_path / "model", tmp_path / "model" / "vae"):
-        again = load_tokenizer(folder, device="cpu", dtype=torch.float32)
+        opened = open_tokenizer(folder)
+        again = opened.read("cpu", torch.float32)
         assert again.config == config
+        assert opened.num_parameters == sum(p.numel() for p in model.parameters())
         assert torch.equal(again.encode(video), model.encode(video))
-        read = read_statistics(folder)
+        read = opened.statistics
         assert read is not None
         assert torch.equal(read.mean, statistics().mean)
 
@@ -102,9 +108,9 @@ def test_what_is_wrong_with_a_vae_folder_is_said(tmp_path: Path) -> None:
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     save(tensors | {"encoder.conv_in.conv_x.weight": torch.ones(2)}, weights)
     with pytest.raises(CheckpointError, match=r"encoder\.conv_in\.conv_x"):
-        open_vae(tmp_path)
+        open_tokenizer(tmp_path)
     weights.unlink()
-    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"nor diffusion_pytorch_model\.safetensors"):
         open_tokenizer(tmp_path)
     save_vae(tmp_path / "vae", model, patch_size=2)
     with pytest.raises(CheckpointError, match="patch_size is 2"):
@@ -113,19 +119,11 @@ def test_what_is_wrong_with_a_vae_folder_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="AutoencoderKLWan"):
         open_tokenizer(tmp_path / "vae")
     save_vae(tmp_path / "vae", model, latents_std=[1.0] * 7)
-    with pytest.raises(CheckpointError, match="latents_std"):
-        read_statistics(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json: no statistics"):
+        open_tokenizer(tmp_path).statistics  # noqa: B018
     (tmp_path / "vae" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         open_tokenizer(tmp_path)
-
-
-def test_discrete_tokenizers_have_no_diffusers_layout() -> None:
-    config = CosmosTokenizerConfig(
-        channels=4, level_channels=(8, 8, 8), spatial=16, latent_channels=2, levels=(4, 4)
-    )
-    with pytest.raises(ValueError, match="continuous"):
-        diffusers_tensors(build(config))
 
 
 def test_released_statistics_are_read(tmp_path: Path) -> None:
@@ -134,7 +132,7 @@ def test_released_statistics_are_read(tmp_path: Path) -> None:
         assert manifest(name)["tensors"]["0"] == ["float32", [256]]
         pair = (stated.mean.reshape(shape), stated.std.reshape(shape))
         torch.save(pair, tmp_path / "mean_std.pt")
-        read = read_statistics(tmp_path)
+        read = read_statistics(tmp_path, 16)
         assert read is not None
         assert torch.equal(read.mean, stated.mean)
         assert torch.equal(read.std, stated.std)
@@ -142,7 +140,7 @@ def test_released_statistics_are_read(tmp_path: Path) -> None:
         assert read.image_mean is None
     assert manifest("image_mean_std")["tensors"]["1"] == ["float32", [16]]
     torch.save([stated.image_mean, stated.image_std], tmp_path / "image_mean_std.pt")
-    read = read_statistics(tmp_path)
+    read = read_statistics(tmp_path, 16)
     assert read is not None
     assert torch.equal(read.image_mean, stated.image_mean)
 
@@ -155,34 +153,32 @@ def test_statistics_of_few_frames_and_of_other_channels(tmp_path: Path) -> None:
     read = read_statistics(tmp_path, 4)
     assert read is not None
     assert torch.equal(read.mean, stated.mean)
-    with pytest.raises(CheckpointError, match=r"\[36\] numbers, .* no latent frames of 5 channels"):
+    with pytest.raises(CheckpointError, match=r"mean_std\.pt has statistics \[36\], .* 5 channels"):
         read_statistics(tmp_path, 5)
     torch.save((stated.image_mean, stated.image_std), tmp_path / "image_mean_std.pt")
     torch.save((torch.zeros(6, 9), torch.ones(6, 9)), path)
     with pytest.raises(CheckpointError, match=r"mean_std\.pt"):
         read_statistics(tmp_path, 6)  # the file of images has 4
     path.unlink()
-    save_vae(tmp_path / "vae", build())
+    save_vae(tmp_path, build())
     assert read_statistics(tmp_path, 16) is not None
-    with pytest.raises(CheckpointError, match=r"config\.json is of latents of 16 channels"):
-        read_statistics(tmp_path, 8)
+    with pytest.raises(CheckpointError, match=r"config\.json: no statistics"):
+        read_statistics(tmp_path, 7)
 
 
 def test_a_vae_without_weights_does_not_hide_a_released_tokenizer(tmp_path: Path) -> None:
     save_vae(tmp_path / "vae", build())
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     (tmp_path / "autoencoder.jit").touch()
-    assert find_vae(tmp_path) == tmp_path / "vae"
-    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert find_vae(tmp_path) is None
-    assert read_statistics(tmp_path) is not None
-    (tmp_path / "autoencoder.jit").unlink()
-    assert find_vae(tmp_path) == tmp_path / "vae"  # so that its absent weights are told
+    assert tokenizer_files(tmp_path) == [weights]
+    weights.unlink()
+    assert tokenizer_files(tmp_path) == [tmp_path / "autoencoder.jit"]
 
 
 def test_our_statistics_are_read_back(tmp_path: Path) -> None:
     stated = statistics(frames=5)
     save(stated.tensors(), tmp_path / "mean_std.safetensors")
-    read = read_statistics(tmp_path)
+    read = read_statistics(tmp_path, 16)
     assert read is not None
     assert read.tensors().keys() == stated.tensors().keys()
     for name, tensor in stated.tensors().items():
@@ -191,7 +187,7 @@ def test_our_statistics_are_read_back(tmp_path: Path) -> None:
 
 def test_a_folder_without_statistics(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("no JSON, and read by nobody")
-    assert read_statistics(tmp_path) is None
+    assert read_statistics(tmp_path, 16) is None
 
 
 def test_bad_statistics_are_refused(tmp_path: Path) -> None:
@@ -205,7 +201,7 @@ def test_bad_statistics_are_refused(tmp_path: Path) -> None:
     ):
         torch.save(content, path)
         with pytest.raises(CheckpointError, match=r"mean_std\.pt"):
-            read_statistics(tmp_path)
+            read_statistics(tmp_path, 16)
 
 
 def test_normalising_and_back() -> None:
@@ -228,10 +224,9 @@ def test_an_image_is_not_the_first_frame_of_a_clip() -> None:
     assert torch.allclose(without.normalise(latents), first)
 
 
-def test_the_identity_changes_nothing_and_the_limits_are_kept() -> None:
-    latents = torch.randn(1, 8, 16, 2, 2)
-    assert torch.equal(LatentStatistics.identity(8).normalise(latents), latents)
+def test_other_latents_than_the_statistics_are_for_are_refused() -> None:
+    plain = LatentStatistics(torch.zeros(8, 16), torch.ones(8, 16))
     with pytest.raises(ValueError, match="17 latent frames"):
-        LatentStatistics.identity(8).normalise(torch.zeros(1, 8, 17, 1, 1))
+        plain.normalise(torch.zeros(1, 8, 17, 1, 1))
     with pytest.raises(ValueError, match="4 channels"):
-        LatentStatistics.identity(8).normalise(torch.zeros(1, 4, 2, 1, 1))
+        plain.normalise(torch.zeros(1, 4, 2, 1, 1))

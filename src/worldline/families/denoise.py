@@ -29,7 +29,7 @@ from worldline.sampling.solvers import Stepped
 from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
 from worldline.step import Step
 from worldline.text import embeddings as sources
-from worldline.tokenizers.cosmos.statistics import LatentStatistics
+from worldline.tokenizers.cosmos.model import LatentStatistics
 from worldline.video.convert import signed_to_uint8
 
 logger = logging.getLogger(__name__)

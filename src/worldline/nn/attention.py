@@ -1,8 +1,9 @@
-"""The one place where attention is computed and its backend is chosen."""
+"""Attention: the one place where its backend is chosen, and the cache of keys and values."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,21 +28,17 @@ _HOPPER = [
 
 
 class AttentionCore(nn.Module):
-    """Full attention without weights: where the tokens of a network meet.
-
-    A network keeps one in each attention layer, so that whoever splits the tokens over GPUs can
-    wrap this alone.
-    """
+    """Full attention without weights; a module, so that token parallelism wraps it alone."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return softmax(q k^T / sqrt(K)) v for q (B, N, L, K), k and v (B, N, S, K)."""
+        """softmax(q k^T / sqrt(K)) v for q (B, N, L, K), k and v (B, N, S, K)."""
         return attend(q, k, v)
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
-    """Return softmax(q k^T / sqrt(K)) v.
+    """softmax(q k^T / sqrt(K)) v.
 
     Args:
         q: (B, N, L, K).
@@ -49,9 +46,6 @@ def attend(
         v: as `k`.
         causal: query i sees keys 0 .. S - L + i, as when the keys before are a cached prefix.
         mask: boolean, broadcast to (B, N, L, S); True is visible. Not together with `causal`.
-
-    Raises:
-        ValueError: both `causal` and `mask` are given.
     """
     if causal and mask is not None:
         raise ValueError("attend takes causal or a mask, not both")
@@ -75,7 +69,7 @@ def attend(
 
 
 def _prefers_cudnn(q: Tensor) -> bool:
-    """Tell whether to ask for cuDNN first: 1.6 to 1.8 times FlashAttention 2 on Hopper."""
+    """Whether to ask for cuDNN first: 1.6 to 1.8 times FlashAttention 2 on Hopper."""
     return (
         q.is_cuda
         and q.shape[2] >= LONG
@@ -90,7 +84,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def backend_name(device: torch.device, dtype: torch.dtype, head_size: int, length: int) -> str:
-    """Return the name of what computes full attention of `length` tokens there, for a report."""
+    """Name of the backend that full attention of `length` tokens takes there, for a report."""
     if device.type != "cuda":
         return "torch SDPA"
     q = torch.empty(1, 1, length, head_size, device=device, dtype=dtype)
@@ -118,3 +112,35 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1).to(v.dtype) @ v).reshape(q.shape)
+
+
+class KVCache(NamedTuple):
+    """Keys and values of earlier tokens, in one allocation; attention reads the filled prefix.
+
+    Attributes:
+        keys: (layers, B, heads, length, head size), normalised and rotated.
+        values: same shape.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[3]
+
+    def one(self, clip: int) -> KVCache:
+        """Cache of one clip of the batch; its memory is shared."""
+        return KVCache(self.keys[:, clip : clip + 1], self.values[:, clip : clip + 1])
+
+    def forget(self, start: int, count: int) -> None:
+        """Drop `count` tokens from `start` on; those behind move up, and keep their rotation."""
+        for part in (*self.keys, *self.values):  # by layers: the copy between needs their memory
+            part[:, :, start:-count] = part[:, :, start + count :].clone()
+
+    def append(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, heads, S, K) at `start`; return all of this layer up to their end."""
+        end = start + k.shape[2]
+        self.keys[layer, :, :, start:end] = k
+        self.values[layer, :, :, start:end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]

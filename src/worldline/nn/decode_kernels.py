@@ -63,7 +63,7 @@ def _rows_of(  # type: ignore[no-untyped-def]
     BLOCK_COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Return columns `start` and on of all sequences, (BLOCK_COLUMNS, PADDED) bf16."""
+    """Columns `start` and on of all sequences, (BLOCK_COLUMNS, PADDED) bf16."""
     at = start + tl.arange(0, BLOCK_COLUMNS)
     one = tl.arange(0, PADDED)
     if NORM:  # of one sequence
@@ -79,7 +79,7 @@ def _rows_of(  # type: ignore[no-untyped-def]
 def _columns_of(  # type: ignore[no-untyped-def]
     weight, row, start, COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
-    """Return columns `start` and on of some rows of a matrix."""
+    """Columns `start` and on of some rows of a matrix."""
     at = start + tl.arange(0, BLOCK_COLUMNS)
     pointers = weight + row.to(tl.int64)[:, None] * COLUMNS + at[None, :]
     if COLUMNS % BLOCK_COLUMNS == 0:
@@ -220,7 +220,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _turned(first, second, cos, sin):  # type: ignore[no-untyped-def]
-    """Return first * cos + second * sin with the roundings of `rope.rotate` in bf16."""
+    """First * cos + second * sin with the roundings of `rope.rotate` in bf16."""
     a = (first * cos).to(tl.bfloat16).to(tl.float32)
     b = (second * sin).to(tl.bfloat16).to(tl.float32)
     return (a + b).to(tl.bfloat16)
@@ -358,19 +358,19 @@ class Tile(NamedTuple):
 
 
 def _tile(*, normed: bool, pair: bool = False) -> Tile:
-    """Return the tile of a product: of a norm, or of two matrices; measured on an H200."""
+    """Tile of a product, with a norm, or of two matrices; measured on an H200."""
     if pair:
         return Tile(32, 256, 2, 2)
     return Tile(32, 128, 2, 6) if normed else Tile(16, 512, 2, 3)
 
 
 def _padded(batch: int) -> int:
-    """Return for how many sequences the tensor cores work."""
+    """Sequences that the tensor cores work for."""
     return max(8, int(triton.next_power_of_2(batch)))
 
 
 def normalise(x: Tensor, gamma: Tensor, eps: float, *, warps: int) -> Tensor:
-    """Return the RMS norm of `x` (B, columns) bf16, summed as a product of `warps` does itself."""
+    """RMS norm of `x` (B, columns) bf16, summed as a product of `warps` does itself."""
     batch, columns = x.shape
     out = torch.empty_like(x)
     _norm_kernel[(batch,)](
@@ -461,7 +461,7 @@ def gate_up(x: Tensor, gamma: Tensor, eps: float, gate: Tensor, up: Tensor, out:
 
 
 class Attend:
-    """Attention of one new token of each sequence: norms, rotation, cache and softmax at once.
+    """Attention of one token of each sequence: norms, rotation, cache and softmax at once.
 
     Holds the scratch of the split softmax, so that a captured graph finds it at one address.
     """
@@ -487,77 +487,46 @@ class Attend:
     def __call__(
         self,
         qkv: Tensor,
-        q_gamma: Tensor,
-        k_gamma: Tensor,
-        eps: float,
-        cos: Tensor,
-        sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        position: Tensor,
-        out: Tensor,
-    ) -> Tensor:
-        """Write the attention of the token at `position` to `out`, and its key and value away.
-
-        Args:
-            qkv: (B, (N + 2 M) K) bf16: queries, keys, values before norm and rotation.
-            q_gamma: (K,) weight of the query norm.
-            k_gamma: (K,) weight of the key norm.
-            eps: of both norms.
-            cos: (length, K) bf16 of all positions.
-            sin: as `cos`.
-            keys: (B, M, length, K) bf16, this layer's cache; row `position` is written.
-            values: as `keys`.
-            position: () integer on the device.
-            out: (B, N K) bf16.
-        """
-        self._launch(qkv, (q_gamma, k_gamma), eps, (cos, sin), keys, values, position, out, True)
-        return out
-
-    def read(
-        self, queries: Tensor, gamma: Tensor, eps: float, keys: Tensor, values: Tensor, out: Tensor
-    ) -> Tensor:
-        """Write to `out` the attention to keys that are there: no rotation, nothing is added.
-
-        Args:
-            queries: (B, N K) bf16, before the norm.
-            gamma: (K,) weight of the norm.
-            eps: of the norm.
-            keys: (B, M, rows, K) bf16, contiguous; all are seen.
-            values: as `keys`.
-            out: (B, N K) bf16.
-        """
-        rows = keys.shape[2]
-        if rows not in self.last_row:
-            self.last_row[rows] = torch.full((), rows - 1, device=keys.device)
-        last = self.last_row[rows]
-        self._launch(queries, (gamma, gamma), eps, (keys, keys), keys, values, last, out, False)
-        return out
-
-    def _launch(
-        self,
-        qkv: Tensor,
         gammas: tuple[Tensor, Tensor],
         eps: float,
-        rotation: tuple[Tensor, Tensor],
         keys: Tensor,
         values: Tensor,
-        position: Tensor,
         out: Tensor,
-        own: bool,
-    ) -> None:
+        *,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        position: Tensor | None = None,
+    ) -> Tensor:
+        """Attention (B, N K) bf16, written to `out`.
+
+        Self-attention has a position and a rotation, and adds the token's key and value to the
+        cache. Cross-attention has neither: it reads queries alone, and all keys are visible.
+
+        Args:
+            qkv: (B, (N + 2 M) K) bf16: queries, keys, values before norm and rotation; or
+                (B, N K), queries.
+            gammas: (K,) each, weights of the query norm and of the key norm.
+            eps: of both norms.
+            keys: (B, M, length, K) bf16, contiguous, this layer's cache; row `position` is written.
+            values: as `keys`.
+            out: (B, N K) bf16.
+            rotation: cosines and sines (length, K) bf16 of all positions.
+            position: () integer on the device.
+        """
+        rows = keys.shape[2]
+        if position is None and rows not in self.last_row:
+            self.last_row[rows] = torch.full((), rows - 1, device=keys.device)
         _attend_kernel[(self.key_heads, _SPLITS, self.batch)](
             qkv,
             *gammas,
-            *rotation,
+            *(rotation or (keys, keys)),
             keys,
             values,
-            position,
+            self.last_row[rows] if position is None else position,
             self.partial,
             self.stats,
             self.arrivals,
             out,
-            keys.shape[2],
+            rows,
             self.key_heads,
             eps,
             self.head_size**-0.5,
@@ -566,10 +535,11 @@ class Attend:
             PADDED=max(16, triton.next_power_of_2(self.group)),
             SPLITS=_SPLITS,
             BLOCK=_BLOCK,
-            OWN=own,
+            OWN=position is not None,
             num_warps=_WARPS,
             num_stages=_STAGES,
         )
+        return out
 
 
 def compile_for(
@@ -609,18 +579,16 @@ def compile_for(
     )
     table, norm = blank(16, head_size), blank(head_size)
     if context:
-        seen = blank(batch, num_kv_heads, 16, head_size)
-        attend.read(blank(batch, heads), norm, 1.0, seen, seen, blank(batch, heads))
+        text = blank(batch, num_kv_heads, 16, head_size)
+        attend(blank(batch, heads), (norm, norm), 1.0, text, text, blank(batch, heads))
     cache = blank(batch, num_kv_heads, 16 + length % 16, head_size)
     attend(
         blank(batch, heads + 2 * num_kv_heads * head_size),
-        norm,
-        norm,
+        (norm, norm),
         1.0,
-        table,
-        table,
         cache,
         cache.clone(),
-        torch.zeros((), dtype=torch.int64, device=device),
         blank(batch, heads),
+        rotation=(table, table),
+        position=torch.zeros((), dtype=torch.int64, device=device),
     )

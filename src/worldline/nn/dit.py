@@ -1,22 +1,25 @@
-"""Parts that the diffusion transformers of Predict1 and Predict2.5 share.
+"""Blocks that the diffusion transformers of Predict1 and Predict2.5 share.
 
 Source: nvidia-cosmos/cosmos-predict1 `diffusion/module/{blocks,attention}.py`; nvidia-cosmos/
-cosmos-predict2.5 `_src/predict2/networks/minimal_v4_dit.py`, whose blocks are the same.
+cosmos-predict2.5 `_src/predict2/networks/minimal_v4_dit.py`, whose blocks are the same. A block has
+three sub-blocks, each with its own modulation: self-attention, cross-attention to the text, and
+feed-forward.
 Axes: B batch, C channels, T/H/W latent grid, L tokens, D width, N heads, K head size, S rows of
-the text.
+the text, G noise levels of a clip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn.attention import AttentionCore
-from worldline.nn.modulation import norm_heads
+from worldline.nn.modulation import Residual, add_and_modulate, norm_heads
 from worldline.nn.rope import Rotation
 from worldline.shapes import LatentShape
 
@@ -30,7 +33,7 @@ HIDDEN_BYTES = 512 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class DiTSizes:
-    """What fixes the weights of a block, and the tokens of a grid.
+    """Sizes of the blocks, and of the grids of tokens.
 
     Attributes:
         depth: number of blocks.
@@ -38,8 +41,8 @@ class DiTSizes:
         num_heads: N.
         head_size: K.
         hidden: channels inside the feed-forward.
-        context_width: of the text that the blocks attend to.
-        lora_rank: of the modulation's low-rank matrices.
+        context_width: channels of the text that the blocks attend to.
+        lora_rank: rank of the modulation's low-rank matrices.
         max_grid: tokens of the largest grid.
         rope_ratio: stretching of the rotary positions in time, rows and columns.
         latent_channels: C of the input, without the masks.
@@ -75,10 +78,10 @@ class DiTSizes:
         return self.patch[0] * self.patch[1] * self.patch[2]
 
     def tokens(self, grid: LatentShape) -> LatentShape:
-        """Return the grid of tokens of a latent grid.
+        """Tokens of a latent grid.
 
         Raises:
-            ValueError: a side is no multiple of the patch, or the positions end before it.
+            ValueError: a side is no multiple of the patch, or beyond the model's positions.
         """
         _, rows, columns = self.patch
         if grid.height % rows or grid.width % columns:
@@ -88,11 +91,7 @@ class DiTSizes:
             )
         tokens = LatentShape(grid.frames, grid.height // rows, grid.width // columns)
         largest = self.max_grid
-        if (
-            tokens.frames > largest.frames
-            or tokens.height > largest.height
-            or tokens.width > largest.width
-        ):
+        if any(a > b for a, b in zip(astuple(tokens), astuple(largest), strict=True)):
             raise ValueError(
                 f"a latent grid of {grid.frames} x {grid.height} x {grid.width} cells is beyond "
                 f"the model's positions ({largest.frames} x {largest.height * rows} x "
@@ -117,11 +116,11 @@ class Attention(nn.Module):
         self.core = AttentionCore()
 
     def heads(self, x: Tensor) -> Tensor:
-        """Return (B, L, N, K): split by head size, so that column-sharded layers need no change."""
+        """(B, L, N, K): split by head size, so that column-sharded layers need no change."""
         return x.unflatten(-1, (-1, self.head_size))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return (B, L, D) for q (B, N, L, K), k and v (B, N, S, K)."""
+        """(B, L, D) for q (B, N, L, K), k and v (B, N, S, K)."""
         return self.out(self.core(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -136,13 +135,13 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Attention to all rows of the text, those behind its end included."""
+    """Attention to all rows of the text, its padding included."""
 
     def __init__(self, sizes: DiTSizes) -> None:
         super().__init__(sizes, sizes.context_width)
 
     def encode(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values (B, N, S, K); they are the same for every token and step."""
+        """Keys and values (B, N, S, K); they are the same for every token and step."""
         k = norm_heads(self.heads(self.k(context)), self.k_norm)
         return k.transpose(1, 2), self.heads(self.v(context)).transpose(1, 2)
 
@@ -171,22 +170,111 @@ class FeedForward(nn.Module):
         return y.view(x.shape)
 
 
+class NoiseLevel(NamedTuple):
+    """Vectors that modulate the blocks at one noise level a clip, or at one for each of G runs.
+
+    Attributes:
+        embedding: (B, D) or (B, G, D), activated.
+        shared: (B, 3 D) or (B, G, 3 D), added to every modulation.
+    """
+
+    embedding: Tensor
+    shared: Tensor
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A layer without a bias, in the precision of `x`, which may be above that of its weights."""
+    return F.linear(x, layer.weight.to(x.dtype))
+
+
+class Modulation(nn.Module):
+    """Low-rank layer that turns a noise level into shifts, scales and gates, in its precision."""
+
+    def __init__(self, sizes: DiTSizes, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.first = nn.Linear(sizes.width, sizes.lora_rank, bias=False)
+        self.second = nn.Linear(sizes.lora_rank, count * sizes.width, bias=False)
+
+    def forward(self, noise: NoiseLevel) -> tuple[Tensor, ...]:
+        """`count` vectors, (B, D) or (B, G, D)."""
+        own = linear(self.second, linear(self.first, noise.embedding))
+        return (own + noise.shared[..., : own.shape[-1]]).chunk(self.count, dim=-1)
+
+
+class Modulated(nn.Module):
+    """Adds the previous sub-block's gated output, applies adaLN, runs the body."""
+
+    def __init__(self, sizes: DiTSizes, body: nn.Module) -> None:
+        super().__init__()
+        self.modulation = Modulation(sizes, 3)
+        self.body = body
+
+    def forward(
+        self, residual: Residual, noise: NoiseLevel, *inputs: object, added: Tensor | None = None
+    ) -> Residual:
+        # rounded to the stream's dtype before use, as in the released pipelines
+        shift, scale, gate = (one.to(residual.stream.dtype) for one in self.modulation(noise))
+        stream, normed = add_and_modulate(residual, added, shift, scale)
+        return Residual(stream, self.body(normed, *inputs), gate)
+
+
+class Block(nn.Module):
+    def __init__(self, sizes: DiTSizes) -> None:
+        super().__init__()
+        self.attention = Modulated(sizes, SelfAttention(sizes))
+        self.cross_attention = Modulated(sizes, CrossAttention(sizes))
+        self.feed_forward = Modulated(sizes, FeedForward(sizes))
+
+    def forward(
+        self,
+        residual: Residual,
+        noise: NoiseLevel,
+        rotation: Rotation,
+        context: tuple[Tensor, Tensor],
+        added: Tensor | None = None,
+    ) -> Residual:
+        """The stream and the feed-forward's output; `added` (L, D) enters the stream first."""
+        residual = self.attention(residual, noise, rotation, added=added)
+        residual = self.cross_attention(residual, noise, context)
+        return self.feed_forward(residual, noise)
+
+
+class Head(nn.Module):
+    """The last norm and layer, in the precision of the noise level."""
+
+    def __init__(self, sizes: DiTSizes) -> None:
+        super().__init__()
+        self.modulation = Modulation(sizes, 2)
+        self.linear = nn.Linear(sizes.width, sizes.out_channels * sizes.patch_cells, bias=False)
+
+    def forward(self, residual: Residual, noise: NoiseLevel) -> Tensor:
+        shift, scale = self.modulation(noise)
+        dtype = torch.promote_types(shift.dtype, residual.stream.dtype)
+        return linear(self.linear, add_and_modulate(residual, None, shift, scale, dtype)[1])
+
+
+def encode_context(blocks: nn.ModuleList, context: Tensor) -> Context:
+    """Every block's keys and values of a text (B, S, E); the same for all steps."""
+    return [block.cross_attention.body.encode(context) for block in blocks]  # type: ignore[union-attr, operator]
+
+
 def patchify(
     latents: Tensor,
-    shown: Sequence[Tensor],
+    conditioning: Sequence[Tensor],
     padding_mask: Tensor | None,
     patch: tuple[int, int, int],
 ) -> Tensor:
-    """Return what each token reads (B, L, features): channels slowest, then rows and columns.
+    """Input of each token (B, L, features): channels slowest, then rows and columns.
 
     Args:
         latents: (B, C, T, H, W), in the dtype of the result.
-        shown: (B, any, T, H, W), further channels.
+        conditioning: (B, any, T, H, W), further channels.
         padding_mask: (B, 1, h, w) of any size, the last channel; None is a mask of zeros.
         patch: latent cells a token covers.
     """
     batch, _, frames, height, width = latents.shape
-    channels = [latents, *(part.to(latents) for part in shown)]
+    channels = [latents, *(part.to(latents) for part in conditioning)]
     if padding_mask is None:
         channels.append(latents.new_zeros(batch, 1, frames, height, width))
     else:
@@ -199,7 +287,7 @@ def patchify(
 
 
 def unpatchify(y: Tensor, grid: LatentShape, patch: tuple[int, int, int]) -> Tensor:
-    """Return (B, C, T, H, W) of tokens (B, L, features): channels fastest, unlike in the input."""
+    """(B, C, T, H, W) of tokens (B, L, features): channels fastest, unlike in the input."""
     _, rows, columns = patch
     height, width = grid.height // rows, grid.width // columns
     y = y.view(len(y), grid.frames, height, width, rows, columns, -1)

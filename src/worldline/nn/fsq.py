@@ -26,7 +26,7 @@ def bound(z: Tensor, levels: Sequence[int]) -> Tensor:
     half_, offset_, shift_ = (
         torch.tensor(row, dtype=torch.float32, device=z.device) for row in (half, offset, shift)
     )
-    # float32: bf16 has too few bits to tell neighbouring levels apart near a rounding boundary
+    # float32: bf16 has too few bits near a rounding boundary between levels
     return torch.tanh(z.float() + shift_) * half_ - offset_
 
 
@@ -38,7 +38,7 @@ def quantize(z: Tensor, levels: Sequence[int]) -> Tensor:
 
 
 def codes_to_indices(codes: Tensor, levels: Sequence[int]) -> Tensor:
-    """Return ids (...), int32 in [0, prod(levels)), of `codes` (..., C); channel 0 is fastest."""
+    """Token ids (...), int32 in [0, prod(levels)), of `codes` (..., C); channel 0 is fastest."""
     halves = _half_widths(levels, codes.device)
     digits = (codes.float() * halves + halves).round().to(torch.int32)
     basis = torch.tensor(_basis(levels), dtype=torch.int32, device=codes.device)
@@ -46,7 +46,7 @@ def codes_to_indices(codes: Tensor, levels: Sequence[int]) -> Tensor:
 
 
 def indices_to_codes(indices: Tensor, levels: Sequence[int]) -> Tensor:
-    """Return the codes (..., C), float32, of integer `indices` (...).
+    """Codes (..., C), float32, of integer `indices` (...).
 
     The ids must lie in [0, prod(levels)); this is not checked here, since looking would wait for
     the device.

@@ -1,4 +1,4 @@
-"""What surrounds every sub-block of a diffusion transformer: gates, norms, shifts and scales.
+"""adaLN around every sub-block of a diffusion transformer: gates, norms, shifts and scales.
 
 Source: adaLN of arXiv 2212.09748 (DiT), section 3.2, in its low-rank form; nvidia-cosmos/
 cosmos-predict1 `diffusion/module/blocks.py`. The functions run as one kernel each on a GPU with
@@ -27,8 +27,8 @@ NORM_EPS = 1e-6
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Carry(NamedTuple):
-    """The residual stream, and the last sub-block's output that is still to be added to it.
+class Residual(NamedTuple):
+    """The residual stream, and the last sub-block's output that is not added to it yet.
 
     Attributes:
         stream: (B, L, D).
@@ -41,14 +41,14 @@ class Carry(NamedTuple):
     gate: Tensor | None = None
 
     def total(self) -> Tensor:
-        """Return the stream with the update in it."""
+        """The stream with the gated update."""
         if self.update is None or self.gate is None:
             return self.stream
         return self.stream + _by_token(self.gate, self.stream) * self.update
 
 
 def _by_token(vectors: Tensor, stream: Tensor) -> Tensor:
-    """Return `vectors` as what can be multiplied with a stream (B, L, D)."""
+    """`vectors` in a shape that broadcasts with a stream (B, L, D)."""
     if vectors.ndim == 2:
         return vectors.unsqueeze(1)
     if vectors.shape[1] == 1:
@@ -57,7 +57,7 @@ def _by_token(vectors: Tensor, stream: Tensor) -> Tensor:
 
 
 def _run_length(stream: Tensor, *modulation: Tensor) -> int:
-    """Return how many tokens of a stream (B, L, D) share a vector.
+    """Tokens of a stream (B, L, D) that share a vector.
 
     Raises:
         ValueError: the tokens cannot be cut like that, or not in one way for all.
@@ -70,46 +70,46 @@ def _run_length(stream: Tensor, *modulation: Tensor) -> int:
 
 
 def sinusoid(timesteps: Tensor, width: int) -> Tensor:
-    """Return cosines, then sines (..., width), of `timesteps` (...), float32; base 10,000."""
+    """Cosines, then sines (..., width), of `timesteps` (...), float32; base 10,000."""
     half = width // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    # float32: the phases of neighbouring noise levels differ by less than bf16 can tell
+    # float32: the phases of neighbouring noise levels are equal in bf16
     angles = timesteps.float().unsqueeze(-1) * torch.exp(-math.log(10_000) * exponent)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def settle(
-    carry: Carry,
+def add_and_modulate(
+    residual: Residual,
     added: Tensor | None,
     shift: Tensor,
     scale: Tensor,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add what is due to the stream, and normalise the sum for the next sub-block.
+    """Add the gated update to the stream, and apply adaLN for the next sub-block.
 
     Args:
-        carry: with (B, L, D) tensors.
-        added: (L, D), the same for the whole batch; None adds nothing.
+        residual: with (B, L, D) tensors.
+        added: (L, D), added for the whole batch, or None.
         shift: (B, D) or (B, G, D).
         scale: as `shift`; a norm of no weights is multiplied by 1 + scale.
-        dtype: of the layer norm; None is the stream's.
+        dtype: precision of the layer norm; by default the stream's.
 
     Returns:
         The stream and its modulated layer norm, both (B, L, D). The stream may take the place of
         the old one in memory when no gradient is wanted.
     """
-    kernels = _kernels(carry.stream)
+    kernels = _kernels(residual.stream)
     if kernels is not None:
-        due = [shift, scale] if carry.gate is None else [shift, scale, carry.gate]
-        run = _run_length(carry.stream, *due)
-        return kernels.settle(*carry, added, shift, scale, run, dtype, NORM_EPS)
-    stream = carry.total() if added is None else carry.total() + added
+        vectors = [shift, scale] if residual.gate is None else [shift, scale, residual.gate]
+        run = _run_length(residual.stream, *vectors)
+        return kernels.add_and_modulate(*residual, added, shift, scale, run, dtype, NORM_EPS)
+    stream = residual.total() if added is None else residual.total() + added
     normed = F.layer_norm(stream.to(dtype or stream.dtype), stream.shape[-1:], eps=NORM_EPS)
     return stream, normed * (1 + _by_token(scale, stream)) + _by_token(shift, stream)
 
 
 def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None = None) -> Tensor:
-    """Divide each head by its root mean square, scale it, and turn it.
+    """RMS norm of each head, scaled and rotated.
 
     Args:
         x: (B, L, N, K); overwritten when no gradient is wanted and a kernel does the work.
@@ -134,12 +134,12 @@ def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None = None) -> T
 
 
 def fused(device: torch.device) -> bool:
-    """Tell whether kernels do the work on a device while no gradient is wanted."""
+    """Whether kernels do the work on a device while no gradient is wanted."""
     return device.type == "cuda" and _load_kernels() is not None
 
 
 def _kernels(x: Tensor) -> ModuleType | None:
-    """Return the fused kernels where they can stand in for the plain form."""
+    """The fused kernels where they can replace the plain form."""
     if not x.is_cuda or torch.is_grad_enabled() or x.dtype not in _DTYPES:
         return None
     return _load_kernels()

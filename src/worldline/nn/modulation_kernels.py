@@ -16,7 +16,7 @@ from worldline.nn.rope import Rotation
 
 
 @triton.jit
-def _settle_kernel(  # type: ignore[no-untyped-def]
+def _modulate_kernel(  # type: ignore[no-untyped-def]
     stream,
     update,
     gate,
@@ -58,7 +58,7 @@ def _settle_kernel(  # type: ignore[no-untyped-def]
     tl.store(normed + place, y.to(normed.dtype.element_ty), inside)
 
 
-def settle(
+def add_and_modulate(
     stream: Tensor,
     update: Tensor | None,
     gate: Tensor | None,
@@ -69,13 +69,13 @@ def settle(
     dtype: torch.dtype | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Do what `modulation.settle` does, for runs of `run` tokens; the stream changes in place."""
+    """`modulation.add_and_modulate` for runs of `run` tokens; the stream changes in place."""
     batch, length, width = stream.shape
     stream = stream.contiguous()
     normed = torch.empty_like(stream, dtype=dtype)
     unused = stream  # any pointer, where there is nothing to read
     with torch.cuda.device(stream.device):
-        _settle_kernel[(batch * length,)](
+        _modulate_kernel[(batch * length,)](
             stream,
             unused if update is None else update.contiguous(),
             unused if gate is None else gate.contiguous(),
@@ -137,7 +137,7 @@ def _norm_heads_kernel(  # type: ignore[no-untyped-def]
 
 
 def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None, eps: float) -> Tensor:
-    """Do what `modulation.norm_heads` does, in place."""
+    """`modulation.norm_heads`, in place."""
     batch, length, heads, size = x.shape
     if x.stride(3) != 1 or x.stride(2) != size or x.stride(0) != length * x.stride(1):
         x = x.contiguous()

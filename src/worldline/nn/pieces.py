@@ -1,113 +1,199 @@
-"""A clip of any length through a causal video tokenizer piece by piece, as if it were whole.
+"""Causal video tokenizers: a clip of any length piece by piece, and a rough look at latents.
 
-A network qualifies if each of its layers that looks back keeps in a `Past` what it needs of the
-frames before, and none looks ahead: the pieces are then exactly what the whole would be, with no
-seam, and nothing is computed twice.
+Every layer that looks back keeps what it needs of earlier frames in a `CausalCache`, and none looks
+ahead: the pieces together are exactly the whole, without a seam, and nothing is computed twice.
 Axes: B batch, C channels, T/H/W frames, rows, columns; t/h/w those of latents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldline.shapes import VideoShape
 
-class Past:
-    """What a network remembers of the frames before a piece of a clip; new for each clip.
+_SIDE = 16  # of a picture that colours are fitted to, in latent cells
+_PICTURES = 6
+_DAMPING = 1e-3  # against channels that hold no colour
+
+
+class CausalCache:
+    """State of a network between two pieces of a clip; a new one for each clip.
 
     Attributes:
-        begun: a piece has passed; until then the layers start a clip.
-        kept: layer -> its last input frames, or the keys and values of all frames.
+        started: a piece has passed; until then layers start a clip.
+        state: last input frames of a layer, or keys and values of all frames.
     """
 
-    def __init__(self) -> None:
-        self.begun = False
-        self.kept: dict[nn.Module, Tensor] = {}
+    def __init__(self, *, keep: bool = True) -> None:
+        """Without `keep` nothing is stored: for a clip that passes as a whole."""
+        self.keep = keep
+        self.started = False
+        self.state: dict[object, Tensor] = {}
+
+    def get(self, layer: nn.Module) -> Tensor | None:
+        """Frames stored by the piece before; None at the start of a clip."""
+        return self.state.get(layer)
+
+    def put(self, layer: nn.Module, frames: Tensor) -> None:
+        """Store frames for the next piece; a copy, since a view would keep all of its piece."""
+        if self.keep:
+            self.state[layer] = frames.clone(memory_format=torch.contiguous_format)
+
+    def extend(self, key: object, frames: Tensor) -> Tensor:
+        """All frames stored under `key` so far and these behind them, along axis 1; stored."""
+        if key in self.state:
+            frames = torch.cat([self.state[key], frames], dim=1)
+        if self.keep:
+            self.state[key] = frames
+        return frames
 
 
-def starts(past: Past | None) -> bool:
-    """Tell whether a piece is the first of its clip."""
-    return past is None or not past.begun
+class CausalTokenizer(nn.Module):
+    """Base of the video tokenizers.
+
+    Attributes:
+        chunk: latent frames at once where a clip passes in pieces.
+        config: architecture; has `temporal` and `spatial`, the frames and pixels of a latent cell.
+    """
+
+    chunk: int
+    config: Any
+
+    def encode(self, video: Tensor, cache: CausalCache | None = None) -> Tensor:
+        """Latents (B, C, t, h, w).
+
+        Args:
+            video: (B, 3, T, H, W) in [-1, 1], in the dtype of the weights.
+            cache: holds the pieces of this clip encoded before; updated.
+
+        Raises:
+            ValueError: T is not 1 + temporal*k (after the first piece: temporal*k), or H or W is no
+                multiple of the compression.
+        """
+        cache = cache or CausalCache(keep=False)
+        frames, height, width = video.shape[2:]
+        frames += cache.started  # as if after frame 0 alone
+        VideoShape(frames, height, width).latent(self.config.temporal, self.config.spatial)
+        latents = self.encode_piece(video, cache)
+        cache.started = cache.keep
+        return latents
+
+    def decode(self, latents: Tensor, cache: CausalCache | None = None) -> Tensor:
+        """Video (B, 3, T, H, W), about [-1, 1] and not clamped.
+
+        Args:
+            latents: (B, C, t, h, w), or codes of a discrete tokenizer, in the dtype of the weights.
+            cache: holds the pieces of this clip decoded before; updated.
+        """
+        cache = cache or CausalCache(keep=False)
+        video = self.decode_piece(latents, cache)
+        cache.started = cache.keep
+        return video
+
+    def reconstruct(self, video: Tensor) -> Tensor:
+        """decode(encode(video))."""
+        return self.decode(self.encode(video))
+
+    def encode_piece(self, video: Tensor, cache: CausalCache) -> Tensor:
+        raise NotImplementedError
+
+    def decode_piece(self, latents: Tensor, cache: CausalCache) -> Tensor:
+        raise NotImplementedError
 
 
-class CausalTokenizer(Protocol):
-    """What the functions below ask of a tokenizer."""
-
-    @property
-    def config(self) -> Any: ...  # its `temporal` is the number of frames of a latent frame
-
-    def encode(self, video: Tensor, past: Past | None = None) -> Tensor: ...
-
-    def decode(self, latents: Tensor, past: Past | None = None) -> Tensor: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-
-def encode_pieces(model: CausalTokenizer, frames: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
-    """Yield latents (B, C, t, h, w), piece by piece, of a clip that arrives piece by piece.
+@torch.no_grad()
+def encode_stream(
+    model: CausalTokenizer, frames: Iterable[Tensor], *, chunk: int | None = None
+) -> Iterator[Tensor]:
+    """Latents (B, C, t, h, w), piece by piece, of a clip that arrives piece by piece.
 
     Args:
         model: on its device.
         frames: pieces (B, 3, T, H, W) in [-1, 1], on the device and in the dtype of the weights, of
             any lengths; 1 + temporal*k frames in all.
-        chunk: latent frames that are computed at once, 1 or more.
+        chunk: latent frames computed at once, 1 or more; by default the model's.
 
     Raises:
         ValueError: the frames do not add up to 1 + temporal*k, a side is no multiple of the
             compression, or `chunk` is below 1.
     """
-    _check(chunk)
-    return _encode(model, frames, chunk)
-
-
-def decode_pieces(model: CausalTokenizer, latents: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Yield the video (B, 3, T, H, W), about [-1, 1] and not clamped, piece by piece.
-
-    Args:
-        model: on its device.
-        latents: (B, C, t, h, w), or codes of a discrete tokenizer; any device and float dtype.
-        chunk: latent frames that are computed at once, 1 or more.
-
-    Raises:
-        ValueError: `chunk` is below 1.
-    """
-    _check(chunk)
-    return _decode(model, latents, chunk)
-
-
-def _check(chunk: int) -> None:
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be 1 or more")
-
-
-@torch.no_grad()
-def _encode(model: CausalTokenizer, frames: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
-    temporal = model.config.temporal
-    past = Past()
+    chunk, temporal = _checked(model, chunk), model.config.temporal
+    cache = CausalCache()
     waiting: list[Tensor] = []
     count, total = 0, 0
     for piece in frames:
         waiting.append(piece)
         count += piece.shape[2]
         total += piece.shape[2]
-        wanted = temporal * chunk - (0 if past.begun else temporal - 1)
+        wanted = temporal * chunk - (0 if cache.started else temporal - 1)
         while count >= wanted:
             joined = torch.cat(waiting, dim=2)
-            yield model.encode(joined[:, :, :wanted], past)
+            yield model.encode(joined[:, :, :wanted], cache)
             waiting, count = [joined[:, :, wanted:]], count - wanted
             wanted = temporal * chunk
     if (total - 1) % temporal:
         raise ValueError(f"{total} frames: a clip must have 1 + {temporal}k frames")
     if count:
-        yield model.encode(torch.cat(waiting, dim=2), past)
+        yield model.encode(torch.cat(waiting, dim=2), cache)
 
 
 @torch.no_grad()
-def _decode(model: CausalTokenizer, latents: Tensor, chunk: int) -> Iterator[Tensor]:
-    weight = next(model.parameters())
-    past = Past()
-    for piece in latents.split(chunk, dim=2):
-        yield model.decode(piece.to(weight.device, weight.dtype), past)
+def decode_stream(
+    model: CausalTokenizer, latents: Tensor, *, chunk: int | None = None
+) -> Iterator[Tensor]:
+    """Video (B, 3, T, H, W), about [-1, 1] and not clamped, piece by piece.
+
+    Args:
+        model: on its device.
+        latents: (B, C, t, h, w), or codes of a discrete tokenizer; any device and float dtype.
+        chunk: latent frames computed at once, 1 or more; by default the model's.
+
+    Raises:
+        ValueError: `chunk` is below 1.
+    """
+    weight, cache = next(model.parameters()), CausalCache()
+    for piece in latents.split(_checked(model, chunk), dim=2):
+        yield model.decode(piece.to(weight.device, weight.dtype), cache)
+
+
+def _checked(model: CausalTokenizer, chunk: int | None) -> int:
+    chunk = model.chunk if chunk is None else chunk
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it must be 1 or more")
+    return chunk
+
+
+def fit_colours(tokenizer: CausalTokenizer) -> Tensor:
+    """Linear maps from latents to colours, for previews, by least squares.
+
+    They are fitted to smooth still pictures, the same every time. The first latent frame holds one
+    frame of video and the others several, so there is a map for each.
+
+    Args:
+        tokenizer: on its device.
+
+    Returns:
+        (2, C + 1, 3), float32, on the CPU; the last row is added.
+    """
+    config, weight = tokenizer.config, next(tokenizer.parameters())
+    noise = np.random.RandomState(0).uniform(-1, 1, (_PICTURES, 3, 4, 4)).astype(np.float32)
+    side = _SIDE * config.spatial
+    pictures = F.interpolate(torch.from_numpy(noise), size=(side, side), mode="bicubic")
+    pictures = pictures.clamp(-1, 1)
+    colours = F.avg_pool2d(pictures, config.spatial).permute(0, 2, 3, 1).reshape(-1, 3)
+    still = pictures[:, :, None].expand(-1, -1, 1 + config.temporal, -1, -1)
+    latents = torch.cat([tokenizer.encode(one[None].to(weight)) for one in still]).float().cpu()
+    maps = []
+    for frame in range(2):
+        cells = latents[:, :, frame].permute(0, 2, 3, 1).flatten(0, 2)
+        known = torch.cat([cells, torch.ones(len(cells), 1)], dim=1).double()
+        damping = _DAMPING * len(known) * torch.eye(known.shape[1], dtype=torch.float64)
+        damping[-1, -1] = 0
+        maps.append(torch.linalg.solve(known.T @ known + damping, known.T @ colours.double()))
+    return torch.stack(maps).float()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import torch
@@ -51,26 +51,26 @@ class Rotation(NamedTuple):
 
 
 def axis_sizes(head_size: int) -> tuple[int, int, int]:
-    """Return how many of the K channels turn with time, height and width."""
+    """Channels of K that turn with time, height and width."""
     spatial = head_size // 6 * 2
     return head_size - 2 * spatial, spatial, spatial
 
 
 def rotary_exponents(size: int) -> Tensor:
-    """Return 2 j / d, (size / 2,) float32, for an axis of d = `size` channels."""
+    """Exponents 2 j / d, (size / 2,) float32, of an axis of d = `size` channels."""
     return torch.arange(0, size, 2, dtype=torch.float32) / size
 
 
 def inverse_frequencies(
     size: int, theta: float, yarn: Yarn | None = None, original: int = 0
 ) -> Tensor:
-    """Return the (size / 2,) inverse frequencies of one axis, in radians a cell, float32.
+    """Inverse frequencies (size / 2,) of one axis, in radians a cell, float32.
 
     Args:
         size: channels of this axis, even.
         theta: base of the geometric series.
         yarn: stretching, or None.
-        original: cells of this axis the frequencies were first trained on; used by `yarn` alone.
+        original: cells of this axis that the frequencies were first trained on, for `yarn`.
     """
     frequencies = theta ** -rotary_exponents(size)
     if yarn is None:
@@ -89,30 +89,23 @@ def rotation_3d(
     leading: int = 0,
     first_frame: int = 0,
 ) -> Rotation:
-    """Return the rotation of every cell of `grid`, time-major, then rows, then columns.
+    """Rotation of every cell of `grid`, time-major, then rows, then columns.
 
     Args:
         grid: latent grid.
         head_size: K.
         theta: base of the frequencies.
         yarn: stretching, or None.
-        leading: tokens before the first cell, which are not turned.
+        leading: tokens before the first cell, which are not rotated.
         first_frame: time of the first latent frame.
     """
-    sizes = axis_sizes(head_size)
-    originals = (
-        (0, 0, 0) if yarn is None else (yarn.original[0], yarn.original[1], yarn.original[1])
-    )
-    times = torch.arange(first_frame, first_frame + grid.frames, dtype=torch.float32)
-    sides = (torch.arange(n, dtype=torch.float32) for n in (grid.height, grid.width))
-    cells = torch.meshgrid(times, *sides, indexing="ij")
-    half = torch.cat(
-        [
-            cell.reshape(-1, 1) * inverse_frequencies(size, theta, yarn, original)
-            for cell, size, original in zip(cells, sizes, originals, strict=True)
-        ],
-        dim=1,
-    )
+    original = (0, 0, 0) if yarn is None else (yarn.original[0], *[yarn.original[1]] * 2)
+    parts = []
+    for axis, size in enumerate(axis_sizes(head_size)):
+        position = torch.arange(astuple(grid)[axis], dtype=torch.float32)
+        position = position + (first_frame if axis == 0 else 0)
+        parts.append(torch.outer(position, inverse_frequencies(size, theta, yarn, original[axis])))
+    half = _over_grid(parts)
     angles = torch.cat([half, half], dim=1)
     angles = torch.cat([angles.new_zeros(leading, head_size), angles])
     return Rotation(angles.cos(), angles.sin())
@@ -127,7 +120,7 @@ def stretched_angles_3d(
     dtype: torch.dtype = torch.float32,
     exponents: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Return the angles (L, K) of every cell in radians, float32, with NTK stretching by axis.
+    """Angles (L, K) of every cell in radians, float32, with NTK stretching by axis.
 
     An axis of d channels stretched by r has the base 10000 * r^(d / (d - 2)), and its channel j
     turns by base^-(2 j / d) a cell.
@@ -137,27 +130,32 @@ def stretched_angles_3d(
         head_size: K.
         ratio: stretching of time, rows and columns.
         time_scale: (fps, base fps): frame t stands at t / fps * base fps; None leaves it at t.
-        dtype: of the arithmetic. The released pipelines compute in bf16, which moves angles by up
-            to 0.15 radians (0.28 in the 14B models) at 704 x 1280.
-        exponents: 2 j / d of each axis as a checkpoint was trained with them, where it rounded
-            them; each (d / 2,).
+        dtype: precision of the arithmetic. The released pipelines compute in bf16, which moves
+            angles by up to 0.15 radians (0.28 in the 14B models) at 704 x 1280.
+        exponents: 2 j / d of each axis, (d / 2,) each, where a checkpoint was trained with rounded
+            ones.
     """
-    if exponents is None:
-        exponents = [rotary_exponents(size) for size in axis_sizes(head_size)]
     parts = []
-    shape = (grid.frames, grid.height, grid.width)
     for axis, size in enumerate(axis_sizes(head_size)):
         base = 10_000.0 * ratio[axis] ** (size / (size - 2))
-        powers = base ** exponents[axis].to(dtype)
-        position = torch.arange(shape[axis], dtype=torch.float32).to(dtype)
+        exponent = rotary_exponents(size) if exponents is None else exponents[axis]
+        position = torch.arange(astuple(grid)[axis], dtype=torch.float32).to(dtype)
         if axis == 0 and time_scale is not None:
             position = position / torch.tensor([time_scale[0]]).to(dtype) * time_scale[1]
-        view = [1, 1, 1, size // 2]
-        view[axis] = shape[axis]
-        angles = torch.outer(position, 1.0 / powers)
-        parts.append(angles.view(view).expand(*shape, size // 2))
-    half = torch.cat(parts, dim=-1).reshape(grid.tokens, -1).float()
+        parts.append(torch.outer(position, 1.0 / base ** exponent.to(dtype)))
+    half = _over_grid(parts).float()
     return torch.cat([half, half], dim=1)
+
+
+def _over_grid(tables: Sequence[Tensor]) -> Tensor:
+    """Table (T H W, channels of all axes) of every cell, from one (cells, channels) an axis."""
+    shape = [len(table) for table in tables]
+    parts = []
+    for axis, table in enumerate(tables):
+        view = [1, 1, 1, table.shape[1]]
+        view[axis] = shape[axis]
+        parts.append(table.view(view).expand(*shape, -1))
+    return torch.cat(parts, dim=-1).flatten(0, 2)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -167,20 +165,16 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def sincos_3d(grid: LatentShape, width: int, leading: int = 0) -> Tensor:
-    """Return the fixed table (leading + tokens, width) that is added to the stream, float32.
+    """Fixed table (leading + tokens, width) that is added to the stream, float32.
 
     The values are rounded to bf16, as the reference keeps them. Source: same file, class
     SinCosPosEmbAxisTE; arXiv 1706.03762, section 3.5.
     """
     parts = []
     for axis, size in enumerate(axis_sizes(width)):
-        shape = (grid.frames, grid.height, grid.width)
-        position = torch.arange(shape[axis], dtype=torch.float64)
+        position = torch.arange(astuple(grid)[axis], dtype=torch.float64)
         omega = 10000.0 ** -(torch.arange(size // 2, dtype=torch.float64) / (size / 2))
         angle = position[:, None] * omega
-        table = torch.cat([angle.sin(), angle.cos()], dim=1)
-        view = [1, 1, 1, size]
-        view[axis] = shape[axis]
-        parts.append(table.view(view).expand(*shape, size))
-    cells = torch.cat(parts, dim=-1).reshape(grid.tokens, width)
+        parts.append(torch.cat([angle.sin(), angle.cos()], dim=1))
+    cells = _over_grid(parts)
     return torch.cat([cells.new_zeros(leading, width), cells]).bfloat16().float()

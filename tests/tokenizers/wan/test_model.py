@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from worldline.nn.pieces import Past
-from worldline.tokenizers.wan.load import channels_last
+from worldline.nn.pieces import CausalCache, decode_stream, encode_stream
 from worldline.tokenizers.wan.model import (
     ResidualBlock,
     WanTokenizer,
@@ -23,25 +20,10 @@ from worldline.tokenizers.wan.model import (
     norm_silu,
     side_by_side,
 )
-from worldline.tokenizers.wan.stream import decode_stream, encode_stream
 
-LATENT_FRAMES = 6
+from ..test_causal import CONFIGS, clip
+
 NEAR = 0.1  # of bf16: norms of a few channels make much of its roundings
-SHAPES = {
-    "as released": WanTokenizerConfig(channels=4),
-    "wide and shallow": WanTokenizerConfig(
-        channels=10, multipliers=(1, 3), num_blocks=1, temporal_steps=(True,)
-    ),
-    "an image's": WanTokenizerConfig(channels=8, multipliers=(1, 2), temporal_steps=(False,)),
-    "other latents": WanTokenizerConfig(
-        channels=4,
-        multipliers=(1, 1, 2),
-        temporal_steps=(True, False),
-        latent_channels=3,
-        mean=(1.0, -2.0, 0.5),
-        std=(0.5, 2.0, 1.0),
-    ),
-}
 
 
 def build(config: WanTokenizerConfig) -> WanTokenizer:
@@ -51,90 +33,9 @@ def build(config: WanTokenizerConfig) -> WanTokenizer:
     return model.double().requires_grad_(False).eval()
 
 
-@pytest.fixture(params=SHAPES)
-def model(request: pytest.FixtureRequest) -> WanTokenizer:
-    return build(SHAPES[request.param])
-
-
 @pytest.fixture
 def released() -> WanTokenizer:
-    return build(SHAPES["as released"])
-
-
-def clip(model: WanTokenizer, latent_frames: int = LATENT_FRAMES) -> Tensor:
-    config = model.config
-    frames = 1 + (latent_frames - 1) * config.temporal
-    generator = torch.Generator().manual_seed(1)
-    shape = (2, 3, frames, config.spatial, 2 * config.spatial)
-    return torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
-
-
-def test_shapes(model: WanTokenizer) -> None:
-    video = clip(model)
-    latents = model.encode(video)
-    assert latents.shape == (2, model.config.latent_channels, LATENT_FRAMES, 1, 2)
-    assert model.reconstruct(video).shape == video.shape
-
-
-def test_causal_both_ways(model: WanTokenizer) -> None:
-    """The first 1 + c*k frames alone give the first 1 + k latent frames of the longer clip."""
-    video = clip(model)
-    latents, frames = model.encode(video), model.reconstruct(video)
-    for count in (1, 2, 4):
-        part = video[:, :, : 1 + (count - 1) * model.config.temporal]
-        assert torch.allclose(model.encode(part), latents[:, :, :count], atol=1e-10)
-        decoded = model.decode(latents[:, :, :count])
-        assert torch.allclose(decoded, frames[:, :, : part.shape[2]], atol=1e-10)
-
-
-def test_clips_of_a_batch_do_not_mix(model: WanTokenizer) -> None:
-    video = clip(model, 3)
-    apart = torch.cat([model.reconstruct(video[:1]), model.reconstruct(video[1:])])
-    assert torch.allclose(model.reconstruct(video), apart, atol=1e-10)
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
-@pytest.mark.parametrize("length", [1, 6, 1000])
-def test_encoding_in_pieces(model: WanTokenizer, chunk: int, length: int) -> None:
-    video = clip(model)
-    pieces = list(encode_stream(model, video.split(length, dim=2), chunk=chunk))
-    assert all(piece.shape[2] <= chunk for piece in pieces)
-    assert torch.allclose(torch.cat(pieces, dim=2), model.encode(video), atol=1e-10)
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
-def test_decoding_in_pieces(model: WanTokenizer, chunk: int) -> None:
-    latents = model.encode(clip(model))
-    pieces = list(decode_stream(model, latents, chunk=chunk))
-    assert pieces[0].shape[2] == 1 + (min(chunk, LATENT_FRAMES) - 1) * model.config.temporal
-    assert torch.allclose(torch.cat(pieces, dim=2), model.decode(latents), atol=1e-10)
-
-
-def test_frames_leave_as_they_are_ready(released: WanTokenizer) -> None:
-    video = clip(released)
-    taken = 0
-
-    def camera() -> Iterator[Tensor]:
-        nonlocal taken
-        for frame in video.split(1, dim=2):
-            taken += 1
-            yield frame
-
-    stream = encode_stream(released, camera(), chunk=1)
-    for number in range(3):
-        next(stream)
-        assert taken == 1 + 4 * number
-    frames = [piece.shape[2] for piece in decode_stream(released, released.encode(video), chunk=1)]
-    assert frames == [1, 4, 4, 4, 4, 4]
-
-
-def test_memory_of_the_past_does_not_grow(model: WanTokenizer) -> None:
-    latents = model.encode(clip(model))
-    past, sizes = Past(), []
-    for piece in latents.split(1, dim=2):
-        model.decode(piece, past)
-        sizes.append(sum(kept.untyped_storage().nbytes() for kept in past.kept.values()))
-    assert len(set(sizes)) == 1
+    return build(CONFIGS["Wan"])  # type: ignore[arg-type]
 
 
 def test_the_first_frame_is_not_doubled_and_not_seen_by_the_step_in_time(
@@ -144,15 +45,16 @@ def test_the_first_frame_is_not_doubled_and_not_seen_by_the_step_in_time(
     step = next(layer for layer in released.decoder.layers if getattr(layer, "time", None))
     width = step.time.weight.shape[1]
     cells = torch.randn(1, 2, 3, 4, width, dtype=torch.float64)
-    frames = step(cells)
+    frames = step(cells, CausalCache(keep=False))
     assert frames.shape[1] == 3
-    other = step(torch.cat([cells[:, :1] + 1, cells[:, 1:]], dim=1))
+    moved = torch.cat([cells[:, :1] + 1, cells[:, 1:]], dim=1)
+    other = step(moved, CausalCache(keep=False))
     assert torch.equal(other[:, 1:], frames[:, 1:])
     assert not torch.equal(other[:, :1], frames[:, :1])
     # first the even frame: with the odd one's weights at zero, only the bias is left of it
     step.time.weight[width:] = 0
     step.time.bias[width:] = 0
-    assert (step(cells)[:, 2] == step.space.bias).all()
+    assert (step(cells, CausalCache(keep=False))[:, 2] == step.space.bias).all()
 
 
 def test_latents_are_normalised(released: WanTokenizer) -> None:
@@ -234,8 +136,9 @@ def test_attention_in_blocks(rows: int) -> None:
     assert found.is_contiguous()
 
 
-def test_gradients_reach_every_weight(model: WanTokenizer) -> None:
-    model.requires_grad_(True)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("Wan")])
+def test_gradients_reach_every_weight(name: str) -> None:
+    model = build(CONFIGS[name]).requires_grad_(True)  # type: ignore[arg-type]
     model.reconstruct(clip(model, 3)).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -245,30 +148,11 @@ def test_gradients_reach_every_weight(model: WanTokenizer) -> None:
 def test_layouts_of_memory_change_nothing(released: WanTokenizer) -> None:
     video = clip(released, 3)
     latents, frames = released.encode(video), released.reconstruct(video)
-    turned = channels_last(released)
+    turned = released.channels_last()
     assert turned.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
     cells = video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
     assert torch.allclose(turned.encode(cells), latents, atol=1e-12)
     assert torch.allclose(turned.decode(latents.contiguous()), frames, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("change", "word"), [((1, 0, 0), "frames"), ((0, 1, 0), "multiples"), ((0, 0, 4), "multiples")]
-)
-def test_sizes_that_do_not_fit_are_refused(
-    released: WanTokenizer, change: tuple[int, int, int], word: str
-) -> None:
-    frames, height, width = (a + b for a, b in zip((5, 16, 16), change, strict=True))
-    with pytest.raises(ValueError, match=word):
-        released.encode(torch.zeros(1, 3, frames, height, width, dtype=torch.float64))
-
-
-def test_a_clip_of_a_wrong_length_is_refused(released: WanTokenizer) -> None:
-    video = clip(released, 3)[:, :, :-1]
-    with pytest.raises(ValueError, match=r"1 \+ 4k frames"):
-        list(encode_stream(released, video.split(5, dim=2)))
-    with pytest.raises(ValueError, match="chunk is 0"):
-        decode_stream(released, video, chunk=0)
 
 
 @pytest.mark.parametrize(
@@ -329,12 +213,12 @@ def test_a_block_on_a_gpu(inputs: int, outputs: int, dtype: torch.dtype) -> None
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     cells = torch.randn(2, 5, 6, 7, inputs, generator=generator).to(dtype)
     block = block.to(dtype)
-    wanted = copy.deepcopy(block).double()(cells.double())
-    block, past, found = block.cuda(), Past(), []
+    wanted = copy.deepcopy(block).double()(cells.double(), CausalCache(keep=False))
+    block, cache, found = block.cuda(), CausalCache(), []
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
         for piece in cells.cuda().split(3, dim=1):
-            found.append(block(piece, past).cpu().double())
-            past.begun = True
+            found.append(block(piece, cache).cpu().double())
+            cache.started = True
     gap = (torch.cat(found, dim=1) - wanted).norm() / wanted.norm()
     assert gap < (1e-5 if dtype == torch.float32 else 0.02)
 
@@ -355,7 +239,7 @@ def test_on_a_gpu(released: WanTokenizer, chunk: int) -> None:
     exact = released.float()
     latents = exact.encode(video)
     frames = exact.decode(latents)
-    model = channels_last(released.cuda().bfloat16())
+    model = released.cuda().bfloat16().channels_last()
     pieces = list(encode_stream(model, [video.cuda().bfloat16()], chunk=chunk))
     ours = torch.cat(pieces, dim=2).cpu().float()
     assert (ours - latents).norm() < NEAR * latents.norm()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError
-from worldline.tokenizers.wan.load import load_wan, open_wan
+from worldline.tokenizers.opened import stored_tensors
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.weights import diffusers_config, diffusers_tensors, released_tensors
+from worldline.tokenizers.wan.weights import diffusers_config, key_map, open_wan
 from worldline.weights.write import save
 
 TINY = WanTokenizerConfig(channels=4)
@@ -36,9 +36,13 @@ def build(config: WanTokenizerConfig) -> WanTokenizer:
     return model.requires_grad_(False).eval()
 
 
+def released(model: WanTokenizer) -> dict[str, Tensor]:
+    return stored_tensors(model, key_map(model.config))
+
+
 def save_vae(folder: Path, model: WanTokenizer, **changes: Any) -> dict[str, Tensor]:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = diffusers_tensors(model)
+    tensors = stored_tensors(model, key_map(model.config, "diffusers"))
     save(tensors, folder / WEIGHTS)
     settings = {**diffusers_config(model.config), **changes}
     (folder / "config.json").write_text(json.dumps(settings))
@@ -46,7 +50,7 @@ def save_vae(folder: Path, model: WanTokenizer, **changes: Any) -> dict[str, Ten
 
 
 def same(path: Path, model: WanTokenizer) -> None:
-    again = load_wan(open_wan(path), "cpu", torch.float32)
+    again = open_wan(path).read("cpu", torch.float32)
     assert again.config == model.config
     for (ours, a), (theirs, b) in zip(
         model.named_parameters(), again.named_parameters(), strict=True
@@ -73,26 +77,26 @@ def test_a_released_file_is_opened_as_such_or_in_its_folder(
 ) -> None:
     model = build(TINY)
     path = tmp_path / name
-    torch.save(released_tensors(model), path, _use_new_zipfile_serialization=not legacy)
+    torch.save(released(model), path, _use_new_zipfile_serialization=not legacy)
     for where in (path, tmp_path):
         same(where, model)
 
 
 def test_a_released_file_in_bfloat16(tmp_path: Path) -> None:
     model = build(TINY).bfloat16()
-    torch.save(released_tensors(model), tmp_path / "tokenizer.pth")
+    torch.save(released(model), tmp_path / "tokenizer.pth")
     same(tmp_path, model.float())
 
 
 def test_the_released_file_wins_over_diffusers(tmp_path: Path) -> None:
-    torch.save(released_tensors(build(TINY)), tmp_path / "tokenizer.pth")
+    torch.save(released(build(TINY)), tmp_path / "tokenizer.pth")
     save_vae(tmp_path / "vae", build(ODD))
     assert open_wan(tmp_path).config == TINY
 
 
 def test_statistics_of_other_latents_must_be_given(tmp_path: Path) -> None:
     """The released file says nothing of them."""
-    torch.save(released_tensors(build(ODD)), tmp_path / "tokenizer.pth")
+    torch.save(released(build(ODD)), tmp_path / "tokenizer.pth")
     with pytest.raises(CheckpointError, match="2 channels, whose mean and deviation"):
         open_wan(tmp_path)
 
@@ -101,23 +105,17 @@ def test_statistics_of_other_latents_must_be_given(tmp_path: Path) -> None:
 def test_tensors_that_do_not_fit_are_named(absent: str, tmp_path: Path) -> None:
     model = build(TINY)
     path = tmp_path / "tokenizer.pth"
-    tensors = released_tensors(model)
+    tensors = released(model)
     torch.save(tensors | {"encoder.conv3.weight": torch.ones(2)}, path)
     with pytest.raises(CheckpointError, match=r"encoder\.conv3\.weight"):
         open_wan(path)
-    released = next(n for n in tensors if open_ours(n) == absent)
-    torch.save({n: t for n, t in tensors.items() if n != released}, path)
-    with pytest.raises(CheckpointError, match=f"1 missing: {released}"):
+    name = key_map(TINY).released(absent)
+    torch.save({n: t for n, t in tensors.items() if n != name}, path)
+    with pytest.raises(CheckpointError, match=f"1 missing: {name}"):
         open_wan(path)
-    torch.save(tensors | {released: torch.ones(3, 3)}, path)
-    with pytest.raises(CheckpointError, match=f"wrong shape: {released}"):
+    torch.save(tensors | {name: torch.ones(3, 3)}, path)
+    with pytest.raises(CheckpointError, match=f"wrong shape: {name}"):
         open_wan(path)
-
-
-def open_ours(released: str) -> str | None:
-    from worldline.tokenizers.wan.weights import key_map
-
-    return key_map(TINY).ours(released)
 
 
 def test_what_is_no_such_tokenizer(tmp_path: Path) -> None:
@@ -132,7 +130,7 @@ def test_what_is_no_such_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer of Wan2\.1"):
         open_wan(tmp_path / "x.safetensors")
     # levels of different depth, as no such network has them
-    tensors = released_tensors(build(TINY))
+    tensors = released(build(TINY))
     tensors["encoder.downsamples.11.residual.2.weight"] = torch.ones(16, 16, 3, 3, 3)
     torch.save(tensors, tmp_path / "tokenizer.pth")
     with pytest.raises(CheckpointError, match=r"\[2, 2, 2, 3\] deep"):
@@ -166,5 +164,5 @@ def test_a_base_width_of_the_decoder_that_is_the_encoder_s(tmp_path: Path) -> No
 
 
 def test_diffusers_without_a_config(tmp_path: Path) -> None:
-    save(diffusers_tensors(build(TINY)), tmp_path / WEIGHTS)
+    save(stored_tensors(build(TINY), key_map(build(TINY).config, "diffusers")), tmp_path / WEIGHTS)
     same(tmp_path, build(TINY))

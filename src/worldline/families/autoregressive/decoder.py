@@ -36,8 +36,8 @@ from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape
 from worldline.step import Step
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.statistics import LatentStatistics
-from worldline.tokenizers.cosmos.stream import decode_stream
+from worldline.tokenizers.cosmos.model import LatentStatistics
+from worldline.nn.pieces import decode_stream
 from worldline.video.convert import signed_to_uint8
 
 OVERLAP = 2  # latent frames that a window shares with the one before

@@ -58,7 +58,7 @@ from worldline.models.predict1_ar.weights import KEYS, read_config
 from worldline.models.predict1_dit.model import BLOCKS, DECODER_WINDOW, DiT
 from worldline.models.predict1_dit.model import PRESETS as DIT_PRESETS
 from worldline.models.predict1_dit.weights import open_dit
-from worldline.nn.pieces import Past
+from worldline.nn.pieces import CausalCache
 from worldline.opening import Network, TextPart, open_text, read_settings
 from worldline.report import Recorder
 from worldline.request import LARGEST_SIZE
@@ -68,7 +68,7 @@ from worldline.shapes import LatentShape, VideoShape, latent_frames_of, nearest_
 from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
-from worldline.tokenizers.cosmos.load import open_tokenizer as open_cosmos
+from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import key_map
@@ -318,7 +318,7 @@ class Decoding:
     def begin_window(self, known: int, overlap: int) -> None:
         """Begin anew with `known` latent frames; the first `overlap` frames are there already."""
         self.known, self.overlap = known, overlap
-        self.latents, self.past = 0, Past()
+        self.latents, self.past = 0, CausalCache()
 
     def add(self, piece: NDArray[np.uint8]) -> None:
         """Keep the frames of a piece that are new."""

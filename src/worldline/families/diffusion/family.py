@@ -61,7 +61,7 @@ from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
 from worldline.text.upsampler import DESCRIBING, LENGTHENING
-from worldline.tokenizers.cosmos.load import open_tokenizer as open_cosmos
+from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.statistics import (
@@ -69,7 +69,7 @@ from worldline.tokenizers.cosmos.statistics import (
     holds_vae_weights,
     read_statistics,
 )
-from worldline.tokenizers.cosmos.stream import CHUNK, decode_stream
+from worldline.nn.pieces import decode_stream
 from worldline.tokenizers.cosmos.weights import key_map
 from worldline.video.convert import stretched_frames
 from worldline.video.read import Clip

@@ -51,10 +51,10 @@ from worldline.shapes import VideoShape
 from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
 from worldline.text.reason1 import NUM_PARAMETERS, Reason1Files
-from worldline.tokenizers.wan.load import FILES as TOKENIZER_FILES
-from worldline.tokenizers.wan.load import open_wan
+from worldline.tokenizers.wan.weights import FILES as TOKENIZER_FILES
+from worldline.tokenizers.wan.weights import open_wan
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.stream import CHUNK, decode_stream, encode_stream
+from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.video.convert import covering_frames
 from worldline.video.read import Clip
 

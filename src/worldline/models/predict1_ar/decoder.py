@@ -1,18 +1,18 @@
-"""Clips through an autoregressive transformer, token by token, one clip or several in step.
+"""Decoding of clips by an autoregressive transformer, token by token, one clip or several in step.
 
 `PlainDecoder` calls the model as it is, on any device. `CapturedDecoder` runs on a CUDA device: a
 step (the model by the kernels of `worldline.nn.decode_kernels`, the filter, the draw) is captured
 once in a CUDA graph and replayed.
 
-A clip draws the same tokens alone and beside others, bit for bit. A matrix product of several rows
-may round otherwise than that of one, and so may sums over several rows: so the plain decoder calls
-the model clip by clip, the kernels sum in an order that does not depend on how many clips there
-are, and prompts are read and tokens drawn clip by clip in both. What is shared is the reading of
-the weights, which is what a step of the kernels costs.
+A clip draws the same tokens alone and in a batch, bit for bit. A matrix product of several rows may
+round otherwise than that of one, and so may sums over several rows: so the plain decoder calls the
+model clip by clip, the kernels sum in an order that does not depend on the batch size, and prompts
+are read and tokens drawn clip by clip in both. The reading of the weights is shared, and it is the
+cost of a step of the kernels.
 
-A clip may be longer than the model's window. When the window is full, its oldest latent frame is
-forgotten and the others stay as they are in the cache: positions are relative in the rotation, so
-that a new token sees the frames before it as near as in training.
+A clip may be longer than the model's window. When the window is full, its oldest latent frame
+leaves the cache and the others stay as they are: positions are relative in the rotation, so that a
+new token sees the frames before it as near as in training.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from worldline.models.predict1_ar.model import (
     Positions,
     make_positions,
 )
-from worldline.nn.kv_cache import KVCache
+from worldline.nn.attention import KVCache
 from worldline.sampling.tokens import Sampling, draw
 
-MOST_CLIPS = 16  # that the kernels decode in step
+MAX_BATCH_SIZE = 16  # of the kernels
 
 
 def make_decoder(
@@ -46,24 +46,24 @@ def make_decoder(
     batch: int = 1,
     context: Tensor | None = None,
 ) -> PlainDecoder:
-    """Return the fastest decoder that the device and the model allow.
+    """The fastest decoder that the device and the model allow.
 
     Args:
         model: on its device.
-        positions: of a whole clip, on the same device in the dtype of the weights; changed in
-            place where the clip becomes longer than the window.
+        positions: those of a whole clip, on the device and in the dtype of the weights; changed in
+            place if the clip becomes longer than the window.
         sampling: how tokens are drawn.
         batch: B, clips decoded in step.
         context: text context (B, rows, width); Video2World only.
     """
     weight = model.head.weight
-    fast = batch <= MOST_CLIPS and kernels_fit(model.config, weight.device, weight.dtype)
+    fast = batch <= MAX_BATCH_SIZE and kernels_fit(model.config, weight.device, weight.dtype)
     kind = CapturedDecoder if fast else PlainDecoder
     return kind(model, positions, sampling, batch=batch, context=context)
 
 
 def kernels_fit(config: ARTransformerConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether the kernels can run this architecture here."""
+    """Whether the kernels can run this architecture here."""
     return (
         device.type == "cuda"
         and dtype == torch.bfloat16
@@ -78,7 +78,13 @@ def has_triton() -> bool:
 
 
 class PlainDecoder:
-    """Calls the modules; the reference for the fast one."""
+    """Decoder that calls the modules; the reference for the fast one.
+
+    Attributes:
+        ids: (B, window), prompt and drawn tokens of the window.
+        done: tokens of them that are known.
+        forgotten: (B, tokens of a latent frame) each, of the frames that left the window.
+    """
 
     name = "plain modules"
 
@@ -100,10 +106,6 @@ class PlainDecoder:
         self.ids = torch.zeros(batch, self.cache.length, dtype=torch.int64, device=device)
         self.done = 0
         self.forgotten: list[Tensor] = []
-        self._prepare()
-
-    def _prepare(self) -> None:
-        """Make what a faster decoder needs besides."""
 
     @property
     def tokens(self) -> Tensor:
@@ -114,7 +116,7 @@ class PlainDecoder:
 
     @torch.inference_mode()
     def start(self, prompt: Tensor, noise: Tensor | None) -> None:
-        """Read `prompt` (B, P) and draw the token after it; what was read before is forgotten.
+        """Read `prompt` (B, P) into an empty window and draw the token after it.
 
         Raises:
             ValueError: the prompt leaves no room in the clip.
@@ -124,7 +126,7 @@ class PlainDecoder:
             raise ValueError(f"a prompt of {count} tokens; a clip has {self.cache.length}")
         if self.forgotten:
             self.forgotten = []
-            self._place()
+            self._move_window()
         self.ids[:, :count] = prompt
         self._read_and_draw(0, count, noise)
 
@@ -136,17 +138,17 @@ class PlainDecoder:
         self._read_and_draw(self.done - 1, self.done, noise)
 
     def _forget(self) -> None:
-        """Make room for another latent frame: the oldest one leaves the window."""
+        """Drop the oldest latent frame of the window."""
         config = self.model.config
         start, count = config.leading_tokens, config.grid.tokens_per_frame
         self.forgotten.append(self.ids[:, start : start + count].clone())
         self.ids[:, start:-count] = self.ids[:, start + count :].clone()
         self.cache.forget(start, count)
         self.done -= count
-        self._place()
+        self._move_window()
 
-    def _place(self) -> None:
-        """Let the window begin at the latent frame that is its oldest."""
+    def _move_window(self) -> None:
+        """Set positions to those of a window that begins behind the forgotten frames."""
         rotation, device = self.positions.rotation, self.ids.device
         now = make_positions(
             self.model.config, device, rotation.cos.dtype, first_frame=len(self.forgotten)
@@ -165,27 +167,36 @@ class PlainDecoder:
                 context=encoded,
                 last_only=True,
             )
-            own = None if noise is None else noise[clip : clip + 1]
-            ids[end : end + 1] = draw(logits[:, -1], self.sampling, own)
+            row = None if noise is None else noise[clip : clip + 1]
+            ids[end : end + 1] = draw(logits[:, -1], self.sampling, row)
         self.done = end + 1
 
 
 class CapturedDecoder(PlainDecoder):
-    """One CUDA graph a token of every clip."""
+    """Decoder that replays one CUDA graph for a token of every clip."""
 
     name = "CUDA graph, Triton kernels"
 
-    def _prepare(self) -> None:
-        batch, device = len(self.ids), self.ids.device
-        self.fused = FusedStep(self.model, self.positions, self.encoded)
+    def __init__(
+        self,
+        model: ARTransformer,
+        positions: Positions,
+        sampling: Sampling,
+        *,
+        batch: int = 1,
+        context: Tensor | None = None,
+    ) -> None:
+        super().__init__(model, positions, sampling, batch=batch, context=context)
+        device = self.ids.device
+        self.fused = FusedStep(model, positions, self.encoded)
         self.position = torch.zeros((), dtype=torch.int64, device=device)
-        self.noise = torch.ones(batch, self.model.config.vocabulary, device=device)
+        self.noise = torch.ones(batch, model.config.vocabulary, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
     def start(self, prompt: Tensor, noise: Tensor | None) -> None:
         super().start(prompt, noise)
-        self.position.fill_(self.done - 1)  # of the token that the next step reads
+        self.position.fill_(self.done - 1)  # index of the token that the next step reads
 
     @torch.inference_mode()
     def step(self, noise: Tensor | None) -> None:
@@ -205,8 +216,8 @@ class CapturedDecoder(PlainDecoder):
         logits = self.fused(last, self.position, self.cache)
         self.position += 1
         # sums of one row and of several take different kernels, which round differently
-        for ids, row, own in zip(self.ids, logits.split(1), self.noise.split(1), strict=True):
-            ids.scatter_(0, self.position.view(1), draw(row, self.sampling, own))
+        for ids, row, noise in zip(self.ids, logits.split(1), self.noise.split(1), strict=True):
+            ids.scatter_(0, self.position.view(1), draw(row, self.sampling, noise))
 
     def _capture(self) -> None:
         # Rehearsals compile the kernels. They write one token and one row of the cache, which the
@@ -234,12 +245,12 @@ class FusedStep:
         positions: Positions,
         contexts: Sequence[EncodedContext | None] = (None,),
     ) -> None:
-        """Set up.
+        """Allocate the buffers.
 
         Args:
             model: bf16, on its device.
-            positions: of a whole clip, likewise.
-            contexts: for each clip what `encode_context` gave.
+            positions: those of a whole clip, bf16, on the same device.
+            contexts: from `encode_context`, for each clip.
         """
         from worldline.nn import decode_kernels
 
@@ -249,10 +260,12 @@ class FusedStep:
         config = model.config
         device = model.head.weight.device
         batch = len(contexts)
-        self.contexts = [
-            _stacked([None if one is None else one[layer.number] for one in contexts])
-            for layer in model.stack
-        ]
+        # keys and values (B, M, rows, K) of the text of all clips, for each layer that reads one
+        self.contexts: list[tuple[Tensor, Tensor] | None] = []
+        for layer in model.stack:
+            pairs = [pair for one in contexts if one is not None and (pair := one[layer.number])]
+            keys_and_values = [torch.cat(part).contiguous() for part in zip(*pairs, strict=True)]
+            self.contexts.append((keys_and_values[0], keys_and_values[1]) if pairs else None)
 
         def buffer(size: int) -> Tensor:
             return torch.empty(batch, size, dtype=torch.bfloat16, device=device)
@@ -273,7 +286,7 @@ class FusedStep:
         )
 
     def __call__(self, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
-        """Return logits (B, V), bf16.
+        """Logits (B, V), bf16.
 
         Args:
             tokens: (B,) ids on the device.
@@ -296,15 +309,13 @@ class FusedStep:
             )
             self.attend(
                 self.qkv,
-                attention.q_norm.weight,
-                attention.k_norm.weight,
+                (attention.q_norm.weight, attention.k_norm.weight),
                 attention.q_norm.eps,
-                self.rotation.cos,
-                self.rotation.sin,
                 cache.keys[number],
                 cache.values[number],
-                position,
                 self.mixed,
+                rotation=self.rotation,
+                position=position,
             )
             matvec(self.mixed, (attention.out.weight,), x, residual=x)
             self._attend_to_context(layer, self.contexts[number])
@@ -322,36 +333,22 @@ class FusedStep:
         return self.logits
 
     def _attend_to_context(self, layer: Layer, context: tuple[Tensor, Tensor] | None) -> None:
-        """Add to the stream what a layer reads in the text, where it does."""
+        """Add cross-attention to the stream, in layers that have it."""
         attention, norm = layer.cross_attention, layer.cross_attention_norm
         if attention is None or norm is None:
             return
         assert context is not None, "a Video2World model needs its text context"
-        matvec, x, weight = self.kernels.matvec, self.stream, attention.q_norm
+        matvec, x, q_norm = self.kernels.matvec, self.stream, attention.q_norm
         matvec(x, (attention.q.weight,), self.query, gamma=norm.weight, eps=norm.eps)
-        self.attend.read(self.query, weight.weight, weight.eps, *context, self.mixed)
+        self.attend(self.query, (q_norm.weight, q_norm.weight), q_norm.eps, *context, self.mixed)
         matvec(self.mixed, (attention.out.weight,), x, residual=x)
-
-
-def _stacked(
-    encoded: Sequence[tuple[Tensor, Tensor] | None],
-) -> tuple[Tensor, Tensor] | None:
-    """Return one layer's keys and values (B, M, rows, K) of every clip's text; None for none."""
-    found = [one for one in encoded if one is not None]
-    if not found:
-        return None
-    keys, values = (torch.cat(part).contiguous() for part in zip(*found, strict=True))
-    return keys, values
 
 
 def compile_ahead(
     config: ARTransformerConfig, device: torch.device, dtype: torch.dtype, batch: int = 1
 ) -> threading.Thread | None:
-    """Compile the kernels of a decoder of this architecture in a thread, while weights load.
-
-    Returns None where there is nothing to compile.
-    """
-    if batch > MOST_CLIPS or not kernels_fit(config, device, dtype):
+    """Thread that compiles the kernels of this architecture while weights load; None if unused."""
+    if batch > MAX_BATCH_SIZE or not kernels_fit(config, device, dtype):
         return None
 
     def run() -> None:

@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldline.nn.attention import attend
-from worldline.nn.blocks import RMSNorm
-from worldline.nn.kv_cache import KVCache
+from worldline.nn.attention import KVCache, attend
 from worldline.nn.rope import Rotation, Yarn, rotate, rotation_3d, sincos_3d
 from worldline.shapes import LatentShape
 
@@ -40,7 +38,7 @@ _SIZES = (
 
 @dataclass(frozen=True, kw_only=True)
 class ARTransformerConfig:
-    """Everything that fixes a weight's shape or the positions of a clip.
+    """Architecture: shapes of all weights and the positions of a clip.
 
     Attributes:
         depth: number of layers.
@@ -134,7 +132,7 @@ EncodedContext = Sequence[tuple[Tensor, Tensor] | None]
 
 
 class Positions(NamedTuple):
-    """Where each token of a clip stands: rotation (length, K), and the fixed table (length, D)."""
+    """Positions of the tokens of a clip: rotation (length, K), and the fixed table (length, D)."""
 
     rotation: Rotation
     table: Tensor | None
@@ -150,10 +148,10 @@ def make_positions(
     dtype: torch.dtype,
     first_frame: int = 0,
 ) -> Positions:
-    """Return the positions of a whole clip, computed in float32 and rounded to `dtype` at last.
+    """Positions of a whole clip, computed in float32, then rounded to `dtype`.
 
-    Of a longer clip, `first_frame` is the latent frame that the model sees first. The rotation goes
-    on with time; the fixed table has no later time and stays as it is.
+    In a clip longer than the window, `first_frame` is the latent frame that the window begins with.
+    The rotation goes on with time; the fixed table has no later time and stays as it is.
     """
     rotation = rotation_3d(
         config.grid,
@@ -169,57 +167,67 @@ def make_positions(
     return Positions(rotation.to(torch.device(device), dtype), table)
 
 
-class Attention(nn.Module):
-    """Grouped-query self-attention; norms on q and k before the rotation."""
+class RMSNorm(nn.Module):
+    """Divide by the root mean square of the last axis (arXiv 1910.07467), then scale.
 
-    def __init__(self, config: ARTransformerConfig) -> None:
+    The statistics are float32; the result is cast back before it is multiplied by the weight, as in
+    nvidia-cosmos/cosmos-predict1 `autoregressive/modules/normalization.py`.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()  # float32: squares of bf16 values would lose the mean
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: projections, and norms on q and k."""
+
+    def __init__(self, config: ARTransformerConfig, source_width: int) -> None:
         super().__init__()
         self.head_size = config.head_size
         self.q = nn.Linear(config.width, config.num_heads * config.head_size, bias=False)
-        self.k = nn.Linear(config.width, config.num_kv_heads * config.head_size, bias=False)
-        self.v = nn.Linear(config.width, config.num_kv_heads * config.head_size, bias=False)
+        self.k = nn.Linear(source_width, config.num_kv_heads * config.head_size, bias=False)
+        self.v = nn.Linear(source_width, config.num_kv_heads * config.head_size, bias=False)
         self.out = nn.Linear(config.num_heads * config.head_size, config.width, bias=False)
         self.q_norm = RMSNorm(config.head_size, config.norm_eps)
         self.k_norm = RMSNorm(config.head_size, config.norm_eps)
 
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, S, heads, K): split by head size, so that column-sharded layers need no change."""
+        return x.unflatten(-1, (-1, self.head_size))
+
+
+class SelfAttention(Attention):
+    """Causal, rotated after the norms, over the cached tokens and these."""
+
     def forward(
         self, x: Tensor, rotation: Rotation, cache: KVCache | None, layer: int, start: int
     ) -> Tensor:
-        # Split by head size, not head count: a column-sharded q/k/v then needs no change here.
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_size)) for project in (self.q, self.k, self.v)
-        )  # (B, S, heads, K)
-        q = rotate(self.q_norm(q).transpose(1, 2), rotation)
-        k = rotate(self.k_norm(k).transpose(1, 2), rotation)
-        v = v.transpose(1, 2)
+        q = rotate(self.q_norm(self.heads(self.q(x))).transpose(1, 2), rotation)
+        k = rotate(self.k_norm(self.heads(self.k(x))).transpose(1, 2), rotation)
+        v = self.heads(self.v(x)).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layer, start, k, v)
         y = attend(q, k, v, causal=True)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Attention from the stream to a text context: no rotation, no causal mask."""
 
-    def __init__(self, config: ARTransformerConfig) -> None:
-        super().__init__()
-        assert config.context_width is not None  # built for Video2World only
-        self.head_size = config.head_size
-        self.q = nn.Linear(config.width, config.num_heads * config.head_size, bias=False)
-        self.k = nn.Linear(config.context_width, config.num_kv_heads * config.head_size, bias=False)
-        self.v = nn.Linear(config.context_width, config.num_kv_heads * config.head_size, bias=False)
-        self.out = nn.Linear(config.num_heads * config.head_size, config.width, bias=False)
-        self.q_norm = RMSNorm(config.head_size, config.norm_eps)
-        self.k_norm = RMSNorm(config.head_size, config.norm_eps)
-
     def encode(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values (B, M, rows, K); they are the same for every token."""
-        k = self.k_norm(self.k(context).unflatten(-1, (-1, self.head_size)))
-        v = self.v(context).unflatten(-1, (-1, self.head_size))
-        return k.transpose(1, 2), v.transpose(1, 2)
+        """Keys and values (B, M, rows, K); they are the same for every token."""
+        k = self.k_norm(self.heads(self.k(context)))
+        return k.transpose(1, 2), self.heads(self.v(context)).transpose(1, 2)
 
     def forward(self, x: Tensor, encoded: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        q = self.q_norm(self.q(x).unflatten(-1, (-1, self.head_size)))
+        q = self.q_norm(self.heads(self.q(x)))
         y = attend(q.transpose(1, 2), *encoded, mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -243,12 +251,12 @@ class Layer(nn.Module):
         super().__init__()
         self.number = number
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = SelfAttention(config, config.width)
         self.cross_attention_norm: RMSNorm | None = None
         self.cross_attention: CrossAttention | None = None
         if config.context_width is not None and number % config.context_every == 0:
             self.cross_attention_norm = RMSNorm(config.width, config.norm_eps)
-            self.cross_attention = CrossAttention(config)
+            self.cross_attention = CrossAttention(config, config.context_width)
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
         self.feed_forward = FeedForward(config.width, config.hidden)
 
@@ -293,20 +301,14 @@ class ARTransformer(nn.Module):
             nn.init.normal_(parameter, std=0.02 / (2 * self.config.depth) ** 0.5 if deep else 0.02)
 
     def new_cache(self, batch: int, length: int | None = None) -> KVCache:
-        """Return an empty cache for `batch` clips, where the weights are and in their dtype."""
-        weight = self.head.weight
-        return KVCache.empty(
-            layers=self.config.depth,
-            batch=batch,
-            heads=self.config.num_kv_heads,
-            length=self.config.length if length is None else length,
-            head_size=self.config.head_size,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        """Empty cache for `batch` clips, on the device and in the dtype of the weights."""
+        config, weight = self.config, self.head.weight
+        length = config.length if length is None else length
+        shape = (config.depth, batch, config.num_kv_heads, length, config.head_size)
+        return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
 
     def encode_context(self, context: Tensor) -> EncodedContext:
-        """Return, for each layer, keys and values of a text context (B, rows, context_width)."""
+        """Keys and values of a text context (B, rows, context_width), for each layer."""
         context = context.to(self.head.weight.dtype)
         return [
             None if layer.cross_attention is None else layer.cross_attention.encode(context)
@@ -324,16 +326,16 @@ class ARTransformer(nn.Module):
         context_mask: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Return logits (B, S, V), or (B, 1, V) of the last token, in the dtype of the weights.
+        """Logits (B, S, V), or (B, 1, V) of the last token, in the dtype of the weights.
 
         Args:
             tokens: (B, S) ids in [0, embedding_rows).
-            positions: of the whole clip; rows start .. start + S - 1 are used.
+            positions: those of the whole clip; rows start .. start + S - 1 are used.
             cache: holds the `start` tokens before these; filled in place.
             start: index in the clip of the first of `tokens`.
-            context: what `encode_context` gave; Video2World only.
-            context_mask: boolean (B, 1, 1, rows), True is visible; None shows all rows, which is
-                what the released pipelines do.
+            context: from `encode_context`; Video2World only.
+            context_mask: boolean (B, 1, 1, rows), True is visible; by default all rows, as in the
+                released pipelines.
             last_only: compute the logits of the last position alone.
         """
         here = positions.rows(start, tokens.shape[1])

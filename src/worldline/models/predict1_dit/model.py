@@ -2,9 +2,9 @@
 
 Source: nvidia-cosmos/cosmos-predict1 `diffusion/networks/general_dit.py`,
 `general_dit_video_conditioned.py`, `diffusion/module/{blocks,attention,position_embedding}.py`;
-arXiv 2501.03575, section 5.1. Video2World reads one more channel, which marks the given frames.
-The diffusion decoder, which turns tokens of the autoregressive models into latents, reads embedded
-tokens beside the latents, and has no learned positions (same repository,
+arXiv 2501.03575, section 5.1. Video2World reads one more channel, which marks the conditioning
+frames. The diffusion decoder, which turns tokens of the autoregressive models into latents, reads
+embedded tokens beside the latents, and has no learned positions (same repository,
 `autoregressive/diffusion_decoder/network.py`).
 Axes: B batch, C latent channels, T/H/W latent grid, L tokens, D width, N heads, K head size,
 S rows of the text, E its width.
@@ -20,15 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn.dit import (
+    Block,
     Context,
-    CrossAttention,
     DiTSizes,
-    FeedForward,
-    SelfAttention,
+    Head,
+    NoiseLevel,
+    encode_context,
     patchify,
     unpatchify,
 )
-from worldline.nn.modulation import NORM_EPS, Carry, norm_heads, settle, sinusoid
+from worldline.nn.modulation import NORM_EPS, Residual, norm_heads, sinusoid
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.parallel.offload import BlockPlan
 from worldline.shapes import LatentShape
@@ -36,14 +37,12 @@ from worldline.shapes import LatentShape
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig(DiTSizes):
-    """Everything that fixes a weight's shape or a token's position.
-
-    The learned positions, where there are any, hold `max_grid`.
+    """Architecture: shapes of all weights and positions of all tokens.
 
     Attributes:
-        condition_mask: a further input channel marks given frames (Video2World).
+        condition_mask: a further input channel marks conditioning frames (Video2World).
         base_fps: frame rate at which latent frame t stands at position t.
-        learned_positions: a learned table of positions is added before every block.
+        learned_positions: a learned table of `max_grid` is added before every block.
         vocabulary: ids that the diffusion decoder reads; 0 for the other models.
         id_width: channels of an embedded id.
     """
@@ -107,7 +106,7 @@ PRESETS = {
 }
 
 
-# keys and values of a text are made before the blocks are called
+# keys and values of a text are computed before the blocks are called
 BLOCKS = BlockPlan(
     "blocks",
     kept=("cross_attention.body.k.weight", "cross_attention.body.v.weight", "body.k_norm"),
@@ -115,7 +114,7 @@ BLOCKS = BlockPlan(
 
 
 class Positions(NamedTuple):
-    """Where each token of a clip stands.
+    """Positions of the tokens of a clip.
 
     Attributes:
         rotation: (L, K), float32.
@@ -125,18 +124,6 @@ class Positions(NamedTuple):
 
     rotation: Rotation
     learned: Tensor | None
-
-
-class NoiseLevel(NamedTuple):
-    """What modulates the blocks at one noise level.
-
-    Attributes:
-        embedding: (B, D), activated.
-        shared: (B, 3 D), added to every modulation.
-    """
-
-    embedding: Tensor
-    shared: Tensor
 
 
 class LearnedPositions(nn.Module):
@@ -150,7 +137,7 @@ class LearnedPositions(nn.Module):
         self.columns = nn.Parameter(torch.empty(grid.width, width))
 
     def forward(self, grid: LatentShape) -> Tensor:
-        """Return (L, D) for a grid of tokens that fits the tables."""
+        """(L, D) for a grid of tokens that fits the tables."""
         time = self.time[: grid.frames, None, None]
         rows = self.rows[None, : grid.height, None]
         columns = self.columns[None, None, : grid.width]
@@ -161,7 +148,7 @@ class LearnedPositions(nn.Module):
 
 
 class NoiseEmbedding(nn.Module):
-    """The noise level as vectors; the norm acts on the bare sinusoid, not on the layers' output."""
+    """Noise level as vectors; the norm acts on the bare sinusoid, not on the layers' output."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -175,67 +162,6 @@ class NoiseEmbedding(nn.Module):
         embedding = norm_heads(waves[:, None, None].clone(), self.norm)[:, 0, 0]
         shared = self.second(F.silu(self.first(waves)))
         return NoiseLevel(F.silu(embedding), shared)
-
-
-class Modulation(nn.Module):
-    """The low-rank layer that turns a noise level into shifts, scales and gates."""
-
-    def __init__(self, config: DiTConfig, count: int) -> None:
-        super().__init__()
-        self.count = count
-        self.first = nn.Linear(config.width, config.lora_rank, bias=False)
-        self.second = nn.Linear(config.lora_rank, count * config.width, bias=False)
-
-    def forward(self, noise: NoiseLevel) -> tuple[Tensor, ...]:
-        """Return `count` vectors (B, D)."""
-        own = self.second(self.first(noise.embedding))
-        return (own + noise.shared[:, : own.shape[-1]]).chunk(self.count, dim=-1)
-
-
-class Modulated(nn.Module):
-    """One sub-block: what is due is added, normalised, shifted and scaled; then it has its say."""
-
-    def __init__(self, config: DiTConfig, body: nn.Module) -> None:
-        super().__init__()
-        self.modulation = Modulation(config, 3)
-        self.body = body
-
-    def forward(
-        self, carry: Carry, noise: NoiseLevel, *given: object, added: Tensor | None = None
-    ) -> Carry:
-        shift, scale, gate = self.modulation(noise)
-        stream, normed = settle(carry, added, shift, scale)
-        return Carry(stream, self.body(normed, *given), gate)
-
-
-class Block(nn.Module):
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.attention = Modulated(config, SelfAttention(config))
-        self.cross_attention = Modulated(config, CrossAttention(config))
-        self.feed_forward = Modulated(config, FeedForward(config))
-
-    def forward(
-        self,
-        carry: Carry,
-        noise: NoiseLevel,
-        positions: Positions,
-        context: tuple[Tensor, Tensor],
-    ) -> Carry:
-        carry = self.attention(carry, noise, positions.rotation, added=positions.learned)
-        carry = self.cross_attention(carry, noise, context)
-        return self.feed_forward(carry, noise)
-
-
-class Head(nn.Module):
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.modulation = Modulation(config, 2)
-        self.linear = nn.Linear(config.width, config.out_channels * config.patch_cells, bias=False)
-
-    def forward(self, carry: Carry, noise: NoiseLevel) -> Tensor:
-        shift, scale = self.modulation(noise)
-        return self.linear(settle(carry, None, shift, scale)[1])
 
 
 class DiT(nn.Module):
@@ -268,7 +194,7 @@ class DiT(nn.Module):
                 nn.init.normal_(parameter)
             else:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-        # The first update passes no gate that is shut: the noise level opens all of them a little.
+        # A gate at zero would block the first update: the noise level opens all of them a little.
         nn.init.normal_(self.noise.second.weight, std=0.02)
 
     @property
@@ -276,10 +202,8 @@ class DiT(nn.Module):
         return self.embed.weight.dtype
 
     def encode_context(self, context: Tensor) -> Context:
-        """Return every block's keys and values of a text (B, S, E); the same for all steps."""
-        context = context.to(self.embed.weight.device, self.dtype)
-        bodies = [block.cross_attention.body for block in self._stack]
-        return [body.encode(context) for body in bodies if isinstance(body, CrossAttention)]
+        """Every block's keys and values of a text (B, S, E); the same for all steps."""
+        return encode_context(self.blocks, context.to(self.embed.weight.device, self.dtype))
 
     def make_positions(
         self,
@@ -288,12 +212,12 @@ class DiT(nn.Module):
         *,
         rotary_dtype: torch.dtype = torch.float32,
     ) -> Positions:
-        """Return the positions of every token of a clip.
+        """Positions of every token of a clip.
 
         Args:
-            grid: of the latents.
-            fps: of the clip; None, for a single frame, leaves its time unscaled.
-            rotary_dtype: in which angles are computed; the released pipelines use bf16.
+            grid: latent grid.
+            fps: frame rate of the clip; None, for a single frame, leaves its time unscaled.
+            rotary_dtype: precision of the angles; the released pipelines use bf16.
 
         Raises:
             ValueError: the model has no positions for such a grid, or several frames have no fps.
@@ -313,11 +237,11 @@ class DiT(nn.Module):
         return Positions(Rotation(angles.cos(), angles.sin()), learned)
 
     def encode_ids(self, ids: Tensor, grid: LatentShape) -> Tensor:
-        """Return channels (B, id_width, T, H, W) that show ids; the same for all steps.
+        """Input channels (B, id_width, T, H, W) of ids; the same for all steps.
 
         Args:
             ids: (B, T, h, w), any integer dtype; each frame is enlarged to the grid's, bilinearly.
-            grid: of the latents, with as many frames.
+            grid: latent grid, with as many frames.
 
         Raises:
             ValueError: the model reads no ids, or the frames differ.
@@ -329,8 +253,8 @@ class DiT(nn.Module):
         frames = self.ids(ids).flatten(0, 1).permute(0, 3, 1, 2)  # (B T, C, h, w)
         wide = torch.promote_types(frames.dtype, torch.float32)  # weights of four neighbours
         size = (grid.height, grid.width)
-        shown = F.interpolate(frames.to(wide), size, mode="bilinear", align_corners=False)
-        return shown.to(frames.dtype).unflatten(0, ids.shape[:2]).transpose(1, 2)
+        large = F.interpolate(frames.to(wide), size, mode="bilinear", align_corners=False)
+        return large.to(frames.dtype).unflatten(0, ids.shape[:2]).transpose(1, 2)
 
     def forward(
         self,
@@ -343,35 +267,32 @@ class DiT(nn.Module):
         padding_mask: Tensor | None = None,
         ids: Tensor | None = None,
     ) -> Tensor:
-        """Return the network output F of the EDM parametrisation, shaped like `latents`.
+        """Network output F of the EDM parametrisation, shaped like `latents`.
 
         Args:
             latents: (B, C, T, H, W), noised, already multiplied by c_in.
             timesteps: (B,) c_noise = ln(sigma) / 4; rounded to the dtype of the weights.
-            context: what `encode_context` gave.
-            positions: what `make_positions` gave for this grid.
-            condition_mask: (B, 1, T, H, W), 1 on given frames; Video2World only.
-            padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding; None: nowhere.
-            ids: what `encode_ids` gave; the diffusion decoder only.
+            context: from `encode_context`.
+            positions: from `make_positions`, for this grid.
+            condition_mask: (B, 1, T, H, W), 1 on conditioning frames; Video2World only.
+            padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding; by default
+                nowhere.
+            ids: from `encode_ids`; the diffusion decoder only.
 
         Raises:
-            ValueError: a condition mask or ids are missing, or given to a model without them.
+            ValueError: a condition mask or ids are missing, or the model takes none.
         """
-        for name, wanted, given in (
+        for name, wanted, tensor in (
             ("condition mask", self.config.condition_mask, condition_mask),
             ("ids", self.ids is not None, ids),
         ):
-            if wanted != (given is not None):
+            if wanted != (tensor is not None):
                 raise ValueError(f"this model {'needs' if wanted else 'takes no'} {name}")
-        shown = [part for part in (condition_mask, ids) if part is not None]
-        x = patchify(latents.to(self.dtype), shown, padding_mask, self.config.patch)
+        conditioning = [part for part in (condition_mask, ids) if part is not None]
+        x = patchify(latents.to(self.dtype), conditioning, padding_mask, self.config.patch)
         noise = self.noise(timesteps)
-        carry = Carry(self.embed(x))
-        for block, encoded in zip(self._stack, context, strict=True):
-            carry = block(carry, noise, positions, encoded)
+        residual = Residual(self.embed(x))
+        for block, encoded in zip(self.blocks, context, strict=True):
+            residual = block(residual, noise, positions.rotation, encoded, positions.learned)
         grid = LatentShape(*latents.shape[2:])
-        return unpatchify(self.head(carry, noise), grid, self.config.patch)
-
-    @property
-    def _stack(self) -> list[Block]:
-        return list(self.blocks)  # type: ignore[arg-type]
+        return unpatchify(self.head(residual, noise), grid, self.config.patch)

@@ -2,7 +2,7 @@
 
 Source: nvidia-cosmos/cosmos-predict2.5 `_src/predict2/networks/minimal_v4_dit.py` and
 `minimal_v1_lvg_dit.py`. The blocks are Predict1's; the noise level may differ from frame to frame,
-and all that it goes through is float32, as are the last layers.
+and it is float32 in all layers that read it, as are the last layers.
 Axes: B batch, C latent channels, T/H/W latent grid, G noise levels of a clip (1 or T), L tokens,
 D width, K head size, S rows of the text, F its features.
 """
@@ -10,22 +10,23 @@ D width, K head size, S rows of the text, F its features.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn.dit import (
+    Block,
     Context,
-    CrossAttention,
     DiTSizes,
-    FeedForward,
-    SelfAttention,
+    Head,
+    NoiseLevel,
+    encode_context,
+    linear,
     patchify,
     unpatchify,
 )
-from worldline.nn.modulation import NORM_EPS, Carry, settle, sinusoid
+from worldline.nn.modulation import NORM_EPS, Residual, sinusoid
 from worldline.nn.rope import Rotation, axis_sizes, rotary_exponents, stretched_angles_3d
 from worldline.shapes import LatentShape
 
@@ -38,13 +39,13 @@ TIMESTEP_SCALE = 0.001
 
 @dataclass(frozen=True, kw_only=True)
 class FlowDiTConfig(DiTSizes):
-    """Everything that fixes a weight's shape, a token's position or how a noise level is read.
+    """Architecture: shapes of all weights, positions of all tokens, scale of timesteps.
 
     Attributes:
         feature_width: F; projected to `context_width`.
-        timestep_scale: what timesteps are multiplied by before they are embedded.
-        exponents: of the rotary frequencies in time and in space, where a checkpoint holds others
-            than `released_exponents`.
+        timestep_scale: factor of timesteps before they are embedded.
+        exponents: exponents of the rotary frequencies in time and in space, where a checkpoint
+            holds others than `released_exponents`.
     """
 
     feature_width: int
@@ -71,11 +72,11 @@ class FlowDiTConfig(DiTSizes):
 
 
 def released_exponents(head_size: int) -> Exponents:
-    """Return the exponents in time and in space; they were rounded to bf16 before training.
+    """Rotary exponents in time and in space; they were rounded to bf16 before training.
 
     Unrounded ones differ by up to 2 % in frequency.
     """
-    with torch.device("cpu"):  # values are wanted where a model is built on the meta device, too
+    with torch.device("cpu"):  # a model may be built on the meta device, which has no values
         time, space, _ = (rotary_exponents(size).bfloat16() for size in axis_sizes(head_size))
         return tuple(time.tolist()), tuple(space.tolist())
 
@@ -96,36 +97,19 @@ def _released(depth: int, width: int) -> FlowDiTConfig:
 PRESETS = {"2B": _released(28, 2048), "14B": _released(36, 5120)}
 
 
-class NoiseLevel(NamedTuple):
-    """What modulates the blocks, float32.
-
-    Attributes:
-        embedding: (B, G, D), activated.
-        shared: (B, G, 3 D), added to every modulation.
-    """
-
-    embedding: Tensor
-    shared: Tensor
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a layer without a bias in the precision of `x`, above that of its weights."""
-    return F.linear(x, layer.weight.to(x.dtype))
-
-
 class Projection(nn.Linear):
-    """The text's features, layer by layer of its encoder, made as narrow as the blocks read it."""
+    """Text features of all layers of the encoder to the width that the blocks read."""
 
     def forward(self, features: Tensor) -> Tensor:
         return F.gelu(super().forward(features))
 
 
 class NoiseEmbedding(nn.Module):
-    """The noise level as vectors; the norm acts on the bare sinusoid, not on the layers' output."""
+    """Noise level as vectors; the norm acts on the bare sinusoid, not on the layers' output."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -134,74 +118,12 @@ class NoiseEmbedding(nn.Module):
         self.norm = nn.Parameter(torch.empty(width))
 
     def forward(self, times: Tensor) -> NoiseLevel:
-        """Return the level of every time (B, G), which is scaled already."""
+        """Levels of scaled times (B, G)."""
         dtype, width = _wide(self.norm.dtype), self.norm.shape[0]
         waves = sinusoid(times, width).to(dtype)
         embedding = F.rms_norm(waves, (width,), self.norm.to(dtype), NORM_EPS)
-        shared = _apply(self.second, F.silu(_apply(self.first, waves)))
+        shared = linear(self.second, F.silu(linear(self.first, waves)))
         return NoiseLevel(F.silu(embedding), shared)
-
-
-class Modulation(nn.Module):
-    """The low-rank layer that turns a noise level into shifts, scales and gates, in float32."""
-
-    def __init__(self, config: FlowDiTConfig, count: int) -> None:
-        super().__init__()
-        self.count = count
-        self.first = nn.Linear(config.width, config.lora_rank, bias=False)
-        self.second = nn.Linear(config.lora_rank, count * config.width, bias=False)
-
-    def forward(self, noise: NoiseLevel) -> tuple[Tensor, ...]:
-        """Return `count` vectors (B, G, D)."""
-        own = _apply(self.second, _apply(self.first, noise.embedding))
-        return (own + noise.shared[..., : own.shape[-1]]).chunk(self.count, dim=-1)
-
-
-class Modulated(nn.Module):
-    """One sub-block: what is due is added, normalised, shifted and scaled; then it has its say."""
-
-    def __init__(self, config: FlowDiTConfig, body: nn.Module) -> None:
-        super().__init__()
-        self.modulation = Modulation(config, 3)
-        self.body = body
-
-    def forward(self, carry: Carry, noise: NoiseLevel, *given: object) -> Carry:
-        # rounded to the stream's dtype before use, as in the released pipeline
-        shift, scale, gate = (one.to(carry.stream.dtype) for one in self.modulation(noise))
-        stream, normed = settle(carry, None, shift, scale)
-        return Carry(stream, self.body(normed, *given), gate)
-
-
-class Block(nn.Module):
-    def __init__(self, config: FlowDiTConfig) -> None:
-        super().__init__()
-        self.attention = Modulated(config, SelfAttention(config))
-        self.cross_attention = Modulated(config, CrossAttention(config))
-        self.feed_forward = Modulated(config, FeedForward(config))
-
-    def forward(
-        self,
-        carry: Carry,
-        noise: NoiseLevel,
-        rotation: Rotation,
-        context: tuple[Tensor, Tensor],
-    ) -> Carry:
-        carry = self.attention(carry, noise, rotation)
-        carry = self.cross_attention(carry, noise, context)
-        return self.feed_forward(carry, noise)
-
-
-class Head(nn.Module):
-    """The last norm and layer, in float32."""
-
-    def __init__(self, config: FlowDiTConfig) -> None:
-        super().__init__()
-        self.modulation = Modulation(config, 2)
-        self.linear = nn.Linear(config.width, config.out_channels * config.patch_cells, bias=False)
-
-    def forward(self, carry: Carry, noise: NoiseLevel) -> Tensor:
-        shift, scale = self.modulation(noise)
-        return _apply(self.linear, settle(carry, None, shift, scale, shift.dtype)[1])
 
 
 class FlowDiT(nn.Module):
@@ -225,7 +147,7 @@ class FlowDiT(nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-        # The first update passes no gate that is shut: the noise level opens all of them a little.
+        # A gate at zero would block the first update: the noise level opens all of them a little.
         nn.init.normal_(self.noise.second.weight, std=0.02)
 
     @property
@@ -233,16 +155,15 @@ class FlowDiT(nn.Module):
         return self.embed.weight.dtype
 
     def encode_context(self, features: Tensor) -> Context:
-        """Return every block's keys and values of a text (B, S, F); the same for all steps."""
+        """Every block's keys and values of a text (B, S, F); the same for all steps."""
         context = self.project(features.to(self.embed.weight.device, self.dtype))
-        bodies = [block.cross_attention.body for block in self._stack]
-        return [body.encode(context) for body in bodies if isinstance(body, CrossAttention)]
+        return encode_context(self.blocks, context)
 
     def make_positions(self, grid: LatentShape, *, exact: bool = False) -> Rotation:
-        """Return the rotation of every token of a clip, whatever its frame rate.
+        """Rotation of every token of a clip, whatever its frame rate.
 
         Args:
-            grid: of the latents.
+            grid: latent grid.
             exact: leave the exponents unrounded, which no checkpoint was trained with; diffusers
                 does so.
 
@@ -273,15 +194,16 @@ class FlowDiT(nn.Module):
         condition_mask: Tensor,
         padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the velocity from data to noise, shaped like `latents`, float32.
+        """Velocity from data to noise, shaped like `latents`, float32.
 
         Args:
-            latents: (B, C, T, H, W), noised, but for given frames; any floating dtype.
+            latents: (B, C, T, H, W), noised but for conditioning frames; any floating dtype.
             timesteps: (B, 1), or (B, T) with one for each latent frame: 1000 times the noise level.
-            context: what `encode_context` gave.
-            positions: what `make_positions` gave for this grid.
-            condition_mask: (B, 1, T, H, W), 1 on given frames.
-            padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding; None: nowhere.
+            context: from `encode_context`.
+            positions: from `make_positions`, for this grid.
+            condition_mask: (B, 1, T, H, W), 1 on conditioning frames.
+            padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding; by default
+                nowhere.
 
         Raises:
             ValueError: timesteps of another shape.
@@ -294,11 +216,7 @@ class FlowDiT(nn.Module):
             )
         x = patchify(latents.to(self.dtype), [condition_mask], padding_mask, self.config.patch)
         noise = self.noise(timesteps.to(_wide(self.dtype)) * self.config.timestep_scale)
-        carry = Carry(self.embed(x))
-        for block, encoded in zip(self._stack, context, strict=True):
-            carry = block(carry, noise, positions, encoded)
-        return unpatchify(self.head(carry, noise), grid, self.config.patch)
-
-    @property
-    def _stack(self) -> list[Block]:
-        return list(self.blocks)  # type: ignore[arg-type]
+        residual = Residual(self.embed(x))
+        for block, encoded in zip(self.blocks, context, strict=True):
+            residual = block(residual, noise, positions, encoded)
+        return unpatchify(self.head(residual, noise), grid, self.config.patch)

@@ -1,121 +1,196 @@
 """uint8 clips of any size and length to latents or token ids, and back, in bounded memory.
 
-What a tokenizer cannot take is padded: rows and columns by repeating the last one, frames by
-repeating the last one, so that a crop of the decoded video gives back the clip's own size.
-Axes: T frames, H/W pixels; t/h/w latent frames, rows, columns.
+What a tokenizer cannot take is padded, and cut off again after decoding. `reconstruct_windows` pads
+and cuts as the released command-line tools do; every window is a clip of its own there, which
+leaves a seam at its borders (nvidia-cosmos/cosmos-predict1 `tokenizer/inference/utils.py`,
+`tokenizer/inference/video_lib.py`).
+Axes: B batch, T frames, H/W pixels; t/h/w latent frames, rows, columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.shapes import LatentShape, VideoShape
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.stream import decode_stream, encode_stream
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 
 Frames = NDArray[np.uint8]
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+# the released tools align to these whatever the tokenizer's own compression is
+_SPATIAL_ALIGNMENT = 16
+_TEMPORAL_ALIGNMENT = 8
 
 
 def encode_clip(model: CosmosTokenizer, pieces: Iterable[Frames]) -> tuple[Tensor, VideoShape]:
     """Encode a clip that is read piece by piece.
+
+    Rows, columns and frames are padded by repeating the last one.
 
     Args:
         model: on its device.
         pieces: uint8 (T, H, W, 3) RGB, of any lengths, one frame or more in all.
 
     Returns:
-        On the CPU, of a continuous tokenizer the latents (C, t, h, w) in the dtype of its weights,
-        not normalised; of a discrete one the token ids (t, h, w), int32. And the clip's own size.
+        Latents (C, t, h, w) of a continuous tokenizer, not normalised, in the dtype of its weights,
+        or token ids (t, h, w), int32, of a discrete one, on the CPU; and the size of the clip.
+
+    Raises:
+        ValueError: a clip without frames.
     """
-    counted = _Counted(pieces)
-    parts = []
-    for latents in encode_stream(model, _prepared(model, counted)):
-        part = latents if model.config.levels is None else model.to_tokens(latents)
-        parts.append(part.cpu())
-    return torch.cat(parts, dim=-3)[0], counted.shape
+    config, weight = model.config, model.quant_conv.weight
+    shape = VideoShape(0, 0, 0)
 
+    def videos() -> Iterator[Tensor]:
+        nonlocal shape
+        video: Tensor | None = None
+        for piece in pieces:
+            count, height, width = piece.shape[:3]
+            shape = VideoShape(shape.frames + count, height, width)
+            rows = torch.arange(height + -height % config.spatial).clamp(max=height - 1)
+            columns = torch.arange(width + -width % config.spatial).clamp(max=width - 1)
+            levels = torch.from_numpy(piece).to(weight.device)
+            levels = levels[:, rows.to(weight.device)][:, :, columns.to(weight.device)]
+            video = _to_video(levels[None], weight)
+            yield video
+        if video is None:
+            raise ValueError("a clip needs at least one frame")
+        missing = -(shape.frames - 1) % config.temporal
+        if missing:
+            yield video[:, :, -1:].expand(-1, -1, missing, -1, -1)
 
-class _Counted:
-    """Passes pieces on and remembers how much went by."""
-
-    def __init__(self, pieces: Iterable[Frames]) -> None:
-        self.pieces = pieces
-        self.shape = VideoShape(0, 0, 0)
-
-    def __iter__(self) -> Iterator[Frames]:
-        for piece in self.pieces:
-            frames, height, width = piece.shape[:3]
-            self.shape = VideoShape(self.shape.frames + frames, height, width)
-            yield piece
-
-
-def _prepared(model: CosmosTokenizer, counted: _Counted) -> Iterator[Tensor]:
-    """As the network takes them: (1, 3, T, H, W) in [-1, 1], padded."""
-    weight, config = model.quant_conv.weight, model.config
-    video: Tensor | None = None
-    for piece in counted:
-        height, width = counted.shape.height, counted.shape.width
-        rows = torch.arange(height + -height % config.spatial).clamp(max=height - 1)
-        columns = torch.arange(width + -width % config.spatial).clamp(max=width - 1)
-        levels = torch.from_numpy(piece).to(weight.device)
-        levels = levels[:, rows.to(weight.device)][:, :, columns.to(weight.device)]
-        # float32: 255 levels need more than the 8 significant bits of bf16 while they are scaled
-        video = (levels.float() / 255 * 2 - 1).to(weight.dtype).permute(3, 0, 1, 2)[None]
-        yield video
-    if video is None:
-        raise ValueError("a clip needs at least one frame")
-    missing = -(counted.shape.frames - 1) % config.temporal
-    if missing:
-        yield video[:, :, -1:].expand(-1, -1, missing, -1, -1)
+    latents = encode_stream(model, videos())
+    parts = [one.cpu() if config.levels is None else model.to_tokens(one).cpu() for one in latents]
+    return torch.cat(parts, dim=-3)[0], shape
 
 
 def decode_clip(
     model: CosmosTokenizer, stored: Tensor, shape: VideoShape | None = None
 ) -> Iterator[Frames]:
-    """Yield a clip, piece by piece: uint8 (T, H, W, 3), rounded.
+    """Frames uint8 (T, H, W, 3) of a clip, piece by piece, rounded.
 
     Args:
         model: on its device.
-        stored: what `encode_clip` returned.
-        shape: the clip's own size, to which the video is cut; absent, all of it.
+        stored: latents or token ids, as from `encode_clip`.
+        shape: size of the clip, to which the video is cut; by default all of it.
 
     Raises:
-        ValueError: `stored` is not of such a tokenizer or not finite, or `shape` is larger than its
-            video.
+        ValueError: as `check_stored`; latents that are not finite, or ids beyond the vocabulary.
     """
     config = model.config
-    discrete = config.levels is not None
-    if stored.is_floating_point() == discrete or stored.dim() != (3 if discrete else 4):
-        wanted = "token ids (t, h, w)" if discrete else "latents (C, t, h, w)"
-        raise ValueError(f"{stored.dtype} {list(stored.shape)}; {wanted} are needed")
-    if not discrete and stored.shape[0] != config.latent_channels:
-        raise ValueError(f"latents of {stored.shape[0]} channels, not {config.latent_channels}")
-    if not discrete and not bool(stored.isfinite().all()):
-        raise ValueError("latents that are not finite")
-    if discrete and (int(stored.min()) < 0 or int(stored.max()) >= config.vocabulary):
-        raise ValueError(f"token ids outside 0 to {config.vocabulary - 1:,}")
+    check_stored(config, stored.dtype, tuple(stored.shape), shape)
+    if config.levels is None:
+        if not bool(stored.isfinite().all()):
+            raise ValueError("latents that are not finite")
+        latents = stored[None]
+    else:
+        if int(stored.min()) < 0 or int(stored.max()) >= config.vocabulary:
+            raise ValueError(f"token ids outside 0 to {config.vocabulary - 1:,}")
+        latents = model.to_codes(stored[None])
     whole = LatentShape(*stored.shape[-3:]).video(config.temporal, config.spatial)
-    shape = shape or whole
-    pairs = zip(astuple(shape), astuple(whole), strict=True)
-    if not all(0 < wanted <= have for wanted, have in pairs):
-        raise ValueError(f"a clip of {shape} cannot be cut from {whole}")
-    latents = model.to_codes(stored[None]) if discrete else stored[None]
-    return _cut(decode_stream(model, latents), shape)
+    return _cut(decode_stream(model, latents), shape or whole)
+
+
+def check_stored(
+    config: CosmosTokenizerConfig,
+    dtype: torch.dtype,
+    stored: tuple[int, ...],
+    clip: VideoShape | None,
+) -> None:
+    """Refuse latents or token ids that are not of a tokenizer.
+
+    Args:
+        config: of the tokenizer.
+        dtype: of the stored tensor.
+        stored: its shape.
+        clip: size of the clip it was made from, if known.
+
+    Raises:
+        ValueError: other dtype, number of axes, channels or grid.
+    """
+    channels: tuple[int, ...]
+    if config.levels is None:
+        name, dtypes, channels = "latents", _FLOATS, (config.latent_channels,)
+    else:
+        name, dtypes, channels = "token ids", _INTEGERS, ()
+    if dtype not in dtypes:
+        raise ValueError(f"{name} are needed, not {str(dtype).removeprefix('torch.')}")
+    grid = stored[-3:]
+    if clip is not None:
+        grid = (
+            1 + -(-(clip.frames - 1) // config.temporal),
+            -(-clip.height // config.spatial),
+            -(-clip.width // config.spatial),
+        )
+    if stored != (*channels, *grid) or len(grid) != 3 or min(stored) < 1:
+        sides = " x ".join(map(str, (*channels, *(grid if clip else "thw"))))
+        raise ValueError(f"{name} {sides} are needed, not {' x '.join(map(str, stored))}")
 
 
 def _cut(pieces: Iterable[Tensor], shape: VideoShape) -> Iterator[Frames]:
-    left = shape.frames
+    remaining = shape.frames
     for video in pieces:
-        part = video[0, :, :left, : shape.height, : shape.width]
-        # float32: 255 levels need more than the 8 significant bits of bf16
-        levels = ((part.float().clamp(-1, 1) + 1) / 2 * 255 + 0.5).floor().to(torch.uint8)
-        yield levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
-        left -= part.shape[1]
-        if left == 0:
+        part = _to_levels(video[:, :, :remaining, : shape.height, : shape.width])[0]
+        yield part.contiguous().cpu().numpy()
+        remaining -= len(part)
+        if remaining == 0:
             return
+
+
+def _to_video(levels: Tensor, like: Tensor) -> Tensor:
+    """Video (B, 3, T, H, W) in [-1, 1], in the dtype of `like`, of uint8 (B, T, H, W, 3)."""
+    # float32: 255 levels need more than the 8 significant bits of bf16 while they are scaled
+    return (levels.float() / 255 * 2 - 1).to(like.dtype).permute(0, 4, 1, 2, 3)
+
+
+def _to_levels(video: Tensor) -> Tensor:
+    """Inverse of `_to_video`: clamped, rounded."""
+    # float32: 255 levels need more than the 8 significant bits of bf16
+    levels = ((video.float().clamp(-1, 1) + 1) / 2 * 255 + 0.5).floor().to(torch.uint8)
+    return levels.permute(0, 2, 3, 4, 1)
+
+
+def pad(frames: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Pad `frames` (B, T, H, W, 3), any dtype, to 1 + 8k frames and sides that are multiples of 16.
+
+    Rows and columns are black, half on each side; frames are copies of the first and the last, half
+    (rounded down) in front.
+
+    Returns:
+        The frames, and where the originals lie: first frame, row, column, and their ends.
+    """
+    _, count, height, width, _ = frames.shape
+    extra_rows = -height % _SPATIAL_ALIGNMENT
+    extra_columns = -width % _SPATIAL_ALIGNMENT
+    extra_frames = -(count - 1) % _TEMPORAL_ALIGNMENT
+    front, top, left = extra_frames // 2, extra_rows // 2, extra_columns // 2
+    frames = F.pad(frames, (0, 0, left, extra_columns - left, top, extra_rows - top))
+    order = torch.arange(-front, count + extra_frames - front).clamp(0, count - 1)
+    frames = frames[:, order.to(frames.device)]
+    return frames, (front, top, left, front + count, top + height, left + width)
+
+
+@torch.no_grad()
+def reconstruct_windows(model: CosmosTokenizer, frames: Tensor, window: int) -> Tensor:
+    """`frames` (B, T, H, W, 3), uint8, of any number and size, after encoding and decoding.
+
+    Args:
+        model: on its device.
+        frames: on any device.
+        window: frames that are coded together, 1 or more.
+    """
+    weight = model.quant_conv.weight
+    parts = []
+    for start in range(0, frames.shape[1], window):
+        padded, (t0, y0, x0, t1, y1, x1) = pad(frames[:, start : start + window])
+        levels = _to_levels(model.reconstruct(_to_video(padded.to(weight.device), weight)))
+        parts.append(levels[:, t0:t1, y0:y1, x0:x1])
+    return torch.cat(parts, dim=1)

@@ -1,15 +1,13 @@
 """Causal video tokenizer of Cosmos: pixels <-> continuous latents (CV) or token ids (DV).
 
-Source: nvidia-cosmos/cosmos-predict1 `tokenizer/modules/layers3d.py`, `tokenizer/networks/`;
-FSQ from arXiv 2309.15505. Every layer is causal in time: output frame t sees input frames <= t.
+Source: nvidia-cosmos/cosmos-predict1 `tokenizer/modules/layers3d.py`, `tokenizer/networks/`,
+`diffusion/module/pretrained_vae.py`; FSQ from arXiv 2309.15505. Every layer is causal in time:
+output frame t sees input frames <= t.
 Axes: B batch, C channels, T/H/W frames, rows, columns (pixels, wavelet patches or latent cells).
 
 Activations are kept in `channels_last_3d`, so that a spatial convolution sees the frames as a batch
 and a temporal one sees the rows of a frame as one axis, both without a copy. "Cells" below are the
-same memory seen as (B, T, H, W, C).
-
-A clip may also pass in pieces: each layer that looks back keeps what it needs of the frames before
-in a `Past`, and the pieces together are then what the whole would be.
+same memory seen as (B, T, H, W, C). A clip may also pass in pieces: see `worldline.nn.pieces`.
 """
 
 from __future__ import annotations
@@ -24,15 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn import fsq, wavelet
-from worldline.nn.pieces import Past, starts
-from worldline.shapes import VideoShape
+from worldline.nn.pieces import CausalCache, CausalTokenizer
 
 _EPS = 1e-6
 _FRAME = (1, 3, 4)  # the axes of features that make one frame
 
 
 class Resampling(NamedTuple):
-    """Which axes a resampler changes; none means that there is no resampler."""
+    """Axes that a resampler changes; without any there is no resampler."""
 
     space: bool
     time: bool
@@ -40,7 +37,7 @@ class Resampling(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CosmosTokenizerConfig:
-    """Everything that fixes the shape of a weight, and the few numbers a file holds as buffers.
+    """Architecture: shapes of all weights, and the few numbers a file holds as buffers.
 
     Attributes:
         channels: width of the first convolution of the encoder.
@@ -89,13 +86,13 @@ class CosmosTokenizerConfig:
         return int(math.log2(self.temporal // self.patch))
 
     def down(self, level: int) -> Resampling:
-        """Return what the encoder halves after `level`."""
+        """Axes that the encoder halves after `level`."""
         if level == len(self.level_channels) - 1:
             return Resampling(space=False, time=False)
         return Resampling(space=level < self.spatial_steps, time=level < self.temporal_steps)
 
     def up(self, level: int) -> Resampling:
-        """Return what the decoder doubles after `level`; it runs from the last level to 0."""
+        """Axes that the decoder doubles after `level`; it runs from the last level to 0."""
         step = len(self.level_channels) - 1 - level
         if level == 0:
             return Resampling(space=False, time=False)
@@ -121,6 +118,82 @@ PRESETS = {
         patch=2, temporal=4, z_channels=256, latent_channels=6, levels=(8, 8, 8, 5, 5, 5)
     ),
 }
+
+
+@dataclass(frozen=True, eq=False)
+class LatentStatistics:
+    """Mean and deviation of latents, by which the diffusion models see them normalised.
+
+    They differ by latent frame: the first of a clip holds one frame of video, the others several.
+
+    Attributes:
+        mean: (C, t), float32, on the CPU.
+        std: (C, t), above 0.
+        image_mean: (C,), for a video of one frame; None if unknown.
+        image_std: (C,).
+    """
+
+    mean: Tensor
+    std: Tensor
+    image_mean: Tensor | None = None
+    image_std: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError("statistics of images need both a mean and a deviation")
+        for mean, std, axes in (
+            (self.mean, self.std, 2),
+            (self.image_mean, self.image_std, 1),
+        ):
+            if mean is None or std is None:
+                continue
+            if mean.shape != std.shape or mean.dim() != axes or len(mean) != len(self.mean):
+                raise ValueError(f"mean is {list(mean.shape)} and deviation {list(std.shape)}")
+            if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+                raise ValueError("a mean that is not finite, or a deviation that is not above 0")
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of the longest clip they are defined for."""
+        return self.mean.shape[1]
+
+    def normalise(self, latents: Tensor, *, image: bool | None = None) -> Tensor:
+        """(latents - mean) / std, computed in float32, in the dtype of `latents`.
+
+        Args:
+            latents: (B, C, t, h, w), from the first latent frame of a clip.
+            image: use the statistics of images, if any; by default if t is 1. The first latent
+                frame of a longer clip, alone, needs False.
+
+        Raises:
+            ValueError: more latent frames than `frames`, or other channels.
+        """
+        mean, std = self._broadcast(latents, image)
+        return ((latents.float() - mean) / std).to(latents.dtype)
+
+    def denormalise(self, latents: Tensor, *, image: bool | None = None) -> Tensor:
+        """Inverse of `normalise`."""
+        mean, std = self._broadcast(latents, image)
+        return torch.addcmul(mean, latents.float(), std).to(latents.dtype)
+
+    def _broadcast(self, latents: Tensor, image: bool | None) -> tuple[Tensor, Tensor]:
+        channels, frames = latents.shape[1:3]
+        if channels != len(self.mean):
+            raise ValueError(f"latents of {channels} channels, statistics of {len(self.mean)}")
+        mean, std = self.mean, self.std
+        image = frames == 1 if image is None else image
+        if image and self.image_mean is not None and self.image_std is not None:
+            mean, std = self.image_mean[:, None], self.image_std[:, None]
+        if frames > mean.shape[1]:
+            raise ValueError(f"{frames} latent frames, statistics of {mean.shape[1]}")
+        return (
+            mean[:, :frames, None, None].to(latents.device),
+            std[:, :frames, None, None].to(latents.device),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Content of `mean_std.safetensors`."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
 
 def _cells(x: Tensor) -> Tensor:
@@ -156,16 +229,14 @@ class TemporalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs))
         self.stride = stride
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         cells, reach = _cells(x), 3 - self.stride
-        # joined as cells: along T of features the result would be channels first
-        if past is None or not past.begun:
+        before = cache.get(self)
+        if before is None:
             before = cells[:, :1].expand(-1, reach, -1, -1, -1)
-        else:
-            before = past.kept[self]
+        # joined as cells: along T of features the result would be channels first
         cells = torch.cat([before, cells], dim=1)
-        if past is not None:
-            past.kept[self] = cells[:, -reach:].clone()  # a view would keep all of the piece
+        cache.put(self, cells[:, -reach:])
         rows = cells.flatten(2, 3).permute(0, 3, 1, 2)  # (B, C, T, H W)
         rows = F.conv2d(rows, self.weight[..., 0], self.bias, (self.stride, 1))
         return rows.unflatten(3, x.shape[3:])
@@ -179,8 +250,8 @@ class FactorisedConv(nn.Module):
         self.space = SpatialConv(inputs, outputs, 3)
         self.time = TemporalConv(outputs, outputs)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        return self.time(self.space(x), past)
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        return self.time(self.space(x), cache)
 
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:
@@ -239,9 +310,9 @@ class ResidualBlock(nn.Module):
         self.conv2 = FactorisedConv(outputs, outputs)
         self.shortcut = SpatialConv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        y = self.conv1(_silu(self.norm1(x)), past)
-        return self.shortcut(x) + self.conv2(_silu(self.norm2(y)), past)
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        y = self.conv1(_silu(self.norm1(x)), cache)
+        return self.shortcut(x) + self.conv2(_silu(self.norm2(y)), cache)
 
 
 class Attention(nn.Module):
@@ -256,11 +327,11 @@ class Attention(nn.Module):
         self.v = SpatialConv(channels, channels, 1)
         self.out = SpatialConv(channels, channels, 1)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         normed = self.norm(x)
         q, k, v = (_cells(project(normed)) for project in (self.q, self.k, self.v))
         # time: each pixel is a sequence of frames; space: each frame is a sequence of pixels
-        y = self._over_time(q, k, v, past) if self.over_time else self._over_space(q, k, v)
+        y = self._over_time(q, k, v, cache) if self.over_time else self._over_space(q, k, v)
         return x + self.out(_features(y))
 
     def _over_space(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -268,24 +339,19 @@ class Attention(nn.Module):
         q, k, v = (part.flatten(2, 3).flatten(0, 1).unsqueeze(1) for part in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).reshape(shape)
 
-    def _over_time(self, q: Tensor, k: Tensor, v: Tensor, past: Past | None) -> Tensor:
-        if past is not None:
-            pair = torch.stack([k, v])
-            if past.begun:
-                pair = torch.cat([past.kept[self], pair], dim=2)
-            past.kept[self] = pair
-            k, v = pair
+    def _over_time(self, q: Tensor, k: Tensor, v: Tensor, cache: CausalCache) -> Tensor:
+        k, v = cache.extend((self, "k"), k), cache.extend((self, "v"), v)
         # frame t of the piece sees every frame before the piece, and those up to t in it
-        frames, before = q.shape[1], k.shape[1] - q.shape[1]
-        seen = None
+        batch, frames, height, width, channels = q.shape
+        before = k.shape[1] - frames
+        mask = None
         if before:
-            seen = torch.ones(frames, before + frames, dtype=torch.bool, device=q.device)
-            seen = seen.tril(before)
-        batch, _, height, width, channels = q.shape
+            mask = torch.ones(frames, before + frames, dtype=torch.bool, device=q.device)
+            mask = mask.tril(before)
         q, k, v = (
             part.permute(0, 2, 3, 1, 4).flatten(0, 2).unsqueeze(1) for part in (q, k, v)
         )  # (B H W, 1, T, C)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return y.reshape(batch, height, width, frames, channels).permute(0, 3, 1, 2, 4)
 
 
@@ -297,9 +363,9 @@ class Middle(nn.Module):
         self.temporal_attention = Attention(channels, over_time=True)
         self.block2 = ResidualBlock(channels, channels)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        x = self.spatial_attention(self.block1(x, past))
-        return self.block2(self.temporal_attention(x, past), past)
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        x = self.spatial_attention(self.block1(x, cache), cache)
+        return self.block2(self.temporal_attention(x, cache), cache)
 
 
 class Downsample(nn.Module):
@@ -311,17 +377,17 @@ class Downsample(nn.Module):
         self.time = TemporalConv(channels, channels, stride=2) if step.time else None
         self.mix = SpatialConv(channels, channels, 1)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         if self.space is not None:
             frames = x.transpose(1, 2).flatten(0, 1)  # bf16 averages in two axes on any device
             mean = F.avg_pool2d(frames, 2).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
             x = self.space(F.pad(x, (0, 1, 0, 1))) + mean
         if self.time is not None:
             cells = _cells(x)
-            if starts(past):
+            if not cache.started:
                 cells = torch.cat([cells[:, :1], cells], dim=1)
             mean = (cells[:, ::2] + cells[:, 1::2]) / 2
-            x = self.time(_features(cells), past) + _features(mean)
+            x = self.time(_features(cells), cache) + _features(mean)
         return self.mix(x)
 
 
@@ -334,12 +400,12 @@ class Upsample(nn.Module):
         self.space = SpatialConv(channels, channels, 3) if step.space else None
         self.mix = SpatialConv(channels, channels, 1)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         if self.time is not None:
             x = _features(_doubled(_cells(x), 1))
-            if starts(past):
+            if not cache.started:
                 x = x[:, :, 1:]
-            x = x + self.time(x, past)
+            x = x + self.time(x, cache)
         if self.space is not None:
             x = _features(_doubled(_cells(x), 2, 3))
             x = x + self.space(x)
@@ -347,7 +413,7 @@ class Upsample(nn.Module):
 
 
 def _doubled(cells: Tensor, *axes: int) -> Tensor:
-    """Repeat every cell along each of `axes`, in one copy."""
+    """Cells, each repeated along each of `axes`, in one copy."""
     shape, copies = list(cells.shape), list(cells.shape)
     for axis in sorted(axes, reverse=True):
         cells = cells.unsqueeze(axis + 1)
@@ -369,21 +435,20 @@ class Level(nn.Module):
         )
         self.resample = resample
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         for block in self.blocks:
-            x = block(x, past)
-        return x if self.resample is None else self.resample(x, past)
+            x = block(x, cache)
+        return x if self.resample is None else self.resample(x, cache)
 
 
 class Encoder(nn.Module):
     def __init__(self, config: CosmosTokenizerConfig) -> None:
         super().__init__()
-        widths = config.level_channels
         self.patch, self.tap = config.patch, config.tap
         self.conv_in = FactorisedConv(config.patch_channels, config.channels)
         self.levels = nn.ModuleList()
         width = config.channels
-        for number, outputs in enumerate(widths):
+        for number, outputs in enumerate(config.level_channels):
             step = config.down(number)
             resample = Downsample(outputs, step) if any(step) else None
             self.levels.append(Level(width, outputs, config.num_blocks, resample))
@@ -392,25 +457,24 @@ class Encoder(nn.Module):
         self.norm_out = FrameNorm(width)
         self.conv_out = FactorisedConv(width, config.z_channels)
 
-    def forward(self, video: Tensor, past: Past | None = None) -> Tensor:
-        x = wavelet.patch(video, self.patch, self.tap, start=starts(past))
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d), past)
+    def forward(self, video: Tensor, cache: CausalCache) -> Tensor:
+        x = wavelet.patch(video, self.patch, self.tap, start=not cache.started)
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d), cache)
         for level in self.levels:
-            x = level(x, past)
-        x = self.middle(x, past)
-        return self.conv_out(_silu(self.norm_out(x)), past)
+            x = level(x, cache)
+        x = self.middle(x, cache)
+        return self.conv_out(_silu(self.norm_out(x)), cache)
 
 
 class Decoder(nn.Module):
     def __init__(self, config: CosmosTokenizerConfig) -> None:
         super().__init__()
-        widths = config.level_channels
+        width = config.level_channels[-1]
         self.patch, self.tap = config.patch, config.tap
-        self.conv_in = FactorisedConv(config.z_channels, widths[-1])
-        self.middle = Middle(widths[-1])
+        self.conv_in = FactorisedConv(config.z_channels, width)
+        self.middle = Middle(width)
         levels: list[Level] = []
-        width = widths[-1]
-        for number, outputs in reversed(list(enumerate(widths))):
+        for number, outputs in reversed(list(enumerate(config.level_channels))):
             step = config.up(number)
             resample = Upsample(outputs, step) if any(step) else None
             levels.append(Level(width, outputs, config.num_blocks + 1, resample))
@@ -419,17 +483,24 @@ class Decoder(nn.Module):
         self.norm_out = FrameNorm(width)
         self.conv_out = FactorisedConv(width, config.patch_channels)
 
-    def forward(self, z: Tensor, past: Past | None = None) -> Tensor:
-        x = self.conv_in(z.contiguous(memory_format=torch.channels_last_3d), past)
-        x = self.middle(x, past)
+    def forward(self, z: Tensor, cache: CausalCache) -> Tensor:
+        x = self.conv_in(z.contiguous(memory_format=torch.channels_last_3d), cache)
+        x = self.middle(x, cache)
         for level in reversed(self.levels):
-            x = level(x, past)
-        x = self.conv_out(_silu(self.norm_out(x)), past)
-        return wavelet.unpatch(x, self.patch, self.tap, start=starts(past))
+            x = level(x, cache)
+        x = self.conv_out(_silu(self.norm_out(x)), cache)
+        return wavelet.unpatch(x, self.patch, self.tap, start=not cache.started)
 
 
-class CosmosTokenizer(nn.Module):
-    """Encoder, quantiser and decoder; continuous when the configuration has no FSQ levels."""
+class CosmosTokenizer(CausalTokenizer):
+    """Encoder, quantiser and decoder; continuous when the configuration has no FSQ levels.
+
+    In pieces its memory is that of one piece, and the keys and values of the temporal attention,
+    which does look at every latent frame before: at 704 x 1280 29 MB (bf16) for each 8 frames.
+    """
+
+    config: CosmosTokenizerConfig
+    chunk = 4  # latent frames at once; at 704 x 1280 5 % slower than the whole, in about 3 GB
 
     def __init__(self, config: CosmosTokenizerConfig) -> None:
         super().__init__()
@@ -450,62 +521,38 @@ class CosmosTokenizer(nn.Module):
                 limit = 1 / math.sqrt(module.weight[0].numel())
                 nn.init.uniform_(module.bias, -limit, limit)
 
-    def encode(self, video: Tensor, past: Past | None = None) -> Tensor:
-        """Return latents (B, C, t, h, w): of a discrete tokenizer, the values before FSQ.
+    def encode_piece(self, video: Tensor, cache: CausalCache) -> Tensor:
+        """Latents; those of a discrete tokenizer are the values before FSQ."""
+        return self.quant_conv(self.encoder(video, cache))
 
-        Args:
-            video: (B, 3, T, H, W) in [-1, 1], in the dtype of the weights.
-            past: of the pieces of this clip that were encoded before, and then of this one too.
-
-        Raises:
-            ValueError: T is not 1 + temporal*k (after the first piece: temporal*k), or H or W is no
-                multiple of the compression.
-        """
-        frames, height, width = video.shape[2:]
-        before = 0 if starts(past) else 1  # as if after frame 0 alone
-        VideoShape(before + frames, height, width).latent(self.config.temporal, self.config.spatial)
-        latents = self.quant_conv(self.encoder(video, past))
-        if past is not None:
-            past.begun = True
-        return latents
-
-    def decode(self, latents: Tensor, past: Past | None = None) -> Tensor:
-        """Return a video (B, 3, T, H, W), about [-1, 1] and not clamped, of latents or codes.
-
-        Args:
-            latents: (B, C, t, h, w), in the dtype of the weights.
-            past: of the pieces of this clip that were decoded before, and then of this one too.
-        """
-        video = self.decoder(self.post_quant_conv(latents), past)
-        if past is not None:
-            past.begun = True
-        return video
+    def decode_piece(self, latents: Tensor, cache: CausalCache) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents), cache)
 
     def to_tokens(self, latents: Tensor) -> Tensor:
-        """Return token ids (B, t, h, w), int32 in [0, vocabulary), of what `encode` returns."""
+        """Token ids (B, t, h, w), int32 in [0, vocabulary), of what `encode` returns."""
         codes = fsq.quantize(latents.movedim(1, -1), self._levels)
         return fsq.codes_to_indices(codes, self._levels)
 
     def to_codes(self, tokens: Tensor) -> Tensor:
-        """Return the codes (B, C, t, h, w) of token ids (B, t, h, w), for `decode`."""
+        """Codes (B, C, t, h, w), for `decode`, of token ids (B, t, h, w), any integer dtype."""
         codes = fsq.indices_to_codes(tokens, self._levels).movedim(-1, 1)
         return codes.to(self.post_quant_conv.weight.dtype)
 
     def encode_tokens(self, video: Tensor) -> Tensor:
-        """Return token ids (B, t, h, w), int32 in [0, vocabulary)."""
+        """Token ids (B, t, h, w), int32 in [0, vocabulary)."""
         return self.to_tokens(self.encode(video))
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Return the video (B, 3, T, H, W) of token ids (B, t, h, w), any integer dtype."""
+        """Video (B, 3, T, H, W) of token ids (B, t, h, w)."""
         return self.decode(self.to_codes(tokens))
 
     def reconstruct(self, video: Tensor) -> Tensor:
-        """Return decode(encode(video)); gradients pass straight through the quantiser."""
+        """decode(encode(video)); gradients pass straight through the quantiser."""
+        if self.config.levels is None:
+            return super().reconstruct(video)
         latents = self.encode(video)
-        if self.config.levels is not None:
-            codes = fsq.quantize(latents.movedim(1, -1), self.config.levels).movedim(-1, 1)
-            latents = codes.to(latents.dtype)
-        return self.decode(latents)
+        codes = fsq.quantize(latents.movedim(1, -1), self.config.levels).movedim(-1, 1)
+        return self.decode(codes.to(latents.dtype))
 
     @property
     def _levels(self) -> tuple[int, ...]:

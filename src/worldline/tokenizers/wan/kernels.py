@@ -21,7 +21,7 @@ def _norm_silu_kernel(  # type: ignore[no-untyped-def]
     cells,
     bias,
     gamma,
-    room,
+    padded,
     rows,
     area,
     frames,
@@ -45,12 +45,12 @@ def _norm_silu_kernel(  # type: ignore[no-untyped-def]
     weight = tl.load(gamma + channel, channel < channels, other=0.0).to(tl.float32)
     y = x * scale[:, None] * weight[None, :]
     y = y * tl.sigmoid(y)
-    y = y.to(room.dtype.element_ty)
+    y = y.to(padded.dtype.element_ty)
     for copy in tl.static_range(COPIES):
         frame = row // area + reach - copy
         place = ((clip * frames + frame) * area + row % area) * COPIES + copy
         target = place[:, None] * channels + channel[None, :]
-        tl.store(room + target, y, inside & (frame < frames)[:, None])
+        tl.store(padded + target, y, inside & (frame < frames)[:, None])
 
 
 @triton.jit
@@ -73,15 +73,15 @@ def norm_silu(
     *,
     flat: bool,
 ) -> Tensor:
-    """Do what `model.norm_silu` does in one pass."""
+    """`model.norm_silu` in one pass; `reach` is 2."""
     batch, frames, height, width, channels = cells.shape
     cells = cells.contiguous()
     copies = reach + 1 if flat else 1
     length = frames if flat else reach + frames
-    room = cells.new_empty(batch, length, height, width, copies * channels)
+    padded = cells.new_empty(batch, length, height, width, copies * channels)
     for copy in range(copies):
         count = min(reach - copy, length)
-        place = room[:, :count, ..., copy * channels : (copy + 1) * channels]
+        place = padded[:, :count, ..., copy * channels : (copy + 1) * channels]
         if before is None:
             place.zero_()
         else:
@@ -94,7 +94,7 @@ def norm_silu(
             cells,
             gamma if bias is None else bias.contiguous(),
             gamma.contiguous(),
-            room,
+            padded,
             rows,
             height * width,
             length,
@@ -107,11 +107,11 @@ def norm_silu(
             CHANNELS=block,
             num_warps=4,
         )
-    return room
+    return padded
 
 
 def add(cells: Tensor, bias: Tensor, other: Tensor) -> Tensor:
-    """Return cells (B, T, H, W, C) with a bias (C,) and others of their size added; uses `cells`.
+    """Add a bias (C,) and others of their size to cells (B, T, H, W, C), in place.
 
     torch adds the bias of a convolution in a pass of its own, an eighth of decoding.
     """

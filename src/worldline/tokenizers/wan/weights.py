@@ -1,4 +1,4 @@
-"""How the released files name the tensors of the Wan tokenizer, and what their shapes tell.
+"""Files of the Wan tokenizer: names of tensors, architecture, statistics of latents.
 
 Source: nvidia-cosmos/cosmos-predict2.5 `_src/predict2/tokenizers/wan2pt1.py` (`tokenizer.pth`, the
 same as `Wan2.1_VAE.pth`); huggingface/diffusers `models/autoencoders/autoencoder_kl_wan.py`, whose
@@ -7,122 +7,144 @@ tensors are the same ones under other names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
 
 from worldline.errors import CheckpointError
+from worldline.files import read_json, unfinished
+from worldline.tokenizers.opened import (
+    CONFIG,
+    DIFFUSERS_FILES,
+    Layout,
+    OpenedTokenizer,
+    refuse_other_settings,
+    renamed_by,
+)
 from worldline.tokenizers.wan.model import MEAN, WanTokenizer, WanTokenizerConfig
 from worldline.weights.keymap import KeyMap
-from worldline.weights.read import Checkpoint
+from worldline.weights.read import Checkpoint, open_checkpoint
 
-Layout = Literal["released", "diffusers"]
-Pairs = Iterator[tuple[str, str]]
+# files that a folder may hold, in order of preference
+FILES = ("tokenizer.pth", "Wan2.1_VAE.pth")
 
-# (norm, convolution) twice, and the shortcut
-_BLOCK = {
-    "released": ("residual.0", "residual.2", "residual.3", "residual.6", "shortcut"),
-    "diffusers": ("norm1", "conv1", "norm2", "conv2", "conv_shortcut"),
+# our names to theirs, by rules applied in this order
+_RULES: dict[Layout, tuple[tuple[str, str], ...]] = {
+    "released": (
+        (r"(block\d|layers\.\d+)\.conv1\.gamma", r"\1.residual.0.gamma"),
+        (r"(block\d|layers\.\d+)\.conv1", r"\1.residual.2"),
+        (r"(block\d|layers\.\d+)\.conv2\.gamma", r"\1.residual.3.gamma"),
+        (r"(block\d|layers\.\d+)\.conv2", r"\1.residual.6"),
+        (r"encoder\.layers", r"encoder.downsamples"),
+        (r"decoder\.layers", r"decoder.upsamples"),
+        (r"\.conv_in\.", r".conv1."),
+        (r"\.conv_out\.gamma", r".head.0.gamma"),
+        (r"\.conv_out\.", r".head.2."),
+        (r"middle\.block1", r"middle.0"),
+        (r"middle\.attention", r"middle.1"),
+        (r"middle\.block2", r"middle.2"),
+        (r"middle\.1\.gamma", r"middle.1.norm.gamma"),
+        (r"\.qkv\.", r".to_qkv."),
+        (r"\.out\.", r".proj."),
+        (r"\.space\.", r".resample.1."),
+        (r"\.time\.", r".time_conv."),
+        (r"^quant_conv", r"conv1"),
+        (r"^post_quant_conv", r"conv2"),
+    ),
+    "diffusers": (
+        (r"\.conv(1|2|_out)\.gamma", r".norm\1.gamma"),
+        (r"encoder\.layers", r"encoder.down_blocks"),
+        (r"\.shortcut\.", r".conv_shortcut."),
+        (r"middle\.block1", r"mid_block.resnets.0"),
+        (r"middle\.block2", r"mid_block.resnets.1"),
+        (r"middle\.attention\.gamma", r"mid_block.attentions.0.norm.gamma"),
+        (r"middle\.attention", r"mid_block.attentions.0"),
+        (r"\.qkv\.", r".to_qkv."),
+        (r"\.out\.", r".proj."),
+        (r"\.space\.", r".resample.1."),
+        (r"\.time\.", r".time_conv."),
+    ),
 }
-_MIDDLE = {
-    "released": ("middle.0", "middle.1", "middle.2"),
-    "diffusers": ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"),
-}
-# first convolution, last norm, last convolution
-_ENDS = {
-    "released": ("conv1", "head.0", "head.2"),
-    "diffusers": ("conv_in", "norm_out", "conv_out"),
-}
-# before and after latents
-_LATENTS = {
-    "released": ("conv1", "conv2"),
-    "diffusers": ("quant_conv", "post_quant_conv"),
-}
 
 
-def _leaves(theirs: str, ours: str) -> Pairs:
-    for suffix in ("weight", "bias"):
-        yield f"{theirs}.{suffix}", f"{ours}.{suffix}"
+class OpenedWan(OpenedTokenizer[WanTokenizer, WanTokenizerConfig]):
+    """A Wan tokenizer on disk; the reference computes in bfloat16."""
+
+    def read(self, device: torch.device | str, dtype: torch.dtype) -> WanTokenizer:
+        return super().read(device, dtype).channels_last()
 
 
-def _convolution(norm: str, theirs: str, ours: str) -> Pairs:
-    yield f"{norm}.gamma", f"{ours}.gamma"
-    yield from _leaves(theirs, ours)
+def open_wan(path: Path) -> OpenedWan:
+    """Open a tokenizer of either layout; headers only.
+
+    Args:
+        path: the file of weights; or a folder with one of `FILES`; or a folder of diffusers, a
+            model's or its `vae`.
+
+    Raises:
+        CheckpointError: there is none, it is damaged or half downloaded, or a tensor does not fit.
+    """
+    file = _find(Path(path))
+    source = open_checkpoint(file)
+    layout = find_layout(source)
+    stated = file.parent / CONFIG
+    used = (stated,) if layout == "diffusers" and stated.is_file() else ()
+    settings = read_json(stated) if used else {}
+    config = read_config(source, settings)
+    expected = diffusers_config(config)
+    del expected["dropout"]
+    if settings.get("decoder_base_dim") == config.channels:
+        del expected["decoder_base_dim"]
+    refuse_other_settings(stated, settings, expected)
+    return OpenedWan(WanTokenizer, config, source, key_map(config, layout or "released"), used)
 
 
-def _block(layout: Layout, theirs: str, ours: str) -> Pairs:
-    norm1, conv1, norm2, conv2, shortcut = (f"{theirs}.{name}" for name in _BLOCK[layout])
-    yield from _convolution(norm1, conv1, f"{ours}.conv1")
-    yield from _convolution(norm2, conv2, f"{ours}.conv2")
-    yield from _leaves(shortcut, f"{ours}.shortcut")
-
-
-def _resampler(theirs: str, ours: str) -> Pairs:
-    yield from _leaves(f"{theirs}.resample.1", f"{ours}.space")
-    yield from _leaves(f"{theirs}.time_conv", f"{ours}.time")
-
-
-def _frame(layout: Layout, half: str) -> Pairs:
-    """Yield names of what both halves have alike."""
-    first, norm, last = (f"{half}.{name}" for name in _ENDS[layout])
-    yield from _leaves(first, f"{half}.conv_in")
-    yield from _convolution(norm, last, f"{half}.conv_out")
-    block1, attention, block2 = (f"{half}.{name}" for name in _MIDDLE[layout])
-    yield from _block(layout, block1, f"{half}.middle.block1")
-    yield from _block(layout, block2, f"{half}.middle.block2")
-    yield f"{attention}.norm.gamma", f"{half}.middle.attention.gamma"
-    yield from _leaves(f"{attention}.to_qkv", f"{half}.middle.attention.qkv")
-    yield from _leaves(f"{attention}.proj", f"{half}.middle.attention.out")
-
-
-def _encoder(layout: Layout) -> Pairs:
-    yield from _frame(layout, "encoder")
-    theirs = "encoder.downsamples.{i}" if layout == "released" else "encoder.down_blocks.{i}"
-    yield from _block(layout, theirs, "encoder.layers.{i}")
-    yield from _resampler(theirs, "encoder.layers.{i}")
-
-
-def _decoder(layout: Layout, config: WanTokenizerConfig) -> Pairs:
-    yield from _frame(layout, "decoder")
-    if layout == "released":
-        yield from _block(layout, "decoder.upsamples.{i}", "decoder.layers.{i}")
-        yield from _resampler("decoder.upsamples.{i}", "decoder.layers.{i}")
-        return
-    number = 0
-    for level in range(len(config.multipliers)):
-        theirs = f"decoder.up_blocks.{level}"
-        for block in range(config.num_blocks + 1):
-            yield from _block(layout, f"{theirs}.resnets.{block}", f"decoder.layers.{number}")
-            number += 1
-        if level < len(config.temporal_steps):
-            yield from _resampler(f"{theirs}.upsamplers.0", f"decoder.layers.{number}")
-            number += 1
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"no tokenizer {path}")
+    candidates = [path / name for name in FILES]
+    candidates += [path / folder / name for folder in ("", "vae") for name in DIFFUSERS_FILES]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise CheckpointError(
+        f"{path} holds no tokenizer of Wan2.1: neither {' nor '.join(FILES)} nor "
+        f"{DIFFUSERS_FILES[0]}{unfinished(path)}"
+    )
 
 
 def key_map(config: WanTokenizerConfig, layout: Layout = "released") -> KeyMap:
-    """Return the map from the names of a layout to ours."""
-    before, after = _LATENTS[layout]
-    pairs = [
-        *_encoder(layout),
-        *_decoder(layout, config),
-        *_leaves(before, "quant_conv"),
-        *_leaves(after, "post_quant_conv"),
-    ]
-    return KeyMap(rename=dict(pairs))
+    """Map of the names of a layout to ours."""
+    with torch.device("meta"):
+        ours = [name for name, _ in WanTokenizer(config).named_parameters()]
+    return KeyMap({_theirs(name, layout, config.num_blocks): name for name in ours})
+
+
+def _theirs(name: str, layout: Layout, num_blocks: int = 0) -> str:
+    """Their name of one of our tensors; `num_blocks` matters to diffusers' decoder alone."""
+    if layout == "diffusers" and (found := re.match(r"decoder\.layers\.(\d+)", name)):
+        level, number = divmod(int(found[1]), num_blocks + 2)  # blocks, then an upsampler
+        part = f"resnets.{number}" if number <= num_blocks else "upsamplers.0"
+        name = f"decoder.up_blocks.{level}.{part}{name[found.end() :]}"
+    return renamed_by(_RULES[layout], name)
 
 
 def find_layout(source: Checkpoint) -> Layout | None:
-    """Return whose names the tensors have; None if they are of no Wan tokenizer."""
-    for layout in ("released", "diffusers"):
-        first = f"encoder.{_ENDS[layout][0]}.weight"
-        if first in source.tensors and source.tensors[first].shape[2:] == (3, 3, 3):
+    """Whose names the tensors have; None if they are of no Wan tokenizer."""
+    for layout in _RULES:
+        first = source.tensors.get(_theirs("encoder.conv_in.weight", layout))
+        if first is not None and first.shape[2:] == (3, 3, 3):
             return layout
     return None
 
 
 def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> WanTokenizerConfig:
-    """Return the configuration of a tokenizer from its tensors' shapes.
+    """Configuration of a tokenizer, from its tensors' shapes.
 
     Args:
         source: with the names of either layout.
@@ -133,92 +155,62 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> WanTokenizer
         CheckpointError: the tensors are not those of a Wan tokenizer.
     """
     layout = find_layout(source)
-    if layout is None:
-        raise CheckpointError(f"{source.path} holds no tokenizer of Wan2.1")
-    theirs = {ours: name for name, ours in _named(source, layout)}
-    shapes = {ours: source.tensors[name].shape for ours, name in theirs.items()}
-    channels = shapes["encoder.conv_in.weight"][0]
-    widths, depths, steps = _levels(shapes)
-    latent_channels = shapes.get("encoder.conv_out.weight", (0,))[0] // 2
-    whole = all(width % channels == 0 for width in widths)
-    if not widths or not whole or len(set(depths)) > 1 or not latent_channels:
-        raise CheckpointError(
-            f"{source.path} holds no tokenizer of Wan2.1 (levels {widths} wide and {depths} deep)"
-        )
-    mean, std = (settings.get(f"latents_{name}") for name in ("mean", "std"))
-    given: dict[str, Any] = {}
-    if mean is not None and std is not None:
-        given = {"mean": mean, "std": std}
-    elif latent_channels != len(MEAN):
-        raise CheckpointError(
-            f"{source.path} gives latents of {latent_channels} channels, whose mean and deviation "
-            f"are not known: the released ones are of {len(MEAN)}"
-        )
-    try:
-        given = {name: tuple(numbers) for name, numbers in given.items()}
-        return WanTokenizerConfig(
-            channels=channels,
-            multipliers=tuple(width // channels for width in widths),
-            num_blocks=depths[0],
-            temporal_steps=tuple(steps),
-            latent_channels=latent_channels,
-            **given,
-        )
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{source.path}: {error}") from error
 
+    def width(ours: str) -> int:
+        info = source.tensors.get(_theirs(ours, layout)) if layout else None
+        return info.shape[0] if info and info.shape else 0
 
-def _named(source: Checkpoint, layout: Layout) -> Iterator[tuple[str, str]]:
-    """Yield the encoder's tensors under both names; strangers are told later, all at once."""
-    keys = KeyMap(rename=dict(_encoder(layout)))
-    for name in source.tensors:
-        if found := keys.find(name):
-            yield name, found[1]
-
-
-def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[int], list[bool]]:
-    """Return width and depth of each level of the encoder, and the steps between them."""
+    channels = width("encoder.conv_in.weight")
+    latent_channels = width("encoder.conv_out.weight") // 2
+    # width and depth of each level of the encoder, and whether the steps between halve time
     widths: list[int] = []
     depths: list[int] = []
     steps: list[bool] = []
     number = 0
     while True:
         layer = f"encoder.layers.{number}"
-        if block := shapes.get(f"{layer}.conv1.weight"):
+        number += 1
+        if outputs := width(f"{layer}.conv1.weight"):
             if len(widths) == len(steps):
-                widths.append(block[0])
+                widths.append(outputs)
                 depths.append(0)
             depths[-1] += 1
-        elif f"{layer}.space.weight" in shapes:
-            steps.append(f"{layer}.time.weight" in shapes)
+        elif width(f"{layer}.space.weight"):
+            steps.append(bool(width(f"{layer}.time.weight")))
         else:
-            return widths, depths, steps
-        number += 1
-
-
-def released_tensors(model: WanTokenizer) -> dict[str, Tensor]:
-    """Return the tensors of `tokenizer.pth`, by their released names, in their own dtype.
-
-    The statistics of latents are not among them: they are in the code that reads such a file.
-    """
-    return _tensors(model, "released")
-
-
-def diffusers_tensors(model: WanTokenizer) -> dict[str, Tensor]:
-    """Return the tensors by diffusers' names, in their own dtype."""
-    return _tensors(model, "diffusers")
-
-
-def _tensors(model: WanTokenizer, layout: Layout) -> dict[str, Tensor]:
-    keys = key_map(model.config, layout)
-    return {
-        keys.released(name): parameter.detach().contiguous()
-        for name, parameter in model.named_parameters()
-    }
+            break
+    whole = channels and not any(outputs % channels for outputs in widths)
+    if not widths or not whole or len(set(depths)) > 1 or not latent_channels:
+        raise CheckpointError(
+            f"{source.path} holds no tokenizer of Wan2.1 (levels {widths} wide, {depths} deep)"
+        )
+    mean, std = (settings.get(f"latents_{name}") for name in ("mean", "std"))
+    statistics: dict[str, Any] = {}
+    if mean is not None and std is not None:
+        statistics = {"mean": mean, "std": std}
+    elif latent_channels != len(MEAN):
+        raise CheckpointError(
+            f"{source.path} has latents of {latent_channels} channels, whose mean and deviation "
+            f"are not known; the released ones are of {len(MEAN)}"
+        )
+    try:
+        return WanTokenizerConfig(
+            channels=channels,
+            multipliers=tuple(outputs // channels for outputs in widths),
+            num_blocks=depths[0],
+            temporal_steps=tuple(steps),
+            latent_channels=latent_channels,
+            **{name: tuple(numbers) for name, numbers in statistics.items()},
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source.path}: {error}") from error
 
 
 def diffusers_config(config: WanTokenizerConfig) -> dict[str, Any]:
-    """Return the `config.json` that belongs to `diffusers_tensors`."""
+    """The `config.json` in diffusers' layout.
+
+    The released file holds no statistics of latents: they are in the code that reads it.
+    """
     return {
         "_class_name": "AutoencoderKLWan",
         "attn_scales": [],
