@@ -48,6 +48,57 @@ def test_round_trip(suffix: str, tmp_path: Path) -> None:
     assert os.listdir(path.parent) == [path.name]
 
 
+def written(frames: NDArray[np.uint8], path: Path, times: int) -> set[bytes]:
+    """What is written in several runs, on one processor and on all, with memory churned."""
+    contents = set()
+    processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    for run in range(times):
+        sizes = np.random.randint(10**3, 3 * 10**6, 8)
+        rest = [np.random.bytes(size) for size in sizes]
+        del rest
+        if processors:
+            os.sched_setaffinity(0, {min(processors)} if run % 2 else processors)
+        try:
+            write_video(frames, path, 16)
+        finally:
+            if processors:
+                os.sched_setaffinity(0, processors)
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        contents.add(b"".join(file.name.encode() + file.read_bytes() for file in files))
+        for file in files:
+            file.unlink()
+    return contents
+
+
+def textured(frames: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Squares that move and grow brighter: weighted prediction and the macroblock tree at work."""
+    size = height // 8 + 8, (width + 3 * frames) // 8 + 8, 3
+    picture = np.random.RandomState(0).randint(0, 160, size).repeat(8, 0).repeat(8, 1)
+    clip = np.empty((frames, height, width, 3), np.uint8)
+    for t in range(frames):
+        moved = picture[2 * t % 8 :, 3 * t :][:height, :width]
+        clip[t] = moved * (0.8 + 0.4 * t / frames)
+    return clip
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.webm", "a.gif", "a", "a.jpg"])
+@pytest.mark.parametrize("size", [(32, 48), (64, 96)])
+def test_equal_frames_give_equal_bytes(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    frames = textured(1 if name == "a.jpg" else 33, *size)
+    assert len(written(frames, tmp_path / name, 8)) == 1
+
+
+def test_equal_frames_give_equal_bytes_at_full_size(tmp_path: Path) -> None:
+    assert len(written(textured(12, 704, 1280), tmp_path / "a.mp4", 4)) == 1
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
+def test_the_index_is_in_front(suffix: str, tmp_path: Path) -> None:
+    write_video(clip(), tmp_path / f"a{suffix}", 25)
+    data = (tmp_path / f"a{suffix}").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
 def test_equal_frames_are_all_kept(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"still{suffix}"

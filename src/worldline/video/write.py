@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,15 +33,25 @@ from worldline.files import replacing
 
 Frames = NDArray[np.uint8]
 
-# Container, encoder and its options. Quality is above the reference's (crf 25): a finer quantiser
-# costs little on 33 frames, and clips get chained and compared.
+# Quality is above the reference's (crf 25): a finer quantiser costs little on 33 frames, and clips
+# get chained and compared. Both encoders give other bytes with other numbers of threads, so the
+# number is fixed, whatever the machine has.
+_H264 = {"crf": "18", "preset": "medium", "threads": "16"}
+_VP9 = {"crf": "24", "b": "0", "cpu-used": "4", "row-mt": "1", "threads": "8"}
+
+# Container, encoder and its options.
 ENCODINGS: dict[str, tuple[str, str, dict[str, str]]] = {
-    ".mp4": ("mp4", "libx264", {"crf": "18", "preset": "medium"}),
-    ".mov": ("mov", "libx264", {"crf": "18", "preset": "medium"}),
-    ".mkv": ("matroska", "libx264", {"crf": "18", "preset": "medium"}),
-    ".webm": ("webm", "libvpx-vp9", {"crf": "24", "b": "0", "cpu-used": "4", "row-mt": "1"}),
+    ".mp4": ("mp4", "libx264", _H264),
+    ".mov": ("mov", "libx264", _H264),
+    ".mkv": ("matroska", "libx264", _H264),
+    ".webm": ("webm", "libvpx-vp9", _VP9),
     ".gif": ("gif", "gif", {}),
 }
+
+# No random identifiers, no version of the muxer.
+_CONTAINER = {"fflags": "+bitexact"}
+# The index in front: a browser plays before it has the whole file.
+_INDEX_FIRST = {"movflags": "+faststart"}
 
 # of a single frame
 PICTURES: dict[str, tuple[str, dict[str, int]]] = {".jpg": ("JPEG", {"quality": 95})}
@@ -49,6 +61,25 @@ _ROOM = 24  # of them, that the temporary name of a file beside a video has more
 
 BT709 = 1  # FFmpeg's number for the matrix, and for the primaries
 LIMITED_RANGE = 1
+
+
+def frames_sha256(frames: Frames) -> str:
+    """SHA-256 of frames (T, H, W, 3) as hexadecimal digits: of the pixels, whatever the codec."""
+    return hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()
+
+
+@functools.cache
+def _deterministic() -> dict[str, str]:
+    """Options of x264 by which equal frames give equal bytes.
+
+    With AVX-512 its macroblock tree reads memory that was never written, at widths that are no
+    multiple of 256 pixels and others. Capped at AVX2 it gives the same bytes on every x86
+    processor. Only Linux runs on AVX-512 here; a processor without it needs no cap.
+    """
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        if "avx512" in file.read(8192):  # the first processor
+            return {"x264-params": "asm=avx2"}
+    return {}
 
 
 def write_video(frames: Frames, path: str | Path, fps: float) -> None:
@@ -294,8 +325,16 @@ def _encode(
     if encoder not in av.codec.codecs_available:
         raise Error(f"this build of PyAV has no {encoder} encoder; install PyAV's own wheel")
     rate = Fraction(fps).limit_denominator(1001)
+    if encoder == "libx264":
+        options = options | _deterministic()
     file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
+    with av.open(
+        file,
+        "w",
+        format=container,
+        options=_CONTAINER | (_INDEX_FIRST if container in ("mp4", "mov") else {}),
+        io_open=lambda *_: io.BytesIO(file.getvalue()),  # faststart reads again what it moves
+    ) as output:
         stream: Any = output.add_stream(encoder, rate=rate, options=options)
         stream.height, stream.width = size
         if encoder == "gif":

@@ -29,6 +29,7 @@ from worldline.pipelines.autoregressive import (
 from worldline.pipelines.prompts import TRUNCATION, read_prompt_embedding
 from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder, environment
+from worldline.video.write import frames_sha256
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of
 from worldline.world.safety import Checks
@@ -226,6 +227,7 @@ class AutoregressiveWorld(World):
             recorder = shared if job.recorder is shared else shared.followed_by(job.recorder)
             report = self._report(job.request, recorder, source, progress.total, len(jobs))
             report |= checks[number].report()
+            report["frames_sha256"] = frames_sha256(frames)
             video = Video(frames, FPS, report, job.request.prompt)
             done = Step("done", progress.total, progress.total, frames, video=video)
             yield number, done

@@ -18,6 +18,7 @@ from worldline.pipelines.requests import VideoRequest
 from worldline.report import Recorder, environment
 from worldline.shapes import VideoShape
 from worldline.video.read import Clip
+from worldline.video.write import frames_sha256
 from worldline.world.base import World
 from worldline.world.inputs import Input, InputType, describe, kind_of, read_clip, stamp_of
 from worldline.world.safety import Checks, Safety
@@ -173,6 +174,7 @@ class DenoisingWorld(World):
             frames = checks.video(progress.frames)
             report = self._report(request, recorder, source, seconds)
             report |= {"prompt": made.prompt, **checks.report()}
+            report["frames_sha256"] = frames_sha256(frames)
             video = Video(frames, request.fps, report, made.prompt)
             yield Step(kind, done, total, frames, video=video)
 
