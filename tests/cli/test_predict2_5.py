@@ -718,7 +718,7 @@ def test_resume_makes_damaged_videos_again(flow: Flow, tmp_path: Path) -> None:
     result = flow(*words, *size, small=False)
     assert result.exit_code == 0, result.stderr
     assert f"{out / 'empty.mp4'} is empty (0 bytes): made again" in result.stderr
-    assert f"{out / 'half.mp4'} is truncated" in result.stderr
+    assert f"{out / 'half.mp4'} is truncated: made again" in result.stderr
     assert f"{out / 'shorter.mp4'} has 8 of 9 frames: made again" in result.stderr
     assert result.stdout.endswith(f"5 videos are in {out}: 3 made now, 2 there before\n")
     assert {name: (out / f"{name}.mp4").read_bytes() for name in names} == made

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-    from worldline.video.stream import Frames
+    from worldline.video.read import Frames
     from worldline.weights.read import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -286,7 +286,8 @@ def _reconstruct(model: CosmosTokenizer, task: Task, flags: dict[str, Any]) -> s
     from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip
     from worldline.tokenizers.cosmos.stream import CHUNK
     from worldline.tokenizers.cosmos.windows import reconstruct_windows
-    from worldline.video.stream import scaled, stream_media
+    from worldline.video.convert import scaled
+    from worldline.video.read import stream_media
 
     window = flags["temporal_window"]
 
@@ -579,8 +580,7 @@ def _encode(model: CosmosTokenizer, coder: Coder, task: Task) -> str:
 
     from worldline.tokenizers.cosmos.clips import encode_clip
     from worldline.tokenizers.cosmos.stream import CHUNK
-    from worldline.video.read import media_kind, probe
-    from worldline.video.stream import stream_media
+    from worldline.video.read import media_kind, probe, stream_media
     from worldline.weights.write import save
 
     made_from = coder.made_from(task)  # before it is read: a file that changes meanwhile differs

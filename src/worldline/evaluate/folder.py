@@ -34,7 +34,7 @@ from worldline.evaluate.failures import (
 )
 from worldline.evaluate.metrics import ChangeMeter, FidelityMeter
 from worldline.evaluate.tasks import Task, too_short
-from worldline.video.stream import stream_media
+from worldline.video.read import stream_media
 from worldline.video.write import write_bytes
 
 Frame = NDArray[np.uint8]
