@@ -154,6 +154,12 @@ def moving(frames: int = 12, height: int = 40, width: int = 64) -> NDArray[np.ui
     return np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8)
 
 
+def frames_of(video: Path) -> str:
+    """SHA-256 of the frames that a video was made of, from the report beside it."""
+    digest: str = json.loads(video.with_suffix(".json").read_text())["frames_sha256"]
+    return digest
+
+
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A video of 12 frames."""

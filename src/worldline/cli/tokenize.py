@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from worldline.tokenizers.cosmos.model import CosmosTokenizer
     from worldline.tokenizers.cosmos.weights import OpenedCosmos
-    from worldline.video.stream import Frames
+    from worldline.video.read import Frames
     from worldline.weights.source import TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -444,7 +444,7 @@ def _encode(model: CosmosTokenizer, coder: Coder, task: Task) -> str:
 
     from worldline.tokenizers.cosmos.clips import encode_clip
     from worldline.video.read import media_kind, probe
-    from worldline.video.stream import stream_media
+    from worldline.video.read import stream_media
     from worldline.weights.write import save
 
     made_from = coder.made_from(task)  # before it is read: a file that changes meanwhile differs
@@ -489,7 +489,8 @@ def _reconstruct(model: CosmosTokenizer, _: Coder, task: Task, flags: dict[str, 
     import torch
 
     from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip, reconstruct_windows
-    from worldline.video.stream import scaled, stream_media
+    from worldline.video.convert import scaled
+    from worldline.video.read import stream_media
 
     window = flags["temporal_window"]
 

@@ -30,7 +30,7 @@ from worldline.evaluate.failures import (
 )
 from worldline.evaluate.metrics import decibels, flicker, motion, mse, ssim
 from worldline.evaluate.tasks import Task, check_length
-from worldline.video.stream import stream_media
+from worldline.video.read import stream_media
 from worldline.video.write import write_bytes
 
 Frame = NDArray[np.uint8]

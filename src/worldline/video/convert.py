@@ -4,7 +4,8 @@ Source: nvidia-cosmos/cosmos-predict1 `cosmos_predict1/autoregressive/utils/infe
 (`load_vision_input`, `resize_input`, `prepare_video_batch_for_saving`), matched bit for bit; and
 `cosmos_predict1/diffusion/inference/inference_utils.py`, but in float32 where it has bf16;
 nvidia-cosmos/cosmos-predict2.5 `_src/predict2/inference/video2world.py`.
-Axes: T frames, C colours, H/W pixels.
+Axes: T frames, C colours, H/W pixels. The conditioning tensors are on the CPU; a clip that is too
+short for one is an InputError.
 """
 
 from __future__ import annotations
@@ -14,51 +15,40 @@ from math import ceil
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from worldline.errors import InputError
-from worldline.video.read import Clip
+from worldline.video.read import Clip, Frames
 
 
 def condition_frames(
     clip: Clip, num_input_frames: int, num_frames: int, height: int, width: int
 ) -> Tensor:
-    """Turn the end of a clip into the conditioning input of the autoregressive models.
+    """Conditioning of the autoregressive models: the end of a clip, then copies of its last frame.
 
-    The last `num_input_frames` frames, followed by copies of the very last one. The tokenizer is
-    causal, so the copies do not reach the prompt; they only fill the window.
+    The tokenizer is causal, so the copies do not reach the prompt; they only fill the window.
 
     Returns:
-        float32 (1, 3, num_frames, height, width) in [-1, 1], on the CPU.
-
-    Raises:
-        InputError: the clip is shorter than `num_input_frames`.
+        float32 (1, 3, num_frames, height, width) in [-1, 1].
     """
-    if not 1 <= num_input_frames <= num_frames:
-        raise ValueError(f"num_input_frames is {num_input_frames}; it must be 1 to {num_frames}")
-    frames = _last_frames(clip, num_input_frames)
     # float32 with the division first: the reference's order, and its rounding.
-    frames = resize_and_crop(frames.to(torch.float32) / 255 * 2 - 1, height, width)
-    video = torch.empty(1, 3, num_frames, height, width)
-    video[0, :, :num_input_frames] = frames.transpose(0, 1)
-    video[0, :, num_input_frames:] = frames[-1, :, None]
-    return video
+    frames = _last_frames(clip, num_input_frames) / 255 * 2 - 1
+    frames = resize_and_crop(frames, height, width)
+    copies = frames[-1:].expand(num_frames - num_input_frames, -1, -1, -1)
+    return torch.cat([frames, copies]).transpose(0, 1)[None].contiguous()
 
 
 def stretched_frames(clip: Clip, num_input_frames: int, height: int, width: int) -> Tensor:
-    """Turn the end of a clip into the conditioning input of the diffusion models.
+    """Conditioning of the diffusion models: the end of a clip, stretched whatever its aspect.
 
-    Pixel level p becomes p / 128 - 1, so white stays a little below 1. The frames are stretched to
-    the wanted size whatever their aspect, bicubic, antialiased, and may overshoot a little.
+    Pixel level p becomes p / 128 - 1, so white stays a little below 1. The resize is bicubic,
+    antialiased, and may overshoot a little.
 
     Returns:
-        float32 (1, 3, num_input_frames, height, width), on the CPU.
-
-    Raises:
-        InputError: the clip is shorter than `num_input_frames`.
+        float32 (1, 3, num_input_frames, height, width).
     """
-    frames = _last_frames(clip, num_input_frames).to(torch.float32) / 128 - 1
+    frames = _last_frames(clip, num_input_frames) / 128 - 1
     if frames.shape[-2:] != (height, width):
         frames = F.interpolate(
             frames, size=(height, width), mode="bicubic", align_corners=False, antialias=True
@@ -67,42 +57,28 @@ def stretched_frames(clip: Clip, num_input_frames: int, height: int, width: int)
 
 
 def covering_frames(clip: Clip, num_input_frames: int, height: int, width: int) -> Tensor:
-    """Turn the end of a clip into the conditioning input of the flow models.
-
-    The frames are scaled, keeping their aspect, until they cover the wanted size, and the middle is
-    cut out; they are rounded to whole levels again.
+    """Conditioning of the flow models: the end of a clip, scaled to cover the size and cropped.
 
     Returns:
-        uint8 (1, 3, num_input_frames, height, width), on the CPU.
-
-    Raises:
-        InputError: the clip is shorter than `num_input_frames`.
+        uint8 (1, 3, num_input_frames, height, width).
     """
-    frames = _last_frames(clip, num_input_frames).to(torch.float32)
-    levels = resize_and_crop(frames, height, width).round().to(torch.uint8)
-    return levels.transpose(0, 1)[None]
+    frames = resize_and_crop(_last_frames(clip, num_input_frames), height, width)
+    return frames.round().to(torch.uint8).transpose(0, 1)[None]
 
 
 def _last_frames(clip: Clip, count: int) -> Tensor:
-    """Return the last frames of a clip, uint8 (T, 3, h, w)."""
+    """Last frames of a clip, float32 (T, 3, h, w) in [0, 255]."""
     if count < 1:
         raise ValueError(f"num_input_frames is {count}; it must be 1 or more")
-    have = len(clip.frames)
-    if have < count:
-        raise InputError(f"the clip has {have} frames, but {count} are needed")
-    return torch.from_numpy(np.array(clip.frames[-count:])).permute(0, 3, 1, 2)
+    if len(clip.frames) < count:
+        raise InputError(f"the clip has {len(clip.frames)} frames, but {count} are needed")
+    return torch.from_numpy(np.array(clip.frames[-count:])).permute(0, 3, 1, 2).to(torch.float32)
 
 
 def resize_and_crop(frames: Tensor, height: int, width: int) -> Tensor:
-    """Scale until the target is covered, keeping the aspect, then cut out the middle.
+    """Frames (T, C, h, w), floating, scaled until they cover (height, width), then centre-cropped.
 
-    Args:
-        frames: (T, C, h, w), floating, any range.
-        height: rows of the result.
-        width: columns of the result.
-
-    Returns:
-        (T, C, height, width), in the dtype of `frames`.
+    The aspect and the dtype stay.
     """
     rows, columns = frames.shape[-2:]
     scale = max(width / columns, height / rows)
@@ -117,21 +93,26 @@ def resize_and_crop(frames: Tensor, height: int, width: int) -> Tensor:
     return frames[..., top : top + height, left : left + width]
 
 
-def to_uint8(video: Tensor) -> NDArray[np.uint8]:
-    """Turn a decoded video into frames by truncation, as the reference does, not by rounding.
+def scaled(frames: Frames, short_side: int) -> Frames:
+    """Frames (T, H, W, 3) whose short side is `short_side`; the long one is even."""
+    height, width = frames.shape[1:3]
+    ratio = short_side / min(height, width)
+    long_side = max(2, round(max(height, width) * ratio / 2) * 2)
+    size = (long_side, short_side) if width >= height else (short_side, long_side)
+    pictures = (Image.fromarray(frame) for frame in frames)
+    return np.stack([np.asarray(p.resize(size, Image.Resampling.LANCZOS)) for p in pictures])
 
-    Args:
-        video: (3, T, H, W), floating, in [0, 1]; what lies outside is clamped.
 
-    Returns:
-        uint8 (T, H, W, 3).
+def to_uint8(video: Tensor) -> Frames:
+    """Frames (T, H, W, 3) of a video (3, T, H, W) in [0, 1]: clamped, truncated as the reference's.
+
+    In float32: 255 levels do not fit in the 8 significant bits of bfloat16 once multiplied.
     """
-    # float32: 255 levels do not fit in the 8 significant bits of bfloat16 once multiplied.
     levels = (video.detach().to(torch.float32).clamp(0, 1) * 255).to(torch.uint8)
-    frames: NDArray[np.uint8] = levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    frames: Frames = levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
     return frames
 
 
-def signed_to_uint8(video: Tensor) -> NDArray[np.uint8]:
-    """Do what `to_uint8` does for (3, T, H, W) in [-1, 1], in float32 throughout."""
+def signed_to_uint8(video: Tensor) -> Frames:
+    """`to_uint8` of a video in [-1, 1]."""
     return to_uint8((video.detach().to(torch.float32) + 1) / 2)

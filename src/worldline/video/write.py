@@ -1,14 +1,16 @@
 """Frames to files that are either whole or not there.
 
-Clips come whole or piece by piece. A file is encoded in memory, written under a temporary name in
-its own folder, and only then takes its name. So an interrupted run leaves no partial video, a full
-disk leaves the older file whole, and of two runs that write the same name the later wins entirely.
+A file is encoded in memory, written under a temporary name in its own folder, then renamed. So an
+interrupted run leaves no partial video, a full disk leaves the older file whole, and of two runs
+that write the same name the later wins entirely.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,48 +22,56 @@ from typing import Any
 import av
 import av.error
 import av.filter
-import av.video
 import numpy as np
 from av.video.reformatter import Colorspace
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from worldline.errors import Error, InputError
 from worldline.files import replacing
+from worldline.video.read import BT709, Frames
 
-Frames = NDArray[np.uint8]
+# Quality is above the reference's (crf 25): a finer quantiser costs little on 33 frames, and clips
+# get chained and compared. Both encoders give other bytes with other numbers of threads, so the
+# number is fixed, whatever the machine has.
+_H264 = {"crf": "18", "preset": "medium", "threads": "16"}
+_VP9 = {"crf": "24", "b": "0", "cpu-used": "4", "row-mt": "1", "threads": "8"}
+# No random identifiers, no version of the muxer; in MP4 and MOV the index goes to the front, so
+# that a browser plays before it has the whole file.
+_MUXER = {"fflags": "+bitexact"}
+_MP4 = {**_MUXER, "movflags": "+faststart"}
 
-# Container, encoder and its options. Quality is above the reference's (crf 25): a finer quantiser
-# costs little on 33 frames, and clips get chained and compared.
-ENCODINGS: dict[str, tuple[str, str, dict[str, str]]] = {
-    ".mp4": ("mp4", "libx264", {"crf": "18", "preset": "medium"}),
-    ".mov": ("mov", "libx264", {"crf": "18", "preset": "medium"}),
-    ".mkv": ("matroska", "libx264", {"crf": "18", "preset": "medium"}),
-    ".webm": ("webm", "libvpx-vp9", {"crf": "24", "b": "0", "cpu-used": "4", "row-mt": "1"}),
-    ".gif": ("gif", "gif", {}),
+# Container and its options, encoder and its options.
+ENCODINGS: dict[str, tuple[str, dict[str, str], str, dict[str, str]]] = {
+    ".mp4": ("mp4", _MP4, "libx264", _H264),
+    ".mov": ("mov", _MP4, "libx264", _H264),
+    ".mkv": ("matroska", _MUXER, "libx264", _H264),
+    ".webm": ("webm", _MUXER, "libvpx-vp9", _VP9),
+    ".gif": ("gif", _MUXER, "gif", {}),
 }
+PICTURE_SUFFIXES = (".jpg",)  # for a single frame
 
-# of a single frame
-PICTURES: dict[str, tuple[str, dict[str, int]]] = {".jpg": ("JPEG", {"quality": 95})}
+_MAX_NAME_BYTES = 255  # of Linux and macOS
+_TEMPORARY_NAME_BYTES = 24  # added to the name of a file beside a video
 
-_LONGEST_NAME = 255  # bytes; of Linux and macOS
-_ROOM = 24  # of them, that the temporary name of a file beside a video has more than the video
+_LIMITED_RANGE = 1  # FFmpeg's number
 
-BT709 = 1  # FFmpeg's number for the matrix, and for the primaries
-LIMITED_RANGE = 1
+
+def frames_sha256(frames: Frames) -> str:
+    """SHA-256 of frames (T, H, W, 3) in hexadecimal: of the pixels, whatever the codec."""
+    return hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest()
 
 
 def write_video(frames: Frames, path: str | Path, fps: float) -> None:
     """Write a clip; the suffix chooses the format, and no suffix a folder of numbered PNGs.
 
-    H.264 and VP9 are yuv420p with the BT.709 matrix, tagged as such: what plays everywhere. H.264
-    stores even sides only, so an odd side grows by one repeated row or column; the other formats
-    keep the exact size. A GIF keeps every frame and one palette; its delays are whole 1/100 s.
+    Equal frames give equal bytes. H.264 and VP9 are yuv420p with the BT.709 matrix, tagged as such:
+    what plays everywhere. H.264 stores even sides only, so an odd side grows by one repeated row or
+    column. A GIF keeps every frame and one palette; its delays are whole 1/100 s.
 
     Args:
         frames: uint8 (T, H, W, 3), RGB.
-        path: `.mp4`, `.mov`, `.mkv`, `.webm` or `.gif` in any case, or no suffix; of one frame
-            `.jpg` too. Folders on the way are made.
+        path: `.mp4`, `.mov`, `.mkv`, `.webm` or `.gif` in any case, or no suffix; for one frame
+            `.jpg` too. Missing parent folders are made.
         fps: frames a second; unused for PNGs.
 
     Raises:
@@ -70,30 +80,28 @@ def write_video(frames: Frames, path: str | Path, fps: float) -> None:
             frames of this size or rate.
     """
     path = Path(path)
+    suffix = path.suffix.lower()
     _check_frames(frames)
     check_destination(path)
-    if not path.suffix:
+    if not suffix:
         with _writing(path) as temporary:
             temporary.mkdir()
             for index, frame in enumerate(frames):
                 Image.fromarray(frame).save(temporary / f"{index:05d}.png")
-        return
-    if path.suffix.lower() in PICTURES:
-        kind, options = PICTURES[path.suffix.lower()]
+    elif suffix in PICTURE_SUFFIXES:
         if len(frames) > 1:
             raise InputError(f"{path}: a picture has 1 frame, not {len(frames)}; use .mp4")
         file = io.BytesIO()
-        Image.fromarray(frames[0]).save(file, format=kind, **options)
+        Image.fromarray(frames[0]).save(file, format="JPEG", quality=95)
         write_bytes(path, file.getbuffer())
-        return
-    if path.suffix.lower() == ".gif":
-        write_bytes(path, _encode(path, fps, frames.shape[1:3], _in_palette(frames)))
+    elif suffix == ".gif":
+        write_bytes(path, _encode(path, fps, _in_palette(frames)))
     else:
         write_stream([frames], path, fps)
 
 
 def write_stream(pieces: Iterable[Frames], path: str | Path, fps: float) -> int:
-    """Write a video as `write_video` does, piece by piece, and return how many frames it has.
+    """Write a video as `write_video` does, piece by piece; its number of frames.
 
     Args:
         pieces: uint8 (T, H, W, 3), all of one size; at least one.
@@ -101,39 +109,31 @@ def write_stream(pieces: Iterable[Frames], path: str | Path, fps: float) -> int:
         fps: frames a second, above 0.
 
     Raises:
-        InputError: as `write_video`.
+        InputError: as `write_video`; or a format that needs the whole clip.
         Error: as `write_video`.
     """
     path = Path(path)
     check_destination(path)
-    if path.suffix.lower() in PICTURES:
-        raise InputError(f"{path}: a picture has 1 frame; use .mp4")
-    if not path.suffix or path.suffix.lower() == ".gif":
-        what = "the palette of a GIF needs the whole clip" if path.suffix else "no suffix"
-        raise InputError(f"{path}: {what}; use .mp4")
-    pieces = iter(pieces)
-    first = next(pieces, None)
-    if first is None:
-        raise ValueError("a video needs at least one frame")
-    _check_frames(first)
-    height, width = first.shape[1:3]
-    # of H.264, which stores even sides only
-    odd = ENCODINGS[path.suffix.lower()][1] == "libx264"
-    edges = ((0, height % 2 * odd), (0, width % 2 * odd), (0, 0))
-    total = 0
+    suffix = path.suffix.lower()
+    if suffix not in ENCODINGS or suffix == ".gif":
+        raise InputError(f"{path}: {suffix or 'a folder of PNGs'} needs the whole clip; use .mp4")
+    total, size = 0, None
+    multiple = 2 if ENCODINGS[suffix][2] == "libx264" else 1
 
     def pictures() -> Iterator[av.VideoFrame]:
-        nonlocal total
-        for piece in chain([first], pieces):
+        nonlocal total, size
+        for piece in pieces:
             _check_frames(piece)
-            if piece.shape[1:3] != (height, width):
-                raise ValueError(f"frames of {piece.shape[1:3]} after some of {(height, width)}")
+            size = size or piece.shape[1:3]
+            if piece.shape[1:3] != size:
+                raise ValueError(f"frames of {piece.shape[1:3]} after some of {size}")
+            edges = [(0, -side % multiple) for side in size] + [(0, 0)]
             for frame in piece:
-                yield _in_yuv(np.pad(frame, edges, mode="edge"))
+                picture = _picture(np.pad(frame, edges, mode="edge"))
+                yield picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
                 total += 1
 
-    size = height + edges[0][1], width + edges[1][1]
-    write_bytes(path, _encode(path, fps, size, pictures()))
+    write_bytes(path, _encode(path, fps, pictures()))
     return total
 
 
@@ -145,14 +145,18 @@ def check_destination(path: str | Path) -> None:
             folder is in the way.
     """
     path = Path(path)
-    _check_lengths(path)
+    for name in path.parts:
+        limit = _MAX_NAME_BYTES - _TEMPORARY_NAME_BYTES * (name == path.name)
+        size = len(os.fsencode(name))
+        if size > limit:
+            raise InputError(f"{path} cannot be written: a name has {size} bytes; limit {limit}")
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        pass  # folders are made, and a file in their place is told when they are
+        pass  # parent folders are made; a file in their place is refused then
     except OSError as error:
         raise _cannot_write(path, error) from error
-    if path.suffix and path.suffix.lower() not in (*ENCODINGS, *PICTURES):
+    if path.suffix and path.suffix.lower() not in (*ENCODINGS, *PICTURE_SUFFIXES):
         raise InputError(
             f"{path}: cannot write {path.suffix} videos; use {' '.join(ENCODINGS)}, "
             "or a name without suffix for a folder of PNGs"
@@ -163,18 +167,8 @@ def check_destination(path: str | Path) -> None:
         raise InputError(f"{path} is a file; a folder of PNGs cannot take its name")
 
 
-def _check_lengths(path: Path) -> None:
-    for name in path.parts:
-        most = _LONGEST_NAME - _ROOM * (name == path.name)
-        size = len(os.fsencode(name))
-        if size > most:
-            raise InputError(
-                f"{path} cannot be written: a name in it has {size} bytes; it may have {most}"
-            )
-
-
 def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
-    """Write a file whole or not at all; folders on the way are made.
+    """Write a file whole or not at all; missing parent folders are made.
 
     Raises:
         InputError: the place cannot be written.
@@ -195,64 +189,43 @@ def _writing(path: Path) -> Iterator[Path]:
         raise _cannot_write(path, error) from error
 
 
-def contact_sheet(
-    rows: Sequence[Frames],
-    path: str | Path,
-    labels: Sequence[str] = (),
-    *,
-    columns: int = 9,
-    cell_width: int = 192,
-) -> None:
-    """Write a PNG with a row of frames for each clip, to look at many clips at once.
+def _cannot_write(path: Path, error: OSError) -> Error:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return Error(f"{path} was not written: {reason}; files that were there are untouched")
+    return InputError(f"{path} cannot be written: {reason}")
 
-    Each row shows frames evenly spread over its clip, the first and the last included, with their
-    numbers; narrower frames are not enlarged.
 
-    Args:
-        rows: clips, each uint8 (T, H, W, 3); sizes and lengths may differ.
-        path: where the PNG goes.
-        labels: a text above each row, or none.
-        columns: most frames in a row.
-        cell_width: most pixels a frame is wide.
+def contact_sheet(rows: Sequence[Frames], path: str | Path, labels: Sequence[str]) -> None:
+    """Write a PNG with a labelled row for each clip, to look at many clips at once.
+
+    A row has up to 9 frames evenly spread over its clip, the first and the last included, below
+    their numbers; frames are up to 192 pixels wide, and narrower ones are not enlarged.
     """
-    if not rows:
-        raise ValueError("a contact sheet needs at least one row")
-    if labels and len(labels) != len(rows):
-        raise ValueError(f"{len(labels)} labels for {len(rows)} rows")
-    for row in rows:
-        _check_frames(row)
-    font = ImageFont.load_default()
     gap, line = 4, 14
-    strips: list[list[tuple[int, Image.Image]]] = []
-    for row in rows:
-        picks = np.unique(np.linspace(0, len(row) - 1, min(columns, len(row))).round().astype(int))
-        height, width = row.shape[1:3]
-        scale = min(1.0, cell_width / width)
+    font = ImageFont.load_default()
+    strips: list[Image.Image] = []
+    for frames, label in zip(rows, labels, strict=True):
+        height, width = frames.shape[1:3]
+        scale = min(1.0, 192 / width)
         size = max(1, round(width * scale)), max(1, round(height * scale))
-        strips.append(
-            [
-                (int(i), Image.fromarray(row[i]).resize(size, Image.Resampling.LANCZOS))
-                for i in picks
-            ]
-        )
-    heights = [strip[0][1].height + line * (2 if labels else 1) + gap for strip in strips]
-    wide = gap + max(sum(image.width + gap for _, image in strip) for strip in strips)
-    sheet = Image.new("RGB", (wide, sum(heights) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    top = gap
-    for number, strip in enumerate(strips):
-        below = top
-        if labels:
-            # Pillow's own font, the only one sure to be there, draws boxes for the rest.
-            text = labels[number].encode("ascii", "replace").decode()
-            draw.text((gap, below), text, fill="black", font=font)
-            below += line
-        left = gap
-        for index, image in strip:
-            draw.text((left, below), str(index), fill="gray", font=font)
-            sheet.paste(image, (left, below + line))
-            left += image.width + gap
-        top += heights[number]
+        picks = np.linspace(0, len(frames) - 1, min(9, len(frames))).round().astype(int)
+        strip_size = gap + len(picks) * (size[0] + gap), 2 * line + size[1] + gap
+        strip = Image.new("RGB", strip_size, "white")
+        draw = ImageDraw.Draw(strip)
+        # Pillow's own font, the only one sure to be there, draws boxes for the rest.
+        draw.text((gap, gap), label.encode("ascii", "replace").decode(), fill="black", font=font)
+        for left, index in zip(range(gap, strip.width, size[0] + gap), picks, strict=False):
+            draw.text((left, line), str(index), fill="gray", font=font)
+            cell = Image.fromarray(frames[index]).resize(size, Image.Resampling.LANCZOS)
+            strip.paste(cell, (left, 2 * line))
+        strips.append(strip)
+    sheet_size = max(strip.width for strip in strips), sum(strip.height for strip in strips)
+    sheet = Image.new("RGB", sheet_size, "white")
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
     file = io.BytesIO()
     sheet.save(file, format="PNG")
     write_bytes(path, file.getbuffer())
@@ -265,53 +238,37 @@ def _check_frames(frames: Frames) -> None:
         )
 
 
-def _cannot_write(path: Path, error: OSError) -> Error:
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return Error(f"{path} was not written: {reason}; files that were there are untouched")
-    if error.errno == errno.EIO:
-        return Error(f"{path} was not written: {reason}")
-    return InputError(f"{path} cannot be written: {reason}")
-
-
-def _encode(
-    path: Path,
-    fps: float,
-    size: tuple[int, ...],
-    pictures: Iterable[av.VideoFrame],
-) -> memoryview:
-    """Return the bytes of the video.
-
-    Args:
-        path: its suffix chooses the format.
-        fps: frames a second.
-        size: rows and columns of a picture.
-        pictures: as the encoder takes them; they get their times here.
-    """
+def _encode(path: Path, fps: float, pictures: Iterator[av.VideoFrame]) -> memoryview:
+    """Bytes of a video in the format of `path`; the pictures get their times here."""
     if not fps > 0:
         raise ValueError(f"fps is {fps}; it must be above 0")
-    container, encoder, options = ENCODINGS[path.suffix.lower()]
+    container, muxing, encoder, encoding = ENCODINGS[path.suffix.lower()]
     if encoder not in av.codec.codecs_available:
         raise Error(f"this build of PyAV has no {encoder} encoder; install PyAV's own wheel")
+    first = next(pictures, None)
+    if first is None:
+        raise ValueError("a video needs at least one frame")
     rate = Fraction(fps).limit_denominator(1001)
     file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
+
+    def reopened(*_: object) -> io.BytesIO:  # faststart reads again what it moves
+        return io.BytesIO(file.getvalue())
+
+    with av.open(file, "w", format=container, options=muxing, io_open=reopened) as output:
+        options = {**encoding, **_deterministic()} if encoder == "libx264" else encoding
         stream: Any = output.add_stream(encoder, rate=rate, options=options)
-        stream.height, stream.width = size
-        if encoder == "gif":
-            stream.pix_fmt = "pal8"
-        else:
-            stream.pix_fmt = "yuv420p"
+        stream.height, stream.width = first.height, first.width
+        stream.pix_fmt = first.format.name
+        if encoder != "gif":
             # Without tags players guess the matrix from the height, and the colours shift.
             stream.codec_context.colorspace = BT709
             stream.codec_context.color_primaries = BT709
             stream.codec_context.color_trc = BT709
-            stream.codec_context.color_range = LIMITED_RANGE
-        # None at the end: the encoder gives what it still holds back.
-        for index, picture in enumerate(chain(pictures, [None])):
+            stream.codec_context.color_range = _LIMITED_RANGE
+        # None at the end: the encoder gives what it holds back.
+        for index, picture in enumerate(chain([first], pictures, [None])):
             if picture is not None:
-                picture.pts = index
-                picture.time_base = 1 / rate
+                picture.pts, picture.time_base = index, 1 / rate
             try:
                 output.mux(stream.encode(picture))
             except MemoryError:
@@ -319,18 +276,30 @@ def _encode(
             except av.error.FFmpegError as error:
                 raise Error(
                     f"{path} was not written: {encoder} cannot encode frames of "
-                    f"{size[1]} x {size[0]} at {fps:g} a second: {error.strerror or error}"
+                    f"{first.width} x {first.height} at {fps:g} a second: {error.strerror or error}"
                 ) from error
     return file.getbuffer()
 
 
-def _in_yuv(frame: Frames) -> av.VideoFrame:
-    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-    return picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+@functools.cache
+def _deterministic() -> dict[str, str]:
+    """Options of x264 by which equal frames give equal bytes.
+
+    With AVX-512 its macroblock tree reads memory that was never written, so it is capped at AVX2;
+    `docs/LOG.md` has the trials. Of the systems that we run on only Linux has AVX-512.
+    """
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        if "avx512" in file.read(8192):  # flags of the first processor
+            return {"x264-params": "asm=avx2"}
+    return {}
+
+
+def _picture(frame: Frames) -> av.VideoFrame:
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
 
 
 def _in_palette(frames: Frames) -> Iterator[av.VideoFrame]:
-    """Bring all frames to one palette of 256 colours, so that what stands still does not flicker.
+    """Frames in one palette of 256 colours, so that what stands still does not flicker.
 
     Pillow could write the GIF, but merges equal neighbours and so loses frames.
     """
@@ -351,15 +320,12 @@ def _in_palette(frames: Frames) -> Iterator[av.VideoFrame]:
     use.link_to(sink)
     graph.configure()
     for index, frame in enumerate(frames):
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture.pts = index
-        picture.time_base = unit
+        picture = _picture(frame)
+        picture.pts, picture.time_base = index, unit
         graph.push(picture)
     graph.push(None)
-    while True:
-        try:
+    with contextlib.suppress(av.error.EOFError, av.error.BlockingIOError):
+        while True:
             filtered = graph.pull()
-        except (av.error.EOFError, av.error.BlockingIOError):
-            return
-        assert isinstance(filtered, av.VideoFrame)
-        yield filtered
+            assert isinstance(filtered, av.VideoFrame)
+            yield filtered
