@@ -202,6 +202,7 @@ class Family:
         generate_together: several clips in step; None computes them one after another.
         max_batch_size: clips that are worth computing in step.
         upsampler: opened model -> prompt upsampler that it is released with; None for none.
+        read_settings: reads config.json; by default whatever it holds.
         prepare: what runs beside the reading of weights, such as compiling kernels.
     """
 
@@ -224,6 +225,7 @@ class Family:
     max_batch_size: Callable[[Opened, Compute], int] = lambda opened, compute: 1
     upsampler: Callable[[Opened], Any] | None = None
     prepare: Callable[[Opened, Compute], AbstractContextManager[None]] | None = None
+    read_settings: Callable[[Path], dict[str, Any]] | None = None
 
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)

@@ -29,9 +29,8 @@ from worldline.family import (
     refuse_unless_equal,
     requests_of,
 )
-from worldline.files import TRANSFORMER_FILES, holds_diffusers, read_json, unfinished
+from worldline.files import holds_diffusers, unfinished
 from worldline.memory import Fit, Memory, Plan, Stage, Weights, count_parameters, workspace
-from worldline.models.predict1_ar.weights import SHARDS
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import BlockPlan, StreamedPart
 from worldline.parallel.offload import Part as LoadedPart
@@ -40,17 +39,11 @@ from worldline.report import Recorder
 from worldline.request import LoadOptions, Name, Request, keyword
 from worldline.text.encoder import MAX_LENGTH, EncoderFiles, TextEncoder
 from worldline.weights.keymap import KeyMap
-from worldline.weights.read import Checkpoint, open_checkpoint
-from worldline.weights.read import find_shards, open_shards, shard_stem
+from worldline.weights.networks import open_transformer, read_settings
+from worldline.weights.source import Checkpoint
 from worldline.weights.stream import load_into
 
 logger = logging.getLogger(__name__)
-
-RELEASED_FILES = "*_ema_bf16.pt"  # of Predict2.5, whose files are named by a hash
-DIFFUSERS_FILES = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-)
 
 
 @dataclass(frozen=True)
@@ -167,7 +160,7 @@ def open_text(opened: Opened, kind: type[EncoderFiles], width: int) -> TextPart:
     return TextPart(encoder.num_parameters, encoder.max_length, encoder)
 
 
-def open_transformer(path: Path) -> tuple[Path, Checkpoint]:
+def find_transformer(path: Path) -> tuple[Path, Checkpoint]:
     """The file of a model's transformer, and its tensors; its header is read here, once.
 
     Args:
@@ -177,59 +170,19 @@ def open_transformer(path: Path) -> tuple[Path, Checkpoint]:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = _inside_repository(path)
-    if path.is_file():
-        return path, _open_file(path)
-    for name in TRANSFORMER_FILES:
-        if (path / name).is_file():
-            return path / name, _open_file(path / name)
-    named = sorted(path.glob(RELEASED_FILES))
-    if len(named) > 1:
-        names = ", ".join(file.name for file in named)
-        raise CheckpointError(f"{path}: it holds several transformers; name one: {names}")
-    if named:
-        return named[0], _open_file(named[0])
-    if shards := find_shards(path):
-        return shards[0], open_shards(shards, SHARDS)
-    saved = [file for file in sorted(path.glob("iter_*.pt")) if shard_stem(file) is None]
-    if saved:
-        return saved[-1], _open_file(saved[-1])
-    for folder in (path / "transformer", path):
-        for name in DIFFUSERS_FILES:
-            if (folder / name).is_file():
-                return folder / name, _open_file(folder / name)
-        if parts := sorted(folder.glob("diffusion_pytorch_model-*.safetensors")):
-            raise CheckpointError(
-                f"{folder}: it holds {parts[0].name} without {DIFFUSERS_FILES[1]}"
-            )
-    raise CheckpointError(
-        f"{path}: it holds no transformer (model.pt, model.safetensors, model_model_mp_*.pt, "
-        f"iter_*.pt or transformer/{DIFFUSERS_FILES[0]}){unfinished(path)}"
-    )
-
-
-def _inside_repository(path: Path) -> Path:
-    """The folder of the transformer in that of a whole repository; else `path` itself."""
-    if path.is_file() or holds_diffusers(path):
-        return path
-    inside = [path / "base" / kind for kind in ("post-trained", "pre-trained")]
-    present = [folder for folder in inside if folder.is_dir()]
-    if len(present) > 1:
-        logger.info("%s holds several models: %s is taken", path, present[0].name)
-    return present[0] if present else path
-
-
-def _open_file(file: Path) -> Checkpoint:
-    stem = shard_stem(file)
-    if stem is not None:
-        return open_shards(find_shards(file.parent, stem), SHARDS)
-    source = open_checkpoint(file)
+    if path.is_dir() and not holds_diffusers(path):
+        inside = [path / "base" / kind for kind in ("post-trained", "pre-trained")]
+        present = [folder for folder in inside if folder.is_dir()]
+        if len(present) > 1:
+            logger.info("%s holds several models: %s is taken", path, present[0].name)
+        path = present[0] if present else path
+    source = open_transformer(path)
     if adapters := [name for name in source.tensors if "lora_" in name.lower()]:
         raise CheckpointError(
             f"{source.path}: it holds {len(adapters):,} tensors of LoRA adapters, such as "
             f"{adapters[0]}; merge them into the weights first"
         )
-    return source
+    return Path(source.path), source
 
 
 def find_family(source: Checkpoint) -> Family:
@@ -254,9 +207,10 @@ def read_family(place: Place) -> tuple[Family, dict[str, Any]]:
     Raises:
         CheckpointError: there is no transformer of a known family.
     """
-    file, source = open_transformer(place.named)
+    file, source = find_transformer(place.named)
     family, folder = find_family(source), _folder(file)
-    return family, _defaults(family, read_settings(folder), folder)
+    read = family.read_settings or read_settings
+    return family, _defaults(family, read(folder), folder)
 
 
 def _folder(file: Path) -> Path:
@@ -276,12 +230,12 @@ def open_world(place: Place, stated: Mapping[str, Any], name: Name = keyword) ->
         CheckpointError: a file is absent, incomplete, damaged or of another model.
         InputError: a load option is unknown or wrong.
     """
-    file, source = open_transformer(place.named)
+    file, source = find_transformer(place.named)
     family = find_family(source)
     options = family.options.parse(stated, name)
     folder = _folder(file)
     place = replace(place, named=file if place.named.is_file() else folder)
-    settings = read_settings(folder)
+    settings = (family.read_settings or read_settings)(folder)
     called = place.released.name if place.released else folder.name
     opened = Opened(
         family,
@@ -313,16 +267,6 @@ def _open_part(part: Part, opened: Opened) -> Opened:
         parts = {name: other for name, other in opened.parts.items() if name != part.name}
         return replace(opened, parts=parts).with_part(part.name, None, str(error))
     return opened
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """What config.json in `folder` holds; empty where there is none.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    path = folder / "config.json"
-    return read_json(path) if path.exists() else {}
 
 
 def _defaults(family: Family, settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:

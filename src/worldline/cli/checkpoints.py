@@ -150,7 +150,6 @@ def _open(path: Path) -> Checkpoint:
     from worldline.tokenizers.cosmos.weights import LAYOUTS, open_tokenizer
     from worldline.weights.networks import open_transformer
     from worldline.weights.read import open_checkpoint
-    from worldline.weights.read import joined
 
     if path.is_dir():
         names = {name for layout in LAYOUTS for name in layout if not name.startswith("model.")}
@@ -177,9 +176,8 @@ def _kinds() -> Iterator[_Kind]:
     from worldline.models.predict1_ar import weights as autoregressive
     from worldline.models.predict1_dit import weights as diffusion
     from worldline.models.predict2_5_dit import weights as flow
-    from worldline.tokenizers.wan.weights import open_wan
     from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-    from worldline.tokenizers.wan.weights import find_layout
+    from worldline.tokenizers.wan.weights import find_layout, open_wan
     from worldline.weights.dit import is_dit
     from worldline.weights.networks import check_network, released_size
 

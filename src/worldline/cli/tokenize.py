@@ -443,8 +443,7 @@ def _encode(model: CosmosTokenizer, coder: Coder, task: Task) -> str:
     from importlib.metadata import version
 
     from worldline.tokenizers.cosmos.clips import encode_clip
-    from worldline.video.read import media_kind, probe
-    from worldline.video.read import stream_media
+    from worldline.video.read import media_kind, probe, stream_media
     from worldline.weights.write import save
 
     made_from = coder.made_from(task)  # before it is read: a file that changes meanwhile differs

@@ -28,6 +28,7 @@ from worldline.families.denoise import report, rounded, stage
 from worldline.family import Parts
 from worldline.models.predict1_dit.model import DECODER_WINDOW, DiT, Positions
 from worldline.nn.dit import Context
+from worldline.nn.pieces import decode_stream
 from worldline.report import Recorder
 from worldline.sampling.edm import SIGMA_DATA, Network, make_sigmas, sample
 from worldline.sampling.schedules import standard_noise
@@ -35,9 +36,7 @@ from worldline.sampling.solvers import Stepped
 from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape
 from worldline.step import Step
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.model import LatentStatistics
-from worldline.nn.pieces import decode_stream
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 from worldline.video.convert import signed_to_uint8
 
 OVERLAP = 2  # latent frames that a window shares with the one before

@@ -35,7 +35,6 @@ from worldline.families.diffusion.family import (
     denoising_stages,
     generation_by_name,
     open_latent_tokenizer,
-    refuse_unless_whole,
 )
 from worldline.families.diffusion.request import Generation, Precision
 from worldline.family import Compute, Family, Opened, Part, Parts
@@ -54,7 +53,7 @@ from worldline.models.predict1_ar.model import (
     ARTransformer,
     make_positions,
 )
-from worldline.models.predict1_ar.weights import KEYS, read_config
+from worldline.models.predict1_ar.weights import open_autoregressive
 from worldline.models.predict1_dit.model import BLOCKS, DECODER_WINDOW, DiT
 from worldline.models.predict1_dit.model import PRESETS as DIT_PRESETS
 from worldline.models.predict1_dit.weights import open_dit
@@ -68,13 +67,11 @@ from worldline.shapes import LatentShape, VideoShape, latent_frames_of, nearest_
 from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
-from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.tokenizers.cosmos.weights import key_map
+from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
 from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip
-from worldline.weights.keymap import match
 from worldline.weights.read import Checkpoint, open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -454,21 +451,15 @@ class DecoderNetwork(Network):
 
 def open_transformer(opened: Opened) -> Network:
     """The transformer, whole or in tensor-parallel shards; config.json wins over shapes."""
-    source, settings = opened.source, opened.settings
-    if not settings:
+    if not opened.settings:
         sides = " x ".join(map(str, astuple(RELEASED_GRID)))
         logger.info("no config.json in %s: released grid %s assumed", opened.folder, sides)
     try:
-        config = read_config(source, settings)
-        with torch.device("meta"):
-            network = ARTransformer(config)
-        shapes = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
-        match(source.tensors, shapes, KEYS, str(source.path))
+        files = open_autoregressive(opened.source, opened.settings)
     except CheckpointError as error:
-        hint = " (config.json beside it wins over shapes)" if settings else ""
-        raise CheckpointError(f"{error}{hint}{_shard_hint(opened)}") from error
+        raise CheckpointError(f"{error}{_shard_hint(opened)}") from error
     beside = (opened.folder / "config.json",)
-    return Network(ARTransformer, config, source, KEYS, beside)
+    return Network(ARTransformer, files.config, files.source, files.keys, beside)
 
 
 def _shard_hint(opened: Opened) -> str:
@@ -486,8 +477,8 @@ def open_tokenizer(opened: Opened) -> Network:
         raise CheckpointError(
             f"no discrete tokenizer: neither {names[0]} nor {names[1]} is in {place.searched}"
         )
-    source, config = open_cosmos(folder)
-    refuse_unless_whole(source, config)
+    cosmos = open_cosmos(folder)
+    config = cosmos.config
     rows = opened["transformer"].config.vocabulary
     if config.vocabulary != rows:
         raise CheckpointError(
@@ -496,7 +487,7 @@ def open_tokenizer(opened: Opened) -> Network:
         )
     if "decoder" in opened.parts:
         refuse_grids(opened, config)
-    return Network(CosmosTokenizer, config, source, key_map(config))
+    return Network(CosmosTokenizer, config, cosmos.source, cosmos.keys)
 
 
 def decodes(opened: Opened) -> bool:

@@ -13,7 +13,6 @@ to the transformer's, and rotary angles are bf16 unless asked otherwise.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +46,11 @@ from worldline.families.diffusion.request import (
     recognise,
 )
 from worldline.family import Compute, Family, Opened, Part, Parts
-from worldline.files import holds_diffusers
 from worldline.guards import rewrites
 from worldline.memory import Stage, coding_bytes, denoise_bytes
 from worldline.models.predict1_dit.model import PRESETS, DiT, DiTConfig
-from worldline.models.predict1_dit.weights import open_dit
+from worldline.models.predict1_dit.weights import is_decoder, open_dit, read_settings
+from worldline.nn.pieces import decode_stream
 from worldline.opening import Network, TextPart, open_text
 from worldline.report import Recorder
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, Conditioning, make_sigmas, sample
@@ -61,20 +60,16 @@ from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
 from worldline.text.upsampler import DESCRIBING, LENGTHENING
-from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
-from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.tokenizers.cosmos.statistics import (
+from worldline.tokenizers.cosmos.model import (
+    CosmosTokenizer,
+    CosmosTokenizerConfig,
     LatentStatistics,
-    holds_vae_weights,
-    read_statistics,
 )
-from worldline.nn.pieces import decode_stream
-from worldline.tokenizers.cosmos.weights import key_map
+from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
+from worldline.tokenizers.opened import DIFFUSERS_FILES
 from worldline.video.convert import stretched_frames
 from worldline.video.read import Clip
-from worldline.weights.keymap import match
-from worldline.weights.read import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +78,6 @@ TOKENIZERS: dict[str, tuple[str, str]] = {
     "Predict1": ("Cosmos-Tokenize1-CV8x8x8-720p", "Cosmos-1.0-Tokenizer-CV8x8x8"),
     "1.0": ("Cosmos-1.0-Tokenizer-CV8x8x8", "Cosmos-Tokenize1-CV8x8x8-720p"),
 }
-STATISTICS = (
-    "mean_std.pt",
-    "image_mean_std.pt",
-    "mean_std.safetensors",
-    "config.json",
-    "vae/config.json",
-)
 
 
 @torch.inference_mode()
@@ -221,16 +209,12 @@ class LatentTokenizer(Network):
 
 def open_transformer(opened: Opened) -> Network:
     """The transformer in either layout."""
-    settings = {} if holds_diffusers(opened.source.path) else opened.settings
-    fps = settings.get("base_fps", 24.0)
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf:
-        raise CheckpointError(f"{opened.folder / 'config.json'}: base_fps is {fps!r}")
-    files = open_dit(Path(opened.source.path), settings)
-    if files.config.vocabulary:
+    if is_decoder(opened.source.tensors):
         raise CheckpointError(
             f"{opened.folder} is the diffusion decoder of the autoregressive models; worldline "
             "autoregressive runs it with them"
         )
+    files = open_dit(opened.source)
     beside = (opened.folder / "config.json",)
     return Network(DiT, files.config, files.source, files.keys, beside)
 
@@ -255,7 +239,7 @@ def open_tokenizer(opened: Opened) -> LatentTokenizer:
     names = TOKENIZERS[generation_of(opened)]
     if opened.options.tokenizer_dir is not None:
         path = place.chosen(opened.options.tokenizer_dir, "tokenizer_dir")
-    elif holds_vae_weights(own):
+    elif any((own / name).is_file() for name in DIFFUSERS_FILES):
         path = own
     elif (found := place.below(names)) is not None:
         path = found
@@ -275,31 +259,24 @@ def open_latent_tokenizer(path: Path) -> LatentTokenizer:
     Raises:
         CheckpointError: it is discrete, or its statistics are absent.
     """
-    source, config = open_cosmos(path)
-    if config.levels is not None:
+    opened = open_cosmos(path)
+    if opened.config.levels is not None:
         raise CheckpointError(
             f"{path} is a discrete tokenizer; give a continuous one, such as "
             f"{TOKENIZERS['Predict1'][0]}"
         )
-    folder = path if path.is_dir() else path.parent
-    statistics = read_statistics(folder, config.latent_channels)
-    if statistics is None:
+    if opened.statistics is None:
         raise CheckpointError(
-            f"{folder} has no mean_std.pt, the statistics of its latents; download it, too"
+            f"{opened.folder} has no mean_std.pt, the statistics of its latents; download it, too"
         )
-    refuse_unless_whole(source, config)
-    beside = tuple(folder / name for name in STATISTICS)
     return LatentTokenizer(
-        CosmosTokenizer, config, source, key_map(config), beside, statistics=statistics
+        CosmosTokenizer,
+        opened.config,
+        opened.source,
+        opened.keys,
+        opened.settings,
+        statistics=opened.statistics,
     )
-
-
-def refuse_unless_whole(source: Checkpoint, config: CosmosTokenizerConfig) -> None:
-    """Raise `CheckpointError` unless a tokenizer's tensors are those of its configuration."""
-    with torch.device("meta"):
-        network = CosmosTokenizer(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
-    match(source.tensors, shapes, key_map(config), str(source.path))
 
 
 def open_encoder(opened: Opened) -> TextPart:
@@ -425,7 +402,7 @@ def denoising_stages(
     past = (
         2 * grid.tokens * tokenizer.level_channels[-1] * size
     )  # keys and values of earlier pieces
-    pieces = min(video.frames, CHUNK * tokenizer.temporal)
+    pieces = min(video.frames, CosmosTokenizer.chunk * tokenizer.temporal)
     yield Stage("decode", "tokenizer", coding(pieces) + past)
 
 
@@ -490,4 +467,5 @@ FAMILY = Family(
     report=report_entries,
     notes=notes,
     upsampler=upsampler,
+    read_settings=read_settings,
 )

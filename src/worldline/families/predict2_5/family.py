@@ -43,6 +43,7 @@ from worldline.files import read_json, released_folders
 from worldline.memory import Stage, coding_bytes, denoise_bytes
 from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.models.predict2_5_dit.weights import open_flow_dit
+from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.opening import Network, TextPart, open_text
 from worldline.report import Recorder
 from worldline.sampling.flow import Conditioning, make_schedule, sample
@@ -51,10 +52,9 @@ from worldline.shapes import VideoShape
 from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
 from worldline.text.reason1 import NUM_PARAMETERS, Reason1Files
-from worldline.tokenizers.wan.weights import FILES as TOKENIZER_FILES
-from worldline.tokenizers.wan.weights import open_wan
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.nn.pieces import decode_stream, encode_stream
+from worldline.tokenizers.wan.weights import FILES as TOKENIZER_FILES
+from worldline.tokenizers.wan.weights import OpenedWan, open_wan
 from worldline.video.convert import covering_frames
 from worldline.video.read import Clip
 
@@ -64,6 +64,17 @@ TRAINED_FPS = 16
 TRAINED_SIZES = ((960, 960), (704, 960), (960, 704), (704, 1280), (1280, 704))
 _SCHEDULER = "scheduler/scheduler_config.json"
 _KNOWN_TIMESTEP: dict[str, float | None] = {"karras": 0.1, "shifted": None}
+
+
+@dataclass(frozen=True)
+class WanPart(Network):
+    """The Wan2.1 tokenizer."""
+
+    wan: OpenedWan | None = None
+
+    def read(self, device: torch.device, dtype: torch.dtype) -> WanTokenizer:
+        assert self.wan is not None
+        return self.wan.read(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class FlowNetwork(Network):
 
 def open_transformer(opened: Opened) -> FlowNetwork:
     """The transformer in either layout."""
-    files = open_flow_dit(opened.source.path, opened.settings)
+    files = open_flow_dit(opened.source, opened.settings or None)
     schedule, known_timestep = _schedule(opened, files.layout, files.config)
     return FlowNetwork(
         FlowDiT,
@@ -122,11 +133,10 @@ def _released_as(file: Path) -> FlowModel | None:
     return None
 
 
-def open_tokenizer(opened: Opened) -> Network:
+def open_tokenizer(opened: Opened) -> WanPart:
     """The Wan2.1 tokenizer: as chosen, beside the transformer, or that of the 2B repository."""
-    files = open_wan(_tokenizer_path(opened))
-    beside = (Path(files.source.path).parent / "config.json",)
-    return Network(WanTokenizer, files.config, files.source, files.keys, beside)
+    wan = open_wan(_tokenizer_path(opened))
+    return WanPart(WanTokenizer, wan.config, wan.source, wan.keys, tuple(wan.settings), wan=wan)
 
 
 def _tokenizer_path(opened: Opened) -> Path:
@@ -260,10 +270,11 @@ def stages(opened: Opened, request: FlowRequest, compute: Compute) -> Iterator[S
     length = text_length(opened)
     # features of the prompt, before and behind the layer that narrows them, with and without guidance
     features = 2 * length * (config.feature_width + config.context_width) * size
-    if text := opened.get("text"):
-        if "text" not in unused(opened, request):
-            yield Stage("text", "text", text.nbytes(compute) // 20 + features)
-    frames = min(window.frames, CHUNK * tokenizer.temporal)  # coded in pieces both ways
+    if (text := opened.get("text")) and "text" not in unused(opened, request):
+        yield Stage("text", "text", text.nbytes(compute) // 20 + features)
+    frames = min(
+        window.frames, WanTokenizer.chunk * tokenizer.temporal
+    )  # coded in pieces both ways
     pixels = frames * window.height * window.width
     # what convolutions keep of the piece before, and their workspace: measured on one H200
     coding = 3 * coding_bytes(pixels, max(tokenizer.channels, 3), size)
