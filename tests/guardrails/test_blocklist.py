@@ -13,7 +13,7 @@ from worldline.guardrails.blocklist import (
     PREDICT,
     Blocklist,
     Censor,
-    Listed,
+    WholeWords,
     Words,
     split_words,
 )
@@ -112,19 +112,19 @@ def test_whitelist() -> None:
 
 
 def test_whole_words() -> None:
-    listed = Listed(["jorry", "(beep)", "c++", "go team!"], PREDICT)
-    assert listed.check("A Jorry!") == "exact"
-    assert listed.check("majorry jorrys") == ""
-    assert listed.check("a (beep) here") == "partial"
-    assert listed.check("x(beep)y") == "exact"
-    assert listed.check("go  team! now") == "partial"
-    assert listed.check("c++ is short") == ""
+    words = WholeWords(["jorry", "(beep)", "c++", "go team!"], PREDICT)
+    assert words.check("A Jorry!") == "exact"
+    assert words.check("majorry jorrys") == ""
+    assert words.check("a (beep) here") == "partial"
+    assert words.check("x(beep)y") == "exact"
+    assert words.check("go  team! now") == "partial"
+    assert words.check("c++ is short") == ""
 
 
 def test_cosmos1_also_refuses_one_letter_more() -> None:
-    assert Listed(EXACT, COSMOS1).check("the superwidgets") == "partial"
-    assert Listed(EXACT, COSMOS1).check("the superwidge") == ""
-    assert Listed(EXACT, PREDICT).check("the superwidgets") == ""
+    assert WholeWords(EXACT, COSMOS1).check("the superwidgets") == "partial"
+    assert WholeWords(EXACT, COSMOS1).check("the superwidge") == ""
+    assert WholeWords(EXACT, PREDICT).check("the superwidgets") == ""
 
 
 def test_blank_lines_refuse_nothing(tmp_path: Path) -> None:

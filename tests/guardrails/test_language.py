@@ -17,7 +17,7 @@ from worldline.guardrails.language import (
     AEGIS,
     LLAMA_GUARD_3,
     QWEN3GUARD,
-    Kind,
+    GuardModel,
     LanguageGuard,
     aegis_prompt,
 )
@@ -39,7 +39,7 @@ TEMPLATES = {
 }
 
 
-def write_model(folder: Path, kind: Kind, answers: dict[str, str] | None = None) -> Path:
+def write_model(folder: Path, kind: GuardModel, answers: dict[str, str] | None = None) -> Path:
     """Write a guard model as released, with answers of its own or `ANSWERS`; return its folder."""
     answers = answers or ANSWERS[kind.name]
     words = dict.fromkeys(("<unk>", "<end>", *answers, *answers.values()))
@@ -89,7 +89,7 @@ def write_adapter(folder: Path, width: int, **changed: object) -> Path:
     return folder
 
 
-def load(folder: Path, kind: Kind) -> LanguageGuard:
+def load(folder: Path, kind: GuardModel) -> LanguageGuard:
     return language.load(kind, write_model(folder, kind), "cpu", torch.float32)
 
 

@@ -41,7 +41,7 @@ class Release:
 
     repositories: tuple[str, ...]
     near: Nearness
-    models: tuple[language.Kind, ...]
+    models: tuple[language.GuardModel, ...]
     rule: Rule
     download: str
 
@@ -133,7 +133,7 @@ def find_folder(release: Release, roots: Sequence[Path]) -> Path:
 def _language_guard(
     release: Release, roots: Sequence[Path], device: torch.device | str
 ) -> language.LanguageGuard:
-    candidates = (kind for kind in release.models if repository_folders(kind.released, roots))
-    kind = next(candidates, release.models[0])
-    adapter = find_repository(kind.adapter, roots) if kind.adapter else None
-    return language.load(kind, find_repository(kind.released, roots), device, adapter=adapter)
+    candidates = (m for m in release.models if repository_folders(m.released, roots))
+    model = next(candidates, release.models[0])
+    adapter = find_repository(model.adapter, roots) if model.adapter else None
+    return language.load(model, find_repository(model.released, roots), device, adapter=adapter)

@@ -110,14 +110,14 @@ class Censor:
             separated = separated and self._begins(text[start:stop])
             if not separated and not self._begins(joined):
                 break
-            if self._listed(joined) or self._listed(text[start:stop]):
+            if self._contains(joined) or self._contains(text[start:stop]):
                 return stop
-        return end if self._listed(text[start:end]) else 0
+        return end if self._contains(text[start:end]) else 0
 
     def _begins(self, text: str) -> bool:
         return text.translate(_FOLD) in self.beginnings
 
-    def _listed(self, text: str) -> bool:
+    def _contains(self, text: str) -> bool:
         entries = self.entries.get(text.translate(_FOLD))
         return entries is not None and any(_spells(text, entry) for entry in entries)
 
@@ -139,7 +139,7 @@ PREDICT = Nearness(shortest=6, insertion=False)  # a ratio of 1 - 0.4 / length m
 COSMOS1 = Nearness(shortest=4, insertion=True)  # 1 - 0.5 / length also admits one insertion
 
 
-class Listed:
+class WholeWords:
     """Entries that refuse a prompt as whole words, or nearly so."""
 
     def __init__(self, entries: Iterable[str], near: Nearness) -> None:
@@ -194,8 +194,7 @@ _START_LOWER = 16
 _LOWER = _START_LOWER | 32 | 64
 
 # text without which the rule cannot match, the rule, its replacement
-_Rule = tuple[str, re.Pattern[str], str]
-_OPENING_AND_MARKS: tuple[_Rule, ...] = (
+_RULES = (
     ("`", re.compile(r"(`+)"), r" \1 "),
     ('"', re.compile(r'^"'), "``"),
     ("``", re.compile(r"(``)"), r" \1 "),
@@ -213,8 +212,7 @@ _OPENING_AND_MARKS: tuple[_Rule, ...] = (
     ("*", re.compile(r"[*]"), r" \g<0> "),
     ("", re.compile(r"[\]\[(){}<>]"), r" \g<0> "),
     ("--", re.compile(r"--"), r" -- "),
-)
-_ENDING: tuple[_Rule, ...] = (
+    ("", re.compile(r"\A|\Z"), " "),
     ("''", re.compile(r"''"), " '' "),
     ('"', re.compile(r'"'), " '' "),
     ("", re.compile(r"\s+"), " "),
@@ -253,11 +251,7 @@ _SUFFIXES = (
 
 def split_words(sentence: str) -> list[str]:
     """Words and marks of one ASCII sentence; `"` becomes two quotes or backquotes."""
-    for text, pattern, replacement in _OPENING_AND_MARKS:
-        if text in sentence:
-            sentence = pattern.sub(replacement, sentence)
-    sentence = f" {sentence} "
-    for text, pattern, replacement in _ENDING:
+    for text, pattern, replacement in _RULES:
         if text in sentence:
             sentence = pattern.sub(replacement, sentence)
     if _ANY_JOINED.search(sentence):
@@ -434,7 +428,7 @@ class Blocklist:
             raise CheckpointError(f"{folder} lists no words")
         self.words = Words(folder / "nltk_data")
         self.censor = Censor(custom, _entries(folder / "whitelist"))
-        self.listed = Listed(exact, near)
+        self.whole_words = WholeWords(exact, near)
 
     def check(self, text: str) -> Verdict:
         if not text:
@@ -444,7 +438,7 @@ class Blocklist:
             return Verdict(False, "censor")
         if self.censor.refuses(" ".join(self.words.lemmas(text))):
             return Verdict(False, "censor_lemma")
-        check = self.listed.check(text)
+        check = self.whole_words.check(text)
         return Verdict(not check, check)
 
 

@@ -139,7 +139,7 @@ def _qwen3guard_prompt(text: str, chat: Callable[..., str]) -> str:
 
 
 @dataclass(frozen=True)
-class Kind:
+class GuardModel:
     """A guard model.
 
     Attributes:
@@ -161,7 +161,7 @@ class Kind:
     adapter: str = ""
 
 
-AEGIS = Kind(
+AEGIS = GuardModel(
     "aegis",
     "meta-llama/LlamaGuard-7b",
     lambda text, _: aegis_prompt(text),
@@ -169,10 +169,10 @@ AEGIS = Kind(
     chat=False,
     adapter="nvidia/Aegis-AI-Content-Safety-LlamaGuard-Defensive-1.0",
 )
-LLAMA_GUARD_3 = Kind(
+LLAMA_GUARD_3 = GuardModel(
     "llama_guard_3", "meta-llama/Llama-Guard-3-8B", _llama_guard_3_prompt, decide_llama_guard_3
 )
-QWEN3GUARD = Kind(
+QWEN3GUARD = GuardModel(
     "qwen3guard",
     "Qwen/Qwen3Guard-Gen-0.6B",
     _qwen3guard_prompt,
@@ -189,9 +189,9 @@ class LanguageGuard:
         max_length: largest number of tokens in a question; longer ones are refused.
     """
 
-    def __init__(self, kind: Kind, network: Any, tokenizer: Any, ends: set[int]) -> None:
-        self.name = kind.name
-        self.kind = kind
+    def __init__(self, model: GuardModel, network: Any, tokenizer: Any, ends: set[int]) -> None:
+        self.name = model.name
+        self.model = model
         self.network: nn.Module = network
         self.networks = (network,)
         self.tokenizer = tokenizer
@@ -203,7 +203,7 @@ class LanguageGuard:
         if len(ids) > self.max_length:
             return Verdict(False, "too long")
         answer = self._answer(ids)
-        verdict = self.kind.decide(answer)
+        verdict = self.model.decide(answer)
         if verdict.safe and not _SAFE.match(answer):
             return Verdict(False, "unreadable")
         return verdict
@@ -215,7 +215,7 @@ class LanguageGuard:
             if len(mark) > 1:
                 text = text.replace(mark, f"{mark[0]} {mark[1:]}")
         chat = partial(self.tokenizer.apply_chat_template, tokenize=False)
-        question = self.kind.question(text, chat)
+        question = self.model.question(text, chat)
         return self.tokenizer(question, add_special_tokens=False)["input_ids"]
 
     @torch.inference_mode()
@@ -224,7 +224,7 @@ class LanguageGuard:
         tokens = torch.tensor([ids], device=next(self.network.parameters()).device)
         answer: list[int] = []
         cache = None
-        while len(answer) < self.kind.max_tokens:
+        while len(answer) < self.model.max_tokens:
             output = self.network(
                 input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
@@ -241,7 +241,7 @@ class LanguageGuard:
 
 
 def load(
-    kind: Kind,
+    model: GuardModel,
     folder: Path,
     device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
@@ -250,10 +250,10 @@ def load(
     """Guard model of a folder as released, with its adapter; nothing in them is executed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if kind.adapter and adapter is None:
-        raise CheckpointError(f"{kind.name} needs the folder of {kind.adapter}")
+    if model.adapter and adapter is None:
+        raise CheckpointError(f"{model.name} needs the folder of {model.adapter}")
     network = pretrained(AutoModelForCausalLM, folder, dtype)
-    tokenizer = pretrained_tokenizer(folder, chat=kind.chat)
+    tokenizer = pretrained_tokenizer(folder, chat=model.chat)
     ends: set[int] = set()
     for settings in (network.generation_config, AutoConfig.from_pretrained(folder), tokenizer):
         end = getattr(settings, "eos_token_id", None)
@@ -262,7 +262,7 @@ def load(
         raise CheckpointError(f"{folder} names no token that ends an answer")
     if adapter is not None:
         merge_adapter(network, adapter)
-    return LanguageGuard(kind, network.to(device), tokenizer, ends)
+    return LanguageGuard(model, network.to(device), tokenizer, ends)
 
 
 _ADAPTER_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.(?:default\.)?weight")
