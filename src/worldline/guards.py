@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from worldline import guardrails as guardrail_sets
 from worldline.errors import CheckpointError
 from worldline.family import Compute, Opened
-from worldline.files import GIGABYTE
+from worldline.files import GIGABYTE, find_repository
 from worldline.guardrails.base import Guardrails
-from worldline.guardrails.load import find_folder, find_repository, load_guardrails
 from worldline.parallel.offload import Part
 from worldline.report import Recorder
 from worldline.request import Request
@@ -88,14 +88,14 @@ class Guards:
     @property
     def guardrail_bytes(self) -> int:
         """Bytes of the largest offloaded guardrail, which come to the device when it is used."""
-        return self.guardrails.visitor_bytes if self.guardrails else 0
+        return self.guardrails.offloaded_bytes if self.guardrails else 0
 
     @property
     def advice(self) -> str:
         """End of a message about exhausted memory: which flags free how much."""
         found = []
         if self.guardrails is not None and not self.guardrails.offload:
-            nbytes = sum(w.nbytes for n in self.guardrails.networks for w in n.parameters())
+            nbytes = self.guardrails.resident_bytes
             found.append(f"--offload_guardrail_models frees {nbytes / GIGABYTE:.1f} GB")
         if self.upsampler is not None and not self.upsampler.offload:
             nbytes = self.upsampler.nbytes
@@ -170,7 +170,7 @@ class Checks:
         return {
             "guardrail": guards.release,
             "guardrail_off": guards.guardrail_off,
-            "guardrail_checks": self.guardrails.report() if self.guardrails else [],
+            "guardrail_checks": self.guardrails.checks if self.guardrails else [],
             "prompt_upsampler": guards.upsampler.name if guards.upsampler else None,
             "prompt_upsampler_ran": self.upsampled,
         }
@@ -251,18 +251,16 @@ def _load_guardrails(opened: Opened, compute: Compute, release: str) -> Guardrai
     options = opened.options
     assert opened.place is not None
     flag = options.field_flag("disable_guardrail")
-    folder = options.guardrail_dir
-    guardrails = load_guardrails(
+    guardrails = guardrail_sets.load(
         release,
-        next(filter(_has_guardrails, opened.place.roots), opened.place.roots[0]),
+        opened.place.roots,
         flag=f"--{flag} (in Python {flag}=True)",
-        guardrail_dir=None if folder is None else Path(folder),
+        folder=None if options.guardrail_dir is None else Path(options.guardrail_dir),
         device=compute.device,
-        text="text" in opened.parts or "text" in opened.missing,
         offload=options.offload_guardrail_models,
+        text="text" in opened.parts or "text" in opened.missing,
     )
-    names = (guard.name for guard in (*guardrails.text, *guardrails.video, *guardrails.filters))
-    logger.info("guardrails: %s", ", ".join(names))
+    logger.info("guardrails: %s", ", ".join(guardrails.parts))
     return guardrails
 
 
@@ -291,11 +289,3 @@ def _load_upsampler(opened: Opened, compute: Compute) -> PromptUpsampler:
         tokenizer_folder=tokenizer,
     )
     return PromptUpsampler(upsampler, Part(upsampler.network, compute.device, offload=offload))
-
-
-def _has_guardrails(root: Path) -> bool:
-    try:
-        find_folder(root)
-    except CheckpointError:
-        return False
-    return True

@@ -40,7 +40,7 @@ from worldline.families.diffusion.request import Generation, Precision
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
 from worldline.models.predict1_ar.decoder import (
-    MOST_CLIPS,
+    MAX_BATCH_SIZE,
     PlainDecoder,
     compile_ahead,
     kernels_fit,
@@ -766,7 +766,7 @@ def longest_prefix(opened: Opened) -> int:
 def max_batch_size(opened: Opened, compute: Compute) -> int:
     """Clips that kernels draw in step; 1 where none run: several then save no time."""
     config = opened["transformer"].config
-    return MOST_CLIPS if kernels_fit(config, compute.device, compute.dtype) else 1
+    return MAX_BATCH_SIZE if kernels_fit(config, compute.device, compute.dtype) else 1
 
 
 @contextmanager
@@ -842,9 +842,7 @@ FAMILY = Family(
     max_batch_size=max_batch_size,
     prepare=compile_kernels,
     presets=presets,
-    guardrails=lambda opened: (
-        "cosmos1" if generation_by_name(opened.folder) == "1.0" else "predict1"
-    ),
+    guardrails=lambda opened: generation_by_name(opened.folder),
     video=video_of,
     unused=unused,
     report=report_entries,

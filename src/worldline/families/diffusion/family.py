@@ -462,7 +462,7 @@ FAMILY = Family(
     stages=stages,
     generate=generate,
     presets=presets,
-    guardrails=lambda opened: "cosmos1" if generation_of(opened) == "1.0" else "predict1",
+    guardrails=generation_of,
     unused=unused,
     report=report_entries,
     notes=notes,

@@ -34,7 +34,7 @@ from worldline.tokenizers.opened import (
     stored_tensors,
 )
 from worldline.weights.keymap import KeyMap
-from worldline.weights.read import Checkpoint, renamed
+from worldline.weights.read import Checkpoint, joined, open_checkpoint, renamed
 
 # files that a folder may hold, in order of preference
 LAYOUTS = (
