@@ -38,11 +38,11 @@ from full_size import (
 from worldline.catalog import DECODERS
 from worldline.loading import find_autoregressive, fit_files
 from worldline.loading.decoder import window_grid
-from worldline.models.predict1_ar.model import PRESETS as TRANSFORMERS
-from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig
-from worldline.models.predict1_ar.weights import KEYS, write_settings
-from worldline.models.predict1_dit.model import PRESETS as DIFFUSION
-from worldline.models.predict1_dit.model import DiTConfig
+from worldline.families.autoregressive.model import PRESETS as TRANSFORMERS
+from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
+from worldline.families.autoregressive.weights import KEYS, write_settings
+from worldline.families.diffusion.model import PRESETS as DIFFUSION
+from worldline.families.diffusion.model import DiTConfig
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig

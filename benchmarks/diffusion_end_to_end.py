@@ -29,7 +29,7 @@ from full_size import (
     write_text,
 )
 
-from worldline.models.predict1_dit.model import PRESETS
+from worldline.families.diffusion.model import PRESETS
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
 
 _TEXT = "--offload_text_encoder_model"

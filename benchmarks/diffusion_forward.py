@@ -22,7 +22,7 @@ from full_size import GEMM_FLOPS, GRID, ROWS, fill, flops, gap
 from torch import Tensor
 
 from worldline.files import GIGABYTE
-from worldline.models.predict1_dit.model import PRESETS, DiT, DiTConfig
+from worldline.families.diffusion.model import PRESETS, DiT, DiTConfig
 from worldline.nn import attention, modulation
 from worldline.report import environment
 from worldline.shapes import LatentShape

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from worldline.models.predict1_dit.model import DiT, DiTConfig
-from worldline.models.predict1_dit.weights import KEYS
+from worldline.families.diffusion.model import DiT, DiTConfig
+from worldline.families.diffusion.weights import KEYS
 from worldline.nn.dit import DiTSizes
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig

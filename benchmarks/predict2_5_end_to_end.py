@@ -28,8 +28,8 @@ from PIL import Image
 
 from worldline.catalog import find_flow_model
 from worldline.loading import find_predict2_5, fit_files
-from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, FlowDiTConfig
-from worldline.models.predict2_5_dit.weights import released_tensors
+from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
+from worldline.families.predict2_5.weights import released_tensors
 from worldline.shapes import VideoShape
 from worldline.text.reason1 import (
     RELEASED,

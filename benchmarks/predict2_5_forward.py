@@ -24,7 +24,7 @@ from full_size import GEMM_FLOPS, ROWS, fill, flops, gap
 from torch import Tensor
 
 from worldline.files import GIGABYTE
-from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, FlowDiTConfig
+from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.nn import attention, modulation
 from worldline.report import environment
 from worldline.sampling.flow import KNOWN_TIMESTEP

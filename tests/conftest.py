@@ -12,8 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig
-from worldline.models.predict1_ar.weights import KEYS, write_settings
+from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
+from worldline.families.autoregressive.weights import KEYS, write_settings
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import released_tensors

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from worldline.models.predict1_dit import weights as predict1
-from worldline.models.predict1_dit.model import DiT, DiTConfig
-from worldline.models.predict2_5_dit import weights as predict2_5
-from worldline.models.predict2_5_dit.model import FlowDiT, FlowDiTConfig
+from worldline.families.diffusion import weights as predict1
+from worldline.families.diffusion.model import DiT, DiTConfig
+from worldline.families.predict2_5 import weights as predict2_5
+from worldline.families.predict2_5.model import FlowDiT, FlowDiTConfig
 from worldline.weights.dit import renamed_tensors
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
-from worldline.models.predict1_ar.model import PRESETS as AR_PRESETS
-from worldline.models.predict1_ar.model import ARTransformer
-from worldline.models.predict1_ar.weights import KEYS, read_config, write_settings
-from worldline.models.predict1_dit import weights as dit_weights
-from worldline.models.predict1_dit.model import PRESETS as DIT_PRESETS
-from worldline.models.predict1_dit.model import DiT
+from worldline.families.autoregressive.model import PRESETS as AR_PRESETS
+from worldline.families.autoregressive.model import ARTransformer
+from worldline.families.autoregressive.weights import KEYS, read_config, write_settings
+from worldline.families.diffusion import weights as dit_weights
+from worldline.families.diffusion.model import PRESETS as DIT_PRESETS
+from worldline.families.diffusion.model import DiT
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import key_map, network_view

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from worldline.errors import CheckpointError
-from worldline.models.predict2_5_dit import weights
-from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, released_exponents
+from worldline.families.predict2_5 import weights
+from worldline.families.predict2_5.model import PRESETS, FlowDiT, released_exponents
 from worldline.weights.keymap import KeyMap
 from worldline.weights.read import Checkpoint
 

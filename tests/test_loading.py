@@ -19,7 +19,7 @@ from worldline.choices import CARRIED
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import MemoryPlan
 from worldline.machine import Memory
-from worldline.models.predict1_ar.model import PRESETS
+from worldline.families.autoregressive.model import PRESETS
 from worldline.pipelines.autoregressive import check_room
 from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder

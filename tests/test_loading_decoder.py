@@ -11,8 +11,8 @@ import torch
 from worldline import loading
 from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
-from worldline.models.predict1_ar.model import PRESETS
-from worldline.models.predict1_dit.model import PRESETS as DIFFUSION
+from worldline.families.autoregressive.model import PRESETS
+from worldline.families.diffusion.model import PRESETS as DIFFUSION
 from worldline.report import Recorder
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS

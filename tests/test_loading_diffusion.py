@@ -25,7 +25,7 @@ from worldline.errors import CheckpointError, InputError, InsufficientMemoryErro
 from worldline.loading import AutoregressiveFiles, DiffusionFiles, DiffusionParts, DiffusionPlan
 from worldline.loading.memory import workspace
 from worldline.machine import Memory
-from worldline.models.predict1_dit.model import PRESETS, RELEASED_RATIOS, DiT
+from worldline.families.diffusion.model import PRESETS, RELEASED_RATIOS, DiT
 from worldline.report import Recorder
 from worldline.shapes import LatentShape, VideoShape
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS

@@ -28,7 +28,7 @@ from worldline.loading.predict2_5 import (
     rules_of,
 )
 from worldline.machine import Memory
-from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT
+from worldline.families.predict2_5.model import PRESETS, FlowDiT
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.text.reason1 import NUM_PARAMETERS, RELEASED, TINY, export_reason1, new_reason1

@@ -13,7 +13,7 @@ import torch
 import worldline
 from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
 from worldline.errors import CheckpointError, InputError
-from worldline.models.predict1_ar.model import make_positions
+from worldline.families.autoregressive.model import make_positions
 from worldline.pipelines.autoregressive import Job, generate_together
 from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.report import Recorder

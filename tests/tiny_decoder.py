@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from worldline.models.predict1_ar.model import ARTransformer, ARTransformerConfig
-from worldline.models.predict1_ar.weights import KEYS
-from worldline.models.predict1_ar.weights import write_settings as write_ar_settings
-from worldline.models.predict1_dit.model import DiT
-from worldline.models.predict1_dit.weights import released_tensors
+from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
+from worldline.families.autoregressive.weights import KEYS
+from worldline.families.autoregressive.weights import write_settings as write_ar_settings
+from worldline.families.diffusion.model import DiT
+from worldline.families.diffusion.weights import released_tensors
 from worldline.text.t5 import export_t5, new_t5
 from worldline.weights.write import save
 

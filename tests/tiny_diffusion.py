@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from worldline.models.predict1_dit.model import DiT, DiTConfig
-from worldline.models.predict1_dit.weights import released_tensors, write_settings
+from worldline.families.diffusion.model import DiT, DiTConfig
+from worldline.families.diffusion.weights import released_tensors, write_settings
 from worldline.shapes import LatentShape
 from worldline.text.t5 import export_t5, new_t5
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from worldline.catalog import FLOW_MODELS
-from worldline.models.predict2_5_dit.model import FlowDiT, FlowDiTConfig
-from worldline.models.predict2_5_dit.weights import released_tensors
+from worldline.families.predict2_5.model import FlowDiT, FlowDiTConfig
+from worldline.families.predict2_5.weights import released_tensors
 from worldline.shapes import LatentShape
 from worldline.text.reason1 import RELEASED, TINY, export_reason1, new_reason1
 from worldline.tokenizers.opened import stored_tensors

@@ -15,12 +15,12 @@ from torch import Tensor
 from tiny import sizes
 from tiny.data import captioned_batches, encode_captioned, to_device
 from tiny.run import Run, embed_captions, half_precision, mixed_precision
-from worldline.models.predict1_ar.model import (
+from worldline.families.autoregressive.model import (
     ARTransformer,
     Positions,
     make_positions,
 )
-from worldline.models.predict1_ar.weights import KEYS, write_settings
+from worldline.families.autoregressive.weights import KEYS, write_settings
 from worldline.text.t5 import T5Encoder, T5Files
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer

@@ -25,8 +25,8 @@ from tiny.denoiser import (
 )
 from tiny.run import Run, embed_captions, half_precision
 from worldline.catalog import DECODERS
-from worldline.models.predict1_dit.model import DECODER_WINDOW, DiT
-from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
+from worldline.families.diffusion.model import DECODER_WINDOW, DiT
+from worldline.families.diffusion.weights import open_dit, released_tensors, write_settings
 from worldline.sampling.edm import SIGMA_DATA
 from worldline.sampling.tokens import split_windows
 from worldline.shapes import LatentShape, VideoShape

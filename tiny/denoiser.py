@@ -15,7 +15,7 @@ from tiny import sizes
 from tiny.data import captioned_batches, encode_captioned, to_device
 from tiny.run import Run, half_precision
 from worldline.errors import CheckpointError
-from worldline.models.predict1_dit.model import DiT, Positions
+from worldline.families.diffusion.model import DiT, Positions
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.sampling.edm import precondition
 from worldline.shapes import LatentShape

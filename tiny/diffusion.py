@@ -25,8 +25,8 @@ from tiny.denoiser import (
     train_denoiser,
 )
 from tiny.run import Run, half_precision
-from worldline.models.predict1_dit.model import DiT
-from worldline.models.predict1_dit.weights import open_dit, released_tensors, write_settings
+from worldline.families.diffusion.model import DiT
+from worldline.families.diffusion.weights import open_dit, released_tensors, write_settings
 from worldline.sampling.edm import SIGMA_DATA
 from worldline.text.t5 import KEYS as T5_KEYS
 from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5

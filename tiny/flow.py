@@ -23,8 +23,8 @@ from tiny.denoiser import (
     train_denoiser,
 )
 from tiny.run import Run, half_precision
-from worldline.models.predict2_5_dit.model import FlowDiT
-from worldline.models.predict2_5_dit.weights import open_flow_dit, released_tensors, write_settings
+from worldline.families.predict2_5.model import FlowDiT
+from worldline.families.predict2_5.weights import open_flow_dit, released_tensors, write_settings
 from worldline.nn.rope import Rotation
 from worldline.sampling.flow import TIMESTEPS
 from worldline.text.reason1 import RELEASED as TEXT_FOLDER

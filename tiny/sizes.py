@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tiny.clips import FPS
-from worldline.models.predict1_ar.model import ARTransformerConfig
-from worldline.models.predict1_dit.model import LARGEST_GRID, DiTConfig
-from worldline.models.predict2_5_dit.model import FlowDiTConfig
+from worldline.families.autoregressive.model import ARTransformerConfig
+from worldline.families.diffusion.model import LARGEST_GRID, DiTConfig
+from worldline.families.predict2_5.model import FlowDiTConfig
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text import reason1
 from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig

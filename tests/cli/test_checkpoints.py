@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from worldline import places
-from worldline.models.predict1_dit.model import DiT
-from worldline.models.predict2_5_dit.model import FlowDiT
+from worldline.families.diffusion.model import DiT
+from worldline.families.predict2_5.model import FlowDiT
 from worldline.text import reason1, t5
 from worldline.text.encoder import EncoderFiles
 from worldline.weights.read import open_checkpoint

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from cases import Case
 
-from worldline.models.predict2_5_dit.model import (
+from worldline.families.predict2_5.model import (
     RELEASED_RATIO,
     TIMESTEP_SCALE,
     FlowDiT,
     FlowDiTConfig,
 )
-from worldline.models.predict2_5_dit.weights import open_flow_dit
+from worldline.families.predict2_5.weights import open_flow_dit
 from worldline.weights.networks import NetworkFiles
 from worldline.weights.stream import load_into
 

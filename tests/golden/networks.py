@@ -10,8 +10,8 @@ import torch
 from cases import Case
 from torch import Tensor
 
-from worldline.models.predict1_dit.model import DiT
-from worldline.models.predict1_dit.weights import open_dit
+from worldline.families.diffusion.model import DiT
+from worldline.families.diffusion.weights import open_dit
 from worldline.sampling.edm import Network
 from worldline.sampling.solvers import Stepped, Steps
 from worldline.shapes import LatentShape

@@ -12,8 +12,8 @@ from cases import Case, cases
 from networks import collected
 from torch import Tensor
 
-from worldline.models.predict1_dit.model import DiT
-from worldline.models.predict1_dit.weights import open_dit
+from worldline.families.diffusion.model import DiT
+from worldline.families.diffusion.weights import open_dit
 from worldline.pipelines import decoder
 from worldline.pipelines.decoder import DecoderSettings, decode_windows, denoise_windows
 from worldline.sampling.edm import SIGMA_MAX, make_sigmas, precondition, sample

@@ -14,15 +14,15 @@ import torch
 from cases import Case, cases, watched
 from torch import Tensor
 
-from worldline.models.predict1_ar.decoder import PlainDecoder
-from worldline.models.predict1_ar.model import (
+from worldline.families.autoregressive.step import PlainDecoder
+from worldline.families.autoregressive.model import (
     PRESETS,
     RELEASED_GRID,
     ARTransformer,
     Positions,
     make_positions,
 )
-from worldline.models.predict1_ar.weights import KEYS, read_config
+from worldline.families.autoregressive.weights import KEYS, read_config
 from worldline.nn.rope import axis_sizes as rope_axis_sizes
 from worldline.nn.rope import inverse_frequencies, rotate, rotation_3d, sincos_3d
 from worldline.sampling.solvers import finish

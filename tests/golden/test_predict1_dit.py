@@ -11,8 +11,8 @@ import torch
 from cases import Case, cases, watched
 from torch import Tensor
 
-from worldline.models.predict1_dit.model import DiT
-from worldline.models.predict1_dit.weights import open_dit
+from worldline.families.diffusion.model import DiT
+from worldline.families.diffusion.weights import open_dit
 from worldline.nn.modulation import norm_heads, sinusoid
 from worldline.nn.rope import stretched_angles_3d
 from worldline.shapes import LatentShape

@@ -12,8 +12,8 @@ from cases import Case, cases, watched
 from flow_networks import load, model_of, settings_of
 from torch import Tensor
 
-from worldline.models.predict2_5_dit.model import FlowDiT
-from worldline.models.predict2_5_dit.weights import DIFFUSERS_KEYS, KEYS, open_flow_dit
+from worldline.families.predict2_5.model import FlowDiT
+from worldline.families.predict2_5.weights import DIFFUSERS_KEYS, KEYS, open_flow_dit
 from worldline.nn import dit
 from worldline.nn.modulation import NORM_EPS, sinusoid
 from worldline.nn.rope import Rotation, rotate

@@ -24,7 +24,7 @@ from worldline.loading.predict2_5 import (
     find_predict2_5,
     load_predict2_5,
 )
-from worldline.models.predict2_5_dit.weights import open_flow_dit
+from worldline.families.predict2_5.weights import open_flow_dit
 from worldline.pipelines import predict2_5 as pipeline
 from worldline.pipelines.denoise import Embeddings
 from worldline.pipelines.requests import FlowRequest

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from worldline import loading
 from worldline.loading import DecoderParts
-from worldline.models.predict1_dit.model import BLOCKS
+from worldline.families.diffusion.model import BLOCKS
 from worldline.parallel.offload import StreamedPart
 from worldline.pipelines.decoder import (
     GUIDANCE,

@@ -16,7 +16,7 @@ import torch
 from worldline.choices import NEGATIVE_PROMPT
 from worldline.errors import CheckpointError, InputError
 from worldline.loading import DiffusionParts, find_diffusion, load_diffusion
-from worldline.models.predict1_dit.model import BLOCKS
+from worldline.families.diffusion.model import BLOCKS
 from worldline.parallel.offload import StreamedPart
 from worldline.pipelines import diffusion as pipeline
 from worldline.pipelines.denoise import STEP_SECONDS, Embeddings

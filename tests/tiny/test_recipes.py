@@ -25,10 +25,10 @@ from tiny.run import embed_captions
 from tiny.tokenizer import export_tokenizer
 from worldline import places
 from worldline.errors import CheckpointError
-from worldline.models.predict1_ar.model import ARTransformer, make_positions
-from worldline.models.predict1_ar.weights import read_config
-from worldline.models.predict1_dit.model import DiT
-from worldline.models.predict1_dit.weights import open_dit
+from worldline.families.autoregressive.model import ARTransformer, make_positions
+from worldline.families.autoregressive.weights import read_config
+from worldline.families.diffusion.model import DiT
+from worldline.families.diffusion.weights import open_dit
 from worldline.pipelines import decoder
 from worldline.sampling.edm import make_sigmas
 from worldline.shapes import LatentShape, VideoShape

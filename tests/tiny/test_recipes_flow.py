@@ -29,8 +29,8 @@ from tiny.run import Run
 from tiny.wan import compile_between_convolutions
 from worldline import places
 from worldline.cli import demo, main
-from worldline.models.predict2_5_dit.model import FlowDiT
-from worldline.models.predict2_5_dit.weights import open_flow_dit
+from worldline.families.predict2_5.model import FlowDiT
+from worldline.families.predict2_5.weights import open_flow_dit
 from worldline.sampling.flow import make_schedule
 from worldline.shapes import VideoShape
 from worldline.text.reason1 import Reason1Files, new_reason1

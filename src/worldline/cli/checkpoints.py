@@ -173,9 +173,9 @@ class _Kind(NamedTuple):
 
 
 def _kinds() -> Iterator[_Kind]:
-    from worldline.models.predict1_ar import weights as autoregressive
-    from worldline.models.predict1_dit import weights as diffusion
-    from worldline.models.predict2_5_dit import weights as flow
+    from worldline.families.autoregressive import weights as autoregressive
+    from worldline.families.diffusion import weights as diffusion
+    from worldline.families.predict2_5 import weights as flow
     from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
     from worldline.tokenizers.wan.weights import find_layout, open_wan
     from worldline.weights.dit import is_dit

@@ -26,7 +26,7 @@ from torch import Tensor
 from worldline.families.autoregressive.request import Seam
 from worldline.families.denoise import report, rounded, stage
 from worldline.family import Parts
-from worldline.models.predict1_dit.model import DECODER_WINDOW, DiT, Positions
+from worldline.families.diffusion.model import DECODER_WINDOW, DiT, Positions
 from worldline.nn.dit import Context
 from worldline.nn.pieces import decode_stream
 from worldline.report import Recorder

@@ -39,24 +39,24 @@ from worldline.families.diffusion.family import (
 from worldline.families.diffusion.request import Generation, Precision
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
-from worldline.models.predict1_ar.decoder import (
+from worldline.families.autoregressive.step import (
     MAX_BATCH_SIZE,
     PlainDecoder,
     compile_ahead,
     kernels_fit,
     make_decoder,
 )
-from worldline.models.predict1_ar.model import (
+from worldline.families.autoregressive.model import (
     FEED_FORWARD_ROWS,
     PRESETS,
     RELEASED_GRID,
     ARTransformer,
     make_positions,
 )
-from worldline.models.predict1_ar.weights import open_autoregressive
-from worldline.models.predict1_dit.model import BLOCKS, DECODER_WINDOW, DiT
-from worldline.models.predict1_dit.model import PRESETS as DIT_PRESETS
-from worldline.models.predict1_dit.weights import open_dit
+from worldline.families.autoregressive.weights import open_autoregressive
+from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, DiT
+from worldline.families.diffusion.model import PRESETS as DIT_PRESETS
+from worldline.families.diffusion.weights import open_dit
 from worldline.nn.pieces import CausalCache
 from worldline.opening import Network, TextPart, open_text, read_settings
 from worldline.report import Recorder

@@ -48,8 +48,8 @@ from worldline.families.diffusion.request import (
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.guards import rewrites
 from worldline.memory import Stage, coding_bytes, denoise_bytes
-from worldline.models.predict1_dit.model import PRESETS, DiT, DiTConfig
-from worldline.models.predict1_dit.weights import is_decoder, open_dit, read_settings
+from worldline.families.diffusion.model import PRESETS, DiT, DiTConfig
+from worldline.families.diffusion.weights import is_decoder, open_dit, read_settings
 from worldline.nn.pieces import decode_stream
 from worldline.opening import Network, TextPart, open_text
 from worldline.report import Recorder

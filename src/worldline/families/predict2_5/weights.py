@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError
-from worldline.models.predict2_5_dit.model import (
+from worldline.families.predict2_5.model import (
     PRESETS,
     RELEASED_RATIO,
     TIMESTEP_SCALE,

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError
-from worldline.models.predict1_ar import model as model_module
-from worldline.models.predict1_ar.decoder import PlainDecoder, make_decoder
-from worldline.models.predict1_ar.model import (
+from worldline.families.autoregressive import model as model_module
+from worldline.families.autoregressive.step import PlainDecoder, make_decoder
+from worldline.families.autoregressive.model import (
     PRESETS,
     ARTransformer,
     ARTransformerConfig,
     make_positions,
 )
-from worldline.models.predict1_ar.weights import KEYS, read_config, write_settings
+from worldline.families.autoregressive.weights import KEYS, read_config, write_settings
 from worldline.nn.attention import KVCache
 from worldline.nn.rope import Yarn
 from worldline.sampling.solvers import finish

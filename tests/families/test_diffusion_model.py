@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldline.errors import CheckpointError
-from worldline.models.predict1_dit.model import DiT, DiTConfig
-from worldline.models.predict1_dit.weights import (
+from worldline.families.diffusion.model import DiT, DiTConfig
+from worldline.families.diffusion.weights import (
     open_dit,
     released_tensors,
     write_settings,

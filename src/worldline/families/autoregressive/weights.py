@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from worldline.errors import CheckpointError
-from worldline.models.predict1_ar.model import (
+from worldline.families.autoregressive.model import (
     PRESETS,
     RELEASED_GRID,
     ARTransformer,

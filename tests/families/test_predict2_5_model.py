@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldline.errors import CheckpointError
-from worldline.models.predict2_5_dit.model import (
+from worldline.families.predict2_5.model import (
     FlowDiT,
     FlowDiTConfig,
     released_exponents,
 )
-from worldline.models.predict2_5_dit.weights import (
+from worldline.families.predict2_5.weights import (
     is_flow_dit,
     open_flow_dit,
     released_tensors,

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from worldline.errors import CheckpointError
-from worldline.models.predict1_dit.model import (
+from worldline.families.diffusion.model import (
     DECODER_RATIO,
     LARGEST_GRID,
     PRESETS,

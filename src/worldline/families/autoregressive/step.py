@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from worldline.models.predict1_ar.model import (
+from worldline.families.autoregressive.model import (
     ARTransformer,
     ARTransformerConfig,
     EncodedContext,
