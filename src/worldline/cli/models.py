@@ -84,9 +84,10 @@ def _bundled_rows(device: str | None) -> list[dict[str, Any]]:
         found = fit_files(files, chosen, device_memory(chosen))
         rows.append(_bundled_row(name, sources, family, command, found.need, _verdict(found)))
     for name in bundled_tokenizers():
-        found = open_tokenizer(find_tokenizer(name, ""))
-        family = f"{'continuous' if found.config.levels is None else 'discrete'} video tokenizer"
-        rows.append(_bundled_row(name, [found.source], family, "tokenize", None, "yes"))
+        tokenizer = open_tokenizer(find_tokenizer(name, ""))
+        kind = "continuous" if tokenizer.config.levels is None else "discrete"
+        family = f"{kind} video tokenizer"
+        rows.append(_bundled_row(name, [tokenizer.source], family, "tokenize", None, "yes"))
     return rows
 
 
