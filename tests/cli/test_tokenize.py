@@ -67,8 +67,8 @@ def test_a_clip_of_any_size_comes_back(run: Run, scene: Path, tmp_path: Path) ->
     tokens = stored.read("tokens")
     assert tokens.dtype == torch.int32
     assert tokens.shape == (6, 6, 10)  # 41 frames of 96 x 160
-    told = {name: stored.metadata[name] for name in ("tokenizer", "frames", "height", "width")}
-    assert told == {"tokenizer": DISCRETE, "frames": "40", "height": "90", "width": "150"}
+    text = {name: stored.metadata[name] for name in ("tokenizer", "frames", "height", "width")}
+    assert text == {"tokenizer": DISCRETE, "frames": "40", "height": "90", "width": "150"}
     assert float(stored.metadata["fps"]) == 25
 
     result = run("tokenize", "decode", tmp_path / "scene.safetensors", "--output_dir", tmp_path)
@@ -142,17 +142,17 @@ def test_resuming_makes_what_is_not_there_or_differs(
     def made(*command: object) -> set[str]:
         result = run(*command)
         assert result.exit_code == 0, result.stderr
-        *lines, told = result.stdout.splitlines()
+        *lines, text = result.stdout.splitlines()
         since = f": {len(lines)} made now, 1 there before" if len(lines) < 2 else ""
-        assert told == f"2 of 2 files are in {folder_of(command)}{since}"
+        assert text == f"2 of 2 files are in {folder_of(command)}{since}"
         return {Path(line.split(":")[0]).stem for line in lines}
 
     assert made(*encode) == {"a", "b"}
     assert made(*decode) == {"a", "b"}
     for command in (encode, decode):
         result = run(*command)
-        told = f"nothing left to do in {folder_of(command)}: 2 of 2 files were there before\n"
-        assert result.stdout == told
+        text = f"nothing left to do in {folder_of(command)}: 2 of 2 files were there before\n"
+        assert result.stdout == text
     (coded / "a.safetensors").unlink()
     os.utime(clips / "b.mp4", (1, 1))
     assert made(*encode) == {"a", "b"}
@@ -212,7 +212,7 @@ def test_files_of_another_tokenizer_are_refused(
     assert "holds latents" in result.stderr
 
     stored = open_checkpoint(latents)
-    tensor, told = stored.read("latents"), dict(stored.metadata)
+    tensor, text = stored.read("latents"), dict(stored.metadata)
     for change, wrong in (
         ({"frames": "90"}, tensor),
         ({"frames": "-1"}, tensor),
@@ -222,7 +222,7 @@ def test_files_of_another_tokenizer_are_refused(
         ({}, tensor[:3]),
         ({}, tensor[0]),
     ):
-        save({"latents": wrong}, tmp_path / "wrong.safetensors", told | change)
+        save({"latents": wrong}, tmp_path / "wrong.safetensors", text | change)
         result = run("tokenize", "decode", tmp_path / "wrong.safetensors", *words)
         assert result.exit_code == 2, (change, result.stderr)
         assert "wrong.safetensors" in result.stderr
@@ -285,8 +285,8 @@ def test_a_task_that_fails_does_not_end_the_batch(
     assert result.stdout.endswith(f"1 of 2 files are in {tmp_path / 'out'}\n")
     again = run("tokenize", "decode", tmp_path, *words, "--resume")
     assert "1 of 2 inputs failed; --resume tries them alone" in again.stderr
-    told = f"1 of 2 files are in {tmp_path / 'out'}: 0 made now, 1 there before\n"
-    assert again.stdout == told
+    text = f"1 of 2 files are in {tmp_path / 'out'}: 0 made now, 1 there before\n"
+    assert again.stdout == text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.json", "b.mp4"]
     result = run("tokenize", "decode", tmp_path / "a.safetensors", *words)
     assert result.exit_code == 1
@@ -294,7 +294,7 @@ def test_a_task_that_fails_does_not_end_the_batch(
 
 
 @pytest.mark.parametrize(
-    ("failure", "told", "goes_on"),
+    ("failure", "text", "goes_on"),
     [
         (RuntimeError("a kernel\nfailed"), "RuntimeError: a kernel\n", True),
         (torch.OutOfMemoryError("no 3 GB left."), "out of memory: no 3 GB left\n", True),
@@ -310,7 +310,7 @@ def test_what_ends_a_batch_and_what_does_not(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     failure: Exception,
-    told: str,
+    text: str,
     goes_on: bool,
 ) -> None:
     clips, out = tmp_path / "clips", tmp_path / "out"
@@ -328,7 +328,7 @@ def test_what_ends_a_batch_and_what_does_not(
     words = ("--checkpoint_dir", checkpoints, "--output_dir", out, "--device", "cpu")
     result = run("tokenize", "encode", clips, *words)
     assert result.exit_code == 1
-    assert told in result.stderr
+    assert text in result.stderr
     assert ("1 of 3 inputs failed" in result.stderr) == goes_on
     left = ["a.safetensors", "c.safetensors"] if goes_on else ["a.safetensors"]
     assert sorted(path.name for path in out.iterdir()) == left
@@ -393,7 +393,7 @@ def test_reconstructing(run: Run, checkpoints: Path, tmp_path: Path) -> None:
 
 
 def test_reconstructing_what_is_not_there(run: Run, checkpoints: Path, tmp_path: Path) -> None:
-    for words, told in (
+    for words, text in (
         ((), "--video_pattern"),
         (("--video_pattern", tmp_path / "*.mp4"), "fits no file"),
         (("--video_pattern", tmp_path / "*.png"), "give one of --checkpoint"),
@@ -402,4 +402,4 @@ def test_reconstructing_what_is_not_there(run: Run, checkpoints: Path, tmp_path:
         Image.fromarray(moving(1)[0]).save(tmp_path / "a.png")
         result = run("tokenize", "reconstruct", *words)
         assert result.exit_code == 2
-        assert told in result.stderr
+        assert text in result.stderr

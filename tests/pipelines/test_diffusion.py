@@ -7,6 +7,7 @@ import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -466,7 +467,7 @@ def test_the_nearest_size_is_allowed(
 ) -> None:
     files = (video2world if given else text2world).files
     tokenizer = replace(files.tokenizer_config, patch=2, temporal=temporal)
-    other = replace(files, tokenizer_config=tokenizer)
+    other = replace(files, tokenizer=SimpleNamespace(config=tokenizer))
     for name in ("num_video_frames", "height", "width"):
         for size in range(1, 150):
             try:

@@ -354,7 +354,7 @@ def _misfit(task: Task, coder: Coder) -> str:
 
 
 def _find(name: str, flags: dict[str, Any], *files: Path) -> Coder:
-    """The tokenizer of a name, or in given files."""
+    """The tokenizer of a name below --checkpoint_dir, or in `files`."""
     from worldline.places import find_tokenizer
 
     paths = files or (find_tokenizer(name, flags["checkpoint_dir"]),)  # before torch is imported
@@ -400,7 +400,7 @@ def _run(
         tasks: all tasks; with --resume, finished ones are left out.
         coder: the tokenizer.
         code: does a task, and returns its line of the report.
-        flags: of the command.
+        flags: those of the command.
 
     Raises:
         Error: a task failed; the others of several were done.

@@ -398,8 +398,8 @@ def matvec(
         x: (B, columns) bf16.
         weights: one matrix, or three with equal columns; contiguous.
         out: (B, sum of rows) bf16.
-        gamma: (columns,); if given, x is normalised and scaled by it first.
-        eps: of that norm.
+        gamma: (columns,), weight of an RMS norm of x; None for no norm.
+        eps: added to the mean square in that norm.
         residual: (B, rows), added to the product of one matrix; may be `out`.
     """
     batch, columns = x.shape
@@ -505,7 +505,7 @@ class Attend:
             qkv: (B, (N + 2 M) K) bf16: queries, keys, values before norm and rotation; or
                 (B, N K), queries.
             gammas: (K,) each, weights of the query norm and of the key norm.
-            eps: of both norms.
+            eps: added to the mean square in both norms.
             keys: (B, M, length, K) bf16, contiguous, this layer's cache; row `position` is written.
             values: as `keys`.
             out: (B, N K) bf16.
@@ -556,7 +556,7 @@ def compile_for(
 ) -> None:
     """Run every kernel once on a few rows; they are compiled for column counts, not for rows.
 
-    Of the cache's `length` it matters whether 16 divides it.
+    Whether 16 divides the `length` of the cache matters too.
     """
 
     def blank(*shape: int) -> Tensor:

@@ -38,7 +38,7 @@ class CausalCache:
 
     def get(self, layer: nn.Module) -> Tensor | None:
         """Frames stored by the piece before; None at the start of a clip."""
-        return self.state.get(layer)
+        return self.state.get(layer) if self.keep else None
 
     def put(self, layer: nn.Module, frames: Tensor) -> None:
         """Store frames for the next piece; a copy, since a view would keep all of its piece."""
@@ -47,10 +47,11 @@ class CausalCache:
 
     def extend(self, key: object, frames: Tensor) -> Tensor:
         """All frames stored under `key` so far and these behind them, along axis 1; stored."""
+        if not self.keep:
+            return frames
         if key in self.state:
             frames = torch.cat([self.state[key], frames], dim=1)
-        if self.keep:
-            self.state[key] = frames
+        self.state[key] = frames
         return frames
 
 

@@ -1,4 +1,4 @@
-"""Files of a video tokenizer of any family: what is common to opening and writing them."""
+"""Files of video tokenizers: opening, checking and writing, for all families."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class OpenedTokenizer(Generic[Network, Config]):
 
         Args:
             device: where it goes.
-            dtype: of weights and activations.
+            dtype: precision of weights and activations.
 
         Raises:
             CheckpointError: a file cannot be read any more.

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from worldline.families.autoregressive.request import Seam
 from worldline.families.denoise import report, rounded, stage
-from worldline.family import Parts
 from worldline.families.diffusion.model import DECODER_WINDOW, DiT, Positions
+from worldline.family import Parts
 from worldline.nn.dit import Context
 from worldline.nn.pieces import decode_stream
 from worldline.report import Recorder

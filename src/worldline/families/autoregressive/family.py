@@ -25,7 +25,22 @@ from torch import Tensor
 from worldline.catalog import DECODERS, Entry, find
 from worldline.errors import CheckpointError, InputError
 from worldline.families.autoregressive.decoder import DecoderSettings, decode_tokens
+from worldline.families.autoregressive.model import (
+    FEED_FORWARD_ROWS,
+    PRESETS,
+    RELEASED_GRID,
+    ARTransformer,
+    make_positions,
+)
 from worldline.families.autoregressive.request import FPS, AROptions, ARRequest, recognise
+from worldline.families.autoregressive.step import (
+    MAX_BATCH_SIZE,
+    PlainDecoder,
+    compile_ahead,
+    kernels_fit,
+    make_decoder,
+)
+from worldline.families.autoregressive.weights import open_autoregressive
 from worldline.families.denoise import log_result, read_embeddings
 from worldline.families.diffusion.family import (
     TOKENIZERS as CONTINUOUS_TOKENIZERS,
@@ -36,27 +51,12 @@ from worldline.families.diffusion.family import (
     generation_by_name,
     open_latent_tokenizer,
 )
-from worldline.families.diffusion.request import Generation, Precision
-from worldline.family import Compute, Family, Opened, Part, Parts
-from worldline.memory import Stage, coding_bytes
-from worldline.families.autoregressive.step import (
-    MAX_BATCH_SIZE,
-    PlainDecoder,
-    compile_ahead,
-    kernels_fit,
-    make_decoder,
-)
-from worldline.families.autoregressive.model import (
-    FEED_FORWARD_ROWS,
-    PRESETS,
-    RELEASED_GRID,
-    ARTransformer,
-    make_positions,
-)
-from worldline.families.autoregressive.weights import open_autoregressive
 from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, DiT
 from worldline.families.diffusion.model import PRESETS as DIT_PRESETS
+from worldline.families.diffusion.request import Generation, Precision
 from worldline.families.diffusion.weights import open_dit
+from worldline.family import Compute, Family, Opened, Part, Parts
+from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
 from worldline.opening import Network, TextPart, open_text, read_settings
 from worldline.report import Recorder

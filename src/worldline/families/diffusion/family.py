@@ -39,17 +39,17 @@ from worldline.families.denoise import (
     rounded,
     stage,
 )
+from worldline.families.diffusion.model import PRESETS, DiT, DiTConfig
 from worldline.families.diffusion.request import (
     DiffusionOptions,
     DiffusionRequest,
     Generation,
     recognise,
 )
+from worldline.families.diffusion.weights import is_decoder, open_dit, read_settings
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.guards import rewrites
 from worldline.memory import Stage, coding_bytes, denoise_bytes
-from worldline.families.diffusion.model import PRESETS, DiT, DiTConfig
-from worldline.families.diffusion.weights import is_decoder, open_dit, read_settings
 from worldline.nn.pieces import decode_stream
 from worldline.opening import Network, TextPart, open_text
 from worldline.report import Recorder

@@ -32,17 +32,17 @@ from worldline.families.denoise import (
     report,
     stage,
 )
+from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.families.predict2_5.request import (
     FlowOptions,
     FlowRequest,
     Schedule,
     recognise,
 )
+from worldline.families.predict2_5.weights import open_flow_dit
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.files import read_json, released_folders
 from worldline.memory import Stage, coding_bytes, denoise_bytes
-from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
-from worldline.families.predict2_5.weights import open_flow_dit
 from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.opening import Network, TextPart, open_text
 from worldline.report import Recorder

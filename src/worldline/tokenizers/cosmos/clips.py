@@ -108,8 +108,8 @@ def check_stored(
     """Refuse latents or token ids that are not of a tokenizer.
 
     Args:
-        config: of the tokenizer.
-        dtype: of the stored tensor.
+        config: architecture of the tokenizer.
+        dtype: dtype of the stored tensor.
         stored: its shape.
         clip: size of the clip it was made from, if known.
 

@@ -317,7 +317,7 @@ def read_statistics(folder: Path, channels: int) -> LatentStatistics | None:
     Args:
         folder: with `mean_std.pt` and perhaps `image_mean_std.pt`, with `mean_std.safetensors`, or
             one of diffusers, whose `config.json` holds them.
-        channels: of the tokenizer's latents.
+        channels: latent channels of the tokenizer.
 
     Raises:
         CheckpointError: a file is damaged, its content is not a mean and a deviation, or they are

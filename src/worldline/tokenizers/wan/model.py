@@ -183,7 +183,7 @@ class CausalConv(nn.Module):
 
         Args:
             cells: (B, T, H, W, C).
-            cache: of the clip.
+            cache: state of the clip.
             bias: (C,), added to cells that are normed.
 
         Returns:
