@@ -117,7 +117,7 @@ class TextPart:
 
     num_parameters: int
     max_length: int = MAX_LENGTH
-    encoder: EncoderFiles | None = None
+    encoder: EncoderFiles[Any] | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -135,7 +135,7 @@ class TextPart:
         return TextEncoder(self.encoder, compute.device, compute.text_dtype, offload=offload)
 
 
-def open_text(opened: Opened, kind: type[EncoderFiles], width: int) -> TextPart:
+def open_text(opened: Opened, kind: type[EncoderFiles[Any]], width: int) -> TextPart:
     """The text encoder of a model: as chosen, beside the transformer, or below a root.
 
     Args:

@@ -322,7 +322,7 @@ class World:
         report |= {
             "prompt": request.prompt,
             **checks.report(),
-            "frames_sha256": hashlib.sha256(np.ascontiguousarray(frames)).hexdigest(),
+            "frames_sha256": hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest(),
         }
         video = Video(frames, request.fps, report, request.prompt)
         yield Step("done", step.done, step.total, frames, video=video)
@@ -402,7 +402,7 @@ def _describe(value: Any) -> Any:
         value = value.detach().cpu().float().numpy()
     if isinstance(value, np.ndarray | Image.Image):
         array = np.ascontiguousarray(value)
-        return f"{list(array.shape)} {hashlib.sha256(array).hexdigest()}"
+        return f"{list(array.shape)} {hashlib.sha256(array.data).hexdigest()}"
     return value
 
 

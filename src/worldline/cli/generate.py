@@ -49,10 +49,18 @@ def make_command(family: str, command: Command) -> click.Command:
         help="Folder of the model below --checkpoint_dir, a path, or tiny-… for a bundled one; "
         f"`worldline models` lists them.  [default: {command.default_model}]",
     )
-    shown = {"hidden": command.hidden, "defaults": command.defaults, "negatable": command.negatable}
+
+    def flags(fields: type[Options]) -> Any:
+        return options(
+            fields,
+            hidden=command.hidden,
+            defaults=command.defaults,
+            negatable=command.negatable,
+        )
+
     for decorate in (
-        options(described.OPTIONS, **shown),
-        options(described.REQUEST, **shown),
+        flags(described.OPTIONS),
+        flags(described.REQUEST),
         options(reader.flags, negatable=command.negatable),
         model,
     ):

@@ -133,7 +133,7 @@ def first_look(item: Item, request: Any) -> Any:
     from worldline.video.read import probe
 
     made = request.make(item.stated, {}, item.kind, item.field)
-    if item.input is not None:
+    if item.input is not None and item.kind is not None:
         frames = probe(item.input, kind=item.kind).frames
         if frames < made.num_input_frames:
             raise InputError(
@@ -221,13 +221,13 @@ def log_unused(opened: Opened, request: Any, typed: Mapping[str, Any]) -> None:
 
     unused = opened.family.unused(opened, request)
     if release_of(opened) is None:
-        names = ("offload_guardrail_models", "guardrail_dir")
-        unused |= dict.fromkeys(names, "no guardrail runs")
-    elif request.preview_every if hasattr(request, "preview_every") else False:
+        guards = ("offload_guardrail_models", "guardrail_dir")
+        unused |= dict.fromkeys(guards, "no guardrail runs")
+    else:
         unused["preview_every"] = "no frame leaves before the guardrails have checked the video"
     if not upsamples(opened):
-        names = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
-        unused |= dict.fromkeys(names, "no prompt upsampler runs")
+        flags = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
+        unused |= dict.fromkeys(flags, "no prompt upsampler runs")
     if opened.bundled:
         unused["checkpoint_dir"] = f"{opened.name} is bundled"
         logger.info(

@@ -112,7 +112,7 @@ def generate(
         lambda coder: encode_frames(coder, statistics, clip, request),
     )
 
-    count = len(make_sigmas(request.sampler, request.num_steps)) - 1
+    count = len(make_sigmas(str(request.sampler), request.num_steps)) - 1
     with stage(recorder, "denoise"), parts.transformer.on_device() as model:
         shape = (1, config.latent_channels, grid.frames, grid.height, grid.width)
         noise = standard_noise(request.seed, shape).to(parts.device)
@@ -122,12 +122,12 @@ def generate(
             same = noise[:, :, : known.shape[2]]
             conditioning = Conditioning(known, same, request.augment_sigma)
         mask = condition_mask(noise, known) if config.condition_mask else None
-        rotary = getattr(torch, request.rotary_precision)
+        rotary = getattr(torch, str(request.rotary_precision))
         positions = model.make_positions(grid, request.fps, rotary_dtype=rotary)
         steps = sample(
             conditioned(model, prompt, negative, positions, mask),
             noise,
-            sampler=request.sampler,
+            sampler=str(request.sampler),
             num_steps=request.num_steps,
             guidance=0.0 if negative is None else request.guidance,
             conditioning=conditioning,

@@ -36,7 +36,6 @@ from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.families.predict2_5.request import (
     FlowOptions,
     FlowRequest,
-    Schedule,
     recognise,
 )
 from worldline.families.predict2_5.weights import open_flow_dit
@@ -86,7 +85,7 @@ class FlowNetwork(Network):
         known_timestep: timestep of input frames; None gives them that of all others.
     """
 
-    schedule: Schedule = "shifted"
+    schedule: str = "shifted"
     known_timestep: float | None = None
 
 
@@ -105,7 +104,7 @@ def open_transformer(opened: Opened) -> FlowNetwork:
     )
 
 
-def _schedule(opened: Opened, layout: str, config: FlowDiTConfig) -> tuple[Schedule, float | None]:
+def _schedule(opened: Opened, layout: str, config: FlowDiTConfig) -> tuple[str, float | None]:
     """Schedule and timestep of input frames: as chosen, stated, released, or else "shifted"."""
     assert opened.place is not None
     chosen = opened.options.schedule or opened.settings.get("schedule")
