@@ -26,11 +26,11 @@ import worldline
 from worldline.evaluate.clips import summarise
 from worldline.evaluate.failures import Failure, find_failures
 from worldline.evaluate.metrics import psnr, ssim
+from worldline.locate import has_decoder
 from worldline.physics import make_clips
 from worldline.pipelines.autoregressive import decoder_settings
 from worldline.pipelines.decoder import decode_frames, denoise_windows
 from worldline.pipelines.requests import AutoregressiveRequest
-from worldline.places import has_decoder
 from worldline.video.convert import to_uint8
 from worldline.video.write import contact_sheet
 from worldline.world import AutoregressiveWorld

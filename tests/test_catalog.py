@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from worldline.catalog import ENTRIES, TOKENIZER_LAYOUTS, advice, find, is_bundled
+from worldline.catalog import ENTRIES, advice, find, is_bundled
 
 KEYS = Path(__file__).parent / "keys"
 BYTES = {"bfloat16": 2, "float32": 4, "int64": 8, "int32": 4, "float16": 2, "uint8": 1, "bool": 1}
@@ -104,9 +104,14 @@ def test_sizes_of_a_request() -> None:
 
 
 def test_layouts_are_those_that_are_read() -> None:
+    from worldline.files import TRANSFORMER_FILES
     from worldline.tokenizers.cosmos.load import LAYOUTS
 
-    assert TOKENIZER_LAYOUTS == LAYOUTS
+    for entry in ENTRIES:
+        if entry.family.endswith("tokenizer"):
+            assert entry.layouts == LAYOUTS
+        elif entry.command and entry.command != "predict2.5":
+            assert entry.layouts[:3] == tuple((name,) for name in TRANSFORMER_FILES)
 
 
 def test_what_runs_has_a_preset() -> None:

@@ -18,7 +18,7 @@ LAYERS = (
     ("world",),
     ("pipelines", "train", "evaluate"),
     ("loading",),
-    ("places", "downloads"),
+    ("locate", "downloads"),
     ("catalog",),
     ("models", "text", "tokenizers", "guardrails"),
     ("nn", "sampling", "weights", "parallel", "video", "physics", "report", "hub"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from worldline import places
+from worldline import locate
 from worldline.models.predict1_dit import weights as predict1_dit
 from worldline.models.predict1_dit.model import DiT
 from worldline.models.predict2_5_dit import weights as predict2_5_dit
@@ -176,7 +176,7 @@ def test_the_released_t5(count: int, run: Run, tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     config = {**t5.PRESETS["11B"], "model_type": "t5"}
     (folder / "config.json").write_text(json.dumps(config))
-    shutil.copy(places.BUNDLED / t5.RELEASED / "tokenizer_config.json", folder)
+    shutil.copy(locate.BUNDLED / t5.RELEASED / "tokenizer_config.json", folder)
     shapes = {"decoder.final_layer_norm.weight": (1024,), **t5.tensor_shapes(config)}
     layer = 4 * 1024 * 128 * 128 + 2 * 1024 * 65_536  # without its two norms
     if count == 1:
@@ -209,7 +209,7 @@ def test_the_released_reason1(nested: bool, run: Run, tmp_path: Path) -> None:
     config: dict[str, object] = dict(reason1.PRESETS["7B"])
     stated = {"model_type": "qwen2_5_vl", **({"text_config": config} if nested else config)}
     (folder / "config.json").write_text(json.dumps(stated))
-    shutil.copy(places.BUNDLED / reason1.RELEASED / "tokenizer.json", folder)
+    shutil.copy(locate.BUNDLED / reason1.RELEASED / "tokenizer.json", folder)
     prefix = "model.language_model." if nested else "model."
     shapes: dict[str, tuple[int, ...]] = {"visual.merger.ln_q.weight": (1280,)}
     shapes |= {prefix + name: shape for name, shape in reason1.tensor_shapes(config).items()}
@@ -237,14 +237,14 @@ def test_the_released_reason1(nested: bool, run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoder", [t5.RELEASED, reason1.RELEASED])
 def test_bundled_text_encoders(encoder: str, run: Run, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(places.BUNDLED / encoder, tmp_path / "encoder"))
+    folder = Path(shutil.copytree(locate.BUNDLED / encoder, tmp_path / "encoder"))
     for shown in (folder, folder / "model.safetensors"):
         result = run("checkpoints", "inspect", shown)
         assert result.exit_code == 0, result.stderr
         assert "text encoder" in result.stdout
         assert "no released size" in result.stdout
         assert result.stdout.endswith("verdict     complete: every tensor fits\n")
-    assert str(places.BUNDLED / encoder) in run("checkpoints", "inspect", places.BUNDLED).stdout
+    assert str(locate.BUNDLED / encoder) in run("checkpoints", "inspect", locate.BUNDLED).stdout
     tensors = read_all(folder / "model.safetensors")
     lacking = next(name for name in tensors if name.endswith("norm.weight"))
     save({name: t for name, t in tensors.items() if name != lacking}, folder / "model.safetensors")
@@ -268,7 +268,7 @@ def test_other_language_models_are_none_of_ours(run: Run, tmp_path: Path) -> Non
             "family      unknown (tensors such as model.embed_tokens.weight",
         ),
     ):
-        folder = Path(shutil.copytree(places.BUNDLED / encoder, tmp_path / kind))
+        folder = Path(shutil.copytree(locate.BUNDLED / encoder, tmp_path / kind))
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
         for shown in (folder, folder / "model.safetensors"):

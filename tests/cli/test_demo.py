@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import worldline.places
+import worldline.locate
 from worldline.pipelines.autoregressive import Progress, _Drawing
 from worldline.video.read import probe
 
@@ -23,7 +23,7 @@ from .conftest import Run
 
 @pytest.fixture
 def bundled(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worldline.places, "BUNDLED", small_world)
+    monkeypatch.setattr(worldline.locate, "BUNDLED", small_world)
 
 
 @pytest.mark.usefixtures("bundled")
@@ -72,7 +72,7 @@ def test_demo_of_both_decodings(
     run: Run, whole_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where decoder and Video2World model are bundled, they are shown, on the same tokens."""
-    monkeypatch.setattr(worldline.places, "BUNDLED", whole_world)
+    monkeypatch.setattr(worldline.locate, "BUNDLED", whole_world)
     drawn: list[Tensor] = []
     draw = _Drawing.run
 

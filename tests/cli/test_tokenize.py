@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import worldline.weights.write
+from worldline.locate import BUNDLED
 from worldline.physics import make_clips
-from worldline.places import BUNDLED
 from worldline.tokenizers.cosmos.load import load_tokenizer
 from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import released_tensors

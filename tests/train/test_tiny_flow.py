@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import worldline
-from worldline import places
+from worldline import locate
 from worldline.cli import main
 from worldline.models.predict2_5_dit.model import FlowDiT
 from worldline.models.predict2_5_dit.weights import open_flow_dit
@@ -246,7 +246,7 @@ def world(
     """The exported world, as it ships with the package or below a checkpoint folder."""
     if request.param == "named":
         return worldline.load(WORLD, exported, device="cpu", disable_guardrails=True)
-    monkeypatch.setattr(places, "BUNDLED", exported)
+    monkeypatch.setattr(locate, "BUNDLED", exported)
     return worldline.load(f"tiny-{WORLD}", device="cpu")
 
 
@@ -263,7 +263,7 @@ def test_the_exported_world_makes_videos(world: worldline.World) -> None:
 
 
 def test_the_demo_shows_it(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "BUNDLED", exported)
+    monkeypatch.setattr(locate, "BUNDLED", exported)
     result = CliRunner().invoke(main, ["demo", "--seed", "2", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.stderr
     names = [f"predict2.5_{kind}2world" for kind in ("text", "image", "video")]

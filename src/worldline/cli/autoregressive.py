@@ -303,7 +303,7 @@ def _make_request(item: Item, flags: dict[str, Any], kind: str) -> Autoregressiv
 
 def _decodes(flags: dict[str, Any]) -> bool:
     """Tell whether the diffusion decoder is to run."""
-    from worldline.places import has_decoder
+    from worldline.locate import has_decoder
 
     return not flags["disable_diffusion_decoder"] and has_decoder(flags["ar_model_dir"])
 
@@ -380,10 +380,10 @@ def _find_files(
         InputError: it cannot.
         CheckpointError: a file is absent or wrong; there is no text encoder, and one is needed.
     """
-    from worldline.places import find_place
+    from worldline.locate import locate
 
     # told before torch is imported
-    place = find_place(flags["ar_model_dir"], flags["checkpoint_dir"])
+    place = locate(flags["ar_model_dir"], flags["checkpoint_dir"])
     if flags["text_encoder_dir"] is not None:
         place.chosen(flags["text_encoder_dir"], "text_encoder_dir")
     from worldline.loading import open_autoregressive

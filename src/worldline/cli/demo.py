@@ -74,8 +74,8 @@ def demo(kind: str, seed: int, output: Path) -> None:
     5 frames (predict2.5_text2world.mp4, …).
     """
     from worldline.cli.run import check_folder
+    from worldline.locate import bundled_names
     from worldline.pipelines.requests import AutoregressiveRequest
-    from worldline.places import bundled_names
 
     AutoregressiveRequest(seed=seed)  # the range of seeds is the same for all
     check_folder(output, "--output")
@@ -97,9 +97,9 @@ def _continue_clip(model: str, seed: int, output: Path, *, prefix: str = "") -> 
     """Continue the clip, with a sentence if the names of the files have a `prefix`."""
     import worldline
     from worldline.cli.run import describe_video, describe_world, follow
+    from worldline.locate import has_decoder
     from worldline.physics import FPS, make_clips
     from worldline.pipelines.requests import AutoregressiveRequest
-    from worldline.places import has_decoder
     from worldline.video.write import contact_sheet, write_video
 
     ways = _BOTH_WAYS if has_decoder(model) else _ONE_WAY

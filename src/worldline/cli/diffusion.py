@@ -58,7 +58,7 @@ def _default(name: str, released: object) -> str:
 @cache
 def _bundled_settings() -> tuple[dict[str, Any], ...]:
     """Return what each config.json says; a damaged one counts once its world is asked for."""
-    from worldline.places import bundled_configs
+    from worldline.locate import bundled_configs
 
     found = []
     for path in bundled_configs("diffusion").values():
@@ -444,10 +444,10 @@ def _log_notes(
 
 
 def _find_files(flags: dict[str, Any], given: set[str]) -> DiffusionFiles:
-    from worldline.places import find_place
+    from worldline.locate import locate
 
     # told before torch is imported
-    place = find_place(flags["diffusion_transformer_dir"], flags["checkpoint_dir"])
+    place = locate(flags["diffusion_transformer_dir"], flags["checkpoint_dir"])
     named = ["tokenizer_dir", "text_encoder_dir"]
     if _upsamples(flags):
         named.append("prompt_upsampler_dir")

@@ -115,8 +115,8 @@ def _codecs() -> Iterator[tuple[str, str]]:
 def _fits() -> Iterator[tuple[str, str]]:
     from worldline.catalog import ENTRIES
     from worldline.loading import choose_device, fit_entry
+    from worldline.locate import bundled_names
     from worldline.machine import device_memory
-    from worldline.places import bundled_names
 
     for name in bundled_names():
         yield "fits", f"{name} (bundled)"

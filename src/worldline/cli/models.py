@@ -72,8 +72,8 @@ def _gigabytes(nbytes: int | None) -> str:
 
 def _bundled_rows(device: str | None) -> list[dict[str, Any]]:
     from worldline.loading import choose_device, find_world, fit_files
+    from worldline.locate import bundled_names, bundled_tokenizers, has_decoder, locate
     from worldline.machine import device_memory
-    from worldline.places import bundled_names, bundled_tokenizers, find_tokenizer, has_decoder
     from worldline.tokenizers.cosmos.load import open_tokenizer
 
     chosen = choose_device(device)
@@ -84,7 +84,7 @@ def _bundled_rows(device: str | None) -> list[dict[str, Any]]:
         found = fit_files(files, chosen, device_memory(chosen))
         rows.append(_bundled_row(name, sources, family, command, found.need, _verdict(found)))
     for name in bundled_tokenizers():
-        source, config = open_tokenizer(find_tokenizer(name, ""))
+        source, config = open_tokenizer(locate(name, "", tokenizer=True).named)
         family = f"{'continuous' if config.levels is None else 'discrete'} video tokenizer"
         rows.append(_bundled_row(name, [source], family, "tokenize", None, "yes"))
     return rows

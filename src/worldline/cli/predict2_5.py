@@ -435,10 +435,10 @@ def _named(flags: dict[str, Any]) -> str:
 
 
 def _find_files(flags: dict[str, Any], given: set[str]) -> FlowFiles:
-    from worldline.places import find_flow
+    from worldline.locate import locate
 
     # told before torch is imported
-    place = find_flow(_named(flags), flags["checkpoint_dir"])
+    place = locate(_named(flags), flags["checkpoint_dir"])
     for name in ("tokenizer_dir", "text_encoder_dir"):
         if flags[name] is not None:
             place.chosen(flags[name], name)

@@ -268,7 +268,7 @@ def guard_offload_flags(guarded: bool, upsampled: bool = False) -> tuple[str, ..
 
 def log_bundled(name: str, given: Collection[str]) -> None:
     """Say what to expect of a bundled world, and which flags it has no use for."""
-    from worldline.places import bundled_names
+    from worldline.locate import bundled_names
 
     if name not in bundled_names():  # another name of their form is refused later
         return

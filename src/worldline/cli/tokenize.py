@@ -428,9 +428,9 @@ def _examine_coded(path: Path, flags: dict[str, Any]) -> Task:
 
 
 def _find(name: str, flags: dict[str, Any]) -> Coder:
-    from worldline.places import find_tokenizer
+    from worldline.locate import locate
 
-    folder = find_tokenizer(name, flags["checkpoint_dir"])  # told before torch is imported
+    folder = locate(name, flags["checkpoint_dir"], tokenizer=True).named  # before torch is imported
     from worldline.tokenizers.cosmos.load import open_tokenizer
 
     return Coder(name, folder, *open_tokenizer(folder), *_place(flags))

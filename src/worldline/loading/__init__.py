@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from worldline.catalog import Entry, find_flow_model
+from worldline.catalog import Entry
 from worldline.choices import DIFFUSION_OFFLOAD_FLAGS, FLOW_OFFLOAD_FLAGS, ScheduleName
 from worldline.errors import InputError, InsufficientMemoryError
 from worldline.files import holds_diffusers
@@ -68,6 +68,7 @@ from worldline.loading.predict2_5 import (
     open_predict2_5,
     plan_predict2_5,
 )
+from worldline.locate import locate
 from worldline.machine import Memory, device_memory
 from worldline.models.predict1_ar.decoder import MOST_CLIPS, compile_ahead, kernels_fit
 from worldline.models.predict1_ar.model import PRESETS as AUTOREGRESSIVE_PRESETS
@@ -79,7 +80,6 @@ from worldline.models.predict2_5_dit.model import PRESETS as FLOW_PRESETS
 from worldline.models.predict2_5_dit.model import FlowDiTConfig
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import Part, StreamedPart
-from worldline.places import find_flow, find_place
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.text.cache import EmbeddingCache
@@ -172,9 +172,8 @@ def find_world(
         CheckpointError: a file is absent, incomplete, damaged or of another model.
         InputError: a world is given what only those of another family have.
     """
-    of_flow = find_flow_model(str(model)) is not None
-    place = find_flow(model, checkpoint_dir) if of_flow else find_place(model, checkpoint_dir)
-    if of_flow or holds_flow(place.named):
+    place = locate(model, checkpoint_dir)
+    if place.released or holds_flow(place.named):
         refuse_options(place.folder, "a Predict2.5", {"generation": generation})
         return open_predict2_5(
             place,
@@ -221,7 +220,7 @@ def find_autoregressive(
         InputError: a base model is given a text encoder.
     """
     return open_autoregressive(
-        find_place(model, checkpoint_dir),
+        locate(model, checkpoint_dir),
         text_encoder_dir=text_encoder_dir,
         diffusion_decoder=diffusion_decoder,
     )
@@ -252,7 +251,7 @@ def find_diffusion(
         InputError: there is no such generation.
     """
     return open_diffusion(
-        find_place(model, checkpoint_dir),
+        locate(model, checkpoint_dir),
         tokenizer_dir=tokenizer_dir,
         text_encoder_dir=text_encoder_dir,
         generation=generation,

@@ -30,6 +30,7 @@ from worldline.loading.folders import (
 from worldline.loading.memory import coding_bytes, count_parameters, workspace
 from worldline.loading.parts import TextPart, find_text
 from worldline.loading.predict2_5 import refuse_flow
+from worldline.locate import Place
 from worldline.models.predict1_ar.model import (
     FEED_FORWARD_ROWS,
     RELEASED_GRID,
@@ -38,7 +39,6 @@ from worldline.models.predict1_ar.model import (
 )
 from worldline.models.predict1_ar.weights import KEYS, read_config
 from worldline.parallel.offload import Part
-from worldline.places import Place
 from worldline.sampling.decode import CHUNK
 from worldline.shapes import VideoShape, latent_frames_of
 from worldline.text.t5 import T5Files

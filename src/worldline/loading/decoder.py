@@ -23,11 +23,11 @@ from worldline.loading.diffusion import (
 )
 from worldline.loading.folders import read_settings, stamps
 from worldline.loading.memory import count_parameters, workspace
+from worldline.locate import Place
 from worldline.models.predict1_ar.model import ARTransformerConfig
 from worldline.models.predict1_dit.model import BLOCKS, DECODER_WINDOW, DiT, DiTConfig
 from worldline.models.predict1_dit.weights import open_dit
 from worldline.parallel.offload import Part
-from worldline.places import Place
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.load import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig

@@ -32,9 +32,9 @@ from worldline.loading.memory import (
 )
 from worldline.loading.parts import DenoisingParts, EncoderKind, find_text
 from worldline.loading.predict2_5 import refuse_flow
+from worldline.locate import Place
 from worldline.models.predict1_dit.model import DiT, DiTConfig
 from worldline.models.predict1_dit.weights import open_dit
-from worldline.places import Place
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import RELEASED, T5Files, find_t5, t5_folders
 from worldline.tokenizers.cosmos.load import open_tokenizer

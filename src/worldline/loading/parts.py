@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
+from worldline.locate import Place
 from worldline.parallel.offload import Part
-from worldline.places import Place
 from worldline.shapes import VideoShape
 from worldline.text.cache import EmbeddingCache
 from worldline.text.encoder_files import EncoderFiles

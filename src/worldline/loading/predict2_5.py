@@ -33,11 +33,11 @@ from worldline.loading.parts import (
     text_dtype,
     text_part,
 )
+from worldline.locate import Place, locate
 from worldline.models.predict2_5_dit.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.models.predict2_5_dit.weights import FILE_NAMES, is_flow_dit, open_flow_dit
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import Part
-from worldline.places import Place, find_flow
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.text.encoder_files import MAX_LENGTH
@@ -209,7 +209,7 @@ def find_predict2_5(
         InputError: there is no such schedule.
     """
     return open_predict2_5(
-        find_flow(model, checkpoint_dir),
+        locate(model, checkpoint_dir),
         tokenizer_dir=tokenizer_dir,
         text_encoder_dir=text_encoder_dir,
         schedule=schedule,

@@ -149,7 +149,9 @@ def check_destination(path: str | Path) -> None:
         limit = _MAX_NAME_BYTES - _TEMPORARY_NAME_BYTES * (name == path.name)
         size = len(os.fsencode(name))
         if size > limit:
-            raise InputError(f"{path} cannot be written: a name has {size} bytes; limit {limit}")
+            raise InputError(
+                f"{path} cannot be written: a name in it has {size} bytes; limit {limit}"
+            )
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):

@@ -26,7 +26,7 @@ from worldline.loading import (
     refuse_options,
     world_name,
 )
-from worldline.places import find_place, has_decoder
+from worldline.locate import has_decoder, locate
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.world.autoregressive import AutoregressiveWorld
@@ -246,7 +246,7 @@ def load_guards(
         if not isinstance(files, DiffusionFiles) or without:
             raise
         try:
-            find_upsampler(files, find_place(str(name), Path(checkpoint_dir)), folder)
+            find_upsampler(files, locate(name, checkpoint_dir), folder)
         except CheckpointError as other:  # all that is missing, at once
             raise CheckpointError(f"{error}; and {other}") from error
         raise
@@ -254,7 +254,7 @@ def load_guards(
         return safety, None
     upsampling = load_upsampling(
         files,
-        find_place(str(name), Path(checkpoint_dir)),
+        locate(name, checkpoint_dir),
         disable_prompt_upsampler,
         folder=folder,
         word_limit=word_limit_to_skip_upsampler,

@@ -12,8 +12,8 @@ from torch import nn
 from worldline.errors import CheckpointError
 from worldline.guardrails.load import find_repository
 from worldline.loading import DiffusionFiles
+from worldline.locate import Place
 from worldline.parallel.offload import Part
-from worldline.places import Place
 from worldline.report import Recorder
 from worldline.text.prompt_tokens import tokenizer_files
 from worldline.text.upsampler import (
