@@ -36,7 +36,7 @@ class File:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowModel:
-    """One of the released models of Cosmos-Predict2.5; nothing in its tensors tells it from others.
+    """One of the released models of Cosmos-Predict2.5, which differ in nothing but values.
 
     Attributes:
         name: name that it is asked for by.

@@ -294,7 +294,7 @@ def _connection_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def _explained(repository: str, *, retried: bool = False) -> Iterator[None]:
-    """Turn answers of the hub into errors that say what to do.
+    """Turn answers of the hub into errors that name the remedy.
 
     Args:
         repository: repository that was asked for.

@@ -360,7 +360,7 @@ def check_media(samples: Sequence[Sample], overrides: Collection[str] = ()) -> N
                 said = time.monotonic()
                 logger.info("looked at %d of %d input files", len(looked_at), len(inputs))
             try:
-                looked_at[identity] = probe(path, kind=media_kind(path)).frames
+                looked_at[identity] = probe(path).frames
             except InputError as error:
                 looked_at[identity] = error
         frames = looked_at[identity]

@@ -160,10 +160,10 @@ def encode(inputs: Sequence[str], **flags: Any) -> None:
     continuous tokenizer, "tokens" (t, h, w) of a discrete one. What the tokenizer cannot take is
     padded by repeating the last row, column or frame, which `decode` cuts off again.
     """
-    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_kind, probe
+    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, probe
 
     def examine(path: Path) -> Task:
-        probe(path, kind=media_kind(path))
+        probe(path)
         return Task(path, Path(flags["output_dir"]) / f"{path.stem}{_SUFFIX}")
 
     refuse_empty(flags, ("tokenizer_dir",))
@@ -232,7 +232,7 @@ def reconstruct(**flags: Any) -> None:
 
     Flags are those of cosmos-predict1 `tokenizer/inference/video_cli.py`.
     """
-    from worldline.video.read import media_kind, probe
+    from worldline.video.read import probe
 
     if not flags["video_pattern"]:
         raise InputError("no input: give --video_pattern, in quotes")
@@ -242,7 +242,7 @@ def reconstruct(**flags: Any) -> None:
         raise InputError(f"--video_pattern {flags['video_pattern']} fits no file")
 
     def examine(path: Path) -> Task:
-        info = probe(path, kind=media_kind(path))
+        info = probe(path)
         folder = Path(flags["output_dir"] or path.parent / "reconstructions")
         suffix = ".png" if info.kind == "image" else ".mp4"
         fps = flags["output_fps"] or info.fps or _FPS
