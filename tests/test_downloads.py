@@ -193,8 +193,5 @@ def test_an_unknown_name() -> None:
         sources(["Cosmos-Predict1-4B_post-trained"])
     with pytest.raises(InputError, match="no model Cosmos-Predict1-4B/pre-trained"):
         sources(["Cosmos-Predict1-4B/pre-trained"])
-
-
-def test_bundled_models_are_not_fetched() -> None:
     with pytest.raises(InputError, match="come with the package"):
         sources(["tiny-Cosmos-Predict1-4B"])
