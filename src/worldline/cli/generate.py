@@ -134,14 +134,14 @@ def command_of(world: str, words: Sequence[str]) -> click.Command:
     Raises:
         CheckpointError: there is no such model.
     """
+    from worldline.locate import locate
     from worldline.opening import read_family
-    from worldline.places import find_place
 
     roots = [v for n, v in pairwise(words) if n.replace("-", "_") == "__checkpoint_dir"]
     roots += [
         w.partition("=")[2] for w in words if w.replace("-", "_").startswith("__checkpoint_dir=")
     ]
-    family, defaults = read_family(find_place(world, roots[0] if roots else "checkpoints"))
+    family, defaults = read_family(locate(world, roots[0] if roots else "checkpoints"))
 
     @click.pass_context
     def callback(context: click.Context, /, input: str | None, **_: object) -> None:

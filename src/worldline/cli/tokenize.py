@@ -187,7 +187,7 @@ def encode(context: click.Context, /, inputs: Sequence[str], **_: object) -> Non
     continuous tokenizer, "tokens" (t, h, w) of a discrete one. Sizes that the tokenizer cannot take
     are padded by repeating the last row, column or frame, which `decode` cuts off again.
     """
-    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_kind, probe
+    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, probe
 
     flags = parsed(context, EncodeFlags)
 
@@ -360,9 +360,11 @@ def _misfit(task: Task, coder: Coder) -> str:
 
 def _find(name: str, flags: Machine, *files: Path) -> Coder:
     """The tokenizer of a name below --checkpoint_dir, or in `files`."""
-    from worldline.places import find_tokenizer
+    from worldline.locate import locate
 
-    paths = files or (find_tokenizer(name, flags.checkpoint_dir),)  # before torch is imported
+    paths = files or (
+        locate(name, flags.checkpoint_dir, tokenizer=True).named,
+    )  # before torch is imported
     from worldline.opening import choose_compute
     from worldline.request import LoadOptions
     from worldline.tokenizers.cosmos.weights import open_tokenizer
