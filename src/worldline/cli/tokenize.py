@@ -192,7 +192,7 @@ def encode(context: click.Context, /, inputs: Sequence[str], **_: object) -> Non
     flags = parsed(context, EncodeFlags)
 
     def examine(path: Path) -> Task:
-        probe(path, kind=media_kind(path))
+        probe(path)
         return Task(path, Path(flags.output_dir) / f"{path.stem}{_SUFFIX}")
 
     tasks = _collect(inputs, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES), examine)
@@ -369,7 +369,7 @@ def _find(name: str, flags: Machine, *files: Path) -> Coder:
     from worldline.request import LoadOptions
     from worldline.tokenizers.cosmos.weights import open_tokenizer
 
-    compute = choose_compute(LoadOptions(device=flags.device, dtype=flags.dtype))
+    compute = choose_compute(LoadOptions.parse({"device": flags.device, "dtype": flags.dtype}))
     return Coder(name, open_tokenizer(*paths), compute.device, compute.dtype)
 
 
