@@ -8,26 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiny.motion import FPS, Motion, simulate
-from tiny.parts import Scene
+from tiny.motion import integrate
 from tiny.render import object_masks, render
-from tiny.scenes import COLOURS, KINDS, SHAPES, draw_scene, draw_scenes
-
-__all__ = [
-    "COLOURS",
-    "FPS",
-    "KINDS",
-    "SHAPES",
-    "Clips",
-    "Motion",
-    "Scene",
-    "draw_scene",
-    "draw_scenes",
-    "make_clips",
-    "object_masks",
-    "render",
-    "simulate",
-]
+from tiny.scenes import Scenes, draw_scenes
 
 
 @dataclass(frozen=True)
@@ -37,7 +20,7 @@ class Clips:
     frames: Tensor  # uint8 (B, T, H, W, 3)
     masks: Tensor | None  # bool (B, T, H, W), the union of the objects
     captions: list[str]
-    scenes: list[Scene]
+    scenes: Scenes
 
 
 def make_clips(
@@ -47,28 +30,24 @@ def make_clips(
     width: int = 192,
     device: str | torch.device = "cpu",
     return_masks: bool = False,
-    max_memory: int | None = None,
 ) -> Clips:
-    """Return one clip a seed, at 25 frames a second.
+    """One clip a seed, at 25 frames a second.
 
     A clip depends on its seed, the size and the device's arithmetic alone, not on the other seeds.
 
     Args:
         seeds: 0 to 2^32 - 1. Tiny models are trained below 1,000,000 and measured above.
         frames: length; longer clips begin with the same frames.
-        height: of the picture; 16 or more.
-        width: of the picture, 1 to 2.5 times the height.
-        device: where the pictures are painted and left.
-        return_masks: also say where the objects are.
-        max_memory: bytes that painting may take besides the result.
+        height: pixels; 16 or more.
+        width: pixels, 1 to 2.5 times the height.
+        device: where the pictures are painted and stay.
+        return_masks: also find where the objects are.
 
     Raises:
         InputError: a seed, a size or a length is out of range, or there is no seed.
     """
     scenes = draw_scenes(seeds, aspect=width / height)
-    motion = simulate(scenes, frames)
-    pictures = render(scenes, motion, height, width, device, max_memory=max_memory)
-    masks = None
-    if return_masks:
-        masks = object_masks(scenes, motion, height, width, device, max_memory=max_memory)
-    return Clips(pictures, masks, [scene.caption for scene in scenes], scenes)
+    motion = integrate(scenes.bodies, frames)
+    pictures = render(scenes, motion, height, width, device)
+    masks = object_masks(scenes, motion, height, width, device) if return_masks else None
+    return Clips(pictures, masks, scenes.captions, scenes)

@@ -1,8 +1,4 @@
-"""Training of the small flow transformer, and of its text encoder with it.
-
-A clip is given with none, one or two latent frames known and with its caption or none, so that one
-network makes a world of a text, an image or a video.
-"""
+"""Training of the tiny flow transformer, and of its text encoder with it."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from torch import Tensor, nn
 
 from tiny import sizes
 from tiny.denoiser import (
-    Captioned,
+    EncodedClips,
     draw_clips,
     draw_noise,
     encode_clips,
@@ -41,18 +37,18 @@ _DEVIATION = 1.4
 
 
 def train_flow(
-    run: Run, tokenizer_folder: Path, start: Path | None, undescribed: tuple[str, ...]
+    run: Run, tokenizer_folder: Path, start: Path | None, negative_prompts: tuple[str, ...]
 ) -> None:
-    """Train the flow transformer, and the text encoder with it, on captioned clips.
+    """Train the transformer and the text encoder on captioned clips.
 
     Args:
-        run: how.
-        tokenizer_folder: an export folder of the tokenizer; copied into the world's.
-        start: weights to begin with, an export folder.
-        undescribed: texts that shall say nothing of a clip, as the empty one.
+        run: options.
+        tokenizer_folder: export folder of the tokenizer; copied into the world's.
+        start: export folder to begin with.
+        negative_prompts: texts that describe no clip, as the empty one.
     """
     batch, clips, device = run.batch or 256, run.clips or 80_000, run.device
-    coder = load_wan(open_wan(tokenizer_folder), device, half_precision(device))
+    tokenizer = load_wan(open_wan(tokenizer_folder), device, half_precision(device))
     torch.manual_seed(run.seed)
     model = Flowing(FlowDiT(sizes.FLOW), new_reason1(sizes.REASON1, max_length=sizes.TEXT_LENGTH))
     model.transformer.reset_parameters()
@@ -69,21 +65,21 @@ def train_flow(
     def tokenize(texts: list[str]) -> tuple[Tensor, ...]:
         return (model.text.tokenize(texts),)
 
-    pool = encode_clips(run, run.share(range(clips)), run.workers, coder.encode, tokenize)
-    held_out = range(sizes.HELD_OUT, sizes.HELD_OUT + min(clips, 256))
-    aside = encode_clips(run, held_out, 0, coder.encode, tokenize)
-    silent = tokenize(["", *undescribed])
+    pool = encode_clips(run, run.seeds(clips), run.workers, tokenizer.encode, tokenize)
+    held_out = encode_clips(run, run.held_out(256, clips), 0, tokenizer.encode, tokenize)
+    blank = tokenize(["", *negative_prompts])
 
-    def draw_from(given: Captioned, step: int) -> tuple[Tensor, ...]:
-        latents, texts, known, normal = draw_clips(run, given, silent, step, batch)
+    def draw(clips: EncodedClips, step: int) -> tuple[Tensor, ...]:
+        latents, texts, num_conditioning, normal = draw_clips(run, clips, blank, step, batch)
         noise = draw_noise(run, step, *latents.shape)
-        return latents, noise, *texts, shifted_sigmas(normal, deviation=_DEVIATION), known
+        sigma = shifted_sigmas(normal, deviation=_DEVIATION)
+        return latents, noise, *texts, sigma, num_conditioning
 
     train_denoiser(
         run,
         model,
-        functools.partial(draw_from, pool),
-        functools.partial(draw_from, aside),
+        functools.partial(draw, pool),
+        functools.partial(draw, held_out),
         lambda folder: export_flow(model.transformer, model.text, tokenizer_folder, folder),
     )
 
@@ -103,27 +99,27 @@ class Flowing(nn.Module):
         self.register_buffer("sin", positions.sin, persistent=False)
 
     def forward(
-        self, latents: Tensor, noise: Tensor, ids: Tensor, sigma: Tensor, known: Tensor
+        self, latents: Tensor, noise: Tensor, ids: Tensor, sigma: Tensor, num_conditioning: Tensor
     ) -> Tensor:
-        """Return the loss of every clip, (B,).
+        """Loss of every clip, (B,).
 
         Args:
             latents: (B, C, t, h, w), clean.
             noise: in their shape.
             ids: (B, S) of texts, all rows of which count.
             sigma: (B,) noise levels.
-            known: (B,) latent frames that are known.
+            num_conditioning: (B,) number of conditioning latent frames.
         """
-        shown, marked = flowed_latents(latents, noise, sigma, known)
-        told = (TIMESTEPS * sigma).floor()  # as samplers tell it, of all frames alike
+        noised, conditioning = flowed_latents(latents, noise, sigma, num_conditioning)
+        times = (TIMESTEPS * sigma).floor()  # of all frames alike, as in samplers
         velocity = self.transformer(
-            shown,
-            told[:, None],
+            noised,
+            times[:, None],
             self.transformer.encode_context(self.text.embed(ids)),
             Rotation(self.cos, self.sin),
-            condition_mask=marked,
+            condition_mask=conditioning,
         )
-        return flow_loss(velocity, latents, noise, marked)
+        return flow_loss(velocity, latents, noise, conditioning)
 
 
 def export_flow(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiny.clips import FPS
+from tiny.motion import FPS
 from worldline.models.predict1_ar.model import ARTransformerConfig
 from worldline.models.predict1_dit.model import LARGEST_GRID, DiTConfig
 from worldline.models.predict2_5_dit.model import FlowDiTConfig

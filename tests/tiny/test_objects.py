@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from tiny.clips import COLOURS, SHAPES, draw_scenes, make_clips
+from tiny.clips import make_clips
 from tiny.objects import compare, find_objects, named_objects, shows
+from tiny.scenes import COLOURS, SHAPES, draw_scenes
 
 SEEDS = range(1_100_000, 1_100_012)
 
@@ -135,8 +136,9 @@ def test_a_mark_on_a_ball_is_no_object() -> None:
 
 
 def test_a_caption_names_its_objects_in_order() -> None:
-    for scene in draw_scenes(range(50)):
-        assert named_objects(scene.caption) == list(zip(scene.colours, scene.shapes, strict=True))
+    scenes = draw_scenes(range(50))
+    for clip, caption in enumerate(scenes.captions):
+        assert named_objects(caption) == scenes.objects(clip)
 
 
 def test_a_caption_without_objects_is_refused() -> None:

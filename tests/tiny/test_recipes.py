@@ -18,7 +18,8 @@ from tiny import diffusion as tiny_diffusion
 from tiny import sizes
 from tiny.__main__ import main
 from tiny.autoregressive import sequence_loss
-from tiny.data import as_video, physics_batches
+from tiny.clips import make_clips
+from tiny.data import as_video
 from tiny.decoder import DECODER, Decoding, cut_windows, long_shape
 from tiny.denoiser import rounded_to
 from tiny.run import embed_captions
@@ -37,7 +38,6 @@ from worldline.tokenizers.cosmos.load import load_tokenizer, open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import read_statistics
 from worldline.weights.read import open_checkpoint
-from worldline.weights.write import save
 
 
 @pytest.fixture(autouse=True)
@@ -66,22 +66,16 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "VIDEO2WORLD", small_world)
 
 
+def draw_frames(count: int, shape: VideoShape, *, first: int = 0) -> Tensor:
+    """Clips as training draws them, uint8 (B, T, H, W, 3)."""
+    seeds = range(first, first + count)
+    return make_clips(seeds, shape.frames, shape.height, shape.width).frames
+
+
 def run(*words: object) -> None:
     result = CliRunner().invoke(main, [*map(str, words), "--device", "cpu"])
     if result.exception is not None:
         raise result.exception
-
-
-def feature_network(path: Path) -> Path:
-    """Weights in the shape of VGG16's convolutions, by torchvision's names."""
-    torch.manual_seed(0)
-    tensors, width = {}, 3
-    for index in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
-        tensors[f"features.{index}.weight"] = torch.randn(4, width, 3, 3) / 6
-        tensors[f"features.{index}.bias"] = torch.zeros(4)
-        width = 4
-    save(tensors, path)
-    return path
 
 
 def test_tokenizer_then_transformer(tmp_path: Path) -> None:
@@ -106,16 +100,6 @@ def test_tokenizer_then_transformer(tmp_path: Path) -> None:
     )
 
 
-def test_the_perceptual_term_changes_the_weights(tmp_path: Path) -> None:
-    features = feature_network(tmp_path / "features.safetensors")
-    common = ["--steps", 1, "--batch", 1, "--clips", 1]
-    run("tokenizer", "--folder", tmp_path / "colour", *common)
-    run("tokenizer", "--folder", tmp_path / "both", "--features", features, *common)
-    sources = [open_tokenizer(tmp_path / name / "export")[0] for name in ("colour", "both")]
-    name = "decoder.conv_out.0.conv3d.weight"
-    assert not torch.equal(sources[0].read(name), sources[1].read(name))
-
-
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export of a continuous tokenizer, trained for three steps in two runs."""
@@ -135,7 +119,7 @@ def test_the_statistics_are_those_of_the_exported_tokenizer(latents: Path) -> No
     assert statistics is not None
     assert statistics.frames == 16  # as many as in released files
     model = load_tokenizer(latents, device="cpu", dtype=torch.float32)
-    clips = next(physics_batches(range(3), sizes.SHAPE, "cpu"))
+    clips = draw_frames(3, sizes.SHAPE)
     normal = statistics.normalise(model.encode(as_video(clips)))
     torch.testing.assert_close(normal.mean((0, 3, 4)), torch.zeros(16, 5), atol=1e-3, rtol=0)
     torch.testing.assert_close(
@@ -144,7 +128,7 @@ def test_the_statistics_are_those_of_the_exported_tokenizer(latents: Path) -> No
 
 
 def diffusion(folder: Path, latents: Path, steps: int, *more: object) -> dict[str, Tensor]:
-    words = ["--steps", steps, "--batch", 4, "--clips", 2, "--undescribed", "nothing to see"]
+    words = ["--steps", steps, "--batch", 4, "--clips", 2, "--negative_prompt", "nothing to see"]
     run("diffusion", "--folder", folder, "--tokenizer", latents, *words, *more)
     return load_file(next(folder.glob("average-*.safetensors")))
 
@@ -253,9 +237,9 @@ def test_windows_pair_tokens_with_the_latents_of_their_frames(tokens: Path, late
     fine = load_tokenizer(latents, device="cpu", dtype=torch.float32)
     statistics = read_statistics(latents)
     assert statistics is not None
-    clips = next(physics_batches(range(2), long_shape(), "cpu"))
+    clips = draw_frames(2, long_shape())
     draws = torch.Generator().manual_seed(1)
-    z, ids = cut_windows(coarse, fine, statistics, clips, torch.float32, draws)
+    z, ids = cut_windows(coarse, fine, statistics, as_video(clips), draws)
     later = int(torch.randint(1, 7, (), generator=torch.Generator().manual_seed(1)))
     video = as_video(clips)
     whole = coarse.encode_tokens(video)
@@ -315,7 +299,7 @@ def shipped(
 
 @pytest.mark.parametrize("bundled", [True, False])
 def test_exported_worlds_decode_by_diffusion(shipped: Path, bundled: bool) -> None:
-    clip = next(physics_batches(range(1), sizes.SHAPE, "cpu"))[0].numpy()
+    clip = draw_frames(1, sizes.SHAPE)[0].numpy()
     for name, options in (
         ("Cosmos-Predict1-4B", {}),
         ("Cosmos-Predict1-5B-Video2World", {"prompt": "A red ball falls."}),
@@ -350,7 +334,7 @@ def test_a_shipped_decoder_is_no_world(shipped: Path) -> None:
     assert not places.has_decoder("tiny-Cosmos-Predict1-4B")
     assert places.has_decoder("Cosmos-Predict1-4B")  # a released one, which must have it
     world = worldline.load("tiny-Cosmos-Predict1-4B", device="cpu")
-    clip = next(physics_batches(range(1), sizes.SHAPE, "cpu"))[0].numpy()
+    clip = draw_frames(1, sizes.SHAPE)[0].numpy()
     assert world.generate(clip[:9]).report["diffusion_decoder"] is None
 
 
@@ -362,9 +346,9 @@ def test_the_decoder_is_trained_as_it_is_used(
     fine = load_tokenizer(latents, device="cpu", dtype=torch.float32)
     statistics = read_statistics(latents)
     assert statistics is not None
-    clips = next(physics_batches(range(1), long_shape(), "cpu"))
+    clips = draw_frames(1, long_shape())
     draws = torch.Generator().manual_seed(2)
-    z, ids = cut_windows(coarse, fine, statistics, clips, torch.float32, draws)
+    z, ids = cut_windows(coarse, fine, statistics, as_video(clips), draws)
     # a short clip: the pipeline cuts its tokens as training does
     [short] = decoder.cut_windows(coarse.encode_tokens(as_video(clips))[:, : sizes.GRID.frames])
     assert torch.equal(ids[2:3].long(), short.long())

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import worldline
 from tiny import reconstruction, sizes
-from tiny.clips import FPS
-from tiny.data import as_video, physics_batches
+from tiny.data import as_video
 from tiny.denoiser import rounded_to
 from tiny.flow import TEXT_FOLDER, WORLD, Flowing
-from tiny.reconstruction import DEVIATION, KL, _reconstruction_loss, cut
+from tiny.motion import FPS
+from tiny.reconstruction import DEVIATION, KL, cut, reconstruction_loss
 from tiny.run import Run
 from tiny.wan import compile_between_convolutions
 from worldline import places
@@ -37,9 +37,8 @@ from worldline.text.reason1 import find_reason1, load_reason1, new_reason1
 from worldline.tokenizers.wan.load import channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.train.loop import Objective
-from worldline.train.losses import ReconstructionObjective
 
-from .test_recipes import run
+from .test_recipes import draw_frames, run
 
 TINY = f"tiny-{WORLD}"
 
@@ -71,14 +70,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, tokenizer: Path, steps: int, *more: object) -> dict[str, Tensor]:
-    words = ["--steps", steps, "--batch", 4, "--clips", 2, "--undescribed", "nothing to see"]
+    words = ["--steps", steps, "--batch", 4, "--clips", 2, "--negative_prompt", "nothing to see"]
     run("flow", "--folder", folder, "--tokenizer", tokenizer, *words, *more)
     return load_file(next(folder.glob("average-*.safetensors")))
 
 
 def test_latents_of_the_exported_tokenizer_are_of_unit_deviation(tokenizer: Path) -> None:
     model = load_wan(open_wan(tokenizer), "cpu", torch.float32)
-    clips = next(physics_batches(range(3), sizes.SHAPE, "cpu"))
+    clips = draw_frames(3, sizes.SHAPE)
     z = model.encode(as_video(clips)).transpose(0, 1).flatten(1)
     torch.testing.assert_close(z.mean(1), torch.zeros(16), atol=1e-3, rtol=0)
     torch.testing.assert_close(z.std(1, correction=0), torch.ones(16), atol=1e-3, rtol=0)
@@ -87,7 +86,7 @@ def test_latents_of_the_exported_tokenizer_are_of_unit_deviation(tokenizer: Path
 def test_the_exported_variance_is_the_noise_of_training(tokenizer: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.AutoencoderKLWan.from_pretrained(tokenizer, torch_dtype=torch.float32)
-    clips = next(physics_batches(range(1), sizes.SHAPE, "cpu"))
+    clips = draw_frames(1, sizes.SHAPE)
     with torch.no_grad():
         drawn = theirs.encode(as_video(clips)).latent_dist
     torch.testing.assert_close(drawn.std, torch.full_like(drawn.std, DEVIATION), rtol=0.02, atol=0)
@@ -123,13 +122,12 @@ def test_where_a_piece_is_cut_tells_nothing_of_which_clips_were_chosen(
             drawn.append((clip, row))
         return 0
 
-    monkeypatch.setattr(reconstruction, "physics_batches", lambda *_, **__: iter([clips]))
+    monkeypatch.setattr(reconstruction, "clip_batches", lambda *_, **__: iter([(clips, [])]))
     monkeypatch.setattr(Run, "train", train)
     told: dict[str, Any] = {"folder": tmp_path, "steps": 1, "batch": 1, "clips": count, "seed": 0}
     told |= dict.fromkeys(("seconds", "rate")) | {"workers": 0, "device": "cpu"}
     options = Run(**told, compiled=False, graphed=False)
-    objective = ReconstructionObjective(kl=KL)
-    reconstruction.train_reconstruction(options, WanTokenizer(sizes.WAN), objective, piece=piece)
+    reconstruction.train_reconstruction(options, WanTokenizer(sizes.WAN), KL, piece=piece)
     for ahead in range(count):  # a relation would bring one of these about much more often
         together = sum((clip + ahead) % count == row for clip, row in drawn)
         assert 2 <= together <= 45  # 20 is the mean
@@ -197,11 +195,10 @@ def test_a_step_waits_for_no_number() -> None:
     tokenizer.reset_parameters()
     channels_last(tokenizer)
     clips, noise = torch.zeros(1, 9, 32, 48, 3, dtype=torch.uint8), torch.zeros(1, 16, 3, 4, 6)
-    objective = ReconstructionObjective(kl=KL)
-    measured = (tokenizer, None, objective, clips, noise)
-    _reconstruction_loss(*measured)  # the statistics of latents are copied once
+    measured = (tokenizer, KL, clips, noise)
+    reconstruction_loss(*measured)  # the statistics of latents are copied once
     with _Reads():
-        _reconstruction_loss(*measured)[0].backward()
+        reconstruction_loss(*measured)[0].backward()
 
 
 def test_the_text_encoder_learns_with_the_transformer() -> None:
@@ -253,7 +250,7 @@ def world(
 
 
 def test_the_exported_world_makes_videos(world: worldline.World) -> None:
-    clip = next(physics_batches(range(1), sizes.SHAPE, "cpu"))[0].numpy()
+    clip = draw_frames(1, sizes.SHAPE)[0].numpy()
     for given in (0, 1, 5):
         video = world.generate(
             clip[:given] if given else None, prompt="A red ball falls.", num_input_frames=given
@@ -291,7 +288,7 @@ def test_a_network_is_shown_in_training_what_samplers_show(
     monkeypatch.setattr(FlowDiT, "forward", spy)
     world = worldline.load(WORLD, exported, device="cpu", disable_guardrails=True)
     assert isinstance(world, worldline.world.FlowWorld)
-    clip = next(physics_batches(range(7, 8), sizes.SHAPE, "cpu"))
+    clip = draw_frames(1, sizes.SHAPE, first=7)
     input = clip[0, :frames].numpy() if frames else None
     world.generate(
         input, prompt="A star falls.", num_input_frames=frames, guidance=0.0, num_steps=1

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -124,10 +124,10 @@ def demo(every: bool, seed: int, output: Path) -> None:
 def _generate(way: Way, truth: NDArray[np.uint8], caption: str, seed: int) -> worldline.Video:
     import worldline
 
-    options = {} if way.decoder else {"disable_diffusion_decoder": True}
+    options: dict[str, Any] = {} if way.decoder else {"disable_diffusion_decoder": True}
     world = worldline.load(way.world, **options)
     frames = truth[: way.num_input_frames] if way.num_input_frames else None
-    prompt = {"prompt": caption} if way.prompted else {}
+    prompt: dict[str, Any] = {"prompt": caption} if way.prompted else {}
     return world.generate(frames, num_input_frames=way.num_input_frames, seed=seed, **prompt)
 
 
