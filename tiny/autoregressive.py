@@ -39,7 +39,8 @@ class Sequences(NamedTuple):
     tokens: Tensor
     context: Tensor | None
 
-    def __getitem__(self, rows: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def rows(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Tokens, and context if there is any, of some clips."""
         return tuple(part[rows] for part in (self.tokens, self.context) if part is not None)
 
 
@@ -87,7 +88,7 @@ def train_autoregressive(
     def draw(step: int) -> tuple[Tensor, ...]:
         draws = generator(run.seed, step, rank=run.ranks.rank)
         chosen = torch.randint(len(pool.tokens), (batch,), generator=draws)
-        return pool[to_device(chosen, device)]
+        return pool.rows(to_device(chosen, device))
 
     def loss(*rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with mixed_precision(device):
@@ -97,7 +98,7 @@ def train_autoregressive(
     def watch() -> dict[str, Tensor]:
         parts = torch.arange(len(held_out.tokens), device=device).split(_HELD_OUT_TOGETHER)
         with mixed_precision(device):
-            losses = [sequence_loss(model, positions, *held_out[part]) for part in parts]
+            losses = [sequence_loss(model, positions, *held_out.rows(part)) for part in parts]
         return {"held_out": torch.stack(losses).mean()}
 
     plan = LoopConfig(

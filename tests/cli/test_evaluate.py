@@ -158,7 +158,7 @@ def test_wrong_input_is_told_before_any_work(evaluate: Evaluate, tmp_path: Path)
     cases: tuple[tuple[tuple[object, ...], str], ...] = (
         ((tmp_path / "absent",), "no such folder"),
         ((tmp_path, "--reference", tmp_path / "absent"), "no such folder"),
-        ((made, "--num_input_frames", 12), "has 12 frames, but 12 are given"),
+        ((made, "--num_input_frames", 12), "has 12 frames and 12 conditioning frames"),
         ((made, "--num_input_frames", -1), "num_input_frames"),
         ((made, "--output", tmp_path / "a.txt"), "must end in .json"),
         ((made, "--output", made / "a.json"), "is the report of"),

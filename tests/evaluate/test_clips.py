@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from worldline.evaluate.clips import DETECTORS, Rate, failure_rate
+from worldline.evaluate.clips import DETECTORS, Rate, summarise
+from worldline.evaluate.failures import find_failures
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/failure_detectors.json"
 
@@ -39,7 +40,7 @@ def test_failed_clips_are_counted_and_named() -> None:
     sound = picture[None].repeat(12, 0).astype(np.uint8)
     flat = sound.copy()
     flat[10:] = 128
-    result = failure_rate([sound, flat, sound])
+    result = summarise([find_failures(clip) for clip in (sound, flat, sound)])
     assert result.failed == Rate(1, 3)
     assert result.kinds == {"collapse": 1}
     assert [bool(found) for found in result.failures] == [False, True, False]
@@ -50,7 +51,7 @@ def test_failed_clips_are_counted_and_named() -> None:
 
 def test_no_clip_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one clip"):
-        failure_rate([])
+        summarise([])
 
 
 def test_detectors_are_as_good_as_measured() -> None:

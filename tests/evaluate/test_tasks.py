@@ -101,8 +101,8 @@ def test_all_that_cannot_be_compared_is_told_at_once(tmp_path: Path) -> None:
         find_tasks(made, true)
     told = str(caught.value)
     assert "3 of 4 videos cannot be used" in told
-    assert f"a.mp4 is 64 x 40, but its reference {true / 'a.mp4'} 40 x 64" in told
-    assert f"{true / 'b.mp4'} has 8 frames, but 9 are given" in told
+    assert f"a.mp4 is 64 x 40, its reference {true / 'a.mp4'} 40 x 64" in told
+    assert f"{true / 'b.mp4'} has 8 frames and 9 conditioning frames" in told
     assert f"{true / 'c.mp4'} is not an mp4" in told
 
 
@@ -126,18 +126,18 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
             find_tasks(folder, reference)
     (true / "a.gif").unlink()
     (true / "a.webm").unlink()
-    with pytest.raises(InputError, match=r"has no video of the name of one in .*b\.mp4.*a\.mp4"):
+    with pytest.raises(InputError, match=r"b\.mp4\) has no video of the name of one in .*a\.mp4"):
         find_tasks(made, true)
 
 
 def test_a_video_with_nothing_left_to_judge_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.mp4", moving(9), GIVEN)
-    with pytest.raises(InputError, match="has 9 frames, but 9 are given: none is left"):
+    with pytest.raises(InputError, match="has 9 frames and 9 conditioning frames"):
         find_tasks(tmp_path)
     with pytest.raises(InputError, match="must be 0 or more"):
         find_tasks(tmp_path, None, -1)
     write(tmp_path / "a.mp4", moving(1), 0)
-    with pytest.raises(InputError, match="has 1 frame; at least 2"):
+    with pytest.raises(InputError, match="too few frames, 1; at least 2"):
         find_tasks(tmp_path)
 
 
@@ -163,11 +163,11 @@ def test_a_folder_without_videos_says_what_it_holds(tmp_path: Path) -> None:
 def test_a_video_without_a_report_among_others_is_told(tmp_path: Path) -> None:
     write(tmp_path / "a.mp4", moving(), GIVEN)
     write(tmp_path / "b.mp4", moving())
-    assert find_tasks(tmp_path).notes == ("without a report, so no frame of it is given: b.mp4",)
+    assert find_tasks(tmp_path).notes == ("no report, so 0 conditioning frames: b.mp4",)
     assert find_tasks(tmp_path, None, 2).notes == ()
     write(tmp_path / "c.mp4", moving())
     (note,) = find_tasks(tmp_path).notes
-    assert note == "without a report, so no frame of them is given: b.mp4, c.mp4"
+    assert note == "no report, so 0 conditioning frames: b.mp4, c.mp4"
     (tmp_path / "a.json").unlink()
     assert find_tasks(tmp_path).notes == ()  # plain videos
 

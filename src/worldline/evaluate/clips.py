@@ -1,24 +1,18 @@
-"""The failure rate of a set of clips, with what it is worth."""
+"""The failure rate of a set of clips, with the error rates of the detectors themselves."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
-from worldline.evaluate.failures import Failure, find_failures
-from worldline.evaluate.metrics import Frames
+from worldline.evaluate.failures import Failure
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of clips.
-
-    Attributes:
-        count: clips that are meant.
-        total: clips that were looked at.
-    """
+    """A share of clips: `count` of `total`."""
 
     count: int
     total: int
@@ -50,6 +44,14 @@ class Rate:
         return f"{self.value:.1%} ({counts}; 95 % interval {low:.1%} to {high:.1%})"
 
 
+# benchmarks/results/failure_detectors.json, evaluation seeds; a test compares the two: false alarms
+# on true clips, detection of injected failures
+DETECTORS = {
+    "false alarms": Rate(3, 661),
+    "detection": Rate(348, 350),
+}
+
+
 @dataclass(frozen=True)
 class FailureRate:
     """How many clips failed, beside how often the detectors err.
@@ -57,9 +59,8 @@ class FailureRate:
     Attributes:
         failed: clips with at least one failure.
         kinds: clips by kind of failure; a clip with both counts in both.
-        failures: what was found in each clip, in order.
-        detectors: measured error rates of the detectors themselves: "false alarms" on true clips
-            and "detection" of injected failures.
+        failures: failures of each clip, in order.
+        detectors: measured error rates of the detectors themselves.
     """
 
     failed: Rate
@@ -73,42 +74,21 @@ class FailureRate:
             "failure_rate": rate_as_json(self.failed),
             "kinds": self.kinds,
             "failed_clips": [
-                {
-                    "clip": index,
-                    "failures": [
-                        {"kind": f.kind, "frame": f.frame, "score": f.score, "detail": f.detail}
-                        for f in found
-                    ],
-                }
-                for index, found in enumerate(self.failures)
-                if found
+                {"clip": index, "failures": [asdict(failure) for failure in failures]}
+                for index, failures in enumerate(self.failures)
+                if failures
             ],
             "detectors": {name: rate_as_json(rate) for name, rate in self.detectors.items()},
         }
 
 
-def failure_rate(clips: Iterable[Frames], num_input_frames: int = 9) -> FailureRate:
-    """Run both detectors on each clip.
-
-    Args:
-        clips: uint8 (T, H, W, 3) each; read one at a time.
-        num_input_frames: frames at the start of each that are given.
-
-    Raises:
-        ValueError: there is no clip, or a clip is not uint8 frames.
-    """
-    return summarise([find_failures(clip, num_input_frames) for clip in clips])
-
-
 def summarise(failures: Sequence[Sequence[Failure]]) -> FailureRate:
-    """Make a rate of what `find_failures` said about each clip."""
+    """Failure rate from what `find_failures` returned for each clip; at least one."""
     if not failures:
         raise ValueError("a failure rate needs at least one clip")
-    kinds = Counter(kind for found in failures for kind in {failure.kind for failure in found})
-    failed = Rate(sum(bool(found) for found in failures), len(failures))
-    return FailureRate(
-        failed, dict(kinds), tuple(tuple(found) for found in failures), dict(DETECTORS)
-    )
+    kinds = Counter(kind for clip in failures for kind in {failure.kind for failure in clip})
+    failed = Rate(sum(map(bool, failures)), len(failures))
+    return FailureRate(failed, dict(kinds), tuple(map(tuple, failures)), dict(DETECTORS))
 
 
 def rate_as_json(rate: Rate) -> dict[str, object]:
@@ -120,10 +100,3 @@ def rate_as_json(rate: Rate) -> dict[str, object]:
         "rate": round(rate.value, 4),
         "interval_95": [round(low, 4), round(high, 4)],
     }
-
-
-# benchmarks/results/failure_detectors.json, evaluation seeds; a test compares the two.
-DETECTORS = {
-    "false alarms": Rate(3, 661),
-    "detection": Rate(348, 350),
-}

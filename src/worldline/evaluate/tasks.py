@@ -1,4 +1,4 @@
-"""What there is to judge in a folder, and with what it is compared; needs no torch."""
+"""The videos of a folder to judge, and their references; needs no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from pathlib import Path
 from worldline.errors import InputError
 from worldline.video.read import VIDEO_SUFFIXES, MediaInfo, probe
 
-# of the files beside a video: its report, its prompt
-_BESIDE = (".json", ".txt")
 SSIM_WINDOW = 11  # of `worldline.evaluate.metrics`, so the least side that is compared
-_SHOWN = 5  # most names that a line holds
+_BESIDE = (".json", ".txt")  # files beside a video: its report, its prompt
+_MOST_NAMES = 5  # in a line
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Task:
     Attributes:
         name: path below the folder.
         path: the file.
-        num_input_frames: how many frames at its start are given; 0 for none.
-        reference: the video it is compared with; None for none.
+        num_input_frames: conditioning frames at its start.
+        reference: the video it is compared with, if any.
         reference_name: path of that below its own folder.
     """
 
@@ -44,7 +43,7 @@ class Plan:
         tasks: a video each, by name; at least one.
         unreadable: name of each video that cannot be read, and why.
         notes: what a person should know of the comparison.
-        passed_over: names of the files that are neither videos nor beside one.
+        passed_over: names of files that are neither videos nor beside one.
     """
 
     tasks: tuple[Task, ...]
@@ -56,13 +55,14 @@ class Plan:
 def find_tasks(
     folder: Path, reference: Path | None = None, num_input_frames: int | None = None
 ) -> Plan:
-    """Look for the videos of a folder and of those below it; all of them are opened.
+    """Find the videos of a folder and of those below it; all of them are opened.
 
     Args:
         folder: where they are.
-        reference: holds a video of the same name below it, of any suffix, for each to compare.
-        num_input_frames: frames that are given at the start of each; by default what the JSON
-            report beside a video says, and 0 without one.
+        reference: folder with a video of the same name below it, of any suffix, for each to
+            compare.
+        num_input_frames: conditioning frames at the start of each; by default those in the JSON
+            report beside a video, and 0 without one.
 
     Raises:
         InputError: there are no videos, none can be read, or some cannot be judged or compared;
@@ -76,51 +76,55 @@ def find_tasks(
     unreadable: dict[str, str] = {}
     problems: list[str] = []
     notes: list[str] = []
-    untold: list[str] = []
+    unreported: list[str] = []
     for name, path in videos.items():
         try:
             info = probe(path, kind="video")
         except InputError as error:
             unreadable[name] = str(error)
             continue
-        given = num_input_frames
-        if given is None:
-            given = _told_input_frames(path)
-            if given is None:
-                untold.append(name)
-                given = 0
+        count = num_input_frames
+        if count is None and (count := _reported_input_frames(path)) is None:
+            unreported.append(name)
+            count = 0
+        other = references.get(name)
         try:
-            _check_judgeable(path, info, given)
-            other = references.get(name)
-            if other is None or reference is None:
-                tasks.append(Task(name, path, given))
-                if reference is not None:
-                    notes.append(f"{name} has no reference: not compared")
+            _refuse_short(path, info.frames, count)
+            if other is not None and reference is not None:
+                notes += _compare_sizes(path, info, count, other)
+                tasks.append(Task(name, path, count, other, _name(other, reference)))
                 continue
-            notes.extend(_check_comparable(path, info, given, other))
         except InputError as error:
             problems.append(str(error))
-        else:
-            tasks.append(Task(name, path, given, other, _name(other, reference)))
+            continue
+        tasks.append(Task(name, path, count))
+        if reference is not None:
+            notes.append(f"{name} has no reference: not compared")
     if problems:
         problems += unreadable.values()
-        raise InputError(_listed(f"{folder}: {len(problems)} of {len(videos)} videos", problems))
+        raise _refusal(f"{folder}: {len(problems)} of {len(videos)} videos", problems)
     if not tasks:
-        raise InputError(_listed(f"{folder}: all {len(videos)} videos", list(unreadable.values())))
-    if len(untold) < len(tasks) and untold:  # else a folder of plain videos, as it should be
-        them = "it" if len(untold) == 1 else "them"
-        notes.append(f"without a report, so no frame of {them} is given: {shortened(untold)}")
+        raise _refusal(f"{folder}: all {len(videos)} videos", list(unreadable.values()))
+    if 0 < len(unreported) < len(tasks):  # else a folder of plain videos, as it should be
+        notes.append(f"no report, so 0 conditioning frames: {shortened(unreported)}")
     return Plan(tuple(tasks), unreadable, tuple(notes), passed_over)
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Return a line of the first names, and how many more there are."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    """The first names, and how many more there are."""
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def _videos(folder: Path, apart: Path | None = None) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """List the videos below a folder by name, and other files that are not beside one.
+def too_short(path: Path, frames: int, num_input_frames: int) -> str:
+    """Message about a video without enough frames to judge."""
+    if not num_input_frames:
+        return f"{path} has too few frames, {frames}; at least 2 are needed to judge a video"
+    return f"{path} has {frames} frames and {num_input_frames} conditioning frames: none to judge"
+
+
+def _videos(folder: Path, apart: Path | None) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Videos below a folder by name, and names of other files that are not beside one.
 
     Hidden files are left out, and those below `apart` where that lies in the folder.
 
@@ -129,8 +133,7 @@ def _videos(folder: Path, apart: Path | None = None) -> tuple[dict[str, Path], t
     """
     try:
         if not folder.is_dir():
-            missing = "is not a folder" if folder.exists() else "no such folder"
-            raise InputError(f"{folder}{' ' if folder.exists() else ': '}{missing}")
+            raise InputError(f"{folder}: {'is not a' if folder.exists() else 'no such'} folder")
         whole, part = folder.resolve(), apart.resolve() if apart else None
         if part == whole:
             raise InputError(f"{folder} is both the folder and its own reference")
@@ -139,28 +142,28 @@ def _videos(folder: Path, apart: Path | None = None) -> tuple[dict[str, Path], t
         files = {
             _name(path, folder): path
             for path in sorted(folder.rglob("*"))
-            if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+            if not any(word.startswith(".") for word in path.relative_to(folder).parts)
             and not path.is_dir()
             and part not in path.resolve().parents
         }
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        if isinstance(error, InputError):
-            raise
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{folder} cannot be read: {reason}") from None
-    videos = {name: path for name, path in files.items() if _is_video(path)}
+    videos = {
+        name: path
+        for name, path in files.items()
+        # an early look, which a killed run may leave, is not judged
+        if path.suffix.lower() in VIDEO_SUFFIXES and not path.stem.endswith(".preview")
+    }
     beside = {path.with_suffix(suffix) for path in videos.values() for suffix in _BESIDE}
     others = [name for name, path in files.items() if name not in videos and path not in beside]
     if not videos:
-        held = f", but {shortened(others)}" if others else ""
         outside = f" outside {apart}" if part else ""
-        raise InputError(f"{folder} holds no videos{outside} ({' '.join(VIDEO_SUFFIXES)}){held}")
+        found = f", but {shortened(others)}" if others else ""
+        raise InputError(f"{folder} holds no videos{outside} ({' '.join(VIDEO_SUFFIXES)}){found}")
     return videos, tuple(others)
-
-
-def _is_video(path: Path) -> bool:
-    """Tell by its name; an early look, which a killed run may leave, is none."""
-    return path.suffix.lower() in VIDEO_SUFFIXES and not path.stem.endswith(".preview")
 
 
 def _name(path: Path, folder: Path) -> str:
@@ -168,79 +171,67 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def _references(videos: dict[str, Path], folder: Path, reference: Path) -> dict[str, Path]:
-    """Find the reference of each video by its name, in doubt the one of the same suffix.
+    """The reference of each video by its name, in doubt the one of the same suffix.
 
     Raises:
-        InputError: none fits, or a video has several of other suffixes.
+        InputError: no video has one, or one has several of other suffixes.
     """
     have, _ = _videos(reference, apart=folder)
     by_stem: dict[str, list[str]] = {}
     for name in have:
-        by_stem.setdefault(_stem(name), []).append(name)
+        by_stem.setdefault(name.rpartition(".")[0], []).append(name)
     matched: dict[str, Path] = {}
     problems: list[str] = []
     for name in videos:
-        fitting = by_stem.get(_stem(name), [])
-        if name in have:
-            matched[name] = have[name]
-        elif len(fitting) > 1:
-            problems.append(f"{name} has several references: {', '.join(fitting)}")
-        elif fitting:
-            matched[name] = have[fitting[0]]
+        names = [name] if name in have else by_stem.get(name.rpartition(".")[0], [])
+        if len(names) > 1:
+            problems.append(f"{name} has several references: {', '.join(names)}")
+        elif names:
+            matched[name] = have[names[0]]
     if problems:
-        raise InputError(_listed(f"{folder}: {len(problems)} of {len(videos)} videos", problems))
+        raise _refusal(f"{folder}: {len(problems)} of {len(videos)} videos", problems)
     if not matched:
         raise InputError(
-            f"{reference} has no video of the name of one in {folder}: it has "
-            f"{', '.join(list(have)[:3])}, to be compared are {', '.join(list(videos)[:3])}"
+            f"{reference} ({shortened(list(have))}) has no video of the name of one in {folder} "
+            f"({shortened(list(videos))})"
         )
     return matched
 
 
-def _stem(name: str) -> str:
-    return name[: name.rindex(".")]
-
-
-def _told_input_frames(path: Path) -> int | None:
-    """Return what the report beside a video says; None where there is no such report."""
+def _reported_input_frames(path: Path) -> int | None:
+    """Conditioning frames in the report beside a video; None without such a report."""
     try:
-        told = json.loads(path.with_suffix(".json").read_text())["request"]["num_input_frames"]
+        report = json.loads(path.with_suffix(".json").read_text())
+        count = report["request"]["num_input_frames"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return told if type(told) is int and told >= 0 else None
+    return count if type(count) is int and count >= 0 else None
 
 
-def _check_judgeable(path: Path, info: MediaInfo, given: int) -> None:
-    if info.frames <= max(1, given):
-        raise InputError(too_short(path, info.frames, given))
+def _refuse_short(path: Path, frames: int, num_input_frames: int) -> None:
+    if frames <= max(1, num_input_frames):
+        raise InputError(too_short(path, frames, num_input_frames))
 
 
-def too_short(path: Path, frames: int, given: int) -> str:
-    have = f"{frames} frame{'' if frames == 1 else 's'}"
-    if not given:
-        return f"{path} has {have}; at least 2 are needed to judge a video"
-    return f"{path} has {have}, but {given} are given: none is left to judge"
-
-
-def _check_comparable(path: Path, info: MediaInfo, given: int, other: Path) -> Iterator[str]:
-    """Yield what a person should know of the comparison.
+def _compare_sizes(path: Path, info: MediaInfo, count: int, other: Path) -> Iterator[str]:
+    """What a person should know of a comparison.
 
     Raises:
-        InputError: the reference cannot be read or is of another size, or no frame is left.
+        InputError: the reference cannot be read, is of another size, too small or too short.
     """
     found = probe(other, kind="video")
     if (info.height, info.width) != (found.height, found.width):
         raise InputError(
-            f"{path} is {info.width} x {info.height}, but its reference {other} "
+            f"{path} is {info.width} x {info.height}, its reference {other} "
             f"{found.width} x {found.height}"
         )
     if min(info.height, info.width) < SSIM_WINDOW:
         raise InputError(
-            f"{path} is {info.width} x {info.height}; to compare, {SSIM_WINDOW} x {SSIM_WINDOW} "
-            "are needed"
+            f"{path} is {info.width} x {info.height}; a comparison needs {SSIM_WINDOW} x "
+            f"{SSIM_WINDOW}"
         )
-    if found.frames <= given:
-        raise InputError(too_short(other, found.frames, given))
+    if found.frames <= count:
+        raise InputError(too_short(other, found.frames, count))
     if info.frames != found.frames:
         yield (
             f"{path} has {info.frames} frames, its reference {found.frames}: the first "
@@ -253,7 +244,8 @@ def _check_comparable(path: Path, info: MediaInfo, given: int, other: Path) -> I
         )
 
 
-def _listed(subject: str, problems: Sequence[str]) -> str:
+def _refusal(subject: str, problems: Sequence[str]) -> InputError:
     if len(problems) == 1:
-        return problems[0]
-    return f"{subject} cannot be used" + "".join(f"\n  {problem}" for problem in problems)
+        return InputError(problems[0])
+    lines = "".join(f"\n  {problem}" for problem in problems)
+    return InputError(f"{subject} cannot be used{lines}")
