@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tiny import sizes
-from tiny.data import clip_batches, encode_views, to_device
+from tiny.clips import clip_batches, encode_views, to_device
 from tiny.run import Run, embed_captions, half_precision, mixed_precision
 from worldline.models.predict1_ar.model import ARTransformer, Positions, make_positions
 from worldline.models.predict1_ar.weights import KEYS, write_settings
@@ -47,15 +47,7 @@ class Sequences(NamedTuple):
 def train_autoregressive(
     run: Run, tokenizer_folder: Path, text_folder: Path | None, start: Path | None
 ) -> None:
-    """Train on the tokens of generated clips, next token by next token.
-
-    Args:
-        run: options.
-        tokenizer_folder: an export folder.
-        text_folder: folder of a T5 encoder: the model is conditioned on captions (Video2World);
-            None for a base model.
-        start: export folder to begin with.
-    """
+    """Train on the tokens of clips; with a T5 encoder, conditioned on captions (Video2World)."""
     batch, clips, device = run.batch or 256, run.clips or 150_000, run.device
     half = half_precision(device)
     config = sizes.AUTOREGRESSIVE if text_folder is None else sizes.VIDEO2WORLD
@@ -123,11 +115,7 @@ def sequence_loss(
 ) -> Tensor:
     """Mean loss of whole clips but for their first latent frame, a conditioning frame.
 
-    Args:
-        model: of either kind.
-        positions: of a whole clip.
-        tokens: (B, L), any integer dtype.
-        context: (B, S, E) of the captions; Video2World only.
+    Tokens are (B, L) of any integer dtype; context is (B, S, E), of Video2World models only.
     """
     config = model.config
     if config.leading_tokens:

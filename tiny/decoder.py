@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tiny import sizes
-from tiny.data import as_video, clip_batches, to_device, views
+from tiny.clips import as_video, clip_batches, to_device, views
 from tiny.denoiser import (
     ClipPositions,
     export_transformer,
@@ -50,18 +50,7 @@ _WINDOWS_A_CLIP = 3  # the first, a later one, and the first of the clip cut sho
 def train_decoder(
     run: Run, tokenizer_folder: Path, latents_folder: Path, text_folder: Path, start: Path | None
 ) -> None:
-    """Train the decoder on tokens and latents of the same generated clips.
-
-    Args:
-        run: options.
-        tokenizer_folder: export folder of the discrete tokenizer.
-        latents_folder: export folder of the continuous tokenizer, with statistics.
-        text_folder: folder of the T5 encoder.
-        start: export folder to begin with.
-
-    Raises:
-        CheckpointError: the continuous tokenizer has no statistics.
-    """
+    """Train the decoder on tokens and latents of the same generated clips."""
     batch, clips, device = run.batch or 256, run.clips or 30_000, run.device
     statistics = latent_scales(latents_folder)
     half = half_precision(device)
@@ -148,12 +137,8 @@ def cut_windows(
 ) -> tuple[Tensor, Tensor]:
     """Latents and tokens, as in `Windows`, of `_WINDOWS_A_CLIP` windows of each clip.
 
-    Args:
-        coarse: discrete tokenizer.
-        fine: continuous tokenizer.
-        statistics: of its latents.
-        video: (B, 3, T, H, W) in [-1, 1], of `long_shape`, in the tokenizers' dtype.
-        draws: draws where the later windows of these clips begin; on the CPU.
+    Video is (B, 3, T, H, W) in [-1, 1], of `long_shape`, in the tokenizers' dtype; `draws`, on the
+    CPU, draws where the later windows of these clips begin.
     """
     size, temporal = DECODER_WINDOW, fine.config.temporal
     length = 1 + (size - 1) * temporal  # frames of a window
@@ -190,12 +175,8 @@ class Decoding(nn.Module):
     ) -> Tensor:
         """Loss of every window, (B,).
 
-        Args:
-            latents: (B, C, T, H, W), clean.
-            noise: in their shape.
-            tokens: (B, T, h, w), int64.
-            context: (B, S, E).
-            sigma: (B,) noise levels.
+        latents: (B, C, T, H, W), clean. noise: in their shape. tokens: (B, T, h, w), int64.
+        context: (B, S, E). sigma: (B,).
         """
         noised, conditioning = noised_latents(
             latents,

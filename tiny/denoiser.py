@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tiny import sizes
-from tiny.data import clip_batches, encode_views, to_device
+from tiny.clips import clip_batches, encode_views, to_device
 from tiny.run import Run, half_precision
 from worldline.errors import CheckpointError
 from worldline.models.predict1_dit.model import DiT, Positions
@@ -35,15 +35,9 @@ Draw = Callable[[int], tuple[Tensor, ...]]
 def train_denoiser(
     run: Run, model: nn.Module, draw: Draw, draw_held_out: Draw, export: Callable[[Path], None]
 ) -> None:
-    """Train a model, export it and report its held-out loss.
+    """Train a model, export it below a folder and report its held-out loss.
 
-    Args:
-        run: options.
-        model: its `transformer` is a DiT of either kind; called with a batch it returns the loss of
-            each clip.
-        draw: step -> a batch.
-        draw_held_out: number -> a batch of held-out clips.
-        export: writes the trained model below a folder.
+    Called with a batch, which `draw` makes of a step, the model returns the loss of each clip.
     """
     measure = run.compile(functools.partial(rounded_to, half_precision(run.device), model))
 
@@ -92,12 +86,7 @@ def encode_clips(
 ) -> EncodedClips:
     """Generated clips with their captions.
 
-    Args:
-        run: options.
-        seeds: one clip each.
-        workers: processes that draw them.
-        encode: video (B, 3, T, H, W) to latents as they are trained on.
-        tokenize: captions to what the text encoder takes.
+    `encode` takes video (B, 3, T, H, W) in [-1, 1] to latents, `tokenize` captions to texts.
     """
     batches = clip_batches(seeds, sizes.SHAPE, run.device, workers=workers)
     latents, captions = encode_views(
@@ -125,15 +114,7 @@ class Batch(NamedTuple):
 def draw_clips(
     run: Run, clips: EncodedClips, blank: tuple[Tensor, ...], step: int, batch: int
 ) -> Batch:
-    """Clips of a step, some without their text.
-
-    Args:
-        run: options.
-        clips: to draw from.
-        blank: texts that describe no clip, as in `EncodedClips`.
-        step: number of the batch.
-        batch: B.
-    """
+    """Clips of a step, some with a `blank` text, which describes no clip, in place of their own."""
     draws = generator(run.seed, step, rank=run.ranks.rank)
     chosen = torch.randint(len(clips.latents), (batch,), generator=draws)
     dropped = torch.rand(batch, generator=draws) < _TEXT_DROPPED
@@ -156,11 +137,7 @@ def draw_noise(run: Run, step: int, *shape: int) -> Tensor:
 
 
 def latent_scales(folder: Path) -> LatentStatistics:
-    """Statistics of a continuous tokenizer.
-
-    Raises:
-        CheckpointError: its folder holds none.
-    """
+    """Statistics of a continuous tokenizer; CheckpointError where its folder holds none."""
     statistics = read_statistics(folder)
     if statistics is None:
         raise CheckpointError(f"{folder} holds no statistics of latents")

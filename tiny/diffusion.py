@@ -40,17 +40,7 @@ _CONDITIONING_SIGMA = 0.001  # noise on conditioning frames, as in samplers
 def train_diffusion(
     run: Run, tokenizer_folder: Path, start: Path | None, negative_prompts: tuple[str, ...]
 ) -> None:
-    """Train the transformer and the text encoder on captioned clips.
-
-    Args:
-        run: options.
-        tokenizer_folder: an export folder, with statistics.
-        start: export folder to begin with.
-        negative_prompts: texts that describe no clip.
-
-    Raises:
-        CheckpointError: the continuous tokenizer has no statistics.
-    """
+    """Train the transformer and the text encoder on captioned clips."""
     batch, clips, device = run.batch or 256, run.clips or 80_000, run.device
     scales = latent_scales(tokenizer_folder)
     torch.manual_seed(run.seed)
@@ -110,13 +100,9 @@ class Denoising(nn.Module):
     ) -> Tensor:
         """Loss of every clip, (B,).
 
-        Args:
-            latents: (B, C, t, h, w), clean.
-            noise: (2, B, C, t, h, w): for all frames, and for conditioning frames.
-            ids: (B, S) of texts.
-            mask: (B, S), 1 at tokens; a text of no token is a context of zeros.
-            sigma: (B,) noise levels.
-            num_conditioning: (B,) number of conditioning latent frames.
+        latents: (B, C, t, h, w), clean. noise: (2, B, C, t, h, w), for all frames and for
+        conditioning frames. ids, mask: (B, S); a text of no token is a context of zeros.
+        sigma: (B,).
         """
         noised, conditioning = noised_latents(
             latents,

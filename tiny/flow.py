@@ -39,14 +39,7 @@ _DEVIATION = 1.4
 def train_flow(
     run: Run, tokenizer_folder: Path, start: Path | None, negative_prompts: tuple[str, ...]
 ) -> None:
-    """Train the transformer and the text encoder on captioned clips.
-
-    Args:
-        run: options.
-        tokenizer_folder: export folder of the tokenizer; copied into the world's.
-        start: export folder to begin with.
-        negative_prompts: texts that describe no clip, as the empty one.
-    """
+    """Train the transformer and the text encoder on captioned clips."""
     batch, clips, device = run.batch or 256, run.clips or 80_000, run.device
     tokenizer = load_wan(open_wan(tokenizer_folder), device, half_precision(device))
     torch.manual_seed(run.seed)
@@ -103,12 +96,8 @@ class Flowing(nn.Module):
     ) -> Tensor:
         """Loss of every clip, (B,).
 
-        Args:
-            latents: (B, C, t, h, w), clean.
-            noise: in their shape.
-            ids: (B, S) of texts, all rows of which count.
-            sigma: (B,) noise levels.
-            num_conditioning: (B,) number of conditioning latent frames.
+        latents: (B, C, t, h, w), clean. noise: in their shape. ids: (B, S), all of which count.
+        sigma: (B,).
         """
         noised, conditioning = flowed_latents(latents, noise, sigma, num_conditioning)
         times = (TIMESTEPS * sigma).floor()  # of all frames alike, as in samplers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tiny import sizes
-from tiny.data import ClipPool, as_video, clip_batches
+from tiny.clips import ClipPool, as_video, clip_batches
 from tiny.run import Run, half_precision, mixed_precision
 from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
@@ -40,15 +40,10 @@ def train_reconstruction(
     piece: VideoShape | None = None,
     compiled: bool = True,
 ) -> int:
-    """Train a tokenizer to reconstruct generated clips; the number of steps done.
+    """Train a float32 tokenizer to reconstruct generated clips; the number of steps done.
 
-    Args:
-        run: options.
-        model: float32, with gradients.
-        objective: constant weights; one with a KL term makes latents that bear noise.
-        piece: size of what is cut of a clip, anywhere in its picture; the same place for a whole
-            batch. None is all of it.
-        compiled: whether --compile compiles the network as a whole.
+    Weights of the objective are constant. Clips are cut to `piece`, anywhere in their picture but
+    at one place for a whole batch. --compile compiles the network as a whole if `compiled` is set.
     """
     batch, clips, device = run.batch or 48, run.clips or 24_000, run.device
     shape, config = sizes.SHAPE, model.config
@@ -87,13 +82,9 @@ def cut(clips: Tensor, piece: VideoShape, draws: torch.Generator) -> Tensor:
 def reconstruction_loss(
     model: VideoTokenizer, objective: ReconstructionObjective, clips: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and the mean squared error in [0, 1].
+    """The loss of clips (B, T, H, W, 3), uint8, and the mean squared error in [0, 1].
 
-    Args:
-        model: float32.
-        objective: as for `train_reconstruction`.
-        clips: uint8 (B, T, H, W, 3).
-        noise: unit normal, in the shape of the latents; not used without a KL term.
+    Noise is unit normal in the shape of the latents; a KL term in the objective uses it.
     """
     video, posterior = as_video(clips), None
     if objective.kl is None:

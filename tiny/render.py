@@ -122,29 +122,20 @@ class _Chunk:
 
 
 def _places(
-    chunk: _Chunk,
-    x: Tensor,
-    y: Tensor,
-    half_height: int,
-    half_width: int,
-    clips: Tensor | None = None,
+    chunk: _Chunk, x: Tensor, y: Tensor, half_height: int, half_width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Windows around points (B, T): columns (B, T, 1, w), rows (B, T, h, 1), flat places.
 
     A window that would leave the picture is moved inside; what it holds is measured from the point
-    all the same. `clips` (B,) says which clips of the chunk the points are of; all of them by
-    default.
+    all the same.
     """
     high, wide = min(2 * half_height, chunk.height), min(2 * half_width, chunk.width)
     left = (x - wide / 2).round().long().clamp(0, chunk.width - wide)
     top = (y - high / 2).round().long().clamp(0, chunk.height - high)
-    device = x.device
-    columns = (left[..., None] + torch.arange(wide, device=device))[..., None, :]
-    rows = (top[..., None] + torch.arange(high, device=device))[..., None]
-    if clips is None:
-        clips = torch.arange(len(x), device=device)
-    picture = clips[:, None] * chunk.frames + torch.arange(chunk.frames, device=device)
-    return columns, rows, (picture[..., None, None] * chunk.height + rows) * chunk.width + columns
+    columns = (left[..., None] + torch.arange(wide, device=x.device))[..., None, :]
+    rows = (top[..., None] + torch.arange(high, device=x.device))[..., None]
+    picture = torch.arange(x.numel(), device=x.device).view(*x.shape, 1, 1)
+    return columns, rows, (picture * chunk.height + rows) * chunk.width + columns
 
 
 class _Window:
@@ -200,48 +191,33 @@ def _spread(values: Tensor) -> Tensor:
 def _paint(chunk: _Chunk) -> Tensor:
     picture = _backgrounds(chunk)  # (B, T, H, W, 3), contiguous
     flat = picture.view(-1, 3)
-    num_objects = chunk.radius.shape[1]
-    # The shadows first: they lie on the ground, under every object.
-    for flat_view, of_this_view in (
-        (False, chunk.floor < chunk.height),
-        (True, chunk.floor >= chunk.height),
-    ):
-        clips = of_this_view.nonzero()[:, 0]
-        for index in range(num_objects if len(clips) else 0):
-            _paint_shadow(chunk, index, flat, clips, from_above=flat_view)
-    for index in range(num_objects):
+    for index in range(chunk.num_objects):  # first, since they lie on the ground, under all objects
+        _paint_shadow(chunk, index, flat)
+    for index in range(chunk.num_objects):
         _paint_object(chunk, index, flat)
     picture *= chunk.brightness.view(-1, 1, 1, 1, 1)
     return picture.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _paint_shadow(
-    chunk: _Chunk, index: int, flat: Tensor, clips: Tensor, *, from_above: bool
-) -> None:
-    """Darken the ground under an object; on a table, a little away from the light."""
-    radius = chunk.radius[clips, index, None]  # (B, 1)
-    x, y = chunk.x[clips, :, index], chunk.y[clips, :, index]
-    present = (radius > 0).float()
-    radius = radius.clamp(min=1e-3)
+def _paint_shadow(chunk: _Chunk, index: int, flat: Tensor) -> None:
+    """Darken the ground under an object: on the floor, or on a table a little away from the light.
+
+    Higher objects have wider, fainter shadows; none at all from 0.7 heights on, where the window
+    would end.
+    """
+    radius = chunk.radius[:, index, None]  # (B, 1)
+    present, radius = (radius > 0).float(), radius.clamp(min=1e-3)
+    x, y = chunk.x[..., index], chunk.y[..., index]
+    table, bottom = (chunk.floor >= chunk.height)[:, None], chunk.bottom[:, None]
+    high = ((bottom - y - radius) / chunk.height).clamp(min=0)
+    strength = 0.45 * present * (1 - high / 0.7).clamp(min=0)
+    strength = torch.where(table, 0.4 * present, strength)
+    half_width = torch.where(table, 1.2 * radius, (1.1 + 0.8 * high) * radius)
+    half_height = torch.where(table, half_width, 0.28 * half_width)
+    x = torch.where(table, x - 0.16 * radius * chunk.light[:, :1], x)
+    y = torch.where(table, y - 0.16 * radius * chunk.light[:, 1:], bottom)
     half = chunk.half_window
-    if from_above:
-        light = chunk.light[clips]
-        x, y = x - 0.16 * radius * light[:, :1], y - 0.16 * radius * light[:, 1:]
-        strength = 0.4 * present.expand_as(x)
-        half_width = half_height = 1.2 * radius.expand_as(x)
-        columns, rows, places = _places(chunk, x, y, half, half, clips)
-    else:
-        bottom = chunk.bottom[clips, None]
-        high = ((bottom - y - radius) / chunk.height).clamp(min=0)
-        strength = 0.45 * present * (1 - high / 0.7).clamp(min=0)
-        # Higher objects have wider, fainter shadows; none at all from 0.7 heights on, where the
-        # window would end.
-        half_width = (1.1 + 0.8 * high) * radius
-        half_height = 0.28 * half_width
-        y = bottom.expand_as(x)
-        columns, rows, places = _places(
-            chunk, x, y, math.ceil(0.42 * half) + 1, math.ceil(1.4 * half), clips
-        )
+    columns, rows, places = _places(chunk, x, y, half, math.ceil(1.4 * half))
     across = (columns + 0.5 - x[..., None, None]) / half_width[..., None, None]
     down = (rows + 0.5 - y[..., None, None]) / half_height[..., None, None]
     dark = (1 - across.square() - down.square()).clamp(0, 1) * strength[..., None, None]

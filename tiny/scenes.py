@@ -78,6 +78,10 @@ _TABLES = np.array(
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float64)
 _AREAS = np.array([OUTLINES[shape].area for shape in SHAPES])
 
+# ranges of heights and speeds by kind; two objects of "roll" are on the floor
+_HEIGHTS = np.array([(0.17, 0.45), (0.5, 0.72), (0.16, 0.34), (0.3, 0.62), (0.18, 0.82)])
+_SPEEDS = np.array([(0.1, 0.6), (0.35, 1.0), (0.6, 1.3), (0.55, 1.1), (0.7, 1.4)])
+
 _NUM_UNIFORMS = 128  # a candidate's, spent in a fixed order
 _ROUNDS = ((0, 1), (1, 4), (4, 24))  # candidates of a seed that are tried together
 _NUM_CANDIDATES = _ROUNDS[-1][1]
@@ -208,7 +212,7 @@ def _draft(uniforms: Floats, first: Floats, aspect: float) -> tuple[Scenes, NDAr
     many(2)  # where `first` has the kind and the number
     kind = _pick(first[:, 0], len(KINDS))
     num_objects = np.where(first[:, 1] < _TWO_OBJECTS, 2, 3)
-    drop, throw, roll, meet, billiards = (kind == k for k in range(len(KINDS)))
+    drop, throw, roll, meet, top_view = (kind == k for k in range(len(KINDS)))
     place = np.arange(MAX_OBJECTS)[:, None]
     present = place < num_objects
 
@@ -219,7 +223,6 @@ def _draft(uniforms: Floats, first: Floats, aspect: float) -> tuple[Scenes, NDAr
     area = _between(many(), 0.026, largest) * aspect
     radius = np.sqrt(area / _AREAS[shape]) * present
 
-    top_view = billiards
     floor = np.where(top_view, 1.5, _between(one(), 0.86, 0.92))
     left, right, top = MARGIN, aspect - MARGIN, MARGIN
     # A floor is seen from slightly above: objects stand a little below its far edge.
@@ -234,43 +237,23 @@ def _draft(uniforms: Floats, first: Floats, aspect: float) -> tuple[Scenes, NDAr
     side = np.where(x < aspect / 2, 1.0, -1.0)  # towards the middle
 
     height, speed, direction, turn = many(), many(), many(), many()
-    y = np.select(
-        [drop, throw, meet, billiards],
-        [
-            _between(height, 0.17, 0.45),
-            _between(height, 0.5, 0.72),
-            _between(height, 0.3, 0.62),
-            _between(height, 0.18, 0.82),
-        ],
-        default=np.where(place < 2, 1.0, _between(height, 0.16, 0.34)),
-    )
+    rolling = roll & (place < 2)
+    y = np.where(rolling, 1.0, _between(height, *_HEIGHTS[kind].T))
     y = np.clip(y, top + radius, bottom - radius)
+    speed = _between(speed, *_SPEEDS[kind].T)
     heading = 2 * np.pi * direction
     flip = np.where(direction < 0.5, -1.0, 1.0)
-    rolling = roll & (place < 2)
-    velocity_x = np.select(
-        [drop, throw, meet, billiards],
-        [
-            flip * _between(speed, 0.1, 0.6),
-            side * _between(speed, 0.35, 1.0),
-            side * _between(speed, 0.55, 1.1),
-            np.cos(heading) * _between(speed, 0.7, 1.4),
-        ],
-        default=np.where(rolling, side, flip * 0.4) * _between(speed, 0.6, 1.3),
+    velocity_x = speed * np.select(
+        [drop, throw | meet | rolling, roll], [flip, side, flip * 0.4], default=np.cos(heading)
     )
     velocity_y = np.select(
-        [drop, throw, meet, billiards],
-        [
-            _between(turn, -0.1, 0.4),
-            -_between(turn, 0.9, 1.5),
-            -_between(turn, 0.2, 0.6),
-            np.sin(heading) * _between(speed, 0.7, 1.4),
-        ],
-        default=np.where(rolling, 0.0, 0.2),
+        [drop, throw, meet, rolling, roll],
+        [_between(turn, -0.1, 0.4), -_between(turn, 0.9, 1.5), -_between(turn, 0.2, 0.6), 0.0, 0.2],
+        default=np.sin(heading) * speed,
     )
     spin = np.where(rolling, velocity_x / np.maximum(radius, 1e-9), (many() - 0.5) * 5.0)
     angle = 2 * np.pi * many()
-    gravity = np.select([throw, meet, billiards], [2.6, 1.4, 0.0], default=2.8)
+    gravity = np.select([throw, meet, top_view], [2.6, 1.4, 0.0], default=2.8)
     gravity = gravity * _between(one(), 0.92, 1.08)
 
     gap_x = x[:, None] - x[None]
@@ -291,7 +274,7 @@ def _draft(uniforms: Floats, first: Floats, aspect: float) -> tuple[Scenes, NDAr
         mass=100 * radius**2,
         gravity=gravity,
         drag=np.where(top_view, 0.12, 0.0),
-        # Constants, not draws: nothing in the first frames would tell them before the first bounce.
+        # Constants, not draws: nothing reveals them before the first bounce.
         restitution=np.where(top_view, 0.92, 0.72),
         friction=np.where(top_view, 0.1, 0.35),
         left=left * clips,

@@ -22,13 +22,7 @@ _STATISTICS_FRAMES = 16  # columns of released statistics; the last one is repea
 
 
 def train_tokenizer(run: Run, kind: str, start: Path | None) -> None:
-    """Train a tokenizer.
-
-    Args:
-        run: options.
-        kind: "discrete" or "continuous".
-        start: export folder to begin with.
-    """
+    """Train a "discrete" or "continuous" tokenizer."""
     torch.manual_seed(run.seed)
     if start is None:
         model = CosmosTokenizer(sizes.TOKENIZER if kind == "discrete" else sizes.CONTINUOUS)

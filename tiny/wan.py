@@ -30,12 +30,7 @@ _SHAPES = 64  # of cells that are prepared for a convolution; no two levels have
 
 
 def train_wan(run: Run, start: Path | None) -> None:
-    """Train on generated clips; raw latents in training, normalised ones in the export.
-
-    Args:
-        run: options.
-        start: export folder to begin with.
-    """
+    """Train on generated clips; raw latents in training, normalised ones in the export."""
     torch.manual_seed(run.seed)
     if start is None:
         model = WanTokenizer(sizes.WAN)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as functional
 
 from tiny.clips import make_clips
-from tiny.objects import compare, find_objects, named_objects, shows
+from tiny.objects import Verdict, compare, find_objects, named_objects
 from tiny.scenes import COLOURS, SHAPES, draw_scenes
 
 SEEDS = range(1_100_000, 1_100_012)
@@ -18,6 +18,10 @@ SEEDS = range(1_100_000, 1_100_012)
 def truth() -> list[tuple[np.ndarray, str]]:
     clips = make_clips(SEEDS)
     return list(zip(clips.frames.numpy(), clips.captions, strict=True))
+
+
+def shows(frames: np.ndarray | torch.Tensor, caption: str) -> Verdict:
+    return compare(find_objects(frames), caption)
 
 
 def blurred(frames: np.ndarray, factor: int = 3) -> np.ndarray:

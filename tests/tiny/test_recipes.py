@@ -18,8 +18,7 @@ from tiny import diffusion as tiny_diffusion
 from tiny import sizes
 from tiny.__main__ import main
 from tiny.autoregressive import sequence_loss
-from tiny.clips import make_clips
-from tiny.data import as_video
+from tiny.clips import as_video, make_clips
 from tiny.decoder import DECODER, Decoding, cut_windows, long_shape
 from tiny.denoiser import rounded_to
 from tiny.run import embed_captions

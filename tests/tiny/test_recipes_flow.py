@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import worldline
 from tiny import reconstruction, sizes
-from tiny.data import as_video
+from tiny.clips import as_video
 from tiny.denoiser import rounded_to
 from tiny.flow import TEXT_FOLDER, WORLD, Flowing
 from tiny.motion import FPS

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tiny import data
-from tiny.clips import make_clips
-from tiny.data import (
+from tiny import clips as module
+from tiny.clips import (
     clip_batches,
     encode_views,
+    make_clips,
     mirror_caption,
 )
 from tiny.motion import Motion
@@ -40,7 +40,7 @@ def test_captions_belong_to_their_clips() -> None:
 def test_clips_do_not_depend_on_what_is_drawn_with_them(
     together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "_DRAWN_TOGETHER", together)
+    monkeypatch.setattr(module, "_DRAWN_TOGETHER", together)
     whole = make_clips(range(7), 9, 32, 48)
     parts = list(clip_batches(range(7), SHAPE, "cpu", batch=2))
     assert [len(captions) for _, captions in parts] == [2, 2, 2, 1]
@@ -51,14 +51,14 @@ def test_clips_do_not_depend_on_what_is_drawn_with_them(
 def test_drawing_stops_where_nobody_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clips are drawn ahead of their use, but not all of them."""
     drawn = []
-    draw = data._draw
+    draw = module._draw
 
     def spy(seeds: Sequence[int], shape: VideoShape) -> tuple[Scenes, Motion]:
         drawn.extend(seeds)
         return draw(seeds, shape)
 
-    monkeypatch.setattr(data, "_draw", spy)
-    monkeypatch.setattr(data, "_DRAWN_TOGETHER", 2)
+    monkeypatch.setattr(module, "_draw", spy)
+    monkeypatch.setattr(module, "_DRAWN_TOGETHER", 2)
     batches = clip_batches(range(100), SHAPE, "cpu", batch=2)
     next(batches)
     batches.close()
