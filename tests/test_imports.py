@@ -55,6 +55,7 @@ def test_direction(path: Path) -> None:
     assert own in RANK, f"{own} has no layer in tests/test_imports.py"
     for line, name in imported(path):
         words = name.split(".")
+        assert words[0] != "tiny", f"{path}:{line}: tiny/ is not in the wheel"
         if words[0] != "worldline":
             continue
         if len(words) == 1:  # the public names

@@ -1,4 +1,4 @@
-"""The videos of a folder are found, with what is known of them; what is wrong is told at once."""
+"""The videos of a folder are found, with what is known of them; all problems are named at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def names(folder: Path, reference: Path | None = None) -> list[tuple[str, int, s
     return [(task.name, task.num_input_frames, task.reference_name) for task in plan.tasks]
 
 
-def test_videos_are_found_below_and_know_what_was_given(tmp_path: Path) -> None:
+def test_videos_are_found_below_and_know_their_conditioning_frames(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     (tmp_path / ".hidden").mkdir()
     write(tmp_path / "a.mp4", moving(), GIVEN)
@@ -45,7 +45,7 @@ def test_videos_are_found_below_and_know_what_was_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"request": 1}', '{"request": {"num_input_frames": "9"}}', "[" * 9**5]
 )
-def test_other_files_beside_a_video_say_nothing(tmp_path: Path, text: str) -> None:
+def test_other_files_beside_a_video_are_ignored(tmp_path: Path, text: str) -> None:
     write(tmp_path / "a.mp4", moving()).with_suffix(".json").write_text(text)
     assert names(tmp_path) == [("a.mp4", 0, "")]
 
@@ -78,7 +78,7 @@ def test_a_folder_below_its_reference(tmp_path: Path, monkeypatch: pytest.Monkey
         names(Path("made"), Path("made/made"))
 
 
-def test_other_lengths_and_rates_are_told(tmp_path: Path) -> None:
+def test_other_lengths_and_rates_are_noted(tmp_path: Path) -> None:
     for folder, count, fps in (("made", 12, 25), ("true", 7, 24)):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder / "a.mp4", moving(count), fps=fps)
@@ -87,7 +87,7 @@ def test_other_lengths_and_rates_are_told(tmp_path: Path) -> None:
     assert "25 frames a second, its reference 24" in speed
 
 
-def test_all_that_cannot_be_compared_is_told_at_once(tmp_path: Path) -> None:
+def test_all_that_cannot_be_compared_is_named_at_once(tmp_path: Path) -> None:
     made, true = tmp_path / "made", tmp_path / "true"
     made.mkdir()
     true.mkdir()
@@ -99,11 +99,11 @@ def test_all_that_cannot_be_compared_is_told_at_once(tmp_path: Path) -> None:
     write(true / "d.mp4", moving())
     with pytest.raises(InputError) as caught:
         find_tasks(made, true)
-    told = str(caught.value)
-    assert "3 of 4 videos cannot be used" in told
-    assert f"a.mp4 is 64 x 40, its reference {true / 'a.mp4'} 40 x 64" in told
-    assert f"{true / 'b.mp4'} has 8 frames and 9 conditioning frames" in told
-    assert f"{true / 'c.mp4'} is not an mp4" in told
+    message = str(caught.value)
+    assert "3 of 4 videos cannot be used" in message
+    assert f"a.mp4 is 64 x 40, its reference {true / 'a.mp4'} 40 x 64" in message
+    assert f"{true / 'b.mp4'} has 8 frames and 9 conditioning frames" in message
+    assert f"{true / 'c.mp4'} is not an mp4" in message
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_folder_without_videos_says_what_it_holds(tmp_path: Path) -> None:
         find_tasks(tmp_path)
 
 
-def test_a_video_without_a_report_among_others_is_told(tmp_path: Path) -> None:
+def test_a_video_without_a_report_among_others_is_noted(tmp_path: Path) -> None:
     write(tmp_path / "a.mp4", moving(), GIVEN)
     write(tmp_path / "b.mp4", moving())
     assert find_tasks(tmp_path).notes == ("no report, so 0 conditioning frames: b.mp4",)

@@ -1,4 +1,4 @@
-"""What a clip shows is told by colour and shape, whatever a generative model does to sharpness."""
+"""Objects are found by colour and shape, whatever a generative model does to sharpness."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_caption_of_another_clip_rarely_passes(truth) -> None:
 
 @pytest.mark.parametrize("colour", COLOURS)
 @pytest.mark.parametrize("turn", [0.0, 0.4])
-def test_colour_and_corners_are_told_at_any_rotation(colour: str, turn: float) -> None:
+def test_colour_and_corners_are_found_at_any_rotation(colour: str, turn: float) -> None:
     for corners, shape in ((3, "triangle"), (4, "box"), (40, "ball")):
         (found,) = find_objects(picture(colour, regular(corners, turn)))
         assert (found.colour, found.shape, found.frames) == (colour, shape, 1.0)

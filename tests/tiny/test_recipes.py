@@ -214,7 +214,7 @@ def test_captions_together_are_embedded_as_alone(text: Path) -> None:
     )
 
 
-def test_the_first_latent_frame_and_the_begin_token_are_given() -> None:
+def test_the_first_latent_frame_and_the_begin_token_have_no_loss() -> None:
     torch.manual_seed(0)
     config = sizes.VIDEO2WORLD
     model = ARTransformer(config)
@@ -223,7 +223,7 @@ def test_the_first_latent_frame_and_the_begin_token_are_given() -> None:
     tokens = torch.randint(config.vocabulary, (1, config.grid.tokens))
     context = torch.randn(1, 4, 16)
     loss = sequence_loss(model, positions, tokens, context)
-    # the same by hand: of every token behind the first frame, given all before it
+    # the same by hand: of every token behind the first frame
     begun = torch.cat([torch.tensor([[config.begin_token]]), tokens], dim=1)
     logits = model(begun, positions, context=model.encode_context(context))[0].log_softmax(-1)
     first = config.grid.tokens_per_frame
@@ -368,17 +368,17 @@ def test_the_decoder_is_trained_as_it_is_used(
     settings = decoder.DecoderSettings(sampler="edm_euler", num_steps=2)
     decoder.denoise_windows(model.transformer, short, context, settings)
     sigma = make_sigmas("edm_euler", 2, sigma_min=decoder.SIGMA_MIN)[0]
-    # both branches in training's terms: the clip, and one shown with neither prompt nor tokens
-    texts, shown = torch.cat([context, context * 0]), torch.cat([short, short * 0])
+    # both branches in training's terms: the clip, and one with neither prompt nor tokens
+    texts, inputs = torch.cat([context, context * 0]), torch.cat([short, short * 0])
     clean = torch.cat([z[2:3], z[2:3]]).float()
-    model(clean, torch.randn_like(clean), shown, texts, sigma.float().expand(2))
+    model(clean, torch.randn_like(clean), inputs, texts, sigma.float().expand(2))
     used, trained = seen[0], seen[-1]
-    torch.testing.assert_close(used[0], trained[0], atol=0, rtol=2**-8)  # told in bf16
+    torch.testing.assert_close(used[0], trained[0], atol=0, rtol=2**-8)  # rounded to bf16
     for one, other in zip(used[1:], trained[1:], strict=True):
         assert torch.equal(one, other)
 
 
-def test_clips_without_a_prompt_are_shown_without_tokens(
+def test_clips_without_a_prompt_have_no_tokens(
     tmp_path: Path, tokens: Path, latents: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in the branch of the guidance that the decoder's pipeline calls without prompt."""
@@ -393,6 +393,6 @@ def test_clips_without_a_prompt_are_shown_without_tokens(
     words = ["--tokenizer", tokens, "--latents", latents, "--text", text]
     run("decoder", "--folder", tmp_path, "--steps", 1, "--batch", 64, "--clips", 1, *words)
     ids, context = seen[0]
-    shown = ids.flatten(1).any(1)
-    assert 0 < shown.sum() < len(shown)
-    assert torch.equal(shown, context.flatten(1).any(1))
+    inputs = ids.flatten(1).any(1)
+    assert 0 < inputs.sum() < len(inputs)
+    assert torch.equal(inputs, context.flatten(1).any(1))

@@ -93,7 +93,7 @@ def test_the_exported_variance_is_the_noise_of_training(tokenizer: Path) -> None
 
 
 def test_pieces_are_of_one_place_and_reach_all_of_a_picture() -> None:
-    shape = (2, 5, 6, 7)  # clips, frames, height, width; a colour of each pixel tells where it was
+    shape = (2, 5, 6, 7)  # clips, frames, height, width; the colour of a pixel is where it was
     clips = torch.arange(math.prod(shape)).view(*shape, 1).expand(*shape, 3)
     corners = set()
     for seed in range(60):
@@ -106,7 +106,7 @@ def test_pieces_are_of_one_place_and_reach_all_of_a_picture() -> None:
     assert corners == {(y, x) for y in range(3) for x in range(2)}
 
 
-def test_where_a_piece_is_cut_tells_nothing_of_which_clips_were_chosen(
+def test_where_a_piece_is_cut_is_independent_of_which_clips_were_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape, piece = sizes.SHAPE, sizes.WAN_PIECE
@@ -124,10 +124,16 @@ def test_where_a_piece_is_cut_tells_nothing_of_which_clips_were_chosen(
 
     monkeypatch.setattr(reconstruction, "clip_batches", lambda *_, **__: iter([(clips, [])]))
     monkeypatch.setattr(Run, "train", train)
-    told: dict[str, Any] = {"folder": tmp_path, "steps": 1, "batch": 1, "clips": count, "seed": 0}
-    told |= dict.fromkeys(("seconds", "rate")) | {"workers": 0, "device": "cpu"}
-    options = Run(**told, compiled=False, graphed=False)
-    reconstruction.train_reconstruction(options, WanTokenizer(sizes.WAN), KL, piece=piece)
+    options: dict[str, Any] = {
+        "folder": tmp_path,
+        "steps": 1,
+        "batch": 1,
+        "clips": count,
+        "seed": 0,
+    }
+    options |= dict.fromkeys(("seconds", "rate")) | {"workers": 0, "device": "cpu"}
+    run = Run(**options, compiled=False, graphed=False)
+    reconstruction.train_reconstruction(run, WanTokenizer(sizes.WAN), KL, piece=piece)
     for ahead in range(count):  # a relation would bring one of these about much more often
         together = sum((clip + ahead) % count == row for clip, row in drawn)
         assert 2 <= together <= 45  # 20 is the mean
@@ -140,12 +146,14 @@ def test_a_run_of_the_tokenizer_may_begin_with_weights(tmp_path: Path, tokenizer
     assert before.config.widths == after.config.widths
     for name in before.source.tensors:
         assert torch.equal(before.source.read(name), after.source.read(name)), name
-    # the statistics are of the encoder, not of what its file said of them before
+    # the statistics are of the encoder, not of what its file held before
     assert after.config.std == pytest.approx(before.config.std, rel=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of the compiler's own
-def test_compiled_between_convolutions_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_between_convolutions_nothing_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     compiled = partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", compiled)
     torch.manual_seed(0)
@@ -273,7 +281,7 @@ def test_the_demo_shows_it(exported: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("frames", [0, 1, 5])
-def test_a_network_is_shown_in_training_what_samplers_show(
+def test_a_network_has_the_inputs_of_a_sampler_in_training(
     exported: Path, frames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First step of a video: noise but for the known frames, the same words, time and places."""
@@ -281,9 +289,9 @@ def test_a_network_is_shown_in_training_what_samplers_show(
     forward = FlowDiT.forward
 
     def spy(self: FlowDiT, *given: Any, **named: Any) -> Tensor:
-        said = forward(self, *given, **named)
-        seen.append((*given, named["condition_mask"], said))
-        return said
+        output = forward(self, *given, **named)
+        seen.append((*given, named["condition_mask"], output))
+        return output
 
     monkeypatch.setattr(FlowDiT, "forward", spy)
     world = worldline.load(WORLD, exported, device="cpu", disable_guardrails=True)
@@ -323,7 +331,7 @@ def test_the_tokenizer_travels_with_the_world(exported: Path, tokenizer: Path) -
         assert (exported / WORLD / "vae" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_world_without_its_tokenizer_is_told(tmp_path: Path, exported: Path) -> None:
+def test_a_world_without_its_tokenizer_is_refused(tmp_path: Path, exported: Path) -> None:
     shutil.copytree(exported, tmp_path / "all")
     shutil.rmtree(tmp_path / "all" / WORLD / "vae")
     with pytest.raises(worldline.Error, match="no tokenizer"):
