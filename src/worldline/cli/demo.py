@@ -104,7 +104,7 @@ def demo(every: bool, seed: int, output: Path) -> None:
     truth, caption = clip.frames, json.loads(CLIP.with_name("captions.json").read_text())[CLIP.name]
     write_video(truth[:9], output / "input.mp4", clip.fps or 25.0)
     click.echo(f"the clip: {caption}")
-    rows, labels = [truth[:9], truth], ["input", f"what really happens: {caption}"]
+    rows, labels = [truth[:9], truth], ["input: frames 0-8", f"what really happens: {caption}"]
     for way in (*WAYS, *(OTHER_WAYS if every else ())):
         video = _generate(way, truth, caption, seed)
         path = video.save(output / f"{way.name}.mp4")
