@@ -149,7 +149,7 @@ class FeatureNetwork(nn.Module):
                 f"{self.smallest} pixels, got {images.shape[-2]} x {images.shape[-1]}"
             )
         x = (images - self.shift[:, None, None]) / self.scale[:, None, None]
-        x = x.to(self.convolutions[0].weight.dtype)
+        x = x.to(next(self.parameters()).dtype)
         convolutions = iter(self.convolutions)
         features = []
         for stage, indices in enumerate(_CONVOLUTIONS):
@@ -311,17 +311,18 @@ def reconstruction_terms(
     weights = {k: schedule.at(iteration) for k, schedule in schedules.items() if schedule}
     if weights and features is None:
         raise ValueError(f"the {' and '.join(weights)} term needs a feature network")
-    maps: list[Sequence[Tensor]] = []
+    x: Sequence[Tensor] = ()
+    y: Sequence[Tensor] = ()
     if features is not None and any(weights.values()):
-        maps = [features(x.transpose(1, 2).flatten(0, 1)) for x in (target, reconstruction)]
+        x, y = (features(v.transpose(1, 2).flatten(0, 1)) for v in (target, reconstruction))
     batch = len(target)
     for name, weight in weights.items():
         like = target if name == "perceptual" else target[:, :, :1]
         term = target.new_zeros((batch, 1, like.shape[2], 1, 1), dtype=torch.float32)
         if weight and name == "perceptual":
-            term = weight * perceptual_distance(*maps, objective.layer_weights).view_as(term)
+            term = weight * perceptual_distance(x, y, objective.layer_weights).view_as(term)
         elif weight:
-            term = weight * gram_distance(*maps, objective.layer_weights, batch).view_as(term)
+            term = weight * gram_distance(x, y, objective.layer_weights, batch).view_as(term)
         terms[name] = term.expand(like.shape)
     if objective.kl is not None and posterior is not None:
         terms["kl"] = objective.kl.at(iteration) * kl_divergence(*posterior)
