@@ -77,26 +77,8 @@ class EncodedClips(NamedTuple):
     texts: tuple[Tensor, ...]
 
 
-def encode_clips(
-    run: Run,
-    seeds: range,
-    workers: int,
-    encode: Callable[[Tensor], Tensor],
-    tokenize: Callable[[list[str]], tuple[Tensor, ...]],
-) -> EncodedClips:
-    """Generated clips with their captions.
-
-    `encode` takes video (B, 3, T, H, W) in [-1, 1] to latents, `tokenize` captions to texts.
-    """
-    batches = clip_batches(seeds, sizes.SHAPE, run.device, workers=workers)
-    latents, captions = encode_views(
-        batches, half_precision(run.device), lambda video: encode(video).bfloat16()
-    )
-    return EncodedClips(latents, tokenize(captions))
-
-
 class Batch(NamedTuple):
-    """A batch without its noise, on the device.
+    """Clips of a step without their noise, on the device.
 
     Attributes:
         latents: (B, C, t, h, w), float32.
@@ -111,17 +93,50 @@ class Batch(NamedTuple):
     normal: Tensor
 
 
+def train_captioned(
+    run: Run,
+    model: nn.Module,
+    encode: Callable[[Tensor], Tensor],
+    tokenize: Callable[[list[str]], tuple[Tensor, ...]],
+    blank: tuple[Tensor, ...],
+    add_noise: Callable[[int, Batch], tuple[Tensor, ...]],
+    export: Callable[[Path], None],
+) -> None:
+    """Train a model on captioned clips, some with a `blank` text in place of their own.
+
+    `encode` takes video (B, 3, T, H, W) in [-1, 1] to latents, `tokenize` captions to texts,
+    `add_noise` a step and its clips to the model's batch.
+    """
+    size, num_clips = run.batch or 256, run.clips or 80_000
+
+    def encode_clips(seeds: range, workers: int) -> EncodedClips:
+        batches = clip_batches(seeds, sizes.SHAPE, run.device, workers=workers)
+        latents, captions = encode_views(
+            batches, half_precision(run.device), lambda video: encode(video).bfloat16()
+        )
+        return EncodedClips(latents, tokenize(captions))
+
+    def draw(clips: EncodedClips, step: int) -> tuple[Tensor, ...]:
+        return add_noise(step, draw_clips(run, clips, blank, step, size))
+
+    pool = encode_clips(run.seeds(num_clips), run.workers)
+    held_out = encode_clips(run.held_out(256, num_clips), 0)
+    train_denoiser(
+        run, model, functools.partial(draw, pool), functools.partial(draw, held_out), export
+    )
+
+
 def draw_clips(
-    run: Run, clips: EncodedClips, blank: tuple[Tensor, ...], step: int, batch: int
+    run: Run, clips: EncodedClips, blank: tuple[Tensor, ...], step: int, size: int
 ) -> Batch:
-    """Clips of a step, some with a `blank` text, which describes no clip, in place of their own."""
+    """Clips of a step, each with its own text or with a blank one."""
     draws = generator(run.seed, step, rank=run.ranks.rank)
-    chosen = torch.randint(len(clips.latents), (batch,), generator=draws)
-    dropped = torch.rand(batch, generator=draws) < _TEXT_DROPPED
-    other = torch.randint(len(blank[0]), (batch,), generator=draws)
+    chosen = torch.randint(len(clips.latents), (size,), generator=draws)
+    dropped = torch.rand(size, generator=draws) < _TEXT_DROPPED
+    other = torch.randint(len(blank[0]), (size,), generator=draws)
     shares = torch.tensor(_NUM_CONDITIONING)
-    count = torch.multinomial(shares, batch, replacement=True, generator=draws)
-    normal = torch.randn(batch, generator=draws)
+    count = torch.multinomial(shares, size, replacement=True, generator=draws)
+    normal = torch.randn(size, generator=draws)
     texts = tuple(
         to_device(torch.where(dropped[:, None], nothing[other], text[chosen]), run.device)
         for text, nothing in zip(clips.texts, blank, strict=True)

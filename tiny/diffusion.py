@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import torch
@@ -10,15 +9,13 @@ from torch import Tensor, nn
 
 from tiny import sizes
 from tiny.denoiser import (
+    Batch,
     ClipPositions,
-    EncodedClips,
-    draw_clips,
     draw_noise,
-    encode_clips,
     export_transformer,
     latent_scales,
     noise_times,
-    train_denoiser,
+    train_captioned,
 )
 from tiny.run import Run, half_precision
 from worldline.models.predict1_dit.model import DiT
@@ -41,7 +38,7 @@ def train_diffusion(
     run: Run, tokenizer_folder: Path, start: Path | None, negative_prompts: tuple[str, ...]
 ) -> None:
     """Train the transformer and the text encoder on captioned clips."""
-    batch, clips, device = run.batch or 256, run.clips or 80_000, run.device
+    device = run.device
     scales = latent_scales(tokenizer_folder)
     torch.manual_seed(run.seed)
     model = Denoising(DiT(sizes.DIFFUSION), new_t5(sizes.TEXT, max_length=sizes.TEXT_LENGTH))
@@ -58,26 +55,19 @@ def train_diffusion(
     def encode(video: Tensor) -> Tensor:
         return SIGMA_DATA * scales.normalise(tokenizer.encode(video).float())
 
-    tokenize = model.text.tokenize
-    pool = encode_clips(run, run.seeds(clips), run.workers, encode, tokenize)
-    held_out = encode_clips(run, run.held_out(256, clips), 0, encode, tokenize)
     # no text, as a sampler may have it: no row at all, or a negative prompt
-    blank = tokenize(["", *negative_prompts])
+    blank = model.text.tokenize(["", *negative_prompts])
     blank[1][0] = 0
 
-    def draw(clips: EncodedClips, step: int) -> tuple[Tensor, ...]:
-        latents, texts, num_conditioning, normal = draw_clips(run, clips, blank, step, batch)
-        noise = draw_noise(run, step, 2, *latents.shape)
-        sigma = log_normal_sigmas(normal, mean=_SIGMA_MEAN, deviation=_SIGMA_DEVIATION)
-        return latents, noise, *texts, sigma, num_conditioning
+    def add_noise(step: int, clips: Batch) -> tuple[Tensor, ...]:
+        noise = draw_noise(run, step, 2, *clips.latents.shape)
+        sigma = log_normal_sigmas(clips.normal, mean=_SIGMA_MEAN, deviation=_SIGMA_DEVIATION)
+        return clips.latents, noise, *clips.texts, sigma, clips.num_conditioning
 
-    train_denoiser(
-        run,
-        model,
-        functools.partial(draw, pool),
-        functools.partial(draw, held_out),
-        lambda folder: export_diffusion(model.transformer, model.text, folder),
-    )
+    def export(folder: Path) -> None:
+        export_diffusion(model.transformer, model.text, folder)
+
+    train_captioned(run, model, encode, model.text.tokenize, blank, add_noise, export)
 
 
 class Denoising(nn.Module):

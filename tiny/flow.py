@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from pathlib import Path
 
@@ -10,14 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tiny import sizes
-from tiny.denoiser import (
-    EncodedClips,
-    draw_clips,
-    draw_noise,
-    encode_clips,
-    export_transformer,
-    train_denoiser,
-)
+from tiny.denoiser import Batch, draw_noise, export_transformer, train_captioned
 from tiny.run import Run, half_precision
 from worldline.models.predict2_5_dit.model import FlowDiT
 from worldline.models.predict2_5_dit.weights import open_flow_dit, released_tensors, write_settings
@@ -40,7 +32,7 @@ def train_flow(
     run: Run, tokenizer_folder: Path, start: Path | None, negative_prompts: tuple[str, ...]
 ) -> None:
     """Train the transformer and the text encoder on captioned clips."""
-    batch, clips, device = run.batch or 256, run.clips or 80_000, run.device
+    device = run.device
     tokenizer = load_wan(open_wan(tokenizer_folder), device, half_precision(device))
     torch.manual_seed(run.seed)
     model = Flowing(FlowDiT(sizes.FLOW), new_reason1(sizes.REASON1, max_length=sizes.TEXT_LENGTH))
@@ -58,23 +50,16 @@ def train_flow(
     def tokenize(texts: list[str]) -> tuple[Tensor, ...]:
         return (model.text.tokenize(texts),)
 
-    pool = encode_clips(run, run.seeds(clips), run.workers, tokenizer.encode, tokenize)
-    held_out = encode_clips(run, run.held_out(256, clips), 0, tokenizer.encode, tokenize)
+    def add_noise(step: int, clips: Batch) -> tuple[Tensor, ...]:
+        noise = draw_noise(run, step, *clips.latents.shape)
+        sigma = shifted_sigmas(clips.normal, deviation=_DEVIATION)
+        return clips.latents, noise, *clips.texts, sigma, clips.num_conditioning
+
+    def export(folder: Path) -> None:
+        export_flow(model.transformer, model.text, tokenizer_folder, folder)
+
     blank = tokenize(["", *negative_prompts])
-
-    def draw(clips: EncodedClips, step: int) -> tuple[Tensor, ...]:
-        latents, texts, num_conditioning, normal = draw_clips(run, clips, blank, step, batch)
-        noise = draw_noise(run, step, *latents.shape)
-        sigma = shifted_sigmas(normal, deviation=_DEVIATION)
-        return latents, noise, *texts, sigma, num_conditioning
-
-    train_denoiser(
-        run,
-        model,
-        functools.partial(draw, pool),
-        functools.partial(draw, held_out),
-        lambda folder: export_flow(model.transformer, model.text, tokenizer_folder, folder),
-    )
+    train_captioned(run, model, tokenizer.encode, tokenize, blank, add_noise, export)
 
 
 class Flowing(nn.Module):
