@@ -31,9 +31,8 @@ from worldline.sampling.edm import SIGMA_DATA
 from worldline.sampling.tokens import split_windows
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import T5Files
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 from worldline.tokenizers.cosmos.weights import open_tokenizer
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.model import LatentStatistics
 from worldline.train.loop import generator
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.weights.stream import load_into

@@ -11,10 +11,8 @@ from torch import Tensor
 from tiny import sizes
 from tiny.reconstruction import KL, Moments, report_psnr, statistics_videos, train_reconstruction
 from tiny.run import Run, half_precision
-from worldline.tokenizers.cosmos.weights import open_tokenizer
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.model import LatentStatistics
-from worldline.tokenizers.cosmos.weights import released_tensors
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
+from worldline.tokenizers.cosmos.weights import open_tokenizer, released_tensors
 from worldline.train.losses import ReconstructionObjective
 from worldline.weights.write import save as save_tensors
 

@@ -21,9 +21,16 @@ from tiny.reconstruction import (
     train_reconstruction,
 )
 from tiny.run import Run, half_precision
-from worldline.tokenizers.wan.weights import CONFIG, DIFFUSERS_FILES, channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import CausalConv, WanTokenizer
-from worldline.tokenizers.wan.weights import diffusers_config, diffusers_tensors
+from worldline.tokenizers.wan.weights import (
+    CONFIG,
+    DIFFUSERS_FILES,
+    channels_last,
+    diffusers_config,
+    diffusers_tensors,
+    load_wan,
+    open_wan,
+)
 from worldline.weights.write import save as save_tensors
 
 _SHAPES = 64  # of cells that are prepared for a convolution; no two levels have the same
