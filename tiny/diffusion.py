@@ -25,8 +25,9 @@ from tiny.denoiser import (
     train_denoiser,
 )
 from tiny.run import Run, half_precision
+from tiny.export import dit_settings, dit_tensors, draw_weights
 from worldline.families.diffusion.model import DiT
-from worldline.families.diffusion.weights import open_dit, released_tensors, write_settings
+from worldline.families.diffusion.weights import open_network
 from worldline.sampling.edm import SIGMA_DATA
 from worldline.text.t5 import KEYS as T5_KEYS
 from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
@@ -60,9 +61,9 @@ def train_diffusion(
     half = half_precision(device)
     torch.manual_seed(run.seed)
     model = Denoising(DiT(sizes.DIFFUSION), new_t5(sizes.TEXT, max_length=sizes.TEXT_LENGTH))
-    model.transformer.reset_parameters()
+    draw_weights(model.transformer)
     if start is not None:
-        dit = open_dit(start / WORLD, write_settings(sizes.DIFFUSION))
+        dit = open_network(start / WORLD, dit_settings(sizes.DIFFUSION))
         load_into(model.transformer, dit.source, dit.keys, device=device, dtype=torch.float32)
         model.text = T5Files.open(start / TEXT_FOLDER).load(device, torch.float32).train()
         model.requires_grad_(True)
@@ -143,6 +144,6 @@ class Denoising(nn.Module):
 
 def export_diffusion(transformer: DiT, text: T5Encoder, folder: Path) -> None:
     """Write the world and its text encoder in bf16, in the folders of the released ones."""
-    settings = {**write_settings(transformer.config), **sizes.WORLD_SETTINGS}
-    export_transformer(released_tensors(transformer), settings, folder / WORLD)
+    settings = {**dit_settings(transformer.config), **sizes.WORLD_SETTINGS}
+    export_transformer(dit_tensors(transformer), settings, folder / WORLD)
     export_t5(text, folder / TEXT_FOLDER)

@@ -23,8 +23,9 @@ from tiny.denoiser import (
     train_denoiser,
 )
 from tiny.run import Run, half_precision
+from tiny.export import dit_settings, dit_tensors, draw_weights
 from worldline.families.predict2_5.model import FlowDiT
-from worldline.families.predict2_5.weights import open_flow_dit, released_tensors, write_settings
+from worldline.families.predict2_5.weights import open_network
 from worldline.nn.rope import Rotation
 from worldline.sampling.flow import TIMESTEPS
 from worldline.text.reason1 import RELEASED as TEXT_FOLDER
@@ -54,9 +55,9 @@ def train_flow(
     coder = open_wan(tokenizer_folder).read(device, half_precision(device))
     torch.manual_seed(run.seed)
     model = Flowing(FlowDiT(sizes.FLOW), new_reason1(sizes.REASON1, max_length=sizes.TEXT_LENGTH))
-    model.transformer.reset_parameters()
+    draw_weights(model.transformer)
     if start is not None:
-        dit = open_flow_dit(start / WORLD, write_settings(sizes.FLOW))
+        dit = open_network(start / WORLD, dit_settings(sizes.FLOW))
         load_into(model.transformer, dit.source, dit.keys, device=device, dtype=torch.float32)
         model.text = Reason1Files.open(start / TEXT_FOLDER).load(device, torch.float32).train()
         model.requires_grad_(True)
@@ -127,7 +128,7 @@ def export_flow(
 ) -> None:
     """Write the world in bf16, in the folders of the released one, with a copy of its tokenizer."""
     world = folder / WORLD
-    settings = {**write_settings(transformer.config), **sizes.FLOW_SETTINGS}
-    export_transformer(released_tensors(transformer), settings, world)
+    settings = {**dit_settings(transformer.config), **sizes.FLOW_SETTINGS}
+    export_transformer(dit_tensors(transformer), settings, world)
     export_reason1(text, folder / TEXT_FOLDER)
     shutil.copytree(tokenizer_folder, world / "vae", dirs_exist_ok=True)

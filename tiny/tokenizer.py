@@ -18,6 +18,7 @@ from tiny.reconstruction import (
     train_reconstruction,
 )
 from tiny.run import Run, half_precision
+from tiny.export import cosmos_tensors, draw_weights
 from worldline.tokenizers.cosmos import weights as tokenizer_weights
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
@@ -43,7 +44,7 @@ def train_tokenizer(run: Run, kind: str, features: Path | None, start: Path | No
     torch.manual_seed(run.seed)
     if start is None:
         model = CosmosTokenizer(sizes.TOKENIZER if kind == "discrete" else sizes.CONTINUOUS)
-        model.reset_parameters()
+        draw_weights(model)
         model = model.to(device)
     else:
         model = tokenizer_weights.open_tokenizer(start).read(device, torch.float32)
@@ -99,6 +100,6 @@ def latent_statistics(
 def export_tokenizer(model: CosmosTokenizer, folder: Path) -> None:
     """Write encoder and decoder in bf16 under the names of the released files."""
     folder.mkdir(parents=True, exist_ok=True)
-    halves = tokenizer_weights.released_tensors(model)
+    halves = cosmos_tensors(model)
     for half, tensors in halves.items():
         save_tensors(tensors, folder / f"{half}.safetensors")
