@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
+from tiny.encoders import export_t5, new_t5
 from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
 from worldline.families.autoregressive.weights import KEYS
 from worldline.families.autoregressive.weights import write_settings as write_ar_settings
 from worldline.families.diffusion.model import DiT
 from worldline.families.diffusion.weights import released_tensors
-from worldline.text.t5 import export_t5, new_t5
 from worldline.weights.write import save
 
 from .tiny_diffusion import (

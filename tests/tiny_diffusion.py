@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from tiny.encoders import export_t5, new_t5
 from worldline.families.diffusion.model import DiT, DiTConfig
 from worldline.families.diffusion.weights import released_tensors, write_settings
 from worldline.shapes import LatentShape
-from worldline.text.t5 import export_t5, new_t5
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import released_tensors as released_tokenizer
 from worldline.weights.write import save

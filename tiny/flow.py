@@ -22,14 +22,15 @@ from tiny.denoiser import (
     export_transformer,
     train_denoiser,
 )
+from tiny.encoders import export_reason1, new_reason1
 from tiny.run import Run, half_precision
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.families.predict2_5.weights import open_flow_dit, released_tensors, write_settings
 from worldline.nn.rope import Rotation
 from worldline.sampling.flow import TIMESTEPS
 from worldline.text.reason1 import RELEASED as TEXT_FOLDER
-from worldline.text.reason1 import Reason1Encoder, Reason1Files, export_reason1, new_reason1
-from worldline.tokenizers.wan.weights import load_wan, open_wan
+from worldline.text.reason1 import Reason1Encoder, Reason1Files
+from worldline.tokenizers.wan.weights import open_wan
 from worldline.train.losses import flow_loss, flowed_latents, shifted_sigmas
 from worldline.weights.stream import load_into
 

@@ -21,6 +21,7 @@ from tiny.autoregressive import sequence_loss
 from tiny.data import as_video, physics_batches
 from tiny.decoder import DECODER, Decoding, cut_windows, long_shape
 from tiny.denoiser import rounded_to
+from tiny.encoders import export_t5, new_t5
 from tiny.run import embed_captions
 from tiny.tokenizer import export_tokenizer
 from worldline import places
@@ -32,7 +33,7 @@ from worldline.families.diffusion.weights import open_dit
 from worldline.pipelines import decoder
 from worldline.sampling.edm import make_sigmas
 from worldline.shapes import LatentShape, VideoShape
-from worldline.text.t5 import T5Files, export_t5, new_t5
+from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.weights import load_tokenizer, open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import read_statistics

@@ -23,6 +23,7 @@ from tiny import reconstruction, sizes
 from tiny.clips import FPS
 from tiny.data import as_video, physics_batches
 from tiny.denoiser import rounded_to
+from tiny.encoders import new_reason1
 from tiny.flow import TEXT_FOLDER, WORLD, Flowing
 from tiny.reconstruction import DEVIATION, KL, _reconstruction_loss, cut
 from tiny.run import Run
@@ -33,7 +34,7 @@ from worldline.families.predict2_5.model import FlowDiT
 from worldline.families.predict2_5.weights import open_flow_dit
 from worldline.sampling.flow import make_schedule
 from worldline.shapes import VideoShape
-from worldline.text.reason1 import Reason1Files, new_reason1
+from worldline.text.reason1 import Reason1Files
 from worldline.tokenizers.wan.weights import channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.train.loop import Objective
