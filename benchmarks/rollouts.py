@@ -29,7 +29,7 @@ from worldline.choices import ROLLOUTS
 from worldline.evaluate.failures import failure_rate, find_failures
 from worldline.evaluate.metrics import psnr
 from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip
-from worldline.video.write import contact_sheet
+from worldline.video.sheet import contact_sheet
 from worldline.world import AutoregressiveWorld
 
 LENGTHS = (33, 81, 161)

@@ -132,8 +132,9 @@ class EncoderFiles(ABC):
                 if all(file.is_file() for file in files):
                     # without a limit of its own it has 1e30, or that of the model
                     limit = settings.get("model_max_length")
-                    known = isinstance(limit, int) and 0 < limit <= MAX_LENGTH
-                    length = limit if known else MAX_LENGTH
+                    length = MAX_LENGTH
+                    if isinstance(limit, int) and 0 < limit < MAX_LENGTH:
+                        length = limit
                     files = [*dict.fromkeys([*files, *beside])]
                     return cls(folder, config, checkpoint, tuple(files), length)
         raise CheckpointError(f"{folder} holds no tokenizer.json{unfinished(folder)}")
