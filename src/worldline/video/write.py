@@ -49,9 +49,6 @@ ENCODINGS: dict[str, tuple[str, dict[str, str], str, dict[str, str]]] = {
 }
 PICTURE_SUFFIXES = (".jpg",)  # for a single frame
 
-_MAX_NAME_BYTES = 255  # of Linux and macOS
-_TEMPORARY_NAME_BYTES = 24  # added to the name of a file beside a video
-
 _LIMITED_RANGE = 1  # FFmpeg's number
 
 
@@ -139,11 +136,10 @@ def check_destination(path: str | Path) -> None:
             folder is in the way.
     """
     path = Path(path)
-    for name in path.parts:
-        limit = _MAX_NAME_BYTES - _TEMPORARY_NAME_BYTES * (name == path.name)
-        size = len(os.fsencode(name))
-        if size > limit:
-            raise InputError(f"{path} cannot be written: a name has {size} bytes; limit {limit}")
+    temporary = path.name + 24 * "x"  # as long as the name that `replacing` gives
+    size = max(len(os.fsencode(name)) for name in (*path.parts, temporary))
+    if size > 255:  # limit of Linux and macOS
+        raise InputError(f"{path} cannot be written: a name has {size} bytes; give a shorter one")
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
