@@ -200,7 +200,7 @@ def test_a_text_encoder_that_is_not_whole(own_diffusion: Path) -> None:
 
 
 def test_a_text_encoder_of_another_width(own_diffusion: Path) -> None:
-    from worldline.text.t5 import export_t5, new_t5
+    from tiny.encoders import export_t5, new_t5
 
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     export_t5(new_t5(sizes), own_diffusion / TEXT_ENCODER)

@@ -18,12 +18,13 @@ from tiny.denoiser import (
     train_captioned,
 )
 from tiny.export import dit_settings, dit_tensors, draw_weights
+from tiny.encoders import export_t5, new_t5
 from tiny.run import Run, half_precision
 from worldline.families.diffusion.model import DiT
 from worldline.families.diffusion.weights import open_network
 from worldline.sampling.edm import SIGMA_DATA
-from worldline.text.t5 import KEYS as T5_KEYS
-from worldline.text.t5 import T5Encoder, export_t5, new_t5
+from worldline.text.t5 import T5Encoder, T5Files
+from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.weights.stream import load_into
 

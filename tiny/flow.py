@@ -11,6 +11,15 @@ from torch import Tensor, nn
 from tiny import sizes
 from tiny.denoiser import Batch, draw_noise, export_transformer, train_captioned
 from tiny.export import dit_settings, dit_tensors, draw_weights
+from tiny.denoiser import (
+    Captioned,
+    draw_clips,
+    draw_noise,
+    encode_clips,
+    export_transformer,
+    train_denoiser,
+)
+from tiny.encoders import export_reason1, new_reason1
 from tiny.run import Run, half_precision
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.families.predict2_5.weights import open_network
@@ -18,7 +27,7 @@ from worldline.nn.rope import Rotation
 from worldline.sampling.flow import TIMESTEPS
 from worldline.text.reason1 import KEYS as REASON1_KEYS
 from worldline.text.reason1 import RELEASED as TEXT_FOLDER
-from worldline.text.reason1 import Reason1Encoder, export_reason1, new_reason1
+from worldline.text.reason1 import Reason1Encoder, Reason1Files
 from worldline.tokenizers.wan.weights import open_wan
 from worldline.train.losses import flow_loss, flowed_latents, shifted_sigmas
 from worldline.weights.stream import load_into

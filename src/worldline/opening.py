@@ -65,7 +65,7 @@ class TextPart:
     def streamed_nbytes(self, compute: Compute) -> None:
         return None
 
-    def load(self, compute: Compute, *, offload: bool) -> TextEncoder[Any]:
+    def load(self, compute: Compute, *, offload: bool) -> TextEncoder:
         """The encoder, whose weights are read at the first prompt that is not cached."""
         assert self.encoder is not None
         return TextEncoder(self.encoder, compute.device, compute.text_dtype, offload=offload)

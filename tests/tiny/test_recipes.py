@@ -21,10 +21,11 @@ from tiny.autoregressive import sequence_loss
 from tiny.clips import as_video, make_clips
 from tiny.decoder import DECODER, Decoding, cut_windows, long_shape
 from tiny.denoiser import rounded_to
+from tiny.encoders import export_t5, new_t5
 from tiny.run import embed_captions
 from tiny.tokenizer import export_tokenizer
 from tiny.export import draw_weights
-from worldline import places
+from worldline import locate
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import ARTransformer, make_positions
 from worldline.families.autoregressive.weights import read_config
@@ -33,7 +34,7 @@ from worldline.families.diffusion.weights import open_network
 from worldline.pipelines import decoder
 from worldline.sampling.edm import make_sigmas
 from worldline.shapes import LatentShape, VideoShape
-from worldline.text.t5 import export_t5, find_t5, load_t5, new_t5
+from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.weights import load_tokenizer, open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import read_statistics
