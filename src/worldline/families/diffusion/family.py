@@ -48,6 +48,7 @@ from worldline.families.diffusion.request import (
 )
 from worldline.families.diffusion.weights import is_decoder, open_dit, read_settings
 from worldline.family import Compute, Family, Opened, Part, Parts
+from worldline.files import unfinished
 from worldline.guards import rewrites
 from worldline.memory import Stage, coding_bytes, denoise_bytes
 from worldline.nn.pieces import decode_stream
@@ -267,7 +268,8 @@ def open_latent_tokenizer(path: Path) -> LatentTokenizer:
         )
     if opened.statistics is None:
         raise CheckpointError(
-            f"{opened.folder} has no mean_std.pt, the statistics of its latents; download it, too"
+            f"{opened.folder} has no mean_std.pt, the statistics of its latents"
+            f"{unfinished(opened.folder) or '; download it, too'}"
         )
     return LatentTokenizer(
         CosmosTokenizer,
