@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import worldline
-from worldline import places
+from worldline import locate
 from worldline.errors import CheckpointError, InputError
 from worldline.families.diffusion.request import DiffusionOptions
 from worldline.opening import choose_compute, choose_device
@@ -278,25 +278,25 @@ def test_files_that_decide(own_diffusion: Path, own_predict2_5: Path) -> None:
 
 
 def test_bundled(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "BUNDLED", small_world)
-    assert places.bundled_names() == [f"tiny-{MODEL}"]
+    monkeypatch.setattr(locate, "BUNDLED", small_world)
+    assert locate.bundled_names() == [f"tiny-{MODEL}"]
     opened = open_named(f"tiny-{MODEL}", "nowhere")
     assert opened.bundled
     assert opened.name == f"tiny-{MODEL}"
     assert "decoder" not in opened.parts  # none is bundled
     with pytest.raises(CheckpointError, match=rf"no bundled model tiny-x; there are: tiny-{MODEL}"):
         open_named("tiny-x", "nowhere")
-    monkeypatch.setattr(places, "BUNDLED", tmp_path)
-    assert places.bundled_names() == []
+    monkeypatch.setattr(locate, "BUNDLED", tmp_path)
+    assert locate.bundled_names() == []
 
 
 def test_what_ships_is_small() -> None:
     """At most 8 MB a model and 32 MB for all, so that the whole tree stays small."""
     sizes = {
         folder.name: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        for folder in places.BUNDLED.iterdir()
+        for folder in locate.BUNDLED.iterdir()
     }
-    assert places.bundled_names()
+    assert locate.bundled_names()
     assert max(sizes.values()) <= 8e6
     assert sum(sizes.values()) <= 32e6
 

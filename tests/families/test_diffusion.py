@@ -396,7 +396,7 @@ def test_the_nearest_size_is_allowed(
 
 
 def test_text2world_continues_nothing(text2world: Parts) -> None:
-    with pytest.raises(InputError, match="is a Text2World model, which continues no input"):
+    with pytest.raises(InputError, match="is a Text2World model without inputs"):
         checked(text2world.opened, num_input_frames=1)
 
 

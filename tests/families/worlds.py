@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from worldline.family import Compute, Opened, Parts
+from worldline.locate import locate
 from worldline.opening import load_parts, open_world
-from worldline.places import find_place
 from worldline.report import Recorder
 from worldline.step import Step
 from worldline.video.read import Clip
@@ -25,7 +25,7 @@ PROMPT = "a red ball rolls"
 
 
 def open_named(name: str | Path, folder: str | Path, **options: Any) -> Opened:
-    return open_world(find_place(name, folder), options)
+    return open_world(locate(name, folder), options)
 
 
 def load_named(name: str | Path, folder: str | Path, **options: Any) -> Parts:

@@ -451,8 +451,7 @@ def open_transformer(opened: Opened) -> Network:
         files = open_autoregressive(opened.source, opened.settings)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_shard_hint(opened)}") from error
-    beside = (opened.folder / "config.json",)
-    return Network(ARTransformer, files.config, files.source, files.keys, beside)
+    return Network(ARTransformer, files.config, files.source, files.keys, (opened.config_file,))
 
 
 def _shard_hint(opened: Opened) -> str:
@@ -480,7 +479,7 @@ def open_tokenizer(opened: Opened) -> Network:
         )
     if "decoder" in opened.parts:
         refuse_grids(opened, config)
-    return Network(CosmosTokenizer, config, cosmos.source, cosmos.keys)
+    return Network(CosmosTokenizer, config, cosmos.source, cosmos.keys, cosmos.settings)
 
 
 def decodes(opened: Opened) -> bool:

@@ -48,7 +48,7 @@ from worldline.families.diffusion.request import (
 )
 from worldline.families.diffusion.weights import is_decoder, open_dit, read_settings
 from worldline.family import Compute, Family, Opened, Part, Parts
-from worldline.files import unfinished
+from worldline.files import holds_diffusers, unfinished
 from worldline.guards import rewrites
 from worldline.memory import Stage, coding_bytes, denoise_bytes
 from worldline.nn.pieces import decode_stream
@@ -67,7 +67,6 @@ from worldline.tokenizers.cosmos.model import (
     LatentStatistics,
 )
 from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
-from worldline.tokenizers.opened import DIFFUSERS_FILES
 from worldline.video.convert import stretched_frames
 from worldline.video.read import Clip
 
@@ -214,9 +213,11 @@ def open_transformer(opened: Opened) -> Network:
             f"{opened.folder} is the diffusion decoder of the autoregressive models; worldline "
             "autoregressive runs it with them"
         )
-    files = open_dit(opened.source)
-    beside = (opened.folder / "config.json",)
-    return Network(DiT, files.config, files.source, files.keys, beside)
+    if not isinstance(opened.settings.get("text2world", True), bool):
+        value = opened.settings["text2world"]
+        raise CheckpointError(f"{opened.config_file}: text2world is {value!r}; give true or false")
+    files = open_dit(opened.source, opened.settings)
+    return Network(DiT, files.config, files.source, files.keys, (opened.config_file,))
 
 
 def generation_of(opened: Opened) -> Generation:
@@ -239,7 +240,7 @@ def open_tokenizer(opened: Opened) -> LatentTokenizer:
     names = TOKENIZERS[generation_of(opened)]
     if opened.options.tokenizer_dir is not None:
         path = place.chosen(opened.options.tokenizer_dir, "tokenizer_dir")
-    elif any((own / name).is_file() for name in DIFFUSERS_FILES):
+    elif holds_diffusers(opened.source.path) and any(own.glob("diffusion_pytorch_model.*")):
         path = own
     elif (found := place.below(names)) is not None:
         path = found

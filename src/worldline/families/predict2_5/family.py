@@ -91,14 +91,14 @@ class FlowNetwork(Network):
 
 def open_transformer(opened: Opened) -> FlowNetwork:
     """The transformer in either layout."""
-    files = open_flow_dit(opened.source, opened.settings or None)
+    files = open_flow_dit(opened.source, opened.settings)
     schedule, known_timestep = _schedule(opened, files.layout, files.config)
     return FlowNetwork(
         FlowDiT,
         files.config,
         files.source,
         files.keys,
-        beside=(opened.folder / "config.json",),
+        beside=(opened.config_file,),
         schedule=schedule,
         known_timestep=known_timestep,
     )
@@ -109,7 +109,7 @@ def _schedule(opened: Opened, layout: str, config: FlowDiTConfig) -> tuple[str, 
     assert opened.place is not None
     chosen = opened.options.schedule or opened.settings.get("schedule")
     if chosen not in (None, *_KNOWN_TIMESTEP):
-        raise CheckpointError(f"{opened.folder / 'config.json'}: schedule is {chosen!r}")
+        raise CheckpointError(f"{opened.config_file}: schedule is {chosen!r}")
     if chosen is None and not opened.bundled:
         released = opened.place.released or _released_as(opened.source.path)
         if released is not None:
