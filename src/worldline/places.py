@@ -20,8 +20,6 @@ from worldline.errors import CheckpointError, did_you_mean
 from worldline.files import holds_diffusers, released_folders, unfinished
 
 BUNDLED = Path(__file__).parent / "bundled"
-# endings of files; what follows a dot may be a number of version
-_OF_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".jit", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -92,30 +90,6 @@ def find_place(model: str | Path, checkpoint_dir: str | Path) -> Place:
     return Place(_find_bundled("model", str(model), bundled_names()), (BUNDLED,), True)
 
 
-def find_flow(model: str | Path, checkpoint_dir: str | Path) -> Place:
-    """Find a world of Predict2.5 by name alone, as `find_place` does; released names will do.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    released = find_flow_model(str(model))
-    if released is not None:
-        return _find_released(released, Path(checkpoint_dir))
-    try:
-        return find_place(model, checkpoint_dir)
-    except CheckpointError as error:
-        if Path(model).suffix in _OF_WEIGHTS:
-            raise CheckpointError(
-                f"no such file: {model} (--checkpoint_path), nor is it in {checkpoint_dir}"
-            ) from error
-        names = [one.name for one in FLOW_MODELS]
-        told = f"{error}; released names are {', '.join(names)}"
-        if not advice(Path(model).name):  # it says more, and was told already
-            whole = next((name for name in names if name.startswith(f"{model}/")), str(model))
-            told += did_you_mean(whole, names, 0.8)
-        raise CheckpointError(told) from error
-
-
 def _find_released(model: FlowModel, checkpoint_dir: Path) -> Place:
     """Return where a released model lies: its folder in the repository's, or diffusers' folder."""
     roots = released_folders(checkpoint_dir, model.repository, model.revision)
@@ -176,6 +150,9 @@ def find_model(model: Path, checkpoint_dir: Path) -> Path:
         if path.is_dir() or path.is_file():
             return path
     also = advice(model.name)
+    released = [one.name for one in FLOW_MODELS]
+    if model.parts[:1] in {Path(name).parts[:1] for name in released}:
+        also = f"; released names are {', '.join(released)}"
     if not checkpoint_dir.is_dir():
         raise CheckpointError(
             f"no checkpoint folder {checkpoint_dir} (--checkpoint_dir), so no {model} in it{also}"

@@ -21,7 +21,7 @@ import worldline.loading.parts
 import worldline.world
 from worldline import machine
 from worldline.catalog import FLOW_MODELS
-from worldline.cli import main
+from worldline.cli.main import main
 from worldline.cli.predict2_5 import predict2_5
 from worldline.cli.samples import Sample
 from worldline.errors import Error

@@ -116,6 +116,8 @@ class Lines:
     def _batch(
         self, path: Path, flags: Any, stated: Mapping[str, Any], kind: str | None
     ) -> tuple[list[Item], list[str]]:
+        if "video_save_name" in flags.model_fields_set:
+            logger.info("--video_save_name has no effect: videos of a batch are numbered")
         items: list[Item] = []
         problems: list[str] = []
         unread: set[str] = set()

@@ -83,10 +83,13 @@ def run(family: str, command: Command, context: click.Context, reader: Any = Non
     check_outputs(items, flags)
     refuse_problems(problems)
 
-    model, model_options = context.params.get(command.model) or command.default_model, {}
+    named = stated(context, [command.model])
+    model, model_options = named.get(command.model, command.default_model), {}
+    if not model:
+        raise InputError(f"--{command.model}: it is empty")
     if hasattr(reader, "model"):
-        model, model_options = reader.model(flags, model, stated(context, [command.model]))
-    opened = open_model(family, command, model, {**option_flags, **model_options}, options)
+        model, model_options = reader.model(flags, model, named)
+    opened = open_model(family, model, {**option_flags, **model_options}, options)
     requests = check_each(items, problems, lambda item: final_request(item, opened))
     refuse_problems(problems)
     tasks = [Task(item, request) for item, request in zip(items, requests, strict=True)]
@@ -116,7 +119,7 @@ def check_each(
         except InputError as error:
             for line in str(error).splitlines():
                 for field, name in item.names.items():
-                    line = re.sub(rf"\b{field} is", f"{name} is", line)
+                    line = re.sub(rf"(?<![\w-]){field} is", f"{name} is", line)
                 named = not item.place or item.place in line or line.startswith("--")
                 problems.append(line if named else f"{item.place}: {line}")
     return found
@@ -151,9 +154,7 @@ def final_request(item: Item, opened: Opened) -> Any:
     return opened.family.check(opened, request)
 
 
-def open_model(
-    family: str, command: Command, model: str, stated_options: Mapping[str, Any], options: Any
-) -> Opened:
+def open_model(family: str, model: str, stated_options: Mapping[str, Any], options: Any) -> Opened:
     """The model that a command names, of the command's family.
 
     Raises:
@@ -164,13 +165,7 @@ def open_model(
     place = find_place(model, options.checkpoint_dir)
     from worldline.opening import open_world  # imports torch: not before the place is found
 
-    opened = open_world(place, stated_options, flag)
-    if opened.family.name != family:
-        raise InputError(
-            f"--{command.model} {model}: it is a model of family {opened.family.name}; use "
-            f"`worldline generate {model}`"
-        )
-    return opened
+    return open_world(place, stated_options, flag, family)
 
 
 def check_outputs(items: Sequence[Item], flags: Any) -> None:
@@ -269,7 +264,9 @@ def make(opened: Opened, tasks: Sequence[Task], *, resume: bool, keep_going: boo
     def one(task: Task, label: str) -> str:
         if size > 1 and (line := groups.take(task)) is not None:
             return line
-        preview = Preview(task.item.output, task.request.fps)
+        # a frame of a preview stands for all that a latent frame holds
+        rate = task.request.fps / opened["tokenizer"].config.temporal
+        preview = Preview(task.item.output, rate)
         try:
             with memory_advice(opened):
                 job = world.prepare(
