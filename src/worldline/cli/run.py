@@ -80,7 +80,7 @@ def run(family: str, command: Command, context: click.Context, reader: Any = Non
     options = described.OPTIONS.parse(option_flags, flag)
     items, problems = reader.read(flags, request_flags)
     requests = check_each(items, problems, lambda item: first_look(item, described.REQUEST))
-    check_outputs(items, flags)
+    check_outputs(items)
     refuse_problems(problems)
 
     named = stated(context, [command.model])
@@ -168,7 +168,7 @@ def open_model(family: str, model: str, stated_options: Mapping[str, Any], optio
     return open_world(place, stated_options, flag, family)
 
 
-def check_outputs(items: Sequence[Item], flags: Any) -> None:
+def check_outputs(items: Sequence[Item]) -> None:
     """Make sure that outputs can be written, and that they overwrite no input.
 
     Raises:
@@ -177,11 +177,12 @@ def check_outputs(items: Sequence[Item], flags: Any) -> None:
     from worldline.video.write import check_destination
 
     read: set[Path] = set()
-    for value in (*dict(flags).values(), *(v for item in items for v in item.stated.values())):
-        if isinstance(value, str) and value and "\0" not in value and len(value) < 4096:
-            read.add(Path(value).absolute())
-    read = {path.resolve() for path in read if path.is_file()}
-    read |= {item.input.resolve() for item in items if item.input is not None}
+    for item in items:
+        embeddings = (
+            item.stated.get(f"{kind}_embeddings") for kind in ("prompt", "negative_prompt")
+        )
+        paths = (item.input, *item.sources, *embeddings)
+        read |= {Path(path).resolve() for path in paths if path is not None}
     for folder in dict.fromkeys(item.output.parent for item in items):
         check_folder(folder)
     for item in items:
@@ -251,7 +252,7 @@ def make(opened: Opened, tasks: Sequence[Task], *, resume: bool, keep_going: boo
         if not tasks:
             click.echo(f"all {total} videos were in {folder} before")
             return
-    offloaded = sorted(opened.options.offloaded)
+    offloaded = sorted(opened.options.offloaded & opened.options.model_fields_set)
     with memory_advice(opened):
         world, size = load(
             opened, tasks, compute, upsample=any(rewrites(opened, t.request) for t in tasks)

@@ -35,7 +35,6 @@ LONG = {"chunk_size": 77, "chunk_overlap": 1}
 # field of a request -> field of a sample
 NAMES = {
     "num_video_frames": "num_output_frames",
-    "num_input_frames": "inference_type",
     "height": "resolution",
     "width": "resolution",
 }
@@ -291,6 +290,7 @@ def make_item(
         kind=None if path is None else media_kind(path),
         output=folder / f"{sample.name}.{'jpg' if sample.num_output_frames == 1 else 'mp4'}",
         sample=sample.model_dump(exclude_none=True),
+        sources=(file, *(Path(p) for p in [sample.prompt_path] if p is not None)),
     )
 
 
