@@ -28,7 +28,7 @@ SAMPLES = "predict2.5 -i good.json -o out"
 LONG = "--enable_autoregressive --chunk_size"
 
 # in a folder with: a sample good.json; a video clip.mp4; an empty picture.png; text in noise.mp4; a
-# folder of notes; a.gif of 3 frames. Command -> further words -> names and numbers that are mentioned
+# folder of notes; a.gif of 3 frames. Command -> further words -> what is mentioned
 REFUSED: dict[str, dict[str, str]] = {
     "diffusion text2world": {
         "": "--prompt --batch_input_path --prompt_embeddings",
