@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import worldline.loading
 import worldline.locate
-from worldline.cli import main
+from worldline.cli.main import main
 
 from ..tiny_diffusion import TEXT2WORLD, VIDEO2WORLD, make_tiny_diffusion
 
@@ -64,7 +63,7 @@ def forbid_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    for module in ("loading.parts", "text.encoder"):
+    for module in ("opening", "text.encoder", "tokenizers.opened"):
         monkeypatch.setattr(f"worldline.{module}.load_into", read)
 
 

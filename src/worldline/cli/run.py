@@ -86,13 +86,16 @@ def run(family: str, command: Command, context: click.Context, reader: Any = Non
     options = described.OPTIONS.parse(option_flags, flag)
     items, problems = reader.read(flags, request_flags)
     requests = check_each(items, problems, lambda item: first_look(item, described.REQUEST))
-    check_outputs(items, flags)
+    check_outputs(items)
     refuse_problems(problems)
 
-    model, model_options = context.params.get(command.model) or command.default_model, {}
+    named = stated(context, [command.model])
+    model, model_options = named.get(command.model, command.default_model), {}
+    if not model:
+        raise InputError(f"--{command.model}: it is empty")
     if hasattr(reader, "model"):
-        model, model_options = reader.model(flags, model, stated(context, [command.model]))
-    opened = open_model(family, command, model, {**option_flags, **model_options}, options)
+        model, model_options = reader.model(flags, model, named)
+    opened = open_model(family, model, {**option_flags, **model_options}, options)
     requests = check_each(items, problems, lambda item: final_request(item, opened))
     refuse_problems(problems)
     tasks = [Task(item, request) for item, request in zip(items, requests, strict=True)]
@@ -117,7 +120,7 @@ def check_each(
         except InputError as error:
             for line in str(error).splitlines():
                 for field, name in item.names.items():
-                    line = re.sub(rf"\b{field} is", f"{name} is", line)
+                    line = re.sub(rf"(?<![\w-]){field} is", f"{name} is", line)
                 named = not item.place or item.place in line or line.startswith("--")
                 problems.append(line if named else f"{item.place}: {line}")
     return found
@@ -152,9 +155,7 @@ def final_request(item: Item, opened: Opened) -> Any:
     return opened.family.check(opened, request)
 
 
-def open_model(
-    family: str, command: Command, model: str, stated_options: Mapping[str, Any], options: Any
-) -> Opened:
+def open_model(family: str, model: str, stated_options: Mapping[str, Any], options: Any) -> Opened:
     """The model that a command names, of the command's family.
 
     Raises:
@@ -165,16 +166,10 @@ def open_model(
     place = locate(model, options.checkpoint_dir)
     from worldline.opening import open_world  # imports torch: not before the place is found
 
-    opened = open_world(place, stated_options, flag)
-    if opened.family.name != family:
-        raise InputError(
-            f"--{command.model} {model}: it is a model of family {opened.family.name}; use "
-            f"`worldline generate {model}`"
-        )
-    return opened
+    return open_world(place, stated_options, flag, family)
 
 
-def check_outputs(items: Sequence[Item], flags: Any) -> None:
+def check_outputs(items: Sequence[Item]) -> None:
     """Make sure that outputs can be written, and that they overwrite no input.
 
     Raises:
@@ -183,11 +178,12 @@ def check_outputs(items: Sequence[Item], flags: Any) -> None:
     from worldline.video.write import check_destination
 
     read: set[Path] = set()
-    for value in (*dict(flags).values(), *(v for item in items for v in item.stated.values())):
-        if isinstance(value, str) and value and "\0" not in value and len(value) < 4096:
-            read.add(Path(value).absolute())
-    read = {path.resolve() for path in read if path.is_file()}
-    read |= {item.input.resolve() for item in items if item.input is not None}
+    for item in items:
+        embeddings = (
+            item.stated.get(f"{kind}_embeddings") for kind in ("prompt", "negative_prompt")
+        )
+        paths = (item.input, *item.sources, *embeddings)
+        read |= {Path(path).resolve() for path in paths if path is not None}
     for folder in dict.fromkeys(item.output.parent for item in items):
         check_folder(folder)
     for item in items:
@@ -247,17 +243,18 @@ def make(opened: Opened, tasks: Sequence[Task], *, resume: bool, keep_going: boo
         world, size = load(
             opened, tasks, compute, upsample=any(rewrites(opened, t.request) for t in tasks)
         )
-    if offloaded and world.device.type == "cpu":
-        logger.info(
-            "%s: no effect on the CPU", ", ".join(f"--{name}" for name in sorted(offloaded))
-        )
+    typed = sorted(offloaded & opened.options.model_fields_set)
+    if typed and world.device.type == "cpu":
+        logger.info("%s: no effect on the CPU", ", ".join(f"--{name}" for name in typed))
     logger.info("%s", describe_world(world))
     groups = Groups(tasks, size, world)
 
     def one(task: Task, label: str) -> str:
         if size > 1 and (line := groups.take(task)) is not None:
             return line
-        preview = Preview(task.item.output, task.request.fps)
+        # a frame of a preview stands for all that a latent frame holds
+        rate = task.request.fps / opened["tokenizer"].config.temporal
+        preview = Preview(task.item.output, rate)
         try:
             with memory_advice(flags):
                 job = world.prepare(
