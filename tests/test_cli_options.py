@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from worldline.cli import main
+from worldline.cli.main import main
 
 from .freeze.cli_options import options
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 import pytest
 
-from worldline.cli import main
+from worldline.cli.main import main
 
 SCRIPTS = json.loads((Path(__file__).parent / "data" / "cli_parity.json").read_text())["scripts"]
 # end of a script's path -> its command

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import worldline.loading
 import worldline.places
-from worldline.cli import main
+from worldline.cli.main import main
 
-from ..tiny_diffusion import TEXT2WORLD, VIDEO2WORLD, make_tiny_diffusion
+from ..tiny_diffusion import TEXT2WORLD, VIDEO2WORLD
 
 Run = Callable[..., Result]
 Base = Callable[..., Result]
@@ -64,14 +63,14 @@ def forbid_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    for module in ("loading.parts", "text.encoder"):
+    for module in ("opening", "text.encoder"):
         monkeypatch.setattr(f"worldline.{module}.load_into", read)
 
 
 @pytest.fixture(scope="session")
-def diffusion_worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def diffusion_worlds(tiny_diffusion: Path) -> Path:
     """A checkpoint folder with random weights; copy it before changing it."""
-    return make_tiny_diffusion(tmp_path_factory.mktemp("diffusion"))
+    return tiny_diffusion
 
 
 @pytest.fixture
@@ -109,9 +108,3 @@ def text2world(diffusion_worlds: Path, tmp_path: Path) -> Make:
 def video2world(diffusion_worlds: Path, tmp_path: Path) -> Make:
     """Run `worldline diffusion video2world` likewise."""
     return _diffusion("video2world", diffusion_worlds, tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep embeddings of random weights out of the user's cache."""
-    monkeypatch.setenv("WORLDLINE_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import pytest
 
-from worldline.cli import main
+from worldline.cli.main import main
 
 TABLE = Path(__file__).resolve().parents[1] / "data" / "cli_parity.json"
 NAMES = {"str": "text", "int": "integer", "float": "float", "flag": "boolean"}

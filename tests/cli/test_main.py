@@ -95,7 +95,7 @@ def test_version(run: Run) -> None:
 
 
 def test_every_command_is_found_and_documented(run: Run) -> None:
-    from worldline.cli import main
+    from worldline.cli.main import main
 
     assert isinstance(main, LazyGroup)
     context = click.Context(main)

@@ -61,7 +61,7 @@ def options(main: click.Command) -> dict[str, list[dict[str, Any]]]:
 
 
 if __name__ == "__main__":
-    from worldline.cli import main
+    from worldline.cli.main import main
 
     lines = [
         f"{json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, found)) + "\n ]"

@@ -83,15 +83,23 @@ def run(family: str, command: Command, context: click.Context, reader: Any = Non
     check_outputs(items, flags)
     refuse_problems(problems)
 
-    model, model_options = context.params.get(command.model) or command.default_model, {}
+    model, model_options = context.params.get(command.model), {}
+    if model is None:
+        model = command.default_model
+    if not model:
+        raise InputError(f"--{command.model} is empty; give the name or the path of a model")
     if hasattr(reader, "model"):
         model, model_options = reader.model(flags, model, stated(context, [command.model]))
     opened = open_model(family, command, model, {**option_flags, **model_options}, options)
     requests = check_each(items, problems, lambda item: final_request(item, opened))
     refuse_problems(problems)
     tasks = [Task(item, request) for item, request in zip(items, requests, strict=True)]
-    log_unused(opened, tasks[0].request, {**request_flags, **option_flags})
-    make(opened, tasks, resume=flags.resume, keep_going=getattr(flags, "keep_going", True))
+    from worldline.opening import choose_compute
+
+    compute = choose_compute(opened.options)
+    log_unused(opened, compute, tasks, stated(context, context.params))
+    keep_going = getattr(flags, "keep_going", True)
+    make(opened, compute, tasks, resume=flags.resume, keep_going=keep_going)
 
 
 def fields_of(described: Any) -> list[str]:
@@ -215,11 +223,17 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: it cannot be written: {error.strerror or error}") from error
 
 
-def log_unused(opened: Opened, request: Any, typed: Mapping[str, Any]) -> None:
+def log_unused(
+    opened: Opened, compute: Compute, tasks: Sequence[Task], typed: Mapping[str, Any]
+) -> None:
     """Log flags that were typed and have no effect, and what to expect of a bundled model."""
     from worldline.guards import release_of, upsamples
 
+    request = tasks[0].request
     unused = opened.family.unused(opened, request)
+    if compute.device.type == "cpu":
+        offload = (name for name in typed if name.startswith("offload_"))
+        unused = dict.fromkeys(offload, "the model runs on the CPU") | unused
     if release_of(opened) is None:
         guards = ("offload_guardrail_models", "guardrail_dir")
         unused |= dict.fromkeys(guards, "no guardrail runs")
@@ -228,6 +242,12 @@ def log_unused(opened: Opened, request: Any, typed: Mapping[str, Any]) -> None:
     if not upsamples(opened):
         flags = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
         unused |= dict.fromkeys(flags, "no prompt upsampler runs")
+    if len(tasks) == 1:
+        unused["batch_size"] = "there is one input"
+    if tasks[0].item.place:
+        unused["video_save_name"] = "videos of a batch are numbered"
+    if typed.get("num_input_frames", request.num_input_frames) != request.num_input_frames:
+        unused["num_input_frames"] = "an image has 1 frame"
     if opened.bundled:
         unused["checkpoint_dir"] = f"{opened.name} is bundled"
         logger.info(
@@ -239,7 +259,9 @@ def log_unused(opened: Opened, request: Any, typed: Mapping[str, Any]) -> None:
             logger.info("--%s has no effect: %s", name, unused[name])
 
 
-def make(opened: Opened, tasks: Sequence[Task], *, resume: bool, keep_going: bool) -> None:
+def make(
+    opened: Opened, compute: Compute, tasks: Sequence[Task], *, resume: bool, keep_going: bool
+) -> None:
     """Load a model and make the videos that are not finished.
 
     Raises:
@@ -247,22 +269,17 @@ def make(opened: Opened, tasks: Sequence[Task], *, resume: bool, keep_going: boo
         GuardrailRefusal: none failed, but some were refused.
     """
     from worldline.guards import rewrites
-    from worldline.opening import choose_compute
 
-    compute = choose_compute(opened.options)
     total, folder = len(tasks), tasks[0].item.output.parent
     if resume:
         tasks = [task for task in tasks if not is_finished(task, opened, compute)]
         if not tasks:
             click.echo(f"all {total} videos were in {folder} before")
             return
-    offloaded = sorted(opened.options.offloaded)
     with memory_advice(opened):
         world, size = load(
             opened, tasks, compute, upsample=any(rewrites(opened, t.request) for t in tasks)
         )
-    if offloaded and world.device.type == "cpu":
-        logger.info("%s: no effect on the CPU", ", ".join(f"--{name}" for name in offloaded))
     logger.info("%s", describe_world(world))
     groups = Groups(tasks, size, world)
 
@@ -307,12 +324,14 @@ def load(
 
     requests = [task.request for task in tasks]
     chosen = getattr(opened.options, "batch_size", 1)
-    size = min(len(tasks), opened.family.max_batch_size(opened, compute))
+    most = opened.family.max_batch_size(opened, compute)
     if chosen != "auto":
-        if chosen > size and len(tasks) > size:
-            logger.info("--batch_size %d: %d are computed in step, the most possible", chosen, size)
-        size = min(size, chosen)
+        size = min(len(tasks), chosen)
+        if most is not None and size > most:
+            logger.info("--batch_size %d: %d are computed in step, the most possible", chosen, most)
+            size = most
     else:
+        size = min(len(tasks), most or 1)
         memory = device_memory(compute.device)
         while size > 1 and memory is not None:
             needed = plan(opened, requests, replace(compute, batch_size=size))
