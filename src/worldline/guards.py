@@ -54,7 +54,7 @@ class PromptUpsampler:
         return sum(weight.nbytes for weight in self.part.module.parameters())
 
     def write(self, request: Request, clip: Clip | None) -> str:
-        """The prompt to use in place of a request's, of the last frame of its clip where it has none."""
+        """The prompt to use in place of a request's; a clip without one is described."""
         frame = None if clip is None else clip.frames[-1]
         with self.part.on_device():
             return self.upsampler.write(request.prompt, frame, request.seed)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
-from worldline.request import NEGATIVE_PROMPT, Options
+from worldline.request import NEGATIVE_PROMPT, Options, flag
 
+Described = TypeVar("Described", bound=Options)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -101,6 +102,20 @@ def stated(context: click.Context, names: Collection[str]) -> dict[str, Any]:
         for name, value in context.params.items()
         if name in names and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
+
+
+def parsed(context: click.Context, described: type[Described]) -> Described:
+    """A class's values, as typed.
+
+    Raises:
+        InputError: one is wrong.
+    """
+    return described.parse(stated(context, fields_of(described)), flag)
+
+
+def fields_of(described: type[Options]) -> list[str]:
+    """Names by which a class's flags are known."""
+    return [field.alias or name for name, field in described.model_fields.items()]
 
 
 class ManyValues(click.Command):

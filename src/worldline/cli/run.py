@@ -1,4 +1,4 @@
-"""Shared runner of the generating commands: read, check, skip finished videos, load, make, report."""
+"""Shared runner of the generating commands: choose outputs, skip finished videos, run, report."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import logging
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,8 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from worldline.cli.batch import free_memory, is_disk_full, one_line, report_done, run_each
-from worldline.cli.options import stated
+from worldline.cli.batch import (
+    check_folder,
+    free_memory,
+    is_disk_full,
+    memory_advice,
+    one_line,
+    report_done,
+    run_each,
+)
+from worldline.cli.options import fields_of, parsed, stated
 from worldline.cli.progress import Preview, Progress, follow, preview_path
 from worldline.errors import (
     Error,
@@ -72,7 +78,7 @@ def run(family: str, command: Command, context: click.Context, reader: Any = Non
     described, reader = requests_of(family), reader or load_reader(command.reads)
     request_flags = stated(context, fields_of(described.REQUEST))
     option_flags = stated(context, fields_of(described.OPTIONS))
-    flags = reader.flags.parse(stated(context, fields_of(reader.flags)), flag)
+    flags = parsed(context, reader.flags)
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise InputError(
             f"WORLD_SIZE is {processes}; this version runs on 1 GPU: start it without torchrun"
@@ -100,11 +106,6 @@ def run(family: str, command: Command, context: click.Context, reader: Any = Non
     log_unused(opened, compute, tasks, stated(context, context.params))
     keep_going = getattr(flags, "keep_going", True)
     make(opened, compute, tasks, resume=flags.resume, keep_going=keep_going)
-
-
-def fields_of(described: Any) -> list[str]:
-    """Names by which a class's flags are known."""
-    return [field.alias or name for name, field in described.model_fields.items()]
 
 
 def load_reader(place: str) -> Any:
@@ -207,22 +208,6 @@ def check_outputs(items: Sequence[Item], flags: Any) -> None:
                 raise InputError(f"{path}: it is an input; choose another output")
 
 
-def check_folder(folder: Path) -> None:
-    """Try whether a folder can be written, or made; nothing stays behind.
-
-    Raises:
-        InputError: it cannot.
-    """
-    nearest = folder.absolute()
-    try:
-        while not nearest.exists() and nearest != nearest.parent:
-            nearest = nearest.parent
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise InputError(f"{folder}: it cannot be written: {error.strerror or error}") from error
-
-
 def log_unused(
     opened: Opened, compute: Compute, tasks: Sequence[Task], typed: Mapping[str, Any]
 ) -> None:
@@ -276,7 +261,8 @@ def make(
         if not tasks:
             click.echo(f"all {total} videos were in {folder} before")
             return
-    with memory_advice(opened):
+    flags = [name for name in opened.family.flags if name not in opened.options.offloaded]
+    with memory_advice(flags):
         world, size = load(
             opened, tasks, compute, upsample=any(rewrites(opened, t.request) for t in tasks)
         )
@@ -288,7 +274,7 @@ def make(
             return line
         preview = Preview(task.item.output, task.request.fps)
         try:
-            with memory_advice(opened):
+            with memory_advice(flags):
                 job = world.prepare(
                     task.item.input, {}, input_type=task.item.kind, request=task.request
                 )
@@ -383,25 +369,6 @@ def save(video: Video, task: Task) -> None:
     if task.item.sample is not None:
         video.report["sample"] = dict(task.item.sample)
     video.save(task.item.output)
-
-
-@contextmanager
-def memory_advice(opened: Opened) -> Iterator[None]:
-    """Turn an exhausted device into an error that names the flags which help."""
-    from worldline.cli.main import is_out_of_memory
-
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        detail = str(error).splitlines()[0].rstrip(".") if str(error) else "no memory left"
-        flags = [name for name in opened.family.flags if name not in opened.options.offloaded]
-        advice = f"; add {' '.join(f'--{name}' for name in flags)}" if flags else ""
-        # on the host, offloading would need more
-        raise Error(
-            f"out of memory: {detail}{'' if isinstance(error, MemoryError) else advice}"
-        ) from error
 
 
 class Groups:

@@ -583,7 +583,7 @@ def open_decoder_tokenizer(opened: Opened) -> LatentTokenizer | None:
 
 
 def refuse_grids(opened: Opened, discrete: CosmosTokenizerConfig) -> None:
-    """Raise `CheckpointError` unless the decoder's tokenizer divides the cells of the discrete one."""
+    """Raise `CheckpointError` unless the cells of both tokenizers and the decoder fit."""
     tokenizer = opened["decoder_tokenizer"]
     continuous = tokenizer.config
     with without_decoder():
@@ -650,8 +650,8 @@ def check(opened: Opened, request: ARRequest) -> ARRequest:
         )
     if frames > own and request.rollout == "pixels" and window <= CARRIED:
         raise InputError(
-            f"rollout pixels carries {CARRIED} latent frames, the model makes {window} at once; use "
-            "rollout tokens"
+            f"rollout pixels carries {CARRIED} of the model's {window} latent frames; use rollout "
+            "tokens"
         )
     embedding = embedding_of(opened, request)
     if config.context_width is None:

@@ -294,7 +294,7 @@ def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
     config, tokenizer = opened["transformer"].config, opened["tokenizer"]
     if request.num_input_frames and not config.condition_mask:
         raise InputError(
-            f"{opened.name} is a Text2World model, which continues no input; use a Video2World model"
+            f"{opened.name} is a Text2World model without inputs; use a Video2World model"
         )
     if not request.num_input_frames and not starts_from_text(opened):
         raise InputError(

@@ -267,7 +267,7 @@ def stages(opened: Opened, request: FlowRequest, compute: Compute) -> Iterator[S
     tokenizer, config = opened["tokenizer"].config, opened["transformer"].config
     window, size = window_of(opened, request), compute.dtype.itemsize
     length = text_length(opened)
-    # features of the prompt, before and behind the layer that narrows them, with and without guidance
+    # features of both prompts, before and behind the layer that narrows them
     features = 2 * length * (config.feature_width + config.context_width) * size
     if (text := opened.get("text")) and "text" not in unused(opened, request):
         yield Stage("text", "text", text.nbytes(compute) // 20 + features)
