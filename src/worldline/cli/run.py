@@ -190,16 +190,14 @@ def check_outputs(items: Sequence[Item], flags: Any) -> None:
     """
     from worldline.video.write import check_destination
 
-    read: set[Path] = set()
-    for value in (*dict(flags).values(), *(v for item in items for v in item.stated.values())):
-        if isinstance(value, str) and value and "\0" not in value and len(value) < 4096:
-            read.add(Path(value).absolute())
-    read = {path.resolve() for path in read if path.is_file()}
+    stated = (*dict(flags).values(), *(v for item in items for v in item.stated.values()))
+    read = {Path(v).resolve() for v in stated if isinstance(v, str) and os.path.isfile(v)}
     read |= {item.input.resolve() for item in items if item.input is not None}
+    for item in items:
+        check_destination(item.output)
     for folder in dict.fromkeys(item.output.parent for item in items):
         check_folder(folder)
     for item in items:
-        check_destination(item.output)
         beside = [item.output.with_suffix(suffix) for suffix in (".json", ".txt")]
         for path in (item.output, *beside, preview_path(item.output)):
             if path.is_dir():
