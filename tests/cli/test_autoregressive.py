@@ -32,7 +32,7 @@ from worldline.weights.write import save
 from worldline.world import World
 
 from ..conftest import MODEL, TOKENIZER, frames_of
-from .conftest import WITHOUT_PARTS, Base, Run
+from .conftest import WITHOUT_PARTS, Make, Run
 
 
 def write_batch(path: Path, *inputs: Path) -> Path:
@@ -60,7 +60,7 @@ def check_refused(result: Result, *parts: str) -> None:
 # --- what works
 
 
-def test_video_to_video(base: Base, clip: Path, tmp_path: Path) -> None:
+def test_video_to_video(base: Make, clip: Path, tmp_path: Path) -> None:
     result = base("--input_image_or_video_path", clip)
     assert result.exit_code == 0, result.stderr
     out = tmp_path / "out"
@@ -96,7 +96,7 @@ def test_video_to_video(base: Base, clip: Path, tmp_path: Path) -> None:
         assert part in result.stderr
 
 
-def test_image_to_video(base: Base, image: Path, tmp_path: Path) -> None:
+def test_image_to_video(base: Make, image: Path, tmp_path: Path) -> None:
     words = ("--input-type", "image", "--num_input_frames", 9, "--video-save-name", "a.webm")
     result = base("--input-image-or-video-path", image, *words)
     assert result.exit_code == 0, result.stderr
@@ -108,7 +108,7 @@ def test_image_to_video(base: Base, image: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_batch_equals_single(size: int, base: Base, clip: Path, tmp_path: Path) -> None:
+def test_batch_equals_single(size: int, base: Make, clip: Path, tmp_path: Path) -> None:
     other, out = Path(shutil.copy(clip, tmp_path / "other.mp4")), tmp_path / "out"
     words = ("--input_prompts_path", write_batch(tmp_path / "b.jsonl", clip, other))
     result = base("--seed", 3, *words, "--video_save_name", "unused", "--batch_size", size)
@@ -124,7 +124,7 @@ def test_batch_equals_single(size: int, base: Base, clip: Path, tmp_path: Path) 
     assert frames_of(out / "output.mp4") != frames_of(out / "0.mp4")
 
 
-def test_flags_without_effect_are_named(base: Base, clip: Path) -> None:
+def test_flags_without_effect_are_named(base: Make, clip: Path) -> None:
     flags = (
         "--offload_guardrail_models",
         "--offload_diffusion_decoder",
@@ -196,7 +196,7 @@ def test_progress_bar_on_a_terminal(
 def test_wrong_input(
     words: list[Any],
     parts: list[str],
-    base: Base,
+    base: Make,
     clip: Path,
     short_clip: Path,
     image: Path,
@@ -211,7 +211,7 @@ def test_wrong_input(
 
 @pytest.mark.usefixtures("forbid_weights")
 def test_bad_lines_are_named_before_the_model_is_opened(
-    base: Base, clip: Path, tmp_path: Path
+    base: Make, clip: Path, tmp_path: Path
 ) -> None:
     batch = write_batch(tmp_path / "b.jsonl", clip, tmp_path / "x.mp4", tmp_path / "y.mp4")
     result = base("--batch_input_path", batch, checkpoint_dir=tmp_path / "nowhere")
@@ -221,7 +221,7 @@ def test_bad_lines_are_named_before_the_model_is_opened(
         assert f"{name}.mp4: no such file" in line
 
 
-def test_several_processes(base: Base, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes(base: Make, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     check_refused(base("--input_image_or_video_path", clip), "WORLD_SIZE is 4", "1 GPU")
 
@@ -238,7 +238,7 @@ def test_released_models_run_as_released(
 
 
 @pytest.mark.usefixtures("forbid_weights")
-def test_unwritable_folder(base: Base, clip: Path, tmp_path: Path) -> None:
+def test_unwritable_folder(base: Make, clip: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file is in the way")
     check_refused(
         base("--input_image_or_video_path", clip), f"{tmp_path / 'out'}", "cannot be written"
@@ -247,14 +247,14 @@ def test_unwritable_folder(base: Base, clip: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["mp4", "json", "txt"])
 @pytest.mark.usefixtures("forbid_weights")
-def test_a_folder_in_the_way(ending: str, base: Base, clip: Path, tmp_path: Path) -> None:
+def test_a_folder_in_the_way(ending: str, base: Make, clip: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out" / f"output.{ending}"
     folder.mkdir(parents=True)
     check_refused(base("--input_image_or_video_path", clip), str(folder), "a folder")
 
 
 @pytest.mark.usefixtures("forbid_weights")
-def test_an_output_never_replaces_an_input(base: Base, clip: Path, tmp_path: Path) -> None:
+def test_an_output_never_replaces_an_input(base: Make, clip: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     source = Path(shutil.copy(clip, out / "output.mp4"))
@@ -310,7 +310,7 @@ def break_model(path: Path, change: str) -> None:
 )
 @pytest.mark.usefixtures("forbid_weights")
 def test_wrong_checkpoint(
-    change: str, parts: list[str], base: Base, clip: Path, own_world: Path
+    change: str, parts: list[str], base: Make, clip: Path, own_world: Path
 ) -> None:
     model, tokenizer = own_world / MODEL / "model.pt", own_world / TOKENIZER
     settings = model.with_name("config.json")
@@ -346,7 +346,7 @@ def test_wrong_checkpoint(
 
 
 @pytest.mark.usefixtures("forbid_weights")
-def test_too_little_gpu_memory(base: Base, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_gpu_memory(base: Make, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100_000_000, 8_000_000_000))
     monkeypatch.setattr(opening, "choose_device", lambda _: torch.device("cuda"))
     result = base("--input_image_or_video_path", clip)
@@ -361,7 +361,7 @@ def test_too_little_gpu_memory(base: Base, clip: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_out_of_memory(
-    error: Exception, end: str, base: Base, clip: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, end: str, base: Make, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, error, at=0, kind="encode")
     result = base("--input_image_or_video_path", clip, "--offload_tokenizer")
@@ -417,7 +417,7 @@ def failing(
 
 
 def test_ctrl_c_leaves_no_partial_video(
-    base: Base, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Make, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, KeyboardInterrupt(), at=1)
     result = base("--batch_input_path", write_batch(tmp_path / "b.jsonl", clip, clip))
@@ -457,7 +457,7 @@ def test_a_real_interrupt(small_world: Path, clip: Path, tmp_path: Path) -> None
 
 
 def test_full_disk_leaves_earlier_outputs_whole(
-    base: Base, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Make, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = write_batch(tmp_path / "b.jsonl", clip, clip, clip)
     out = tmp_path / "out"
@@ -485,7 +485,7 @@ def test_full_disk_leaves_earlier_outputs_whole(
 
 @pytest.mark.slow
 def test_two_runs_of_one_name_do_not_mix(
-    small_world: Path, clip: Path, tmp_path: Path, base: Base
+    small_world: Path, clip: Path, tmp_path: Path, base: Make
 ) -> None:
     """Two processes write the same name at once: the video is one of the two, whole."""
     words = ["autoregressive", "base", "--checkpoint_dir", small_world, *WITHOUT_PARTS]
@@ -516,7 +516,7 @@ def test_two_runs_of_one_name_do_not_mix(
 def test_a_batch_goes_on_after_a_failure(
     failure: Exception,
     status: int,
-    base: Base,
+    base: Make,
     clip: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -535,7 +535,7 @@ def test_a_batch_goes_on_after_a_failure(
     assert files_in(out) == {"1.mp4", "2.mp4", "0.json", "1.json", "2.json"}
 
 
-def test_resume(base: Base, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume(base: Make, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("--batch_input_path", write_batch(tmp_path / "b.jsonl", clip, clip, clip), "--resume")
     out = tmp_path / "out"
     assert base(*words).exit_code == 0
@@ -556,7 +556,7 @@ def test_resume(base: Base, clip: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("changed", ["input", "transformer", "settings", "tokenizer"])
 def test_resume_knows_changed_files(
-    changed: str, base: Base, clip: Path, own_world: Path, tmp_path: Path
+    changed: str, base: Make, clip: Path, own_world: Path, tmp_path: Path
 ) -> None:
     source = Path(shutil.copy(clip, tmp_path / "in.mp4"))
     words = ("--input_image_or_video_path", source, "--resume")
@@ -590,7 +590,7 @@ def test_resume_knows_what_has_no_effect(
     first: tuple[object, ...],
     then: tuple[object, ...],
     finished: bool,
-    base: Base,
+    base: Make,
     clip: Path,
     tmp_path: Path,
 ) -> None:
@@ -606,7 +606,7 @@ def test_resume_knows_what_has_no_effect(
 
 @pytest.mark.parametrize("ending", ["json", "gif"])
 def test_resume_makes_a_damaged_video_again(
-    ending: str, base: Base, clip: Path, tmp_path: Path
+    ending: str, base: Make, clip: Path, tmp_path: Path
 ) -> None:
     words = ("--input_image_or_video_path", clip, "--video_save_name", "a.gif", "--resume")
     assert base(*words).exit_code == 0
