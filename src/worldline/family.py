@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from worldline.locate import Place
     from worldline.memory import Stage
-    from worldline.places import Place
     from worldline.report import Recorder
     from worldline.shapes import VideoShape
     from worldline.step import Step

@@ -30,11 +30,11 @@ from worldline.family import (
     requests_of,
 )
 from worldline.files import holds_diffusers, unfinished
+from worldline.locate import Place
 from worldline.memory import Fit, Memory, Plan, Stage, Weights, count_parameters, workspace
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import BlockPlan, StreamedPart
 from worldline.parallel.offload import Part as LoadedPart
-from worldline.places import Place
 from worldline.report import Recorder
 from worldline.request import LoadOptions, Name, Request, keyword
 from worldline.text.encoder import MAX_LENGTH, EncoderFiles, TextEncoder

@@ -60,6 +60,10 @@ def _path(value: str) -> str:
     return value
 
 
+def _embedding(value: Any) -> Any:
+    return _path(value) if isinstance(value, str) else value
+
+
 Text = Annotated[str, AfterValidator(_utf8)]
 Prompt = Annotated[str, AfterValidator(_not_blank)]
 Path = Annotated[str, AfterValidator(_path)]
@@ -77,7 +81,11 @@ PreviewEvery = Annotated[
     Field(ge=0, le=1000, description="Steps between previews (NAME.preview.mp4); 0 makes none."),
 ]
 # a file, or a tensor or array (S, E) or (1, S, E); not checked before the model is known
-Embedding = Annotated[Any, Field(description="File of embeddings, in place of the text encoder.")]
+Embedding = Annotated[
+    Any,
+    AfterValidator(_embedding),
+    Field(description="File of embeddings, in place of the text encoder."),
+]
 
 
 class Options(BaseModel):

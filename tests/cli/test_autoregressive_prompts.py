@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from worldline import places
+from worldline import locate
 from worldline.families.autoregressive import family
 from worldline.video.read import probe, read_video
 from worldline.weights.write import save
@@ -153,7 +153,7 @@ def test_base_with_the_decoder(
         (["CLIP", "--prompt", " "], ["--prompt", "it is empty"]),
         (["CLIP", "--prompt", "a \udcff ball"], ["--prompt", "not valid text"]),
         (["CLIP", "--prompt_embeddings", ""], ["prompt_embeddings"]),
-        (["CLIP", "--prompt_embeddings", "nowhere"], ["prompt_embeddings", "nowhere"]),
+        (["CLIP", "--prompt_embeddings", "nowhere"], ["embeddings", "nowhere"]),
         (["--prompt", "x"], ["--input_image_or_video_path", "--batch_input_path"]),
         (["--prompt", "x", "--batch_input_path", "b"], ["--prompt", "exclude each other"]),
         (["--batch_input_path", "BATCH"], ["line 1 (0.mp4)", 'no "prompt"']),
@@ -212,7 +212,7 @@ def test_video2world_given_to_base(base_with_decoder: Make, clip: Path) -> None:
 def test_bundled_worlds_use_a_bundled_decoder(
     run: Run, clip: Path, whole_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "BUNDLED", whole_world)
+    monkeypatch.setattr(locate, "BUNDLED", whole_world)
     words = ("--ar_model_dir", f"tiny-{MODEL}", "--video_save_folder", tmp_path / "out")
     for flags, decodes in (((), True), (PLAIN, False)):
         line = (*words, "--input_image_or_video_path", clip, "--decoder_seam", "corrected")
@@ -225,8 +225,8 @@ def test_bundled_worlds_use_a_bundled_decoder(
         assert f"--decoder_seam has no effect: {reason}" in result.stderr
     rows = json.loads(run("models", "--json", "--device", "cpu").stdout)
     [row] = [row for row in rows if row["name"] == f"tiny-{MODEL}"]
-    # transformer, discrete tokenizer, decoder, continuous tokenizer
-    assert [file["name"] for file in row["files"]].count("model.pt") == 2
+    # of the discrete and the continuous tokenizer
+    assert [file["name"] for file in row["files"]].count("decoder.safetensors") == 2
     assert f"tiny-{DECODER}" not in {row["name"] for row in rows}
 
 

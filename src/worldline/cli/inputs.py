@@ -101,7 +101,7 @@ class Lines:
             raise InputError(f"--{next(iter(named))} is empty; give a path")
         if self.visual and not named:
             raise InputError(f"no input; give --{' or --'.join(sources[:2])}")
-        kind = getattr(flags, "input_type", "").removeprefix("text_and_") or None
+        kind = getattr(flags, "input_type", None)
         if not named or "input_image_or_video_path" in named:
             return [self._single(flags, stated, kind)], []
         [(source, path)] = named.items()
@@ -165,11 +165,15 @@ class Lines:
         return (find_beside(read[VISUAL], file) if self.visual else None), read.get(PROMPT)
 
 
-def kind_of(path: Path | None, kind: str | None) -> Literal["image", "video"] | None:
-    """Kind of an input: as the command states, else by the file's suffix."""
-    if path is None or kind is None:
-        return None if path is None else media_kind(path)
-    return "image" if kind == "image" else "video"
+def kind_of(path: Path | None, input_type: str | None) -> Literal["image", "video"] | None:
+    """Kind of an input by its suffix; `input_type`, where the command has one, must agree."""
+    if path is None:
+        return None
+    kind: Literal["image", "video"] = media_kind(path)
+    if input_type is not None and not input_type.endswith(kind):
+        other = input_type.replace("image" if kind == "video" else "video", kind)
+        raise InputError(f"{path} is of kind {kind}; give --input_type {other}")
+    return kind
 
 
 def label_of(prompt: str) -> str:

@@ -119,10 +119,10 @@ def fields_of(described: type[Options]) -> list[str]:
 
 
 class ManyValues(click.Command):
-    """A command with an option that takes several values, as shells make them of a pattern.
+    """A command with options that take several values, as shells make them of a pattern.
 
     Attributes:
-        many: spellings of the option.
+        many: spellings of these options.
     """
 
     many: tuple[str, ...] = ()
@@ -132,9 +132,8 @@ class ManyValues(click.Command):
 
     def _repeated(self, words: Sequence[str], context: click.Context) -> list[str]:
         """The words with the option before each of its values."""
-        option = self.many[0]
         found: list[str] = []
-        waiting = taking = False
+        option, waiting = "", False
         for position, word in enumerate((*words, "--")):
             if len(word) > 1 and word.startswith("-"):
                 if waiting:
@@ -143,12 +142,10 @@ class ManyValues(click.Command):
                     return [*found, *words[position:]]
                 name, _, value = word.partition("=")
                 name = f"{name[:2]}{name[2:].replace('-', '_')}"
-                taking = name in self.many
-                waiting = taking and not value
-                if waiting:
-                    continue
-            elif taking:
-                found.append(option)
+                option, waiting = (name, True) if name in self.many and not value else ("", False)
+                if not option:
+                    found.append(word)
+            else:
+                found += [option, word] if option else [word]
                 waiting = False
-            found.append(word)
         return found

@@ -168,9 +168,9 @@ def open_model(
     Raises:
         CheckpointError: a file is absent, incomplete, damaged or of another model.
     """
-    from worldline.places import find_place
+    from worldline.locate import locate
 
-    place = find_place(model, options.checkpoint_dir)
+    place = locate(model, options.checkpoint_dir)
     from worldline.opening import open_world  # imports torch: not before the place is found
 
     opened = open_world(place, stated_options, flag)

@@ -187,12 +187,12 @@ def encode(context: click.Context, /, inputs: Sequence[str], **_: object) -> Non
     continuous tokenizer, "tokens" (t, h, w) of a discrete one. Sizes that the tokenizer cannot take
     are padded by repeating the last row, column or frame, which `decode` cuts off again.
     """
-    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_kind, probe
+    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, probe
 
     flags = parsed(context, EncodeFlags)
 
     def examine(path: Path) -> Task:
-        probe(path, kind=media_kind(path))
+        probe(path)
         return Task(path, Path(flags.output_dir) / f"{path.stem}{_SUFFIX}")
 
     tasks = _collect(inputs, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES), examine)
@@ -360,14 +360,16 @@ def _misfit(task: Task, coder: Coder) -> str:
 
 def _find(name: str, flags: Machine, *files: Path) -> Coder:
     """The tokenizer of a name below --checkpoint_dir, or in `files`."""
-    from worldline.places import find_tokenizer
+    from worldline.locate import locate
 
-    paths = files or (find_tokenizer(name, flags.checkpoint_dir),)  # before torch is imported
+    paths = files or (
+        locate(name, flags.checkpoint_dir, tokenizer=True).named,
+    )  # before torch is imported
     from worldline.opening import choose_compute
     from worldline.request import LoadOptions
     from worldline.tokenizers.cosmos.weights import open_tokenizer
 
-    compute = choose_compute(LoadOptions(device=flags.device, dtype=flags.dtype))
+    compute = choose_compute(LoadOptions.parse({"device": flags.device, "dtype": flags.dtype}))
     return Coder(name, open_tokenizer(*paths), compute.device, compute.dtype)
 
 

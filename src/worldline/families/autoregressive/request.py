@@ -54,7 +54,7 @@ class ARRequest(Request):
         kind: str | None,
         name: Name = keyword,
     ) -> Self:
-        """As of every request; of an image 1 frame is continued, whatever is stated, as released."""
+        """A request; that of an image continues 1 frame, whatever is stated, as released."""
         one = {"num_input_frames": 1} if kind == "image" else {}
         return super().make({**stated, **one}, defaults, kind, name)
 

@@ -59,7 +59,6 @@ from worldline.shapes import VideoShape
 from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
-from worldline.text.upsampler import DESCRIBING, LENGTHENING
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import (
     CosmosTokenizer,
@@ -436,6 +435,8 @@ def presets(entry: Entry) -> dict[str, Any]:
 
 def upsampler(opened: Opened) -> tuple[bool, tuple[str, ...]]:
     """Whether the released upsampler describes a picture, and the names of its folder."""
+    from worldline.text.upsampler import DESCRIBING, LENGTHENING
+
     if opened["transformer"].config.condition_mask:
         return True, DESCRIBING
     return False, LENGTHENING[::-1] if generation_of(opened) == "1.0" else LENGTHENING
