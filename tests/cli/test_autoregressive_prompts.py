@@ -122,8 +122,8 @@ def test_long_prompts_are_cut(ar_video2world: Make, clip: Path, tmp_path: Path) 
             {},
             {"prompt": {"max_length": CONTEXT_LENGTH, "num_truncated_tokens": 1}},
         ]
-        [line] = [line for line in result.stderr.splitlines() if str(CONTEXT_LENGTH + 2) in line]
-        assert line.startswith("worldline: warning: ")
+        first, _ = [line for line in result.stderr.splitlines() if ": warning: " in line]
+        assert f"{CONTEXT_LENGTH + 2} tokens" in first
 
 
 def test_base_with_the_decoder(

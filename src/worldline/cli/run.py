@@ -190,8 +190,9 @@ def check_outputs(items: Sequence[Item], flags: Any) -> None:
     """
     from worldline.video.write import check_destination
 
-    stated = (*dict(flags).values(), *(v for item in items for v in item.stated.values()))
-    read = {Path(v).resolve() for v in stated if isinstance(v, str) and os.path.isfile(v)}
+    values = [value for name, value in flags if not name.startswith(("output", "video_save"))]
+    values += [value for item in items for value in item.stated.values()]
+    read = {Path(v).resolve() for v in values if isinstance(v, str) and os.path.isfile(v)}
     read |= {item.input.resolve() for item in items if item.input is not None}
     for item in items:
         check_destination(item.output)
