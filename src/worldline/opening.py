@@ -218,13 +218,16 @@ def _folder(file: Path) -> Path:
     return file.parent.parent if file.parent.name == "transformer" else file.parent
 
 
-def open_world(place: Place, stated: Mapping[str, Any], name: Name = keyword) -> Opened:
+def open_world(
+    place: Place, stated: Mapping[str, Any], name: Name = keyword, expected: str = ""
+) -> Opened:
     """Open every part of a model and check that they belong together; headers only.
 
     Args:
         place: where it lies.
         stated: load options by name.
         name: what an error calls a load option.
+        expected: family that the model must be of; "" for any.
 
     Raises:
         CheckpointError: a file is absent, incomplete, damaged or of another model.
@@ -232,6 +235,11 @@ def open_world(place: Place, stated: Mapping[str, Any], name: Name = keyword) ->
     """
     file, source = find_transformer(place.named)
     family = find_family(source)
+    if expected not in ("", family.name):
+        raise CheckpointError(
+            f"{file}: it is a model of family {family.name}, not {expected}; "
+            "`worldline generate` runs any"
+        )
     options = family.options.parse(stated, name)
     folder = _folder(file)
     place = replace(place, named=file if place.named.is_file() else folder)

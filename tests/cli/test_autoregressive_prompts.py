@@ -29,16 +29,11 @@ from ..tiny_decoder import (
     VIDEO2WORLD,
 )
 from .conftest import Make, Run
-from .test_autoregressive import check_refused
+from .results import check_refused, report_of, write_lines
 
 PROMPT = "A ball rolls."
 AUX = f"{DECODER}/aux_vars.pt"  # embedding of the general prompt
 PLAIN = ("--disable_diffusion_decoder",)
-
-
-def report_of(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
 
 
 def files_of(report: dict[str, Any]) -> set[str]:
@@ -54,7 +49,7 @@ def test_video_and_prompt(ar_video2world: Make, clip: Path, tmp_path: Path) -> N
     assert (out / "output.txt").read_text() == PROMPT
     info = probe(out / "output.mp4", kind="video")
     assert (info.frames, info.height, info.width, info.fps) == (33, 32, 48, 25)
-    report = report_of(out / "output.json")
+    report = report_of(tmp_path)
     assert report["request"]["prompt"] == PROMPT
     assert report["decoder"] == "plain modules"
     assert report["diffusion_decoder"] == {
@@ -80,7 +75,7 @@ def test_image_and_prompt(ar_video2world: Make, image: Path, tmp_path: Path) -> 
     words = ("--input_type", "text_and_image", "--prompt", PROMPT, "--disable_diffusion_decoder")
     result = ar_video2world("--input_image_or_video_path", image, *words)
     assert result.exit_code == 0, result.stderr
-    report = report_of(tmp_path / "out" / "output.json")
+    report = report_of(tmp_path)
     assert (report["request"]["num_input_frames"], report["tokens"]) == (1, 24)
     assert "from 1 frame about 7 % of the videos fail" in result.stderr  # published, of 5B
 
@@ -94,7 +89,7 @@ def test_embeddings_in_place_of_the_text_encoder(
     words = ("--input_image_or_video_path", clip, "--prompt_embeddings", path, *PLAIN)
     result = ar_video2world(*words, checkpoint_dir=own_whole_world)
     assert result.exit_code == 0, result.stderr
-    report = report_of(tmp_path / "out" / "output.json")
+    report = report_of(tmp_path)
     assert f"{tmp_path.name}/prompt.safetensors" in files_of(report)
     assert report["request"]["prompt"] is None
     assert "text" not in [stage["name"] for stage in report["run"]["stages"]]
@@ -105,7 +100,7 @@ def test_embeddings_in_place_of_the_text_encoder(
         assert again.stderr.count(f"{flag} has no effect") == 1
     save({"prompt": torch.randn(5, CONTEXT_WIDTH + 1)}, path)
     wrong = ar_video2world(*words, checkpoint_dir=own_whole_world)
-    check_refused(wrong, str(path), f"(5, {CONTEXT_WIDTH + 1})", f"{CONTEXT_WIDTH})")
+    check_refused(wrong, f"{path} (5, {CONTEXT_WIDTH + 1}) {CONTEXT_WIDTH})", clip.parent)
 
 
 def test_long_prompts_are_cut(ar_video2world: Make, clip: Path, tmp_path: Path) -> None:
@@ -115,7 +110,7 @@ def test_long_prompts_are_cut(ar_video2world: Make, clip: Path, tmp_path: Path) 
     for _ in range(2):
         result = ar_video2world("--batch_input_path", batch, "--batch_size", 3, *PLAIN)
         assert result.exit_code == 0, result.stderr
-        reports = [report_of(tmp_path / "out" / f"{number}.json") for number in range(3)]
+        reports = [report_of(tmp_path, str(number)) for number in range(3)]
         assert [report["clips_at_once"] for report in reports] == [3, 3, 3]
         assert [report["prompt_truncation"] for report in reports] == [
             {"prompt": {"max_length": CONTEXT_LENGTH, "num_truncated_tokens": 2}},
@@ -133,7 +128,7 @@ def test_base_with_the_decoder(
     flags = ("--offload_diffusion_decoder", "--resume")
     result = base_with_decoder(*words, *flags)
     assert result.exit_code == 0, result.stderr
-    report = report_of(tmp_path / "out" / "output.json")
+    report = report_of(tmp_path)
     assert {f"{DECODER}/model.pt", AUX} <= files_of(report)
     assert report["diffusion_decoder"]["num_steps"] == 15
     for flag, why in (("--offload_diffusion_decoder", "CPU"), ("--top_p", "temperature 0")):
@@ -147,49 +142,44 @@ def test_base_with_the_decoder(
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("words", "mentioned"),
     [
-        (["CLIP"], ["no prompt", "--prompt"]),
-        (["CLIP", "--prompt", " "], ["--prompt", "it is empty"]),
-        (["CLIP", "--prompt", "a \udcff ball"], ["--prompt", "not valid text"]),
-        (["CLIP", "--prompt_embeddings", ""], ["prompt_embeddings"]),
-        (["CLIP", "--prompt_embeddings", "nowhere"], ["embeddings", "nowhere"]),
-        (["--prompt", "x"], ["--input_image_or_video_path", "--batch_input_path"]),
-        (["--prompt", "x", "--batch_input_path", "b"], ["--prompt", "exclude each other"]),
-        (["--batch_input_path", "BATCH"], ["line 1 (0.mp4)", 'no "prompt"']),
-        (["CLIP", "--prompt", "x", "--ar_model_dir", MODEL], [MODEL, "is a base model"]),
-        (["CLIP", "--prompt", "x", "--text_encoder_dir", "nowhere"], ["text_encoder_dir"]),
-        (
-            ["CLIP", "--prompt", "x", "--input_type", "text_and_image"],
-            ["--input_type text_and_video"],
-        ),
-        (["CLIP", "--prompt", "x", "--ar_model_dir", DECODER], [DECODER]),
+        (["CLIP"], "no prompt --prompt"),
+        (["CLIP", "--prompt", " "], "--prompt it is empty"),
+        (["CLIP", "--prompt", "a \udcff ball"], "--prompt not valid text"),
+        (["CLIP", "--prompt_embeddings", ""], "prompt_embeddings"),
+        (["CLIP", "--prompt_embeddings", "nowhere"], "embeddings nowhere"),
+        (["--prompt", "x"], "--input_image_or_video_path --batch_input_path"),
+        (["--prompt", "x", "--batch_input_path", "b"], "--prompt exclude each other"),
+        (["--batch_input_path", "BATCH"], 'line 1 (0.mp4) no "prompt"'),
+        (["CLIP", "--prompt", "x", "--ar_model_dir", MODEL], f"{MODEL} is a base model"),
+        (["CLIP", "--prompt", "x", "--text_encoder_dir", "nowhere"], "text_encoder_dir"),
+        (["CLIP", "--prompt", "x", "--input_type", "text_and_image"], "text_and_video"),
+        (["CLIP", "--prompt", "x", "--ar_model_dir", DECODER], f"{DECODER}"),
     ],
 )
 @pytest.mark.usefixtures("forbid_weights")
 def test_wrong_input(
-    words: list[Any], parts: list[str], ar_video2world: Make, clip: Path, tmp_path: Path
+    words: list[Any], mentioned: str, ar_video2world: Make, clip: Path, tmp_path: Path
 ) -> None:
-    batch = tmp_path / "b.jsonl"
-    batch.write_text(json.dumps({"visual_input": str(clip)}))
+    batch = write_lines(tmp_path / "b.jsonl", {"visual_input": str(clip)})
     if words[0] == "CLIP":
         words = ["--input_image_or_video_path", clip, *words[1:]]
-    check_refused(ar_video2world(*(batch if word == "BATCH" else word for word in words)), *parts)
-    assert not (tmp_path / "out").exists()
+    check_refused(ar_video2world(*(batch if word == "BATCH" else word for word in words)), mentioned, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("missing", "parts"),
+    ("missing", "mentioned"),
     [
-        (DECODER, [DECODER, OLD_DECODER, "--disable_diffusion_decoder"]),
-        (CONTINUOUS, [CONTINUOUS, "--disable_diffusion_decoder"]),
-        (TEXT_ENCODER, [TEXT_ENCODER, "text_encoder_dir"]),
-        ("begin token", [f"{VIDEO2WORLD}/model.pt", "embedding_rows is 64", "65 ids"]),
+        (DECODER, f"{DECODER} {OLD_DECODER} --disable_diffusion_decoder"),
+        (CONTINUOUS, f"{CONTINUOUS} --disable_diffusion_decoder"),
+        (TEXT_ENCODER, f"{TEXT_ENCODER} text_encoder_dir"),
+        ("begin token", f"{VIDEO2WORLD}/model.pt embedding_rows is 64 65 ids"),
     ],
 )
 @pytest.mark.usefixtures("forbid_weights")
 def test_what_a_prompted_model_lacks(
-    missing: str, parts: list[str], ar_video2world: Make, clip: Path, own_whole_world: Path
+    missing: str, mentioned: str, ar_video2world: Make, clip: Path, own_whole_world: Path
 ) -> None:
     path = own_whole_world / VIDEO2WORLD / "model.pt"
     if missing == "begin token":
@@ -200,13 +190,13 @@ def test_what_a_prompted_model_lacks(
     else:
         shutil.rmtree(own_whole_world / missing)
     words = ("--input_image_or_video_path", clip, "--prompt", PROMPT)
-    check_refused(ar_video2world(*words, checkpoint_dir=own_whole_world), *parts)
+    check_refused(ar_video2world(*words, checkpoint_dir=own_whole_world), mentioned, clip.parent)
 
 
 @pytest.mark.usefixtures("forbid_weights")
 def test_video2world_given_to_base(base_with_decoder: Make, clip: Path) -> None:
     words = ("--ar_model_dir", VIDEO2WORLD, "--input_image_or_video_path", clip)
-    check_refused(base_with_decoder(*words), f"{VIDEO2WORLD} is a Video2World model")
+    check_refused(base_with_decoder(*words), f"{VIDEO2WORLD} Video2World model", clip.parent)
 
 
 def test_bundled_worlds_use_a_bundled_decoder(
@@ -218,7 +208,7 @@ def test_bundled_worlds_use_a_bundled_decoder(
         line = (*words, "--input_image_or_video_path", clip, "--decoder_seam", "corrected")
         result = run("autoregressive", "base", *line, *flags)
         assert result.exit_code == 0, result.stderr
-        report = report_of(tmp_path / "out" / "output.json")
+        report = report_of(tmp_path)
         assert report["model"] == f"tiny-{MODEL}"
         assert (report["diffusion_decoder"] is not None) == decodes
         reason = "one window of the decoder is enough" if decodes else "no diffusion decoder runs"
@@ -245,7 +235,7 @@ def test_more_than_one_window(
         assert "denoising in 30 steps" in result.stderr
         found[seam] = read_video(tmp_path / "out" / "output.mp4").frames
         assert found[seam].shape == (89, 32, 48, 3)
-        assert report_of(tmp_path / "out" / "output.json")["diffusion_decoder"]["seam"] == seam
+        assert report_of(tmp_path)["diffusion_decoder"]["seam"] == seam
     difference = np.abs(found["corrected"].astype(int) - found["as_released"].astype(int))
     assert difference[:50].max() <= 40  # coded as videos, they differ a little before the seam
     assert difference[58:].mean() > 4 * difference[:50].mean()
@@ -260,14 +250,12 @@ def test_cosmos_1(
     words = ("--ar_model_dir", old, "--input_image_or_video_path", clip)
     result = base_with_decoder(*words, checkpoint_dir=root)
     assert result.exit_code == 0, result.stderr
-    report = report_of(tmp_path / "out" / "output.json")
+    report = report_of(tmp_path)
     assert report["diffusion_decoder"]["sampler"] == "res_2ab"
 
 
 def write_prompts(path: Path, clip: Path, *prompts: str) -> Path:
-    lines = (json.dumps({"visual_input": str(clip), "prompt": prompt}) for prompt in prompts)
-    path.write_text("\n".join(lines))
-    return path
+    return write_lines(path, *({"visual_input": str(clip), "prompt": one} for one in prompts))
 
 
 @pytest.fixture
@@ -276,8 +264,8 @@ def prompts(clip: Path, tmp_path: Path) -> Path:
     return write_prompts(tmp_path / "three.jsonl", clip, PROMPT, "Snow falls.", "Rain.")
 
 
-def clips_at_once(out: Path) -> list[int]:
-    return [report_of(out / f"{number}.json")["clips_at_once"] for number in range(3)]
+def clips_at_once(folder: Path) -> list[int]:
+    return [report_of(folder, str(number))["clips_at_once"] for number in range(3)]
 
 
 def test_batch_equals_single(
@@ -290,7 +278,7 @@ def test_batch_equals_single(
     assert "1-2/3 in step: drawing 18 tokens" in result.stderr
     assert f"3/3 {clip}: drawing 18 tokens" in result.stderr
     assert result.stdout.count("2 in step, ") == 2
-    assert clips_at_once(out) == [2, 2, 1]
+    assert clips_at_once(tmp_path) == [2, 2, 1]
     assert (out / "1.txt").read_text() == "Snow falls."
     alone = ("--input_image_or_video_path", clip, "--prompt", "Snow falls.")
     assert ar_video2world(*alone, *words).exit_code == 0
@@ -317,7 +305,7 @@ def test_a_group_that_fails_is_made_one_by_one(
     result = ar_video2world("--batch_input_path", prompts, "--batch_size", 3, *PLAIN)
     assert result.exit_code == 0, result.stderr
     assert "1-3/3 in step: OutOfMemoryError: CUDA out of memory.; made one by one" in result.stderr
-    assert clips_at_once(tmp_path / "out") == [3, 1, 1]
+    assert clips_at_once(tmp_path) == [3, 1, 1]
     assert "3 of 3 videos" in result.stdout
 
 
@@ -329,7 +317,7 @@ def test_more_in_step_than_the_kernels_take(
         result = ar_video2world("--batch_input_path", prompts, "--batch_size", size, *PLAIN)
         assert result.exit_code == 0, result.stderr
         assert ("--batch_size 3: 2 are " in result.stderr) == (size == "3")
-        assert clips_at_once(tmp_path / "out") == [2, 2, 1]
+        assert clips_at_once(tmp_path) == [2, 2, 1]
 
 
 def test_longer_than_the_window(ar_video2world: Make, clip: Path, tmp_path: Path) -> None:
@@ -338,7 +326,7 @@ def test_longer_than_the_window(ar_video2world: Make, clip: Path, tmp_path: Path
         result = ar_video2world(*words, "--num_video_frames", 49, "--rollout", way)
         assert result.exit_code == 0, result.stderr
         assert probe(tmp_path / "out" / "output.mp4", kind="video").frames == 49
-        report = report_of(tmp_path / "out" / "output.json")
+        report = report_of(tmp_path)
         assert (report["request"]["rollout"], report["tokens"]) == (way, 6 * 5)
     result = ar_video2world(*words, "--num_video_frames", 33, "--rollout", "pixels", *PLAIN)
     assert "--rollout has no effect" in result.stderr

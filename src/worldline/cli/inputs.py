@@ -121,6 +121,8 @@ class Lines:
     def _batch(
         self, path: Path, flags: Any, stated: Mapping[str, Any], kind: str | None
     ) -> tuple[list[Item], list[str]]:
+        if "video_save_name" in flags.model_fields_set:
+            logger.info("--video_save_name has no effect: videos of a batch are numbered")
         items: list[Item] = []
         problems: list[str] = []
         unread: set[str] = set()
@@ -135,7 +137,8 @@ class Lines:
                 label = str(file) if file else label_of(prompt or "")
                 said = {**stated, **({} if prompt is None else {PROMPT: prompt})}
                 output = Path(flags.video_save_folder) / f"{number}.mp4"
-                items.append(Item(label, place, said, file, kind_of(file, kind), output))
+                item = Item(label, place, said, file, kind_of(file, kind), output, sources=(path,))
+                items.append(item)
             except InputError as error:
                 problems.append(f"{place}: {error}")
         if unread:

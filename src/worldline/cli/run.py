@@ -86,17 +86,16 @@ def run(family: str, command: Command, context: click.Context, reader: Any = Non
     options = described.OPTIONS.parse(option_flags, flag)
     items, problems = reader.read(flags, request_flags)
     requests = check_each(items, problems, lambda item: first_look(item, described.REQUEST))
-    check_outputs(items, flags)
+    check_outputs(items)
     refuse_problems(problems)
 
-    model, model_options = context.params.get(command.model), {}
-    if model is None:
-        model = command.default_model
+    named = stated(context, [command.model])
+    model, model_options = named.get(command.model, command.default_model), {}
     if not model:
-        raise InputError(f"--{command.model} is empty; give the name or the path of a model")
+        raise InputError(f"--{command.model}: it is empty")
     if hasattr(reader, "model"):
-        model, model_options = reader.model(flags, model, stated(context, [command.model]))
-    opened = open_model(family, command, model, {**option_flags, **model_options}, options)
+        model, model_options = reader.model(flags, model, named)
+    opened = open_model(family, model, {**option_flags, **model_options}, options)
     requests = check_each(items, problems, lambda item: final_request(item, opened))
     refuse_problems(problems)
     tasks = [Task(item, request) for item, request in zip(items, requests, strict=True)]
@@ -125,7 +124,7 @@ def check_each(
         except InputError as error:
             for line in str(error).splitlines():
                 for field, name in item.names.items():
-                    line = re.sub(rf"\b{field} is", f"{name} is", line)
+                    line = re.sub(rf"(?<![\w-]){field} is", f"{name} is", line)
                 named = not item.place or item.place in line or line.startswith("--")
                 problems.append(line if named else f"{item.place}: {line}")
     return found
@@ -160,9 +159,7 @@ def final_request(item: Item, opened: Opened) -> Any:
     return opened.family.check(opened, request)
 
 
-def open_model(
-    family: str, command: Command, model: str, stated_options: Mapping[str, Any], options: Any
-) -> Opened:
+def open_model(family: str, model: str, stated_options: Mapping[str, Any], options: Any) -> Opened:
     """The model that a command names, of the command's family.
 
     Raises:
@@ -173,16 +170,10 @@ def open_model(
     place = locate(model, options.checkpoint_dir)
     from worldline.opening import open_world  # imports torch: not before the place is found
 
-    opened = open_world(place, stated_options, flag)
-    if opened.family.name != family:
-        raise InputError(
-            f"--{command.model} {model}: it is a model of family {opened.family.name}; use "
-            f"`worldline generate {model}`"
-        )
-    return opened
+    return open_world(place, stated_options, flag, family)
 
 
-def check_outputs(items: Sequence[Item], flags: Any) -> None:
+def check_outputs(items: Sequence[Item]) -> None:
     """Make sure that outputs can be written, and that they overwrite no input.
 
     Raises:
@@ -190,11 +181,13 @@ def check_outputs(items: Sequence[Item], flags: Any) -> None:
     """
     from worldline.video.write import check_destination
 
-    values = [value for name, value in flags if not name.startswith(("output", "video_save"))]
-    values += [value for item in items for value in item.stated.values()]
-    read = {Path(v).resolve() for v in values if isinstance(v, str) and os.path.isfile(v)}
-    read |= {item.input.resolve() for item in items if item.input is not None}
+    read: set[Path] = set()
     for item in items:
+        embeddings = (
+            item.stated.get(f"{kind}_embeddings") for kind in ("prompt", "negative_prompt")
+        )
+        paths = (item.input, *item.sources, *embeddings)
+        read |= {Path(path).resolve() for path in paths if path is not None}
         check_destination(item.output)
     for folder in dict.fromkeys(item.output.parent for item in items):
         check_folder(folder)
@@ -221,6 +214,9 @@ def log_unused(
     if release_of(opened) is None:
         guards = ("offload_guardrail_models", "guardrail_dir")
         unused |= dict.fromkeys(guards, "no guardrail runs")
+        if opened.bundled:
+            disable = opened.options.field_flag("disable_guardrail")
+            unused[disable] = f"{opened.name} has no guardrails"
     else:
         unused["preview_every"] = "no frame leaves before the guardrails have checked the video"
     if not upsamples(opened):
@@ -228,8 +224,6 @@ def log_unused(
         unused |= dict.fromkeys(flags, "no prompt upsampler runs")
     if len(tasks) == 1:
         unused["batch_size"] = "there is one input"
-    if tasks[0].item.place:
-        unused["video_save_name"] = "videos of a batch are numbered"
     if typed.get("num_input_frames", request.num_input_frames) != request.num_input_frames:
         unused["num_input_frames"] = "an image has 1 frame"
     if opened.bundled:
@@ -271,7 +265,9 @@ def make(
     def one(task: Task, label: str) -> str:
         if size > 1 and (line := groups.take(task)) is not None:
             return line
-        preview = Preview(task.item.output, task.request.fps)
+        # a frame of a preview stands for all that a latent frame holds
+        rate = task.request.fps / opened["tokenizer"].config.temporal
+        preview = Preview(task.item.output, rate)
         try:
             with memory_advice(flags):
                 job = world.prepare(
