@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from os import PathLike, fspath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from worldline.errors import InputError, did_you_mean
@@ -157,11 +156,12 @@ class Options(BaseModel):
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
+    kind = type(value)
+    if kind.__module__ == "numpy" and kind.__name__ != "ndarray" and hasattr(value, "item"):
+        return value.item()  # not by isinstance: --help must not wait for NumPy either
     if isinstance(value, PathLike):
         return fspath(value)
-    if type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
+    if kind.__module__ == "torch" and kind.__name__ in ("dtype", "device"):
         return str(value).removeprefix("torch.")
     return tuple(value) if isinstance(value, list) else value
 

@@ -165,7 +165,9 @@ def test_wrong_input(
     batch = write_lines(tmp_path / "b.jsonl", {"visual_input": str(clip)})
     if words[0] == "CLIP":
         words = ["--input_image_or_video_path", clip, *words[1:]]
-    check_refused(ar_video2world(*(batch if word == "BATCH" else word for word in words)), mentioned, tmp_path)
+    check_refused(
+        ar_video2world(*(batch if word == "BATCH" else word for word in words)), mentioned, tmp_path
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`worldline generate WORLD [INPUT]`: one short command for every family, with each world's options."""
+"""`worldline generate WORLD [INPUT]`: one command for every family, with each world's options."""
 
 from __future__ import annotations
 
@@ -117,4 +117,6 @@ def test_the_help_has_the_world_s_own_defaults(
 )
 @pytest.mark.usefixtures("forbid_weights")
 def test_wrong_words(words: list[Any], mentioned: str, generate: Make, clip: Path) -> None:
-    check_refused(generate(*(clip if word == "CLIP" else word for word in words)), mentioned, clip.parent)
+    check_refused(
+        generate(*(clip if word == "CLIP" else word for word in words)), mentioned, clip.parent
+    )

@@ -24,7 +24,7 @@ def raising(error: BaseException) -> Main:
     def fail() -> None:
         raise error
 
-    group = Main("worldline", places={"fail": "unused:unused"})
+    group = Main("worldline")
     group.get_command = lambda ctx, cmd_name: fail  # type: ignore[method-assign]
     return group
 

@@ -14,8 +14,6 @@ from pydantic import Field
 from worldline.errors import InputError
 from worldline.family import Item
 from worldline.request import Options
-from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_kind
-from worldline.video.write import ENCODINGS
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +168,8 @@ class Lines:
 
 def kind_of(path: Path | None, input_type: str | None) -> Literal["image", "video"] | None:
     """Kind of an input by its suffix; `input_type`, where the command has one, must agree."""
+    from worldline.video.read import media_kind  # imports PyAV, for which --help must not wait
+
     if path is None:
         return None
     kind: Literal["image", "video"] = media_kind(path)
@@ -191,6 +191,9 @@ def single_output(folder: str, name: str) -> Path:
     Raises:
         InputError: its format is not written.
     """
+    from worldline.video.read import IMAGE_SUFFIXES
+    from worldline.video.write import ENCODINGS
+
     suffix = Path(name).suffix.lower()
     if not Path(name).name or suffix in (*_UNWRITTEN, *IMAGE_SUFFIXES):
         raise InputError(
@@ -215,6 +218,8 @@ def _lines(file: Path) -> Iterator[tuple[int, str, str]]:
 
 def _folder(folder: Path) -> Iterator[tuple[int, str, Path]]:
     """Number, place and path of every media file, in the order of names."""
+    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
     media = [path for path in files if path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)]
     if skipped := [path.name for path in files if path not in media]:
