@@ -399,7 +399,7 @@ def test_generate(command: str, here: Path) -> None:
         assert probe(video, kind="video").frames > 1
         report = json.loads(video.with_suffix(".json").read_text())
         old = "cosmos1" in command.split()[0]
-        assert report["guardrail"] == ("cosmos1" if old else "predict1")
+        assert report["guardrail"] == ("1.0" if old else "Predict1")
         assert [check["guard"] for check in report["guardrail_checks"]][-2:] == [
             *("video_content_safety_filter", "face_blur_filter"),
         ]
@@ -437,8 +437,7 @@ def test_the_batch_of_the_guide_that_has_no_videos(here: Path) -> None:
     )
     result = run_words(words_of(command))
     assert result.exit_code == 2
-    assert 'no "visual_input"' in result.stderr
-    assert "assets/autoregressive/batch_inputs/base.jsonl" in result.stderr
+    assert 'line 1 (0.mp4): no "visual_input"' in result.stderr
 
 
 @pytest.mark.parametrize("script", sorted(PROGRAMS))

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, Field
 
 from worldline.catalog import FLOW_MODELS, find_flow_model
 from worldline.errors import InputError
-from worldline.families.predict2_5.request import FlowRequest
+from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowRequest
 from worldline.family import Item
 from worldline.files import folded
 from worldline.request import Options, Text
@@ -30,7 +30,7 @@ SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
 LONGEST_NAME = 200  # bytes; a file name may have 255, of which suffixes take some
 INPUT_FRAMES = {"text2world": 0, "image2world": 1, "video2world": 5}
 # fields of the request of a long video, which others leave out
-LONG = {"chunk_size": 77, "chunk_overlap": 1}
+LONG = {"chunk_size": RELEASED_CHUNK, "chunk_overlap": 1}
 # field of a request -> field of a sample
 NAMES = {
     "num_video_frames": "num_output_frames",
