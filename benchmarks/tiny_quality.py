@@ -29,7 +29,7 @@ from worldline.evaluate.metrics import psnr, ssim
 from worldline.pipelines.autoregressive import decoder_settings
 from worldline.pipelines.decoder import decode_tokens
 from worldline.pipelines.requests import AutoregressiveRequest
-from worldline.places import has_decoder
+from worldline.locate import has_decoder
 from worldline.report import Recorder
 from worldline.video.convert import to_uint8
 from worldline.video.write import contact_sheet

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import worldline.world
-from worldline import loading, places
+from worldline import loading, locate
 from worldline.catalog import ENTRIES
 from worldline.choices import DIFFUSION_OFFLOAD_FLAGS, NEGATIVE_PROMPT
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
@@ -402,9 +402,9 @@ def test_identity_names_what_decides(own_diffusion: Path) -> None:
 
 def test_bundled_worlds(tiny_diffusion: Path, tmp_path: Path, monkeypatch: Any) -> None:
     bundled = shutil.copytree(tiny_diffusion, tmp_path / "bundled")
-    monkeypatch.setattr(places, "BUNDLED", bundled)
+    monkeypatch.setattr(locate, "BUNDLED", bundled)
     (bundled / CONTINUOUS / "config.json").write_text("{}")
-    names = places.bundled_names()
+    names = locate.bundled_names()
     assert names == [f"tiny-{TEXT2WORLD}", f"tiny-{VIDEO2WORLD}"]
     files = loading.find_world(names[0], "nowhere")
     assert isinstance(files, DiffusionFiles)

@@ -30,11 +30,11 @@ from worldline.family import (
     requests_of,
 )
 from worldline.files import holds_diffusers, unfinished
+from worldline.locate import Place
 from worldline.memory import Fit, Memory, Plan, Stage, Weights, count_parameters, workspace
 from worldline.nn.modulation import fused
 from worldline.parallel.offload import BlockPlan, StreamedPart
 from worldline.parallel.offload import Part as LoadedPart
-from worldline.places import Place
 from worldline.report import Recorder
 from worldline.request import LoadOptions, Name, Request, keyword
 from worldline.text.encoder import MAX_LENGTH, EncoderFiles, TextEncoder
@@ -117,7 +117,7 @@ class TextPart:
 
     num_parameters: int
     max_length: int = MAX_LENGTH
-    encoder: EncoderFiles | None = None
+    encoder: EncoderFiles[Any] | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -135,7 +135,7 @@ class TextPart:
         return TextEncoder(self.encoder, compute.device, compute.text_dtype, offload=offload)
 
 
-def open_text(opened: Opened, kind: type[EncoderFiles], width: int) -> TextPart:
+def open_text(opened: Opened, kind: type[EncoderFiles[Any]], width: int) -> TextPart:
     """The text encoder of a model: as chosen, beside the transformer, or below a root.
 
     Args:

@@ -17,7 +17,7 @@ from PIL import Image
 
 import worldline.weights.write
 from tiny.clips import make_clips
-from worldline.places import BUNDLED
+from worldline.locate import BUNDLED
 from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import open_tokenizer, released_tensors
 from worldline.video.read import probe, read_image, read_video

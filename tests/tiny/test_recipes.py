@@ -23,7 +23,7 @@ from tiny.decoder import DECODER, Decoding, cut_windows, long_shape
 from tiny.denoiser import rounded_to
 from tiny.run import embed_captions
 from tiny.tokenizer import export_tokenizer
-from worldline import places
+from worldline import locate
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import ARTransformer, make_positions
 from worldline.families.autoregressive.weights import read_config
@@ -309,7 +309,7 @@ def shipped(
         (text, "google-t5/t5-11b"),
     ):
         shutil.copytree(source, root / name)
-    monkeypatch.setattr(places, "BUNDLED", root)
+    monkeypatch.setattr(locate, "BUNDLED", root)
     return root
 
 
@@ -338,17 +338,17 @@ def test_exported_worlds_decode_by_diffusion(shipped: Path, bundled: bool) -> No
 
 
 def test_a_shipped_decoder_is_no_world(shipped: Path) -> None:
-    assert places.bundled_names() == [
+    assert locate.bundled_names() == [
         "tiny-Cosmos-Predict1-4B",
         "tiny-Cosmos-Predict1-5B-Video2World",
     ]
     for part in (DECODER, "Cosmos-Tokenize1-DV8x16x16-720p", "google-t5"):
         with pytest.raises(CheckpointError, match="no bundled model tiny-"):
             worldline.load(f"tiny-{part}")
-    assert places.has_decoder("tiny-Cosmos-Predict1-4B")
+    assert locate.has_decoder("tiny-Cosmos-Predict1-4B")
     shutil.rmtree(shipped / DECODER)
-    assert not places.has_decoder("tiny-Cosmos-Predict1-4B")
-    assert places.has_decoder("Cosmos-Predict1-4B")  # a released one, which must have it
+    assert not locate.has_decoder("tiny-Cosmos-Predict1-4B")
+    assert locate.has_decoder("Cosmos-Predict1-4B")  # a released one, which must have it
     world = worldline.load("tiny-Cosmos-Predict1-4B", device="cpu")
     clip = next(physics_batches(range(1), sizes.SHAPE, "cpu"))[0].numpy()
     assert world.generate(clip[:9]).report["diffusion_decoder"] is None

@@ -27,7 +27,7 @@ from tiny.flow import TEXT_FOLDER, WORLD, Flowing
 from tiny.reconstruction import DEVIATION, KL, _reconstruction_loss, cut
 from tiny.run import Run
 from tiny.wan import compile_between_convolutions
-from worldline import places
+from worldline import locate
 from worldline.cli import demo, main
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.families.predict2_5.weights import open_flow_dit

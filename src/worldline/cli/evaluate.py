@@ -105,7 +105,7 @@ def evaluate(
 
 def _check_output(output: Path, picture: Path, listing: Listing) -> None:
     """Refuse, before any work, a report that cannot be written or would replace another file."""
-    from worldline.cli.run import check_folder
+    from worldline.cli.batch import check_folder
 
     if output.suffix.lower() != ".json":
         raise InputError(f"--output {output}: must end in .json")
@@ -116,7 +116,7 @@ def _check_output(output: Path, picture: Path, listing: Listing) -> None:
     for task in listing.tasks:
         if task.path.with_suffix(".json").resolve() == output.resolve():
             raise InputError(f"--output {output}: is the report of {task.path}")
-    check_folder(output.parent, "--output")
+    check_folder(output.parent)
 
 
 def _row(score: Score, width: int) -> str:

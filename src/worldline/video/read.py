@@ -99,7 +99,7 @@ def media_kind(path: str | Path) -> Kind:
     )
 
 
-def probe(path: str | Path, *, kind: Kind) -> MediaInfo:
+def probe(path: str | Path, *, kind: Kind | None = None) -> MediaInfo:
     """Measurements of a file, of which at least the first frame is decoded.
 
     Raises:
@@ -108,12 +108,12 @@ def probe(path: str | Path, *, kind: Kind) -> MediaInfo:
     path = Path(path)
     actual = media_kind(path)
     _check_file(path)
-    if actual != kind:
+    if kind not in (None, actual):
         article = "an" if actual == "image" else "a"
         raise InputError(
             f"{path} is {article} {actual}, but --input_type is {kind}; use --input_type {actual}"
         )
-    if kind == "image":
+    if actual == "image":
         height, width = read_image(path).frames.shape[1:3]
         return MediaInfo("image", 1, height, width, 0.0)
     with _opened(path) as (container, stream):
@@ -145,7 +145,7 @@ def check_written(path: str | Path, frames: int | None) -> None:
         InputError: absent, damaged, cut short, or of another number of frames.
     """
     path = Path(path)
-    actual = probe(path, kind=media_kind(path)).frames
+    actual = probe(path).frames
     if frames is not None and actual != frames:
         raise InputError(f"{path} has {actual} of {frames} frames")
     if path.suffix.lower() == ".gif":

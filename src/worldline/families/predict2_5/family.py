@@ -36,7 +36,6 @@ from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.families.predict2_5.request import (
     FlowOptions,
     FlowRequest,
-    Schedule,
     recognise,
 )
 from worldline.families.predict2_5.weights import open_flow_dit
@@ -86,7 +85,7 @@ class FlowNetwork(Network):
         known_timestep: timestep of input frames; None gives them that of all others.
     """
 
-    schedule: Schedule = "shifted"
+    schedule: str = "shifted"
     known_timestep: float | None = None
 
 
@@ -105,7 +104,7 @@ def open_transformer(opened: Opened) -> FlowNetwork:
     )
 
 
-def _schedule(opened: Opened, layout: str, config: FlowDiTConfig) -> tuple[Schedule, float | None]:
+def _schedule(opened: Opened, layout: str, config: FlowDiTConfig) -> tuple[str, float | None]:
     """Schedule and timestep of input frames: as chosen, stated, released, or else "shifted"."""
     assert opened.place is not None
     chosen = opened.options.schedule or opened.settings.get("schedule")
@@ -268,7 +267,7 @@ def stages(opened: Opened, request: FlowRequest, compute: Compute) -> Iterator[S
     tokenizer, config = opened["tokenizer"].config, opened["transformer"].config
     window, size = window_of(opened, request), compute.dtype.itemsize
     length = text_length(opened)
-    # features of the prompt, before and behind the layer that narrows them, with and without guidance
+    # features of both prompts, before and behind the layer that narrows them
     features = 2 * length * (config.feature_width + config.context_width) * size
     if (text := opened.get("text")) and "text" not in unused(opened, request):
         yield Stage("text", "text", text.nbytes(compute) // 20 + features)
