@@ -183,7 +183,8 @@ def check_outputs(items: Sequence[Item], flags: Any) -> None:
     from worldline.video.write import check_destination
 
     read: set[Path] = set()
-    for value in (*dict(flags).values(), *(v for item in items for v in item.stated.values())):
+    named = [value for name, value in flags if name != "output"]
+    for value in (*named, *(v for item in items for v in item.stated.values())):
         if isinstance(value, str) and value and "\0" not in value and len(value) < 4096:
             read.add(Path(value).absolute())
     read = {path.resolve() for path in read if path.is_file()}
