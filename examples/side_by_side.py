@@ -1,4 +1,4 @@
-"""Let a world of each family continue the same clip, side by side: the moving picture of README.md.
+"""Lets a world of each family continue the same clip, side by side: the moving picture of README.md.
 
 python examples/side_by_side.py side_by_side.gif
 """
