@@ -1,4 +1,4 @@
-"""Lets a world of each family continue the same clip, side by side: the moving picture of README.md.
+"""Lets a world of each family continue one clip, side by side: the moving picture of the README.
 
 python examples/side_by_side.py side_by_side.gif
 """
