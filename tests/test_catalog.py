@@ -103,7 +103,7 @@ def test_sizes_of_a_request() -> None:
 
 def test_layouts_are_those_that_are_read() -> None:
     from worldline.files import TRANSFORMER_FILES
-    from worldline.tokenizers.cosmos.load import LAYOUTS
+    from worldline.tokenizers.cosmos.weights import LAYOUTS
 
     for entry in ENTRIES:
         if entry.family.endswith("tokenizer"):
@@ -113,9 +113,9 @@ def test_layouts_are_those_that_are_read() -> None:
 
 
 def test_what_runs_has_a_preset() -> None:
-    from worldline.models.predict1_ar.model import PRESETS
-    from worldline.models.predict1_dit.model import PRESETS as DIFFUSION
-    from worldline.models.predict2_5_dit.model import PRESETS as FLOW
+    from worldline.families.autoregressive.model import PRESETS
+    from worldline.families.diffusion.model import PRESETS as DIFFUSION
+    from worldline.families.predict2_5.model import PRESETS as FLOW
 
     commands = {entry.name: entry.command for entry in ENTRIES if entry.command}
     assert commands["Cosmos-Predict1-14B-Video2World"] == "diffusion video2world"

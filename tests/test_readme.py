@@ -27,7 +27,8 @@ README = (ROOT / "README.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 PYTHON = [block for kind, block in BLOCKS if kind == "python"]
-LINES = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
+SHELL = "".join(block.replace("\\\n", "") for kind, block in BLOCKS if kind == "sh")
+LINES = SHELL.splitlines()
 BUNDLED = [line for line in LINES if " tiny-" in line]
 RELEASED = [line for line in LINES if line.startswith("worldline ") and line not in BUNDLED]
 
