@@ -16,22 +16,21 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-import worldline.world
-from worldline import loading, locate
-from worldline.catalog import ENTRIES
 from worldline.choices import DIFFUSION_OFFLOAD_FLAGS, NEGATIVE_PROMPT
-from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import AutoregressiveFiles, DiffusionFiles, DiffusionParts, DiffusionPlan
 from worldline.loading.memory import workspace
 from worldline.machine import Memory
+
+import worldline.world
+from tiny.export import cosmos_settings, draw_weights, stored_tensors
+from worldline import loading, places
+from worldline.catalog import ENTRIES
+from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.families.diffusion.model import PRESETS, RELEASED_RATIOS, DiT
 from worldline.report import Recorder
 from worldline.shapes import LatentShape, VideoShape
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
-from worldline.tokenizers.cosmos.weights import diffusers_config as vae_config
 from worldline.tokenizers.cosmos.weights import key_map
-from worldline.tokenizers.opened import stored_tensors
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
 
@@ -201,7 +200,7 @@ def test_a_text_encoder_that_is_not_whole(own_diffusion: Path) -> None:
 
 
 def test_a_text_encoder_of_another_width(own_diffusion: Path) -> None:
-    from worldline.text.t5 import export_t5, new_t5
+    from tiny.encoders import export_t5, new_t5
 
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     export_t5(new_t5(sizes), own_diffusion / TEXT_ENCODER)
@@ -225,9 +224,9 @@ def write_diffusers(own: Path, parts: DiffusionParts) -> Path:
 def write_vae(own: Path, parts: DiffusionParts) -> None:
     (own / "vae").mkdir()
     coder, statistics = parts.tokenizer.module, parts.files.statistics
-    tensors = stored_tensors(coder, key_map(coder.config, "diffusers"))
+    tensors = stored_tensors(coder, key_map(coder.config, True))
     save(tensors, own / "vae" / "diffusion_pytorch_model.safetensors")
-    (own / "vae" / "config.json").write_text(json.dumps(vae_config(coder.config, statistics)))
+    (own / "vae" / "config.json").write_text(json.dumps(cosmos_settings(coder.config, statistics)))
 
 
 def write_text_encoder(own: Path, source: Path) -> None:
@@ -499,7 +498,7 @@ def test_the_plan_without_kernels(
     sizes: dict[str, Any] = {"width": 1024, "num_heads": 8, "head_size": 128, "hidden": 4096}
     large = replace(config(condition_mask=False), **sizes, max_grid=LatentShape(2, 16, 16))
     model = DiT(large).to(dtype).requires_grad_(False)
-    model.reset_parameters()
+    draw_weights(model)
     weights = list(model.parameters())
     video = VideoShape(9, 256, 256)
     planned = [

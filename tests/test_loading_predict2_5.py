@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from tiny.encoders import export_reason1, new_reason1
 from worldline import machine
 from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER
 from worldline.choices import FLOW_OFFLOAD_FLAGS
-from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import check_frames, fit_entry, memory
 from worldline.loading.predict2_5 import (
     FlowFiles,
@@ -28,12 +28,16 @@ from worldline.loading.predict2_5 import (
     rules_of,
 )
 from worldline.machine import Memory
+
+from tiny.export import draw_weights, wan_settings
+from worldline import machine
+from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER
+from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.families.predict2_5.model import PRESETS, FlowDiT
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
-from worldline.text.reason1 import NUM_PARAMETERS, RELEASED, TINY, export_reason1, new_reason1
+from worldline.text.reason1 import NUM_PARAMETERS, RELEASED
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.weights import diffusers_config as vae_config
 from worldline.tokenizers.wan.weights import key_map
 from worldline.weights.write import save
 
@@ -139,7 +143,7 @@ def test_files_of_other_names(own_predict2_5: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("karras", [True, False])
 def test_a_folder_of_diffusers(karras: bool, own_predict2_5: Path) -> None:
     model = FlowDiT(CONFIG)
-    model.reset_parameters()
+    draw_weights(model)
     folder = own_predict2_5 / "exported"
     (folder / "transformer").mkdir(parents=True)
     save(diffusers_tensors(model), folder / "transformer/diffusion_pytorch_model.safetensors")
@@ -191,15 +195,15 @@ def test_other_parts(own_predict2_5: Path) -> None:
     assert files.tokenizer_config.channels == 8
     few: dict[str, Any] = {"latent_channels": 4, "mean": (0.0,) * 4, "std": (1.0,) * 4}
     tokenizer = WanTokenizer(replace(TOKENIZER, **few))
-    tokenizer.reset_parameters()
+    draw_weights(tokenizer)
     (own_predict2_5 / "few").mkdir()
-    said = json.dumps(vae_config(tokenizer.config))
+    said = json.dumps(wan_settings(tokenizer.config))
     (own_predict2_5 / "few" / "config.json").write_text(said)
-    tensors = stored_tensors(tokenizer, key_map(tokenizer.config, "diffusers"))
+    tensors = stored_tensors(tokenizer, key_map(tokenizer.config, True))
     save(tensors, own_predict2_5 / "few" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match=r"latents of 4 channels.*do not belong together"):
         find(POST.name, own_predict2_5, tokenizer_dir="few")
-    export_reason1(new_reason1(TINY), own_predict2_5 / "wide")
+    export_reason1(new_reason1(), own_predict2_5 / "wide")
     with pytest.raises(CheckpointError, match=r"wide has width 128, the world expects"):
         find(POST.name, own_predict2_5, text_encoder_dir="wide")
 
