@@ -43,19 +43,7 @@ _SUFFIX = ".safetensors"
 _FPS = 24.0  # where neither clip nor header states a rate
 
 
-class Machine(Options):
-    """Flags of all commands."""
-
-    checkpoint_dir: Named = Field("checkpoints", description="Folder of the model folders.")
-    device: str | None = Field(
-        None, description="cuda, cuda:1, cpu, mps.  [default: the GPU, if there is one]"
-    )
-    dtype: Literal["bfloat16", "float32"] | None = Field(
-        None, description="Precision.  [default: bfloat16 on a GPU, else float32]"
-    )
-
-
-class DecodeFlags(Machine):
+class DecodeFlags(Options):
     """Flags of `tokenize decode`."""
 
     tokenizer_dir: Named | None = Field(
@@ -77,7 +65,7 @@ class EncodeFlags(DecodeFlags):
     )
 
 
-class ReconstructFlags(Machine):
+class ReconstructFlags(Options):
     """Flags of cosmos-predict1 `tokenizer/inference/video_cli.py`."""
 
     video_pattern: Named | None = Field(
@@ -115,17 +103,7 @@ class ReconstructFlags(Machine):
 
 
 class Header(BaseModel):
-    """Metadata beside latents or tokens.
-
-    Attributes:
-        tokenizer: name of the one that made them.
-        media: what they were made from.
-        frames: of the clip before it was padded.
-        height: pixels, likewise before padding.
-        width: pixels.
-        fps: frames per second.
-        source: path of the clip.
-    """
+    """Metadata beside latents or tokens; sizes are of the clip before padding, 0 if unknown."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -135,11 +113,10 @@ class Header(BaseModel):
     height: int = Field(0, ge=0)
     width: int = Field(0, ge=0)
     fps: float = Field(_FPS, ge=0.01, le=1e4)
-    source: str = ""
+    source: str = ""  # path of the clip
 
     @property
     def shape(self) -> VideoShape | None:
-        """Size of the clip; None where it is not stated."""
         known = self.frames and self.height and self.width
         return VideoShape(self.frames, self.height, self.width) if known else None
 
@@ -180,7 +157,12 @@ class Coder:
         return json.dumps([stamp(task.path), tokenizer, str(self.compute.dtype)])
 
 
+# runs a task; its line of the report
 Code = Callable[["CosmosTokenizer", Coder, Task], str]
+# flags of every command
+_MACHINE = options(
+    LoadOptions, hidden=LoadOptions.model_fields.keys() - {"checkpoint_dir", "device", "dtype"}
+)
 
 
 @click.group()
@@ -195,6 +177,7 @@ def tokenize() -> None:
 @tokenize.command()
 @click.argument("inputs", nargs=-1, required=True)
 @options(EncodeFlags)
+@_MACHINE
 @click.pass_context
 def encode(context: click.Context, /, inputs: Sequence[str], **_: object) -> None:
     """Encode INPUTS, clips and images or folders of them, to .safetensors files.
@@ -218,12 +201,13 @@ def encode(context: click.Context, /, inputs: Sequence[str], **_: object) -> Non
         return Task(path, Path(flags.output_dir) / f"{path.stem}{_SUFFIX}", header)
 
     tasks = collect(inputs, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES), examine)
-    run(tasks, open_coder(flags.tokenizer_dir, flags), encode_task, resume=flags.resume)
+    run(tasks, open_coder(flags.tokenizer_dir, context), encode_task, resume=flags.resume)
 
 
 @tokenize.command()
 @click.argument("inputs", nargs=-1, required=True)
 @options(DecodeFlags)
+@_MACHINE
 @click.pass_context
 def decode(context: click.Context, /, inputs: Sequence[str], **_: object) -> None:
     """Decode INPUTS, files that `encode` wrote or folders of them, to videos and images.
@@ -241,7 +225,7 @@ def decode(context: click.Context, /, inputs: Sequence[str], **_: object) -> Non
             f"the inputs name {len(names)} tokenizers ({', '.join(sorted(names))}); give "
             "--tokenizer_dir, or decode them apart"
         )
-    coder = open_coder(flags.tokenizer_dir or names.pop(), flags)
+    coder = open_coder(flags.tokenizer_dir or names.pop(), context)
     problems = []
     for task in tasks:
         assert task.stored is not None
@@ -256,6 +240,7 @@ def decode(context: click.Context, /, inputs: Sequence[str], **_: object) -> Non
 
 @tokenize.command()
 @options(ReconstructFlags)
+@_MACHINE
 @click.pass_context
 def reconstruct(context: click.Context, /, **_: object) -> None:
     """Encode and decode clips, and report the fidelity in dB."""
@@ -287,7 +272,7 @@ def reconstruct(context: click.Context, /, **_: object) -> None:
         )
     if flags.mode:
         logger.info("--mode has no effect: files of both kinds are read, and none is executed")
-    coder = open_coder(whole or Path(halves[0]).parent.name, flags, *map(Path, halves))
+    coder = open_coder(whole or Path(halves[0]).parent.name, context, *map(Path, halves))
     run(tasks, coder, partial(reconstruct_task, flags=flags))
 
 
@@ -307,8 +292,8 @@ def collect(
         if paths[0].is_dir():
             files = [p for p in sorted(paths[0].iterdir()) if p.is_file() and p.name[0] != "."]
             paths = [path for path in files if path.suffix.lower() in suffixes]
-            if skipped := [path.name for path in files if path not in paths]:
-                logger.info("%s: skipped: %s", name, ", ".join(skipped))
+            if len(paths) < len(files):
+                logger.info("%s: %d other files are skipped", name, len(files) - len(paths))
             if not paths:
                 problems.append(f"{name}: it holds no file with {', '.join(suffixes)}")
         for path in paths:
@@ -353,17 +338,17 @@ def examine_stored(path: Path, folder: Path) -> Task:
     return Task(path, folder / f"{path.stem}{suffix}", header, kind, source.tensors[kind])
 
 
-def open_coder(name: str, flags: Machine, *files: Path) -> Coder:
+def open_coder(name: str, context: click.Context, *files: Path) -> Coder:
     """The tokenizer of a name below --checkpoint_dir, or in `files`."""
     from worldline.locate import locate
 
-    # before torch is imported
-    paths = files or (locate(name, flags.checkpoint_dir, tokenizer=True).named,)
-    from worldline.opening import choose_compute
+    flags = parsed(context, LoadOptions)
+    place = None if files else locate(name, flags.checkpoint_dir, tokenizer=True)
+    from worldline.opening import choose_compute  # imports torch: not before the place is found
     from worldline.tokenizers.cosmos.weights import open_tokenizer
 
-    compute = choose_compute(LoadOptions.parse({"device": flags.device, "dtype": flags.dtype}))
-    return Coder(name, open_tokenizer(*paths), compute)
+    opened = open_tokenizer(*(files if place is None else (place.named,)))
+    return Coder(name, opened, choose_compute(flags))
 
 
 def is_finished(task: Task, coder: Coder) -> bool:
@@ -387,13 +372,7 @@ def is_finished(task: Task, coder: Coder) -> bool:
 
 
 def run(tasks: Sequence[Task], coder: Coder, code: Code, *, resume: bool = False) -> None:
-    """Load the tokenizer, run the tasks one after another, and report.
-
-    Args:
-        tasks: all tasks; with `resume`, finished ones are left out.
-        coder: the tokenizer.
-        code: runs a task, and returns its line of the report.
-        resume: keep finished results.
+    """Load the tokenizer, run the tasks that are not finished, and report.
 
     Raises:
         Error: a task failed; the others of several were done.
