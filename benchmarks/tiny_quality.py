@@ -21,15 +21,16 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-import worldline
-from tiny.clips import make_clips
-from worldline.evaluate.failures import Failure, failure_rate, find_failures
-from worldline.evaluate.metrics import psnr, ssim
 from worldline.pipelines.autoregressive import decoder_settings
 from worldline.pipelines.decoder import decode_tokens
 from worldline.pipelines.requests import AutoregressiveRequest
-from worldline.locate import has_decoder
+
+import worldline
+from tiny.clips import make_clips
+from worldline.catalog import DECODERS
+from worldline.evaluate.failures import Failure, failure_rate, find_failures
+from worldline.evaluate.metrics import psnr, ssim
+from worldline.locate import BUNDLED
 from worldline.report import Recorder
 from worldline.video.convert import to_uint8
 from worldline.video.sheet import contact_sheet
@@ -199,7 +200,7 @@ def main(
 ) -> None:
     """Measure, print, and write a JSON file."""
     worlds: dict[str, AutoregressiveWorld] = {}
-    for way in ways or (WAYS if has_decoder(model) else ["discrete"]):
+    for way in ways or (WAYS if (BUNDLED / DECODERS["Predict1"]).is_dir() else ["discrete"]):
         world = worldline.load(
             model,
             checkpoint_dir,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from worldline.tokenizers.opened import stored_tensors
 
 import worldline
 from worldline import locate
@@ -19,7 +20,6 @@ from worldline.errors import CheckpointError, InputError
 from worldline.families.diffusion.request import DiffusionOptions
 from worldline.opening import choose_compute, choose_device
 from worldline.request import LoadOptions
-from worldline.tokenizers.opened import stored_tensors
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.tokenizers.wan.weights import diffusers_config as wan_config
 from worldline.tokenizers.wan.weights import key_map

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from worldline.machine import Memory
+from worldline.world.autoregressive import AutoregressiveWorld
+from worldline.world.safety import Safety
 
 import worldline
 from worldline import machine
-from worldline.machine import Memory
 from worldline.video.read import read_image, read_video
 from worldline.world import read_clip
-from worldline.world.autoregressive import AutoregressiveWorld
-from worldline.world.safety import Safety
 
 from .conftest import MODEL, moving
 

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from worldline.loading import find_autoregressive, find_diffusion, find_predict2_5
+from worldline.machine import Memory
 
 import worldline
 from worldline import machine
 from worldline.errors import InsufficientMemoryError
-from worldline.loading import find_autoregressive, find_diffusion, find_predict2_5
-from worldline.locate import bundled_names
-from worldline.machine import Memory
 from worldline.locate import bundled_names
 from worldline.video.read import read_image, read_video
 from worldline.weights.write import save
