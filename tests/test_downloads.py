@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 import worldline.downloads
-from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, find
+from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, Entry, find
 from worldline.downloads import (
     TRIES,
     RemoteFile,
-    check_access,
     choose,
     fetch,
     fetch_all,
+    find_files,
     list_files,
     matching,
     select,
@@ -238,6 +238,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
         yield made
 
 
+def entry_of(repository: str = REPOSITORY) -> Entry:
+    names = dict.fromkeys(("name", "family", "destination"), "x")
+    return Entry(**names, repository=repository, folders=(), files=(), layouts=())
+
+
 def remote(name: str) -> RemoteFile:
     return next(file for file in list_files(REPOSITORY) if file.name == name)
 
@@ -335,33 +340,26 @@ def test_damage_of_an_earlier_run_is_found(hub: FakeHub, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
-        (401, "GatedRepo", r"gated: accept.*https://huggingface.co/someone/something.*hf auth log"),
-        (401, "RepoNotFound", r"not there, or is not public.*hf auth login"),
-        (403, "GatedRepo", r"gated: accept.*https://huggingface.co/someone/something.*hf auth log"),
-        (404, "EntryNotFound", r"has no someone/something"),
+        (401, "GatedRepo", r"gated; accept.*https://huggingface.co/someone/something.*hf auth log"),
+        (401, "RepoNotFound", r"not there, or not public.*hf auth login"),
+        (403, "GatedRepo", r"gated; accept.*https://huggingface.co/someone/something.*hf auth log"),
+        (404, "EntryNotFound", r"someone/something: .*has no"),
     ],
 )
 def test_refusals_are_explained(status: int, code: str, message: str, hub: FakeHub) -> None:
     hub.refused[REPOSITORY] = (status, code)
     with pytest.raises(DownloadError, match=message):
-        check_access(remote("model.pt"))
-
-
-def test_a_licence_that_the_account_lacks(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_x")
-    hub.refused[REPOSITORY] = (403, "GatedRepo")
-    with pytest.raises(DownloadError, match=r"accept its licence on .* with the account of your"):
-        check_access(remote("model.pt"))
+        find_files(entry_of())
 
 
 def test_no_repository_and_no_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DownloadError, match="has no no/body"):
-        list_files("no/body")
+    with pytest.raises(DownloadError, match=r"no/body: .* has no"):
+        find_files(entry_of("no/body"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
         DownloadError, match=rf"{REPOSITORY}: .*127.0.0.1:9 cannot be reached.*HF_ENDPOINT"
     ):
-        list_files(REPOSITORY)
+        find_files(entry_of())
 
 
 def test_a_name_that_leads_out_of_the_folder(hub: FakeHub) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, get_hf_file_metadata, get_session, get_token, hf_hub_url
+from huggingface_hub import HfApi, get_hf_file_metadata, get_session, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
@@ -194,22 +194,26 @@ def _endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or _PAGES).rstrip("/")
 
 
-def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]:
-    """Files of a repository, by one request.
-
-    Args:
-        repository: "owner/name".
-        revision: a branch or a commit; None is the newest.
+def find_files(entry: Entry) -> list[RemoteFile]:
+    """Files to download for an entry.
 
     Raises:
-        DownloadError: there is no such repository, it wants a login or a licence, or the hub cannot
-            be reached.
+        DownloadError: there is no such repository, it wants a login or a licence, it lacks what is
+            needed, or the hub cannot be reached.
     """
-    api, files = HfApi(endpoint=_endpoint()), []
     try:
-        info = api.model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+        files = choose(entry, list_files(entry.repository, entry.revision))
+        # a gated repository shows its list to everybody, but no file
+        get_hf_file_metadata(files[0].url, timeout=_TIMEOUT, endpoint=_endpoint())
     except (_HTTPError, OfflineModeIsEnabled) as error:
-        raise _refusal(repository, error) from error
+        raise _refusal(entry.repository, error) from error
+    return files
+
+
+def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]:
+    """Files of a repository, by one request."""
+    api, files = HfApi(endpoint=_endpoint()), []
+    info = api.model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT)
     for entry in info.siblings or ():
         name, digest = PurePosixPath(entry.rfilename), entry.blob_id
         if name.is_absolute() or ".." in name.parts:
@@ -225,11 +229,7 @@ def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]
 
 
 def choose(entry: Entry, files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    """Files to download for an entry, among all that its repository holds.
-
-    Raises:
-        DownloadError: it does not hold what is needed.
-    """
+    """Files to download for an entry, among all that its repository holds."""
     never = matching(files, entry.fetch_never)
     files = [file for file in files if file not in never]
     for patterns in entry.fetch:
@@ -251,43 +251,25 @@ def matching(files: Sequence[RemoteFile], patterns: Sequence[str]) -> list[Remot
     ]
 
 
-def check_access(file: RemoteFile) -> None:
-    """Ask for the head of a file: a gated repository shows its list to everybody.
-
-    Raises:
-        DownloadError: it wants a login or a licence; the page to accept is named.
-    """
-    try:
-        get_hf_file_metadata(file.url, timeout=_TIMEOUT, endpoint=_endpoint())
-    except (_HTTPError, OfflineModeIsEnabled) as error:
-        raise _refusal(file.repository, error) from error
-
-
 def _refusal(repository: str, error: Exception) -> DownloadError:
     """What the answer of the hub means, and the remedy."""
-    page, status = f"{_PAGES}/{repository}", 0
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-    gated = isinstance(error, GatedRepoError)
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     if isinstance(error, OfflineModeIsEnabled):
-        message = f"HF_HUB_OFFLINE is set, so {repository} cannot be fetched"
-    elif status == 401 or (gated and get_token() is None):
-        why = "is gated: accept its licence on" if gated else "is not there, or is not public:"
-        message = f"{repository} {why} {page}, then log in with `hf auth login` (or HF_TOKEN)"
-    elif status == 403 or gated:
+        message = "HF_HUB_OFFLINE is set; unset it"
+    elif status == 403 or isinstance(error, GatedRepoError):
         message = (
-            f"{repository} is gated: accept its licence on {page} with the account of your token; "
-            "a fine-grained token needs read access to gated repositories"
+            f"it is gated; accept its licence on {_PAGES}/{repository} with the account that `hf "
+            "auth login` or HF_TOKEN names; a fine-grained token needs access to gated repositories"
         )
+    elif status == 401:
+        message = "it is not there, or not public; log in with `hf auth login` or HF_TOKEN"
     elif status == 404:
-        message = f"{_endpoint()} has no {repository}, or not this file"
+        message = f"{_endpoint()} has no such repository or file"
     elif status:
-        message = f"{_endpoint()} fails with status {status} for {repository}"
+        message = f"{_endpoint()} fails with status {status}"
     else:
-        message = (
-            f"{repository}: {_endpoint()} cannot be reached: {error}; HF_ENDPOINT names a mirror"
-        )
-    return DownloadError(message)
+        message = f"{_endpoint()} cannot be reached: {error}; HF_ENDPOINT names a mirror"
+    return DownloadError(f"{repository}: {message}")
 
 
 def fetch_all(files: Mapping[Path, RemoteFile], report: Callable[[int], object]) -> Iterator[Path]:

@@ -136,8 +136,8 @@ def test_what_is_refused_is_named_at_once(run: Run, hub: FakeHub, tmp_path: Path
     for part in (
         "nothing was fetched",
         "accept its licence on https://huggingface.co/nvidia/Cosmos-Guardrail1",
-        "hf auth login",
-        "has no nvidia/Cosmos-Tokenize1-DV8x16x16-720p",
+        "HF_TOKEN",
+        "nvidia/Cosmos-Tokenize1-DV8x16x16-720p: ",
     ):
         assert part in result.stderr
     assert not [*tmp_path.iterdir()]

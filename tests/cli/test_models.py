@@ -95,7 +95,7 @@ def test_autoregressive_worlds_with_their_parts(
     row = rows["Cosmos-Predict1-5B-Video2World"]
     assert row["command"] == "autoregressive video2world"
     decoder = rows["Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p"]
-    assert decoder["command"] is None
+    assert decoder["command"] == ""
     assert decoder["runs_here"] == "as a part"
     # float32: the model itself, its decoder, T5-11B
     assert row["memory"] > 4 * (row["parameters"] + decoder["parameters"] + 4_000_000_000)

@@ -94,7 +94,7 @@ def download(context: click.Context, /, **_: object) -> None:
     an interrupted download resumes, and each file is verified by its published hash before it
     takes its name. HF_ENDPOINT names a mirror, HF_TOKEN a login.
     """
-    from worldline.downloads import check_access, choose, list_files, select, sources
+    from worldline.downloads import find_files, select, sources
 
     flags = parsed(context, DownloadFlags)
     generation, folder = flags.cosmos_version, Path(flags.checkpoint_dir)
@@ -105,8 +105,7 @@ def download(context: click.Context, /, **_: object) -> None:
     problems: list[str] = []
     for source in sources(names, generation, without):
         try:
-            files = choose(source, list_files(source.repository, source.revision))
-            check_access(files[0])
+            files = find_files(source)
         except DownloadError as error:
             problems.append(str(error))
             continue

@@ -107,24 +107,14 @@ def released_rows(
     for entry in ENTRIES:
         state, folder = entry.presence(checkpoint_dir)
         fit = fit_released(entry, compute, memory)
-        verdict = "as a part" if entry.name in parts else "not in this version"
+        use = "as a part" if entry.name in parts else "not in this version"
+        found = entry.folders[0] if folder is None else str(folder.relative_to(checkpoint_dir))
+        fields = {"name", "family", "folders", "files", "parameters", "licence", "needs", "command"}
         yield {
-            "name": entry.name,
-            "family": entry.family,
-            "folder": (
-                folder.relative_to(checkpoint_dir).as_posix() if folder else entry.folders[0]
-            ),
-            "folders": entry.folders,
+            **entry.model_dump(include=fields),
+            "folder": found,
             "state": state,
-            "files": [
-                {"name": file.name, "nbytes": file.nbytes or None, "md5": file.md5 or None}
-                for file in entry.files
-            ],
-            "nbytes": entry.nbytes or None,
-            "parameters": entry.parameters or None,
+            "nbytes": entry.nbytes,
             "memory": fit.need if fit else None,
-            "licence": entry.licence,
-            "needs": entry.needs,
-            "command": entry.command or None,
-            "runs_here": str(fit) if fit else "yes" if entry.command else verdict,
+            "runs_here": str(fit) if fit else "yes" if entry.command else use,
         }
