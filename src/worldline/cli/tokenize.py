@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from glob import glob
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -408,7 +409,8 @@ def encode_task(model: CosmosTokenizer, task: Task, made_from: str) -> str:
 
     stored, size = encode_clip(model, stream_media(task.path, model.chunk * model.config.temporal))
     kind = TOKENS if model.config.levels else LATENTS
-    header = {**task.header.model_dump(), **vars(size), "made_from": made_from}
+    made = {"made_from": made_from, "worldline": version("worldline")}
+    header = {**task.header.model_dump(), **vars(size), **made}
     save({kind: stored}, task.output, header)
     return f"{in_words(size)} in {kind} {' x '.join(map(str, stored.shape))}"
 
