@@ -16,22 +16,21 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-import worldline.world
-from worldline import loading, places
-from worldline.catalog import ENTRIES
 from worldline.choices import DIFFUSION_OFFLOAD_FLAGS, NEGATIVE_PROMPT
-from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import AutoregressiveFiles, DiffusionFiles, DiffusionParts, DiffusionPlan
 from worldline.loading.memory import workspace
 from worldline.machine import Memory
+
+import worldline.world
+from tiny.export import cosmos_settings, draw_weights, stored_tensors
+from worldline import loading, places
+from worldline.catalog import ENTRIES
+from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.families.diffusion.model import PRESETS, RELEASED_RATIOS, DiT
 from worldline.report import Recorder
 from worldline.shapes import LatentShape, VideoShape
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
-from worldline.tokenizers.cosmos.weights import diffusers_config as vae_config
 from worldline.tokenizers.cosmos.weights import key_map
-from worldline.tokenizers.opened import stored_tensors
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
 
@@ -225,9 +224,9 @@ def write_diffusers(own: Path, parts: DiffusionParts) -> Path:
 def write_vae(own: Path, parts: DiffusionParts) -> None:
     (own / "vae").mkdir()
     coder, statistics = parts.tokenizer.module, parts.files.statistics
-    tensors = stored_tensors(coder, key_map(coder.config, "diffusers"))
+    tensors = stored_tensors(coder, key_map(coder.config, True))
     save(tensors, own / "vae" / "diffusion_pytorch_model.safetensors")
-    (own / "vae" / "config.json").write_text(json.dumps(vae_config(coder.config, statistics)))
+    (own / "vae" / "config.json").write_text(json.dumps(cosmos_settings(coder.config, statistics)))
 
 
 def write_text_encoder(own: Path, source: Path) -> None:
@@ -402,9 +401,9 @@ def test_identity_names_what_decides(own_diffusion: Path) -> None:
 
 def test_bundled_worlds(tiny_diffusion: Path, tmp_path: Path, monkeypatch: Any) -> None:
     bundled = shutil.copytree(tiny_diffusion, tmp_path / "bundled")
-    monkeypatch.setattr(places, "BUNDLED", bundled)
+    monkeypatch.setattr(locate, "BUNDLED", bundled)
     (bundled / CONTINUOUS / "config.json").write_text("{}")
-    names = places.bundled_names()
+    names = locate.bundled_names()
     assert names == [f"tiny-{TEXT2WORLD}", f"tiny-{VIDEO2WORLD}"]
     files = loading.find_world(names[0], "nowhere")
     assert isinstance(files, DiffusionFiles)
@@ -499,7 +498,7 @@ def test_the_plan_without_kernels(
     sizes: dict[str, Any] = {"width": 1024, "num_heads": 8, "head_size": 128, "hidden": 4096}
     large = replace(config(condition_mask=False), **sizes, max_grid=LatentShape(2, 16, 16))
     model = DiT(large).to(dtype).requires_grad_(False)
-    model.reset_parameters()
+    draw_weights(model)
     weights = list(model.parameters())
     video = VideoShape(9, 256, 256)
     planned = [

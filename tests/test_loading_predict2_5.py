@@ -17,7 +17,6 @@ from tiny.encoders import export_reason1, new_reason1
 from worldline import machine
 from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER
 from worldline.choices import FLOW_OFFLOAD_FLAGS
-from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import check_frames, fit_entry, memory
 from worldline.loading.predict2_5 import (
     FlowFiles,
@@ -29,12 +28,16 @@ from worldline.loading.predict2_5 import (
     rules_of,
 )
 from worldline.machine import Memory
+
+from tiny.export import draw_weights, wan_settings
+from worldline import machine
+from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER
+from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.families.predict2_5.model import PRESETS, FlowDiT
 from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.text.reason1 import NUM_PARAMETERS, RELEASED
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.weights import diffusers_config as vae_config
 from worldline.tokenizers.wan.weights import key_map
 from worldline.weights.write import save
 
@@ -140,7 +143,7 @@ def test_files_of_other_names(own_predict2_5: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("karras", [True, False])
 def test_a_folder_of_diffusers(karras: bool, own_predict2_5: Path) -> None:
     model = FlowDiT(CONFIG)
-    model.reset_parameters()
+    draw_weights(model)
     folder = own_predict2_5 / "exported"
     (folder / "transformer").mkdir(parents=True)
     save(diffusers_tensors(model), folder / "transformer/diffusion_pytorch_model.safetensors")
@@ -173,7 +176,7 @@ def test_what_is_absent(own_predict2_5: Path) -> None:
         ("Cosmos-Predict2.5-14", "Cosmos-Predict2.5-14B"),
         ("photograph", ""),
     ):
-        with pytest.raises(CheckpointError, match="released names are 2B/post-tr") as told:
+        with pytest.raises(CheckpointError, match=f"there are: tiny|{wrong}; .*holds") as told:
             find(wrong, own_predict2_5)
         assert str(told.value).count("did you mean ") == bool(meant)
         assert f"did you mean {meant}?" in str(told.value) or not meant
@@ -192,11 +195,11 @@ def test_other_parts(own_predict2_5: Path) -> None:
     assert files.tokenizer_config.channels == 8
     few: dict[str, Any] = {"latent_channels": 4, "mean": (0.0,) * 4, "std": (1.0,) * 4}
     tokenizer = WanTokenizer(replace(TOKENIZER, **few))
-    tokenizer.reset_parameters()
+    draw_weights(tokenizer)
     (own_predict2_5 / "few").mkdir()
-    said = json.dumps(vae_config(tokenizer.config))
+    said = json.dumps(wan_settings(tokenizer.config))
     (own_predict2_5 / "few" / "config.json").write_text(said)
-    tensors = stored_tensors(tokenizer, key_map(tokenizer.config, "diffusers"))
+    tensors = stored_tensors(tokenizer, key_map(tokenizer.config, True))
     save(tensors, own_predict2_5 / "few" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match=r"latents of 4 channels.*do not belong together"):
         find(POST.name, own_predict2_5, tokenizer_dir="few")

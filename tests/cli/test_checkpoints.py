@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tiny.encoders import REASON1
-from worldline import places
+from worldline import locate
 from worldline.families.diffusion.model import DiT
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.text import reason1, t5
@@ -182,7 +182,7 @@ def encoder_shapes(
 @pytest.mark.parametrize("count", [1, 4])
 def test_the_released_t5(count: int, run: Run, tmp_path: Path) -> None:
     folder = Path(
-        shutil.copytree(places.BUNDLED / t5.T5Files.released, tmp_path / t5.T5Files.released)
+        shutil.copytree(locate.BUNDLED / t5.T5Files.released, tmp_path / t5.T5Files.released)
     )
     sizes = {"d_model": 1024, "d_kv": 128, "d_ff": 65_536, "num_layers": 24, "num_heads": 128}
     config = {"model_type": "t5", "vocab_size": 32_128, **sizes}
@@ -209,7 +209,7 @@ def test_the_released_t5(count: int, run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_released_reason1(nested: bool, run: Run, tmp_path: Path) -> None:
     """As it was released, and as transformers saves it since."""
-    folder = Path(shutil.copytree(places.BUNDLED / reason1.RELEASED, tmp_path / reason1.RELEASED))
+    folder = Path(shutil.copytree(locate.BUNDLED / reason1.RELEASED, tmp_path / reason1.RELEASED))
     (folder / "model.safetensors").unlink()
     sizes = (152_064, 3584, 18_944, 28, 28, 4)
     config: dict[str, object] = dict(zip(REASON1, sizes, strict=True))
@@ -237,12 +237,12 @@ def test_the_released_reason1(nested: bool, run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoder", [t5.T5Files.released, reason1.RELEASED])
 def test_bundled_text_encoders(encoder: str, run: Run, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(places.BUNDLED / encoder, tmp_path / "encoder"))
+    folder = Path(shutil.copytree(locate.BUNDLED / encoder, tmp_path / "encoder"))
     for path in (folder, folder / "model.safetensors"):
         result = run("checkpoints", "inspect", path)
         assert result.exit_code == 0, result.stderr
         assert result.stdout.endswith("verdict     complete: every tensor fits\n")
-    assert str(places.BUNDLED / encoder) in run("checkpoints", "inspect", places.BUNDLED).stdout
+    assert str(locate.BUNDLED / encoder) in run("checkpoints", "inspect", locate.BUNDLED).stdout
     tensors = read_all(folder / "model.safetensors")
     lacking = next(name for name in tensors if name.endswith("norm.weight"))
     save({name: t for name, t in tensors.items() if name != lacking}, folder / "model.safetensors")
@@ -257,7 +257,7 @@ def test_bundled_text_encoders(encoder: str, run: Run, tmp_path: Path) -> None:
 def test_other_language_models_are_none_of_ours(
     encoder: str, kind: str | None, run: Run, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(places.BUNDLED / encoder, tmp_path / "other"))
+    folder = Path(shutil.copytree(locate.BUNDLED / encoder, tmp_path / "other"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
     for path in (folder, folder / "model.safetensors"):

@@ -103,7 +103,7 @@ def evaluate(
 
 def _check_output(output: Path, picture: Path, tasks: Sequence[Task]) -> None:
     """Refuse, before any work, a report that cannot be written or would replace another file."""
-    from worldline.cli.run import check_folder
+    from worldline.cli.batch import check_folder
 
     if output.suffix.lower() != ".json":
         raise InputError(f"--output {output}: must end in .json")

@@ -224,7 +224,7 @@ def _deterministic() -> dict[str, str]:
     """Options of x264 by which equal frames give equal bytes.
 
     With AVX-512 its macroblock tree reads memory that was never written, so it is capped at AVX2;
-    `docs/LOG.md` has the trials. Of the systems that we run on only Linux has AVX-512.
+    `docs/LOG.md` has the trials. Only Linux runs on processors with AVX-512 here.
     """
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         if "avx512" in file.read(8192):  # flags of the first processor

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +45,12 @@ from worldline.families.diffusion.request import (
     Generation,
     recognise,
 )
-from worldline.families.diffusion.weights import is_decoder, open_dit, read_settings
+from worldline.families.diffusion.weights import is_decoder, open_network, read_settings
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.guards import rewrites
 from worldline.memory import Stage, coding_bytes, denoise_bytes
 from worldline.nn.pieces import decode_stream
-from worldline.opening import Network, TextPart, open_text
+from worldline.opening import TextPart, open_text
 from worldline.report import Recorder
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, Conditioning, make_sigmas, sample
 from worldline.sampling.schedules import standard_noise
@@ -59,17 +58,17 @@ from worldline.shapes import VideoShape
 from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
-from worldline.text.upsampler import DESCRIBING, LENGTHENING
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import (
     CosmosTokenizer,
     CosmosTokenizerConfig,
     LatentStatistics,
 )
+from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
-from worldline.tokenizers.opened import DIFFUSERS_FILES
 from worldline.video.convert import stretched_frames
 from worldline.video.read import Clip
+from worldline.weights.networks import DIFFUSERS_FILES, Network
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ def generate(
         lambda coder: encode_frames(coder, statistics, clip, request),
     )
 
-    count = len(make_sigmas(request.sampler, request.num_steps)) - 1
+    count = len(make_sigmas(str(request.sampler), request.num_steps)) - 1
     with stage(recorder, "denoise"), parts.transformer.on_device() as model:
         shape = (1, config.latent_channels, grid.frames, grid.height, grid.width)
         noise = standard_noise(request.seed, shape).to(parts.device)
@@ -122,12 +121,12 @@ def generate(
             same = noise[:, :, : known.shape[2]]
             conditioning = Conditioning(known, same, request.augment_sigma)
         mask = condition_mask(noise, known) if config.condition_mask else None
-        rotary = getattr(torch, request.rotary_precision)
+        rotary = getattr(torch, str(request.rotary_precision))
         positions = model.make_positions(grid, request.fps, rotary_dtype=rotary)
         steps = sample(
             conditioned(model, prompt, negative, positions, mask),
             noise,
-            sampler=request.sampler,
+            sampler=str(request.sampler),
             num_steps=request.num_steps,
             guidance=0.0 if negative is None else request.guidance,
             conditioning=conditioning,
@@ -200,23 +199,14 @@ def restored(statistics: LatentStatistics, latents: Tensor) -> Tensor:
     return statistics.denormalise(latents / SIGMA_DATA)
 
 
-@dataclass(frozen=True)
-class LatentTokenizer(Network):
-    """The continuous tokenizer with the statistics of its latents."""
-
-    statistics: LatentStatistics | None = None
-
-
-def open_transformer(opened: Opened) -> Network:
+def open_transformer(opened: Opened) -> Network[DiTConfig]:
     """The transformer in either layout."""
     if is_decoder(opened.source.tensors):
         raise CheckpointError(
             f"{opened.folder} is the diffusion decoder of the autoregressive models; worldline "
             "autoregressive runs it with them"
         )
-    files = open_dit(opened.source)
-    beside = (opened.folder / "config.json",)
-    return Network(DiT, files.config, files.source, files.keys, beside)
+    return open_network(opened.source)
 
 
 def generation_of(opened: Opened) -> Generation:
@@ -232,7 +222,7 @@ def generation_by_name(folder: Path) -> Generation:
     return "1.0" if "Cosmos-1.0-" in (repository if cached else folder.name) else "Predict1"
 
 
-def open_tokenizer(opened: Opened) -> LatentTokenizer:
+def open_tokenizer(opened: Opened) -> CosmosNetwork:
     """The continuous tokenizer: as chosen, beside the transformer, or of its generation."""
     place, own = opened.place, opened.folder / "vae"
     assert place is not None
@@ -253,7 +243,7 @@ def open_tokenizer(opened: Opened) -> LatentTokenizer:
     return open_latent_tokenizer(path)
 
 
-def open_latent_tokenizer(path: Path) -> LatentTokenizer:
+def open_latent_tokenizer(path: Path) -> CosmosNetwork:
     """A continuous tokenizer and the statistics of its latents.
 
     Raises:
@@ -267,16 +257,9 @@ def open_latent_tokenizer(path: Path) -> LatentTokenizer:
         )
     if opened.statistics is None:
         raise CheckpointError(
-            f"{opened.folder} has no mean_std.pt, the statistics of its latents; download it, too"
+            f"{opened.path} has no mean_std.pt, the statistics of its latents; download it, too"
         )
-    return LatentTokenizer(
-        CosmosTokenizer,
-        opened.config,
-        opened.source,
-        opened.keys,
-        opened.settings,
-        statistics=opened.statistics,
-    )
+    return opened
 
 
 def open_encoder(opened: Opened) -> TextPart:
@@ -294,14 +277,14 @@ def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
     config, tokenizer = opened["transformer"].config, opened["tokenizer"]
     if request.num_input_frames and not config.condition_mask:
         raise InputError(
-            f"{opened.name} is a Text2World model, which continues no input; use a Video2World model"
+            f"{opened.name} is a Text2World model without inputs; use a Video2World model"
         )
     if not request.num_input_frames and not starts_from_text(opened):
         raise InputError(
             f"{opened.name} is a Video2World model; give an image or a video to continue, or use a "
             "Text2World model"
         )
-    longest = min(tokenizer.statistics.frames, config.max_grid.frames * config.patch[0])
+    longest = min(tokenizer.statistics.frames, config.max_grid.frames)
     refuse_size(request.video, request.num_input_frames, config, longest, tokenizer.config)
     sampler = request.sampler or SAMPLER_OF[generation_of(opened)]
     if sampler == "res_2mid" and request.num_steps < 2:
@@ -429,13 +412,15 @@ def presets(entry: Entry) -> dict[str, Any]:
     """Parts of a released model."""
     return {
         "transformer": Network(DiT, PRESETS[entry.preset]),
-        "tokenizer": LatentTokenizer(CosmosTokenizer, TOKENIZER_PRESETS["CV8x8x8"]),
+        "tokenizer": CosmosNetwork(CosmosTokenizer, TOKENIZER_PRESETS["CV8x8x8"]),
         "text": TextPart(NUM_PARAMETERS),
     }
 
 
 def upsampler(opened: Opened) -> tuple[bool, tuple[str, ...]]:
     """Whether the released upsampler describes a picture, and the names of its folder."""
+    from worldline.text.upsampler import DESCRIBING, LENGTHENING
+
     if opened["transformer"].config.condition_mask:
         return True, DESCRIBING
     return False, LENGTHENING[::-1] if generation_of(opened) == "1.0" else LENGTHENING
