@@ -91,20 +91,11 @@ class Video:
             write_video(self.frames, target, self.fps)
             if self.prompt is not None:
                 write_bytes(target.with_suffix(".txt"), self.prompt.encode())
-            elif "prompt" in _request_of(target):
-                with suppress(OSError):  # words of the video that stood here
+            elif target.with_suffix(".json").exists():  # its prompt belongs to an earlier video
+                with suppress(OSError):
                     target.with_suffix(".txt").unlink(missing_ok=True)
             write_bytes(target.with_suffix(".json"), text.encode())
         return target
-
-
-def _request_of(video: Path) -> dict[str, Any]:
-    """Request in the report beside a video; empty where there is none."""
-    with suppress(OSError, ValueError, AttributeError):
-        request = json.loads(video.with_suffix(".json").read_text()).get("request")
-        if isinstance(request, dict):
-            return request
-    return {}
 
 
 @contextmanager
