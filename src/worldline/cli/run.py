@@ -252,8 +252,12 @@ def make(
     if resume:
         tasks = [task for task in tasks if not is_finished(task, opened, compute)]
         if not tasks:
-            click.echo(f"all {total} videos were in {folder} before")
+            click.echo(f"{total} of {total} videos were in {folder} before")
             return
+    if opened.bundled and compute.device.type == "cpu":
+        import torch
+
+        torch.set_num_threads(1)  # tiny networks: on busy cores threads wait for each other
     flags = [name for name in opened.family.flags if name not in opened.options.offloaded]
     with memory_advice(flags):
         world, size = load(
