@@ -202,7 +202,8 @@ class Family:
         report: family's own entries of a video's report.
         notes: what is worth logging about an allowed request.
         generate_together: several clips in step; None computes them one after another.
-        max_batch_size: clips that are worth computing in step.
+        max_batch_size: clips that can be computed in step; None where any number can, but none is
+            faster than another.
         upsampler: opened model -> prompt upsampler that it is released with; None for none.
         read_settings: reads config.json; by default whatever it holds.
         prepare: what runs beside the reading of weights, such as compiling kernels.
@@ -224,7 +225,7 @@ class Family:
     report: Callable[[Parts, Any, Recorder], dict[str, Any]] = _no_report
     notes: Callable[[Opened, Any], list[str]] = lambda opened, request: []
     generate_together: Callable[..., Iterator[tuple[int, Step]]] | None = None
-    max_batch_size: Callable[[Opened, Compute], int] = lambda opened, compute: 1
+    max_batch_size: Callable[[Opened, Compute], int | None] = lambda opened, compute: 1
     upsampler: Callable[[Opened], Any] | None = None
     prepare: Callable[[Opened, Compute], AbstractContextManager[None]] | None = None
     read_settings: Callable[[Path], dict[str, Any]] | None = None

@@ -52,15 +52,17 @@ def check_refused(result: Result, words: str, folder: Path) -> None:
     assert not (folder / "out").exists()
 
 
-def fail_at(monkeypatch: pytest.MonkeyPatch, error: BaseException, number: int) -> None:
-    """Make the video of this number raise an error after its first step."""
+def fail_at(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, number: int, kind: str = "denoise"
+) -> None:
+    """Make the video of this number raise an error after its first step of a kind."""
     real, numbers = World.run, count()
 
     def run(world: World, job: Job) -> Iterator[Step]:
         fails = next(numbers) == number
         for step in real(world, job):
             yield step
-            if fails and step.kind == "denoise" and step.done:
+            if fails and step.kind == kind and step.done:
                 raise error
 
     monkeypatch.setattr(World, "run", run)

@@ -23,6 +23,7 @@ def _one_plus_4k(frames: int) -> int:
 
 
 Frames4 = Annotated[int, AfterValidator(_one_plus_4k)]
+RELEASED_CHUNK = 77  # frames; of samples that leave it out, models of shorter videos make fewer
 
 
 class FlowRequest(VideoRequest):

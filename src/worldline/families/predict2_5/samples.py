@@ -20,18 +20,17 @@ from pydantic import AfterValidator, Field
 
 from worldline.catalog import FLOW_MODELS, find_flow_model
 from worldline.errors import InputError
-from worldline.families.predict2_5.request import FlowRequest
+from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowRequest
 from worldline.family import Item
 from worldline.files import folded
 from worldline.request import Options, Text
 from worldline.request import Path as PathText
-from worldline.video.read import media_kind
 
 SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
 LONGEST_NAME = 200  # bytes; a file name may have 255, of which suffixes take some
 INPUT_FRAMES = {"text2world": 0, "image2world": 1, "video2world": 5}
 # fields of the request of a long video, which others leave out
-LONG = {"chunk_size": 77, "chunk_overlap": 1}
+LONG = {"chunk_size": RELEASED_CHUNK, "chunk_overlap": 1}
 # field of a request -> field of a sample
 NAMES = {
     "num_video_frames": "num_output_frames",
@@ -276,7 +275,7 @@ def make_item(
         request["num_video_frames"] = sample.num_output_frames
     if sample.resolution not in (None, "none"):
         request["height"], request["width"] = map(int, sample.resolution.split(","))
-    path = _input_path(sample, item)
+    path, kind = _input(sample, item)
     return replace(
         item,
         label=sample.name,
@@ -287,7 +286,7 @@ def make_item(
             "num_input_frames": INPUT_FRAMES[sample.inference_type],
         },
         input=path,
-        kind=None if path is None else media_kind(path),
+        kind=kind,
         output=folder / f"{sample.name}.{'jpg' if sample.num_output_frames == 1 else 'mp4'}",
         sample=sample.model_dump(exclude_none=True),
         sources=(file, *(Path(p) for p in [sample.prompt_path] if p is not None)),
@@ -302,17 +301,22 @@ def _beside(name: str, value: Any, file: Path) -> Any:
     return str(file.parent / value)
 
 
-def _input_path(sample: Sample, item: Item) -> Path | None:
-    """The image or video that a sample continues."""
+def _input(
+    sample: Sample, item: Item
+) -> tuple[Path, Literal["image", "video"]] | tuple[None, None]:
+    """The file that a sample continues, and its kind."""
+    from worldline.video.read import media_kind  # imports PyAV, for which --help must not wait
+
     kind, field = sample.inference_type, item.field("input_path")
     if kind == "text2world":
-        return None
+        return None, None
     if sample.input_path is None:
         raise InputError(f"{field}: it is missing; {kind} needs one")
     path = Path(sample.input_path)
-    if kind == "video2world" and media_kind(path) == "image":
+    media = media_kind(path)
+    if kind == "video2world" and media == "image":
         raise InputError(f"{field}: {path} is an image, not a video; image2world continues it")
-    return path
+    return path, media
 
 
 def _prompt(sample: Sample, item: Item) -> str:
