@@ -471,7 +471,7 @@ def test_resume(flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert result.stdout.endswith(f"\n3 of 3 videos are in {out}: 2 made now, 1 there before\n")
     assert (out / "c.txt").read_text() == "another"
     # nothing is left: no weights are read
-    monkeypatch.setattr(worldline.opening, "load_into", None)
+    monkeypatch.setattr("worldline.weights.networks.Network.read", None)
     result = flow(*words)
     assert result.exit_code == 0
     check_mentions(result.stdout, f"3 {out}")
