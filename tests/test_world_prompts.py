@@ -22,7 +22,8 @@ from worldline.world import World
 
 from .conftest import MODEL
 from .offloading import stand_for_a_gpu
-from .tiny_decoder import CONTEXT_LENGTH, CONTEXT_WIDTH, VIDEO2WORLD
+from .tiny_decoder import VIDEO2WORLD
+from .tiny_diffusion import CONTEXT_LENGTH, CONTEXT_WIDTH
 
 PROMPT = "A ball rolls."
 OFFLOADED: dict[str, Any] = dict.fromkeys(FAMILY.flags, True)
