@@ -23,7 +23,7 @@ class ARRequest(Request):
 
     num_input_frames: Literal[1, 9] = Field(
         9,
-        description="Last frames of the input that are continued: 1 or 9.  [default: 9 of a video, 1 "
+        description="Last frames of the input that are continued: 1 or 9.  [default: 9, 1 "
         "of an image]",
     )
     num_video_frames: Annotated[int, Field(ge=1, le=LARGEST_SIZE)] | None = Field(
