@@ -498,7 +498,7 @@ def test_a_batch_goes_on_after_a_failure(
     assert files_in(out) == {"1.mp4", "2.mp4", "0.json", "1.json", "2.json"}
 
 
-def test_resume(base: Make, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume(base: Make, clip: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     words = ("--batch_input_path", write_batch(tmp_path / "b.jsonl", clip, clip, clip), "--resume")
     out = tmp_path / "out"
     assert base(*words).exit_code == 0
@@ -511,7 +511,7 @@ def test_resume(base: Make, clip: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert result.stdout.endswith(f"\n3 of 3 videos are in {out}: 2 made now, 1 there before\n")
     changed = {p.name for p in out.iterdir() if p.stat().st_mtime_ns != times[p.name]}
     assert changed == {"1.mp4", "1.json", "2.mp4", "2.json"}
-    monkeypatch.setattr(opening, "load_into", None)  # no weights are read
+    request.getfixturevalue("forbid_weights")
     result = base(*words)
     assert result.exit_code == 0
     assert result.stdout == f"all 3 videos were in {out} before\n"
