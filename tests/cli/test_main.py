@@ -93,7 +93,7 @@ def test_version(run: Run) -> None:
 def test_every_command_is_found_and_documented(run: Run) -> None:
     assert isinstance(main, LazyGroup)
     context = click.Context(main)
-    listed = run("--help").stdout.split("Commands:")[1]
+    listed = run("--help").stdout.split("Commands:")[1].split("\n\n")[0]
     names = [
         line.split()[0] for line in listed.splitlines() if line.startswith("  ") and line[2] > " "
     ]
