@@ -35,18 +35,18 @@ from full_size import (
     write_text,
 )
 
+from tiny.export import autoregressive_settings, cosmos_tensors, draw_weights
 from worldline.catalog import DECODERS
 from worldline.loading import find_autoregressive, fit_files
 from worldline.loading.decoder import window_grid
 from worldline.families.autoregressive.model import PRESETS as TRANSFORMERS
 from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
-from worldline.families.autoregressive.weights import KEYS, write_settings
+from worldline.families.autoregressive.weights import KEYS
 from worldline.families.diffusion.model import PRESETS as DIFFUSION
 from worldline.families.diffusion.model import DiTConfig
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.tokenizers.cosmos.weights import released_tensors
 from worldline.weights.write import save
 
 DISCRETE = "Cosmos-Tokenize1-DV8x16x16-720p"
@@ -126,14 +126,14 @@ def write_weights(root: Path, name: str, *, with_text: bool) -> Path:
     small = name.startswith("tiny")
     folder = root / f"Cosmos-Predict1-{name}"
     write_network(folder, ARTransformer, config, KEYS)
-    (folder / "config.json").write_text(json.dumps(write_settings(config)))
+    (folder / "config.json").write_text(json.dumps(autoregressive_settings(config)))
     discrete = root / DISCRETE
     if not discrete.exists():
         discrete.mkdir(parents=True)
         tokenizer = CosmosTokenizer(TINY_DISCRETE if small else TOKENIZERS["DV8x16x16"])
-        tokenizer.reset_parameters()
+        draw_weights(tokenizer)
         network = {}
-        for half, tensors in released_tensors(tokenizer).items():
+        for half, tensors in cosmos_tensors(tokenizer).items():
             network |= {f"network.{k}": v for k, v in tensors.items() if "quantizer" not in k}
             if small:  # only the released channels tell a discrete tokenizer by themselves
                 save(tensors, discrete / f"{half}.safetensors")

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiny.export import cosmos_tensors, draw_weights
 from worldline.families.diffusion.model import DiT, DiTConfig
 from worldline.families.diffusion.weights import KEYS
 from worldline.nn.dit import DiTSizes
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.tokenizers.cosmos.weights import released_tensors
 from worldline.weights.keymap import KeyMap
 from worldline.weights.write import save
 
@@ -119,8 +119,8 @@ def write_continuous(root: Path, config: CosmosTokenizerConfig, frames: int = 16
         return
     folder.mkdir(parents=True)
     tokenizer = CosmosTokenizer(config)
-    tokenizer.reset_parameters()
-    for half, tensors in released_tensors(tokenizer).items():
+    draw_weights(tokenizer)
+    for half, tensors in cosmos_tensors(tokenizer).items():
         save(tensors, folder / f"{half}.safetensors")
     size = config.latent_channels * frames
     torch.save((torch.zeros(size), torch.ones(size)), folder / "mean_std.pt")

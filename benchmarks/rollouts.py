@@ -30,7 +30,7 @@ from worldline.evaluate.clips import summarise
 from worldline.evaluate.failures import find_failures
 from worldline.evaluate.metrics import psnr
 from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip
-from worldline.video.write import contact_sheet
+from worldline.video.sheet import contact_sheet
 from worldline.world import AutoregressiveWorld
 
 LENGTHS = (33, 81, 161)

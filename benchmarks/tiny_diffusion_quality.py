@@ -31,7 +31,7 @@ from worldline.evaluate.failures import Failure, Rate, failure_rate, find_failur
 from worldline.evaluate.metrics import motion, psnr
 from worldline.loading import find_world
 from worldline.video.convert import signed_to_uint8
-from worldline.video.write import contact_sheet
+from worldline.video.sheet import contact_sheet
 from worldline.world import load_files
 from worldline.world.denoising import DenoisingWorld
 

@@ -32,7 +32,7 @@ from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.locate import has_decoder
 from worldline.report import Recorder
 from worldline.video.convert import to_uint8
-from worldline.video.write import contact_sheet
+from worldline.video.sheet import contact_sheet
 from worldline.world import AutoregressiveWorld
 
 Frames = NDArray[np.uint8]

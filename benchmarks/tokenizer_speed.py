@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiny.export import draw_weights
 from worldline.files import GIGABYTE
 from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.report import environment
@@ -53,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = CosmosTokenizer(PRESETS["CV8x8x8"])
-    model.reset_parameters()
+    draw_weights(model)
     model = model.to("cuda", torch.bfloat16).requires_grad_(False).eval()
     video = torch.rand(1, 3, FRAMES, HEIGHT, WIDTH, device="cuda").mul_(2).sub_(1).bfloat16()
     latents = torch.randn(1, 16, 16, HEIGHT // 8, WIDTH // 8, device="cuda").bfloat16()
@@ -74,8 +75,9 @@ def main() -> None:
         result[name]["share_of_bound"] = round(bound / result[name]["seconds"], 3)
         print(name, result[name], flush=True)
     for chunk in (1, 2, 4):
+        model.chunk = chunk
         found, pieces = measure(
-            lambda c=chunk: torch.cat([p.cpu() for p in decode_stream(model, latents, chunk=c)], 2)
+            lambda: torch.cat([p.cpu() for p in decode_stream(model, latents)], 2)
         )
         gap = (pieces.cuda().float() - whole["decode"].float()).square().mean().sqrt()
         result[f"decode, {chunk} latent frames at a time"] = found | {"rms_error": float(gap)}

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiny.export import draw_weights
 from worldline.files import GIGABYTE
 from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.report import environment
@@ -174,11 +175,13 @@ class Clip:
         self.latents = torch.randn(shape, generator=generator).to(device, self.dtype)
 
     def encode(self, chunk: int) -> Tensor:
+        self.model.chunk = chunk
         cuts = self.video.split(self.model.config.temporal * chunk, dim=2)
-        return torch.cat(list(encode_stream(self.model, iter(cuts), chunk=chunk)), dim=2)
+        return torch.cat(list(encode_stream(self.model, iter(cuts))), dim=2)
 
     def decode(self, chunk: int) -> Tensor:
-        return torch.cat(list(decode_stream(self.model, self.latents, chunk=chunk)), dim=2)
+        self.model.chunk = chunk
+        return torch.cat(list(decode_stream(self.model, self.latents)), dim=2)
 
     def measure(self, way: str, chunk: int, rounds: int) -> tuple[dict[str, Any], Tensor]:
         work = getattr(self, way)
@@ -236,7 +239,7 @@ def main() -> None:
     video = VideoShape(arguments.frames, arguments.height, arguments.width)
     torch.manual_seed(0)
     model = WanTokenizer(replace(WanTokenizerConfig(), channels=arguments.channels))
-    model.reset_parameters()
+    draw_weights(model)
     model = model.to(device, torch.bfloat16).channels_last().requires_grad_(False).eval()
     clip = Clip(model, video, device)
     result: dict[str, Any] = {

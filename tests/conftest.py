@@ -12,11 +12,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tiny.export import autoregressive_settings, cosmos_tensors
 from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
-from worldline.families.autoregressive.weights import KEYS, write_settings
+from worldline.families.autoregressive.weights import KEYS
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.tokenizers.cosmos.weights import released_tensors
 from worldline.video.write import write_video
 from worldline.weights.write import save
 
@@ -85,12 +85,12 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     tensors = {KEYS.released(n): p.detach().bfloat16() for n, p in transformer.named_parameters()}
     save(tensors, folder / "model.pt")
-    (folder / "config.json").write_text(json.dumps(write_settings(SMALL_TRANSFORMER)))
+    (folder / "config.json").write_text(json.dumps(autoregressive_settings(SMALL_TRANSFORMER)))
     tokenizer = CosmosTokenizer(SMALL_TOKENIZER)
     _fill(tokenizer)
     folder = root / TOKENIZER
     folder.mkdir()
-    for half, tensors in released_tensors(tokenizer).items():
+    for half, tensors in cosmos_tensors(tokenizer).items():
         save(tensors, folder / f"{half}.safetensors")
     return root
 

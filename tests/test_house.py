@@ -39,7 +39,8 @@ LAYERS = (
     ("places", "downloads", "locate", "memory", "request"),
     ("catalog",),
     ("models", "text", "tokenizers", "guardrails"),
-    ("nn", "sampling", "weights", "parallel", "video", "physics", "report", "hub"),
+    ("weights",),
+    ("nn", "sampling", "parallel", "video", "physics", "report", "hub"),
     ("shapes", "files", "machine", "choices"),
     ("errors",),
 )

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tiny.export import autoregressive_settings
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import PRESETS as AR_PRESETS
 from worldline.families.autoregressive.model import ARTransformer
-from worldline.families.autoregressive.weights import KEYS, read_config, write_settings
+from worldline.families.autoregressive.weights import KEYS, read_config
 from worldline.families.diffusion import weights as dit_weights
 from worldline.families.diffusion.model import PRESETS as DIT_PRESETS
 from worldline.families.diffusion.model import DiT
@@ -85,7 +86,7 @@ def test_autoregressive_files_fit_both_ways(size: str) -> None:
 def test_settings_say_what_the_shapes_say(size: str) -> None:
     stated = manifest(f"Cosmos-Predict1-{size}")
     checkpoint = fake(stated["tensors"], "model.pt")
-    assert read_config(checkpoint, write_settings(AR_PRESETS[size])) == AR_PRESETS[size]
+    assert read_config(checkpoint, autoregressive_settings(AR_PRESETS[size])) == AR_PRESETS[size]
 
 
 def test_bookkeeping_is_skipped_and_strangers_are_not() -> None:
@@ -127,9 +128,9 @@ def diffusion_keys(layout: str) -> KeyMap:
     return dit_weights.DIFFUSERS_KEYS if layout else dit_weights.KEYS
 
 
-def dit(checkpoint: Checkpoint, keys: KeyMap) -> DiT:
+def dit(checkpoint: Checkpoint, keys: KeyMap, settings: dict[str, Any] | None = None) -> DiT:
     with torch.device("meta"):
-        return DiT(dit_weights.read_config(checkpoint, keys, {}))
+        return DiT(dit_weights.read_config(checkpoint, keys, settings or {}))
 
 
 DECODER = "Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p"
@@ -166,7 +167,7 @@ def test_diffusion_files_fit_both_ways(name: str, layout: str, bare: bool) -> No
             if n not in stated["optional"]
         }
     checkpoint = fake(tensors, "model.pt")
-    model = dit(checkpoint, keys)
+    model = dit(checkpoint, keys, stated.get("config"))
     assert model.config == DIT_PRESETS[name]
     pairs = fits(model, checkpoint, keys)
     left = set(tensors) - set(pairs.values())
@@ -197,7 +198,7 @@ def test_diffusion_files_that_do_not_fit(layout: str) -> None:
     for pattern in stated["ignored"]:
         stray = "net.blocks.block0.blocks.0.block.attn.to_q.0" + pattern.removeprefix("*")
         checkpoint = fake(tensors | {stray: ["float32", [4]]}, "model.pt")
-        fits(dit(checkpoint, keys), checkpoint, keys)
+        fits(dit(checkpoint, keys, stated.get("config")), checkpoint, keys)
     for name, change in {
         keys.released("blocks.3.feed_forward.body.up.weight"): None,
         keys.released("blocks.2.attention.body.v.weight"): [4096, 4095],
@@ -208,7 +209,7 @@ def test_diffusion_files_that_do_not_fit(layout: str) -> None:
             changed[name] = ["bfloat16", change]
         checkpoint = fake(changed, "model.pt")
         with pytest.raises(CheckpointError) as raised:
-            fits(dit(checkpoint, keys), checkpoint, keys)
+            fits(dit(checkpoint, keys, stated.get("config")), checkpoint, keys)
         assert name in str(raised.value)
 
 

@@ -10,6 +10,7 @@ import torch
 from worldline.errors import CheckpointError
 from worldline.families.predict2_5 import weights
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, released_exponents
+from worldline.families.predict2_5.request import recognise
 from worldline.weights.keymap import KeyMap
 from worldline.weights.read import Checkpoint
 
@@ -33,9 +34,9 @@ def checkpoint_of(tensors: dict[str, Any], head_size: int = 128) -> Checkpoint:
     return fake(tensors, "model.pt", **values)
 
 
-def model_of(checkpoint: Checkpoint, keys: KeyMap) -> FlowDiT:
+def model_of(checkpoint: Checkpoint, keys: KeyMap, stated: dict[str, Any]) -> FlowDiT:
     with torch.device("meta"):
-        return FlowDiT(weights.read_config(checkpoint, keys, {}))
+        return FlowDiT(weights.read_config(checkpoint, keys, stated.get("config", {})))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -51,14 +52,14 @@ def test_files_fit_both_ways(size: str, layout: str, bare: bool) -> None:
             if name not in stated["optional"]
         }
     checkpoint = checkpoint_of(tensors)
-    model = model_of(checkpoint, keys)
+    model = model_of(checkpoint, keys, stated)
     assert model.config == PRESETS[size]
     pairs = fits(model, checkpoint, keys)
     assert set(tensors) - set(pairs.values()) <= set(stated["optional"])
     assert sum(parameter.numel() for parameter in model.parameters()) == stated["parameters"]
     for ours, theirs in pairs.items():
         assert keys.released(ours, "" if bare else None) == theirs
-    assert weights.is_flow_dit(checkpoint.tensors)
+    assert recognise(checkpoint.tensors)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -86,7 +87,7 @@ def test_averages_of_training_fit_too(size: str) -> None:
         for kind, exponents in zip(("temporal", "spatial"), released_exponents(128), strict=True)
     }
     checkpoint = weights.network_view(fake(tensors | averaged, "model.pt", **values))
-    pairs = fits(model_of(checkpoint, weights.KEYS), checkpoint, weights.KEYS)
+    pairs = fits(model_of(checkpoint, weights.KEYS, {}), checkpoint, weights.KEYS)
     assert all(name.startswith("net_ema.") for name in pairs.values())
 
 
@@ -99,7 +100,7 @@ def test_files_that_do_not_fit(layout: str) -> None:
         for pattern in stated["ignored"]:
             name = f"{stray}.{pattern.removeprefix('*')}"
             checkpoint = checkpoint_of(tensors | {name: ["uint8", [5]]})
-        fits(model_of(checkpoint, keys), checkpoint, keys)
+        fits(model_of(checkpoint, keys, stated), checkpoint, keys)
     for name, change in {
         keys.released("blocks.3.feed_forward.body.up.weight"): None,
         keys.released("project.bias"): None,
@@ -111,12 +112,12 @@ def test_files_that_do_not_fit(layout: str) -> None:
             changed[name] = ["bfloat16", change]
         checkpoint = checkpoint_of(changed)
         with pytest.raises(CheckpointError) as raised:
-            fits(model_of(checkpoint, keys), checkpoint, keys)
+            fits(model_of(checkpoint, keys, stated), checkpoint, keys)
         assert name in str(raised.value)
 
 
 def test_a_transformer_of_predict1_is_none() -> None:
     checkpoint = fake(manifest("Cosmos-Predict1-7B-Video2World")["tensors"], "model.pt")
-    assert not weights.is_flow_dit(checkpoint.tensors)
+    assert not recognise(checkpoint.tensors)
     with pytest.raises(CheckpointError, match="diffusion transformer of this kind"):
-        model_of(checkpoint, weights.KEYS)
+        model_of(checkpoint, weights.KEYS, {})

@@ -5,20 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tiny.export import stored_tensors, wan_settings
 from worldline.errors import CheckpointError
-from worldline.tokenizers.opened import stored_tensors
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.weights import (
-    Layout,
-    diffusers_config,
-    find_layout,
-    key_map,
-    read_config,
-)
+from worldline.tokenizers.wan.weights import is_diffusers, is_wan, key_map, read_config
 
 from .test_key_manifests import fake, fits, manifest
 
-FILES: dict[Layout, str] = {"released": "Wan2.1_VAE", "diffusers": "Wan2.1_VAE.diffusers"}
+FILES = {False: "Wan2.1_VAE", True: "Wan2.1_VAE.diffusers"}  # by whether diffusers wrote it
 CONFIG = WanTokenizerConfig()
 
 
@@ -27,13 +21,14 @@ def model() -> WanTokenizer:
         return WanTokenizer(CONFIG)
 
 
-@pytest.mark.parametrize("layout", FILES)
-def test_files_fit_both_ways(layout: Layout) -> None:
-    stated = manifest(FILES[layout])
+@pytest.mark.parametrize("theirs", FILES)
+def test_files_fit_both_ways(theirs: bool) -> None:
+    stated = manifest(FILES[theirs])
     checkpoint = fake(stated["tensors"], "x")
-    assert find_layout(checkpoint) == layout
+    assert is_diffusers(checkpoint) == theirs
+    assert is_wan(checkpoint)
     assert read_config(checkpoint, {}) == CONFIG
-    keys = key_map(CONFIG, layout)
+    keys = key_map(CONFIG, theirs)
     pairs = fits(model(), checkpoint, keys)
     assert sorted(pairs.values()) == sorted(stated["tensors"])
     for ours, theirs in pairs.items():
@@ -42,29 +37,29 @@ def test_files_fit_both_ways(layout: Layout) -> None:
 
 
 def test_both_layouts_end_at_the_same_tensor() -> None:
-    keys = {layout: key_map(CONFIG, layout) for layout in FILES}
-    for theirs, released in manifest(FILES["diffusers"])["key_map"].items():
-        assert keys["diffusers"].ours(theirs) == keys["released"].ours(released)
+    keys = {theirs: key_map(CONFIG, theirs) for theirs in FILES}
+    for theirs, released in manifest(FILES[True])["key_map"].items():
+        assert keys[True].ours(theirs) == keys[False].ours(released)
 
 
-@pytest.mark.parametrize("layout", FILES)
-def test_what_is_written_has_the_released_names_and_shapes(layout: Layout) -> None:
-    ours = stored_tensors(model(), key_map(CONFIG, layout))
+@pytest.mark.parametrize("theirs", FILES)
+def test_what_is_written_has_the_released_names_and_shapes(theirs: bool) -> None:
+    ours = stored_tensors(model(), key_map(CONFIG, theirs))
     shapes = {name: list(tensor.shape) for name, tensor in ours.items()}
-    stated = manifest(FILES[layout])["tensors"]
+    stated = manifest(FILES[theirs])["tensors"]
     assert shapes == {name: shape for name, (_, shape) in stated.items()}
 
 
 def test_the_config_of_diffusers() -> None:
-    stated, ours = manifest(FILES["diffusers"])["config"], diffusers_config(CONFIG)
+    stated, ours = manifest(FILES[True])["config"], wan_settings(CONFIG)
     assert {name: ours[name] for name in stated} == stated
-    source = fake(manifest(FILES["diffusers"])["tensors"], "x")
+    source = fake(manifest(FILES[True])["tensors"], "x")
     assert read_config(source, stated) == CONFIG
 
 
-@pytest.mark.parametrize("layout", FILES)
-def test_files_that_do_not_fit(layout: Layout) -> None:
-    keys, tensors = key_map(CONFIG, layout), manifest(FILES[layout])["tensors"]
+@pytest.mark.parametrize("theirs", FILES)
+def test_files_that_do_not_fit(theirs: bool) -> None:
+    keys, tensors = key_map(CONFIG, theirs), manifest(FILES[theirs])["tensors"]
     for name, change in {
         keys.released("decoder.layers.3.time.weight"): None,
         keys.released("encoder.layers.4.conv2.gamma"): [191, 1, 1, 1],

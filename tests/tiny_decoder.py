@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
+from tiny.export import autoregressive_settings, dit_tensors
+from tiny.encoders import export_t5, new_t5
 from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
 from worldline.families.autoregressive.weights import KEYS
-from worldline.families.autoregressive.weights import write_settings as write_ar_settings
 from worldline.families.diffusion.model import DiT
-from worldline.families.diffusion.weights import released_tensors
-from worldline.text.t5 import export_t5, new_t5
 from worldline.weights.write import save
 
 from .tiny_diffusion import (
@@ -40,7 +39,7 @@ def write_decoder(folder: Path, vocabulary: int) -> None:
     model = DiT(replace(sizes, learned_positions=False, vocabulary=vocabulary, id_width=4))
     fill(model, 0.15)
     folder.mkdir(parents=True)
-    tensors = {name: tensor.bfloat16() for name, tensor in released_tensors(model).items()}
+    tensors = {name: tensor.bfloat16() for name, tensor in dit_tensors(model).items()}
     save(tensors, folder / "model.pt")
     write_aux(folder)
 
@@ -68,7 +67,7 @@ def write_video2world(folder: Path, base: ARTransformerConfig) -> None:
     folder.mkdir(parents=True)
     tensors = {KEYS.released(n): p.detach().bfloat16() for n, p in model.named_parameters()}
     save(tensors, folder / "model.pt")
-    (folder / "config.json").write_text(json.dumps(write_ar_settings(sizes)))
+    (folder / "config.json").write_text(json.dumps(autoregressive_settings(sizes)))
 
 
 def add_parts(root: Path, base: ARTransformerConfig) -> None:

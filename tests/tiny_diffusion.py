@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
+from tiny.export import cosmos_tensors, dit_settings, dit_tensors
+from tiny.encoders import export_t5, new_t5
 from worldline.families.diffusion.model import DiT, DiTConfig
-from worldline.families.diffusion.weights import released_tensors, write_settings
 from worldline.shapes import LatentShape
-from worldline.text.t5 import export_t5, new_t5
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.tokenizers.cosmos.weights import released_tensors as released_tokenizer
 from worldline.weights.write import save
 
 TEXT2WORLD = "Cosmos-Predict1-7B-Text2World"
@@ -70,9 +69,9 @@ def write_transformer(folder: Path, *, condition_mask: bool, **settings: Any) ->
     model = DiT(config(condition_mask=condition_mask))
     fill(model, 0.15)
     folder.mkdir(parents=True)
-    tensors = {name: tensor.bfloat16() for name, tensor in released_tensors(model).items()}
+    tensors = {name: tensor.bfloat16() for name, tensor in dit_tensors(model).items()}
     save(tensors, folder / "model.pt")
-    said = {**write_settings(model.config), **DEFAULTS, **settings}
+    said = {**dit_settings(model.config), **DEFAULTS, **settings}
     (folder / "config.json").write_text(json.dumps(said))
 
 
@@ -84,7 +83,7 @@ def write_tokenizer(folder: Path, **changes: Any) -> None:
         for parameter in tokenizer.decoder.conv_out.parameters():
             parameter *= 0.1
     folder.mkdir(parents=True)
-    for half, tensors in released_tokenizer(tokenizer).items():
+    for half, tensors in cosmos_tensors(tokenizer).items():
         save(tensors, folder / f"{half}.safetensors")
     channels, frames = tokenizer.config.latent_channels, 16
     spread = torch.linspace(-0.3, 0.3, channels * frames)

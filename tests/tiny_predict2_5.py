@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from tiny.export import dit_tensors, draw_weights, stored_tensors
+from tiny.encoders import export_reason1, new_reason1
 from worldline.catalog import FLOW_MODELS
 from worldline.families.predict2_5.model import FlowDiT, FlowDiTConfig
-from worldline.families.predict2_5.weights import released_tensors
 from worldline.shapes import LatentShape
-from worldline.text.reason1 import RELEASED, TINY, export_reason1, new_reason1
-from worldline.tokenizers.opened import stored_tensors
+from worldline.text.reason1 import RELEASED
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import key_map
 
@@ -51,7 +51,7 @@ def write_transformer(file: Path, seed: int = 0) -> None:
     model = FlowDiT(CONFIG)
     fill(model, 0.15, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = released_tensors(model).items()
+    tensors = dit_tensors(model).items()
     torch.save({name: tensor.bfloat16() for name, tensor in tensors}, file)
 
 
@@ -59,7 +59,7 @@ def write_tokenizer(file: Path, **changes: Any) -> None:
     """Write a tokenizer as NVIDIA does."""
     torch.manual_seed(0)
     tokenizer = WanTokenizer(WanTokenizerConfig(**{**TOKENIZER.__dict__, **changes}))
-    tokenizer.reset_parameters()
+    draw_weights(tokenizer)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(stored_tensors(tokenizer, key_map(tokenizer.config)), file)
 
@@ -71,6 +71,6 @@ def make_tiny_predict2_5(folder: Path) -> Path:
     write_transformer(repository / PRE.file, seed=1)
     write_tokenizer(repository / "tokenizer.pth")
     torch.manual_seed(0)
-    encoder = new_reason1({**TINY, **TEXT}, max_length=TEXT_LENGTH)
+    encoder = new_reason1(TEXT, max_length=TEXT_LENGTH)
     export_reason1(encoder, folder / RELEASED)
     return folder

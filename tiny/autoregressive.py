@@ -14,16 +14,21 @@ from torch import Tensor
 
 from tiny import sizes
 from tiny.clips import clip_batches, encode_views, to_device
+from tiny.export import autoregressive_settings, draw_weights, stored_tensors
 from tiny.run import Run, embed_captions, half_precision, mixed_precision
-from worldline.families.autoregressive.model import ARTransformer, Positions, make_positions
-from worldline.families.autoregressive.weights import KEYS, write_settings
+from worldline.families.autoregressive.model import (
+    ARTransformer,
+    Positions,
+    make_positions,
+)
+from worldline.families.autoregressive.weights import KEYS
 from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.loop import LoopConfig, Objective, generator
 from worldline.train.losses import next_token_labels, next_token_loss
 from worldline.weights.read import open_checkpoint
 from worldline.weights.stream import load_into
-from worldline.weights.write import save_module
+from worldline.weights.write import save
 
 _HELD_OUT_TOGETHER = 128  # clips
 
@@ -67,7 +72,7 @@ def train_autoregressive(
     torch.manual_seed(run.seed)
     if start is None:
         model = ARTransformer(config)
-        model.reset_parameters()
+        draw_weights(model)
         model = model.to(device)
     else:
         with torch.device("meta"):
@@ -132,5 +137,9 @@ def sequence_loss(
 def export_autoregressive(model: ARTransformer, folder: Path) -> None:
     """Write weights in bf16 under the released names, and config.json beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_module(model, folder / "model.safetensors", keymap=KEYS, dtype=torch.bfloat16)
-    (folder / "config.json").write_text(json.dumps(write_settings(model.config), indent=1) + "\n")
+    tensors = stored_tensors(model, KEYS)
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(
+        json.dumps(autoregressive_settings(model.config), indent=1) + "\n"
+    )

@@ -23,17 +23,17 @@ from tiny.denoiser import (
     noise_times,
     train_denoiser,
 )
+from tiny.export import dit_settings, dit_tensors, draw_weights
 from tiny.run import Run, embed_captions, half_precision
 from worldline.catalog import DECODERS
 from worldline.families.diffusion.model import DECODER_WINDOW, DiT
-from worldline.families.diffusion.weights import open_dit, released_tensors, write_settings
+from worldline.families.diffusion.weights import open_network
 from worldline.sampling.edm import SIGMA_DATA
 from worldline.sampling.tokens import split_windows
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import T5Files
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 from worldline.tokenizers.cosmos.weights import open_tokenizer
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.model import LatentStatistics
 from worldline.train.loop import generator
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.weights.stream import load_into
@@ -75,9 +75,9 @@ def train_decoder(
     held_out = encode(run.held_out(128, clips), 0)
     torch.manual_seed(run.seed)
     transformer = DiT(sizes.DECODER)
-    transformer.reset_parameters()
+    draw_weights(transformer)
     if start is not None:
-        stored = open_dit(start / DECODER, write_settings(sizes.DECODER))
+        stored = open_network(start / DECODER, dit_settings(sizes.DECODER))
         load_into(transformer, stored.source, stored.keys, device=device, dtype=torch.float32)
         transformer.requires_grad_(True)
     model = Decoding(transformer).to(device)
@@ -201,6 +201,6 @@ def export_decoder(transformer: DiT, general: Tensor, folder: Path) -> None:
     folder = folder / DECODER
     settings = {"rotary_precision": sizes.ROTARY_PRECISION}
     export_transformer(
-        released_tensors(transformer), {**write_settings(transformer.config), **settings}, folder
+        dit_tensors(transformer), {**dit_settings(transformer.config), **settings}, folder
     )
     save_tensors({"context": general.cpu().bfloat16()}, folder / "aux_vars.safetensors")

@@ -17,12 +17,13 @@ from tiny.denoiser import (
     noise_times,
     train_captioned,
 )
+from tiny.export import dit_settings, dit_tensors, draw_weights
+from tiny.encoders import export_t5, new_t5
 from tiny.run import Run, half_precision
 from worldline.families.diffusion.model import DiT
-from worldline.families.diffusion.weights import open_dit, released_tensors, write_settings
+from worldline.families.diffusion.weights import open_network
 from worldline.sampling.edm import SIGMA_DATA
-from worldline.text.t5 import KEYS as T5_KEYS
-from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
+from worldline.text.t5 import T5Encoder, T5Files
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.weights.stream import load_into
@@ -42,10 +43,9 @@ def train_diffusion(
     scales = latent_scales(tokenizer_folder)
     torch.manual_seed(run.seed)
     model = Denoising(DiT(sizes.DIFFUSION), new_t5(sizes.TEXT, max_length=sizes.TEXT_LENGTH))
-    model.transformer.reset_parameters()
+    draw_weights(model.transformer)
     if start is not None:
-        dit = open_dit(start / WORLD, write_settings(sizes.DIFFUSION))
-        text = find_t5(start / TEXT_FOLDER)
+        dit = open_network(start / WORLD, dit_settings(sizes.DIFFUSION))
         load_into(model.transformer, dit.source, dit.keys, device=device, dtype=torch.float32)
         load_into(model.text.network, text.checkpoint, T5_KEYS, device=device, dtype=torch.float32)
         model.requires_grad_(True)
@@ -118,6 +118,6 @@ class Denoising(nn.Module):
 
 def export_diffusion(transformer: DiT, text: T5Encoder, folder: Path) -> None:
     """Write the world and its text encoder in bf16, in the folders of the released ones."""
-    settings = {**write_settings(transformer.config), **sizes.WORLD_SETTINGS}
-    export_transformer(released_tensors(transformer), settings, folder / WORLD)
+    settings = {**dit_settings(transformer.config), **sizes.WORLD_SETTINGS}
+    export_transformer(dit_tensors(transformer), settings, folder / WORLD)
     export_t5(text, folder / TEXT_FOLDER)

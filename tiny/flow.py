@@ -10,14 +10,24 @@ from torch import Tensor, nn
 
 from tiny import sizes
 from tiny.denoiser import Batch, draw_noise, export_transformer, train_captioned
+from tiny.export import dit_settings, dit_tensors, draw_weights
+from tiny.denoiser import (
+    Captioned,
+    draw_clips,
+    draw_noise,
+    encode_clips,
+    export_transformer,
+    train_denoiser,
+)
+from tiny.encoders import export_reason1, new_reason1
 from tiny.run import Run, half_precision
 from worldline.families.predict2_5.model import FlowDiT
-from worldline.families.predict2_5.weights import open_flow_dit, released_tensors, write_settings
+from worldline.families.predict2_5.weights import open_network
 from worldline.nn.rope import Rotation
 from worldline.sampling.flow import TIMESTEPS
 from worldline.text.reason1 import KEYS as REASON1_KEYS
 from worldline.text.reason1 import RELEASED as TEXT_FOLDER
-from worldline.text.reason1 import Reason1Encoder, export_reason1, find_reason1, new_reason1
+from worldline.text.reason1 import Reason1Encoder, Reason1Files
 from worldline.tokenizers.wan.weights import open_wan
 from worldline.train.losses import flow_loss, flowed_latents, shifted_sigmas
 from worldline.weights.stream import load_into
@@ -36,10 +46,9 @@ def train_flow(
     tokenizer = load_wan(open_wan(tokenizer_folder), device, half_precision(device))
     torch.manual_seed(run.seed)
     model = Flowing(FlowDiT(sizes.FLOW), new_reason1(sizes.REASON1, max_length=sizes.TEXT_LENGTH))
-    model.transformer.reset_parameters()
+    draw_weights(model.transformer)
     if start is not None:
-        dit = open_flow_dit(start / WORLD, write_settings(sizes.FLOW))
-        text = find_reason1(start / TEXT_FOLDER)
+        dit = open_network(start / WORLD, dit_settings(sizes.FLOW))
         load_into(model.transformer, dit.source, dit.keys, device=device, dtype=torch.float32)
         load_into(
             model.text.network, text.checkpoint, REASON1_KEYS, device=device, dtype=torch.float32
@@ -101,7 +110,7 @@ def export_flow(
 ) -> None:
     """Write the world in bf16, in the folders of the released one, with a copy of its tokenizer."""
     world = folder / WORLD
-    settings = {**write_settings(transformer.config), **sizes.FLOW_SETTINGS}
-    export_transformer(released_tensors(transformer), settings, world)
+    settings = {**dit_settings(transformer.config), **sizes.FLOW_SETTINGS}
+    export_transformer(dit_tensors(transformer), settings, world)
     export_reason1(text, folder / TEXT_FOLDER)
     shutil.copytree(tokenizer_folder, world / "vae", dirs_exist_ok=True)

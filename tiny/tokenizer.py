@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from tiny import sizes
+from tiny.export import cosmos_tensors, draw_weights
 from tiny.reconstruction import KL, Moments, report_psnr, statistics_videos, train_reconstruction
 from tiny.run import Run, half_precision
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 from worldline.tokenizers.cosmos.weights import open_tokenizer
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.model import LatentStatistics
-from worldline.tokenizers.cosmos.weights import released_tensors
 from worldline.train.losses import ReconstructionObjective
 from worldline.weights.write import save as save_tensors
 
@@ -26,8 +25,8 @@ def train_tokenizer(run: Run, kind: str, start: Path | None) -> None:
     torch.manual_seed(run.seed)
     if start is None:
         model = CosmosTokenizer(sizes.TOKENIZER if kind == "discrete" else sizes.CONTINUOUS)
-        model.reset_parameters()
-        model = model.to(run.device)
+        draw_weights(model)
+        model = model.to(device)
     else:
         model = open_tokenizer(start).read(run.device, torch.float32).requires_grad_(True)
     continuous = model.config.levels is None
@@ -64,5 +63,6 @@ def latent_statistics(model: CosmosTokenizer, videos: Iterator[Tensor]) -> Laten
 def export_tokenizer(model: CosmosTokenizer, folder: Path) -> None:
     """Write encoder and decoder in bf16 under the names of the released files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for half, tensors in released_tensors(model).items():
+    halves = cosmos_tensors(model)
+    for half, tensors in halves.items():
         save_tensors(tensors, folder / f"{half}.safetensors")

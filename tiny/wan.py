@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tiny import sizes
+from tiny.export import draw_weights, stored_tensors, wan_settings
 from tiny.reconstruction import (
     DEVIATION,
     KL,
@@ -21,9 +22,9 @@ from tiny.reconstruction import (
     train_reconstruction,
 )
 from tiny.run import Run, half_precision
-from worldline.tokenizers.wan.weights import CONFIG, DIFFUSERS_FILES, channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import CausalConv, WanTokenizer
-from worldline.tokenizers.wan.weights import diffusers_config, diffusers_tensors
+from worldline.tokenizers.wan.weights import key_map, open_wan
+from worldline.weights.networks import DIFFUSERS_FILES
 from worldline.weights.write import save as save_tensors
 
 _SHAPES = 64  # of cells that are prepared for a convolution; no two levels have the same
@@ -34,8 +35,8 @@ def train_wan(run: Run, start: Path | None) -> None:
     torch.manual_seed(run.seed)
     if start is None:
         model = WanTokenizer(sizes.WAN)
-        model.reset_parameters()
-        model = channels_last(model.to(run.device))
+        draw_weights(model)
+        model = model.to(device).channels_last()
     else:
         model = load_wan(open_wan(start), run.device, torch.float32).requires_grad_(True)
     channels = model.config.latent_channels
@@ -84,6 +85,8 @@ def export_wan(model: WanTokenizer, folder: Path) -> None:
         model.quant_conv.weight[channels:] = 0
         model.quant_conv.bias[channels:] = 2 * math.log(DEVIATION)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.bfloat16() for name, tensor in diffusers_tensors(model).items()}
+    tensors = stored_tensors(model, key_map(model.config, True))
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     save_tensors(tensors, folder / DIFFUSERS_FILES[0])
-    (folder / CONFIG).write_text(json.dumps(diffusers_config(model.config), indent=1) + "\n")
+    said = json.dumps(wan_settings(model.config), indent=1)
+    (folder / "config.json").write_text(said + "\n")

@@ -301,12 +301,6 @@ class Opened:
         assert self.place is not None
         return self.place.folder
 
-    @property
-    def config_file(self) -> Path:
-        """The config.json beside the transformer, whether it is there or not."""
-        file: Path = self.source.path
-        return file.parent / "config.json"
-
     def with_part(self, name: str, part: Any, missing: str = "") -> Opened:
         """The same with one more part, or the reason why it is missing."""
         if missing:

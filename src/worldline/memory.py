@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Collection, Hashable
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from worldline.errors import InsufficientMemoryError
 from worldline.files import GIGABYTE
-from worldline.nn.dit import HIDDEN_BYTES, DiTSizes
+from worldline.nn.dit import HIDDEN_BYTES, PATCH_CELLS, DiTSizes
 from worldline.shapes import LatentShape, VideoShape
 
 _WORKSPACE = 1_200_000_000  # of cuDNN, cuBLAS and the allocator beside bf16 networks (measured)
@@ -203,13 +201,6 @@ def workspace(dtype: torch.dtype) -> int:
     return _WORKSPACE if dtype != torch.float32 else 0
 
 
-@functools.cache
-def count_parameters(kind: type[nn.Module], config: Hashable) -> int:
-    """Number of weights of a network, which is not built."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in kind(config).parameters())
-
-
 def coding_bytes(cells: int, widest: int, size: int) -> int:
     """Bytes of a tokenizer's activations.
 
@@ -241,8 +232,7 @@ def denoise_bytes(
         batch: guidance branches computed at once.
     """
     size = dtype.itemsize
-    _, rows, columns = config.patch
-    tokens = batch * (grid.tokens // (rows * columns))
+    tokens = batch * (grid.tokens // PATCH_CELLS)
     residual = tokens * config.width * size
     # residual, positions, the norm's output, q, k, v before and after their norms, and the result
     hidden = min(tokens * config.hidden * size, HIDDEN_BYTES)

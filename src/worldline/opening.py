@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from worldline.catalog import BUNDLED_PREFIX, Entry
 from worldline.errors import CheckpointError, InputError
@@ -31,78 +30,15 @@ from worldline.family import (
 )
 from worldline.files import holds_diffusers, unfinished
 from worldline.locate import Place
-from worldline.memory import Fit, Memory, Plan, Stage, Weights, count_parameters, workspace
+from worldline.memory import Fit, Memory, Plan, Stage, Weights, workspace
 from worldline.nn.modulation import fused
-from worldline.parallel.offload import BlockPlan, StreamedPart
-from worldline.parallel.offload import Part as LoadedPart
 from worldline.report import Recorder
 from worldline.request import LoadOptions, Name, Request, keyword
 from worldline.text.encoder import MAX_LENGTH, EncoderFiles, TextEncoder
-from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import open_transformer, read_settings
 from worldline.weights.source import Checkpoint
-from worldline.weights.stream import load_into
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network on disk, or one that is only planned for.
-
-    Attributes:
-        kind: its class.
-        config: its configuration.
-        source: its tensors; None where it is only planned for.
-        keys: from their names to ours.
-        beside: files beside the tensors that decide what it computes.
-        blocks: how it is offloaded block by block; None where it is moved whole.
-    """
-
-    kind: Any
-    config: Any
-    source: Checkpoint | None = None
-    keys: KeyMap | None = None
-    beside: tuple[Path, ...] = ()
-    blocks: BlockPlan | None = None
-
-    @property
-    def path(self) -> Path | str:
-        return self.source.path if self.source else self.kind.__name__
-
-    @property
-    def files(self) -> list[Path]:
-        return [*(self.source.files if self.source else ()), *filter(Path.exists, self.beside)]
-
-    def nbytes(self, compute: Compute) -> int:
-        return count_parameters(self.kind, self.config) * compute.dtype.itemsize
-
-    def streamed_nbytes(self, compute: Compute) -> int | None:
-        if self.blocks is None:
-            return None
-        with torch.device("meta"):
-            return self.blocks.count(self.kind(self.config)) * compute.dtype.itemsize
-
-    def read(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The network with its weights, for inference.
-
-        Raises:
-            CheckpointError: a tensor is missing, unknown or of the wrong shape.
-        """
-        assert self.source is not None
-        assert self.keys is not None
-        with torch.device("meta"):
-            module: nn.Module = self.kind(self.config)
-        load_into(module, self.source, self.keys, device=device, dtype=dtype)
-        return module.requires_grad_(False).eval()
-
-    def load(self, compute: Compute, *, offload: bool) -> LoadedPart[Any]:
-        """The network on its device, or waiting in host memory."""
-        home = torch.device("cpu") if offload else compute.device
-        module = self.read(home, compute.dtype)
-        if offload and self.blocks is not None and compute.device.type != "cpu":
-            return StreamedPart(module, compute.device, self.blocks)
-        return LoadedPart(module, compute.device, offload=offload)
 
 
 @dataclass(frozen=True)
@@ -129,7 +65,7 @@ class TextPart:
     def streamed_nbytes(self, compute: Compute) -> None:
         return None
 
-    def load(self, compute: Compute, *, offload: bool) -> TextEncoder[Any]:
+    def load(self, compute: Compute, *, offload: bool) -> TextEncoder:
         """The encoder, whose weights are read at the first prompt that is not cached."""
         assert self.encoder is not None
         return TextEncoder(self.encoder, compute.device, compute.text_dtype, offload=offload)

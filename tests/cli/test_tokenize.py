@@ -17,9 +17,10 @@ from PIL import Image
 
 import worldline.weights.write
 from tiny.clips import make_clips
+from tiny.export import cosmos_tensors, draw_weights
 from worldline.locate import BUNDLED
 from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
-from worldline.tokenizers.cosmos.weights import open_tokenizer, released_tensors
+from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.video.read import probe, read_image, read_video
 from worldline.video.write import write_video
 from worldline.weights.read import open_checkpoint
@@ -47,8 +48,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / CONTINUOUS).mkdir()
     torch.manual_seed(0)
     model = CosmosTokenizer(replace(PRESETS["CV8x8x8"], channels=4, level_channels=(8, 8, 8)))
-    model.reset_parameters()
-    for half, tensors in released_tensors(model).items():
+    draw_weights(model)
+    for half, tensors in cosmos_tensors(model).items():
         save(tensors, root / CONTINUOUS / f"{half}.safetensors")
     return root
 

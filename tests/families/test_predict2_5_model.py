@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
@@ -16,20 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiny.export import dit_settings, dit_tensors, draw_weights
 from worldline.errors import CheckpointError
 from worldline.families.predict2_5.model import (
     FlowDiT,
     FlowDiTConfig,
     released_exponents,
 )
-from worldline.families.predict2_5.weights import (
-    is_flow_dit,
-    open_flow_dit,
-    released_tensors,
-    write_settings,
-)
+from worldline.families.predict2_5.weights import open_network
 from worldline.nn import dit
 from worldline.nn.modulation import NORM_EPS
+from worldline.nn.rope import axis_sizes, rotary_exponents
 from worldline.shapes import LatentShape
 from worldline.weights.stream import load_into
 from worldline.weights.write import save
@@ -53,7 +51,7 @@ RELEASED_NAME = "81edfebe-bd6a-4039-8c1d-737df1a790bf_ema_bf16.pt"
 def build(config: FlowDiTConfig = CONFIG, dtype: torch.dtype = torch.float64) -> FlowDiT:
     torch.manual_seed(0)
     model = FlowDiT(config)
-    model.reset_parameters()
+    draw_weights(model)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -77,12 +75,22 @@ def inputs(dtype: torch.dtype = torch.float64, batch: int = 2) -> dict[str, Tens
     }
 
 
-def run(model: FlowDiT, given: dict[str, Tensor], *, exact: bool = False, **more: Any) -> Tensor:
+def unrounded(model: FlowDiT) -> FlowDiT:
+    """The same with exact rotary exponents, as diffusers computes."""
+    time, space, _ = (
+        rotary_exponents(size).tolist() for size in axis_sizes(model.config.head_size)
+    )
+    model = copy.copy(model)
+    model.config = replace(model.config, exponents=(tuple(time), tuple(space)))
+    return model
+
+
+def run(model: FlowDiT, given: dict[str, Tensor], **more: Any) -> Tensor:
     return model(
         given["latents"],
         given["timesteps"],
         model.encode_context(given["text"]),
-        model.make_positions(LatentShape(*given["latents"].shape[2:]), exact=exact),
+        model.make_positions(LatentShape(*given["latents"].shape[2:])),
         condition_mask=given["condition_mask"],
         **more,
     )
@@ -103,7 +111,7 @@ def test_everything_given_is_heard() -> None:
         changed = dict(given)
         changed[name] = given[name] + 0.5
         assert not torch.allclose(run(model, changed), plain), name
-    assert not torch.allclose(run(model, given, exact=True), plain)
+    assert not torch.allclose(run(unrounded(model), given), plain)
     assert not torch.allclose(run(model, given, padding_mask=torch.ones(2, 1, 48, 64)), plain)
 
 
@@ -125,13 +133,6 @@ def test_equal_timesteps_of_all_frames_are_one_timestep() -> None:
     assert torch.allclose(run(model, given | {"timesteps": one.expand(2, GRID.frames)}), shared)
     whole = run(model, given | {"timesteps": one.long()})  # as schedules have them
     assert torch.allclose(whole, shared)
-
-
-def test_timesteps_of_another_shape_are_refused() -> None:
-    model, given = build(), inputs()
-    for bad in (torch.zeros(2), torch.zeros(2, 2), torch.zeros(2, 4)):
-        with pytest.raises(ValueError, match="timesteps"):
-            run(model, given | {"timesteps": bad})
 
 
 def test_feed_forward_in_parts_changes_nothing() -> None:
@@ -180,11 +181,6 @@ def test_released_exponents_are_rounded() -> None:
         assert released_exponents(128) == (time, space)
 
 
-def test_exponents_of_another_head_are_refused() -> None:
-    with pytest.raises(ValueError, match="rotary exponents"):
-        replace(CONFIG, exponents=released_exponents(48))
-
-
 def test_gradients_reach_every_weight() -> None:
     model = build(dtype=torch.float32).requires_grad_(True)
     run(model, inputs(torch.float32)).square().mean().backward()
@@ -193,15 +189,14 @@ def test_gradients_reach_every_weight() -> None:
 
 def test_fresh_weights_give_zero() -> None:
     model = FlowDiT(CONFIG)
-    model.reset_parameters()
+    draw_weights(model)
     with torch.no_grad():
         assert not run(model, inputs(torch.float32)).any()
 
 
 def read_back(model: FlowDiT, path: Path, **settings: Any) -> None:
-    found = open_flow_dit(path, settings)
+    found = open_network(path, settings)
     assert found.config == model.config
-    assert is_flow_dit(found.source.tensors)
     with torch.device("meta"):
         again = FlowDiT(found.config)
     load_into(again, found.source, found.keys, device="cpu", dtype=None)
@@ -212,7 +207,7 @@ def read_back(model: FlowDiT, path: Path, **settings: Any) -> None:
 @pytest.mark.parametrize("name", [RELEASED_NAME, "model_ema_bf16.pt", "model.safetensors"])
 def test_a_folder_reads_back(name: str, tmp_path: Path) -> None:
     model = build(dtype=torch.float32)
-    save(released_tensors(model), tmp_path / name)
+    save(dit_tensors(model), tmp_path / name)
     read_back(model, tmp_path)
     read_back(model, tmp_path / name)
 
@@ -226,17 +221,17 @@ def test_what_differs_from_the_released_models_reads_back(tmp_path: Path) -> Non
         exponents=(time, (*space[:-1], 0.875)),
     )
     model = build(other, torch.float32)
-    save(released_tensors(model), tmp_path / "model.pt")
-    read_back(model, tmp_path, **write_settings(other))
+    save(dit_tensors(model), tmp_path / "model.pt")
+    read_back(model, tmp_path, **dit_settings(other))
     for bad in ({"rope_ratio": [1, 2]}, {"timestep_scale": 0}, {"timestep_scale": "1"}):
         with pytest.raises(CheckpointError, match=next(iter(bad))):
-            open_flow_dit(tmp_path, bad)
+            open_network(tmp_path, bad)
 
 
 def test_bookkeeping_is_left_aside(tmp_path: Path) -> None:
     model = build(dtype=torch.float32)
     tensors: dict[str, object] = {
-        name: tensor.clone() for name, tensor in released_tensors(model).items()
+        name: tensor.clone() for name, tensor in dit_tensors(model).items()
     }
     tensors["net.t_embedding_norm._extra_state"] = torch.zeros(5, dtype=torch.uint8)
     tensors["net.blocks.0.self_attn.q_norm._extra_state"] = io.BytesIO(b"state")
@@ -250,7 +245,7 @@ def test_averages_of_training_are_preferred(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = build(dtype=torch.float32)
-    averaged = released_tensors(model)
+    averaged = dit_tensors(model)
     last = {name: tensor + 1 for name, tensor in averaged.items()}
     wrapped = {
         name.replace("net.", "net_ema.").replace(
@@ -267,23 +262,23 @@ def test_averages_of_training_are_preferred(
 def test_a_file_of_another_model_is_named_as_such(tmp_path: Path) -> None:
     save({"encoder.weight": torch.zeros(2, 2)}, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match="not a Cosmos diffusion transformer"):
-        open_flow_dit(tmp_path)
+        open_network(tmp_path)
     (tmp_path / "model.pt").unlink()
     with pytest.raises(CheckpointError, match=r"holds no model\.pt"):
-        open_flow_dit(tmp_path)
+        open_network(tmp_path)
     for name in ("a_ema_bf16.pt", "b_ema_bf16.pt"):
         (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=r"several.*a_ema_bf16\.pt, b_ema_bf16\.pt"):
-        open_flow_dit(tmp_path)
+        open_network(tmp_path)
 
 
 def test_input_channels_of_another_kind_are_refused(tmp_path: Path) -> None:
-    tensors = released_tensors(build(dtype=torch.float32))
+    tensors = dit_tensors(build(dtype=torch.float32))
     name = "net.x_embedder.proj.1.weight"
     tensors[name] = F.pad(tensors[name], (0, 64))
     save(tensors, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"reads 136 numbers a token.*reads 72"):
-        open_flow_dit(tmp_path)
+        open_network(tmp_path)
 
 
 def test_a_diffusers_folder_reads_back(tmp_path: Path) -> None:
@@ -294,9 +289,9 @@ def test_a_diffusers_folder_reads_back(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     read_back(model, tmp_path)
     read_back(model, folder)
-    (folder / "config.json").write_text(json.dumps(config | {"extra_pos_embed_type": "learnable"}))
-    with pytest.raises(CheckpointError, match="extra_pos_embed_type is 'learnable'"):
-        open_flow_dit(tmp_path)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="rope_scale"):
+        open_network(tmp_path)
 
 
 def test_diffusers_runs_our_export_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,5 +322,5 @@ def test_diffusers_runs_our_export_and_agrees(monkeypatch: pytest.MonkeyPatch) -
                 padding_mask=padding,
                 return_dict=False,
             )[0]
-        ours = run(model, given | {"timesteps": times}, exact=True, padding_mask=padding)
+        ours = run(unrounded(model), given | {"timesteps": times}, padding_mask=padding)
         assert torch.allclose(ours, y, atol=2e-5, rtol=0)

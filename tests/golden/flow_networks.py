@@ -14,8 +14,8 @@ from worldline.families.predict2_5.model import (
     FlowDiT,
     FlowDiTConfig,
 )
-from worldline.families.predict2_5.weights import open_flow_dit
-from worldline.weights.networks import NetworkFiles
+from worldline.families.predict2_5.weights import open_network
+from worldline.weights.networks import Network
 from worldline.weights.stream import load_into
 
 
@@ -30,10 +30,10 @@ def settings_of(case: Case) -> dict[str, Any]:
 @cache
 def model_of(case: Case) -> FlowDiT:
     """Return the network of a case, in float32."""
-    return load(open_flow_dit(case.path / case.spec["checkpoint"], settings_of(case)))
+    return load(open_network(case.path / case.spec["checkpoint"], settings_of(case)))
 
 
-def load(found: NetworkFiles[FlowDiTConfig]) -> FlowDiT:
+def load(found: Network[FlowDiTConfig]) -> FlowDiT:
     with torch.device("meta"):
         model = FlowDiT(found.config)
     load_into(model, found.source, found.keys, device="cpu", dtype=torch.float32)

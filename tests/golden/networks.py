@@ -11,7 +11,7 @@ from cases import Case
 from torch import Tensor
 
 from worldline.families.diffusion.model import DiT
-from worldline.families.diffusion.weights import open_dit
+from worldline.families.diffusion.weights import open_network
 from worldline.sampling.edm import Network
 from worldline.sampling.solvers import Stepped, Steps
 from worldline.shapes import LatentShape
@@ -20,7 +20,7 @@ from worldline.weights.stream import load_into
 
 @cache
 def load_dit(path: Path, ratio: tuple[float, float, float], base_fps: float) -> DiT:
-    found = open_dit(path, {"rope_ratio": list(ratio), "base_fps": base_fps})
+    found = open_network(path, {"rope_ratio": list(ratio), "base_fps": base_fps})
     with torch.device("meta"):
         model = DiT(found.config)
     load_into(model, found.source, found.keys, device="cpu", dtype=torch.float32)

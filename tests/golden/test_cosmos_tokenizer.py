@@ -12,19 +12,18 @@ import pytest
 import torch
 from cases import Case, cases, watched
 
+from tiny.export import cosmos_settings, stored_tensors
 from worldline.nn import fsq
 from worldline.nn.wavelet import EXACT_TAP, patch, unpatch
 from worldline.tokenizers.cosmos.clips import pad, reconstruct_windows
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import (
-    diffusers_config,
-    find_layout,
+    is_diffusers,
     key_map,
     network_view,
     open_tokenizer,
     read_config,
 )
-from worldline.tokenizers.opened import stored_tensors
 from worldline.weights.read import open_checkpoint
 from worldline.weights.stream import load_into
 from worldline.weights.write import save
@@ -57,7 +56,7 @@ def loaded(case: Case, weights: str = "jit", tap: str = "stored") -> CosmosToken
         config = replace(config, tap=EXACT_TAP)
     with torch.device("meta"):
         model = CosmosTokenizer(config)
-    keys = key_map(config, find_layout(source))
+    keys = key_map(config, is_diffusers(source))
     load_into(model, source, keys, device="cpu", dtype=torch.float32)
     return model.requires_grad_(False).eval()
 
@@ -105,7 +104,7 @@ def test_clips(case: Case) -> None:
             codes = fsq.indices_to_codes(indices, model.config.levels or ())
             case.compare(f"{clip}.codes", codes.movedim(-1, 1))
             stored = case.tensor(f"{clip}.indices")
-            run |= watched(model, lambda m=model, s=stored: m.decode_tokens(s))
+            run |= watched(model, lambda m=model, s=stored: m.decode(m.to_codes(s)))
             case.compare(f"{clip}.recon", run[""])
         elif f"{clip}.latent" in case:
             case.compare(f"{clip}.latent", run[""])
@@ -150,7 +149,7 @@ def test_chunks_of_the_autoregressive_pipeline(case: Case) -> None:
         encoder, decoder = loaded(case, "jit", "exact"), loaded(case)
         tokens = [encoder.encode_tokens(part) for part in video.chunk(count, dim=2)]
         case.compare(f"{chunk}.indices", torch.cat(tokens, dim=1))
-        decoded = [decoder.decode_tokens(part) for part in indices.chunk(count, dim=1)]
+        decoded = [decoder.decode(decoder.to_codes(part)) for part in indices.chunk(count, dim=1)]
         case.compare(f"{chunk}.recon", torch.cat(decoded, dim=2))
 
 
@@ -245,9 +244,9 @@ def test_weights_that_diffusers_saved(case: Case) -> None:
 def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     model, statistics = loaded(case, "jit", "exact"), open_tokenizer(folder_of(case)).statistics
-    tensors = stored_tensors(model, key_map(model.config, "diffusers"))
+    tensors = stored_tensors(model, key_map(model.config, True))
     save(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
-    settings = diffusers_config(model.config, statistics)
+    settings = cosmos_settings(model.config, statistics)
     (tmp_path / "config.json").write_text(json.dumps(settings))
 
     theirs = diffusers.AutoencoderKLCosmos.from_pretrained(tmp_path)

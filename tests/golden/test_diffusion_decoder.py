@@ -11,11 +11,12 @@ import torch
 from cases import Case, cases
 from networks import collected
 from torch import Tensor
-
-from worldline.families.diffusion.model import DiT
-from worldline.families.diffusion.weights import open_dit
 from worldline.pipelines import decoder
 from worldline.pipelines.decoder import DecoderSettings, decode_windows, denoise_windows
+
+from tiny.export import draw_weights
+from worldline.families.diffusion.model import DiT
+from worldline.families.diffusion.weights import open_network
 from worldline.sampling.edm import SIGMA_MAX, make_sigmas, precondition, sample
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import blend_windows, split_windows
@@ -32,7 +33,7 @@ CASES = cases("ar_diffusion_decoder_tiny")
 def network(case: Case) -> DiT:
     stated = case.spec["network"]
     ratio = [stated[f"rope_{axis}_extrapolation_ratio"] for axis in "thw"]
-    found = open_dit(case.path / case.spec["folder"], {"rope_ratio": ratio})
+    found = open_network(case.path / case.spec["folder"], {"rope_ratio": ratio})
     assert not found.config.learned_positions
     assert found.config.vocabulary == stated["diffusion_decoder_token_condition_voc_size"]
     with torch.device("meta"):
@@ -47,7 +48,7 @@ def tokenizer(case: Case) -> CosmosTokenizer:
     source = open_checkpoint(pixels_folder(case) / "decoder.jit")
     config = read_config(source)
     model = CosmosTokenizer(config)
-    model.reset_parameters()
+    draw_weights(model)
     halves = ["encoder.*", "quant_conv.*"]
     load_into(model, source, key_map(config), device="cpu", dtype=None, optional=halves)
     return model.float().requires_grad_(False).eval()

@@ -12,7 +12,7 @@ from cases import Case, cases, watched
 from torch import Tensor
 
 from worldline.families.diffusion.model import DiT
-from worldline.families.diffusion.weights import open_dit
+from worldline.families.diffusion.weights import DIFFUSERS_KEYS, open_network
 from worldline.nn.modulation import norm_heads, sinusoid
 from worldline.nn.rope import stretched_angles_3d
 from worldline.shapes import LatentShape
@@ -30,7 +30,7 @@ def settings_of(model: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def loaded(case: Case, dtype: torch.dtype = torch.float32) -> DiT:
-    found = open_dit(case.path / checkpoint_of(case), settings_of(case.spec["model"]))
+    found = open_network(case.path / checkpoint_of(case), settings_of(case.spec["model"]))
     with torch.device("meta"):
         model = DiT(found.config)
     load_into(model, found.source, found.keys, device="cpu", dtype=dtype)
@@ -156,9 +156,9 @@ def test_every_tensor_is_used(case: Case) -> None:
 def test_diffusers_folder(case: Case) -> None:
     """The folder alone tells everything: the stated numbers are compared, not used."""
     [folder] = [path.parent.parent for path in case.path.glob("*/transformer/config.json")]
-    found = open_dit(folder)
+    found = open_network(folder)
     assert list(found.config.rope_ratio) == settings_of(case.spec["model"])["rope_ratio"]
-    assert found.layout == "diffusers"
+    assert found.keys is DIFFUSERS_KEYS
     with torch.device("meta"):
         model = DiT(found.config)
     load_into(model, found.source, found.keys, device="cpu", dtype=torch.float32)

@@ -15,8 +15,6 @@ import torch
 from cases import Case, cases
 from flow_networks import settings_of
 from torch import Tensor
-
-from worldline.errors import InputError
 from worldline.loading.predict2_5 import (
     FlowFiles,
     FlowParts,
@@ -24,10 +22,12 @@ from worldline.loading.predict2_5 import (
     find_predict2_5,
     load_predict2_5,
 )
-from worldline.families.predict2_5.weights import open_flow_dit
 from worldline.pipelines import predict2_5 as pipeline
 from worldline.pipelines.denoise import Embeddings
 from worldline.pipelines.requests import FlowRequest
+
+from worldline.errors import InputError
+from worldline.families.predict2_5.weights import open_network
 from worldline.report import Recorder
 from worldline.sampling import flow
 from worldline.sampling.schedules import standard_noise
@@ -57,7 +57,7 @@ def files_of(case: Case) -> FlowFiles:
     file = case.path / case.spec["checkpoint"]
     tokenizer = case.path / case.spec["vae_checkpoint"]
     files = find_predict2_5(file, case.path, tokenizer_dir=tokenizer)
-    return replace(files, dit=open_flow_dit(file, settings_of(case)))
+    return replace(files, dit=open_network(file, settings_of(case)))
 
 
 @cache

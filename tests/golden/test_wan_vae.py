@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -10,14 +11,10 @@ import pytest
 import torch
 from cases import Case, cases
 
+from tiny.export import stored_tensors, wan_settings
 from worldline.nn.pieces import decode_stream, encode_stream
-from worldline.tokenizers.opened import stored_tensors
 from worldline.tokenizers.wan.model import WanTokenizer
-from worldline.tokenizers.wan.weights import (
-    diffusers_config,
-    key_map,
-    open_wan,
-)
+from worldline.tokenizers.wan.weights import key_map, open_wan
 from worldline.weights.write import save
 
 CASES = cases("wan_vae_tiny")
@@ -61,12 +58,13 @@ def test_clips(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_clips_in_pieces(case: Case, chunk: int) -> None:
-    model = loaded(case)
+    model = copy.copy(loaded(case))
+    model.chunk = chunk
     for name in case.names("encode.*.video"):
-        pieces = encode_stream(model, case.tensor(name).split(3, dim=2), chunk=chunk)
+        pieces = encode_stream(model, case.tensor(name).split(3, dim=2))
         case.compare(name.replace("video", "latent"), torch.cat(list(pieces), dim=2))
     for name in case.names("decode.*.latent"):
-        pieces = decode_stream(model, case.tensor(name), chunk=chunk)
+        pieces = decode_stream(model, case.tensor(name))
         case.compare(name.replace("latent", "video"), torch.cat(list(pieces), dim=2))
 
 
@@ -79,7 +77,7 @@ def test_weights_that_diffusers_saved(case: Case) -> None:
     for name in case.names("vae*.in.latent"):
         video = model.decode(case.tensor(name))
         case.compare(name.replace(".in.latent", ".out.video"), video)
-    layouts = key_map(model.config), key_map(model.config, "diffusers")
+    layouts = key_map(model.config), key_map(model.config, True)
     for theirs, ours in case.spec.get("vae_key_map", {}).items():
         assert layouts[0].ours(theirs) == layouts[1].ours(ours)
 
@@ -90,8 +88,8 @@ def test_diffusers_computes_the_same_from_what_we_export(case: Case, tmp_path: P
     diffusers = pytest.importorskip("diffusers")
     model = loaded(case, torch.float64)
     tensors, settings = (
-        stored_tensors(model, key_map(model.config, "diffusers")),
-        diffusers_config(model.config),
+        stored_tensors(model, key_map(model.config, True)),
+        wan_settings(model.config),
     )
     save(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(settings))

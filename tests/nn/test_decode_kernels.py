@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from worldline.families.autoregressive.model import (
+    ARTransformer,
+    ARTransformerConfig,
+    make_positions,
+)
 from worldline.families.autoregressive.step import CapturedDecoder
-from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig, make_positions
 from worldline.nn.rope import Yarn
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import Sampling, decode, draw, draw_noise

@@ -183,28 +183,3 @@ def test_fewest_steps() -> None:
     assert len(make_sigmas("res_2mid", 2)) == len(make_sigmas("res_2mid", 3)) == 2
     for sampler in SAMPLERS:
         assert run(gaussian(0.5), sampler, num_steps=2).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"sampler": "heun"}, "sampler 'heun'"),
-        ({"num_steps": 0}, "num_steps 0"),
-        ({"sampler": "res_2mid", "num_steps": 1}, "num_steps 1"),
-        ({"guidance": math.nan}, "guidance nan"),
-        ({"sigma_min": 80.0}, "sigma_min 80.0"),
-        ({"sampler": "res_2ab", "reinsertion": "march_2025"}, "not res_2ab"),
-        ({"conditioning": Conditioning(*torch.zeros(2, 1, 1, 1, 1, 1))}, "differ"),
-        ({"conditioning": Conditioning(*torch.zeros(2, 2, 3, 5, 2, 2))}, "differ"),
-    ],
-)
-def test_refusals(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        run(gaussian(0.5), **options)
-
-
-def test_refusals_of_known_frames() -> None:
-    with pytest.raises(ValueError, match="differ"):
-        Conditioning(torch.zeros(SHAPE), torch.zeros(SHAPE[1:]))
-    with pytest.raises(ValueError, match=r"sigma -0\.1"):
-        Conditioning(torch.zeros(SHAPE), torch.zeros(SHAPE), -0.1)

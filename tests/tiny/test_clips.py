@@ -14,8 +14,7 @@ from tiny.clips import (
     make_clips,
     mirror_caption,
 )
-from tiny.motion import Motion
-from tiny.scenes import Scenes
+from tiny.export import draw_weights
 from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 
@@ -68,7 +67,7 @@ def test_drawing_stops_where_nobody_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
 def test_each_latent_has_the_caption_of_its_view() -> None:
     torch.manual_seed(0)
     model = CosmosTokenizer(CosmosTokenizerConfig(channels=4, level_channels=(8, 8, 8)))
-    model.reset_parameters()
+    draw_weights(model)
     model.eval()
     clips = make_clips(range(2), 9, 32, 48)
     latents, captions = encode_views(

@@ -21,18 +21,20 @@ from tiny.autoregressive import sequence_loss
 from tiny.clips import as_video, make_clips
 from tiny.decoder import DECODER, Decoding, cut_windows, long_shape
 from tiny.denoiser import rounded_to
+from tiny.encoders import export_t5, new_t5
 from tiny.run import embed_captions
 from tiny.tokenizer import export_tokenizer
-from worldline import places
+from tiny.export import draw_weights
+from worldline import locate
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import ARTransformer, make_positions
 from worldline.families.autoregressive.weights import read_config
 from worldline.families.diffusion.model import DiT
-from worldline.families.diffusion.weights import open_dit
+from worldline.families.diffusion.weights import open_network
 from worldline.pipelines import decoder
 from worldline.sampling.edm import make_sigmas
 from worldline.shapes import LatentShape, VideoShape
-from worldline.text.t5 import export_t5, find_t5, load_t5, new_t5
+from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.weights import load_tokenizer, open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import read_statistics
@@ -145,7 +147,7 @@ def test_the_world_and_its_text_encoder_can_be_opened(tmp_path: Path, latents: P
     diffusion(tmp_path, latents, 2)
     world = tmp_path / "export" / tiny_diffusion.WORLD
     settings = json.loads((world / "config.json").read_text())
-    assert open_dit(world, settings).config == sizes.DIFFUSION
+    assert open_network(world, settings).config == sizes.DIFFUSION
     assert settings["text2world"] is True
     text = load_t5(find_t5(tmp_path / "export" / tiny_diffusion.TEXT_FOLDER), "cpu", torch.float32)
     rows = text.encode(["A red ball falls."])
@@ -186,7 +188,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
     torch.manual_seed(0)
     model = CosmosTokenizer(replace(sizes.TOKENIZER, channels=4, level_channels=(8, 8, 8)))
-    model.reset_parameters()
+    draw_weights(model)
     export_tokenizer(model, folder)
     return folder
 
@@ -218,7 +220,7 @@ def test_the_first_latent_frame_and_the_begin_token_have_no_loss() -> None:
     torch.manual_seed(0)
     config = sizes.VIDEO2WORLD
     model = ARTransformer(config)
-    model.reset_parameters()
+    draw_weights(model)
     positions = make_positions(config, "cpu", torch.float32)
     tokens = torch.randint(config.vocabulary, (1, config.grid.tokens))
     context = torch.randn(1, 4, 16)
@@ -255,7 +257,7 @@ def test_the_decoder_can_be_opened(tmp_path: Path, tokens: Path, latents: Path, 
     run("decoder", "--folder", tmp_path, "--steps", 2, "--batch", 2, "--clips", 1, *words)
     folder = tmp_path / "export" / DECODER
     settings = json.loads((folder / "config.json").read_text())
-    assert open_dit(folder, settings).config == sizes.DECODER
+    assert open_network(folder, settings).config == sizes.DECODER
     general = load_file(folder / "aux_vars.safetensors")["context"]
     assert general.shape == (1, 128, 16)
     more = ["--weights", tmp_path / "export", "--steps", 1, "--batch", 1, "--clips", 1]

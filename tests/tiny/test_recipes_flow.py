@@ -22,18 +22,20 @@ import worldline
 from tiny import reconstruction, sizes
 from tiny.clips import as_video
 from tiny.denoiser import rounded_to
+from tiny.encoders import new_reason1
 from tiny.flow import TEXT_FOLDER, WORLD, Flowing
 from tiny.motion import FPS
 from tiny.reconstruction import DEVIATION, KL, cut, reconstruction_loss
 from tiny.run import Run
 from tiny.wan import compile_between_convolutions
-from worldline import places
+from tiny.export import draw_weights
+from worldline import locate
 from worldline.cli import demo, main
 from worldline.families.predict2_5.model import FlowDiT
-from worldline.families.predict2_5.weights import open_flow_dit
+from worldline.families.predict2_5.weights import open_network
 from worldline.sampling.flow import make_schedule
 from worldline.shapes import VideoShape
-from worldline.text.reason1 import find_reason1, load_reason1, new_reason1
+from worldline.text.reason1 import Reason1Files
 from worldline.tokenizers.wan.weights import channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.train.loop import Objective
@@ -158,7 +160,7 @@ def test_compiled_between_convolutions_nothing_changes(
     monkeypatch.setattr(torch, "compile", compiled)
     torch.manual_seed(0)
     model = WanTokenizer(sizes.WAN)
-    model.reset_parameters()
+    draw_weights(model)
     video = torch.rand(1, 3, 9, 32, 48) * 2 - 1
     plain = model.reconstruct(video)
     compile_between_convolutions(model)
@@ -200,8 +202,8 @@ def test_a_step_waits_for_no_number() -> None:
     with _Reads():
         rounded_to(torch.bfloat16, model, *given).sum().backward()
     tokenizer = WanTokenizer(sizes.WAN)
-    tokenizer.reset_parameters()
-    channels_last(tokenizer)
+    draw_weights(tokenizer)
+    tokenizer.channels_last()
     clips, noise = torch.zeros(1, 9, 32, 48, 3, dtype=torch.uint8), torch.zeros(1, 16, 3, 4, 6)
     measured = (tokenizer, KL, clips, noise)
     reconstruction_loss(*measured)  # the statistics of latents are copied once
@@ -237,8 +239,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
 
 def test_the_world_and_its_text_encoder_can_be_opened(tmp_path: Path, exported: Path) -> None:
     settings = json.loads((exported / WORLD / "config.json").read_text())
-    assert open_flow_dit(exported / WORLD, settings).config == sizes.FLOW
-    text = load_reason1(find_reason1(exported / TEXT_FOLDER), "cpu", torch.float32)
+    assert open_network(exported / WORLD, settings).config == sizes.FLOW
+    text = Reason1Files.open(exported / TEXT_FOLDER).load("cpu", torch.float32)
     rows = text.encode(["A red ball falls."])
     assert rows.shape == (1, sizes.TEXT_LENGTH, sizes.FLOW.feature_width)
     # another run may begin with these weights

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tiny.export import cosmos_tensors, draw_weights
 from worldline.errors import CheckpointError
 from worldline.tokenizers.cosmos.model import (
     PRESETS,
@@ -13,7 +14,7 @@ from worldline.tokenizers.cosmos.model import (
     CosmosTokenizerConfig,
     FrameNorm,
 )
-from worldline.tokenizers.cosmos.weights import open_tokenizer, released_tensors
+from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.weights.write import save
 
 TINY = {"channels": 4, "level_channels": (8, 8, 8)}
@@ -28,7 +29,7 @@ VARIANTS = {
 def build(config: CosmosTokenizerConfig) -> CosmosTokenizer:
     torch.manual_seed(0)
     model = CosmosTokenizer(config)
-    model.reset_parameters()
+    draw_weights(model)
     return model.double().requires_grad_(False).eval()
 
 
@@ -48,7 +49,7 @@ def test_tokens_decode_to_the_reconstruction(name: str) -> None:
     assert tokens.dtype == torch.int32
     assert int(tokens.min()) >= 0
     assert int(tokens.max()) < model.config.vocabulary == 64_000
-    assert torch.allclose(model.decode_tokens(tokens), model.reconstruct(video), atol=1e-6)
+    assert torch.allclose(model.decode(model.to_codes(tokens)), model.reconstruct(video), atol=1e-6)
 
 
 def test_gradients_reach_the_encoder_through_the_quantiser() -> None:
@@ -57,12 +58,6 @@ def test_gradients_reach_the_encoder_through_the_quantiser() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
     assert float(model.encoder.conv_in.space.weight.grad.abs().sum()) > 0
-
-
-def test_a_continuous_tokenizer_has_no_tokens() -> None:
-    model = build(VARIANTS["CV8x8x8"])
-    with pytest.raises(ValueError, match="continuous"):
-        model.encode_tokens(clip(model, 1))
 
 
 def test_released_sizes() -> None:
@@ -95,7 +90,7 @@ def test_a_saved_tokenizer_is_read_back(
 ) -> None:
     folder = tmp_path_factory.mktemp(f"Cosmos-Tokenize1-{name}-720p")
     model = build(VARIANTS[name]).to(torch.bfloat16)
-    for half, tensors in released_tensors(model).items():
+    for half, tensors in cosmos_tensors(model).items():
         save(tensors, folder / f"{half}.safetensors")
     again = open_tokenizer(folder).read("cpu", torch.bfloat16)
     assert replace(again.config, tap=model.config.tap) == model.config
@@ -109,7 +104,7 @@ def test_a_saved_tokenizer_is_read_back(
 def test_half_a_tokenizer_is_named(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("Cosmos-Tokenize1-DV8x16x16-720p")
     model = build(VARIANTS["DV8x16x16"])
-    save(released_tensors(model)["encoder"], folder / "encoder.safetensors")
+    save(cosmos_tensors(model)["encoder"], folder / "encoder.safetensors")
     with pytest.raises(CheckpointError, match=r"decoder\.safetensors is missing"):
         open_tokenizer(folder)
     with pytest.raises(CheckpointError, match="no tokenizer"):

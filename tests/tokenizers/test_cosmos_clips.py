@@ -9,6 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tiny.export import draw_weights
 from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip
 from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
@@ -18,7 +19,7 @@ from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
 def model(request: pytest.FixtureRequest) -> CosmosTokenizer:
     torch.manual_seed(0)
     model = CosmosTokenizer(replace(PRESETS[request.param], channels=4, level_channels=(8, 8, 8)))
-    model.reset_parameters()
+    draw_weights(model)
     return model.requires_grad_(False).eval()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tiny.export import cosmos_settings, draw_weights, stored_tensors
 from worldline.errors import CheckpointError
 from worldline.tokenizers.cosmos.model import (
     PRESETS,
@@ -18,13 +19,11 @@ from worldline.tokenizers.cosmos.model import (
     LatentStatistics,
 )
 from worldline.tokenizers.cosmos.weights import (
-    diffusers_config,
     key_map,
     open_tokenizer,
     read_statistics,
     tokenizer_files,
 )
-from worldline.tokenizers.opened import stored_tensors
 from worldline.weights.keymap import match
 from worldline.weights.read import TensorInfo
 from worldline.weights.write import save
@@ -42,7 +41,7 @@ def manifest(name: str) -> dict[str, Any]:
 def build(config: CosmosTokenizerConfig = TINY) -> CosmosTokenizer:
     torch.manual_seed(0)
     model = CosmosTokenizer(config)
-    model.reset_parameters()
+    draw_weights(model)
     return model.requires_grad_(False).eval()
 
 
@@ -54,9 +53,9 @@ def statistics(channels: int = 16, frames: int = 16) -> LatentStatistics:
 
 def save_vae(folder: Path, model: CosmosTokenizer, **changes: Any) -> dict[str, Tensor]:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = stored_tensors(model, key_map(model.config, "diffusers"))
+    tensors = stored_tensors(model, key_map(model.config, True))
     save(tensors, folder / "diffusion_pytorch_model.safetensors")
-    settings = {**diffusers_config(model.config, statistics()), **changes}
+    settings = {**cosmos_settings(model.config, statistics()), **changes}
     (folder / "config.json").write_text(json.dumps(settings))
     return tensors
 
@@ -65,7 +64,7 @@ def test_every_tensor_of_the_diffusers_file_has_its_place() -> None:
     stated = manifest("diffusers")
     with torch.device("meta"):
         model = CosmosTokenizer(PRESETS["CV8x8x8"])
-    keys, released = key_map(model.config, "diffusers"), key_map(model.config)
+    keys, released = key_map(model.config, True), key_map(model.config)
     assert stated["tensors"].keys() == stated["key_map"].keys()
     for theirs, name in stated["key_map"].items():
         assert keys.ours(theirs) == released.ours(name)
@@ -76,7 +75,7 @@ def test_every_tensor_of_the_diffusers_file_has_its_place() -> None:
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert len(match(infos, expected, keys, "vae")) == stated["count"]
     assert sorted(stored_tensors(model, keys)) == sorted(stated["tensors"])
-    settings = diffusers_config(model.config)
+    settings = cosmos_settings(model.config)
     for name, value in settings.items():
         assert stated["config"].get(name, value) == value
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from worldline.errors import CheckpointError
-from worldline.weights.dit import read_diffusers_settings, read_ratio
+from worldline.weights.dit import DiTSettings, parse_settings
 from worldline.weights.networks import DIFFUSERS_FILES, find_transformer
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
@@ -38,21 +38,16 @@ def test_folders_without_one(tmp_path: Path) -> None:
         find_transformer(tmp_path)
 
 
-def test_settings_of_diffusers(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"rope_scale": [1, 2, 3], "extra_pos_embed_type": null}')
-    assert read_diffusers_settings(tmp_path, positions=None) == {"rope_ratio": [1, 2, 3]}
-    with pytest.raises(CheckpointError, match="extra_pos_embed_type is None"):
-        read_diffusers_settings(tmp_path, positions="learnable")
+def test_settings(tmp_path: Path) -> None:
+    save({"patch_embed.proj.weight": torch.zeros(1)}, tmp_path / "model.pt")
+    source, file = open_checkpoint(tmp_path / "model.pt"), tmp_path / "config.json"
+    file.write_text('{"rope_scale": [1, 2.5, 3], "extra_pos_embed_type": null}')
+    assert parse_settings(DiTSettings, source, None).rope_ratio == (1.0, 2.5, 3.0)
+    assert parse_settings(DiTSettings, source, {"rope_ratio": [3, 2, 1]}).rope_ratio == (3, 2, 1)
     for text in ("{}", "[]", "no"):
-        (tmp_path / "config.json").write_text(text)
+        file.write_text(text)
         with pytest.raises(CheckpointError, match=r"config\.json"):
-            read_diffusers_settings(tmp_path, positions=None)
-
-
-def test_stretching_is_three_numbers_above_zero(tmp_path: Path) -> None:
-    save({"a": torch.zeros(1)}, tmp_path / "model.pt")
-    source = open_checkpoint(tmp_path / "model.pt")
-    assert read_ratio(source, [1, 2.5, 3]) == (1.0, 2.5, 3.0)
-    for bad in ([1, 2], [1, 2, 0], "123", None, 3):
-        with pytest.raises(CheckpointError, match="rope_ratio"):
-            read_ratio(source, bad)
+            parse_settings(DiTSettings, source, None)
+    for bad in ([1, 2], [1, 2, 0], "123", 3):
+        with pytest.raises(CheckpointError, match=r"config\.json: rope_ratio is"):
+            parse_settings(DiTSettings, source, {"rope_ratio": bad})

@@ -4,12 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from worldline.weights import write
-from worldline.weights.keymap import KeyMap
 from worldline.weights.read import open_checkpoint
-from worldline.weights.write import save, save_module
+from worldline.weights.write import save
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
@@ -54,12 +52,3 @@ def test_failure_leaves_the_old_file(
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(OSError):  # noqa: PT011 - the text is the system's
         save({"a": torch.ones(1)}, tmp_path / "none" / "a.safetensors")
-
-
-def test_module_under_released_names(tmp_path: Path) -> None:
-    module = nn.Linear(2, 3)
-    keys = KeyMap({"fc.w": "weight", "fc.b": "bias"}, prefixes=("model.",))
-    save_module(module, tmp_path / "model.pt", keys, torch.bfloat16)
-    checkpoint = open_checkpoint(tmp_path / "model.pt")
-    assert torch.equal(checkpoint.read("model.fc.w"), module.weight.bfloat16())
-    assert checkpoint.tensors.keys() == {"model.fc.w", "model.fc.b"}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,7 +15,6 @@ from worldline.errors import CheckpointError
 from worldline.files import GIGABYTE, read_json
 
 if TYPE_CHECKING:
-    from worldline.weights.networks import NetworkFiles
     from worldline.weights.source import Checkpoint
 
 _SUFFIXES = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
@@ -147,14 +146,14 @@ def _text_folders(checkpoint_dir: Path) -> list[Path]:
 
 def _open(path: Path) -> Checkpoint:
     from worldline.text.encoder import WEIGHTS, find_weights
-    from worldline.tokenizers.cosmos.weights import LAYOUTS, tokenizer_files
+    from worldline.tokenizers.cosmos.weights import LAYOUTS, open_tokenizer
     from worldline.weights.networks import open_transformer
-    from worldline.weights.read import joined, open_checkpoint
+    from worldline.weights.read import open_checkpoint
 
     if path.is_dir():
         names = {name for layout in LAYOUTS for name in layout if not name.startswith("model.")}
         if any((path / name).exists() for name in names):
-            return joined([open_checkpoint(file) for file in tokenizer_files(path)], path)
+            return open_tokenizer(path).source
         if any((path / name).exists() for name in WEIGHTS if name.startswith("pytorch_")):
             return open_checkpoint(find_weights(path))
         files = [file for file in path.iterdir() if file.suffix in _SUFFIXES]
@@ -163,75 +162,40 @@ def _open(path: Path) -> Checkpoint:
     return open_transformer(path)
 
 
-class _Kind(NamedTuple):
-    """A network that is opened by its file alone, by the code that runs use."""
-
-    name: str
-    recognise: Callable[[Checkpoint], bool]
-    open: Callable[[Checkpoint], NetworkFiles[Any]]
-    describe: Callable[[Any], str]  # config -> kind and size
-
-
-def _kinds() -> Iterator[_Kind]:
-    from worldline.families.autoregressive import weights as autoregressive
-    from worldline.families.diffusion import weights as diffusion
-    from worldline.families.predict2_5 import weights as flow
-    from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-    from worldline.tokenizers.wan.weights import find_layout, open_wan
-    from worldline.weights.dit import is_dit
-    from worldline.weights.networks import check_network, released_size
-
-    def open_tokenizer(source: Checkpoint) -> NetworkFiles[WanTokenizerConfig]:
-        files = open_wan(source.path)
-        return check_network(files.source, files.keys, files.config, WanTokenizer)
-
-    def describe_tokenizer(config: WanTokenizerConfig) -> str:
-        fields = ("channels", "multipliers", "num_blocks", "temporal_steps", "latent_channels")
-        size = released_size({"2.1": WanTokenizerConfig()}, config, *fields)
-        return (
-            f"Wan video tokenizer, {size}: compression {config.temporal}x{config.spatial}x"
-            f"{config.spatial}, {config.latent_channels} latent channels"
-        )
-
-    yield _Kind(
-        "Cosmos autoregressive model",
-        lambda source: autoregressive.is_autoregressive(source.tensors),
-        autoregressive.open_autoregressive,
-        autoregressive.describe,
-    )
-    yield _Kind(
-        "Cosmos-Predict2.5 model",
-        lambda source: flow.is_flow_dit(source.tensors),
-        flow.open_flow_dit,
-        flow.describe,
-    )
-    yield _Kind(
-        "Cosmos diffusion model",
-        lambda source: is_dit(source.tensors),
-        diffusion.open_dit,
-        diffusion.describe,
-    )
-    yield _Kind(
-        "Wan video tokenizer",
-        lambda source: find_layout(source) is not None,
-        open_tokenizer,
-        describe_tokenizer,
-    )
-
-
 def _network(source: Checkpoint, path: Path) -> Finding | None:
-    """Recognise a network that is opened by its file alone."""
-    for kind in _kinds():
-        if not kind.recognise(source):
-            continue
-        try:
-            files = kind.open(source)
-        except CheckpointError as error:
-            return Finding(source, kind.name, str(error))
-        settings = (source.path.parent / "config.json").exists()
-        verdict = _COMPLETE if settings else f"{_COMPLETE}; no config.json: released defaults"
-        return Finding(source, kind.describe(files.config), verdict, files.num_parameters)
-    return None
+    """Recognise a transformer or a Wan tokenizer, which are opened by their file alone."""
+    from importlib import import_module
+
+    from worldline.family import FAMILIES, requests_of
+    from worldline.tokenizers.wan.model import WanTokenizerConfig
+    from worldline.tokenizers.wan.weights import is_wan, open_wan
+
+    for name, package in FAMILIES.items():
+        if requests_of(name).recognise(source.tensors.keys()):
+            weights = import_module(f"{package}.weights")
+            kind, presets = f"Cosmos {name} model", weights.PRESETS
+            break
+    else:
+        if not is_wan(source):
+            return None
+        kind, presets, weights = "Wan video tokenizer", {"2.1": WanTokenizerConfig()}, None
+    try:
+        network = weights.open_network(source) if weights else open_wan(source.path)
+    except CheckpointError as error:
+        return Finding(source, kind, str(error))
+    released = [name for name, config in presets.items() if config == network.config]
+    family = f"{kind}, {', '.join(released) or 'no released size'}: {_sizes(network.config)}"
+    verdict = _COMPLETE
+    if not (source.path.parent / "config.json").exists():
+        verdict += "; no config.json: released defaults"
+    return Finding(source, family, verdict, network.num_parameters)
+
+
+def _sizes(config: Any) -> str:
+    """Sizes of a network, by the names of its configuration."""
+    sizes = ("depth", "width", "num_heads", "vocabulary", "condition_mask", "feature_width")
+    sizes += ("context_width", "grid", "temporal", "spatial", "latent_channels")
+    return ", ".join(f"{name} {getattr(config, name)}" for name in sizes if hasattr(config, name))
 
 
 def _text_encoder(source: Checkpoint, path: Path) -> Finding | None:
@@ -261,12 +225,10 @@ def _cosmos_tokenizer(source: Checkpoint, path: Path) -> Finding | None:
     """Recognise a tokenizer, or half of one."""
     from math import prod
 
-    import torch
-
     from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
     from worldline.tokenizers.cosmos.weights import key_map, network_view, read_config
     from worldline.weights.keymap import match
-    from worldline.weights.networks import released_size
+    from worldline.weights.networks import shapes_of
 
     network = network_view(source)
     try:
@@ -281,24 +243,18 @@ def _cosmos_tokenizer(source: Checkpoint, path: Path) -> Finding | None:
         half for half in halves if any(n.startswith(f"{half}.conv_in") for n in network.tensors)
     ]
     prefixes = tuple(prefix for half in present for prefix in halves[half])
-    with torch.device("meta"):
-        parameters = dict(CosmosTokenizer(config).named_parameters())
-    expected: Mapping[str, tuple[int, ...]] = {
-        name: tuple(tensor.shape)
-        for name, tensor in parameters.items()
-        if name.startswith(prefixes)
-    }
-    fields = ("spatial", "temporal", "patch", "level_channels", "levels")
+    shapes = shapes_of(CosmosTokenizer, config)
+    expected = {name: shape for name, shape in shapes.items() if name.startswith(prefixes)}
+    released = [
+        name
+        for name, preset in PRESETS.items()
+        if replace(config, tap=preset.tap, channels=preset.channels) == preset
+    ]
     family = (
         f"Cosmos {'discrete' if config.levels else 'continuous'} video tokenizer"
         f"{f', {present[0]} alone' if len(present) == 1 else ''}, "
-        f"{released_size(PRESETS, config, *fields)}: "
-        f"compression {config.temporal}x{config.spatial}x{config.spatial}, "
+        f"{', '.join(released) or 'no released size'}: {_sizes(config)}"
     )
-    if config.levels:
-        family += f"vocabulary {config.vocabulary:,}"
-    else:
-        family += f"{config.latent_channels} latent channels"
     if network is not source:
         averaged = any(name.startswith("ema.network-") for name in source.tensors)
         family += f"; a training checkpoint{', with averaged weights too' if averaged else ''}"

@@ -94,7 +94,8 @@ def demo(every: bool, seed: int, output: Path) -> None:
 
     from worldline.evaluate.metrics import psnr
     from worldline.video.read import read_video
-    from worldline.video.write import contact_sheet, write_video
+    from worldline.video.sheet import contact_sheet
+    from worldline.video.write import write_video
 
     sheet = output / "contact_sheet.png"
     _silence()

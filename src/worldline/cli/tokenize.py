@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from worldline.tokenizers.cosmos.model import CosmosTokenizer
-    from worldline.tokenizers.cosmos.weights import OpenedCosmos
+    from worldline.tokenizers.cosmos.weights import CosmosNetwork
     from worldline.video.read import Frames
     from worldline.weights.source import TensorInfo
 
@@ -152,7 +152,7 @@ class Coder:
     """A tokenizer, not loaded yet, and how it will run."""
 
     name: str
-    opened: OpenedCosmos
+    opened: CosmosNetwork
     device: torch.device
     dtype: torch.dtype
 

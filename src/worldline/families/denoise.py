@@ -22,7 +22,7 @@ from torch import Tensor
 from worldline.errors import InputError
 from worldline.family import Parts
 from worldline.nn.attention import backend_name
-from worldline.nn.dit import DiTSizes
+from worldline.nn.dit import PATCH, DiTSizes
 from worldline.report import Recorder
 from worldline.request import VideoRequest
 from worldline.sampling.solvers import Stepped
@@ -129,8 +129,8 @@ def refuse_size(
             f"remains to make; give {least} frames or more"
         )
     sides = (
-        ("height", video.height, config.patch[1], config.max_grid.height),
-        ("width", video.width, config.patch[2], config.max_grid.width),
+        ("height", video.height, PATCH[1], config.max_grid.height),
+        ("width", video.width, PATCH[2], config.max_grid.width),
     )
     for name, pixels, cells, tokens in sides:
         step = cells * tokenizer.spatial

@@ -26,7 +26,8 @@ from worldline.shapes import LatentShape
 # keys and values (B, N, S, K) of the text, block by block
 Context = list[tuple[Tensor, Tensor]]
 
-_COUNTS = ("depth", "width", "num_heads", "head_size", "hidden", "context_width", "lora_rank")
+PATCH = (1, 2, 2)  # latent cells a token covers in time, rows and columns, in all models
+PATCH_CELLS = 4
 # hidden activations of the feed-forward that exist at once; 56,320 tokens of 14B would need 2.3 GB
 HIDDEN_BYTES = 512 << 20
 
@@ -45,9 +46,7 @@ class DiTSizes:
         lora_rank: rank of the modulation's low-rank matrices.
         max_grid: tokens of the largest grid.
         rope_ratio: stretching of the rotary positions in time, rows and columns.
-        latent_channels: C of the input, without the masks.
-        out_channels: C of the output.
-        patch: latent cells a token covers in time, rows and columns.
+        latent_channels: C, without the masks.
     """
 
     depth: int
@@ -60,22 +59,6 @@ class DiTSizes:
     max_grid: LatentShape
     rope_ratio: tuple[float, float, float]
     latent_channels: int = 16
-    out_channels: int = 16
-    patch: tuple[int, int, int] = (1, 2, 2)
-
-    def __post_init__(self) -> None:
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.head_size < 12 or self.head_size % 2:
-            # below, an axis of the rotation has two channels, which no stretching fits
-            raise ValueError(f"head_size is {self.head_size}; it must be even and at least 12")
-        if self.patch[0] != 1:
-            raise ValueError(f"patch is {self.patch}; a token covers one latent frame")
-
-    @property
-    def patch_cells(self) -> int:
-        return self.patch[0] * self.patch[1] * self.patch[2]
 
     def tokens(self, grid: LatentShape) -> LatentShape:
         """Tokens of a latent grid.
@@ -83,7 +66,7 @@ class DiTSizes:
         Raises:
             ValueError: a side is no multiple of the patch, or beyond the model's positions.
         """
-        _, rows, columns = self.patch
+        _, rows, columns = PATCH
         if grid.height % rows or grid.width % columns:
             raise ValueError(
                 f"a latent grid of {grid.height} x {grid.width} cells: "
@@ -246,7 +229,7 @@ class Head(nn.Module):
     def __init__(self, sizes: DiTSizes) -> None:
         super().__init__()
         self.modulation = Modulation(sizes, 2)
-        self.linear = nn.Linear(sizes.width, sizes.out_channels * sizes.patch_cells, bias=False)
+        self.linear = nn.Linear(sizes.width, sizes.latent_channels * PATCH_CELLS, bias=False)
 
     def forward(self, residual: Residual, noise: NoiseLevel) -> Tensor:
         shift, scale = self.modulation(noise)
@@ -263,7 +246,6 @@ def patchify(
     latents: Tensor,
     conditioning: Sequence[Tensor],
     padding_mask: Tensor | None,
-    patch: tuple[int, int, int],
 ) -> Tensor:
     """Input of each token (B, L, features): channels slowest, then rows and columns.
 
@@ -271,7 +253,6 @@ def patchify(
         latents: (B, C, T, H, W), in the dtype of the result.
         conditioning: (B, any, T, H, W), further channels.
         padding_mask: (B, 1, h, w) of any size, the last channel; None is a mask of zeros.
-        patch: latent cells a token covers.
     """
     batch, _, frames, height, width = latents.shape
     channels = [latents, *(part.to(latents) for part in conditioning)]
@@ -281,14 +262,14 @@ def patchify(
         padding = F.interpolate(padding_mask.to(latents), (height, width), mode="nearest")
         channels.append(padding.unsqueeze(2).expand(batch, 1, frames, height, width))
     x = torch.cat(channels, dim=1)
-    _, rows, columns = patch
+    _, rows, columns = PATCH
     x = x.unflatten(4, (-1, columns)).unflatten(3, (-1, rows))  # (B, C, T, H', r, W', c)
     return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
 
 
-def unpatchify(y: Tensor, grid: LatentShape, patch: tuple[int, int, int]) -> Tensor:
+def unpatchify(y: Tensor, grid: LatentShape) -> Tensor:
     """(B, C, T, H, W) of tokens (B, L, features): channels fastest, unlike in the input."""
-    _, rows, columns = patch
+    _, rows, columns = PATCH
     height, width = grid.height // rows, grid.width // columns
     y = y.view(len(y), grid.frames, height, width, rows, columns, -1)
     y = y.permute(0, 6, 1, 2, 4, 3, 5)

@@ -109,22 +109,19 @@ class CausalTokenizer(nn.Module):
 
 
 @torch.no_grad()
-def encode_stream(
-    model: CausalTokenizer, frames: Iterable[Tensor], *, chunk: int | None = None
-) -> Iterator[Tensor]:
+def encode_stream(model: CausalTokenizer, frames: Iterable[Tensor]) -> Iterator[Tensor]:
     """Latents (B, C, t, h, w), piece by piece, of a clip that arrives piece by piece.
 
     Args:
         model: on its device.
         frames: pieces (B, 3, T, H, W) in [-1, 1], on the device and in the dtype of the weights, of
             any lengths; 1 + temporal*k frames in all.
-        chunk: latent frames computed at once, 1 or more; by default the model's.
 
     Raises:
-        ValueError: the frames do not add up to 1 + temporal*k, a side is no multiple of the
-            compression, or `chunk` is below 1.
+        ValueError: the frames do not add up to 1 + temporal*k, or a side is no multiple of the
+            compression.
     """
-    chunk, temporal = _checked(model, chunk), model.config.temporal
+    chunk, temporal = model.chunk, model.config.temporal
     cache = CausalCache()
     waiting: list[Tensor] = []
     count, total = 0, 0
@@ -145,29 +142,16 @@ def encode_stream(
 
 
 @torch.no_grad()
-def decode_stream(
-    model: CausalTokenizer, latents: Tensor, *, chunk: int | None = None
-) -> Iterator[Tensor]:
+def decode_stream(model: CausalTokenizer, latents: Tensor) -> Iterator[Tensor]:
     """Video (B, 3, T, H, W), about [-1, 1] and not clamped, piece by piece.
 
     Args:
         model: on its device.
         latents: (B, C, t, h, w), or codes of a discrete tokenizer; any device and float dtype.
-        chunk: latent frames computed at once, 1 or more; by default the model's.
-
-    Raises:
-        ValueError: `chunk` is below 1.
     """
     weight, cache = next(model.parameters()), CausalCache()
-    for piece in latents.split(_checked(model, chunk), dim=2):
+    for piece in latents.split(model.chunk, dim=2):
         yield model.decode(piece.to(weight.device, weight.dtype), cache)
-
-
-def _checked(model: CausalTokenizer, chunk: int | None) -> int:
-    chunk = model.chunk if chunk is None else chunk
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be 1 or more")
-    return chunk
 
 
 def fit_colours(tokenizer: CausalTokenizer) -> Tensor:

@@ -6,29 +6,25 @@ Two layouts hold the same weights: NVIDIA's file, and the folder of diffusers'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from pydantic import AliasChoices, Field
 
 from worldline.errors import CheckpointError
+from worldline.nn.dit import PATCH_CELLS
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import (
-    Layout,
-    NetworkFiles,
-    check_network,
+    Number,
+    Settings,
     count_blocks,
     read_settings,
     read_shapes,
-    require_number,
 )
 from worldline.weights.source import Checkpoint
 
-Config = TypeVar("Config")
 Ratio = tuple[float, float, float]
 
-PATCH = (1, 2, 2)  # of every released model; no tensor tells it
 # bookkeeping that may lie beside the weights
 BOOKKEEPING = {
     "*_extra_state": "FP8 bookkeeping of Transformer Engine",
@@ -49,78 +45,41 @@ _DECISIVE = {
 }
 
 
-def layout_of(names: Iterable[str]) -> Layout:
-    """Layout of a diffusion transformer by the names of its tensors."""
+class DiTSettings(Settings):
+    """What no tensor of a diffusion transformer holds, in NVIDIA's config.json or diffusers'."""
+
+    rope_ratio: tuple[Number, Number, Number] | None = Field(
+        None, validation_alias=AliasChoices("rope_ratio", "rope_scale")
+    )
+
+
+AnySettings = TypeVar("AnySettings", bound=DiTSettings)
+
+
+def is_diffusers(source: Checkpoint) -> bool:
+    """Whether a transformer's tensors have diffusers' names."""
     theirs = ("patch_embed.", "transformer_blocks.")
-    return "diffusers" if any(name.startswith(theirs) for name in names) else "nvidia"
+    return any(name.startswith(theirs) for name in source.tensors)
 
 
-def is_dit(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are of a diffusion transformer, in either layout."""
-    ends = ("x_embedder.proj.1.weight", "patch_embed.proj.weight")
-    return any(name.endswith(ends) for name in names)
-
-
-def check_dit(
-    source: Checkpoint,
-    settings: Mapping[str, Any] | None,
-    layouts: Mapping[Layout, KeyMap],
-    network: type[nn.Module],
-    read_config: Callable[[Checkpoint, KeyMap, Mapping[str, Any]], Config],
-    positions: str | None,
-) -> NetworkFiles[Config]:
-    """Check a diffusion transformer of either layout; headers only.
+def parse_settings(
+    kind: type[AnySettings], source: Checkpoint, stated: Mapping[str, Any] | None
+) -> AnySettings:
+    """Checked settings of a transformer.
 
     Args:
+        kind: of the family.
         source: its tensors.
-        settings: content of NVIDIA's `config.json`; None reads the one beside the file.
-        layouts: names of tensors -> ours.
-        network: built of the config.
-        read_config: tensors and settings -> config.
-        positions: extra positions that diffusers' config.json must state.
+        stated: content of config.json; None reads the file beside the tensors.
 
     Raises:
-        CheckpointError: it holds adapters, or does not fit.
+        CheckpointError: a setting has a wrong value, or diffusers' config.json is absent.
     """
-    if adapters := [name for name in source.tensors if "lora_" in name.lower()]:
-        raise CheckpointError(
-            f"{source.path} holds LoRA adapters ({len(adapters):,} tensors, such as "
-            f"{adapters[0]}); merge them into the weights first"
-        )
-    layout, folder = layout_of(source.tensors), source.path.parent
-    if layout == "diffusers":
-        settings = read_diffusers_settings(folder, positions)
-    elif settings is None:
-        settings = read_settings(folder)
-    keys = layouts[layout]
-    try:
-        config = read_config(source, keys, settings)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{source.path}: {error}") from error
-    return check_network(source, keys, config, network, layout)
-
-
-def read_diffusers_settings(folder: Path, positions: str | None) -> dict[str, Any]:
-    """Our settings from the config.json of a diffusers transformer.
-
-    Args:
-        folder: with the file.
-        positions: extra positions that it must state.
-
-    Raises:
-        CheckpointError: it cannot be read, or is of another kind of model.
-    """
-    settings, path = read_settings(folder), folder / "config.json"
-    if "rope_scale" not in settings:
+    path = source.path.parent / "config.json"
+    settings = kind.parse(read_settings(path.parent) if stated is None else stated, path)
+    if settings.rope_ratio is None and is_diffusers(source):
         raise CheckpointError(f"{path} is absent, or has no rope_scale")
-    stated = settings.get("extra_pos_embed_type", "learnable")
-    if stated != positions:
-        raise CheckpointError(
-            f"{path}: extra_pos_embed_type is {stated!r}; models of this kind have {positions!r}"
-        )
-    return {"rope_ratio": settings["rope_scale"]}
+    return settings
 
 
 def read_sizes(
@@ -140,6 +99,7 @@ def read_sizes(
     shapes = read_shapes(source, keys, {**_DECISIVE, **decisive}, kind)
     [head_size] = shapes["blocks.0.attention.body.q_norm"]
     return shapes, {
+        "latent_channels": shapes["head.linear.weight"][0] // PATCH_CELLS,
         "depth": count_blocks(shapes, "blocks"),
         "width": shapes["embed.weight"][0],
         "num_heads": shapes["blocks.0.attention.body.q.weight"][0] // head_size,
@@ -148,24 +108,6 @@ def read_sizes(
         "context_width": shapes["blocks.0.cross_attention.body.k.weight"][1],
         "lora_rank": shapes["blocks.0.attention.modulation.first.weight"][0],
     }
-
-
-def read_ratio(source: Checkpoint, value: Any) -> Ratio:
-    """Rotary stretching in time, rows and columns.
-
-    Raises:
-        CheckpointError: `value` is not three numbers above 0.
-    """
-    where = f"{source.path}: rope_ratio"
-    if not isinstance(value, list | tuple) or len(value) != 3:
-        raise CheckpointError(f"{where} is {value!r}; it must be three numbers above 0")
-    time, rows, columns = (require_number(number, where) for number in value)
-    return time, rows, columns
-
-
-def renamed_tensors(model: nn.Module, keys: KeyMap) -> dict[str, Tensor]:
-    """Parameters by their released names."""
-    return {keys.released(name): tensor.detach() for name, tensor in model.named_parameters()}
 
 
 def diffusers_keys(more: Mapping[str, str]) -> KeyMap:

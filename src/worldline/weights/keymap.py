@@ -190,6 +190,13 @@ def match(
     return pairs
 
 
+def renamed_by(rules: Iterable[tuple[str, str]], name: str) -> str:
+    """Name after regular expressions and their replacements, applied in order."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(names[:_MOST_NAMES]) + more

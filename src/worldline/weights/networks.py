@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Self, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from worldline.errors import CheckpointError
 from worldline.files import TRANSFORMER_FILES, read_json, unfinished
+from worldline.parallel.offload import BlockPlan, Part, StreamedPart
 from worldline.weights.keymap import KeyMap, match
 from worldline.weights.read import find_shards, open_checkpoint, open_shards, shard_stem
 from worldline.weights.source import Checkpoint
 from worldline.weights.stream import load_into
 
-Config = TypeVar("Config")
-Layout = Literal["nvidia", "diffusers"]
+Config = TypeVar("Config", bound=Hashable)
 
 DIFFUSERS_FILES = (
     "diffusion_pytorch_model.safetensors",
@@ -29,53 +31,116 @@ DIFFUSERS_FILES = (
 # released transformers whose file names start with a hash, and what their training writes
 _HASHED = "*_ema_bf16.pt"
 
+Count = Annotated[int, Field(strict=True, ge=1, le=1 << 20)]
+Number = Annotated[float, Field(strict=True, gt=0, lt=1e12)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+_NO_TENSORS, _NO_NAMES = Checkpoint(Path(), "", {}), KeyMap({})  # of planned networks
+
+
+@functools.cache
+def shapes_of(kind: Callable[[Any], nn.Module], config: Hashable) -> Mapping[str, tuple[int, ...]]:
+    """Shape of every parameter of a network, which is not built."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in kind(config).named_parameters()}
+
 
 @dataclass(frozen=True)
-class NetworkFiles(Generic[Config]):
-    """A network on disk, checked but not read.
+class Network(Generic[Config]):
+    """A network on disk, of which headers are read; or one that is only planned for.
 
     Attributes:
-        source: its tensors.
+        kind: its class, built of the config.
+        config: its configuration.
+        source: its tensors; none where it is only planned for.
         keys: from their names to ours.
-        config: the architecture that they imply.
-        num_parameters: of the network.
-        layout: whose names its tensors have.
+        beside: files beside the tensors that decide what it computes.
+        blocks: how it is offloaded block by block; None where it is moved whole.
     """
 
-    source: Checkpoint
-    keys: KeyMap
+    kind: Callable[[Config], nn.Module]
     config: Config
-    num_parameters: int
-    layout: Layout
+    source: Checkpoint = _NO_TENSORS
+    keys: KeyMap = _NO_NAMES
+    beside: tuple[Path, ...] = ()
+    blocks: BlockPlan | None = None
 
+    def check(self) -> Self:
+        """Itself; every parameter is in the file, and nothing else.
 
-def check_network(
-    source: Checkpoint,
-    keys: KeyMap,
-    config: Config,
-    network: type[nn.Module],
-    layout: Layout = "nvidia",
-) -> NetworkFiles[Config]:
-    """Check that a file holds every parameter of a network, and nothing else.
+        Raises:
+            CheckpointError: a tensor is missing, unknown or of the wrong shape (all that is wrong
+                is named), or there is no network of this config.
+        """
+        try:
+            shapes = shapes_of(self.kind, self.config)
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: no such network: {error}") from error
+        match(self.source.tensors, shapes, self.keys, str(self.path))
+        return self
 
-    Args:
-        source: opened.
-        keys: from its names to those of the network.
-        config: of the network.
-        network: built of `config`, on the meta device.
-        layout: whose names the tensors have.
+    @property
+    def path(self) -> Path:
+        return self.source.path
 
-    Raises:
-        CheckpointError: it does not (all that is wrong is named), or there is no such network.
-    """
-    try:
+    @property
+    def files(self) -> list[Path]:
+        """Every file that decides what it computes."""
+        return [*self.source.files, *filter(Path.exists, self.beside)]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(map(math.prod, shapes_of(self.kind, self.config).values()))
+
+    def nbytes(self, compute: Any) -> int:
+        return self.num_parameters * int(compute.dtype.itemsize)
+
+    def streamed_nbytes(self, compute: Any) -> int | None:
+        if self.blocks is None:
+            return None
         with torch.device("meta"):
-            module = network(config)
-    except ValueError as error:
-        raise CheckpointError(f"{source.path}: {error}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
-    match(source.tensors, expected, keys, str(source.path))
-    return NetworkFiles(source, keys, config, sum(map(math.prod, expected.values())), layout)
+            return self.blocks.count(self.kind(self.config)) * int(compute.dtype.itemsize)
+
+    def read(self, device: torch.device | str, dtype: torch.dtype) -> Any:
+        """The network with its weights, for inference.
+
+        Raises:
+            CheckpointError: a file cannot be read any more.
+        """
+        with torch.device("meta"):
+            module = self.kind(self.config)
+        load_into(module, self.source, self.keys, device=device, dtype=dtype)
+        return module.requires_grad_(False).eval()
+
+    def load(self, compute: Any, *, offload: bool) -> Part[Any]:
+        """The network on its device, or waiting in host memory."""
+        home = torch.device("cpu") if offload else compute.device
+        module = self.read(home, compute.dtype)
+        if offload and self.blocks is not None and compute.device.type != "cpu":
+            return StreamedPart(module, compute.device, self.blocks)
+        return Part(module, compute.device, offload=offload)
+
+
+class Settings(BaseModel):
+    """Fields of config.json that no tensor implies; others in the file are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any], path: Path) -> Self:
+        """Checked settings; null is not stated.
+
+        Raises:
+            CheckpointError: a field has a wrong value; `path` is the file.
+        """
+        try:
+            return cls.model_validate({k: v for k, v in settings.items() if v is not None})
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            field = str(wrong["loc"][0])
+            value = settings.get(field)
+            raise CheckpointError(f"{path}: {field} is {value!r:.80}; {wrong['msg']}") from None
 
 
 def read_shapes(
@@ -109,14 +174,6 @@ def read_shapes(
 def count_blocks(names: Iterable[str], blocks: str) -> int:
     """Number of blocks of a network, by the names of its tensors."""
     return 1 + max(int(name.split(".")[1]) for name in names if name.startswith(f"{blocks}."))
-
-
-def released_size(presets: Mapping[str, object], config: object, *fields: str) -> str:
-    """Name of the preset that has the same `fields` as a config, for people to read."""
-    for name, preset in presets.items():
-        if all(getattr(preset, field) == getattr(config, field) for field in fields):
-            return name
-    return "no released size"
 
 
 def find_transformer(path: Path) -> Path:
@@ -185,16 +242,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def require_number(value: Any, where: str) -> float:
-    """A setting as a number above 0.
+def require_settings(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of a config.json of diffusers.
 
     Raises:
-        CheckpointError: it is something else; `where` names it.
+        CheckpointError: it cannot be read, or states another value than one of `expected`.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise CheckpointError(f"{where} is {value!r}; it must be a number above 0")
-    return float(value)
+    settings = read_json(path)
+    for name, value in expected.items():
+        if settings.get(name, value) != value:
+            raise CheckpointError(f"{path}: {name} is {settings[name]!r}; it must be {value!r}")
+    return settings
 
 
 def fill(network: nn.Module, path: Path, keys: KeyMap, device: torch.device | str) -> None:

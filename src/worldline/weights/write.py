@@ -7,10 +7,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from worldline.files import replacing
-from worldline.weights.keymap import KeyMap
 
 
 def save(
@@ -51,18 +50,3 @@ def save(
             safetensors.torch.save_file(whole, temporary, metadata=text or None)
         except safetensors.SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
-
-
-def save_module(module: nn.Module, path: Path, keymap: KeyMap, dtype: torch.dtype) -> None:
-    """Save a module's parameters and persistent buffers under their released names.
-
-    Args:
-        module: on any device.
-        path: as for `save`.
-        keymap: knows all of its tensors.
-        dtype: of floating tensors.
-    """
-    tensors = module.state_dict().items()
-    save(
-        {keymap.released(n): t.to(dtype) if t.is_floating_point() else t for n, t in tensors}, path
-    )

@@ -30,6 +30,7 @@ from worldline.families.autoregressive.model import (
     PRESETS,
     RELEASED_GRID,
     ARTransformer,
+    ARTransformerConfig,
     make_positions,
 )
 from worldline.families.autoregressive.request import FPS, AROptions, ARRequest, recognise
@@ -40,25 +41,24 @@ from worldline.families.autoregressive.step import (
     kernels_fit,
     make_decoder,
 )
-from worldline.families.autoregressive.weights import open_autoregressive
+from worldline.families.autoregressive.weights import open_network
 from worldline.families.denoise import log_result, read_embeddings
 from worldline.families.diffusion.family import (
     TOKENIZERS as CONTINUOUS_TOKENIZERS,
 )
 from worldline.families.diffusion.family import (
-    LatentTokenizer,
     denoising_stages,
     generation_by_name,
     open_latent_tokenizer,
 )
-from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, DiT
+from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, DiT, DiTConfig
 from worldline.families.diffusion.model import PRESETS as DIT_PRESETS
 from worldline.families.diffusion.request import Generation, Precision
-from worldline.families.diffusion.weights import open_dit
+from worldline.families.diffusion.weights import open_network as open_dit
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
-from worldline.opening import Network, TextPart, open_text
+from worldline.opening import TextPart, open_text
 from worldline.report import Recorder
 from worldline.request import LARGEST_SIZE
 from worldline.sampling.edm import SAMPLER_OF
@@ -69,10 +69,11 @@ from worldline.text.encoder import MAX_LENGTH
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
 from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip
-from worldline.weights.networks import read_settings
+from worldline.weights.networks import Network, read_settings
 from worldline.weights.read import Checkpoint, open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -410,7 +411,7 @@ def report_entries(parts: Parts, request: ARRequest, recorder: Recorder) -> dict
 
 
 @dataclass(frozen=True)
-class DecoderNetwork(Network):
+class DecoderNetwork(Network[DiTConfig]):
     """The transformer of the diffusion decoder.
 
     Attributes:
@@ -442,16 +443,15 @@ class DecoderNetwork(Network):
         return context
 
 
-def open_transformer(opened: Opened) -> Network:
+def open_transformer(opened: Opened) -> Network[ARTransformerConfig]:
     """The transformer, whole or in tensor-parallel shards; config.json wins over shapes."""
     if not opened.settings:
         sides = " x ".join(map(str, astuple(RELEASED_GRID)))
         logger.info("no config.json in %s: released grid %s assumed", opened.folder, sides)
     try:
-        files = open_autoregressive(opened.source, opened.settings)
+        return open_network(opened.source, opened.settings)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_shard_hint(opened)}") from error
-    return Network(ARTransformer, files.config, files.source, files.keys, (opened.config_file,))
 
 
 def _shard_hint(opened: Opened) -> str:
@@ -459,7 +459,7 @@ def _shard_hint(opened: Opened) -> str:
     return " (is a shard missing?)" if opened.source.kind == "tensor-parallel shards" else ""
 
 
-def open_tokenizer(opened: Opened) -> Network:
+def open_tokenizer(opened: Opened) -> CosmosNetwork:
     """The discrete tokenizer of the model's generation, which the decoder must fit, too."""
     place = opened.place
     assert place is not None
@@ -479,7 +479,7 @@ def open_tokenizer(opened: Opened) -> Network:
         )
     if "decoder" in opened.parts:
         refuse_grids(opened, config)
-    return Network(CosmosTokenizer, config, cosmos.source, cosmos.keys, cosmos.settings)
+    return cosmos
 
 
 def decodes(opened: Opened) -> bool:
@@ -508,29 +508,24 @@ def open_decoder(opened: Opened) -> DecoderNetwork | None:
         precision = settings.get("rotary_precision")
         if precision not in (None, *get_args(Precision)):
             raise CheckpointError(f"{folder / 'config.json'}: rotary_precision is {precision!r}")
-        files = open_dit(folder, settings)
-        if not files.config.vocabulary:
+        network = open_dit(folder, settings)
+        if not network.config.vocabulary:
             raise CheckpointError(f"{folder} is a diffusion model, which reads no token ids")
-        if files.config.vocabulary != config.vocabulary:
+        if network.config.vocabulary != config.vocabulary:
             raise CheckpointError(
-                f"{folder} reads {files.config.vocabulary} token ids, {opened.folder} draws "
+                f"{folder} reads {network.config.vocabulary} token ids, {opened.folder} draws "
                 f"{config.vocabulary}: they do not belong together"
             )
         aux = None
         if config.context_width is None:
-            aux = open_aux(folder, files.config.context_width)
-        elif config.context_width != files.config.context_width:
+            aux = open_aux(folder, network.config.context_width)
+        elif config.context_width != network.config.context_width:
             raise CheckpointError(
-                f"{folder} reads text of width {files.config.context_width}, {opened.folder} of "
+                f"{folder} reads text of width {network.config.context_width}, {opened.folder} of "
                 f"{config.context_width}: they do not belong together"
             )
     return DecoderNetwork(
-        DiT,
-        files.config,
-        files.source,
-        files.keys,
-        (folder / "config.json",),
-        BLOCKS,
+        **{**vars(network), "blocks": BLOCKS},
         aux=aux,
         generation=generation_by_name(folder),
         rotary_precision=precision,
@@ -565,7 +560,7 @@ def open_aux(folder: Path, width: int) -> Checkpoint:
     return aux
 
 
-def open_decoder_tokenizer(opened: Opened) -> LatentTokenizer | None:
+def open_decoder_tokenizer(opened: Opened) -> CosmosNetwork | None:
     """The continuous tokenizer that the diffusion decoder's latents are of."""
     if "decoder" not in opened.parts:
         return None
@@ -793,7 +788,7 @@ def presets(entry: Entry) -> dict[str, Any]:
         **text,
         "tokenizer": Network(CosmosTokenizer, TOKENIZER_PRESETS["DV8x16x16"]),
         "decoder": DecoderNetwork(DiT, DIT_PRESETS["7B-Decoder"], blocks=BLOCKS),
-        "decoder_tokenizer": LatentTokenizer(CosmosTokenizer, TOKENIZER_PRESETS["CV8x8x8"]),
+        "decoder_tokenizer": CosmosNetwork(CosmosTokenizer, TOKENIZER_PRESETS["CV8x8x8"]),
         "transformer": Network(ARTransformer, config),
     }
 

@@ -23,18 +23,6 @@ from worldline.shapes import LatentShape
 RELEASED_GRID = LatentShape(5, 40, 64)
 FEED_FORWARD_ROWS = 2048  # tokens of a prompt at a time: nothing else in a layer is as wide
 
-_SIZES = (
-    "depth",
-    "width",
-    "num_heads",
-    "num_kv_heads",
-    "head_size",
-    "hidden",
-    "vocabulary",
-    "embedding_rows",
-    "context_every",
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ARTransformerConfig:
@@ -75,20 +63,6 @@ class ARTransformerConfig:
     context_every: int = 1
     absolute_positions: bool = False
     leading_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads evenly"
-            )
-        if self.head_size % 2:
-            raise ValueError(f"head_size {self.head_size} is odd: rotary channels come in pairs")
-        needed = self.vocabulary + min(1, self.leading_tokens)  # the begin token is the next id
-        if self.embedding_rows < needed:
-            raise ValueError(f"embedding_rows is {self.embedding_rows}; {needed} ids are read")
 
     @property
     def length(self) -> int:
@@ -290,15 +264,6 @@ class ARTransformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config, number) for number in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Draw fresh weights: N(0, 0.02), output projections scaled down by depth, norms at one."""
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-                continue
-            deep = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
-            nn.init.normal_(parameter, std=0.02 / (2 * self.config.depth) ** 0.5 if deep else 0.02)
 
     def new_cache(self, batch: int, length: int | None = None) -> KVCache:
         """Empty cache for `batch` clips, on the device and in the dtype of the weights."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +45,13 @@ from worldline.families.diffusion.request import (
     Generation,
     recognise,
 )
-from worldline.families.diffusion.weights import is_decoder, open_dit, read_settings
+from worldline.families.diffusion.weights import is_decoder, open_network, read_settings
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.files import holds_diffusers, unfinished
 from worldline.guards import rewrites
 from worldline.memory import Stage, coding_bytes, denoise_bytes
 from worldline.nn.pieces import decode_stream
-from worldline.opening import Network, TextPart, open_text
+from worldline.opening import TextPart, open_text
 from worldline.report import Recorder
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, Conditioning, make_sigmas, sample
 from worldline.sampling.schedules import standard_noise
@@ -66,9 +65,11 @@ from worldline.tokenizers.cosmos.model import (
     CosmosTokenizerConfig,
     LatentStatistics,
 )
+from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
 from worldline.video.convert import stretched_frames
 from worldline.video.read import Clip
+from worldline.weights.networks import Network
 
 logger = logging.getLogger(__name__)
 
@@ -199,14 +200,7 @@ def restored(statistics: LatentStatistics, latents: Tensor) -> Tensor:
     return statistics.denormalise(latents / SIGMA_DATA)
 
 
-@dataclass(frozen=True)
-class LatentTokenizer(Network):
-    """The continuous tokenizer with the statistics of its latents."""
-
-    statistics: LatentStatistics | None = None
-
-
-def open_transformer(opened: Opened) -> Network:
+def open_transformer(opened: Opened) -> Network[DiTConfig]:
     """The transformer in either layout."""
     if is_decoder(opened.source.tensors):
         raise CheckpointError(
@@ -214,10 +208,9 @@ def open_transformer(opened: Opened) -> Network:
             "autoregressive runs it with them"
         )
     if not isinstance(opened.settings.get("text2world", True), bool):
-        value = opened.settings["text2world"]
-        raise CheckpointError(f"{opened.config_file}: text2world is {value!r}; give true or false")
-    files = open_dit(opened.source, opened.settings)
-    return Network(DiT, files.config, files.source, files.keys, (opened.config_file,))
+        value, path = opened.settings["text2world"], opened.folder / "config.json"
+        raise CheckpointError(f"{path}: text2world is {value!r}; give true or false")
+    return open_network(opened.source, opened.settings or None)
 
 
 def generation_of(opened: Opened) -> Generation:
@@ -233,7 +226,7 @@ def generation_by_name(folder: Path) -> Generation:
     return "1.0" if "Cosmos-1.0-" in (repository if cached else folder.name) else "Predict1"
 
 
-def open_tokenizer(opened: Opened) -> LatentTokenizer:
+def open_tokenizer(opened: Opened) -> CosmosNetwork:
     """The continuous tokenizer: as chosen, beside the transformer, or of its generation."""
     place, own = opened.place, opened.folder / "vae"
     assert place is not None
@@ -254,7 +247,7 @@ def open_tokenizer(opened: Opened) -> LatentTokenizer:
     return open_latent_tokenizer(path)
 
 
-def open_latent_tokenizer(path: Path) -> LatentTokenizer:
+def open_latent_tokenizer(path: Path) -> CosmosNetwork:
     """A continuous tokenizer and the statistics of its latents.
 
     Raises:
@@ -268,17 +261,10 @@ def open_latent_tokenizer(path: Path) -> LatentTokenizer:
         )
     if opened.statistics is None:
         raise CheckpointError(
-            f"{opened.folder} has no mean_std.pt, the statistics of its latents"
-            f"{unfinished(opened.folder) or '; download it, too'}"
+            f"{opened.path} has no mean_std.pt, the statistics of its latents"
+            f"{unfinished(opened.path) or '; download it, too'}"
         )
-    return LatentTokenizer(
-        CosmosTokenizer,
-        opened.config,
-        opened.source,
-        opened.keys,
-        opened.settings,
-        statistics=opened.statistics,
-    )
+    return opened
 
 
 def open_encoder(opened: Opened) -> TextPart:
@@ -303,7 +289,7 @@ def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
             f"{opened.name} is a Video2World model; give an image or a video to continue, or use a "
             "Text2World model"
         )
-    longest = min(tokenizer.statistics.frames, config.max_grid.frames * config.patch[0])
+    longest = min(tokenizer.statistics.frames, config.max_grid.frames)
     refuse_size(request.video, request.num_input_frames, config, longest, tokenizer.config)
     sampler = request.sampler or SAMPLER_OF[generation_of(opened)]
     if sampler == "res_2mid" and request.num_steps < 2:
@@ -431,7 +417,7 @@ def presets(entry: Entry) -> dict[str, Any]:
     """Parts of a released model."""
     return {
         "transformer": Network(DiT, PRESETS[entry.preset]),
-        "tokenizer": LatentTokenizer(CosmosTokenizer, TOKENIZER_PRESETS["CV8x8x8"]),
+        "tokenizer": CosmosNetwork(CosmosTokenizer, TOKENIZER_PRESETS["CV8x8x8"]),
         "text": TextPart(NUM_PARAMETERS),
     }
 

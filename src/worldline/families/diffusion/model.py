@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn.dit import (
+    PATCH_CELLS,
     Block,
     Context,
     DiTSizes,
@@ -53,15 +54,10 @@ class DiTConfig(DiTSizes):
     vocabulary: int = 0
     id_width: int = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.vocabulary > 0) != (self.id_width > 0):
-            raise ValueError(f"{self.vocabulary} ids of width {self.id_width}: both, or neither")
-
     @property
     def input_features(self) -> int:
         """Numbers a token reads: latents, condition mask (Video2World) or ids, padding mask."""
-        return (self.latent_channels + self.condition_mask + self.id_width + 1) * self.patch_cells
+        return (self.latent_channels + self.condition_mask + self.id_width + 1) * PATCH_CELLS
 
 
 LARGEST_GRID = LatentShape(128, 120, 120)
@@ -179,24 +175,6 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Head(config)
 
-    def reset_parameters(self) -> None:
-        """Draw fresh weights: norms at one, the output and the modulation's last layers at zero."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm"):
-                nn.init.ones_(parameter)
-            elif name in ("head.linear.weight", "noise.second.weight") or name.endswith(
-                "modulation.second.weight"
-            ):
-                nn.init.zeros_(parameter)
-            elif name.startswith("positions."):
-                nn.init.normal_(parameter, std=0.02)
-            elif name == "ids.weight":
-                nn.init.normal_(parameter)
-            else:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-        # A gate at zero would block the first update: the noise level opens all of them a little.
-        nn.init.normal_(self.noise.second.weight, std=0.02)
-
     @property
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
@@ -220,12 +198,10 @@ class DiT(nn.Module):
             rotary_dtype: precision of the angles; the released pipelines use bf16.
 
         Raises:
-            ValueError: the model has no positions for such a grid, or several frames have no fps.
+            ValueError: the model has no positions for such a grid.
         """
         config = self.config
         tokens = config.tokens(grid)
-        if fps is None and grid.frames > 1:
-            raise ValueError(f"{grid.frames} latent frames need a frame rate")
         angles = stretched_angles_3d(
             tokens,
             config.head_size,
@@ -242,14 +218,8 @@ class DiT(nn.Module):
         Args:
             ids: (B, T, h, w), any integer dtype; each frame is enlarged to the grid's, bilinearly.
             grid: latent grid, with as many frames.
-
-        Raises:
-            ValueError: the model reads no ids, or the frames differ.
         """
-        if self.ids is None:
-            raise ValueError("this model reads no ids")
-        if ids.shape[1] != grid.frames:
-            raise ValueError(f"{ids.shape[1]} frames of ids for {grid.frames} latent frames")
+        assert self.ids is not None
         frames = self.ids(ids).flatten(0, 1).permute(0, 3, 1, 2)  # (B T, C, h, w)
         wide = torch.promote_types(frames.dtype, torch.float32)  # weights of four neighbours
         size = (grid.height, grid.width)
@@ -278,21 +248,12 @@ class DiT(nn.Module):
             padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding; by default
                 nowhere.
             ids: from `encode_ids`; the diffusion decoder only.
-
-        Raises:
-            ValueError: a condition mask or ids are missing, or the model takes none.
         """
-        for name, wanted, tensor in (
-            ("condition mask", self.config.condition_mask, condition_mask),
-            ("ids", self.ids is not None, ids),
-        ):
-            if wanted != (tensor is not None):
-                raise ValueError(f"this model {'needs' if wanted else 'takes no'} {name}")
         conditioning = [part for part in (condition_mask, ids) if part is not None]
-        x = patchify(latents.to(self.dtype), conditioning, padding_mask, self.config.patch)
+        x = patchify(latents.to(self.dtype), conditioning, padding_mask)
         noise = self.noise(timesteps)
         residual = Residual(self.embed(x))
         for block, encoded in zip(self.blocks, context, strict=True):
             residual = block(residual, noise, positions.rotation, encoded, positions.learned)
         grid = LatentShape(*latents.shape[2:])
-        return unpatchify(self.head(residual, noise), grid, self.config.patch)
+        return unpatchify(self.head(residual, noise), grid)

@@ -8,12 +8,9 @@ inference_utils.py`; huggingface/diffusers `scripts/convert_cosmos_to_diffusers.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from worldline.errors import CheckpointError
 from worldline.families.diffusion.model import (
@@ -24,18 +21,15 @@ from worldline.families.diffusion.model import (
     DiT,
     DiTConfig,
 )
+from worldline.nn.dit import PATCH_CELLS
 from worldline.shapes import LatentShape
 from worldline.weights import dit, networks
-from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION, PATCH, SUB_BLOCKS, Ratio
+from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION, SUB_BLOCKS
 from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import (
-    Layout,
-    NetworkFiles,
-    open_transformer,
-    released_size,
-    require_number,
-)
+from worldline.weights.networks import Network, Number, open_transformer
 from worldline.weights.source import Checkpoint
+
+__all__ = ["PRESETS", "open_network"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,28 +82,34 @@ DIFFUSERS_KEYS = dit.diffusers_keys(
 )
 
 
-def open_dit(
+class Settings(dit.DiTSettings):
+    """Rotary stretching and frame rate of position 1, which no tensor holds."""
+
+    base_fps: Number = 24.0
+
+
+def open_network(
     path: Path | Checkpoint, settings: Mapping[str, Any] | None = None
-) -> NetworkFiles[DiTConfig]:
+) -> Network[DiTConfig]:
     """Open a diffusion transformer of either layout; headers only.
 
     Args:
         path: as for `open_transformer`.
-        settings: content of NVIDIA's `config.json`; None reads the one beside the file.
-            "rope_ratio" (three numbers: time, rows, columns), which is needed where the width is
-            none of the released ones, since no tensor holds it, and "base_fps" count.
+        settings: content of `config.json`, see `Settings`; None reads the one beside the file.
 
     Raises:
         CheckpointError: there is none, it is damaged, a tensor does not fit, or the rotary
             stretching is unknown.
     """
     source = open_transformer(path)
-    if settings is None and dit.layout_of(source.tensors) == "nvidia":
+    theirs = dit.is_diffusers(source)
+    if settings is None and not theirs:
         settings = read_settings(source.path.parent)
     if "ema" in source.beside:
         logger.info("%s: the averaged weights beside its own are not used", source.path)
-    layouts: dict[Layout, KeyMap] = {"nvidia": KEYS, "diffusers": DIFFUSERS_KEYS}
-    return dit.check_dit(source, settings, layouts, DiT, read_config, positions="learnable")
+    keys = DIFFUSERS_KEYS if theirs else KEYS
+    config = read_config(source, keys, settings)
+    return Network(DiT, config, source, keys, (source.path.parent / "config.json",)).check()
 
 
 def is_decoder(names: Iterable[str]) -> bool:
@@ -130,73 +130,40 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any]) -> DiTConfig:
-    """Architecture of a checkpoint; see `open_dit` for `settings`.
+def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any] | None) -> DiTConfig:
+    """Architecture of a checkpoint; see `open_network`.
 
     Raises:
         CheckpointError: the tensors are of another model, or the rotary stretching is unknown.
     """
+    stated = dit.parse_settings(Settings, source, settings)
     decodes = is_decoder(source.tensors)
     decisive = {"ids.weight": 2} if decodes else dict.fromkeys(_POSITIONS, 2)
     shapes, sizes = dit.read_sizes(source, keys, decisive)
-    features, cells = shapes["embed.weight"][1], math.prod(PATCH)
-    channels = shapes["head.linear.weight"][0] // cells
+    features, channels = shapes["embed.weight"][1], sizes["latent_channels"]
     vocabulary, id_width = shapes["ids.weight"] if decodes else (0, 0)
-    masks = features / cells - channels - id_width
-    if masks not in (1, 2) or (decodes and masks == 2):
-        kinds = {"Text2World": channels + 1, "Video2World": channels + 2}
-        if decodes:
-            kinds = {"a diffusion decoder with these ids": channels + id_width + 1}
-        known = ", ".join(f"{name} reads {count * cells}" for name, count in kinds.items())
+    masks = features / PATCH_CELLS - channels - id_width
+    if masks not in ((1,) if decodes else (1, 2)):
         raise CheckpointError(
-            f"{source.path}: {keys.released('embed.weight')} reads {features} numbers a token; "
-            f"{known}"
+            f"{source.path}: {keys.released('embed.weight')} reads {features} numbers a token, "
+            f"{channels} channels and {id_width} of ids with a mask are "
+            f"{(channels + id_width + 1) * PATCH_CELLS}"
+        )
+    # there is one diffusion decoder alone, whatever its width
+    released = DECODER_RATIO if decodes else RELEASED_RATIOS.get(sizes["width"])
+    ratio = stated.rope_ratio or released
+    if ratio is None:
+        raise CheckpointError(
+            f"{source.path}: a model of width {sizes['width']} needs its rotary stretching in "
+            'config.json beside it: "rope_ratio": [time, rows, columns]'
         )
     return DiTConfig(
         **sizes,
         condition_mask=masks == 2,
         max_grid=LARGEST_GRID if decodes else LatentShape(*(shapes[n][0] for n in _POSITIONS)),
-        rope_ratio=_ratio(source, sizes["width"], settings, decodes=decodes),
-        latent_channels=channels,
-        out_channels=channels,
-        base_fps=require_number(settings.get("base_fps", 24.0), f"{source.path}: base_fps"),
-        patch=PATCH,
+        rope_ratio=ratio,
+        base_fps=stated.base_fps,
         learned_positions=not decodes,
         vocabulary=vocabulary,
         id_width=id_width,
     )
-
-
-def _ratio(source: Checkpoint, width: int, settings: Mapping[str, Any], *, decodes: bool) -> Ratio:
-    # there is one diffusion decoder alone, whatever its width
-    released = DECODER_RATIO if decodes else RELEASED_RATIOS.get(width)
-    ratio = settings.get("rope_ratio", released)
-    if ratio is None:
-        known = " or ".join(map(str, RELEASED_RATIOS))
-        raise CheckpointError(
-            f"{source.path}: a model of width {width} (released ones have {known}) needs its "
-            'rotary stretching in config.json beside it: "rope_ratio": [time, rows, columns]'
-        )
-    return dit.read_ratio(source, ratio)
-
-
-def write_settings(config: DiTConfig) -> dict[str, Any]:
-    """Content of the config.json from which `open_dit` reads `config`."""
-    return {"rope_ratio": list(config.rope_ratio), "base_fps": config.base_fps}
-
-
-def describe(config: DiTConfig) -> str:
-    """Kind and size in words."""
-    kind = "Video2World model" if config.condition_mask else "Text2World model"
-    if config.vocabulary:
-        kind = f"decoder of the autoregressive models, vocabulary {config.vocabulary:,}"
-    size = released_size(PRESETS, config, "depth", "width", "condition_mask", "vocabulary")
-    return (
-        f"Cosmos diffusion {kind}, {size}: {config.depth} layers, width {config.width}, "
-        f"{config.num_heads} heads"
-    )
-
-
-def released_tensors(model: DiT) -> dict[str, Tensor]:
-    """Parameters by the names of NVIDIA's `model.pt`."""
-    return dit.renamed_tensors(model, KEYS)

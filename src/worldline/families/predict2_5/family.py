@@ -38,12 +38,12 @@ from worldline.families.predict2_5.request import (
     FlowRequest,
     recognise,
 )
-from worldline.families.predict2_5.weights import open_flow_dit
+from worldline.families.predict2_5.weights import DIFFUSERS_KEYS, open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.files import read_json, released_folders
 from worldline.memory import Stage, coding_bytes, denoise_bytes
 from worldline.nn.pieces import decode_stream, encode_stream
-from worldline.opening import Network, TextPart, open_text
+from worldline.opening import TextPart, open_text
 from worldline.report import Recorder
 from worldline.sampling.flow import Conditioning, make_schedule, sample
 from worldline.sampling.schedules import standard_noise
@@ -53,9 +53,10 @@ from worldline.text.encoder import MAX_LENGTH
 from worldline.text.reason1 import NUM_PARAMETERS, Reason1Files
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import FILES as TOKENIZER_FILES
-from worldline.tokenizers.wan.weights import OpenedWan, open_wan
+from worldline.tokenizers.wan.weights import open_wan
 from worldline.video.convert import covering_frames
 from worldline.video.read import Clip
+from worldline.weights.networks import Network
 
 TRAINED_FRAMES = 93
 TRAINED_FPS = 16
@@ -66,18 +67,7 @@ _KNOWN_TIMESTEP: dict[str, float | None] = {"karras": 0.1, "shifted": None}
 
 
 @dataclass(frozen=True)
-class WanPart(Network):
-    """The Wan2.1 tokenizer."""
-
-    wan: OpenedWan | None = None
-
-    def read(self, device: torch.device, dtype: torch.dtype) -> WanTokenizer:
-        assert self.wan is not None
-        return self.wan.read(device, dtype)
-
-
-@dataclass(frozen=True)
-class FlowNetwork(Network):
+class FlowNetwork(Network[FlowDiTConfig]):
     """The transformer, and how it is sampled, which none of its tensors says.
 
     Attributes:
@@ -91,33 +81,25 @@ class FlowNetwork(Network):
 
 def open_transformer(opened: Opened) -> FlowNetwork:
     """The transformer in either layout."""
-    files = open_flow_dit(opened.source, opened.settings)
-    schedule, known_timestep = _schedule(opened, files.layout, files.config)
-    return FlowNetwork(
-        FlowDiT,
-        files.config,
-        files.source,
-        files.keys,
-        beside=(opened.config_file,),
-        schedule=schedule,
-        known_timestep=known_timestep,
-    )
+    network = open_network(opened.source, opened.settings or None)
+    schedule, known_timestep = _schedule(opened, network)
+    return FlowNetwork(**vars(network), schedule=schedule, known_timestep=known_timestep)
 
 
-def _schedule(opened: Opened, layout: str, config: FlowDiTConfig) -> tuple[str, float | None]:
+def _schedule(opened: Opened, network: Network[FlowDiTConfig]) -> tuple[str, float | None]:
     """Schedule and timestep of input frames: as chosen, stated, released, or else "shifted"."""
     assert opened.place is not None
     chosen = opened.options.schedule or opened.settings.get("schedule")
     if chosen not in (None, *_KNOWN_TIMESTEP):
-        raise CheckpointError(f"{opened.config_file}: schedule is {chosen!r}")
+        raise CheckpointError(f"{opened.folder / 'config.json'}: schedule is {chosen!r}")
     if chosen is None and not opened.bundled:
         released = opened.place.released or _released_as(opened.source.path)
         if released is not None:
             return released.schedule, released.known_timestep
         # diffusers' 14B states the scheduler of 2B, which it was not made for
-        large = config.width == PRESETS["14B"].width
+        large = network.config.width == PRESETS["14B"].width
         scheduler = opened.folder / _SCHEDULER
-        if layout == "diffusers" and not large and scheduler.is_file():
+        if network.keys is DIFFUSERS_KEYS and not large and scheduler.is_file():
             chosen = "karras" if read_json(scheduler).get("use_karras_sigmas") else None
     chosen = chosen or "shifted"
     return chosen, _KNOWN_TIMESTEP[chosen]
@@ -132,10 +114,9 @@ def _released_as(file: Path) -> FlowModel | None:
     return None
 
 
-def open_tokenizer(opened: Opened) -> WanPart:
+def open_tokenizer(opened: Opened) -> Network[WanTokenizerConfig]:
     """The Wan2.1 tokenizer: as chosen, beside the transformer, or that of the 2B repository."""
-    wan = open_wan(_tokenizer_path(opened))
-    return WanPart(WanTokenizer, wan.config, wan.source, wan.keys, tuple(wan.settings), wan=wan)
+    return open_wan(_tokenizer_path(opened))
 
 
 def _tokenizer_path(opened: Opened) -> Path:
@@ -178,7 +159,7 @@ def refuse(opened: Opened, request: FlowRequest) -> FlowRequest:
         window,
         request.num_input_frames,
         config,
-        config.max_grid.frames * config.patch[0],
+        config.max_grid.frames,
         tokenizer,
         longer="chunk_size makes longer videos" if request.chunk_size is None else "",
     )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn.dit import (
+    PATCH_CELLS,
     Block,
     Context,
     DiTSizes,
@@ -54,21 +55,10 @@ class FlowDiTConfig(DiTSizes):
     timestep_scale: float = TIMESTEP_SCALE
     exponents: Exponents | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.feature_width < 1:
-            raise ValueError(f"feature_width is {self.feature_width}; it must be at least 1")
-        wanted = [size // 2 for size in axis_sizes(self.head_size)[:2]]
-        if self.exponents is not None and [len(one) for one in self.exponents] != wanted:
-            raise ValueError(
-                f"{[len(one) for one in self.exponents]} rotary exponents in time and space; "
-                f"head_size {self.head_size} needs {wanted}"
-            )
-
     @property
     def input_features(self) -> int:
         """Numbers a token reads: latents, condition mask, padding mask."""
-        return (self.latent_channels + 2) * self.patch_cells
+        return (self.latent_channels + 2) * PATCH_CELLS
 
 
 def released_exponents(head_size: int) -> Exponents:
@@ -136,20 +126,6 @@ class FlowDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Head(config)
 
-    def reset_parameters(self) -> None:
-        """Draw fresh weights: norms at one, the output and the modulation's last layers at zero."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm"):
-                nn.init.ones_(parameter)
-            elif name in ("head.linear.weight", "project.bias") or name.endswith(
-                "modulation.second.weight"
-            ):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-        # A gate at zero would block the first update: the noise level opens all of them a little.
-        nn.init.normal_(self.noise.second.weight, std=0.02)
-
     @property
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
@@ -159,28 +135,20 @@ class FlowDiT(nn.Module):
         context = self.project(features.to(self.embed.weight.device, self.dtype))
         return encode_context(self.blocks, context)
 
-    def make_positions(self, grid: LatentShape, *, exact: bool = False) -> Rotation:
-        """Rotation of every token of a clip, whatever its frame rate.
-
-        Args:
-            grid: latent grid.
-            exact: leave the exponents unrounded, which no checkpoint was trained with; diffusers
-                does so.
+    def make_positions(self, grid: LatentShape) -> Rotation:
+        """Rotation of every token of a clip of a latent grid, whatever its frame rate.
 
         Raises:
             ValueError: the model has no positions for such a grid.
         """
         config = self.config
-        exponents = None
-        if not exact:
-            time, space = config.exponents or released_exponents(config.head_size)
-            exponents = [torch.tensor(one) for one in (time, space, space)]
+        time, space = config.exponents or released_exponents(config.head_size)
         angles = stretched_angles_3d(
             config.tokens(grid),
             config.head_size,
             ratio=config.rope_ratio,
             time_scale=None,
-            exponents=exponents,
+            exponents=[torch.tensor(one) for one in (time, space, space)],
         ).to(self.embed.weight.device)
         return Rotation(angles.cos(), angles.sin())
 
@@ -204,19 +172,11 @@ class FlowDiT(nn.Module):
             condition_mask: (B, 1, T, H, W), 1 on conditioning frames.
             padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding; by default
                 nowhere.
-
-        Raises:
-            ValueError: timesteps of another shape.
         """
         grid = LatentShape(*latents.shape[2:])
-        if timesteps.ndim != 2 or timesteps.shape[1] not in (1, grid.frames):
-            raise ValueError(
-                f"timesteps {list(timesteps.shape)} of {len(latents)} clips of {grid.frames} "
-                "latent frames: one is needed for each clip, or for each of its frames"
-            )
-        x = patchify(latents.to(self.dtype), [condition_mask], padding_mask, self.config.patch)
+        x = patchify(latents.to(self.dtype), [condition_mask], padding_mask)
         noise = self.noise(timesteps.to(_wide(self.dtype)) * self.config.timestep_scale)
         residual = Residual(self.embed(x))
         for block, encoded in zip(self.blocks, context, strict=True):
             residual = block(residual, noise, positions, encoded)
-        return unpatchify(self.head(residual, noise), grid, self.config.patch)
+        return unpatchify(self.head(residual, noise), grid)

@@ -8,13 +8,9 @@ minimal_v4_dit.py`; huggingface/diffusers `scripts/convert_cosmos_to_diffusers.p
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from worldline.errors import CheckpointError
 from worldline.families.predict2_5.model import (
@@ -26,18 +22,15 @@ from worldline.families.predict2_5.model import (
     FlowDiTConfig,
     released_exponents,
 )
+from worldline.nn.dit import PATCH_CELLS
 from worldline.weights import dit
-from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION, PATCH, SUB_BLOCKS
+from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION, SUB_BLOCKS
 from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import (
-    Layout,
-    NetworkFiles,
-    open_transformer,
-    released_size,
-    require_number,
-)
+from worldline.weights.networks import Network, Number, open_transformer
 from worldline.weights.read import renamed
 from worldline.weights.source import Checkpoint
+
+__all__ = ["PRESETS", "open_network"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,29 +84,30 @@ KEYS = KeyMap(
 DIFFUSERS_KEYS = dit.diffusers_keys(_PROJECTION)
 
 
-def open_flow_dit(
+class Settings(dit.DiTSettings):
+    """Rotary stretching and scale of timesteps, where a model is not as the released ones."""
+
+    timestep_scale: Number = TIMESTEP_SCALE
+
+
+def open_network(
     path: Path | Checkpoint, settings: Mapping[str, Any] | None = None
-) -> NetworkFiles[FlowDiTConfig]:
+) -> Network[FlowDiTConfig]:
     """Open a flow transformer of either layout; headers only.
 
     Args:
         path: as for `open_transformer`; in a file that training wrote, averaged weights are
             preferred.
-        settings: content of NVIDIA's `config.json`; None reads the one beside the file.
-            "rope_ratio" (three numbers: time, rows, columns) and "timestep_scale" count, where a
-            model is not as the released ones.
+        settings: content of `config.json`, see `Settings`; None reads the one beside the file.
 
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor does not fit.
     """
     source = network_view(open_transformer(path))
-    layouts: dict[Layout, KeyMap] = {"nvidia": KEYS, "diffusers": DIFFUSERS_KEYS}
-    return dit.check_dit(source, settings, layouts, FlowDiT, read_config, positions=None)
-
-
-def is_flow_dit(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are of a Predict2.5 transformer, in either layout."""
-    return any(name.endswith("crossattn_proj.0.weight") for name in names)
+    theirs = dit.is_diffusers(source)
+    keys = DIFFUSERS_KEYS if theirs else KEYS
+    config = read_config(source, keys, None if theirs else settings)
+    return Network(FlowDiT, config, source, keys, (source.path.parent / "config.json",)).check()
 
 
 def network_view(source: Checkpoint) -> Checkpoint:
@@ -130,32 +124,28 @@ def network_view(source: Checkpoint) -> Checkpoint:
     return renamed(source, plain)
 
 
-def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any]) -> FlowDiTConfig:
-    """Architecture of a checkpoint; see `open_flow_dit` for `settings`.
+def read_config(
+    source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any] | None
+) -> FlowDiTConfig:
+    """Architecture of a checkpoint; see `open_network`.
 
     Raises:
         CheckpointError: the tensors are of another model.
-        ValueError: the sizes they imply are of none.
     """
+    stated = dit.parse_settings(Settings, source, settings)
     shapes, sizes = dit.read_sizes(source, keys, {"project.weight": 2})
-    cells = math.prod(PATCH)
-    channels = shapes["head.linear.weight"][0] // cells
-    features = shapes["embed.weight"][1]
-    if features != (channels + 2) * cells:
+    features, wanted = shapes["embed.weight"][1], (sizes["latent_channels"] + 2) * PATCH_CELLS
+    if features != wanted:
         raise CheckpointError(
             f"{source.path}: {keys.released('embed.weight')} reads {features} numbers a token; a "
-            f"model of {channels} channels reads {(channels + 2) * cells}: latents and two masks"
+            f"model of {sizes['latent_channels']} channels reads {wanted}: latents and two masks"
         )
-    scale = settings.get("timestep_scale", TIMESTEP_SCALE)
     return FlowDiTConfig(
         **sizes,
         feature_width=shapes["project.weight"][1],
-        rope_ratio=dit.read_ratio(source, settings.get("rope_ratio", RELEASED_RATIO)),
-        timestep_scale=require_number(scale, f"{source.path}: timestep_scale"),
+        rope_ratio=stated.rope_ratio or RELEASED_RATIO,
+        timestep_scale=stated.timestep_scale,
         exponents=_read_exponents(source, sizes["head_size"]),
-        latent_channels=channels,
-        out_channels=channels,
-        patch=PATCH,
     )
 
 
@@ -167,28 +157,3 @@ def _read_exponents(source: Checkpoint, head_size: int) -> Exponents | None:
     # whatever dtype the file is in, the released pipeline rounds them with all else
     time, space = (tuple(source.read(str(n)).bfloat16().flatten().tolist()) for n in names)
     return None if (time, space) == released_exponents(head_size) else (time, space)
-
-
-def write_settings(config: FlowDiTConfig) -> dict[str, Any]:
-    """Content of the config.json from which `open_flow_dit` reads `config`."""
-    return {"rope_ratio": list(config.rope_ratio), "timestep_scale": config.timestep_scale}
-
-
-def describe(config: FlowDiTConfig) -> str:
-    """Kind and size in words."""
-    return (
-        f"Cosmos-Predict2.5 model, {released_size(PRESETS, config, 'depth', 'width')}: "
-        f"{config.depth} layers, width {config.width}, {config.num_heads} heads, "
-        f"text features {config.feature_width:,}"
-    )
-
-
-def released_tensors(model: FlowDiT) -> dict[str, Tensor]:
-    """Tensors of NVIDIA's file: the parameters, and the exponents of positions."""
-    config = model.config
-    exponents = config.exponents or released_exponents(config.head_size)
-    positions = dict(zip(_EXPONENTS, map(torch.tensor, exponents), strict=True))
-    return {
-        **{KEYS.prefixes[0] + name: tensor.bfloat16() for name, tensor in positions.items()},
-        **dit.renamed_tensors(model, KEYS),
-    }

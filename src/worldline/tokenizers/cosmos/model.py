@@ -63,19 +63,6 @@ class CosmosTokenizerConfig:
     levels: tuple[int, ...] | None = None
     tap: float = wavelet.EXACT_TAP
 
-    def __post_init__(self) -> None:
-        for name, value in (("patch", self.patch), ("spatial", self.spatial)):
-            if value < 1 or value & (value - 1):
-                raise ValueError(f"{name} {value} is not a power of two")
-        if self.spatial < self.patch or self.temporal < self.patch:
-            raise ValueError(
-                f"compression {self.temporal}x{self.spatial} is below patch {self.patch}"
-            )
-        if self.levels is not None and len(self.levels) != self.latent_channels:
-            raise ValueError(
-                f"{len(self.levels)} FSQ levels do not fit {self.latent_channels} code channels"
-            )
-
     @property
     def spatial_steps(self) -> int:
         """Halvings of height and width beyond the wavelets."""
@@ -510,17 +497,6 @@ class CosmosTokenizer(CausalTokenizer):
         self.post_quant_conv = SpatialConv(config.latent_channels, config.z_channels, 1)
         self.decoder = Decoder(config)
 
-    def reset_parameters(self) -> None:
-        """Draw fresh weights: torch's defaults for convolutions, ones and zeros for norms."""
-        for module in self.modules():
-            if isinstance(module, FrameNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, (SpatialConv, TemporalConv)):
-                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-                limit = 1 / math.sqrt(module.weight[0].numel())
-                nn.init.uniform_(module.bias, -limit, limit)
-
     def encode_piece(self, video: Tensor, cache: CausalCache) -> Tensor:
         """Latents; those of a discrete tokenizer are the values before FSQ."""
         return self.quant_conv(self.encoder(video, cache))
@@ -530,21 +506,19 @@ class CosmosTokenizer(CausalTokenizer):
 
     def to_tokens(self, latents: Tensor) -> Tensor:
         """Token ids (B, t, h, w), int32 in [0, vocabulary), of what `encode` returns."""
-        codes = fsq.quantize(latents.movedim(1, -1), self._levels)
-        return fsq.codes_to_indices(codes, self._levels)
+        assert self.config.levels is not None
+        codes = fsq.quantize(latents.movedim(1, -1), self.config.levels)
+        return fsq.codes_to_indices(codes, self.config.levels)
 
     def to_codes(self, tokens: Tensor) -> Tensor:
         """Codes (B, C, t, h, w), for `decode`, of token ids (B, t, h, w), any integer dtype."""
-        codes = fsq.indices_to_codes(tokens, self._levels).movedim(-1, 1)
+        assert self.config.levels is not None
+        codes = fsq.indices_to_codes(tokens, self.config.levels).movedim(-1, 1)
         return codes.to(self.post_quant_conv.weight.dtype)
 
     def encode_tokens(self, video: Tensor) -> Tensor:
         """Token ids (B, t, h, w), int32 in [0, vocabulary)."""
         return self.to_tokens(self.encode(video))
-
-    def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Video (B, 3, T, H, W) of token ids (B, t, h, w)."""
-        return self.decode(self.to_codes(tokens))
 
     def reconstruct(self, video: Tensor) -> Tensor:
         """decode(encode(video)); gradients pass straight through the quantiser."""
@@ -553,9 +527,3 @@ class CosmosTokenizer(CausalTokenizer):
         latents = self.encode(video)
         codes = fsq.quantize(latents.movedim(1, -1), self.config.levels).movedim(-1, 1)
         return self.decode(codes.to(latents.dtype))
-
-    @property
-    def _levels(self) -> tuple[int, ...]:
-        if self.config.levels is None:
-            raise ValueError("a continuous tokenizer has no token ids")
-        return self.config.levels

@@ -8,9 +8,9 @@ ones under other names, the levels of the decoder numbered from the coarsest.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +24,13 @@ from worldline.tokenizers.cosmos.model import (
     CosmosTokenizerConfig,
     LatentStatistics,
 )
-from worldline.tokenizers.opened import (
-    CONFIG,
+from worldline.weights.keymap import KeyMap, renamed_by
+from worldline.weights.networks import (
     DIFFUSERS_FILES,
-    Layout,
-    OpenedTokenizer,
-    refuse_other_settings,
-    renamed_by,
-    stored_tensors,
+    Network,
+    require_settings,
+    shapes_of,
 )
-from worldline.weights.keymap import KeyMap
 from worldline.weights.read import Checkpoint, joined, open_checkpoint, renamed
 
 # files that a folder may hold, in order of preference
@@ -45,6 +42,7 @@ LAYOUTS = (
     ("model.safetensors",),
     ("model.pt",),
 )
+CONFIG = "config.json"  # of diffusers
 STATISTICS = ("mean_std.pt", "image_mean_std.pt", "mean_std.safetensors")
 
 # our names to theirs, by rules applied in this order; first the convolutions of a resampler, which
@@ -56,45 +54,43 @@ _NUMBERED = (
     (r"(decoder.*\.resample)\.space", r"\1.conv2"),
     (r"resample\.mix", r"resample.conv3"),
 )
-_RULES: dict[Layout, tuple[tuple[str, str], ...]] = {
-    "released": (
-        *_NUMBERED,
-        (r"(resample\.conv\d)\.", r"\1.conv3d."),
-        (r"encoder\.levels\.(\d+)\.resample", r"encoder.down.\1.downsample"),
-        (r"decoder\.levels\.(\d+)\.resample", r"decoder.up.\1.upsample"),
-        (r"encoder\.levels", r"encoder.down"),
-        (r"decoder\.levels", r"decoder.up"),
-        (r"\.blocks\.", r".block."),
-        (r"middle\.block", r"mid.block_"),
-        (r"middle\.spatial_attention", r"mid.attn_1.0"),
-        (r"middle\.temporal_attention", r"mid.attn_1.1"),
-        (r"\.space\.", r".0.conv3d."),
-        (r"\.time\.", r".1.conv3d."),
-        (r"\.shortcut\.", r".nin_shortcut.conv3d."),
-        (r"\.([qkv])\.", r".\1.conv3d."),
-        (r"\.out\.", r".proj_out.conv3d."),
-        (r"(norm\w*)\.", r"\1.norm."),
-        (r"quant_conv\.", r"quant_conv.conv3d."),
-    ),
-    "diffusers": (
-        *_NUMBERED,
-        (r"encoder\.levels\.(\d+)\.resample", r"encoder.down_blocks.\1.downsamplers.0"),
-        (r"decoder\.levels\.(\d+)\.resample", r"decoder.up_blocks.\1.upsamplers.0"),
-        (r"encoder\.levels", r"encoder.down_blocks"),
-        (r"decoder\.levels", r"decoder.up_blocks"),
-        (r"\.blocks\.", r".resnets."),
-        (r"middle\.block1", r"mid_block.resnets.0"),
-        (r"middle\.block2", r"mid_block.resnets.1"),
-        (r"middle\.spatial_attention", r"mid_block.attentions.0"),
-        (r"middle\.temporal_attention", r"mid_block.temp_attentions.0"),
-        (r"\.space\.", r".conv_s."),
-        (r"\.time\.", r".conv_t."),
-        (r"\.shortcut\.", r".conv_shortcut."),
-        (r"\.([qkv])\.", r".to_\1."),
-        (r"\.out\.", r".to_out.0."),
-        (r"(norm\w*)\.", r"\1.norm."),
-    ),
-}
+_RELEASED = (
+    *_NUMBERED,
+    (r"(resample\.conv\d)\.", r"\1.conv3d."),
+    (r"encoder\.levels\.(\d+)\.resample", r"encoder.down.\1.downsample"),
+    (r"decoder\.levels\.(\d+)\.resample", r"decoder.up.\1.upsample"),
+    (r"encoder\.levels", r"encoder.down"),
+    (r"decoder\.levels", r"decoder.up"),
+    (r"\.blocks\.", r".block."),
+    (r"middle\.block", r"mid.block_"),
+    (r"middle\.spatial_attention", r"mid.attn_1.0"),
+    (r"middle\.temporal_attention", r"mid.attn_1.1"),
+    (r"\.space\.", r".0.conv3d."),
+    (r"\.time\.", r".1.conv3d."),
+    (r"\.shortcut\.", r".nin_shortcut.conv3d."),
+    (r"\.([qkv])\.", r".\1.conv3d."),
+    (r"\.out\.", r".proj_out.conv3d."),
+    (r"(norm\w*)\.", r"\1.norm."),
+    (r"quant_conv\.", r"quant_conv.conv3d."),
+)
+_DIFFUSERS = (
+    *_NUMBERED,
+    (r"encoder\.levels\.(\d+)\.resample", r"encoder.down_blocks.\1.downsamplers.0"),
+    (r"decoder\.levels\.(\d+)\.resample", r"decoder.up_blocks.\1.upsamplers.0"),
+    (r"encoder\.levels", r"encoder.down_blocks"),
+    (r"decoder\.levels", r"decoder.up_blocks"),
+    (r"\.blocks\.", r".resnets."),
+    (r"middle\.block1", r"mid_block.resnets.0"),
+    (r"middle\.block2", r"mid_block.resnets.1"),
+    (r"middle\.spatial_attention", r"mid_block.attentions.0"),
+    (r"middle\.temporal_attention", r"mid_block.temp_attentions.0"),
+    (r"\.space\.", r".conv_s."),
+    (r"\.time\.", r".conv_t."),
+    (r"\.shortcut\.", r".conv_shortcut."),
+    (r"\.([qkv])\.", r".to_\1."),
+    (r"\.out\.", r".to_out.0."),
+    (r"(norm\w*)\.", r"\1.norm."),
+)
 
 _DROP = {
     "encoder.patcher3d.*": "wavelet buffers; the tap is read into the configuration",
@@ -104,7 +100,8 @@ _DROP = {
 }
 
 
-class OpenedCosmos(OpenedTokenizer[CosmosTokenizer, CosmosTokenizerConfig]):
+@dataclass(frozen=True)
+class CosmosNetwork(Network[CosmosTokenizerConfig]):
     """A Cosmos tokenizer on disk."""
 
     @cached_property
@@ -114,10 +111,11 @@ class OpenedCosmos(OpenedTokenizer[CosmosTokenizer, CosmosTokenizerConfig]):
         Raises:
             CheckpointError: the file is damaged, or of latents with other channels.
         """
-        return read_statistics(self.folder, self.config.latent_channels)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return read_statistics(folder, self.config.latent_channels)
 
 
-def open_tokenizer(*paths: Path) -> OpenedCosmos:
+def open_tokenizer(*paths: Path) -> CosmosNetwork:
     """Open a tokenizer; headers only.
 
     Args:
@@ -132,15 +130,14 @@ def open_tokenizer(*paths: Path) -> OpenedCosmos:
     whole = files[0] if len(files) == 1 else folder
     source = network_view(joined([open_checkpoint(file) for file in files], whole))
     config = read_config(source, folder.name)
-    layout = find_layout(source)
-    settings = [folder / name for name in STATISTICS]
-    if layout == "diffusers":
-        settings = [folder / CONFIG]
-        stated = diffusers_config(config)
-        del stated["latents_mean"], stated["latents_std"]  # of statistics, which come later
-        refuse_other_settings(folder / CONFIG, read_json(folder / CONFIG), stated)
-    existing = tuple(path for path in settings if path.exists())
-    return OpenedCosmos(CosmosTokenizer, config, source, key_map(config, layout), existing)
+    beside = [folder / name for name in STATISTICS]
+    if is_diffusers(source):
+        beside = [folder / CONFIG]
+        expected = {"_class_name": "AutoencoderKLCosmos", "patch_size": config.patch}
+        require_settings(folder / CONFIG, {**expected, "patch_type": "haar"})
+    return CosmosNetwork(
+        CosmosTokenizer, config, source, key_map(config, is_diffusers(source)), tuple(beside)
+    ).check()
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -171,18 +168,18 @@ def tokenizer_files(folder: Path) -> list[Path]:
     )
 
 
-def find_layout(source: Checkpoint) -> Layout:
-    """Whose names the tensors have."""
-    return "diffusers" if "encoder.conv_in.conv_s.weight" in source.tensors else "released"
+def is_diffusers(source: Checkpoint) -> bool:
+    """Whether the tensors have diffusers' names."""
+    return "encoder.conv_in.conv_s.weight" in source.tensors
 
 
-def key_map(config: CosmosTokenizerConfig, layout: Layout = "released") -> KeyMap:
+def key_map(config: CosmosTokenizerConfig, diffusers: bool = False) -> KeyMap:
     """Map of the bare names of an exported file, or of those in diffusers, to ours."""
-    with torch.device("meta"):
-        ours = [name for name, _ in CosmosTokenizer(config).named_parameters()]
     num_levels = len(config.level_channels)
-    rename = {_theirs(name, layout, num_levels): name for name in ours}
-    if layout == "diffusers":
+    rename = {
+        _theirs(name, diffusers, num_levels): name for name in shapes_of(CosmosTokenizer, config)
+    }
+    if diffusers:
         return KeyMap(rename)
     drop = dict(_DROP)
     for number in range(num_levels):
@@ -194,11 +191,11 @@ def key_map(config: CosmosTokenizerConfig, layout: Layout = "released") -> KeyMa
     return KeyMap(rename, drop)
 
 
-def _theirs(name: str, layout: Layout, num_levels: int = 0) -> str:
+def _theirs(name: str, diffusers: bool, num_levels: int = 0) -> str:
     """Their name of one of our tensors; `num_levels` matters to diffusers' decoder alone."""
-    if layout == "diffusers" and (found := re.match(r"decoder\.levels\.(\d+)", name)):
+    if diffusers and (found := re.match(r"decoder\.levels\.(\d+)", name)):
         name = f"decoder.levels.{num_levels - 1 - int(found[1])}{name[found.end() :]}"
-    return renamed_by(_RULES[layout], name)
+    return renamed_by(_DIFFUSERS if diffusers else _RELEASED, name)
 
 
 def read_config(
@@ -215,55 +212,55 @@ def read_config(
     Raises:
         CheckpointError: the tensors are not those of a Cosmos video tokenizer.
     """
-    layout = find_layout(source)
+    diffusers = is_diffusers(source)
 
     def shape(ours: str) -> tuple[int, ...]:
-        info = source.tensors.get(_theirs(ours, layout))
+        info = source.tensors.get(_theirs(ours, diffusers))
         return info.shape if info else ()
 
-    def width(ours: str) -> int:
-        return (*shape(ours), 0)[0]
+    def count(pattern: str) -> int:
+        """Numbers from 0 for which there is a tensor."""
+        number = 0
+        while shape(pattern.format(number)):
+            number += 1
+        return number
 
     half, outer = "encoder", shape("encoder.conv_in.space.weight")
     if not outer:
         half, outer = "decoder", shape("decoder.conv_out.space.weight")
-    level_channels: list[int] = []
-    while outputs := width(f"{half}.levels.{len(level_channels)}.blocks.0.conv1.space.weight"):
-        level_channels.append(outputs)
-    num_blocks = 0
-    while width(f"{half}.levels.0.blocks.{num_blocks}.conv1.space.weight"):
-        num_blocks += 1
+    num_levels = count(f"{half}.levels.{{}}.blocks.0.conv1.space.weight")
     latent_and_z = shape("quant_conv.weight")[:2] or shape("post_quant_conv.weight")[1::-1]
-    if len(outer) != 5 or not level_channels or len(latent_and_z) != 2:
+    if len(outer) != 5 or not num_levels or len(latent_and_z) != 2:
         raise CheckpointError(f"{source.path}: not a Cosmos video tokenizer")
+    level_channels = tuple(
+        shape(f"{half}.levels.{number}.blocks.0.conv1.space.weight")[0]
+        for number in range(num_levels)
+    )
     latent_channels, z_channels = latent_and_z
     patch = round((outer[1 if half == "encoder" else 0] / 3) ** (1 / 3))
-    steps = {
-        axis: sum(
+    space, time = (
+        sum(
             bool(shape(f"{half}.levels.{number}.resample.{axis}.weight"))
-            for number in range(len(level_channels))
+            for number in range(num_levels)
         )
         for axis in ("space", "time")
-    }
-    spatial, temporal = patch * 2 ** steps["space"], patch * 2 ** steps["time"]
+    )
+    spatial, temporal = patch * 2**space, patch * 2**time
     found = re.search(r"[CD]V(\d+)x(\d+)x\d+", name)
-    if found and steps["space"] == steps["time"] == len(level_channels) - 1:
+    if found and space == time == num_levels - 1:
         temporal, spatial = int(found[1]), int(found[2])  # 0.1: every resampler holds everything
-    try:
-        return CosmosTokenizerConfig(
-            channels=outer[0] if half == "encoder" else level_channels[0] // 2,
-            level_channels=tuple(level_channels),
-            num_blocks=num_blocks - (half == "decoder"),
-            patch=patch,
-            spatial=spatial,
-            temporal=temporal,
-            z_channels=z_channels,
-            latent_channels=latent_channels,
-            levels=_levels(source, levels, latent_channels, name),
-            tap=_tap(source),
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{source.path}: {error}") from error
+    return CosmosTokenizerConfig(
+        channels=outer[0] if half == "encoder" else level_channels[0] // 2,
+        level_channels=level_channels,
+        num_blocks=count(f"{half}.levels.0.blocks.{{}}.conv1.space.weight") - (half == "decoder"),
+        patch=patch,
+        spatial=spatial,
+        temporal=temporal,
+        z_channels=z_channels,
+        latent_channels=latent_channels,
+        levels=_levels(source, levels, latent_channels, name),
+        tap=_tap(source),
+    )
 
 
 def _levels(
@@ -275,7 +272,7 @@ def _levels(
     released = PRESETS["DV8x16x16"].levels
     assert released is not None
     continuous = re.search(r"CV\d", name) or channels != len(released)
-    continuous = continuous or find_layout(source) == "diffusers"  # which has no discrete one
+    continuous = continuous or is_diffusers(source)  # which has no discrete one
     return stated or (None if continuous else released)
 
 
@@ -325,30 +322,31 @@ def read_statistics(folder: Path, channels: int) -> LatentStatistics | None:
     """
     released, images, ours = (folder / name for name in STATISTICS)
     tensors: dict[str, Tensor] = {}
+    path = next(filter(Path.exists, (released, ours)), folder / CONFIG)
     try:
-        if released.exists():
-            path = released
-            tensors["mean"], tensors["std"] = _read_pair(released, channels)
+        if path == released:
+            tensors = _read_pair(released, channels)
             if images.exists():
-                path = images
                 pair = _read_pair(images, channels)
-                tensors["image_mean"], tensors["image_std"] = (one.flatten() for one in pair)
-        elif ours.exists():
-            path, source = ours, open_checkpoint(ours)
+                tensors |= {f"image_{name}": tensor.flatten() for name, tensor in pair.items()}
+        elif path == ours:
+            source = open_checkpoint(ours)
             tensors = {name: source.read(name) for name in source.tensors}
         elif any((folder / name).exists() for name in DIFFUSERS_FILES):
-            path, settings = folder / CONFIG, read_json(folder / CONFIG)
-            for name in ("mean", "std"):
-                if settings.get(f"latents_{name}") is not None:
-                    numbers = torch.tensor(settings[f"latents_{name}"], dtype=torch.float32)
-                    tensors[name] = numbers.view(channels, -1)
+            settings = read_json(path)
+            tensors = {
+                name: torch.tensor(settings[f"latents_{name}"], dtype=torch.float32)
+                for name in ("mean", "std")
+                if settings.get(f"latents_{name}") is not None
+            }
+            tensors = {name: tensor.view(channels, -1) for name, tensor in tensors.items()}
         if not tensors:
             return None
         # float32 and copies: a mapped file may go away
         statistics = LatentStatistics(**{name: t.float().clone() for name, t in tensors.items()})
-    except CheckpointError:
-        raise
     except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path}: no statistics of latents: {error}") from error
     if len(statistics.mean) != channels:
         raise CheckpointError(
@@ -358,63 +356,18 @@ def read_statistics(folder: Path, channels: int) -> LatentStatistics | None:
     return statistics
 
 
-def _read_pair(path: Path, channels: int) -> list[Tensor]:
+def _read_pair(path: Path, channels: int) -> dict[str, Tensor]:
     """A saved mean and deviation, (channels, t) each; most are flat, channel slowest."""
     source = open_checkpoint(path)
     if source.tensors.keys() != {"0", "1"}:
         names = ", ".join(sorted(source.tensors)[:4])
         raise CheckpointError(f"{path} holds {names} instead of a mean and a deviation")
-    pair = [source.read(name) for name in ("0", "1")]
-    for tensor in pair:
+    pair = {"mean": source.read("0"), "std": source.read("1")}
+    for tensor in pair.values():
         rows = len(tensor) if tensor.dim() == 2 else 1
         if rows not in (1, channels) or not tensor.numel() or tensor.numel() % channels:
             raise CheckpointError(
                 f"{path} has statistics {list(tensor.shape)}, its tokenizer has latents of "
                 f"{channels} channels"
             )
-    return [tensor.reshape(channels, -1) for tensor in pair]
-
-
-def released_tensors(model: CosmosTokenizer) -> dict[str, dict[str, Tensor]]:
-    """Tensors of the files "encoder" and "decoder", bf16, by their released names.
-
-    The taps, and for a discrete tokenizer its levels, go into both files, as in released ones.
-    """
-    config = model.config
-    encoder: dict[str, Tensor] = {}
-    decoder: dict[str, Tensor] = {}
-    for name, tensor in stored_tensors(model, key_map(config)).items():
-        half = encoder if name.startswith(("encoder.", "quant_conv.")) else decoder
-        half[name] = tensor.bfloat16().cpu()
-    taps = torch.full((2,), config.tap)
-    encoder["encoder.patcher3d.wavelets"] = taps.bfloat16()
-    decoder["decoder.unpatcher3d.wavelets"] = taps.bfloat16()
-    if config.levels is not None:
-        levels = torch.tensor(config.levels, dtype=torch.int32)
-        encoder["quantizer._levels"] = levels
-        decoder["inv_quant.quantizer._levels"] = levels.clone()
-    return {"encoder": encoder, "decoder": decoder}
-
-
-def diffusers_config(
-    config: CosmosTokenizerConfig, statistics: LatentStatistics | None = None
-) -> dict[str, Any]:
-    """The `config.json` of a continuous tokenizer in diffusers' layout.
-
-    diffusers computes with exact wavelet taps: `config.tap` is not carried over.
-    """
-    return {
-        "_class_name": "AutoencoderKLCosmos",
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": config.latent_channels,
-        "encoder_block_out_channels": [config.channels, *config.level_channels],
-        "decode_block_out_channels": [*config.level_channels, config.level_channels[-1]],
-        "num_layers": config.num_blocks,
-        "patch_size": config.patch,
-        "patch_type": "haar",
-        "spatial_compression_ratio": config.spatial,
-        "temporal_compression_ratio": config.temporal,
-        "latents_mean": None if statistics is None else statistics.mean.flatten().tolist(),
-        "latents_std": None if statistics is None else statistics.std.flatten().tolist(),
-    }
+    return {name: tensor.reshape(channels, -1) for name, tensor in pair.items()}

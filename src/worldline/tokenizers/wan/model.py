@@ -69,11 +69,6 @@ class WanTokenizerConfig:
     std: tuple[float, ...] = STD
 
     def __post_init__(self) -> None:
-        if len(self.temporal_steps) != len(self.multipliers) - 1:
-            raise ValueError(
-                f"{len(self.multipliers)} levels have {len(self.multipliers) - 1} steps between "
-                f"them, not {len(self.temporal_steps)}"
-            )
         if not len(self.mean) == len(self.std) == self.latent_channels:
             raise ValueError(
                 f"{len(self.mean)} means and {len(self.std)} deviations do not fit "
@@ -485,17 +480,6 @@ class WanTokenizer(CausalTokenizer):
         self.quant_conv = Pointwise(2 * channels, 2 * channels)
         self.post_quant_conv = Pointwise(channels, channels)
         self.decoder = Decoder(config)
-
-    def reset_parameters(self) -> None:
-        """Draw fresh weights: torch's defaults for convolutions, ones for norms."""
-        for module in self.modules():
-            if isinstance(module, (CausalConv, SpatialConv, TemporalConv, Pointwise)):
-                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-                limit = 1 / math.sqrt(module.weight[0].numel())
-                nn.init.uniform_(module.bias, -limit, limit)
-            gamma = getattr(module, "gamma", None)
-            if gamma is not None:
-                nn.init.ones_(gamma)
 
     def channels_last(self) -> WanTokenizer:
         """Itself, its weights in the order in which convolutions of cells take them.

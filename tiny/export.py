@@ -1,0 +1,175 @@
+"""Fresh weights of networks, and their tensors and settings as released files have them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
+from worldline.families.diffusion.model import DiT, DiTConfig
+from worldline.families.diffusion.weights import KEYS as DIT_KEYS
+from worldline.families.predict2_5.model import FlowDiT, FlowDiTConfig, released_exponents
+from worldline.families.predict2_5.weights import KEYS as FLOW_KEYS
+from worldline.tokenizers.cosmos.model import (
+    CosmosTokenizer,
+    CosmosTokenizerConfig,
+    LatentStatistics,
+)
+from worldline.tokenizers.cosmos.weights import key_map
+from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
+from worldline.weights.keymap import KeyMap
+
+
+def draw_weights(model: nn.Module) -> None:
+    """Draw fresh weights: norms at one; convolutions by torch's defaults; see below for others."""
+    tokenizer = isinstance(model, CosmosTokenizer | WanTokenizer)
+    bound = 0.0
+    for name, parameter in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        if ("norm" in name and leaf != "bias") or leaf == "gamma":
+            nn.init.ones_(parameter)
+        elif tokenizer and leaf == "weight":
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+            bound = 1 / math.sqrt(parameter[0].numel())
+        elif tokenizer and "norm" not in name:
+            nn.init.uniform_(parameter, -bound, bound)
+        elif leaf == "bias" or name == "head.linear.weight" or "modulation.second" in name:
+            nn.init.zeros_(parameter)
+        elif isinstance(model, ARTransformer):
+            deep = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+            nn.init.normal_(parameter, std=0.02 / (2 * model.config.depth) ** 0.5 if deep else 0.02)
+        elif name.startswith("positions.") or name == "noise.second.weight":
+            # a gate at zero would block the first update: the noise level opens all a little
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.normal_(
+                parameter, std=1 if name == "ids.weight" else parameter.shape[1] ** -0.5
+            )
+
+
+def stored_tensors(model: nn.Module, keys: KeyMap) -> dict[str, Tensor]:
+    """Tensors of a network by their names in a file, in their own dtype."""
+    return {
+        keys.released(name): parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def dit_tensors(model: DiT | FlowDiT) -> dict[str, Tensor]:
+    """Tensors of NVIDIA's file: the parameters, and Predict2.5's exponents of positions."""
+    if isinstance(model, DiT):
+        return stored_tensors(model, DIT_KEYS)
+    exponents = model.config.exponents or released_exponents(model.config.head_size)
+    positions = {
+        f"net.pos_embedder.dim_{axis}_range": torch.tensor(values).bfloat16()
+        for axis, values in zip(("temporal", "spatial"), exponents, strict=True)
+    }
+    return positions | stored_tensors(model, FLOW_KEYS)
+
+
+def dit_settings(config: DiTConfig | FlowDiTConfig) -> dict[str, Any]:
+    """Content of config.json."""
+    own = "timestep_scale" if isinstance(config, FlowDiTConfig) else "base_fps"
+    return {"rope_ratio": list(config.rope_ratio), own: getattr(config, own)}
+
+
+def autoregressive_settings(config: ARTransformerConfig) -> dict[str, Any]:
+    """Content of config.json."""
+    settings: dict[str, Any] = {
+        "n_layers": config.depth,
+        "dim": config.width,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "ffn_hidden_size": config.hidden,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "apply_abs_pos_emb": config.absolute_positions,
+        "insert_cross_attn_every_k_layers": config.context_every,
+        "vocab_size": config.vocabulary,
+        "apply_yarn": config.yarn is not None,
+        "insert_cross_attn": config.context_width is not None,
+        "video_latent_shape": [*astuple(config.grid)],
+    }
+    if config.context_width is not None:
+        settings["context_dim"] = config.context_width
+    if config.yarn is not None:
+        settings |= {
+            "original_latent_shape": [*config.yarn.original, config.yarn.original[1]],
+            "yarn_scale": config.yarn.scale,
+            "yarn_beta_fast": config.yarn.beta_fast,
+            "yarn_beta_slow": config.yarn.beta_slow,
+        }
+    return settings
+
+
+def cosmos_tensors(model: CosmosTokenizer) -> dict[str, dict[str, Tensor]]:
+    """Tensors of the files "encoder" and "decoder", bf16, by their released names.
+
+    The taps, and for a discrete tokenizer its levels, go into both files, as in released ones.
+    """
+    config = model.config
+    taps = torch.full((2,), config.tap).bfloat16()
+    halves = {
+        "encoder": {"encoder.patcher3d.wavelets": taps},
+        "decoder": {"decoder.unpatcher3d.wavelets": taps.clone()},
+    }
+    for name, tensor in stored_tensors(model, key_map(config)).items():
+        half = "encoder" if name.startswith(("encoder.", "quant_conv.")) else "decoder"
+        halves[half][name] = tensor.bfloat16().cpu()
+    if config.levels is not None:
+        levels = torch.tensor(config.levels, dtype=torch.int32)
+        halves["encoder"]["quantizer._levels"] = levels
+        halves["decoder"]["inv_quant.quantizer._levels"] = levels.clone()
+    return halves
+
+
+def cosmos_settings(
+    config: CosmosTokenizerConfig, statistics: LatentStatistics | None = None
+) -> dict[str, Any]:
+    """The config.json of a continuous tokenizer in diffusers' layout, whose taps are exact."""
+    return {
+        "_class_name": "AutoencoderKLCosmos",
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": config.latent_channels,
+        "encoder_block_out_channels": [config.channels, *config.level_channels],
+        "decode_block_out_channels": [*config.level_channels, config.level_channels[-1]],
+        "num_layers": config.num_blocks,
+        "patch_size": config.patch,
+        "patch_type": "haar",
+        "spatial_compression_ratio": config.spatial,
+        "temporal_compression_ratio": config.temporal,
+        "latents_mean": None if statistics is None else statistics.mean.flatten().tolist(),
+        "latents_std": None if statistics is None else statistics.std.flatten().tolist(),
+    }
+
+
+def wan_settings(config: WanTokenizerConfig) -> dict[str, Any]:
+    """The config.json of a Wan tokenizer in diffusers' layout.
+
+    The released file holds no statistics of latents: they are in the code that reads it.
+    """
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "attn_scales": [],
+        "base_dim": config.channels,
+        "decoder_base_dim": None,
+        "dim_mult": list(config.multipliers),
+        "dropout": 0.0,
+        "in_channels": 3,
+        "is_residual": False,
+        "latents_mean": list(config.mean),
+        "latents_std": list(config.std),
+        "num_res_blocks": config.num_blocks,
+        "out_channels": 3,
+        "patch_size": None,
+        "scale_factor_spatial": config.spatial,
+        "scale_factor_temporal": config.temporal,
+        "temperal_downsample": list(config.temporal_steps),
+        "z_dim": config.latent_channels,
+    }
