@@ -76,20 +76,18 @@ class Video:
             write_video(self.frames, target, self.fps)
             if self.prompt is not None:
                 write_bytes(target.with_suffix(".txt"), self.prompt.encode())
-            elif "prompt" in _request_of(target):
+            elif _has_prompt(target):
                 with suppress(OSError):  # words of the video that stood here
                     target.with_suffix(".txt").unlink(missing_ok=True)
             write_bytes(target.with_suffix(".json"), text.encode())
         return target
 
 
-def _request_of(video: Path) -> dict[str, Any]:
-    """Request in the report beside a video; empty where there is none."""
+def _has_prompt(video: Path) -> bool:
+    """Whether the report beside a video has its prompt."""
     with suppress(OSError, ValueError, AttributeError):
-        request = json.loads(video.with_suffix(".json").read_text()).get("request")
-        if isinstance(request, dict):
-            return request
-    return {}
+        return json.loads(video.with_suffix(".json").read_text()).get("prompt") is not None
+    return False
 
 
 @contextmanager
