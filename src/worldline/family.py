@@ -106,6 +106,7 @@ class Item:
         output: file of the video.
         names: field -> the name that it has where it is described.
         sample: its description, for the report; None for none.
+        sources: files that describe it.
     """
 
     label: str
@@ -116,6 +117,7 @@ class Item:
     output: Path
     names: Mapping[str, str] = field(default_factory=dict)
     sample: Mapping[str, Any] | None = None
+    sources: tuple[Path, ...] = ()
 
     def field(self, name: str) -> str:
         """What an error calls a field."""

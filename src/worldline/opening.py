@@ -155,13 +155,16 @@ def _settings(family: Family, source: Checkpoint) -> dict[str, Any]:
     return (family.read_settings or read_settings)(source.path.parent)
 
 
-def open_world(place: Place, stated: Mapping[str, Any], name: Name = keyword) -> Opened:
+def open_world(
+    place: Place, stated: Mapping[str, Any], name: Name = keyword, expected: str = ""
+) -> Opened:
     """Open every part of a model and check that they belong together; headers only.
 
     Args:
         place: where it lies.
         stated: load options by name.
         name: what an error calls a load option.
+        expected: family that the model must be of; "" for any.
 
     Raises:
         CheckpointError: a file is absent, incomplete, damaged or of another model.
@@ -169,6 +172,11 @@ def open_world(place: Place, stated: Mapping[str, Any], name: Name = keyword) ->
     """
     source = find_transformer(place.named)
     family = find_family(source)
+    if expected not in ("", family.name):
+        raise CheckpointError(
+            f"{file}: it is a model of family {family.name}, not {expected}; "
+            "`worldline generate` runs any"
+        )
     options = family.options.parse(stated, name)
     folder = source.path.parent
     folder = folder.parent if folder.name == "transformer" else folder

@@ -60,7 +60,7 @@ def read_embeddings(request: Any, width: int, rows: int | None = None) -> Embedd
         InputError: there is no such file, or it holds something else.
     """
     values = request.prompt_embeddings, getattr(request, "negative_prompt_embeddings", None)
-    guided = hasattr(request, "negative_prompt_embeddings")
+    guided = hasattr(request, "guidance")
     if not all(value is None or isinstance(value, str) for value in values):
         found = sources.read_embeddings(*values, width=width, rows=rows, guided=guided)
     else:  # a batch reads its file once

@@ -34,6 +34,7 @@ from worldline.families.denoise import (
 )
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.families.predict2_5.request import (
+    RELEASED_CHUNK,
     FlowOptions,
     FlowRequest,
     recognise,
@@ -147,14 +148,16 @@ def open_encoder(opened: Opened) -> TextPart:
 
 
 def refuse(opened: Opened, request: FlowRequest) -> FlowRequest:
-    """Raise what the model cannot do; return the request."""
+    """Raise what the model cannot do; the request, with chunks of the released length or less."""
     tokenizer, config = opened["tokenizer"].config, opened["transformer"].config
     window = window_of(opened, request)
     if request.chunk_size is not None and request.chunk_size > window.frames:
-        raise InputError(
-            f"chunk_size is {request.chunk_size}, the model makes {window.frames} frames at once; "
-            f"give at most {window.frames}"
-        )
+        if request.chunk_size != RELEASED_CHUNK:
+            raise InputError(
+                f"chunk_size is {request.chunk_size}, the model makes {window.frames} frames at "
+                f"once; give at most {window.frames}"
+            )
+        request = request.model_copy(update={"chunk_size": window.frames})
     refuse_size(
         window,
         request.num_input_frames,
