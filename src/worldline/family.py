@@ -302,12 +302,6 @@ class Opened:
         return self.place.folder
 
     @property
-    def config_file(self) -> Path:
-        """The config.json beside the transformer, whether it is there or not."""
-        file: Path = self.source.path
-        return file.parent / "config.json"
-
-    @property
     def text_length(self) -> int:
         """Rows of a text embedding."""
         from worldline.text.encoder import MAX_LENGTH

@@ -208,7 +208,7 @@ class Request(Options):
         given, called = request.num_input_frames, name("num_input_frames")
         if kind is None and given:
             raise InputError(
-                f"{called} is {given}, but there is no input; give one, or leave it out"
+                f"{called} is {given}, but there is no input; give an image or a video"
             )
         if kind is not None and not given:
             raise InputError(f"{called} is 0, but there is an input; give 1 or more")

@@ -341,9 +341,9 @@ def open_transformer(opened: Opened) -> Network[DiTConfig]:
             "autoregressive runs it with them"
         )
     if not isinstance(opened.settings.get("text2world", True), bool):
-        value = opened.settings["text2world"]
-        raise CheckpointError(f"{opened.config_file}: text2world is {value!r}; give true or false")
-    return open_network(opened.source, opened.settings)
+        value, path = opened.settings["text2world"], opened.folder / "config.json"
+        raise CheckpointError(f"{path}: text2world is {value!r}; give true or false")
+    return open_network(opened.source, opened.settings or None)
 
 
 def generation_of(opened: Opened) -> Generation:
@@ -395,7 +395,7 @@ def open_latent_tokenizer(path: Path) -> CosmosNetwork:
     if opened.statistics is None:
         raise CheckpointError(
             f"{opened.path} has no mean_std.pt, the statistics of its latents"
-            f"{unfinished(Path(opened.path)) or '; download it, too'}"
+            f"{unfinished(opened.path) or '; download it, too'}"
         )
     return opened
 

@@ -350,7 +350,7 @@ class FlowNetwork(Network[FlowDiTConfig]):
 
 def open_transformer(opened: Opened) -> FlowNetwork:
     """The transformer in either layout."""
-    network = open_network(opened.source, opened.settings)
+    network = open_network(opened.source, opened.settings or None)
     schedule, known_timestep = _schedule(opened, network)
     return FlowNetwork(**vars(network), schedule=schedule, known_timestep=known_timestep)
 
@@ -360,7 +360,7 @@ def _schedule(opened: Opened, network: Network[FlowDiTConfig]) -> tuple[str, flo
     assert opened.place is not None
     chosen = opened.options.schedule or opened.settings.get("schedule")
     if chosen not in (None, *_KNOWN_TIMESTEP):
-        raise CheckpointError(f"{opened.config_file}: schedule is {chosen!r}")
+        raise CheckpointError(f"{opened.folder / 'config.json'}: schedule is {chosen!r}")
     if chosen is None and not opened.bundled:
         released = opened.place.released or _released_as(opened.source.path)
         if released is not None:
