@@ -74,10 +74,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         with path.open("rb") as file:
             head, size = file.read(512), os.fstat(file.fileno()).st_size
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except IsADirectoryError as error:
-        raise CheckpointError(f"{path} is a folder; name a file of weights in it") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if head.startswith(b"PK\x03\x04"):
@@ -86,28 +82,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
         checkpoint = open_legacy(path)
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
         checkpoint = _open_safetensors(path, size)
-    elif disguise(head) == "web page":
-        raise CheckpointError(
-            f"{path} is a web page, not weights (a licence to accept, or a login?); "
-            "download it again"
-        )
-    elif disguise(head) == "git-lfs pointer":
-        raise CheckpointError(f"{path} is a git-lfs pointer; run `git lfs pull` in its folder")
+    elif found := disguise(head):
+        advice = "run `git lfs pull`" if "lfs" in found else "accept its licence, download it again"
+        raise CheckpointError(f"{path} is a {found}, not weights; {advice}")
     elif head.lstrip().startswith(b"{"):
         checkpoint = _open_index(path)
     elif not head.strip(b"\0"):
-        state = "starts with zeros, as an unfinished download does" if size else "is empty"
-        raise CheckpointError(f"{path} {state}; download it again")
+        raise CheckpointError(f"{path} is empty or starts with zeros; download it again")
     else:
-        raise CheckpointError(
-            f"{path} is in no known format (it starts with {head[:8]!r}); "
-            "expected a .safetensors, .pt or .jit file"
-        )
+        raise CheckpointError(f"{path} is in no known format (it starts with {head[:8]!r})")
     if not checkpoint.entries:
-        names = ", ".join((*checkpoint.beside, *checkpoint.strays)[:5])
-        shards = sorted(path.parent.glob(f"{path.stem}_model_mp_*.pt"))
-        advice = f"; name {shards[0].name}, which is beside it" if shards else ""
-        raise CheckpointError(f"{path} holds no tensors (only {names or 'an empty list'}){advice}")
+        raise CheckpointError(f"{path} holds no tensors")
     return checkpoint
 
 
@@ -160,10 +145,7 @@ def _open_index(path: Path) -> Checkpoint:
     if any(Path(name).name != name for name in names):
         raise CheckpointError(f"{path} names files outside its own folder")
     if missing := [name for name in names if not (path.parent / name).is_file()]:
-        raise CheckpointError(
-            f"{path.parent} is incomplete: of {len(names)} files that {path.name} names, "
-            f"{', '.join(missing[:5])} {'is' if len(missing) == 1 else 'are'} missing"
-        )
+        raise CheckpointError(f"{path} names files that are missing: {', '.join(missing[:5])}")
     opened = {name: open_checkpoint(path.parent / name) for name in names}
     entries: dict[str, Source] = {}
     for tensor, name in places.items():

@@ -17,9 +17,10 @@ new token sees the frames before it as near as in training.
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -69,12 +70,8 @@ def kernels_fit(config: ARTransformerConfig, device: torch.device, dtype: torch.
         and dtype == torch.bfloat16
         and config.head_size >= 32  # a tile of the attention kernel is a power of two wide
         and config.head_size & (config.head_size - 1) == 0
-        and has_triton()
+        and find_spec("triton") is not None
     )
-
-
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 class PlainDecoder:
@@ -351,21 +348,18 @@ def compile_ahead(
     if batch > MAX_BATCH_SIZE or not kernels_fit(config, device, dtype):
         return None
 
+    @torch.inference_mode()
     def run() -> None:
-        from worldline.nn import decode_kernels
-
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-            decode_kernels.compile_for(
-                batch=batch,
-                width=config.width,
-                hidden=config.hidden,
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads,
-                head_size=config.head_size,
-                length=config.length,
-                context=config.context_width is not None,
-                device=device,
-            )
+        # kernels are compiled for columns of matrices, whatever their rows and number
+        small = replace(config, depth=1, vocabulary=16, embedding_rows=32)
+        with device, torch.cuda.stream(torch.cuda.Stream(device)):
+            model = ARTransformer(small).to(dtype)
+            context: EncodedContext | None = None
+            if config.context_width is not None:
+                context = model.encode_context(torch.zeros(1, 16, config.context_width))
+            step = FusedStep(model, make_positions(small, device, dtype), [context] * batch)
+            first = torch.zeros(batch, dtype=torch.int64)
+            step(first, first[0], model.new_cache(batch))
 
     thread = threading.Thread(target=run, name="compile", daemon=True)
     thread.start()
