@@ -1,6 +1,6 @@
 """How often do the failure detectors err? Writes results/failure_detectors.json.
 
-    python benchmarks/failure_detectors.py [--assets ../shared/assets] [--clips 200] [--design]
+    python -m benchmarks.failure_detectors [--assets ../shared/assets] [--clips 200] [--design]
 
 False alarms are counted on true clips, as they are and degraded as codecs, tokenizers and cameras
 do; detection on clips broken on purpose (`tiny.injected`). The physics clips and all

@@ -25,19 +25,16 @@ import torch
 from full_size import GEMM_FLOPS, ROWS, fill, flops, run_command
 from numpy.typing import NDArray
 from PIL import Image
-
 from tiny.export import dit_tensors, draw_weights
 from worldline.catalog import find_flow_model
 from worldline.loading import find_predict2_5, fit_files
+
+from tiny.encoders import REASON1 as TINY
+from tiny.encoders import byte_chat_tokenizer, export_reason1
+from worldline.catalog import find_flow_model
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.shapes import VideoShape
-from worldline.text.reason1 import (
-    RELEASED,
-    TINY,
-    Reason1Encoder,
-    byte_chat_tokenizer,
-    export_reason1,
-)
+from worldline.text.reason1 import RELEASED, Reason1Encoder
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import key_map
 from worldline.video.write import write_video
@@ -103,7 +100,7 @@ def write_weights(root: Path, size: str, *, with_text: bool) -> None:
         torch.save(stored_tensors(tokenizer, key_map(tokenizer.config)), file)
     if with_text and not (root / RELEASED).exists():
         with torch.device("meta"):
-            encoder = Reason1Encoder(TINY if tiny else REASON1, byte_chat_tokenizer())
+            encoder = Reason1Encoder(TINY if tiny else REASON1, byte_chat_tokenizer(), ROWS)
         fill(encoder.network, device)
         export_reason1(encoder.cpu(), root / RELEASED)
     file = root / "embeddings.safetensors"

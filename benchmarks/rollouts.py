@@ -1,9 +1,9 @@
 """Measure clips longer than the bundled autoregressive world's window, by both ways of going on.
 
-    python benchmarks/rollouts.py --output benchmarks/results/rollouts.json
+    python -m benchmarks.rollouts --output benchmarks/results/rollouts.json
 
 Seeds 1,000,000 and up, which training never saw; one sample a clip, never the best of several. A
-longer video begins with the frames of a shorter one, so one video of each way tells of all lengths.
+longer video begins with the frames of a shorter one, so one video of each way measures all lengths.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tiny_quality import FIRST_SEED, GIVEN, quartiles
 
 import worldline
+from benchmarks.tiny_quality import FIRST_SEED, GIVEN, quartiles
 from tiny.clips import make_clips
 from worldline.choices import ROLLOUTS
-from worldline.evaluate.failures import failure_rate, find_failures
+from worldline.evaluate.clips import summarise
+from worldline.evaluate.failures import find_failures
 from worldline.evaluate.metrics import psnr
 from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip
-from worldline.video.write import contact_sheet
+from worldline.video.sheet import contact_sheet
 from worldline.world import AutoregressiveWorld
 
 LENGTHS = (33, 81, 161)
@@ -151,14 +152,14 @@ def main(
         "ways": {},
     }
     for name, made in ways.items():
-        told: dict[str, Any] = {"stretches": {}, "failures": {}}
+        entry: dict[str, Any] = {"stretches": {}, "failures": {}}
         for start, end in stretches(length):
             figures: dict[str, list[float]] = defaultdict(list)
             for frames, clip, mask in zip(made, clips, masks, strict=True):
                 compared = compare(frames[start:end], clip[start:end], mask[start:end])
                 for figure, value in compared.items():
                     figures[figure].append(value)
-            told["stretches"][f"frames {start + 1} to {end}"] = {
+            entry["stretches"][f"frames {start + 1} to {end}"] = {
                 figure: quartiles(values) if "psnr" in figure else round(median(values), 3)
                 for figure, values in figures.items()
             }
@@ -166,18 +167,18 @@ def main(
             with ThreadPoolExecutor() as threads:  # seconds a clip
                 begun = [threads.submit(find_failures, f[:longest], GIVEN) for f in made]
             found = [one.result() for one in begun]
-            told["failures"][f"{longest} frames"] = failure_rate(found).as_json()
-        result["ways"][name] = told
+            entry["failures"][f"{longest} frames"] = summarise(found).as_json()
+        result["ways"][name] = entry
         output.write_text(json.dumps(result, indent=1) + "\n")
-        shown = {
+        brief = {
             stretch: {
                 figure: value["median"] if isinstance(value, dict) else value
                 for figure, value in figures_of.items()
             }
-            for stretch, figures_of in told["stretches"].items()
+            for stretch, figures_of in entry["stretches"].items()
         }
-        print(name, json.dumps(shown, indent=1), flush=True)
-        print({n: f["failure_rate"]["count"] for n, f in told["failures"].items()}, flush=True)
+        print(name, json.dumps(brief, indent=1), flush=True)
+        print({n: f["failure_rate"]["count"] for n, f in entry["failures"].items()}, flush=True)
     if sheet is not None:
         rows = [ways[name][n] for n in range(min(4, count)) for name in ways]
         contact_sheet(

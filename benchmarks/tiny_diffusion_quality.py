@@ -1,12 +1,12 @@
 """Measure a bundled world that denoises latents on clips and prompts that it never saw.
 
-    python benchmarks/tiny_diffusion_quality.py --output results.json --sheets sheets
-    python benchmarks/tiny_diffusion_quality.py --model tiny-Cosmos-Predict2.5-2B --output flow.json
+    python -m benchmarks.tiny_diffusion_quality --output results.json --sheets sheets
+    python -m benchmarks.tiny_diffusion_quality --model tiny-Cosmos-Predict2.5-2B --output flow.json
 
 Seeds 1,000,000 and up; training stays below. One sample a clip, with the world's own settings
-unless told otherwise, as `worldline.load(...).generate(...)` makes it, never the best of several.
-The check of what a video shows (`tiny.objects`) is measured too, on rendered clips
-with their own captions and with those of others.
+unless flags change them, as `World.generate` makes it, never the best of several.
+The check of objects (`tiny.objects`) is measured too, on rendered clips with their own captions and
+with those of others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import click
@@ -24,33 +24,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.tiny_quality import FIRST_SEED, quartiles
 from tiny.clips import make_clips
 from tiny.objects import Found, Verdict, compare, find_objects, named_objects
 from worldline.evaluate.failures import Failure, Rate, failure_rate, find_failures
 from worldline.evaluate.metrics import motion, psnr
 from worldline.loading import find_world
 from worldline.video.convert import signed_to_uint8
-from worldline.video.write import contact_sheet
+from worldline.video.sheet import contact_sheet
 from worldline.world import load_files
 from worldline.world.denoising import DenoisingWorld
 
 Frames = NDArray[np.uint8]
 
-FIRST_SEED = 1_000_000
 SHUFFLES = 5  # captions of other clips that each clip is compared with
 ROWS_A_SHEET = 20
 SAMPLING = ("num_steps", "guidance", "negative_prompt", "sampler", "schedule", "fps")
 TASKS = ("video2world", "image2world", "text2world")
-
-
-def quartiles(values: Sequence[float]) -> dict[str, Any]:
-    low, high = np.percentile(values, [25, 75])
-    return {
-        "median": round(median(values), 2),
-        "mean": round(mean(values), 2),
-        "quartiles": [round(float(low), 2), round(float(high), 2)],
-        "lowest": round(min(values), 2),
-    }
 
 
 def share(passed: Sequence[bool]) -> dict[str, object]:
@@ -244,7 +234,7 @@ def main(
     reconstruction: list[float] = []
     seconds: dict[str, list[float]] = {task: [] for task in measured}
     rows: dict[str, list[tuple[Frames, str]]] = {task: [] for task in measured}
-    told: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     for number in range(clips):
         seed = FIRST_SEED + number
         clip = make_clips([seed], *size, return_masks=True)
@@ -265,7 +255,7 @@ def main(
                 **options,
             )
             seconds[task].append(time.perf_counter() - start)
-            told = {**video.report, **video.report["request"]}
+            report = {**video.report, **video.report["request"]}
             if isinstance(figures, Continued):
                 words = figures.add(video.frames, truth, masks)
             else:
@@ -283,7 +273,7 @@ def main(
         "torch": torch.__version__,
         "device": str(world.device),
         "seeds": [FIRST_SEED, FIRST_SEED + clips - 1],
-        "sampling": {name: told[name] for name in SAMPLING if name in told},
+        "sampling": {name: report[name] for name in SAMPLING if name in report},
         "frames_given": frames_given,
         "prompt": "the caption of the clip, also where frames are given",
         "reconstruction_psnr_db": quartiles(reconstruction),

@@ -1,6 +1,6 @@
 """Measure a small autoregressive world on clips that it never saw, by both ways of decoding.
 
-    python benchmarks/tiny_quality.py --output benchmarks/results/tiny_quality.json
+    python -m benchmarks.tiny_quality --output benchmarks/results/tiny_quality.json
 
 Seeds 1,000,000 and up; training stays below. One sample a clip, with the released sampling, never
 the best of several; the same tokens are decoded by the tokenizer and, where there is one, by the
@@ -29,10 +29,10 @@ from worldline.evaluate.metrics import psnr, ssim
 from worldline.pipelines.autoregressive import decoder_settings
 from worldline.pipelines.decoder import decode_tokens
 from worldline.pipelines.requests import AutoregressiveRequest
-from worldline.places import has_decoder
+from worldline.locate import has_decoder
 from worldline.report import Recorder
 from worldline.video.convert import to_uint8
-from worldline.video.write import contact_sheet
+from worldline.video.sheet import contact_sheet
 from worldline.world import AutoregressiveWorld
 
 Frames = NDArray[np.uint8]
@@ -40,7 +40,7 @@ Frames = NDArray[np.uint8]
 FIRST_SEED = 1_000_000
 GIVEN = 9
 WAYS = {"discrete": True, "diffusion": False}  # is the diffusion decoder disabled?
-SHOWN = 20  # clips on the sheet
+SHEET_CLIPS = 20
 
 
 def quartiles(values: Sequence[float], digits: int = 2) -> dict[str, Any]:
@@ -83,12 +83,12 @@ def reconstructed(world: AutoregressiveWorld, frames: Frames, prompt: str | None
 def continued(
     world: AutoregressiveWorld, clips: Sequence[Frames], each: Sequence[dict[str, Any]]
 ) -> list[Frames]:
-    """Return the videos that begin with some frames; the world sees these alone."""
-    found: dict[int, Frames] = {}
+    """Videos that continue the clips; the world sees their frames alone."""
+    videos: dict[int, Frames] = {}
     for number, step in world.stream_batch(clips, each, num_input_frames=len(clips[0])):
         if step.video is not None:
-            found[number] = step.video.frames
-    return [found[number] for number in range(len(clips))]
+            videos[number] = step.video.frames
+    return [videos[number] for number in range(len(clips))]
 
 
 class Measured(NamedTuple):
@@ -159,12 +159,12 @@ def table(figures: dict[str, Figures]) -> str:
         low, high = values["quartiles"]
         return f"{values['median']} ({low} to {high})"
 
-    told = [one.as_json() for one in figures.values()]
+    summary = [one.as_json() for one in figures.values()]
     for kind in ("psnr_db", "ssim"):
-        for name in told[0][kind]:
-            row(f"{kind} {name}", [cell(one[kind][name]) for one in told])
-    row("gain over repeating, dB", [cell(one["gain_over_repeating_db"]) for one in told])
-    for name in told[0]["failures"]:
+        for name in summary[0][kind]:
+            row(f"{kind} {name}", [cell(one[kind][name]) for one in summary])
+    row("gain over repeating, dB", [cell(one["gain_over_repeating_db"]) for one in summary])
+    for name in summary[0]["failures"]:
         row(
             f"failures from {name}",
             [str(failure_rate(one.failures[name]).failed) for one in figures.values()],
@@ -234,9 +234,9 @@ def main(
                 found = list(threads.map(measure, clips, masks, again, *made[way]))
             for number, one in zip(numbers, found, strict=True):
                 figures[way].add(one)
-                told = ", ".join(f"{name} {value:.2f}" for name, value in one.psnr.items())
-                print(f"{FIRST_SEED + number} {way}: {told}", flush=True)
-        for place, number in enumerate(numbers[: max(0, SHOWN - first)]):
+                summary = ", ".join(f"{name} {value:.2f}" for name, value in one.psnr.items())
+                print(f"{FIRST_SEED + number} {way}: {summary}", flush=True)
+        for place, number in enumerate(numbers[: max(0, SHEET_CLIPS - first)]):
             rows += [clips[place], *(videos[0][place] for videos in made.values())]
             labels.append(f"truth {FIRST_SEED + number}: {batch.captions[place]}")
             labels += [f"from 9 frames, seed {number}, {way}" for way in made]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import worldline
 from worldline.video.read import read_video
-from worldline.video.write import contact_sheet
+from worldline.video.sheet import contact_sheet
 
 CLIP = Path(worldline.__file__).parent / "bundled" / "demo" / "clip.mp4"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, find
-from worldline.downloads import OPTIONAL, needs, select, source_of, sources
+from worldline.downloads import OPTIONAL, choose, needs, select, sources
 from worldline.errors import DownloadError, InputError
 from worldline.hub import RemoteFile
 
@@ -20,7 +20,7 @@ def listed(*names: str) -> list[RemoteFile]:
 
 def test_every_entry_has_a_source_and_parts() -> None:
     for entry in ENTRIES:
-        assert "/" in source_of(entry).repository
+        assert "/" in entry.repository
         for name in needs(entry):
             assert find(name) is not None
     families = {entry.family for entry in ENTRIES}
@@ -74,7 +74,7 @@ def test_predict2_5() -> None:
             "Qwen/Qwen3Guard-Gen-0.6B",
         ]
         published = listed(model.file, "base/other/x_ema_bf16.pt", "tokenizer.pth", "LICENSE")
-        names = [[file.name for file in source.choose(published)] for source in found[:2]]
+        names = [[file.name for file in choose(source, published)] for source in found[:2]]
         assert names == [[model.file, "LICENSE"], ["tokenizer.pth"]]
         assert [source.revision for source in found[:2]] == [model.revision, FLOW_TOKENIZER[1]]
         kind = model.name.partition("/")[2]
@@ -131,13 +131,13 @@ def test_predict2_5() -> None:
 )
 def test_only_files_that_are_read(model: str, there: list[str], fetched: list[str]) -> None:
     (source, *_) = sources([model])
-    assert [file.name for file in source.choose(listed(*there))] == fetched
+    assert [file.name for file in choose(source, listed(*there))] == fetched
 
 
 def test_a_repository_without_what_is_needed() -> None:
     (source, *_) = sources(["Cosmos-Tokenize1-DV8x16x16-720p"])
     with pytest.raises(DownloadError, match="no encoder"):
-        source.choose(listed("encoder.jit"))
+        choose(source, listed("encoder.jit"))
 
 
 @pytest.mark.parametrize(
@@ -193,8 +193,5 @@ def test_an_unknown_name() -> None:
         sources(["Cosmos-Predict1-4B_post-trained"])
     with pytest.raises(InputError, match="no model Cosmos-Predict1-4B/pre-trained"):
         sources(["Cosmos-Predict1-4B/pre-trained"])
-
-
-def test_bundled_models_are_not_fetched() -> None:
     with pytest.raises(InputError, match="come with the package"):
         sources(["tiny-Cosmos-Predict1-4B"])

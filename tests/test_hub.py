@@ -12,7 +12,7 @@ import pytest
 
 import worldline.hub
 from worldline.errors import DownloadError
-from worldline.hub import RemoteFile, check_access, chosen, fetch, fetch_all, list_files
+from worldline.hub import RemoteFile, check_access, fetch, fetch_all, list_files, matching
 
 from .fake_hub import COMMIT, FakeHub, serving
 
@@ -47,26 +47,22 @@ def test_the_list(hub: FakeHub) -> None:
     assert files["model.pt"].commit == COMMIT
     assert (files["model.pt"].is_git, files["config.json"].is_git) == (False, True)
     found = [*files.values()]
-    assert [file.name for file in chosen(found, ["*"])] == ["model.pt", "config.json"]
-    assert [file.name for file in chosen(found, ["deep/*"])] == ["deep/er/words"]
+    assert [file.name for file in matching(found, ["*"])] == ["model.pt", "config.json"]
+    assert [file.name for file in matching(found, ["deep/*"])] == ["deep/er/words"]
 
 
 def test_all_files(hub: FakeHub, tmp_path: Path) -> None:
     files = list_files(REPOSITORY)
-    came: dict[str, int] = {}
+    counts: list[int] = []
     done: set[str] = set()
-
-    def tell(file: RemoteFile, count: int) -> None:
-        came[file.name] = came.get(file.name, 0) + count
-
     wanted = [(file, tmp_path / file.name) for file in files]
-    fetch_all(wanted, tell, lambda file, _: done.add(file.name))
+    fetch_all(wanted, counts.append, lambda file, _: done.add(file.name))
     for name, content in hub.repositories[REPOSITORY].items():
         assert (tmp_path / name).read_bytes() == content
-        assert came[name] == len(content)
-    assert done == came.keys()
+    assert sum(counts) == sum(map(len, hub.repositories[REPOSITORY].values()))
+    assert done == hub.repositories[REPOSITORY].keys()
     hub.asked.clear()
-    fetch_all(wanted, tell, lambda *_: None)
+    fetch_all(wanted, counts.append, lambda *_: None)
     assert not hub.asked  # all are there, and verified
 
 
@@ -128,7 +124,7 @@ def test_damage_of_an_earlier_run_is_found(hub: FakeHub, tmp_path: Path) -> None
     assert (tmp_path / "model.pt").read_bytes() == CONTENT
     (tmp_path / "model.pt").write_bytes(b"x" + CONTENT[1:])  # of the right size
     assert not file.is_at(tmp_path / "model.pt")
-    fetch_all([(file, tmp_path / "model.pt")], lambda *_: None, lambda *_: None)
+    fetch_all([(file, tmp_path / "model.pt")], lambda _: None, lambda *_: None)
     assert file.is_at(tmp_path / "model.pt")
 
 

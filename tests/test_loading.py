@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import worldline
-from worldline import loading, machine, places
+from worldline import loading, locate, machine
 from worldline.choices import CARRIED
 from worldline.errors import CheckpointError, InputError, InsufficientMemoryError
 from worldline.loading import MemoryPlan
@@ -166,22 +166,22 @@ def test_the_stored_latent_shape_is_used(own_world: Path) -> None:
 
 
 def test_bundled(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "BUNDLED", small_world)
-    assert places.bundled_names() == [f"tiny-{MODEL}"]
+    monkeypatch.setattr(locate, "BUNDLED", small_world)
+    assert locate.bundled_names() == [f"tiny-{MODEL}"]
     assert loading.find_autoregressive(f"tiny-{MODEL}", "nowhere").bundled
     with pytest.raises(CheckpointError, match=rf"no bundled model tiny-x; there are: tiny-{MODEL}"):
         loading.find_autoregressive("tiny-x", "nowhere")
-    monkeypatch.setattr(places, "BUNDLED", small_world / "nowhere")
-    assert places.bundled_names() == []
+    monkeypatch.setattr(locate, "BUNDLED", small_world / "nowhere")
+    assert locate.bundled_names() == []
 
 
 def test_what_ships_is_small() -> None:
     """At most 8 MB a model and 32 MB for all, so that the whole tree stays small."""
     sizes = {
         folder.name: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        for folder in places.BUNDLED.iterdir()
+        for folder in locate.BUNDLED.iterdir()
     }
-    assert places.bundled_names()
+    assert locate.bundled_names()
     assert max(sizes.values()) <= 8e6
     assert sum(sizes.values()) <= 32e6
 

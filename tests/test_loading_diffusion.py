@@ -200,7 +200,7 @@ def test_a_text_encoder_that_is_not_whole(own_diffusion: Path) -> None:
 
 
 def test_a_text_encoder_of_another_width(own_diffusion: Path) -> None:
-    from worldline.text.t5 import export_t5, new_t5
+    from tiny.encoders import export_t5, new_t5
 
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     export_t5(new_t5(sizes), own_diffusion / TEXT_ENCODER)
@@ -401,9 +401,9 @@ def test_identity_names_what_decides(own_diffusion: Path) -> None:
 
 def test_bundled_worlds(tiny_diffusion: Path, tmp_path: Path, monkeypatch: Any) -> None:
     bundled = shutil.copytree(tiny_diffusion, tmp_path / "bundled")
-    monkeypatch.setattr(places, "BUNDLED", bundled)
+    monkeypatch.setattr(locate, "BUNDLED", bundled)
     (bundled / CONTINUOUS / "config.json").write_text("{}")
-    names = places.bundled_names()
+    names = locate.bundled_names()
     assert names == [f"tiny-{TEXT2WORLD}", f"tiny-{VIDEO2WORLD}"]
     files = loading.find_world(names[0], "nowhere")
     assert isinstance(files, DiffusionFiles)

@@ -456,7 +456,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     names |= {"Cosmos-1.0-Autoregressive-12B"}
     repositories = {}
     for source in sources(sorted(names)):
-        files = [pattern.replace("*", "x") for pattern in (*source.needed[0], "config.json")]
+        files = [pattern.replace("*", "x") for pattern in (*source.fetch[0], "config.json")]
         repositories[source.repository] = {name: name.encode() for name in files}
     monkeypatch.setattr(worldline.hub, "PAUSE", 0.0)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))

@@ -18,8 +18,9 @@ import worldline
 from worldline import machine
 from worldline.errors import InsufficientMemoryError
 from worldline.loading import find_autoregressive, find_diffusion, find_predict2_5
+from worldline.locate import bundled_names
 from worldline.machine import Memory
-from worldline.places import bundled_names
+from worldline.locate import bundled_names
 from worldline.video.read import read_image, read_video
 from worldline.weights.write import save
 from worldline.world import FlowWorld

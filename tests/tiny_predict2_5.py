@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from tiny.export import dit_tensors, draw_weights, stored_tensors
+from tiny.encoders import export_reason1, new_reason1
 from worldline.catalog import FLOW_MODELS
 from worldline.families.predict2_5.model import FlowDiT, FlowDiTConfig
 from worldline.shapes import LatentShape
-from worldline.text.reason1 import RELEASED, TINY, export_reason1, new_reason1
+from worldline.text.reason1 import RELEASED
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import key_map
 
@@ -70,6 +71,6 @@ def make_tiny_predict2_5(folder: Path) -> Path:
     write_transformer(repository / PRE.file, seed=1)
     write_tokenizer(repository / "tokenizer.pth")
     torch.manual_seed(0)
-    encoder = new_reason1({**TINY, **TEXT}, max_length=TEXT_LENGTH)
+    encoder = new_reason1(TEXT, max_length=TEXT_LENGTH)
     export_reason1(encoder, folder / RELEASED)
     return folder

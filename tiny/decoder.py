@@ -1,6 +1,6 @@
-"""Training of the small diffusion decoder: latents of a fine tokenizer from tokens of a coarse one.
+"""Training of the tiny diffusion decoder: latents of a fine tokenizer from tokens of a coarse one.
 
-It sees a clip window by window, as it is used. A window that begins with a later token frame starts
+It is trained window by window, as it is used. A window that begins with a later token frame starts
 at the last of the eight frames that this token stands for, since the fine tokenizer's first latent
 frame stands for one. A short clip fills its window by reflection.
 """
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from tiny import sizes
-from tiny.data import as_video, captioned_batches, to_device, views
+from tiny.clips import as_video, clip_batches, to_device, views
 from tiny.denoiser import (
-    Places,
+    ClipPositions,
     export_transformer,
-    scales_of,
-    told_level,
+    latent_scales,
+    noise_times,
     train_denoiser,
 )
-from tiny.run import Run, embed_captions, half_precision
 from tiny.export import dit_settings, dit_tensors, draw_weights
+from tiny.run import Run, embed_captions, half_precision
 from worldline.catalog import DECODERS
 from worldline.families.diffusion.model import DECODER_WINDOW, DiT
 from worldline.families.diffusion.weights import open_network
@@ -32,9 +32,8 @@ from worldline.sampling.edm import SIGMA_DATA
 from worldline.sampling.tokens import split_windows
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import T5Files
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 from worldline.tokenizers.cosmos.weights import open_tokenizer
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.model import LatentStatistics
 from worldline.train.loop import generator
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.weights.stream import load_into
@@ -42,46 +41,38 @@ from worldline.weights.write import save as save_tensors
 
 DECODER = DECODERS["Predict1"]
 GENERAL_PROMPT = "A video of moving objects."  # where a request has no prompt
-_SIGMA_MEAN, _SIGMA_DEVIATION = 0.0, 1.4  # tokens tell what is where: little is left above 4
-_GENERAL = 0.4  # share of clips shown with the general prompt
-_DROPPED = 0.1  # share shown with neither prompt nor tokens
+_SIGMA_MEAN, _SIGMA_DEVIATION = 0.0, 1.4  # tokens fix what is where: little is open above 4
+_GENERAL = 0.4  # share of clips with the general prompt
+_DROPPED = 0.1  # share with neither prompt nor tokens
+_WINDOWS_A_CLIP = 3  # the first, a later one, and the first of the clip cut short
 
 
 def train_decoder(
     run: Run, tokenizer_folder: Path, latents_folder: Path, text_folder: Path, start: Path | None
 ) -> None:
-    """Train the decoder on tokens and latents of the same generated clips.
-
-    Args:
-        run: how.
-        tokenizer_folder: of the discrete tokenizer.
-        latents_folder: of the continuous tokenizer, with statistics.
-        text_folder: of the T5 encoder.
-        start: weights to begin with, an export folder.
-
-    Raises:
-        CheckpointError: the continuous tokenizer has no statistics.
-    """
+    """Train the decoder on tokens and latents of the same generated clips."""
     batch, clips, device = run.batch or 256, run.clips or 30_000, run.device
-    statistics = scales_of(latents_folder)
+    statistics = latent_scales(latents_folder)
     half = half_precision(device)
     coarse = open_tokenizer(tokenizer_folder).read(device, half)
     fine = open_tokenizer(latents_folder).read(device, half)
     text = T5Files.open(text_folder).load(device, half)
     general = text.encode([GENERAL_PROMPT])
 
-    def encoded(seeds: range, workers: int) -> Windows:
-        batches = captioned_batches(seeds, long_shape(), device, batch=64, workers=workers)
-        parts, said = [], []
+    def encode(seeds: range, workers: int) -> Windows:
+        parts, contexts = [], []
         draws = generator(run.seed, 0, rank=run.ranks.rank)
+        batches = clip_batches(seeds, long_shape(), device, batch=64, workers=workers)
         for pictures, captions in views(batches):
-            parts.append(cut_windows(coarse, fine, statistics, pictures, half, draws))
-            said.append(embed_captions(text, captions).repeat_interleave(_WINDOWS_A_CLIP, 0))
+            video = as_video(pictures).to(half)
+            parts.append(cut_windows(coarse, fine, statistics, video, draws))
+            context = embed_captions(text, captions)
+            contexts.append(context.repeat_interleave(_WINDOWS_A_CLIP, 0))
         latents, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Windows(latents, tokens, torch.cat(said))
+        return Windows(latents, tokens, torch.cat(contexts))
 
-    pool = encoded(run.share(range(clips)), run.workers)
-    aside = encoded(range(sizes.HELD_OUT, sizes.HELD_OUT + min(clips, 128)), 0)
+    pool = encode(run.seeds(clips), run.workers)
+    held_out = encode(run.held_out(128, clips), 0)
     torch.manual_seed(run.seed)
     transformer = DiT(sizes.DECODER)
     draw_weights(transformer)
@@ -91,17 +82,17 @@ def train_decoder(
         transformer.requires_grad_(True)
     model = Decoding(transformer).to(device)
 
-    def draw_from(given: Windows, step: int) -> tuple[Tensor, ...]:
+    def draw(windows: Windows, step: int) -> tuple[Tensor, ...]:
         small, large = (generator(run.seed, step, d, rank=run.ranks.rank) for d in ("cpu", device))
-        chosen = torch.randint(len(given.latents), (batch,), generator=small)
+        chosen = torch.randint(len(windows.latents), (batch,), generator=small)
         kind = torch.rand(batch, generator=small)
         normal = torch.randn(batch, generator=small)
         sigma = log_normal_sigmas(normal, mean=_SIGMA_MEAN, deviation=_SIGMA_DEVIATION)
         chosen, kind, sigma = (to_device(values, device) for values in (chosen, kind, sigma))
-        latents, tokens = given.latents[chosen].float(), given.tokens[chosen].long()
+        latents, tokens = windows.latents[chosen].float(), windows.tokens[chosen].long()
         dropped = kind < _DROPPED
         unspecific = (kind < _DROPPED + _GENERAL)[:, None, None]
-        context = torch.where(unspecific, general, given.context[chosen])
+        context = torch.where(unspecific, general, windows.context[chosen])
         context = context.masked_fill(dropped[:, None, None], 0)
         tokens = tokens.masked_fill(dropped[:, None, None, None], 0)
         noise = torch.randn(latents.shape, generator=large, device=device)
@@ -110,8 +101,8 @@ def train_decoder(
     train_denoiser(
         run,
         model,
-        functools.partial(draw_from, pool),
-        functools.partial(draw_from, aside),
+        functools.partial(draw, pool),
+        functools.partial(draw, held_out),
         lambda folder: export_decoder(model.transformer, general, folder),
     )
 
@@ -130,11 +121,8 @@ class Windows(NamedTuple):
     context: Tensor
 
 
-_WINDOWS_A_CLIP = 3  # the first, a later one, and the first of the clip cut short
-
-
 def long_shape() -> VideoShape:
-    """Return the size of clips in which windows may begin at any token frame but the last ones."""
+    """Size of clips in which windows may begin at any token frame but the last ones."""
     frames = 1 + 8 * (2 * DECODER_WINDOW - 2)
     return VideoShape(frames, sizes.SHAPE.height, sizes.SHAPE.width)
 
@@ -144,31 +132,23 @@ def cut_windows(
     coarse: CosmosTokenizer,
     fine: CosmosTokenizer,
     statistics: LatentStatistics,
-    clips: Tensor,
-    dtype: torch.dtype,
+    video: Tensor,
     draws: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Return latents and tokens, as in `Windows`, of `_WINDOWS_A_CLIP` windows of each clip.
+    """Latents and tokens, as in `Windows`, of `_WINDOWS_A_CLIP` windows of each clip.
 
-    Args:
-        coarse: discrete, in `dtype`.
-        fine: continuous, in `dtype`.
-        statistics: of its latents.
-        clips: uint8 (B, frames, H, W, 3), of `long_shape`.
-        dtype: to encode in.
-        draws: says where the later windows of these clips begin; on the CPU.
+    Video is (B, 3, T, H, W) in [-1, 1], of `long_shape`, in the tokenizers' dtype; `draws`, on the
+    CPU, draws where the later windows of these clips begin.
     """
     size, temporal = DECODER_WINDOW, fine.config.temporal
     length = 1 + (size - 1) * temporal  # frames of a window
     short = sizes.GRID.frames
-    video = as_video(clips).to(dtype)
     ids = coarse.encode_tokens(video)  # (B, T, h, w)
     later = int(torch.randint(1, size - 1, (), generator=draws))
-    z = []
-    for start in (0, later):
-        piece = video[:, :, temporal * start : temporal * start + length]
-        z.append(SIGMA_DATA * statistics.normalise(fine.encode(piece).float()))
-    first, second = z
+    first, second = (
+        SIGMA_DATA * statistics.normalise(fine.encode(piece).float())
+        for piece in (video[:, :, at : at + length] for at in (0, temporal * later))
+    )
     cut = split_windows(first[:, :, :short].transpose(1, 2), size, 0)[0].transpose(1, 2)
     tokens = [
         ids[:, :size],
@@ -188,32 +168,32 @@ class Decoding(nn.Module):
         self.transformer = transformer
         shape = sizes.SHAPE.latent(sizes.CONTINUOUS.temporal, sizes.CONTINUOUS.spatial)
         self.grid = LatentShape(DECODER_WINDOW, shape.height, shape.width)
-        self.places = Places(transformer, self.grid)
+        self.positions = ClipPositions(transformer, self.grid)
 
     def forward(
         self, latents: Tensor, noise: Tensor, tokens: Tensor, context: Tensor, sigma: Tensor
     ) -> Tensor:
-        """Return the loss of every window, (B,).
+        """Loss of every window, (B,).
 
-        Args:
-            latents: (B, C, T, H, W), clean.
-            noise: in their shape.
-            tokens: (B, T, h, w), int64.
-            context: (B, S, E).
-            sigma: (B,) noise levels.
+        latents: (B, C, T, H, W), clean. noise: in their shape. tokens: (B, T, h, w), int64.
+        context: (B, S, E). sigma: (B,).
         """
-        nothing = torch.zeros_like(sigma)
-        shown, marked = noised_latents(
-            latents, noise, sigma, nothing, conditioning_noise=noise, conditioning_sigma=sigma
+        noised, conditioning = noised_latents(
+            latents,
+            noise,
+            sigma,
+            torch.zeros_like(sigma),
+            conditioning_noise=noise,
+            conditioning_sigma=sigma,
         )
         output = self.transformer(
-            shown,
-            told_level(sigma),
+            noised,
+            noise_times(sigma),
             self.transformer.encode_context(context),
-            self.places(self.transformer),
+            self.positions(self.transformer),
             ids=self.transformer.encode_ids(tokens, self.grid),
         )
-        return denoising_loss(output, latents, noise, sigma, marked)
+        return denoising_loss(output, latents, noise, sigma, conditioning)
 
 
 def export_decoder(transformer: DiT, general: Tensor, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the small transformers that denoise latents share in training."""
+"""What the tiny transformers that denoise latents share in training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tiny import sizes
-from tiny.data import captioned_batches, encode_captioned, to_device
+from tiny.clips import clip_batches, encode_views, to_device
 from tiny.run import Run, half_precision
 from worldline.errors import CheckpointError
 from worldline.families.diffusion.model import DiT, Positions
@@ -24,35 +24,26 @@ from worldline.tokenizers.cosmos.weights import read_statistics
 from worldline.train.loop import LoopConfig, Objective, generator
 from worldline.weights.write import save as save_tensors
 
-_HELD_OUT_BATCHES = 8
-# Shares of clips with no known latent frame, one (an image), or two: less given, more to learn.
-_KNOWN = (0.5, 0.2, 0.3)
+# Shares of clips with no conditioning latent frame, one (an image), or two: the fewer, the more
+# there is to learn.
+_NUM_CONDITIONING = (0.5, 0.2, 0.3)
 _TEXT_DROPPED = 0.1
+_HELD_OUT_BATCHES = 8
+
+Draw = Callable[[int], tuple[Tensor, ...]]
 
 
 def train_denoiser(
-    run: Run,
-    model: nn.Module,
-    draw: Callable[[int], tuple[Tensor, ...]],
-    draw_held_out: Callable[[int], tuple[Tensor, ...]],
-    export: Callable[[Path], None],
+    run: Run, model: nn.Module, draw: Draw, draw_held_out: Draw, export: Callable[[Path], None]
 ) -> None:
-    """Train a model, let it be written, and tell its held-out loss.
+    """Train a model, export it below a folder and report its held-out loss.
 
-    Args:
-        run: how.
-        model: its `transformer` is a DiT of either kind; called with a batch it returns the loss of
-            each clip.
-        draw: step -> a batch.
-        draw_held_out: number -> a batch of clips that are held out.
-        export: writes the trained model below a folder.
+    Called with a batch, which `draw` makes of a step, the model returns the loss of each clip.
     """
-    measure = run.compiled_if_asked(
-        functools.partial(rounded_to, half_precision(run.device), model)
-    )
+    measure = run.compile(functools.partial(rounded_to, half_precision(run.device), model))
 
-    def loss(*drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return measure(*drawn).mean(), {}
+    def loss(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return measure(*batch).mean(), {}
 
     def watch() -> dict[str, Tensor]:
         # with gradients, as in training: a compiled network then serves both
@@ -70,102 +61,100 @@ def train_denoiser(
         graphed=run.graphed,
     )
     done = run.train(model, Objective(draw=draw, loss=loss, watch=watch), config)
-    if not run.ranks.first:
-        return
-    export(run.folder / "export")
-    run.tell({"steps": done, "held_out": float(watch()["held_out"])})
+    if run.ranks.first:
+        export(run.folder / "export")
+        run.report({"steps": done, "held_out": float(watch()["held_out"])})
 
 
-class Captioned(NamedTuple):
+class EncodedClips(NamedTuple):
     """Clips as they are trained on, each as drawn and mirrored; the texts lie on the CPU.
 
     Attributes:
         latents: (clips, C, t, h, w), bf16.
-        texts: each (clips, S): ids, and the mask of tokens where the encoder takes one.
+        texts: (clips, S) each: ids, and the mask of tokens where the encoder takes one.
     """
 
     latents: Tensor
     texts: tuple[Tensor, ...]
 
 
-def encode_clips(
-    run: Run,
-    seeds: range,
-    workers: int,
-    encode: Callable[[Tensor], Tensor],
-    tokenize: Callable[[list[str]], tuple[Tensor, ...]],
-) -> Captioned:
-    """Return generated clips with their captions.
-
-    Args:
-        run: how.
-        seeds: of the clips.
-        workers: processes that draw them.
-        encode: video (B, 3, T, H, W) to latents as they are trained on.
-        tokenize: captions to what the text encoder takes.
-    """
-    batches = captioned_batches(seeds, sizes.SHAPE, run.device, workers=workers)
-    latents, captions = encode_captioned(
-        batches, half_precision(run.device), lambda video: encode(video).bfloat16()
-    )
-    return Captioned(latents, tokenize(captions))
-
-
-class Drawn(NamedTuple):
-    """A batch without its noise, on the device.
+class Batch(NamedTuple):
+    """Clips of a step without their noise, on the device.
 
     Attributes:
         latents: (B, C, t, h, w), float32.
-        texts: as in `Captioned`.
-        known: (B,) number of latent frames that are known.
+        texts: as in `EncodedClips`.
+        num_conditioning: (B,) number of conditioning latent frames.
         normal: (B,) unit normal, to make noise levels of.
     """
 
     latents: Tensor
     texts: tuple[Tensor, ...]
-    known: Tensor
+    num_conditioning: Tensor
     normal: Tensor
 
 
-def draw_clips(
-    run: Run, given: Captioned, silent: tuple[Tensor, ...], step: int, batch: int
-) -> Drawn:
-    """Return the clips of a step, some without their text.
+def train_captioned(
+    run: Run,
+    model: nn.Module,
+    encode: Callable[[Tensor], Tensor],
+    tokenize: Callable[[list[str]], tuple[Tensor, ...]],
+    blank: tuple[Tensor, ...],
+    add_noise: Callable[[int, Batch], tuple[Tensor, ...]],
+    export: Callable[[Path], None],
+) -> None:
+    """Train a model on captioned clips, some with a `blank` text in place of their own.
 
-    Args:
-        run: how.
-        given: to draw from.
-        silent: texts that say nothing of a clip, as in `Captioned`.
-        step: number of the batch.
-        batch: B.
+    `encode` takes video (B, 3, T, H, W) in [-1, 1] to latents, `tokenize` captions to texts,
+    `add_noise` a step and its clips to the model's batch.
     """
+    size, num_clips = run.batch or 256, run.clips or 80_000
+
+    def encode_clips(seeds: range, workers: int) -> EncodedClips:
+        batches = clip_batches(seeds, sizes.SHAPE, run.device, workers=workers)
+        latents, captions = encode_views(
+            batches, half_precision(run.device), lambda video: encode(video).bfloat16()
+        )
+        return EncodedClips(latents, tokenize(captions))
+
+    def draw(clips: EncodedClips, step: int) -> tuple[Tensor, ...]:
+        return add_noise(step, draw_clips(run, clips, blank, step, size))
+
+    pool = encode_clips(run.seeds(num_clips), run.workers)
+    held_out = encode_clips(run.held_out(256, num_clips), 0)
+    train_denoiser(
+        run, model, functools.partial(draw, pool), functools.partial(draw, held_out), export
+    )
+
+
+def draw_clips(
+    run: Run, clips: EncodedClips, blank: tuple[Tensor, ...], step: int, size: int
+) -> Batch:
+    """Clips of a step, each with its own text or with a blank one."""
     draws = generator(run.seed, step, rank=run.ranks.rank)
-    chosen = torch.randint(len(given.latents), (batch,), generator=draws)
-    dropped = torch.rand(batch, generator=draws) < _TEXT_DROPPED
-    other = torch.randint(len(silent[0]), (batch,), generator=draws)
-    known = torch.multinomial(torch.tensor(_KNOWN), batch, replacement=True, generator=draws)
-    normal = torch.randn(batch, generator=draws)
-    texts = []
-    for told, nothing in zip(given.texts, silent, strict=True):
-        rows = torch.where(dropped[:, None], nothing[other], told[chosen])
-        texts.append(to_device(rows, run.device))
-    chosen, known, normal = (to_device(values, run.device) for values in (chosen, known, normal))
-    return Drawn(given.latents[chosen].float(), tuple(texts), known, normal)
+    chosen = torch.randint(len(clips.latents), (size,), generator=draws)
+    dropped = torch.rand(size, generator=draws) < _TEXT_DROPPED
+    other = torch.randint(len(blank[0]), (size,), generator=draws)
+    shares = torch.tensor(_NUM_CONDITIONING)
+    count = torch.multinomial(shares, size, replacement=True, generator=draws)
+    normal = torch.randn(size, generator=draws)
+    texts = tuple(
+        to_device(torch.where(dropped[:, None], nothing[other], text[chosen]), run.device)
+        for text, nothing in zip(clips.texts, blank, strict=True)
+    )
+    chosen, count, normal = (to_device(values, run.device) for values in (chosen, count, normal))
+    return Batch(clips.latents[chosen].float(), texts, count, normal)
 
 
 def draw_noise(run: Run, step: int, *shape: int) -> Tensor:
-    """Return the unit normal noise of a step, on the device."""
+    """Unit normal noise of a step, on the device."""
     draws = generator(run.seed, step, run.device, rank=run.ranks.rank)
     return torch.randn(shape, generator=draws, device=run.device)
 
 
-def scales_of(folder: Path) -> LatentStatistics:
-    """Return the statistics of a continuous tokenizer.
-
-    Raises:
-        CheckpointError: its folder holds none.
-    """
-    statistics = open_tokenizer(folder).statistics
+def latent_scales(folder: Path) -> LatentStatistics:
+    """Statistics of a continuous tokenizer; CheckpointError where its folder holds none."""
+    statistics = read_statistics(folder)
     if statistics is None:
         raise CheckpointError(f"{folder} holds no statistics of latents")
     return statistics
@@ -174,15 +163,15 @@ def scales_of(folder: Path) -> LatentStatistics:
 def export_transformer(
     tensors: Mapping[str, Tensor], settings: Mapping[str, Any], folder: Path
 ) -> None:
-    """Write tensors in bf16 under their released names, and what config.json says beside them."""
+    """Write tensors in bf16 under their released names, and config.json beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     halves = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     save_tensors(halves, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
-class Places(nn.Module):
-    """The positions of all tokens of a clip at the transformer's own frame rate."""
+class ClipPositions(nn.Module):
+    """Positions of all tokens of a clip at the transformer's own frame rate."""
 
     cos: Tensor
     sin: Tensor
@@ -202,24 +191,24 @@ class Places(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, transformer: DiT) -> Positions:
-        """Return them with the learned ones as they are now."""
+        """Rotations, and the learned positions as they are now."""
         learned = transformer.positions
         return Positions(
             Rotation(self.cos, self.sin), None if learned is None else learned(self.tokens)
         )
 
 
-def told_level(sigma: Tensor) -> Tensor:
-    """Return noise levels (B,) as a network in bf16 is told them, float32."""
+def noise_times(sigma: Tensor) -> Tensor:
+    """Noise levels (B,) as a network in bf16 takes them, float32."""
     return precondition(sigma).noise.bfloat16().float()
 
 
-def rounded_to(dtype: torch.dtype, model: nn.Module, *given: Tensor) -> Tensor:
-    """Return what `model` says with all its weights rounded to `dtype`, as a world runs.
+def rounded_to(dtype: torch.dtype, model: nn.Module, *batch: Tensor) -> Tensor:
+    """The model's output with all its weights rounded to `dtype`, as a world runs.
 
     The gradient goes to the weights themselves.
     """
     rounded = {name: weight.to(dtype) for name, weight in model.named_parameters()}
     # not tied by name: the two names of T5's embedding are of one module, which is swapped once
-    said: Tensor = torch.func.functional_call(model, rounded, given, tie_weights=False)
-    return said
+    output: Tensor = torch.func.functional_call(model, rounded, batch, tie_weights=False)
+    return output

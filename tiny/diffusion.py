@@ -1,12 +1,7 @@
-"""Training of the small diffusion transformer, and of its text encoder with it.
-
-A clip is given with none, one or two latent frames known and with its caption or none, so that one
-network makes a world of a text, an image or a video.
-"""
+"""Training of the tiny diffusion transformer, and of its text encoder with it."""
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import torch
@@ -14,23 +9,21 @@ from torch import Tensor, nn
 
 from tiny import sizes
 from tiny.denoiser import (
-    Captioned,
-    Places,
-    draw_clips,
+    Batch,
+    ClipPositions,
     draw_noise,
-    encode_clips,
     export_transformer,
-    scales_of,
-    told_level,
-    train_denoiser,
+    latent_scales,
+    noise_times,
+    train_captioned,
 )
-from tiny.run import Run, half_precision
 from tiny.export import dit_settings, dit_tensors, draw_weights
+from tiny.encoders import export_t5, new_t5
+from tiny.run import Run, half_precision
 from worldline.families.diffusion.model import DiT
 from worldline.families.diffusion.weights import open_network
 from worldline.sampling.edm import SIGMA_DATA
-from worldline.text.t5 import KEYS as T5_KEYS
-from worldline.text.t5 import T5Encoder, export_t5, find_t5, new_t5
+from worldline.text.t5 import T5Encoder, T5Files
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
 from worldline.weights.stream import load_into
@@ -39,61 +32,42 @@ WORLD, TEXT_FOLDER = "Cosmos-Predict1-7B-Video2World", "google-t5/t5-11b"
 # Where an object is, how it is turned and what it looks like is settled at noise levels of 10 to 1
 # (docs/LOG.md), which most draws hit.
 _SIGMA_MEAN, _SIGMA_DEVIATION = 0.7, 1.4
-_KNOWN_SIGMA = 0.001  # noise on known frames, as samplers show them
+_CONDITIONING_SIGMA = 0.001  # noise on conditioning frames, as in samplers
 
 
 def train_diffusion(
-    run: Run, tokenizer_folder: Path, start: Path | None, undescribed: tuple[str, ...]
+    run: Run, tokenizer_folder: Path, start: Path | None, negative_prompts: tuple[str, ...]
 ) -> None:
-    """Train the diffusion transformer, and the text encoder with it, on captioned clips.
-
-    Args:
-        run: how.
-        tokenizer_folder: an export folder, with statistics.
-        start: weights to begin with, an export folder.
-        undescribed: texts that shall say nothing of a clip.
-
-    Raises:
-        CheckpointError: the continuous tokenizer has no statistics.
-    """
-    batch, clips, device = run.batch or 256, run.clips or 80_000, run.device
-    scales = scales_of(tokenizer_folder)
-    half = half_precision(device)
+    """Train the transformer and the text encoder on captioned clips."""
+    device = run.device
+    scales = latent_scales(tokenizer_folder)
     torch.manual_seed(run.seed)
     model = Denoising(DiT(sizes.DIFFUSION), new_t5(sizes.TEXT, max_length=sizes.TEXT_LENGTH))
     draw_weights(model.transformer)
     if start is not None:
         dit = open_network(start / WORLD, dit_settings(sizes.DIFFUSION))
         load_into(model.transformer, dit.source, dit.keys, device=device, dtype=torch.float32)
-        model.text = T5Files.open(start / TEXT_FOLDER).load(device, torch.float32).train()
+        load_into(model.text.network, text.checkpoint, T5_KEYS, device=device, dtype=torch.float32)
         model.requires_grad_(True)
     model = model.to(device)
-    coder = open_tokenizer(tokenizer_folder).read(device, half)
+    tokenizer = load_tokenizer(tokenizer_folder, device=device, dtype=half_precision(device))
 
     def encode(video: Tensor) -> Tensor:
-        return SIGMA_DATA * scales.normalise(coder.encode(video).float())
+        return SIGMA_DATA * scales.normalise(tokenizer.encode(video).float())
 
-    tokenize = model.text.tokenize
-    pool = encode_clips(run, run.share(range(clips)), run.workers, encode, tokenize)
-    held_out = range(sizes.HELD_OUT, sizes.HELD_OUT + min(clips, 256))
-    aside = encode_clips(run, held_out, 0, encode, tokenize)
-    # no text, as a sampler may give it: no row at all, or a text about nothing
-    silent = tokenize(["", *undescribed])
-    silent[1][0] = 0
+    # no text, as a sampler may have it: no row at all, or a negative prompt
+    blank = model.text.tokenize(["", *negative_prompts])
+    blank[1][0] = 0
 
-    def draw_from(given: Captioned, step: int) -> tuple[Tensor, ...]:
-        latents, texts, known, normal = draw_clips(run, given, silent, step, batch)
-        noise = draw_noise(run, step, 2, *latents.shape)
-        sigma = log_normal_sigmas(normal, mean=_SIGMA_MEAN, deviation=_SIGMA_DEVIATION)
-        return latents, noise, *texts, sigma, known
+    def add_noise(step: int, clips: Batch) -> tuple[Tensor, ...]:
+        noise = draw_noise(run, step, 2, *clips.latents.shape)
+        sigma = log_normal_sigmas(clips.normal, mean=_SIGMA_MEAN, deviation=_SIGMA_DEVIATION)
+        return clips.latents, noise, *clips.texts, sigma, clips.num_conditioning
 
-    train_denoiser(
-        run,
-        model,
-        functools.partial(draw_from, pool),
-        functools.partial(draw_from, aside),
-        lambda folder: export_diffusion(model.transformer, model.text, folder),
-    )
+    def export(folder: Path) -> None:
+        export_diffusion(model.transformer, model.text, folder)
+
+    train_captioned(run, model, encode, model.text.tokenize, blank, add_noise, export)
 
 
 class Denoising(nn.Module):
@@ -103,7 +77,7 @@ class Denoising(nn.Module):
         super().__init__()
         self.transformer, self.text = transformer, text
         shape = sizes.SHAPE.latent(sizes.CONTINUOUS.temporal, sizes.CONTINUOUS.spatial)
-        self.places = Places(transformer, shape)
+        self.positions = ClipPositions(transformer, shape)
 
     def forward(
         self,
@@ -112,34 +86,34 @@ class Denoising(nn.Module):
         ids: Tensor,
         mask: Tensor,
         sigma: Tensor,
-        known: Tensor,
+        num_conditioning: Tensor,
     ) -> Tensor:
-        """Return the loss of every clip, (B,).
+        """Loss of every clip, (B,).
 
-        Args:
-            latents: (B, C, t, h, w), clean.
-            noise: (2, B, C, t, h, w): of all frames, and that of known frames.
-            ids: (B, S) of texts.
-            mask: (B, S), 1 at tokens; a text of no token is an embedding of zeros.
-            sigma: (B,) noise levels.
-            known: (B,) latent frames that are known.
+        latents: (B, C, t, h, w), clean. noise: (2, B, C, t, h, w), for all frames and for
+        conditioning frames. ids, mask: (B, S); a text of no token is a context of zeros.
+        sigma: (B,).
         """
-        level = torch.full_like(sigma, _KNOWN_SIGMA)
-        shown, marked = noised_latents(
-            latents, noise[0], sigma, known, conditioning_noise=noise[1], conditioning_sigma=level
+        noised, conditioning = noised_latents(
+            latents,
+            noise[0],
+            sigma,
+            num_conditioning,
+            conditioning_noise=noise[1],
+            conditioning_sigma=torch.full_like(sigma, _CONDITIONING_SIGMA),
         )
         attended = mask.clone()
         attended[:, 0] = 1  # attention over no token at all is not defined
         hidden = self.text.hidden(ids, attended)
         context = torch.where(mask[..., None] != 0, hidden, hidden.new_zeros(()))
         output = self.transformer(
-            shown,
-            told_level(sigma),
+            noised,
+            noise_times(sigma),
             self.transformer.encode_context(context),
-            self.places(self.transformer),
-            condition_mask=marked,
+            self.positions(self.transformer),
+            condition_mask=conditioning,
         )
-        return denoising_loss(output, latents, noise[0], sigma, marked)
+        return denoising_loss(output, latents, noise[0], sigma, conditioning)
 
 
 def export_diffusion(transformer: DiT, text: T5Encoder, folder: Path) -> None:

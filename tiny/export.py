@@ -30,7 +30,7 @@ def draw_weights(model: nn.Module) -> None:
     bound = 0.0
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
-        if "norm" in name and leaf != "bias" or leaf == "gamma":
+        if ("norm" in name and leaf != "bias") or leaf == "gamma":
             nn.init.ones_(parameter)
         elif tokenizer and leaf == "weight":
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))

@@ -1,12 +1,7 @@
-"""Training of the small flow transformer, and of its text encoder with it.
-
-A clip is given with none, one or two latent frames known and with its caption or none, so that one
-network makes a world of a text, an image or a video.
-"""
+"""Training of the tiny flow transformer, and of its text encoder with it."""
 
 from __future__ import annotations
 
-import functools
 import shutil
 from pathlib import Path
 
@@ -14,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tiny import sizes
+from tiny.denoiser import Batch, draw_noise, export_transformer, train_captioned
+from tiny.export import dit_settings, dit_tensors, draw_weights
 from tiny.denoiser import (
     Captioned,
     draw_clips,
@@ -22,15 +19,16 @@ from tiny.denoiser import (
     export_transformer,
     train_denoiser,
 )
+from tiny.encoders import export_reason1, new_reason1
 from tiny.run import Run, half_precision
-from tiny.export import dit_settings, dit_tensors, draw_weights
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.families.predict2_5.weights import open_network
 from worldline.nn.rope import Rotation
 from worldline.sampling.flow import TIMESTEPS
+from worldline.text.reason1 import KEYS as REASON1_KEYS
 from worldline.text.reason1 import RELEASED as TEXT_FOLDER
-from worldline.text.reason1 import Reason1Encoder, Reason1Files, export_reason1, new_reason1
-from worldline.tokenizers.wan.weights import load_wan, open_wan
+from worldline.text.reason1 import Reason1Encoder, Reason1Files
+from worldline.tokenizers.wan.weights import open_wan
 from worldline.train.losses import flow_loss, flowed_latents, shifted_sigmas
 from worldline.weights.stream import load_into
 
@@ -41,48 +39,36 @@ _DEVIATION = 1.4
 
 
 def train_flow(
-    run: Run, tokenizer_folder: Path, start: Path | None, undescribed: tuple[str, ...]
+    run: Run, tokenizer_folder: Path, start: Path | None, negative_prompts: tuple[str, ...]
 ) -> None:
-    """Train the flow transformer, and the text encoder with it, on captioned clips.
-
-    Args:
-        run: how.
-        tokenizer_folder: an export folder of the tokenizer; copied into the world's.
-        start: weights to begin with, an export folder.
-        undescribed: texts that shall say nothing of a clip, as the empty one.
-    """
-    batch, clips, device = run.batch or 256, run.clips or 80_000, run.device
-    coder = open_wan(tokenizer_folder).read(device, half_precision(device))
+    """Train the transformer and the text encoder on captioned clips."""
+    device = run.device
+    tokenizer = load_wan(open_wan(tokenizer_folder), device, half_precision(device))
     torch.manual_seed(run.seed)
     model = Flowing(FlowDiT(sizes.FLOW), new_reason1(sizes.REASON1, max_length=sizes.TEXT_LENGTH))
     draw_weights(model.transformer)
     if start is not None:
         dit = open_network(start / WORLD, dit_settings(sizes.FLOW))
         load_into(model.transformer, dit.source, dit.keys, device=device, dtype=torch.float32)
-        model.text = Reason1Files.open(start / TEXT_FOLDER).load(device, torch.float32).train()
+        load_into(
+            model.text.network, text.checkpoint, REASON1_KEYS, device=device, dtype=torch.float32
+        )
         model.requires_grad_(True)
     model = model.to(device)
 
     def tokenize(texts: list[str]) -> tuple[Tensor, ...]:
         return (model.text.tokenize(texts),)
 
-    pool = encode_clips(run, run.share(range(clips)), run.workers, coder.encode, tokenize)
-    held_out = range(sizes.HELD_OUT, sizes.HELD_OUT + min(clips, 256))
-    aside = encode_clips(run, held_out, 0, coder.encode, tokenize)
-    silent = tokenize(["", *undescribed])
+    def add_noise(step: int, clips: Batch) -> tuple[Tensor, ...]:
+        noise = draw_noise(run, step, *clips.latents.shape)
+        sigma = shifted_sigmas(clips.normal, deviation=_DEVIATION)
+        return clips.latents, noise, *clips.texts, sigma, clips.num_conditioning
 
-    def draw_from(given: Captioned, step: int) -> tuple[Tensor, ...]:
-        latents, texts, known, normal = draw_clips(run, given, silent, step, batch)
-        noise = draw_noise(run, step, *latents.shape)
-        return latents, noise, *texts, shifted_sigmas(normal, deviation=_DEVIATION), known
+    def export(folder: Path) -> None:
+        export_flow(model.transformer, model.text, tokenizer_folder, folder)
 
-    train_denoiser(
-        run,
-        model,
-        functools.partial(draw_from, pool),
-        functools.partial(draw_from, aside),
-        lambda folder: export_flow(model.transformer, model.text, tokenizer_folder, folder),
-    )
+    blank = tokenize(["", *negative_prompts])
+    train_captioned(run, model, tokenizer.encode, tokenize, blank, add_noise, export)
 
 
 class Flowing(nn.Module):
@@ -100,27 +86,23 @@ class Flowing(nn.Module):
         self.register_buffer("sin", positions.sin, persistent=False)
 
     def forward(
-        self, latents: Tensor, noise: Tensor, ids: Tensor, sigma: Tensor, known: Tensor
+        self, latents: Tensor, noise: Tensor, ids: Tensor, sigma: Tensor, num_conditioning: Tensor
     ) -> Tensor:
-        """Return the loss of every clip, (B,).
+        """Loss of every clip, (B,).
 
-        Args:
-            latents: (B, C, t, h, w), clean.
-            noise: in their shape.
-            ids: (B, S) of texts, all rows of which count.
-            sigma: (B,) noise levels.
-            known: (B,) latent frames that are known.
+        latents: (B, C, t, h, w), clean. noise: in their shape. ids: (B, S), all of which count.
+        sigma: (B,).
         """
-        shown, marked = flowed_latents(latents, noise, sigma, known)
-        told = (TIMESTEPS * sigma).floor()  # as samplers tell it, of all frames alike
+        noised, conditioning = flowed_latents(latents, noise, sigma, num_conditioning)
+        times = (TIMESTEPS * sigma).floor()  # of all frames alike, as in samplers
         velocity = self.transformer(
-            shown,
-            told[:, None],
+            noised,
+            times[:, None],
             self.transformer.encode_context(self.text.embed(ids)),
             Rotation(self.cos, self.sin),
-            condition_mask=marked,
+            condition_mask=conditioning,
         )
-        return flow_loss(velocity, latents, noise, marked)
+        return flow_loss(velocity, latents, noise, conditioning)
 
 
 def export_flow(

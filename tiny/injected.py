@@ -1,4 +1,4 @@
-"""Break or degrade a true clip on purpose, to learn what the failure detectors catch and what not.
+"""Clips broken or degraded on purpose, to measure what the failure detectors catch.
 
 All functions take and return uint8 frames (T, H, W, 3), leave the input untouched, and draw
 everything from one seed, so that a rate measured on given seeds can be measured again.
@@ -12,9 +12,12 @@ from dataclasses import dataclass
 
 import av
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 Frames = NDArray[np.uint8]
+Floats = NDArray[np.float64]
 
 # Under this root-mean-square difference from what it covers, a drawn object is camouflage rather
 # than an object that anyone would see appear; it is drawn again.
@@ -53,9 +56,7 @@ def inject_collapse(frames: Frames, seed: int, num_input_frames: int = 9) -> Inj
     """
     draw = np.random.RandomState(seed)
     count, height, width, _ = frames.shape
-    room = _room(count, num_input_frames)
-    length = int(draw.randint(1, min(12, room) + 1))
-    start = int(draw.randint(num_input_frames, count - length + 1))
+    start, length = _draw_span(draw, count, num_input_frames, most=12)
     name, color = (
         ("black", np.zeros(3)),
         ("white", np.full(3, 250.0)),
@@ -64,16 +65,17 @@ def inject_collapse(frames: Frames, seed: int, num_input_frames: int = 9) -> Inj
         ("colour", draw.uniform(0, 255, 3)),
     )[draw.randint(5)]
     mask = np.ones((height, width))
-    if draw.rand() < 0.5:
-        share = draw.uniform(0.65, 0.95)
-        mask = _side(draw, height, width, share)
+    if draw.rand() < 0.5:  # a soft-edged half plane at any angle
+        share, angle = draw.uniform(0.65, 0.95), draw.uniform(0, 2 * np.pi)
+        rows, columns = np.mgrid[:height, :width]
+        along = rows * np.sin(angle) + columns * np.cos(angle)
+        mask = np.clip((np.quantile(along, share) - along) / (0.03 * height) + 0.5, 0, 1)
     residue, noise = draw.uniform(0, 0.04), draw.uniform(0, 4)
     result = frames.copy()
     for frame in range(start, count):
         weight = min(1.0, (frame - start + 1) / length) * (1 - residue) * mask[..., None]
-        old = frames[frame].astype(np.float64)
         grain = draw.standard_normal((height, width, 3)) * noise * mask[..., None]
-        result[frame] = np.clip(old * (1 - weight) + color * weight + grain, 0, 255)
+        result[frame] = np.clip(frames[frame] * (1 - weight) + color * weight + grain, 0, 255)
     return Injected(result, "collapse", start, length, float(mask.mean()), name)
 
 
@@ -96,9 +98,7 @@ def inject_appearance(
     """
     draw = np.random.RandomState(seed)
     count, height, width, _ = frames.shape
-    room = _room(count, num_input_frames)
-    length = int(draw.randint(1, min(6, room) + 1))
-    start = int(draw.randint(num_input_frames, count - length + 1))
+    start, length = _draw_span(draw, count, num_input_frames, most=6)
     speed = draw.choice([0.0, 1.0]) * draw.uniform(0.003, 0.02) * width
     heading = draw.uniform(0, 2 * np.pi)
     while True:
@@ -107,29 +107,27 @@ def inject_appearance(
         aspect, angle = draw.uniform(0.6, 1.6), draw.uniform(0, np.pi)
         fill = np.pi if shape == "ellipse" else 4.0
         across = np.sqrt(area * height * width / fill * aspect)  # half the object's sides
-        down = across / aspect
-        reach_x = np.hypot(across * np.cos(angle), down * np.sin(angle))
-        reach_y = np.hypot(across * np.sin(angle), down * np.cos(angle))
-        if shape == "rectangle":
-            reach_x = abs(across * np.cos(angle)) + abs(down * np.sin(angle))
-            reach_y = abs(across * np.sin(angle)) + abs(down * np.cos(angle))
-        margin = 0.03 * height
-        if reach_x + margin > width / 2 or reach_y + margin > height / 2:
+        half = np.array([across, across / aspect])
+        sides = abs(
+            half[:, None] * [[np.cos(angle), np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        )
+        reach = sides.sum(0) if shape == "rectangle" else np.hypot(*sides)  # along x and y
+        low, size = reach + 0.03 * height, np.array([width, height])
+        if (low > size / 2).any():
             continue
-        x = draw.uniform(reach_x + margin, width - reach_x - margin)
-        y = draw.uniform(reach_y + margin, height - reach_y - margin)
-        name, texture = _texture(draw, height, width, donor)
-        inside = _cover(shape, height, width, x, y, across, down, angle) > 0.5
+        centre = np.array([draw.uniform(a, b) for a, b in zip(low, size - low, strict=True)])
+        name, texture = _draw_texture(draw, height, width, donor)
+        inside = _coverage(shape, height, width, centre, half, angle) > 0.5
         error = texture[inside] - frames[start][inside]
         if np.sqrt((error**2).mean()) >= VISIBLE:
             break
     result = frames.copy()
     for frame in range(start, count):
-        step_x = round((frame - start) * speed * np.cos(heading))
-        step_y = round((frame - start) * speed * np.sin(heading))
-        cover = _cover(shape, height, width, x + step_x, y + step_y, across, down, angle)
+        way = (frame - start) * speed
+        step = np.array([round(way * np.cos(heading)), round(way * np.sin(heading))])
+        cover = _coverage(shape, height, width, centre + step, half, angle)
         weight = min(1.0, (frame - start + 1) / length) * cover[..., None]
-        moved = np.roll(texture, (step_y, step_x), (0, 1))
+        moved = np.roll(texture, step[::-1], (0, 1))
         result[frame] = np.clip(frames[frame] * (1 - weight) + moved * weight, 0, 255)
     moving = "moving" if speed else "still"
     return Injected(result, "appearance", start, length, float(area), f"{moving} {name} {shape}")
@@ -137,19 +135,11 @@ def inject_appearance(
 
 def blur(frames: Frames, seed: int = 0) -> Frames:
     """Average over 3 to 5 pixels each way, more for large pictures."""
-    size = 2 * (1 + seed % 2 + min(frames.shape[1:3]) // 300) + 1
-    result = frames.astype(np.float32)
-    for axis in (1, 2):
-        padding = [(0, 0)] * 4
-        padding[axis] = (size // 2, size // 2)
-        padded = np.pad(result, padding, mode="edge")
-        sums = np.add.accumulate(padded, axis, dtype=np.float64)
-        sums = np.insert(sums, 0, 0, axis)
-        ends = [slice(None)] * 4
-        starts = [slice(None)] * 4
-        ends[axis], starts[axis] = slice(size, None), slice(None, -size)
-        result = ((sums[tuple(ends)] - sums[tuple(starts)]) / size).astype(np.float32)
-    return result.round().astype(np.uint8)
+    half = 1 + seed % 2 + min(frames.shape[1:3]) // 300
+    pictures = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    padded = F.pad(pictures, (half,) * 4, mode="replicate")
+    averaged = F.avg_pool2d(padded, 2 * half + 1, stride=1)
+    return averaged.round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def quantise(frames: Frames, seed: int = 0) -> Frames:
@@ -161,14 +151,13 @@ def quantise(frames: Frames, seed: int = 0) -> Frames:
     count, height, width, _ = frames.shape
     rows, columns = height // 4 * 4, width // 4 * 4
     result = frames.copy()
-    for first in [0, *range(1, count, 8)]:
-        last = 1 if first == 0 else min(first + 8, count)
+    for latent in _latent_frames(count):
         step = draw.uniform(8, 16)
-        part = frames[first:last, :rows, :columns].astype(np.float32)
-        blocks = part.reshape(last - first, rows // 4, 4, columns // 4, 4, 3)
+        part = frames[latent, :rows, :columns].astype(np.float32)
+        blocks = part.reshape(-1, rows // 4, 4, columns // 4, 4, 3)
         mean = blocks.mean((2, 4), keepdims=True)
         blocks = np.round(mean / step) * step + (blocks - mean) / 3
-        result[first:last, :rows, :columns] = np.clip(blocks.reshape(part.shape), 0, 255)
+        result[latent, :rows, :columns] = np.clip(blocks.reshape(part.shape), 0, 255)
     return result
 
 
@@ -177,11 +166,10 @@ def block_noise(frames: Frames, seed: int = 0) -> Frames:
     draw = np.random.RandomState(seed)
     count, height, width, _ = frames.shape
     result = frames.copy()
-    for first in [0, *range(1, count, 8)]:
-        last = 1 if first == 0 else min(first + 8, count)
+    for latent in _latent_frames(count):
         noise = draw.standard_normal((-(-height // 16), -(-width // 16), 3)) * 6
         noise = noise.repeat(16, 0).repeat(16, 1)[:height, :width]
-        result[first:last] = np.clip(frames[first:last] + noise, 0, 255)
+        result[latent] = np.clip(frames[latent] + noise, 0, 255)
     return result
 
 
@@ -216,48 +204,37 @@ def relight(frames: Frames, seed: int = 0) -> Frames:
 
 # What codecs, tokenizers and cameras do to a sound clip; none of it is a failure.
 DEGRADATIONS: dict[str, Callable[[Frames, int], Frames]] = {
-    "blur": blur,
-    "quantise": quantise,
-    "block_noise": block_noise,
-    "h264": h264,
-    "relight": relight,
+    function.__name__: function for function in (blur, quantise, block_noise, h264, relight)
 }
 
 
-def _room(count: int, num_input_frames: int) -> int:
+def _draw_span(
+    draw: np.random.RandomState, count: int, num_input_frames: int, most: int
+) -> tuple[int, int]:
+    """First frame and length of a failure after the input frames."""
     if count <= num_input_frames:
         raise ValueError(
             f"a clip of {count} frames has none after its {num_input_frames} input frames; "
             f"use at least {num_input_frames + 1} frames"
         )
-    return count - num_input_frames
+    length = int(draw.randint(1, min(most, count - num_input_frames) + 1))
+    return int(draw.randint(num_input_frames, count - length + 1)), length
 
 
-def _side(
-    draw: np.random.RandomState, height: int, width: int, share: float
-) -> NDArray[np.float64]:
-    """A soft-edged half plane at any angle that covers `share` of the picture: (H, W) in [0, 1]."""
-    angle = draw.uniform(0, 2 * np.pi)
+def _latent_frames(count: int) -> list[slice]:
+    """Frames that one latent frame stands for: the first, then eight at a time."""
+    return [slice(0, 1), *(slice(first, first + 8) for first in range(1, count, 8))]
+
+
+def _coverage(
+    shape: str, height: int, width: int, centre: Floats, half: Floats, angle: float
+) -> Floats:
+    """Share of each pixel that the object covers: (H, W) in [0, 1], with an edge one pixel wide."""
     rows, columns = np.mgrid[:height, :width]
-    along = rows * np.sin(angle) + columns * np.cos(angle)
-    edge = np.quantile(along, share)
-    return np.clip((edge - along) / (0.03 * height) + 0.5, 0, 1)
-
-
-def _cover(
-    shape: str,
-    height: int,
-    width: int,
-    x: float,
-    y: float,
-    across: float,
-    down: float,
-    angle: float,
-) -> NDArray[np.float64]:
-    """How much of each pixel the object covers: (H, W) in [0, 1], with an edge one pixel wide."""
-    rows, columns = np.mgrid[:height, :width]
+    x, y = centre
     u = (columns - x) * np.cos(angle) + (rows - y) * np.sin(angle)
     v = (rows - y) * np.cos(angle) - (columns - x) * np.sin(angle)
+    across, down = half
     if shape == "ellipse":
         inside = (1 - np.hypot(u / across, v / down)) * min(across, down)
     else:
@@ -265,9 +242,9 @@ def _cover(
     return np.clip(inside + 0.5, 0, 1)
 
 
-def _texture(
+def _draw_texture(
     draw: np.random.RandomState, height: int, width: int, donor: Frames | None
-) -> tuple[str, NDArray[np.float64]]:
+) -> tuple[str, Floats]:
     """A picture (H, W, 3) in [0, 255] to cut the object from, and its name."""
     kinds = ["plain", "striped", "smooth"] + (["donor"] if donor is not None else [])
     kind = kinds[draw.randint(len(kinds))]

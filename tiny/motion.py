@@ -9,13 +9,15 @@ positive angle turns clockwise on screen. Axes: N bodies, B clips, T frames.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tiny.parts import Floats, Scene
 from worldline.errors import InputError
+
+Floats = NDArray[np.float64]
 
 FPS = 25.0
 SUBSTEPS = 4  # a frame; at 2 heights a second a body moves a sixth of the smallest radius in one
@@ -23,21 +25,43 @@ INERTIA = 0.5  # of a disc, in units of mass * radius^2
 
 
 @dataclass(frozen=True)
-class Bodies:
+class ClipArrays:
+    """Base of records of arrays whose last axis is that of clips."""
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __len__(self) -> int:
+        return len(next(iter(self._values().values())))
+
+    def __getitem__(self, clips: slice | Sequence[int] | NDArray[np.intp]) -> Self:
+        parts = {
+            name: value[clips] if isinstance(value, ClipArrays) else value[..., clips]
+            for name, value in self._values().items()
+        }
+        return type(self)(**parts)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Records one after the other."""
+        columns = {name: [part._values()[name] for part in parts] for name in parts[0]._values()}
+        return cls(
+            **{
+                name: type(values[0]).join(values)
+                if isinstance(values[0], ClipArrays)
+                else np.concatenate(values, axis=-1)
+                for name, values in columns.items()
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Bodies(ClipArrays):
     """The start of B clips of N bodies each.
 
-    All arrays are float64. Those of bodies are (N, B), those of clips (B,). A radius of 0 marks a
-    place without a body.
+    Arrays of bodies are (N, B), those of clips (B,). A radius of 0 marks a place without a body.
     """
 
-    x: Floats
-    y: Floats
-    velocity_x: Floats  # heights a second
-    velocity_y: Floats
-    angle: Floats  # radians
-    spin: Floats  # radians a second
-    radius: Floats
-    mass: Floats
     gravity: Floats  # heights a second squared, downwards
     drag: Floats  # 1 / second, the share of velocity that a table seen from above takes
     restitution: Floats  # 0 to 1
@@ -46,10 +70,17 @@ class Bodies:
     right: Floats
     top: Floats
     bottom: Floats
+    x: Floats
+    y: Floats
+    velocity_x: Floats  # heights a second
+    velocity_y: Floats
+    angle: Floats  # radians
+    spin: Floats  # radians a second
+    radius: Floats
+    mass: Floats
 
 
-@dataclass(frozen=True)
-class Motion:
+class Motion(NamedTuple):
     """Where the bodies are in each frame: float64 arrays of (B, T, N)."""
 
     x: Floats
@@ -60,78 +91,27 @@ class Motion:
     spin: Floats
 
 
-def simulate(scenes: Sequence[Scene], frames: int = 33, fps: float = FPS) -> Motion:
-    """Return the motion of `scenes`; each clip is the same whatever the others are.
+def integrate(bodies: Bodies, frames: int) -> Motion:
+    """Carry `bodies` through `frames` frames; frame 0 is the start itself.
+
+    A clip moves the same whatever the others are.
 
     Raises:
-        InputError: `frames` or `fps` is not positive, or there is no scene.
+        InputError: `frames` is not positive.
     """
-    if not scenes:
-        raise InputError("there is no scene to simulate")
-    return integrate(gather_bodies(scenes), frames, fps)
-
-
-def gather_bodies(scenes: Sequence[Scene]) -> Bodies:
-    """Put scenes of any number of bodies side by side; N is the largest number."""
-    num_bodies = max(scene.num_objects for scene in scenes)
-    shape = (num_bodies, len(scenes))
-    radius, mass = np.zeros(shape), np.ones(shape)
-    state = np.zeros((6, *shape))
-    for column, scene in enumerate(scenes):
-        count = scene.num_objects
-        radius[:count, column] = scene.radii
-        mass[:count, column] = scene.masses
-        state[:, :count, column] = scene.state
-
-    def clips(name: str) -> Floats:
-        return np.array([getattr(scene, name) for scene in scenes], dtype=np.float64)
-
-    return Bodies(
-        x=state[0],
-        y=state[1],
-        velocity_x=state[2],
-        velocity_y=state[3],
-        angle=state[4],
-        spin=state[5],
-        radius=radius,
-        mass=mass,
-        gravity=clips("gravity"),
-        drag=clips("drag"),
-        restitution=clips("restitution"),
-        friction=clips("friction"),
-        left=clips("left"),
-        right=clips("right"),
-        top=clips("top"),
-        bottom=clips("bottom"),
-    )
-
-
-def integrate(bodies: Bodies, frames: int, fps: float = FPS) -> Motion:
-    """Carry `bodies` through `frames` frames; frame 0 is the start itself."""
     if frames < 1:
         raise InputError(f"frames is {frames}; it must be at least 1")
-    if fps <= 0:
-        raise InputError(f"fps is {fps}; it must be positive")
-    # (x, y, angle, velocity_x, velocity_y, spin); the views below are changed in place.
-    state = np.stack(
-        [
-            bodies.x,
-            bodies.y,
-            bodies.angle,
-            bodies.velocity_x,
-            bodies.velocity_y,
-            bodies.spin,
-        ]
-    )
+    start = (bodies.x, bodies.y, bodies.angle, bodies.velocity_x, bodies.velocity_y, bodies.spin)
+    # its views are changed in place, so rows of clips must lie in a row
+    state = np.ascontiguousarray(np.stack(start))
     track = np.empty((frames, *state.shape))
     track[0] = state
-    solver = _Solver(bodies, state, 1.0 / (fps * SUBSTEPS))
+    solver = _Solver(bodies, state, 1.0 / (FPS * SUBSTEPS))
     for frame in range(1, frames):
         for _ in range(SUBSTEPS):
             solver.step()
         track[frame] = state
-    x, y, angle, velocity_x, velocity_y, spin = track.transpose(1, 3, 0, 2)
-    return Motion(x, y, angle, velocity_x, velocity_y, spin)
+    return Motion(*track.transpose(1, 3, 0, 2))
 
 
 class _Solver:

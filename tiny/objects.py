@@ -1,10 +1,10 @@
-"""Say which objects a physics clip shows, by colour and shape, and whether that is what was asked.
+"""Objects in a physics clip, by colour and shape, and whether they are those of its caption.
 
 Everything is measured in the picture itself, with no learned part. A wall and a floor are fitted to
 all frames; what differs from them by more than a shadow does is an object, and its hue, which
 neither shade nor gloss changes, is its colour. The outline is described by its angular moments,
-which do not change with rotation, and compared with those of `physics.scene.OUTLINES`. An object
-is told by all frames together: one frame may hide or smear it.
+which do not change with rotation, and compared with those of `scenes.OUTLINES`. All frames together
+decide: one frame may hide or smear an object.
 
 Axes: F sampled frames, h/w picture.
 """
@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,35 +43,20 @@ REACH = 0.2  # heights from an object's middle to its farthest point, at most
 LEAST_MOMENTS = 0.35  # of an outline's own moments; what has less is as round as a ball
 
 
-@dataclass(frozen=True)
-class Found:
-    """One object.
-
-    Attributes:
-        colour: a name of `physics.COLOURS`.
-        shape: a name of `physics.SHAPES`.
-        frames: share of the frames in which it was seen.
-        area: median share of the picture that it covers.
-    """
+class Found(NamedTuple):
+    """One object: names of `scenes.COLOURS` and `scenes.SHAPES`, and how much of it there is."""
 
     colour: str
     shape: str
-    frames: float
-    area: float
+    frames: float  # share of the frames in which it was seen
+    area: float  # median share of the picture that it covers
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a clip shows of what its caption names.
+class Verdict(NamedTuple):
+    """Whether a clip has what its caption names."""
 
-    Attributes:
-        subject_found: the first object is there, with its colour and its shape.
-        companions_colours_found: so is an object in the colour of each other one.
-        objects: all that was found.
-    """
-
-    subject_found: bool
-    companions_colours_found: bool
+    subject_found: bool  # the first object, with its colour and its shape
+    companions_colours_found: bool  # an object in the colour of each other one
     objects: tuple[Found, ...]
 
     @property
@@ -80,31 +65,22 @@ class Verdict:
         return self.subject_found and self.companions_colours_found
 
 
-def shows(frames: NDArray[np.uint8] | Tensor, caption: str) -> Verdict:
-    """Compare a clip with the caption of a physics clip.
-
-    Args:
-        frames: uint8 (T, H, W, 3).
-        caption: as `physics.draw_scene` writes it: the subject first, then the other objects.
+def compare(objects: Sequence[Found], caption: str) -> Verdict:
+    """Compare the objects of a clip with a caption of `scenes.draw_scenes`.
 
     Raises:
-        ValueError: the caption names no object, or the frames have another shape or dtype.
+        ValueError: the caption names no object.
     """
-    return compare(find_objects(frames), caption)
-
-
-def compare(objects: Sequence[Found], caption: str) -> Verdict:
-    """Do what `shows` does with objects that were found before."""
-    (colour, shape), *companions = named_objects(caption)
+    subject, *companions = named_objects(caption)
     return Verdict(
-        (colour, shape) in {(found.colour, found.shape) for found in objects},
+        subject in {(found.colour, found.shape) for found in objects},
         {name for name, _ in companions} <= {found.colour for found in objects},
         tuple(objects),
     )
 
 
 def named_objects(caption: str) -> list[tuple[str, str]]:
-    """Return colour and shape of each object that a caption names, in its order.
+    """Colour and shape of each object that a caption names, in its order; the subject is first.
 
     Raises:
         ValueError: there is none.
@@ -116,7 +92,7 @@ def named_objects(caption: str) -> list[tuple[str, str]]:
 
 
 def find_objects(frames: NDArray[np.uint8] | Tensor) -> list[Found]:
-    """List the objects of a physics clip, at most one of each colour, the largest first.
+    """Objects of a physics clip (T, H, W, 3), at most one of each colour, the largest first.
 
     Raises:
         ValueError: the frames are not uint8 (T, H, W, 3).
@@ -138,7 +114,7 @@ def find_objects(frames: NDArray[np.uint8] | Tensor) -> list[Found]:
 
 
 def _sample(frames: NDArray[np.uint8] | Tensor) -> Floats:
-    """Return a few frames at about ROWS rows, (F, h, w, 3) in 0 to 255."""
+    """A few frames at about ROWS rows, (F, h, w, 3) in 0 to 255."""
     clip = frames if isinstance(frames, Tensor) else torch.from_numpy(np.ascontiguousarray(frames))
     if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not clip.numel():
         dtype = str(clip.dtype).removeprefix("torch.")
@@ -182,7 +158,7 @@ def _robust_fit(basis: Floats, frames: Floats) -> Floats:
 
 
 def _label(clip: Floats, background: Floats) -> NDArray[np.int8]:
-    """Return the colour of each pixel (F, h, w), -1 for none."""
+    """Colour of each pixel (F, h, w), -1 for none."""
     squares = np.einsum("hwc,hwc->hw", background, background).clip(min=1)
     light = (np.einsum("fhwc,hwc->fhw", clip, background) / squares).clip(*SHADE)
     errors = clip - light[..., None] * background
@@ -200,7 +176,7 @@ def _label(clip: Floats, background: Floats) -> NDArray[np.int8]:
 
 
 def _hue(pixels: Floats) -> tuple[Floats, Floats]:
-    """Return the angle of (N, 3) on the colour circle, and its distance from grey, 0 to 1."""
+    """Angle of (N, 3) on the colour circle, and its distance from grey, 0 to 1."""
     red, green, blue = pixels.T
     across, up = red - (green + blue) / 2, math.sqrt(0.75) * (green - blue)
     return np.arctan2(up, across), np.hypot(across, up) / np.maximum(pixels.max(-1), 1.0)
@@ -212,7 +188,7 @@ _HUES = _hue(np.array(list(COLOURS.values()), np.float32))[0]
 
 
 def _views(mask: Mask) -> dict[int, tuple[Mask, Mask]]:
-    """Return the largest object, and its convex hull, by frame of (F, h, w) that has one."""
+    """The largest object and its convex hull, by frame of (F, h, w) that has one."""
     height, width = mask.shape[1:]
     least, most = np.array(AREAS) * height * width
     if (mask.sum((1, 2)) >= least).mean() < LEAST_FRAMES:
@@ -238,11 +214,11 @@ def _views(mask: Mask) -> dict[int, tuple[Mask, Mask]]:
 
 
 def _hull(mask: Mask) -> Mask:
-    """Return the convex hull of the True pixels, as pixels."""
+    """Convex hull of the True pixels, as pixels."""
     rows, columns = np.nonzero(mask)
     angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     normals = np.stack([np.sin(angles), np.cos(angles)], axis=1)
-    # The smallest polygon around them with 48 given directions of sides.
+    # The smallest polygon around them with 48 fixed directions of sides.
     limits = (normals @ np.stack([rows, columns])).max(axis=1)
     hull = np.zeros_like(mask)
     box = np.s_[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
@@ -253,7 +229,7 @@ def _hull(mask: Mask) -> Mask:
 
 
 def _moments(mask: Mask, hull: Mask) -> Floats:
-    """Return |sum z^n| / sum |z|^n for n = 3, 4, 5 of an object and of its hull: (2, 3).
+    """|sum z^n| / sum |z|^n for n = 3, 4, 5 of an object and of its hull: (2, 3).
 
     z is counted from the middle of the hull. They are 0 for a disc, and stand out for n of an
     outline with n corners. Place, size and rotation change nothing.
@@ -265,7 +241,7 @@ def _moments(mask: Mask, hull: Mask) -> Floats:
 
 
 def _shape(moments: Floats) -> str:
-    """Name the outline whose moments these are, or a part of, since blur rounds corners.
+    """The outline whose moments these are, or a part of, since blur rounds corners.
 
     That has to hold for the pixels, of which a star lacks some, and for the hull, of which a mark
     on a ball takes none.
@@ -280,14 +256,14 @@ def _shape(moments: Floats) -> str:
 
 @cache
 def _known_moments() -> dict[str, Floats]:
-    """Return the moments of each outline with corners, drawn about as large as in a clip."""
+    """Moments of each outline with corners, drawn about as large as in a clip."""
     y, x = np.mgrid[-24:25, -24:25] / 18
     masks = {shape: _inside(outline, x + 1j * y) for shape, outline in OUTLINES.items()}
     return {shape: _moments(m, _hull(m)) for shape, m in masks.items() if shape != "ball"}
 
 
 def _inside(outline: Outline, places: NDArray[np.complexfloating]) -> Mask:
-    """Return which complex places are inside an outline around 0."""
+    """Whether complex places are inside an outline around 0."""
     half = math.pi / outline.corners
     turn = np.angle(places)
     # Folded to between a corner and the point half-way to the next, the outline is one segment.

@@ -1,4 +1,4 @@
-"""What the commands that train small worlds share."""
+"""What the commands that train tiny worlds share."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import click
 import torch
 from torch import Tensor, nn
 
+from tiny import sizes
 from worldline.parallel.ranks import ALONE, Ranks, join, leave
 from worldline.text.t5 import T5Encoder
 from worldline.train.loop import LoopConfig, Objective, fit
@@ -25,7 +26,7 @@ _EMBEDDED_TOGETHER = 1024  # captions
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What all commands are told; None takes the command's own default."""
+    """Options of all commands; None is the command's own default."""
 
     folder: Path
     steps: int | None
@@ -40,35 +41,39 @@ class Run:
     device: str
     ranks: Ranks = ALONE
 
-    def share(self, seeds: range) -> range:
-        """Return this process's part of the clips."""
-        return seeds[self.ranks.rank :: self.ranks.count]
+    def seeds(self, clips: int) -> range:
+        """This process's share of the clips to train on."""
+        return range(clips)[self.ranks.rank :: self.ranks.count]
 
-    def compiled_if_asked(self, measure: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function of tensors, compiled for the one shape of all batches if asked."""
-        return torch.compile(measure, dynamic=False) if self.compiled else measure
+    def held_out(self, most: int, clips: int) -> range:
+        """Clips that steer training, at most as many as it has."""
+        return range(sizes.HELD_OUT, sizes.HELD_OUT + min(clips, most))
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, compiled for the one shape of all batches if --compile is set."""
+        return torch.compile(function, dynamic=False) if self.compiled else function
 
     def train(self, model: nn.Module, objective: Objective, config: LoopConfig) -> int:
-        """Train, give the model its averaged weights, and return the number of steps done."""
+        """Train, leave the averaged weights in the model; the number of steps done."""
         done, average = fit(
             model, objective, config, self.folder, seconds=self.seconds, ranks=self.ranks
         )
         average.swap(model)
         return done
 
-    def tell(self, figures: dict[str, Any]) -> None:
-        """Write and log what came of the run."""
+    def report(self, figures: dict[str, Any]) -> None:
+        """Write and log the run's result."""
         (self.folder / "result.json").write_text(json.dumps(figures))
         log.info("%s", figures)
 
 
 @contextmanager
 def running(options: dict[str, Any]) -> Iterator[Run]:
-    """Meet the other processes, where there are any, and part from them at the end."""
+    """A run in its group of processes, which it leaves at the end."""
     if options["graphed"] and torch.device(options["device"]).type != "cuda":
         raise click.UsageError(f"--graph needs a GPU, not --device {options['device']}")
     ranks, device = join(options["device"])
-    if not ranks.first:  # one tells of its clips for all
+    if not ranks.first:  # one logs for all
         logging.getLogger("tiny").setLevel(logging.WARNING)
     yield Run(**{**options, "device": device, "ranks": ranks})
     leave(ranks)
@@ -76,18 +81,18 @@ def running(options: dict[str, Any]) -> Iterator[Run]:
 
 @torch.no_grad()
 def embed_captions(text: T5Encoder, captions: Sequence[str]) -> Tensor:
-    """Return the embeddings of captions (N, S, E), many at a time: a request takes one by one."""
+    """Context of captions (N, S, E), many at a time."""
     ids, mask = text.tokenize(captions)
     parts = zip(ids.split(_EMBEDDED_TOGETHER), mask.split(_EMBEDDED_TOGETHER), strict=True)
     return torch.cat([text.embed(*part) for part in parts])
 
 
 def half_precision(device: str) -> torch.dtype:
-    """Return bf16 where it is fast."""
+    """The bf16 dtype on a GPU, float32 elsewhere."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def mixed_precision(device: str) -> torch.autocast:
-    """bf16 where it is fast; no cache of cast weights, which a CUDA graph would keep for ever."""
+    """Autocast to bf16 on a GPU; without the cache of weights, which a CUDA graph would keep."""
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)

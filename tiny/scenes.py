@@ -3,20 +3,21 @@
 A scene is drawn from its seed alone, by rejection: a candidate whose motion, estimated without a
 picture, would make "repeat the last input frame" too good or too poor a guess is drawn again.
 Candidates of many seeds are simulated together, which changes nothing for any one of them.
-Axes: N objects, B seeds.
+Axes: N objects, B clips.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tiny.motion import Bodies, Motion, integrate
-from tiny.parts import Background, Floats, Scene
+from tiny.motion import Bodies, ClipArrays, Floats, Motion, integrate
 from worldline.errors import InputError
+
+Ints = NDArray[np.intp]
 
 KINDS = ("drop", "throw", "roll", "meet", "billiards")
 SHAPES = ("ball", "box", "triangle", "star")
@@ -40,7 +41,7 @@ MARGIN = 0.02  # heights between the walls and the picture's border
 
 @dataclass(frozen=True)
 class Outline:
-    """A shape in units of its collision radius: a regular star polygon grown by `rounding`.
+    """A regular star polygon grown by `rounding`, in units of its collision radius.
 
     A ball is a polygon of no size. `area` includes the rounding.
     """
@@ -60,36 +61,26 @@ OUTLINES: dict[str, Outline] = {
 }
 
 # Muted, of middle brightness: the bright objects stand out, and no texture costs a tokenizer much.
+# fmt: off
 _WALLS = np.array(
-    [
-        (118, 132, 148),
-        (158, 146, 124),
-        (122, 142, 122),
-        (138, 126, 148),
-        (156, 130, 120),
-        (116, 140, 144),
-        (142, 142, 142),
-        (104, 112, 132),
-    ],
-    dtype=np.float64,
+    [(118, 132, 148), (158, 146, 124), (122, 142, 122), (138, 126, 148),
+     (156, 130, 120), (116, 140, 144), (142, 142, 142), (104, 112, 132)], dtype=np.float64
 )
 _FLOORS = np.array(
     [(112, 92, 76), (92, 98, 108), (98, 112, 92), (124, 108, 92), (88, 84, 100), (120, 118, 114)],
     dtype=np.float64,
 )
 _TABLES = np.array(
-    [
-        (62, 116, 92),
-        (78, 100, 132),
-        (130, 96, 84),
-        (104, 104, 112),
-        (116, 108, 136),
-        (134, 122, 98),
-    ],
-    dtype=np.float64,
+    [(62, 116, 92), (78, 100, 132), (130, 96, 84), (104, 104, 112), (116, 108, 136),
+     (134, 122, 98)], dtype=np.float64
 )
+# fmt: on
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float64)
 _AREAS = np.array([OUTLINES[shape].area for shape in SHAPES])
+
+# ranges of heights and speeds by kind; two objects of "roll" are on the floor
+_HEIGHTS = np.array([(0.17, 0.45), (0.5, 0.72), (0.16, 0.34), (0.3, 0.62), (0.18, 0.82)])
+_SPEEDS = np.array([(0.1, 0.6), (0.35, 1.0), (0.6, 1.3), (0.55, 1.1), (0.7, 1.4)])
 
 _NUM_UNIFORMS = 128  # a candidate's, spent in a fixed order
 _ROUNDS = ((0, 1), (1, 4), (4, 24))  # candidates of a seed that are tried together
@@ -101,91 +92,99 @@ _CHECK_FRAMES = 33
 _BATCH = 2048  # seeds drawn together; 25 kB of uniform numbers each
 
 
-def draw_scene(seed: int, aspect: float = 1.5) -> Scene:
-    """Return the scene of `seed` (0 to 2^32 - 1) for pictures of `aspect` = width / height."""
-    return draw_scenes([seed], aspect)[0]
+@dataclass(frozen=True)
+class Scenes(ClipArrays):
+    """Everything that fixes B clips apart from their size and length.
+
+    Arrays of objects are (N, B), in the order of the caption. Colours are 0 to 255, lengths
+    picture heights, angles radians, amplitudes grey levels.
+    """
+
+    kind: Ints  # (B,), a place in KINDS, and so on
+    shape: Ints  # (N, B)
+    colour: Ints
+    mark: Floats  # (N, B), 0 a stripe, 1 a dot; on balls, whose turning would not show otherwise
+    bodies: Bodies
+    aspect: Floats  # (B,), width over height
+    floor: Floats  # where the floor begins in the picture; 1 or more where there is none
+    light: Floats  # direction towards the light
+    brightness: Floats
+    pan: Floats  # heights that the picture moves to the left in a second
+    wall_texture: Ints
+    floor_texture: Ints
+    wall_colours: Floats  # (2, 3, B), at the two ends of a gradient
+    floor_colour: Floats  # (3, B)
+    gradient: Floats  # its direction
+    periods: Floats  # (2, B): wall, floor
+    amplitudes: Floats  # (2, B)
+    phase: Floats
+    tilt: Floats  # of stripes
+    grid: Floats  # (*GRID, B), -1 to 1, the corners of value noise
+
+    def objects(self, clip: int) -> list[tuple[str, str]]:
+        """Colour and shape of each object of a clip."""
+        colours = list(COLOURS)
+        return [
+            (colours[self.colour[place, clip]], SHAPES[self.shape[place, clip]])
+            for place in np.flatnonzero(self.bodies.radius[:, clip])
+        ]
+
+    @property
+    def captions(self) -> list[str]:
+        """A sentence a clip: what the first object is and does, then the others."""
+        return [
+            _caption(KINDS[kind], self.objects(clip), bool(self.bodies.velocity_x[0, clip] > 0))
+            for clip, kind in enumerate(self.kind)
+        ]
 
 
-def draw_scenes(seeds: Sequence[int], aspect: float = 1.5) -> list[Scene]:
-    """Return the scene of each seed; the same as `draw_scene` one by one, and faster.
+def draw_scenes(seeds: Sequence[int], aspect: float = 1.5) -> Scenes:
+    """The scene of each seed (0 to 2^32 - 1), for pictures of `aspect` = width / height.
 
     Raises:
-        InputError: a seed outside 0 to 2^32 - 1, or a picture too narrow or too wide for objects of
-            these areas.
+        InputError: a seed is out of range, there is none, or the picture is too narrow or too wide
+            for objects of these areas.
     """
     if not 1.0 <= aspect <= 2.5:
         raise InputError(f"width / height is {aspect:.2f}; physics scenes need 1 to 2.5")
+    if not seeds:
+        raise InputError("there is no seed to draw a scene from")
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise InputError(f"seed {seed} is outside 0 to 2^32 - 1")
-    scenes: list[Scene] = []
-    for start in range(0, len(seeds), _BATCH):
-        scenes += _draw_batch(seeds[start : start + _BATCH], aspect)
-    return scenes
+    starts = range(0, len(seeds), _BATCH)
+    return Scenes.join([_draw_batch(seeds[at : at + _BATCH], aspect) for at in starts])
 
 
-def _draw_batch(seeds: Sequence[int], aspect: float) -> list[Scene]:
+def _draw_batch(seeds: Sequence[int], aspect: float) -> Scenes:
     generator = np.random.RandomState()
     uniforms = np.empty((len(seeds), _NUM_CANDIDATES, _NUM_UNIFORMS))
     for row, seed in enumerate(seeds):
         generator.seed(int(seed))
         uniforms[row] = generator.random_sample((_NUM_CANDIDATES, _NUM_UNIFORMS))
-    scenes: dict[int, Scene] = {}
+    chosen: list[Scenes] = []
+    places: list[Ints] = []
     waiting = np.arange(len(seeds))
     # A simulation costs about the same for ten clips as for five hundred: few rounds, of more and
     # more candidates.
     for first, last in _ROUNDS:
         place = np.repeat(waiting, last - first)
         candidate = np.tile(np.arange(first, last), len(waiting))
-        draft = _draft(uniforms[place, candidate], uniforms[place, 0], aspect)
-        score = _still_psnr(draft, integrate(draft.bodies, _CHECK_FRAMES))
-        miss = np.abs(score - _TARGET) + 100.0 * draft.crowded
-        good = (score >= _BAND[0]) & (score <= _BAND[1]) & ~draft.crowded
+        scenes, crowded = _draft(uniforms[place, candidate], uniforms[place, 0], aspect)
+        score = _still_psnr(scenes, integrate(scenes.bodies, _CHECK_FRAMES))
+        miss = np.abs(score - _TARGET) + 100.0 * crowded
+        good = (score >= _BAND[0]) & (score <= _BAND[1]) & ~crowded
         good = good.reshape(-1, last - first)
-        if last == _NUM_CANDIDATES:  # none may be left over: the nearest one, if need be
+        if last == _NUM_CANDIDATES:  # none may remain: the nearest one, if need be
             good[np.arange(len(good)), miss.reshape(good.shape).argmin(axis=1)] |= ~good.any(axis=1)
         found = np.asarray(good.any(axis=1))
-        for entry in np.flatnonzero(found):
-            column = int(entry * (last - first) + good[entry].argmax())
-            clip = int(waiting[entry])
-            scenes[clip] = _scene(draft, column, int(seeds[clip]))
+        rows = np.flatnonzero(found)
+        chosen.append(scenes[rows * (last - first) + good[rows].argmax(axis=1)])
+        places.append(waiting[rows])
         waiting = waiting[~found]
         if not waiting.size:
             break
-    return [scenes[place] for place in range(len(seeds))]
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """Candidates of B seeds, before they are taken apart into scenes."""
-
-    aspect: float
-    kind: NDArray[np.intp]  # (B,)
-    num_objects: NDArray[np.intp]
-    shape: NDArray[np.intp]  # (N, B)
-    colour: NDArray[np.intp]
-    present: NDArray[np.bool_]
-    crowded: NDArray[np.bool_]  # (B,), two objects overlap at the start
-    bodies: Bodies
-    marks: Floats
-    floor: Floats
-    light: Floats
-    brightness: Floats
-    pan: Floats
-    wall_texture: NDArray[np.intp]
-    floor_texture: NDArray[np.intp]
-    wall_colours: Floats  # (B, 2, 3)
-    floor_colour: Floats  # (B, 3)
-    gradient: Floats
-    periods: Floats  # (2, B)
-    amplitudes: Floats  # (2, B)
-    phase: Floats
-    tilt: Floats
-    grid: Floats  # (B, *GRID)
-
-
-def _spend(uniforms: Floats) -> Iterator[Floats]:
-    yield from uniforms.T
+    return Scenes.join(chosen)[np.argsort(np.concatenate(places))]
 
 
 def _pick(uniform: Floats, count: int | NDArray[np.intp]) -> NDArray[np.intp]:
@@ -196,13 +195,13 @@ def _between(uniform: Floats, low: float | Floats, high: float | Floats) -> Floa
     return low + (high - low) * uniform
 
 
-def _draft(uniforms: Floats, first: Floats, aspect: float) -> _Draft:
-    """Turn (B, _NUM_UNIFORMS) uniform numbers into scenes.
+def _draft(uniforms: Floats, first: Floats, aspect: float) -> tuple[Scenes, NDArray[np.bool_]]:
+    """Scenes of (B, _NUM_UNIFORMS) uniform numbers, and whether two objects overlap at the start.
 
     Kind and number of objects come from the `first` candidate, so that rejection does not favour
     some kinds.
     """
-    columns = _spend(uniforms)
+    columns = iter(uniforms.T)
 
     def one() -> Floats:
         return next(columns)
@@ -213,7 +212,7 @@ def _draft(uniforms: Floats, first: Floats, aspect: float) -> _Draft:
     many(2)  # where `first` has the kind and the number
     kind = _pick(first[:, 0], len(KINDS))
     num_objects = np.where(first[:, 1] < _TWO_OBJECTS, 2, 3)
-    drop, throw, roll, meet, billiards = (kind == k for k in range(len(KINDS)))
+    drop, throw, roll, meet, top_view = (kind == k for k in range(len(KINDS)))
     place = np.arange(MAX_OBJECTS)[:, None]
     present = place < num_objects
 
@@ -224,7 +223,6 @@ def _draft(uniforms: Floats, first: Floats, aspect: float) -> _Draft:
     area = _between(many(), 0.026, largest) * aspect
     radius = np.sqrt(area / _AREAS[shape]) * present
 
-    top_view = billiards
     floor = np.where(top_view, 1.5, _between(one(), 0.86, 0.92))
     left, right, top = MARGIN, aspect - MARGIN, MARGIN
     # A floor is seen from slightly above: objects stand a little below its far edge.
@@ -239,43 +237,23 @@ def _draft(uniforms: Floats, first: Floats, aspect: float) -> _Draft:
     side = np.where(x < aspect / 2, 1.0, -1.0)  # towards the middle
 
     height, speed, direction, turn = many(), many(), many(), many()
-    y = np.select(
-        [drop, throw, meet, billiards],
-        [
-            _between(height, 0.17, 0.45),
-            _between(height, 0.5, 0.72),
-            _between(height, 0.3, 0.62),
-            _between(height, 0.18, 0.82),
-        ],
-        default=np.where(place < 2, 1.0, _between(height, 0.16, 0.34)),
-    )
+    rolling = roll & (place < 2)
+    y = np.where(rolling, 1.0, _between(height, *_HEIGHTS[kind].T))
     y = np.clip(y, top + radius, bottom - radius)
+    speed = _between(speed, *_SPEEDS[kind].T)
     heading = 2 * np.pi * direction
     flip = np.where(direction < 0.5, -1.0, 1.0)
-    rolling = roll & (place < 2)
-    velocity_x = np.select(
-        [drop, throw, meet, billiards],
-        [
-            flip * _between(speed, 0.1, 0.6),
-            side * _between(speed, 0.35, 1.0),
-            side * _between(speed, 0.55, 1.1),
-            np.cos(heading) * _between(speed, 0.7, 1.4),
-        ],
-        default=np.where(rolling, side, flip * 0.4) * _between(speed, 0.6, 1.3),
+    velocity_x = speed * np.select(
+        [drop, throw | meet | rolling, roll], [flip, side, flip * 0.4], default=np.cos(heading)
     )
     velocity_y = np.select(
-        [drop, throw, meet, billiards],
-        [
-            _between(turn, -0.1, 0.4),
-            -_between(turn, 0.9, 1.5),
-            -_between(turn, 0.2, 0.6),
-            np.sin(heading) * _between(speed, 0.7, 1.4),
-        ],
-        default=np.where(rolling, 0.0, 0.2),
+        [drop, throw, meet, rolling, roll],
+        [_between(turn, -0.1, 0.4), -_between(turn, 0.9, 1.5), -_between(turn, 0.2, 0.6), 0.0, 0.2],
+        default=np.sin(heading) * speed,
     )
     spin = np.where(rolling, velocity_x / np.maximum(radius, 1e-9), (many() - 0.5) * 5.0)
     angle = 2 * np.pi * many()
-    gravity = np.select([throw, meet, billiards], [2.6, 1.4, 0.0], default=2.8)
+    gravity = np.select([throw, meet, top_view], [2.6, 1.4, 0.0], default=2.8)
     gravity = gravity * _between(one(), 0.92, 1.08)
 
     gap_x = x[:, None] - x[None]
@@ -296,7 +274,7 @@ def _draft(uniforms: Floats, first: Floats, aspect: float) -> _Draft:
         mass=100 * radius**2,
         gravity=gravity,
         drag=np.where(top_view, 0.12, 0.0),
-        # Constants, not draws: nothing in the first frames would tell them before the first bounce.
+        # Constants, not draws: nothing reveals them before the first bounce.
         restitution=np.where(top_view, 0.92, 0.72),
         friction=np.where(top_view, 0.1, 0.35),
         left=left * clips,
@@ -312,35 +290,33 @@ def _draft(uniforms: Floats, first: Floats, aspect: float) -> _Draft:
     )
     tint = (many(3).T - 0.5) * 36.0
     pan = np.where(one() < 0.3, (one() - 0.5) * 0.034, 0.0)
-    return _Draft(
-        aspect=aspect,
+    scenes = Scenes(
         kind=kind,
-        num_objects=num_objects,
         shape=shape,
         colour=colour,
-        present=present,
-        crowded=crowded,
         bodies=bodies,
-        marks=np.floor(2 * many()),
+        aspect=aspect * clips,
+        mark=np.floor(2 * many()),
         floor=floor,
         light=-np.pi * _between(one(), 0.2, 0.8),  # from above
         brightness=_between(one(), 0.9, 1.06),
         pan=pan,
         wall_texture=_pick(one(), len(TEXTURES)),
         floor_texture=_pick(one(), len(TEXTURES)),
-        wall_colours=np.stack([wall + tint, wall - tint], axis=1),
-        floor_colour=_FLOORS[_pick(floor_pick, len(_FLOORS))],
+        wall_colours=np.stack([(wall + tint).T, (wall - tint).T]),
+        floor_colour=_FLOORS[_pick(floor_pick, len(_FLOORS))].T,
         gradient=2 * np.pi * one(),
         periods=np.stack([_between(one(), 0.2, 0.36), _between(one(), 0.16, 0.3)]),
         amplitudes=np.stack([_between(one(), 4.0, 9.0), _between(one(), 4.0, 9.0)]),
         phase=one(),
         tilt=np.pi * one(),
-        grid=2 * many(GRID[0] * GRID[1]).T.reshape(-1, *GRID) - 1,
+        grid=2 * many(GRID[0] * GRID[1]).reshape(*GRID, -1) - 1,
     )
+    return scenes, crowded
 
 
-def _still_psnr(draft: _Draft, motion: Motion) -> Floats:
-    """Estimate, in dB, how well the last input frame stands for the frames after it.
+def _still_psnr(scenes: Scenes, motion: Motion) -> Floats:
+    """Estimated PSNR, in dB, of repeating the last input frame, (B,).
 
     With discs of colour c_i before a plain ground, d_i = c_i - ground, areas a_i, and o_ij the area
     that object i now shares with where object j was, the squared error is 2 sum_i a_i d_i^2 - 2
@@ -348,11 +324,11 @@ def _still_psnr(draft: _Draft, motion: Motion) -> Floats:
     """
     last = _INPUT_FRAMES - 1
     shade = 0.9  # what light leaves of a colour on average over an object
-    ground = draft.wall_colours.mean(axis=1)  # (B, 3)
-    contrast = (_PALETTE[draft.colour] * shade - ground) * draft.brightness[:, None]  # (N, B, 3)
+    ground = scenes.wall_colours.mean(axis=0).T  # (B, 3)
+    contrast = (_PALETTE[scenes.colour] * shade - ground) * scenes.brightness[:, None]  # (N, B, 3)
     red, green, blue = np.moveaxis(contrast, 2, 0)
     product = red[:, None] * red + green[:, None] * green + blue[:, None] * blue  # (N, N, B)
-    area = _AREAS[draft.shape] * draft.bodies.radius**2  # (N, B)
+    area = _AREAS[scenes.shape] * scenes.bodies.radius**2  # (N, B)
     size = np.sqrt(area / np.pi)  # of the disc of that area
     smaller = np.minimum(area[:, None], area)
     reach = np.maximum(size[:, None] + size, 1e-9)
@@ -362,81 +338,18 @@ def _still_psnr(draft: _Draft, motion: Motion) -> Floats:
     near = np.minimum(apart / reach, 1.0)
     # The lens of two equal discs is 1 - 1.27 near + 0.27 near^3 of one of them, within 1 %.
     shared = smaller * (1 - near * (1.27 - 0.27 * near * near))
-    error = np.zeros(len(draft.kind))
+    error = np.zeros(len(scenes.kind))
     for i in range(MAX_OBJECTS):
         error += 2 * area[i] * product[i, i]
         for j in range(MAX_OBJECTS):
             error -= 2 * product[i, j] * shared[:, i, j].mean(axis=0)
-    error = np.maximum(error / (3 * draft.aspect), 1.0)
+    error = np.maximum(error / (3 * scenes.aspect), 1.0)
     return 10 * np.log10(255.0**2 / error)
 
 
-def _scene(draft: _Draft, row: int, seed: int) -> Scene:
-    count = int(draft.num_objects[row])
-    bodies = draft.bodies
-    kind = KINDS[draft.kind[row]]
-    shapes = tuple(SHAPES[i] for i in draft.shape[:count, row])
-    names = list(COLOURS)
-    colours = tuple(names[i] for i in draft.colour[:count, row])
-    state = np.stack(
-        [
-            bodies.x[:count, row],
-            bodies.y[:count, row],
-            bodies.velocity_x[:count, row],
-            bodies.velocity_y[:count, row],
-            bodies.angle[:count, row],
-            bodies.spin[:count, row],
-        ]
-    )
-    background = Background(
-        wall_texture=TEXTURES[draft.wall_texture[row]],
-        floor_texture=TEXTURES[draft.floor_texture[row]],
-        wall_colours=draft.wall_colours[row].copy(),
-        floor_colour=draft.floor_colour[row].copy(),
-        gradient=float(draft.gradient[row]),
-        periods=(float(draft.periods[0, row]), float(draft.periods[1, row])),
-        amplitudes=(float(draft.amplitudes[0, row]), float(draft.amplitudes[1, row])),
-        phase=float(draft.phase[row]),
-        tilt=float(draft.tilt[row]),
-        grid=draft.grid[row].copy(),
-    )
-    return Scene(
-        seed=seed,
-        kind=kind,
-        aspect=draft.aspect,
-        shapes=shapes,
-        colours=colours,
-        radii=bodies.radius[:count, row].copy(),
-        masses=bodies.mass[:count, row].copy(),
-        state=state,
-        marks=draft.marks[:count, row].copy(),
-        gravity=float(bodies.gravity[row]),
-        drag=float(bodies.drag[row]),
-        restitution=float(bodies.restitution[row]),
-        friction=float(bodies.friction[row]),
-        left=float(bodies.left[row]),
-        right=float(bodies.right[row]),
-        top=float(bodies.top[row]),
-        bottom=float(bodies.bottom[row]),
-        floor=float(draft.floor[row]),
-        light=float(draft.light[row]),
-        brightness=float(draft.brightness[row]),
-        pan=float(draft.pan[row]),
-        background=background,
-        caption=_caption(kind, shapes, colours, float(state[2, 0])),
-    )
-
-
-def _caption(
-    kind: str, shapes: tuple[str, ...], colours: tuple[str, ...], velocity_x: float
-) -> str:
-    """Say what the first object is and does, then name the others."""
-
-    def name(index: int) -> str:
-        article = "an" if colours[index] == "orange" else "a"
-        return f"{article} {colours[index]} {shapes[index]}"
-
-    side = "right" if velocity_x > 0 else "left"
+def _caption(kind: str, objects: list[tuple[str, str]], rightwards: bool) -> str:
+    names = [f"{'an' if c == 'orange' else 'a'} {c} {shape}" for c, shape in objects]
+    side = "right" if rightwards else "left"
     action = {
         "drop": f"falls to the floor and bounces, drifting to the {side}",
         "throw": f"is thrown up to the {side} and falls in an arc",
@@ -444,7 +357,6 @@ def _caption(
         "meet": f"flies to the {side} through the air",
         "billiards": f"slides to the {side} across a table seen from above",
     }[kind]
-    others = [name(index) for index in range(1, len(shapes))]
-    company = others[0] if len(others) == 1 else f"{', '.join(others[:-1])} and {others[-1]}"
-    sentence = f"{name(0)} {action}, with {company}."
+    others = " and ".join(filter(None, [", ".join(names[1:-1]), names[-1]]))
+    sentence = f"{names[0]} {action}, with {others}."
     return sentence[0].upper() + sentence[1:]

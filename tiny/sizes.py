@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from tiny import encoders
 from tiny.clips import FPS
 from worldline.families.autoregressive.model import ARTransformerConfig
 from worldline.families.diffusion.model import LARGEST_GRID, DiTConfig
 from worldline.families.predict2_5.model import FlowDiTConfig
 from worldline.shapes import LatentShape, VideoShape
-from worldline.text import reason1
 from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
 from worldline.tokenizers.wan.model import WanTokenizerConfig
 
@@ -78,7 +78,7 @@ DECODER = DiTConfig(
     vocabulary=4096,
     id_width=8,
 )
-REASON1 = {**reason1.TINY, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4}
+REASON1 = {**encoders.REASON1, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4}
 FLOW = FlowDiTConfig(
     depth=6,
     width=128,

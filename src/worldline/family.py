@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from worldline.errors import CheckpointError
 from worldline.request import LoadOptions, Options, Request
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from worldline.locate import Place
     from worldline.memory import Stage
-    from worldline.places import Place
     from worldline.report import Recorder
     from worldline.shapes import VideoShape
     from worldline.step import Step
@@ -112,7 +112,7 @@ class Item:
     place: str
     stated: Mapping[str, Any]
     input: Path | None
-    kind: str | None
+    kind: Literal["image", "video"] | None
     output: Path
     names: Mapping[str, str] = field(default_factory=dict)
     sample: Mapping[str, Any] | None = None
@@ -274,7 +274,7 @@ class Opened:
     family: Family
     name: str
     place: Place | None
-    options: LoadOptions
+    options: Any
     source: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -6,12 +6,11 @@ import logging
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from worldline import guardrails as guardrail_sets
 from worldline.errors import CheckpointError
 from worldline.family import Compute, Opened
 from worldline.files import GIGABYTE, find_repository
@@ -20,8 +19,11 @@ from worldline.parallel.offload import Part
 from worldline.report import Recorder
 from worldline.request import Request
 from worldline.step import Step
-from worldline.text.upsampler import PIXTRAL, Upsampler, applies, load_upsampler
 from worldline.video.read import Clip
+
+if TYPE_CHECKING:
+    from worldline.guardrails.base import Guardrails
+    from worldline.text.upsampler import Upsampler
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class PromptUpsampler:
         return sum(weight.nbytes for weight in self.part.module.parameters())
 
     def write(self, request: Request, clip: Clip | None) -> str:
-        """The prompt to use in place of a request's, of the last frame of its clip where it has none."""
+        """The prompt to use in place of a request's; a clip without one is described."""
         frame = None if clip is None else clip.frames[-1]
         with self.part.on_device():
             return self.upsampler.write(request.prompt, frame, request.seed)
@@ -198,13 +200,13 @@ def rewrites(opened: Opened, request: Any) -> bool:
     """Whether the prompt upsampler writes the prompt of a request."""
     if opened.family.upsampler is None or not upsamples(opened):
         return False
+    if request.prompt_embeddings is not None:
+        return False
     describes, _ = opened.family.upsampler(opened)
-    return applies(
-        request.prompt,
-        describes=describes,
-        embedded=request.prompt_embeddings is not None,
-        word_limit=opened.options.word_limit_to_skip_upsampler,
-    )
+    if describes:  # a prompt beside a clip is used, which the released code ignores
+        return request.prompt is None
+    limit = opened.options.word_limit_to_skip_upsampler
+    return request.prompt is not None and len(request.prompt.split()) <= limit
 
 
 def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> Guards:
@@ -248,10 +250,12 @@ def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> G
 
 
 def _load_guardrails(opened: Opened, compute: Compute, release: str) -> Guardrails:
+    from worldline import guardrails as sets  # imported only where guardrails run
+
     options = opened.options
     assert opened.place is not None
     flag = options.field_flag("disable_guardrail")
-    guardrails = guardrail_sets.load(
+    guardrails = sets.load(
         release,
         opened.place.roots,
         flag=f"--{flag} (in Python {flag}=True)",
@@ -265,6 +269,8 @@ def _load_guardrails(opened: Opened, compute: Compute, release: str) -> Guardrai
 
 
 def _load_upsampler(opened: Opened, compute: Compute) -> PromptUpsampler:
+    from worldline.text.upsampler import PIXTRAL, load_upsampler
+
     place, options = opened.place, opened.options
     assert place is not None
     assert opened.family.upsampler is not None

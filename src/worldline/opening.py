@@ -29,9 +29,9 @@ from worldline.family import (
     requests_of,
 )
 from worldline.files import holds_diffusers, unfinished
+from worldline.locate import Place
 from worldline.memory import Fit, Memory, Plan, Stage, Weights, workspace
 from worldline.nn.modulation import fused
-from worldline.places import Place
 from worldline.report import Recorder
 from worldline.request import LoadOptions, Name, Request, keyword
 from worldline.text.encoder import MAX_LENGTH, EncoderFiles, TextEncoder
@@ -53,7 +53,7 @@ class TextPart:
 
     num_parameters: int
     max_length: int = MAX_LENGTH
-    encoder: EncoderFiles | None = None
+    encoder: EncoderFiles[Any] | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -65,13 +65,13 @@ class TextPart:
     def streamed_nbytes(self, compute: Compute) -> None:
         return None
 
-    def load(self, compute: Compute, *, offload: bool) -> TextEncoder[Any]:
+    def load(self, compute: Compute, *, offload: bool) -> TextEncoder:
         """The encoder, whose weights are read at the first prompt that is not cached."""
         assert self.encoder is not None
         return TextEncoder(self.encoder, compute.device, compute.text_dtype, offload=offload)
 
 
-def open_text(opened: Opened, kind: type[EncoderFiles], width: int) -> TextPart:
+def open_text(opened: Opened, kind: type[EncoderFiles[Any]], width: int) -> TextPart:
     """The text encoder of a model: as chosen, beside the transformer, or below a root.
 
     Args:

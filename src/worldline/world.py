@@ -22,9 +22,9 @@ from worldline.family import FAMILIES, Compute, Opened, Parts, requests_of
 from worldline.files import stamp
 from worldline.guards import Checks, Guards, load_guards, release_of, rewrites
 from worldline.inputs import Input, InputType, describe, kind_of, read_clip
+from worldline.locate import locate
 from worldline.memory import refuse_frames
 from worldline.opening import choose_compute, load_parts, open_world, plan
-from worldline.places import find_place
 from worldline.report import Recorder, environment
 from worldline.request import Request
 from worldline.step import Step, Video
@@ -48,7 +48,7 @@ def load(name: str | PathLike[str], **options: Any) -> World:
         InsufficientMemoryError: the device is too small.
     """
     video = options.pop("video", None)
-    place = find_place(str(name), options.get("checkpoint_dir", "checkpoints"))
+    place = locate(str(name), options.get("checkpoint_dir", "checkpoints"))
     opened = open_world(place, options)
     stated: dict[str, Any] = {}
     if video is not None:
@@ -322,7 +322,7 @@ class World:
         report |= {
             "prompt": request.prompt,
             **checks.report(),
-            "frames_sha256": hashlib.sha256(np.ascontiguousarray(frames)).hexdigest(),
+            "frames_sha256": hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest(),
         }
         video = Video(frames, request.fps, report, request.prompt)
         yield Step("done", step.done, step.total, frames, video=video)
@@ -402,7 +402,7 @@ def _describe(value: Any) -> Any:
         value = value.detach().cpu().float().numpy()
     if isinstance(value, np.ndarray | Image.Image):
         array = np.ascontiguousarray(value)
-        return f"{list(array.shape)} {hashlib.sha256(array).hexdigest()}"
+        return f"{list(array.shape)} {hashlib.sha256(array.data).hexdigest()}"
     return value
 
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import worldline.loading
-import worldline.places
+import worldline.locate
 from worldline.cli import main
 
 from ..tiny_diffusion import TEXT2WORLD, VIDEO2WORLD, make_tiny_diffusion
@@ -83,7 +83,7 @@ def own_worlds(diffusion_worlds: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def bundled_diffusion(own_worlds: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Ship the small world, and it alone, in place of the bundled ones; return its settings."""
-    monkeypatch.setattr(worldline.places, "BUNDLED", own_worlds)
+    monkeypatch.setattr(worldline.locate, "BUNDLED", own_worlds)
     shutil.rmtree(own_worlds / TEXT2WORLD)
     path = own_worlds / VIDEO2WORLD / "config.json"
     settings: dict[str, Any] = {**json.loads(path.read_text()), "text2world": True}

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import worldline.loading
-import worldline.places
+import worldline.locate
 from worldline import machine
 from worldline.errors import Error, GuardrailRefusal
 from worldline.machine import Memory
@@ -145,7 +145,7 @@ def test_folder_batch_and_blank_lines(base: Base, clip: Path, tmp_path: Path) ->
 def test_bundled_runs_without_the_parts(
     run: Run, clip: Path, small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worldline.places, "BUNDLED", small_world)
+    monkeypatch.setattr(worldline.locate, "BUNDLED", small_world)
     words = ("--ar_model_dir", f"tiny-{MODEL}", "--video_save_folder", tmp_path / "out")
     result = run("autoregressive", "base", *words, "--input_image_or_video_path", clip)
     assert result.exit_code == 0, result.stderr

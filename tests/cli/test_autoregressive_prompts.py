@@ -276,7 +276,7 @@ def test_a_missing_text_encoder(ar_video2world: Make, clip: Path, own_whole_worl
 def test_bundled_worlds_use_a_bundled_decoder(
     run: Run, clip: Path, whole_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worldline.places, "BUNDLED", whole_world)
+    monkeypatch.setattr(worldline.locate, "BUNDLED", whole_world)
     words = ("--ar_model_dir", f"tiny-{MODEL}", "--video_save_folder", tmp_path / "out")
     for flags, decodes in (((), True), (("--disable_diffusion_decoder",), False)):
         line = (*words, "--input_image_or_video_path", clip, "--decoder_seam", "corrected")

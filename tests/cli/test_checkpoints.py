@@ -8,12 +8,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from worldline import places
+from tiny.encoders import REASON1
+from worldline import locate
 from worldline.families.diffusion.model import DiT
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.text import reason1, t5
@@ -171,19 +171,23 @@ def write_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], count: int
     return files
 
 
-def encoder_shapes(files: EncoderFiles[Any]) -> dict[str, tuple[int, ...]]:
+def encoder_shapes(
+    files: type[EncoderFiles], config: dict[str, object]
+) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        state = files.build().network.state_dict()
+        state = files.encoder(config, None, 1).network.state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_the_released_t5(count: int, run: Run, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(places.BUNDLED / t5.RELEASED, tmp_path / t5.RELEASED))
+    folder = Path(
+        shutil.copytree(locate.BUNDLED / t5.T5Files.released, tmp_path / t5.T5Files.released)
+    )
     sizes = {"d_model": 1024, "d_kv": 128, "d_ff": 65_536, "num_layers": 24, "num_heads": 128}
     config = {"model_type": "t5", "vocab_size": 32_128, **sizes}
     (folder / "config.json").write_text(json.dumps(config))
-    shapes = encoder_shapes(t5.T5Files.open(folder))
+    shapes = encoder_shapes(t5.T5Files, config)
     shapes["decoder.final_layer_norm.weight"] = (1024,)
     files = [folder / "model.safetensors"]
     if count == 1:
@@ -205,16 +209,15 @@ def test_the_released_t5(count: int, run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_released_reason1(nested: bool, run: Run, tmp_path: Path) -> None:
     """As it was released, and as transformers saves it since."""
-    folder = Path(shutil.copytree(places.BUNDLED / reason1.RELEASED, tmp_path / reason1.RELEASED))
+    folder = Path(shutil.copytree(locate.BUNDLED / reason1.RELEASED, tmp_path / reason1.RELEASED))
     (folder / "model.safetensors").unlink()
     sizes = (152_064, 3584, 18_944, 28, 28, 4)
-    config: dict[str, object] = dict(zip(reason1.TINY, sizes, strict=True))
+    config: dict[str, object] = dict(zip(REASON1, sizes, strict=True))
     stated = {"model_type": "qwen2_5_vl", **({"text_config": config} if nested else config)}
     (folder / "config.json").write_text(json.dumps(stated))
-    (folder / "model.safetensors.index.json").touch()
     prefix = "model.language_model." if nested else "model."
     shapes: dict[str, tuple[int, ...]] = {"visual.merger.ln_q.weight": (1280,)}
-    ours = encoder_shapes(reason1.Reason1Files.open(folder))
+    ours = encoder_shapes(reason1.Reason1Files, config)
     shapes |= {prefix + name: shape for name, shape in ours.items()}
     shapes["lm_head.weight"] = shapes[f"{prefix}embed_tokens.weight"]
     files = write_shards(folder, shapes, 4)
@@ -232,14 +235,14 @@ def test_the_released_reason1(nested: bool, run: Run, tmp_path: Path) -> None:
     assert verdict in run("checkpoints", "inspect", folder).stdout
 
 
-@pytest.mark.parametrize("encoder", [t5.RELEASED, reason1.RELEASED])
+@pytest.mark.parametrize("encoder", [t5.T5Files.released, reason1.RELEASED])
 def test_bundled_text_encoders(encoder: str, run: Run, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(places.BUNDLED / encoder, tmp_path / "encoder"))
+    folder = Path(shutil.copytree(locate.BUNDLED / encoder, tmp_path / "encoder"))
     for path in (folder, folder / "model.safetensors"):
         result = run("checkpoints", "inspect", path)
         assert result.exit_code == 0, result.stderr
         assert result.stdout.endswith("verdict     complete: every tensor fits\n")
-    assert str(places.BUNDLED / encoder) in run("checkpoints", "inspect", places.BUNDLED).stdout
+    assert str(locate.BUNDLED / encoder) in run("checkpoints", "inspect", locate.BUNDLED).stdout
     tensors = read_all(folder / "model.safetensors")
     lacking = next(name for name in tensors if name.endswith("norm.weight"))
     save({name: t for name, t in tensors.items() if name != lacking}, folder / "model.safetensors")
@@ -248,12 +251,13 @@ def test_bundled_text_encoders(encoder: str, run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "kind"), [(t5.RELEASED, "umt5"), (t5.RELEASED, None), (reason1.RELEASED, "qwen2")]
+    ("encoder", "kind"),
+    [(t5.T5Files.released, "umt5"), (t5.T5Files.released, None), (reason1.RELEASED, "qwen2")],
 )
 def test_other_language_models_are_none_of_ours(
     encoder: str, kind: str | None, run: Run, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(places.BUNDLED / encoder, tmp_path / "other"))
+    folder = Path(shutil.copytree(locate.BUNDLED / encoder, tmp_path / "other"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
     for path in (folder, folder / "model.safetensors"):

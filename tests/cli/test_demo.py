@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import worldline.places
+import worldline.locate
 from tiny.clips import make_clips
 from worldline.cli.demo import CLIP, OTHER_WAYS, WAYS, Way
 from worldline.evaluate.metrics import psnr
@@ -37,7 +37,7 @@ def bundle(monkeypatch: pytest.MonkeyPatch, root: Path, *names: str) -> None:
     def chosen(ways: tuple[Way, ...]) -> tuple[Way, ...]:
         return tuple(way for way in ways if way.name.startswith(names))
 
-    monkeypatch.setattr(worldline.places, "BUNDLED", root)
+    monkeypatch.setattr(worldline.locate, "BUNDLED", root)
     monkeypatch.setattr("worldline.cli.demo.WAYS", chosen(WAYS))
     monkeypatch.setattr("worldline.cli.demo.OTHER_WAYS", chosen(OTHER_WAYS))
 
@@ -59,7 +59,7 @@ def test_a_bundled_world_beats_repeating(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network as it ships: what follows the input frames is nearer to the truth than they are."""
-    bundle(monkeypatch, worldline.places.BUNDLED, "diffusion")
+    bundle(monkeypatch, worldline.locate.BUNDLED, "diffusion")
     monkeypatch.setattr("worldline.cli.demo.OTHER_WAYS", ())
     result = run("demo", "--output", tmp_path)
     assert result.exit_code == 0, result.stderr
@@ -99,7 +99,7 @@ def test_all_ways_of_decoding(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("bundled_diffusion")
 def test_worlds_of_prompts(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle(monkeypatch, worldline.places.BUNDLED, "diffusion")
+    bundle(monkeypatch, worldline.locate.BUNDLED, "diffusion")
     result = run("demo", "--all", "--output", tmp_path, "--seed", 3)
     assert result.exit_code == 0, result.stderr
     requests = {stem: report["request"] for stem, report in reports(tmp_path).items()}

@@ -23,12 +23,12 @@ import tqdm
 from click.testing import CliRunner, Result
 
 import worldline.loading
-import worldline.places
+import worldline.locate
 import worldline.video.write
 from worldline.cli.diffusion import diffusion
 from worldline.errors import Error, InputError
+from worldline.locate import bundled_configs
 from worldline.pipelines.requests import ALLOWED_FPS, DiffusionRequest
-from worldline.places import bundled_configs
 from worldline.video.read import probe
 from worldline.weights.write import save
 
@@ -353,7 +353,7 @@ def test_damaged_bundled_files_and_those_of_other_commands_have_no_defaults_here
     for name, text in own.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
-    monkeypatch.setattr(worldline.places, "BUNDLED", tmp_path)
+    monkeypatch.setattr(worldline.locate, "BUNDLED", tmp_path)
     module = Path(sys.modules["worldline.cli.diffusion"].__file__ or "")
     imported_anew = runpy.run_path(str(module))["diffusion"]
     result = CliRunner().invoke(imported_anew, ["text2world", "--help"])

@@ -14,7 +14,7 @@ from click.testing import Result
 from torch import nn
 
 import worldline
-import worldline.places
+import worldline.locate
 from worldline import guardrails, machine
 from worldline.errors import GuardrailRefusal, InsufficientMemoryError
 from worldline.guardrails import language
@@ -290,7 +290,7 @@ def test_predict2_5_without(flow: Command, tmp_path: Path) -> None:
 def test_bundled_worlds_of_predict2_5_have_none(
     flow: Command, own_predict2_5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worldline.places, "BUNDLED", own_predict2_5)
+    monkeypatch.setattr(worldline.locate, "BUNDLED", own_predict2_5)
     folder = own_predict2_5 / Path(POST.repository).name
     (folder / "config.json").write_text("{}")  # what a bundled world is known by
     words = ("--model", f"tiny-{folder.name}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import worldline.places
+import worldline.locate
 from worldline import machine
 from worldline.catalog import ENTRIES
 
@@ -22,7 +22,7 @@ NBYTES = 8_028_176_384  # of the released 4B model
 def test_table(
     run: Run, own_world: Path, small_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worldline.places, "BUNDLED", small_world)
+    monkeypatch.setattr(worldline.locate, "BUNDLED", small_world)
     (own_world / TOKENIZER / "decoder.safetensors").unlink()
     os.truncate(own_world / MODEL / "model.pt", NBYTES)
     result = run("models", "--checkpoint_dir", own_world)

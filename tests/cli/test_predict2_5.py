@@ -345,7 +345,7 @@ def refused(result: Result, message: str, out: Path) -> None:
         (["--model", "14B/pre-trained"], "`worldline checkpoints download 14B/pre-trained`"),
         (["--model", "tiny-nothing"], "no bundled model tiny-nothing"),
         (["--model", ""], "--model is empty"),
-        (["--checkpoint_path", "nowhere.pt"], "no such file: nowhere.pt (--checkpoint_path), nor"),
+        (["--checkpoint_path", "nowhere.pt"], "/nowhere.pt; "),
         (["--checkpoint_path", "nvidia/Cosmos-Reason1-7B"], "not a Cosmos diffusion transformer"),
         (["--checkpoint_dir", "nowhere"], "there is no checkpoint folder nowhere"),
         (["--tokenizer_dir", "nowhere"], "no folder nowhere (--tokenizer_dir)"),

@@ -18,7 +18,7 @@ from PIL import Image
 import worldline.weights.write
 from tiny.clips import make_clips
 from tiny.export import cosmos_tensors, draw_weights
-from worldline.places import BUNDLED
+from worldline.locate import BUNDLED
 from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.video.read import probe, read_image, read_video

@@ -36,20 +36,6 @@ def test_psnr_does_not_wrap_around() -> None:
     assert psnr(flat(0), flat(255)) == pytest.approx(0)
 
 
-@pytest.mark.parametrize("per_frame", [True, False])
-def test_mask_restricts_psnr_to_its_pixels(per_frame: bool) -> None:
-    clip = flat(100)
-    clip[:, :4] = 120
-    mask = np.zeros(clip.shape[:3] if per_frame else clip.shape[1:3], bool)
-    mask[..., :4, :] = True
-    assert psnr(clip, flat(100), mask) == pytest.approx(20 * math.log10(255 / 20))
-    assert psnr(clip, flat(100), ~mask) == math.inf
-
-
-def test_empty_mask_has_no_psnr() -> None:
-    assert math.isnan(psnr(flat(1), flat(2), np.zeros((16, 20), bool)))
-
-
 def test_arrays_and_tensors_give_the_same() -> None:
     first, second = noise(0), noise(1)
     assert psnr(torch.from_numpy(first), torch.from_numpy(second)) == psnr(first, second)
@@ -135,8 +121,3 @@ def test_unlike_clips_are_refused(frames: np.ndarray, reference: np.ndarray, wor
 def test_a_picture_below_the_window_has_no_ssim() -> None:
     with pytest.raises(ValueError, match="11 x 11 pixels, not 8 x 16"):
         ssim(np.zeros((1, 8, 16, 3), np.uint8), np.zeros((1, 8, 16, 3), np.uint8))
-
-
-def test_a_mask_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match="mask"):
-        psnr(flat(1), flat(1), np.zeros((3, 3), bool))

@@ -161,7 +161,7 @@ def bundled() -> Iterator[dict[str, Any]]:
     import torch
 
     from worldline.loading import find_world, fit_files
-    from worldline.places import bundled_names, has_decoder
+    from worldline.locate import bundled_names, has_decoder
 
     for name in bundled_names():
         files = find_world(name, "checkpoints", diffusion_decoder=has_decoder(name))

@@ -64,7 +64,7 @@ def test_network(case: Case, tmp_path: Path) -> None:
     network = network_of(case, tmp_path)
     images = prepare(case.tensor("net_image"))
     with torch.inference_mode():
-        levels = network.fpn(network.body(images))
+        levels = network.fpn(network.body(images).feature_maps)
         case.compare("net_fpn_0_mean", levels[0].mean((2, 3)))
         case.compare("net_fpn_2", levels[2])
         boxes, scores = network(images)

@@ -13,8 +13,8 @@ from worldline.guardrails.frames import (
     CLASSES,
     PREDICT1,
     PREDICT2_5,
-    PREDICT2_5_FIRST,
     FrameFeatures,
+    Rule,
     load_classifier,
 )
 
@@ -22,7 +22,7 @@ CASES = cases("guardrail_video_classifier")
 RULES = {
     "cosmos1": PREDICT1,
     "predict1": PREDICT1,
-    "p25_20251006": PREDICT2_5_FIRST,
+    "p25_20251006": Rule(PREDICT2_5.unsafe, 0.0),
     "p25_20251013": PREDICT2_5,
     "p25_20251219": PREDICT2_5,
 }

@@ -31,7 +31,7 @@ def drawn(network: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
 def write_retinaface(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = drawn(faces.RetinaFace())
-    torch.save({faces.KEYS.released(name): t for name, t in tensors.items()}, path)
+    torch.save({faces.key_map().released(name): t for name, t in tensors.items()}, path)
     return path
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from worldline.errors import GuardrailRefusal, InputError
+from worldline.errors import GuardrailRefusal
 from worldline.guardrails.base import Guardrails, Verdict
 from worldline.parallel.offload import Part
 
@@ -95,12 +95,6 @@ def test_no_guards_is_safe() -> None:
     chain = Guardrails()
     chain.check_prompt("")
     assert chain.check_video(FRAMES) is FRAMES
-
-
-@pytest.mark.parametrize("frames", [FRAMES[0], FRAMES.astype(np.float32), FRAMES[..., :1]])
-def test_other_arrays_are_refused(frames: np.ndarray) -> None:
-    with pytest.raises(InputError, match="uint8"):
-        Guardrails().check_video(frames)
 
 
 def test_offloaded_guards_visit_the_device_one_by_one() -> None:

@@ -11,11 +11,11 @@ import torch
 
 from worldline.errors import CheckpointError, Error
 from worldline.guardrails.faces import (
-    KEYS,
     FaceBlur,
     RetinaFace,
     blur,
     decode,
+    key_map,
     load_retinaface,
     pixelate,
     priors,
@@ -31,10 +31,11 @@ def test_released_keys() -> None:
     stated = json.loads(MANIFEST.read_text())
     with torch.device("meta"):
         network = RetinaFace()
-    ours = {KEYS.released(name): list(t.shape) for name, t in network.state_dict().items()}
+    keys = key_map()
+    ours = {keys.released(name): list(t.shape) for name, t in network.state_dict().items()}
     released = {name: shape for name, (_, shape) in stated["tensors"].items()}
     assert ours == released
-    assert {KEYS.ours(name) for name in released} == set(network.state_dict())
+    assert {keys.ours(name) for name in released} == set(network.state_dict())
 
 
 def test_no_correction_gives_the_priors() -> None:

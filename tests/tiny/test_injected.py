@@ -1,4 +1,4 @@
-"""The injector breaks what it says it breaks, and nothing else."""
+"""The injector breaks what it reports, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a clip shows is told by colour and shape, whatever a generative model does to sharpness."""
+"""Objects are found by colour and shape, whatever a generative model does to sharpness."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from tiny.clips import COLOURS, SHAPES, draw_scenes, make_clips
-from tiny.objects import compare, find_objects, named_objects, shows
+from tiny.clips import make_clips
+from tiny.objects import Verdict, compare, find_objects, named_objects
+from tiny.scenes import COLOURS, SHAPES, draw_scenes
 
 SEEDS = range(1_100_000, 1_100_012)
 
@@ -17,6 +18,10 @@ SEEDS = range(1_100_000, 1_100_012)
 def truth() -> list[tuple[np.ndarray, str]]:
     clips = make_clips(SEEDS)
     return list(zip(clips.frames.numpy(), clips.captions, strict=True))
+
+
+def shows(frames: np.ndarray | torch.Tensor, caption: str) -> Verdict:
+    return compare(find_objects(frames), caption)
 
 
 def blurred(frames: np.ndarray, factor: int = 3) -> np.ndarray:
@@ -73,7 +78,7 @@ def test_a_caption_of_another_clip_rarely_passes(truth) -> None:
 
 @pytest.mark.parametrize("colour", COLOURS)
 @pytest.mark.parametrize("turn", [0.0, 0.4])
-def test_colour_and_corners_are_told_at_any_rotation(colour: str, turn: float) -> None:
+def test_colour_and_corners_are_found_at_any_rotation(colour: str, turn: float) -> None:
     for corners, shape in ((3, "triangle"), (4, "box"), (40, "ball")):
         (found,) = find_objects(picture(colour, regular(corners, turn)))
         assert (found.colour, found.shape, found.frames) == (colour, shape, 1.0)
@@ -135,8 +140,9 @@ def test_a_mark_on_a_ball_is_no_object() -> None:
 
 
 def test_a_caption_names_its_objects_in_order() -> None:
-    for scene in draw_scenes(range(50)):
-        assert named_objects(scene.caption) == list(zip(scene.colours, scene.shapes, strict=True))
+    scenes = draw_scenes(range(50))
+    for clip, caption in enumerate(scenes.captions):
+        assert named_objects(caption) == scenes.objects(clip)
 
 
 def test_a_caption_without_objects_is_refused() -> None:

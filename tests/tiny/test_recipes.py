@@ -18,13 +18,14 @@ from tiny import diffusion as tiny_diffusion
 from tiny import sizes
 from tiny.__main__ import main
 from tiny.autoregressive import sequence_loss
-from tiny.data import as_video, physics_batches
+from tiny.clips import as_video, make_clips
 from tiny.decoder import DECODER, Decoding, cut_windows, long_shape
 from tiny.denoiser import rounded_to
+from tiny.encoders import export_t5, new_t5
 from tiny.run import embed_captions
 from tiny.tokenizer import export_tokenizer
 from tiny.export import draw_weights
-from worldline import places
+from worldline import locate
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import ARTransformer, make_positions
 from worldline.families.autoregressive.weights import read_config
@@ -33,12 +34,11 @@ from worldline.families.diffusion.weights import open_network
 from worldline.pipelines import decoder
 from worldline.sampling.edm import make_sigmas
 from worldline.shapes import LatentShape, VideoShape
-from worldline.text.t5 import T5Files, export_t5, new_t5
+from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.weights import load_tokenizer, open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.statistics import read_statistics
 from worldline.weights.read import open_checkpoint
-from worldline.weights.write import save
 
 
 @pytest.fixture(autouse=True)
@@ -67,22 +67,16 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "VIDEO2WORLD", small_world)
 
 
+def draw_frames(count: int, shape: VideoShape, *, first: int = 0) -> Tensor:
+    """Clips as training draws them, uint8 (B, T, H, W, 3)."""
+    seeds = range(first, first + count)
+    return make_clips(seeds, shape.frames, shape.height, shape.width).frames
+
+
 def run(*words: object) -> None:
     result = CliRunner().invoke(main, [*map(str, words), "--device", "cpu"])
     if result.exception is not None:
         raise result.exception
-
-
-def feature_network(path: Path) -> Path:
-    """Weights in the shape of VGG16's convolutions, by torchvision's names."""
-    torch.manual_seed(0)
-    tensors, width = {}, 3
-    for index in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
-        tensors[f"features.{index}.weight"] = torch.randn(4, width, 3, 3) / 6
-        tensors[f"features.{index}.bias"] = torch.zeros(4)
-        width = 4
-    save(tensors, path)
-    return path
 
 
 def test_tokenizer_then_transformer(tmp_path: Path) -> None:
@@ -91,7 +85,7 @@ def test_tokenizer_then_transformer(tmp_path: Path) -> None:
     run("tokenizer", "--folder", tmp_path / "tok", "--steps", 3, *common)  # goes on
     assert json.loads((tmp_path / "tok" / "result.json").read_text())["steps"] == 3
     export = tmp_path / "tok" / "export"
-    assert open_tokenizer(export).config.levels == sizes.TOKENIZER.levels
+    assert open_tokenizer(export)[1].levels == sizes.TOKENIZER.levels
     words = ["--tokenizer", export, "--steps", 2, *common]
     run("autoregressive", "--folder", tmp_path / "ar", *words)
     settings = json.loads((tmp_path / "ar" / "export" / "config.json").read_text())
@@ -105,16 +99,6 @@ def test_tokenizer_then_transformer(tmp_path: Path) -> None:
         tmp_path / "ar" / "export",
         *words,
     )
-
-
-def test_the_perceptual_term_changes_the_weights(tmp_path: Path) -> None:
-    features = feature_network(tmp_path / "features.safetensors")
-    common = ["--steps", 1, "--batch", 1, "--clips", 1]
-    run("tokenizer", "--folder", tmp_path / "colour", *common)
-    run("tokenizer", "--folder", tmp_path / "both", "--features", features, *common)
-    sources = [open_tokenizer(tmp_path / name / "export").source for name in ("colour", "both")]
-    name = "decoder.conv_out.0.conv3d.weight"
-    assert not torch.equal(sources[0].read(name), sources[1].read(name))
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +116,11 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_statistics_are_those_of_the_exported_tokenizer(latents: Path) -> None:
-    statistics = open_tokenizer(latents).statistics
+    statistics = read_statistics(latents)
     assert statistics is not None
     assert statistics.frames == 16  # as many as in released files
-    model = open_tokenizer(latents).read("cpu", torch.float32)
-    clips = next(physics_batches(range(3), sizes.SHAPE, "cpu"))
+    model = load_tokenizer(latents, device="cpu", dtype=torch.float32)
+    clips = draw_frames(3, sizes.SHAPE)
     normal = statistics.normalise(model.encode(as_video(clips)))
     torch.testing.assert_close(normal.mean((0, 3, 4)), torch.zeros(16, 5), atol=1e-3, rtol=0)
     torch.testing.assert_close(
@@ -145,7 +129,7 @@ def test_the_statistics_are_those_of_the_exported_tokenizer(latents: Path) -> No
 
 
 def diffusion(folder: Path, latents: Path, steps: int, *more: object) -> dict[str, Tensor]:
-    words = ["--steps", steps, "--batch", 4, "--clips", 2, "--undescribed", "nothing to see"]
+    words = ["--steps", steps, "--batch", 4, "--clips", 2, "--negative_prompt", "nothing to see"]
     run("diffusion", "--folder", folder, "--tokenizer", latents, *words, *more)
     return load_file(next(folder.glob("average-*.safetensors")))
 
@@ -165,7 +149,7 @@ def test_the_world_and_its_text_encoder_can_be_opened(tmp_path: Path, latents: P
     settings = json.loads((world / "config.json").read_text())
     assert open_network(world, settings).config == sizes.DIFFUSION
     assert settings["text2world"] is True
-    text = T5Files.open(tmp_path / "export" / tiny_diffusion.TEXT_FOLDER).load("cpu", torch.float32)
+    text = load_t5(find_t5(tmp_path / "export" / tiny_diffusion.TEXT_FOLDER), "cpu", torch.float32)
     rows = text.encode(["A red ball falls."])
     assert rows.shape == (1, sizes.TEXT_LENGTH, sizes.TEXT["d_model"])
     # another run may begin with these weights
@@ -225,14 +209,14 @@ def test_a_transformer_of_clips_and_captions(tmp_path: Path, tokens: Path, text:
 
 
 def test_captions_together_are_embedded_as_alone(text: Path) -> None:
-    encoder = T5Files.open(text).load("cpu", torch.float32)
+    encoder = load_t5(find_t5(text), "cpu", torch.float32)
     captions = ["A red ball falls.", "", "A long yellow box slides to the left."]
     torch.testing.assert_close(
         embed_captions(encoder, captions), encoder.encode(captions), rtol=1e-5, atol=1e-6
     )
 
 
-def test_the_first_latent_frame_and_the_begin_token_are_given() -> None:
+def test_the_first_latent_frame_and_the_begin_token_have_no_loss() -> None:
     torch.manual_seed(0)
     config = sizes.VIDEO2WORLD
     model = ARTransformer(config)
@@ -241,7 +225,7 @@ def test_the_first_latent_frame_and_the_begin_token_are_given() -> None:
     tokens = torch.randint(config.vocabulary, (1, config.grid.tokens))
     context = torch.randn(1, 4, 16)
     loss = sequence_loss(model, positions, tokens, context)
-    # the same by hand: of every token behind the first frame, given all before it
+    # the same by hand: of every token behind the first frame
     begun = torch.cat([torch.tensor([[config.begin_token]]), tokens], dim=1)
     logits = model(begun, positions, context=model.encode_context(context))[0].log_softmax(-1)
     first = config.grid.tokens_per_frame
@@ -250,13 +234,13 @@ def test_the_first_latent_frame_and_the_begin_token_are_given() -> None:
 
 
 def test_windows_pair_tokens_with_the_latents_of_their_frames(tokens: Path, latents: Path) -> None:
-    coarse = open_tokenizer(tokens).read("cpu", torch.float32)
-    fine = open_tokenizer(latents).read("cpu", torch.float32)
-    statistics = open_tokenizer(latents).statistics
+    coarse = load_tokenizer(tokens, device="cpu", dtype=torch.float32)
+    fine = load_tokenizer(latents, device="cpu", dtype=torch.float32)
+    statistics = read_statistics(latents)
     assert statistics is not None
-    clips = next(physics_batches(range(2), long_shape(), "cpu"))
+    clips = draw_frames(2, long_shape())
     draws = torch.Generator().manual_seed(1)
-    z, ids = cut_windows(coarse, fine, statistics, clips, torch.float32, draws)
+    z, ids = cut_windows(coarse, fine, statistics, as_video(clips), draws)
     later = int(torch.randint(1, 7, (), generator=torch.Generator().manual_seed(1)))
     video = as_video(clips)
     whole = coarse.encode_tokens(video)
@@ -316,7 +300,7 @@ def shipped(
 
 @pytest.mark.parametrize("bundled", [True, False])
 def test_exported_worlds_decode_by_diffusion(shipped: Path, bundled: bool) -> None:
-    clip = next(physics_batches(range(1), sizes.SHAPE, "cpu"))[0].numpy()
+    clip = draw_frames(1, sizes.SHAPE)[0].numpy()
     for name, options in (
         ("Cosmos-Predict1-4B", {}),
         ("Cosmos-Predict1-5B-Video2World", {"prompt": "A red ball falls."}),
@@ -351,7 +335,7 @@ def test_a_shipped_decoder_is_no_world(shipped: Path) -> None:
     assert not places.has_decoder("tiny-Cosmos-Predict1-4B")
     assert places.has_decoder("Cosmos-Predict1-4B")  # a released one, which must have it
     world = worldline.load("tiny-Cosmos-Predict1-4B", device="cpu")
-    clip = next(physics_batches(range(1), sizes.SHAPE, "cpu"))[0].numpy()
+    clip = draw_frames(1, sizes.SHAPE)[0].numpy()
     assert world.generate(clip[:9]).report["diffusion_decoder"] is None
 
 
@@ -359,13 +343,13 @@ def test_the_decoder_is_trained_as_it_is_used(
     tokens: Path, latents: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows, positions, ids and noise levels are those of the pipeline."""
-    coarse = open_tokenizer(tokens).read("cpu", torch.float32)
-    fine = open_tokenizer(latents).read("cpu", torch.float32)
-    statistics = open_tokenizer(latents).statistics
+    coarse = load_tokenizer(tokens, device="cpu", dtype=torch.float32)
+    fine = load_tokenizer(latents, device="cpu", dtype=torch.float32)
+    statistics = read_statistics(latents)
     assert statistics is not None
-    clips = next(physics_batches(range(1), long_shape(), "cpu"))
+    clips = draw_frames(1, long_shape())
     draws = torch.Generator().manual_seed(2)
-    z, ids = cut_windows(coarse, fine, statistics, clips, torch.float32, draws)
+    z, ids = cut_windows(coarse, fine, statistics, as_video(clips), draws)
     # a short clip: the pipeline cuts its tokens as training does
     [short] = decoder.cut_windows(coarse.encode_tokens(as_video(clips))[:, : sizes.GRID.frames])
     assert torch.equal(ids[2:3].long(), short.long())
@@ -384,19 +368,19 @@ def test_the_decoder_is_trained_as_it_is_used(
     monkeypatch.setattr(DiT, "forward", spy)
     context = torch.randn(1, 4, 16)
     settings = decoder.DecoderSettings(sampler="edm_euler", num_steps=2)
-    next(decoder.denoise_windows(model.transformer, short, context, settings))
+    decoder.denoise_windows(model.transformer, short, context, settings)
     sigma = make_sigmas("edm_euler", 2, sigma_min=decoder.SIGMA_MIN)[0]
-    # both branches in training's terms: the clip, and one shown with neither prompt nor tokens
-    texts, shown = torch.cat([context, context * 0]), torch.cat([short, short * 0])
+    # both branches in training's terms: the clip, and one with neither prompt nor tokens
+    texts, inputs = torch.cat([context, context * 0]), torch.cat([short, short * 0])
     clean = torch.cat([z[2:3], z[2:3]]).float()
-    model(clean, torch.randn_like(clean), shown, texts, sigma.float().expand(2))
+    model(clean, torch.randn_like(clean), inputs, texts, sigma.float().expand(2))
     used, trained = seen[0], seen[-1]
-    torch.testing.assert_close(used[0], trained[0], atol=0, rtol=2**-8)  # told in bf16
+    torch.testing.assert_close(used[0], trained[0], atol=0, rtol=2**-8)  # rounded to bf16
     for one, other in zip(used[1:], trained[1:], strict=True):
         assert torch.equal(one, other)
 
 
-def test_clips_without_a_prompt_are_shown_without_tokens(
+def test_clips_without_a_prompt_have_no_tokens(
     tmp_path: Path, tokens: Path, latents: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in the branch of the guidance that the decoder's pipeline calls without prompt."""
@@ -411,6 +395,6 @@ def test_clips_without_a_prompt_are_shown_without_tokens(
     words = ["--tokenizer", tokens, "--latents", latents, "--text", text]
     run("decoder", "--folder", tmp_path, "--steps", 1, "--batch", 64, "--clips", 1, *words)
     ids, context = seen[0]
-    shown = ids.flatten(1).any(1)
-    assert 0 < shown.sum() < len(shown)
-    assert torch.equal(shown, context.flatten(1).any(1))
+    inputs = ids.flatten(1).any(1)
+    assert 0 < inputs.sum() < len(inputs)
+    assert torch.equal(inputs, context.flatten(1).any(1))

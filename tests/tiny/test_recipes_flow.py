@@ -20,27 +20,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import worldline
 from tiny import reconstruction, sizes
-from tiny.clips import FPS
-from tiny.data import as_video, physics_batches
+from tiny.clips import as_video
 from tiny.denoiser import rounded_to
+from tiny.encoders import new_reason1
 from tiny.flow import TEXT_FOLDER, WORLD, Flowing
-from tiny.reconstruction import DEVIATION, KL, _reconstruction_loss, cut
+from tiny.motion import FPS
+from tiny.reconstruction import DEVIATION, KL, cut, reconstruction_loss
 from tiny.run import Run
 from tiny.wan import compile_between_convolutions
 from tiny.export import draw_weights
-from worldline import places
+from worldline import locate
 from worldline.cli import demo, main
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.families.predict2_5.weights import open_network
 from worldline.sampling.flow import make_schedule
 from worldline.shapes import VideoShape
-from worldline.text.reason1 import Reason1Files, new_reason1
+from worldline.text.reason1 import Reason1Files
 from worldline.tokenizers.wan.weights import channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.train.loop import Objective
-from worldline.train.losses import ReconstructionObjective
 
-from .test_recipes import run
+from .test_recipes import draw_frames, run
 
 TINY = f"tiny-{WORLD}"
 
@@ -72,14 +72,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, tokenizer: Path, steps: int, *more: object) -> dict[str, Tensor]:
-    words = ["--steps", steps, "--batch", 4, "--clips", 2, "--undescribed", "nothing to see"]
+    words = ["--steps", steps, "--batch", 4, "--clips", 2, "--negative_prompt", "nothing to see"]
     run("flow", "--folder", folder, "--tokenizer", tokenizer, *words, *more)
     return load_file(next(folder.glob("average-*.safetensors")))
 
 
 def test_latents_of_the_exported_tokenizer_are_of_unit_deviation(tokenizer: Path) -> None:
-    model = open_wan(tokenizer).read("cpu", torch.float32)
-    clips = next(physics_batches(range(3), sizes.SHAPE, "cpu"))
+    model = load_wan(open_wan(tokenizer), "cpu", torch.float32)
+    clips = draw_frames(3, sizes.SHAPE)
     z = model.encode(as_video(clips)).transpose(0, 1).flatten(1)
     torch.testing.assert_close(z.mean(1), torch.zeros(16), atol=1e-3, rtol=0)
     torch.testing.assert_close(z.std(1, correction=0), torch.ones(16), atol=1e-3, rtol=0)
@@ -88,14 +88,14 @@ def test_latents_of_the_exported_tokenizer_are_of_unit_deviation(tokenizer: Path
 def test_the_exported_variance_is_the_noise_of_training(tokenizer: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.AutoencoderKLWan.from_pretrained(tokenizer, torch_dtype=torch.float32)
-    clips = next(physics_batches(range(1), sizes.SHAPE, "cpu"))
+    clips = draw_frames(1, sizes.SHAPE)
     with torch.no_grad():
         drawn = theirs.encode(as_video(clips)).latent_dist
     torch.testing.assert_close(drawn.std, torch.full_like(drawn.std, DEVIATION), rtol=0.02, atol=0)
 
 
 def test_pieces_are_of_one_place_and_reach_all_of_a_picture() -> None:
-    shape = (2, 5, 6, 7)  # clips, frames, height, width; a colour of each pixel tells where it was
+    shape = (2, 5, 6, 7)  # clips, frames, height, width; the colour of a pixel is where it was
     clips = torch.arange(math.prod(shape)).view(*shape, 1).expand(*shape, 3)
     corners = set()
     for seed in range(60):
@@ -108,7 +108,7 @@ def test_pieces_are_of_one_place_and_reach_all_of_a_picture() -> None:
     assert corners == {(y, x) for y in range(3) for x in range(2)}
 
 
-def test_where_a_piece_is_cut_tells_nothing_of_which_clips_were_chosen(
+def test_where_a_piece_is_cut_is_independent_of_which_clips_were_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape, piece = sizes.SHAPE, sizes.WAN_PIECE
@@ -124,13 +124,18 @@ def test_where_a_piece_is_cut_tells_nothing_of_which_clips_were_chosen(
             drawn.append((clip, row))
         return 0
 
-    monkeypatch.setattr(reconstruction, "physics_batches", lambda *_, **__: iter([clips]))
+    monkeypatch.setattr(reconstruction, "clip_batches", lambda *_, **__: iter([(clips, [])]))
     monkeypatch.setattr(Run, "train", train)
-    told: dict[str, Any] = {"folder": tmp_path, "steps": 1, "batch": 1, "clips": count, "seed": 0}
-    told |= dict.fromkeys(("seconds", "rate")) | {"workers": 0, "device": "cpu"}
-    options = Run(**told, compiled=False, graphed=False)
-    objective = ReconstructionObjective(kl=KL)
-    reconstruction.train_reconstruction(options, WanTokenizer(sizes.WAN), objective, piece=piece)
+    options: dict[str, Any] = {
+        "folder": tmp_path,
+        "steps": 1,
+        "batch": 1,
+        "clips": count,
+        "seed": 0,
+    }
+    options |= dict.fromkeys(("seconds", "rate")) | {"workers": 0, "device": "cpu"}
+    run = Run(**options, compiled=False, graphed=False)
+    reconstruction.train_reconstruction(run, WanTokenizer(sizes.WAN), KL, piece=piece)
     for ahead in range(count):  # a relation would bring one of these about much more often
         together = sum((clip + ahead) % count == row for clip, row in drawn)
         assert 2 <= together <= 45  # 20 is the mean
@@ -143,12 +148,14 @@ def test_a_run_of_the_tokenizer_may_begin_with_weights(tmp_path: Path, tokenizer
     assert before.config.widths == after.config.widths
     for name in before.source.tensors:
         assert torch.equal(before.source.read(name), after.source.read(name)), name
-    # the statistics are of the encoder, not of what its file said of them before
+    # the statistics are of the encoder, not of what its file held before
     assert after.config.std == pytest.approx(before.config.std, rel=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of the compiler's own
-def test_compiled_between_convolutions_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_between_convolutions_nothing_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     compiled = partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", compiled)
     torch.manual_seed(0)
@@ -198,11 +205,10 @@ def test_a_step_waits_for_no_number() -> None:
     draw_weights(tokenizer)
     tokenizer.channels_last()
     clips, noise = torch.zeros(1, 9, 32, 48, 3, dtype=torch.uint8), torch.zeros(1, 16, 3, 4, 6)
-    objective = ReconstructionObjective(kl=KL)
-    measured = (tokenizer, None, objective, clips, noise)
-    _reconstruction_loss(*measured)  # the statistics of latents are copied once
+    measured = (tokenizer, KL, clips, noise)
+    reconstruction_loss(*measured)  # the statistics of latents are copied once
     with _Reads():
-        _reconstruction_loss(*measured)[0].backward()
+        reconstruction_loss(*measured)[0].backward()
 
 
 def test_the_text_encoder_learns_with_the_transformer() -> None:
@@ -254,7 +260,7 @@ def world(
 
 
 def test_the_exported_world_makes_videos(world: worldline.World) -> None:
-    clip = next(physics_batches(range(1), sizes.SHAPE, "cpu"))[0].numpy()
+    clip = draw_frames(1, sizes.SHAPE)[0].numpy()
     for given in (0, 1, 5):
         video = world.generate(
             clip[:given] if given else None, prompt="A red ball falls.", num_input_frames=given
@@ -277,7 +283,7 @@ def test_the_demo_shows_it(exported: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("frames", [0, 1, 5])
-def test_a_network_is_shown_in_training_what_samplers_show(
+def test_a_network_has_the_inputs_of_a_sampler_in_training(
     exported: Path, frames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First step of a video: noise but for the known frames, the same words, time and places."""
@@ -285,20 +291,20 @@ def test_a_network_is_shown_in_training_what_samplers_show(
     forward = FlowDiT.forward
 
     def spy(self: FlowDiT, *given: Any, **named: Any) -> Tensor:
-        said = forward(self, *given, **named)
-        seen.append((*given, named["condition_mask"], said))
-        return said
+        output = forward(self, *given, **named)
+        seen.append((*given, named["condition_mask"], output))
+        return output
 
     monkeypatch.setattr(FlowDiT, "forward", spy)
     world = worldline.load(WORLD, exported, device="cpu", disable_guardrails=True)
     assert isinstance(world, worldline.world.FlowWorld)
-    clip = next(physics_batches(range(7, 8), sizes.SHAPE, "cpu"))
+    clip = draw_frames(1, sizes.SHAPE, first=7)
     input = clip[0, :frames].numpy() if frames else None
     world.generate(
         input, prompt="A star falls.", num_input_frames=frames, guidance=0.0, num_steps=1
     )
     model = Flowing(world.parts.transformer.module, load_text(exported))
-    coder = open_wan(exported / WORLD / "vae").read("cpu", torch.float32)
+    coder = load_wan(open_wan(exported / WORLD / "vae"), "cpu", torch.float32)
     latents = coder.encode(as_video(clip))
     sigma = make_schedule("shifted", 1).sigmas[:1]
     used = seen[0]
@@ -313,7 +319,7 @@ def test_a_network_is_shown_in_training_what_samplers_show(
 
 
 def load_text(exported: Path) -> Any:
-    return Reason1Files.open(exported / TEXT_FOLDER).load("cpu", torch.float32)
+    return load_reason1(find_reason1(exported / TEXT_FOLDER), "cpu", torch.float32)
 
 
 def _flat(given: Any) -> list[Tensor]:
@@ -327,7 +333,7 @@ def test_the_tokenizer_travels_with_the_world(exported: Path, tokenizer: Path) -
         assert (exported / WORLD / "vae" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_world_without_its_tokenizer_is_told(tmp_path: Path, exported: Path) -> None:
+def test_a_world_without_its_tokenizer_is_refused(tmp_path: Path, exported: Path) -> None:
     shutil.copytree(exported, tmp_path / "all")
     shutil.rmtree(tmp_path / "all" / WORLD / "vae")
     with pytest.raises(worldline.Error, match="no tokenizer"):

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tiny import render
 from tiny.clips import Clips, make_clips
-from tiny.motion import simulate
-from tiny.render import object_masks, render
+from tiny.motion import integrate
 from tiny.scenes import MAX_OBJECTS, draw_scenes
 from worldline.errors import InputError
 
@@ -32,29 +32,32 @@ def test_repeating_the_last_input_frame_scores_15_to_22_db(clips: Clips) -> None
 
 def test_every_object_covers_two_percent_of_every_frame() -> None:
     scenes = draw_scenes(SEEDS[::2])
-    motion = simulate(scenes)
+    motion = integrate(scenes.bodies, 33)
     for index in range(MAX_OBJECTS):
-        having = [place for place, scene in enumerate(scenes) if index < scene.num_objects]
-        masks = object_masks(scenes, motion, 128, 192, objects=[index])[having]
+        having = scenes.bodies.radius[index] > 0
+        masks = render.object_masks(scenes, motion, 128, 192, objects=[index])[having]
         assert masks.float().mean(dim=(2, 3)).min() >= 0.02
 
 
 def test_masks_cover_what_moves(clips: Clips) -> None:
     assert clips.masks is not None
     assert clips.masks.shape == clips.frames.shape[:-1]
-    still = [place for place, scene in enumerate(clips.scenes) if scene.pan == 0]
+    still = clips.scenes.pan == 0
     change = (clips.frames[still, 20].float() - clips.frames[still, 8].float()).square().sum(dim=-1)
     moved = clips.masks[still, 20] | clips.masks[still, 8]
     # Shadows and smooth edges make the rest.
     assert change[moved].sum() > 0.9 * change.sum()
 
 
-def test_pixels_do_not_depend_on_batch_chunk_or_length(clips: Clips) -> None:
-    part = make_clips(SEEDS[3:6], max_memory=1)  # one clip a chunk
+def test_pixels_do_not_depend_on_batch_chunk_or_length(
+    clips: Clips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(render.MEMORY, "cpu", 1)  # one clip a chunk
+    part = make_clips(SEEDS[3:6])
     assert torch.equal(part.frames, clips.frames[3:6])
     assert part.captions == clips.captions[3:6]
     assert part.masks is None
-    panning = next(place for place, scene in enumerate(clips.scenes) if scene.pan)
+    panning = int(clips.scenes.pan.nonzero()[0][0])
     short = make_clips([SEEDS[panning]], frames=9)
     assert torch.equal(short.frames[0], clips.frames[panning, :9])
 
@@ -68,10 +71,11 @@ def test_any_size(height: int, width: int) -> None:
 
 
 def test_an_object_has_its_colour_at_its_centre() -> None:
-    scene = replace(draw_scenes([2])[0], brightness=1.0)  # a yellow and a blue box
-    motion = simulate([scene], 1)
-    picture = render([scene], motion, 128, 192)[0, 0]
-    for index, colour in enumerate(scene.colours):
+    scene = draw_scenes([2])
+    scene = replace(scene, brightness=scene.brightness * 0 + 1)
+    motion = integrate(scene.bodies, 1)
+    picture = render.render(scene, motion, 128, 192)[0, 0]
+    for index, (colour, _) in enumerate(scene.objects(0)):
         x, y = (int(motion.x[0, 0, index] * 128), int(motion.y[0, 0, index] * 128))
         red, _, blue = picture[y, x].tolist()
         assert (blue > red) == (colour in ("blue", "cyan", "purple"))
@@ -80,9 +84,6 @@ def test_an_object_has_its_colour_at_its_centre() -> None:
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(InputError, match="8 x 16"):
         make_clips([0], height=8, width=16)
-    scenes = draw_scenes([0, 1])
-    with pytest.raises(InputError, match="2 scenes, but the motion of 1"):
-        render(scenes, simulate(scenes[:1]), 32, 48)
 
 
 @pytest.mark.gpu

@@ -14,8 +14,7 @@ from tiny.scenes import (
     OUTLINES,
     SHAPES,
     TEXTURES,
-    Scene,
-    draw_scene,
+    Scenes,
     draw_scenes,
 )
 from worldline.errors import InputError
@@ -23,63 +22,56 @@ from worldline.errors import InputError
 SCENES = draw_scenes(range(200))
 
 
-def same(first: Scene, second: Scene) -> bool:
-    """Whether two scenes are equal to the last bit."""
+def same(first: Scenes, second: Scenes) -> bool:
+    """Whether two records are equal to the last bit."""
     np.testing.assert_equal(asdict(first), asdict(second))
     return True
 
 
 def test_a_scene_depends_on_its_seed_alone() -> None:
     for seed in (0, 3, 199):
-        assert same(draw_scene(seed), SCENES[seed])
-    for scene, again in zip(
-        draw_scenes([5, 150, 2]), (SCENES[s] for s in (5, 150, 2)), strict=True
-    ):
-        assert same(scene, again)
+        assert same(draw_scenes([seed]), SCENES[[seed]])
+    assert same(draw_scenes([5, 150, 2]), SCENES[[5, 150, 2]])
 
 
 def test_drawing_leaves_the_global_generator_alone() -> None:
     np.random.seed(1)
     before = np.random.get_state()[1].copy()
-    draw_scene(4)
+    draw_scenes([4])
     assert np.array_equal(before, np.random.get_state()[1])
 
 
 def test_scenes_are_varied() -> None:
-    assert {scene.kind for scene in SCENES} == set(KINDS)
-    assert {scene.num_objects for scene in SCENES} == set(range(2, MAX_OBJECTS + 1))
-    pairs = {(s.colours[0], s.shapes[0]) for s in draw_scenes(range(400))}
+    assert set(SCENES.kind) == set(range(len(KINDS)))
+    assert {len(SCENES.objects(clip)) for clip in range(200)} == set(range(2, MAX_OBJECTS + 1))
+    more = draw_scenes(range(400))
+    pairs = {more.objects(clip)[0] for clip in range(400)}
     assert pairs == {(colour, shape) for colour in COLOURS for shape in SHAPES}
-    assert {scene.background.wall_texture for scene in SCENES} == set(TEXTURES)
+    assert set(SCENES.wall_texture) == set(range(len(TEXTURES)))
 
 
 def test_captions_name_the_objects_and_what_the_first_does() -> None:
-    verbs = {
-        "drop": "falls",
-        "throw": "thrown",
-        "roll": "rolls",
-        "meet": "flies",
-        "billiards": "slides",
-    }
-    for scene in SCENES:
-        first = scene.caption.split(",")[0]
-        assert f"{scene.colours[0]} {scene.shapes[0]} " in first
-        assert verbs[scene.kind] in first
-        for colour, shape in zip(scene.colours, scene.shapes, strict=True):
-            assert f"{colour} {shape}" in scene.caption
-        side = "right" if scene.state[2, 0] > 0 else "left"
-        assert f"to the {side}" in scene.caption
-        assert " a orange" not in scene.caption.lower()
+    verbs = dict(zip(KINDS, ("falls", "thrown", "rolls", "flies", "slides"), strict=True))
+    for clip, caption in enumerate(SCENES.captions):
+        objects = [f"{colour} {shape}" for colour, shape in SCENES.objects(clip)]
+        first = caption.split(",")[0]
+        assert f"{objects[0]} " in first
+        assert verbs[KINDS[SCENES.kind[clip]]] in first
+        assert all(name in caption for name in objects)
+        side = "right" if SCENES.bodies.velocity_x[0, clip] > 0 else "left"
+        assert f"to the {side}" in caption
+        assert " a orange" not in caption.lower()
 
 
 def test_objects_start_apart_in_different_colours() -> None:
-    for scene in SCENES:
-        assert len(set(scene.colours)) == scene.num_objects
-        x, y = scene.state[:2]
-        for i in range(scene.num_objects):
+    x, y, radius = SCENES.bodies.x, SCENES.bodies.y, SCENES.bodies.radius
+    for clip in range(len(SCENES)):
+        objects = SCENES.objects(clip)
+        assert len({colour for colour, _ in objects}) == len(objects)
+        for i in range(len(objects)):
             for j in range(i):
-                reach = scene.radii[i] + scene.radii[j]
-                assert np.hypot(x[i] - x[j], y[i] - y[j]) >= reach
+                apart = np.hypot(x[i, clip] - x[j, clip], y[i, clip] - y[j, clip])
+                assert apart >= radius[i, clip] + radius[j, clip]
 
 
 def test_colours_are_well_separated() -> None:
@@ -103,6 +95,8 @@ def test_areas_of_the_outlines_are_those_of_their_corners() -> None:
 
 def test_bad_seeds_and_sizes_are_refused() -> None:
     with pytest.raises(InputError, match="seed -1"):
-        draw_scene(-1)
+        draw_scenes([0, -1])
+    with pytest.raises(InputError, match="no seed"):
+        draw_scenes([])
     with pytest.raises(InputError, match=r"is 0\.50; physics scenes"):
-        draw_scene(0, aspect=0.5)
+        draw_scenes([0], aspect=0.5)

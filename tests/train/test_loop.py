@@ -31,7 +31,7 @@ def small() -> nn.Module:
 
 
 def summed(model: nn.Module) -> Objective:
-    """The sum of what a model says to ones."""
+    """The sum of a model's output for ones."""
     return Objective(draw=lambda step: (torch.ones(1, 4),), loss=lambda x: (model(x).sum(), {}))
 
 

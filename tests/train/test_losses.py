@@ -381,22 +381,18 @@ def test_factors_of_a_tensor_are_those_of_a_number() -> None:
         assert ours == pytest.approx(list(edm.precondition(sigma)), rel=1e-5)
 
 
-def test_known_frames_are_shown_as_a_sampler_shows_them() -> None:
+def test_conditioning_frames_are_those_of_a_sampler() -> None:
     latents, noise, more = drawn(0)
-    known = edm.Conditioning(latents[:, :, :2], more[:, :, :2], sigma=0.001)
+    given = edm.Given(latents, 2, more, sigma=0.001)
     seen: list[Tensor] = []
 
-    def network(shown: Tensor, times: Tensor, conditional: bool) -> Tensor:
-        seen.append(shown)
-        return torch.zeros_like(shown)
+    def network(inputs: Tensor, times: Tensor, conditional: bool) -> Tensor:
+        seen.append(inputs)
+        return torch.zeros_like(inputs)
 
-    next(
-        edm.sample(
-            network, noise, sampler="edm_euler", num_steps=2, guidance=0.0, conditioning=known
-        )
-    )
+    edm.sample(network, noise, sampler="edm_euler", num_steps=2, guidance=0.0, given=given)
     sigma = torch.full((3,), 80.0)
-    shown, mask = noised_latents(
+    inputs, mask = noised_latents(
         latents,
         noise,
         sigma,
@@ -404,15 +400,15 @@ def test_known_frames_are_shown_as_a_sampler_shows_them() -> None:
         conditioning_noise=more,
         conditioning_sigma=torch.full((3,), 0.001),
     )
-    torch.testing.assert_close(shown[:, :, :2], seen[0][:, :, :2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inputs[:, :, :2], seen[0][:, :, :2], rtol=1e-5, atol=1e-6)
     assert mask[:, 0, :2].eq(1).all()
     assert mask[:, 0, 2:].eq(0).all()
 
 
-def test_frames_known_differ_from_clip_to_clip() -> None:
+def test_conditioning_frames_differ_from_clip_to_clip() -> None:
     latents, noise, more = drawn(1)
     sigma, known = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 3])
-    shown, mask = noised_latents(
+    inputs, mask = noised_latents(
         latents,
         noise,
         sigma,
@@ -424,8 +420,8 @@ def test_frames_known_differ_from_clip_to_clip() -> None:
     plain = (latents + sigma.view(-1, 1, 1, 1, 1) * noise) * (
         (sigma.square() + 0.25).rsqrt().view(-1, 1, 1, 1, 1)
     )
-    torch.testing.assert_close(shown[2, :, 3], plain[2, :, 3])
-    torch.testing.assert_close(shown[0], plain[0])
+    torch.testing.assert_close(inputs[2, :, 3], plain[2, :, 3])
+    torch.testing.assert_close(inputs[0], plain[0])
 
 
 def test_the_denoising_loss_is_the_weighted_error_of_the_estimate() -> None:
@@ -460,21 +456,21 @@ def test_noise_levels_are_log_normal() -> None:
     assert logarithm.std().item() == pytest.approx(1.4, rel=0.02)
 
 
-def test_flows_show_known_frames_as_a_sampler_shows_them() -> None:
+def test_conditioning_frames_of_flows_are_those_of_a_sampler() -> None:
     latents, noise, _ = drawn(4)
     seen: list[Tensor] = []
 
-    def network(shown: Tensor, times: Tensor, conditional: bool) -> Tensor:
-        seen.append(shown)
-        return torch.zeros_like(shown)
+    def network(inputs: Tensor, times: Tensor, conditional: bool) -> Tensor:
+        seen.append(inputs)
+        return torch.zeros_like(inputs)
 
-    schedule, known = flow.make_schedule("shifted", 2), flow.Conditioning(latents[:, :, :2])
-    next(flow.sample(network, noise, schedule, guidance=0.0, conditioning=known))
-    first = schedule.sigmas[0]
-    shown, mask = flowed_latents(latents, noise, first.expand(3), torch.tensor([2, 2, 2]))
-    assert torch.equal(shown[:, :, :2], seen[0][:, :, :2])
+    given = flow.Given(latents, 2)
+    flow.sample(network, noise, schedule="shifted", num_steps=2, guidance=0.0, given=given)
+    first = flow.make_schedule("shifted", 2).sigmas[0]
+    inputs, mask = flowed_latents(latents, noise, first.expand(3), torch.tensor([2, 2, 2]))
+    assert torch.equal(inputs[:, :, :2], seen[0][:, :, :2])
     # all but noise: samplers begin with noise alone
-    torch.testing.assert_close(shown[:, :, 2:], seen[0][:, :, 2:], rtol=0, atol=1e-3)
+    torch.testing.assert_close(inputs[:, :, 2:], seen[0][:, :, 2:], rtol=0, atol=1e-3)
     assert mask[:, 0, :2].eq(1).all()
     assert mask[:, 0, 2:].eq(0).all()
 
@@ -482,13 +478,13 @@ def test_flows_show_known_frames_as_a_sampler_shows_them() -> None:
 def test_states_of_a_flow_lie_between_data_and_noise() -> None:
     latents, noise, _ = drawn(5)
     sigma, known = torch.tensor([0.0, 0.25, 1.0]), torch.tensor([0, 1, 3])
-    shown, mask = flowed_latents(latents, noise, sigma, known)
+    inputs, mask = flowed_latents(latents, noise, sigma, known)
     assert mask[:, 0, :, 0, 0].sum(1).tolist() == [0, 1, 3]
-    assert torch.equal(shown[0], latents[0])
-    torch.testing.assert_close(shown[1, :, 1:], 0.75 * latents[1, :, 1:] + 0.25 * noise[1, :, 1:])
-    assert torch.equal(shown[2, :, 3], noise[2, :, 3])
+    assert torch.equal(inputs[0], latents[0])
+    torch.testing.assert_close(inputs[1, :, 1:], 0.75 * latents[1, :, 1:] + 0.25 * noise[1, :, 1:])
+    assert torch.equal(inputs[2, :, 3], noise[2, :, 3])
     # the right velocity leads from any of them to the data
-    end = shown - sigma.view(-1, 1, 1, 1, 1) * (noise - latents) * (1 - mask)
+    end = inputs - sigma.view(-1, 1, 1, 1, 1) * (noise - latents) * (1 - mask)
     torch.testing.assert_close(end, latents)
 
 

@@ -21,9 +21,9 @@ from PIL import Image
 
 from worldline.errors import Error, InputError
 from worldline.video.read import probe, read_image, read_video
+from worldline.video.sheet import contact_sheet
 from worldline.video.write import (
     check_destination,
-    contact_sheet,
     write_bytes,
     write_stream,
     write_video,
@@ -333,6 +333,12 @@ def test_contact_sheet(tmp_path: Path) -> None:
     with Image.open(path) as sheet:
         assert sheet.width == 4 + 9 * (64 + 4)  # narrower than 192: not enlarged
         assert np.asarray(sheet).std() > 20
+    pictures = {0: clip()[0], 6: clip()[1]}
+    contact_sheet([pictures, pictures], path, ["marked", "not"], [{6}])
+    with Image.open(path) as sheet:
+        red = (np.asarray(sheet) == (255, 0, 0)).all(-1)
+        assert red[:80].any()
+        assert not red[80:].any()
 
 
 def test_writing_needs_no_torch() -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import click
 
-from worldline.errors import Error, GuardrailRefusal
+from worldline.errors import Error, GuardrailRefusal, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -79,3 +81,36 @@ def one_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
     return first if isinstance(error, Error) else f"{type(error).__name__}: {first}"
+
+
+def check_folder(folder: Path) -> None:
+    """Try whether a folder can be written, or made; nothing stays behind.
+
+    Raises:
+        InputError: it cannot.
+    """
+    nearest = folder.absolute()
+    try:
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: it cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def memory_advice(flags: Sequence[str] = ()) -> Iterator[None]:
+    """Turn an exhausted device into an error that names flags which help."""
+    from worldline.cli.main import is_out_of_memory
+
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        detail = one_line(error).removeprefix("OutOfMemoryError: ").rstrip(".")
+        # on the host, offloading would need more
+        helpful = [] if isinstance(error, MemoryError) else [f"--{name}" for name in flags]
+        advice = f"; add {' '.join(helpful)}" if helpful else ""
+        raise Error(f"out of memory: {detail}{advice}") from error

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -94,7 +94,8 @@ def demo(every: bool, seed: int, output: Path) -> None:
 
     from worldline.evaluate.metrics import psnr
     from worldline.video.read import read_video
-    from worldline.video.write import contact_sheet, write_video
+    from worldline.video.sheet import contact_sheet
+    from worldline.video.write import write_video
 
     sheet = output / "contact_sheet.png"
     _silence()
@@ -104,7 +105,7 @@ def demo(every: bool, seed: int, output: Path) -> None:
     truth, caption = clip.frames, json.loads(CLIP.with_name("captions.json").read_text())[CLIP.name]
     write_video(truth[:9], output / "input.mp4", clip.fps or 25.0)
     click.echo(f"the clip: {caption}")
-    rows, labels = [truth[:9], truth], ["input", f"what really happens: {caption}"]
+    rows, labels = [truth[:9], truth], ["input: frames 0-8", f"what really happens: {caption}"]
     for way in (*WAYS, *(OTHER_WAYS if every else ())):
         video = _generate(way, truth, caption, seed)
         path = video.save(output / f"{way.name}.mp4")
@@ -124,10 +125,10 @@ def demo(every: bool, seed: int, output: Path) -> None:
 def _generate(way: Way, truth: NDArray[np.uint8], caption: str, seed: int) -> worldline.Video:
     import worldline
 
-    options = {} if way.decoder else {"disable_diffusion_decoder": True}
+    options: dict[str, Any] = {} if way.decoder else {"disable_diffusion_decoder": True}
     world = worldline.load(way.world, **options)
     frames = truth[: way.num_input_frames] if way.num_input_frames else None
-    prompt = {"prompt": caption} if way.prompted else {}
+    prompt: dict[str, Any] = {"prompt": caption} if way.prompted else {}
     return world.generate(frames, num_input_frames=way.num_input_frames, seed=seed, **prompt)
 
 

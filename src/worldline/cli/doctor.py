@@ -115,9 +115,9 @@ def _codecs() -> Iterator[tuple[str, str]]:
 
 def _fits() -> Iterator[tuple[str, str]]:
     from worldline.catalog import ENTRIES
+    from worldline.locate import bundled_names
     from worldline.memory import device_memory
     from worldline.opening import choose_compute, fit_released
-    from worldline.places import bundled_names
     from worldline.request import LoadOptions
 
     for name in bundled_names():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +14,12 @@ import click
 from worldline.errors import Error, InputError
 
 if TYPE_CHECKING:
-    from worldline.evaluate.folder import Score
-    from worldline.evaluate.tasks import Listing
+    from worldline.evaluate.folder import Score, Task
 
 logger = logging.getLogger(__name__)
 
 _REPORT = "evaluation.json"
+_MOST_ROWS = 60  # of the contact sheet, failed videos first
 _HEADS = ("frames", "input", "motion", "flicker", "PSNR", "SSIM")
 
 
@@ -48,64 +49,61 @@ def evaluate(
 
     A video (.mp4, .mov, .mkv, .webm, .gif) fails if a large object appears from nowhere, or if the
     picture collapses to one colour. Still videos and small artifacts are no failures. Motion and
-    flicker are in grey levels; PSNR and SSIM compare with a reference. Files that do not belong to
-    a video are named.
+    flicker are in grey levels; PSNR and SSIM compare with a reference.
 
-    The exit status is 0 whether or not videos fail, 1 if some cannot be read, which do not count,
+    The exit status is 0 whether or not videos fail, 1 if some cannot be judged, which do not count,
     and 2 if none can be judged.
     """
-    from worldline.evaluate.tasks import find_tasks, shortened
+    from worldline.evaluate.folder import as_json, find_tasks, score_video
+    from worldline.video.sheet import contact_sheet
+    from worldline.video.write import write_bytes
 
     output = output or folder / _REPORT
     picture = output.with_suffix(".png")
-    listing = find_tasks(folder, reference, num_input_frames)
-    _check_output(output, picture, listing)
-    outputs = {output.resolve(), picture.resolve()}
-    passed_over = [name for name in listing.passed_over if (folder / name).resolve() not in outputs]
-    if passed_over:
-        logger.info("no videos, passed over: %s", shortened(passed_over))
-    for note in listing.notes:
-        logger.info("%s", note)
-    for reason in listing.unreadable.values():
-        logger.error("%s", reason)
-    from worldline.evaluate.folder import Sheet, as_json, score_video
-    from worldline.video.write import write_bytes
-
-    unreadable = dict(listing.unreadable)
-    sheet = Sheet()
+    tasks = find_tasks(folder, reference, num_input_frames)
+    _check_output(output, picture, tasks)
+    unreadable: dict[str, str] = {}
     scores: list[Score] = []
-    width = max(len(task.name) for task in listing.tasks)
-    click.echo("  ".join(["video".ljust(width), *(head.rjust(7) for head in _HEADS), "verdict"]))
-    for task in listing.tasks:
+    rows = []
+    width = max(len(task.name) for task in tasks)
+    for task in tasks:
         try:
             score, pictures = score_video(task)
         except InputError as error:
             unreadable[task.name] = str(error)
             logger.error("%s", error)
             continue
-        sheet.add(score, pictures)
+        if not scores:
+            cells = (head.rjust(7) for head in _HEADS)
+            click.echo("  ".join(["video".ljust(width), *cells, "verdict"]))
         scores.append(score)
+        rows.append((score, pictures))
+        rows = sorted(rows, key=lambda row: not row[0].failures)[:_MOST_ROWS]
         click.echo(_row(score, width))
     if not scores:
-        raise InputError(f"{folder}: none of {len(unreadable)} videos can be read to the end")
+        raise InputError(f"{folder}: none of {len(unreadable)} videos can be judged")
     report = {
         "worldline": version("worldline"),
         "folder": str(folder),
         "reference": str(reference) if reference else None,
-        "passed_over": passed_over,
         **as_json(scores, unreadable),
     }
     write_bytes(output, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    sheet.save(picture)
+    contact_sheet(
+        [pictures for _, pictures in rows],
+        picture,
+        [f"{score.name}: {_verdict(score)}" for score, _ in rows],
+        [{failure.frame for failure in score.failures} for score, _ in rows],
+    )
     click.echo(f"{_summary(scores)}\nreport: {output}\ncontact sheet: {picture}")
     if unreadable:
         total = len(scores) + len(unreadable)
-        raise Error(f"{len(unreadable)} of {total} videos could not be read, and do not count")
+        raise Error(f"{len(unreadable)} of {total} videos could not be judged, and do not count")
 
 
-def _check_output(output: Path, picture: Path, listing: Listing) -> None:
+def _check_output(output: Path, picture: Path, tasks: Sequence[Task]) -> None:
     """Refuse, before any work, a report that cannot be written or would replace another file."""
-    from worldline.cli.run import check_folder
+    from worldline.cli.batch import check_folder
 
     if output.suffix.lower() != ".json":
         raise InputError(f"--output {output}: must end in .json")
@@ -113,10 +111,10 @@ def _check_output(output: Path, picture: Path, listing: Listing) -> None:
         raise InputError(f"--output {output}: a folder has the name of the report or its picture")
     if picture.exists() and not output.exists():  # so it is no contact sheet of ours
         raise InputError(f"--output {output}: the contact sheet would replace {picture}")
-    for task in listing.tasks:
+    for task in tasks:
         if task.path.with_suffix(".json").resolve() == output.resolve():
             raise InputError(f"--output {output}: is the report of {task.path}")
-    check_folder(output.parent, "--output")
+    check_folder(output.parent)
 
 
 def _row(score: Score, width: int) -> str:
@@ -124,9 +122,12 @@ def _row(score: Score, width: int) -> str:
     ssim = "" if score.ssim is None else f"{score.ssim:.4f}"
     counts = str(score.frames), str(score.num_input_frames)
     cells = (*counts, f"{score.motion:.2f}", f"{score.flicker:.2f}", psnr, ssim)
+    return "  ".join([score.name.ljust(width), *(c.rjust(7) for c in cells), _verdict(score)])
+
+
+def _verdict(score: Score) -> str:
     failures = (f"frame {failure.frame}: {failure.detail}" for failure in score.failures)
-    verdict = "; ".join([score.verdict, *failures])
-    return "  ".join([score.name.ljust(width), *(cell.rjust(7) for cell in cells), verdict])
+    return "; ".join([score.verdict, *failures])
 
 
 def _summary(scores: list[Score]) -> str:

@@ -20,20 +20,27 @@ from worldline.video.read import media_kind
 
 
 @cache
-def released_commands() -> dict[str, click.Command]:
-    """Commands of every family, by the first word of their names."""
-    found: dict[str, click.Command] = {}
-    for family in FAMILIES:
-        described = requests_of(family)
-        for command in described.COMMANDS:
-            root, _, name = command.name.partition(" ")
-            if not name:
-                found[root] = make_command(family, command)
-                continue
-            group = found.setdefault(root, click.Group(root, help=described.HELP))
-            assert isinstance(group, click.Group)
-            group.add_command(make_command(family, command), name)
-    return found
+def released_roots() -> dict[str, str]:
+    """First word of each released command -> its family."""
+    return {
+        command.name.partition(" ")[0]: family
+        for family in FAMILIES
+        for command in requests_of(family).COMMANDS
+    }
+
+
+def released_command(root: str) -> click.Command | None:
+    """The released command, or the group of commands, that begins with a word."""
+    family = released_roots().get(root)
+    if family is None:
+        return None
+    described = requests_of(family)
+    found = {
+        command.name.partition(" ")[2]: make_command(family, command)
+        for command in described.COMMANDS
+        if command.name.partition(" ")[0] == root
+    }
+    return found[""] if "" in found else click.Group(root, commands=found, help=described.HELP)
 
 
 def make_command(family: str, command: Command) -> click.Command:
@@ -49,10 +56,18 @@ def make_command(family: str, command: Command) -> click.Command:
         help="Folder of the model below --checkpoint_dir, a path, or tiny-… for a bundled one; "
         f"`worldline models` lists them.  [default: {command.default_model}]",
     )
-    shown = {"hidden": command.hidden, "defaults": command.defaults, "negatable": command.negatable}
+
+    def flags(fields: type[Options]) -> Any:
+        return options(
+            fields,
+            hidden=command.hidden,
+            defaults=command.defaults,
+            negatable=command.negatable,
+        )
+
     for decorate in (
-        options(described.OPTIONS, **shown),
-        options(described.REQUEST, **shown),
+        flags(described.OPTIONS),
+        flags(described.REQUEST),
         options(reader.flags, negatable=command.negatable),
         model,
     ):
@@ -119,14 +134,14 @@ def command_of(world: str, words: Sequence[str]) -> click.Command:
     Raises:
         CheckpointError: there is no such model.
     """
+    from worldline.locate import locate
     from worldline.opening import read_family
-    from worldline.places import find_place
 
     roots = [v for n, v in pairwise(words) if n.replace("-", "_") == "__checkpoint_dir"]
     roots += [
         w.partition("=")[2] for w in words if w.replace("-", "_").startswith("__checkpoint_dir=")
     ]
-    family, defaults = read_family(find_place(world, roots[0] if roots else "checkpoints"))
+    family, defaults = read_family(locate(world, roots[0] if roots else "checkpoints"))
 
     @click.pass_context
     def callback(context: click.Context, /, input: str | None, **_: object) -> None:

@@ -155,9 +155,11 @@ class Lines:
         return (find_beside(entry[VISUAL], file) if self.visual else None), prompt
 
 
-def kind_of(path: Path | None, kind: str | None) -> str | None:
-    """Kind of an input: as the command was told, else by the file's suffix."""
-    return None if path is None else kind or media_kind(path)
+def kind_of(path: Path | None, kind: str | None) -> Literal["image", "video"] | None:
+    """Kind of an input: as the command states, else by the file's suffix."""
+    if path is None or kind is None:
+        return None if path is None else media_kind(path)
+    return "image" if kind == "image" else "video"
 
 
 def label_of(prompt: str) -> str:

@@ -49,16 +49,16 @@ class LazyGroup(click.Group):
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        from worldline.cli.generate import released_commands
+        from worldline.cli.generate import released_roots
 
         demo, generate, *others = self.places
-        return [demo, generate, *released_commands(), *others]
+        return [demo, generate, *released_roots(), *others]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.places:
-            from worldline.cli.generate import released_commands
+            from worldline.cli.generate import released_command
 
-            return released_commands().get(cmd_name)
+            return released_command(cmd_name)
         module, attribute = self.places[cmd_name].split(":")
         command: click.Command = getattr(import_module(module), attribute)
         return command

@@ -74,12 +74,12 @@ def _size(nbytes: int | None) -> str:
 
 def bundled_rows(compute: Compute) -> Iterator[dict[str, Any]]:
     """Rows of what ships with the package."""
+    from worldline.locate import bundled_names, bundled_tokenizers, locate
     from worldline.memory import device_memory
     from worldline.opening import open_world, plan
-    from worldline.places import bundled_names, bundled_tokenizers, find_place, find_tokenizer
 
     for name in bundled_names():
-        opened = open_world(find_place(name, ""), {})
+        opened = open_world(locate(name, ""), {})
         family = opened.family
         fit = plan(opened, [family.request.parse(opened.defaults)], compute).fit(
             compute.device, device_memory(compute.device)
@@ -90,7 +90,7 @@ def bundled_rows(compute: Compute) -> Iterator[dict[str, Any]]:
             "runs_here": str(fit),
         }
     for name in bundled_tokenizers():
-        files = sorted(find_tokenizer(name, "").glob("*.safetensors"))
+        files = sorted(locate(name, "", tokenizer=True).named.glob("*.safetensors"))
         yield _row(name, "video tokenizer", "tokenize", files)
 
 

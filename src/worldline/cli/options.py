@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
-from worldline.request import NEGATIVE_PROMPT, Options
+from worldline.request import NEGATIVE_PROMPT, Options, flag
 
+Described = TypeVar("Described", bound=Options)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -103,11 +104,25 @@ def stated(context: click.Context, names: Collection[str]) -> dict[str, Any]:
     }
 
 
+def parsed(context: click.Context, described: type[Described]) -> Described:
+    """A class's values, as typed.
+
+    Raises:
+        InputError: one is wrong.
+    """
+    return described.parse(stated(context, fields_of(described)), flag)
+
+
+def fields_of(described: type[Options]) -> list[str]:
+    """Names by which a class's flags are known."""
+    return [field.alias or name for name, field in described.model_fields.items()]
+
+
 class ManyValues(click.Command):
-    """A command with an option that takes several values, as shells make them of a pattern.
+    """A command with options that take several values, as shells make them of a pattern.
 
     Attributes:
-        many: spellings of the option.
+        many: spellings of these options.
     """
 
     many: tuple[str, ...] = ()
@@ -117,9 +132,8 @@ class ManyValues(click.Command):
 
     def _repeated(self, words: Sequence[str], context: click.Context) -> list[str]:
         """The words with the option before each of its values."""
-        option = self.many[0]
         found: list[str] = []
-        waiting = taking = False
+        option, waiting = "", False
         for position, word in enumerate((*words, "--")):
             if len(word) > 1 and word.startswith("-"):
                 if waiting:
@@ -128,12 +142,10 @@ class ManyValues(click.Command):
                     return [*found, *words[position:]]
                 name, _, value = word.partition("=")
                 name = f"{name[:2]}{name[2:].replace('-', '_')}"
-                taking = name in self.many
-                waiting = taking and not value
-                if waiting:
-                    continue
-            elif taking:
-                found.append(option)
+                option, waiting = (name, True) if name in self.many and not value else ("", False)
+                if not option:
+                    found.append(word)
+            else:
+                found += [option, word] if option else [word]
                 waiting = False
-            found.append(word)
         return found

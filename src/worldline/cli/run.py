@@ -1,4 +1,4 @@
-"""Shared runner of the generating commands: read, check, skip finished videos, load, make, report."""
+"""Shared runner of the generating commands: choose outputs, skip finished videos, run, report."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import logging
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,8 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from worldline.cli.batch import free_memory, is_disk_full, one_line, report_done, run_each
-from worldline.cli.options import stated
+from worldline.cli.batch import (
+    check_folder,
+    free_memory,
+    is_disk_full,
+    memory_advice,
+    one_line,
+    report_done,
+    run_each,
+)
+from worldline.cli.options import fields_of, parsed, stated
 from worldline.cli.progress import Preview, Progress, follow, preview_path
 from worldline.errors import (
     Error,
@@ -72,7 +78,7 @@ def run(family: str, command: Command, context: click.Context, reader: Any = Non
     described, reader = requests_of(family), reader or load_reader(command.reads)
     request_flags = stated(context, fields_of(described.REQUEST))
     option_flags = stated(context, fields_of(described.OPTIONS))
-    flags = reader.flags.parse(stated(context, fields_of(reader.flags)), flag)
+    flags = parsed(context, reader.flags)
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise InputError(
             f"WORLD_SIZE is {processes}; this version runs on 1 GPU: start it without torchrun"
@@ -92,11 +98,6 @@ def run(family: str, command: Command, context: click.Context, reader: Any = Non
     tasks = [Task(item, request) for item, request in zip(items, requests, strict=True)]
     log_unused(opened, tasks[0].request, {**request_flags, **option_flags})
     make(opened, tasks, resume=flags.resume, keep_going=getattr(flags, "keep_going", True))
-
-
-def fields_of(described: Any) -> list[str]:
-    """Names by which a class's flags are known."""
-    return [field.alias or name for name, field in described.model_fields.items()]
 
 
 def load_reader(place: str) -> Any:
@@ -133,7 +134,7 @@ def first_look(item: Item, request: Any) -> Any:
     from worldline.video.read import probe
 
     made = request.make(item.stated, {}, item.kind, item.field)
-    if item.input is not None:
+    if item.input is not None and item.kind is not None:
         frames = probe(item.input, kind=item.kind).frames
         if frames < made.num_input_frames:
             raise InputError(
@@ -159,9 +160,9 @@ def open_model(
     Raises:
         CheckpointError: a file is absent, incomplete, damaged or of another model.
     """
-    from worldline.places import find_place
+    from worldline.locate import locate
 
-    place = find_place(model, options.checkpoint_dir)
+    place = locate(model, options.checkpoint_dir)
     from worldline.opening import open_world  # imports torch: not before the place is found
 
     opened = open_world(place, stated_options, flag)
@@ -199,35 +200,19 @@ def check_outputs(items: Sequence[Item], flags: Any) -> None:
                 raise InputError(f"{path}: it is an input; choose another output")
 
 
-def check_folder(folder: Path) -> None:
-    """Try whether a folder can be written, or made; nothing stays behind.
-
-    Raises:
-        InputError: it cannot.
-    """
-    nearest = folder.absolute()
-    try:
-        while not nearest.exists() and nearest != nearest.parent:
-            nearest = nearest.parent
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise InputError(f"{folder}: it cannot be written: {error.strerror or error}") from error
-
-
 def log_unused(opened: Opened, request: Any, typed: Mapping[str, Any]) -> None:
     """Log flags that were typed and have no effect, and what to expect of a bundled model."""
     from worldline.guards import release_of, upsamples
 
     unused = opened.family.unused(opened, request)
     if release_of(opened) is None:
-        names = ("offload_guardrail_models", "guardrail_dir")
-        unused |= dict.fromkeys(names, "no guardrail runs")
-    elif request.preview_every if hasattr(request, "preview_every") else False:
+        guards = ("offload_guardrail_models", "guardrail_dir")
+        unused |= dict.fromkeys(guards, "no guardrail runs")
+    else:
         unused["preview_every"] = "no frame leaves before the guardrails have checked the video"
     if not upsamples(opened):
-        names = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
-        unused |= dict.fromkeys(names, "no prompt upsampler runs")
+        flags = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
+        unused |= dict.fromkeys(flags, "no prompt upsampler runs")
     if opened.bundled:
         unused["checkpoint_dir"] = f"{opened.name} is bundled"
         logger.info(
@@ -256,13 +241,16 @@ def make(opened: Opened, tasks: Sequence[Task], *, resume: bool, keep_going: boo
         if not tasks:
             click.echo(f"all {total} videos were in {folder} before")
             return
-    offloaded = sorted(opened.options.offloaded)
-    with memory_advice(opened):
+    offloaded = opened.options.offloaded
+    flags = [name for name in opened.family.flags if name not in offloaded]
+    with memory_advice(flags):
         world, size = load(
             opened, tasks, compute, upsample=any(rewrites(opened, t.request) for t in tasks)
         )
     if offloaded and world.device.type == "cpu":
-        logger.info("%s: no effect on the CPU", ", ".join(f"--{name}" for name in offloaded))
+        logger.info(
+            "%s: no effect on the CPU", ", ".join(f"--{name}" for name in sorted(offloaded))
+        )
     logger.info("%s", describe_world(world))
     groups = Groups(tasks, size, world)
 
@@ -271,7 +259,7 @@ def make(opened: Opened, tasks: Sequence[Task], *, resume: bool, keep_going: boo
             return line
         preview = Preview(task.item.output, task.request.fps)
         try:
-            with memory_advice(opened):
+            with memory_advice(flags):
                 job = world.prepare(
                     task.item.input, {}, input_type=task.item.kind, request=task.request
                 )
@@ -364,25 +352,6 @@ def save(video: Video, task: Task) -> None:
     if task.item.sample is not None:
         video.report["sample"] = dict(task.item.sample)
     video.save(task.item.output)
-
-
-@contextmanager
-def memory_advice(opened: Opened) -> Iterator[None]:
-    """Turn an exhausted device into an error that names the flags which help."""
-    from worldline.cli.main import is_out_of_memory
-
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        detail = str(error).splitlines()[0].rstrip(".") if str(error) else "no memory left"
-        flags = [name for name in opened.family.flags if name not in opened.options.offloaded]
-        advice = f"; add {' '.join(f'--{name}' for name in flags)}" if flags else ""
-        # on the host, offloading would need more
-        raise Error(
-            f"out of memory: {detail}{'' if isinstance(error, MemoryError) else advice}"
-        ) from error
 
 
 class Groups:

@@ -14,20 +14,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
+from pydantic import Field
 
-from worldline.cli.batch import run_each, tell_all, tell_nothing_left
-from worldline.cli.run import (
-    DEVICE_HELP,
-    check_folder,
-    memory_advice,
-    refuse_empty,
-    with_options,
-)
+from worldline.cli.batch import check_folder, memory_advice, report_done, run_each
+from worldline.cli.options import options, parsed
 from worldline.errors import Error, InputError
 from worldline.files import folded
+from worldline.request import Options
+from worldline.request import Path as Named
 from worldline.shapes import VideoShape
 
 if TYPE_CHECKING:
@@ -43,32 +40,77 @@ logger = logging.getLogger(__name__)
 LATENTS, TOKENS = "latents", "tokens"  # names of the tensor in a file
 _SUFFIX = ".safetensors"
 _FPS = 24.0  # where neither clip nor header states a rate
-_TYPES = ("CV8x8x8-720p", "DV8x16x16-720p", "CV4x8x8-360p", "DV4x8x8-360p")
 
-_MACHINE = (
-    click.option(
-        "--checkpoint_dir",
-        default="checkpoints",
-        show_default=True,
-        help="Folder that holds the folders of models.",
-    ),
-    click.option("--device", help=DEVICE_HELP),
-    click.option(
-        "--dtype",
-        type=click.Choice(["bfloat16", "float32"]),
-        help="Precision of the computation; by default bfloat16 on a GPU, else float32.",
-    ),
-)
-_BATCH = (
-    *_MACHINE,
-    click.option(
-        "--output_dir",
-        default="outputs",
-        show_default=True,
-        help="Folder for the results; created if missing.",
-    ),
-    click.option("--resume", is_flag=True, help="Keep results of an earlier run of equal inputs."),
-)
+
+class Machine(Options):
+    """Flags of all commands."""
+
+    checkpoint_dir: Named = Field("checkpoints", description="Folder of the model folders.")
+    device: str | None = Field(
+        None, description="cuda, cuda:1, cpu, mps.  [default: the GPU, if there is one]"
+    )
+    dtype: Literal["bfloat16", "float32"] | None = Field(
+        None, description="Precision.  [default: bfloat16 on a GPU, else float32]"
+    )
+
+
+class DecodeFlags(Machine):
+    """Flags of `tokenize decode`."""
+
+    tokenizer_dir: Named | None = Field(
+        None,
+        description="Tokenizer folder below --checkpoint_dir, a path, or tiny-… for a bundled one."
+        "  [default: the one named in the INPUTS]",
+    )
+    output_dir: Named = Field("outputs", description="Folder of the results; made if absent.")
+    resume: bool = Field(False, description="Keep results of an earlier run of equal inputs.")
+
+
+class EncodeFlags(DecodeFlags):
+    """Flags of `tokenize encode`."""
+
+    tokenizer_dir: Named = Field(
+        "Cosmos-Tokenize1-CV8x8x8-720p",
+        description="Tokenizer folder below --checkpoint_dir, a path, or tiny-… for a bundled one; "
+        "`worldline models` lists them.",
+    )
+
+
+class ReconstructFlags(Machine):
+    """Flags of cosmos-predict1 `tokenizer/inference/video_cli.py`."""
+
+    video_pattern: Named | None = Field(
+        None, description="Clips and images, such as 'clips/*.mp4'."
+    )
+    checkpoint: Named | None = Field(
+        None,
+        description="Tokenizer: its folder, a file that holds all of it, or tiny-… for a bundled "
+        "one.",
+    )
+    checkpoint_enc: Named | None = Field(
+        None, description="File of its encoder; needs --checkpoint_dec."
+    )
+    checkpoint_dec: Named | None = Field(None, description="File of its decoder.")
+    tokenizer_type: (
+        Literal["CV8x8x8-720p", "DV8x16x16-720p", "CV4x8x8-360p", "DV4x8x8-360p"] | None
+    ) = Field(None, description="A released one, below --checkpoint_dir.")
+    mode: Literal["jit", "torch"] | None = Field(
+        None, description="No effect: both are read the same way."
+    )
+    short_size: Annotated[int, Field(ge=2, le=8192)] | None = Field(
+        None, description="Scale the short side to this."
+    )
+    temporal_window: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        None,
+        description="Frames coded apart from all others, with seams.  [default: the whole clip]",
+    )
+    output_dir: Named | None = Field(
+        None, description="Folder of the results.  [default: `reconstructions` beside each input]"
+    )
+    output_fps: Annotated[float, Field(ge=0.01, le=1e4)] | None = Field(
+        None, description="Frames per second.  [default: the clip's own]"
+    )
+    save_input: bool = Field(False, description="Write the encoded frames too: NAME_input.mp4.")
 
 
 @dataclass(frozen=True)
@@ -88,6 +130,9 @@ class Task:
     kind: str = ""
     stored: TensorInfo | None = None
     header: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     @property
     def shape(self) -> VideoShape | None:
@@ -133,50 +178,41 @@ def tokenize() -> None:
 
 @tokenize.command()
 @click.argument("inputs", nargs=-1, required=True)
-@click.option(
-    "--tokenizer_dir",
-    default="Cosmos-Tokenize1-CV8x8x8-720p",
-    show_default=True,
-    help="Tokenizer folder below --checkpoint_dir, a path, or tiny-… for a bundled one; "
-    "`worldline models` lists them.",
-)
-@with_options(_BATCH)
-def encode(inputs: Sequence[str], **flags: Any) -> None:
+@options(EncodeFlags)
+@click.pass_context
+def encode(context: click.Context, /, inputs: Sequence[str], **_: object) -> None:
     """Encode INPUTS, clips and images or folders of them, to .safetensors files.
 
     Each goes to --output_dir under its own name: "latents" (C, t, h, w), not normalised, of a
     continuous tokenizer, "tokens" (t, h, w) of a discrete one. Sizes that the tokenizer cannot take
     are padded by repeating the last row, column or frame, which `decode` cuts off again.
     """
-    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_kind, probe
+    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, probe
+
+    flags = parsed(context, EncodeFlags)
 
     def examine(path: Path) -> Task:
-        probe(path, kind=media_kind(path))
-        return Task(path, Path(flags["output_dir"]) / f"{path.stem}{_SUFFIX}")
+        probe(path)
+        return Task(path, Path(flags.output_dir) / f"{path.stem}{_SUFFIX}")
 
-    refuse_empty(flags, ("tokenizer_dir",))
     tasks = _collect(inputs, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES), examine)
-    _run(tasks, _find(flags["tokenizer_dir"], flags), _encode, flags)
+    _run(tasks, _find(flags.tokenizer_dir, flags), _encode, resume=flags.resume)
 
 
 @tokenize.command()
 @click.argument("inputs", nargs=-1, required=True)
-@click.option(
-    "--tokenizer_dir",
-    help="Tokenizer folder below --checkpoint_dir, a path, or tiny-… for a bundled one.  "
-    "[default: the one named in the INPUTS]",
-)
-@with_options(_BATCH)
-def decode(inputs: Sequence[str], **flags: Any) -> None:
+@options(DecodeFlags)
+@click.pass_context
+def decode(context: click.Context, /, inputs: Sequence[str], **_: object) -> None:
     """Decode INPUTS, files that `encode` wrote or folders of them, to videos and images.
 
     A clip becomes an .mp4 in --output_dir, an image a .png, each of its own size, with a .json
     beside it that names its origin.
     """
-    refuse_empty(flags, ("tokenizer_dir",))
-    folder = Path(flags["output_dir"])
+    flags = parsed(context, DecodeFlags)
+    folder = Path(flags.output_dir)
     tasks = _collect(inputs, (_SUFFIX,), lambda path: _examine_stored(path, folder))
-    name = flags["tokenizer_dir"]
+    name = flags.tokenizer_dir
     if name is None:
         names = sorted({task.header.get("tokenizer", "") for task in tasks})
         if len(names) > 1 or not names[0]:
@@ -187,75 +223,44 @@ def decode(inputs: Sequence[str], **flags: Any) -> None:
         name = names[0]
     coder = _find(name, flags)
     _refuse([text for task in tasks if (text := _misfit(task, coder))], len(tasks))
-    _run(tasks, coder, _decode, flags)
+    _run(tasks, coder, _decode, resume=flags.resume)
 
 
 @tokenize.command()
-@click.option("--video_pattern", help="Clips and images, such as 'clips/*.mp4'.")
-@click.option(
-    "--checkpoint",
-    help="Tokenizer: its folder, a file that holds all of it, or tiny-… for a bundled one.",
-)
-@click.option("--checkpoint_enc", help="File of its encoder; needs --checkpoint_dec.")
-@click.option("--checkpoint_dec", help="File of its decoder.")
-@click.option(
-    "--tokenizer_type",
-    type=click.Choice(_TYPES),
-    metavar=f"[{'|'.join(_TYPES)}]",  # click would print them with _
-    help="A released one, below --checkpoint_dir.",
-)
-@click.option(
-    "--mode", type=click.Choice(["jit", "torch"]), help="No effect: both are read the same way."
-)
-@click.option("--short_size", type=click.IntRange(2, 8192), help="Scale the short side to this.")
-@click.option(
-    "--temporal_window",
-    type=click.IntRange(1, 100_000),
-    help="Frames coded apart from all others, with seams; by default the whole clip as one.",
-)
-@click.option("--output_dir", help="By default the folder `reconstructions` beside each input.")
-@click.option("--output_fps", type=click.FloatRange(0.01, 1e4), help="By default the clip's own.")
-@click.option("--save_input", is_flag=True, help="Write the encoded frames too: NAME_input.mp4.")
-@with_options(_MACHINE)
-def reconstruct(**flags: Any) -> None:
-    """Encode and decode clips, and report the fidelity in dB.
-
-    Flags are those of cosmos-predict1 `tokenizer/inference/video_cli.py`.
-    """
+@options(ReconstructFlags)
+@click.pass_context
+def reconstruct(context: click.Context, /, **_: object) -> None:
+    """Encode and decode clips, and report the fidelity in dB."""
     from worldline.video.read import media_kind, probe
 
-    if not flags["video_pattern"]:
-        raise InputError("no input: give --video_pattern, in quotes")
-    matches = sorted(glob(flags["video_pattern"], recursive=True))
+    flags = parsed(context, ReconstructFlags)
+    if flags.video_pattern is None:
+        raise InputError("no input; give --video_pattern, in quotes")
+    matches = sorted(glob(flags.video_pattern, recursive=True))
     paths = [name for name in matches if not Path(name).is_dir()]
     if not paths:
-        raise InputError(f"--video_pattern {flags['video_pattern']} fits no file")
+        raise InputError(f"--video_pattern {flags.video_pattern} fits no file")
 
     def examine(path: Path) -> Task:
         info = probe(path, kind=media_kind(path))
-        folder = Path(flags["output_dir"] or path.parent / "reconstructions")
+        folder = Path(flags.output_dir or path.parent / "reconstructions")
         suffix = ".png" if info.kind == "image" else ".mp4"
-        header = {"fps": str(flags["output_fps"] or info.fps or _FPS)}
+        header = {"fps": str(flags.output_fps or info.fps or _FPS)}
         return Task(path, folder / f"{path.stem}{suffix}", header=header)
 
     tasks = _collect(paths, (), examine)
-    halves = [flags["checkpoint_enc"], flags["checkpoint_dec"]]
-    released = flags["tokenizer_type"]
-    if bool(flags["checkpoint"]) + any(halves) > 1 or not (
-        flags["checkpoint"] or any(halves) or released
-    ):
+    halves = [half for half in (flags.checkpoint_enc, flags.checkpoint_dec) if half]
+    whole = flags.checkpoint or (
+        flags.tokenizer_type and f"Cosmos-Tokenize1-{flags.tokenizer_type}"
+    )
+    if len(halves) == 1 or bool(halves) == bool(whole) or (halves and flags.checkpoint):
         raise InputError(
             "give one of --checkpoint, --checkpoint_enc with --checkpoint_dec, --tokenizer_type"
         )
-    if any(halves) and not all(halves):
-        raise InputError("--checkpoint_enc and --checkpoint_dec are needed both")
-    if all(halves):
-        coder = _find(Path(halves[0]).parent.name, flags, *map(Path, halves))
-    else:
-        coder = _find(flags["checkpoint"] or f"Cosmos-Tokenize1-{released}", flags)
-    if flags["mode"]:
+    name = whole or Path(halves[0]).parent.name
+    if flags.mode:
         logger.info("--mode has no effect: files of both kinds are read, and none is executed")
-    _run(tasks, coder, partial(_reconstruct, flags=flags), flags)
+    _run(tasks, _find(name, flags, *map(Path, halves)), partial(_reconstruct, flags=flags))
 
 
 def _collect(
@@ -298,7 +303,7 @@ def _collect(
             problems.append(f"{task.output} is an input; choose another --output_dir")
     _refuse(problems, count)
     for folder in sorted({task.output.parent for task in tasks}):
-        check_folder(folder, "--output_dir")
+        check_folder(folder)
     return tasks
 
 
@@ -353,19 +358,19 @@ def _misfit(task: Task, coder: Coder) -> str:
     return ""
 
 
-def _find(name: str, flags: dict[str, Any], *files: Path) -> Coder:
+def _find(name: str, flags: Machine, *files: Path) -> Coder:
     """The tokenizer of a name below --checkpoint_dir, or in `files`."""
-    from worldline.places import find_tokenizer
+    from worldline.locate import locate
 
-    paths = files or (find_tokenizer(name, flags["checkpoint_dir"]),)  # before torch is imported
-    import torch
-
-    from worldline.loading import choose_device, compute_dtype
+    paths = files or (
+        locate(name, flags.checkpoint_dir, tokenizer=True).named,
+    )  # before torch is imported
+    from worldline.opening import choose_compute
+    from worldline.request import LoadOptions
     from worldline.tokenizers.cosmos.weights import open_tokenizer
 
-    device = choose_device(flags["device"])
-    dtype = getattr(torch, flags["dtype"]) if flags["dtype"] else compute_dtype(device)
-    return Coder(name, open_tokenizer(*paths), device, dtype)
+    compute = choose_compute(LoadOptions.parse({"device": flags.device, "dtype": flags.dtype}))
+    return Coder(name, open_tokenizer(*paths), compute.device, compute.dtype)
 
 
 def _is_finished(task: Task, coder: Coder) -> bool:
@@ -392,51 +397,48 @@ def _run(
     tasks: Sequence[Task],
     coder: Coder,
     code: Callable[[CosmosTokenizer, Coder, Task], str],
-    flags: dict[str, Any],
+    *,
+    resume: bool = False,
 ) -> None:
-    """Load the tokenizer, do the tasks one after another, and report.
+    """Load the tokenizer, run the tasks one after another, and report.
 
     Args:
-        tasks: all tasks; with --resume, finished ones are left out.
+        tasks: all tasks; with `resume`, finished ones are left out.
         coder: the tokenizer.
-        code: does a task, and returns its line of the report.
-        flags: those of the command.
+        code: runs a task, and returns its line of the report.
+        resume: keep finished results.
 
     Raises:
         Error: a task failed; the others of several were done.
     """
-    total = len(tasks)
-    if flags.get("resume"):
+    total, folder = len(tasks), tasks[0].output.parent
+    if resume:
         tasks = [task for task in tasks if not _is_finished(task, coder)]
-        if not tasks:
-            tell_nothing_left(total, Path(flags["output_dir"]), "files")
-            return
-    for folder in {task.output.parent for task in tasks}:
-        folder.mkdir(parents=True, exist_ok=True)
-    with memory_advice(flags, ()):
-        model = coder.opened.read(coder.device, coder.dtype)
-    logger.info(
-        "%s (%s M parameters, %s) on %s",
-        coder.name,
-        f"{coder.opened.num_parameters / 1e6:,.1f}",
-        str(coder.dtype).removeprefix("torch."),
-        coder.device,
-    )
+    for output in {task.output.parent for task in tasks}:
+        output.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    if tasks:
+        with memory_advice():
+            model = coder.opened.read(coder.device, coder.dtype)
+        logger.info(
+            "%s (%s M parameters, %s) on %s",
+            coder.name,
+            f"{coder.opened.num_parameters / 1e6:,.1f}",
+            str(coder.dtype).removeprefix("torch."),
+            coder.device,
+        )
 
-    def do(task: Task, _: str) -> str:
-        start = time.perf_counter()
-        with memory_advice(flags, ()):
-            line = code(model, coder, task)
-        return f"{task.output}: {line}, {time.perf_counter() - start:.1f} s"
+        def one(task: Task, _: str) -> str:
+            start = time.perf_counter()
+            with memory_advice():
+                line = code(model, coder, task)
+            return f"{task.output}: {line}, {time.perf_counter() - start:.1f} s"
 
-    failed, _ = run_each(tasks, do, lambda task: task.path, batch=total > 1)
-    resumable = "resume" in flags
-    if resumable and total > 1:
-        done, before = len(tasks) - failed, total - len(tasks)
-        tell_all(done, before, total, Path(flags["output_dir"]), "files")
+        failed, _ = run_each(tasks, one, batch=total > 1)
+    if total > 1 or not tasks:
+        report_done(len(tasks) - failed, total - len(tasks), total, folder, "files")
     if failed:
-        advice = "; --resume tries them alone" if resumable else ""
-        raise Error(f"{failed} of {total} inputs failed{advice}")
+        raise Error(f"{failed} of {total} inputs failed")
 
 
 def _encode(model: CosmosTokenizer, coder: Coder, task: Task) -> str:
@@ -484,18 +486,18 @@ def _decode(model: CosmosTokenizer, coder: Coder, task: Task) -> str:
     return _measured(size)
 
 
-def _reconstruct(model: CosmosTokenizer, _: Coder, task: Task, flags: dict[str, Any]) -> str:
+def _reconstruct(model: CosmosTokenizer, _: Coder, task: Task, flags: ReconstructFlags) -> str:
     import torch
 
     from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip, reconstruct_windows
     from worldline.video.convert import scaled
     from worldline.video.read import stream_media
 
-    window = flags["temporal_window"]
+    window = flags.temporal_window
 
     def source() -> Iterator[Frames]:
         for piece in stream_media(task.path, window or model.chunk * model.config.temporal):
-            yield scaled(piece, flags["short_size"]) if flags["short_size"] else piece
+            yield scaled(piece, flags.short_size) if flags.short_size else piece
 
     pieces: Iterable[Frames]
     if window:
@@ -517,7 +519,7 @@ def _reconstruct(model: CosmosTokenizer, _: Coder, task: Task, flags: dict[str, 
             yield piece
 
     size = _write(compared(), task)
-    if flags["save_input"]:
+    if flags.save_input:
         output = task.output.with_stem(f"{task.output.stem}_input")
         _write(source(), replace(task, output=output))
     psnr = 10 * math.log10(255**2 * count / error) if error else math.inf

@@ -1,45 +1,47 @@
-"""Videos judged, measured and drawn, for `worldline evaluate`.
+"""Videos of a folder, judged and compared with references, for `worldline evaluate`.
 
-A video is read once, frame by frame. Only a small copy of each frame is kept, about 80 kB, so that
-neither size nor length fills the memory.
+A video is read once, frame by frame. Only small copies of its frames are kept, so that neither size
+nor length fills the memory.
 """
 
 from __future__ import annotations
 
-import io
+import json
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-from worldline.evaluate.failures import (
-    Failure,
-    failure_rate,
-    find_in_reduced,
-    one_thread,
-    reduce,
-)
+from worldline.errors import InputError
+from worldline.evaluate.failures import Failure, failure_rate, find_in_reduced, one_thread, reduce
 from worldline.evaluate.metrics import decibels, flicker, motion, mse, ssim
-from worldline.evaluate.tasks import Task, check_length
-from worldline.video.read import stream_media
-from worldline.video.write import write_bytes
-
-Frame = NDArray[np.uint8]
+from worldline.video.read import VIDEO_SUFFIXES, Frames, stream_media
+from worldline.video.sheet import spread, thumbnail
 
 _MEASURES = ("motion", "flicker", "psnr", "ssim", "reference_motion", "reference_flicker")
-_CHUNK = 8  # frames that are decoded at a time
-_ROWS, _COLUMNS = 60, 9  # of the contact sheet
-_CELL = (160, 120)  # largest width and height of its pictures
-_GAP, _LINE = 4, 14  # pixels between its pictures, and of a line of text
+
+
+@dataclass(frozen=True)
+class Task:
+    """One video to judge.
+
+    Attributes:
+        name: path below the folder.
+        path: of the file.
+        num_input_frames: number of input frames at its start, which are not judged.
+        reference: the true video, if there is one.
+    """
+
+    name: str
+    path: Path
+    num_input_frames: int
+    reference: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class Score:
         failures: empty if it is sound.
         motion: mean absolute change between frames, in grey levels, from the last input frame on.
         flicker: half the mean absolute second difference in time, from the same frame on.
-        reference: name of the true video; None without one, as are all that follow.
+        reference: file of the true video; None without one, as are all that follow.
         compared_frames: number of frames behind the input frames that both have.
         psnr: dB, squared errors pooled over these frames; `inf` if they are equal.
         ssim: mean over these frames.
@@ -84,33 +86,138 @@ class Score:
         return " and ".join(failure.kind for failure in self.failures) or "sound"
 
 
+def find_tasks(
+    folder: Path, reference: Path | None = None, num_input_frames: int | None = None
+) -> list[Task]:
+    """Videos of a folder and of those below it, at least one.
+
+    Args:
+        folder: where they are.
+        reference: folder with a video of the same name, of any suffix, for each to compare.
+        num_input_frames: of each video; by default that of the JSON report beside it, else 0.
+
+    Raises:
+        InputError: there are no videos, or references that are not clear.
+    """
+    videos = _list_videos(folder, apart=reference)
+    references: dict[str, Path] = {}
+    if reference is not None:
+        references = _match_references(videos, folder, reference)
+    return [
+        Task(
+            name,
+            path,
+            _reported_input_frames(path) if num_input_frames is None else num_input_frames,
+            references.get(name),
+        )
+        for name, path in videos.items()
+    ]
+
+
+def _list_videos(folder: Path, apart: Path | None) -> dict[str, Path]:
+    """Videos below a folder by name, without hidden ones and those below `apart`."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    whole, inner = folder.resolve(), apart.resolve() if apart else None
+    if inner == whole:
+        raise InputError(f"{folder} is both the folder and its own reference")
+    if inner is not None and whole not in inner.parents:
+        inner = None
+    videos = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in VIDEO_SUFFIXES
+        and not path.stem.endswith(".preview")  # left behind by a killed run
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not path.is_dir()
+        and inner not in path.resolve().parents
+    }
+    if not videos:
+        outside = f" outside {apart}" if inner else ""
+        raise InputError(f"{folder} holds no videos{outside} ({' '.join(VIDEO_SUFFIXES)})")
+    return videos
+
+
+def _match_references(videos: dict[str, Path], folder: Path, reference: Path) -> dict[str, Path]:
+    """Reference of each video: of the same suffix, else the only one of its stem."""
+    paths = _list_videos(reference, apart=folder)
+    by_stem: defaultdict[str, list[str]] = defaultdict(list)
+    for name in paths:
+        by_stem[name.rpartition(".")[0]].append(name)
+    matched: dict[str, Path] = {}
+    for name in videos:
+        fitting = [name] if name in paths else by_stem[name.rpartition(".")[0]]
+        if len(fitting) > 1:
+            raise InputError(f"{name} has several references: {', '.join(fitting)}")
+        if fitting:
+            matched[name] = paths[fitting[0]]
+    if not matched:
+        first, other = next(iter(videos)), next(iter(paths))
+        raise InputError(
+            f"{reference} has no video of the name of one in {folder} ({other}, not {first})"
+        )
+    return matched
+
+
+def _reported_input_frames(path: Path) -> int:
+    """Number of input frames in the report beside a video; 0 without such a report."""
+    try:
+        frames = json.loads(path.with_suffix(".json").read_text())["request"]["num_input_frames"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
+    return max(0, frames) if type(frames) is int else 0
+
+
 @one_thread()
-def score_video(task: Task) -> tuple[Score, dict[int, Frame]]:
+def score_video(task: Task) -> tuple[Score, dict[int, Frames]]:
     """Score of a video, and small pictures of it by number of their frame.
 
     Raises:
-        InputError: it, or its reference, cannot be read to the end, or is too short.
+        InputError: it, or its reference, cannot be read to the end, is too short, or of another
+            size.
     """
     inputs = task.num_input_frames
-    copies: list[Tensor] = []
-    pictures: list[Frame] = []
-    errors: list[float] = []
-    similarities: list[float] = []
-    changes, true_changes = _Changes(), _Changes()
+    copies: list[torch.Tensor] = []
+    pictures: list[Frames] = []
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    recent = {kind: deque[Frames](maxlen=3) for kind in ("", "reference_")}
     references = _frames(task.reference) if task.reference else iter(())
     for index, frame in enumerate(_frames(task.path)):
         copies.append(reduce(frame))
-        pictures.append(_small(frame))
+        pictures.append(thumbnail(frame))
         reference = next(references, None)
-        if index >= inputs - 1:  # a change needs a frame before it
-            changes.add(frame)
-            if reference is not None:
-                true_changes.add(reference)
+        for kind, shown in (("", frame), ("reference_", reference)):
+            window = recent[kind]
+            if shown is not None and index >= inputs - 1:  # a change needs a frame before it
+                window.append(shown)
+                if len(window) > 1:
+                    values[f"{kind}motion"].append(motion(np.stack([*window][-2:])))
+                if len(window) > 2:
+                    values[f"{kind}flicker"].append(flicker(np.stack(window)))
         if index >= inputs and reference is not None:
-            errors.append(mse(frame, reference))
-            similarities.append(ssim(frame, reference))
-    check_length(task.path, len(copies), inputs)
+            try:
+                values["mse"].append(mse(frame, reference))
+                values["ssim"].append(ssim(frame, reference))
+            except ValueError as error:
+                raise InputError(f"{task.path} beside {task.reference}: {error}") from None
     height, width = frame.shape[:2]
+    if len(copies) < (needed := max(2, inputs + 1)):
+        raise InputError(
+            f"{task.path} has {len(copies)} frames, {inputs} of them input; give {needed} or more"
+        )
+    means = {name: fmean(each) for name, each in values.items()}
+    compared: dict[str, Any] = {}
+    if task.reference is not None:
+        if not values["mse"]:
+            raise InputError(f"{task.reference} has no frame behind {inputs} input frames")
+        compared = {
+            "reference": str(task.reference),
+            "compared_frames": len(values["mse"]),
+            "psnr": decibels(means["mse"]),
+            "ssim": means["ssim"],
+            "reference_motion": means.get("reference_motion", 0.0),
+            "reference_flicker": means.get("reference_flicker", 0.0),
+        }
     score = Score(
         name=task.name,
         frames=len(copies),
@@ -118,45 +225,17 @@ def score_video(task: Task) -> tuple[Score, dict[int, Frame]]:
         width=width,
         num_input_frames=inputs,
         failures=tuple(find_in_reduced(torch.cat(copies), inputs)),
-        motion=changes.motion,
-        flicker=changes.flicker,
+        motion=means["motion"],
+        flicker=means.get("flicker", 0.0),
+        **compared,
     )
-    if task.reference is not None:
-        check_length(task.reference, inputs + len(errors), inputs, least=1)
-        score = replace(
-            score,
-            reference=task.reference_name,
-            compared_frames=len(errors),
-            psnr=decibels(fmean(errors)),
-            ssim=fmean(similarities),
-            reference_motion=true_changes.motion,
-            reference_flicker=true_changes.flicker,
-        )
-    return score, {index: pictures[index] for index in _picks(score)}
+    picks = spread(len(pictures), [failure.frame for failure in score.failures])
+    return score, {index: pictures[index] for index in picks}
 
 
-class _Changes:
-    """`motion` and `flicker` of a clip that arrives frame by frame; three frames are in memory."""
-
-    def __init__(self) -> None:
-        self.frames: deque[Frame] = deque(maxlen=3)
-        self.motions: list[float] = []
-        self.flickers: list[float] = []
-
-    def add(self, frame: Frame) -> None:
-        self.frames.append(frame)
-        if len(self.frames) > 1:
-            self.motions.append(motion(np.stack([*self.frames][-2:])))
-        if len(self.frames) > 2:
-            self.flickers.append(flicker(np.stack(self.frames)))
-
-    @property
-    def motion(self) -> float:
-        return fmean(self.motions or [0.0])
-
-    @property
-    def flicker(self) -> float:
-        return fmean(self.flickers or [0.0])
+def _frames(path: Path) -> Iterator[Frames]:
+    for piece in stream_media(path, 8):
+        yield from piece
 
 
 def medians(scores: Sequence[Score]) -> dict[str, float]:
@@ -182,74 +261,3 @@ def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     floats = {name: value for name, value in values.items() if isinstance(value, float)}
     rounded = {name: round(x, 4) if math.isfinite(x) else None for name, x in floats.items()}
     return values | rounded
-
-
-class Sheet:
-    """Contact sheet: a row of frames for each video, the failed ones on top, at most 60 rows."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[Score, dict[int, Frame]]] = []
-        self.omitted = 0
-
-    def add(self, score: Score, pictures: dict[int, Frame]) -> None:
-        self.rows.append((score, pictures))
-        self.rows.sort(key=lambda row: not row[0].failures)
-        self.omitted += len(self.rows) > _ROWS
-        del self.rows[_ROWS:]
-
-    def save(self, path: Path) -> None:
-        """Write a PNG; a frame where a failure is worst has a red border.
-
-        Raises:
-            InputError: the place cannot be written.
-            Error: the disk is full.
-        """
-        shapes = [picture.shape for _, row in self.rows for picture in row.values()]
-        height = max(shape[0] for shape in shapes) + 2 * _LINE + _GAP
-        width = max(shape[1] for shape in shapes) + _GAP
-        columns = max(len(pictures) for _, pictures in self.rows)
-        size = max(columns * width + _GAP, 480), len(self.rows) * height + _LINE + 2 * _GAP
-        sheet = Image.new("RGB", size, "white")
-        draw = ImageDraw.Draw(sheet)
-        font = ImageFont.load_default()
-        top = _GAP
-        for score, pictures in self.rows:
-            worst = {failure.frame for failure in score.failures}
-            details = "; ".join(failure.detail for failure in score.failures)
-            title = f"{score.name}: {score.verdict} {details}"
-            # Pillow's own font, the only one sure to be there, draws boxes for other characters.
-            title = title.encode("ascii", "replace").decode()
-            draw.text((_GAP, top), title, fill="red" if worst else "black", font=font)
-            for column, (index, picture) in enumerate(pictures.items()):
-                x, y = _GAP + column * width, top + 2 * _LINE
-                number = f"{index} input" if index < score.num_input_frames else str(index)
-                draw.text((x, top + _LINE), number, fill="gray", font=font)
-                sheet.paste(Image.fromarray(picture), (x, y))
-                if index in worst:
-                    corner = x + picture.shape[1] - 1, y + picture.shape[0] - 1
-                    draw.rectangle((x, y, *corner), outline="red", width=3)
-            top += height
-        if self.omitted:
-            draw.text((_GAP, top), f"and {self.omitted} more videos", fill="black", font=font)
-        file = io.BytesIO()
-        sheet.save(file, format="PNG")
-        write_bytes(path, file.getbuffer())
-
-
-def _frames(path: Path) -> Iterator[Frame]:
-    for piece in stream_media(path, _CHUNK):
-        yield from piece
-
-
-def _small(frame: Frame) -> Frame:
-    """Frame that fits into a cell of the contact sheet."""
-    picture = Image.fromarray(frame)
-    scale = min(1.0, _CELL[0] / picture.width, _CELL[1] / picture.height)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    return np.asarray(picture.resize(size, Image.Resampling.BOX))
-
-
-def _picks(score: Score) -> list[int]:
-    """Numbers of frames spread over a video, with its first, its last and those of failures."""
-    spread = np.linspace(0, score.frames - 1, min(_COLUMNS, score.frames)).round().astype(int)
-    return sorted({*spread.tolist(), *(failure.frame for failure in score.failures)})

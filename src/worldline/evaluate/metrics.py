@@ -12,23 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worldline.evaluate.tasks import SSIM_WINDOW
-
 Frames = NDArray[np.uint8] | Tensor
 PEAK = 255.0
 
 # Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP
-# 13(4), 2004: sigma of the window, and the constants that keep flat regions finite.
-SSIM_SIGMA = 1.5
+# 13(4), 2004: side and sigma of the window, and the constants that keep flat regions finite.
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels
 SSIM_CONSTANTS = ((0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2)
 _BAND = 16  # rows that are worked on at a time: most of the time goes into memory
 
 
-def psnr(
-    frames: Frames, reference: Frames, mask: NDArray[np.bool_] | Tensor | None = None
-) -> float:
-    """Peak signal-to-noise ratio in dB: `decibels` of `mse`, with the same arguments."""
-    return decibels(mse(frames, reference, mask))
+def psnr(frames: Frames, reference: Frames) -> float:
+    """Peak signal-to-noise ratio in dB: `decibels` of `mse`."""
+    return decibels(mse(frames, reference))
 
 
 def decibels(error: float) -> float:
@@ -36,45 +32,22 @@ def decibels(error: float) -> float:
     return 10 * math.log10(PEAK**2 / error) if error else math.inf
 
 
-def mse(frames: Frames, reference: Frames, mask: NDArray[np.bool_] | Tensor | None = None) -> float:
-    """Mean squared error over all frames.
-
-    Args:
-        frames: uint8 (T, H, W, 3).
-        reference: the same shape.
-        mask: bool (T, H, W) or (H, W) of the pixels that count.
-
-    Returns:
-        Square grey levels; `nan` for an empty mask.
+def mse(frames: Frames, reference: Frames) -> float:
+    """Mean squared error over all frames, in square grey levels.
 
     Raises:
         ValueError: shapes differ, or a dtype is wrong.
     """
     first, second = _as_pair(frames, reference)
-    shape = tuple(first.shape[:3])
-    inside = torch.ones(shape[1:], dtype=torch.bool) if mask is None else _as_tensor(mask)
-    if inside.dtype != torch.bool or tuple(inside.shape) not in (shape, shape[1:]):
-        raise ValueError(
-            f"the mask is bool {shape} or {shape[1:]}, not {inside.dtype} {tuple(inside.shape)}"
-        )
-    inside = inside.to(first.device).expand(shape)
-    error = 0.0
-    for x, y, pixels in zip(first, second, inside, strict=True):
-        square = (x.int() - y.int()).square().sum(-1)  # whole numbers, so nothing is rounded
-        error += float(square[pixels].sum())
-    count = 3 * int(inside.sum())
-    return error / count if count else math.nan
+    pairs = zip(first, second, strict=True)
+    # whole numbers, so nothing is rounded
+    return sum(int((x.int() - y.int()).square().sum()) for x, y in pairs) / first.numel()
 
 
 def ssim(frames: Frames, reference: Frames) -> float:
     """Structural similarity, mean over frames, channels and places of an 11 x 11 Gaussian window.
 
-    Args:
-        frames: uint8 (T, H, W, 3), at least 11 x 11.
-        reference: the same shape.
-
-    Returns:
-        At most 1, for equal clips.
+    At most 1, for equal clips.
 
     Raises:
         ValueError: shapes differ, the dtype is not uint8, or the window does not fit.
@@ -115,16 +88,14 @@ def _mean_size(change: Tensor) -> float:
 
 def as_clip(frames: Frames) -> Tensor:
     """Frames as a tensor (T, H, W, 3)."""
-    clip = _as_tensor(frames)
+    clip = frames
+    if not isinstance(clip, Tensor):
+        clip = torch.from_numpy(np.ascontiguousarray(clip))
     if clip.ndim == 3:
         clip = clip[None]
     if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not clip.numel():
         raise ValueError(f"frames are uint8 (T, H, W, 3), not {clip.dtype} {tuple(clip.shape)}")
     return clip
-
-
-def _as_tensor(value: NDArray[np.generic] | Tensor) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
 
 
 def _as_pair(frames: Frames, reference: Frames) -> tuple[Tensor, Tensor]:

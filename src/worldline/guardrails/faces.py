@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,52 +32,9 @@ _BLOCKS = 5  # a face becomes 5 x 5 squares
 _BATCH_PIXELS = 4 << 20
 
 
-class _Bottleneck(nn.Module):
-    def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.downsample: nn.Module = nn.Identity()
-        if channels != 4 * width:
-            self.downsample = _convolution(channels, 4 * width, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
-
-
-def _convolution(channels: int, width: int, size: int, stride: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(channels, width, size, stride, size // 2, bias=False)
+def _convolution(channels: int, width: int, size: int) -> nn.Sequential:
+    convolution = nn.Conv2d(channels, width, size, padding=size // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(width))
-
-
-def _stage(channels: int, width: int, count: int, stride: int) -> nn.Sequential:
-    first = _Bottleneck(channels, width, stride)
-    return nn.Sequential(first, *(_Bottleneck(4 * width, width, 1) for _ in range(count - 1)))
-
-
-class _Body(nn.Module):
-    """ResNet-50 without its head: the outputs of its last three stages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = _stage(64, 64, 3, 1)
-        self.layer2 = _stage(256, 128, 4, 2)
-        self.layer3 = _stage(512, 256, 6, 2)
-        self.layer4 = _stage(1024, 512, 3, 2)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        fine = self.layer2(self.layer1(x))
-        middle = self.layer3(fine)
-        return [fine, middle, self.layer4(middle)]
 
 
 class _Pyramid(nn.Module):
@@ -88,7 +48,7 @@ class _Pyramid(nn.Module):
         self.merge1 = _convolution(WIDTH, WIDTH, 3)
         self.merge2 = _convolution(WIDTH, WIDTH, 3)
 
-    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         laterals = (self.output1, self.output2, self.output3)
         fine, middle, coarse = (F.relu(f(x)) for f, x in zip(laterals, maps, strict=True))
         middle = F.relu(self.merge2(middle + F.interpolate(coarse, middle.shape[-2:])))
@@ -129,13 +89,15 @@ class _Head(nn.Module):
 class RetinaFace(nn.Module):
     """Images of `prepare` -> corrections of the priors, and probability of a face at each.
 
-    Modules have the names of the released file. Landmarks are loaded, since loading is strict, and
-    not computed.
+    Landmarks are loaded, since loading is strict, and not computed.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = _Body()
+        from transformers import ResNetBackbone, ResNetConfig
+
+        stages = {"out_features": ["stage2", "stage3", "stage4"]}
+        self.body = ResNetBackbone(ResNetConfig.from_dict(stages))
         self.fpn = _Pyramid()
         self.ssh1, self.ssh2, self.ssh3 = _Context(), _Context(), _Context()
         self.ClassHead = nn.ModuleList(_Head(2) for _ in _STEPS)
@@ -144,7 +106,7 @@ class RetinaFace(nn.Module):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Inputs of the heads, one map for each level, finest first."""
-        levels = self.fpn(self.body(images))
+        levels = self.fpn(self.body(images).feature_maps)
         contexts = (self.ssh1, self.ssh2, self.ssh3)
         return [context(x) for context, x in zip(contexts, levels, strict=True)]
 
@@ -158,19 +120,38 @@ class RetinaFace(nn.Module):
         return self.join(self.BboxHead, maps), self.join(self.ClassHead, maps).softmax(-1)
 
 
-def _meta() -> RetinaFace:
+_LAYER = re.compile(
+    r"encoder\.stages\.(\d)\.layers\.(\d)\.(layer\.(\d)|shortcut)\.(convolution|normalization)"
+)
+
+
+def _released(name: str) -> str:
+    """Name in the file, whose body is torchvision's ResNet-50."""
+
+    def layer(match: re.Match[str]) -> str:
+        stage, block, _, number, kind = match.groups()
+        leaf = f"downsample.{'cn'.index(kind[0])}"
+        if number:
+            leaf = f"{'conv' if kind[0] == 'c' else 'bn'}{int(number) + 1}"
+        return f"layer{int(stage) + 1}.{block}.{leaf}"
+
+    name = name.replace("embedder.embedder.convolution", "conv1")
+    return _LAYER.sub(layer, name.replace("embedder.embedder.normalization", "bn1"))
+
+
+@cache
+def key_map() -> KeyMap:
+    """Names of `Resnet50_Final.pth`, which may lack the first "module."."""
     with torch.device("meta"):
-        return RetinaFace()
-
-
-# the file may lack the first "module."
-KEYS = KeyMap(rename={name: name for name in _meta().state_dict()}, prefixes=("module.", ""))
+        names = RetinaFace().state_dict()
+    return KeyMap({_released(name): name for name in names}, prefixes=("module.", ""))
 
 
 def load_retinaface(path: Path, device: torch.device | str = "cpu") -> RetinaFace:
     """Network of `Resnet50_Final.pth`."""
-    network = _meta()
-    fill(network, path, KEYS, device)
+    with torch.device("meta"):
+        network = RetinaFace()
+    fill(network, path, key_map(), device)
     return network
 
 

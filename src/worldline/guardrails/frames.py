@@ -20,7 +20,6 @@ from worldline.files import read_json
 from worldline.guardrails.base import Verdict
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import fill, pretrained
-from worldline.weights.read import open_checkpoint
 
 CLASSES = (
     "Safe",
@@ -31,19 +30,8 @@ CLASSES = (
     "Hate_and_Harassment",
     "Self-Harm",
 )
-_WIDTHS = (1152, 512, 256)
+_FEATURES = 1152
 _BATCH = 16  # frames; SigLIP so400m takes about 2 GB for them in float32
-
-_LINEAR = ("weight", "bias")
-_NORM = (*_LINEAR, "running_mean", "running_var", "num_batches_tracked")
-_LEAVES = {0: _LINEAR, 1: _NORM, 3: _LINEAR, 4: _NORM, 6: _LINEAR}
-KEYS = KeyMap(
-    rename={
-        f"network.layers.{layer}.{leaf}": f"layers.{layer}.{leaf}"
-        for layer, leaves in _LEAVES.items()
-        for leaf in leaves
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -66,45 +54,35 @@ class Rule:
 _ALL = frozenset(range(1, len(CLASSES)))
 _NO_VIOLENCE = _ALL - {CLASSES.index("Violence")}  # Predict2.5 allows that class
 PREDICT1 = Rule(_ALL, 0.0)  # Cosmos 1.0 as well
-PREDICT2_5_FIRST = Rule(_NO_VIOLENCE, 0.0)  # of 2025-10-06
-PREDICT2_5 = Rule(_NO_VIOLENCE, 0.10)  # from 2025-10-13 on
+PREDICT2_5 = Rule(_NO_VIOLENCE, 0.10)  # from 2025-10-13 on; before, 0
 
 
 class FrameClassifier(nn.Module):
     """Features (N, 1152) of length 1 -> logits (N, 7), float32: classes are compared exactly."""
 
-    def __init__(self, widths: tuple[int, int, int] = _WIDTHS) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.width = widths[0]
-        first, second, third = widths
         self.layers = nn.Sequential(
-            nn.Linear(first, second),
-            nn.BatchNorm1d(second),
+            nn.Linear(_FEATURES, 512),
+            nn.BatchNorm1d(512),
             nn.ReLU(),
-            nn.Linear(second, third),
-            nn.BatchNorm1d(third),
+            nn.Linear(512, 256),
+            nn.BatchNorm1d(256),
             nn.ReLU(),
-            nn.Linear(third, len(CLASSES)),
+            nn.Linear(256, len(CLASSES)),
         )
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)
 
 
+KEYS = KeyMap({f"network.{name}": name for name in FrameClassifier().state_dict()})
+
+
 def load_classifier(path: Path, device: torch.device | str = "cpu") -> FrameClassifier:
-    """Frame classifier of `safety_filter.pt`, with the widths of its tensors."""
-    widths = _WIDTHS  # for a file without them, whose first misfit `fill` names
-    if path.is_file():
-        tensors = open_checkpoint(path).tensors
-        shapes = [
-            tensors[name].shape
-            for name in ("network.layers.0.weight", "network.layers.3.weight")
-            if name in tensors
-        ]
-        if [len(shape) for shape in shapes] == [2, 2]:
-            widths = (shapes[0][1], shapes[0][0], shapes[1][0])
+    """Frame classifier of `safety_filter.pt`."""
     with torch.device("meta"):
-        network = FrameClassifier(widths)
+        network = FrameClassifier()
     fill(network, path, KEYS, device)
     return network
 
@@ -154,10 +132,9 @@ class FrameFilter:
     name = "video_content_safety_filter"
 
     def __init__(self, features: FrameFeatures, classifier: FrameClassifier, rule: Rule) -> None:
-        if features.width != classifier.width:
+        if features.width != _FEATURES:
             raise CheckpointError(
-                f"SigLIP has {features.width} features, the frame classifier expects "
-                f"{classifier.width}"
+                f"SigLIP has {features.width} features, the frame classifier expects {_FEATURES}"
             )
         self.features = features
         self.classifier = classifier

@@ -11,46 +11,23 @@ Padding is read like any other token, so that all rows count.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
-from worldline.text.encoder import (
-    MAX_LENGTH,
-    EmbeddingCache,
-    EncoderFiles,
-    FastTokenizer,
-    PromptEncoder,
-    cache_folder,
-    read_tokenizer,
-)
+from worldline.text.encoder import EncoderFiles, FastTokenizer, PromptEncoder, read_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
 
 RELEASED = "nvidia/Cosmos-Reason1-7B"
-# The released worlds were trained with these weights; another revision is another encoder.
-REVISION = "3210bec0495fdc7a8d3dbb8d58da5711eab4b423"
 NUM_PARAMETERS = 7_070_619_136  # without vision tower and head
-CACHED = 40  # embeddings that are kept, 103 MB each of the released encoder in bfloat16
-
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 SYSTEM = "You are a helpful assistant who will provide prompts to an image generator."
 _EPS = 1e-8  # beside the deviation
-
-TINY: dict[str, Any] = {
-    "vocab_size": 264,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 def chat_text(prompt: str) -> str:
@@ -61,68 +38,31 @@ def chat_text(prompt: str) -> str:
     return f"{START}system\n{SYSTEM}{END}\n{START}user\n{prompt}{END}\n"
 
 
-@dataclass(frozen=True)
-class Reason1Files(EncoderFiles["Reason1Encoder"]):
-    """A Reason1 encoder on disk; its weights may hold vision tower and head too.
+class ChatTokenizer(FastTokenizer):
+    """Prompts to ids of the chat that the released worlds were trained with.
 
-    Its tokenizer is tokenizer.json, or vocab.json and merges.txt.
+    Attributes:
+        pad: id behind the end of a chat.
     """
 
-    name = "Reason1 encoder (Qwen2.5-VL)"
-    released = RELEASED
-    revision = REVISION
-    model_types = ("qwen2_5_vl", "qwen2_5_vl_text")
-    sizes = tuple(TINY)
-    prefixes = ("model.", "model.language_model.")  # as released; as transformers saves it since
-    unread: ClassVar = {"visual.*": "vision tower", "lm_head.*": "head"}
-    most_added = len(chat_text(""))
+    special_tokens = False  # the chat has them
 
-    @property
-    def width(self) -> int:
-        return int(self.config["num_hidden_layers"] * self.config["hidden_size"])
+    def __init__(self, backend: tokenizers.Tokenizer, source: str) -> None:
+        super().__init__(backend)
+        for token in (START, END, PAD):
+            if token not in self.vocabulary:
+                raise CheckpointError(f"{source} is not of a Qwen2.5 chat: it has no {token}")
+        self.pad = self.vocabulary[PAD]
 
-    @property
-    def num_parameters(self) -> int:
-        words, width, inner, depth, heads, groups = (self.config[name] for name in self.sizes)
-        narrow = width // heads * groups
-        attention = 2 * width * (width + narrow) + width + 2 * narrow  # with biases of q, k, v
-        return int((words + 1) * width + depth * (attention + 3 * width * inner + 2 * width))
-
-    @classmethod
-    def find_tokenizer(cls, folder: Path, settings: Mapping[str, Any]) -> list[Path] | None:
-        for names in (("tokenizer.json",), ("vocab.json", "merges.txt")):
-            if all((folder / name).is_file() for name in names):
-                return [folder / name for name in names]
-        return None
-
-    @cached_property
-    def tokenizer(self) -> ChatTokenizer:
-        path = self.tokenizer_files[0]
-        if path.name == "tokenizer.json":
-            return ChatTokenizer(read_tokenizer(path), str(path))
-        from transformers import Qwen2Tokenizer
-
-        try:
-            tokenizer = Qwen2Tokenizer.from_pretrained(path.parent, local_files_only=True)
-        except Exception as error:  # the package raises plain Exception for a damaged file
-            raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
-        return ChatTokenizer(tokenizer.backend_tokenizer, str(path))
-
-    def build(self) -> Reason1Encoder:
-        return Reason1Encoder(self.config, self.tokenizer, self.max_length)
-
-    @property
-    def cache(self) -> EmbeddingCache:
-        """Kept embeddings; in a folder of their own, since they are large."""
-        return EmbeddingCache(cache_folder() / "reason1", largest=CACHED)
+    def encode(self, prompt: str) -> list[int]:
+        """Ids of the whole chat of a prompt."""
+        return super().encode(chat_text(prompt))
 
 
 class Reason1Encoder(PromptEncoder):
     """Prompts to context, one row a token and as many for padding."""
 
-    def __init__(
-        self, config: Mapping[str, Any], tokenizer: ChatTokenizer, max_length: int = MAX_LENGTH
-    ) -> None:
+    def make_network(self, config: Mapping[str, Any]) -> nn.Module:
         from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
         half = config["hidden_size"] // config["num_attention_heads"] // 2
@@ -147,20 +87,19 @@ class Reason1Encoder(PromptEncoder):
         network = Qwen2_5_VLTextModel(settings)
         with torch.device("cpu"):  # no file holds its frequencies, so they must have values
             network.rotary_emb = type(network.rotary_emb)(settings)  # type: ignore[arg-type]
-        super().__init__(network, config, tokenizer, max_length)
+        return network
 
-    def tokenize(self, prompts: Sequence[str], max_length: int | None = None) -> Tensor:
-        """Ids (B, S) int64 of prompts, on the CPU; S is `max_length`, or the encoder's own."""
-        rows = [self.tokenizer.encode(prompt) for prompt in prompts]
-        return self.fitted(rows, self.max_length if max_length is None else max_length)
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Ids (B, max_length) int64 of prompts, on the CPU."""
+        return self.fit([self.tokenizer.encode(prompt) for prompt in prompts])
 
-    def fitted(self, rows: Sequence[Sequence[int]], length: int) -> Tensor:
-        """Ids (B, length) int64 of chats: cut, or filled with padding on the right."""
-        pad = self.tokenizer.pad
+    def fit(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Ids (B, max_length) int64 of chats: cut, or filled with padding on the right."""
+        length, pad = self.max_length, self.tokenizer.pad
         return torch.tensor([[*row[:length], *[pad] * (length - len(row))] for row in rows])
 
     def hidden(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """The embedded tokens and the output of each layer, the last one normed.
+        """The embedded tokens and the output of each layer, the last one normed; differentiable.
 
         Every token sees all before it, padding too; none is masked.
 
@@ -168,19 +107,16 @@ class Reason1Encoder(PromptEncoder):
             ids: (B, S) int64, on the weights' device.
 
         Returns:
-            One more than there are layers, each (B, S, D) in the weights' dtype; differentiable.
+            One more than there are layers, each (B, S, D).
         """
         output = self.network(input_ids=ids, use_cache=False, output_hidden_states=True)
         return tuple(output.hidden_states)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings: the layers' outputs side by side, each row of each standardised.
+        """Embeddings (B, S, layers x D): each layer's output standardised row by row.
 
         Args:
             ids: (B, S) int64, on any device, as `tokenize` makes them.
-
-        Returns:
-            (B, S, layers x D) on the weights' device, in their dtype; differentiable.
         """
         states = self.hidden(ids.to(self.network.embed_tokens.weight.device))
         # the embedded tokens themselves are not part of it
@@ -198,71 +134,30 @@ def _standardised(states: Tensor) -> Tensor:
     return (states - mean) / (std + _EPS)
 
 
-class ChatTokenizer(FastTokenizer):
-    """Prompts to ids of the chat that the released worlds were trained with.
+class Reason1Files(EncoderFiles):
+    """A Reason1 encoder on disk; its weights may hold vision tower and head too."""
 
-    Attributes:
-        pad: id that fills what a chat leaves free.
-    """
+    name = "Reason1 encoder (Qwen2.5-VL)"
+    released = RELEASED
+    # the released worlds were trained with these weights; another revision is another encoder
+    revision = "3210bec0495fdc7a8d3dbb8d58da5711eab4b423"
+    model_types = ("qwen2_5_vl", "qwen2_5_vl_text")
+    encoder = Reason1Encoder
+    sizes = ("num_hidden_layers", "hidden_size")
+    vocabularies = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    prefixes = ("model.", "model.language_model.")  # as released; as transformers saves it since
+    unread: ClassVar = {"visual.*": "vision tower", "lm_head.*": "head"}
+    cached = ("reason1", 40)  # apart from T5's: 103 MB each of the released encoder in bfloat16
 
-    add_special_tokens = False  # the chat has them
+    @cached_property
+    def tokenizer(self) -> ChatTokenizer:
+        path = self.tokenizer_files[0]
+        if path.name != "vocab.json":
+            return ChatTokenizer(read_tokenizer(path), str(path))
+        from transformers import Qwen2Tokenizer
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, source: str) -> None:
-        super().__init__(tokenizer)
-        absent = [token for token in (START, END, PAD) if token not in self.vocabulary]
-        if absent:
-            raise CheckpointError(f"{source} is not of a Qwen2.5 chat: it has no {absent[0]}")
-        self.pad = self.vocabulary[PAD]
-
-    def encode(self, prompt: str) -> list[int]:
-        """Ids of the whole chat of a prompt."""
-        return super().encode(chat_text(prompt))
-
-
-def byte_chat_tokenizer() -> ChatTokenizer:
-    """A tokenizer of bytes, for encoders that are trained anew.
-
-    The beginning of every chat is two tokens rather than some eighty bytes.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({sign: number for number, sign in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.add_special_tokens([PAD, START, END])
-    tokenizer.add_tokens([f"system\n{SYSTEM}", "user\n"])
-    return ChatTokenizer(tokenizer, "a tokenizer of bytes")
-
-
-def new_reason1(
-    config: Mapping[str, Any] | None = None, *, max_length: int = 128
-) -> Reason1Encoder:
-    """A small encoder of bytes with float32 weights drawn as transformers does, to be trained.
-
-    Args:
-        config: settings of a config.json that differ from `TINY`.
-        max_length: rows of an embedding.
-
-    Raises:
-        ValueError: the vocabulary is too small for bytes.
-    """
-    settings, tokenizer = {**TINY, **(config or {})}, byte_chat_tokenizer()
-    if settings["vocab_size"] < tokenizer.size:
-        raise ValueError(f"vocab_size is {settings['vocab_size']}; bytes need {tokenizer.size}")
-    return Reason1Encoder(settings, tokenizer, max_length)
-
-
-def export_reason1(
-    encoder: Reason1Encoder, folder: Path, *, dtype: torch.dtype | None = torch.bfloat16
-) -> None:
-    """Write an encoder by the released names, as `PromptEncoder.export` does, and its tokenizer."""
-    config = {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "rms_norm_eps": 1e-6,
-        **encoder.config,
-        "tie_word_embeddings": False,
-    }
-    words = {"tokenizer_class": "Qwen2Tokenizer"}
-    encoder.export(folder, config, words, prefix="model.", dtype=dtype)
-    encoder.tokenizer.save(folder)
+        try:
+            tokenizer = Qwen2Tokenizer.from_pretrained(path.parent, local_files_only=True)
+        except Exception as error:  # the package raises plain Exception for a damaged file
+            raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
+        return ChatTokenizer(tokenizer.backend_tokenizer, str(path))

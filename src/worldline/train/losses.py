@@ -149,7 +149,7 @@ class FeatureNetwork(nn.Module):
                 f"{self.smallest} pixels, got {images.shape[-2]} x {images.shape[-1]}"
             )
         x = (images - self.shift[:, None, None]) / self.scale[:, None, None]
-        x = x.to(self.convolutions[0].weight.dtype)
+        x = x.to(next(self.parameters()).dtype)
         convolutions = iter(self.convolutions)
         features = []
         for stage, indices in enumerate(_CONVOLUTIONS):
@@ -177,12 +177,8 @@ def perceptual_distance(
 ) -> Tensor:
     """Weighted sum over layers of each image's mean absolute difference of features, (N,) float32.
 
-    Raw features, unlike LPIPS (arXiv 1801.03924): no channel is normalised, none is weighted.
-
-    Args:
-        target: feature maps (N, C_k, H_k, W_k), one a layer.
-        reconstruction: the same of the reconstruction.
-        layer_weights: one a layer.
+    Feature maps are (N, C_k, H_k, W_k), one a layer. They are raw, unlike in LPIPS (arXiv
+    1801.03924): no channel is normalised, none is weighted.
     """
     layers = [
         weight * (x.float() - y.float()).abs().mean((1, 2, 3))  # float32: small differences
@@ -199,13 +195,8 @@ def gram_distance(
 ) -> Tensor:
     """Weighted sum over layers of each clip's squared distance of Gram matrices, (B,) float32.
 
-    A clip has one Gram matrix, over all its frames; an image is a clip of one frame.
-
-    Args:
-        target: feature maps (B T, C_k, H_k, W_k), the frames of a clip in a row.
-        reconstruction: the same of the reconstruction.
-        layer_weights: one a layer.
-        batch: B.
+    Feature maps are (B T, C_k, H_k, W_k), the frames of a clip in a row. A clip has one Gram
+    matrix, over all its frames; an image is a clip of one frame.
     """
     layers = [
         weight * (_gram(x, batch) - _gram(y, batch)).square().mean((1, 2))
@@ -223,12 +214,9 @@ def _gram(features: Tensor, batch: int) -> Tensor:
 
 
 def split_windows(video: Tensor, num_frames: int, step: int) -> Tensor:
-    """Windows of `num_frames` frames, one every `step` frames: (B M, C, num_frames, H, W), a copy.
+    """Windows of a video (B, C, T, H, W), one every `step` frames: (B M, C, num_frames, H, W).
 
-    Args:
-        video: (B, C, T, H, W). Frames after the last whole window are in none.
-        num_frames: at most T.
-        step: frames between the starts of neighbouring windows.
+    A copy. Frames after the last whole window are in none.
     """
     if not 1 <= num_frames <= video.shape[2]:
         raise ValueError(f"a clip of {video.shape[2]} frames has no window of {num_frames}")
@@ -239,13 +227,7 @@ def split_windows(video: Tensor, num_frames: int, step: int) -> Tensor:
 
 
 def join_windows(windows: Tensor, num_windows: int, step: int) -> Tensor:
-    """Inverse of `split_windows`, (B, C, F + (M - 1) step, H, W): frames are means over windows.
-
-    Args:
-        windows: (B M, C, F, H, W), as `split_windows` orders them.
-        num_windows: M.
-        step: frames between the starts of neighbouring windows, at most F.
-    """
+    """Inverse of `split_windows`, (B, C, F + (M - 1) step, H, W): frames are means over windows."""
     windows = windows.unflatten(0, (-1, num_windows))  # (B, M, C, F, H, W)
     batch, _, channels, num_frames, height, width = windows.shape
     if not 1 <= step <= num_frames:
@@ -262,10 +244,7 @@ def join_windows(windows: Tensor, num_windows: int, step: int) -> Tensor:
 def consistency_distance(windows: Tensor, num_windows: int, step: int) -> Tensor:
     """Mean absolute difference of neighbouring windows where they overlap, float32, ().
 
-    Args:
-        windows: (B M, C, F, H, W), pixels or latents, as `split_windows` orders them.
-        num_windows: M; the distance of a single window is 0.
-        step: frames (or latent frames) between the starts of neighbouring windows, below F.
+    Windows are (B M, C, F, H, W), pixels or latents, as `split_windows` orders them.
     """
     windows = windows.float().unflatten(0, (-1, num_windows))  # float32: small differences
     num_frames = windows.shape[3]
@@ -306,9 +285,9 @@ def reconstruction_terms(
 ) -> dict[str, Tensor]:
     """Weighted terms of an iteration, not yet reduced, float32.
 
-    `color` and `perceptual` have the shape of `target`, `gram` the same with T = 1, `kl` that of
-    the latents: a sum thus weighs all of them alike. Without weight, the feature network is not
-    run.
+    `color` and `perceptual` have the shape of `target` (images are clips of one frame), `gram` the
+    same with T = 1, `kl` that of the latents: a sum thus weighs all of them alike. Without weight,
+    the feature network is not run.
 
     Args:
         objective: which terms, and their weights.
@@ -323,6 +302,8 @@ def reconstruction_terms(
             f"target and reconstruction differ in shape: {tuple(target.shape)} and "
             f"{tuple(reconstruction.shape)}"
         )
+    if target.ndim == 4:
+        target, reconstruction = target.unsqueeze(2), reconstruction.unsqueeze(2)
     terms: dict[str, Tensor] = {}
     if objective.color is not None:
         terms["color"] = objective.color.at(iteration) * color_distance(target, reconstruction)
@@ -330,30 +311,22 @@ def reconstruction_terms(
     weights = {k: schedule.at(iteration) for k, schedule in schedules.items() if schedule}
     if weights and features is None:
         raise ValueError(f"the {' and '.join(weights)} term needs a feature network")
-    batch, pair = target.shape[0], [_images(target), _images(reconstruction)]
-    maps = [features(images) for images in pair] if features and any(weights.values()) else []
+    x: Sequence[Tensor] = ()
+    y: Sequence[Tensor] = ()
+    if features is not None and any(weights.values()):
+        x, y = (features(v.transpose(1, 2).flatten(0, 1)) for v in (target, reconstruction))
+    batch = len(target)
     for name, weight in weights.items():
-        if name == "perceptual":
-            like, rows = target, len(pair[0])  # images (B, 3, H, W) have no T
-            shape = (batch, 1, *target.shape[2:-2], 1, 1)
-        else:
-            like, rows = target[:, :, :1] if target.ndim == 5 else target, batch
-            shape = (batch,) + (1,) * (target.ndim - 1)
-        if not weight:
-            distance = target.new_zeros(rows, dtype=torch.float32)
-        elif name == "perceptual":
-            distance = perceptual_distance(*maps, objective.layer_weights)
-        else:
-            distance = gram_distance(*maps, objective.layer_weights, batch)
-        terms[name] = (weight * distance.reshape(shape)).expand(like.shape)
+        like = target if name == "perceptual" else target[:, :, :1]
+        term = target.new_zeros((batch, 1, like.shape[2], 1, 1), dtype=torch.float32)
+        if weight and name == "perceptual":
+            term = weight * perceptual_distance(x, y, objective.layer_weights).view_as(term)
+        elif weight:
+            term = weight * gram_distance(x, y, objective.layer_weights, batch).view_as(term)
+        terms[name] = term.expand(like.shape)
     if objective.kl is not None and posterior is not None:
         terms["kl"] = objective.kl.at(iteration) * kl_divergence(*posterior)
     return terms
-
-
-def _images(video: Tensor) -> Tensor:
-    """Frames of clips (B, C, T, H, W) as (B T, C, H, W); images as they are."""
-    return video if video.ndim == 4 else video.transpose(1, 2).flatten(0, 1)
 
 
 def reduce(term: Tensor, reduction: Reduction) -> Tensor:

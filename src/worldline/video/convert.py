@@ -4,8 +4,7 @@ Source: nvidia-cosmos/cosmos-predict1 `cosmos_predict1/autoregressive/utils/infe
 (`load_vision_input`, `resize_input`, `prepare_video_batch_for_saving`), matched bit for bit; and
 `cosmos_predict1/diffusion/inference/inference_utils.py`, but in float32 where it has bf16;
 nvidia-cosmos/cosmos-predict2.5 `_src/predict2/inference/video2world.py`.
-Axes: T frames, C colours, H/W pixels. The conditioning tensors are on the CPU; a clip that is too
-short for one is an InputError.
+Axes: T frames, C colours, H/W pixels. The conditioning tensors are on the CPU.
 """
 
 from __future__ import annotations
@@ -68,8 +67,6 @@ def covering_frames(clip: Clip, num_input_frames: int, height: int, width: int) 
 
 def _last_frames(clip: Clip, count: int) -> Tensor:
     """Last frames of a clip, float32 (T, 3, h, w) in [0, 255]."""
-    if count < 1:
-        raise ValueError(f"num_input_frames is {count}; it must be 1 or more")
     if len(clip.frames) < count:
         raise InputError(f"the clip has {len(clip.frames)} frames, but {count} are needed")
     return torch.from_numpy(np.array(clip.frames[-count:])).permute(0, 3, 1, 2).to(torch.float32)

@@ -7,7 +7,6 @@ alpha and grey. Axes: T frames, H rows, W columns, and three colours last.
 from __future__ import annotations
 
 import contextlib
-import os
 import struct
 import warnings
 from collections import deque
@@ -15,12 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import av
 import av.error
 import numpy as np
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
@@ -35,19 +35,12 @@ Kind = Literal["image", "video"]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif")
 
-# Errors of Pillow's decoders on damaged files.
+# errors of Pillow's decoders on damaged files
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
-
 BT709 = 1  # FFmpeg's number for the matrix of high definition
-_ATTACHED_PIC = 0x400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
-
-# Up to here `probe` decodes every frame, above it counts packets: a packet may hold no visible
-# frame, and only short clips can fall below a number of conditioning frames because of that.
-_DECODED_BY_PROBE = 64
 
 # First atoms of a QuickTime or MP4 file; `ftyp` alone would refuse old camera files.
 _MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
-_GIF_END = b";"  # FFmpeg takes a GIF that was cut short for a shorter one
 
 
 @dataclass(frozen=True)
@@ -99,39 +92,34 @@ def media_kind(path: str | Path) -> Kind:
     )
 
 
-def probe(path: str | Path, *, kind: Kind) -> MediaInfo:
-    """Measurements of a file, of which at least the first frame is decoded.
+def probe(path: str | Path, *, kind: Kind | None = None) -> MediaInfo:
+    """Measurements of a file, of which the first frame is decoded and the others are counted.
+
+    Args:
+        path: the file.
+        kind: that it must have; None for any.
 
     Raises:
         InputError: missing, unreadable, damaged, without frames, or not of this kind.
     """
     path = Path(path)
     actual = media_kind(path)
-    _check_file(path)
-    if actual != kind:
-        article = "an" if actual == "image" else "a"
-        raise InputError(
-            f"{path} is {article} {actual}, but --input_type is {kind}; use --input_type {actual}"
-        )
-    if kind == "image":
+    if kind not in (actual, None):
+        raise InputError(f"{path} is of type {actual}, --input_type is {kind}; give {actual}")
+    if actual == "image":
         height, width = read_image(path).frames.shape[1:3]
         return MediaInfo("image", 1, height, width, 0.0)
     with _opened(path) as (container, stream):
-        frames, num_packets, first = 0, 0, None
+        count, first = 0, None
         for packet in chain(_packets(path, container, stream), [None]):
-            num_packets += packet is not None and not packet.is_discard
-            if first is None or num_packets <= _DECODED_BY_PROBE:
-                for frame in stream.codec_context.decode(packet):
-                    first = first or frame
-                    frames += 1
+            count += packet is not None and not packet.is_discard
+            first = first or next(iter(stream.codec_context.decode(packet)), None)
         if first is None:
             raise InputError(f"{path} has no video frames")
         height, width = first.height, first.width
         if _orientation(first)[0]:
             height, width = width, height
-        if num_packets > _DECODED_BY_PROBE:
-            frames = num_packets
-        return MediaInfo("video", frames, height, width, _fps(stream))
+        return MediaInfo("video", count, height, width, _fps(stream))
 
 
 def check_written(path: str | Path, frames: int | None) -> None:
@@ -145,14 +133,12 @@ def check_written(path: str | Path, frames: int | None) -> None:
         InputError: absent, damaged, cut short, or of another number of frames.
     """
     path = Path(path)
-    actual = probe(path, kind=media_kind(path)).frames
-    if frames is not None and actual != frames:
-        raise InputError(f"{path} has {actual} of {frames} frames")
-    if path.suffix.lower() == ".gif":
-        with path.open("rb") as file:
-            file.seek(-len(_GIF_END), os.SEEK_END)
-            if file.read() != _GIF_END:
-                raise InputError(f"{path} is truncated")
+    count = probe(path).frames
+    if frames is not None and count != frames:
+        raise InputError(f"{path} has {count} of {frames} frames")
+    # FFmpeg takes a GIF that was cut short for a shorter one
+    if path.suffix.lower() == ".gif" and not path.read_bytes().endswith(b";"):
+        raise InputError(f"{path} is truncated")
 
 
 def read_video(path: str | Path, *, last: int | None = None) -> Clip:
@@ -166,8 +152,6 @@ def read_video(path: str | Path, *, last: int | None = None) -> Clip:
         InputError: missing, unreadable, not a video, damaged, or without frames.
     """
     path = Path(path)
-    if last is not None and last < 1:
-        raise ValueError(f"last is {last}; at least 1 frame must be kept")
     with _opened(path) as (container, stream):
         frames = _decoded(path, container, stream)
         if last is not None:  # only the kept frames are worth their conversion
@@ -203,7 +187,7 @@ def read_image(path: str | Path) -> Clip:
         InputError: missing, unreadable, not an image, damaged, or larger than Pillow's limit.
     """
     path = Path(path)
-    _check_file(path)
+    head = _read_head(path)
     try:
         with warnings.catch_warnings():  # Pillow warns above half of its limit
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -212,7 +196,7 @@ def read_image(path: str | Path) -> Clip:
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"{path} is not an image{_guess(path)}") from None
+        raise InputError(f"{path} is not an image{_guess(head)}") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} is too large: {error}") from None
     except _DAMAGE as error:
@@ -249,20 +233,6 @@ def to_rgb(stored: Image.Image, name: str) -> Clip:
     return Clip(frame[None], 0.0)
 
 
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, not a media file")
-    try:
-        with path.open("rb") as file:
-            empty = not file.read(1)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        raise InputError(f"{path} cannot be read: {_reason(error)}") from None
-    if empty:
-        raise InputError(f"{path} is empty (0 bytes)")
-
-
 def _over_white(rgba: Frames) -> Frames:
     """Colours (..., 3) of (..., 4) over white; opaque pixels keep their value exactly."""
     alpha = rgba[..., 3:].astype(np.uint16)
@@ -270,52 +240,30 @@ def _over_white(rgba: Frames) -> Frames:
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _guess(path: Path) -> str:
+def _read_head(path: Path) -> bytes:
+    """First bytes of a file, at least one."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, not a media file") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise InputError(f"{path} cannot be read: {_reason(error)}") from None
+    if not head:
+        raise InputError(f"{path} is empty (0 bytes)")
+    return head
+
+
+def _guess(head: bytes) -> str:
     """Likely nature of a wrong file, as the end of a message; "" if unknown."""
-    with path.open("rb") as file:
-        head = file.read(512)
-    if name := disguise(head):
-        return f" but a {name}"
+    if kind := disguise(head):
+        return f" but a {kind}"
     return " but text" if head.isascii() and b"\0" not in head else ""
 
 
-def _container(path: Path) -> str:
-    """FFmpeg's name of the demuxer, by the first bytes.
-
-    Without a name FFmpeg also takes playlists, which may open other files, and draws plain text;
-    and it takes a video that was cut short for a shorter one, so the declared length is checked.
-    """
-    length = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(16)
-        if head[4:8] in _MOV_ATOMS:
-            name, declared = "mov", _declared_by_atoms(file, length)
-        elif head[:4] == b"\x1a\x45\xdf\xa3":
-            name, declared = "matroska", _declared_by_segment(head + file.read(4096))
-        elif head[:4] == b"GIF8":
-            return "gif"
-        else:
-            raise InputError(f"{path} is not an mp4, mov, mkv, webm or gif video{_guess(path)}")
-    if declared > length:
-        raise InputError(f"{path} is truncated")
-    return name
-
-
-def _declared_by_atoms(file: BinaryIO, length: int) -> int:
-    end = 0
-    while end < length:
-        file.seek(end)
-        header = file.read(16)
-        size = int.from_bytes(header[:4], "big")
-        if size == 1:  # the size follows as 64 bits
-            size = int.from_bytes(header[8:], "big")
-        if len(header) < 8 or size < 8 or not header[4:8].isascii():
-            break  # stray bytes, an atom that reaches to the end (0), or FFmpeg's to judge
-        end += size
-    return end
-
-
-def _declared_by_segment(head: bytes) -> int:
+def _segment_end(head: bytes) -> int:
     """End of the Matroska segment, which holds everything behind the EBML header; 0 if unknown."""
 
     def number(place: int) -> tuple[int, int]:
@@ -335,12 +283,27 @@ def _declared_by_segment(head: bytes) -> int:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """A video and its stream, for the time of a `with`; what fails inside is damage of the file."""
-    _check_file(path)
-    name = _container(path)
+    """A video and its stream, for the time of a `with`; what fails inside is damage of the file.
+
+    The demuxer is named: else FFmpeg also takes playlists, which may open other files, and draws
+    plain text.
+    """
+    head = _read_head(path)
+    if head[4:8] in _MOV_ATOMS:
+        name = "mov"
+    elif head[:4] == b"\x1a\x45\xdf\xa3":
+        name = "matroska"
+        if _segment_end(head) > path.stat().st_size:  # to FFmpeg a shorter video
+            raise InputError(f"{path} is truncated")
+    elif head[:4] == b"GIF8":
+        name = "gif"
+    else:
+        raise InputError(f"{path} is not an mp4, mov, mkv, webm or gif video{_guess(head)}")
     try:
         with av.open(str(path), format=name) as container:
-            streams = [stream for stream in container.streams.video if not _is_cover(stream)]
+            # not the picture of an audio file, which to FFmpeg is a video of one frame
+            covers = Disposition.attached_pic
+            streams = [s for s in container.streams.video if not s.disposition & covers]
             if not streams:
                 raise InputError(f"{path} has no video stream")
             streams[0].thread_type = "AUTO"
@@ -355,20 +318,18 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def _is_cover(stream: VideoStream) -> bool:
-    """The picture of an audio file, which to FFmpeg is a video of one frame."""
-    flags = getattr(stream, "disposition", 0)  # absent in the oldest PyAV, in some an enum
-    return bool(getattr(flags, "value", flags) & _ATTACHED_PIC)
-
-
 def _packets(
     path: Path, container: InputContainer, stream: VideoStream
 ) -> Iterator[av.Packet[VideoStream]]:
+    count = 0
     for packet in container.demux(stream):
         if packet.size:  # PyAV ends with an empty packet
             if packet.is_corrupt:
                 raise InputError(f"{path} is damaged or truncated: it ends within a frame")
+            count += 1
             yield packet
+    if count < stream.frames:  # of the index of MP4 and MOV; 0 in other files
+        raise InputError(f"{path} is truncated: it has {count} of {stream.frames} frames")
 
 
 def _decoded(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -24,7 +23,7 @@ import av.error
 import av.filter
 import numpy as np
 from av.video.reformatter import Colorspace
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from worldline.errors import Error, InputError
 from worldline.files import replacing
@@ -50,15 +49,7 @@ ENCODINGS: dict[str, tuple[str, dict[str, str], str, dict[str, str]]] = {
 }
 PICTURE_SUFFIXES = (".jpg",)  # for a single frame
 
-_MAX_NAME_BYTES = 255  # of Linux and macOS
-_TEMPORARY_NAME_BYTES = 24  # added to the name of a file beside a video
-
 _LIMITED_RANGE = 1  # FFmpeg's number
-
-
-def frames_sha256(frames: Frames) -> str:
-    """SHA-256 of frames (T, H, W, 3) in hexadecimal: of the pixels, whatever the codec."""
-    return hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest()
 
 
 def write_video(frames: Frames, path: str | Path, fps: float) -> None:
@@ -145,11 +136,10 @@ def check_destination(path: str | Path) -> None:
             folder is in the way.
     """
     path = Path(path)
-    for name in path.parts:
-        limit = _MAX_NAME_BYTES - _TEMPORARY_NAME_BYTES * (name == path.name)
-        size = len(os.fsencode(name))
-        if size > limit:
-            raise InputError(f"{path} cannot be written: a name has {size} bytes; limit {limit}")
+    temporary = path.name + 24 * "x"  # as long as the name that `replacing` gives
+    size = max(len(os.fsencode(name)) for name in (*path.parts, temporary))
+    if size > 255:  # limit of Linux and macOS
+        raise InputError(f"{path} cannot be written: a name has {size} bytes; give a shorter one")
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -194,41 +184,6 @@ def _cannot_write(path: Path, error: OSError) -> Error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return Error(f"{path} was not written: {reason}; files that were there are untouched")
     return InputError(f"{path} cannot be written: {reason}")
-
-
-def contact_sheet(rows: Sequence[Frames], path: str | Path, labels: Sequence[str]) -> None:
-    """Write a PNG with a labelled row for each clip, to look at many clips at once.
-
-    A row has up to 9 frames evenly spread over its clip, the first and the last included, below
-    their numbers; frames are up to 192 pixels wide, and narrower ones are not enlarged.
-    """
-    gap, line = 4, 14
-    font = ImageFont.load_default()
-    strips: list[Image.Image] = []
-    for frames, label in zip(rows, labels, strict=True):
-        height, width = frames.shape[1:3]
-        scale = min(1.0, 192 / width)
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        picks = np.linspace(0, len(frames) - 1, min(9, len(frames))).round().astype(int)
-        strip_size = gap + len(picks) * (size[0] + gap), 2 * line + size[1] + gap
-        strip = Image.new("RGB", strip_size, "white")
-        draw = ImageDraw.Draw(strip)
-        # Pillow's own font, the only one sure to be there, draws boxes for the rest.
-        draw.text((gap, gap), label.encode("ascii", "replace").decode(), fill="black", font=font)
-        for left, index in zip(range(gap, strip.width, size[0] + gap), picks, strict=False):
-            draw.text((left, line), str(index), fill="gray", font=font)
-            cell = Image.fromarray(frames[index]).resize(size, Image.Resampling.LANCZOS)
-            strip.paste(cell, (left, 2 * line))
-        strips.append(strip)
-    sheet_size = max(strip.width for strip in strips), sum(strip.height for strip in strips)
-    sheet = Image.new("RGB", sheet_size, "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    file = io.BytesIO()
-    sheet.save(file, format="PNG")
-    write_bytes(path, file.getbuffer())
 
 
 def _check_frames(frames: Frames) -> None:
@@ -286,7 +241,7 @@ def _deterministic() -> dict[str, str]:
     """Options of x264 by which equal frames give equal bytes.
 
     With AVX-512 its macroblock tree reads memory that was never written, so it is capped at AVX2;
-    `docs/LOG.md` has the trials. Of the systems that we run on only Linux has AVX-512.
+    `docs/LOG.md` has the trials. Only Linux runs on processors with AVX-512 here.
     """
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         if "avx512" in file.read(8192):  # flags of the first processor

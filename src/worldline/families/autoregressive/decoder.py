@@ -95,7 +95,7 @@ def decode_tokens(
     total, denoised = settings.count_steps(len(windows)), 0
     # a window depends on its tokens alone, but the released seam fades from one into the next
     for number, group in enumerate(windows if settings.seam == "corrected" else [tokens]):
-        with stage(recorder, "denoise"), parts.decoder.on_device() as model:
+        with stage(recorder, "denoise"), parts.loaded["decoder"].on_device() as model:
             steps = denoise_windows(model, group, context, settings, token_cells=token_cells)
             latents = yield from report(steps, recorder, total, before=denoised)
         denoised += settings.count_steps(len(latents))

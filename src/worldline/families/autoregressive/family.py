@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ from worldline.families.diffusion.weights import open_network as open_dit
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
-from worldline.opening import TextPart, open_text, read_settings
+from worldline.opening import TextPart, open_text
 from worldline.report import Recorder
 from worldline.request import LARGEST_SIZE
 from worldline.sampling.edm import SAMPLER_OF
@@ -73,7 +73,7 @@ from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
 from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip
-from worldline.weights.networks import Network
+from worldline.weights.networks import Network, read_settings
 from worldline.weights.read import Checkpoint, open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ INPUT_FRAMES = (1, 9)
 TOKENIZERS = ("Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-1.0-Tokenizer-DV8x16x16")
 
 
-class Job(Protocol):
+@dataclass(frozen=True)
+class Job:
     """One clip of a batch.
 
     Attributes:
@@ -99,26 +100,17 @@ class Job(Protocol):
     recorder: Recorder
 
 
-@dataclass(frozen=True)
-class OneJob:
-    """A clip that is continued alone."""
-
-    clip: Clip | None
-    request: ARRequest
-    recorder: Recorder
-
-
 def generate(
     parts: Parts, clip: Clip | None, request: ARRequest, recorder: Recorder
 ) -> Iterator[Step]:
     """Continue a clip; see `generate_together`."""
-    jobs = [OneJob(clip, request, recorder)]
+    jobs = [Job(clip, request, recorder)]
     return (step for _, step in generate_together(parts, jobs, recorder))
 
 
 @torch.inference_mode()
 def generate_together(
-    parts: Parts, jobs: Sequence[Job], recorder: Recorder
+    parts: Parts, jobs: Sequence[Any], recorder: Recorder
 ) -> Iterator[tuple[int, Step]]:
     """Continue clips in one batch; the last step of each holds all its frames.
 
@@ -174,7 +166,7 @@ def generate_together(
 
 
 def encode_prompts(
-    parts: Parts, jobs: Sequence[Job], recorder: Recorder
+    parts: Parts, jobs: Sequence[Any], recorder: Recorder
 ) -> Generator[Step, None, list[Tensor]]:
     """Embedding (1, S, E) of each job's prompt."""
     given = [embedding_of(parts.opened, job.request) for job in jobs]
@@ -238,7 +230,7 @@ class Tokens:
     def __init__(
         self,
         parts: Parts,
-        jobs: Sequence[Job],
+        jobs: Sequence[Any],
         embeddings: Sequence[Tensor | None],
         count: int,
     ) -> None:
@@ -585,7 +577,7 @@ def open_decoder_tokenizer(opened: Opened) -> CosmosNetwork | None:
 
 
 def refuse_grids(opened: Opened, discrete: CosmosTokenizerConfig) -> None:
-    """Raise `CheckpointError` unless the decoder's tokenizer divides the cells of the discrete one."""
+    """Raise `CheckpointError` unless the cells of both tokenizers and the decoder fit."""
     tokenizer = opened["decoder_tokenizer"]
     continuous = tokenizer.config
     with without_decoder():
@@ -652,8 +644,8 @@ def check(opened: Opened, request: ARRequest) -> ARRequest:
         )
     if frames > own and request.rollout == "pixels" and window <= CARRIED:
         raise InputError(
-            f"rollout pixels carries {CARRIED} latent frames, the model makes {window} at once; use "
-            "rollout tokens"
+            f"rollout pixels carries {CARRIED} of the model's {window} latent frames; use rollout "
+            "tokens"
         )
     embedding = embedding_of(opened, request)
     if config.context_width is None:
@@ -693,11 +685,11 @@ def unused(opened: Opened, request: ARRequest) -> dict[str, str]:
         names = ("offload_diffusion_decoder", "decoder_seam")
         found |= dict.fromkeys(names, "no diffusion decoder runs")
     if request.temperature == 0:
-        names = ("top_p",) if decoder else ("top_p", "seed")
-        found |= dict.fromkeys(names, "temperature 0 draws nothing at random")
+        draws = ("top_p",) if decoder else ("top_p", "seed")
+        found |= dict.fromkeys(draws, "temperature 0 draws nothing at random")
     if request.prompt_embeddings is not None:
-        names = ("text", "text_encoder_dir", "text_encoder_dtype", "offload_text_encoder_model")
-        found |= dict.fromkeys(names, "embeddings are given")
+        encoder = ("text", "text_encoder_dir", "text_encoder_dtype", "offload_text_encoder_model")
+        found |= dict.fromkeys(encoder, "embeddings are given")
     window = opened["transformer"].config.grid.frames
     frames = request.num_video_frames or window_shape(opened).frames
     latents = latent_frames_of(frames, opened["tokenizer"].config.temporal)

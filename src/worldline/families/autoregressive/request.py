@@ -25,7 +25,7 @@ class ARRequest(Request):
     )
     num_video_frames: Annotated[int, Field(ge=1, le=LARGEST_SIZE)] | None = Field(
         None,
-        description="Frames of the video, input frames included; 1 + 8k, longer than the model's own "
+        description="Frames of the video, input frames included; 1 + 8k, beyond the model's own "
         "by --rollout.  [default: the model's own, 33]",
     )
     temperature: Annotated[float, Field(ge=0)] = Field(

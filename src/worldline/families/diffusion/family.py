@@ -58,7 +58,6 @@ from worldline.shapes import VideoShape
 from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
-from worldline.text.upsampler import DESCRIBING, LENGTHENING
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import (
     CosmosTokenizer,
@@ -112,7 +111,7 @@ def generate(
         lambda coder: encode_frames(coder, statistics, clip, request),
     )
 
-    count = len(make_sigmas(request.sampler, request.num_steps)) - 1
+    count = len(make_sigmas(str(request.sampler), request.num_steps)) - 1
     with stage(recorder, "denoise"), parts.transformer.on_device() as model:
         shape = (1, config.latent_channels, grid.frames, grid.height, grid.width)
         noise = standard_noise(request.seed, shape).to(parts.device)
@@ -122,12 +121,12 @@ def generate(
             same = noise[:, :, : known.shape[2]]
             conditioning = Conditioning(known, same, request.augment_sigma)
         mask = condition_mask(noise, known) if config.condition_mask else None
-        rotary = getattr(torch, request.rotary_precision)
+        rotary = getattr(torch, str(request.rotary_precision))
         positions = model.make_positions(grid, request.fps, rotary_dtype=rotary)
         steps = sample(
             conditioned(model, prompt, negative, positions, mask),
             noise,
-            sampler=request.sampler,
+            sampler=str(request.sampler),
             num_steps=request.num_steps,
             guidance=0.0 if negative is None else request.guidance,
             conditioning=conditioning,
@@ -278,7 +277,7 @@ def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
     config, tokenizer = opened["transformer"].config, opened["tokenizer"]
     if request.num_input_frames and not config.condition_mask:
         raise InputError(
-            f"{opened.name} is a Text2World model, which continues no input; use a Video2World model"
+            f"{opened.name} is a Text2World model without inputs; use a Video2World model"
         )
     if not request.num_input_frames and not starts_from_text(opened):
         raise InputError(
@@ -420,6 +419,8 @@ def presets(entry: Entry) -> dict[str, Any]:
 
 def upsampler(opened: Opened) -> tuple[bool, tuple[str, ...]]:
     """Whether the released upsampler describes a picture, and the names of its folder."""
+    from worldline.text.upsampler import DESCRIBING, LENGTHENING
+
     if opened["transformer"].config.condition_mask:
         return True, DESCRIBING
     return False, LENGTHENING[::-1] if generation_of(opened) == "1.0" else LENGTHENING

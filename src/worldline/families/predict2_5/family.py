@@ -36,7 +36,6 @@ from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.families.predict2_5.request import (
     FlowOptions,
     FlowRequest,
-    Schedule,
     recognise,
 )
 from worldline.families.predict2_5.weights import DIFFUSERS_KEYS, open_network
@@ -76,7 +75,7 @@ class FlowNetwork(Network[FlowDiTConfig]):
         known_timestep: timestep of input frames; None gives them that of all others.
     """
 
-    schedule: Schedule = "shifted"
+    schedule: str = "shifted"
     known_timestep: float | None = None
 
 
@@ -87,7 +86,7 @@ def open_transformer(opened: Opened) -> FlowNetwork:
     return FlowNetwork(**vars(network), schedule=schedule, known_timestep=known_timestep)
 
 
-def _schedule(opened: Opened, network: Network[FlowDiTConfig]) -> tuple[Schedule, float | None]:
+def _schedule(opened: Opened, network: Network[FlowDiTConfig]) -> tuple[str, float | None]:
     """Schedule and timestep of input frames: as chosen, stated, released, or else "shifted"."""
     assert opened.place is not None
     chosen = opened.options.schedule or opened.settings.get("schedule")
@@ -249,7 +248,7 @@ def stages(opened: Opened, request: FlowRequest, compute: Compute) -> Iterator[S
     tokenizer, config = opened["tokenizer"].config, opened["transformer"].config
     window, size = window_of(opened, request), compute.dtype.itemsize
     length = text_length(opened)
-    # features of the prompt, before and behind the layer that narrows them, with and without guidance
+    # features of both prompts, before and behind the layer that narrows them
     features = 2 * length * (config.feature_width + config.context_width) * size
     if (text := opened.get("text")) and "text" not in unused(opened, request):
         yield Stage("text", "text", text.nbytes(compute) // 20 + features)

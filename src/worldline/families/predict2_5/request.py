@@ -39,7 +39,7 @@ class FlowRequest(VideoRequest):
     )
     num_video_frames: Size = Field(
         93,
-        description="Frames of the video, input frames included; 1 + 4k unless chunk_size is given.",
+        description="Frames of the video, input frames included; 1 + 4k, any with chunk_size.",
     )
     fps: Annotated[float, Field(ge=1, le=240)] = Field(
         16.0, description="Frames per second of the file; the network does not read it."
@@ -56,14 +56,14 @@ class FlowRequest(VideoRequest):
         if self.chunk_size is None:
             if self.chunk_overlap != 1:
                 raise ValueError(
-                    f"chunk_overlap is {self.chunk_overlap}, but no long video is made; give chunk_size"
+                    f"chunk_overlap is {self.chunk_overlap}, but there are no chunks; give chunk_size"
                 )
             return self
         continued = max(self.chunk_overlap, self.num_input_frames)
         if self.chunk_size <= continued:
             raise ValueError(
-                f"chunk_size is {self.chunk_size}, but {continued} frames of a chunk are continued; "
-                "give more"
+                f"chunk_size is {self.chunk_size}, but {continued} of its frames are continued; give "
+                "more"
             )
         return self
 
@@ -78,8 +78,8 @@ class FlowOptions(LoadOptions):
     )
     tokenizer_dir: Path | None = Field(
         None,
-        description="Wan2.1 tokenizer: file or folder, below --checkpoint_dir or a path.  [default: "
-        "that of nvidia/Cosmos-Predict2.5-2B]",
+        description="Wan2.1 tokenizer: file or folder, below --checkpoint_dir or a path.  "
+        "[default: that of nvidia/Cosmos-Predict2.5-2B]",
     )
     text_encoder_dir: Path | None = Field(
         None,
@@ -121,8 +121,8 @@ COMMANDS = (
     Command(
         name="predict2.5",
         help="Make the videos of files of samples, by a model of Predict2.5.\n\n"
-        "Each sample becomes NAME.mp4 in --output_dir (NAME.jpg if it has one frame); beside it the "
-        "prompt (.txt) and a report (.json). Fields given here win over those of all samples. A "
+        "Each sample becomes NAME.mp4 in --output_dir (NAME.jpg if it has one frame); beside it "
+        "the prompt (.txt) and a report (.json). Fields given here win over those of all samples. A "
         "sample that fails does not stop the others.",
         model="model",
         default_model=FLOW_MODELS[0].name,
