@@ -202,10 +202,7 @@ def open_archive(path: Path) -> Checkpoint:
             member = members.get(f"{root}data/{record.storage.key}")
             nbytes = member.file_size if member and not member.flag_bits & 1 else 0
             if member is None or nbytes < record.storage.nbytes:
-                raise CheckpointError(
-                    f"{path} is damaged: tensor {name} needs {record.storage.nbytes:,} bytes and "
-                    f"the file holds {nbytes:,}; download it again"
-                )
+                raise ValueError(f"tensor {name} has {nbytes:,} bytes")
             return record.locate(path, _data_start(path, file, member))
 
         torchscript = f"{root}constants.pkl" in members or isinstance(value, _Module)
@@ -219,10 +216,7 @@ def _data_start(path: Path, file: BinaryIO, member: zipfile.ZipInfo) -> int:
     file.seek(member.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise CheckpointError(
-            f"{path} is damaged: {member.filename} is not where the directory puts it; "
-            "download it again"
-        )
+        raise ValueError(f"{member.filename} is not where the directory puts it")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     return member.header_offset + 30 + int(name_length) + int(extra_length)
 
@@ -281,8 +275,8 @@ def _faults(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle may raise anything at all
         raise CheckpointError(
-            f"{path} is cut short or damaged: it has {path.stat().st_size:,} bytes, and its list "
-            f"of tensors cannot be read ({error}); download it again"
+            f"{path} is cut short or damaged: it has {path.stat().st_size:,} bytes, and its tensors "
+            f"cannot be found ({error}); download it again"
         ) from error
 
 

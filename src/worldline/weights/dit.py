@@ -71,7 +71,7 @@ def parse_settings(
     return settings
 
 
-def read_sizes(source: Checkpoint, keys: KeyMap) -> tuple[Shapes, dict[str, int]]:
+def read_sizes(source: Checkpoint, keys: KeyMap) -> tuple[Shapes, dict[str, Any]]:
     """Shapes of a diffusion transformer, and the sizes they imply, by the names of its config.
 
     Raises:

@@ -151,11 +151,6 @@ def match(
             prefixes[prefix] += 1
         elif ours or not keymap.drops(name):
             unknown.append(name)
-    if not pairs and expected and unknown:
-        raise CheckpointError(
-            f"{source} is of another model: none of its {len(tensors):,} tensors is known "
-            f"({_some(sorted(tensors))})"
-        )
     prefix = prefixes.most_common(1)[0][0] if prefixes else keymap.prefixes[0]
     problems = {
         "wrong shape": [

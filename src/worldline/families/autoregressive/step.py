@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from worldline.families.autoregressive.model import (
     make_positions,
 )
 from worldline.nn.attention import KVCache
+from worldline.nn.kernels import has_triton
 from worldline.sampling.tokens import Sampling, draw
 
 MAX_BATCH_SIZE = 16  # of the kernels
@@ -70,7 +71,7 @@ def kernels_fit(config: ARTransformerConfig, device: torch.device, dtype: torch.
         and dtype == torch.bfloat16
         and config.head_size >= 32  # a tile of the attention kernel is a power of two wide
         and config.head_size & (config.head_size - 1) == 0
-        and find_spec("triton") is not None
+        and has_triton()
     )
 
 
@@ -174,20 +175,12 @@ class CapturedDecoder(PlainDecoder):
 
     name = "CUDA graph, Triton kernels"
 
-    def __init__(
-        self,
-        model: ARTransformer,
-        positions: Positions,
-        sampling: Sampling,
-        *,
-        batch: int = 1,
-        context: Tensor | None = None,
-    ) -> None:
-        super().__init__(model, positions, sampling, batch=batch, context=context)
+    def __init__(self, model: ARTransformer, *arguments: Any, **options: Any) -> None:
+        super().__init__(model, *arguments, **options)
         device = self.ids.device
-        self.fused = FusedStep(model, positions, self.encoded)
+        self.fused = FusedStep(model, self.positions, self.encoded)
         self.position = torch.zeros((), dtype=torch.int64, device=device)
-        self.noise = torch.ones(batch, model.config.vocabulary, device=device)
+        self.noise = torch.ones(len(self.ids), model.config.vocabulary, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
@@ -352,13 +345,16 @@ def compile_ahead(
     def run() -> None:
         # kernels are compiled for columns of matrices, whatever their rows and number
         small = replace(config, depth=1, vocabulary=16, embedding_rows=32)
-        with device, torch.cuda.stream(torch.cuda.Stream(device)):
+        with torch.device("meta"):
             model = ARTransformer(small).to(dtype)
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            model = model.to_empty(device=device)
             context: EncodedContext | None = None
             if config.context_width is not None:
-                context = model.encode_context(torch.zeros(1, 16, config.context_width))
+                rows = torch.zeros(1, 16, config.context_width, device=device)
+                context = model.encode_context(rows)
             step = FusedStep(model, make_positions(small, device, dtype), [context] * batch)
-            first = torch.zeros(batch, dtype=torch.int64)
+            first = torch.zeros(batch, dtype=torch.int64, device=device)
             step(first, first[0], model.new_cache(batch))
 
     thread = threading.Thread(target=run, name="compile", daemon=True)
