@@ -18,8 +18,11 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+_load = cache(import_module)
+
+
 def kernels_for(x: Tensor, module: str) -> ModuleType | None:
     """The module of kernels, where no gradient is wanted and `x` is on a GPU with Triton."""
     if not x.is_cuda or torch.is_grad_enabled() or x.dtype not in _DTYPES or not has_triton():
         return None
-    return import_module(module)
+    return _load(module)
