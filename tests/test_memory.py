@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tiny.export import draw_weights
 from worldline import memory
 from worldline.catalog import ENTRIES
 from worldline.errors import InputError, InsufficientMemoryError
@@ -263,7 +264,7 @@ def test_denoising_without_kernels(
     sizes: dict[str, Any] = {"width": 1024, "num_heads": 8, "head_size": 128, "hidden": 4096}
     large = replace(config(condition_mask=False), **sizes, max_grid=LatentShape(2, 16, 16))
     model = DiT(large).to(dtype).requires_grad_(False)
-    model.reset_parameters()
+    draw_weights(model)
     grid = LatentShape(2, 32, 32)
     fused, plain = (denoise_bytes(large, grid, dtype, 8, fused=fused) for fused in (True, False))
     with torch.inference_mode(), Live(model.parameters()) as live:

@@ -14,14 +14,13 @@ import pytest
 import torch
 
 import worldline
+from tiny.export import draw_weights, stored_tensors, wan_settings
 from worldline import locate
 from worldline.errors import CheckpointError, InputError
 from worldline.families.diffusion.request import DiffusionOptions
 from worldline.opening import choose_compute, choose_device
 from worldline.request import LoadOptions
-from worldline.tokenizers.opened import stored_tensors
 from worldline.tokenizers.wan.model import WanTokenizer
-from worldline.tokenizers.wan.weights import diffusers_config as wan_config
 from worldline.tokenizers.wan.weights import key_map
 from worldline.weights.read import open_checkpoint
 from worldline.weights.write import save
@@ -178,11 +177,11 @@ def test_parts_must_agree(family: str, own_diffusion: Path, own_predict2_5: Path
     else:
         few: dict[str, Any] = {"latent_channels": 4, "mean": (0.0,) * 4, "std": (1.0,) * 4}
         tokenizer = WanTokenizer(replace(WAN, **few))
-        tokenizer.reset_parameters()
+        draw_weights(tokenizer)
         name, root = POST.name, own_predict2_5
         (root / "narrow").mkdir()
-        (root / "narrow" / "config.json").write_text(json.dumps(wan_config(tokenizer.config)))
-        tensors = stored_tensors(tokenizer, key_map(tokenizer.config, "diffusers"))
+        (root / "narrow" / "config.json").write_text(json.dumps(wan_settings(tokenizer.config)))
+        tensors = stored_tensors(tokenizer, key_map(tokenizer.config, True))
         save(tensors, root / "narrow" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match=r"narrow.* 4 latent channels, .* 16.*together"):
         open_named(name, root, tokenizer_dir="narrow")

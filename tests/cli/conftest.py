@@ -65,7 +65,7 @@ def forbid_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    for module in ("opening", "text.encoder", "tokenizers.opened"):
+    for module in ("text.encoder", "weights.networks"):
         monkeypatch.setattr(f"worldline.{module}.load_into", read)
 
 

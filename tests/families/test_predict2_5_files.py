@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tiny.export import draw_weights
 from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER
 from worldline.errors import CheckpointError
 from worldline.families.predict2_5.model import FlowDiT
@@ -113,7 +114,7 @@ def test_schedules(own_predict2_5: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("karras", [True, False])
 def test_a_folder_of_diffusers(karras: bool, own_predict2_5: Path) -> None:
     model = FlowDiT(CONFIG)
-    model.reset_parameters()
+    draw_weights(model)
     folder = own_predict2_5 / "exported"
     (folder / "transformer").mkdir(parents=True)
     save(diffusers_tensors(model), folder / "transformer/diffusion_pytorch_model.safetensors")
