@@ -25,7 +25,7 @@ import torch
 from full_size import GEMM_FLOPS, ROWS, fill, flops, run_command
 from numpy.typing import NDArray
 from PIL import Image
-from tiny.export import dit_tensors, draw_weights
+from tiny.export import dit_tensors, draw_weights, stored_tensors
 from worldline.catalog import find_flow_model
 from worldline.loading import find_predict2_5, fit_files
 

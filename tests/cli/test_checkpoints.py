@@ -41,10 +41,10 @@ def test_a_folder_of_models(run: Run, small_world: Path) -> None:
     assert result.exit_code == 0, result.stderr
     for part in (
         str(small_world / MODEL),
-        "Cosmos autoregressive base model, no released size: 2 layers, width 64",
-        "vocabulary 64, latent 5 x 2 x 3",
+        "Cosmos autoregressive model, no released size: depth 2, width 64",
+        "vocabulary 64",
         str(small_world / TOKENIZER),
-        "Cosmos discrete video tokenizer, no released size: compression 8x16x16, vocabulary 64",
+        "Cosmos discrete video tokenizer, no released size: vocabulary 64, temporal 8, spatial 16",
     ):
         assert part in result.stdout
     assert result.stdout.count("complete: every tensor fits") == 2
@@ -69,9 +69,9 @@ def test_one(path: str, part: str, run: Run, small_world: Path) -> None:
 
 def test_diffusion_models(run: Run, whole_world: Path, tiny_diffusion: Path) -> None:
     for folder, part in (
-        (tiny_diffusion / TEXT2WORLD, "Cosmos diffusion Text2World model, no released size: 2 l"),
-        (tiny_diffusion / VIDEO2WORLD / "model.pt", "Cosmos diffusion Video2World model, no rel"),
-        (whole_world / DECODER, "Cosmos diffusion decoder of the autoregressive models, vocabul"),
+        (tiny_diffusion / TEXT2WORLD, "condition_mask False"),
+        (tiny_diffusion / VIDEO2WORLD / "model.pt", "condition_mask True"),
+        (whole_world / DECODER, "Cosmos diffusion model, no released size: depth 2"),
     ):
         result = run("checkpoints", "inspect", folder)
         assert result.exit_code == 0, result.stderr
@@ -87,8 +87,8 @@ def test_a_repository_of_predict2_5(run: Run, tiny_predict2_5: Path) -> None:
         assert result.exit_code == 0, result.stderr
         for model in (POST, PRE):
             assert f"{(folder / model.file).parent}\n" in result.stdout
-        assert result.stdout.count("Cosmos-Predict2.5 model, no released size: 2 layers") == 2
-        assert result.stdout.count("Wan video tokenizer, no released size: compression 4x8x8") == 1
+        assert result.stdout.count("Cosmos predict2.5 model, no released size: depth 2") == 2
+        assert result.stdout.count("Wan video tokenizer, no released size: temporal 4, spatial 8") == 1
         # beside the repository stands the text encoder
         encoders = int(shown != folder)
         assert result.stdout.count("Reason1 encoder (Qwen2.5-VL)") == encoders
@@ -107,7 +107,7 @@ def test_diffusers_folders(flow: bool, run: Run, tmp_path: Path) -> None:
     for shown in (tmp_path, file.parent, file):
         result = run("checkpoints", "inspect", shown)
         assert result.exit_code == 0, result.stderr
-        assert ("Cosmos-Predict2.5 model" if flow else "Video2World model") in result.stdout
+        assert ("Cosmos predict2.5 model" if flow else "Cosmos diffusion model") in result.stdout
         assert "complete: every tensor fits" in result.stdout
     settings.unlink()
     assert "has no rope_scale" in run("checkpoints", "inspect", file).stdout

@@ -146,14 +146,14 @@ def _text_folders(checkpoint_dir: Path) -> list[Path]:
 
 def _open(path: Path) -> Checkpoint:
     from worldline.text.encoder import WEIGHTS, find_weights
-    from worldline.tokenizers.cosmos.weights import LAYOUTS, open_tokenizer
+    from worldline.tokenizers.cosmos.weights import LAYOUTS, tokenizer_files
     from worldline.weights.networks import open_transformer
-    from worldline.weights.read import open_checkpoint
+    from worldline.weights.read import joined, open_checkpoint
 
     if path.is_dir():
         names = {name for layout in LAYOUTS for name in layout if not name.startswith("model.")}
         if any((path / name).exists() for name in names):
-            return open_tokenizer(path).source
+            return joined([open_checkpoint(file) for file in tokenizer_files(path)], path)
         if any((path / name).exists() for name in WEIGHTS if name.startswith("pytorch_")):
             return open_checkpoint(find_weights(path))
         files = [file for file in path.iterdir() if file.suffix in _SUFFIXES]

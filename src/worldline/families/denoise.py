@@ -149,7 +149,7 @@ def attention_entries(parts: Parts, video: VideoShape) -> dict[str, Any]:
     """Report entries of the transformer's tokens and attention, for a video denoised at once."""
     tokenizer, config = parts.opened["tokenizer"].config, parts.config
     tokens = config.tokens(video.latent(tokenizer.temporal, tokenizer.spatial)).tokens
-    name = backend_name(parts.device, parts.compute.dtype, config.head_size, tokens)
+    name = backend_name(parts.device, parts.compute.dtype, tokens)
     return {"tokens": tokens, "attention": name}
 
 
