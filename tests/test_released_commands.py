@@ -52,7 +52,6 @@ ELSEWHERE = {
     "scripts/shard_autoregressive_base_checkpoints.py",
 }
 
-ASSETS = "cosmos1/models/autoregressive/assets/v1p0"
 MOVING_CAR = (
     "A video recorded from a moving vehicle's perspective, capturing roads, buildings, landscapes, "
     "and changing weather and lighting conditions."
@@ -61,158 +60,98 @@ MOVING_CAR = (
 # guide -> name of the example -> its command
 GENERATE: dict[str, dict[str, str]] = {
     "inference_autoregressive_base": {
-        "single": r"""
-            cosmos_predict1/autoregressive/inference/base.py \
-                --checkpoint_dir checkpoints \
-                --ar_model_dir Cosmos-Predict1-4B \
-                --input_type video \
-                --input_image_or_video_path assets/autoregressive/input.mp4 \
-                --top_p 0.8 \
-                --temperature 1.0 \
-                --offload_diffusion_decoder \
-                --offload_tokenizer \
-                --video_save_name autoregressive-4b""",
-        "batch": r"""
-            cosmos_predict1/autoregressive/inference/base.py \
-                --checkpoint_dir checkpoints \
-                --ar_model_dir Cosmos-Predict1-4B \
-                --batch_input_path assets/autoregressive/batch_inputs/base.jsonl \
-                --top_p 0.8 \
-                --temperature 1.0 \
-                --offload_diffusion_decoder \
-                --offload_tokenizer \
-                --video_save_folder autoregressive-4b-batch""",
+        "single": """
+            cosmos_predict1/autoregressive/inference/base.py --checkpoint_dir checkpoints
+            --ar_model_dir Cosmos-Predict1-4B --input_type video --input_image_or_video_path
+            assets/autoregressive/input.mp4 --top_p 0.8 --temperature 1.0
+            --offload_diffusion_decoder --offload_tokenizer --video_save_name autoregressive-4b""",
+        "batch": """
+            cosmos_predict1/autoregressive/inference/base.py --checkpoint_dir checkpoints
+            --ar_model_dir Cosmos-Predict1-4B --batch_input_path
+            assets/autoregressive/batch_inputs/base.jsonl --top_p 0.8 --temperature 1.0
+            --offload_diffusion_decoder --offload_tokenizer --video_save_folder
+            autoregressive-4b-batch""",
     },
     "inference_autoregressive_video2world": {
-        "single": rf"""
-            cosmos_predict1/autoregressive/inference/video2world.py \
-                --checkpoint_dir checkpoints \
-                --ar_model_dir Cosmos-Predict1-5B-Video2World \
-                --input_type text_and_video \
-                --input_image_or_video_path assets/autoregressive/input.mp4 \
-                --prompt "{MOVING_CAR}" \
-                --top_p 0.7 \
-                --temperature 1.0 \
-                --offload_diffusion_decoder \
-                --offload_tokenizer \
-                --video_save_name autoregressive-video2world-5b""",
+        "single": f"""
+            cosmos_predict1/autoregressive/inference/video2world.py --checkpoint_dir checkpoints
+            --ar_model_dir Cosmos-Predict1-5B-Video2World --input_type text_and_video
+            --input_image_or_video_path assets/autoregressive/input.mp4 --prompt "{MOVING_CAR}"
+            --top_p 0.7 --temperature 1.0 --offload_diffusion_decoder --offload_tokenizer
+            --video_save_name autoregressive-video2world-5b""",
     },
     "inference_diffusion_video2world": {
-        "single": r"""
-            cosmos_predict1/diffusion/inference/video2world.py \
-                --checkpoint_dir checkpoints \
-                --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World \
-                --input_image_or_video_path assets/diffusion/video2world_input0.jpg \
-                --num_input_frames 1 \
-                --offload_prompt_upsampler \
-                --video_save_name diffusion-video2world-7b""",
-        "offloaded": r"""
-            cosmos_predict1/diffusion/inference/video2world.py \
-                --checkpoint_dir checkpoints \
-                --diffusion_transformer_dir Cosmos-Predict1-14B-Video2World \
-                --input_image_or_video_path assets/diffusion/video2world_input0.jpg \
-                --num_input_frames 1 \
-                --offload_tokenizer \
-                --offload_diffusion_transformer \
-                --offload_text_encoder_model \
-                --offload_prompt_upsampler \
-                --offload_guardrail_models \
-                --video_save_name diffusion-video2world-14b""",
-        "batch": r"""
-            cosmos_predict1/diffusion/inference/video2world.py \
-                --checkpoint_dir checkpoints \
-                --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World \
-                --batch_input_path assets/diffusion/batch_inputs/video2world_ps.jsonl \
-                --num_input_frames 9 \
-                --offload_prompt_upsampler \
-                --video_save_folder diffusion-video2world-7b-batch""",
-        "batch without upsampler": r"""
-            cosmos_predict1/diffusion/inference/video2world.py \
-                --checkpoint_dir checkpoints \
-                --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World \
-                --batch_input_path assets/diffusion/batch_inputs/video2world_wo_ps.jsonl \
-                --num_input_frames 9 \
-                --disable_prompt_upsampler \
-                --video_save_folder diffusion-video2world-7b-batch-wo-ps""",
-        "post-trained": r"""
-            cosmos_predict1/diffusion/inference/video2world.py \
-                --checkpoint_dir checkpoints \
-                --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World_post-trained \
-                --input_image_or_video_path assets/diffusion/video2world_input0.jpg \
-                --num_input_frames 1 \
-                --offload_prompt_upsampler \
-                --video_save_name diffusion-video2world-7b-post-trained""",
+        "single": """
+            cosmos_predict1/diffusion/inference/video2world.py --checkpoint_dir checkpoints
+            --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World --input_image_or_video_path
+            assets/diffusion/video2world_input0.jpg --num_input_frames 1 --offload_prompt_upsampler
+            --video_save_name diffusion-video2world-7b""",
+        "offloaded": """
+            cosmos_predict1/diffusion/inference/video2world.py --checkpoint_dir checkpoints
+            --diffusion_transformer_dir Cosmos-Predict1-14B-Video2World --input_image_or_video_path
+            assets/diffusion/video2world_input0.jpg --num_input_frames 1 --offload_tokenizer
+            --offload_diffusion_transformer --offload_text_encoder_model --offload_prompt_upsampler
+            --offload_guardrail_models --video_save_name diffusion-video2world-14b""",
+        "batch": """
+            cosmos_predict1/diffusion/inference/video2world.py --checkpoint_dir checkpoints
+            --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World --batch_input_path
+            assets/diffusion/batch_inputs/video2world_ps.jsonl --num_input_frames 9
+            --offload_prompt_upsampler --video_save_folder diffusion-video2world-7b-batch""",
+        "batch without upsampler": """
+            cosmos_predict1/diffusion/inference/video2world.py --checkpoint_dir checkpoints
+            --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World --batch_input_path
+            assets/diffusion/batch_inputs/video2world_wo_ps.jsonl --num_input_frames 9
+            --disable_prompt_upsampler --video_save_folder diffusion-video2world-7b-batch-wo-ps""",
+        "post-trained": """
+            cosmos_predict1/diffusion/inference/video2world.py --checkpoint_dir checkpoints
+            --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World_post-trained
+            --input_image_or_video_path assets/diffusion/video2world_input0.jpg --num_input_frames 1
+            --offload_prompt_upsampler --video_save_name diffusion-video2world-7b-post-trained""",
     },
     "inference_diffusion_text2world": {
-        "single": r"""
-            cosmos_predict1/diffusion/inference/text2world.py \
-                --checkpoint_dir checkpoints \
-                --diffusion_transformer_dir Cosmos-Predict1-7B-Text2World \
-                --prompt "A sleek, humanoid robot stands in a vast warehouse." \
-                --offload_prompt_upsampler \
-                --video_save_name diffusion-text2world-7b""",
+        "single": """
+            cosmos_predict1/diffusion/inference/text2world.py --checkpoint_dir checkpoints
+            --diffusion_transformer_dir Cosmos-Predict1-7B-Text2World --prompt "A sleek, humanoid
+            robot stands in a vast warehouse." --offload_prompt_upsampler --video_save_name
+            diffusion-text2world-7b""",
     },
     "Cosmos 1.0 autoregressive": {
-        "base 4B": r"""
-            cosmos1/models/autoregressive/inference/base.py \
-                --input_type=video \
-                --input_image_or_video_path=cosmos1/models/autoregressive/assets/v1p0/input.mp4 \
-                --video_save_name=Cosmos-1.0-Autoregressive-4B \
-                --ar_model_dir=Cosmos-1.0-Autoregressive-4B \
-                --top_p=0.8 \
-                --temperature=1.0""",
-        "base 12B, offloaded": r"""
-            cosmos1/models/autoregressive/inference/base.py \
-                --input_type=video \
-                --input_image_or_video_path=cosmos1/models/autoregressive/assets/v1p0/input.mp4 \
-                --video_save_name=Cosmos-1.0-Autoregressive-12B \
-                --ar_model_dir=Cosmos-1.0-Autoregressive-12B \
-                --top_p=0.9 \
-                --temperature=1.0 \
-                --offload_guardrail_models \
-                --offload_diffusion_decoder \
-                --offload_ar_model \
-                --offload_tokenizer""",
-        "base 12B, batch": rf"""
-            cosmos1/models/autoregressive/inference/base.py \
-                --input_type=video \
-                --batch_input_path={ASSETS}/batch_inputs/base.jsonl \
-                --video_save_folder=outputs/Cosmos-1.0-Autoregressive-12B \
-                --ar_model_dir=Cosmos-1.0-Autoregressive-12B \
-                --top_p=0.9 \
-                --temperature=1.0""",
-        "video2world 5B": rf"""
-            cosmos1/models/autoregressive/inference/video2world.py \
-                --input_type=text_and_video \
-                --input_image_or_video_path=cosmos1/models/autoregressive/assets/v1p0/input.mp4 \
-                --prompt="{MOVING_CAR}" \
-                --video_save_name=Cosmos-1.0-Autoregressive-5B-Video2World \
-                --ar_model_dir=Cosmos-1.0-Autoregressive-5B-Video2World \
-                --top_p=0.7 \
-                --temperature=1.0""",
-        "video2world 13B, offloaded": rf"""
-            cosmos1/models/autoregressive/inference/video2world.py \
-                --input_type=text_and_video \
-                --input_image_or_video_path=cosmos1/models/autoregressive/assets/v1p0/input.mp4 \
-                --prompt="{MOVING_CAR}" \
-                --video_save_name=Cosmos-1.0-Autoregressive-13B-Video2World \
-                --ar_model_dir=Cosmos-1.0-Autoregressive-13B-Video2World \
-                --top_p=0.8 \
-                --temperature=1.0 \
-                --offload_guardrail_models \
-                --offload_diffusion_decoder \
-                --offload_ar_model \
-                --offload_tokenizer \
-                --offload_text_encoder_model""",
-        "video2world 13B, batch": rf"""
-            cosmos1/models/autoregressive/inference/video2world.py \
-                --input_type=text_and_video \
-                --batch_input_path={ASSETS}/batch_inputs/video2world.jsonl \
-                --video_save_folder=outputs/Cosmos-1.0-Autoregressive-13B-Video2World \
-                --ar_model_dir=Cosmos-1.0-Autoregressive-13B-Video2World \
-                --top_p=0.8 \
-                --temperature=1.0 \
-                --offload_guardrail_models""",
+        "base 4B": """
+            cosmos1/models/autoregressive/inference/base.py --input_type=video
+            --input_image_or_video_path=cosmos1/models/autoregressive/assets/v1p0/input.mp4
+            --video_save_name=Cosmos-1.0-Autoregressive-4B
+            --ar_model_dir=Cosmos-1.0-Autoregressive-4B --top_p=0.8 --temperature=1.0""",
+        "base 12B, offloaded": """
+            cosmos1/models/autoregressive/inference/base.py --input_type=video
+            --input_image_or_video_path=cosmos1/models/autoregressive/assets/v1p0/input.mp4
+            --video_save_name=Cosmos-1.0-Autoregressive-12B
+            --ar_model_dir=Cosmos-1.0-Autoregressive-12B --top_p=0.9 --temperature=1.0
+            --offload_guardrail_models --offload_diffusion_decoder --offload_ar_model
+            --offload_tokenizer""",
+        "base 12B, batch": """
+            cosmos1/models/autoregressive/inference/base.py --input_type=video
+            --batch_input_path=cosmos1/models/autoregressive/assets/v1p0/batch_inputs/base.jsonl
+            --video_save_folder=outputs/Cosmos-1.0-Autoregressive-12B
+            --ar_model_dir=Cosmos-1.0-Autoregressive-12B --top_p=0.9 --temperature=1.0""",
+        "video2world 5B": f"""
+            cosmos1/models/autoregressive/inference/video2world.py --input_type=text_and_video
+            --input_image_or_video_path=cosmos1/models/autoregressive/assets/v1p0/input.mp4
+            --prompt="{MOVING_CAR}" --video_save_name=Cosmos-1.0-Autoregressive-5B-Video2World
+            --ar_model_dir=Cosmos-1.0-Autoregressive-5B-Video2World --top_p=0.7
+            --temperature=1.0""",
+        "video2world 13B, offloaded": f"""
+            cosmos1/models/autoregressive/inference/video2world.py --input_type=text_and_video
+            --input_image_or_video_path=cosmos1/models/autoregressive/assets/v1p0/input.mp4
+            --prompt="{MOVING_CAR}" --video_save_name=Cosmos-1.0-Autoregressive-13B-Video2World
+            --ar_model_dir=Cosmos-1.0-Autoregressive-13B-Video2World --top_p=0.8 --temperature=1.0
+            --offload_guardrail_models --offload_diffusion_decoder --offload_ar_model
+            --offload_tokenizer --offload_text_encoder_model""",
+        "video2world 13B, batch": """
+            cosmos1/models/autoregressive/inference/video2world.py --input_type=text_and_video
+            --batch_input_path=cosmos1/models/autoregressive/assets/v1p0/batch_inputs/video2world.jsonl
+            --video_save_folder=outputs/Cosmos-1.0-Autoregressive-13B-Video2World
+            --ar_model_dir=Cosmos-1.0-Autoregressive-13B-Video2World --top_p=0.8 --temperature=1.0
+            --offload_guardrail_models""",
     },
 }
 POURING, LONG, WELDING = "robot_pouring", "bus_terminal_long", "robot_welding"
@@ -260,8 +199,8 @@ DOWNLOAD: dict[str, tuple[str, ...]] = {
 
 
 def words_of(command: str) -> list[str]:
-    """Return the words of a command line, `worldline`'s in place of the program's."""
-    script, *words = shlex.split(command.replace("\\\n", " "))
+    """Words of a command line, `worldline`'s in place of the program's."""
+    script, *words = shlex.split(" ".join(command.split()))
     return [*PROGRAMS[script].split(), *words]
 
 
@@ -399,7 +338,7 @@ def test_generate(command: str, here: Path) -> None:
         assert probe(video, kind="video").frames > 1
         report = json.loads(video.with_suffix(".json").read_text())
         old = "cosmos1" in command.split()[0]
-        assert report["guardrail"] == ("cosmos1" if old else "predict1")
+        assert report["guardrail"] == ("1.0" if old else "Predict1")
         assert [check["guard"] for check in report["guardrail_checks"]][-2:] == [
             *("video_content_safety_filter", "face_blur_filter"),
         ]
@@ -437,8 +376,7 @@ def test_the_batch_of_the_guide_that_has_no_videos(here: Path) -> None:
     )
     result = run_words(words_of(command))
     assert result.exit_code == 2
-    assert 'no "visual_input"' in result.stderr
-    assert "assets/autoregressive/batch_inputs/base.jsonl" in result.stderr
+    assert 'line 1 (0.mp4): no "visual_input"' in result.stderr
 
 
 @pytest.mark.parametrize("script", sorted(PROGRAMS))

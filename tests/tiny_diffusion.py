@@ -24,7 +24,7 @@ CONTINUOUS = "Cosmos-Tokenize1-CV8x8x8-720p"
 TEXT_ENCODER = "google-t5/t5-11b"
 
 CONTEXT_WIDTH, CONTEXT_LENGTH = 24, 40
-# what a request asks for unless it says otherwise
+# defaults of requests, in config.json
 DEFAULTS: dict[str, Any] = {
     "num_video_frames": 17,
     "height": 32,
@@ -38,7 +38,7 @@ _TEXT = {"d_model": CONTEXT_WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_
 
 
 def config(*, condition_mask: bool) -> DiTConfig:
-    """Return the sizes of the transformer; up to 48 frames of 96 x 128."""
+    """Sizes of the transformer; up to 48 frames of 96 x 128."""
     return DiTConfig(
         depth=2,
         width=48,
@@ -71,8 +71,8 @@ def write_transformer(folder: Path, *, condition_mask: bool, **settings: Any) ->
     folder.mkdir(parents=True)
     tensors = {name: tensor.bfloat16() for name, tensor in dit_tensors(model).items()}
     save(tensors, folder / "model.pt")
-    said = {**dit_settings(model.config), **DEFAULTS, **settings}
-    (folder / "config.json").write_text(json.dumps(said))
+    stated = {**dit_settings(model.config), **DEFAULTS, **settings}
+    (folder / "config.json").write_text(json.dumps(stated))
 
 
 def write_tokenizer(folder: Path, **changes: Any) -> None:

@@ -35,7 +35,7 @@ HEAD, PATCH = 16, 16
 
 
 def add_guardrails(root: Path, name: str = GUARDRAILS, *, unknown_is_safe: bool = False) -> Path:
-    """Add the guardrails of Predict1 and Predict2.5; each frame is safe. Return their folder.
+    """Add the guardrails of Predict1 and Predict2.5; each frame is safe; their folder.
 
     Args:
         root: of the checkpoints.
@@ -86,7 +86,7 @@ def write_tokenizer(folder: Path, answer: str) -> dict[str, int]:
 
 
 def _steps(answer: str) -> list[str]:
-    """Return tokens that follow one another, of which no two are alike."""
+    """Tokens that follow one another, no two of them alike."""
     words = [f"_{word}" for word in answer.split()]
     whole = ["".join(words[:2]), *words[2:]]
     assert len(set(whole)) == len(whole)
@@ -175,7 +175,7 @@ def save_released(network: torch.nn.Module, folder: Path, *, describes: bool) ->
 
 
 def add_upsampler(root: Path, *, describes: bool, released: bool = True, answer: str = "") -> Path:
-    """Add a prompt upsampler that gives one answer to everything; return its folder."""
+    """Add a prompt upsampler that gives one answer to everything; its folder."""
     folder = root / (DESCRIBES if describes else LENGTHENS)
     answer = answer or (CAPTION if describes else LONG)
     shutil.rmtree(folder, ignore_errors=True)

@@ -106,6 +106,7 @@ class Item:
         output: file of the video.
         names: field -> the name that it has where it is described.
         sample: its description, for the report; None for none.
+        sources: files that describe it.
     """
 
     label: str
@@ -116,6 +117,7 @@ class Item:
     output: Path
     names: Mapping[str, str] = field(default_factory=dict)
     sample: Mapping[str, Any] | None = None
+    sources: tuple[Path, ...] = ()
 
     def field(self, name: str) -> str:
         """What an error calls a field."""
@@ -200,7 +202,9 @@ class Family:
         report: family's own entries of a video's report.
         notes: what is worth logging about an allowed request.
         generate_together: several clips in step; None computes them one after another.
-        max_batch_size: clips that are worth computing in step.
+        max_batch_size: clips that can be computed in step; None where any number can, but none is
+            faster than another.
+        holds_batch: whether all frames of clips that are computed in step are held at once.
         upsampler: opened model -> prompt upsampler that it is released with; None for none.
         read_settings: reads config.json; by default whatever it holds.
         prepare: what runs beside the reading of weights, such as compiling kernels.
@@ -222,7 +226,8 @@ class Family:
     report: Callable[[Parts, Any, Recorder], dict[str, Any]] = _no_report
     notes: Callable[[Opened, Any], list[str]] = lambda opened, request: []
     generate_together: Callable[..., Iterator[tuple[int, Step]]] | None = None
-    max_batch_size: Callable[[Opened, Compute], int] = lambda opened, compute: 1
+    max_batch_size: Callable[[Opened, Compute], int | None] = lambda opened, compute: 1
+    holds_batch: Callable[[Opened, Any], bool] = lambda opened, request: False
     upsampler: Callable[[Opened], Any] | None = None
     prepare: Callable[[Opened, Compute], AbstractContextManager[None]] | None = None
     read_settings: Callable[[Path], dict[str, Any]] | None = None
@@ -297,6 +302,12 @@ class Opened:
         """Folder of the transformer."""
         assert self.place is not None
         return self.place.folder
+
+    @property
+    def config_file(self) -> Path:
+        """The config.json beside the transformer, whether it is there or not."""
+        file: Path = self.source.path
+        return file.parent / "config.json"
 
     def with_part(self, name: str, part: Any, missing: str = "") -> Opened:
         """The same with one more part, or the reason why it is missing."""

@@ -89,15 +89,15 @@ def open_text(opened: Opened, kind: type[EncoderFiles[Any]], width: int) -> Text
         folders = [path for root in opened.place.roots for path in kind.folders(root)]
         beside = opened.folder / "text_encoder"
         if beside.is_dir():
-            folders.insert(0 if holds_diffusers(opened.folder) else len(folders), beside)
+            folders.insert(0 if holds_diffusers(opened.source.path) else len(folders), beside)
     if not folders:
         raise CheckpointError(f"no text encoder {kind.released} in {opened.place.searched}")
     encoder = kind.open_first(folders, width)
     return TextPart(encoder.num_parameters, encoder.max_length, encoder)
 
 
-def find_transformer(path: Path) -> tuple[Path, Checkpoint]:
-    """The file of a model's transformer, and its tensors; its header is read here, once.
+def find_transformer(path: Path) -> Checkpoint:
+    """Tensors of a model's transformer; its header is read here, once.
 
     Args:
         path: a file, of a tensor-parallel set one of its shards; or a folder: NVIDIA's, of a whole
@@ -118,7 +118,7 @@ def find_transformer(path: Path) -> tuple[Path, Checkpoint]:
             f"{source.path}: it holds {len(adapters):,} tensors of LoRA adapters, such as "
             f"{adapters[0]}; merge them into the weights first"
         )
-    return Path(source.path), source
+    return source
 
 
 def find_family(source: Checkpoint) -> Family:
@@ -143,35 +143,45 @@ def read_family(place: Place) -> tuple[Family, dict[str, Any]]:
     Raises:
         CheckpointError: there is no transformer of a known family.
     """
-    file, source = find_transformer(place.named)
-    family, folder = find_family(source), _folder(file)
-    read = family.read_settings or read_settings
-    return family, _defaults(family, read(folder), folder)
+    source = find_transformer(place.named)
+    family = find_family(source)
+    return family, _defaults(family, _settings(family, source), source.path.parent)
 
 
-def _folder(file: Path) -> Path:
-    """Folder of a model, by the file of its transformer."""
-    return file.parent.parent if file.parent.name == "transformer" else file.parent
+def _settings(family: Family, source: Checkpoint) -> dict[str, Any]:
+    """Our settings in the config.json beside a transformer; that of diffusers has none."""
+    if holds_diffusers(source.path):
+        return {}
+    return (family.read_settings or read_settings)(source.path.parent)
 
 
-def open_world(place: Place, stated: Mapping[str, Any], name: Name = keyword) -> Opened:
+def open_world(
+    place: Place, stated: Mapping[str, Any], name: Name = keyword, expected: str = ""
+) -> Opened:
     """Open every part of a model and check that they belong together; headers only.
 
     Args:
         place: where it lies.
         stated: load options by name.
         name: what an error calls a load option.
+        expected: family that the model must be of; "" for any.
 
     Raises:
         CheckpointError: a file is absent, incomplete, damaged or of another model.
         InputError: a load option is unknown or wrong.
     """
-    file, source = find_transformer(place.named)
+    source = find_transformer(place.named)
     family = find_family(source)
+    if expected not in ("", family.name):
+        raise CheckpointError(
+            f"{file}: it is a model of family {family.name}, not {expected}; "
+            "`worldline generate` runs any"
+        )
     options = family.options.parse(stated, name)
-    folder = _folder(file)
-    place = replace(place, named=file if place.named.is_file() else folder)
-    settings = (family.read_settings or read_settings)(folder)
+    folder = source.path.parent
+    folder = folder.parent if folder.name == "transformer" else folder
+    place = replace(place, named=folder)
+    settings = _settings(family, source)
     called = place.released.name if place.released else folder.name
     opened = Opened(
         family,
@@ -180,7 +190,7 @@ def open_world(place: Place, stated: Mapping[str, Any], name: Name = keyword) ->
         options,
         source=source,
         settings=settings,
-        defaults=_defaults(family, settings, folder),
+        defaults=_defaults(family, settings, source.path.parent),
     )
     try:
         for part in reversed(family.parts):

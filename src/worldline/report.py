@@ -66,7 +66,7 @@ class Recorder:
                 torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - started
             peak = round(self._peak() / GIGABYTE, 3)
-            self._add(Stage(name, round(seconds, 4), peak, round(time.time(), 2)))
+            self._add(Stage(name, round(seconds, 4), peak, round(time.time(), 4)))
 
     def _add(self, stage: Stage) -> None:
         for index, previous in enumerate(self.stages):
@@ -78,9 +78,9 @@ class Recorder:
         self.stages.append(stage)
 
     def followed_by(self, other: Recorder) -> Recorder:
-        """Recorder of the stages and facts of both."""
+        """Recorder of the stages of both, as they ended, and of their facts."""
         joined = Recorder(self.device)
-        for stage in (*self.stages, *other.stages):
+        for stage in sorted((*self.stages, *other.stages), key=lambda stage: stage.ended):
             joined._add(stage)
         joined.facts = {**self.facts, **other.facts}
         return joined

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from os import PathLike, fspath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from worldline.errors import InputError, did_you_mean
@@ -60,6 +59,10 @@ def _path(value: str) -> str:
     return value
 
 
+def _embedding(value: Any) -> Any:
+    return _path(value) if isinstance(value, str) else value
+
+
 Text = Annotated[str, AfterValidator(_utf8)]
 Prompt = Annotated[str, AfterValidator(_not_blank)]
 Path = Annotated[str, AfterValidator(_path)]
@@ -77,7 +80,11 @@ PreviewEvery = Annotated[
     Field(ge=0, le=1000, description="Steps between previews (NAME.preview.mp4); 0 makes none."),
 ]
 # a file, or a tensor or array (S, E) or (1, S, E); not checked before the model is known
-Embedding = Annotated[Any, Field(description="File of embeddings, in place of the text encoder.")]
+Embedding = Annotated[
+    Any,
+    AfterValidator(_embedding),
+    Field(description="File of embeddings, in place of the text encoder."),
+]
 
 
 class Options(BaseModel):
@@ -149,11 +156,12 @@ class Options(BaseModel):
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
+    kind = type(value)
+    if kind.__module__ == "numpy" and kind.__name__ != "ndarray" and hasattr(value, "item"):
+        return value.item()  # not by isinstance: --help must not wait for NumPy either
     if isinstance(value, PathLike):
         return fspath(value)
-    if type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
+    if kind.__module__ == "torch" and kind.__name__ in ("dtype", "device"):
         return str(value).removeprefix("torch.")
     return tuple(value) if isinstance(value, list) else value
 

@@ -203,7 +203,17 @@ class World:
         ]
         if len({job.request.num_input_frames for job in jobs}) > 1:
             raise InputError("images and videos cannot be continued in one batch")
+        family, request = self.opened.family, jobs[0].request
+        if family.holds_batch(self.opened, request):
+            video = family.video(self.opened, request)
+            clips = self._batch_size(len(jobs))
+            refuse_frames(video, clips=clips, guarded=self.guards.checks_videos)
         return self.run_batch(jobs)
+
+    def _batch_size(self, clips: int) -> int:
+        """Clips that are computed in step, of so many."""
+        most = self.opened.family.max_batch_size(self.opened, self.parts.compute)
+        return clips if most is None else min(clips, most)
 
     def prepare(
         self,
@@ -290,24 +300,21 @@ class World:
                 allowed.append(index)
             except GuardrailRefusal as error:
                 refusals[index] = error
-        if not allowed:
-            return
-        shared = Recorder(self.device)  # of the stages that the videos have in common
-        group = [jobs[index] for index in allowed]
-        for position, step in together(self.parts, group, shared):
-            index = allowed[position]
-            if step.kind != "done":
-                yield index, self._visible(step)
-                continue
-            recorder = jobs[index].recorder.followed_by(shared)
-            try:
-                finished = self._finish(
-                    jobs[index], jobs[index].request, step, checks[index], recorder
-                )
-                for last in finished:
-                    yield index, last
-            except GuardrailRefusal as error:
-                refusals[index] = error
+        size = self._batch_size(len(jobs))
+        for group in (allowed[at : at + size] for at in range(0, len(allowed), size)):
+            shared = Recorder(self.device)  # of the stages that the videos have in common
+            for position, step in together(self.parts, [jobs[n] for n in group], shared):
+                index = group[position]
+                if step.kind != "done":
+                    yield index, self._visible(step)
+                    continue
+                job = jobs[index]
+                recorder = job.recorder.followed_by(shared)
+                try:
+                    for last in self._finish(job, job.request, step, checks[index], recorder):
+                        yield index, last
+                except GuardrailRefusal as error:
+                    refusals[index] = error
 
     def _visible(self, step: Step) -> Step:
         """The step without frames that no guardrail has checked."""

@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import worldline.loading
 import worldline.locate
-from worldline.cli import main
+from worldline.cli.main import main
 
-from ..tiny_diffusion import TEXT2WORLD, VIDEO2WORLD, make_tiny_diffusion
+from ..tiny_diffusion import TEXT2WORLD, VIDEO2WORLD
 
 Run = Callable[..., Result]
-Base = Callable[..., Result]
 Make = Callable[..., Result]
 WITHOUT_PARTS = ("--disable_guardrail", "--disable_diffusion_decoder")
 WITHOUT_UPSAMPLER = ("--disable_guardrail", "--disable_prompt_upsampler")
@@ -34,27 +32,30 @@ def run() -> Run:
     return lambda *words: run_words(words)
 
 
-@pytest.fixture
-def base(small_world: Path, tmp_path: Path) -> Base:
-    """Run `worldline autoregressive base` on the small world; outputs go to tmp_path / "out"."""
-
-    def call(*words: object, checkpoint_dir: Path = small_world) -> Result:
+def _command(words: str, root: Path, tmp_path: Path, *flags: str) -> Make:
+    def call(*more: object, checkpoint_dir: Path = root) -> Result:
         fixed = ("--checkpoint_dir", checkpoint_dir, "--video_save_folder", tmp_path / "out")
-        return run_words(("autoregressive", "base", *fixed, *WITHOUT_PARTS, *words))
+        return run_words((*words.split(), *fixed, *flags, *more))
 
     return call
+
+
+@pytest.fixture
+def base(small_world: Path, tmp_path: Path) -> Make:
+    """Run `worldline autoregressive base` on the small world; outputs go to tmp_path / "out"."""
+    return _command("autoregressive base", small_world, tmp_path, *WITHOUT_PARTS)
+
+
+@pytest.fixture
+def base_with_decoder(whole_world: Path, tmp_path: Path) -> Make:
+    """The same; the diffusion decoder is on."""
+    return _command("autoregressive base", whole_world, tmp_path, "--disable_guardrail")
 
 
 @pytest.fixture
 def ar_video2world(whole_world: Path, tmp_path: Path) -> Make:
-    """Run `worldline autoregressive video2world` likewise; the diffusion decoder is on."""
-
-    def call(*words: object, checkpoint_dir: Path = whole_world) -> Result:
-        fixed = ("--checkpoint_dir", checkpoint_dir, "--video_save_folder", tmp_path / "out")
-        words = ("autoregressive", "video2world", *fixed, "--disable_guardrail", *words)
-        return run_words(words)
-
-    return call
+    """Run `worldline autoregressive video2world`; the diffusion decoder is on."""
+    return _command("autoregressive video2world", whole_world, tmp_path, "--disable_guardrail")
 
 
 @pytest.fixture
@@ -64,14 +65,14 @@ def forbid_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    for module in ("loading.parts", "text.encoder"):
+    for module in ("opening", "text.encoder", "tokenizers.opened"):
         monkeypatch.setattr(f"worldline.{module}.load_into", read)
 
 
 @pytest.fixture(scope="session")
-def diffusion_worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def diffusion_worlds(tiny_diffusion: Path) -> Path:
     """A checkpoint folder with random weights; copy it before changing it."""
-    return make_tiny_diffusion(tmp_path_factory.mktemp("diffusion"))
+    return tiny_diffusion
 
 
 @pytest.fixture
@@ -91,27 +92,13 @@ def bundled_diffusion(own_worlds: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     return settings
 
 
-def _diffusion(name: str, root: Path, tmp_path: Path) -> Make:
-    def call(*words: object, checkpoint_dir: Path = root) -> Result:
-        fixed = ("--checkpoint_dir", checkpoint_dir, "--video_save_folder", tmp_path / "out")
-        return run_words(("diffusion", name, *fixed, *WITHOUT_UPSAMPLER, *words))
-
-    return call
-
-
 @pytest.fixture
 def text2world(diffusion_worlds: Path, tmp_path: Path) -> Make:
     """Run `worldline diffusion text2world` on the small world; outputs go to tmp_path / "out"."""
-    return _diffusion("text2world", diffusion_worlds, tmp_path)
+    return _command("diffusion text2world", diffusion_worlds, tmp_path, *WITHOUT_UPSAMPLER)
 
 
 @pytest.fixture
 def video2world(diffusion_worlds: Path, tmp_path: Path) -> Make:
-    """Run `worldline diffusion video2world` likewise."""
-    return _diffusion("video2world", diffusion_worlds, tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep embeddings of random weights out of the user's cache."""
-    monkeypatch.setenv("WORLDLINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """Run `worldline diffusion video2world` on the small world."""
+    return _command("diffusion video2world", diffusion_worlds, tmp_path, *WITHOUT_UPSAMPLER)

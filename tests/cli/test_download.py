@@ -7,20 +7,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
+from worldline.loading import find_predict2_5
 
 import worldline.hub
 from worldline.catalog import FLOW_MODELS
-from worldline.cli.download import download
-from worldline.loading import find_predict2_5
 from worldline.text.reason1 import RELEASED
 
 from ..fake_hub import FakeHub, serving
 from .conftest import Run
-from .parity import variants
 
 NAMES = ("Cosmos-Predict1-4B", "Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-Guardrail1")
 MODEL = f"nvidia/{NAMES[0]}"
@@ -181,33 +177,6 @@ def test_wrong_words(words: list[str], told: str, run: Run, tmp_path: Path) -> N
     result = run("checkpoints", "download", *words, "--checkpoint_dir", tmp_path)
     assert result.exit_code == 2
     assert told in result.stderr
-
-
-@pytest.mark.parametrize(
-    "variant",
-    [
-        *variants("download_autoregressive_checkpoints.py"),
-        *variants("download_autoregressive.py"),
-        *variants("download_diffusion_checkpoints.py"),
-        *variants("download_diffusion.py"),
-        *variants("download_tokenizer_checkpoints.py"),
-    ],
-)
-def test_every_flag_of_the_scripts(variant: dict[str, Any]) -> None:
-    options = {spelling: p for p in download.params for spelling in p.opts}
-    for flag in variant["args"]:
-        option = options[flag["name"]]
-        assert isinstance(option, click.Option)
-        assert option.multiple == (flag["nargs"] == "*")
-        if flag["choices"] is not None:
-            assert isinstance(option.type, click.Choice)
-            assert set(flag["choices"]) <= set(option.type.choices)
-        words: list[str] = [flag["name"]]
-        default = flag["default"]
-        words += default if isinstance(default, list) else [default]
-        found = download.make_context("download", words, resilient_parsing=False).params
-        value = found[flag["dest"]]
-        assert (list(value) if isinstance(value, tuple) else value) == default
 
 
 def test_it_imports_no_torch(hub: FakeHub, tmp_path: Path) -> None:

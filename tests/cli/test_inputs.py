@@ -1,17 +1,22 @@
-"""A batch is read whole before anything runs, and everything wrong with it is told at once."""
+"""A batch is read whole before anything runs, and everything wrong with it is named at once."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from worldline.cli.inputs import Fields, Item, read_batch, read_single
+from worldline.cli.inputs import MEDIA, PROMPTS, TYPED_MEDIA, TYPED_TEXT_MEDIA, Lines, label_of
 from worldline.errors import InputError
+from worldline.family import Item
+from worldline.request import flag
 
-CLIPS = Fields("video", 9)
+from .conftest import Make
+
+OUT = Path("outputs")
 
 
 def write_lines(path: Path, *lines: object) -> Path:
@@ -21,206 +26,204 @@ def write_lines(path: Path, *lines: object) -> Path:
     return path
 
 
-def entry(path: object) -> dict[str, str]:
-    return {"visual_input": str(path)}
+def entry(path: object, **more: object) -> dict[str, Any]:
+    return {"visual_input": str(path), **more}
+
+
+def read(reader: Lines, batch: Path, **stated: Any) -> list[Item]:
+    items, problems = reader.read(reader.flags.parse({"batch_input_path": str(batch)}), stated)
+    assert not problems
+    return items
+
+
+def read_single(reader: Lines, flags: dict[str, Any], **stated: Any) -> Item:
+    [item], problems = reader.read(reader.flags.parse(flags, flag), stated)
+    assert not problems
+    return item
+
+
+# --- what is read
 
 
 def test_items_are_numbered_by_line(clip: Path, tmp_path: Path) -> None:
-    batch = write_lines(tmp_path / "b.jsonl", entry(clip), "", "   ", entry(clip))
-    assert read_batch(batch, CLIPS) == [Item(0, clip), Item(3, clip)]
-
-
-def test_byte_order_mark_and_windows_line_ends(clip: Path, tmp_path: Path) -> None:
     batch = tmp_path / "b.jsonl"
-    batch.write_bytes(b"\xef\xbb\xbf" + json.dumps(entry(clip)).encode() + b"\r\n")
-    assert [item.path for item in read_batch(batch, CLIPS)] == [clip]
+    text = json.dumps(entry(clip))
+    batch.write_bytes(f"\ufeff{text}\r\n\r\n   \r\n{text}\r\n".encode())  # as Windows writes it
+    items = read(TYPED_MEDIA, batch)
+    assert [(item.input, item.output) for item in items] == [
+        (clip, OUT / "0.mp4"),
+        (clip, OUT / "3.mp4"),
+    ]
+    assert [item.label for item in items] == [str(clip)] * 2
+    assert items[1].place == f"{batch} line 4 (3.mp4)"
 
 
 def test_paths_from_here_then_beside_the_file(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = tmp_path / "here"
-    batches = tmp_path / "data" / "assets" / "set"
+    here, batches = tmp_path / "here", tmp_path / "data" / "assets" / "set"
     for folder, name in ((here, "both.mp4"), (batches, "both.mp4"), (batches, "beside.mp4")):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(clip, folder / name)
     monkeypatch.chdir(here)
     lines = [entry("both.mp4"), entry("beside.mp4"), entry("assets/set/beside.mp4")]
-    items = read_batch(write_lines(batches / "b.jsonl", *lines), CLIPS)
-    assert items[0].path.samefile(here / "both.mp4")
-    assert items[1].path.samefile(batches / "beside.mp4")
-    assert items[2].path.samefile(batches / "beside.mp4")
+    found = [item.input for item in read(MEDIA, write_lines(batches / "b.jsonl", *lines))]
+    wanted = (here / "both.mp4", batches / "beside.mp4", batches / "beside.mp4")
+    for path, other in zip(found, wanted, strict=True):
+        assert path is not None
+        assert path.samefile(other)
 
 
-def test_all_problems_at_once(clip: Path, short_clip: Path, image: Path, tmp_path: Path) -> None:
-    fake = tmp_path / "fake.mp4"
+def test_a_folder_is_read_by_name(
+    clip: Path, image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "worldline")
+    for name in ("b.mp4", "a.MP4", ".hidden.mp4"):
+        shutil.copy(clip, tmp_path / name)
+    shutil.copy(image, tmp_path / "c.png")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "more").mkdir()
+    items = read(MEDIA, tmp_path)
+    assert [(item.output.name, item.input.name, item.kind) for item in items if item.input] == [
+        ("0.mp4", "a.MP4", "video"),
+        ("1.mp4", "b.mp4", "video"),
+        ("2.mp4", "c.png", "image"),
+    ]
+    assert "notes.txt" in caplog.text
+
+
+def test_prompts(clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "worldline")
+    lines = [{"prompt": "a red ball"}, "", {"prompt": "ünïcode", "visual_input": "nowhere.mp4"}]
+    items = read(PROMPTS, write_lines(tmp_path / "b.jsonl", *lines), seed=3)
+    assert [(item.input, item.stated) for item in items] == [
+        (None, {"prompt": "a red ball", "seed": 3}),
+        (None, {"prompt": "ünïcode", "seed": 3}),
+    ]
+    assert "no effect: visual_input" in caplog.text
+    batch = write_lines(tmp_path / "c.jsonl", entry(clip), entry(clip, prompt="x"))
+    assert [item.stated for item in read(MEDIA, batch)] == [{}, {"prompt": "x"}]
+    embedded = {"prompt_embeddings": "y"}
+    items = read(TYPED_TEXT_MEDIA, batch, **embedded)
+    assert [item.stated for item in items] == [embedded, {"prompt": "x", **embedded}]
+    assert read(TYPED_MEDIA, batch)[1].stated == {}
+    assert "no effect: prompt" in caplog.text
+
+
+def test_single(clip: Path) -> None:
+    flags = {"input_image_or_video_path": str(clip), "video_save_name": "a.b"}
+    item = read_single(MEDIA, flags, prompt="x")
+    assert (item.input, item.kind, item.output) == (clip, "video", OUT / "a.b.mp4")
+    for suffix in (".webm", ".GIF"):
+        item = read_single(MEDIA, {**flags, "video_save_name": f"a{suffix}"})
+        assert item.output == OUT / f"a{suffix}"
+    item = read_single(PROMPTS, {"video_save_folder": "x"}, prompt="a  red\nball")
+    assert (item.label, item.place, item.output) == ("“a red ball”", "", Path("x/output.mp4"))
+    assert len(label_of("ball " * 99)) < 50
+
+
+# --- what is refused
+
+
+def test_all_problems_at_once(
+    base: Make, clip: Path, short_clip: Path, image: Path, tmp_path: Path
+) -> None:
+    fake, cut = tmp_path / "fake.mp4", tmp_path / "cut.mp4"
     fake.write_text("not a video\n")
-    cut = tmp_path / "cut.mp4"
     cut.write_bytes(clip.read_bytes()[:2000])
     lines: list[tuple[object, str]] = [
         (entry(clip), ""),
         ('{"visual_input": ', "not JSON"),
-        ("[1]", "not an object"),
-        ({"prompt": "x"}, "assets/autoregressive/batch_inputs/base.jsonl"),
+        ("[1]", 'not an object; give one such as {"visual_input": "in.mp4"}'),
+        ({"prompt": "x"}, 'no "visual_input"; give an object such as {"visual_input": "in.mp4"}'),
         (entry("nowhere.mp4"), "nowhere.mp4: no such file"),
         ("", ""),
-        (entry(fake), "not an mp4, mov, mkv, webm or gif video but text"),
-        (entry(cut), "truncated"),
-        (entry(short_clip), "has 5 frames, but --num_input_frames is 9"),
-        (entry(image), "--input_type is video; use --input_type image"),
-        ({"visual_input": 7}, "must be the path of a file, not 7"),
-        (entry(tmp_path / "x.mp4"), "x.mp4: no such file"),
-        (entry(tmp_path / "x.txt"), "unknown media type .txt"),
+        (entry(fake), "fake.mp4 is not an mp4, mov, mkv, webm or gif video but text"),
+        (entry(cut), "cut.mp4 is truncated"),
+        (entry(short_clip), "5 frames, num_input_frames is 9"),
+        (entry(image), "--input_type image"),
+        ({"visual_input": 7}, '"visual_input" is 7'),
+        (entry(""), '"visual_input" is ""'),
+        (entry(tmp_path / "x.txt"), "x.txt: no such file"),
     ]
     batch = write_lines(tmp_path / "b.jsonl", *(line for line, _ in lines))
-    with pytest.raises(InputError) as caught:
-        read_batch(batch, CLIPS)
-    message = str(caught.value).splitlines()
-    assert message[0] == f"{batch}: 11 of 12 inputs cannot be used, so none was run"
-    told = dict(line.strip().removeprefix("line ").split(": ", 1) for line in message[1:])
-    wrong = {str(n + 1): (part, n) for n, (_, part) in enumerate(lines) if part}
-    assert told.keys() == wrong.keys()
-    for number, (part, output) in wrong.items():
-        assert part in told[number], f"line {number}: {told[number]}"
-        assert told[number].endswith(f" (output {output}.mp4)")
+    result = base("--batch_input_path", batch, checkpoint_dir=tmp_path / "nowhere")
+    assert result.exit_code == 2
+    check_lines(result.stderr, batch, [part for _, part in lines])
 
 
-def test_fields_without_effect_are_named(
-    clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_all_problems_with_prompts_at_once(
+    ar_video2world: Make, clip: Path, image: Path, tmp_path: Path
 ) -> None:
-    caplog.set_level("INFO", "worldline")
-    read_batch(write_lines(tmp_path / "b.jsonl", {**entry(clip), "prompt": "x"}), CLIPS)
-    assert "no effect on a base model: prompt" in caplog.text
-
-
-def test_a_folder_is_read_by_name(
-    clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "worldline")
-    for name in ("b.mp4", "a.MP4", "c.mp4", ".hidden.mp4"):
-        shutil.copy(clip, tmp_path / name)
-    (tmp_path / "notes.txt").write_text("x")
-    (tmp_path / "more").mkdir()
-    items = read_batch(tmp_path, CLIPS)
-    assert [(item.number, item.path.name) for item in items] == [
-        (0, "a.MP4"),
-        (1, "b.mp4"),
-        (2, "c.mp4"),
+    example = '{"visual_input": "in.mp4", "prompt": '
+    lines: list[tuple[object, str]] = [
+        (entry(clip, prompt="x"), ""),
+        (entry(clip), f'no "prompt"; give an object such as {example}'),
+        ({"prompt": "x"}, 'no "visual_input"'),
+        ({}, 'no "visual_input" and no "prompt"'),
+        (entry(clip, prompt=" \n"), "prompt: it is empty"),
+        (entry(clip, prompt=7), '"prompt" is 7'),
+        (entry(clip, prompt="a \ud800 b"), "prompt: it is not valid text"),
+        (entry(image, prompt="x"), "--input_type text_and_image"),
+        ([], f"not an object; give one such as {example}"),
     ]
-    assert "passed over: notes.txt" in caplog.text
+    batch = write_lines(tmp_path / "b.jsonl", *(line for line, _ in lines))
+    result = ar_video2world("--batch_input_path", batch, checkpoint_dir=tmp_path / "nowhere")
+    assert result.exit_code == 2
+    check_lines(result.stderr, batch, [part for _, part in lines])
 
 
-def test_a_folder_with_the_wrong_kind(clip: Path, image: Path, tmp_path: Path) -> None:
-    shutil.copy(clip, tmp_path / "a.mp4")
-    shutil.copy(image, tmp_path / "b.png")
-    with pytest.raises(InputError, match=r"1 of 2 inputs.*\n.*b\.png is an image"):
-        read_batch(tmp_path, CLIPS)
+def check_lines(stderr: str, batch: Path, parts: list[str]) -> None:
+    """Fail unless each wrong line of a batch, and no other, has its own line."""
+    found = stderr.split("worldline: ")[-1].splitlines()
+    assert len(found) == len([part for part in parts if part]), stderr
+    for number, part in enumerate(parts):
+        place = f"{batch} line {number + 1} ({number}.mp4)"
+        named = [line for line in found if line.startswith((f"{place}:", f"{place},"))]
+        assert [part in line for line in named] == ([True] if part else []), (part, named)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "part"),
     [
-        (b"", "has no line with an input"),
-        (b"\n \n", "has no line with an input"),
-        (b"\xff\xfe\x00", "is not UTF-8 text"),
-        (None, "no such file or folder"),
+        (b"", "has no input"),
+        (b"\n \n", "has no input"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (None, "No such file"),
+        ("folder", "has no input"),
     ],
 )
-def test_nothing_to_read(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_nothing_to_read(content: bytes | str | None, part: str, tmp_path: Path) -> None:
     path = tmp_path / "b.jsonl"
-    if content is not None:
+    if content == "folder":
+        path.mkdir()
+    elif isinstance(content, bytes):
         path.write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        read_batch(path, CLIPS)
-
-
-def test_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no media"):
-        read_batch(tmp_path, CLIPS)
-
-
-def test_single(clip: Path, short_clip: Path) -> None:
-    assert read_single(str(clip), CLIPS) == Item(0, clip)
-    assert read_single(short_clip, Fields("video", 1)).path == short_clip
-    with pytest.raises(InputError, match="has 5 frames, but --num_input_frames is 9"):
-        read_single(short_clip, CLIPS)
-
-
-# --- lines with prompts
-
-PROMPTS = Fields(None, prompt="required", model="Text2World model", example="example.jsonl")
-BOTH = Fields("either", 9, prompt="required", model="Video2World model", example="example.jsonl")
-
-
-def test_prompts_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "worldline")
-    lines = [{"prompt": "a red ball"}, "", {"prompt": "ünïcode", "visual_input": "nowhere.mp4"}]
-    batch = write_lines(tmp_path / "b.jsonl", *lines)
-    assert read_batch(batch, PROMPTS) == [
-        Item(0, None, "a red ball"),
-        Item(2, None, "ünïcode"),
-    ]
-    assert "no effect on a Text2World model: visual_input" in caplog.text
-
-
-def test_all_problems_with_prompts_at_once(clip: Path, image: Path, tmp_path: Path) -> None:
-    lines: list[tuple[object, str]] = [
-        ({**entry(clip), "prompt": "x"}, ""),
-        (entry(clip), 'no "prompt"; a line is like {'),
-        ({"prompt": "x"}, 'no "visual_input"; a line is like {'),
-        ({}, 'no "visual_input" and no "prompt"'),
-        ({**entry(clip), "prompt": " \n"}, '"prompt" is empty'),
-        ({**entry(clip), "prompt": 7}, '"prompt" must be a text, not 7'),
-        ({**entry(clip), "prompt": "a \ud800 b"}, '"prompt" is no valid text'),
-        ({**entry(image), "prompt": "x"}, "is an image, which has 1 frame, but --num_input_frames"),
-        ([], 'not an object like {"visual_input": "in.mp4", "prompt": '),
-    ]
-    batch = write_lines(tmp_path / "b.jsonl", *(line for line, _ in lines))
-    with pytest.raises(InputError) as caught:
-        read_batch(batch, BOTH)
-    message = str(caught.value).splitlines()
-    assert message[0].endswith("8 of 9 inputs cannot be used, so none was run")
-    assert len(message) == 9
-    for told, (_, part) in zip(message[1:], lines[1:], strict=True):
-        assert part in told
-
-
-def test_either_kind(clip: Path, image: Path, tmp_path: Path) -> None:
-    lines = ({**entry(path), "prompt": "x"} for path in (clip, image))
-    fields = Fields("either", 1, prompt="required")
-    items = read_batch(write_lines(tmp_path / "b.jsonl", *lines), fields)
-    assert [item.path for item in items] == [clip, image]
-
-
-def test_optional_prompts(clip: Path, tmp_path: Path) -> None:
-    fields = Fields("either", 1, prompt="optional")
-    batch = write_lines(tmp_path / "b.jsonl", entry(clip), {**entry(clip), "prompt": "x"})
-    assert [item.prompt for item in read_batch(batch, fields)] == [None, "x"]
-    media = tmp_path / "media"
-    media.mkdir()
-    shutil.copy(clip, media)
-    assert [item.prompt for item in read_batch(media, fields)] == [None]
+    with pytest.raises(InputError, match=part) as caught:
+        read(MEDIA, path)
+    assert str(path) in str(caught.value)
 
 
 def test_a_folder_holds_no_prompts(tmp_path: Path) -> None:
-    for fields in (PROMPTS, BOTH):
-        with pytest.raises(InputError, match="is a folder, which holds no prompts"):
-            read_batch(tmp_path, fields)
+    for reader in (PROMPTS, TYPED_TEXT_MEDIA):
+        with pytest.raises(InputError, match="give a JSONL"):
+            read(reader, tmp_path)
 
 
-def test_single_prompt(clip: Path) -> None:
-    assert read_single(None, PROMPTS, "a ball") == Item(0, None, "a ball")
-    assert read_single(clip, BOTH, "a ball") == Item(0, clip, "a ball")
-    with pytest.raises(InputError, match="a Video2World model needs --prompt"):
-        read_single(clip, BOTH)
-    with pytest.raises(InputError, match="--prompt is empty"):
-        read_single(None, PROMPTS, "  ")
-    with pytest.raises(InputError, match="--prompt is no valid text"):
-        read_single(None, PROMPTS, "a \udcff ball")
-
-
-def test_items_have_short_names(clip: Path) -> None:
-    assert str(Item(0, clip, "a ball")) == str(clip)
-    assert str(Item(0, None, "a  red\nball")) == "“a red ball”"
-    assert len(str(Item(0, None, "ball " * 99))) < 50
-    assert str(Item(0)) == "embeddings"
+@pytest.mark.parametrize(
+    ("reader", "flags", "stated", "part"),
+    [
+        (PROMPTS, {}, {}, "no prompt; give --prompt"),
+        (PROMPTS, {"batch_input_path": "x"}, {"prompt": "y"}, "exclude each other"),
+        (PROMPTS, {"batch_input_path": "x"}, {"prompt_embeddings": "y"}, "exclude each other"),
+        (TYPED_TEXT_MEDIA, {"input_image_or_video_path": "a.mp4"}, {}, "no prompt; give --prompt"),
+        (MEDIA, {"input_image_or_video_path": "a.txt"}, {}, "unknown media type .txt"),
+        (MEDIA, {"input_image_or_video_path": "a.mp4", "video_save_name": "/"}, {}, "save_name"),
+        (MEDIA, {"resume": 1}, {}, "--resume is 1"),
+    ],
+)
+def test_refused_flags(
+    reader: Lines, flags: dict[str, Any], stated: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(InputError, match=part):
+        read_single(reader, flags, **stated)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from worldline.cli import LazyGroup, Main, explain
+from worldline.cli.main import LazyGroup, Main, explain, main
 from worldline.errors import CheckpointError, Error, GuardrailRefusal, InputError
 
 from .conftest import Run
@@ -24,7 +24,7 @@ def raising(error: BaseException) -> Main:
     def fail() -> None:
         raise error
 
-    group = Main("worldline", places={"fail": "unused:unused"})
+    group = Main("worldline")
     group.get_command = lambda ctx, cmd_name: fail  # type: ignore[method-assign]
     return group
 
@@ -95,8 +95,6 @@ def test_version(run: Run) -> None:
 
 
 def test_every_command_is_found_and_documented(run: Run) -> None:
-    from worldline.cli import main
-
     assert isinstance(main, LazyGroup)
     context = click.Context(main)
     for name in main.list_commands(context):
@@ -119,7 +117,7 @@ def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_help_is_quick_and_imports_no_torch() -> None:
     script = "import sys; sys.argv = ['worldline', '--help']\n"
-    script += "from worldline.cli import main\n"
+    script += "from worldline.cli.main import main\n"
     script += "try: main()\nexcept SystemExit as end: assert end.code == 0\n"
     script += "assert not {'torch', 'numpy', 'av'} & sys.modules.keys(), 'too much imported'"
     seconds = []

@@ -1,8 +1,9 @@
-"""What is wrong at first sight is told at once: torch, which takes seconds, is not imported."""
+"""What is wrong at first sight is refused at once: torch, which takes seconds, is not imported."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,129 +12,186 @@ from pathlib import Path
 import click
 import pytest
 
-from worldline.cli import main
+from worldline.cli.main import main
 from worldline.video.write import write_video
 
 from ..conftest import moving
-from .conftest import WITHOUT_PARTS, WITHOUT_UPSAMPLER
+from .conftest import run_words
+from .results import check_mentions, check_refused
 
-TINY = ("--diffusion_transformer_dir", "tiny-Cosmos-Predict1-7B-Video2World", "--prompt", "x")
-TEXT2WORLD = ("diffusion", "text2world")
-VIDEO2WORLD = ("diffusion", "video2world", *TINY, "--input_image_or_video_path")
-BASE = ("autoregressive", "base", *WITHOUT_PARTS, "--input_image_or_video_path")
-PROMPTED = ("autoregressive", "video2world", *WITHOUT_PARTS, "--input_image_or_video_path")
-FLOW = ("predict2.5",)
-SAMPLES = (*FLOW, "-i", "good.json", "-o", "out")
-UNGUARDED = (*SAMPLES, "--disable-guardrails")
-RELEASED = (*TEXT2WORLD, *WITHOUT_UPSAMPLER, "--prompt", "x")
+TINY = "--diffusion_transformer_dir tiny-Cosmos-Predict1-7B-Video2World --prompt x"
+TEXT = f"diffusion text2world {TINY} --video_save_folder out"
+CONTINUE = f"diffusion video2world {TINY} --video_save_folder out --input_image_or_video_path"
+BASE = "autoregressive base --video_save_folder out --input_image_or_video_path"
+PROMPTED = "autoregressive video2world --video_save_folder out --input_image_or_video_path clip.mp4"
+SAMPLES = "predict2.5 -i good.json -o out"
+LONG = "--enable_autoregressive --chunk_size"
 
 # in a folder with: a sample good.json; a video clip.mp4; an empty picture.png; text in noise.mp4; a
-# folder of notes and two folders of pictures of 8 x 8 that move; each line with words of what is
-# told
-REFUSED: dict[tuple[str, ...], str] = {
-    TEXT2WORLD: "no prompt",
-    (*TEXT2WORLD, "--prompt", "x"): "no checkpoint folder checkpoints",
-    (*VIDEO2WORLD[:2], "--input_image_or_video_path", "clip.mp4"): "no checkpoint folder",
-    (*TEXT2WORLD, *TINY, "--guardrail_dir", ""): "--guardrail_dir is empty",
-    ("checkpoints", "download"): "nothing is named",
-    ("checkpoints", "download", "Cosmos-Predict1-4C"): "did you mean",
-    (*TEXT2WORLD, "--prompt", ""): "--prompt is empty",
-    (*TEXT2WORLD, *TINY, "--steps", "3"): "--steps",
-    (*TEXT2WORLD, *TINY, "--sampler", "heun"): "'heun' is not one of",
-    (*TEXT2WORLD, *TINY, "--height", "0"): "height is 0",
-    (*TEXT2WORLD, *TINY, "--num_video_frames", "-7"): "num_video_frames is -7",
-    (*TEXT2WORLD, *TINY, "--seed", "-1"): "seed is -1",
-    (*TEXT2WORLD, *TINY, "--fps", "0"): "fps is 0",
-    (*TEXT2WORLD, *TINY, "--num_gpus", "2"): "give --num_gpus 1",
-    (*TEXT2WORLD, *TINY, "--video_save_name", "x.avi"): "cannot write .avi",
-    (*TEXT2WORLD, *TINY, "--video_save_folder", "clip.mp4/x"): "cannot be written",
-    (*TEXT2WORLD, *TINY, "--tokenizer_dir", ""): "--tokenizer_dir is empty",
-    (*TEXT2WORLD, *TINY, "--tokenizer_dir", "nowhere"): "(--tokenizer_dir)",
-    (*TEXT2WORLD, *TINY, "--text_encoder_dir", "nowhere"): "(--text_encoder_dir)",
-    (*TEXT2WORLD, *TINY, "--prompt_embeddings", "nowhere"): "nowhere: no such file",
-    (*TEXT2WORLD, "--diffusion_transformer_dir", "tiny-nothing", "--prompt", "x"): "no bundled",
-    RELEASED: "no checkpoint folder checkpoints",
-    (*RELEASED, "--checkpoint_dir", "notes"): "notes holds: no folder",
-    (*VIDEO2WORLD, "picture.png"): "picture.png is empty",
-    (*VIDEO2WORLD, "noise.mp4"): "noise.mp4 is not an mp4",
-    (*VIDEO2WORLD, "nowhere.mp4"): "nowhere.mp4: no such file",
-    (*VIDEO2WORLD, "clip.mp4", "--batch_input_path", "x"): "exclude each other",
-    ("autoregressive", "base"): "no input",
-    (*BASE, "noise.mp4"): "noise.mp4 is not an mp4",
-    (*BASE, "clip.mp4", "--seed", "-1"): "seed is -1",
-    (*BASE, "clip.mp4", "--top_p", "2"): "top_p is 2",
-    (*BASE, "clip.mp4"): "no checkpoint folder checkpoints",
-    (*BASE, "clip.mp4", "--ar_model_dir", ""): "--ar_model_dir is empty",
-    (*BASE, "clip.mp4", "--ar_model_dir", "tiny-nothing"): "no bundled model tiny-nothing",
-    (*BASE, "clip.mp4", "--num_video_frames", "0"): "num_video_frames is 0; it must be 1",
-    (*PROMPTED, "clip.mp4"): "prompt",
-    (*PROMPTED, "clip.mp4", "--prompt", ""): "prompt is empty",
-    (*PROMPTED, "clip.mp4", "--prompt", "x"): "no checkpoint folder checkpoints",
-    (*PROMPTED, "clip.mp4", "--text_encoder_dir", "", "--prompt", "x"): "dir is empty",
-    (*PROMPTED, "clip.mp4", "--prompt_embeddings", "nowhere"): "nowhere: no such file",
-    (*PROMPTED, "clip.mp4", "--prompt", "x", "--batch_size", "0"): "0 is neither auto nor",
-    (*PROMPTED, "clip.mp4", "--prompt", "x", "--rollout", "frames"): "'frames' is not one of",
-    (
-        *(*PROMPTED, "clip.mp4", "--prompt", "x", "--ar_model_dir", "tiny-Cosmos-Predict1-4B"),
-        *("--text_encoder_dir", "nowhere"),
-    ): "(--text_encoder_dir)",
-    FLOW: "no samples: give -i FILE",
-    (*FLOW, "-i"): "-i needs a file",
-    (*FLOW, "-i", "good.json"): "no output folder",
-    (*FLOW, "-i", "*.nothing", "-o", "out"): "no file has such a name",
-    (*FLOW, "notes/a.json", "out", "more"): "3 plain arguments",
-    (*SAMPLES, "--steps", "3"): "--steps",
-    SAMPLES: "`worldline checkpoints download 2B/post-trained` fetches it",
-    (*UNGUARDED, "--model", "2B/distilled"): "released names are 2B/post-trained",
-    (*UNGUARDED, "--model", "tiny-nothing"): "no bundled model tiny-nothing",
-    UNGUARDED: "no checkpoint folder checkpoints",
-    (*UNGUARDED, "--checkpoint-path", "nowhere.pt"): "nowhere.pt",
-    (*UNGUARDED, "--profile"): "does not profile",
-    (*UNGUARDED, "--config-file", "x.py"): "runs no configuration in Python",
-    (*UNGUARDED, "--context-parallel-size", "8"): "give --context_parallel_size 1",
-    (*UNGUARDED, "--prompt_embeddings", "nowhere"): "nowhere: no such file",
-    (*UNGUARDED, "-o", "clip.mp4/x"): "cannot be written",
-    (*UNGUARDED, "-i", "notes/a.json"): "notes/a.json: name: it is missing",
-    (*UNGUARDED, "--inference-type", "video2world"): "input_path: video2world needs one",
-    (*UNGUARDED, "--guidance", "-1"): "--guidance: -1.0: ",
-    (*UNGUARDED, "--enable-autoregressive", "--chunk-overlap", "2"): "chunk_overlap is 2",
-    (*UNGUARDED, "--inference-type", "image2world", "--input-path", "noise.mp4"): "is not an mp4",
-    ("tokenize", "encode", "nowhere.mp4"): "nowhere.mp4",
-    ("tokenize", "encode", "noise.mp4"): "noise.mp4 is not an mp4",
-    ("tokenize", "encode", "clip.mp4"): "no checkpoint folder checkpoints",
-    ("tokenize", "encode", "clip.mp4", "--tokenizer_dir", ""): "--tokenizer_dir is empty",
-    ("tokenize", "encode", "clip.mp4", "--tokenizer_dir", "tiny-nothing"): "no bundled tokenizer",
-    ("tokenize", "decode", "nowhere.safetensors"): "nowhere.safetensors",
-    ("tokenize", "decode", "x", "--tokenizer_dir", ""): "--tokenizer_dir is empty",
-    ("tokenize", "reconstruct"): "give --video_pattern",
-    ("tokenize", "reconstruct", "--video_pattern", "clip.mp4"): "give one of --checkpoint",
-    ("evaluate", "nowhere"): "nowhere: no such folder",
-    ("evaluate", "notes"): "notes holds no videos",
-    ("evaluate", ".", "--output", "x.txt"): "must end in .json",
-    ("evaluate", ".", "--num_input_frames", "99"): "99 of them input",
-    ("evaluate", "small", "--reference", "true"): "needs 11 x 11",
-    ("demo", "--seed", "-1"): "seed",
+# folder of notes; a.gif of 3 frames. Command -> further words -> what is mentioned
+REFUSED: dict[str, dict[str, str]] = {
+    "diffusion text2world": {
+        "": "--prompt --batch_input_path --prompt_embeddings",
+        "--prompt x": "checkpoints --checkpoint_dir Cosmos-Predict1-7B-Text2World",
+        "--prompt x --checkpoint_dir notes": "notes Cosmos-Predict1-7B-Text2World",
+        "--prompt x --diffusion_transformer_dir tiny-no": "tiny-no tiny-Cosmos-Predict1-7B",
+        "--prompt x --diffusion_transformer_dir ''": "--diffusion_transformer_dir empty",
+        "--prompt x --batch_input_path b": "--prompt --batch_input_path",
+        "--batch_input_path nowhere.jsonl": "nowhere.jsonl",
+        "--batch_input_path notes": "notes",
+        "--batch_input_path ''": "--batch_input_path empty",
+    },
+    TEXT: {
+        "--guardrail_dir ''": "--guardrail_dir empty",
+        "--tokenizer_dir ''": "--tokenizer_dir empty",
+        "--prompt ''": "--prompt empty",
+        "--prompt ' '": "--prompt empty",
+        "--prompt \udcff": "--prompt",
+        "--steps 3": "--steps --num_steps",
+        "--num_input_frames 1": "--num_input_frames",
+        "--input_image_or_video_path a.mp4": "--input_image_or_video_path",
+        "--sampler heun": "--sampler heun edm_euler res_2ab res_1euler res_2mid",
+        "--text_encoder_dtype float16": "--text_encoder_dtype bfloat16 float32",
+        "--height 0": "--height 0",
+        "--width 2000000": "--width 2000000",
+        "--num_video_frames -7": "--num_video_frames -7",
+        "--seed -1": "--seed -1",
+        "--seed 4294967296": "--seed 4294967296",
+        "--guidance -0.5": "--guidance -0.5",
+        "--guidance nan": "--guidance nan",
+        "--guidance inf": "--guidance inf",
+        "--num_steps 0": "--num_steps 0 1",
+        "--num_steps 1001": "--num_steps 1001 1000",
+        "--fps 0.999": "--fps 0.999 1",
+        "--fps 241": "--fps 241 240",
+        "--fps nan": "--fps nan",
+        "--fps 101 --video_save_name x.gif": "101 100",
+        "--preview_every -1": "--preview_every -1",
+        "--num_gpus 2": "--num_gpus 2",
+        "--seed -1 --fps 0": "--seed -1 --fps 0",
+        "--video_save_name x.avi": "--video_save_name x.avi .mkv",
+        "--video_save_name x.jpg": "--video_save_name x.jpg",
+        "--video_save_name ''": "--video_save_name",
+        "--video_save_folder clip.mp4/x": "clip.mp4/x",
+    },
+    CONTINUE: {
+        "picture.png": "picture.png",
+        "noise.mp4": "noise.mp4",
+        "nowhere.mp4": "nowhere.mp4",
+        "''": "--input_image_or_video_path empty",
+        "clip.mp4 --batch_input_path x": "--input_image_or_video_path --batch_input_path",
+        "clip.mp4 --num_input_frames 5": "--num_input_frames 5 1 9",
+        "clip.mp4 --reinsertion april": "--reinsertion april corrected march_2025",
+        "a.gif --num_input_frames 9": "a.gif 3 9",
+    },
+    f"diffusion video2world {TINY}": {"": "--input_image_or_video_path --batch_input_path"},
+    "diffusion video2world --input_image_or_video_path clip.mp4": {
+        "": "checkpoints --checkpoint_dir"
+    },
+    "autoregressive base": {"": "--input_image_or_video_path --batch_input_path"},
+    BASE: {
+        "noise.mp4": "noise.mp4",
+        "clip.mp4": "checkpoints --checkpoint_dir",
+        "clip.mp4 --seed -1": "--seed -1",
+        "clip.mp4 --top_p 2": "--top_p 2",
+        "clip.mp4 --num_video_frames 0": "--num_video_frames 0",
+        "clip.mp4 --ar_model_dir ''": "--ar_model_dir empty",
+        "clip.mp4 --ar_model_dir tiny-nothing": "tiny-nothing tiny-Cosmos-Predict1-4B",
+    },
+    PROMPTED: {
+        "--prompt x": "checkpoints --checkpoint_dir",
+        "--prompt ''": "--prompt empty",
+        "--prompt x --text_encoder_dir ''": "--text_encoder_dir empty",
+        "--prompt x --batch_size 0": "--batch_size 0",
+        "--prompt x --rollout frames": "--rollout frames tokens pixels",
+    },
+    "predict2.5": {
+        "": "-i",
+        "-i": "-i",
+        "-i -o x": "-i",
+        "-i good.json": "-o",
+        "-o out": "-i",
+        "good.json": "good.json PARAMS_FILE OUTPUT_DIR",
+        "good.json b c": "good.json PARAMS_FILE OUTPUT_DIR",
+        "good.json out -o out": "good.json PARAMS_FILE OUTPUT_DIR",
+        "-i '' -o out": "-i",
+        "'' out": "-i",
+        "-i *.nothing -o out": "*.nothing .json",
+        "-i . -o out": ". .json .yaml",
+    },
+    SAMPLES: {
+        "": "2B/post-trained download",
+        "--steps 3": "--steps --num_steps",
+        "--name b": "--name",
+        "--model 2B/distilled": "2B/distilled 2B/post-trained 14B/pre-trained",
+        "--model 2B/posttrained": "2B/posttrained 2B/post-trained",
+        "--model tiny-nothing": "tiny-nothing tiny-Cosmos-Predict2.5-2B",
+        "--model ''": "--model empty",
+        "--checkpoint-path nowhere.pt": "nowhere.pt",
+        "--checkpoint_path ''": "--checkpoint_path empty",
+        "--checkpoint_path nowhere.pt --model mine": "--model mine 2B/post-trained",
+        "--guardrail_dir ''": "--guardrail_dir empty",
+        "--profile": "--profile",
+        "--config-file x.py": "--config_file x.py --schedule",
+        "--context-parallel-size 8": "--context_parallel_size 8",
+        "--schedule linear": "--schedule linear karras shifted",
+        "-o clip.mp4/x": "clip.mp4/x",
+        "-i notes/a.json": "notes/a.json name",
+        "--inference-type video2world": "good.json 'good' input_path video2world",
+        "--inference_type world": "--inference_type world text2world image2world video2world",
+        "--inference-type image2world --input-path noise.mp4": "good.json 'good' noise.mp4",
+        "--input_path ''": "--input_path empty",
+        "--guidance -1": "--guidance -1",
+        "--guidance nan": "--guidance nan",
+        "--seed -1": "--seed -1",
+        "--num_steps 0": "--num_steps 0",
+        "--resolution 32": "--resolution '32'",
+        "--num_output_frames 0": "--num_output_frames 0",
+        "--num_output_frames 10000000000000": "--num_output_frames 10000000000000",
+        "--prompt x --prompt_path x": "--prompt --prompt_path",
+        "--prompt_path nowhere.txt": "--prompt_path nowhere.txt",
+        f"{LONG} 9 --chunk-overlap 2": "--chunk_overlap 2 1",
+        f"{LONG} 5 --chunk-overlap 5": "chunk_size 5",
+        "--enable_autoregressive maybe": "--enable_autoregressive maybe",
+    },
+    "checkpoints download": {"": "", "Cosmos-Predict1-4C": "Cosmos-Predict1-4C Cosmos-Predict1-4B"},
+    "tokenize encode": {
+        "nowhere.mp4": "nowhere.mp4",
+        "noise.mp4": "noise.mp4",
+        "clip.mp4": "checkpoints",
+        "clip.mp4 --tokenizer_dir ''": "--tokenizer_dir empty",
+        "clip.mp4 --tokenizer_dir tiny-nothing": "tiny-nothing",
+    },
+    "tokenize decode": {
+        "nowhere.safetensors": "nowhere.safetensors",
+        "x --tokenizer_dir ''": "--tokenizer_dir empty",
+    },
+    "tokenize reconstruct": {
+        "": "--video_pattern",
+        "--video_pattern clip.mp4": "--checkpoint",
+    },
+    "demo": {"--seed -1": "--seed -1"},
 }
 
 
-def ends(lines: Sequence[tuple[str, ...]], folder: Path) -> list[tuple[object, str]]:
-    """Run command lines one after another in a process; return how each ends, and what it tells.
+def ends(lines: Sequence[Sequence[str]], folder: Path) -> list[tuple[object, str]]:
+    """Status and standard error of command lines that run one after another in a process.
 
     The first that imports torch ends in "torch", and is the last.
     """
-    script = "import contextlib, io, json, sys\nfrom worldline.cli import main\nfound = []\n"
+    script = "import contextlib, io, json, sys\nfrom worldline.cli.main import main\nfound = []\n"
     script += f"for words in json.loads({json.dumps(json.dumps(lines))}):\n"
-    script += "    with contextlib.redirect_stderr(io.StringIO()) as told:\n"
+    script += "    with contextlib.redirect_stderr(io.StringIO()) as errors:\n"
     script += "        try: main(words)\n"
     script += "        except SystemExit as end: status = end.code\n"
     script += "    torch = 'torch' in sys.modules\n"
-    script += "    found.append(('torch' if torch else status, told.getvalue()))\n"
+    script += "    found.append(('torch' if torch else status, errors.getvalue()))\n"
     script += "    if torch: break\n"
     script += "print(); print(json.dumps(found))"
     words = [sys.executable, "-c", script]
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
-    return [(end, told) for end, told in json.loads(done.stdout.splitlines()[-1])]
+    return [(end, errors) for end, errors in json.loads(done.stdout.splitlines()[-1])]
 
 
 @pytest.fixture
@@ -145,17 +203,30 @@ def folder(clip: Path, tmp_path: Path) -> Path:
     (tmp_path / "good.json").write_text(json.dumps(sample))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.json").write_text("{}")
-    for name in ("small", "true"):
-        write_video(moving(3, 8, 8), tmp_path / name / "a.gif", 25)
+    write_video(moving(3, 8, 8), tmp_path / "a.gif", 25)
     return tmp_path
 
 
 def test_refusals_import_no_torch(folder: Path) -> None:
-    found = ends([*REFUSED], folder)
-    for (words, message), (end, told) in zip(REFUSED.items(), found, strict=False):
-        assert end == 2, f"{words}: {told}"
-        assert message in told, words
-    assert len(found) == len(REFUSED)
+    asked = [
+        ([*command.split(), *shlex.split(words)], mentioned)
+        for command, further in REFUSED.items()
+        for words, mentioned in further.items()
+    ]
+    found = ends([words for words, _ in asked], folder)
+    for (words, mentioned), (end, message) in zip(asked, found, strict=False):
+        assert end == 2, f"{words}: {message}"
+        check_mentions(message, mentioned)
+        assert "----" not in message
+    assert len(found) == len(asked)
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("command", [TEXT, f"{CONTINUE} clip.mp4", f"{BASE} clip.mp4", SAMPLES])
+def test_several_processes(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.chdir(folder)
+    check_refused(run_words(command.split()), "WORLD_SIZE 4", folder)
 
 
 def pages(command: click.Command, *words: str) -> list[tuple[str, ...]]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from worldline.choices import NEGATIVE_PROMPT
-from worldline.cli.samples import Sample, check_media, read_samples, without_comments
-from worldline.errors import InputError
+from worldline.families.predict2_5.samples import SAMPLES, SampleFlags, without_comments
+from worldline.family import Item
+
+from .results import check_mentions
 
 ASSETS = Path(__file__).parents[3] / "shared" / "assets" / "predict2_5"
 TEXT = {"inference_type": "text2world", "prompt": "a ball rolls"}
@@ -24,35 +23,71 @@ def write(path: Path, value: Any) -> Path:
     return path
 
 
-def read(path: Path, value: Any, **overrides: Any) -> list[Sample]:
-    return read_samples([write(path, value)], overrides)
+def read_all(*files: Path, **overrides: Any) -> tuple[list[Item], list[str]]:
+    flags = {"input_files": [*map(str, files)], "output_dir": "out", **overrides}
+    return SAMPLES.read(SampleFlags.parse(flags), {})
 
 
-def test_defaults(tmp_path: Path) -> None:
-    [sample] = read(tmp_path / "a.json", {**TEXT, "name": "a"})
-    assert sample.negative_prompt == NEGATIVE_PROMPT
-    assert (sample.seed, sample.guidance, sample.num_steps, sample.size) == (1, 7, 35, None)
-    assert (sample.num_output_frames, sample.num_input_frames) == (None, 0)
+def read(path: Path, value: Any, **overrides: Any) -> list[Item]:
+    items, problems = read_all(write(path, value), **overrides)
+    assert not problems
+    return items
+
+
+def test_only_what_is_stated_is_asked_for(tmp_path: Path) -> None:
+    [item] = read(tmp_path / "a.json", {**TEXT, "name": "a", "resolution": "none"})
+    assert item.stated == {"prompt": TEXT["prompt"], "num_input_frames": 0}
+    assert item.sample == {**TEXT, "name": "a", "resolution": "none"}
+    assert item.output == Path("out/a.mp4")
+    given = {"seed": 3, "guidance": 2, "num_steps": 4, "negative_prompt": "fog", "chunk_size": 9}
+    more = {"resolution": "32, 48", "num_output_frames": 1}
+    [item] = read(tmp_path / "a.json", {**TEXT, "name": "a", **given, **more})
+    size = {"height": 32, "width": 48, "num_video_frames": 1, "num_input_frames": 0}
+    del given["chunk_size"]  # of long videos alone
+    assert item.stated == {"prompt": TEXT["prompt"], **given, **size}
+    assert item.output == Path("out/a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ({}, {"num_video_frames": 77, "chunk_size": 77, "chunk_overlap": 1}),
+        (
+            {"num_output_frames": 20, "chunk_size": 9, "chunk_overlap": 5},
+            {"num_video_frames": 20, "chunk_size": 9, "chunk_overlap": 5},
+        ),
+    ],
+)
+def test_long_videos(given: dict[str, int], asked: dict[str, int], tmp_path: Path) -> None:
+    long = {**TEXT, "name": "a", "enable_autoregressive": True, **given}
+    [item] = read(tmp_path / "a.json", long)
+    assert item.stated.items() >= asked.items()
 
 
 def test_every_form(tmp_path: Path) -> None:
     one, two = ({**TEXT, "name": name} for name in "ab")
     lines = "\n".join(["// both", json.dumps(one), "", json.dumps(two) + " // the second"])
     by_yaml = "".join(f"- {{name: {n}, inference_type: text2world, prompt: x}}\n" for n in "ab")
-    named = {
+    # a merge overrides: nothing stands there twice
+    merged = (
+        "- &one {name: a, inference_type: text2world, prompt: x, seed: 5}\n"
+        "- {<<: *one, name: b, seed: 6}\n"
+    )
+    first_release = {
         "inference_type": "text2world",
         "seed": 3,
-        "samples": {"a": {"prompt": "x"}, "b": {"prompt": "y"}},
+        "samples": {"a": {"prompt": "x"}, "b": {"prompt": "y", "seed": 4}},
     }
-    for file, value in (
-        ("a.json", [one, two]),
-        ("b.jsonl", lines),
-        ("c.yaml", by_yaml),
-        ("d.YML", by_yaml),
-        ("e.json", named),
+    for file, value, seeds in (
+        ("a.json", [one, two], [None, None]),
+        ("b.jsonl", lines, [None, None]),
+        ("c.yaml", by_yaml, [None, None]),
+        ("d.YML", merged, [5, 6]),
+        ("e.json", first_release, [3, 4]),
     ):
-        assert [sample.name for sample in read(tmp_path / file, value)] == ["a", "b"]
-    assert [sample.seed for sample in read(tmp_path / "e.json", named)] == [3, 3]
+        items = read(tmp_path / file, value)
+        assert [item.label for item in items] == ["a", "b"]
+        assert [item.stated.get("seed") for item in items] == seeds
 
 
 def test_comments() -> None:
@@ -61,10 +96,18 @@ def test_comments() -> None:
     assert without_comments(text).count("\n") == text.count("\n")
 
 
-def test_paths_start_at_the_file(
+def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
+    """Some signs that end a line of text may stand in a JSON string."""
+    sample = {**TEXT, "name": "a", "prompt": "a\u2028b\x85c\u2029d"}
+    text = json.dumps(sample, ensure_ascii=False) + "\r\n" + json.dumps({**TEXT, "name": "b"})
+    first, second = read(tmp_path / "a.jsonl", text)
+    assert (first.stated["prompt"], second.label) == (sample["prompt"], "b")
+
+
+def test_paths_start_at_the_file_and_those_of_flags_here(
     tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path / "words.txt", " snow falls \n")
+    write(tmp_path / "words.txt", "\ufeff snow falls \n")
     write(tmp_path / "here" / "words.txt", "rain falls")
     (tmp_path / "in.PNG").write_bytes(image.read_bytes())
     stated = {
@@ -75,371 +118,170 @@ def test_paths_start_at_the_file(
     }
     file = tmp_path / "files" / "a.json"
     monkeypatch.chdir(tmp_path / "here")
-    [sample] = read(file, stated)
-    assert sample.prompt == "snow falls"
-    assert sample.input_path is not None
-    assert sample.input_path.samefile(tmp_path / "in.PNG")
-    assert sample.num_input_frames == 1
-    # what is given for all wins, and its paths start where the command does
-    [sample] = read(file, {**stated, "prompt": "fog"}, prompt_path="words.txt", seed=9)
-    assert (sample.prompt, sample.seed) == ("rain falls", 9)
+    [item] = read(file, stated)
+    assert item.input is not None
+    assert item.input.samefile(tmp_path / "in.PNG")
+    assert (item.kind, item.stated["num_input_frames"]) == ("image", 1)
     # in the first release a path wins over words, later words over a path
-    assert read(file, {**stated, "prompt": "fog"})[0].prompt == "fog"
-    old = {
-        "inference_type": "text2world",
-        "samples": {"a": {"prompt": "fog", "prompt_path": "../words.txt"}},
-    }
-    [sample] = read(file, old)
-    assert (sample.prompt, list(sample.without_effect)) == ("snow falls", ["prompt"])
-    [sample] = read(file, old, prompt="hail")
-    assert (sample.prompt, list(sample.without_effect)) == ("hail", ["prompt_path"])
-    [sample] = read(file, old, prompt_path="words.txt")
-    assert (sample.prompt, sample.without_effect) == ("rain falls", {})
+    both = {**stated, "prompt": "fog"}
+    del both["name"]
+    for value, overrides, prompt in (
+        (stated, {}, "snow falls"),
+        ({**both, "name": "a"}, {}, "fog"),
+        ({**both, "name": "a"}, {"prompt_path": "words.txt"}, "rain falls"),
+        ({"samples": {"a": both}}, {}, "snow falls"),
+        ({"samples": {"a": both}}, {"prompt": "hail"}, "hail"),
+        ({"samples": {"a": both}}, {"prompt_path": "words.txt"}, "rain falls"),
+    ):
+        [item] = read(file, value, **overrides)
+        assert item.stated["prompt"] == prompt
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "mentioned"),
     [
-        ({"name": None}, "name: "),
-        ({"name": "a/b"}, "name: 'a/b' cannot be the name of a file"),
-        ({"inference_type": "world"}, "inference_type: 'world'"),
-        ({"prompt": " "}, "prompt: it is empty"),
-        ({"prompt": None}, "prompt: there is none, and no prompt_path"),
-        ({"prompt": None, "prompt_path": "blank.txt"}, "blank.txt is empty"),
-        ({"fps": 1}, "fps: there is no such field; there are: name, "),
-        ({"sead": 1}, "sead: there is no such field; did you mean seed?"),
-        ({"promt": "x"}, "promt: there is no such field; did you mean prompt?"),
-        ({"num-step": 1}, "num-step: there is no such field; did you mean num_steps?"),
-        ({"Name": "x"}, "Name: there is no such field; did you mean name?"),
-        ({"seed": -1}, "seed: -1: "),
-        ({"guidance": "much"}, "guidance: 'much': "),
-        ({"num_steps": 0}, "num_steps: 0: "),
-        ({"resolution": "704x1280"}, "resolution: '704x1280' is neither"),
-        ({"resolution": "700,1280"}, "resolution: 700 is no multiple of 16"),
-        ({"prompt": None, "prompt_path": "gone.txt"}, "prompt_path: there is no file"),
-        ({"prompt": None, "prompt_path": 3}, "prompt_path: 3: it must be a path"),
-        ({"inference_type": "image2world"}, "input_path: image2world needs one"),
-        ({"inference_type": "image2world", "input_path": ""}, "input_path: it is empty"),
-        ({"prompt": None, "prompt_path": " "}, "prompt_path: it is empty"),
-        (
-            {"input_path": "https://example.com/a.jpg"},
-            "input_path: https://example.com/a.jpg: URLs are not fetched",
-        ),
-        ({"guidance": float("nan")}, "guidance: nan: input should be a finite number"),
-        ({"inference_type": "video2world", "input_path": "in.png"}, "image2world continues an"),
-        ({"input_path": "a.json"}, "input_path: "),
-        ({"input_path": "x" * 300 + ".png"}, "input_path: there is no file"),
-        ({"prompt": None, "prompt_path": "x" * 300}, "prompt_path: there is no file"),
-        ({"name": "a\nb"}, r"name: 'a\nb' cannot be the name of a file"),
-        ({"name": "é" * 101}, "name: 202 bytes are too long for a name"),
-        ({"name": "\ud800"}, "is no valid text"),
-        ({"seed": True}, "seed: True is no number"),
-        ({"guidance": False}, "guidance: False is no number"),
-        ({"resolution": [704, 1280]}, "resolution: [704, 1280] is neither"),
-        ({"resolution": 720}, "resolution: 720 is neither"),
-        ({"name": 7}, "name: 7: it must be text, in quotes"),
-        ({"input_path": "clips.mp4"}, "clips.mp4 is a folder"),
-        ({"prompt": None, "prompt_path": "in.png"}, "in.png is no text in UTF-8"),
-    ],
-)
-def test_what_is_wrong(change: dict[str, Any], message: str, tmp_path: Path, image: Path) -> None:
-    (tmp_path / "in.png").write_bytes(image.read_bytes())
-    (tmp_path / "clips.mp4").mkdir()
-    (tmp_path / "blank.txt").write_text("\n")
-    file = tmp_path / "a.json"
-    with pytest.raises(InputError) as told:
-        read(file, {**TEXT, "name": "a", **change})
-    assert message in str(told.value)
-    assert str(told.value).startswith(f"{file}, sample ")
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ({"prompt": ""}, "--prompt: it is empty"),
-        ({"resolution": "100,100"}, "--resolution: 100 is no multiple of 16 from 16 to 1920"),
-        ({"num_steps": 0}, "--num_steps: 0: input should be greater than 0"),
-        ({"prompt_path": "gone.txt"}, "--prompt_path: there is no file gone.txt"),
-        ({"inference_type": "image2world"}, None),
+        ({"name": None}, "name None"),
+        ({"name": "a/b"}, "name 'a/b'"),
+        ({"name": "a\nb"}, r"name 'a\nb'"),
+        ({"name": "é" * 101}, "name 200"),
+        ({"name": "\ud800"}, "name"),
+        ({"name": 7}, "name 7"),
+        ({"inference_type": "world"}, "inference_type 'world' text2world"),
+        ({"inference_type": "image2world"}, "input_path image2world"),
         (
             {"inference_type": "video2world", "input_path": "in.png"},
-            "--input_path: in.png is an image, but video2world continues a video; "
-            "image2world continues an image",
+            "input_path in.png image2world",
         ),
+        ({"input_path": ""}, "input_path"),
+        ({"input_path": "https://example.com/a.jpg"}, "input_path https://example.com/a.jpg"),
+        ({"prompt": None}, "prompt prompt_path"),
+        ({"prompt": None, "prompt_path": "gone.txt"}, "prompt_path gone.txt"),
+        ({"prompt": None, "prompt_path": "x" * 300}, "prompt_path"),
+        ({"prompt": None, "prompt_path": 3}, "prompt_path 3"),
+        ({"prompt": None, "prompt_path": " "}, "prompt_path"),
+        ({"prompt": None, "prompt_path": "in.png"}, "prompt_path in.png"),
+        ({"fps": 1}, "fps inference_type, name"),
+        ({"sead": 1}, "sead seed?"),
+        ({"num-step": 1}, "num-step num_steps?"),
+        ({"Name": "x"}, "Name name?"),
+        ({"guidance": "much"}, "guidance 'much'"),
+        ({"guidance": float("nan")}, "guidance nan"),
+        ({"seed": True}, "seed True"),
+        ({"seed": "7"}, "seed '7'"),
+        ({"guidance": False}, "guidance False"),
+        ({"resolution": "704x1280"}, "resolution '704x1280'"),
+        ({"resolution": [704, 1280]}, "resolution 704"),
+        ({"resolution": 720}, "resolution 720"),
+        ({"seed": 1.5, "num_steps": "x"}, "seed 1.5 num_steps 'x'"),
     ],
 )
-def test_what_is_wrong_with_a_flag_is_told_once(
-    override: dict[str, Any],
-    message: str | None,
-    tmp_path: Path,
-    image: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_is_wrong(change: dict[str, Any], mentioned: str, tmp_path: Path, image: Path) -> None:
     (tmp_path / "in.png").write_bytes(image.read_bytes())
-    two = [{**TEXT, "name": name} for name in "ab"]
-    with pytest.raises(InputError) as told:
-        read(tmp_path / "a.json", two, **override)
-    said = str(told.value).splitlines()
-    if message is None:  # it is the samples that lack something
-        assert [line.split(", ")[1] for line in said] == ["item 1", "item 2"]
-    else:
-        assert said == [message]
+    file = write(tmp_path / "a.json", {**TEXT, "name": "a", **change})
+    items, problems = read_all(file)
+    assert items == []
+    assert len(problems) == (2 if len(change) > 1 and "num_steps" in change else 1)
+    for line in problems:
+        assert line.startswith(f"{file}, sample ")
+    check_mentions("\n".join(problems), mentioned)
 
 
-def test_a_flag_that_suits_some_samples(tmp_path: Path, image: Path) -> None:
-    """Those that it does not suit are named."""
+def test_a_flag_that_is_wrong_is_named(tmp_path: Path, image: Path) -> None:
+    """By its own name where no sample can have it, else by the samples that it does not suit."""
     two = [
         {**TEXT, "name": "a", "inference_type": "image2world"},
         {**TEXT, "name": "b", "inference_type": "video2world"},
     ]
-    with pytest.raises(InputError) as told:
-        read(tmp_path / "a.json", two, input_path=str(image))
-    [line] = str(told.value).splitlines()
-    assert line.startswith(f"{tmp_path / 'a.json'}, item 2, sample 'b': input_path: ")
-
-
-def test_what_is_wrong_above_the_samples_is_told_once(tmp_path: Path) -> None:
-    file = tmp_path / "a.json"
-    stated = {"inference_type": "text2world", "prompt": "x", "sede": 1, "num_steps": 0}
-    with pytest.raises(InputError) as told:
-        read(file, {**stated, "samples": {"a": {}, "b": {"seed": -1}, "c": {"num_steps": 5}}})
-    assert [line.split(": ")[:2] for line in str(told.value).splitlines()] == [
-        [str(file), "num_steps"],
-        [str(file), "sede"],
-        [f"{file}, sample 'b'", "seed"],
+    file = write(tmp_path / "a.json", two)
+    _, problems = read_all(file, input_path=str(image), prompt_path="gone.txt")
+    assert {line.split(": ")[0] for line in problems} == {"--prompt_path", "--input_path"}
+    _, problems = read_all(file)
+    assert [line.split(": ")[0] for line in problems] == [
+        f"{file}, item {number}, sample {name!r}, input_path" for number, name in enumerate("ab", 1)
     ]
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("fall", "Fall"), ("GRÖSSE", "größe"), ("caf\u00e9", "CAFE\u0301")]
+    ("first", "second"),
+    [
+        ("fall", "fall"),
+        ("fall", "Fall"),
+        ("GRÖSSE", "größe"),
+        ("caf\u00e9", "CAFE\u0301"),
+    ],
 )
 def test_names_that_some_disks_take_for_one(first: str, second: str, tmp_path: Path) -> None:
     listed = write(tmp_path / "a.json", [{**TEXT, "name": first}])
     keyed = write(tmp_path / "b.json", {**TEXT, "samples": {second: {}, "other": {}}})
-    with pytest.raises(InputError) as told:
-        read_samples([listed, keyed])
-    assert str(told.value) == (
-        f"{keyed}, sample {second!r}: name: {listed}, item 1 has {first!r}: many disks ignore case"
-    )
+    _, [problem] = read_all(listed, keyed)
+    check_mentions(problem, f"{keyed} {second!r} name {listed} 1 {first!r}")
 
 
-def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
     good = json.dumps({**TEXT, "name": "a"})
-    bad = json.dumps({"name": "b", "prompt": "x", "seed": "y"})
-    lines = write(tmp_path / "a.jsonl", f"{good}\n{bad}\n{good}\n")
-    broken = write(tmp_path / "b.json", '{"name": ')
-    other = write(tmp_path / "c.txt", "")
-    with pytest.raises(InputError) as told:
-        read_samples([lines, broken, other, tmp_path / "gone.yaml"])
-    said = str(told.value).splitlines()
-    assert [line.split(": ")[0] for line in said[:3]] == [
-        f"{lines}, line 2, sample 'b'",
-        f"{lines}, line 2, sample 'b'",
-        f"{lines}, line 3, sample 'a'",
-    ]
-    assert f"name: {lines}, line 1 has the same" in said[2]
-    assert said[3].startswith(f"{broken} is no valid JSON")
-    assert said[4].startswith(f"{other}: .txt is none of")
-    assert said[5].startswith(f"{tmp_path / 'gone.yaml'} cannot be read")
-
-
-def test_all_broken_lines_and_items_are_told(tmp_path: Path) -> None:
-    good = json.dumps({**TEXT, "name": "a"})
-    lines = write(tmp_path / "a.jsonl", f'{{"name": \n[1]\n{good}\n{{"name": "b"}}\n{{]\n')
-    items = write(tmp_path / "b.json", [1, {**TEXT, "name": "a"}, {"name": "c", "sead": 1}])
-    named = {"inference_type": "text2world", "samples": {"d": 1, "e": {}, "f": {"prompt": "x"}}}
+    lines = write(tmp_path / "a.jsonl", f'{{"name": \n1\n{good}\n{{"name": "b"}}\n{{]\n')
+    items = write(tmp_path / "b.json", [1, {**TEXT, "name": "c"}, {**TEXT, "name": "d", "sead": 1}])
+    named = {"inference_type": "text2world", "samples": {"e": 1, "f": {}, "g": {"prompt": "x"}}}
     old = write(tmp_path / "c.json", named)
-    with pytest.raises(InputError) as told:
-        read_samples([lines, items, old])
-    places = [line.split(": ")[0] for line in str(told.value).splitlines()]
-    assert list(dict.fromkeys(places)) == [
-        f"{lines}, line 1 is no valid JSONL",
+    report = write(tmp_path / "d.json", {"worldline": "1", "request": {}, "sample": {}})
+    broken = write(tmp_path / "e.json", '{"name": ')
+    other = write(tmp_path / "f.txt", "")
+    gone = tmp_path / "gone.yaml"
+    found, problems = read_all(lines, items, old, report, broken, other, gone)
+    assert [item.label for item in found] == ["a", "c", "g"]
+    assert list(dict.fromkeys(line.split(": ")[0] for line in problems)) == [
+        f"{lines}, line 1",
         f"{lines}, line 2",
-        f"{lines}, line 4, sample 'b'",
-        f"{lines}, line 5 is no valid JSONL",
+        f"{lines}, line 4, sample 'b', inference_type",
+        f"{lines}, line 5",
         f"{items}, item 1",
-        f"{items}, item 2, sample 'a'",
-        f"{items}, item 3, sample 'c'",
-        f"{old}, sample 'd'",
+        f"{items}, item 3, sample 'd', sead",
         f"{old}, sample 'e'",
+        f"{old}, sample 'f', prompt",
+        *map(str, (report, broken, other, gone)),
     ]
 
 
-def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
-    """Some signs that end a line of text may stand in a JSON string."""
-    sample = {**TEXT, "name": "a", "prompt": "a\u2028b\x85c\u2029d"}
-    text = json.dumps(sample, ensure_ascii=False) + "\r\n" + json.dumps({**TEXT, "name": "b"})
-    first, second = read(tmp_path / "a.jsonl", text)
-    assert (first.prompt, second.name) == (sample["prompt"], "b")
-
-
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "text", "mentioned"),
     [
-        ("a.json", '{"name": "a", "seed": 1, "seed": 2}'),
-        ("a.json", '{"samples": {"seed": {"prompt": "x"}, "seed": {"prompt": "y"}}}'),
-        ("a.jsonl", '{"name": "a", "seed": 1, "seed": 2}'),
-        ("a.yaml", "name: a\nseed: 1\nseed: 2\n"),
-        ("a.yml", "samples: {seed: {prompt: x}, 'seed': {prompt: y}}\n"),
+        ("a.json", '{"name": "a", "seed": 1, "seed": 2}', "JSON 'seed' twice"),
+        ("a.json", '{"samples": {"seed": {}, "seed": {}}}', "JSON 'seed' twice"),
+        ("a.jsonl", '\n{"name": "a", "seed": 1, "seed": 2}', "2 JSONL 'seed' twice"),
+        ("a.yaml", "name: a\nseed: 1\nseed: 2\n", "YAML 'seed' twice"),
+        ("a.yml", "samples: {seed: {prompt: x}, 'seed': {prompt: y}}\n", "YML 'seed' twice"),
+        ("a.json", " \n", "JSON 2"),
+        ("a.json", "[" * 100_000, "JSON"),
+        ("a.jsonl", '\n{"name": }', "2 JSONL 10"),
+        ("a.yaml", "name: a\n\tseed: 1\n", "YAML 2 1"),
+        ("a.yaml", "prompt: A dog: it runs", "YAML 1 14"),
+        ("a.yaml", "1: a\n", "1"),
     ],
 )
-def test_nothing_is_stated_twice(name: str, text: str, tmp_path: Path) -> None:
-    """Of two values one would be lost, and of two samples of a name one video."""
-    with pytest.raises(InputError, match="'seed' is there twice"):
-        read(tmp_path / name, text)
-
-
-def test_yaml_may_merge(tmp_path: Path) -> None:
-    """What a merge brings is overridden, not there twice."""
-    text = (
-        "- &one {name: a, inference_type: text2world, prompt: x, seed: 5}\n"
-        "- &two {<<: *one, name: b, seed: 6}\n- {<<: *two, name: c}\n"
-    )
-    assert [sample.seed for sample in read(tmp_path / "a.yaml", text)] == [5, 6, 6]
-
-
-def test_what_decides_nothing(tmp_path: Path, image: Path) -> None:
-    stated = {**TEXT, "name": "a", "negative_prompt": "fog", "chunk_size": 9}
-    (tmp_path / "in.png").write_bytes(image.read_bytes())
-    [sample] = read(tmp_path / "a.json", {**stated, "input_path": "in.png", "guidance": 0})
-    assert list(sample.without_effect) == ["input_path", "negative_prompt", "chunk_size"]
-    [sample] = read(tmp_path / "a.json", {**stated, "enable_autoregressive": True})
-    assert sample.without_effect == {}
-    (tmp_path / "words.txt").write_text("\ufeffsnow falls\n", encoding="utf-8")
-    [sample] = read(tmp_path / "a.json", {**stated, "prompt_path": "words.txt"})
-    assert (sample.prompt, "prompt_path" in sample.without_effect) == (TEXT["prompt"], True)
-    [sample] = read(tmp_path / "a.json", {**stated, "prompt": None, "prompt_path": "words.txt"})
-    assert (sample.prompt, "prompt_path" in sample.without_effect) == ("snow falls", False)
-
-
-def test_files_without_samples(tmp_path: Path) -> None:
-    """Each is told, beside files that have some."""
-    good = write(tmp_path / "a.json", {**TEXT, "name": "a"})
-    for name, value, message in (
-        ("d.jsonl", "\n", "no samples in it"),
-        ("e.json", [], "no samples in it"),
-        ("f.json", {"inference_type": "text2world", "samples": {}}, "no samples in it"),
-        ("g.json", {"samples": ["a"]}, '"samples" holds a list, not names and values'),
-        ("j.json", {"samples": {"a": {**TEXT, "name": "b"}}}, "sample 'a': name: its key in"),
-        ("k.json", {**TEXT, "name": "b", "samples": {"b": {}}}, 'k.json: name and "samples" stand'),
-        ("l.json", [{"samples": {"a": TEXT}}], 'item 1: "samples" within one of several samples'),
-        ("m.jsonl", {"samples": {"a": TEXT}}, 'line 1: "samples" within one of several samples'),
-        ("n.json", {"samples": {"a": {"samples": {}}}}, "sample 'a': \"samples\" within one"),
-        ("h.json", [1], "item 1: 1 where names and values are expected"),
-        ("i.yaml", "", "nothing where names and values are expected"),
-    ):
-        file = write(tmp_path / name, value)
-        with pytest.raises(InputError) as told:
-            read_samples([good, file])
-        assert str(told.value).startswith(str(file))
-        assert message in str(told.value)
-        assert len(str(told.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.json", " \n", "is no valid JSON: it is empty"),
-        ("a.jsonl", '\n{"name": }', "line 2 is no valid JSONL: column 10: Expecting value"),
-        ("a.yaml", "name: a\n\tseed: 1\n", "line 2, column 1: found character '\\t'"),
-        ("a.yaml", "name: a\n\tseed: 1\n", "(lines are indented by spaces)"),
-        ("a.yaml", "prompt: A dog: it runs", "line 1, column 14: mapping values"),
-        ("a.yaml", "prompt: A dog: it runs", '(text that holds ": " stands in quotes)'),
-        ("a.yaml", "name: a\nname: b\n", "is no valid YAML: line 2, column 1: 'name' is there"),
-    ],
-)
-def test_where_a_file_is_damaged(name: str, text: str, message: str, tmp_path: Path) -> None:
+def test_where_a_file_is_damaged(name: str, text: str, mentioned: str, tmp_path: Path) -> None:
     file = write(tmp_path / name, text)
-    with pytest.raises(InputError) as told:
-        read_samples([file])
-    assert str(told.value).startswith(str(file))
-    assert message in str(told.value)
-    assert "unicode string" not in str(told.value)
+    _, problems = read_all(file)
+    assert problems[0].startswith(str(file))
+    check_mentions(problems[0], mentioned)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path, image: Path) -> None:
+def test_files_that_are_not_text_or_hold_no_samples(tmp_path: Path, image: Path) -> None:
     (tmp_path / "a.json").write_bytes(image.read_bytes())
-    with pytest.raises(InputError, match=r"a\.json cannot be read: it is no text in UTF-8$"):
-        read_samples([tmp_path / "a.json"])
-    with pytest.raises(InputError, match=r"b\.json cannot be read: No such file or directory$"):
-        read_samples([tmp_path / "b.json"])
-
-
-def test_each_input_is_looked_at_once(
-    tmp_path: Path, clip: Path, image: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Under whatever name; not before all that is stated is right."""
-    from worldline.cli import samples
-
-    seen: list[Path] = []
-    real = samples.probe
-
-    def probe(path: Path, **kind: Any) -> Any:
-        seen.append(path)
-        return real(path, **kind)
-
-    monkeypatch.setattr(samples, "probe", probe)
-    (tmp_path / "in.mp4").write_bytes(clip.read_bytes())
-    (tmp_path / "noise.mp4").write_text("hello")
-    (tmp_path / "still.png").write_bytes(image.read_bytes())
-    made = [
-        {**TEXT, "name": f"s{number}", "inference_type": kind, "input_path": path}
-        for number, (kind, path) in enumerate(
-            (
-                ("video2world", "in.mp4"),
-                ("image2world", "./in.mp4"),
-                ("video2world", str(tmp_path / "in.mp4")),
-                ("image2world", "still.png"),
-                ("text2world", "noise.mp4"),
-            )
-        )
-    ]
-    with pytest.raises(InputError, match="seed"):
-        read(tmp_path / "a.json", [*made, {**TEXT, "name": "last", "seed": -1}])
-    assert seen == []
-    check_media(read(tmp_path / "a.json", made))
-    assert [path.name for path in seen] == ["in.mp4", "still.png"]
-    bad = [{**made[0], "name": name, "input_path": "noise.mp4"} for name in "ab"]
-    with pytest.raises(InputError) as told:
-        check_media(read(tmp_path / "b.json", bad))
-    assert [line.split(": ")[:2] for line in str(told.value).splitlines()] == [
-        [f"{tmp_path / 'b.json'}, item {number}, sample {name!r}", "input_path"]
-        for number, name in enumerate("ab", 1)
-    ]
-    assert len(seen) == 3
-
-
-def test_slow_looks_are_not_silent(
-    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from worldline.cli import samples
-
-    stated = {**TEXT, "inference_type": "image2world"}
-    made = []
-    for name in "abc":
-        (tmp_path / f"{name}.png").write_bytes(image.read_bytes())
-        made.append({**stated, "name": name, "input_path": f"{name}.png"})
-    found = read(tmp_path / "a.json", made)
-    with caplog.at_level("INFO"):
-        check_media(found)
-        assert caplog.messages == []
-        monkeypatch.setattr(samples, "SECONDS_OF_SILENCE", 0)
-        check_media(found)
-    assert caplog.messages == [f"looked at {count} of 3 input files" for count in range(3)]
+    _, [problem] = read_all(tmp_path / "a.json")
+    assert problem.startswith(f"{tmp_path / 'a.json'}: ")
+    for value in ([], {"samples": {}}):
+        file = write(tmp_path / "b.json", value)
+        with pytest.raises(ValueError, match=r"b\.json"):
+            read_all(file)
 
 
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="the released samples are not here")
 @pytest.mark.parametrize("folder", ["single", "old"])
 def test_released_files(folder: str) -> None:
-    files = sorted((ASSETS / folder).glob("*.json"))
-    samples = [sample for file in files for sample in read_samples([file])]
-    assert samples
-    for sample in samples:
-        assert sample.prompt
-        assert (sample.input_path is None) == (sample.inference_type == "text2world")
-
-
-def test_needs_no_torch() -> None:
-    script = "import sys, worldline.cli.samples; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    items, problems = read_all(*sorted((ASSETS / folder).glob("*.json")))
+    assert items
+    assert not problems
+    for item in items:
+        assert item.stated["prompt"]
+        assert (item.input is None) == (item.stated["num_input_frames"] == 0)
+        assert item.input is None or item.input.is_file()

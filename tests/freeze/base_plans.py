@@ -52,8 +52,8 @@ def denoising_plans() -> Iterator[dict[str, Any]]:
 
     from worldline.choices import DIFFUSION_OFFLOAD_FLAGS, FLOW_OFFLOAD_FLAGS
     from worldline.loading import plan_diffusion, plan_predict2_5
-    from worldline.families.diffusion.model import PRESETS as DIFFUSION
-    from worldline.families.predict2_5.model import PRESETS as FLOW
+    from worldline.models.predict1_dit.model import PRESETS as DIFFUSION
+    from worldline.models.predict2_5_dit.model import PRESETS as FLOW
     from worldline.shapes import VideoShape
     from worldline.tokenizers.cosmos.model import PRESETS as COSMOS
     from worldline.tokenizers.wan.model import WanTokenizerConfig
@@ -98,8 +98,8 @@ def autoregressive_plans() -> Iterator[dict[str, Any]]:
 
     from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
     from worldline.loading import plan_autoregressive, plan_decoder, window_grid
-    from worldline.families.autoregressive.model import PRESETS
-    from worldline.families.diffusion.model import PRESETS as DIFFUSION
+    from worldline.models.predict1_ar.model import PRESETS
+    from worldline.models.predict1_dit.model import PRESETS as DIFFUSION
     from worldline.tokenizers.cosmos.model import PRESETS as COSMOS
 
     discrete, continuous = COSMOS["DV8x16x16"], COSMOS["CV8x8x8"]
@@ -161,7 +161,7 @@ def bundled() -> Iterator[dict[str, Any]]:
     import torch
 
     from worldline.loading import find_world, fit_files
-    from worldline.locate import bundled_names, has_decoder
+    from worldline.places import bundled_names, has_decoder
 
     for name in bundled_names():
         files = find_world(name, "checkpoints", diffusion_decoder=has_decoder(name))

@@ -32,11 +32,13 @@ def kind_of(kind: click.ParamType) -> str:
 
 
 def default_of(parameter: click.Parameter) -> Any:
-    """Default as declared, else as the help text ends in brackets; None where neither says one."""
+    """Default as the help text ends in brackets, else as declared; None where neither says one."""
+    text = getattr(parameter, "help", None) or ""
+    if bracket := re.search(r"\[default: ([^\]]*)\]\.?$", text):
+        return bracket[1]
     declared = parameter.to_info_dict()["default"]
     if declared is None or "Sentinel" in type(declared).__name__:
-        shown = re.search(r"\[(?:default: )?([^\]]*)\]\.?$", getattr(parameter, "help", None) or "")
-        return shown[1] if shown else None
+        return None
     return declared if isinstance(declared, str | bool | int | float) else str(declared)
 
 
@@ -61,7 +63,7 @@ def options(main: click.Command) -> dict[str, list[dict[str, Any]]]:
 
 
 if __name__ == "__main__":
-    from worldline.cli import main
+    from worldline.cli.main import main
 
     lines = [
         f"{json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, found)) + "\n ]"

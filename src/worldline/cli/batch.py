@@ -102,15 +102,14 @@ def check_folder(folder: Path) -> None:
 @contextmanager
 def memory_advice(flags: Sequence[str] = ()) -> Iterator[None]:
     """Turn an exhausted device into an error that names flags which help."""
-    from worldline.cli.main import is_out_of_memory
+    from worldline.cli.main import explain, is_out_of_memory
 
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        detail = one_line(error).removeprefix("OutOfMemoryError: ").rstrip(".")
         # on the host, offloading would need more
         helpful = [] if isinstance(error, MemoryError) else [f"--{name}" for name in flags]
         advice = f"; add {' '.join(helpful)}" if helpful else ""
-        raise Error(f"out of memory: {detail}{advice}") from error
+        raise Error(f"{explain(error)[1]}{advice}") from error

@@ -12,11 +12,10 @@ import click
 from pydantic import Field
 
 from worldline.cli import run
-from worldline.cli.inputs import label_of
+from worldline.cli.inputs import kind_of, label_of
 from worldline.cli.options import ManyValues, options
 from worldline.family import FAMILIES, Command, Item, requests_of
 from worldline.request import Options
-from worldline.video.read import media_kind
 
 
 @cache
@@ -108,8 +107,7 @@ class One:
     def read(self, flags: GenerateFlags, stated: Mapping[str, Any]) -> tuple[list[Item], list[str]]:
         path = None if self.input is None else Path(self.input)
         label = str(path) if path else label_of(str(stated.get("prompt", "embeddings")))
-        kind = None if path is None else media_kind(path)
-        return [Item(label, "", stated, path, kind, Path(flags.output))], []
+        return [Item(label, "", stated, path, kind_of(path, None), Path(flags.output))], []
 
 
 @click.command(context_settings={"allow_interspersed_args": False})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +14,11 @@ from pydantic import Field
 from worldline.errors import InputError
 from worldline.family import Item
 from worldline.request import Options
-from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_kind
-from worldline.video.write import ENCODINGS
 
 logger = logging.getLogger(__name__)
 
 VISUAL, PROMPT = "visual_input", "prompt"
+_EXAMPLE = {VISUAL: "in.mp4", PROMPT: "A ball rolls."}
 _LABEL = 40  # characters of a prompt that names an item
 # formats that are not written; another suffix is part of the name
 _UNWRITTEN = (".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".3gp")
@@ -74,13 +73,17 @@ class Lines:
 
     Attributes:
         flags: options of the command.
-        visual: whether an input is an image or a video.
-        prompts: whether the model takes prompts.
+        fields: of a line that have an effect.
+        needed: those that every line has; --prompt_embeddings stand for all prompts.
     """
 
     flags: type[PromptFlags]
-    visual: bool = True
-    prompts: bool = True
+    fields: tuple[str, ...] = (VISUAL, PROMPT)
+    needed: tuple[str, ...] = (VISUAL,)
+
+    @property
+    def visual(self) -> bool:
+        return VISUAL in self.fields
 
     def read(self, flags: Any, stated: Mapping[str, Any]) -> tuple[list[Item], list[str]]:
         """Every input, and what is wrong with others."""
@@ -96,7 +99,7 @@ class Lines:
             raise InputError(f"--{next(iter(named))} is empty; give a path")
         if self.visual and not named:
             raise InputError(f"no input; give --{' or --'.join(sources[:2])}")
-        kind = getattr(flags, "input_type", "").removeprefix("text_and_") or None
+        kind = getattr(flags, "input_type", None)
         if not named or "input_image_or_video_path" in named:
             return [self._single(flags, stated, kind)], []
         [(source, path)] = named.items()
@@ -106,7 +109,7 @@ class Lines:
         return self._batch(Path(path), flags, stated, kind)
 
     def _single(self, flags: Any, stated: Mapping[str, Any], kind: str | None) -> Item:
-        if not self.visual and not stated.keys() & {"prompt", "prompt_embeddings"}:
+        if PROMPT in self.needed and not stated.keys() & {"prompt", "prompt_embeddings"}:
             raise InputError("no prompt; give --prompt, --batch_input_path or --prompt_embeddings")
         path = Path(flags.input_image_or_video_path) if self.visual else None
         label = str(path) if path else label_of(str(stated.get("prompt", "embeddings")))
@@ -116,19 +119,24 @@ class Lines:
     def _batch(
         self, path: Path, flags: Any, stated: Mapping[str, Any], kind: str | None
     ) -> tuple[list[Item], list[str]]:
+        if "video_save_name" in flags.model_fields_set:
+            logger.info("--video_save_name has no effect: videos of a batch are numbered")
         items: list[Item] = []
         problems: list[str] = []
         unread: set[str] = set()
-        entries = _folder(path) if path.is_dir() and self.visual else _lines(path)
+        embedded = "prompt_embeddings" in stated
+        needed = [name for name in self.needed if name != PROMPT or not embedded]
+        entries = _folder(path) if path.is_dir() and PROMPT not in needed else _lines(path)
         for number, place, line in entries:
             try:
                 file, prompt = line if isinstance(line, Path) else None, None
                 if isinstance(line, str):
-                    file, prompt = self._entry(line, path, unread)
+                    file, prompt = self._entry(line, path, needed, unread)
                 label = str(file) if file else label_of(prompt or "")
                 said = {**stated, **({} if prompt is None else {PROMPT: prompt})}
                 output = Path(flags.video_save_folder) / f"{number}.mp4"
-                items.append(Item(label, place, said, file, kind_of(file, kind), output))
+                item = Item(label, place, said, file, kind_of(file, kind), output, sources=(path,))
+                items.append(item)
             except InputError as error:
                 problems.append(f"{place}: {error}")
         if unread:
@@ -137,29 +145,38 @@ class Lines:
             raise InputError(f"{path}: it has no input; give a JSONL or a folder of media")
         return items, problems
 
-    def _entry(self, line: str, file: Path, unread: set[str]) -> tuple[Path | None, str | None]:
+    def _entry(
+        self, line: str, file: Path, needed: Sequence[str], unread: set[str]
+    ) -> tuple[Path | None, str | None]:
         """File and prompt of a line; names of other fields are added to `unread`."""
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"not JSON ({error}); give an object a line") from None
-        needed = VISUAL if self.visual else PROMPT
-        if not isinstance(entry, dict) or not isinstance(entry.get(needed), str):
-            example = {needed: "in.mp4" if self.visual else "A ball rolls."}
-            raise InputError(f'no "{needed}"; give an object such as {json.dumps(example)}')
-        read = {name for name, wanted in ((VISUAL, self.visual), (PROMPT, self.prompts)) if wanted}
-        unread |= entry.keys() - read
-        prompt = entry.get(PROMPT) if self.prompts else None
-        if prompt is not None and not isinstance(prompt, str):
-            raise InputError(f'"{PROMPT}" is {json.dumps(prompt)}; give a text')
-        return (find_beside(entry[VISUAL], file) if self.visual else None), prompt
+        example = json.dumps({name: _EXAMPLE[name] for name in needed})
+        if not isinstance(entry, dict):
+            raise InputError(f"not an object; give one such as {example}")
+        unread |= entry.keys() - set(self.fields)
+        read = {name: entry[name] for name in self.fields if name in entry}
+        if missing := [f'"{name}"' for name in needed if name not in read]:
+            raise InputError(f"no {' and no '.join(missing)}; give an object such as {example}")
+        for name, value in read.items():
+            if not isinstance(value, str):
+                raise InputError(f'"{name}" is {json.dumps(value)}; give a text')
+        return (find_beside(read[VISUAL], file) if self.visual else None), read.get(PROMPT)
 
 
-def kind_of(path: Path | None, kind: str | None) -> Literal["image", "video"] | None:
-    """Kind of an input: as the command states, else by the file's suffix."""
-    if path is None or kind is None:
-        return None if path is None else media_kind(path)
-    return "image" if kind == "image" else "video"
+def kind_of(path: Path | None, input_type: str | None) -> Literal["image", "video"] | None:
+    """Kind of an input by its suffix; `input_type`, where the command has one, must agree."""
+    from worldline.video.read import media_kind  # imports PyAV, for which --help must not wait
+
+    if path is None:
+        return None
+    kind: Literal["image", "video"] = media_kind(path)
+    if input_type is not None and not input_type.endswith(kind):
+        other = input_type.replace("image" if kind == "video" else "video", kind)
+        raise InputError(f"{path} is of kind {kind}; give --input_type {other}")
+    return kind
 
 
 def label_of(prompt: str) -> str:
@@ -174,6 +191,9 @@ def single_output(folder: str, name: str) -> Path:
     Raises:
         InputError: its format is not written.
     """
+    from worldline.video.read import IMAGE_SUFFIXES
+    from worldline.video.write import ENCODINGS
+
     suffix = Path(name).suffix.lower()
     if not Path(name).name or suffix in (*_UNWRITTEN, *IMAGE_SUFFIXES):
         raise InputError(
@@ -198,6 +218,8 @@ def _lines(file: Path) -> Iterator[tuple[int, str, str]]:
 
 def _folder(folder: Path) -> Iterator[tuple[int, str, Path]]:
     """Number, place and path of every media file, in the order of names."""
+    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
     media = [path for path in files if path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)]
     if skipped := [path.name for path in files if path not in media]:
@@ -226,7 +248,7 @@ def find_beside(name: str, file: Path) -> Path:
     raise InputError(f"{name}: no such file, from {Path.cwd()} or beside the JSONL in {around}")
 
 
-PROMPTS = Lines(PromptFlags, visual=False)
+PROMPTS = Lines(PromptFlags, (PROMPT,), (PROMPT,))
 MEDIA = Lines(MediaFlags)
-TYPED_MEDIA = Lines(TypedFlags, prompts=False)
-TYPED_TEXT_MEDIA = Lines(TextTypedFlags)
+TYPED_MEDIA = Lines(TypedFlags, (VISUAL,))
+TYPED_TEXT_MEDIA = Lines(TextTypedFlags, needed=(VISUAL, PROMPT))

@@ -27,9 +27,6 @@ SETTINGS = {
     "max_content_width": 100,
 }
 
-# a group without a command; click before 8.2 shows the help by itself
-_NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
-
 
 class LazyGroup(click.Group):
     """Commands that are imported when they are named.
@@ -87,7 +84,7 @@ class Main(LazyGroup):
         except BaseException as error:
             if isinstance(error, (SystemExit, GeneratorExit)):
                 raise
-            if isinstance(error, _NO_ARGUMENTS):
+            if isinstance(error, click.exceptions.NoArgsIsHelpError):
                 click.echo(error.format_message(), err=True)
                 sys.exit(2)
             status, message = explain(error)

@@ -142,8 +142,9 @@ class ManyValues(click.Command):
                     return [*found, *words[position:]]
                 name, _, value = word.partition("=")
                 name = f"{name[:2]}{name[2:].replace('-', '_')}"
-                option, waiting = (name, True) if name in self.many and not value else ("", False)
-                if not option:
+                option = name if name in self.many else ""
+                waiting = bool(option) and not value
+                if not waiting:
                     found.append(word)
             else:
                 found += [option, word] if option else [word]

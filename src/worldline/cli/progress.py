@@ -88,17 +88,17 @@ class Preview:
     def __init__(self, output: Path, fps: float) -> None:
         self.path = preview_path(output)
         self.fps = fps
-        self.written = False
-        self.refused = os.path.lexists(self.path)
+        self.written = self.stopped = False
 
     def write(self, step: Step) -> None:
         """Replace the preview; a disk that refuses it does not end the run."""
         from worldline.video.write import write_video
 
-        if step.preview is None:
+        if step.preview is None or self.stopped:
             return
-        if self.refused:
+        if not self.written and os.path.lexists(self.path):
             logger.warning("no preview: %s is not of this run, and stays", self.path)
+            self.stopped = True
             return
         try:
             write_video(step.preview, self.path, self.fps)

@@ -86,18 +86,25 @@ def run(family: str, command: Command, context: click.Context, reader: Any = Non
     options = described.OPTIONS.parse(option_flags, flag)
     items, problems = reader.read(flags, request_flags)
     requests = check_each(items, problems, lambda item: first_look(item, described.REQUEST))
-    check_outputs(items, flags)
+    check_outputs(items)
     refuse_problems(problems)
 
-    model, model_options = context.params.get(command.model) or command.default_model, {}
+    named = stated(context, [command.model])
+    model, model_options = named.get(command.model, command.default_model), {}
+    if not model:
+        raise InputError(f"--{command.model}: it is empty")
     if hasattr(reader, "model"):
-        model, model_options = reader.model(flags, model, stated(context, [command.model]))
-    opened = open_model(family, command, model, {**option_flags, **model_options}, options)
+        model, model_options = reader.model(flags, model, named)
+    opened = open_model(family, model, {**option_flags, **model_options}, options)
     requests = check_each(items, problems, lambda item: final_request(item, opened))
     refuse_problems(problems)
     tasks = [Task(item, request) for item, request in zip(items, requests, strict=True)]
-    log_unused(opened, tasks[0].request, {**request_flags, **option_flags})
-    make(opened, tasks, resume=flags.resume, keep_going=getattr(flags, "keep_going", True))
+    from worldline.opening import choose_compute
+
+    compute = choose_compute(opened.options)
+    log_unused(opened, compute, tasks, stated(context, context.params))
+    keep_going = getattr(flags, "keep_going", True)
+    make(opened, compute, tasks, resume=flags.resume, keep_going=keep_going)
 
 
 def load_reader(place: str) -> Any:
@@ -117,7 +124,7 @@ def check_each(
         except InputError as error:
             for line in str(error).splitlines():
                 for field, name in item.names.items():
-                    line = re.sub(rf"\b{field} is", f"{name} is", line)
+                    line = re.sub(rf"(?<![\w-]){field} is", f"{name} is", line)
                 named = not item.place or item.place in line or line.startswith("--")
                 problems.append(line if named else f"{item.place}: {line}")
     return found
@@ -152,9 +159,7 @@ def final_request(item: Item, opened: Opened) -> Any:
     return opened.family.check(opened, request)
 
 
-def open_model(
-    family: str, command: Command, model: str, stated_options: Mapping[str, Any], options: Any
-) -> Opened:
+def open_model(family: str, model: str, stated_options: Mapping[str, Any], options: Any) -> Opened:
     """The model that a command names, of the command's family.
 
     Raises:
@@ -165,16 +170,10 @@ def open_model(
     place = locate(model, options.checkpoint_dir)
     from worldline.opening import open_world  # imports torch: not before the place is found
 
-    opened = open_world(place, stated_options, flag)
-    if opened.family.name != family:
-        raise InputError(
-            f"--{command.model} {model}: it is a model of family {opened.family.name}; use "
-            f"`worldline generate {model}`"
-        )
-    return opened
+    return open_world(place, stated_options, flag, family)
 
 
-def check_outputs(items: Sequence[Item], flags: Any) -> None:
+def check_outputs(items: Sequence[Item]) -> None:
     """Make sure that outputs can be written, and that they overwrite no input.
 
     Raises:
@@ -183,15 +182,16 @@ def check_outputs(items: Sequence[Item], flags: Any) -> None:
     from worldline.video.write import check_destination
 
     read: set[Path] = set()
-    for value in (*dict(flags).values(), *(v for item in items for v in item.stated.values())):
-        if isinstance(value, str) and value and "\0" not in value and len(value) < 4096:
-            read.add(Path(value).absolute())
-    read = {path.resolve() for path in read if path.is_file()}
-    read |= {item.input.resolve() for item in items if item.input is not None}
+    for item in items:
+        embeddings = (
+            item.stated.get(f"{kind}_embeddings") for kind in ("prompt", "negative_prompt")
+        )
+        paths = (item.input, *item.sources, *embeddings)
+        read |= {Path(path).resolve() for path in paths if path is not None}
+        check_destination(item.output)
     for folder in dict.fromkeys(item.output.parent for item in items):
         check_folder(folder)
     for item in items:
-        check_destination(item.output)
         beside = [item.output.with_suffix(suffix) for suffix in (".json", ".txt")]
         for path in (item.output, *beside, preview_path(item.output)):
             if path.is_dir():
@@ -200,19 +200,32 @@ def check_outputs(items: Sequence[Item], flags: Any) -> None:
                 raise InputError(f"{path}: it is an input; choose another output")
 
 
-def log_unused(opened: Opened, request: Any, typed: Mapping[str, Any]) -> None:
+def log_unused(
+    opened: Opened, compute: Compute, tasks: Sequence[Task], typed: Mapping[str, Any]
+) -> None:
     """Log flags that were typed and have no effect, and what to expect of a bundled model."""
     from worldline.guards import release_of, upsamples
 
+    request = tasks[0].request
     unused = opened.family.unused(opened, request)
+    if compute.device.type == "cpu":
+        offload = (name for name in typed if name.startswith("offload_"))
+        unused = dict.fromkeys(offload, "the model runs on the CPU") | unused
     if release_of(opened) is None:
         guards = ("offload_guardrail_models", "guardrail_dir")
         unused |= dict.fromkeys(guards, "no guardrail runs")
+        if opened.bundled:
+            disable = opened.options.field_flag("disable_guardrail")
+            unused[disable] = f"{opened.name} has no guardrails"
     else:
         unused["preview_every"] = "no frame leaves before the guardrails have checked the video"
     if not upsamples(opened):
         flags = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
         unused |= dict.fromkeys(flags, "no prompt upsampler runs")
+    if len(tasks) == 1:
+        unused["batch_size"] = "there is one input"
+    if typed.get("num_input_frames", request.num_input_frames) != request.num_input_frames:
+        unused["num_input_frames"] = "an image has 1 frame"
     if opened.bundled:
         unused["checkpoint_dir"] = f"{opened.name} is bundled"
         logger.info(
@@ -224,7 +237,9 @@ def log_unused(opened: Opened, request: Any, typed: Mapping[str, Any]) -> None:
             logger.info("--%s has no effect: %s", name, unused[name])
 
 
-def make(opened: Opened, tasks: Sequence[Task], *, resume: bool, keep_going: bool) -> None:
+def make(
+    opened: Opened, compute: Compute, tasks: Sequence[Task], *, resume: bool, keep_going: bool
+) -> None:
     """Load a model and make the videos that are not finished.
 
     Raises:
@@ -232,24 +247,17 @@ def make(opened: Opened, tasks: Sequence[Task], *, resume: bool, keep_going: boo
         GuardrailRefusal: none failed, but some were refused.
     """
     from worldline.guards import rewrites
-    from worldline.opening import choose_compute
 
-    compute = choose_compute(opened.options)
     total, folder = len(tasks), tasks[0].item.output.parent
     if resume:
         tasks = [task for task in tasks if not is_finished(task, opened, compute)]
         if not tasks:
             click.echo(f"all {total} videos were in {folder} before")
             return
-    offloaded = opened.options.offloaded
-    flags = [name for name in opened.family.flags if name not in offloaded]
+    flags = [name for name in opened.family.flags if name not in opened.options.offloaded]
     with memory_advice(flags):
         world, size = load(
             opened, tasks, compute, upsample=any(rewrites(opened, t.request) for t in tasks)
-        )
-    if offloaded and world.device.type == "cpu":
-        logger.info(
-            "%s: no effect on the CPU", ", ".join(f"--{name}" for name in sorted(offloaded))
         )
     logger.info("%s", describe_world(world))
     groups = Groups(tasks, size, world)
@@ -257,7 +265,9 @@ def make(opened: Opened, tasks: Sequence[Task], *, resume: bool, keep_going: boo
     def one(task: Task, label: str) -> str:
         if size > 1 and (line := groups.take(task)) is not None:
             return line
-        preview = Preview(task.item.output, task.request.fps)
+        # a frame of a preview stands for all that a latent frame holds
+        rate = task.request.fps / opened["tokenizer"].config.temporal
+        preview = Preview(task.item.output, rate)
         try:
             with memory_advice(flags):
                 job = world.prepare(
@@ -295,12 +305,14 @@ def load(
 
     requests = [task.request for task in tasks]
     chosen = getattr(opened.options, "batch_size", 1)
-    size = min(len(tasks), opened.family.max_batch_size(opened, compute))
+    most = opened.family.max_batch_size(opened, compute)
     if chosen != "auto":
-        if chosen > size and len(tasks) > size:
-            logger.info("--batch_size %d: %d are computed in step, the most possible", chosen, size)
-        size = min(size, chosen)
+        size = min(len(tasks), chosen)
+        if most is not None and size > most:
+            logger.info("--batch_size %d: %d are computed in step, the most possible", chosen, most)
+            size = most
     else:
+        size = min(len(tasks), most or 1)
         memory = device_memory(compute.device)
         while size > 1 and memory is not None:
             needed = plan(opened, requests, replace(compute, batch_size=size))
@@ -314,7 +326,8 @@ def load(
     for task in tasks:
         try:
             video = opened.family.video(opened, task.request)
-            refuse_frames(video, clips=size, guarded=guarded, beside=beside)
+            clips = size if opened.family.holds_batch(opened, task.request) else 1
+            refuse_frames(video, clips=clips, guarded=guarded, beside=beside)
         except InsufficientMemoryError as error:
             problems.append(f"{task.item.place}: {error}" if task.item.place else str(error))
     if problems:

@@ -60,11 +60,12 @@ def read_embeddings(request: Any, width: int, rows: int | None = None) -> Embedd
         InputError: there is no such file, or it holds something else.
     """
     values = request.prompt_embeddings, getattr(request, "negative_prompt_embeddings", None)
+    guided = hasattr(request, "guidance")
     if not all(value is None or isinstance(value, str) for value in values):
-        found = sources.read_embeddings(*values, width=width, rows=rows)
+        found = sources.read_embeddings(*values, width=width, rows=rows, guided=guided)
     else:  # a batch reads its file once
         stamps = (value and _modified(value) for value in values)
-        found = _read_files(*values, *stamps, width, rows)
+        found = _read_files(*values, *stamps, width, rows, guided)
     return Embeddings(found.get("prompt"), found.get("negative_prompt"))
 
 
@@ -77,9 +78,15 @@ def _modified(path: str) -> int:
 
 @lru_cache(maxsize=4)
 def _read_files(
-    prompt: str | None, negative: str | None, _: int, __: int, width: int, rows: int | None
+    prompt: str | None,
+    negative: str | None,
+    _: int,
+    __: int,
+    width: int,
+    rows: int | None,
+    guided: bool,
 ) -> dict[str, Tensor]:
-    return sources.read_embeddings(prompt, negative, width=width, rows=rows)
+    return sources.read_embeddings(prompt, negative, width=width, rows=rows, guided=guided)
 
 
 def refuse_size(

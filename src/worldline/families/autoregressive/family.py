@@ -750,10 +750,10 @@ def longest_prefix(opened: Opened) -> int:
     return config.leading_tokens + latents * config.grid.tokens_per_frame
 
 
-def max_batch_size(opened: Opened, compute: Compute) -> int:
-    """Clips that kernels draw in step; 1 where none run: several then save no time."""
+def max_batch_size(opened: Opened, compute: Compute) -> int | None:
+    """Clips that kernels draw in step; None where none run: several then save no time."""
     config = opened["transformer"].config
-    return MAX_BATCH_SIZE if kernels_fit(config, compute.device, compute.dtype) else 1
+    return MAX_BATCH_SIZE if kernels_fit(config, compute.device, compute.dtype) else None
 
 
 @contextmanager
@@ -827,6 +827,7 @@ FAMILY = Family(
     generate=generate,
     generate_together=generate_together,
     max_batch_size=max_batch_size,
+    holds_batch=alternates,
     prepare=compile_kernels,
     presets=presets,
     guardrails=lambda opened: generation_by_name(opened.folder),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
+from worldline.errors import InputError
 from worldline.family import Command
-from worldline.request import LARGEST_SIZE, LoadOptions, Path, Request, Seed
+from worldline.request import LARGEST_SIZE, LoadOptions, Name, Path, Request, Seed, keyword
 
 Seam = Literal["corrected", "as_released"]
 Rollout = Literal["tokens", "pixels"]
@@ -46,21 +47,36 @@ class ARRequest(Request):
         "as_released repeats a fault of the released code.",
     )
 
+    @classmethod
+    def make(
+        cls,
+        stated: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        kind: str | None,
+        name: Name = keyword,
+    ) -> Self:
+        """A request; that of an image continues 1 frame, whatever is stated, as released."""
+        if kind is None:
+            raise InputError("no input; these models continue an image or a video: give one")
+        one = {"num_input_frames": 1} if kind == "image" else {}
+        return super().make({**stated, **one}, defaults, kind, name)
+
     @property
     def fps(self) -> float:
         return FPS
 
 
-def _number(value: object) -> object:
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+def _batch_size(value: object) -> object:
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if number != "auto" and not (isinstance(number, int) and number >= 1):
+        raise ValueError(f"it is {value!r:.80}; give auto, or a number of 1 or more")
+    return number
 
 
 class AROptions(LoadOptions):
     """How an autoregressive model is loaded."""
 
-    batch_size: Annotated[
-        Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_number)
-    ] = Field(
+    batch_size: Annotated[Literal["auto"] | int, BeforeValidator(_batch_size)] = Field(
         "auto",
         description="Inputs of a batch that are drawn in step, each as it would be alone; auto: as "
         "many as fit into the memory, where that saves time.",

@@ -47,6 +47,7 @@ from worldline.families.diffusion.request import (
 )
 from worldline.families.diffusion.weights import is_decoder, open_network, read_settings
 from worldline.family import Compute, Family, Opened, Part, Parts
+from worldline.files import holds_diffusers, unfinished
 from worldline.guards import rewrites
 from worldline.memory import Stage, coding_bytes, denoise_bytes
 from worldline.nn.pieces import decode_stream
@@ -68,7 +69,7 @@ from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
 from worldline.video.convert import stretched_frames
 from worldline.video.read import Clip
-from worldline.weights.networks import DIFFUSERS_FILES, Network
+from worldline.weights.networks import Network
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,10 @@ def open_transformer(opened: Opened) -> Network[DiTConfig]:
             f"{opened.folder} is the diffusion decoder of the autoregressive models; worldline "
             "autoregressive runs it with them"
         )
-    return open_network(opened.source)
+    if not isinstance(opened.settings.get("text2world", True), bool):
+        value = opened.settings["text2world"]
+        raise CheckpointError(f"{opened.config_file}: text2world is {value!r}; give true or false")
+    return open_network(opened.source, opened.settings)
 
 
 def generation_of(opened: Opened) -> Generation:
@@ -229,7 +233,7 @@ def open_tokenizer(opened: Opened) -> CosmosNetwork:
     names = TOKENIZERS[generation_of(opened)]
     if opened.options.tokenizer_dir is not None:
         path = place.chosen(opened.options.tokenizer_dir, "tokenizer_dir")
-    elif any((own / name).is_file() for name in DIFFUSERS_FILES):
+    elif holds_diffusers(opened.source.path) and any(own.glob("diffusion_pytorch_model.*")):
         path = own
     elif (found := place.below(names)) is not None:
         path = found
@@ -257,7 +261,8 @@ def open_latent_tokenizer(path: Path) -> CosmosNetwork:
         )
     if opened.statistics is None:
         raise CheckpointError(
-            f"{opened.path} has no mean_std.pt, the statistics of its latents; download it, too"
+            f"{opened.path} has no mean_std.pt, the statistics of its latents"
+            f"{unfinished(Path(opened.path)) or '; download it, too'}"
         )
     return opened
 

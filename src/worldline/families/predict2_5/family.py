@@ -34,6 +34,7 @@ from worldline.families.denoise import (
 )
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.families.predict2_5.request import (
+    RELEASED_CHUNK,
     FlowOptions,
     FlowRequest,
     recognise,
@@ -81,7 +82,7 @@ class FlowNetwork(Network[FlowDiTConfig]):
 
 def open_transformer(opened: Opened) -> FlowNetwork:
     """The transformer in either layout."""
-    network = open_network(opened.source, opened.settings or None)
+    network = open_network(opened.source, opened.settings)
     schedule, known_timestep = _schedule(opened, network)
     return FlowNetwork(**vars(network), schedule=schedule, known_timestep=known_timestep)
 
@@ -91,7 +92,7 @@ def _schedule(opened: Opened, network: Network[FlowDiTConfig]) -> tuple[str, flo
     assert opened.place is not None
     chosen = opened.options.schedule or opened.settings.get("schedule")
     if chosen not in (None, *_KNOWN_TIMESTEP):
-        raise CheckpointError(f"{opened.folder / 'config.json'}: schedule is {chosen!r}")
+        raise CheckpointError(f"{opened.config_file}: schedule is {chosen!r}")
     if chosen is None and not opened.bundled:
         released = opened.place.released or _released_as(opened.source.path)
         if released is not None:
@@ -147,14 +148,16 @@ def open_encoder(opened: Opened) -> TextPart:
 
 
 def refuse(opened: Opened, request: FlowRequest) -> FlowRequest:
-    """Raise what the model cannot do; return the request."""
+    """Raise what the model cannot do; the request, with chunks of the released length or less."""
     tokenizer, config = opened["tokenizer"].config, opened["transformer"].config
     window = window_of(opened, request)
     if request.chunk_size is not None and request.chunk_size > window.frames:
-        raise InputError(
-            f"chunk_size is {request.chunk_size}, the model makes {window.frames} frames at once; "
-            f"give at most {window.frames}"
-        )
+        if request.chunk_size != RELEASED_CHUNK:
+            raise InputError(
+                f"chunk_size is {request.chunk_size}, the model makes {window.frames} frames at "
+                f"once; give at most {window.frames}"
+            )
+        request = request.model_copy(update={"chunk_size": window.frames})
     refuse_size(
         window,
         request.num_input_frames,

@@ -23,6 +23,7 @@ def _one_plus_4k(frames: int) -> int:
 
 
 Frames4 = Annotated[int, AfterValidator(_one_plus_4k)]
+RELEASED_CHUNK = 77  # frames; of samples that leave it out, models of shorter videos make fewer
 
 
 class FlowRequest(VideoRequest):
@@ -56,14 +57,13 @@ class FlowRequest(VideoRequest):
         if self.chunk_size is None:
             if self.chunk_overlap != 1:
                 raise ValueError(
-                    f"chunk_overlap is {self.chunk_overlap}, but there are no chunks; give chunk_size"
+                    f"chunk_overlap is {self.chunk_overlap} without chunks; give chunk_size"
                 )
             return self
         continued = max(self.chunk_overlap, self.num_input_frames)
         if self.chunk_size <= continued:
             raise ValueError(
-                f"chunk_size is {self.chunk_size}, but {continued} of its frames are continued; give "
-                "more"
+                f"chunk_size is {self.chunk_size}, of which {continued} are continued; give more"
             )
         return self
 
@@ -122,8 +122,8 @@ COMMANDS = (
         name="predict2.5",
         help="Make the videos of files of samples, by a model of Predict2.5.\n\n"
         "Each sample becomes NAME.mp4 in --output_dir (NAME.jpg if it has one frame); beside it "
-        "the prompt (.txt) and a report (.json). Fields given here win over those of all samples. A "
-        "sample that fails does not stop the others.",
+        "the prompt (.txt) and a report (.json). Fields given here win over those of all samples. "
+        "A sample that fails does not stop the others.",
         model="model",
         default_model=FLOW_MODELS[0].name,
         reads="worldline.families.predict2_5.samples:SAMPLES",

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,20 +20,20 @@ from pydantic import AfterValidator, Field
 
 from worldline.catalog import FLOW_MODELS, find_flow_model
 from worldline.errors import InputError
+from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowRequest
 from worldline.family import Item
 from worldline.files import folded
 from worldline.request import Options, Text
-from worldline.video.read import media_kind
+from worldline.request import Path as PathText
 
 SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
 LONGEST_NAME = 200  # bytes; a file name may have 255, of which suffixes take some
-LONG_VIDEO = 77  # frames, and frames of a chunk
-CHUNKS = ("chunk_size", "chunk_overlap")
 INPUT_FRAMES = {"text2world": 0, "image2world": 1, "video2world": 5}
+# fields of the request of a long video, which others leave out
+LONG = {"chunk_size": RELEASED_CHUNK, "chunk_overlap": 1}
 # field of a request -> field of a sample
 NAMES = {
     "num_video_frames": "num_output_frames",
-    "num_input_frames": "inference_type",
     "height": "resolution",
     "width": "resolution",
 }
@@ -45,23 +47,24 @@ _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
 def _file_name(name: str) -> str:
     if not name.strip() or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
         raise ValueError(f"{name!r} is not the name of a file")
-    if len(name.encode("utf-8", "replace")) > LONGEST_NAME:
+    if len(name.encode()) > LONGEST_NAME:
         raise ValueError(f"it has more than {LONGEST_NAME} bytes")
     return name
 
 
-def _local_path(path: str) -> str:
-    if not path.strip():
-        raise ValueError("it is empty")
+def _local(path: str) -> str:
     if _URL.match(path):
         raise ValueError(f"{path} is a URL; save the file, and give its path")
     return path
 
 
-def _resolution(text: Any) -> Any:
+def _resolution(text: str) -> str:
     if text != "none" and not re.fullmatch(r"\s*\d+\s*,\s*\d+\s*", text):
         raise ValueError(f'{text!r} is not height and width such as "704,1280", or "none"')
     return text
+
+
+LocalPath = Annotated[PathText, AfterValidator(_local)]
 
 
 class Overrides(Options):
@@ -69,17 +72,13 @@ class Overrides(Options):
 
     inference_type: Literal["text2world", "image2world", "video2world"] | None = Field(
         None,
-        description="text2world begins with the prompt, image2world with an image or the last frame "
-        "of a video, video2world with the last 5 frames.",
+        description="text2world begins with the prompt, image2world with an image or the last "
+        "frame of a video, video2world with the last 5 frames.",
     )
     prompt: Text | None = Field(None, description="What the video shows, in a paragraph.")
-    prompt_path: Annotated[str, AfterValidator(_local_path)] | None = Field(
-        None, description="Text file of the prompt."
-    )
+    prompt_path: LocalPath | None = Field(None, description="Text file of the prompt.")
     negative_prompt: Text | None = Field(None, description="What the video must not show.")
-    input_path: Annotated[str, AfterValidator(_local_path)] | None = Field(
-        None, description="Image or video to continue."
-    )
+    input_path: LocalPath | None = Field(None, description="Image or video to continue.")
     seed: int | None = Field(None, description="Random seed.  [default: 1]")
     guidance: float | None = Field(
         None, description="Classifier-free guidance scale; 0 turns it off.  [default: 7]"
@@ -107,7 +106,8 @@ class Overrides(Options):
 class Sample(Overrides):
     """One sample of a file."""
 
-    name: Annotated[str, AfterValidator(_file_name)]
+    name: Annotated[Text, AfterValidator(_file_name)]
+    inference_type: Literal["text2world", "image2world", "video2world"]
 
 
 class SampleFlags(Overrides):
@@ -118,7 +118,7 @@ class SampleFlags(Overrides):
     )
     input_files: tuple[str, ...] = Field(
         (),
-        description="Samples: .json, .jsonl, .yaml or .yml, one or more, or quoted patterns of names.",
+        description="Files of samples: .json, .jsonl, .yaml or .yml, or quoted patterns of names.",
         json_schema_extra={"short": "-i", "metavar": "FILE..."},
     )
     output_dir: str | None = Field(
@@ -126,13 +126,11 @@ class SampleFlags(Overrides):
         description="Folder of the videos; made if absent.",
         json_schema_extra={"short": "-o", "metavar": "DIR"},
     )
-    checkpoint_path: str | None = Field(
+    checkpoint_path: PathText | None = Field(
         None, description="File or folder of a transformer, in place of the model's."
     )
     experiment: str | None = Field(
-        None,
-        description="Name of the released training run that the transformer comes from; decides the "
-        "schedule.",
+        None, description="Released training run of the transformer; decides the schedule."
     )
     config_file: str | None = Field(
         None, description="Has no effect: the file of weights describes the network."
@@ -164,28 +162,25 @@ class Samples:
         if flags.prompt is not None and flags.prompt_path is not None:
             raise InputError("--prompt and --prompt_path exclude each other; give one")
         files, folder = named_files(flags)
-        overrides = {
-            name: value
-            for name, value in flags
-            if name in Overrides.model_fields and name in flags.model_fields_set
-        }
+        typed = flags.model_fields_set & Overrides.model_fields.keys()
+        overrides = {name: value for name, value in flags if name in typed}
         items: list[Item] = []
         problems: list[str] = []
         places: dict[str, str] = {}
         for file in files:
-            for place, found in read_file(file):
+            for place, fields in read_file(file, problems):
                 try:
-                    if isinstance(found, InputError):
-                        raise found
-                    item = make_item(file, place, found, overrides, folder, stated)
+                    item = make_item(file, place, fields, overrides, folder, stated)
                 except InputError as error:
                     problems += str(error).splitlines()
                     continue
-                key = folded(item.output.stem)
-                if key in places:
-                    problems.append(f"{item.place}, name: {places[key]} has the same")
-                places.setdefault(key, item.place)
+                # some disks ignore case
+                first = places.setdefault(folded(item.label), item.place)
+                if first != item.place:
+                    problems.append(f"{item.place}, name: {first} has the same")
                 items.append(item)
+        if not items and not problems:
+            raise InputError(f"{', '.join(map(str, files))}: no samples")
         return items, problems
 
     def model(
@@ -195,9 +190,9 @@ class Samples:
 
         A transformer of one's own is sampled as the model or training run named beside it.
         """
-        schedules = {each.experiment: each.schedule for each in FLOW_MODELS}
         options: dict[str, Any] = {}
         if flags.experiment is not None:
+            schedules = {each.experiment: each.schedule for each in FLOW_MODELS}
             # runs of post-training begin with 2B/pre-trained
             options["schedule"] = schedules.get(flags.experiment, "shifted")
         elif flags.checkpoint_path is not None and typed:
@@ -231,19 +226,17 @@ def named_files(flags: SampleFlags) -> tuple[list[Path], Path]:
         raise InputError("no samples; give -i FILE")
     if not output:
         raise InputError("no output folder; give -o DIR")
-    files: list[Path] = []
+    files: list[str] = []
     for name in inputs:
-        found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []
-        if not found and glob.has_magic(name) and not Path(name).exists():
-            raise InputError(f"-i {name}: no file has such a name")
-        files += map(Path, found or [name])
-    return files, Path(output)
+        matches = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        files += matches or [name]
+    return [*map(Path, files)], Path(output)
 
 
 def make_item(
     file: Path,
     place: str,
-    found: Mapping[str, Any],
+    fields: Any,
     overrides: Mapping[str, Any],
     folder: Path,
     stated: Mapping[str, Any],
@@ -253,7 +246,7 @@ def make_item(
     Args:
         file: of the sample; its relative paths start at the file's folder.
         place: of the sample, for messages.
-        found: its fields.
+        fields: of the sample.
         overrides: fields that win over them; their relative paths start here.
         folder: of the videos.
         stated: further fields of the request.
@@ -261,152 +254,127 @@ def make_item(
     Raises:
         InputError: one line for each problem.
     """
-    fields = {n: _beside(n, value, file) for n, value in found.items()} | dict(overrides)
-    if "name" in found:
-        place = f"{place}, sample {found['name']!r}"
-    names = {n: f"--{n}" for n in overrides}
+    if not isinstance(fields, dict):
+        raise InputError(f"{place}: it is {type(fields).__name__}; give names and values")
+    if {"worldline", "sample"} <= fields.keys():
+        raise InputError(f'{place}: it is the report of a video; its "sample" is a sample')
+    if "name" in fields:
+        place = f"{place}, sample {fields['name']!r}"
+    names = {name: f"--{name}" for name in overrides}
     names |= {ours: names.get(theirs, theirs) for ours, theirs in NAMES.items()}
     item = Item(place, place, {}, None, None, folder, names)
-    sample = Sample.parse(fields, item.field)
-    kind = sample.inference_type
-    if kind is None:
-        raise InputError(
-            f"{item.field('inference_type')}: it is missing; give {', '.join(INPUT_FRAMES)}"
-        )
-    path = None if kind == "text2world" else sample.input_path
-    if kind != "text2world" and path is None:
-        raise InputError(f"{item.field('input_path')}: it is missing; {kind} needs one")
-    media = None
-    if path is not None:
-        if not Path(path).is_file():
-            raise InputError(f"{item.field('input_path')}: no such file {path}")
-        media = media_kind(Path(path))
-        if kind == "video2world" and media == "image":
-            raise InputError(
-                f"{item.field('input_path')}: {path} is an image, video2world continues a video; "
-                "use image2world"
-            )
-    request = {
-        **stated,
-        **{
-            n: v
-            for n, v in sample
-            if n in ("negative_prompt", "seed", "guidance", "num_steps") and v is not None
-        },
-        "prompt": _prompt(sample, item, overrides),
-        "num_input_frames": INPUT_FRAMES[kind],
-    }
-    if sample.resolution not in (None, "none"):
-        request["height"], request["width"] = map(int, sample.resolution.split(","))
+    fields = {name: _beside(name, value, file) for name, value in fields.items()}
+    if "prompt_path" in overrides:
+        fields.pop("prompt", None)
+    sample = Sample.parse({**fields, **overrides}, item.field)
+    request = {n: v for n, v in sample if n in FlowRequest.model_fields and v is not None}
+    long = {name: request.pop(name, default) for name, default in LONG.items()}
+    if sample.enable_autoregressive:
+        request |= {"num_video_frames": LONG["chunk_size"], **long}
     if sample.num_output_frames is not None:
         request["num_video_frames"] = sample.num_output_frames
-    if sample.enable_autoregressive:
-        request["chunk_size"] = LONG_VIDEO if sample.chunk_size is None else sample.chunk_size
-        request["chunk_overlap"] = 1 if sample.chunk_overlap is None else sample.chunk_overlap
-        request.setdefault("num_video_frames", LONG_VIDEO)
-    suffix = "jpg" if sample.num_output_frames == 1 else "mp4"
-    return Item(
-        sample.name,
-        place,
-        request,
-        None if path is None else Path(path),
-        media,
-        folder / f"{sample.name}.{suffix}",
-        names,
-        sample.model_dump(exclude_none=True),
+    if sample.resolution not in (None, "none"):
+        request["height"], request["width"] = map(int, sample.resolution.split(","))
+    path, kind = _input(sample, item)
+    return replace(
+        item,
+        label=sample.name,
+        stated={
+            **stated,
+            **request,
+            "prompt": _prompt(sample, item),
+            "num_input_frames": INPUT_FRAMES[sample.inference_type],
+        },
+        input=path,
+        kind=kind,
+        output=folder / f"{sample.name}.{'jpg' if sample.num_output_frames == 1 else 'mp4'}",
+        sample=sample.model_dump(exclude_none=True),
+        sources=(file, *(Path(p) for p in [sample.prompt_path] if p is not None)),
     )
-
-
-def _prompt(sample: Sample, item: Item, overrides: Mapping[str, Any]) -> str:
-    """The prompt of a sample: its own, else the text of its `prompt_path`."""
-    own = None if "prompt_path" in overrides else sample.prompt
-    if own is None and sample.prompt_path is not None:
-        path = Path(sample.prompt_path)
-        try:
-            own = path.read_text(encoding="utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{item.field('prompt_path')}: {path} cannot be read: {error}"
-            ) from error
-    if own is None or not own.strip():
-        raise InputError(f"{item.field('prompt')}: there is none; give prompt or prompt_path")
-    return own
 
 
 def _beside(name: str, value: Any, file: Path) -> Any:
     """A path of a sample as seen from here."""
     is_path = name in ("prompt_path", "input_path") and isinstance(value, str)
-    return (
-        str(file.parent / value) if is_path and value.strip() and not _URL.match(value) else value
-    )
+    if not is_path or not value.strip() or _URL.match(value):
+        return value
+    return str(file.parent / value)
 
 
-def read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | InputError]]:
-    """Place and fields of every sample of a file, or what is wrong there."""
+def _input(
+    sample: Sample, item: Item
+) -> tuple[Path, Literal["image", "video"]] | tuple[None, None]:
+    """The file that a sample continues, and its kind."""
+    from worldline.video.read import media_kind  # imports PyAV, for which --help must not wait
+
+    kind, field = sample.inference_type, item.field("input_path")
+    if kind == "text2world":
+        return None, None
+    if sample.input_path is None:
+        raise InputError(f"{field}: it is missing; {kind} needs one")
+    path = Path(sample.input_path)
+    media = media_kind(path)
+    if kind == "video2world" and media == "image":
+        raise InputError(f"{field}: {path} is an image, not a video; image2world continues it")
+    return path, media
+
+
+def _prompt(sample: Sample, item: Item) -> str:
+    """The prompt of a sample: its own, else the text of its `prompt_path`."""
+    if sample.prompt is not None:
+        return sample.prompt
+    if sample.prompt_path is None:
+        raise InputError(f"{item.field('prompt')}: it is missing; give prompt or prompt_path")
     try:
-        yield from _samples(file)
-    except InputError as error:
-        yield str(file), error
+        return Path(sample.prompt_path).read_text(encoding="utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        field = item.field("prompt_path")
+        raise InputError(f"{field}: {sample.prompt_path} cannot be read: {error}") from error
 
 
-def _samples(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | InputError]]:
+def read_file(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    """Place and fields of every sample of a file; what cannot be read is added to `problems`."""
     suffix = file.suffix.lower()
     if file.is_dir() or suffix not in SUFFIXES:
-        raise InputError(f"{file}: it is not a file of samples; give {', '.join(SUFFIXES)}")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: it cannot be read: {error}") from error
-    if suffix == ".jsonl":
-        # not `splitlines`: some of the signs that end its lines may stand in a JSON string
-        for number, line in enumerate(text.split("\n"), 1):
-            if without_comments(line).strip():
-                yield _one(f"{file}, line {number}", lambda line=line: parse(line, suffix))
+        problems.append(f"{file}: it is not a file of samples; give {', '.join(SUFFIXES)}")
         return
     try:
-        found = parse(text, suffix)
-    except ValueError as error:
-        raise InputError(f"{file}: it is not valid {suffix[1:].upper()}: {error}") from None
-    if isinstance(found, list):
-        for number, one in enumerate(found, 1):
-            yield _one(f"{file}, item {number}", lambda one=one: one)
-    elif isinstance(found, dict) and "samples" in found:
-        yield from _by_name(file, found)
-    else:
-        yield _one(str(file), lambda: found)
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        problems.append(f"{file}: it cannot be read: {error}")
+        return
+    pieces = [(str(file), text)]
+    if suffix == ".jsonl":
+        # not `splitlines`: some of the signs that end its lines may stand in a JSON string
+        lines = enumerate(text.split("\n"), 1)
+        pieces = [
+            (f"{file}, line {n}", line) for n, line in lines if without_comments(line).strip()
+        ]
+    for place, piece in pieces:
+        try:
+            value = parse(piece, suffix)
+        except ValueError as error:
+            problems.append(f"{place}: it is not valid {suffix[1:].upper()}: {error}")
+            continue
+        if isinstance(value, list):
+            yield from ((f"{place}, item {n}", one) for n, one in enumerate(value, 1))
+        elif isinstance(value, dict) and isinstance(value.get("samples"), dict):
+            yield from _by_name(place, value)
+        else:
+            yield place, value
 
 
-def _by_name(
-    file: Path, found: Mapping[str, Any]
-) -> Iterator[tuple[str, Mapping[str, Any] | InputError]]:
+def _by_name(place: str, value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Samples of the first release's form: by name, below fields that all have in common."""
-    common = {name: value for name, value in found.items() if name != "samples"}
-    if "name" in common or not isinstance(found["samples"], dict):
-        raise InputError(
-            f'{file}: "samples" must hold samples by name; give {{"samples": {{"a": …}}}}'
-        )
-    for name, one in found["samples"].items():
-        place, fields = _one(str(file), lambda one=one: one)
-        if isinstance(fields, dict) and "name" in fields:
-            fields = InputError(f'{file}, sample {name!r}, name: its key in "samples" is its name')
-        if isinstance(fields, dict):
-            fields = {**common, **fields, "name": name}
-            if fields.get("prompt_path") is not None:  # wins over a prompt in this form
-                fields.pop("prompt", None)
+    common = {name: field for name, field in value.items() if name != "samples"}
+    for name, one in value["samples"].items():
+        if not isinstance(one, dict):
+            yield f"{place}, sample {name!r}", one
+            continue
+        fields = {**common, "name": name, **one}
+        if fields.get("prompt_path") is not None:  # wins over a prompt in this form
+            fields.pop("prompt", None)
         yield place, fields
-
-
-def _one(place: str, read: Any) -> tuple[str, Mapping[str, Any] | InputError]:
-    """Fields of a sample, or what is wrong with it, so that those behind it are read, too."""
-    try:
-        found = read()
-    except ValueError as error:
-        return place, InputError(f"{place}: it is not valid: {error}")
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        return place, InputError(f"{place}: it holds {type(found).__name__}; give names and values")
-    if found.keys() >= {"worldline", "request", "run"}:
-        return place, InputError(f'{place}: it is the report of a video; its "sample" is a sample')
-    return place, found
 
 
 def without_comments(text: str) -> str:
@@ -420,13 +388,10 @@ def parse(text: str, suffix: str) -> Any:
     Raises:
         ValueError: it is not valid, or a name stands in a mapping twice.
     """
-    if suffix not in (".yaml", ".yml"):
-        try:
-            return json.loads(without_comments(text), object_pairs_hook=_each_once)
-        except RecursionError as error:
-            raise ValueError("it is nested too deeply") from error
     try:
-        return yaml.load(text, _Yaml)
+        if suffix in (".yaml", ".yml"):
+            return yaml.load(text, _Yaml)
+        return json.loads(without_comments(text), object_pairs_hook=_each_once)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 
@@ -443,6 +408,5 @@ class _Yaml(yaml.SafeLoader):  # type: ignore[misc]
     """Safe loader that refuses names which stand in a mapping twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        _each_once([(str(name), None) for name in names])
+        _each_once([(key.value, key) for key, _ in node.value if isinstance(key.value, str)])
         return super().construct_mapping(node, deep)

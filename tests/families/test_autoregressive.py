@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 
 import worldline
 from worldline.errors import InputError
-from worldline.world import AutoregressiveWorld
+from worldline.families.autoregressive import family
+from worldline.world import World
 
 from ..conftest import MODEL, moving
 from ..tiny_decoder import VIDEO2WORLD
@@ -22,28 +23,26 @@ WAYS = ("tokens", "pixels")
 
 
 @pytest.fixture(scope="module")
-def plain(small_world: Path) -> AutoregressiveWorld:
+def plain(small_world: Path) -> World:
     """Decodes by its tokenizer."""
     return load(small_world, MODEL, disable_diffusion_decoder=True)
 
 
 @pytest.fixture(scope="module")
-def whole(whole_world: Path) -> AutoregressiveWorld:
+def whole(whole_world: Path) -> World:
     """Reads prompts, and decodes by diffusion."""
     return load(whole_world, VIDEO2WORLD)
 
 
-def load(root: Path, name: str, **options: Any) -> AutoregressiveWorld:
-    world = worldline.load(name, root, device="cpu", disable_guardrail=True, **options)
-    assert isinstance(world, AutoregressiveWorld)
-    return world
+def load(root: Path, name: str, **options: Any) -> World:
+    return worldline.load(
+        name, checkpoint_dir=root, device="cpu", disable_guardrail=True, **options
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("given", [1, 9])
-def test_a_longer_video_begins_with_the_shorter(
-    plain: AutoregressiveWorld, way: str, given: int
-) -> None:
+def test_a_longer_video_begins_with_the_shorter(plain: World, way: str, given: int) -> None:
     frames = moving()
     shorter = plain.generate(frames, num_input_frames=given, seed=1).frames
     assert len(shorter) == 33
@@ -56,7 +55,7 @@ def test_a_longer_video_begins_with_the_shorter(
         shorter = video.frames
 
 
-def test_the_ways_differ_beyond_the_window_alone(plain: AutoregressiveWorld) -> None:
+def test_the_ways_differ_beyond_the_window_alone(plain: World) -> None:
     first, second = (
         plain.generate(moving(), num_video_frames=57, rollout=way, top_p=1.0).frames for way in WAYS
     )
@@ -64,9 +63,7 @@ def test_the_ways_differ_beyond_the_window_alone(plain: AutoregressiveWorld) -> 
     assert not np.array_equal(first[33:], second[33:])
 
 
-def test_tokens_are_encoded_once(
-    plain: AutoregressiveWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_are_encoded_once(plain: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens of a window's end are carried over as they are, not made again from pixels."""
     real, calls = plain.parts.tokenizer.module.encode_tokens, []
 
@@ -82,23 +79,19 @@ def test_tokens_are_encoded_once(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_frame_is_told_once(
-    plain: AutoregressiveWorld, whole: AutoregressiveWorld, way: str
-) -> None:
+def test_every_frame_comes_once(plain: World, whole: World, way: str) -> None:
     for world, prompt in ((plain, {}), (whole, {"prompt": "A ball rolls."})):
         steps = list(world.stream(moving(), num_video_frames=57, rollout=way, **prompt))
-        told = [step.frames for step in steps[:-1] if step.frames is not None]
+        pieces = [step.frames for step in steps[:-1] if step.frames is not None]
         assert steps[-1].video is not None
-        assert np.array_equal(np.concatenate(told), steps[-1].video.frames)
+        assert np.array_equal(np.concatenate(pieces), steps[-1].video.frames)
         counts = [step.done for step in steps if step.kind == "tokens"]
         assert counts == sorted(counts)
         assert counts[-1] == steps[-1].done == 6 * (8 - 2)
 
 
 @pytest.mark.parametrize("kind", ["encode", "tokens", "denoise", "decode"])
-def test_closed_in_the_middle(
-    plain: AutoregressiveWorld, whole: AutoregressiveWorld, kind: str
-) -> None:
+def test_closed_in_the_middle(plain: World, whole: World, kind: str) -> None:
     """Neither the caller nor the next request notices."""
     for world, prompt in ((plain, {}), (whole, {"prompt": "A ball rolls."})):
         expected = world.generate(moving(), seed=1, **prompt).frames
@@ -113,7 +106,7 @@ def test_closed_in_the_middle(
 
 
 def test_frames_come_as_windows_of_the_diffusion_decoder_complete(
-    whole: AutoregressiveWorld,
+    whole: World,
 ) -> None:
     """Eight latent frames are a window, of which two are shared with the one before."""
     steps = list(whole.stream(moving(), num_video_frames=89, prompt="A ball rolls."))
@@ -121,12 +114,12 @@ def test_frames_come_as_windows_of_the_diffusion_decoder_complete(
     kinds = [kind for at, (kind, _) in enumerate(stages) if not at or stages[at - 1][0] != kind]
     assert kinds == ["denoise", "decode", "denoise", "decode"]
     assert [done for kind, done in stages if kind == "denoise"] == [*range(16), *range(15, 31)]
-    told = [len(step.frames) for step in steps[:-1] if step.frames is not None]
-    assert (sum(told[:2]), sum(told)) == (57, 89)
+    counts = [len(step.frames) for step in steps[:-1] if step.frames is not None]
+    assert (sum(counts[:2]), sum(counts)) == (57, 89)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_in_step_as_alone(plain: AutoregressiveWorld, whole: AutoregressiveWorld, way: str) -> None:
+def test_in_step_as_alone(plain: World, whole: World, way: str) -> None:
     inputs = [moving()[:9], moving()[::-1][:9].copy(), moving()[2:11]]
     for world, prompts in (
         (plain, [{}, {}, {}]),
@@ -147,21 +140,21 @@ def test_in_step_as_alone(plain: AutoregressiveWorld, whole: AutoregressiveWorld
             assert names == [stage["name"] for stage in alone.report["run"]["stages"]]
 
 
-def test_more_than_the_kernels_take_in_step(
-    plain: AutoregressiveWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are drawn in groups; each is what it is alone, and tells of its own group alone."""
-    monkeypatch.setattr(worldline.loading, "kernels_fit", lambda *_: True)
-    monkeypatch.setattr(worldline.loading, "MAX_BATCH_SIZE", 2)
-    ticks = itertools.count()
-    monkeypatch.setattr(worldline.report.time, "perf_counter", lambda: float(next(ticks)))
-    drawn, real = [], worldline.world.autoregressive.generate_together
+def test_more_than_the_kernels_take_in_step(plain: World) -> None:
+    """They are drawn in groups; each is what it is alone, and reports its own group alone."""
+    drawn = []
 
     def generate_together(parts: Any, jobs: Sequence[Any], recorder: Any) -> Any:
         drawn.append(len(jobs))
-        return real(parts, jobs, recorder)
+        return family.generate_together(parts, jobs, recorder)
 
-    monkeypatch.setattr(worldline.world.autoregressive, "generate_together", generate_together)
+    changed = replace(
+        family.FAMILY,
+        max_batch_size=lambda opened, compute: 2,
+        generate_together=generate_together,
+    )
+    opened = replace(plain.opened, family=changed)
+    plain = World(replace(plain.parts, opened=opened), plain.guards, plain.loading)
     each = [{"seed": seed} for seed in range(5)]
     videos = finished(plain.stream_batch([moving()] * 5, each, top_p=1.0))
     assert drawn == [2, 2, 1]
@@ -169,45 +162,39 @@ def test_more_than_the_kernels_take_in_step(
     for own in each:
         alone = plain.generate(moving(), **own, top_p=1.0)
         assert np.array_equal(videos[own["seed"]].frames, alone.frames)
-    spent = [
-        {stage["name"]: stage["seconds"] for stage in videos[number].report["run"]["stages"]}
-        for number in (0, 2)
-    ]
-    assert spent[0] == spent[1]
-    assert spent[0]["read"] == 5  # a tick for each input
 
 
 def finished(steps: Iterator[tuple[int, worldline.Step]]) -> dict[int, worldline.Video]:
     return {number: step.video for number, step in steps if step.video is not None}
 
 
-def test_wrong_batches(plain: AutoregressiveWorld, image: Path) -> None:
+def test_wrong_batches(plain: World, image: Path) -> None:
     frames = moving()
-    many = "there must be one or more, and as many of both"
+    many = "give as many of both, at least 1"
     for inputs, each, message in (
         ([], [], many),
         ([frames], [], many),
-        ([frames], [{"top_p": 0.5}], "unknown option top_p; of its own an input has prompt"),
+        ([frames], [{"top_p": 0.5}], "top_p: not an option of one input"),
         (str(image), [{}], "inputs must be a list, and each a list of as many dicts"),
         ([frames], {"seed": 1}, "inputs must be a list, and each a list of as many dicts"),
     ):
         with pytest.raises(InputError, match=message):
             plain.stream_batch(inputs, each)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="cannot be continued in step"):
+    with pytest.raises(InputError, match="cannot be continued in one batch"):
         plain.stream_batch([frames, image], [{}, {}])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_video_frames": 0}, "num_video_frames is 0; it must be 1 to"),
+        ({"num_video_frames": 0}, "num_video_frames is 0; it must be greater than or equal to 1"),
         ({"num_video_frames": 25}, "at least 33: the nearest is 33"),
         ({"num_video_frames": 1 << 20}, "the nearest is 1048569"),
         ({"num_video_frames": 50}, r"must be 1 \+ 8k and at least 33: the nearest is 49"),
-        ({"num_video_frames": 1.5}, "num_video_frames is 1.5; it must be a whole number"),
-        ({"rollout": "x"}, "rollout is 'x'; it must be one of tokens, pixels"),
+        ({"num_video_frames": 1.5}, "num_video_frames is 1.5; it must be a valid integer"),
+        ({"rollout": "x"}, "rollout is 'x'; it must be 'tokens' or 'pixels'"),
     ],
 )
-def test_wrong_lengths(plain: AutoregressiveWorld, options: dict[str, Any], message: str) -> None:
+def test_wrong_lengths(plain: World, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plain.stream(moving(), **options)

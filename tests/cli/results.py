@@ -1,0 +1,68 @@
+"""What a command line leaves behind, and videos that fail on purpose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from worldline.step import Step
+from worldline.world import Job, World
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def videos(*names: str) -> set[str]:
+    """Files of finished videos."""
+    return {f"{name}.{end}" for name in names for end in ("mp4", "txt", "json")}
+
+
+def report_of(folder: Path, name: str = "output") -> dict[str, Any]:
+    """Report of a video in `folder / "out"`."""
+    report: dict[str, Any] = json.loads((folder / "out" / f"{name}.json").read_text())
+    return report
+
+
+def write_lines(path: Path, *lines: object) -> Path:
+    """Write JSON, one value a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def check_mentions(text: str, words: str) -> None:
+    """Fail unless a message has all of these names and numbers."""
+    for word in words.split():
+        assert word in text, f"{word!r} is not in: {text}"
+
+
+def check_refused(result: Result, words: str, folder: Path) -> None:
+    """Fail unless a command ended with status 2, mentioned `words`, and made nothing."""
+    assert result.exit_code == 2, result.output
+    check_mentions(result.stderr, words)
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert not (folder / "out").exists()
+
+
+def fail_at(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, number: int, kind: str = "denoise"
+) -> None:
+    """Make the video of this number raise an error after its first step of a kind."""
+    real, numbers = World.run, count()
+
+    def run(world: World, job: Job) -> Iterator[Step]:
+        fails = next(numbers) == number
+        for step in real(world, job):
+            yield step
+            if fails and step.kind == kind and step.done:
+                raise error
+
+    monkeypatch.setattr(World, "run", run)
