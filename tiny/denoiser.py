@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tiny import sizes
 from tiny.clips import clip_batches, encode_views, to_device
-from tiny.run import Run, half_precision
+from tiny.run import Run
 from worldline.errors import CheckpointError
 from worldline.families.diffusion.model import DiT, Positions
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.sampling.edm import precondition
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import LatentStatistics
-from worldline.tokenizers.cosmos.weights import read_statistics
+from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.train.loop import LoopConfig, Objective, generator
-from worldline.weights.write import save as save_tensors
 
 # Shares of clips with no conditioning latent frame, one (an image), or two: the fewer, the more
 # there is to learn.
@@ -40,7 +38,7 @@ def train_denoiser(
 
     Called with a batch, which `draw` makes of a step, the model returns the loss of each clip.
     """
-    measure = run.compile(functools.partial(rounded_to, half_precision(run.device), model))
+    measure = run.compile(functools.partial(rounded_to, run.half, model))
 
     def loss(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return measure(*batch).mean(), {}
@@ -112,9 +110,7 @@ def train_captioned(
 
     def encode_clips(seeds: range, workers: int) -> EncodedClips:
         batches = clip_batches(seeds, sizes.SHAPE, run.device, workers=workers)
-        latents, captions = encode_views(
-            batches, half_precision(run.device), lambda video: encode(video).bfloat16()
-        )
+        latents, captions = encode_views(batches, run.half, lambda video: encode(video).bfloat16())
         return EncodedClips(latents, tokenize(captions))
 
     def draw(clips: EncodedClips, step: int) -> tuple[Tensor, ...]:
@@ -152,22 +148,11 @@ def draw_noise(run: Run, step: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=draws, device=run.device)
 
 
-def latent_scales(folder: Path) -> LatentStatistics:
+def latent_scales(tokenizer: CosmosNetwork) -> LatentStatistics:
     """Statistics of a continuous tokenizer; CheckpointError where its folder holds none."""
-    statistics = read_statistics(folder)
-    if statistics is None:
-        raise CheckpointError(f"{folder} holds no statistics of latents")
-    return statistics
-
-
-def export_transformer(
-    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], folder: Path
-) -> None:
-    """Write tensors in bf16 under their released names, and config.json beside them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    halves = {name: tensor.bfloat16() for name, tensor in tensors.items()}
-    save_tensors(halves, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    if tokenizer.statistics is None:
+        raise CheckpointError(f"{tokenizer.path} holds no statistics of latents")
+    return tokenizer.statistics
 
 
 class ClipPositions(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tiny import encoders
-from tiny.clips import FPS
+from tiny.motion import FPS
 from worldline.families.autoregressive.model import ARTransformerConfig
 from worldline.families.diffusion.model import LARGEST_GRID, DiTConfig
 from worldline.families.predict2_5.model import FlowDiTConfig
