@@ -53,8 +53,8 @@ def clip(seed: int, folder: Path) -> None:
     """Write the clip of `worldline demo` and its caption."""
     made = make_clips([seed])
     write_video(made.frames[0].numpy(), folder / "clip.mp4", FPS)
-    captions = {"clip.mp4": made.captions[0]}
-    (folder / "captions.json").write_text(json.dumps(captions, indent=1) + "\n")
+    caption = json.dumps({"clip.mp4": made.captions[0]}, indent=1)
+    (folder / "captions.json").write_text(caption + "\n")
 
 
 for recipe in (tokenizer, autoregressive, diffusion, decoder, wan, flow):

@@ -6,7 +6,6 @@ The text encoder of the second kind is that of the tiny diffusion world, and is 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import torch
@@ -27,22 +26,6 @@ from worldline.train.losses import next_token_labels, next_token_loss
 _HELD_OUT_TOGETHER = 128  # clips
 
 
-class Sequences(NamedTuple):
-    """Clips as they are trained on, on the device.
-
-    Attributes:
-        tokens: (clips, L) int16.
-        context: (clips, S, E) of the captions; None for a base model.
-    """
-
-    tokens: Tensor
-    context: Tensor | None
-
-    def rows(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Tokens, and context if there is any, of some clips."""
-        return tuple(part[rows] for part in (self.tokens, self.context) if part is not None)
-
-
 @recipe(
     TOKENIZER,
     click.option("--text", type=EXISTING, help="Folder of a T5 encoder, for a Video2World model."),
@@ -53,13 +36,14 @@ def autoregressive(run: Run, tokenizer: Path, text: Path | None) -> None:
     coder = open_tokenizer(tokenizer).read(device, run.half)
     encoder = T5Files.open(text).load(device, run.half) if text else None
 
-    def encode(seeds: range, workers: int) -> Sequences:
+    def encode(seeds: range, workers: int) -> tuple[Tensor, ...]:
+        """Tokens (clips, L), int16, and for a Video2World model the captions' context."""
         tokens, captions = encode_views(
             clip_batches(seeds, sizes.SHAPE, device, workers=workers),
             run.half,
             lambda video: coder.encode_tokens(video).flatten(1).to(torch.int16),
         )
-        return Sequences(tokens, embed_captions(encoder, captions) if encoder else None)
+        return (tokens, embed_captions(encoder, captions)) if encoder else (tokens,)
 
     pool = encode(run.seeds(clips), run.workers)
     held_out = encode(run.held_out(256, clips), 0)
@@ -71,8 +55,8 @@ def autoregressive(run: Run, tokenizer: Path, text: Path | None) -> None:
 
     def draw(step: int) -> tuple[Tensor, ...]:
         draws = generator(run.seed, step, rank=run.ranks.rank)
-        chosen = torch.randint(len(pool.tokens), (batch,), generator=draws)
-        return pool.rows(to_device(chosen, device))
+        chosen = torch.randint(len(pool[0]), (batch,), generator=draws)
+        return tuple(part[to_device(chosen, device)] for part in pool)
 
     def loss(*rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with run.mixed_precision():
@@ -80,9 +64,9 @@ def autoregressive(run: Run, tokenizer: Path, text: Path | None) -> None:
 
     @torch.no_grad()
     def watch() -> dict[str, Tensor]:
-        parts = torch.arange(len(held_out.tokens), device=device).split(_HELD_OUT_TOGETHER)
+        batches = zip(*(part.split(_HELD_OUT_TOGETHER) for part in held_out), strict=True)
         with run.mixed_precision():
-            losses = [sequence_loss(model, positions, *held_out.rows(part)) for part in parts]
+            losses = [sequence_loss(model, positions, *rows) for rows in batches]
         return {"held_out": torch.stack(losses).mean()}
 
     plan = LoopConfig(

@@ -7,9 +7,7 @@ frame stands for one. A short clip fills its window by reflection.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import torch
@@ -17,7 +15,14 @@ from torch import Tensor, nn
 
 from tiny import sizes
 from tiny.clips import as_video, clip_batches, to_device, views
-from tiny.denoiser import ClipPositions, draw_noise, latent_scales, noise_times, train_denoiser
+from tiny.denoiser import (
+    ClipPositions,
+    Clips,
+    draw_noise,
+    latent_scales,
+    noise_times,
+    train_denoiser,
+)
 from tiny.encoders import embed_captions
 from tiny.export import dit_settings, dit_tensors, export_network
 from tiny.run import EXISTING, TOKENIZER, Run, recipe
@@ -59,7 +64,8 @@ def decoder(run: Run, tokenizer: Path, latents: Path, text: Path) -> None:
     encoder = T5Files.open(text).load(device, run.half)
     general = encoder.encode([GENERAL_PROMPT])
 
-    def encode(seeds: range, workers: int) -> Windows:
+    def encode(seeds: range, workers: int) -> Clips:
+        """Latents and tokens of windows, and the context (windows, S, E) of their captions."""
         parts, contexts = [], []
         draws = generator(run.seed, 0, rank=run.ranks.rank)
         batches = clip_batches(seeds, long_shape(), device, batch=64, workers=workers)
@@ -69,7 +75,7 @@ def decoder(run: Run, tokenizer: Path, latents: Path, text: Path) -> None:
             context = embed_captions(encoder, captions)
             contexts.append(context.repeat_interleave(_WINDOWS_A_CLIP, 0))
         z, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Windows(z, tokens, torch.cat(contexts))
+        return z, tokens, torch.cat(contexts)
 
     pool = encode(run.seeds(clips), run.workers)
     held_out = encode(run.held_out(128, clips), 0)
@@ -77,46 +83,28 @@ def decoder(run: Run, tokenizer: Path, latents: Path, text: Path) -> None:
     start = open_network(run.start / DECODER) if run.start else None
     model = Decoding(run.network(DiT, sizes.DECODER, start)).to(device)
 
-    def draw(windows: Windows, step: int) -> tuple[Tensor, ...]:
+    def draw(windows: Clips, step: int) -> tuple[Tensor, ...]:
         draws = generator(run.seed, step, rank=run.ranks.rank)
-        chosen = torch.randint(len(windows.latents), (batch,), generator=draws)
+        chosen = torch.randint(len(windows[0]), (batch,), generator=draws)
         kind = torch.rand(batch, generator=draws)
         normal = torch.randn(batch, generator=draws)
         sigma = log_normal_sigmas(normal, mean=_SIGMA_MEAN, deviation=_SIGMA_DEVIATION)
         chosen, kind, sigma = (to_device(values, device) for values in (chosen, kind, sigma))
-        z, tokens = windows.latents[chosen].float(), windows.tokens[chosen].long()
+        z, tokens, context = (part[chosen] for part in windows)
         dropped = kind < _DROPPED
         unspecific = (kind < _DROPPED + _GENERAL)[:, None, None]
-        context = torch.where(unspecific, general, windows.context[chosen])
+        context = torch.where(unspecific, general, context)
         context = context.masked_fill(dropped[:, None, None], 0)
-        tokens = tokens.masked_fill(dropped[:, None, None, None], 0)
-        return z, draw_noise(run, step, *z.shape), tokens, context, sigma
+        tokens = tokens.long().masked_fill(dropped[:, None, None, None], 0)
+        return z.float(), draw_noise(run, step, *z.shape), tokens, context, sigma
 
     def export(folder: Path) -> None:
-        settings = {
-            **dit_settings(model.transformer.config),
-            "rotary_precision": sizes.ROTARY_PRECISION,
-        }
+        settings = dit_settings(model.transformer.config)
+        settings["rotary_precision"] = sizes.ROTARY_PRECISION
         export_network(dit_tensors(model.transformer), settings, folder / DECODER)
         save({"context": general.bfloat16()}, folder / DECODER / "aux_vars.safetensors")
 
-    train_denoiser(
-        run, model, functools.partial(draw, pool), functools.partial(draw, held_out), export
-    )
-
-
-class Windows(NamedTuple):
-    """Windows as they are trained on.
-
-    Attributes:
-        latents: (windows, C, T, H, W), bf16, of standard deviation 0.5.
-        tokens: (windows, T, h, w), int16.
-        context: (windows, S, E), of each clip's caption.
-    """
-
-    latents: Tensor
-    tokens: Tensor
-    context: Tensor
+    train_denoiser(run, model, pool, held_out, draw, export)
 
 
 def long_shape() -> VideoShape:
@@ -133,8 +121,9 @@ def cut_windows(
     video: Tensor,
     draws: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Latents and tokens, as in `Windows`, of `_WINDOWS_A_CLIP` windows of each clip.
+    """Latents and tokens of `_WINDOWS_A_CLIP` windows of each clip.
 
+    Latents are (windows, C, T, H, W), bf16, of standard deviation 0.5, tokens (windows, T, h, w).
     Video is (B, 3, T, H, W) in [-1, 1], of `long_shape`, in the tokenizers' dtype; `draws`, on the
     CPU, draws where the later windows of these clips begin.
     """

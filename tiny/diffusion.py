@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,16 +10,14 @@ from torch import Tensor, nn
 
 from tiny import sizes
 from tiny.denoiser import (
-    Batch,
     ClipPositions,
-    draw_noise,
     latent_scales,
     noise_times,
     train_captioned,
 )
 from tiny.encoders import export_t5, new_t5
 from tiny.export import dit_settings, dit_tensors, draw_weights, export_network
-from tiny.run import NEGATIVE_PROMPTS, TOKENIZER, Run, recipe
+from tiny.run import NEGATIVE_PROMPT, TOKENIZER, Run, recipe
 from worldline.families.diffusion.model import DiT
 from worldline.families.diffusion.weights import open_network
 from worldline.sampling.edm import SIGMA_DATA
@@ -38,8 +37,8 @@ _SIGMA_MEAN, _SIGMA_DEVIATION = 0.7, 1.4
 _CONDITIONING_SIGMA = 0.001  # noise on conditioning frames, as in samplers
 
 
-@recipe(TOKENIZER, NEGATIVE_PROMPTS)
-def diffusion(run: Run, tokenizer: Path, negative_prompts: tuple[str, ...]) -> None:
+@recipe(TOKENIZER, NEGATIVE_PROMPT)
+def diffusion(run: Run, tokenizer: Path, negative_prompt: tuple[str, ...]) -> None:
     """Train the diffusion transformer, and its T5 encoder with it, on captioned clips.
 
     A clip has none, one or two conditioning latent frames and its caption or none, so that one
@@ -60,20 +59,16 @@ def diffusion(run: Run, tokenizer: Path, negative_prompts: tuple[str, ...]) -> N
         return SIGMA_DATA * scales.normalise(coder.encode(video).float())
 
     # no text, as a sampler may have it: no row at all, or a negative prompt
-    blank = model.text.tokenize(["", *negative_prompts])
+    blank = model.text.tokenize(["", *negative_prompt])
     blank[1][0] = 0
-
-    def add_noise(step: int, clips: Batch) -> tuple[Tensor, ...]:
-        noise = draw_noise(run, step, 2, *clips.latents.shape)
-        sigma = log_normal_sigmas(clips.normal, mean=_SIGMA_MEAN, deviation=_SIGMA_DEVIATION)
-        return clips.latents, noise, *clips.texts, sigma, clips.num_conditioning
 
     def export(folder: Path) -> None:
         settings = {**dit_settings(model.transformer.config), **sizes.WORLD_SETTINGS}
         export_network(dit_tensors(model.transformer), settings, folder / WORLD)
         export_t5(model.text, folder / TEXT_FOLDER)
 
-    train_captioned(run, model, encode, model.text.tokenize, blank, add_noise, export)
+    levels = partial(log_normal_sigmas, mean=_SIGMA_MEAN, deviation=_SIGMA_DEVIATION)
+    train_captioned(run, model, encode, model.text.tokenize, blank, levels, export, noises=(2,))
 
 
 class Denoising(nn.Module):

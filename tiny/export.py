@@ -46,10 +46,8 @@ def draw_weights(model: nn.Module) -> None:
         elif isinstance(model, ARTransformer):
             deep = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
             nn.init.normal_(parameter, std=0.02 / (2 * model.config.depth) ** 0.5 if deep else 0.02)
-        elif name.startswith("positions."):
-            nn.init.normal_(parameter, std=0.02)
-        elif name == "ids.weight":
-            nn.init.normal_(parameter)
+        elif name.startswith(("positions.", "ids.")):
+            nn.init.normal_(parameter, std=1 if name == "ids.weight" else 0.02)
         elif name != "noise.second.weight" or isinstance(model, FlowDiT):
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     if isinstance(model, DiT | FlowDiT):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tiny import sizes
-from tiny.denoiser import Batch, draw_noise, train_captioned
+from tiny.denoiser import train_captioned
 from tiny.encoders import export_reason1, new_reason1
 from tiny.export import dit_settings, dit_tensors, draw_weights, export_network
-from tiny.run import NEGATIVE_PROMPTS, TOKENIZER, Run, recipe
+from tiny.run import NEGATIVE_PROMPT, TOKENIZER, Run, recipe
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.families.predict2_5.weights import open_network
 from worldline.nn.rope import Rotation
@@ -28,8 +29,8 @@ WORLD = "Cosmos-Predict2.5-2B"
 _DEVIATION = 1.4
 
 
-@recipe(TOKENIZER, NEGATIVE_PROMPTS)
-def flow(run: Run, tokenizer: Path, negative_prompts: tuple[str, ...]) -> None:
+@recipe(TOKENIZER, NEGATIVE_PROMPT)
+def flow(run: Run, tokenizer: Path, negative_prompt: tuple[str, ...]) -> None:
     """Train the flow transformer, and its Reason1 encoder with it, as `diffusion` does."""
     coder = open_wan(tokenizer).read(run.device, run.half)
     torch.manual_seed(run.seed)
@@ -43,19 +44,15 @@ def flow(run: Run, tokenizer: Path, negative_prompts: tuple[str, ...]) -> None:
     def tokenize(texts: list[str]) -> tuple[Tensor, ...]:
         return (model.text.tokenize(texts),)
 
-    def add_noise(step: int, clips: Batch) -> tuple[Tensor, ...]:
-        noise = draw_noise(run, step, *clips.latents.shape)
-        sigma = shifted_sigmas(clips.normal, deviation=_DEVIATION)
-        return clips.latents, noise, *clips.texts, sigma, clips.num_conditioning
-
     def export(folder: Path) -> None:
         settings = {**dit_settings(model.transformer.config), **sizes.FLOW_SETTINGS}
         export_network(dit_tensors(model.transformer), settings, folder / WORLD)
         export_reason1(model.text, folder / TEXT_FOLDER)
         shutil.copytree(tokenizer, folder / WORLD / "vae", dirs_exist_ok=True)
 
-    blank = tokenize(["", *negative_prompts])
-    train_captioned(run, model, coder.encode, tokenize, blank, add_noise, export)
+    blank = tokenize(["", *negative_prompt])
+    levels = partial(shifted_sigmas, deviation=_DEVIATION)
+    train_captioned(run, model, coder.encode, tokenize, blank, levels, export)
 
 
 class Flowing(nn.Module):

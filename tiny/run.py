@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from collections.abc import Callable, Hashable
@@ -22,17 +21,14 @@ from worldline.weights.networks import Network
 
 log = logging.getLogger(__name__)
 
-Option = Callable[[Callable[..., None]], Callable[..., None]]
+Option = Callable[[Any], Any]  # a decorator of click
 
 EXISTING = click.Path(path_type=Path, exists=True)
 TOKENIZER = click.option(
     "--tokenizer", type=EXISTING, required=True, help="Export folder of a tokenizer."
 )
-NEGATIVE_PROMPTS = click.option(
-    "--negative_prompt",
-    "negative_prompts",
-    multiple=True,
-    help="A text to train like no text at all.",
+NEGATIVE_PROMPT = click.option(
+    "--negative_prompt", multiple=True, help="A text to train like no text at all."
 )
 _COMMON = (
     click.option(
@@ -49,10 +45,8 @@ _COMMON = (
     click.option("--seed", type=int, default=0, help="Random seed of weights, batches and noise."),
     click.option("--rate", type=float, help="Peak of the learning rate."),
     click.option("--weights", "start", type=EXISTING, help="Export folder to begin with."),
-    click.option("--compile/--no-compile", "compiled", default=False, help="Compile the network."),
-    click.option(
-        "--graph/--no-graph", "graphed", default=False, help="One CUDA graph a step; needs a GPU."
-    ),
+    click.option("--compile", "compiled", is_flag=True, help="Compile the network."),
+    click.option("--graph", "graphed", is_flag=True, help="One CUDA graph a step; needs a GPU."),
     click.option(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -130,7 +124,6 @@ def recipe(*options: Option) -> Callable[[Callable[..., None]], click.Command]:
     """Command of a recipe: called with a `Run` of the common options, and its own options."""
 
     def command(function: Callable[..., None]) -> click.Command:
-        @functools.wraps(function)
         def start(**values: Any) -> None:
             common = {field.name: values.pop(field.name, ALONE) for field in fields(Run)}
             if common["graphed"] and torch.device(common["device"]).type != "cuda":
@@ -141,9 +134,8 @@ def recipe(*options: Option) -> Callable[[Callable[..., None]], click.Command]:
             function(Run(**common), **values)
             leave(common["ranks"])
 
-        named: Callable[..., None] = start
         for option in reversed((*_COMMON, *options)):  # the last one added is listed first
-            named = option(named)
-        return click.command(named)
+            start = option(start)
+        return click.command(function.__name__, help=function.__doc__)(start)
 
     return command

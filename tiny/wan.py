@@ -65,15 +65,12 @@ def compile_between_convolutions(model: WanTokenizer) -> None:
 
 
 @torch.no_grad()
-def channel_statistics(
-    model: WanTokenizer, videos: Iterator[Tensor]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(model: WanTokenizer, videos: Iterator[Tensor]) -> list[tuple[float, ...]]:
     """Mean and deviation of every channel of the latents."""
     moments = Moments()
     for video in videos:
         moments.add(model.encode(video).flatten(2, 3).unsqueeze(2))  # all latent frames as one
-    mean, deviation = (tuple(values[:, 0].tolist()) for values in moments.result())
-    return mean, deviation
+    return [tuple(values[:, 0].tolist()) for values in moments.result()]
 
 
 def export_wan(model: WanTokenizer, folder: Path) -> None:

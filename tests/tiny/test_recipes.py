@@ -12,6 +12,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
+from worldline.pipelines import decoder
+from worldline.tokenizers.cosmos.statistics import read_statistics
 
 import worldline
 from tiny import diffusion as tiny_diffusion
@@ -22,22 +24,18 @@ from tiny.clips import as_video, make_clips
 from tiny.decoder import DECODER, Decoding, cut_windows, long_shape
 from tiny.denoiser import rounded_to
 from tiny.encoders import export_t5, new_t5
+from tiny.export import draw_weights
 from tiny.run import embed_captions
 from tiny.tokenizer import export_tokenizer
-from tiny.export import draw_weights
-from worldline import locate
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import ARTransformer, make_positions
 from worldline.families.autoregressive.weights import read_config
 from worldline.families.diffusion.model import DiT
 from worldline.families.diffusion.weights import open_network
-from worldline.pipelines import decoder
 from worldline.sampling.edm import make_sigmas
 from worldline.shapes import LatentShape, VideoShape
-from worldline.text.t5 import T5Files
-from worldline.tokenizers.cosmos.weights import load_tokenizer, open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.statistics import read_statistics
+from worldline.tokenizers.cosmos.weights import load_tokenizer, open_tokenizer
 from worldline.weights.read import open_checkpoint
 
 

@@ -23,21 +23,20 @@ from tiny import reconstruction, sizes
 from tiny.clips import as_video
 from tiny.denoiser import rounded_to
 from tiny.encoders import new_reason1
+from tiny.export import draw_weights
 from tiny.flow import TEXT_FOLDER, WORLD, Flowing
 from tiny.motion import FPS
 from tiny.reconstruction import DEVIATION, KL, cut, reconstruction_loss
 from tiny.run import Run
 from tiny.wan import compile_between_convolutions
-from tiny.export import draw_weights
-from worldline import locate
 from worldline.cli import demo, main
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.families.predict2_5.weights import open_network
 from worldline.sampling.flow import make_schedule
 from worldline.shapes import VideoShape
 from worldline.text.reason1 import Reason1Files
-from worldline.tokenizers.wan.weights import channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer
+from worldline.tokenizers.wan.weights import load_wan, open_wan
 from worldline.train.loop import Objective
 
 from .test_recipes import draw_frames, run

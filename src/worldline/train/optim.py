@@ -59,12 +59,13 @@ def make_optimizer(
     device = next(module.parameters()).device
     on_gpu = device.type == "cuda"
     rate: Any = torch.zeros((), device=device) if on_gpu else 0.0  # a graph reads it from memory
+    groups: list[dict[str, Any]] = [
+        {"params": [parameters[name] for name in parameters if name in muon], "orthogonal": True},
+        {"params": [parameter for parameter in adam if parameter.ndim > 1]},
+        {"params": [parameter for parameter in adam if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
     optimizer = MuonAdamW(
-        [
-            {"params": [parameters[n] for n in parameters if n in muon], "orthogonal": True},
-            {"params": [parameter for parameter in adam if parameter.ndim > 1]},
-            {"params": [parameter for parameter in adam if parameter.ndim <= 1], "weight_decay": 0},
-        ],
+        groups,
         lr=rate,
         betas=betas,
         weight_decay=weight_decay,
