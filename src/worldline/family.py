@@ -204,7 +204,6 @@ class Family:
         generate_together: several clips in step; None computes them one after another.
         max_batch_size: clips that can be computed in step; None where any number can, but none is
             faster than another.
-        holds_batch: whether all frames of clips that are computed in step are held at once.
         upsampler: opened model -> prompt upsampler that it is released with; None for none.
         read_settings: reads config.json; by default whatever it holds.
         prepare: what runs beside the reading of weights, such as compiling kernels.
@@ -227,7 +226,6 @@ class Family:
     notes: Callable[[Opened, Any], list[str]] = lambda opened, request: []
     generate_together: Callable[..., Iterator[tuple[int, Step]]] | None = None
     max_batch_size: Callable[[Opened, Compute], int | None] = lambda opened, compute: 1
-    holds_batch: Callable[[Opened, Any], bool] = lambda opened, request: False
     upsampler: Callable[[Opened], Any] | None = None
     prepare: Callable[[Opened, Compute], AbstractContextManager[None]] | None = None
     read_settings: Callable[[Path], dict[str, Any]] | None = None

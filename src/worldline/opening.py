@@ -174,7 +174,7 @@ def open_world(
     family = find_family(source)
     if expected not in ("", family.name):
         raise CheckpointError(
-            f"{file}: it is a model of family {family.name}, not {expected}; "
+            f"{source.path}: it is a model of family {family.name}, not {expected}; "
             "`worldline generate` runs any"
         )
     options = family.options.parse(stated, name)

@@ -146,7 +146,7 @@ def _text_folders(checkpoint_dir: Path) -> list[Path]:
 
 def _open(path: Path) -> Checkpoint:
     from worldline.text.encoder import WEIGHTS, find_weights
-    from worldline.tokenizers.cosmos.weights import LAYOUTS
+    from worldline.tokenizers.cosmos.weights import LAYOUTS, open_tokenizer
     from worldline.weights.networks import open_transformer
     from worldline.weights.read import open_checkpoint
 

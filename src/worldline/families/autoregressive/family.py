@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ from worldline.request import LARGEST_SIZE
 from worldline.sampling.edm import SAMPLER_OF
 from worldline.sampling.tokens import CHUNK, Sampling, decode, draw_noise
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of, nearest_frames
-from worldline.step import Step
+from worldline.step import Step, numbered
 from worldline.text.encoder import MAX_LENGTH
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
@@ -78,7 +78,6 @@ from worldline.weights.read import Checkpoint, open_checkpoint
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 CARRIED = 2  # latent frames of a window that the next one takes over, by rollout "pixels"
 INPUT_FRAMES = (1, 9)
 # of both generations; that of the transformer's own generation is tried first
@@ -131,7 +130,7 @@ def generate_together(
     video = video_of(parts.opened, request)
     embeddings: Sequence[Tensor | None] = [None] * len(jobs)
     if config.context_width is not None:
-        embeddings = yield from first_of_batch(encode_prompts(parts, jobs, recorder))
+        embeddings = yield from numbered(0, encode_prompts(parts, jobs, recorder))
 
     yield 0, Step("encode", 0, 1)
     known = latent_frames_of(request.num_input_frames, codec.temporal)
@@ -146,7 +145,7 @@ def generate_together(
     overlap = 1 + (CARRIED - 1) * codec.temporal  # frames that a window takes over
     while True:
         new = min(remaining, config.grid.frames - known) if turns else remaining
-        ids = yield from first_of_batch(tokens.draw(ids, new, recorder, live))
+        ids = yield from numbered(0, tokens.draw(ids, new, recorder, live))
         remaining -= new
         for number, (job, one) in enumerate(zip(jobs, videos, strict=True)):
             if live is None:
@@ -185,19 +184,6 @@ def encode_prompts(
         encoded[str(job.request.prompt)] if one is None else one
         for job, one in zip(jobs, given, strict=True)
     ]
-
-
-def first_of_batch(
-    steps: Generator[Step, None, Result],
-) -> Generator[tuple[int, Step], None, Result]:
-    """Steps that are made for a whole batch, as those of its first clip."""
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result
-        yield 0, step
 
 
 def encode_clips(
@@ -827,7 +813,6 @@ FAMILY = Family(
     generate=generate,
     generate_together=generate_together,
     max_batch_size=max_batch_size,
-    holds_batch=alternates,
     prepare=compile_kernels,
     presets=presets,
     guardrails=lambda opened: generation_by_name(opened.folder),
