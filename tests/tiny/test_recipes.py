@@ -300,6 +300,7 @@ def shipped(
 @pytest.mark.parametrize("bundled", [True, False])
 def test_exported_worlds_decode_by_diffusion(shipped: Path, bundled: bool) -> None:
     clip = draw_frames(1, sizes.SHAPE)[0].numpy()
+    released = {"checkpoint_dir": shipped, "device": "cpu", "disable_guardrail": True}
     for name, options in (
         ("Cosmos-Predict1-4B", {}),
         ("Cosmos-Predict1-5B-Video2World", {"prompt": "A red ball falls."}),
@@ -307,14 +308,12 @@ def test_exported_worlds_decode_by_diffusion(shipped: Path, bundled: bool) -> No
         if bundled:
             world = worldline.load(f"tiny-{name}", device="cpu")
         else:
-            world = worldline.load(name, shipped, device="cpu", disable_guardrail=True)
+            world = worldline.load(name, **released)
         video = world.generate(clip[:9], seed=3, **options)
         assert video.frames.shape == (33, 32, 48, 3)
         settings = video.report["diffusion_decoder"]
         assert settings["rotary_precision"] == sizes.ROTARY_PRECISION
-        plain = worldline.load(
-            name, shipped, device="cpu", disable_guardrail=True, disable_diffusion_decoder=True
-        )
+        plain = worldline.load(name, **released, disable_diffusion_decoder=True)
         coarse = plain.generate(clip[:9], seed=3, **options)
         assert coarse.report["diffusion_decoder"] is None
         assert coarse.frames.shape == video.frames.shape

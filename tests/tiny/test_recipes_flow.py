@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +29,6 @@ from tiny.reconstruction import DEVIATION, KL, cut, reconstruction_loss
 from tiny.run import Run
 from tiny.wan import compile_between_convolutions
 from worldline import locate
-from worldline.cli import demo, main
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.families.predict2_5.weights import open_network
 from worldline.sampling.flow import make_schedule
@@ -246,7 +244,7 @@ def world(
 ) -> worldline.World:
     """The exported world, as it ships with the package or below a checkpoint folder."""
     if request.param == "named":
-        return worldline.load(WORLD, exported, device="cpu", disable_guardrail=True)
+        return worldline.load(WORLD, checkpoint_dir=exported, device="cpu", disable_guardrail=True)
     monkeypatch.setattr(locate, "BUNDLED", exported)
     return worldline.load(TINY, device="cpu")
 
@@ -263,17 +261,6 @@ def test_the_exported_world_makes_videos(world: worldline.World) -> None:
         assert video.report["evaluations"] == 2
 
 
-def test_the_demo_shows_it(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locate, "BUNDLED", exported)
-    for ways in ("WAYS", "OTHER_WAYS"):
-        monkeypatch.setattr(demo, ways, tuple(w for w in getattr(demo, ways) if w.world == TINY))
-    result = CliRunner().invoke(main, ["demo", "--all", "--seed", "2", "--output", str(tmp_path)])
-    assert result.exit_code == 0, result.stderr
-    requests = [json.loads(path.read_text())["request"] for path in tmp_path.glob("*.json")]
-    assert sorted(request["num_input_frames"] for request in requests) == [0, 1, 5]
-    assert {request["seed"] for request in requests} == {2}
-
-
 @pytest.mark.parametrize("frames", [0, 1, 5])
 def test_a_network_has_the_inputs_of_a_sampler_in_training(
     exported: Path, frames: int, monkeypatch: pytest.MonkeyPatch
@@ -288,7 +275,7 @@ def test_a_network_has_the_inputs_of_a_sampler_in_training(
         return output
 
     monkeypatch.setattr(FlowDiT, "forward", spy)
-    world = worldline.load(WORLD, exported, device="cpu", disable_guardrail=True)
+    world = worldline.load(WORLD, checkpoint_dir=exported, device="cpu", disable_guardrail=True)
     clip = draw_frames(1, sizes.SHAPE, first=7)
     input = clip[0, :frames].numpy() if frames else None
     world.generate(
@@ -327,4 +314,4 @@ def test_a_world_without_its_tokenizer_is_refused(tmp_path: Path, exported: Path
     shutil.copytree(exported, tmp_path / "all")
     shutil.rmtree(tmp_path / "all" / WORLD / "vae")
     with pytest.raises(worldline.Error, match="no tokenizer"):
-        worldline.load(WORLD, tmp_path / "all", device="cpu", disable_guardrail=True)
+        worldline.load(WORLD, checkpoint_dir=tmp_path / "all", device="cpu", disable_guardrail=True)
