@@ -114,9 +114,7 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
         "peers_seconds": PEERS[size],
         "peak_reserved_gb": round(peak / GIGABYTE, 2),
         "weights_gb": round(resident / GIGABYTE, 2),
-        "attention": attention.backend_name(
-            device, torch.bfloat16, config.tokens(GRID).tokens
-        ),
+        "attention": attention.backend_name(device, torch.bfloat16, config.tokens(GRID).tokens),
         "difference": {
             "kernels against plain modules": gap(first, plain),
             "cuDNN against other attention": gap(first, other),
