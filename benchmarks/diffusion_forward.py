@@ -21,8 +21,8 @@ import torch
 from full_size import GEMM_FLOPS, GRID, ROWS, fill, flops, gap
 from torch import Tensor
 
-from worldline.files import GIGABYTE
 from worldline.families.diffusion.model import PRESETS, DiT, DiTConfig
+from worldline.files import GIGABYTE
 from worldline.nn import attention, modulation
 from worldline.report import environment
 from worldline.shapes import LatentShape

@@ -23,8 +23,8 @@ import torch
 from full_size import GEMM_FLOPS, ROWS, fill, flops, gap
 from torch import Tensor
 
-from worldline.files import GIGABYTE
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
+from worldline.files import GIGABYTE
 from worldline.nn import attention, modulation
 from worldline.report import environment
 from worldline.sampling.flow import KNOWN_TIMESTEP

@@ -21,12 +21,12 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from worldline.choices import ROLLOUTS
+from worldline.evaluate.clips import summarise
 
 import worldline
 from benchmarks.tiny_quality import FIRST_SEED, GIVEN, quartiles
 from tiny.clips import make_clips
-from worldline.choices import ROLLOUTS
-from worldline.evaluate.clips import summarise
 from worldline.evaluate.failures import find_failures
 from worldline.evaluate.metrics import psnr
 from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip

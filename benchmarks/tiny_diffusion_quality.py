@@ -23,17 +23,17 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from worldline.loading import find_world
+from worldline.world.denoising import DenoisingWorld
 
 from benchmarks.tiny_quality import FIRST_SEED, quartiles
 from tiny.clips import make_clips
 from tiny.objects import Found, Verdict, compare, find_objects, named_objects
 from worldline.evaluate.failures import Failure, Rate, failure_rate, find_failures
 from worldline.evaluate.metrics import motion, psnr
-from worldline.loading import find_world
 from worldline.video.convert import signed_to_uint8
 from worldline.video.sheet import contact_sheet
 from worldline.world import load_files
-from worldline.world.denoising import DenoisingWorld
 
 Frames = NDArray[np.uint8]
 

@@ -21,14 +21,14 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from worldline.pipelines.autoregressive import decoder_settings
+from worldline.pipelines.decoder import decode_tokens
+from worldline.pipelines.requests import AutoregressiveRequest
 
 import worldline
 from tiny.clips import make_clips
 from worldline.evaluate.failures import Failure, failure_rate, find_failures
 from worldline.evaluate.metrics import psnr, ssim
-from worldline.pipelines.autoregressive import decoder_settings
-from worldline.pipelines.decoder import decode_tokens
-from worldline.pipelines.requests import AutoregressiveRequest
 from worldline.locate import has_decoder
 from worldline.report import Recorder
 from worldline.video.convert import to_uint8

@@ -24,7 +24,7 @@ from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import key_map, network_view
 from worldline.tokenizers.cosmos.weights import read_config as read_tokenizer_config
 from worldline.weights.keymap import KeyMap, match
-from worldline.weights.read import Checkpoint, SHARDED_AXES
+from worldline.weights.read import SHARDED_AXES, Checkpoint
 
 from .diffusers_layout import diffusers_config
 from .weights.memory import MemoryTensor

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 import worldline.loading
+
 from worldline import machine
 from worldline.files import GIGABYTE
 
