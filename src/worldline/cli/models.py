@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from worldline.catalog import APACHE_LICENCE
 from worldline.files import GIGABYTE
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def _row(name: str, family: str, command: str, files: list[Path]) -> dict[str, A
         "files": [{"name": path.name} for path in weights],
         "nbytes": sum(path.stat().st_size for path in weights),
         "memory": None,
-        "licence": APACHE_LICENCE,
+        "licence": "Apache License 2.0",
         "command": command,
         "runs_here": "yes",
     }
