@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from worldline.loading import find_predict2_5
 
 import worldline.hub
 from worldline.catalog import FLOW_MODELS
+from worldline.locate import locate
+from worldline.opening import open_world
 from worldline.text.reason1 import RELEASED
 
 from ..fake_hub import FakeHub, serving
@@ -86,9 +87,9 @@ def test_predict2_5(run: Run, hub: FakeHub, tiny_predict2_5: Path, tmp_path: Pat
     result = run("checkpoints", "download", *words)
     assert result.exit_code == 0, result.stderr
     for model in (post, pre):
-        files = find_predict2_5(model.name, tmp_path)
-        assert files.name == model.name
-        assert files.text is not None
+        opened = open_world(locate(model.name, tmp_path), {})
+        assert opened.name == model.name
+        assert "text" in opened.parts
     for name in ("nvidia/Cosmos-Guardrail1", "Qwen/Qwen3Guard-Gen-0.6B"):
         assert (tmp_path / name).is_dir()
     assert result.stderr.count("LICENSE") == 1
@@ -181,7 +182,7 @@ def test_wrong_words(words: list[str], told: str, run: Run, tmp_path: Path) -> N
 
 def test_it_imports_no_torch(hub: FakeHub, tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom worldline.cli import main\n"
+        "import sys\nfrom worldline.cli.main import main\n"
         f"words = {json.dumps(['checkpoints', 'download', NAMES[0], '--checkpoint_dir', '.'])}\n"
         "try: main(words)\nexcept SystemExit as end: assert not end.code\n"
         "assert 'torch' not in sys.modules\n"

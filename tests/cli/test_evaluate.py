@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
 
 from tiny.clips import make_clips
 from tiny.injected import DEGRADATIONS, inject_appearance, inject_collapse
-from worldline.cli import SETTINGS, Main
 from worldline.video.write import write_video
 
 from ..conftest import moving
+from .conftest import run_words
 
 ASSETS = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
 GIVEN, FRAMES = 9, 18
@@ -29,9 +29,7 @@ Evaluate = Callable[..., Result]
 @pytest.fixture
 def evaluate() -> Evaluate:
     """`evaluate(folder, "--reference", other)`."""
-    places = {"evaluate": "worldline.cli.evaluate:evaluate"}
-    main = Main("worldline", context_settings=SETTINGS, places=places)
-    return lambda *words: CliRunner().invoke(main, ["evaluate", *map(str, words)])
+    return lambda *words: run_words(["evaluate", *words])
 
 
 @pytest.fixture(scope="module")

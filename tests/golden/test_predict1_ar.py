@@ -14,7 +14,6 @@ import torch
 from cases import Case, cases, watched
 from torch import Tensor
 
-from worldline.families.autoregressive.step import PlainDecoder
 from worldline.families.autoregressive.model import (
     PRESETS,
     RELEASED_GRID,
@@ -22,6 +21,7 @@ from worldline.families.autoregressive.model import (
     Positions,
     make_positions,
 )
+from worldline.families.autoregressive.step import PlainDecoder
 from worldline.families.autoregressive.weights import KEYS, read_config
 from worldline.nn.rope import axis_sizes as rope_axis_sizes
 from worldline.nn.rope import inverse_frequencies, rotate, rotation_3d, sincos_3d

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import (
     PRESETS,
     RELEASED_GRID,
@@ -148,6 +149,10 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
     context_width = None
     if has_context:
         context_width = stated.context_dim or shapes.size(context, 1)
+    rows = shapes.size("embedding.weight")
+    vocabulary = stated.vocab_size or shapes.size("head.weight")
+    if rows < (ids := vocabulary + int(has_context)):  # the begin token is the next id
+        raise CheckpointError(f"{source.path}: embedding_rows is {rows}; {ids} ids are read")
     stretched = (depth, width) == _DEEP_AND_WIDE
     absolute = stated.apply_abs_pos_emb
     return ARTransformerConfig(
@@ -157,8 +162,8 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
         num_kv_heads=stated.n_kv_heads or kv_heads,
         head_size=head_size,
         hidden=stated.ffn_hidden_size or shapes.size("layers.0.feed_forward.gate.weight"),
-        vocabulary=stated.vocab_size or shapes.size("head.weight"),
-        embedding_rows=shapes.size("embedding.weight"),
+        vocabulary=vocabulary,
+        embedding_rows=rows,
         grid=LatentShape(*stated.video_latent_shape),
         rope_theta=stated.rope_theta,
         norm_eps=stated.norm_eps,
