@@ -60,12 +60,11 @@ def read_embeddings(request: Any, width: int, rows: int | None = None) -> Embedd
         InputError: there is no such file, or it holds something else.
     """
     values = request.prompt_embeddings, getattr(request, "negative_prompt_embeddings", None)
-    guided = hasattr(request, "guidance")
     if not all(value is None or isinstance(value, str) for value in values):
-        found = sources.read_embeddings(*values, width=width, rows=rows, guided=guided)
+        found = sources.read_embeddings(*values, width=width, rows=rows)
     else:  # a batch reads its file once
         stamps = (value and _modified(value) for value in values)
-        found = _read_files(*values, *stamps, width, rows, guided)
+        found = _read_files(*values, *stamps, width, rows)
     return Embeddings(found.get("prompt"), found.get("negative_prompt"))
 
 
@@ -84,9 +83,8 @@ def _read_files(
     __: int,
     width: int,
     rows: int | None,
-    guided: bool,
 ) -> dict[str, Tensor]:
-    return sources.read_embeddings(prompt, negative, width=width, rows=rows, guided=guided)
+    return sources.read_embeddings(prompt, negative, width=width, rows=rows)
 
 
 def refuse_size(
