@@ -22,7 +22,8 @@ from worldline.world import World
 
 from .conftest import MODEL
 from .offloading import stand_for_a_gpu
-from .tiny_decoder import CONTEXT_LENGTH, CONTEXT_WIDTH, VIDEO2WORLD
+from .tiny_decoder import VIDEO2WORLD
+from .tiny_diffusion import CONTEXT_LENGTH, CONTEXT_WIDTH
 
 PROMPT = "A ball rolls."
 OFFLOADED: dict[str, Any] = dict.fromkeys(FAMILY.flags, True)
@@ -58,7 +59,7 @@ def test_generate_and_save(world: World, clip: Path, tmp_path: Path) -> None:
 
 def test_stream(world: World, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the diffusion decoder alone, whose frames come before the last of them is decoded."""
-    monkeypatch.setattr(world.parts.tokenizer.module, "decode_tokens", None)
+    monkeypatch.setattr(world.parts.tokenizer.module, "decode_piece", None)
     steps = list(world.stream(clip, prompt=PROMPT))
     kinds = list(dict.fromkeys(step.kind for step in steps))
     assert kinds == ["text", "encode", "tokens", "denoise", "decode", "done"]
@@ -100,7 +101,8 @@ def test_tokens_are_those_of_the_model_called_plainly(plain: World, clip: Path) 
             logits = model(ids, positions, context=context)
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
         grid = config.grid
-        video = tokenizer.decode_tokens(ids[:, 1:].view(1, grid.frames, grid.height, grid.width))
+        ids = ids[:, 1:].view(1, grid.frames, grid.height, grid.width)
+        video = tokenizer.decode(tokenizer.to_codes(ids))
     expected = ((video[0] * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 3, 0)
     assert last.frames is not None
     assert np.abs(last.frames.astype(int) - expected.numpy().astype(int)).max() <= 1

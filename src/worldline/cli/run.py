@@ -232,8 +232,8 @@ def log_unused(
             "%s was trained on generated clips of moving shapes: other inputs become coloured fog",
             opened.name,
         )
-    for name in typed:
-        if name in unused:
+    for name, value in typed.items():
+        if name in unused and value is not False:
             logger.info("--%s has no effect: %s", name, unused[name])
 
 
