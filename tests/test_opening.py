@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from worldline.tokenizers.opened import stored_tensors
 
 import worldline
 from tiny.export import draw_weights, stored_tensors, wan_settings
