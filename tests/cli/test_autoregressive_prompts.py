@@ -19,15 +19,8 @@ from worldline.weights.write import save
 from worldline.world import World
 
 from ..conftest import MODEL, frames_of
-from ..tiny_decoder import (
-    CONTEXT_LENGTH,
-    CONTEXT_WIDTH,
-    CONTINUOUS,
-    DECODER,
-    OLD_DECODER,
-    TEXT_ENCODER,
-    VIDEO2WORLD,
-)
+from ..tiny_decoder import DECODER, OLD_DECODER, VIDEO2WORLD
+from ..tiny_diffusion import CONTEXT_LENGTH, CONTEXT_WIDTH, CONTINUOUS, TEXT_ENCODER
 from .conftest import Make, Run
 from .results import check_refused, report_of, write_lines
 

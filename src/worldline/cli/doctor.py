@@ -92,7 +92,7 @@ def _fits() -> Iterator[tuple[str, str]]:
 
     for name in bundled_names():
         yield "fits", f"{name} (bundled)"
-    compute = choose_compute(LoadOptions())
+    compute = choose_compute(LoadOptions.parse({}))
     memory = device_memory(compute.device)
     for entry in ENTRIES:
         if (fit := fit_released(entry, compute, memory)) is None:

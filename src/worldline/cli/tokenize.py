@@ -110,9 +110,9 @@ class Header(BaseModel):
 
     tokenizer: str = ""
     media: Literal["image", "video"] = "video"
-    frames: int = Field(0, ge=0)
-    height: int = Field(0, ge=0)
-    width: int = Field(0, ge=0)
+    frames: int = Field(default=0, ge=0)
+    height: int = Field(default=0, ge=0)
+    width: int = Field(default=0, ge=0)
     fps: float = Field(_FPS, ge=0.01, le=1e4)
     source: str = ""  # path of the clip
 
