@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from importlib import import_module
+from os.path import commonpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,22 +91,12 @@ def examine(path: Path) -> Lines:
     size = readable_size(sum(info.nbytes for info in source.tensors.values()))
     dtypes = ", ".join(f"{dtype} ({count:,})" for dtype, count in numels.most_common())
     yield "tensors", f"{len(source.tensors):,}, {size}; values: {dtypes}"
-    if prefix := common_prefix(source.tensors):
-        yield "prefix", prefix
+    shared = commonpath([name.replace(".", "/") for name in source.tensors])
+    if shared and len(source.tensors) > 1:
+        yield "prefix", f"{shared.replace('/', '.')}."
     if source.beside:
         yield "beside", ", ".join(source.beside)
     yield from describe(source, path)
-
-
-def common_prefix(names: Iterable[str]) -> str:
-    """Leading parts, up to a dot, that all names share; "" for a lone name."""
-    first, last = min(names), max(names)
-    shared = ""
-    for part in first.split(".")[:-1]:
-        if first == last or not last.startswith(f"{shared}{part}."):
-            break
-        shared += f"{part}."
-    return shared
 
 
 def open_weights(path: Path) -> Checkpoint:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from glob import glob
+from hashlib import sha256
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -152,10 +153,10 @@ class Coder:
     opened: CosmosNetwork
     compute: Compute
 
-    def made_from(self, task: Task) -> str:
-        """Fingerprint of all that decides a result; --resume compares it."""
-        tokenizer = [stamp(path) for path in self.opened.source.files]
-        return json.dumps([stamp(task.path), tokenizer, str(self.compute.dtype)])
+    def fingerprint(self, task: Task) -> str:
+        """Hash of all that decides a result; --resume compares it."""
+        files = [stamp(path) for path in (task.path, *self.opened.source.files)]
+        return sha256(json.dumps([files, str(self.compute.dtype)]).encode()).hexdigest()
 
 
 # runs a task with its fingerprint; its line of the report
@@ -365,7 +366,7 @@ def is_finished(task: Task, coder: Coder) -> bool:
         else:
             check_written(task.output, None)
             report = read_json(task.output.with_suffix(".json"))
-        finished = report.get("made_from") == coder.made_from(task)
+        finished = report.get("fingerprint") == coder.fingerprint(task)
     except InputError:
         finished = False
     logger.info("%s %s", task.output, "is finished" if finished else "differs: made again")
@@ -390,9 +391,9 @@ def run(tasks: Sequence[Task], coder: Coder, code: Code, *, resume: bool = False
         def one(task: Task, _: str) -> str:
             start = time.perf_counter()
             task.output.parent.mkdir(parents=True, exist_ok=True)
-            made_from = coder.made_from(task)  # a file that changes meanwhile differs
+            fingerprint = coder.fingerprint(task)  # a file that changes meanwhile differs
             with memory_advice():
-                line = code(model, task, made_from)
+                line = code(model, task, fingerprint)
             return f"{task.output}: {line}, {time.perf_counter() - start:.1f} s"
 
         failed, _ = run_each(tasks, one, batch=total > 1)
@@ -402,20 +403,20 @@ def run(tasks: Sequence[Task], coder: Coder, code: Code, *, resume: bool = False
         raise Error(f"{failed} of {total} inputs failed")
 
 
-def encode_task(model: CosmosTokenizer, task: Task, made_from: str) -> str:
+def encode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
     from worldline.tokenizers.cosmos.clips import encode_clip
     from worldline.video.read import stream_media
     from worldline.weights.write import save
 
     stored, size = encode_clip(model, stream_media(task.path, model.chunk * model.config.temporal))
     kind = TOKENS if model.config.levels else LATENTS
-    made = {"made_from": made_from, "worldline": version("worldline")}
+    made = {"fingerprint": fingerprint, "worldline": version("worldline")}
     header = {**task.header.model_dump(), **vars(size), **made}
     save({kind: stored}, task.output, header)
     return f"{in_words(size)} in {kind} {' x '.join(map(str, stored.shape))}"
 
 
-def decode_task(model: CosmosTokenizer, task: Task, made_from: str) -> str:
+def decode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
     from worldline.tokenizers.cosmos.clips import decode_clip
     from worldline.video.write import write_bytes
     from worldline.weights.read import open_checkpoint
@@ -427,7 +428,7 @@ def decode_task(model: CosmosTokenizer, task: Task, made_from: str) -> str:
         if isinstance(error, Error):
             raise
         raise InputError(f"{task}: {error}") from error
-    report = {"output": str(task.output), "input": str(task), "made_from": made_from}
+    report = {"output": str(task.output), "input": str(task), "fingerprint": fingerprint}
     write_bytes(task.output.with_suffix(".json"), json.dumps(report, indent=1).encode())
     return line
 
