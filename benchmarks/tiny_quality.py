@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 
 import worldline
 from tiny.clips import make_clips
+from worldline.catalog import DECODERS
 from worldline.evaluate import metrics
 from worldline.evaluate.failures import Failure, failure_rate, find_failures
 from worldline.evaluate.metrics import ssim
 from worldline.families.autoregressive.decoder import decode_tokens
 from worldline.families.autoregressive.family import decoder_settings
 from worldline.families.autoregressive.request import ARRequest
-from worldline.locate import has_decoder
+from worldline.locate import BUNDLED
 from worldline.report import Recorder
 from worldline.video.convert import signed_to_uint8
 from worldline.video.sheet import contact_sheet
@@ -206,7 +207,7 @@ def main(
 ) -> None:
     """Measure, print, and write a JSON file."""
     worlds: dict[str, World] = {}
-    for way in ways or (WAYS if has_decoder(model) else ["discrete"]):
+    for way in ways or (WAYS if (BUNDLED / DECODERS["Predict1"]).is_dir() else ["discrete"]):
         world = worldline.load(
             model,
             checkpoint_dir=checkpoint_dir,
