@@ -57,7 +57,7 @@ def draw_weights(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     if isinstance(model, DiT | FlowDiT):
         # a gate at zero would block the first update: the noise level opens all of them a little
-        nn.init.normal_(model.noise.second.weight, std=0.02)
+        nn.init.normal_(model.get_parameter("noise.second.weight"), std=0.02)
 
 
 def export_network(

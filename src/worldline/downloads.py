@@ -22,27 +22,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import (
-    HfApi,
-    get_hf_file_metadata,
-    get_session,
-    get_token,
-    hf_hub_url,
-)
+from huggingface_hub import HfApi, get_hf_file_metadata, get_session, get_token, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import (  # type: ignore[attr-defined]
-    build_hf_headers,
-    hf_raise_for_status,
-)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-from worldline.catalog import (
-    ENTRIES,
-    FLOW_MODELS,
-    FLOW_TOKENIZER,
-    Entry,
-    find,
-    is_bundled,
-)
+from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, Entry, find, is_bundled
 from worldline.errors import DownloadError, InputError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -311,23 +295,19 @@ def fetch_all(files: Mapping[Path, RemoteFile], report: Callable[[int], object])
 
     Args:
         files: by their places; what is whole at its place is not fetched again.
-        report: called with the bytes that have come, a negative number where they were wrong.
+        report: called, in any thread, with the bytes that came; negative where they were wrong.
 
     Raises:
         DownloadError: one cannot be fetched; the others that had begun go on where they were in the
             next run.
     """
-    stop, lock = threading.Event(), threading.Lock()
-
-    def report_alone(count: int) -> None:
-        with lock:
-            report(count)
+    stop = threading.Event()
 
     def work(path: Path, file: RemoteFile) -> Path:
         if file.is_at(path):
-            report_alone(file.nbytes)
+            report(file.nbytes)
         else:
-            fetch(file, path, report_alone, stop)
+            fetch(file, path, report, stop)
         return path
 
     with ThreadPoolExecutor(_PARALLEL_FILES) as pool:

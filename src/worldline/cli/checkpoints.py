@@ -78,7 +78,7 @@ def examine(path: Path) -> Lines:
 
     if path.is_file():  # one of several files: the whole model is examined
         listed = [read_json(index).get("weight_map") for index in path.parent.glob("*.index.json")]
-        sets = [each.values() for each in listed if isinstance(each, dict)]
+        sets: list[Iterable[str]] = [each.values() for each in listed if isinstance(each, dict)]
         sets += [layout for layout in LAYOUTS if len(layout) > 1]
         path = path.parent if any(path.name in names for names in sets) else path
     source = open_weights(path)

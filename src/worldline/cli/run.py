@@ -23,6 +23,7 @@ from worldline.cli.batch import (
     report_done,
     run_each,
 )
+from worldline.cli.failures import is_out_of_memory
 from worldline.cli.options import fields_of, parsed, stated
 from worldline.cli.progress import Preview, Progress, follow, preview_path
 from worldline.errors import (
@@ -397,8 +398,6 @@ class Groups:
         return self.lines.pop(task.item.output, None)
 
     def _make(self, group: list[Task], label: str) -> None:
-        from worldline.cli.main import is_out_of_memory
-
         try:
             jobs = [
                 self.world.prepare(t.item.input, {}, input_type=t.item.kind, request=t.request)

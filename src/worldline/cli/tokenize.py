@@ -109,9 +109,9 @@ class Header(BaseModel):
 
     tokenizer: str = ""
     media: Literal["image", "video"] = "video"
-    frames: int = Field(0, ge=0)
-    height: int = Field(0, ge=0)
-    width: int = Field(0, ge=0)
+    frames: int = Field(default=0, ge=0)
+    height: int = Field(default=0, ge=0)
+    width: int = Field(default=0, ge=0)
     fps: float = Field(_FPS, ge=0.01, le=1e4)
     source: str = ""  # path of the clip
 
@@ -157,8 +157,8 @@ class Coder:
         return json.dumps([stamp(task.path), tokenizer, str(self.compute.dtype)])
 
 
-# runs a task; its line of the report
-Code = Callable[["CosmosTokenizer", Coder, Task], str]
+# runs a task with its fingerprint; its line of the report
+Code = Callable[["CosmosTokenizer", Task, str], str]
 # flags of every command
 _MACHINE = options(
     LoadOptions, hidden=LoadOptions.model_fields.keys() - {"checkpoint_dir", "device", "dtype"}
@@ -389,8 +389,9 @@ def run(tasks: Sequence[Task], coder: Coder, code: Code, *, resume: bool = False
         def one(task: Task, _: str) -> str:
             start = time.perf_counter()
             task.output.parent.mkdir(parents=True, exist_ok=True)
+            made_from = coder.made_from(task)  # a file that changes meanwhile differs
             with memory_advice():
-                line = code(model, coder, task)
+                line = code(model, task, made_from)
             return f"{task.output}: {line}, {time.perf_counter() - start:.1f} s"
 
         failed, _ = run_each(tasks, one, batch=total > 1)
@@ -400,12 +401,11 @@ def run(tasks: Sequence[Task], coder: Coder, code: Code, *, resume: bool = False
         raise Error(f"{failed} of {total} inputs failed")
 
 
-def encode_task(model: CosmosTokenizer, coder: Coder, task: Task) -> str:
+def encode_task(model: CosmosTokenizer, task: Task, made_from: str) -> str:
     from worldline.tokenizers.cosmos.clips import encode_clip
     from worldline.video.read import stream_media
     from worldline.weights.write import save
 
-    made_from = coder.made_from(task)  # before it is read: a file that changes meanwhile differs
     stored, size = encode_clip(model, stream_media(task.path, model.chunk * model.config.temporal))
     kind = TOKENS if model.config.levels else LATENTS
     header = {**task.header.model_dump(), **vars(size), "made_from": made_from}
@@ -413,12 +413,11 @@ def encode_task(model: CosmosTokenizer, coder: Coder, task: Task) -> str:
     return f"{in_words(size)} in {kind} {' x '.join(map(str, stored.shape))}"
 
 
-def decode_task(model: CosmosTokenizer, coder: Coder, task: Task) -> str:
+def decode_task(model: CosmosTokenizer, task: Task, made_from: str) -> str:
     from worldline.tokenizers.cosmos.clips import decode_clip
     from worldline.video.write import write_bytes
     from worldline.weights.read import open_checkpoint
 
-    made_from = coder.made_from(task)
     stored = open_checkpoint(task.path).read(task.kind)
     try:
         line = write(decode_clip(model, stored, task.header.shape), task.output, task.header.fps)
@@ -431,9 +430,7 @@ def decode_task(model: CosmosTokenizer, coder: Coder, task: Task) -> str:
     return line
 
 
-def reconstruct_task(
-    model: CosmosTokenizer, _: Coder, task: Task, *, flags: ReconstructFlags
-) -> str:
+def reconstruct_task(model: CosmosTokenizer, task: Task, _: str, *, flags: ReconstructFlags) -> str:
     import numpy as np
     import torch
 

@@ -272,7 +272,7 @@ def unpatchify(y: Tensor, grid: LatentShape) -> Tensor:
 
 
 class DiffusionTransformer(nn.Module):
-    """Tokens of noised latents through modulated blocks; a family adds noise level and positions."""
+    """Tokens of noised latents through modulated blocks; families add noise level and positions."""
 
     def __init__(self, sizes: DiTSizes, input_channels: int, noise: nn.Module) -> None:
         super().__init__()

@@ -275,8 +275,8 @@ def _faults(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle may raise anything at all
         raise CheckpointError(
-            f"{path} is cut short or damaged: it has {path.stat().st_size:,} bytes, and its tensors "
-            f"cannot be found ({error}); download it again"
+            f"{path} is cut short or damaged: it has {path.stat().st_size:,} bytes, and its "
+            f"tensors cannot be found ({error}); download it again"
         ) from error
 
 
