@@ -24,14 +24,12 @@ from numpy.typing import NDArray
 
 import worldline
 from tiny.clips import make_clips
-from worldline.catalog import DECODERS
 from worldline.evaluate import metrics
 from worldline.evaluate.failures import Failure, failure_rate, find_failures
 from worldline.evaluate.metrics import ssim
 from worldline.families.autoregressive.decoder import decode_tokens
 from worldline.families.autoregressive.family import decoder_settings
 from worldline.families.autoregressive.request import ARRequest
-from worldline.locate import BUNDLED
 from worldline.report import Recorder
 from worldline.video.convert import signed_to_uint8
 from worldline.video.sheet import contact_sheet
@@ -41,7 +39,7 @@ Frames = NDArray[np.uint8]
 
 FIRST_SEED = 1_000_000
 GIVEN = 9
-WAYS = {"discrete": True, "diffusion": False}  # is the diffusion decoder disabled?
+WAYS = {"discrete": True, "diffusion": None}  # disable_diffusion_decoder; None: where there is none
 SHEET_CLIPS = 20
 
 
@@ -207,7 +205,7 @@ def main(
 ) -> None:
     """Measure, print, and write a JSON file."""
     worlds: dict[str, World] = {}
-    for way in ways or (WAYS if (BUNDLED / DECODERS["Predict1"]).is_dir() else ["discrete"]):
+    for way in ways or WAYS:
         world = worldline.load(
             model,
             checkpoint_dir=checkpoint_dir,
@@ -215,7 +213,8 @@ def main(
             disable_guardrail=True,
             disable_diffusion_decoder=WAYS[way],
         )
-        worlds[way] = world
+        if WAYS[way] or world.parts.decoder is not None:
+            worlds[way] = world
     figures = {way: Figures() for way in worlds}
     rows, labels = [], []
     prompted = all(map(is_prompted, worlds.values()))

@@ -66,16 +66,14 @@ def decoder(run: Run, tokenizer: Path, latents: Path, text: Path) -> None:
 
     def encode(seeds: range, workers: int) -> Clips:
         """Latents and tokens of windows, and the context (windows, S, E) of their captions."""
-        parts, contexts = [], []
+        parts = []
         draws = generator(run.seed, 0, rank=run.ranks.rank)
         batches = clip_batches(seeds, long_shape(), device, batch=64, workers=workers)
         for pictures, captions in views(batches):
             video = as_video(pictures).to(run.half)
-            parts.append(cut_windows(coarse, fine, statistics, video, draws))
-            context = embed_captions(encoder, captions)
-            contexts.append(context.repeat_interleave(_WINDOWS_A_CLIP, 0))
-        z, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
-        return z, tokens, torch.cat(contexts)
+            context = embed_captions(encoder, captions).repeat_interleave(_WINDOWS_A_CLIP, 0)
+            parts.append((*cut_windows(coarse, fine, statistics, video, draws), context))
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     pool = encode(run.seeds(clips), run.workers)
     held_out = encode(run.held_out(128, clips), 0)

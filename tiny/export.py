@@ -27,12 +27,17 @@ from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.weights.keymap import KeyMap
 from worldline.weights.write import save
 
+_DRAWN = ("embed", "ids", "positions", "project", "noise", "blocks", "head")
+
 
 def draw_weights(model: nn.Module) -> None:
     """Fresh weights: norms at one, convolutions as torch draws them, transformers by fan-in."""
     tokenizer = isinstance(model, CosmosTokenizer | WanTokenizer)
     bound = 0.0
-    for name, parameter in model.named_parameters():
+    parameters = list(model.named_parameters())
+    if isinstance(model, DiT | FlowDiT):  # a seed is the same weights whatever the modules' order
+        parameters.sort(key=lambda named: _DRAWN.index(named[0].partition(".")[0]))
+    for name, parameter in parameters:
         leaf = name.rpartition(".")[2]
         if ("norm" in name and leaf != "bias") or leaf == "gamma":
             nn.init.ones_(parameter)
