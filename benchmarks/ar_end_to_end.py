@@ -34,11 +34,11 @@ from full_size import (
     write_network,
     write_text,
 )
+from worldline.loading import find_autoregressive, fit_files
+from worldline.loading.decoder import window_grid
 
 from tiny.export import autoregressive_settings, cosmos_tensors, draw_weights
 from worldline.catalog import DECODERS
-from worldline.loading import find_autoregressive, fit_files
-from worldline.loading.decoder import window_grid
 from worldline.families.autoregressive.model import PRESETS as TRANSFORMERS
 from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
 from worldline.families.autoregressive.weights import KEYS

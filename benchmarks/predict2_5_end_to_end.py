@@ -25,12 +25,11 @@ import torch
 from full_size import GEMM_FLOPS, ROWS, fill, flops, run_command
 from numpy.typing import NDArray
 from PIL import Image
-from tiny.export import dit_tensors, draw_weights
-from worldline.catalog import find_flow_model
 from worldline.loading import find_predict2_5, fit_files
 
 from tiny.encoders import REASON1 as TINY
 from tiny.encoders import byte_chat_tokenizer, export_reason1
+from tiny.export import dit_tensors, draw_weights, stored_tensors
 from worldline.catalog import find_flow_model
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.shapes import VideoShape

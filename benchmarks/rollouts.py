@@ -23,18 +23,17 @@ import torch
 from numpy.typing import NDArray
 
 import worldline
-from benchmarks.tiny_quality import FIRST_SEED, GIVEN, quartiles
+from benchmarks.tiny_quality import FIRST_SEED, GIVEN, continued, is_prompted, psnr, quartiles
 from tiny.clips import make_clips
-from worldline.choices import ROLLOUTS
-from worldline.evaluate.clips import summarise
-from worldline.evaluate.failures import find_failures
-from worldline.evaluate.metrics import psnr
+from worldline.evaluate.failures import failure_rate, find_failures
 from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip
 from worldline.video.sheet import contact_sheet
-from worldline.world import AutoregressiveWorld
+from worldline.world import World
 
-LENGTHS = (33, 81, 161)
 Frames = NDArray[np.uint8]
+
+ROLLOUTS = ("tokens", "pixels")
+LENGTHS = (33, 81, 161)
 
 
 def detail(frames: Frames) -> float:
@@ -67,7 +66,7 @@ def stretches(length: int) -> list[tuple[int, int]]:
 
 
 def videos(
-    world: AutoregressiveWorld,
+    world: World,
     clips: list[Frames],
     captions: list[str] | None,
     way: str,
@@ -75,31 +74,22 @@ def videos(
     at_once: int,
 ) -> list[Frames]:
     """Continue the clips, `at_once` in step, by their captions if there are any."""
-    found: dict[int, Frames] = {}
+    made: list[Frames] = []
     for first in range(0, len(clips), at_once):
-        group = clips[first : first + at_once]
+        group = [clip[:GIVEN] for clip in clips[first : first + at_once]]
         each: list[dict[str, Any]] = [{"seed": first + number} for number in range(len(group))]
         if captions is not None:
             each = [{**one, "prompt": captions[one["seed"]]} for one in each]
-        steps = world.stream_batch(
-            [clip[:GIVEN] for clip in group],  # the model sees the given frames alone
-            each,
-            num_input_frames=GIVEN,
-            num_video_frames=length,
-            rollout=way,
-        )
-        for number, step in steps:
-            if step.video is not None:
-                found[first + number] = step.video.frames
-        print(f"{way}: {first + len(group)} of {len(clips)}", flush=True)
-    return [found[number] for number in range(len(clips))]
+        made += continued(world, group, each, num_video_frames=length, rollout=way)
+        print(f"{way}: {len(made)} of {len(clips)}", flush=True)
+    return made
 
 
 @torch.inference_mode()
-def reconstructed(world: AutoregressiveWorld, clip: Frames) -> Frames:
+def reconstructed(world: World, clip: Frames) -> Frames:
     tokenizer = world.parts.tokenizer.module
-    ids, shape = encode_clip(tokenizer, [clip])
-    return np.concatenate(list(decode_clip(tokenizer, ids, shape)))
+    ids, _ = encode_clip(tokenizer, [clip])
+    return np.concatenate(list(decode_clip(tokenizer, ids)))[: len(clip)]
 
 
 @click.command()
@@ -124,7 +114,6 @@ def main(
     """Measure, print, and write a JSON file."""
     # a diffusion decoder would hide what either way does to the tokens
     world = worldline.load(model, device=device, disable_diffusion_decoder=True)
-    assert isinstance(world, AutoregressiveWorld)
     clips, masks, captions = [], [], []
     for number in range(count):
         truth = make_clips([FIRST_SEED + number], frames=length, return_masks=True)
@@ -132,7 +121,7 @@ def main(
         clips.append(truth.frames[0].numpy())
         masks.append(truth.masks[0].numpy())
         captions += truth.captions
-    by = captions if world.video2world else None
+    by = captions if is_prompted(world) else None
     still = [np.broadcast_to(clip[GIVEN - 1], clip.shape) for clip in clips]
     ways = {"repeating the last given frame": still}
     ways["tokenizer alone"] = [reconstructed(world, clip) for clip in clips]
@@ -167,7 +156,7 @@ def main(
             with ThreadPoolExecutor() as threads:  # seconds a clip
                 begun = [threads.submit(find_failures, f[:longest], GIVEN) for f in made]
             found = [one.result() for one in begun]
-            entry["failures"][f"{longest} frames"] = summarise(found).as_json()
+            entry["failures"][f"{longest} frames"] = failure_rate(found).as_json()
         result["ways"][name] = entry
         output.write_text(json.dumps(result, indent=1) + "\n")
         brief = {

@@ -24,16 +24,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.tiny_quality import FIRST_SEED, quartiles
+import worldline
+from benchmarks.tiny_quality import FIRST_SEED, psnr, quartiles, reconstructed
 from tiny.clips import make_clips
 from tiny.objects import Found, Verdict, compare, find_objects, named_objects
 from worldline.evaluate.failures import Failure, Rate, failure_rate, find_failures
-from worldline.evaluate.metrics import motion, psnr
-from worldline.loading import find_world
-from worldline.video.convert import signed_to_uint8
+from worldline.evaluate.metrics import motion
 from worldline.video.sheet import contact_sheet
-from worldline.world import load_files
-from worldline.world.denoising import DenoisingWorld
 
 Frames = NDArray[np.uint8]
 
@@ -45,15 +42,6 @@ TASKS = ("video2world", "image2world", "text2world")
 
 def share(passed: Sequence[bool]) -> dict[str, object]:
     return Rate(sum(passed), len(passed)).as_json()
-
-
-@torch.inference_mode()
-def reconstructed(world: DenoisingWorld, frames: Frames) -> Frames:
-    tokenizer = world.parts.tokenizer.module
-    weight = next(tokenizer.parameters())
-    video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(weight.device).float()
-    decoded = tokenizer.reconstruct((video / 255 * 2 - 1).to(weight.dtype))[0]
-    return signed_to_uint8(decoded)
 
 
 class Continued:
@@ -219,13 +207,14 @@ def main(
 ) -> None:
     """Measure, print, and write a JSON file."""
     # prompts go in as they are, and videos come out as they are
-    world = load_files(find_world(model, checkpoint_dir), device=device)
-    assert isinstance(world, DenoisingWorld)
-    own = world.parts.files.defaults
+    options: dict[str, Any] = {"checkpoint_dir": checkpoint_dir, "device": device}
+    world = worldline.load(model, **options, disable_guardrail=True)
+    kind = world.opened.family.request
+    own = kind.parse(world.opened.defaults)
     size = (own.num_video_frames, own.height, own.width)
     chosen = {"num_steps": num_steps, "guidance": guidance}
     options = {name: value for name, value in chosen.items() if value is not None}
-    frames_given = dict(zip(TASKS, (world.frames_given[1], 1, 0), strict=True))
+    frames_given = dict(zip(TASKS, (kind.INPUT_FRAMES["video"], 1, 0), strict=True))
     measured: dict[str, Continued | Prompted] = {
         task: Continued(given) if given else Prompted()
         for task, given in frames_given.items()

@@ -24,16 +24,17 @@ from numpy.typing import NDArray
 
 import worldline
 from tiny.clips import make_clips
+from worldline.evaluate import metrics
 from worldline.evaluate.failures import Failure, failure_rate, find_failures
-from worldline.evaluate.metrics import psnr, ssim
-from worldline.pipelines.autoregressive import decoder_settings
-from worldline.pipelines.decoder import decode_tokens
-from worldline.pipelines.requests import AutoregressiveRequest
+from worldline.evaluate.metrics import ssim
+from worldline.families.autoregressive.decoder import decode_tokens
+from worldline.families.autoregressive.family import decoder_settings
+from worldline.families.autoregressive.request import ARRequest
 from worldline.locate import has_decoder
 from worldline.report import Recorder
-from worldline.video.convert import to_uint8
+from worldline.video.convert import signed_to_uint8
 from worldline.video.sheet import contact_sheet
-from worldline.world import AutoregressiveWorld
+from worldline.world import World
 
 Frames = NDArray[np.uint8]
 
@@ -57,35 +58,44 @@ def differences(values: Sequence[float], others: Sequence[float]) -> dict[str, A
     return quartiles([value - other for value, other in zip(values, others, strict=True)])
 
 
+def psnr(frames: Frames, truth: Frames, mask: NDArray[np.bool_] | None = None) -> float:
+    """PSNR in dB, of the pixels (T, H, W) of a mask alone if there is one."""
+    if mask is None:
+        return metrics.psnr(frames, truth)
+    error = (frames[mask].astype(np.int64) - truth[mask]) ** 2
+    return metrics.decibels(float(error.mean()))
+
+
 @torch.inference_mode()
-def reconstructed(world: AutoregressiveWorld, frames: Frames, prompt: str | None) -> Frames:
-    """Encode all frames of a clip, and decode their tokens as the world decodes its own."""
+def reconstructed(world: World, frames: Frames, prompt: str | None = None) -> Frames:
+    """Encode all frames of a clip, and decode them as the world decodes its own latents."""
     parts = world.parts
     tokenizer = parts.tokenizer.module
-    weight = tokenizer.quant_conv.weight
+    weight = next(tokenizer.parameters())
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(weight.device).float()
     video = (video / 255 * 2 - 1).to(weight.dtype)
     if parts.decoder is None:
-        return to_uint8(tokenizer.reconstruct(video)[0] * 0.5 + 0.5)
-    ids = tokenizer.encode_tokens(video)
-    context = parts.decoder.context
-    if prompt is not None:
-        assert parts.text is not None
-        context = parts.text.embed([prompt])[prompt]
-    assert context is not None
-    settings = decoder_settings(parts.decoder, AutoregressiveRequest())
-    cells = tokenizer.config.spatial // parts.decoder.tokenizer.module.config.spatial
-    recorder = Recorder(world.device)
-    steps = decode_tokens(parts.decoder, ids, context, settings, cells, recorder)
+        return signed_to_uint8(tokenizer.reconstruct(video)[0])
+    opened, ids = parts.opened, tokenizer.encode_tokens(video)
+    context = opened["decoder"].context if prompt is None else parts.text.embed([prompt])[prompt]
+    settings = decoder_settings(parts, ARRequest())
+    cells = opened["tokenizer"].config.spatial // opened["decoder_tokenizer"].config.spatial
+    steps = decode_tokens(parts, ids, context, settings, cells, Recorder(world.device))
     return np.concatenate([step.frames for step in steps if step.frames is not None])
 
 
+def is_prompted(world: World) -> bool:
+    """Whether an autoregressive world reads text."""
+    return world.parts.config.context_width is not None
+
+
 def continued(
-    world: AutoregressiveWorld, clips: Sequence[Frames], each: Sequence[dict[str, Any]]
+    world: World, clips: Sequence[Frames], each: Sequence[dict[str, Any]], **options: Any
 ) -> list[Frames]:
     """Videos that continue the clips; the world sees their frames alone."""
     videos: dict[int, Frames] = {}
-    for number, step in world.stream_batch(clips, each, num_input_frames=len(clips[0])):
+    options["num_input_frames"] = len(clips[0])
+    for number, step in world.stream_batch(clips, each, **options):
         if step.video is not None:
             videos[number] = step.video.frames
     return [videos[number] for number in range(len(clips))]
@@ -127,12 +137,9 @@ class Figures:
         self.failures: dict[str, list[list[Failure]]] = defaultdict(list)
 
     def add(self, measured: Measured) -> None:
-        for name, value in measured.psnr.items():
-            self.psnr[name].append(value)
-        for name, value in measured.ssim.items():
-            self.ssim[name].append(value)
-        for name, found in measured.failures.items():
-            self.failures[name].append(found)
+        for mine, values in zip((self.psnr, self.ssim, self.failures), measured, strict=True):
+            for name, value in values.items():
+                mine[name].append(value)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -198,20 +205,19 @@ def main(
     sheet: Path | None,
 ) -> None:
     """Measure, print, and write a JSON file."""
-    worlds: dict[str, AutoregressiveWorld] = {}
+    worlds: dict[str, World] = {}
     for way in ways or (WAYS if has_decoder(model) else ["discrete"]):
         world = worldline.load(
             model,
-            checkpoint_dir,
+            checkpoint_dir=checkpoint_dir,
             device=device,
             disable_guardrail=True,
             disable_diffusion_decoder=WAYS[way],
         )
-        assert isinstance(world, AutoregressiveWorld)
         worlds[way] = world
     figures = {way: Figures() for way in worlds}
     rows, labels = [], []
-    prompted = all(world.video2world for world in worlds.values())
+    prompted = all(map(is_prompted, worlds.values()))
     for first in range(0, count, batch_size):
         numbers = range(first, min(first + batch_size, count))
         batch = make_clips([FIRST_SEED + number for number in numbers], return_masks=True)

@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tiny.export import draw_weights
 from worldline import memory
 from worldline.catalog import ENTRIES
 from worldline.errors import InputError, InsufficientMemoryError
@@ -263,7 +264,7 @@ def test_denoising_without_kernels(
     sizes: dict[str, Any] = {"width": 1024, "num_heads": 8, "head_size": 128, "hidden": 4096}
     large = replace(config(condition_mask=False), **sizes, max_grid=LatentShape(2, 16, 16))
     model = DiT(large).to(dtype).requires_grad_(False)
-    model.reset_parameters()
+    draw_weights(model)
     grid = LatentShape(2, 32, 32)
     fused, plain = (denoise_bytes(large, grid, dtype, 8, fused=fused) for fused in (True, False))
     with torch.inference_mode(), Live(model.parameters()) as live:
@@ -276,8 +277,8 @@ def test_denoising_without_kernels(
 def test_kernels_are_planned_for_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     options, found = released(DIFFUSION).options, []
     monkeypatch.setattr("worldline.opening.choose_device", lambda device: CUDA)
-    for kernels in (object(), None):
-        monkeypatch.setattr("worldline.nn.modulation._load_kernels", lambda found=kernels: found)
+    for triton in (True, False):
+        monkeypatch.setattr("worldline.nn.modulation.has_triton", lambda found=triton: found)
         compute = choose_compute(options)
         found.append(planned(DIFFUSION, compute))
     flags = found[0].flags

@@ -15,8 +15,6 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from worldline.errors import InputError
-
 Floats = NDArray[np.float64]
 
 FPS = 25.0
@@ -92,15 +90,7 @@ class Motion(NamedTuple):
 
 
 def integrate(bodies: Bodies, frames: int) -> Motion:
-    """Carry `bodies` through `frames` frames; frame 0 is the start itself.
-
-    A clip moves the same whatever the others are.
-
-    Raises:
-        InputError: `frames` is not positive.
-    """
-    if frames < 1:
-        raise InputError(f"frames is {frames}; it must be at least 1")
+    """Motion of `bodies` through `frames` frames, each clip alone; frame 0 is the start itself."""
     start = (bodies.x, bodies.y, bodies.angle, bodies.velocity_x, bodies.velocity_y, bodies.spin)
     # its views are changed in place, so rows of clips must lie in a row
     state = np.ascontiguousarray(np.stack(start))

@@ -302,10 +302,17 @@ class Opened:
         return self.place.folder
 
     @property
-    def config_file(self) -> Path:
-        """The config.json beside the transformer, whether it is there or not."""
-        file: Path = self.source.path
-        return file.parent / "config.json"
+    def text_length(self) -> int:
+        """Rows of a text embedding."""
+        from worldline.text.encoder import MAX_LENGTH
+
+        return self.parts["text"].max_length if "text" in self.parts else MAX_LENGTH
+
+    @property
+    def encoder_unused(self) -> dict[str, str]:
+        """The text encoder and its options, where every prompt comes as an embedding."""
+        options = [name for name in type(self.options).model_fields if "text_encoder" in name]
+        return dict.fromkeys(("text", *options), "embeddings are given")
 
     def with_part(self, name: str, part: Any, missing: str = "") -> Opened:
         """The same with one more part, or the reason why it is missing."""

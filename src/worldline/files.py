@@ -46,6 +46,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def readable_size(nbytes: float) -> str:
+    """A number of bytes in words: 8.0 GB."""
+    for unit, name in ((GIGABYTE, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f} {name}"
+    return f"{nbytes:.0f} B"
+
+
 def disguise(head: bytes) -> str:
     """Kind of page that often takes the place of a download: "web page", "git-lfs pointer" or "".
 

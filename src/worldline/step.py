@@ -91,11 +91,18 @@ class Video:
             write_video(self.frames, target, self.fps)
             if self.prompt is not None:
                 write_bytes(target.with_suffix(".txt"), self.prompt.encode())
-            elif target.with_suffix(".json").exists():  # its prompt belongs to an earlier video
-                with suppress(OSError):
+            elif _has_prompt(target):
+                with suppress(OSError):  # words of the video that stood here
                     target.with_suffix(".txt").unlink(missing_ok=True)
             write_bytes(target.with_suffix(".json"), text.encode())
         return target
+
+
+def _has_prompt(video: Path) -> bool:
+    """Whether the report beside a video has its prompt."""
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads(video.with_suffix(".json").read_text()).get("prompt") is not None
+    return False
 
 
 @contextmanager

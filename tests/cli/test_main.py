@@ -13,7 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from worldline.cli.main import LazyGroup, Main, explain, main
+from worldline.cli.failures import explain
+from worldline.cli.main import LazyGroup, Main, main
 from worldline.errors import CheckpointError, Error, GuardrailRefusal, InputError
 
 from .conftest import Run

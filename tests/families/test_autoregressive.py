@@ -14,10 +14,13 @@ import torch
 import worldline
 from worldline.errors import InputError
 from worldline.families.autoregressive import family
+from worldline.families.autoregressive.model import make_positions
+from worldline.video.convert import condition_frames
 from worldline.world import World
 
 from ..conftest import MODEL, moving
-from ..tiny_decoder import VIDEO2WORLD
+from ..tiny_decoder import CONTEXT_LENGTH, CONTEXT_WIDTH, VIDEO2WORLD
+from .worlds import PROMPT, checked, clip, frames_of, load_named, run
 
 WAYS = ("tokens", "pixels")
 
@@ -198,3 +201,62 @@ def test_wrong_batches(plain: World, image: Path) -> None:
 def test_wrong_lengths(plain: World, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plain.stream(moving(), **options)
+
+
+def test_tokens_are_those_of_the_model_called_plainly(whole: World) -> None:
+    """A begin token first, all rows of the context seen, those of zeros too."""
+    parts = load_named(VIDEO2WORLD, whole.opened.place.roots[0], disable_diffusion_decoder=True)
+    frames = clip()
+    made = frames_of(run(parts, frames, prompt=PROMPT, temperature=0))
+    model, tokenizer, config = parts.transformer.module, parts.tokenizer.module, parts.config
+    assert parts.text is not None
+    with torch.inference_mode():
+        pixels = condition_frames(frames, 9, 9, 32, 48)
+        known = tokenizer.encode_tokens(pixels).flatten(1).long()
+        ids = torch.cat([torch.tensor([[config.begin_token]]), known], dim=1)
+        embedding = parts.text.embed([PROMPT])[PROMPT]
+        assert embedding.shape == (1, CONTEXT_LENGTH, CONTEXT_WIDTH)
+        assert not embedding[:, len(PROMPT) + 1 :].any()
+        context = model.encode_context(embedding)
+        positions = make_positions(config, "cpu", torch.float32)
+        while ids.shape[1] < config.length:
+            logits = model(ids, positions, context=context)
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        grid = config.grid
+        tokens = ids[:, 1:].view(1, grid.frames, grid.height, grid.width)
+        video = tokenizer.decode(tokenizer.to_codes(tokens))
+    expected = ((video[0] * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 3, 0)
+    assert np.abs(made.astype(int) - expected.numpy().astype(int)).max() <= 1
+
+
+def test_tokens_are_decoded_once(whole: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole.parts.tokenizer.module, "decode", None)  # is not called
+    assert len(whole.generate(moving(), prompt=PROMPT).frames) == 33
+
+
+@pytest.mark.parametrize("length", [33, 57])
+def test_one_window_has_no_seam(whole: World, length: int) -> None:
+    frames = [
+        whole.generate(moving(), prompt=PROMPT, decoder_seam=seam, num_video_frames=length).frames
+        for seam in ("corrected", "as_released")
+    ]
+    assert np.array_equal(*frames)
+
+
+def test_base_models_use_the_general_prompt(whole_world: Path) -> None:
+    world = load(whole_world, MODEL)
+    assert world.opened["decoder"].context is not None
+    report = world.generate(moving()).report
+    assert report["diffusion_decoder"]["sampler"] == "edm_euler"
+
+
+def test_fields_without_effect(plain: World, whole: World) -> None:
+    decoder = {"offload_diffusion_decoder", "decoder_seam"}
+    for world, options, names in (
+        (plain, {}, {*decoder, "rollout"}),
+        (plain, {"temperature": 0, "num_video_frames": 41}, {*decoder, "top_p", "seed"}),
+        (whole, {"prompt": "x", "temperature": 0}, {"top_p", "rollout", "decoder_seam"}),
+        (whole, {"prompt": "x", "num_video_frames": 65}, set()),
+    ):
+        unused = family.unused(world.opened, checked(world.opened, **options))
+        assert unused.keys() - {"offload_prompt_upsampler"} == names

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiny.encoders import export_t5, new_t5
+from tiny.export import cosmos_settings, stored_tensors
 from worldline.errors import CheckpointError
 from worldline.families.diffusion.family import generation_of, starts_from_text
 from worldline.families.diffusion.model import RELEASED_RATIOS
 from worldline.family import Opened, Parts
-from worldline.text.t5 import export_t5, new_t5
-from worldline.tokenizers.cosmos.weights import diffusers_config as vae_config
 from worldline.tokenizers.cosmos.weights import key_map
-from worldline.tokenizers.opened import stored_tensors
 from worldline.weights.write import save
 
 from ..conftest import TOKENIZER as DISCRETE
@@ -177,9 +176,9 @@ def write_diffusers(own: Path, parts: Parts) -> Path:
 def write_vae(own: Path, parts: Parts) -> None:
     (own / "vae").mkdir()
     coder, statistics = parts.tokenizer.module, parts.opened["tokenizer"].statistics
-    tensors = stored_tensors(coder, key_map(coder.config, "diffusers"))
+    tensors = stored_tensors(coder, key_map(coder.config, True))
     save(tensors, own / "vae" / "diffusion_pytorch_model.safetensors")
-    (own / "vae" / "config.json").write_text(json.dumps(vae_config(coder.config, statistics)))
+    (own / "vae" / "config.json").write_text(json.dumps(cosmos_settings(coder.config, statistics)))
 
 
 def write_text_encoder(own: Path, source: Path) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tiny.encoders import export_reason1, new_reason1
+from tiny.export import draw_weights
 from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER
 from worldline.errors import CheckpointError
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.family import Opened
-from worldline.text.reason1 import RELEASED, TINY, export_reason1, new_reason1
+from worldline.text.reason1 import RELEASED
 from worldline.weights.write import save
 
 from ..diffusers_layout import diffusers_config, diffusers_tensors
@@ -113,7 +115,7 @@ def test_schedules(own_predict2_5: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("karras", [True, False])
 def test_a_folder_of_diffusers(karras: bool, own_predict2_5: Path) -> None:
     model = FlowDiT(CONFIG)
-    model.reset_parameters()
+    draw_weights(model)
     folder = own_predict2_5 / "exported"
     (folder / "transformer").mkdir(parents=True)
     save(diffusers_tensors(model), folder / "transformer/diffusion_pytorch_model.safetensors")
@@ -166,7 +168,6 @@ def test_other_parts(own_predict2_5: Path) -> None:
     write_tokenizer(own_predict2_5 / "other" / "tokenizer.pth", channels=8)
     opened = open_named(POST.name, own_predict2_5, tokenizer_dir="other")
     assert opened["tokenizer"].config.channels == 8
-    sizes: dict[str, Any] = TINY
-    export_reason1(new_reason1(TINY), own_predict2_5 / "wide")
+    export_reason1(new_reason1(), own_predict2_5 / "wide")
     with pytest.raises(CheckpointError, match=r"wide has width 128, .* 32"):
         open_named(POST.name, own_predict2_5, text_encoder_dir="wide")

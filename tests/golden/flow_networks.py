@@ -20,7 +20,7 @@ from worldline.weights.stream import load_into
 
 
 def settings_of(case: Case) -> dict[str, Any]:
-    """Return what no tensor tells of a case's network."""
+    """Settings of a case's network that no tensor implies."""
     net = case.spec["net"]
     released = zip("thw", RELEASED_RATIO, strict=True)
     ratio = [net.get(f"rope_{axis}_extrapolation_ratio", own) for axis, own in released]
@@ -29,7 +29,7 @@ def settings_of(case: Case) -> dict[str, Any]:
 
 @cache
 def model_of(case: Case) -> FlowDiT:
-    """Return the network of a case, in float32."""
+    """The network of a case, in float32."""
     return load(open_network(case.path / case.spec["checkpoint"], settings_of(case)))
 
 

@@ -36,7 +36,7 @@ def make_network(
     frames: int = 0,
     negative: Tensor | None = None,
 ) -> Network:
-    """Return the network of a checkpoint with the texts and sizes that the case holds.
+    """The network of a checkpoint with the texts and sizes that the case holds.
 
     Args:
         case: holds the inputs that do not change from step to step.

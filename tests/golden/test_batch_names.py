@@ -1,9 +1,9 @@
 """The videos of a batch get the names that the reference gives them.
 
-Where the reference numbers what is left after dropping bad lines, ours refuses the batch, so names
-are compared only for batches whose lines are all valid, with different base names. Blank lines, and
-pictures with an alpha channel or in grey, end the reference; ours reads past the former and reads
-the latter, so which lines are bad is told by what is in them.
+Where the reference numbers the lines that remain after dropping bad ones, ours refuses the batch,
+so names are compared only for batches whose lines are all valid, with different base names. Blank
+lines, and pictures with an alpha channel or in grey, end the reference; ours reads past the former
+and reads the latter, so which lines are bad is decided by their content.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from typing import Any
 import pytest
 from cases import Case, cases
 
-from worldline.cli.inputs import Fields, Item, read_batch
+from worldline.cli.inputs import TYPED_MEDIA
+from worldline.cli.run import check_each, first_look
 from worldline.errors import InputError
+from worldline.families.autoregressive.request import ARRequest
+from worldline.family import Item
 from worldline.video.read import media_kind, read_image, read_video
 
 AR_CASES = cases("ar_video_io")
@@ -32,8 +35,13 @@ def num_frames(batch: dict[str, Any]) -> int:
     return 1 if batch["input_type"] == "image" else batch["num_input_frames_flag"]
 
 
-def read(batch: dict[str, Any]) -> list[Item]:
-    return read_batch(batch["jsonl"], Fields(batch["input_type"], num_frames(batch)))
+def read(batch: dict[str, Any]) -> tuple[list[Item], list[str]]:
+    """Items of a batch, and what is wrong with it."""
+    options = {"batch_input_path": batch["jsonl"], "input_type": batch["input_type"]}
+    stated = {"num_input_frames": num_frames(batch)}
+    items, problems = TYPED_MEDIA.read(TYPED_MEDIA.flags.parse(options), stated)
+    check_each(items, problems, lambda item: first_look(item, ARRequest))
+    return items, problems
 
 
 def lines_of(case: Case, batch: dict[str, Any]) -> dict[int, str]:
@@ -84,8 +92,9 @@ def test_names(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         if not all_valid or len(set(names)) < len(names):
             continue
         frames = num_frames(batch)
-        items = read(batch)
-        ours = {f"{item.number}.mp4": str(item.path) for item in items}
+        items, problems = read(batch)
+        assert not problems
+        ours = {item.output.name: str(item.input) for item in items}
         assert len(ours) == len(inputs)
         for saved in batch["saved"]:
             assert ours[saved["file"]] == saved["made_from"], batch["jsonl"]
@@ -100,13 +109,13 @@ def test_bad_lines_are_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
     for batch in base_batches(case):
         lines = lines_of(case, batch)
         bad = [number for number, line in lines.items() if is_bad(case, batch, line)]
-        if not bad and lines:
-            items = read(batch)
-            assert [item.number + 1 for item in items] == list(lines)
+        if not lines:
+            with pytest.raises(InputError, match="no input"):
+                read(batch)
             continue
-        with pytest.raises(InputError) as caught:
-            read(batch)
-        told = re.findall(r"^  line (\d+): ", str(caught.value), re.MULTILINE)
-        assert [int(number) for number in told] == bad, batch["jsonl"]
-        if FIELD in (batch["error"] or ""):
-            assert "assets/autoregressive/batch_inputs/base.jsonl" in str(caught.value)
+        items, problems = read(batch)
+        named = [int(found[1]) for line in problems if (found := re.search(r" line (\d+) ", line))]
+        assert sorted(set(named)) == bad, batch["jsonl"]
+        assert len(named) == len(problems)
+        if not bad:
+            assert [int(item.output.stem) + 1 for item in items] == list(lines)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from cases import Case, cases
 from networks import collected
 from torch import Tensor
-from worldline.pipelines import decoder
-from worldline.pipelines.decoder import DecoderSettings, decode_windows, denoise_windows
 
 from tiny.export import draw_weights
+from worldline.families.autoregressive import decoder
+from worldline.families.autoregressive.decoder import (
+    DecoderSettings,
+    decode_windows,
+    denoise_windows,
+)
+from worldline.families.autoregressive.request import Seam
 from worldline.families.diffusion.model import DiT
 from worldline.families.diffusion.weights import open_network
 from worldline.sampling.edm import SIGMA_MAX, make_sigmas, precondition, sample
@@ -215,7 +220,7 @@ def pipeline_latents(
     return finish(windows)
 
 
-def pipeline_video(case: Case, latents: list[Tensor], frames: int, seam: decoder.Seam) -> Tensor:
+def pipeline_video(case: Case, latents: list[Tensor], frames: int, seam: Seam) -> Tensor:
     model = tokenizer(case)
     statistics = read_statistics(pixels_folder(case), model.config.latent_channels)
     assert statistics is not None
@@ -231,7 +236,7 @@ def test_tokens_to_video_through_the_pipeline(case: Case) -> None:
     start = case.tensor("predict1.x_T")
     latents = pipeline_latents(case, tokens, start, "edm_euler", stated["num_steps"])
     case.compare("predict1.latent", latents[0])
-    for seam in decoder.SEAMS:
+    for seam in get_args(Seam):
         case.compare("predict1.video", pipeline_video(case, latents, tokens.shape[1], seam))
     sampler = f"res_{stated['v1_solver']}"
     start = case.tensor("v1.x_T")

@@ -15,19 +15,14 @@ import torch
 from cases import Case, cases
 from flow_networks import settings_of
 from torch import Tensor
-from worldline.loading.predict2_5 import (
-    FlowFiles,
-    FlowParts,
-    FlowRules,
-    find_predict2_5,
-    load_predict2_5,
-)
-from worldline.pipelines import predict2_5 as pipeline
-from worldline.pipelines.denoise import Embeddings
-from worldline.pipelines.requests import FlowRequest
 
 from worldline.errors import InputError
+from worldline.families.predict2_5 import family
+from worldline.families.predict2_5.request import FlowRequest
 from worldline.families.predict2_5.weights import open_network
+from worldline.family import Compute, Opened, Parts
+from worldline.locate import locate
+from worldline.opening import load_parts, open_world
 from worldline.report import Recorder
 from worldline.sampling import flow
 from worldline.sampling.schedules import standard_noise
@@ -52,36 +47,42 @@ def scenarios() -> list[Any]:
 
 
 @cache
-def files_of(case: Case) -> FlowFiles:
-    """Return the files of a case, as they are found, with what no tensor of the network tells."""
+def opened_of(case: Case) -> Opened:
+    """Opened files of a case, with the settings of the network that none of its tensors implies."""
     file = case.path / case.spec["checkpoint"]
     tokenizer = case.path / case.spec["vae_checkpoint"]
-    files = find_predict2_5(file, case.path, tokenizer_dir=tokenizer)
-    return replace(files, dit=open_network(file, settings_of(case)))
+    opened = open_world(locate(file, case.path), {"tokenizer_dir": tokenizer})
+    network = family.FlowNetwork(**vars(open_network(file, settings_of(case))))
+    return opened.with_part("transformer", network)
 
 
 @cache
-def parts_of(case: Case) -> FlowParts:
-    return load_predict2_5(files_of(case), CPU, torch.float32, Recorder(CPU))
+def parts_of(case: Case) -> Parts:
+    plain = Compute(CPU, torch.float32, torch.float32, fused=False)
+    return load_parts(opened_of(case), plain, Recorder(CPU))
 
 
-def parts_for(case: Case, scenario: str) -> FlowParts:
-    """Return the parts of a case under the rules of one of its scenarios."""
+def parts_for(case: Case, scenario: str) -> Parts:
+    """Parts of a case with the schedule of one of its scenarios."""
     parts, stated = parts_of(case), case.spec["scenarios"][scenario]
     timestep = stated["conditional_frame_timestep"]
-    rules = FlowRules(
-        "karras" if stated["karras"] else "shifted", None if timestep < 0 else timestep
+    network = replace(
+        parts.opened["transformer"],
+        schedule="karras" if stated["karras"] else "shifted",
+        known_timestep=None if timestep < 0 else timestep,
     )
-    return replace(parts, files=replace(parts.files, rules=rules))
+    return replace(parts, opened=parts.opened.with_part("transformer", network))
 
 
 def request_for(case: Case, scenario: str) -> FlowRequest:
     stated = case.spec["scenarios"][scenario]
     height, width = case.spec["resolution"]
     latents = stated["num_conditional_frames"]
-    temporal = files_of(case).tokenizer_config.temporal
+    temporal = opened_of(case)["tokenizer"].config.temporal
+    negative = "negative_prompt_embeds"  # none where no scenario is guided
     return FlowRequest(
-        prompt=None,
+        prompt_embeddings=case.tensor("prompt_embeds"),
+        negative_prompt_embeddings=case.tensor(negative) if negative in case else None,
         num_steps=stated["num_steps"],
         guidance=stated["guidance"],
         num_video_frames=case.spec["num_frames"],
@@ -93,7 +94,7 @@ def request_for(case: Case, scenario: str) -> FlowRequest:
 
 
 def clip_for(case: Case, scenario: str) -> Clip | None:
-    """Return the input as the reference's reader gives it."""
+    """The input as the reference's reader gives it."""
     name = case.spec["scenarios"][scenario]["input"]
     if name is None:
         return None
@@ -103,7 +104,7 @@ def clip_for(case: Case, scenario: str) -> Clip | None:
 
 
 def whole_input(case: Case, scenario: str) -> Tensor:
-    """Return the input as the reference fills it: behind an image black, else the last frame."""
+    """The input as the reference fills it: behind an image black, else the last frame."""
     request, clip = request_for(case, scenario), clip_for(case, scenario)
     video = torch.zeros(
         (1, 3, request.num_video_frames, request.height, request.width), dtype=torch.uint8
@@ -139,17 +140,13 @@ def watched() -> Iterator[dict[str, Tensor]]:
 
 @pytest.mark.parametrize(("case", "scenario"), scenarios())
 def test_request(case: Case, scenario: str) -> None:
-    negative = "negative_prompt_embeds"  # none where no scenario is guided
-    embeddings = Embeddings(
-        case.tensor("prompt_embeds"), case.tensor(negative) if negative in case else None
-    )
     parts, request = parts_for(case, scenario), request_for(case, scenario)
     clip, recorder = clip_for(case, scenario), Recorder(CPU)
     if request.num_input_frames == request.num_video_frames:  # the reference makes even this
-        with pytest.raises(InputError, match="nothing is left to make"):
-            pipeline.check_request(parts.files, request)
+        with pytest.raises(InputError, match="nothing remains to make"):
+            family.refuse(parts.opened, request)
     with watched() as seen:
-        steps = list(pipeline.generate(parts, clip, request, recorder, embeddings))
+        steps = list(family.generate(parts, clip, request, recorder))
     frames = steps[-1].frames
     assert frames is not None
     pieces = [step.frames for step in steps if step.kind == "decode" and step.frames is not None]
@@ -174,7 +171,7 @@ def test_input(case: Case, scenario: str) -> None:
             case.compare(f"{scenario}.{name}", ours)
     request, clip = request_for(case, scenario), clip_for(case, scenario)
     if clip is not None:
-        given = pipeline.encode_frames(tokenizer, clip, request)
+        given = family.encode_frames(tokenizer, clip, request)
         count = latent_frames_of(request.num_input_frames, tokenizer.config.temporal)
         assert given.shape[2] == count
         assert torch.allclose(given, latents[:, :, :count], atol=1e-5, rtol=0)

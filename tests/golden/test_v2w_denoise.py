@@ -10,7 +10,8 @@ import torch
 from cases import Case, cases
 from networks import collected, make_network, read_unused_inputs
 
-from worldline.sampling.edm import Conditioning, Reinsertion, make_sigmas, sample
+from worldline.families.diffusion.request import Reinsertion
+from worldline.sampling.edm import Conditioning, make_sigmas, sample
 from worldline.sampling.schedules import standard_noise
 from worldline.sampling.solvers import Steps
 

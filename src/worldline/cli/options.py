@@ -61,6 +61,9 @@ def make_option(name: str, field: FieldInfo, default: Any, negatable: bool) -> c
         given["type"] = click.Choice(get_args(kind))
     elif get_origin(kind) is tuple:
         given["multiple"] = True
+        if get_origin(item := get_args(kind)[0]) is Literal:
+            choices = get_args(item)
+            given |= {"type": click.Choice(choices), "metavar": f"[{'|'.join(choices)}]..."}
     elif "optional_value" in extra:
         given |= {"type": bool, "is_flag": False, "flag_value": extra["optional_value"]}
     elif kind is bool:
