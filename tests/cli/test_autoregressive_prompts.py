@@ -280,7 +280,7 @@ def test_batch_equals_single(
     first, second, single = (frames_of(out / f"{name}.mp4") for name in ("0", "1", "output"))
     assert first != second == single  # the prompt decides
     again = ar_video2world("--batch_input_path", prompts, *words, "--resume")
-    assert again.stdout == f"all 3 videos were in {out} before\n"
+    assert again.stdout == f"3 of 3 videos were in {out} before\n"
     other = ar_video2world("--batch_input_path", prompts, "--seed", 4, "--resume", *PLAIN)
     assert other.stderr.count("made again") == 3
 
