@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROUNDS = 3
 BOUNDS = {  # seconds on one H200, copy rate, GEMM rate, convolutions alone
     "decode": 1.88e-3,
     "forward": 2.796,
@@ -208,6 +207,7 @@ def main() -> None:
     parser.add_argument("--head", default=str(Path(__file__).parents[1] / "src"))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--commit", default="")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", choices=["full", "tiny"], default="full")
     parser.add_argument("--part", choices=["decode", "forward", "wan"])
     arguments = parser.parse_args()
@@ -217,7 +217,7 @@ def main() -> None:
         return
     rows: dict[str, dict[str, list[Any]]] = {}
     for part in ("decode", "forward", "wan"):
-        for _ in range(1 if arguments.size == "tiny" else ROUNDS):
+        for _ in range(arguments.rounds):
             for tree in ("base", "head"):
                 found = run_worker(part, getattr(arguments, tree), arguments.size)
                 for name, value in found.items():
