@@ -24,8 +24,8 @@ from full_size import COPY_RATE, ROWS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from worldline.families.autoregressive.step import CapturedDecoder, PlainDecoder, make_decoder
 from worldline.families.autoregressive.model import PRESETS, ARTransformer, make_positions
+from worldline.families.autoregressive.step import CapturedDecoder, PlainDecoder, make_decoder
 from worldline.sampling.tokens import Sampling, decode, draw_noise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +47,7 @@ def random_model(name: str) -> ARTransformer:
 
 
 def prefix_of(model: ARTransformer) -> int:
-    """Return the tokens of nine given frames, and those before them."""
+    """The tokens of nine given frames, and those before them."""
     return 2 * model.config.grid.tokens_per_frame + model.config.leading_tokens
 
 

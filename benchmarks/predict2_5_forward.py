@@ -23,8 +23,8 @@ import torch
 from full_size import GEMM_FLOPS, ROWS, fill, flops, gap
 from torch import Tensor
 
-from worldline.files import GIGABYTE
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
+from worldline.files import GIGABYTE
 from worldline.nn import attention, modulation
 from worldline.report import environment
 from worldline.sampling.flow import KNOWN_TIMESTEP
@@ -67,7 +67,7 @@ class Clip:
 
 
 def seconds_of(piece: Callable[[], object], rounds: int) -> list[float]:
-    """Return the time of each call, without the first, which compiles kernels."""
+    """The time of each call, without the first, which compiles kernels."""
     piece()
     found = []
     for _ in range(rounds):
@@ -127,7 +127,7 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def exactness(size: str, device: torch.device) -> dict[str, float]:
-    """Return the relative error of bf16 forwards against float32, on a small grid, 8 blocks."""
+    """The relative error of bf16 forwards against float32, on a small grid, 8 blocks."""
     exact = make(replace(PRESETS[size], depth=8), device).float()
     clip = Clip(exact, LatentShape(4, 32, 32), device)
     with mock.patch.object(modulation, "_load_kernels", return_value=None):

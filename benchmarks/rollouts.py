@@ -23,16 +23,14 @@ import torch
 from numpy.typing import NDArray
 
 import worldline
-from benchmarks.tiny_quality import FIRST_SEED, GIVEN, quartiles
+from benchmarks.tiny_quality import FIRST_SEED, GIVEN, psnr_of, quartiles, takes_prompts
 from tiny.clips import make_clips
-from worldline.choices import ROLLOUTS
-from worldline.evaluate.clips import summarise
-from worldline.evaluate.failures import find_failures
+from worldline.evaluate.failures import failure_rate, find_failures
 from worldline.evaluate.metrics import psnr
 from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip
 from worldline.video.sheet import contact_sheet
-from worldline.world import AutoregressiveWorld
 
+ROLLOUTS = ("tokens", "pixels")
 LENGTHS = (33, 81, 161)
 Frames = NDArray[np.uint8]
 
@@ -51,8 +49,8 @@ def compare(frames: Frames, truth: Frames, masks: NDArray[np.bool_]) -> dict[str
     """Compare a stretch of a video with what really happens."""
     return {
         "psnr_db": psnr(frames, truth),
-        "psnr_of_objects_db": psnr(frames, truth, masks),
-        "psnr_of_background_db": psnr(frames, truth, ~masks),
+        "psnr_of_objects_db": psnr_of(frames, truth, masks),
+        "psnr_of_background_db": psnr_of(frames, truth, ~masks),
         "detail": detail(frames) / detail(truth),
         "motion": motion(frames) / motion(truth),
     }
@@ -67,7 +65,7 @@ def stretches(length: int) -> list[tuple[int, int]]:
 
 
 def videos(
-    world: AutoregressiveWorld,
+    world: worldline.World,
     clips: list[Frames],
     captions: list[str] | None,
     way: str,
@@ -96,7 +94,7 @@ def videos(
 
 
 @torch.inference_mode()
-def reconstructed(world: AutoregressiveWorld, clip: Frames) -> Frames:
+def reconstructed(world: worldline.World, clip: Frames) -> Frames:
     tokenizer = world.parts.tokenizer.module
     ids, shape = encode_clip(tokenizer, [clip])
     return np.concatenate(list(decode_clip(tokenizer, ids, shape)))
@@ -124,7 +122,6 @@ def main(
     """Measure, print, and write a JSON file."""
     # a diffusion decoder would hide what either way does to the tokens
     world = worldline.load(model, device=device, disable_diffusion_decoder=True)
-    assert isinstance(world, AutoregressiveWorld)
     clips, masks, captions = [], [], []
     for number in range(count):
         truth = make_clips([FIRST_SEED + number], frames=length, return_masks=True)
@@ -132,7 +129,7 @@ def main(
         clips.append(truth.frames[0].numpy())
         masks.append(truth.masks[0].numpy())
         captions += truth.captions
-    by = captions if world.video2world else None
+    by = captions if takes_prompts(world) else None
     still = [np.broadcast_to(clip[GIVEN - 1], clip.shape) for clip in clips]
     ways = {"repeating the last given frame": still}
     ways["tokenizer alone"] = [reconstructed(world, clip) for clip in clips]
@@ -167,7 +164,7 @@ def main(
             with ThreadPoolExecutor() as threads:  # seconds a clip
                 begun = [threads.submit(find_failures, f[:longest], GIVEN) for f in made]
             found = [one.result() for one in begun]
-            entry["failures"][f"{longest} frames"] = summarise(found).as_json()
+            entry["failures"][f"{longest} frames"] = failure_rate(found).as_json()
         result["ways"][name] = entry
         output.write_text(json.dumps(result, indent=1) + "\n")
         brief = {

@@ -24,19 +24,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.tiny_quality import FIRST_SEED, quartiles
+import worldline
+from benchmarks.tiny_quality import FIRST_SEED, psnr_of, quartiles
 from tiny.clips import make_clips
 from tiny.objects import Found, Verdict, compare, find_objects, named_objects
 from worldline.evaluate.failures import Failure, Rate, failure_rate, find_failures
 from worldline.evaluate.metrics import motion, psnr
-from worldline.loading import find_world
+from worldline.locate import locate
+from worldline.opening import read_family
 from worldline.video.convert import signed_to_uint8
 from worldline.video.sheet import contact_sheet
-from worldline.world import load_files
-from worldline.world.denoising import DenoisingWorld
 
 Frames = NDArray[np.uint8]
 
+LONGEST_INPUT = {"diffusion": 9, "predict2.5": 5}
 SHUFFLES = 5  # captions of other clips that each clip is compared with
 ROWS_A_SHEET = 20
 SAMPLING = ("num_steps", "guidance", "negative_prompt", "sampler", "schedule", "fps")
@@ -48,7 +49,7 @@ def share(passed: Sequence[bool]) -> dict[str, object]:
 
 
 @torch.inference_mode()
-def reconstructed(world: DenoisingWorld, frames: Frames) -> Frames:
+def reconstructed(world: worldline.World, frames: Frames) -> Frames:
     tokenizer = world.parts.tokenizer.module
     weight = next(tokenizer.parameters())
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(weight.device).float()
@@ -70,7 +71,7 @@ class Continued:
         still = np.broadcast_to(truth[self.given - 1], target.shape).copy()
         for name, frames in (("repeat", still), ("predicted", video[self.given :])):
             self.figures[name].append(psnr(frames, target))
-            self.figures[f"{name}_objects"].append(psnr(frames, target, masks))
+            self.figures[f"{name}_objects"].append(psnr_of(frames, target, masks))
         self.failures.append(find_failures(video, self.given))
         return f"{self.gains[-1]:+.2f} dB"
 
@@ -219,13 +220,15 @@ def main(
 ) -> None:
     """Measure, print, and write a JSON file."""
     # prompts go in as they are, and videos come out as they are
-    world = load_files(find_world(model, checkpoint_dir), device=device)
-    assert isinstance(world, DenoisingWorld)
-    own = world.parts.files.defaults
-    size = (own.num_video_frames, own.height, own.width)
+    family, _ = read_family(locate(model, checkpoint_dir))
+    names = {"disable_guardrail", "disable_prompt_upsampler"} & family.options.model_fields.keys()
+    bare = dict.fromkeys(names, True)
+    world = worldline.load(model, checkpoint_dir=checkpoint_dir, device=device, **bare)
+    request: Any = world.opened.family.request.parse(world.opened.defaults)
+    size = (request.num_video_frames, request.height, request.width)
     chosen = {"num_steps": num_steps, "guidance": guidance}
     options = {name: value for name, value in chosen.items() if value is not None}
-    frames_given = dict(zip(TASKS, (world.frames_given[1], 1, 0), strict=True))
+    frames_given = dict(zip(TASKS, (LONGEST_INPUT[family.name], 1, 0), strict=True))
     measured: dict[str, Continued | Prompted] = {
         task: Continued(given) if given else Prompted()
         for task, given in frames_given.items()

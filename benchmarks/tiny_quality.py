@@ -25,15 +25,13 @@ from numpy.typing import NDArray
 import worldline
 from tiny.clips import make_clips
 from worldline.evaluate.failures import Failure, failure_rate, find_failures
-from worldline.evaluate.metrics import psnr, ssim
-from worldline.pipelines.autoregressive import decoder_settings
-from worldline.pipelines.decoder import decode_tokens
-from worldline.pipelines.requests import AutoregressiveRequest
+from worldline.evaluate.metrics import decibels, psnr, ssim
+from worldline.families.autoregressive.decoder import decode_tokens
+from worldline.families.autoregressive.family import decoder_settings
 from worldline.locate import has_decoder
 from worldline.report import Recorder
 from worldline.video.convert import to_uint8
 from worldline.video.sheet import contact_sheet
-from worldline.world import AutoregressiveWorld
 
 Frames = NDArray[np.uint8]
 
@@ -53,12 +51,23 @@ def quartiles(values: Sequence[float], digits: int = 2) -> dict[str, Any]:
     }
 
 
+def psnr_of(frames: Frames, reference: Frames, mask: NDArray[np.bool_]) -> float:
+    """Peak signal-to-noise ratio of the pixels of a mask (T, H, W), in dB."""
+    error = frames[mask].astype(np.float64) - reference[mask]
+    return decibels(float(np.square(error).mean()))
+
+
+def takes_prompts(world: worldline.World) -> bool:
+    """Whether an autoregressive world is a Video2World model."""
+    return world.parts.config.context_width is not None
+
+
 def differences(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
     return quartiles([value - other for value, other in zip(values, others, strict=True)])
 
 
 @torch.inference_mode()
-def reconstructed(world: AutoregressiveWorld, frames: Frames, prompt: str | None) -> Frames:
+def reconstructed(world: worldline.World, frames: Frames, prompt: str | None) -> Frames:
     """Encode all frames of a clip, and decode their tokens as the world decodes its own."""
     parts = world.parts
     tokenizer = parts.tokenizer.module
@@ -68,20 +77,19 @@ def reconstructed(world: AutoregressiveWorld, frames: Frames, prompt: str | None
     if parts.decoder is None:
         return to_uint8(tokenizer.reconstruct(video)[0] * 0.5 + 0.5)
     ids = tokenizer.encode_tokens(video)
-    context = parts.decoder.context
+    context = world.opened["decoder"].context
     if prompt is not None:
         assert parts.text is not None
         context = parts.text.embed([prompt])[prompt]
     assert context is not None
-    settings = decoder_settings(parts.decoder, AutoregressiveRequest())
-    cells = tokenizer.config.spatial // parts.decoder.tokenizer.module.config.spatial
-    recorder = Recorder(world.device)
-    steps = decode_tokens(parts.decoder, ids, context, settings, cells, recorder)
+    settings = decoder_settings(parts, world.opened.family.request.parse({}))
+    cells = tokenizer.config.spatial // world.opened["decoder_tokenizer"].config.spatial
+    steps = decode_tokens(parts, ids, context, settings, cells, Recorder(world.device))
     return np.concatenate([step.frames for step in steps if step.frames is not None])
 
 
 def continued(
-    world: AutoregressiveWorld, clips: Sequence[Frames], each: Sequence[dict[str, Any]]
+    world: worldline.World, clips: Sequence[Frames], each: Sequence[dict[str, Any]]
 ) -> list[Frames]:
     """Videos that continue the clips; the world sees their frames alone."""
     videos: dict[int, Frames] = {}
@@ -112,7 +120,7 @@ def measure(
     }
     return Measured(
         {name: psnr(*pair) for name, pair in pairs.items()}
-        | {f"{name}_objects": psnr(*pairs[name], masks) for name in ("repeat", "predicted")},
+        | {f"{name}_objects": psnr_of(*pairs[name], masks) for name in ("repeat", "predicted")},
         {name: ssim(*pair) for name, pair in pairs.items()},
         {"9 frames": find_failures(video, GIVEN), "1 frame": find_failures(image, 1)},
     )
@@ -198,20 +206,18 @@ def main(
     sheet: Path | None,
 ) -> None:
     """Measure, print, and write a JSON file."""
-    worlds: dict[str, AutoregressiveWorld] = {}
+    worlds: dict[str, worldline.World] = {}
     for way in ways or (WAYS if has_decoder(model) else ["discrete"]):
-        world = worldline.load(
+        worlds[way] = worldline.load(
             model,
-            checkpoint_dir,
+            checkpoint_dir=checkpoint_dir,
             device=device,
             disable_guardrail=True,
             disable_diffusion_decoder=WAYS[way],
         )
-        assert isinstance(world, AutoregressiveWorld)
-        worlds[way] = world
     figures = {way: Figures() for way in worlds}
     rows, labels = [], []
-    prompted = all(world.video2world for world in worlds.values())
+    prompted = takes_prompts(next(iter(worlds.values())))
     for first in range(0, count, batch_size):
         numbers = range(first, min(first + batch_size, count))
         batch = make_clips([FIRST_SEED + number for number in numbers], return_masks=True)
