@@ -52,7 +52,7 @@ def random_network(kind: Any, config: Any, device: torch.device) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     network = network.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     torch.manual_seed(0)
-    for parameter in network.parameters():
+    for _, parameter in sorted(network.named_parameters()):  # modules may have moved
         if parameter.ndim == 1:
             parameter.fill_(1)
         else:
@@ -82,7 +82,11 @@ def digest(x: Tensor) -> str:
 @torch.inference_mode()
 def decode(device: torch.device, tiny: bool) -> dict[str, Any]:
     """Seconds a token of the 4B model, batch 1."""
-    model_at = ("families.autoregressive.model", "models.predict1_ar.model")
+    model_at = (
+        "families.autoregressive.model",
+        "families.autoregressive.weights",
+        "models.predict1_ar.model",
+    )
     step_at = ("families.autoregressive.step", "models.predict1_ar.decoder")
     tokens_at = ("sampling.tokens", "sampling.decode", "sampling.logits")
     kind, presets = named("ARTransformer", *model_at), named("PRESETS", *model_at)
@@ -129,7 +133,11 @@ def forward(device: torch.device, tiny: bool) -> dict[str, Any]:
 
     from worldline.shapes import LatentShape
 
-    at = ("families.diffusion.model", "models.predict1_dit.model")
+    at = (
+        "families.diffusion.model",
+        "families.diffusion.weights",
+        "models.predict1_dit.model",
+    )
     config, grid = named("PRESETS", *at)["7B-Video2World"], LatentShape(16, 88, 160)
     if tiny:
         config, grid = replace(config, depth=2, width=256, num_heads=2), LatentShape(2, 8, 8)

@@ -69,7 +69,7 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_reserved(device)
-    with mock.patch.object(modulation, "_load_kernels", return_value=None):
+    with mock.patch.object(modulation, "kernels_for", return_value=None):
         plain = forward()
     with mock.patch.object(attention, "_is_hopper", return_value=False):
         other = forward()
@@ -86,9 +86,7 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
         "peers_seconds": PEERS[size],
         "peak_reserved_gb": round(peak / GIGABYTE, 2),
         "weights_gb": round(resident / GIGABYTE, 2),
-        "attention": attention.backend_name(
-            device, torch.bfloat16, config.head_size, config.tokens(GRID).tokens
-        ),
+        "attention": attention.backend_name(device, torch.bfloat16, config.tokens(GRID).tokens),
         "difference": {
             "kernels against plain modules": gap(first, plain),
             "cuDNN against other attention": gap(first, other),
@@ -113,7 +111,7 @@ def exactness(size: str, device: torch.device) -> dict[str, float]:
         context = network.encode_context(text)
         return network(latents, level, context, positions, condition_mask=mask)
 
-    with mock.patch.object(modulation, "_load_kernels", return_value=None):
+    with mock.patch.object(modulation, "kernels_for", return_value=None):
         truth, plain = forward(exact), forward(model)
     return {
         "kernels, bf16": gap(forward(model), truth)["relative_rms"],

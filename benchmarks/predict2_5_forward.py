@@ -95,7 +95,7 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
     peak = torch.cuda.max_memory_reserved(device)
     shared = seconds_of(lambda: clip.forward(by_frame=False), rounds)
     context = seconds_of(lambda: model.encode_context(clip.features), rounds)
-    with mock.patch.object(modulation, "_load_kernels", return_value=None):
+    with mock.patch.object(modulation, "kernels_for", return_value=None):
         plain = clip.forward()
     with mock.patch.object(attention, "_is_hopper", return_value=False):
         other = clip.forward()
@@ -114,9 +114,7 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
         "peers_seconds": PEERS[size],
         "peak_reserved_gb": round(peak / GIGABYTE, 2),
         "weights_gb": round(resident / GIGABYTE, 2),
-        "attention": attention.backend_name(
-            device, torch.bfloat16, config.head_size, config.tokens(GRID).tokens
-        ),
+        "attention": attention.backend_name(device, torch.bfloat16, config.tokens(GRID).tokens),
         "difference": {
             "kernels against plain modules": gap(first, plain),
             "cuDNN against other attention": gap(first, other),
@@ -130,13 +128,13 @@ def exactness(size: str, device: torch.device) -> dict[str, float]:
     """The relative error of bf16 forwards against float32, on a small grid, 8 blocks."""
     exact = make(replace(PRESETS[size], depth=8), device).float()
     clip = Clip(exact, LatentShape(4, 32, 32), device)
-    with mock.patch.object(modulation, "_load_kernels", return_value=None):
+    with mock.patch.object(modulation, "kernels_for", return_value=None):
         truth = clip.forward()
     found = {"kernels, float32": gap(clip.forward(), truth)["relative_rms"]}
     clip.model = copy.deepcopy(exact).bfloat16()
     clip.context = clip.model.encode_context(clip.features)
     found["kernels, bf16"] = gap(clip.forward(), truth)["relative_rms"]
-    with mock.patch.object(modulation, "_load_kernels", return_value=None):
+    with mock.patch.object(modulation, "kernels_for", return_value=None):
         found["plain modules, bf16"] = gap(clip.forward(), truth)["relative_rms"]
     return found
 

@@ -23,16 +23,17 @@ import torch
 from numpy.typing import NDArray
 
 import worldline
-from benchmarks.tiny_quality import FIRST_SEED, GIVEN, psnr_of, quartiles, takes_prompts
+from benchmarks.tiny_quality import FIRST_SEED, GIVEN, continued, is_prompted, psnr, quartiles
 from tiny.clips import make_clips
 from worldline.evaluate.failures import failure_rate, find_failures
-from worldline.evaluate.metrics import psnr
 from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip
 from worldline.video.sheet import contact_sheet
+from worldline.world import World
+
+Frames = NDArray[np.uint8]
 
 ROLLOUTS = ("tokens", "pixels")
 LENGTHS = (33, 81, 161)
-Frames = NDArray[np.uint8]
 
 
 def detail(frames: Frames) -> float:
@@ -49,8 +50,8 @@ def compare(frames: Frames, truth: Frames, masks: NDArray[np.bool_]) -> dict[str
     """Compare a stretch of a video with what really happens."""
     return {
         "psnr_db": psnr(frames, truth),
-        "psnr_of_objects_db": psnr_of(frames, truth, masks),
-        "psnr_of_background_db": psnr_of(frames, truth, ~masks),
+        "psnr_of_objects_db": psnr(frames, truth, masks),
+        "psnr_of_background_db": psnr(frames, truth, ~masks),
         "detail": detail(frames) / detail(truth),
         "motion": motion(frames) / motion(truth),
     }
@@ -65,7 +66,7 @@ def stretches(length: int) -> list[tuple[int, int]]:
 
 
 def videos(
-    world: worldline.World,
+    world: World,
     clips: list[Frames],
     captions: list[str] | None,
     way: str,
@@ -73,31 +74,22 @@ def videos(
     at_once: int,
 ) -> list[Frames]:
     """Continue the clips, `at_once` in step, by their captions if there are any."""
-    found: dict[int, Frames] = {}
+    made: list[Frames] = []
     for first in range(0, len(clips), at_once):
-        group = clips[first : first + at_once]
+        group = [clip[:GIVEN] for clip in clips[first : first + at_once]]
         each: list[dict[str, Any]] = [{"seed": first + number} for number in range(len(group))]
         if captions is not None:
             each = [{**one, "prompt": captions[one["seed"]]} for one in each]
-        steps = world.stream_batch(
-            [clip[:GIVEN] for clip in group],  # the model sees the given frames alone
-            each,
-            num_input_frames=GIVEN,
-            num_video_frames=length,
-            rollout=way,
-        )
-        for number, step in steps:
-            if step.video is not None:
-                found[first + number] = step.video.frames
-        print(f"{way}: {first + len(group)} of {len(clips)}", flush=True)
-    return [found[number] for number in range(len(clips))]
+        made += continued(world, group, each, num_video_frames=length, rollout=way)
+        print(f"{way}: {len(made)} of {len(clips)}", flush=True)
+    return made
 
 
 @torch.inference_mode()
-def reconstructed(world: worldline.World, clip: Frames) -> Frames:
+def reconstructed(world: World, clip: Frames) -> Frames:
     tokenizer = world.parts.tokenizer.module
-    ids, shape = encode_clip(tokenizer, [clip])
-    return np.concatenate(list(decode_clip(tokenizer, ids, shape)))
+    ids, _ = encode_clip(tokenizer, [clip])
+    return np.concatenate(list(decode_clip(tokenizer, ids)))[: len(clip)]
 
 
 @click.command()
@@ -129,7 +121,7 @@ def main(
         clips.append(truth.frames[0].numpy())
         masks.append(truth.masks[0].numpy())
         captions += truth.captions
-    by = captions if takes_prompts(world) else None
+    by = captions if is_prompted(world) else None
     still = [np.broadcast_to(clip[GIVEN - 1], clip.shape) for clip in clips]
     ways = {"repeating the last given frame": still}
     ways["tokenizer alone"] = [reconstructed(world, clip) for clip in clips]

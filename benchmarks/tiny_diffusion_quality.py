@@ -25,19 +25,15 @@ import torch
 from numpy.typing import NDArray
 
 import worldline
-from benchmarks.tiny_quality import FIRST_SEED, psnr_of, quartiles
+from benchmarks.tiny_quality import FIRST_SEED, psnr, quartiles, reconstructed
 from tiny.clips import make_clips
 from tiny.objects import Found, Verdict, compare, find_objects, named_objects
 from worldline.evaluate.failures import Failure, Rate, failure_rate, find_failures
-from worldline.evaluate.metrics import motion, psnr
-from worldline.locate import locate
-from worldline.opening import read_family
-from worldline.video.convert import signed_to_uint8
+from worldline.evaluate.metrics import motion
 from worldline.video.sheet import contact_sheet
 
 Frames = NDArray[np.uint8]
 
-LONGEST_INPUT = {"diffusion": 9, "predict2.5": 5}
 SHUFFLES = 5  # captions of other clips that each clip is compared with
 ROWS_A_SHEET = 20
 SAMPLING = ("num_steps", "guidance", "negative_prompt", "sampler", "schedule", "fps")
@@ -46,15 +42,6 @@ TASKS = ("video2world", "image2world", "text2world")
 
 def share(passed: Sequence[bool]) -> dict[str, object]:
     return Rate(sum(passed), len(passed)).as_json()
-
-
-@torch.inference_mode()
-def reconstructed(world: worldline.World, frames: Frames) -> Frames:
-    tokenizer = world.parts.tokenizer.module
-    weight = next(tokenizer.parameters())
-    video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(weight.device).float()
-    decoded = tokenizer.reconstruct((video / 255 * 2 - 1).to(weight.dtype))[0]
-    return signed_to_uint8(decoded)
 
 
 class Continued:
@@ -71,7 +58,7 @@ class Continued:
         still = np.broadcast_to(truth[self.given - 1], target.shape).copy()
         for name, frames in (("repeat", still), ("predicted", video[self.given :])):
             self.figures[name].append(psnr(frames, target))
-            self.figures[f"{name}_objects"].append(psnr_of(frames, target, masks))
+            self.figures[f"{name}_objects"].append(psnr(frames, target, masks))
         self.failures.append(find_failures(video, self.given))
         return f"{self.gains[-1]:+.2f} dB"
 
@@ -220,15 +207,15 @@ def main(
 ) -> None:
     """Measure, print, and write a JSON file."""
     # prompts go in as they are, and videos come out as they are
-    family, _ = read_family(locate(model, checkpoint_dir))
-    names = {"disable_guardrail", "disable_prompt_upsampler"} & family.options.model_fields.keys()
-    bare = dict.fromkeys(names, True)
-    world = worldline.load(model, checkpoint_dir=checkpoint_dir, device=device, **bare)
-    request: Any = world.opened.family.request.parse(world.opened.defaults)
-    size = (request.num_video_frames, request.height, request.width)
+    options: dict[str, Any] = {"checkpoint_dir": checkpoint_dir, "device": device}
+    world = worldline.load(model, **options, disable_guardrail=True)
+    kind = world.opened.family.request
+    own = kind.parse(world.opened.defaults)
+    size = (own.num_video_frames, own.height, own.width)
     chosen = {"num_steps": num_steps, "guidance": guidance}
     options = {name: value for name, value in chosen.items() if value is not None}
-    frames_given = dict(zip(TASKS, (LONGEST_INPUT[family.name], 1, 0), strict=True))
+    longest = 9 if world.opened.family.name == "diffusion" else 5
+    frames_given = dict(zip(TASKS, (longest, 1, 0), strict=True))
     measured: dict[str, Continued | Prompted] = {
         task: Continued(given) if given else Prompted()
         for task, given in frames_given.items()

@@ -24,20 +24,22 @@ from numpy.typing import NDArray
 
 import worldline
 from tiny.clips import make_clips
+from worldline.evaluate import metrics
 from worldline.evaluate.failures import Failure, failure_rate, find_failures
-from worldline.evaluate.metrics import decibels, psnr, ssim
+from worldline.evaluate.metrics import ssim
 from worldline.families.autoregressive.decoder import decode_tokens
 from worldline.families.autoregressive.family import decoder_settings
-from worldline.locate import has_decoder
+from worldline.families.autoregressive.request import ARRequest
 from worldline.report import Recorder
-from worldline.video.convert import to_uint8
+from worldline.video.convert import signed_to_uint8
 from worldline.video.sheet import contact_sheet
+from worldline.world import World
 
 Frames = NDArray[np.uint8]
 
 FIRST_SEED = 1_000_000
 GIVEN = 9
-WAYS = {"discrete": True, "diffusion": False}  # is the diffusion decoder disabled?
+WAYS = {"discrete": True, "diffusion": None}  # disable_diffusion_decoder; None: where there is none
 SHEET_CLIPS = 20
 
 
@@ -51,49 +53,48 @@ def quartiles(values: Sequence[float], digits: int = 2) -> dict[str, Any]:
     }
 
 
-def psnr_of(frames: Frames, reference: Frames, mask: NDArray[np.bool_]) -> float:
-    """Peak signal-to-noise ratio of the pixels of a mask (T, H, W), in dB."""
-    error = frames[mask].astype(np.float64) - reference[mask]
-    return decibels(float(np.square(error).mean()))
-
-
-def takes_prompts(world: worldline.World) -> bool:
-    """Whether an autoregressive world is a Video2World model."""
-    return world.parts.config.context_width is not None
-
-
 def differences(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
     return quartiles([value - other for value, other in zip(values, others, strict=True)])
 
 
+def psnr(frames: Frames, truth: Frames, mask: NDArray[np.bool_] | None = None) -> float:
+    """PSNR in dB, of the pixels (T, H, W) of a mask alone if there is one."""
+    if mask is None:
+        return metrics.psnr(frames, truth)
+    error = (frames[mask].astype(np.int64) - truth[mask]) ** 2
+    return metrics.decibels(float(error.mean()))
+
+
 @torch.inference_mode()
-def reconstructed(world: worldline.World, frames: Frames, prompt: str | None) -> Frames:
-    """Encode all frames of a clip, and decode their tokens as the world decodes its own."""
+def reconstructed(world: World, frames: Frames, prompt: str | None = None) -> Frames:
+    """Encode all frames of a clip, and decode them as the world decodes its own latents."""
     parts = world.parts
     tokenizer = parts.tokenizer.module
-    weight = tokenizer.quant_conv.weight
+    weight = next(tokenizer.parameters())
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(weight.device).float()
     video = (video / 255 * 2 - 1).to(weight.dtype)
     if parts.decoder is None:
-        return to_uint8(tokenizer.reconstruct(video)[0] * 0.5 + 0.5)
-    ids = tokenizer.encode_tokens(video)
-    context = world.opened["decoder"].context
-    if prompt is not None:
-        assert parts.text is not None
-        context = parts.text.embed([prompt])[prompt]
-    assert context is not None
-    settings = decoder_settings(parts, world.opened.family.request.parse({}))
-    cells = tokenizer.config.spatial // world.opened["decoder_tokenizer"].config.spatial
+        return signed_to_uint8(tokenizer.reconstruct(video)[0])
+    opened, ids = parts.opened, tokenizer.encode_tokens(video)
+    context = opened["decoder"].context if prompt is None else parts.text.embed([prompt])[prompt]
+    settings = decoder_settings(parts, ARRequest())
+    cells = opened["tokenizer"].config.spatial // opened["decoder_tokenizer"].config.spatial
     steps = decode_tokens(parts, ids, context, settings, cells, Recorder(world.device))
     return np.concatenate([step.frames for step in steps if step.frames is not None])
 
 
+def is_prompted(world: World) -> bool:
+    """Whether an autoregressive world reads text."""
+    return world.parts.config.context_width is not None
+
+
 def continued(
-    world: worldline.World, clips: Sequence[Frames], each: Sequence[dict[str, Any]]
+    world: World, clips: Sequence[Frames], each: Sequence[dict[str, Any]], **options: Any
 ) -> list[Frames]:
     """Videos that continue the clips; the world sees their frames alone."""
     videos: dict[int, Frames] = {}
-    for number, step in world.stream_batch(clips, each, num_input_frames=len(clips[0])):
+    options["num_input_frames"] = len(clips[0])
+    for number, step in world.stream_batch(clips, each, **options):
         if step.video is not None:
             videos[number] = step.video.frames
     return [videos[number] for number in range(len(clips))]
@@ -120,7 +121,7 @@ def measure(
     }
     return Measured(
         {name: psnr(*pair) for name, pair in pairs.items()}
-        | {f"{name}_objects": psnr_of(*pairs[name], masks) for name in ("repeat", "predicted")},
+        | {f"{name}_objects": psnr(*pairs[name], masks) for name in ("repeat", "predicted")},
         {name: ssim(*pair) for name, pair in pairs.items()},
         {"9 frames": find_failures(video, GIVEN), "1 frame": find_failures(image, 1)},
     )
@@ -135,12 +136,9 @@ class Figures:
         self.failures: dict[str, list[list[Failure]]] = defaultdict(list)
 
     def add(self, measured: Measured) -> None:
-        for name, value in measured.psnr.items():
-            self.psnr[name].append(value)
-        for name, value in measured.ssim.items():
-            self.ssim[name].append(value)
-        for name, found in measured.failures.items():
-            self.failures[name].append(found)
+        for mine, values in zip((self.psnr, self.ssim, self.failures), measured, strict=True):
+            for name, value in values.items():
+                mine[name].append(value)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -206,18 +204,20 @@ def main(
     sheet: Path | None,
 ) -> None:
     """Measure, print, and write a JSON file."""
-    worlds: dict[str, worldline.World] = {}
-    for way in ways or (WAYS if has_decoder(model) else ["discrete"]):
-        worlds[way] = worldline.load(
+    worlds: dict[str, World] = {}
+    for way in ways or WAYS:
+        world = worldline.load(
             model,
             checkpoint_dir=checkpoint_dir,
             device=device,
             disable_guardrail=True,
             disable_diffusion_decoder=WAYS[way],
         )
+        if WAYS[way] or world.parts.decoder is not None:
+            worlds[way] = world
     figures = {way: Figures() for way in worlds}
     rows, labels = [], []
-    prompted = takes_prompts(next(iter(worlds.values())))
+    prompted = all(map(is_prompted, worlds.values()))
     for first in range(0, count, batch_size):
         numbers = range(first, min(first + batch_size, count))
         batch = make_clips([FIRST_SEED + number for number in numbers], return_masks=True)

@@ -38,7 +38,7 @@ WANTED = {"encode": 1.5, "decode": 2.4}
 VARIANTS: dict[str, dict[str, Any]] = {
     "convolved in three axes": {"_FEW": 0},
     "torch's attention": {"_WIDEST": 1 << 30},
-    "without the fused norm": {"_load_kernels": lambda: None},
+    "without the fused norm": {"kernels_for": lambda *_: None},
 }
 _SHOWN = 12  # convolutions of a pass, the slowest first
 
@@ -212,7 +212,7 @@ def errors(model: WanTokenizer, device: torch.device) -> dict[str, float]:
     ours, wanted = Clip(model, small, device), Clip(exact, small, device)
     wanted.video, wanted.latents = ours.video.float(), ours.latents.float()
     found = {way: relative(getattr(ours, way)(1), getattr(wanted, way)(1)) for way in PEER}
-    with mock.patch.object(wan, "_load_kernels", return_value=None):
+    with mock.patch.object(wan, "kernels_for", return_value=None):
         plain = {
             f"{way}, without kernel": relative(getattr(ours, way)(1), getattr(wanted, way)(1))
             for way in PEER

@@ -24,8 +24,8 @@ def diffusers_config(config: DiTConfig | FlowDiTConfig) -> dict[str, Any]:
     """Content of config.json.
 
     With Predict2.5's, the class computes with unrounded rotary exponents
-    (see `tests/families/test_predict2_5_model.py`), norms heads with 1e-5 below the root in place of 1e-6, and takes
-    timesteps that are scaled already.
+    (see `tests/families/test_predict2_5_model.py`), norms heads with 1e-5 below the root in place
+    of 1e-6, and takes timesteps that are scaled already.
     """
     grid, (_, rows, columns) = config.max_grid, PATCH
     flow = isinstance(config, FlowDiTConfig)

@@ -1,17 +1,42 @@
-"""What a model needs is listed once, by the names of its generation, without what is not read."""
+"""What a model needs is listed once; files come whole and verified, whatever the hub does."""
 
 from __future__ import annotations
 
+import errno
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, find
-from worldline.downloads import OPTIONAL, choose, needs, select, sources
+import worldline.downloads
+from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, Entry, find
+from worldline.downloads import (
+    TRIES,
+    RemoteFile,
+    choose,
+    fetch,
+    fetch_all,
+    find_files,
+    list_files,
+    matching,
+    select,
+    sources,
+)
 from worldline.errors import DownloadError, InputError
-from worldline.hub import RemoteFile
+
+from .fake_hub import COMMIT, FakeHub, serving
+
+REPOSITORY = "someone/something"
+CONTENT = random.Random(0).randbytes(3_000_000)
+OPTIONAL = ("guardrail", "prompt upsampler", "diffusion decoder")
 
 
-def repositories(*models: str, **options: object) -> list[str]:
-    return [source.repository for source in sources(models, **options)]  # type: ignore[arg-type]
+def repositories(*models: str, **options: object) -> set[str]:
+    found = sources(models, **options)  # type: ignore[arg-type]
+    assert len(found) == len(set(found))
+    return {source.repository for source in found}
 
 
 def listed(*names: str) -> list[RemoteFile]:
@@ -21,30 +46,29 @@ def listed(*names: str) -> list[RemoteFile]:
 def test_every_entry_has_a_source_and_parts() -> None:
     for entry in ENTRIES:
         assert "/" in entry.repository
-        for name in needs(entry):
+        for name in entry.needs:
             assert find(name) is not None
-    families = {entry.family for entry in ENTRIES}
-    assert set(OPTIONAL.values()) <= families
+    assert set(OPTIONAL) <= {entry.family for entry in ENTRIES}
 
 
 def test_a_base_model() -> None:
-    assert repositories("Cosmos-Predict1-4B") == [
-        "nvidia/Cosmos-Predict1-4B",
+    parts = {
         "nvidia/Cosmos-Tokenize1-DV8x16x16-720p",
         "nvidia/Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p",
         "nvidia/Cosmos-Tokenize1-CV8x8x8-720p",
         "nvidia/Cosmos-Guardrail1",  # takes no prompt: no Llama Guard, no T5
-    ]
-    bare = repositories("Cosmos-Predict1-4B", without=[*OPTIONAL.values()])
-    assert bare[1:3] == [
+    }
+    assert repositories("Cosmos-Predict1-4B") == {"nvidia/Cosmos-Predict1-4B", *parts}
+    bare = repositories("Cosmos-Predict1-4B", without=OPTIONAL)
+    assert bare == {
+        "nvidia/Cosmos-Predict1-4B",
         "nvidia/Cosmos-Tokenize1-DV8x16x16-720p",
         "nvidia/Cosmos-Tokenize1-CV8x8x8-720p",
-    ]
+    }
 
 
 def test_models_that_take_prompts() -> None:
     found = repositories("Cosmos-Predict1-7B-Video2World", "Cosmos-Predict1-5B-Video2World")
-    assert len(found) == len(set(found))
     for name in ("google-t5/t5-11b", "meta-llama/Llama-Guard-3-8B"):
         assert name in found
     assert "mistral-community/pixtral-12b" in found
@@ -54,36 +78,37 @@ def test_models_that_take_prompts() -> None:
 def test_cosmos_1_0() -> None:
     found = repositories("Cosmos-1.0-Diffusion-7B-Text2World")
     assert found == repositories("Cosmos-Predict1-7B-Text2World", generation="1.0")
-    assert found == [
+    assert found == {
         "nvidia/Cosmos-1.0-Diffusion-7B-Text2World",
         "nvidia/Cosmos-1.0-Tokenizer-CV8x8x8",
         "google-t5/t5-11b",
         "nvidia/Cosmos-1.0-Prompt-Upsampler-12B-Text2World",
         "nvidia/Cosmos-1.0-Guardrail",
-    ]
+    }
 
 
 def test_predict2_5() -> None:
     for model in FLOW_MODELS:
         found = sources([model.name])
-        assert [source.repository for source in found] == [
+        assert {source.repository for source in found} == {
             model.repository,
             FLOW_TOKENIZER[0],
             "nvidia/Cosmos-Reason1-7B",
             "nvidia/Cosmos-Guardrail1",
             "Qwen/Qwen3Guard-Gen-0.6B",
-        ]
+        }
         published = listed(model.file, "base/other/x_ema_bf16.pt", "tokenizer.pth", "LICENSE")
-        names = [[file.name for file in choose(source, published)] for source in found[:2]]
+        own, tokenizer = (each for each in found if each.name.startswith("Cosmos-Predict2.5"))
+        names = [[file.name for file in choose(each, published)] for each in (own, tokenizer)]
         assert names == [[model.file, "LICENSE"], ["tokenizer.pth"]]
-        assert [source.revision for source in found[:2]] == [model.revision, FLOW_TOKENIZER[1]]
+        assert [own.revision, tokenizer.revision] == [model.revision, FLOW_TOKENIZER[1]]
         kind = model.name.partition("/")[2]
         for name in (f"{model.repository}/{kind}", f"{model.repository}/{kind}"[len("nvidia/") :]):
             assert sources([name]) == found
     first, large = FLOW_MODELS[0], FLOW_MODELS[2]
     assert sources([first.repository]) == sources([first.name])
     assert sources(["Cosmos-Predict2.5-14B"]) == sources([large.name])
-    assert repositories(first.name, without=["guardrail"])[-1] == "nvidia/Cosmos-Reason1-7B"
+    assert "nvidia/Cosmos-Guardrail1" not in repositories(first.name, without=["guardrail"])
     with pytest.raises(InputError, match="did you mean 2B/post-trained"):
         sources(["2B/posttrained"])
 
@@ -151,7 +176,10 @@ def test_a_repository_without_what_is_needed() -> None:
         ),
         (([], [], [], ["CI8x8-360p"]), ["Cosmos-Tokenize1-CI8x8-360p"]),
         ((["Cosmos-1.0-Guardrail"], [], [], []), ["Cosmos-1.0-Guardrail"]),
-        ((["guardrails"], [], [], []), ["Cosmos-Guardrail1", "Llama-Guard-3-8B"]),
+        (
+            (["guardrails"], [], [], []),
+            ["Cosmos-Guardrail1", "Llama-Guard-3-8B", "Qwen3Guard-Gen-0.6B"],
+        ),
         (
             ([], [], ["Text2World-Sample-AV-Multiview"], []),
             ["Cosmos-Predict1-7B-Text2World-Sample-AV-Multiview"],
@@ -165,24 +193,25 @@ def test_flags_of_the_released_scripts(
 
 
 def test_groups_are_the_scripts_defaults() -> None:
-    assert len(select(["autoregressive"], [], [], [])) == 4
-    assert len(select(["diffusion"], [], [], [])) == 4
-    assert len(select(["tokenizers"], [], [], [])) == 8
-    assert select(["predict2.5"], [], [], []) == [model.name for model in FLOW_MODELS]
+    assert len(select(["autoregressive"])) == 4
+    assert len(select(["diffusion"])) == 4
+    assert len(select(["tokenizers"])) == 8
+    assert select(["guardrails"], generation="1.0") == ["Cosmos-Guardrail1"]
+    assert select(["predict2.5"]) == [model.name for model in FLOW_MODELS]
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "message"),
     [
         (([], [], [], []), "nothing is named"),
-        (([], ["4B"], ["Text2World"], []), "is of diffusion models"),
-        (([], ["14B"], ["SingleToMultiView-Sample-AV"], []), "there is no"),
+        (([], ["4B"], ["Text2World"], []), "no released model is of 4B and Text2World"),
+        (([], ["14B"], ["SingleToMultiView-Sample-AV"], []), "14B and SingleTo"),
     ],
 )
 def test_what_goes_with_nothing(
-    asked: tuple[list[str], list[str], list[str], list[str]], told: str
+    asked: tuple[list[str], list[str], list[str], list[str]], message: str
 ) -> None:
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         select(*asked)
 
 
@@ -195,3 +224,189 @@ def test_an_unknown_name() -> None:
         sources(["Cosmos-Predict1-4B/pre-trained"])
     with pytest.raises(InputError, match="come with the package"):
         sources(["tiny-Cosmos-Predict1-4B"])
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    files = {"model.pt": CONTENT, "config.json": b"{}\n", "deep/er/words": b"a\nb"}
+    made = FakeHub({REPOSITORY: files}, small={"config.json"})
+    monkeypatch.setattr(worldline.downloads, "PAUSE", 0.0)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with serving(made):
+        monkeypatch.setenv("HF_ENDPOINT", made.address)
+        yield made
+
+
+def entry_of(repository: str = REPOSITORY) -> Entry:
+    names = dict.fromkeys(("name", "family", "destination"), "x")
+    return Entry(**names, repository=repository, folders=(), files=(), layouts=())
+
+
+def remote(name: str) -> RemoteFile:
+    return next(file for file in list_files(REPOSITORY) if file.name == name)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*.incomplete"))
+
+
+def test_the_list(hub: FakeHub) -> None:
+    files = {file.name: file for file in list_files(REPOSITORY)}
+    assert files.keys() == hub.repositories[REPOSITORY].keys()
+    assert files["model.pt"].nbytes == len(CONTENT)
+    assert files["model.pt"].commit == COMMIT
+    assert (files["model.pt"].is_git, files["config.json"].is_git) == (False, True)
+    found = [*files.values()]
+    assert [file.name for file in matching(found, ["*"])] == ["model.pt", "config.json"]
+    assert [file.name for file in matching(found, ["deep/*"])] == ["deep/er/words"]
+
+
+def test_all_files(hub: FakeHub, tmp_path: Path) -> None:
+    files = list_files(REPOSITORY)
+    counts: list[int] = []
+    wanted = {tmp_path / file.name: file for file in files}
+    assert set(fetch_all(wanted, counts.append)) == wanted.keys()
+    for name, content in hub.repositories[REPOSITORY].items():
+        assert (tmp_path / name).read_bytes() == content
+    assert sum(counts) == sum(map(len, hub.repositories[REPOSITORY].values()))
+    hub.asked.clear()
+    assert len([*fetch_all(wanted, counts.append)]) == len(files)
+    assert not hub.asked  # all are there, and verified
+
+
+def test_dropped_connections_go_on(hub: FakeHub, tmp_path: Path) -> None:
+    hub.drops["model.pt"] = [1_000_000, 0, 700_000]
+    hub.fails["model.pt"] = 2
+    fetch(remote("model.pt"), tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").read_bytes() == CONTENT
+    assert [span for span in hub.fetched("model.pt") if span][-1] == "bytes=1700000-"
+    assert not leftovers(tmp_path)
+
+
+def test_the_next_run_goes_on(hub: FakeHub, tmp_path: Path) -> None:
+    hub.drops["model.pt"] = [1_000_000, *[0] * TRIES]
+    with pytest.raises(DownloadError, match=r"cannot be fetched: .*run it again"):
+        fetch(remote("model.pt"), tmp_path / "model.pt")
+    assert not (tmp_path / "model.pt").exists()
+    assert len(leftovers(tmp_path)) == 1
+    hub.asked.clear()
+    fetch(remote("model.pt"), tmp_path / "model.pt")
+    assert hub.fetched("model.pt") == ["bytes=1000000-"]
+    assert (tmp_path / "model.pt").read_bytes() == CONTENT
+    assert not leftovers(tmp_path)
+
+
+def test_a_server_without_ranges_begins_anew(hub: FakeHub, tmp_path: Path) -> None:
+    hub.ranges = False
+    hub.drops["model.pt"] = [1_000_000]
+    counts: list[int] = []
+    fetch(remote("model.pt"), tmp_path / "model.pt", counts.append)
+    assert (tmp_path / "model.pt").read_bytes() == CONTENT
+    assert sum(counts) == len(CONTENT)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "config.json"])
+def test_a_damaged_file_is_fetched_anew(name: str, hub: FakeHub, tmp_path: Path) -> None:
+    hub.damaged[name] = 1
+    fetch(remote(name), tmp_path / name)
+    assert (tmp_path / name).read_bytes() == hub.repositories[REPOSITORY][name]
+    assert len(hub.fetched(name)) == 2
+
+
+@pytest.mark.parametrize("name", ["model.pt", "config.json"])
+def test_a_file_that_stays_damaged_is_refused(name: str, hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"old")
+    hub.damaged[name] = 2
+    with pytest.raises(DownloadError, match=f"{name} of {REPOSITORY} came damaged.*twice"):
+        fetch(remote(name), tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"old"
+    assert not leftovers(tmp_path)
+    assert len(hub.fetched(name)) == 2
+
+
+def test_damage_of_an_earlier_run_is_found(hub: FakeHub, tmp_path: Path) -> None:
+    file = remote("model.pt")
+    part = tmp_path / f"model.pt.{file.digest[:8]}.incomplete"
+    part.write_bytes(b"x" * 1000)
+    fetch(file, tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").read_bytes() == CONTENT
+    (tmp_path / "model.pt").write_bytes(b"x" + CONTENT[1:])  # of the right size
+    assert not file.is_at(tmp_path / "model.pt")
+    assert [*fetch_all({tmp_path / "model.pt": file}, lambda _: None)]
+    assert file.is_at(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (401, "GatedRepo", r"gated; accept.*https://huggingface.co/someone/something.*hf auth log"),
+        (401, "RepoNotFound", r"not there, or not public.*hf auth login"),
+        (403, "GatedRepo", r"gated; accept.*https://huggingface.co/someone/something.*hf auth log"),
+        (404, "EntryNotFound", r"someone/something: .*has no"),
+    ],
+)
+def test_refusals_are_explained(status: int, code: str, message: str, hub: FakeHub) -> None:
+    hub.refused[REPOSITORY] = (status, code)
+    with pytest.raises(DownloadError, match=message):
+        find_files(entry_of())
+
+
+def test_no_repository_and_no_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DownloadError, match=r"no/body: .* has no"):
+        find_files(entry_of("no/body"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        DownloadError, match=rf"{REPOSITORY}: .*127.0.0.1:9 cannot be reached.*HF_ENDPOINT"
+    ):
+        find_files(entry_of())
+
+
+def test_a_name_that_leads_out_of_the_folder(hub: FakeHub) -> None:
+    hub.repositories[REPOSITORY]["../outside"] = b"x"
+    with pytest.raises(DownloadError, match="no name of a file"):
+        list_files(REPOSITORY)
+
+
+def test_what_cannot_be_written_is_named(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = remote("model.pt")
+    (tmp_path / "model.pt").mkdir()
+    with pytest.raises(DownloadError, match=r"model\.pt cannot be written: a folder has its name"):
+        fetch(file, tmp_path / "model.pt")
+    (tmp_path / "taken").touch()
+    with pytest.raises(DownloadError, match=r"taken/model\.pt cannot be written"):
+        fetch(file, tmp_path / "taken" / "model.pt")
+    assert not hub.fetched("model.pt")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DownloadError, match=r"a\.pt cannot be written: No space left"):
+        fetch(file, tmp_path / "a.pt")
+    monkeypatch.undo()
+    assert len(leftovers(tmp_path)) == 1  # of which the next run makes use
+
+
+def test_two_downloads_of_one_file(hub: FakeHub, tmp_path: Path) -> None:
+    import fcntl
+
+    file = remote("model.pt")
+    with (tmp_path / f"model.pt.{file.digest[:8]}.incomplete").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(DownloadError, match="by another download"):
+            fetch(file, tmp_path / "model.pt")
+
+
+def test_a_login_is_for_the_hub_alone(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    with serving(FakeHub(hub.repositories)) as other:
+        hub.files_at = other.address
+        fetch(remote("model.pt"), tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").read_bytes() == CONTENT
+    assert hub.logins == ["Bearer hf_x"]
+    assert other.logins == [None]

@@ -84,12 +84,11 @@ def test_unfinished(tmp_path: Path) -> None:
     snapshot = tmp_path / "snapshots" / "0a1b"
     snapshot.mkdir(parents=True)
     assert unfinished(tmp_path) == unfinished(tmp_path / "absent") == ""
-    (snapshot / "model.pt").symlink_to(tmp_path / "gone")
-    assert "was not finished (model.pt): download it again" in unfinished(snapshot)
+    (snapshot / "model.part").touch()
+    assert "was not finished (model.part): download it again" in unfinished(snapshot)
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "1.incomplete").touch()
-    assert "(1.incomplete, model.pt)" in unfinished(snapshot)
-    assert "(1.incomplete)" in unfinished(tmp_path)
+    assert "(1.incomplete, model.part)" in unfinished(snapshot)
 
 
 def test_needs_no_torch() -> None:

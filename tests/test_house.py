@@ -34,32 +34,33 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("world",),
-    ("opening", "families", "pipelines", "train", "evaluate"),
-    ("loading", "family", "guards"),
-    ("places", "downloads", "locate", "memory", "request"),
+    ("families", "train", "evaluate"),
+    ("opening", "guards"),
+    ("family",),
+    ("inputs", "locate", "memory", "request", "step", "downloads"),
     ("catalog",),
-    ("models", "text", "tokenizers", "guardrails"),
+    ("text", "tokenizers", "guardrails"),
     ("weights",),
-    ("nn", "sampling", "parallel", "video", "physics", "report", "hub"),
-    ("shapes", "files", "machine", "choices"),
+    ("nn", "sampling", "parallel", "video", "report"),
+    ("shapes", "files"),
     ("errors",),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
-FAMILY_FOLDERS = ("families", "models")
+FAMILY_FOLDERS = ("families",)
 FAMILY_NAMES = r"predict2[._]5|(?<![a-z])flow|diffusion|autoregressive"
 FAMILY_CLASSES = "(Autoregressive|ARTransformer|Diffusion|DiT|Denoising|Flow)"
 # where families are named (beginnings of paths)
 NAMING = (
-    *("families/", "models/", "family.py", "catalog.py", "cli/main.py"),
+    *("families/", "family.py", "catalog.py", "cli/main.py"),
     *("tokenizers/", "text/", "guardrails/", "sampling/flow.py"),
 )
 # file -> family that it may import: the decoder of autoregressive worlds is a diffusion network
 NEIGHBOURS = {"autoregressive/decoder.py": "diffusion"}
 NETWORKS = {
-    "autoregressive": {"models.predict1_ar.model", "families.autoregressive.model"},
-    "diffusion": {"models.predict1_dit.model", "families.diffusion.model"},
-    "predict2.5": {"models.predict2_5_dit.model", "families.predict2_5.model"},
+    "autoregressive": {"families.autoregressive.model"},
+    "diffusion": {"families.diffusion.model"},
+    "predict2.5": {"families.predict2_5.model"},
 }
 
 FORBIDDEN = {
@@ -177,7 +178,7 @@ def closure(command: str) -> Iterator[tuple[str, int, str]]:
     """What a real request has imported of `worldline` when it is done."""
     script = (
         "import json, sys\n"
-        "from worldline.cli import main\n"
+        "from worldline.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as done: assert not done.code\n"
         "ours = [m for name, m in list(sys.modules.items()) if name.split('.')[0] == 'worldline']\n"
@@ -290,7 +291,7 @@ def test_no_module_hides_a_public_name() -> None:
 
 
 def test_networks_know_no_device_and_no_ranks() -> None:
-    for part in ("families", "models", "nn", "sampling", "tokenizers"):
+    for part in ("families", "nn", "sampling", "tokenizers"):
         for path in (SOURCE / part).rglob("*.py"):
             text = path.read_text()
             assert ".cuda()" not in text, path

@@ -8,7 +8,12 @@ import torch
 from tiny.export import stored_tensors, wan_settings
 from worldline.errors import CheckpointError
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
-from worldline.tokenizers.wan.weights import is_diffusers, is_wan, key_map, read_config
+from worldline.tokenizers.wan.weights import (
+    is_diffusers,
+    is_wan,
+    key_map,
+    read_config,
+)
 
 from .test_key_manifests import fake, fits, manifest
 

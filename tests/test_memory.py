@@ -277,8 +277,8 @@ def test_denoising_without_kernels(
 def test_kernels_are_planned_for_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     options, found = released(DIFFUSION).options, []
     monkeypatch.setattr("worldline.opening.choose_device", lambda device: CUDA)
-    for kernels in (object(), None):
-        monkeypatch.setattr("worldline.nn.modulation._load_kernels", lambda found=kernels: found)
+    for triton in (True, False):
+        monkeypatch.setattr("worldline.nn.modulation.has_triton", lambda found=triton: found)
         compute = choose_compute(options)
         found.append(planned(DIFFUSION, compute))
     flags = found[0].flags

@@ -122,7 +122,7 @@ def test_adapters_are_refused(own_diffusion: Path) -> None:
     tensors = {name: source.read(name).clone() for name in source.tensors}
     name = "net.blocks.block1.blocks.0.block.attn.to_q.0.lora_A.weight"
     save({**tensors, name: torch.ones(2, 2)}, path)
-    with pytest.raises(CheckpointError, match="1 tensors of LoRA adapters.*lora_A.*merge them"):
+    with pytest.raises(CheckpointError, match=r"1 tensors of LoRA adapters.*lora_A.*merge them"):
         open_named(TEXT2WORLD, own_diffusion)
 
 
@@ -196,7 +196,7 @@ def test_an_optional_part_may_be_missing(own_diffusion: Path) -> None:
     for words in (TEXT_ENCODER, str(own_diffusion)):
         assert words in opened.missing["text"]
     with pytest.raises(
-        CheckpointError, match=f"{TEXT_ENCODER}.*needed for prompt.*text_encoder_di"
+        CheckpointError, match=rf"{TEXT_ENCODER}.*needed for prompt.*text_encoder_di"
     ):
         checked(opened, **DEFAULTS, prompt="x")
     for named in ("mine", elsewhere, str(elsewhere)):
@@ -305,7 +305,7 @@ def test_devices() -> None:
     for wrong in ("abacus", "cuda:99"):
         with pytest.raises(InputError, match=f"no device {wrong} here"):
             choose_device(wrong)
-    with pytest.raises(InputError, match="device is 1.5"):
+    with pytest.raises(InputError, match=r"device is 1\.5"):
         LoadOptions.parse({"device": 1.5})
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-import worldline.hub
+import worldline.downloads
 from worldline.catalog import FLOW_MODELS
 from worldline.downloads import sources
 from worldline.video.read import probe
@@ -396,7 +396,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     for source in sources(sorted(names)):
         files = [pattern.replace("*", "x") for pattern in (*source.fetch[0], "config.json")]
         repositories[source.repository] = {name: name.encode() for name in files}
-    monkeypatch.setattr(worldline.hub, "PAUSE", 0.0)
+    monkeypatch.setattr(worldline.downloads, "PAUSE", 0.0)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with serving(FakeHub(repositories)) as found:

@@ -108,7 +108,7 @@ def test_each_problem_has_its_line_and_the_name_that_the_user_wrote() -> None:
     assert guidance.startswith("--guidance is 'x'")
     assert seed.startswith("--seed is 1.5")
     assert steps == "--steps: no such option; did you mean num_steps?"
-    with pytest.raises(InputError, match="sampler: no such option; there are: prompt, .*seed"):
+    with pytest.raises(InputError, match=r"sampler: no such option; there are: prompt, .*seed"):
         FlowRequest.parse({"sampler": "res_2ab"})
     # an option is known by the name of its flag
     with pytest.raises(InputError, match="did you mean disable_guardrails"):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from tiny.export import autoregressive_settings, dit_tensors
 from tiny.encoders import export_t5, new_t5
+from tiny.export import autoregressive_settings, dit_tensors
 from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
 from worldline.families.autoregressive.weights import KEYS
 from worldline.families.diffusion.model import DiT

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tiny.export import cosmos_tensors, dit_settings, dit_tensors
 from tiny.encoders import export_t5, new_t5
+from tiny.export import cosmos_tensors, dit_settings, dit_tensors
 from worldline.families.diffusion.model import DiT, DiTConfig
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tiny.export import dit_tensors, draw_weights, stored_tensors
 from tiny.encoders import export_reason1, new_reason1
+from tiny.export import dit_tensors, draw_weights, stored_tensors
 from worldline.catalog import FLOW_MODELS
 from worldline.families.predict2_5.model import FlowDiT, FlowDiTConfig
 from worldline.shapes import LatentShape

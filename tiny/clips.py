@@ -27,7 +27,7 @@ Captioned = tuple[Tensor, list[str]]
 
 _ENCODED_TOGETHER = 32  # clips
 _DRAWN_TOGETHER = 1024  # clips; a few at a time cost several times as much each
-_SECONDS_A_LINE = 10.0
+_LOGGED = 32  # batches between lines of the log
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,6 @@ def make_clips(
         width: pixels, 1 to 2.5 times the height.
         device: where the pictures are painted and stay.
         return_masks: also find where the objects are.
-
-    Raises:
-        InputError: a seed, a size or a length is out of range, or there is no seed.
     """
     scenes = draw_scenes(seeds, aspect=width / height)
     motion = integrate(scenes.bodies, frames)
@@ -82,15 +79,13 @@ def clip_batches(
 
     `workers` processes draw scenes and their motion; 0 does it here. Progress is logged.
     """
-    began = logged = time.monotonic()
-    ready = 0
+    ready, began = 0, time.monotonic()
     for scenes, motion in _moving(seeds, shape, batch, workers):
         yield render(scenes, motion, shape.height, shape.width, device), scenes.captions
         ready += len(scenes)
-        now = time.monotonic()
-        if now - logged >= _SECONDS_A_LINE or (ready == len(seeds) and logged > began):
-            logged = now
-            log.info("%d of %d clips are ready after %.0f s", ready, len(seeds), now - began)
+        if ready % (_LOGGED * batch) == 0:
+            seconds = time.monotonic() - began
+            log.info("%d of %d clips are ready after %.0f s", ready, len(seeds), seconds)
 
 
 def _moving(
@@ -100,11 +95,9 @@ def _moving(
     share = -(-len(seeds) // max(1, workers))  # so that each process has some
     together = batch * max(1, min(_DRAWN_TOGETHER, share) // batch)
     parts = ((seeds[at : at + together], shape) for at in range(0, len(seeds), together))
-    pool: Executor
+    pool: Executor = ThreadPoolExecutor(1)
     if workers:
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    else:
-        pool = ThreadPoolExecutor(1)
     with pool:
         coming = deque(pool.submit(_draw, *part) for part in islice(parts, 1 + workers))
         while coming:

@@ -1,4 +1,4 @@
-"""Training of the tiny diffusion decoder: latents of a fine tokenizer from tokens of a coarse one.
+"""Recipe of the tiny diffusion decoder: latents of a fine tokenizer from tokens of a coarse one.
 
 It is trained window by window, as it is used. A window that begins with a later token frame starts
 at the last of the eight frames that this token stands for, since the fine tokenizer's first latent
@@ -7,10 +7,9 @@ frame stands for one. A short clip fills its window by reflection.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
-from typing import NamedTuple
 
+import click
 import torch
 from torch import Tensor, nn
 
@@ -18,13 +17,15 @@ from tiny import sizes
 from tiny.clips import as_video, clip_batches, to_device, views
 from tiny.denoiser import (
     ClipPositions,
-    export_transformer,
+    Clips,
+    draw_noise,
     latent_scales,
     noise_times,
     train_denoiser,
 )
-from tiny.export import dit_settings, dit_tensors, draw_weights
-from tiny.run import Run, embed_captions, half_precision
+from tiny.encoders import embed_captions
+from tiny.export import dit_settings, dit_tensors, export_network
+from tiny.run import EXISTING, TOKENIZER, Run, recipe
 from worldline.catalog import DECODERS
 from worldline.families.diffusion.model import DECODER_WINDOW, DiT
 from worldline.families.diffusion.weights import open_network
@@ -36,8 +37,7 @@ from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.loop import generator
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
-from worldline.weights.stream import load_into
-from worldline.weights.write import save as save_tensors
+from worldline.weights.write import save
 
 DECODER = DECODERS["Predict1"]
 GENERAL_PROMPT = "A video of moving objects."  # where a request has no prompt
@@ -47,78 +47,62 @@ _DROPPED = 0.1  # share with neither prompt nor tokens
 _WINDOWS_A_CLIP = 3  # the first, a later one, and the first of the clip cut short
 
 
-def train_decoder(
-    run: Run, tokenizer_folder: Path, latents_folder: Path, text_folder: Path, start: Path | None
-) -> None:
-    """Train the decoder on tokens and latents of the same generated clips."""
+@recipe(
+    TOKENIZER,
+    click.option(
+        "--latents", type=EXISTING, required=True, help="Export folder of a continuous tokenizer."
+    ),
+    click.option("--text", type=EXISTING, required=True, help="Folder of a T5 encoder."),
+)
+def decoder(run: Run, tokenizer: Path, latents: Path, text: Path) -> None:
+    """Train the diffusion decoder, which turns tokens into finer latents than their own."""
     batch, clips, device = run.batch or 256, run.clips or 30_000, run.device
-    statistics = latent_scales(latents_folder)
-    half = half_precision(device)
-    coarse = open_tokenizer(tokenizer_folder).read(device, half)
-    fine = open_tokenizer(latents_folder).read(device, half)
-    text = T5Files.open(text_folder).load(device, half)
-    general = text.encode([GENERAL_PROMPT])
+    stored = open_tokenizer(latents)
+    statistics = latent_scales(stored)
+    coarse = open_tokenizer(tokenizer).read(device, run.half)
+    fine = stored.read(device, run.half)
+    encoder = T5Files.open(text).load(device, run.half)
+    general = encoder.encode([GENERAL_PROMPT])
 
-    def encode(seeds: range, workers: int) -> Windows:
-        parts, contexts = [], []
+    def encode(seeds: range, workers: int) -> Clips:
+        """Latents and tokens of windows, and the context (windows, S, E) of their captions."""
+        parts = []
         draws = generator(run.seed, 0, rank=run.ranks.rank)
         batches = clip_batches(seeds, long_shape(), device, batch=64, workers=workers)
         for pictures, captions in views(batches):
-            video = as_video(pictures).to(half)
-            parts.append(cut_windows(coarse, fine, statistics, video, draws))
-            context = embed_captions(text, captions)
-            contexts.append(context.repeat_interleave(_WINDOWS_A_CLIP, 0))
-        latents, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Windows(latents, tokens, torch.cat(contexts))
+            video = as_video(pictures).to(run.half)
+            context = embed_captions(encoder, captions).repeat_interleave(_WINDOWS_A_CLIP, 0)
+            parts.append((*cut_windows(coarse, fine, statistics, video, draws), context))
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     pool = encode(run.seeds(clips), run.workers)
     held_out = encode(run.held_out(128, clips), 0)
     torch.manual_seed(run.seed)
-    transformer = DiT(sizes.DECODER)
-    draw_weights(transformer)
-    if start is not None:
-        stored = open_network(start / DECODER, dit_settings(sizes.DECODER))
-        load_into(transformer, stored.source, stored.keys, device=device, dtype=torch.float32)
-        transformer.requires_grad_(True)
-    model = Decoding(transformer).to(device)
+    start = open_network(run.start / DECODER) if run.start else None
+    model = Decoding(run.network(DiT, sizes.DECODER, start)).to(device)
 
-    def draw(windows: Windows, step: int) -> tuple[Tensor, ...]:
-        small, large = (generator(run.seed, step, d, rank=run.ranks.rank) for d in ("cpu", device))
-        chosen = torch.randint(len(windows.latents), (batch,), generator=small)
-        kind = torch.rand(batch, generator=small)
-        normal = torch.randn(batch, generator=small)
+    def draw(windows: Clips, step: int) -> tuple[Tensor, ...]:
+        draws = generator(run.seed, step, rank=run.ranks.rank)
+        chosen = torch.randint(len(windows[0]), (batch,), generator=draws)
+        kind = torch.rand(batch, generator=draws)
+        normal = torch.randn(batch, generator=draws)
         sigma = log_normal_sigmas(normal, mean=_SIGMA_MEAN, deviation=_SIGMA_DEVIATION)
         chosen, kind, sigma = (to_device(values, device) for values in (chosen, kind, sigma))
-        latents, tokens = windows.latents[chosen].float(), windows.tokens[chosen].long()
+        z, tokens, context = (part[chosen] for part in windows)
         dropped = kind < _DROPPED
         unspecific = (kind < _DROPPED + _GENERAL)[:, None, None]
-        context = torch.where(unspecific, general, windows.context[chosen])
+        context = torch.where(unspecific, general, context)
         context = context.masked_fill(dropped[:, None, None], 0)
-        tokens = tokens.masked_fill(dropped[:, None, None, None], 0)
-        noise = torch.randn(latents.shape, generator=large, device=device)
-        return latents, noise, tokens, context, sigma
+        tokens = tokens.long().masked_fill(dropped[:, None, None, None], 0)
+        return z.float(), draw_noise(run, step, *z.shape), tokens, context, sigma
 
-    train_denoiser(
-        run,
-        model,
-        functools.partial(draw, pool),
-        functools.partial(draw, held_out),
-        lambda folder: export_decoder(model.transformer, general, folder),
-    )
+    def export(folder: Path) -> None:
+        settings = dit_settings(model.transformer.config)
+        settings["rotary_precision"] = sizes.ROTARY_PRECISION
+        export_network(dit_tensors(model.transformer), settings, folder / DECODER)
+        save({"context": general.bfloat16()}, folder / DECODER / "aux_vars.safetensors")
 
-
-class Windows(NamedTuple):
-    """Windows as they are trained on.
-
-    Attributes:
-        latents: (windows, C, T, H, W), bf16, of standard deviation 0.5.
-        tokens: (windows, T, h, w), int16.
-        context: (windows, S, E), of each clip's caption.
-    """
-
-    latents: Tensor
-    tokens: Tensor
-    context: Tensor
+    train_denoiser(run, model, pool, held_out, draw, export)
 
 
 def long_shape() -> VideoShape:
@@ -135,8 +119,9 @@ def cut_windows(
     video: Tensor,
     draws: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Latents and tokens, as in `Windows`, of `_WINDOWS_A_CLIP` windows of each clip.
+    """Latents and tokens of `_WINDOWS_A_CLIP` windows of each clip.
 
+    Latents are (windows, C, T, H, W), bf16, of standard deviation 0.5, tokens (windows, T, h, w).
     Video is (B, 3, T, H, W) in [-1, 1], of `long_shape`, in the tokenizers' dtype; `draws`, on the
     CPU, draws where the later windows of these clips begin.
     """
@@ -178,29 +163,11 @@ class Decoding(nn.Module):
         latents: (B, C, T, H, W), clean. noise: in their shape. tokens: (B, T, h, w), int64.
         context: (B, S, E). sigma: (B,).
         """
-        noised, conditioning = noised_latents(
-            latents,
-            noise,
-            sigma,
-            torch.zeros_like(sigma),
-            conditioning_noise=noise,
-            conditioning_sigma=sigma,
-        )
         output = self.transformer(
-            noised,
+            noised_latents(latents, noise, sigma),
             noise_times(sigma),
             self.transformer.encode_context(context),
             self.positions(self.transformer),
             ids=self.transformer.encode_ids(tokens, self.grid),
         )
-        return denoising_loss(output, latents, noise, sigma, conditioning)
-
-
-def export_decoder(transformer: DiT, general: Tensor, folder: Path) -> None:
-    """Write the decoder in bf16 under the released names, and the general prompt's embedding."""
-    folder = folder / DECODER
-    settings = {"rotary_precision": sizes.ROTARY_PRECISION}
-    export_transformer(
-        dit_tensors(transformer), {**dit_settings(transformer.config), **settings}, folder
-    )
-    save_tensors({"context": general.cpu().bfloat16()}, folder / "aux_vars.safetensors")
+        return denoising_loss(output, latents, noise, sigma, torch.zeros_like(latents[:, :1]))

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tiny import sizes
 from tiny.clips import clip_batches, encode_views, to_device
-from tiny.run import Run, half_precision
+from tiny.run import Run
 from worldline.errors import CheckpointError
 from worldline.families.diffusion.model import DiT, Positions
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.sampling.edm import precondition
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import LatentStatistics
-from worldline.tokenizers.cosmos.weights import read_statistics
+from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.train.loop import LoopConfig, Objective, generator
-from worldline.weights.write import save as save_tensors
 
 # Shares of clips with no conditioning latent frame, one (an image), or two: the fewer, the more
 # there is to learn.
@@ -30,24 +27,30 @@ _NUM_CONDITIONING = (0.5, 0.2, 0.3)
 _TEXT_DROPPED = 0.1
 _HELD_OUT_BATCHES = 8
 
-Draw = Callable[[int], tuple[Tensor, ...]]
+Clips = tuple[Tensor, ...]  # encoded clips, a row each in every tensor
 
 
 def train_denoiser(
-    run: Run, model: nn.Module, draw: Draw, draw_held_out: Draw, export: Callable[[Path], None]
+    run: Run,
+    model: nn.Module,
+    pool: Clips,
+    held_out: Clips,
+    draw: Callable[[Clips, int], tuple[Tensor, ...]],
+    export: Callable[[Path], None],
 ) -> None:
     """Train a model, export it below a folder and report its held-out loss.
 
-    Called with a batch, which `draw` makes of a step, the model returns the loss of each clip.
+    Called with a batch, which `draw` makes of clips and a step, it returns the loss of each clip.
     """
-    measure = run.compile(functools.partial(rounded_to, half_precision(run.device), model))
+    measure = run.compile(functools.partial(rounded_to, run.half, model))
 
     def loss(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return measure(*batch).mean(), {}
 
     def watch() -> dict[str, Tensor]:
         # with gradients, as in training: a compiled network then serves both
-        parts = [loss(*draw_held_out(number))[0].detach() for number in range(_HELD_OUT_BATCHES)]
+        batches = (draw(held_out, number) for number in range(_HELD_OUT_BATCHES))
+        parts = [loss(*batch)[0].detach() for batch in batches]
         return {"held_out": torch.stack(parts).mean()}
 
     config = LoopConfig(
@@ -60,90 +63,66 @@ def train_denoiser(
         average_decay=0.9995,
         graphed=run.graphed,
     )
-    done = run.train(model, Objective(draw=draw, loss=loss, watch=watch), config)
+    objective = Objective(draw=functools.partial(draw, pool), loss=loss, watch=watch)
+    done = run.train(model, objective, config)
     if run.ranks.first:
         export(run.folder / "export")
         run.report({"steps": done, "held_out": float(watch()["held_out"])})
-
-
-class EncodedClips(NamedTuple):
-    """Clips as they are trained on, each as drawn and mirrored; the texts lie on the CPU.
-
-    Attributes:
-        latents: (clips, C, t, h, w), bf16.
-        texts: (clips, S) each: ids, and the mask of tokens where the encoder takes one.
-    """
-
-    latents: Tensor
-    texts: tuple[Tensor, ...]
-
-
-class Batch(NamedTuple):
-    """Clips of a step without their noise, on the device.
-
-    Attributes:
-        latents: (B, C, t, h, w), float32.
-        texts: as in `EncodedClips`.
-        num_conditioning: (B,) number of conditioning latent frames.
-        normal: (B,) unit normal, to make noise levels of.
-    """
-
-    latents: Tensor
-    texts: tuple[Tensor, ...]
-    num_conditioning: Tensor
-    normal: Tensor
 
 
 def train_captioned(
     run: Run,
     model: nn.Module,
     encode: Callable[[Tensor], Tensor],
-    tokenize: Callable[[list[str]], tuple[Tensor, ...]],
-    blank: tuple[Tensor, ...],
-    add_noise: Callable[[int, Batch], tuple[Tensor, ...]],
+    tokenize: Callable[[list[str]], Clips],
+    blank: Clips,
+    levels: Callable[[Tensor], Tensor],
     export: Callable[[Path], None],
+    *,
+    noises: tuple[int, ...] = (),
 ) -> None:
     """Train a model on captioned clips, some with a `blank` text in place of their own.
 
-    `encode` takes video (B, 3, T, H, W) in [-1, 1] to latents, `tokenize` captions to texts,
-    `add_noise` a step and its clips to the model's batch.
+    It is called with latents (B, C, t, h, w), noise (*noises, B, C, t, h, w), texts (B, S), which
+    are ids and perhaps a mask, noise levels (B,), and numbers (B,) of conditioning latent frames.
+
+    Args:
+        run: options.
+        model: trained in place.
+        encode: video (B, 3, T, H, W) in [-1, 1] -> latents.
+        tokenize: captions -> texts.
+        blank: texts.
+        levels: unit normal numbers (B,) -> noise levels.
+        export: writes the model below a folder.
+        noises: axes in front of the noise.
     """
     size, num_clips = run.batch or 256, run.clips or 80_000
 
-    def encode_clips(seeds: range, workers: int) -> EncodedClips:
+    def encode_clips(seeds: range, workers: int) -> Clips:
+        """Latents (clips, C, t, h, w), bf16, and texts on the CPU, as drawn and mirrored."""
         batches = clip_batches(seeds, sizes.SHAPE, run.device, workers=workers)
-        latents, captions = encode_views(
-            batches, half_precision(run.device), lambda video: encode(video).bfloat16()
-        )
-        return EncodedClips(latents, tokenize(captions))
+        latents, captions = encode_views(batches, run.half, lambda video: encode(video).bfloat16())
+        return latents, *tokenize(captions)
 
-    def draw(clips: EncodedClips, step: int) -> tuple[Tensor, ...]:
-        return add_noise(step, draw_clips(run, clips, blank, step, size))
+    def draw(clips: Clips, step: int) -> tuple[Tensor, ...]:
+        draws = generator(run.seed, step, rank=run.ranks.rank)
+        chosen = torch.randint(len(clips[0]), (size,), generator=draws)
+        dropped = torch.rand(size, generator=draws) < _TEXT_DROPPED
+        other = torch.randint(len(blank[0]), (size,), generator=draws)
+        shares = torch.tensor(_NUM_CONDITIONING)
+        count = torch.multinomial(shares, size, replacement=True, generator=draws)
+        sigma = levels(torch.randn(size, generator=draws))
+        texts = [
+            torch.where(dropped[:, None], nothing[other], text[chosen])
+            for text, nothing in zip(clips[1:], blank, strict=True)
+        ]
+        chosen, *others = (to_device(t, run.device) for t in (chosen, *texts, sigma, count))
+        latents = clips[0][chosen].float()
+        return latents, draw_noise(run, step, *noises, *latents.shape), *others
 
     pool = encode_clips(run.seeds(num_clips), run.workers)
     held_out = encode_clips(run.held_out(256, num_clips), 0)
-    train_denoiser(
-        run, model, functools.partial(draw, pool), functools.partial(draw, held_out), export
-    )
-
-
-def draw_clips(
-    run: Run, clips: EncodedClips, blank: tuple[Tensor, ...], step: int, size: int
-) -> Batch:
-    """Clips of a step, each with its own text or with a blank one."""
-    draws = generator(run.seed, step, rank=run.ranks.rank)
-    chosen = torch.randint(len(clips.latents), (size,), generator=draws)
-    dropped = torch.rand(size, generator=draws) < _TEXT_DROPPED
-    other = torch.randint(len(blank[0]), (size,), generator=draws)
-    shares = torch.tensor(_NUM_CONDITIONING)
-    count = torch.multinomial(shares, size, replacement=True, generator=draws)
-    normal = torch.randn(size, generator=draws)
-    texts = tuple(
-        to_device(torch.where(dropped[:, None], nothing[other], text[chosen]), run.device)
-        for text, nothing in zip(clips.texts, blank, strict=True)
-    )
-    chosen, count, normal = (to_device(values, run.device) for values in (chosen, count, normal))
-    return Batch(clips.latents[chosen].float(), texts, count, normal)
+    train_denoiser(run, model, pool, held_out, draw, export)
 
 
 def draw_noise(run: Run, step: int, *shape: int) -> Tensor:
@@ -152,22 +131,11 @@ def draw_noise(run: Run, step: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=draws, device=run.device)
 
 
-def latent_scales(folder: Path) -> LatentStatistics:
+def latent_scales(tokenizer: CosmosNetwork) -> LatentStatistics:
     """Statistics of a continuous tokenizer; CheckpointError where its folder holds none."""
-    statistics = read_statistics(folder)
-    if statistics is None:
-        raise CheckpointError(f"{folder} holds no statistics of latents")
-    return statistics
-
-
-def export_transformer(
-    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], folder: Path
-) -> None:
-    """Write tensors in bf16 under their released names, and config.json beside them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    halves = {name: tensor.bfloat16() for name, tensor in tensors.items()}
-    save_tensors(halves, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    if tokenizer.statistics is None:
+        raise CheckpointError(f"{tokenizer.path} holds no statistics of latents")
+    return tokenizer.statistics
 
 
 class ClipPositions(nn.Module):

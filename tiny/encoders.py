@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from worldline.text.encoder import BYTES, PromptEncoder
 from worldline.text.reason1 import END, PAD, START, SYSTEM, ChatTokenizer, Reason1Encoder
 from worldline.text.t5 import ByteTokenizer, T5Encoder
 from worldline.weights.write import save
 
+_EMBEDDED_TOGETHER = 1024  # captions
 T5: dict[str, Any] = {
     "vocab_size": 384,
     "d_model": 64,
@@ -54,6 +56,14 @@ def byte_chat_tokenizer() -> ChatTokenizer:
     tokenizer.add_special_tokens([PAD, START, END])
     tokenizer.add_tokens([f"system\n{SYSTEM}", "user\n"])
     return ChatTokenizer(tokenizer, "a tokenizer of bytes")
+
+
+@torch.no_grad()
+def embed_captions(text: T5Encoder, captions: Sequence[str]) -> Tensor:
+    """Context of captions (N, S, E), many at a time."""
+    ids, mask = text.tokenize(captions)
+    parts = zip(ids.split(_EMBEDDED_TOGETHER), mask.split(_EMBEDDED_TOGETHER), strict=True)
+    return torch.cat([text.embed(*part) for part in parts])
 
 
 def export_t5(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +25,19 @@ from worldline.tokenizers.cosmos.model import (
 from worldline.tokenizers.cosmos.weights import key_map
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.weights.keymap import KeyMap
+from worldline.weights.write import save
+
+_DRAWN = ("embed", "ids", "positions", "project", "noise", "blocks", "head")
 
 
 def draw_weights(model: nn.Module) -> None:
-    """Draw fresh weights: norms at one; convolutions by torch's defaults; see below for others."""
+    """Fresh weights: norms at one, convolutions as torch draws them, transformers by fan-in."""
     tokenizer = isinstance(model, CosmosTokenizer | WanTokenizer)
     bound = 0.0
-    for name, parameter in model.named_parameters():
+    parameters = list(model.named_parameters())
+    if isinstance(model, DiT | FlowDiT):  # a seed is the same weights whatever the modules' order
+        parameters.sort(key=lambda named: _DRAWN.index(named[0].partition(".")[0]))
+    for name, parameter in parameters:
         leaf = name.rpartition(".")[2]
         if ("norm" in name and leaf != "bias") or leaf == "gamma":
             nn.init.ones_(parameter)
@@ -42,13 +51,25 @@ def draw_weights(model: nn.Module) -> None:
         elif isinstance(model, ARTransformer):
             deep = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
             nn.init.normal_(parameter, std=0.02 / (2 * model.config.depth) ** 0.5 if deep else 0.02)
-        elif name.startswith("positions.") or name == "noise.second.weight":
-            # a gate at zero would block the first update: the noise level opens all a little
-            nn.init.normal_(parameter, std=0.02)
-        else:
-            nn.init.normal_(
-                parameter, std=1 if name == "ids.weight" else parameter.shape[1] ** -0.5
-            )
+        elif name.startswith(("positions.", "ids.")):
+            nn.init.normal_(parameter, std=1 if name == "ids.weight" else 0.02)
+        elif name != "noise.second.weight" or isinstance(model, FlowDiT):
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    if isinstance(model, DiT | FlowDiT):
+        # a gate at zero would block the first update: the noise level opens all of them a little
+        nn.init.normal_(model.get_parameter("noise.second.weight"), std=0.02)
+
+
+def export_network(
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    folder: Path,
+    file: str = "model.safetensors",
+) -> None:
+    """Write tensors in bf16 under their released names, and config.json beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / file)
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def stored_tensors(model: nn.Module, keys: KeyMap) -> dict[str, Tensor]:

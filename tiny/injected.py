@@ -50,9 +50,6 @@ def inject_collapse(frames: Frames, seed: int, num_input_frames: int = 9) -> Inj
 
     Up to 4 % of the old picture stays visible, under noise of up to 4 grey levels, since a
     collapsed model seldom paints a perfectly even colour.
-
-    Raises:
-        ValueError: there is no frame after the input frames.
     """
     draw = np.random.RandomState(seed)
     count, height, width, _ = frames.shape
@@ -92,9 +89,6 @@ def inject_appearance(
         seed: draws everything.
         num_input_frames: the object starts after these.
         donor: (T', H', W', 3) uint8, another clip whose middle frame lends texture.
-
-    Raises:
-        ValueError: there is no frame after the input frames.
     """
     draw = np.random.RandomState(seed)
     count, height, width, _ = frames.shape
@@ -212,11 +206,6 @@ def _draw_span(
     draw: np.random.RandomState, count: int, num_input_frames: int, most: int
 ) -> tuple[int, int]:
     """First frame and length of a failure after the input frames."""
-    if count <= num_input_frames:
-        raise ValueError(
-            f"a clip of {count} frames has none after its {num_input_frames} input frames; "
-            f"use at least {num_input_frames + 1} frames"
-        )
     length = int(draw.randint(1, min(most, count - num_input_frames) + 1))
     return int(draw.randint(num_input_frames, count - length + 1)), length
 

@@ -15,8 +15,6 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from worldline.errors import InputError
-
 Floats = NDArray[np.float64]
 
 FPS = 25.0
@@ -92,15 +90,7 @@ class Motion(NamedTuple):
 
 
 def integrate(bodies: Bodies, frames: int) -> Motion:
-    """Carry `bodies` through `frames` frames; frame 0 is the start itself.
-
-    A clip moves the same whatever the others are.
-
-    Raises:
-        InputError: `frames` is not positive.
-    """
-    if frames < 1:
-        raise InputError(f"frames is {frames}; it must be at least 1")
+    """Motion of `bodies` through `frames` frames, each clip alone; frame 0 is the start itself."""
     start = (bodies.x, bodies.y, bodies.angle, bodies.velocity_x, bodies.velocity_y, bodies.spin)
     # its views are changed in place, so rows of clips must lie in a row
     state = np.ascontiguousarray(np.stack(start))
@@ -155,8 +145,7 @@ class _Solver:
         dx = x[self.first] - x[self.second]
         dy = y[self.first] - y[self.second]
         touching = dx * dx + dy * dy < self.reach_squared
-        # One pair after the other: simultaneous impulses on a body that touches two others would
-        # create energy.
+        # One pair after the other: simultaneous impulses on one body would create energy.
         for pair in touching.any(axis=1).nonzero()[0]:
             self._collide_pair(
                 int(self.first[pair]), int(self.second[pair]), touching[pair].nonzero()[0]
@@ -174,8 +163,7 @@ class _Solver:
         # Two centres in one point have no direction; any will do.
         normal_x = np.where(distance > 1e-9, dx / safe, 1.0)
         normal_y = dy / safe
-        # Moving both by inverse mass keeps the centre of mass, hence the energy of the pair under
-        # gravity.
+        # Moving both by inverse mass keeps the centre of mass, hence the pair's energy.
         overlap = np.maximum(radius_a + radius_b - distance, 0.0) / inverse
         a[0] += overlap * inverse_a * normal_x
         a[1] += overlap * inverse_a * normal_y
@@ -206,22 +194,18 @@ class _Solver:
         if not hit.size:
             return
         bodies, clip, radius = self.bodies, self.clip[hit], self.radius[hit]
-        direction = np.sign(
-            offset.ravel()[hit]
-        )  # towards the wall: 1 is the right one, or the floor
+        direction = np.sign(offset.ravel()[hit])  # towards the wall: 1 is right, or down
         depth = depth.ravel()[hit]
         pull = bodies.gravity[clip] * direction * axis
         along, across, spin = self.flat[3 + axis], self.flat[4 - axis], self.flat[5]
         speed = along[hit] * direction
-        # Putting the body back to the wall raises it against gravity: take that energy from its
-        # speed.
+        # Putting the body back raises it against gravity: its speed pays for that energy.
         arrival = np.maximum(speed, 0.0)
         arrival = np.sqrt(np.maximum(arrival * arrival - 2 * pull * depth, 0.0))
         # Below this speed a bounce would not leave the wall within a few substeps: the body rests.
         resting = arrival < 4 * np.abs(pull) * self.seconds
         bounce = arrival * np.where(resting, 0.0, bodies.restitution[clip])
-        # The tangent is the wall's direction turned by a quarter: (-1, 0) at the floor, (0, 1) at
-        # the right wall.
+        # The direction turned by a quarter: (-1, 0) at the floor, (0, 1) at the right wall.
         tangent = direction * (1 - 2 * axis)
         slip = across[hit] * tangent + spin[hit] * radius
         limit = bodies.friction[clip] * (np.maximum(speed, 0.0) + bounce)

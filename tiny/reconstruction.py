@@ -1,4 +1,4 @@
-"""Training of tiny tokenizers of either family."""
+"""Training that the tiny tokenizers of both families share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiny import sizes
 from tiny.clips import ClipPool, as_video, clip_batches
-from tiny.run import Run, half_precision, mixed_precision
+from tiny.run import Run
 from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.wan.model import WanTokenizer
@@ -27,7 +27,7 @@ VideoTokenizer = CosmosTokenizer | WanTokenizer
 # A continuous tokenizer is variational with one deviation for all latents: its noise sets what is
 # worth a latent, so that fine detail does not become hard to predict noise.
 DEVIATION = 0.1
-KL = ReconstructionObjective(kl=Schedule.constant(3e-4))
+KL = ReconstructionObjective(kl=Schedule((), (3e-4,)))
 _PLACES = 1  # the stream that draws where a piece is cut: not that which chooses the clips
 _SQUARED = 5.0  # weight of the squared error: few pixels, those of moving objects, have most of it
 
@@ -62,7 +62,7 @@ def train_reconstruction(
         return cut(pictures, piece, place), noise
 
     def loss(clips: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with mixed_precision(device):
+        with run.mixed_precision():
             value, error = measure(model, objective, clips, noise)
         return value, {"psnr": -10 * error.log10()}
 
@@ -105,7 +105,7 @@ def statistics_videos(run: Run) -> Iterator[Tensor]:
     seeds = range(min(run.clips or 8192, 8192))
     for clips, _ in clip_batches(seeds, sizes.SHAPE, run.device, workers=run.workers):
         for part in clips.split(32):
-            yield as_video(part).to(half_precision(run.device))
+            yield as_video(part).to(run.half)
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def report_psnr(run: Run, done: int, model: VideoTokenizer) -> None:
     figures = []
     for clip in clips:
         video = as_video(clip[None])
-        decoded = model.reconstruct(video.to(half_precision(run.device))).float().clamp(-1, 1)
+        decoded = model.reconstruct(video.to(run.half)).float().clamp(-1, 1)
         figures.append(-10 * ((decoded - video).square().mean() / 4).log10())
     run.report({"steps": done, "psnr": float(torch.stack(figures).mean())})
 

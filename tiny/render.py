@@ -17,7 +17,6 @@ from torch import Tensor
 
 from tiny.motion import FPS, Motion
 from tiny.scenes import COLOURS, GRID, OUTLINES, SHAPES, TEXTURES, Scenes
-from worldline.errors import InputError
 
 MEMORY = {"cpu": 1_000_000_000, "cuda": 8_000_000_000}  # bytes that a chunk may take
 _REACH = 1.2  # collision radii from the centre to the farthest painted point of any shape
@@ -30,11 +29,7 @@ _DARK_MARK = (58.0, 60.0, 72.0)
 def render(
     scenes: Scenes, motion: Motion, height: int, width: int, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """The clips as uint8 (B, T, H, W, 3) on `device`; CPU and GPU may differ by one level.
-
-    Raises:
-        InputError: the picture is smaller than 16 pixels.
-    """
+    """The clips as uint8 (B, T, H, W, 3) on `device`; CPU and GPU may differ by one level."""
     shape = (len(scenes), motion.x.shape[1], height, width, 3)
     clips = torch.empty(shape, dtype=torch.uint8, device=device)
     for rows, chunk in _chunks(scenes, motion, height, width, device):
@@ -71,8 +66,6 @@ def _chunks(
     scenes: Scenes, motion: Motion, height: int, width: int, device: str | torch.device
 ) -> Iterator[tuple[slice, _Chunk]]:
     device = torch.device(device)
-    if min(height, width) < 16:
-        raise InputError(f"the picture is {height} x {width}; use at least 16 pixels each way")
     # float32 values of a clip: the picture, its clamped copy, a bool picture; windows of a fifth
     # of it, 20 at a time
     one_clip = motion.x.shape[1] * height * width * 4 * (2 * 3 + 5)

@@ -1,45 +1,88 @@
-"""What the commands that train tiny worlds share."""
+"""What the recipes of tiny worlds share: options, the run, weights to begin with."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tiny import sizes
+from tiny.export import draw_weights
 from worldline.parallel.ranks import ALONE, Ranks, join, leave
-from worldline.text.t5 import T5Encoder
 from worldline.train.loop import LoopConfig, Objective, fit
+from worldline.weights.networks import Network
 
 log = logging.getLogger(__name__)
 
-_EMBEDDED_TOGETHER = 1024  # captions
+Option = Callable[[Any], Any]  # a decorator of click
+
+EXISTING = click.Path(path_type=Path, exists=True)
+TOKENIZER = click.option(
+    "--tokenizer", type=EXISTING, required=True, help="Export folder of a tokenizer."
+)
+NEGATIVE_PROMPT = click.option(
+    "--negative_prompt", multiple=True, help="A text to train like no text at all."
+)
+_COMMON = (
+    click.option(
+        "--folder",
+        type=click.Path(path_type=Path),
+        required=True,
+        help="States, log.jsonl, and in the end export/ and result.json.",
+    ),
+    click.option("--steps", type=int, help="Length of the whole run."),
+    click.option("--batch", type=int, help="Clips of each process in a step."),
+    click.option("--clips", type=int, help="Number of clips to draw."),
+    click.option("--seconds", type=float, help="Stop and save after this time."),
+    click.option("--workers", type=int, default=0, help="Processes that draw clips."),
+    click.option("--seed", type=int, default=0, help="Random seed of weights, batches and noise."),
+    click.option("--rate", type=float, help="Peak of the learning rate."),
+    click.option("--weights", "start", type=EXISTING, help="Export folder to begin with."),
+    click.option("--compile", "compiled", is_flag=True, help="Compile the network."),
+    click.option("--graph", "graphed", is_flag=True, help="One CUDA graph a step; needs a GPU."),
+    click.option(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        show_default=True,
+        help="cuda, cuda:1, cpu, …",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Options of all commands; None is the command's own default."""
+    """Options of all recipes; None is the recipe's own default."""
 
     folder: Path
-    steps: int | None
-    batch: int | None
-    clips: int | None
-    seconds: float | None
-    workers: int
-    seed: int
-    rate: float | None
-    compiled: bool
-    graphed: bool
-    device: str
+    steps: int | None = None
+    batch: int | None = None
+    clips: int | None = None
+    seconds: float | None = None
+    workers: int = 0
+    seed: int = 0
+    rate: float | None = None
+    start: Path | None = None
+    compiled: bool = False
+    graphed: bool = False
+    device: str = "cpu"
     ranks: Ranks = ALONE
+
+    @property
+    def half(self) -> torch.dtype:
+        """The bf16 dtype on a GPU, float32 elsewhere."""
+        return torch.bfloat16 if torch.device(self.device).type == "cuda" else torch.float32
+
+    def mixed_precision(self) -> torch.autocast:
+        """Autocast to bf16 on a GPU, without its cache of weights: a CUDA graph would keep it."""
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)
 
     def seeds(self, clips: int) -> range:
         """This process's share of the clips to train on."""
@@ -52,6 +95,16 @@ class Run:
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, compiled for the one shape of all batches if --compile is set."""
         return torch.compile(function, dynamic=False) if self.compiled else function
+
+    def network(
+        self, kind: Callable[[Any], nn.Module], config: Hashable, stored: Network[Any] | None
+    ) -> Any:
+        """Float32 network to train, with fresh weights or those of a file."""
+        if stored is not None:
+            return stored.read(self.device, torch.float32).requires_grad_(True)
+        model = kind(config)
+        draw_weights(model)
+        return model.to(self.device)
 
     def train(self, model: nn.Module, objective: Objective, config: LoopConfig) -> int:
         """Train, leave the averaged weights in the model; the number of steps done."""
@@ -67,32 +120,22 @@ class Run:
         log.info("%s", figures)
 
 
-@contextmanager
-def running(options: dict[str, Any]) -> Iterator[Run]:
-    """A run in its group of processes, which it leaves at the end."""
-    if options["graphed"] and torch.device(options["device"]).type != "cuda":
-        raise click.UsageError(f"--graph needs a GPU, not --device {options['device']}")
-    ranks, device = join(options["device"])
-    if not ranks.first:  # one logs for all
-        logging.getLogger("tiny").setLevel(logging.WARNING)
-    yield Run(**{**options, "device": device, "ranks": ranks})
-    leave(ranks)
+def recipe(*options: Option) -> Callable[[Callable[..., None]], click.Command]:
+    """Command of a recipe: called with a `Run` of the common options, and its own options."""
 
+    def command(function: Callable[..., None]) -> click.Command:
+        def start(**values: Any) -> None:
+            common = {field.name: values.pop(field.name, ALONE) for field in fields(Run)}
+            if common["graphed"] and torch.device(common["device"]).type != "cuda":
+                raise click.UsageError(f"--graph needs a GPU, not --device {common['device']}")
+            common["ranks"], common["device"] = join(common["device"])
+            if not common["ranks"].first:  # one logs for all
+                logging.getLogger("tiny").setLevel(logging.WARNING)
+            function(Run(**common), **values)
+            leave(common["ranks"])
 
-@torch.no_grad()
-def embed_captions(text: T5Encoder, captions: Sequence[str]) -> Tensor:
-    """Context of captions (N, S, E), many at a time."""
-    ids, mask = text.tokenize(captions)
-    parts = zip(ids.split(_EMBEDDED_TOGETHER), mask.split(_EMBEDDED_TOGETHER), strict=True)
-    return torch.cat([text.embed(*part) for part in parts])
+        for option in reversed((*_COMMON, *options)):  # the last one added is listed first
+            start = option(start)
+        return click.command(function.__name__, help=function.__doc__)(start)
 
-
-def half_precision(device: str) -> torch.dtype:
-    """The bf16 dtype on a GPU, float32 elsewhere."""
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-
-
-def mixed_precision(device: str) -> torch.autocast:
-    """Autocast to bf16 on a GPU; without the cache of weights, which a CUDA graph would keep."""
-    kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)
+    return command

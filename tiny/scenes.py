@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiny.motion import Bodies, ClipArrays, Floats, Motion, integrate
-from worldline.errors import InputError
 
 Ints = NDArray[np.intp]
 
@@ -139,19 +138,7 @@ class Scenes(ClipArrays):
 
 
 def draw_scenes(seeds: Sequence[int], aspect: float = 1.5) -> Scenes:
-    """The scene of each seed (0 to 2^32 - 1), for pictures of `aspect` = width / height.
-
-    Raises:
-        InputError: a seed is out of range, there is none, or the picture is too narrow or too wide
-            for objects of these areas.
-    """
-    if not 1.0 <= aspect <= 2.5:
-        raise InputError(f"width / height is {aspect:.2f}; physics scenes need 1 to 2.5")
-    if not seeds:
-        raise InputError("there is no seed to draw a scene from")
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise InputError(f"seed {seed} is outside 0 to 2^32 - 1")
+    """The scene of each seed (0 to 2^32 - 1), for pictures 1 to 2.5 times as wide as high."""
     starts = range(0, len(seeds), _BATCH)
     return Scenes.join([_draw_batch(seeds[at : at + _BATCH], aspect) for at in starts])
 

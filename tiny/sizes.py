@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tiny import encoders
-from tiny.clips import FPS
+from tiny.motion import FPS
 from worldline.families.autoregressive.model import ARTransformerConfig
 from worldline.families.diffusion.model import LARGEST_GRID, DiTConfig
 from worldline.families.predict2_5.model import FlowDiTConfig
@@ -36,16 +38,13 @@ AUTOREGRESSIVE = ARTransformerConfig(
     embedding_rows=4096,
     grid=GRID,
 )
-VIDEO2WORLD = ARTransformerConfig(
+VIDEO2WORLD = replace(
+    AUTOREGRESSIVE,
     depth=6,
     width=128,
     num_heads=4,
-    num_kv_heads=2,
-    head_size=32,
     hidden=384,
-    vocabulary=4096,
     embedding_rows=4160,  # and the id that begins a video, in whole 64s
-    grid=GRID,
     context_width=64,
     absolute_positions=True,
     leading_tokens=1,
@@ -59,21 +58,19 @@ DIFFUSION = DiTConfig(
     context_width=64,
     lora_rank=16,
     condition_mask=True,
-    max_grid=LatentShape(5, 8, 12),
+    max_grid=GRID,
     rope_ratio=(1.0, 1.0, 1.0),
     base_fps=FPS,
 )
-DECODER = DiTConfig(
+DECODER = replace(
+    DIFFUSION,
     depth=5,
     width=128,
     num_heads=4,
-    head_size=32,
     hidden=384,
-    context_width=64,
-    lora_rank=16,
     condition_mask=False,
     max_grid=LARGEST_GRID,
-    rope_ratio=(1.0, 1.0, 1.0),
+    base_fps=24.0,
     learned_positions=False,
     vocabulary=4096,
     id_width=8,

@@ -1,44 +1,43 @@
-"""Training of the tiny Cosmos tokenizers, to token ids or to continuous latents."""
+"""Recipe of the tiny Cosmos tokenizers, to token ids or to continuous latents."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import torch
 from torch import Tensor
 
 from tiny import sizes
-from tiny.export import cosmos_tensors, draw_weights
+from tiny.export import cosmos_tensors
 from tiny.reconstruction import KL, Moments, report_psnr, statistics_videos, train_reconstruction
-from tiny.run import Run, half_precision
+from tiny.run import Run, recipe
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.losses import ReconstructionObjective
-from worldline.weights.write import save as save_tensors
+from worldline.weights.write import save
 
 _STATISTICS_FRAMES = 16  # columns of released statistics; the last one is repeated
 
 
-def train_tokenizer(run: Run, kind: str, start: Path | None) -> None:
-    """Train a "discrete" or "continuous" tokenizer."""
+@recipe(click.option("--kind", type=click.Choice(["discrete", "continuous"]), default="discrete"))
+def tokenizer(run: Run, kind: str) -> None:
+    """Train a video tokenizer to token ids or to continuous latents."""
     torch.manual_seed(run.seed)
-    if start is None:
-        model = CosmosTokenizer(sizes.TOKENIZER if kind == "discrete" else sizes.CONTINUOUS)
-        draw_weights(model)
-        model = model.to(device)
-    else:
-        model = open_tokenizer(start).read(run.device, torch.float32).requires_grad_(True)
+    config = sizes.TOKENIZER if kind == "discrete" else sizes.CONTINUOUS
+    stored = open_tokenizer(run.start) if run.start else None
+    model = run.network(CosmosTokenizer, config, stored)
     continuous = model.config.levels is None
     done = train_reconstruction(run, model, KL if continuous else ReconstructionObjective())
     if not run.ranks.first:
         return
     export = run.folder / "export"
     export_tokenizer(model, export)
-    exported = load_tokenizer(export, device=run.device, dtype=half_precision(run.device))
+    exported = open_tokenizer(export).read(run.device, run.half)
     if continuous:
         statistics = latent_statistics(exported, statistics_videos(run))
-        save_tensors(statistics.tensors(), export / "mean_std.safetensors")
+        save(statistics.tensors(), export / "mean_std.safetensors")
     report_psnr(run, done, exported)
 
 
@@ -63,6 +62,5 @@ def latent_statistics(model: CosmosTokenizer, videos: Iterator[Tensor]) -> Laten
 def export_tokenizer(model: CosmosTokenizer, folder: Path) -> None:
     """Write encoder and decoder in bf16 under the names of the released files."""
     folder.mkdir(parents=True, exist_ok=True)
-    halves = cosmos_tensors(model)
-    for half, tensors in halves.items():
-        save_tensors(tensors, folder / f"{half}.safetensors")
+    for half, tensors in cosmos_tensors(model).items():
+        save(tensors, folder / f"{half}.safetensors")

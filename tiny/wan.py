@@ -1,8 +1,7 @@
-"""Training of the tiny tokenizer that is laid out as Wan2.1's."""
+"""Recipe of the tiny tokenizer that is laid out as Wan2.1's."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiny import sizes
-from tiny.export import draw_weights, stored_tensors, wan_settings
+from tiny.export import export_network, stored_tensors, wan_settings
 from tiny.reconstruction import (
     DEVIATION,
     KL,
@@ -21,24 +20,23 @@ from tiny.reconstruction import (
     statistics_videos,
     train_reconstruction,
 )
-from tiny.run import Run, half_precision
+from tiny.run import Run, recipe
 from worldline.tokenizers.wan.model import CausalConv, WanTokenizer
 from worldline.tokenizers.wan.weights import key_map, open_wan
 from worldline.weights.networks import DIFFUSERS_FILES
-from worldline.weights.write import save as save_tensors
 
 _SHAPES = 64  # of cells that are prepared for a convolution; no two levels have the same
 
 
-def train_wan(run: Run, start: Path | None) -> None:
-    """Train on generated clips; raw latents in training, normalised ones in the export."""
+@recipe()
+def wan(run: Run) -> None:
+    """Train a video tokenizer laid out as Wan2.1's, to continuous latents.
+
+    Latents are raw in training, normalised in the export.
+    """
     torch.manual_seed(run.seed)
-    if start is None:
-        model = WanTokenizer(sizes.WAN)
-        draw_weights(model)
-        model = model.to(device).channels_last()
-    else:
-        model = load_wan(open_wan(start), run.device, torch.float32).requires_grad_(True)
+    model = run.network(WanTokenizer, sizes.WAN, open_wan(run.start) if run.start else None)
+    model.channels_last()
     channels = model.config.latent_channels
     model.config = replace(model.config, mean=(0.0,) * channels, std=(1.0,) * channels)
     if run.compiled:
@@ -48,7 +46,7 @@ def train_wan(run: Run, start: Path | None) -> None:
         return
     folder = run.folder / "export"
     export_wan(model, folder)
-    exported = load_wan(open_wan(folder), run.device, half_precision(run.device))
+    exported = open_wan(folder).read(run.device, run.half)
     mean, std = channel_statistics(exported, statistics_videos(run))
     exported.config = model.config = replace(model.config, mean=mean, std=std)
     export_wan(model, folder)
@@ -67,26 +65,19 @@ def compile_between_convolutions(model: WanTokenizer) -> None:
 
 
 @torch.no_grad()
-def channel_statistics(
-    model: WanTokenizer, videos: Iterator[Tensor]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(model: WanTokenizer, videos: Iterator[Tensor]) -> list[tuple[float, ...]]:
     """Mean and deviation of every channel of the latents."""
     moments = Moments()
     for video in videos:
         moments.add(model.encode(video).flatten(2, 3).unsqueeze(2))  # all latent frames as one
-    mean, deviation = (tuple(values[:, 0].tolist()) for values in moments.result())
-    return mean, deviation
+    return [tuple(values[:, 0].tolist()) for values in moments.result()]
 
 
 def export_wan(model: WanTokenizer, folder: Path) -> None:
-    """Write weights in bf16 by diffusers' names, and config.json with the statistics of latents."""
+    """Write weights by diffusers' names, and config.json with the statistics of latents."""
     channels = model.config.latent_channels
     with torch.no_grad():  # the variance, which training keeps fixed
         model.quant_conv.weight[channels:] = 0
         model.quant_conv.bias[channels:] = 2 * math.log(DEVIATION)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = stored_tensors(model, key_map(model.config, True))
-    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
-    save_tensors(tensors, folder / DIFFUSERS_FILES[0])
-    said = json.dumps(wan_settings(model.config), indent=1)
-    (folder / "config.json").write_text(said + "\n")
+    export_network(tensors, wan_settings(model.config), folder, DIFFUSERS_FILES[0])

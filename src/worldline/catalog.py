@@ -3,50 +3,36 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
 
 from worldline.errors import did_you_mean
 
 BUNDLED_PREFIX = "tiny-"
-APACHE_LICENCE = "Apache-2.0"
-
-_WORLDS = ("autoregressive", "diffusion text", "diffusion video", "diffusion, other", "flow")
+_FIRST = "Cosmos-1.0-"  # how names of the first generation begin
 
 Presence = Literal["present", "other size", "partial", "absent"]
 Layouts = tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True)
-class File:
-    """One released file.
+class _Record(BaseModel):
+    """A table of `catalog.toml`, which describes its fields."""
 
-    Attributes:
-        name: path below the folder.
-        nbytes: bytes of its tensors, the file is a little larger; 0 if unknown.
-        md5: digest of the whole file; "" if none is published.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class File(_Record):
+    """One released file; `nbytes` is 0 and `md5` "" where they are unknown."""
 
     name: str
     nbytes: int = 0
     md5: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FlowModel:
-    """One of the released models of Cosmos-Predict2.5, which differ in nothing but values.
-
-    Attributes:
-        name: name that it is asked for by.
-        repository: its repository on the hub.
-        revision: commit of the repository.
-        file: path below the repository's folder.
-        nbytes: bytes of its tensors.
-        experiment: name of the training run that it comes from.
-        schedule: schedule of its noise levels.
-        known_timestep: timestep of conditioning frames; None for that of all frames.
-    """
+class FlowModel(_Record):
+    """One of the released models of Cosmos-Predict2.5, which differ in nothing but values."""
 
     name: str
     repository: str
@@ -58,9 +44,8 @@ class FlowModel:
     known_timestep: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One released checkpoint; `catalog.toml` describes its fields."""
+class Entry(_Record):
+    """One released checkpoint."""
 
     name: str
     family: str
@@ -83,6 +68,15 @@ class Entry:
     fetch_1_0: Layouts | None = None
 
     @property
+    def first_generation(self) -> Entry | None:
+        """The same of Cosmos 1.0, which has other repositories; None where it has no such."""
+        for name in self.folders:
+            if name.startswith(_FIRST):
+                place = {"repository": f"nvidia/{name}", "destination": name}
+                return self.model_copy(update={**place, "fetch": self.fetch_1_0 or self.fetch})
+        return None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the first layout whose files are all known; 0 if there is none."""
         sizes = {file.name: file.nbytes for file in self.files}
@@ -96,49 +90,32 @@ class Entry:
 
         "other size" is a whole checkpoint under the released name, but far smaller than it.
         """
-        sizes = {file.name: file.nbytes for file in self.files}
+        needed = {file.name: file.nbytes for file in self.files}
         paths = [Path(checkpoint_dir) / folder for folder in self.folders]
         present = [path for path in paths if path.is_dir()]
         for path in present:
             for layout in self.layouts:
-                if all(_holds(path, pattern, sizes.get(pattern) or 1) for pattern in layout):
-                    small = sum(_size(path, pattern) for pattern in layout) < self.nbytes / 2
+                sizes = {name: [f.stat().st_size for f in path.glob(name)] for name in layout}
+                if all(max(sizes[name], default=0) >= (needed.get(name) or 1) for name in layout):
+                    small = sum(map(sum, sizes.values())) < self.nbytes / 2
                     return "other size" if small else "present", path
         return ("partial", present[0]) if present else ("absent", None)
-
-
-def _holds(folder: Path, pattern: str, nbytes: int) -> bool:
-    return any(path.is_file() and path.stat().st_size >= nbytes for path in folder.glob(pattern))
-
-
-def _size(folder: Path, pattern: str) -> int:
-    """Bytes of all that fits, the other ranks of a tensor-parallel set included."""
-    return sum(path.stat().st_size for path in folder.glob(pattern.replace("_mp_0", "_mp_*")))
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _read() -> tuple[Entry, ...]:
     data = tomllib.loads(Path(__file__).with_name("catalog.toml").read_text())
     entries = []
     for own in data["checkpoints"]:
-        fields = {**data["families"].get(own["family"], {}), **own}
-        name = fields["name"]
-        fields.setdefault("repository", f"nvidia/{name}")
-        fields.setdefault("destination", name)
-        fields.setdefault("folders", [name])
-        models = [
-            FlowModel(**model, repository=fields["repository"])
-            for model in fields.get("models", ())
-        ]
-        files = [File(model.file, model.nbytes) for model in models]
-        files += [File(**file) for file in fields.get("files", ())]
-        layouts = [[model.file] for model in models]
-        layouts += fields.get("layouts") or [[file.name for file in files]]
-        fields |= {"models": models, "files": files, "layouts": layouts}
-        entries.append(Entry(**{field: _tuples(value) for field, value in fields.items()}))
+        entry: dict[str, Any] = {**data["families"].get(own["family"], {}), **own}
+        repository = entry.setdefault("repository", f"nvidia/{entry['name']}")
+        entry.setdefault("destination", entry["name"])
+        entry.setdefault("folders", [entry["name"]])
+        models = [{**model, "repository": repository} for model in entry.get("models", ())]
+        files = [{"name": model["file"], "nbytes": model["nbytes"]} for model in models]
+        files += entry.get("files", ())
+        layouts = [[model["file"]] for model in models]
+        layouts += entry.get("layouts") or [[file["name"] for file in files]]
+        entries.append(Entry(**entry | {"models": models, "files": files, "layouts": layouts}))
     return tuple(entries)
 
 
@@ -147,10 +124,9 @@ _NAMED = {entry.name: entry for entry in ENTRIES}
 _DECODER = _NAMED["Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p"]
 _FLOW = _NAMED["Cosmos-Predict2.5-2B"]
 
-# Folders of the diffusion decoder of the autoregressive models.
+# folders of the diffusion decoder of the autoregressive models
 DECODERS: dict[str, str] = {"Predict1": _DECODER.folders[0], "1.0": _DECODER.folders[1]}
-# Released models of Predict2.5, the default one first, and repository and revision of the tokenizer
-# that they share.
+# released models of Predict2.5, the default one first; repository and revision of their tokenizer
 FLOW_MODELS = tuple(model for entry in ENTRIES for model in entry.models)
 FLOW_TOKENIZER = (_FLOW.repository, _FLOW.revision or "")
 
@@ -173,7 +149,7 @@ def find_flow_model(name: str) -> FlowModel | None:
 def advice(name: str) -> str:
     """End of a message about a model that is not there; "" if nothing is known of it."""
     if (entry := find(name)) is not None:
-        if not entry.command and entry.family.startswith(_WORLDS):
+        if entry.family == "diffusion, other":
             return f"; this version does not run {entry.name}: see `worldline models`"
         if "_post-trained" in name:
             return f"; it is what post-training makes of {entry.name}"

@@ -1,57 +1,235 @@
-"""What to download for a model: repositories, the files of each that are read, and where they go.
+"""Downloads: what a model needs, from public repositories to the checkpoint folder; no torch.
 
-The released scripts fetch whole repositories, of T5 the weights for two frameworks (90 GB) and of
-Pixtral a form that they convert; `catalog.toml` lists what this package reads. Needs no torch.
+`catalog.toml` lists the files that are read; the released scripts fetch whole repositories, of T5
+the weights for two frameworks (90 GB). Names, sizes, hashes, logins and mirrors (HF_ENDPOINT) are
+the business of huggingface_hub. Its own download checks sizes alone and begins a broken file anew
+in the next run, so bytes are fetched here: a file is written beside its place, goes on where it
+stopped, and takes its name once its hash is the published one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
-from worldline.catalog import (
-    ENTRIES,
-    FLOW_MODELS,
-    FLOW_TOKENIZER,
-    Entry,
-    FlowModel,
-    find,
-    is_bundled,
-)
+from huggingface_hub import HfApi, get_hf_file_metadata, get_session, hf_hub_url
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, Entry, find, is_bundled
 from worldline.errors import DownloadError, InputError, did_you_mean
-from worldline.hub import RemoteFile, matching
 
-_TOKENIZER_PREFIX = "Cosmos-Tokenize1-"
+logger = logging.getLogger(__name__)
 
-AUTOREGRESSIVE_SIZES = ("4B", "5B", "12B", "13B")
-DIFFUSION_SIZES = ("7B", "14B")
-DIFFUSION_TYPES = ("Text2World", "Video2World")
-SAMPLE_TYPES = (
-    "Text2World-Sample-AV-Multiview",
-    "Video2World-Sample-AV-Multiview",
-    "SingleToMultiView-Sample-AV",
-)
-TOKENIZER_TYPES = tuple(
-    entry.name.removeprefix(_TOKENIZER_PREFIX)
-    for entry in ENTRIES
-    if entry.name.startswith(_TOKENIZER_PREFIX)
-)
 GROUPS = ("autoregressive", "diffusion", "predict2.5", "tokenizers", "guardrails")
+PAUSE = 1.0  # seconds before the second try; doubles
+TRIES = 5  # without a byte in between
+_PAGES = "https://huggingface.co"  # where licences are accepted, whatever mirror serves the files
+_PARALLEL_FILES = 4
+_TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as lost
+# base of all errors of the HTTP library, which huggingface_hub has changed more than once
+_HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 
-# Families of optional parts, by the flags that turn them off in the commands that run the models.
-OPTIONAL = {
-    "disable_guardrail": "guardrail",
-    "disable_prompt_upsampler": "prompt upsampler",
-    "disable_diffusion_decoder": "diffusion decoder",
-}
+
+def select(
+    models: Sequence[str],
+    sizes: Collection[str] = (),
+    types: Collection[str] = (),
+    tokenizers: Collection[str] = (),
+    generation: str | None = None,
+) -> list[str]:
+    """Names of models, from names, groups, and the flags of the released scripts.
+
+    Args:
+        models: names, and groups of `GROUPS`.
+        sizes: sizes of autoregressive and diffusion models.
+        types: types of diffusion models; by default Text2World and Video2World.
+        tokenizers: types of tokenizers.
+        generation: of groups: "1.0" leaves out what came later.
+
+    Raises:
+        InputError: nothing is named, or a size or type fits nothing.
+    """
+    names = [f"Cosmos-Tokenize1-{kind}" for kind in tokenizers]
+    names += [name for name in models if name not in GROUPS]
+    unused = {*sizes, *types}
+    for entry in ENTRIES:
+        groups = {entry.command.partition(" ")[0], f"{entry.family.rpartition(' ')[2]}s"}
+        if groups & {*models} & {*GROUPS} and (entry.first_generation or generation != "1.0"):
+            names += [model.name for model in entry.models] or [entry.name]
+        found = re.fullmatch(r"Cosmos-Predict1-(\d+B)-?(.*)", entry.name)
+        if found and (sizes or types):
+            size, kind = found.groups()
+            chosen = size in sizes
+            if not entry.command.startswith("autoregressive"):
+                chosen = kind in (types or ("Text2World", "Video2World")) and (chosen or not sizes)
+            if chosen:
+                names.append(entry.name)
+                unused -= {size, kind}
+    if unused:
+        raise InputError(f"no released model is of {' and '.join([*sizes, *types])}; give others")
+    if not names:
+        raise InputError(
+            "nothing is named; give a model, such as Cosmos-Predict1-4B, one of "
+            f"{', '.join(GROUPS)}, or --model_sizes; `worldline models` lists them"
+        )
+    return list(dict.fromkeys(names))
+
+
+def sources(
+    names: Iterable[str], generation: str | None = None, without: Collection[str] = ()
+) -> list[Entry]:
+    """Entries of models and of all that they need, each once.
+
+    Args:
+        names: of the catalog, of either generation, or of `FLOW_MODELS`.
+        generation: of the parts; None is that of each name.
+        without: families of parts that are left out.
+
+    Raises:
+        InputError: a name is not known.
+    """
+    found: list[Entry] = []
+    for name in names:
+        era = generation or ("1.0" if "Cosmos-1.0-" in name else "Predict1")
+        found += _with_parts(_look_up(name), era, without)
+    return list(dict.fromkeys(found))
+
+
+def _with_parts(entry: Entry, generation: str, without: Collection[str]) -> Iterator[Entry]:
+    first = entry.first_generation if generation == "1.0" else None
+    yield first or entry
+    for part in ENTRIES:
+        # Cosmos 1.0 keeps all of its guardrails in one repository
+        later = generation == "1.0" and part.family == "guardrail" and not part.first_generation
+        if part.name in entry.needs and part.family not in without and not later:
+            yield from _with_parts(part, generation, without)
+
+
+def _look_up(name: str) -> Entry:
+    """Entry of a name.
+
+    Raises:
+        InputError: it is not known.
+    """
+    short = name.removeprefix("nvidia/")
+    for entry in ENTRIES:
+        for model in entry.models:
+            if short.removeprefix("Cosmos-Predict2.5-") in (model.name, model.name.split("/")[0]):
+                # the entry's own files are the tokenizer of all models
+                files = {"fetch": ((model.file,),), "fetch_beside": ("config.json", "LICENSE*")}
+                needs = (FLOW_TOKENIZER[0].removeprefix("nvidia/"), *entry.needs)
+                more = {"revision": model.revision, "needs": needs}
+                return entry.model_copy(update={**files, **more})
+    found = find(name) or find(short)
+    if found is None and is_bundled(name):
+        raise InputError(f"{name}: models of that name come with the package; nothing is fetched")
+    if found is None:
+        known = [folder for entry in ENTRIES for folder in entry.folders]
+        known += [*GROUPS, *(model.name for model in FLOW_MODELS)]
+        hint = did_you_mean(name, known, 0.6) or "; `worldline models` lists them"
+        raise InputError(f"no model {name} is known{hint}")
+    if "_post-trained" in name:
+        raise InputError(f"{name} is not released: it is what post-training makes of {found.name}")
+    return found
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a repository.
+
+    Attributes:
+        repository: "owner/name".
+        commit: commit that was listed.
+        name: path below the repository.
+        nbytes: its size.
+        digest: its published hash, in hexadecimal.
+        is_git: whether the hash is git's of a small file (SHA-1), else SHA-256.
+    """
+
+    repository: str
+    commit: str
+    name: str
+    nbytes: int
+    digest: str
+    is_git: bool
+
+    def is_at(self, path: Path) -> bool:
+        """Whether `path` holds this very file; reads all of it."""
+        if not self.may_be_at(path):
+            return False
+        found = hashlib.sha256()
+        if self.is_git:
+            found = hashlib.sha1(f"blob {self.nbytes}\0".encode(), usedforsecurity=False)
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                found.update(chunk)
+        return found.hexdigest() == self.digest
+
+    def may_be_at(self, path: Path) -> bool:
+        """Whether `path` is a file of the right size."""
+        return path.is_file() and path.stat().st_size == self.nbytes
+
+    def part(self, path: Path) -> Path:
+        """Unfinished download of the file beside its place."""
+        return path.with_name(f"{path.name}.{self.digest[:8]}.incomplete")
+
+    @property
+    def url(self) -> str:
+        return hf_hub_url(self.repository, self.name, revision=self.commit, endpoint=_endpoint())
+
+
+def _endpoint() -> str:
+    """Address of the hub: HF_ENDPOINT, else the public one."""
+    return (os.environ.get("HF_ENDPOINT") or _PAGES).rstrip("/")
+
+
+def find_files(entry: Entry) -> list[RemoteFile]:
+    """Files to download for an entry.
+
+    Raises:
+        DownloadError: there is no such repository, it wants a login or a licence, it lacks what is
+            needed, or the hub cannot be reached.
+    """
+    try:
+        files = choose(entry, list_files(entry.repository, entry.revision))
+        # a gated repository shows its list to everybody, but no file
+        get_hf_file_metadata(files[0].url, timeout=_TIMEOUT, endpoint=_endpoint())
+    except (_HTTPError, OfflineModeIsEnabled) as error:
+        raise _refusal(entry.repository, error) from error
+    return files
+
+
+def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]:
+    """Files of a repository, by one request."""
+    api, files = HfApi(endpoint=_endpoint()), []
+    info = api.model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+    for entry in info.siblings or ():
+        name, digest = PurePosixPath(entry.rfilename), entry.blob_id
+        if name.is_absolute() or ".." in name.parts:
+            raise DownloadError(f"{_endpoint()} lists {name} in {repository}: no name of a file")
+        if entry.lfs:
+            digest = entry.lfs.sha256
+        if digest is None or entry.size is None or info.sha is None:
+            raise DownloadError(f"{_endpoint()} publishes no hash or size of {repository} {name}")
+        files.append(
+            RemoteFile(repository, info.sha, str(name), entry.size, digest, entry.lfs is None)
+        )
+    return files
 
 
 def choose(entry: Entry, files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    """Files to download for an entry, of all that its repository holds.
-
-    Raises:
-        DownloadError: it does not hold what is needed.
-    """
+    """Files to download for an entry, among all that its repository holds."""
     never = matching(files, entry.fetch_never)
     files = [file for file in files if file not in never]
     for patterns in entry.fetch:
@@ -61,142 +239,145 @@ def choose(entry: Entry, files: Sequence[RemoteFile]) -> list[RemoteFile]:
     raise DownloadError(f"{entry.repository} holds no {wanted}")
 
 
-def sources(
-    models: Iterable[str], generation: str | None = None, without: Collection[str] = ()
-) -> list[Entry]:
-    """Entries of all that models need, each repository once, the models themselves first.
+def matching(files: Sequence[RemoteFile], patterns: Sequence[str]) -> list[RemoteFile]:
+    """Files that fit a pattern; one without a slash is of the topmost folder alone."""
+    return [
+        file
+        for file in files
+        if any(
+            fnmatchcase(file.name, pattern) and ("/" in pattern or "/" not in file.name)
+            for pattern in patterns
+        )
+    ]
+
+
+def _refusal(repository: str, error: Exception) -> DownloadError:
+    """What the answer of the hub means, and the remedy."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    if isinstance(error, OfflineModeIsEnabled):
+        message = "HF_HUB_OFFLINE is set; unset it"
+    elif status == 403 or isinstance(error, GatedRepoError):
+        message = (
+            f"it is gated; accept its licence on {_PAGES}/{repository} with the account that `hf "
+            "auth login` or HF_TOKEN names; a fine-grained token needs access to gated repositories"
+        )
+    elif status == 401:
+        message = "it is not there, or not public; log in with `hf auth login` or HF_TOKEN"
+    elif status == 404:
+        message = f"{_endpoint()} has no such repository or file"
+    elif status:
+        message = f"{_endpoint()} fails with status {status}"
+    else:
+        message = f"{_endpoint()} cannot be reached: {error}; HF_ENDPOINT names a mirror"
+    return DownloadError(f"{repository}: {message}")
+
+
+def fetch_all(files: Mapping[Path, RemoteFile], report: Callable[[int], object]) -> Iterator[Path]:
+    """Download files, several at once; yields the place of each once it is verified.
 
     Args:
-        models: names of the catalog, of either generation, or of `FLOW_MODELS`.
-        generation: generation of the parts; None is that of each name.
-        without: families of parts that are left out, values of `OPTIONAL`.
+        files: by their places; what is whole at its place is not fetched again.
+        report: called, in any thread, with the bytes that came; negative where they were wrong.
 
     Raises:
-        InputError: a name is not known.
+        DownloadError: one cannot be fetched; the others that had begun go on where they were in the
+            next run.
     """
-    own: list[Entry] = []
-    parts: list[Entry] = []
-    for name in models:
-        entry, model = _look_up(name)
-        if model is None:
-            own.append(entry)
-        else:  # the entry's own files are the tokenizer
-            beside = ("config.json", "LICENSE*")
-            layouts = ((model.file,),)
-            own.append(replace(entry, fetch=layouts, fetch_beside=beside, revision=model.revision))
-            parts.append(_part(FLOW_TOKENIZER[0]))
-        era = generation or ("1.0" if "Cosmos-1.0-" in name else "Predict1")
-        own[-1] = _of_generation(own[-1], era)
-        parts += [_of_generation(_part(part), era) for part in needs(entry, era, without)]
-    return list(dict.fromkeys(own + parts))
+    stop = threading.Event()
+
+    def work(path: Path, file: RemoteFile) -> Path:
+        if file.is_at(path):
+            report(file.nbytes)
+        else:
+            fetch(file, path, report, stop)
+        return path
+
+    with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
+        futures = [pool.submit(work, *each) for each in files.items()]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:  # on an error, and on Ctrl-C
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _of_generation(entry: Entry, generation: str) -> Entry:
-    """The entry with the repository of Cosmos 1.0, if that is asked for and has one."""
-    first = next((name for name in entry.folders if name.startswith("Cosmos-1.0-")), None)
-    if generation != "1.0" or first is None:
-        return entry
-    fetch = entry.fetch_1_0 or entry.fetch
-    return replace(entry, repository=f"nvidia/{first}", destination=first, fetch=fetch)
+def fetch(
+    file: RemoteFile,
+    path: Path,
+    report: Callable[[int], object] = lambda _: None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Download a file to `path`; an unfinished download of an earlier run goes on.
 
-
-def needs(entry: Entry, generation: str = "Predict1", without: Collection[str] = ()) -> list[str]:
-    """Names of the parts that a model needs beside itself, and theirs."""
-    names: list[str] = []
-    for name in entry.needs:
-        part = _part(name)
-        # Cosmos 1.0 keeps Aegis with its other guardrails.
-        if part.family not in without and (generation != "1.0" or name != "Llama-Guard-3-8B"):
-            names += [name, *needs(part, generation, without)]
-    return list(dict.fromkeys(names))
-
-
-def _part(name: str) -> Entry:
-    entry = find(name)
-    assert entry is not None, name  # a test compares
-    return entry
-
-
-def _look_up(name: str) -> tuple[Entry, FlowModel | None]:
-    """Entry of a name; and its model of Predict2.5, for a repository the first one.
+    What is at `path` is replaced once the new file is verified. `stop` ends the download.
 
     Raises:
-        InputError: it is not known.
+        DownloadError: it cannot be fetched or written, or comes with another hash twice.
     """
-    models: dict[str, FlowModel] = {}
-    for model in FLOW_MODELS:
-        whole = f"{model.repository}/{model.name.partition('/')[2]}"
-        for alias in (model.name, whole, model.repository):
-            models.setdefault(alias, model)
-            models.setdefault(alias.removeprefix("nvidia/"), model)
-    if name in models:
-        return _part(models[name].repository), models[name]
-    entry = find(name) or find(name.removeprefix("nvidia/"))
-    if entry is not None and "_post-trained" in name:
-        raise InputError(f"{name} is not released: it is what post-training makes of {entry.name}")
-    if entry is None and is_bundled(name):
-        raise InputError(f"{name}: models of that name come with the package; nothing is fetched")
-    if entry is None:
-        known = [*GROUPS, *models, *(folder for each in ENTRIES for folder in each.folders)]
-        hint = did_you_mean(name, known, 0.6) or "; `worldline models` lists them"
-        raise InputError(f"no model {name} is known{hint}")
-    return entry, None
+    part, stop = file.part(path), stop or threading.Event()
+    damage = f"{file.name} of {file.repository} came damaged: not the hash {file.digest}"
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder has its name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            _receive(file, part, report, stop)
+            if file.is_at(part):
+                part.replace(path)
+                return
+            logger.warning("%s", damage)
+            report(-file.nbytes)
+            part.unlink()
+    except OSError as error:  # the part stays, and is used in the next run
+        raise DownloadError(f"{path} cannot be written: {error.strerror or error}") from error
+    raise DownloadError(f"{damage}, twice; {path} was not written")
 
 
-def select(
-    models: Sequence[str],
-    sizes: Sequence[str],
-    types: Sequence[str],
-    tokenizers: Sequence[str],
-    *,
-    generation: str | None = None,
-) -> list[str]:
-    """Names of models, from names, groups, and the flags of the released scripts.
-
-    Args:
-        models: names, and groups of `GROUPS`.
-        sizes: sizes of autoregressive and diffusion models; empty for all of a group.
-        types: types of diffusion models; empty for Text2World and Video2World.
-        tokenizers: types of tokenizers; empty for all of the group.
-        generation: generation of the names.
-
-    Raises:
-        InputError: nothing is named, or a size or type fits nothing.
-    """
-    if not (models or sizes or types or tokenizers):
-        raise InputError(
-            "nothing is named: give a model, such as Cosmos-Predict1-4B, one of "
-            f"{', '.join(GROUPS)}, or --model_sizes; `worldline models` lists them"
-        )
-    groups = {name for name in models if name in GROUPS}
-    names = [name for name in models if name not in GROUPS]
-    autoregressive = [size for size in sizes if size in AUTOREGRESSIVE_SIZES]
-    diffusion = [size for size in sizes if size in DIFFUSION_SIZES]
-    if types and autoregressive and not diffusion:
-        raise InputError(
-            f"--model_types {' '.join(types)} is of diffusion models, which have the sizes "
-            f"{' and '.join(DIFFUSION_SIZES)}, not {' '.join(autoregressive)}"
-        )
-    if autoregressive or "autoregressive" in groups:
-        prompted = ("5B", "13B")
-        names += [
-            f"Cosmos-Predict1-{size}{'-Video2World' if size in prompted else ''}"
-            for size in autoregressive or AUTOREGRESSIVE_SIZES
-        ]
-    if diffusion or types or "diffusion" in groups:
-        wanted = [
-            f"Cosmos-Predict1-{size}-{kind}"
-            for size in diffusion or DIFFUSION_SIZES
-            for kind in types or DIFFUSION_TYPES
-        ]
-        known = [name for name in wanted if find(name)]  # the samples have one size
-        if not known:
-            raise InputError(f"there is no {' or '.join(wanted)}")
-        names += known
-    if "predict2.5" in groups:
-        names += [model.name for model in FLOW_MODELS]
-    if tokenizers or "tokenizers" in groups:
-        names += [_TOKENIZER_PREFIX + kind for kind in tokenizers or TOKENIZER_TYPES]
-    if "guardrails" in groups:
-        names += ["Cosmos-Guardrail1", *(() if generation == "1.0" else ("Llama-Guard-3-8B",))]
-    return list(dict.fromkeys(names))
+def _receive(
+    file: RemoteFile, part: Path, report: Callable[[int], object], stop: threading.Event
+) -> None:
+    """Download what `part` lacks, through lost connections and faults of the server."""
+    with part.open("ab") as target:
+        try:
+            fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DownloadError(f"{part} is being written by another download") from error
+        except OSError:
+            logger.debug("no locks where %s lies", part)
+        report(target.tell())
+        failures = 0
+        while (size := target.tell()) < file.nbytes:
+            headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+            headers |= {"Range": f"bytes={size}-"} if size else {}
+            reason = "the connection ended"
+            try:
+                # a redirect to another host is followed without the login
+                request = get_session().stream("GET", file.url, headers=headers, timeout=_TIMEOUT)
+                with request as response:
+                    hf_raise_for_status(response)
+                    if size and response.status_code != 206:  # the whole file comes, not the rest
+                        target.seek(0)
+                        target.truncate()
+                        report(-size)
+                    for chunk in response.iter_bytes():  # of any size: a buffer's would be lost
+                        target.write(chunk)
+                        report(len(chunk))
+                        if stop.is_set():
+                            raise DownloadError(f"{file.name} is unfinished; run it again to go on")
+            except _HTTPError as error:
+                if isinstance(error, HfHubHTTPError) and error.response.status_code < 429:
+                    raise _refusal(file.repository, error) from error
+                reason = str(error).partition("\n")[0] or type(error).__name__
+            if target.tell() >= file.nbytes:
+                break
+            failures = 0 if target.tell() > size else failures + 1
+            if failures == TRIES or stop.is_set():
+                raise DownloadError(
+                    f"{file.name} of {file.repository} cannot be fetched: {reason}; what has come "
+                    "is kept: run it again to go on"
+                )
+            logger.info("%s: %s; going on at %d bytes", file.name, reason, target.tell())
+            stop.wait(PAUSE * 2**failures)
+        target.flush()
+        os.fsync(target.fileno())

@@ -204,7 +204,6 @@ class Family:
         generate_together: several clips in step; None computes them one after another.
         max_batch_size: clips that can be computed in step; None where any number can, but none is
             faster than another.
-        holds_batch: whether all frames of clips that are computed in step are held at once.
         upsampler: opened model -> prompt upsampler that it is released with; None for none.
         read_settings: reads config.json; by default whatever it holds.
         prepare: what runs beside the reading of weights, such as compiling kernels.
@@ -227,7 +226,6 @@ class Family:
     notes: Callable[[Opened, Any], list[str]] = lambda opened, request: []
     generate_together: Callable[..., Iterator[tuple[int, Step]]] | None = None
     max_batch_size: Callable[[Opened, Compute], int | None] = lambda opened, compute: 1
-    holds_batch: Callable[[Opened, Any], bool] = lambda opened, request: False
     upsampler: Callable[[Opened], Any] | None = None
     prepare: Callable[[Opened, Compute], AbstractContextManager[None]] | None = None
     read_settings: Callable[[Path], dict[str, Any]] | None = None
@@ -302,6 +300,19 @@ class Opened:
         """Folder of the transformer."""
         assert self.place is not None
         return self.place.folder
+
+    @property
+    def text_length(self) -> int:
+        """Rows of a text embedding."""
+        from worldline.text.encoder import MAX_LENGTH
+
+        return self.parts["text"].max_length if "text" in self.parts else MAX_LENGTH
+
+    @property
+    def encoder_unused(self) -> dict[str, str]:
+        """The text encoder and its options, where every prompt comes as an embedding."""
+        options = [name for name in type(self.options).model_fields if "text_encoder" in name]
+        return dict.fromkeys(("text", *options), "embeddings are given")
 
     def with_part(self, name: str, part: Any, missing: str = "") -> Opened:
         """The same with one more part, or the reason why it is missing."""

@@ -18,7 +18,7 @@ GIGABYTE = 1e9
 # a whole transformer in NVIDIA's layout, in order of preference
 TRANSFORMER_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt")
 _DIFFUSERS_FILE = "diffusion_pytorch_model"
-_UNFINISHED = ("*.incomplete", "*.part", "*.crdownload")
+_UNFINISHED = (".incomplete", ".part", ".crdownload")
 
 
 @contextlib.contextmanager
@@ -44,6 +44,14 @@ def replacing(path: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
         raise
+
+
+def readable_size(nbytes: float) -> str:
+    """A number of bytes in words: 8.0 GB."""
+    for unit, name in ((GIGABYTE, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f} {name}"
+    return f"{nbytes:.0f} B"
 
 
 def disguise(head: bytes) -> str:
@@ -137,14 +145,11 @@ def holds_diffusers(path: Path) -> bool:
 
 def unfinished(folder: Path) -> str:
     """End of a message about absent files that names those of a broken download; "" without any."""
-    if not folder.is_dir():
-        return ""
-    names = {path.name for pattern in _UNFINISHED for path in folder.rglob(pattern)}
-    # in a hub cache a snapshot has links, and the bytes are in a folder beside
-    names |= {path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()}
-    if folder.parent.name == "snapshots":
-        names |= {path.name for path in (folder.parent.parent / "blobs").glob("*.incomplete")}
+    roots = [folder]
+    if folder.parent.name == "snapshots":  # of a hub cache, whose downloads are in a folder beside
+        roots.append(folder.parent.parent / "blobs")
+    found = (path for root in roots for suffix in _UNFINISHED for path in root.rglob(f"*{suffix}"))
+    names = sorted({path.name for path in found})[:3]
     if not names:
         return ""
-    listed = ", ".join(sorted(names)[:3])
-    return f"; a download was not finished ({listed}): download it again"
+    return f"; a download was not finished ({', '.join(names)}): download it again"

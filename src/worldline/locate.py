@@ -13,11 +13,10 @@ from worldline.catalog import (
     FLOW_MODELS,
     FlowModel,
     advice,
-    find,
     find_flow_model,
     is_bundled,
 )
-from worldline.errors import CheckpointError, did_you_mean
+from worldline.errors import CheckpointError
 from worldline.files import holds_diffusers, released_folders, unfinished
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -85,9 +84,8 @@ def locate(
         known = bundled_tokenizers() if tokenizer else bundled_names()
         if name not in known:
             kind = "tokenizer" if tokenizer else "model"
-            hint = did_you_mean(name, known, 0.8)
             names = ", ".join(known) or "none"
-            raise CheckpointError(f"there is no bundled {kind} {name}; there are: {names}{hint}")
+            raise CheckpointError(f"there is no bundled {kind} {name}; there are: {names}")
         return Place(BUNDLED / name.removeprefix(BUNDLED_PREFIX), (BUNDLED,), bundled=True)
     if (released := find_flow_model(name)) is not None:
         return _locate_released(released, checkpoint_dir)
@@ -97,14 +95,11 @@ def locate(
             if folder.name == "transformer":
                 folder = folder.parent
             return Place(path, tuple(dict.fromkeys((checkpoint_dir, folder.parent))))
-    hint = advice(Path(name).name) or _released_names(name)
-    if not checkpoint_dir.is_dir():
-        raise CheckpointError(
-            f"no checkpoint folder {checkpoint_dir} (--checkpoint_dir), so no {name} in it{hint}"
-        )
-    folders = sorted(path.name for path in checkpoint_dir.iterdir() if path.is_dir())
+    flow = [each.name for each in FLOW_MODELS if each.name.split("/")[0] == name.split("/")[0]]
+    hint = advice(Path(name).name) or (f"; released models are {', '.join(flow)}" if flow else "")
+    folders = sorted(path.name for path in checkpoint_dir.glob("*") if path.is_dir())
     raise CheckpointError(
-        f"no folder or file {checkpoint_dir / name}; {checkpoint_dir} holds: "
+        f"no folder or file {checkpoint_dir / name}; {checkpoint_dir} (--checkpoint_dir) holds: "
         f"{', '.join(folders) or 'no folder'}{hint}"
     )
 
@@ -113,7 +108,7 @@ def _locate_released(model: FlowModel, checkpoint_dir: Path) -> Place:
     """Place of a released model: its file or folder in the repository's, or diffusers' folder."""
     repositories = released_folders(checkpoint_dir, model.repository, model.revision)
     for repository in repositories:
-        # Of a repository in diffusers' layout only the first model was released.
+        # in diffusers' layout, a repository's first model alone was released
         whole = [repository] if model is FLOW_MODELS[0] and holds_diffusers(repository) else []
         file = repository / model.file
         for named in (file, file.parent, *whole):
@@ -122,50 +117,17 @@ def _locate_released(model: FlowModel, checkpoint_dir: Path) -> Place:
                 return Place(named, tuple(roots), released=model)
     fetch = f"; `worldline checkpoints download {model.name}` fetches it"
     hint = next(filter(None, map(unfinished, repositories)), fetch)
-    if not checkpoint_dir.is_dir():
-        hint = f"; there is no checkpoint folder {checkpoint_dir} (--checkpoint_dir){fetch}"
     searched = " or ".join(map(str, repositories)) or checkpoint_dir / model.repository
     raise CheckpointError(f"no {model.name}: there is no {model.file} in {searched}{hint}")
 
 
-def _released_names(name: str) -> str:
-    """End of a message about a name like those of Predict2.5, such as "2B" or "2B/distilled"."""
-    names = [model.name for model in FLOW_MODELS]
-    whole = next((known for known in names if known.startswith(f"{name}/")), name)
-    hint = did_you_mean(whole, names, 0.8)
-    similar = hint or any(known.split("/")[0] == name.split("/")[0] for known in names)
-    return f"; released names are {', '.join(names)}{hint}" if similar else ""
-
-
-def bundled_configs(command: str = "") -> dict[str, Path]:
-    """The config.json of each bundled world, by its name.
-
-    Args:
-        command: beginning of the command that runs it, such as "diffusion".
-    """
-    configs = {}
-    for path in sorted(BUNDLED.glob("*/config.json")):
-        folder = path.parent.name
-        entry = find(folder)
-        runs = entry is not None and entry.command.startswith(command)
-        if "Tokeniz" not in folder and folder not in DECODERS.values() and (runs or not command):
-            configs[BUNDLED_PREFIX + folder] = path
-    return configs
-
-
 def bundled_names() -> list[str]:
     """Names of the bundled worlds."""
-    return list(bundled_configs())
+    others = ("Tokeniz", *DECODERS.values())
+    folders = [path.parent.name for path in sorted(BUNDLED.glob("*/config.json"))]
+    return [f"{BUNDLED_PREFIX}{n}" for n in folders if not any(other in n for other in others)]
 
 
 def bundled_tokenizers() -> list[str]:
     """Names of the bundled tokenizers."""
     return [BUNDLED_PREFIX + path.name for path in sorted(BUNDLED.glob("*Tokeniz*"))]
-
-
-def has_decoder(name: str) -> bool:
-    """Whether an autoregressive world decodes by diffusion by default.
-
-    A released one does, and a bundled one if a diffusion decoder is bundled.
-    """
-    return not is_bundled(name) or any((BUNDLED / folder).is_dir() for folder in DECODERS.values())

@@ -53,7 +53,7 @@ class TextPart:
 
     num_parameters: int
     max_length: int = MAX_LENGTH
-    encoder: EncoderFiles[Any] | None = None
+    encoder: EncoderFiles | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -71,7 +71,7 @@ class TextPart:
         return TextEncoder(self.encoder, compute.device, compute.text_dtype, offload=offload)
 
 
-def open_text(opened: Opened, kind: type[EncoderFiles[Any]], width: int) -> TextPart:
+def open_text(opened: Opened, kind: type[EncoderFiles], width: int) -> TextPart:
     """The text encoder of a model: as chosen, beside the transformer, or below a root.
 
     Args:
@@ -174,7 +174,7 @@ def open_world(
     family = find_family(source)
     if expected not in ("", family.name):
         raise CheckpointError(
-            f"{file}: it is a model of family {family.name}, not {expected}; "
+            f"{source.path}: it is a model of family {family.name}, not {expected}; "
             "`worldline generate` runs any"
         )
     options = family.options.parse(stated, name)

@@ -175,7 +175,7 @@ class Request(Options):
     """
 
     NO_EFFECT: ClassVar[frozenset[str]] = frozenset({"preview_every"})
-    INPUT_FRAMES: ClassVar[Mapping[str, int]] = {"image": 1, "video": 1}
+    INPUT_FRAMES: ClassVar[Mapping[str, int]] = {"none": 0, "image": 1, "video": 1}
 
     prompt: Prompt | None = Field(None, description="What the video shows, in a paragraph.")
     prompt_embeddings: Embedding = None
@@ -201,7 +201,9 @@ class Request(Options):
         Raises:
             InputError: one line for each problem.
         """
-        frames = {"num_input_frames": cls.INPUT_FRAMES[kind]} if kind else {}
+        if (kind or "none") not in cls.INPUT_FRAMES:
+            raise InputError("no input; give an image or a video to continue")
+        frames = {"num_input_frames": cls.INPUT_FRAMES[kind or "none"]}
         request = cls.parse({**frames, **defaults, **stated}, name)
         given, called = request.num_input_frames, name("num_input_frames")
         if kind is None and given:

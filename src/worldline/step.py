@@ -5,17 +5,19 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worldline.video.write import check_destination, write_bytes, write_video
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,19 @@ class Step:
     frames: NDArray[np.uint8] | None = None
     preview: NDArray[np.uint8] | None = None
     video: Video | None = None
+
+
+def numbered(
+    index: int, steps: Generator[Step, None, Result]
+) -> Generator[tuple[int, Step], None, Result]:
+    """Steps of one video of a batch, each with the video's index."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+        yield index, step
 
 
 @dataclass(frozen=True)

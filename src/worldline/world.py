@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -27,7 +27,7 @@ from worldline.memory import refuse_frames
 from worldline.opening import choose_compute, load_parts, open_world, plan
 from worldline.report import Recorder, environment
 from worldline.request import Request
-from worldline.step import Step, Video
+from worldline.step import Step, Video, numbered
 from worldline.video.read import Clip
 
 logger = logging.getLogger(__name__)
@@ -203,11 +203,9 @@ class World:
         ]
         if len({job.request.num_input_frames for job in jobs}) > 1:
             raise InputError("images and videos cannot be continued in one batch")
-        family, request = self.opened.family, jobs[0].request
-        if family.holds_batch(self.opened, request):
-            video = family.video(self.opened, request)
-            clips = self._batch_size(len(jobs))
-            refuse_frames(video, clips=clips, guarded=self.guards.checks_videos)
+        size = self._batch_size(len(jobs))
+        video = self.opened.family.video(self.opened, jobs[0].request)
+        refuse_frames(video, clips=size, guarded=self.guards.checks_videos)
         return self.run_batch(jobs)
 
     def _batch_size(self, clips: int) -> int:
@@ -253,14 +251,7 @@ class World:
         Raises:
             GuardrailRefusal: the prompt or the video was refused.
         """
-        checks = self.guards.begin(job.recorder)
-        request = yield from checks.before(job.request, job.clip)
-        steps = self.opened.family.generate(self.parts, job.clip, request, job.recorder)
-        for step in steps:
-            if step.kind == "done":
-                yield from self._finish(job, request, step, checks, job.recorder)
-            else:
-                yield self._visible(step)
+        return (step for _, step in self.run_batch([job]))
 
     def run_batch(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Step]]:
         """Steps of several videos and the index of each.
@@ -268,70 +259,65 @@ class World:
         Raises:
             GuardrailRefusal: some were refused; raised after the others are done.
         """
-        together = self.opened.family.generate_together
-        refusals: dict[int, GuardrailRefusal] = {}
-        if together is None:
-            for index, job in enumerate(jobs):
-                try:
-                    for step in self.run(job):
-                        yield index, step
-                except GuardrailRefusal as error:
-                    refusals[index] = error
-        else:
-            yield from self._run_together(together, jobs, refusals)
-        if len(jobs) == 1:
-            for refusal in refusals.values():
-                raise refusal
-        if refusals:
-            stage = joined_stages(refusal.stage for refusal in refusals.values())
-            first = next(iter(refusals.values()))
-            message = f"{len(refusals)} of {len(jobs)} inputs were refused, the first: {first}"
-            raise GuardrailRefusal(message, stage, refusals)
-
-    def _run_together(
-        self, together: Any, jobs: Sequence[Job], refusals: dict[int, GuardrailRefusal]
-    ) -> Iterator[tuple[int, Step]]:
         checks = [self.guards.begin(job.recorder) for job in jobs]
-        allowed = []
+        refusals: dict[int, GuardrailRefusal] = {}
+        allowed: dict[int, Job] = {}
         for index, job in enumerate(jobs):
             try:
-                for step in checks[index].before(job.request, job.clip):
-                    yield index, step
-                allowed.append(index)
+                request = yield from numbered(index, checks[index].before(job.request, job.clip))
+                allowed[index] = replace(job, request=request)
             except GuardrailRefusal as error:
                 refusals[index] = error
-        size = self._batch_size(len(jobs))
-        for group in (allowed[at : at + size] for at in range(0, len(allowed), size)):
+        order, size = list(allowed), self._batch_size(len(allowed)) or 1
+        for group in (order[at : at + size] for at in range(0, len(order), size)):
             shared = Recorder(self.device)  # of the stages that the videos have in common
-            for position, step in together(self.parts, [jobs[n] for n in group], shared):
+            for position, step in self._generate([allowed[index] for index in group], shared):
                 index = group[position]
                 if step.kind != "done":
                     yield index, self._visible(step)
                     continue
-                job = jobs[index]
-                recorder = job.recorder.followed_by(shared)
                 try:
-                    for last in self._finish(job, job.request, step, checks[index], recorder):
-                        yield index, last
+                    steps = self._finish(jobs[index], allowed[index], step, checks[index], shared)
+                    yield from numbered(index, steps)
                 except GuardrailRefusal as error:
                     refusals[index] = error
+        if refusals:
+            raise refusal_of(refusals, len(jobs))
+
+    def _generate(self, jobs: Sequence[Job], shared: Recorder) -> Iterator[tuple[int, Step]]:
+        family = self.opened.family
+        if family.generate_together is not None:
+            return family.generate_together(self.parts, jobs, shared)
+        [job] = jobs
+        steps = family.generate(self.parts, job.clip, job.request, shared)
+        return ((0, step) for step in steps)
 
     def _visible(self, step: Step) -> Step:
         """The step without frames that no guardrail has checked."""
         return replace(step, frames=None, preview=None) if self.guards.checks_videos else step
 
     def _finish(
-        self, job: Job, request: Any, step: Step, checks: Checks, recorder: Recorder
-    ) -> Iterator[Step]:
+        self, job: Job, made: Job, step: Step, checks: Checks, shared: Recorder
+    ) -> Generator[Step, None, None]:
+        """Steps from the frames of a video to the video.
+
+        Args:
+            job: as it was asked for.
+            made: the same with the prompt that was used.
+            step: with all frames.
+            checks: of this video.
+            shared: recorder of the stages that a batch has in common.
+        """
         assert step.frames is not None
+        prompt = made.request.prompt
         frames = yield from checks.after(step.frames)
-        report = self._report(job, recorder)
+        report = self._report(job, job.recorder.followed_by(shared))
         report |= {
-            "prompt": request.prompt,
+            "prompt": prompt,
             **checks.report(),
             "frames_sha256": hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest(),
         }
-        video = Video(frames, request.fps, report, request.prompt)
+        video = Video(frames, job.request.fps, report, prompt)
         yield Step("done", step.done, step.total, frames, video=video)
 
     def _report(self, job: Job, recorder: Recorder) -> dict[str, Any]:
@@ -362,6 +348,16 @@ class World:
             "load": self.loading.as_dict(),
             "run": recorder.as_dict(),
         }
+
+
+def refusal_of(refusals: Mapping[int, GuardrailRefusal], total: int) -> GuardrailRefusal:
+    """One refusal for a batch: the only one of a single video, else a sum of all."""
+    first = next(iter(refusals.values()))
+    if total == 1:
+        return first
+    stage = joined_stages(refusal.stage for refusal in refusals.values())
+    message = f"{len(refusals)} of {total} inputs were refused, the first: {first}"
+    return GuardrailRefusal(message, stage, refusals)
 
 
 def fingerprint(opened: Opened, compute: Compute, request: Request, input: Input | None) -> str:

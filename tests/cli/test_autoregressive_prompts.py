@@ -19,15 +19,8 @@ from worldline.weights.write import save
 from worldline.world import World
 
 from ..conftest import MODEL, frames_of
-from ..tiny_decoder import (
-    CONTEXT_LENGTH,
-    CONTEXT_WIDTH,
-    CONTINUOUS,
-    DECODER,
-    OLD_DECODER,
-    TEXT_ENCODER,
-    VIDEO2WORLD,
-)
+from ..tiny_decoder import DECODER, OLD_DECODER, VIDEO2WORLD
+from ..tiny_diffusion import CONTEXT_LENGTH, CONTEXT_WIDTH, CONTINUOUS, TEXT_ENCODER
 from .conftest import Make, Run
 from .results import check_refused, report_of, write_lines
 
@@ -287,7 +280,7 @@ def test_batch_equals_single(
     first, second, single = (frames_of(out / f"{name}.mp4") for name in ("0", "1", "output"))
     assert first != second == single  # the prompt decides
     again = ar_video2world("--batch_input_path", prompts, *words, "--resume")
-    assert again.stdout == f"all 3 videos were in {out} before\n"
+    assert again.stdout == f"3 of 3 videos were in {out} before\n"
     other = ar_video2world("--batch_input_path", prompts, "--seed", 4, "--resume", *PLAIN)
     assert other.stderr.count("made again") == 3
 

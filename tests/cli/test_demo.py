@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -91,7 +92,7 @@ def test_all_ways_of_decoding(run: Run, tmp_path: Path) -> None:
     for name, report in made.items():
         assert report["request"]["seed"] == 2
         assert (report["diffusion_decoder"] is None) == name.endswith("_discrete")
-        assert ("prompt" in report["request"]) == name.startswith("prompted")
+        assert bool(report["request"]["prompt"]) == name.startswith("prompted")
         fine = read_video(tmp_path / f"{name.removesuffix('_discrete')}.mp4").frames
         frames = read_video(tmp_path / f"{name}.mp4").frames
         assert np.array_equal(frames, fine) != name.endswith("_discrete")

@@ -1,4 +1,4 @@
-"""The doctor reports, whatever the machine has."""
+"""The doctor reports, whatever the memory has."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import worldline.loading
-from worldline import machine
+from worldline import memory, opening
 from worldline.files import GIGABYTE
 
 from .conftest import Run
@@ -16,13 +15,13 @@ from .conftest import Run
 
 def test_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    memory = machine.Memory(int(30 * GIGABYTE), int(32 * GIGABYTE))
-    monkeypatch.setattr(machine, "host_memory", lambda: memory)
+    free = memory.Memory(int(30 * GIGABYTE), int(32 * GIGABYTE))
+    monkeypatch.setattr(memory, "host_memory", lambda: free)
     result = run("doctor")
     assert result.exit_code == 0, result.stderr
     for part in (
         f"torch        {torch.__version__}",
-        "30.0 GB of 32.0 GB free",
+        "30.0 of 32.0 GB are free",
         "none that torch can use",
         "torch SDPA on the CPU (prompt), matrix products (decoding)",
         "writes       mp4, mov, mkv, webm, gif",
@@ -36,7 +35,7 @@ def test_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(machine, "host_memory", lambda: None)
+    monkeypatch.setattr(memory, "host_memory", lambda: None)
     result = run("doctor")
     assert result.exit_code == 0, result.stderr
     assert "too large" not in result.stdout
@@ -49,11 +48,11 @@ def test_a_small_gpu_needs_flags(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, total))
-    monkeypatch.setattr(worldline.loading, "choose_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(worldline.loading, "fused", lambda _: True)  # whether Triton is here or not
+    monkeypatch.setattr(opening, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(opening, "fused", lambda _: True)  # whether Triton is here or not
     result = run("doctor")
     assert result.exit_code == 0, result.stderr
-    assert "0: Small, compute capability 8.0, 24.0 GB of 32.0 GB free" in result.stdout
+    assert "0: Small, compute capability 8.0, 24.0 of 32.0 GB are free" in result.stdout
     assert "fits         Cosmos-Predict1-4B" in result.stdout
     diffusion = [line for line in result.stdout.splitlines() if "7B-Text2World" in line]
     assert diffusion[0].startswith("fits")
@@ -64,5 +63,5 @@ def test_a_small_gpu_needs_flags(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_host_memory() -> None:
-    memory = machine.host_memory()
-    assert memory is None or 0 <= memory.free <= memory.total
+    found = memory.host_memory()
+    assert found is None or 0 <= found.free <= found.total

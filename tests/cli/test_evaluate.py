@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from PIL import Image
 
 from tiny.clips import make_clips
 from tiny.injected import DEGRADATIONS, inject_appearance, inject_collapse
-from worldline.cli import SETTINGS, Main
 from worldline.video.write import write_video
 
 from ..conftest import moving
+from .conftest import Run
 
 ASSETS = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
 GIVEN, FRAMES = 9, 18
 
-Evaluate = Callable[..., Result]
-
 
 @pytest.fixture
-def evaluate() -> Evaluate:
+def evaluate(run: Run) -> Run:
     """`evaluate(folder, "--reference", other)`."""
-    places = {"evaluate": "worldline.cli.evaluate:evaluate"}
-    main = Main("worldline", context_settings=SETTINGS, places=places)
-    return lambda *words: CliRunner().invoke(main, ["evaluate", *map(str, words)])
+    return lambda *words: run("evaluate", *words)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +42,7 @@ def verdicts(report: dict[str, Any]) -> dict[str, list[str]]:
     return {video["name"]: [failure["kind"] for failure in video["failures"]] for video in videos}
 
 
-def test_forty_broken_videos_fail(evaluate: Evaluate, physics: np.ndarray, tmp_path: Path) -> None:
+def test_forty_broken_videos_fail(evaluate: Run, physics: np.ndarray, tmp_path: Path) -> None:
     for seed in range(20):
         for inject in (inject_collapse, inject_appearance):
             broken = inject(physics[seed % 10], seed, GIVEN)
@@ -64,7 +58,7 @@ def test_forty_broken_videos_fail(evaluate: Evaluate, physics: np.ndarray, tmp_p
 
 
 def test_sound_still_and_slightly_damaged_videos_do_not_fail(
-    evaluate: Evaluate, physics: np.ndarray, tmp_path: Path
+    evaluate: Run, physics: np.ndarray, tmp_path: Path
 ) -> None:
     for number, clip in enumerate(physics):
         write_video(clip, tmp_path / f"true_{number}.mp4", 25)
@@ -83,9 +77,7 @@ def test_sound_still_and_slightly_damaged_videos_do_not_fail(
 @pytest.mark.parametrize(
     ("folder", "pattern"), [("autoregressive", "output_*.mp4"), ("diffusion", "*_example.mp4")]
 )
-def test_real_outputs_are_sound(
-    evaluate: Evaluate, folder: str, pattern: str, tmp_path: Path
-) -> None:
+def test_real_outputs_are_sound(evaluate: Run, folder: str, pattern: str, tmp_path: Path) -> None:
     found = sorted((ASSETS / folder).glob(pattern))
     assert len(found) >= 2
     for path in found:
@@ -97,7 +89,7 @@ def test_real_outputs_are_sound(
     assert all(video["motion"] > 1 for video in report["videos"])
 
 
-def test_against_a_reference(evaluate: Evaluate, physics: np.ndarray, tmp_path: Path) -> None:
+def test_against_a_reference(evaluate: Run, physics: np.ndarray, tmp_path: Path) -> None:
     made, true = tmp_path / "made", tmp_path / "true"
     write_video(physics[0], true / "a.mp4", 25)
     write_video(physics[1], true / "b.mp4", 25)
@@ -122,7 +114,7 @@ def test_against_a_reference(evaluate: Evaluate, physics: np.ndarray, tmp_path: 
 
 
 def test_what_cannot_be_read_does_not_count(
-    evaluate: Evaluate, physics: np.ndarray, tmp_path: Path
+    evaluate: Run, physics: np.ndarray, tmp_path: Path
 ) -> None:
     write_video(physics[0], tmp_path / "good.mp4", 25)
     data = (tmp_path / "good.mp4").read_bytes()
@@ -148,7 +140,7 @@ def test_what_cannot_be_read_does_not_count(
     assert not (tmp_path / "evaluation.json").exists()
 
 
-def test_wrong_input_is_refused_before_any_work(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_wrong_input_is_refused_before_any_work(evaluate: Run, tmp_path: Path) -> None:
     made = tmp_path / "made"
     write_video(moving(), made / "a.mp4", 25)
     (made / "a.json").write_text("{}")
@@ -173,7 +165,7 @@ def test_wrong_input_is_refused_before_any_work(evaluate: Evaluate, tmp_path: Pa
     assert (made / "a.json").read_text() == "{}"
 
 
-def test_a_second_run_replaces_the_first(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_a_second_run_replaces_the_first(evaluate: Run, tmp_path: Path) -> None:
     write_video(moving(), tmp_path / "a.mp4", 25)
     assert evaluate(tmp_path).exit_code == 0
     (tmp_path / "evaluation.json").write_text("old")

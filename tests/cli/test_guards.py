@@ -25,9 +25,8 @@ from worldline.parallel.offload import Part
 
 from ..conftest import MODEL
 from ..guardrails.networks import write_classifier
-from ..tiny_decoder import CONTEXT_WIDTH
 from ..tiny_decoder import VIDEO2WORLD as AR_VIDEO2WORLD
-from ..tiny_diffusion import TEXT2WORLD, VIDEO2WORLD
+from ..tiny_diffusion import CONTEXT_WIDTH, TEXT2WORLD, VIDEO2WORLD
 from ..tiny_guards import (
     CAPTION,
     DESCRIBES,

@@ -139,7 +139,7 @@ def test_all_problems_at_once(
         (entry("nowhere.mp4"), "nowhere.mp4: no such file"),
         ("", ""),
         (entry(fake), "fake.mp4 is not an mp4, mov, mkv, webm or gif video but text"),
-        (entry(cut), "cut.mp4 is truncated"),
+        (entry(cut), "truncated"),
         (entry(short_clip), "5 frames, num_input_frames is 9"),
         (entry(image), "--input_type image"),
         ({"visual_input": 7}, '"visual_input" is 7'),

@@ -231,13 +231,6 @@ def test_flags_without_effect_are_named(flow: Flow, one: Path) -> None:
     assert "no effect" not in result.stderr
 
 
-def test_previews_come_and_go(flow: Flow, one: Path, tmp_path: Path) -> None:
-    result = flow("-i", one, "--preview_every", 1)
-    assert result.exit_code == 0, result.stderr
-    assert "a.preview.mp4" in result.stderr
-    assert files_in(tmp_path / "out") == videos("a")
-
-
 # --- wrong words and inputs; what needs no model is in test_refusals.py
 
 
@@ -419,7 +412,7 @@ def test_frames_that_find_no_room(
     check_mentions(second, "'longest' 1048576")
 
 
-# --- failed, interrupted, resumed
+# --- failed, resumed; what all families share is in test_diffusion.py
 
 
 def test_a_batch_goes_on_after_a_bad_sample(
@@ -436,45 +429,6 @@ def test_a_batch_goes_on_after_a_bad_sample(
     result = flow("-i", file, "-o", tmp_path / "other", "--no-keep-going")
     assert result.exit_code == 1
     assert not (tmp_path / "other").exists()
-
-
-def test_ctrl_c_leaves_no_partial_video(
-    flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail_at(monkeypatch, KeyboardInterrupt(), 1)
-    file = write_lines(tmp_path / "a.jsonl", *({**TEXT, "name": name} for name in "ab"))
-    result = flow("-i", file)
-    assert result.exit_code == 130
-    assert files_in(tmp_path / "out") == videos("a")
-
-
-def test_out_of_memory_names_the_flags(
-    flow: Flow, one: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail_at(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried."), 0)
-    result = flow("-i", one, "--offload_tokenizer", "--offload_text_encoder")
-    assert result.exit_code == 1
-    last = result.stderr.splitlines()[-1]
-    assert [word for word in last.split() if word.startswith("--")] == ["--offload_diffusion_model"]
-
-
-def test_resume(flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = [{**TEXT, "name": name} for name in "abc"]
-    words = ("-i", write_lines(tmp_path / "a.jsonl", *samples), "--resume")
-    out = tmp_path / "out"
-    assert flow(*words).exit_code == 0
-    (out / "b.json").unlink()  # as if killed between the video and its report
-    write_lines(tmp_path / "a.jsonl", *samples[:2], {**samples[2], "prompt": "another"})
-    result = flow(*words, "--no_keep_going")
-    assert result.exit_code == 0
-    assert f"{out / 'a.mp4'} is finished" in result.stderr
-    assert result.stdout.endswith(f"\n3 of 3 videos are in {out}: 2 made now, 1 there before\n")
-    assert (out / "c.txt").read_text() == "another"
-    # nothing is left: no weights are read
-    monkeypatch.setattr(worldline.opening, "load_into", None)
-    result = flow(*words)
-    assert result.exit_code == 0
-    check_mentions(result.stdout, f"3 {out}")
 
 
 def test_resume_knows_other_ways(flow: Flow, one: Path) -> None:

@@ -106,7 +106,7 @@ def test_folders_of_clips_and_images(run: Run, checkpoints: Path, tmp_path: Path
     words = ("--checkpoint_dir", checkpoints, "--device", "cpu")
     result = run("tokenize", "encode", media, *words, "--output_dir", coded)
     assert result.exit_code == 0, result.stderr
-    assert "passed over: notes.txt" in result.stderr
+    assert "1 other files are skipped" in result.stderr
     shapes = {
         path.name: tuple(open_checkpoint(path).read("latents").shape) for path in coded.iterdir()
     }
@@ -152,7 +152,7 @@ def test_resuming_makes_what_is_not_there_or_differs(
     assert made(*decode) == {"a", "b"}
     for command in (encode, decode):
         result = run(*command)
-        text = f"nothing left to do in {folder_of(command)}: 2 of 2 files were there before\n"
+        text = f"2 of 2 files are in {folder_of(command)}: 0 made now, 2 there before\n"
         assert result.stdout == text
     (coded / "a.safetensors").unlink()
     os.utime(clips / "b.mp4", (1, 1))
@@ -175,7 +175,6 @@ def test_all_bad_inputs_are_named(run: Run, checkpoints: Path, clip: Path, tmp_p
     assert result.exit_code == 2
     for path in bad:
         assert str(path) in result.stderr
-    assert "none was run" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -198,7 +197,7 @@ def test_outputs_that_collide_are_refused(
     before = (tmp_path / "own.mp4").read_bytes()
     result = run("tokenize", "decode", tmp_path / "own.safetensors", *words)
     assert result.exit_code == 2
-    assert "is the clip it was made from" in result.stderr
+    assert "it is an input" in result.stderr
     assert (tmp_path / "own.mp4").read_bytes() == before
 
 
@@ -218,7 +217,6 @@ def test_files_of_another_tokenizer_are_refused(
         ({"frames": "90"}, tensor),
         ({"frames": "-1"}, tensor),
         ({"fps": "fast"}, tensor),
-        ({"made_from": "{"}, tensor),
         ({"width": "none"}, tensor),
         ({}, tensor[:3]),
         ({}, tensor[0]),
@@ -248,7 +246,7 @@ def test_latents_and_tokens_of_a_wrong_type_are_named(
     words = ("--checkpoint_dir", checkpoints, "--output_dir", tmp_path / "out")
     result = run("tokenize", "decode", tmp_path, *words, "--tokenizer_dir", CONTINUOUS)
     assert result.exit_code == 2
-    assert "4 of 5 inputs cannot be used" in result.stderr
+    assert len(result.stderr.splitlines()) == 4
     for name in bad:
         assert f"{name}.safetensors" in result.stderr
     assert "latents are needed, not int32" in result.stderr
@@ -282,10 +280,10 @@ def test_a_task_that_fails_does_not_end_the_batch(
     assert result.exit_code == 1
     assert "1/2 " in result.stderr
     assert "a.mp4 was not written: libx264 cannot encode frames of 16408 x 8" in result.stderr
-    assert "1 of 2 inputs failed; --resume tries them alone" in result.stderr
+    assert "1 of 2 inputs failed" in result.stderr
     assert result.stdout.endswith(f"1 of 2 files are in {tmp_path / 'out'}\n")
     again = run("tokenize", "decode", tmp_path, *words, "--resume")
-    assert "1 of 2 inputs failed; --resume tries them alone" in again.stderr
+    assert "1 of 2 inputs failed" in again.stderr
     text = f"1 of 2 files are in {tmp_path / 'out'}: 0 made now, 1 there before\n"
     assert again.stdout == text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.json", "b.mp4"]
@@ -398,7 +396,7 @@ def test_reconstructing_what_is_not_there(run: Run, checkpoints: Path, tmp_path:
         ((), "--video_pattern"),
         (("--video_pattern", tmp_path / "*.mp4"), "fits no file"),
         (("--video_pattern", tmp_path / "*.png"), "give one of --checkpoint"),
-        (("--video_pattern", tmp_path / "*.png", "--checkpoint_enc", "x"), "needed both"),
+        (("--video_pattern", tmp_path / "*.png", "--checkpoint_enc", "x"), "--checkpoint_enc with"),
     ):
         Image.fromarray(moving(1)[0]).save(tmp_path / "a.png")
         result = run("tokenize", "reconstruct", *words)

@@ -182,12 +182,6 @@ def test_wilson_ends_solve_their_equation() -> None:
         assert abs(rate.value - p) / (p * (1 - p) / 50) ** 0.5 == pytest.approx(1.959964)
 
 
-@pytest.mark.parametrize(("count", "total"), [(0, 0), (3, 2), (-1, 2)])
-def test_impossible_rates_are_refused(count: int, total: int) -> None:
-    with pytest.raises(ValueError, match="count <= total"):
-        Rate(count, total)
-
-
 def test_failed_clips_are_counted(scenery: np.ndarray) -> None:
     sound = scenery[None, :, :144].repeat(12, 0)
     flat = sound.copy()
@@ -198,8 +192,6 @@ def test_failed_clips_are_counted(scenery: np.ndarray) -> None:
     report = json.loads(json.dumps(result.as_json()))
     assert report["failure_rate"]["rate"] == 0.3333
     assert set(report["detectors"]) == {"false alarms", "detection"}
-    with pytest.raises(ValueError, match="total > 0"):
-        failure_rate([])
 
 
 def test_detectors_are_as_good_as_measured() -> None:

@@ -51,7 +51,7 @@ def test_a_named_shard_opens_its_set(own_world: Path) -> None:
     for stem in ("model", "iter_000000002"):
         cut(folder / "model.pt", 2, stem)
     (folder / "model.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"several sets.* such as .*_model_mp_0\.pt"):
+    with pytest.raises(CheckpointError, match=r"several sets.*iter_000000002, model"):
         open_named(folder, own_world)
     opened = open_named(folder / "iter_000000002_model_mp_1.pt", own_world, **BY_TOKENIZER)
     names = [path.name for path in opened["transformer"].source.files]
@@ -173,7 +173,7 @@ MEAN = torch.zeros(16 * 4)
     ("damage", "message"),
     [
         (lambda root: shutil.rmtree(root / DECODER), f"neither {DECODER} nor {OLD_DECODER} is in"),
-        (lambda root: (root / DECODER / "aux_vars.pt").unlink(), "aux_vars.pt does not exist"),
+        (lambda root: (root / DECODER / "aux_vars.pt").unlink(), "aux_vars.pt cannot be read"),
         (write_aux_of(context_mask=torch.ones(1, 12)), "aux_vars.pt has context_mask"),
         (
             write_aux_of(context=CONTEXT, context_mask=CONTEXT, more=CONTEXT),

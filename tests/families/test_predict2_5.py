@@ -116,7 +116,7 @@ def test_without_guidance_the_negative_prompt_is_not_encoded(post: Parts) -> Non
     parts = {name: part for name, part in post.opened.parts.items() if name != "text"}
     missing = replace(post.opened, parts=parts, missing={"text": "no encoder"})
     checked(missing, prompt_embeddings=words, guidance=0)
-    with pytest.raises(CheckpointError, match="no encoder .*needed for negative_prompt"):
+    with pytest.raises(CheckpointError, match=r"no encoder .*needed for negative_prompt"):
         checked(missing, prompt_embeddings=words)
 
 

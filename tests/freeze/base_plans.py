@@ -49,11 +49,11 @@ def measured(description: dict[str, Any], plan: Any) -> dict[str, Any]:
 def denoising_plans() -> Iterator[dict[str, Any]]:
     """Plans of diffusion and Predict2.5."""
     import torch
-
     from worldline.choices import DIFFUSION_OFFLOAD_FLAGS, FLOW_OFFLOAD_FLAGS
     from worldline.loading import plan_diffusion, plan_predict2_5
     from worldline.models.predict1_dit.model import PRESETS as DIFFUSION
     from worldline.models.predict2_5_dit.model import PRESETS as FLOW
+
     from worldline.shapes import VideoShape
     from worldline.tokenizers.cosmos.model import PRESETS as COSMOS
     from worldline.tokenizers.wan.model import WanTokenizerConfig
@@ -95,11 +95,11 @@ def denoising_plans() -> Iterator[dict[str, Any]]:
 
 def autoregressive_plans() -> Iterator[dict[str, Any]]:
     import torch
-
     from worldline.choices import AUTOREGRESSIVE_OFFLOAD_FLAGS
     from worldline.loading import plan_autoregressive, plan_decoder, window_grid
     from worldline.models.predict1_ar.model import PRESETS
     from worldline.models.predict1_dit.model import PRESETS as DIFFUSION
+
     from worldline.tokenizers.cosmos.model import PRESETS as COSMOS
 
     discrete, continuous = COSMOS["DV8x16x16"], COSMOS["CV8x8x8"]
@@ -145,10 +145,10 @@ def autoregressive_plans() -> Iterator[dict[str, Any]]:
 
 def fits() -> Iterator[dict[str, Any]]:
     import torch
-
-    from worldline.catalog import ENTRIES
     from worldline.loading import fit_entry
     from worldline.machine import Memory
+
+    from worldline.catalog import ENTRIES
 
     for entry, gigabytes in product(ENTRIES, GIGABYTES):
         nbytes = gigabytes * 10**9
@@ -159,7 +159,6 @@ def fits() -> Iterator[dict[str, Any]]:
 
 def bundled() -> Iterator[dict[str, Any]]:
     import torch
-
     from worldline.loading import find_world, fit_files
     from worldline.places import bundled_names, has_decoder
 

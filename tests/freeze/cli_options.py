@@ -24,7 +24,7 @@ def commands(command: click.Command, name: str = "") -> Iterator[tuple[str, clic
             yield from commands(below, f"{name} {word}".strip())
 
 
-def kind_of(kind: click.ParamType) -> str:
+def kind_of(kind: click.ParamType[Any]) -> str:
     """Type in one word: a range is that of its numbers, a path is text."""
     if isinstance(kind, click.Path | click.File):
         return "text"

@@ -1,9 +1,9 @@
 """The videos of a batch get the names that the reference gives them.
 
-Where the reference numbers the lines that remain after dropping bad ones, ours refuses the batch, so names
-are compared only for batches whose lines are all valid, with different base names. Blank lines, and
-pictures with an alpha channel or in grey, end the reference; ours reads past the former and reads
-the latter, so which lines are bad is decided by their content.
+Where the reference numbers the lines that remain after dropping bad ones, ours refuses the batch,
+so names are compared only for batches whose lines are all valid, with different base names. Blank
+lines, and pictures with an alpha channel or in grey, end the reference; ours reads past the former
+and reads the latter, so which lines are bad is decided by their content.
 """
 
 from __future__ import annotations

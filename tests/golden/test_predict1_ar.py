@@ -27,7 +27,12 @@ from worldline.nn.rope import axis_sizes as rope_axis_sizes
 from worldline.nn.rope import inverse_frequencies, rotate, rotation_3d, sincos_3d
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import Sampling, decode, draw, draw_noise, probabilities
-from worldline.weights.read import Checkpoint, find_shards, open_checkpoint, open_shards
+from worldline.weights.read import (
+    Checkpoint,
+    find_shards,
+    open_checkpoint,
+    open_shards,
+)
 from worldline.weights.stream import load_into
 
 BASE = [*cases("ar_base_tiny"), *cases("ar_12b_like_tiny")]

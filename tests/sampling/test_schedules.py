@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-MAX_SEED = 2**32 - 1
 from worldline.sampling.schedules import karras_sigmas, res_sigmas, standard_noise
+
+MAX_SEED = 2**32 - 1
 
 
 @pytest.mark.parametrize("steps", [1, 2, 15, 35, 200])

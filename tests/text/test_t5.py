@@ -235,8 +235,8 @@ def test_missing_parts(own: Path) -> None:
     assert "no tokenizer.json" in refused(own)
     (own / "model.safetensors").rename(own / "tf_model.h5")
     assert "no weights (model.safetensors or pytorch_model.bin)" in refused(own)
-    (own / "pytorch_model.bin").symlink_to(own / "gone")
-    assert "not finished (pytorch_model.bin)" in refused(own)
+    (own / "pytorch_model.bin.incomplete").touch()
+    assert "not finished (pytorch_model.bin.incomplete)" in refused(own)
     (own / "config.json").unlink()
     assert "no config.json" in refused(own)
 

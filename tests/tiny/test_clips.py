@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_drawing_stops_where_nobody_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
     drawn = []
     draw = module._draw
 
-    def spy(seeds: Sequence[int], shape: VideoShape) -> tuple[Scenes, Motion]:
+    def spy(seeds: Sequence[int], shape: VideoShape) -> Any:
         drawn.extend(seeds)
         return draw(seeds, shape)
 

@@ -42,12 +42,6 @@ def test_an_object_has_the_area_it_claims(clip: np.ndarray) -> None:
         assert changed == pytest.approx(broken.area, abs=0.035)
 
 
-@pytest.mark.parametrize("inject", INJECTORS)
-def test_a_clip_of_input_frames_alone_is_refused(inject, clip: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="has none after its 9 input frames"):
-        inject(clip[:9], 0)
-
-
 @pytest.mark.parametrize("name", DEGRADATIONS)
 def test_a_degradation_keeps_the_clip_recognisable(name: str, clip: np.ndarray) -> None:
     result = DEGRADATIONS[name](clip, 1)

@@ -14,30 +14,29 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import worldline
-from tiny import diffusion as tiny_diffusion
 from tiny import sizes
 from tiny.__main__ import main
 from tiny.autoregressive import sequence_loss
 from tiny.clips import as_video, make_clips
 from tiny.decoder import DECODER, Decoding, cut_windows, long_shape
 from tiny.denoiser import rounded_to
-from tiny.encoders import export_t5, new_t5
-from tiny.run import embed_captions
-from tiny.tokenizer import export_tokenizer
+from tiny.diffusion import TEXT_FOLDER, WORLD, Denoising
+from tiny.encoders import embed_captions, export_t5, new_t5
 from tiny.export import draw_weights
+from tiny.tokenizer import export_tokenizer
 from worldline import locate
 from worldline.errors import CheckpointError
+from worldline.families.autoregressive import decoder
 from worldline.families.autoregressive.model import ARTransformer, make_positions
 from worldline.families.autoregressive.weights import read_config
 from worldline.families.diffusion.model import DiT
 from worldline.families.diffusion.weights import open_network
-from worldline.pipelines import decoder
 from worldline.sampling.edm import make_sigmas
+from worldline.sampling.solvers import finish
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import T5Files
-from worldline.tokenizers.cosmos.weights import load_tokenizer, open_tokenizer
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.statistics import read_statistics
+from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.weights.read import open_checkpoint
 
 
@@ -85,7 +84,7 @@ def test_tokenizer_then_transformer(tmp_path: Path) -> None:
     run("tokenizer", "--folder", tmp_path / "tok", "--steps", 3, *common)  # goes on
     assert json.loads((tmp_path / "tok" / "result.json").read_text())["steps"] == 3
     export = tmp_path / "tok" / "export"
-    assert open_tokenizer(export)[1].levels == sizes.TOKENIZER.levels
+    assert open_tokenizer(export).config.levels == sizes.TOKENIZER.levels
     words = ["--tokenizer", export, "--steps", 2, *common]
     run("autoregressive", "--folder", tmp_path / "ar", *words)
     settings = json.loads((tmp_path / "ar" / "export" / "config.json").read_text())
@@ -116,10 +115,10 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_statistics_are_those_of_the_exported_tokenizer(latents: Path) -> None:
-    statistics = read_statistics(latents)
+    statistics = open_tokenizer(latents).statistics
     assert statistics is not None
     assert statistics.frames == 16  # as many as in released files
-    model = load_tokenizer(latents, device="cpu", dtype=torch.float32)
+    model = open_tokenizer(latents).read("cpu", torch.float32)
     clips = draw_frames(3, sizes.SHAPE)
     normal = statistics.normalise(model.encode(as_video(clips)))
     torch.testing.assert_close(normal.mean((0, 3, 4)), torch.zeros(16, 5), atol=1e-3, rtol=0)
@@ -145,11 +144,11 @@ def test_a_cut_diffusion_run_goes_on_bit_for_bit(tmp_path: Path, latents: Path) 
 
 def test_the_world_and_its_text_encoder_can_be_opened(tmp_path: Path, latents: Path) -> None:
     diffusion(tmp_path, latents, 2)
-    world = tmp_path / "export" / tiny_diffusion.WORLD
+    world = tmp_path / "export" / WORLD
     settings = json.loads((world / "config.json").read_text())
     assert open_network(world, settings).config == sizes.DIFFUSION
     assert settings["text2world"] is True
-    text = load_t5(find_t5(tmp_path / "export" / tiny_diffusion.TEXT_FOLDER), "cpu", torch.float32)
+    text = T5Files.open(tmp_path / "export" / TEXT_FOLDER).load("cpu", torch.float32)
     rows = text.encode(["A red ball falls."])
     assert rows.shape == (1, sizes.TEXT_LENGTH, sizes.TEXT["d_model"])
     # another run may begin with these weights
@@ -159,11 +158,11 @@ def test_the_world_and_its_text_encoder_can_be_opened(tmp_path: Path, latents: P
 
 def test_the_text_encoder_learns_with_the_transformer() -> None:
     torch.manual_seed(0)
-    model = tiny_diffusion.Denoising(DiT(sizes.DIFFUSION), new_t5(sizes.TEXT))
+    model = Denoising(DiT(sizes.DIFFUSION), new_t5(sizes.TEXT, max_length=16))
     for parameter in model.transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     given = (torch.randn(1, 16, 5, 4, 6), torch.randn(2, 1, 16, 5, 4, 6))
-    words = model.text.tokenize(["a red ball"], 16)
+    words = model.text.tokenize(["a red ball"])
     noise, known = torch.tensor([1.0]), torch.tensor([1])
     rounded_to(torch.bfloat16, model, *given, *words, noise, known).sum().backward()
     for name, parameter in model.named_parameters():
@@ -209,7 +208,7 @@ def test_a_transformer_of_clips_and_captions(tmp_path: Path, tokens: Path, text:
 
 
 def test_captions_together_are_embedded_as_alone(text: Path) -> None:
-    encoder = load_t5(find_t5(text), "cpu", torch.float32)
+    encoder = T5Files.open(text).load("cpu", torch.float32)
     captions = ["A red ball falls.", "", "A long yellow box slides to the left."]
     torch.testing.assert_close(
         embed_captions(encoder, captions), encoder.encode(captions), rtol=1e-5, atol=1e-6
@@ -234,9 +233,9 @@ def test_the_first_latent_frame_and_the_begin_token_have_no_loss() -> None:
 
 
 def test_windows_pair_tokens_with_the_latents_of_their_frames(tokens: Path, latents: Path) -> None:
-    coarse = load_tokenizer(tokens, device="cpu", dtype=torch.float32)
-    fine = load_tokenizer(latents, device="cpu", dtype=torch.float32)
-    statistics = read_statistics(latents)
+    coarse = open_tokenizer(tokens).read("cpu", torch.float32)
+    fine = open_tokenizer(latents).read("cpu", torch.float32)
+    statistics = open_tokenizer(latents).statistics
     assert statistics is not None
     clips = draw_frames(2, long_shape())
     draws = torch.Generator().manual_seed(1)
@@ -294,13 +293,14 @@ def shipped(
         (text, "google-t5/t5-11b"),
     ):
         shutil.copytree(source, root / name)
-    monkeypatch.setattr(places, "BUNDLED", root)
+    monkeypatch.setattr(locate, "BUNDLED", root)
     return root
 
 
 @pytest.mark.parametrize("bundled", [True, False])
 def test_exported_worlds_decode_by_diffusion(shipped: Path, bundled: bool) -> None:
     clip = draw_frames(1, sizes.SHAPE)[0].numpy()
+    released = {"checkpoint_dir": shipped, "device": "cpu", "disable_guardrail": True}
     for name, options in (
         ("Cosmos-Predict1-4B", {}),
         ("Cosmos-Predict1-5B-Video2World", {"prompt": "A red ball falls."}),
@@ -308,14 +308,12 @@ def test_exported_worlds_decode_by_diffusion(shipped: Path, bundled: bool) -> No
         if bundled:
             world = worldline.load(f"tiny-{name}", device="cpu")
         else:
-            world = worldline.load(name, shipped, device="cpu", disable_guardrail=True)
+            world = worldline.load(name, **released)
         video = world.generate(clip[:9], seed=3, **options)
         assert video.frames.shape == (33, 32, 48, 3)
         settings = video.report["diffusion_decoder"]
         assert settings["rotary_precision"] == sizes.ROTARY_PRECISION
-        plain = worldline.load(
-            name, shipped, device="cpu", disable_guardrail=True, disable_diffusion_decoder=True
-        )
+        plain = worldline.load(name, **released, disable_diffusion_decoder=True)
         coarse = plain.generate(clip[:9], seed=3, **options)
         assert coarse.report["diffusion_decoder"] is None
         assert coarse.frames.shape == video.frames.shape
@@ -323,17 +321,14 @@ def test_exported_worlds_decode_by_diffusion(shipped: Path, bundled: bool) -> No
 
 
 def test_a_shipped_decoder_is_no_world(shipped: Path) -> None:
-    assert places.bundled_names() == [
+    assert locate.bundled_names() == [
         "tiny-Cosmos-Predict1-4B",
         "tiny-Cosmos-Predict1-5B-Video2World",
     ]
     for part in (DECODER, "Cosmos-Tokenize1-DV8x16x16-720p", "google-t5"):
         with pytest.raises(CheckpointError, match="no bundled model tiny-"):
             worldline.load(f"tiny-{part}")
-    assert places.has_decoder("tiny-Cosmos-Predict1-4B")
     shutil.rmtree(shipped / DECODER)
-    assert not places.has_decoder("tiny-Cosmos-Predict1-4B")
-    assert places.has_decoder("Cosmos-Predict1-4B")  # a released one, which must have it
     world = worldline.load("tiny-Cosmos-Predict1-4B", device="cpu")
     clip = draw_frames(1, sizes.SHAPE)[0].numpy()
     assert world.generate(clip[:9]).report["diffusion_decoder"] is None
@@ -343,9 +338,9 @@ def test_the_decoder_is_trained_as_it_is_used(
     tokens: Path, latents: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows, positions, ids and noise levels are those of the pipeline."""
-    coarse = load_tokenizer(tokens, device="cpu", dtype=torch.float32)
-    fine = load_tokenizer(latents, device="cpu", dtype=torch.float32)
-    statistics = read_statistics(latents)
+    coarse = open_tokenizer(tokens).read("cpu", torch.float32)
+    fine = open_tokenizer(latents).read("cpu", torch.float32)
+    statistics = open_tokenizer(latents).statistics
     assert statistics is not None
     clips = draw_frames(1, long_shape())
     draws = torch.Generator().manual_seed(2)
@@ -368,7 +363,7 @@ def test_the_decoder_is_trained_as_it_is_used(
     monkeypatch.setattr(DiT, "forward", spy)
     context = torch.randn(1, 4, 16)
     settings = decoder.DecoderSettings(sampler="edm_euler", num_steps=2)
-    decoder.denoise_windows(model.transformer, short, context, settings)
+    finish(decoder.denoise_windows(model.transformer, short, context, settings))
     sigma = make_sigmas("edm_euler", 2, sigma_min=decoder.SIGMA_MIN)[0]
     # both branches in training's terms: the clip, and one with neither prompt nor tokens
     texts, inputs = torch.cat([context, context * 0]), torch.cat([short, short * 0])

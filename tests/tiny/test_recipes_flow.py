@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,21 +22,20 @@ from tiny import reconstruction, sizes
 from tiny.clips import as_video
 from tiny.denoiser import rounded_to
 from tiny.encoders import new_reason1
+from tiny.export import draw_weights
 from tiny.flow import TEXT_FOLDER, WORLD, Flowing
 from tiny.motion import FPS
 from tiny.reconstruction import DEVIATION, KL, cut, reconstruction_loss
 from tiny.run import Run
 from tiny.wan import compile_between_convolutions
-from tiny.export import draw_weights
 from worldline import locate
-from worldline.cli import demo, main
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.families.predict2_5.weights import open_network
 from worldline.sampling.flow import make_schedule
 from worldline.shapes import VideoShape
 from worldline.text.reason1 import Reason1Files
-from worldline.tokenizers.wan.weights import channels_last, load_wan, open_wan
 from worldline.tokenizers.wan.model import WanTokenizer
+from worldline.tokenizers.wan.weights import open_wan
 from worldline.train.loop import Objective
 
 from .test_recipes import draw_frames, run
@@ -78,7 +76,7 @@ def train(folder: Path, tokenizer: Path, steps: int, *more: object) -> dict[str,
 
 
 def test_latents_of_the_exported_tokenizer_are_of_unit_deviation(tokenizer: Path) -> None:
-    model = load_wan(open_wan(tokenizer), "cpu", torch.float32)
+    model = open_wan(tokenizer).read("cpu", torch.float32)
     clips = draw_frames(3, sizes.SHAPE)
     z = model.encode(as_video(clips)).transpose(0, 1).flatten(1)
     torch.testing.assert_close(z.mean(1), torch.zeros(16), atol=1e-3, rtol=0)
@@ -126,15 +124,7 @@ def test_where_a_piece_is_cut_is_independent_of_which_clips_were_chosen(
 
     monkeypatch.setattr(reconstruction, "clip_batches", lambda *_, **__: iter([(clips, [])]))
     monkeypatch.setattr(Run, "train", train)
-    options: dict[str, Any] = {
-        "folder": tmp_path,
-        "steps": 1,
-        "batch": 1,
-        "clips": count,
-        "seed": 0,
-    }
-    options |= dict.fromkeys(("seconds", "rate")) | {"workers": 0, "device": "cpu"}
-    run = Run(**options, compiled=False, graphed=False)
+    run = Run(folder=tmp_path, steps=1, batch=1, clips=count)
     reconstruction.train_reconstruction(run, WanTokenizer(sizes.WAN), KL, piece=piece)
     for ahead in range(count):  # a relation would bring one of these about much more often
         together = sum((clip + ahead) % count == row for clip, row in drawn)
@@ -183,7 +173,7 @@ class _Reads(TorchDispatchMode):
 
 def flowing() -> Flowing:
     torch.manual_seed(0)
-    model = Flowing(FlowDiT(sizes.FLOW), new_reason1(sizes.REASON1))
+    model = Flowing(FlowDiT(sizes.FLOW), new_reason1(sizes.REASON1, max_length=40))
     for parameter in model.transformer.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model
@@ -192,7 +182,7 @@ def flowing() -> Flowing:
 def batch(model: Flowing, *known: int) -> tuple[Tensor, ...]:
     count = len(known)
     latents, noise = torch.randn(2, count, 16, 3, 4, 6)
-    ids = model.text.tokenize(["a red ball"] * count, 40)
+    ids = model.text.tokenize(["a red ball"] * count)
     return latents, noise, ids, torch.rand(count), torch.tensor(known)
 
 
@@ -254,8 +244,8 @@ def world(
 ) -> worldline.World:
     """The exported world, as it ships with the package or below a checkpoint folder."""
     if request.param == "named":
-        return worldline.load(WORLD, exported, device="cpu", disable_guardrails=True)
-    monkeypatch.setattr(places, "BUNDLED", exported)
+        return worldline.load(WORLD, checkpoint_dir=exported, device="cpu", disable_guardrail=True)
+    monkeypatch.setattr(locate, "BUNDLED", exported)
     return worldline.load(TINY, device="cpu")
 
 
@@ -269,17 +259,6 @@ def test_the_exported_world_makes_videos(world: worldline.World) -> None:
         assert video.fps == FPS
         assert video.report["schedule"] == "shifted"
         assert video.report["evaluations"] == 2
-
-
-def test_the_demo_shows_it(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "BUNDLED", exported)
-    for ways in ("WAYS", "OTHER_WAYS"):
-        monkeypatch.setattr(demo, ways, tuple(w for w in getattr(demo, ways) if w.world == TINY))
-    result = CliRunner().invoke(main, ["demo", "--all", "--seed", "2", "--output", str(tmp_path)])
-    assert result.exit_code == 0, result.stderr
-    requests = [json.loads(path.read_text())["request"] for path in tmp_path.glob("*.json")]
-    assert sorted(request["num_input_frames"] for request in requests) == [0, 1, 5]
-    assert {request["seed"] for request in requests} == {2}
 
 
 @pytest.mark.parametrize("frames", [0, 1, 5])
@@ -296,15 +275,17 @@ def test_a_network_has_the_inputs_of_a_sampler_in_training(
         return output
 
     monkeypatch.setattr(FlowDiT, "forward", spy)
-    world = worldline.load(WORLD, exported, device="cpu", disable_guardrails=True)
-    assert isinstance(world, worldline.world.FlowWorld)
+    world = worldline.load(WORLD, checkpoint_dir=exported, device="cpu", disable_guardrail=True)
     clip = draw_frames(1, sizes.SHAPE, first=7)
     input = clip[0, :frames].numpy() if frames else None
     world.generate(
         input, prompt="A star falls.", num_input_frames=frames, guidance=0.0, num_steps=1
     )
-    model = Flowing(world.parts.transformer.module, load_text(exported))
-    coder = load_wan(open_wan(exported / WORLD / "vae"), "cpu", torch.float32)
+    model = Flowing(
+        world.parts.transformer.module,
+        Reason1Files.open(exported / TEXT_FOLDER).load("cpu", torch.float32),
+    )
+    coder = open_wan(exported / WORLD / "vae").read("cpu", torch.float32)
     latents = coder.encode(as_video(clip))
     sigma = make_schedule("shifted", 1).sigmas[:1]
     used = seen[0]
@@ -316,10 +297,6 @@ def test_a_network_has_the_inputs_of_a_sampler_in_training(
         model(latents, noise, ids, sigma, known)
     for one, other in zip(_flat(used), _flat(seen[1]), strict=True):
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
-
-
-def load_text(exported: Path) -> Any:
-    return load_reason1(find_reason1(exported / TEXT_FOLDER), "cpu", torch.float32)
 
 
 def _flat(given: Any) -> list[Tensor]:
@@ -337,4 +314,4 @@ def test_a_world_without_its_tokenizer_is_refused(tmp_path: Path, exported: Path
     shutil.copytree(exported, tmp_path / "all")
     shutil.rmtree(tmp_path / "all" / WORLD / "vae")
     with pytest.raises(worldline.Error, match="no tokenizer"):
-        worldline.load(WORLD, tmp_path / "all", device="cpu", disable_guardrails=True)
+        worldline.load(WORLD, checkpoint_dir=tmp_path / "all", device="cpu", disable_guardrail=True)

@@ -11,7 +11,6 @@ from tiny import render
 from tiny.clips import Clips, make_clips
 from tiny.motion import integrate
 from tiny.scenes import MAX_OBJECTS, draw_scenes
-from worldline.errors import InputError
 
 SEEDS = (*range(10), *range(1_000_000, 1_000_010))
 
@@ -79,11 +78,6 @@ def test_an_object_has_its_colour_at_its_centre() -> None:
         x, y = (int(motion.x[0, 0, index] * 128), int(motion.y[0, 0, index] * 128))
         red, _, blue = picture[y, x].tolist()
         assert (blue > red) == (colour in ("blue", "cyan", "purple"))
-
-
-def test_wrong_sizes_are_refused() -> None:
-    with pytest.raises(InputError, match="8 x 16"):
-        make_clips([0], height=8, width=16)
 
 
 @pytest.mark.gpu

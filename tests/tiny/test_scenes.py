@@ -17,7 +17,6 @@ from tiny.scenes import (
     Scenes,
     draw_scenes,
 )
-from worldline.errors import InputError
 
 SCENES = draw_scenes(range(200))
 
@@ -91,12 +90,3 @@ def test_areas_of_the_outlines_are_those_of_their_corners() -> None:
         # Exact for convex shapes; the notches of a star lose a little of the border.
         grown = flat + edge * outline.rounding + np.pi * outline.rounding**2
         assert outline.area == pytest.approx(grown, rel=0.03)
-
-
-def test_bad_seeds_and_sizes_are_refused() -> None:
-    with pytest.raises(InputError, match="seed -1"):
-        draw_scenes([0, -1])
-    with pytest.raises(InputError, match="no seed"):
-        draw_scenes([])
-    with pytest.raises(InputError, match=r"is 0\.50; physics scenes"):
-        draw_scenes([0], aspect=0.5)

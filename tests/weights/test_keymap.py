@@ -70,15 +70,6 @@ def test_finding_refuses_nothing() -> None:
     assert not KEYS.drops("tok_embeddings.bias")
 
 
-def test_bad_maps() -> None:
-    with pytest.raises(ValueError, match="different fields"):
-        KeyMap({"a.{i}": "b"})
-    with pytest.raises(ValueError, match="two released names"):
-        KeyMap({"a": "c", "b": "c"})
-    with pytest.raises(ValueError, match="prefixes"):
-        KeyMap({}, prefixes=())
-
-
 EXPECTED = {"embed.weight": (4, 2), **{f"blocks.{i}.attention.q.weight": (2, 2) for i in range(3)}}
 
 
@@ -127,7 +118,7 @@ def test_long_lists_are_cut() -> None:
 
 def test_another_model() -> None:
     held = {"conv.weight": TensorInfo(torch.float32, (1,))}
-    with pytest.raises(CheckpointError, match="of another model"):
+    with pytest.raises(CheckpointError, match="1 unknown: conv"):
         match(held, EXPECTED, KEYS, "model.pt")
 
 

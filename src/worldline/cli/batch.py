@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import click
 
+from worldline.cli.failures import explain, is_out_of_memory
 from worldline.errors import Error, GuardrailRefusal, InputError
 
 logger = logging.getLogger(__name__)
@@ -102,8 +103,6 @@ def check_folder(folder: Path) -> None:
 @contextmanager
 def memory_advice(flags: Sequence[str] = ()) -> Iterator[None]:
     """Turn an exhausted device into an error that names flags which help."""
-    from worldline.cli.main import explain, is_out_of_memory
-
     try:
         yield
     except Exception as error:

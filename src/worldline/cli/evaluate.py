@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from worldline.cli.batch import check_folder
 from worldline.errors import Error, InputError
 
 if TYPE_CHECKING:
@@ -74,12 +75,19 @@ def evaluate(
             logger.error("%s", error)
             continue
         if not scores:
-            cells = (head.rjust(7) for head in _HEADS)
-            click.echo("  ".join(["video".ljust(width), *cells, "verdict"]))
+            click.echo(_line("video".ljust(width), _HEADS, "verdict"))
         scores.append(score)
         rows.append((score, pictures))
         rows = sorted(rows, key=lambda row: not row[0].failures)[:_MOST_ROWS]
-        click.echo(_row(score, width))
+        cells = (
+            str(score.frames),
+            str(score.num_input_frames),
+            f"{score.motion:.2f}",
+            f"{score.flicker:.2f}",
+            "" if score.psnr is None else f"{score.psnr:.2f}",
+            "" if score.ssim is None else f"{score.ssim:.4f}",
+        )
+        click.echo(_line(score.name.ljust(width), cells, _verdict(score)))
     if not scores:
         raise InputError(f"{folder}: none of {len(unreadable)} videos can be judged")
     report = {
@@ -103,8 +111,6 @@ def evaluate(
 
 def _check_output(output: Path, picture: Path, tasks: Sequence[Task]) -> None:
     """Refuse, before any work, a report that cannot be written or would replace another file."""
-    from worldline.cli.batch import check_folder
-
     if output.suffix.lower() != ".json":
         raise InputError(f"--output {output}: must end in .json")
     if output.is_dir() or picture.is_dir():
@@ -117,12 +123,8 @@ def _check_output(output: Path, picture: Path, tasks: Sequence[Task]) -> None:
     check_folder(output.parent)
 
 
-def _row(score: Score, width: int) -> str:
-    psnr = "" if score.psnr is None else f"{score.psnr:.2f}"
-    ssim = "" if score.ssim is None else f"{score.ssim:.4f}"
-    counts = str(score.frames), str(score.num_input_frames)
-    cells = (*counts, f"{score.motion:.2f}", f"{score.flicker:.2f}", psnr, ssim)
-    return "  ".join([score.name.ljust(width), *(c.rjust(7) for c in cells), _verdict(score)])
+def _line(name: str, cells: Sequence[str], verdict: str) -> str:
+    return "  ".join([name, *(cell.rjust(7) for cell in cells), verdict])
 
 
 def _verdict(score: Score) -> str:

@@ -3,53 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from worldline.catalog import APACHE_LICENCE
-from worldline.files import GIGABYTE
+from worldline.cli.options import options, parsed
+from worldline.files import readable_size
+from worldline.request import LoadOptions
 
 if TYPE_CHECKING:
-    from worldline.catalog import Entry
     from worldline.family import Compute
+    from worldline.memory import Memory
 
 _COLUMNS = ("folder", "state", "size", "memory", "runs here", "command", "licence", "files")
 
 
 @click.command()
-@click.option(
-    "--checkpoint_dir",
-    default="checkpoints",
-    show_default=True,
-    help="Folder of the model folders.",
-)
-@click.option("--device", help="cuda, cuda:1, cpu, mps.  [default: the GPU, if there is one]")
+@options(LoadOptions, hidden=LoadOptions.model_fields.keys() - {"checkpoint_dir", "device"})
 @click.option("--json", "as_json", is_flag=True, help="Everything that is known, as JSON.")
-def models(checkpoint_dir: str, device: str | None, as_json: bool) -> None:
+@click.pass_context
+def models(context: click.Context, /, as_json: bool, **_: object) -> None:
     """List every known checkpoint.
 
     The columns are folder, presence, size of its tensors, planned memory of one video on this
     machine's device, the flags with which it fits, command, licence and files. Folders tiny-… ship
     with the package.
     """
+    from worldline.memory import device_memory
     from worldline.opening import choose_compute
-    from worldline.request import LoadOptions
 
-    compute = choose_compute(LoadOptions.parse({"device": device}))
-    rows = [*bundled_rows(compute), *released_rows(checkpoint_dir, compute)]
+    flags = parsed(context, LoadOptions)
+    compute = choose_compute(flags)
+    memory = device_memory(compute.device)
+    rows = [*bundled_rows(compute, memory), *released_rows(flags.checkpoint_dir, compute, memory)]
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
-    table = [_cells(row) for row in rows]
-    widths = [max(len(line[i]) for line in (_COLUMNS, *table)) for i in range(len(_COLUMNS))]
-    for line in (_COLUMNS, *table):
-        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        click.echo("  ".join(padded).rstrip())
-    if not Path(checkpoint_dir).is_dir():
-        click.echo(f"worldline: no folder {checkpoint_dir} (--checkpoint_dir)", err=True)
+    table = [_COLUMNS, *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        click.echo("  ".join(map(str.ljust, line, widths)).rstrip())
+    if not Path(flags.checkpoint_dir).is_dir():
+        click.echo(f"worldline: no folder {flags.checkpoint_dir} (--checkpoint_dir)", err=True)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -57,8 +54,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["folders"][0],
         f"{row['state']} as {row['folder']}" if older else row["state"],
-        _size(row["nbytes"]),
-        _size(row["memory"]),
+        *(readable_size(nbytes) if nbytes else "-" for nbytes in (row["nbytes"], row["memory"])),
         row["runs_here"],
         row["command"] or "-",
         row["licence"],
@@ -66,36 +62,25 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _size(nbytes: int | None) -> str:
-    if not nbytes:
-        return "-"
-    return f"{nbytes / GIGABYTE:.1f} GB" if nbytes >= 5e7 else f"{nbytes / 1e6:.0f} MB"
-
-
-def bundled_rows(compute: Compute) -> Iterator[dict[str, Any]]:
+def bundled_rows(compute: Compute, memory: Memory | None) -> Iterator[dict[str, Any]]:
     """Rows of what ships with the package."""
     from worldline.locate import bundled_names, bundled_tokenizers, locate
-    from worldline.memory import device_memory
     from worldline.opening import open_world, plan
 
     for name in bundled_names():
         opened = open_world(locate(name, ""), {})
-        family = opened.family
-        fit = plan(opened, [family.request.parse(opened.defaults)], compute).fit(
-            compute.device, device_memory(compute.device)
-        )
+        request = opened.family.request.parse(opened.defaults)
+        fit = plan(opened, [request], compute).fit(compute.device, memory)
         files = [path for part in opened.parts.values() for path in part.files]
-        yield _row(name, family.name, "generate", files) | {
-            "memory": fit.need,
-            "runs_here": str(fit),
-        }
+        row = _bundled_row(name, opened.family.name, "generate", files)
+        yield row | {"memory": fit.need, "runs_here": str(fit)}
     for name in bundled_tokenizers():
-        files = sorted(locate(name, "", tokenizer=True).named.glob("*.safetensors"))
-        yield _row(name, "video tokenizer", "tokenize", files)
+        files = sorted(locate(name, "", tokenizer=True).named.iterdir())
+        yield _bundled_row(name, "video tokenizer", "tokenize", files)
 
 
-def _row(name: str, family: str, command: str, files: list[Path]) -> dict[str, Any]:
-    weights = [path for path in files if path.suffix == ".safetensors"]
+def _bundled_row(name: str, family: str, command: str, files: Iterable[Path]) -> dict[str, Any]:
+    weights = [path for path in files if path.suffix in (".safetensors", ".pt")]
     return {
         "name": name,
         "family": family,
@@ -105,52 +90,31 @@ def _row(name: str, family: str, command: str, files: list[Path]) -> dict[str, A
         "files": [{"name": path.name} for path in weights],
         "nbytes": sum(path.stat().st_size for path in weights),
         "memory": None,
-        "licence": APACHE_LICENCE,
+        "licence": "Apache-2.0",
         "command": command,
         "runs_here": "yes",
     }
 
 
-def released_rows(checkpoint_dir: str, compute: Compute) -> Iterator[dict[str, Any]]:
+def released_rows(
+    checkpoint_dir: str, compute: Compute, memory: Memory | None
+) -> Iterator[dict[str, Any]]:
     """Rows of every released checkpoint."""
     from worldline.catalog import ENTRIES
-    from worldline.memory import device_memory
     from worldline.opening import fit_released
 
-    memory = device_memory(compute.device)
+    parts = {name for entry in ENTRIES if entry.command for name in entry.needs}
     for entry in ENTRIES:
         state, folder = entry.presence(checkpoint_dir)
         fit = fit_released(entry, compute, memory)
-        command, verdict = _use(entry)
+        use = "as a part" if entry.name in parts else "not in this version"
+        found = entry.folders[0] if folder is None else str(folder.relative_to(checkpoint_dir))
+        fields = {"name", "family", "folders", "files", "parameters", "licence", "needs", "command"}
         yield {
-            "name": entry.name,
-            "family": entry.family,
-            "folder": (
-                folder.relative_to(checkpoint_dir).as_posix() if folder else entry.folders[0]
-            ),
-            "folders": entry.folders,
+            **entry.model_dump(include=fields),
+            "folder": found,
             "state": state,
-            "files": [
-                {"name": file.name, "nbytes": file.nbytes or None, "md5": file.md5 or None}
-                for file in entry.files
-            ],
-            "nbytes": entry.nbytes or None,
-            "parameters": entry.parameters or None,
+            "nbytes": entry.nbytes,
             "memory": fit.need if fit else None,
-            "licence": entry.licence,
-            "needs": entry.needs,
-            "command": command,
-            "runs_here": str(fit) if fit else verdict,
+            "runs_here": str(fit) if fit else "yes" if entry.command else use,
         }
-
-
-def _use(entry: Entry) -> tuple[str | None, str]:
-    """The command that runs a checkpoint, and whether one that is no model is used here."""
-    from worldline.catalog import ENTRIES
-    from worldline.tokenizers.cosmos.model import PRESETS
-
-    if entry.family.endswith("tokenizer") and entry.preset in PRESETS:
-        return "tokenize", "yes"
-    if any(entry.name in other.needs for other in ENTRIES if other.command):
-        return entry.command or None, "as a part"
-    return entry.command or None, "not in this version"

@@ -57,10 +57,14 @@ def make_option(name: str, field: FieldInfo, default: Any, negatable: bool) -> c
     spelling = f"--{name}/--no_{name}" if pair else f"--{name}"
     if extra.get("text"):
         given["type"] = str
-    elif get_origin(kind) is Literal:
-        given["type"] = click.Choice(get_args(kind))
-    elif get_origin(kind) is tuple:
-        given["multiple"] = True
+    elif get_origin(kind) in (tuple, Literal):
+        given["multiple"] = get_origin(kind) is tuple
+        if given["multiple"]:
+            kind = get_args(kind)[0]
+        if get_origin(kind) is Literal:  # click's own metavar has _ in place of -
+            choices = "|".join(map(str, get_args(kind)))
+            given["type"] = click.Choice(get_args(kind))
+            given["metavar"] = f"[{choices}]{'...' if given['multiple'] else ''}"
     elif "optional_value" in extra:
         given |= {"type": bool, "is_flag": False, "flag_value": extra["optional_value"]}
     elif kind is bool:

@@ -96,18 +96,19 @@ class Preview:
 
         if step.preview is None or self.stopped:
             return
-        if not self.written and os.path.lexists(self.path):
+        first = not self.written
+        if first and os.path.lexists(self.path):
             logger.warning("no preview: %s is not of this run, and stays", self.path)
             self.stopped = True
             return
+        self.written = True  # an interrupt may come as soon as the file is there
         try:
             write_video(step.preview, self.path, self.fps)
         except Error as error:
             logger.warning("no preview: %s", error)
             return
-        if not self.written:
+        if first:
             logger.info("preview, replaced as it improves: %s", self.path)
-        self.written = True
 
     def remove(self) -> None:
         if self.written:

@@ -23,6 +23,7 @@ from worldline.cli.batch import (
     report_done,
     run_each,
 )
+from worldline.cli.failures import is_out_of_memory
 from worldline.cli.options import fields_of, parsed, stated
 from worldline.cli.progress import Preview, Progress, follow, preview_path
 from worldline.errors import (
@@ -232,8 +233,8 @@ def log_unused(
             "%s was trained on generated clips of moving shapes: other inputs become coloured fog",
             opened.name,
         )
-    for name in typed:
-        if name in unused:
+    for name, value in typed.items():
+        if name in unused and value is not False:
             logger.info("--%s has no effect: %s", name, unused[name])
 
 
@@ -252,8 +253,12 @@ def make(
     if resume:
         tasks = [task for task in tasks if not is_finished(task, opened, compute)]
         if not tasks:
-            click.echo(f"all {total} videos were in {folder} before")
+            click.echo(f"{total} of {total} videos were in {folder} before")
             return
+    if opened.bundled and compute.device.type == "cpu":
+        import torch
+
+        torch.set_num_threads(1)  # tiny networks: on busy cores threads wait for each other
     flags = [name for name in opened.family.flags if name not in opened.options.offloaded]
     with memory_advice(flags):
         world, size = load(
@@ -326,8 +331,7 @@ def load(
     for task in tasks:
         try:
             video = opened.family.video(opened, task.request)
-            clips = size if opened.family.holds_batch(opened, task.request) else 1
-            refuse_frames(video, clips=clips, guarded=guarded, beside=beside)
+            refuse_frames(video, clips=size, guarded=guarded, beside=beside)
         except InsufficientMemoryError as error:
             problems.append(f"{task.item.place}: {error}" if task.item.place else str(error))
     if problems:
@@ -394,8 +398,6 @@ class Groups:
         return self.lines.pop(task.item.output, None)
 
     def _make(self, group: list[Task], label: str) -> None:
-        from worldline.cli.main import is_out_of_memory
-
         try:
             jobs = [
                 self.world.prepare(t.item.input, {}, input_type=t.item.kind, request=t.request)

@@ -5,31 +5,34 @@ A clip of any length is coded as one, piece by piece, so that there is no seam a
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from glob import glob
+from hashlib import sha256
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from worldline.cli.batch import check_folder, memory_advice, report_done, run_each
 from worldline.cli.options import options, parsed
+from worldline.cli.run import refuse_problems
 from worldline.errors import Error, InputError
-from worldline.files import folded
-from worldline.request import Options
+from worldline.files import folded, read_json, stamp
+from worldline.request import LoadOptions, Options
 from worldline.request import Path as Named
 from worldline.shapes import VideoShape
 
 if TYPE_CHECKING:
-    import torch
-
+    from worldline.family import Compute
     from worldline.tokenizers.cosmos.model import CosmosTokenizer
     from worldline.tokenizers.cosmos.weights import CosmosNetwork
     from worldline.video.read import Frames
@@ -42,19 +45,7 @@ _SUFFIX = ".safetensors"
 _FPS = 24.0  # where neither clip nor header states a rate
 
 
-class Machine(Options):
-    """Flags of all commands."""
-
-    checkpoint_dir: Named = Field("checkpoints", description="Folder of the model folders.")
-    device: str | None = Field(
-        None, description="cuda, cuda:1, cpu, mps.  [default: the GPU, if there is one]"
-    )
-    dtype: Literal["bfloat16", "float32"] | None = Field(
-        None, description="Precision.  [default: bfloat16 on a GPU, else float32]"
-    )
-
-
-class DecodeFlags(Machine):
+class DecodeFlags(Options):
     """Flags of `tokenize decode`."""
 
     tokenizer_dir: Named | None = Field(
@@ -76,7 +67,7 @@ class EncodeFlags(DecodeFlags):
     )
 
 
-class ReconstructFlags(Machine):
+class ReconstructFlags(Options):
     """Flags of cosmos-predict1 `tokenizer/inference/video_cli.py`."""
 
     video_pattern: Named | None = Field(
@@ -113,6 +104,25 @@ class ReconstructFlags(Machine):
     save_input: bool = Field(False, description="Write the encoded frames too: NAME_input.mp4.")
 
 
+class Header(BaseModel):
+    """Metadata beside latents or tokens; sizes are of the clip before padding, 0 if unknown."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    tokenizer: str = ""
+    media: Literal["image", "video"] = "video"
+    frames: int = Field(default=0, ge=0)
+    height: int = Field(default=0, ge=0)
+    width: int = Field(default=0, ge=0)
+    fps: float = Field(_FPS, ge=0.01, le=1e4)
+    source: str = ""  # path of the clip
+
+    @property
+    def shape(self) -> VideoShape | None:
+        known = self.frames and self.height and self.width
+        return VideoShape(self.frames, self.height, self.width) if known else None
+
+
 @dataclass(frozen=True)
 class Task:
     """One file to make.
@@ -120,31 +130,19 @@ class Task:
     Attributes:
         path: input: a clip, an image, or a file of latents or tokens.
         output: result.
+        header: metadata beside stored input, or for the result.
         kind: name of the tensor in the input; "" for pixels.
-        stored: dtype and shape of that tensor.
-        header: metadata beside it; of pixels the frame rate alone.
+        stored: its dtype and shape.
     """
 
     path: Path
     output: Path
+    header: Header
     kind: str = ""
     stored: TensorInfo | None = None
-    header: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return str(self.path)
-
-    @property
-    def shape(self) -> VideoShape | None:
-        """Size of the clip before it was padded; None if the header lacks it."""
-        names = ("frames", "height", "width")
-        if not all(name in self.header for name in names):
-            return None
-        return VideoShape(*(int(self.header[name]) for name in names))
-
-    @property
-    def fps(self) -> float:
-        return float(self.header.get("fps", _FPS))
 
 
 @dataclass(frozen=True)
@@ -153,18 +151,20 @@ class Coder:
 
     name: str
     opened: CosmosNetwork
-    device: torch.device
-    dtype: torch.dtype
+    compute: Compute
 
-    def made_from(self, task: Task) -> dict[str, Any]:
-        """Fingerprint of all that decides a result; --resume compares it."""
-        from worldline.files import stamp
+    def fingerprint(self, task: Task) -> str:
+        """Hash of all that decides a result; --resume compares it."""
+        files = [stamp(path) for path in (task.path, *self.opened.source.files)]
+        return sha256(json.dumps([files, str(self.compute.dtype)]).encode()).hexdigest()
 
-        return {
-            "input": stamp(task.path),
-            "tokenizer": [stamp(path) for path in self.opened.source.files],
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
+
+# runs a task with its fingerprint; its line of the report
+Code = Callable[["CosmosTokenizer", Task, str], str]
+# flags of every command
+_MACHINE = options(
+    LoadOptions, hidden=LoadOptions.model_fields.keys() - {"checkpoint_dir", "device", "dtype"}
+)
 
 
 @click.group()
@@ -179,6 +179,7 @@ def tokenize() -> None:
 @tokenize.command()
 @click.argument("inputs", nargs=-1, required=True)
 @options(EncodeFlags)
+@_MACHINE
 @click.pass_context
 def encode(context: click.Context, /, inputs: Sequence[str], **_: object) -> None:
     """Encode INPUTS, clips and images or folders of them, to .safetensors files.
@@ -192,16 +193,23 @@ def encode(context: click.Context, /, inputs: Sequence[str], **_: object) -> Non
     flags = parsed(context, EncodeFlags)
 
     def examine(path: Path) -> Task:
-        probe(path)
-        return Task(path, Path(flags.output_dir) / f"{path.stem}{_SUFFIX}")
+        info = probe(path)
+        header = Header(
+            tokenizer=flags.tokenizer_dir,
+            media=info.kind,
+            fps=info.fps or _FPS,
+            source=str(path.resolve()),
+        )
+        return Task(path, Path(flags.output_dir) / f"{path.stem}{_SUFFIX}", header)
 
-    tasks = _collect(inputs, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES), examine)
-    _run(tasks, _find(flags.tokenizer_dir, flags), _encode, resume=flags.resume)
+    tasks = collect(inputs, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES), examine)
+    run(tasks, open_coder(flags.tokenizer_dir, context), encode_task, resume=flags.resume)
 
 
 @tokenize.command()
 @click.argument("inputs", nargs=-1, required=True)
 @options(DecodeFlags)
+@_MACHINE
 @click.pass_context
 def decode(context: click.Context, /, inputs: Sequence[str], **_: object) -> None:
     """Decode INPUTS, files that `encode` wrote or folders of them, to videos and images.
@@ -209,25 +217,32 @@ def decode(context: click.Context, /, inputs: Sequence[str], **_: object) -> Non
     A clip becomes an .mp4 in --output_dir, an image a .png, each of its own size, with a .json
     beside it that names its origin.
     """
+    from worldline.tokenizers.cosmos.clips import check_stored
+
     flags = parsed(context, DecodeFlags)
-    folder = Path(flags.output_dir)
-    tasks = _collect(inputs, (_SUFFIX,), lambda path: _examine_stored(path, folder))
-    name = flags.tokenizer_dir
-    if name is None:
-        names = sorted({task.header.get("tokenizer", "") for task in tasks})
-        if len(names) > 1 or not names[0]:
-            raise InputError(
-                f"the inputs name {len(names)} tokenizers ({', '.join(names)}); "
-                "give --tokenizer_dir, or decode them apart"
-            )
-        name = names[0]
-    coder = _find(name, flags)
-    _refuse([text for task in tasks if (text := _misfit(task, coder))], len(tasks))
-    _run(tasks, coder, _decode, resume=flags.resume)
+    tasks = collect(inputs, (_SUFFIX,), lambda path: examine_stored(path, Path(flags.output_dir)))
+    names = {task.header.tokenizer for task in tasks}
+    if flags.tokenizer_dir is None and (len(names) > 1 or "" in names):
+        raise InputError(
+            f"the inputs name {len(names)} tokenizers ({', '.join(sorted(names))}); give "
+            "--tokenizer_dir, or decode them apart"
+        )
+    coder = open_coder(flags.tokenizer_dir or names.pop(), context)
+    problems = []
+    for task in tasks:
+        assert task.stored is not None
+        dtype, shape = task.stored.dtype, task.stored.shape
+        try:
+            check_stored(coder.opened.config, dtype, shape, task.header.shape)
+        except ValueError as error:
+            problems.append(f"{task}: it holds {task.kind}, not of {coder.name}: {error}")
+    refuse_problems(problems)
+    run(tasks, coder, decode_task, resume=flags.resume)
 
 
 @tokenize.command()
 @options(ReconstructFlags)
+@_MACHINE
 @click.pass_context
 def reconstruct(context: click.Context, /, **_: object) -> None:
     """Encode and decode clips, and report the fidelity in dB."""
@@ -245,50 +260,46 @@ def reconstruct(context: click.Context, /, **_: object) -> None:
         info = probe(path, kind=media_kind(path))
         folder = Path(flags.output_dir or path.parent / "reconstructions")
         suffix = ".png" if info.kind == "image" else ".mp4"
-        header = {"fps": str(flags.output_fps or info.fps or _FPS)}
-        return Task(path, folder / f"{path.stem}{suffix}", header=header)
+        header = Header(fps=flags.output_fps or info.fps or _FPS)
+        return Task(path, folder / f"{path.stem}{suffix}", header)
 
-    tasks = _collect(paths, (), examine)
+    tasks = collect(paths, (), examine)
     halves = [half for half in (flags.checkpoint_enc, flags.checkpoint_dec) if half]
     whole = flags.checkpoint or (
         flags.tokenizer_type and f"Cosmos-Tokenize1-{flags.tokenizer_type}"
     )
-    if len(halves) == 1 or bool(halves) == bool(whole) or (halves and flags.checkpoint):
+    if len(halves) == 1 or bool(halves) == bool(whole):
         raise InputError(
             "give one of --checkpoint, --checkpoint_enc with --checkpoint_dec, --tokenizer_type"
         )
-    name = whole or Path(halves[0]).parent.name
     if flags.mode:
         logger.info("--mode has no effect: files of both kinds are read, and none is executed")
-    _run(tasks, _find(name, flags, *map(Path, halves)), partial(_reconstruct, flags=flags))
+    coder = open_coder(whole or Path(halves[0]).parent.name, context, *map(Path, halves))
+    run(tasks, coder, partial(reconstruct_task, flags=flags))
 
 
-def _collect(
-    inputs: Sequence[str], suffixes: Sequence[str], examine: Callable[[Path], Task]
+def collect(
+    inputs: Iterable[str], suffixes: Sequence[str], examine: Callable[[Path], Task]
 ) -> list[Task]:
     """Tasks for files, and for the files of folders that have one of `suffixes`.
 
     Raises:
-        InputError: an input cannot be used, two would become one file, or the folder is unusable;
-            all that is wrong with them.
+        InputError: an input cannot be used, two would become one file, or a folder cannot be
+            written; one line for each.
     """
     tasks: list[Task] = []
     problems: list[str] = []
-    count = 0
     for name in inputs:
         paths = [Path(name)]
         if paths[0].is_dir():
             files = [p for p in sorted(paths[0].iterdir()) if p.is_file() and p.name[0] != "."]
             paths = [path for path in files if path.suffix.lower() in suffixes]
-            if unused := [path.name for path in files if path not in paths]:
-                logger.info("%s: passed over: %s", name, ", ".join(unused))
+            if len(paths) < len(files):
+                logger.info("%s: %d other files are skipped", name, len(files) - len(paths))
             if not paths:
-                problems.append(f"{name} holds no file with {', '.join(suffixes)}")
-        count += max(1, len(paths))
+                problems.append(f"{name}: it holds no file with {', '.join(suffixes)}")
         for path in paths:
             try:
-                if not path.exists():
-                    raise InputError(f"{path}: no such file")
                 tasks.append(examine(path))
             except InputError as error:
                 problems.append(str(error))
@@ -298,30 +309,20 @@ def _collect(
         # a file system may ignore case
         other = first.setdefault(folded(str(task.output)), task)
         if other is not task:
-            problems.append(f"{task.path} and {other.path} would both become {other.output}")
-        if task.output.resolve() in read:
-            problems.append(f"{task.output} is an input; choose another --output_dir")
-    _refuse(problems, count)
+            problems.append(f"{task} and {other} would both become {other.output}")
+        if task.output.resolve() in {*read, Path(task.header.source)}:
+            problems.append(f"{task.output}: it is an input; choose another --output_dir")
+    refuse_problems(problems)
     for folder in sorted({task.output.parent for task in tasks}):
         check_folder(folder)
     return tasks
 
 
-def _refuse(problems: Sequence[str], count: int) -> None:
-    if len(problems) == 1 == count:
-        raise InputError(problems[0])
-    if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise InputError(
-            f"{len(problems)} of {count} inputs cannot be used, so none was run{lines}"
-        )
-
-
-def _examine_stored(path: Path, folder: Path) -> Task:
+def examine_stored(path: Path, folder: Path) -> Task:
     """Task of decoding a file, from its header.
 
     Raises:
-        InputError: it holds something else, or its video would overwrite the clip it came from.
+        InputError: it holds no latents and no tokens, or its header is damaged.
     """
     from worldline.weights.read import open_checkpoint
 
@@ -329,51 +330,30 @@ def _examine_stored(path: Path, folder: Path) -> Task:
     kind = next((name for name in (LATENTS, TOKENS) if name in source.tensors), None)
     if kind is None:
         names = ", ".join(sorted(source.tensors)[:3])
-        raise InputError(f"{path} holds neither latents nor tokens, but {names}")
-    header = source.metadata
-    output = folder / f"{path.stem}{'.png' if header.get('media') == 'image' else '.mp4'}"
-    task = Task(path, output, kind, source.tensors[kind], header)
+        raise InputError(f"{path}: it holds neither latents nor tokens, but {names}")
     try:
-        size, fps = task.shape or VideoShape(1, 1, 1), task.fps
-        original = json.loads(header.get("made_from", "{}")).get("input", {}).get("path", "")
-        if min(size.frames, size.height, size.width) < 1 or not 0.01 <= fps <= 1e4:
-            raise ValueError(f"{size}, {fps} frames a second")
-        overwritten = output.resolve() == Path(original).resolve()
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: its header is damaged: {error}") from error
-    if overwritten:
-        raise InputError(f"{output} is the clip it was made from; choose another --output_dir")
-    return task
+        header = Header.model_validate(source.metadata)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise InputError(f"{path}: {wrong['loc'][0]} is {wrong['input']}; {wrong['msg']}") from None
+    suffix = ".png" if header.media == "image" else ".mp4"
+    return Task(path, folder / f"{path.stem}{suffix}", header, kind, source.tensors[kind])
 
 
-def _misfit(task: Task, coder: Coder) -> str:
-    """Message that a file is not of this tokenizer; "" if it may be."""
-    from worldline.tokenizers.cosmos.clips import check_stored
-
-    assert task.stored is not None
-    try:
-        check_stored(coder.opened.config, task.stored.dtype, task.stored.shape, task.shape)
-    except ValueError as error:
-        return f"{task.path} holds {task.kind} of another tokenizer than {coder.name}: {error}"
-    return ""
-
-
-def _find(name: str, flags: Machine, *files: Path) -> Coder:
+def open_coder(name: str, context: click.Context, *files: Path) -> Coder:
     """The tokenizer of a name below --checkpoint_dir, or in `files`."""
     from worldline.locate import locate
 
-    paths = files or (
-        locate(name, flags.checkpoint_dir, tokenizer=True).named,
-    )  # before torch is imported
-    from worldline.opening import choose_compute
-    from worldline.request import LoadOptions
+    flags = parsed(context, LoadOptions)
+    place = None if files else locate(name, flags.checkpoint_dir, tokenizer=True)
+    from worldline.opening import choose_compute  # imports torch: not before the place is found
     from worldline.tokenizers.cosmos.weights import open_tokenizer
 
-    compute = choose_compute(LoadOptions.parse({"device": flags.device, "dtype": flags.dtype}))
-    return Coder(name, open_tokenizer(*paths), compute.device, compute.dtype)
+    opened = open_tokenizer(*(files if place is None else (place.named,)))
+    return Coder(name, opened, choose_compute(flags))
 
 
-def _is_finished(task: Task, coder: Coder) -> bool:
+def is_finished(task: Task, coder: Coder) -> bool:
     """Whether an earlier run made the output from the same files in the same way."""
     from worldline.video.read import check_written
     from worldline.weights.read import open_checkpoint
@@ -382,56 +362,38 @@ def _is_finished(task: Task, coder: Coder) -> bool:
         return False
     try:
         if task.output.suffix == _SUFFIX:
-            made_from = json.loads(open_checkpoint(task.output).metadata["made_from"])
+            report = open_checkpoint(task.output).metadata
         else:
             check_written(task.output, None)
-            made_from = json.loads(task.output.with_suffix(".json").read_text())["made_from"]
-        finished = bool(made_from == coder.made_from(task))
-    except (OSError, ValueError, KeyError):
+            report = read_json(task.output.with_suffix(".json"))
+        finished = report.get("fingerprint") == coder.fingerprint(task)
+    except InputError:
         finished = False
     logger.info("%s %s", task.output, "is finished" if finished else "differs: made again")
     return finished
 
 
-def _run(
-    tasks: Sequence[Task],
-    coder: Coder,
-    code: Callable[[CosmosTokenizer, Coder, Task], str],
-    *,
-    resume: bool = False,
-) -> None:
-    """Load the tokenizer, run the tasks one after another, and report.
-
-    Args:
-        tasks: all tasks; with `resume`, finished ones are left out.
-        coder: the tokenizer.
-        code: runs a task, and returns its line of the report.
-        resume: keep finished results.
+def run(tasks: Sequence[Task], coder: Coder, code: Code, *, resume: bool = False) -> None:
+    """Load the tokenizer, run the tasks that are not finished, and report.
 
     Raises:
         Error: a task failed; the others of several were done.
     """
-    total, folder = len(tasks), tasks[0].output.parent
+    total, folder, failed = len(tasks), tasks[0].output.parent, 0
     if resume:
-        tasks = [task for task in tasks if not _is_finished(task, coder)]
-    for output in {task.output.parent for task in tasks}:
-        output.mkdir(parents=True, exist_ok=True)
-    failed = 0
+        tasks = [task for task in tasks if not is_finished(task, coder)]
     if tasks:
         with memory_advice():
-            model = coder.opened.read(coder.device, coder.dtype)
-        logger.info(
-            "%s (%s M parameters, %s) on %s",
-            coder.name,
-            f"{coder.opened.num_parameters / 1e6:,.1f}",
-            str(coder.dtype).removeprefix("torch."),
-            coder.device,
-        )
+            model = coder.opened.read(coder.compute.device, coder.compute.dtype)
+        parameters = f"{coder.opened.num_parameters / 1e6:,.1f} M parameters"
+        logger.info("%s (%s) on %s", coder.name, parameters, coder.compute.device)
 
         def one(task: Task, _: str) -> str:
             start = time.perf_counter()
+            task.output.parent.mkdir(parents=True, exist_ok=True)
+            fingerprint = coder.fingerprint(task)  # a file that changes meanwhile differs
             with memory_advice():
-                line = code(model, coder, task)
+                line = code(model, task, fingerprint)
             return f"{task.output}: {line}, {time.perf_counter() - start:.1f} s"
 
         failed, _ = run_each(tasks, one, batch=total > 1)
@@ -441,54 +403,41 @@ def _run(
         raise Error(f"{failed} of {total} inputs failed")
 
 
-def _encode(model: CosmosTokenizer, coder: Coder, task: Task) -> str:
-    from importlib.metadata import version
-
+def encode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
     from worldline.tokenizers.cosmos.clips import encode_clip
-    from worldline.video.read import media_kind, probe, stream_media
+    from worldline.video.read import stream_media
     from worldline.weights.write import save
 
-    made_from = coder.made_from(task)  # before it is read: a file that changes meanwhile differs
-    media = media_kind(task.path)
-    fps = probe(task.path, kind=media).fps
     stored, size = encode_clip(model, stream_media(task.path, model.chunk * model.config.temporal))
     kind = TOKENS if model.config.levels else LATENTS
-    header = {
-        "worldline": version("worldline"),
-        "tokenizer": coder.name,
-        "media": media,
-        "frames": size.frames,
-        "height": size.height,
-        "width": size.width,
-        "fps": fps or _FPS,
-        "made_from": json.dumps(made_from),
-    }
+    made = {"fingerprint": fingerprint, "worldline": version("worldline")}
+    header = {**task.header.model_dump(), **vars(size), **made}
     save({kind: stored}, task.output, header)
-    grid = " x ".join(map(str, stored.shape))
-    return f"{_measured(size)} in {kind} {grid}"
+    return f"{in_words(size)} in {kind} {' x '.join(map(str, stored.shape))}"
 
 
-def _decode(model: CosmosTokenizer, coder: Coder, task: Task) -> str:
+def decode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
     from worldline.tokenizers.cosmos.clips import decode_clip
     from worldline.video.write import write_bytes
     from worldline.weights.read import open_checkpoint
 
-    made_from = coder.made_from(task)
     stored = open_checkpoint(task.path).read(task.kind)
     try:
-        size = _write(decode_clip(model, stored, task.shape), task)
+        line = write(decode_clip(model, stored, task.header.shape), task.output, task.header.fps)
     except ValueError as error:
         if isinstance(error, Error):
             raise
-        raise InputError(f"{task.path}: {error}") from error
-    report = {"output": str(task.output), "input": str(task.path), "made_from": made_from}
+        raise InputError(f"{task}: {error}") from error
+    report = {"output": str(task.output), "input": str(task), "fingerprint": fingerprint}
     write_bytes(task.output.with_suffix(".json"), json.dumps(report, indent=1).encode())
-    return _measured(size)
+    return line
 
 
-def _reconstruct(model: CosmosTokenizer, _: Coder, task: Task, flags: ReconstructFlags) -> str:
+def reconstruct_task(model: CosmosTokenizer, task: Task, _: str, *, flags: ReconstructFlags) -> str:
+    import numpy as np
     import torch
 
+    from worldline.evaluate.metrics import decibels, mse
     from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip, reconstruct_windows
     from worldline.video.convert import scaled
     from worldline.video.read import stream_media
@@ -501,57 +450,43 @@ def _reconstruct(model: CosmosTokenizer, _: Coder, task: Task, flags: Reconstruc
 
     pieces: Iterable[Frames]
     if window:
-        pieces = (
-            reconstruct_windows(model, torch.from_numpy(piece)[None], window)[0].cpu().numpy()
-            for piece in source()
-        )
+        clips = (torch.from_numpy(piece)[None] for piece in source())
+        pieces = (reconstruct_windows(model, clip, window)[0].cpu().numpy() for clip in clips)
     else:
         pieces = decode_clip(model, *encode_clip(model, source()))
-    error, count = 0.0, 0
+    errors: list[float] = []  # mean square of each frame
 
     def compared() -> Iterator[Frames]:
-        nonlocal error, count
-        originals = (frame for piece in source() for frame in piece)
+        originals = chain.from_iterable(source())
         for piece in pieces:
-            for frame, original in zip(piece, originals, strict=False):
-                error += float(((frame.astype("f4") - original.astype("f4")) ** 2).sum())
-            count += piece.size
+            errors.extend(mse(frame[None], next(originals)[None]) for frame in piece)
             yield piece
 
-    size = _write(compared(), task)
+    line = write(compared(), task.output, task.header.fps)
     if flags.save_input:
-        output = task.output.with_stem(f"{task.output.stem}_input")
-        _write(source(), replace(task, output=output))
-    psnr = 10 * math.log10(255**2 * count / error) if error else math.inf
-    return f"{_measured(size)}, {psnr:.1f} dB"
+        beside = task.output.with_stem(f"{task.output.stem}_input")
+        write(source(), beside, task.header.fps)
+    return f"{line}, {decibels(float(np.mean(errors))):.1f} dB"
 
 
-def _write(pieces: Iterable[Frames], task: Task) -> VideoShape:
-    """Write frames as a video, or as an image, and return their size."""
-    import io
-
+def write(pieces: Iterable[Frames], output: Path, fps: float) -> str:
+    """Write frames as a video, or as an image; their size in words."""
     from PIL import Image
 
+    from worldline.video.read import probe
     from worldline.video.write import write_bytes, write_stream
 
-    if task.output.suffix == ".png":
+    if output.suffix == ".png":
         [picture] = pieces
         file = io.BytesIO()
         Image.fromarray(picture[0]).save(file, format="PNG")
-        write_bytes(task.output, file.getbuffer())
-        return VideoShape(*picture.shape[:3])
-    height = width = 0
-
-    def measured() -> Iterator[Frames]:
-        nonlocal height, width
-        for piece in pieces:
-            height, width = piece.shape[1:3]
-            yield piece
-
-    frames = write_stream(measured(), task.output, task.fps)
-    return VideoShape(frames, height, width)
+        write_bytes(output, file.getbuffer())
+    else:
+        write_stream(pieces, output, fps)
+    info = probe(output)
+    return in_words(VideoShape(info.frames, info.height, info.width))
 
 
-def _measured(size: VideoShape) -> str:
-    frames = f"{size.frames:,} frame{'s' if size.frames > 1 else ''}"
-    return f"{frames} of {size.width} x {size.height}"
+def in_words(size: VideoShape) -> str:
+    plural = "s" if size.frames > 1 else ""
+    return f"{size.frames:,} frame{plural} of {size.width} x {size.height}"

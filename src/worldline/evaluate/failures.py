@@ -35,7 +35,7 @@ REDUCED_PIXELS = 48 * 72
 # of the picture, the second for the nearly flat whole.
 COLLAPSES = ((5.0, 0.55, 0.12, 0.1), (12.0, 0.8, 0.35, 0.3))
 
-BLANK = (5.0, 0.98)  # the same distance, and the share of a frame that is all of one colour
+BLANK_SHARE = 0.98  # of a frame that is all of one colour, within the first of these distances
 
 # Appearance. A patch is PATCH pixels square, one stands every STRIDE pixels.
 PATCH = 4
@@ -79,10 +79,6 @@ class Rate:
     count: int
     total: int
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.count <= self.total or self.total == 0:
-            raise ValueError(f"a rate needs 0 <= count <= total > 0, not {self.count}/{self.total}")
-
     @property
     def value(self) -> float:
         return self.count / self.total
@@ -125,11 +121,8 @@ class FailureRate:
     kinds: dict[str, int]
 
     def as_json(self) -> dict[str, object]:
-        return {
-            "failure_rate": self.failed.as_json(),
-            "kinds": self.kinds,
-            "detectors": {name: rate.as_json() for name, rate in DETECTORS.items()},
-        }
+        detectors = {name: rate.as_json() for name, rate in DETECTORS.items()}
+        return {"failure_rate": self.failed.as_json(), "kinds": self.kinds, "detectors": detectors}
 
 
 def failure_rate(failures: Sequence[Sequence[Failure]]) -> FailureRate:
@@ -182,7 +175,7 @@ def find_in_reduced(copy: Tensor, num_input_frames: int) -> list[Failure]:
         # A collapse begins up to 12 frames before it is found; after that no appearance counts,
         # since the first patch of the colour would be one.
         end = max(first, min(frame for frame, _, _ in collapses) - 12)
-    elif not num_input_frames and all(map(_is_blank, copy)):
+    elif not num_input_frames and min(_flat_share(frame, 5.0) for frame in copy) >= BLANK_SHARE:
         failures.append(Failure("collapse", 0, 1.0, "all frames have one colour"))
     appearance = _find_appearance(copy[:end], first)
     return [*failures, appearance] if appearance else failures
@@ -225,6 +218,10 @@ def _same_color(picture: Tensor, tolerance: float) -> Tensor:
     return near.view(picture.shape[1:])
 
 
+def _flat_share(picture: Tensor, tolerance: float) -> float:
+    return float(_same_color(picture, tolerance).float().mean())
+
+
 def _contrast(picture: Tensor, where: Tensor) -> float:
     """Standard deviation of (3, h, w) over the pixels of `where`, root mean square of channels."""
     return float(picture[:, where].var(1, correction=0).mean().sqrt())
@@ -234,7 +231,7 @@ def _collapses(copy: Tensor, num_input_frames: int) -> Iterator[tuple[int, float
     """Frame, share of the commonest colour, and its rise, of each collapsed frame."""
     inputs = copy[:num_input_frames]
     for tolerance, least_share, least_rise, most_kept in COLLAPSES:
-        before = max(float(_same_color(picture, tolerance).float().mean()) for picture in inputs)
+        before = max(_flat_share(picture, tolerance) for picture in inputs)
         for frame in range(num_input_frames, len(copy)):
             where = _same_color(copy[frame], tolerance)
             share = float(where.float().mean())
@@ -244,11 +241,6 @@ def _collapses(copy: Tensor, num_input_frames: int) -> Iterator[tuple[int, float
             former = min(_contrast(picture, where) for picture in (inputs[0], inputs[-1]))
             if _contrast(copy[frame], where) < most_kept * former:
                 yield frame, share, share - before
-
-
-def _is_blank(picture: Tensor) -> bool:
-    tolerance, share = BLANK
-    return float(_same_color(picture, tolerance).float().mean()) >= share
 
 
 def _find_appearance(copy: Tensor, num_input_frames: int) -> Failure | None:

@@ -186,10 +186,10 @@ def score_video(task: Task) -> tuple[Score, dict[int, Frames]]:
         copies.append(reduce(frame))
         pictures.append(thumbnail(frame))
         reference = next(references, None)
-        for kind, shown in (("", frame), ("reference_", reference)):
+        for kind, picture in (("", frame), ("reference_", reference)):
             window = recent[kind]
-            if shown is not None and index >= inputs - 1:  # a change needs a frame before it
-                window.append(shown)
+            if picture is not None and index >= inputs - 1:  # a change needs a frame before it
+                window.append(picture)
                 if len(window) > 1:
                     values[f"{kind}motion"].append(motion(np.stack([*window][-2:])))
                 if len(window) > 2:

@@ -60,33 +60,32 @@ def read_embeddings(request: Any, width: int, rows: int | None = None) -> Embedd
         InputError: there is no such file, or it holds something else.
     """
     values = request.prompt_embeddings, getattr(request, "negative_prompt_embeddings", None)
-    guided = hasattr(request, "guidance")
     if not all(value is None or isinstance(value, str) for value in values):
-        found = sources.read_embeddings(*values, width=width, rows=rows, guided=guided)
+        found = sources.read_embeddings(*values, width=width, rows=rows)
     else:  # a batch reads its file once
-        stamps = (value and _modified(value) for value in values)
-        found = _read_files(*values, *stamps, width, rows, guided)
+        found = _read_files(*values, *map(_modified, values), width, rows)
+    if "negative_prompt" in found and not hasattr(request, "guidance"):
+        _warn_unread(str(request.prompt_embeddings))
     return Embeddings(found.get("prompt"), found.get("negative_prompt"))
 
 
-def _modified(path: str) -> int:
+def _modified(path: str | None) -> int:
     try:
-        return Path(path).stat().st_mtime_ns
+        return Path(path).stat().st_mtime_ns if path else 0
     except OSError:
         return 0
 
 
 @lru_cache(maxsize=4)
 def _read_files(
-    prompt: str | None,
-    negative: str | None,
-    _: int,
-    __: int,
-    width: int,
-    rows: int | None,
-    guided: bool,
+    prompt: str | None, negative: str | None, _: int, __: int, width: int, rows: int | None
 ) -> dict[str, Tensor]:
-    return sources.read_embeddings(prompt, negative, width=width, rows=rows, guided=guided)
+    return sources.read_embeddings(prompt, negative, width=width, rows=rows)
+
+
+@lru_cache
+def _warn_unread(path: str) -> None:
+    logger.warning("%s: negative_prompt has no effect on this model", path)
 
 
 def refuse_size(
@@ -150,7 +149,7 @@ def attention_entries(parts: Parts, video: VideoShape) -> dict[str, Any]:
     """Report entries of the transformer's tokens and attention, for a video denoised at once."""
     tokenizer, config = parts.opened["tokenizer"].config, parts.config
     tokens = config.tokens(video.latent(tokenizer.temporal, tokenizer.spatial)).tokens
-    name = backend_name(parts.device, parts.compute.dtype, config.head_size, tokens)
+    name = backend_name(parts.device, parts.compute.dtype, tokens)
     return {"tokens": tokens, "attention": name}
 
 

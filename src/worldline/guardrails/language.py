@@ -7,9 +7,8 @@ settings, would make a refusal a matter of luck.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +128,6 @@ def aegis_prompt(text: str) -> str:
     )
 
 
-def _llama_guard_3_prompt(text: str, chat: Callable[..., str]) -> str:
-    content = [{"type": "text", "text": text}]
-    return chat([{"role": "user", "content": content}], categories=dict(_LLAMA_GUARD_3))
-
-
-def _qwen3guard_prompt(text: str, chat: Callable[..., str]) -> str:
-    return chat([{"role": "user", "content": text}])
-
-
 @dataclass(frozen=True)
 class GuardModel:
     """A guard model.
@@ -145,39 +135,39 @@ class GuardModel:
     Attributes:
         name: in reports and messages.
         released: repository.
-        question: (prompt, the tokenizer's chat template) -> text that the model answers.
+        question: prompt -> text that the model answers, or the user's turn of a conversation.
         decide: answer -> verdict.
+        chat: variables of the tokenizer's chat template; None where it is not used.
         max_tokens: length of an answer.
-        chat: whether `question` uses the chat template.
         adapter: repository of low-rank weights that are added; "" if there are none.
     """
 
     name: str
     released: str
-    question: Callable[[str, Callable[..., str]], str]
+    question: Callable[[str], Any]
     decide: Callable[[str], Verdict]
+    chat: Mapping[str, Any] | None
     max_tokens: int = 100
-    chat: bool = True
     adapter: str = ""
 
 
 AEGIS = GuardModel(
     "aegis",
     "meta-llama/LlamaGuard-7b",
-    lambda text, _: aegis_prompt(text),
+    aegis_prompt,
     decide_aegis,
-    chat=False,
+    chat=None,
     adapter="nvidia/Aegis-AI-Content-Safety-LlamaGuard-Defensive-1.0",
 )
 LLAMA_GUARD_3 = GuardModel(
-    "llama_guard_3", "meta-llama/Llama-Guard-3-8B", _llama_guard_3_prompt, decide_llama_guard_3
+    "llama_guard_3",
+    "meta-llama/Llama-Guard-3-8B",
+    lambda text: [{"type": "text", "text": text}],
+    decide_llama_guard_3,
+    chat={"categories": _LLAMA_GUARD_3},
 )
 QWEN3GUARD = GuardModel(
-    "qwen3guard",
-    "Qwen/Qwen3Guard-Gen-0.6B",
-    _qwen3guard_prompt,
-    decide_qwen3guard,
-    max_tokens=128,
+    "qwen3guard", "Qwen/Qwen3Guard-Gen-0.6B", str, decide_qwen3guard, chat={}, max_tokens=128
 )
 
 
@@ -214,8 +204,10 @@ class LanguageGuard:
         for mark in self.tokenizer.get_added_vocab():
             if len(mark) > 1:
                 text = text.replace(mark, f"{mark[0]} {mark[1:]}")
-        chat = partial(self.tokenizer.apply_chat_template, tokenize=False)
-        question = self.model.question(text, chat)
+        question = self.model.question(text)
+        if self.model.chat is not None:
+            turns = [{"role": "user", "content": question}]
+            question = self.tokenizer.apply_chat_template(turns, tokenize=False, **self.model.chat)
         return self.tokenizer(question, add_special_tokens=False)["input_ids"]
 
     @torch.inference_mode()
@@ -253,7 +245,7 @@ def load(
     if model.adapter and adapter is None:
         raise CheckpointError(f"{model.name} needs the folder of {model.adapter}")
     network = pretrained(AutoModelForCausalLM, folder, dtype)
-    tokenizer = pretrained_tokenizer(folder, chat=model.chat)
+    tokenizer = pretrained_tokenizer(folder, chat=model.chat is not None)
     ends: set[int] = set()
     for settings in (network.generation_config, AutoConfig.from_pretrained(folder), tokenizer):
         end = getattr(settings, "eos_token_id", None)

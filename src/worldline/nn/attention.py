@@ -12,12 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # From here on cuDNN wins on Hopper: it plans each new shape once, which costs milliseconds.
 LONG = 4096
-_NAMES = {
-    SDPBackend.CUDNN_ATTENTION: "cuDNN",
-    SDPBackend.FLASH_ATTENTION: "FlashAttention 2",
-    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
-    SDPBackend.MATH: "matrix products",
-}
 # in order of speed for long queries without a mask, on GPUs of compute capability 9 and above
 _HOPPER = [
     SDPBackend.CUDNN_ATTENTION,
@@ -60,7 +54,7 @@ def attend(
         # the fused CPU kernel takes equal head counts only; the copy is small there
         k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
         grouped = False
-    if mask is None and not causal and _prefers_cudnn(q):
+    if mask is None and not causal and _prefers_cudnn(q.device, q.dtype, length):
         with sdpa_kernel(_HOPPER, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
     return F.scaled_dot_product_attention(
@@ -68,13 +62,13 @@ def attend(
     )
 
 
-def _prefers_cudnn(q: Tensor) -> bool:
+def _prefers_cudnn(device: torch.device, dtype: torch.dtype, length: int) -> bool:
     """Whether to ask for cuDNN first: 1.6 to 1.8 times FlashAttention 2 on Hopper."""
     return (
-        q.is_cuda
-        and q.shape[2] >= LONG
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and _is_hopper(q.device)
+        device.type == "cuda"
+        and length >= LONG
+        and dtype in (torch.bfloat16, torch.float16)
+        and _is_hopper(device)
     )
 
 
@@ -83,20 +77,9 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def backend_name(device: torch.device, dtype: torch.dtype, head_size: int, length: int) -> str:
-    """Name of the backend that full attention of `length` tokens takes there, for a report."""
-    if device.type != "cuda":
-        return "torch SDPA"
-    q = torch.empty(1, 1, length, head_size, device=device, dtype=dtype)
-    parameters = torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, False, False)
-    usable = {
-        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.can_use_cudnn_attention,
-        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.can_use_flash_attention,
-        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.can_use_efficient_attention,
-        SDPBackend.MATH: lambda _: True,
-    }
-    order = _HOPPER if _prefers_cudnn(q) else _HOPPER[1:]
-    return f"torch SDPA, {next(_NAMES[one] for one in order if usable[one](parameters))}"
+def backend_name(device: torch.device, dtype: torch.dtype, length: int) -> str:
+    """Backend of full attention of `length` tokens, for a report."""
+    return "torch SDPA" + (", cuDNN first" if _prefers_cudnn(device, dtype, length) else "")
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -237,11 +237,6 @@ class Head(nn.Module):
         return linear(self.linear, add_and_modulate(residual, None, shift, scale, dtype)[1])
 
 
-def encode_context(blocks: nn.ModuleList, context: Tensor) -> Context:
-    """Every block's keys and values of a text (B, S, E); the same for all steps."""
-    return [block.cross_attention.body.encode(context) for block in blocks]  # type: ignore[union-attr, operator]
-
-
 def patchify(
     latents: Tensor,
     conditioning: Sequence[Tensor],
@@ -274,3 +269,47 @@ def unpatchify(y: Tensor, grid: LatentShape) -> Tensor:
     y = y.view(len(y), grid.frames, height, width, rows, columns, -1)
     y = y.permute(0, 6, 1, 2, 4, 3, 5)
     return y.reshape(len(y), -1, grid.frames, grid.height, grid.width)
+
+
+class DiffusionTransformer(nn.Module):
+    """Tokens of noised latents through modulated blocks; families add noise level and positions."""
+
+    def __init__(self, sizes: DiTSizes, input_channels: int, noise: nn.Module) -> None:
+        super().__init__()
+        self.embed = nn.Linear(input_channels * PATCH_CELLS, sizes.width, bias=False)
+        self.noise = noise
+        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.depth))
+        self.head = Head(sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def encode_context(self, context: Tensor) -> Context:
+        """Every block's keys and values of a text (B, S, E); the same for all steps."""
+        context = context.to(self.embed.weight.device, self.dtype)
+        return [block.cross_attention.body.encode(context) for block in self.blocks]  # type: ignore[union-attr, operator]
+
+    def run(
+        self,
+        tokens: Tensor,
+        grid: LatentShape,
+        noise: NoiseLevel,
+        context: Context,
+        rotation: Rotation,
+        added: Tensor | None = None,
+    ) -> Tensor:
+        """Output (B, C, T, H, W) of the tokens of `patchify`, for a latent grid.
+
+        Args:
+            tokens: (B, L, features).
+            grid: of the latents.
+            noise: from the family's embedding.
+            context: from `encode_context`.
+            rotation: (L, K).
+            added: (L, D), added to the stream before every block.
+        """
+        residual = Residual(self.embed(tokens))
+        for block, encoded in zip(self.blocks, context, strict=True):
+            residual = block(residual, noise, rotation, encoded, added)
+        return unpatchify(self.head(residual, noise), grid)

@@ -18,16 +18,12 @@ _WIDENING = 1.001  # the bound reaches just past the outermost level, so that ro
 
 def bound(z: Tensor, levels: Sequence[int]) -> Tensor:
     """Squash `z` (..., C), any float dtype, into the open range of its levels; float32."""
-    half, offset, shift = [], [], []
-    for level in levels:
-        half.append((level - 1) * _WIDENING / 2)
-        offset.append(0.0 if level % 2 else 0.5)
-        shift.append(math.atanh(offset[-1] / half[-1]))
-    half_, offset_, shift_ = (
-        torch.tensor(row, dtype=torch.float32, device=z.device) for row in (half, offset, shift)
-    )
+    half = [(level - 1) * _WIDENING / 2 for level in levels]
+    offset = [0.0 if level % 2 else 0.5 for level in levels]
+    shift = [math.atanh(o / h) for o, h in zip(offset, half, strict=True)]
     # float32: bf16 has too few bits near a rounding boundary between levels
-    return torch.tanh(z.float() + shift_) * half_ - offset_
+    halves, offsets, shifts = torch.tensor([half, offset, shift], device=z.device)
+    return torch.tanh(z.float() + shifts) * halves - offsets
 
 
 def quantize(z: Tensor, levels: Sequence[int]) -> Tensor:

@@ -12,19 +12,17 @@ that the tokens are cut into, such as latent frames with noise levels of their o
 from __future__ import annotations
 
 import math
-from functools import cache
-from importlib.util import find_spec
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worldline.nn.kernels import has_triton, kernels_for
 from worldline.nn.rope import Rotation
 
 NORM_EPS = 1e-6
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_KERNELS = "worldline.nn.modulation_kernels"
 
 
 class Residual(NamedTuple):
@@ -98,7 +96,7 @@ def add_and_modulate(
         The stream and its modulated layer norm, both (B, L, D). The stream may take the place of
         the old one in memory when no gradient is wanted.
     """
-    kernels = _kernels(residual.stream)
+    kernels = kernels_for(residual.stream, _KERNELS)
     if kernels is not None:
         vectors = [shift, scale] if residual.gate is None else [shift, scale, residual.gate]
         run = _run_length(residual.stream, *vectors)
@@ -119,7 +117,7 @@ def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None = None) -> T
     Returns:
         (B, L, N, K) in the dtype of `x`.
     """
-    kernels = _kernels(x)
+    kernels = kernels_for(x, _KERNELS)
     if kernels is not None:
         return kernels.norm_heads(x, weight, rotation, NORM_EPS)
     wide = torch.promote_types(x.dtype, torch.float32)  # squares of bf16 would lose the mean
@@ -135,20 +133,4 @@ def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None = None) -> T
 
 def fused(device: torch.device) -> bool:
     """Whether kernels do the work on a device while no gradient is wanted."""
-    return device.type == "cuda" and _load_kernels() is not None
-
-
-def _kernels(x: Tensor) -> ModuleType | None:
-    """The fused kernels where they can replace the plain form."""
-    if not x.is_cuda or torch.is_grad_enabled() or x.dtype not in _DTYPES:
-        return None
-    return _load_kernels()
-
-
-@cache
-def _load_kernels() -> ModuleType | None:
-    if find_spec("triton") is None:
-        return None
-    from worldline.nn import modulation_kernels
-
-    return modulation_kernels
+    return device.type == "cuda" and has_triton()

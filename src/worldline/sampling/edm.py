@@ -91,50 +91,6 @@ class Conditioning:
         return sigma > self.sigma
 
 
-class _Denoiser:
-    """The guided network as a denoiser, with the known frames in its input and output."""
-
-    def __init__(
-        self,
-        network: Network,
-        guidance: float,
-        conditioning: Conditioning | None,
-        reinsertion: str,
-        device: torch.device,
-    ) -> None:
-        self.network = network
-        self.guidance = guidance
-        self.conditioning = conditioning
-        self.reinsertion = reinsertion
-        if conditioning is not None:
-            self.clean = conditioning.latents.to(device, torch.float32)
-            noised = self.clean + conditioning.sigma * conditioning.noise.to(device, torch.float32)
-            self.seen = noised * precondition(conditioning.sigma).scale  # by the network
-
-    def inject(self, x: Tensor, sigma: float) -> Tensor:
-        """State with the known frames in place, such that the network sees `seen` there."""
-        if self.conditioning is None or not self.conditioning.held_at(sigma):
-            return x
-        x = x.clone()
-        x[:, :, : self.seen.shape[2]] = self.seen / precondition(sigma).scale
-        return x
-
-    def denoise(self, x: Tensor, sigma: float) -> Tensor:
-        """Estimate of the clean latents, float32, from `x` after `inject`, float32."""
-        skip, out, scale, noise = precondition(sigma)
-        times = torch.full((x.shape[0],), noise, dtype=torch.float32, device=x.device)
-        scaled = scale * x
-        output = guided(lambda conditional: self.network(scaled, times, conditional), self.guidance)
-        denoised = skip * x + out * output
-        if self.conditioning is not None and self.conditioning.held_at(sigma):
-            known, frames = self.clean, self.clean.shape[2]
-            if self.reinsertion == "march_2025":
-                # The first release put gt / c_out - c_skip x in place of F, a bracket too early.
-                known = known + skip * (1 - out) * x[:, :, :frames]
-            denoised[:, :, :frames] = known
-        return denoised
-
-
 def make_sigmas(
     sampler: str,
     num_steps: int,
@@ -188,17 +144,43 @@ def sample(
     """
     sigmas = make_sigmas(sampler, num_steps, sigma_min=sigma_min, sigma_max=sigma_max)
     noise = noise.float()
-    denoiser = _Denoiser(network, guidance, conditioning, reinsertion, noise.device)
+    if conditioning is not None:
+        clean = conditioning.latents.to(noise)
+        noised = clean + conditioning.sigma * conditioning.noise.to(noise)
+        seen = noised * precondition(conditioning.sigma).scale  # by the network
+        known = (slice(None), slice(None), slice(clean.shape[2]))
+
+    def inject(x: Tensor, sigma: float) -> Tensor:
+        """State with the known frames in place, such that the network sees `seen` there."""
+        if conditioning is not None and conditioning.held_at(sigma):
+            x = x.clone()
+            x[known] = seen / precondition(sigma).scale
+        return x
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        """Estimate of the clean latents, float32, from `x` after `inject`, float32."""
+        skip, out, scale, time = precondition(sigma)
+        times = torch.full((x.shape[0],), time, dtype=torch.float32, device=x.device)
+        scaled = scale * x
+        output = guided(lambda conditional: network(scaled, times, conditional), guidance)
+        denoised = skip * x + out * output
+        if conditioning is not None and conditioning.held_at(sigma):
+            denoised[known] = clean
+            if reinsertion == "march_2025":
+                # The first release put gt / c_out - c_skip x in place of F, a bracket too early.
+                denoised[known] += skip * (1 - out) * x[known]
+        return denoised
+
     if sampler == "edm_euler":
         # not sigma_max alone: the variance of data is taken as 1
         start = noise * math.hypot(sigma_max, 1)
-        return (yield from euler(denoiser.denoise, start, sigmas, before_step=denoiser.inject))
+        return (yield from euler(denoise, start, sigmas, before_step=inject))
 
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        return denoiser.denoise(denoiser.inject(x.float(), sigma), sigma)
+    def denoise_injected(x: Tensor, sigma: float) -> Tensor:
+        return denoise(inject(x.float(), sigma), sigma)
 
     solve = {"res_2ab": res_2ab, "res_1euler": euler, "res_2mid": res_2mid}[sampler]
     # float64 as in the reference; Apple's GPUs have none
     state = noise if noise.device.type == "mps" else noise.double()
-    state = yield from solve(denoise, state * sigma_max, sigmas)
-    return denoise(state, sigmas[-1].item())  # the clean estimate at the last noise level
+    state = yield from solve(denoise_injected, state * sigma_max, sigmas)
+    return denoise_injected(state, sigmas[-1].item())  # the estimate at the last noise level

@@ -8,7 +8,7 @@ Axes: B batch, V vocabulary, C channels, T frames, H/W rows and columns.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -133,7 +133,7 @@ def draw_noise(
     """Yield, for each token, exponential noise (B, V), float32 on `device`, with mean 1.
 
     Every clip has its own CPU generator, so its draws depend neither on the device nor on the
-    clips beside it. A GPU's noise is made and sent in a thread, before it is needed.
+    clips beside it. It is made in threads, a chunk ahead.
 
     Args:
         seeds: one a clip.
@@ -142,46 +142,26 @@ def draw_noise(
         device: where the noise is used.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def fill(rows: Tensor, generator: torch.Generator) -> None:
-        for row in rows:  # (V,); one call a clip and token: a larger call would draw otherwise
-            row.exponential_(1, generator=generator)
-
-    if device.type != "cuda":
-        for _ in range(count):
-            noise = torch.empty(1, len(seeds), vocabulary)
-            for clip, generator in enumerate(generators):
-                fill(noise[:, clip], generator)
-            yield noise[0].to(device)
-        return
     sizes = [min(CHUNK, count - at) for at in range(0, count, CHUNK)]
-    with torch.inference_mode(False):  # a mode of the caller's thread; others fill them
-        buffers = [torch.empty(CHUNK, len(seeds), vocabulary, pin_memory=True) for _ in range(2)]
-    sent: list[torch.cuda.Event | None] = [None, None]
-
-    def fill_free(number: int, clip: int) -> None:
-        event = sent[number % 2]
-        if event is not None:
-            event.synchronize()  # the buffer's last content is on the device
-        fill(buffers[number % 2][: sizes[number], clip], generators[clip])
-
     # a thread a clip: 64,000 numbers take 1.4 ms, and a step of several clips not much longer
-    with ThreadPoolExecutor(len(seeds), "noise") as threads:
+    with ThreadPoolExecutor(len(seeds) + 1, "noise") as threads:
 
-        def begin(number: int) -> list[Future[None]]:
-            return [threads.submit(fill_free, number, clip) for clip in range(len(seeds))]
+        def make(size: int) -> Tensor:
+            noise = torch.empty(size, len(seeds), vocabulary, pin_memory=device.type == "cuda")
 
-        ahead = begin(0)
-        for number, size in enumerate(sizes):
-            for part in ahead:
-                part.result()
-            chunk = buffers[number % 2][:size].to(device, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            sent[number % 2] = event
-            if number + 1 < len(sizes):
-                ahead = begin(number + 1)
-            yield from chunk
+            def fill(clip: int) -> None:
+                for row in noise[:, clip]:  # (V,); a larger call would draw otherwise
+                    row.exponential_(1, generator=generators[clip])
+
+            list(threads.map(fill, range(len(seeds))))
+            return noise
+
+        ahead = threads.submit(make, sizes[0])
+        for following in (*sizes[1:], 0):
+            noise = ahead.result()
+            ahead = threads.submit(make, following)
+            # torch keeps pinned memory until it is copied
+            yield from noise.to(device, non_blocking=True)
 
 
 def split_windows(frames: Tensor, size: int, overlap: int) -> list[Tensor]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,9 @@ from worldline.errors import CheckpointError, InputError
 from worldline.files import disguise
 from worldline.weights.read import open_checkpoint
 
-logger = logging.getLogger(__name__)
-
 EmbeddingSource = str | Path | Tensor | NDArray[Any]
 
 PROMPT, NEGATIVE_PROMPT = "prompt", "negative_prompt"
-_LARGEST_PICKLE = 100_000_000  # bytes; a released one has 1 MB at most
 _DTYPES = ("f2", "f4", "f8")
 
 
@@ -33,7 +28,6 @@ def read_embeddings(
     *,
     width: int,
     rows: int | None = None,
-    guided: bool = True,
 ) -> dict[str, Tensor]:
     """Embeddings in place of prompts, checked, by the names "prompt" and "negative_prompt".
 
@@ -44,7 +38,6 @@ def read_embeddings(
         width: of the world's context.
         rows: S that the world takes: fewer are filled with zeros, as behind the end of a prompt,
             and more refused. None takes any number as it is.
-        guided: whether the world has a use for a negative prompt; a file's is left out otherwise.
 
     Returns:
         Each (1, S, width), float32, on the CPU.
@@ -58,25 +51,23 @@ def read_embeddings(
             continue
         label = f"{name}_embeddings"
         if isinstance(source, Tensor | np.ndarray):
-            embeddings[name] = _checked(torch.as_tensor(source), label, width, rows)
-            continue
-        if not isinstance(source, str | Path):
+            tensors = {name: torch.as_tensor(source)}
+        elif isinstance(source, str | Path):
+            tensors = read_embedding_file(Path(source))
+            label = f"{label} {source}"
+            if name == NEGATIVE_PROMPT:  # a file of its own may call it "prompt" all the same
+                tensors = {name: tensors.get(name, tensors[PROMPT])}
+        else:
             raise InputError(f"{label} is a {type(source).__name__}; give a file or tensor")
-        read = read_embedding_file(Path(source))
-        if name == NEGATIVE_PROMPT:  # a file of its own may call it "prompt" all the same
-            read = {name: read.get(name, read[PROMPT])}
-        elif not guided and read.pop(NEGATIVE_PROMPT, None) is not None:
-            _warn_of_unread(str(source))
-        for kind, tensor in read.items():
-            embeddings.setdefault(kind, _checked(tensor, f"{label} {source}", width, rows))
+        for kind, tensor in tensors.items():
+            embeddings.setdefault(kind, _checked(tensor, label, width, rows))
     return embeddings
 
 
 def _checked(tensor: Tensor, label: str, width: int, rows: int | None) -> Tensor:
     """An embedding as (1, S, width), float32, with zeros up to S = `rows`."""
     flat = tensor[0] if tensor.ndim == 3 and len(tensor) == 1 else tensor
-    fits = flat.ndim == 2 and len(flat) > 0 and flat.shape[1] == width
-    fits = fits and (rows is None or len(flat) <= rows)
+    fits = flat.ndim == 2 and 0 < len(flat) <= (rows or len(flat)) and flat.shape[1] == width
     if not fits or not flat.is_floating_point() or not flat.isfinite().all():
         dtype = str(tensor.dtype).removeprefix("torch.")
         most = "" if rows is None else f" with S up to {rows}"
@@ -84,13 +75,7 @@ def _checked(tensor: Tensor, label: str, width: int, rows: int | None) -> Tensor
             f"{label} is {dtype} {tuple(tensor.shape)}; it must be floating and finite, "
             f"(S, {width}) or (1, S, {width}){most}"
         )
-    missing = 0 if rows is None else rows - len(flat)
-    return F.pad(flat.detach().float().cpu(), (0, 0, 0, missing))[None]
-
-
-@cache  # once a file, for however many clips it is read
-def _warn_of_unread(path: str) -> None:
-    logger.warning("%s: negative_prompt has no effect on this model", path)
+    return F.pad(flat.detach().float().cpu(), (0, 0, 0, (rows or len(flat)) - len(flat)))[None]
 
 
 def read_embedding_file(path: Path) -> dict[str, Tensor]:
@@ -105,13 +90,11 @@ def read_embedding_file(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: there is no such file, it is damaged or unsafe, or holds something else.
     """
-    if not path.is_file():
-        raise InputError(f"no file of embeddings {path}")
     try:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"no file of embeddings {path}: {error.strerror or error}") from error
     pickled = head[:1] == b"\x80" or head[:2] in (b"(l", b"]q")
     # PyTorch's old format starts as a pickle too, with a long integer.
     if pickled and head[2:3] != b"\x8a" and not disguise(head):
@@ -159,6 +142,12 @@ class _Array:
         return self
 
 
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in {encoding!r:.20}")
+    return text.encode(encoding)
+
+
 class _Unpickler(pickle.Unpickler):
     """Reader of arrays of floating numbers, which it builds itself.
 
@@ -177,19 +166,11 @@ class _Unpickler(pickle.Unpickler):
             case "numpy.core.numeric", "_frombuffer":
                 return lambda *arguments: _Array().fill(*arguments)
             case "_codecs", "encode":
-                return self._bytes
+                return lambda *arguments: _latin1(*arguments)
         raise pickle.UnpicklingError(f"it names {module}.{name}, and loading that could run code")
-
-    def _bytes(self, text: str, encoding: str) -> bytes:
-        if encoding != "latin1":
-            raise pickle.UnpicklingError(f"bytes in {encoding!r:.20}")
-        return text.encode("latin1")
 
 
 def _read_pickle(path: Path) -> Tensor:
-    size = path.stat().st_size
-    if size > _LARGEST_PICKLE:
-        raise InputError(f"{path} is refused: {size:,} bytes are too many for an embedding")
     try:
         with path.open("rb") as file:
             value = _Unpickler(file).load()

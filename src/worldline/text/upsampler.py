@@ -50,19 +50,11 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 def applies(prompt: str | None, *, describes: bool, embedded: bool, word_limit: int) -> bool:
     """Whether the prompt of a request is written by an upsampler.
 
-    A clip is described where it comes without a prompt; a prompt beside it is used, which the
-    released code ignores.
-
-    Args:
-        prompt: of the request.
-        describes: the upsampler is that of Video2World.
-        embedded: an embedding stands in place of the prompt.
-        word_limit: prompts of more words stay as they are (Text2World).
+    That of Video2World describes a clip that comes without a prompt; that of Text2World makes long
+    prompts of those with up to `word_limit` words. An embedding leaves nothing to write.
     """
-    if embedded:
-        return False
-    if describes:
-        return prompt is None
+    if embedded or describes:
+        return prompt is None and not embedded
     return prompt is not None and len(prompt.split()) <= word_limit
 
 
@@ -102,11 +94,10 @@ class Upsampler:
         """
         return self._written(clean(self._answer(self._ask(f"{LENGTHEN}{prompt}"), seed)))
 
-    def _ask(self, message: str) -> str:
+    def _ask(self, message: str) -> Any:
         """A message as one turn of a conversation."""
         turn = [{"role": "user", "content": message}]
-        asked = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return str(asked)
+        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
     def _answer(self, question: str, seed: int, **pixels: Tensor) -> str:
         """The text that is drawn behind a question, without its end."""
@@ -182,13 +173,12 @@ class ImageUpsampler(Upsampler):
     def write(self, prompt: str | None, frame: NDArray[np.uint8] | None, seed: int = 0) -> str:
         assert frame is not None  # a request without a prompt has an input
         picture = Image.fromarray(frame)
-        size = shrunk(*picture.size)
-        if size != picture.size:
+        if (size := shrunk(*picture.size)) != picture.size:
             picture = picture.resize(size)
         columns, rows = (-(-side // self.patch) for side in size)
-        fitting = (columns * self.patch, rows * self.patch)
-        if fitting != picture.size:
-            picture = picture.resize(fitting, Image.Resampling.BICUBIC)
+        whole = (columns * self.patch, rows * self.patch)
+        if whole != picture.size:
+            picture = picture.resize(whole, Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 255
         parameter = next(self.network.parameters())
         image_tokens = ROW_END.join([IMAGE * columns] * rows) + IMAGE_END
@@ -196,7 +186,7 @@ class ImageUpsampler(Upsampler):
             self._ask(f"{IMAGE}\n{DESCRIBE}").replace(IMAGE, image_tokens, 1),
             seed,
             pixel_values=((pixels - self.mean) / self.std)[None].to(parameter),
-            image_sizes=torch.tensor([[pixels.shape[1], pixels.shape[2]]]).to(parameter.device),
+            image_sizes=torch.tensor([whole[::-1]]).to(parameter.device),
         )
         return self._written(answer.strip())
 
@@ -230,59 +220,52 @@ _DROPPED = {
     "*rope.*_cached": "rotary table, computed here",
 }
 _TOWER = "model.vision_tower."
+_VISION_NAMES = {
+    **{f"attention.w{leaf}": f"attention.{leaf}_proj" for leaf in "qkvo"},
+    "feed_forward.w1": "feed_forward.gate_proj",
+    "feed_forward.w2": "feed_forward.down_proj",
+    "feed_forward.w3": "feed_forward.up_proj",
+    "attention_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+}
+_TEXT_NAMES = {
+    "attention.": "self_attn.",
+    "feed_forward.": "mlp.",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
 
 
-def _layers(
-    theirs: str, ours: str, attention: str, feed_forward: str, norms: tuple[str, str]
-) -> dict[str, str]:
-    names = {
-        **{f"attention.w{leaf}": f"{attention}.{leaf}_proj" for leaf in "qkvo"},
-        "feed_forward.w1": f"{feed_forward}.gate_proj",
-        "feed_forward.w2": f"{feed_forward}.down_proj",
-        "feed_forward.w3": f"{feed_forward}.up_proj",
-        "attention_norm": norms[0],
-        "ffn_norm": norms[1],
-    }
-    return {
-        f"{theirs}layers.{{i}}.{released}.weight": f"{ours}layers.{{i}}.{name}.weight"
-        for released, name in names.items()
-    }
+def _layers(theirs: str, ours: str, renamed: Mapping[str, str]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for released, name in _VISION_NAMES.items():
+        for old, new in renamed.items():
+            name = name.replace(old, new)
+        names[f"{theirs}layers.{{i}}.{released}.weight"] = f"{ours}layers.{{i}}.{name}.weight"
+    return names
 
 
 def _language(ours: str) -> dict[str, str]:
-    norms = ("input_layernorm", "post_attention_layernorm")
     return {
         "tok_embeddings.weight": f"{ours}embed_tokens.weight",
         "norm.weight": f"{ours}norm.weight",
         "output.weight": "lm_head.weight",
-        **_layers("", ours, "self_attn", "mlp", norms),
+        **_layers("", ours, _TEXT_NAMES),
     }
 
 
-TEXT_KEYS = KeyMap(_language("model."), _DROPPED, ("model.", ""))
-IMAGE_KEYS = KeyMap(
-    {
-        **_language("model.language_model."),
-        **{
-            f"mm_projector.projector.{place}.{leaf}": f"model.multi_modal_projector.{ours}.{leaf}"
-            for place, ours in ((0, "linear_1"), (2, "linear_2"))
-            for leaf in ("weight", "bias")
-        },
-        **{
-            f"vision_encoder.{name}.weight": f"{_TOWER}{name}.weight"
-            for name in ("patch_conv", "ln_pre")
-        },
-        **_layers(
-            "vision_encoder.transformer.",
-            f"{_TOWER}transformer.",
-            "attention",
-            "feed_forward",
-            ("attention_norm", "ffn_norm"),
-        ),
+_PICTURES = {
+    **{
+        f"mm_projector.projector.{place}.{leaf}": f"model.multi_modal_projector.{ours}.{leaf}"
+        for place, ours in ((0, "linear_1"), (2, "linear_2"))
+        for leaf in ("weight", "bias")
     },
-    _DROPPED,
-    ("model.", ""),
-)
+    "vision_encoder.patch_conv.weight": f"{_TOWER}patch_conv.weight",
+    "vision_encoder.ln_pre.weight": f"{_TOWER}ln_pre.weight",
+    **_layers("vision_encoder.transformer.", f"{_TOWER}transformer.", {}),
+}
+TEXT_KEYS = KeyMap(_language("model."), _DROPPED, ("model.", ""))
+IMAGE_KEYS = KeyMap({**_language("model.language_model."), **_PICTURES}, _DROPPED, ("model.", ""))
 
 
 def load_upsampler(
@@ -309,8 +292,6 @@ def load_upsampler(
     """
     from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
     if (folder / "model.pt").is_file():
         network = _read_released(folder, describes, dtype)
     elif any(folder.glob("*.safetensors")):
@@ -333,8 +314,6 @@ def load_upsampler(
     path = place / "preprocessor_config.json"
     settings = read_json(path) if path.is_file() else {}
     mean, std = settings.get("image_mean", _MEAN), settings.get("image_std", _STD)
-    if len(mean) != 3 or len(std) != 3:
-        raise CheckpointError(f"{path}: image_mean and image_std must be of 3 colours")
     return ImageUpsampler(folder.name, network, tokenizer, mean, std)
 
 
@@ -375,23 +354,24 @@ def _text_config(
 ) -> Any:
     from transformers import MistralConfig
 
+    describes = ours != "model."
     head = int(settings.get("head_dim") or 128)
     vocabulary, width = shapes[f"{ours}embed_tokens.weight"]
-    layer = f"{ours}layers.0."
-    describes = ours != "model."
+    inner, queries, keys = (
+        shapes[f"{ours}layers.0.{name}_proj.weight"][0]
+        for name in ("mlp.gate", "self_attn.q", "self_attn.k")
+    )
+    theta = settings.get("rope_theta") or (1e9 if describes else 1e6)
     return MistralConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        intermediate_size=shapes[f"{layer}mlp.gate_proj.weight"][0],
+        intermediate_size=inner,
         num_hidden_layers=_count(shapes, f"{ours}layers."),
-        num_attention_heads=shapes[f"{layer}self_attn.q_proj.weight"][0] // head,
-        num_key_value_heads=shapes[f"{layer}self_attn.k_proj.weight"][0] // head,
+        num_attention_heads=queries // head,
+        num_key_value_heads=keys // head,
         head_dim=head,
         rms_norm_eps=settings.get("norm_eps") or 1e-5,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": settings.get("rope_theta") or (1e9 if describes else 1e6),
-        },
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
         sliding_window=None,
         max_position_embeddings=(ImageUpsampler if describes else Upsampler).room,
         tie_word_embeddings=False,
@@ -402,21 +382,19 @@ def _image_config(shapes: Mapping[str, Sequence[int]], settings: Mapping[str, An
     from transformers import LlavaConfig, PixtralVisionConfig
 
     stated = settings.get("vision_encoder") or {}
-    patch = shapes[f"{_TOWER}patch_conv.weight"]
+    width, colours, patch, _ = shapes[f"{_TOWER}patch_conv.weight"]
     layers = f"{_TOWER}transformer.layers."
+    theta = float(stated.get("rope_theta") or 1e4)
     vision = PixtralVisionConfig(
-        hidden_size=patch[0],
-        num_channels=patch[1],
-        patch_size=patch[2],
+        hidden_size=width,
+        num_channels=colours,
+        patch_size=patch,
         image_size=int(stated.get("image_size") or LARGEST_SIDE),
         intermediate_size=shapes[f"{layers}0.feed_forward.gate_proj.weight"][0],
         num_hidden_layers=_count(shapes, layers),
         num_attention_heads=int(stated.get("num_attention_heads") or 16),
         hidden_act="silu",
-        rope_parameters={
-            "rope_type": "axial",
-            "rope_theta": float(stated.get("rope_theta") or 1e4),
-        },
+        rope_parameters={"rope_type": "axial", "rope_theta": theta},
     )
     return LlavaConfig(
         text_config=_text_config(shapes, settings, "model.language_model."),

@@ -7,7 +7,6 @@ saves leaves the previous state untouched.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,26 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
+from worldline.files import read_json, replacing
 from worldline.train.optim import Average
-from worldline.weights.write import save as save_tensors
+from worldline.weights.write import save
 
-# name of a moment in the optimizer's state -> stem of its file
-_MOMENTS = {"exp_avg": "first_moment", "exp_avg_sq": "second_moment"}
+_STATE = "state.json"
 
 
 def save_state(
     folder: Path, step: int, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer
 ) -> None:
     """Write weights, averages and moments after `step` steps (one file each), then state.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     parts = _tensors(module, average, optimizer)
     files = {part: f"{part}-{step:07d}.safetensors" for part in parts}
     for part, tensors in parts.items():
-        copies = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_tensors(copies, folder / files[part])
-    previous = _read_state(folder)
-    temporary = folder / "state.tmp"
-    temporary.write_text(json.dumps({"step": step, "files": files}, indent=1))
-    os.replace(temporary, folder / "state.json")
-    for name in previous.get("files", {}).values():
-        if name not in files.values():
-            (folder / name).unlink(missing_ok=True)
+        save(tensors, folder / files[part])
+    previous = _read_state(folder).get("files", {})
+    with replacing(folder / _STATE) as temporary:
+        temporary.write_text(json.dumps({"step": step, "files": files}, indent=1))
+    for name in set(previous.values()) - set(files.values()):
+        (folder / name).unlink(missing_ok=True)
 
 
 def load_state(
@@ -55,7 +50,9 @@ def load_state(
         return 0
     for part, tensors in _tensors(module, average, optimizer).items():
         stored = load_file(folder / state["files"][part])
-        if _shapes(stored) != _shapes(tensors):
+        if stored.keys() != tensors.keys() or any(
+            stored[name].shape != tensor.shape for name, tensor in tensors.items()
+        ):
             raise CheckpointError(
                 f"{folder} holds the state of another model or optimizer; choose another folder"
             )
@@ -72,22 +69,15 @@ def _tensors(
 ) -> dict[str, dict[str, Tensor]]:
     """Tensors of a state by part and parameter; Muon's matrices have no second moment."""
     parameters = dict(module.named_parameters())
-    moments = {
-        part: {
-            name: optimizer.state[parameter][moment]
-            for name, parameter in parameters.items()
-            if moment in optimizer.state.get(parameter, {})
-        }
-        for moment, part in _MOMENTS.items()
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
+    return {
+        "weights": {name: parameter.detach() for name, parameter in parameters.items()},
+        "average": average.values,
+        "first_moment": {n: s["exp_avg"] for n, s in states.items() if "exp_avg" in s},
+        "second_moment": {n: s["exp_avg_sq"] for n, s in states.items() if "exp_avg_sq" in s},
     }
-    weights = {name: parameter.detach() for name, parameter in parameters.items()}
-    return {"weights": weights, "average": average.values, **moments}
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    path = folder / "state.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    path = folder / _STATE
+    return read_json(path) if path.exists() else {}

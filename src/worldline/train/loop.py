@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +15,13 @@ from torch import Tensor, nn
 
 from worldline.parallel.ranks import ALONE, Ranks
 from worldline.train.checkpoint import load_state, save_state
-from worldline.train.optim import Average, make_optimizer, set_learning_rate, warmup_cosine
+from worldline.train.optim import (
+    Average,
+    make_optimizer,
+    set_learning_rate,
+    trainable,
+    warmup_cosine,
+)
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +90,6 @@ def fit(
     """Train `module` in place, from the state in `folder` if there is one.
 
     A run cut anywhere and started again gives the same weights as one that was not cut.
-    Returns the number of steps done, and the averaged weights.
 
     Args:
         module: float32; the objective's loss depends on its parameters.
@@ -95,6 +99,9 @@ def fit(
         seconds: stop (and save) after this time, counted from the call; the next call goes on.
         ranks: processes that train together: gradients are averaged over them, the first saves and
             logs. Their modules start equal, their objectives draw different batches.
+
+    Returns:
+        The number of steps done, and the averaged weights.
     """
     entered = time.monotonic()
     optimizer = make_optimizer(
@@ -114,17 +121,15 @@ def fit(
             )
             set_learning_rate(optimizer, rate)
             average.set_weight(step + 1)
-            result = advance(*objective.draw(step))
+            figures = advance(*objective.draw(step))
             step += 1
             last = step == config.steps
             logged = last or step % config.log_every == 0
             watched = objective.watch is not None and step % objective.watch_every == 0
             if (logged or watched) and ranks.first:
-                figures = dict(result.figures)
                 if watched and objective.watch is not None:
-                    figures |= objective.watch()
+                    figures = {**figures, **objective.watch()}
                 line = {name: round(float(value), 5) for name, value in figures.items()}
-                line |= {"loss": round(result.loss.item(), 5), "norm": round(result.norm.item(), 4)}
                 speed = (step - first) / (time.monotonic() - started)
                 line |= {"step": step, "rate": rate, "steps_per_second": speed}
                 lines.write(json.dumps(line) + "\n")
@@ -132,20 +137,12 @@ def fit(
                 log.info("%s", line)
             late = seconds is not None and time.monotonic() - entered > seconds
             if ranks.count > 1:  # all stop at one step; asking each step would wait for the device
-                late = logged and ranks.any(late, result.loss.device)
+                late = logged and ranks.any(late, figures["loss"].device)
             if ranks.first and (last or late or step % config.save_every == 0):
                 save_state(folder, step, module, average, optimizer)
             if late:
                 break
     return step, average
-
-
-class _Result(NamedTuple):
-    """Figures of a step, tensors of shape ()."""
-
-    loss: Tensor
-    norm: Tensor
-    figures: dict[str, Tensor]
 
 
 class _Update:
@@ -162,23 +159,24 @@ class _Update:
     ) -> None:
         self.module, self.objective, self.clip = module, objective, clip
         self.optimizer, self.average, self.ranks = optimizer, average, ranks
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.parameters = list(trainable(module).values())
 
-    def __call__(self, *batch: Tensor) -> _Result:
-        loss, figures = self._backward(*batch)
+    def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
+        """Figures of the step, tensors of shape (): the objective's, loss, norm of the gradient."""
+        figures = self._backward(*batch)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.average.update(self.module)
-        return _Result(loss.detach(), norm, figures)
+        return {**figures, "norm": norm}
 
-    def _backward(self, *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _backward(self, *batch: Tensor) -> dict[str, Tensor]:
         loss, figures = self.objective.loss(*batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.ranks.average(p.grad for p in self.parameters if p.grad is not None)
-        return loss, figures
+        return {**figures, "loss": loss.detach()}
 
-    def recorded(self, batch: tuple[Tensor, ...]) -> Callable[..., _Result]:
+    def recorded(self, batch: tuple[Tensor, ...]) -> Callable[..., dict[str, Tensor]]:
         """The same step as one CUDA graph, recorded with tensors like those of `batch`."""
         inputs = tuple(tensor.clone() for tensor in batch)
         stream = torch.cuda.Stream()
@@ -191,13 +189,13 @@ class _Update:
         graph = torch.cuda.CUDAGraph()
         # other threads of the process, NCCL's among them, may call CUDA while this one records
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = self(*inputs)
+            figures = self(*inputs)
 
-        def replay(*batch: Tensor) -> _Result:
+        def replay(*batch: Tensor) -> dict[str, Tensor]:
             for place, tensor in zip(inputs, batch, strict=True):
                 place.copy_(tensor)
             graph.replay()
-            return result
+            return figures
 
         return replay
 
@@ -209,7 +207,6 @@ def generator(
 
     Two streams of a step are independent.
     """
-    spawned = (stream,) if stream else ()
     # a CPU's generator looks at 32 bits of its seed
-    mixed = np.random.SeedSequence((rank, seed, step), spawn_key=spawned).generate_state(1)[0]
-    return torch.Generator(device).manual_seed(int(mixed))
+    mixed = np.random.SeedSequence((rank, seed, step), spawn_key=(stream,) if stream else ())
+    return torch.Generator(device).manual_seed(int(mixed.generate_state(1)[0]))

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,9 @@ Features = Callable[[Tensor], Sequence[Tensor]]
 
 # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3: inverse of each layer's usual size of difference
 LAYER_WEIGHTS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
-# places of the convolutions in torchvision's `vgg16().features`, by stage
-_CONVOLUTIONS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+# places of VGG16's convolutions in torchvision's `features`, by stage
+_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+IGNORED = -100  # a label that does not count
 
 
 class Reduction(StrEnum):
@@ -66,10 +66,6 @@ class Schedule:
         if any(after < before for before, after in pairwise(self.boundaries)):
             raise ValueError(f"boundaries must rise, got {self.boundaries}")
 
-    @classmethod
-    def constant(cls, value: float) -> Schedule:
-        return cls((), (value,))
-
     def at(self, iteration: int) -> float:
         return self.values[min(bisect_right(self.boundaries, iteration), len(self.values) - 1)]
 
@@ -77,8 +73,8 @@ class Schedule:
 class FeatureNetwork(nn.Module):
     """Frozen convolutions of VGG16 (arXiv 1409.1556), tapped after each of five stages.
 
-    Widths are those of the tensors it is made from, so a small network has the same class.
-    Gradients pass through it to the image.
+    Its parameters have the names of the perceptual-loss files (`slice1.0.weight`), its widths are
+    those of the tensors it is made from. Gradients pass through it to the image.
     """
 
     smallest = 16  # pixels; the picture is halved between stages
@@ -89,9 +85,10 @@ class FeatureNetwork(nn.Module):
     def __init__(self, widths: Sequence[int]) -> None:
         """`widths` holds the output channels of all 13 convolutions, in order."""
         super().__init__()
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1) for before, after in pairwise((3, *widths))
-        )
+        sizes = iter(pairwise((3, *widths)))
+        for stage, places in enumerate(_STAGES, start=1):
+            layers = {str(place): nn.Conv2d(*next(sizes), 3, padding=1) for place in places}
+            self.add_module(f"slice{stage}", nn.ModuleDict(layers))
         # from [-1, 1] to the mean and deviation of the pictures that VGG16 was trained on
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]), persistent=False)
@@ -102,39 +99,28 @@ class FeatureNetwork(nn.Module):
         """Network of the tensors of a file.
 
         Args:
-            tensors: names as in the perceptual-loss files (`slice1.0.weight`) or as in
-                torchvision's VGG16 (`features.0.weight`, whose `classifier.*` is not used).
+            tensors: names as in the perceptual-loss files, or as in torchvision's VGG16
+                (`features.0.weight`, whose `classifier.*` is not used).
 
         Raises:
             CheckpointError: a tensor is missing, unknown, or of another shape.
         """
-        tensors = {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
-        pattern = "features.{1}" if "features.0.weight" in tensors else "slice{0}.{1}"
-        layers = [
-            pattern.format(stage, index)
-            for stage, indices in enumerate(_CONVOLUTIONS, start=1)
-            for index in indices
-        ]
-        names = {
-            f"{layer}.{kind}": f"convolutions.{i}.{kind}"
-            for i, layer in enumerate(layers)
-            for kind in ("weight", "bias")
+        ours = {
+            f"features.{place}": f"slice{stage}.{place}"
+            for stage, places in enumerate(_STAGES, start=1)
+            for place in places
         }
-        missing, unknown = sorted(names.keys() - tensors), sorted(tensors.keys() - names)
-        if missing or unknown:
-            problems = [f"missing {', '.join(missing)}"] if missing else []
-            problems += [f"unknown {', '.join(unknown)}"] if unknown else []
-            raise CheckpointError(f"not the convolutions of a VGG16: {'; '.join(problems)}")
-        weights = (tensors[f"{layer}.weight"] for layer in layers)
-        network = cls(
-            [len(weight) if weight.ndim == 4 and len(weight) else 1 for weight in weights]
-        )
-        state = {own: tensors[name] for name, own in names.items()}
-        for name, own in names.items():
-            expected = tuple(network.get_parameter(own).shape)
-            if (shape := tuple(state[own].shape)) != expected:
-                raise CheckpointError(f"{name} has shape {shape}, expected {expected}")
-        network.load_state_dict(state)
+        state = {}
+        for name, tensor in tensors.items():
+            layer, _, leaf = name.rpartition(".")
+            if not name.startswith("classifier."):
+                state[f"{ours.get(layer, layer)}.{leaf}"] = tensor
+        weights = [state.get(f"{layer}.weight", torch.empty(1)) for layer in ours.values()]
+        network = cls([(*weight.shape, 1)[0] for weight in weights])
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(f"not the convolutions of a VGG16: {error}") from error
         return network
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -143,20 +129,20 @@ class FeatureNetwork(nn.Module):
         Args:
             images: (N, 3, H, W) in [-1, 1]; H and W at least 16.
         """
-        if min(images.shape[-2:]) < self.smallest:
+        height, width = images.shape[-2:]
+        if min(height, width) < self.smallest:
             raise ValueError(
                 f"the feature network needs pictures of at least {self.smallest} x "
-                f"{self.smallest} pixels, got {images.shape[-2]} x {images.shape[-1]}"
+                f"{self.smallest} pixels, got {height} x {width}"
             )
         x = (images - self.shift[:, None, None]) / self.scale[:, None, None]
         x = x.to(next(self.parameters()).dtype)
-        convolutions = iter(self.convolutions)
-        features = []
-        for stage, indices in enumerate(_CONVOLUTIONS):
-            if stage > 0:
+        features: list[Tensor] = []
+        for stage in self.children():
+            if features:
                 x = F.max_pool2d(x, 2)
-            for _ in indices:
-                x = next(convolutions)(x).relu()
+            for convolution in stage.children():
+                x = convolution(x).relu()
             features.append(x)
         return features
 
@@ -218,10 +204,6 @@ def split_windows(video: Tensor, num_frames: int, step: int) -> Tensor:
 
     A copy. Frames after the last whole window are in none.
     """
-    if not 1 <= num_frames <= video.shape[2]:
-        raise ValueError(f"a clip of {video.shape[2]} frames has no window of {num_frames}")
-    if step < 1:
-        raise ValueError(f"step must be at least 1, got {step}")
     windows = video.unfold(2, num_frames, step)  # (B, C, M, H, W, num_frames)
     return windows.permute(0, 2, 1, 5, 3, 4).flatten(0, 1)
 
@@ -308,22 +290,23 @@ def reconstruction_terms(
     if objective.color is not None:
         terms["color"] = objective.color.at(iteration) * color_distance(target, reconstruction)
     schedules = {"perceptual": objective.perceptual, "gram": objective.gram}
-    weights = {k: schedule.at(iteration) for k, schedule in schedules.items() if schedule}
+    weights = {name: schedule.at(iteration) for name, schedule in schedules.items() if schedule}
     if weights and features is None:
         raise ValueError(f"the {' and '.join(weights)} term needs a feature network")
     x: Sequence[Tensor] = ()
     y: Sequence[Tensor] = ()
     if features is not None and any(weights.values()):
-        x, y = (features(v.transpose(1, 2).flatten(0, 1)) for v in (target, reconstruction))
-    batch = len(target)
+        x, y = (features(video.transpose(1, 2).flatten(0, 1)) for video in (target, reconstruction))
     for name, weight in weights.items():
         like = target if name == "perceptual" else target[:, :, :1]
-        term = target.new_zeros((batch, 1, like.shape[2], 1, 1), dtype=torch.float32)
-        if weight and name == "perceptual":
-            term = weight * perceptual_distance(x, y, objective.layer_weights).view_as(term)
-        elif weight:
-            term = weight * gram_distance(x, y, objective.layer_weights, batch).view_as(term)
-        terms[name] = term.expand(like.shape)
+        if not weight:
+            terms[name] = torch.zeros_like(like, dtype=torch.float32)
+            continue
+        if name == "perceptual":
+            distance = perceptual_distance(x, y, objective.layer_weights)
+        else:
+            distance = gram_distance(x, y, objective.layer_weights, len(target))
+        terms[name] = (weight * distance).view(len(target), 1, -1, 1, 1).expand_as(like)
     if objective.kl is not None and posterior is not None:
         terms["kl"] = objective.kl.at(iteration) * kl_divergence(*posterior)
     return terms
@@ -353,32 +336,13 @@ def total(terms: Mapping[str, Tensor], reduction: Reduction = Reduction.MEAN) ->
     return torch.stack([reduce(term, reduction) for term in terms.values()]).sum()
 
 
-class NextTokenLoss(NamedTuple):
-    """Loss of a batch of sequences, float32 tensors of shape ().
-
-    Attributes:
-        cross_entropy: mean over the counted labels, in nats.
-        z: its coefficient times the mean of log(sum(exp(logits)))^2 over all positions.
-    """
-
-    cross_entropy: Tensor
-    z: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        return self.cross_entropy + self.z
-
-
-def next_token_labels(
-    tokens: Tensor, ignore_first_num_tokens: int, *, ignore_index: int = -100
-) -> Tensor:
-    """Labels (B, L - 1) int64: the token after each position.
+def next_token_labels(tokens: Tensor, ignore_first_num_tokens: int) -> Tensor:
+    """Labels (B, L - 1) int64: the token after each position, or IGNORED.
 
     Args:
         tokens: (B, L), any integer dtype.
         ignore_first_num_tokens: labels that do not count, such as the tokens of conditioning
             frames but one.
-        ignore_index: replaces a label that does not count.
     """
     num_labels = tokens.shape[1] - 1
     if not 0 <= ignore_first_num_tokens < num_labels:
@@ -387,21 +351,20 @@ def next_token_labels(
             f"at least one must count"
         )
     labels = tokens[:, 1:].to(torch.int64, copy=True)
-    labels[:, :ignore_first_num_tokens] = ignore_index
+    labels[:, :ignore_first_num_tokens] = IGNORED
     return labels
 
 
-def next_token_loss(
-    logits: Tensor, labels: Tensor, *, z_coefficient: float = 0.0, ignore_index: int = -100
-) -> NextTokenLoss:
-    """Cross entropy of the labels, and the z-loss that keeps logits near 0.
+def next_token_loss(logits: Tensor, labels: Tensor, *, z_coefficient: float = 0.0) -> Tensor:
+    """Mean cross entropy of the labels that count, in nats, and the z-loss; float32, ().
+
+    The z-loss (arXiv 2204.02311, section 5) keeps logits near 0: the mean of
+    log(sum(exp(logits)))^2 over all positions, also those whose label does not count.
 
     Args:
         logits: (B, L - 1, V), any floating dtype: all positions but the last.
         labels: (B, L - 1), from `next_token_labels`; at least one counts.
-        z_coefficient: 1e-4 in the released recipes. This loss (arXiv 2204.02311, section 5) is
-            taken at every position, also where the label does not count.
-        ignore_index: marks labels that do not count.
+        z_coefficient: weight of the z-loss; 1e-4 in the released recipes.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
@@ -410,58 +373,29 @@ def next_token_loss(
         )
     logits = logits.float()  # float32: in bf16 a loss near 7 has steps of 0.03
     normalizer = logits.logsumexp(-1)
-    counted = labels != ignore_index
+    counted = labels != IGNORED
     chosen = logits.gather(-1, labels.where(counted, 0)[..., None])[..., 0]
     surprise = (normalizer - chosen).where(counted, 0)
-    return NextTokenLoss(
-        cross_entropy=surprise.sum() / counted.sum(),
-        z=z_coefficient * normalizer.square().mean(),
-    )
+    return surprise.sum() / counted.sum() + z_coefficient * normalizer.square().mean()
 
 
-class Noised(NamedTuple):
-    """Input of a network in training.
-
-    Attributes:
-        latents: (B, C, T, H, W), float32; for EDM, preconditioned by their noise level.
-        mask: (B, 1, T, H, W), 1 on conditioning frames.
-    """
-
-    latents: Tensor
-    mask: Tensor
+def condition_mask(latents: Tensor, num_conditioning: Tensor) -> Tensor:
+    """Mask (B, 1, T, H, W), float32: 1 on the first `num_conditioning` (B,) frames."""
+    frames = torch.arange(latents.shape[2], device=latents.device)
+    mask = (frames < num_conditioning[:, None])[:, None, :, None, None]
+    return mask.expand(-1, -1, -1, *latents.shape[3:]).float()
 
 
-def noised_latents(
-    latents: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    num_conditioning: Tensor,
-    *,
-    conditioning_noise: Tensor,
-    conditioning_sigma: Tensor,
-) -> Noised:
-    """Noised and preconditioned latents, as an EDM sampler passes them to a network.
-
-    The first frames of a clip may be conditioning frames: they have a noise level of their own,
-    whatever that of the others.
+def noised_latents(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Noised and preconditioned latents, float32, as an EDM sampler passes them to a network.
 
     Args:
         latents: (B, C, T, H, W), clean, of standard deviation 0.5.
         noise: unit normal, in their shape.
-        sigma: (B,) noise levels of the other frames.
-        num_conditioning: (B,) number of conditioning latent frames.
-        conditioning_noise: as `noise`, for the conditioning frames.
-        conditioning_sigma: (B,) their noise levels.
+        sigma: (B,) noise levels.
     """
-    mask = _conditioning_mask(latents, num_conditioning)
-
-    def at(level: Tensor, drawn: Tensor) -> Tensor:
-        return _wide(precondition(level.float()).scale) * (
-            latents.float() + _wide(level) * drawn.float()
-        )
-
-    conditioning = at(conditioning_sigma, conditioning_noise)
-    return Noised(torch.where(mask != 0, conditioning, at(sigma, noise)), mask)
+    level = _wide(sigma.float())
+    return precondition(level).scale * (latents.float() + level * noise.float())
 
 
 def denoising_loss(
@@ -493,20 +427,15 @@ def log_normal_sigmas(normal: Tensor, *, mean: float, deviation: float) -> Tenso
     return (mean + deviation * normal.float()).exp()
 
 
-def flowed_latents(
-    latents: Tensor, noise: Tensor, sigma: Tensor, num_conditioning: Tensor
-) -> Noised:
-    """(1 - sigma) latents + sigma noise, but for conditioning frames, which stay clean.
+def flowed_latents(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """(1 - sigma) latents + sigma noise, float32: between data, at 0, and noise, at 1.
 
     Args:
         latents: (B, C, T, H, W), clean, about of unit deviation.
         noise: unit normal, in their shape.
         sigma: (B,) noise levels from 0 to 1.
-        num_conditioning: (B,) number of conditioning latent frames.
     """
-    latents, level = latents.float(), _wide(sigma.float())
-    mask = _conditioning_mask(latents, num_conditioning)
-    return Noised(torch.where(mask != 0, latents, latents.lerp(noise.float(), level)), mask)
+    return latents.float().lerp(noise.float(), _wide(sigma.float()))
 
 
 def flow_loss(velocity: Tensor, latents: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
@@ -533,13 +462,6 @@ def shifted_sigmas(normal: Tensor, *, shift: float = SHIFT, deviation: float = 1
     place = (TIMESTEPS * torch.sigmoid(deviation * normal.float())).floor()
     level = 1 - place.clamp_max(TIMESTEPS - 1) / TIMESTEPS
     return shift * level / (1 + (shift - 1) * level)
-
-
-def _conditioning_mask(latents: Tensor, num_conditioning: Tensor) -> Tensor:
-    """(B, 1, T, H, W) float32: 1 on the first `num_conditioning` (B,) frames."""
-    frames = torch.arange(latents.shape[2], device=latents.device)
-    mask = (frames < num_conditioning[:, None])[:, None, :, None, None]
-    return mask.expand(-1, -1, -1, *latents.shape[3:]).float()
 
 
 def _wide(values: Tensor) -> Tensor:

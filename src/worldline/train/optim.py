@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -47,36 +47,37 @@ def make_optimizer(
     Raises:
         ValueError: a pattern matches no matrix.
     """
-    parameters = _trainable(module)
+    parameters = trainable(module)
     matrices = [name for name, parameter in parameters.items() if parameter.ndim == 2]
+    muon: set[str] = set()
     for pattern in orthogonal:
-        if not any(fnmatchcase(name, pattern) for name in matrices):
+        matches = fnmatch.filter(matrices, pattern)
+        if not matches:
             raise ValueError(f"no matrix to train has a name like {pattern}")
-    kinds: dict[str, list[nn.Parameter]] = {"muon": [], "decayed": [], "free": []}
-    for name, parameter in parameters.items():
-        muon = name in matrices and any(fnmatchcase(name, pattern) for pattern in orthogonal)
-        kinds["muon" if muon else "decayed" if parameter.ndim > 1 else "free"].append(parameter)
+        muon.update(matches)
+    adam = [parameter for name, parameter in parameters.items() if name not in muon]
     device = next(module.parameters()).device
     on_gpu = device.type == "cuda"
     rate: Any = torch.zeros((), device=device) if on_gpu else 0.0  # a graph reads it from memory
+    groups: list[dict[str, Any]] = [
+        {"params": [parameters[name] for name in parameters if name in muon], "orthogonal": True},
+        {"params": [parameter for parameter in adam if parameter.ndim > 1]},
+        {"params": [parameter for parameter in adam if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
     optimizer = MuonAdamW(
-        [
-            {"params": kinds["muon"], "weight_decay": weight_decay, "orthogonal": True},
-            {"params": kinds["decayed"], "weight_decay": weight_decay},
-            {"params": kinds["free"], "weight_decay": 0.0},
-        ],
+        groups,
         lr=rate,
         betas=betas,
+        weight_decay=weight_decay,
         fused=on_gpu,
         capturable=on_gpu,
     )
-    for kind, members in kinds.items():
-        for parameter in members:
-            moments = {"exp_avg": torch.zeros_like(parameter)}
-            if kind != "muon":
-                moments["exp_avg_sq"] = torch.zeros_like(parameter)
-                moments["step"] = torch.zeros((), device=device if on_gpu else "cpu")
-            optimizer.state[parameter] = moments
+    for name, parameter in parameters.items():
+        moments = {"exp_avg": torch.zeros_like(parameter)}
+        if name not in muon:
+            moments["exp_avg_sq"] = torch.zeros_like(parameter)
+            moments["step"] = torch.zeros((), device=device if on_gpu else "cpu")
+        optimizer.state[parameter] = moments
     return optimizer
 
 
@@ -149,7 +150,7 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.values = {name: p.detach().float().clone() for name, p in _trainable(module).items()}
+        self.values = {name: p.detach().float().clone() for name, p in trainable(module).items()}
         device = next(iter(self.values.values())).device
         self._weight = torch.ones((), device=device)  # of the newest parameters
 
@@ -161,7 +162,7 @@ class Average:
     def update(self, module: nn.Module) -> None:
         """Move towards the parameters by the weight that was set."""
         values = list(self.values.values())
-        newest = [parameter.detach().float() for parameter in _trainable(module).values()]
+        newest = [parameter.float() for parameter in trainable(module).values()]
         steps = torch._foreach_sub(newest, values)
         torch._foreach_mul_(steps, self._weight)
         torch._foreach_add_(values, steps)
@@ -169,11 +170,12 @@ class Average:
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
         """Exchange the averages and the module's parameters; twice is no change."""
-        for name, parameter in _trainable(module).items():
-            newest = parameter.detach().float().clone()
+        for name, parameter in trainable(module).items():
+            newest = parameter.float().clone()
             parameter.copy_(self.values[name])
             self.values[name].copy_(newest)
 
 
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that training changes, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}

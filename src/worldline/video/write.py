@@ -72,7 +72,8 @@ def write_video(frames: Frames, path: str | Path, fps: float) -> None:
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    _check_frames(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}; give uint8 (T, H, W, 3)")
     check_destination(path)
     if not suffix:
         with _writing(path) as temporary:
@@ -86,7 +87,7 @@ def write_video(frames: Frames, path: str | Path, fps: float) -> None:
         Image.fromarray(frames[0]).save(file, format="JPEG", quality=95)
         write_bytes(path, file.getbuffer())
     elif suffix == ".gif":
-        write_bytes(path, _encode(path, fps, _in_palette(frames)))
+        _encode(path, fps, _in_palette(frames))
     else:
         write_stream([frames], path, fps)
 
@@ -108,24 +109,16 @@ def write_stream(pieces: Iterable[Frames], path: str | Path, fps: float) -> int:
     suffix = path.suffix.lower()
     if suffix not in ENCODINGS or suffix == ".gif":
         raise InputError(f"{path}: {suffix or 'a folder of PNGs'} needs the whole clip; use .mp4")
-    total, size = 0, None
     multiple = 2 if ENCODINGS[suffix][2] == "libx264" else 1
 
     def pictures() -> Iterator[av.VideoFrame]:
-        nonlocal total, size
         for piece in pieces:
-            _check_frames(piece)
-            size = size or piece.shape[1:3]
-            if piece.shape[1:3] != size:
-                raise ValueError(f"frames of {piece.shape[1:3]} after some of {size}")
-            edges = [(0, -side % multiple) for side in size] + [(0, 0)]
+            edges = [(0, -side % multiple) for side in piece.shape[1:3]] + [(0, 0)]
             for frame in piece:
                 picture = _picture(np.pad(frame, edges, mode="edge"))
                 yield picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
-                total += 1
 
-    write_bytes(path, _encode(path, fps, pictures()))
-    return total
+    return _encode(path, fps, pictures())
 
 
 def check_destination(path: str | Path) -> None:
@@ -186,23 +179,12 @@ def _cannot_write(path: Path, error: OSError) -> Error:
     return InputError(f"{path} cannot be written: {reason}")
 
 
-def _check_frames(frames: Frames) -> None:
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
-        raise ValueError(
-            f"frames are {frames.dtype} {frames.shape}; uint8 (T, H, W, 3), not empty, is needed"
-        )
-
-
-def _encode(path: Path, fps: float, pictures: Iterator[av.VideoFrame]) -> memoryview:
-    """Bytes of a video in the format of `path`; the pictures get their times here."""
-    if not fps > 0:
-        raise ValueError(f"fps is {fps}; it must be above 0")
+def _encode(path: Path, fps: float, pictures: Iterator[av.VideoFrame]) -> int:
+    """Write pictures, which get their times here, in the format of `path`; their number."""
     container, muxing, encoder, encoding = ENCODINGS[path.suffix.lower()]
     if encoder not in av.codec.codecs_available:
         raise Error(f"this build of PyAV has no {encoder} encoder; install PyAV's own wheel")
-    first = next(pictures, None)
-    if first is None:
-        raise ValueError("a video needs at least one frame")
+    first = next(pictures)
     rate = Fraction(fps).limit_denominator(1001)
     file = io.BytesIO()
 
@@ -233,7 +215,8 @@ def _encode(path: Path, fps: float, pictures: Iterator[av.VideoFrame]) -> memory
                     f"{path} was not written: {encoder} cannot encode frames of "
                     f"{first.width} x {first.height} at {fps:g} a second: {error.strerror or error}"
                 ) from error
-    return file.getbuffer()
+    write_bytes(path, file.getbuffer())
+    return index
 
 
 @functools.cache

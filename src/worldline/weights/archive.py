@@ -107,12 +107,10 @@ class _Record:
     offset: int
     strides: tuple[int, ...]
 
-    def locate(
-        self, path: Path, start: int, swapped: bool, member: str | None = None
-    ) -> FileTensor:
+    def locate(self, path: Path, start: int) -> FileTensor:
         """The tensor in a file; `start` is where its storage begins."""
         position = start + self.offset * self.info.dtype.itemsize
-        return FileTensor(path, self.info, position, self.strides, swapped, member)
+        return FileTensor(path, self.info, position, self.strides)
 
 
 class Unpickler(pickle.Unpickler):
@@ -174,7 +172,7 @@ class Unpickler(pickle.Unpickler):
         # Version 3 adds the dtype, since its storage is untyped bytes.
         dtype = rest[2] if len(rest) > 2 and isinstance(rest[2], torch.dtype) else storage.dtype
         record = _Record(storage, TensorInfo(dtype, shape), offset, strides)
-        tensor = record.locate(Path(), 0, False)
+        tensor = record.locate(Path(), 0)
         if tensor.span and tensor.position + tensor.span > storage.nbytes:
             raise pickle.UnpicklingError("a tensor that reaches past its storage")
         return record
@@ -195,27 +193,17 @@ def open_archive(path: Path) -> Checkpoint:
         pickled = members[f"{root}data.pkl"]
         if pickled.file_size > _LARGEST_PICKLE:
             raise CheckpointError(f"{path} is refused: {pickled.filename} is above {1 << 30:,} B")
-        if pickled.compress_type == zipfile.ZIP_STORED:  # its checksum may be absent
-            file.seek(_data_start(path, file, pickled))
-            value = Unpickler(io.BytesIO(file.read(pickled.file_size))).load()
-        else:
-            value = Unpickler(io.BytesIO(archive.read(pickled))).load()
-        order = sys.byteorder
-        if f"{root}byteorder" in members:
-            order = "big" if archive.read(f"{root}byteorder").strip() == b"big" else "little"
+        order = members.get(f"{root}byteorder")
+        _refuse_order(path, order is None or archive.read(order).strip() == b"little")
+        file.seek(_data_start(path, file, pickled))  # not by zipfile: its checksum may be absent
+        value = Unpickler(io.BytesIO(file.read(pickled.file_size))).load()
 
         def locate(name: str, record: _Record) -> FileTensor:
             member = members.get(f"{root}data/{record.storage.key}")
             nbytes = member.file_size if member and not member.flag_bits & 1 else 0
             if member is None or nbytes < record.storage.nbytes:
-                raise CheckpointError(
-                    f"{path} is damaged: tensor {name} needs {record.storage.nbytes:,} bytes and "
-                    f"the file holds {nbytes:,}; download it again"
-                )
-            swapped = order != sys.byteorder
-            if member.compress_type == zipfile.ZIP_STORED:
-                return record.locate(path, _data_start(path, file, member), swapped)
-            return record.locate(path, 0, swapped, member.filename)
+                raise ValueError(f"tensor {name} has {nbytes:,} bytes")
+            return record.locate(path, _data_start(path, file, member))
 
         torchscript = f"{root}constants.pkl" in members or isinstance(value, _Module)
         return _collect(path, "jit" if torchscript else "pt", value, locate)
@@ -223,13 +211,12 @@ def open_archive(path: Path) -> Checkpoint:
 
 def _data_start(path: Path, file: BinaryIO, member: zipfile.ZipInfo) -> int:
     """Where a stored member's bytes begin: its local header has a length of its own."""
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise CheckpointError(f"{path} is compressed ({member.filename}); save it without")
     file.seek(member.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise CheckpointError(
-            f"{path} is damaged: {member.filename} is not where the directory puts it; "
-            "download it again"
-        )
+        raise ValueError(f"{member.filename} is not where the directory puts it")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     return member.header_offset + 30 + int(name_length) + int(extra_length)
 
@@ -263,10 +250,13 @@ def open_legacy(path: Path) -> Checkpoint:
                 raise ValueError(f"it needs at least {position:,}")
             if numel * storage.dtype.itemsize != storage.nbytes:
                 raise ValueError(f"storage {key} has {numel:,} elements")
-        swapped = machine.get("little_endian", True) != (sys.byteorder == "little")
-        return _collect(
-            path, "pt", value, lambda _, r: r.locate(path, starts[r.storage.key], swapped)
-        )
+        _refuse_order(path, machine.get("little_endian", True))
+        return _collect(path, "pt", value, lambda _, r: r.locate(path, starts[r.storage.key]))
+
+
+def _refuse_order(path: Path, little: bool) -> None:
+    if little != (sys.byteorder == "little"):
+        raise CheckpointError(f"{path} is of a machine with another byte order; save it again here")
 
 
 @contextmanager
@@ -285,8 +275,8 @@ def _faults(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle may raise anything at all
         raise CheckpointError(
-            f"{path} is cut short or damaged: it has {path.stat().st_size:,} bytes, and its list "
-            f"of tensors cannot be read ({error}); download it again"
+            f"{path} is cut short or damaged: it has {path.stat().st_size:,} bytes, and its "
+            f"tensors cannot be found ({error}); download it again"
         ) from error
 
 
@@ -303,15 +293,13 @@ def _collect(
         nesting.append(inner)
         beside += [str(key) for key in value if key != inner]
         value = value[inner]
-    items = dict(_items(value))
-    records = {name: item for name, item in items.items() if isinstance(item, _Record)}
+    records = {name: item for name, item in _items(value) if isinstance(item, _Record)}
     return Checkpoint(
         path,
         kind,
         {name: locate(name, record) for name, record in records.items()},
         files=(path,),
         nesting=".".join(nesting),
-        strays=() if kind == "jit" else tuple(name for name in items if name not in records),
         beside=tuple(beside),
     )
 

@@ -17,9 +17,8 @@ from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import (
     Number,
     Settings,
-    count_blocks,
+    Shapes,
     read_settings,
-    read_shapes,
 )
 from worldline.weights.source import Checkpoint
 
@@ -33,16 +32,6 @@ BOOKKEEPING = {
 ATTENTIONS = ("attention", "cross_attention")
 SUB_BLOCKS = (*ATTENTIONS, "feed_forward")  # in the order of a block
 MODULATION = ((1, "first.weight"), (2, "second.weight"))  # released step -> ours
-# tensors that fix the architecture -> number of axes; our names
-_DECISIVE = {
-    "embed.weight": 2,
-    "head.linear.weight": 2,
-    "blocks.0.attention.modulation.first.weight": 2,
-    "blocks.0.attention.body.q.weight": 2,
-    "blocks.0.attention.body.q_norm": 1,
-    "blocks.0.cross_attention.body.k.weight": 2,
-    "blocks.0.feed_forward.body.up.weight": 2,
-}
 
 
 class DiTSettings(Settings):
@@ -82,31 +71,24 @@ def parse_settings(
     return settings
 
 
-def read_sizes(
-    source: Checkpoint, keys: KeyMap, decisive: Mapping[str, int]
-) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+def read_sizes(source: Checkpoint, keys: KeyMap) -> tuple[Shapes, dict[str, Any]]:
     """Shapes of a diffusion transformer, and the sizes they imply, by the names of its config.
-
-    Args:
-        source: its tensors.
-        keys: from their names to ours.
-        decisive: our name of a further tensor that there must be -> number of axes.
 
     Raises:
         CheckpointError: a tensor is absent or of another kind.
     """
-    kind = "a Cosmos diffusion transformer of this kind"
-    shapes = read_shapes(source, keys, {**_DECISIVE, **decisive}, kind)
-    [head_size] = shapes["blocks.0.attention.body.q_norm"]
+    shapes = Shapes(source, keys, "a Cosmos diffusion transformer of this kind")
+    block = "blocks.0.attention"
+    width, head_size = shapes.size("embed.weight"), shapes.size(f"{block}.body.q_norm")
     return shapes, {
-        "latent_channels": shapes["head.linear.weight"][0] // PATCH_CELLS,
-        "depth": count_blocks(shapes, "blocks"),
-        "width": shapes["embed.weight"][0],
-        "num_heads": shapes["blocks.0.attention.body.q.weight"][0] // head_size,
+        "latent_channels": shapes.size("head.linear.weight") // PATCH_CELLS,
+        "width": width,
         "head_size": head_size,
-        "hidden": shapes["blocks.0.feed_forward.body.up.weight"][0],
-        "context_width": shapes["blocks.0.cross_attention.body.k.weight"][1],
-        "lora_rank": shapes["blocks.0.attention.modulation.first.weight"][0],
+        "num_heads": shapes.size(f"{block}.body.q.weight") // head_size,
+        "lora_rank": shapes.size(f"{block}.modulation.first.weight"),
+        "context_width": shapes.size("blocks.0.cross_attention.body.k.weight", 1),
+        "hidden": shapes.size("blocks.0.feed_forward.body.up.weight"),
+        "depth": shapes.count("blocks"),
     }
 
 

@@ -65,16 +65,6 @@ class KeyMap:
     drop: Mapping[str, str] = field(default_factory=dict)
     prefixes: tuple[str, ...] = ("",)
 
-    def __post_init__(self) -> None:
-        if not self.prefixes:
-            raise ValueError('prefixes is empty; use ("",) for none')
-        for released, ours in self.rename.items():
-            if set(_FIELD.findall(released)) != set(_FIELD.findall(ours)):
-                raise ValueError(f"{released!r} and {ours!r} have different fields")
-        name, count = Counter(self.rename.values()).most_common(1)[0] if self.rename else ("", 1)
-        if count > 1:
-            raise ValueError(f"two released names lead to {name!r}")
-
     @cached_property
     def _to_ours(self) -> _Table:
         return _Table(self.rename.items())
@@ -118,8 +108,6 @@ class KeyMap:
 
     def drops(self, name: str) -> bool:
         """Whether a released name is skipped."""
-        if not self.drop:
-            return False
         forms = {name} | {name[len(p) :] for p in self.prefixes if name.startswith(p)}
         return any(fnmatchcase(form, pattern) for pattern in self.drop for form in forms)
 
@@ -163,11 +151,6 @@ def match(
             prefixes[prefix] += 1
         elif ours or not keymap.drops(name):
             unknown.append(name)
-    if not pairs and expected and unknown:
-        raise CheckpointError(
-            f"{source} is of another model: none of its {len(tensors):,} tensors is known "
-            f"({_some(sorted(tensors))})"
-        )
     prefix = prefixes.most_common(1)[0][0] if prefixes else keymap.prefixes[0]
     problems = {
         "wrong shape": [

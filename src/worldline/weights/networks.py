@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -143,37 +143,31 @@ class Settings(BaseModel):
             raise CheckpointError(f"{path}: {field} is {value!r:.80}; {wrong['msg']}") from None
 
 
-def read_shapes(
-    source: Checkpoint, keys: KeyMap, decisive: Mapping[str, int], kind: str
-) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that `keys` knows, by our name.
+class Shapes:
+    """Shapes of a network's tensors in a file, by our names; `match` reports unknown ones."""
 
-    Args:
-        source: its tensors.
-        keys: from their names to ours.
-        decisive: our name of a tensor that there must be -> number of axes.
-        kind: network in words, for the message.
+    def __init__(self, source: Checkpoint, keys: KeyMap, kind: str) -> None:
+        """`kind` is the network in words."""
+        self.path, self.keys, self.kind = source.path, keys, kind
+        pairs = ((keys.find(name), info) for name, info in source.tensors.items())
+        self.shapes = {pair[1]: info.shape for pair, info in pairs if pair}
 
-    Raises:
-        CheckpointError: such a tensor is absent or has other axes.
-    """
-    shapes = {
-        pair[1]: info.shape
-        for name, info in source.tensors.items()
-        if (pair := keys.find(name))  # `match` reports the others
-    }
-    for name, axes in decisive.items():
-        if len(shapes.get(name, ())) != axes or 0 in shapes[name]:
-            state = f"is {list(shapes[name])}" if name in shapes else "is absent"
-            raise CheckpointError(
-                f"{source.path}: not {kind} (tensor {keys.released(name)} {state})"
-            )
-    return shapes
+    def size(self, name: str, axis: int = 0) -> int:
+        """Length of an axis.
 
+        Raises:
+            CheckpointError: the tensor is absent, or has no such axis.
+        """
+        shape = self.shapes.get(name, ())
+        if axis >= len(shape) or not shape[axis]:
+            state = f"is {list(shape)}" if name in self.shapes else "is absent"
+            released = self.keys.released(name)
+            raise CheckpointError(f"{self.path}: not {self.kind} (tensor {released} {state})")
+        return shape[axis]
 
-def count_blocks(names: Iterable[str], blocks: str) -> int:
-    """Number of blocks of a network, by the names of its tensors."""
-    return 1 + max(int(name.split(".")[1]) for name in names if name.startswith(f"{blocks}."))
+    def count(self, blocks: str) -> int:
+        """Number of blocks, by the names of their tensors."""
+        return 1 + max(int(n.split(".")[1]) for n in self.shapes if n.startswith(f"{blocks}."))
 
 
 def find_transformer(path: Path) -> Path:
@@ -206,13 +200,9 @@ def find_transformer(path: Path) -> Path:
         for name in DIFFUSERS_FILES:
             if (folder / name).is_file():
                 return folder / name
-        if parts := sorted(folder.glob("diffusion_pytorch_model-*.safetensors")):
-            raise CheckpointError(
-                f"{folder} is incomplete: it has {parts[0].name}, but not {DIFFUSERS_FILES[1]}"
-            )
     raise CheckpointError(
         f"{path} holds no model.pt (nor model.safetensors, model_model_mp_*.pt, iter_*.pt, "
-        f"transformer/{DIFFUSERS_FILES[0]}){unfinished(path)}"
+        f"transformer/{' or '.join(DIFFUSERS_FILES)}){unfinished(path)}"
     )
 
 

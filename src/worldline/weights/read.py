@@ -74,10 +74,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         with path.open("rb") as file:
             head, size = file.read(512), os.fstat(file.fileno()).st_size
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except IsADirectoryError as error:
-        raise CheckpointError(f"{path} is a folder; name a file of weights in it") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if head.startswith(b"PK\x03\x04"):
@@ -86,28 +82,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
         checkpoint = open_legacy(path)
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
         checkpoint = _open_safetensors(path, size)
-    elif disguise(head) == "web page":
-        raise CheckpointError(
-            f"{path} is a web page, not weights (a licence to accept, or a login?); "
-            "download it again"
-        )
-    elif disguise(head) == "git-lfs pointer":
-        raise CheckpointError(f"{path} is a git-lfs pointer; run `git lfs pull` in its folder")
+    elif found := disguise(head):
+        advice = "run `git lfs pull`" if "lfs" in found else "accept its licence, download it again"
+        raise CheckpointError(f"{path} is a {found}, not weights; {advice}")
     elif head.lstrip().startswith(b"{"):
         checkpoint = _open_index(path)
     elif not head.strip(b"\0"):
-        state = "starts with zeros, as an unfinished download does" if size else "is empty"
-        raise CheckpointError(f"{path} {state}; download it again")
+        raise CheckpointError(f"{path} is empty or starts with zeros; download it again")
     else:
-        raise CheckpointError(
-            f"{path} is in no known format (it starts with {head[:8]!r}); "
-            "expected a .safetensors, .pt or .jit file"
-        )
+        raise CheckpointError(f"{path} is in no known format (it starts with {head[:8]!r})")
     if not checkpoint.entries:
-        names = ", ".join((*checkpoint.beside, *checkpoint.strays)[:5])
-        shards = sorted(path.parent.glob(f"{path.stem}_model_mp_*.pt"))
-        advice = f"; name {shards[0].name}, which is beside it" if shards else ""
-        raise CheckpointError(f"{path} holds no tensors (only {names or 'an empty list'}){advice}")
+        raise CheckpointError(f"{path} holds no tensors")
     return checkpoint
 
 
@@ -123,13 +108,10 @@ def _open_safetensors(path: Path, size: int) -> Checkpoint:
             tensors = {name: _safetensor(path, start, item) for name, item in header.items()}
             end = max((t.position + t.span for t in tensors.values()), default=start)
     except _BAD_JSON as error:
-        raise CheckpointError(
-            f"{path} is damaged: its header cannot be read ({error}); download it again"
-        ) from error
+        raise CheckpointError(f"{path} is damaged ({error}); download it again") from error
     if size != end:
-        state = "cut short" if size < end else "damaged"
         raise CheckpointError(
-            f"{path} is {state}: it has {size:,} bytes of {end:,}; download it again"
+            f"{path} is cut short or damaged: it has {size:,} bytes of {end:,}; download it again"
         )
     return Checkpoint(path, "safetensors", tensors, files=(path,), metadata=dict(metadata))
 
@@ -137,11 +119,9 @@ def _open_safetensors(path: Path, size: int) -> Checkpoint:
 def _safetensor(path: Path, data: int, item: Mapping[str, Any]) -> FileTensor:
     start, end = item["data_offsets"]
     shape = tuple(item["shape"])
+    info = TensorInfo(_DTYPES[item["dtype"]], shape)
     if not all(isinstance(n, int) and n >= 0 for n in (start, end, *shape)):
         raise ValueError("a malformed tensor")
-    if item["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype {item['dtype']} is not supported")
-    info = TensorInfo(_DTYPES[item["dtype"]], shape)
     if end - start != info.nbytes:
         raise ValueError(f"{end - start} bytes for shape {list(shape)}")
     return FileTensor(path, info, data + start, contiguous_strides(shape))
@@ -153,25 +133,17 @@ def _open_index(path: Path) -> Checkpoint:
         index = json.loads(path.read_bytes())
         places = {str(name): str(file) for name, file in index["weight_map"].items()}
     except _BAD_JSON as error:
-        raise CheckpointError(
-            f"{path} is a text, not weights, and no index of safetensors files either"
-        ) from error
+        raise CheckpointError(f"{path} is a text, not weights") from error
     names = sorted(set(places.values()))
     if any(Path(name).name != name for name in names):
         raise CheckpointError(f"{path} names files outside its own folder")
     if missing := [name for name in names if not (path.parent / name).is_file()]:
-        raise CheckpointError(
-            f"{path.parent} is incomplete: of {len(names)} files that {path.name} names, "
-            f"{', '.join(missing[:5])} {'is' if len(missing) == 1 else 'are'} missing"
-        )
+        raise CheckpointError(f"{path} names files that are missing: {', '.join(missing[:5])}")
     opened = {name: open_checkpoint(path.parent / name) for name in names}
-    entries: dict[str, Source] = {}
-    for tensor, name in places.items():
-        if tensor not in opened[name].entries:
-            raise CheckpointError(
-                f"{path.parent / name} lacks tensor {tensor}, which {path.name} lists"
-            )
-        entries[tensor] = opened[name].entries[tensor]
+    absent = [tensor for tensor, name in places.items() if tensor not in opened[name].entries]
+    if absent:
+        raise CheckpointError(f"{path} lists tensors that its files lack: {', '.join(absent[:5])}")
+    entries = {tensor: opened[name].entries[tensor] for tensor, name in places.items()}
     files = tuple(sorted([path, *(path.parent / name for name in names)]))
     return Checkpoint(path, "safetensors", entries, files=files)
 
@@ -224,8 +196,7 @@ def find_shards(folder: Path, stem: str | None = None) -> list[Path]:
         return []
     if len(sets) > 1:
         raise CheckpointError(
-            f"{folder} holds several sets of tensor-parallel shards ({', '.join(sets)}); name a "
-            f"file of one, such as {folder / min(sets)}_model_mp_0.pt"
+            f"{folder} holds several sets of shards ({', '.join(sets)}); name one"
         )
     [(name, ranks)] = sets.items()
     # Models are cut in 1, 2, 4, 8 ... parts, so three files are four of which one is missing.
@@ -254,10 +225,9 @@ def open_shards(paths: Sequence[Path]) -> Checkpoint:
     first, *others = shards = [open_checkpoint(path) for path in paths]
     for other in others:
         if odd := sorted(first.entries.keys() ^ other.entries.keys()):
-            holder, lacker = (first, other) if odd[0] in first.entries else (other, first)
             raise CheckpointError(
-                f"{lacker.path} lacks tensor {odd[0]}, which {holder.path.name} holds: "
-                "the shards are not of one model"
+                f"{other.path}: {odd[0]} is in one of {first.path.name} and it alone; the shards "
+                "are not of one model"
             )
     entries: dict[str, Source] = {}
     for name in first.entries:
@@ -268,9 +238,8 @@ def open_shards(paths: Sequence[Path]) -> Checkpoint:
         for part, shard in zip(parts, shards, strict=True):
             if _uncut(part.info, axes[0]) != _uncut(parts[0].info, axes[0]):
                 raise CheckpointError(
-                    f"{shard.path}: {name} is {part.info.dtype} {list(part.info.shape)}, but "
-                    f"{parts[0].info.dtype} {list(parts[0].info.shape)} on rank 0: "
-                    "the shards are not of one model"
+                    f"{shard.path}: {name} is {part.info.dtype} {list(part.info.shape)}, on rank 0 "
+                    f"{parts[0].info.dtype} {list(parts[0].info.shape)}"
                 )
         entries[name] = ShardedTensor(f"{first.path}: {name}", parts, axes[0])
     return replace(first, kind="tensor-parallel shards", entries=entries, files=tuple(paths))
@@ -278,5 +247,4 @@ def open_shards(paths: Sequence[Path]) -> Checkpoint:
 
 def _uncut(info: TensorInfo, axis: int | None) -> object:
     """What the parts of a sharded tensor have in common."""
-    sizes = [None if index == axis else size for index, size in enumerate(info.shape)]
-    return info.dtype, sizes
+    return info.dtype, [None if i == axis else size for i, size in enumerate(info.shape)]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,24 +61,18 @@ class FileTensor:
     Attributes:
         path: the file.
         info: dtype and shape.
-        position: first element, in bytes from the start of the file or of `member`.
+        position: first element, in bytes from the start of the file.
         strides: in elements.
-        swapped: the bytes are in the other byte order than this machine's.
-        member: name of a compressed zip member that holds the bytes; None if they lie in the file.
     """
 
     path: Path
     info: TensorInfo
     position: int
     strides: tuple[int, ...]
-    swapped: bool = False
-    member: str | None = None
 
     @property
     def plain(self) -> bool:
         """Whether the elements lie in the file one after another, ready to be copied as bytes."""
-        if self.member is not None or self.swapped:
-            return False
         row_major = contiguous_strides(self.info.shape)
         # The stride of an axis of one element is never used and may be anything.
         return all(
@@ -99,7 +91,7 @@ class FileTensor:
         return (last + 1) * self.info.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor on the CPU; memory-mapped (private, writable) unless it is compressed.
+        """The tensor on the CPU; memory-mapped (private, writable).
 
         Raises:
             CheckpointError: the file vanished or shrank since its header was read.
@@ -107,10 +99,7 @@ class FileTensor:
         dtype, shape = self.info.dtype, self.info.shape
         if self.info.numel == 0:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        data = self._map() if self.member is None else self._decompress(self.member)
-        unit = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
-        if self.swapped and unit > 1:
-            data = data.view(-1, unit).flip(1).reshape(-1)
+        data = self._map()
         if self.position % dtype.itemsize:
             data = data.clone()  # kernels may expect an address that is a multiple of the item size
         return data.view(dtype).as_strided(shape, self.strides)
@@ -127,17 +116,6 @@ class FileTensor:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path} was changed while in use: {error}") from error
         return torch.frombuffer(mapping, dtype=torch.uint8, count=self.span, offset=offset)
-
-    def _decompress(self, member: str) -> Tensor:
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(member) as file:
-                file.seek(self.position)
-                data = bytearray(file.read(self.span))
-            return torch.frombuffer(data, dtype=torch.uint8, count=self.span)
-        except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise CheckpointError(
-                f"{self.path} is damaged in {member}: {error}; download it again"
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -196,7 +174,6 @@ class Checkpoint:
         entries: name as stored -> tensor.
         files: all files that make it, the index of several too; sorted.
         nesting: dotted path of the dict inside the file that was taken, such as "model".
-        strays: names beside the tensors whose values are none (`_extra_state`).
         beside: other keys of the outer dict, such as "optimizer".
         metadata: the text that a safetensors file carries.
     """
@@ -206,7 +183,6 @@ class Checkpoint:
     entries: Mapping[str, Source]
     files: tuple[Path, ...] = ()
     nesting: str = ""
-    strays: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
 

@@ -25,12 +25,9 @@ def save(
         metadata: kept in the header as text; safetensors only.
 
     Raises:
-        ValueError: metadata for a `.pt` file.
         OSError: the folder cannot be written or the disk is full; `path` is then as it was.
     """
     path = Path(path)
-    if path.suffix == ".pt" and metadata:
-        raise ValueError(f"{path.name}: a .pt file has no place for metadata; use .safetensors")
     storages: set[int] = set()
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

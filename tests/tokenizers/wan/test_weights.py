@@ -97,7 +97,7 @@ def test_the_released_file_wins_over_diffusers(tmp_path: Path) -> None:
 def test_statistics_of_other_latents_must_be_given(tmp_path: Path) -> None:
     """The released file says nothing of them."""
     torch.save(released(build(ODD)), tmp_path / "tokenizer.pth")
-    with pytest.raises(CheckpointError, match="16 means .* 2 latent channels"):
+    with pytest.raises(CheckpointError, match=r"16 means .* 2 latent channels"):
         open_wan(tmp_path)
 
 

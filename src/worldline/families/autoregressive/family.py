@@ -11,10 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeVar, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +20,23 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worldline.catalog import DECODERS, Entry, find
-from worldline.errors import CheckpointError, InputError
+from worldline.catalog import Entry, find
+from worldline.errors import InputError
 from worldline.families.autoregressive.decoder import DecoderSettings, decode_tokens
 from worldline.families.autoregressive.model import (
     FEED_FORWARD_ROWS,
     PRESETS,
-    RELEASED_GRID,
     ARTransformer,
-    ARTransformerConfig,
     make_positions,
+)
+from worldline.families.autoregressive.parts import (
+    DecoderNetwork,
+    decoder_grid,
+    open_decoder,
+    open_decoder_tokenizer,
+    open_encoder,
+    open_tokenizer,
+    open_transformer,
 )
 from worldline.families.autoregressive.request import FPS, AROptions, ARRequest, recognise
 from worldline.families.autoregressive.step import (
@@ -41,44 +46,34 @@ from worldline.families.autoregressive.step import (
     kernels_fit,
     make_decoder,
 )
-from worldline.families.autoregressive.weights import open_network
 from worldline.families.denoise import log_result, read_embeddings
-from worldline.families.diffusion.family import (
-    TOKENIZERS as CONTINUOUS_TOKENIZERS,
-)
 from worldline.families.diffusion.family import (
     denoising_stages,
     generation_by_name,
-    open_latent_tokenizer,
 )
-from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, DiT, DiTConfig
+from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, DiT
 from worldline.families.diffusion.model import PRESETS as DIT_PRESETS
-from worldline.families.diffusion.request import Generation, Precision
-from worldline.families.diffusion.weights import open_network as open_dit
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
-from worldline.opening import TextPart, open_text
+from worldline.opening import TextPart
 from worldline.report import Recorder
 from worldline.request import LARGEST_SIZE
 from worldline.sampling.edm import SAMPLER_OF
 from worldline.sampling.tokens import CHUNK, Sampling, decode, draw_noise
-from worldline.shapes import LatentShape, VideoShape, latent_frames_of, nearest_frames
-from worldline.step import Step
+from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
+from worldline.step import Step, numbered
 from worldline.text.encoder import MAX_LENGTH
-from worldline.text.t5 import NUM_PARAMETERS, T5Files
+from worldline.text.t5 import NUM_PARAMETERS
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
-from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import CosmosNetwork
-from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
 from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip
-from worldline.weights.networks import Network, read_settings
-from worldline.weights.read import Checkpoint, open_checkpoint
+from worldline.weights.networks import Network
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 CARRIED = 2  # latent frames of a window that the next one takes over, by rollout "pixels"
 INPUT_FRAMES = (1, 9)
 # of both generations; that of the transformer's own generation is tried first
@@ -131,7 +126,7 @@ def generate_together(
     video = video_of(parts.opened, request)
     embeddings: Sequence[Tensor | None] = [None] * len(jobs)
     if config.context_width is not None:
-        embeddings = yield from first_of_batch(encode_prompts(parts, jobs, recorder))
+        embeddings = yield from numbered(0, encode_prompts(parts, jobs, recorder))
 
     yield 0, Step("encode", 0, 1)
     known = latent_frames_of(request.num_input_frames, codec.temporal)
@@ -146,7 +141,7 @@ def generate_together(
     overlap = 1 + (CARRIED - 1) * codec.temporal  # frames that a window takes over
     while True:
         new = min(remaining, config.grid.frames - known) if turns else remaining
-        ids = yield from first_of_batch(tokens.draw(ids, new, recorder, live))
+        ids = yield from numbered(0, tokens.draw(ids, new, recorder, live))
         remaining -= new
         for number, (job, one) in enumerate(zip(jobs, videos, strict=True)):
             if live is None:
@@ -185,19 +180,6 @@ def encode_prompts(
         encoded[str(job.request.prompt)] if one is None else one
         for job, one in zip(jobs, given, strict=True)
     ]
-
-
-def first_of_batch(
-    steps: Generator[Step, None, Result],
-) -> Generator[tuple[int, Step], None, Result]:
-    """Steps that are made for a whole batch, as those of its first clip."""
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result
-        yield 0, step
 
 
 def encode_clips(
@@ -375,12 +357,6 @@ def decoder_settings(parts: Parts, request: ARRequest) -> DecoderSettings:
     )
 
 
-def video_of(opened: Opened, request: ARRequest) -> VideoShape:
-    """Size of the video, input frames included."""
-    own = window_shape(opened)
-    return replace(own, frames=request.num_video_frames or own.frames)
-
-
 def alternates(opened: Opened, request: ARRequest) -> bool:
     """Whether drawing and decoding take turns, window by window.
 
@@ -392,233 +368,24 @@ def alternates(opened: Opened, request: ARRequest) -> bool:
     return request.rollout == "pixels" and latents > opened["transformer"].config.grid.frames
 
 
-def report_entries(parts: Parts, request: ARRequest, recorder: Recorder) -> dict[str, Any]:
-    """Entries of a video's report."""
-    spent = sum(s.seconds for s in recorder.stages if s.name in ("prefill", "tokens"))
-    decoder, drawn = recorder.facts["decoder"], recorder.facts["tokens"]
-    clips = recorder.facts["clips_at_once"]
-    # a prompt has many queries; see `worldline.nn.attention` for the one query of a step
-    steps = "matrix products" if decoder == PlainDecoder.name else "Triton, split keys"
-    diffusion = parts.decoder and asdict(decoder_settings(parts, request))
-    return {
-        "decoder": decoder,
-        "diffusion_decoder": diffusion,
-        "attention": f"torch SDPA (prompt), {steps} (decoding)",
-        "tokens": drawn,
-        "clips_at_once": clips,  # that share the seconds of all stages but their decoding
-        "tokens_per_second": round(clips * drawn / spent, 2) if spent else None,
-    }
-
-
-@dataclass(frozen=True)
-class DecoderNetwork(Network[DiTConfig]):
-    """The transformer of the diffusion decoder.
-
-    Attributes:
-        aux: holds the embedding of a general prompt; None where every request brings its own.
-        generation: whose sampler it is run with.
-        rotary_precision: of the rotary angles; None is that of the weights, as released.
-    """
-
-    aux: Checkpoint | None = None
-    generation: Generation = "Predict1"
-    rotary_precision: str | None = None
-
-    @property
-    def files(self) -> list[Path]:
-        return [*super().files, *(self.aux.files if self.aux else ())]
-
-    @cached_property
-    def context(self) -> Tensor | None:
-        """Embedding of the general prompt, float32 (1, S, E); None where there is none.
-
-        Raises:
-            CheckpointError: it is damaged.
-        """
-        if self.aux is None:
-            return None
-        context = self.aux.read("context").float().clone()
-        if not context.isfinite().all():
-            raise CheckpointError(f"{self.aux.path}: context is not finite; download it again")
-        return context
-
-
-def open_transformer(opened: Opened) -> Network[ARTransformerConfig]:
-    """The transformer, whole or in tensor-parallel shards; config.json wins over shapes."""
-    if not opened.settings:
-        sides = " x ".join(map(str, astuple(RELEASED_GRID)))
-        logger.info("no config.json in %s: released grid %s assumed", opened.folder, sides)
-    try:
-        return open_network(opened.source, opened.settings)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{_shard_hint(opened)}") from error
-
-
-def _shard_hint(opened: Opened) -> str:
-    """End of a message about sizes: a set that lacks its last ranks looks like a whole one."""
-    return " (is a shard missing?)" if opened.source.kind == "tensor-parallel shards" else ""
-
-
-def open_tokenizer(opened: Opened) -> CosmosNetwork:
-    """The discrete tokenizer of the model's generation, which the decoder must fit, too."""
-    place = opened.place
-    assert place is not None
-    names = TOKENIZERS[::-1] if "1.0" in opened.folder.name else TOKENIZERS
-    folder = place.below(names)
-    if folder is None:
-        raise CheckpointError(
-            f"no discrete tokenizer: neither {names[0]} nor {names[1]} is in {place.searched}"
-        )
-    cosmos = open_cosmos(folder)
-    config = cosmos.config
-    rows = opened["transformer"].config.vocabulary
-    if config.vocabulary != rows:
-        raise CheckpointError(
-            f"{folder} has {config.vocabulary} token ids, {opened.folder} expects {rows}: they do "
-            f"not belong together{_shard_hint(opened)}"
-        )
-    if "decoder" in opened.parts:
-        refuse_grids(opened, config)
-    return cosmos
-
-
-def decodes(opened: Opened) -> bool:
-    """Whether the diffusion decoder runs: of released models unless disabled, if one is bundled."""
-    disabled = opened.options.disable_diffusion_decoder
-    if disabled is None and opened.bundled:
-        assert opened.place is not None
-        return opened.place.below(DECODERS.values()) is not None
-    return not disabled
-
-
-def open_decoder(opened: Opened) -> DecoderNetwork | None:
-    """The diffusion decoder; that of the model's own generation is preferred."""
-    if not decodes(opened):
-        return None
-    place, config = opened.place, opened["transformer"].config
-    assert place is not None
-    own = generation_by_name(opened.folder)
-    order = sorted(DECODERS, key=lambda generation: generation != own)
-    with without_decoder():
-        folder = place.below(DECODERS[generation] for generation in order)
-        if folder is None:
-            names = " nor ".join(DECODERS[generation] for generation in order)
-            raise CheckpointError(f"no diffusion decoder: neither {names} is in {place.searched}")
-        settings = read_settings(folder)
-        precision = settings.get("rotary_precision")
-        if precision not in (None, *get_args(Precision)):
-            raise CheckpointError(f"{folder / 'config.json'}: rotary_precision is {precision!r}")
-        network = open_dit(folder, settings)
-        if not network.config.vocabulary:
-            raise CheckpointError(f"{folder} is a diffusion model, which reads no token ids")
-        if network.config.vocabulary != config.vocabulary:
-            raise CheckpointError(
-                f"{folder} reads {network.config.vocabulary} token ids, {opened.folder} draws "
-                f"{config.vocabulary}: they do not belong together"
-            )
-        aux = None
-        if config.context_width is None:
-            aux = open_aux(folder, network.config.context_width)
-        elif config.context_width != network.config.context_width:
-            raise CheckpointError(
-                f"{folder} reads text of width {network.config.context_width}, {opened.folder} of "
-                f"{config.context_width}: they do not belong together"
-            )
-    return DecoderNetwork(
-        **{**vars(network), "blocks": BLOCKS},
-        aux=aux,
-        generation=generation_by_name(folder),
-        rotary_precision=precision,
-    )
-
-
-@contextmanager
-def without_decoder() -> Iterator[None]:
-    """Add to an error which flag runs without the decoder."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; --disable_diffusion_decoder runs without") from error
-
-
-def open_aux(folder: Path, width: int) -> Checkpoint:
-    """The file of the general prompt; its mask is never used, whatever it holds.
-
-    Raises:
-        CheckpointError: it is absent, damaged, or of another width.
-    """
-    paths = [folder / name for name in ("aux_vars.pt", "aux_vars.safetensors")]
-    aux = open_checkpoint(next(filter(Path.exists, paths), paths[0]))
-    info = aux.tensors.get("context")
-    known = aux.tensors.keys() <= {"context", "context_mask"}
-    if info is None or not known or not info.dtype.is_floating_point:
-        raise CheckpointError(f"{aux.path} has {', '.join(sorted(aux.tensors)[:4])}; give context")
-    if len(info.shape) != 3 or info.shape[0] != 1 or not info.shape[1] or info.shape[2] != width:
-        raise CheckpointError(
-            f"{aux.path}: context is {list(info.shape)}, [1, rows, {width}] is expected"
-        )
-    return aux
-
-
-def open_decoder_tokenizer(opened: Opened) -> CosmosNetwork | None:
-    """The continuous tokenizer that the diffusion decoder's latents are of."""
-    if "decoder" not in opened.parts:
-        return None
-    assert opened.place is not None
-    names = CONTINUOUS_TOKENIZERS[opened["decoder"].generation]
-    with without_decoder():
-        found = opened.place.below(names)
-        if found is None:
-            raise CheckpointError(
-                f"no continuous tokenizer for the diffusion decoder: neither {names[0]} nor "
-                f"{names[1]} is in {opened.place.searched}"
-            )
-        return open_latent_tokenizer(found)
-
-
-def refuse_grids(opened: Opened, discrete: CosmosTokenizerConfig) -> None:
-    """Raise `CheckpointError` unless the cells of both tokenizers and the decoder fit."""
-    tokenizer = opened["decoder_tokenizer"]
-    continuous = tokenizer.config
-    with without_decoder():
-        if continuous.temporal != discrete.temporal or discrete.spatial % continuous.spatial:
-            raise CheckpointError(
-                f"{tokenizer.path} compresses {continuous.temporal} x {continuous.spatial}, the "
-                f"discrete tokenizer {discrete.temporal} x {discrete.spatial}: they do not belong "
-                "together"
-            )
-        if tokenizer.statistics.frames < DECODER_WINDOW:
-            raise CheckpointError(
-                f"{tokenizer.path}: its statistics are of {tokenizer.statistics.frames} latent "
-                f"frames, the diffusion decoder needs {DECODER_WINDOW}"
-            )
-        try:
-            opened["decoder"].config.tokens(decoder_grid(opened, discrete))
-        except ValueError as error:
-            raise CheckpointError(f"{opened['decoder'].path}: {error}") from error
-
-
-def decoder_grid(opened: Opened, discrete: CosmosTokenizerConfig) -> LatentShape:
-    """Grid of the latents that the diffusion decoder denoises at once."""
-    finer = discrete.spatial // opened["decoder_tokenizer"].config.spatial
-    grid = opened["transformer"].config.grid
-    return LatentShape(DECODER_WINDOW, grid.height * finer, grid.width * finer)
-
-
-def open_encoder(opened: Opened) -> TextPart | None:
-    """The text encoder T5; None of a base model, which takes no prompt."""
-    width = opened["transformer"].config.context_width
-    if width is None:
-        if opened.options.text_encoder_dir is not None:
-            raise InputError(f"text_encoder_dir: {opened.name} is a base model without prompts")
-        return None
-    return open_text(opened, T5Files, width)
+def video_of(opened: Opened, request: ARRequest) -> VideoShape:
+    """Size of the video, input frames included."""
+    own = window_shape(opened)
+    return replace(own, frames=request.num_video_frames or own.frames)
 
 
 def window_shape(opened: Opened) -> VideoShape:
     """Size of what the model draws at once."""
     tokenizer = opened["tokenizer"].config
     return opened["transformer"].config.grid.video(tokenizer.temporal, tokenizer.spatial)
+
+
+def embedding_of(opened: Opened, request: ARRequest) -> Tensor | None:
+    """Embedding in place of a request's prompt, (1, S, E)."""
+    width = opened["transformer"].config.context_width
+    if width is None:
+        return None
+    return read_embeddings(request, width, opened.text_length).prompt
 
 
 def check(opened: Opened, request: ARRequest) -> ARRequest:
@@ -663,20 +430,6 @@ def check(opened: Opened, request: ARRequest) -> ARRequest:
     return request.model_copy(update={"num_video_frames": frames})
 
 
-def embedding_of(opened: Opened, request: ARRequest) -> Tensor | None:
-    """Embedding in place of a request's prompt, (1, S, E)."""
-    width = opened["transformer"].config.context_width
-    if width is None:
-        return None
-    return read_embeddings(request, width, text_length(opened)).prompt
-
-
-def text_length(opened: Opened) -> int:
-    """Rows of a text embedding."""
-    text = opened.get("text")
-    return text.max_length if text else MAX_LENGTH
-
-
 def unused(opened: Opened, request: ARRequest) -> dict[str, str]:
     """Fields and parts without effect on a request."""
     decoder = "decoder" in opened.parts
@@ -688,8 +441,7 @@ def unused(opened: Opened, request: ARRequest) -> dict[str, str]:
         draws = ("top_p",) if decoder else ("top_p", "seed")
         found |= dict.fromkeys(draws, "temperature 0 draws nothing at random")
     if request.prompt_embeddings is not None:
-        encoder = ("text", "text_encoder_dir", "text_encoder_dtype", "offload_text_encoder_model")
-        found |= dict.fromkeys(encoder, "embeddings are given")
+        found |= opened.encoder_unused
     window = opened["transformer"].config.grid.frames
     frames = request.num_video_frames or window_shape(opened).frames
     latents = latent_frames_of(frames, opened["tokenizer"].config.temporal)
@@ -699,6 +451,35 @@ def unused(opened: Opened, request: ARRequest) -> dict[str, str]:
     if decoder and decoded <= DECODER_WINDOW:
         found["decoder_seam"] = "one window of the decoder is enough"
     return found
+
+
+def notes(opened: Opened, request: ARRequest) -> list[str]:
+    """Published failure rate of the model from a single frame."""
+    entry = find(opened.folder.name)
+    if entry is None or not entry.failure_rates or request.num_input_frames > 1:
+        return []
+    one, nine = entry.failure_rates
+    if one < 5:
+        return []
+    return [f"from 1 frame about {one} % of the videos fail, from 9 frames {nine} % (published)"]
+
+
+def report_entries(parts: Parts, request: ARRequest, recorder: Recorder) -> dict[str, Any]:
+    """Entries of a video's report."""
+    spent = sum(s.seconds for s in recorder.stages if s.name in ("prefill", "tokens"))
+    decoder, drawn = recorder.facts["decoder"], recorder.facts["tokens"]
+    clips = recorder.facts["clips_at_once"]
+    # a prompt has many queries; see `worldline.nn.attention` for the one query of a step
+    steps = "matrix products" if decoder == PlainDecoder.name else "Triton, split keys"
+    diffusion = parts.decoder and asdict(decoder_settings(parts, request))
+    return {
+        "decoder": decoder,
+        "diffusion_decoder": diffusion,
+        "attention": f"torch SDPA (prompt), {steps} (decoding)",
+        "tokens": drawn,
+        "clips_at_once": clips,  # that share the seconds of all stages but their decoding
+        "tokens_per_second": round(clips * drawn / spent, 2) if spent else None,
+    }
 
 
 def stages(opened: Opened, request: ARRequest, compute: Compute) -> Iterator[Stage]:
@@ -722,7 +503,7 @@ def stages(opened: Opened, request: ARRequest, compute: Compute) -> Iterator[Sta
     heads = config.num_kv_heads * config.head_size
     cache = 2 * config.depth * config.length * heads * size
     if config.context_width is not None:
-        cache += 2 * (config.depth // config.context_every) * text_length(opened) * heads * size
+        cache += 2 * (config.depth // config.context_every) * opened.text_length * heads * size
     cache += 2 * CHUNK * config.vocabulary * torch.float32.itemsize  # noise of the draws
     # the longest prompt: gate, up and product of a part of it; and queries, keys, values
     prompt = longest_prefix(opened)
@@ -767,17 +548,6 @@ def compile_kernels(opened: Opened, compute: Compute) -> Iterator[None]:
     finally:
         if thread is not None:  # it launches kernels, also beside what follows a failure
             thread.join()
-
-
-def notes(opened: Opened, request: ARRequest) -> list[str]:
-    """Published failure rate of the model from a single frame."""
-    entry = find(opened.folder.name)
-    if entry is None or not entry.failure_rates or request.num_input_frames > 1:
-        return []
-    one, nine = entry.failure_rates
-    if one < 5:
-        return []
-    return [f"from 1 frame about {one} % of the videos fail, from 9 frames {nine} % (published)"]
 
 
 def presets(entry: Entry) -> dict[str, Any]:
@@ -827,7 +597,6 @@ FAMILY = Family(
     generate=generate,
     generate_together=generate_together,
     max_batch_size=max_batch_size,
-    holds_batch=alternates,
     prepare=compile_kernels,
     presets=presets,
     guardrails=lambda opened: generation_by_name(opened.folder),

@@ -22,7 +22,9 @@ class ARRequest(Request):
     INPUT_FRAMES: ClassVar[Mapping[str, int]] = {"image": 1, "video": 9}
 
     num_input_frames: Literal[1, 9] = Field(
-        9, description="Last frames of the input that are continued; an image has 1."
+        9,
+        description="Last frames of the input that are continued: 1 or 9.  [default: 9, 1 "
+        "of an image]",
     )
     num_video_frames: Annotated[int, Field(ge=1, le=LARGEST_SIZE)] | None = Field(
         None,

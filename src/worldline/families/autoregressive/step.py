@@ -17,9 +17,10 @@ new token sees the frames before it as near as in training.
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from worldline.families.autoregressive.model import (
     make_positions,
 )
 from worldline.nn.attention import KVCache
+from worldline.nn.kernels import has_triton
 from worldline.sampling.tokens import Sampling, draw
 
 MAX_BATCH_SIZE = 16  # of the kernels
@@ -71,10 +73,6 @@ def kernels_fit(config: ARTransformerConfig, device: torch.device, dtype: torch.
         and config.head_size & (config.head_size - 1) == 0
         and has_triton()
     )
-
-
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 class PlainDecoder:
@@ -177,20 +175,12 @@ class CapturedDecoder(PlainDecoder):
 
     name = "CUDA graph, Triton kernels"
 
-    def __init__(
-        self,
-        model: ARTransformer,
-        positions: Positions,
-        sampling: Sampling,
-        *,
-        batch: int = 1,
-        context: Tensor | None = None,
-    ) -> None:
-        super().__init__(model, positions, sampling, batch=batch, context=context)
+    def __init__(self, model: ARTransformer, *arguments: Any, **options: Any) -> None:
+        super().__init__(model, *arguments, **options)
         device = self.ids.device
-        self.fused = FusedStep(model, positions, self.encoded)
+        self.fused = FusedStep(model, self.positions, self.encoded)
         self.position = torch.zeros((), dtype=torch.int64, device=device)
-        self.noise = torch.ones(batch, model.config.vocabulary, device=device)
+        self.noise = torch.ones(len(self.ids), model.config.vocabulary, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
@@ -351,21 +341,21 @@ def compile_ahead(
     if batch > MAX_BATCH_SIZE or not kernels_fit(config, device, dtype):
         return None
 
+    @torch.inference_mode()
     def run() -> None:
-        from worldline.nn import decode_kernels
-
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-            decode_kernels.compile_for(
-                batch=batch,
-                width=config.width,
-                hidden=config.hidden,
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads,
-                head_size=config.head_size,
-                length=config.length,
-                context=config.context_width is not None,
-                device=device,
-            )
+        # kernels are compiled for columns of matrices, whatever their rows and number
+        small = replace(config, depth=1, vocabulary=16, embedding_rows=32)
+        with torch.device("meta"):
+            model = ARTransformer(small).to(dtype)
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            model = model.to_empty(device=device)
+            context: EncodedContext | None = None
+            if config.context_width is not None:
+                rows = torch.zeros(1, 16, config.context_width, device=device)
+                context = model.encode_context(rows)
+            step = FusedStep(model, make_positions(small, device, dtype), [context] * batch)
+            first = torch.zeros(batch, dtype=torch.int64, device=device)
+            step(first, first[0], model.new_cache(batch))
 
     thread = threading.Thread(target=run, name="compile", daemon=True)
     thread.start()

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import (
     PRESETS,
     RELEASED_GRID,
@@ -28,10 +29,9 @@ from worldline.weights.networks import (
     Flag,
     Network,
     Number,
-    count_blocks,
+    Shapes,
     open_transformer,
     read_settings,
-    read_shapes,
 )
 from worldline.weights.source import Checkpoint
 
@@ -72,15 +72,6 @@ KEYS = KeyMap(
     },
 )
 
-# tensors that fix the architecture -> number of axes; our names
-_DECISIVE = {
-    "embedding.weight": 2,
-    "head.weight": 2,
-    "layers.0.attention.q.weight": 2,
-    "layers.0.attention.k.weight": 2,
-    "layers.0.attention.q_norm.weight": 1,
-    "layers.0.feed_forward.gate.weight": 2,
-}
 _DEEP_AND_WIDE = (40, 5120)  # the 12B and 13B models, which stretch their frequencies
 
 
@@ -137,17 +128,17 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
         CheckpointError: the tensors are not those of an autoregressive Cosmos model, or a setting
             has a wrong value.
     """
-    shapes = read_shapes(source, KEYS, _DECISIVE, "an autoregressive Cosmos model")
+    shapes = Shapes(source, KEYS, "an autoregressive Cosmos model")
     stated = Settings.parse(settings, source.path.parent / "config.json")
-    context = shapes.get("layers.0.cross_attention.k.weight")
-    has_context = context is not None
+    context = "layers.0.cross_attention.k.weight"
+    has_context = context in shapes.shapes
     if stated.insert_cross_attn is not None:
         has_context = stated.insert_cross_attn
-    depth = stated.n_layers or count_blocks(shapes, "layers")
-    width = stated.dim or shapes["embedding.weight"][1]
-    head_size = stated.head_dim or shapes["layers.0.attention.q_norm.weight"][0]
+    depth = stated.n_layers or shapes.count("layers")
+    width = stated.dim or shapes.size("embedding.weight", 1)
+    head_size = stated.head_dim or shapes.size("layers.0.attention.q_norm.weight")
     heads, kv_heads = (
-        shapes[f"layers.0.attention.{leaf}.weight"][0] // head_size for leaf in ("q", "k")
+        shapes.size(f"layers.0.attention.{leaf}.weight") // head_size for leaf in ("q", "k")
     )
     yarn = Yarn(
         stated.original_latent_shape[:2],
@@ -155,6 +146,13 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
         stated.yarn_beta_fast,
         stated.yarn_beta_slow,
     )
+    rows = shapes.size("embedding.weight")
+    vocabulary = stated.vocab_size or shapes.size("head.weight")
+    if rows < (ids := vocabulary + int(has_context)):  # the begin token is the next id
+        raise CheckpointError(f"{source.path}: embedding_rows is {rows}; {ids} ids are read")
+    context_width = None
+    if has_context:
+        context_width = stated.context_dim or shapes.size(context, 1)
     stretched = (depth, width) == _DEEP_AND_WIDE
     absolute = stated.apply_abs_pos_emb
     return ARTransformerConfig(
@@ -163,14 +161,14 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
         num_heads=stated.n_heads or heads,
         num_kv_heads=stated.n_kv_heads or kv_heads,
         head_size=head_size,
-        hidden=stated.ffn_hidden_size or shapes["layers.0.feed_forward.gate.weight"][0],
-        vocabulary=stated.vocab_size or shapes["head.weight"][0],
-        embedding_rows=shapes["embedding.weight"][0],
+        hidden=stated.ffn_hidden_size or shapes.size("layers.0.feed_forward.gate.weight"),
+        vocabulary=vocabulary,
+        embedding_rows=rows,
         grid=LatentShape(*stated.video_latent_shape),
         rope_theta=stated.rope_theta,
         norm_eps=stated.norm_eps,
         yarn=yarn if (stretched if stated.apply_yarn is None else stated.apply_yarn) else None,
-        context_width=(stated.context_dim or (context or (0, 1024))[1]) if has_context else None,
+        context_width=context_width,
         context_every=stated.insert_cross_attn_every_k_layers,
         absolute_positions=has_context if absolute is None else absolute,
         leading_tokens=int(has_context),

@@ -57,7 +57,6 @@ from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, Conditioning, make_si
 from worldline.sampling.schedules import standard_noise
 from worldline.shapes import VideoShape
 from worldline.step import Step
-from worldline.text.encoder import MAX_LENGTH
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import (
@@ -200,6 +199,140 @@ def restored(statistics: LatentStatistics, latents: Tensor) -> Tensor:
     return statistics.denormalise(latents / SIGMA_DATA)
 
 
+def embeddings_of(opened: Opened, request: DiffusionRequest) -> Embeddings:
+    """Embeddings in place of prompts, with as many rows as the model takes."""
+    return read_embeddings(request, opened["transformer"].config.context_width, opened.text_length)
+
+
+def prompts_to_encode(request: DiffusionRequest, given: Embeddings) -> dict[str, str]:
+    """Prompts that must be encoded, by their names: "prompt", "negative_prompt"."""
+    prompts: dict[str, str] = {}
+    if given.prompt is None and request.prompt is not None:
+        prompts["prompt"] = request.prompt
+    if request.guidance and given.negative is None and request.negative_prompt:
+        prompts["negative_prompt"] = request.negative_prompt
+    return prompts
+
+
+def starts_from_text(opened: Opened) -> bool:
+    """Whether a model makes videos of a prompt alone."""
+    condition_mask = opened["transformer"].config.condition_mask
+    return bool(opened.settings.get("text2world", not condition_mask))
+
+
+def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
+    """Refuse what the model cannot do; fill in sampler and precision.
+
+    Raises:
+        InputError: it cannot do this, or there is no prompt.
+        CheckpointError: the text encoder is needed, and missing.
+    """
+    config, tokenizer = opened["transformer"].config, opened["tokenizer"]
+    if request.num_input_frames and not config.condition_mask:
+        raise InputError(
+            f"{opened.name} is a Text2World model without inputs; use a Video2World model"
+        )
+    if not request.num_input_frames and not starts_from_text(opened):
+        raise InputError(
+            f"{opened.name} is a Video2World model; give an image or a video to continue, or use a "
+            "Text2World model"
+        )
+    longest = min(tokenizer.statistics.frames, config.max_grid.frames)
+    refuse_size(request.video, request.num_input_frames, config, longest, tokenizer.config)
+    sampler = request.sampler or SAMPLER_OF[generation_of(opened)]
+    if sampler == "res_2mid" and request.num_steps < 2:
+        raise InputError("num_steps is 1; the sampler res_2mid needs 2 or more")
+    if request.reinsertion == "march_2025" and sampler != "edm_euler":
+        raise InputError(
+            f"reinsertion march_2025 is a fault of the sampler edm_euler; {sampler} never had it"
+        )
+    given = embeddings_of(opened, request)
+    if request.prompt is None and given.prompt is None and not rewrites(opened, request):
+        raise InputError("no prompt; give one, or prompt_embeddings")
+    if needed := prompts_to_encode(request, given):
+        opened.require("text", " and ".join(needed))
+    precision = request.rotary_precision or "bfloat16"
+    return request.model_copy(update={"sampler": sampler, "rotary_precision": precision})
+
+
+def unused(opened: Opened, request: DiffusionRequest) -> dict[str, str]:
+    """Fields and parts without effect on a request."""
+    found = request.unused()
+    if request.prompt_embeddings is not None and not prompts_to_encode(
+        request, embeddings_of(opened, request)
+    ):
+        found |= opened.encoder_unused
+    if not request.num_input_frames:
+        found |= dict.fromkeys(("reinsertion", "augment_sigma"), "there is no input")
+    return found
+
+
+def notes(opened: Opened, request: DiffusionRequest) -> list[str]:
+    """What a request has that the released models were not trained on."""
+    least, most = TRAINED_FPS
+    if opened.bundled or least <= request.fps <= most:
+        return []
+    return [f"fps is {request.fps:g}; the models were trained on {least} to {most}"]
+
+
+def report_entries(parts: Parts, request: DiffusionRequest, recorder: Recorder) -> dict[str, Any]:
+    """Entries of a video's report."""
+    return {"generation": generation_of(parts.opened), **attention_entries(parts, request.video)}
+
+
+def stages(opened: Opened, request: DiffusionRequest, compute: Compute) -> Iterator[Stage]:
+    """Memory beside the weights; `benchmarks/diffusion_end_to_end.py` compares it."""
+    if (text := opened.get("text")) and "text" not in unused(opened, request):
+        yield Stage("text", "text", text.nbytes(compute) // 20)
+    yield from denoising_stages(
+        opened["transformer"].config,
+        opened["tokenizer"].config,
+        request.video,
+        compute,
+        opened.text_length,
+    )
+
+
+def denoising_stages(
+    config: DiTConfig,
+    tokenizer: CosmosTokenizerConfig,
+    video: VideoShape,
+    compute: Compute,
+    context_length: int,
+    *,
+    batch: int = 1,
+) -> Iterator[Stage]:
+    """Stages encode, denoise and decode of a video.
+
+    Args:
+        config: of the transformer.
+        tokenizer: of the continuous tokenizer.
+        video: size of the video.
+        compute: device and precision.
+        context_length: rows of a text embedding.
+        batch: guidance branches computed at once.
+    """
+    size = compute.dtype.itemsize
+    grid = video.latent(tokenizer.temporal, tokenizer.spatial)
+
+    def coding(frames: int) -> int:
+        cells = -(-frames // tokenizer.patch)
+        cells *= (video.height // tokenizer.patch) * (video.width // tokenizer.patch)
+        widest = max(tokenizer.level_channels[0], tokenizer.patch_channels)
+        return 2 * coding_bytes(cells, widest, size)
+
+    yield Stage("encode", "tokenizer", coding(min(video.frames, 9)))
+    denoising = denoise_bytes(
+        config, grid, compute.dtype, context_length, fused=compute.fused, batch=batch
+    )
+    yield Stage("denoise", "transformer", denoising)
+    past = (
+        2 * grid.tokens * tokenizer.level_channels[-1] * size
+    )  # keys and values of earlier pieces
+    pieces = min(video.frames, CosmosTokenizer.chunk * tokenizer.temporal)
+    yield Stage("decode", "tokenizer", coding(pieces) + past)
+
+
 def open_transformer(opened: Opened) -> Network[DiTConfig]:
     """The transformer in either layout."""
     if is_decoder(opened.source.tensors):
@@ -272,145 +405,13 @@ def open_encoder(opened: Opened) -> TextPart:
     return open_text(opened, T5Files, opened["transformer"].config.context_width)
 
 
-def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
-    """Refuse what the model cannot do; fill in sampler and precision.
+def upsampler(opened: Opened) -> tuple[bool, tuple[str, ...]]:
+    """Whether the released upsampler describes a picture, and the names of its folder."""
+    from worldline.text.upsampler import DESCRIBING, LENGTHENING
 
-    Raises:
-        InputError: it cannot do this, or there is no prompt.
-        CheckpointError: the text encoder is needed, and missing.
-    """
-    config, tokenizer = opened["transformer"].config, opened["tokenizer"]
-    if request.num_input_frames and not config.condition_mask:
-        raise InputError(
-            f"{opened.name} is a Text2World model without inputs; use a Video2World model"
-        )
-    if not request.num_input_frames and not starts_from_text(opened):
-        raise InputError(
-            f"{opened.name} is a Video2World model; give an image or a video to continue, or use a "
-            "Text2World model"
-        )
-    longest = min(tokenizer.statistics.frames, config.max_grid.frames)
-    refuse_size(request.video, request.num_input_frames, config, longest, tokenizer.config)
-    sampler = request.sampler or SAMPLER_OF[generation_of(opened)]
-    if sampler == "res_2mid" and request.num_steps < 2:
-        raise InputError("num_steps is 1; the sampler res_2mid needs 2 or more")
-    if request.reinsertion == "march_2025" and sampler != "edm_euler":
-        raise InputError(
-            f"reinsertion march_2025 is a fault of the sampler edm_euler; {sampler} never had it"
-        )
-    given = embeddings_of(opened, request)
-    if request.prompt is None and given.prompt is None and not rewrites(opened, request):
-        raise InputError("no prompt; give one, or prompt_embeddings")
-    if needed := prompts_to_encode(request, given):
-        opened.require("text", " and ".join(needed))
-    precision = request.rotary_precision or "bfloat16"
-    return request.model_copy(update={"sampler": sampler, "rotary_precision": precision})
-
-
-def starts_from_text(opened: Opened) -> bool:
-    """Whether a model makes videos of a prompt alone."""
-    condition_mask = opened["transformer"].config.condition_mask
-    return bool(opened.settings.get("text2world", not condition_mask))
-
-
-def embeddings_of(opened: Opened, request: DiffusionRequest) -> Embeddings:
-    """Embeddings in place of prompts, with as many rows as the model takes."""
-    return read_embeddings(request, opened["transformer"].config.context_width, text_length(opened))
-
-
-def prompts_to_encode(request: DiffusionRequest, given: Embeddings) -> dict[str, str]:
-    """Prompts that must be encoded, by their names: "prompt", "negative_prompt"."""
-    prompts: dict[str, str] = {}
-    if given.prompt is None and request.prompt is not None:
-        prompts["prompt"] = request.prompt
-    if request.guidance and given.negative is None and request.negative_prompt:
-        prompts["negative_prompt"] = request.negative_prompt
-    return prompts
-
-
-def unused(opened: Opened, request: DiffusionRequest) -> dict[str, str]:
-    """Fields and parts without effect on a request."""
-    found = request.unused()
-    if request.prompt_embeddings is not None and not prompts_to_encode(
-        request, embeddings_of(opened, request)
-    ):
-        names = ("text", "text_encoder_dir", "text_encoder_dtype", "offload_text_encoder_model")
-        found |= dict.fromkeys(names, "embeddings are given")
-    if not request.num_input_frames:
-        found |= dict.fromkeys(("reinsertion", "augment_sigma"), "there is no input")
-    return found
-
-
-def stages(opened: Opened, request: DiffusionRequest, compute: Compute) -> Iterator[Stage]:
-    """Memory beside the weights; `benchmarks/diffusion_end_to_end.py` compares it."""
-    if (text := opened.get("text")) and "text" not in unused(opened, request):
-        yield Stage("text", "text", text.nbytes(compute) // 20)
-    yield from denoising_stages(
-        opened["transformer"].config,
-        opened["tokenizer"].config,
-        request.video,
-        compute,
-        text_length(opened),
-    )
-
-
-def denoising_stages(
-    config: DiTConfig,
-    tokenizer: CosmosTokenizerConfig,
-    video: VideoShape,
-    compute: Compute,
-    context_length: int,
-    *,
-    batch: int = 1,
-) -> Iterator[Stage]:
-    """Stages encode, denoise and decode of a video.
-
-    Args:
-        config: of the transformer.
-        tokenizer: of the continuous tokenizer.
-        video: size of the video.
-        compute: device and precision.
-        context_length: rows of a text embedding.
-        batch: guidance branches computed at once.
-    """
-    size = compute.dtype.itemsize
-    grid = video.latent(tokenizer.temporal, tokenizer.spatial)
-
-    def coding(frames: int) -> int:
-        cells = -(-frames // tokenizer.patch)
-        cells *= (video.height // tokenizer.patch) * (video.width // tokenizer.patch)
-        widest = max(tokenizer.level_channels[0], tokenizer.patch_channels)
-        return 2 * coding_bytes(cells, widest, size)
-
-    yield Stage("encode", "tokenizer", coding(min(video.frames, 9)))
-    denoising = denoise_bytes(
-        config, grid, compute.dtype, context_length, fused=compute.fused, batch=batch
-    )
-    yield Stage("denoise", "transformer", denoising)
-    past = (
-        2 * grid.tokens * tokenizer.level_channels[-1] * size
-    )  # keys and values of earlier pieces
-    pieces = min(video.frames, CosmosTokenizer.chunk * tokenizer.temporal)
-    yield Stage("decode", "tokenizer", coding(pieces) + past)
-
-
-def text_length(opened: Opened) -> int:
-    """Rows of a text embedding."""
-    text = opened.get("text")
-    return text.max_length if text else MAX_LENGTH
-
-
-def notes(opened: Opened, request: DiffusionRequest) -> list[str]:
-    """What a request has that the released models were not trained on."""
-    least, most = TRAINED_FPS
-    if opened.bundled or least <= request.fps <= most:
-        return []
-    return [f"fps is {request.fps:g}; the models were trained on {least} to {most}"]
-
-
-def report_entries(parts: Parts, request: DiffusionRequest, recorder: Recorder) -> dict[str, Any]:
-    """Entries of a video's report."""
-    return {"generation": generation_of(parts.opened), **attention_entries(parts, request.video)}
+    if opened["transformer"].config.condition_mask:
+        return True, DESCRIBING
+    return False, LENGTHENING[::-1] if generation_of(opened) == "1.0" else LENGTHENING
 
 
 def presets(entry: Entry) -> dict[str, Any]:
@@ -420,15 +421,6 @@ def presets(entry: Entry) -> dict[str, Any]:
         "tokenizer": CosmosNetwork(CosmosTokenizer, TOKENIZER_PRESETS["CV8x8x8"]),
         "text": TextPart(NUM_PARAMETERS),
     }
-
-
-def upsampler(opened: Opened) -> tuple[bool, tuple[str, ...]]:
-    """Whether the released upsampler describes a picture, and the names of its folder."""
-    from worldline.text.upsampler import DESCRIBING, LENGTHENING
-
-    if opened["transformer"].config.condition_mask:
-        return True, DESCRIBING
-    return False, LENGTHENING[::-1] if generation_of(opened) == "1.0" else LENGTHENING
 
 
 FAMILY = Family(

@@ -19,18 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldline.nn.dit import (
-    PATCH_CELLS,
-    Block,
-    Context,
-    DiTSizes,
-    Head,
-    NoiseLevel,
-    encode_context,
-    patchify,
-    unpatchify,
-)
-from worldline.nn.modulation import NORM_EPS, Residual, norm_heads, sinusoid
+from worldline.nn.dit import Context, DiffusionTransformer, DiTSizes, NoiseLevel, patchify
+from worldline.nn.modulation import NORM_EPS, norm_heads, sinusoid
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.parallel.offload import BlockPlan
 from worldline.shapes import LatentShape
@@ -53,11 +43,6 @@ class DiTConfig(DiTSizes):
     learned_positions: bool = True
     vocabulary: int = 0
     id_width: int = 0
-
-    @property
-    def input_features(self) -> int:
-        """Numbers a token reads: latents, condition mask (Video2World) or ids, padding mask."""
-        return (self.latent_channels + self.condition_mask + self.id_width + 1) * PATCH_CELLS
 
 
 LARGEST_GRID = LatentShape(128, 120, 120)
@@ -160,28 +145,18 @@ class NoiseEmbedding(nn.Module):
         return NoiseLevel(F.silu(embedding), shared)
 
 
-class DiT(nn.Module):
+class DiT(DiffusionTransformer):
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
+        # latents, condition mask (Video2World) or ids, padding mask
+        inputs = config.latent_channels + config.condition_mask + config.id_width + 1
+        super().__init__(config, inputs, NoiseEmbedding(config.width))
         self.config = config
-        self.embed = nn.Linear(config.input_features, config.width, bias=False)
         self.positions = LearnedPositions(config) if config.learned_positions else None
         self.ids: nn.Embedding | None = None
         if config.vocabulary:
             # not nn.Embedding(...): drawing its first weights on the meta device imports for 1.3 s
             table = torch.empty(config.vocabulary, config.id_width)
             self.ids = nn.Embedding.from_pretrained(table, freeze=False)
-        self.noise = NoiseEmbedding(config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.head = Head(config)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
-
-    def encode_context(self, context: Tensor) -> Context:
-        """Every block's keys and values of a text (B, S, E); the same for all steps."""
-        return encode_context(self.blocks, context.to(self.embed.weight.device, self.dtype))
 
     def make_positions(
         self,
@@ -250,10 +225,6 @@ class DiT(nn.Module):
             ids: from `encode_ids`; the diffusion decoder only.
         """
         conditioning = [part for part in (condition_mask, ids) if part is not None]
-        x = patchify(latents.to(self.dtype), conditioning, padding_mask)
-        noise = self.noise(timesteps)
-        residual = Residual(self.embed(x))
-        for block, encoded in zip(self.blocks, context, strict=True):
-            residual = block(residual, noise, positions.rotation, encoded, positions.learned)
-        grid = LatentShape(*latents.shape[2:])
-        return unpatchify(self.head(residual, noise), grid)
+        tokens = patchify(latents.to(self.dtype), conditioning, padding_mask)
+        grid, noise = LatentShape(*latents.shape[2:]), self.noise(timesteps)
+        return self.run(tokens, grid, noise, context, positions.rotation, positions.learned)

@@ -20,7 +20,7 @@ class DiffusionRequest(VideoRequest):
     """One video of Cosmos 1.0 or Predict1."""
 
     num_input_frames: Literal[0, 1, 9] = Field(
-        0, description="Last frames of the input that are continued: 1 or 9, 1 of an image."
+        0, description="Last frames of the input that are continued: 1 or 9.  [default: 1]"
     )
     num_video_frames: Size = Field(
         121, description="Frames of the video, input frames included; 1 + 8k."

@@ -138,10 +138,11 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any] | 
     """
     stated = dit.parse_settings(Settings, source, settings)
     decodes = is_decoder(source.tensors)
-    decisive = {"ids.weight": 2} if decodes else dict.fromkeys(_POSITIONS, 2)
-    shapes, sizes = dit.read_sizes(source, keys, decisive)
-    features, channels = shapes["embed.weight"][1], sizes["latent_channels"]
-    vocabulary, id_width = shapes["ids.weight"] if decodes else (0, 0)
+    shapes, sizes = dit.read_sizes(source, keys)
+    features, channels = shapes.size("embed.weight", 1), sizes["latent_channels"]
+    vocabulary, id_width = (
+        (shapes.size("ids.weight"), shapes.size("ids.weight", 1)) if decodes else (0, 0)
+    )
     masks = features / PATCH_CELLS - channels - id_width
     if masks not in ((1,) if decodes else (1, 2)):
         raise CheckpointError(
@@ -160,7 +161,7 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any] | 
     return DiTConfig(
         **sizes,
         condition_mask=masks == 2,
-        max_grid=LARGEST_GRID if decodes else LatentShape(*(shapes[n][0] for n in _POSITIONS)),
+        max_grid=LARGEST_GRID if decodes else LatentShape(*map(shapes.size, _POSITIONS)),
         rope_ratio=ratio,
         base_fps=stated.base_fps,
         learned_positions=not decodes,

@@ -16,18 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn.dit import (
-    PATCH_CELLS,
-    Block,
     Context,
+    DiffusionTransformer,
     DiTSizes,
-    Head,
     NoiseLevel,
-    encode_context,
     linear,
     patchify,
-    unpatchify,
 )
-from worldline.nn.modulation import NORM_EPS, Residual, sinusoid
+from worldline.nn.modulation import NORM_EPS, sinusoid
 from worldline.nn.rope import Rotation, axis_sizes, rotary_exponents, stretched_angles_3d
 from worldline.shapes import LatentShape
 
@@ -54,11 +50,6 @@ class FlowDiTConfig(DiTSizes):
     rope_ratio: tuple[float, float, float] = RELEASED_RATIO
     timestep_scale: float = TIMESTEP_SCALE
     exponents: Exponents | None = None
-
-    @property
-    def input_features(self) -> int:
-        """Numbers a token reads: latents, condition mask, padding mask."""
-        return (self.latent_channels + 2) * PATCH_CELLS
 
 
 def released_exponents(head_size: int) -> Exponents:
@@ -116,24 +107,16 @@ class NoiseEmbedding(nn.Module):
         return NoiseLevel(F.silu(embedding), shared)
 
 
-class FlowDiT(nn.Module):
+class FlowDiT(DiffusionTransformer):
     def __init__(self, config: FlowDiTConfig) -> None:
-        super().__init__()
+        # latents, condition mask, padding mask
+        super().__init__(config, config.latent_channels + 2, NoiseEmbedding(config.width))
         self.config = config
-        self.embed = nn.Linear(config.input_features, config.width, bias=False)
         self.project = Projection(config.feature_width, config.context_width)
-        self.noise = NoiseEmbedding(config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.head = Head(config)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
-
-    def encode_context(self, features: Tensor) -> Context:
+    def encode_context(self, context: Tensor) -> Context:
         """Every block's keys and values of a text (B, S, F); the same for all steps."""
-        context = self.project(features.to(self.embed.weight.device, self.dtype))
-        return encode_context(self.blocks, context)
+        return super().encode_context(self.project(context.to(self.embed.weight)))
 
     def make_positions(self, grid: LatentShape) -> Rotation:
         """Rotation of every token of a clip of a latent grid, whatever its frame rate.
@@ -173,10 +156,7 @@ class FlowDiT(nn.Module):
             padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding; by default
                 nowhere.
         """
+        tokens = patchify(latents.to(self.dtype), [condition_mask], padding_mask)
         grid = LatentShape(*latents.shape[2:])
-        x = patchify(latents.to(self.dtype), [condition_mask], padding_mask)
         noise = self.noise(timesteps.to(_wide(self.dtype)) * self.config.timestep_scale)
-        residual = Residual(self.embed(x))
-        for block, encoded in zip(self.blocks, context, strict=True):
-            residual = block(residual, noise, positions, encoded)
-        return unpatchify(self.head(residual, noise), grid)
+        return self.run(tokens, grid, noise, context, positions)

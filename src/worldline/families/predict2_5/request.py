@@ -33,10 +33,13 @@ class FlowRequest(VideoRequest):
     the more usual form.
     """
 
-    INPUT_FRAMES: ClassVar[Mapping[str, int]] = {"image": 1, "video": 5}
+    INPUT_FRAMES: ClassVar[Mapping[str, int]] = {"none": 0, "image": 1, "video": 5}
 
     num_input_frames: Frames4 = Field(
-        0, ge=0, description="Last frames of the input that are continued; 1 + 4k, 1 of an image."
+        0,
+        ge=0,
+        description="Last frames of the input that are continued; 1 + 4k.  [default: 5 of a "
+        "video, 1 of an image]",
     )
     num_video_frames: Size = Field(
         93,

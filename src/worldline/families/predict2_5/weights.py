@@ -133,8 +133,8 @@ def read_config(
         CheckpointError: the tensors are of another model.
     """
     stated = dit.parse_settings(Settings, source, settings)
-    shapes, sizes = dit.read_sizes(source, keys, {"project.weight": 2})
-    features, wanted = shapes["embed.weight"][1], (sizes["latent_channels"] + 2) * PATCH_CELLS
+    shapes, sizes = dit.read_sizes(source, keys)
+    features, wanted = shapes.size("embed.weight", 1), (sizes["latent_channels"] + 2) * PATCH_CELLS
     if features != wanted:
         raise CheckpointError(
             f"{source.path}: {keys.released('embed.weight')} reads {features} numbers a token; a "
@@ -142,7 +142,7 @@ def read_config(
         )
     return FlowDiTConfig(
         **sizes,
-        feature_width=shapes["project.weight"][1],
+        feature_width=shapes.size("project.weight", 1),
         rope_ratio=stated.rope_ratio or RELEASED_RATIO,
         timestep_scale=stated.timestep_scale,
         exponents=_read_exponents(source, sizes["head_size"]),

@@ -23,8 +23,6 @@ from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerCo
 
 Frames = NDArray[np.uint8]
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 # the released tools align to these whatever the tokenizer's own compression is
 _SPATIAL_ALIGNMENT = 16
 _TEMPORAL_ALIGNMENT = 8
@@ -55,10 +53,8 @@ def encode_clip(model: CosmosTokenizer, pieces: Iterable[Frames]) -> tuple[Tenso
         for piece in pieces:
             count, height, width = piece.shape[:3]
             shape = VideoShape(shape.frames + count, height, width)
-            rows = torch.arange(height + -height % config.spatial).clamp(max=height - 1)
-            columns = torch.arange(width + -width % config.spatial).clamp(max=width - 1)
-            levels = torch.from_numpy(piece).to(weight.device)
-            levels = levels[:, rows.to(weight.device)][:, :, columns.to(weight.device)]
+            sides = ((0, 0), (0, -height % config.spatial), (0, -width % config.spatial), (0, 0))
+            levels = torch.from_numpy(np.pad(piece, sides, mode="edge")).to(weight.device)
             video = _to_video(levels[None], weight)
             yield video
         if video is None:
@@ -87,14 +83,11 @@ def decode_clip(
     """
     config = model.config
     check_stored(config, stored.dtype, tuple(stored.shape), shape)
-    if config.levels is None:
-        if not bool(stored.isfinite().all()):
-            raise ValueError("latents that are not finite")
-        latents = stored[None]
-    else:
-        if int(stored.min()) < 0 or int(stored.max()) >= config.vocabulary:
-            raise ValueError(f"token ids outside 0 to {config.vocabulary - 1:,}")
-        latents = model.to_codes(stored[None])
+    if config.levels is None and not stored.isfinite().all():
+        raise ValueError("latents that are not finite")
+    if config.levels and not 0 <= int(stored.min()) <= int(stored.max()) < config.vocabulary:
+        raise ValueError(f"token ids outside 0 to {config.vocabulary - 1:,}")
+    latents = model.to_codes(stored[None]) if config.levels else stored[None]
     whole = LatentShape(*stored.shape[-3:]).video(config.temporal, config.spatial)
     return _cut(decode_stream(model, latents), shape or whole)
 
@@ -116,13 +109,13 @@ def check_stored(
     Raises:
         ValueError: other dtype, number of axes, channels or grid.
     """
-    channels: tuple[int, ...]
+    kind, channels = str(dtype).removeprefix("torch."), tuple[int, ...]()
+    name, dtypes = "token ids", ("uint8", "int16", "int32", "int64")
     if config.levels is None:
-        name, dtypes, channels = "latents", _FLOATS, (config.latent_channels,)
-    else:
-        name, dtypes, channels = "token ids", _INTEGERS, ()
-    if dtype not in dtypes:
-        raise ValueError(f"{name} are needed, not {str(dtype).removeprefix('torch.')}")
+        name, channels = "latents", (config.latent_channels,)
+        dtypes = ("bfloat16", "float16", "float32", "float64")
+    if kind not in dtypes:
+        raise ValueError(f"{name} are needed, not {kind}")
     grid = stored[-3:]
     if clip is not None:
         grid = (
@@ -131,8 +124,7 @@ def check_stored(
             -(-clip.width // config.spatial),
         )
     if stored != (*channels, *grid) or len(grid) != 3 or min(stored) < 1:
-        sides = " x ".join(map(str, (*channels, *(grid if clip else "thw"))))
-        raise ValueError(f"{name} {sides} are needed, not {' x '.join(map(str, stored))}")
+        raise ValueError(f"{name} {[*channels, *grid]} are needed, not {list(stored)}")
 
 
 def _cut(pieces: Iterable[Tensor], shape: VideoShape) -> Iterator[Frames]:

@@ -13,7 +13,6 @@ same memory seen as (B, T, H, W, C). A clip may also pass in pieces: see `worldl
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -126,18 +125,12 @@ class LatentStatistics:
     image_std: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (self.image_mean is None) != (self.image_std is None):
-            raise ValueError("statistics of images need both a mean and a deviation")
-        for mean, std, axes in (
-            (self.mean, self.std, 2),
-            (self.image_mean, self.image_std, 1),
-        ):
-            if mean is None or std is None:
-                continue
-            if mean.shape != std.shape or mean.dim() != axes or len(mean) != len(self.mean):
-                raise ValueError(f"mean is {list(mean.shape)} and deviation {list(std.shape)}")
-            if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-                raise ValueError("a mean that is not finite, or a deviation that is not above 0")
+        for name, tensor in self.tensors().items():
+            like = self.mean[:, 0] if name.startswith("image") else self.mean
+            if tensor.dim() != like.dim() or tensor.shape != like.shape:
+                raise ValueError(f"{name} is {list(tensor.shape)}, mean {list(self.mean.shape)}")
+            if not tensor.isfinite().all() or (name.endswith("std") and not (tensor > 0).all()):
+                raise ValueError(f"{name} is not finite, or a deviation that is not above 0")
 
     @property
     def frames(self) -> int:
@@ -151,9 +144,6 @@ class LatentStatistics:
             latents: (B, C, t, h, w), from the first latent frame of a clip.
             image: use the statistics of images, if any; by default if t is 1. The first latent
                 frame of a longer clip, alone, needs False.
-
-        Raises:
-            ValueError: more latent frames than `frames`, or other channels.
         """
         mean, std = self._broadcast(latents, image)
         return ((latents.float() - mean) / std).to(latents.dtype)
@@ -164,15 +154,11 @@ class LatentStatistics:
         return torch.addcmul(mean, latents.float(), std).to(latents.dtype)
 
     def _broadcast(self, latents: Tensor, image: bool | None) -> tuple[Tensor, Tensor]:
-        channels, frames = latents.shape[1:3]
-        if channels != len(self.mean):
-            raise ValueError(f"latents of {channels} channels, statistics of {len(self.mean)}")
+        frames = latents.shape[2]
         mean, std = self.mean, self.std
         image = frames == 1 if image is None else image
         if image and self.image_mean is not None and self.image_std is not None:
             mean, std = self.image_mean[:, None], self.image_std[:, None]
-        if frames > mean.shape[1]:
-            raise ValueError(f"{frames} latent frames, statistics of {mean.shape[1]}")
         return (
             mean[:, :frames, None, None].to(latents.device),
             std[:, :frames, None, None].to(latents.device),
@@ -241,13 +227,6 @@ class FactorisedConv(nn.Module):
         return self.time(self.space(x), cache)
 
 
-def _no_autocast(device: str) -> AbstractContextManager[object]:
-    """Keep autocast from making float32 copies; the meta device knows none."""
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
-
-
 class FrameNorm(nn.Module):
     """Group norm with one group, applied to each frame alone: statistics over C, H and W."""
 
@@ -258,9 +237,8 @@ class FrameNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        with _no_autocast(x.device.type):
-            # the fused norm has a fused gradient, yet on a GPU it gives a whole frame to one block
-            return self._by_sums(x) if x.is_cuda and not trained else self._fused(x)
+        # the fused norm has a fused gradient, yet on a GPU it gives a whole frame to one block
+        return self._by_sums(x) if x.is_cuda and not trained else self._fused(x)
 
     def _fused(self, x: Tensor) -> Tensor:
         cells = _cells(x)

@@ -18,13 +18,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldline.nn.kernels import kernels_for
 from worldline.nn.pieces import CausalCache, CausalTokenizer
 
 # Below the squared length at which the reference stops dividing, 1e-24; zeros stay zeros.
@@ -33,7 +32,7 @@ _REACH = 2  # frames before its own that a causal convolution sees
 _EIGHT = 8  # channels come to tensor cores by this number
 _FEW = 96  # channels that a GPU convolves faster as three times as many in two axes
 _WIDEST = 256  # head that the fused kernels take
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_KERNELS = "worldline.tokenizers.wan.kernels"
 
 # of the released latents, in code and not in the file
 MEAN = (
@@ -113,7 +112,7 @@ def norm_silu(
     Returns:
         (B, 2 + T, H, W, C), or (B, T, H, W, 3 C) if `flat`.
     """
-    kernels = _kernels(cells)
+    kernels = kernels_for(cells, _KERNELS)
     if kernels is not None:
         return kernels.norm_silu(cells, bias, gamma, before, _REACH, _EPS, flat=flat)
     y = _norm(cells if bias is None else cells + bias, gamma)
@@ -138,22 +137,6 @@ def side_by_side(padded: Tensor) -> Tensor:
     """Each frame of (B, 2 + T, H, W, C) behind the two before it: (B, T, H, W, 3 C)."""
     frames = padded.shape[1] - _REACH
     return torch.cat([padded[:, n : n + frames] for n in range(_REACH + 1)], dim=-1)
-
-
-def _kernels(cells: Tensor) -> ModuleType | None:
-    """The fused kernels where they can replace the plain forms."""
-    if not cells.is_cuda or torch.is_grad_enabled() or cells.dtype not in _DTYPES:
-        return None
-    return _load_kernels()
-
-
-@cache
-def _load_kernels() -> ModuleType | None:
-    if find_spec("triton") is None:
-        return None
-    from worldline.tokenizers.wan import kernels
-
-    return kernels
 
 
 class CausalConv(nn.Module):
@@ -227,7 +210,7 @@ class CausalConv(nn.Module):
         if not cells.is_cuda:
             return True
         few = self.weight.shape[1] <= _FEW and len(self.bias) > _EIGHT
-        return few and _kernels(cells) is not None
+        return few and kernels_for(cells, _KERNELS) is not None
 
 
 def convolve_flat(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -293,7 +276,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = Pointwise(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, cells: Tensor, cache: CausalCache) -> Tensor:
-        kernels = _kernels(cells)
+        kernels = kernels_for(cells, _KERNELS)
         plain = kernels is None  # else kernels add biases in passing: cuDNN leaves them to torch
         y = self.conv1(cells, cache, biased=plain)
         padded = self.conv2.pad(y, cache, None if plain else self.conv1.bias)
