@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_load_and_generate(root: Path, clip: Path, tmp_path: Path) -> None:
     video = world.generate(clip, strength=0.5)
     assert video.frames.shape == (5, 32, 48, 3)  # the model's own length
     means = [frame.mean() for frame in video.frames]
-    assert all(later < 0.97 * earlier for earlier, later in zip(means, means[1:], strict=False))
+    assert all(later < 0.97 * earlier for earlier, later in pairwise(means))
     assert video.report["parameters"] == 16
     assert [stage["name"] for stage in video.report["run"]["stages"]] == [
         *("read", "encode", "denoise", "decode")
