@@ -47,7 +47,7 @@ def random_model(name: str) -> ARTransformer:
 
 
 def prefix_of(model: ARTransformer) -> int:
-    """Return the tokens of nine given frames, and those before them."""
+    """The tokens of nine given frames, and those before them."""
     return 2 * model.config.grid.tokens_per_frame + model.config.leading_tokens
 
 

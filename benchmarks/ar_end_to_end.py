@@ -27,6 +27,7 @@ from full_size import (
     GEMM_FLOPS,
     T5,
     flops,
+    planned_bytes,
     run_command,
     write_continuous,
     write_dit,
@@ -34,16 +35,14 @@ from full_size import (
     write_network,
     write_text,
 )
-from worldline.loading import find_autoregressive, fit_files
-from worldline.loading.decoder import window_grid
 
 from tiny.export import autoregressive_settings, cosmos_tensors, draw_weights
 from worldline.catalog import DECODERS
 from worldline.families.autoregressive.model import PRESETS as TRANSFORMERS
 from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
 from worldline.families.autoregressive.weights import KEYS
+from worldline.families.diffusion.model import DECODER_WINDOW, DiTConfig
 from worldline.families.diffusion.model import PRESETS as DIFFUSION
-from worldline.families.diffusion.model import DiTConfig
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
@@ -101,7 +100,7 @@ TINY_T5 = {**T5, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_hea
 
 
 def architecture(name: str) -> tuple[ARTransformerConfig, DiTConfig, dict[str, Any]]:
-    """Return the transformer, the diffusion decoder and T5 of a model."""
+    """Transformer, diffusion decoder and T5 of a model."""
     if not name.startswith("tiny"):
         return TRANSFORMERS[name], DIFFUSION["7B-Decoder"], T5
     config = TINY
@@ -135,7 +134,7 @@ def write_weights(root: Path, name: str, *, with_text: bool) -> Path:
         network = {}
         for half, tensors in cosmos_tensors(tokenizer).items():
             network |= {f"network.{k}": v for k, v in tensors.items() if "quantizer" not in k}
-            if small:  # only the released channels tell a discrete tokenizer by themselves
+            if small:  # only of released channels is a discrete tokenizer known by the shapes alone
                 save(tensors, discrete / f"{half}.safetensors")
         if not small:
             torch.save({"model": network, "iteration": 0}, discrete / "model.pt")
@@ -176,7 +175,7 @@ def name_as_cosmos_1(root: Path, folder: Path) -> Path:
 def run(
     folder: Path, clip: Path, flags: list[str], prompt: list[str], clips: int, out: Path
 ) -> dict[str, Any]:
-    """Run the command in a fresh process; return what its reports say."""
+    """Figures of the reports of a command that runs in a fresh process."""
     command = "video2world" if prompt else "base"
     words = ["autoregressive", command, "--checkpoint_dir", str(folder.parent)]
     words += ["--ar_model_dir", folder.name, "--disable_guardrail", *flags]
@@ -262,7 +261,9 @@ def main(
     visible = config.grid.tokens - drawn / 2
     cache = 2 * config.depth * config.num_kv_heads * config.head_size * visible
     discrete, continuous = TOKENIZERS["DV8x16x16"], TOKENIZERS["CV8x8x8"]
-    forward = flops(decoder, window_grid(config, discrete, continuous))
+    finer = discrete.spatial // continuous.spatial
+    window = LatentShape(DECODER_WINDOW, config.grid.height * finer, config.grid.width * finer)
+    forward = flops(decoder, window)
     result: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "torch": torch.__version__,
@@ -286,13 +287,8 @@ def main(
         clips = CLIPS if variant.startswith("batch") else 1
         with tempfile.TemporaryDirectory() as out:
             measured = run(folder, clip, flags, prompt, clips, Path(out))
-        files = find_autoregressive(
-            folder.name, weights, diffusion_decoder=_PLAIN not in VARIANTS[variant]
-        )
-        given = [flag[2:] for flag in flags if flag[2:] in files.offload_flags]
-        device = torch.device("cuda" if cuda else "cpu")
-        planned = fit_files(files, device, None, torch.bfloat16, given)
-        measured["planned_gb_of_a_clip"] = round(planned.need / 1e9, 3)
+        planned = planned_bytes(folder.name, weights, flags)
+        measured["planned_gb_of_a_clip"] = round(planned / 1e9, 3)
         result["runs"][variant] = measured
         print(variant, json.dumps(measured), flush=True)
         output.write_text(json.dumps(result, indent=1) + "\n")

@@ -62,7 +62,7 @@ def write_weights(root: Path, size: str, *, with_text: bool) -> None:
 def run(
     root: Path, size: str, image: Path, flags: list[str], steps: int, folder: Path
 ) -> dict[str, Any]:
-    """Run the command in a fresh process; return what its report says."""
+    """Figures of the report of a command that runs in a fresh process."""
     words = ["diffusion", "video2world", "--checkpoint_dir", str(root)]
     words += ["--diffusion_transformer_dir", f"Cosmos-Predict1-{size}-Video2World"]
     words += ["--input_image_or_video_path", str(image), "--num_steps", str(steps)]

@@ -97,7 +97,7 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def exactness(size: str, device: torch.device) -> dict[str, float]:
-    """Return the relative error of bf16 forwards against float32, on a small grid, 8 blocks."""
+    """The relative error of bf16 forwards against float32, on a small grid, 8 blocks."""
     config = replace(PRESETS[f"{size}-Video2World"], depth=8)
     exact, grid = make(config, device).float(), LatentShape(4, 32, 32)
     model = copy.deepcopy(exact).bfloat16()

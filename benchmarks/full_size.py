@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ from torch import Tensor, nn
 from tiny.export import cosmos_tensors, draw_weights
 from worldline.families.diffusion.model import DiT, DiTConfig
 from worldline.families.diffusion.weights import KEYS
+from worldline.family import Compute
+from worldline.locate import locate
 from worldline.nn.dit import DiTSizes
+from worldline.nn.modulation import fused
+from worldline.opening import open_world, plan
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.weights.keymap import KeyMap
@@ -79,7 +84,7 @@ def _scatter(value: Tensor) -> None:
 
 
 def gap(ours: Tensor, theirs: Tensor) -> dict[str, float]:
-    """Return the root mean square of the difference over that of the value, and the value's."""
+    """The root mean square of the difference over that of the value, and the value's."""
     difference = (ours.float() - theirs.float()).square().mean().sqrt()
     size = theirs.float().square().mean().sqrt()
     return {"relative_rms": float(difference / size), "rms": float(size)}
@@ -164,3 +169,14 @@ def run_command(
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return json.loads((folder / f"{name}.json").read_text()), started
+
+
+def planned_bytes(name: str, root: Path, flags: Sequence[str]) -> int:
+    """Peak bytes that worldline plans for a request of a model, by these flags, in bf16."""
+    switches = ("--offload_", "--disable_diffusion_decoder")
+    options = {flag.removeprefix("--"): True for flag in flags if flag.startswith(switches)}
+    opened = open_world(locate(name, root), options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute = Compute(device, torch.bfloat16, torch.bfloat16, fused(device))
+    request = opened.family.request.parse(opened.defaults)
+    return plan(opened, [request], compute).peak(opened.options.offloaded)

@@ -22,10 +22,9 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from full_size import GEMM_FLOPS, ROWS, fill, flops, run_command
+from full_size import GEMM_FLOPS, ROWS, fill, flops, planned_bytes, run_command
 from numpy.typing import NDArray
 from PIL import Image
-from worldline.loading import find_predict2_5, fit_files
 
 from tiny.encoders import REASON1 as TINY
 from tiny.encoders import byte_chat_tokenizer, export_reason1
@@ -143,7 +142,7 @@ def write_sample(folder: Path, mode: str, name: str, steps: int, clip: VideoShap
 def run(
     root: Path, size: str, mode: str, flags: list[str], steps: int, clip: VideoShape
 ) -> dict[str, Any]:
-    """Run the command in a fresh process; return what its report says."""
+    """Figures of the report of a command that runs in a fresh process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder, clip)
@@ -171,16 +170,14 @@ def run(
 
 
 def plan(root: Path, size: str, flags: list[str], clip: VideoShape) -> float | None:
-    """Return the GB that worldline plans for with these flags; None without a GPU."""
+    """GB that worldline plans for with these flags; None without a GPU."""
     if not torch.cuda.is_available() or clip != CLIP:
         return None
-    files = find_predict2_5(_name(size), root)
-    given = [flag.removeprefix("--") for flag in flags]
-    return fit_files(files, torch.device("cuda"), None, given=given).need / 1e9
+    return planned_bytes(_name(size), root, flags) / 1e9
 
 
 def work(modes: tuple[str, ...], variants: tuple[str, ...]) -> dict[str, tuple[str, list[str]]]:
-    """Return the runs: name -> mode and flags; those of `--steps` come first."""
+    """The runs: name -> mode and flags; those of `--steps` come first."""
     found: dict[str, tuple[str, list[str]]] = {mode: (mode, []) for mode in modes or MODES}
     for variant in variants or OFFLOADED:
         found[f"few_{variant}"] = ("video2world", OFFLOADED.get(variant, []))

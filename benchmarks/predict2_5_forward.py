@@ -67,7 +67,7 @@ class Clip:
 
 
 def seconds_of(piece: Callable[[], object], rounds: int) -> list[float]:
-    """Return the time of each call, without the first, which compiles kernels."""
+    """The time of each call, without the first, which compiles kernels."""
     piece()
     found = []
     for _ in range(rounds):
@@ -125,7 +125,7 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def exactness(size: str, device: torch.device) -> dict[str, float]:
-    """Return the relative error of bf16 forwards against float32, on a small grid, 8 blocks."""
+    """The relative error of bf16 forwards against float32, on a small grid, 8 blocks."""
     exact = make(replace(PRESETS[size], depth=8), device).float()
     clip = Clip(exact, LatentShape(4, 32, 32), device)
     with mock.patch.object(modulation, "kernels_for", return_value=None):

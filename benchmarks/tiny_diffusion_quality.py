@@ -214,7 +214,8 @@ def main(
     size = (own.num_video_frames, own.height, own.width)
     chosen = {"num_steps": num_steps, "guidance": guidance}
     options = {name: value for name, value in chosen.items() if value is not None}
-    frames_given = dict(zip(TASKS, (kind.INPUT_FRAMES["video"], 1, 0), strict=True))
+    longest = 9 if world.opened.family.name == "diffusion" else 5
+    frames_given = dict(zip(TASKS, (longest, 1, 0), strict=True))
     measured: dict[str, Continued | Prompted] = {
         task: Continued(given) if given else Prompted()
         for task, given in frames_given.items()

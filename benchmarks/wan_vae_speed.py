@@ -49,7 +49,7 @@ def wait(device: torch.device) -> None:
 
 
 def median_seconds(work: Callable[[], Any], device: torch.device, rounds: int) -> float:
-    """Return the median time of a call, without the first."""
+    """The median time of a call, without the first."""
     work()
     found = []
     for _ in range(rounds):
@@ -85,7 +85,7 @@ class Convolution:
         return lambda: convolve(x, weight, bias, self.stride, self.padding)
 
     def flat(self) -> Convolution:
-        """Return the same work in two axes: three frames side by side as channels."""
+        """The same work in two axes: three frames side by side as channels."""
         if self.axes == 2:
             return self
         batch, channels, frames, *sides = self.inputs
@@ -203,7 +203,7 @@ def relative(ours: Tensor, wanted: Tensor) -> float:
 
 
 def errors(model: WanTokenizer, device: torch.device) -> dict[str, float]:
-    """Return the error of bf16 against float32, of a small clip; relative, root mean square."""
+    """The error of bf16 against float32, of a small clip; relative, root mean square."""
     torch.backends.cudnn.allow_tf32 = False  # else float32 convolutions round to ten bits
     small = VideoShape(9, 12 * model.config.spatial, 16 * model.config.spatial)
     exact = WanTokenizer(model.config).to(device)

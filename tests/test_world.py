@@ -428,7 +428,7 @@ def test_wrong_options(
         ("base", [], {}, "the input is list"),
         ("base", b"in.mp4", {}, "the input is bytes"),
         ("base", 3, {"input_type": "video"}, "the input is int"),
-        ("base", None, {}, "there is no input; give an image"),
+        ("base", None, {}, "no input; .* give one"),
         ("base", Image.new("RGB", (4, 4)), {"input_type": "video"}, "image 4 x 4.* type image"),
         ("base", Image.new("RGB", (0, 4)), {}, "image 0 x 4"),
         ("base", "in\0.mp4", {}, "null"),
@@ -586,9 +586,8 @@ def test_frames_without_room(
         plain.stream(clip, **large)
     with pytest.raises(worldline.InsufficientMemoryError, match=message):
         plain.stream_batch(*batch, **large)
-    plain.stream_batch(*batch, **half)
     with pytest.raises(worldline.InsufficientMemoryError, match=r"2 video.* 1\.2 GB"):
-        plain.stream_batch(*batch, **half, rollout="pixels")
+        plain.stream_batch(*batch, **half)
     long = {**KINDS["predict2.5"].options, "num_video_frames": 250_000, "chunk_size": 13}
     with pytest.raises(worldline.InsufficientMemoryError, match="num_video_frames is 250000"):
         worlds["predict2.5"].stream(**long)

@@ -218,8 +218,8 @@ class Family:
     check: Callable[[Opened, Any], Any]
     stages: Callable[[Opened, Any, Compute], Iterator[Stage]]
     generate: Callable[[Parts, Clip | None, Any, Recorder], Iterator[Step]]
-    presets: Callable[[Any], dict[str, OpenedPart]]
     guardrails: Callable[[Opened], str]
+    presets: Callable[[Any], dict[str, OpenedPart]] = lambda entry: {}
     video: Callable[[Opened, Any], VideoShape] = lambda opened, request: request.video
     unused: Callable[[Opened, Any], dict[str, str]] = _unused
     report: Callable[[Parts, Any, Recorder], dict[str, Any]] = _no_report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from worldline.family import FAMILIES, Command, Item, requests_of
 from worldline.request import Options
 
 
-@cache
 def released_roots() -> dict[str, str]:
     """First word of each released command -> its family."""
     return {

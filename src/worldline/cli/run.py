@@ -271,7 +271,8 @@ def make(
         if size > 1 and (line := groups.take(task)) is not None:
             return line
         # a frame of a preview stands for all that a latent frame holds
-        rate = task.request.fps / opened["tokenizer"].config.temporal
+        tokenizer = opened.get("tokenizer")
+        rate = task.request.fps / (tokenizer.config.temporal if tokenizer else 1)
         preview = Preview(task.item.output, rate)
         try:
             with memory_advice(flags):
@@ -443,10 +444,11 @@ def describe_video(video: Video, path: Path) -> str:
     count, height, width = video.frames.shape[:3]
     rates = (("tokens_per_second", "tokens/s"), ("seconds_per_step", "s a step"))
     rate = "".join(f"{report[key]} {unit}, " for key, unit in rates if report.get(key) is not None)
+    attention = f", {report['attention']}" if "attention" in report else ""
     together = f"{report['clips_at_once']} in step, " if report.get("clips_at_once", 1) > 1 else ""
     return (
         f"{path}: {count} frame{'s' if count > 1 else ''} of {width} x {height}, "
         f"seed {report['request']['seed']}, {run['seconds']:.1f} s ({stages}), {together}{rate}"
         f"peak memory {run['peak_gb']:.2f} GB; worldline {report['worldline']}, "
-        f"torch {report['torch']}, {report['attention']}"
+        f"torch {report['torch']}{attention}"
     )
