@@ -95,8 +95,9 @@ def locate(
             if folder.name == "transformer":
                 folder = folder.parent
             return Place(path, tuple(dict.fromkeys((checkpoint_dir, folder.parent))))
-    flow = [each.name for each in FLOW_MODELS if each.name.split("/")[0] == name.split("/")[0]]
-    hint = advice(Path(name).name) or (f"; released models are {', '.join(flow)}" if flow else "")
+    hint = advice(Path(name).name)
+    if not hint and any(each.name.startswith(f"{name.split('/')[0]}/") for each in FLOW_MODELS):
+        hint = f"; released models are {', '.join(each.name for each in FLOW_MODELS)}"
     folders = sorted(path.name for path in checkpoint_dir.glob("*") if path.is_dir())
     raise CheckpointError(
         f"no folder or file {checkpoint_dir / name}; {checkpoint_dir} (--checkpoint_dir) holds: "

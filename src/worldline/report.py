@@ -47,6 +47,7 @@ class Recorder:
         self.device = device
         self.stages: list[Stage] = []
         self.facts: dict[str, Any] = {}
+        self._begun: dict[str, float] = {}  # name of a stage -> first start
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -59,6 +60,7 @@ class Recorder:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         started = time.perf_counter()
+        self._begun.setdefault(name, started)
         try:
             yield
         finally:
@@ -78,9 +80,10 @@ class Recorder:
         self.stages.append(stage)
 
     def followed_by(self, other: Recorder) -> Recorder:
-        """Recorder of the stages of both, as they ended, and of their facts."""
+        """Recorder of the stages of both, as they started, and of their facts."""
         joined = Recorder(self.device)
-        for stage in sorted((*self.stages, *other.stages), key=lambda stage: stage.ended):
+        joined._begun = other._begun | self._begun
+        for stage in sorted((*self.stages, *other.stages), key=lambda s: joined._begun[s.name]):
             joined._add(stage)
         joined.facts = {**self.facts, **other.facts}
         return joined

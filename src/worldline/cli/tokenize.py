@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from worldline.cli.batch import check_folder, memory_advice, report_done, run_each
 from worldline.cli.options import options, parsed
 from worldline.cli.run import refuse_problems
-from worldline.errors import Error, InputError
+from worldline.errors import CheckpointError, Error, InputError
 from worldline.files import folded, read_json, stamp
 from worldline.request import LoadOptions, Options
 from worldline.request import Path as Named
@@ -217,8 +217,6 @@ def decode(context: click.Context, /, inputs: Sequence[str], **_: object) -> Non
     A clip becomes an .mp4 in --output_dir, an image a .png, each of its own size, with a .json
     beside it that names its origin.
     """
-    from worldline.tokenizers.cosmos.clips import check_stored
-
     flags = parsed(context, DecodeFlags)
     tasks = collect(inputs, (_SUFFIX,), lambda path: examine_stored(path, Path(flags.output_dir)))
     names = {task.header.tokenizer for task in tasks}
@@ -228,6 +226,8 @@ def decode(context: click.Context, /, inputs: Sequence[str], **_: object) -> Non
             "--tokenizer_dir, or decode them apart"
         )
     coder = open_coder(flags.tokenizer_dir or names.pop(), context)
+    from worldline.tokenizers.cosmos.clips import check_stored  # imports torch: not before
+
     problems = []
     for task in tasks:
         assert task.stored is not None
@@ -301,7 +301,7 @@ def collect(
         for path in paths:
             try:
                 tasks.append(examine(path))
-            except InputError as error:
+            except (InputError, CheckpointError) as error:
                 problems.append(str(error))
     read = {task.path.resolve() for task in tasks}
     first: dict[str, Task] = {}
@@ -324,7 +324,9 @@ def examine_stored(path: Path, folder: Path) -> Task:
     Raises:
         InputError: it holds no latents and no tokens, or its header is damaged.
     """
-    from worldline.weights.read import open_checkpoint
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file or folder")
+    from worldline.weights.read import open_checkpoint  # imports torch: not before
 
     source = open_checkpoint(path)
     kind = next((name for name in (LATENTS, TOKENS) if name in source.tensors), None)
