@@ -27,8 +27,7 @@ from tiny.clips import make_clips
 from worldline.evaluate import metrics
 from worldline.evaluate.failures import Failure, failure_rate, find_failures
 from worldline.evaluate.metrics import ssim
-from worldline.families.autoregressive.decoder import decode_tokens
-from worldline.families.autoregressive.family import decoder_settings
+from worldline.families.autoregressive.decoder import decode_tokens, settings_of
 from worldline.families.autoregressive.request import ARRequest
 from worldline.report import Recorder
 from worldline.video.convert import signed_to_uint8
@@ -77,7 +76,7 @@ def reconstructed(world: World, frames: Frames, prompt: str | None = None) -> Fr
         return signed_to_uint8(tokenizer.reconstruct(video)[0])
     opened, ids = parts.opened, tokenizer.encode_tokens(video)
     context = opened["decoder"].context if prompt is None else parts.text.embed([prompt])[prompt]
-    settings = decoder_settings(parts, ARRequest())
+    settings = settings_of(parts, ARRequest())
     cells = opened["tokenizer"].config.spatial // opened["decoder_tokenizer"].config.spatial
     steps = decode_tokens(parts, ids, context, settings, cells, Recorder(world.device))
     return np.concatenate([step.frames for step in steps if step.frames is not None])

@@ -13,6 +13,7 @@ from worldline.errors import did_you_mean
 BUNDLED_PREFIX = "tiny-"
 _FIRST = "Cosmos-1.0-"  # how names of the first generation begin
 
+Generation = Literal["1.0", "Predict1"]
 Presence = Literal["present", "other size", "partial", "absent"]
 Layouts = tuple[tuple[str, ...], ...]
 
@@ -161,3 +162,11 @@ def advice(name: str) -> str:
 def is_bundled(name: str) -> bool:
     """Whether this is the name of a model that ships with the package."""
     return name.startswith(BUNDLED_PREFIX)
+
+
+def generation_by_name(folder: Path) -> Generation:
+    """Generation in the name of a folder, or of a hub cache around it."""
+    folder = folder.absolute()
+    repository = folder.parent.parent.name
+    cached = folder.parent.name == "snapshots" and repository.startswith("models--")
+    return "1.0" if _FIRST in (repository if cached else folder.name) else "Predict1"

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from worldline.errors import CheckpointError
 from worldline.family import Compute, Opened
 from worldline.files import GIGABYTE, find_repository
-from worldline.guardrails.base import Guardrails
 from worldline.parallel.offload import Part
 from worldline.report import Recorder
 from worldline.request import Request

@@ -18,32 +18,218 @@ that time jumps back by seven frames at every seam; that is `seam="as_released"`
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from worldline.families.autoregressive.request import Seam
-from worldline.families.denoise import report, rounded, stage
-from worldline.families.diffusion.model import DECODER_WINDOW, DiT, Positions
-from worldline.family import Parts
+from worldline.catalog import DECODERS, Generation, generation_by_name
+from worldline.errors import CheckpointError
+from worldline.families.autoregressive.request import ARRequest, Seam
+from worldline.families.denoise import log_result, report, rounded, stage
+from worldline.families.diffusion.family import TOKENIZERS, denoising_stages, open_latent_tokenizer
+from worldline.families.diffusion.model import (
+    BLOCKS,
+    DECODER_WINDOW,
+    PRESETS,
+    DiT,
+    DiTConfig,
+    Positions,
+)
+from worldline.families.diffusion.request import Precision
+from worldline.families.diffusion.weights import open_network as open_dit
+from worldline.family import Compute, Opened, Parts
+from worldline.memory import Stage
 from worldline.nn.dit import Context
 from worldline.nn.pieces import decode_stream
 from worldline.report import Recorder
-from worldline.sampling.edm import SIGMA_DATA, Network, make_sigmas, sample
+from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, make_sigmas, sample
+from worldline.sampling.edm import Network as Denoiser
 from worldline.sampling.schedules import standard_noise
 from worldline.sampling.solvers import Stepped
 from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape
 from worldline.step import Step
-from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
+from worldline.text.encoder import MAX_LENGTH
+from worldline.tokenizers.cosmos.model import (
+    CosmosTokenizer,
+    CosmosTokenizerConfig,
+    LatentStatistics,
+)
+from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.video.convert import signed_to_uint8
+from worldline.weights.networks import Network, read_settings
+from worldline.weights.read import Checkpoint, open_checkpoint
 
 OVERLAP = 2  # latent frames that a window shares with the one before
 GUIDANCE = 1.8
 NUM_STEPS = 15
 SIGMA_MIN = 0.02
 FPS = 24.0  # of the motion, for the network, whatever the rate of the file
+
+
+@dataclass(frozen=True)
+class DecoderNetwork(Network[DiTConfig]):
+    """The transformer of the diffusion decoder.
+
+    Attributes:
+        aux: holds the embedding of a general prompt; None where every request brings its own.
+        generation: whose sampler it is run with.
+        rotary_precision: of the rotary angles; None is that of the weights, as released.
+    """
+
+    aux: Checkpoint | None = None
+    generation: Generation = "Predict1"
+    rotary_precision: str | None = None
+    window: ClassVar[int] = DECODER_WINDOW  # latent frames that are denoised at once
+
+    @property
+    def files(self) -> list[Path]:
+        return [*super().files, *(self.aux.files if self.aux else ())]
+
+    @cached_property
+    def context(self) -> Tensor | None:
+        """Embedding of the general prompt, float32 (1, S, E); None where there is none.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if self.aux is None:
+            return None
+        context = self.aux.read("context").float().clone()
+        if not context.isfinite().all():
+            raise CheckpointError(f"{self.aux.path}: context is not finite; download it again")
+        return context
+
+
+RELEASED = DecoderNetwork(DiT, PRESETS["7B-Decoder"], blocks=BLOCKS)
+
+
+def open_network(opened: Opened) -> DecoderNetwork:
+    """The diffusion decoder; that of the model's own generation is preferred."""
+    place, config = opened.place, opened["transformer"].config
+    assert place is not None
+    own = generation_by_name(opened.folder)
+    order = sorted(DECODERS, key=lambda generation: generation != own)
+    with without_decoder():
+        folder = place.below(DECODERS[generation] for generation in order)
+        if folder is None:
+            names = " nor ".join(DECODERS[generation] for generation in order)
+            raise CheckpointError(f"no diffusion decoder: neither {names} is in {place.searched}")
+        settings = read_settings(folder)
+        precision = settings.get("rotary_precision")
+        if precision not in (None, *get_args(Precision)):
+            raise CheckpointError(f"{folder / 'config.json'}: rotary_precision is {precision!r}")
+        network = open_dit(folder, settings)
+        if not network.config.vocabulary:
+            raise CheckpointError(f"{folder} is a diffusion model, which reads no token ids")
+        if network.config.vocabulary != config.vocabulary:
+            raise CheckpointError(
+                f"{folder} reads {network.config.vocabulary} token ids, {opened.folder} draws "
+                f"{config.vocabulary}: they do not belong together"
+            )
+        aux = None
+        if config.context_width is None:
+            aux = open_aux(folder, network.config.context_width)
+        elif config.context_width != network.config.context_width:
+            raise CheckpointError(
+                f"{folder} reads text of width {network.config.context_width}, {opened.folder} of "
+                f"{config.context_width}: they do not belong together"
+            )
+    return DecoderNetwork(
+        **{**vars(network), "blocks": BLOCKS},
+        aux=aux,
+        generation=generation_by_name(folder),
+        rotary_precision=precision,
+    )
+
+
+@contextmanager
+def without_decoder() -> Iterator[None]:
+    """Add to an error which flag runs without the decoder."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --disable_diffusion_decoder runs without") from error
+
+
+def open_aux(folder: Path, width: int) -> Checkpoint:
+    """The file of the general prompt; its mask is never used, whatever it holds.
+
+    Raises:
+        CheckpointError: it is absent, damaged, or of another width.
+    """
+    paths = [folder / name for name in ("aux_vars.pt", "aux_vars.safetensors")]
+    aux = open_checkpoint(next(filter(Path.exists, paths), paths[0]))
+    info = aux.tensors.get("context")
+    known = aux.tensors.keys() <= {"context", "context_mask"}
+    if info is None or not known or not info.dtype.is_floating_point:
+        raise CheckpointError(f"{aux.path} has {', '.join(sorted(aux.tensors)[:4])}; give context")
+    if len(info.shape) != 3 or info.shape[0] != 1 or not info.shape[1] or info.shape[2] != width:
+        raise CheckpointError(
+            f"{aux.path}: context is {list(info.shape)}, [1, rows, {width}] is expected"
+        )
+    return aux
+
+
+def open_tokenizer(opened: Opened) -> CosmosNetwork:
+    """The continuous tokenizer that the diffusion decoder's latents are of."""
+    assert opened.place is not None
+    names = TOKENIZERS[opened["decoder"].generation]
+    with without_decoder():
+        found = opened.place.below(names)
+        if found is None:
+            raise CheckpointError(
+                f"no continuous tokenizer for the diffusion decoder: neither {names[0]} nor "
+                f"{names[1]} is in {opened.place.searched}"
+            )
+        return open_latent_tokenizer(found)
+
+
+def refuse_grids(opened: Opened, discrete: CosmosTokenizerConfig) -> None:
+    """Raise `CheckpointError` unless the cells of both tokenizers and the decoder fit."""
+    tokenizer = opened["decoder_tokenizer"]
+    continuous = tokenizer.config
+    with without_decoder():
+        if continuous.temporal != discrete.temporal or discrete.spatial % continuous.spatial:
+            raise CheckpointError(
+                f"{tokenizer.path} compresses {continuous.temporal} x {continuous.spatial}, the "
+                f"discrete tokenizer {discrete.temporal} x {discrete.spatial}: they do not belong "
+                "together"
+            )
+        if tokenizer.statistics.frames < DECODER_WINDOW:
+            raise CheckpointError(
+                f"{tokenizer.path}: its statistics are of {tokenizer.statistics.frames} latent "
+                f"frames, the diffusion decoder needs {DECODER_WINDOW}"
+            )
+        try:
+            opened["decoder"].config.tokens(decoder_grid(opened, discrete))
+        except ValueError as error:
+            raise CheckpointError(f"{opened['decoder'].path}: {error}") from error
+
+
+def decoder_grid(opened: Opened, discrete: CosmosTokenizerConfig) -> LatentShape:
+    """Grid of the latents that the diffusion decoder denoises at once."""
+    finer = discrete.spatial // opened["decoder_tokenizer"].config.spatial
+    grid = opened["transformer"].config.grid
+    return LatentShape(DECODER_WINDOW, grid.height * finer, grid.width * finer)
+
+
+def stages(opened: Opened, compute: Compute) -> Iterator[Stage]:
+    """Memory of denoising and decoding, beside the weights."""
+    continuous = opened["decoder_tokenizer"].config
+    video = decoder_grid(opened, opened["tokenizer"].config).video(
+        continuous.temporal, continuous.spatial
+    )
+    uses = {"denoise": "decoder", "decode": "decoder_tokenizer"}
+    config = opened["decoder"].config
+    for each in denoising_stages(config, continuous, video, compute, MAX_LENGTH, batch=2):
+        if each.name in uses:
+            yield replace(each, uses=uses[each.name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +256,18 @@ class DecoderSettings:
     def count_steps(self, windows: int) -> int:
         """Steps of `denoise_windows`."""
         return windows * (len(make_sigmas(self.sampler, self.num_steps)) - 1)
+
+
+def settings_of(parts: Parts, request: ARRequest) -> DecoderSettings:
+    """How the tokens of a request are decoded by diffusion."""
+    network = parts.opened["decoder"]
+    return DecoderSettings(
+        sampler=SAMPLER_OF[network.generation],
+        seed=request.seed,
+        seam=request.decoder_seam,
+        rotary_precision=network.rotary_precision
+        or str(parts.compute.dtype).removeprefix("torch."),
+    )
 
 
 def decode_tokens(
@@ -99,6 +297,7 @@ def decode_tokens(
             steps = denoise_windows(model, group, context, settings, token_cells=token_cells)
             latents = yield from report(steps, recorder, total, before=denoised)
         denoised += settings.count_steps(len(latents))
+        log_result("denoise", latents[-1])
         yield Step("decode", 0, 0)
         with stage(recorder, "decode"), coder.on_device() as tokenizer:
             statistics = rounded(opened.statistics, tokenizer.quant_conv.weight.dtype)
@@ -159,7 +358,7 @@ def denoise_windows(
     return latents
 
 
-def _paired(model: DiT, context: Context, ids: Tensor, positions: Positions) -> Network:
+def _paired(model: DiT, context: Context, ids: Tensor, positions: Positions) -> Denoiser:
     """Network that computes both branches of the guidance in one batch.
 
     The sampler asks for the branch with the prompt (row 0 of context and ids), then for the other

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worldline.catalog import Entry, find
+from worldline.catalog import Entry, find, generation_by_name
 from worldline.errors import InputError
-from worldline.families.autoregressive.decoder import DecoderSettings, decode_tokens
 from worldline.families.autoregressive.model import (
     FEED_FORWARD_ROWS,
     PRESETS,
@@ -30,8 +29,6 @@ from worldline.families.autoregressive.model import (
     make_positions,
 )
 from worldline.families.autoregressive.parts import (
-    DecoderNetwork,
-    decoder_grid,
     open_decoder,
     open_decoder_tokenizer,
     open_encoder,
@@ -47,23 +44,15 @@ from worldline.families.autoregressive.step import (
     make_decoder,
 )
 from worldline.families.denoise import log_result, read_embeddings
-from worldline.families.diffusion.family import (
-    denoising_stages,
-    generation_by_name,
-)
-from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, DiT
-from worldline.families.diffusion.model import PRESETS as DIT_PRESETS
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
 from worldline.opening import TextPart
 from worldline.report import Recorder
 from worldline.request import LARGEST_SIZE
-from worldline.sampling.edm import SAMPLER_OF
 from worldline.sampling.tokens import CHUNK, Sampling, decode, draw_noise
 from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
 from worldline.step import Step, numbered
-from worldline.text.encoder import MAX_LENGTH
 from worldline.text.t5 import NUM_PARAMETERS
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
@@ -76,8 +65,6 @@ logger = logging.getLogger(__name__)
 
 CARRIED = 2  # latent frames of a window that the next one takes over, by rollout "pixels"
 INPUT_FRAMES = (1, 9)
-# of both generations; that of the transformer's own generation is tried first
-TOKENIZERS = ("Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-1.0-Tokenizer-DV8x16x16")
 
 
 @dataclass(frozen=True)
@@ -329,12 +316,14 @@ def decode_clip(
             frames = video.decode(tokenizer, tokens)
         yield Step("decode", video.made, len(video.frames), frames)
         return
+    from worldline.families.autoregressive import decoder
+
     opened = parts.opened
-    settings = decoder_settings(parts, job.request)
+    settings = decoder.settings_of(parts, job.request)
     context = opened["decoder"].context if embedding is None else embedding
-    assert context is not None  # see `open_decoder`
+    assert context is not None  # see `decoder.open_network`
     cells = opened["tokenizer"].config.spatial // opened["decoder_tokenizer"].config.spatial
-    for step in decode_tokens(parts, tokens, context, settings, cells, job.recorder):
+    for step in decoder.decode_tokens(parts, tokens, context, settings, cells, job.recorder):
         if step.kind != "decode":
             yield step
             continue
@@ -343,18 +332,6 @@ def decode_clip(
             video.add(step.frames)
         new = video.frames[begun : video.made] if video.made > begun else None
         yield Step("decode", video.made, len(video.frames), new)
-
-
-def decoder_settings(parts: Parts, request: ARRequest) -> DecoderSettings:
-    """How the tokens of a request are decoded by diffusion."""
-    network = parts.opened["decoder"]
-    return DecoderSettings(
-        sampler=SAMPLER_OF[network.generation],
-        seed=request.seed,
-        seam=request.decoder_seam,
-        rotary_precision=network.rotary_precision
-        or str(parts.compute.dtype).removeprefix("torch."),
-    )
 
 
 def alternates(opened: Opened, request: ARRequest) -> bool:
@@ -448,7 +425,7 @@ def unused(opened: Opened, request: ARRequest) -> dict[str, str]:
     if latents <= window:
         found["rollout"] = "the video is no longer than the model's own"
     decoded = min(latents, window) if request.rollout == "pixels" else latents
-    if decoder and decoded <= DECODER_WINDOW:
+    if decoder and decoded <= opened["decoder"].window:
         found["decoder_seam"] = "one window of the decoder is enough"
     return found
 
@@ -471,7 +448,11 @@ def report_entries(parts: Parts, request: ARRequest, recorder: Recorder) -> dict
     clips = recorder.facts["clips_at_once"]
     # a prompt has many queries; see `worldline.nn.attention` for the one query of a step
     steps = "matrix products" if decoder == PlainDecoder.name else "Triton, split keys"
-    diffusion = parts.decoder and asdict(decoder_settings(parts, request))
+    diffusion = None
+    if parts.decoder:
+        from worldline.families.autoregressive.decoder import settings_of
+
+        diffusion = asdict(settings_of(parts, request))
     return {
         "decoder": decoder,
         "diffusion_decoder": diffusion,
@@ -513,14 +494,9 @@ def stages(opened: Opened, request: ARRequest, compute: Compute) -> Iterator[Sta
     if "decoder" not in opened.parts:
         yield Stage("decode", "tokenizer", coding)
         return
-    continuous = opened["decoder_tokenizer"].config
-    video = decoder_grid(opened, tokenizer).video(continuous.temporal, continuous.spatial)
-    uses = {"denoise": "decoder", "decode": "decoder_tokenizer"}
-    for stage in denoising_stages(
-        opened["decoder"].config, continuous, video, compute, MAX_LENGTH, batch=2
-    ):
-        if stage.name in uses:
-            yield replace(stage, uses=uses[stage.name])
+    from worldline.families.autoregressive import decoder
+
+    yield from decoder.stages(opened, compute)
 
 
 def longest_prefix(opened: Opened) -> int:
@@ -552,12 +528,14 @@ def compile_kernels(opened: Opened, compute: Compute) -> Iterator[None]:
 
 def presets(entry: Entry) -> dict[str, Any]:
     """Parts of a released model."""
+    from worldline.families.autoregressive.decoder import RELEASED
+
     config = PRESETS[entry.preset]
     text = {"text": TextPart(NUM_PARAMETERS)} if config.context_width is not None else {}
     return {
         **text,
         "tokenizer": Network(CosmosTokenizer, TOKENIZER_PRESETS["DV8x16x16"]),
-        "decoder": DecoderNetwork(DiT, DIT_PRESETS["7B-Decoder"], blocks=BLOCKS),
+        "decoder": RELEASED,
         "decoder_tokenizer": CosmosNetwork(CosmosTokenizer, TOKENIZER_PRESETS["CV8x8x8"]),
         "transformer": Network(ARTransformer, config),
     }

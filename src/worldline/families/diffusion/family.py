@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldline.catalog import Entry
+from worldline.catalog import Entry, Generation, generation_by_name
 from worldline.errors import CheckpointError, InputError
 from worldline.families.denoise import (
     Embeddings,
@@ -42,7 +42,6 @@ from worldline.families.diffusion.model import PRESETS, DiT, DiTConfig
 from worldline.families.diffusion.request import (
     DiffusionOptions,
     DiffusionRequest,
-    Generation,
     recognise,
 )
 from worldline.families.diffusion.weights import is_decoder, open_network, read_settings
@@ -349,14 +348,6 @@ def open_transformer(opened: Opened) -> Network[DiTConfig]:
 def generation_of(opened: Opened) -> Generation:
     """Generation of a model: as chosen, else by the name of its folder."""
     return opened.options.generation or generation_by_name(opened.folder)
-
-
-def generation_by_name(folder: Path) -> Generation:
-    """Generation in the name of a folder, or of a hub cache around it."""
-    folder = folder.absolute()
-    repository = folder.parent.parent.name
-    cached = folder.parent.name == "snapshots" and repository.startswith("models--")
-    return "1.0" if "Cosmos-1.0-" in (repository if cached else folder.name) else "Predict1"
 
 
 def open_tokenizer(opened: Opened) -> CosmosNetwork:

@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from worldline.catalog import Generation
 from worldline.family import Command
 from worldline.request import LoadOptions, Path, Size, VideoRequest
 
-Generation = Literal["1.0", "Predict1"]
 Sampler = Literal["edm_euler", "res_2ab", "res_1euler", "res_2mid"]
 Reinsertion = Literal["corrected", "march_2025"]
 Precision = Literal["bfloat16", "float32"]
