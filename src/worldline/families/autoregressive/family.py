@@ -76,8 +76,6 @@ logger = logging.getLogger(__name__)
 
 CARRIED = 2  # latent frames of a window that the next one takes over, by rollout "pixels"
 INPUT_FRAMES = (1, 9)
-# of both generations; that of the transformer's own generation is tried first
-TOKENIZERS = ("Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-1.0-Tokenizer-DV8x16x16")
 
 
 @dataclass(frozen=True)
@@ -173,8 +171,8 @@ def encode_prompts(
         yield Step("text", 0, 1)
         with recorder.stage("text"):
             encoded = parts.text.embed(prompts)
-            for job in jobs:
-                words = {"prompt": str(job.request.prompt)}
+            for job, one in zip(jobs, given, strict=True):
+                words = {} if one is not None else {"prompt": str(job.request.prompt)}
                 job.recorder.facts["prompt_truncation"] = parts.text.truncations(words)
     return [
         encoded[str(job.request.prompt)] if one is None else one

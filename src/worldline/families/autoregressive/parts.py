@@ -41,8 +41,6 @@ from worldline.weights.read import Checkpoint, open_checkpoint
 
 logger = logging.getLogger(__name__)
 
-CARRIED = 2  # latent frames of a window that the next one takes over, by rollout "pixels"
-INPUT_FRAMES = (1, 9)
 # of both generations; that of the transformer's own generation is tried first
 TOKENIZERS = ("Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-1.0-Tokenizer-DV8x16x16")
 
