@@ -233,11 +233,6 @@ class Family:
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)
 
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """Offload flags, cheapest first."""
-        return tuple(dict.fromkeys(part.flag for part in self.parts))
-
 
 def load_family(name: str) -> Family:
     """The record of a family; imports torch."""

@@ -21,7 +21,6 @@ from worldline.step import Step
 from worldline.video.read import Clip
 
 if TYPE_CHECKING:
-    from worldline.guardrails.base import Guardrails
     from worldline.text.upsampler import Upsampler
 
 logger = logging.getLogger(__name__)
@@ -203,7 +202,7 @@ def rewrites(opened: Opened, request: Any) -> bool:
         return False
     describes, _ = opened.family.upsampler(opened)
     if describes:  # a prompt beside a clip is used, which the released code ignores
-        return request.prompt is None
+        return request.prompt is None and request.num_input_frames > 0
     limit = opened.options.word_limit_to_skip_upsampler
     return request.prompt is not None and len(request.prompt.split()) <= limit
 

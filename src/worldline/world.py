@@ -78,7 +78,8 @@ def load_world(
     compute = compute or choose_compute(opened.options)
     guards = load_guards(opened, compute, upsample=upsample)
     needed = plan(opened, requests, compute, guards.guardrail_bytes)
-    needed.refuse_unless_fits(compute.device, opened.options.offloaded, guards.advice)
+    advice = "; a smaller --batch_size needs less" if compute.batch_size > 1 else ""
+    needed.refuse_unless_fits(compute.device, opened.options.offloaded, guards.advice + advice)
     recorder = guards.loading.followed_by(Recorder(compute.device))
     return World(load_parts(opened, compute, recorder), guards, recorder)
 
@@ -92,12 +93,14 @@ class Job:
         clip: its frames.
         request: checked.
         recorder: of the stages that are this video's alone.
+        source: report entries of the files that were read.
     """
 
     input: Input | None
     clip: Clip | None
     request: Any
     recorder: Recorder
+    source: Mapping[str, Any]
 
 
 class World:
@@ -243,7 +246,12 @@ class World:
         if input is not None and kind is not None:
             with recorder.stage("read"):
                 clip = read_clip(input, kind, request.num_input_frames)
-        return Job(input, clip, request, recorder)
+        # now: files may change or vanish before the video is made
+        source = {
+            "files": [stamp(path) for path in _files(opened, request, input)],
+            "fingerprint": fingerprint(opened, self.parts.compute, request, input),
+        }
+        return Job(input, clip, request, recorder, source)
 
     def run(self, job: Job) -> Iterator[Step]:
         """Steps of one video.
@@ -327,8 +335,7 @@ class World:
             "model": self.name,
             "parameters": self.parameters,
             "input": None if job.input is None else describe(job.input),
-            "files": [stamp(path) for path in _files(self.opened, job.request, job.input)],
-            "fingerprint": fingerprint(self.opened, parts.compute, job.request, job.input),
+            **job.source,
             "request": {name: _describe(value) for name, value in job.request},
             "dtype": str(parts.compute.dtype).removeprefix("torch."),
             "text_encoder_dtype": str(text.dtype).removeprefix("torch.") if text else None,
@@ -368,7 +375,7 @@ def fingerprint(opened: Opened, compute: Compute, request: Request, input: Input
     offloading or batch size.
 
     Raises:
-        CheckpointError: a file has vanished.
+        OSError: a file has vanished.
     """
     unused = opened.family.unused(opened, request)
     text = None if "text" in unused else str(compute.text_dtype)

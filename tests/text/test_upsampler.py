@@ -17,7 +17,6 @@ from worldline.text.upsampler import (
     ImageUpsampler,
     Upsampler,
     _in_halves,
-    applies,
     clean,
     load_upsampler,
     shrunk,
@@ -198,21 +197,3 @@ def test_clean_and_shrunk() -> None:
     assert clean("- - twice") == "twice"
     assert shrunk(1024, 3) == (1024, 3)
     assert shrunk(2048, 3) == (1024, 2)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "describes", "embedded", "expected"),
-    [
-        ("a b", False, False, True),
-        ("a b c", False, False, False),  # more words than the limit
-        (None, False, False, False),
-        ("a", False, True, False),
-        (None, True, False, True),
-        ("a", True, False, False),
-        (None, True, True, False),
-    ],
-)
-def test_which_prompts_are_written(
-    prompt: str | None, describes: bool, embedded: bool, expected: bool
-) -> None:
-    assert applies(prompt, describes=describes, embedded=embedded, word_limit=2) == expected

@@ -133,11 +133,12 @@ def command_of(world: str, words: Sequence[str]) -> click.Command:
     from worldline.locate import locate
     from worldline.opening import read_family
 
-    roots = [v for n, v in pairwise(words) if n.replace("-", "_") == "__checkpoint_dir"]
-    roots += [
-        w.partition("=")[2] for w in words if w.replace("-", "_").startswith("__checkpoint_dir=")
-    ]
-    family, defaults = read_family(locate(world, roots[0] if roots else "checkpoints"))
+    roots = ["checkpoints"]  # the last one counts, as of every option
+    for word, following in pairwise((*words, "")):
+        name, equals, value = word.partition("=")
+        if name.replace("-", "_") == "__checkpoint_dir":
+            roots.append(value if equals else following)
+    family, defaults = read_family(locate(world, roots[-1]))
 
     @click.pass_context
     def callback(context: click.Context, /, input: str | None, **_: object) -> None:

@@ -247,7 +247,7 @@ def make(
         Error: a video failed; the others were made.
         GuardrailRefusal: none failed, but some were refused.
     """
-    from worldline.guards import rewrites
+    from worldline.guards import release_of, rewrites
 
     total, folder = len(tasks), tasks[0].item.output.parent
     if resume:
@@ -259,11 +259,16 @@ def make(
         import torch
 
         torch.set_num_threads(1)  # tiny networks: on busy cores threads wait for each other
-    flags = [name for name in opened.family.flags if name not in opened.options.offloaded]
+    upsample = any(rewrites(opened, task.request) for task in tasks)
+    parts = [part.flag for part in opened.family.parts if part.name in opened.parts]
+    around = {
+        "offload_prompt_upsampler": upsample,
+        "offload_guardrail_models": release_of(opened) is not None,
+    }
+    flags = [*dict.fromkeys(parts), *(name for name, runs in around.items() if runs)]
+    flags = [name for name in flags if name not in opened.options.offloaded]
     with memory_advice(flags):
-        world, size = load(
-            opened, tasks, compute, upsample=any(rewrites(opened, t.request) for t in tasks)
-        )
+        world, size = load(opened, tasks, compute, upsample=upsample)
     logger.info("%s", describe_world(world))
     groups = Groups(tasks, size, world)
 

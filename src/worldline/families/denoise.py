@@ -302,7 +302,7 @@ def preview_frames(latents: Tensor, colours: Tensor, spatial: int) -> Frames:
 
     Args:
         latents: (1, C, T, H, W), as the tokenizer gives them.
-        colours: see `worldline.tokenizers.colours.fit_colours`.
+        colours: see `worldline.nn.pieces.fit_colours`.
         spatial: pixels of a cell on each side.
     """
     maps = colours.to(latents.device)

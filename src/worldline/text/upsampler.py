@@ -47,17 +47,6 @@ _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def applies(prompt: str | None, *, describes: bool, embedded: bool, word_limit: int) -> bool:
-    """Whether the prompt of a request is written by an upsampler.
-
-    That of Video2World describes a clip that comes without a prompt; that of Text2World makes long
-    prompts of those with up to `word_limit` words. An embedding leaves nothing to write.
-    """
-    if embedded or describes:
-        return prompt is None and not embedded
-    return prompt is not None and len(prompt.split()) <= word_limit
-
-
 class Upsampler:
     """A language model that makes long prompts of short ones, for Text2World.
 

@@ -22,8 +22,6 @@ from worldline.weights.networks import (
 )
 from worldline.weights.source import Checkpoint
 
-Ratio = tuple[float, float, float]
-
 # bookkeeping that may lie beside the weights
 BOOKKEEPING = {
     "*_extra_state": "FP8 bookkeeping of Transformer Engine",

@@ -160,8 +160,8 @@ def encode_prompts(
         yield Step("text", 0, 1)
         with recorder.stage("text"):
             encoded = parts.text.embed(prompts)
-            for job in jobs:
-                words = {"prompt": str(job.request.prompt)}
+            for job, one in zip(jobs, given, strict=True):
+                words = {} if one is not None else {"prompt": str(job.request.prompt)}
                 job.recorder.facts["prompt_truncation"] = parts.text.truncations(words)
     return [
         encoded[str(job.request.prompt)] if one is None else one
