@@ -64,7 +64,7 @@ NETWORKS = {
 }
 
 FORBIDDEN = {
-    "tell": r"(?<![a-z])(tell|tells|telling|told)(?![a-z])",
+    "tell": r"(?<![a-z])(?!tell\(\))(tell|tells|telling|told)(?![a-z])",
     "say": r"(?<![a-z])(say|says|saying|said)(?![a-z])",
     "shown": r"(?<![a-z])shown(?![a-z])",
     "likewise": r"likewise",

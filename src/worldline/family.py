@@ -101,11 +101,11 @@ class Item:
         label: short name for progress.
         place: where it is described, for messages; "" for the command line.
         stated: fields of the request.
-        input: file to continue; None for none.
-        kind: of the input, "image" or "video"; None for none.
+        input: file to continue; None if there is none.
+        kind: of the input, "image" or "video"; None if there is none.
         output: file of the video.
         names: field -> the name that it has where it is described.
-        sample: its description, for the report; None for none.
+        sample: its description, for the report; None if there is none.
         sources: files that describe it.
     """
 
@@ -204,7 +204,7 @@ class Family:
         generate_together: several clips in step; None computes them one after another.
         max_batch_size: clips that can be computed in step; None where any number can, but none is
             faster than another.
-        upsampler: opened model -> prompt upsampler that it is released with; None for none.
+        upsampler: opened model -> prompt upsampler that it is released with; None if there is none.
         read_settings: reads config.json; by default whatever it holds.
         prepare: what runs beside the reading of weights, such as compiling kernels.
     """

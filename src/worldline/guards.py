@@ -21,6 +21,7 @@ from worldline.step import Step
 from worldline.video.read import Clip
 
 if TYPE_CHECKING:
+    from worldline.guardrails.base import Guardrails
     from worldline.text.upsampler import Upsampler
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ class Checks:
 
 
 def release_of(opened: Opened) -> str | None:
-    """Name of the set of guardrails that a model runs with; None for none.
+    """Name of the set of guardrails that a model runs with; None if there is none.
 
     Released models run with theirs unless disabled; bundled ones have none unless insisted on.
     """

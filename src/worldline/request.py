@@ -195,7 +195,7 @@ class Request(Options):
         Args:
             stated: fields by name.
             defaults: of the model.
-            kind: of the input, "image" or "video"; None for none.
+            kind: of the input, "image" or "video"; None if there is none.
             name: what an error calls a field.
 
         Raises:

@@ -371,8 +371,8 @@ def fingerprint(opened: Opened, compute: Compute, request: Request, input: Input
     """Hash of everything that decides the frames of a request: what --resume compares.
 
     That is the request without fields that have no effect, every file that is read (name, size and
-    time), precision, decisive load options, guardrails and prompt upsampler; not the device,
-    offloading or batch size.
+    time), settings that parts took from elsewhere (such as a schedule), precision, decisive load
+    options, guardrails and prompt upsampler; not the device, offloading or batch size.
 
     Raises:
         OSError: a file has vanished.
@@ -382,6 +382,7 @@ def fingerprint(opened: Opened, compute: Compute, request: Request, input: Input
     decisive = {
         "request": {n: _describe(v) for n, v in request.effective(unused).items()},
         "files": [stamp(path) for path in _files(opened, request, input)],
+        "parts": {n: _settings(part) for n, part in opened.parts.items() if n not in unused},
         "input": None if input is None or _path_of(input) else _describe(input),
         "precision": [str(compute.dtype), text],
         "options": {n: v for n, v in opened.options if n in opened.options.DECISIVE},
@@ -398,6 +399,11 @@ def _files(opened: Opened, request: Request, input: Input | None) -> list[Path]:
     fields = ("prompt_embeddings", "negative_prompt_embeddings")
     beside = (_path_of(value) for value in (input, *(getattr(request, f, None) for f in fields)))
     return [*dict.fromkeys(found), *(path for path in beside if path is not None)]
+
+
+def _settings(part: object) -> dict[str, Any]:
+    """Numbers and words of a part on disk; what else it holds comes from its files."""
+    return {n: v for n, v in vars(part).items() if v is None or isinstance(v, str | int | float)}
 
 
 def _path_of(value: object) -> Path | None:

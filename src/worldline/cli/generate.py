@@ -94,7 +94,7 @@ class One:
     """Reader of a single input.
 
     Attributes:
-        input: image or video to continue; None for none.
+        input: image or video to continue; None if there is none.
     """
 
     flags = GenerateFlags

@@ -133,9 +133,11 @@ class Lines:
                 if isinstance(line, str):
                     file, prompt = self._entry(line, path, needed, unread)
                 label = str(file) if file else label_of(prompt or "")
-                said = {**stated, **({} if prompt is None else {PROMPT: prompt})}
+                values = {**stated, **({} if prompt is None else {PROMPT: prompt})}
                 output = Path(flags.video_save_folder) / f"{number}.mp4"
-                item = Item(label, place, said, file, kind_of(file, kind), output, sources=(path,))
+                item = Item(
+                    label, place, values, file, kind_of(file, kind), output, sources=(path,)
+                )
                 items.append(item)
             except InputError as error:
                 problems.append(f"{place}: {error}")

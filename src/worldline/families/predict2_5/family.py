@@ -237,7 +237,7 @@ def cut_windows(opened: Opened, request: FlowRequest) -> list[Window]:
 def window_of(opened: Opened, request: FlowRequest) -> VideoShape:
     """Size of what is denoised at once.
 
-    Of a long video that is the model's own length: frames behind a chunk are made and left out, as
+    For a long video that is the model's own length: frames behind a chunk are made and left out, as
     in the reference, for the models know this length alone.
     """
     if request.chunk_size is None:
@@ -337,7 +337,7 @@ def stages(opened: Opened, request: FlowRequest, compute: Compute) -> Iterator[S
 
 @dataclass(frozen=True)
 class FlowNetwork(Network[FlowDiTConfig]):
-    """The transformer, and how it is sampled, which none of its tensors says.
+    """The transformer, and how it is sampled, which no tensor states.
 
     Attributes:
         schedule: of the noise levels.

@@ -37,7 +37,7 @@ NAMES = {
     "height": "resolution",
     "width": "resolution",
 }
-# Python that the released command builds its network from; these state what every file says itself
+# Python that the released command builds its network from; these state what every file states itself
 _CONFIG_FILES = ("", "cosmos_predict2/_src/predict2/configs/video2world/config.py")
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 # a string is kept whole, so that what looks like a comment in it stays
@@ -200,7 +200,7 @@ class Samples:
             if released is None:
                 names = ", ".join(each.name for each in FLOW_MODELS)
                 raise InputError(
-                    f"--model {model} says how --checkpoint_path is sampled; give one of {names}"
+                    f"--model {model} names how --checkpoint_path is sampled; give one of {names}"
                 )
             options["schedule"] = released.schedule
         return flags.checkpoint_path or model, options
