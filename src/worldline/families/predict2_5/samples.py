@@ -37,7 +37,7 @@ NAMES = {
     "height": "resolution",
     "width": "resolution",
 }
-# Python that the released command builds its network from; these state what every file states itself
+# Python that the released command builds its network from; these state what each file states
 _CONFIG_FILES = ("", "cosmos_predict2/_src/predict2/configs/video2world/config.py")
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 # a string is kept whole, so that what looks like a comment in it stays
