@@ -239,7 +239,10 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(f"no device {device} here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if reason.startswith("Expected one of"):  # all that torch has ever heard of
+            reason = "give cuda, cuda:1, cpu or mps"
+        raise InputError(f"no device {device} here: {reason}") from error
     return chosen
 
 

@@ -216,7 +216,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         write(true / name, moving())
     cases = (
         (tmp_path / "absent", None, "no such folder"),
-        (video, None, "no such folder"),
+        (video, None, "is a file; give its folder"),
         (empty, None, "holds no videos"),
         (made, empty, "holds no videos"),
         (made, made, "its own reference"),
@@ -233,10 +233,12 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
 
 def test_a_video_with_nothing_to_judge_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", moving(9))
-    with pytest.raises(InputError, match="has 9 frames, 9 of them input; give 10"):
+    with pytest.raises(
+        InputError, match="has 9 frames, 9 of them input; give one of 10 or more, or a"
+    ):
         score_video(Task("a.mp4", path, GIVEN))
     write(path, moving(1))
-    with pytest.raises(InputError, match="has 1 frames, 0 of them input; give 2"):
+    with pytest.raises(InputError, match=r"has 1 frames, 0 of them input; give one of 2 or more$"):
         score_video(Task("a.mp4", path, 0))
 
 

@@ -41,6 +41,8 @@ def inspect(path: Path) -> None:
     PATH is a file, the folder of a model, or a folder of such folders. Headers alone are read. The
     exit status is 2 where there is no checkpoint or a file is damaged.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
     targets = [path]
     if path.is_dir():
         # a repository holds transformers two folders below; text encoders have an owner's folder

@@ -62,7 +62,8 @@ class Progress:
             if step.kind == "guardrail":  # the label may be words that it refuses
                 logger.info("%s", line)
             elif not sys.stderr.isatty():
-                done = f", {step.done:,} are done" if step.kind in self.finished else ""
+                again = step.kind in self.finished
+                done = f", {step.done:,} are done" if again and step.done else ""
                 logger.info("%s: %s%s", self.label, line, done)
                 self.finished |= {step.kind} & _BARS.keys()
             elif step.kind in _BARS:

@@ -117,7 +117,8 @@ def find_tasks(
 def _list_videos(folder: Path, apart: Path | None) -> dict[str, Path]:
     """Videos below a folder by name, without hidden ones and those below `apart`."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+        found = "is a file; give its folder" if folder.is_file() else "no such folder"
+        raise InputError(f"{folder}: {found}")
     whole, inner = folder.resolve(), apart.resolve() if apart else None
     if inner == whole:
         raise InputError(f"{folder} is both the folder and its own reference")
@@ -203,7 +204,8 @@ def score_video(task: Task) -> tuple[Score, dict[int, Frames]]:
     height, width = frame.shape[:2]
     if len(copies) < (needed := max(2, inputs + 1)):
         raise InputError(
-            f"{task.path} has {len(copies)} frames, {inputs} of them input; give {needed} or more"
+            f"{task.path} has {len(copies)} frames, {inputs} of them input; give one "
+            f"of {needed} or more{', or a smaller num_input_frames' if inputs else ''}"
         )
     means = {name: fmean(each) for name, each in values.items()}
     compared: dict[str, Any] = {}

@@ -86,8 +86,14 @@ def media_kind(path: str | Path) -> Kind:
         return "image"
     if suffix in VIDEO_SUFFIXES:
         return "video"
+    if Path(path).is_dir():
+        wrong = "it is a folder"
+    elif not suffix:
+        wrong = "no suffix" if Path(path).exists() else "no such file, and no suffix"
+    else:
+        wrong = f"unknown media type {suffix}"
     raise InputError(
-        f"{path}: {f'unknown media type {suffix}' if suffix else 'no suffix'}; "
+        f"{path}: {wrong}; "
         f"images are {' '.join(IMAGE_SUFFIXES)}, videos are {' '.join(VIDEO_SUFFIXES)}"
     )
 

@@ -90,7 +90,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     elif not head.strip(b"\0"):
         raise CheckpointError(f"{path} is empty or starts with zeros; download it again")
     else:
-        raise CheckpointError(f"{path} is in no known format (it starts with {head[:8]!r})")
+        raise CheckpointError(
+            f"{path} is in no known format (it starts with {head[:8]!r}); "
+            "give .pt, .jit or .safetensors"
+        )
     if not checkpoint.entries:
         raise CheckpointError(f"{path} holds no tensors")
     return checkpoint

@@ -132,7 +132,8 @@ _TEXT = frozenset(
 )
 _OUTPUTS = (
     "A single video is written to --video_save_folder/--video_save_name.mp4, those of a batch to "
-    "0.mp4, 1.mp4, … by the 0-based line of the JSONL; beside each a report (.json)."
+    "0.mp4, 1.mp4, … by the 0-based line of the JSONL; beside each a report "
+    "(.json) and its prompt (.txt), if it has one."
 )
 
 COMMANDS = (

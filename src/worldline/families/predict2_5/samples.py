@@ -177,7 +177,7 @@ class Samples:
                 # some disks ignore case
                 first = places.setdefault(folded(item.label), item.place)
                 if first != item.place:
-                    problems.append(f"{item.place}, name: {first} has the same")
+                    problems.append(f"{item.place}, name: {first} has the same; give another")
                 items.append(item)
         if not items and not problems:
             raise InputError(f"{', '.join(map(str, files))}: no samples")
@@ -341,7 +341,8 @@ def read_file(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        problems.append(f"{file}: it cannot be read: {error}")
+        reason = getattr(error, "strerror", None) or error
+        problems.append(f"{file}: it cannot be read: {reason}")
         return
     pieces = [(str(file), text)]
     if suffix == ".jsonl":
