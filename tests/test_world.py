@@ -395,10 +395,10 @@ def test_a_negative_prompt_is_not_dropped_in_silence(
         ("prompted", {"prompt": "x", "negative_prompt": "y"}, "negative_prompt: no such option"),
         ("prompted", {"prompt_embeddings": 5}, "prompt_embeddings is a int"),
         ("prompted", {"prompt_embeddings": "nowhere"}, "no file of embeddings nowhere"),
-        ("diffusion", {}, "no prompt; give one, or prompt_embeddings"),
+        ("diffusion", {}, "no prompt; give prompt or prompt_embeddings"),
         ("diffusion", {"prompt": "x", "height": 33}, "height is 33"),
         ("diffusion", {"prompt": "x", "steps": 3}, "steps: no such option; did you mean num_st"),
-        ("predict2.5", {}, "no prompt; give one, or prompt_embeddings"),
+        ("predict2.5", {}, "no prompt; give prompt or prompt_embeddings"),
         ("predict2.5", {"prompt": "x", "num_video_frames": 10}, "num_video_frames is 10"),
         ("predict2.5", {"prompt_embeddings": torch.ones(3, 3)}, r"is float32 \(3, 3\)"),
     ],
@@ -586,8 +586,9 @@ def test_frames_without_room(
         plain.stream(clip, **large)
     with pytest.raises(worldline.InsufficientMemoryError, match=message):
         plain.stream_batch(*batch, **large)
+    plain.stream_batch(*batch, **half)  # one video is decoded after another
     with pytest.raises(worldline.InsufficientMemoryError, match=r"2 video.* 1\.2 GB"):
-        plain.stream_batch(*batch, **half)
+        plain.stream_batch(*batch, **half, rollout="pixels")
     long = {**KINDS["predict2.5"].options, "num_video_frames": 250_000, "chunk_size": 13}
     with pytest.raises(worldline.InsufficientMemoryError, match="num_video_frames is 250000"):
         worlds["predict2.5"].stream(**long)

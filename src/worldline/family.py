@@ -204,6 +204,7 @@ class Family:
         generate_together: several clips in step; None computes them one after another.
         max_batch_size: clips that can be computed in step; None where any number can, but none is
             faster than another.
+        holds_batch: whether clips in step hold all their frames at once, or one after another.
         upsampler: opened model -> prompt upsampler that it is released with; None if there is none.
         read_settings: reads config.json; by default whatever it holds.
         prepare: what runs beside the reading of weights, such as compiling kernels.
@@ -226,6 +227,7 @@ class Family:
     notes: Callable[[Opened, Any], list[str]] = lambda opened, request: []
     generate_together: Callable[..., Iterator[tuple[int, Step]]] | None = None
     max_batch_size: Callable[[Opened, Compute], int | None] = lambda opened, compute: 1
+    holds_batch: Callable[[Opened, Any], bool] = lambda opened, request: True
     upsampler: Callable[[Opened], Any] | None = None
     prepare: Callable[[Opened, Compute], AbstractContextManager[None]] | None = None
     read_settings: Callable[[Path], dict[str, Any]] | None = None

@@ -206,9 +206,11 @@ class World:
         ]
         if len({job.request.num_input_frames for job in jobs}) > 1:
             raise InputError("images and videos cannot be continued in one batch")
-        size = self._batch_size(len(jobs))
-        video = self.opened.family.video(self.opened, jobs[0].request)
-        refuse_frames(video, clips=size, guarded=self.guards.checks_videos)
+        family, request = self.opened.family, jobs[0].request
+        holds = family.holds_batch(self.opened, request)
+        clips = self._batch_size(len(jobs)) if holds else 1
+        video = family.video(self.opened, request)
+        refuse_frames(video, clips=clips, guarded=self.guards.checks_videos)
         return self.run_batch(jobs)
 
     def _batch_size(self, clips: int) -> int:

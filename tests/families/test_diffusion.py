@@ -345,7 +345,7 @@ def test_a_missing_text_encoder(own_diffusion: Path) -> None:
         checked(opened, prompt_embeddings=given)
     for fine in ({"negative_prompt": ""}, {"guidance": 0}):
         checked(opened, prompt_embeddings=given, **fine)
-    with pytest.raises(InputError, match="no prompt; give one"):
+    with pytest.raises(InputError, match="no prompt; give prompt"):
         checked(opened, prompt=None)
 
 

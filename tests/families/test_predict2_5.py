@@ -200,7 +200,7 @@ def test_a_long_video_is_its_chunks(post: Parts) -> None:
         ({"num_input_frames": 9}, "nothing remains to make; give 13 frames or more"),
         ({"chunk_size": 94}, "chunk_size is 94, .* 93 frames at once"),
         ({"chunk_size": 77, "height": 40}, "height is 40"),
-        ({"prompt": None}, "no prompt; give one, or prompt_embeddings"),
+        ({"prompt": None}, "no prompt; give prompt or prompt_embeddings"),
     ],
 )
 def test_what_a_model_cannot_do(post: Parts, options: dict[str, Any], message: str) -> None:

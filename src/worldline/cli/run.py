@@ -337,7 +337,8 @@ def load(
     for task in tasks:
         try:
             video = opened.family.video(opened, task.request)
-            refuse_frames(video, clips=size, guarded=guarded, beside=beside)
+            clips = size if opened.family.holds_batch(opened, task.request) else 1
+            refuse_frames(video, clips=clips, guarded=guarded, beside=beside)
         except InsufficientMemoryError as error:
             problems.append(f"{task.item.place}: {error}" if task.item.place else str(error))
     if problems:

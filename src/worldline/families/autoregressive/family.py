@@ -575,6 +575,7 @@ FAMILY = Family(
     generate=generate,
     generate_together=generate_together,
     max_batch_size=max_batch_size,
+    holds_batch=alternates,
     prepare=compile_kernels,
     presets=presets,
     guardrails=lambda opened: generation_by_name(opened.folder),

@@ -247,7 +247,7 @@ def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
         )
     given = embeddings_of(opened, request)
     if request.prompt is None and given.prompt is None and not rewrites(opened, request):
-        raise InputError("no prompt; give one, or prompt_embeddings")
+        raise InputError("there is no prompt; give prompt or prompt_embeddings")
     if needed := prompts_to_encode(request, given):
         opened.require("text", " and ".join(needed))
     precision = request.rotary_precision or "bfloat16"

@@ -267,7 +267,7 @@ def refuse(opened: Opened, request: FlowRequest) -> FlowRequest:
     )
     given = read_embeddings(request, config.feature_width)
     if request.prompt is None and given.prompt is None:
-        raise InputError("no prompt; give one, or prompt_embeddings")
+        raise InputError("there is no prompt; give prompt or prompt_embeddings")
     if needed := prompts_to_encode(request, given):
         opened.require("text", " and ".join(needed))
     return request

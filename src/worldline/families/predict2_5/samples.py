@@ -133,11 +133,11 @@ class SampleFlags(Overrides):
         None, description="Released training run of the transformer; decides the schedule."
     )
     config_file: str | None = Field(
-        None, description="Has no effect: the file of weights describes the network."
+        None, description="The released file alone, without effect: weights describe the network."
     )
     resume: bool = Field(False, description="Keep videos that an earlier run made in the same way.")
     keep_going: bool = Field(
-        True, description="Go on with the next sample when one fails or is refused; on by default."
+        True, description="Go on with the next sample when one fails or is refused."
     )
     profile: bool = Field(
         False, description="Not in this version: reports hold seconds and memory of each stage."
