@@ -34,7 +34,7 @@ def autoregressive(run: Run, tokenizer: Path, text: Path | None) -> None:
     """Train the transformer on the tokens of clips, next token by next token."""
     batch, clips, device = run.batch or 256, run.clips or 150_000, run.device
     coder = open_tokenizer(tokenizer).read(device, run.half)
-    encoder = T5Files.open(text).load(device, run.half) if text else None
+    encoder = T5Files.open(text).read(device, run.half) if text else None
 
     def encode(seeds: range, workers: int) -> tuple[Tensor, ...]:
         """Tokens (clips, L), int16, and for a Video2World model the captions' context."""

@@ -61,7 +61,7 @@ def decoder(run: Run, tokenizer: Path, latents: Path, text: Path) -> None:
     statistics = latent_scales(stored)
     coarse = open_tokenizer(tokenizer).read(device, run.half)
     fine = stored.read(device, run.half)
-    encoder = T5Files.open(text).load(device, run.half)
+    encoder = T5Files.open(text).read(device, run.half)
     general = encoder.encode([GENERAL_PROMPT])
 
     def encode(seeds: range, workers: int) -> Clips:

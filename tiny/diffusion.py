@@ -51,7 +51,7 @@ def diffusion(run: Run, tokenizer: Path, negative_prompt: tuple[str, ...]) -> No
     draw_weights(model.transformer)
     if run.start:
         model.transformer = open_network(run.start / WORLD).read(run.device, torch.float32)
-        model.text = T5Files.open(run.start / TEXT_FOLDER).load(run.device, torch.float32)
+        model.text = T5Files.open(run.start / TEXT_FOLDER).read(run.device, torch.float32)
     model = model.requires_grad_(True).to(run.device)
     coder = stored.read(run.device, run.half)
 

@@ -38,7 +38,7 @@ def flow(run: Run, tokenizer: Path, negative_prompt: tuple[str, ...]) -> None:
     draw_weights(model.transformer)
     if run.start:
         model.transformer = open_network(run.start / WORLD).read(run.device, torch.float32)
-        model.text = Reason1Files.open(run.start / TEXT_FOLDER).load(run.device, torch.float32)
+        model.text = Reason1Files.open(run.start / TEXT_FOLDER).read(run.device, torch.float32)
     model = model.requires_grad_(True).to(run.device)
 
     def tokenize(texts: list[str]) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,66 +34,10 @@ from worldline.memory import Fit, Memory, Plan, Stage, Weights, workspace
 from worldline.nn.modulation import fused
 from worldline.report import Recorder
 from worldline.request import LoadOptions, Name, Request, keyword
-from worldline.text.encoder import MAX_LENGTH, EncoderFiles, TextEncoder
 from worldline.weights.networks import open_transformer, read_settings
 from worldline.weights.source import Checkpoint
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TextPart:
-    """A text encoder on disk, or one that is only planned for.
-
-    Attributes:
-        num_parameters: that are read.
-        max_length: rows of an embedding.
-        encoder: its files; None where it is only planned for.
-    """
-
-    num_parameters: int
-    max_length: int = MAX_LENGTH
-    encoder: EncoderFiles | None = None
-
-    @property
-    def files(self) -> list[Path]:
-        return self.encoder.files if self.encoder else []
-
-    def nbytes(self, compute: Compute) -> int:
-        return self.num_parameters * compute.text_dtype.itemsize
-
-    def streamed_nbytes(self, compute: Compute) -> None:
-        return None
-
-    def load(self, compute: Compute, *, offload: bool) -> TextEncoder:
-        """The encoder, whose weights are read at the first prompt that is not cached."""
-        assert self.encoder is not None
-        return TextEncoder(self.encoder, compute.device, compute.text_dtype, offload=offload)
-
-
-def open_text(opened: Opened, kind: type[EncoderFiles], width: int) -> TextPart:
-    """The text encoder of a model: as chosen, beside the transformer, or below a root.
-
-    Args:
-        opened: the model.
-        kind: of encoder.
-        width: of the embeddings that the transformer expects.
-
-    Raises:
-        CheckpointError: there is none, it is not whole, or of another width.
-    """
-    assert opened.place is not None
-    if opened.options.text_encoder_dir is not None:
-        folders = [opened.place.chosen(opened.options.text_encoder_dir, "text_encoder_dir")]
-    else:
-        folders = [path for root in opened.place.roots for path in kind.folders(root)]
-        beside = opened.folder / "text_encoder"
-        if beside.is_dir():
-            folders.insert(0 if holds_diffusers(opened.source.path) else len(folders), beside)
-    if not folders:
-        raise CheckpointError(f"no text encoder {kind.released} in {opened.place.searched}")
-    encoder = kind.open_first(folders, width)
-    return TextPart(encoder.num_parameters, encoder.max_length, encoder)
 
 
 def find_transformer(path: Path) -> Checkpoint:

@@ -202,18 +202,18 @@ def test_a_folder_of_both_layouts(own_diffusion: Path) -> None:
         opened = open_named(name, own_diffusion)
         assert (opened.folder, opened.defaults["fps"]) == (own, 12)
         assert folders_of(opened, "tokenizer") == {own_diffusion / CONTINUOUS}
-        assert opened["text"].encoder.folder == own_diffusion / TEXT_ENCODER
+        assert opened["text"].folder == own_diffusion / TEXT_ENCODER
     opened = open_named(own / "transformer", own_diffusion)
     assert (opened.folder, opened.defaults) == (own, {})
     assert folders_of(opened, "tokenizer") == {own / "vae"}
-    assert opened["text"].encoder.folder == own / "text_encoder"
+    assert opened["text"].folder == own / "text_encoder"
     # what is nowhere else is taken from there all the same
     (own_diffusion / CONTINUOUS).rename(own_diffusion / "tokenizer")
     (own_diffusion / TEXT_ENCODER).rename(own_diffusion / "encoder")
     opened = open_named(VIDEO2WORLD, own_diffusion)
     assert opened["transformer"].path == own / "model.pt"
     assert folders_of(opened, "tokenizer") == {own / "vae"}
-    assert opened["text"].encoder.folder == own / "text_encoder"
+    assert opened["text"].folder == own / "text_encoder"
 
 
 def test_a_vae_without_weights_hides_no_tokenizer(own_diffusion: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_folder_of_diffusers(tiny_diffusion: Path, tmp_path: Path) -> None:
         opened = open_named(name, tiny_diffusion)
         assert opened.folder == own
         assert generation_of(opened) == "1.0"
-        assert opened["text"].encoder.folder == own / "text_encoder"
+        assert opened["text"].folder == own / "text_encoder"
     write_vae(own, parts)
     same = load_named(own, "nowhere")
     statistics = same.opened["tokenizer"].statistics

@@ -23,7 +23,8 @@ from worldline.family import Compute, Opened, load_family
 from worldline.locate import locate
 from worldline.memory import Memory, Plan
 from worldline.nn.modulation import fused
-from worldline.opening import TextPart, fit_released, open_world, plan
+from worldline.opening import fit_released, open_world, plan
+from worldline.text.encoder import TextPart
 
 BASE = "7f4d740"
 STAGES = {"visit": "guardrail"}  # name of a stage in the base -> now

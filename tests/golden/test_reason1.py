@@ -46,7 +46,7 @@ def files(case: Case, tmp_path: Path) -> Reason1Files:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_embeddings(case: Case, files: Reason1Files) -> None:
-    encoder = files.load("cpu", torch.float32)
+    encoder = files.read("cpu", torch.float32)
     for name in case.names("*.input_ids"):
         prompt = name.removesuffix(".input_ids")
         length = case.tensor(f"{prompt}.padded_ids").shape[-1]
@@ -63,7 +63,7 @@ def test_embeddings(case: Case, files: Reason1Files) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_only_what_is_needed_is_read(case: Case, files: Reason1Files) -> None:
-    encoder = files.load("cpu", torch.float32)
+    encoder = files.read("cpu", torch.float32)
     count = sum(parameter.numel() for parameter in encoder.parameters())
     held = sum(math.prod(info.shape) for info in files.checkpoint.tensors.values())
     assert files.num_parameters == count < held

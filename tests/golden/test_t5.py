@@ -19,7 +19,7 @@ def folder_of(case: Case) -> Path:
 
 
 def encoder_of(case: Case) -> T5Encoder:
-    return T5Files.open(folder_of(case)).load("cpu", torch.float32)
+    return T5Files.open(folder_of(case)).read("cpu", torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

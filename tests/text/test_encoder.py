@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tiny.encoders import export_t5, new_t5
 from worldline.errors import CheckpointError
-from worldline.text.cache import EmbeddingCache, cache_folder
-from worldline.text.encoder import TextEncoder
+from worldline.files import released_folders
+from worldline.text.encoder import EmbeddingCache, TextEncoder, cache_folder
 from worldline.text.t5 import T5Files
 
 
@@ -124,7 +126,7 @@ def test_weights_are_read_at_the_first_unknown_prompt(
 ) -> None:
     first = encoder_of(folder).embed(["a ball", "", "a ball"])
     assert list(first) == ["a ball", ""]
-    expected = T5Files.open(folder).load("cpu", torch.float32).encode(["a ball"])
+    expected = T5Files.open(folder).read("cpu", torch.float32).encode(["a ball"])
     assert torch.equal(first["a ball"], expected)
     monkeypatch.setattr("worldline.text.encoder.load_into", None)
     assert torch.equal(encoder_of(folder).embed(["a ball"])["a ball"], expected)
@@ -135,23 +137,31 @@ def test_weights_are_read_at_the_first_unknown_prompt(
 
 def test_a_truncated_prompt_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     encoder, long = encoder_of(folder), "x" * 20
-    for _ in range(2):  # kept embeddings too
-        encoder.embed(["short", long])
-        [warning] = caplog.messages
-        assert "21 tokens" in warning
-        assert "16" in warning
-        caplog.clear()
     cut = encoder.truncations({"prompt": long, "negative_prompt": "short"})
     assert cut == {"prompt": {"max_length": 16, "num_truncated_tokens": 5}}
+    [warning] = caplog.messages
+    assert "21 tokens" in warning
+    assert "16" in warning
 
 
 def test_the_first_folder_that_fits(folder: Path, tmp_path: Path) -> None:
-    export_t5(new_t5({"d_model": 32}), tmp_path / "narrow")
-    nowhere = tmp_path / "nowhere"
-    folders = [nowhere, tmp_path / "narrow", folder]
-    assert T5Files.open_first(folders, 64).folder == folder
-    assert T5Files.open_first(folders, 32).folder == tmp_path / "narrow"
-    with pytest.raises(CheckpointError, match=r"narrow has width 32, .* 64"):
-        T5Files.open_first(folders[1:2], 64)
-    with pytest.raises(CheckpointError, match="nowhere"):
-        T5Files.open_first(folders, 5)
+    """Snapshots in a hub cache come before a folder of the last name, `main` before the others."""
+    cache = tmp_path / "models--google-t5--t5-11b"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("aaa\n")
+    for revision in ("aaa", "bbb"):
+        shutil.copytree(folder, cache / "snapshots" / revision)
+    export_t5(new_t5({"d_model": 32}), tmp_path / "google-t5" / "t5-11b")
+    shutil.copytree(folder, tmp_path / "t5-11b")
+    place = SimpleNamespace(roots=[tmp_path / "nowhere", tmp_path], searched="here")
+    options = SimpleNamespace(text_encoder_dir=None)
+    opened = SimpleNamespace(place=place, options=options, folder=tmp_path / "world")
+    assert T5Files.find(opened, 64).folder == cache / "snapshots" / "aaa"
+    other = released_folders(tmp_path, T5Files.released, "bbb")
+    assert [path.name for path in other] == ["t5-11b", "bbb", "aaa", "t5-11b"]
+    assert T5Files.find(opened, 32).folder == tmp_path / "google-t5" / "t5-11b"
+    with pytest.raises(CheckpointError, match=r"t5-11b has width 32, .* 5"):
+        T5Files.find(opened, 5)
+    place.roots.pop()
+    with pytest.raises(CheckpointError, match="no text encoder google-t5/t5-11b in here"):
+        T5Files.find(opened, 64)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tiny.encoders import byte_chat_tokenizer, export_reason1, new_reason1
 from worldline.errors import CheckpointError
-from worldline.text.cache import EmbeddingCache
+from worldline.text.encoder import EmbeddingCache
 from worldline.text.reason1 import (
     END,
     NUM_PARAMETERS,
@@ -66,7 +66,7 @@ def own(exported: Path, tmp_path: Path) -> Path:
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Reason1Encoder:
-    return Reason1Files.open(folder).load("cpu", dtype)
+    return Reason1Files.open(folder).read("cpu", dtype)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ def test_new_weights_follow_the_seed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(exported: Path, dtype: torch.dtype) -> None:
     exact = loaded(exported).encode(PROMPTS)
-    found = Reason1Files.open(exported).load("cuda", dtype).encode(PROMPTS)
+    found = Reason1Files.open(exported).read("cuda", dtype).encode(PROMPTS)
     assert found.device.type == "cuda"
     gap = (found.cpu().float() - exact).norm() / exact.norm()
     assert gap < (1e-4 if dtype == torch.float32 else 0.05)
@@ -254,11 +254,8 @@ def test_a_vocabulary_in_two_files(own: Path) -> None:
     settings = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
     (own / "tokenizer_config.json").write_text(json.dumps(settings))
     files = Reason1Files.open(own)
-    assert [path.name for path in files.tokenizer_files] == [
-        "vocab.json",
-        "merges.txt",
-        "tokenizer_config.json",
-    ]
+    names = {"vocab.json", "merges.txt", "tokenizer_config.json"}
+    assert names < {path.name for path in files.files}
     assert files.max_length == 512
     pairs = [tuple(merge.split()) for merge in merges]
     other = Tokenizer(models.BPE(vocabulary, pairs))
@@ -344,7 +341,6 @@ def test_tokenizer_beside_as_diffusers_saves_it(own: Path) -> None:
 def test_missing_parts(own: Path) -> None:
     assert "no config.json" in refused(own / "nowhere")
     (own / "tokenizer.json").unlink()
-    (own / "vocab.json").touch()
     assert "no tokenizer.json" in refused(own)
     (own / "model.safetensors").unlink()
     assert "no weights" in refused(own)
@@ -410,21 +406,6 @@ def test_a_vocabulary_larger_than_the_encoder_s(own: Path) -> None:
         loaded(own)
 
 
-def test_where_released_worlds_keep_it(tmp_path: Path) -> None:
-    """Another revision is another encoder: the right one comes first, whatever `main` is."""
-    assert Reason1Files.folders(tmp_path) == []
-    cache = tmp_path / "models--nvidia--Cosmos-Reason1-7B"
-    for revision in ("aaa", Reason1Files.revision):
-        (cache / "snapshots" / revision).mkdir(parents=True)
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text("aaa")
-    plain, short = tmp_path / "nvidia" / "Cosmos-Reason1-7B", tmp_path / "Cosmos-Reason1-7B"
-    for folder in (plain, short):
-        folder.mkdir(parents=True)
-    snapshots = [cache / "snapshots" / revision for revision in (Reason1Files.revision, "aaa")]
-    assert Reason1Files.folders(tmp_path) == [plain, *snapshots, short]
-
-
 def test_embeddings_are_kept(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,7 +427,7 @@ def test_export_is_in_bfloat16(tmp_path: Path) -> None:
     stored = files.checkpoint.tensors
     assert {info.dtype for info in stored.values()} == {torch.bfloat16}
     assert files.max_length == 32
-    again = files.load("cpu", torch.float32)
+    again = files.read("cpu", torch.float32)
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, encoder.get_parameter(name).bfloat16().float())
     assert again.tokenizer.encode("Größe") == encoder.tokenizer.encode("Größe")

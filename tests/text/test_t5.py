@@ -49,7 +49,7 @@ def own(exported: Path, tmp_path: Path) -> Path:
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> T5Encoder:
-    return T5Files.open(folder).load("cpu", dtype)
+    return T5Files.open(folder).read("cpu", dtype)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -153,7 +153,7 @@ def test_new_weights_follow_the_seed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(exported: Path, dtype: torch.dtype) -> None:
     exact = loaded(exported).encode(PROMPTS)
-    found = T5Files.open(exported).load("cuda", dtype).encode(PROMPTS)
+    found = T5Files.open(exported).read("cuda", dtype).encode(PROMPTS)
     assert found.device.type == "cuda"
     gap = (found.cpu().float() - exact).norm() / exact.norm()
     assert gap < (1e-5 if dtype == torch.float32 else 0.03)
@@ -291,20 +291,6 @@ def test_a_vocabulary_larger_than_the_encoders(own: Path) -> None:
         loaded(own)
 
 
-def test_where_released_worlds_keep_it(tmp_path: Path) -> None:
-    assert T5Files.folders(tmp_path) == []
-    cache = tmp_path / "models--google-t5--t5-11b"
-    for revision in ("aaa", "bbb"):
-        (cache / "snapshots" / revision).mkdir(parents=True)
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text("aaa\n")
-    plain, short = tmp_path / "google-t5" / "t5-11b", tmp_path / "t5-11b"
-    for folder in (plain, short):
-        folder.mkdir(parents=True)
-    snapshots = [cache / "snapshots" / revision for revision in ("aaa", "bbb")]
-    assert T5Files.folders(tmp_path) == [plain, *snapshots, short]
-
-
 def test_export_is_in_bfloat16(tmp_path: Path) -> None:
     encoder = new_t5(max_length=32)
     export_t5(encoder, tmp_path / "made" / "here")
@@ -312,7 +298,7 @@ def test_export_is_in_bfloat16(tmp_path: Path) -> None:
     stored = files.checkpoint.tensors
     assert {info.dtype for info in stored.values()} == {torch.bfloat16}
     assert files.max_length == 32
-    for name, parameter in files.load("cpu", torch.float32).named_parameters():
+    for name, parameter in files.read("cpu", torch.float32).named_parameters():
         assert torch.equal(parameter, encoder.get_parameter(name).bfloat16().float())
     assert "encoder.embed_tokens.weight" not in stored
 
@@ -361,9 +347,10 @@ def write_vocabulary(path: Path, *, ends: bool = True, **more: object) -> Path:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    return T5Files(
-        folder, {}, Checkpoint(folder, "pt", {}), (folder / "tokenizer.json",), 9
-    ).tokenizer
+    checkpoint = Checkpoint(folder, "pt", {})
+    path = folder / "tokenizer.json"
+    files = T5Files(0, folder=folder, config={}, checkpoint=checkpoint, vocabulary=path)
+    return files.tokenizer
 
 
 def test_bytes() -> None:

@@ -148,7 +148,7 @@ def test_the_world_and_its_text_encoder_can_be_opened(tmp_path: Path, latents: P
     settings = json.loads((world / "config.json").read_text())
     assert open_network(world, settings).config == sizes.DIFFUSION
     assert settings["text2world"] is True
-    text = T5Files.open(tmp_path / "export" / TEXT_FOLDER).load("cpu", torch.float32)
+    text = T5Files.open(tmp_path / "export" / TEXT_FOLDER).read("cpu", torch.float32)
     rows = text.encode(["A red ball falls."])
     assert rows.shape == (1, sizes.TEXT_LENGTH, sizes.TEXT["d_model"])
     # another run may begin with these weights
@@ -208,7 +208,7 @@ def test_a_transformer_of_clips_and_captions(tmp_path: Path, tokens: Path, text:
 
 
 def test_captions_together_are_embedded_as_alone(text: Path) -> None:
-    encoder = T5Files.open(text).load("cpu", torch.float32)
+    encoder = T5Files.open(text).read("cpu", torch.float32)
     captions = ["A red ball falls.", "", "A long yellow box slides to the left."]
     torch.testing.assert_close(
         embed_captions(encoder, captions), encoder.encode(captions), rtol=1e-5, atol=1e-6

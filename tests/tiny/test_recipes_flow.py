@@ -230,7 +230,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
 def test_the_world_and_its_text_encoder_can_be_opened(tmp_path: Path, exported: Path) -> None:
     settings = json.loads((exported / WORLD / "config.json").read_text())
     assert open_network(exported / WORLD, settings).config == sizes.FLOW
-    text = Reason1Files.open(exported / TEXT_FOLDER).load("cpu", torch.float32)
+    text = Reason1Files.open(exported / TEXT_FOLDER).read("cpu", torch.float32)
     rows = text.encode(["A red ball falls."])
     assert rows.shape == (1, sizes.TEXT_LENGTH, sizes.FLOW.feature_width)
     # another run may begin with these weights
@@ -283,7 +283,7 @@ def test_a_network_has_the_inputs_of_a_sampler_in_training(
     )
     model = Flowing(
         world.parts.transformer.module,
-        Reason1Files.open(exported / TEXT_FOLDER).load("cpu", torch.float32),
+        Reason1Files.open(exported / TEXT_FOLDER).read("cpu", torch.float32),
     )
     coder = open_wan(exported / WORLD / "vae").read("cpu", torch.float32)
     latents = coder.encode(as_video(clip))

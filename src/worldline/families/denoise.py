@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +27,6 @@ from worldline.request import VideoRequest
 from worldline.sampling.solvers import Stepped
 from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
 from worldline.step import Step
-from worldline.text import embeddings as sources
 from worldline.tokenizers.cosmos.model import LatentStatistics
 from worldline.video.convert import signed_to_uint8
 
@@ -60,27 +58,14 @@ def read_embeddings(request: Any, width: int, rows: int | None = None) -> Embedd
         InputError: there is no such file, or it holds something else.
     """
     values = request.prompt_embeddings, getattr(request, "negative_prompt_embeddings", None)
-    if not all(value is None or isinstance(value, str) for value in values):
-        found = sources.read_embeddings(*values, width=width, rows=rows)
-    else:  # a batch reads its file once
-        found = _read_files(*values, *map(_modified, values), width, rows)
+    if all(value is None for value in values):
+        return Embeddings()
+    from worldline.text import embeddings as sources
+
+    found = sources.read_embeddings(*values, width=width, rows=rows)
     if "negative_prompt" in found and not hasattr(request, "guidance"):
         _warn_unread(str(request.prompt_embeddings))
     return Embeddings(found.get("prompt"), found.get("negative_prompt"))
-
-
-def _modified(path: str | None) -> int:
-    try:
-        return Path(path).stat().st_mtime_ns if path else 0
-    except OSError:
-        return 0
-
-
-@lru_cache(maxsize=4)
-def _read_files(
-    prompt: str | None, negative: str | None, _: int, __: int, width: int, rows: int | None
-) -> dict[str, Tensor]:
-    return sources.read_embeddings(prompt, negative, width=width, rows=rows)
 
 
 @lru_cache

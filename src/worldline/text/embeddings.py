@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from worldline.weights.read import open_checkpoint
 EmbeddingSource = str | Path | Tensor | NDArray[Any]
 
 PROMPT, NEGATIVE_PROMPT = "prompt", "negative_prompt"
-_DTYPES = ("f2", "f4", "f8")
 
 
 def read_embeddings(
@@ -47,13 +47,14 @@ def read_embeddings(
     """
     embeddings: dict[str, Tensor] = {}
     for name, source in ((NEGATIVE_PROMPT, negative_prompt), (PROMPT, prompt)):
+        label = f"{name}_embeddings"
         if source is None:
             continue
-        label = f"{name}_embeddings"
         if isinstance(source, Tensor | np.ndarray):
             tensors = {name: torch.as_tensor(source)}
         elif isinstance(source, str | Path):
-            tensors = read_embedding_file(Path(source))
+            path = Path(source)
+            tensors = read_embedding_file(path, path.stat().st_mtime_ns if path.exists() else 0)
             label = f"{label} {source}"
             if name == NEGATIVE_PROMPT:  # a file of its own may call it "prompt" all the same
                 tensors = {name: tensors.get(name, tensors[PROMPT])}
@@ -78,7 +79,8 @@ def _checked(tensor: Tensor, label: str, width: int, rows: int | None) -> Tensor
     return F.pad(flat.detach().float().cpu(), (0, 0, 0, (rows or len(flat)) - len(flat)))[None]
 
 
-def read_embedding_file(path: Path) -> dict[str, Tensor]:
+@lru_cache(maxsize=4)  # a batch reads its file once
+def read_embedding_file(path: Path, modified: int = 0) -> dict[str, Tensor]:
     """Tensors "prompt" and perhaps "negative_prompt" of a file, of any shape and dtype.
 
     Args:
@@ -86,6 +88,7 @@ def read_embedding_file(path: Path) -> dict[str, Tensor]:
             and perhaps `negative_prompt`, or one tensor of any name, which is the prompt's; or a
             pickle as Cosmos' `get_t5_embeddings.py` writes it, a list of one NumPy array. Nothing
             in a pickle is run.
+        modified: time of the file; another one is read anew.
 
     Raises:
         InputError: there is no such file, it is damaged or unsafe, or holds something else.
@@ -108,19 +111,19 @@ def read_embedding_file(path: Path) -> dict[str, Tensor]:
             f"{path} holds {', '.join(names[:4])}; expected one tensor, or {PROMPT} and perhaps "
             f"{NEGATIVE_PROMPT}"
         )
-    return {name: source.read(name).clone() for name in (PROMPT, NEGATIVE_PROMPT)}
+    return {name: source.read(name).clone() for name in names}
 
 
 class _DType:
     """A NumPy dtype in a pickle."""
 
-    swapped = False
+    order = "<"
 
     def __init__(self, name: object, *align_and_copy: object) -> None:
         self.name = name
 
     def __setstate__(self, state: tuple[object, ...]) -> None:
-        self.swapped = state[1] == ">"
+        self.order = ">" if state[1] == ">" else "<"
 
 
 class _Array:
@@ -133,12 +136,10 @@ class _Array:
         self.fill(data, dtype, shape, "F" if fortran else "C")
 
     def fill(self, data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-        if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray):
-            raise pickle.UnpicklingError("a malformed array")
-        if dtype.name not in _DTYPES:
+        if dtype.name not in ("f2", "f4", "f8") or not isinstance(data, bytes | bytearray):
             raise pickle.UnpicklingError(f"an array of {dtype.name!r:.20}")
-        array = np.frombuffer(data, f"{'>' if dtype.swapped else '<'}{dtype.name}")
-        self.value = array.reshape(tuple(shape), order="F" if order == "F" else "C")
+        array = np.frombuffer(data, f"{dtype.order}{dtype.name}")
+        self.value = array.reshape(tuple(shape), order=order)
         return self
 
 

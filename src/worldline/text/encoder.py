@@ -5,9 +5,13 @@ Axes: B batch, S tokens, D width.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import math
+import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
-from worldline.files import read_json, released_folders, stamp, unfinished
+from worldline.files import (
+    holds_diffusers,
+    read_json,
+    released_folders,
+    replacing,
+    stamp,
+    unfinished,
+)
 from worldline.parallel.offload import Part
-from worldline.text.cache import EmbeddingCache
 from worldline.weights.keymap import KeyMap, match
 from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.stream import load_into
+from worldline.weights.write import save
 
 if TYPE_CHECKING:
     import tokenizers
@@ -39,6 +50,8 @@ WEIGHTS = (  # in order of preference
     "pytorch_model.bin.index.json",
 )
 BYTES = "ByT5Tokenizer"  # a tokenizer_config.json of this class needs no vocabulary
+_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+_RECIPE = "2"  # to be raised when the same encoder and prompt give another embedding
 
 
 class PromptEncoder(nn.Module, ABC):
@@ -68,22 +81,41 @@ class PromptEncoder(nn.Module, ABC):
 
 
 @dataclass(frozen=True)
-class EncoderFiles(ABC):
+class TextPart:
+    """A text encoder that is only planned for.
+
+    Attributes:
+        num_parameters: that are read.
+        max_length: rows of an embedding; longer prompts are cut.
+        files: all that decide an embedding.
+    """
+
+    num_parameters: int
+    max_length: int = MAX_LENGTH
+    files: tuple[Path, ...] = ()
+
+    def nbytes(self, compute: Any) -> int:
+        return self.num_parameters * int(compute.text_dtype.itemsize)
+
+    def streamed_nbytes(self, compute: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFiles(TextPart, ABC):
     """A text encoder on disk, of which headers were read.
 
     Attributes:
         folder: holds config.json and the weights.
         config: settings of config.json, those of its `text_config` on top.
         checkpoint: the weights, which may hold more than the encoder's.
-        tokenizer_files: the file that decides the tokenizer, then those beside it.
-        max_length: rows of an embedding; longer prompts are cut.
+        vocabulary: the file that decides the tokenizer.
     """
 
     folder: Path
     config: Mapping[str, Any]
     checkpoint: Checkpoint
-    tokenizer_files: tuple[Path, ...]
-    max_length: int
+    vocabulary: Path
 
     name: ClassVar[str]
     released: ClassVar[str]  # name on the hub
@@ -91,7 +123,6 @@ class EncoderFiles(ABC):
     model_types: ClassVar[tuple[str, ...]]  # of config.json
     encoder: ClassVar[type[PromptEncoder]]
     sizes: ClassVar[tuple[str, ...]]  # settings whose product is the width
-    vocabularies: ClassVar[tuple[tuple[str, ...], ...]] = (("tokenizer.json",),)  # any of these
     prefixes: ClassVar[tuple[str, ...]] = ("",)  # what a file may have before our names
     unread: ClassVar[Mapping[str, str]]  # patterns of other tensors in a file -> what they are
     tied: ClassVar[tuple[str, ...]] = ()  # names of one tensor, of which a file holds any
@@ -112,46 +143,62 @@ class EncoderFiles(ABC):
         if not path.is_file():
             raise CheckpointError(f"{folder} holds no config.json{unfinished(folder)}")
         config = read_json(path)
-        kind, language = config.get("model_type"), config.pop("text_config", None)
+        kind = config.get("model_type")
         if kind not in cls.model_types:
             raise CheckpointError(f"{path}: model_type is {kind!r}, expected {cls.model_types[0]}")
-        config |= language if isinstance(language, dict) else {}
+        config |= config.pop("text_config", None) or {}
         for size in ("vocab_size", *cls.sizes):
             value = config.get(size)
             if type(value) is not int or value < 1:
                 raise CheckpointError(f"{path}: {size} is {value!r}")
         checkpoint = open_checkpoint(find_weights(folder))
+        keys = KeyMap({}, cls.unread, cls.prefixes)
+        counts = {  # a tied tensor counts once
+            cls.tied if name in cls.tied else name: info.numel
+            for name, info in checkpoint.tensors.items()
+            if not keys.drops(name)
+        }
         for holder in (folder, folder.parent / "tokenizer"):
-            path = holder / "tokenizer_config.json"
-            settings = read_json(path) if path.is_file() else {}
-            beside = [path] if settings else []
-            choices = [[holder / name for name in names] for names in cls.vocabularies]
+            found = [file for name in _TOKENIZER if (file := holder / name).is_file()]
+            stated = holder / "tokenizer_config.json"
+            settings = read_json(stated) if stated in found else {}
             if settings.get("tokenizer_class") == BYTES:
-                choices = [beside]
-            for files in choices:
-                if all(file.is_file() for file in files):
-                    # without a limit of its own it has 1e30, or that of the model
-                    limit = settings.get("model_max_length")
-                    length = MAX_LENGTH
-                    if isinstance(limit, int) and 0 < limit < MAX_LENGTH:
-                        length = limit
-                    files = [*dict.fromkeys([*files, *beside])]
-                    return cls(folder, config, checkpoint, tuple(files), length)
+                found = [stated]
+            elif found[:1] == [stated]:
+                continue
+            if found:
+                limit = settings.get("model_max_length")  # 1e30 where it has none of its own
+                return cls(
+                    sum(counts.values()),
+                    limit if isinstance(limit, int) and 0 < limit < MAX_LENGTH else MAX_LENGTH,
+                    (path, *checkpoint.files, *found),
+                    folder=folder,
+                    config=config,
+                    checkpoint=checkpoint,
+                    vocabulary=found[0],
+                )
         raise CheckpointError(f"{folder} holds no tokenizer.json{unfinished(folder)}")
 
     @classmethod
-    def folders(cls, root: Path) -> list[Path]:
-        """Folders below a folder of models that may hold the released encoder, the best first."""
-        return released_folders(root, cls.released, cls.revision)
-
-    @classmethod
-    def open_first(cls, folders: Sequence[Path], width: int) -> Self:
-        """Open the first folder that holds a whole encoder of a world's context width.
+    def find(cls, opened: Any, width: int) -> Self:
+        """Open the encoder of a model: as chosen, beside the transformer, or below a root.
 
         Raises:
-            CheckpointError: there is none; the error is that of the first folder.
+            CheckpointError: no folder holds a whole one of this context width; the error is that
+                of the first folder.
         """
-        first: CheckpointError | None = None
+        place, chosen = opened.place, opened.options.text_encoder_dir
+        folders = [
+            path
+            for root in place.roots
+            for path in released_folders(root, cls.released, cls.revision)
+        ]
+        beside = opened.folder / "text_encoder"
+        if chosen is not None:
+            folders = [place.chosen(chosen, "text_encoder_dir")]
+        elif beside.is_dir():
+            folders.insert(0 if holds_diffusers(opened.source.path) else len(folders), beside)
+        errors: list[CheckpointError] = []
         for folder in folders:
             try:
                 files = cls.open(folder)
@@ -161,26 +208,14 @@ class EncoderFiles(ABC):
                     f"text encoder {folder} has width {files.width}, the world expects {width}"
                 )
             except CheckpointError as error:
-                first = first or error
-        raise first or CheckpointError(f"there is no text encoder {cls.released}")
-
-    @property
-    def files(self) -> list[Path]:
-        """All files that decide an embedding."""
-        return [self.folder / "config.json", *self.checkpoint.files, *self.tokenizer_files]
+                errors.append(error)
+        missing = CheckpointError(f"no text encoder {cls.released} in {place.searched}")
+        raise next(iter(errors), missing)
 
     @property
     def width(self) -> int:
         """D of an embedding."""
         return math.prod(self.config[size] for size in self.sizes)
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters that are read."""
-        keys, tensors = KeyMap({}, self.unread, self.prefixes), self.checkpoint.tensors
-        names = [name for name in tensors if not keys.drops(name)]
-        doubled = [name for name in self.tied if name in names][1:]
-        return sum(tensors[name].numel for name in names if name not in doubled)
 
     @cached_property
     @abstractmethod
@@ -191,7 +226,11 @@ class EncoderFiles(ABC):
         """Tokens of a prompt that are not read."""
         return max(0, len(self.tokenizer.encode(prompt)) - self.max_length)
 
-    def load(self, device: torch.device | str, dtype: torch.dtype) -> Any:
+    def load(self, compute: Any, *, offload: bool) -> TextEncoder:
+        """The encoder, whose weights are read at the first prompt that is not cached."""
+        return TextEncoder(self, compute.device, compute.text_dtype, offload=offload)
+
+    def read(self, device: torch.device | str, dtype: torch.dtype) -> Any:
         """The encoder with its weights, for inference.
 
         Args:
@@ -203,7 +242,7 @@ class EncoderFiles(ABC):
         """
         if self.tokenizer.size > self.config["vocab_size"]:
             raise CheckpointError(
-                f"{self.tokenizer_files[0]} has {self.tokenizer.size:,} tokens, {self.folder} "
+                f"{self.vocabulary} has {self.tokenizer.size:,} tokens, {self.folder} "
                 f"expects {self.config['vocab_size']:,}"
             )
         encoder, keys = self._build()
@@ -220,7 +259,7 @@ class EncoderFiles(ABC):
         tensors, path = self.checkpoint.tensors, self.checkpoint.path
         shapes = {name: tuple(t.shape) for name, t in encoder.network.state_dict().items()}
         pairs = match(tensors, shapes, keys, str(path), self.tied)
-        if self.tied and not any(name in pairs for name in self.tied):
+        if self.tied and pairs.keys().isdisjoint(self.tied):
             raise CheckpointError(f"{path}: 1 missing: {self.tied[0]}")
         return len(tensors) - len(pairs)
 
@@ -243,9 +282,6 @@ class TextEncoder:
     """A text encoder behind its cache: the weights are read at the first prompt that is not in it.
 
     Attributes:
-        files: of the encoder.
-        device: where it runs.
-        dtype: of its weights.
         offload: whether the weights wait in host memory between prompts.
     """
 
@@ -262,45 +298,96 @@ class TextEncoder:
         self._key = json.dumps([stamps, str(dtype), files.max_length], sort_keys=True)
 
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The embedding (1, S, D) of each prompt, on the CPU; warns of prompts that are cut.
+        """The embedding (1, S, D) of each prompt, on the CPU.
 
         Raises:
             CheckpointError: the weights do not fit, or cannot be read.
         """
-        embeddings: dict[str, Tensor] = {}
-        missing: list[str] = []
-        length = self.files.max_length
-        for prompt in dict.fromkeys(prompts):
-            if cut := self.files.count_truncated(prompt):
-                warning = "a prompt has %d tokens and is cut after %d: %r ..."
-                logger.warning(warning, length + cut, length, prompt[:40])
-            cached = self._cache.get(self._key, prompt)
-            if cached is None:
-                missing.append(prompt)
-            else:
-                embeddings[prompt] = cached.view(1, *cached.shape[-2:])
+        cached = {prompt: self._cache.get(self._key, prompt) for prompt in prompts}
+        embeddings = {prompt: x for prompt, x in cached.items() if x is not None}
+        missing = [prompt for prompt, x in cached.items() if x is None]
         if not missing:
             return embeddings
         if self._part is None:
             logger.info("reading %s", self.files.folder)
-            encoder = self.files.load("cpu" if self.offload else self.device, self.dtype)
+            encoder = self.files.read("cpu" if self.offload else self.device, self.dtype)
             self._part = Part(encoder, self.device, offload=self.offload)
         with torch.inference_mode(), self._part.on_device() as encoder:
-            for prompt in missing:
-                embeddings[prompt] = encoder.encode([prompt]).cpu()
+            embeddings |= {prompt: encoder.encode([prompt]).cpu() for prompt in missing}
         for prompt in missing:
             self._cache.put(self._key, prompt, embeddings[prompt])
         return embeddings
 
     def truncations(self, prompts: Mapping[str, str]) -> dict[str, dict[str, int]]:
-        """Report entry of the prompts that are cut, by their names: tokens read and not read."""
-        cuts = {name: self.files.count_truncated(prompt) for name, prompt in prompts.items()}
+        """Report entry of the prompts that are cut, by their names, with a warning of each."""
         length = self.files.max_length
-        return {
-            name: {"max_length": length, "num_truncated_tokens": cut}
-            for name, cut in cuts.items()
-            if cut
-        }
+        cuts = {}
+        for name, prompt in prompts.items():
+            if cut := self.files.count_truncated(prompt):
+                warning = "a prompt has %d tokens and is cut after %d: %r ..."
+                logger.warning(warning, length + cut, length, prompt[:40])
+                cuts[name] = {"max_length": length, "num_truncated_tokens": cut}
+        return cuts
+
+
+def cache_folder() -> Path:
+    """Folder of cached embeddings: below $WORLDLINE_CACHE, else below ~/.cache."""
+    if named := os.environ.get("WORLDLINE_CACHE"):
+        return Path(named) / "embeddings"
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if root.startswith("~"):  # a user without a home, as in some containers
+        root = tempfile.gettempdir()
+    return Path(root) / "worldline" / "embeddings"
+
+
+class EmbeddingCache:
+    """Embeddings by encoder and prompt: 1 MB each, against reading 10 GB of weights to make one.
+
+    One safetensors file each, shared by all processes; its name is a hash, as the prompt is not
+    written down. A folder that cannot be written is no error; nothing is cached then.
+
+    Attributes:
+        folder: of the entries; made with the first.
+        largest: number of entries, beyond which the one that was unused for longest is removed.
+    """
+
+    def __init__(self, name: str | Path = "", largest: int = 1000) -> None:
+        self.folder = cache_folder() / name
+        self.largest = largest
+
+    def path(self, encoder: str, prompt: str) -> Path:
+        """File of an entry, which may not exist."""
+        key = json.dumps([_RECIPE, encoder, prompt]).encode()
+        return self.folder / f"{hashlib.sha256(key).hexdigest()}.safetensors"
+
+    def get(self, encoder: str, prompt: str) -> Tensor | None:
+        """The embedding on the CPU; None where there is none, or a damaged one."""
+        path = self.path(encoder, prompt)
+        try:
+            if not path.is_file():
+                return None
+            # a copy: the mapping would change with what another process does to the file
+            embedding = open_checkpoint(path).read("embedding").clone()
+        except (CheckpointError, OSError) as error:
+            logger.info("a cached embedding is made anew: %s", error)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # used now, so removed last
+        return embedding
+
+    def put(self, encoder: str, prompt: str, embedding: Tensor) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path(encoder, prompt)) as temporary:
+                save({"embedding": embedding}, temporary)
+            ages: list[tuple[int, Path]] = []
+            for entry in self.folder.glob("*.safetensors"):
+                with contextlib.suppress(OSError):  # removed by another process
+                    ages.append((entry.stat().st_mtime_ns, entry))
+            for _, entry in sorted(ages, reverse=True)[self.largest :]:
+                entry.unlink(missing_ok=True)
+        except OSError as error:
+            logger.info("an embedding is not cached: %s", error)
 
 
 def find_weights(folder: Path) -> Path:

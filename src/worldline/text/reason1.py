@@ -31,19 +31,12 @@ _EPS = 1e-8  # beside the deviation
 
 
 def chat_text(prompt: str) -> str:
-    """The chat that is encoded: a system line, and the prompt as the user's.
-
-    The prompt goes in as it is: what looks like a special token in it becomes one.
-    """
+    """The chat that is encoded; what looks like a special token in the prompt becomes one."""
     return f"{START}system\n{SYSTEM}{END}\n{START}user\n{prompt}{END}\n"
 
 
 class ChatTokenizer(FastTokenizer):
-    """Prompts to ids of the chat that the released worlds were trained with.
-
-    Attributes:
-        pad: id behind the end of a chat.
-    """
+    """Prompts to ids of the chat that the released worlds were trained with."""
 
     special_tokens = False  # the chat has them
 
@@ -55,7 +48,6 @@ class ChatTokenizer(FastTokenizer):
         self.pad = self.vocabulary[PAD]
 
     def encode(self, prompt: str) -> list[int]:
-        """Ids of the whole chat of a prompt."""
         return super().encode(chat_text(prompt))
 
 
@@ -72,11 +64,11 @@ class Reason1Encoder(PromptEncoder):
             # A word has the same position on all three axes, so that they may be taken as one.
             "mrope_section": [half, 0, 0],
         }
-        stated = {name: value for name, value in config.items() if name != "rope_scaling"}
         settings = Qwen2_5_VLTextConfig.from_dict(
             {
                 "rms_norm_eps": 1e-6,
-                **stated,
+                **config,
+                "rope_scaling": None,
                 "rope_parameters": rotary,
                 "use_cache": False,
                 # nothing is generated, and a tiny vocabulary lacks these words
@@ -90,7 +82,6 @@ class Reason1Encoder(PromptEncoder):
         return network
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Ids (B, max_length) int64 of prompts, on the CPU."""
         return self.fit([self.tokenizer.encode(prompt) for prompt in prompts])
 
     def fit(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -99,25 +90,14 @@ class Reason1Encoder(PromptEncoder):
         return torch.tensor([[*row[:length], *[pad] * (length - len(row))] for row in rows])
 
     def hidden(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """The embedded tokens and the output of each layer, the last one normed; differentiable.
+        """The embedded tokens and the output of each layer, each (B, S, D), the last one normed.
 
-        Every token sees all before it, padding too; none is masked.
-
-        Args:
-            ids: (B, S) int64, on the weights' device.
-
-        Returns:
-            One more than there are layers, each (B, S, D).
+        Every token sees all before it, padding too.
         """
-        output = self.network(input_ids=ids, use_cache=False, output_hidden_states=True)
-        return tuple(output.hidden_states)
+        return self.network(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings (B, S, layers x D): each layer's output standardised row by row.
-
-        Args:
-            ids: (B, S) int64, on any device, as `tokenize` makes them.
-        """
+        """Embeddings (B, S, layers x D): each layer's output standardised row by row."""
         states = self.hidden(ids.to(self.network.embed_tokens.weight.device))
         # the embedded tokens themselves are not part of it
         return torch.cat([_standardised(state) for state in states[1:]], dim=-1)
@@ -144,14 +124,13 @@ class Reason1Files(EncoderFiles):
     model_types = ("qwen2_5_vl", "qwen2_5_vl_text")
     encoder = Reason1Encoder
     sizes = ("num_hidden_layers", "hidden_size")
-    vocabularies = (("tokenizer.json",), ("vocab.json", "merges.txt"))
     prefixes = ("model.", "model.language_model.")  # as released; as transformers saves it since
     unread: ClassVar = {"visual.*": "vision tower", "lm_head.*": "head"}
     cached = ("reason1", 40)  # apart from T5's: 103 MB each of the released encoder in bfloat16
 
     @cached_property
     def tokenizer(self) -> ChatTokenizer:
-        path = self.tokenizer_files[0]
+        path = self.vocabulary
         if path.name != "vocab.json":
             return ChatTokenizer(read_tokenizer(path), str(path))
         from transformers import Qwen2Tokenizer

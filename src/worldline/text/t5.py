@@ -45,35 +45,22 @@ class T5Encoder(PromptEncoder):
         return network
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask of prompts, two (B, max_length) int64 on the CPU; the mask is 1 at tokens.
-
-        A prompt that was cut still ends with `</s>`.
-        """
+        """Ids and mask, both (B, max_length) int64 on the CPU; a cut prompt keeps its `</s>`."""
         length = self.max_length
         rows = [self.tokenizer.encode(prompt) for prompt in prompts]
         rows = [row if len(row) <= length else [*row[: length - 1], END] for row in rows]
-        ids = [row + [PAD] * (length - len(row)) for row in rows]
-        mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
-        return torch.tensor(ids), torch.tensor(mask)
+        ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+        ends = torch.tensor([[len(row)] for row in rows])
+        return ids, (torch.arange(length) < ends).long()
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Last hidden state (B, S, D) of every position, padding too; differentiable.
-
-        Args:
-            ids: (B, S) int64, on the weights' device.
-            mask: (B, S), 1 at tokens, 0 at padding, which is not attended to.
-        """
-        hidden: Tensor = self.network(input_ids=ids, attention_mask=mask).last_hidden_state
-        return hidden
+        """Last hidden state (B, S, D) of every position, padding too, which is not attended to."""
+        return self.network(input_ids=ids, attention_mask=mask).last_hidden_state
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The last hidden state (B, S, D) with rows of padding exactly 0; differentiable.
+        """Embeddings (B, S, D) with rows of padding exactly 0; differentiable.
 
         Columns that are padding in every prompt are not computed.
-
-        Args:
-            ids: (B, S) int64, on any device.
-            mask: (B, S), as `tokenize` makes it: a run of ones, then zeros.
         """
         device = self.network.shared.weight.device
         longest = int(mask.sum(1).max())
@@ -106,7 +93,7 @@ class T5Files(EncoderFiles):
 
     @cached_property
     def tokenizer(self) -> ByteTokenizer | FastTokenizer:
-        path = self.tokenizer_files[0]
+        path = self.vocabulary
         if path.name == "tokenizer_config.json":
             return ByteTokenizer()
         tokenizer = FastTokenizer(read_tokenizer(path))

@@ -47,13 +47,11 @@ from worldline.families.denoise import log_result, read_embeddings
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
-from worldline.opening import TextPart
 from worldline.report import Recorder
 from worldline.request import LARGEST_SIZE
 from worldline.sampling.tokens import CHUNK, Sampling, decode, draw_noise
 from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
 from worldline.step import Step, numbered
-from worldline.text.t5 import NUM_PARAMETERS
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import CosmosNetwork
@@ -529,6 +527,8 @@ def compile_kernels(opened: Opened, compute: Compute) -> Iterator[None]:
 def presets(entry: Entry) -> dict[str, Any]:
     """Parts of a released model."""
     from worldline.families.autoregressive.decoder import RELEASED
+    from worldline.text.encoder import TextPart
+    from worldline.text.t5 import NUM_PARAMETERS
 
     config = PRESETS[entry.preset]
     text = {"text": TextPart(NUM_PARAMETERS)} if config.context_width is not None else {}

@@ -14,8 +14,6 @@ from worldline.families.autoregressive.model import (
 )
 from worldline.families.autoregressive.weights import open_network
 from worldline.family import Opened
-from worldline.opening import TextPart, open_text
-from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
 from worldline.weights.networks import Network
@@ -94,11 +92,13 @@ def open_decoder_tokenizer(opened: Opened) -> CosmosNetwork | None:
     return decoder.open_tokenizer(opened)
 
 
-def open_encoder(opened: Opened) -> TextPart | None:
+def open_encoder(opened: Opened) -> Any | None:
     """The text encoder T5; None of a base model, which takes no prompt."""
     width = opened["transformer"].config.context_width
     if width is None:
         if opened.options.text_encoder_dir is not None:
             raise InputError(f"text_encoder_dir: {opened.name} is a base model without prompts")
         return None
-    return open_text(opened, T5Files, width)
+    from worldline.text.t5 import T5Files  # a base model needs none of it
+
+    return T5Files.find(opened, width)

@@ -50,12 +50,12 @@ from worldline.files import holds_diffusers, unfinished
 from worldline.guards import rewrites
 from worldline.memory import Stage, coding_bytes, denoise_bytes
 from worldline.nn.pieces import decode_stream
-from worldline.opening import TextPart, open_text
 from worldline.report import Recorder
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, Conditioning, make_sigmas, sample
 from worldline.sampling.schedules import standard_noise
 from worldline.shapes import VideoShape
 from worldline.step import Step
+from worldline.text.encoder import TextPart
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import (
@@ -391,9 +391,9 @@ def open_latent_tokenizer(path: Path) -> CosmosNetwork:
     return opened
 
 
-def open_encoder(opened: Opened) -> TextPart:
+def open_encoder(opened: Opened) -> T5Files:
     """The text encoder T5."""
-    return open_text(opened, T5Files, opened["transformer"].config.context_width)
+    return T5Files.find(opened, opened["transformer"].config.context_width)
 
 
 def upsampler(opened: Opened) -> tuple[bool, tuple[str, ...]]:

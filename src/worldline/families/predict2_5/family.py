@@ -44,12 +44,12 @@ from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.files import read_json, released_folders
 from worldline.memory import Stage, coding_bytes, denoise_bytes
 from worldline.nn.pieces import decode_stream, encode_stream
-from worldline.opening import TextPart, open_text
 from worldline.report import Recorder
 from worldline.sampling.flow import Conditioning, make_schedule, sample
 from worldline.sampling.schedules import standard_noise
 from worldline.shapes import VideoShape
 from worldline.step import Step
+from worldline.text.encoder import TextPart
 from worldline.text.reason1 import NUM_PARAMETERS, Reason1Files
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import FILES as TOKENIZER_FILES
@@ -410,9 +410,9 @@ def _tokenizer_path(opened: Opened) -> Path:
     )
 
 
-def open_encoder(opened: Opened) -> TextPart:
+def open_encoder(opened: Opened) -> Reason1Files:
     """The text encoder Reason1."""
-    return open_text(opened, Reason1Files, opened["transformer"].config.feature_width)
+    return Reason1Files.find(opened, opened["transformer"].config.feature_width)
 
 
 def presets(entry: Entry) -> dict[str, Any]:
