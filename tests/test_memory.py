@@ -22,9 +22,9 @@ from worldline.catalog import ENTRIES
 from worldline.errors import InputError, InsufficientMemoryError
 from worldline.families.autoregressive.family import CARRIED, longest_prefix, window_shape
 from worldline.families.diffusion.model import DiT
-from worldline.family import Compute, Opened, command_family, load_family
+from worldline.family import Compute, Opened, load_family
 from worldline.memory import Memory, Plan, Stage, Weights, denoise_bytes, refuse_frames
-from worldline.opening import choose_compute, fit_released, plan
+from worldline.opening import choose_compute, command_family, fit_released, plan
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of
 from worldline.world import load_world
 

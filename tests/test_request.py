@@ -177,7 +177,7 @@ def test_frames_without_an_input(stated: dict[str, Any], input: str | None, mess
 def test_effective_values_are_those_that_decide_the_frames() -> None:
     request = FlowRequest.parse({"preview_every": 3, "guidance": 0})
     assert request.unused() == {"negative_prompt": "guidance is 0"}
-    assert request.effective().keys() == FlowRequest.model_fields.keys() - {
+    assert request.effective(request.unused()).keys() == FlowRequest.model_fields.keys() - {
         "preview_every",
         "negative_prompt",
     }

@@ -19,7 +19,6 @@ from worldline.request import LoadOptions, Options, Request
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from worldline.locate import Place
     from worldline.memory import Stage
@@ -55,34 +54,25 @@ class OpenedPart(Protocol):
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in which precision a model runs.
-
-    Attributes:
-        device: of all networks.
-        dtype: of transformer and tokenizer.
-        text_dtype: of the text encoder, which overflows in float16.
-        fused: whether Triton kernels work between the layers.
-        batch_size: clips computed together.
-    """
+    """Where and in which precision a model runs."""
 
     device: torch.device
     dtype: torch.dtype
-    text_dtype: torch.dtype
-    fused: bool
-    batch_size: int = 1
+    text_dtype: torch.dtype  # the text encoder overflows in float16
+    fused: bool  # Triton kernels between the layers
+    batch_size: int = 1  # clips computed together
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a family's models.
+    """One part of a family's models: "transformer", "tokenizer", "text", "decoder".
 
     Attributes:
-        name: "transformer", "tokenizer", "text", "decoder".
         flag: load option that offloads it.
         open: opens it beside the parts that are opened already; None where the model has none.
-        option: load option that names another folder; "" for none.
+        option: load option that names another folder.
         optional: whether a model opens without it: a request that needs it is refused instead.
-        disable: load option that leaves it out; "" for none.
+        disable: load option that leaves it out.
     """
 
     name: str
@@ -101,11 +91,9 @@ class Item:
         label: short name for progress.
         place: where it is described, for messages; "" for the command line.
         stated: fields of the request.
-        input: file to continue; None if there is none.
-        kind: of the input, "image" or "video"; None if there is none.
-        output: file of the video.
+        input: file to continue.
         names: field -> the name that it has where it is described.
-        sample: its description, for the report; None if there is none.
+        sample: its description, for the report.
         sources: files that describe it.
     """
 
@@ -128,11 +116,7 @@ class Item:
 
 
 class Reader(Protocol):
-    """Reads the inputs of a command.
-
-    Attributes:
-        flags: its options.
-    """
+    """Reader of a command's inputs, with options of its own."""
 
     flags: type[Options]
 
@@ -154,9 +138,7 @@ class Command:
 
     Attributes:
         name: words after `worldline`.
-        help: docstring of the command.
         model: flag that names the model.
-        default_model: its default.
         reads: "module:attribute" of its `Reader`.
         hidden: fields that the command has no flag for.
         defaults: fields whose default differs from the class's.
@@ -173,22 +155,11 @@ class Command:
     negatable: bool = False
 
 
-def _no_report(parts: Parts, request: Any, recorder: Recorder) -> dict[str, Any]:
-    return {}
-
-
-def _unused(opened: Opened, request: Request) -> dict[str, str]:
-    return request.unused()
-
-
 @dataclass(frozen=True)
 class Family:
     """Everything that differs between families.
 
     Attributes:
-        name: "predict2.5".
-        request: class of its requests.
-        options: class of its load options.
         recognise: names of a transformer's tensors -> whether it is one of this family.
         parts: cheapest to offload first; opened from the last to the first.
         agree: (part, attribute of its config, part, attribute) that must be equal.
@@ -197,15 +168,14 @@ class Family:
         generate: a request -> steps, the last of which carries all frames.
         presets: catalog entry -> parts of a released model, for its memory plan.
         guardrails: opened model -> name of its set of guardrails.
-        video: size of a request's video.
         unused: fields of a request without effect -> why.
         report: family's own entries of a video's report.
-        notes: what is worth logging about an allowed request.
+        notes: lines to log about an allowed request.
         generate_together: several clips in step; None computes them one after another.
         max_batch_size: clips that can be computed in step; None where any number can, but none is
             faster than another.
         holds_batch: whether clips in step hold all their frames at once, or one after another.
-        upsampler: opened model -> prompt upsampler that it is released with; None if there is none.
+        upsampler: opened model -> whether its prompt upsampler describes clips, and its folders.
         read_settings: reads config.json; by default whatever it holds.
         prepare: what runs beside the reading of weights, such as compiling kernels.
     """
@@ -222,8 +192,8 @@ class Family:
     guardrails: Callable[[Opened], str]
     presets: Callable[[Any], dict[str, OpenedPart]] = lambda entry: {}
     video: Callable[[Opened, Any], VideoShape] = lambda opened, request: request.video
-    unused: Callable[[Opened, Any], dict[str, str]] = _unused
-    report: Callable[[Parts, Any, Recorder], dict[str, Any]] = _no_report
+    unused: Callable[[Opened, Any], dict[str, str]] = lambda opened, request: request.unused()
+    report: Callable[[Parts, Any, Recorder], dict[str, Any]] = lambda parts, request, recorder: {}
     notes: Callable[[Opened, Any], list[str]] = lambda opened, request: []
     generate_together: Callable[..., Iterator[tuple[int, Step]]] | None = None
     max_batch_size: Callable[[Opened, Compute], int | None] = lambda opened, compute: 1
@@ -231,9 +201,6 @@ class Family:
     upsampler: Callable[[Opened], Any] | None = None
     prepare: Callable[[Opened, Compute], AbstractContextManager[None]] | None = None
     read_settings: Callable[[Path], dict[str, Any]] | None = None
-
-    def part(self, name: str) -> Part:
-        return next(part for part in self.parts if part.name == name)
 
 
 def load_family(name: str) -> Family:
@@ -247,27 +214,16 @@ def requests_of(name: str) -> Any:
     return import_module(f"{FAMILIES[name]}.request")
 
 
-def command_family(command: str) -> str | None:
-    """Name of the family that a released command belongs to."""
-    for name in FAMILIES:
-        if any(each.name == command for each in requests_of(name).COMMANDS):
-            return name
-    return None
-
-
 @dataclass(frozen=True)
 class Opened:
     """A model on disk: headers are checked, tensors are not read.
 
     Attributes:
-        family: its record.
         name: for messages and reports.
         place: where it lies; None for a released model that is only planned for.
-        options: how it is to be loaded.
         source: tensors of its transformer.
         settings: its config.json.
         defaults: fields of requests in it.
-        parts: opened parts by name.
         missing: optional parts that did not open -> why.
     """
 
@@ -311,11 +267,9 @@ class Opened:
         options = [name for name in type(self.options).model_fields if "text_encoder" in name]
         return dict.fromkeys(("text", *options), "embeddings are given")
 
-    def with_part(self, name: str, part: Any, missing: str = "") -> Opened:
-        """The same with one more part, or the reason why it is missing."""
-        if missing:
-            return replace(self, missing={**self.missing, name: missing})
-        return replace(self, parts={**self.parts, name: part}) if part is not None else self
+    def with_part(self, name: str, part: Any) -> Opened:
+        """The same with one more part."""
+        return replace(self, parts={**self.parts, name: part})
 
     def require(self, name: str, purpose: str) -> Any:
         """An optional part that a request needs.
@@ -324,22 +278,15 @@ class Opened:
             CheckpointError: it is missing.
         """
         if name not in self.parts:
-            option = self.family.part(name).option
             reason = self.missing.get(name, f"{self.name} has no {name}")
-            advice = f"; {option} names another" if option else ""
-            raise CheckpointError(f"{reason} (needed for {purpose}){advice}")
+            [option] = (part.option for part in self.family.parts if part.name == name)
+            raise CheckpointError(f"{reason} (needed for {purpose}); {option} names another")
         return self.parts[name]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The loaded parts of a model, each on its device or waiting in host memory.
-
-    Attributes:
-        opened: what they were loaded from.
-        compute: device and precision.
-        loaded: parts by name.
-    """
+    """The loaded parts of a model, each on its device or waiting in host memory."""
 
     opened: Opened
     compute: Compute
@@ -378,19 +325,3 @@ class Parts:
         from worldline.nn.pieces import fit_colours
 
         return fit_colours(self.tokenizer.module)
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights of the transformer."""
-        network: nn.Module = self.transformer.module
-        return sum(weight.numel() for weight in network.parameters())
-
-
-def refuse_unless_equal(first: Any, a: str, second: Any, b: str) -> None:
-    """Raise `CheckpointError` unless two opened parts agree."""
-    left, right = getattr(first.config, a), getattr(second.config, b)
-    if left != right:
-        raise CheckpointError(
-            f"{first.path} has {left} {a.replace('_', ' ')}, {second.path} expects {right}: they "
-            "do not belong together"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -37,7 +38,6 @@ class Weights:
     """Weights of one part.
 
     Attributes:
-        nbytes: all of them.
         flag: offload flag that keeps them in host memory while they are not used.
         streamed: bytes on the device while they are used and offloaded block by block; None where
             offloading moves them whole.
@@ -69,8 +69,6 @@ class Plan:
 
     Attributes:
         name: of the model, for messages.
-        weights: by part.
-        stages: of all requests.
         flags: offload flags, cheapest first.
         workspace: bytes that libraries take beside tensors.
     """
@@ -102,27 +100,24 @@ class Plan:
     def fit(
         self, device: torch.device, memory: Memory | None, offloaded: Collection[str] = ()
     ) -> Fit:
-        """The fewest offload flags with which the plan fits.
+        """The fewest offload flags, beside those in `offloaded`, with which the plan fits.
 
         Args:
             device: where it runs.
             memory: of the device; None where it is unknown.
             offloaded: flags that are set already.
         """
-        choices: list[tuple[str, ...]] = [()]
-        if device.type == "cuda":  # elsewhere offloading moves nothing
-            choices = [
-                choice
-                for count in range(len(self.flags) + 1)
-                for choice in combinations(self.flags, count)
-                if set(offloaded) & set(self.flags) <= set(choice)
-            ]
+        flags = self.flags if device.type == "cuda" else ()  # elsewhere offloading moves nothing
+        fixed = set(offloaded) & set(flags)
+        choices = (set(c) for count in range(len(flags) + 1) for c in combinations(flags, count))
         fits = []
         for choice in choices:
-            peak = self.peak(choice)
-            fits.append(Fit(peak, choice, None if memory is None else peak <= memory.free))
-            if fits[-1].fits is not False:
-                return fits[-1]
+            if fixed <= choice:
+                peak = self.peak(choice)
+                names = tuple(name for name in flags if name in choice)
+                fits.append(Fit(peak, names, None if memory is None else peak <= memory.free))
+                if fits[-1].fits is not False:
+                    return fits[-1]
         return min(fits, key=lambda fit: fit.need)
 
     def refuse_unless_fits(
@@ -153,12 +148,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a plan fits.
+    """How a plan fits: bytes with the offload flags, the least possible where nothing fits.
 
-    Attributes:
-        need: bytes with `flags`, or the least possible where nothing fits.
-        flags: offload flags.
-        fits: None where the memory is unknown.
+    `fits` is None where the memory is unknown.
     """
 
     need: int
@@ -252,31 +244,23 @@ def host_memory() -> Memory | None:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
-    free = total
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass  # macOS has no such file
-    limit, used = _container_limit()
-    if limit is not None and limit < total:
-        return Memory(min(free, max(0, limit - used)), limit)
+    free, group = total, Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # macOS has no such file
+        free = _number(Path("/proc/meminfo"), "MemAvailable:") * 1024
+    with suppress(OSError, ValueError):  # a container's limit; its file cache is free
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        used -= _number(group / "memory.stat", "inactive_file")
+        if limit < total:
+            return Memory(min(free, max(0, limit - used)), limit)
     return Memory(free, total)
 
 
-def _container_limit() -> tuple[int | None, int]:
-    """Limit and use of the container's memory, without its file cache; None for no limit."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit = int((root / "memory.max").read_text())
-        used = int((root / "memory.current").read_text())
-        for line in (root / "memory.stat").read_text().splitlines():
-            if line.startswith("inactive_file "):
-                used -= int(line.split()[1])
-    except (OSError, ValueError):
-        return None, 0
-    return limit, used
+def _number(file: Path, name: str) -> int:
+    """Number behind a name that begins a line."""
+    words = (line.split() for line in file.read_text().splitlines())
+    [number] = (int(line[1]) for line in words if line and line[0] == name)
+    return number
 
 
 def device_memory(device: torch.device) -> Memory | None:

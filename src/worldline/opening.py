@@ -16,18 +16,7 @@ import torch
 
 from worldline.catalog import BUNDLED_PREFIX, Entry
 from worldline.errors import CheckpointError, InputError
-from worldline.family import (
-    FAMILIES,
-    Compute,
-    Family,
-    Opened,
-    Part,
-    Parts,
-    command_family,
-    load_family,
-    refuse_unless_equal,
-    requests_of,
-)
+from worldline.family import FAMILIES, Compute, Opened, Parts, load_family, requests_of
 from worldline.files import holds_diffusers, unfinished
 from worldline.locate import Place
 from worldline.memory import Fit, Memory, Plan, Stage, Weights, workspace
@@ -65,44 +54,45 @@ def find_transformer(path: Path) -> Checkpoint:
     return source
 
 
-def find_family(source: Checkpoint) -> Family:
-    """The family whose transformer this is, by the names of its tensors.
-
-    Raises:
-        CheckpointError: none knows it.
-    """
-    for name in FAMILIES:
-        if requests_of(name).recognise(source.tensors.keys()):
-            return load_family(name)
-    names = ", ".join(sorted(source.tensors)[:3])
-    raise CheckpointError(
-        f"{source.path}: no model family has such a transformer (tensors {names}); "
-        "`worldline checkpoints inspect` describes the file"
-    )
+def find_family(source: Checkpoint) -> str:
+    """Name of the family whose transformer this is, by the names of its tensors; "" for none."""
+    recognised = (name for name in FAMILIES if requests_of(name).recognise(source.tensors.keys()))
+    return next(recognised, "")
 
 
-def read_family(place: Place) -> tuple[Family, dict[str, Any]]:
-    """The family of a model, and its own defaults of requests.
+def recognise(place: Place) -> Opened:
+    """A model's transformer: its family, its config.json and the defaults in it.
 
     Raises:
         CheckpointError: there is no transformer of a known family.
     """
     source = find_transformer(place.named)
-    family = find_family(source)
-    return family, _defaults(family, _settings(family, source), source.path.parent)
-
-
-def _settings(family: Family, source: Checkpoint) -> dict[str, Any]:
-    """Our settings in the config.json beside a transformer; that of diffusers has none."""
-    if holds_diffusers(source.path):
-        return {}
-    return (family.read_settings or read_settings)(source.path.parent)
+    folder, name = source.path.parent, find_family(source)
+    if not name:
+        names = ", ".join(sorted(source.tensors)[:3])
+        raise CheckpointError(
+            f"{source.path}: no model family has such a transformer (tensors {names}); "
+            "`worldline checkpoints inspect` describes the file"
+        )
+    family = load_family(name)
+    settings = {}
+    if not holds_diffusers(source.path):  # whose config.json has no settings of ours
+        settings = (family.read_settings or read_settings)(folder)
+    defaults = {name: settings[name] for name in family.request.model_fields if name in settings}
+    try:
+        family.request.parse(defaults)
+    except InputError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    place = replace(place, named=folder.parent if folder.name == "transformer" else folder)
+    name = place.released.name if place.released else place.named.name
+    name = f"{BUNDLED_PREFIX if place.bundled else ''}{name}"
+    return Opened(family, name, place, None, source, settings, defaults)
 
 
 def open_world(
     place: Place, stated: Mapping[str, Any], name: Name = keyword, expected: str = ""
 ) -> Opened:
-    """Open every part of a model and check that they belong together; headers only.
+    """Every part of a model; they belong together, headers alone are read.
 
     Args:
         place: where it lies.
@@ -114,59 +104,37 @@ def open_world(
         CheckpointError: a file is absent, incomplete, damaged or of another model.
         InputError: a load option is unknown or wrong.
     """
-    source = find_transformer(place.named)
-    family = find_family(source)
+    opened = recognise(place)
+    family = opened.family
     if expected not in ("", family.name):
         raise CheckpointError(
-            f"{source.path}: it is a model of family {family.name}, not {expected}; "
+            f"{opened.source.path}: it is a model of family {family.name}, not {expected}; "
             "`worldline generate` runs any"
         )
-    options = family.options.parse(stated, name)
-    folder = source.path.parent
-    folder = folder.parent if folder.name == "transformer" else folder
-    place = replace(place, named=folder)
-    settings = _settings(family, source)
-    called = place.released.name if place.released else folder.name
-    opened = Opened(
-        family,
-        f"{BUNDLED_PREFIX if place.bundled else ''}{called}",
-        place,
-        options,
-        source=source,
-        settings=settings,
-        defaults=_defaults(family, settings, source.path.parent),
-    )
-    try:
-        for part in reversed(family.parts):
-            opened = _open_part(part, opened)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{unfinished(folder)}") from error
+    opened = replace(opened, options=family.options.parse(stated, name))
+    for part in reversed(family.parts):
+        try:
+            if (found := part.open(opened)) is not None:
+                opened = opened.with_part(part.name, found)
+                for first, a, second, b in family.agree:
+                    if part.name in (first, second) and {first, second} <= opened.parts.keys():
+                        refuse_unless_equal(opened[first], a, opened[second], b)
+        except CheckpointError as error:
+            if not part.optional or getattr(opened.options, part.option):
+                raise CheckpointError(f"{error}{unfinished(opened.folder)}") from error
+            parts = {name: other for name, other in opened.parts.items() if name != part.name}
+            opened = replace(opened, parts=parts, missing={**opened.missing, part.name: str(error)})
     return opened
 
 
-def _open_part(part: Part, opened: Opened) -> Opened:
-    try:
-        opened = opened.with_part(part.name, part.open(opened))
-        for first, a, second, b in opened.family.agree:
-            if part.name in (first, second) and {first, second} <= opened.parts.keys():
-                refuse_unless_equal(opened[first], a, opened[second], b)
-    except CheckpointError as error:
-        chosen = part.option and getattr(opened.options, part.option)
-        if not part.optional or chosen:
-            raise
-        parts = {name: other for name, other in opened.parts.items() if name != part.name}
-        return replace(opened, parts=parts).with_part(part.name, None, str(error))
-    return opened
-
-
-def _defaults(family: Family, settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Fields of requests in config.json, checked."""
-    known = {name: settings[name] for name in family.request.model_fields if name in settings}
-    try:
-        family.request.parse(known)
-    except InputError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    return known
+def refuse_unless_equal(first: Any, a: str, second: Any, b: str) -> None:
+    """Raise `CheckpointError` unless two opened parts agree."""
+    left, right = getattr(first.config, a), getattr(second.config, b)
+    if left != right:
+        raise CheckpointError(
+            f"{first.path} has {left} {a.replace('_', ' ')}, {second.path} expects {right}: they "
+            "do not belong together"
+        )
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -180,14 +148,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
     try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         if reason.startswith("Expected one of"):  # all that torch has ever heard of
             reason = "give cuda, cuda:1, cpu or mps"
         raise InputError(f"no device {device} here: {reason}") from error
-    return chosen
 
 
 def choose_compute(options: LoadOptions) -> Compute:
@@ -208,7 +174,7 @@ def choose_compute(options: LoadOptions) -> Compute:
 def plan(
     opened: Opened, requests: Iterable[Request], compute: Compute, guardrail_bytes: int = 0
 ) -> Plan:
-    """Memory of requests that run one after another; weights of unused parts are not read.
+    """Memory of checked requests that run one after another; unused optional parts are not read.
 
     Args:
         opened: the model.
@@ -255,13 +221,18 @@ def load_parts(opened: Opened, compute: Compute, recorder: Recorder) -> Parts:
     return Parts(opened, compute, loaded)
 
 
+def command_family(command: str) -> str | None:
+    """Name of the family that a released command belongs to."""
+    runs = (name for name in FAMILIES if any(c.name == command for c in requests_of(name).COMMANDS))
+    return next(runs, None)
+
+
 def fit_released(entry: Entry, compute: Compute, memory: Memory | None) -> Fit | None:
     """How a released model fits, with the fewest flags; None where no command runs it.
 
     Parts are left out, by the flags that disable them, where it fits only so.
     """
-    name = command_family(entry.command)
-    if name is None:
+    if (name := command_family(entry.command)) is None:
         return None
     family = load_family(name)
     options = family.options.parse({})

@@ -22,7 +22,6 @@ class Stage:
     """One stage of a request.
 
     Attributes:
-        name: such as "denoise".
         seconds: wall time, until the device has finished.
         peak_gb: peak memory in 1e9 bytes: on a GPU reserved by torch during the stage, else of the
             process since its start.
@@ -66,9 +65,12 @@ class Recorder:
         finally:
             if cuda:
                 torch.cuda.synchronize(self.device)
-            seconds = time.perf_counter() - started
-            peak = round(self._peak() / GIGABYTE, 3)
-            self._add(Stage(name, round(seconds, 4), peak, round(time.time(), 4)))
+                peak = torch.cuda.max_memory_reserved(self.device)
+            else:
+                unit = 1 if sys.platform == "darwin" else 1024
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            seconds = round(time.perf_counter() - started, 4)
+            self._add(Stage(name, seconds, round(peak / GIGABYTE, 3), round(time.time(), 4)))
 
     def _add(self, stage: Stage) -> None:
         for index, previous in enumerate(self.stages):
@@ -88,20 +90,10 @@ class Recorder:
         joined.facts = {**self.facts, **other.facts}
         return joined
 
-    def _peak(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_reserved(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-    @property
-    def peak_gb(self) -> float:
-        return max((stage.peak_gb for stage in self.stages), default=0.0)
-
     def as_dict(self) -> dict[str, Any]:
         return {
             "seconds": round(sum(stage.seconds for stage in self.stages), 4),
-            "peak_gb": self.peak_gb,
+            "peak_gb": max((stage.peak_gb for stage in self.stages), default=0.0),
             "stages": [asdict(stage) for stage in self.stages],
         }
 

@@ -6,7 +6,7 @@ holds its type, range, default and help text; everything else is derived from it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from os import PathLike, fspath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -47,25 +47,15 @@ def _utf8(text: str) -> str:
     return text
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("it is empty")
-    return _utf8(text)
-
-
-def _path(value: str) -> str:
-    if not value.strip():
+def _not_blank(value: Any) -> Any:
+    if isinstance(value, str) and not value.strip():
         raise ValueError("it is empty")
     return value
 
 
-def _embedding(value: Any) -> Any:
-    return _path(value) if isinstance(value, str) else value
-
-
 Text = Annotated[str, AfterValidator(_utf8)]
-Prompt = Annotated[str, AfterValidator(_not_blank)]
-Path = Annotated[str, AfterValidator(_path)]
+Prompt = Annotated[Text, AfterValidator(_not_blank)]
+Path = Annotated[str, AfterValidator(_not_blank)]
 Seed = Annotated[
     int, Field(ge=0, lt=2**32, description="Random seed; gives the same noise on any machine.")
 ]
@@ -82,7 +72,7 @@ PreviewEvery = Annotated[
 # a file, or a tensor or array (S, E) or (1, S, E); not checked before the model is known
 Embedding = Annotated[
     Any,
-    AfterValidator(_embedding),
+    AfterValidator(_not_blank),
     Field(description="File of embeddings, in place of the text encoder."),
 ]
 
@@ -195,21 +185,19 @@ class Request(Options):
         Args:
             stated: fields by name.
             defaults: of the model.
-            kind: of the input, "image" or "video"; None if there is none.
+            kind: of the input, "image" or "video".
             name: what an error calls a field.
 
         Raises:
             InputError: one line for each problem.
         """
-        if (kind or "none") not in cls.INPUT_FRAMES:
+        frames = cls.INPUT_FRAMES.get(kind or "none")
+        if frames is None:
             raise InputError("no input; give an image or a video to continue")
-        frames = {"num_input_frames": cls.INPUT_FRAMES[kind or "none"]}
-        request = cls.parse({**frames, **defaults, **stated}, name)
+        request = cls.parse({"num_input_frames": frames, **defaults, **stated}, name)
         given, called = request.num_input_frames, name("num_input_frames")
         if kind is None and given:
-            raise InputError(
-                f"{called} is {given}, but there is no input; give an image or a video"
-            )
+            raise InputError(f"{called} is {given}, but there is no input; give one")
         if kind is not None and not given:
             raise InputError(f"{called} is 0, but there is an input; give 1 or more")
         if kind == "image" and given > 1:
@@ -220,10 +208,9 @@ class Request(Options):
         """Fields without effect beside the others -> why."""
         return {}
 
-    def effective(self, unused: Mapping[str, str] | None = None) -> dict[str, Any]:
+    def effective(self, unused: Collection[str]) -> dict[str, Any]:
         """The values that decide the frames: what --resume compares."""
-        left_out = self.NO_EFFECT | (self.unused() if unused is None else unused).keys()
-        return {name: value for name, value in self if name not in left_out}
+        return {n: value for n, value in self if n not in unused and n not in self.NO_EFFECT}
 
 
 class VideoRequest(Request):

@@ -62,7 +62,6 @@ class Video:
         frames: uint8 (T, H, W, 3).
         fps: frames a second.
         report: model, seed, versions, seconds and memory of each stage.
-        prompt: its prompt; None where there was none.
     """
 
     frames: NDArray[np.uint8] = field(repr=False)
@@ -91,18 +90,14 @@ class Video:
             write_video(self.frames, target, self.fps)
             if self.prompt is not None:
                 write_bytes(target.with_suffix(".txt"), self.prompt.encode())
-            elif _has_prompt(target):
-                with suppress(OSError):  # words of the video that stood here
-                    target.with_suffix(".txt").unlink(missing_ok=True)
+            else:
+                with suppress(
+                    OSError, LookupError, ValueError, TypeError
+                ):  # words of the video that stood here
+                    if json.loads(target.with_suffix(".json").read_bytes())["prompt"] is not None:
+                        target.with_suffix(".txt").unlink(missing_ok=True)
             write_bytes(target.with_suffix(".json"), text.encode())
         return target
-
-
-def _has_prompt(video: Path) -> bool:
-    """Whether the report beside a video has its prompt."""
-    with suppress(OSError, ValueError, AttributeError):
-        return json.loads(video.with_suffix(".json").read_text()).get("prompt") is not None
-    return False
 
 
 @contextmanager

@@ -48,11 +48,9 @@ def load(name: str | PathLike[str], **options: Any) -> World:
         InsufficientMemoryError: the device is too small.
     """
     video = options.pop("video", None)
-    place = locate(str(name), options.get("checkpoint_dir", "checkpoints"))
-    opened = open_world(place, options)
-    stated: dict[str, Any] = {}
-    if video is not None:
-        stated = dict(zip(("num_video_frames", "height", "width"), video, strict=True))
+    opened = open_world(locate(name, options.get("checkpoint_dir", "checkpoints")), options)
+    sides = ("num_video_frames", "height", "width")
+    stated = {} if video is None else dict(zip(sides, video, strict=True))
     return load_world(opened, [opened.family.request.parse({**opened.defaults, **stated})])
 
 
@@ -86,12 +84,10 @@ def load_world(
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make.
+    """One video to make, of a checked request.
 
     Attributes:
-        input: what is continued; None for a prompt alone.
-        clip: its frames.
-        request: checked.
+        clip: frames of the input.
         recorder: of the stages that are this video's alone.
         source: report entries of the files that were read.
     """
@@ -104,16 +100,13 @@ class Job:
 
 
 class World:
-    """A world model, ready to make videos; made by `worldline.load`.
-
-    Attributes:
-        parts: its networks.
-        guards: guardrails and prompt upsampler.
-        loading: seconds and memory that loading took.
-    """
+    """A world model, ready to make videos; made by `worldline.load`."""
 
     def __init__(self, parts: Parts, guards: Guards, loading: Recorder) -> None:
         self.parts = parts
+        self.opened: Opened = parts.opened
+        self.name = self.opened.name
+        self.device = parts.compute.device
         self.guards = guards
         self.loading = loading
         self._notes: set[str] = set()
@@ -122,21 +115,9 @@ class World:
         return f"World({self.name!r}, {str(self.device)!r})"
 
     @property
-    def opened(self) -> Opened:
-        return self.parts.opened
-
-    @property
-    def name(self) -> str:
-        return self.opened.name
-
-    @property
-    def device(self) -> torch.device:
-        return self.parts.device
-
-    @property
     def parameters(self) -> int:
         """Number of weights of the transformer."""
-        return self.parts.parameters
+        return sum(weight.numel() for weight in self.parts.transformer.module.parameters())
 
     def generate(
         self, input: Input | None = None, *, input_type: InputType | None = None, **options: Any
@@ -206,17 +187,18 @@ class World:
         ]
         if len({job.request.num_input_frames for job in jobs}) > 1:
             raise InputError("images and videos cannot be continued in one batch")
-        family, request = self.opened.family, jobs[0].request
-        holds = family.holds_batch(self.opened, request)
-        clips = self._batch_size(len(jobs)) if holds else 1
-        video = family.video(self.opened, request)
-        refuse_frames(video, clips=clips, guarded=self.guards.checks_videos)
+        if self.opened.family.holds_batch(self.opened, jobs[0].request):
+            self._refuse_frames(jobs[0].request, self._batch_size(len(jobs)))
         return self.run_batch(jobs)
 
     def _batch_size(self, clips: int) -> int:
         """Clips that are computed in step, of so many."""
         most = self.opened.family.max_batch_size(self.opened, self.parts.compute)
         return clips if most is None else min(clips, most)
+
+    def _refuse_frames(self, request: Request, clips: int = 1) -> None:
+        video = self.opened.family.video(self.opened, request)
+        refuse_frames(video, clips=clips, guarded=self.guards.checks_videos)
 
     def prepare(
         self,
@@ -233,12 +215,12 @@ class World:
         """
         if input_type not in ("image", "video", None):
             raise InputError(f"input_type is {input_type!r}; it must be 'image' or 'video'")
-        kind, opened = None if input is None else input_type or kind_of(input), self.opened
+        opened, family = self.opened, self.opened.family
+        kind = None if input is None else input_type or kind_of(input)
         if request is None:
-            request = opened.family.request.make(options, opened.defaults, kind)
-            request = opened.family.check(opened, request)
-        family = opened.family
-        refuse_frames(family.video(opened, request), guarded=self.guards.checks_videos)
+            request = family.request.make(options, opened.defaults, kind)
+            request = family.check(opened, request)
+        self._refuse_frames(request)
         for note in family.notes(opened, request):
             if note not in self._notes:  # once for a batch
                 logger.info("%s", note)
@@ -256,11 +238,7 @@ class World:
         return Job(input, clip, request, recorder, source)
 
     def run(self, job: Job) -> Iterator[Step]:
-        """Steps of one video.
-
-        Raises:
-            GuardrailRefusal: the prompt or the video was refused.
-        """
+        """Steps of one video, as of `run_batch`."""
         return (step for _, step in self.run_batch([job]))
 
     def run_batch(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Step]]:
@@ -321,8 +299,8 @@ class World:
         assert step.frames is not None
         prompt = made.request.prompt
         frames = yield from checks.after(step.frames)
-        report = self._report(job, job.recorder.followed_by(shared))
-        report |= {
+        report = {
+            **self._report(job, job.recorder.followed_by(shared)),
             "prompt": prompt,
             **checks.report(),
             "frames_sha256": hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest(),
@@ -331,8 +309,13 @@ class World:
         yield Step("done", step.done, step.total, frames, video=video)
 
     def _report(self, job: Job, recorder: Recorder) -> dict[str, Any]:
-        parts, family = self.parts, self.opened.family
+        parts, loaded = self.parts, self.parts.loaded
         text, seconds = parts.text, recorder.facts.get("seconds_of_steps", [])
+        flags = {
+            part.flag: loaded[part.name].offload
+            for part in self.opened.family.parts
+            if part.name in loaded
+        }
         return {
             "model": self.name,
             "parameters": self.parameters,
@@ -342,17 +325,13 @@ class World:
             "dtype": str(parts.compute.dtype).removeprefix("torch."),
             "text_encoder_dtype": str(text.dtype).removeprefix("torch.") if text else None,
             "offload": {
-                **{
-                    part.flag.removeprefix("offload_"): parts.loaded[part.name].offload
-                    for part in family.parts
-                    if part.name in parts.loaded
-                },
+                **{name.removeprefix("offload_"): offload for name, offload in flags.items()},
                 **self.guards.offloaded,
             },
             "prompt_truncation": recorder.facts.get("prompt_truncation", {}),
             "seconds_per_step": round(median(seconds), 4) if seconds else None,
             "seconds_of_steps": seconds,
-            **family.report(parts, job.request, recorder),
+            **self.opened.family.report(parts, job.request, recorder),
             **environment(self.device),
             "load": self.loading.as_dict(),
             "run": recorder.as_dict(),
@@ -361,10 +340,10 @@ class World:
 
 def refusal_of(refusals: Mapping[int, GuardrailRefusal], total: int) -> GuardrailRefusal:
     """One refusal for a batch: the only one of a single video, else a sum of all."""
-    first = next(iter(refusals.values()))
+    first, *others = refusals.values()
     if total == 1:
         return first
-    stage = joined_stages(refusal.stage for refusal in refusals.values())
+    stage = joined_stages(refusal.stage for refusal in (first, *others))
     message = f"{len(refusals)} of {total} inputs were refused, the first: {first}"
     return GuardrailRefusal(message, stage, refusals)
 
@@ -426,17 +405,13 @@ def _describe(value: Any) -> Any:
 
 def _document() -> None:
     """Append every family's options to the docstrings, for `help()`."""
-    for names, targets in (
-        ("request", (World.generate, World.stream)),
-        ("options", (load,)),
-    ):
-        lines = []
+    for target, kind in ((World.generate, "REQUEST"), (World.stream, "REQUEST"), (load, "OPTIONS")):
+        lines = ["Options:", ""]
         for family in FAMILIES:
-            described = getattr(requests_of(family), names.upper())
-            lines += [f"{family}:", *(f"    {line}" for line in described.describe()), ""]
-        text = "\n".join(f"        {line}".rstrip() for line in ["Options:", "", *lines])
-        for target in targets:
-            target.__doc__ = f"{target.__doc__}\n{text}"
+            described = getattr(requests_of(family), kind).describe()
+            lines += [f"{family}:", *(f"    {line}" for line in described), ""]
+        text = "\n".join(f"        {line}".rstrip() for line in lines)
+        target.__doc__ = f"{target.__doc__}\n{text}"
 
 
 with suppress(AttributeError):  # python -OO has no docstrings

@@ -131,14 +131,15 @@ def command_of(world: str, words: Sequence[str]) -> click.Command:
         CheckpointError: there is no such model.
     """
     from worldline.locate import locate
-    from worldline.opening import read_family
+    from worldline.opening import recognise
 
     roots = ["checkpoints"]  # the last one counts, as of every option
     for word, following in pairwise((*words, "")):
         name, equals, value = word.partition("=")
         if name.replace("-", "_") == "__checkpoint_dir":
             roots.append(value if equals else following)
-    family, defaults = read_family(locate(world, roots[-1]))
+    opened = recognise(locate(world, roots[-1]))
+    family, defaults = opened.family, opened.defaults
 
     @click.pass_context
     def callback(context: click.Context, /, input: str | None, **_: object) -> None:
