@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from worldline.catalog import ENTRIES, advice, find, is_bundled
+from worldline.catalog import ENTRIES, advice, find
 
 KEYS = Path(__file__).parent / "keys"
 BYTES = {"bfloat16": 2, "float32": 4, "int64": 8, "int32": 4, "float16": 2, "uint8": 1, "bool": 1}
@@ -88,8 +88,6 @@ def test_find() -> None:
     assert base is not None
     for ending in ("_post-trained", "_post-trained-4gpu_80gb", "_post-trained-lora"):
         assert find(base.name + ending) is base
-    assert is_bundled("tiny-Cosmos-Predict1-4B")
-    assert not is_bundled("Cosmos-Predict1-4B")
 
 
 def test_sizes_of_a_request() -> None:

@@ -182,8 +182,8 @@ def test_effective_values_are_those_that_decide_the_frames() -> None:
         "negative_prompt",
     }
     other = FlowRequest.parse({"guidance": 0, "negative_prompt": "fog"})
-    assert other.effective() == request.effective()
-    assert FlowRequest.parse({"guidance": 1}).effective() != request.effective()
+    assert other.effective(other.unused()) == request.effective(request.unused())
+    assert FlowRequest.parse({"guidance": 1}).effective({}) != request.effective(request.unused())
 
 
 def test_offloaded_parts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,10 +82,8 @@ class Entry(_Record):
     def nbytes(self) -> int:
         """Bytes of the first layout whose files are all known; 0 if there is none."""
         sizes = {file.name: file.nbytes for file in self.files}
-        for layout in self.layouts:
-            if all(sizes.get(name) for name in layout):
-                return sum(sizes[name] for name in layout)
-        return 0
+        known = (layout for layout in self.layouts if all(map(sizes.get, layout)))
+        return sum(sizes[name] for name in next(known, ()))
 
     def presence(self, checkpoint_dir: str | Path) -> tuple[Presence, Path | None]:
         """State of the checkpoint on this machine, by names and sizes alone, and its folder.
@@ -94,12 +93,11 @@ class Entry(_Record):
         needed = {file.name: file.nbytes for file in self.files}
         paths = [Path(checkpoint_dir) / folder for folder in self.folders]
         present = [path for path in paths if path.is_dir()]
-        for path in present:
-            for layout in self.layouts:
-                sizes = {name: [f.stat().st_size for f in path.glob(name)] for name in layout}
-                if all(max(sizes[name], default=0) >= (needed.get(name) or 1) for name in layout):
-                    small = sum(map(sum, sizes.values())) < self.nbytes / 2
-                    return "other size" if small else "present", path
+        for path, layout in product(present, self.layouts):
+            sizes = {name: [file.stat().st_size for file in path.glob(name)] for name in layout}
+            if all(max(sizes[name], default=0) >= (needed.get(name) or 1) for name in layout):
+                small = sum(map(sum, sizes.values())) < self.nbytes / 2
+                return "other size" if small else "present", path
         return ("partial", present[0]) if present else ("absent", None)
 
 
@@ -157,11 +155,6 @@ def advice(name: str) -> str:
         runs = f", and `worldline {entry.command}` runs it" if entry.command else ""
         return f"; `worldline checkpoints download {name}` fetches it{runs}"
     return did_you_mean(name, [folder for entry in ENTRIES for folder in entry.folders], 0.8)
-
-
-def is_bundled(name: str) -> bool:
-    """Whether this is the name of a model that ships with the package."""
-    return name.startswith(BUNDLED_PREFIX)
 
 
 def generation_by_name(folder: Path) -> Generation:

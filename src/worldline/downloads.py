@@ -26,7 +26,7 @@ from huggingface_hub import HfApi, get_hf_file_metadata, get_session, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-from worldline.catalog import ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, Entry, find, is_bundled
+from worldline.catalog import BUNDLED_PREFIX, ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, Entry, find
 from worldline.errors import DownloadError, InputError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def _look_up(name: str) -> Entry:
                 more = {"revision": model.revision, "needs": needs}
                 return entry.model_copy(update={**files, **more})
     found = find(name) or find(short)
-    if found is None and is_bundled(name):
+    if found is None and name.startswith(BUNDLED_PREFIX):
         raise InputError(f"{name}: models of that name come with the package; nothing is fetched")
     if found is None:
         known = [folder for entry in ENTRIES for folder in entry.folders]

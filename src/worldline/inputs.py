@@ -25,13 +25,10 @@ def kind_of(input: Input | None) -> InputType:
     Raises:
         InputError: it is neither.
     """
-    if isinstance(input, Image.Image):
-        return "image"
-    if isinstance(input, np.ndarray | torch.Tensor):
-        return "video"
     if isinstance(input, str | PathLike):
-        kind: InputType = media_kind(Path(input))
-        return kind
+        return media_kind(Path(input))
+    if isinstance(input, Image.Image | np.ndarray | torch.Tensor):
+        return "image" if isinstance(input, Image.Image) else "video"
     raise InputError(
         f"the input is {type(input).__name__}; give a path, a PIL image, or frames uint8 "
         "(T, H, W, 3) as an array or a tensor"
@@ -45,10 +42,10 @@ def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
         InputError: it cannot be read, is of another kind, or is too short.
     """
     found = kind_of(input)
-    if found != kind and not isinstance(input, np.ndarray | torch.Tensor):
-        raise InputError(f"{describe(input)}: it is of type {found}; give --input_type {found}")
     if isinstance(input, np.ndarray | torch.Tensor):
         clip = Clip(_frames(input), 0.0)
+    elif found != kind:
+        raise InputError(f"{describe(input)}: it is of type {found}; give --input_type {found}")
     elif isinstance(input, Image.Image):
         clip = to_rgb(input, describe(input))
     elif kind == "image":
@@ -65,8 +62,7 @@ def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
 
 def _frames(input: NDArray[np.uint8] | torch.Tensor) -> NDArray[np.uint8]:
     frames = input.detach().cpu().numpy() if isinstance(input, torch.Tensor) else input
-    right = frames.ndim == 4 and frames.shape[-1] == 3 and frames.dtype == np.uint8
-    if not right or 0 in frames.shape:
+    if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size or frames.dtype != np.uint8:
         raise InputError(
             f"frames are {frames.dtype} {frames.shape}; give uint8 (T, H, W, 3), not empty"
         )

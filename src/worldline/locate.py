@@ -14,7 +14,6 @@ from worldline.catalog import (
     FlowModel,
     advice,
     find_flow_model,
-    is_bundled,
 )
 from worldline.errors import CheckpointError
 from worldline.files import holds_diffusers, released_folders, unfinished
@@ -30,7 +29,7 @@ class Place:
         named: folder of its transformer, or the file.
         roots: folders that hold the folders of its other parts, in order of preference.
         bundled: whether it ships with the package.
-        released: model of Predict2.5 as whose name it was asked for.
+        released: model of Predict2.5 whose name it was asked for by.
     """
 
     named: Path
@@ -80,20 +79,19 @@ def locate(
         CheckpointError: there is none.
     """
     name, checkpoint_dir = str(name), Path(checkpoint_dir)
-    if is_bundled(name):
+    if name.startswith(BUNDLED_PREFIX):
         known = bundled_tokenizers() if tokenizer else bundled_names()
         if name not in known:
-            kind = "tokenizer" if tokenizer else "model"
-            names = ", ".join(known) or "none"
-            raise CheckpointError(f"there is no bundled {kind} {name}; there are: {names}")
+            raise CheckpointError(
+                f"there is no bundled model {name}; there are: {', '.join(known)}"
+            )
         return Place(BUNDLED / name.removeprefix(BUNDLED_PREFIX), (BUNDLED,), bundled=True)
     if (released := find_flow_model(name)) is not None:
         return _locate_released(released, checkpoint_dir)
     for path in (checkpoint_dir / name, Path(name)):
         if path.is_dir() or path.is_file():
             folder = path.parent if path.is_file() else path
-            if folder.name == "transformer":
-                folder = folder.parent
+            folder = folder.parent if folder.name == "transformer" else folder
             return Place(path, tuple(dict.fromkeys((checkpoint_dir, folder.parent))))
     hint = advice(Path(name).name)
     if not hint and any(each.name.startswith(f"{name.split('/')[0]}/") for each in FLOW_MODELS):
