@@ -245,6 +245,11 @@ def _one_gpu(number: int) -> int:
 OneGpu = Annotated[int, AfterValidator(_one_gpu)]
 
 
+def offload(subject: str, default: bool = False) -> Any:
+    """Field of a flag that keeps a part in host memory while it is not used."""
+    return Field(default, description=f"Keep the {subject} in host memory while not in use.")
+
+
 class LoadOptions(Options):
     """How a model is loaded: where its parts are, on what it runs, what runs around it.
 
@@ -270,11 +275,23 @@ class LoadOptions(Options):
         description="Folder of blocklist, video_content_safety_filter and face_blur_filter.  "
         "[default: the released places below --checkpoint_dir]",
     )
-    offload_guardrail_models: bool = Field(
-        False, description="Keep the guardrails in host memory while they are not used."
-    )
+    offload_guardrail_models: bool = offload("guardrails")
 
     @property
     def offloaded(self) -> frozenset[str]:
         """Offload flags that are set."""
         return frozenset(name for name, value in self if name.startswith("offload_") and value)
+
+
+class T5Options(LoadOptions):
+    """Load options of models that read T5 embeddings."""
+
+    text_encoder_dir: Path | None = Field(
+        None,
+        description="T5: folder below --checkpoint_dir, or a path.  [default: google-t5/t5-11b]",
+    )
+    text_encoder_dtype: Literal["bfloat16", "float32"] | None = Field(
+        None, description="Precision of T5.  [default: bfloat16 on a GPU, else float32]"
+    )
+    offload_text_encoder_model: bool = offload("text encoder")
+    offload_tokenizer: bool = offload("tokenizer")

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from worldline.errors import InputError
 from worldline.family import Command
-from worldline.request import LARGEST_SIZE, LoadOptions, Name, Path, Request, Seed, keyword
+from worldline.request import Name, Request, Seed, Size, T5Options, keyword, offload
 
 Seam = Literal["corrected", "as_released"]
 Rollout = Literal["tokens", "pixels"]
@@ -26,7 +26,7 @@ class ARRequest(Request):
         description="Last frames of the input that are continued: 1 or 9.  [default: 9, 1 "
         "of an image]",
     )
-    num_video_frames: Annotated[int, Field(ge=1, le=LARGEST_SIZE)] | None = Field(
+    num_video_frames: Size | None = Field(
         None,
         description="Frames of the video, input frames included; 1 + 8k, beyond the model's own "
         "by --rollout.  [default: the model's own, 33]",
@@ -75,7 +75,7 @@ def _batch_size(value: object) -> object:
     return number
 
 
-class AROptions(LoadOptions):
+class AROptions(T5Options):
     """How an autoregressive model is loaded."""
 
     batch_size: Annotated[Literal["auto"] | int, BeforeValidator(_batch_size)] = Field(
@@ -87,25 +87,8 @@ class AROptions(LoadOptions):
     disable_diffusion_decoder: bool | None = Field(
         None, description="Decode by the tokenizer alone."
     )
-    text_encoder_dir: Path | None = Field(
-        None,
-        description="T5: folder below --checkpoint_dir, or a path.  [default: google-t5/t5-11b]",
-    )
-    text_encoder_dtype: Literal["bfloat16", "float32"] | None = Field(
-        None, description="Precision of T5.  [default: bfloat16 on a GPU, else float32]"
-    )
-    offload_text_encoder_model: bool = Field(
-        False, description="Keep the text encoder in host memory while it is not used."
-    )
-    offload_tokenizer: bool = Field(
-        False, description="Keep the tokenizer in host memory while it is not used."
-    )
-    offload_diffusion_decoder: bool = Field(
-        False, description="Keep the diffusion decoder in host memory while it is not used."
-    )
-    offload_ar_model: bool = Field(
-        False, description="Keep the transformer in host memory while it is not used."
-    )
+    offload_diffusion_decoder: bool = offload("diffusion decoder")
+    offload_ar_model: bool = offload("transformer")
     offload_prompt_upsampler: bool = Field(
         False, description="Has no effect: these models have no prompt upsampler."
     )

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from worldline.catalog import Generation
 from worldline.family import Command
-from worldline.request import LoadOptions, Path, Size, VideoRequest
+from worldline.request import Fps, Path, Size, T5Options, VideoRequest, offload
 
 Sampler = Literal["edm_euler", "res_2ab", "res_1euler", "res_2mid"]
 Reinsertion = Literal["corrected", "march_2025"]
@@ -25,9 +25,7 @@ class DiffusionRequest(VideoRequest):
     num_video_frames: Size = Field(
         121, description="Frames of the video, input frames included; 1 + 8k."
     )
-    fps: Annotated[float, Field(ge=1, le=240)] = Field(
-        24.0, description="Frames per second of the motion, and of the file."
-    )
+    fps: Fps = Field(24.0, description="Frames per second of the motion, and of the file.")
     sampler: Sampler | None = Field(
         None, description="[default: edm_euler; res_2ab of a 1.0 model]"
     )
@@ -43,25 +41,7 @@ class DiffusionRequest(VideoRequest):
     )
 
 
-class TextEncoderOptions(LoadOptions):
-    """Load options of models that read T5 embeddings."""
-
-    text_encoder_dir: Path | None = Field(
-        None,
-        description="T5: folder below --checkpoint_dir, or a path.  [default: google-t5/t5-11b]",
-    )
-    text_encoder_dtype: Precision | None = Field(
-        None, description="Precision of T5.  [default: bfloat16 on a GPU, else float32]"
-    )
-    offload_text_encoder_model: bool = Field(
-        False, description="Keep the text encoder in host memory while it is not used."
-    )
-    offload_tokenizer: bool = Field(
-        False, description="Keep the tokenizer in host memory while it is not used."
-    )
-
-
-class DiffusionOptions(TextEncoderOptions):
+class DiffusionOptions(T5Options):
     """How a diffusion model is loaded."""
 
     DECISIVE: ClassVar[frozenset[str]] = frozenset({"generation"})
@@ -76,9 +56,7 @@ class DiffusionOptions(TextEncoderOptions):
         description="Model generation; overrides the folder name.  [default: by that name, else "
         "Predict1]",
     )
-    offload_diffusion_transformer: bool = Field(
-        False, description="Keep the transformer in host memory while it is not used."
-    )
+    offload_diffusion_transformer: bool = offload("transformer")
     disable_prompt_upsampler: bool | None = Field(
         None, description="Use prompts as they are. Bundled models have no upsampler."
     )
@@ -87,9 +65,7 @@ class DiffusionOptions(TextEncoderOptions):
         description="Folder below --checkpoint_dir, or a path.  [default: "
         "Cosmos-UpsamplePrompt1-12B-Text2World, or Pixtral-12B of a Video2World model]",
     )
-    offload_prompt_upsampler: bool = Field(
-        False, description="Keep the prompt upsampler in host memory while it is not used."
-    )
+    offload_prompt_upsampler: bool = offload("prompt upsampler")
     word_limit_to_skip_upsampler: Annotated[int, Field(ge=0)] = Field(
         250, description="Prompts of more words are used as they are (Text2World)."
     )

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from worldline.catalog import FLOW_MODELS
 from worldline.family import Command
-from worldline.request import LoadOptions, OneGpu, Path, Size, VideoRequest
+from worldline.request import Fps, LoadOptions, OneGpu, Path, Size, VideoRequest, offload
 
 Schedule = Literal["karras", "shifted"]
 
@@ -45,7 +45,7 @@ class FlowRequest(VideoRequest):
         93,
         description="Frames of the video, input frames included; 1 + 4k, any with chunk_size.",
     )
-    fps: Annotated[float, Field(ge=1, le=240)] = Field(
+    fps: Fps = Field(
         16.0, description="Frames per second of the file; the network does not read it."
     )
     chunk_size: Size | None = Field(
@@ -99,18 +99,10 @@ class FlowOptions(LoadOptions):
         alias="disable_guardrails",
         description="Do not check prompt and video. Bundled models have no guardrails.",
     )
-    offload_guardrail_models: bool = Field(
-        True, description="Keep the guardrails in host memory while they are not used."
-    )
-    offload_text_encoder: bool = Field(
-        False, description="Keep the text encoder in host memory while it is not used."
-    )
-    offload_tokenizer: bool = Field(
-        False, description="Keep the tokenizer in host memory while it is not used."
-    )
-    offload_diffusion_model: bool = Field(
-        False, description="Keep the transformer in host memory while it is not used."
-    )
+    offload_guardrail_models: bool = offload("guardrails", True)
+    offload_text_encoder: bool = offload("text encoder")
+    offload_tokenizer: bool = offload("tokenizer")
+    offload_diffusion_model: bool = offload("transformer")
 
 
 def recognise(tensors: Collection[str]) -> bool:
