@@ -10,7 +10,7 @@ import torch
 from worldline.errors import CheckpointError
 from worldline.families.predict2_5 import weights
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, released_exponents
-from worldline.families.predict2_5.request import recognise
+from worldline.opening import find_family
 from worldline.weights.keymap import KeyMap
 from worldline.weights.read import Checkpoint
 
@@ -59,7 +59,7 @@ def test_files_fit_both_ways(size: str, layout: str, bare: bool) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == stated["parameters"]
     for ours, theirs in pairs.items():
         assert keys.released(ours, "" if bare else None) == theirs
-    assert recognise(checkpoint.tensors)
+    assert find_family(checkpoint.tensors) == "predict2.5"
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -118,6 +118,6 @@ def test_files_that_do_not_fit(layout: str) -> None:
 
 def test_a_transformer_of_predict1_is_none() -> None:
     checkpoint = fake(manifest("Cosmos-Predict1-7B-Video2World")["tensors"], "model.pt")
-    assert not recognise(checkpoint.tensors)
+    assert find_family(checkpoint.tensors) == "diffusion"
     with pytest.raises(CheckpointError, match="diffusion transformer of this kind"):
         model_of(checkpoint, weights.KEYS, {})

@@ -6,7 +6,7 @@ commands, imported for --help) and `family.py` (`FAMILY`, imported when a model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from worldline.step import Step
     from worldline.video.read import Clip
 
-# name -> package; the first whose `recognise` knows a transformer's tensors opens it
+# name -> package; the first whose SIGNATURE ends the name of one of a transformer's tensors
 FAMILIES = {
     "predict2.5": "worldline.families.predict2_5",
     "diffusion": "worldline.families.diffusion",
@@ -160,7 +160,6 @@ class Family:
     """Everything that differs between families.
 
     Attributes:
-        recognise: names of a transformer's tensors -> whether it is one of this family.
         parts: cheapest to offload first; opened from the last to the first.
         agree: (part, attribute of its config, part, attribute) that must be equal.
         check: refuses what opened files cannot do; fills in what a request leaves to the model.
@@ -183,7 +182,6 @@ class Family:
     name: str
     request: type[Request]
     options: type[LoadOptions]
-    recognise: Callable[[Collection[str]], bool]
     parts: tuple[Part, ...]
     agree: tuple[tuple[str, str, str, str], ...]
     check: Callable[[Opened, Any], Any]

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,12 @@ def find_transformer(path: Path) -> Checkpoint:
     return source
 
 
-def find_family(source: Checkpoint) -> str:
-    """Name of the family whose transformer this is, by the names of its tensors; "" for none."""
-    recognised = (name for name in FAMILIES if requests_of(name).recognise(source.tensors.keys()))
-    return next(recognised, "")
+def find_family(tensors: Iterable[str]) -> str:
+    """Name of the family whose transformer has these tensors; "" for none."""
+    for name, tensor in product(FAMILIES, tensors):
+        if tensor.endswith(requests_of(name).SIGNATURE):
+            return name
+    return ""
 
 
 def recognise(place: Place) -> Opened:
@@ -67,7 +70,7 @@ def recognise(place: Place) -> Opened:
         CheckpointError: there is no transformer of a known family.
     """
     source = find_transformer(place.named)
-    folder, name = source.path.parent, find_family(source)
+    folder, name = source.path.parent, find_family(source.tensors)
     if not name:
         names = ", ".join(sorted(source.tensors)[:3])
         raise CheckpointError(

@@ -20,7 +20,7 @@ from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Network
 from worldline.weights.read import open_checkpoint
 
-from .request import ToyOptions, ToyRequest, recognise
+from .request import ToyOptions, ToyRequest
 
 HEIGHT, WIDTH = 32, 48
 
@@ -92,7 +92,6 @@ FAMILY = Family(
     name="toy",
     request=ToyRequest,
     options=ToyOptions,
-    recognise=recognise,
     parts=(
         Part("codec", "offload_codec", open_codec, option="codec_dir"),
         Part("transformer", "offload_network", open_network),

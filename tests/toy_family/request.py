@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Annotated
 
 from pydantic import Field
@@ -27,10 +26,7 @@ class ToyOptions(LoadOptions):
     offload_network: bool = Field(False, description="Keep the network in host memory.")
 
 
-def recognise(tensors: Collection[str]) -> bool:
-    return "toy.change.weight" in tensors
-
-
+SIGNATURE = ("toy.change.weight",)
 REQUEST, OPTIONS = ToyRequest, ToyOptions
 COMMANDS = (
     Command(

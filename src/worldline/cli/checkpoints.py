@@ -121,7 +121,8 @@ def open_weights(path: Path) -> Checkpoint:
 
 def describe(source: Checkpoint, path: Path) -> Lines:
     """Family of a model, its sizes, and whether every tensor fits: by the code that runs use."""
-    from worldline.family import FAMILIES, requests_of
+    from worldline.family import FAMILIES
+    from worldline.opening import find_family
     from worldline.text.reason1 import Reason1Files
     from worldline.text.t5 import T5Files
     from worldline.tokenizers.cosmos import weights as cosmos
@@ -130,12 +131,11 @@ def describe(source: Checkpoint, path: Path) -> Lines:
     from worldline.tokenizers.wan.weights import is_wan, open_wan
 
     folder = path if path.is_dir() else path.parent
-    for name, package in FAMILIES.items():
-        if requests_of(name).recognise(source.tensors.keys()):
-            weights = import_module(f"{package}.weights")
-            yield "family", f"Cosmos {name} model"
-            yield from check(weights.open_network, source, weights.PRESETS)
-            return
+    if name := find_family(source.tensors):
+        weights = import_module(f"{FAMILIES[name]}.weights")
+        yield "family", f"Cosmos {name} model"
+        yield from check(weights.open_network, source, weights.PRESETS)
+        return
     if is_wan(source):
         yield "family", "Wan video tokenizer"
         yield from check(open_wan, source.path, {"2.1": WanTokenizerConfig()})

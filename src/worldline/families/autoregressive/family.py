@@ -35,7 +35,7 @@ from worldline.families.autoregressive.parts import (
     open_tokenizer,
     open_transformer,
 )
-from worldline.families.autoregressive.request import FPS, AROptions, ARRequest, recognise
+from worldline.families.autoregressive.request import FPS, AROptions, ARRequest
 from worldline.families.autoregressive.step import (
     MAX_BATCH_SIZE,
     PlainDecoder,
@@ -545,7 +545,6 @@ FAMILY = Family(
     name="autoregressive",
     request=ARRequest,
     options=AROptions,
-    recognise=recognise,
     parts=(
         Part(
             "text",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field
@@ -94,11 +94,7 @@ class AROptions(T5Options):
     )
 
 
-def recognise(tensors: Collection[str]) -> bool:
-    """Whether a transformer with these tensors draws tokens."""
-    return any(name.endswith("tok_embeddings.weight") for name in tensors)
-
-
+SIGNATURE = ("tok_embeddings.weight",)  # ends of tensor names
 REQUEST, OPTIONS = ARRequest, AROptions
 HELP = (
     "Run the autoregressive models: 4B and 12B, which take no prompt, and 5B and 13B Video2World, "

@@ -42,7 +42,6 @@ from worldline.families.diffusion.model import PRESETS, DiT, DiTConfig
 from worldline.families.diffusion.request import (
     DiffusionOptions,
     DiffusionRequest,
-    recognise,
 )
 from worldline.families.diffusion.weights import is_decoder, open_network, read_settings
 from worldline.family import Compute, Family, Opened, Part, Parts
@@ -418,7 +417,6 @@ FAMILY = Family(
     name="diffusion",
     request=DiffusionRequest,
     options=DiffusionOptions,
-    recognise=recognise,
     parts=(
         Part(
             "text",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -71,12 +70,7 @@ class DiffusionOptions(T5Options):
     )
 
 
-def recognise(tensors: Collection[str]) -> bool:
-    """Whether a transformer with these tensors is a diffusion model's, in either layout."""
-    ends = ("x_embedder.proj.1.weight", "patch_embed.proj.weight")
-    return any(name.endswith(ends) for name in tensors)
-
-
+SIGNATURE = ("x_embedder.proj.1.weight", "patch_embed.proj.weight")  # ends of tensor names
 REQUEST, OPTIONS = DiffusionRequest, DiffusionOptions
 HELP = (
     "Run the diffusion models: 7B and 14B, Text2World and Video2World, of Cosmos 1.0 and Predict1."

@@ -37,7 +37,6 @@ from worldline.families.predict2_5.request import (
     RELEASED_CHUNK,
     FlowOptions,
     FlowRequest,
-    recognise,
 )
 from worldline.families.predict2_5.weights import DIFFUSERS_KEYS, open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
@@ -428,7 +427,6 @@ FAMILY = Family(
     name="predict2.5",
     request=FlowRequest,
     options=FlowOptions,
-    recognise=recognise,
     parts=(
         Part(
             "text", "offload_text_encoder", open_encoder, option="text_encoder_dir", optional=True

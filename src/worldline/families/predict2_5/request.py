@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -105,11 +105,7 @@ class FlowOptions(LoadOptions):
     offload_diffusion_model: bool = offload("transformer")
 
 
-def recognise(tensors: Collection[str]) -> bool:
-    """Whether a transformer with these tensors is one of Predict2.5, in either layout."""
-    return any(name.endswith("crossattn_proj.0.weight") for name in tensors)
-
-
+SIGNATURE = ("crossattn_proj.0.weight",)  # ends of tensor names
 REQUEST, OPTIONS = FlowRequest, FlowOptions
 
 COMMANDS = (
