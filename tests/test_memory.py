@@ -23,6 +23,7 @@ from worldline.errors import InputError, InsufficientMemoryError
 from worldline.families.autoregressive.family import CARRIED, longest_prefix, window_shape
 from worldline.families.diffusion.model import DiT
 from worldline.family import Compute, Opened, load_family
+from worldline.locate import Place
 from worldline.memory import Memory, Plan, Stage, Weights, denoise_bytes, refuse_frames
 from worldline.opening import choose_compute, command_family, fit_released, plan
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of
@@ -49,7 +50,7 @@ def released(name: str) -> Opened:
     """A released model, of files that are not there."""
     family = load_family(str(command_family(ENTRY[name].command)))
     parts = family.presets(ENTRY[name])
-    return Opened(family, name, None, family.options.parse({}), parts=parts)
+    return Opened(family, name, Place(Path(name), ()), family.options.parse({}), parts=parts)
 
 
 def planned(name: str, compute: Compute = GPU, guardrail_bytes: int = 0, **options: Any) -> Plan:

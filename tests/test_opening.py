@@ -85,7 +85,7 @@ def test_by_name_by_path_and_by_file(
         assert opened.folder == (root / folder / file).parent
         assert opened["transformer"].path == root / folder / file
         assert opened["transformer"].config == sizes
-        assert not opened.bundled
+        assert not opened.place.bundled
         if tokenizer is not None:
             assert opened["tokenizer"].config.vocabulary == tokenizer
     # other parts are found around the model, wherever --checkpoint_dir points
@@ -280,7 +280,7 @@ def test_bundled(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(locate, "BUNDLED", small_world)
     assert locate.bundled_names() == [f"tiny-{MODEL}"]
     opened = open_named(f"tiny-{MODEL}", "nowhere")
-    assert opened.bundled
+    assert opened.place.bundled
     assert opened.name == f"tiny-{MODEL}"
     assert "decoder" not in opened.parts  # none is bundled
     with pytest.raises(CheckpointError, match=rf"no bundled model tiny-x; there are: tiny-{MODEL}"):

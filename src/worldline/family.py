@@ -218,7 +218,6 @@ class Opened:
 
     Attributes:
         name: for messages and reports.
-        place: where it lies; None for a released model that is only planned for.
         source: tensors of its transformer.
         settings: its config.json.
         defaults: fields of requests in it.
@@ -227,7 +226,7 @@ class Opened:
 
     family: Family
     name: str
-    place: Place | None
+    place: Place
     options: Any
     source: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -243,13 +242,8 @@ class Opened:
         return self.parts.get(name)
 
     @property
-    def bundled(self) -> bool:
-        return self.place is not None and self.place.bundled
-
-    @property
     def folder(self) -> Path:
         """Folder of the transformer."""
-        assert self.place is not None
         return self.place.folder
 
     @property

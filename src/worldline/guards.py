@@ -183,7 +183,7 @@ def release_of(opened: Opened) -> str | None:
     Released models run with theirs unless disabled; bundled ones have none unless insisted on.
     """
     disabled = opened.options.disable_guardrail
-    off = opened.bundled if disabled is None else disabled
+    off = opened.place.bundled if disabled is None else disabled
     return None if off else opened.family.guardrails(opened)
 
 
@@ -192,7 +192,7 @@ def upsamples(opened: Opened) -> bool:
     if opened.family.upsampler is None:
         return False
     disabled = opened.options.disable_prompt_upsampler
-    return not (opened.bundled if disabled is None else disabled)
+    return not (opened.place.bundled if disabled is None else disabled)
 
 
 def rewrites(opened: Opened, request: Any) -> bool:
@@ -226,7 +226,9 @@ def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> G
     if release is None:
         disabled = opened.options.disable_guardrail
         why = "disabled by the user" if disabled else "bundled models have none"
-        logger.info("%s", _LICENCE if disabled and not opened.bundled else f"no guardrail: {why}")
+        logger.info(
+            "%s", _LICENCE if disabled and not opened.place.bundled else f"no guardrail: {why}"
+        )
     else:
         try:
             with recorder.stage("load guardrails"):
@@ -252,7 +254,6 @@ def _load_guardrails(opened: Opened, compute: Compute, release: str) -> Guardrai
     from worldline import guardrails as sets  # imported only where guardrails run
 
     options = opened.options
-    assert opened.place is not None
     flag = options.field_flag("disable_guardrail")
     guardrails = sets.load(
         release,
@@ -271,7 +272,6 @@ def _load_upsampler(opened: Opened, compute: Compute) -> PromptUpsampler:
     from worldline.text.upsampler import PIXTRAL, load_upsampler
 
     place, options = opened.place, opened.options
-    assert place is not None
     assert opened.family.upsampler is not None
     describes, names = opened.family.upsampler(opened)
     if options.prompt_upsampler_dir is not None:

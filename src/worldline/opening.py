@@ -239,7 +239,8 @@ def fit_released(entry: Entry, compute: Compute, memory: Memory | None) -> Fit |
         return None
     family = load_family(name)
     options = family.options.parse({})
-    opened = Opened(family, entry.name, None, options, parts=family.presets(entry))
+    nowhere = Place(Path(entry.folders[0]), ())
+    opened = Opened(family, entry.name, nowhere, options, parts=family.presets(entry))
     request = family.request.parse({})
     found = plan(opened, [request], compute).fit(compute.device, memory)
     disabled = {part.name: part.disable for part in family.parts if part.disable}

@@ -20,7 +20,7 @@ import torch
 
 from worldline.catalog import ENTRIES
 from worldline.family import Compute, Opened, load_family
-from worldline.locate import locate
+from worldline.locate import Place, locate
 from worldline.memory import Memory, Plan
 from worldline.nn.modulation import fused
 from worldline.opening import fit_released, open_world, plan
@@ -42,7 +42,9 @@ def planned(case: dict[str, Any]) -> Plan:
         parts.pop("text", None)
     if case.get("decoder", "") is None:
         del parts["decoder"], parts["decoder_tokenizer"]
-    opened = Opened(family, entry.name, None, family.options.parse({}), parts=parts)
+    opened = Opened(
+        family, entry.name, Place(Path(entry.name), ()), family.options.parse({}), parts=parts
+    )
     stated: dict[str, Any] = {"num_video_frames": case.get("num_video_frames")}
     if "video" in case:
         names = ("num_video_frames", "height", "width")

@@ -48,7 +48,6 @@ def open_network(opened: Opened) -> Network[ToyConfig]:
 
 
 def open_codec(opened: Opened) -> Network[ToyConfig]:
-    assert opened.place is not None
     folder = opened.folder
     if opened.options.codec_dir is not None:
         folder = opened.place.chosen(opened.options.codec_dir, "codec_dir")

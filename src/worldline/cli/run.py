@@ -215,7 +215,7 @@ def log_unused(
     if release_of(opened) is None:
         guards = ("offload_guardrail_models", "guardrail_dir")
         unused |= dict.fromkeys(guards, "no guardrail runs")
-        if opened.bundled:
+        if opened.place.bundled:
             disable = opened.options.field_flag("disable_guardrail")
             unused[disable] = f"{opened.name} has no guardrails"
     else:
@@ -227,7 +227,7 @@ def log_unused(
         unused["batch_size"] = "there is one input"
     if typed.get("num_input_frames", request.num_input_frames) != request.num_input_frames:
         unused["num_input_frames"] = "an image has 1 frame"
-    if opened.bundled:
+    if opened.place.bundled:
         unused["checkpoint_dir"] = f"{opened.name} is bundled"
         logger.info(
             "%s was trained on generated clips of moving shapes: other inputs become coloured fog",
@@ -255,7 +255,7 @@ def make(
         if not tasks:
             click.echo(f"{total} of {total} videos were in {folder} before")
             return
-    if opened.bundled and compute.device.type == "cpu":
+    if opened.place.bundled and compute.device.type == "cpu":
         import torch
 
         torch.set_num_threads(1)  # tiny networks: on busy cores threads wait for each other

@@ -112,7 +112,6 @@ RELEASED = DecoderNetwork(DiT, PRESETS["7B-Decoder"], blocks=BLOCKS)
 def open_network(opened: Opened) -> DecoderNetwork:
     """The diffusion decoder; that of the model's own generation is preferred."""
     place, config = opened.place, opened["transformer"].config
-    assert place is not None
     own = generation_by_name(opened.folder)
     order = sorted(DECODERS, key=lambda generation: generation != own)
     with without_decoder():
@@ -178,7 +177,6 @@ def open_aux(folder: Path, width: int) -> Checkpoint:
 
 def open_tokenizer(opened: Opened) -> CosmosNetwork:
     """The continuous tokenizer that the diffusion decoder's latents are of."""
-    assert opened.place is not None
     names = TOKENIZERS[opened["decoder"].generation]
     with without_decoder():
         found = opened.place.below(names)

@@ -43,7 +43,6 @@ def _shard_hint(opened: Opened) -> str:
 def open_tokenizer(opened: Opened) -> CosmosNetwork:
     """The discrete tokenizer of the model's generation, which the decoder must fit, too."""
     place = opened.place
-    assert place is not None
     names = TOKENIZERS[::-1] if "1.0" in opened.folder.name else TOKENIZERS
     folder = place.below(names)
     if folder is None:
@@ -68,8 +67,7 @@ def open_tokenizer(opened: Opened) -> CosmosNetwork:
 def decodes(opened: Opened) -> bool:
     """Whether the diffusion decoder runs: of released models unless disabled, if one is bundled."""
     disabled = opened.options.disable_diffusion_decoder
-    if disabled is None and opened.bundled:
-        assert opened.place is not None
+    if disabled is None and opened.place.bundled:
         return opened.place.below(DECODERS.values()) is not None
     return not disabled
 

@@ -268,7 +268,7 @@ def unused(opened: Opened, request: DiffusionRequest) -> dict[str, str]:
 def notes(opened: Opened, request: DiffusionRequest) -> list[str]:
     """What a request has that the released models were not trained on."""
     least, most = TRAINED_FPS
-    if opened.bundled or least <= request.fps <= most:
+    if opened.place.bundled or least <= request.fps <= most:
         return []
     return [f"fps is {request.fps:g}; the models were trained on {least} to {most}"]
 
@@ -352,7 +352,6 @@ def generation_of(opened: Opened) -> Generation:
 def open_tokenizer(opened: Opened) -> CosmosNetwork:
     """The continuous tokenizer: as chosen, beside the transformer, or of its generation."""
     place, own = opened.place, opened.folder / "vae"
-    assert place is not None
     names = TOKENIZERS[generation_of(opened)]
     if opened.options.tokenizer_dir is not None:
         path = place.chosen(opened.options.tokenizer_dir, "tokenizer_dir")

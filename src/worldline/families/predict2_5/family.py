@@ -284,7 +284,7 @@ def unused(opened: Opened, request: FlowRequest) -> dict[str, str]:
 
 def notes(opened: Opened, request: FlowRequest) -> list[str]:
     """What a request has that the released models were not trained on."""
-    if opened.bundled:
+    if opened.place.bundled:
         return []
     found = []
     frames = window_of(opened, request).frames
@@ -356,11 +356,10 @@ def open_transformer(opened: Opened) -> FlowNetwork:
 
 def _schedule(opened: Opened, network: Network[FlowDiTConfig]) -> tuple[str, float | None]:
     """Schedule and timestep of input frames: as chosen, stated, released, or else "shifted"."""
-    assert opened.place is not None
     chosen = opened.options.schedule or opened.settings.get("schedule")
     if chosen not in (None, *_KNOWN_TIMESTEP):
         raise CheckpointError(f"{opened.folder / 'config.json'}: schedule is {chosen!r}")
-    if chosen is None and not opened.bundled:
+    if chosen is None and not opened.place.bundled:
         released = opened.place.released or _released_as(opened.source.path)
         if released is not None:
             return released.schedule, released.known_timestep
@@ -389,7 +388,6 @@ def open_tokenizer(opened: Opened) -> Network[WanTokenizerConfig]:
 
 def _tokenizer_path(opened: Opened) -> Path:
     place, folder = opened.place, opened.folder
-    assert place is not None
     if opened.options.tokenizer_dir is not None:
         return place.chosen(opened.options.tokenizer_dir, "tokenizer_dir")
     repositories = [
