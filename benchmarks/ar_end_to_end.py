@@ -46,7 +46,7 @@ from worldline.families.diffusion.model import PRESETS as DIFFUSION
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZERS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 DISCRETE = "Cosmos-Tokenize1-DV8x16x16-720p"
 _TEXT, _TOKENIZER = "--offload_text_encoder_model", "--offload_tokenizer"

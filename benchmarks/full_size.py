@@ -28,8 +28,8 @@ from worldline.nn.modulation import fused
 from worldline.opening import open_world, plan
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+from worldline.weights.checkpoint import save
 from worldline.weights.keymap import KeyMap
-from worldline.weights.write import save
 
 GRID = LatentShape(16, 88, 160)  # of 121 frames of 704 x 1280: 56,320 tokens
 ROWS = 512  # of the text

@@ -36,7 +36,7 @@ from worldline.text.reason1 import RELEASED, Reason1Encoder
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import key_map
 from worldline.video.write import write_video
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 REASON1 = {
     "vocab_size": 152064,

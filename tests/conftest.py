@@ -18,7 +18,7 @@ from worldline.families.autoregressive.weights import KEYS
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.video.write import write_video
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 from .tiny_decoder import add_parts
 from .tiny_diffusion import make_tiny_diffusion

@@ -11,8 +11,8 @@ from worldline.errors import CheckpointError
 from worldline.families.predict2_5 import weights
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, released_exponents
 from worldline.opening import find_family
+from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.keymap import KeyMap
-from worldline.weights.read import Checkpoint
 
 from .diffusers_layout import diffusers_config
 from .test_key_manifests import fake, fits, manifest

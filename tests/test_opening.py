@@ -22,8 +22,7 @@ from worldline.opening import choose_compute, choose_device
 from worldline.request import LoadOptions
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.tokenizers.wan.weights import key_map
-from worldline.weights.read import open_checkpoint
-from worldline.weights.write import save
+from worldline.weights.checkpoint import open_checkpoint, save
 from worldline.world import fingerprint
 
 from .conftest import MODEL, SMALL_TOKENIZER, SMALL_TRANSFORMER, TOKENIZER

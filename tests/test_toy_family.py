@@ -16,7 +16,7 @@ from worldline import memory
 from worldline.family import FAMILIES
 from worldline.memory import Memory
 from worldline.opening import plan
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 from .cli.conftest import run_words
 from .cli.results import files_in

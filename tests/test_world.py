@@ -23,7 +23,7 @@ from worldline.inputs import read_clip
 from worldline.locate import bundled_names
 from worldline.memory import Memory
 from worldline.video.read import read_image, read_video
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 from . import tiny_decoder, tiny_diffusion, tiny_predict2_5
 from .conftest import MODEL, moving

@@ -16,7 +16,7 @@ from tiny.export import autoregressive_settings, dit_tensors
 from worldline.families.autoregressive.model import ARTransformer, ARTransformerConfig
 from worldline.families.autoregressive.weights import KEYS
 from worldline.families.diffusion.model import DiT
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 from .tiny_diffusion import (
     CONTEXT_LENGTH,

@@ -16,7 +16,7 @@ from tiny.export import cosmos_tensors, dit_settings, dit_tensors
 from worldline.families.diffusion.model import DiT, DiTConfig
 from worldline.shapes import LatentShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 TEXT2WORLD = "Cosmos-Predict1-7B-Text2World"
 VIDEO2WORLD = "Cosmos-Predict1-7B-Video2World"

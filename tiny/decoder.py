@@ -37,7 +37,7 @@ from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.loop import generator
 from worldline.train.losses import denoising_loss, log_normal_sigmas, noised_latents
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 DECODER = DECODERS["Predict1"]
 GENERAL_PROMPT = "A video of moving objects."  # where a request has no prompt

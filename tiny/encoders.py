@@ -13,7 +13,7 @@ from torch import Tensor
 from worldline.text.encoder import BYTES, PromptEncoder
 from worldline.text.reason1 import END, PAD, START, SYSTEM, ChatTokenizer, Reason1Encoder
 from worldline.text.t5 import ByteTokenizer, T5Encoder
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 _EMBEDDED_TOGETHER = 1024  # captions
 T5: dict[str, Any] = {

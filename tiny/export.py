@@ -24,8 +24,8 @@ from worldline.tokenizers.cosmos.model import (
 )
 from worldline.tokenizers.cosmos.weights import key_map
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
+from worldline.weights.checkpoint import save
 from worldline.weights.keymap import KeyMap
-from worldline.weights.write import save
 
 _DRAWN = ("embed", "ids", "positions", "project", "noise", "blocks", "head")
 

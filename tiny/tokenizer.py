@@ -16,7 +16,7 @@ from tiny.run import Run, recipe
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.train.losses import ReconstructionObjective
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 _STATISTICS_FRAMES = 16  # columns of released statistics; the last one is repeated
 

@@ -24,8 +24,8 @@ from worldline.memory import Fit, Memory, Plan, Stage, Weights, workspace
 from worldline.nn.modulation import fused
 from worldline.report import Recorder
 from worldline.request import LoadOptions, Name, Request, keyword
+from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.networks import open_transformer, read_settings
-from worldline.weights.source import Checkpoint
 
 logger = logging.getLogger(__name__)
 

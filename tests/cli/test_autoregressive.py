@@ -24,8 +24,7 @@ from worldline.cli.progress import Preview, follow
 from worldline.errors import Error, GuardrailRefusal
 from worldline.memory import Memory
 from worldline.video.read import probe, read_video
-from worldline.weights.read import open_checkpoint
-from worldline.weights.write import save
+from worldline.weights.checkpoint import open_checkpoint, save
 
 from ..conftest import MODEL, TOKENIZER, frames_of
 from .conftest import WITHOUT_PARTS, Make, Run

@@ -15,7 +15,7 @@ import torch
 from worldline import locate
 from worldline.families.autoregressive import family
 from worldline.video.read import probe, read_video
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 from worldline.world import World
 
 from ..conftest import MODEL, frames_of

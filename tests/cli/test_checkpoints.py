@@ -18,8 +18,7 @@ from worldline.families.diffusion.model import DiT
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.text import reason1, t5
 from worldline.text.encoder import EncoderFiles
-from worldline.weights.read import open_checkpoint
-from worldline.weights.write import save
+from worldline.weights.checkpoint import open_checkpoint, save
 
 from ..conftest import MODEL, TOKENIZER
 from ..diffusers_layout import diffusers_config, diffusers_tensors

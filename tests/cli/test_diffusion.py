@@ -23,7 +23,7 @@ from worldline.cli.progress import Preview, follow
 from worldline.errors import Error
 from worldline.step import Step, Video
 from worldline.video.read import probe
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 from ..conftest import frames_of
 from ..tiny_diffusion import (

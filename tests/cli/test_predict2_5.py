@@ -23,7 +23,7 @@ from worldline.memory import Memory
 from worldline.text.reason1 import RELEASED
 from worldline.video.read import probe, read_image, read_video
 from worldline.video.write import write_video
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 from ..conftest import frames_of
 from ..tiny_predict2_5 import CONFIG, POST, PRE, write_transformer

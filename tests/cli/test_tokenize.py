@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-import worldline.weights.write
+import worldline.weights.checkpoint
 from tiny.clips import make_clips
 from tiny.export import cosmos_tensors, draw_weights
 from worldline.locate import BUNDLED
@@ -23,8 +23,7 @@ from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import open_tokenizer
 from worldline.video.read import probe, read_image, read_video
 from worldline.video.write import write_video
-from worldline.weights.read import open_checkpoint
-from worldline.weights.write import save
+from worldline.weights.checkpoint import open_checkpoint, save
 
 from ..conftest import moving
 from .conftest import Run
@@ -316,14 +315,14 @@ def test_what_ends_a_batch_and_what_does_not(
     clips.mkdir()
     for name in "abc":
         shutil.copy(clip, clips / f"{name}.mp4")
-    real = worldline.weights.write.save
+    real = worldline.weights.checkpoint.save
 
     def failing(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, object]) -> None:
         if path.name == "b.safetensors":
             raise failure
         real(tensors, path, header)
 
-    monkeypatch.setattr(worldline.weights.write, "save", failing)
+    monkeypatch.setattr(worldline.weights.checkpoint, "save", failing)
     words = ("--checkpoint_dir", checkpoints, "--output_dir", out, "--device", "cpu")
     result = run("tokenize", "encode", clips, *words)
     assert result.exit_code == 1

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from worldline.errors import CheckpointError, InputError
-from worldline.weights.read import SHARDED_AXES, open_checkpoint
-from worldline.weights.write import save
+from worldline.weights.checkpoint import SHARDED_AXES, open_checkpoint, save
 
 from ..conftest import MODEL, SMALL_TRANSFORMER, TOKENIZER
 from ..tiny_decoder import (

@@ -24,7 +24,7 @@ from worldline.nn.rope import Yarn
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import Sampling, decode, draw_noise
 from worldline.shapes import LatentShape
-from worldline.weights.read import Checkpoint
+from worldline.weights.checkpoint import Checkpoint
 
 from ..weights.memory import MemoryTensor
 

@@ -30,7 +30,7 @@ from worldline.shapes import LatentShape
 from worldline.step import Step
 from worldline.video.convert import signed_to_uint8, stretched_frames
 from worldline.video.read import Clip
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 from ..conftest import moving
 from ..tiny_diffusion import CONTEXT_LENGTH, CONTEXT_WIDTH, TEXT2WORLD, VIDEO2WORLD

@@ -20,9 +20,9 @@ from worldline.families.diffusion.model import DiT, DiTConfig
 from worldline.families.diffusion.weights import open_network
 from worldline.nn import dit
 from worldline.shapes import LatentShape
+from worldline.weights.checkpoint import save
 from worldline.weights.networks import DIFFUSERS_FILES
 from worldline.weights.stream import load_into
-from worldline.weights.write import save
 
 from ..diffusers_layout import diffusers_config, diffusers_tensors
 

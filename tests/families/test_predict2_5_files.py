@@ -15,7 +15,7 @@ from worldline.errors import CheckpointError
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.family import Opened
 from worldline.text.reason1 import RELEASED
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 from ..diffusers_layout import diffusers_config, diffusers_tensors
 from ..tiny_predict2_5 import CONFIG, POST, PRE, TEXT_LENGTH, TOKENIZER, write_tokenizer

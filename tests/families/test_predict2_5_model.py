@@ -29,8 +29,8 @@ from worldline.nn import dit
 from worldline.nn.modulation import NORM_EPS
 from worldline.nn.rope import axis_sizes, rotary_exponents
 from worldline.shapes import LatentShape
+from worldline.weights.checkpoint import save
 from worldline.weights.stream import load_into
-from worldline.weights.write import save
 
 from ..diffusers_layout import diffusers_config, diffusers_tensors
 

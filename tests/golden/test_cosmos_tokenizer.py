@@ -24,9 +24,8 @@ from worldline.tokenizers.cosmos.weights import (
     open_tokenizer,
     read_config,
 )
-from worldline.weights.read import open_checkpoint
+from worldline.weights.checkpoint import open_checkpoint, renamed, save
 from worldline.weights.stream import load_into
-from worldline.weights.write import save
 
 CONTINUOUS = cases("tok_cv_tiny")
 CASES = cases("tok_dv_tiny") + CONTINUOUS
@@ -42,6 +41,12 @@ def stated_levels(case: Case) -> tuple[int, ...] | None:
     return None if levels is None else tuple(levels)
 
 
+def averaged(name: str) -> str | None:
+    """Name of an averaged weight as that of the weight; None for others."""
+    plain = name.removeprefix("ema.network-").replace("-", ".")
+    return f"network.{plain}" if name.startswith("ema.") else None
+
+
 @cache
 def loaded(case: Case, weights: str = "jit", tap: str = "stored") -> CosmosTokenizer:
     """Weights "jit" of the exported files, "reg" or "ema" of the training checkpoint."""
@@ -50,8 +55,11 @@ def loaded(case: Case, weights: str = "jit", tap: str = "stored") -> CosmosToken
         opened = open_tokenizer(folder)
         source, config = opened.source, opened.config
     else:
-        source = network_view(open_checkpoint(folder / "model.pt"), ema=weights == "ema")
-        config = read_config(source, levels=stated_levels(case))
+        source = open_checkpoint(folder / "model.pt")
+        if weights == "ema":
+            source = renamed(source, averaged)
+        source = network_view(source)
+        config = replace(read_config(source), levels=stated_levels(case))
     if tap == "exact":
         config = replace(config, tap=EXACT_TAP)
     with torch.device("meta"):

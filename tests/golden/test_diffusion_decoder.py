@@ -28,7 +28,7 @@ from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape, latent_frames_of
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import key_map, read_config, read_statistics
-from worldline.weights.read import open_checkpoint
+from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.stream import load_into
 
 CASES = cases("ar_diffusion_decoder_tiny")

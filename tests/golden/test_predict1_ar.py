@@ -27,7 +27,7 @@ from worldline.nn.rope import axis_sizes as rope_axis_sizes
 from worldline.nn.rope import inverse_frequencies, rotate, rotation_3d, sincos_3d
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import Sampling, decode, draw, draw_noise, probabilities
-from worldline.weights.read import (
+from worldline.weights.checkpoint import (
     Checkpoint,
     find_shards,
     open_checkpoint,

@@ -15,7 +15,7 @@ from tiny.export import stored_tensors, wan_settings
 from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.tokenizers.wan.weights import key_map, open_wan
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 CASES = cases("wan_vae_tiny")
 DIFFUSERS = cases("dit25_diffusers_layout")

@@ -12,7 +12,7 @@ import torch
 
 from worldline.errors import InputError
 from worldline.text.embeddings import read_embedding_file, read_embeddings
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 ROWS = torch.linspace(-2, 2, 7 * 16).view(7, 16).half().float()
 

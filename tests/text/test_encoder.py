@@ -57,7 +57,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, damage: bytes) -> None:
 
 
 def test_an_entry_that_is_something_else(tmp_path: Path) -> None:
-    from worldline.weights.write import save
+    from worldline.weights.checkpoint import save
 
     cache = EmbeddingCache(tmp_path)
     save({"other": torch.ones(2)}, cache.path("model", "a ball"))

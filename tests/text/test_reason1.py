@@ -27,8 +27,7 @@ from worldline.text.reason1 import (
     Reason1Files,
     chat_text,
 )
-from worldline.weights.read import open_checkpoint
-from worldline.weights.write import save
+from worldline.weights.checkpoint import open_checkpoint, save
 
 # config.json of nvidia/Cosmos-Reason1-7B, as far as it is about the language model
 RELEASED: dict[str, Any] = {

@@ -16,8 +16,7 @@ from torch import Tensor
 from tiny.encoders import export_t5, new_t5
 from worldline.errors import CheckpointError
 from worldline.text.t5 import NUM_PARAMETERS, ByteTokenizer, T5Encoder, T5Files
-from worldline.weights.read import Checkpoint, open_checkpoint
-from worldline.weights.write import save
+from worldline.weights.checkpoint import Checkpoint, open_checkpoint, save
 
 # config.json of google-t5/t5-11b, as far as it is about the encoder
 RELEASED: dict[str, Any] = {

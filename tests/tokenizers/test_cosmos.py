@@ -15,7 +15,7 @@ from worldline.tokenizers.cosmos.model import (
     FrameNorm,
 )
 from worldline.tokenizers.cosmos.weights import open_tokenizer
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 TINY = {"channels": 4, "level_channels": (8, 8, 8)}
 VARIANTS = {

@@ -16,9 +16,9 @@ from worldline.report import Recorder
 from worldline.shapes import VideoShape
 from worldline.step import Step
 from worldline.video.read import Clip
+from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Network
-from worldline.weights.read import open_checkpoint
 
 from .request import ToyOptions, ToyRequest
 

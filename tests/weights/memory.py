@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from worldline.weights.source import TensorInfo
-
 
 @dataclass(frozen=True)
 class MemoryTensor:
@@ -16,8 +14,8 @@ class MemoryTensor:
     tensor: Tensor
 
     @property
-    def info(self) -> TensorInfo:
-        return TensorInfo(self.tensor.dtype, tuple(self.tensor.shape))
+    def meta(self) -> Tensor:
+        return self.tensor.to("meta")
 
     def read(self) -> Tensor:
         return self.tensor

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from worldline.errors import CheckpointError
+from worldline.weights.checkpoint import open_checkpoint, save
 from worldline.weights.dit import DiTSettings, parse_settings
 from worldline.weights.networks import DIFFUSERS_FILES, find_transformer
-from worldline.weights.read import open_checkpoint
-from worldline.weights.write import save
 
 
 def test_the_order_of_preference(tmp_path: Path) -> None:

@@ -9,10 +9,7 @@ import pytest
 import torch
 
 from worldline.errors import CheckpointError
-from worldline.weights.archive import is_legacy
-from worldline.weights.read import open_checkpoint
-from worldline.weights.source import FileTensor
-from worldline.weights.write import save
+from worldline.weights.checkpoint import FileTensor, open_checkpoint
 
 BASE = torch.arange(24.0).view(6, 4)
 TENSORS = {
@@ -36,7 +33,6 @@ def saved(path: Path, value: object) -> Path:
 @pytest.mark.parametrize("beside", [{}, {"optimizer": {"state": torch.ones(9)}, "step": 3}])
 def test_every_tensor_is_found_without_being_read(tmp_path: Path, beside: dict[str, Any]) -> None:
     path = saved(tmp_path / "model.pt", {"model": TENSORS, **beside})
-    assert is_legacy(path.read_bytes())
     opened = open_checkpoint(path)
     assert opened.nesting == "model"
     assert opened.beside == tuple(beside)
@@ -63,10 +59,6 @@ def test_a_file_cut_short(tmp_path: Path, share: float) -> None:
         open_checkpoint(path)
 
 
-def test_other_formats(tmp_path: Path) -> None:
-    torch.save(TENSORS, tmp_path / "new.pt")
-    save({"a": BASE}, tmp_path / "a.safetensors")
-    for name in ("new.pt", "a.safetensors"):
-        assert not is_legacy((tmp_path / name).read_bytes())
+def test_no_tensors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no tensors"):
         open_checkpoint(saved(tmp_path / "old.pt", {"a": 1}))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
+from worldline.weights.checkpoint import find_shards, open_checkpoint, open_shards
 from worldline.weights.keymap import KeyMap
-from worldline.weights.read import find_shards, open_checkpoint, open_shards
 from worldline.weights.stream import load_into
 
 WHOLE = {
@@ -81,7 +81,7 @@ def test_golden_shards(golden: Path) -> None:
         whole = open_checkpoint(source)
         for folder in sets:
             merged = open_shards(find_shards(folder))
-            assert merged.tensors == whole.tensors
+            assert merged.tensors.keys() == whole.tensors.keys()
             for name in whole.tensors:
                 assert torch.equal(merged.read(name), whole.read(name)), name
 
@@ -91,7 +91,7 @@ def test_golden_replicas_are_averaged(golden: Path) -> None:
     if folder.is_dir():
         merged = open_shards(find_shards(folder))
         expected = open_checkpoint(folder / "merged.pt")
-        assert merged.tensors == expected.tensors
+        assert merged.tensors.keys() == expected.tensors.keys()
         for name in expected.tensors:
             assert torch.equal(merged.read(name), expected.read(name)), name
 

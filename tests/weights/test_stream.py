@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
 from worldline.weights import stream
+from worldline.weights.checkpoint import Checkpoint, FileTensor, open_checkpoint
 from worldline.weights.keymap import KeyMap
-from worldline.weights.read import Checkpoint, open_checkpoint
-from worldline.weights.source import FileTensor
 from worldline.weights.stream import load_into
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

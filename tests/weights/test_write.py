@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from worldline.weights import write
-from worldline.weights.read import open_checkpoint
-from worldline.weights.write import save
+from worldline.weights import checkpoint
+from worldline.weights.checkpoint import open_checkpoint, save
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
@@ -15,10 +14,10 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     base = torch.arange(12.0).view(3, 4)
     tensors = {"a": base, "shared": base, "columns": base[:, :2], "row": base[1], "t": base.t()}
     save(tensors, tmp_path / name)
-    checkpoint = open_checkpoint(tmp_path / name)
-    assert checkpoint.tensors.keys() == tensors.keys()
+    opened = open_checkpoint(tmp_path / name)
+    assert opened.tensors.keys() == tensors.keys()
     for key, tensor in tensors.items():
-        assert torch.equal(checkpoint.read(key), tensor)
+        assert torch.equal(opened.read(key), tensor)
     assert (tmp_path / name).stat().st_size < 4096
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -40,7 +39,7 @@ def test_failure_leaves_the_old_file(
         temporary.write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr(write.safetensors.torch, "save_file", fail)
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", fail)
     with pytest.raises(type(failure)):
         save({"a": torch.zeros(1)}, path)
     assert path.read_bytes() == before

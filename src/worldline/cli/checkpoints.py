@@ -17,8 +17,8 @@ from worldline.errors import CheckpointError
 from worldline.files import read_json, readable_size
 
 if TYPE_CHECKING:
+    from worldline.weights.checkpoint import Checkpoint
     from worldline.weights.networks import Network
-    from worldline.weights.source import Checkpoint
 
 _SUFFIXES = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
 _COMPLETE = "complete: every tensor fits"
@@ -89,7 +89,7 @@ def examine(path: Path) -> Lines:
     yield "format", f"{source.kind}{inside}"
     numels: Counter[str] = Counter()
     for info in source.tensors.values():
-        numels[str(info.dtype).removeprefix("torch.")] += info.numel
+        numels[str(info.dtype).removeprefix("torch.")] += info.numel()
     size = readable_size(sum(info.nbytes for info in source.tensors.values()))
     dtypes = ", ".join(f"{dtype} ({count:,})" for dtype, count in numels.most_common())
     yield "tensors", f"{len(source.tensors):,}, {size}; values: {dtypes}"
@@ -105,8 +105,8 @@ def open_weights(path: Path) -> Checkpoint:
     """Tensors of a file, or of the model in a folder."""
     from worldline.text.encoder import WEIGHTS, find_weights
     from worldline.tokenizers.cosmos.weights import LAYOUTS, tokenizer_files
+    from worldline.weights.checkpoint import joined, open_checkpoint
     from worldline.weights.networks import open_transformer
-    from worldline.weights.read import joined, open_checkpoint
 
     if path.is_dir():
         names = {file.name for file in path.iterdir() if file.suffix in _SUFFIXES}

@@ -32,11 +32,12 @@ from worldline.request import Path as Named
 from worldline.shapes import VideoShape
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from worldline.family import Compute
     from worldline.tokenizers.cosmos.model import CosmosTokenizer
     from worldline.tokenizers.cosmos.weights import CosmosNetwork
     from worldline.video.read import Frames
-    from worldline.weights.source import TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -132,14 +133,14 @@ class Task:
         output: result.
         header: metadata beside stored input, or for the result.
         kind: name of the tensor in the input; "" for pixels.
-        stored: its dtype and shape.
+        stored: its dtype and shape, on the meta device.
     """
 
     path: Path
     output: Path
     header: Header
     kind: str = ""
-    stored: TensorInfo | None = None
+    stored: Tensor | None = None
 
     def __str__(self) -> str:
         return str(self.path)
@@ -326,7 +327,7 @@ def examine_stored(path: Path, folder: Path) -> Task:
     """
     if not path.is_file():
         raise InputError(f"{path}: there is no such file or folder")
-    from worldline.weights.read import open_checkpoint  # imports torch: not before
+    from worldline.weights.checkpoint import open_checkpoint  # imports torch: not before
 
     source = open_checkpoint(path)
     kind = next((name for name in (LATENTS, TOKENS) if name in source.tensors), None)
@@ -358,7 +359,7 @@ def open_coder(name: str, context: click.Context, *files: Path) -> Coder:
 def is_finished(task: Task, coder: Coder) -> bool:
     """Whether an earlier run made the output from the same files in the same way."""
     from worldline.video.read import check_written
-    from worldline.weights.read import open_checkpoint
+    from worldline.weights.checkpoint import open_checkpoint
 
     if not task.output.exists():
         return False
@@ -408,7 +409,7 @@ def run(tasks: Sequence[Task], coder: Coder, code: Code, *, resume: bool = False
 def encode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
     from worldline.tokenizers.cosmos.clips import encode_clip
     from worldline.video.read import stream_media
-    from worldline.weights.write import save
+    from worldline.weights.checkpoint import save
 
     stored, size = encode_clip(model, stream_media(task.path, model.chunk * model.config.temporal))
     kind = TOKENS if model.config.levels else LATENTS
@@ -421,7 +422,7 @@ def encode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
 def decode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
     from worldline.tokenizers.cosmos.clips import decode_clip
     from worldline.video.write import write_bytes
-    from worldline.weights.read import open_checkpoint
+    from worldline.weights.checkpoint import open_checkpoint
 
     stored = open_checkpoint(task.path).read(task.kind)
     try:

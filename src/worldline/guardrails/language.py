@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from worldline.errors import CheckpointError
 from worldline.files import read_json
 from worldline.guardrails.base import Verdict
+from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.networks import pretrained, pretrained_tokenizer
-from worldline.weights.read import open_checkpoint
 
 # the descriptions are this project's own words for the topics that the model was trained on
 _AEGIS = (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worldline.errors import CheckpointError, InputError
 from worldline.files import disguise
-from worldline.weights.read import open_checkpoint
+from worldline.weights.checkpoint import open_checkpoint
 
 EmbeddingSource = str | Path | Tensor | NDArray[Any]
 

@@ -32,10 +32,9 @@ from worldline.files import (
     unfinished,
 )
 from worldline.parallel.offload import Part
+from worldline.weights.checkpoint import Checkpoint, open_checkpoint, save
 from worldline.weights.keymap import KeyMap, match
-from worldline.weights.read import Checkpoint, open_checkpoint
 from worldline.weights.stream import load_into
-from worldline.weights.write import save
 
 if TYPE_CHECKING:
     import tokenizers
@@ -154,7 +153,7 @@ class EncoderFiles(TextPart, ABC):
         checkpoint = open_checkpoint(find_weights(folder))
         keys = KeyMap({}, cls.unread, cls.prefixes)
         counts = {  # a tied tensor counts once
-            cls.tied if name in cls.tied else name: info.numel
+            cls.tied if name in cls.tied else name: info.numel()
             for name, info in checkpoint.tensors.items()
             if not keys.drops(name)
         }

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from worldline.errors import CheckpointError, Error
 from worldline.files import read_json, unfinished
+from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import pretrained, pretrained_tokenizer
-from worldline.weights.read import open_checkpoint
 from worldline.weights.stream import load_into
 
 LENGTHEN = "Expand this short caption of a video into a long caption, in one paragraph: "

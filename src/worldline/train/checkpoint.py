@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from worldline.errors import CheckpointError
 from worldline.files import read_json, replacing
 from worldline.train.optim import Average
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 _STATE = "state.json"
 

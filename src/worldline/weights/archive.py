@@ -1,4 +1,4 @@
-"""PyTorch's pickled files, read without running anything in them.
+"""PyTorch's pickled files, opened by header without running anything in them.
 
 A zip archive `<root>/` (`.pt`, TorchScript) holds `data.pkl` (the objects), `data/<key>` (the bytes
 of each storage) and sometimes `byteorder`; TorchScript adds `constants.pkl` and `code/`. A file
@@ -8,42 +8,26 @@ elements and the bytes of each storage.
 
 The pickles go through an unpickler that knows a dozen names: a tensor becomes a record of where it
 lies, a TorchScript module an inert holder of its attributes, a piece of training state an empty
-stand-in, and every other name is refused. No code member is opened.
+stand-in, and every other name is refused. No code member is opened. (`torch.load` with
+`weights_only` takes neither TorchScript nor the training state of the released files.)
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import struct
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION, StorageType
 
 from worldline.errors import CheckpointError
-from worldline.weights.source import Checkpoint, FileTensor, TensorInfo
-
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-}
 
 # Found in the state of optimizers and schedulers and in `_extra_state`. None is needed, so none is
 # built: each becomes an empty stand-in.
@@ -60,11 +44,6 @@ _STAND_INS = {
     "numpy._core.multiarray": ("_reconstruct", "scalar"),
     "torch": ("device",),
 }
-
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_VERSION = 1001
-_LARGEST_PICKLE = 1 << 30  # bytes; the largest real one is below a megabyte
-_DEEPEST = 100  # nested modules
 
 
 class Refused(pickle.UnpicklingError):
@@ -91,26 +70,18 @@ class _Module(_Inert):
     """A TorchScript object."""
 
 
-@dataclass(frozen=True)
-class _Storage:
+class _Storage(NamedTuple):
     dtype: torch.dtype
     key: str
     nbytes: int
 
 
-@dataclass(frozen=True)
-class _Record:
-    """A tensor as the pickle describes it; `offset` and `strides` in elements."""
+class _Record(NamedTuple):
+    """A tensor as the pickle describes it; `offset` in bytes from the start of its storage."""
 
     storage: _Storage
-    info: TensorInfo
     offset: int
-    strides: tuple[int, ...]
-
-    def locate(self, path: Path, start: int) -> FileTensor:
-        """The tensor in a file; `start` is where its storage begins."""
-        position = start + self.offset * self.info.dtype.itemsize
-        return FileTensor(path, self.info, position, self.strides)
+    meta: Tensor
 
 
 class Unpickler(pickle.Unpickler):
@@ -141,9 +112,9 @@ class Unpickler(pickle.Unpickler):
                 return tuple
             case "torch.storage", "UntypedStorage":
                 return torch.uint8
-        if module == "torch":
-            dtype = _STORAGES.get(name, getattr(torch, name, None))
-            if isinstance(dtype, torch.dtype):
+            case "torch", _ if name.endswith("Storage"):
+                return StorageType(name).dtype
+            case "torch", _ if isinstance(dtype := getattr(torch, name, None), torch.dtype):
                 return dtype
         if module == "__torch__" or module.startswith("__torch__."):
             return _Module
@@ -163,107 +134,42 @@ class Unpickler(pickle.Unpickler):
     def _first(self, value: object = None, *rest: object) -> object:
         return value
 
-    def _tensor(self, storage: Any, offset: Any, size: Any, strides: Any, *rest: Any) -> _Record:
-        shape, strides = tuple(size), tuple(strides)
-        if not isinstance(storage, _Storage) or len(shape) != len(strides):
-            raise pickle.UnpicklingError("a malformed tensor")
-        if not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *strides)):
-            raise pickle.UnpicklingError("a malformed tensor")
+    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> _Record:
         # Version 3 adds the dtype, since its storage is untyped bytes.
         dtype = rest[2] if len(rest) > 2 and isinstance(rest[2], torch.dtype) else storage.dtype
-        record = _Record(storage, TensorInfo(dtype, shape), offset, strides)
-        tensor = record.locate(Path(), 0)
-        if tensor.span and tensor.position + tensor.span > storage.nbytes:
+        meta = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        start, nbytes = int(offset) * dtype.itemsize, meta.untyped_storage().nbytes()
+        if start < 0 or (nbytes and start + nbytes > storage.nbytes):
             raise pickle.UnpicklingError("a tensor that reaches past its storage")
-        return record
+        return _Record(storage, start, meta)
 
 
-def open_archive(path: Path) -> Checkpoint:
-    """Open a zip archive by its header.
+class Pickled(NamedTuple):
+    """Tensors of a file.
+
+    Attributes:
+        kind: "pt" or "jit".
+        tensors: name -> position in bytes from the start of the file, and meta tensor.
+        nesting: dotted path of the dict inside the file that was taken, such as "model".
+        beside: other keys of the outer dict, such as "optimizer".
+    """
+
+    kind: str
+    tensors: dict[str, tuple[int, Tensor]]
+    nesting: str
+    beside: tuple[str, ...]
+
+
+def open_pickled(path: Path) -> Pickled:
+    """Open a zip archive, or a file from before PyTorch 1.6.
 
     Raises:
         CheckpointError: it is cut short, damaged, no PyTorch file, or names unsafe classes.
     """
-    with _faults(path), zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        members = {member.filename: member for member in archive.infolist()}
-        roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
-        if not roots:
-            raise CheckpointError(f"{path} is a zip archive, but not one that PyTorch wrote")
-        root = min(roots, key=len)
-        pickled = members[f"{root}data.pkl"]
-        if pickled.file_size > _LARGEST_PICKLE:
-            raise CheckpointError(f"{path} is refused: {pickled.filename} is above {1 << 30:,} B")
-        order = members.get(f"{root}byteorder")
-        _refuse_order(path, order is None or archive.read(order).strip() == b"little")
-        file.seek(_data_start(path, file, pickled))  # not by zipfile: its checksum may be absent
-        value = Unpickler(io.BytesIO(file.read(pickled.file_size))).load()
-
-        def locate(name: str, record: _Record) -> FileTensor:
-            member = members.get(f"{root}data/{record.storage.key}")
-            nbytes = member.file_size if member and not member.flag_bits & 1 else 0
-            if member is None or nbytes < record.storage.nbytes:
-                raise ValueError(f"tensor {name} has {nbytes:,} bytes")
-            return record.locate(path, _data_start(path, file, member))
-
-        torchscript = f"{root}constants.pkl" in members or isinstance(value, _Module)
-        return _collect(path, "jit" if torchscript else "pt", value, locate)
-
-
-def _data_start(path: Path, file: BinaryIO, member: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes begin: its local header has a length of its own."""
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise CheckpointError(f"{path} is compressed ({member.filename}); save it without")
-    file.seek(member.header_offset)
-    header = file.read(30)
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise ValueError(f"{member.filename} is not where the directory puts it")
-    name_length, extra_length = struct.unpack("<HH", header[26:30])
-    return member.header_offset + 30 + int(name_length) + int(extra_length)
-
-
-def is_legacy(head: bytes) -> bool:
-    """Whether the first bytes of a file are of the format before PyTorch 1.6."""
-    return LEGACY_MAGIC.to_bytes(10, "little") in head[:32]
-
-
-def open_legacy(path: Path) -> Checkpoint:
-    """Open a file from before PyTorch 1.6 by its header.
-
-    Raises:
-        CheckpointError: it is cut short, damaged, or names unsafe classes.
-    """
-    with _faults(path), path.open("rb") as file:
-        magic, version, machine = (Unpickler(file).load() for _ in range(3))
-        objects = Unpickler(file)
-        value, keys = objects.load(), Unpickler(file).load()
-        if (magic, version) != (LEGACY_MAGIC, _LEGACY_VERSION):
-            raise CheckpointError(f"{path} is in no known format (version {version!r:.20})")
-        starts: dict[str, int] = {}
-        position, size = file.tell(), path.stat().st_size
-        for key in keys:
-            storage = objects.storages[key]
-            file.seek(position)
-            numel = int.from_bytes(file.read(8), "little", signed=True)
-            starts[key] = position + 8
-            position += 8 + storage.nbytes
-            if position > size:
-                raise ValueError(f"it needs at least {position:,}")
-            if numel * storage.dtype.itemsize != storage.nbytes:
-                raise ValueError(f"storage {key} has {numel:,} elements")
-        _refuse_order(path, machine.get("little_endian", True))
-        return _collect(path, "pt", value, lambda _, r: r.locate(path, starts[r.storage.key]))
-
-
-def _refuse_order(path: Path, little: bool) -> None:
-    if little != (sys.byteorder == "little"):
-        raise CheckpointError(f"{path} is of a machine with another byte order; save it again here")
-
-
-@contextmanager
-def _faults(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged or hostile file raises into a `CheckpointError`."""
     try:
-        yield
+        with path.open("rb") as file:
+            zipped = file.peek(2).startswith(b"PK")
+            return _read_zip(path, file) if zipped else _read_legacy(path, file)
     except CheckpointError:
         raise
     except Refused as error:
@@ -280,10 +186,63 @@ def _faults(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _read_zip(path: Path, file: BinaryIO) -> Pickled:
+    with zipfile.ZipFile(file) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+        roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
+        if not roots:
+            raise CheckpointError(f"{path} is a zip archive, but not one that PyTorch wrote")
+        root = min(roots, key=len)
+
+        def start(name: str, nbytes: int = 0) -> int:
+            """Position of a stored member of some bytes at least."""
+            if members[name].compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{path} is compressed ({name}); save it without")
+            if members[name].file_size < nbytes:
+                raise ValueError(f"{name} has {members[name].file_size:,} bytes")
+            with archive.open(name):  # which reads the member's local header, and nothing behind it
+                return file.tell()
+
+        order = f"{root}byteorder"
+        byteorder = archive.read(order).decode() if order in members else "little"
+        pickled = f"{root}data.pkl"
+        file.seek(start(pickled))  # not read by zipfile: its checksum may be absent
+        unpickler = Unpickler(io.BytesIO(file.read(members[pickled].file_size)))
+        value = unpickler.load()
+        storages = unpickler.storages.items()
+        starts = {key: start(f"{root}data/{key}", storage.nbytes) for key, storage in storages}
+        torchscript = f"{root}constants.pkl" in members or isinstance(value, _Module)
+        return _collect(path, "jit" if torchscript else "pt", byteorder, value, starts)
+
+
+def _read_legacy(path: Path, file: BinaryIO) -> Pickled:
+    magic, version, machine = (Unpickler(file).load() for _ in range(3))
+    if (magic, version) != (MAGIC_NUMBER, PROTOCOL_VERSION):
+        raise CheckpointError(f"{path} is in no known format (version {version!r:.20})")
+    objects = Unpickler(file)
+    value, keys = objects.load(), Unpickler(file).load()
+    starts: dict[str, int] = {}
+    position, size = file.tell(), path.stat().st_size
+    for key in keys:
+        dtype, _, nbytes = objects.storages[key]
+        file.seek(position)
+        numel = int.from_bytes(file.read(8), "little", signed=True)
+        starts[key] = position + 8
+        position += 8 + nbytes
+        if position > size:
+            raise ValueError(f"it needs at least {position:,}")
+        if numel * dtype.itemsize != nbytes:
+            raise ValueError(f"storage {key} has {numel:,} elements")
+    byteorder = "little" if machine.get("little_endian", True) else "big"
+    return _collect(path, "pt", byteorder, value, starts)
+
+
 def _collect(
-    path: Path, kind: str, value: object, locate: Callable[[str, _Record], FileTensor]
-) -> Checkpoint:
-    """The tensors of unpickled objects, those of {"model": {…}} or {"state_dict": {…}} if any."""
+    path: Path, kind: str, byteorder: str, value: object, starts: dict[str, int]
+) -> Pickled:
+    """Tensors of unpickled objects, those of {"model": {…}} or {"state_dict": {…}} if any."""
+    if byteorder != sys.byteorder:
+        raise CheckpointError(f"{path} is of a machine with another byte order; save it again here")
     nesting: list[str] = []
     beside: list[str] = []
     while isinstance(value, dict):
@@ -293,30 +252,25 @@ def _collect(
         nesting.append(inner)
         beside += [str(key) for key in value if key != inner]
         value = value[inner]
-    records = {name: item for name, item in _items(value) if isinstance(item, _Record)}
-    return Checkpoint(
-        path,
-        kind,
-        {name: locate(name, record) for name, record in records.items()},
-        files=(path,),
-        nesting=".".join(nesting),
-        beside=tuple(beside),
-    )
+    tensors = {
+        name: (starts[item.storage.key] + item.offset, item.meta)
+        for name, item in _items(value)
+        if isinstance(item, _Record)
+    }
+    return Pickled(kind, tensors, ".".join(nesting), tuple(beside))
 
 
-def _items(value: object, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
+def _items(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Names and values of a dict, a list, a lone tensor or a TorchScript module."""
     if isinstance(value, _Module):
-        if depth > _DEEPEST:
-            raise ValueError(f"modules are nested deeper than {_DEEPEST}")
-        for name, item in value.state.items() if isinstance(value.state, Mapping) else ():
+        for name, item in value.state.items() if isinstance(value.state, dict) else ():
             if isinstance(item, _Module):
-                yield from _items(item, f"{prefix}{name}.", depth + 1)
+                yield from _items(item, f"{prefix}{name}.")
             else:
                 yield f"{prefix}{name}", item
     elif isinstance(value, dict):
         yield from ((str(name), item) for name, item in value.items())
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple) and not isinstance(value, _Record):
         yield from ((str(index), item) for index, item in enumerate(value))
     else:
         yield "0", value

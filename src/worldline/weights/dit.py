@@ -13,14 +13,9 @@ from pydantic import AliasChoices, Field
 
 from worldline.errors import CheckpointError
 from worldline.nn.dit import PATCH_CELLS
+from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import (
-    Number,
-    Settings,
-    Shapes,
-    read_settings,
-)
-from worldline.weights.source import Checkpoint
+from worldline.weights.networks import Number, Settings, Shapes, read_settings
 
 # bookkeeping that may lie beside the weights
 BOOKKEEPING = {
@@ -52,12 +47,7 @@ def is_diffusers(source: Checkpoint) -> bool:
 def parse_settings(
     kind: type[AnySettings], source: Checkpoint, stated: Mapping[str, Any] | None
 ) -> AnySettings:
-    """Checked settings of a transformer.
-
-    Args:
-        kind: of the family.
-        source: its tensors.
-        stated: content of config.json; None reads the file beside the tensors.
+    """Checked settings of a transformer: `stated`, or by None the config.json beside its tensors.
 
     Raises:
         CheckpointError: a setting has a wrong value, or diffusers' config.json is absent.
@@ -91,43 +81,27 @@ def read_sizes(source: Checkpoint, keys: KeyMap) -> tuple[Shapes, dict[str, Any]
 
 
 def diffusers_keys(more: Mapping[str, str]) -> KeyMap:
-    """Map from diffusers' names to ours.
-
-    Args:
-        more: diffusers' names -> ours, of one family alone.
-    """
-    block = "transformer_blocks.{i}"
-    attentions = list(enumerate(ATTENTIONS, start=1))
-    return KeyMap(
-        rename={
-            **more,
-            "patch_embed.proj.weight": "embed.weight",
-            "time_embed.t_embedder.linear_1.weight": "noise.first.weight",
-            "time_embed.t_embedder.linear_2.weight": "noise.second.weight",
-            "time_embed.norm.weight": "noise.norm",
-            "proj_out.weight": "head.linear.weight",
-            "norm_out.linear_1.weight": "head.modulation.first.weight",
-            "norm_out.linear_2.weight": "head.modulation.second.weight",
-            f"{block}.ff.net.0.proj.weight": "blocks.{i}.feed_forward.body.up.weight",
-            f"{block}.ff.net.2.weight": "blocks.{i}.feed_forward.body.down.weight",
-            **{
-                f"{block}.norm{n}.linear_{step}.weight": f"blocks.{{i}}.{ours}.modulation.{layer}"
-                for n, ours in enumerate(SUB_BLOCKS, start=1)
-                for step, layer in MODULATION
-            },
-            **{
-                f"{block}.attn{n}.to_{leaf}.weight": f"blocks.{{i}}.{ours}.body.{leaf}.weight"
-                for n, ours in attentions
-                for leaf in ("q", "k", "v")
-            },
-            **{
-                f"{block}.attn{n}.to_out.0.weight": f"blocks.{{i}}.{ours}.body.out.weight"
-                for n, ours in attentions
-            },
-            **{
-                f"{block}.attn{n}.norm_{leaf}.weight": f"blocks.{{i}}.{ours}.body.{leaf}_norm"
-                for n, ours in attentions
-                for leaf in ("q", "k")
-            },
-        }
-    )
+    """Map from diffusers' names to ours; `more` are those of one family alone."""
+    theirs, block = "transformer_blocks.{i}", "blocks.{i}"
+    rename = {
+        **more,
+        "patch_embed.proj.weight": "embed.weight",
+        "time_embed.t_embedder.linear_1.weight": "noise.first.weight",
+        "time_embed.t_embedder.linear_2.weight": "noise.second.weight",
+        "time_embed.norm.weight": "noise.norm",
+        "proj_out.weight": "head.linear.weight",
+        "norm_out.linear_1.weight": "head.modulation.first.weight",
+        "norm_out.linear_2.weight": "head.modulation.second.weight",
+        f"{theirs}.ff.net.0.proj.weight": f"{block}.feed_forward.body.up.weight",
+        f"{theirs}.ff.net.2.weight": f"{block}.feed_forward.body.down.weight",
+    }
+    for n, ours in enumerate(SUB_BLOCKS, start=1):
+        for step, layer in MODULATION:
+            rename[f"{theirs}.norm{n}.linear_{step}.weight"] = f"{block}.{ours}.modulation.{layer}"
+    for n, ours in enumerate(ATTENTIONS, start=1):
+        for leaf in ("q", "k", "v"):
+            rename[f"{theirs}.attn{n}.to_{leaf}.weight"] = f"{block}.{ours}.body.{leaf}.weight"
+        for leaf in ("q", "k"):
+            rename[f"{theirs}.attn{n}.norm_{leaf}.weight"] = f"{block}.{ours}.body.{leaf}_norm"
+        rename[f"{theirs}.attn{n}.to_out.0.weight"] = f"{block}.{ours}.body.out.weight"
+    return KeyMap(rename)

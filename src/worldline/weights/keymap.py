@@ -9,42 +9,29 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 
+from torch import Tensor
+
 from worldline.errors import CheckpointError
-from worldline.weights.source import TensorInfo
 
-_FIELD = re.compile(r"\{(\w+)\}")
 _MOST_NAMES = 4  # of each kind in one message
-
-
-def _expression(pattern: str) -> re.Pattern[str]:
-    """Regular expression of a pattern; a field that stands twice must hold the same number."""
-    parts: list[str] = []
-    for index, part in enumerate(_FIELD.split(pattern)):
-        if index % 2 == 0:
-            parts.append(re.escape(part))
-        else:
-            group = rf"(?P<{part}>\d+)"
-            parts.append(f"(?P={part})" if group in parts else group)
-    return re.compile("".join(parts))
 
 
 class _Table:
     """Patterns of one side to patterns of the other."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
-        self.literal: dict[str, str] = {}
-        self.patterns: list[tuple[re.Pattern[str], str]] = []
-        for pattern, target in pairs:
-            if _FIELD.search(pattern):
-                self.patterns.append((_expression(pattern), target))
-            else:
-                self.literal[pattern] = target
+        self.literal = dict(pairs)
+        self.patterns = [
+            (re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(pattern)), target)
+            for pattern, target in self.literal.items()
+            if "{" in pattern
+        ]
 
     def get(self, name: str) -> str | None:
         if name in self.literal:
             return self.literal[name]
-        for expression, target in self.patterns:
-            if fields := expression.fullmatch(name):
+        for pattern, target in self.patterns:
+            if fields := re.fullmatch(pattern, name):
                 return target.format_map(fields.groupdict())
         return None
 
@@ -54,8 +41,8 @@ class KeyMap:
     """Map between released names and ours.
 
     Attributes:
-        rename: released pattern -> our pattern; "{i}" stands for an integer, and each field of one
-            side must be on the other.
+        rename: released pattern -> our pattern; "{i}" stands for an integer, and each field stands
+            once on either side.
         drop: pattern (with `*`, as in file names) of released names that are skipped -> reason;
             it wins over `rename`.
         prefixes: what may stand before a released name; `released` writes the first.
@@ -75,13 +62,9 @@ class KeyMap:
 
     def find(self, name: str) -> tuple[str, str] | None:
         """Prefix of a released name, and our name for it; None if it is dropped or unknown."""
-        if self.drops(name):
-            return None
-        for prefix in self.prefixes:
-            if name.startswith(prefix):
-                ours = self._to_ours.get(name[len(prefix) :])
-                if ours is not None:
-                    return prefix, ours
+        for prefix in () if self.drops(name) else self.prefixes:
+            if name.startswith(prefix) and (ours := self._to_ours.get(name[len(prefix) :])):
+                return prefix, ours
         return None
 
     def ours(self, name: str) -> str | None:
@@ -113,7 +96,7 @@ class KeyMap:
 
 
 def match(
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, Tensor],
     expected: Mapping[str, tuple[int, ...]],
     keymap: KeyMap,
     source: str,
@@ -136,8 +119,7 @@ def match(
             wrong in one message.
         ValueError: the key map does not know a tensor of the model.
     """
-    for name in expected:
-        keymap.released(name)  # a hole in the map is our mistake, whatever the file holds
+    released = {name: keymap.released(name, "") for name in expected}
     pairs: dict[str, str] = {}
     prefixes: Counter[str] = Counter()
     unknown: list[str] = []
@@ -151,7 +133,7 @@ def match(
             prefixes[prefix] += 1
         elif ours or not keymap.drops(name):
             unknown.append(name)
-    prefix = prefixes.most_common(1)[0][0] if prefixes else keymap.prefixes[0]
+    prefix = max(prefixes or keymap.prefixes[:1], key=prefixes.__getitem__)
     problems = {
         "wrong shape": [
             f"{name} is {list(tensors[name].shape)} in the file, expected {list(expected[ours])}"
@@ -159,9 +141,9 @@ def match(
             if tensors[name].shape != tuple(expected[ours])
         ],
         "missing": [
-            keymap.released(name, prefix)
-            for name in expected
-            if name not in pairs and not any(fnmatchcase(name, pattern) for pattern in optional)
+            prefix + theirs
+            for ours, theirs in released.items()
+            if ours not in pairs and not any(fnmatchcase(ours, pattern) for pattern in optional)
         ],
         "unknown": unknown,
         "twice": doubled,

@@ -17,9 +17,14 @@ from torch import nn
 from worldline.errors import CheckpointError
 from worldline.files import TRANSFORMER_FILES, read_json, unfinished
 from worldline.parallel.offload import BlockPlan, Part, StreamedPart
+from worldline.weights.checkpoint import (
+    SHARD,
+    Checkpoint,
+    find_shards,
+    open_checkpoint,
+    open_shards,
+)
 from worldline.weights.keymap import KeyMap, match
-from worldline.weights.read import find_shards, open_checkpoint, open_shards, shard_stem
-from worldline.weights.source import Checkpoint
 from worldline.weights.stream import load_into
 
 Config = TypeVar("Config", bound=Hashable)
@@ -34,9 +39,6 @@ _HASHED = "*_ema_bf16.pt"
 Count = Annotated[int, Field(strict=True, ge=1, le=1 << 20)]
 Number = Annotated[float, Field(strict=True, gt=0, lt=1e12)]
 Flag = Annotated[bool, Field(strict=True)]
-
-
-_NO_TENSORS, _NO_NAMES = Checkpoint(Path(), "", {}), KeyMap({})  # of planned networks
 
 
 @functools.cache
@@ -61,8 +63,8 @@ class Network(Generic[Config]):
 
     kind: Callable[[Config], nn.Module]
     config: Config
-    source: Checkpoint = _NO_TENSORS
-    keys: KeyMap = _NO_NAMES
+    source: Checkpoint = Checkpoint(Path(), "", {})  # noqa: RUF009 - frozen
+    keys: KeyMap = KeyMap({})  # noqa: RUF009
     beside: tuple[Path, ...] = ()
     blocks: BlockPlan | None = None
 
@@ -209,8 +211,7 @@ def find_transformer(path: Path) -> Path:
 def open_transformer(path: Path | Checkpoint) -> Checkpoint:
     """Open the transformer that `find_transformer` finds, all shards of a set as one.
 
-    Args:
-        path: as for `find_transformer`; or a checkpoint opened already, which is returned.
+    A checkpoint that is open already is returned.
 
     Raises:
         CheckpointError: there is none, or it is incomplete or damaged.
@@ -218,8 +219,8 @@ def open_transformer(path: Path | Checkpoint) -> Checkpoint:
     if isinstance(path, Checkpoint):
         return path
     file = find_transformer(path)
-    stem = shard_stem(file)
-    return open_shards(find_shards(file.parent, stem)) if stem else open_checkpoint(file)
+    shard = SHARD.fullmatch(file.name)
+    return open_shards(find_shards(file.parent, shard["stem"])) if shard else open_checkpoint(file)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -246,13 +247,7 @@ def require_settings(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fill(network: nn.Module, path: Path, keys: KeyMap, device: torch.device | str) -> None:
-    """Give a network of our own the weights of a file, in float32, for inference.
-
-    Args:
-        network: built under `torch.device("meta")`.
-        path: the file.
-        keys: from its names to ours.
-        device: where the weights go.
+    """Give a network built on the meta device the weights of a file, in float32, for inference.
 
     Raises:
         CheckpointError: it is absent, damaged or of another network.
@@ -263,9 +258,14 @@ def fill(network: nn.Module, path: Path, keys: KeyMap, device: torch.device | st
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             # counted in training alone, and absent from files of old torch
             module.num_batches_tracked = torch.zeros((), dtype=torch.int64)
-    counts = ("*.num_batches_tracked",)
-    checkpoint = open_checkpoint(path)
-    load_into(network, checkpoint, keys, device=device, dtype=torch.float32, optional=counts)
+    load_into(
+        network,
+        open_checkpoint(path),
+        keys,
+        device=device,
+        dtype=torch.float32,
+        optional=("*.num_batches_tracked",),
+    )
     network.requires_grad_(False).eval()
 
 

@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
+from worldline.weights.checkpoint import Checkpoint, FileTensor, ShardedTensor, Source
 from worldline.weights.keymap import KeyMap, match
-from worldline.weights.source import Checkpoint, FileTensor, ShardedTensor, Source
 
 STAGING_BYTES = 64 << 20  # each of two; 1.3 ms at 50 GB/s, far above the cost of starting a copy
 _SLICE_BYTES = 4 << 20  # below this a second thread costs more than it brings
@@ -60,50 +60,43 @@ def load_into(
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
-    names: defaultdict[int, list[str]] = defaultdict(list)
+    names: defaultdict[Tensor, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
-        names[id(tensor)].append(name)
+        names[tensor].append(name)
     stored = {name: tuple(tensors[name].shape) for name in module.state_dict(keep_vars=True)}
     # Under which of several names the file holds a shared tensor is all the same.
     shared = [name for group in names.values() if len(group) > 1 for name in group]
     pairs = match(checkpoint.tensors, stored, keymap, str(checkpoint.path), [*optional, *shared])
 
-    sources: dict[int, Source] = {}
-    for key, group in names.items():
-        name, tensor = group[0], tensors[group[0]]
-        if inside := [pairs[each] for each in group if each in pairs]:
-            sources[key] = checkpoint.entries[inside[0]]
-            kind = sources[key].info.dtype
+    sources: dict[Tensor, Source] = {}
+    for tensor, group in names.items():
+        if inside := [pairs[name] for name in group if name in pairs]:
+            sources[tensor] = checkpoint.entries[inside[0]]
+            kind = sources[tensor].meta.dtype
             if kind.is_floating_point != tensor.dtype.is_floating_point:
                 raise CheckpointError(
                     f"{checkpoint.path} does not fit the model: {inside[0]} is {kind} in the file, "
                     f"expected {tensor.dtype}"
                 )
-            continue
-        needed = name in stored and not any(fnmatchcase(name, pattern) for pattern in optional)
-        if needed or tensor.is_meta:
-            raise CheckpointError(f"{checkpoint.path} does not fit the model: nothing gives {name}")
+        elif tensor.is_meta or (
+            group[0] in stored and not any(fnmatchcase(group[0], pattern) for pattern in optional)
+        ):
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit the model: nothing gives {group[0]}"
+            )
 
-    values: dict[int, Tensor] = {}
+    values: dict[str, Tensor] = {}
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with torch.no_grad(), on_device, _Copier(device) as copier:
-        for key, group in names.items():
-            tensor = tensors[group[0]]
-            if key not in sources:
-                value = tensor.to(device)
-            else:
-                info = sources[key].info
-                kind = dtype or info.dtype if tensor.is_floating_point() else tensor.dtype
-                value = torch.empty(info.shape, dtype=kind, device=device)
-                copier.fill(value, sources[key])
-            if isinstance(tensor, nn.Parameter):
+        for tensor, source in sources.items():
+            kind = dtype or source.meta.dtype if tensor.is_floating_point() else tensor.dtype
+            value = torch.empty(source.meta.shape, dtype=kind, device=device)
+            copier.fill(value, source)
+            if isinstance(tensor, nn.Parameter):  # one for all its names
                 value = nn.Parameter(value, requires_grad=tensor.requires_grad)
-            values[key] = value
-    for owner in module.modules():
-        for places in (owner._parameters, owner._buffers):
-            for leaf, old in places.items():
-                if old is not None:
-                    places[leaf] = values[id(old)]  # type: ignore[assignment]
+            values |= dict.fromkeys(names[tensor], value)
+    module.load_state_dict(values, strict=False, assign=True)
+    module.to(device)  # buffers that are not in the file
 
 
 class _Copier:
@@ -116,36 +109,33 @@ class _Copier:
         self.staging: list[Tensor] = []
         self.fetched: list[torch.cuda.Event | None] = [None, None]
         self.turn = 0
+        self.pool = ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "weights")
 
     def __enter__(self) -> _Copier:
-        self.stack = ExitStack()
-        self.pool = ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "weights")
         return self
 
     def __exit__(self, *exception: object) -> None:
-        try:
-            # After an error threads may still be reading: they end before their files are closed.
-            self.pool.shutdown(wait=True, cancel_futures=True)
-            if self.cuda:
-                torch.cuda.current_stream(self.device).synchronize()
-        finally:
-            self.staging.clear()
-            self.stack.close()
+        # After an error threads may still be reading: they end before their files are closed.
+        self.pool.shutdown(cancel_futures=True)
+        for file in self.files.values():
+            file.close()
+        if self.cuda:
+            torch.cuda.current_stream(self.device).synchronize()
 
     def fill(self, destination: Tensor, source: Source) -> None:
         """Write all of `source` to `destination`, of equal shape and perhaps another dtype."""
         if isinstance(source, ShardedTensor) and source.dim is not None:
-            counts = [part.info.shape[source.dim] for part in source.parts]
+            counts = [part.meta.shape[source.dim] for part in source.parts]
             slices = destination.split(counts, source.dim)
             for part, slice_ in zip(source.parts, slices, strict=True):
                 self.fill(slice_, part)
-        elif not isinstance(source, FileTensor) or not source.plain:
+        elif not isinstance(source, FileTensor) or not source.meta.is_contiguous():
             destination.copy_(source.read())
         elif not destination.is_contiguous():  # a column shard
-            whole = torch.empty(source.info.shape, dtype=source.info.dtype, device=self.device)
+            whole = torch.empty(source.meta.shape, dtype=source.meta.dtype, device=self.device)
             self.fill(whole, source)
             destination.copy_(whole)
-        elif self.cuda or destination.dtype != source.info.dtype:
+        elif self.cuda or destination.dtype != source.meta.dtype:
             self._stage(destination.view(-1), source)
         else:
             self._read(destination.view(-1).view(torch.uint8), source.path, source.position)
@@ -157,7 +147,7 @@ class _Copier:
                 torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=self.cuda)
                 for _ in range(2 if self.cuda else 1)
             ]
-        size = source.info.dtype.itemsize
+        size = source.meta.dtype.itemsize
         step = STAGING_BYTES // size
         for start in range(0, flat.numel(), step):
             part = flat[start : start + step]
@@ -165,7 +155,7 @@ class _Copier:
                 fetched.synchronize()
             buffer = self.staging[self.turn][: part.numel() * size]
             self._read(buffer, source.path, source.position + start * size)
-            staged = buffer.view(source.info.dtype)
+            staged = buffer.view(source.meta.dtype)
             if self.cuda and part.dtype != staged.dtype:
                 staged = staged.to(self.device, non_blocking=True)  # cast on the device
             part.copy_(staged, non_blocking=self.cuda)
@@ -181,7 +171,7 @@ class _Copier:
         """Read bytes from a position of a file to a uint8 CPU tensor, by several threads."""
         if path not in self.files:
             try:
-                self.files[path] = self.stack.enter_context(path.open("rb", buffering=0))
+                self.files[path] = path.open("rb", buffering=0)
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read any more: {error}") from error
         number = self.files[path].fileno()

@@ -14,7 +14,7 @@ from tiny.export import draw_weights, stored_tensors, wan_settings
 from worldline.errors import CheckpointError
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.tokenizers.wan.weights import key_map, open_wan
-from worldline.weights.write import save
+from worldline.weights.checkpoint import save
 
 TINY = WanTokenizerConfig(channels=4)
 ODD = WanTokenizerConfig(

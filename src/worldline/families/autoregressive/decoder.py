@@ -62,8 +62,8 @@ from worldline.tokenizers.cosmos.model import (
 )
 from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.video.convert import signed_to_uint8
+from worldline.weights.checkpoint import Checkpoint, open_checkpoint
 from worldline.weights.networks import Network, read_settings
-from worldline.weights.read import Checkpoint, open_checkpoint
 
 OVERLAP = 2  # latent frames that a window shares with the one before
 GUIDANCE = 1.8

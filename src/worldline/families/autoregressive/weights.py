@@ -23,6 +23,7 @@ from worldline.families.autoregressive.model import (
 from worldline.nn.rope import Yarn
 from worldline.shapes import LatentShape
 from worldline.weights import networks
+from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import (
     Count,
@@ -33,7 +34,6 @@ from worldline.weights.networks import (
     open_transformer,
     read_settings,
 )
-from worldline.weights.source import Checkpoint
 
 __all__ = ["PRESETS", "open_network"]
 

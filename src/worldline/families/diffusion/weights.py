@@ -24,10 +24,10 @@ from worldline.families.diffusion.model import (
 from worldline.nn.dit import PATCH_CELLS
 from worldline.shapes import LatentShape
 from worldline.weights import dit, networks
+from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION, SUB_BLOCKS
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Network, Number, open_transformer
-from worldline.weights.source import Checkpoint
 
 __all__ = ["PRESETS", "open_network"]
 

@@ -24,11 +24,10 @@ from worldline.families.predict2_5.model import (
 )
 from worldline.nn.dit import PATCH_CELLS
 from worldline.weights import dit
+from worldline.weights.checkpoint import Checkpoint, renamed
 from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION, SUB_BLOCKS
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Network, Number, open_transformer
-from worldline.weights.read import renamed
-from worldline.weights.source import Checkpoint
 
 __all__ = ["PRESETS", "open_network"]
 

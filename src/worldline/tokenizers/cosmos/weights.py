@@ -8,8 +8,10 @@ ones under other names, the levels of the decoder numbered from the coarsest.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 
 import torch
@@ -24,14 +26,9 @@ from worldline.tokenizers.cosmos.model import (
     CosmosTokenizerConfig,
     LatentStatistics,
 )
+from worldline.weights.checkpoint import Checkpoint, joined, open_checkpoint, renamed
 from worldline.weights.keymap import KeyMap, renamed_by
-from worldline.weights.networks import (
-    DIFFUSERS_FILES,
-    Network,
-    require_settings,
-    shapes_of,
-)
-from worldline.weights.read import Checkpoint, joined, open_checkpoint, renamed
+from worldline.weights.networks import DIFFUSERS_FILES, Network, require_settings, shapes_of
 
 # files that a folder may hold, in order of preference
 LAYOUTS = (
@@ -106,11 +103,7 @@ class CosmosNetwork(Network[CosmosTokenizerConfig]):
 
     @cached_property
     def statistics(self) -> LatentStatistics | None:
-        """Statistics of its latents; None if the folder holds none.
-
-        Raises:
-            CheckpointError: the file is damaged, or of latents with other channels.
-        """
+        """As `read_statistics`."""
         folder = self.path if self.path.is_dir() else self.path.parent
         return read_statistics(folder, self.config.latent_channels)
 
@@ -129,15 +122,13 @@ def open_tokenizer(*paths: Path) -> CosmosNetwork:
     folder = files[0].parent
     whole = files[0] if len(files) == 1 else folder
     source = network_view(joined([open_checkpoint(file) for file in files], whole))
-    config = read_config(source, folder.name)
-    beside = [folder / name for name in STATISTICS]
-    if is_diffusers(source):
-        beside = [folder / CONFIG]
+    config, theirs = read_config(source, folder.name), is_diffusers(source)
+    beside = tuple(folder / name for name in ((CONFIG,) if theirs else STATISTICS))
+    if theirs:
         expected = {"_class_name": "AutoencoderKLCosmos", "patch_size": config.patch}
         require_settings(folder / CONFIG, {**expected, "patch_type": "haar"})
-    return CosmosNetwork(
-        CosmosTokenizer, config, source, key_map(config, is_diffusers(source)), tuple(beside)
-    ).check()
+    keys = key_map(config, theirs)
+    return CosmosNetwork(CosmosTokenizer, config, source, keys, beside).check()
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -179,16 +170,19 @@ def key_map(config: CosmosTokenizerConfig, diffusers: bool = False) -> KeyMap:
     rename = {
         _theirs(name, diffusers, num_levels): name for name in shapes_of(CosmosTokenizer, config)
     }
-    if diffusers:
-        return KeyMap(rename)
-    drop = dict(_DROP)
-    for number in range(num_levels):
-        for stem in (f"encoder.down.{number}.downsample", f"decoder.up.{number}.upsample"):
-            for conv in ("conv1", "conv2", "conv3"):
-                if f"{stem}.{conv}.conv3d.weight" not in rename:
-                    # files of the 0.1 release hold all three of every resampler
-                    drop[f"{stem}.{conv}.*"] = "a convolution that the network never runs"
-    return KeyMap(rename, drop)
+    # files of the 0.1 release hold all three convolutions of every resampler
+    convolutions = [
+        f"{resampler}.conv{number}"
+        for level in range(num_levels)
+        for resampler in (f"encoder.down.{level}.downsample", f"decoder.up.{level}.upsample")
+        for number in (1, 2, 3)
+    ]
+    unused = {
+        f"{conv}.*": "a convolution that the network never runs"
+        for conv in convolutions
+        if f"{conv}.conv3d.weight" not in rename
+    }
+    return KeyMap(rename, {} if diffusers else _DROP | unused)
 
 
 def _theirs(name: str, diffusers: bool, num_levels: int = 0) -> str:
@@ -198,112 +192,85 @@ def _theirs(name: str, diffusers: bool, num_levels: int = 0) -> str:
     return renamed_by(_DIFFUSERS if diffusers else _RELEASED, name)
 
 
-def read_config(
-    source: Checkpoint, name: str = "", *, levels: tuple[int, ...] | None = None
-) -> CosmosTokenizerConfig:
+def read_config(source: Checkpoint, name: str = "") -> CosmosTokenizerConfig:
     """Configuration of a tokenizer, from its tensors' shapes and small buffers.
 
     Args:
         source: encoder, decoder, or both.
         name: the folder's name; decides only what shapes cannot (files of the 0.1 release, and
             whether a file without quantiser buffers is discrete).
-        levels: FSQ levels, for files that do not hold them.
 
     Raises:
         CheckpointError: the tensors are not those of a Cosmos video tokenizer.
     """
     diffusers = is_diffusers(source)
 
-    def shape(ours: str) -> tuple[int, ...]:
-        info = source.tensors.get(_theirs(ours, diffusers))
-        return info.shape if info else ()
+    def shape(ours: str) -> Sequence[int]:
+        meta = source.tensors.get(_theirs(ours, diffusers))
+        return () if meta is None else meta.shape
 
-    def count(pattern: str) -> int:
-        """Numbers from 0 for which there is a tensor."""
-        number = 0
-        while shape(pattern.format(number)):
-            number += 1
-        return number
+    def widths(ours: str) -> tuple[int, ...]:
+        """First sizes of tensors that are numbered from 0."""
+        shapes = takewhile(bool, (shape(ours.format(number)) for number in count()))
+        return tuple(each[0] for each in shapes)
+
+    def buffer(*names: str) -> Tensor | None:
+        return next((source.read(name) for name in names if name in source.tensors), None)
 
     half, outer = "encoder", shape("encoder.conv_in.space.weight")
     if not outer:
         half, outer = "decoder", shape("decoder.conv_out.space.weight")
-    num_levels = count(f"{half}.levels.{{}}.blocks.0.conv1.space.weight")
+    level_channels = widths(f"{half}.levels.{{}}.blocks.0.conv1.space.weight")
     latent_and_z = shape("quant_conv.weight")[:2] or shape("post_quant_conv.weight")[1::-1]
-    if len(outer) != 5 or not num_levels or len(latent_and_z) != 2:
+    if len(outer) != 5 or not level_channels or len(latent_and_z) != 2:
         raise CheckpointError(f"{source.path}: not a Cosmos video tokenizer")
-    level_channels = tuple(
-        shape(f"{half}.levels.{number}.blocks.0.conv1.space.weight")[0]
-        for number in range(num_levels)
-    )
     latent_channels, z_channels = latent_and_z
     patch = round((outer[1 if half == "encoder" else 0] / 3) ** (1 / 3))
     space, time = (
         sum(
-            bool(shape(f"{half}.levels.{number}.resample.{axis}.weight"))
-            for number in range(num_levels)
+            bool(shape(f"{half}.levels.{level}.resample.{axis}.weight"))
+            for level in range(len(level_channels))
         )
         for axis in ("space", "time")
     )
     spatial, temporal = patch * 2**space, patch * 2**time
     found = re.search(r"[CD]V(\d+)x(\d+)x\d+", name)
-    if found and space == time == num_levels - 1:
+    if found and space == time == len(level_channels) - 1:
         temporal, spatial = int(found[1]), int(found[2])  # 0.1: every resampler holds everything
+    levels = PRESETS["DV8x16x16"].levels or ()
+    stated = buffer("quantizer._levels", "inv_quant.quantizer._levels")
+    if stated is not None:
+        levels = tuple(int(level) for level in stated)
+    elif diffusers or re.search(r"CV\d", name) or latent_channels != len(levels):
+        levels = ()  # diffusers has no discrete one
+    taps = buffer("encoder.patcher3d.wavelets", "decoder.unpatcher3d.wavelets")
+    num_blocks = len(widths(f"{half}.levels.0.blocks.{{}}.conv1.space.weight"))
     return CosmosTokenizerConfig(
         channels=outer[0] if half == "encoder" else level_channels[0] // 2,
         level_channels=level_channels,
-        num_blocks=count(f"{half}.levels.0.blocks.{{}}.conv1.space.weight") - (half == "decoder"),
+        num_blocks=num_blocks - (half == "decoder"),
         patch=patch,
         spatial=spatial,
         temporal=temporal,
         z_channels=z_channels,
         latent_channels=latent_channels,
-        levels=_levels(source, levels, latent_channels, name),
-        tap=_tap(source),
+        levels=levels or None,
+        tap=EXACT_TAP if taps is None else float(taps[0]),
     )
 
 
-def _levels(
-    source: Checkpoint, stated: tuple[int, ...] | None, channels: int, name: str
-) -> tuple[int, ...] | None:
-    for key in ("quantizer._levels", "inv_quant.quantizer._levels"):
-        if key in source.tensors:
-            return tuple(int(level) for level in source.read(key))
-    released = PRESETS["DV8x16x16"].levels
-    assert released is not None
-    continuous = re.search(r"CV\d", name) or channels != len(released)
-    continuous = continuous or is_diffusers(source)  # which has no discrete one
-    return stated or (None if continuous else released)
-
-
-def _tap(source: Checkpoint) -> float:
-    for key in ("encoder.patcher3d.wavelets", "decoder.unpatcher3d.wavelets"):
-        if key in source.tensors:
-            return float(source.read(key)[0])
-    return EXACT_TAP
-
-
-def network_view(source: Checkpoint, *, ema: bool = False) -> Checkpoint:
+def network_view(source: Checkpoint) -> Checkpoint:
     """Tensors of the network in a file, by the bare names of an exported one.
 
-    An exported file is passed through. From a training checkpoint the `network.` set is taken, or
-    with `ema` the averaged one, whose names are written with dashes; what else it keeps (weights
-    of the loss network, buffers of a compiled module) is left out.
-
-    Raises:
-        CheckpointError: `ema` is asked for, and the file holds no averaged weights.
+    From a training checkpoint the `network.` set is taken; what else it keeps (averaged weights,
+    the loss network) is left out. An exported file is passed through.
     """
-    if ema and not any(name.startswith("ema.network-") for name in source.tensors):
-        raise CheckpointError(f"{source.path}: holds no averaged (EMA) weights")
     if not any(name.startswith("network.") for name in source.tensors):
         return source
-    wanted = "ema.network-" if ema else "network."
 
     def bare(name: str) -> str | None:
-        if not name.startswith(wanted):
-            return None
-        name = name.removeprefix(wanted).replace("-", ".")
-        return name.removeprefix("_orig_mod.")
+        plain = name.removeprefix("network.")
+        return None if plain == name else plain.removeprefix("_orig_mod.")
 
     return renamed(source, bare)
 
@@ -321,53 +288,32 @@ def read_statistics(folder: Path, channels: int) -> LatentStatistics | None:
             of latents with other channels.
     """
     released, images, ours = (folder / name for name in STATISTICS)
-    tensors: dict[str, Tensor] = {}
     path = next(filter(Path.exists, (released, ours)), folder / CONFIG)
+
+    def by_channel(name: str, tensor: Tensor) -> Tensor:
+        """(channels, t), of images (channels,); many files are flat, channel slowest."""
+        if tensor.dim() > 1 and len(tensor) not in (1, channels):
+            raise ValueError(f"{name} is {list(tensor.shape)}")
+        rows = tensor.float().reshape(channels, -1).clone()  # a mapped file may go away
+        return rows.flatten() if name.startswith("image") else rows
+
+    tensors: dict[str, Tensor] = {}
     try:
         if path == released:
-            tensors = _read_pair(released, channels)
-            if images.exists():
-                pair = _read_pair(images, channels)
-                tensors |= {f"image_{name}": tensor.flatten() for name, tensor in pair.items()}
+            for prefix, file in (("", released), ("image_", images)):
+                if file.exists():
+                    pair = open_checkpoint(file)
+                    tensors |= {f"{prefix}mean": pair.read("0"), f"{prefix}std": pair.read("1")}
         elif path == ours:
             source = open_checkpoint(ours)
             tensors = {name: source.read(name) for name in source.tensors}
         elif any((folder / name).exists() for name in DIFFUSERS_FILES):
-            settings = read_json(path)
-            tensors = {
-                name: torch.tensor(settings[f"latents_{name}"], dtype=torch.float32)
-                for name in ("mean", "std")
-                if settings.get(f"latents_{name}") is not None
-            }
-            tensors = {name: tensor.view(channels, -1) for name, tensor in tensors.items()}
+            stated = {name: read_json(path).get(f"latents_{name}") for name in ("mean", "std")}
+            tensors = {name: torch.tensor(value) for name, value in stated.items() if value}
         if not tensors:
             return None
-        # float32 and copies: a mapped file may go away
-        statistics = LatentStatistics(**{name: t.float().clone() for name, t in tensors.items()})
+        return LatentStatistics(**{name: by_channel(name, t) for name, t in tensors.items()})
+    except CheckpointError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: no statistics of latents: {error}") from error
-    if len(statistics.mean) != channels:
-        raise CheckpointError(
-            f"{path} has statistics of {len(statistics.mean)} channels, its tokenizer has "
-            f"latents of {channels}"
-        )
-    return statistics
-
-
-def _read_pair(path: Path, channels: int) -> dict[str, Tensor]:
-    """A saved mean and deviation, (channels, t) each; most are flat, channel slowest."""
-    source = open_checkpoint(path)
-    if source.tensors.keys() != {"0", "1"}:
-        names = ", ".join(sorted(source.tensors)[:4])
-        raise CheckpointError(f"{path} holds {names} instead of a mean and a deviation")
-    pair = {"mean": source.read("0"), "std": source.read("1")}
-    for tensor in pair.values():
-        rows = len(tensor) if tensor.dim() == 2 else 1
-        if rows not in (1, channels) or not tensor.numel() or tensor.numel() % channels:
-            raise CheckpointError(
-                f"{path} has statistics {list(tensor.shape)}, its tokenizer has latents of "
-                f"{channels} channels"
-            )
-    return {name: tensor.reshape(channels, -1) for name, tensor in pair.items()}
+        raise CheckpointError(f"{path}: no statistics of {channels} channels: {error}") from error

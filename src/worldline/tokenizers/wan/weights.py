@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ import torch
 from worldline.errors import CheckpointError
 from worldline.files import unfinished
 from worldline.tokenizers.wan.model import MEAN, STD, WanTokenizer, WanTokenizerConfig
+from worldline.weights.checkpoint import Checkpoint, open_checkpoint
 from worldline.weights.keymap import KeyMap, renamed_by
 from worldline.weights.networks import DIFFUSERS_FILES, Network, require_settings, shapes_of
-from worldline.weights.read import Checkpoint, open_checkpoint
 
 # files that a folder may hold, in order of preference
 FILES = ("tokenizer.pth", "Wan2.1_VAE.pth")
@@ -148,8 +149,8 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> WanTokenizer
     diffusers = is_diffusers(source)
 
     def width(ours: str) -> int:
-        info = source.tensors.get(_theirs(ours, diffusers))
-        return info.shape[0] if info and info.shape else 0
+        meta = source.tensors.get(_theirs(ours, diffusers))
+        return 0 if meta is None or not meta.ndim else len(meta)
 
     channels = width("encoder.conv_in.weight")
     latent_channels = width("encoder.conv_out.weight") // 2
@@ -157,10 +158,8 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> WanTokenizer
     widths: list[int] = []
     depths: list[int] = []
     steps: list[bool] = []
-    number = 0
-    while True:
+    for number in count():
         layer = f"encoder.layers.{number}"
-        number += 1
         if outputs := width(f"{layer}.conv1.weight"):
             if len(widths) == len(steps):
                 widths.append(outputs)
@@ -176,17 +175,14 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> WanTokenizer
             f"{source.path} holds no tokenizer of Wan2.1 (levels {widths} wide, {depths} deep)"
         )
     try:
-        statistics = {
-            name: tuple(settings.get(f"latents_{name}") or released)
-            for name, released in (("mean", MEAN), ("std", STD))
-        }
         return WanTokenizerConfig(
             channels=channels,
             multipliers=tuple(outputs // channels for outputs in widths),
             num_blocks=depths[0],
             temporal_steps=tuple(steps),
             latent_channels=latent_channels,
-            **statistics,
+            mean=tuple(settings.get("latents_mean") or MEAN),
+            std=tuple(settings.get("latents_std") or STD),
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source.path}: {error}") from error
