@@ -232,9 +232,8 @@ def decode(context: click.Context, /, inputs: Sequence[str], **_: object) -> Non
     problems = []
     for task in tasks:
         assert task.stored is not None
-        dtype, shape = task.stored.dtype, task.stored.shape
         try:
-            check_stored(coder.opened.config, dtype, shape, task.header.shape)
+            check_stored(coder.opened.config, task.stored, task.header.shape)
         except ValueError as error:
             problems.append(f"{task}: it holds {task.kind}, not of {coder.name}: {error}")
     refuse_problems(problems)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -27,7 +27,6 @@ from worldline.request import VideoRequest
 from worldline.sampling.solvers import Stepped
 from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
 from worldline.step import Step
-from worldline.tokenizers.cosmos.model import LatentStatistics
 from worldline.video.convert import signed_to_uint8
 
 logger = logging.getLogger(__name__)
@@ -334,11 +333,3 @@ def decode(
     if logger.isEnabledFor(logging.DEBUG):  # of some pixels: all of them as float32 may be large
         log_result("decode", torch.from_numpy(frames[:made, ::8, ::8].copy()))
     return made
-
-
-def rounded(statistics: LatentStatistics, dtype: torch.dtype) -> LatentStatistics:
-    """Statistics rounded to the tokenizer's dtype, as in the released pipelines."""
-    return replace(
-        statistics,
-        **{name: tensor.to(dtype).float() for name, tensor in statistics.tensors().items()},
-    )

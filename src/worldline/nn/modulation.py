@@ -12,17 +12,38 @@ that the tokens are cut into, such as latent frames with noise levels of their o
 from __future__ import annotations
 
 import math
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldline.nn.kernels import has_triton, kernels_for
 from worldline.nn.rope import Rotation
 
 NORM_EPS = 1e-6
 _KERNELS = "worldline.nn.modulation_kernels"
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def fused(device: torch.device) -> bool:
+    """Whether kernels do the work on a device while no gradient is wanted."""
+    return device.type == "cuda" and has_triton()
+
+
+def kernels_for(x: Tensor, module: str) -> ModuleType | None:
+    """The module of kernels, where no gradient is wanted and `x` is on a GPU with Triton."""
+    if not x.is_cuda or torch.is_grad_enabled() or x.dtype not in _DTYPES or not has_triton():
+        return None
+    return import_module(module)
 
 
 class Residual(NamedTuple):
@@ -129,8 +150,3 @@ def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None = None) -> T
     y = y.to(wide)  # the released kernel turns in float32
     first, second = y.chunk(2, dim=-1)
     return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-
-
-def fused(device: torch.device) -> bool:
-    """Whether kernels do the work on a device while no gradient is wanted."""
-    return device.type == "cuda" and has_triton()

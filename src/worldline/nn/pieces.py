@@ -108,6 +108,33 @@ class CausalTokenizer(nn.Module):
         raise NotImplementedError
 
 
+class TemporalConv(nn.Module):
+    """A convolution over three frames of cells (B, T, H, W, C), without padding.
+
+    The weight has its released 5-D shape; the rows of a frame are one axis of the convolution.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, 3, 1, 1))
+        self.bias = nn.Parameter(torch.empty(outputs))
+        self.stride = stride
+
+    def forward(self, cells: Tensor) -> Tensor:
+        rows = cells.flatten(2, 3).permute(0, 3, 1, 2)  # (B, C, T, H W)
+        rows = F.conv2d(rows, self.weight[..., 0], self.bias, (self.stride, 1))
+        return rows.permute(0, 2, 3, 1).unflatten(2, cells.shape[2:4])
+
+
+def enlarge(cells: Tensor) -> Tensor:
+    """Cells (B, T, H, W, C), each repeated in a square of two: (B, T, 2 H, 2 W, C).
+
+    A copy is several times as fast as `interpolate` with channels last on a GPU.
+    """
+    squares = cells[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2, -1)
+    return squares.flatten(2, 3).flatten(3, 4)
+
+
 @torch.no_grad()
 def encode_stream(model: CausalTokenizer, frames: Iterable[Tensor]) -> Iterator[Tensor]:
     """Latents (B, C, t, h, w), piece by piece, of a clip that arrives piece by piece.

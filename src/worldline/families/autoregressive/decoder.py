@@ -30,7 +30,7 @@ from torch import Tensor
 from worldline.catalog import DECODERS, Generation, generation_by_name
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.request import ARRequest, Seam
-from worldline.families.denoise import log_result, report, rounded, stage
+from worldline.families.denoise import log_result, report, stage
 from worldline.families.diffusion.family import TOKENIZERS, denoising_stages, open_latent_tokenizer
 from worldline.families.diffusion.model import (
     BLOCKS,
@@ -298,7 +298,7 @@ def decode_tokens(
         log_result("denoise", latents[-1])
         yield Step("decode", 0, 0)
         with stage(recorder, "decode"), coder.on_device() as tokenizer:
-            statistics = rounded(opened.statistics, tokenizer.quant_conv.weight.dtype)
+            statistics = opened.statistics.rounded(tokenizer.quant_conv.weight.dtype)
             for piece in decode_windows(
                 tokenizer, statistics, latents, tokens.shape[1], settings.seam, first=number
             ):

@@ -34,7 +34,7 @@ from worldline.families.autoregressive.model import (
     make_positions,
 )
 from worldline.nn.attention import KVCache
-from worldline.nn.kernels import has_triton
+from worldline.nn.modulation import has_triton
 from worldline.sampling.tokens import Sampling, draw
 
 MAX_BATCH_SIZE = 16  # of the kernels

@@ -35,7 +35,6 @@ from worldline.families.denoise import (
     read_embeddings,
     refuse_size,
     report,
-    rounded,
     stage,
 )
 from worldline.families.diffusion.model import PRESETS, DiT, DiTConfig
@@ -144,7 +143,7 @@ def generate(
     yield Step("decode", 0, len(frames))
     with stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
         weight = tokenizer.quant_conv.weight
-        latents = restored(rounded(statistics, weight.dtype), latents)
+        latents = restored(statistics.rounded(weight.dtype), latents)
         yield from decode(decode_stream(tokenizer, latents.to(weight)), frames)
     yield Step("done", count, count, frames)
 
@@ -189,7 +188,7 @@ def encode_frames(
     weight = tokenizer.quant_conv.weight
     latents = tokenizer.encode(frames.to(weight))
     # the statistics of a clip's first frame, not those of an image
-    return SIGMA_DATA * rounded(statistics, weight.dtype).normalise(latents.float(), image=False)
+    return SIGMA_DATA * statistics.rounded(weight.dtype).normalise(latents.float(), image=False)
 
 
 def restored(statistics: LatentStatistics, latents: Tensor) -> Tensor:

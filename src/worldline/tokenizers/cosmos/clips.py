@@ -10,6 +10,7 @@ Axes: B batch, T frames, H/W pixels; t/h/w latent frames, rows, columns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from math import ceil
 
 import numpy as np
 import torch
@@ -22,10 +23,6 @@ from worldline.shapes import LatentShape, VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 
 Frames = NDArray[np.uint8]
-
-# the released tools align to these whatever the tokenizer's own compression is
-_SPATIAL_ALIGNMENT = 16
-_TEMPORAL_ALIGNMENT = 8
 
 
 def encode_clip(model: CosmosTokenizer, pieces: Iterable[Frames]) -> tuple[Tensor, VideoShape]:
@@ -82,7 +79,7 @@ def decode_clip(
         ValueError: as `check_stored`; latents that are not finite, or ids beyond the vocabulary.
     """
     config = model.config
-    check_stored(config, stored.dtype, tuple(stored.shape), shape)
+    check_stored(config, stored, shape)
     if config.levels is None and not stored.isfinite().all():
         raise ValueError("latents that are not finite")
     if config.levels and not 0 <= int(stored.min()) <= int(stored.max()) < config.vocabulary:
@@ -92,39 +89,28 @@ def decode_clip(
     return _cut(decode_stream(model, latents), shape or whole)
 
 
-def check_stored(
-    config: CosmosTokenizerConfig,
-    dtype: torch.dtype,
-    stored: tuple[int, ...],
-    clip: VideoShape | None,
-) -> None:
-    """Refuse latents or token ids that are not of a tokenizer.
+def check_stored(config: CosmosTokenizerConfig, stored: Tensor, clip: VideoShape | None) -> None:
+    """Refuse latents or token ids that are not of a tokenizer, by their dtype and shape.
 
     Args:
         config: architecture of the tokenizer.
-        dtype: dtype of the stored tensor.
-        stored: its shape.
+        stored: on any device, the meta device too.
         clip: size of the clip it was made from, if known.
 
     Raises:
         ValueError: other dtype, number of axes, channels or grid.
     """
-    kind, channels = str(dtype).removeprefix("torch."), tuple[int, ...]()
-    name, dtypes = "token ids", ("uint8", "int16", "int32", "int64")
-    if config.levels is None:
-        name, channels = "latents", (config.latent_channels,)
-        dtypes = ("bfloat16", "float16", "float32", "float64")
-    if kind not in dtypes:
-        raise ValueError(f"{name} are needed, not {kind}")
-    grid = stored[-3:]
+    name, channels = "latents", [config.latent_channels]
+    if config.levels:
+        name, channels = "token ids", []
+    if stored.is_floating_point() == bool(config.levels):
+        raise ValueError(f"{name} are needed, not {stored.dtype}")
+    sizes, grid = list(stored.shape), list(stored.shape[-3:])
     if clip is not None:
-        grid = (
-            1 + -(-(clip.frames - 1) // config.temporal),
-            -(-clip.height // config.spatial),
-            -(-clip.width // config.spatial),
-        )
-    if stored != (*channels, *grid) or len(grid) != 3 or min(stored) < 1:
-        raise ValueError(f"{name} {[*channels, *grid]} are needed, not {list(stored)}")
+        frames = 1 + ceil((clip.frames - 1) / config.temporal)
+        grid = [frames, *(ceil(side / config.spatial) for side in (clip.height, clip.width))]
+    if sizes != channels + grid or len(grid) != 3 or min(sizes) < 1:
+        raise ValueError(f"{name} {channels + grid} are needed, not {sizes}")
 
 
 def _cut(pieces: Iterable[Tensor], shape: VideoShape) -> Iterator[Frames]:
@@ -153,16 +139,15 @@ def _to_levels(video: Tensor) -> Tensor:
 def pad(frames: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Pad `frames` (B, T, H, W, 3), any dtype, to 1 + 8k frames and sides that are multiples of 16.
 
-    Rows and columns are black, half on each side; frames are copies of the first and the last, half
-    (rounded down) in front.
+    The released tools align to these whatever the tokenizer's own compression is. Rows and columns
+    are black, half on each side; frames are copies of the first and the last, half (rounded down)
+    in front.
 
     Returns:
         The frames, and where the originals lie: first frame, row, column, and their ends.
     """
     _, count, height, width, _ = frames.shape
-    extra_rows = -height % _SPATIAL_ALIGNMENT
-    extra_columns = -width % _SPATIAL_ALIGNMENT
-    extra_frames = -(count - 1) % _TEMPORAL_ALIGNMENT
+    extra_frames, extra_rows, extra_columns = -(count - 1) % 8, -height % 16, -width % 16
     front, top, left = extra_frames // 2, extra_rows // 2, extra_columns // 2
     frames = F.pad(frames, (0, 0, left, extra_columns - left, top, extra_rows - top))
     order = torch.arange(-front, count + extra_frames - front).clamp(0, count - 1)

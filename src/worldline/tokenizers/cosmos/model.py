@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn import fsq, wavelet
-from worldline.nn.pieces import CausalCache, CausalTokenizer
+from worldline.nn.pieces import CausalCache, CausalTokenizer, TemporalConv, enlarge
 
 _EPS = 1e-6
 _FRAME = (1, 3, 4)  # the axes of features that make one frame
@@ -30,8 +30,8 @@ _FRAME = (1, 3, 4)  # the axes of features that make one frame
 class Resampling(NamedTuple):
     """Axes that a resampler changes; without any there is no resampler."""
 
-    space: bool
-    time: bool
+    space: bool = False
+    time: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +74,14 @@ class CosmosTokenizerConfig:
     def down(self, level: int) -> Resampling:
         """Axes that the encoder halves after `level`."""
         if level == len(self.level_channels) - 1:
-            return Resampling(space=False, time=False)
+            return Resampling()
         return Resampling(space=level < self.spatial_steps, time=level < self.temporal_steps)
 
     def up(self, level: int) -> Resampling:
         """Axes that the decoder doubles after `level`; it runs from the last level to 0."""
         step = len(self.level_channels) - 1 - level
         if level == 0:
-            return Resampling(space=False, time=False)
+            return Resampling()
         time = 0 < step <= self.temporal_steps
         more_in_space = self.spatial_steps > self.temporal_steps
         return Resampling(space=time or (more_in_space and step < self.spatial_steps), time=time)
@@ -137,6 +137,10 @@ class LatentStatistics:
         """Latent frames of the longest clip they are defined for."""
         return self.mean.shape[1]
 
+    def rounded(self, dtype: torch.dtype) -> LatentStatistics:
+        """Rounded to the tokenizer's dtype, as in the released pipelines."""
+        return LatentStatistics(**{name: t.to(dtype).float() for name, t in self.tensors().items()})
+
     def normalise(self, latents: Tensor, *, image: bool | None = None) -> Tensor:
         """(latents - mean) / std, computed in float32, in the dtype of `latents`.
 
@@ -155,14 +159,11 @@ class LatentStatistics:
 
     def _broadcast(self, latents: Tensor, image: bool | None) -> tuple[Tensor, Tensor]:
         frames = latents.shape[2]
-        mean, std = self.mean, self.std
+        mean, std = self.mean[:, :frames], self.std[:, :frames]
         image = frames == 1 if image is None else image
         if image and self.image_mean is not None and self.image_std is not None:
             mean, std = self.image_mean[:, None], self.image_std[:, None]
-        return (
-            mean[:, :frames, None, None].to(latents.device),
-            std[:, :frames, None, None].to(latents.device),
-        )
+        return mean[..., None, None].to(latents.device), std[..., None, None].to(latents.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Content of `mean_std.safetensors`."""
@@ -193,16 +194,10 @@ class SpatialConv(nn.Module):
         return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
-class TemporalConv(nn.Module):
+class CausalConv(TemporalConv):
     """A causal convolution over three frames; the frame before the first is a copy of the first."""
 
-    def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, 3, 1, 1))
-        self.bias = nn.Parameter(torch.empty(outputs))
-        self.stride = stride
-
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:  # type: ignore[override]
         cells, reach = _cells(x), 3 - self.stride
         before = cache.get(self)
         if before is None:
@@ -210,9 +205,7 @@ class TemporalConv(nn.Module):
         # joined as cells: along T of features the result would be channels first
         cells = torch.cat([before, cells], dim=1)
         cache.put(self, cells[:, -reach:])
-        rows = cells.flatten(2, 3).permute(0, 3, 1, 2)  # (B, C, T, H W)
-        rows = F.conv2d(rows, self.weight[..., 0], self.bias, (self.stride, 1))
-        return rows.unflatten(3, x.shape[3:])
+        return _features(super().forward(cells))
 
 
 class FactorisedConv(nn.Module):
@@ -221,7 +214,7 @@ class FactorisedConv(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.space = SpatialConv(inputs, outputs, 3)
-        self.time = TemporalConv(outputs, outputs)
+        self.time = CausalConv(outputs, outputs)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         return self.time(self.space(x), cache)
@@ -339,7 +332,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, step: Resampling) -> None:
         super().__init__()
         self.space = SpatialConv(channels, channels, 3, stride=2) if step.space else None
-        self.time = TemporalConv(channels, channels, stride=2) if step.time else None
+        self.time = CausalConv(channels, channels, stride=2) if step.time else None
         self.mix = SpatialConv(channels, channels, 1)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
@@ -361,30 +354,20 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, step: Resampling) -> None:
         super().__init__()
-        self.time = TemporalConv(channels, channels) if step.time else None
+        self.time = CausalConv(channels, channels) if step.time else None
         self.space = SpatialConv(channels, channels, 3) if step.space else None
         self.mix = SpatialConv(channels, channels, 1)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         if self.time is not None:
-            x = _features(_doubled(_cells(x), 1))
+            x = _features(_cells(x)[:, :, None].expand(-1, -1, 2, -1, -1, -1).flatten(1, 2))
             if not cache.started:
                 x = x[:, :, 1:]
             x = x + self.time(x, cache)
         if self.space is not None:
-            x = _features(_doubled(_cells(x), 2, 3))
+            x = _features(enlarge(_cells(x)))
             x = x + self.space(x)
         return self.mix(x)
-
-
-def _doubled(cells: Tensor, *axes: int) -> Tensor:
-    """Cells, each repeated along each of `axes`, in one copy."""
-    shape, copies = list(cells.shape), list(cells.shape)
-    for axis in sorted(axes, reverse=True):
-        cells = cells.unsqueeze(axis + 1)
-        copies.insert(axis + 1, 2)
-        shape[axis] *= 2
-    return cells.expand(copies).reshape(shape)
 
 
 class Level(nn.Module):

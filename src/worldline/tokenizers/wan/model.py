@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldline.nn.kernels import kernels_for
-from worldline.nn.pieces import CausalCache, CausalTokenizer
+from worldline.nn.modulation import kernels_for
+from worldline.nn.pieces import CausalCache, CausalTokenizer, TemporalConv, enlarge
 
 # Below the squared length at which the reference stops dividing, 1e-24; zeros stay zeros.
 _EPS = 1e-26
@@ -240,21 +240,6 @@ class SpatialConv(nn.Module):
         return F.conv2d(F.pad(frames, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
 
 
-class TemporalConv(nn.Module):
-    """A convolution over three frames, without padding."""
-
-    def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, 3, 1, 1))
-        self.bias = nn.Parameter(torch.empty(outputs))
-        self.stride = stride
-
-    def forward(self, cells: Tensor) -> Tensor:
-        rows = cells.flatten(2, 3).permute(0, 3, 1, 2)  # (B, C, T, H W)
-        rows = F.conv2d(rows, self.weight[..., 0], self.bias, (self.stride, 1))
-        return rows.permute(0, 2, 3, 1).unflatten(2, cells.shape[2:4])
-
-
 class Pointwise(nn.Module):
     """A linear map of each cell; the weight has its released shape, with `axes` of one."""
 
@@ -386,16 +371,6 @@ class Upsample(nn.Module):
         pairs = time(padded).unflatten(-1, (2, -1))  # (B, T, H, W, 2, C): even, then odd frame
         later = pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
         return later if first is None else torch.cat([first, later], dim=1)
-
-
-def enlarge(cells: Tensor) -> Tensor:
-    """Cells (B, T, H, W, C), each repeated in a square of two: (B, T, 2 H, 2 W, C).
-
-    A copy is several times as fast as `interpolate` with channels last on a GPU.
-    """
-    batch, frames, height, width, channels = cells.shape
-    squares = cells[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2, -1)
-    return squares.reshape(batch, frames, 2 * height, 2 * width, channels)
 
 
 def _each_frame(layer: Callable[[Tensor], Tensor], cells: Tensor) -> Tensor:
