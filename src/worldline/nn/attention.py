@@ -39,7 +39,7 @@ def attend(
         k: (B, M, S, K), N a multiple of M: each key head serves N/M neighbouring query heads.
         v: as `k`.
         causal: query i sees keys 0 .. S - L + i, as when the keys before are a cached prefix.
-        mask: boolean, broadcast to (B, N, L, S); True is visible. Not together with `causal`.
+        mask: boolean, broadcast to (B, N, L, S); True is visible; not together with `causal`.
     """
     if causal and mask is not None:
         raise ValueError("attend takes causal or a mask, not both")
@@ -64,12 +64,8 @@ def attend(
 
 def _prefers_cudnn(device: torch.device, dtype: torch.dtype, length: int) -> bool:
     """Whether to ask for cuDNN first: 1.6 to 1.8 times FlashAttention 2 on Hopper."""
-    return (
-        device.type == "cuda"
-        and length >= LONG
-        and dtype in (torch.bfloat16, torch.float16)
-        and _is_hopper(device)
-    )
+    long = device.type == "cuda" and length >= LONG
+    return long and dtype in (torch.bfloat16, torch.float16) and _is_hopper(device)
 
 
 @cache

@@ -9,8 +9,6 @@ Axes: B sequences, K head size, G query heads that share a key head.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -348,17 +346,11 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         tl.store(arrivals + head, 0)
 
 
-class Tile(NamedTuple):
-    """What a program works on at once: rows and columns of a matrix, warps, tiles under way."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-
-# of a product, a product after a norm, and two products at once; measured on an H200
-_PLAIN, _NORMED, _PAIR = Tile(16, 512, 2, 3), Tile(32, 128, 2, 6), Tile(32, 256, 2, 2)
+# tiles of a product, of a product after a norm, and of two products at once; measured on an H200
+_NORM_WARPS = 2  # as many as the products have, so that a norm is summed as they do it themselves
+_PLAIN = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 512, "num_warps": _NORM_WARPS, "num_stages": 3}
+_NORMED = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128, "num_warps": _NORM_WARPS, "num_stages": 6}
+_PAIR = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 256, "num_warps": _NORM_WARPS, "num_stages": 2}
 
 
 def _padded(batch: int) -> int:
@@ -366,12 +358,12 @@ def _padded(batch: int) -> int:
     return max(8, int(triton.next_power_of_2(batch)))
 
 
-def normalise(x: Tensor, gamma: Tensor, eps: float, *, warps: int) -> Tensor:
-    """RMS norm of `x` (B, columns) bf16, summed as a product of `warps` does itself."""
+def _normalise(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    """RMS norm of `x` (B, columns) bf16."""
     batch, columns = x.shape
     out = torch.empty_like(x)
     _norm_kernel[(batch,)](
-        x, gamma, out, eps, COLUMNS=columns, BLOCK=_norm_block(columns), num_warps=warps
+        x, gamma, out, eps, COLUMNS=columns, BLOCK=_norm_block(columns), num_warps=_NORM_WARPS
     )
     return out
 
@@ -403,8 +395,8 @@ def matvec(
     rows = [weight.shape[0] for weight in weights] + [0, 0]
     tile = _PLAIN if gamma is None else _NORMED
     if gamma is not None and batch > 1:
-        x, gamma = normalise(x, gamma, eps, warps=tile.warps), None
-    blocks = sum(triton.cdiv(count, tile.rows) for count in rows[:3])
+        x, gamma = _normalise(x, gamma, eps), None
+    blocks = sum(triton.cdiv(count, tile["BLOCK_ROWS"]) for count in rows[:3])
     _matvec_kernel[(blocks,)](
         x,
         x if gamma is None else gamma,
@@ -420,12 +412,9 @@ def matvec(
         WEIGHTS=len(weights),
         NORM=gamma is not None,
         RESIDUAL=residual is not None,
-        BLOCK_ROWS=tile.rows,
-        BLOCK_COLUMNS=tile.columns,
         BLOCK_NORM=_norm_block(columns),
         PADDED=_padded(batch),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile,
     )
     return out
 
@@ -434,8 +423,8 @@ def gate_up(x: Tensor, gamma: Tensor, eps: float, gate: Tensor, up: Tensor, out:
     """Write silu(gate y) * (up y), y = RMS norm of `x` (B, columns), to `out` (B, rows); bf16."""
     batch, columns = x.shape
     if batch > 1:
-        x = normalise(x, gamma, eps, warps=_PAIR.warps)
-    _gate_up_kernel[(triton.cdiv(gate.shape[0], _PAIR.rows),)](
+        x = _normalise(x, gamma, eps)
+    _gate_up_kernel[(triton.cdiv(gate.shape[0], _PAIR["BLOCK_ROWS"]),)](
         x,
         gamma,
         gate,
@@ -446,12 +435,9 @@ def gate_up(x: Tensor, gamma: Tensor, eps: float, gate: Tensor, up: Tensor, out:
         BATCH=batch,
         COLUMNS=columns,
         NORM=batch == 1,
-        BLOCK_ROWS=_PAIR.rows,
-        BLOCK_COLUMNS=_PAIR.columns,
         BLOCK_NORM=_norm_block(columns),
         PADDED=_padded(batch),
-        num_warps=_PAIR.warps,
-        num_stages=_PAIR.stages,
+        **_PAIR,
     )
     return out
 

@@ -66,20 +66,14 @@ class DiTSizes:
         Raises:
             ValueError: a side is no multiple of the patch, or beyond the model's positions.
         """
-        _, rows, columns = PATCH
-        if grid.height % rows or grid.width % columns:
-            raise ValueError(
-                f"a latent grid of {grid.height} x {grid.width} cells: "
-                f"sides must be multiples of {rows} and {columns}"
-            )
-        tokens = LatentShape(grid.frames, grid.height // rows, grid.width // columns)
-        largest = self.max_grid
-        if any(a > b for a, b in zip(astuple(tokens), astuple(largest), strict=True)):
-            raise ValueError(
-                f"a latent grid of {grid.frames} x {grid.height} x {grid.width} cells is beyond "
-                f"the model's positions ({largest.frames} x {largest.height * rows} x "
-                f"{largest.width * columns})"
-            )
+        name = f"a latent grid of {grid.frames} x {grid.height} x {grid.width} cells"
+        if grid.height % PATCH[1] or grid.width % PATCH[2]:
+            raise ValueError(f"{name}: sides must be multiples of {PATCH[1]} and {PATCH[2]}")
+        tokens = LatentShape(grid.frames, grid.height // PATCH[1], grid.width // PATCH[2])
+        largest = astuple(self.max_grid)
+        if any(a > b for a, b in zip(astuple(tokens), largest, strict=True)):
+            most = " x ".join(str(a * b) for a, b in zip(largest, PATCH, strict=True))
+            raise ValueError(f"{name} is beyond the model's positions ({most})")
         return tokens
 
 
@@ -217,7 +211,7 @@ class Block(nn.Module):
         context: tuple[Tensor, Tensor],
         added: Tensor | None = None,
     ) -> Residual:
-        """The stream and the feed-forward's output; `added` (L, D) enters the stream first."""
+        """The stream and the feed-forward's output; `added` enters the stream first."""
         residual = self.attention(residual, noise, rotation, added=added)
         residual = self.cross_attention(residual, noise, context)
         return self.feed_forward(residual, noise)
@@ -250,13 +244,11 @@ def patchify(
         padding_mask: (B, 1, h, w) of any size, the last channel; None is a mask of zeros.
     """
     batch, _, frames, height, width = latents.shape
-    channels = [latents, *(part.to(latents) for part in conditioning)]
-    if padding_mask is None:
-        channels.append(latents.new_zeros(batch, 1, frames, height, width))
-    else:
+    padding = latents.new_zeros(batch, 1, height, width)
+    if padding_mask is not None:
         padding = F.interpolate(padding_mask.to(latents), (height, width), mode="nearest")
-        channels.append(padding.unsqueeze(2).expand(batch, 1, frames, height, width))
-    x = torch.cat(channels, dim=1)
+    last = padding.unsqueeze(2).expand(batch, 1, frames, height, width)
+    x = torch.cat([latents, *(part.to(latents) for part in conditioning), last], dim=1)
     _, rows, columns = PATCH
     x = x.unflatten(4, (-1, columns)).unflatten(3, (-1, rows))  # (B, C, T, H', r, W', c)
     return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
@@ -299,15 +291,9 @@ class DiffusionTransformer(nn.Module):
         rotation: Rotation,
         added: Tensor | None = None,
     ) -> Tensor:
-        """Output (B, C, T, H, W) of the tokens of `patchify`, for a latent grid.
+        """Output (B, C, T, H, W) of the tokens (B, L, features) of `patchify`, for a latent grid.
 
-        Args:
-            tokens: (B, L, features).
-            grid: of the latents.
-            noise: from the family's embedding.
-            context: from `encode_context`.
-            rotation: (L, K).
-            added: (L, D), added to the stream before every block.
+        The rotation is (L, K); `added` (L, D) enters the stream before every block.
         """
         residual = Residual(self.embed(tokens))
         for block, encoded in zip(self.blocks, context, strict=True):

@@ -114,8 +114,7 @@ def add_and_modulate(
         dtype: precision of the layer norm; by default the stream's.
 
     Returns:
-        The stream and its modulated layer norm, both (B, L, D). The stream may take the place of
-        the old one in memory when no gradient is wanted.
+        The stream, perhaps in the memory of the old one, and its modulated norm, both (B, L, D).
     """
     kernels = kernels_for(residual.stream, _KERNELS)
     if kernels is not None:
@@ -128,15 +127,9 @@ def add_and_modulate(
 
 
 def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None = None) -> Tensor:
-    """RMS norm of each head, scaled and rotated.
+    """RMS norm of each head (B, L, N, K), scaled and rotated; a kernel overwrites `x`.
 
-    Args:
-        x: (B, L, N, K); overwritten when no gradient is wanted and a kernel does the work.
-        weight: (K,), shared by all heads.
-        rotation: (L, K) float32, or None.
-
-    Returns:
-        (B, L, N, K) in the dtype of `x`.
+    The weight is (K,), shared by all heads, the rotation (L, K) float32.
     """
     kernels = kernels_for(x, _KERNELS)
     if kernels is not None:

@@ -148,23 +148,16 @@ def encode_stream(model: CausalTokenizer, frames: Iterable[Tensor]) -> Iterator[
         ValueError: the frames do not add up to 1 + temporal*k, or a side is no multiple of the
             compression.
     """
-    chunk, temporal = model.chunk, model.config.temporal
-    cache = CausalCache()
+    temporal, cache = model.config.temporal, CausalCache()
+    wanted = 1 + temporal * (model.chunk - 1)  # the first latent frame is of one frame
     waiting: list[Tensor] = []
-    count, total = 0, 0
     for piece in frames:
         waiting.append(piece)
-        count += piece.shape[2]
-        total += piece.shape[2]
-        wanted = temporal * chunk - (0 if cache.started else temporal - 1)
-        while count >= wanted:
+        while sum(part.shape[2] for part in waiting) >= wanted:
             joined = torch.cat(waiting, dim=2)
             yield model.encode(joined[:, :, :wanted], cache)
-            waiting, count = [joined[:, :, wanted:]], count - wanted
-            wanted = temporal * chunk
-    if (total - 1) % temporal:
-        raise ValueError(f"{total} frames: a clip must have 1 + {temporal}k frames")
-    if count:
+            waiting, wanted = [joined[:, :, wanted:]], temporal * model.chunk
+    if any(part.shape[2] for part in waiting):
         yield model.encode(torch.cat(waiting, dim=2), cache)
 
 

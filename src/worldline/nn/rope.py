@@ -64,13 +64,9 @@ def rotary_exponents(size: int) -> Tensor:
 def inverse_frequencies(
     size: int, theta: float, yarn: Yarn | None = None, original: int = 0
 ) -> Tensor:
-    """Inverse frequencies (size / 2,) of one axis, in radians a cell, float32.
+    """Inverse frequencies (size / 2,) of an axis of `size` channels, in radians a cell, float32.
 
-    Args:
-        size: channels of this axis, even.
-        theta: base of the geometric series.
-        yarn: stretching, or None.
-        original: cells of this axis that the frequencies were first trained on, for `yarn`.
+    Yarn's stretching needs `original`, the cells of this axis that they were first trained on.
     """
     frequencies = theta ** -rotary_exponents(size)
     if yarn is None:
@@ -91,19 +87,13 @@ def rotation_3d(
 ) -> Rotation:
     """Rotation of every cell of `grid`, time-major, then rows, then columns.
 
-    Args:
-        grid: latent grid.
-        head_size: K.
-        theta: base of the frequencies.
-        yarn: stretching, or None.
-        leading: tokens before the first cell, which are not rotated.
-        first_frame: time of the first latent frame.
+    `leading` tokens before the first cell are not rotated; `first_frame` is the time of the first.
     """
     original = (0, 0, 0) if yarn is None else (yarn.original[0], *[yarn.original[1]] * 2)
     parts = []
     for axis, size in enumerate(axis_sizes(head_size)):
-        position = torch.arange(astuple(grid)[axis], dtype=torch.float32)
-        position = position + (first_frame if axis == 0 else 0)
+        first = first_frame if axis == 0 else 0
+        position = torch.arange(astuple(grid)[axis], dtype=torch.float32) + first
         parts.append(torch.outer(position, inverse_frequencies(size, theta, yarn, original[axis])))
     half = _over_grid(parts)
     angles = torch.cat([half, half], dim=1)
@@ -149,13 +139,10 @@ def stretched_angles_3d(
 
 def _over_grid(tables: Sequence[Tensor]) -> Tensor:
     """Table (T H W, channels of all axes) of every cell, from one (cells, channels) an axis."""
+    time, rows, columns = tables
+    parts = (time[:, None, None], rows[None, :, None], columns[None, None])
     shape = [len(table) for table in tables]
-    parts = []
-    for axis, table in enumerate(tables):
-        view = [1, 1, 1, table.shape[1]]
-        view[axis] = shape[axis]
-        parts.append(table.view(view).expand(*shape, -1))
-    return torch.cat(parts, dim=-1).flatten(0, 2)
+    return torch.cat([part.expand(*shape, -1) for part in parts], dim=-1).flatten(0, 2)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

@@ -155,9 +155,9 @@ def match(
     return pairs
 
 
-def renamed_by(rules: Iterable[tuple[str, str]], name: str) -> str:
+def renamed_by(rules: Mapping[str, str], name: str) -> str:
     """Name after regular expressions and their replacements, applied in order."""
-    for pattern, replacement in rules:
+    for pattern, replacement in rules.items():
         name = re.sub(pattern, replacement, name)
     return name
 

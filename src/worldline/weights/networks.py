@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -191,17 +191,16 @@ def find_transformer(path: Path) -> Path:
     if len(hashed) > 1:
         names = ", ".join(file.name for file in hashed)
         raise CheckpointError(f"{path} holds several transformers ({names}); name one of them")
-    candidates = [*hashed, *(path / name for name in TRANSFORMER_FILES)]
-    if file := next((file for file in candidates if file.is_file()), None):
+
+    def candidates() -> Iterator[Path]:
+        yield from (*hashed, *(path / name for name in TRANSFORMER_FILES))
+        yield from find_shards(path)
+        yield from sorted(path.glob("iter_*.pt"), reverse=True)
+        yield from (path / "transformer" / name for name in DIFFUSERS_FILES)
+        yield from (path / name for name in DIFFUSERS_FILES)
+
+    if file := next(filter(Path.is_file, candidates()), None):
         return file
-    if shards := find_shards(path):
-        return shards[0]
-    if saved := sorted(path.glob("iter_*.pt")):
-        return saved[-1]
-    for folder in (path / "transformer", path):
-        for name in DIFFUSERS_FILES:
-            if (folder / name).is_file():
-                return folder / name
     raise CheckpointError(
         f"{path} holds no model.pt (nor model.safetensors, model_model_mp_*.pt, iter_*.pt, "
         f"transformer/{' or '.join(DIFFUSERS_FILES)}){unfinished(path)}"

@@ -100,17 +100,10 @@ def norm_silu(
     bias: Tensor | None = None,
     flat: bool = False,
 ) -> Tensor:
-    """RMS norm of each cell, scaled, through SiLU, behind the frames before.
+    """RMS norm of cells (B, T, H, W, C), scaled, through SiLU, behind the frames before.
 
-    Args:
-        cells: (B, T, H, W, C).
-        gamma: (C,).
-        before: (B, 2, H, W, C), results of the last frames before; None for zeros.
-        bias: (C,), added first.
-        flat: see `side_by_side`.
-
-    Returns:
-        (B, 2 + T, H, W, C), or (B, T, H, W, 3 C) if `flat`.
+    A bias (C,) is added first. The frames before are results (B, 2, H, W, C), by default zeros;
+    if `flat`, all are put `side_by_side`.
     """
     kernels = kernels_for(cells, _KERNELS)
     if kernels is not None:
@@ -159,14 +152,7 @@ class CausalConv(nn.Module):
     def pad(self, cells: Tensor, cache: CausalCache, bias: Tensor | None = None) -> Tensor:
         """Input of `convolve`: cells, normed if they are to be, and the two frames before.
 
-        Args:
-            cells: (B, T, H, W, C).
-            cache: state of the clip.
-            bias: (C,), added to cells that are normed.
-
-        Returns:
-            (B, 2 + T, H, W, C), or (B, T, H, W, 3 C) where `_is_flat`; with few channels, padded
-            to eight.
+        A bias (C,) is added to cells that are normed. Few channels are padded to eight.
         """
         before, flat = cache.get(self), self._is_flat(cells)
         if self.gamma is None:
@@ -440,10 +426,7 @@ class WanTokenizer(CausalTokenizer):
         self.decoder = Decoder(config)
 
     def channels_last(self) -> WanTokenizer:
-        """Itself, its weights in the order in which convolutions of cells take them.
-
-        Without it every call would bring them into that order.
-        """
+        """Itself, its weights in the order in which convolutions of cells take them."""
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         for parameter in self.parameters():
             if parameter.ndim in formats:

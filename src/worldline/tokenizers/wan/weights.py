@@ -27,40 +27,40 @@ from worldline.weights.networks import DIFFUSERS_FILES, Network, require_setting
 FILES = ("tokenizer.pth", "Wan2.1_VAE.pth")
 
 # our names to theirs, by rules applied in this order
-_RELEASED = (
-    (r"(block\d|layers\.\d+)\.conv1\.gamma", r"\1.residual.0.gamma"),
-    (r"(block\d|layers\.\d+)\.conv1", r"\1.residual.2"),
-    (r"(block\d|layers\.\d+)\.conv2\.gamma", r"\1.residual.3.gamma"),
-    (r"(block\d|layers\.\d+)\.conv2", r"\1.residual.6"),
-    (r"encoder\.layers", r"encoder.downsamples"),
-    (r"decoder\.layers", r"decoder.upsamples"),
-    (r"\.conv_in\.", r".conv1."),
-    (r"\.conv_out\.gamma", r".head.0.gamma"),
-    (r"\.conv_out\.", r".head.2."),
-    (r"middle\.block1", r"middle.0"),
-    (r"middle\.attention", r"middle.1"),
-    (r"middle\.block2", r"middle.2"),
-    (r"middle\.1\.gamma", r"middle.1.norm.gamma"),
-    (r"\.qkv\.", r".to_qkv."),
-    (r"\.out\.", r".proj."),
-    (r"\.space\.", r".resample.1."),
-    (r"\.time\.", r".time_conv."),
-    (r"^quant_conv", r"conv1"),
-    (r"^post_quant_conv", r"conv2"),
-)
-_DIFFUSERS = (
-    (r"\.conv(1|2|_out)\.gamma", r".norm\1.gamma"),
-    (r"encoder\.layers", r"encoder.down_blocks"),
-    (r"\.shortcut\.", r".conv_shortcut."),
-    (r"middle\.block1", r"mid_block.resnets.0"),
-    (r"middle\.block2", r"mid_block.resnets.1"),
-    (r"middle\.attention\.gamma", r"mid_block.attentions.0.norm.gamma"),
-    (r"middle\.attention", r"mid_block.attentions.0"),
-    (r"\.qkv\.", r".to_qkv."),
-    (r"\.out\.", r".proj."),
-    (r"\.space\.", r".resample.1."),
-    (r"\.time\.", r".time_conv."),
-)
+_RELEASED = {
+    r"(block\d|layers\.\d+)\.conv1\.gamma": r"\1.residual.0.gamma",
+    r"(block\d|layers\.\d+)\.conv1": r"\1.residual.2",
+    r"(block\d|layers\.\d+)\.conv2\.gamma": r"\1.residual.3.gamma",
+    r"(block\d|layers\.\d+)\.conv2": r"\1.residual.6",
+    r"encoder\.layers": r"encoder.downsamples",
+    r"decoder\.layers": r"decoder.upsamples",
+    r"\.conv_in\.": r".conv1.",
+    r"\.conv_out\.gamma": r".head.0.gamma",
+    r"\.conv_out\.": r".head.2.",
+    r"middle\.block1": r"middle.0",
+    r"middle\.attention": r"middle.1",
+    r"middle\.block2": r"middle.2",
+    r"middle\.1\.gamma": r"middle.1.norm.gamma",
+    r"\.qkv\.": r".to_qkv.",
+    r"\.out\.": r".proj.",
+    r"\.space\.": r".resample.1.",
+    r"\.time\.": r".time_conv.",
+    r"^quant_conv": r"conv1",
+    r"^post_quant_conv": r"conv2",
+}
+_DIFFUSERS = {
+    r"\.conv(1|2|_out)\.gamma": r".norm\1.gamma",
+    r"encoder\.layers": r"encoder.down_blocks",
+    r"\.shortcut\.": r".conv_shortcut.",
+    r"middle\.block1": r"mid_block.resnets.0",
+    r"middle\.block2": r"mid_block.resnets.1",
+    r"middle\.attention\.gamma": r"mid_block.attentions.0.norm.gamma",
+    r"middle\.attention": r"mid_block.attentions.0",
+    r"\.qkv\.": r".to_qkv.",
+    r"\.out\.": r".proj.",
+    r"\.space\.": r".resample.1.",
+    r"\.time\.": r".time_conv.",
+}
 
 
 @dataclass(frozen=True)
