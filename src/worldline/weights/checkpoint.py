@@ -179,7 +179,7 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor on the meta device, by its name in the file."""
+        """Every tensor on the meta device."""
         return {name: entry.meta for name, entry in self.entries.items()}
 
     def read(self, name: str) -> Tensor:
@@ -267,18 +267,16 @@ def _open_index(path: Path) -> Checkpoint:
         places = {str(name): str(file) for name, file in index["weight_map"].items()}
     except _BAD_JSON as error:
         raise CheckpointError(f"{path} is a text, not weights") from error
-    names = sorted(set(places.values()))
-    if any(Path(name).name != name for name in names):
+    files = {name: path.parent / name for name in sorted(set(places.values()))}
+    if any(file.name != name for name, file in files.items()):
         raise CheckpointError(f"{path} names files outside its own folder")
-    if missing := [name for name in names if not (path.parent / name).is_file()]:
+    if missing := [name for name, file in files.items() if not file.is_file()]:
         raise CheckpointError(f"{path} names files that are missing: {', '.join(missing[:5])}")
-    opened = {name: open_checkpoint(path.parent / name) for name in names}
-    absent = [tensor for tensor, name in places.items() if tensor not in opened[name].entries]
-    if absent:
+    opened = {name: open_checkpoint(file).entries for name, file in files.items()}
+    if absent := [tensor for tensor, name in places.items() if tensor not in opened[name]]:
         raise CheckpointError(f"{path} lists tensors that its files lack: {', '.join(absent[:5])}")
-    entries = {tensor: opened[name].entries[tensor] for tensor, name in places.items()}
-    files = tuple(sorted([path, *(path.parent / name for name in names)]))
-    return Checkpoint(path, "safetensors", entries, files=files)
+    entries = {tensor: opened[name][tensor] for tensor, name in places.items()}
+    return Checkpoint(path, "safetensors", entries, files=tuple(sorted([path, *files.values()])))
 
 
 def renamed(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Checkpoint:
@@ -307,9 +305,7 @@ def joined(checkpoints: Sequence[Checkpoint], path: Path) -> Checkpoint:
 def find_shards(folder: Path, stem: str | None = None) -> list[Path]:
     """Shards `{stem}_model_mp_{rank}.pt` of a folder in the order of ranks; [] if it has none.
 
-    Args:
-        folder: where to look.
-        stem: "model", or "iter_000000002" of a training run; None takes the only one there is.
+    The stem is "model", or "iter_000000002" of a training run; None takes the only one there is.
 
     Raises:
         CheckpointError: ranks are missing, or `stem` is None and there are several sets.
@@ -319,22 +315,20 @@ def find_shards(folder: Path, stem: str | None = None) -> list[Path]:
         shard = SHARD.fullmatch(path.name)
         if shard and stem in (None, shard["stem"]):
             sets.setdefault(shard["stem"], {})[int(shard["rank"])] = path
-    if not sets:
-        return []
     if len(sets) > 1:
         raise CheckpointError(
             f"{folder} holds several sets of shards ({', '.join(sets)}); name one"
         )
-    [(name, ranks)] = sets.items()
-    # Models are cut in 1, 2, 4, 8 ... parts, so three files are four of which one is missing.
-    count = 1 << max(ranks).bit_length()
-    missing = [f"{name}_model_mp_{rank}.pt" for rank in range(count) if rank not in ranks]
-    if missing:
-        raise CheckpointError(
-            f"{folder} has {len(ranks)} of {count} tensor-parallel shards; "
-            f"missing: {', '.join(missing)}"
-        )
-    return [ranks[rank] for rank in range(count)]
+    for name, ranks in sets.items():
+        # Models are cut in 1, 2, 4, 8 ... parts, so three files are four of which one is missing.
+        count = 1 << max(ranks).bit_length()
+        if missing := [f"{name}_model_mp_{n}.pt" for n in range(count) if n not in ranks]:
+            raise CheckpointError(
+                f"{folder} has {len(ranks)} of {count} tensor-parallel shards; "
+                f"missing: {', '.join(missing)}"
+            )
+        return [ranks[rank] for rank in range(count)]
+    return []
 
 
 def open_shards(paths: Sequence[Path]) -> Checkpoint:

@@ -305,25 +305,22 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[s
             logging.enable_progress_bar()
     # transformers would draw such weights at random
     wrong = {
-        "missing": sorted(report["missing_keys"]),
-        "of another shape": sorted(map(str, report["mismatched_keys"])),
-        "unknown": sorted(
+        "missing": report["missing_keys"],
+        "of another shape": map(str, report["mismatched_keys"]),
+        "unknown": (
             name
             for name in report["unexpected_keys"]
             if not any(fnmatchcase(name, pattern) for pattern in unused)
         ),
     }
-    if problems := [f"{what}: {', '.join(names[:3])}" for what, names in wrong.items() if names]:
+    some = {what: sorted(names)[:3] for what, names in wrong.items()}
+    if problems := [f"{what}: {', '.join(names)}" for what, names in some.items() if names]:
         raise CheckpointError(f"{folder} does not fit {kind.__name__}: {'; '.join(problems)}")
     return network.requires_grad_(False).eval()
 
 
 def pretrained_tokenizer(folder: Path, *, chat: bool = True) -> Any:
-    """A tokenizer of transformers.
-
-    Args:
-        folder: its files.
-        chat: whether it must know how a conversation is written.
+    """A tokenizer of transformers; for a `chat` it must know how a conversation is written.
 
     Raises:
         CheckpointError: a file is absent or damaged, or there is no chat template.

@@ -44,10 +44,10 @@ def load_into(
     and moves to `device`; it must not be on the meta device.
 
     Args:
-        module: built under `torch.device("meta")`.
-        checkpoint: opened.
-        keymap: from the checkpoint's names to the module's.
-        device: where the tensors go.
+        module: built on the meta device.
+        checkpoint: where the tensors come from.
+        keymap: from its names to the module's.
+        device: where they go.
         dtype: of floating tensors; None keeps the file's. Integer ones keep the module's.
         optional: our names, or patterns with `*`, that the file may lack.
 
@@ -132,7 +132,7 @@ class _Copier:
         elif not isinstance(source, FileTensor) or not source.meta.is_contiguous():
             destination.copy_(source.read())
         elif not destination.is_contiguous():  # a column shard
-            whole = torch.empty(source.meta.shape, dtype=source.meta.dtype, device=self.device)
+            whole = torch.empty_like(source.meta, device=self.device)
             self.fill(whole, source)
             destination.copy_(whole)
         elif self.cuda or destination.dtype != source.meta.dtype:
