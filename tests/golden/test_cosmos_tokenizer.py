@@ -13,8 +13,8 @@ import torch
 from cases import Case, cases, watched
 
 from tiny.export import cosmos_settings, stored_tensors
-from worldline.nn import fsq
-from worldline.nn.wavelet import EXACT_TAP, patch, unpatch
+from worldline.nn import transforms
+from worldline.nn.transforms import EXACT_TAP, patch, unpatch
 from worldline.tokenizers.cosmos.clips import pad, reconstruct_windows
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import (
@@ -109,7 +109,7 @@ def test_clips(case: Case) -> None:
         if f"{clip}.indices" in case:
             indices = model.encode_tokens(video)
             case.compare(f"{clip}.indices", indices)
-            codes = fsq.indices_to_codes(indices, model.config.levels or ())
+            codes = transforms.indices_to_codes(indices, model.config.levels or ())
             case.compare(f"{clip}.codes", codes.movedim(-1, 1))
             stored = case.tensor(f"{clip}.indices")
             run |= watched(model, lambda m=model, s=stored: m.decode(m.to_codes(s)))
@@ -139,7 +139,7 @@ def test_weights_of_the_training_checkpoint(case: Case) -> None:
             "indices": lambda m=model, v=video: m.encode_tokens(v),
             "latent": lambda m=model, v=video: m.encode(v),
             "quant_conv": lambda m=model, v=video: m.encode(v),
-            "codes": lambda m=model, v=video: fsq.quantize(
+            "codes": lambda m=model, v=video: transforms.quantize(
                 m.encode(v).movedim(1, -1), m.config.levels or ()
             ).movedim(-1, 1),
             "recon": lambda m=model, v=video: m.reconstruct(v),
@@ -223,13 +223,13 @@ def test_quantiser(case: Case) -> None:
         return
     levels = [int(level) for level in case.tensor("fsq.levels")]
     z = case.tensor("fsq.z")
-    case.compare("fsq.bound", fsq.bound(z, levels))
-    codes = fsq.quantize(z, levels)
+    case.compare("fsq.bound", transforms.bound(z, levels))
+    codes = transforms.quantize(z, levels)
     case.compare("fsq.codes", codes)
-    case.compare("fsq.indices", fsq.codes_to_indices(codes, levels))
-    sample = fsq.indices_to_codes(case.tensor("fsq.sample_indices"), levels)
+    case.compare("fsq.indices", transforms.codes_to_indices(codes, levels))
+    sample = transforms.indices_to_codes(case.tensor("fsq.sample_indices"), levels)
     case.compare("fsq.sample_codes", sample)
-    grid = fsq.indices_to_codes(case.tensor("fsq.grid_indices"), levels)
+    grid = transforms.indices_to_codes(case.tensor("fsq.grid_indices"), levels)
     case.compare("fsq.grid_codes", grid.movedim(-1, 1))
 
 

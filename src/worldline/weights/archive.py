@@ -46,10 +46,6 @@ _STAND_INS = {
 }
 
 
-class Refused(pickle.UnpicklingError):
-    """The pickle names a class that could run code."""
-
-
 class _Inert:
     """An object of the pickle that is not built; a TorchScript module keeps its attributes."""
 
@@ -91,11 +87,13 @@ class Unpickler(pickle.Unpickler):
     pickle cannot change it for the next file: builtin types, bound methods, `_Inert`.
 
     Attributes:
+        path: file of the pickle.
         storages: key -> storage, of all that the pickle names.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
         super().__init__(file, encoding="utf-8")
+        self.path = path
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str, /) -> Any:
@@ -120,7 +118,10 @@ class Unpickler(pickle.Unpickler):
             return _Module
         if name in _STAND_INS.get(module, ()):
             return _Inert
-        raise Refused(f"{module}.{name}")
+        raise CheckpointError(
+            f"{self.path} is refused: its pickle names {module}.{name}, and loading that could run "
+            "code; save its state_dict() (or safetensors) instead"
+        )
 
     def persistent_load(self, identifier: Any) -> _Storage:
         match identifier:
@@ -172,11 +173,6 @@ def open_pickled(path: Path) -> Pickled:
             return _read_zip(path, file) if zipped else _read_legacy(path, file)
     except CheckpointError:
         raise
-    except Refused as error:
-        raise CheckpointError(
-            f"{path} is refused: its pickle names {error}, and loading that could run code; save "
-            "its state_dict() (or safetensors) instead"
-        ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle may raise anything at all
@@ -207,7 +203,7 @@ def _read_zip(path: Path, file: BinaryIO) -> Pickled:
         byteorder = archive.read(order).decode() if order in members else "little"
         pickled = f"{root}data.pkl"
         file.seek(start(pickled))  # not read by zipfile: its checksum may be absent
-        unpickler = Unpickler(io.BytesIO(file.read(members[pickled].file_size)))
+        unpickler = Unpickler(path, io.BytesIO(file.read(members[pickled].file_size)))
         value = unpickler.load()
         storages = unpickler.storages.items()
         starts = {key: start(f"{root}data/{key}", storage.nbytes) for key, storage in storages}
@@ -216,11 +212,11 @@ def _read_zip(path: Path, file: BinaryIO) -> Pickled:
 
 
 def _read_legacy(path: Path, file: BinaryIO) -> Pickled:
-    magic, version, machine = (Unpickler(file).load() for _ in range(3))
+    magic, version, machine = (Unpickler(path, file).load() for _ in range(3))
     if (magic, version) != (MAGIC_NUMBER, PROTOCOL_VERSION):
         raise CheckpointError(f"{path} is in no known format (version {version!r:.20})")
-    objects = Unpickler(file)
-    value, keys = objects.load(), Unpickler(file).load()
+    objects = Unpickler(path, file)
+    value, keys = objects.load(), Unpickler(path, file).load()
     starts: dict[str, int] = {}
     position, size = file.tell(), path.stat().st_size
     for key in keys:

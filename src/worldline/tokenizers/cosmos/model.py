@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldline.nn import fsq, wavelet
+from worldline.nn import transforms
 from worldline.nn.pieces import CausalCache, CausalTokenizer, TemporalConv, enlarge
 
 _EPS = 1e-6
@@ -60,7 +60,7 @@ class CosmosTokenizerConfig:
     z_channels: int = 16
     latent_channels: int = 16
     levels: tuple[int, ...] | None = None
-    tap: float = wavelet.EXACT_TAP
+    tap: float = transforms.EXACT_TAP
 
     @property
     def spatial_steps(self) -> int:
@@ -406,7 +406,7 @@ class Encoder(nn.Module):
         self.conv_out = FactorisedConv(width, config.z_channels)
 
     def forward(self, video: Tensor, cache: CausalCache) -> Tensor:
-        x = wavelet.patch(video, self.patch, self.tap, start=not cache.started)
+        x = transforms.patch(video, self.patch, self.tap, start=not cache.started)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d), cache)
         for level in self.levels:
             x = level(x, cache)
@@ -437,7 +437,7 @@ class Decoder(nn.Module):
         for level in reversed(self.levels):
             x = level(x, cache)
         x = self.conv_out(_silu(self.norm_out(x)), cache)
-        return wavelet.unpatch(x, self.patch, self.tap, start=not cache.started)
+        return transforms.unpatch(x, self.patch, self.tap, start=not cache.started)
 
 
 class CosmosTokenizer(CausalTokenizer):
@@ -468,13 +468,13 @@ class CosmosTokenizer(CausalTokenizer):
     def to_tokens(self, latents: Tensor) -> Tensor:
         """Token ids (B, t, h, w), int32 in [0, vocabulary), of what `encode` returns."""
         assert self.config.levels is not None
-        codes = fsq.quantize(latents.movedim(1, -1), self.config.levels)
-        return fsq.codes_to_indices(codes, self.config.levels)
+        codes = transforms.quantize(latents.movedim(1, -1), self.config.levels)
+        return transforms.codes_to_indices(codes, self.config.levels)
 
     def to_codes(self, tokens: Tensor) -> Tensor:
         """Codes (B, C, t, h, w), for `decode`, of token ids (B, t, h, w), any integer dtype."""
         assert self.config.levels is not None
-        codes = fsq.indices_to_codes(tokens, self.config.levels).movedim(-1, 1)
+        codes = transforms.indices_to_codes(tokens, self.config.levels).movedim(-1, 1)
         return codes.to(self.post_quant_conv.weight.dtype)
 
     def encode_tokens(self, video: Tensor) -> Tensor:
@@ -486,5 +486,5 @@ class CosmosTokenizer(CausalTokenizer):
         if self.config.levels is None:
             return super().reconstruct(video)
         latents = self.encode(video)
-        codes = fsq.quantize(latents.movedim(1, -1), self.config.levels).movedim(-1, 1)
+        codes = transforms.quantize(latents.movedim(1, -1), self.config.levels).movedim(-1, 1)
         return self.decode(codes.to(latents.dtype))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from worldline.errors import CheckpointError
 from worldline.files import read_json, unfinished
-from worldline.nn.wavelet import EXACT_TAP
+from worldline.nn.transforms import EXACT_TAP
 from worldline.tokenizers.cosmos.model import (
     PRESETS,
     CosmosTokenizer,
