@@ -76,11 +76,7 @@ def _by_token(vectors: Tensor, stream: Tensor) -> Tensor:
 
 
 def _run_length(stream: Tensor, *modulation: Tensor) -> int:
-    """Tokens of a stream (B, L, D) that share a vector.
-
-    Raises:
-        ValueError: the tokens cannot be cut like that, or not in one way for all.
-    """
+    """Tokens of a stream (B, L, D) that share a vector."""
     length = stream.shape[1]
     runs = {1 if vectors.ndim == 2 else vectors.shape[1] for vectors in modulation}
     if len(runs) > 1 or length % max(runs):
@@ -104,14 +100,9 @@ def add_and_modulate(
     scale: Tensor,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add the gated update to the stream, and apply adaLN for the next sub-block.
+    """Add the gated update and `added` (L, D) to the stream; apply adaLN for the next sub-block.
 
-    Args:
-        residual: with (B, L, D) tensors.
-        added: (L, D), added for the whole batch, or None.
-        shift: (B, D) or (B, G, D).
-        scale: as `shift`; a norm of no weights is multiplied by 1 + scale.
-        dtype: precision of the layer norm; by default the stream's.
+    The layer norm has no weights, and by default the stream's precision.
 
     Returns:
         The stream, perhaps in the memory of the old one, and its modulated norm, both (B, L, D).

@@ -67,11 +67,9 @@ class CausalTokenizer(nn.Module):
     config: Any
 
     def encode(self, video: Tensor, cache: CausalCache | None = None) -> Tensor:
-        """Latents (B, C, t, h, w).
+        """Latents (B, C, t, h, w) of a video (B, 3, T, H, W) in [-1, 1], in the weights' dtype.
 
-        Args:
-            video: (B, 3, T, H, W) in [-1, 1], in the dtype of the weights.
-            cache: holds the pieces of this clip encoded before; updated.
+        The cache holds the pieces of this clip encoded before; updated.
 
         Raises:
             ValueError: T is not 1 + temporal*k (after the first piece: temporal*k), or H or W is no
@@ -86,11 +84,9 @@ class CausalTokenizer(nn.Module):
         return latents
 
     def decode(self, latents: Tensor, cache: CausalCache | None = None) -> Tensor:
-        """Video (B, 3, T, H, W), about [-1, 1] and not clamped.
+        """Video (B, 3, T, H, W), about [-1, 1] and not clamped, of latents (B, C, t, h, w).
 
-        Args:
-            latents: (B, C, t, h, w), or codes of a discrete tokenizer, in the dtype of the weights.
-            cache: holds the pieces of this clip decoded before; updated.
+        Those of a discrete tokenizer are codes; all are in the dtype of the weights.
         """
         cache = cache or CausalCache(keep=False)
         video = self.decode_piece(latents, cache)
@@ -179,9 +175,6 @@ def fit_colours(tokenizer: CausalTokenizer) -> Tensor:
 
     They are fitted to smooth still pictures, the same every time. The first latent frame holds one
     frame of video and the others several, so there is a map for each.
-
-    Args:
-        tokenizer: on its device.
 
     Returns:
         (2, C + 1, 3), float32, on the CPU; the last row is added.

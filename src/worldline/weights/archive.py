@@ -162,11 +162,7 @@ class Pickled(NamedTuple):
 
 
 def open_pickled(path: Path) -> Pickled:
-    """Open a zip archive, or a file from before PyTorch 1.6.
-
-    Raises:
-        CheckpointError: it is cut short, damaged, no PyTorch file, or names unsafe classes.
-    """
+    """Open a zip archive, or a file from before PyTorch 1.6."""
     try:
         with path.open("rb") as file:
             zipped = file.peek(2).startswith(b"PK")

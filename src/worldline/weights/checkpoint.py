@@ -90,11 +90,7 @@ class FileTensor:
     meta: Tensor
 
     def read(self) -> Tensor:
-        """The tensor on the CPU; memory-mapped (private, writable).
-
-        Raises:
-            CheckpointError: the file vanished or shrank since its header was read.
-        """
+        """The tensor on the CPU; memory-mapped (private, writable)."""
         meta, size = self.meta, self.meta.untyped_storage().nbytes()
         if not size:
             return torch.empty_like(meta, device="cpu")
@@ -134,11 +130,7 @@ class ShardedTensor:
         return metas[0] if self.dim is None else torch.cat(metas, self.dim)
 
     def read(self) -> Tensor:
-        """The whole tensor on the CPU; replicas are averaged.
-
-        Raises:
-            CheckpointError: replicas differ by more than rounding.
-        """
+        """The whole tensor on the CPU; replicas, which may differ by rounding, are averaged."""
         tensors = [part.read() for part in self.parts]
         if self.dim is not None:
             return torch.cat(tensors, self.dim)
@@ -306,9 +298,6 @@ def find_shards(folder: Path, stem: str | None = None) -> list[Path]:
     """Shards `{stem}_model_mp_{rank}.pt` of a folder in the order of ranks; [] if it has none.
 
     The stem is "model", or "iter_000000002" of a training run; None takes the only one there is.
-
-    Raises:
-        CheckpointError: ranks are missing, or `stem` is None and there are several sets.
     """
     sets: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.glob("*_model_mp_*.pt")):
@@ -332,14 +321,7 @@ def find_shards(folder: Path, stem: str | None = None) -> list[Path]:
 
 
 def open_shards(paths: Sequence[Path]) -> Checkpoint:
-    """Open the files of all ranks, in their order, as one checkpoint of full-size tensors.
-
-    Replicated tensors that differ are averaged when they are read, and refused if they differ by
-    more than rounding.
-
-    Raises:
-        CheckpointError: the files do not fit together, or a name is not in `SHARDED_AXES`.
-    """
+    """Open the files of all ranks, in their order, as one checkpoint of full-size tensors."""
     first, *others = shards = [open_checkpoint(path) for path in paths]
     for other in others:
         if odd := sorted(first.entries.keys() ^ other.entries.keys()):
@@ -348,16 +330,16 @@ def open_shards(paths: Sequence[Path]) -> Checkpoint:
                 "are not of one model"
             )
     entries: dict[str, Source] = {}
-    for name, one in first.tensors.items():
+    for name, first_part in first.tensors.items():
         axes = [axis for pattern, axis in SHARDED_AXES.items() if fnmatchcase(name, pattern)]
         if not axes:
             raise CheckpointError(f"{first.path} holds {name}, and how ranks share it is not known")
         for shard in others:
-            other = shard.tensors[name]
-            if _uncut(other, axes[0]) != _uncut(one, axes[0]):
+            part = shard.tensors[name]
+            if _uncut(part, axes[0]) != _uncut(first_part, axes[0]):
                 raise CheckpointError(
-                    f"{shard.path}: {name} is {other.dtype} {list(other.shape)}, on rank 0 "
-                    f"{one.dtype} {list(one.shape)}"
+                    f"{shard.path}: {name} is {part.dtype} {list(part.shape)}, on rank 0 "
+                    f"{first_part.dtype} {list(first_part.shape)}"
                 )
         parts = tuple(shard.entries[name] for shard in shards)
         entries[name] = ShardedTensor(f"{first.path}: {name}", parts, axes[0])

@@ -105,11 +105,7 @@ class Network(Generic[Config]):
             return self.blocks.count(self.kind(self.config)) * int(compute.dtype.itemsize)
 
     def read(self, device: torch.device | str, dtype: torch.dtype) -> Any:
-        """The network with its weights, for inference.
-
-        Raises:
-            CheckpointError: a file cannot be read any more.
-        """
+        """The network with its weights, for inference."""
         with torch.device("meta"):
             module = self.kind(self.config)
         load_into(module, self.source, self.keys, device=device, dtype=dtype)
@@ -181,9 +177,6 @@ def find_transformer(path: Path) -> Path:
 
     Returns:
         The file; of tensor-parallel shards the first, of several `iter_*.pt` the newest.
-
-    Raises:
-        CheckpointError: there is none, a set is incomplete, or several are as good.
     """
     if path.is_file():
         return path

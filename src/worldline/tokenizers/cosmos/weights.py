@@ -259,14 +259,11 @@ def network_view(source: Checkpoint) -> Checkpoint:
 def read_statistics(folder: Path, channels: int) -> LatentStatistics | None:
     """Statistics of latents in the folder of a tokenizer's weights; None if it holds none.
 
-    Args:
-        folder: with `mean_std.pt` and perhaps `image_mean_std.pt`, with `mean_std.safetensors`, or
-            one of diffusers, whose `config.json` holds them.
-        channels: latent channels of the tokenizer.
+    They are in `mean_std.pt` and perhaps `image_mean_std.pt`, in `mean_std.safetensors`, or in the
+    `config.json` of diffusers.
 
     Raises:
-        CheckpointError: a file is damaged, its content is not a mean and a deviation, or they are
-            of latents with other channels.
+        CheckpointError: a file is damaged, or they are of latents with other channels.
     """
     released, images, ours = (folder / name for name in STATISTICS)
     path = next(filter(Path.exists, (released, ours)), folder / CONFIG)

@@ -136,15 +136,10 @@ def is_wan(source: Checkpoint) -> bool:
 
 
 def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> WanTokenizerConfig:
-    """Configuration of a tokenizer, from its tensors' shapes.
+    """Configuration of a tokenizer of either layout, from its tensors' shapes.
 
-    Args:
-        source: with the names of either layout.
-        settings: may hold "latents_mean" and "latents_std", as diffusers' config.json does; absent,
-            they are the released ones, which are of 16 channels.
-
-    Raises:
-        CheckpointError: the tensors are not those of a Wan tokenizer.
+    The settings may hold "latents_mean" and "latents_std", as diffusers' config.json does; absent,
+    they are the released ones, which are of 16 channels.
     """
     diffusers = is_diffusers(source)
 
