@@ -1,13 +1,11 @@
 """Files of weights: opened by header whatever their format, joined as one, read, saved.
 
-A `FileTensor` is an entry of a header. Nothing is read until `read`, which maps the tensor's own
-bytes and no others, so that a mapping ends with its tensor.
+A `FileTensor` is an entry of a header. Nothing of it is read until `read`, or `load_into`.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -90,24 +88,19 @@ class FileTensor:
     meta: Tensor
 
     def read(self) -> Tensor:
-        """The tensor on the CPU; memory-mapped (private, writable)."""
-        meta, size = self.meta, self.meta.untyped_storage().nbytes()
-        if not size:
+        """The tensor on the CPU."""
+        meta, data = self.meta, bytearray(self.meta.untyped_storage().nbytes())
+        if not data:
             return torch.empty_like(meta, device="cpu")
-        offset = self.position % mmap.ALLOCATIONGRANULARITY
-        start = self.position - offset
         try:
             with self.path.open("rb") as file:
-                # A copy-on-write mapping: torch wants writable memory, and the file stays as it is.
-                mapping = mmap.mmap(
-                    file.fileno(), offset + size, access=mmap.ACCESS_COPY, offset=start
-                )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path} was changed while in use: {error}") from error
-        data = torch.frombuffer(mapping, dtype=torch.uint8, count=size, offset=offset)
-        if self.position % meta.itemsize:
-            data = data.clone()  # kernels may expect an address that is a multiple of the item size
-        return data.view(meta.dtype).as_strided(meta.shape, meta.stride())
+                file.seek(self.position)
+                count = file.readinto(data)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read any more: {error}") from error
+        if count != len(data):
+            raise CheckpointError(f"{self.path} was changed while in use: it is cut short")
+        return torch.frombuffer(data, dtype=meta.dtype).as_strided(meta.shape, meta.stride())
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +168,7 @@ class Checkpoint:
         return {name: entry.meta for name, entry in self.entries.items()}
 
     def read(self, name: str) -> Tensor:
-        """A tensor on the CPU, memory-mapped where the format allows.
+        """A tensor on the CPU.
 
         Raises:
             CheckpointError: there is no such tensor, or the file changed or is inconsistent.
@@ -364,16 +357,11 @@ def save(
     Raises:
         OSError: the folder cannot be written or the disk is full; `path` is then as it was.
     """
-    storages: set[int] = set()
-    whole: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        copy = tensor.detach().cpu().contiguous()
-        # Both formats write storages: a view, or a second name of one tensor, needs its own.
-        storage = copy.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() != copy.nbytes:
-            copy = copy.clone()
-        storages.add(copy.untyped_storage().data_ptr())
-        whole[name] = copy
+    # copied even on the CPU: both formats write storages, which a view or a second name would share
+    whole = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     with replacing(path) as temporary:
         if path.suffix == ".pt":
             torch.save(whole, temporary)

@@ -272,7 +272,7 @@ def read_statistics(folder: Path, channels: int) -> LatentStatistics | None:
         """(channels, t), of images (channels,); many files are flat, channel slowest."""
         if tensor.dim() > 1 and len(tensor) not in (1, channels):
             raise ValueError(f"{name} is {list(tensor.shape)}")
-        rows = tensor.float().reshape(channels, -1).clone()  # a mapped file may go away
+        rows = tensor.float().reshape(channels, -1)
         return rows.flatten() if name.startswith("image") else rows
 
     tensors: dict[str, Tensor] = {}
