@@ -92,7 +92,7 @@ class KeyMap:
     def drops(self, name: str) -> bool:
         """Whether a released name is skipped."""
         forms = {name} | {name[len(p) :] for p in self.prefixes if name.startswith(p)}
-        return any(fnmatchcase(form, pattern) for pattern in self.drop for form in forms)
+        return any(matches(form, self.drop) for form in forms)
 
 
 def match(
@@ -143,7 +143,7 @@ def match(
         "missing": [
             prefix + theirs
             for ours, theirs in released.items()
-            if ours not in pairs and not any(fnmatchcase(ours, pattern) for pattern in optional)
+            if ours not in pairs and not matches(ours, optional)
         ],
         "unknown": unknown,
         "twice": doubled,
@@ -153,6 +153,11 @@ def match(
     ]:
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(wrong)}")
     return pairs
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is among names, or patterns with `*`."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def renamed_by(rules: Mapping[str, str], name: str) -> str:

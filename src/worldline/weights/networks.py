@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Generic, Self, TypeVar
 
@@ -24,7 +23,7 @@ from worldline.weights.checkpoint import (
     open_checkpoint,
     open_shards,
 )
-from worldline.weights.keymap import KeyMap, match
+from worldline.weights.keymap import KeyMap, match, matches
 from worldline.weights.stream import load_into
 
 Config = TypeVar("Config", bound=Hashable)
@@ -300,11 +299,7 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[s
     wrong = {
         "missing": report["missing_keys"],
         "of another shape": map(str, report["mismatched_keys"]),
-        "unknown": (
-            name
-            for name in report["unexpected_keys"]
-            if not any(fnmatchcase(name, pattern) for pattern in unused)
-        ),
+        "unknown": (name for name in report["unexpected_keys"] if not matches(name, unused)),
     }
     some = {what: sorted(names)[:3] for what, names in wrong.items()}
     if problems := [f"{what}: {', '.join(names)}" for what, names in some.items() if names]:

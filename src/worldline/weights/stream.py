@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
 from worldline.weights.checkpoint import Checkpoint, FileTensor, ShardedTensor, Source
-from worldline.weights.keymap import KeyMap, match
+from worldline.weights.keymap import KeyMap, match, matches
 
 STAGING_BYTES = 64 << 20  # each of two; 1.3 ms at 50 GB/s, far above the cost of starting a copy
 _SLICE_BYTES = 4 << 20  # below this a second thread costs more than it brings
@@ -56,17 +55,14 @@ def load_into(
             would be left without a value.
     """
     device = torch.device(device)
-    tensors: dict[str, Tensor] = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    stored: dict[str, Tensor] = module.state_dict(keep_vars=True)
     names: defaultdict[Tensor, list[str]] = defaultdict(list)
-    for name, tensor in tensors.items():
+    for name, tensor in (dict(module.named_buffers()) | stored).items():
         names[tensor].append(name)
-    stored = {name: tuple(tensors[name].shape) for name in module.state_dict(keep_vars=True)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     # Under which of several names the file holds a shared tensor is all the same.
     shared = [name for group in names.values() if len(group) > 1 for name in group]
-    pairs = match(checkpoint.tensors, stored, keymap, str(checkpoint.path), [*optional, *shared])
+    pairs = match(checkpoint.tensors, shapes, keymap, str(checkpoint.path), [*optional, *shared])
 
     sources: dict[Tensor, Source] = {}
     for tensor, group in names.items():
@@ -78,9 +74,7 @@ def load_into(
                     f"{checkpoint.path} does not fit the model: {inside[0]} is {kind} in the file, "
                     f"expected {tensor.dtype}"
                 )
-        elif tensor.is_meta or (
-            group[0] in stored and not any(fnmatchcase(group[0], pattern) for pattern in optional)
-        ):
+        elif tensor.is_meta or (group[0] in stored and not matches(group[0], optional)):
             raise CheckpointError(
                 f"{checkpoint.path} does not fit the model: nothing gives {group[0]}"
             )
