@@ -249,14 +249,8 @@ def fill(network: nn.Module, path: Path, keys: KeyMap, device: torch.device | st
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             # counted in training alone, and absent from files of old torch
             module.num_batches_tracked = torch.zeros((), dtype=torch.int64)
-    load_into(
-        network,
-        open_checkpoint(path),
-        keys,
-        device=device,
-        dtype=torch.float32,
-        optional=("*.num_batches_tracked",),
-    )
+    source, counts = open_checkpoint(path), ("*.num_batches_tracked",)
+    load_into(network, source, keys, device=device, dtype=torch.float32, optional=counts)
     network.requires_grad_(False).eval()
 
 
