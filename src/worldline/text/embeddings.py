@@ -105,13 +105,13 @@ def read_embedding_file(path: Path, modified: int = 0) -> dict[str, Tensor]:
     source = open_checkpoint(path)
     names = sorted(source.entries)
     if len(names) == 1 and names != [NEGATIVE_PROMPT]:
-        return {PROMPT: source.read(names[0]).clone()}
+        return {PROMPT: source.read(names[0])}
     if names != [NEGATIVE_PROMPT, PROMPT]:
         raise InputError(
             f"{path} holds {', '.join(names[:4])}; expected one tensor, or {PROMPT} and perhaps "
             f"{NEGATIVE_PROMPT}"
         )
-    return {name: source.read(name).clone() for name in names}
+    return {name: source.read(name) for name in names}
 
 
 class _DType:

@@ -365,8 +365,7 @@ class EmbeddingCache:
         try:
             if not path.is_file():
                 return None
-            # a copy: the mapping would change with what another process does to the file
-            embedding = open_checkpoint(path).read("embedding").clone()
+            embedding = open_checkpoint(path).read("embedding")
         except (CheckpointError, OSError) as error:
             logger.info("a cached embedding is made anew: %s", error)
             return None

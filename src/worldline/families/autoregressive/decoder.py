@@ -100,7 +100,7 @@ class DecoderNetwork(Network[DiTConfig]):
         """
         if self.aux is None:
             return None
-        context = self.aux.read("context").float().clone()
+        context = self.aux.read("context").float()
         if not context.isfinite().all():
             raise CheckpointError(f"{self.aux.path}: context is not finite; download it again")
         return context
