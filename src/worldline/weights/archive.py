@@ -145,20 +145,8 @@ class Unpickler(pickle.Unpickler):
         return _Record(storage, start, meta)
 
 
-class Pickled(NamedTuple):
-    """Tensors of a file.
-
-    Attributes:
-        kind: "pt" or "jit".
-        tensors: name -> position in bytes from the start of the file, and meta tensor.
-        nesting: dotted path of the dict inside the file that was taken, such as "model".
-        beside: other keys of the outer dict, such as "optimizer".
-    """
-
-    kind: str
-    tensors: dict[str, tuple[int, Tensor]]
-    nesting: str
-    beside: tuple[str, ...]
+# kind, name -> (bytes from the start of the file, meta tensor), nesting, beside: of a `Checkpoint`
+Pickled = tuple[str, dict[str, tuple[int, Tensor]], str, tuple[str, ...]]
 
 
 def open_pickled(path: Path) -> Pickled:
@@ -249,7 +237,7 @@ def _collect(
         for name, item in _items(value)
         if isinstance(item, _Record)
     }
-    return Pickled(kind, tensors, ".".join(nesting), tuple(beside))
+    return kind, tensors, ".".join(nesting), tuple(beside)
 
 
 def _items(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -68,22 +68,14 @@ class KeyMap:
         return None
 
     def ours(self, name: str) -> str | None:
-        """Our name of a released tensor; None if it is dropped.
-
-        Raises:
-            CheckpointError: the name is neither renamed nor dropped.
-        """
+        """Our name of a released tensor; None if it is dropped, an error if it is unknown."""
         pair = self.find(name)
         if pair is None and not self.drops(name):
             raise CheckpointError(f"unknown tensor {name}")
         return pair[1] if pair else None
 
     def released(self, name: str, prefix: str | None = None) -> str:
-        """Released name of one of our tensors.
-
-        Raises:
-            ValueError: the map has no such tensor.
-        """
+        """Released name of one of our tensors, which the map must have."""
         released = self._to_released.get(name)
         if released is None:
             raise ValueError(f"the key map has no released name for {name!r}")
@@ -102,7 +94,7 @@ def match(
     source: str,
     optional: Collection[str] = (),
 ) -> dict[str, str]:
-    """Pair every tensor of the model with one of the file; strict.
+    """Pair every tensor of a model with one of a file; strict.
 
     Args:
         tensors: of the file.
@@ -117,7 +109,6 @@ def match(
     Raises:
         CheckpointError: tensors are missing, unknown, doubled or of the wrong shape; all that is
             wrong in one message.
-        ValueError: the key map does not know a tensor of the model.
     """
     released = {name: keymap.released(name, "") for name in expected}
     pairs: dict[str, str] = {}

@@ -71,8 +71,7 @@ class Network(Generic[Config]):
         """Itself; every parameter is in the file, and nothing else.
 
         Raises:
-            CheckpointError: a tensor is missing, unknown or of the wrong shape (all that is wrong
-                is named), or there is no network of this config.
+            CheckpointError: `match` fails, or there is no network of this config.
         """
         try:
             shapes = shapes_of(self.kind, self.config)
@@ -126,11 +125,7 @@ class Settings(BaseModel):
 
     @classmethod
     def parse(cls, settings: Mapping[str, Any], path: Path) -> Self:
-        """Checked settings; null is not stated.
-
-        Raises:
-            CheckpointError: a field has a wrong value; `path` is the file.
-        """
+        """Checked settings of a file; null is not stated."""
         try:
             return cls.model_validate({k: v for k, v in settings.items() if v is not None})
         except ValidationError as error:
@@ -150,11 +145,7 @@ class Shapes:
         self.shapes = {pair[1]: info.shape for pair, info in pairs if pair}
 
     def size(self, name: str, axis: int = 0) -> int:
-        """Length of an axis.
-
-        Raises:
-            CheckpointError: the tensor is absent, or has no such axis.
-        """
+        """Length of an axis that must be there."""
         shape = self.shapes.get(name, ())
         if axis >= len(shape) or not shape[axis]:
             state = f"is {list(shape)}" if name in self.shapes else "is absent"
@@ -238,11 +229,7 @@ def require_settings(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fill(network: nn.Module, path: Path, keys: KeyMap, device: torch.device | str) -> None:
-    """Give a network built on the meta device the weights of a file, in float32, for inference.
-
-    Raises:
-        CheckpointError: it is absent, damaged or of another network.
-    """
+    """Give a network built on the meta device the weights of a file, in float32, for inference."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing{unfinished(path.parent)}")
     for module in network.modules():
@@ -257,11 +244,7 @@ def fill(network: nn.Module, path: Path, keys: KeyMap, device: torch.device | st
 def pretrained(kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[str] = ()) -> Any:
     """A network of transformers for inference, on the CPU.
 
-    Args:
-        kind: a class with `from_pretrained`.
-        folder: config.json and safetensors.
-        dtype: of the weights.
-        unused: patterns of tensors in the file that this network has no place for.
+    `unused` are patterns of tensors in the file that it has no place for.
 
     Raises:
         CheckpointError: the folder is absent or incomplete, or its tensors are not the network's.

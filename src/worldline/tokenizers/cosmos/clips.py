@@ -92,13 +92,7 @@ def decode_clip(
 def check_stored(config: CosmosTokenizerConfig, stored: Tensor, clip: VideoShape | None) -> None:
     """Refuse latents or token ids that are not of a tokenizer, by their dtype and shape.
 
-    Args:
-        config: architecture of the tokenizer.
-        stored: on any device, the meta device too.
-        clip: size of the clip it was made from, if known.
-
-    Raises:
-        ValueError: other dtype, number of axes, channels or grid.
+    They may be on the meta device. `clip` is the size of what they were made from, if known.
     """
     name, channels = "latents", [config.latent_channels]
     if config.levels:
@@ -159,10 +153,7 @@ def pad(frames: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def reconstruct_windows(model: CosmosTokenizer, frames: Tensor, window: int) -> Tensor:
     """`frames` (B, T, H, W, 3), uint8, of any number and size, after encoding and decoding.
 
-    Args:
-        model: on its device.
-        frames: on any device.
-        window: frames that are coded together, 1 or more.
+    `window` of them are coded together.
     """
     weight = model.quant_conv.weight
     parts = []

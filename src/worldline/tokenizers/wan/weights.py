@@ -27,6 +27,12 @@ from worldline.weights.networks import DIFFUSERS_FILES, Network, require_setting
 FILES = ("tokenizer.pth", "Wan2.1_VAE.pth")
 
 # our names to theirs, by rules applied in this order
+_COMMON = {
+    r"\.qkv\.": r".to_qkv.",
+    r"\.out\.": r".proj.",
+    r"\.space\.": r".resample.1.",
+    r"\.time\.": r".time_conv.",
+}
 _RELEASED = {
     r"(block\d|layers\.\d+)\.conv1\.gamma": r"\1.residual.0.gamma",
     r"(block\d|layers\.\d+)\.conv1": r"\1.residual.2",
@@ -41,10 +47,7 @@ _RELEASED = {
     r"middle\.attention": r"middle.1",
     r"middle\.block2": r"middle.2",
     r"middle\.1\.gamma": r"middle.1.norm.gamma",
-    r"\.qkv\.": r".to_qkv.",
-    r"\.out\.": r".proj.",
-    r"\.space\.": r".resample.1.",
-    r"\.time\.": r".time_conv.",
+    **_COMMON,
     r"^quant_conv": r"conv1",
     r"^post_quant_conv": r"conv2",
 }
@@ -56,10 +59,7 @@ _DIFFUSERS = {
     r"middle\.block2": r"mid_block.resnets.1",
     r"middle\.attention\.gamma": r"mid_block.attentions.0.norm.gamma",
     r"middle\.attention": r"mid_block.attentions.0",
-    r"\.qkv\.": r".to_qkv.",
-    r"\.out\.": r".proj.",
-    r"\.space\.": r".resample.1.",
-    r"\.time\.": r".time_conv.",
+    **_COMMON,
 }
 
 
