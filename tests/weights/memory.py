@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MemoryTensor:
-    """A `Source` that is read already; its tensor may be on the meta device."""
+    """A tensor of a checkpoint that is read already; its tensor may be on the meta device."""
 
     tensor: Tensor
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -60,17 +60,6 @@ SHARDED_AXES: Mapping[str, int | None] = {
 }
 # Ranks that hold a replicated tensor may have drifted apart by rounding; the reference's bounds.
 _REPLICA_ATOL, _REPLICA_RTOL = 5e-2, 0.1
-
-
-class Source(Protocol):
-    """A tensor that can be read: a `FileTensor`, a `ShardedTensor`, or a caller's own."""
-
-    @property
-    def meta(self) -> Tensor:
-        """Its dtype and shape, as a tensor on the meta device."""
-
-    def read(self) -> Tensor:
-        """The tensor, on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +127,9 @@ class ShardedTensor:
                 "mean: the shards are not of one model"
             )
         return mean
+
+
+Source = FileTensor | ShardedTensor
 
 
 @dataclass(frozen=True)
