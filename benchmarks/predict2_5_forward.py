@@ -27,7 +27,6 @@ from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.files import GIGABYTE
 from worldline.nn import attention, modulation
 from worldline.report import environment
-from worldline.sampling.flow import KNOWN_TIMESTEP
 from worldline.shapes import LatentShape
 
 GRID = LatentShape(24, 88, 160)  # of 93 frames of 704 x 1280
@@ -55,7 +54,7 @@ class Clip:
         self.mask = torch.zeros_like(self.latents[:, :1])
         self.mask[:, :, :1] = 1
         self.timesteps = torch.full((1, grid.frames), 700.0, device=device)
-        self.timesteps[:, :1] = KNOWN_TIMESTEP
+        self.timesteps[:, :1] = 0.1  # of known frames
         self.positions = model.make_positions(grid)
         self.context = model.encode_context(self.features)
 

@@ -26,8 +26,7 @@ from worldline.family import Parts
 from worldline.parallel.offload import StreamedPart
 from worldline.report import Recorder
 from worldline.sampling.edm import SIGMA_DATA, sample
-from worldline.sampling.schedules import standard_noise
-from worldline.sampling.solvers import finish
+from worldline.sampling.solvers import finish, standard_noise
 from worldline.shapes import LatentShape
 from worldline.step import Step
 from worldline.tokenizers.cosmos.model import LatentStatistics

@@ -24,8 +24,7 @@ from worldline.parallel.offload import StreamedPart
 from worldline.report import Recorder
 from worldline.request import NEGATIVE_PROMPT
 from worldline.sampling.edm import Conditioning, make_sigmas, sample
-from worldline.sampling.schedules import standard_noise
-from worldline.sampling.solvers import Steps, finish
+from worldline.sampling.solvers import Steps, finish, standard_noise
 from worldline.shapes import LatentShape
 from worldline.step import Step
 from worldline.video.convert import signed_to_uint8, stretched_frames

@@ -17,8 +17,7 @@ from worldline.families.predict2_5.family import Window, count_steps, cut_window
 from worldline.family import Opened, Parts
 from worldline.report import Recorder
 from worldline.sampling.flow import Conditioning, make_schedule, sample
-from worldline.sampling.schedules import standard_noise
-from worldline.sampling.solvers import finish
+from worldline.sampling.solvers import finish, standard_noise
 from worldline.step import Step
 from worldline.video.convert import covering_frames, signed_to_uint8
 from worldline.video.read import Clip

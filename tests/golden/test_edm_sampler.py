@@ -13,8 +13,7 @@ from networks import collected, make_network, read_unused_inputs
 from torch import Tensor
 
 from worldline.sampling.edm import Conditioning, Network, make_sigmas, precondition, sample
-from worldline.sampling.schedules import standard_noise
-from worldline.sampling.solvers import Steps, finish
+from worldline.sampling.solvers import Steps, finish, standard_noise
 
 CASES = cases("edm_res_sampler")
 RUN = re.compile(r"(?P<source>toy|t2w|v2w)\.(?P<sampler>[a-z0-9_]+)\.(?P<steps>\d+)\.\w+")

@@ -20,7 +20,7 @@ from worldline.sampling.flow import (
     make_schedule,
     sample,
 )
-from worldline.sampling.schedules import standard_noise
+from worldline.sampling.solvers import standard_noise
 from worldline.shapes import LatentShape
 
 CASES = cases("flow_unipc_sampler")

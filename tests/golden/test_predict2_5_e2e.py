@@ -25,8 +25,7 @@ from worldline.locate import locate
 from worldline.opening import load_parts, open_world
 from worldline.report import Recorder
 from worldline.sampling import flow
-from worldline.sampling.schedules import standard_noise
-from worldline.sampling.solvers import Steps
+from worldline.sampling.solvers import Steps, standard_noise
 from worldline.shapes import latent_frames_of
 from worldline.video.convert import covering_frames
 from worldline.video.read import Clip, read_image, read_video

@@ -12,8 +12,7 @@ from networks import collected, make_network, read_unused_inputs
 
 from worldline.families.diffusion.request import Reinsertion
 from worldline.sampling.edm import Conditioning, make_sigmas, sample
-from worldline.sampling.schedules import standard_noise
-from worldline.sampling.solvers import Steps
+from worldline.sampling.solvers import Steps, standard_noise
 
 CASES = cases("v2w_denoise_e2e")
 RUN = re.compile(

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from worldline.families.diffusion.request import Sampler
 from worldline.sampling.edm import (
-    SAMPLERS,
     SIGMA_DATA,
     Conditioning,
     Network,
@@ -16,9 +16,9 @@ from worldline.sampling.edm import (
     precondition,
     sample,
 )
-from worldline.sampling.schedules import standard_noise
-from worldline.sampling.solvers import finish
+from worldline.sampling.solvers import finish, standard_noise
 
+SAMPLERS = get_args(Sampler)
 SHAPE = (2, 3, 4, 2, 2)  # (B, C, T, H, W)
 MEANS = {True: 0.4, False: -0.3}
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from worldline.sampling.flow import (
-    KNOWN_TIMESTEP,
     Conditioning,
     Network,
     Velocity,
@@ -19,9 +18,9 @@ from worldline.sampling.flow import (
     sample,
     unipc,
 )
-from worldline.sampling.schedules import standard_noise
-from worldline.sampling.solvers import Steps, finish
+from worldline.sampling.solvers import Steps, finish, standard_noise
 
+KNOWN_TIMESTEP = 0.1
 SHAPE = (2, 3, 4, 2, 2)  # (B, C, T, H, W)
 DATA_STD = 0.3
 

@@ -18,13 +18,19 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from worldline.sampling.schedules import karras_sigmas, res_sigmas
-from worldline.sampling.solvers import Steps, euler, guided, res_2ab, res_2mid
+from worldline.sampling.solvers import (
+    Steps,
+    euler,
+    guided,
+    karras_sigmas,
+    res_2ab,
+    res_2mid,
+    res_sigmas,
+)
 
 SIGMA_DATA = 0.5
 SIGMA_MAX = 80.0
 AUGMENT_SIGMA = 0.001
-SAMPLERS = ("edm_euler", "res_2ab", "res_1euler", "res_2mid")
 SAMPLER_OF: dict[str, str] = {"1.0": "res_2ab", "Predict1": "edm_euler"}
 
 # (latents already times c_in, c_noise (B,), branch with the prompt?) -> F, in any floating dtype
@@ -33,27 +39,18 @@ Number = TypeVar("Number", float, Tensor)
 
 
 class Preconditioning(NamedTuple, Generic[Number]):
-    """Factors of an estimate at a noise level.
+    """Factors of an estimate at a noise level."""
 
-    Attributes:
-        skip: c_skip, of the noised latents.
-        out: c_out, of the network's output.
-        scale: c_in, of the network's input.
-        noise: c_noise, the network's time.
-    """
-
-    skip: Number
-    out: Number
-    scale: Number
-    noise: Number
+    skip: Number  # c_skip, of the noised latents
+    out: Number  # c_out, of the network's output
+    scale: Number  # c_in, of the network's input
+    noise: Number  # c_noise, the network's time
 
 
 def precondition(sigma: Number) -> Preconditioning[Number]:
-    """Factors at a noise level (arXiv 2206.00364, table 1).
+    """Factors at a noise level: a number, 0 or more, or a float32 tensor above 0.
 
-    Args:
-        sigma: a number, 0 or more, whose `noise` is minus infinity at 0; or a tensor above 0, of
-            any shape, float32: factors differ by five orders of magnitude.
+    Float32, since factors differ by five orders of magnitude. `noise` is minus infinity at 0.
     """
     variance = sigma * sigma + SIGMA_DATA**2
     if isinstance(sigma, Tensor):
@@ -92,21 +89,17 @@ class Conditioning:
 
 
 def make_sigmas(
-    sampler: str,
-    num_steps: int,
-    *,
-    sigma_min: float | None = None,
-    sigma_max: float = SIGMA_MAX,
+    sampler: str, num_steps: int, *, sigma_min: float | None = None, sigma_max: float = SIGMA_MAX
 ) -> Tensor:
     """Noise levels that `sample` goes through, one more than it makes steps.
 
     `res_2mid` makes num_steps // 2 steps, since each evaluates the network twice. After its last
     step, each `res_*` sampler evaluates once more, at the last noise level.
     """
-    per_step = 2 if sampler == "res_2mid" else 1  # evaluations
+    steps = num_steps // 2 if sampler == "res_2mid" else num_steps
     table = karras_sigmas if sampler == "edm_euler" else res_sigmas
     own = {} if sigma_min is None else {"sigma_min": sigma_min}
-    return table(num_steps // per_step, sigma_max=sigma_max, **own)
+    return table(steps, sigma_max=sigma_max, **own)
 
 
 def sample(
@@ -126,11 +119,10 @@ def sample(
     Args:
         network: called with float32, twice an evaluation (once where guidance is 0).
         noise: unit normal (B, C, T, H, W); scaled here to the first noise level.
-        sampler: "edm_euler" for Cosmos-Predict1 (the last step removes all noise), "res_2ab" for
-            Cosmos 1.0, or "res_1euler" or "res_2mid". The state of `edm_euler` is float32, of the
-            others float64 where the device has it.
+        sampler: "edm_euler", whose state is float32 and whose last step removes all noise; or
+            "res_2ab", "res_1euler" or "res_2mid", float64 where the device has it.
         num_steps: evaluations; the RES samplers make one more, at the end.
-        guidance: see `guided`.
+        guidance: scale of `guided`.
         conditioning: known frames. `edm_euler` steps from the state that holds them, the RES
             samplers from their own state.
         reinsertion: "corrected" puts the known latents into each estimate; "march_2025" does as
@@ -138,9 +130,6 @@ def sample(
             about 1.59 at 35 steps). For `edm_euler` only.
         sigma_min: last noise level above 0; None takes the sampler's own.
         sigma_max: first noise level.
-
-    Yields:
-        `len(make_sigmas(...)) - 1` steps.
     """
     sigmas = make_sigmas(sampler, num_steps, sigma_min=sigma_min, sigma_max=sigma_max)
     noise = noise.float()

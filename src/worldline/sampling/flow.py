@@ -17,14 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from worldline.sampling.schedules import res_sigmas
-from worldline.sampling.solvers import Stepped, Steps, guided
+from worldline.sampling.solvers import Stepped, Steps, guided, res_sigmas
 
 SHIFT = 5.0
 # of the Karras table, in the terms of EDM, where the state is data + sigma noise
 SIGMA_MIN, SIGMA_MAX = 0.01, 200.0
 TIMESTEPS = 1000  # the timestep of noise level 1
-KNOWN_TIMESTEP = 0.1  # of known frames in `2B/post-trained`: almost free of noise
 
 # (state with the known frames in it, timesteps (B, 1) or (B, T), branch with the prompt?)
 # -> velocity, in any floating dtype
@@ -33,15 +31,10 @@ Velocity = Callable[[Tensor, int], Tensor]  # (state, index of the noise level) 
 
 
 class Schedule(NamedTuple):
-    """Noise levels and timesteps of a sampler.
+    """Noise levels and timesteps of a sampler."""
 
-    Attributes:
-        sigmas: (evaluations + 1,), falling from below 1 to 0, float32.
-        timesteps: (evaluations,), the network's time, int64.
-    """
-
-    sigmas: Tensor
-    timesteps: Tensor
+    sigmas: Tensor  # (evaluations + 1,), falling from below 1 to 0, float32
+    timesteps: Tensor  # (evaluations,), the network's time, int64
 
 
 def make_schedule(name: str, num_steps: int, *, shift: float = SHIFT) -> Schedule:
@@ -73,8 +66,7 @@ class Conditioning:
 
     Attributes:
         latents: (B, C, known frames, H, W).
-        timestep: the network's time of these frames, such as KNOWN_TIMESTEP; None is that of the
-            other frames.
+        timestep: the network's time of these frames; None is that of the other frames.
     """
 
     latents: Tensor
@@ -89,26 +81,15 @@ def guided_velocity(
     guidance: float,
     conditioning: Conditioning | None = None,
 ) -> Velocity:
-    """Velocity of the guided network, float32; known frames move straight to their latents.
-
-    Args:
-        network: called once with the prompt and, unless `guidance` is 0, once without.
-        noise: (B, C, T, H, W) that the sampler starts from.
-        schedule: whose indices the velocity takes.
-        guidance: see `guided`.
-        conditioning: known frames.
-    """
+    """Velocity of the guided network, float32; known frames move straight to their latents."""
+    conditioning = conditioning or Conditioning(noise[:, :, :0])
+    known, timestep = conditioning.latents.to(noise.device, torch.float32), conditioning.timestep
+    count = known.shape[2]
+    shape = len(noise), 1 if timestep is None else noise.shape[2]
     timesteps = schedule.timesteps.tolist()
-    batch, _, frames = noise.shape[:3]
-    known = noise[:, :, :0] if conditioning is None else conditioning.latents
-    known, count = known.to(noise.device, torch.float32), known.shape[2]
-    timestep = None if conditioning is None else conditioning.timestep
 
     def velocity(x: Tensor, index: int) -> Tensor:
-        count_times = 1 if timestep is None else frames
-        times = torch.full(
-            (batch, count_times), timesteps[index], dtype=torch.float32, device=x.device
-        )
+        times = torch.full(shape, timesteps[index], dtype=torch.float32, device=x.device)
         if timestep is not None:
             times[:, :count] = timestep
         x = torch.cat([known, x[:, :, count:].float()], dim=2)
@@ -119,13 +100,7 @@ def guided_velocity(
 
 
 def unipc(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Steps:
-    """Carry `x` from noise level sigmas[0] to 0 by UniPC of order 2 (bh2), with its corrector.
-
-    Args:
-        velocity: called once a step.
-        x: any shape.
-        sigmas: (steps + 1,), falling from below 1 to 0.
-    """
+    """Carry `x` from noise level sigmas[0] to 0 by UniPC of order 2 (bh2), with its corrector."""
     steps = len(sigmas) - 1
     # Every number is a float32 of the CPU, made in the order of the reference: a guided network
     # may turn a last bit of one into a difference that can be seen.
@@ -152,14 +127,10 @@ def unipc(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Steps:
 def _advanced(
     x: Tensor, estimate: Tensor, change: Tensor | None, table: Tensor, logs: Tensor
 ) -> Tensor:
-    """State at the next noise level.
+    """State at the next noise level, from state and estimate of the data at this one.
 
-    Args:
-        x: state at this level.
-        estimate: of the data, at this level.
-        change: mean estimate on the way less `estimate`; None for order 1.
-        table: noise levels, from this one on.
-        logs: their log signal-to-noise.
+    `table` and `logs` begin at this level. `change` is the mean estimate on the way less
+    `estimate`; None for order 1.
     """
     weight = (1 - table[1]) * torch.expm1(-(logs[1] - logs[0]))
     y = (table[1] / table[0]) * x - weight * estimate
@@ -169,10 +140,7 @@ def _advanced(
 def _corrector_change(estimates: list[Tensor], logs: Tensor, order: int) -> Tensor:
     """Mean estimate of the last step less that at its start, now that the one at its end is known.
 
-    Args:
-        estimates: of the data; the last is at this level, of the predicted state.
-        logs: log signal-to-noise of the levels up to this one.
-        order: of the prediction.
+    `estimates` and `logs` end at this level, `order` is that of the prediction.
     """
     change = estimates[-1] - estimates[-2]
     if order == 1:
@@ -203,8 +171,8 @@ def sample(
     Args:
         network: called with float32, twice an evaluation (once where guidance is 0).
         noise: unit normal (B, C, T, H, W).
-        schedule: see `make_schedule`; a step for each timestep.
-        guidance: see `guided`.
+        schedule: of `make_schedule`; a step for each timestep.
+        guidance: scale of `guided`.
         conditioning: known frames.
     """
     noise = noise.float()

@@ -1,4 +1,4 @@
-"""Solvers of dx/dsigma = (x - denoised) / sigma as generators, and classifier-free guidance.
+"""Solvers of dx/dsigma = (x - denoised) / sigma as generators, their noise levels and guidance.
 
 Source: `euler` is arXiv 2206.00364, algorithm 1 without churn; the `res_*` solvers are the
 exponential integrators of arXiv 2308.02157 as NVIDIA/Cosmos runs them
@@ -11,11 +11,15 @@ device that it comes with.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor
+
+RHO = 7.0  # of the curve of noise levels, arXiv 2206.00364, equation 5
 
 Result = TypeVar("Result")
 Denoise = Callable[[Tensor, float], Tensor]  # (noised x, sigma) -> estimate of the clean x
@@ -46,15 +50,46 @@ def finish(steps: Generator[Any, None, Result]) -> Result:
             return result
 
 
+def standard_noise(seed: int, shape: Sequence[int]) -> Tensor:
+    """Unit normal noise, float32, on the CPU: the same for a seed on any machine.
+
+    From numpy's legacy generator, whose stream is frozen, as in NVIDIA/Cosmos.
+    """
+    drawn = np.random.RandomState(seed).standard_normal(tuple(shape))
+    return torch.from_numpy(drawn.astype(np.float32))
+
+
+def karras_sigmas(num_steps: int, *, sigma_min: float = 0.0002, sigma_max: float = 80.0) -> Tensor:
+    """Noise levels of Cosmos-Predict1, for `euler`: (num_steps + 1,) float32, on the CPU.
+
+    `num_steps` values from sigma_max to sigma_min, then a 0. Computed in float32, as the
+    EDMEulerScheduler of diffusers 0.32.2 does: newer ones use float64, which differs by up to
+    2.3e-5.
+    """
+    sigmas = _curve(torch.linspace(0, 1, num_steps, dtype=torch.float32), sigma_min, sigma_max)
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def res_sigmas(num_steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+    """Noise levels of Cosmos 1.0, for the RES solvers: (num_steps + 1,) float64, on the CPU.
+
+    The last value is sigma_min: these solvers work in ln(sigma), so a table cannot end at 0.
+    """
+    share = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    return _curve(share, sigma_min, sigma_max)
+
+
+def _curve(share: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
+    # in the dtype of `share`, which is 0 at sigma_max and 1 at sigma_min
+    start, end = sigma_max ** (1 / RHO), sigma_min ** (1 / RHO)
+    return (start + share * (end - start)) ** RHO
+
+
 def guided(branch: Callable[[bool], Tensor], scale: float) -> Tensor:
     """Classifier-free guidance: cond + scale * (cond - uncond), in float32.
 
     This scale is one less than in the more usual uncond + s * (cond - uncond). At 0 the branch
-    without the prompt has no weight, so it is not computed.
-
-    Args:
-        branch: gives the output with the prompt (True) or without (False), any floating dtype.
-        scale: 0 or more in practice; -1 is the branch without the prompt alone.
+    without the prompt, `branch(False)`, has no weight, so it is not computed.
     """
     conditional = branch(True).float()  # float32: the difference of two near bf16 values is coarse
     if scale == 0:
@@ -68,13 +103,8 @@ def euler(
     """Carry `x` from noise level sigmas[0] to sigmas[-1] by Euler's rule, order 1.
 
     In ln(sigma) this is the exponential Euler rule too, so it also is the solver `1euler` of RES.
-
-    Args:
-        denoise: called once a step.
-        x: any shape; pure noise must be scaled to the first noise level.
-        sigmas: (steps + 1,), falling; the last may be 0, and the result then is what the last
-            call of `denoise` returned, exactly.
-        before_step: given state and sigma, returns the state that the step starts from.
+    The last level may be 0; the result then is exactly the last one of `denoise`. A step starts
+    from the state that `before_step` makes.
     """
     for sigma, target in pairwise(sigmas.tolist()):
         if before_step is not None:
@@ -88,10 +118,7 @@ def euler(
 def res_2ab(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Steps:
     """Carry `x` from sigmas[0] to sigmas[-1] by two-step exponential Adams-Bashforth, order 2.
 
-    Args:
-        denoise: called once a step; its last result but one is kept.
-        x: any shape, float64 where the reference is to be matched.
-        sigmas: (steps + 1,), falling, above 0. The first step is Euler's.
+    Levels are above 0. The first step is Euler's.
     """
     previous: tuple[Tensor, float] | None = None  # estimate of the previous step, and its sigma
     for sigma, target in pairwise(sigmas.tolist()):
@@ -108,10 +135,7 @@ def res_2ab(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Steps:
 def res_2mid(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Steps:
     """Carry `x` from sigmas[0] to sigmas[-1] by the exponential midpoint rule, order 2.
 
-    Args:
-        denoise: called twice a step: at its start, and half way down in ln(sigma).
-        x: any shape, float64 where the reference is to be matched.
-        sigmas: (steps + 1,), falling, above 0.
+    A step calls `denoise` at its start and half way down in ln(sigma). Levels are above 0.
     """
     for sigma, target in pairwise(sigmas.tolist()):
         denoised = denoise(x, sigma)

@@ -38,14 +38,9 @@ class Sampling:
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Filtered distribution, most likely token first.
+    """Filtered distribution: float32 probabilities (B, V), falling, and their token ids (B, V).
 
-    Args:
-        logits: (B, V), any floating dtype; equal logits keep the order of their ids.
-        sampling: not greedy.
-
-    Returns:
-        Probabilities (B, V), float32, falling, 0 where filtered out; and their token ids (B, V).
+    A token that is filtered out has 0. Equal logits (B, V) keep the order of their ids.
     """
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     # float32: bf16 sums of 64,000 probabilities would end anywhere
@@ -63,11 +58,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 def draw(logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> Tensor:
     """One token id (B,), int64, for each row of `logits` (B, V).
 
-    Args:
-        logits: (B, V).
-        sampling: the rule.
-        noise: (B, V) float32, exponential with mean 1; probability / noise is largest at token i
-            with that token's probability. Needed unless greedy.
+    Probability / noise is largest at a token with that token's probability: `noise` (B, V) is
+    float32, exponential with mean 1. Unused when greedy.
     """
     if sampling.greedy:
         return logits.argmax(-1)
@@ -105,25 +97,22 @@ def decode(
         Prompt and drawn tokens (B, P + count).
     """
     previous: torch.cuda.Event | None = None
-    for index in range(count):
+    for done in range(1, count + 1):
         numbers = None if noise is None else next(noise)
-        if index == 0:
+        if done == 1:
             decoder.start(prompt, numbers)
         else:
             decoder.step(numbers)
-        at_end = index + 1 == count
-        if prompt.device.type != "cuda" or index == 0:
-            yield index + 1
-        elif (index + 1) % CHUNK == 0 or at_end:
-            # let the host run one chunk ahead, no more: the bar stays true and Ctrl-C is heard
-            event = torch.cuda.Event()
-            event.record()
-            if previous is not None:
-                previous.synchronize()
-            if at_end:
-                event.synchronize()
-            previous = event
-            yield index + 1
+            if prompt.device.type == "cuda":
+                if done % CHUNK and done < count:
+                    continue
+                # let the host run one chunk ahead, no more: the bar stays true and Ctrl-C is heard
+                event = torch.cuda.Event()
+                event.record()
+                if waited := event if done == count else previous:
+                    waited.synchronize()
+                previous = event
+        yield done
     return decoder.tokens
 
 
@@ -132,14 +121,8 @@ def draw_noise(
 ) -> Iterator[Tensor]:
     """Yield, for each token, exponential noise (B, V), float32 on `device`, with mean 1.
 
-    Every clip has its own CPU generator, so its draws depend neither on the device nor on the
-    clips beside it. It is made in threads, a chunk ahead.
-
-    Args:
-        seeds: one a clip.
-        vocabulary: V.
-        count: how many tokens will be drawn.
-        device: where the noise is used.
+    Every clip has its own seed and CPU generator, so its draws depend neither on the device nor on
+    the clips beside it. It is made in threads, a chunk ahead, for `count` tokens.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     sizes = [min(CHUNK, count - at) for at in range(0, count, CHUNK)]
@@ -172,10 +155,8 @@ def split_windows(frames: Tensor, size: int, overlap: int) -> list[Tensor]:
     length = frames.shape[1]
     windows = []
     for start in range(0, max(1, length - overlap), size - overlap):
-        remaining = length - start
-        period = max(1, 2 * (remaining - 1))  # of 0 1 2 1 0 1 …, the ends being mirrors
-        order = [at % period for at in range(size)]
-        order = [at if at < remaining else period - at for at in order]
+        last = length - start - 1  # 0 1 2 1 0 1 …: the ends are mirrors
+        order = [last - abs(at % max(1, 2 * last) - last) for at in range(size)]
         windows.append(frames[:, [start + at for at in order]])
     return windows
 

@@ -49,8 +49,7 @@ from worldline.nn.pieces import decode_stream
 from worldline.report import Recorder
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, make_sigmas, sample
 from worldline.sampling.edm import Network as Denoiser
-from worldline.sampling.schedules import standard_noise
-from worldline.sampling.solvers import Stepped
+from worldline.sampling.solvers import Stepped, standard_noise
 from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape
 from worldline.step import Step

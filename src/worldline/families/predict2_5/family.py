@@ -45,7 +45,7 @@ from worldline.memory import Stage, coding_bytes, denoise_bytes
 from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.report import Recorder
 from worldline.sampling.flow import Conditioning, make_schedule, sample
-from worldline.sampling.schedules import standard_noise
+from worldline.sampling.solvers import standard_noise
 from worldline.shapes import VideoShape
 from worldline.step import Step
 from worldline.text.encoder import TextPart
