@@ -62,7 +62,7 @@ def test_bundled_world(line: str) -> None:
     assert result.exit_code == 0, result.output
     if "-o" in words:
         video = Path(words[words.index("-o") + 1])
-        assert probe(video, kind="video").frames == 33
+        assert probe(video).frames == 33
         assert video.with_suffix(".json").exists()
         again = CliRunner().invoke(main, [*words, "--resume"])
         assert "were in" in again.output
@@ -72,7 +72,7 @@ def test_bundled_world(line: str) -> None:
 @pytest.mark.parametrize("block", PYTHON)
 def test_python(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})
-    assert probe(Path("another_future.mp4"), kind="video").frames == 33
+    assert probe(Path("another_future.mp4")).frames == 33
 
 
 @pytest.mark.parametrize("line", RELEASED)

@@ -335,7 +335,7 @@ def test_generate(command: str, here: Path) -> None:
     names = ["0", "1"] if batch else [given.get("video_save_name", "output")]
     for name in names:
         video = folder / f"{name}.mp4"
-        assert probe(video, kind="video").frames > 1
+        assert probe(video).frames > 1
         report = json.loads(video.with_suffix(".json").read_text())
         old = "cosmos1" in command.split()[0]
         assert report["guardrail"] == ("1.0" if old else "Predict1")
@@ -358,10 +358,7 @@ def test_predict2_5(command: str, here: Path) -> None:
         report = json.loads((folder / f"{name}.json").read_text())
         assert report["sample"]["inference_type"] == kind
         assert report["model"] == ("14B" if "14B" in command else "2B") + "/post-trained"
-        assert (
-            report["request"]["num_video_frames"]
-            == probe(folder / f"{name}.mp4", kind="video").frames
-        )
+        assert report["request"]["num_video_frames"] == probe(folder / f"{name}.mp4").frames
         assert report["guardrail"] == "predict2.5"
         assert [check["guard"] for check in report["guardrail_checks"]] == [
             *("blocklist", "qwen3guard", "video_content_safety_filter", "face_blur_filter"),

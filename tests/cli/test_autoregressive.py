@@ -43,7 +43,7 @@ def test_video_to_video(base: Make, clip: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     out = tmp_path / "out"
     assert files_in(out) == {"output.mp4", "output.json"}
-    info = probe(out / "output.mp4", kind="video")
+    info = probe(out / "output.mp4")
     assert (info.frames, info.height, info.width, info.fps) == (33, 32, 48, 25)
     report = report_of(tmp_path)
     assert (report["model"], report["input"]) == (MODEL, str(clip))
@@ -80,7 +80,7 @@ def test_image_to_video(base: Make, image: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     report = report_of(tmp_path, "a")
     assert (report["request"]["num_input_frames"], report["tokens"]) == (1, 24)
-    assert probe(tmp_path / "out" / "a.webm", kind="video").frames == 33
+    assert probe(tmp_path / "out" / "a.webm").frames == 33
     assert "--num_input_frames has no effect: an image has 1 frame" in result.stderr
     assert "from 1 frame about 15 % of the videos fail" in result.stderr  # published, of 4B
 
@@ -146,7 +146,7 @@ def test_progress_bar_on_a_terminal(
         (["--input_image_or_video_path", ""], "is empty"),
         (["--input_image_or_video_path", "nowhere.mp4"], "nowhere.mp4: no such file"),
         (["--input_image_or_video_path", "."], "it is a folder"),
-        (["--input_image_or_video_path", "absent"], "no such file, and no suffix"),
+        (["--input_image_or_video_path", "absent"], "absent: no suffix"),
         (["SHORT"], "short.mp4 5 frames num_input_frames is 9"),
         (["IMAGE"], "picture.png --input_type image"),
         (["CLIP", "--input_type", "image"], "clip.mp4 --input_type video"),

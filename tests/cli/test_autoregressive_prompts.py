@@ -40,7 +40,7 @@ def test_video_and_prompt(ar_video2world: Make, clip: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {"output.mp4", "output.json", "output.txt"}
     assert (out / "output.txt").read_text() == PROMPT
-    info = probe(out / "output.mp4", kind="video")
+    info = probe(out / "output.mp4")
     assert (info.frames, info.height, info.width, info.fps) == (33, 32, 48, 25)
     report = report_of(tmp_path)
     assert report["request"]["prompt"] == PROMPT
@@ -320,7 +320,7 @@ def test_longer_than_the_window(ar_video2world: Make, clip: Path, tmp_path: Path
     for way in ("tokens", "pixels"):
         result = ar_video2world(*words, "--num_video_frames", 49, "--rollout", way)
         assert result.exit_code == 0, result.stderr
-        assert probe(tmp_path / "out" / "output.mp4", kind="video").frames == 49
+        assert probe(tmp_path / "out" / "output.mp4").frames == 49
         report = report_of(tmp_path)
         assert (report["request"]["rollout"], report["tokens"]) == (way, 6 * 5)
     result = ar_video2world(*words, "--num_video_frames", 33, "--rollout", "pixels", *PLAIN)

@@ -76,8 +76,8 @@ def test_one_video_a_world_and_one_picture(run: Run, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     names = {"input.mp4", "output.mp4", "output.json", "contact_sheet.png"}
     assert {path.name for path in (tmp_path / "demo").iterdir()} == names
-    assert probe(tmp_path / "demo" / "input.mp4", kind="video").frames == 9
-    assert probe(tmp_path / "demo" / "output.mp4", kind="video").frames == 33
+    assert probe(tmp_path / "demo" / "input.mp4").frames == 9
+    assert probe(tmp_path / "demo" / "output.mp4").frames == 33
     with Image.open(tmp_path / "demo" / "contact_sheet.png") as sheet:
         assert sheet.width > 9 * 192
     assert result.stdout.splitlines()[-1] == f"open {tmp_path / 'demo' / 'contact_sheet.png'}"

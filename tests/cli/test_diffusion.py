@@ -62,7 +62,7 @@ def test_text_to_video(text2world: Make, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     out = tmp_path / "out"
     assert files_in(out) == videos("output")
-    info = probe(out / "output.mp4", kind="video")
+    info = probe(out / "output.mp4")
     assert (info.frames, info.height, info.width, info.fps) == (*SIZE, 24)
     assert (out / "output.txt").read_bytes() == PROMPT.encode()
     report = report_of(tmp_path)
@@ -83,7 +83,7 @@ def test_clip_to_video(given: int, video2world: Make, clip: Path, tmp_path: Path
     assert result.exit_code == 0, result.stderr
     out = tmp_path / "out"
     assert files_in(out) == {"a.webm", "a.txt", "a.json"}
-    info = probe(out / "a.webm", kind="video")
+    info = probe(out / "a.webm")
     assert (info.frames, info.height, info.width, info.fps) == (*SIZE, 12)
     report = report_of(tmp_path, "a")
     assert report["request"]["num_input_frames"] == given
@@ -96,7 +96,7 @@ def test_one_frame(text2world: Make, tmp_path: Path) -> None:
     result = text2world("--prompt", PROMPT, "--num_video_frames", 1)
     assert result.exit_code == 0, result.stderr
     assert "1 frame of" in result.stdout
-    assert probe(tmp_path / "out" / "output.mp4", kind="video").frames == 1
+    assert probe(tmp_path / "out" / "output.mp4").frames == 1
 
 
 def test_a_batch_of_prompts_equals_single_ones(text2world: Make, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_the_fastest_and_slowest_rate(
         result = text2world(*words, "--preview_every", 1)
         assert result.exit_code == 0, result.stderr
         check_mentions(result.stderr, f"fps {fps} 12 40")
-        info = probe(tmp_path / "out" / name, kind="video")
+        info = probe(tmp_path / "out" / name)
         assert (info.frames, info.fps) == (SIZE[0], fps)
 
 
@@ -222,7 +222,7 @@ def test_previews_come_and_go(
     def spy(frames: Any, path: Path, fps: float) -> None:
         real(frames, path, fps)
         if ".preview" in path.name:
-            info = probe(path, kind="video")
+            info = probe(path)
             seen.append((info.frames, info.fps))
 
     real = worldline.video.write.write_video

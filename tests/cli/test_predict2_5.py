@@ -83,7 +83,7 @@ def test_every_kind_of_sample(flow: Flow, clip: Path, image: Path, tmp_path: Pat
         assert report["sample"]["name"] == name
         assert (report["schedule"], report["known_timestep"]) == ("karras", 0.1)
         assert (report["evaluations"], len(report["seconds_of_steps"])) == (3, 3)
-        info = probe(out / f"{name}.mp4", kind="video")
+        info = probe(out / f"{name}.mp4")
         assert (info.frames, info.height, info.width, info.fps) == (9, 32, 48, 16)
     assert (out / "t.txt").read_text() == PROMPT
 
@@ -198,7 +198,7 @@ def test_long_videos(flow: Flow, clip: Path, tmp_path: Path) -> None:
     result = flow(*words, small=False)
     assert result.exit_code == 0, result.stderr
     assert report_of(tmp_path, "a")["chunks"] == 3
-    assert probe(tmp_path / "out" / "a.mp4", kind="video").frames == 14
+    assert probe(tmp_path / "out" / "a.mp4").frames == 14
     flags = ("--enable-autoregressive", "True", "--num-output-frames", 14, "--chunk-size", 9)
     words = ("-i", write_lines(tmp_path / "b.json", short), *size, *flags, "--chunk-overlap", 5)
     assert flow(*words, small=False).exit_code == 0

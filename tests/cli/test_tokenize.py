@@ -119,7 +119,7 @@ def test_folders_of_clips_and_images(run: Run, checkpoints: Path, tmp_path: Path
     assert sorted(path.name for path in out.iterdir()) == [
         *("a.json", "a.mp4", "b.json", "b.png", "c.json", "c.mp4")
     ]
-    a, c = (probe(out / f"{name}.mp4", kind="video") for name in "ac")
+    a, c = (probe(out / f"{name}.mp4") for name in "ac")
     assert (a.frames, a.height, a.width, a.fps) == (9, 40, 64, 12)
     assert (c.frames, c.height, c.width, c.fps) == (4, 16, 24, 10)
     assert read_image(out / "b.png").frames.shape == (1, 21, 35, 3)
@@ -342,7 +342,7 @@ def test_latents_without_a_header_decode_whole(run: Run, checkpoints: Path, tmp_
         "tokenize", "decode", tmp_path / "z.safetensors", *words, "--tokenizer_dir", CONTINUOUS
     )
     assert result.exit_code == 0, result.stderr
-    info = probe(tmp_path / "z.mp4", kind="video")
+    info = probe(tmp_path / "z.mp4")
     assert (info.frames, info.height, info.width, info.fps) == (9, 24, 32, 24)
     report = json.loads((tmp_path / "z.json").read_text())
     assert report["output"] == str(tmp_path / "z.mp4")
@@ -386,7 +386,7 @@ def test_reconstructing(run: Run, checkpoints: Path, tmp_path: Path) -> None:
         *("--output_dir", tmp_path / "windows"),
     )
     assert result.exit_code == 0, result.stderr
-    info = probe(tmp_path / "windows" / "a.mp4", kind="video")
+    info = probe(tmp_path / "windows" / "a.mp4")
     assert (info.frames, info.height, info.width, info.fps) == (9, 30, 48, 10)
 
 

@@ -25,7 +25,6 @@ from worldline.video.sheet import contact_sheet
 from worldline.video.write import (
     check_destination,
     write_bytes,
-    write_stream,
     write_video,
 )
 
@@ -92,29 +91,25 @@ def test_equal_frames_give_equal_bytes_at_full_size(tmp_path: Path) -> None:
     assert len(written(textured(12, 704, 1280), tmp_path / "a.mp4", 4)) == 1
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".MKV", ".webm"])
+@pytest.mark.parametrize("suffix", [".mp4", ".MKV", ".webm", ".gif"])
 @pytest.mark.parametrize("size", [(40, 64), (41, 63)])
-def test_written_pieces_are_the_written_whole(
+def test_frames_one_after_another_are_the_written_whole(
     suffix: str, size: tuple[int, int], tmp_path: Path
 ) -> None:
     frames = clip(12, *size)
     whole, pieces = (tmp_path / f"{name}{suffix}" for name in ("whole", "pieces"))
     write_video(frames, whole, 25)
-    assert write_stream(np.split(frames, [5, 6]), pieces, 25) == 12
+    write_video(iter(frames), pieces, 25)
     assert whole.read_bytes() == pieces.read_bytes()
 
 
-def test_what_cannot_be_written_in_pieces(tmp_path: Path) -> None:
-    for name in ("a.gif", "a.avi", "a.jpg", "a"):
-        with pytest.raises(InputError, match=rf"{name}: .*; use "):
-            write_stream([clip()], tmp_path / name, 25)
-
+def test_frames_that_end_in_an_error(tmp_path: Path) -> None:
     def pieces() -> Iterator[NDArray[np.uint8]]:
-        yield clip()
+        yield from clip()
         raise InputError("no more")
 
     with pytest.raises(InputError, match="no more"):
-        write_stream(pieces(), tmp_path / "a.mp4", 25)
+        write_video(pieces(), tmp_path / "a.mp4", 25)
     assert not list(tmp_path.iterdir())
 
 
@@ -129,7 +124,7 @@ def test_the_index_is_in_front(suffix: str, tmp_path: Path) -> None:
 def test_equal_frames_are_all_kept(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"still{suffix}"
     write_video(np.repeat(clip(1), 33, 0), path, 25)
-    assert probe(path, kind="video").frames == 33
+    assert probe(path).frames == 33
     assert len(read_video(path).frames) == 33
 
 
@@ -167,7 +162,7 @@ def test_a_picture(tmp_path: Path) -> None:
     write_video(smooth, tmp_path / "a.JPG", 16)
     again = read_image(tmp_path / "a.JPG").frames
     assert np.abs(again.astype(int) - smooth).mean() < 4
-    with pytest.raises(InputError, match="a picture has 1 frame, not 2; use "):
+    with pytest.raises(InputError, match="a picture has 1 frame; use "):
         write_video(np.concatenate([smooth, smooth]), tmp_path / "b.jpg", 16)
     assert not (tmp_path / "b.jpg").exists()
 
@@ -175,9 +170,9 @@ def test_a_picture(tmp_path: Path) -> None:
 def test_bad_requests(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot write \.avi"):
         write_video(clip(), tmp_path / "a.avi", 25)
-    with pytest.raises(ValueError, match="frames are"):
+    with pytest.raises(ValueError, match="frames are not uint8"):
         write_video(clip()[:0], tmp_path / "a.mp4", 25)
-    with pytest.raises(ValueError, match="float64"):
+    with pytest.raises(ValueError, match="frames are not uint8"):
         write_video(clip() / 255, tmp_path / "a.mp4", 25)  # type: ignore[arg-type]
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(InputError, match="is a folder"):

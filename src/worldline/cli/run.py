@@ -143,7 +143,7 @@ def first_look(item: Item, request: Any) -> Any:
 
     made = request.make(item.stated, {}, item.kind, item.field)
     if item.input is not None and item.kind is not None:
-        frames = probe(item.input, kind=item.kind).frames
+        frames = probe(item.input).frames
         if frames < made.num_input_frames:
             raise InputError(
                 f"{item.input}: it has {frames} frames, num_input_frames is "

@@ -189,7 +189,7 @@ def encode(context: click.Context, /, inputs: Sequence[str], **_: object) -> Non
     continuous tokenizer, "tokens" (t, h, w) of a discrete one. Sizes that the tokenizer cannot take
     are padded by repeating the last row, column or frame, which `decode` cuts off again.
     """
-    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, probe
+    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_kind, probe
 
     flags = parsed(context, EncodeFlags)
 
@@ -197,7 +197,7 @@ def encode(context: click.Context, /, inputs: Sequence[str], **_: object) -> Non
         info = probe(path)
         header = Header(
             tokenizer=flags.tokenizer_dir,
-            media=info.kind,
+            media=media_kind(path),
             fps=info.fps or _FPS,
             source=str(path.resolve()),
         )
@@ -257,9 +257,9 @@ def reconstruct(context: click.Context, /, **_: object) -> None:
         raise InputError(f"--video_pattern {flags.video_pattern} fits no file")
 
     def examine(path: Path) -> Task:
-        info = probe(path, kind=media_kind(path))
+        info = probe(path)
         folder = Path(flags.output_dir or path.parent / "reconstructions")
-        suffix = ".png" if info.kind == "image" else ".mp4"
+        suffix = ".png" if media_kind(path) == "image" else ".mp4"
         header = Header(fps=flags.output_fps or info.fps or _FPS)
         return Task(path, folder / f"{path.stem}{suffix}", header)
 
@@ -476,7 +476,7 @@ def write(pieces: Iterable[Frames], output: Path, fps: float) -> str:
     from PIL import Image
 
     from worldline.video.read import probe
-    from worldline.video.write import write_bytes, write_stream
+    from worldline.video.write import write_bytes, write_video
 
     if output.suffix == ".png":
         [picture] = pieces
@@ -484,7 +484,7 @@ def write(pieces: Iterable[Frames], output: Path, fps: float) -> str:
         Image.fromarray(picture[0]).save(file, format="PNG")
         write_bytes(output, file.getbuffer())
     else:
-        write_stream(pieces, output, fps)
+        write_video(chain.from_iterable(pieces), output, fps)
     info = probe(output)
     return in_words(VideoShape(info.frames, info.height, info.width))
 

@@ -231,7 +231,7 @@ def score_video(task: Task) -> tuple[Score, dict[int, Frames]]:
         flicker=means.get("flicker", 0.0),
         **compared,
     )
-    picks = spread(len(pictures), [failure.frame for failure in score.failures])
+    picks = sorted({*spread(len(pictures)), *(failure.frame for failure in score.failures)})
     return score, {index: pictures[index] for index in picks}
 
 

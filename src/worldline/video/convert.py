@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from worldline.errors import InputError
 from worldline.video.read import Clip, Frames
 
 
@@ -27,9 +26,7 @@ def condition_frames(
     """Conditioning of the autoregressive models: the end of a clip, then copies of its last frame.
 
     The tokenizer is causal, so the copies do not reach the prompt; they only fill the window.
-
-    Returns:
-        float32 (1, 3, num_frames, height, width) in [-1, 1].
+    float32 (1, 3, num_frames, height, width) in [-1, 1].
     """
     # float32 with the division first: the reference's order, and its rounding.
     frames = _last_frames(clip, num_input_frames) / 255 * 2 - 1
@@ -41,11 +38,8 @@ def condition_frames(
 def stretched_frames(clip: Clip, num_input_frames: int, height: int, width: int) -> Tensor:
     """Conditioning of the diffusion models: the end of a clip, stretched whatever its aspect.
 
-    Pixel level p becomes p / 128 - 1, so white stays a little below 1. The resize is bicubic,
-    antialiased, and may overshoot a little.
-
-    Returns:
-        float32 (1, 3, num_input_frames, height, width).
+    float32 (1, 3, num_input_frames, height, width). Pixel level p becomes p / 128 - 1, so white
+    stays a little below 1. The resize is bicubic, antialiased, and may overshoot a little.
     """
     frames = _last_frames(clip, num_input_frames) / 128 - 1
     if frames.shape[-2:] != (height, width):
@@ -58,8 +52,7 @@ def stretched_frames(clip: Clip, num_input_frames: int, height: int, width: int)
 def covering_frames(clip: Clip, num_input_frames: int, height: int, width: int) -> Tensor:
     """Conditioning of the flow models: the end of a clip, scaled to cover the size and cropped.
 
-    Returns:
-        uint8 (1, 3, num_input_frames, height, width).
+    uint8 (1, 3, num_input_frames, height, width).
     """
     frames = resize_and_crop(_last_frames(clip, num_input_frames), height, width)
     return frames.round().to(torch.uint8).transpose(0, 1)[None]
@@ -67,9 +60,7 @@ def covering_frames(clip: Clip, num_input_frames: int, height: int, width: int) 
 
 def _last_frames(clip: Clip, count: int) -> Tensor:
     """Last frames of a clip, float32 (T, 3, h, w) in [0, 255]."""
-    if len(clip.frames) < count:
-        raise InputError(f"the clip has {len(clip.frames)} frames, but {count} are needed")
-    return torch.from_numpy(np.array(clip.frames[-count:])).permute(0, 3, 1, 2).to(torch.float32)
+    return torch.from_numpy(np.array(clip.frames[-count:])).permute(0, 3, 1, 2).float()
 
 
 def resize_and_crop(frames: Tensor, height: int, width: int) -> Tensor:
@@ -92,12 +83,11 @@ def resize_and_crop(frames: Tensor, height: int, width: int) -> Tensor:
 
 def scaled(frames: Frames, short_side: int) -> Frames:
     """Frames (T, H, W, 3) whose short side is `short_side`; the long one is even."""
-    height, width = frames.shape[1:3]
-    ratio = short_side / min(height, width)
-    long_side = max(2, round(max(height, width) * ratio / 2) * 2)
-    size = (long_side, short_side) if width >= height else (short_side, long_side)
-    pictures = (Image.fromarray(frame) for frame in frames)
-    return np.stack([np.asarray(p.resize(size, Image.Resampling.LANCZOS)) for p in pictures])
+    short, long = sorted(frames.shape[1:3])
+    long_side = max(2, round(long * (short_side / short) / 2) * 2)
+    size = (short_side, long_side) if frames.shape[1] == long else (long_side, short_side)
+    pictures = (Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames)
+    return np.stack([np.asarray(picture) for picture in pictures])
 
 
 def to_uint8(video: Tensor) -> Frames:
@@ -105,11 +95,11 @@ def to_uint8(video: Tensor) -> Frames:
 
     In float32: 255 levels do not fit in the 8 significant bits of bfloat16 once multiplied.
     """
-    levels = (video.detach().to(torch.float32).clamp(0, 1) * 255).to(torch.uint8)
+    levels = (video.detach().float().clamp(0, 1) * 255).byte()
     frames: Frames = levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
     return frames
 
 
 def signed_to_uint8(video: Tensor) -> Frames:
     """`to_uint8` of a video in [-1, 1]."""
-    return to_uint8((video.detach().to(torch.float32) + 1) / 2)
+    return to_uint8((video.float() + 1) / 2)

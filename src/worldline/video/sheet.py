@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Mapping, Sequence
-from itertools import zip_longest
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from worldline.video.read import Frames
 from worldline.video.write import write_bytes
@@ -17,18 +17,17 @@ _SIDE = 192  # largest width and height of a picture
 _GAP, _LINE = 4, 14  # pixels between pictures, and of a line of text
 
 
-def spread(count: int, also: Collection[int] = ()) -> list[int]:
+def spread(count: int) -> list[int]:
     """Numbers of up to 9 frames evenly spread over a clip, first and last included."""
-    picks = np.linspace(0, count - 1, min(9, count)).round().astype(int)
-    return sorted({*picks.tolist(), *also})
+    picks: list[int] = np.linspace(0, count - 1, min(9, count)).round().astype(int).tolist()
+    return picks
 
 
 def thumbnail(frame: Frames) -> Frames:
     """Frame (H, W, 3) as it fits into a contact sheet; a small one is not enlarged."""
-    height, width = frame.shape[:2]
-    scale = min(1.0, _SIDE / width, _SIDE / height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
+    picture = Image.fromarray(frame)
+    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
 
 
 def contact_sheet(
@@ -41,7 +40,7 @@ def contact_sheet(
 
     Args:
         rows: clips, of which frames are picked; or pictures by the number of their frame.
-        path: of the PNG.
+        path: file of the PNG.
         labels: one a row.
         marks: for each row, numbers of pictures with a red border.
 
@@ -49,35 +48,30 @@ def contact_sheet(
         InputError: the place cannot be written.
         Error: the disk is full.
     """
-    font = ImageFont.load_default()
-    strips: list[Image.Image] = []
-    for row, label, marked in zip_longest(rows, labels, marks, fillvalue=()):
-        assert isinstance(label, str)
-        if not isinstance(row, Mapping):
-            row = {index: thumbnail(row[index]) for index in spread(len(row))}
-        width = max(picture.shape[1] for picture in row.values())
-        height = max(picture.shape[0] for picture in row.values())
-        size = _GAP + len(row) * (width + _GAP), 2 * _LINE + height + _GAP
-        strip = Image.new("RGB", size, "white")
-        draw = ImageDraw.Draw(strip)
+    pictures = [
+        row if isinstance(row, Mapping) else {n: thumbnail(row[n]) for n in spread(len(row))}
+        for row in rows
+    ]
+    sizes = [next(iter(row.values())).shape for row in pictures]
+    width = max(len(row) * (size[1] + _GAP) for row, size in zip(pictures, sizes, strict=True))
+    height = sum(2 * _LINE + size[0] + _GAP for size in sizes)
+    sheet = Image.new("RGB", (_GAP + width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for row, label, marked in zip(pictures, labels, marks or repeat(()), strict=False):
         # Pillow's own font, the only one sure to be there, draws boxes for the rest.
         text = label.encode("ascii", "replace").decode()
-        draw.text((_GAP, _GAP), text, fill="red" if marked else "black", font=font)
-        left = _GAP
-        for index, picture in row.items():
-            draw.text((left, _LINE), str(index), fill="gray", font=font)
-            strip.paste(Image.fromarray(picture), (left, 2 * _LINE))
-            if index in marked:
-                corner = left + picture.shape[1] - 1, 2 * _LINE + picture.shape[0] - 1
-                draw.rectangle((left, 2 * _LINE, *corner), outline="red", width=3)
+        draw.text((_GAP, top + _GAP), text, fill="red" if marked else "black")
+        left, top = _GAP, top + 2 * _LINE
+        for number, picture in row.items():
+            height, width = picture.shape[:2]
+            draw.text((left, top - _LINE), str(number), fill="gray")
+            sheet.paste(Image.fromarray(picture), (left, top))
+            if number in marked:
+                corner = left + width - 1, top + height - 1
+                draw.rectangle((left, top, *corner), outline="red", width=3)
             left += width + _GAP
-        strips.append(strip)
-    size = max(strip.width for strip in strips), sum(strip.height for strip in strips)
-    sheet = Image.new("RGB", size, "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
+        top += height + _GAP
     file = io.BytesIO()
     sheet.save(file, format="PNG")
     write_bytes(path, file.getbuffer())

@@ -14,7 +14,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ PICTURE_SUFFIXES = (".jpg",)  # for a single frame
 _LIMITED_RANGE = 1  # FFmpeg's number
 
 
-def write_video(frames: Frames, path: str | Path, fps: float) -> None:
+def write_video(frames: Iterable[Frames], path: str | Path, fps: float) -> None:
     """Write a clip; the suffix chooses the format, and no suffix a folder of numbered PNGs.
 
     Equal frames give equal bytes. H.264 and VP9 are yuv420p with the BT.709 matrix, tagged as such:
@@ -60,10 +60,10 @@ def write_video(frames: Frames, path: str | Path, fps: float) -> None:
     column. A GIF keeps every frame and one palette; its delays are whole 1/100 s.
 
     Args:
-        frames: uint8 (T, H, W, 3), RGB.
+        frames: uint8 (T, H, W, 3), RGB, or one frame after another, at least one.
         path: `.mp4`, `.mov`, `.mkv`, `.webm` or `.gif` in any case, or no suffix; for one frame
             `.jpg` too. Missing parent folders are made.
-        fps: frames a second; unused for PNGs.
+        fps: frames a second, above 0; unused for PNGs.
 
     Raises:
         InputError: unknown suffix, or a place that cannot be written.
@@ -71,64 +71,39 @@ def write_video(frames: Frames, path: str | Path, fps: float) -> None:
             frames of this size or rate.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
-        raise ValueError(f"frames are {frames.dtype} {frames.shape}; give uint8 (T, H, W, 3)")
     check_destination(path)
-    if not suffix:
+    frames = iter(frames)
+    head = [*islice(frames, 2)]
+    if not head or head[0].dtype != np.uint8 or head[0].shape[2:] != (3,):
+        raise ValueError("frames are not uint8 (T, H, W, 3), at least one")
+    frames = chain(head, frames)
+    if not path.suffix:
         with _writing(path) as temporary:
             temporary.mkdir()
             for index, frame in enumerate(frames):
                 Image.fromarray(frame).save(temporary / f"{index:05d}.png")
-    elif suffix in PICTURE_SUFFIXES:
-        if len(frames) > 1:
-            raise InputError(f"{path}: a picture has 1 frame, not {len(frames)}; use .mp4")
+    elif path.suffix.lower() in PICTURE_SUFFIXES:
+        if len(head) > 1:
+            raise InputError(f"{path}: a picture has 1 frame; use .mp4")
         file = io.BytesIO()
-        Image.fromarray(frames[0]).save(file, format="JPEG", quality=95)
+        Image.fromarray(head[0]).save(file, format="JPEG", quality=95)
         write_bytes(path, file.getbuffer())
-    elif suffix == ".gif":
-        _encode(path, fps, _in_palette(frames))
     else:
-        write_stream([frames], path, fps)
-
-
-def write_stream(pieces: Iterable[Frames], path: str | Path, fps: float) -> int:
-    """Write a video as `write_video` does, piece by piece; its number of frames.
-
-    Args:
-        pieces: uint8 (T, H, W, 3), all of one size; at least one.
-        path: `.mp4`, `.mov`, `.mkv` or `.webm`; the file is there once it is whole.
-        fps: frames a second, above 0.
-
-    Raises:
-        InputError: as `write_video`; or a format that needs the whole clip.
-        Error: as `write_video`.
-    """
-    path = Path(path)
-    check_destination(path)
-    suffix = path.suffix.lower()
-    if suffix not in ENCODINGS or suffix == ".gif":
-        raise InputError(f"{path}: {suffix or 'a folder of PNGs'} needs the whole clip; use .mp4")
-    multiple = 2 if ENCODINGS[suffix][2] == "libx264" else 1
-
-    def pictures() -> Iterator[av.VideoFrame]:
-        for piece in pieces:
-            edges = [(0, -side % multiple) for side in piece.shape[1:3]] + [(0, 0)]
-            for frame in piece:
-                picture = _picture(np.pad(frame, edges, mode="edge"))
-                yield picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
-
-    return _encode(path, fps, pictures())
+        _encode(path, Fraction(fps).limit_denominator(1001), frames)
 
 
 def check_destination(path: str | Path) -> None:
     """Refuse, before any work is done, a name that `write_video` would not take.
 
     Raises:
-        InputError: unknown suffix, a name that is too long, a place that cannot be looked at, or a
-            folder is in the way.
+        InputError: unknown suffix, a name that is too long, or a place that is taken.
     """
     path = Path(path)
+    if path.suffix and path.suffix.lower() not in (*ENCODINGS, *PICTURE_SUFFIXES):
+        raise InputError(
+            f"{path}: cannot write {path.suffix} videos; use {' '.join(ENCODINGS)}, "
+            "or a name without suffix for a folder of PNGs"
+        )
     temporary = path.name + 24 * "x"  # as long as the name that `replacing` gives
     size = max(len(os.fsencode(name)) for name in (*path.parts, temporary))
     if size > 255:  # limit of Linux and macOS
@@ -136,34 +111,24 @@ def check_destination(path: str | Path) -> None:
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        pass  # parent folders are made; a file in their place is refused then
+        return  # parent folders are made; a file in their place is refused then
     except OSError as error:
         raise _cannot_write(path, error) from error
-    if path.suffix and path.suffix.lower() not in (*ENCODINGS, *PICTURE_SUFFIXES):
-        raise InputError(
-            f"{path}: cannot write {path.suffix} videos; use {' '.join(ENCODINGS)}, "
-            "or a name without suffix for a folder of PNGs"
-        )
     if path.is_dir() and (path.suffix or any(path.iterdir())):
         raise InputError(f"{path} is a folder{'' if path.suffix else ' that is not empty'}")
-    if not path.suffix and path.exists() and not path.is_dir():
+    if not path.suffix and not path.is_dir():
         raise InputError(f"{path} is a file; a folder of PNGs cannot take its name")
 
 
 def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
-    """Write a file whole or not at all; missing parent folders are made.
-
-    Raises:
-        InputError: the place cannot be written.
-        Error: the disk is full or failed.
-    """
+    """Write a file whole or not at all, else raise as `write_video`; parent folders are made."""
     with _writing(Path(path)) as temporary:
         temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[Path]:
-    """`replacing`, in a folder that is made, with errors of ours."""
+    """`replacing` in a folder that is made, with our errors."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -179,44 +144,42 @@ def _cannot_write(path: Path, error: OSError) -> Error:
     return InputError(f"{path} cannot be written: {reason}")
 
 
-def _encode(path: Path, fps: float, pictures: Iterator[av.VideoFrame]) -> int:
-    """Write pictures, which get their times here, in the format of `path`; their number."""
+def _encode(path: Path, rate: Fraction, frames: Iterable[Frames]) -> None:
     container, muxing, encoder, encoding = ENCODINGS[path.suffix.lower()]
     if encoder not in av.codec.codecs_available:
         raise Error(f"this build of PyAV has no {encoder} encoder; install PyAV's own wheel")
+    if encoder == "libx264":
+        encoding = {**encoding, **_deterministic()}
+    pictures = _pictures(frames, rate, encoder)
+    if encoder == "gif":
+        pictures = _in_palette(pictures)
     first = next(pictures)
-    rate = Fraction(fps).limit_denominator(1001)
     file = io.BytesIO()
 
     def reopened(*_: object) -> io.BytesIO:  # faststart reads again what it moves
         return io.BytesIO(file.getvalue())
 
     with av.open(file, "w", format=container, options=muxing, io_open=reopened) as output:
-        options = {**encoding, **_deterministic()} if encoder == "libx264" else encoding
-        stream: Any = output.add_stream(encoder, rate=rate, options=options)
+        stream: Any = output.add_stream(encoder, rate=rate, options=encoding)
         stream.height, stream.width = first.height, first.width
         stream.pix_fmt = first.format.name
         if encoder != "gif":
             # Without tags players guess the matrix from the height, and the colours shift.
-            stream.codec_context.colorspace = BT709
-            stream.codec_context.color_primaries = BT709
-            stream.codec_context.color_trc = BT709
-            stream.codec_context.color_range = _LIMITED_RANGE
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = BT709
+            context.color_range = _LIMITED_RANGE
         # None at the end: the encoder gives what it holds back.
-        for index, picture in enumerate(chain([first], pictures, [None])):
-            if picture is not None:
-                picture.pts, picture.time_base = index, 1 / rate
+        for picture in chain([first], pictures, [None]):
             try:
                 output.mux(stream.encode(picture))
             except MemoryError:
                 raise
             except av.error.FFmpegError as error:
                 raise Error(
-                    f"{path} was not written: {encoder} cannot encode frames of "
-                    f"{first.width} x {first.height} at {fps:g} a second: {error.strerror or error}"
+                    f"{path} was not written: {encoder} cannot encode frames of {first.width} x "
+                    f"{first.height} at {float(rate):g} a second: {error.strerror or error}"
                 ) from error
     write_bytes(path, file.getbuffer())
-    return index
 
 
 @functools.cache
@@ -232,38 +195,37 @@ def _deterministic() -> dict[str, str]:
     return {}
 
 
-def _picture(frame: Frames) -> av.VideoFrame:
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+def _pictures(frames: Iterable[Frames], rate: Fraction, encoder: str) -> Iterator[av.VideoFrame]:
+    """Frames in the format that an encoder takes, with their times."""
+    for index, frame in enumerate(frames):
+        if encoder == "libx264":
+            frame = np.pad(frame, [(0, side % 2) for side in frame.shape[:2]] + [(0, 0)], "edge")
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        if encoder != "gif":
+            picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+        picture.pts, picture.time_base = index, 1 / rate
+        yield picture
 
 
-def _in_palette(frames: Frames) -> Iterator[av.VideoFrame]:
-    """Frames in one palette of 256 colours, so that what stands still does not flicker.
+def _in_palette(pictures: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """Pictures in one palette of 256 colours, so that what stands still does not flicker.
 
     Pillow could write the GIF, but merges equal neighbours and so loses frames.
     """
+    first = next(pictures)
     graph = av.filter.Graph()
-    unit = Fraction(1)  # of time; the palette does not depend on it
-    height, width = frames.shape[1:3]
     source = graph.add_buffer(
-        width=width, height=height, format=av.VideoFormat("rgb24"), time_base=unit
+        width=first.width, height=first.height, format=first.format, time_base=first.time_base
     )
-    split = graph.add("split")
+    split, sink = graph.add("split"), graph.add("buffersink")
     make = graph.add("palettegen", "reserve_transparent=0")
     use = graph.add("paletteuse", "dither=bayer:bayer_scale=4")
-    sink = graph.add("buffersink")
-    source.link_to(split)
-    split.link_to(make, 0, 0)
-    split.link_to(use, 1, 0)
+    graph.link_nodes(source, split, use, sink)
+    split.link_to(make, 1, 0)
     make.link_to(use, 0, 1)
-    use.link_to(sink)
     graph.configure()
-    for index, frame in enumerate(frames):
-        picture = _picture(frame)
-        picture.pts, picture.time_base = index, unit
+    for picture in chain([first], pictures, [None]):
         graph.push(picture)
-    graph.push(None)
     with contextlib.suppress(av.error.EOFError, av.error.BlockingIOError):
         while True:
-            filtered = graph.pull()
-            assert isinstance(filtered, av.VideoFrame)
-            yield filtered
+            yield graph.vpull()
