@@ -227,18 +227,16 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
             find_tasks(folder, reference)
     (true / "a.gif").unlink()
     (true / "a.webm").unlink()
-    with pytest.raises(InputError, match=r"has no video of the name of one in .*b\.mp4.*a\.mp4"):
+    with pytest.raises(InputError, match=r"true has no video of the name of one in .*made"):
         find_tasks(made, true)
 
 
 def test_a_video_with_nothing_to_judge_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", moving(9))
-    with pytest.raises(
-        InputError, match="has 9 frames, 9 of them input; give one of 10 or more, or a"
-    ):
+    with pytest.raises(InputError, match="has 9 frames, 9 of them input; 10 are needed"):
         score_video(Task("a.mp4", path, GIVEN))
     write(path, moving(1))
-    with pytest.raises(InputError, match=r"has 1 frames, 0 of them input; give one of 2 or more$"):
+    with pytest.raises(InputError, match="has 1 frames, 0 of them input; 2 are needed"):
         score_video(Task("a.mp4", path, 0))
 
 

@@ -57,19 +57,12 @@ WHOLE_AREA = 0.6  # above it everything is new: a cut, not an object
 
 @dataclass(frozen=True)
 class Failure:
-    """One failure of one clip.
+    """One failure of one clip."""
 
-    Attributes:
-        kind: "collapse" or "appearance".
-        frame: where it is worst, counted from 0.
-        score: share of the picture, in [0, 1].
-        detail: a few words for a person.
-    """
-
-    kind: str
-    frame: int
-    score: float
-    detail: str
+    kind: str  # "collapse" or "appearance"
+    frame: int  # where it is worst, counted from 0
+    score: float  # share of the picture, in [0, 1]
+    detail: str  # a few words for a person
 
 
 @dataclass(frozen=True)
@@ -90,9 +83,7 @@ class Rate:
         middle = (self.count + z**2 / 2) / (self.total + z**2)
         spread = self.value * (1 - self.value) / self.total + z**2 / (4 * self.total**2)
         half = z * math.sqrt(spread) / (1 + z**2 / self.total)
-        low = 0.0 if self.count == 0 else middle - half  # exactly, where rounding would leave 1e-17
-        high = 1.0 if self.count == self.total else middle + half
-        return low, high
+        return round(middle - half, 12), round(middle + half, 12)  # at 0 of n exactly 0, not 1e-17
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -110,15 +101,10 @@ DETECTORS = {"false alarms": Rate(3, 661), "detection": Rate(348, 350)}
 
 @dataclass(frozen=True)
 class FailureRate:
-    """Failure rate of a set of clips, beside the error rates of the detectors.
+    """Failure rate of a set of clips, beside the error rates of the detectors."""
 
-    Attributes:
-        failed: clips with at least one failure.
-        kinds: clips by kind of failure; a clip with both counts in both.
-    """
-
-    failed: Rate
-    kinds: dict[str, int]
+    failed: Rate  # clips with at least one failure
+    kinds: dict[str, int]  # clips by kind of failure; a clip with both counts in both
 
     def as_json(self) -> dict[str, object]:
         detectors = {name: rate.as_json() for name, rate in DETECTORS.items()}
@@ -147,14 +133,9 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def find_failures(frames: Frames, num_input_frames: int = 9) -> list[Failure]:
-    """Failures of a clip: at most one collapse and one appearance.
+    """Failures of a clip, uint8 (T, H, W, 3) of any size: at most one collapse and one appearance.
 
-    Args:
-        frames: uint8 (T, H, W, 3), any size.
-        num_input_frames: number of input frames at the start, which are not judged.
-
-    Raises:
-        ValueError: another shape or dtype.
+    The input frames at the start are not judged.
     """
     return find_in_reduced(reduce(frames), num_input_frames)
 
@@ -165,20 +146,31 @@ def find_in_reduced(copy: Tensor, num_input_frames: int) -> list[Failure]:
     Without input frames the first frame counts as sound, except in a video that is blank from its
     first frame to its last, which has collapsed.
     """
-    first = max(1, num_input_frames)
-    end = len(copy)
+    first, end = max(1, num_input_frames), len(copy)
     failures = []
     if collapses := list(_collapses(copy, first)):
-        frame, share, rise = max(collapses, key=lambda collapse: collapse[1])
+        share, rise, frame = max(collapses, key=lambda collapse: collapse[0])
         detail = f"{share:.0%} of the picture has one colour, {rise:.0%} more than at the start"
         failures.append(Failure("collapse", frame, round(share, 4), detail))
         # A collapse begins up to 12 frames before it is found; after that no appearance counts,
         # since the first patch of the colour would be one.
-        end = max(first, min(frame for frame, _, _ in collapses) - 12)
+        end = max(first, min(frame for _, _, frame in collapses) - 12)
     elif not num_input_frames and min(_flat_share(frame, 5.0) for frame in copy) >= BLANK_SHARE:
         failures.append(Failure("collapse", 0, 1.0, "all frames have one colour"))
-    appearance = _find_appearance(copy[:end], first)
-    return [*failures, appearance] if appearance else failures
+    regions = (
+        (area, row, column, frame)
+        for frame in range(first, end)
+        for area, row, column in _new_regions(copy, frame)
+        if LARGE_AREA <= area <= WHOLE_AREA
+    )
+    if largest := max(regions, key=lambda region: region[0], default=None):
+        area, row, column, frame = largest
+        detail = (
+            f"{area:.0%} of the picture, around {column:.0%} from the left and {row:.0%} from the "
+            f"top, was nowhere {min(GAP, frame)} frames before"
+        )
+        failures.append(Failure("appearance", frame, round(area, 4), detail))
+    return failures
 
 
 def reduce(frames: Frames) -> Tensor:
@@ -197,12 +189,8 @@ def reduce(frames: Frames) -> Tensor:
 
 def _blur(copy: Tensor) -> Tensor:
     """Mean of neighbours, 1 2 1 in both directions: half a pixel of motion changes little."""
-    weights = torch.tensor([0.25, 0.5, 0.25])
-    channels = copy.shape[1]
-    for shape, padding in (((1, 1, 1, 3), (1, 1, 0, 0)), ((1, 1, 3, 1), (0, 0, 1, 1))):
-        kernel = weights.view(shape).expand(channels, *shape[1:])
-        copy = F.conv2d(F.pad(copy, padding, mode="replicate"), kernel, groups=channels)
-    return copy
+    padded = F.pad(copy, (1,) * 4, mode="replicate")
+    return F.avg_pool2d(F.avg_pool2d(padded, 2, 1), 2, 1)
 
 
 def _same_color(picture: Tensor, tolerance: float) -> Tensor:
@@ -227,8 +215,8 @@ def _contrast(picture: Tensor, where: Tensor) -> float:
     return float(picture[:, where].var(1, correction=0).mean().sqrt())
 
 
-def _collapses(copy: Tensor, num_input_frames: int) -> Iterator[tuple[int, float, float]]:
-    """Frame, share of the commonest colour, and its rise, of each collapsed frame."""
+def _collapses(copy: Tensor, num_input_frames: int) -> Iterator[tuple[float, float, int]]:
+    """Share of the commonest colour, its rise, and the frame, of each collapsed frame."""
     inputs = copy[:num_input_frames]
     for tolerance, least_share, least_rise, most_kept in COLLAPSES:
         before = max(_flat_share(picture, tolerance) for picture in inputs)
@@ -240,20 +228,7 @@ def _collapses(copy: Tensor, num_input_frames: int) -> Iterator[tuple[int, float
             # In the dark all has one colour, but a darkened picture keeps a part of its contrast.
             former = min(_contrast(picture, where) for picture in (inputs[0], inputs[-1]))
             if _contrast(copy[frame], where) < most_kept * former:
-                yield frame, share, share - before
-
-
-def _find_appearance(copy: Tensor, num_input_frames: int) -> Failure | None:
-    best: Failure | None = None
-    for frame in range(num_input_frames, len(copy)):
-        for area, row, column in _new_regions(copy, frame):
-            if LARGE_AREA <= area <= WHOLE_AREA and (best is None or area > best.score):
-                detail = (
-                    f"{area:.0%} of the picture, around {column:.0%} from the left and {row:.0%} "
-                    f"from the top, was nowhere {min(GAP, frame)} frames before"
-                )
-                best = Failure("appearance", frame, round(area, 4), detail)
-    return best
+                yield share, share - before, frame
 
 
 def _new_regions(copy: Tensor, frame: int) -> Iterator[tuple[float, float, float]]:
@@ -266,11 +241,10 @@ def _new_regions(copy: Tensor, frame: int) -> Iterator[tuple[float, float, float
     weights = ((ratio - 1) / (CLEARLY_NEW - 1)).clip(0, 1)
     recent: NDArray[np.bool_] | None = None
     rows, columns = new.shape
-    for cells in _components(new):
-        row, column = cells[:, 0], cells[:, 1]
+    for row, column in map(np.transpose, _components(new)):
         depth = np.minimum.reduce([row, rows - 1 - row, column, columns - 1 - column])
         weight = weights[row, column]
-        if depth.min() < 1 and len(cells) <= WHOLE_AREA * new.size:
+        if depth.min() < 1 and len(row) <= WHOLE_AREA * new.size:
             if recent is None:
                 recent = _novelty(copy, frame, BORDER_GAP) > 1
             weight = weight * recent[row, column] * (depth >= BORDER)
@@ -293,10 +267,9 @@ def _novelty(copy: Tensor, frame: int, gap: int) -> NDArray[np.float32]:
     price = _price(*copy.shape[2:])
     distances = [torch.addmm(price, ours, other.T).amin(1) for other in theirs]
     squares = torch.stack(distances).amin(0) + patches.square().sum(1)
-    nearest = squares / patches.shape[1]
-    channels = patches.view(len(patches), 3, -1)
-    texture = channels.var(2, correction=0).mean(1).sqrt()
-    novelty = nearest.clamp_min(0).sqrt()  # rounding can leave -1e-3 where patches are equal
+    # rounding can leave -1e-3 where patches are equal
+    novelty = (squares / patches.shape[1]).clamp_min(0).sqrt()
+    texture = patches.unflatten(1, (3, -1)).var(2, correction=0).mean(1).sqrt()
     return (novelty / (NEW_LEVELS + NEW_TEXTURE * texture)).view(*_grid(*copy.shape[2:])).numpy()
 
 
@@ -351,7 +324,7 @@ def _open(cells: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _components(cells: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
     """Rows and columns (N, 2) of each region that is connected by its sides."""
-    remaining = {(int(row), int(column)) for row, column in np.argwhere(cells)}
+    remaining = {*map(tuple, np.argwhere(cells).tolist())}
     while remaining:
         waiting = [remaining.pop()]
         region = []

@@ -7,12 +7,13 @@ nor length fills the memory.
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
+from math import fsum, isfinite
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -29,54 +30,30 @@ _MEASURES = ("motion", "flicker", "psnr", "ssim", "reference_motion", "reference
 
 @dataclass(frozen=True)
 class Task:
-    """One video to judge.
+    """One video to judge."""
 
-    Attributes:
-        name: path below the folder.
-        path: of the file.
-        num_input_frames: number of input frames at its start, which are not judged.
-        reference: the true video, if there is one.
-    """
-
-    name: str
+    name: str  # path below the folder
     path: Path
-    num_input_frames: int
-    reference: Path | None = None
+    num_input_frames: int  # at its start, not judged
+    reference: Path | None = None  # the true video
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Failures and measures of one video.
+    """Failures and measures of one video; what needs a true video is None without one."""
 
-    Attributes:
-        name: path below the folder.
-        frames: number of frames.
-        height: pixels.
-        width: pixels.
-        num_input_frames: number of frames at its start that are neither judged nor compared.
-        failures: empty if it is sound.
-        motion: mean absolute change between frames, in grey levels, from the last input frame on.
-        flicker: half the mean absolute second difference in time, from the same frame on.
-        reference: file of the true video; None without one, as are all that follow.
-        compared_frames: number of frames behind the input frames that both have.
-        psnr: dB, squared errors pooled over these frames; `inf` if they are equal.
-        ssim: mean over these frames.
-        reference_motion: motion of the true video.
-        reference_flicker: flicker of the true video.
-    """
-
-    name: str
+    name: str  # path below the folder
     frames: int
     height: int
     width: int
-    num_input_frames: int
+    num_input_frames: int  # at its start, neither judged nor compared
     failures: tuple[Failure, ...]
-    motion: float
-    flicker: float
-    reference: str | None = None
-    compared_frames: int | None = None
-    psnr: float | None = None
-    ssim: float | None = None
+    motion: float  # mean absolute change between frames, grey levels, from the last input frame on
+    flicker: float  # half the mean absolute second difference in time, from the same frame on
+    reference: str | None = None  # file of the true video
+    compared_frames: int | None = None  # behind the input frames, in both videos
+    psnr: float | None = None  # dB, squared errors pooled over these frames; `inf` if equal
+    ssim: float | None = None  # mean over these frames
     reference_motion: float | None = None
     reference_flicker: float | None = None
 
@@ -100,39 +77,32 @@ def find_tasks(
         InputError: there are no videos, or references that are not clear.
     """
     videos = _list_videos(folder, apart=reference)
-    references: dict[str, Path] = {}
-    if reference is not None:
-        references = _match_references(videos, folder, reference)
-    return [
-        Task(
-            name,
-            path,
-            _reported_input_frames(path) if num_input_frames is None else num_input_frames,
-            references.get(name),
-        )
-        for name, path in videos.items()
-    ]
+    references = _match_references(videos, folder, reference) if reference is not None else {}
+    tasks = []
+    for name, path in videos.items():
+        count = _reported_input_frames(path) if num_input_frames is None else num_input_frames
+        tasks.append(Task(name, path, count, references.get(name)))
+    return tasks
 
 
 def _list_videos(folder: Path, apart: Path | None) -> dict[str, Path]:
     """Videos below a folder by name, without hidden ones and those below `apart`."""
     if not folder.is_dir():
-        found = "is a file; give its folder" if folder.is_file() else "no such folder"
-        raise InputError(f"{folder}: {found}")
+        wrong = "is a file; give its folder" if folder.is_file() else "no such folder"
+        raise InputError(f"{folder}: {wrong}")
     whole, inner = folder.resolve(), apart.resolve() if apart else None
     if inner == whole:
         raise InputError(f"{folder} is both the folder and its own reference")
     if inner is not None and whole not in inner.parents:
         inner = None
-    videos = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in VIDEO_SUFFIXES
-        and not path.stem.endswith(".preview")  # left behind by a killed run
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not path.is_dir()
-        and inner not in path.resolve().parents
-    }
+    videos = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        hidden = "/." in f"/{name}" or path.stem.endswith(".preview")  # of a killed run
+        if hidden or path.is_dir() or inner in path.resolve().parents:
+            continue
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            videos[name] = path
     if not videos:
         outside = f" outside {apart}" if inner else ""
         raise InputError(f"{folder} holds no videos{outside} ({' '.join(VIDEO_SUFFIXES)})")
@@ -153,10 +123,7 @@ def _match_references(videos: dict[str, Path], folder: Path, reference: Path) ->
         if fitting:
             matched[name] = paths[fitting[0]]
     if not matched:
-        first, other = next(iter(videos)), next(iter(paths))
-        raise InputError(
-            f"{reference} has no video of the name of one in {folder} ({other}, not {first})"
-        )
+        raise InputError(f"{reference} has no video of the name of one in {folder}")
     return matched
 
 
@@ -182,32 +149,34 @@ def score_video(task: Task) -> tuple[Score, dict[int, Frames]]:
     pictures: list[Frames] = []
     values: defaultdict[str, list[float]] = defaultdict(list)
     recent = {kind: deque[Frames](maxlen=3) for kind in ("", "reference_")}
-    references = _frames(task.reference) if task.reference else iter(())
-    for index, frame in enumerate(_frames(task.path)):
+    references = (
+        chain.from_iterable(stream_media(task.reference, 8)) if task.reference else iter(())
+    )
+    for index, frame in enumerate(chain.from_iterable(stream_media(task.path, 8))):
         copies.append(reduce(frame))
         pictures.append(thumbnail(frame))
         reference = next(references, None)
         for kind, picture in (("", frame), ("reference_", reference)):
-            window = recent[kind]
             if picture is not None and index >= inputs - 1:  # a change needs a frame before it
-                window.append(picture)
-                if len(window) > 1:
-                    values[f"{kind}motion"].append(motion(np.stack([*window][-2:])))
-                if len(window) > 2:
-                    values[f"{kind}flicker"].append(flicker(np.stack(window)))
+                recent[kind].append(picture)
+                window = np.stack(recent[kind])
+                values[f"{kind}motion"].append(motion(window[-2:]))
+                values[f"{kind}flicker"].append(flicker(window))
         if index >= inputs and reference is not None:
             try:
                 values["mse"].append(mse(frame, reference))
                 values["ssim"].append(ssim(frame, reference))
             except ValueError as error:
                 raise InputError(f"{task.path} beside {task.reference}: {error}") from None
-    height, width = frame.shape[:2]
     if len(copies) < (needed := max(2, inputs + 1)):
         raise InputError(
-            f"{task.path} has {len(copies)} frames, {inputs} of them input; give one "
-            f"of {needed} or more{', or a smaller num_input_frames' if inputs else ''}"
+            f"{task.path} has {len(copies)} frames, {inputs} of them input; {needed} are needed"
         )
-    means = {name: fmean(each) for name, each in values.items()}
+
+    def mean(name: str, zeros: int = 0) -> float:
+        """Mean but for the zeros of the first frames, which have none before them."""
+        return fsum(values[name]) / max(1, len(values[name]) - zeros)
+
     compared: dict[str, Any] = {}
     if task.reference is not None:
         if not values["mse"]:
@@ -215,29 +184,28 @@ def score_video(task: Task) -> tuple[Score, dict[int, Frames]]:
         compared = {
             "reference": str(task.reference),
             "compared_frames": len(values["mse"]),
-            "psnr": decibels(means["mse"]),
-            "ssim": means["ssim"],
-            "reference_motion": means.get("reference_motion", 0.0),
-            "reference_flicker": means.get("reference_flicker", 0.0),
+            "psnr": decibels(mean("mse")),
+            "ssim": mean("ssim"),
+            "reference_motion": mean("reference_motion", 1),
+            "reference_flicker": mean("reference_flicker", 2),
         }
     score = Score(
         name=task.name,
         frames=len(copies),
-        height=height,
-        width=width,
+        height=frame.shape[0],
+        width=frame.shape[1],
         num_input_frames=inputs,
         failures=tuple(find_in_reduced(torch.cat(copies), inputs)),
-        motion=means["motion"],
-        flicker=means.get("flicker", 0.0),
+        motion=mean("motion", 1),
+        flicker=mean("flicker", 2),
         **compared,
     )
-    picks = sorted({*spread(len(pictures)), *(failure.frame for failure in score.failures)})
-    return score, {index: pictures[index] for index in picks}
+    picks = {*spread(len(pictures)), *(failure.frame for failure in score.failures)}
+    return score, {index: pictures[index] for index in sorted(picks)}
 
 
 def _frames(path: Path) -> Iterator[Frames]:
-    for piece in stream_media(path, 8):
-        yield from piece
+    return chain.from_iterable(stream_media(path, 8))
 
 
 def medians(scores: Sequence[Score]) -> dict[str, float]:
@@ -261,5 +229,5 @@ def as_json(scores: Sequence[Score], unreadable: dict[str, str]) -> dict[str, An
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     floats = {name: value for name, value in values.items() if isinstance(value, float)}
-    rounded = {name: round(x, 4) if math.isfinite(x) else None for name, x in floats.items()}
+    rounded = {name: round(x, 4) if isfinite(x) else None for name, x in floats.items()}
     return values | rounded

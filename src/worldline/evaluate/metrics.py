@@ -1,6 +1,7 @@
 """Fidelity of a clip to another, and how much it moves and flickers.
 
-Frames are uint8 (T, H, W, 3), as arrays or tensors; a single frame (H, W, 3) is a clip of one.
+Frames are uint8 (T, H, W, 3), as arrays or tensors, or ValueError; a single frame (H, W, 3) is a
+clip of one.
 """
 
 from __future__ import annotations
@@ -33,11 +34,7 @@ def decibels(error: float) -> float:
 
 
 def mse(frames: Frames, reference: Frames) -> float:
-    """Mean squared error over all frames, in square grey levels.
-
-    Raises:
-        ValueError: shapes differ, or a dtype is wrong.
-    """
+    """Mean squared error over all frames, in square grey levels."""
     first, second = _as_pair(frames, reference)
     pairs = zip(first, second, strict=True)
     # whole numbers, so nothing is rounded
@@ -48,9 +45,6 @@ def ssim(frames: Frames, reference: Frames) -> float:
     """Structural similarity, mean over frames, channels and places of an 11 x 11 Gaussian window.
 
     At most 1, for equal clips.
-
-    Raises:
-        ValueError: shapes differ, the dtype is not uint8, or the window does not fit.
     """
     first, second = _as_pair(frames, reference)
     height, width = first.shape[1:3]
@@ -88,9 +82,7 @@ def _mean_size(change: Tensor) -> float:
 
 def as_clip(frames: Frames) -> Tensor:
     """Frames as a tensor (T, H, W, 3)."""
-    clip = frames
-    if not isinstance(clip, Tensor):
-        clip = torch.from_numpy(np.ascontiguousarray(clip))
+    clip = torch.as_tensor(frames if isinstance(frames, Tensor) else np.ascontiguousarray(frames))
     if clip.ndim == 3:
         clip = clip[None]
     if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not clip.numel():
@@ -121,10 +113,8 @@ def _ssim_sum(first: Tensor, second: Tensor) -> float:
 
 def _smooth(value: Tensor) -> Tensor:
     """Gaussian mean of (..., H, W) at each place of the window: (..., H - 10, W - 10)."""
-    weights = [
-        math.exp(-((place - SSIM_WINDOW // 2) ** 2) / (2 * SSIM_SIGMA**2))
-        for place in range(SSIM_WINDOW)
-    ]
+    middle = SSIM_WINDOW // 2
+    weights = [math.exp(-((x - middle) ** 2) / (2 * SSIM_SIGMA**2)) for x in range(SSIM_WINDOW)]
     # Shifted sums: a convolution in float64 first copies each pixel eleven times.
     for dim in (-2, -1):
         size = value.shape[dim] - SSIM_WINDOW + 1
