@@ -52,7 +52,7 @@ class Reference:
         self.config = case.spec["config"]
         self.objective = objective_of(self.config)
         tensors = load_file(case.path / "features.safetensors")
-        self.features = FeatureNetwork.from_tensors(tensors)
+        self.features = FeatureNetwork(tensors)
 
     def terms(self, iteration: int, *, image: bool, recon: Tensor) -> dict[str, Tensor]:
         x = self.case.tensor("x")

@@ -36,7 +36,9 @@ from worldline.shapes import VideoShape
 from worldline.text.reason1 import Reason1Files
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.tokenizers.wan.weights import open_wan
+from worldline.train.checkpoint import STATE
 from worldline.train.loop import Objective
+from worldline.weights.checkpoint import open_checkpoint
 
 from .test_recipes import draw_frames, run
 
@@ -72,7 +74,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(folder: Path, tokenizer: Path, steps: int, *more: object) -> dict[str, Tensor]:
     words = ["--steps", steps, "--batch", 4, "--clips", 2, "--negative_prompt", "nothing to see"]
     run("flow", "--folder", folder, "--tokenizer", tokenizer, *words, *more)
-    return load_file(next(folder.glob("average-*.safetensors")))
+    return load_file(folder / STATE)
 
 
 def test_latents_of_the_exported_tokenizer_are_of_unit_deviation(tokenizer: Path) -> None:
@@ -213,7 +215,7 @@ def test_the_text_encoder_learns_with_the_transformer() -> None:
 def test_a_cut_run_goes_on_bit_for_bit(tmp_path: Path, tokenizer: Path) -> None:
     whole = train(tmp_path / "whole", tokenizer, 3)
     train(tmp_path / "cut", tokenizer, 3, "--seconds", 0)
-    assert json.loads((tmp_path / "cut" / "state.json").read_text())["step"] == 1
+    assert open_checkpoint(tmp_path / "cut" / STATE).metadata["step"] == "1"
     cut = train(tmp_path / "cut", tokenizer, 3)
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)

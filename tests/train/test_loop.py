@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
+from worldline.train.checkpoint import STATE
 from worldline.train.loop import LoopConfig, Objective, fit, generator
 from worldline.train.optim import (
     Average,
@@ -21,6 +22,7 @@ from worldline.train.optim import (
     set_learning_rate,
     warmup_cosine,
 )
+from worldline.weights.checkpoint import open_checkpoint
 
 CONFIG = LoopConfig(steps=12, learning_rate=0.05, warmup=3, log_every=4, save_every=5)
 
@@ -77,9 +79,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, orthogonal: tuple[str,
 
 def test_one_state_is_kept_and_the_log_is_json(tmp_path: Path) -> None:
     train(tmp_path, CONFIG)
-    state = json.loads((tmp_path / "state.json").read_text())
-    assert state["step"] == 12
-    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == sorted(state["files"].values())
+    assert open_checkpoint(tmp_path / STATE).metadata["step"] == "12"
+    assert {path.name for path in tmp_path.iterdir()} == {STATE, "log.jsonl"}
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 12]
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -182,7 +183,7 @@ def test_a_run_stops_in_time_and_saves(tmp_path: Path) -> None:
     model = small()
     done, _ = fit(model, summed(model), CONFIG, tmp_path, seconds=0)
     assert done == 1
-    assert json.loads((tmp_path / "state.json").read_text())["step"] == 1
+    assert open_checkpoint(tmp_path / STATE).metadata["step"] == "1"
 
 
 def test_step_sizes_rise_and_fall() -> None:

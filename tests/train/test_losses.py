@@ -93,7 +93,7 @@ def test_weight_changes_at_the_boundary(
 def test_schedule_refuses_what_has_no_meaning(
     boundaries: tuple[int, ...], values: tuple[float, ...]
 ) -> None:
-    with pytest.raises(ValueError, match=r"schedule of \d boundaries|must rise"):
+    with pytest.raises(ValueError, match=r"as many values|must rise"):
         Schedule(boundaries, values)
 
 
@@ -101,7 +101,7 @@ def test_schedule_refuses_what_has_no_meaning(
 
 
 def test_features_halve_the_picture_from_stage_to_stage() -> None:
-    network = FeatureNetwork.from_tensors(network_file())
+    network = FeatureNetwork(network_file())
     shapes = [tuple(x.shape) for x in network(random_video(0, 2, 3, 32, 48))]
     widths = [WIDTHS[i] for i in (1, 3, 6, 9, 12)]
     assert shapes == [(2, c, 32 >> k, 48 >> k) for k, c in enumerate(widths)]
@@ -111,15 +111,15 @@ def test_both_namings_give_the_same_network() -> None:
     images = random_video(0, 1, 3, 16, 16)
     torchvision = network_file(features_name) | {"classifier.0.weight": torch.zeros(2, 2)}
     for ours, theirs in zip(
-        FeatureNetwork.from_tensors(network_file())(images),
-        FeatureNetwork.from_tensors(torchvision)(images),
+        FeatureNetwork(network_file())(images),
+        FeatureNetwork(torchvision)(images),
         strict=True,
     ):
         assert torch.equal(ours, theirs)
 
 
 def test_features_pass_gradients_to_the_picture_only() -> None:
-    network = FeatureNetwork.from_tensors(network_file())
+    network = FeatureNetwork(network_file())
     images = random_video(0, 1, 3, 16, 16).requires_grad_()
     sum(x.sum() for x in network(images)).backward()
     assert images.grad is not None
@@ -131,7 +131,7 @@ def test_damaged_feature_files_are_named() -> None:
     missing = network_file()
     del missing["slice3.12.bias"]
     with pytest.raises(CheckpointError, match=r"Missing.* \"slice3\.12\.bias\""):
-        FeatureNetwork.from_tensors(missing)
+        FeatureNetwork(missing)
     for name, shape in (
         ("slice6.30.bias", (1,)),
         ("slice2.5.weight", (6, 5, 3, 3)),
@@ -139,11 +139,11 @@ def test_damaged_feature_files_are_named() -> None:
         ("slice2.5.weight", ()),
     ):
         with pytest.raises(CheckpointError, match=re.escape(name)):
-            FeatureNetwork.from_tensors(network_file() | {name: torch.zeros(shape)})
+            FeatureNetwork(network_file() | {name: torch.zeros(shape)})
 
 
 def test_features_refuse_pictures_that_vanish() -> None:
-    network = FeatureNetwork.from_tensors(network_file())
+    network = FeatureNetwork(network_file())
     with pytest.raises(ValueError, match="at least 16 x 16 pixels, got 8 x 32"):
         network(torch.zeros(1, 3, 8, 32))
 
@@ -220,7 +220,7 @@ def test_a_single_window_has_no_inconsistency() -> None:
 def test_windows_that_do_not_fit_are_refused() -> None:
     video = torch.zeros(1, 3, 5, 2, 2)
     with pytest.raises(ValueError, match="leave gaps"):
-        join_windows(video, 1, 6)
+        join_windows(video, 2, 6)
     with pytest.raises(ValueError, match="do not overlap"):
         consistency_distance(video, 1, 5)
 
@@ -262,7 +262,7 @@ EVERYTHING = ReconstructionObjective(
 
 
 def test_terms_have_the_shape_that_is_summed() -> None:
-    network = FeatureNetwork.from_tensors(network_file())
+    network = FeatureNetwork(network_file())
     x, y = random_video(0, 2, 3, 5, 16, 32), random_video(1, 2, 3, 5, 16, 32)
     terms = reconstruction_terms(
         EVERYTHING,
@@ -283,7 +283,7 @@ def test_terms_have_the_shape_that_is_summed() -> None:
 
 
 def test_a_clip_of_one_frame_is_an_image() -> None:
-    network = FeatureNetwork.from_tensors(network_file())
+    network = FeatureNetwork(network_file())
     x, y = random_video(0, 2, 3, 1, 16, 16), random_video(1, 2, 3, 1, 16, 16)
     clip = reconstruction_terms(EVERYTHING, x, y, 7, features=network)
     image = reconstruction_terms(EVERYTHING, x[:, :, 0], y[:, :, 0], 7, features=network)
@@ -363,7 +363,7 @@ def test_next_token_loss_of_bfloat16_logits_is_float32() -> None:
 
 
 def test_logits_of_the_last_position_are_refused() -> None:
-    with pytest.raises(ValueError, match="leave out the logits of the last position"):
+    with pytest.raises(ValueError, match="batch_size"):
         next_token_loss(torch.zeros(1, 6, 7), torch.zeros(1, 5, dtype=torch.int64))
 
 

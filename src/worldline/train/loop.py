@@ -25,6 +25,7 @@ from worldline.train.optim import (
 
 log = logging.getLogger(__name__)
 
+Figures = dict[str, Tensor]  # of shape ()
 _WARM_UPS = 3  # passes before a graph is recorded: libraries and compilers set themselves up
 
 
@@ -36,13 +37,12 @@ class Objective:
         draw: step -> tensors of its batch, a function of the step alone; of the same shapes and on
             the module's device at every step.
         loss: (*batch) -> the loss, and figures for the log.
-        watch: () -> further figures, of held-out clips.
-        watch_every: steps between them.
+        watch: () -> further figures, of held-out clips, every `watch_every` steps.
     """
 
     draw: Callable[[int], tuple[Tensor, ...]]
-    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
-    watch: Callable[[], dict[str, Tensor]] | None = None
+    loss: Callable[..., tuple[Tensor, Figures]]
+    watch: Callable[[], Figures] | None = None
     watch_every: int = 1000
 
 
@@ -51,28 +51,20 @@ class LoopConfig:
     """Length, optimizer and log of a run.
 
     Attributes:
-        steps: length of the whole run; the learning rate falls to its end.
-        learning_rate: its peak.
-        warmup: steps of linear rise.
-        weight_decay: decay of matrices and kernels.
-        betas: AdamW's.
         orthogonal: patterns of the names of matrices that Muon trains in AdamW's place.
-        clip: largest norm of the gradient.
-        average_decay: decay of the averaged weights.
         log_every: steps between lines of `log.jsonl`; held-out figures have lines too.
-        save_every: steps between saved states.
         graphed: record a step as one CUDA graph. The step of a small model is otherwise bound by
             the launches of its many small kernels.
     """
 
-    steps: int
-    learning_rate: float
-    warmup: int = 200
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
+    steps: int  # length of the whole run; the learning rate falls to its end
+    learning_rate: float  # its peak
+    warmup: int = 200  # steps of linear rise
+    weight_decay: float = 0.01  # of matrices and kernels
+    betas: tuple[float, float] = (0.9, 0.99)  # AdamW's
     orthogonal: tuple[str, ...] = ()
-    clip: float = 1.0
-    average_decay: float = 0.999
+    clip: float = 1.0  # largest norm of the gradient
+    average_decay: float = 0.999  # of the averaged weights
     log_every: int = 50
     save_every: int = 1000
     graphed: bool = False
@@ -111,8 +103,25 @@ def fit(
     first = step = load_state(folder, module, average, optimizer)
     folder.mkdir(parents=True, exist_ok=True)
     module.train()
-    update = _Update(module, objective, config.clip, optimizer, average, ranks)
-    advance = update.recorded(objective.draw(step)) if config.graphed else update
+    parameters = list(trainable(module).values())
+
+    def backward(*batch: Tensor) -> Figures:
+        loss, figures = objective.loss(*batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        ranks.average(p.grad for p in parameters if p.grad is not None)
+        return {**figures, "loss": loss.detach()}
+
+    def update(*batch: Tensor) -> Figures:
+        figures = backward(*batch)
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        average.update(module)
+        return {**figures, "norm": norm}
+
+    advance = update
+    if config.graphed:
+        advance = _recorded(backward, update, objective.draw(step))
     started = time.monotonic()
     with (folder / "log.jsonl").open("a") as lines:
         while step < config.steps:
@@ -125,10 +134,9 @@ def fit(
             step += 1
             last = step == config.steps
             logged = last or step % config.log_every == 0
-            watched = objective.watch is not None and step % objective.watch_every == 0
-            if (logged or watched) and ranks.first:
-                if watched and objective.watch is not None:
-                    figures = {**figures, **objective.watch()}
+            watch = None if step % objective.watch_every else objective.watch
+            if (logged or watch) and ranks.first:
+                figures = {**figures, **(watch() if watch else {})}
                 line = {name: round(float(value), 5) for name, value in figures.items()}
                 speed = (step - first) / (time.monotonic() - started)
                 line |= {"step": step, "rate": rate, "steps_per_second": speed}
@@ -145,68 +153,35 @@ def fit(
     return step, average
 
 
-class _Update:
-    """One step: the loss of a batch, its gradients over all processes, weights and averages."""
+def _recorded(
+    backward: Callable[..., Figures], update: Callable[..., Figures], batch: tuple[Tensor, ...]
+) -> Callable[..., Figures]:
+    """`update` as one CUDA graph, recorded with tensors like those of `batch`."""
+    inputs = tuple(tensor.clone() for tensor in batch)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # no weight changes before the first real step
+        for _ in range(_WARM_UPS):
+            backward(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # other threads of the process, NCCL's among them, may call CUDA while this one records
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        figures = update(*inputs)
 
-    def __init__(
-        self,
-        module: nn.Module,
-        objective: Objective,
-        clip: float,
-        optimizer: torch.optim.Optimizer,
-        average: Average,
-        ranks: Ranks,
-    ) -> None:
-        self.module, self.objective, self.clip = module, objective, clip
-        self.optimizer, self.average, self.ranks = optimizer, average, ranks
-        self.parameters = list(trainable(module).values())
+    def replay(*batch: Tensor) -> Figures:
+        for place, tensor in zip(inputs, batch, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return figures
 
-    def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
-        """Figures of the step, tensors of shape (): the objective's, loss, norm of the gradient."""
-        figures = self._backward(*batch)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        self.optimizer.step()
-        self.average.update(self.module)
-        return {**figures, "norm": norm}
-
-    def _backward(self, *batch: Tensor) -> dict[str, Tensor]:
-        loss, figures = self.objective.loss(*batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.ranks.average(p.grad for p in self.parameters if p.grad is not None)
-        return {**figures, "loss": loss.detach()}
-
-    def recorded(self, batch: tuple[Tensor, ...]) -> Callable[..., dict[str, Tensor]]:
-        """The same step as one CUDA graph, recorded with tensors like those of `batch`."""
-        inputs = tuple(tensor.clone() for tensor in batch)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # no weight changes before the first real step
-            for _ in range(_WARM_UPS):
-                self._backward(*inputs)
-            self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # other threads of the process, NCCL's among them, may call CUDA while this one records
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            figures = self(*inputs)
-
-        def replay(*batch: Tensor) -> dict[str, Tensor]:
-            for place, tensor in zip(inputs, batch, strict=True):
-                place.copy_(tensor)
-            graph.replay()
-            return figures
-
-        return replay
+    return replay
 
 
 def generator(
     seed: int, step: int, device: torch.device | str = "cpu", *, rank: int = 0, stream: int = 0
 ) -> torch.Generator:
-    """Random numbers of one step of one process; equal arguments draw equally.
-
-    Two streams of a step are independent.
-    """
+    """Random numbers of one step of one process; two streams of a step are independent."""
     # a CPU's generator looks at 32 bits of its seed
     mixed = np.random.SeedSequence((rank, seed, step), spawn_key=(stream,) if stream else ())
     return torch.Generator(device).manual_seed(int(mixed.generate_state(1)[0]))

@@ -17,7 +17,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -47,23 +46,15 @@ class Reduction(StrEnum):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Piecewise constant weight: values[i] before iteration boundaries[i], then the last value.
+    """Piecewise constant weight: values[i] before iteration boundaries[i], then the last value."""
 
-    Attributes:
-        boundaries: iterations, rising.
-        values: as many as boundaries (the last one holds for ever), or one more.
-    """
-
-    boundaries: tuple[int, ...]
-    values: tuple[float, ...]
+    boundaries: tuple[int, ...]  # rising
+    values: tuple[float, ...]  # as many, or one more
 
     def __post_init__(self) -> None:
         if not self.values or len(self.values) - len(self.boundaries) not in (0, 1):
-            raise ValueError(
-                f"a schedule of {len(self.boundaries)} boundaries has {len(self.values)} values; "
-                f"use as many, or one more"
-            )
-        if any(after < before for before, after in pairwise(self.boundaries)):
+            raise ValueError(f"boundaries {self.boundaries} need as many values, or one more")
+        if list(self.boundaries) != sorted(self.boundaries):
             raise ValueError(f"boundaries must rise, got {self.boundaries}")
 
     def at(self, iteration: int) -> float:
@@ -73,8 +64,12 @@ class Schedule:
 class FeatureNetwork(nn.Module):
     """Frozen convolutions of VGG16 (arXiv 1409.1556), tapped after each of five stages.
 
-    Its parameters have the names of the perceptual-loss files (`slice1.0.weight`), its widths are
-    those of the tensors it is made from. Gradients pass through it to the image.
+    Made from tensors by name, as in the perceptual-loss files (`slice1.0.weight`), or as in
+    torchvision's VGG16 (`features.0.weight`, whose `classifier.*` is not used); their shapes give
+    the widths. Gradients pass through it to the image.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of another shape.
     """
 
     smallest = 16  # pixels; the picture is halved between stages
@@ -82,52 +77,34 @@ class FeatureNetwork(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, widths: Sequence[int]) -> None:
-        """`widths` holds the output channels of all 13 convolutions, in order."""
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        sizes = iter(pairwise((3, *widths)))
+        state = {name: t for name, t in tensors.items() if not name.startswith("classifier.")}
+        width = 3
         for stage, places in enumerate(_STAGES, start=1):
-            layers = {str(place): nn.Conv2d(*next(sizes), 3, padding=1) for place in places}
-            self.add_module(f"slice{stage}", nn.ModuleDict(layers))
+            layers = nn.ModuleDict()
+            for place in places:
+                ours, theirs = f"slice{stage}.{place}", f"features.{place}"
+                for leaf in ("weight", "bias"):
+                    if (name := f"{theirs}.{leaf}") in state:
+                        state[f"{ours}.{leaf}"] = state.pop(name)
+                weight = state.get(f"{ours}.weight", torch.empty(1))
+                before, width = width, (*weight.shape, 1)[0]
+                layers[str(place)] = nn.Conv2d(before, width, 3, padding=1)
+            self.add_module(f"slice{stage}", layers)
         # from [-1, 1] to the mean and deviation of the pictures that VGG16 was trained on
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]), persistent=False)
-        self.requires_grad_(False)
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> FeatureNetwork:
-        """Network of the tensors of a file.
-
-        Args:
-            tensors: names as in the perceptual-loss files, or as in torchvision's VGG16
-                (`features.0.weight`, whose `classifier.*` is not used).
-
-        Raises:
-            CheckpointError: a tensor is missing, unknown, or of another shape.
-        """
-        ours = {
-            f"features.{place}": f"slice{stage}.{place}"
-            for stage, places in enumerate(_STAGES, start=1)
-            for place in places
-        }
-        state = {}
-        for name, tensor in tensors.items():
-            layer, _, leaf = name.rpartition(".")
-            if not name.startswith("classifier."):
-                state[f"{ours.get(layer, layer)}.{leaf}"] = tensor
-        weights = [state.get(f"{layer}.weight", torch.empty(1)) for layer in ours.values()]
-        network = cls([(*weight.shape, 1)[0] for weight in weights])
         try:
-            network.load_state_dict(state)
+            self.load_state_dict(state)
         except RuntimeError as error:
             raise CheckpointError(f"not the convolutions of a VGG16: {error}") from error
-        return network
+        self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Five feature maps (N, C_k, H / 2^k, W / 2^k), k = 0 .. 4, in the network's dtype.
 
-        Args:
-            images: (N, 3, H, W) in [-1, 1]; H and W at least 16.
+        Images are (N, 3, H, W) in [-1, 1].
         """
         height, width = images.shape[-2:]
         if min(height, width) < self.smallest:
@@ -166,11 +143,9 @@ def perceptual_distance(
     Feature maps are (N, C_k, H_k, W_k), one a layer. They are raw, unlike in LPIPS (arXiv
     1801.03924): no channel is normalised, none is weighted.
     """
-    layers = [
-        weight * (x.float() - y.float()).abs().mean((1, 2, 3))  # float32: small differences
-        for x, y, weight in zip(target, reconstruction, layer_weights, strict=True)
-    ]
-    return torch.stack(layers).sum(0)
+    pairs = zip(target, reconstruction, strict=True)
+    distances = [(x.float() - y.float()).abs().mean((1, 2, 3)) for x, y in pairs]  # small numbers
+    return _weighted(distances, layer_weights)
 
 
 def gram_distance(
@@ -184,11 +159,14 @@ def gram_distance(
     Feature maps are (B T, C_k, H_k, W_k), the frames of a clip in a row. A clip has one Gram
     matrix, over all its frames; an image is a clip of one frame.
     """
-    layers = [
-        weight * (_gram(x, batch) - _gram(y, batch)).square().mean((1, 2))
-        for x, y, weight in zip(target, reconstruction, layer_weights, strict=True)
-    ]
-    return torch.stack(layers).sum(0)
+    pairs = zip(target, reconstruction, strict=True)
+    distances = [(_gram(x, batch) - _gram(y, batch)).square().mean((1, 2)) for x, y in pairs]
+    return _weighted(distances, layer_weights)
+
+
+def _weighted(distances: list[Tensor], weights: Sequence[float]) -> Tensor:
+    terms = [weight * distance for weight, distance in zip(weights, distances, strict=True)]
+    return torch.stack(terms).sum(0)
 
 
 def _gram(features: Tensor, batch: int) -> Tensor:
@@ -210,17 +188,14 @@ def split_windows(video: Tensor, num_frames: int, step: int) -> Tensor:
 
 def join_windows(windows: Tensor, num_windows: int, step: int) -> Tensor:
     """Inverse of `split_windows`, (B, C, F + (M - 1) step, H, W): frames are means over windows."""
-    windows = windows.unflatten(0, (-1, num_windows))  # (B, M, C, F, H, W)
-    batch, _, channels, num_frames, height, width = windows.shape
-    if not 1 <= step <= num_frames:
-        raise ValueError(f"windows of {num_frames} frames leave gaps at a step of {step}")
-    length = num_frames + (num_windows - 1) * step
-    joined = windows.new_zeros(batch, channels, length, height, width)
-    counts = windows.new_zeros(length)
-    for i, window in enumerate(windows.unbind(1)):
-        joined[:, :, i * step : i * step + num_frames] += window
-        counts[i * step : i * step + num_frames] += 1
-    return joined / counts[:, None, None]
+    starts = torch.arange(0, num_windows * step, step, device=windows.device)
+    frames = (starts[:, None] + torch.arange(windows.shape[2], device=windows.device)).flatten()
+    counts = frames.bincount()
+    if not counts.all():
+        raise ValueError(f"windows of {windows.shape[2]} frames leave gaps at a step of {step}")
+    windows = windows.unflatten(0, (-1, num_windows)).transpose(1, 2).flatten(2, 3)
+    joined = windows.new_zeros(*windows.shape[:2], len(counts), *windows.shape[3:])
+    return joined.index_add_(2, frames, windows) / counts[:, None, None]
 
 
 def consistency_distance(windows: Tensor, num_windows: int, step: int) -> Tensor:
@@ -239,21 +214,13 @@ def consistency_distance(windows: Tensor, num_windows: int, step: int) -> Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionObjective:
-    """Terms of a tokenizer's loss and their weights; a term that is None is not computed.
+    """Terms of a tokenizer's loss and their weights; a term that is None is not computed."""
 
-    Attributes:
-        color: absolute difference of pixels.
-        perceptual: difference of features; needs a feature network.
-        gram: difference of the features' Gram matrices; needs a feature network.
-        kl: divergence of a variational tokenizer's posterior; no effect without one.
-        layer_weights: weight of each layer of the feature network.
-    """
-
-    color: Schedule | None = Schedule((), (1.0,))
-    perceptual: Schedule | None = None
-    gram: Schedule | None = None
-    kl: Schedule | None = None
-    layer_weights: tuple[float, ...] = LAYER_WEIGHTS
+    color: Schedule | None = Schedule((), (1.0,))  # absolute difference of pixels
+    perceptual: Schedule | None = None  # difference of features
+    gram: Schedule | None = None  # difference of the features' Gram matrices
+    kl: Schedule | None = None  # divergence of a variational tokenizer's posterior
+    layer_weights: tuple[float, ...] = LAYER_WEIGHTS  # of the feature network
 
 
 def reconstruction_terms(
@@ -277,7 +244,7 @@ def reconstruction_terms(
         reconstruction: of the same shape.
         iteration: from 0.
         features: the feature network, for the perceptual and the Gram term.
-        posterior: mean and log variance of the latents, of one shape.
+        posterior: mean and log variance of the latents, of one shape; None without `kl`.
     """
     if target.shape != reconstruction.shape:
         raise ValueError(
@@ -293,20 +260,18 @@ def reconstruction_terms(
     weights = {name: schedule.at(iteration) for name, schedule in schedules.items() if schedule}
     if weights and features is None:
         raise ValueError(f"the {' and '.join(weights)} term needs a feature network")
-    x: Sequence[Tensor] = ()
-    y: Sequence[Tensor] = ()
+    for name in weights:
+        like = target if name == "perceptual" else target[:, :, :1]
+        terms[name] = torch.zeros_like(like, dtype=torch.float32)
     if features is not None and any(weights.values()):
         x, y = (features(video.transpose(1, 2).flatten(0, 1)) for video in (target, reconstruction))
-    for name, weight in weights.items():
-        like = target if name == "perceptual" else target[:, :, :1]
-        if not weight:
-            terms[name] = torch.zeros_like(like, dtype=torch.float32)
-            continue
-        if name == "perceptual":
-            distance = perceptual_distance(x, y, objective.layer_weights)
-        else:
-            distance = gram_distance(x, y, objective.layer_weights, len(target))
-        terms[name] = (weight * distance).view(len(target), 1, -1, 1, 1).expand_as(like)
+        for name, weight in weights.items():
+            if name == "perceptual":
+                distance = perceptual_distance(x, y, objective.layer_weights)
+            else:
+                distance = gram_distance(x, y, objective.layer_weights, len(target))
+            distance = (weight * distance).view(len(target), 1, -1, 1, 1)
+            terms[name] = distance.expand_as(terms[name])
     if objective.kl is not None and posterior is not None:
         terms["kl"] = objective.kl.at(iteration) * kl_divergence(*posterior)
     return terms
@@ -315,9 +280,7 @@ def reconstruction_terms(
 def reduce(term: Tensor, reduction: Reduction) -> Tensor:
     """One number of a term (B, C, T, H, W) or (B, C, H, W); () stays as it is."""
     reduction = Reduction(reduction)  # refuses other words from a file
-    if term.ndim == 0:
-        return term
-    if reduction is Reduction.MEAN:
+    if reduction is Reduction.MEAN or term.ndim == 0:
         return term.mean()
     count = term.shape[0]
     if reduction is Reduction.SUM_PER_FRAME and term.ndim == 5:
@@ -337,19 +300,13 @@ def total(terms: Mapping[str, Tensor], reduction: Reduction = Reduction.MEAN) ->
 
 
 def next_token_labels(tokens: Tensor, ignore_first_num_tokens: int) -> Tensor:
-    """Labels (B, L - 1) int64: the token after each position, or IGNORED.
+    """Labels (B, L - 1) int64 of tokens (B, L): the token after each position, or IGNORED.
 
-    Args:
-        tokens: (B, L), any integer dtype.
-        ignore_first_num_tokens: labels that do not count, such as the tokens of conditioning
-            frames but one.
+    The first labels do not count, such as the tokens of conditioning frames but one.
     """
     num_labels = tokens.shape[1] - 1
     if not 0 <= ignore_first_num_tokens < num_labels:
-        raise ValueError(
-            f"cannot ignore the first {ignore_first_num_tokens} of {num_labels} labels: "
-            f"at least one must count"
-        )
+        raise ValueError(f"cannot ignore first {ignore_first_num_tokens} of {num_labels} labels")
     labels = tokens[:, 1:].to(torch.int64, copy=True)
     labels[:, :ignore_first_num_tokens] = IGNORED
     return labels
@@ -366,17 +323,11 @@ def next_token_loss(logits: Tensor, labels: Tensor, *, z_coefficient: float = 0.
         labels: (B, L - 1), from `next_token_labels`; at least one counts.
         z_coefficient: weight of the z-loss; 1e-4 in the released recipes.
     """
-    if logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"logits of {tuple(logits.shape[:-1])} positions do not fit labels of "
-            f"{tuple(labels.shape)}; leave out the logits of the last position"
-        )
     logits = logits.float()  # float32: in bf16 a loss near 7 has steps of 0.03
-    normalizer = logits.logsumexp(-1)
-    counted = labels != IGNORED
-    chosen = logits.gather(-1, labels.where(counted, 0)[..., None])[..., 0]
-    surprise = (normalizer - chosen).where(counted, 0)
-    return surprise.sum() / counted.sum() + z_coefficient * normalizer.square().mean()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    if z_coefficient:
+        loss = loss + z_coefficient * logits.logsumexp(-1).square().mean()
+    return loss
 
 
 def condition_mask(latents: Tensor, num_conditioning: Tensor) -> Tensor:
@@ -389,10 +340,8 @@ def condition_mask(latents: Tensor, num_conditioning: Tensor) -> Tensor:
 def noised_latents(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """Noised and preconditioned latents, float32, as an EDM sampler passes them to a network.
 
-    Args:
-        latents: (B, C, T, H, W), clean, of standard deviation 0.5.
-        noise: unit normal, in their shape.
-        sigma: (B,) noise levels.
+    Latents (B, C, T, H, W) are clean, of standard deviation 0.5; noise is unit normal, in their
+    shape; sigma (B,) are noise levels.
     """
     level = _wide(sigma.float())
     return precondition(level).scale * (latents.float() + level * noise.float())
@@ -414,10 +363,9 @@ def denoising_loss(
         sigma: (B,).
         mask: (B, 1, T, H, W), 1 on conditioning frames; some are not.
     """
-    skip, out, _, _ = (_wide(factor) for factor in precondition(sigma.float()))
-    latents = latents.float()
-    noised = latents + _wide(sigma.float()) * noise.float()
-    target = (latents - skip * noised) / out
+    level, latents = _wide(sigma.float()), latents.float()
+    skip, out, _, _ = precondition(level)
+    target = (latents - skip * (latents + level * noise.float())) / out
     error = (output.float() - target).square() * (1 - mask)  # float32: a mean of many squares
     return error.mean((1, 2, 3, 4)) / (1 - mask).mean((1, 2, 3, 4))
 
@@ -430,10 +378,7 @@ def log_normal_sigmas(normal: Tensor, *, mean: float, deviation: float) -> Tenso
 def flowed_latents(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """(1 - sigma) latents + sigma noise, float32: between data, at 0, and noise, at 1.
 
-    Args:
-        latents: (B, C, T, H, W), clean, about of unit deviation.
-        noise: unit normal, in their shape.
-        sigma: (B,) noise levels from 0 to 1.
+    Shapes are those of `noised_latents`; the latents have about unit deviation.
     """
     return latents.float().lerp(noise.float(), _wide(sigma.float()))
 
@@ -441,13 +386,8 @@ def flowed_latents(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def flow_loss(velocity: Tensor, latents: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
     """Mean of |velocity - (noise - latents)|^2 over all elements, (B,) float32.
 
-    Conditioning frames have no error, and count: the more of them, the less a clip weighs.
-
-    Args:
-        velocity: (B, C, T, H, W), any floating dtype.
-        latents: clean, in its shape.
-        noise: as passed to `flowed_latents`.
-        mask: (B, 1, T, H, W), 1 on conditioning frames.
+    Shapes are those of `denoising_loss`. Conditioning frames have no error, and count: the more of
+    them, the less a clip weighs.
     """
     target = noise.float() - latents.float()  # float32: a mean of many squares
     return ((velocity.float() - target).square() * (1 - mask)).mean((1, 2, 3, 4))

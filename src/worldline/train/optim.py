@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,14 +36,8 @@ def make_optimizer(
 ) -> MuonAdamW:
     """AdamW that decays matrices and kernels, not norms and biases; Muon for some matrices.
 
-    Its moments exist from the start, so that a CUDA graph of its step finds them in place.
-
-    Args:
-        module: its trainable parameters are float32.
-        betas: AdamW's.
-        weight_decay: of both.
-        orthogonal: patterns of the names of matrices that Muon trains (`blocks.*.weight`); a match
-            that is no matrix stays with AdamW.
+    Moments exist from the start, so that a CUDA graph of a step finds them in place. Muon trains
+    the matrices whose names fit a pattern of `orthogonal`, such as `blocks.*.weight`.
 
     Raises:
         ValueError: a pattern matches no matrix.
@@ -56,27 +51,22 @@ def make_optimizer(
             raise ValueError(f"no matrix to train has a name like {pattern}")
         muon.update(matches)
     adam = [parameter for name, parameter in parameters.items() if name not in muon]
-    device = next(module.parameters()).device
-    on_gpu = device.type == "cuda"
-    rate: Any = torch.zeros((), device=device) if on_gpu else 0.0  # a graph reads it from memory
     groups: list[dict[str, Any]] = [
         {"params": [parameters[name] for name in parameters if name in muon], "orthogonal": True},
         {"params": [parameter for parameter in adam if parameter.ndim > 1]},
         {"params": [parameter for parameter in adam if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
+    device = next(module.parameters()).device
+    graphs = device.type == "cuda"
+    rate: Any = torch.zeros((), device=device) if graphs else 0.0  # a graph reads it from memory
     optimizer = MuonAdamW(
-        groups,
-        lr=rate,
-        betas=betas,
-        weight_decay=weight_decay,
-        fused=on_gpu,
-        capturable=on_gpu,
+        groups, lr=rate, betas=betas, weight_decay=weight_decay, fused=graphs, capturable=graphs
     )
     for name, parameter in parameters.items():
         moments = {"exp_avg": torch.zeros_like(parameter)}
         if name not in muon:
             moments["exp_avg_sq"] = torch.zeros_like(parameter)
-            moments["step"] = torch.zeros((), device=device if on_gpu else "cpu")
+            moments["step"] = torch.zeros((), device=device)
         optimizer.state[parameter] = moments
     return optimizer
 
@@ -94,10 +84,10 @@ class MuonAdamW(torch.optim.AdamW):
         """Update all parameters; gradients of Muon's matrices are dropped."""
         for group in self.param_groups:
             if group.get("orthogonal"):
-                by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+                by_shape: defaultdict[torch.Size, list[nn.Parameter]] = defaultdict(list)
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        by_shape.setdefault(parameter.shape, []).append(parameter)
+                        by_shape[parameter.shape].append(parameter)
                 for matrices in by_shape.values():
                     self._muon_step(matrices, group["lr"], group["weight_decay"])
         super().step()
