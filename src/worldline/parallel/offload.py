@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
@@ -22,12 +21,7 @@ class Part(Generic[ModuleType]):
 
     An offloaded module's weights have one home, the host. They are copied to the device for as long
     as `on_device` lasts and then dropped there: nothing is copied back, nothing is read from disk
-    again.
-
-    Attributes:
-        module: in evaluation mode.
-        device: where it runs.
-        offload: whether its home is the host.
+    again. On a CPU nothing is offloaded.
     """
 
     def __init__(self, module: ModuleType, device: torch.device, *, offload: bool) -> None:
@@ -48,32 +42,27 @@ class Part(Generic[ModuleType]):
     def _at_home_again(self, tensors: list[Tensor]) -> Iterator[None]:
         """Bring tensors back to where they are now, and free what they had on the device."""
         home = [tensor.data for tensor in tensors]
+        on_gpu = bool(tensors) and self.device.type == "cuda"
         try:
             yield
         finally:
-            if tensors and self.device.type == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize(self.device)
             for tensor, host in zip(tensors, home, strict=True):
                 tensor.data = host
-            if tensors and self.device.type == "cuda":
+            if on_gpu:
                 torch.cuda.empty_cache()  # so that the next part finds the room
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How a network can run with few of its blocks on the device.
+    """How a network can run with few of its blocks on the device."""
 
-    Attributes:
-        blocks: name of the list of blocks, which are called in order and are alike.
-        kept: ends of the names of weights that are also used outside of a block's own call, and
-            stay on the device.
-    """
-
-    blocks: str
-    kept: tuple[str, ...] = ()
+    blocks: str  # name of the list of blocks, which are called in order and are alike
+    kept: tuple[str, ...] = ()  # ends of names of weights used outside of a block's call, too
 
     def split(self, module: nn.Module) -> list[dict[str, nn.Parameter]]:
-        """Weights of each block that come and go, by their names in the block."""
+        """Weights of each block that come and go, without those kept on the device, by name."""
         return [
             {name: p for name, p in block.named_parameters() if not name.endswith(self.kept)}
             for block in module.get_submodule(self.blocks).children()
@@ -108,24 +97,22 @@ class StreamedPart(Part[ModuleType]):
         blocks = self.plan.split(self.module)
         coming = {id(parameter) for block in blocks for parameter in block.values()}
         tensors = [*self.module.parameters(), *self.module.buffers()]
-        hooks: list[RemovableHandle] = []
-        with self._at_home_again(tensors):
-            stream = _BlockStream(blocks, self.device)
-            try:
-                for tensor in tensors:
-                    if id(tensor) not in coming:
-                        tensor.data = tensor.data.to(self.device, non_blocking=True)
-                for number, block in enumerate(
-                    self.module.get_submodule(self.plan.blocks).children()
-                ):
-                    hooks.append(block.register_forward_pre_hook(partial(stream.before, number)))
-                    hooks.append(block.register_forward_hook(partial(stream.after, number)))
-                yield self.module
-            finally:
-                for hook in hooks:
-                    hook.remove()
-                hooks.clear()
-                del stream  # its slots are freed with the weights
+        with self._at_home_again(tensors), self._streaming(blocks):
+            for tensor in tensors:
+                if id(tensor) not in coming:
+                    tensor.data = tensor.data.to(self.device, non_blocking=True)
+            yield self.module
+
+    @contextmanager
+    def _streaming(self, blocks: list[dict[str, nn.Parameter]]) -> Iterator[None]:
+        # a frame of its own: its slots are freed before the cache is emptied
+        stream = _BlockStream(blocks, self.device)
+        with ExitStack() as hooks:
+            for number, block in enumerate(self.module.get_submodule(self.plan.blocks).children()):
+                before, after = partial(stream.before, number), partial(stream.after, number)
+                hooks.enter_context(block.register_forward_pre_hook(before))
+                hooks.enter_context(block.register_forward_hook(after))
+            yield
 
 
 class _BlockStream:
@@ -134,11 +121,11 @@ class _BlockStream:
     def __init__(self, blocks: list[dict[str, nn.Parameter]], device: torch.device) -> None:
         self.home = [{name: p.data for name, p in block.items()} for block in blocks]
         self.device = device
-        self.slots: list[dict[str, Tensor]] = [
+        self.slots = [
             {name: torch.empty_like(t, device=device) for name, t in self.home[0].items()}
             for _ in range(_SLOTS)
         ]
-        self.contents: list[int | None] = [None] * _SLOTS  # numbers of blocks
+        self.contents = [-1] * _SLOTS  # numbers of blocks
         self.copying: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.copying = torch.cuda.Stream(device)
@@ -156,7 +143,7 @@ class _BlockStream:
         if self.contents[slot] == number:
             return
         self.contents[slot] = number
-        with torch.cuda.stream(self.copying) if self.copying else nullcontext():
+        with torch.cuda.stream(self.copying):  # None changes nothing
             if self.copying:
                 self.copying.wait_event(self.used[slot])
             for name, host in self.home[number].items():

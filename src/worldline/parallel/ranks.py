@@ -16,15 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together.
-
-    Attributes:
-        rank: from 0.
-        count: number of processes.
-    """
+    """This process among those that train together."""
 
     rank: int = 0
-    count: int = 1
+    count: int = 1  # of processes
 
     @property
     def first(self) -> bool:
@@ -36,11 +31,10 @@ class Ranks:
         if self.count == 1:
             return
         whole = list(tensors)
-        flat = torch.cat([tensor.reshape(-1) for tensor in whole])
+        flat = torch.cat([tensor.flatten() for tensor in whole])
         dist.all_reduce(flat)
         flat /= self.count
-        parts = flat.split([tensor.numel() for tensor in whole])
-        for tensor, part in zip(whole, parts, strict=True):
+        for tensor, part in zip(whole, flat.split([t.numel() for t in whole]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
     def any(self, value: bool, device: torch.device) -> bool:
@@ -58,8 +52,7 @@ ALONE = Ranks()
 def join(device: str) -> tuple[Ranks, str]:
     """Meet the other processes, if any; this one's rank and device.
 
-    Args:
-        device: "cuda", of which each of several processes gets its own, "cuda:1", or "cpu".
+    "cuda" becomes this process's own GPU; "cuda:1" and "cpu" stay.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
