@@ -20,7 +20,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import HfApi, get_hf_file_metadata, get_session, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
@@ -67,15 +68,16 @@ def select(
         groups = {entry.command.partition(" ")[0], f"{entry.family.rpartition(' ')[2]}s"}
         if groups & {*models} & {*GROUPS} and (entry.first_generation or generation != "1.0"):
             names += [model.name for model in entry.models] or [entry.name]
-        found = re.fullmatch(r"Cosmos-Predict1-(\d+B)-?(.*)", entry.name)
-        if found and (sizes or types):
-            size, kind = found.groups()
-            chosen = size in sizes
-            if not entry.command.startswith("autoregressive"):
-                chosen = kind in (types or ("Text2World", "Video2World")) and (chosen or not sizes)
-            if chosen:
-                names.append(entry.name)
-                unused -= {size, kind}
+        if not (match := re.fullmatch(r"Cosmos-Predict1-(\d+B)-?(.*)", entry.name)):
+            continue
+        size, kind = match.groups()
+        chosen = size in sizes
+        if not entry.command.startswith("autoregressive"):
+            wanted = types or (("Text2World", "Video2World") if sizes else ())
+            chosen = kind in wanted and (chosen or not sizes)
+        if chosen:
+            names.append(entry.name)
+            unused -= {size, kind}
     if unused:
         raise InputError(f"no released model is of {' and '.join([*sizes, *types])}; give others")
     if not names:
@@ -99,38 +101,32 @@ def sources(
     Raises:
         InputError: a name is not known.
     """
-    found: list[Entry] = []
+    entries: list[Entry] = []
     for name in names:
         era = generation or ("1.0" if "Cosmos-1.0-" in name else "Predict1")
-        found += _with_parts(_look_up(name), era, without)
-    return list(dict.fromkeys(found))
+        entries += _with_parts(_look_up(name), era, without)
+    return list(dict.fromkeys(entries))
 
 
 def _with_parts(entry: Entry, generation: str, without: Collection[str]) -> Iterator[Entry]:
-    first = entry.first_generation if generation == "1.0" else None
-    yield first or entry
+    first = generation == "1.0"
+    yield (first and entry.first_generation) or entry
     for part in ENTRIES:
         # Cosmos 1.0 keeps all of its guardrails in one repository
-        later = generation == "1.0" and part.family == "guardrail" and not part.first_generation
+        later = first and part.family == "guardrail" and not part.first_generation
         if part.name in entry.needs and part.family not in without and not later:
             yield from _with_parts(part, generation, without)
 
 
 def _look_up(name: str) -> Entry:
-    """Entry of a name.
-
-    Raises:
-        InputError: it is not known.
-    """
     short = name.removeprefix("nvidia/")
     for entry in ENTRIES:
         for model in entry.models:
             if short.removeprefix("Cosmos-Predict2.5-") in (model.name, model.name.split("/")[0]):
                 # the entry's own files are the tokenizer of all models
-                files = {"fetch": ((model.file,),), "fetch_beside": ("config.json", "LICENSE*")}
                 needs = (FLOW_TOKENIZER[0].removeprefix("nvidia/"), *entry.needs)
-                more = {"revision": model.revision, "needs": needs}
-                return entry.model_copy(update={**files, **more})
+                own = {"fetch": ((model.file,),), "revision": model.revision, "needs": needs}
+                return entry.model_copy(update={**own, "fetch_beside": ("config.json", "LICENSE*")})
     found = find(name) or find(short)
     if found is None and name.startswith(BUNDLED_PREFIX):
         raise InputError(f"{name}: models of that name come with the package; nothing is fetched")
@@ -146,23 +142,14 @@ def _look_up(name: str) -> Entry:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a repository.
+    """One file of a repository."""
 
-    Attributes:
-        repository: "owner/name".
-        commit: commit that was listed.
-        name: path below the repository.
-        nbytes: its size.
-        digest: its published hash, in hexadecimal.
-        is_git: whether the hash is git's of a small file (SHA-1), else SHA-256.
-    """
-
-    repository: str
-    commit: str
-    name: str
+    repository: str  # "owner/name"
+    commit: str  # that was listed
+    name: str  # path below the repository
     nbytes: int
-    digest: str
-    is_git: bool
+    digest: str  # published hash, in hexadecimal
+    is_git: bool  # the hash is git's of a small file (SHA-1), else SHA-256
 
     def is_at(self, path: Path) -> bool:
         """Whether `path` holds this very file; reads all of it."""
@@ -198,13 +185,12 @@ def find_files(entry: Entry) -> list[RemoteFile]:
     """Files to download for an entry.
 
     Raises:
-        DownloadError: there is no such repository, it wants a login or a licence, it lacks what is
-            needed, or the hub cannot be reached.
+        DownloadError: it is not there, wants a login or a licence, or lacks what is needed.
     """
     try:
         files = choose(entry, list_files(entry.repository, entry.revision))
         # a gated repository shows its list to everybody, but no file
-        get_hf_file_metadata(files[0].url, timeout=_TIMEOUT, endpoint=_endpoint())
+        get_hf_file_metadata(files[0].url, timeout=_TIMEOUT)
     except (_HTTPError, OfflineModeIsEnabled) as error:
         raise _refusal(entry.repository, error) from error
     return files
@@ -215,16 +201,13 @@ def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]
     api, files = HfApi(endpoint=_endpoint()), []
     info = api.model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT)
     for entry in info.siblings or ():
-        name, digest = PurePosixPath(entry.rfilename), entry.blob_id
-        if name.is_absolute() or ".." in name.parts:
+        name = entry.rfilename
+        if name.startswith("/") or ".." in name.split("/"):
             raise DownloadError(f"{_endpoint()} lists {name} in {repository}: no name of a file")
-        if entry.lfs:
-            digest = entry.lfs.sha256
+        digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
         if digest is None or entry.size is None or info.sha is None:
             raise DownloadError(f"{_endpoint()} publishes no hash or size of {repository} {name}")
-        files.append(
-            RemoteFile(repository, info.sha, str(name), entry.size, digest, entry.lfs is None)
-        )
+        files.append(RemoteFile(repository, info.sha, name, entry.size, digest, not entry.lfs))
     return files
 
 
@@ -241,14 +224,11 @@ def choose(entry: Entry, files: Sequence[RemoteFile]) -> list[RemoteFile]:
 
 def matching(files: Sequence[RemoteFile], patterns: Sequence[str]) -> list[RemoteFile]:
     """Files that fit a pattern; one without a slash is of the topmost folder alone."""
-    return [
-        file
-        for file in files
-        if any(
-            fnmatchcase(file.name, pattern) and ("/" in pattern or "/" not in file.name)
-            for pattern in patterns
-        )
-    ]
+
+    def fits(name: str, pattern: str) -> bool:
+        return fnmatchcase(name, pattern) and ("/" in pattern or "/" not in name)
+
+    return [file for file in files if any(fits(file.name, pattern) for pattern in patterns)]
 
 
 def _refusal(repository: str, error: Exception) -> DownloadError:
@@ -259,14 +239,13 @@ def _refusal(repository: str, error: Exception) -> DownloadError:
     elif status == 403 or isinstance(error, GatedRepoError):
         message = (
             f"it is gated; accept its licence on {_PAGES}/{repository} with the account that `hf "
-            "auth login` or HF_TOKEN names; a fine-grained token needs access to gated repositories"
+            "auth login` or HF_TOKEN names, whose token needs access to gated repositories"
         )
     elif status == 401:
         message = "it is not there, or not public; log in with `hf auth login` or HF_TOKEN"
-    elif status == 404:
-        message = f"{_endpoint()} has no such repository or file"
     elif status:
-        message = f"{_endpoint()} fails with status {status}"
+        reason = "has no such repository or file" if status == 404 else f"fails with {status}"
+        message = f"{_endpoint()} {reason}"
     else:
         message = f"{_endpoint()} cannot be reached: {error}; HF_ENDPOINT names a mirror"
     return DownloadError(f"{repository}: {message}")
@@ -322,7 +301,8 @@ def fetch(
             raise IsADirectoryError(errno.EISDIR, "a folder has its name")
         path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(2):
-            _receive(file, part, report, stop)
+            with part.open("ab") as target:
+                _receive(file, target, report, stop)
             if file.is_at(part):
                 part.replace(path)
                 return
@@ -335,49 +315,48 @@ def fetch(
 
 
 def _receive(
-    file: RemoteFile, part: Path, report: Callable[[int], object], stop: threading.Event
+    file: RemoteFile, target: BinaryIO, report: Callable[[int], object], stop: threading.Event
 ) -> None:
-    """Download what `part` lacks, through lost connections and faults of the server."""
-    with part.open("ab") as target:
+    """Download what `target` lacks, through lost connections and faults of the server."""
+    try:
+        fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DownloadError(f"{target.name} is being written by another download") from error
+    except OSError:
+        logger.debug("no locks where %s lies", target.name)
+    report(target.tell())
+    failures = 0
+    while (size := target.tell()) < file.nbytes:
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={size}-"} if size else {}
+        reason = "the connection ended"
         try:
-            fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DownloadError(f"{part} is being written by another download") from error
-        except OSError:
-            logger.debug("no locks where %s lies", part)
-        report(target.tell())
-        failures = 0
-        while (size := target.tell()) < file.nbytes:
-            headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-            headers |= {"Range": f"bytes={size}-"} if size else {}
-            reason = "the connection ended"
-            try:
-                # a redirect to another host is followed without the login
-                request = get_session().stream("GET", file.url, headers=headers, timeout=_TIMEOUT)
-                with request as response:
-                    hf_raise_for_status(response)
-                    if size and response.status_code != 206:  # the whole file comes, not the rest
-                        target.seek(0)
-                        target.truncate()
-                        report(-size)
-                    for chunk in response.iter_bytes():  # of any size: a buffer's would be lost
-                        target.write(chunk)
-                        report(len(chunk))
-                        if stop.is_set():
-                            raise DownloadError(f"{file.name} is unfinished; run it again to go on")
-            except _HTTPError as error:
-                if isinstance(error, HfHubHTTPError) and error.response.status_code < 429:
-                    raise _refusal(file.repository, error) from error
-                reason = str(error).partition("\n")[0] or type(error).__name__
-            if target.tell() >= file.nbytes:
-                break
-            failures = 0 if target.tell() > size else failures + 1
-            if failures == TRIES or stop.is_set():
-                raise DownloadError(
-                    f"{file.name} of {file.repository} cannot be fetched: {reason}; what has come "
-                    "is kept: run it again to go on"
-                )
-            logger.info("%s: %s; going on at %d bytes", file.name, reason, target.tell())
-            stop.wait(PAUSE * 2**failures)
-        target.flush()
-        os.fsync(target.fileno())
+            # a redirect to another host is followed without the login
+            request = get_session().stream("GET", file.url, headers=headers, timeout=_TIMEOUT)
+            with request as response:
+                hf_raise_for_status(response)
+                if size and response.status_code != 206:  # the whole file comes, not the rest
+                    target.seek(0)
+                    target.truncate()
+                    report(-size)
+                for chunk in response.iter_bytes():  # of any size: a buffer's would be lost
+                    target.write(chunk)
+                    report(len(chunk))
+                    if stop.is_set():
+                        break
+        except _HTTPError as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code < 429:
+                raise _refusal(file.repository, error) from error
+            reason = str(error).partition("\n")[0] or type(error).__name__
+        if target.tell() >= file.nbytes:
+            break
+        failures = 0 if target.tell() > size else failures + 1
+        if failures == TRIES or stop.is_set():
+            raise DownloadError(
+                f"{file.name} of {file.repository} cannot be fetched: {reason}; run it again to go "
+                "on from what has come"
+            )
+        logger.info("%s: %s; going on at %d bytes", file.name, reason, target.tell())
+        stop.wait(PAUSE * 2**failures)
+    target.flush()
+    os.fsync(target.fileno())

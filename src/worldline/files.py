@@ -26,9 +26,6 @@ def replacing(path: Path) -> Iterator[Path]:
     """Temporary name beside `path`; a file or folder made there is renamed to `path` at the end.
 
     On any exception, Ctrl-C too, the temporary is removed and the old content of `path` stays.
-
-    Raises:
-        OSError: the folder cannot be written, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -57,8 +54,7 @@ def readable_size(nbytes: float) -> str:
 def disguise(head: bytes) -> str:
     """Kind of page that often takes the place of a download: "web page", "git-lfs pointer" or "".
 
-    Args:
-        head: the first bytes of the file, 64 or more.
+    `head` is the first 64 bytes of the file, or more.
     """
     text = head.lstrip()[:64].lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
@@ -72,11 +68,7 @@ def folded(name: str) -> str:
 
 
 def stamp(path: Path) -> dict[str, Any]:
-    """Fingerprint of a file: its path, size and time of modification.
-
-    Raises:
-        OSError: the file is absent or out of reach.
-    """
+    """Fingerprint of a file: its path, size and time of modification."""
     status = path.stat()
     return {"path": str(path.resolve()), "nbytes": status.st_size, "modified": status.st_mtime_ns}
 
@@ -99,10 +91,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def released_folders(root: Path, name: str, revision: str = "") -> list[Path]:
     """Folders of a released model: by its whole name, in a hub cache, by its last name.
 
-    Args:
-        root: folder of checkpoints.
-        name: on the hub, such as "nvidia/Cosmos-Predict2.5-2B".
-        revision: of the snapshot that is preferred in a cache.
+    The name is that of the hub, such as "nvidia/Cosmos-Predict2.5-2B"; `revision` is the snapshot
+    that is preferred in a cache.
     """
     cache = root / f"models--{name.replace('/', '--')}"
     try:
@@ -126,11 +116,7 @@ def repository_folders(name: str, roots: Sequence[Path]) -> list[Path]:
 
 
 def find_repository(name: str, roots: Sequence[Path]) -> Path:
-    """The preferred one of `repository_folders`.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """The preferred one of `repository_folders`; CheckpointError without any."""
     for folder in repository_folders(name, roots):
         return folder
     raise CheckpointError(f"{name} is missing: no folder of it in {' or '.join(map(str, roots))}")
@@ -145,11 +131,8 @@ def holds_diffusers(path: Path) -> bool:
 
 def unfinished(folder: Path) -> str:
     """End of a message about absent files that names those of a broken download; "" without any."""
-    roots = [folder]
-    if folder.parent.name == "snapshots":  # of a hub cache, whose downloads are in a folder beside
-        roots.append(folder.parent.parent / "blobs")
-    found = (path for root in roots for suffix in _UNFINISHED for path in root.rglob(f"*{suffix}"))
-    names = sorted({path.name for path in found})[:3]
-    if not names:
-        return ""
-    return f"; a download was not finished ({', '.join(names)}): download it again"
+    # downloads of a hub cache are in a folder beside
+    beside = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    every = (path for root in {folder, beside} for path in root.rglob("*"))
+    names = sorted({path.name for path in every if path.suffix in _UNFINISHED})[:3]
+    return f"; a download was not finished ({', '.join(names)}): download it again" if names else ""
