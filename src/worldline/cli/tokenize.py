@@ -5,7 +5,6 @@ A clip of any length is coded as one, piece by piece, so that there is no seam a
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import time
@@ -476,13 +475,12 @@ def write(pieces: Iterable[Frames], output: Path, fps: float) -> str:
     from PIL import Image
 
     from worldline.video.read import probe
-    from worldline.video.write import write_bytes, write_video
+    from worldline.video.write import write_video, writing
 
     if output.suffix == ".png":
         [picture] = pieces
-        file = io.BytesIO()
-        Image.fromarray(picture[0]).save(file, format="PNG")
-        write_bytes(output, file.getbuffer())
+        with writing(output) as temporary:
+            Image.fromarray(picture[0]).save(temporary, format="PNG")
     else:
         write_video(chain.from_iterable(pieces), output, fps)
     info = probe(output)

@@ -211,7 +211,7 @@ def _frames(path: Path) -> Iterator[Frames]:
 def medians(scores: Sequence[Score]) -> dict[str, float]:
     """Median of each measure over the videos that have it."""
     values = {
-        name: [getattr(score, name) for score in scores if getattr(score, name) is not None]
+        name: [value for score in scores if (value := getattr(score, name)) is not None]
         for name in _MEASURES
     }
     return {name: median(each) for name, each in values.items() if each}

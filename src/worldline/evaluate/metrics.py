@@ -50,10 +50,7 @@ def ssim(frames: Frames, reference: Frames) -> float:
     height, width = first.shape[1:3]
     rows, columns = height - SSIM_WINDOW + 1, width - SSIM_WINDOW + 1
     if min(rows, columns) < 1:
-        raise ValueError(
-            f"SSIM needs pictures of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, "
-            f"not {height} x {width}"
-        )
+        raise ValueError(f"SSIM needs at least 11 x 11 pixels, not {height} x {width}")
     total = 0.0
     for x, y in zip(first, second, strict=True):
         for top in range(0, rows, _BAND):
@@ -93,9 +90,7 @@ def as_clip(frames: Frames) -> Tensor:
 def _as_pair(frames: Frames, reference: Frames) -> tuple[Tensor, Tensor]:
     first, second = as_clip(frames), as_clip(reference)
     if first.shape != second.shape:
-        raise ValueError(
-            f"clips to compare need one shape, not {tuple(first.shape)} and {tuple(second.shape)}"
-        )
+        raise ValueError(f"clips need one shape, not {first.shape} and {second.shape}")
     return first, second.to(first.device)
 
 

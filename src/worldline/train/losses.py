@@ -72,8 +72,6 @@ class FeatureNetwork(nn.Module):
         CheckpointError: a tensor is missing, unknown, or of another shape.
     """
 
-    smallest = 16  # pixels; the picture is halved between stages
-
     shift: Tensor
     scale: Tensor
 
@@ -107,11 +105,8 @@ class FeatureNetwork(nn.Module):
         Images are (N, 3, H, W) in [-1, 1].
         """
         height, width = images.shape[-2:]
-        if min(height, width) < self.smallest:
-            raise ValueError(
-                f"the feature network needs pictures of at least {self.smallest} x "
-                f"{self.smallest} pixels, got {height} x {width}"
-            )
+        if min(height, width) < 16:  # the picture is halved between stages
+            raise ValueError(f"pictures need at least 16 x 16 pixels, got {height} x {width}")
         x = (images - self.shift[:, None, None]) / self.scale[:, None, None]
         x = x.to(next(self.parameters()).dtype)
         features: list[Tensor] = []
@@ -247,10 +242,7 @@ def reconstruction_terms(
         posterior: mean and log variance of the latents, of one shape; None without `kl`.
     """
     if target.shape != reconstruction.shape:
-        raise ValueError(
-            f"target and reconstruction differ in shape: {tuple(target.shape)} and "
-            f"{tuple(reconstruction.shape)}"
-        )
+        raise ValueError(f"shapes differ: {target.shape} and {reconstruction.shape}")
     if target.ndim == 4:
         target, reconstruction = target.unsqueeze(2), reconstruction.unsqueeze(2)
     terms: dict[str, Tensor] = {}

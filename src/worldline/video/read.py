@@ -167,12 +167,8 @@ def to_rgb(stored: Image.Image, name: str) -> Clip:
         raise InputError(f"{name} is a damaged image: {error}") from None
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        frame = np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
-    elif image.has_transparency_data:
-        frame = _over_white(np.asarray(image.convert("RGBA")))
-    else:
-        frame = np.array(image.convert("RGB"))
-    return Clip(frame[None], 0.0)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    return Clip(_over_white(np.asarray(image.convert("RGBA")))[None], 0.0)
 
 
 def _over_white(rgba: Frames) -> Frames:

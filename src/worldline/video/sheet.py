@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from worldline.video.read import Frames
-from worldline.video.write import write_bytes
+from worldline.video.write import writing
 
 _SIDE = 192  # largest width and height of a picture
 _GAP, _LINE = 4, 14  # pixels between pictures, and of a line of text
@@ -40,13 +39,9 @@ def contact_sheet(
 
     Args:
         rows: clips, of which frames are picked; or pictures by the number of their frame.
-        path: file of the PNG.
+        path: file of the PNG, written as by `write_bytes`.
         labels: one a row.
         marks: for each row, numbers of pictures with a red border.
-
-    Raises:
-        InputError: the place cannot be written.
-        Error: the disk is full.
     """
     pictures = [
         row if isinstance(row, Mapping) else {n: thumbnail(row[n]) for n in spread(len(row))}
@@ -72,6 +67,5 @@ def contact_sheet(
                 draw.rectangle((left, top, *corner), outline="red", width=3)
             left += width + _GAP
         top += height + _GAP
-    file = io.BytesIO()
-    sheet.save(file, format="PNG")
-    write_bytes(path, file.getbuffer())
+    with writing(path) as temporary:
+        sheet.save(temporary, format="PNG")

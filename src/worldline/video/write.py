@@ -78,16 +78,15 @@ def write_video(frames: Iterable[Frames], path: str | Path, fps: float) -> None:
         raise ValueError("frames are not uint8 (T, H, W, 3), at least one")
     frames = chain(head, frames)
     if not path.suffix:
-        with _writing(path) as temporary:
+        with writing(path) as temporary:
             temporary.mkdir()
             for index, frame in enumerate(frames):
                 Image.fromarray(frame).save(temporary / f"{index:05d}.png")
     elif path.suffix.lower() in PICTURE_SUFFIXES:
         if len(head) > 1:
             raise InputError(f"{path}: a picture has 1 frame; use .mp4")
-        file = io.BytesIO()
-        Image.fromarray(head[0]).save(file, format="JPEG", quality=95)
-        write_bytes(path, file.getbuffer())
+        with writing(path) as temporary:
+            Image.fromarray(head[0]).save(temporary, format="JPEG", quality=95)
     else:
         _encode(path, Fraction(fps).limit_denominator(1001), frames)
 
@@ -122,13 +121,14 @@ def check_destination(path: str | Path) -> None:
 
 def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all, else raise as `write_video`; parent folders are made."""
-    with _writing(Path(path)) as temporary:
+    with writing(path) as temporary:
         temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """`replacing` in a folder that is made, with our errors."""
+def writing(path: str | Path) -> Iterator[Path]:
+    """Temporary name that becomes `path`, as of `replacing`, in a folder that is made."""
+    path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
