@@ -94,12 +94,9 @@ def sources(
     """Entries of models and of all that they need, each once.
 
     Args:
-        names: of the catalog, of either generation, or of `FLOW_MODELS`.
+        names: of the catalog, of either generation, or of `FLOW_MODELS`; others are refused.
         generation: of the parts; None is that of each name.
         without: families of parts that are left out.
-
-    Raises:
-        InputError: a name is not known.
     """
     entries: list[Entry] = []
     for name in names:
@@ -182,11 +179,7 @@ def _endpoint() -> str:
 
 
 def find_files(entry: Entry) -> list[RemoteFile]:
-    """Files to download for an entry.
-
-    Raises:
-        DownloadError: it is not there, wants a login or a licence, or lacks what is needed.
-    """
+    """Files to download for an entry; why there are none is a DownloadError."""
     try:
         files = choose(entry, list_files(entry.repository, entry.revision))
         # a gated repository shows its list to everybody, but no file
@@ -254,13 +247,9 @@ def _refusal(repository: str, error: Exception) -> DownloadError:
 def fetch_all(files: Mapping[Path, RemoteFile], report: Callable[[int], object]) -> Iterator[Path]:
     """Download files, several at once; yields the place of each once it is verified.
 
-    Args:
-        files: by their places; what is whole at its place is not fetched again.
-        report: called, in any thread, with the bytes that came; negative where they were wrong.
-
-    Raises:
-        DownloadError: one cannot be fetched; the others that had begun go on where they were in the
-            next run.
+    A file that is whole at its place is not fetched again. After a DownloadError the others go on
+    where they were in the next run. `report` is called, in any thread, with the bytes that came,
+    negative where they were wrong.
     """
     stop = threading.Event()
 
@@ -290,9 +279,6 @@ def fetch(
     """Download a file to `path`; an unfinished download of an earlier run goes on.
 
     What is at `path` is replaced once the new file is verified. `stop` ends the download.
-
-    Raises:
-        DownloadError: it cannot be fetched or written, or comes with another hash twice.
     """
     part, stop = file.part(path), stop or threading.Event()
     damage = f"{file.name} of {file.repository} came damaged: not the hash {file.digest}"

@@ -178,17 +178,12 @@ def reduce(frames: Frames) -> Tensor:
     clip = as_clip(frames).cpu()
     height, width = clip.shape[1:3]
     scale = (REDUCED_PIXELS / (height * width)) ** 0.5
-    size = (max(2 * PATCH, round(height * scale)), max(2 * PATCH, round(width * scale)))
+    size = max(2 * PATCH, round(height * scale)), max(2 * PATCH, round(width * scale))
     skip = max(1, int(1 / scale) // 5)  # five samples each way are enough for a mean
     thinned = clip[:, ::skip, ::skip].permute(0, 3, 1, 2)
     # Frame by frame: in float32 a whole clip of 4k frames would fill the memory.
-    return _blur(
-        torch.cat([F.interpolate(frame[None].float(), size=size, mode="area") for frame in thinned])
-    )
-
-
-def _blur(copy: Tensor) -> Tensor:
-    """Mean of neighbours, 1 2 1 in both directions: half a pixel of motion changes little."""
+    copy = torch.stack([F.adaptive_avg_pool2d(frame.float(), size) for frame in thinned])
+    # 1 2 1 in both directions: half a pixel of motion changes little
     padded = F.pad(copy, (1,) * 4, mode="replicate")
     return F.avg_pool2d(F.avg_pool2d(padded, 2, 1), 2, 1)
 
@@ -257,7 +252,7 @@ def _novelty(copy: Tensor, frame: int, gap: int) -> NDArray[np.float32]:
 
     Earlier frames are first brought to the frame's light.
     """
-    patches = _patches(copy[frame : frame + 1])[0]  # (N, 3 * PATCH^2)
+    [patches] = _patches(copy[frame, None])  # (N, 3 * PATCH^2)
     earlier = sorted({max(0, frame - back) for back in (gap, *FURTHER_GAPS)})
     others = _patches(_in_the_light_of(copy[earlier], copy[frame]))
     # |a - b|^2 = |a|^2 + |b|^2 - 2ab, so that one matrix product compares all with all: of
@@ -301,13 +296,12 @@ def _in_the_light_of(pictures: Tensor, target: Tensor) -> Tensor:
     x, y = pictures.flatten(2), target.flatten(1)
     weights = torch.ones_like(x)
     for _ in range(6):
-        total = weights.sum(2, keepdim=True)
-        mean_x = (weights * x).sum(2, keepdim=True) / total
-        mean_y = (weights * y).sum(2, keepdim=True) / total
+        share = weights / weights.sum(2, keepdim=True)
+        mean_x, mean_y = ((share * value).sum(2, keepdim=True) for value in (x, y))
+        from_x = share * (x - mean_x)
         # 50 square grey levels hold the gain near 1 where the picture is too flat to determine it.
-        from_x = x - mean_x
-        variance = (weights * from_x.square()).sum(2, keepdim=True) / total + 50
-        covariance = (weights * from_x * (y - mean_y)).sum(2, keepdim=True) / total + 50
+        variance = (from_x * (x - mean_x)).sum(2, keepdim=True) + 50
+        covariance = (from_x * (y - mean_y)).sum(2, keepdim=True) + 50
         gain = (covariance / variance).clamp(0.25, 4)
         offset = mean_y - gain * mean_x
         weights = 1 / (1 + ((y - gain * x - offset) / 8).square())
@@ -319,7 +313,7 @@ def _open(cells: NDArray[np.bool_]) -> NDArray[np.bool_]:
     value = torch.from_numpy(cells)[None].float()
     eroded = -F.max_pool2d(-F.pad(value, (1,) * 4, value=1.0), 3, 1)
     opened = F.max_pool2d(F.pad(eroded, (1,) * 4), 3, 1)
-    return (opened[0] > 0).numpy() & cells
+    return (opened[0] > 0).numpy()
 
 
 def _components(cells: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
