@@ -50,11 +50,13 @@ def make_optimizer(
         if not matches:
             raise ValueError(f"no matrix to train has a name like {pattern}")
         muon.update(matches)
-    adam = [parameter for name, parameter in parameters.items() if name not in muon]
-    groups: list[dict[str, Any]] = [
-        {"params": [parameters[name] for name in parameters if name in muon], "orthogonal": True},
-        {"params": [parameter for parameter in adam if parameter.ndim > 1]},
-        {"params": [parameter for parameter in adam if parameter.ndim <= 1], "weight_decay": 0.0},
+    members: defaultdict[object, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in parameters.items():  # Muon's by shape, AdamW's by whether they decay
+        members[parameter.shape if name in muon else parameter.ndim > 1].append(parameter)
+    groups = [
+        {"params": each, "orthogonal": isinstance(kind, torch.Size)}
+        | ({} if kind else {"weight_decay": 0.0})
+        for kind, each in members.items()
     ]
     device = next(module.parameters()).device
     graphs = device.type == "cuda"
@@ -83,13 +85,9 @@ class MuonAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters; gradients of Muon's matrices are dropped."""
         for group in self.param_groups:
-            if group.get("orthogonal"):
-                by_shape: defaultdict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        by_shape[parameter.shape].append(parameter)
-                for matrices in by_shape.values():
-                    self._muon_step(matrices, group["lr"], group["weight_decay"])
+            matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+            if matrices and group["orthogonal"]:
+                self._muon_step(matrices, group["lr"], group["weight_decay"])
         super().step()
 
     def _muon_step(self, matrices: list[nn.Parameter], rate: float | Tensor, decay: float) -> None:
