@@ -79,7 +79,7 @@ def _mean_size(change: Tensor) -> float:
 
 def as_clip(frames: Frames) -> Tensor:
     """Frames as a tensor (T, H, W, 3)."""
-    clip = torch.as_tensor(frames if isinstance(frames, Tensor) else np.ascontiguousarray(frames))
+    clip = torch.as_tensor(frames)
     if clip.ndim == 3:
         clip = clip[None]
     if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not clip.numel():
