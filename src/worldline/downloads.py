@@ -66,7 +66,7 @@ def select(
     unused = {*sizes, *types}
     for entry in ENTRIES:
         groups = {entry.command.partition(" ")[0], f"{entry.family.rpartition(' ')[2]}s"}
-        if groups & {*models} & {*GROUPS} and (entry.first_generation or generation != "1.0"):
+        if groups & {*models} and (entry.first_generation or generation != "1.0"):
             names += [model.name for model in entry.models] or [entry.name]
         if not (match := re.fullmatch(r"Cosmos-Predict1-(\d+B)-?(.*)", entry.name)):
             continue

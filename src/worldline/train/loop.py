@@ -121,7 +121,7 @@ def fit(
 
     advance = update
     if config.graphed:
-        advance = _recorded(backward, update, objective.draw(step))
+        advance = _recorded(backward, update, optimizer, objective.draw(step))
     started = time.monotonic()
     with (folder / "log.jsonl").open("a") as lines:
         while step < config.steps:
@@ -154,7 +154,10 @@ def fit(
 
 
 def _recorded(
-    backward: Callable[..., Figures], update: Callable[..., Figures], batch: tuple[Tensor, ...]
+    backward: Callable[..., Figures],
+    update: Callable[..., Figures],
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, ...],
 ) -> Callable[..., Figures]:
     """`update` as one CUDA graph, recorded with tensors like those of `batch`."""
     inputs = tuple(tensor.clone() for tensor in batch)
@@ -163,6 +166,7 @@ def _recorded(
     with torch.cuda.stream(stream):  # no weight changes before the first real step
         for _ in range(_WARM_UPS):
             backward(*inputs)
+        optimizer.zero_grad(set_to_none=True)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # other threads of the process, NCCL's among them, may call CUDA while this one records

@@ -30,7 +30,6 @@ from worldline.errors import InputError
 from worldline.files import disguise
 
 Frames: TypeAlias = NDArray[np.uint8]
-Kind = Literal["image", "video"]
 Packets: TypeAlias = Iterator["av.Packet[VideoStream] | None"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -62,7 +61,7 @@ class MediaInfo(NamedTuple):
     fps: float  # as of a clip
 
 
-def media_kind(path: str | Path) -> Kind:
+def media_kind(path: str | Path) -> Literal["image", "video"]:
     """Kind of a file by its suffix, in any letter case; another suffix is an InputError."""
     suffix = Path(path).suffix.lower()
     if suffix in IMAGE_SUFFIXES:
