@@ -116,11 +116,11 @@ class StreamedPart(Part[ModuleType]):
 
 
 class _BlockStream:
-    """Copies blocks into slots on the device, one ahead of the block that computes."""
+    """Copies blocks into two slots on the device: one computes, the next arrives."""
 
     def __init__(self, blocks: list[dict[str, nn.Parameter]], device: torch.device) -> None:
+        self.blocks, self.device = blocks, device
         self.home = [{name: p.data for name, p in block.items()} for block in blocks]
-        self.device = device
         self.slots = [
             {name: torch.empty_like(t, device=device) for name, t in self.home[0].items()}
             for _ in range(_SLOTS)
@@ -133,40 +133,31 @@ class _BlockStream:
             self.copying.wait_stream(torch.cuda.current_stream(device))
             self.arrived = [torch.cuda.Event() for _ in self.slots]
             self.used = [torch.cuda.Event() for _ in self.slots]
-        for number, block in enumerate(blocks):
-            for name, parameter in block.items():
-                parameter.data = self.slots[number % _SLOTS][name]
 
-    def fetch(self, number: int) -> None:
+    def fetch(self, number: int, slot: int) -> None:
         """Begin to copy a block, unless it is there or on its way."""
-        slot = number % _SLOTS
-        if self.contents[slot] == number:
+        if number in self.contents:
             return
         self.contents[slot] = number
         with torch.cuda.stream(self.copying):  # None changes nothing
             if self.copying:
                 self.copying.wait_event(self.used[slot])
-            for name, host in self.home[number].items():
-                self.slots[slot][name].copy_(host, non_blocking=True)
+            for name, parameter in self.blocks[number].items():
+                parameter.data = self.slots[slot][name]
+                parameter.data.copy_(self.home[number][name], non_blocking=True)
             if self.copying:
                 self.arrived[slot].record(self.copying)
 
     def before(self, number: int, *_: object) -> None:
-        """Wait for block `number`, and send for the next one unless it needs the same slot."""
-        self.fetch(number)
+        """Wait for block `number`, and send for the next."""
+        self.fetch(number, 0)
+        slot = self.contents.index(number)
         if self.copying:
-            torch.cuda.current_stream(self.device).wait_event(self.arrived[number % _SLOTS])
-        following = (number + 1) % len(self.home)
-        if (following - number) % _SLOTS:
-            self.fetch(following)
+            torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])
+        self.fetch((number + 1) % len(self.blocks), 1 - slot)
 
     def after(self, number: int, *_: object) -> None:
-        """Give the slot of block `number` to the next one that needs it, once it is used.
-
-        With an odd number of blocks, the last and the first share a slot.
-        """
+        """Free the slot of block `number` once its work is done."""
         if self.copying:
-            self.used[number % _SLOTS].record(torch.cuda.current_stream(self.device))
-        following = (number + 1) % len(self.home)
-        if (following - number) % _SLOTS == 0:
-            self.fetch(following)
+            slot = self.contents.index(number)
+            self.used[slot].record(torch.cuda.current_stream(self.device))
