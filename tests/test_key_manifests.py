@@ -256,3 +256,28 @@ def test_tokenizer_files_fit_both_ways(folder: str) -> None:
 
 def _convolution_of(half: str) -> tuple[str, ...]:
     return ("quant_conv.",) if half == "encoder" else ("post_quant_conv.",)
+
+
+def test_unused_convolutions_of_old_files_are_skipped() -> None:
+    """The 0.1 release holds all three convolutions of every resampler."""
+    stated = manifest("Cosmos-Tokenize1-CV8x8x8-720p.autoencoder")
+    extra = {
+        f"{half}.{level}.{number}.{kind}.conv{c}.conv3d.{leaf}": ["bfloat16", [512]]
+        for half, level, kind, numbers in (
+            ("encoder", "down", "downsample", (0, 1)),
+            ("decoder", "up", "upsample", (1, 2)),
+        )
+        for number in numbers
+        for c in (1, 2, 3)
+        for leaf in ("weight", "bias")
+    }
+    tensors = extra | stated["tensors"]
+    tap = torch.full((2,), 0.70703125)
+    checkpoint = fake(
+        tensors, "x", encoder_patcher3d_wavelets=tap, decoder_unpatcher3d_wavelets=tap
+    )
+    config = read_tokenizer_config(checkpoint, name="Cosmos-0.1-Tokenizer-CV8x8x8")
+    assert (config.temporal, config.spatial) == (8, 8)
+    with torch.device("meta"):
+        model = CosmosTokenizer(config)
+    fits(model, checkpoint, key_map(config))

@@ -168,7 +168,17 @@ def key_map(config: CosmosTokenizerConfig, diffusers: bool = False) -> KeyMap:
     """Map of the bare names of an exported file, or of those in diffusers, to ours."""
     ours, num_levels = shapes_of(CosmosTokenizer, config), len(config.level_channels)
     rename = {_theirs(name, diffusers, num_levels): name for name in ours}
-    return KeyMap(rename, {} if diffusers else _DROP)
+    if diffusers:
+        return KeyMap(rename)
+    names = (
+        f"{resampler}.conv{number}.conv3d."
+        for level in range(num_levels)
+        for resampler in (f"encoder.down.{level}.downsample", f"decoder.up.{level}.upsample")
+        for number in (1, 2, 3)
+    )
+    # files of the 0.1 release's code hold all three convolutions of every resampler
+    unused = {f"{name}*": "it never runs" for name in names if f"{name}weight" not in rename}
+    return KeyMap(rename, _DROP | unused)
 
 
 def _theirs(name: str, diffusers: bool, num_levels: int = 0) -> str:
@@ -183,7 +193,8 @@ def read_config(source: Checkpoint, name: str = "") -> CosmosTokenizerConfig:
 
     Args:
         source: encoder, decoder, or both.
-        name: the folder's name; decides whether a file without quantiser buffers is discrete.
+        name: the folder's name; decides only what shapes cannot (files of the 0.1 release, and
+            whether a file without quantiser buffers is discrete).
 
     Raises:
         CheckpointError: the tensors are not those of a Cosmos video tokenizer.
@@ -218,6 +229,10 @@ def read_config(source: Checkpoint, name: str = "") -> CosmosTokenizerConfig:
         )
         for axis in ("space", "time")
     )
+    spatial, temporal = patch * 2**space, patch * 2**time
+    found = re.search(r"[CD]V(\d+)x(\d+)x\d+", name)
+    if found and space == time == len(level_channels) - 1:
+        temporal, spatial = int(found[1]), int(found[2])  # 0.1: every resampler holds everything
     levels = PRESETS["DV8x16x16"].levels or ()
     stated = buffer("quantizer._levels", "inv_quant.quantizer._levels")
     if stated is not None:
@@ -231,8 +246,8 @@ def read_config(source: Checkpoint, name: str = "") -> CosmosTokenizerConfig:
         level_channels=level_channels,
         num_blocks=num_blocks - (half == "decoder"),
         patch=patch,
-        spatial=patch * 2**space,
-        temporal=patch * 2**time,
+        spatial=spatial,
+        temporal=temporal,
         z_channels=z_channels,
         latent_channels=latent_channels,
         levels=levels or None,
