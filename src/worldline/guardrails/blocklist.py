@@ -15,7 +15,7 @@ import re
 import string
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,15 +25,15 @@ from worldline.guardrails.base import Verdict
 
 # characters of a prompt that count as a character of an entry
 _STAND_INS = {
-    "a": "a@*4",
-    "i": "i*l1",
-    "o": "o*0@",
-    "u": "u*v",
-    "v": "v*u",
-    "l": "l1",
-    "e": "e*3",
-    "s": "s$5",
-    "t": "t7",
+    "a": "@*4",
+    "i": "*l1",
+    "o": "*0@",
+    "u": "*v",
+    "v": "*u",
+    "l": "1",
+    "e": "*3",
+    "s": "$5",
+    "t": "7",
 }
 # The relation is not transitive (a and o share @ but not each other), so text and entries meet by a
 # coarser key, in which all of these are one letter, and are then compared character by character.
@@ -41,15 +41,6 @@ _FOLD = str.maketrans("iouve@*4l103$57", "aaaaaaaaaaaasst")
 _WORD = re.compile(r"[A-Za-z0-9@$*\"']+")
 _MIN_JOINED = 5  # better-profanity's own list, always loaded, has entries of six words
 _MARK = "\N{REPLACEMENT CHARACTER}"  # a prompt is ASCII by then
-_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
-_LETTERS = re.compile(r"\w+")
-
-
-def _spells(text: str, entry: str) -> bool:
-    """Whether every character of `text`, lower case, is that of `entry` or a stand-in for it."""
-    return len(text) == len(entry) and all(
-        a in _STAND_INS.get(b, b) for a, b in zip(text, entry, strict=True)
-    )
 
 
 class Censor:
@@ -84,15 +75,13 @@ class Censor:
 
     def _matches(self, text: str) -> list[tuple[int, int]]:
         """Start and end of every match in `text`, lower case."""
-        keys = text.translate(_FOLD)
-        if self.beginnings.isdisjoint(_WORD.findall(keys)):
-            return []
         words = [match.span() for match in _WORD.finditer(text)]
-        if words[0][0] == len(text) - 1:  # ignored, in the released rule
+        if not words or words[0][0] == len(text) - 1:  # ignored, in the released rule
             return []
         spans: list[tuple[int, int]] = []
         for number, (start, end) in enumerate(words):
-            if keys[start:end] in self.beginnings and (not spans or start >= spans[-1][1]):
+            begins = text[start:end].translate(_FOLD) in self.beginnings
+            if begins and (not spans or start >= spans[-1][1]):
                 stop = self._match_end(text, words[number : number + 1 + self.joined])
                 if stop:
                     spans.append((start, stop))
@@ -102,24 +91,20 @@ class Censor:
         """End of the entry that begins with the first of `words`; 0 if there is none."""
         start, end = words[0]
         joined = text[start:end]
-        separated = True  # whether the slice with its separators may still grow to an entry
         for following, stop in words[1:]:
             if following == len(text) - 1:  # ignored, in the released rule
                 break
             joined += text[following:stop]
-            separated = separated and self._begins(text[start:stop])
-            if not separated and not self._begins(joined):
-                break
             if self._contains(joined) or self._contains(text[start:stop]):
                 return stop
         return end if self._contains(text[start:end]) else 0
 
-    def _begins(self, text: str) -> bool:
-        return text.translate(_FOLD) in self.beginnings
-
     def _contains(self, text: str) -> bool:
-        entries = self.entries.get(text.translate(_FOLD))
-        return entries is not None and any(_spells(text, entry) for entry in entries)
+        """Whether each character is that of an entry, or stands in for it."""
+        return any(
+            all(a == b or a in _STAND_INS.get(b, "") for a, b in zip(text, entry, strict=True))
+            for entry in self.entries.get(text.translate(_FOLD), ())
+        )
 
 
 @dataclass(frozen=True)
@@ -144,31 +129,28 @@ class WholeWords:
 
     def __init__(self, entries: Iterable[str], near: Nearness) -> None:
         self.near = near
-        self.entries: defaultdict[str, list[str]] = defaultdict(list)  # by their first word
+        self.entries = {" ".join(entry.lower().split()) for entry in entries} - {""}
         self.windows: defaultdict[int, set[str]] = defaultdict(set)  # by number of words
-        for entry in {" ".join(entry.lower().split()) for entry in entries} - {""}:
-            self.entries["".join(_LETTERS.findall(entry)[:1])].append(entry)
+        for entry in self.entries:
             if len(entry) >= near.shortest:
                 self.windows[len(entry.split())].add(entry)
-        self.lengths = {len(entry) for window in self.windows.values() for entry in window}
+        self.longest = max(map(len, self.entries), default=0)
 
     def check(self, text: str) -> str:
         """Check that refuses: "exact", "partial", or "" if nothing is found."""
         words = text.lower().split()
         text = " ".join(words)
-        for first in ("", *_LETTERS.findall(text)):
-            for entry in self.entries.get(first, ()):
-                if entry in text and re.search(rf"\b{re.escape(entry)}\b", text):
-                    return "exact"
+        for entry in self.entries:
+            if entry in text and re.search(rf"\b{re.escape(entry)}\b", text):
+                return "exact"
         for count, entries in self.windows.items():
             for start in range(len(words) - count + 1):
                 window = " ".join(words[start : start + count])
-                if window in entries:
+                forms = {window}
+                if self.near.insertion and len(window) <= self.longest + 1:
+                    forms |= {window[:i] + window[i + 1 :] for i in range(len(window))}
+                if not entries.isdisjoint(forms):
                     return "partial"
-                if self.near.insertion and len(window) - 1 in self.lengths:
-                    shorter = (window[:i] + window[i + 1 :] for i in range(len(window)))
-                    if not entries.isdisjoint(shorter):
-                        return "partial"
         return ""
 
 
@@ -185,65 +167,38 @@ _END = re.compile(rf"[.?!](?=(?P<after>{_NOT_IN_WORD}|\s+(?P<next>\S+)))")
 _CLOSING = re.compile(r"[\"')\]}]+?(?:\s+|(?=--)|$)", re.MULTILINE)
 _LAST_SPACE = re.compile(r"\s(?=\S*\Z)")
 _NUMBER = re.compile(r"-?[.,]?\d[\d,.\-]*\.?")
-_INITIAL = re.compile(r"[^\W\d]\.")
 
-# how a word occurred in training, at a sentence's start or inside it, upper or lower case
-_INSIDE_UPPER = 4
-_UPPER = 2 | _INSIDE_UPPER | 8
-_START_LOWER = 16
-_LOWER = _START_LOWER | 32 | 64
+# bits: how a word occurred in training, upper or lower case, at a sentence's start or inside it
+_INSIDE_UPPER, _UPPER, _START_LOWER, _LOWER = 4, 2 | 4 | 8, 16, 16 | 32 | 64
 
-# text without which the rule cannot match, the rule, its replacement
+# one after another; with spaces around them, words and marks are apart
 _RULES = (
-    ("`", re.compile(r"(`+)"), r" \1 "),
-    ('"', re.compile(r'^"'), "``"),
-    ("``", re.compile(r"(``)"), r" \1 "),
-    ("", re.compile(r"([ (\[{<])(?:\"|'')"), r"\1 `` "),
-    ("'", re.compile(r"(?i)'(?!re|ve|ll|m|t|s|d|n)(\w)\b"), r"' \1"),
+    (r"``?", r" \g<0> "),
+    (r'^"', " `` "),
+    (r"([ (\[{<])(?:\"|'')", r"\1 `` "),
+    (r"(?i)'(?!re|ve|ll|m|t|s|d|n)(\w)\b", r"' \1"),
     # possessive: a run of spaces would else be parted in every way, which takes its length squared
-    (".", re.compile(r"([^.])(\.)([\])}>\"' ]*+)\s*$"), r"\1 \2 \3 "),
-    ("", re.compile(r"([:,])([^\d])"), r" \1 \2"),
-    ("", re.compile(r"([:,])$"), r" \1 "),
-    ("..", re.compile(r"\.{2,}"), r" \g<0> "),
-    ("", re.compile(r"[;@#$%&]"), r" \g<0> "),
-    (".", re.compile(r"([^.])(\.)([\])}>\"']*)\s*$"), r"\1 \2\3 "),
-    ("", re.compile(r"[?!]"), r" \g<0> "),
-    ("' ", re.compile(r"([^'])' "), r"\1 ' "),
-    ("*", re.compile(r"[*]"), r" \g<0> "),
-    ("", re.compile(r"[\]\[(){}<>]"), r" \g<0> "),
-    ("--", re.compile(r"--"), r" -- "),
-    ("", re.compile(r"\A|\Z"), " "),
-    ("''", re.compile(r"''"), " '' "),
-    ('"', re.compile(r'"'), " '' "),
-    ("", re.compile(r"\s+"), " "),
-    ("'", re.compile(r"([^' ])('[sSmMdD]|') "), r"\1 \2 "),
-    ("'", re.compile(r"([^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) "), r"\1 \2 "),
+    (r"(?<=[^.])\.([\])}>\"' ]*+)\s*$", r" . \1 "),
+    (r"([:,])([^\d]|$)", r" \1 \2"),
+    (r"\.{2,}|[;@#$%&?!]", r" \g<0> "),
+    (r"([^'])' ", r"\1 ' "),
+    (r"[*\]\[(){}<>]|--", r" \g<0> "),
+    (r"\A|\Z", " "),
+    (r"''|\"", " '' "),
+    (r"\s+", " "),
+    (r"([^' ])('[sSmMdD]|') ", r"\1 \2 "),
+    (r"([^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) ", r"\1 \2 "),
+    (
+        r"(?i)\b(can(?=not\b)|d(?='ye\b)|gim(?=me\b)|gon(?=na\b)|got(?=ta\b)|lem(?=me\b)|more(?='n\b)|wan(?=na\s))(not|'ye|me|na|ta|'n)",
+        r" \1 \2 ",
+    ),
+    (r"(?i) ('t)(is)\b", r" \1 \2 "),
+    (r"(?i) ('t)(was)\b", r" \1 \2 "),
 )
-_JOINED = tuple(
-    re.compile(rf"(?i){words}")
-    for words in (
-        r"\b(can)(not)\b",
-        r"\b(d)('ye)\b",
-        r"\b(gim)(me)\b",
-        r"\b(gon)(na)\b",
-        r"\b(got)(ta)\b",
-        r"\b(lem)(me)\b",
-        r"\b(more)('n)\b",
-        r"\b(wan)(na)(?=\s)",
-        r" ('t)(is)\b",
-        r" ('t)(was)\b",
-    )
-)
-_ANY_JOINED = re.compile("|".join(pattern.pattern[4:] for pattern in _JOINED), re.IGNORECASE)
-
 _SUFFIXES = (
     ("s", ""),
-    ("ses", "s"),
+    ("(?:(?<=[sxz])|(?<=[cs]h))es", ""),
     ("ves", "f"),
-    ("xes", "x"),
-    ("zes", "z"),
-    ("ches", "ch"),
-    ("shes", "sh"),
     ("men", "man"),
     ("ies", "y"),
 )
@@ -251,12 +206,8 @@ _SUFFIXES = (
 
 def split_words(sentence: str) -> list[str]:
     """Words and marks of one ASCII sentence; `"` becomes two quotes or backquotes."""
-    for text, pattern, replacement in _RULES:
-        if text in sentence:
-            sentence = pattern.sub(replacement, sentence)
-    if _ANY_JOINED.search(sentence):
-        for pattern in _JOINED:
-            sentence = pattern.sub(r" \1 \2 ", sentence)
+    for pattern, replacement in _RULES:
+        sentence = re.sub(pattern, replacement, sentence)
     return sentence.split()
 
 
@@ -278,12 +229,8 @@ class Words:
         pairs = (line.split("\t") for line in _table(punkt, "english/collocations.tab"))
         self.collocations = {tuple(pair[:2]) for pair in pairs}
         self.starters = set(_table(punkt, "english/sent_starters.txt"))
-        self.occurrences: defaultdict[str, int] = defaultdict(int)
-        for line in _table(punkt, "english/ortho_context.tab"):
-            word, _, bits = line.partition("\t")
-            if not bits.strip().isdigit():
-                raise CheckpointError(f"{punkt}/english/ortho_context.tab: no number in {line!r}")
-            self.occurrences[word] = int(bits)
+        rows = (line.split("\t") for line in _table(punkt, "english/ortho_context.tab"))
+        self.occurrences = {word: int(bits) for word, bits in rows}
         index = _table(wordnet, "index.noun")
         self.nouns = {line.split(" ", 1)[0] for line in index if not line.startswith(" ")}
         exceptions = (line.split() for line in _table(wordnet, "noun.exc"))
@@ -297,65 +244,57 @@ class Words:
         return [self._lemma(token) for token in self.tokens(text)]
 
     def _lemma(self, word: str) -> str:
-        forms = self.irregular.get(word)
-        if forms is None:
-            if word[-1:] not in ("s", "n"):  # no suffix rule fits
-                return word
-            forms = [word.removesuffix(a) + b for a, b in _SUFFIXES if word.endswith(a)]
-        forms = [form for form in (word, *forms) if form in self.nouns]
-        return min(forms, key=len, default=word)
+        forms = self.irregular.get(word) or [re.sub(f"(?:{a})$", b, word) for a, b in _SUFFIXES]
+        return min((form for form in (word, *forms) if form in self.nouns), key=len, default=word)
 
     def sentences(self, text: str) -> list[str]:
+        starts, stops = [0], []
+        for word, end in self._candidates(text):
+            lines = text[word : end.end("after")].split("\n")
+            words = [word for line in lines for word in _PUNKT_WORD.findall(line.strip())]
+            if any(self._ends_sentence(word, following) for word, following in pairwise(words)):
+                stops.append(end.end())
+                starts.append(end.start("next") if end["next"] else end.end())
+        starts.append(len(text))
+        stops += [len(text.rstrip()), len(text)]
         sentences: list[str] = []
-        slices = list(self._slices(text))
         shift = 0
-        for (start, stop), (following, end) in pairwise([*slices, (len(text), len(text))]):
+        for (start, following), (stop, last) in zip(pairwise(starts), pairwise(stops), strict=True):
             start += shift
-            shift = 0
-            closing = _CLOSING.match(text[following:end])
+            closing = _CLOSING.match(text[following:last])
             if closing:  # quotes and brackets stay with what they close
                 stop = following + len(closing[0].rstrip())
-                shift = closing.end()
+            shift = closing.end() if closing else 0
             if text[start:stop]:
                 sentences.append(text[start:stop])
         return sentences
 
-    def _slices(self, text: str) -> Iterator[tuple[int, int]]:
-        start = 0
-        for end, context in self._candidates(text):
-            words = [w for line in context.split("\n") for w in _PUNKT_WORD.findall(line.strip())]
-            if any(self._ends_sentence(word, following) for word, following in pairwise(words)):
-                yield start, end.end()
-                start = end.start("next") if end["next"] else end.end()
-        yield start, len(text.rstrip())
-
-    def _candidates(self, text: str) -> Iterator[tuple[re.Match[str], str]]:
-        """Each possible end of a sentence with the words around it; of touching ones the last."""
-        before = (0, 0)
-        previous: re.Match[str] | None = None
+    def _candidates(self, text: str) -> list[tuple[int, re.Match[str]]]:
+        """Start of the word before each possible end of a sentence; of touching ones the last."""
+        found: list[tuple[int, re.Match[str]]] = []
+        word = stop = 0
         for end in _END.finditer(text):
-            space = _LAST_SPACE.search(text, before[1], end.start())
+            space = _LAST_SPACE.search(text, stop, end.start())
             # A space at the very start counts as none, as in the original.
-            word = space.end() if space and space.start() > before[1] else before[0]
-            if previous is not None and before[1] <= word:
-                yield previous, text[slice(*before)] + previous[0] + previous["after"]
-            previous, before = end, (word, end.start())
-        if previous is not None:
-            yield previous, text[slice(*before)] + previous[0] + previous["after"]
+            word = space.end() if space and space.start() > stop else word
+            if found and word < stop:
+                found.pop()
+            found.append((word, end))
+            stop = end.start()
+        return found
 
     def _ends_sentence(self, word: str, following: str) -> bool:
-        dots = word.startswith("..") and set(word) == {"."}
-        abbreviation = self._is_abbreviation(word)
         ends = self._ends_alone(word)
         if not word.endswith("."):
             return ends
         stem, key = _stem(word), self._key(following)
         if (stem, key) in self.collocations:
             return False
-        initial = _INITIAL.fullmatch(word) is not None
+        initial = re.fullmatch(r"[^\W\d]\.", word) is not None
+        inside = self._is_abbreviation(word) or re.fullmatch(r"\.{2,}", word)
         upper = following[0].isupper()
         starts = self._starts_sentence(following, key)
-        if (abbreviation or dots) and not initial and (starts or (upper and key in self.starters)):
+        if inside and not initial and (starts or (upper and key in self.starters)):
             return True
         if initial or stem == "##number##":
             never_lower = not self.occurrences.get(key, 0) & _LOWER
@@ -433,7 +372,7 @@ class Blocklist:
     def check(self, text: str) -> Verdict:
         if not text:
             return Verdict(False, "empty")
-        text = _NOT_ASCII.sub(" ", text)
+        text = re.sub(r"[^\x00-\x7f]+", " ", text)
         if self.censor.refuses(text):
             return Verdict(False, "censor")
         if self.censor.refuses(" ".join(self.words.lemmas(text))):
