@@ -19,7 +19,7 @@ from transformers import (
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from worldline.guardrails import SIGLIP, language
-from worldline.text.upsampler import IMAGE_KEYS, TEXT_KEYS
+from worldline.text.upsampler import key_map
 
 from .guardrails.folders import write_blocklist
 from .guardrails.networks import write_classifier, write_retinaface, write_siglip
@@ -155,7 +155,7 @@ def _text_config(words: int, theta: float = 1e6) -> MistralConfig:
 def save_released(network: torch.nn.Module, folder: Path, *, describes: bool) -> Path:
     """Write a network as model.pt and config.json, in NVIDIA's names and order of rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    keys = IMAGE_KEYS if describes else TEXT_KEYS
+    keys = key_map(network)
     state = {}
     for name, parameter in network.named_parameters():
         released = keys.released(name, prefix="")

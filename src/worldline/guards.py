@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from worldline.errors import CheckpointError
 from worldline.family import Compute, Opened
-from worldline.files import GIGABYTE, find_repository
+from worldline.files import GIGABYTE
 from worldline.parallel.offload import Part
 from worldline.report import Recorder
 from worldline.request import Request
@@ -32,54 +31,18 @@ _LICENCE = (
 )
 
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
-
-
-@dataclass(frozen=True)
-class PromptUpsampler:
-    """A prompt upsampler on its device, or waiting in host memory."""
-
-    upsampler: Upsampler
-    part: Part[Any]
-
-    @property
-    def name(self) -> str:
-        return self.upsampler.name
-
-    @property
-    def offload(self) -> bool:
-        return self.part.offload
-
-    @property
-    def nbytes(self) -> int:
-        return sum(weight.nbytes for weight in self.part.module.parameters())
-
-    def write(self, request: Request, clip: Clip | None) -> str:
-        """The prompt to use in place of a request's; a clip without one is described."""
-        frame = None if clip is None else clip.frames[-1]
-        with self.part.on_device():
-            return self.upsampler.write(request.prompt, frame, request.seed)
+_FAILURES = (OSError, ImportError, ValueError)  # of loading; a CheckpointError is a ValueError
 
 
 @dataclass(frozen=True)
 class Guards:
-    """What runs around the requests of one model.
-
-    Attributes:
-        opened: the model.
-        loading: seconds and memory that loading took.
-        guardrails: None where none run.
-        release: name of their set; None where none run.
-        guardrail_off: why none run; None where they do.
-        upsampler: None where prompts are used as they are.
-    """
+    """What runs around the requests of one model."""
 
     opened: Opened
     loading: Recorder
     guardrails: Guardrails | None = None
-    release: str | None = None
-    guardrail_off: str | None = None
-    upsampler: PromptUpsampler | None = None
+    guardrail_off: str | None = None  # why none run
+    upsampler: Upsampler | None = None  # None where prompts are used as they are
 
     @property
     def checks_videos(self) -> bool:
@@ -87,35 +50,39 @@ class Guards:
         return self.guardrails is not None and bool(self.guardrails.video)
 
     @property
+    def parts(self) -> dict[str, list[Part[Any]]]:
+        """Networks by the name that their flag has behind `--offload_`."""
+        parts: dict[str, list[Part[Any]]] = {}
+        if self.guardrails is not None:
+            parts["guardrail_models"] = [*self.guardrails.parts.values()]
+        if self.upsampler is not None:
+            parts["prompt_upsampler"] = [self.upsampler.part]
+        return parts
+
+    @property
     def guardrail_bytes(self) -> int:
         """Bytes of the largest offloaded guardrail, which come to the device when it is used."""
-        return self.guardrails.offloaded_bytes if self.guardrails else 0
+        parts = self.parts.get("guardrail_models", ())
+        return max((_nbytes(part) for part in parts if part.offload), default=0)
 
     @property
     def advice(self) -> str:
         """End of a message about exhausted memory: which flags free how much."""
-        found = []
-        if self.guardrails is not None and not self.guardrails.offload:
-            nbytes = self.guardrails.resident_bytes
-            found.append(f"--offload_guardrail_models frees {nbytes / GIGABYTE:.1f} GB")
-        if self.upsampler is not None and not self.upsampler.offload:
-            nbytes = self.upsampler.nbytes
-            found.append(f"--offload_prompt_upsampler frees {nbytes / GIGABYTE:.1f} GB")
-        return "".join(f"; {each}" for each in found)
+        advice = ""
+        for name, parts in self.parts.items():
+            resident = [p for p in parts if not p.offload and p.device.type != "cpu"]
+            if nbytes := sum(map(_nbytes, resident)):
+                advice += f"; --offload_{name} frees {nbytes / GIGABYTE:.1f} GB"
+        return advice
 
     @property
     def offloaded(self) -> dict[str, bool]:
         """What runs around the model, and whether it waits in host memory."""
-        found = {}
-        if self.guardrails is not None:
-            found["guardrail_models"] = self.guardrails.offload
-        if self.upsampler is not None:
-            found["prompt_upsampler"] = self.upsampler.offload
-        return found
+        return {name: any(part.offload for part in parts) for name, parts in self.parts.items()}
 
-    def begin(self, recorder: Recorder) -> Checks:
-        """The checks of one request, with a report of their own."""
-        return Checks(self, self.guardrails and self.guardrails.for_request(), recorder)
+
+def _nbytes(part: Part[Any]) -> int:
+    return sum(weight.nbytes for weight in part.module.parameters())
 
 
 @dataclass
@@ -123,17 +90,13 @@ class Checks:
     """The guards of one request."""
 
     guards: Guards
-    guardrails: Guardrails | None
     recorder: Recorder
     upsampled: bool = False
+    entries: list[dict[str, str]] = field(default_factory=list)
 
     def before(self, request: Request, clip: Clip | None) -> Generator[Step, None, Request]:
-        """Check the prompt, rewrite it, check it again; return the request to make.
-
-        Raises:
-            GuardrailRefusal: the prompt is refused.
-        """
-        if self.guardrails is not None and request.prompt_embeddings is not None:
+        """Check the prompt, rewrite it, check it again (GuardrailRefusal); the request to make."""
+        if self.guards.guardrails is not None and request.prompt_embeddings is not None:
             logger.warning("no guardrail checks the prompt: its embedding is given")
         if request.prompt is not None:
             yield from self._check_prompt(request.prompt, "prompt")
@@ -142,66 +105,61 @@ class Checks:
             return request
         yield Step("upsample", 0, 1)
         with self.recorder.stage("upsample"):
-            prompt = upsampler.write(request, clip)
+            frame = None if clip is None else clip.frames[-1]
+            prompt = upsampler.write(request.prompt, frame, request.seed)
         self.upsampled = True
         yield from self._check_prompt(prompt, "upsampled prompt")
         return request.model_copy(update={"prompt": prompt})
 
     def _check_prompt(self, prompt: str, subject: str) -> Generator[Step, None, None]:
-        if self.guardrails is None or not self.guardrails.text:
-            return
-        yield Step("guardrail", 0, 1)
-        with self.recorder.stage("guardrail"):
-            self.guardrails.check_prompt(prompt, subject)
+        guardrails = self.guards.guardrails
+        if guardrails is not None and guardrails.text:
+            yield Step("guardrail", 0, 1)
+            with self.recorder.stage("guardrail"):
+                self.entries += guardrails.check_prompt(prompt, subject)
 
     def after(self, frames: NDArray[np.uint8]) -> Generator[Step, None, NDArray[np.uint8]]:
-        """Check a video; return it with faces blurred.
-
-        Raises:
-            GuardrailRefusal: the video is refused.
-        """
-        if self.guardrails is None:
-            return frames
-        yield Step("guardrail", 0, 1)
-        with self.recorder.stage("guardrail"):
-            return self.guardrails.check_video(frames)
+        """Check a video (GuardrailRefusal); the same with faces blurred."""
+        if self.guards.guardrails is not None:
+            yield Step("guardrail", 0, 1)
+            with self.recorder.stage("guardrail"):
+                frames, entries = self.guards.guardrails.check_video(frames)
+            self.entries += entries
+        return frames
 
     def report(self) -> dict[str, Any]:
         guards = self.guards
         return {
-            "guardrail": guards.release,
+            "guardrail": None if guards.guardrails is None else release_of(guards.opened),
             "guardrail_off": guards.guardrail_off,
-            "guardrail_checks": self.guardrails.checks if self.guardrails else [],
+            "guardrail_checks": self.entries,
             "prompt_upsampler": guards.upsampler.name if guards.upsampler else None,
             "prompt_upsampler_ran": self.upsampled,
         }
 
 
 def release_of(opened: Opened) -> str | None:
-    """Name of the set of guardrails that a model runs with; None if there is none.
-
-    Released models run with theirs unless disabled; bundled ones have none unless insisted on.
-    """
-    disabled = opened.options.disable_guardrail
-    off = opened.place.bundled if disabled is None else disabled
-    return None if off else opened.family.guardrails(opened)
+    """Name of the set of guardrails that a model runs with; None if there is none."""
+    return None if _off(opened, "disable_guardrail") else opened.family.guardrails(opened)
 
 
 def upsamples(opened: Opened) -> bool:
     """Whether a prompt upsampler belongs to a model and is not disabled."""
-    if opened.family.upsampler is None:
-        return False
-    disabled = opened.options.disable_prompt_upsampler
-    return not (opened.place.bundled if disabled is None else disabled)
+    return opened.family.upsampler is not None and not _off(opened, "disable_prompt_upsampler")
+
+
+def _off(opened: Opened, option: str) -> bool:
+    """Whether something is disabled, as it is for bundled models unless insisted on."""
+    disabled: bool | None = getattr(opened.options, option)
+    return opened.place.bundled if disabled is None else disabled
 
 
 def rewrites(opened: Opened, request: Any) -> bool:
     """Whether the prompt upsampler writes the prompt of a request."""
-    if opened.family.upsampler is None or not upsamples(opened):
+    upsampler = opened.family.upsampler
+    if upsampler is None or not upsamples(opened) or request.prompt_embeddings is not None:
         return False
-    if request.prompt_embeddings is not None:
-        return False
-    describes, _ = opened.family.upsampler(opened)
+    describes, _ = upsampler(opened)
     if describes:  # a prompt beside a clip is used, which the released code ignores
         return request.prompt is None and request.num_input_frames > 0
     limit = opened.options.word_limit_to_skip_upsampler
@@ -209,67 +167,60 @@ def rewrites(opened: Opened, request: Any) -> bool:
 
 
 def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> Guards:
-    """Load guardrails and prompt upsampler; before the model, so that nothing runs without them.
-
-    Args:
-        opened: the model.
-        compute: its device is theirs.
-        upsample: whether any prompt will be rewritten.
+    """Load guardrails and, to `upsample`, the prompt upsampler; no model runs before they are.
 
     Raises:
         CheckpointError: one is absent or damaged; all that are, and the flags to run without.
     """
-    recorder = Recorder(compute.device)
+    recorder, options = Recorder(compute.device), opened.options
     problems: list[str] = []
-    guardrails = upsampler = None
-    release = release_of(opened)
-    if release is None:
-        disabled = opened.options.disable_guardrail
-        why = "disabled by the user" if disabled else "bundled models have none"
-        logger.info(
-            "%s", _LICENCE if disabled and not opened.place.bundled else f"no guardrail: {why}"
-        )
+    guardrails = upsampler = off = None
+    if (release := release_of(opened)) is None:
+        disabled = options.disable_guardrail
+        off = "disabled by the user" if disabled else "bundled models have none"
+        bypassed = disabled and not opened.place.bundled
+        logger.info("%s", _LICENCE if bypassed else f"no guardrail: {off}")
     else:
+        from worldline import guardrails as sets  # imported only where guardrails run
+
         try:
             with recorder.stage("load guardrails"):
-                guardrails = _load_guardrails(opened, compute, release)
-        except CheckpointError as error:
-            problems.append(str(error))
+                guardrails = sets.load(
+                    release,
+                    opened.place.roots,
+                    folder=options.guardrail_dir,
+                    device=compute.device,
+                    offload=options.offload_guardrail_models,
+                    text="text" in opened.parts or "text" in opened.missing,
+                )
+            logger.info("guardrails: %s", ", ".join(guardrails.parts))
+        except _FAILURES as error:
+            flag, download = (
+                options.field_flag("disable_guardrail"),
+                sets.RELEASES[release].download,
+            )
+            problems.append(_advice("guardrails", error, download, flag))
     if upsample and upsamples(opened):
         try:
             with recorder.stage("load prompt upsampler"):
                 upsampler = _load_upsampler(opened, compute)
-        except (CheckpointError, OSError, ImportError) as error:
+        except _FAILURES as error:
             flag = "disable_prompt_upsampler"
-            problems.append(
-                f"the prompt upsampler cannot load: {error}; `worldline checkpoints download "
-                f"{opened.folder.name}` fetches it, --{flag} (in Python {flag}=True) runs without"
-            )
+            problems.append(_advice("prompt upsampler", error, opened.folder.name, flag))
     if problems:
         raise CheckpointError("; and ".join(problems))
-    return Guards(opened, recorder, guardrails, release, None if release else why, upsampler)
+    return Guards(opened, recorder, guardrails, off, upsampler)
 
 
-def _load_guardrails(opened: Opened, compute: Compute, release: str) -> Guardrails:
-    from worldline import guardrails as sets  # imported only where guardrails run
-
-    options = opened.options
-    flag = options.field_flag("disable_guardrail")
-    guardrails = sets.load(
-        release,
-        opened.place.roots,
-        flag=f"--{flag} (in Python {flag}=True)",
-        folder=None if options.guardrail_dir is None else Path(options.guardrail_dir),
-        device=compute.device,
-        offload=options.offload_guardrail_models,
-        text="text" in opened.parts or "text" in opened.missing,
+def _advice(name: str, error: Exception, download: str, flag: str) -> str:
+    return (
+        f"{name} cannot load: {error}; `worldline checkpoints download {download}` fetches what is "
+        f"missing, --{flag} (in Python {flag}=True) runs without"
     )
-    logger.info("guardrails: %s", ", ".join(guardrails.parts))
-    return guardrails
 
 
-def _load_upsampler(opened: Opened, compute: Compute) -> PromptUpsampler:
-    from worldline.text.upsampler import PIXTRAL, load_upsampler
+def _load_upsampler(opened: Opened, compute: Compute) -> Upsampler:
+    from worldline.text.upsampler import load_upsampler
 
     place, options = opened.place, opened.options
     assert opened.family.upsampler is not None
@@ -280,17 +231,6 @@ def _load_upsampler(opened: Opened, compute: Compute) -> PromptUpsampler:
         folder = found
     else:
         raise CheckpointError(f"neither {' nor '.join(names)} is in {place.searched}")
-    tokenizer = None
-    if describes and not any(
-        (folder / name).is_file() for name in _TOKENIZERS
-    ):  # the released conversion has none
-        tokenizer = find_repository(PIXTRAL, place.roots)
-    offload = options.offload_prompt_upsampler
     logger.info("reading %s", folder)
-    upsampler = load_upsampler(
-        folder,
-        describes=describes,
-        device="cpu" if offload else compute.device,
-        tokenizer_folder=tokenizer,
-    )
-    return PromptUpsampler(upsampler, Part(upsampler.network, compute.device, offload=offload))
+    offload = options.offload_prompt_upsampler
+    return load_upsampler(folder, place.roots, describes, compute.device, offload=offload)

@@ -247,7 +247,7 @@ class World:
         Raises:
             GuardrailRefusal: some were refused; raised after the others are done.
         """
-        checks = [self.guards.begin(job.recorder) for job in jobs]
+        checks = [Checks(self.guards, job.recorder) for job in jobs]
         refusals: dict[int, GuardrailRefusal] = {}
         allowed: dict[int, Job] = {}
         for index, job in enumerate(jobs):

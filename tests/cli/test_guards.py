@@ -20,6 +20,7 @@ from worldline.guardrails import language
 from worldline.guardrails.base import Guardrails, Verdict
 from worldline.guardrails.faces import FaceBlur
 from worldline.guardrails.frames import FrameFilter
+from worldline.guards import Guards
 from worldline.memory import Memory
 from worldline.parallel.offload import Part
 
@@ -568,7 +569,7 @@ def test_a_visit_is_planned(name: str, guarded: Path, monkeypatch: pytest.Monkey
     room = Memory(10**12, 10**12)
     monkeypatch.setattr("worldline.memory.host_memory", lambda: room)
     load(name, guarded)
-    monkeypatch.setattr(Guardrails, "offloaded_bytes", room.free)
+    monkeypatch.setattr(Guards, "guardrail_bytes", room.free)
     with pytest.raises(InsufficientMemoryError, match=r"1000\.\d GB"):
         load(name, guarded)
 

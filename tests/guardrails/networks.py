@@ -30,8 +30,9 @@ def drawn(network: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def write_retinaface(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = drawn(faces.RetinaFace())
-    torch.save({faces.key_map().released(name): t for name, t in tensors.items()}, path)
+    network = faces.RetinaFace()
+    tensors, keys = drawn(network), faces.key_map(network)
+    torch.save({keys.released(name): t for name, t in tensors.items()}, path)
     return path
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from worldline.errors import GuardrailRefusal
 from worldline.guardrails.base import Guardrails, Verdict
+from worldline.guards import Guards
 from worldline.parallel.offload import Part
+from worldline.report import Recorder
 
 FRAMES = np.zeros((3, 8, 8, 3), np.uint8)
 SAFE = Verdict(True)
@@ -59,52 +61,48 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 
 
 def test_first_refusal_ends_the_check() -> None:
-    chain = Guardrails([Fixed("a"), Fixed("b", UNSAFE), Fixed("c")])
-    with pytest.raises(GuardrailRefusal, match="b refused the upsampled prompt") as refusal:
-        chain.check_prompt("secret words", "upsampled prompt")
+    guards = [Fixed("a"), Fixed("b", UNSAFE), Fixed("c")]
+    with pytest.raises(GuardrailRefusal, match=r"b refused the .* \(Hate\)") as refusal:
+        Guardrails(guards).check_prompt("secret words", "upsampled prompt")
     assert refusal.value.stage == "prompt"
     assert refusal.value.exit_code == 3
     assert "secret" not in str(refusal.value)
-    assert [tuple(check.values()) for check in chain.checks] == [
-        ("a", "upsampled prompt", "safe", "", ()),
-        ("b", "upsampled prompt", "refused", "exact", ("Hate",)),
-    ]
-    assert "secret" not in json.dumps(chain.checks)
+    assert [len(guard.calls) for guard in guards] == [1, 1, 0]
+    checks = Guardrails(guards[:1]).check_prompt("secret words", "upsampled prompt")
+    assert checks == [{"guard": "a", "subject": "upsampled prompt", "verdict": "safe"}]
 
 
 def test_video_is_judged_then_filtered() -> None:
     chain = Guardrails(video=[Fixed("v")], filters=[Fixed("f")])
-    assert (chain.check_video(FRAMES) == 1).all()
+    frames, checks = chain.check_video(FRAMES)
+    assert (frames == 1).all()
     assert not FRAMES.any()
-    assert [check["verdict"] for check in chain.checks] == ["safe", "2 regions changed"]
-    refusing = Guardrails(video=[Fixed("v", UNSAFE)], filters=[Fixed("f")])
+    assert [check["verdict"] for check in checks] == ["safe", "2 regions changed"]
+    last = Fixed("f")
     with pytest.raises(GuardrailRefusal) as refusal:
-        refusing.check_video(FRAMES)
+        Guardrails(video=[Fixed("v", UNSAFE)], filters=[last]).check_video(FRAMES)
     assert refusal.value.stage == "video"
-    assert [check["guard"] for check in refusing.checks] == ["v"]
+    assert last.calls == []
 
 
 def test_a_guard_that_fails_is_not_safe() -> None:
-    chain = Guardrails([Fixed("a", RuntimeError("out of memory"))])
     with pytest.raises(RuntimeError, match="out of memory"):
-        chain.check_prompt("words")
-    assert chain.checks == []
+        Guardrails([Fixed("a", RuntimeError("out of memory"))]).check_prompt("words")
 
 
 def test_no_guards_is_safe() -> None:
     chain = Guardrails()
-    chain.check_prompt("")
-    assert chain.check_video(FRAMES) is FRAMES
+    assert chain.check_prompt("") == []
+    assert chain.check_video(FRAMES)[0] is FRAMES
 
 
 def test_offloaded_guards_visit_the_device_one_by_one() -> None:
     guards = [Fixed(name, SAFE, nn.Linear(2, 2)) for name in "tvf"]
     text, video, blur = guards
     chain = Guardrails([text], [video], [blur], device="meta", offload=True)
-    request = chain.for_request()
-    request.check_prompt("x")
+    chain.check_prompt("x")
     assert [len(guard.calls) for guard in guards] == [1, 0, 0]
-    request.check_video(FRAMES)
+    chain.check_video(FRAMES)
     for guard in guards:
         assert guard.calls == [[*guard.networks]]
 
@@ -113,20 +111,13 @@ def test_bytes_of_the_networks() -> None:
     """A guard's networks come together, guards one after another."""
     small = Fixed("a", SAFE, nn.Linear(2, 3, bias=False))
     large = Fixed("b", SAFE, nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False).half())
-    for device, offload, resident, offloaded in (
-        ("cpu", False, 0, 0),
-        ("cpu", True, 0, 0),
-        ("meta", False, 48, 0),
-        ("meta", True, 0, 24),
+    for device, offload, advice, offloaded in (
+        ("cpu", False, "", 0),
+        ("cpu", True, "", 0),
+        ("meta", False, "; --offload_guardrail_models frees 0.0 GB", 0),
+        ("meta", True, "", 24),
     ):
         chain = Guardrails([small], [large], [Fixed("f")], device=device, offload=offload)
-        assert (chain.resident_bytes, chain.offloaded_bytes) == (resident, offloaded)
-        assert chain.offload == bool(offloaded)
-
-
-def test_requests_do_not_share_their_checks() -> None:
-    chain = Guardrails([Fixed("a")])
-    first, second = chain.for_request(), chain.for_request()
-    first.check_prompt("x")
-    assert len(first.checks) == 1
-    assert second.checks == chain.checks == []
+        guards = Guards(None, Recorder(torch.device("cpu")), chain)  # type: ignore[arg-type]
+        assert (guards.advice, guards.guardrail_bytes) == (advice, offloaded)
+        assert guards.offloaded == {"guardrail_models": bool(offloaded)}

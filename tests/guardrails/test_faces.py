@@ -31,7 +31,7 @@ def test_released_keys() -> None:
     stated = json.loads(MANIFEST.read_text())
     with torch.device("meta"):
         network = RetinaFace()
-    keys = key_map()
+    keys = key_map(network)
     ours = {keys.released(name): list(t.shape) for name, t in network.state_dict().items()}
     released = {name: shape for name, (_, shape) in stated["tensors"].items()}
     assert ours == released

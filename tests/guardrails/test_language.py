@@ -155,7 +155,7 @@ def test_aegis_prompt_has_all_categories() -> None:
 def test_weights_that_are_no_numbers_refuse(tmp_path: Path) -> None:
     guard = load(tmp_path, LLAMA_GUARD_3)
     with torch.no_grad():
-        guard.network.lm_head.weight.fill_(torch.nan)  # type: ignore[union-attr]
+        guard.networks[0].lm_head.weight.fill_(torch.nan)
     assert guard.check("pet the kitten").check == "unreadable"
 
 

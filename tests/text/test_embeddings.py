@@ -52,7 +52,7 @@ def test_a_saved_tensor(tmp_path: Path, legacy: bool) -> None:
     assert torch.equal(read_embedding_file(tmp_path / "e.pt")["prompt"], ROWS)
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8"])
 @pytest.mark.parametrize("fortran", [False, True])
 def test_pickles_of_training_data(tmp_path: Path, protocol: int, dtype: str, fortran: bool) -> None:

@@ -170,7 +170,7 @@ def test_parameters_of_the_released_encoder() -> None:
 def test_a_folder_is_opened_without_transformers(exported: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from worldline.text.t5 import T5Files; "
-        f"files = T5Files.open(Path({str(exported)!r})); files.count_truncated('x'); "
+        f"files = T5Files.open(Path({str(exported)!r})); files.tokenizer.encode('x'); "
         "assert not {'transformers', 'tokenizers', 'sentencepiece'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -37,7 +37,7 @@ FRAME = np.random.RandomState(0).randint(0, 256, (40, 56, 3), np.uint8)
 
 
 def load(folder: Path, *, describes: bool) -> Upsampler:
-    return load_upsampler(folder, describes=describes, device="cpu", dtype=torch.float32)
+    return load_upsampler(folder, [], describes, torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("released", [True, False])
@@ -69,7 +69,7 @@ def test_both_layouts_are_one_network(describes: bool, tmp_path: Path) -> None:
         pixels = torch.randn(1, 3, 32, 32)
         seen = {"pixel_values": pixels, "image_sizes": torch.tensor([[32, 32]])}
     with torch.inference_mode():
-        one, two = (each.network(input_ids=ids, **seen).logits for each in (first, second))
+        one, two = (each.part.module(input_ids=ids, **seen).logits for each in (first, second))
     assert torch.equal(one, two)
     assert one.std() > 0
 
@@ -93,7 +93,9 @@ def test_pixtral_as_it_is_published(tmp_path: Path) -> None:
         tensors[names[new] + name.removeprefix(new)] = tensor
     save_file(tensors, tmp_path / "old" / "model.safetensors", {"format": "pt"})
     first, second = (load(tmp_path / name, describes=True) for name in ("new", "old"))
-    for one, two in zip(first.network.parameters(), second.network.parameters(), strict=True):
+    for one, two in zip(
+        first.part.module.parameters(), second.part.module.parameters(), strict=True
+    ):
         assert torch.equal(one, two)
 
 
@@ -184,7 +186,7 @@ def test_another_model(tmp_path: Path) -> None:
         load(folder, describes=True)
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "head_dim": 8}))
-    assert load(folder, describes=False).network.config.num_attention_heads == 4  # type: ignore[union-attr]
+    assert load(folder, describes=False).part.module.config.num_attention_heads == 4
     state = torch.load(folder / "model.pt")
     del state["model"]["model.norm.weight"]
     torch.save(state, folder / "model.pt")

@@ -8,20 +8,12 @@ from pathlib import Path
 
 import torch
 
-from worldline.errors import CheckpointError, InputError
+from worldline.errors import CheckpointError
 from worldline.files import find_repository, repository_folders
-from worldline.guardrails import language
+from worldline.guardrails import frames, language
 from worldline.guardrails.base import Guardrails
 from worldline.guardrails.blocklist import COSMOS1, PREDICT, Blocklist, Nearness
 from worldline.guardrails.faces import FaceBlur, load_retinaface
-from worldline.guardrails.frames import (
-    PREDICT1,
-    PREDICT2_5,
-    FrameFeatures,
-    FrameFilter,
-    Rule,
-    load_classifier,
-)
 
 SIGLIP = "google/siglip-so400m-patch14-384"
 REPOSITORIES = ("nvidia/Cosmos-Guardrail1", "nvidia/Cosmos-1.0-Guardrail")
@@ -29,21 +21,13 @@ REPOSITORIES = ("nvidia/Cosmos-Guardrail1", "nvidia/Cosmos-1.0-Guardrail")
 
 @dataclass(frozen=True)
 class Release:
-    """Guardrails of one release.
+    """Guardrails of one release."""
 
-    Attributes:
-        repositories: of blocklist, frame classifier and face detector, the preferred one first.
-        near: near matches that the blocklist refuses.
-        models: language models; the first one present is used.
-        rule: of the frame classifier.
-        download: arguments of `worldline checkpoints download` that fetch all files.
-    """
-
-    repositories: tuple[str, ...]
+    repositories: tuple[str, ...]  # of all but the language models, the preferred one first
     near: Nearness
-    models: tuple[language.GuardModel, ...]
-    rule: Rule
-    download: str
+    models: tuple[language.GuardModel, ...]  # the first one present is used
+    rule: frames.Rule
+    download: str  # arguments of `worldline checkpoints download` that fetch all files
 
 
 RELEASES = {
@@ -51,18 +35,22 @@ RELEASES = {
         REPOSITORIES[::-1],
         COSMOS1,
         (language.AEGIS,),
-        PREDICT1,
+        frames.PREDICT1,
         "--cosmos_version 1.0 guardrails",
     ),
     # Aegis until April 2025, in the folder `guardrail` of each model
     "Predict1": Release(
-        REPOSITORIES, PREDICT, (language.LLAMA_GUARD_3, language.AEGIS), PREDICT1, "guardrails"
+        REPOSITORIES,
+        PREDICT,
+        (language.LLAMA_GUARD_3, language.AEGIS),
+        frames.PREDICT1,
+        "guardrails",
     ),
     "predict2.5": Release(
         REPOSITORIES,
         PREDICT,
         (language.QWEN3GUARD,),
-        PREDICT2_5,
+        frames.PREDICT2_5,
         "Cosmos-Guardrail1 Qwen3Guard-Gen-0.6B",
     ),
 }
@@ -72,8 +60,7 @@ def load(
     name: str,
     roots: Sequence[Path],
     *,
-    flag: str,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     device: torch.device | str = "cpu",
     offload: bool = False,
     text: bool = True,
@@ -83,57 +70,43 @@ def load(
     Args:
         name: a key of `RELEASES`.
         roots: folders of checkpoints.
-        flag: option that runs without guardrails, for the message of an error.
-        folder: of blocklist, frame classifier and face detector; found below `roots` if None.
+        folder: of all but the language models; found below `roots` if None.
         device: where the networks run.
         offload: the networks stay in host memory between checks.
         text: prompts are checked too.
 
     Raises:
-        CheckpointError: a file is absent, damaged or of another model.
+        CheckpointError, OSError, ImportError, ValueError: a file is absent, damaged or of another
+            model, or a package is.
     """
     release = RELEASES[name]
     home = "cpu" if offload else device
-    try:
-        folder = folder or find_folder(release, roots)
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder")
-        classifiers: list[Blocklist | language.LanguageGuard] = []
-        if text:
-            classifiers.append(Blocklist(folder / "blocklist", release.near))
-            classifiers.append(_language_guard(release, [*roots, folder, folder / "aegis"], home))
-        filter_folder = folder / "video_content_safety_filter"
-        classifier = load_classifier(filter_folder / "safety_filter.pt", home)
-        siglip = FrameFeatures(find_repository(SIGLIP, [filter_folder, *roots]), home)
-        frames = FrameFilter(siglip, classifier, release.rule)
-        retinaface = load_retinaface(folder / "face_blur_filter" / "Resnet50_Final.pth", home)
-    except (InputError, OSError, ImportError) as error:
-        raise CheckpointError(
-            f"guardrails cannot load: {error}; `worldline checkpoints download "
-            f"{release.download}` fetches them; {flag} runs without guardrails"
-        ) from error
-    return Guardrails(classifiers, [frames], [FaceBlur(retinaface)], device=device, offload=offload)
+    folder = Path(folder or find_folder(release, roots))
+    classifiers: list[Blocklist | language.LanguageGuard] = []
+    if text:
+        classifiers.append(Blocklist(folder / "blocklist", release.near))
+        places = [*roots, folder, folder / "aegis"]
+        candidates = (m for m in release.models if repository_folders(m.released, places))
+        model = next(candidates, release.models[0])
+        weights = find_repository(model.released, places)
+        adapter = find_repository(model.adapter, places) if model.adapter else None
+        classifiers.append(language.load(model, weights, home, adapter=adapter))
+    filter_folder = folder / "video_content_safety_filter"
+    classifier = frames.load_classifier(filter_folder / "safety_filter.pt", home)
+    siglip = frames.FrameFeatures(find_repository(SIGLIP, [filter_folder, *roots]), home)
+    video = frames.FrameFilter(siglip, classifier, release.rule)
+    retinaface = load_retinaface(folder / "face_blur_filter" / "Resnet50_Final.pth", home)
+    return Guardrails(classifiers, [video], [FaceBlur(retinaface)], device=device, offload=offload)
 
 
 def find_folder(release: Release, roots: Sequence[Path]) -> Path:
     """Folder of a repository of the release, or the folder `guardrail` of a model."""
-    for repository in release.repositories:
-        for folder in repository_folders(repository, roots):
-            return folder
-    for root in roots:
-        for path in sorted(root.glob("**/guardrail")):
-            if path.is_dir():
-                return path
-    raise CheckpointError(
-        f"{release.repositories[0]} is missing: no folder of it, and none named guardrail, in "
-        f"{' or '.join(map(str, roots))}"
-    )
-
-
-def _language_guard(
-    release: Release, roots: Sequence[Path], device: torch.device | str
-) -> language.LanguageGuard:
-    candidates = (m for m in release.models if repository_folders(m.released, roots))
-    model = next(candidates, release.models[0])
-    adapter = find_repository(model.adapter, roots) if model.adapter else None
-    return language.load(model, find_repository(model.released, roots), device, adapter=adapter)
+    folders = [path for name in release.repositories for path in repository_folders(name, roots)]
+    if not folders:
+        folders = [path for root in roots for path in sorted(root.glob("**/guardrail/"))]
+    if not folders:
+        raise CheckpointError(
+            f"{release.repositories[0]} is missing: no folder of it, and none named guardrail, in "
+            f"{' or '.join(map(str, roots))}"
+        )
+    return folders[0]

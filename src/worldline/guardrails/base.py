@@ -5,10 +5,9 @@ A guardrail that cannot load or cannot decide raises an error; nothing counts as
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,8 @@ from torch import nn
 
 from worldline.errors import GuardrailRefusal
 from worldline.parallel.offload import Part
+
+Checks = list[dict[str, str]]  # of a report: each guardrail that ran, without the prompt's words
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,15 @@ class Verdict:
     categories: tuple[str, ...] = ()
 
 
-class Guard(Protocol):
-    """A guardrail; its networks run where their weights are.
-
-    A classifier has `check(prompt or frames) -> Verdict`; a filter, such as one that blurs faces,
-    `apply(frames) -> (frames of the same shape, number of regions that were changed)`.
-    """
-
-    name: str
-    networks: tuple[nn.Module, ...]
-
-
 class Guardrails:
     """Guardrails in the order of use; the first refusal ends a check.
 
+    Each has a `name` and `networks`, which run where their weights are. A classifier of prompts or
+    videos has `check(prompt or frames) -> Verdict`; a filter, such as one that blurs faces,
+    `apply(frames) -> (frames of the same shape, number of regions that were changed)`.
+
     Attributes:
         parts: networks by name of their guardrail; offloaded ones visit the device one by one.
-        checks: entries of the report, one for each guardrail that ran; without the prompt's words.
     """
 
     def __init__(
@@ -61,38 +54,13 @@ class Guardrails:
         device: torch.device | str = "cpu",
         offload: bool = False,
     ) -> None:
-        self.text = tuple(text)
-        self.video = tuple(video)
-        self.filters = tuple(filters)
+        self.text, self.video, self.filters = text, video, filters
         self.parts = {
             guard.name: Part(nn.ModuleList(guard.networks), torch.device(device), offload=offload)
-            for guard in (*self.text, *self.video, *self.filters)
+            for guard in (*text, *video, *filters)
         }
-        self.checks: list[dict[str, Any]] = []
 
-    def for_request(self) -> Guardrails:
-        """The same guardrails with an empty list `checks`."""
-        request = copy.copy(self)
-        request.checks = []
-        return request
-
-    @property
-    def offload(self) -> bool:
-        """Whether the networks stay in host memory between checks; never on a CPU."""
-        return any(part.offload for part in self.parts.values())
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of weights that stay on a GPU between checks."""
-        resident = (p for p in self.parts.values() if not p.offload and p.device.type != "cpu")
-        return sum(map(_nbytes, resident))
-
-    @property
-    def offloaded_bytes(self) -> int:
-        """Bytes of the largest offloaded guardrail, which its check brings to the device."""
-        return max((_nbytes(part) for part in self.parts.values() if part.offload), default=0)
-
-    def check_prompt(self, prompt: str, subject: str = "prompt") -> None:
+    def check_prompt(self, prompt: str, subject: str = "prompt") -> Checks:
         """Ask the text guardrails.
 
         Args:
@@ -102,10 +70,9 @@ class Guardrails:
         Raises:
             GuardrailRefusal: stage "prompt"; the message has none of the prompt's words.
         """
-        for guard in self.text:
-            self._check(guard, prompt, subject, "prompt")
+        return [self._check(guard, prompt, subject, "prompt") for guard in self.text]
 
-    def check_video(self, frames: np.ndarray) -> np.ndarray:
+    def check_video(self, frames: np.ndarray) -> tuple[np.ndarray, Checks]:
         """Ask the video guardrails, then apply the filters.
 
         Args:
@@ -115,36 +82,19 @@ class Guardrails:
             GuardrailRefusal: stage "video".
         """
         subject = f"video of {len(frames)} frames"
-        for guard in self.video:
-            self._check(guard, frames, subject, "video")
+        checks = [self._check(guard, frames, subject, "video") for guard in self.video]
         for each in self.filters:
             with self.parts[each.name].on_device():
                 frames, count = each.apply(frames)
-            self._record(each.name, subject, f"{count} regions changed")
-        return frames
+            verdict = f"{count} regions changed"
+            checks.append({"guard": each.name, "subject": subject, "verdict": verdict})
+        return frames, checks
 
-    def _check(self, guard: Any, content: Any, subject: str, stage: str) -> None:
+    def _check(self, guard: Any, content: Any, subject: str, stage: str) -> dict[str, str]:
         with self.parts[guard.name].on_device():
             verdict = guard.check(content)
-        self._record(guard.name, subject, "safe" if verdict.safe else "refused", verdict)
         if not verdict.safe:
             categories = f" ({', '.join(verdict.categories)})" if verdict.categories else ""
             message = f"guardrail {guard.name} refused the {subject}{categories}"
             raise GuardrailRefusal(message, stage)
-
-    def _record(
-        self, guard: str, subject: str, result: str, verdict: Verdict = Verdict(True)
-    ) -> None:
-        self.checks.append(
-            {
-                "guard": guard,
-                "subject": subject,
-                "verdict": result,
-                "check": verdict.check,
-                "categories": verdict.categories,
-            }
-        )
-
-
-def _nbytes(part: Part[nn.ModuleList]) -> int:
-    return sum(weight.nbytes for weight in part.module.parameters())
+        return {"guard": guard.name, "subject": subject, "verdict": "safe"}

@@ -11,30 +11,23 @@ of the Penn Treebank; WordNet's morphology.
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from worldline.errors import CheckpointError
 from worldline.guardrails.base import Verdict
 
 # characters of a prompt that count as a character of an entry
-_STAND_INS = {
-    "a": "@*4",
-    "i": "*l1",
-    "o": "*0@",
-    "u": "*v",
-    "v": "*u",
-    "l": "1",
-    "e": "*3",
-    "s": "$5",
-    "t": "7",
-}
+_STAND_INS = dict(
+    zip("aiouvlest", ("@*4", "*l1", "*0@", "*v", "*u", "1", "*3", "$5", "7"), strict=True)
+)
 # The relation is not transitive (a and o share @ but not each other), so text and entries meet by a
 # coarser key, in which all of these are one letter, and are then compared character by character.
 _FOLD = str.maketrans("iouve@*4l103$57", "aaaaaaaaaaaasst")
@@ -109,15 +102,10 @@ class Censor:
 
 @dataclass(frozen=True)
 class Nearness:
-    """Near matches of a whole-word entry, which refuse a prompt too.
+    """Near matches of a whole-word entry, which refuse a prompt too."""
 
-    Attributes:
-        shortest: smallest number of characters of an entry that has near matches.
-        insertion: one inserted character is near; else only equal words are, between spaces.
-    """
-
-    shortest: int
-    insertion: bool
+    shortest: int  # characters of an entry that has near matches
+    insertion: bool  # one inserted character is near; else only equal words are, between spaces
 
 
 PREDICT = Nearness(shortest=6, insertion=False)  # a ratio of 1 - 0.4 / length means equality
@@ -172,59 +160,43 @@ _NUMBER = re.compile(r"-?[.,]?\d[\d,.\-]*\.?")
 _INSIDE_UPPER, _UPPER, _START_LOWER, _LOWER = 4, 2 | 4 | 8, 16, 16 | 32 | 64
 
 # one after another; with spaces around them, words and marks are apart
-_RULES = (
-    (r"``?", r" \g<0> "),
-    (r'^"', " `` "),
-    (r"([ (\[{<])(?:\"|'')", r"\1 `` "),
-    (r"(?i)'(?!re|ve|ll|m|t|s|d|n)(\w)\b", r"' \1"),
+_RULES = {
+    r"``?": r" \g<0> ",
+    r'^"': " `` ",
+    r"([ (\[{<])(?:\"|'')": r"\1 `` ",
+    r"(?i)'(?!re|ve|ll|m|t|s|d|n)(\w)\b": r"' \1",
     # possessive: a run of spaces would else be parted in every way, which takes its length squared
-    (r"(?<=[^.])\.([\])}>\"' ]*+)\s*$", r" . \1 "),
-    (r"([:,])([^\d]|$)", r" \1 \2"),
-    (r"\.{2,}|[;@#$%&?!]", r" \g<0> "),
-    (r"([^'])' ", r"\1 ' "),
-    (r"[*\]\[(){}<>]|--", r" \g<0> "),
-    (r"\A|\Z", " "),
-    (r"''|\"", " '' "),
-    (r"\s+", " "),
-    (r"([^' ])('[sSmMdD]|') ", r"\1 \2 "),
-    (r"([^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) ", r"\1 \2 "),
-    (
-        r"(?i)\b(can(?=not\b)|d(?='ye\b)|gim(?=me\b)|gon(?=na\b)|got(?=ta\b)|lem(?=me\b)|more(?='n\b)|wan(?=na\s))(not|'ye|me|na|ta|'n)",
-        r" \1 \2 ",
-    ),
-    (r"(?i) ('t)(is)\b", r" \1 \2 "),
-    (r"(?i) ('t)(was)\b", r" \1 \2 "),
-)
-_SUFFIXES = (
-    ("s", ""),
-    ("(?:(?<=[sxz])|(?<=[cs]h))es", ""),
-    ("ves", "f"),
-    ("men", "man"),
-    ("ies", "y"),
-)
+    r"(?<=[^.])\.([\])}>\"' ]*+)\s*$": r" . \1 ",
+    r"([:,])([^\d]|$)": r" \1 \2",
+    r"\.{2,}|[;@#$%&?!]": r" \g<0> ",
+    r"([^'])' ": r"\1 ' ",
+    r"[*\]\[(){}<>]|--": r" \g<0> ",
+    r"\A|\Z": " ",
+    r"''|\"": " '' ",
+    r"\s+": " ",
+    r"([^' ])('[sSmMdD]|') ": r"\1 \2 ",
+    r"([^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) ": r"\1 \2 ",
+    r"(?i)\b(can(?=not\b)|d(?='ye\b)|gim(?=me\b)|gon(?=na\b)|got(?=ta\b)|lem(?=me\b)"
+    r"|more(?='n\b)|wan(?=na\s))(not|'ye|me|na|ta|'n)": r" \1 \2 ",
+    r"(?i) ('t)(is)\b": r" \1 \2 ",
+    r"(?i) ('t)(was)\b": r" \1 \2 ",
+}
+_SUFFIXES = {"s": "", "(?:(?<=[sxz])|(?<=[cs]h))es": "", "ves": "f", "men": "man", "ies": "y"}
 
 
 def split_words(sentence: str) -> list[str]:
     """Words and marks of one ASCII sentence; `"` becomes two quotes or backquotes."""
-    for pattern, replacement in _RULES:
+    for pattern, replacement in _RULES.items():
         sentence = re.sub(pattern, replacement, sentence)
     return sentence.split()
 
 
 class Words:
-    """Sentences, tokens and noun lemmas of a text, from the tables of a folder of NLTK data.
-
-    Attributes:
-        abbreviations: lower case, without their period.
-        collocations: pairs of words that a period does not part.
-        starters: words that often begin a sentence.
-        occurrences: ways in which each word occurred in training, as bits.
-        nouns: known to WordNet.
-        irregular: noun form -> nouns.
-    """
+    """Sentences, tokens and noun lemmas of a text, from the tables of a folder of NLTK data."""
 
     def __init__(self, folder: Path) -> None:
         punkt, wordnet = folder / "tokenizers" / "punkt_tab", folder / "corpora" / "wordnet"
+        # lower case, without their period
         self.abbreviations = set(_table(punkt, "english/abbrev_types.txt"))
         pairs = (line.split("\t") for line in _table(punkt, "english/collocations.tab"))
         self.collocations = {tuple(pair[:2]) for pair in pairs}
@@ -244,30 +216,26 @@ class Words:
         return [self._lemma(token) for token in self.tokens(text)]
 
     def _lemma(self, word: str) -> str:
-        forms = self.irregular.get(word) or [re.sub(f"(?:{a})$", b, word) for a, b in _SUFFIXES]
+        forms = self.irregular.get(word) or [
+            re.sub(f"(?:{a})$", b, word) for a, b in _SUFFIXES.items()
+        ]
         return min((form for form in (word, *forms) if form in self.nouns), key=len, default=word)
 
     def sentences(self, text: str) -> list[str]:
-        starts, stops = [0], []
+        sentences: list[str] = []
+        start = 0
         for word, end in self._candidates(text):
             lines = text[word : end.end("after")].split("\n")
-            words = [word for line in lines for word in _PUNKT_WORD.findall(line.strip())]
-            if any(self._ends_sentence(word, following) for word, following in pairwise(words)):
-                stops.append(end.end())
-                starts.append(end.start("next") if end["next"] else end.end())
-        starts.append(len(text))
-        stops += [len(text.rstrip()), len(text)]
-        sentences: list[str] = []
-        shift = 0
-        for (start, following), (stop, last) in zip(pairwise(starts), pairwise(stops), strict=True):
-            start += shift
-            closing = _CLOSING.match(text[following:last])
-            if closing:  # quotes and brackets stay with what they close
-                stop = following + len(closing[0].rstrip())
-            shift = closing.end() if closing else 0
-            if text[start:stop]:
+            words = [each for line in lines for each in _PUNKT_WORD.findall(line.strip())]
+            if any(itertools.starmap(self._ends_sentence, itertools.pairwise(words))):
+                stop = end.end()
+                following = end.start("next") if end["next"] else stop
+                closing = _CLOSING.match(text, following)
+                if closing:  # quotes and brackets stay with what they close
+                    stop, following = following + len(closing[0].rstrip()), closing.end()
                 sentences.append(text[start:stop])
-        return sentences
+                start = following
+        return [sentence for sentence in (*sentences, text[start:].rstrip()) if sentence]
 
     def _candidates(self, text: str) -> list[tuple[int, re.Match[str]]]:
         """Start of the word before each possible end of a sentence; of touching ones the last."""
@@ -287,7 +255,8 @@ class Words:
         ends = self._ends_alone(word)
         if not word.endswith("."):
             return ends
-        stem, key = _stem(word), self._key(following)
+        stem = _stem(word)
+        key = _stem(following) if self._ends_alone(following) else _kind(following)
         if (stem, key) in self.collocations:
             return False
         initial = re.fullmatch(r"[^\W\d]\.", word) is not None
@@ -314,9 +283,6 @@ class Words:
             return True
         return word.endswith(".") and not word.endswith("..") and not self._is_abbreviation(word)
 
-    def _key(self, word: str) -> str:
-        return _stem(word) if self._ends_alone(word) else _kind(word)
-
     def _starts_sentence(self, word: str, key: str) -> bool | None:
         """Whether a sentence starts with the word, by its case; None if that is unknown."""
         if word in (";", ":", ",", ".", "!", "?"):
@@ -340,16 +306,14 @@ def _stem(word: str) -> str:
 
 def _table(package: Path, name: str) -> list[str]:
     """Lines of a file of a package, unpacked or zipped, without blank ones."""
-    path = package / name
     try:
-        if path.is_file():
-            data = path.read_bytes()
-        else:
-            with zipfile.ZipFile(package.with_name(f"{package.name}.zip")) as archive:
-                data = archive.read(f"{package.name}/{name}")
-        return [line for line in data.decode("utf-8").split("\n") if line.strip()]
+        root: Any = package
+        if not package.is_dir():
+            root = zipfile.Path(package.with_name(f"{package.name}.zip"), f"{package.name}/")
+        text = (root / name).read_text(encoding="utf-8")
+        return [line for line in text.split("\n") if line.strip()]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{package}/{name} cannot be read: {error}") from error
 
 
 class Blocklist:
@@ -363,7 +327,7 @@ class Blocklist:
 
     def __init__(self, folder: Path, near: Nearness = PREDICT) -> None:
         custom, exact = _entries(folder / "custom"), _entries(folder / "exact_match")
-        if not any(custom) and not any(exact):
+        if not any(custom + exact):
             raise CheckpointError(f"{folder} lists no words")
         self.words = Words(folder / "nltk_data")
         self.censor = Censor(custom, _entries(folder / "whitelist"))
@@ -384,8 +348,7 @@ class Blocklist:
 def _entries(folder: Path) -> list[str]:
     """Stripped lines of all files of a folder."""
     try:
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        text = [path.read_text(encoding="utf-8") for path in files]
+        texts = [path.read_text("utf-8") for path in folder.iterdir() if path.is_file()]
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
-    return [line.strip() for each in text for line in each.splitlines()]
+    return [line.strip() for text in texts for line in text.splitlines()]

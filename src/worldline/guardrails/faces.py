@@ -10,7 +10,6 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.errors import Error
-from worldline.weights.keymap import KeyMap
+from worldline.weights.keymap import KeyMap, renamed_by
 from worldline.weights.networks import fill
 
 WIDTH = 256
@@ -120,38 +119,31 @@ class RetinaFace(nn.Module):
         return self.join(self.BboxHead, maps), self.join(self.ClassHead, maps).softmax(-1)
 
 
-_LAYER = re.compile(
-    r"encoder\.stages\.(\d)\.layers\.(\d)\.(layer\.(\d)|shortcut)\.(convolution|normalization)"
-)
+_RELEASED = {  # of transformers' ResNet -> of torchvision's, whose numbers begin at 1
+    r"embedder\.embedder\.convolution": "conv1",
+    r"embedder\.embedder\.normalization": "bn1",
+    r"encoder\.stages(\d)\.layers": r"layer\1",
+    r"layer(\d)\.convolution": r"conv\1",
+    r"layer(\d)\.normalization": r"bn\1",
+    r"shortcut\.convolution": "downsample.0",
+    r"shortcut\.normalization": "downsample.1",
+}
 
 
-def _released(name: str) -> str:
-    """Name in the file, whose body is torchvision's ResNet-50."""
-
-    def layer(match: re.Match[str]) -> str:
-        stage, block, _, number, kind = match.groups()
-        leaf = f"downsample.{'cn'.index(kind[0])}"
-        if number:
-            leaf = f"{'conv' if kind[0] == 'c' else 'bn'}{int(number) + 1}"
-        return f"layer{int(stage) + 1}.{block}.{leaf}"
-
-    name = name.replace("embedder.embedder.convolution", "conv1")
-    return _LAYER.sub(layer, name.replace("embedder.embedder.normalization", "bn1"))
-
-
-@cache
-def key_map() -> KeyMap:
+def key_map(network: nn.Module) -> KeyMap:
     """Names of `Resnet50_Final.pth`, which may lack the first "module."."""
-    with torch.device("meta"):
-        names = RetinaFace().state_dict()
-    return KeyMap({_released(name): name for name in names}, prefixes=("module.", ""))
+    names = {}
+    for name in network.state_dict():
+        counted = re.sub(r"(stages|layer)\.(\d)", lambda m: f"{m[1]}{int(m[2]) + 1}", name)
+        names[renamed_by(_RELEASED, counted)] = name
+    return KeyMap(names, prefixes=("module.", ""))
 
 
 def load_retinaface(path: Path, device: torch.device | str = "cpu") -> RetinaFace:
     """Network of `Resnet50_Final.pth`."""
     with torch.device("meta"):
         network = RetinaFace()
-    fill(network, path, key_map(), device)
+    fill(network, path, key_map(network), device)
     return network
 
 
@@ -191,8 +183,7 @@ def select(
 ) -> np.ndarray:
     """Non-maximum suppression of boxes (P, 4), corners in pixels: those to blur, surest first.
 
-    `max_overlap` is an intersection over union; at most `candidates` boxes are compared, and `keep`
-    returned.
+    `max_overlap` is an intersection over union.
     """
     confident = scores > min_score
     boxes, scores = boxes[confident], scores[confident]

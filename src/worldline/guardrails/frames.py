@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from worldline.errors import CheckpointError, Error
 from worldline.files import read_json
 from worldline.guardrails.base import Verdict
 from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import fill, pretrained
+from worldline.weights.networks import Settings, fill, pretrained
 
 CLASSES = (
     "Safe",
@@ -36,15 +37,10 @@ _BATCH = 16  # frames; SigLIP so400m takes about 2 GB for them in float32
 
 @dataclass(frozen=True)
 class Rule:
-    """Condition under which a video is refused.
+    """Condition under which a video is refused."""
 
-    Attributes:
-        unsafe: numbers of the classes that count.
-        share: largest allowed share of frames in these classes, in [0, 1].
-    """
-
-    unsafe: frozenset[int]
-    share: float
+    unsafe: frozenset[int]  # numbers of the classes that count
+    share: float  # largest allowed one of frames in these classes
 
     def refuses(self, classes: Sequence[int]) -> bool:
         count = sum(number in self.unsafe for number in classes)
@@ -62,15 +58,9 @@ class FrameClassifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(_FEATURES, 512),
-            nn.BatchNorm1d(512),
-            nn.ReLU(),
-            nn.Linear(512, 256),
-            nn.BatchNorm1d(256),
-            nn.ReLU(),
-            nn.Linear(256, len(CLASSES)),
-        )
+        first = nn.Linear(_FEATURES, 512), nn.BatchNorm1d(512), nn.ReLU()
+        second = nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU()
+        self.layers = nn.Sequential(*first, *second, nn.Linear(256, len(CLASSES)))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)
@@ -87,39 +77,41 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> FrameClas
     return network
 
 
+class Preprocessing(Settings):
+    """Settings of preprocessor_config.json: how frames become input."""
+
+    resample: Image.Resampling
+    rescale_factor: float
+    image_mean: list[float]
+    image_std: list[float]
+
+
 class FrameFeatures:
     """The image half of SigLIP, from a folder as released."""
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         from transformers import SiglipVisionModel
 
-        settings = read_json(folder / "preprocessor_config.json")
-        try:
-            self.size = int(settings["size"]["width"]), int(settings["size"]["height"])
-            self.scale = float(settings["rescale_factor"])
-            self.mean, self.std = (
-                torch.tensor([float(x) for x in settings[name]]).view(3, 1, 1)
-                for name in ("image_mean", "image_std")
-            )
-            self.resample = Image.Resampling(settings["resample"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{folder}/preprocessor_config.json: {error!r}") from error
+        path = folder / "preprocessor_config.json"
+        self.preprocessing = Preprocessing.parse(read_json(path), path)
         text_half = ("text_model.*", "logit_scale", "logit_bias")
         network = pretrained(SiglipVisionModel, folder, torch.float32, text_half)
-        self.network: nn.Module = network.to(device)
+        self.network: Any = network.to(device)
+        self.size: int = network.config.image_size
         self.width: int = network.config.hidden_size
 
     def pixels(self, frames: np.ndarray) -> Tensor:
         """Frames uint8 (N, H, W, 3) as the network's input (N, 3, h, w), in [-1, 1]."""
-        small = [np.asarray(Image.fromarray(f).resize(self.size, self.resample)) for f in frames]
-        x = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).to(torch.float32)
-        return (x * self.scale - self.mean) / self.std
+        how, size = self.preprocessing, (self.size, self.size)
+        small = [np.asarray(Image.fromarray(f).resize(size, how.resample)) for f in frames]
+        x = torch.from_numpy(np.stack(small)).to(torch.float32) * how.rescale_factor
+        x = (x - torch.tensor(how.image_mean)) / torch.tensor(how.image_std)
+        return x.permute(0, 3, 1, 2)
 
     @torch.inference_mode()
     def pooled(self, pixels: Tensor) -> Tensor:
         """Features (N, D) of `pixels`, of any length."""
-        device = next(self.network.parameters()).device
-        return self.network(pixel_values=pixels.to(device)).pooler_output
+        return self.network(pixel_values=pixels.to(self.network.device)).pooler_output
 
     def __call__(self, frames: np.ndarray) -> Tensor:
         """Features (N, D) of frames uint8 (N, H, W, 3), of length 1."""

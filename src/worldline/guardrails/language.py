@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from worldline.errors import CheckpointError
 from worldline.files import read_json
@@ -22,34 +22,28 @@ from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.networks import pretrained, pretrained_tokenizer
 
 # the descriptions are this project's own words for the topics that the model was trained on
-_AEGIS = (
-    ("violence", "O1", "Violence", "harming people or animals, praising or planning such harm."),
-    ("sexual", "O2", "Sexual", "sexual acts or bodies, meant to arouse, among adults."),
-    (
-        "criminal_planning",
-        "O3",
+_AEGIS = {  # name in reports -> title and description; O1 to O12 in this order, but no O9
+    "violence": ("Violence", "harming people or animals, praising or planning such harm."),
+    "sexual": ("Sexual", "sexual acts or bodies, meant to arouse, among adults."),
+    "criminal_planning": (
         "Criminal Planning/Confessions",
         "preparing a crime, helping with one, or owning up to one.",
     ),
-    ("weapons", "O4", "Guns and Illegal Weapons", "getting, making or using arms against the law."),
-    (
-        "substance_abuse",
-        "O5",
+    "weapons": ("Guns and Illegal Weapons", "getting, making or using arms against the law."),
+    "substance_abuse": (
         "Controlled/Regulated Substances",
         "making, selling, getting or misusing drugs, alcohol or tobacco.",
     ),
-    ("suicide", "O6", "Suicide and Self Harm", "ending or hurting oneself, or urging others to."),
-    ("sexual_minor", "O7", "Sexual (minor)", "anything sexual in which a child takes part."),
-    (
-        "hatred",
-        "O8",
+    "suicide": ("Suicide and Self Harm", "ending or hurting oneself, or urging others to."),
+    "sexual_minor": ("Sexual (minor)", "anything sexual in which a child takes part."),
+    "hatred": (
         "Hate/Identity Hate",
         "demeaning people for origin, faith, sex, orientation, disability or the like.",
     ),
-    ("harassment", "O10", "Harassment", "bullying, stalking or humiliating a person."),
-    ("threat", "O11", "Threat", "announcing harm to a person or to what is theirs."),
-    ("profanity", "O12", "Profanity", "swearing and obscene language."),
-)
+    "harassment": ("Harassment", "bullying, stalking or humiliating a person."),
+    "threat": ("Threat", "announcing harm to a person or to what is theirs."),
+    "profanity": ("Profanity", "swearing and obscene language."),
+}
 _AEGIS_TASK = (
     "Task: Assess whether the 'User' messages of the conversation below hold unsafe content, "
     "by the policy of the categories listed here."
@@ -61,20 +55,20 @@ _AEGIS_ANSWER = (
 )
 
 _LLAMA_GUARD_3 = {
-    "S1": "Violent Crimes.",
-    "S2": "Non-Violent Crimes.",
-    "S3": "Sex Crimes.",
-    "S4": "Child Exploitation.",
-    "S5": "Defamation.",
-    "S6": "Specialized Advice.",
-    "S7": "Privacy.",
-    "S8": "Intellectual Property.",
-    "S9": "Indiscriminate Weapons.",
-    "S10": "Hate.",
-    "S11": "Self-Harm.",
-    "S12": "Sexual Content.",
-    "S13": "Elections.",
-    "s14": "Code Interpreter Abuse.",  # lower case, as upstream
+    "S1": "Violent Crimes",
+    "S2": "Non-Violent Crimes",
+    "S3": "Sex Crimes",
+    "S4": "Child Exploitation",
+    "S5": "Defamation",
+    "S6": "Specialized Advice",
+    "S7": "Privacy",
+    "S8": "Intellectual Property",
+    "S9": "Indiscriminate Weapons",
+    "S10": "Hate",
+    "S11": "Self-Harm",
+    "S12": "Sexual Content",
+    "S13": "Elections",
+    "s14": "Code Interpreter Abuse",  # lower case, as upstream
 }
 
 # categories that are reported; personal data, politics and copyright refuse too
@@ -91,12 +85,10 @@ def decide_aegis(answer: str) -> Verdict:
     """Verdict of an answer of Aegis: "safe", or "unsafe" and a line such as "O3"."""
     if "unsafe" not in answer.lower():
         return Verdict(True)
-    # There is no O9, and the released code counts on: O10 to O12 are reported one place late.
-    try:
-        place = int(answer.split("\n")[1].lstrip("O")) - 1
-    except (IndexError, ValueError):
-        place = -1
-    return Verdict(False, "", (_AEGIS[place][0],) if 0 <= place < len(_AEGIS) else ())
+    # The released code counts on where O9 is absent: O10 to O12 are reported one place late.
+    line = re.match(r".*\nO* *(\d+) *$", answer, re.MULTILINE)
+    names = [name for place, name in enumerate(_AEGIS, 1) if line and int(line[1]) == place]
+    return Verdict(False, "", tuple(names))
 
 
 def decide_llama_guard_3(answer: str) -> Verdict:
@@ -105,7 +97,7 @@ def decide_llama_guard_3(answer: str) -> Verdict:
         return Verdict(True)
     codes = re.split(r"[,\n]", answer.replace("<|eot_id|>", ""))[1:]
     names = (_LLAMA_GUARD_3.get(code.strip(), "") for code in codes)
-    return Verdict(False, "", tuple(name.removesuffix(".") for name in names if name))
+    return Verdict(False, "", tuple(filter(None, names)))
 
 
 def decide_qwen3guard(answer: str) -> Verdict:
@@ -120,7 +112,8 @@ def decide_qwen3guard(answer: str) -> Verdict:
 
 def aegis_prompt(text: str) -> str:
     """Question to Aegis about a prompt."""
-    policy = "\n".join(f"{code}: {title}.\nShould not: {what}" for _, code, title, what in _AEGIS)
+    topics = zip((*range(1, 9), 10, 11, 12), _AEGIS.values(), strict=True)
+    policy = "\n".join(f"O{code}: {title}.\nShould not: {what}" for code, (title, what) in topics)
     return (
         f"[INST] {_AEGIS_TASK}\n\n"
         f"<BEGIN UNSAFE CONTENT CATEGORIES>\n{policy}\n<END UNSAFE CONTENT CATEGORIES>\n\n"
@@ -130,25 +123,15 @@ def aegis_prompt(text: str) -> str:
 
 @dataclass(frozen=True)
 class GuardModel:
-    """A guard model.
-
-    Attributes:
-        name: in reports and messages.
-        released: repository.
-        question: prompt -> text that the model answers, or the user's turn of a conversation.
-        decide: answer -> verdict.
-        chat: variables of the tokenizer's chat template; None where it is not used.
-        max_tokens: length of an answer.
-        adapter: repository of low-rank weights that are added; "" if there are none.
-    """
+    """A guard model."""
 
     name: str
-    released: str
-    question: Callable[[str], Any]
+    released: str  # repository
+    question: Callable[[str], Any]  # prompt -> text to answer, or the user's turn of a conversation
     decide: Callable[[str], Verdict]
-    chat: Mapping[str, Any] | None
-    max_tokens: int = 100
-    adapter: str = ""
+    chat: Mapping[str, Any] | None  # variables of the chat template; None where it is not used
+    max_tokens: int = 100  # of an answer
+    adapter: str = ""  # repository of low-rank weights that are added
 
 
 AEGIS = GuardModel(
@@ -164,7 +147,7 @@ LLAMA_GUARD_3 = GuardModel(
     "meta-llama/Llama-Guard-3-8B",
     lambda text: [{"type": "text", "text": text}],
     decide_llama_guard_3,
-    chat={"categories": _LLAMA_GUARD_3},
+    chat={"categories": {code: f"{name}." for code, name in _LLAMA_GUARD_3.items()}},
 )
 QWEN3GUARD = GuardModel(
     "qwen3guard", "Qwen/Qwen3Guard-Gen-0.6B", str, decide_qwen3guard, chat={}, max_tokens=128
@@ -182,7 +165,6 @@ class LanguageGuard:
     def __init__(self, model: GuardModel, network: Any, tokenizer: Any, ends: set[int]) -> None:
         self.name = model.name
         self.model = model
-        self.network: nn.Module = network
         self.networks = (network,)
         self.tokenizer = tokenizer
         self.ends = ends
@@ -199,7 +181,6 @@ class LanguageGuard:
         return verdict
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of the question about a prompt."""
         # The tokenizer's own marks are broken up: a prompt could else end its turn and answer.
         for mark in self.tokenizer.get_added_vocab():
             if len(mark) > 1:
@@ -213,15 +194,15 @@ class LanguageGuard:
     @torch.inference_mode()
     def _answer(self, ids: list[int]) -> str:
         """Greedy answer without special tokens; "", which is refused, if logits are not finite."""
-        tokens = torch.tensor([ids], device=next(self.network.parameters()).device)
+        [network] = self.networks
+        tokens = torch.tensor([ids], device=network.device)
         answer: list[int] = []
         cache = None
         while len(answer) < self.model.max_tokens:
-            output = self.network(
+            output = network(
                 input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
-            cache = output.past_key_values
-            logits: Tensor = output.logits[0, -1]
+            cache, logits = output.past_key_values, output.logits[0, -1]
             if not logits.isfinite().all():
                 return ""
             token = int(logits.argmax())
@@ -257,41 +238,30 @@ def load(
     return LanguageGuard(model, network.to(device), tokenizer, ends)
 
 
-_ADAPTER_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.(?:default\.)?weight")
-_UNSUPPORTED = ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern")
+_VARIANTS = ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "bias")
 
 
 @torch.no_grad()
 def merge_adapter(network: nn.Module, folder: Path) -> None:
     """Add the low-rank weights of a PEFT folder to `network`: W + (alpha / rank) B A."""
     settings = read_json(folder / "adapter_config.json")
-    try:
-        scale = float(settings["lora_alpha"]) / int(settings["r"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{folder}/adapter_config.json: {error!r}") from error
-    unsupported = [name for name in _UNSUPPORTED if settings.get(name)]
-    if settings.get("bias", "none") != "none":
-        unsupported.append("bias")
-    if unsupported:
-        raise CheckpointError(f"{folder}/adapter_config.json: unsupported {unsupported}")
-    files = [folder / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
-    path = next((file for file in files if file.is_file()), files[0])
-    checkpoint = open_checkpoint(path)
-    halves: dict[str, dict[str, str]] = {}
-    for name in checkpoint.entries:
-        match = _ADAPTER_KEY.fullmatch(name)
-        if match is None:
-            raise CheckpointError(f"{path}: {name} is no low-rank weight")
-        halves.setdefault(match[1], {})[match[2]] = name
-    modules = dict(network.named_modules())
-    for name, pair in halves.items():
-        layer = modules.get(name)
-        if not isinstance(layer, nn.Linear) or pair.keys() != {"A", "B"}:
-            raise CheckpointError(f"{path} does not fit the model at {name}")
-        down, up = (checkpoint.read(pair[half]).float() for half in "AB")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    wrong = [name for name in _VARIANTS if settings.get(name) not in (None, False, "none", [], {})]
+    if wrong or type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+        problem = f"unsupported {wrong}" if wrong else f"r is {rank!r}, lora_alpha {alpha!r}"
+        raise CheckpointError(f"{folder}/adapter_config.json: {problem}")
+    paths = [folder / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
+    checkpoint = open_checkpoint(next(filter(Path.is_file, paths), paths[0]))
+    halves = {n.replace(".default.", "."): checkpoint.read(n).float() for n in checkpoint.entries}
+    for name, layer in network.named_modules():
+        names = [f"base_model.model.{name}.lora_{half}.weight" for half in "BA"]
+        if not isinstance(layer, nn.Linear) or not halves.keys() >= {*names}:
+            continue
+        up, down = map(halves.pop, names)
         out_features, in_features = layer.weight.shape
-        rank = int(settings["r"])
         if (*up.shape, *down.shape) != (out_features, rank, rank, in_features):
-            raise CheckpointError(f"{path} has other shapes than the model at {name}")
+            raise CheckpointError(f"{checkpoint.path} has other shapes than the model at {name}")
         # the sum in float32, as upstream, which casts afterwards
-        layer.weight.copy_(layer.weight.float() + scale * (up @ down))
+        layer.weight.copy_(layer.weight.float() + alpha / rank * (up @ down))
+    if halves:
+        raise CheckpointError(f"{checkpoint.path} does not fit the model: {', '.join(halves)}")

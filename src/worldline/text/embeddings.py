@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worldline.errors import CheckpointError, InputError
-from worldline.files import disguise
 from worldline.weights.checkpoint import open_checkpoint
 
 EmbeddingSource = str | Path | Tensor | NDArray[Any]
@@ -83,12 +82,10 @@ def _checked(tensor: Tensor, label: str, width: int, rows: int | None) -> Tensor
 def read_embedding_file(path: Path, modified: int = 0) -> dict[str, Tensor]:
     """Tensors "prompt" and perhaps "negative_prompt" of a file, of any shape and dtype.
 
-    Args:
-        path: either weights (safetensors, or a `.pt` of plain tensors) that hold a tensor `prompt`
-            and perhaps `negative_prompt`, or one tensor of any name, which is the prompt's; or a
-            pickle as Cosmos' `get_t5_embeddings.py` writes it, a list of one NumPy array. Nothing
-            in a pickle is run.
-        modified: time of the file; another one is read anew.
+    It is either weights (safetensors, or a `.pt` of plain tensors) that hold a tensor `prompt` and
+    perhaps `negative_prompt`, or one tensor of any name, which is the prompt's; or a pickle as
+    Cosmos' `get_t5_embeddings.py` writes it (protocol 3 or later), a list of one NumPy array.
+    Nothing in a pickle is run. A file of another time, `modified`, is read anew.
 
     Raises:
         InputError: there is no such file, it is damaged or unsafe, or holds something else.
@@ -98,9 +95,8 @@ def read_embedding_file(path: Path, modified: int = 0) -> dict[str, Tensor]:
             head = file.read(64)
     except OSError as error:
         raise InputError(f"no file of embeddings {path}: {error.strerror or error}") from error
-    pickled = head[:1] == b"\x80" or head[:2] in (b"(l", b"]q")
     # PyTorch's old format starts as a pickle too, with a long integer.
-    if pickled and head[2:3] != b"\x8a" and not disguise(head):
+    if head[:1] == b"\x80" and head[2:3] != b"\x8a":
         return {PROMPT: _read_pickle(path)}
     source = open_checkpoint(path)
     names = sorted(source.entries)
@@ -143,12 +139,6 @@ class _Array:
         return self
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in {encoding!r:.20}")
-    return text.encode(encoding)
-
-
 class _Unpickler(pickle.Unpickler):
     """Reader of arrays of floating numbers, which it builds itself.
 
@@ -166,8 +156,6 @@ class _Unpickler(pickle.Unpickler):
                 return lambda *class_and_shape: _Array()
             case "numpy.core.numeric", "_frombuffer":
                 return lambda *arguments: _Array().fill(*arguments)
-            case "_codecs", "encode":
-                return lambda *arguments: _latin1(*arguments)
         raise pickle.UnpicklingError(f"it names {module}.{name}, and loading that could run code")
 
 

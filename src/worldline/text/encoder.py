@@ -49,15 +49,14 @@ WEIGHTS = (  # in order of preference
     "pytorch_model.bin.index.json",
 )
 BYTES = "ByT5Tokenizer"  # a tokenizer_config.json of this class needs no vocabulary
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 _RECIPE = "2"  # to be raised when the same encoder and prompt give another embedding
 
 
 class PromptEncoder(nn.Module, ABC):
-    """Prompts to context.
+    """Prompts to context, by a network of transformers.
 
     Attributes:
-        network: of transformers.
         config: settings of config.json.
         tokenizer: prompts to ids, by `encode`; `size` is one more than the largest id.
         max_length: S of an embedding; longer prompts are cut.
@@ -71,8 +70,7 @@ class PromptEncoder(nn.Module, ABC):
         self.max_length = max_length
 
     @abstractmethod
-    def make_network(self, config: Mapping[str, Any]) -> nn.Module:
-        """The network of a config.json."""
+    def make_network(self, config: Mapping[str, Any]) -> nn.Module: ...
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -81,17 +79,11 @@ class PromptEncoder(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class TextPart:
-    """A text encoder that is only planned for.
+    """A text encoder that is only planned for."""
 
-    Attributes:
-        num_parameters: that are read.
-        max_length: rows of an embedding; longer prompts are cut.
-        files: all that decide an embedding.
-    """
-
-    num_parameters: int
-    max_length: int = MAX_LENGTH
-    files: tuple[Path, ...] = ()
+    num_parameters: int  # that are read
+    max_length: int = MAX_LENGTH  # rows of an embedding; longer prompts are cut
+    files: tuple[Path, ...] = ()  # all that decide an embedding
 
     def nbytes(self, compute: Any) -> int:
         return self.num_parameters * int(compute.text_dtype.itemsize)
@@ -102,19 +94,12 @@ class TextPart:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderFiles(TextPart, ABC):
-    """A text encoder on disk, of which headers were read.
-
-    Attributes:
-        folder: holds config.json and the weights.
-        config: settings of config.json, those of its `text_config` on top.
-        checkpoint: the weights, which may hold more than the encoder's.
-        vocabulary: the file that decides the tokenizer.
-    """
+    """A text encoder on disk, of which headers were read."""
 
     folder: Path
-    config: Mapping[str, Any]
-    checkpoint: Checkpoint
-    vocabulary: Path
+    config: Mapping[str, Any]  # of config.json, with its `text_config` on top
+    checkpoint: Checkpoint  # may hold more than the encoder's weights
+    vocabulary: Path  # file that decides the tokenizer
 
     name: ClassVar[str]
     released: ClassVar[str]  # name on the hub
@@ -142,8 +127,7 @@ class EncoderFiles(TextPart, ABC):
         if not path.is_file():
             raise CheckpointError(f"{folder} holds no config.json{unfinished(folder)}")
         config = read_json(path)
-        kind = config.get("model_type")
-        if kind not in cls.model_types:
+        if (kind := config.get("model_type")) not in cls.model_types:
             raise CheckpointError(f"{path}: model_type is {kind!r}, expected {cls.model_types[0]}")
         config |= config.pop("text_config", None) or {}
         for size in ("vocab_size", *cls.sizes):
@@ -152,30 +136,27 @@ class EncoderFiles(TextPart, ABC):
                 raise CheckpointError(f"{path}: {size} is {value!r}")
         checkpoint = open_checkpoint(find_weights(folder))
         keys = KeyMap({}, cls.unread, cls.prefixes)
-        counts = {  # a tied tensor counts once
-            cls.tied if name in cls.tied else name: info.numel()
-            for name, info in checkpoint.tensors.items()
-            if not keys.drops(name)
-        }
+        read = {n: info.numel() for n, info in checkpoint.tensors.items() if not keys.drops(n)}
+        doubled = [name for name in cls.tied if name in read][1:]
         for holder in (folder, folder.parent / "tokenizer"):
-            found = [file for name in _TOKENIZER if (file := holder / name).is_file()]
             stated = holder / "tokenizer_config.json"
-            settings = read_json(stated) if stated in found else {}
+            settings = read_json(stated) if stated.is_file() else {}
+            found = [holder / name for name in _TOKENIZER if (holder / name).is_file()]
             if settings.get("tokenizer_class") == BYTES:
-                found = [stated]
-            elif found[:1] == [stated]:
+                found = []
+            elif not found:
                 continue
-            if found:
-                limit = settings.get("model_max_length")  # 1e30 where it has none of its own
-                return cls(
-                    sum(counts.values()),
-                    limit if isinstance(limit, int) and 0 < limit < MAX_LENGTH else MAX_LENGTH,
-                    (path, *checkpoint.files, *found),
-                    folder=folder,
-                    config=config,
-                    checkpoint=checkpoint,
-                    vocabulary=found[0],
-                )
+            limit = settings.get("model_max_length")  # 1e30 where it has none of its own
+            found += [stated] if settings else []
+            return cls(
+                sum(numel for name, numel in read.items() if name not in doubled),
+                limit if isinstance(limit, int) and 0 < limit < MAX_LENGTH else MAX_LENGTH,
+                (path, *checkpoint.files, *found),
+                folder=folder,
+                config=config,
+                checkpoint=checkpoint,
+                vocabulary=found[0],
+            )
         raise CheckpointError(f"{folder} holds no tokenizer.json{unfinished(folder)}")
 
     @classmethod
@@ -187,17 +168,14 @@ class EncoderFiles(TextPart, ABC):
                 of the first folder.
         """
         place, chosen = opened.place, opened.options.text_encoder_dir
-        folders = [
-            path
-            for root in place.roots
-            for path in released_folders(root, cls.released, cls.revision)
-        ]
+        names = cls.released, cls.revision
+        folders = [path for root in place.roots for path in released_folders(root, *names)]
         beside = opened.folder / "text_encoder"
         if chosen is not None:
             folders = [place.chosen(chosen, "text_encoder_dir")]
         elif beside.is_dir():
             folders.insert(0 if holds_diffusers(opened.source.path) else len(folders), beside)
-        errors: list[CheckpointError] = []
+        first: CheckpointError | None = None
         for folder in folders:
             try:
                 files = cls.open(folder)
@@ -207,9 +185,8 @@ class EncoderFiles(TextPart, ABC):
                     f"text encoder {folder} has width {files.width}, the world expects {width}"
                 )
             except CheckpointError as error:
-                errors.append(error)
-        missing = CheckpointError(f"no text encoder {cls.released} in {place.searched}")
-        raise next(iter(errors), missing)
+                first = first or error
+        raise first or CheckpointError(f"no text encoder {cls.released} in {place.searched}")
 
     @property
     def width(self) -> int:
@@ -221,20 +198,12 @@ class EncoderFiles(TextPart, ABC):
     def tokenizer(self) -> Any:
         """Prompts to ids; read at the first use."""
 
-    def count_truncated(self, prompt: str) -> int:
-        """Tokens of a prompt that are not read."""
-        return max(0, len(self.tokenizer.encode(prompt)) - self.max_length)
-
     def load(self, compute: Any, *, offload: bool) -> TextEncoder:
         """The encoder, whose weights are read at the first prompt that is not cached."""
         return TextEncoder(self, compute.device, compute.text_dtype, offload=offload)
 
     def read(self, device: torch.device | str, dtype: torch.dtype) -> Any:
-        """The encoder with its weights, for inference.
-
-        Args:
-            device: where it goes.
-            dtype: float32 or bfloat16; the released encoders overflow in float16.
+        """The encoder with its weights, for inference; the released ones overflow in float16.
 
         Raises:
             CheckpointError: weights, settings or tokenizer do not fit, or cannot be read.
@@ -249,10 +218,10 @@ class EncoderFiles(TextPart, ABC):
         return encoder.requires_grad_(False).eval()
 
     def check(self) -> int:
-        """Number of tensors in the weights that the encoder has no use for.
+        """Number of tensors that are not read.
 
         Raises:
-            CheckpointError: a tensor is missing, unknown or of another shape.
+            CheckpointError: one is missing, unknown or of another shape.
         """
         encoder, keys = self._build()
         tensors, path = self.checkpoint.tensors, self.checkpoint.path
@@ -264,11 +233,10 @@ class EncoderFiles(TextPart, ABC):
 
     def _build(self) -> tuple[PromptEncoder, KeyMap]:
         """The encoder without weights, and names of its tensors in the file."""
+        tokenizer = self.tokenizer
         try:
             with torch.device("meta"):
-                encoder = self.encoder(self.config, self.tokenizer, self.max_length)
-        except CheckpointError:
-            raise
+                encoder = self.encoder(self.config, tokenizer, self.max_length)
         except Exception as error:  # transformers has a kind of error for each kind of setting
             reason = " ".join(str(error).split())
             path = self.folder / "config.json"
@@ -278,11 +246,7 @@ class EncoderFiles(TextPart, ABC):
 
 
 class TextEncoder:
-    """A text encoder behind its cache: the weights are read at the first prompt that is not in it.
-
-    Attributes:
-        offload: whether the weights wait in host memory between prompts.
-    """
+    """A text encoder behind its cache: weights are read at the first prompt that is not in it."""
 
     def __init__(
         self, files: EncoderFiles, device: torch.device, dtype: torch.dtype, *, offload: bool
@@ -302,19 +266,17 @@ class TextEncoder:
         Raises:
             CheckpointError: the weights do not fit, or cannot be read.
         """
-        cached = {prompt: self._cache.get(self._key, prompt) for prompt in prompts}
-        embeddings = {prompt: x for prompt, x in cached.items() if x is not None}
-        missing = [prompt for prompt, x in cached.items() if x is None]
-        if not missing:
-            return embeddings
-        if self._part is None:
+        embeddings: dict[str, Any] = {p: self._cache.get(self._key, p) for p in prompts}
+        missing = [prompt for prompt, embedding in embeddings.items() if embedding is None]
+        if missing and self._part is None:
             logger.info("reading %s", self.files.folder)
             encoder = self.files.read("cpu" if self.offload else self.device, self.dtype)
             self._part = Part(encoder, self.device, offload=self.offload)
-        with torch.inference_mode(), self._part.on_device() as encoder:
-            embeddings |= {prompt: encoder.encode([prompt]).cpu() for prompt in missing}
-        for prompt in missing:
-            self._cache.put(self._key, prompt, embeddings[prompt])
+        if missing and self._part is not None:
+            with torch.inference_mode(), self._part.on_device() as encoder:
+                for prompt in missing:
+                    embeddings[prompt] = encoder.encode([prompt]).cpu()
+                    self._cache.put(self._key, prompt, embeddings[prompt])
         return embeddings
 
     def truncations(self, prompts: Mapping[str, str]) -> dict[str, dict[str, int]]:
@@ -322,7 +284,7 @@ class TextEncoder:
         length = self.files.max_length
         cuts = {}
         for name, prompt in prompts.items():
-            if cut := self.files.count_truncated(prompt):
+            if (cut := len(self.files.tokenizer.encode(prompt)) - length) > 0:
                 warning = "a prompt has %d tokens and is cut after %d: %r ..."
                 logger.warning(warning, length + cut, length, prompt[:40])
                 cuts[name] = {"max_length": length, "num_truncated_tokens": cut}
@@ -343,11 +305,8 @@ class EmbeddingCache:
     """Embeddings by encoder and prompt: 1 MB each, against reading 10 GB of weights to make one.
 
     One safetensors file each, shared by all processes; its name is a hash, as the prompt is not
-    written down. A folder that cannot be written is no error; nothing is cached then.
-
-    Attributes:
-        folder: of the entries; made with the first.
-        largest: number of entries, beyond which the one that was unused for longest is removed.
+    written down. A folder that cannot be written is no error; nothing is cached then. Beyond
+    `largest` entries, the one that was unused for longest is removed.
     """
 
     def __init__(self, name: str | Path = "", largest: int = 1000) -> None:
@@ -378,14 +337,11 @@ class EmbeddingCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(self.path(encoder, prompt)) as temporary:
                 save({"embedding": embedding}, temporary)
-            ages: list[tuple[int, Path]] = []
-            for entry in self.folder.glob("*.safetensors"):
-                with contextlib.suppress(OSError):  # removed by another process
-                    ages.append((entry.stat().st_mtime_ns, entry))
-            for _, entry in sorted(ages, reverse=True)[self.largest :]:
+            entries = sorted(self.folder.glob("*.safetensors"), key=os.path.getmtime)
+            for entry in entries[: -self.largest]:
                 entry.unlink(missing_ok=True)
-        except OSError as error:
-            logger.info("an embedding is not cached: %s", error)
+        except OSError as error:  # a full disk, or an entry that another process removed
+            logger.info("the cache of embeddings is left as it is: %s", error)
 
 
 def find_weights(folder: Path) -> Path:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
 from worldline.text.encoder import EncoderFiles, FastTokenizer, PromptEncoder, read_tokenizer
+from worldline.weights.networks import pretrained_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -97,21 +98,15 @@ class Reason1Encoder(PromptEncoder):
         return self.network(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings (B, S, layers x D): each layer's output standardised row by row."""
-        states = self.hidden(ids.to(self.network.embed_tokens.weight.device))
-        # the embedded tokens themselves are not part of it
-        return torch.cat([_standardised(state) for state in states[1:]], dim=-1)
+        """Embeddings (B, S, layers x D): the rows of each layer, standardised one by one."""
+        states = self.hidden(ids.to(self.network.embed_tokens.weight.device))[1:]  # no embedded ids
+        rows = [(x - x.mean(-1, True)) / (x.std(-1, keepdim=True) + _EPS) for x in states]
+        return torch.cat(rows, dim=-1)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings (B, max_length, layers x D), each encoded alone."""
         return torch.cat([self.embed(self.tokenize([prompt])) for prompt in prompts])
-
-
-def _standardised(states: Tensor) -> Tensor:
-    """Each row less its mean, over its deviation (of n - 1), in the dtype of `states`."""
-    mean, std = states.mean(-1, keepdim=True), states.std(-1, keepdim=True)
-    return (states - mean) / (std + _EPS)
 
 
 class Reason1Files(EncoderFiles):
@@ -131,12 +126,8 @@ class Reason1Files(EncoderFiles):
     @cached_property
     def tokenizer(self) -> ChatTokenizer:
         path = self.vocabulary
-        if path.name != "vocab.json":
-            return ChatTokenizer(read_tokenizer(path), str(path))
-        from transformers import Qwen2Tokenizer
-
-        try:
-            tokenizer = Qwen2Tokenizer.from_pretrained(path.parent, local_files_only=True)
-        except Exception as error:  # the package raises plain Exception for a damaged file
-            raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
-        return ChatTokenizer(tokenizer.backend_tokenizer, str(path))
+        if path.name == "vocab.json":
+            backend = pretrained_tokenizer(path.parent, chat=False).backend_tokenizer
+        else:
+            backend = read_tokenizer(path)
+        return ChatTokenizer(backend, str(path))

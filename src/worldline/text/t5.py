@@ -65,9 +65,8 @@ class T5Encoder(PromptEncoder):
         device = self.network.shared.weight.device
         longest = int(mask.sum(1).max())
         ids, short = ids[:, :longest].to(device), mask[:, :longest].to(device)
-        hidden = self.hidden(ids, short)
-        # Chosen, not multiplied: 0 x inf would be NaN.
-        hidden = torch.where(short[..., None] != 0, hidden, hidden.new_zeros(()))
+        # filled, not multiplied: 0 x inf would be NaN
+        hidden = self.hidden(ids, short).masked_fill(short[..., None] == 0, 0)
         return F.pad(hidden, (0, 0, 0, mask.shape[1] - longest))
 
     @torch.no_grad()

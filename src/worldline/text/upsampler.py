@@ -23,10 +23,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError, Error
-from worldline.files import read_json, unfinished
+from worldline.files import find_repository, unfinished
+from worldline.parallel.offload import Part
 from worldline.weights.checkpoint import open_checkpoint
-from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import pretrained, pretrained_tokenizer
+from worldline.weights.keymap import KeyMap, renamed_by
+from worldline.weights.networks import pretrained, pretrained_tokenizer, read_settings
 from worldline.weights.stream import load_into
 
 LENGTHEN = "Expand this short caption of a video into a long caption, in one paragraph: "
@@ -42,9 +43,6 @@ LENGTHENING = (
     "Cosmos-UpsamplePrompt1-12B-Text2World",
     "Cosmos-1.0-Prompt-Upsampler-12B-Text2World",
 )
-# colours of the vision half, where the folder holds no preprocessor_config.json
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Upsampler:
@@ -52,21 +50,17 @@ class Upsampler:
 
     Attributes:
         name: of its folder.
-        network: a causal language model of transformers; runs where its weights are.
-        describes: whether it makes a prompt of a picture instead.
+        part: a causal language model of transformers.
         room: tokens of question and answer together.
         longest: tokens of an answer.
         top_p: mass of the likely tokens that may be drawn.
     """
 
-    describes = False
-    room = 1024
-    longest = 512
-    top_p = 1.0
+    room, longest, top_p = 1024, 512, 1.0
 
-    def __init__(self, name: str, network: Any, tokenizer: Any) -> None:
+    def __init__(self, name: str, part: Part[Any], tokenizer: Any) -> None:
         self.name = name
-        self.network: nn.Module = network
+        self.part = part
         self.tokenizer = tokenizer
         self.end: int = tokenizer.eos_token_id
 
@@ -81,7 +75,14 @@ class Upsampler:
         Raises:
             Error: the prompt leaves no room for an answer, or the answer is empty.
         """
-        return self._written(clean(self._answer(self._ask(f"{LENGTHEN}{prompt}"), seed)))
+        with self.part.on_device():
+            answer = self._write(prompt, frame, seed)
+        if not answer:
+            raise Error(f"{self.name} wrote nothing; disable_prompt_upsampler takes prompts as is")
+        return answer
+
+    def _write(self, prompt: str | None, frame: NDArray[np.uint8] | None, seed: int) -> str:
+        return clean(self._answer(self._ask(f"{LENGTHEN}{prompt}"), seed))
 
     def _ask(self, message: str) -> Any:
         """A message as one turn of a conversation."""
@@ -90,8 +91,6 @@ class Upsampler:
 
     def _answer(self, question: str, seed: int, **pixels: Tensor) -> str:
         """The text that is drawn behind a question, without its end."""
-        from transformers import GenerationConfig
-
         ids = self.tokenizer(question, add_special_tokens=False)["input_ids"]
         room = min(self.longest, self.room - len(ids))
         if room < 1:
@@ -99,95 +98,59 @@ class Upsampler:
                 f"the prompt has {len(ids)} tokens, {self.name} has room for {self.room - 1}; "
                 "disable_prompt_upsampler takes it as it is"
             )
-        network: Any = self.network
-        device = next(network.parameters()).device
+        device = self.part.device
         tokens = torch.tensor([ids], device=device)
-        settings = GenerationConfig(
-            do_sample=True,
-            temperature=0.01,  # as released: nearly greedy
-            top_p=self.top_p,
-            top_k=0,
-            max_new_tokens=room,
-            eos_token_id=self.end,
-            pad_token_id=self.end,
-            bos_token_id=None,
-        )
-        generators = [device] if device.type == "cuda" else []
-        # the draws of others are not changed by the seed
-        with torch.inference_mode(), torch.random.fork_rng(generators):
+        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with torch.inference_mode(), forked:  # the draws of others are not changed by the seed
             torch.manual_seed(seed)
-            drawn = network.generate(
+            drawn = self.part.module.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
-                generation_config=settings,
+                do_sample=True,
+                temperature=0.01,  # as released: nearly greedy
+                top_p=self.top_p,
+                top_k=0,
+                max_new_tokens=room,
+                eos_token_id=self.end,
+                pad_token_id=self.end,
                 **pixels,
             )
-        answer = drawn[0, len(ids) :].tolist()
-        answer = answer[: answer.index(self.end)] if self.end in answer else answer
-        return str(self.tokenizer.decode(answer, skip_special_tokens=False))
-
-    def _written(self, answer: str) -> str:
-        if not answer:
-            raise Error(f"{self.name} wrote nothing; disable_prompt_upsampler takes prompts as is")
-        return answer
+        answer = drawn[0, len(ids) :]
+        return str(self.tokenizer.decode(answer[answer != self.end], skip_special_tokens=False))
 
 
 class ImageUpsampler(Upsampler):
-    """A language model that makes prompts of pictures, for Video2World.
+    """A language model that makes prompts of pictures, for Video2World."""
 
-    Attributes:
-        mean: colour (3, 1, 1) that the vision half takes for 0.
-        std: colours (3, 1, 1) that it takes for 1.
-        patch: pixels of a side of one image token.
-    """
+    room, longest, top_p = 4300, 400, 0.9
+    # colours as CLIP takes them
+    mean = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
+    std = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 
-    describes = True
-    room = 4300
-    longest = 400
-    top_p = 0.9
-
-    def __init__(
-        self,
-        name: str,
-        network: Any,
-        tokenizer: Any,
-        mean: Sequence[float] = _MEAN,
-        std: Sequence[float] = _STD,
-    ) -> None:
-        super().__init__(name, network, tokenizer)
-        self.mean = torch.tensor(mean).view(3, 1, 1)
-        self.std = torch.tensor(std).view(3, 1, 1)
-        self.patch = int(network.config.vision_config.patch_size)
-
-    def write(self, prompt: str | None, frame: NDArray[np.uint8] | None, seed: int = 0) -> str:
+    def _write(self, prompt: str | None, frame: NDArray[np.uint8] | None, seed: int) -> str:
         assert frame is not None  # a request without a prompt has an input
+        patch = self.part.module.config.vision_config.patch_size
         picture = Image.fromarray(frame)
-        if (size := shrunk(*picture.size)) != picture.size:
-            picture = picture.resize(size)
-        columns, rows = (-(-side // self.patch) for side in size)
-        whole = (columns * self.patch, rows * self.patch)
-        if whole != picture.size:
-            picture = picture.resize(whole, Image.Resampling.BICUBIC)
+        picture = picture.resize(shrunk(*picture.size))
+        columns, rows = (-(-side // patch) for side in picture.size)
+        picture = picture.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 255
-        parameter = next(self.network.parameters())
+        parameter = next(self.part.module.parameters())
         image_tokens = ROW_END.join([IMAGE * columns] * rows) + IMAGE_END
-        answer = self._answer(
+        return self._answer(
             self._ask(f"{IMAGE}\n{DESCRIBE}").replace(IMAGE, image_tokens, 1),
             seed,
             pixel_values=((pixels - self.mean) / self.std)[None].to(parameter),
-            image_sizes=torch.tensor([whole[::-1]]).to(parameter.device),
-        )
-        return self._written(answer.strip())
+            image_sizes=torch.tensor([pixels.shape[1:]]).to(parameter.device),
+        ).strip()
 
 
 def clean(text: str) -> str:
     """An answer of the text upsampler as one line without headings and marks."""
     text = re.sub(r"[\n\r]", " ", text)
-
-    def heading(found: re.Match[str]) -> str:
-        return "" if len(re.findall(r"\w+", found[1])) < 10 else found[0]
-
-    text = re.sub(r"- \*\*(.*?)\*\*", heading, text)
+    text = re.sub(
+        r"- \*\*(.*?)\*\*", lambda m: m[0] if len(re.findall(r"\w+", m[1])) > 9 else "", text
+    )
     for mark in ("Caption:", "#####", "####", "- ", "* ", ","):
         if text.startswith(mark):
             text = text[len(mark) :].lstrip()
@@ -196,9 +159,7 @@ def clean(text: str) -> str:
 
 def shrunk(width: int, height: int) -> tuple[int, int]:
     """Width and height that a picture is scaled down to, so that no side is above 1024."""
-    ratio = max(width, height) / LARGEST_SIDE
-    if ratio <= 1:
-        return width, height
+    ratio = max(width, height, LARGEST_SIDE) / LARGEST_SIDE
     return math.ceil(width / ratio), math.ceil(height / ratio)
 
 
@@ -208,185 +169,133 @@ _DROPPED = {
     "*_extra_state": "FP8 bookkeeping of Transformer Engine",
     "*rope.*_cached": "rotary table, computed here",
 }
-_TOWER = "model.vision_tower."
-_VISION_NAMES = {
-    **{f"attention.w{leaf}": f"attention.{leaf}_proj" for leaf in "qkvo"},
-    "feed_forward.w1": "feed_forward.gate_proj",
-    "feed_forward.w2": "feed_forward.down_proj",
-    "feed_forward.w3": "feed_forward.up_proj",
-    "attention_norm": "attention_norm",
-    "ffn_norm": "ffn_norm",
+# of transformers -> of the file, for text and vision
+_RELEASED = {
+    r"^model\.(language_model\.)?(layers|norm)": r"\2",
+    r"^model\.(language_model\.)?embed_tokens": "tok_embeddings",
+    r"^lm_head": "output",
+    r"^model\.vision_tower": "vision_encoder",
+    r"^model\.multi_modal_projector\.linear_1": "mm_projector.projector.0",
+    r"^model\.multi_modal_projector\.linear_2": "mm_projector.projector.2",
+    r"(self_attn|attention)\.(.)_proj": r"attention.w\2",
+    r"(mlp|feed_forward)\.gate_proj": "feed_forward.w1",
+    r"(mlp|feed_forward)\.down_proj": "feed_forward.w2",
+    r"(mlp|feed_forward)\.up_proj": "feed_forward.w3",
+    r"input_layernorm": "attention_norm",
+    r"post_attention_layernorm": "ffn_norm",
 }
-_TEXT_NAMES = {
-    "attention.": "self_attn.",
-    "feed_forward.": "mlp.",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 
 
-def _layers(theirs: str, ours: str, renamed: Mapping[str, str]) -> dict[str, str]:
-    names: dict[str, str] = {}
-    for released, name in _VISION_NAMES.items():
-        for old, new in renamed.items():
-            name = name.replace(old, new)
-        names[f"{theirs}layers.{{i}}.{released}.weight"] = f"{ours}layers.{{i}}.{name}.weight"
-    return names
-
-
-def _language(ours: str) -> dict[str, str]:
-    return {
-        "tok_embeddings.weight": f"{ours}embed_tokens.weight",
-        "norm.weight": f"{ours}norm.weight",
-        "output.weight": "lm_head.weight",
-        **_layers("", ours, _TEXT_NAMES),
-    }
-
-
-_PICTURES = {
-    **{
-        f"mm_projector.projector.{place}.{leaf}": f"model.multi_modal_projector.{ours}.{leaf}"
-        for place, ours in ((0, "linear_1"), (2, "linear_2"))
-        for leaf in ("weight", "bias")
-    },
-    "vision_encoder.patch_conv.weight": f"{_TOWER}patch_conv.weight",
-    "vision_encoder.ln_pre.weight": f"{_TOWER}ln_pre.weight",
-    **_layers("vision_encoder.transformer.", f"{_TOWER}transformer.", {}),
-}
-TEXT_KEYS = KeyMap(_language("model."), _DROPPED, ("model.", ""))
-IMAGE_KEYS = KeyMap({**_language("model.language_model."), **_PICTURES}, _DROPPED, ("model.", ""))
+def key_map(network: nn.Module) -> KeyMap:
+    """Names of a model.pt, some of which have the first "model."."""
+    names = {renamed_by(_RELEASED, name): name for name in network.state_dict()}
+    return KeyMap(names, _DROPPED, ("model.", ""))
 
 
 def load_upsampler(
     folder: Path,
-    *,
+    roots: Sequence[Path],
     describes: bool,
-    device: torch.device | str,
+    device: torch.device,
+    *,
+    offload: bool = False,
     dtype: torch.dtype = torch.bfloat16,
-    tokenizer_folder: Path | None = None,
 ) -> Upsampler:
-    """Load a prompt upsampler; nothing in its folder is executed.
+    """Load a prompt upsampler (one that `describes` is for Video2World); nothing is executed.
 
-    Args:
-        folder: holds NVIDIA's model.pt, or the safetensors and config.json of transformers; and
-            the tokenizer.
-        describes: it is the one for Video2World.
-        device: where it goes.
-        dtype: of its weights.
-        tokenizer_folder: holds the tokenizer, if not `folder`: that of `PIXTRAL` for NVIDIA's
-            conversion of it.
+    The folder holds NVIDIA's model.pt, or the safetensors and config.json of transformers; and the
+    tokenizer, which NVIDIA's conversion of `PIXTRAL` lacks: that of `PIXTRAL` is found by `roots`.
 
     Raises:
         CheckpointError: a file is absent or does not fit.
     """
-    from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration, MistralForCausalLM
 
+    kind: Any = LlavaForConditionalGeneration if describes else MistralForCausalLM
     if (folder / "model.pt").is_file():
-        network = _read_released(folder, describes, dtype)
+        network = _read_released(kind, folder, describes, dtype)
     elif any(folder.glob("*.safetensors")):
-        kind: Any = LlavaForConditionalGeneration if describes else AutoModelForCausalLM
         network = pretrained(kind, folder, dtype)
     else:
         raise CheckpointError(f"{folder} holds no model.pt or safetensors{unfinished(folder)}")
-    place = tokenizer_folder or folder
+    place = folder
+    if describes and not any(folder.glob("tokenizer*.json")):
+        place = find_repository(PIXTRAL, roots)
     tokenizer = pretrained_tokenizer(place)
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{place} names no token that ends an answer")
     network.generation_config = type(network.generation_config)()
-    network.to(device)
+    part = Part(network if offload else network.to(device), device, offload=offload)
     if not describes:
-        return Upsampler(folder.name, network, tokenizer)
+        return Upsampler(folder.name, part, tokenizer)
     marks = [tokenizer.convert_tokens_to_ids(mark) for mark in (IMAGE, ROW_END, IMAGE_END)]
     if len({*marks, tokenizer.unk_token_id}) < 4:
         raise CheckpointError(f"{place} knows no {IMAGE}, {ROW_END} or {IMAGE_END}")
     network.config.image_token_id = marks[0]
-    path = place / "preprocessor_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    mean, std = settings.get("image_mean", _MEAN), settings.get("image_std", _STD)
-    return ImageUpsampler(folder.name, network, tokenizer, mean, std)
+    return ImageUpsampler(folder.name, part, tokenizer)
 
 
-def _read_released(folder: Path, describes: bool, dtype: torch.dtype) -> Any:
-    """The network of a model.pt; settings that neither it nor config.json has are as released."""
-    from transformers import LlavaForConditionalGeneration, MistralForCausalLM
-
+def _read_released(kind: Any, folder: Path, describes: bool, dtype: torch.dtype) -> Any:
+    """The network of a model.pt."""
     source = open_checkpoint(folder / "model.pt")
-    path = folder / "config.json"
-    settings = read_json(path) if path.is_file() else {}
-    keys = IMAGE_KEYS if describes else TEXT_KEYS
-    shapes = {
-        ours: info.shape
-        for name, info in source.tensors.items()
-        if (ours := keys.ours(name)) is not None
-    }
+    shapes = {name.removeprefix("model."): info.shape for name, info in source.tensors.items()}
     try:
-        config = (_image_config if describes else _text_config)(shapes, settings)
+        config = _released_config(shapes, read_settings(folder), describes)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{source.path} is no prompt upsampler: {error!r}") from error
     with torch.device("meta"):
-        network: Any = (LlavaForConditionalGeneration if describes else MistralForCausalLM)(config)
+        network = kind(config)
     for name, module in [*network.named_modules()]:
         if name.endswith(("rotary_emb", "patch_positional_embedding")):
             # holds computed tables alone, which no file has
             network.set_submodule(name, type(module)(module.config))
-    load_into(network, source, keys, device="cpu", dtype=dtype)
+    load_into(network, source, key_map(network), device="cpu", dtype=dtype)
     for name, parameter in network.named_parameters():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            vision = name.startswith(_TOWER)
+            vision = name.startswith("model.vision_tower.")
             part = config.vision_config if vision else config.get_text_config()
             parameter.data = _in_halves(parameter.data, part.head_dim)
     return network.requires_grad_(False).eval()
 
 
-def _text_config(
-    shapes: Mapping[str, Sequence[int]], settings: Mapping[str, Any], ours: str = "model."
+def _released_config(
+    shapes: Mapping[str, Sequence[int]], settings: Mapping[str, Any], describes: bool
 ) -> Any:
-    from transformers import MistralConfig
+    """Configuration of a released network: sizes of its tensors, numbers of heads as stated."""
+    from transformers import LlavaConfig, MistralConfig, PixtralVisionConfig
 
-    describes = ours != "model."
-    head = int(settings.get("head_dim") or 128)
-    vocabulary, width = shapes[f"{ours}embed_tokens.weight"]
-    inner, queries, keys = (
-        shapes[f"{ours}layers.0.{name}_proj.weight"][0]
-        for name in ("mlp.gate", "self_attn.q", "self_attn.k")
-    )
-    theta = settings.get("rope_theta") or (1e9 if describes else 1e6)
-    return MistralConfig(
+    head = settings.get("head_dim") or 128
+    vocabulary, width = shapes["tok_embeddings.weight"]
+    text = MistralConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=_count(shapes, f"{ours}layers."),
-        num_attention_heads=queries // head,
-        num_key_value_heads=keys // head,
+        intermediate_size=shapes["layers.0.feed_forward.w1.weight"][0],
+        num_hidden_layers=_count(shapes, "layers."),
+        num_attention_heads=shapes["layers.0.attention.wq.weight"][0] // head,
+        num_key_value_heads=shapes["layers.0.attention.wk.weight"][0] // head,
         head_dim=head,
-        rms_norm_eps=settings.get("norm_eps") or 1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e9 if describes else 1e6},
         sliding_window=None,
-        max_position_embeddings=(ImageUpsampler if describes else Upsampler).room,
         tie_word_embeddings=False,
     )
-
-
-def _image_config(shapes: Mapping[str, Sequence[int]], settings: Mapping[str, Any]) -> Any:
-    from transformers import LlavaConfig, PixtralVisionConfig
-
-    stated = settings.get("vision_encoder") or {}
-    width, colours, patch, _ = shapes[f"{_TOWER}patch_conv.weight"]
-    layers = f"{_TOWER}transformer.layers."
-    theta = float(stated.get("rope_theta") or 1e4)
+    if not describes:
+        return text
+    width, colours, patch, _ = shapes["vision_encoder.patch_conv.weight"]
+    layers = "vision_encoder.transformer.layers."
     vision = PixtralVisionConfig(
         hidden_size=width,
         num_channels=colours,
         patch_size=patch,
-        image_size=int(stated.get("image_size") or LARGEST_SIDE),
-        intermediate_size=shapes[f"{layers}0.feed_forward.gate_proj.weight"][0],
+        image_size=LARGEST_SIDE,
+        intermediate_size=shapes[f"{layers}0.feed_forward.w1.weight"][0],
         num_hidden_layers=_count(shapes, layers),
-        num_attention_heads=int(stated.get("num_attention_heads") or 16),
+        num_attention_heads=(settings.get("vision_encoder") or {}).get("num_attention_heads", 16),
         hidden_act="silu",
-        rope_parameters={"rope_type": "axial", "rope_theta": theta},
+        rope_parameters={"rope_type": "axial", "rope_theta": 1e4},
     )
     return LlavaConfig(
-        text_config=_text_config(shapes, settings, "model.language_model."),
+        text_config=text,
         vision_config=vision,
         projector_hidden_act="gelu",
         vision_feature_layer=-1,
