@@ -232,8 +232,8 @@ def test_prompts_that_are_cut_are_reported(kind: str, worlds: dict[str, worldlin
     else:
         text = world.parts.text
         assert text is not None
-        chat = text.files.count_truncated("a" * expected.length)  # tokens around a prompt
-        letters = expected.length - chat
+        tokens = len(text.files.tokenizer.encode("a" * expected.length))  # the chat's, too
+        letters = 2 * expected.length - tokens
         options = {**expected.options, "preview_every": 0}
     picture = moving(1) if kind == "diffusion" else None
     del options["prompt"]

@@ -46,7 +46,10 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'worldline' has no attribute {name!r}")
-    return getattr(import_module(_MODULES.get(name, "worldline.errors")), name)
+    module = import_module(_MODULES.get(name, "worldline.errors"))
+    if hasattr(module, "document"):  # for help(); commands, which come another way, need none
+        module.document()
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

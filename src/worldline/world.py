@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from statistics import median
@@ -262,7 +262,9 @@ class World:
             for position, step in self._generate([allowed[index] for index in group], shared):
                 index = group[position]
                 if step.kind != "done":
-                    yield index, self._visible(step)
+                    if self.guards.checks_videos:  # no frame leaves unchecked
+                        step = replace(step, frames=None, preview=None)
+                    yield index, step
                     continue
                 try:
                     steps = self._finish(jobs[index], allowed[index], step, checks[index], shared)
@@ -279,10 +281,6 @@ class World:
         [job] = jobs
         steps = family.generate(self.parts, job.clip, job.request, shared)
         return ((0, step) for step in steps)
-
-    def _visible(self, step: Step) -> Step:
-        """The step without frames that no guardrail has checked."""
-        return replace(step, frames=None, preview=None) if self.guards.checks_videos else step
 
     def _finish(
         self, job: Job, made: Job, step: Step, checks: Checks, shared: Recorder
@@ -340,10 +338,10 @@ class World:
 
 def refusal_of(refusals: Mapping[int, GuardrailRefusal], total: int) -> GuardrailRefusal:
     """One refusal for a batch: the only one of a single video, else a sum of all."""
-    first, *others = refusals.values()
+    first = next(iter(refusals.values()))
     if total == 1:
         return first
-    stage = joined_stages(refusal.stage for refusal in (first, *others))
+    stage = joined_stages(refusal.stage for refusal in refusals.values())
     message = f"{len(refusals)} of {total} inputs were refused, the first: {first}"
     return GuardrailRefusal(message, stage, refusals)
 
@@ -403,16 +401,13 @@ def _describe(value: Any) -> Any:
     return value
 
 
-def _document() -> None:
-    """Append every family's options to the docstrings, for `help()`."""
+@cache
+def document() -> None:
+    """Append every family's options to the public docstrings, for `help()`."""
     for target, kind in ((World.generate, "REQUEST"), (World.stream, "REQUEST"), (load, "OPTIONS")):
-        lines = ["Options:", ""]
+        lines = ["", "Options:", ""]
         for family in FAMILIES:
             described = getattr(requests_of(family), kind).describe()
             lines += [f"{family}:", *(f"    {line}" for line in described), ""]
-        text = "\n".join(f"        {line}".rstrip() for line in lines)
-        target.__doc__ = f"{target.__doc__}\n{text}"
-
-
-with suppress(AttributeError):  # python -OO has no docstrings
-    _document()
+        if target.__doc__:  # python -OO has none
+            target.__doc__ += "\n".join(f"        {line}".rstrip() for line in lines)
