@@ -10,15 +10,14 @@ from pydantic import AfterValidator, Field, model_validator
 from worldline.catalog import FLOW_MODELS
 from worldline.family import Command
 from worldline.request import Fps, LoadOptions, OneGpu, Path, Size, VideoRequest, offload
+from worldline.shapes import nearest_frames
 
 Schedule = Literal["karras", "shifted"]
 
 
 def _one_plus_4k(frames: int) -> int:
     if frames and (frames - 1) % 4:
-        raise ValueError(
-            f"it is {frames}; give 1 + 4k, such as {max(1, 1 + 4 * round((frames - 1) / 4))}"
-        )
+        raise ValueError(f"it is {frames}; give 1 + 4k, such as {nearest_frames(frames, 4)}")
     return frames
 
 
@@ -49,7 +48,7 @@ class FlowRequest(VideoRequest):
         16.0, description="Frames per second of the file; the network does not read it."
     )
     chunk_size: Size | None = Field(
-        None, description="Frames kept of each chunk of a long video; makes one."
+        None, description="Frames that are kept of each chunk of a long video."
     )
     chunk_overlap: Annotated[Frames4, Field(ge=1)] = Field(
         1, description="Frames of a chunk that the next one continues; 1 + 4k."
@@ -57,17 +56,12 @@ class FlowRequest(VideoRequest):
 
     @model_validator(mode="after")
     def _chunks(self) -> Self:
-        if self.chunk_size is None:
-            if self.chunk_overlap != 1:
-                raise ValueError(
-                    f"chunk_overlap is {self.chunk_overlap} without chunks; give chunk_size"
-                )
-            return self
-        continued = max(self.chunk_overlap, self.num_input_frames)
-        if self.chunk_size <= continued:
-            raise ValueError(
-                f"chunk_size is {self.chunk_size}, of which {continued} are continued; give more"
-            )
+        size, overlap = self.chunk_size, self.chunk_overlap
+        continued = max(overlap, self.num_input_frames)
+        if size is None and overlap != 1:
+            raise ValueError(f"chunk_overlap is {overlap} without chunks; give chunk_size")
+        if size is not None and size <= continued:
+            raise ValueError(f"chunk_size is {size}, of which {continued} are continued; give more")
         return self
 
 
@@ -118,7 +112,14 @@ COMMANDS = (
         model="model",
         default_model=FLOW_MODELS[0].name,
         reads="worldline.families.predict2_5.samples:SAMPLES",
-        hidden=frozenset(FlowRequest.model_fields) - {"preview_every", "prompt_embeddings"},
+        # samples state these in other words, or not at all
+        hidden=frozenset(
+            {
+                *("num_video_frames", "height", "width", "num_input_frames"),
+                *("fps", "negative_prompt_embeddings"),
+            }
+        ),
+        defaults={"chunk_size": RELEASED_CHUNK},
         negatable=True,
     ),
 )

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,87 +28,64 @@ from worldline.request import Options, Text
 from worldline.request import Path as PathText
 
 SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
-LONGEST_NAME = 200  # bytes; a file name may have 255, of which suffixes take some
-INPUT_FRAMES = {"text2world": 0, "image2world": 1, "video2world": 5}
-# fields of the request of a long video, which others leave out
-LONG = {"chunk_size": RELEASED_CHUNK, "chunk_overlap": 1}
-# field of a request -> field of a sample
-NAMES = {
-    "num_video_frames": "num_output_frames",
-    "height": "resolution",
-    "width": "resolution",
+LONGEST_NAME = 200  # bytes; a file name may have 255, with suffixes
+InferenceType = Literal["text2world", "image2world", "video2world"]
+# frames that are continued, and of what
+INPUTS: dict[str, tuple[int, tuple[str | None, ...]]] = {
+    "text2world": (0, (None,)),
+    "image2world": (1, ("image", "video")),
+    "video2world": (5, ("video",)),
 }
-# Python that the released command builds its network from; these state what each file states
-_CONFIG_FILES = ("", "cosmos_predict2/_src/predict2/configs/video2world/config.py")
-_URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
+# field of a request -> field of a sample
+NAMES = {"num_video_frames": "num_output_frames", "height": "resolution", "width": "resolution"}
+# Python that the released command builds its network from, as each file states it
+_CONFIG_FILES = (None, "", "cosmos_predict2/_src/predict2/configs/video2world/config.py")
 # a string is kept whole, so that what looks like a comment in it stays
 _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
 
 
 def _file_name(name: str) -> str:
-    if not name.strip() or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
-        raise ValueError(f"{name!r} is not the name of a file")
-    if len(name.encode()) > LONGEST_NAME:
-        raise ValueError(f"it has more than {LONGEST_NAME} bytes")
+    long = len(name.encode()) > LONGEST_NAME
+    if long or not name.strip(" .") or re.search(r"[/\\\x00-\x1f]", name):
+        raise ValueError(f"{name!r:.40} is not the name of a file, of {LONGEST_NAME} bytes or less")
     return name
 
 
-def _local(path: str) -> str:
-    if _URL.match(path):
-        raise ValueError(f"{path} is a URL; save the file, and give its path")
-    return path
-
-
-def _resolution(text: str) -> str:
-    if text != "none" and not re.fullmatch(r"\s*\d+\s*,\s*\d+\s*", text):
-        raise ValueError(f'{text!r} is not height and width such as "704,1280", or "none"')
-    return text
-
-
-LocalPath = Annotated[PathText, AfterValidator(_local)]
-
-
 class Overrides(Options):
-    """Fields of samples; as flags they win over those of all samples."""
+    """Fields that samples alone have; as flags they win over those of all samples."""
 
-    inference_type: Literal["text2world", "image2world", "video2world"] | None = Field(
+    inference_type: InferenceType | None = Field(
         None,
         description="text2world begins with the prompt, image2world with an image or the last "
         "frame of a video, video2world with the last 5 frames.",
     )
-    prompt: Text | None = Field(None, description="What the video shows, in a paragraph.")
-    prompt_path: LocalPath | None = Field(None, description="Text file of the prompt.")
-    negative_prompt: Text | None = Field(None, description="What the video must not show.")
-    input_path: LocalPath | None = Field(None, description="Image or video to continue.")
-    seed: int | None = Field(None, description="Random seed.  [default: 1]")
-    guidance: float | None = Field(
-        None, description="Classifier-free guidance scale; 0 turns it off.  [default: 7]"
-    )
-    resolution: Annotated[str, AfterValidator(_resolution)] | None = Field(
+    prompt_path: PathText | None = Field(None, description="Text file of the prompt.")
+    input_path: PathText | None = Field(None, description="Image or video to continue.")
+    resolution: Annotated[str, Field(pattern=r"^\s*\d+\s*,\s*\d+\s*$|^none$")] | None = Field(
         None, description='Height and width, "H,W"; "none" is the model\'s own.'
     )
     num_output_frames: int | None = Field(
         None, description="Frames; 1 + 4k.  [default: 93, 77 of a long video]"
     )
-    num_steps: int | None = Field(None, description="Denoising steps.  [default: 35]")
     enable_autoregressive: bool | None = Field(
         None,
         description="Make a long video, chunk after chunk.",
         json_schema_extra={"optional_value": "true"},
     )
-    chunk_size: int | None = Field(
-        None, description="Frames of a chunk of a long video.  [default: 77]"
-    )
-    chunk_overlap: int | None = Field(
-        None, description="Frames of a chunk that the next one continues; 1 + 4k.  [default: 1]"
-    )
 
 
 class Sample(Overrides):
-    """One sample of a file."""
+    """One sample of a file; fields of any type are checked with the request."""
 
     name: Annotated[Text, AfterValidator(_file_name)]
-    inference_type: Literal["text2world", "image2world", "video2world"]
+    inference_type: InferenceType
+    prompt: Any = None
+    negative_prompt: Any = None
+    seed: Any = None
+    guidance: Any = None
+    num_steps: Any = None
+    chunk_size: Any = None
+    chunk_overlap: Any = None
 
 
 class SampleFlags(Overrides):
@@ -154,31 +132,29 @@ class Samples:
         """Every sample of all files, and what is wrong with others."""
         if flags.profile:
             raise InputError("--profile: not in this version; reports hold seconds of each stage")
-        if flags.config_file not in (None, *_CONFIG_FILES):
+        if flags.config_file not in _CONFIG_FILES:
             raise InputError(
                 f"--config_file {flags.config_file}: no configuration is run; --schedule chooses "
                 "how a model is sampled"
             )
-        if flags.prompt is not None and flags.prompt_path is not None:
+        typed = {**flags.model_dump(exclude_unset=True), **stated}
+        if "prompt" in typed and "prompt_path" in typed:
             raise InputError("--prompt and --prompt_path exclude each other; give one")
         files, folder = named_files(flags)
-        typed = flags.model_fields_set & Overrides.model_fields.keys()
-        overrides = {name: value for name, value in flags if name in typed}
+        overrides = {name: typed.pop(name) for name in Sample.model_fields if name in typed}
+        beside = {name: value for name, value in typed.items() if name in FlowRequest.model_fields}
         items: list[Item] = []
         problems: list[str] = []
         places: dict[str, str] = {}
         for file in files:
             for place, fields in read_file(file, problems):
-                try:
-                    item = make_item(file, place, fields, overrides, folder, stated)
-                except InputError as error:
-                    problems += str(error).splitlines()
-                    continue
-                # some disks ignore case
-                first = places.setdefault(folded(item.label), item.place)
-                if first != item.place:
-                    problems.append(f"{item.place}, name: {first} has the same; give another")
-                items.append(item)
+                with collected(problems):
+                    item = make_item(file, place, fields, overrides, folder)
+                    # some disks ignore case
+                    first = places.setdefault(folded(item.label), item.place)
+                    if first != item.place:
+                        problems.append(f"{item.place}, name: {first} has the same; give another")
+                    items.append(replace(item, stated={**beside, **item.stated}))
         if not items and not problems:
             raise InputError(f"{', '.join(map(str, files))}: no samples")
         return items, problems
@@ -210,11 +186,7 @@ SAMPLES = Samples()
 
 
 def named_files(flags: SampleFlags) -> tuple[list[Path], Path]:
-    """Files of samples, patterns expanded, and the folder of the videos.
-
-    Raises:
-        InputError: one of them is not named.
-    """
+    """Files of samples, patterns expanded, and the folder of the videos."""
     inputs, output = flags.input_files, flags.output_dir
     if flags.earlier:
         if inputs or output is not None or len(flags.earlier) != 2:
@@ -233,149 +205,111 @@ def named_files(flags: SampleFlags) -> tuple[list[Path], Path]:
     return [*map(Path, files)], Path(output)
 
 
+@contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """Add the lines of an `InputError` to `problems`, and go on."""
+    try:
+        yield
+    except InputError as error:
+        problems += str(error).splitlines()
+
+
 def make_item(
-    file: Path,
-    place: str,
-    fields: Any,
-    overrides: Mapping[str, Any],
-    folder: Path,
-    stated: Mapping[str, Any],
+    file: Path, place: str, fields: Any, overrides: Mapping[str, Any], folder: Path
 ) -> Item:
-    """The video that a sample describes.
+    """The video that a sample describes; relative paths of its own fields start at its file."""
+    from worldline.video.read import media_kind  # imports PyAV, for which --help must not wait
 
-    Args:
-        file: of the sample; its relative paths start at the file's folder.
-        place: of the sample, for messages.
-        fields: of the sample.
-        overrides: fields that win over them; their relative paths start here.
-        folder: of the videos.
-        stated: further fields of the request.
-
-    Raises:
-        InputError: one line for each problem.
-    """
     if not isinstance(fields, dict):
         raise InputError(f"{place}: it is {type(fields).__name__}; give names and values")
-    if {"worldline", "sample"} <= fields.keys():
-        raise InputError(f'{place}: it is the report of a video; its "sample" is a sample')
     if "name" in fields:
         place = f"{place}, sample {fields['name']!r}"
-    names = {name: f"--{name}" for name in overrides}
-    names |= {ours: names.get(theirs, theirs) for ours, theirs in NAMES.items()}
+    typed = {name: f"--{name}" for name in overrides}
+    names = typed | {ours: typed.get(theirs, theirs) for ours, theirs in NAMES.items()}
     item = Item(place, place, {}, None, None, folder, names)
-    fields = {name: _beside(name, value, file) for name, value in fields.items()}
     if "prompt_path" in overrides:
-        fields.pop("prompt", None)
+        fields = {**fields, "prompt": None}
     sample = Sample.parse({**fields, **overrides}, item.field)
-    request = {n: v for n, v in sample if n in FlowRequest.model_fields and v is not None}
-    long = {name: request.pop(name, default) for name, default in LONG.items()}
+
+    def path_of(name: str) -> Path | None:
+        value = getattr(sample, name)
+        return None if value is None else Path("" if name in overrides else file.parent, value)
+
+    count, kinds = INPUTS[sample.inference_type]
+    path = path_of("input_path") if count else None
+    kind = None if path is None else media_kind(path)
+    if kind not in kinds:
+        raise InputError(
+            f"{item.field('input_path')}: it is {path}; {sample.inference_type} continues "
+            f"{' or '.join(map(str, kinds))}"
+        )
+    request = sample.model_dump(include={*FlowRequest.model_fields}, exclude_none=True)
     if sample.enable_autoregressive:
-        request |= {"num_video_frames": LONG["chunk_size"], **long}
+        request = {"num_video_frames": RELEASED_CHUNK, "chunk_size": RELEASED_CHUNK, **request}
+    else:
+        request = {n: value for n, value in request.items() if not n.startswith("chunk_")}
     if sample.num_output_frames is not None:
         request["num_video_frames"] = sample.num_output_frames
     if sample.resolution not in (None, "none"):
         request["height"], request["width"] = map(int, sample.resolution.split(","))
-    path, kind = _input(sample, item)
+    sources = [file]
+    if sample.prompt is None:
+        words = path_of("prompt_path")
+        if words is None:
+            raise InputError(f"{item.field('prompt')}: it is missing; give prompt or prompt_path")
+        request["prompt"] = read_text(words, f"{item.field('prompt_path')}: ").strip()
+        sources.append(words)
     return replace(
         item,
         label=sample.name,
-        stated={
-            **stated,
-            **request,
-            "prompt": _prompt(sample, item),
-            "num_input_frames": INPUT_FRAMES[sample.inference_type],
-        },
+        stated={**request, "num_input_frames": count},
         input=path,
         kind=kind,
         output=folder / f"{sample.name}.{'jpg' if sample.num_output_frames == 1 else 'mp4'}",
         sample=sample.model_dump(exclude_none=True),
-        sources=(file, *(Path(p) for p in [sample.prompt_path] if p is not None)),
+        sources=tuple(sources),
     )
 
 
-def _beside(name: str, value: Any, file: Path) -> Any:
-    """A path of a sample as seen from here."""
-    is_path = name in ("prompt_path", "input_path") and isinstance(value, str)
-    if not is_path or not value.strip() or _URL.match(value):
-        return value
-    return str(file.parent / value)
-
-
-def _input(
-    sample: Sample, item: Item
-) -> tuple[Path, Literal["image", "video"]] | tuple[None, None]:
-    """The file that a sample continues, and its kind."""
-    from worldline.video.read import media_kind  # imports PyAV, for which --help must not wait
-
-    kind, field = sample.inference_type, item.field("input_path")
-    if kind == "text2world":
-        return None, None
-    if sample.input_path is None:
-        raise InputError(f"{field}: it is missing; {kind} needs one")
-    path = Path(sample.input_path)
-    media = media_kind(path)
-    if kind == "video2world" and media == "image":
-        raise InputError(f"{field}: {path} is an image, not a video; image2world continues it")
-    return path, media
-
-
-def _prompt(sample: Sample, item: Item) -> str:
-    """The prompt of a sample: its own, else the text of its `prompt_path`."""
-    if sample.prompt is not None:
-        return sample.prompt
-    if sample.prompt_path is None:
-        raise InputError(f"{item.field('prompt')}: it is missing; give prompt or prompt_path")
+def read_text(path: Path, where: str = "") -> str:
     try:
-        return Path(sample.prompt_path).read_text(encoding="utf-8-sig").strip()
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        field = item.field("prompt_path")
-        raise InputError(f"{field}: {sample.prompt_path} cannot be read: {error}") from error
+        raise InputError(f"{where}{path}: it cannot be read: {error}") from error
 
 
 def read_file(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
     """Place and fields of every sample of a file; what cannot be read is added to `problems`."""
     suffix = file.suffix.lower()
-    if file.is_dir() or suffix not in SUFFIXES:
-        problems.append(f"{file}: it is not a file of samples; give {', '.join(SUFFIXES)}")
-        return
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        problems.append(f"{file}: it cannot be read: {reason}")
-        return
-    pieces = [(str(file), text)]
-    if suffix == ".jsonl":
-        # not `splitlines`: some of the signs that end its lines may stand in a JSON string
-        lines = enumerate(text.split("\n"), 1)
-        pieces = [
-            (f"{file}, line {n}", line) for n, line in lines if without_comments(line).strip()
-        ]
-    for place, piece in pieces:
-        try:
-            value = parse(piece, suffix)
-        except ValueError as error:
-            problems.append(f"{place}: it is not valid {suffix[1:].upper()}: {error}")
-            continue
-        if isinstance(value, list):
-            yield from ((f"{place}, item {n}", one) for n, one in enumerate(value, 1))
-        elif isinstance(value, dict) and isinstance(value.get("samples"), dict):
-            yield from _by_name(place, value)
-        else:
-            yield place, value
+    with collected(problems):
+        if suffix not in SUFFIXES:
+            raise InputError(f"{file}: it is no file of samples; give {', '.join(SUFFIXES)}")
+        text = read_text(file)
+        pieces = [(str(file), text)]
+        if suffix == ".jsonl":
+            # not `splitlines`: some of the signs that end its lines may stand in a JSON string
+            lines = enumerate(text.split("\n"), 1)
+            pieces = [(f"{file}, line {n}", x) for n, x in lines if without_comments(x).strip()]
+        for place, piece in pieces:
+            with collected(problems):
+                value = parse(piece, suffix, place)
+                if isinstance(value, list):
+                    yield from ((f"{place}, item {n}", one) for n, one in enumerate(value, 1))
+                elif isinstance(value, dict) and isinstance(value.get("samples"), dict):
+                    yield from ((place, one) for one in by_name(value))
+                else:
+                    yield place, value
 
 
-def _by_name(place: str, value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Samples of the first release's form: by name, below fields that all have in common."""
+def by_name(value: Mapping[str, Any]) -> Iterator[Any]:
+    """Samples of the first release's form: by name, beside fields that all have in common."""
     common = {name: field for name, field in value.items() if name != "samples"}
     for name, one in value["samples"].items():
-        if not isinstance(one, dict):
-            yield f"{place}, sample {name!r}", one
-            continue
-        fields = {**common, "name": name, **one}
-        if fields.get("prompt_path") is not None:  # wins over a prompt in this form
-            fields.pop("prompt", None)
-        yield place, fields
+        if isinstance(one, dict):
+            one = {**common, "name": name, **one}
+            if one.get("prompt_path") is not None:  # wins over a prompt in this form
+                one["prompt"] = None
+        yield one
 
 
 def without_comments(text: str) -> str:
@@ -383,25 +317,23 @@ def without_comments(text: str) -> str:
     return _STRING_OR_COMMENT.sub(lambda found: found[0] if found[0].startswith('"') else "", text)
 
 
-def parse(text: str, suffix: str) -> Any:
-    """The value of a JSON or YAML text.
-
-    Raises:
-        ValueError: it is not valid, or a name stands in a mapping twice.
-    """
+def parse(text: str, suffix: str, place: str) -> Any:
+    """Value of a JSON or YAML text in which no mapping has a name twice."""
     try:
         if suffix in (".yaml", ".yml"):
             return yaml.load(text, _Yaml)
         return json.loads(without_comments(text), object_pairs_hook=_each_once)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{place}: it is not valid {suffix[1:].upper()}: {reason}") from error
 
 
 def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} stands there twice")
+        found[name] = value
     return found
 
 
