@@ -7,8 +7,9 @@ from dataclasses import replace
 from tiny import encoders
 from tiny.motion import FPS
 from worldline.families.autoregressive.model import ARTransformerConfig
-from worldline.families.diffusion.model import LARGEST_GRID, DiTConfig
+from worldline.families.diffusion.model import DiTConfig
 from worldline.families.predict2_5.model import FlowDiTConfig
+from worldline.nn.dit import LARGEST_GRID
 from worldline.shapes import LatentShape, VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
 from worldline.tokenizers.wan.model import WanTokenizerConfig

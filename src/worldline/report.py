@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import resource
 import sys
@@ -13,8 +14,11 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from worldline.files import GIGABYTE
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,16 @@ class Recorder:
             "peak_gb": max((stage.peak_gb for stage in self.stages), default=0.0),
             "stages": [asdict(stage) for stage in self.stages],
         }
+
+
+def log_result(name: str, x: Tensor) -> None:
+    """Log shape, dtype and statistics of a stage's result, with --debug."""
+    if logger.isEnabledFor(logging.DEBUG):
+        values = x.float()
+        numbers = [float(of(values)) for of in (torch.mean, torch.std, torch.min, torch.max)]
+        statistics = "mean %.4g, std %.4g, min %.4g, max %.4g"
+        dtype = str(x.dtype).removeprefix("torch.")
+        logger.debug(f"%s: %s %s, {statistics}", name, tuple(x.shape), dtype, *numbers)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

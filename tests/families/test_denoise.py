@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worldline.families.denoise import decode, preview_frames
+from worldline.families import denoise
 from worldline.nn.pieces import fit_colours
 from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
 
@@ -33,7 +33,7 @@ def test_colours_are_found() -> None:
     colours = fit_colours(tokenizer)  # type: ignore[arg-type]
     assert torch.equal(colours, fit_colours(tokenizer))  # type: ignore[arg-type]
     red = torch.tensor([0.8, -0.6, -0.6])[None, :, None, None, None].expand(1, 3, 9, 32, 48)
-    frames = preview_frames(tokenizer.encode(red), colours, 8)
+    frames = denoise.preview_frames(tokenizer.encode(red), colours, 8)
     assert frames.shape == (2, 8, 12, 3)
     assert frames.dtype == np.uint8
     assert np.abs(frames.astype(int) - (229, 51, 51)).max() <= 3
@@ -42,7 +42,7 @@ def test_colours_are_found() -> None:
 def test_size_is_a_quarter_or_more() -> None:
     latents = torch.zeros(1, 16, 3, 4, 6)
     for spatial in (4, 8, 16):
-        frames = preview_frames(latents, torch.zeros(2, 17, 3), spatial)
+        frames = denoise.preview_frames(latents, torch.zeros(2, 17, 3), spatial)
         assert 4 * frames.shape[1] >= 4 * spatial
         assert frames.shape[0] == 3
 
@@ -50,7 +50,7 @@ def test_size_is_a_quarter_or_more() -> None:
 def test_a_window_is_cut() -> None:
     pieces = iter(torch.linspace(-1, 1, 20).view(5, 1, 1, 4, 1, 1).expand(5, 1, 3, 4, 1, 1))
     frames = np.zeros((8, 1, 1, 3), np.uint8)
-    steps = list(decode(pieces, frames, 2, first=5, last=11))
+    steps = list(denoise.decode(pieces, frames, 2, first=5, count=6))
     wanted = [int(255 * frame / 19) for frame in range(5, 11)]
     assert frames[:, 0, 0, 0].tolist() == [0, 0, *wanted]
     assert [step.done for step in steps] == [5, 8]

@@ -277,7 +277,7 @@ def test_input_channels_of_another_kind_are_refused(tmp_path: Path) -> None:
     name = "net.x_embedder.proj.1.weight"
     tensors[name] = F.pad(tensors[name], (0, 64))
     save(tensors, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match=r"reads 136 numbers a token.*reads 72"):
+    with pytest.raises(CheckpointError, match=r"x_embedder.*136.*72"):
         open_network(tmp_path)
 
 

@@ -5,12 +5,11 @@ Axes: B batch, C channels, T/H/W latent grid, S rows of a text embedding, E its 
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import astuple
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,17 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worldline.errors import InputError
-from worldline.family import Parts
+from worldline.family import Compute, Opened, Parts
+from worldline.guards import rewrites
+from worldline.memory import Stage, denoise_bytes
 from worldline.nn.attention import backend_name
-from worldline.nn.dit import PATCH, DiTSizes
-from worldline.report import Recorder
+from worldline.nn.dit import PATCH
+from worldline.report import Recorder, log_result
 from worldline.request import VideoRequest
-from worldline.sampling.solvers import Stepped
-from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
+from worldline.sampling.solvers import Stepped, standard_noise
+from worldline.shapes import LatentShape, VideoShape, latent_frames_of, nearest_frames
 from worldline.step import Step
 from worldline.video.convert import signed_to_uint8
-
-logger = logging.getLogger(__name__)
+from worldline.video.read import Clip
 
 Result = TypeVar("Result")
 Frames = NDArray[np.uint8]  # (T, H, W, 3)
@@ -37,104 +37,106 @@ Preview = Callable[[Tensor], Frames]  # of latents (1, C, T, H, W)
 STEP_SECONDS = "seconds_of_steps"  # fact of a recorder, and entry of a report
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """Embeddings in place of prompts, (1, S, E) or (S, E), floating."""
+def read_prompts(opened: Opened, request: VideoRequest) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Embeddings, float32 (1, S, E), and texts to encode, by "prompt" and "negative_prompt".
 
-    prompt: Tensor | None = None
-    negative: Tensor | None = None
-
-
-def read_embeddings(request: Any, width: int, rows: int | None = None) -> Embeddings:
-    """Embeddings in place of a request's prompts, checked, float32 (1, S, E) on the CPU.
-
-    Args:
-        request: names files or holds tensors; a file may hold the negative prompt's, too.
-        width: E.
-        rows: S, filled with zeros as behind the end of a prompt; None keeps it.
-
-    Raises:
-        InputError: there is no such file, or it holds something else.
+    Without guidance the negative prompt is in neither.
     """
-    values = request.prompt_embeddings, getattr(request, "negative_prompt_embeddings", None)
-    if all(value is None for value in values):
-        return Embeddings()
-    from worldline.text import embeddings as sources
+    config = opened["transformer"].config
+    embeddings: dict[str, Tensor] = {}
+    sources = (request.prompt_embeddings, request.negative_prompt_embeddings)
+    if any(source is not None for source in sources):
+        from worldline.text.embeddings import read_embeddings
 
-    found = sources.read_embeddings(*values, width=width, rows=rows)
-    if "negative_prompt" in found and not hasattr(request, "guidance"):
-        _warn_unread(str(request.prompt_embeddings))
-    return Embeddings(found.get("prompt"), found.get("negative_prompt"))
+        rows = opened.text_length if config.zero_padded else None
+        embeddings = read_embeddings(*sources, width=config.text_width, rows=rows)
+    texts = {"prompt": request.prompt}
+    if not request.guidance:
+        embeddings.pop("negative_prompt", None)
+    elif request.negative_prompt or not config.zero_padded:
+        # where zeros were never learnt, an absent prompt is an empty one
+        texts["negative_prompt"] = request.negative_prompt or ""
+    missing = {name: text for name, text in texts.items() if name not in embeddings}
+    return embeddings, {name: text for name, text in missing.items() if text is not None}
 
 
-@lru_cache
-def _warn_unread(path: str) -> None:
-    logger.warning("%s: negative_prompt has no effect on this model", path)
+def check_prompts(opened: Opened, request: VideoRequest) -> None:
+    """Refuse a request that has no prompt, or needs a text encoder that is missing."""
+    embeddings, texts = read_prompts(opened, request)
+    if "prompt" not in embeddings | texts and not rewrites(opened, request):
+        raise InputError("there is no prompt; give prompt or prompt_embeddings")
+    if texts or "prompt" not in embeddings:  # which is going to be written
+        opened.require("text", " and ".join(texts) or "prompt")
 
 
-def refuse_size(
-    video: VideoShape,
-    num_input_frames: int,
-    config: DiTSizes,
-    max_latents: int,
-    tokenizer: Any,
-    *,
-    longer: str = "",
+def unused(opened: Opened, request: VideoRequest) -> dict[str, str]:
+    """Fields and parts without effect on a request."""
+    found = request.unused()
+    if request.prompt_embeddings is not None and not read_prompts(opened, request)[1]:
+        found |= opened.encoder_unused
+    return found
+
+
+def check_size(
+    opened: Opened, video: VideoShape, num_input_frames: int, longest: int | None = None
 ) -> None:
-    """Refuse a size that a model cannot make, with all that is wrong with it in one line.
+    """Refuse a size that cannot be denoised at once, with the nearest that can.
 
-    Args:
-        video: the size.
-        num_input_frames: frames that are known.
-        config: of the transformer.
-        max_latents: latent frames of the longest video.
-        tokenizer: configuration, with its `temporal` and `spatial` compression.
-        longer: what makes longer videos, for the message.
-
-    Raises:
-        InputError: the nearest size that can be made is another, or no frame remains to make.
+    `longest` counts latent frames; None is as many as the transformer has positions for.
     """
-    temporal = tokenizer.temporal
-    frames, longest = video.frames, 1 + (max_latents - 1) * temporal
+    most, tokenizer = opened["transformer"].config.max_grid, opened["tokenizer"].config
+    temporal, step = tokenizer.temporal, PATCH[1] * tokenizer.spatial
+    last = 1 + ((longest or most.frames) - 1) * temporal
+    # one with frames to make, so that what is suggested is not refused next
     least = 1 + latent_frames_of(num_input_frames, temporal) * temporal
-    wrong = []
-    if (frames - 1) % temporal or frames > longest:
-        # one with frames to make, so that what is suggested is not refused next
-        nearest = min(longest, max(least, nearest_frames(frames, temporal)))
-        ways = f" ({longer})" if longer and frames > longest else ""
-        wrong.append(
-            f"num_video_frames is {frames}; it must be 1 + {temporal}k and at most {longest}: "
-            f"the nearest is {nearest}{ways}"
-        )
-    elif frames < least:
-        wrong.append(
-            f"num_video_frames is {frames}, num_input_frames is {num_input_frames}: nothing "
-            f"remains to make; give {least} frames or more"
-        )
-    sides = (
-        ("height", video.height, PATCH[1], config.max_grid.height),
-        ("width", video.width, PATCH[2], config.max_grid.width),
-    )
-    for name, pixels, cells, tokens in sides:
-        step = cells * tokenizer.spatial
+    nearest = min(last, max(least, nearest_frames(video.frames, temporal)))
+    rule = f"1 + {temporal}k, at most {last} and more than num_input_frames ({num_input_frames})"
+    sizes = [("num_video_frames", video.frames, nearest, rule)]
+    for name, tokens in (("height", most.height), ("width", most.width)):
+        pixels = getattr(video, name)
         nearest = min(max(round(pixels / step), 1), tokens) * step
-        if nearest != pixels:
-            wrong.append(
-                f"{name} is {pixels}; it must be a multiple of {step} and at most "
-                f"{tokens * step}: the nearest is {nearest}"
-            )
-    if num_input_frames and (num_input_frames - 1) % temporal:
-        wrong.append(f"num_input_frames is {num_input_frames}; it must be 0 or 1 + {temporal}k")
+        sizes.append((name, pixels, nearest, f"a multiple of {step} and at most {tokens * step}"))
+    wrong = [
+        f"{name} is {value}; it must be {rule}: the nearest is {nearest}"
+        for name, value, nearest, rule in sizes
+        if value != nearest
+    ]
     if wrong:
         raise InputError("; ".join(wrong))
 
 
+def grid_of(opened: Opened, video: VideoShape) -> LatentShape:
+    tokenizer = opened["tokenizer"].config
+    return video.latent(tokenizer.temporal, tokenizer.spatial)
+
+
+def stages(
+    opened: Opened,
+    request: VideoRequest,
+    compute: Compute,
+    video: VideoShape,
+    coding: tuple[int, int],
+    features: int = 0,
+) -> Iterator[Stage]:
+    """Memory beside the weights, for a video denoised at once.
+
+    `coding` is bytes that the tokenizer needs to encode the known frames, and to decode; `features`
+    is bytes of the prompts' embeddings.
+    """
+    if (text := opened.get("text")) and "text" not in unused(opened, request):
+        yield Stage("text", "text", text.nbytes(compute) // 20 + features)
+    yield Stage("encode", "tokenizer", coding[0])
+    config, grid = opened["transformer"].config, grid_of(opened, video)
+    denoising = denoise_bytes(config, grid, compute.dtype, opened.text_length, fused=compute.fused)
+    yield Stage("denoise", "transformer", features + denoising)
+    yield Stage("decode", "tokenizer", coding[1])
+
+
 def attention_entries(parts: Parts, video: VideoShape) -> dict[str, Any]:
     """Report entries of the transformer's tokens and attention, for a video denoised at once."""
-    tokenizer, config = parts.opened["tokenizer"].config, parts.config
-    tokens = config.tokens(video.latent(tokenizer.temporal, tokenizer.spatial)).tokens
-    name = backend_name(parts.device, parts.compute.dtype, tokens)
-    return {"tokens": tokens, "attention": name}
+    tokens = parts.config.tokens(grid_of(parts.opened, video)).tokens
+    attention = backend_name(parts.device, parts.compute.dtype, tokens)
+    return {"tokens": tokens, "attention": attention}
 
 
 @contextmanager
@@ -146,70 +148,47 @@ def stage(recorder: Recorder, name: str) -> Iterator[None]:
         yield
 
 
-def log_result(name: str, x: Tensor) -> None:
-    """Log shape, dtype and statistics of a stage's result, with --debug."""
-    if logger.isEnabledFor(logging.DEBUG):
-        values = x.float()
-        numbers = [float(of(values)) for of in (torch.mean, torch.std, torch.min, torch.max)]
-        statistics = "mean %.4g, std %.4g, min %.4g, max %.4g"
-        dtype = str(x.dtype).removeprefix("torch.")
-        logger.debug(f"%s: %s %s, {statistics}", name, tuple(x.shape), dtype, *numbers)
-
-
 def encode_prompts(
-    text: Any | None,
-    prompts: Mapping[str, str],
-    embeddings: Embeddings,
-    recorder: Recorder,
-) -> tuple[Tensor, Tensor | None]:
-    """Embeddings (1, S, E) of prompt and negative prompt; None for an absent negative one.
-
-    Args:
-        text: the text encoder; None where there are no prompts to encode.
-        prompts: those to encode, by the names "prompt" and "negative_prompt".
-        embeddings: in place of the others.
-        recorder: receives how prompts were truncated.
-    """
-    tensors = {"prompt": embeddings.prompt, "negative_prompt": embeddings.negative}
-    if prompts:
-        assert text is not None
-        encoded = text.embed(list(prompts.values()))
-        tensors |= {name: encoded[words] for name, words in prompts.items()}
-        recorder.facts["prompt_truncation"] = text.truncations(prompts)
-    prompt, negative = (
-        one[None] if one is not None and one.ndim == 2 else one for one in tensors.values()
-    )
-    assert prompt is not None
-    log_result("text", prompt)
-    return prompt, negative
+    parts: Parts, request: VideoRequest, recorder: Recorder
+) -> Generator[Step, None, tuple[Tensor, Tensor | None]]:
+    """Embeddings (1, S, E) of prompt and negative prompt; None for an absent negative one."""
+    yield Step("text", 0, 1)
+    with stage(recorder, "text"):
+        embeddings, texts = read_prompts(parts.opened, request)
+        if texts:
+            encoder = parts.loaded["text"]
+            encoded = encoder.embed([*texts.values()])
+            embeddings |= {name: encoded[text] for name, text in texts.items()}
+            recorder.facts["prompt_truncation"] = encoder.truncations(texts)
+        log_result("text", embeddings["prompt"])
+        return embeddings["prompt"], embeddings.get("negative_prompt")
 
 
 def encode_inputs(
     parts: Parts,
+    clip: Clip | None,
     request: VideoRequest,
     recorder: Recorder,
-    encode_frames: Callable[[Any], Tensor],
+    encode_frames: Callable[[Parts, Any, Any], Tensor],  # called with the tokenizer on its device
 ) -> Generator[Step, None, tuple[Tensor | None, Preview | None]]:
-    """Latents of the known frames, and what makes previews; None where a request has none.
+    """Latents (1, C, t, H, W) of the known frames, and what makes previews, where there are any."""
+    known = preview = None
+    if request.num_input_frames or request.preview_every:
+        yield Step("encode", 0, 1)
+        with stage(recorder, "encode"), parts.tokenizer.on_device():
+            if request.num_input_frames:
+                known = encode_frames(parts, clip, request)
+                log_result("encode", known)
+            if request.preview_every:
+                spatial = parts.opened["tokenizer"].config.spatial
+                preview = partial(preview_frames, colours=parts.colours, spatial=spatial)
+    return known, preview
 
-    Args:
-        parts: the networks.
-        request: how many frames are known, and whether there are previews.
-        recorder: receives seconds and memory.
-        encode_frames: the tokenizer on its device -> latents (1, C, known frames, H, W).
-    """
-    if not request.num_input_frames and not request.preview_every:
-        return None, None
-    yield Step("encode", 0, 1)
-    with stage(recorder, "encode"), parts.tokenizer.on_device() as tokenizer:
-        known = preview = None
-        if request.num_input_frames:
-            known = encode_frames(tokenizer)
-            log_result("encode", known)
-        if request.preview_every:
-            spatial = parts.opened["tokenizer"].config.spatial
-            preview = partial(preview_frames, colours=parts.colours, spatial=spatial)
-        return known, preview
+
+def draw_noise(parts: Parts, seed: int, grid: LatentShape) -> Tensor:
+    """Noise that sampling starts from, float32 (1, C, T, H, W)."""
+    shape = (1, parts.config.latent_channels, *astuple(grid))
+    return standard_noise(seed, shape).to(parts.device)
 
 
 def condition_mask(noise: Tensor, known: Tensor | None) -> Tensor:
@@ -226,11 +205,7 @@ def conditioned(
 
     The text is encoded once for all steps: it does not change, and is by far the widest input.
     """
-    contexts = {
-        conditional: model.encode_context(embedding)
-        for conditional, embedding in ((True, prompt), (False, negative))
-        if embedding is not None
-    }
+    contexts = [None if x is None else model.encode_context(x) for x in (negative, prompt)]
 
     def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
         output: Tensor = model(x, times, contexts[conditional], positions, condition_mask=mask)
@@ -245,25 +220,17 @@ def report(
     total: int,
     *,
     before: int = 0,
-    preview_every: int = 1,
+    preview_every: int = 0,
     preview: Preview | None = None,
 ) -> Generator[Step, None, Result]:
-    """Run a sampler, yielding a `Step` before the first and after each of its steps.
+    """Result of a sampler, with a `Step` before the first and after each of its steps.
 
-    Args:
-        steps: the sampler.
-        recorder: receives the seconds of each step.
-        total: steps of the whole request.
-        before: of these, steps before this sampler's.
-        preview_every: steps between previews, where there are any.
-        preview: makes them of the estimate of the clean latents.
-
-    Returns:
-        What the sampler returns.
+    `total` is steps of the whole request, `before` those of earlier samplers. The recorder receives
+    the seconds of each step.
     """
     seconds = recorder.facts.setdefault(STEP_SECONDS, [])
-    made = 0
-    yield Step("denoise", before, total)
+    done = before
+    yield Step("denoise", done, total)
     while True:
         started = time.perf_counter()
         try:
@@ -274,20 +241,16 @@ def report(
         if recorder.device.type == "cuda":
             torch.cuda.synchronize(recorder.device)
         seconds.append(round(time.perf_counter() - started, 4))
-        made += 1
-        look = None
-        if preview is not None and made % preview_every == 0:
-            look = preview(denoised.float())
-        yield Step("denoise", before + made, total, preview=look)
+        done += 1
+        due = preview_every and (done - before) % preview_every == 0
+        look = preview(denoised.float()) if preview and due else None
+        yield Step("denoise", done, total, preview=look)
 
 
 def preview_frames(latents: Tensor, colours: Tensor, spatial: int) -> Frames:
     """Rough colours of latents, uint8 (T, h, w, 3), at a quarter of the video's size or more.
 
-    Args:
-        latents: (1, C, T, H, W), as the tokenizer gives them.
-        colours: see `worldline.nn.pieces.fit_colours`.
-        spatial: pixels of a cell on each side.
+    The latents (1, C, T, H, W) are as the tokenizer gives them, `colours` of `fit_colours`.
     """
     maps = colours.to(latents.device)
     chosen = maps[(torch.arange(latents.shape[2], device=latents.device) > 0).long()]  # (T, C+1, 3)
@@ -304,32 +267,26 @@ def decode(
     made: int = 0,
     *,
     first: int = 0,
-    last: int | None = None,
+    count: int | None = None,
 ) -> Generator[Step, None, int]:
-    """Write a video into `frames` as it is decoded.
+    """Write a video into `frames`, from frame `made` on, as it is decoded; the number made then.
 
     Args:
         pieces: of the video, (1, 3, T, H, W) in about [-1, 1]; asked for no further than needed.
-        frames: all frames of the request; filled from `made` on.
+        frames: all frames of the request.
         made: number of frames that are there.
         first: first frame of the pieces that is kept.
-        last: end of those that are kept; None keeps all.
-
-    Returns:
-        The number of frames that are there now.
+        count: number of those that are kept; None keeps all.
     """
-    start = 0
+    end = len(frames) if count is None else made + count
     for piece in pieces:
-        new = signed_to_uint8(piece[0])[
-            max(first - start, 0) : None if last is None else last - start
-        ]
-        start += piece.shape[2]
+        new = signed_to_uint8(piece[0])[first : first + end - made]
+        first = max(0, first - piece.shape[2])
         if len(new):
             frames[made : made + len(new)] = new
             made += len(new)
             yield Step("decode", made, len(frames), new)
-        if last is not None and start >= last:
+        if made == end:
             break
-    if logger.isEnabledFor(logging.DEBUG):  # of some pixels: all of them as float32 may be large
-        log_result("decode", torch.from_numpy(frames[:made, ::8, ::8].copy()))
+    log_result("decode", torch.from_numpy(frames[:made, ::8, ::8].copy()))  # some pixels
     return made

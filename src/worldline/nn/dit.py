@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,23 @@ Context = list[tuple[Tensor, Tensor]]
 
 PATCH = (1, 2, 2)  # latent cells a token covers in time, rows and columns, in all models
 PATCH_CELLS = 4
+LARGEST_GRID = LatentShape(128, 120, 120)  # tokens, of all released models
 # hidden activations of the feed-forward that exist at once; 56,320 tokens of 14B would need 2.3 GB
 HIDDEN_BYTES = 512 << 20
+
+
+def released_sizes(depth: int, width: int) -> dict[str, Any]:
+    """Sizes of the released models, which differ in depth and width alone."""
+    return {
+        "depth": depth,
+        "width": width,
+        "num_heads": width // 128,
+        "head_size": 128,
+        "hidden": 4 * width,
+        "context_width": 1024,
+        "lora_rank": 256,
+        "max_grid": LARGEST_GRID,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +172,19 @@ class NoiseLevel(NamedTuple):
 
     embedding: Tensor
     shared: Tensor
+
+
+class NoiseEmbedding(nn.Module):
+    """Layers that make a `NoiseLevel` of a time; families run them in precisions of their own.
+
+    The norm acts on the bare sinusoid, not on the layers' output.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width, bias=False)
+        self.second = nn.Linear(width, 3 * width, bias=False)
+        self.norm = nn.Parameter(torch.empty(width))
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, get_args
@@ -30,8 +30,12 @@ from torch import Tensor
 from worldline.catalog import DECODERS, Generation, generation_by_name
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.request import ARRequest, Seam
-from worldline.families.denoise import log_result, report, stage
-from worldline.families.diffusion.family import TOKENIZERS, denoising_stages, open_latent_tokenizer
+from worldline.families.denoise import report, stage
+from worldline.families.diffusion.family import (
+    TOKENIZERS,
+    encode_and_decode_bytes,
+    open_latent_tokenizer,
+)
 from worldline.families.diffusion.model import (
     BLOCKS,
     DECODER_WINDOW,
@@ -43,10 +47,10 @@ from worldline.families.diffusion.model import (
 from worldline.families.diffusion.request import Precision
 from worldline.families.diffusion.weights import open_network as open_dit
 from worldline.family import Compute, Opened, Parts
-from worldline.memory import Stage
+from worldline.memory import Stage, denoise_bytes
 from worldline.nn.dit import Context
 from worldline.nn.pieces import decode_stream
-from worldline.report import Recorder
+from worldline.report import Recorder, log_result
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, make_sigmas, sample
 from worldline.sampling.edm import Network as Denoiser
 from worldline.sampling.solvers import Stepped, standard_noise
@@ -218,15 +222,13 @@ def decoder_grid(opened: Opened, discrete: CosmosTokenizerConfig) -> LatentShape
 
 def stages(opened: Opened, compute: Compute) -> Iterator[Stage]:
     """Memory of denoising and decoding, beside the weights."""
-    continuous = opened["decoder_tokenizer"].config
-    video = decoder_grid(opened, opened["tokenizer"].config).video(
-        continuous.temporal, continuous.spatial
-    )
-    uses = {"denoise": "decoder", "decode": "decoder_tokenizer"}
-    config = opened["decoder"].config
-    for each in denoising_stages(config, continuous, video, compute, MAX_LENGTH, batch=2):
-        if each.name in uses:
-            yield replace(each, uses=uses[each.name])
+    config, continuous = opened["decoder"].config, opened["decoder_tokenizer"].config
+    grid = decoder_grid(opened, opened["tokenizer"].config)
+    denoising = denoise_bytes(config, grid, compute.dtype, MAX_LENGTH, fused=compute.fused, batch=2)
+    yield Stage("denoise", "decoder", denoising)
+    video = grid.video(continuous.temporal, continuous.spatial)
+    _, decoding = encode_and_decode_bytes(continuous, video, compute)
+    yield Stage("decode", "decoder_tokenizer", decoding)
 
 
 @dataclass(frozen=True, kw_only=True)

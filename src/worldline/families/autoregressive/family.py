@@ -43,11 +43,10 @@ from worldline.families.autoregressive.step import (
     kernels_fit,
     make_decoder,
 )
-from worldline.families.denoise import log_result, read_embeddings
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
-from worldline.report import Recorder
+from worldline.report import Recorder, log_result
 from worldline.request import LARGEST_SIZE
 from worldline.sampling.tokens import CHUNK, Sampling, decode, draw_noise
 from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
@@ -360,7 +359,10 @@ def embedding_of(opened: Opened, request: ARRequest) -> Tensor | None:
     width = opened["transformer"].config.context_width
     if width is None:
         return None
-    return read_embeddings(request, width, opened.text_length).prompt
+    from worldline.text.embeddings import read_embeddings
+
+    found = read_embeddings(request.prompt_embeddings, width=width, rows=opened.text_length)
+    return found.get("prompt")
 
 
 def check(opened: Opened, request: ARRequest) -> ARRequest:

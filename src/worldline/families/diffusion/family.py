@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +24,16 @@ from torch import Tensor
 
 from worldline.catalog import Entry, Generation, generation_by_name
 from worldline.errors import CheckpointError, InputError
-from worldline.families.denoise import (
-    Embeddings,
-    attention_entries,
-    condition_mask,
-    conditioned,
-    decode,
-    encode_inputs,
-    encode_prompts,
-    log_result,
-    read_embeddings,
-    refuse_size,
-    report,
-    stage,
-)
+from worldline.families import denoise
 from worldline.families.diffusion.model import PRESETS, DiT, DiTConfig
-from worldline.families.diffusion.request import (
-    DiffusionOptions,
-    DiffusionRequest,
-)
-from worldline.families.diffusion.weights import is_decoder, open_network, read_settings
+from worldline.families.diffusion.request import DiffusionOptions, DiffusionRequest
+from worldline.families.diffusion.weights import open_network, read_settings
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.files import holds_diffusers, unfinished
-from worldline.guards import rewrites
-from worldline.memory import Stage, coding_bytes, denoise_bytes
+from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import decode_stream
-from worldline.report import Recorder
+from worldline.report import Recorder, log_result
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, Conditioning, make_sigmas, sample
-from worldline.sampling.solvers import standard_noise
 from worldline.shapes import VideoShape
 from worldline.step import Step
 from worldline.text.encoder import TextPart
@@ -84,44 +67,33 @@ def generate(
 
     The known frames in the result are the tokenizer's reconstruction of the input, as in the
     reference.
-
-    Args:
-        parts: the networks.
-        clip: at least `request.num_input_frames` frames; None where these are 0.
-        request: a checked one.
-        recorder: receives seconds and memory of each stage.
-
-    Raises:
-        InputError: the clip is absent or too short.
     """
-    opened, config = parts.opened, parts.config
-    codec, statistics = opened["tokenizer"].config, opened["tokenizer"].statistics
-    grid = request.video.latent(codec.temporal, codec.spatial)
-
-    yield Step("text", 0, 1)
-    with stage(recorder, "text"):
-        prompt, negative = embed(parts, request, recorder)
-    known, preview = yield from encode_inputs(
-        parts,
-        request,
-        recorder,
-        lambda coder: encode_frames(coder, statistics, clip, request),
-    )
+    opened, config, statistics = parts.opened, parts.config, parts.opened["tokenizer"].statistics
+    prompt, negative = yield from denoise.encode_prompts(parts, request, recorder)
+    if request.guidance and negative is None:
+        if starts_from_text(opened) or not request.num_input_frames:
+            negative = torch.zeros_like(prompt)
+        else:
+            logger.warning(
+                "without a negative prompt, guidance does nothing: as in the released code, a "
+                "continued clip is then led away from its own prompt"
+            )
+    known, preview = yield from denoise.encode_inputs(parts, clip, request, recorder, encode_frames)
 
     count = len(make_sigmas(str(request.sampler), request.num_steps)) - 1
-    with stage(recorder, "denoise"), parts.transformer.on_device() as model:
-        shape = (1, config.latent_channels, grid.frames, grid.height, grid.width)
-        noise = standard_noise(request.seed, shape).to(parts.device)
+    with denoise.stage(recorder, "denoise"), parts.transformer.on_device() as model:
+        grid = denoise.grid_of(opened, request.video)
+        noise = denoise.draw_noise(parts, request.seed, grid)
         conditioning = None
         if known is not None:
             # the same noise as the state's, as Cosmos 1.0 has it
             same = noise[:, :, : known.shape[2]]
             conditioning = Conditioning(known, same, request.augment_sigma)
-        mask = condition_mask(noise, known) if config.condition_mask else None
+        mask = denoise.condition_mask(noise, known) if config.condition_mask else None
         rotary = getattr(torch, str(request.rotary_precision))
         positions = model.make_positions(grid, request.fps, rotary_dtype=rotary)
         steps = sample(
-            conditioned(model, prompt, negative, positions, mask),
+            denoise.conditioned(model, prompt, negative, positions, mask),
             noise,
             sampler=str(request.sampler),
             num_steps=request.num_steps,
@@ -129,7 +101,7 @@ def generate(
             conditioning=conditioning,
             reinsertion=request.reinsertion,
         )
-        latents = yield from report(
+        latents = yield from denoise.report(
             steps,
             recorder,
             count,
@@ -139,76 +111,27 @@ def generate(
         log_result("denoise", latents)
         del positions  # room for the decoder
 
-    frames = np.empty((request.num_video_frames, request.height, request.width, 3), np.uint8)
+    frames = np.empty((*astuple(request.video), 3), np.uint8)
+    latents = restored(statistics.rounded(parts.compute.dtype), latents)
     yield Step("decode", 0, len(frames))
-    with stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
-        weight = tokenizer.quant_conv.weight
-        latents = restored(statistics.rounded(weight.dtype), latents)
-        yield from decode(decode_stream(tokenizer, latents.to(weight)), frames)
+    with denoise.stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
+        yield from denoise.decode(decode_stream(tokenizer, latents), frames)
     yield Step("done", count, count, frames)
 
 
-def embed(
-    parts: Parts, request: DiffusionRequest, recorder: Recorder
-) -> tuple[Tensor, Tensor | None]:
-    """Embeddings (1, S, E) of the prompt and of what guidance leads away from.
-
-    The second is None without guidance, and where guidance would do nothing.
-    """
-    embeddings = embeddings_of(parts.opened, request)
-    prompts = prompts_to_encode(request, embeddings)
-    prompt, negative = encode_prompts(parts.text, prompts, embeddings, recorder)
-    if not request.guidance:
-        return prompt, None
-    if negative is None and (not request.num_input_frames or starts_from_text(parts.opened)):
-        return prompt, torch.zeros_like(prompt)
-    if negative is None:
-        logger.warning(
-            "without a negative prompt, guidance does nothing: as in the released code, a "
-            "continued clip is then led away from its own prompt"
-        )
-    return prompt, negative
-
-
-def encode_frames(
-    tokenizer: CosmosTokenizer,
-    statistics: LatentStatistics,
-    clip: Clip | None,
-    request: DiffusionRequest,
-) -> Tensor:
-    """Normalised latents (1, C, t, H, W) of the known frames, float32.
-
-    Raises:
-        InputError: there is no clip, or it is too short.
-    """
-    if clip is None:
-        raise InputError(f"no input, but num_input_frames is {request.num_input_frames}")
+def encode_frames(parts: Parts, clip: Clip, request: DiffusionRequest) -> Tensor:
+    """Normalised latents (1, C, t, H, W) of the known frames, float32."""
     # the tokenizer is causal: frames behind the known ones would not change their latents
     frames = stretched_frames(clip, request.num_input_frames, request.height, request.width)
-    weight = tokenizer.quant_conv.weight
-    latents = tokenizer.encode(frames.to(weight))
-    # the statistics of a clip's first frame, not those of an image
-    return SIGMA_DATA * statistics.rounded(weight.dtype).normalise(latents.float(), image=False)
+    latents = parts.tokenizer.module.encode(frames.to(parts.device, parts.compute.dtype))
+    statistics = parts.opened["tokenizer"].statistics.rounded(parts.compute.dtype)
+    # those of a clip's first frame, not those of an image
+    return SIGMA_DATA * statistics.normalise(latents.float(), image=False)
 
 
 def restored(statistics: LatentStatistics, latents: Tensor) -> Tensor:
     """Latents as the tokenizer gives them, from the network's."""
     return statistics.denormalise(latents / SIGMA_DATA)
-
-
-def embeddings_of(opened: Opened, request: DiffusionRequest) -> Embeddings:
-    """Embeddings in place of prompts, with as many rows as the model takes."""
-    return read_embeddings(request, opened["transformer"].config.context_width, opened.text_length)
-
-
-def prompts_to_encode(request: DiffusionRequest, given: Embeddings) -> dict[str, str]:
-    """Prompts that must be encoded, by their names: "prompt", "negative_prompt"."""
-    prompts: dict[str, str] = {}
-    if given.prompt is None and request.prompt is not None:
-        prompts["prompt"] = request.prompt
-    if request.guidance and given.negative is None and request.negative_prompt:
-        prompts["negative_prompt"] = request.negative_prompt
-    return prompts
 
 
 def starts_from_text(opened: Opened) -> bool:
@@ -218,24 +141,18 @@ def starts_from_text(opened: Opened) -> bool:
 
 
 def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
-    """Refuse what the model cannot do; fill in sampler and precision.
-
-    Raises:
-        InputError: it cannot do this, or there is no prompt.
-        CheckpointError: the text encoder is needed, and missing.
-    """
-    config, tokenizer = opened["transformer"].config, opened["tokenizer"]
+    """Refuse what the model cannot do; fill in sampler and precision."""
+    config, statistics = opened["transformer"].config, opened["tokenizer"].statistics
     if request.num_input_frames and not config.condition_mask:
         raise InputError(
             f"{opened.name} is a Text2World model without inputs; use a Video2World model"
         )
     if not request.num_input_frames and not starts_from_text(opened):
         raise InputError(
-            f"{opened.name} is a Video2World model; give an image or a video to continue, or use a "
-            "Text2World model"
+            f"{opened.name} is a Video2World model; give an image or a video to continue"
         )
-    longest = min(tokenizer.statistics.frames, config.max_grid.frames)
-    refuse_size(request.video, request.num_input_frames, config, longest, tokenizer.config)
+    longest = min(statistics.frames, config.max_grid.frames)
+    denoise.check_size(opened, request.video, request.num_input_frames, longest)
     sampler = request.sampler or SAMPLER_OF[generation_of(opened)]
     if sampler == "res_2mid" and request.num_steps < 2:
         raise InputError("num_steps is 1; the sampler res_2mid needs 2 or more")
@@ -243,25 +160,9 @@ def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
         raise InputError(
             f"reinsertion march_2025 is a fault of the sampler edm_euler; {sampler} never had it"
         )
-    given = embeddings_of(opened, request)
-    if request.prompt is None and given.prompt is None and not rewrites(opened, request):
-        raise InputError("there is no prompt; give prompt or prompt_embeddings")
-    if needed := prompts_to_encode(request, given):
-        opened.require("text", " and ".join(needed))
+    denoise.check_prompts(opened, request)
     precision = request.rotary_precision or "bfloat16"
     return request.model_copy(update={"sampler": sampler, "rotary_precision": precision})
-
-
-def unused(opened: Opened, request: DiffusionRequest) -> dict[str, str]:
-    """Fields and parts without effect on a request."""
-    found = request.unused()
-    if request.prompt_embeddings is not None and not prompts_to_encode(
-        request, embeddings_of(opened, request)
-    ):
-        found |= opened.encoder_unused
-    if not request.num_input_frames:
-        found |= dict.fromkeys(("reinsertion", "augment_sigma"), "there is no input")
-    return found
 
 
 def notes(opened: Opened, request: DiffusionRequest) -> list[str]:
@@ -274,73 +175,45 @@ def notes(opened: Opened, request: DiffusionRequest) -> list[str]:
 
 def report_entries(parts: Parts, request: DiffusionRequest, recorder: Recorder) -> dict[str, Any]:
     """Entries of a video's report."""
-    return {"generation": generation_of(parts.opened), **attention_entries(parts, request.video)}
+    return {
+        "generation": generation_of(parts.opened),
+        **denoise.attention_entries(parts, request.video),
+    }
 
 
 def stages(opened: Opened, request: DiffusionRequest, compute: Compute) -> Iterator[Stage]:
     """Memory beside the weights; `benchmarks/diffusion_end_to_end.py` compares it."""
-    if (text := opened.get("text")) and "text" not in unused(opened, request):
-        yield Stage("text", "text", text.nbytes(compute) // 20)
-    yield from denoising_stages(
-        opened["transformer"].config,
-        opened["tokenizer"].config,
-        request.video,
-        compute,
-        opened.text_length,
-    )
+    coding = encode_and_decode_bytes(opened["tokenizer"].config, request.video, compute)
+    return denoise.stages(opened, request, compute, request.video, coding)
 
 
-def denoising_stages(
-    config: DiTConfig,
-    tokenizer: CosmosTokenizerConfig,
-    video: VideoShape,
-    compute: Compute,
-    context_length: int,
-    *,
-    batch: int = 1,
-) -> Iterator[Stage]:
-    """Stages encode, denoise and decode of a video.
-
-    Args:
-        config: of the transformer.
-        tokenizer: of the continuous tokenizer.
-        video: size of the video.
-        compute: device and precision.
-        context_length: rows of a text embedding.
-        batch: guidance branches computed at once.
-    """
-    size = compute.dtype.itemsize
-    grid = video.latent(tokenizer.temporal, tokenizer.spatial)
+def encode_and_decode_bytes(
+    tokenizer: CosmosTokenizerConfig, video: VideoShape, compute: Compute
+) -> tuple[int, int]:
+    """Bytes that a continuous tokenizer needs for the known frames, and for a whole video."""
+    size, patch = compute.dtype.itemsize, tokenizer.patch
+    widest = max(tokenizer.level_channels[0], tokenizer.patch_channels)
 
     def coding(frames: int) -> int:
-        cells = -(-frames // tokenizer.patch)
-        cells *= (video.height // tokenizer.patch) * (video.width // tokenizer.patch)
-        widest = max(tokenizer.level_channels[0], tokenizer.patch_channels)
+        cells = -(-frames // patch) * (video.height // patch) * (video.width // patch)
         return 2 * coding_bytes(cells, widest, size)
 
-    yield Stage("encode", "tokenizer", coding(min(video.frames, 9)))
-    denoising = denoise_bytes(
-        config, grid, compute.dtype, context_length, fused=compute.fused, batch=batch
-    )
-    yield Stage("denoise", "transformer", denoising)
-    past = (
-        2 * grid.tokens * tokenizer.level_channels[-1] * size
-    )  # keys and values of earlier pieces
+    # keys and values of earlier pieces
+    cells = video.latent(tokenizer.temporal, tokenizer.spatial).tokens
+    past = 2 * cells * tokenizer.level_channels[-1] * size
     pieces = min(video.frames, CosmosTokenizer.chunk * tokenizer.temporal)
-    yield Stage("decode", "tokenizer", coding(pieces) + past)
+    return coding(min(video.frames, 9)), coding(pieces) + past
 
 
 def open_transformer(opened: Opened) -> Network[DiTConfig]:
     """The transformer in either layout."""
-    if is_decoder(opened.source.tensors):
+    network = open_network(opened.source, opened.settings or None)
+    if network.config.vocabulary:
         raise CheckpointError(
             f"{opened.folder} is the diffusion decoder of the autoregressive models; worldline "
             "autoregressive runs it with them"
         )
-    if not isinstance(opened.settings.get("text2world", True), bool):
-        value, path = opened.settings["text2world"], opened.folder / "config.json"
-        raise CheckpointError(f"{path}: text2world is {value!r}; give true or false")
-    return open_network(opened.source, opened.settings or None)
+    return network
 
 
 def generation_of(opened: Opened) -> Generation:
@@ -350,30 +223,24 @@ def generation_of(opened: Opened) -> Generation:
 
 def open_tokenizer(opened: Opened) -> CosmosNetwork:
     """The continuous tokenizer: as chosen, beside the transformer, or of its generation."""
-    place, own = opened.place, opened.folder / "vae"
+    place, beside = opened.place, opened.folder / "vae"
     names = TOKENIZERS[generation_of(opened)]
+    found = place.below(names)
+    preferred = holds_diffusers(opened.source.path) and any(beside.glob("diffusion_pytorch_*"))
     if opened.options.tokenizer_dir is not None:
-        path = place.chosen(opened.options.tokenizer_dir, "tokenizer_dir")
-    elif holds_diffusers(opened.source.path) and any(own.glob("diffusion_pytorch_model.*")):
-        path = own
-    elif (found := place.below(names)) is not None:
-        path = found
-    elif own.is_dir():
-        path = own
-    else:
+        found = place.chosen(opened.options.tokenizer_dir, "tokenizer_dir")
+    elif preferred or (found is None and beside.is_dir()):
+        found = beside
+    if found is None:
         raise CheckpointError(
-            f"no continuous tokenizer: neither {names[0]} nor {names[1]} is in {place.searched}; "
+            f"no continuous tokenizer: neither {' nor '.join(names)} is in {place.searched}; "
             "--tokenizer_dir names another"
         )
-    return open_latent_tokenizer(path)
+    return open_latent_tokenizer(found)
 
 
 def open_latent_tokenizer(path: Path) -> CosmosNetwork:
-    """A continuous tokenizer and the statistics of its latents.
-
-    Raises:
-        CheckpointError: it is discrete, or its statistics are absent.
-    """
+    """A continuous tokenizer and the statistics of its latents."""
     opened = open_cosmos(path)
     if opened.config.levels is not None:
         raise CheckpointError(
@@ -432,7 +299,7 @@ FAMILY = Family(
     generate=generate,
     presets=presets,
     guardrails=generation_of,
-    unused=unused,
+    unused=denoise.unused,
     report=report_entries,
     notes=notes,
     upsampler=upsampler,

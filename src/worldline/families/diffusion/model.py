@@ -13,12 +13,13 @@ S rows of the text, E its width.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldline.nn import dit
 from worldline.nn.dit import Context, DiffusionTransformer, DiTSizes, NoiseLevel, patchify
 from worldline.nn.modulation import NORM_EPS, norm_heads, sinusoid
 from worldline.nn.rope import Rotation, stretched_angles_3d
@@ -43,28 +44,12 @@ class DiTConfig(DiTSizes):
     learned_positions: bool = True
     vocabulary: int = 0
     id_width: int = 0
+    zero_padded: ClassVar[bool] = True  # rows behind the end of a prompt, and absent prompts
 
-
-LARGEST_GRID = LatentShape(128, 120, 120)
-DECODER_RATIO = (1.0, 1.5, 1.5)
-DECODER_WINDOW = 8  # latent frames that the diffusion decoder makes at once, 57 frames
-
-
-def _released(size: str, *, condition_mask: bool) -> DiTConfig:
-    large = size == "14B"
-    width = 5120 if large else 4096
-    return DiTConfig(
-        depth=36 if large else 28,
-        width=width,
-        num_heads=width // 128,
-        head_size=128,
-        hidden=4 * width,
-        context_width=1024,
-        lora_rank=256,
-        condition_mask=condition_mask,
-        max_grid=LARGEST_GRID,
-        rope_ratio=RELEASED_RATIOS[width],
-    )
+    @property
+    def text_width(self) -> int:
+        """Channels of a text embedding."""
+        return self.context_width
 
 
 # rotary stretching by width: no tensor holds it
@@ -72,20 +57,28 @@ RELEASED_RATIOS: dict[int, tuple[float, float, float]] = {
     4096: (2.0, 1.0, 1.0),
     5120: (2.0, 2.0, 2.0),
 }
-PRESETS = {
-    f"{size}-{kind}": _released(size, condition_mask=kind == "Video2World")
-    for size in ("7B", "14B")
-    for kind in ("Text2World", "Video2World")
-} | {
-    "7B-Decoder": replace(
-        _released("7B", condition_mask=False),
-        rope_ratio=DECODER_RATIO,
-        learned_positions=False,
-        vocabulary=64_000,
-        id_width=32,
-    )
-}
+DECODER_RATIO = (1.0, 1.5, 1.5)
+DECODER_WINDOW = 8  # latent frames that the diffusion decoder makes at once, 57 frames
 
+
+def _released(depth: int, width: int, *, condition_mask: bool) -> DiTConfig:
+    sizes = dit.released_sizes(depth, width)
+    return DiTConfig(**sizes, condition_mask=condition_mask, rope_ratio=RELEASED_RATIOS[width])
+
+
+PRESETS = {
+    "7B-Text2World": _released(28, 4096, condition_mask=False),
+    "7B-Video2World": _released(28, 4096, condition_mask=True),
+    "14B-Text2World": _released(36, 5120, condition_mask=False),
+    "14B-Video2World": _released(36, 5120, condition_mask=True),
+}
+PRESETS["7B-Decoder"] = replace(
+    PRESETS["7B-Text2World"],
+    rope_ratio=DECODER_RATIO,
+    learned_positions=False,
+    vocabulary=64_000,
+    id_width=32,
+)
 
 # keys and values of a text are computed before the blocks are called
 BLOCKS = BlockPlan(
@@ -99,8 +92,7 @@ class Positions(NamedTuple):
 
     Attributes:
         rotation: (L, K), float32.
-        learned: (L, D), added to the stream before every block, in the dtype of the weights; None
-            where the model has none.
+        learned: (L, D), added to the stream before every block, in the dtype of the weights.
     """
 
     rotation: Rotation
@@ -119,24 +111,14 @@ class LearnedPositions(nn.Module):
 
     def forward(self, grid: LatentShape) -> Tensor:
         """(L, D) for a grid of tokens that fits the tables."""
-        time = self.time[: grid.frames, None, None]
-        rows = self.rows[None, : grid.height, None]
-        columns = self.columns[None, None, : grid.width]
-        x = (time + rows + columns).flatten(0, 2)
+        time, rows = self.time[: grid.frames, None, None], self.rows[: grid.height, None]
+        x = (time + rows + self.columns[: grid.width]).flatten(0, 2)
         wide = torch.promote_types(x.dtype, torch.float32)  # a sum over thousands of squares
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         return x / (NORM_EPS + length * x.shape[-1] ** -0.5).to(x.dtype)
 
 
-class NoiseEmbedding(nn.Module):
-    """Noise level as vectors; the norm acts on the bare sinusoid, not on the layers' output."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(width, width, bias=False)
-        self.second = nn.Linear(width, 3 * width, bias=False)
-        self.norm = nn.Parameter(torch.empty(width))
-
+class NoiseEmbedding(dit.NoiseEmbedding):
     def forward(self, timesteps: Tensor) -> NoiseLevel:
         dtype, width = self.norm.dtype, self.norm.shape[0]
         waves = sinusoid(timesteps.to(dtype), width).to(dtype)
@@ -152,11 +134,9 @@ class DiT(DiffusionTransformer):
         super().__init__(config, inputs, NoiseEmbedding(config.width))
         self.config = config
         self.positions = LearnedPositions(config) if config.learned_positions else None
-        self.ids: nn.Embedding | None = None
-        if config.vocabulary:
-            # not nn.Embedding(...): drawing its first weights on the meta device imports for 1.3 s
-            table = torch.empty(config.vocabulary, config.id_width)
-            self.ids = nn.Embedding.from_pretrained(table, freeze=False)
+        # not nn.Embedding(...): drawing its first weights on the meta device imports for 1.3 s
+        table = torch.empty(config.vocabulary, config.id_width)
+        self.ids = nn.Embedding.from_pretrained(table, freeze=False) if config.vocabulary else None
 
     def make_positions(
         self,
@@ -165,15 +145,12 @@ class DiT(DiffusionTransformer):
         *,
         rotary_dtype: torch.dtype = torch.float32,
     ) -> Positions:
-        """Positions of every token of a clip.
+        """Positions of every token of a latent grid.
 
         Args:
-            grid: latent grid.
+            grid: within the model's own, else a `ValueError`.
             fps: frame rate of the clip; None, for a single frame, leaves its time unscaled.
             rotary_dtype: precision of the angles; the released pipelines use bf16.
-
-        Raises:
-            ValueError: the model has no positions for such a grid.
         """
         config = self.config
         tokens = config.tokens(grid)
@@ -188,11 +165,9 @@ class DiT(DiffusionTransformer):
         return Positions(Rotation(angles.cos(), angles.sin()), learned)
 
     def encode_ids(self, ids: Tensor, grid: LatentShape) -> Tensor:
-        """Input channels (B, id_width, T, H, W) of ids; the same for all steps.
+        """Input channels (B, id_width, T, H, W) of ids (B, T, h, w); the same for all steps.
 
-        Args:
-            ids: (B, T, h, w), any integer dtype; each frame is enlarged to the grid's, bilinearly.
-            grid: latent grid, with as many frames.
+        Each frame is enlarged to the grid's, bilinearly.
         """
         assert self.ids is not None
         frames = self.ids(ids).flatten(0, 1).permute(0, 3, 1, 2)  # (B T, C, h, w)
@@ -220,11 +195,10 @@ class DiT(DiffusionTransformer):
             context: from `encode_context`.
             positions: from `make_positions`, for this grid.
             condition_mask: (B, 1, T, H, W), 1 on conditioning frames; Video2World only.
-            padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding; by default
-                nowhere.
+            padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding.
             ids: from `encode_ids`; the diffusion decoder only.
         """
         conditioning = [part for part in (condition_mask, ids) if part is not None]
         tokens = patchify(latents.to(self.dtype), conditioning, padding_mask)
-        grid, noise = LatentShape(*latents.shape[2:]), self.noise(timesteps)
-        return self.run(tokens, grid, noise, context, positions.rotation, positions.learned)
+        grid = LatentShape(*latents.shape[2:])
+        return self.run(tokens, grid, self.noise(timesteps), context, *positions)

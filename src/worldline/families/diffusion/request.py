@@ -13,6 +13,7 @@ from worldline.request import Fps, Path, Size, T5Options, VideoRequest, offload
 Sampler = Literal["edm_euler", "res_2ab", "res_1euler", "res_2mid"]
 Reinsertion = Literal["corrected", "march_2025"]
 Precision = Literal["bfloat16", "float32"]
+_CONDITIONING = ("reinsertion", "augment_sigma")
 
 
 class DiffusionRequest(VideoRequest):
@@ -38,6 +39,11 @@ class DiffusionRequest(VideoRequest):
     rotary_precision: Precision | None = Field(
         None, description="Precision of the rotary angles.  [default: bfloat16, as released]"
     )
+
+    def unused(self) -> dict[str, str]:
+        given = self.num_input_frames
+        conditioning = {} if given else dict.fromkeys(_CONDITIONING, "there is no input")
+        return super().unused() | conditioning
 
 
 class DiffusionOptions(T5Options):

@@ -10,12 +10,15 @@ D width, K head size, S rows of the text, F its features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldline.nn import dit
 from worldline.nn.dit import (
+    LARGEST_GRID,
     Context,
     DiffusionTransformer,
     DiTSizes,
@@ -29,7 +32,6 @@ from worldline.shapes import LatentShape
 
 Exponents = tuple[tuple[float, ...], tuple[float, ...]]
 
-LARGEST_GRID = LatentShape(128, 120, 120)
 RELEASED_RATIO = (1.0, 3.0, 3.0)
 TIMESTEP_SCALE = 0.001
 
@@ -50,6 +52,12 @@ class FlowDiTConfig(DiTSizes):
     rope_ratio: tuple[float, float, float] = RELEASED_RATIO
     timestep_scale: float = TIMESTEP_SCALE
     exponents: Exponents | None = None
+    zero_padded: ClassVar[bool] = False  # what stands behind the end of a prompt is encoded, too
+
+    @property
+    def text_width(self) -> int:
+        """Channels of a text embedding."""
+        return self.feature_width
 
 
 def released_exponents(head_size: int) -> Exponents:
@@ -62,24 +70,11 @@ def released_exponents(head_size: int) -> Exponents:
         return tuple(time.tolist()), tuple(space.tolist())
 
 
-def _released(depth: int, width: int) -> FlowDiTConfig:
-    return FlowDiTConfig(
-        depth=depth,
-        width=width,
-        num_heads=width // 128,
-        head_size=128,
-        hidden=4 * width,
-        context_width=1024,
-        lora_rank=256,
-        feature_width=100_352,  # 28 layers of the text encoder, each 3,584 wide
-    )
-
-
-PRESETS = {"2B": _released(28, 2048), "14B": _released(36, 5120)}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+# features of 28 layers of the text encoder, each 3,584 wide
+PRESETS = {
+    "2B": FlowDiTConfig(**dit.released_sizes(28, 2048), feature_width=100_352),
+    "14B": FlowDiTConfig(**dit.released_sizes(36, 5120), feature_width=100_352),
+}
 
 
 class Projection(nn.Linear):
@@ -89,18 +84,10 @@ class Projection(nn.Linear):
         return F.gelu(super().forward(features))
 
 
-class NoiseEmbedding(nn.Module):
-    """Noise level as vectors; the norm acts on the bare sinusoid, not on the layers' output."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(width, width, bias=False)
-        self.second = nn.Linear(width, 3 * width, bias=False)
-        self.norm = nn.Parameter(torch.empty(width))
-
+class NoiseEmbedding(dit.NoiseEmbedding):
     def forward(self, times: Tensor) -> NoiseLevel:
-        """Levels of scaled times (B, G)."""
-        dtype, width = _wide(self.norm.dtype), self.norm.shape[0]
+        """Levels of scaled times (B, G), in their precision."""
+        dtype, width = times.dtype, self.norm.shape[0]
         waves = sinusoid(times, width).to(dtype)
         embedding = F.rms_norm(waves, (width,), self.norm.to(dtype), NORM_EPS)
         shared = linear(self.second, F.silu(linear(self.first, waves)))
@@ -119,11 +106,7 @@ class FlowDiT(DiffusionTransformer):
         return super().encode_context(self.project(context.to(self.embed.weight)))
 
     def make_positions(self, grid: LatentShape) -> Rotation:
-        """Rotation of every token of a clip of a latent grid, whatever its frame rate.
-
-        Raises:
-            ValueError: the model has no positions for such a grid.
-        """
+        """Rotation of every token of a latent grid within the model's own, else a `ValueError`."""
         config = self.config
         time, space = config.exponents or released_exponents(config.head_size)
         angles = stretched_angles_3d(
@@ -153,10 +136,10 @@ class FlowDiT(DiffusionTransformer):
             context: from `encode_context`.
             positions: from `make_positions`, for this grid.
             condition_mask: (B, 1, T, H, W), 1 on conditioning frames.
-            padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding; by default
-                nowhere.
+            padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding.
         """
         tokens = patchify(latents.to(self.dtype), [condition_mask], padding_mask)
         grid = LatentShape(*latents.shape[2:])
-        noise = self.noise(timesteps.to(_wide(self.dtype)) * self.config.timestep_scale)
+        times = timesteps.to(torch.promote_types(self.dtype, torch.float32))
+        noise = self.noise(times * self.config.timestep_scale)
         return self.run(tokens, grid, noise, context, positions)

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from worldline.errors import CheckpointError
 from worldline.families.predict2_5.model import (
     PRESETS,
     RELEASED_RATIO,
@@ -22,10 +21,10 @@ from worldline.families.predict2_5.model import (
     FlowDiTConfig,
     released_exponents,
 )
-from worldline.nn.dit import PATCH_CELLS
+from worldline.families.predict2_5.request import Schedule
 from worldline.weights import dit
 from worldline.weights.checkpoint import Checkpoint, renamed
-from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION, SUB_BLOCKS
+from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Network, Number, open_transformer
 
@@ -34,8 +33,8 @@ __all__ = ["PRESETS", "open_network"]
 logger = logging.getLogger(__name__)
 
 _AVERAGED = "net_ema."
-_CHECKPOINTING = "._checkpoint_wrapped_module"
 _EXPONENTS = ("pos_embedder.dim_temporal_range", "pos_embedder.dim_spatial_range")
+_BLOCK = "blocks.{i}"
 _RELEASED = {"attention": "self_attn", "cross_attention": "cross_attn", "feed_forward": "mlp"}
 _PROJECTION = {f"crossattn_proj.0.{leaf}": f"project.{leaf}" for leaf in ("weight", "bias")}
 
@@ -50,26 +49,20 @@ KEYS = KeyMap(
         "final_layer.linear.weight": "head.linear.weight",
         "final_layer.adaln_modulation.1.weight": "head.modulation.first.weight",
         "final_layer.adaln_modulation.2.weight": "head.modulation.second.weight",
-        "blocks.{i}.mlp.layer1.weight": "blocks.{i}.feed_forward.body.up.weight",
-        "blocks.{i}.mlp.layer2.weight": "blocks.{i}.feed_forward.body.down.weight",
+        f"{_BLOCK}.mlp.layer1.weight": f"{_BLOCK}.feed_forward.body.up.weight",
+        f"{_BLOCK}.mlp.layer2.weight": f"{_BLOCK}.feed_forward.body.down.weight",
         **{
-            f"blocks.{{i}}.adaln_modulation_{_RELEASED[ours]}.{step}.weight": (
-                f"blocks.{{i}}.{ours}.modulation.{layer}"
-            )
-            for ours in SUB_BLOCKS
-            for step, layer in MODULATION
+            f"{_BLOCK}.adaln_modulation_{theirs}.{n}.weight": f"{_BLOCK}.{ours}.modulation.{layer}"
+            for ours, theirs in _RELEASED.items()
+            for n, layer in MODULATION
         },
         **{
-            f"blocks.{{i}}.{_RELEASED[ours]}.{theirs}_proj.weight": (
-                f"blocks.{{i}}.{ours}.body.{leaf}.weight"
-            )
+            f"{_BLOCK}.{_RELEASED[ours]}.{name}_proj.weight": f"{_BLOCK}.{ours}.body.{leaf}.weight"
             for ours in ATTENTIONS
-            for leaf, theirs in {"q": "q", "k": "k", "v": "v", "out": "output"}.items()
+            for leaf, name in {"q": "q", "k": "k", "v": "v", "out": "output"}.items()
         },
         **{
-            f"blocks.{{i}}.{_RELEASED[ours]}.{leaf}_norm.weight": (
-                f"blocks.{{i}}.{ours}.body.{leaf}_norm"
-            )
+            f"{_BLOCK}.{_RELEASED[ours]}.{leaf}_norm.weight": f"{_BLOCK}.{ours}.body.{leaf}_norm"
             for ours in ATTENTIONS
             for leaf in ("q", "k")
         },
@@ -84,9 +77,10 @@ DIFFUSERS_KEYS = dit.diffusers_keys(_PROJECTION)
 
 
 class Settings(dit.DiTSettings):
-    """Rotary stretching and scale of timesteps, where a model is not as the released ones."""
+    """Scale of timesteps, where a model is not as the released ones, and how it is sampled."""
 
     timestep_scale: Number = TIMESTEP_SCALE
+    schedule: Schedule | None = None
 
 
 def open_network(
@@ -95,9 +89,8 @@ def open_network(
     """Open a flow transformer of either layout; headers only.
 
     Args:
-        path: as for `open_transformer`; in a file that training wrote, averaged weights are
-            preferred.
-        settings: content of `config.json`, see `Settings`; None reads the one beside the file.
+        path: as for `open_transformer`; of weights and their averages the averages are read.
+        settings: content of `config.json`; None reads the one beside the file.
 
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor does not fit.
@@ -116,9 +109,8 @@ def network_view(source: Checkpoint) -> Checkpoint:
         logger.info("%s: the averaged weights are taken, not those beside them", source.path)
 
     def plain(name: str) -> str | None:
-        if averaged and not name.startswith(_AVERAGED):
-            return None
-        return name.replace(_CHECKPOINTING, "")
+        chosen = name.startswith(_AVERAGED) or not averaged
+        return name.replace("._checkpoint_wrapped_module", "") if chosen else None
 
     return renamed(source, plain)
 
@@ -126,19 +118,9 @@ def network_view(source: Checkpoint) -> Checkpoint:
 def read_config(
     source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any] | None
 ) -> FlowDiTConfig:
-    """Architecture of a checkpoint; see `open_network`.
-
-    Raises:
-        CheckpointError: the tensors are of another model.
-    """
+    """Architecture of a checkpoint; see `open_network`."""
     stated = dit.parse_settings(Settings, source, settings)
     shapes, sizes = dit.read_sizes(source, keys)
-    features, wanted = shapes.size("embed.weight", 1), (sizes["latent_channels"] + 2) * PATCH_CELLS
-    if features != wanted:
-        raise CheckpointError(
-            f"{source.path}: {keys.released('embed.weight')} reads {features} numbers a token; a "
-            f"model of {sizes['latent_channels']} channels reads {wanted}: latents and two masks"
-        )
     return FlowDiTConfig(
         **sizes,
         feature_width=shapes.size("project.weight", 1),
@@ -149,7 +131,7 @@ def read_config(
 
 
 def _read_exponents(source: Checkpoint, head_size: int) -> Exponents | None:
-    """Rotary exponents in a file; None where it has none, or those that are computed without it."""
+    """Rotary exponents in a file; None where it has none, or the released ones."""
     names = [next((n for n in source.tensors if n.endswith(end)), None) for end in _EXPONENTS]
     if None in names:
         return None
