@@ -95,6 +95,7 @@ class Item:
         names: field -> the name that it has where it is described.
         sample: its description, for the report.
         sources: files that describe it.
+        request: its checked request; None before the model is open.
     """
 
     label: str
@@ -106,6 +107,10 @@ class Item:
     names: Mapping[str, str] = field(default_factory=dict)
     sample: Mapping[str, Any] | None = None
     sources: tuple[Path, ...] = ()
+    request: Any = None
+
+    def __str__(self) -> str:
+        return self.label
 
     def field(self, name: str) -> str:
         """What an error calls a field."""
@@ -121,11 +126,7 @@ class Reader(Protocol):
     flags: type[Options]
 
     def read(self, flags: Any, stated: Mapping[str, Any]) -> tuple[list[Item], list[str]]:
-        """Every video that is asked for, and what is wrong with others.
-
-        Args:
-            flags: of its own class.
-            stated: fields of requests that were typed.
+        """Every video asked for, with the typed fields of requests; what is wrong with others.
 
         Raises:
             InputError: nothing can be read.
@@ -137,8 +138,8 @@ class Command:
     """One released command of a family.
 
     Attributes:
-        name: words after `worldline`.
-        model: flag that names the model.
+        name: words after `worldline`; the first is the family's name.
+        model: flag that names the model; "" where it is `default_model`.
         reads: "module:attribute" of its `Reader`.
         hidden: fields that the command has no flag for.
         defaults: fields whose default differs from the class's.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,13 @@ def fail_at(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, number: int, kind: str = "denoise"
 ) -> None:
     """Make the video of this number raise an error after its first step of a kind."""
-    real, numbers = World.run, count()
+    real, numbers = World.run_batch, count()
 
-    def run(world: World, job: Job) -> Iterator[Step]:
+    def run_batch(world: World, jobs: Sequence[Job]) -> Iterator[tuple[int, Step]]:
         fails = next(numbers) == number
-        for step in real(world, job):
-            yield step
+        for index, step in real(world, jobs):
+            yield index, step
             if fails and step.kind == kind and step.done:
                 raise error
 
-    monkeypatch.setattr(World, "run", run)
+    monkeypatch.setattr(World, "run_batch", run_batch)

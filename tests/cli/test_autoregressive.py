@@ -20,7 +20,7 @@ import torch
 
 import worldline
 from worldline import memory, opening
-from worldline.cli.progress import Preview, follow
+from worldline.cli.progress import Progress
 from worldline.errors import Error, GuardrailRefusal
 from worldline.memory import Memory
 from worldline.video.read import probe, read_video
@@ -28,7 +28,7 @@ from worldline.weights.checkpoint import open_checkpoint, save
 
 from ..conftest import MODEL, TOKENIZER, frames_of
 from .conftest import WITHOUT_PARTS, Make, Run
-from .results import check_refused, fail_at, files_in, report_of, write_lines
+from .results import check_mentions, check_refused, fail_at, files_in, report_of, write_lines
 
 
 def write_batch(path: Path, *inputs: Path) -> Path:
@@ -119,17 +119,17 @@ def test_flags_without_effect_are_named(base: Make, clip: Path) -> None:
 
 
 def test_progress_bar_on_a_terminal(
-    small_world: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+    small_world: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     world = worldline.load(
         small_world / MODEL, disable_guardrail=True, disable_diffusion_decoder=True
     )
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    video = follow(world.stream(clip), "label", Preview(tmp_path / "a.mp4", 25))
-    assert len(video.frames) == 33
-    line = capsys.readouterr().err
-    assert "label" in line
-    assert "token/s" in line
+    with Progress("label", Path("a.mp4"), 25) as progress:
+        for step in world.stream(clip):
+            if step.video is None:
+                progress.report(step)
+    check_mentions(capsys.readouterr().err, "label token/s")
 
 
 # --- wrong words and inputs
@@ -394,13 +394,13 @@ def test_a_real_interrupt(small_world: Path, clip: Path, tmp_path: Path) -> None
     script = (
         "import os, signal\n"
         "from worldline.world import World\n"
-        "real = World.run\n"
-        "def run(self, job):\n"
-        "    for step in real(self, job):\n"
+        "real = World.run_batch\n"
+        "def run_batch(self, jobs):\n"
+        "    for index, step in real(self, jobs):\n"
         "        if step.kind == 'tokens':\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"
-        "        yield step\n"
-        "World.run = run\n"
+        "        yield index, step\n"
+        "World.run_batch = run_batch\n"
         "from worldline.cli.main import main\n"
         "main()\n"
     )
@@ -514,7 +514,7 @@ def test_resume(base: Make, clip: Path, tmp_path: Path, request: pytest.FixtureR
     request.getfixturevalue("forbid_weights")
     result = base(*words)
     assert result.exit_code == 0
-    assert result.stdout == f"3 of 3 videos were in {out} before\n"
+    assert result.stdout == f"3 of 3 videos are in {out}: 0 made now, 3 there before\n"
 
 
 @pytest.mark.parametrize("changed", ["input", "transformer", "settings", "tokenizer"])

@@ -144,7 +144,7 @@ def test_base_with_the_decoder(
         (["CLIP", "--prompt_embeddings", "nowhere"], "embeddings nowhere"),
         (["--prompt", "x"], "--input_image_or_video_path --batch_input_path"),
         (["--prompt", "x", "--batch_input_path", "b"], "--prompt exclude each other"),
-        (["--batch_input_path", "BATCH"], 'line 1 (0.mp4) no "prompt"'),
+        (["--batch_input_path", "BATCH"], 'line 1 (0.mp4) "prompt" null'),
         (["CLIP", "--prompt", "x", "--ar_model_dir", MODEL], f"{MODEL} is a base model"),
         (["CLIP", "--prompt", "x", "--text_encoder_dir", "nowhere"], "text_encoder_dir"),
         (["CLIP", "--prompt", "x", "--input_type", "text_and_image"], "text_and_video"),
@@ -280,7 +280,7 @@ def test_batch_equals_single(
     first, second, single = (frames_of(out / f"{name}.mp4") for name in ("0", "1", "output"))
     assert first != second == single  # the prompt decides
     again = ar_video2world("--batch_input_path", prompts, *words, "--resume")
-    assert again.stdout == f"3 of 3 videos were in {out} before\n"
+    assert again.stdout == f"3 of 3 videos are in {out}: 0 made now, 3 there before\n"
     other = ar_video2world("--batch_input_path", prompts, "--seed", 4, "--resume", *PLAIN)
     assert other.stderr.count("made again") == 3
 
@@ -293,7 +293,7 @@ def test_a_group_that_fails_is_made_one_by_one(
     def run_batch(self: World, jobs: Any) -> Any:
         for number, step in real(self, jobs):
             yield number, step
-            if step.video is not None:
+            if step.video is not None and len(jobs) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(World, "run_batch", run_batch)

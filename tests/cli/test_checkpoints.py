@@ -54,7 +54,7 @@ def test_a_folder_of_models(run: Run, small_world: Path) -> None:
     ("path", "part"),
     [
         (f"{MODEL}/model.pt", "format      pt"),
-        (f"{MODEL}", "prefix      model."),
+        (f"{MODEL}", "Cosmos autoregressive model"),
         (f"{TOKENIZER}/encoder.safetensors", "Cosmos discrete video tokenizer"),
         (f"{TOKENIZER}/decoder.safetensors", "Cosmos discrete video tokenizer"),
         (f"{TOKENIZER}", "values: bfloat16"),

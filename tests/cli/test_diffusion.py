@@ -13,15 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import tqdm
 
 import worldline.video.write
-from worldline.cli.progress import Preview, follow
+from worldline.cli.progress import Progress
 from worldline.errors import Error
-from worldline.step import Step, Video
+from worldline.step import Step
 from worldline.video.read import probe
 from worldline.weights.checkpoint import save
 
@@ -263,15 +262,14 @@ def test_progress_of_a_video_in_parts(
 
     def steps() -> Iterator[Step]:
         for part in range(3):
-            for done in range(5):
-                yield Step("denoise", 4 * part + done, 12)
+            yield from (Step("denoise", 4 * part + done, 12) for done in range(5))
             yield Step("decode", part, 3)
-        yield Step("done", 12, 12, video=Video(np.zeros((1, 2, 2, 3), np.uint8), 24))
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(tqdm, "tqdm", Bar)
-    with caplog.at_level("INFO"):
-        follow(steps(), "a ball", Preview(Path("a.mp4"), 24))
+    with caplog.at_level("INFO"), Progress("a ball", Path("a.mp4"), 24) as progress:
+        for step in steps():
+            progress.report(step)
     lines = [message for message in caplog.messages if "denoising" in message]
     assert bars == ([(0, 12), (4, 12), (8, 12)] if terminal else [])
     line = "a ball: denoising in 12 steps"

@@ -113,9 +113,8 @@ def test_dry_run(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / NAMES[0] / "model.pt").write_bytes(content)
     result = run("checkpoints", "download", NAMES[0], "--dry-run", "--checkpoint_dir", tmp_path)
     assert result.exit_code == 0, result.stderr
-    assert f"{MODEL} -> {tmp_path / NAMES[0]}" in result.stdout
-    assert "2.7 kB  model.pt  (present)" in result.stdout
-    assert "3.0 kB  config.json\n" in result.stdout
+    assert f"2.7 kB  {tmp_path / NAMES[0] / 'model.pt'}  (present)" in result.stdout
+    assert f"3.0 kB  {tmp_path / NAMES[0] / 'config.json'}\n" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("12 files, ")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["model.pt"]
 

@@ -107,7 +107,7 @@ def test_against_a_reference(evaluate: Run, physics: np.ndarray, tmp_path: Path)
     assert (a["num_input_frames"], a["compared_frames"]) == (GIVEN, FRAMES - GIVEN)
     assert a["flicker"] > a["reference_flicker"]
     assert (b["num_input_frames"], b["psnr"], b["ssim"]) == (0, None, 1)
-    assert "PSNR" in result.stdout
+    assert "a.mp4: sound; 18 frames, motion" in result.stdout
     assert output.with_suffix(".png").exists()
     assert report_of(made / "a.json") == stored
     assert sorted(path.name for path in made.iterdir()) == ["a.json", "a.mp4", "b.mp4"]
@@ -152,7 +152,7 @@ def test_wrong_input_is_refused_before_any_work(evaluate: Run, tmp_path: Path) -
         ((made, "--num_input_frames", 12), "has 12 frames, 12 of them input"),
         ((made, "--num_input_frames", -1), "num_input_frames"),
         ((made, "--output", tmp_path / "a.txt"), "must end in .json"),
-        ((made, "--output", made / "a.json"), "is the report of"),
+        ((made, "--output", made / "a.json"), "a.json: it is an input"),
         ((made, "--output", made / "picture.json"), "would replace"),
         ((made, "--output", tmp_path / "file" / "a.json"), "cannot be written"),
     )

@@ -74,7 +74,7 @@ def test_a_prompt_alone_and_resume(run: Run, tiny_diffusion: Path, tmp_path: Pat
     assert result.exit_code == 0, result.stderr
     assert output.with_suffix(".txt").read_text() == "A ball."
     again = run("generate", "Cosmos-Predict1-7B-Text2World", *words, *guards)
-    assert again.stdout == f"1 of 1 videos were in {tmp_path} before\n"
+    assert again.stdout == f"1 of 1 videos are in {tmp_path}: 0 made now, 1 there before\n"
 
 
 def test_the_help_has_the_world_s_own_defaults(

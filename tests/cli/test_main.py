@@ -13,8 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from worldline.cli.failures import explain
-from worldline.cli.main import LazyGroup, Main, main
+from worldline.cli.main import Main, explain, main
 from worldline.errors import CheckpointError, Error, GuardrailRefusal, InputError
 
 from .conftest import Run
@@ -92,7 +91,7 @@ def test_version(run: Run) -> None:
 
 
 def test_every_command_is_found_and_documented(run: Run) -> None:
-    assert isinstance(main, LazyGroup)
+    assert isinstance(main, Main)
     context = click.Context(main)
     listed = run("--help").stdout.split("Commands:")[1].split("\n\n")[0]
     names = [
@@ -126,8 +125,18 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     assert min(seconds) <= 0.5
 
 
+@pytest.mark.parametrize("command", ["diffusion text2world", "autoregressive base", "predict2.5"])
+def test_a_command_imports_no_other_family(command: str) -> None:
+    script = "import sys\nfrom worldline.cli.main import main\ntry: main()\n"
+    script += "except SystemExit: print(*sys.modules)"
+    words = [sys.executable, "-c", script, *command.split(), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    requests = [name for name in done.stdout.split() if name.endswith(".request")]
+    own = f"worldline.families.{command.split()[0].replace('.', '_')}.request"
+    assert requests == ["worldline.request", own]
+
+
 def test_runs_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "worldline", "--version"], capture_output=True, text=True
-    )
+    words = [sys.executable, "-m", "worldline", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.stdout.startswith("worldline ")

@@ -40,7 +40,10 @@ def read(batch: dict[str, Any]) -> tuple[list[Item], list[str]]:
     options = {"batch_input_path": batch["jsonl"], "input_type": batch["input_type"]}
     stated = {"num_input_frames": num_frames(batch)}
     items, problems = TYPED_MEDIA.read(TYPED_MEDIA.flags.parse(options), stated)
-    check_each(items, problems, lambda item: first_look(item, ARRequest))
+    try:
+        check_each(items, lambda item: first_look(item, ARRequest), problems)
+    except InputError as error:
+        problems = str(error).splitlines()
     return items, problems
 
 

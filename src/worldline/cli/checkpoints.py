@@ -1,28 +1,84 @@
-"""`worldline checkpoints`: contents of a file or folder of weights; released ones from the hub."""
+"""`worldline checkpoints`: released ones from the hub; contents of a file or folder of weights."""
 
 from __future__ import annotations
 
+import logging
+import shutil
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from importlib import import_module
-from os.path import commonpath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from pydantic import Field
 
-from worldline.cli.download import download
-from worldline.errors import CheckpointError
+from worldline.cli.options import ManyValues, parameters, parsed
+from worldline.cli.run import check_folder
+from worldline.errors import CheckpointError, DownloadError
 from worldline.files import read_json, readable_size
+from worldline.request import Options
+from worldline.request import Path as Named
 
 if TYPE_CHECKING:
+    from worldline.downloads import RemoteFile
     from worldline.weights.checkpoint import Checkpoint
     from worldline.weights.networks import Network
+
+logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
 _COMPLETE = "complete: every tensor fits"
 Lines = Iterator[tuple[str, str]]  # topic and text
+_RESERVE = 1_000_000_000  # bytes of the disk that stay free
+
+
+class DownloadFlags(Options):
+    """Flags of the released `download_{autoregressive,diffusion,tokenizer}_checkpoints.py`."""
+
+    models: tuple[str, ...] = Field(
+        (), json_schema_extra={"argument": True, "metavar": "[MODEL]..."}
+    )
+    model_sizes: tuple[Literal["4B", "5B", "12B", "13B", "7B", "14B"], ...] = Field(
+        (), description="One or more; 4B to 13B are autoregressive models, 7B and 14B diffusion."
+    )
+    model_types: tuple[
+        Literal[
+            "Text2World",
+            "Video2World",
+            "Text2World-Sample-AV-Multiview",
+            "Video2World-Sample-AV-Multiview",
+            "SingleToMultiView-Sample-AV",
+        ],
+        ...,
+    ] = Field((), description="One or more, of diffusion.  [default: Text2World Video2World]")
+    tokenizer_types: tuple[
+        Literal[
+            "CV8x8x8-720p",
+            "DV8x16x16-720p",
+            "CV4x8x8-360p",
+            "DV4x8x8-360p",
+            "CI8x8-360p",
+            "CI16x16-360p",
+            "DI8x8-360p",
+            "DI16x16-360p",
+        ],
+        ...,
+    ] = Field((), description="One or more tokenizers, alone.")
+    cosmos_version: Literal["1.0"] | None = Field(
+        None, description="Generation of models that are named by size.  [default: Predict1]"
+    )
+    checkpoint_dir: Named = Field("checkpoints", description="Folder of the model folders.")
+    dry_run: bool = Field(False, description="List files and sizes; fetch nothing.")
+    disable_guardrail: bool = Field(
+        False,
+        description="Leave out the guardrails.",
+        json_schema_extra={"short": "--disable_guardrails"},
+    )
+    disable_prompt_upsampler: bool = Field(False, description="Leave out the prompt upsampler.")
+    disable_diffusion_decoder: bool = Field(False, description="Leave out the diffusion decoder.")
 
 
 @click.group()
@@ -30,7 +86,69 @@ def checkpoints() -> None:
     """Fetch checkpoints, and look into them."""
 
 
-checkpoints.add_command(download)
+@checkpoints.command(cls=ManyValues, params=parameters(DownloadFlags))
+@click.pass_context
+def download(context: click.Context, /, **_: object) -> None:
+    """Download MODELs and all that they need.
+
+    MODEL is a name that `worldline models` lists, such as Cosmos-Predict1-4B, of either generation;
+    a model of Predict2.5, such as 2B/post-trained; or a group: autoregressive, diffusion,
+    predict2.5, tokenizers, guardrails. Only files that are read are downloaded, several at once;
+    an interrupted download resumes, and each file is verified by its published hash before it
+    takes its name. HF_ENDPOINT names a mirror, HF_TOKEN a login.
+    """
+    from tqdm import tqdm
+
+    from worldline.downloads import fetch_all, find_files, select, sources
+
+    flags = parsed(context, DownloadFlags)
+    generation, folder = flags.cosmos_version, Path(flags.checkpoint_dir)
+    kinds = (flags.model_sizes, flags.model_types, flags.tokenizer_types)
+    names = select(flags.models, *kinds, generation)
+    # a flag that leaves out a part has the name of the part's family
+    without = [name[8:].replace("_", " ") for name, on in flags if name[:8] == "disable_" and on]
+    plan: dict[Path, RemoteFile] = {}  # models that share a repository share its licence
+    problems: list[str] = []
+    for source in sources(names, generation, without):
+        try:
+            files = find_files(source)
+        except DownloadError as error:
+            problems.append(str(error))
+            continue
+        for file in files:
+            plan.setdefault(folder / source.destination / file.name, file)
+    missing = {path: file for path, file in plan.items() if not file.may_be_at(path)}
+    nbytes, wanted = (sum(file.nbytes for file in each.values()) for each in (plan, missing))
+    total = f"{len(plan)} files, {readable_size(nbytes)}"
+    if flags.dry_run and plan:
+        for path, file in plan.items():
+            present = "" if path in missing else "  (present)"
+            click.echo(f"{readable_size(file.nbytes):>9}  {path}{present}")
+        click.echo(f"{total}; {readable_size(wanted)} to fetch")
+    if problems:
+        prefix = "" if flags.dry_run else "nothing was fetched: "
+        raise DownloadError(prefix + "\n  ".join(problems))
+    if flags.dry_run:
+        return
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [file.part(path) for path, file in missing.items()]
+    wanted -= sum(part.stat().st_size for part in parts if part.is_file())
+    free = shutil.disk_usage(folder).free
+    if wanted > 0 and wanted + _RESERVE > free:
+        raise DownloadError(
+            f"{readable_size(wanted)} are to be fetched, but {folder} has room for "
+            f"{readable_size(free)}; choose another --checkpoint_dir"
+        )
+    # a bar on a terminal, else a line now and then
+    seconds = 0.1 if sys.stderr.isatty() else 30.0
+    with tqdm(total=nbytes, unit="B", unit_scale=True, mininterval=seconds, leave=False) as bar:
+        for count, path in enumerate(fetch_all(plan, bar.update), 1):
+            bar.clear()
+            verb = "fetched" if path in missing else "verified"
+            size = readable_size(plan[path].nbytes)
+            logger.info("%d/%d %s, %s: %s", count, len(plan), path, size, verb)
+    click.echo(f"{total}, are in {folder}, verified")
 
 
 @checkpoints.command()
@@ -72,11 +190,7 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def examine(path: Path) -> Lines:
-    """Contents of a file, or of the weights in a folder.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it is damaged or incomplete.
-    """
+    """Contents of a file, or of the weights in a folder."""
     from worldline.tokenizers.cosmos.weights import LAYOUTS
 
     if path.is_file():  # one of several files: the whole model is examined
@@ -87,18 +201,17 @@ def examine(path: Path) -> Lines:
     source = open_weights(path)
     inside = f', inside ["{source.nesting}"]' if source.nesting else ""
     yield "format", f"{source.kind}{inside}"
-    numels: Counter[str] = Counter()
-    for info in source.tensors.values():
-        numels[str(info.dtype).removeprefix("torch.")] += info.numel()
-    size = readable_size(sum(info.nbytes for info in source.tensors.values()))
-    dtypes = ", ".join(f"{dtype} ({count:,})" for dtype, count in numels.most_common())
-    yield "tensors", f"{len(source.tensors):,}, {size}; values: {dtypes}"
-    shared = commonpath([name.replace(".", "/") for name in source.tensors])
-    if shared and len(source.tensors) > 1:
-        yield "prefix", f"{shared.replace('/', '.')}."
     if source.beside:
         yield "beside", ", ".join(source.beside)
-    yield from describe(source, path)
+    infos = source.tensors.values()
+    dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos).most_common()
+    size = readable_size(sum(info.nbytes for info in infos))
+    values = ", ".join(f"{dtype} ({count:,})" for dtype, count in dtypes)
+    yield "tensors", f"{len(infos):,}, {size}; values: {values}"
+    try:
+        yield from describe(source, path)
+    except CheckpointError as error:
+        yield "verdict", str(error)
 
 
 def open_weights(path: Path) -> Checkpoint:
@@ -134,51 +247,40 @@ def describe(source: Checkpoint, path: Path) -> Lines:
     if name := find_family(source.tensors):
         weights = import_module(f"{FAMILIES[name]}.weights")
         yield "family", f"Cosmos {name} model"
-        yield from check(weights.open_network, source, weights.PRESETS)
+        yield from _sizes(weights.open_network(source), weights.PRESETS)
         return
     if is_wan(source):
         yield "family", "Wan video tokenizer"
-        yield from check(open_wan, source.path, {"2.1": WanTokenizerConfig()})
+        yield from _sizes(open_wan(source.path), {"2.1": WanTokenizerConfig()})
         return
     settings = folder / "config.json"
     kind = read_json(settings).get("model_type") if settings.is_file() else None
     for encoder in (T5Files, Reason1Files):
         if kind in encoder.model_types:
             yield "family", encoder.name
-            try:
-                files = encoder.open(folder)
-                yield "sizes", f"text width {files.width:,}"
-                yield "parameters", f"{files.num_parameters:,}"
-                unread = files.check()
-                beside = f"; {unread:,} more, which are not read" if unread else ""
-                yield "verdict", f"{_COMPLETE}{beside}"
-            except CheckpointError as error:
-                yield "verdict", str(error)
+            files = encoder.open(folder)
+            yield "sizes", f"text width {files.width:,}"
+            yield "parameters", f"{files.num_parameters:,}"
+            unread = files.check()
+            beside = f"; {unread:,} more, which are not read" if unread else ""
+            yield "verdict", f"{_COMPLETE}{beside}"
             return
     try:
         config = cosmos.read_config(cosmos.network_view(source), folder.name)
     except CheckpointError:
-        some = ", ".join(sorted(source.tensors)[:3])
-        yield "family", f"unknown (tensors such as {some})"
+        yield "family", f"unknown (tensors such as {', '.join(sorted(source.tensors)[:3])})"
         yield "verdict", "not recognised"
         return
     yield "family", f"Cosmos {'discrete' if config.levels else 'continuous'} video tokenizer"
     presets = {name: replace(preset, tap=config.tap) for name, preset in PRESETS.items()}
-    yield from check(cosmos.open_tokenizer, path, presets)
+    yield from _sizes(cosmos.open_tokenizer(path), presets)
 
 
-def check(
-    open_network: Callable[[Any], Network[Any]], place: Any, presets: Mapping[str, Any]
-) -> Lines:
-    """Sizes of a network, the released one that it equals, and what does not fit."""
-    try:
-        network = open_network(place)
-    except CheckpointError as error:
-        yield "verdict", str(error)
-        return
+def _sizes(network: Network[Any], presets: Mapping[str, Any]) -> Lines:
+    """Sizes of a network whose tensors fit, and the released one that it equals."""
     released = [name for name, config in presets.items() if config == network.config]
     yield "released", ", ".join(released) or "no, of other sizes"
-    values = ((each.name, getattr(network.config, each.name)) for each in fields(network.config))
+    values = vars(network.config).items()
     yield "sizes", ", ".join(f"{name} {n}" for name, n in values if isinstance(n, int) and n)
     yield "parameters", f"{network.num_parameters:,}"
     yield "verdict", _COMPLETE

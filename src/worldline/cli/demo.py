@@ -6,15 +6,9 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import click
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    import worldline
 
 # 33 frames at 25 a second and their caption, written by `python -m tiny clip`
 CLIP = Path(__file__).parents[1] / "bundled" / "demo" / "clip.mp4"
@@ -26,29 +20,13 @@ FLOW = "tiny-Cosmos-Predict2.5-2B"
 
 
 class Way(NamedTuple):
-    """One video of the demo.
-
-    Attributes:
-        name: stem of its file.
-        world: name of the bundled world.
-        num_input_frames: frames of the clip that the world sees.
-        prompted: whether it sees the caption.
-        decoder: whether a diffusion decoder decodes the tokens of an autoregressive world.
-    """
+    """One video of the demo."""
 
     name: str
     world: str
     num_input_frames: int
-    prompted: bool = True
-    decoder: bool = True
-
-    @property
-    def sees(self) -> str:
-        """What the world is conditioned on, in words."""
-        count = self.num_input_frames
-        parts = [f"frames 0-{count - 1}" if count > 1 else "frame 0"] * (count > 0)
-        decoding = "" if self.decoder else ", decoded by the tokenizer"
-        return " and ".join(parts + ["the sentence"] * self.prompted) + decoding
+    prompted: bool = True  # whether the world sees the caption
+    decoder: bool = True  # whether a diffusion decoder decodes tokens
 
 
 WAYS = (
@@ -70,18 +48,13 @@ OTHER_WAYS = (
 @click.command()
 @click.option("--all", "every", is_flag=True, help="Every bundled world, input and decoder.")
 @click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Random seed of the worlds.",
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Random seed.  [default: 0]"
 )
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("outputs/demo"),
-    show_default=True,
-    help="Folder of the results.",
+    type=click.Path(path_type=Path),
+    default="outputs/demo",
+    help="Folder of the results.  [default: outputs/demo]",
 )
 def demo(every: bool, seed: int, output: Path) -> None:
     """Continue a short clip with the small worlds that ship with the package.
@@ -92,13 +65,15 @@ def demo(every: bool, seed: int, output: Path) -> None:
     """
     import torch
 
+    import worldline
     from worldline.evaluate.metrics import psnr
     from worldline.video.read import read_video
     from worldline.video.sheet import contact_sheet
     from worldline.video.write import write_video
 
-    sheet = output / "contact_sheet.png"
-    _silence()
+    logger = logging.getLogger("worldline")
+    if logger.level == logging.INFO:  # not with --debug
+        logger.setLevel(logging.WARNING)
     torch.set_num_threads(1)  # the networks are tiny: on busy cores threads wait for each other
     began = time.monotonic()
     clip = read_video(CLIP)
@@ -107,9 +82,15 @@ def demo(every: bool, seed: int, output: Path) -> None:
     click.echo(f"the clip: {caption}")
     rows, labels = [truth[:9], truth], ["input: frames 0-8", f"what really happens: {caption}"]
     for way in (*WAYS, *(OTHER_WAYS if every else ())):
-        video = _generate(way, truth, caption, seed)
+        count = way.num_input_frames
+        options: dict[str, Any] = {} if way.decoder else {"disable_diffusion_decoder": True}
+        stated: dict[str, Any] = {"prompt": caption} if way.prompted else {}
+        stated |= {"num_input_frames": count, "seed": seed}
+        frames = truth[:count] if count else None
+        video = worldline.load(way.world, **options).generate(frames, **stated)
         path = video.save(output / f"{way.name}.mp4")
-        label, count = f"{way.world} from {way.sees}", way.num_input_frames
+        label = f"{way.world}, {count} input frames{', prompted' if way.prompted else ''}"
+        label += "" if way.decoder else ", decoded by the tokenizer"
         if count > 1 and video.frames.shape == truth.shape:
             target = truth[count:]
             still = truth[count - 1 : count].repeat(len(target), axis=0)
@@ -118,22 +99,6 @@ def demo(every: bool, seed: int, output: Path) -> None:
         click.echo(f"{path} ({time.monotonic() - began:.0f} s): {label}")
         rows.append(video.frames)
         labels.append(label)
+    sheet = output / "contact_sheet.png"
     contact_sheet(rows, sheet, labels)
     click.echo(f"open {sheet.resolve()}")
-
-
-def _generate(way: Way, truth: NDArray[np.uint8], caption: str, seed: int) -> worldline.Video:
-    import worldline
-
-    options: dict[str, Any] = {} if way.decoder else {"disable_diffusion_decoder": True}
-    world = worldline.load(way.world, **options)
-    frames = truth[: way.num_input_frames] if way.num_input_frames else None
-    prompt: dict[str, Any] = {"prompt": caption} if way.prompted else {}
-    return world.generate(frames, num_input_frames=way.num_input_frames, seed=seed, **prompt)
-
-
-def _silence() -> None:
-    """Hide the log lines of loading; --debug keeps them."""
-    logger = logging.getLogger("worldline")
-    if logger.level == logging.INFO:
-        logger.setLevel(logging.WARNING)

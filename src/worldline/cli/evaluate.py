@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from worldline.cli.batch import check_folder
+from worldline.cli.run import check_outputs
 from worldline.errors import Error, InputError
 
 if TYPE_CHECKING:
-    from worldline.evaluate.folder import Score, Task
+    from worldline.evaluate.folder import Score
 
 logger = logging.getLogger(__name__)
 
+_PATH = click.Path(path_type=Path)
 _REPORT = "evaluation.json"
 _MOST_ROWS = 60  # of the contact sheet, failed videos first
-_HEADS = ("frames", "input", "motion", "flicker", "PSNR", "SSIM")
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=_PATH)
 @click.option(
     "--reference",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="Folder of true videos; those of the same name, of any suffix, are compared.",
 )
 @click.option(
@@ -39,7 +39,7 @@ _HEADS = ("frames", "input", "motion", "flicker", "PSNR", "SSIM")
 )
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help=f"JSON report; a contact sheet of the same name goes beside it.  "
     f"[default: FOLDER/{_REPORT}]",
 )
@@ -55,6 +55,7 @@ def evaluate(
     The exit status is 0 whether or not videos fail, 1 if some cannot be judged, which do not count,
     and 2 if none can be judged.
     """
+    from worldline.evaluate.failures import DETECTORS, failure_rate
     from worldline.evaluate.folder import as_json, find_tasks, score_video
     from worldline.video.sheet import contact_sheet
     from worldline.video.write import write_bytes
@@ -62,11 +63,14 @@ def evaluate(
     output = output or folder / _REPORT
     picture = output.with_suffix(".png")
     tasks = find_tasks(folder, reference, num_input_frames)
-    _check_output(output, picture, tasks)
+    if output.suffix.lower() != ".json":
+        raise InputError(f"--output {output}: must end in .json")
+    if picture.exists() and not output.exists():  # so it is no contact sheet of ours
+        raise InputError(f"--output {output}: the contact sheet would replace {picture}")
+    check_outputs([output, picture], [task.path.with_suffix(".json") for task in tasks])
     unreadable: dict[str, str] = {}
     scores: list[Score] = []
     rows = []
-    width = max(len(task.name) for task in tasks)
     for task in tasks:
         try:
             score, pictures = score_video(task)
@@ -74,20 +78,12 @@ def evaluate(
             unreadable[task.name] = str(error)
             logger.error("%s", error)
             continue
-        if not scores:
-            click.echo(_line("video".ljust(width), _HEADS, "verdict"))
+        failures = (f"frame {failure.frame}: {failure.detail}" for failure in score.failures)
+        title = f"{score.name}: {'; '.join([score.verdict, *failures])}"
+        click.echo(f"{title}; {score.frames} frames, {_measures([score])}")
         scores.append(score)
-        rows.append((score, pictures))
-        rows = sorted(rows, key=lambda row: not row[0].failures)[:_MOST_ROWS]
-        cells = (
-            str(score.frames),
-            str(score.num_input_frames),
-            f"{score.motion:.2f}",
-            f"{score.flicker:.2f}",
-            "" if score.psnr is None else f"{score.psnr:.2f}",
-            "" if score.ssim is None else f"{score.ssim:.4f}",
-        )
-        click.echo(_line(score.name.ljust(width), cells, _verdict(score)))
+        rows.append((pictures, title, {failure.frame for failure in score.failures}))
+        rows = sorted(rows, key=lambda row: not row[2])[:_MOST_ROWS]
     if not scores:
         raise InputError(f"{folder}: none of {len(unreadable)} videos can be judged")
     report = {
@@ -97,47 +93,22 @@ def evaluate(
         **as_json(scores, unreadable),
     }
     write_bytes(output, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    contact_sheet(
-        [pictures for _, pictures in rows],
-        picture,
-        [f"{score.name}: {_verdict(score)}" for score, _ in rows],
-        [{failure.frame for failure in score.failures} for score, _ in rows],
+    sheets, titles, marked = zip(*rows, strict=True)
+    contact_sheet(sheets, picture, titles, marked)
+    rate = failure_rate([score.failures for score in scores])
+    kinds = "".join(f", {kind} {count}" for kind, count in sorted(rate.kinds.items()))
+    detectors = ", ".join(f"{name} {value}" for name, value in DETECTORS.items())
+    click.echo(
+        f"failed: {rate.failed}{kinds}\ndetectors, measured: {detectors}\nmedians: "
+        f"{_measures(scores)}\nreport: {output}\ncontact sheet: {picture}"
     )
-    click.echo(f"{_summary(scores)}\nreport: {output}\ncontact sheet: {picture}")
     if unreadable:
         total = len(scores) + len(unreadable)
         raise Error(f"{len(unreadable)} of {total} videos could not be judged, and do not count")
 
 
-def _check_output(output: Path, picture: Path, tasks: Sequence[Task]) -> None:
-    """Refuse, before any work, a report that cannot be written or would replace another file."""
-    if output.suffix.lower() != ".json":
-        raise InputError(f"--output {output}: must end in .json")
-    if output.is_dir() or picture.is_dir():
-        raise InputError(f"--output {output}: a folder has the name of the report or its picture")
-    if picture.exists() and not output.exists():  # so it is no contact sheet of ours
-        raise InputError(f"--output {output}: the contact sheet would replace {picture}")
-    for task in tasks:
-        if task.path.with_suffix(".json").resolve() == output.resolve():
-            raise InputError(f"--output {output}: is the report of {task.path}")
-    check_folder(output.parent)
-
-
-def _line(name: str, cells: Sequence[str], verdict: str) -> str:
-    return "  ".join([name, *(cell.rjust(7) for cell in cells), verdict])
-
-
-def _verdict(score: Score) -> str:
-    failures = (f"frame {failure.frame}: {failure.detail}" for failure in score.failures)
-    return "; ".join([score.verdict, *failures])
-
-
-def _summary(scores: list[Score]) -> str:
-    from worldline.evaluate.failures import DETECTORS, failure_rate
+def _measures(scores: Sequence[Score]) -> str:
+    """Medians of motion, flicker, PSNR and SSIM in words."""
     from worldline.evaluate.folder import medians
 
-    rate = failure_rate([score.failures for score in scores])
-    kinds = "".join(f", {kind} {count}" for kind, count in sorted(rate.kinds.items()))
-    detectors = ", ".join(f"{name} {value}" for name, value in DETECTORS.items())
-    middle = ", ".join(f"{name} {value:.4g}" for name, value in medians(scores).items())
-    return f"failed: {rate.failed}{kinds}\ndetectors, measured: {detectors}\nmedians: {middle}"
+    return ", ".join(f"{name} {value:.4g}" for name, value in medians(scores).items())

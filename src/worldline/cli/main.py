@@ -1,21 +1,23 @@
 """The command `worldline`: one call for a command line, one line for an expected error.
 
-A command's module is imported when the command is named or listed, and imports torch only when it
-runs, so that `worldline --help` does not wait.
+A command is imported when it is named or listed, and torch only when it runs.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
 import click
 
-from worldline.cli.failures import explain
+from worldline.errors import Error
+from worldline.family import FAMILIES
 
 # every option of every command may be written with `_` or with `-`
 SETTINGS = {
@@ -23,83 +25,55 @@ SETTINGS = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 100,
 }
+# beside the released ones, the first word of which is a family's name
+COMMANDS = ("demo", "generate", "tokenize", "evaluate", "models", "doctor", "checkpoints")
 
 
-class LazyGroup(click.Group):
-    """Commands that are imported when they are named.
-
-    Attributes:
-        places: command name -> "module:attribute".
-    """
-
-    places: Mapping[str, str] = {
-        "demo": "worldline.cli.demo:demo",
-        "generate": "worldline.cli.generate:generate",
-        "tokenize": "worldline.cli.tokenize:tokenize",
-        "evaluate": "worldline.cli.evaluate:evaluate",
-        "models": "worldline.cli.models:models",
-        "doctor": "worldline.cli.doctor:doctor",
-        "checkpoints": "worldline.cli.checkpoints:checkpoints",
-    }
+class Main(click.Group):
+    """Outermost group, which alone imports commands, prints errors and chooses exit statuses."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        from worldline.cli.generate import released_roots
-
-        demo, generate, *others = self.places
-        return [demo, generate, *released_roots(), *others]
+        return [*COMMANDS[:2], *FAMILIES, *COMMANDS[2:]]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.places:
-            from worldline.cli.generate import released_command
-
-            return released_command(cmd_name)
-        module, attribute = self.places[cmd_name].split(":")
-        command: click.Command = getattr(import_module(module), attribute)
+        command: click.Command | None = None
+        if cmd_name in FAMILIES:
+            command = import_module("worldline.cli.generate").released_command(cmd_name)
+        elif cmd_name in COMMANDS:
+            command = getattr(import_module(f"worldline.cli.{cmd_name}"), cmd_name)
         return command
-
-
-class Main(LazyGroup):
-    """Outermost group, which alone prints errors and chooses exit statuses."""
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
         """Run a command line and exit.
 
         0 done; 2 wrong usage or input; 3 refused by a guardrail; 130 interrupted; 1 anything else.
         """
-        words, debug = _without_debug(list(sys.argv[1:] if args is None else args))
-        handler = _LogLines()
-        logger = logging.getLogger("worldline")
-        level = logger.level
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        debug = "--debug" in words[:end]
+        words = [word for word in words[:end] if word != "--debug"] + words[end:]
+        handler, logger = _LogLines(), logging.getLogger("worldline")
+        level, status = logger.level, 0
         logger.addHandler(handler)
         logger.setLevel(logging.DEBUG if debug else logging.INFO)
         try:
             with self.make_context("worldline", words) as context:
                 self.invoke(context)
-            sys.exit(0)
         except click.exceptions.Exit as done:
-            sys.exit(done.exit_code)
-        except BaseException as error:
-            if isinstance(error, (SystemExit, GeneratorExit)):
-                raise
-            if isinstance(error, click.exceptions.NoArgsIsHelpError):
-                click.echo(error.format_message(), err=True)
-                sys.exit(2)
+            status = done.exit_code
+        except click.exceptions.NoArgsIsHelpError as error:
+            status = error.exit_code
+            click.echo(error.format_message(), err=True)
+        except (Exception, KeyboardInterrupt) as error:
             status, message = explain(error)
             if debug:
                 click.echo(traceback.format_exc(), err=True, nl=False)
             if message:
                 click.echo(f"worldline: {message}", err=True)
-            sys.exit(status)
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
-
-
-def _without_debug(words: list[str]) -> tuple[list[str], bool]:
-    """The words without --debug, and whether it stood before a lone `--`."""
-    end = words.index("--") if "--" in words else len(words)
-    kept = [word for word in words[:end] if word != "--debug"]
-    return kept + words[end:], len(kept) < end
+        sys.exit(status)
 
 
 class _LogLines(logging.Handler):
@@ -108,6 +82,43 @@ class _LogLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         click.echo(f"worldline: {prefix}{record.getMessage()}", err=True)
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit status and last line of a command that an exception ends."""
+    if isinstance(error, click.UsageError):
+        path = error.ctx.command_path if error.ctx else "worldline"
+        return 2, f"{error.format_message().rstrip('.')} (see {path} --help)"
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return 130, "interrupted"
+    if isinstance(error, Error):
+        return error.exit_code, str(error)
+    if getattr(error, "errno", None) == errno.EPIPE:
+        # whoever read our output has gone; keep the interpreter from flushing into the void
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1, ""
+    if message := out_of_memory(error):
+        return 1, message
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return 1, f"{where}{error.strerror or error}"
+    return 1, f"unexpected {one_line(error)} (--debug shows the trace)"
+
+
+def one_line(error: BaseException) -> str:
+    """First line of an error, with its class if it is none of ours."""
+    lines = str(error).strip().splitlines()[:1]
+    names = [] if lines and isinstance(error, Error) else [type(error).__name__]
+    return ": ".join(names + lines)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Line about a device or host that had too little memory, "" for others; imports no torch."""
+    torch = sys.modules.get("torch")
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError) if torch else MemoryError):
+        return ""
+    reason = str(error).splitlines()[0].rstrip(".") if str(error) else "no memory left"
+    return f"out of memory: {reason}"
 
 
 main = Main(

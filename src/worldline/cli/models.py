@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from worldline.cli.options import options, parsed
+from worldline.cli.options import parameters, parsed
 from worldline.files import readable_size
 from worldline.request import LoadOptions
-
-if TYPE_CHECKING:
-    from worldline.family import Compute
-    from worldline.memory import Memory
 
 _COLUMNS = ("folder", "state", "size", "memory", "runs here", "command", "licence", "files")
 
 
-@click.command()
-@options(LoadOptions, hidden=LoadOptions.model_fields.keys() - {"checkpoint_dir", "device"})
+@click.command(
+    params=parameters(LoadOptions, LoadOptions.model_fields.keys() - {"checkpoint_dir", "device"})
+)
 @click.option("--json", "as_json", is_flag=True, help="Everything that is known, as JSON.")
 @click.pass_context
 def models(context: click.Context, /, as_json: bool, **_: object) -> None:
@@ -31,13 +28,8 @@ def models(context: click.Context, /, as_json: bool, **_: object) -> None:
     machine's device, the flags with which it fits, command, licence and files. Folders tiny-… ship
     with the package.
     """
-    from worldline.memory import device_memory
-    from worldline.opening import choose_compute
-
     flags = parsed(context, LoadOptions)
-    compute = choose_compute(flags)
-    memory = device_memory(compute.device)
-    rows = [*bundled_rows(compute, memory), *released_rows(flags.checkpoint_dir, compute, memory)]
+    rows = [*describe_all(flags)]
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
@@ -50,10 +42,9 @@ def models(context: click.Context, /, as_json: bool, **_: object) -> None:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    older = row["folder"] not in (row["name"], row["folders"][0])
     return (
-        row["folders"][0],
-        f"{row['state']} as {row['folder']}" if older else row["state"],
+        row["folder"],
+        row["state"],
         *(readable_size(nbytes) if nbytes else "-" for nbytes in (row["nbytes"], row["memory"])),
         row["runs_here"],
         row["command"] or "-",
@@ -62,59 +53,51 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def bundled_rows(compute: Compute, memory: Memory | None) -> Iterator[dict[str, Any]]:
-    """Rows of what ships with the package."""
+def describe_all(flags: LoadOptions) -> Iterator[dict[str, Any]]:
+    """Rows of what ships with the package, then of every released checkpoint."""
+    from worldline.catalog import ENTRIES
     from worldline.locate import bundled_names, bundled_tokenizers, locate
-    from worldline.opening import open_world, plan
+    from worldline.memory import device_memory
+    from worldline.opening import choose_compute, fit_released, open_world, plan
 
+    compute = choose_compute(flags)
+    memory = device_memory(compute.device)
     for name in bundled_names():
         opened = open_world(locate(name, ""), {})
         request = opened.family.request.parse(opened.defaults)
         fit = plan(opened, [request], compute).fit(compute.device, memory)
         files = [path for part in opened.parts.values() for path in part.files]
-        row = _bundled_row(name, opened.family.name, "generate", files)
-        yield row | {"memory": fit.need, "runs_here": str(fit)}
+        facts = {"family": opened.family.name, "memory": fit.need, "runs_here": str(fit)}
+        yield _bundled(name, files, command="generate", **facts)
     for name in bundled_tokenizers():
         files = sorted(locate(name, "", tokenizer=True).named.iterdir())
-        yield _bundled_row(name, "video tokenizer", "tokenize", files)
+        facts = {"family": "video tokenizer", "memory": None, "runs_here": "yes"}
+        yield _bundled(name, files, command="tokenize", **facts)
+    parts = {name for entry in ENTRIES if entry.command for name in entry.needs}
+    fields = {"name", "family", "folders", "files", "parameters", "licence", "needs", "command"}
+    for entry in ENTRIES:
+        state, folder = entry.presence(flags.checkpoint_dir)
+        released = fit_released(entry, compute, memory)
+        use = "as a part" if entry.name in parts else "not in this version"
+        found = folder.relative_to(flags.checkpoint_dir) if folder else entry.folders[0]
+        yield {
+            **entry.model_dump(include=fields),
+            "folder": str(found),
+            "state": state,
+            "nbytes": entry.nbytes,
+            "memory": released.need if released else None,
+            "runs_here": str(released) if released else "yes" if entry.command else use,
+        }
 
 
-def _bundled_row(name: str, family: str, command: str, files: Iterable[Path]) -> dict[str, Any]:
+def _bundled(name: str, files: list[Path], **facts: Any) -> dict[str, Any]:
     weights = [path for path in files if path.suffix in (".safetensors", ".pt")]
-    return {
+    return facts | {
         "name": name,
-        "family": family,
         "folder": name,
         "folders": [name],
         "state": "bundled",
         "files": [{"name": path.name} for path in weights],
         "nbytes": sum(path.stat().st_size for path in weights),
-        "memory": None,
         "licence": "Apache-2.0",
-        "command": command,
-        "runs_here": "yes",
     }
-
-
-def released_rows(
-    checkpoint_dir: str, compute: Compute, memory: Memory | None
-) -> Iterator[dict[str, Any]]:
-    """Rows of every released checkpoint."""
-    from worldline.catalog import ENTRIES
-    from worldline.opening import fit_released
-
-    parts = {name for entry in ENTRIES if entry.command for name in entry.needs}
-    for entry in ENTRIES:
-        state, folder = entry.presence(checkpoint_dir)
-        fit = fit_released(entry, compute, memory)
-        use = "as a part" if entry.name in parts else "not in this version"
-        found = entry.folders[0] if folder is None else str(folder.relative_to(checkpoint_dir))
-        fields = {"name", "family", "folders", "files", "parameters", "licence", "needs", "command"}
-        yield {
-            **entry.model_dump(include=fields),
-            "folder": found,
-            "state": state,
-            "nbytes": entry.nbytes,
-            "memory": fit.need if fit else None,
-            "runs_here": str(fit) if fit else "yes" if entry.command else use,
-        }

@@ -1,7 +1,4 @@
-"""`worldline tokenize`: clips and images to latents or token ids, and back.
-
-A clip of any length is coded as one, piece by piece, so that there is no seam and no limit.
-"""
+"""`worldline tokenize`: clips and images to latents or token ids, and back, in pieces."""
 
 from __future__ import annotations
 
@@ -16,16 +13,17 @@ from hashlib import sha256
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from statistics import fmean
+from typing import TYPE_CHECKING, Literal
 
 import click
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from worldline.cli.batch import check_folder, memory_advice, report_done, run_each
-from worldline.cli.options import options, parsed
-from worldline.cli.run import refuse_problems
-from worldline.errors import CheckpointError, Error, InputError
-from worldline.files import folded, read_json, stamp
+from worldline.cli.inputs import list_files
+from worldline.cli.options import parameters, parsed
+from worldline.cli.run import Run, check_outputs, refuse_problems, run_tasks
+from worldline.errors import InputError
+from worldline.files import folded, stamp
 from worldline.request import LoadOptions, Options
 from worldline.request import Path as Named
 from worldline.shapes import VideoShape
@@ -33,22 +31,22 @@ from worldline.shapes import VideoShape
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from worldline.family import Compute
-    from worldline.tokenizers.cosmos.model import CosmosTokenizer
-    from worldline.tokenizers.cosmos.weights import CosmosNetwork
-    from worldline.video.read import Frames
+    from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+    from worldline.video.read import Frames, MediaInfo
 
 logger = logging.getLogger(__name__)
 
 LATENTS, TOKENS = "latents", "tokens"  # names of the tensor in a file
 _SUFFIX = ".safetensors"
 _FPS = 24.0  # where neither clip nor header states a rate
+_Path = Named | None
 
 
 class DecodeFlags(Options):
-    """Flags of `tokenize decode`."""
+    """Arguments and flags of `tokenize decode`."""
 
-    tokenizer_dir: Named | None = Field(
+    inputs: tuple[str, ...] = Field(json_schema_extra={"argument": True})
+    tokenizer_dir: _Path = Field(
         None,
         description="Tokenizer folder below --checkpoint_dir, a path, or tiny-… for a bundled one."
         "  [default: the one named in the INPUTS]",
@@ -58,7 +56,7 @@ class DecodeFlags(Options):
 
 
 class EncodeFlags(DecodeFlags):
-    """Flags of `tokenize encode`."""
+    """Arguments and flags of `tokenize encode`."""
 
     tokenizer_dir: Named = Field(
         "Cosmos-Tokenize1-CV8x8x8-720p",
@@ -70,36 +68,27 @@ class EncodeFlags(DecodeFlags):
 class ReconstructFlags(Options):
     """Flags of cosmos-predict1 `tokenizer/inference/video_cli.py`."""
 
-    video_pattern: Named | None = Field(
-        None, description="Clips and images, such as 'clips/*.mp4'."
+    video_pattern: _Path = Field(None, description="Clips and images, such as 'clips/*.mp4'.")
+    checkpoint: _Path = Field(
+        None, description="Tokenizer: folder, file of all of it, or tiny-… for a bundled one."
     )
-    checkpoint: Named | None = Field(
-        None,
-        description="Tokenizer: its folder, a file that holds all of it, or tiny-… for a bundled "
-        "one.",
-    )
-    checkpoint_enc: Named | None = Field(
-        None, description="File of its encoder; needs --checkpoint_dec."
-    )
-    checkpoint_dec: Named | None = Field(None, description="File of its decoder.")
+    checkpoint_enc: _Path = Field(None, description="File of its encoder; needs --checkpoint_dec.")
+    checkpoint_dec: _Path = Field(None, description="File of its decoder.")
     tokenizer_type: (
         Literal["CV8x8x8-720p", "DV8x16x16-720p", "CV4x8x8-360p", "DV4x8x8-360p"] | None
     ) = Field(None, description="A released one, below --checkpoint_dir.")
     mode: Literal["jit", "torch"] | None = Field(
         None, description="No effect: both are read the same way."
     )
-    short_size: Annotated[int, Field(ge=2, le=8192)] | None = Field(
-        None, description="Scale the short side to this."
+    short_size: int | None = Field(None, ge=2, le=8192, description="Scale the short side to it.")
+    temporal_window: int | None = Field(
+        None, ge=1, le=100_000, description="Frames coded apart, with seams.  [default: all]"
     )
-    temporal_window: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
-        None,
-        description="Frames coded apart from all others, with seams.  [default: the whole clip]",
-    )
-    output_dir: Named | None = Field(
+    output_dir: _Path = Field(
         None, description="Folder of the results.  [default: `reconstructions` beside each input]"
     )
-    output_fps: Annotated[float, Field(ge=0.01, le=1e4)] | None = Field(
-        None, description="Frames per second.  [default: the clip's own]"
+    output_fps: float | None = Field(
+        None, ge=0.01, le=1e4, description="Frames per second.  [default: the clip's own]"
     )
     save_input: bool = Field(False, description="Write the encoded frames too: NAME_input.mp4.")
 
@@ -111,9 +100,9 @@ class Header(BaseModel):
 
     tokenizer: str = ""
     media: Literal["image", "video"] = "video"
-    frames: int = Field(default=0, ge=0)
-    height: int = Field(default=0, ge=0)
-    width: int = Field(default=0, ge=0)
+    frames: NonNegativeInt = 0
+    height: NonNegativeInt = 0
+    width: NonNegativeInt = 0
     fps: float = Field(_FPS, ge=0.01, le=1e4)
     source: str = ""  # path of the clip
 
@@ -122,47 +111,30 @@ class Header(BaseModel):
         known = self.frames and self.height and self.width
         return VideoShape(self.frames, self.height, self.width) if known else None
 
+    @property
+    def suffix(self) -> str:
+        """Suffix of the decoded clip or image."""
+        return ".png" if self.media == "image" else ".mp4"
+
 
 @dataclass(frozen=True)
 class Task:
-    """One file to make.
-
-    Attributes:
-        path: input: a clip, an image, or a file of latents or tokens.
-        output: result.
-        header: metadata beside stored input, or for the result.
-        kind: name of the tensor in the input; "" for pixels.
-        stored: its dtype and shape, on the meta device.
-    """
+    """One file to make of a clip, an image, latents or tokens."""
 
     path: Path
     output: Path
-    header: Header
-    kind: str = ""
+    header: Header  # of the stored input, or for the result
+    kind: str = ""  # name of the stored tensor
     stored: Tensor | None = None
 
     def __str__(self) -> str:
         return str(self.path)
 
 
-@dataclass(frozen=True)
-class Coder:
-    """A tokenizer, not loaded yet, and how it will run."""
-
-    name: str
-    opened: CosmosNetwork
-    compute: Compute
-
-    def fingerprint(self, task: Task) -> str:
-        """Hash of all that decides a result; --resume compares it."""
-        files = [stamp(path) for path in (task.path, *self.opened.source.files)]
-        return sha256(json.dumps([files, str(self.compute.dtype)]).encode()).hexdigest()
-
-
 # runs a task with its fingerprint; its line of the report
 Code = Callable[["CosmosTokenizer", Task, str], str]
 # flags of every command
-_MACHINE = options(
+_MACHINE = parameters(
     LoadOptions, hidden=LoadOptions.model_fields.keys() - {"checkpoint_dir", "device", "dtype"}
 )
 
@@ -176,153 +148,107 @@ def tokenize() -> None:
     """
 
 
-@tokenize.command()
-@click.argument("inputs", nargs=-1, required=True)
-@options(EncodeFlags)
-@_MACHINE
+@tokenize.command(params=[*parameters(EncodeFlags), *_MACHINE])
 @click.pass_context
-def encode(context: click.Context, /, inputs: Sequence[str], **_: object) -> None:
+def encode(context: click.Context, /, **_: object) -> None:
     """Encode INPUTS, clips and images or folders of them, to .safetensors files.
 
     Each goes to --output_dir under its own name: "latents" (C, t, h, w), not normalised, of a
     continuous tokenizer, "tokens" (t, h, w) of a discrete one. Sizes that the tokenizer cannot take
     are padded by repeating the last row, column or frame, which `decode` cuts off again.
     """
-    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_kind, probe
-
     flags = parsed(context, EncodeFlags)
-
-    def examine(path: Path) -> Task:
-        info = probe(path)
-        header = Header(
-            tokenizer=flags.tokenizer_dir,
-            media=media_kind(path),
-            fps=info.fps or _FPS,
-            source=str(path.resolve()),
-        )
-        return Task(path, Path(flags.output_dir) / f"{path.stem}{_SUFFIX}", header)
-
-    tasks = collect(inputs, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES), examine)
-    run(tasks, open_coder(flags.tokenizer_dir, context), encode_task, resume=flags.resume)
+    folder, name = Path(flags.output_dir), flags.tokenizer_dir
+    examine = partial(examine_media, folder=folder, tokenizer=name, suffix=_SUFFIX)
+    tasks = collect(flags.inputs, examine)
+    run(context, tasks, [name], encode_task, flags.resume)
 
 
-@tokenize.command()
-@click.argument("inputs", nargs=-1, required=True)
-@options(DecodeFlags)
-@_MACHINE
+@tokenize.command(params=[*parameters(DecodeFlags), *_MACHINE])
 @click.pass_context
-def decode(context: click.Context, /, inputs: Sequence[str], **_: object) -> None:
+def decode(context: click.Context, /, **_: object) -> None:
     """Decode INPUTS, files that `encode` wrote or folders of them, to videos and images.
 
     A clip becomes an .mp4 in --output_dir, an image a .png, each of its own size, with a .json
     beside it that names its origin.
     """
     flags = parsed(context, DecodeFlags)
-    tasks = collect(inputs, (_SUFFIX,), lambda path: examine_stored(path, Path(flags.output_dir)))
+    examine = partial(examine_stored, folder=Path(flags.output_dir))
+    tasks = collect(flags.inputs, examine, (_SUFFIX,))
     names = {task.header.tokenizer for task in tasks}
     if flags.tokenizer_dir is None and (len(names) > 1 or "" in names):
-        raise InputError(
-            f"the inputs name {len(names)} tokenizers ({', '.join(sorted(names))}); give "
-            "--tokenizer_dir, or decode them apart"
-        )
-    coder = open_coder(flags.tokenizer_dir or names.pop(), context)
-    from worldline.tokenizers.cosmos.clips import check_stored  # imports torch: not before
-
-    problems = []
-    for task in tasks:
-        assert task.stored is not None
-        try:
-            check_stored(coder.opened.config, task.stored, task.header.shape)
-        except ValueError as error:
-            problems.append(f"{task}: it holds {task.kind}, not of {coder.name}: {error}")
-    refuse_problems(problems)
-    run(tasks, coder, decode_task, resume=flags.resume)
+        known = ", ".join(sorted(names))
+        raise InputError(f"the inputs name {len(names)} tokenizers ({known}); give --tokenizer_dir")
+    run(context, tasks, [flags.tokenizer_dir or names.pop()], decode_task, flags.resume)
 
 
-@tokenize.command()
-@options(ReconstructFlags)
-@_MACHINE
+@tokenize.command(params=[*parameters(ReconstructFlags), *_MACHINE])
 @click.pass_context
 def reconstruct(context: click.Context, /, **_: object) -> None:
     """Encode and decode clips, and report the fidelity in dB."""
-    from worldline.video.read import media_kind, probe
-
     flags = parsed(context, ReconstructFlags)
     if flags.video_pattern is None:
         raise InputError("no input; give --video_pattern, in quotes")
-    matches = sorted(glob(flags.video_pattern, recursive=True))
-    paths = [name for name in matches if not Path(name).is_dir()]
+    paths = [p for p in sorted(glob(flags.video_pattern, recursive=True)) if not Path(p).is_dir()]
     if not paths:
         raise InputError(f"--video_pattern {flags.video_pattern} fits no file")
-
-    def examine(path: Path) -> Task:
-        info = probe(path)
-        folder = Path(flags.output_dir or path.parent / "reconstructions")
-        suffix = ".png" if media_kind(path) == "image" else ".mp4"
-        header = Header(fps=flags.output_fps or info.fps or _FPS)
-        return Task(path, folder / f"{path.stem}{suffix}", header)
-
-    tasks = collect(paths, (), examine)
+    folder = Path(flags.output_dir) if flags.output_dir else None
+    tasks = collect(paths, partial(examine_media, folder=folder))
     halves = [half for half in (flags.checkpoint_enc, flags.checkpoint_dec) if half]
-    whole = flags.checkpoint or (
-        flags.tokenizer_type and f"Cosmos-Tokenize1-{flags.tokenizer_type}"
-    )
+    released = flags.tokenizer_type and f"Cosmos-Tokenize1-{flags.tokenizer_type}"
+    whole = flags.checkpoint or released
     if len(halves) == 1 or bool(halves) == bool(whole):
         raise InputError(
             "give one of --checkpoint, --checkpoint_enc with --checkpoint_dec, --tokenizer_type"
         )
     if flags.mode:
         logger.info("--mode has no effect: files of both kinds are read, and none is executed")
-    coder = open_coder(whole or Path(halves[0]).parent.name, context, *map(Path, halves))
-    run(tasks, coder, partial(reconstruct_task, flags=flags))
+    run(context, tasks, [whole] if whole else halves, partial(reconstruct_task, flags=flags))
 
 
 def collect(
-    inputs: Iterable[str], suffixes: Sequence[str], examine: Callable[[Path], Task]
+    inputs: Iterable[str], examine: Callable[[Path], Task], suffixes: Sequence[str] = ()
 ) -> list[Task]:
-    """Tasks for files, and for the files of folders that have one of `suffixes`.
-
-    Raises:
-        InputError: an input cannot be used, two would become one file, or a folder cannot be
-            written; one line for each.
-    """
+    """Tasks for files, and for those in folders that have one of `suffixes`, or are media."""
     tasks: list[Task] = []
     problems: list[str] = []
     for name in inputs:
         paths = [Path(name)]
         if paths[0].is_dir():
-            files = [p for p in sorted(paths[0].iterdir()) if p.is_file() and p.name[0] != "."]
-            paths = [path for path in files if path.suffix.lower() in suffixes]
-            if len(paths) < len(files):
-                logger.info("%s: %d other files are skipped", name, len(files) - len(paths))
+            paths = list_files(paths[0], suffixes)
             if not paths:
-                problems.append(f"{name}: it holds no file with {', '.join(suffixes)}")
+                problems.append(f"{name}: it holds no file with {', '.join(suffixes) or 'media'}")
         for path in paths:
             try:
                 tasks.append(examine(path))
-            except (InputError, CheckpointError) as error:
+            except InputError as error:
                 problems.append(str(error))
-    read = {task.path.resolve() for task in tasks}
     first: dict[str, Task] = {}
     for task in tasks:
         # a file system may ignore case
         other = first.setdefault(folded(str(task.output)), task)
         if other is not task:
             problems.append(f"{task} and {other} would both become {other.output}")
-        if task.output.resolve() in {*read, Path(task.header.source)}:
-            problems.append(f"{task.output}: it is an input; choose another --output_dir")
     refuse_problems(problems)
-    for folder in sorted({task.output.parent for task in tasks}):
-        check_folder(folder)
+    sources = [Path(task.header.source) for task in tasks if task.header.source]
+    check_outputs([task.output for task in tasks], [*sources, *(task.path for task in tasks)])
     return tasks
 
 
-def examine_stored(path: Path, folder: Path) -> Task:
-    """Task of decoding a file, from its header.
+def examine_media(
+    path: Path, folder: Path | None, tokenizer: str = "", suffix: str | None = None
+) -> Task:
+    """Task of coding a clip or an image; its result goes to `folder`, or beside it."""
+    from worldline.video.read import media_kind, probe
 
-    Raises:
-        InputError: it holds no latents and no tokens, or its header is damaged.
-    """
+    fps, source = probe(path).fps or _FPS, str(path.resolve())
+    header = Header(tokenizer=tokenizer, media=media_kind(path), fps=fps, source=source)
+    output = (folder or path.parent / "reconstructions") / f"{path.stem}{suffix or header.suffix}"
+    return Task(path, output, header)
+
+
+def examine_stored(path: Path, folder: Path) -> Task:
+    """Task of decoding a file, from its header."""
     if not path.is_file():
         raise InputError(f"{path}: there is no such file or folder")
     from worldline.weights.checkpoint import open_checkpoint  # imports torch: not before
@@ -337,71 +263,62 @@ def examine_stored(path: Path, folder: Path) -> Task:
     except ValidationError as error:
         wrong = error.errors()[0]
         raise InputError(f"{path}: {wrong['loc'][0]} is {wrong['input']}; {wrong['msg']}") from None
-    suffix = ".png" if header.media == "image" else ".mp4"
-    return Task(path, folder / f"{path.stem}{suffix}", header, kind, source.tensors[kind])
+    output = folder / f"{path.stem}{header.suffix}"
+    return Task(path, output, header, kind, source.tensors[kind])
 
 
-def open_coder(name: str, context: click.Context, *files: Path) -> Coder:
-    """The tokenizer of a name below --checkpoint_dir, or in `files`."""
+def run(
+    context: click.Context,
+    tasks: Sequence[Task],
+    tokenizer: Sequence[str],
+    code: Code,
+    resume: bool | None = None,
+) -> None:
+    """Load a tokenizer, of one name or of the files of its halves, and run tasks."""
     from worldline.locate import locate
 
     flags = parsed(context, LoadOptions)
-    place = None if files else locate(name, flags.checkpoint_dir, tokenizer=True)
+    files = [locate(each, flags.checkpoint_dir, tokenizer=True).named for each in tokenizer]
     from worldline.opening import choose_compute  # imports torch: not before the place is found
     from worldline.tokenizers.cosmos.weights import open_tokenizer
 
-    opened = open_tokenizer(*(files if place is None else (place.named,)))
-    return Coder(name, opened, choose_compute(flags))
+    opened, compute = open_tokenizer(*files), choose_compute(flags)
+    check_stored(opened.config, tasks)
 
+    def fingerprint(task: Task) -> str:
+        stamps = [stamp(path) for path in (task.path, *opened.source.files)]
+        return sha256(json.dumps([stamps, str(compute.dtype)]).encode()).hexdigest()
 
-def is_finished(task: Task, coder: Coder) -> bool:
-    """Whether an earlier run made the output from the same files in the same way."""
-    from worldline.video.read import check_written
-    from worldline.weights.checkpoint import open_checkpoint
-
-    if not task.output.exists():
-        return False
-    try:
-        if task.output.suffix == _SUFFIX:
-            report = open_checkpoint(task.output).metadata
-        else:
-            check_written(task.output, None)
-            report = read_json(task.output.with_suffix(".json"))
-        finished = report.get("fingerprint") == coder.fingerprint(task)
-    except InputError:
-        finished = False
-    logger.info("%s %s", task.output, "is finished" if finished else "differs: made again")
-    return finished
-
-
-def run(tasks: Sequence[Task], coder: Coder, code: Code, *, resume: bool = False) -> None:
-    """Load the tokenizer, run the tasks that are not finished, and report.
-
-    Raises:
-        Error: a task failed; the others of several were done.
-    """
-    total, folder, failed = len(tasks), tasks[0].output.parent, 0
-    if resume:
-        tasks = [task for task in tasks if not is_finished(task, coder)]
-    if tasks:
-        with memory_advice():
-            model = coder.opened.read(coder.compute.device, coder.compute.dtype)
-        parameters = f"{coder.opened.num_parameters / 1e6:,.1f} M parameters"
-        logger.info("%s (%s) on %s", coder.name, parameters, coder.compute.device)
+    def load(_: object) -> Run:
+        model = opened.read(compute.device, compute.dtype)
+        parameters = f"{opened.num_parameters / 1e6:,.1f} M parameters"
+        logger.info("%s (%s) on %s", opened.path, parameters, compute.device)
 
         def one(task: Task, _: str) -> str:
             start = time.perf_counter()
             task.output.parent.mkdir(parents=True, exist_ok=True)
-            fingerprint = coder.fingerprint(task)  # a file that changes meanwhile differs
-            with memory_advice():
-                line = code(model, task, fingerprint)
+            # beforehand: a file that changes meanwhile differs
+            line = code(model, task, fingerprint(task))
             return f"{task.output}: {line}, {time.perf_counter() - start:.1f} s"
 
-        failed, _ = run_each(tasks, one, batch=total > 1)
-    if total > 1 or not tasks:
-        report_done(len(tasks) - failed, total - len(tasks), total, folder, "files")
-    if failed:
-        raise Error(f"{failed} of {total} inputs failed")
+        return one
+
+    run_tasks(tasks, load, fingerprint, resume=resume, things="files")
+
+
+def check_stored(config: CosmosTokenizerConfig, tasks: Iterable[Task]) -> None:
+    """Refuse latents and tokens that are not of a tokenizer."""
+    from worldline.tokenizers.cosmos import clips
+
+    problems = []
+    for task in tasks:
+        if task.stored is None:
+            continue
+        try:
+            clips.check_stored(config, task.stored, task.header.shape)
+        except ValueError as error:
+            problems.append(f"{task}: it holds {task.kind}, not of this tokenizer: {error}")
+    refuse_problems(problems)
 
 
 def encode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
@@ -424,18 +341,16 @@ def decode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
 
     stored = open_checkpoint(task.path).read(task.kind)
     try:
-        line = write(decode_clip(model, stored, task.header.shape), task.output, task.header.fps)
+        pieces = decode_clip(model, stored, task.header.shape)
     except ValueError as error:
-        if isinstance(error, Error):
-            raise
         raise InputError(f"{task}: {error}") from error
+    line = write(pieces, task.output, task.header.fps)
     report = {"output": str(task.output), "input": str(task), "fingerprint": fingerprint}
     write_bytes(task.output.with_suffix(".json"), json.dumps(report, indent=1).encode())
     return line
 
 
 def reconstruct_task(model: CosmosTokenizer, task: Task, _: str, *, flags: ReconstructFlags) -> str:
-    import numpy as np
     import torch
 
     from worldline.evaluate.metrics import decibels, mse
@@ -443,7 +358,7 @@ def reconstruct_task(model: CosmosTokenizer, task: Task, _: str, *, flags: Recon
     from worldline.video.convert import scaled
     from worldline.video.read import stream_media
 
-    window = flags.temporal_window
+    window, fps = flags.temporal_window, flags.output_fps or task.header.fps
 
     def source() -> Iterator[Frames]:
         for piece in stream_media(task.path, window or model.chunk * model.config.temporal):
@@ -463,11 +378,10 @@ def reconstruct_task(model: CosmosTokenizer, task: Task, _: str, *, flags: Recon
             errors.extend(mse(frame[None], next(originals)[None]) for frame in piece)
             yield piece
 
-    line = write(compared(), task.output, task.header.fps)
+    line = write(compared(), task.output, fps)
     if flags.save_input:
-        beside = task.output.with_stem(f"{task.output.stem}_input")
-        write(source(), beside, task.header.fps)
-    return f"{line}, {decibels(float(np.mean(errors))):.1f} dB"
+        write(source(), task.output.with_stem(f"{task.output.stem}_input"), fps)
+    return f"{line}, {decibels(fmean(errors)):.1f} dB"
 
 
 def write(pieces: Iterable[Frames], output: Path, fps: float) -> str:
@@ -483,10 +397,9 @@ def write(pieces: Iterable[Frames], output: Path, fps: float) -> str:
             Image.fromarray(picture[0]).save(temporary, format="PNG")
     else:
         write_video(chain.from_iterable(pieces), output, fps)
-    info = probe(output)
-    return in_words(VideoShape(info.frames, info.height, info.width))
+    return in_words(probe(output))
 
 
-def in_words(size: VideoShape) -> str:
+def in_words(size: VideoShape | MediaInfo) -> str:
     plural = "s" if size.frames > 1 else ""
     return f"{size.frames:,} frame{plural} of {size.width} x {size.height}"

@@ -82,7 +82,6 @@ class AROptions(T5Options):
         "auto",
         description="Inputs of a batch that are drawn in step, each as it would be alone; auto: as "
         "many as fit into the memory, where that saves time.",
-        json_schema_extra={"text": True},
     )
     disable_diffusion_decoder: bool | None = Field(
         None, description="Decode by the tokenizer alone."

@@ -126,7 +126,6 @@ class Samples:
     """Reader of files of samples."""
 
     flags = SampleFlags
-    many_values = ("-i", "--input_files")
 
     def read(self, flags: SampleFlags, stated: Mapping[str, Any]) -> tuple[list[Item], list[str]]:
         """Every sample of all files, and what is wrong with others."""
