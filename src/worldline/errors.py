@@ -12,7 +12,7 @@ A command prints the message as one line and exits with `exit_code`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
 
@@ -56,11 +56,6 @@ class GuardrailRefusal(Error):
         super().__init__(message)
         self.stage = stage
         self.refusals = dict(refusals or {})
-
-
-def joined_stages(stages: Iterable[str]) -> str:
-    """The stage of a refusal that stands for several."""
-    return " and ".join(sorted(set(stages)))
 
 
 def did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:

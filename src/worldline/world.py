@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from worldline.errors import GuardrailRefusal, InputError, joined_stages
+from worldline.errors import GuardrailRefusal, InputError
 from worldline.family import FAMILIES, Compute, Opened, Parts, requests_of
 from worldline.files import stamp
 from worldline.guards import Checks, Guards, load_guards, release_of, rewrites
@@ -172,17 +172,16 @@ class World:
             InputError: an input or an option is wrong; raised before the first step.
             GuardrailRefusal: prompts or videos were refused; raised after the others are done.
         """
-        if isinstance(inputs, str | PathLike) or not all(isinstance(one, Mapping) for one in each):
-            raise InputError("inputs must be a list, and each a list of as many dicts of options")
-        if not inputs or len(inputs) != len(each):
+        if isinstance(inputs, str | PathLike) or not 0 < len(inputs) == len(each):
             raise InputError(
-                f"{len(inputs)} inputs and options of {len(each)}; give as many of both, at least 1"
+                f"{len(inputs)} inputs and options of {len(each)}; give two lists as long, of 1 or "
+                "more"
             )
         own = {"seed", "prompt", "prompt_embeddings"}
-        if unknown := sorted({name for one in each for name in one} - own):
+        if unknown := sorted(set().union(*each) - own):
             raise InputError(f"{', '.join(unknown)}: not an option of one input; {sorted(own)} are")
         jobs = [
-            self.prepare(input, {**options, **one}, input_type=input_type)
+            self.prepare(input, options | one, input_type=input_type)
             for input, one in zip(inputs, each, strict=True)
         ]
         if len({job.request.num_input_frames for job in jobs}) > 1:
@@ -272,7 +271,12 @@ class World:
                 except GuardrailRefusal as error:
                     refusals[index] = error
         if refusals:
-            raise refusal_of(refusals, len(jobs))
+            error = next(iter(refusals.values()))
+            if len(jobs) > 1:
+                stages = " and ".join(sorted({refusal.stage for refusal in refusals.values()}))
+                message = f"{len(refusals)} of {len(jobs)} inputs were refused, the first: {error}"
+                error = GuardrailRefusal(message, stages, refusals)
+            raise error
 
     def _generate(self, jobs: Sequence[Job], shared: Recorder) -> Iterator[tuple[int, Step]]:
         family = self.opened.family
@@ -307,13 +311,9 @@ class World:
         yield Step("done", step.done, step.total, frames, video=video)
 
     def _report(self, job: Job, recorder: Recorder) -> dict[str, Any]:
-        parts, loaded = self.parts, self.parts.loaded
+        parts, family = self.parts, self.opened.family
         text, seconds = parts.text, recorder.facts.get("seconds_of_steps", [])
-        flags = {
-            part.flag: loaded[part.name].offload
-            for part in self.opened.family.parts
-            if part.name in loaded
-        }
+        loaded = {p.flag: parts.loaded[p.name] for p in family.parts if p.name in parts.loaded}
         return {
             "model": self.name,
             "parameters": self.parameters,
@@ -323,27 +323,17 @@ class World:
             "dtype": str(parts.compute.dtype).removeprefix("torch."),
             "text_encoder_dtype": str(text.dtype).removeprefix("torch.") if text else None,
             "offload": {
-                **{name.removeprefix("offload_"): offload for name, offload in flags.items()},
+                **{flag.removeprefix("offload_"): part.offload for flag, part in loaded.items()},
                 **self.guards.offloaded,
             },
             "prompt_truncation": recorder.facts.get("prompt_truncation", {}),
             "seconds_per_step": round(median(seconds), 4) if seconds else None,
             "seconds_of_steps": seconds,
-            **self.opened.family.report(parts, job.request, recorder),
+            **family.report(parts, job.request, recorder),
             **environment(self.device),
             "load": self.loading.as_dict(),
             "run": recorder.as_dict(),
         }
-
-
-def refusal_of(refusals: Mapping[int, GuardrailRefusal], total: int) -> GuardrailRefusal:
-    """One refusal for a batch: the only one of a single video, else a sum of all."""
-    first = next(iter(refusals.values()))
-    if total == 1:
-        return first
-    stage = joined_stages(refusal.stage for refusal in refusals.values())
-    message = f"{len(refusals)} of {total} inputs were refused, the first: {first}"
-    return GuardrailRefusal(message, stage, refusals)
 
 
 def fingerprint(opened: Opened, compute: Compute, request: Request, input: Input | None) -> str:
@@ -375,9 +365,9 @@ def _files(opened: Opened, request: Request, input: Input | None) -> list[Path]:
     """Files that decide the frames of a request."""
     unused = opened.family.unused(opened, request)
     found = [path for n, part in opened.parts.items() if n not in unused for path in part.files]
-    fields = ("prompt_embeddings", "negative_prompt_embeddings")
-    beside = (_path_of(value) for value in (input, *(getattr(request, f, None) for f in fields)))
-    return [*dict.fromkeys(found), *(path for path in beside if path is not None)]
+    embeddings = (value for name, value in request if name.endswith("_embeddings"))
+    beside = filter(None, map(_path_of, (input, *embeddings)))
+    return [*dict.fromkeys(found), *beside]
 
 
 def _settings(part: object) -> dict[str, Any]:

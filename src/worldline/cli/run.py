@@ -22,7 +22,7 @@ import click
 from worldline.cli.main import one_line, out_of_memory
 from worldline.cli.options import fields_of, parsed, stated
 from worldline.cli.progress import Progress, preview_path
-from worldline.errors import Error, GuardrailRefusal, InputError, joined_stages
+from worldline.errors import Error, GuardrailRefusal, InputError
 from worldline.family import Command, Item, requests_of
 from worldline.files import read_json
 from worldline.request import flag
@@ -386,7 +386,7 @@ def run_tasks(
     if failures:
         counts = ", ".join(f"{count} by the {stage}" for stage, count in sorted(failures.items()))
         message = f"{failures.total()} of {total} inputs were refused: {counts}"
-        raise GuardrailRefusal(message, joined_stages(failures))
+        raise GuardrailRefusal(message, " and ".join(sorted(failures)))
 
 
 @contextmanager
