@@ -25,7 +25,7 @@ from worldline.families.diffusion.model import DiT
 from worldline.family import Compute, Opened, load_family
 from worldline.locate import Place
 from worldline.memory import Memory, Plan, Stage, Weights, denoise_bytes, refuse_frames
-from worldline.opening import choose_compute, command_family, fit_released, plan
+from worldline.opening import choose_compute, fit_released, plan
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of
 from worldline.world import load_world
 
@@ -48,7 +48,7 @@ AR, DIFFUSION, FLOW = (
 
 def released(name: str) -> Opened:
     """A released model, of files that are not there."""
-    family = load_family(str(command_family(ENTRY[name].command)))
+    family = load_family(ENTRY[name].command.partition(" ")[0])
     parts = family.presets(ENTRY[name])
     return Opened(family, name, Place(Path(name), ()), family.options.parse({}), parts=parts)
 
@@ -361,7 +361,7 @@ def test_how_released_models_fit(name: str) -> None:
     fit = partial(fit_released, ENTRY[name], GPU)
     unknown = fit(None)
     if unknown is None:
-        assert command_family(ENTRY[name].command) is None
+        assert ENTRY[name].command in ("", "tokenize")
         return
     assert (unknown.fits, unknown.flags) == (None, ())
     whole = fit(Memory(unknown.need, unknown.need))

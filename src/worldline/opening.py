@@ -224,30 +224,23 @@ def load_parts(opened: Opened, compute: Compute, recorder: Recorder) -> Parts:
     return Parts(opened, compute, loaded)
 
 
-def command_family(command: str) -> str | None:
-    """Name of the family that a released command belongs to."""
-    runs = (name for name in FAMILIES if any(c.name == command for c in requests_of(name).COMMANDS))
-    return next(runs, None)
-
-
 def fit_released(entry: Entry, compute: Compute, memory: Memory | None) -> Fit | None:
     """How a released model fits, with the fewest flags; None where no command runs it.
 
     Parts are left out, by the flags that disable them, where it fits only so.
     """
-    if (name := command_family(entry.command)) is None:
+    name = entry.command.partition(" ")[0]
+    if name not in FAMILIES:
         return None
     family = load_family(name)
-    options = family.options.parse({})
-    nowhere = Place(Path(entry.folders[0]), ())
+    options, nowhere = family.options.parse({}), Place(Path(entry.name), ())
     opened = Opened(family, entry.name, nowhere, options, parts=family.presets(entry))
     request = family.request.parse({})
     found = plan(opened, [request], compute).fit(compute.device, memory)
     disabled = {part.name: part.disable for part in family.parts if part.disable}
-    if found.fits is not False or not disabled:
-        return found
-    parts = {name: part for name, part in opened.parts.items() if name not in disabled}
-    bare = plan(replace(opened, parts=parts), [request], compute).fit(compute.device, memory)
-    if not bare.fits:
-        return found
-    return replace(bare, flags=(*dict.fromkeys(disabled.values()), *bare.flags))
+    if found.fits is False and disabled:
+        parts = {name: part for name, part in opened.parts.items() if name not in disabled}
+        bare = plan(replace(opened, parts=parts), [request], compute).fit(compute.device, memory)
+        if bare.fits:
+            return replace(bare, flags=(*dict.fromkeys(disabled.values()), *bare.flags))
+    return found
