@@ -8,13 +8,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from worldline.errors import InsufficientMemoryError
 from worldline.files import GIGABYTE
-from worldline.nn.dit import HIDDEN_BYTES, PATCH_CELLS, DiTSizes
 from worldline.shapes import LatentShape, VideoShape
+
+if TYPE_CHECKING:
+    from worldline.nn.dit import DiTSizes
 
 _WORKSPACE = 1_200_000_000  # of cuDNN, cuBLAS and the allocator beside bf16 networks (measured)
 _STREAMS = 7  # activations of every token that a block holds at once (measured)
@@ -223,6 +226,8 @@ def denoise_bytes(
         fused: whether kernels work between the layers, see `worldline.nn.modulation`.
         batch: guidance branches computed at once.
     """
+    from worldline.nn.dit import HIDDEN_BYTES, PATCH_CELLS
+
     size = dtype.itemsize
     tokens = batch * (grid.tokens // PATCH_CELLS)
     residual = tokens * config.width * size
