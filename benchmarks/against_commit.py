@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,17 @@ def decode(device: torch.device, tiny: bool) -> dict[str, Any]:
         config = replace(config, depth=2, width=64, num_heads=4, num_kv_heads=2, head_size=16)
         config = replace(config, hidden=128)
     model = random_network(kind, config, device)
-    positions = make_positions(config, device, model.head.weight.dtype)
     count = 40 if tiny else 1500
     prefix = 2 * config.grid.tokens_per_frame + config.leading_tokens
     torch.manual_seed(1)
     prompt = torch.randint(config.vocabulary, (1, 64 if tiny else prefix), device=device)
 
+    make, words = named("make_decoder", *step_at), [model, sampling]
+    if "positions" in signature(make).parameters:  # before decoders made their own
+        words.insert(1, make_positions(config, device, model.head.weight.dtype))
+
     def clip() -> Tensor:
-        decoder = named("make_decoder", *step_at)(model, positions, sampling, batch=1, context=None)
+        decoder = make(*words, batch=1, context=None)
         steps = run(decoder, prompt, count, draw_noise([0], config.vocabulary, count, device))
         next(steps)  # the prompt
         next(steps)  # capture

@@ -75,8 +75,8 @@ def agreement(model: ARTransformer, steps: int) -> dict[str, float]:
     prefix, context = prefix_of(model), random_text(model)
     prompt = torch.randint(model.config.vocabulary, (1, prefix), device="cuda")
     greedy = Sampling(temperature=0)
-    fast = CapturedDecoder(model, positions, greedy, context=context)
-    plain = PlainDecoder(model, positions, greedy, context=context)
+    fast = CapturedDecoder(model, greedy, context=context)
+    plain = PlainDecoder(model, greedy, context=context)
     fast.start(prompt, None)
     plain.start(prompt, None)
     worst, equal = 0.0, 0
@@ -87,7 +87,7 @@ def agreement(model: ARTransformer, steps: int) -> dict[str, float]:
         theirs = model(last, positions, cache=plain.cache, start=at, context=encoded)[0, -1].float()
         fast.ids[:, at] = last[0]
         fast.step(None)
-        ours = fast.fused.logits[0].float()
+        ours = fast.logits[0].float()
         worst = max(worst, float((ours - theirs).norm() / theirs.norm()))
         equal += int(ours.argmax() == theirs.argmax())
         plain.ids[:, plain.done] = theirs.argmax()
@@ -120,10 +120,9 @@ def in_step(model: ARTransformer, batch: int, tokens: int) -> dict[str, Any]:
     contexts = random_text(model, batch)
 
     def start(rows: slice, count: int) -> tuple[PlainDecoder, Iterator[int]]:
-        positions = make_positions(model.config, DEVICE, torch.bfloat16)
         context = None if contexts is None else contexts[rows]
         chosen = prompts[rows]
-        decoder = make_decoder(model, positions, Sampling(), batch=len(chosen), context=context)
+        decoder = make_decoder(model, Sampling(), batch=len(chosen), context=context)
         noise = draw_noise(range(batch)[rows], model.config.vocabulary, count, prompts.device)
         return decoder, decode(decoder, chosen, count, noise)
 
@@ -179,8 +178,7 @@ def repeated(model: ARTransformer, times: int) -> dict[str, Any]:
     first: list[tuple[str, Tensor]] = []
     differing: dict[str, list[int]] = {}
     for run in range(times):
-        positions = make_positions(model.config, DEVICE, torch.bfloat16)
-        decoder = make_decoder(model, positions, Sampling(), context=context)
+        decoder = make_decoder(model, Sampling(), context=context)
         found: list[tuple[str, Tensor]] = []
         noise = draw_noise([0], model.config.vocabulary, TRIED, prompt.device)
         for number, _ in enumerate(_each(decoder, prompt, noise)):
@@ -188,7 +186,7 @@ def repeated(model: ARTransformer, times: int) -> dict[str, Any]:
                 found.append(("keys of the prompt", decoder.cache.keys.clone()))
                 found.append(("values of the prompt", decoder.cache.values.clone()))
             elif isinstance(decoder, CapturedDecoder):
-                found.append((f"logits of token {number}", decoder.fused.logits.clone()))
+                found.append((f"logits of token {number}", decoder.logits.clone()))
             found.append((f"token {number}", decoder.tokens[:, -1].clone()))
         first = first or found
         for (what, ours), (_, theirs) in zip(found, first, strict=True):
@@ -250,9 +248,8 @@ def main(
         print(json.dumps(result["repeated"]), flush=True)
     if DEVICE == "cuda":
         result["agreement"] = agreement(model, 16)
-        positions = make_positions(config, DEVICE, torch.bfloat16)
         prompt = torch.randint(config.vocabulary, (1, prefix_of(model)), device=DEVICE)
-        plain = PlainDecoder(model, positions, Sampling(), context=random_text(model))
+        plain = PlainDecoder(model, Sampling(), context=random_text(model))
         noise = draw_noise([0], config.vocabulary, plain_tokens, prompt.device)
         steps = decode(plain, prompt, plain_tokens, noise)
         next(steps)
@@ -263,7 +260,7 @@ def main(
         wait()
         seconds = time.perf_counter() - started
         result["plain_ms_a_token"] = round(seconds / (plain_tokens - 1) * 1e3, 4)
-        fast = CapturedDecoder(model, positions, Sampling(), context=random_text(model))
+        fast = CapturedDecoder(model, Sampling(), context=random_text(model))
         fast.start(prompt, torch.ones(1, config.vocabulary, device=DEVICE))
         fast.position.fill_(prefix_of(model) + tokens // 2)
         result["kernels_us"] = kernels(fast, 20)

@@ -106,7 +106,7 @@ def architecture(name: str) -> tuple[ARTransformerConfig, DiTConfig, dict[str, A
     config = TINY
     if name != "tiny":
         text = {"context_width": TINY_T5["d_model"], "absolute_positions": True}
-        config = replace(TINY, embedding_rows=128, leading_tokens=1, **text)
+        config = replace(TINY, embedding_rows=128, **text)
     small = {"depth": 2, "width": 48, "num_heads": 4, "head_size": 12, "hidden": 96}
     decoder = replace(
         DIFFUSION["7B-Decoder"],

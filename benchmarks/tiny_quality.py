@@ -27,9 +27,11 @@ from tiny.clips import make_clips
 from worldline.evaluate import metrics
 from worldline.evaluate.failures import Failure, failure_rate, find_failures
 from worldline.evaluate.metrics import ssim
-from worldline.families.autoregressive.decoder import decode_tokens, settings_of
+from worldline.families.autoregressive.family import Decoding, Job
 from worldline.families.autoregressive.request import ARRequest
 from worldline.report import Recorder
+from worldline.sampling.solvers import finish
+from worldline.shapes import VideoShape
 from worldline.video.convert import signed_to_uint8
 from worldline.video.sheet import contact_sheet
 from worldline.world import World
@@ -74,12 +76,12 @@ def reconstructed(world: World, frames: Frames, prompt: str | None = None) -> Fr
     video = (video / 255 * 2 - 1).to(weight.dtype)
     if parts.decoder is None:
         return signed_to_uint8(tokenizer.reconstruct(video)[0])
-    opened, ids = parts.opened, tokenizer.encode_tokens(video)
-    context = opened["decoder"].context if prompt is None else parts.text.embed([prompt])[prompt]
-    settings = settings_of(parts, ARRequest())
-    cells = opened["tokenizer"].config.spatial // opened["decoder_tokenizer"].config.spatial
-    steps = decode_tokens(parts, ids, context, settings, cells, Recorder(world.device))
-    return np.concatenate([step.frames for step in steps if step.frames is not None])
+    decoder, ids = parts.opened["decoder"], tokenizer.encode_tokens(video)
+    context = None if prompt is None else parts.text.embed([prompt])[prompt]
+    video = Decoding(VideoShape(*frames.shape[:3]), 1)
+    job = Job(None, ARRequest(), Recorder(world.device))
+    finish(decoder.decode(parts, video, ids, job, context))
+    return video.frames
 
 
 def is_prompted(world: World) -> bool:

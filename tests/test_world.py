@@ -372,12 +372,12 @@ def test_a_negative_prompt_is_not_dropped_in_silence(
     save({"prompt": prompt, "negative_prompt": torch.randn(5, KINDS["prompted"].width)}, both)
     save({"prompt": prompt}, alone)
     first = worlds["prompted"].generate(clip, prompt_embeddings=alone)
-    assert "no effect" not in caplog.text
+    caplog.set_level("INFO")
     for _ in range(2):  # it is logged once
         second = worlds["prompted"].generate(clip, prompt_embeddings=both)
-        [warning] = caplog.messages
-        assert str(both) in warning
-        assert "negative_prompt" in warning
+        [message] = [message for message in caplog.messages if "no effect" in message]
+        assert str(both) in message
+        assert "negative_prompt" in message
     assert np.array_equal(first.frames, second.frames)
 
 
@@ -428,7 +428,7 @@ def test_wrong_options(
         ("base", [], {}, "the input is list"),
         ("base", b"in.mp4", {}, "the input is bytes"),
         ("base", 3, {"input_type": "video"}, "the input is int"),
-        ("base", None, {}, "no input; .* give one"),
+        ("base", None, {}, "no input; give an image or a video"),
         ("base", Image.new("RGB", (4, 4)), {"input_type": "video"}, "image 4 x 4.* type image"),
         ("base", Image.new("RGB", (0, 4)), {}, "image 0 x 4"),
         ("base", "in\0.mp4", {}, "null"),

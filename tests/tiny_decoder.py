@@ -60,7 +60,6 @@ def write_video2world(folder: Path, base: ARTransformerConfig) -> None:
         embedding_rows=-(-(base.vocabulary + 1) // 64) * 64,
         context_width=CONTEXT_WIDTH,
         absolute_positions=True,
-        leading_tokens=1,
     )
     model = ARTransformer(sizes)
     fill(model, 0.1)

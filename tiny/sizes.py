@@ -48,7 +48,6 @@ VIDEO2WORLD = replace(
     embedding_rows=4160,  # and the id that begins a video, in whole 64s
     context_width=64,
     absolute_positions=True,
-    leading_tokens=1,
 )
 DIFFUSION = DiTConfig(
     depth=6,

@@ -124,7 +124,9 @@ def open_world(
                         refuse_unless_equal(opened[first], a, opened[second], b)
         except CheckpointError as error:
             if not part.optional or getattr(opened.options, part.option):
-                raise CheckpointError(f"{error}{unfinished(opened.folder)}") from error
+                advice = f"; --{part.disable} runs without" if part.disable else ""
+                advice += unfinished(opened.folder)
+                raise CheckpointError(f"{error}{advice}") from error
             parts = {name: other for name, other in opened.parts.items() if name != part.name}
             opened = replace(opened, parts=parts, missing={**opened.missing, part.name: str(error)})
     return opened

@@ -44,7 +44,6 @@ VIDEO2WORLD = replace(
     embedding_rows=64,
     context_width=24,
     absolute_positions=True,
-    leading_tokens=1,
     yarn=Yarn(),
 )
 
@@ -129,9 +128,8 @@ def test_a_long_prompt_is_fed_forward_in_pieces(monkeypatch: pytest.MonkeyPatch)
 
 def run(model: ARTransformer, prompt: Tensor, seeds: list[int], sampling: Sampling) -> Tensor:
     config = model.config
-    positions = make_positions(config, "cpu", torch.float64)
     count = config.length - prompt.shape[1]
-    decoder = make_decoder(model, positions, sampling, batch=len(seeds))
+    decoder = make_decoder(model, sampling, batch=len(seeds))
     assert isinstance(decoder, PlainDecoder)
     noise = draw_noise(seeds, config.vocabulary, count, torch.device("cpu"))
     return finish(decode(decoder, prompt, count, noise))
@@ -161,7 +159,6 @@ def test_clips_in_step_are_the_same_bit_for_bit(
     def caches(rows: slice) -> tuple[Tensor, Tensor]:
         decoder = make_decoder(
             model,
-            make_positions(config, "cpu", dtype),
             Sampling(top_p=0.9),
             batch=len(prompts[rows]),
             context=None if context is None else context[rows],
@@ -204,12 +201,10 @@ def test_a_clip_longer_than_the_window(config: ARTransformerConfig) -> None:
         context = torch.randn(1, 5, config.context_width).double()
     decoder = make_decoder(
         model,
-        make_positions(config, "cpu", torch.float64),
         Sampling(temperature=0),
         context=context,
     )
-    for _ in range(2):  # a second clip starts as the first did
-        finish(decode(decoder, prompt, count, None))
+    finish(decode(decoder, prompt, count, None))
     long = replace(config, grid=replace(config.grid, frames=frames))
     positions = make_positions(long, "cpu", torch.float64)
     if positions.table is not None:
@@ -220,7 +215,8 @@ def test_a_clip_longer_than_the_window(config: ARTransformerConfig) -> None:
         late = (drawn - leading) // size - config.grid.frames + 1
         rows = torch.arange(long.length) - late.clamp(min=0) * size
         positions = positions._replace(table=of_window[rows])
-    cache = Band(*model.new_cache(1, long.length))
+    shape = (config.depth, 1, config.num_kv_heads, long.length, config.head_size)
+    cache = Band(*torch.zeros(2, *shape).double())
     cache.config = config
     ids = prompt
     encoded = None if context is None else model.encode_context(context)
@@ -238,15 +234,6 @@ def test_a_seed_decides_the_draws() -> None:
     assert torch.equal(first, run(model, prompt, [1], Sampling()))
     assert not torch.equal(first, run(model, prompt, [2], Sampling()))
     assert torch.equal(first[:, :8], prompt)
-
-
-def test_a_prompt_must_leave_room() -> None:
-    model = build(BASE)
-    positions = make_positions(BASE, "cpu", torch.float64)
-    for length in (0, BASE.length):
-        decoder = make_decoder(model, positions, Sampling(temperature=0))
-        with pytest.raises(ValueError, match="prompt"):
-            decoder.start(torch.zeros(1, length, dtype=torch.int64), None)
 
 
 def test_released_sizes() -> None:

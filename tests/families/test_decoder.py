@@ -11,23 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from worldline.families.autoregressive.decoder import (
-    GUIDANCE,
-    NUM_STEPS,
-    SIGMA_MIN,
-    DecoderSettings,
-    cut_windows,
-    decode_tokens,
-    decode_windows,
-    denoise_windows,
-)
+from worldline.families.autoregressive.decoder import SIGMA_MIN, cut_windows, decode_windows
+from worldline.families.autoregressive.family import Decoding, Job
+from worldline.families.autoregressive.request import ARRequest
 from worldline.families.diffusion.model import BLOCKS
 from worldline.family import Parts
 from worldline.parallel.offload import StreamedPart
 from worldline.report import Recorder
-from worldline.sampling.edm import SIGMA_DATA, sample
+from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, sample
 from worldline.sampling.solvers import finish, standard_noise
-from worldline.shapes import LatentShape
+from worldline.shapes import LatentShape, VideoShape
 from worldline.step import Step
 from worldline.tokenizers.cosmos.model import LatentStatistics
 from worldline.video.convert import signed_to_uint8
@@ -41,51 +34,59 @@ def parts(whole_world: Path) -> Parts:
     return load_named(MODEL, whole_world)
 
 
+GRID = LatentShape(8, 4, 6)
+
+
 def ids(frames: int) -> Tensor:
     return torch.randint(0, 64, (1, frames, 2, 3), generator=torch.Generator().manual_seed(1))
 
 
-def settings(sampler: str = "edm_euler", **changes: object) -> DecoderSettings:
-    return DecoderSettings(sampler=sampler, **{"num_steps": 2, **changes})  # type: ignore[arg-type]
+def changed(parts: Parts, **changes: Any) -> Any:
+    """The decoder, of 2 steps unless stated."""
+    return replace(parts.opened["decoder"], **{"num_steps": 2, **changes})
 
 
-def run(parts: Parts, tokens: Tensor, chosen: DecoderSettings) -> list[Tensor]:
+def run(parts: Parts, tokens: Tensor, seed: int = 0, **changes: Any) -> list[Tensor]:
+    decoder = changed(parts, **changes)
     with parts.loaded["decoder"].on_device() as model:
-        return finish(denoise_windows(model, tokens, parts.opened["decoder"].context, chosen))
+        return [
+            finish(decoder.denoise_window(model, window, GRID, decoder.context, seed))
+            for window in cut_windows(tokens)
+        ]
 
 
-def decoded(parts: Parts, tokens: Tensor, chosen: DecoderSettings) -> list[Step]:
-    context = parts.opened["decoder"].context
+def decoded(parts: Parts, tokens: Tensor, seam: str = "corrected", **changes: Any) -> list[Step]:
+    video = Decoding(VideoShape(1 + 8 * (tokens.shape[1] - 1), 32, 48), 1)
+    job = Job(None, ARRequest.parse({"decoder_seam": seam}), Recorder(CPU))
     with torch.inference_mode():
-        return list(decode_tokens(parts, tokens, context, chosen, 2, Recorder(CPU)))
+        return list(changed(parts, **changes).decode(parts, video, tokens, job, None))
 
 
-@pytest.mark.parametrize("sampler", ["edm_euler", "res_2ab"])
-def test_one_batch_is_two_branches(parts: Parts, sampler: str) -> None:
+@pytest.mark.parametrize("generation", ["Predict1", "1.0"])
+def test_one_batch_is_two_branches(parts: Parts, generation: str) -> None:
     """What is sampled with both branches at once is what each alone gives."""
-    tokens, chosen = ids(5), settings(sampler)
-    [found] = run(parts, tokens, chosen)
+    tokens = ids(5)
+    [found] = run(parts, tokens, generation=generation)
     model, context = parts.loaded["decoder"].module, parts.opened["decoder"].context
-    grid = LatentShape(8, 4, 6)
     [window] = cut_windows(tokens)
     assert window[0, :, 0, 0].tolist() == tokens[0, [0, 1, 2, 3, 4, 3, 2, 1], 0, 0].tolist()
-    positions = model.make_positions(grid, 24.0)
+    positions = model.make_positions(GRID, 24.0)
     calls = []
 
     def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
         calls.append(conditional)
         encoded = model.encode_context(context * conditional)
-        known = model.encode_ids(window * conditional, grid)
+        known = model.encode_ids(window * conditional, GRID)
         return model(x, times, encoded, positions, ids=known)
 
-    noise = standard_noise(chosen.seed, (1, model.config.latent_channels, 8, 4, 6))
+    noise = standard_noise(0, (1, model.config.latent_channels, 8, 4, 6))
     with torch.inference_mode():
         steps = sample(
             network,
             noise,
-            sampler=sampler,
+            sampler=SAMPLER_OF[generation],
             num_steps=2,
-            guidance=GUIDANCE,
+            guidance=1.8,
             sigma_min=SIGMA_MIN,
         )
         expected = finish(steps)
@@ -103,44 +104,41 @@ def test_the_network_runs_once_an_evaluation(parts: Parts, monkeypatch: pytest.M
         return real(x, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(model, "forward", forward)
-    run(parts, ids(5), DecoderSettings(sampler="edm_euler"))
-    assert batches == [2] * NUM_STEPS
+    run(parts, ids(5), num_steps=15)
+    assert batches == [2] * 15
 
 
 def test_streamed_blocks_change_nothing(parts: Parts) -> None:
     """As `--offload_diffusion_decoder` has it on a GPU: two blocks are there at a time."""
     tokens = ids(12)
-    expected = run(parts, tokens, settings())
+    expected = run(parts, tokens)
     part = StreamedPart(parts.loaded["decoder"].module, CPU, BLOCKS)
     streamed = replace(parts, loaded={**parts.loaded, "decoder": part})
-    for found, wanted in zip(run(streamed, tokens, settings()), expected, strict=True):
+    for found, wanted in zip(run(streamed, tokens), expected, strict=True):
         assert torch.equal(found, wanted)
-    assert torch.equal(run(parts, tokens, settings())[0], expected[0])
+    assert torch.equal(run(parts, tokens)[0], expected[0])
 
 
 def test_steps(parts: Parts) -> None:
-    for seam, starts in (("corrected", (0, 2)), ("as_released", (0,))):
-        chosen = settings(seam=seam)
-        steps = decoded(parts, ids(12), chosen)
+    for seam in ("corrected", "as_released"):
+        steps = decoded(parts, ids(12), seam)
         denoised = [(step.done, step.total) for step in steps if step.kind == "denoise"]
-        per_window = chosen.count_steps(2) // len(starts)
-        expected = [(at + n, 4) for at in starts for n in range(per_window + 1)]
-        assert denoised == expected
+        assert denoised == [(done, 4) for done in (0, 1, 2, 2, 3, 4)]
 
 
 def test_the_seed_is_the_noise_of_every_window(parts: Parts) -> None:
     """Windows of equal tokens are equal, and another seed gives others."""
     tokens = ids(1).expand(1, 14, 2, 3)
-    first, second = run(parts, tokens, settings())
+    first, second = run(parts, tokens)
     torch.testing.assert_close(first, second)
-    other = run(parts, tokens, settings(seed=1))[0]
+    other = run(parts, tokens, seed=1)[0]
     assert not torch.allclose(first, other)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 8, 9, 14, 15])
 def test_any_length(parts: Parts, frames: int) -> None:
     for seam in ("corrected", "as_released"):
-        video = frames_of(decoded(parts, ids(frames), settings(num_steps=1, seam=seam)))
+        video = frames_of(decoded(parts, ids(frames), seam, num_steps=1))
         assert video.shape == (1 + 8 * (frames - 1), 32, 48, 3)
         assert video.dtype == np.uint8
 
@@ -162,18 +160,22 @@ def whole(parts: Parts, window: Tensor) -> Tensor:
 
 def test_the_corrected_seam_keeps_time(parts: Parts) -> None:
     """The later window begins where the earlier one ends: 9 of its frames are of 2 latents."""
-    latents = run(parts, ids(12), settings())
+    latents = run(parts, ids(12))
     tokenizer = parts.loaded["decoder_tokenizer"].module
-    joined = torch.cat(list(decode_windows(tokenizer, statistics(parts), latents, 12)), dim=2)
+    windows = [
+        decode_windows(tokenizer, statistics(parts), [window], 12, number)
+        for number, window in enumerate(latents)
+    ]
+    joined = torch.cat([piece for window in windows for piece in window], dim=2)
     first, second = (whole(parts, window) for window in latents)
     expected = torch.cat([first, second[:, :, 9:]], dim=2)[:, :, : 1 + 8 * 11]
     torch.testing.assert_close(joined, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_released_seam_jumps(parts: Parts) -> None:
-    latents = run(parts, ids(12), settings())
+    latents = run(parts, ids(12))
     tokenizer = parts.loaded["decoder_tokenizer"].module
-    pieces = decode_windows(tokenizer, statistics(parts), latents, 12, "as_released")
+    pieces = decode_windows(tokenizer, statistics(parts), latents, 12, 1)
     joined = torch.cat(list(pieces), dim=2)
     first, second = (whole(parts, window).clamp(-1, 1) for window in latents)
     expected = torch.cat([first[:, :, :56], second[:, :, 1:]], dim=2)[:, :, : 1 + 8 * 11]
@@ -181,10 +183,10 @@ def test_the_released_seam_jumps(parts: Parts) -> None:
 
 
 def test_one_window_has_no_seam_and_streams(parts: Parts) -> None:
-    [latents] = run(parts, ids(5), settings())
-    steps = decoded(parts, ids(5), settings())
+    [latents] = run(parts, ids(5))
+    steps = decoded(parts, ids(5))
     assert [len(step.frames) for step in steps if step.frames is not None] == [25, 8]
     expected = signed_to_uint8(whole(parts, latents)[0, :, :33])
     assert np.abs(frames_of(steps).astype(int) - expected.astype(int)).max() <= 1
-    released = decoded(parts, ids(5), settings(seam="as_released"))
+    released = decoded(parts, ids(5), "as_released")
     assert np.array_equal(frames_of(released), frames_of(steps))

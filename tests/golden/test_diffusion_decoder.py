@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -15,9 +16,9 @@ from torch import Tensor
 from tiny.export import draw_weights
 from worldline.families.autoregressive import decoder
 from worldline.families.autoregressive.decoder import (
-    DecoderSettings,
+    DecoderNetwork,
+    cut_windows,
     decode_windows,
-    denoise_windows,
 )
 from worldline.families.autoregressive.request import Seam
 from worldline.families.diffusion.model import DiT
@@ -209,22 +210,25 @@ def pipeline_latents(
     stated = case.spec["sampling"]
     scale = (SIGMA_MAX**2 + 1) ** 0.5 if sampler == "edm_euler" else SIGMA_MAX
     aux = open_checkpoint(case.path / case.spec["folder"] / "aux_vars.pt")
-    windows = denoise_windows(
-        network(case),
-        tokens,
-        aux.read("context"),
-        DecoderSettings(sampler=sampler, num_steps=steps, guidance=stated["guidance"]),
-        token_cells=starts.shape[-1] // tokens.shape[-1],
-        noise=[start / scale for start in starts.split(1)],
-    )
-    return finish(windows)
+    model, grid, context = network(case), LatentShape(*starts.shape[2:]), aux.read("context")
+    run = DecoderNetwork(DiT, model.config, num_steps=steps, guidance=stated["guidance"])
+    run = replace(run, generation="Predict1" if sampler == "edm_euler" else "1.0")
+    return [
+        finish(run.denoise_window(model, ids, grid, context, 0, start / scale))
+        for ids, start in zip(cut_windows(tokens), starts.split(1), strict=True)
+    ]
 
 
 def pipeline_video(case: Case, latents: list[Tensor], frames: int, seam: Seam) -> Tensor:
     model = tokenizer(case)
     statistics = read_statistics(pixels_folder(case), model.config.latent_channels)
     assert statistics is not None
-    pieces = list(decode_windows(model, statistics, latents, frames, seam))
+    groups = [latents] if seam == "as_released" else [[window] for window in latents]
+    pieces = [
+        piece
+        for number, group in enumerate(groups)
+        for piece in decode_windows(model, statistics, group, frames, number)
+    ]
     return (1 + torch.cat(pieces, dim=2)[0].clamp(-1, 1)) / 2
 
 

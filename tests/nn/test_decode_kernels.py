@@ -39,7 +39,6 @@ VARIANTS = [
         embedding_rows=1024,
         context_width=96,
         absolute_positions=True,
-        leading_tokens=1,
         yarn=Yarn(),
     ),
 ]
@@ -71,7 +70,7 @@ def test_every_step_agrees_with_the_plain_modules(config: ARTransformerConfig) -
     exact_text = None if context is None else exact_model.encode_context(context)
     plain_text = None if context is None else model.encode_context(context)
     exact = exact_model(tokens, exact_positions, context=exact_text)[0]
-    decoder = CapturedDecoder(model, positions, Sampling(temperature=0), context=context)
+    decoder = CapturedDecoder(model, Sampling(temperature=0), context=context)
     plain_cache = model.new_cache(1)
     prompt = 96
     decoder.start(tokens[:, :prompt], None)
@@ -81,7 +80,7 @@ def test_every_step_agrees_with_the_plain_modules(config: ARTransformerConfig) -
         decoder.step(None)
         last = tokens[:, at : at + 1]
         plain = model(last, positions, cache=plain_cache, start=at, context=plain_text)[0, 0]
-        fast = decoder.fused.logits[0]
+        fast = decoder.logits[0]
         scale = exact[at].norm()
         plain_error = float((plain - exact[at]).norm() / scale)
         fast_error = float((fast - exact[at]).norm() / scale)
@@ -93,15 +92,14 @@ def test_the_captured_draw_is_the_plain_draw_of_the_same_logits(
     config: ARTransformerConfig,
 ) -> None:
     model = build(config)
-    positions = make_positions(config, "cuda", torch.bfloat16)
     prompt = torch.randint(config.vocabulary, (1, 96), device="cuda")
     rule = Sampling(top_p=0.8, temperature=0.7)
-    decoder = CapturedDecoder(model, positions, rule, context=text(config))
+    decoder = CapturedDecoder(model, rule, context=text(config))
     noise = list(draw_noise([0], config.vocabulary, 40, prompt.device))
     decoder.start(prompt, noise[0])
     for index, step_noise in enumerate(noise[1:], start=97):
         decoder.step(step_noise)
-        expected = draw(decoder.fused.logits, rule, step_noise)
+        expected = draw(decoder.logits, rule, step_noise)
         assert decoder.ids[0, index] == expected[0]
     assert decoder.tokens.shape == (1, 136)
 
@@ -118,7 +116,6 @@ def test_in_step_as_alone_bit_for_bit(config: ARTransformerConfig, batch: int) -
     def run(rows: slice) -> CapturedDecoder:
         decoder = CapturedDecoder(
             model,
-            make_positions(config, "cuda", torch.bfloat16),
             Sampling(top_p=0.9),
             batch=len(prompts[rows]),
             context=None if contexts is None else contexts[rows],
@@ -131,7 +128,7 @@ def test_in_step_as_alone_bit_for_bit(config: ARTransformerConfig, batch: int) -
     assert together.tokens.shape == (batch, 96 + count)
     for clip in range(batch):
         alone = run(slice(clip, clip + 1))
-        assert torch.equal(together.fused.logits[clip], alone.fused.logits[0])
+        assert torch.equal(together.logits[clip], alone.logits[0])
         assert torch.equal(together.cache.keys[:, clip], alone.cache.keys[:, 0])
         assert torch.equal(together.cache.values[:, clip], alone.cache.values[:, 0])
         assert torch.equal(together.tokens[clip], alone.tokens[0])
@@ -139,12 +136,11 @@ def test_in_step_as_alone_bit_for_bit(config: ARTransformerConfig, batch: int) -
 
 def test_a_second_clip_is_not_touched_by_the_first() -> None:
     model = build(CONFIG)
-    positions = make_positions(CONFIG, "cuda", torch.bfloat16)
     results = []
     for prompt_seed in (0, 1, 0):
         generator = torch.Generator().manual_seed(prompt_seed)
         prompt = torch.randint(CONFIG.vocabulary, (1, 96), generator=generator).cuda()
-        decoder = CapturedDecoder(model, positions, Sampling())
+        decoder = CapturedDecoder(model, Sampling())
         noise = draw_noise([7], CONFIG.vocabulary, 100, prompt.device)
         results.append(finish(decode(decoder, prompt, 100, noise)))
     assert torch.equal(results[0], results[2])

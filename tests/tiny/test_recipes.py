@@ -363,8 +363,11 @@ def test_the_decoder_is_trained_as_it_is_used(
 
     monkeypatch.setattr(DiT, "forward", spy)
     context = torch.randn(1, 4, 16)
-    settings = decoder.DecoderSettings(sampler="edm_euler", num_steps=2)
-    finish(decoder.denoise_windows(model.transformer, short, context, settings))
+    network, grid = (
+        decoder.DecoderNetwork(DiT, sizes.DECODER, num_steps=2),
+        LatentShape(*z.shape[2:]),
+    )
+    finish(network.denoise_window(model.transformer, short, grid, context, 0))
     sigma = make_sigmas("edm_euler", 2, sigma_min=decoder.SIGMA_MIN)[0]
     # both branches in training's terms: the clip, and one with neither prompt nor tokens
     texts, inputs = torch.cat([context, context * 0]), torch.cat([short, short * 0])

@@ -18,95 +18,183 @@ that time jumps back by seven frames at every seam; that is `seam="as_released"`
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from worldline.catalog import DECODERS, Generation, generation_by_name
 from worldline.errors import CheckpointError
-from worldline.families.autoregressive.request import ARRequest, Seam
-from worldline.families.denoise import report, stage
-from worldline.families.diffusion.family import (
-    TOKENIZERS,
-    encode_and_decode_bytes,
-    open_latent_tokenizer,
-)
-from worldline.families.diffusion.model import (
-    BLOCKS,
-    DECODER_WINDOW,
-    PRESETS,
-    DiT,
-    DiTConfig,
-    Positions,
-)
+from worldline.families.autoregressive.request import ARRequest
+from worldline.families.autoregressive.weights import find_folder
+from worldline.families.denoise import decode, report, stage
+from worldline.families.diffusion import family as diffusion
+from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, PRESETS, DiT, DiTConfig
 from worldline.families.diffusion.request import Precision
 from worldline.families.diffusion.weights import open_network as open_dit
 from worldline.family import Compute, Opened, Parts
 from worldline.memory import Stage, denoise_bytes
-from worldline.nn.dit import Context
 from worldline.nn.pieces import decode_stream
-from worldline.report import Recorder, log_result
+from worldline.opening import refuse_unless_equal
+from worldline.report import log_result
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, make_sigmas, sample
-from worldline.sampling.edm import Network as Denoiser
-from worldline.sampling.solvers import Stepped, standard_noise
+from worldline.sampling.solvers import Steps, standard_noise
 from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape
 from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
-from worldline.tokenizers.cosmos.model import (
-    CosmosTokenizer,
-    CosmosTokenizerConfig,
-    LatentStatistics,
-)
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
 from worldline.tokenizers.cosmos.weights import CosmosNetwork
-from worldline.video.convert import signed_to_uint8
-from worldline.weights.checkpoint import Checkpoint, open_checkpoint
+from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.networks import Network, read_settings
 
 OVERLAP = 2  # latent frames that a window shares with the one before
-GUIDANCE = 1.8
-NUM_STEPS = 15
 SIGMA_MIN = 0.02
 FPS = 24.0  # of the motion, for the network, whatever the rate of the file
 
 
 @dataclass(frozen=True)
 class DecoderNetwork(Network[DiTConfig]):
-    """The transformer of the diffusion decoder.
+    """The transformer of the diffusion decoder, and how it is run: by default as released.
 
     Attributes:
-        aux: holds the embedding of a general prompt; None where every request brings its own.
+        context: embedding of a general prompt, float32 (1, S, E); None where requests have prompts.
         generation: whose sampler it is run with.
-        rotary_precision: of the rotary angles; None is that of the weights, as released.
+        rotary_precision: dtype of the angles of position; None is that of the weights.
+        num_steps: evaluations of a window.
+        guidance: how far to go from no prompt and no tokens towards both, and beyond.
+        window: latent frames that are denoised at once.
     """
 
-    aux: Checkpoint | None = None
+    context: Tensor | None = None
     generation: Generation = "Predict1"
     rotary_precision: str | None = None
-    window: ClassVar[int] = DECODER_WINDOW  # latent frames that are denoised at once
+    num_steps: int = 15
+    guidance: float = 1.8
+    window: ClassVar[int] = DECODER_WINDOW
 
-    @property
-    def files(self) -> list[Path]:
-        return [*super().files, *(self.aux.files if self.aux else ())]
+    def settings(self, request: ARRequest, compute: Compute) -> dict[str, Any]:
+        """How the tokens of a request are decoded."""
+        return {
+            "sampler": SAMPLER_OF[self.generation],
+            "num_steps": self.num_steps,
+            "guidance": self.guidance,
+            "seed": request.seed,
+            "seam": request.decoder_seam,
+            "rotary_precision": self.rotary_precision or str(compute.dtype).removeprefix("torch."),
+        }
 
-    @cached_property
-    def context(self) -> Tensor | None:
-        """Embedding of the general prompt, float32 (1, S, E); None where there is none.
+    def grid(self, opened: Opened) -> LatentShape:
+        """Grid of the latents that are denoised at once."""
+        coarse, fine = opened["tokenizer"].config, opened["decoder_tokenizer"].config
+        grid, cells = opened["transformer"].config.grid, coarse.spatial // fine.spatial
+        return LatentShape(DECODER_WINDOW, grid.height * cells, grid.width * cells)
 
-        Raises:
-            CheckpointError: it is damaged.
+    def open_tokenizer(self, opened: Opened) -> CosmosNetwork:
+        """The continuous tokenizer that the latents are of."""
+        kind = "continuous tokenizer for the diffusion decoder"
+        folder = find_folder(opened, kind, diffusion.TOKENIZERS[self.generation])
+        tokenizer = diffusion.open_latent_tokenizer(folder)
+        assert tokenizer.statistics is not None
+        if tokenizer.statistics.frames < DECODER_WINDOW:
+            raise CheckpointError(
+                f"{tokenizer.path}: its statistics are of {tokenizer.statistics.frames} latent "
+                f"frames, the diffusion decoder needs {DECODER_WINDOW}"
+            )
+        return tokenizer
+
+    def refuse_grid(self, opened: Opened) -> None:
+        """Raise `CheckpointError` if the grid is beyond the decoder's positions."""
+        try:
+            self.config.tokens(self.grid(opened))
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
+    def stages(self, opened: Opened, compute: Compute) -> Iterator[Stage]:
+        """Memory of denoising and decoding, beside the weights."""
+        continuous, grid = opened["decoder_tokenizer"].config, self.grid(opened)
+        fused, dtype = compute.fused, compute.dtype
+        denoising = denoise_bytes(self.config, grid, dtype, MAX_LENGTH, fused=fused, batch=2)
+        yield Stage("denoise", "decoder", denoising)
+        video = grid.video(continuous.temporal, continuous.spatial)
+        _, decoding = diffusion.encode_and_decode_bytes(continuous, video, compute)
+        yield Stage("decode", "decoder_tokenizer", decoding)
+
+    def decode(
+        self, parts: Parts, video: Any, ids: Tensor, job: Any, context: Tensor | None
+    ) -> Generator[Step, None, None]:
+        """Decode ids (1, T, h, w), T of 1 or more, as `decode_clip` does.
+
+        Without the embedding (1, S, E) of a prompt, the general prompt's is taken.
         """
-        if self.aux is None:
-            return None
-        context = self.aux.read("context").float()
-        if not context.isfinite().all():
-            raise CheckpointError(f"{self.aux.path}: context is not finite; download it again")
-        return context
+        opened, coder = parts.opened["decoder_tokenizer"], parts.loaded["decoder_tokenizer"]
+        context = self.context if context is None else context
+        assert context is not None  # see `open_network`
+        request, recorder = job.request, job.recorder
+        windows, latents = cut_windows(ids), list[Tensor]()
+        steps = len(make_sigmas(SAMPLER_OF[self.generation], self.num_steps)) - 1  # of a window
+        for number, window in enumerate(windows):
+            with stage(recorder, "denoise"), parts.loaded["decoder"].on_device() as model:
+                sampling = self.denoise_window(
+                    model, window, self.grid(parts.opened), context, request.seed
+                )
+                total, before = len(windows) * steps, number * steps
+                latents.append((yield from report(sampling, recorder, total, before=before)))
+            log_result("denoise", latents[-1])
+            if request.decoder_seam == "as_released" and number + 1 < len(windows):
+                continue  # it fades into the next
+            yield Step("decode", video.made, len(video.frames))
+            with stage(recorder, "decode"), coder.on_device() as tokenizer:
+                statistics = opened.statistics.rounded(tokenizer.quant_conv.weight.dtype)
+                pieces = decode_windows(tokenizer, statistics, latents, ids.shape[1], number)
+                first = video.overlap if len(latents) == number + 1 else 0
+                video.made = yield from decode(pieces, video.frames, video.made, first=first)
+            latents.clear()
+
+    @torch.inference_mode()
+    def denoise_window(
+        self,
+        model: DiT,
+        ids: Tensor,
+        grid: LatentShape,
+        context: Tensor,
+        seed: int,
+        noise: Tensor | None = None,
+    ) -> Steps:
+        """Normalised latents of a window, float32 (1, C, 8, H, W), of its ids (1, 8, h, w).
+
+        Noise is unit normal; None draws it from the seed.
+        """
+        device, precision = model.embed.weight.device, self.rotary_precision
+        angles = model.dtype if precision is None else getattr(torch, precision)
+        positions = model.make_positions(grid, FPS, rotary_dtype=angles)
+        text, ids = context.to(device, model.dtype), ids.to(device)
+        encoded = model.encode_context(torch.cat([text, torch.zeros_like(text)]))
+        # without the prompt there are no tokens either: all ids 0, which is a token too
+        known = model.encode_ids(torch.cat([ids, torch.zeros_like(ids)]), grid)
+        ready: list[Tensor] = []
+
+        def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
+            """Both branches of the guidance at once; that with the prompt is asked for first."""
+            if not conditional:
+                return ready.pop()
+            y = model(x.repeat(2, 1, 1, 1, 1), times.repeat(2), encoded, positions, ids=known)
+            with_prompt, ready[:] = y[:1], [y[1:]]
+            return with_prompt
+
+        if noise is None:
+            noise = standard_noise(seed, (1, model.config.latent_channels, *astuple(grid)))
+        steps = sample(
+            network,
+            noise.to(device),
+            sampler=SAMPLER_OF[self.generation],
+            num_steps=self.num_steps,
+            guidance=self.guidance,
+            sigma_min=SIGMA_MIN,
+        )
+        return (yield from steps)
 
 
 RELEASED = DecoderNetwork(DiT, PRESETS["7B-Decoder"], blocks=BLOCKS)
@@ -114,196 +202,37 @@ RELEASED = DecoderNetwork(DiT, PRESETS["7B-Decoder"], blocks=BLOCKS)
 
 def open_network(opened: Opened) -> DecoderNetwork:
     """The diffusion decoder; that of the model's own generation is preferred."""
-    place, config = opened.place, opened["transformer"].config
-    own = generation_by_name(opened.folder)
-    order = sorted(DECODERS, key=lambda generation: generation != own)
-    with without_decoder():
-        folder = place.below(DECODERS[generation] for generation in order)
-        if folder is None:
-            names = " nor ".join(DECODERS[generation] for generation in order)
-            raise CheckpointError(f"no diffusion decoder: neither {names} is in {place.searched}")
-        settings = read_settings(folder)
-        precision = settings.get("rotary_precision")
-        if precision not in (None, *get_args(Precision)):
-            raise CheckpointError(f"{folder / 'config.json'}: rotary_precision is {precision!r}")
-        network = open_dit(folder, settings)
-        if not network.config.vocabulary:
-            raise CheckpointError(f"{folder} is a diffusion model, which reads no token ids")
-        if network.config.vocabulary != config.vocabulary:
-            raise CheckpointError(
-                f"{folder} reads {network.config.vocabulary} token ids, {opened.folder} draws "
-                f"{config.vocabulary}: they do not belong together"
-            )
-        aux = None
-        if config.context_width is None:
-            aux = open_aux(folder, network.config.context_width)
-        elif config.context_width != network.config.context_width:
-            raise CheckpointError(
-                f"{folder} reads text of width {network.config.context_width}, {opened.folder} of "
-                f"{config.context_width}: they do not belong together"
-            )
-    return DecoderNetwork(
-        **{**vars(network), "blocks": BLOCKS},
-        aux=aux,
-        generation=generation_by_name(folder),
-        rotary_precision=precision,
-    )
+    own, transformer = DECODERS[generation_by_name(opened.folder)], opened["transformer"]
+    names = sorted(DECODERS.values(), key=lambda name: name != own)
+    folder = find_folder(opened, "diffusion decoder", names)
+    settings = read_settings(folder)
+    precision = settings.get("rotary_precision")
+    if precision not in (None, *get_args(Precision)):
+        raise CheckpointError(f"{folder / 'config.json'}: rotary_precision is {precision!r}")
+    network = open_dit(folder, settings)
+    refuse_unless_equal(network, "vocabulary", transformer, "vocabulary")
+    fields = {**vars(network), "blocks": BLOCKS, "rotary_precision": precision}
+    if transformer.config.context_width is None:
+        path, context = read_context(folder, network.config.context_width)
+        fields |= {"context": context, "beside": (*network.beside, path)}
+    else:
+        refuse_unless_equal(network, "context_width", transformer, "context_width")
+    return DecoderNetwork(**fields, generation=generation_by_name(folder))
 
 
-@contextmanager
-def without_decoder() -> Iterator[None]:
-    """Add to an error which flag runs without the decoder."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; --disable_diffusion_decoder runs without") from error
-
-
-def open_aux(folder: Path, width: int) -> Checkpoint:
-    """The file of the general prompt; its mask is never used, whatever it holds.
-
-    Raises:
-        CheckpointError: it is absent, damaged, or of another width.
-    """
+def read_context(folder: Path, width: int) -> tuple[Path, Tensor]:
+    """File of the general prompt, and its embedding; its mask is never used, whatever it holds."""
     paths = [folder / name for name in ("aux_vars.pt", "aux_vars.safetensors")]
     aux = open_checkpoint(next(filter(Path.exists, paths), paths[0]))
-    info = aux.tensors.get("context")
-    known = aux.tensors.keys() <= {"context", "context_mask"}
-    if info is None or not known or not info.dtype.is_floating_point:
-        raise CheckpointError(f"{aux.path} has {', '.join(sorted(aux.tensors)[:4])}; give context")
-    if len(info.shape) != 3 or info.shape[0] != 1 or not info.shape[1] or info.shape[2] != width:
+    names = aux.tensors.keys()
+    context = aux.read("context").float() if "context" in names else torch.empty(0)
+    fits = context.shape == (1, *context.shape[1:2], width) and context.isfinite().all()
+    if not fits or names - {"context", "context_mask"}:
         raise CheckpointError(
-            f"{aux.path}: context is {list(info.shape)}, [1, rows, {width}] is expected"
+            f"{aux.path} has {', '.join(sorted(names)[:4])}, context {list(context.shape)}; a "
+            f"finite context [1, rows, {width}] is expected"
         )
-    return aux
-
-
-def open_tokenizer(opened: Opened) -> CosmosNetwork:
-    """The continuous tokenizer that the diffusion decoder's latents are of."""
-    names = TOKENIZERS[opened["decoder"].generation]
-    with without_decoder():
-        found = opened.place.below(names)
-        if found is None:
-            raise CheckpointError(
-                f"no continuous tokenizer for the diffusion decoder: neither {names[0]} nor "
-                f"{names[1]} is in {opened.place.searched}"
-            )
-        return open_latent_tokenizer(found)
-
-
-def refuse_grids(opened: Opened, discrete: CosmosTokenizerConfig) -> None:
-    """Raise `CheckpointError` unless the cells of both tokenizers and the decoder fit."""
-    tokenizer = opened["decoder_tokenizer"]
-    continuous = tokenizer.config
-    with without_decoder():
-        if continuous.temporal != discrete.temporal or discrete.spatial % continuous.spatial:
-            raise CheckpointError(
-                f"{tokenizer.path} compresses {continuous.temporal} x {continuous.spatial}, the "
-                f"discrete tokenizer {discrete.temporal} x {discrete.spatial}: they do not belong "
-                "together"
-            )
-        if tokenizer.statistics.frames < DECODER_WINDOW:
-            raise CheckpointError(
-                f"{tokenizer.path}: its statistics are of {tokenizer.statistics.frames} latent "
-                f"frames, the diffusion decoder needs {DECODER_WINDOW}"
-            )
-        try:
-            opened["decoder"].config.tokens(decoder_grid(opened, discrete))
-        except ValueError as error:
-            raise CheckpointError(f"{opened['decoder'].path}: {error}") from error
-
-
-def decoder_grid(opened: Opened, discrete: CosmosTokenizerConfig) -> LatentShape:
-    """Grid of the latents that the diffusion decoder denoises at once."""
-    finer = discrete.spatial // opened["decoder_tokenizer"].config.spatial
-    grid = opened["transformer"].config.grid
-    return LatentShape(DECODER_WINDOW, grid.height * finer, grid.width * finer)
-
-
-def stages(opened: Opened, compute: Compute) -> Iterator[Stage]:
-    """Memory of denoising and decoding, beside the weights."""
-    config, continuous = opened["decoder"].config, opened["decoder_tokenizer"].config
-    grid = decoder_grid(opened, opened["tokenizer"].config)
-    denoising = denoise_bytes(config, grid, compute.dtype, MAX_LENGTH, fused=compute.fused, batch=2)
-    yield Stage("denoise", "decoder", denoising)
-    video = grid.video(continuous.temporal, continuous.spatial)
-    _, decoding = encode_and_decode_bytes(continuous, video, compute)
-    yield Stage("decode", "decoder_tokenizer", decoding)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderSettings:
-    """How tokens are decoded; the defaults are those of the released pipelines.
-
-    Attributes:
-        sampler: see `worldline.sampling.edm.sample`.
-        num_steps: evaluations of a window.
-        guidance: how far to go from no prompt and no tokens towards both, and beyond.
-        seed: of the noise.
-        seam: how windows are joined; "as_released" repeats a fault of the released code.
-        rotary_precision: dtype of the angles of position; None is that of the weights, as in the
-            released pipelines: bf16 on a GPU.
-    """
-
-    sampler: str
-    num_steps: int = NUM_STEPS
-    guidance: float = GUIDANCE
-    seed: int = 0
-    seam: Seam = "corrected"
-    rotary_precision: str | None = None
-
-    def count_steps(self, windows: int) -> int:
-        """Steps of `denoise_windows`."""
-        return windows * (len(make_sigmas(self.sampler, self.num_steps)) - 1)
-
-
-def settings_of(parts: Parts, request: ARRequest) -> DecoderSettings:
-    """How the tokens of a request are decoded by diffusion."""
-    network = parts.opened["decoder"]
-    return DecoderSettings(
-        sampler=SAMPLER_OF[network.generation],
-        seed=request.seed,
-        seam=request.decoder_seam,
-        rotary_precision=network.rotary_precision
-        or str(parts.compute.dtype).removeprefix("torch."),
-    )
-
-
-def decode_tokens(
-    parts: Parts,
-    tokens: Tensor,
-    context: Tensor,
-    settings: DecoderSettings,
-    token_cells: int,
-    recorder: Recorder,
-) -> Iterator[Step]:
-    """Video of ids (1, T, h, w), window after window; steps of "decode" hold its pieces.
-
-    Args:
-        parts: the decoder's networks.
-        tokens: any integer dtype, any T of 1 or more.
-        context: embedding of the prompt (1, S, E).
-        settings: how.
-        token_cells: latent cells that a token is wide and high.
-        recorder: receives seconds and memory.
-    """
-    opened, coder = parts.opened["decoder_tokenizer"], parts.loaded["decoder_tokenizer"]
-    windows = cut_windows(tokens)
-    total, denoised = settings.count_steps(len(windows)), 0
-    # a window depends on its tokens alone, but the released seam fades from one into the next
-    for number, group in enumerate(windows if settings.seam == "corrected" else [tokens]):
-        with stage(recorder, "denoise"), parts.loaded["decoder"].on_device() as model:
-            steps = denoise_windows(model, group, context, settings, token_cells=token_cells)
-            latents = yield from report(steps, recorder, total, before=denoised)
-        denoised += settings.count_steps(len(latents))
-        log_result("denoise", latents[-1])
-        yield Step("decode", 0, 0)
-        with stage(recorder, "decode"), coder.on_device() as tokenizer:
-            statistics = opened.statistics.rounded(tokenizer.quant_conv.weight.dtype)
-            for piece in decode_windows(
-                tokenizer, statistics, latents, tokens.shape[1], settings.seam, first=number
-            ):
-                yield Step("decode", 0, 0, signed_to_uint8(piece[0]))
+    return aux.path, context
 
 
 def cut_windows(tokens: Tensor) -> list[Tensor]:
@@ -311,104 +240,31 @@ def cut_windows(tokens: Tensor) -> list[Tensor]:
     return split_windows(tokens, DECODER_WINDOW, OVERLAP)
 
 
-@torch.inference_mode()
-def denoise_windows(
-    model: DiT,
-    tokens: Tensor,
-    context: Tensor,
-    settings: DecoderSettings,
-    *,
-    token_cells: int = 2,
-    noise: list[Tensor] | None = None,
-) -> Generator[Stepped, None, list[Tensor]]:
-    """Latents of every window, float32 (1, C, 8, H, W), normalised.
-
-    Args:
-        model: on its device.
-        tokens: ids (1, T, h, w), any integer dtype, any T of 1 or more.
-        context: embedding of the prompt (1, S, E).
-        settings: how.
-        token_cells: latent cells that a token is wide and high.
-        noise: unit normal, one for each window; None draws it from the seed.
-    """
-    _, _, height, width = tokens.shape
-    grid = LatentShape(DECODER_WINDOW, height * token_cells, width * token_cells)
-    device = model.embed.weight.device
-    shape = (1, model.config.latent_channels, grid.frames, grid.height, grid.width)
-    precision = settings.rotary_precision
-    angles = model.dtype if precision is None else getattr(torch, precision)
-    positions = model.make_positions(grid, FPS, rotary_dtype=angles)
-    text = context.to(device, model.dtype)
-    encoded = model.encode_context(torch.cat([text, torch.zeros_like(text)]))
-    latents = []
-    for number, window in enumerate(cut_windows(tokens.to(device))):
-        # without the prompt there are no tokens either: all ids 0, which is a token too
-        ids = model.encode_ids(torch.cat([window, torch.zeros_like(window)]), grid)
-        start = standard_noise(settings.seed, shape) if noise is None else noise[number]
-        steps = sample(
-            _paired(model, encoded, ids, positions),
-            start.to(device),
-            sampler=settings.sampler,
-            num_steps=settings.num_steps,
-            guidance=settings.guidance,
-            sigma_min=SIGMA_MIN,
-        )
-        latents.append((yield from steps))
-    return latents
-
-
-def _paired(model: DiT, context: Context, ids: Tensor, positions: Positions) -> Denoiser:
-    """Network that computes both branches of the guidance in one batch.
-
-    The sampler asks for the branch with the prompt (row 0 of context and ids), then for the other
-    with the same latents: the second answer is ready by then.
-    """
-    ready: list[Tensor] = []
-
-    def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
-        if not conditional:
-            return ready.pop()
-        y = model(x.repeat(2, 1, 1, 1, 1), times.repeat(2), context, positions, ids=ids)
-        with_prompt, ready[:] = y[:1], [y[1:]]
-        return with_prompt
-
-    return network
-
-
 def decode_windows(
     tokenizer: CosmosTokenizer,
     statistics: LatentStatistics,
     latents: list[Tensor],
     frames: int,
-    seam: Seam = "corrected",
-    *,
-    first: int = 0,
+    number: int,
 ) -> Iterator[Tensor]:
-    """Video of `denoise_windows`, (1, 3, T, H, W) in about [-1, 1], piece by piece.
+    """Pieces of a video of so many latent frames, (1, 3, T, H, W) in about [-1, 1].
 
-    Args:
-        tokenizer: on its device.
-        statistics: those of its latents.
-        latents: those of all windows, or of successive ones, whose part of the video this is then.
-        frames: latent frames of the clip.
-        seam: how windows are joined; "as_released" needs all of them.
-        first: index of the first of these windows.
+    Latents are those of window `number` alone, whose part of the video this is then, or those of
+    all windows, which fade into each other as released.
     """
     temporal = tokenizer.config.temporal
-    whole = 1 + (frames - 1) * temporal
-    restored = (statistics.denormalise(window / SIGMA_DATA) for window in latents)
-    if seam == "as_released" and len(latents) > 1:
-        pieces = [torch.cat(list(decode_stream(tokenizer, one)), dim=2) for one in restored]
+    restored = [statistics.denormalise(window / SIGMA_DATA) for window in latents]
+    if len(restored) > 1:
+        videos = [torch.cat(list(decode_stream(tokenizer, one)), dim=2) for one in restored]
         # float32: a fade of few levels; clamped before it, as released
-        blended = blend_windows([piece.float().clamp(-1, 1) for piece in pieces], OVERLAP)
-        yield blended[:, :, :whole]
+        blended = blend_windows([video.float().clamp(-1, 1) for video in videos], OVERLAP)
+        yield blended[:, :, : 1 + (frames - 1) * temporal]
         return
-    for number, window in enumerate(restored, start=first):
-        begun = number * (DECODER_WINDOW - OVERLAP)
-        skip = 1 + (OVERLAP - 1) * temporal if number else 0  # frames of the window before
-        # what follows changes nothing before it, so what reflection filled in is not decoded
-        for piece in decode_stream(tokenizer, window[:, :, : frames - begun]):
-            new = piece[:, :, skip:]
-            skip = max(0, skip - piece.shape[2])
-            if new.shape[2]:
-                yield new
+    skip = 1 + (OVERLAP - 1) * temporal if number else 0  # frames of the window before
+    # what follows changes nothing before it, so what reflection filled in is not decoded
+    own = restored[0][:, :, : frames - number * (DECODER_WINDOW - OVERLAP)]
+    for piece in decode_stream(tokenizer, own):
+        new = piece[:, :, skip:]
+        skip = max(0, skip - piece.shape[2])
+        if new.shape[2]:
+            yield new

@@ -9,8 +9,9 @@ Axes: B batch, S new tokens, D width, N query heads, M key heads, K head size, V
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,40 +22,34 @@ from worldline.nn.rope import Rotation, Yarn, rotate, rotation_3d, sincos_3d
 from worldline.shapes import LatentShape
 
 RELEASED_GRID = LatentShape(5, 40, 64)
+linear = partial(nn.Linear, bias=False)
 FEED_FORWARD_ROWS = 2048  # tokens of a prompt at a time: nothing else in a layer is as wide
 
 
 @dataclass(frozen=True, kw_only=True)
 class ARTransformerConfig:
-    """Architecture: shapes of all weights and the positions of a clip.
+    """Architecture: shapes of all weights and the positions of a clip; by default the 4B model's.
 
     Attributes:
-        depth: number of layers.
         width: D, channels of the residual stream.
-        num_heads: N.
         num_kv_heads: M; each serves N/M neighbouring query heads.
         head_size: K; N*K need not equal D.
-        hidden: channels inside the feed-forward block.
         vocabulary: V, ids the model can emit.
         embedding_rows: ids it can read; Video2World adds special ids and pads to 64.
-        grid: latent frames, rows and columns of a whole clip.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: added to the mean square in every norm.
-        yarn: stretching of the frequencies, or None.
+        grid: of a whole clip.
         context_width: channels of the text context; None for a base model.
         context_every: cross-attention in layers 0, n, 2n, ...
         absolute_positions: add the fixed table before every layer.
-        leading_tokens: tokens before the first cell (the begin-of-video id).
     """
 
-    depth: int
-    width: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    hidden: int
-    vocabulary: int
-    embedding_rows: int
+    depth: int = 16
+    width: int = 4096
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_size: int = 128
+    hidden: int = 14336
+    vocabulary: int = 64000
+    embedding_rows: int = 64000
     grid: LatentShape = RELEASED_GRID
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-5
@@ -62,7 +57,11 @@ class ARTransformerConfig:
     context_width: int | None = None
     context_every: int = 1
     absolute_positions: bool = False
-    leading_tokens: int = 0
+
+    @property
+    def leading_tokens(self) -> int:
+        """Tokens before the first cell: Video2World models begin with a token of their own."""
+        return int(self.context_width is not None)
 
     @property
     def length(self) -> int:
@@ -74,30 +73,13 @@ class ARTransformerConfig:
         return self.vocabulary
 
 
-def _released(**numbers: object) -> ARTransformerConfig:
-    common = {
-        "num_heads": 32,
-        "num_kv_heads": 8,
-        "head_size": 128,
-        "hidden": 14336,
-        "vocabulary": 64000,
-        "embedding_rows": 64000,
-    }
-    return ARTransformerConfig(**{**common, **numbers})  # type: ignore[arg-type]
-
-
-_VIDEO2WORLD = {
-    "embedding_rows": 64064,
-    "context_width": 1024,
-    "absolute_positions": True,
-    "leading_tokens": 1,
-}
-
+_4B = ARTransformerConfig()
+_5B = replace(_4B, embedding_rows=64064, context_width=1024, absolute_positions=True)
 PRESETS = {
-    "4B": _released(depth=16, width=4096),
-    "5B-Video2World": _released(depth=16, width=4096, **_VIDEO2WORLD),
-    "12B": _released(depth=40, width=5120, yarn=Yarn()),
-    "13B-Video2World": _released(depth=40, width=5120, yarn=Yarn(), **_VIDEO2WORLD),
+    "4B": _4B,
+    "5B-Video2World": _5B,
+    "12B": replace(_4B, depth=40, width=5120, yarn=Yarn()),
+    "13B-Video2World": replace(_5B, depth=40, width=5120, yarn=Yarn()),
 }
 
 
@@ -127,17 +109,12 @@ def make_positions(
     In a clip longer than the window, `first_frame` is the latent frame that the window begins with.
     The rotation goes on with time; the fixed table has no later time and stays as it is.
     """
+    grid, leading, table = config.grid, config.leading_tokens, None
     rotation = rotation_3d(
-        config.grid,
-        config.head_size,
-        config.rope_theta,
-        config.yarn,
-        config.leading_tokens,
-        first_frame,
+        grid, config.head_size, config.rope_theta, config.yarn, leading, first_frame
     )
-    table = None
     if config.absolute_positions:
-        table = sincos_3d(config.grid, config.width, config.leading_tokens).to(device, dtype)
+        table = sincos_3d(grid, config.width, leading).to(device, dtype)
     return Positions(rotation.to(torch.device(device), dtype), table)
 
 
@@ -160,15 +137,15 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: projections, and norms on q and k."""
+    """Grouped-query attention with norms on q and k; causal and rotated, or to a text context."""
 
     def __init__(self, config: ARTransformerConfig, source_width: int) -> None:
         super().__init__()
         self.head_size = config.head_size
-        self.q = nn.Linear(config.width, config.num_heads * config.head_size, bias=False)
-        self.k = nn.Linear(source_width, config.num_kv_heads * config.head_size, bias=False)
-        self.v = nn.Linear(source_width, config.num_kv_heads * config.head_size, bias=False)
-        self.out = nn.Linear(config.num_heads * config.head_size, config.width, bias=False)
+        self.q = linear(config.width, config.num_heads * config.head_size)
+        self.k = linear(source_width, config.num_kv_heads * config.head_size)
+        self.v = linear(source_width, config.num_kv_heads * config.head_size)
+        self.out = linear(config.num_heads * config.head_size, config.width)
         self.q_norm = RMSNorm(config.head_size, config.norm_eps)
         self.k_norm = RMSNorm(config.head_size, config.norm_eps)
 
@@ -176,33 +153,22 @@ class Attention(nn.Module):
         """(B, S, heads, K): split by head size, so that column-sharded layers need no change."""
         return x.unflatten(-1, (-1, self.head_size))
 
-
-class SelfAttention(Attention):
-    """Causal, rotated after the norms, over the cached tokens and these."""
+    def encode(self, source: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, M, S, K); those of a text are the same for every token."""
+        k = self.k_norm(self.heads(self.k(source))).transpose(1, 2)
+        v = self.heads(self.v(source)).transpose(1, 2)
+        return (k if rotation is None else rotate(k, rotation)), v
 
     def forward(
-        self, x: Tensor, rotation: Rotation, cache: KVCache | None, layer: int, start: int
+        self,
+        x: Tensor,
+        keys_and_values: tuple[Tensor, Tensor],
+        rotation: Rotation | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        q = rotate(self.q_norm(self.heads(self.q(x))).transpose(1, 2), rotation)
-        k = rotate(self.k_norm(self.heads(self.k(x))).transpose(1, 2), rotation)
-        v = self.heads(self.v(x)).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.append(layer, start, k, v)
-        y = attend(q, k, v, causal=True)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class CrossAttention(Attention):
-    """Attention from the stream to a text context: no rotation, no causal mask."""
-
-    def encode(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, M, rows, K); they are the same for every token."""
-        k = self.k_norm(self.heads(self.k(context)))
-        return k.transpose(1, 2), self.heads(self.v(context)).transpose(1, 2)
-
-    def forward(self, x: Tensor, encoded: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        q = self.q_norm(self.heads(self.q(x)))
-        y = attend(q.transpose(1, 2), *encoded, mask=mask)
+        q = self.q_norm(self.heads(self.q(x))).transpose(1, 2)
+        q = q if rotation is None else rotate(q, rotation)
+        y = attend(q, *keys_and_values, causal=rotation is not None, mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -211,9 +177,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate = linear(width, hidden)
+        self.up = linear(width, hidden)
+        self.down = linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.split(FEED_FORWARD_ROWS, dim=-2)
@@ -225,12 +191,11 @@ class Layer(nn.Module):
         super().__init__()
         self.number = number
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = SelfAttention(config, config.width)
-        self.cross_attention_norm: RMSNorm | None = None
-        self.cross_attention: CrossAttention | None = None
+        self.attention = Attention(config, config.width)
+        self.cross_attention: Any = None
         if config.context_width is not None and number % config.context_every == 0:
             self.cross_attention_norm = RMSNorm(config.width, config.norm_eps)
-            self.cross_attention = CrossAttention(config, config.context_width)
+            self.cross_attention = Attention(config, config.context_width)
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
         self.feed_forward = FeedForward(config.width, config.hidden)
 
@@ -245,12 +210,14 @@ class Layer(nn.Module):
     ) -> Tensor:
         if positions.table is not None:
             x = x + positions.table
-        x = x + self.attention(
-            self.attention_norm(x), positions.rotation, cache, self.number, start
-        )
-        if self.cross_attention is not None and self.cross_attention_norm is not None:
+        y = self.attention_norm(x)
+        k, v = self.attention.encode(y, positions.rotation)
+        if cache is not None:
+            k, v = cache.append(self.number, start, k, v)
+        x = x + self.attention(y, (k, v), positions.rotation)
+        if self.cross_attention is not None:
             assert context is not None, "a Video2World model needs its text context"
-            x = x + self.cross_attention(self.cross_attention_norm(x), context, context_mask)
+            x = x + self.cross_attention(self.cross_attention_norm(x), context, mask=context_mask)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -261,15 +228,14 @@ class ARTransformer(nn.Module):
         # not nn.Embedding(...): drawing its first weights on the meta device imports for 1.3 s
         table = torch.empty(config.embedding_rows, config.width)
         self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.depth))
+        self.layers: Any = nn.ModuleList(Layer(config, number) for number in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.head = linear(config.width, config.vocabulary)
 
-    def new_cache(self, batch: int, length: int | None = None) -> KVCache:
+    def new_cache(self, batch: int) -> KVCache:
         """Empty cache for `batch` clips, on the device and in the dtype of the weights."""
         config, weight = self.config, self.head.weight
-        length = config.length if length is None else length
-        shape = (config.depth, batch, config.num_kv_heads, length, config.head_size)
+        shape = (config.depth, batch, config.num_kv_heads, config.length, config.head_size)
         return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
 
     def encode_context(self, context: Tensor) -> EncodedContext:
@@ -277,7 +243,7 @@ class ARTransformer(nn.Module):
         context = context.to(self.head.weight.dtype)
         return [
             None if layer.cross_attention is None else layer.cross_attention.encode(context)
-            for layer in self.stack
+            for layer in self.layers
         ]
 
     def forward(
@@ -295,24 +261,18 @@ class ARTransformer(nn.Module):
 
         Args:
             tokens: (B, S) ids in [0, embedding_rows).
-            positions: those of the whole clip; rows start .. start + S - 1 are used.
+            positions: those of the whole clip.
             cache: holds the `start` tokens before these; filled in place.
             start: index in the clip of the first of `tokens`.
             context: from `encode_context`; Video2World only.
-            context_mask: boolean (B, 1, 1, rows), True is visible; by default all rows, as in the
-                released pipelines.
+            context_mask: boolean (B, 1, 1, rows), True is visible; None is all, as released.
             last_only: compute the logits of the last position alone.
         """
         here = positions.rows(start, tokens.shape[1])
         x = self.embedding(tokens)
-        for layer in self.stack:
+        for layer in self.layers:
             encoded = None if context is None else context[layer.number]
             x = layer(x, here, cache, start, encoded, context_mask)
         if last_only:
             x = x[:, -1:]
         return self.head(self.norm(x))
-
-    @property
-    def stack(self) -> list[Layer]:
-        """The layers in order."""
-        return list(self.layers)  # type: ignore[arg-type]

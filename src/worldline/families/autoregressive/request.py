@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
-from worldline.errors import InputError
 from worldline.family import Command
 from worldline.request import Name, Request, Seed, Size, T5Options, keyword, offload
 
@@ -58,8 +57,6 @@ class ARRequest(Request):
         name: Name = keyword,
     ) -> Self:
         """A request; that of an image continues 1 frame, whatever is stated, as released."""
-        if kind is None:
-            raise InputError("no input; these models continue an image or a video: give one")
         one = {"num_input_frames": 1} if kind == "image" else {}
         return super().make({**stated, **one}, defaults, kind, name)
 

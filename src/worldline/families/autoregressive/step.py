@@ -17,23 +17,23 @@ new token sees the frames before it as near as in training.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldline.families.autoregressive.model import (
     ARTransformer,
     ARTransformerConfig,
     EncodedContext,
-    Layer,
-    Positions,
+    RMSNorm,
     make_positions,
 )
-from worldline.nn.attention import KVCache
+from worldline.family import Compute, Opened
 from worldline.nn.modulation import has_triton
 from worldline.sampling.tokens import Sampling, draw
 
@@ -41,92 +41,72 @@ MAX_BATCH_SIZE = 16  # of the kernels
 
 
 def make_decoder(
-    model: ARTransformer,
-    positions: Positions,
-    sampling: Sampling,
-    *,
-    batch: int = 1,
-    context: Tensor | None = None,
+    model: ARTransformer, sampling: Sampling, *, batch: int = 1, context: Tensor | None = None
 ) -> PlainDecoder:
-    """The fastest decoder that the device and the model allow.
-
-    Args:
-        model: on its device.
-        positions: those of a whole clip, on the device and in the dtype of the weights; changed in
-            place if the clip becomes longer than the window.
-        sampling: how tokens are drawn.
-        batch: B, clips decoded in step.
-        context: text context (B, rows, width); Video2World only.
-    """
+    """The fastest decoder that the device and the model allow; arguments are those of each."""
     weight = model.head.weight
-    fast = batch <= MAX_BATCH_SIZE and kernels_fit(model.config, weight.device, weight.dtype)
+    fast = batch <= kernel_batch(model.config, weight.device, weight.dtype)
     kind = CapturedDecoder if fast else PlainDecoder
-    return kind(model, positions, sampling, batch=batch, context=context)
+    return kind(model, sampling, batch=batch, context=context)
 
 
-def kernels_fit(config: ARTransformerConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels can run this architecture here."""
-    return (
-        device.type == "cuda"
-        and dtype == torch.bfloat16
-        and config.head_size >= 32  # a tile of the attention kernel is a power of two wide
-        and config.head_size & (config.head_size - 1) == 0
-        and has_triton()
-    )
+def kernel_batch(config: ARTransformerConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """Clips that the kernels take in step; 0 where they cannot run this architecture."""
+    # a tile of the attention kernel is as wide as a head
+    tiles = config.head_size >= 32 and config.head_size.bit_count() == 1
+    fits = device.type == "cuda" and dtype == torch.bfloat16 and tiles and has_triton()
+    return MAX_BATCH_SIZE if fits else 0
 
 
 class PlainDecoder:
-    """Decoder that calls the modules; the reference for the fast one.
+    """Decoder of one clip or a batch that calls the modules; the reference for the fast one.
 
     Attributes:
+        positions: those of the window, in the dtype of the weights.
         ids: (B, window), prompt and drawn tokens of the window.
         done: tokens of them that are known.
         forgotten: (B, tokens of a latent frame) each, of the frames that left the window.
     """
 
     name = "plain modules"
+    attention = "torch SDPA (prompt), matrix products (decoding)"  # a prompt has many queries
 
     def __init__(
         self,
         model: ARTransformer,
-        positions: Positions,
         sampling: Sampling,
         *,
         batch: int = 1,
         context: Tensor | None = None,
     ) -> None:
-        self.model, self.positions, self.sampling = model, positions, sampling
-        self.cache = model.new_cache(batch)
+        """Start with an empty window.
+
+        Args:
+            model: on its device.
+            sampling: how tokens are drawn.
+            batch: B, clips decoded in step.
+            context: text context (B, rows, width); Video2World only.
+        """
+        self.model, self.sampling, self.cache = model, sampling, model.new_cache(batch)
+        keys, self.done = self.cache.keys, 0
+        self.positions = make_positions(model.config, keys.device, keys.dtype)
+        self.ids = torch.zeros(batch, self.cache.length, dtype=torch.int64, device=keys.device)
+        self.forgotten: list[Tensor] = []
         self.encoded: list[EncodedContext | None] = [None] * batch
         if context is not None:
             self.encoded = [model.encode_context(one) for one in context.split(1)]
-        device = model.head.weight.device
-        self.ids = torch.zeros(batch, self.cache.length, dtype=torch.int64, device=device)
-        self.done = 0
-        self.forgotten: list[Tensor] = []
 
     @property
     def tokens(self) -> Tensor:
         """Prompt and drawn tokens (B, so far)."""
-        leading = self.model.config.leading_tokens
-        seen = self.ids[:, : self.done]
+        leading, seen = self.model.config.leading_tokens, self.ids[:, : self.done]
         return torch.cat([seen[:, :leading], *self.forgotten, seen[:, leading:]], dim=1)
 
     @torch.inference_mode()
     def start(self, prompt: Tensor, noise: Tensor | None) -> None:
-        """Read `prompt` (B, P) into an empty window and draw the token after it.
-
-        Raises:
-            ValueError: the prompt leaves no room in the clip.
-        """
-        count = prompt.shape[1]
-        if not 0 < count < self.cache.length:
-            raise ValueError(f"a prompt of {count} tokens; a clip has {self.cache.length}")
-        if self.forgotten:
-            self.forgotten = []
-            self._move_window()
-        self.ids[:, :count] = prompt
-        self._read_and_draw(0, count, noise)
+        """Read `prompt` (B, P), shorter than the window, and draw the token after it."""
+        self.ids[:, : prompt.shape[1]] = prompt
+        self._read_and_draw(0, prompt.shape[1], noise)
 
     @torch.inference_mode()
     def step(self, noise: Tensor | None) -> None:
@@ -136,34 +116,24 @@ class PlainDecoder:
         self._read_and_draw(self.done - 1, self.done, noise)
 
     def _forget(self) -> None:
-        """Drop the oldest latent frame of the window."""
-        config = self.model.config
+        """Drop the oldest latent frame of the window, which begins with the next one then."""
+        config, rotation = self.model.config, self.positions.rotation
         start, count = config.leading_tokens, config.grid.tokens_per_frame
         self.forgotten.append(self.ids[:, start : start + count].clone())
         self.ids[:, start:-count] = self.ids[:, start + count :].clone()
         self.cache.forget(start, count)
         self.done -= count
-        self._move_window()
-
-    def _move_window(self) -> None:
-        """Set positions to those of a window that begins behind the forgotten frames."""
-        rotation, device = self.positions.rotation, self.ids.device
-        now = make_positions(
-            self.model.config, device, rotation.cos.dtype, first_frame=len(self.forgotten)
-        ).rotation
-        rotation.cos.copy_(now.cos)
-        rotation.sin.copy_(now.sin)
+        first, dtype = len(self.forgotten), rotation.cos.dtype
+        moved = make_positions(config, self.ids.device, dtype, first_frame=first).rotation
+        for table, values in zip(rotation, moved, strict=True):
+            table.copy_(values)  # in place: a captured graph reads it
 
     def _read_and_draw(self, start: int, end: int, noise: Tensor | None) -> None:
         """Read the tokens from `start` to `end` of every clip, and draw the one behind them."""
         for clip, (ids, encoded) in enumerate(zip(self.ids, self.encoded, strict=True)):
+            tokens, cache = ids[None, start:end], self.cache.one(clip)
             logits = self.model(
-                ids[None, start:end],
-                self.positions,
-                cache=self.cache.one(clip),
-                start=start,
-                context=encoded,
-                last_only=True,
+                tokens, self.positions, cache=cache, start=start, context=encoded, last_only=True
             )
             row = None if noise is None else noise[clip : clip + 1]
             ids[end : end + 1] = draw(logits[:, -1], self.sampling, row)
@@ -171,97 +141,38 @@ class PlainDecoder:
 
 
 class CapturedDecoder(PlainDecoder):
-    """Decoder that replays one CUDA graph for a token of every clip."""
+    """Decoder that replays one CUDA graph for a token of every clip.
+
+    It has five kernels a layer, with a prompt nine. Weights are bf16.
+
+    Attributes:
+        position: () index in the window of the token that the next step reads.
+    """
 
     name = "CUDA graph, Triton kernels"
+    attention = "torch SDPA (prompt), Triton, split keys (decoding)"
 
     def __init__(self, model: ARTransformer, *arguments: Any, **options: Any) -> None:
         super().__init__(model, *arguments, **options)
-        device = self.ids.device
-        self.fused = FusedStep(model, self.positions, self.encoded)
-        self.position = torch.zeros((), dtype=torch.int64, device=device)
-        self.noise = torch.ones(len(self.ids), model.config.vocabulary, device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    @torch.inference_mode()
-    def start(self, prompt: Tensor, noise: Tensor | None) -> None:
-        super().start(prompt, noise)
-        self.position.fill_(self.done - 1)  # index of the token that the next step reads
-
-    @torch.inference_mode()
-    def step(self, noise: Tensor | None) -> None:
-        if self.done == self.cache.length:
-            self._forget()
-            self.position.fill_(self.done - 1)
-        if self.graph is None:
-            self._capture()
-        assert self.graph is not None
-        if noise is not None:
-            self.noise.copy_(noise)
-        self.graph.replay()
-        self.done += 1
-
-    def _run(self) -> None:
-        last = self.ids.index_select(1, self.position.view(1)).view(-1)
-        logits = self.fused(last, self.position, self.cache)
-        self.position += 1
-        # sums of one row and of several take different kernels, which round differently
-        for ids, row, noise in zip(self.ids, logits.split(1), self.noise.split(1), strict=True):
-            ids.scatter_(0, self.position.view(1), draw(row, self.sampling, noise))
-
-    def _capture(self) -> None:
-        # Rehearsals compile the kernels. They write one token and one row of the cache, which the
-        # first replay writes again with the same values, and move the position, which is put back.
-        position = self.position.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._run()
-                self.position.copy_(position)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._run()
-        self.position.copy_(position)
-
-
-class FusedStep:
-    """The transformer for one token of each clip: five kernels a layer, with a prompt nine."""
-
-    def __init__(
-        self,
-        model: ARTransformer,
-        positions: Positions,
-        contexts: Sequence[EncodedContext | None] = (None,),
-    ) -> None:
-        """Allocate the buffers.
-
-        Args:
-            model: bf16, on its device.
-            positions: those of a whole clip, bf16, on the same device.
-            contexts: from `encode_context`, for each clip.
-        """
         from worldline.nn import decode_kernels
 
-        self.kernels = decode_kernels
-        self.model = model
-        self.rotation, self.table = positions
-        config = model.config
-        device = model.head.weight.device
-        batch = len(contexts)
+        config, device, batch = model.config, self.ids.device, len(self.ids)
+        self.matvec, self.gate_up = decode_kernels.matvec, decode_kernels.gate_up
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.noise = torch.ones(batch, config.vocabulary, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
         # keys and values (B, M, rows, K) of the text of all clips, for each layer that reads one
-        self.contexts: list[tuple[Tensor, Tensor] | None] = []
-        for layer in model.stack:
-            pairs = [pair for one in contexts if one is not None and (pair := one[layer.number])]
-            keys_and_values = [torch.cat(part).contiguous() for part in zip(*pairs, strict=True)]
-            self.contexts.append((keys_and_values[0], keys_and_values[1]) if pairs else None)
+        self.contexts: list[list[Tensor]] = []
+        for number in range(config.depth):
+            pairs = [pair for one in self.encoded if one is not None and (pair := one[number])]
+            joined = [torch.cat(part).contiguous() for part in zip(*pairs, strict=True)]
+            self.contexts.append(joined)
 
         def buffer(size: int) -> Tensor:
             return torch.empty(batch, size, dtype=torch.bfloat16, device=device)
 
         heads = config.num_heads * config.head_size
-        self.stream = buffer(config.width)
+        self.residual = buffer(config.width)
         self.qkv = buffer(heads + 2 * config.num_kv_heads * config.head_size)
         self.mixed = buffer(heads)
         self.hidden = buffer(config.hidden)
@@ -275,41 +186,64 @@ class FusedStep:
             device=device,
         )
 
-    def __call__(self, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V), bf16.
+    @torch.inference_mode()
+    def start(self, prompt: Tensor, noise: Tensor | None) -> None:
+        super().start(prompt, noise)
+        self.position.fill_(self.done - 1)
 
-        Args:
-            tokens: (B,) ids on the device.
-            position: () their index in the clip, the same for all.
-            cache: one row a layer and clip is written.
-        """
-        matvec, x = self.kernels.matvec, self.stream
+    @torch.inference_mode()
+    def step(self, noise: Tensor | None) -> None:
+        if self.done == self.cache.length:
+            self._forget()
+            self.position.fill_(self.done - 1)
+        if self.graph is None:
+            self.graph = self._capture()
+        if noise is not None:
+            self.noise.copy_(noise)
+        self.graph.replay()
+        self.done += 1
+
+    def run(self) -> None:
+        """Read the token at `position` of every clip and draw the next."""
+        self._read(self.ids.index_select(1, self.position.view(1)).view(-1))
+        self.position += 1
+        # sums of one row and of several take different kernels, which round differently
+        rows = zip(self.ids, self.logits.split(1), self.noise.split(1), strict=True)
+        for ids, row, noise in rows:
+            ids.scatter_(0, self.position.view(1), draw(row, self.sampling, noise))
+
+    def _read(self, tokens: Tensor) -> None:
+        """Logits of the tokens behind `tokens` (B,); one row a layer and clip is cached."""
+        matvec, x, (rotation, table) = self.matvec, self.residual, self.positions
+
+        def project(norm: RMSNorm, out: Tensor, *layers: nn.Linear) -> None:
+            weights = tuple(layer.weight for layer in layers)
+            matvec(x, weights, out, gamma=norm.weight, eps=norm.eps)
+
         torch.index_select(self.model.embedding.weight, 0, tokens, out=x)
-        here = None if self.table is None else self.table.index_select(0, position.view(1))
-        for number, layer in enumerate(self.model.stack):
+        here = None if table is None else table.index_select(0, self.position.view(1))
+        for number, layer in enumerate(self.model.layers):
             attention, feed_forward = layer.attention, layer.feed_forward
             if here is not None:
                 x += here
-            matvec(
-                x,
-                (attention.q.weight, attention.k.weight, attention.v.weight),
-                self.qkv,
-                gamma=layer.attention_norm.weight,
-                eps=layer.attention_norm.eps,
-            )
+            project(layer.attention_norm, self.qkv, attention.q, attention.k, attention.v)
             self.attend(
                 self.qkv,
                 (attention.q_norm.weight, attention.k_norm.weight),
                 attention.q_norm.eps,
-                cache.keys[number],
-                cache.values[number],
+                self.cache.keys[number],
+                self.cache.values[number],
                 self.mixed,
-                rotation=self.rotation,
-                position=position,
+                rotation=rotation,
+                position=self.position,
             )
             matvec(self.mixed, (attention.out.weight,), x, residual=x)
-            self._attend_to_context(layer, self.contexts[number])
-            self.kernels.gate_up(
+            if (text := layer.cross_attention) is not None:
+                project(layer.cross_attention_norm, self.query, text.q)
+                gammas, (k, v) = (text.q_norm.weight, text.q_norm.weight), self.contexts[number]
+                self.attend(self.query, gammas, text.q_norm.eps, k, v, self.mixed)
+                matvec(self.mixed, (text.out.weight,), x, residual=x)
+            self.gate_up(
                 x,
                 layer.feed_forward_norm.weight,
                 layer.feed_forward_norm.eps,
@@ -318,45 +252,48 @@ class FusedStep:
                 self.hidden,
             )
             matvec(self.hidden, (feed_forward.down.weight,), x, residual=x)
-        norm = self.model.norm
-        matvec(x, (self.model.head.weight,), self.logits, gamma=norm.weight, eps=norm.eps)
-        return self.logits
+        project(self.model.norm, self.logits, self.model.head)
 
-    def _attend_to_context(self, layer: Layer, context: tuple[Tensor, Tensor] | None) -> None:
-        """Add cross-attention to the stream, in layers that have it."""
-        attention, norm = layer.cross_attention, layer.cross_attention_norm
-        if attention is None or norm is None:
-            return
-        assert context is not None, "a Video2World model needs its text context"
-        matvec, x, q_norm = self.kernels.matvec, self.stream, attention.q_norm
-        matvec(x, (attention.q.weight,), self.query, gamma=norm.weight, eps=norm.eps)
-        self.attend(self.query, (q_norm.weight, q_norm.weight), q_norm.eps, *context, self.mixed)
-        matvec(self.mixed, (attention.out.weight,), x, residual=x)
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        # Rehearsals compile the kernels. They write one token and one row of the cache, which the
+        # first replay writes again with the same values, and move the position, which is put back.
+        position, stream, graph = self.position.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.run()
+                self.position.copy_(position)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            self.run()
+        self.position.copy_(position)
+        return graph
 
 
-def compile_ahead(
-    config: ARTransformerConfig, device: torch.device, dtype: torch.dtype, batch: int = 1
-) -> threading.Thread | None:
-    """Thread that compiles the kernels of this architecture while weights load; None if unused."""
-    if batch > MAX_BATCH_SIZE or not kernels_fit(config, device, dtype):
-        return None
+@contextmanager
+def compile_kernels(opened: Opened, compute: Compute) -> Iterator[None]:
+    """Compile the kernels of a model in a thread, beside the reading of its weights."""
+    config, batch = opened["transformer"].config, compute.batch_size
+    device, dtype = compute.device, compute.dtype
+    if batch > kernel_batch(config, device, dtype):
+        yield
+        return
 
     @torch.inference_mode()
-    def run() -> None:
+    def compile_all() -> None:
         # kernels are compiled for columns of matrices, whatever their rows and number
         small = replace(config, depth=1, vocabulary=16, embedding_rows=32)
         with torch.device("meta"):
             model = ARTransformer(small).to(dtype)
         with torch.cuda.stream(torch.cuda.Stream(device)):
             model = model.to_empty(device=device)
-            context: EncodedContext | None = None
+            context = None
             if config.context_width is not None:
-                rows = torch.zeros(1, 16, config.context_width, device=device)
-                context = model.encode_context(rows)
-            step = FusedStep(model, make_positions(small, device, dtype), [context] * batch)
-            first = torch.zeros(batch, dtype=torch.int64, device=device)
-            step(first, first[0], model.new_cache(batch))
+                context = torch.zeros(batch, 16, config.context_width, device=device)
+            rule = Sampling(temperature=0)
+            CapturedDecoder(model, rule, batch=batch, context=context).run()
 
-    thread = threading.Thread(target=run, name="compile", daemon=True)
-    thread.start()
-    return thread
+    # it launches kernels, so it ends before whatever follows, a failure too
+    with ThreadPoolExecutor(1, "compile") as thread:
+        thread.submit(compile_all)
+        yield

@@ -1,4 +1,4 @@
-"""Names of the tensors in released files, and the architecture that they imply.
+"""Folders and files of released models, names of their tensors, the architecture that they imply.
 
 Source: nvidia-cosmos/cosmos-predict1 `autoregressive/model.py` (load_ar_model),
 `autoregressive/utils/checkpoint.py`, `autoregressive/configs/inference/inference_config.py`.
@@ -6,7 +6,7 @@ Source: nvidia-cosmos/cosmos-predict1 `autoregressive/model.py` (load_ar_model),
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from worldline.families.autoregressive.model import (
     ARTransformer,
     ARTransformerConfig,
 )
+from worldline.family import Opened
 from worldline.nn.rope import Yarn
 from worldline.shapes import LatentShape
 from worldline.weights import networks
@@ -37,14 +38,7 @@ from worldline.weights.networks import (
 
 __all__ = ["PRESETS", "open_network"]
 
-_ATTENTION = {
-    "wq.weight": "q.weight",
-    "wk.weight": "k.weight",
-    "wv.weight": "v.weight",
-    "wo.weight": "out.weight",
-    "q_norm.weight": "q_norm.weight",
-    "k_norm.weight": "k_norm.weight",
-}
+_ATTENTION = {"wq": "q", "wk": "k", "wv": "v", "wo": "out", "q_norm": "q_norm", "k_norm": "k_norm"}
 
 KEYS = KeyMap(
     prefixes=("model.", ""),
@@ -59,7 +53,7 @@ KEYS = KeyMap(
         "norm.weight": "norm.weight",
         "output.weight": "head.weight",
         **{
-            f"layers.{{i}}.{block}.{theirs}": f"layers.{{i}}.{block}.{ours}"
+            f"layers.{{i}}.{block}.{theirs}.weight": f"layers.{{i}}.{block}.{ours}.weight"
             for block in ("attention", "cross_attention")
             for theirs, ours in _ATTENTION.items()
         },
@@ -100,14 +94,18 @@ class Settings(networks.Settings):
     video_latent_shape: tuple[Annotated[Count, Field(ge=2)], Count, Count] = astuple(RELEASED_GRID)
 
 
+def find_folder(opened: Opened, kind: str, names: Sequence[str]) -> Path:
+    """Folder of a part beside the model, by its names in order of preference."""
+    if (folder := opened.place.below(names)) is None:
+        searched = opened.place.searched
+        raise CheckpointError(f"no {kind}: neither {' nor '.join(names)} is in {searched}")
+    return folder
+
+
 def open_network(
     path: Path | Checkpoint, settings: Mapping[str, Any] | None = None
 ) -> Network[ARTransformerConfig]:
-    """Open an autoregressive transformer; headers only.
-
-    Args:
-        path: as for `open_transformer`.
-        settings: content of `config.json`; None reads the one beside the file.
+    """Open an autoregressive transformer by its headers, and config.json beside it unless given.
 
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor does not fit.
@@ -123,10 +121,6 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
 
     Settings win over the shapes of tensors, so that a file that contradicts them fails by the
     tensor's name when it is matched, as one that lacks its last shards or layers does.
-
-    Raises:
-        CheckpointError: the tensors are not those of an autoregressive Cosmos model, or a setting
-            has a wrong value.
     """
     shapes = Shapes(source, KEYS, "an autoregressive Cosmos model")
     stated = Settings.parse(settings, source.path.parent / "config.json")
@@ -140,19 +134,12 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
     heads, kv_heads = (
         shapes.size(f"layers.0.attention.{leaf}.weight") // head_size for leaf in ("q", "k")
     )
-    yarn = Yarn(
-        stated.original_latent_shape[:2],
-        stated.yarn_scale,
-        stated.yarn_beta_fast,
-        stated.yarn_beta_slow,
-    )
+    scales = stated.yarn_scale, stated.yarn_beta_fast, stated.yarn_beta_slow
+    yarn = Yarn(stated.original_latent_shape[:2], *scales)
     rows = shapes.size("embedding.weight")
     vocabulary = stated.vocab_size or shapes.size("head.weight")
     if rows < (ids := vocabulary + int(has_context)):  # the begin token is the next id
         raise CheckpointError(f"{source.path}: embedding_rows is {rows}; {ids} ids are read")
-    context_width = None
-    if has_context:
-        context_width = stated.context_dim or shapes.size(context, 1)
     stretched = (depth, width) == _DEEP_AND_WIDE
     absolute = stated.apply_abs_pos_emb
     return ARTransformerConfig(
@@ -168,8 +155,7 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
         rope_theta=stated.rope_theta,
         norm_eps=stated.norm_eps,
         yarn=yarn if (stretched if stated.apply_yarn is None else stated.apply_yarn) else None,
-        context_width=context_width,
+        context_width=(stated.context_dim or shapes.size(context, 1)) if has_context else None,
         context_every=stated.insert_cross_attn_every_k_layers,
         absolute_positions=has_context if absolute is None else absolute,
-        leading_tokens=int(has_context),
     )
