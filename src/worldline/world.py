@@ -181,7 +181,7 @@ class World:
         if unknown := sorted(set().union(*each) - own):
             raise InputError(f"{', '.join(unknown)}: not an option of one input; {sorted(own)} are")
         jobs = [
-            self.prepare(input, options | one, input_type=input_type)
+            self.prepare(input, {**options, **one}, input_type=input_type)
             for input, one in zip(inputs, each, strict=True)
         ]
         if len({job.request.num_input_frames for job in jobs}) > 1:
@@ -271,12 +271,12 @@ class World:
                 except GuardrailRefusal as error:
                     refusals[index] = error
         if refusals:
-            error = next(iter(refusals.values()))
-            if len(jobs) > 1:
-                stages = " and ".join(sorted({refusal.stage for refusal in refusals.values()}))
-                message = f"{len(refusals)} of {len(jobs)} inputs were refused, the first: {error}"
-                error = GuardrailRefusal(message, stages, refusals)
-            raise error
+            first = next(iter(refusals.values()))
+            if len(jobs) == 1:
+                raise first
+            stages = " and ".join(sorted({refusal.stage for refusal in refusals.values()}))
+            message = f"{len(refusals)} of {len(jobs)} inputs were refused, the first: {first}"
+            raise GuardrailRefusal(message, stages, refusals)
 
     def _generate(self, jobs: Sequence[Job], shared: Recorder) -> Iterator[tuple[int, Step]]:
         family = self.opened.family
