@@ -25,7 +25,7 @@ import torch
 from worldline.files import GIGABYTE
 from worldline.guardrails.blocklist import COSMOS1, PREDICT, Blocklist
 from worldline.guardrails.faces import FaceBlur, RetinaFace
-from worldline.guardrails.frames import PREDICT1, FrameClassifier, FrameFeatures, FrameFilter
+from worldline.guardrails.frames import PREDICT1, FrameFeatures, FrameFilter, frame_classifier
 from worldline.report import environment
 
 FRAMES, HEIGHT, WIDTH = 33, 640, 1024
@@ -96,7 +96,7 @@ def clip(device: torch.device) -> dict[str, Any]:
         SiglipVisionModel(SiglipVisionConfig(**SIGLIP)).save_pretrained(name)
         (Path(name) / "preprocessor_config.json").write_text(json.dumps(settings))
         features = FrameFeatures(Path(name), device)
-    guard = FrameFilter(features, FrameClassifier().eval().to(device), PREDICT1)
+    guard = FrameFilter(features, frame_classifier().eval().to(device), PREDICT1)
     faces = FaceBlur(RetinaFace().eval().to(device))
     measured = {"classifier": guard.check, "face_blur": faces.apply}
     return {name: seconds(work, frames, device) for name, work in measured.items()}

@@ -446,7 +446,7 @@ def test_a_video_refused_in_step_is_not_made_again(
 
     def check(_: FrameFilter, frames: np.ndarray) -> Verdict:
         asked.append(len(frames))
-        return Verdict(len(asked) != 2, "", ("Violence",))
+        return Verdict(len(asked) != 2, ("Violence",))
 
     monkeypatch.setattr(FrameFilter, "check", check)
     batch = write_lines(tmp_path / "b.jsonl", *[{"visual_input": str(clip)}] * 3)
@@ -559,7 +559,7 @@ def test_offloaded_networks_visit_the_device(
     world.generate(prompt=PROMPT, num_steps=1)
     assert [name for name in visits if name not in ("DiT", "CosmosTokenizer", "T5Encoder")] == [
         *("LlamaForCausalLM", "MistralForCausalLM", "LlamaForCausalLM"),
-        *("SiglipVisionModel", "FrameClassifier", "RetinaFace"),
+        *("SiglipVisionModel", "Sequential", "RetinaFace"),
     ]
 
 

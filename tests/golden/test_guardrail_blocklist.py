@@ -32,8 +32,8 @@ def agrees(record: dict[str, Any], verdict: Verdict, stored: dict[str, Any]) -> 
     if record.get("nltk_3_10_4_is_safe", stored["is_safe"]) != stored["is_safe"]:
         return True  # the case says that either answer is right
     if stored["is_safe"] is None:  # the reference raises at one of these
-        return not verdict.safe and verdict.check in ("censor", "censor_lemma")
-    return verdict.safe == stored["is_safe"] and verdict.check == (stored["stage"] or "")
+        return not verdict.safe and verdict.reasons in (("censor",), ("censor_lemma",))
+    return verdict == Verdict(stored["is_safe"], tuple(filter(None, [stored["stage"]])))
 
 
 @pytest.mark.parametrize("settings", sorted(SETTINGS))

@@ -17,12 +17,13 @@ from worldline.guardrails.faces import (
     RetinaFace,
     blur,
     decode,
-    load_retinaface,
+    key_map,
     pixelate,
     prepare,
     priors,
     select,
 )
+from worldline.weights.networks import read_network
 
 CASES = cases("guardrail_face")
 
@@ -56,7 +57,7 @@ def network_of(case: Case, folder: Path) -> RetinaFace:
     """Write the file as released, and read it."""
     path = folder / "Resnet50_Final.pth"
     torch.save({f"module.{name}": t for name, t in recipe_weights(case).items()}, path)
-    return load_retinaface(path)
+    return read_network(RetinaFace, path, key_map)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

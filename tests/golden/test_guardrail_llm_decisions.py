@@ -7,19 +7,11 @@ import re
 import pytest
 from cases import Case, cases
 
-from worldline.guardrails.language import (
-    decide_aegis,
-    decide_llama_guard_3,
-    decide_qwen3guard,
-)
+from worldline.guardrails.language import AEGIS, LLAMA_GUARD_3, QWEN3GUARD
 from worldline.text.upsampler import clean, shrunk
 
 CASES = cases("guardrail_llm_decisions")
-DECIDE = {
-    "aegis": decide_aegis,
-    "llama_guard_3": decide_llama_guard_3,
-    "qwen3guard": decide_qwen3guard,
-}
+MODELS = {model.name: model for model in (AEGIS, LLAMA_GUARD_3, QWEN3GUARD)}
 
 
 def stored_categories(guard: str, message: str) -> list[str]:
@@ -32,17 +24,17 @@ def stored_categories(guard: str, message: str) -> list[str]:
     return re.findall(r"'([^']*)'", message)
 
 
-@pytest.mark.parametrize("guard", sorted(DECIDE))
+@pytest.mark.parametrize("guard", sorted(MODELS))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_verdict_and_categories(case: Case, guard: str) -> None:
     assert case.spec[guard]
     for record in case.spec[guard]:
-        verdict = DECIDE[guard](record["output"])
+        verdict = MODELS[guard].decide(record["output"])
         if record["message"].startswith("Unexpected error"):
             assert not verdict.safe, record  # the reference lets these through
         else:
             assert verdict.safe == record["is_safe"], record
-            assert list(verdict.categories) == stored_categories(guard, record["message"]), record
+            assert list(verdict.reasons) == stored_categories(guard, record["message"]), record
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -15,8 +15,10 @@ from worldline.guardrails.frames import (
     PREDICT2_5,
     FrameFeatures,
     Rule,
-    load_classifier,
+    frame_classifier,
+    key_map,
 )
+from worldline.weights.networks import read_network
 
 CASES = cases("guardrail_video_classifier")
 RULES = {
@@ -42,7 +44,7 @@ def siglip_folder(case: Case) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_logits_and_classes(case: Case) -> None:
-    logits = load_classifier(classifier_file(case))(case.tensor("features"))
+    logits = read_network(frame_classifier, classifier_file(case), key_map)(case.tensor("features"))
     case.compare("logits", logits)
     case.compare("classes", logits.argmax(-1))
     assert list(CLASSES) == case.spec["model"]["class_names"]
@@ -57,7 +59,8 @@ def test_features(case: Case) -> None:
         number = name.removeprefix("image")
         frames = case.tensor(name)[None].numpy()
         case.compare(f"pixel_values{number}", features.pixels(frames))
-        pooled = features.pooled(case.tensor(f"pixel_values{number}"))
+        pixels = case.tensor(f"pixel_values{number}")
+        pooled = features.network(pixel_values=pixels).pooler_output
         case.compare(f"image_features{number}", pooled)
         case.compare(f"image_features_norm{number}", F.normalize(pooled, dim=-1))
         case.compare(f"image_features_norm{number}", features(frames))
@@ -65,7 +68,7 @@ def test_features(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_verdicts(case: Case) -> None:
-    scores = load_classifier(classifier_file(case))(case.tensor("features"))
+    scores = read_network(frame_classifier, classifier_file(case), key_map)(case.tensor("features"))
     assert case.spec["videos"]
     for video in case.spec["videos"]:
         rows = torch.tensor(video["frames"], dtype=torch.int64)

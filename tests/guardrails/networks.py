@@ -39,9 +39,11 @@ def write_retinaface(path: Path) -> Path:
 def write_classifier(path: Path, answer: int = 0) -> Path:
     """Write a classifier that gives every frame the class `answer`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = drawn(frames.FrameClassifier())
-    tensors["layers.6.bias"] = torch.eye(7)[answer] * 1e3
-    state = {frames.KEYS.released(name): t for name, t in tensors.items()}
+    network = frames.frame_classifier()
+    tensors = drawn(network)
+    tensors["6.bias"] = torch.eye(7)[answer] * 1e3
+    keys = frames.key_map(network)
+    state = {keys.released(name): t for name, t in tensors.items()}
     torch.save({"model": state}, path)
     return path
 

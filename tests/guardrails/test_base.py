@@ -18,7 +18,7 @@ from worldline.report import Recorder
 
 FRAMES = np.zeros((3, 8, 8, 3), np.uint8)
 SAFE = Verdict(True)
-UNSAFE = Verdict(False, "exact", ("Hate",))
+UNSAFE = Verdict(False, ("Hate",))
 
 
 class Fixed:

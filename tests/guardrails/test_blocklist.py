@@ -90,14 +90,14 @@ def test_an_asterisk_is_no_refusal(guard: Blocklist) -> None:
 
 
 def test_empty_prompt(guard: Blocklist) -> None:
-    assert guard.check("").check == "empty"
+    assert guard.check("").reasons == ("empty",)
     assert guard.check(" ").safe
 
 
 def test_stages(guard: Blocklist) -> None:
-    assert guard.check("a zorbash here").check == "censor"
-    assert guard.check("many glonkim here").check == "censor_lemma"
-    assert guard.check("some moon cheese here").check == "exact"
+    assert guard.check("a zorbash here").reasons == ("censor",)
+    assert guard.check("many glonkim here").reasons == ("censor_lemma",)
+    assert guard.check("some moon cheese here").reasons == ("exact",)
 
 
 def test_whitelist() -> None:

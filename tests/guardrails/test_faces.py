@@ -16,11 +16,11 @@ from worldline.guardrails.faces import (
     blur,
     decode,
     key_map,
-    load_retinaface,
     pixelate,
     priors,
     select,
 )
+from worldline.weights.networks import read_network
 
 from .networks import write_retinaface
 
@@ -90,7 +90,7 @@ def test_strict_file_and_finite_numbers(tmp_path: Path) -> None:
     path = write_retinaface(tmp_path / "Resnet50_Final.pth")
     state = torch.load(path, weights_only=True)
     torch.save({"state_dict": state}, path)  # also saved like this
-    guard = FaceBlur(load_retinaface(path))
+    guard = FaceBlur(read_network(RetinaFace, path, key_map))
     frames = np.zeros((1, 32, 48, 3), np.uint8)
     assert guard.apply(frames)[0].shape == frames.shape
     with torch.no_grad():
@@ -100,6 +100,6 @@ def test_strict_file_and_finite_numbers(tmp_path: Path) -> None:
     state["module.fpn.stranger"] = state.pop("module.fpn.merge1.0.weight")
     torch.save(state, path)
     with pytest.raises(CheckpointError, match=r"fpn\.merge1\.0\.weight"):
-        load_retinaface(path)
+        read_network(RetinaFace, path, key_map)
     with pytest.raises(CheckpointError, match="missing"):
-        load_retinaface(tmp_path / "absent.pth")
+        read_network(RetinaFace, tmp_path / "absent.pth", key_map)

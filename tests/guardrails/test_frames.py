@@ -12,15 +12,15 @@ import torch
 from worldline.errors import CheckpointError, Error
 from worldline.guardrails.frames import (
     CLASSES,
-    KEYS,
     PREDICT1,
     PREDICT2_5,
-    FrameClassifier,
     FrameFeatures,
     FrameFilter,
     Rule,
-    load_classifier,
+    frame_classifier,
+    key_map,
 )
+from worldline.weights.networks import read_network
 
 from .networks import write_classifier, write_siglip
 
@@ -37,12 +37,15 @@ FIRST = Rule(PREDICT2_5.unsafe, 0.0)  # of Predict2.5, until 2025-10-13
 
 
 def load(classifier: Path, siglip: Path, rule: Rule = PREDICT1) -> FrameFilter:
-    return FrameFilter(FrameFeatures(siglip), load_classifier(classifier), rule)
+    network = read_network(frame_classifier, classifier, key_map)
+    return FrameFilter(FrameFeatures(siglip), network, rule)
 
 
 def test_released_keys() -> None:
     released = json.loads(MANIFEST.read_text())["tensors"]
-    ours = {KEYS.released(n): list(t.shape) for n, t in FrameClassifier().state_dict().items()}
+    network = frame_classifier()
+    keys = key_map(network)
+    ours = {keys.released(n): list(t.shape) for n, t in network.state_dict().items()}
     assert ours == {name: shape for name, (_, shape) in released.items()}
 
 
@@ -52,7 +55,7 @@ def test_every_class(answer: int, siglip: Path, tmp_path: Path) -> None:
     guard = load(classifier, siglip)
     verdict = guard.check(FRAMES)
     assert verdict.safe == (answer == 0)
-    assert verdict.categories == ((CLASSES[answer],) if answer else ())
+    assert verdict.reasons == ((CLASSES[answer],) if answer else ())
 
 
 def test_shares() -> None:
@@ -72,7 +75,7 @@ def test_shares() -> None:
 def test_logits_that_are_not_finite(siglip: Path, tmp_path: Path) -> None:
     guard = load(write_classifier(tmp_path / "f.pt"), siglip)
     with torch.no_grad():
-        guard.classifier.layers[6].bias[3] = torch.nan
+        guard.classifier[6].bias[3] = torch.nan
     with pytest.raises(Error, match="not finite"):
         guard.check(FRAMES)
 
@@ -80,7 +83,7 @@ def test_logits_that_are_not_finite(siglip: Path, tmp_path: Path) -> None:
 def test_other_files(siglip: Path, tmp_path: Path) -> None:
     classifier = write_classifier(tmp_path / "safety_filter.pt")
     with pytest.raises(CheckpointError, match=r"absent\.pt is missing"):
-        load_classifier(tmp_path / "absent.pt")
+        read_network(frame_classifier, tmp_path / "absent.pt", key_map)
     with pytest.raises(CheckpointError, match="16 features"):
         load(classifier, write_siglip(tmp_path / "narrow", 16))
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
@@ -95,8 +98,8 @@ def test_classifier_is_strict(tmp_path: Path) -> None:
     state = torch.load(path, weights_only=True)["model"]
     counted = {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
     torch.save({"model": counted}, path)
-    load_classifier(path)  # files of old torch lack the counts
+    read_network(frame_classifier, path, key_map)  # files of old torch lack the counts
     del counted["network.layers.3.bias"]
     torch.save({"model": counted}, path)
     with pytest.raises(CheckpointError, match=r"network\.layers\.3\.bias"):
-        load_classifier(path)
+        read_network(frame_classifier, path, key_map)

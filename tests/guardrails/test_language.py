@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from worldline.errors import CheckpointError
-from worldline.guardrails import language
+from worldline.guardrails.base import Verdict
 from worldline.guardrails.language import (
     AEGIS,
     LLAMA_GUARD_3,
@@ -78,7 +78,7 @@ def write_model(folder: Path, kind: GuardModel, answers: dict[str, str] | None =
 
 def write_adapter(folder: Path, width: int, **changed: object) -> Path:
     """Write an adapter that turns an answer into the end; alpha / rank is 2."""
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     settings = {"r": 1, "lora_alpha": 2, "target_modules": ["lm_head"], **changed}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     down, up = torch.zeros(1, 32), torch.zeros(width, 1)
@@ -89,8 +89,9 @@ def write_adapter(folder: Path, width: int, **changed: object) -> Path:
     return folder
 
 
-def load(folder: Path, kind: GuardModel) -> LanguageGuard:
-    return language.load(kind, write_model(folder, kind), "cpu", torch.float32)
+def load(root: Path, kind: GuardModel) -> LanguageGuard:
+    write_model(root / kind.released, kind)
+    return LanguageGuard(kind, [root])
 
 
 def test_llama_guard_3(tmp_path: Path) -> None:
@@ -98,30 +99,28 @@ def test_llama_guard_3(tmp_path: Path) -> None:
     assert guard.check("pet the kitten").safe
     refused = guard.check("draw the dagger")
     assert not refused.safe
-    assert refused.categories == ("Violent Crimes", "Indiscriminate Weapons")
+    assert refused.reasons == ("Violent Crimes", "Indiscriminate Weapons")
     assert guard.check("draw the dagger") == refused  # nothing is drawn at random
-    assert guard.check("a riddle").check == "unreadable"
+    assert guard.check("a riddle").reasons == ("unreadable",)
 
 
 def test_qwen3guard(tmp_path: Path) -> None:
     guard = load(tmp_path, QWEN3GUARD)
     assert guard.check("pet the kitten").safe
     assert guard.check("a riddle").safe
-    assert guard.check("draw the dagger").categories == ("Violent",)
-    assert guard.check("a blank").check == "unreadable"
+    assert guard.check("draw the dagger").reasons == ("Violent",)
+    assert not guard.check("a blank").safe
 
 
 def test_aegis_and_its_adapter(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "base", AEGIS)
     with pytest.raises(CheckpointError, match="nvidia/Aegis"):
-        language.load(AEGIS, folder, "cpu")
+        load(tmp_path, AEGIS)
     width = len(ANSWERS["aegis"]) * 2 + 2
-    silent = write_adapter(tmp_path / "silent", width, lora_alpha=0)
-    guard = language.load(AEGIS, folder, "cpu", torch.float32, silent)
-    assert guard.check("any words").categories == ("criminal_planning",)
-    ending = write_adapter(tmp_path / "ending", width)  # 2 for the end beats 1 for the answer
-    guard = language.load(AEGIS, folder, "cpu", torch.float32, ending)
-    assert guard.check("any words").check == "unreadable"
+    write_adapter(tmp_path / "silent" / AEGIS.adapter, width, lora_alpha=0)
+    guard = LanguageGuard(AEGIS, [tmp_path, tmp_path / "silent"])
+    assert guard.check("any words").reasons == ("criminal_planning",)
+    write_adapter(tmp_path / AEGIS.adapter, width)  # 2 for the end beats 1 for the answer
+    assert LanguageGuard(AEGIS, [tmp_path]).check("any words").reasons == ("unreadable",)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +135,9 @@ def test_aegis_and_its_adapter(tmp_path: Path) -> None:
 def test_other_adapters(
     width: int, changed: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    folder = write_model(tmp_path / "base", AEGIS)
-    adapter = write_adapter(tmp_path / "adapter", width, **changed)
+    write_adapter(tmp_path / AEGIS.adapter, width, **changed)
     with pytest.raises(CheckpointError, match=message):
-        language.load(AEGIS, folder, "cpu", torch.float32, adapter)
+        load(tmp_path, AEGIS)
 
 
 def test_aegis_prompt_has_all_categories() -> None:
@@ -156,7 +154,7 @@ def test_weights_that_are_no_numbers_refuse(tmp_path: Path) -> None:
     guard = load(tmp_path, LLAMA_GUARD_3)
     with torch.no_grad():
         guard.networks[0].lm_head.weight.fill_(torch.nan)
-    assert guard.check("pet the kitten").check == "unreadable"
+    assert guard.check("pet the kitten").reasons == ("unreadable",)
 
 
 def test_a_prompt_does_not_answer_for_the_model(
@@ -174,10 +172,11 @@ def test_a_prompt_does_not_answer_for_the_model(
         return "safe"
 
     monkeypatch.setattr(guard, "_answer", answer)
+    end = guard.networks[0].generation_config.eos_token_id
     for text in ("the dagger <end> kitten", "the dagger<<end>end> kitten"):
-        assert guard.ends & {*ids(text)}
+        assert end in ids(text)
         assert guard.check(text).safe
-        assert not guard.ends & {*asked.pop()}
+        assert end not in asked.pop()
 
 
 def test_an_answer_in_favour_begins_with_it(
@@ -192,7 +191,7 @@ def test_an_answer_in_favour_begins_with_it(
         "safety first": "unreadable",
     }.items():
         monkeypatch.setattr(guard, "_answer", lambda _, answer=answer: answer)
-        assert (guard.check("x").safe, guard.check("x").check) == (not check, check), answer
+        assert guard.check("x") == Verdict(not check, tuple(filter(None, [check]))), answer
 
 
 def test_what_the_model_cannot_read_is_refused(tmp_path: Path) -> None:
@@ -200,13 +199,13 @@ def test_what_the_model_cannot_read_is_refused(tmp_path: Path) -> None:
     assert guard.max_length == LlamaConfig().max_position_embeddings
     guard.max_length = len(guard.tokens("pet the kitten"))
     assert guard.check("pet the kitten").safe
-    assert guard.check("please pet the kitten").check == "too long"
+    assert guard.check("please pet the kitten").reasons == ("too long",)
 
 
 @pytest.mark.parametrize("change", ["lost", "added", "cut"])
 def test_weights_are_strict(change: str, tmp_path: Path) -> None:
     """What is absent would be drawn at random by transformers."""
-    folder = write_model(tmp_path, LLAMA_GUARD_3)
+    folder = write_model(tmp_path / LLAMA_GUARD_3.released, LLAMA_GUARD_3)
     path = folder / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -218,7 +217,7 @@ def test_weights_are_strict(change: str, tmp_path: Path) -> None:
         del tensors[name]
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"up_proj|stranger"):
-        language.load(LLAMA_GUARD_3, folder, "cpu")
+        LanguageGuard(LLAMA_GUARD_3, [tmp_path])
 
 
 @pytest.mark.parametrize(
@@ -231,19 +230,19 @@ def test_weights_are_strict(change: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_absent_is_named(lost: str, message: str, tmp_path: Path) -> None:
-    folder = write_model(tmp_path, LLAMA_GUARD_3)
+    folder = write_model(tmp_path / LLAMA_GUARD_3.released, LLAMA_GUARD_3)
     (folder / lost).unlink()
     with pytest.raises(CheckpointError, match=message):
-        language.load(LLAMA_GUARD_3, folder, "cpu")
+        LanguageGuard(LLAMA_GUARD_3, [tmp_path])
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model": 3}'])
 def test_a_damaged_tokenizer_has_a_message_of_one_line(content: str | None, tmp_path: Path) -> None:
-    folder = write_model(tmp_path, LLAMA_GUARD_3)
+    folder = write_model(tmp_path / LLAMA_GUARD_3.released, LLAMA_GUARD_3)
     if content is None:
         (folder / "tokenizer.json").unlink()
     else:
         (folder / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError, match="holds no tokenizer") as error:
-        language.load(LLAMA_GUARD_3, folder, "cpu")
+        LanguageGuard(LLAMA_GUARD_3, [tmp_path])
     assert len(str(error.value).splitlines()) == 1

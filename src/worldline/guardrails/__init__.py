@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from worldline.errors import CheckpointError
 from worldline.files import find_repository, repository_folders
-from worldline.guardrails import frames, language
+from worldline.guardrails import faces, frames, language
 from worldline.guardrails.base import Guardrails
 from worldline.guardrails.blocklist import COSMOS1, PREDICT, Blocklist, Nearness
-from worldline.guardrails.faces import FaceBlur, load_retinaface
+from worldline.weights.networks import read_network
 
 SIGLIP = "google/siglip-so400m-patch14-384"
 REPOSITORIES = ("nvidia/Cosmos-Guardrail1", "nvidia/Cosmos-1.0-Guardrail")
@@ -81,32 +80,29 @@ def load(
     """
     release = RELEASES[name]
     home = "cpu" if offload else device
-    folder = Path(folder or find_folder(release, roots))
+    folder = Path(folder or next(find_folders(release, roots)))
     classifiers: list[Blocklist | language.LanguageGuard] = []
     if text:
-        classifiers.append(Blocklist(folder / "blocklist", release.near))
         places = [*roots, folder, folder / "aegis"]
-        candidates = (m for m in release.models if repository_folders(m.released, places))
-        model = next(candidates, release.models[0])
-        weights = find_repository(model.released, places)
-        adapter = find_repository(model.adapter, places) if model.adapter else None
-        classifiers.append(language.load(model, weights, home, adapter=adapter))
-    filter_folder = folder / "video_content_safety_filter"
-    classifier = frames.load_classifier(filter_folder / "safety_filter.pt", home)
-    siglip = frames.FrameFeatures(find_repository(SIGLIP, [filter_folder, *roots]), home)
-    video = frames.FrameFilter(siglip, classifier, release.rule)
-    retinaface = load_retinaface(folder / "face_blur_filter" / "Resnet50_Final.pth", home)
-    return Guardrails(classifiers, [video], [FaceBlur(retinaface)], device=device, offload=offload)
+        present = (m for m in release.models if repository_folders(m.released, places))
+        model = next(present, release.models[0])
+        blocklist = Blocklist(folder / "blocklist", release.near)
+        classifiers = [blocklist, language.LanguageGuard(model, places, home)]
+    filters = folder / "video_content_safety_filter"
+    siglip = find_repository(SIGLIP, [filters, *roots])
+    classifier = read_network(
+        frames.frame_classifier, filters / "safety_filter.pt", frames.key_map, home
+    )
+    video = frames.FrameFilter(frames.FrameFeatures(siglip, home), classifier, release.rule)
+    retinaface = folder / "face_blur_filter" / "Resnet50_Final.pth"
+    blur = faces.FaceBlur(read_network(faces.RetinaFace, retinaface, faces.key_map, home))
+    return Guardrails(classifiers, [video], [blur], device=device, offload=offload)
 
 
-def find_folder(release: Release, roots: Sequence[Path]) -> Path:
-    """Folder of a repository of the release, or the folder `guardrail` of a model."""
-    folders = [path for name in release.repositories for path in repository_folders(name, roots)]
-    if not folders:
-        folders = [path for root in roots for path in sorted(root.glob("**/guardrail/"))]
-    if not folders:
-        raise CheckpointError(
-            f"{release.repositories[0]} is missing: no folder of it, and none named guardrail, in "
-            f"{' or '.join(map(str, roots))}"
-        )
-    return folders[0]
+def find_folders(release: Release, roots: Sequence[Path]) -> Iterator[Path]:
+    """Folders of the release's repositories, then those named `guardrail`, as in a model's."""
+    for name in release.repositories:
+        yield from repository_folders(name, roots)
+    for root in roots:
+        yield from sorted(root.glob("**/guardrail/"))
+    find_repository(release.repositories[0], roots)  # names what is missing

@@ -25,13 +25,11 @@ class Verdict:
 
     Attributes:
         safe: nothing was found.
-        check: the check that refused, such as "exact"; "" for a guardrail with only one.
-        categories: findings, in the guardrail's own names; may be empty.
+        reasons: categories or checks that refused, in the guardrail's own names; may be empty.
     """
 
     safe: bool
-    check: str = ""
-    categories: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
 
 
 class Guardrails:
@@ -83,18 +81,20 @@ class Guardrails:
         """
         subject = f"video of {len(frames)} frames"
         checks = [self._check(guard, frames, subject, "video") for guard in self.video]
-        for each in self.filters:
-            with self.parts[each.name].on_device():
-                frames, count = each.apply(frames)
-            verdict = f"{count} regions changed"
-            checks.append({"guard": each.name, "subject": subject, "verdict": verdict})
+        for guard in self.filters:
+            with self.parts[guard.name].on_device():
+                frames, count = guard.apply(frames)
+            checks.append(_entry(guard, subject, f"{count} regions changed"))
         return frames, checks
 
     def _check(self, guard: Any, content: Any, subject: str, stage: str) -> dict[str, str]:
         with self.parts[guard.name].on_device():
             verdict = guard.check(content)
         if not verdict.safe:
-            categories = f" ({', '.join(verdict.categories)})" if verdict.categories else ""
-            message = f"guardrail {guard.name} refused the {subject}{categories}"
-            raise GuardrailRefusal(message, stage)
-        return {"guard": guard.name, "subject": subject, "verdict": "safe"}
+            reasons = f" ({', '.join(verdict.reasons)})" if verdict.reasons else ""
+            raise GuardrailRefusal(f"guardrail {guard.name} refused the {subject}{reasons}", stage)
+        return _entry(guard, subject, "safe")
+
+
+def _entry(guard: Any, subject: str, verdict: str) -> dict[str, str]:
+    return {"guard": guard.name, "subject": subject, "verdict": verdict}

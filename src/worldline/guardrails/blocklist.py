@@ -335,14 +335,14 @@ class Blocklist:
 
     def check(self, text: str) -> Verdict:
         if not text:
-            return Verdict(False, "empty")
+            return Verdict(False, ("empty",))
         text = re.sub(r"[^\x00-\x7f]+", " ", text)
         if self.censor.refuses(text):
-            return Verdict(False, "censor")
+            return Verdict(False, ("censor",))
         if self.censor.refuses(" ".join(self.words.lemmas(text))):
-            return Verdict(False, "censor_lemma")
+            return Verdict(False, ("censor_lemma",))
         check = self.whole_words.check(text)
-        return Verdict(not check, check)
+        return Verdict(False, (check,)) if check else Verdict(True)
 
 
 def _entries(folder: Path) -> list[str]:

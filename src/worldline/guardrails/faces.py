@@ -7,10 +7,8 @@ Axes: N images, P priors (boxes at fixed places, which the network corrects).
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +17,6 @@ from torch import Tensor, nn
 
 from worldline.errors import Error
 from worldline.weights.keymap import KeyMap, renamed_by
-from worldline.weights.networks import fill
 
 WIDTH = 256
 _STEPS = (8, 16, 32)  # pixels between priors of each level
@@ -139,14 +136,6 @@ def key_map(network: nn.Module) -> KeyMap:
     return KeyMap(names, prefixes=("module.", ""))
 
 
-def load_retinaface(path: Path, device: torch.device | str = "cpu") -> RetinaFace:
-    """Network of `Resnet50_Final.pth`."""
-    with torch.device("meta"):
-        network = RetinaFace()
-    fill(network, path, key_map(network), device)
-    return network
-
-
 def prepare(frames: Tensor) -> Tensor:
     """Frames uint8 (N, H, W, 3), RGB, as the network's input: float32 (N, 3, H, W), BGR."""
     bgr = frames.flip(-1).to(torch.float32)
@@ -155,13 +144,15 @@ def prepare(frames: Tensor) -> Tensor:
 
 def priors(height: int, width: int) -> Tensor:
     """Centre and size (P, 4) of every prior, in shares of width and height, float32."""
-    boxes = []
-    for step, sides in zip(_STEPS, _SIDES, strict=True):
-        rows, columns = math.ceil(height / step), math.ceil(width / step)
-        for row, column, side in itertools.product(range(rows), range(columns), sides):
-            x, y = (column + 0.5) * step / width, (row + 0.5) * step / height
-            boxes.append((x, y, side / width, side / height))
-    return torch.tensor(boxes, dtype=torch.float32)
+    return torch.tensor(
+        [
+            ((x + step / 2) / width, (y + step / 2) / height, side / width, side / height)
+            for step, sides in zip(_STEPS, _SIDES, strict=True)
+            for y, x, side in itertools.product(
+                range(0, height, step), range(0, width, step), sides
+            )
+        ]
+    )
 
 
 def decode(corrections: Tensor, priors: Tensor) -> Tensor:
@@ -244,14 +235,12 @@ class FaceBlur:
         fixed = priors(height, width).to(device)
         scale = fixed.new_tensor([width, height, width, height])
         blurred, count = frames.copy(), 0
-        step = max(1, _BATCH_PIXELS // (height * width))
-        for start in range(0, len(frames), step):
-            batch = blurred[start : start + step]
-            corrections, scores = self.network(prepare(torch.from_numpy(batch).to(device)))
+        for batch in torch.from_numpy(blurred).split(max(1, _BATCH_PIXELS // (height * width))):
+            corrections, scores = self.network(prepare(batch.to(device)))
             corners = decode(corrections, fixed) * scale
             if not (corners.isfinite().all() and scores.isfinite().all()):
                 raise Error(f"guardrail {self.name}: the boxes are not finite")
             faces = zip(corners.cpu().numpy(), scores[..., 1].cpu().numpy(), strict=True)
-            for frame, (boxes, confidences) in zip(batch, faces, strict=True):
+            for frame, (boxes, confidences) in zip(batch.numpy(), faces, strict=True):
                 count += blur(frame, select(boxes, confidences))
         return blurred, count

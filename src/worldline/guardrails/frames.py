@@ -20,7 +20,7 @@ from worldline.errors import CheckpointError, Error
 from worldline.files import read_json
 from worldline.guardrails.base import Verdict
 from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import Settings, fill, pretrained
+from worldline.weights.networks import Settings, pretrained
 
 CLASSES = (
     "Safe",
@@ -53,28 +53,16 @@ PREDICT1 = Rule(_ALL, 0.0)  # Cosmos 1.0 as well
 PREDICT2_5 = Rule(_NO_VIOLENCE, 0.10)  # from 2025-10-13 on; before, 0
 
 
-class FrameClassifier(nn.Module):
+def frame_classifier() -> nn.Sequential:
     """Features (N, 1152) of length 1 -> logits (N, 7), float32: classes are compared exactly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        first = nn.Linear(_FEATURES, 512), nn.BatchNorm1d(512), nn.ReLU()
-        second = nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU()
-        self.layers = nn.Sequential(*first, *second, nn.Linear(256, len(CLASSES)))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features)
+    first = nn.Linear(_FEATURES, 512), nn.BatchNorm1d(512), nn.ReLU()
+    second = nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU()
+    return nn.Sequential(*first, *second, nn.Linear(256, len(CLASSES)))
 
 
-KEYS = KeyMap({f"network.{name}": name for name in FrameClassifier().state_dict()})
-
-
-def load_classifier(path: Path, device: torch.device | str = "cpu") -> FrameClassifier:
-    """Frame classifier of `safety_filter.pt`."""
-    with torch.device("meta"):
-        network = FrameClassifier()
-    fill(network, path, KEYS, device)
-    return network
+def key_map(network: nn.Module) -> KeyMap:
+    """Names of `safety_filter.pt`."""
+    return KeyMap({f"network.layers.{name}": name for name in network.state_dict()})
 
 
 class Preprocessing(Settings):
@@ -95,27 +83,22 @@ class FrameFeatures:
         path = folder / "preprocessor_config.json"
         self.preprocessing = Preprocessing.parse(read_json(path), path)
         text_half = ("text_model.*", "logit_scale", "logit_bias")
-        network = pretrained(SiglipVisionModel, folder, torch.float32, text_half)
-        self.network: Any = network.to(device)
-        self.size: int = network.config.image_size
-        self.width: int = network.config.hidden_size
+        network: Any = pretrained(SiglipVisionModel, folder, torch.float32, text_half)
+        self.network = network.to(device)
 
     def pixels(self, frames: np.ndarray) -> Tensor:
         """Frames uint8 (N, H, W, 3) as the network's input (N, 3, h, w), in [-1, 1]."""
-        how, size = self.preprocessing, (self.size, self.size)
+        how, size = self.preprocessing, (self.network.config.image_size,) * 2
         small = [np.asarray(Image.fromarray(f).resize(size, how.resample)) for f in frames]
         x = torch.from_numpy(np.stack(small)).to(torch.float32) * how.rescale_factor
         x = (x - torch.tensor(how.image_mean)) / torch.tensor(how.image_std)
         return x.permute(0, 3, 1, 2)
 
     @torch.inference_mode()
-    def pooled(self, pixels: Tensor) -> Tensor:
-        """Features (N, D) of `pixels`, of any length."""
-        return self.network(pixel_values=pixels.to(self.network.device)).pooler_output
-
     def __call__(self, frames: np.ndarray) -> Tensor:
         """Features (N, D) of frames uint8 (N, H, W, 3), of length 1."""
-        return F.normalize(self.pooled(self.pixels(frames)), dim=-1)
+        pixels = self.pixels(frames).to(self.network.device)
+        return F.normalize(self.network(pixel_values=pixels).pooler_output, dim=-1)
 
 
 class FrameFilter:
@@ -123,10 +106,10 @@ class FrameFilter:
 
     name = "video_content_safety_filter"
 
-    def __init__(self, features: FrameFeatures, classifier: FrameClassifier, rule: Rule) -> None:
-        if features.width != _FEATURES:
+    def __init__(self, features: FrameFeatures, classifier: nn.Module, rule: Rule) -> None:
+        if (width := features.network.config.hidden_size) != _FEATURES:
             raise CheckpointError(
-                f"SigLIP has {features.width} features, the frame classifier expects {_FEATURES}"
+                f"SigLIP has {width} features, the frame classifier expects {_FEATURES}"
             )
         self.features = features
         self.classifier = classifier
@@ -144,4 +127,4 @@ class FrameFilter:
         if not self.rule.refuses(classes):
             return Verdict(True)
         unsafe = sorted(self.rule.unsafe.intersection(classes))
-        return Verdict(False, "", tuple(CLASSES[number] for number in unsafe))
+        return Verdict(False, tuple(CLASSES[number] for number in unsafe))

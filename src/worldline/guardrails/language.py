@@ -7,19 +7,26 @@ settings, would make a refusal a matter of luck.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from worldline.errors import CheckpointError
-from worldline.files import read_json
+from worldline.files import find_repository
 from worldline.guardrails.base import Verdict
 from worldline.weights.checkpoint import open_checkpoint
-from worldline.weights.networks import pretrained, pretrained_tokenizer
+from worldline.weights.networks import (
+    Count,
+    Settings,
+    pretrained,
+    pretrained_tokenizer,
+    require_settings,
+)
 
 # the descriptions are this project's own words for the topics that the model was trained on
 _AEGIS = {  # name in reports -> title and description; O1 to O12 in this order, but no O9
@@ -71,43 +78,11 @@ _LLAMA_GUARD_3 = {
     "s14": "Code Interpreter Abuse",  # lower case, as upstream
 }
 
-# categories that are reported; personal data, politics and copyright refuse too
-_QWEN3GUARD = re.compile(
-    "Violent|Non-violent Illegal Acts|Sexual Content or Sexual Acts|Suicide & Self-Harm"
-    "|Unethical Acts|Jailbreak"
-)
-_QWEN3GUARD_SAFETY = re.compile(r"Safety: (Safe|Unsafe|Controversial)")
-# how a safe answer begins; the released code accepts every answer without "unsafe"
-_SAFE = re.compile(r"\s*safe\b|.*Safety: (?:Safe|Controversial)\b", re.DOTALL | re.IGNORECASE)
-
-
-def decide_aegis(answer: str) -> Verdict:
-    """Verdict of an answer of Aegis: "safe", or "unsafe" and a line such as "O3"."""
-    if "unsafe" not in answer.lower():
-        return Verdict(True)
-    # The released code counts on where O9 is absent: O10 to O12 are reported one place late.
-    line = re.match(r".*\nO* *(\d+) *$", answer, re.MULTILINE)
-    names = [name for place, name in enumerate(_AEGIS, 1) if line and int(line[1]) == place]
-    return Verdict(False, "", tuple(names))
-
-
-def decide_llama_guard_3(answer: str) -> Verdict:
-    """Verdict of an answer of Llama Guard 3: "safe", or "unsafe" and lines such as "S1,S10"."""
-    if "unsafe" not in answer.lower():
-        return Verdict(True)
-    codes = re.split(r"[,\n]", answer.replace("<|eot_id|>", ""))[1:]
-    names = (_LLAMA_GUARD_3.get(code.strip(), "") for code in codes)
-    return Verdict(False, "", tuple(filter(None, names)))
-
-
-def decide_qwen3guard(answer: str) -> Verdict:
-    """Verdict of an answer of Qwen3Guard; an answer without one is refused."""
-    safety = _QWEN3GUARD_SAFETY.search(answer)
-    if safety is None:
-        return Verdict(False, "unreadable")
-    if safety[1] != "Unsafe":
-        return Verdict(True)
-    return Verdict(False, "", tuple(_QWEN3GUARD.findall(answer)))
+# what an answer begins with that the released code lets through
+_NOT_UNSAFE = r"(?is)(?!.*unsafe)"
+_SAFETY_FIRST = r"(?s)(?:(?!Safety: Unsafe).)*Safety: (?:Safe|Controversial)"
+# what it begins with here; the released code accepts every answer without "unsafe"
+_SAFE = re.compile(r"(?is)\s*safe\b|.*Safety: (?:Safe|Controversial)\b")
 
 
 def aegis_prompt(text: str) -> str:
@@ -123,34 +98,66 @@ def aegis_prompt(text: str) -> str:
 
 @dataclass(frozen=True)
 class GuardModel:
-    """A guard model."""
+    """A guard model.
+
+    Attributes:
+        released: repository.
+        question: prompt -> text to answer, or the user's turn of a conversation.
+        accepts: pattern of the beginning of an answer that is in favour.
+        category: pattern of a category in an answer.
+        names: category in an answer -> in a report, where they differ.
+        chat: variables of the chat template; None where it is not used.
+        max_tokens: of an answer.
+        adapter: repository of low-rank weights that are added.
+    """
 
     name: str
-    released: str  # repository
-    question: Callable[[str], Any]  # prompt -> text to answer, or the user's turn of a conversation
-    decide: Callable[[str], Verdict]
-    chat: Mapping[str, Any] | None  # variables of the chat template; None where it is not used
-    max_tokens: int = 100  # of an answer
-    adapter: str = ""  # repository of low-rank weights that are added
+    released: str
+    question: Callable[[str], Any]
+    accepts: str
+    category: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    chat: Mapping[str, Any] | None = None
+    max_tokens: int = 100
+    adapter: str = ""
+
+    def decide(self, answer: str) -> Verdict:
+        """Verdict of an answer by the released rule."""
+        if re.match(self.accepts, answer):
+            return Verdict(True)
+        found = re.findall(self.category, answer)
+        return Verdict(False, tuple(self.names.get(name, name) for name in found))
 
 
 AEGIS = GuardModel(
     "aegis",
     "meta-llama/LlamaGuard-7b",
     aegis_prompt,
-    decide_aegis,
-    chat=None,
+    _NOT_UNSAFE,
+    r"(?m)\A.*\nO* *([1-9]|1[01]) *$",
+    # The released code counts on where O9 is absent: O10 to O12 are reported one place late.
+    {str(number): name for number, name in enumerate(_AEGIS, 1)},
     adapter="nvidia/Aegis-AI-Content-Safety-LlamaGuard-Defensive-1.0",
 )
 LLAMA_GUARD_3 = GuardModel(
     "llama_guard_3",
     "meta-llama/Llama-Guard-3-8B",
     lambda text: [{"type": "text", "text": text}],
-    decide_llama_guard_3,
-    chat={"categories": {code: f"{name}." for code, name in _LLAMA_GUARD_3.items()}},
+    _NOT_UNSAFE,
+    r"[,\n]\s*(S[1-9]|S1[0-3]|s14)\b",
+    _LLAMA_GUARD_3,
+    {"categories": {code: f"{name}." for code, name in _LLAMA_GUARD_3.items()}},
 )
 QWEN3GUARD = GuardModel(
-    "qwen3guard", "Qwen/Qwen3Guard-Gen-0.6B", str, decide_qwen3guard, chat={}, max_tokens=128
+    "qwen3guard",
+    "Qwen/Qwen3Guard-Gen-0.6B",
+    str,
+    _SAFETY_FIRST,
+    # personal data, politics and copyright refuse too, and are not reported
+    "Violent|Non-violent Illegal Acts|Sexual Content or Sexual Acts|Suicide & Self-Harm"
+    "|Unethical Acts|Jailbreak",
+    chat={},
+    max_tokens=128,
 )
 
 
@@ -158,26 +165,40 @@ class LanguageGuard:
     """A text guardrail that asks a causal language model of transformers.
 
     Attributes:
-        ends: ids of tokens that end an answer.
         max_length: largest number of tokens in a question; longer ones are refused.
     """
 
-    def __init__(self, model: GuardModel, network: Any, tokenizer: Any, ends: set[int]) -> None:
+    def __init__(
+        self, model: GuardModel, places: Sequence[Path], device: torch.device | str = "cpu"
+    ) -> None:
+        """Read the model and its adapter from repositories below `places`."""
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        folder = find_repository(model.released, places)
+        network = pretrained(AutoModelForCausalLM, folder, torch.bfloat16)
+        if model.adapter:
+            merge_adapter(network, find_repository(model.adapter, places))
+        network.generation_config = GenerationConfig(
+            eos_token_id=network.generation_config.eos_token_id,
+            pad_token_id=0,
+            max_new_tokens=model.max_tokens,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         self.name = model.name
         self.model = model
-        self.networks = (network,)
-        self.tokenizer = tokenizer
-        self.ends = ends
+        self.networks = (network.to(device),)
+        self.tokenizer = pretrained_tokenizer(folder, chat=model.chat is not None)
         self.max_length: int = network.config.max_position_embeddings
 
     def check(self, text: str) -> Verdict:
         ids = self.tokens(text)
         if len(ids) > self.max_length:
-            return Verdict(False, "too long")
+            return Verdict(False, ("too long",))
         answer = self._answer(ids)
         verdict = self.model.decide(answer)
         if verdict.safe and not _SAFE.match(answer):
-            return Verdict(False, "unreadable")
+            return Verdict(False, ("unreadable",))
         return verdict
 
     def tokens(self, text: str) -> list[int]:
@@ -196,72 +217,40 @@ class LanguageGuard:
         """Greedy answer without special tokens; "", which is refused, if logits are not finite."""
         [network] = self.networks
         tokens = torch.tensor([ids], device=network.device)
-        answer: list[int] = []
-        cache = None
-        while len(answer) < self.model.max_tokens:
-            output = network(
-                input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            cache, logits = output.past_key_values, output.logits[0, -1]
-            if not logits.isfinite().all():
-                return ""
-            token = int(logits.argmax())
-            if token in self.ends:
-                break
-            answer.append(token)
-            tokens = tokens.new_tensor([[token]])
-        return self.tokenizer.decode(answer, skip_special_tokens=True)
+        output = network.generate(tokens, attention_mask=torch.ones_like(tokens))
+        if not torch.stack(output.logits).isfinite().all():
+            return ""
+        return self.tokenizer.decode(output.sequences[0, len(ids) :], skip_special_tokens=True)
 
 
-def load(
-    model: GuardModel,
-    folder: Path,
-    device: torch.device | str,
-    dtype: torch.dtype = torch.bfloat16,
-    adapter: Path | None = None,
-) -> LanguageGuard:
-    """Guard model of a folder as released, with its adapter; nothing in them is executed."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if model.adapter and adapter is None:
-        raise CheckpointError(f"{model.name} needs the folder of {model.adapter}")
-    network = pretrained(AutoModelForCausalLM, folder, dtype)
-    tokenizer = pretrained_tokenizer(folder, chat=model.chat is not None)
-    ends: set[int] = set()
-    for settings in (network.generation_config, AutoConfig.from_pretrained(folder), tokenizer):
-        end = getattr(settings, "eos_token_id", None)
-        ends |= {end} if isinstance(end, int) else set(end or ())
-    if not ends:
-        raise CheckpointError(f"{folder} names no token that ends an answer")
-    if adapter is not None:
-        merge_adapter(network, adapter)
-    return LanguageGuard(model, network.to(device), tokenizer, ends)
+# variants that no tensor betrays, and how PEFT states their absence
+_PLAIN = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
 
 
-_VARIANTS = ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "bias")
+class _Adapter(Settings):
+    """Settings of adapter_config.json."""
+
+    r: Count
+    lora_alpha: Annotated[float, Field(strict=True)]
 
 
 @torch.no_grad()
 def merge_adapter(network: nn.Module, folder: Path) -> None:
     """Add the low-rank weights of a PEFT folder to `network`: W + (alpha / rank) B A."""
-    settings = read_json(folder / "adapter_config.json")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    wrong = [name for name in _VARIANTS if settings.get(name) not in (None, False, "none", [], {})]
-    if wrong or type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
-        problem = f"unsupported {wrong}" if wrong else f"r is {rank!r}, lora_alpha {alpha!r}"
-        raise CheckpointError(f"{folder}/adapter_config.json: {problem}")
+    path = folder / "adapter_config.json"
+    settings = _Adapter.parse(require_settings(path, _PLAIN), path)
     paths = [folder / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
     checkpoint = open_checkpoint(next(filter(Path.is_file, paths), paths[0]))
     halves = {n.replace(".default.", "."): checkpoint.read(n).float() for n in checkpoint.entries}
-    for name, layer in network.named_modules():
-        names = [f"base_model.model.{name}.lora_{half}.weight" for half in "BA"]
-        if not isinstance(layer, nn.Linear) or not halves.keys() >= {*names}:
+    for name, weight in network.named_parameters():
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        names = [f"{layer}.lora_{half}.weight" for half in "BA"]
+        if not halves.keys() >= {*names}:
             continue
         up, down = map(halves.pop, names)
-        out_features, in_features = layer.weight.shape
-        if (*up.shape, *down.shape) != (out_features, rank, rank, in_features):
+        if [*up.shape, *down.shape] != [len(weight), settings.r, settings.r, *weight.shape[1:]]:
             raise CheckpointError(f"{checkpoint.path} has other shapes than the model at {name}")
         # the sum in float32, as upstream, which casts afterwards
-        layer.weight.copy_(layer.weight.float() + alpha / rank * (up @ down))
+        weight.copy_(weight.float() + settings.lora_alpha / settings.r * (up @ down))
     if halves:
         raise CheckpointError(f"{checkpoint.path} does not fit the model: {', '.join(halves)}")

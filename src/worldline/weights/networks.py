@@ -228,17 +228,24 @@ def require_settings(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def fill(network: nn.Module, path: Path, keys: KeyMap, device: torch.device | str) -> None:
-    """Give a network built on the meta device the weights of a file, in float32, for inference."""
+def read_network(
+    kind: Callable[[], nn.Module],
+    path: Path,
+    key_map: Callable[[nn.Module], KeyMap],
+    device: torch.device | str = "cpu",
+) -> Any:
+    """A network with the weights of a file, in float32, for inference."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing{unfinished(path.parent)}")
+    with torch.device("meta"):
+        network = kind()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             # counted in training alone, and absent from files of old torch
             module.num_batches_tracked = torch.zeros((), dtype=torch.int64)
-    source, counts = open_checkpoint(path), ("*.num_batches_tracked",)
+    source, keys, counts = open_checkpoint(path), key_map(network), ("*.num_batches_tracked",)
     load_into(network, source, keys, device=device, dtype=torch.float32, optional=counts)
-    network.requires_grad_(False).eval()
+    return network.requires_grad_(False).eval()
 
 
 def pretrained(kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[str] = ()) -> Any:
