@@ -45,24 +45,39 @@ LENGTHENING = (
 )
 
 
+# colours as CLIP takes them
+MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))
+STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))
+
+
 class Upsampler:
-    """A language model that makes long prompts of short ones, for Text2World.
+    """A language model that makes long prompts of short ones (Text2World), or of pictures.
 
     Attributes:
         name: of its folder.
         part: a causal language model of transformers.
+        describes: it takes pictures (Video2World).
         room: tokens of question and answer together.
         longest: tokens of an answer.
-        top_p: mass of the likely tokens that may be drawn.
     """
 
-    room, longest, top_p = 1024, 512, 1.0
+    def __init__(self, name: str, part: Part[Any], tokenizer: Any, describes: bool) -> None:
+        from transformers import GenerationConfig
 
-    def __init__(self, name: str, part: Part[Any], tokenizer: Any) -> None:
         self.name = name
         self.part = part
         self.tokenizer = tokenizer
+        self.describes = describes
+        self.room, self.longest, top_p = (4300, 400, 0.9) if describes else (1024, 512, 1.0)
         self.end: int = tokenizer.eos_token_id
+        part.module.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=0.01,  # as released: nearly greedy
+            top_p=top_p,
+            top_k=0,
+            eos_token_id=self.end,
+            pad_token_id=self.end,
+        )
 
     def write(self, prompt: str | None, frame: NDArray[np.uint8] | None, seed: int = 0) -> str:
         """The prompt to use in place of that of a request.
@@ -75,21 +90,36 @@ class Upsampler:
         Raises:
             Error: the prompt leaves no room for an answer, or the answer is empty.
         """
+        message, picture = f"{LENGTHEN}{prompt}", {}
+        if self.describes:
+            assert frame is not None  # a request without a prompt has an input
+            marks, picture = self._look(frame)
+            message = f"{marks}\n{DESCRIBE}"
+        turn = [{"role": "user", "content": message}]
+        template = self.tokenizer.apply_chat_template
+        question = template(turn, tokenize=False, add_generation_prompt=True)
         with self.part.on_device():
-            answer = self._write(prompt, frame, seed)
+            answer = self._answer(question, seed, **picture)
+        answer = answer.strip() if self.describes else clean(answer)
         if not answer:
             raise Error(f"{self.name} wrote nothing; disable_prompt_upsampler takes prompts as is")
         return answer
 
-    def _write(self, prompt: str | None, frame: NDArray[np.uint8] | None, seed: int) -> str:
-        return clean(self._answer(self._ask(f"{LENGTHEN}{prompt}"), seed))
+    def _look(self, frame: NDArray[np.uint8]) -> tuple[str, dict[str, Tensor]]:
+        """Tokens that stand for a picture, and the picture as the network takes it."""
+        network = self.part.module
+        patch = network.config.vision_config.patch_size
+        picture = Image.fromarray(frame)
+        picture = picture.resize(shrunk(*picture.size))
+        columns, rows = (-(-side // patch) for side in picture.size)
+        picture = picture.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC)
+        pixels = (torch.from_numpy(np.array(picture)) / 255 - MEAN) / STD
+        return ROW_END.join([IMAGE * columns] * rows) + IMAGE_END, {
+            "pixel_values": pixels.permute(2, 0, 1)[None].to(self.part.device, network.dtype),
+            "image_sizes": torch.tensor([pixels.shape[:2]], device=self.part.device),
+        }
 
-    def _ask(self, message: str) -> Any:
-        """A message as one turn of a conversation."""
-        turn = [{"role": "user", "content": message}]
-        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-
-    def _answer(self, question: str, seed: int, **pixels: Tensor) -> str:
+    def _answer(self, question: str, seed: int, **picture: Tensor) -> str:
         """The text that is drawn behind a question, without its end."""
         ids = self.tokenizer(question, add_special_tokens=False)["input_ids"]
         room = min(self.longest, self.room - len(ids))
@@ -104,45 +134,10 @@ class Upsampler:
         with torch.inference_mode(), forked:  # the draws of others are not changed by the seed
             torch.manual_seed(seed)
             drawn = self.part.module.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                do_sample=True,
-                temperature=0.01,  # as released: nearly greedy
-                top_p=self.top_p,
-                top_k=0,
-                max_new_tokens=room,
-                eos_token_id=self.end,
-                pad_token_id=self.end,
-                **pixels,
+                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=room, **picture
             )
         answer = drawn[0, len(ids) :]
         return str(self.tokenizer.decode(answer[answer != self.end], skip_special_tokens=False))
-
-
-class ImageUpsampler(Upsampler):
-    """A language model that makes prompts of pictures, for Video2World."""
-
-    room, longest, top_p = 4300, 400, 0.9
-    # colours as CLIP takes them
-    mean = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
-    std = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
-
-    def _write(self, prompt: str | None, frame: NDArray[np.uint8] | None, seed: int) -> str:
-        assert frame is not None  # a request without a prompt has an input
-        patch = self.part.module.config.vision_config.patch_size
-        picture = Image.fromarray(frame)
-        picture = picture.resize(shrunk(*picture.size))
-        columns, rows = (-(-side // patch) for side in picture.size)
-        picture = picture.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 255
-        parameter = next(self.part.module.parameters())
-        image_tokens = ROW_END.join([IMAGE * columns] * rows) + IMAGE_END
-        return self._answer(
-            self._ask(f"{IMAGE}\n{DESCRIBE}").replace(IMAGE, image_tokens, 1),
-            seed,
-            pixel_values=((pixels - self.mean) / self.std)[None].to(parameter),
-            image_sizes=torch.tensor([pixels.shape[1:]]).to(parameter.device),
-        ).strip()
 
 
 def clean(text: str) -> str:
@@ -222,17 +217,13 @@ def load_upsampler(
     if describes and not any(folder.glob("tokenizer*.json")):
         place = find_repository(PIXTRAL, roots)
     tokenizer = pretrained_tokenizer(place)
-    if tokenizer.eos_token_id is None:
-        raise CheckpointError(f"{place} names no token that ends an answer")
-    network.generation_config = type(network.generation_config)()
+    if describes:
+        marks = tokenizer.convert_tokens_to_ids([IMAGE, ROW_END, IMAGE_END])
+        if len({*marks, tokenizer.unk_token_id}) < 4:
+            raise CheckpointError(f"{place} knows no {IMAGE}, {ROW_END} or {IMAGE_END}")
+        network.config.image_token_id = marks[0]
     part = Part(network if offload else network.to(device), device, offload=offload)
-    if not describes:
-        return Upsampler(folder.name, part, tokenizer)
-    marks = [tokenizer.convert_tokens_to_ids(mark) for mark in (IMAGE, ROW_END, IMAGE_END)]
-    if len({*marks, tokenizer.unk_token_id}) < 4:
-        raise CheckpointError(f"{place} knows no {IMAGE}, {ROW_END} or {IMAGE_END}")
-    network.config.image_token_id = marks[0]
-    return ImageUpsampler(folder.name, part, tokenizer)
+    return Upsampler(folder.name, part, tokenizer, describes)
 
 
 def _read_released(kind: Any, folder: Path, describes: bool, dtype: torch.dtype) -> Any:
@@ -250,11 +241,10 @@ def _read_released(kind: Any, folder: Path, describes: bool, dtype: torch.dtype)
             # holds computed tables alone, which no file has
             network.set_submodule(name, type(module)(module.config))
     load_into(network, source, key_map(network), device="cpu", dtype=dtype)
-    for name, parameter in network.named_parameters():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            vision = name.startswith("model.vision_tower.")
-            part = config.vision_config if vision else config.get_text_config()
-            parameter.data = _in_halves(parameter.data, part.head_dim)
+    for module in network.modules():
+        if hasattr(module, "q_proj"):
+            for projection in (module.q_proj, module.k_proj):
+                projection.weight.data = _in_halves(projection.weight, module.head_dim)
     return network.requires_grad_(False).eval()
 
 
@@ -277,27 +267,22 @@ def _released_config(
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 1e9 if describes else 1e6},
         sliding_window=None,
-        tie_word_embeddings=False,
     )
     if not describes:
         return text
-    width, colours, patch, _ = shapes["vision_encoder.patch_conv.weight"]
+    width, _, patch, _ = shapes["vision_encoder.patch_conv.weight"]
     layers = "vision_encoder.transformer.layers."
     vision = PixtralVisionConfig(
         hidden_size=width,
-        num_channels=colours,
         patch_size=patch,
-        image_size=LARGEST_SIDE,
         intermediate_size=shapes[f"{layers}0.feed_forward.w1.weight"][0],
         num_hidden_layers=_count(shapes, layers),
         num_attention_heads=(settings.get("vision_encoder") or {}).get("num_attention_heads", 16),
         hidden_act="silu",
-        rope_parameters={"rope_type": "axial", "rope_theta": 1e4},
     )
     return LlavaConfig(
         text_config=text,
         vision_config=vision,
-        projector_hidden_act="gelu",
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
