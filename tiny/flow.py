@@ -41,18 +41,15 @@ def flow(run: Run, tokenizer: Path, negative_prompt: tuple[str, ...]) -> None:
         model.text = Reason1Files.open(run.start / TEXT_FOLDER).read(run.device, torch.float32)
     model = model.requires_grad_(True).to(run.device)
 
-    def tokenize(texts: list[str]) -> tuple[Tensor, ...]:
-        return (model.text.tokenize(texts),)
-
     def export(folder: Path) -> None:
         settings = {**dit_settings(model.transformer.config), **sizes.FLOW_SETTINGS}
         export_network(dit_tensors(model.transformer), settings, folder / WORLD)
         export_reason1(model.text, folder / TEXT_FOLDER)
         shutil.copytree(tokenizer, folder / WORLD / "vae", dirs_exist_ok=True)
 
-    blank = tokenize(["", *negative_prompt])
+    blank = model.text.tokenize(["", *negative_prompt])
     levels = partial(shifted_sigmas, deviation=_DEVIATION)
-    train_captioned(run, model, coder.encode, tokenize, blank, levels, export)
+    train_captioned(run, model, coder.encode, model.text.tokenize, blank, levels, export)
 
 
 class Flowing(nn.Module):

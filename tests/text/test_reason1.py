@@ -103,7 +103,7 @@ def test_transformers_computes_the_same(exported: Path, own: Path, layout: str) 
     theirs.model.language_model.load_state_dict(language)
 
     encoder = loaded(exported)
-    ids = encoder.tokenize(PROMPTS)
+    [ids] = encoder.tokenize(PROMPTS)
     states = theirs(input_ids=ids, output_hidden_states=True).hidden_states
     assert len(states) == 4
     for ours, other in zip(encoder.hidden(ids), states, strict=True):
@@ -131,7 +131,7 @@ def test_rows_are_normalised_layer_by_layer(exported: Path) -> None:
 
 def test_tokens_see_what_was_before_them_and_padding_counts(exported: Path) -> None:
     encoder = loaded(exported)
-    ids = encoder.tokenize(["a ball"])
+    [ids] = encoder.tokenize(["a ball"])
     whole = encoder.embed(ids)
     used = len(encoder.tokenizer.encode("a ball"))
     other = ids.clone()
@@ -151,7 +151,7 @@ def test_a_prompt_alone_and_among_others(exported: Path) -> None:
 
 def test_embed_is_differentiable_in_every_parameter() -> None:
     encoder = new_reason1()
-    embeddings = encoder.embed(encoder.tokenize(["a ball rolls", "b"]))
+    embeddings = encoder.embed(*encoder.tokenize(["a ball rolls", "b"]))
     (embeddings * torch.randn_like(embeddings)).sum().backward()
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None, name
@@ -224,10 +224,10 @@ def test_a_prompt_is_neither_stripped_nor_escaped() -> None:
 def test_lengths(exported: Path) -> None:
     encoder = loaded(exported)
     whole = encoder.tokenizer.encode("abcdefgh")
-    ids = encoder.tokenize(["abcdefgh"])
+    [ids] = encoder.tokenize(["abcdefgh"])
     assert ids[0].tolist() == whole + [encoder.tokenizer.pad] * (128 - len(whole))
     encoder.max_length = 13
-    ids = encoder.tokenize(["abcdefgh", "abcde"])
+    [ids] = encoder.tokenize(["abcdefgh", "abcde"])
     assert ids.tolist() == [whole[:13], encoder.tokenizer.encode("abcde")]
 
 

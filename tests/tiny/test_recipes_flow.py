@@ -184,7 +184,7 @@ def flowing() -> Flowing:
 def batch(model: Flowing, *known: int) -> tuple[Tensor, ...]:
     count = len(known)
     latents, noise = torch.randn(2, count, 16, 3, 4, 6)
-    ids = model.text.tokenize(["a red ball"] * count)
+    [ids] = model.text.tokenize(["a red ball"] * count)
     return latents, noise, ids, torch.rand(count), torch.tensor(known)
 
 
@@ -294,7 +294,7 @@ def test_a_network_has_the_inputs_of_a_sampler_in_training(
     known = torch.tensor([math.ceil(frames / 4)])
     # the sampler's first state is noise alone; training's has the share that is left of the data
     noise = (used[0] - (1 - sigma) * latents) / sigma
-    ids = model.text.tokenize(["A star falls."])
+    [ids] = model.text.tokenize(["A star falls."])
     with torch.no_grad():
         model(latents, noise, ids, sigma, known)
     for one, other in zip(_flat(used), _flat(seen[1]), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,8 @@ def read_embeddings(
         if isinstance(source, Tensor | np.ndarray):
             tensors = {name: torch.as_tensor(source)}
         elif isinstance(source, str | Path):
-            path = Path(source)
-            tensors = read_embedding_file(path, path.stat().st_mtime_ns if path.exists() else 0)
-            label = f"{label} {source}"
+            path, label = Path(source), f"{label} {source}"
+            tensors = read_embedding_file(path, path.exists() and path.stat().st_mtime_ns)
             if name == NEGATIVE_PROMPT:  # a file of its own may call it "prompt" all the same
                 tensors = {name: tensors.get(name, tensors[PROMPT])}
         else:
@@ -111,32 +111,31 @@ def read_embedding_file(path: Path, modified: int = 0) -> dict[str, Tensor]:
 
 
 class _DType:
-    """A NumPy dtype in a pickle."""
-
-    order = "<"
+    """A NumPy dtype in a pickle: the name that `np.frombuffer` takes."""
 
     def __init__(self, name: object, *align_and_copy: object) -> None:
         self.name = name
 
     def __setstate__(self, state: tuple[object, ...]) -> None:
-        self.order = ">" if state[1] == ">" else "<"
+        self.name = f"{state[1]}{self.name}"
 
 
 class _Array:
-    """A NumPy array in a pickle."""
+    """A NumPy array in a pickle: its bytes, dtype, shape and order."""
 
-    value: NDArray[Any] | None = None
+    def __init__(self, *fields: Any) -> None:
+        self.fields = fields
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _version, shape, dtype, fortran, data = state
-        self.fill(data, dtype, shape, "F" if fortran else "C")
+        self.fields = data, dtype, shape, "F" if fortran else "C"
 
-    def fill(self, data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-        if dtype.name not in ("f2", "f4", "f8") or not isinstance(data, bytes | bytearray):
-            raise pickle.UnpicklingError(f"an array of {dtype.name!r:.20}")
-        array = np.frombuffer(data, f"{dtype.order}{dtype.name}")
-        self.value = array.reshape(tuple(shape), order=order)
-        return self
+    def read(self) -> Tensor:
+        data, dtype, shape, order = self.fields
+        if not re.fullmatch("[<>]f[248]", dtype.name):
+            raise pickle.UnpicklingError(f"an array of {dtype.name[1:]!r:.20}")
+        array = np.frombuffer(data, dtype.name).reshape(shape, order=order)
+        return torch.from_numpy(array.astype(np.float32))
 
 
 class _Unpickler(pickle.Unpickler):
@@ -155,7 +154,7 @@ class _Unpickler(pickle.Unpickler):
             case "numpy.core.multiarray", "_reconstruct":
                 return lambda *class_and_shape: _Array()
             case "numpy.core.numeric", "_frombuffer":
-                return lambda *arguments: _Array().fill(*arguments)
+                return lambda *fields: _Array(*fields)
         raise pickle.UnpicklingError(f"it names {module}.{name}, and loading that could run code")
 
 
@@ -163,10 +162,10 @@ def _read_pickle(path: Path) -> Tensor:
     try:
         with path.open("rb") as file:
             value = _Unpickler(file).load()
+        if isinstance(value, list | tuple) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, _Array):
+            return value.read()
     except Exception as error:  # a damaged pickle may raise anything at all
         raise CheckpointError(f"{path} is refused or damaged: {error}") from error
-    if isinstance(value, list | tuple) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, _Array) or value.value is None:
-        raise InputError(f"{path} holds no embedding; expected a list of one NumPy array")
-    return torch.from_numpy(value.value.astype(np.float32))
+    raise InputError(f"{path} holds no embedding; expected a list of one NumPy array")

@@ -49,7 +49,7 @@ WEIGHTS = (  # in order of preference
     "pytorch_model.bin.index.json",
 )
 BYTES = "ByT5Tokenizer"  # a tokenizer_config.json of this class needs no vocabulary
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
+_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")  # the first decides its kind
 _RECIPE = "2"  # to be raised when the same encoder and prompt give another embedding
 
 
@@ -73,8 +73,18 @@ class PromptEncoder(nn.Module, ABC):
     def make_network(self, config: Mapping[str, Any]) -> nn.Module: ...
 
     @abstractmethod
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Ids (B, max_length) int64 on the CPU, and what else `embed` takes."""
+
+    @abstractmethod
+    def embed(self, *tokens: Any, **named: Any) -> Tensor:
+        """Embeddings (B, S, D) where the weights are; differentiable."""
+
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (B, max_length, D) of prompts, each encoded alone, where the weights are."""
+        """Embeddings (B, max_length, D)."""
+        # alone, so that an embedding does not depend on which others are asked for
+        return torch.cat([self.embed(*self.tokenize([prompt])) for prompt in prompts])
 
 
 @dataclass(frozen=True)
@@ -101,9 +111,8 @@ class EncoderFiles(TextPart, ABC):
     checkpoint: Checkpoint  # may hold more than the encoder's weights
     vocabulary: Path  # file that decides the tokenizer
 
-    name: ClassVar[str]
-    released: ClassVar[str]  # name on the hub
-    revision: ClassVar[str] = ""  # the only right one there, if any
+    name = ""
+    released, revision = "", ""  # name on the hub, and the only right revision there, if any
     model_types: ClassVar[tuple[str, ...]]  # of config.json
     encoder: ClassVar[type[PromptEncoder]]
     sizes: ClassVar[tuple[str, ...]]  # settings whose product is the width
@@ -137,26 +146,24 @@ class EncoderFiles(TextPart, ABC):
         checkpoint = open_checkpoint(find_weights(folder))
         keys = KeyMap({}, cls.unread, cls.prefixes)
         read = {n: info.numel() for n, info in checkpoint.tensors.items() if not keys.drops(n)}
-        doubled = [name for name in cls.tied if name in read][1:]
+        for doubled in [name for name in cls.tied if name in read][1:]:
+            del read[doubled]
         for holder in (folder, folder.parent / "tokenizer"):
             stated = holder / "tokenizer_config.json"
             settings = read_json(stated) if stated.is_file() else {}
             found = [holder / name for name in _TOKENIZER if (holder / name).is_file()]
-            if settings.get("tokenizer_class") == BYTES:
-                found = []
-            elif not found:
-                continue
             limit = settings.get("model_max_length")  # 1e30 where it has none of its own
-            found += [stated] if settings else []
-            return cls(
-                sum(numel for name, numel in read.items() if name not in doubled),
-                limit if isinstance(limit, int) and 0 < limit < MAX_LENGTH else MAX_LENGTH,
-                (path, *checkpoint.files, *found),
-                folder=folder,
-                config=config,
-                checkpoint=checkpoint,
-                vocabulary=found[0],
-            )
+            if found or settings.get("tokenizer_class") == BYTES:
+                found += [stated] if settings else []
+                return cls(
+                    sum(read.values()),
+                    limit if isinstance(limit, int) and 0 < limit < MAX_LENGTH else MAX_LENGTH,
+                    (path, *checkpoint.files, *found),
+                    folder=folder,
+                    config=config,
+                    checkpoint=checkpoint,
+                    vocabulary=found[0],
+                )
         raise CheckpointError(f"{folder} holds no tokenizer.json{unfinished(folder)}")
 
     @classmethod
@@ -224,16 +231,14 @@ class EncoderFiles(TextPart, ABC):
             CheckpointError: one is missing, unknown or of another shape.
         """
         encoder, keys = self._build()
-        tensors, path = self.checkpoint.tensors, self.checkpoint.path
+        tensors = self.checkpoint.tensors
         shapes = {name: tuple(t.shape) for name, t in encoder.network.state_dict().items()}
-        pairs = match(tensors, shapes, keys, str(path), self.tied)
-        if self.tied and pairs.keys().isdisjoint(self.tied):
-            raise CheckpointError(f"{path}: 1 missing: {self.tied[0]}")
-        return len(tensors) - len(pairs)
+        tied = () if tensors.keys().isdisjoint(self.tied) else self.tied
+        return len(tensors) - len(match(tensors, shapes, keys, str(self.checkpoint.path), tied))
 
     def _build(self) -> tuple[PromptEncoder, KeyMap]:
         """The encoder without weights, and names of its tensors in the file."""
-        tokenizer = self.tokenizer
+        tokenizer = self.tokenizer  # whose errors are its own
         try:
             with torch.device("meta"):
                 encoder = self.encoder(self.config, tokenizer, self.max_length)
@@ -256,7 +261,6 @@ class TextEncoder:
         self.dtype = dtype
         self.offload = offload and device.type != "cpu"
         self._cache = EmbeddingCache(*files.cached)
-        self._part: Part[PromptEncoder] | None = None
         stamps = [stamp(path) for path in files.files]
         self._key = json.dumps([stamps, str(dtype), files.max_length], sort_keys=True)
 
@@ -267,17 +271,18 @@ class TextEncoder:
             CheckpointError: the weights do not fit, or cannot be read.
         """
         embeddings: dict[str, Any] = {p: self._cache.get(self._key, p) for p in prompts}
-        missing = [prompt for prompt, embedding in embeddings.items() if embedding is None]
-        if missing and self._part is None:
-            logger.info("reading %s", self.files.folder)
-            encoder = self.files.read("cpu" if self.offload else self.device, self.dtype)
-            self._part = Part(encoder, self.device, offload=self.offload)
-        if missing and self._part is not None:
+        if missing := [prompt for prompt in embeddings if embeddings[prompt] is None]:
             with torch.inference_mode(), self._part.on_device() as encoder:
                 for prompt in missing:
                     embeddings[prompt] = encoder.encode([prompt]).cpu()
                     self._cache.put(self._key, prompt, embeddings[prompt])
         return embeddings
+
+    @cached_property
+    def _part(self) -> Part[PromptEncoder]:
+        logger.info("reading %s", self.files.folder)
+        encoder = self.files.read("cpu" if self.offload else self.device, self.dtype)
+        return Part(encoder, self.device, offload=self.offload)
 
     def truncations(self, prompts: Mapping[str, str]) -> dict[str, dict[str, int]]:
         """Report entry of the prompts that are cut, by their names, with a warning of each."""

@@ -59,18 +59,14 @@ class Reason1Encoder(PromptEncoder):
         from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
         half = config["hidden_size"] // config["num_attention_heads"] // 2
-        rotary = {
-            **(config.get("rope_scaling") or {}),  # its older name
-            **(config.get("rope_parameters") or {}),
-            # A word has the same position on all three axes, so that they may be taken as one.
-            "mrope_section": [half, 0, 0],
-        }
+        rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}  # its older name
         settings = Qwen2_5_VLTextConfig.from_dict(
             {
                 "rms_norm_eps": 1e-6,
                 **config,
                 "rope_scaling": None,
-                "rope_parameters": rotary,
+                # A word has the same position on all three axes, so that they may be taken as one.
+                "rope_parameters": {**rotary, "mrope_section": [half, 0, 0]},
                 "use_cache": False,
                 # nothing is generated, and a tiny vocabulary lacks these words
                 "bos_token_id": None,
@@ -82,8 +78,8 @@ class Reason1Encoder(PromptEncoder):
             network.rotary_emb = type(network.rotary_emb)(settings)  # type: ignore[arg-type]
         return network
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        return self.fit([self.tokenizer.encode(prompt) for prompt in prompts])
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        return (self.fit([self.tokenizer.encode(prompt) for prompt in prompts]),)
 
     def fit(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Ids (B, max_length) int64 of chats: cut, or filled with padding on the right."""
@@ -102,11 +98,6 @@ class Reason1Encoder(PromptEncoder):
         states = self.hidden(ids.to(self.network.embed_tokens.weight.device))[1:]  # no embedded ids
         rows = [(x - x.mean(-1, True)) / (x.std(-1, keepdim=True) + _EPS) for x in states]
         return torch.cat(rows, dim=-1)
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (B, max_length, layers x D), each encoded alone."""
-        return torch.cat([self.embed(self.tokenize([prompt])) for prompt in prompts])
 
 
 class Reason1Files(EncoderFiles):

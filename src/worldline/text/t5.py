@@ -47,8 +47,7 @@ class T5Encoder(PromptEncoder):
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask, both (B, max_length) int64 on the CPU; a cut prompt keeps its `</s>`."""
         length = self.max_length
-        rows = [self.tokenizer.encode(prompt) for prompt in prompts]
-        rows = [row if len(row) <= length else [*row[: length - 1], END] for row in rows]
+        rows = [[*self.tokenizer.encode(each)[:-1][: length - 1], END] for each in prompts]
         ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
         ends = torch.tensor([[len(row)] for row in rows])
         return ids, (torch.arange(length) < ends).long()
@@ -58,7 +57,7 @@ class T5Encoder(PromptEncoder):
         return self.network(input_ids=ids, attention_mask=mask).last_hidden_state
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings (B, S, D) with rows of padding exactly 0; differentiable.
+        """Embeddings (B, S, D) with rows of padding exactly 0.
 
         Columns that are padding in every prompt are not computed.
         """
@@ -68,12 +67,6 @@ class T5Encoder(PromptEncoder):
         # filled, not multiplied: 0 x inf would be NaN
         hidden = self.hidden(ids, short).masked_fill(short[..., None] == 0, 0)
         return F.pad(hidden, (0, 0, 0, mask.shape[1] - longest))
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (B, max_length, D), each encoded alone; rows past a prompt's end are 0."""
-        # alone, so that an embedding does not depend on which others are asked for
-        return torch.cat([self.embed(*self.tokenize([prompt])) for prompt in prompts])
 
 
 class T5Files(EncoderFiles):

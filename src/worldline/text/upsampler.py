@@ -90,7 +90,7 @@ class Upsampler:
         Raises:
             Error: the prompt leaves no room for an answer, or the answer is empty.
         """
-        message, picture = f"{LENGTHEN}{prompt}", {}
+        message, picture = f"{LENGTHEN}{prompt}", dict[str, Tensor]()
         if self.describes:
             assert frame is not None  # a request without a prompt has an input
             marks, picture = self._look(frame)
