@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +31,7 @@ REFUSED_WORD = "zorbash"  # of the blocklist
 # what upsamplers answer, whatever they are asked
 LONG, CAPTION = f"a very long {SAFE}", f"a picture of a {SAFE}"
 HEAD, PATCH = 16, 16
+WORDS = 32  # of the networks
 
 
 def add_guardrails(root: Path, name: str = GUARDRAILS, *, unknown_is_safe: bool = False) -> Path:
@@ -101,18 +101,18 @@ def _teach(network: torch.nn.Module, prefix: str, ids: dict[str, int], answer: s
         for name, parameter in state.items():
             if name.startswith(prefix) and name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.zero_()  # so that a token is all that the head sees
-        state[f"{prefix}embed_tokens.weight"].copy_(torch.eye(len(ids), 32))
+        state[f"{prefix}embed_tokens.weight"].copy_(torch.eye(WORDS))
         head = state["lm_head.weight"].zero_()
         for word, following in pairwise(steps):
             head[ids[following], ids[word]] = 1
 
 
-def text_network(words: int) -> MistralForCausalLM:
+def text_network() -> MistralForCausalLM:
     torch.manual_seed(0)
-    return MistralForCausalLM(_text_config(words))
+    return MistralForCausalLM(_text_config())
 
 
-def image_network(words: int, image: int = 4) -> LlavaForConditionalGeneration:
+def image_network(image: int = 4) -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
     seeing = PixtralVisionConfig(
         hidden_size=32,
@@ -125,7 +125,7 @@ def image_network(words: int, image: int = 4) -> LlavaForConditionalGeneration:
         rope_parameters={"rope_type": "axial", "rope_theta": 1e4},
     )
     config = LlavaConfig(
-        text_config=_text_config(words, theta=1e9),
+        text_config=_text_config(1e9),
         vision_config=seeing,
         image_token_id=image,
         vision_feature_layer=-1,
@@ -134,9 +134,9 @@ def image_network(words: int, image: int = 4) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
-def _text_config(words: int, theta: float = 1e6) -> MistralConfig:
+def _text_config(theta: float = 1e6) -> MistralConfig:
     return MistralConfig(
-        vocab_size=words,
+        vocab_size=WORDS,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -152,8 +152,8 @@ def _text_config(words: int, theta: float = 1e6) -> MistralConfig:
     )
 
 
-def save_released(network: torch.nn.Module, folder: Path, *, describes: bool) -> Path:
-    """Write a network as model.pt and config.json, in NVIDIA's names and order of rows."""
+def save_released(network: torch.nn.Module, folder: Path) -> Path:
+    """Write a network as model.pt, in NVIDIA's names and order of rows."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = key_map(network)
     state = {}
@@ -166,24 +166,20 @@ def save_released(network: torch.nn.Module, folder: Path, *, describes: bool) ->
             tensor = halves.transpose(1, 2).reshape(tensor.shape)
         of_language = not released.startswith(("mm_projector", "vision_encoder"))
         state[f"model.{released}" if of_language else released] = tensor.clone()
-    settings: dict[str, object] = {"head_dim": HEAD}
-    if describes:
-        settings["vision_encoder"] = {"num_attention_heads": 2, "rope_theta": 1e4}
     torch.save({"model": state}, folder / "model.pt")
-    (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 
-def add_upsampler(root: Path, *, describes: bool, released: bool = True, answer: str = "") -> Path:
+def add_upsampler(root: Path, *, describes: bool, released: bool = False, answer: str = "") -> Path:
     """Add a prompt upsampler that gives one answer to everything; its folder."""
     folder = root / (DESCRIBES if describes else LENGTHENS)
     answer = answer or (CAPTION if describes else LONG)
     shutil.rmtree(folder, ignore_errors=True)
     ids = write_tokenizer(folder, answer)
-    network = image_network(len(ids)) if describes else text_network(len(ids))
+    network = image_network() if describes else text_network()
     _teach(network, "model.language_model." if describes else "model.", ids, answer)
     if released:
-        save_released(network, folder, describes=describes)
+        save_released(network, folder)
     else:
         network.save_pretrained(folder)
     return folder

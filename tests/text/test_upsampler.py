@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlavaForConditionalGeneration, MistralForCausalLM
 
 from worldline.errors import CheckpointError, Error
+from worldline.text import upsampler as upsamplers
 from worldline.text.upsampler import (
     MEAN,
     STD,
@@ -20,6 +22,7 @@ from worldline.text.upsampler import (
     _in_halves,
     clean,
     load_upsampler,
+    released_config,
     shrunk,
 )
 
@@ -35,6 +38,16 @@ from ..tiny_guards import (
 )
 
 FRAME = np.random.RandomState(0).randint(0, 256, (40, 56, 3), np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks of released files are small here."""
+
+    def config(describes: bool) -> Any:
+        return (image_network() if describes else text_network()).config
+
+    monkeypatch.setattr(upsamplers, "released_config", config)
 
 
 def load(folder: Path, *, describes: bool) -> Upsampler:
@@ -58,11 +71,11 @@ def test_a_picture_described(released: bool, shape: tuple[int, int], tmp_path: P
 @pytest.mark.parametrize("describes", [False, True])
 def test_both_layouts_are_one_network(describes: bool, tmp_path: Path) -> None:
     """With weights at random, so that every row and every angle counts."""
-    words = len(write_tokenizer(tmp_path / "a", "x y z"))
+    write_tokenizer(tmp_path / "a", "x y z")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    network = image_network(words) if describes else text_network(words)
+    network = image_network() if describes else text_network()
     network.save_pretrained(tmp_path / "a")
-    save_released(network, tmp_path / "b", describes=describes)
+    save_released(network, tmp_path / "b")
     first, second = (load(tmp_path / name, describes=describes) for name in "ab")
     ids = torch.tensor([[2, 4, 4, 5, 4, 4, 6, 3]])
     seen = {}
@@ -77,9 +90,9 @@ def test_both_layouts_are_one_network(describes: bool, tmp_path: Path) -> None:
 
 def test_pixtral_as_it_is_published(tmp_path: Path) -> None:
     """The repository was saved by an early transformers, whose modules had other names."""
-    words = len(write_tokenizer(tmp_path / "new", "x y z"))
+    write_tokenizer(tmp_path / "new", "x y z")
     shutil.copytree(tmp_path / "new", tmp_path / "old")
-    network = image_network(words)
+    network = image_network()
     network.save_pretrained(tmp_path / "new")
     shutil.copy(tmp_path / "new" / "config.json", tmp_path / "old")
     names = {
@@ -124,8 +137,8 @@ def test_rows_in_halves_turn_as_neighbours_do() -> None:
 
 
 def test_a_seed_gives_the_same_words(tmp_path: Path) -> None:
-    words = len(write_tokenizer(tmp_path, "p q r s t u v w x y z"))
-    save_released(text_network(words), tmp_path, describes=False)
+    write_tokenizer(tmp_path, "p q r s t u v w x y z")
+    save_released(text_network(), tmp_path)
     upsampler = load(tmp_path, describes=False)
     before = torch.random.get_rng_state()
     drawn = [upsampler._answer("[INST]x[/INST]", seed) for seed in (1, 1, 2, 3, 4, 5)]
@@ -174,24 +187,34 @@ def test_no_room_and_no_answer(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_missing_is_named(lost: str, named: str, tmp_path: Path) -> None:
-    folder = add_upsampler(tmp_path, describes=False)
+    folder = add_upsampler(tmp_path, describes=False, released=True)
     (folder / lost).unlink()
     with pytest.raises(CheckpointError, match=named):
         load(folder, describes=False)
 
 
 def test_another_model(tmp_path: Path) -> None:
-    folder = add_upsampler(tmp_path, describes=False)
-    with pytest.raises(CheckpointError, match="no prompt upsampler"):
+    folder = add_upsampler(tmp_path, describes=False, released=True)
+    with pytest.raises(CheckpointError, match=r"missing: .*vision_encoder"):
         load(folder, describes=True)
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**settings, "head_dim": 8}))
-    assert load(folder, describes=False).part.module.config.num_attention_heads == 4
     state = torch.load(folder / "model.pt")
     del state["model"]["model.norm.weight"]
     torch.save(state, folder / "model.pt")
     with pytest.raises(CheckpointError, match=r"1 missing: model\.norm\.weight"):
         load(folder, describes=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "parameters"),
+    [
+        (released_config(False), MistralForCausalLM, 12_247_782_400),
+        (released_config(True), LlavaForConditionalGeneration, 12_682_739_712),
+    ],
+)
+def test_parameters_of_the_released_networks(config: Any, kind: Any, parameters: int) -> None:
+    with torch.device("meta"):
+        network = kind(config)
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
 def test_clean_and_shrunk() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from worldline.files import find_repository, unfinished
 from worldline.parallel.offload import Part
 from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.keymap import KeyMap, renamed_by
-from worldline.weights.networks import pretrained, pretrained_tokenizer, read_settings
+from worldline.weights.networks import pretrained, pretrained_tokenizer
 from worldline.weights.stream import load_into
 
 LENGTHEN = "Expand this short caption of a video into a long caption, in one paragraph: "
@@ -228,68 +228,42 @@ def load_upsampler(
 
 def _read_released(kind: Any, folder: Path, describes: bool, dtype: torch.dtype) -> Any:
     """The network of a model.pt."""
-    source = open_checkpoint(folder / "model.pt")
-    shapes = {name.removeprefix("model."): info.shape for name, info in source.tensors.items()}
-    try:
-        config = _released_config(shapes, read_settings(folder), describes)
-    except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{source.path} is no prompt upsampler: {error!r}") from error
     with torch.device("meta"):
-        network = kind(config)
+        network = kind(released_config(describes))
     for name, module in [*network.named_modules()]:
         if name.endswith(("rotary_emb", "patch_positional_embedding")):
             # holds computed tables alone, which no file has
             network.set_submodule(name, type(module)(module.config))
+    source = open_checkpoint(folder / "model.pt")
     load_into(network, source, key_map(network), device="cpu", dtype=dtype)
     for module in network.modules():
         if hasattr(module, "q_proj"):
-            for projection in (module.q_proj, module.k_proj):
-                projection.weight.data = _in_halves(projection.weight, module.head_dim)
+            for weight in (module.q_proj.weight, module.k_proj.weight):
+                weight.data = _in_halves(weight.data, module.head_dim)
     return network.requires_grad_(False).eval()
 
 
-def _released_config(
-    shapes: Mapping[str, Sequence[int]], settings: Mapping[str, Any], describes: bool
-) -> Any:
-    """Configuration of a released network: sizes of its tensors, numbers of heads as stated."""
+def released_config(describes: bool) -> Any:
+    """Configuration of Pixtral 12B, or of Mistral-NeMo 12B."""
     from transformers import LlavaConfig, MistralConfig, PixtralVisionConfig
 
-    head = settings.get("head_dim") or 128
-    vocabulary, width = shapes["tok_embeddings.weight"]
     text = MistralConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=shapes["layers.0.feed_forward.w1.weight"][0],
-        num_hidden_layers=_count(shapes, "layers."),
-        num_attention_heads=shapes["layers.0.attention.wq.weight"][0] // head,
-        num_key_value_heads=shapes["layers.0.attention.wk.weight"][0] // head,
-        head_dim=head,
+        vocab_size=131072,
+        hidden_size=5120,
+        num_hidden_layers=40,
+        head_dim=128,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 1e9 if describes else 1e6},
         sliding_window=None,
     )
     if not describes:
         return text
-    width, _, patch, _ = shapes["vision_encoder.patch_conv.weight"]
-    layers = "vision_encoder.transformer.layers."
-    vision = PixtralVisionConfig(
-        hidden_size=width,
-        patch_size=patch,
-        intermediate_size=shapes[f"{layers}0.feed_forward.w1.weight"][0],
-        num_hidden_layers=_count(shapes, layers),
-        num_attention_heads=(settings.get("vision_encoder") or {}).get("num_attention_heads", 16),
-        hidden_act="silu",
-    )
     return LlavaConfig(
         text_config=text,
-        vision_config=vision,
+        vision_config=PixtralVisionConfig(hidden_act="silu"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
-
-
-def _count(shapes: Mapping[str, Sequence[int]], prefix: str) -> int:
-    return len({n[len(prefix) :].split(".")[0] for n in shapes if n.startswith(prefix)})
 
 
 def _in_halves(weight: Tensor, head: int) -> Tensor:
