@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,6 @@ _LICENCE = (
     "the guardrails are off: by the NVIDIA Open Model License, the rights to the released weights "
     "end where a guardrail is bypassed without a similar one that fits the use"
 )
-
-
-_FAILURES = (OSError, ImportError, ValueError)  # of loading; a CheckpointError is a ValueError
 
 
 @dataclass(frozen=True)
@@ -63,15 +61,15 @@ class Guards:
     def guardrail_bytes(self) -> int:
         """Bytes of the largest offloaded guardrail, which come to the device when it is used."""
         parts = self.parts.get("guardrail_models", ())
-        return max((_nbytes(part) for part in parts if part.offload), default=0)
+        return max((part.nbytes for part in parts if part.offload), default=0)
 
     @property
     def advice(self) -> str:
         """End of a message about exhausted memory: which flags free how much."""
         advice = ""
         for name, parts in self.parts.items():
-            resident = [p for p in parts if not p.offload and p.device.type != "cpu"]
-            if nbytes := sum(map(_nbytes, resident)):
+            resident = (p.nbytes for p in parts if not p.offload and p.device.type != "cpu")
+            if nbytes := sum(resident):
                 advice += f"; --offload_{name} frees {nbytes / GIGABYTE:.1f} GB"
         return advice
 
@@ -79,10 +77,6 @@ class Guards:
     def offloaded(self) -> dict[str, bool]:
         """What runs around the model, and whether it waits in host memory."""
         return {name: any(part.offload for part in parts) for name, parts in self.parts.items()}
-
-
-def _nbytes(part: Part[Any]) -> int:
-    return sum(weight.nbytes for weight in part.module.parameters())
 
 
 @dataclass
@@ -130,10 +124,10 @@ class Checks:
     def report(self) -> dict[str, Any]:
         guards = self.guards
         return {
-            "guardrail": None if guards.guardrails is None else release_of(guards.opened),
+            "guardrail": release_of(guards.opened),
             "guardrail_off": guards.guardrail_off,
             "guardrail_checks": self.entries,
-            "prompt_upsampler": guards.upsampler.name if guards.upsampler else None,
+            "prompt_upsampler": guards.upsampler and guards.upsampler.name,
             "prompt_upsampler_ran": self.upsampled,
         }
 
@@ -174,6 +168,18 @@ def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> G
     """
     recorder, options = Recorder(compute.device), opened.options
     problems: list[str] = []
+
+    @contextmanager
+    def loading(name: str, download: str, disable: str) -> Iterator[None]:
+        try:
+            with recorder.stage(f"load {name}"):
+                yield
+        except (OSError, ImportError, ValueError) as error:  # CheckpointError is a ValueError
+            problems.append(
+                f"{name} cannot load: {error}; `worldline checkpoints download {download}` fetches "
+                f"what is missing, --{disable} (in Python {disable}=True) runs without"
+            )
+
     guardrails = upsampler = off = None
     if (release := release_of(opened)) is None:
         disabled = options.disable_guardrail
@@ -183,40 +189,23 @@ def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> G
     else:
         from worldline import guardrails as sets  # imported only where guardrails run
 
-        try:
-            with recorder.stage("load guardrails"):
-                guardrails = sets.load(
-                    release,
-                    opened.place.roots,
-                    folder=options.guardrail_dir,
-                    device=compute.device,
-                    offload=options.offload_guardrail_models,
-                    text="text" in opened.parts or "text" in opened.missing,
-                )
-            logger.info("guardrails: %s", ", ".join(guardrails.parts))
-        except _FAILURES as error:
-            flag, download = (
-                options.field_flag("disable_guardrail"),
-                sets.RELEASES[release].download,
+        flag = options.field_flag("disable_guardrail")
+        with loading("guardrails", sets.RELEASES[release].download, flag):
+            guardrails = sets.load(
+                release,
+                opened.place.roots,
+                folder=options.guardrail_dir,
+                device=compute.device,
+                offload=options.offload_guardrail_models,
+                text="text" in opened.parts or "text" in opened.missing,
             )
-            problems.append(_advice("guardrails", error, download, flag))
+            logger.info("guardrails: %s", ", ".join(guardrails.parts))
     if upsample and upsamples(opened):
-        try:
-            with recorder.stage("load prompt upsampler"):
-                upsampler = _load_upsampler(opened, compute)
-        except _FAILURES as error:
-            flag = "disable_prompt_upsampler"
-            problems.append(_advice("prompt upsampler", error, opened.folder.name, flag))
+        with loading("prompt upsampler", opened.folder.name, "disable_prompt_upsampler"):
+            upsampler = _load_upsampler(opened, compute)
     if problems:
         raise CheckpointError("; and ".join(problems))
     return Guards(opened, recorder, guardrails, off, upsampler)
-
-
-def _advice(name: str, error: Exception, download: str, flag: str) -> str:
-    return (
-        f"{name} cannot load: {error}; `worldline checkpoints download {download}` fetches what is "
-        f"missing, --{flag} (in Python {flag}=True) runs without"
-    )
 
 
 def _load_upsampler(opened: Opened, compute: Compute) -> Upsampler:
@@ -225,11 +214,9 @@ def _load_upsampler(opened: Opened, compute: Compute) -> Upsampler:
     place, options = opened.place, opened.options
     assert opened.family.upsampler is not None
     describes, names = opened.family.upsampler(opened)
-    if options.prompt_upsampler_dir is not None:
-        folder = place.chosen(options.prompt_upsampler_dir, "prompt_upsampler_dir")
-    elif (found := place.below(names)) is not None:
-        folder = found
-    else:
+    chosen = options.prompt_upsampler_dir
+    folder = place.chosen(chosen, "prompt_upsampler_dir") if chosen else place.below(names)
+    if folder is None:
         raise CheckpointError(f"neither {' nor '.join(names)} is in {place.searched}")
     logger.info("reading %s", folder)
     offload = options.offload_prompt_upsampler

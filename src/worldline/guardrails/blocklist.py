@@ -51,20 +51,14 @@ class Censor:
     def refuses(self, text: str) -> bool:
         lower = text.lower()
         spans = self._matches(lower)
-        words = [word.strip(string.punctuation) for word in lower.split()]
-        if not spans or self.allowed.isdisjoint(words):
-            return bool(spans)
         for start, stop in reversed(spans):
             text = f"{text[:start]}{_MARK}{text[stop:]}"
-        marked = [_MARK in piece for piece in text.split()]
+        marked = {number for number, piece in enumerate(text.split()) if _MARK in piece}
         # Allowed words are restored by their number in the prompt, although a match with spaces
-        # has fewer pieces: the released rule, on which decisions depend.
-        for number, word in enumerate(words):
-            if word in self.allowed:
-                if number >= len(marked):
-                    return True
-                marked[number] = False
-        return any(marked)
+        # has fewer pieces: the released rule, which fails where there is no such piece.
+        words = (word.strip(string.punctuation) for word in lower.split())
+        allowed = {number for number, word in enumerate(words) if word in self.allowed}
+        return bool(spans and (marked - allowed or max(allowed, default=0) >= len(text.split())))
 
     def _matches(self, text: str) -> list[tuple[int, int]]:
         """Start and end of every match in `text`, lower case."""
@@ -116,13 +110,11 @@ class WholeWords:
     """Entries that refuse a prompt as whole words, or nearly so."""
 
     def __init__(self, entries: Iterable[str], near: Nearness) -> None:
-        self.near = near
         self.entries = {" ".join(entry.lower().split()) for entry in entries} - {""}
-        self.windows: defaultdict[int, set[str]] = defaultdict(set)  # by number of words
-        for entry in self.entries:
-            if len(entry) >= near.shortest:
-                self.windows[len(entry.split())].add(entry)
-        self.longest = max(map(len, self.entries), default=0)
+        self.near = {entry for entry in self.entries if len(entry) >= near.shortest}
+        self.counts = {len(entry.split()) for entry in self.near}
+        # length of a window that may have a character too many
+        self.longest = 1 + max(map(len, self.near), default=0) if near.insertion else 0
 
     def check(self, text: str) -> str:
         """Check that refuses: "exact", "partial", or "" if nothing is found."""
@@ -131,14 +123,13 @@ class WholeWords:
         for entry in self.entries:
             if entry in text and re.search(rf"\b{re.escape(entry)}\b", text):
                 return "exact"
-        for count, entries in self.windows.items():
-            for start in range(len(words) - count + 1):
-                window = " ".join(words[start : start + count])
-                forms = {window}
-                if self.near.insertion and len(window) <= self.longest + 1:
-                    forms |= {window[:i] + window[i + 1 :] for i in range(len(window))}
-                if not entries.isdisjoint(forms):
-                    return "partial"
+        for start, count in itertools.product(range(len(words)), self.counts):
+            window = " ".join(words[start : start + count])
+            forms = {window}
+            if len(window) <= self.longest:  # the number of words stays
+                forms |= {window[:i] + window[i + 1 :] for i, c in enumerate(window) if c != " "}
+            if not self.near.isdisjoint(forms):
+                return "partial"
         return ""
 
 

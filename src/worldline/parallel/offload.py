@@ -29,6 +29,10 @@ class Part(Generic[ModuleType]):
         self.device = device
         self.offload = offload and device.type != "cpu"
 
+    @property
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.module.parameters())
+
     @contextmanager
     def on_device(self) -> Iterator[ModuleType]:
         """The module, with its weights on the device."""
