@@ -180,8 +180,7 @@ def select(
     boxes, scores = boxes[confident], scores[confident]
     order = scores.argsort()[::-1][:candidates]
     boxes, scores = boxes[order], scores[order]
-    sides = boxes[:, 2:] - boxes[:, :2] + 1  # pixels are counted, both ends
-    areas = sides.prod(1)
+    areas = (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)  # pixels are counted, both ends
     selection: list[int] = []
     rest = scores.argsort()[::-1]
     while rest.size:

@@ -138,24 +138,26 @@ class _Array:
         return torch.from_numpy(array.astype(np.float32))
 
 
+_CLASSES: dict[str, type | None] = {
+    "numpy.ndarray": None,  # only ever an argument
+    "numpy.dtype": _DType,
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy.core.numeric._frombuffer": _Array,
+}
+
+
 class _Unpickler(pickle.Unpickler):
     """Reader of arrays of floating numbers, which it builds itself.
 
-    NumPy's own constructors trust their arguments and are never called. `find_class` returns fresh
-    functions, so that a hostile pickle cannot change it for the next file.
+    NumPy's own constructors trust their arguments and are never called. A pickle cannot change our
+    classes for the next file: what it sets goes through their `__setstate__`.
     """
 
     def find_class(self, module: str, name: str, /) -> Any:
-        match module.replace("numpy._core", "numpy.core"), name:
-            case "numpy", "ndarray":
-                return None  # only ever an argument
-            case "numpy", "dtype":
-                return lambda *arguments: _DType(*arguments)
-            case "numpy.core.multiarray", "_reconstruct":
-                return lambda *class_and_shape: _Array()
-            case "numpy.core.numeric", "_frombuffer":
-                return lambda *fields: _Array(*fields)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, and loading that could run code")
+        full = f"{module}.{name}".replace("numpy._core", "numpy.core")
+        if full in _CLASSES:
+            return _CLASSES[full]
+        raise pickle.UnpicklingError(f"it names {full}, and loading that could run code")
 
 
 def _read_pickle(path: Path) -> Tensor:

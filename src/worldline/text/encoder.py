@@ -14,7 +14,7 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -116,8 +116,7 @@ class EncoderFiles(TextPart, ABC):
     model_types: ClassVar[tuple[str, ...]]  # of config.json
     encoder: ClassVar[type[PromptEncoder]]
     sizes: ClassVar[tuple[str, ...]]  # settings whose product is the width
-    prefixes: ClassVar[tuple[str, ...]] = ("",)  # what a file may have before our names
-    unread: ClassVar[Mapping[str, str]]  # patterns of other tensors in a file -> what they are
+    keys: ClassVar[KeyMap]  # but for names, which are the network's
     tied: ClassVar[tuple[str, ...]] = ()  # names of one tensor, of which a file holds any
     cached: ClassVar[tuple[str, int]] = ("", 1000)  # folder and number of cached embeddings
 
@@ -144,10 +143,11 @@ class EncoderFiles(TextPart, ABC):
             if type(value) is not int or value < 1:
                 raise CheckpointError(f"{path}: {size} is {value!r}")
         checkpoint = open_checkpoint(find_weights(folder))
-        keys = KeyMap({}, cls.unread, cls.prefixes)
-        read = {n: info.numel() for n, info in checkpoint.tensors.items() if not keys.drops(n)}
-        for doubled in [name for name in cls.tied if name in read][1:]:
-            del read[doubled]
+        sizes = {
+            cls.tied[0] if name in cls.tied else name: tensor.numel()
+            for name, tensor in checkpoint.tensors.items()
+            if not cls.keys.drops(name)
+        }
         for holder in (folder, folder.parent / "tokenizer"):
             stated = holder / "tokenizer_config.json"
             settings = read_json(stated) if stated.is_file() else {}
@@ -156,7 +156,7 @@ class EncoderFiles(TextPart, ABC):
             if found or settings.get("tokenizer_class") == BYTES:
                 found += [stated] if settings else []
                 return cls(
-                    sum(read.values()),
+                    sum(sizes.values()),
                     limit if isinstance(limit, int) and 0 < limit < MAX_LENGTH else MAX_LENGTH,
                     (path, *checkpoint.files, *found),
                     folder=folder,
@@ -247,7 +247,7 @@ class EncoderFiles(TextPart, ABC):
             path = self.folder / "config.json"
             raise CheckpointError(f"{path} makes no {self.name}: {reason}") from error
         names = {name: name for name in encoder.network.state_dict()}
-        return encoder, KeyMap(names, self.unread, self.prefixes)
+        return encoder, replace(self.keys, rename=names)
 
 
 class TextEncoder:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
 from worldline.text.encoder import EncoderFiles, FastTokenizer, PromptEncoder, read_tokenizer
+from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import pretrained_tokenizer
 
 if TYPE_CHECKING:
@@ -110,8 +111,11 @@ class Reason1Files(EncoderFiles):
     model_types = ("qwen2_5_vl", "qwen2_5_vl_text")
     encoder = Reason1Encoder
     sizes = ("num_hidden_layers", "hidden_size")
-    prefixes = ("model.", "model.language_model.")  # as released; as transformers saves it since
-    unread: ClassVar = {"visual.*": "vision tower", "lm_head.*": "head"}
+    keys = KeyMap(
+        {},
+        {"visual.*": "vision tower", "lm_head.*": "head"},
+        ("model.", "model.language_model."),  # as released; as transformers saves it since
+    )
     cached = ("reason1", 40)  # apart from T5's: 103 MB each of the released encoder in bfloat16
 
     @cached_property

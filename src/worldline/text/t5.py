@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
 from worldline.text.encoder import EncoderFiles, FastTokenizer, PromptEncoder, read_tokenizer
+from worldline.weights.keymap import KeyMap
 
 NUM_PARAMETERS = 4_864_791_552  # of the released encoder
 PAD, END = 0, 1  # <pad>, </s>
@@ -80,7 +81,7 @@ class T5Files(EncoderFiles):
     model_types = ("t5",)
     encoder = T5Encoder
     sizes = ("d_model",)
-    unread: ClassVar = {"decoder.*": "decoder", "lm_head.*": "decoder's head"}
+    keys = KeyMap({}, {"decoder.*": "decoder", "lm_head.*": "decoder's head"})
     tied = ("shared.weight", "encoder.embed_tokens.weight")
 
     @cached_property
