@@ -209,7 +209,7 @@ def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> G
 
 
 def _load_upsampler(opened: Opened, compute: Compute) -> Upsampler:
-    from worldline.text.upsampler import load_upsampler
+    from worldline.text.upsampler import Upsampler
 
     place, options = opened.place, opened.options
     assert opened.family.upsampler is not None
@@ -220,4 +220,4 @@ def _load_upsampler(opened: Opened, compute: Compute) -> Upsampler:
         raise CheckpointError(f"neither {' nor '.join(names)} is in {place.searched}")
     logger.info("reading %s", folder)
     offload = options.offload_prompt_upsampler
-    return load_upsampler(folder, place.roots, describes, compute.device, offload=offload)
+    return Upsampler(folder, place.roots, describes, compute.device, offload=offload)

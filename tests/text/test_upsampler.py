@@ -21,7 +21,6 @@ from worldline.text.upsampler import (
     Upsampler,
     _in_halves,
     clean,
-    load_upsampler,
     released_config,
     shrunk,
 )
@@ -51,7 +50,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(folder: Path, *, describes: bool) -> Upsampler:
-    return load_upsampler(folder, [], describes, torch.device("cpu"), dtype=torch.float32)
+    return Upsampler(folder, [], describes, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("released", [True, False])

@@ -61,22 +61,58 @@ class Upsampler:
         longest: tokens of an answer.
     """
 
-    def __init__(self, name: str, part: Part[Any], tokenizer: Any, describes: bool) -> None:
-        from transformers import GenerationConfig
+    def __init__(
+        self,
+        folder: Path,
+        roots: Sequence[Path],
+        describes: bool,
+        device: torch.device,
+        *,
+        offload: bool = False,
+    ) -> None:
+        """Read the model of a folder; nothing is executed.
 
-        self.name = name
-        self.part = part
-        self.tokenizer = tokenizer
+        The folder holds NVIDIA's model.pt, or the safetensors and config.json of transformers; and
+        the tokenizer, which NVIDIA's conversion of `PIXTRAL` lacks: its own is found by `roots`.
+
+        Raises:
+            CheckpointError: a file is absent or does not fit.
+        """
+        from transformers import (
+            GenerationConfig,
+            LlavaForConditionalGeneration,
+            MistralForCausalLM,
+        )
+
+        kind: Any = LlavaForConditionalGeneration if describes else MistralForCausalLM
+        if (folder / "model.pt").is_file():
+            network = _read_released(kind, folder, describes)
+        elif any(folder.glob("*.safetensors")):
+            network = pretrained(kind, folder, torch.bfloat16)
+        else:
+            raise CheckpointError(f"{folder} holds no model.pt or safetensors{unfinished(folder)}")
+        self.name = folder.name
+        if describes and not any(folder.glob("tokenizer*.json")):
+            folder = find_repository(PIXTRAL, roots)
+        self.tokenizer = pretrained_tokenizer(folder)
+        if describes:
+            marks = self.tokenizer.convert_tokens_to_ids([IMAGE, ROW_END, IMAGE_END])
+            if len({*marks, self.tokenizer.unk_token_id}) < 4:
+                raise CheckpointError(f"{folder} knows no {IMAGE}, {ROW_END} or {IMAGE_END}")
+            network.config.image_token_id = marks[0]
         self.describes = describes
         self.room, self.longest, top_p = (4300, 400, 0.9) if describes else (1024, 512, 1.0)
-        self.end: int = tokenizer.eos_token_id
-        part.module.generation_config = GenerationConfig(
+        self.end: int = self.tokenizer.eos_token_id
+        network.generation_config = GenerationConfig(
             do_sample=True,
             temperature=0.01,  # as released: nearly greedy
             top_p=top_p,
             top_k=0,
             eos_token_id=self.end,
             pad_token_id=self.end,
+        )
+        self.part: Part[Any] = Part(
+            network if offload else network.to(device), device, offload=offload
         )
 
     def write(self, prompt: str | None, frame: NDArray[np.uint8] | None, seed: int = 0) -> str:
@@ -187,46 +223,7 @@ def key_map(network: nn.Module) -> KeyMap:
     return KeyMap(names, _DROPPED, ("model.", ""))
 
 
-def load_upsampler(
-    folder: Path,
-    roots: Sequence[Path],
-    describes: bool,
-    device: torch.device,
-    *,
-    offload: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Upsampler:
-    """Load a prompt upsampler (one that `describes` is for Video2World); nothing is executed.
-
-    The folder holds NVIDIA's model.pt, or the safetensors and config.json of transformers; and the
-    tokenizer, which NVIDIA's conversion of `PIXTRAL` lacks: that of `PIXTRAL` is found by `roots`.
-
-    Raises:
-        CheckpointError: a file is absent or does not fit.
-    """
-    from transformers import LlavaForConditionalGeneration, MistralForCausalLM
-
-    kind: Any = LlavaForConditionalGeneration if describes else MistralForCausalLM
-    if (folder / "model.pt").is_file():
-        network = _read_released(kind, folder, describes, dtype)
-    elif any(folder.glob("*.safetensors")):
-        network = pretrained(kind, folder, dtype)
-    else:
-        raise CheckpointError(f"{folder} holds no model.pt or safetensors{unfinished(folder)}")
-    place = folder
-    if describes and not any(folder.glob("tokenizer*.json")):
-        place = find_repository(PIXTRAL, roots)
-    tokenizer = pretrained_tokenizer(place)
-    if describes:
-        marks = tokenizer.convert_tokens_to_ids([IMAGE, ROW_END, IMAGE_END])
-        if len({*marks, tokenizer.unk_token_id}) < 4:
-            raise CheckpointError(f"{place} knows no {IMAGE}, {ROW_END} or {IMAGE_END}")
-        network.config.image_token_id = marks[0]
-    part = Part(network if offload else network.to(device), device, offload=offload)
-    return Upsampler(folder.name, part, tokenizer, describes)
-
-
-def _read_released(kind: Any, folder: Path, describes: bool, dtype: torch.dtype) -> Any:
+def _read_released(kind: Any, folder: Path, describes: bool) -> Any:
     """The network of a model.pt."""
     with torch.device("meta"):
         network = kind(released_config(describes))
@@ -235,7 +232,7 @@ def _read_released(kind: Any, folder: Path, describes: bool, dtype: torch.dtype)
             # holds computed tables alone, which no file has
             network.set_submodule(name, type(module)(module.config))
     source = open_checkpoint(folder / "model.pt")
-    load_into(network, source, key_map(network), device="cpu", dtype=dtype)
+    load_into(network, source, key_map(network), device="cpu", dtype=torch.bfloat16)
     for module in network.modules():
         if hasattr(module, "q_proj"):
             for weight in (module.q_proj.weight, module.k_proj.weight):
