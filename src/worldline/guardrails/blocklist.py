@@ -46,7 +46,6 @@ class Censor:
         for entry in {entry.lower() for entry in entries} - self.allowed - {""}:
             self.entries[entry.translate(_FOLD)].append(entry)
             self.joined = max(self.joined, len(_WORD.sub("", entry)))
-        self.beginnings = {key[:end] for key in self.entries for end in range(1, len(key) + 1)}
 
     def refuses(self, text: str) -> bool:
         lower = text.lower()
@@ -66,12 +65,11 @@ class Censor:
         if not words or words[0][0] == len(text) - 1:  # ignored, in the released rule
             return []
         spans: list[tuple[int, int]] = []
-        for number, (start, end) in enumerate(words):
-            begins = text[start:end].translate(_FOLD) in self.beginnings
-            if begins and (not spans or start >= spans[-1][1]):
-                stop = self._match_end(text, words[number : number + 1 + self.joined])
-                if stop:
-                    spans.append((start, stop))
+        for number, (start, _) in enumerate(words):
+            if spans and start < spans[-1][1]:
+                continue
+            if stop := self._match_end(text, words[number : number + 1 + self.joined]):
+                spans.append((start, stop))
         return spans
 
     def _match_end(self, text: str, words: list[tuple[int, int]]) -> int:
@@ -251,7 +249,7 @@ class Words:
         if (stem, key) in self.collocations:
             return False
         initial = re.fullmatch(r"[^\W\d]\.", word) is not None
-        inside = self._is_abbreviation(word) or re.fullmatch(r"\.{2,}", word)
+        inside = word != "." and not ends  # an abbreviation, or an ellipsis
         upper = following[0].isupper()
         starts = self._starts_sentence(following, key)
         if inside and not initial and (starts or (upper and key in self.starters)):
@@ -262,17 +260,12 @@ class Words:
                 return False
         return ends
 
-    def _is_abbreviation(self, word: str) -> bool:
-        if len(word) < 2 or not word.endswith(".") or word.endswith(".."):
-            return False
-        word = word[:-1].lower()
-        return not self.abbreviations.isdisjoint({word, word.rpartition("-")[2]})
-
     def _ends_alone(self, word: str) -> bool:
         """Whether a word ends a sentence, whatever follows."""
-        if word in (".", "?", "!"):
-            return True
-        return word.endswith(".") and not word.endswith("..") and not self._is_abbreviation(word)
+        if re.fullmatch(r".*[^.]\.", word):
+            stem = word[:-1].lower()
+            return self.abbreviations.isdisjoint({stem, stem.rpartition("-")[2]})
+        return word in (".", "?", "!")
 
     def _starts_sentence(self, word: str, key: str) -> bool | None:
         """Whether a sentence starts with the word, by its case; None if that is unknown."""
@@ -292,7 +285,7 @@ def _kind(word: str) -> str:
 
 def _stem(word: str) -> str:
     kind = _kind(word)
-    return kind[:-1] if len(kind) > 1 and kind.endswith(".") else kind
+    return kind.removesuffix(".") or kind
 
 
 def _table(package: Path, name: str) -> list[str]:
