@@ -106,7 +106,7 @@ class FrameFilter:
 
     name = "video_content_safety_filter"
 
-    def __init__(self, features: FrameFeatures, classifier: nn.Module, rule: Rule) -> None:
+    def __init__(self, features: FrameFeatures, classifier: nn.Sequential, rule: Rule) -> None:
         if (width := features.network.config.hidden_size) != _FEATURES:
             raise CheckpointError(
                 f"SigLIP has {width} features, the frame classifier expects {_FEATURES}"
