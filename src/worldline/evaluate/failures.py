@@ -252,35 +252,27 @@ def _novelty(copy: Tensor, frame: int, gap: int) -> NDArray[np.float32]:
 
     Earlier frames are first brought to the frame's light.
     """
-    [patches] = _patches(copy[frame, None])  # (N, 3 * PATCH^2)
+    patches = _patches(copy[frame, None])  # (1, N, 3 * PATCH^2)
     earlier = sorted({max(0, frame - back) for back in (gap, *FURTHER_GAPS)})
     others = _patches(_in_the_light_of(copy[earlier], copy[frame]))
-    # |a - b|^2 = |a|^2 + |b|^2 - 2ab, so that one matrix product compares all with all: of
-    # (-2a, 1) and (b, |b|^2), to which |a|^2 is added after the least is found.
-    ours = torch.cat([-2 * patches, torch.ones(len(patches), 1)], 1)
-    theirs = torch.cat([others, others.square().sum(2, keepdim=True)], 2)
-    price = _price(*copy.shape[2:])
-    distances = [torch.addmm(price, ours, other.T).amin(1) for other in theirs]
-    squares = torch.stack(distances).amin(0) + patches.square().sum(1)
+    price, rows = _price(*copy.shape[2:])
+    # |a - b|^2 = |a|^2 + |b|^2 - 2ab, so that matrix products compare all with all
+    costs = price + others.square().sum(2)[:, None]
+    nearest = costs.baddbmm_(patches.expand(len(others), -1, -1), others.mT, alpha=-2).amin((0, 2))
+    squares = (nearest + patches[0].square().sum(1)) / patches.shape[2]
+    texture = patches[0].unflatten(1, (3, -1)).var(2, correction=0).mean(1).sqrt()
     # rounding can leave -1e-3 where patches are equal
-    novelty = (squares / patches.shape[1]).clamp_min(0).sqrt()
-    texture = patches.unflatten(1, (3, -1)).var(2, correction=0).mean(1).sqrt()
-    return (novelty / (NEW_LEVELS + NEW_TEXTURE * texture)).view(*_grid(*copy.shape[2:])).numpy()
-
-
-def _grid(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of patches."""
-    return (height - PATCH) // STRIDE + 1, (width - PATCH) // STRIDE + 1
+    novelty = squares.clamp_min(0).sqrt() / (NEW_LEVELS + NEW_TEXTURE * texture)
+    return novelty.view(rows, -1).numpy()
 
 
 @lru_cache(maxsize=8)
-def _price(height: int, width: int) -> Tensor:
-    """Penalty (N, N), a sum of squares, for matching patches that are far apart."""
-    rows, columns = _grid(height, width)
-    places = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    position = torch.stack(places, -1).flatten(0, 1).float() * STRIDE / width
-    beyond = (torch.cdist(position, position) - FREE_DISTANCE).clamp_min(0)
-    return (DISTANCE_PRICE * beyond).square() * (3 * PATCH**2)
+def _price(height: int, width: int) -> tuple[Tensor, int]:
+    """Penalty (N, N), a sum of squares, for matching patches that are far apart; rows of them."""
+    rows, columns = ((side - PATCH) // STRIDE + 1 for side in (height, width))
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) * STRIDE / width
+    beyond = (torch.cdist(places, places) - FREE_DISTANCE).clamp_min(0)
+    return (DISTANCE_PRICE * beyond).square() * (3 * PATCH**2), rows
 
 
 def _patches(pictures: Tensor) -> Tensor:
@@ -311,9 +303,8 @@ def _in_the_light_of(pictures: Tensor, target: Tensor) -> Tensor:
 def _open(cells: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Morphological opening by a 3 x 3 square: strips uncovered by a moving thing are thinner."""
     value = torch.from_numpy(cells)[None].float()
-    eroded = -F.max_pool2d(-F.pad(value, (1,) * 4, value=1.0), 3, 1)
-    opened = F.max_pool2d(F.pad(eroded, (1,) * 4), 3, 1)
-    return (opened[0] > 0).numpy()
+    eroded = -F.max_pool2d(-value, 3, 1, 1)  # what lies outside does not count
+    return (F.max_pool2d(eroded, 3, 1, 1)[0] > 0).numpy()
 
 
 def _components(cells: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:

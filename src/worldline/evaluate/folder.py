@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import chain
-from math import fsum, isfinite
+from itertools import chain, repeat
+from math import isfinite
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class Task:
     reference: Path | None = None  # the true video
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Score:
     """Failures and measures of one video; what needs a true video is None without one."""
 
@@ -77,11 +78,19 @@ def find_tasks(
         InputError: there are no videos, or references that are not clear.
     """
     videos = _list_videos(folder, apart=reference)
-    references = _match_references(videos, folder, reference) if reference is not None else {}
+    references = {} if reference is None else _list_videos(reference, apart=folder)
+    by_stem: defaultdict[str, list[str]] = defaultdict(list)
+    for name in references:
+        by_stem[name.rpartition(".")[0]].append(name)
     tasks = []
     for name, path in videos.items():
+        matches = [name] if name in references else by_stem[name.rpartition(".")[0]]
+        if len(matches) > 1:
+            raise InputError(f"{name} has several references: {', '.join(matches)}")
         count = _reported_input_frames(path) if num_input_frames is None else num_input_frames
-        tasks.append(Task(name, path, count, references.get(name)))
+        tasks.append(Task(name, path, count, references[matches[0]] if matches else None))
+    if reference and not any(task.reference for task in tasks):
+        raise InputError(f"{reference} has no video of the name of one in {folder}")
     return tasks
 
 
@@ -93,47 +102,30 @@ def _list_videos(folder: Path, apart: Path | None) -> dict[str, Path]:
     whole, inner = folder.resolve(), apart.resolve() if apart else None
     if inner == whole:
         raise InputError(f"{folder} is both the folder and its own reference")
-    if inner is not None and whole not in inner.parents:
-        inner = None
     videos = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = "/." in f"/{name}" or path.stem.endswith(".preview")  # of a killed run
-        if hidden or path.is_dir() or inner in path.resolve().parents:
+        if hidden or path.is_dir() or path.suffix.lower() not in VIDEO_SUFFIXES:
             continue
-        if path.suffix.lower() in VIDEO_SUFFIXES:
+        if inner is None or inner in whole.parents or inner not in path.resolve().parents:
             videos[name] = path
     if not videos:
-        outside = f" outside {apart}" if inner else ""
-        raise InputError(f"{folder} holds no videos{outside} ({' '.join(VIDEO_SUFFIXES)})")
+        raise InputError(f"{folder} holds no videos ({' '.join(VIDEO_SUFFIXES)})")
     return videos
-
-
-def _match_references(videos: dict[str, Path], folder: Path, reference: Path) -> dict[str, Path]:
-    """Reference of each video: of the same suffix, else the only one of its stem."""
-    paths = _list_videos(reference, apart=folder)
-    by_stem: defaultdict[str, list[str]] = defaultdict(list)
-    for name in paths:
-        by_stem[name.rpartition(".")[0]].append(name)
-    matched: dict[str, Path] = {}
-    for name in videos:
-        fitting = [name] if name in paths else by_stem[name.rpartition(".")[0]]
-        if len(fitting) > 1:
-            raise InputError(f"{name} has several references: {', '.join(fitting)}")
-        if fitting:
-            matched[name] = paths[fitting[0]]
-    if not matched:
-        raise InputError(f"{reference} has no video of the name of one in {folder}")
-    return matched
 
 
 def _reported_input_frames(path: Path) -> int:
     """Number of input frames in the report beside a video; 0 without such a report."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         frames = json.loads(path.with_suffix(".json").read_text())["request"]["num_input_frames"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return 0
-    return max(0, frames) if type(frames) is int else 0
+        if type(frames) is int:
+            return max(0, frames)
+    return 0
+
+
+def _frames(path: Path | None) -> Iterator[Frames]:
+    return chain.from_iterable(stream_media(path, 8) if path else ())
 
 
 @one_thread()
@@ -144,68 +136,42 @@ def score_video(task: Task) -> tuple[Score, dict[int, Frames]]:
         InputError: it, or its reference, cannot be read to the end, is too short, or of another
             size.
     """
-    inputs = task.num_input_frames
+    inputs, needed = task.num_input_frames, max(2, task.num_input_frames + 1)
     copies: list[torch.Tensor] = []
     pictures: list[Frames] = []
     values: defaultdict[str, list[float]] = defaultdict(list)
     recent = {kind: deque[Frames](maxlen=3) for kind in ("", "reference_")}
-    references = (
-        chain.from_iterable(stream_media(task.reference, 8)) if task.reference else iter(())
-    )
-    for index, frame in enumerate(chain.from_iterable(stream_media(task.path, 8))):
+    references = chain(_frames(task.reference), repeat(None))
+    for index, (frame, reference) in enumerate(zip(_frames(task.path), references, strict=False)):
         copies.append(reduce(frame))
         pictures.append(thumbnail(frame))
-        reference = next(references, None)
         for kind, picture in (("", frame), ("reference_", reference)):
             if picture is not None and index >= inputs - 1:  # a change needs a frame before it
                 recent[kind].append(picture)
                 window = np.stack(recent[kind])
-                values[f"{kind}motion"].append(motion(window[-2:]))
-                values[f"{kind}flicker"].append(flicker(window))
+                values[f"{kind}motion"] += [motion(window[-2:])] * (len(window) > 1)
+                values[f"{kind}flicker"] += [flicker(window)] * (len(window) > 2)
         if index >= inputs and reference is not None:
             try:
-                values["mse"].append(mse(frame, reference))
+                values["psnr"].append(mse(frame, reference))
                 values["ssim"].append(ssim(frame, reference))
             except ValueError as error:
                 raise InputError(f"{task.path} beside {task.reference}: {error}") from None
-    if len(copies) < (needed := max(2, inputs + 1)):
+    if len(copies) < needed:
         raise InputError(
             f"{task.path} has {len(copies)} frames, {inputs} of them input; {needed} are needed"
         )
-
-    def mean(name: str, zeros: int = 0) -> float:
-        """Mean but for the zeros of the first frames, which have none before them."""
-        return fsum(values[name]) / max(1, len(values[name]) - zeros)
-
-    compared: dict[str, Any] = {}
+    measures: dict[str, Any] = {name: fmean(each or [0.0]) for name, each in values.items()}
     if task.reference is not None:
-        if not values["mse"]:
+        if not values["psnr"]:
             raise InputError(f"{task.reference} has no frame behind {inputs} input frames")
-        compared = {
-            "reference": str(task.reference),
-            "compared_frames": len(values["mse"]),
-            "psnr": decibels(mean("mse")),
-            "ssim": mean("ssim"),
-            "reference_motion": mean("reference_motion", 1),
-            "reference_flicker": mean("reference_flicker", 2),
-        }
-    score = Score(
-        name=task.name,
-        frames=len(copies),
-        height=frame.shape[0],
-        width=frame.shape[1],
-        num_input_frames=inputs,
-        failures=tuple(find_in_reduced(torch.cat(copies), inputs)),
-        motion=mean("motion", 1),
-        flicker=mean("flicker", 2),
-        **compared,
-    )
-    picks = {*spread(len(pictures)), *(failure.frame for failure in score.failures)}
+        measures["psnr"] = decibels(measures["psnr"])
+        measures |= {"reference": str(task.reference), "compared_frames": len(values["psnr"])}
+    failures = tuple(find_in_reduced(torch.cat(copies), inputs))
+    height, width, _ = frame.shape
+    score = Score(task.name, len(copies), height, width, inputs, failures, **measures)
+    picks = {*spread(len(pictures)), *(failure.frame for failure in failures)}
     return score, {index: pictures[index] for index in sorted(picks)}
-
-
-def _frames(path: Path) -> Iterator[Frames]:
-    return chain.from_iterable(stream_media(path, 8))
 
 
 def medians(scores: Sequence[Score]) -> dict[str, float]:
@@ -229,5 +195,4 @@ def as_json(scores: Sequence[Score], unreadable: dict[str, str]) -> dict[str, An
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     floats = {name: value for name, value in values.items() if isinstance(value, float)}
-    rounded = {name: round(x, 4) if isfinite(x) else None for name, x in floats.items()}
-    return values | rounded
+    return values | {name: round(x, 4) if isfinite(x) else None for name, x in floats.items()}

@@ -54,8 +54,8 @@ def ssim(frames: Frames, reference: Frames) -> float:
     total = 0.0
     for x, y in zip(first, second, strict=True):
         for top in range(0, rows, _BAND):
-            end = min(top + _BAND, rows) + SSIM_WINDOW - 1
-            total += _ssim_sum(x[top:end], y[top:end])
+            band = slice(top, top + _BAND + SSIM_WINDOW - 1)
+            total += _ssim_sum(x[band], y[band])
     return total / (3 * rows * columns * len(first))
 
 
@@ -108,13 +108,12 @@ def _ssim_sum(first: Tensor, second: Tensor) -> float:
 
 def _smooth(value: Tensor) -> Tensor:
     """Gaussian mean of (..., H, W) at each place of the window: (..., H - 10, W - 10)."""
-    middle = SSIM_WINDOW // 2
-    weights = [math.exp(-((x - middle) ** 2) / (2 * SSIM_SIGMA**2)) for x in range(SSIM_WINDOW)]
+    weights = torch.signal.windows.gaussian(SSIM_WINDOW, std=SSIM_SIGMA, dtype=torch.float64)
     # Shifted sums: a convolution in float64 first copies each pixel eleven times.
     for dim in (-2, -1):
         size = value.shape[dim] - SSIM_WINDOW + 1
         result = torch.zeros_like(value.narrow(dim, 0, size))
-        for place, weight in enumerate(weights):
-            result.add_(value.narrow(dim, place, size), alpha=weight / sum(weights))
+        for place, weight in enumerate((weights / weights.sum()).tolist()):
+            result.add_(value.narrow(dim, place, size), alpha=weight)
         value = result
     return value
