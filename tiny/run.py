@@ -111,7 +111,7 @@ class Run:
         done, average = fit(
             model, objective, config, self.folder, seconds=self.seconds, ranks=self.ranks
         )
-        average.swap(model)
+        average.swap()
         return done
 
     def report(self, figures: dict[str, Any]) -> None:

@@ -182,10 +182,10 @@ def test_a_folder_below_its_reference(tmp_path: Path, monkeypatch: pytest.Monkey
     expected = [("a.mp4", 0, "a.mp4"), ("made/a.mp4", 0, "")]
     assert names(Path("made"), Path()) == names(made, tmp_path) == expected
     (tmp_path / "a.mp4").unlink()
-    with pytest.raises(InputError, match="holds no videos outside made "):
+    with pytest.raises(InputError, match="holds no videos"):
         names(Path("made"), Path())
     (made / "a.mp4").unlink()
-    with pytest.raises(InputError, match="made holds no videos outside made/made "):
+    with pytest.raises(InputError, match="made holds no videos"):
         names(Path("made"), Path("made/made"))
 
 

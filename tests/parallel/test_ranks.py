@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from worldline.parallel.ranks import ALONE, Ranks, join, leave
-from worldline.train.checkpoint import STATE
-from worldline.train.loop import LoopConfig, Objective, fit, generator
+from worldline.train.loop import STATE, LoopConfig, Objective, fit, generator
 
 CONFIG = LoopConfig(steps=6, learning_rate=0.05, warmup=2, log_every=2, save_every=4)
 

@@ -37,7 +37,7 @@ from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import open_tokenizer
-from worldline.train.checkpoint import STATE
+from worldline.train.loop import STATE
 from worldline.weights.checkpoint import open_checkpoint
 
 

@@ -36,8 +36,7 @@ from worldline.shapes import VideoShape
 from worldline.text.reason1 import Reason1Files
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.tokenizers.wan.weights import open_wan
-from worldline.train.checkpoint import STATE
-from worldline.train.loop import Objective
+from worldline.train.loop import STATE, Objective
 from worldline.weights.checkpoint import open_checkpoint
 
 from .test_recipes import draw_frames, run

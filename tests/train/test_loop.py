@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
-from worldline.train.checkpoint import STATE
-from worldline.train.loop import LoopConfig, Objective, fit, generator
+from worldline.train.loop import STATE, LoopConfig, Objective, fit, generator
 from worldline.train.optim import (
     Average,
     make_optimizer,
     orthogonalise,
-    set_learning_rate,
     warmup_cosine,
 )
 from worldline.weights.checkpoint import open_checkpoint
@@ -117,7 +115,7 @@ def test_muon_takes_the_matrices_it_is_given_and_adamw_the_rest() -> None:
         optimizer = make_optimizer(
             model, betas=(0.9, 0.99), weight_decay=0.0, orthogonal=orthogonal
         )
-        set_learning_rate(optimizer, 0.01)
+        optimizer.defaults["lr"].fill_(0.01)
         model(torch.ones(1, 4)).sum().backward()
         optimizer.step()
     names = [name for name, _ in mixed.named_parameters()]
@@ -133,7 +131,7 @@ def test_steps_of_muon_by_hand() -> None:
         setattr(model, name, nn.Parameter(torch.randn(shape)))
     rate, decay = 0.1, 0.5
     optimizer = make_optimizer(model, betas=(0.9, 0.99), weight_decay=decay, orthogonal=("*",))
-    set_learning_rate(optimizer, rate)
+    optimizer.defaults["lr"].fill_(rate)
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     momenta = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for _ in range(2):
@@ -201,11 +199,11 @@ def test_an_average_follows_and_swaps_back() -> None:
     average = Average(model, 0.9)
     nn.init.ones_(model.weight)
     average.set_weight(1_000_000)
-    average.update(model)
+    average.update()
     assert average.values["weight"].item() == pytest.approx(0.1)
-    average.swap(model)
+    average.swap()
     assert model.weight.item() == pytest.approx(0.1)
-    average.swap(model)
+    average.swap()
     assert model.weight.item() == pytest.approx(1.0)
 
 

@@ -13,19 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from worldline.errors import CheckpointError
 from worldline.parallel.ranks import ALONE, Ranks
-from worldline.train.checkpoint import load_state, save_state
-from worldline.train.optim import (
-    Average,
-    make_optimizer,
-    set_learning_rate,
-    trainable,
-    warmup_cosine,
-)
+from worldline.train.optim import Average, make_optimizer, warmup_cosine
+from worldline.weights.checkpoint import open_checkpoint, save
 
 log = logging.getLogger(__name__)
 
 Figures = dict[str, Tensor]  # of shape ()
+STATE = "state.safetensors"  # all that a killed run needs to go on bit for bit
 _WARM_UPS = 3  # passes before a graph is recorded: libraries and compilers set themselves up
 
 
@@ -100,10 +96,11 @@ def fit(
         module, betas=config.betas, weight_decay=config.weight_decay, orthogonal=config.orthogonal
     )
     average = Average(module, config.average_decay)
-    first = step = load_state(folder, module, average, optimizer)
+    state = _state(module, average, optimizer)
     folder.mkdir(parents=True, exist_ok=True)
+    first = step = _restore(state, folder / STATE)
     module.train()
-    parameters = list(trainable(module).values())
+    parameters = list(average.parameters.values())
 
     def backward(*batch: Tensor) -> Figures:
         loss, figures = objective.loss(*batch)
@@ -116,41 +113,68 @@ def fit(
         figures = backward(*batch)
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
-        average.update(module)
+        average.update()
         return {**figures, "norm": norm}
 
     advance = update
     if config.graphed:
         advance = _recorded(backward, update, optimizer, objective.draw(step))
-    started = time.monotonic()
     with (folder / "log.jsonl").open("a") as lines:
         while step < config.steps:
             rate = warmup_cosine(
                 step, peak=config.learning_rate, warmup=config.warmup, total=config.steps
             )
-            set_learning_rate(optimizer, rate)
+            optimizer.defaults["lr"].fill_(rate)
             average.set_weight(step + 1)
             figures = advance(*objective.draw(step))
             step += 1
             last = step == config.steps
             logged = last or step % config.log_every == 0
             watch = None if step % objective.watch_every else objective.watch
+            seconds_done = time.monotonic() - entered
             if (logged or watch) and ranks.first:
-                figures = {**figures, **(watch() if watch else {})}
+                figures = figures | (watch() if watch else {})
                 line = {name: round(float(value), 5) for name, value in figures.items()}
-                speed = (step - first) / (time.monotonic() - started)
-                line |= {"step": step, "rate": rate, "steps_per_second": speed}
+                line |= {"step": step, "rate": rate}
+                line["steps_per_second"] = (step - first) / seconds_done
                 lines.write(json.dumps(line) + "\n")
                 lines.flush()
                 log.info("%s", line)
-            late = seconds is not None and time.monotonic() - entered > seconds
+            late = seconds is not None and seconds_done > seconds
             if ranks.count > 1:  # all stop at one step; asking each step would wait for the device
                 late = logged and ranks.any(late, figures["loss"].device)
             if ranks.first and (last or late or step % config.save_every == 0):
-                save_state(folder, step, module, average, optimizer)
+                save(state, folder / STATE, {"step": step})
             if late:
                 break
     return step, average
+
+
+def _state(
+    module: nn.Module, average: Average, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Tensors that a run changes in place: weights, averages and moments, by kind and parameter."""
+    state = {f"average/{name}": value for name, value in average.values.items()}
+    for name, parameter in module.named_parameters():
+        state[f"weights/{name}"] = parameter.detach()
+        moments = optimizer.state.get(parameter, {})
+        state |= {f"{kind}/{name}": moment for kind, moment in moments.items()}
+    return state
+
+
+def _restore(state: dict[str, Tensor], path: Path) -> int:
+    """Read the state that a run has saved; the number of steps done, 0 in a new folder."""
+    if not path.exists():
+        return 0
+    stored = open_checkpoint(path)
+    shapes = {name: (*info.shape,) for name, info in stored.tensors.items()}
+    if {name: (*tensor.shape,) for name, tensor in state.items()} != shapes:
+        raise CheckpointError(
+            f"{path} is the state of another model or optimizer; choose another folder"
+        )
+    for name, tensor in state.items():
+        tensor.copy_(stored.read(name))
+    return int(stored.metadata["step"])
 
 
 def _recorded(

@@ -13,10 +13,12 @@ M windows of a clip, L positions of a sequence, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -77,19 +79,17 @@ class FeatureNetwork(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        state = {name: t for name, t in tensors.items() if not name.startswith("classifier.")}
+        state = {
+            re.sub(r"^(slice\d|features)", "convolutions", name): tensor
+            for name, tensor in tensors.items()
+            if not name.startswith("classifier.")
+        }
+        self.convolutions = nn.ModuleDict()
         width = 3
-        for stage, places in enumerate(_STAGES, start=1):
-            layers = nn.ModuleDict()
-            for place in places:
-                ours, theirs = f"slice{stage}.{place}", f"features.{place}"
-                for leaf in ("weight", "bias"):
-                    if (name := f"{theirs}.{leaf}") in state:
-                        state[f"{ours}.{leaf}"] = state.pop(name)
-                weight = state.get(f"{ours}.weight", torch.empty(1))
-                before, width = width, (*weight.shape, 1)[0]
-                layers[str(place)] = nn.Conv2d(before, width, 3, padding=1)
-            self.add_module(f"slice{stage}", layers)
+        for place in chain.from_iterable(_STAGES):
+            weight = state.get(f"convolutions.{place}.weight", torch.empty(1))
+            before, width = width, (*weight.shape, 1)[0]
+            self.convolutions[str(place)] = nn.Conv2d(before, width, 3, padding=1)
         # from [-1, 1] to the mean and deviation of the pictures that VGG16 was trained on
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]), persistent=False)
@@ -110,11 +110,11 @@ class FeatureNetwork(nn.Module):
         x = (images - self.shift[:, None, None]) / self.scale[:, None, None]
         x = x.to(next(self.parameters()).dtype)
         features: list[Tensor] = []
-        for stage in self.children():
+        for places in _STAGES:
             if features:
                 x = F.max_pool2d(x, 2)
-            for convolution in stage.children():
-                x = convolution(x).relu()
+            for place in places:
+                x = self.convolutions[str(place)](x).relu()
             features.append(x)
         return features
 
@@ -130,44 +130,26 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
 
 
-def perceptual_distance(
-    target: Sequence[Tensor], reconstruction: Sequence[Tensor], layer_weights: Sequence[float]
-) -> Tensor:
-    """Weighted sum over layers of each image's mean absolute difference of features, (N,) float32.
+def perceptual_distance(target: Tensor, reconstruction: Tensor) -> Tensor:
+    """Mean absolute difference of the features of each frame, (B, T) float32.
 
-    Feature maps are (N, C_k, H_k, W_k), one a layer. They are raw, unlike in LPIPS (arXiv
-    1801.03924): no channel is normalised, none is weighted.
+    Features are (B, T, C, H, W), raw, unlike in LPIPS (arXiv 1801.03924): no channel is normalised,
+    none is weighted.
     """
-    pairs = zip(target, reconstruction, strict=True)
-    distances = [(x.float() - y.float()).abs().mean((1, 2, 3)) for x, y in pairs]  # small numbers
-    return _weighted(distances, layer_weights)
+    return (target.float() - reconstruction.float()).abs().mean((2, 3, 4))  # small numbers
 
 
-def gram_distance(
-    target: Sequence[Tensor],
-    reconstruction: Sequence[Tensor],
-    layer_weights: Sequence[float],
-    batch: int,
-) -> Tensor:
-    """Weighted sum over layers of each clip's squared distance of Gram matrices, (B,) float32.
+def gram_distance(target: Tensor, reconstruction: Tensor) -> Tensor:
+    """Squared distance of the Gram matrices of each clip, (B, 1) float32.
 
-    Feature maps are (B T, C_k, H_k, W_k), the frames of a clip in a row. A clip has one Gram
-    matrix, over all its frames; an image is a clip of one frame.
+    Features are (B, T, C, H, W). A clip has one Gram matrix, over all its frames.
     """
-    pairs = zip(target, reconstruction, strict=True)
-    distances = [(_gram(x, batch) - _gram(y, batch)).square().mean((1, 2)) for x, y in pairs]
-    return _weighted(distances, layer_weights)
+    return (_gram(target) - _gram(reconstruction)).square().mean((1, 2))[:, None]
 
 
-def _weighted(distances: list[Tensor], weights: Sequence[float]) -> Tensor:
-    terms = [weight * distance for weight, distance in zip(weights, distances, strict=True)]
-    return torch.stack(terms).sum(0)
-
-
-def _gram(features: Tensor, batch: int) -> Tensor:
+def _gram(features: Tensor) -> Tensor:
     """Gram matrices (B, C, C): mean over frames and pixels of the products of two channels."""
-    x = features.float()  # float32: squares of differences of long sums
-    x = x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)  # (B, C, T H W)
+    x = features.float().transpose(1, 2).flatten(2)  # float32: differences of long sums
     with torch.autocast(x.device.type, enabled=False):
         return x @ x.transpose(1, 2) / x.shape[2]
 
@@ -183,14 +165,17 @@ def split_windows(video: Tensor, num_frames: int, step: int) -> Tensor:
 
 def join_windows(windows: Tensor, num_windows: int, step: int) -> Tensor:
     """Inverse of `split_windows`, (B, C, F + (M - 1) step, H, W): frames are means over windows."""
-    starts = torch.arange(0, num_windows * step, step, device=windows.device)
-    frames = (starts[:, None] + torch.arange(windows.shape[2], device=windows.device)).flatten()
-    counts = frames.bincount()
-    if not counts.all():
-        raise ValueError(f"windows of {windows.shape[2]} frames leave gaps at a step of {step}")
-    windows = windows.unflatten(0, (-1, num_windows)).transpose(1, 2).flatten(2, 3)
-    joined = windows.new_zeros(*windows.shape[:2], len(counts), *windows.shape[3:])
-    return joined.index_add_(2, frames, windows) / counts[:, None, None]
+    num_frames = windows.shape[2]
+    if num_windows > 1 and step > num_frames:
+        raise ValueError(f"windows of {num_frames} frames leave gaps at a step of {step}")
+    joined = F.pad(windows[::num_windows], (0,) * 5 + ((num_windows - 1) * step,))
+    counts = windows.new_zeros(joined.shape[2], 1, 1)
+    counts[:num_frames] = 1
+    for index in range(1, num_windows):
+        place = slice(index * step, index * step + num_frames)
+        joined[:, :, place] += windows[index::num_windows]
+        counts[place] += 1
+    return joined / counts
 
 
 def consistency_distance(windows: Tensor, num_windows: int, step: int) -> Tensor:
@@ -252,18 +237,17 @@ def reconstruction_terms(
     weights = {name: schedule.at(iteration) for name, schedule in schedules.items() if schedule}
     if weights and features is None:
         raise ValueError(f"the {' and '.join(weights)} term needs a feature network")
-    for name in weights:
-        like = target if name == "perceptual" else target[:, :, :1]
-        terms[name] = torch.zeros_like(like, dtype=torch.float32)
+    layers: list[tuple[float, Tensor, Tensor]] = []
     if features is not None and any(weights.values()):
-        x, y = (features(video.transpose(1, 2).flatten(0, 1)) for video in (target, reconstruction))
-        for name, weight in weights.items():
-            if name == "perceptual":
-                distance = perceptual_distance(x, y, objective.layer_weights)
-            else:
-                distance = gram_distance(x, y, objective.layer_weights, len(target))
-            distance = (weight * distance).view(len(target), 1, -1, 1, 1)
-            terms[name] = distance.expand_as(terms[name])
+        maps = [features(x.transpose(1, 2).flatten(0, 1)) for x in (target, reconstruction)]
+        clips = [[x.unflatten(0, (len(target), -1)) for x in each] for each in maps]
+        layers = list(zip(objective.layer_weights, *clips, strict=True))
+    for name, weight in weights.items():
+        measure = perceptual_distance if name == "perceptual" else gram_distance
+        distance = torch.zeros(1, 1, device=target.device)
+        for layer_weight, x, y in layers:
+            distance = distance + weight * layer_weight * measure(x, y)
+        terms[name] = distance[:, None, :, None, None].expand_as(target[:, :, : distance.shape[1]])
     if objective.kl is not None and posterior is not None:
         terms["kl"] = objective.kl.at(iteration) * kl_divergence(*posterior)
     return terms
@@ -271,7 +255,6 @@ def reconstruction_terms(
 
 def reduce(term: Tensor, reduction: Reduction) -> Tensor:
     """One number of a term (B, C, T, H, W) or (B, C, H, W); () stays as it is."""
-    reduction = Reduction(reduction)  # refuses other words from a file
     if reduction is Reduction.MEAN or term.ndim == 0:
         return term.mean()
     count = term.shape[0]

@@ -6,7 +6,6 @@ import fnmatch
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,8 @@ def make_optimizer(
     """AdamW that decays matrices and kernels, not norms and biases; Muon for some matrices.
 
     Moments exist from the start, so that a CUDA graph of a step finds them in place. Muon trains
-    the matrices whose names fit a pattern of `orthogonal`, such as `blocks.*.weight`.
+    the matrices whose names fit a pattern of `orthogonal`, such as `blocks.*.weight`. The learning
+    rate of all is the tensor `defaults["lr"]`, 0 at first; a graph reads it from memory.
 
     Raises:
         ValueError: a pattern matches no matrix.
@@ -50,20 +50,18 @@ def make_optimizer(
         if not matches:
             raise ValueError(f"no matrix to train has a name like {pattern}")
         muon.update(matches)
-    members: defaultdict[object, list[nn.Parameter]] = defaultdict(list)
+    members: defaultdict[tuple[object, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters.items():  # Muon's by shape, AdamW's by whether they decay
-        members[parameter.shape if name in muon else parameter.ndim > 1].append(parameter)
+        shape = parameter.shape if name in muon else None
+        members[shape, weight_decay * (parameter.ndim > 1)].append(parameter)
     groups = [
-        {"params": each, "orthogonal": isinstance(kind, torch.Size)}
-        | ({} if kind else {"weight_decay": 0.0})
-        for kind, each in members.items()
+        {"params": each, "orthogonal": shape is not None, "weight_decay": decay}
+        for (shape, decay), each in members.items()
     ]
     device = next(module.parameters()).device
     graphs = device.type == "cuda"
-    rate: Any = torch.zeros((), device=device) if graphs else 0.0  # a graph reads it from memory
-    optimizer = MuonAdamW(
-        groups, lr=rate, betas=betas, weight_decay=weight_decay, fused=graphs, capturable=graphs
-    )
+    rate = torch.zeros((), device=device)
+    optimizer = MuonAdamW(groups, lr=rate, betas=betas, fused=graphs, capturable=graphs)
     for name, parameter in parameters.items():
         moments = {"exp_avg": torch.zeros_like(parameter)}
         if name not in muon:
@@ -120,15 +118,6 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of all groups, in place where it lies on a device."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
 class Average:
     """Exponential moving average of a module's trainable parameters, float32.
 
@@ -138,8 +127,9 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.values = {name: p.detach().float().clone() for name, p in trainable(module).items()}
-        device = next(iter(self.values.values())).device
+        self.parameters = trainable(module)
+        self.values = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        device = next(module.parameters()).device
         self._weight = torch.ones((), device=device)  # of the newest parameters
 
     def set_weight(self, step: int) -> None:
@@ -147,18 +137,15 @@ class Average:
         self._weight.fill_(1 - min(self.decay, (1 + step) / (10 + step)))
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self) -> None:
         """Move towards the parameters by the weight that was set."""
-        values = list(self.values.values())
-        newest = [parameter.float() for parameter in trainable(module).values()]
-        steps = torch._foreach_sub(newest, values)
-        torch._foreach_mul_(steps, self._weight)
-        torch._foreach_add_(values, steps)
+        newest = [parameter.float() for parameter in self.parameters.values()]
+        torch._foreach_lerp_([*self.values.values()], newest, [self._weight] * len(newest))
 
     @torch.no_grad()
-    def swap(self, module: nn.Module) -> None:
+    def swap(self) -> None:
         """Exchange the averages and the module's parameters; twice is no change."""
-        for name, parameter in trainable(module).items():
+        for name, parameter in self.parameters.items():
             newest = parameter.float().clone()
             parameter.copy_(self.values[name])
             self.values[name].copy_(newest)
