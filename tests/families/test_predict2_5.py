@@ -16,7 +16,7 @@ from worldline.families.predict2_5 import family
 from worldline.families.predict2_5.family import cut_windows
 from worldline.family import Opened, Parts
 from worldline.report import Recorder
-from worldline.sampling.flow import Conditioning, make_schedule, sample
+from worldline.sampling.flow import Conditioning, guided_velocity, make_schedule, unipc
 from worldline.sampling.solvers import finish, standard_noise
 from worldline.step import Step
 from worldline.video.convert import covering_frames, signed_to_uint8
@@ -87,7 +87,8 @@ def test_a_request_is_what_its_parts_make(frames: int, model: Any, post: Parts, 
 
         given = Conditioning(clean[:, :, :known], model.known_timestep) if known else None
         schedule = make_schedule(model.schedule, 2)
-        latents = finish(sample(network, noise, schedule, guidance=2.0, conditioning=given))
+        velocity = guided_velocity(network, noise, schedule, guidance=2.0, conditioning=given)
+        latents = finish(unipc(velocity, noise, schedule.sigmas))
         video = tokenizer.decode(latents)
     made = frames_of(run(parts, clip(7) if frames else None, num_input_frames=frames, seed=7))
     assert np.abs(made.astype(int) - signed_to_uint8(video[0])).max() <= 1

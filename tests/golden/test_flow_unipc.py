@@ -18,7 +18,7 @@ from worldline.sampling.flow import (
     Schedule,
     guided_velocity,
     make_schedule,
-    sample,
+    unipc,
 )
 from worldline.sampling.solvers import standard_noise
 from worldline.shapes import LatentShape
@@ -94,7 +94,7 @@ def test_every_step(case: Case, name: str) -> None:
     settings: dict[str, Any] = {"guidance": stated["guidance"], "conditioning": known}
     velocity = guided_velocity(network, noise, schedule, **settings)
     case.compare(f"{name}.velocity_first", velocity(noise, 0))
-    made, end = collected(sample(network, noise, schedule, **settings))
+    made, end = collected(unipc(velocity, noise, schedule.sigmas))
     case.compare(f"{name}.final", end)
     kept = torch.stack([made[step].x for step in stated["kept_steps"]])
     stored = case.tensor(f"{name}.latents_after_step")

@@ -133,7 +133,7 @@ def watched() -> Iterator[dict[str, Tensor]]:
         seen["latents"] = yield from unipc(first, x, sigmas)
         return seen["latents"]
 
-    with mock.patch.object(flow, "unipc", solve):
+    with mock.patch.object(family, "unipc", solve):
         yield seen
 
 

@@ -15,7 +15,6 @@ from worldline.sampling.flow import (
     Velocity,
     guided_velocity,
     make_schedule,
-    sample,
     unipc,
 )
 from worldline.sampling.solvers import Steps, finish, standard_noise
@@ -49,7 +48,9 @@ def steps_of(
     name: Any = "shifted", num_steps: int = 8, network: Network = network, **options: Any
 ) -> Steps:
     schedule = make_schedule(name, num_steps, shift=options.pop("shift", 5.0))
-    return sample(network, standard_noise(1, SHAPE), schedule, **{"guidance": 2.0, **options})
+    noise = standard_noise(1, SHAPE)
+    velocity = guided_velocity(network, noise, schedule, **{"guidance": 2.0, **options})
+    return unipc(velocity, noise, schedule.sigmas)
 
 
 def run(**options: Any) -> Tensor:
@@ -174,7 +175,8 @@ def test_a_batch_gives_what_each_gives_alone() -> None:
 
     def sampled(rows: slice) -> Tensor:
         known = Conditioning(clean[rows], KNOWN_TIMESTEP)
-        return finish(sample(network, noise[rows], schedule, guidance=1.0, conditioning=known))
+        velocity = guided_velocity(network, noise[rows], schedule, guidance=1.0, conditioning=known)
+        return finish(unipc(velocity, noise[rows], schedule.sigmas))
 
     both = sampled(slice(2))
     for row in range(2):

@@ -133,31 +133,29 @@ def sample(
     """
     sigmas = make_sigmas(sampler, num_steps, sigma_min=sigma_min, sigma_max=sigma_max)
     noise = noise.float()
-    if conditioning is not None:
-        clean = conditioning.latents.to(noise)
-        noised = clean + conditioning.sigma * conditioning.noise.to(noise)
-        seen = noised * precondition(conditioning.sigma).scale  # by the network
-        known = (slice(None), slice(None), slice(clean.shape[2]))
+    known = conditioning or Conditioning(noise[:, :, :0], noise[:, :, :0])
+    clean, count = known.latents.to(noise), known.latents.shape[2]
+    noised = clean + known.sigma * known.noise.to(noise)
+    seen = noised * precondition(known.sigma).scale  # by the network
 
     def inject(x: Tensor, sigma: float) -> Tensor:
         """State with the known frames in place, such that the network sees `seen` there."""
-        if conditioning is not None and conditioning.held_at(sigma):
-            x = x.clone()
-            x[known] = seen / precondition(sigma).scale
-        return x
+        if not known.held_at(sigma):
+            return x
+        return torch.cat([seen / precondition(sigma).scale, x[:, :, count:]], 2)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         """Estimate of the clean latents, float32, from `x` after `inject`, float32."""
         skip, out, scale, time = precondition(sigma)
-        times = torch.full((x.shape[0],), time, dtype=torch.float32, device=x.device)
+        times = torch.full((len(x),), time, dtype=torch.float32, device=x.device)
         scaled = scale * x
         output = guided(lambda conditional: network(scaled, times, conditional), guidance)
         denoised = skip * x + out * output
-        if conditioning is not None and conditioning.held_at(sigma):
-            denoised[known] = clean
+        if known.held_at(sigma):
+            denoised[:, :, :count] = clean
             if reinsertion == "march_2025":
                 # The first release put gt / c_out - c_skip x in place of F, a bracket too early.
-                denoised[known] += skip * (1 - out) * x[known]
+                denoised[:, :, :count] += skip * (1 - out) * x[:, :, :count]
         return denoised
 
     if sampler == "edm_euler":

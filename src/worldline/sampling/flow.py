@@ -81,9 +81,20 @@ def guided_velocity(
     guidance: float,
     conditioning: Conditioning | None = None,
 ) -> Velocity:
-    """Velocity of the guided network, float32; known frames move straight to their latents."""
+    """Velocity of the guided network, float32; known frames move straight to their latents.
+
+    They leave with a trace of noise, (1 - sigmas[0]) of them short: the state itself is never
+    overwritten, as in the reference.
+
+    Args:
+        network: called with float32, twice an evaluation (once where guidance is 0).
+        noise: unit normal (B, C, T, H, W), float32, from which `unipc` starts.
+        schedule: of `make_schedule`; a step for each timestep.
+        guidance: scale of `guided`.
+        conditioning: known frames.
+    """
     conditioning = conditioning or Conditioning(noise[:, :, :0])
-    known, timestep = conditioning.latents.to(noise.device, torch.float32), conditioning.timestep
+    known, timestep = conditioning.latents.to(noise), conditioning.timestep
     count = known.shape[2]
     shape = len(noise), 1 if timestep is None else noise.shape[2]
     timesteps = schedule.timesteps.tolist()
@@ -92,7 +103,7 @@ def guided_velocity(
         times = torch.full(shape, timesteps[index], dtype=torch.float32, device=x.device)
         if timestep is not None:
             times[:, :count] = timestep
-        x = torch.cat([known, x[:, :, count:].float()], dim=2)
+        x = torch.cat([known, x[:, :, count:]], dim=2)
         y = guided(lambda conditional: network(x, times, conditional), guidance)
         return torch.cat([noise[:, :, :count] - known, y[:, :, count:]], dim=2)
 
@@ -100,83 +111,44 @@ def guided_velocity(
 
 
 def unipc(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Steps:
-    """Carry `x` from noise level sigmas[0] to 0 by UniPC of order 2 (bh2), with its corrector."""
-    steps = len(sigmas) - 1
+    """Carry `x` from noise level sigmas[0] to 0 by UniPC of order 2 (bh2), with its corrector.
+
+    The first step and the last are of order 1.
+    """
     # Every number is a float32 of the CPU, made in the order of the reference: a guided network
     # may turn a last bit of one into a difference that can be seen.
     table = sigmas.float().cpu()
-    logs = (1 - table).log() - table.log()  # log signal-to-noise
-    estimates: list[Tensor] = []  # of the data: this step's last, two before it at most
-    start, order = x, 0  # of the step before: the state it started from, its order
-    for step in range(steps):
-        estimates = [*estimates[-2:], x - table[step] * velocity(x, step)]
-        change: Tensor | None
+    h = ((1 - table).log() - table.log()).diff()  # of the log signal-to-noise
+    ratios, weights = table[1:] / table[:-1], (1 - table[1:]) * torch.expm1(-h)
+
+    def advanced(x: Tensor, estimate: Tensor, change: Tensor | float, step: int) -> Tensor:
+        """State at the end of a step; `change` is the mean estimate on the way less `estimate`."""
+        return ratios[step] * x - weights[step] * estimate - weights[step] * change
+
+    r = -h[:-1] / h[1:]
+    start = estimate = x  # of the step before
+    slope: Tensor | float = 0.0  # of the estimates, before this step
+    for step in range(len(h)):
+        found = x - table[step] * velocity(x, step)  # estimate of the data
         if step > 0:
-            change = _corrector_change(estimates, logs[: step + 1], order)
-            x = _advanced(start, estimates[-2], change, table[step - 1 :], logs[step - 1 :])
-        start, order = x, min(2, step + 1, steps - step)
-        change = None
-        if order == 2:
-            r = (logs[step - 1] - logs[step]) / (logs[step + 1] - logs[step])
-            change = 0.5 * ((estimates[-2] - estimates[-1]) / r)
-        x = _advanced(start, estimates[-1], change, table[step:], logs[step:])
-        yield Stepped(x, estimates[-1])
+            change = 0.5 * (found - estimate)
+            if step > 1:
+                earlier, later = _corrector_weights(h[step - 1], r[step - 2])
+                change = earlier * slope + later * (found - estimate)
+            x = advanced(start, estimate, change, step - 1)
+        start, slope = x, 0.0
+        if 0 < step < len(h) - 1:
+            slope = (estimate - found) / r[step - 1]
+        estimate = found
+        x = advanced(x, estimate, 0.5 * slope, step)
+        yield Stepped(x, estimate)
     return x
 
 
-def _advanced(
-    x: Tensor, estimate: Tensor, change: Tensor | None, table: Tensor, logs: Tensor
-) -> Tensor:
-    """State at the next noise level, from state and estimate of the data at this one.
-
-    `table` and `logs` begin at this level. `change` is the mean estimate on the way less
-    `estimate`; None for order 1.
-    """
-    weight = (1 - table[1]) * torch.expm1(-(logs[1] - logs[0]))
-    y = (table[1] / table[0]) * x - weight * estimate
-    return y if change is None else y - weight * change
-
-
-def _corrector_change(estimates: list[Tensor], logs: Tensor, order: int) -> Tensor:
-    """Mean estimate of the last step less that at its start, now that the one at its end is known.
-
-    `estimates` and `logs` end at this level, `order` is that of the prediction.
-    """
-    change = estimates[-1] - estimates[-2]
-    if order == 1:
-        return 0.5 * change
-    h = logs[-1] - logs[-2]
+def _corrector_weights(h: Tensor, r: Tensor) -> Tensor:
+    """Weights (2,) of the slope before a step and of the change of the estimate during it."""
     growth = torch.expm1(-h)
-    r = (logs[-3] - logs[-2]) / h
     a = growth / -h - 1
     wanted = torch.stack([a / growth, 2 * (a / -h - 0.5) / growth])
     one = torch.ones_like(r)
-    earlier, later = torch.linalg.solve(torch.stack([one, one, r, one]).view(2, 2), wanted)
-    return earlier * ((estimates[-3] - estimates[-2]) / r) + later * change
-
-
-def sample(
-    network: Network,
-    noise: Tensor,
-    schedule: Schedule,
-    *,
-    guidance: float,
-    conditioning: Conditioning | None = None,
-) -> Steps:
-    """Clean latents, float32, in the shape and on the device of `noise`.
-
-    Known frames leave with a trace of noise, (1 - sigmas[0]) of them short: the state itself is
-    never overwritten, as in the reference.
-
-    Args:
-        network: called with float32, twice an evaluation (once where guidance is 0).
-        noise: unit normal (B, C, T, H, W).
-        schedule: of `make_schedule`; a step for each timestep.
-        guidance: scale of `guided`.
-        conditioning: known frames.
-    """
-    noise = noise.float()
-    velocity = guided_velocity(
-        network, noise, schedule, guidance=guidance, conditioning=conditioning
-    )
-    return (yield from unipc(velocity, noise, schedule.sigmas))
+    return torch.linalg.solve(torch.stack([one, one, r, one]).view(2, 2), wanted)

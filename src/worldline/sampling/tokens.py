@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,12 +153,12 @@ def split_windows(frames: Tensor, size: int, overlap: int) -> list[Tensor]:
 
     Windows begin every `size - overlap` frames while more than `overlap` frames remain.
     """
-    length = frames.shape[1]
     windows = []
-    for start in range(0, max(1, length - overlap), size - overlap):
-        last = length - start - 1  # 0 1 2 1 0 1 …: the ends are mirrors
-        order = [last - abs(at % max(1, 2 * last) - last) for at in range(size)]
-        windows.append(frames[:, [start + at for at in order]])
+    for start in range(0, max(1, frames.shape[1] - overlap), size - overlap):
+        window = frames[:, start : start + size]
+        length = window.shape[1]
+        order = np.pad(np.arange(length), (0, size - length), mode="reflect")
+        windows.append(window[:, order.tolist()])
     return windows
 
 

@@ -27,7 +27,7 @@ from worldline.files import read_json, released_folders
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.report import Recorder, log_result
-from worldline.sampling.flow import Conditioning, make_schedule, sample
+from worldline.sampling.flow import Conditioning, guided_velocity, make_schedule, unipc
 from worldline.shapes import VideoShape
 from worldline.step import Step
 from worldline.text.encoder import TextPart
@@ -75,7 +75,7 @@ def generate(
             grid = denoise.grid_of(opened, window.video)
             noise = denoise.draw_noise(parts, window.seed, grid)
             mask, positions = denoise.condition_mask(noise, known), model.make_positions(grid)
-            steps = sample(
+            velocity = guided_velocity(
                 denoise.conditioned(model, prompt, negative, positions, mask),
                 noise,
                 schedule,
@@ -83,7 +83,7 @@ def generate(
                 conditioning=None if known is None else Conditioning(known, network.known_timestep),
             )
             latents = yield from denoise.report(
-                steps,
+                unipc(velocity, noise, schedule.sigmas),
                 recorder,
                 count,
                 before=number * evaluations,
