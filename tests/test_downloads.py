@@ -40,7 +40,7 @@ def repositories(*models: str, **options: object) -> set[str]:
 
 
 def listed(*names: str) -> list[RemoteFile]:
-    return [RemoteFile("a/b", "c", name, 1, "d", False) for name in names]
+    return [RemoteFile("a/b", "c", name, 1, "d") for name in names]
 
 
 def test_every_entry_has_a_source_and_parts() -> None:
@@ -256,7 +256,7 @@ def test_the_list(hub: FakeHub) -> None:
     assert files.keys() == hub.repositories[REPOSITORY].keys()
     assert files["model.pt"].nbytes == len(CONTENT)
     assert files["model.pt"].commit == COMMIT
-    assert (files["model.pt"].is_git, files["config.json"].is_git) == (False, True)
+    assert [len(files[name].digest) for name in ("model.pt", "config.json")] == [64, 40]
     found = [*files.values()]
     assert [file.name for file in matching(found, ["*"])] == ["model.pt", "config.json"]
     assert [file.name for file in matching(found, ["deep/*"])] == ["deep/er/words"]

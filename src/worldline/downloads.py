@@ -145,19 +145,16 @@ class RemoteFile:
     commit: str  # that was listed
     name: str  # path below the repository
     nbytes: int
-    digest: str  # published hash, in hexadecimal
-    is_git: bool  # the hash is git's of a small file (SHA-1), else SHA-256
+    digest: str  # published hash, in hexadecimal: SHA-256, or git's SHA-1 of a small file
 
     def is_at(self, path: Path) -> bool:
         """Whether `path` holds this very file; reads all of it."""
         if not self.may_be_at(path):
             return False
-        found = hashlib.sha256()
-        if self.is_git:
-            found = hashlib.sha1(f"blob {self.nbytes}\0".encode(), usedforsecurity=False)
+        is_git = len(self.digest) == 40
+        begun = hashlib.sha1(f"blob {self.nbytes}\0".encode(), usedforsecurity=False)
         with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                found.update(chunk)
+            found = hashlib.file_digest(file, (lambda: begun) if is_git else "sha256")
         return found.hexdigest() == self.digest
 
     def may_be_at(self, path: Path) -> bool:
@@ -191,8 +188,10 @@ def find_files(entry: Entry) -> list[RemoteFile]:
 
 def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]:
     """Files of a repository, by one request."""
-    api, files = HfApi(endpoint=_endpoint()), []
-    info = api.model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+    info = HfApi(endpoint=_endpoint()).model_info(
+        repository, revision=revision, files_metadata=True, timeout=_TIMEOUT
+    )
+    files = []
     for entry in info.siblings or ():
         name = entry.rfilename
         if name.startswith("/") or ".." in name.split("/"):
@@ -200,7 +199,7 @@ def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]
         digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
         if digest is None or entry.size is None or info.sha is None:
             raise DownloadError(f"{_endpoint()} publishes no hash or size of {repository} {name}")
-        files.append(RemoteFile(repository, info.sha, name, entry.size, digest, not entry.lfs))
+        files.append(RemoteFile(repository, info.sha, name, entry.size, digest))
     return files
 
 
@@ -217,11 +216,14 @@ def choose(entry: Entry, files: Sequence[RemoteFile]) -> list[RemoteFile]:
 
 def matching(files: Sequence[RemoteFile], patterns: Sequence[str]) -> list[RemoteFile]:
     """Files that fit a pattern; one without a slash is of the topmost folder alone."""
-
-    def fits(name: str, pattern: str) -> bool:
-        return fnmatchcase(name, pattern) and ("/" in pattern or "/" not in name)
-
-    return [file for file in files if any(fits(file.name, pattern) for pattern in patterns)]
+    return [
+        file
+        for file in files
+        if any(
+            fnmatchcase(file.name, pattern) and ("/" in pattern or "/" not in file.name)
+            for pattern in patterns
+        )
+    ]
 
 
 def _refusal(repository: str, error: Exception) -> DownloadError:
@@ -309,7 +311,7 @@ def _receive(
     except BlockingIOError as error:
         raise DownloadError(f"{target.name} is being written by another download") from error
     except OSError:
-        logger.debug("no locks where %s lies", target.name)
+        pass  # no locks on this file system
     report(target.tell())
     failures = 0
     while (size := target.tell()) < file.nbytes:
