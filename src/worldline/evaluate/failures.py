@@ -18,10 +18,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from worldline.evaluate.metrics import Frames, as_clip
@@ -53,6 +51,9 @@ BORDER_GAP = 3
 BORDER = 5
 LARGE_AREA = 0.047  # share of the picture; an object of 6 % loses its edges
 WHOLE_AREA = 0.6  # above it everything is new: a cut, not an object
+
+
+_SIDES = ((3, 1), (1, 0)), ((1, 3), (0, 1))  # windows with the neighbours of a cell, and padding
 
 
 @dataclass(frozen=True)
@@ -233,21 +234,18 @@ def _new_regions(copy: Tensor, frame: int) -> Iterator[tuple[float, float, float
     """
     ratio = _novelty(copy, frame, GAP)
     new = _open(ratio > 1)
-    weights = ((ratio - 1) / (CLEARLY_NEW - 1)).clip(0, 1)
-    recent: NDArray[np.bool_] | None = None
-    rows, columns = new.shape
-    for row, column in map(np.transpose, _components(new)):
-        depth = np.minimum.reduce([row, rows - 1 - row, column, columns - 1 - column])
-        weight = weights[row, column]
-        if depth.min() < 1 and len(row) <= WHOLE_AREA * new.size:
-            if recent is None:
-                recent = _novelty(copy, frame, BORDER_GAP) > 1
-            weight = weight * recent[row, column] * (depth >= BORDER)
-        area = float(weight.sum()) / new.size
-        yield area, float(row.mean()) / rows, float(column.mean()) / columns
+    weights = ((ratio - 1) / (CLEARLY_NEW - 1)).clamp(0, 1)
+    entered, inner = torch.zeros_like(new), slice(BORDER, -BORDER)
+    if new[1:-1, 1:-1].sum() < new.sum():
+        entered[inner, inner] = _novelty(copy, frame, BORDER_GAP)[inner, inner] > 1
+    for region in _components(new):
+        row, column = (region.nonzero().float().mean(0) / torch.tensor(new.shape)).tolist()
+        if region[1:-1, 1:-1].sum() < region.sum() <= WHOLE_AREA * new.numel():
+            region = region & entered
+        yield float(weights[region].sum() / new.numel()), row, column
 
 
-def _novelty(copy: Tensor, frame: int, gap: int) -> NDArray[np.float32]:
+def _novelty(copy: Tensor, frame: int, gap: int) -> Tensor:
     """Difference of each patch from all patches `gap` frames before: (rows, columns), above 1 new.
 
     Earlier frames are first brought to the frame's light.
@@ -263,7 +261,7 @@ def _novelty(copy: Tensor, frame: int, gap: int) -> NDArray[np.float32]:
     texture = patches[0].unflatten(1, (3, -1)).var(2, correction=0).mean(1).sqrt()
     # rounding can leave -1e-3 where patches are equal
     novelty = squares.clamp_min(0).sqrt() / (NEW_LEVELS + NEW_TEXTURE * texture)
-    return novelty.view(rows, -1).numpy()
+    return novelty.view(rows, -1)
 
 
 @lru_cache(maxsize=8)
@@ -300,23 +298,18 @@ def _in_the_light_of(pictures: Tensor, target: Tensor) -> Tensor:
     return (gain * x + offset).view_as(pictures)
 
 
-def _open(cells: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _open(cells: Tensor) -> Tensor:
     """Morphological opening by a 3 x 3 square: strips uncovered by a moving thing are thinner."""
-    value = torch.from_numpy(cells)[None].float()
-    eroded = -F.max_pool2d(-value, 3, 1, 1)  # what lies outside does not count
-    return (F.max_pool2d(eroded, 3, 1, 1)[0] > 0).numpy()
+    eroded = -F.max_pool2d(-cells[None].float(), 3, 1, 1)  # what lies outside does not count
+    return F.max_pool2d(eroded, 3, 1, 1)[0] > 0
 
 
-def _components(cells: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
-    """Rows and columns (N, 2) of each region that is connected by its sides."""
-    remaining = {*map(tuple, np.argwhere(cells).tolist())}
-    while remaining:
-        waiting = [remaining.pop()]
-        region = []
-        while waiting:
-            row, column = waiting.pop()
-            region.append((row, column))
-            sides = {(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)}
-            waiting += sides & remaining
-            remaining -= sides
-        yield np.array(region)
+def _components(cells: Tensor) -> Iterator[Tensor]:
+    """Mask of each region of (rows, columns) that is connected by its sides."""
+    labels, before = torch.arange(1.0, cells.numel() + 1).view_as(cells) * cells, cells
+    while not torch.equal(labels, before):
+        before = labels
+        beside = (F.max_pool2d(labels[None], size, 1, padding)[0] for size, padding in _SIDES)
+        labels = torch.maximum(*beside) * cells
+    for label in labels[cells].unique():
+        yield labels == label

@@ -143,10 +143,8 @@ def read_image(path: str | Path) -> Clip:
             stored = Image.open(path)
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image{_guess(head)}") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path} is too large: {error}") from None
-    except _DAMAGE as error:
-        raise InputError(f"{path} is a damaged image: {error}") from None
+    except (*_DAMAGE, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is a damaged image, or too large: {error}") from None
     with stored:
         return to_rgb(stored, str(path))
 

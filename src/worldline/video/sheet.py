@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import repeat
+from itertools import count, repeat
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from worldline.video.read import Frames
 from worldline.video.write import writing
@@ -16,9 +16,11 @@ _SIDE = 192  # largest width and height of a picture
 _GAP, _LINE = 4, 14  # pixels between pictures, and of a line of text
 
 
-def spread(count: int) -> list[int]:
+def spread(num_frames: int) -> list[int]:
     """Numbers of up to 9 frames evenly spread over a clip, first and last included."""
-    picks: list[int] = np.linspace(0, count - 1, min(9, count)).round().astype(int).tolist()
+    picks: list[int] = (
+        np.linspace(0, num_frames - 1, min(9, num_frames)).round().astype(int).tolist()
+    )
     return picks
 
 
@@ -47,25 +49,22 @@ def contact_sheet(
         row if isinstance(row, Mapping) else {n: thumbnail(row[n]) for n in spread(len(row))}
         for row in rows
     ]
-    sizes = [next(iter(row.values())).shape for row in pictures]
-    width = max(len(row) * (size[1] + _GAP) for row, size in zip(pictures, sizes, strict=True))
-    height = sum(2 * _LINE + size[0] + _GAP for size in sizes)
-    sheet = Image.new("RGB", (_GAP + width, height), "white")
+    sizes = [picture.shape[:2] for row in pictures for picture in row.values()]
+    height, width = np.max(sizes, axis=0).tolist()
+    height, width = height + 2 * _LINE + _GAP, width + _GAP  # of the cells of a grid
+    columns = max(map(len, pictures))
+    sheet = Image.new("RGB", (_GAP + columns * width, len(pictures) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    top = 0
-    for row, label, marked in zip(pictures, labels, marks or repeat(()), strict=False):
+    tops = count(0, height)
+    for top, row, label, marked in zip(tops, pictures, labels, marks or repeat(()), strict=False):
         # Pillow's own font, the only one sure to be there, draws boxes for the rest.
         text = label.encode("ascii", "replace").decode()
         draw.text((_GAP, top + _GAP), text, fill="red" if marked else "black")
-        left, top = _GAP, top + 2 * _LINE
-        for number, picture in row.items():
-            height, width = picture.shape[:2]
-            draw.text((left, top - _LINE), str(number), fill="gray")
-            sheet.paste(Image.fromarray(picture), (left, top))
+        for left, (number, picture) in zip(count(_GAP, width), row.items(), strict=False):
+            draw.text((left, top + _LINE), str(number), fill="gray")
+            image = Image.fromarray(picture)
             if number in marked:
-                corner = left + width - 1, top + height - 1
-                draw.rectangle((left, top, *corner), outline="red", width=3)
-            left += width + _GAP
-        top += height + _GAP
+                image = ImageOps.expand(ImageOps.crop(image, 3), 3, "red")
+            sheet.paste(image, (left, top + 2 * _LINE))
     with writing(path) as temporary:
         sheet.save(temporary, format="PNG")

@@ -103,19 +103,17 @@ def check_destination(path: str | Path) -> None:
             f"{path}: cannot write {path.suffix} videos; use {' '.join(ENCODINGS)}, "
             "or a name without suffix for a folder of PNGs"
         )
-    temporary = path.name + 24 * "x"  # as long as the name that `replacing` gives
-    size = max(len(os.fsencode(name)) for name in (*path.parts, temporary))
+    # `replacing` gives a name that is longer
+    size = max(len(os.fsencode(name)) for name in (*path.parts, path.name + 24 * "x"))
     if size > 255:  # limit of Linux and macOS
         raise InputError(f"{path} cannot be written: a name has {size} bytes; give a shorter one")
     try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return  # parent folders are made; a file in their place is refused then
+        folder = path.is_dir()
+        if folder and (path.suffix or any(path.iterdir())):
+            raise InputError(f"{path} is a folder{'' if path.suffix else ' that is not empty'}")
     except OSError as error:
         raise _cannot_write(path, error) from error
-    if path.is_dir() and (path.suffix or any(path.iterdir())):
-        raise InputError(f"{path} is a folder{'' if path.suffix else ' that is not empty'}")
-    if not path.suffix and not path.is_dir():
+    if not path.suffix and not folder and os.path.lexists(path):
         raise InputError(f"{path} is a file; a folder of PNGs cannot take its name")
 
 
