@@ -315,8 +315,7 @@ def _receive(
     report(target.tell())
     failures = 0
     while (size := target.tell()) < file.nbytes:
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-        headers |= {"Range": f"bytes={size}-"} if size else {}
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={size}-"}
         reason = "the connection ended"
         try:
             # a redirect to another host is followed without the login

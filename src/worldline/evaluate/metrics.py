@@ -96,13 +96,12 @@ def _as_pair(frames: Frames, reference: Frames) -> tuple[Tensor, Tensor]:
 
 def _ssim_sum(first: Tensor, second: Tensor) -> float:
     """Sum of the SSIM of all places of the window and of the channels in uint8 (h, W, 3)."""
-    x, y = (picture.permute(2, 0, 1).double() for picture in (first, second))  # variances cancel
-    mean_x, mean_y, square_x, square_y, product = _smooth(torch.stack([x, y, x * x, y * y, x * y]))
+    pair = torch.stack([first, second]).permute(0, 3, 1, 2).double()  # variances cancel
     small, large = SSIM_CONSTANTS
-    covariance = product - mean_x * mean_y
-    variances = square_x - mean_x**2 + square_y - mean_y**2
-    luminance = (2 * mean_x * mean_y + small) / (mean_x**2 + mean_y**2 + small)
-    structure = (2 * covariance + large) / (variances + large)
+    mean, power, product = map(_smooth, (pair, pair.square(), pair.prod(0)))
+    variances = (power - mean.square()).sum(0)
+    luminance = (2 * mean.prod(0) + small) / (mean.square().sum(0) + small)
+    structure = (2 * (product - mean.prod(0)) + large) / (variances + large)
     return float((luminance * structure).sum())
 
 

@@ -140,7 +140,9 @@ class Average:
     def update(self) -> None:
         """Move towards the parameters by the weight that was set."""
         newest = [parameter.float() for parameter in self.parameters.values()]
-        torch._foreach_lerp_([*self.values.values()], newest, [self._weight] * len(newest))
+        steps = torch._foreach_sub(newest, [*self.values.values()])
+        torch._foreach_mul_(steps, self._weight)
+        torch._foreach_add_([*self.values.values()], steps)
 
     @torch.no_grad()
     def swap(self) -> None:
