@@ -138,7 +138,7 @@ def test_all_problems_at_once(
         ({"prompt": "x"}, '"visual_input" is null'),
         (entry("nowhere.mp4"), "nowhere.mp4: no such file"),
         ("", ""),
-        (entry(fake), "fake.mp4 is not an mp4, mov, mkv, webm or gif video but a text"),
+        (entry(fake), "not an mp4, mov, mkv, webm or gif video but a text"),
         (entry(cut), "truncated"),
         (entry(short_clip), "5 frames, num_input_frames is 9"),
         (entry(image), "--input_type image"),

@@ -284,7 +284,7 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     Image.fromarray(quarters()).save(path)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputError, match="damaged image"):
+    with pytest.raises(InputError, match="jpg is damaged"):
         probe(path)
     path.write_text("words")
     with pytest.raises(InputError, match="not an image but a text"):
@@ -307,6 +307,6 @@ def test_a_large_image(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert probe(path).height == len(quarters())
     most = pixels // 2 - 1
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
-    message = f"^{re.escape(str(path))} is .*too large: .*{pixels} pixels.* {2 * most} pixels"
+    message = f"^{re.escape(str(path))} is .*too large.*{pixels} pixels.* {2 * most} pixels"
     with pytest.raises(InputError, match=message):
         probe(path)

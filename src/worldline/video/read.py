@@ -24,7 +24,7 @@ from av.stream import Disposition
 from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from worldline.errors import InputError
 from worldline.files import disguise
@@ -40,8 +40,6 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 BT709 = 1  # FFmpeg's number for the matrix of high definition
 _NO_FRAMES = "it has no video frames"
 
-# First atoms of a QuickTime or MP4 file; `ftyp` alone would refuse old camera files.
-_MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 _MATROSKA_IDS = (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67")  # EBML header and segment, in this order
 
 
@@ -141,10 +139,10 @@ def read_image(path: str | Path) -> Clip:
         with warnings.catch_warnings():  # Pillow warns above half of its limit
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             stored = Image.open(path)
-    except UnidentifiedImageError:
-        raise InputError(f"{path} is not an image{_guess(head)}") from None
     except (*_DAMAGE, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is a damaged image, or too large: {error}") from None
+        raise InputError(
+            f"{path} is damaged, too large or not an image{_guess(head)}: {error}"
+        ) from None
     with stored:
         return to_rgb(stored, str(path))
 
@@ -214,22 +212,14 @@ def _segment_end(head: bytes) -> int:
 def _opened(path: Path) -> Iterator[tuple[VideoStream, Packets]]:
     """Video stream of a file and its packets; what fails inside the `with` is damage of the file.
 
-    The demuxer is named: else FFmpeg also takes playlists, which may open other files, and draws
+    FFmpeg may take few formats: else it takes playlists, which may open other files, and draws
     plain text.
     """
     head = _read_head(path)
-    if head[4:8] in _MOV_ATOMS:
-        name = "mov"
-    elif head[:4] == _MATROSKA_IDS[0]:
-        name = "matroska"
-        if _segment_end(head) > path.stat().st_size:  # to FFmpeg a shorter video
-            raise InputError(f"{path} is truncated")
-    elif head[:4] == b"GIF8":
-        name = "gif"
-    else:
-        raise InputError(f"{path} is not an mp4, mov, mkv, webm or gif video{_guess(head)}")
     try:
-        with av.open(str(path), format=name) as container:
+        if _segment_end(head) > path.stat().st_size:  # to FFmpeg a shorter video
+            raise ValueError("its segment ends early")
+        with av.open(str(path), options={"format_whitelist": "mov,matroska,gif"}) as container:
             # not the picture of an audio file, which to FFmpeg is a video of one frame
             covers = Disposition.attached_pic
             streams = [s for s in container.streams.video if not s.disposition & covers]
@@ -240,7 +230,10 @@ def _opened(path: Path) -> Iterator[tuple[VideoStream, Packets]]:
     except (InputError, MemoryError):
         raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged or truncated: {_reason(error)}") from None
+        raise InputError(
+            f"{path} is damaged, truncated or not an mp4, mov, mkv, webm or gif video"
+            f"{_guess(head)}: {_reason(error)}"
+        ) from None
 
 
 def _packets(container: InputContainer, stream: VideoStream) -> Packets:
