@@ -6,7 +6,9 @@ Two layouts hold the same weights: NVIDIA's file, and the folder of diffusers'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any, TypeVar
 
 from pydantic import AliasChoices, Field
@@ -22,9 +24,6 @@ BOOKKEEPING = {
     "*_extra_state": "FP8 bookkeeping of Transformer Engine",
     "*_extra_state.*": "FP8 bookkeeping of Transformer Engine",
 }
-ATTENTIONS = ("attention", "cross_attention")
-SUB_BLOCKS = (*ATTENTIONS, "feed_forward")  # in the order of a block
-MODULATION = ((1, "first.weight"), (2, "second.weight"))  # released step -> ours
 
 
 class DiTSettings(Settings):
@@ -80,28 +79,30 @@ def read_sizes(source: Checkpoint, keys: KeyMap) -> tuple[Shapes, dict[str, Any]
     }
 
 
-def diffusers_keys(more: Mapping[str, str]) -> KeyMap:
-    """Map from diffusers' names to ours; `more` are those of one family alone."""
-    theirs, block = "transformer_blocks.{i}", "blocks.{i}"
-    rename = {
-        **more,
+def expand(names: Mapping[str, str]) -> dict[str, str]:
+    """Names in which `{a,b}` stands for one word after the other, as in a shell, on both sides."""
+
+    def forms(name: str) -> Iterator[str]:
+        parts = re.split(r"\{([\w.]+,[\w.,]+)\}", name)
+        return map("".join, product(*(part.split(",") for part in parts)))
+
+    return dict(pair for both in names.items() for pair in zip(*map(forms, both), strict=True))
+
+
+DIFFUSERS = expand(
+    {
         "patch_embed.proj.weight": "embed.weight",
-        "time_embed.t_embedder.linear_1.weight": "noise.first.weight",
-        "time_embed.t_embedder.linear_2.weight": "noise.second.weight",
+        "time_embed.t_embedder.linear_{1,2}.weight": "noise.{first,second}.weight",
         "time_embed.norm.weight": "noise.norm",
         "proj_out.weight": "head.linear.weight",
-        "norm_out.linear_1.weight": "head.modulation.first.weight",
-        "norm_out.linear_2.weight": "head.modulation.second.weight",
-        f"{theirs}.ff.net.0.proj.weight": f"{block}.feed_forward.body.up.weight",
-        f"{theirs}.ff.net.2.weight": f"{block}.feed_forward.body.down.weight",
+        "norm_out.linear_{1,2}.weight": "head.modulation.{first,second}.weight",
+        "transformer_blocks.{i}.norm{1,2,3}.linear_{1,2}.weight": "blocks.{i}."
+        "{attention,cross_attention,feed_forward}.modulation.{first,second}.weight",
+        "transformer_blocks.{i}.attn{1,2}.{to_q,to_k,to_v,to_out.0}.weight": "blocks.{i}."
+        "{attention,cross_attention}.body.{q,k,v,out}.weight",
+        "transformer_blocks.{i}.attn{1,2}.norm_{q,k}.weight": "blocks.{i}."
+        "{attention,cross_attention}.body.{q,k}_norm",
+        "transformer_blocks.{i}.ff.net.{0.proj,2}.weight": "blocks.{i}."
+        "feed_forward.body.{up,down}.weight",
     }
-    for n, ours in enumerate(SUB_BLOCKS, start=1):
-        for step, layer in MODULATION:
-            rename[f"{theirs}.norm{n}.linear_{step}.weight"] = f"{block}.{ours}.modulation.{layer}"
-    for n, ours in enumerate(ATTENTIONS, start=1):
-        for leaf in ("q", "k", "v"):
-            rename[f"{theirs}.attn{n}.to_{leaf}.weight"] = f"{block}.{ours}.body.{leaf}.weight"
-        for leaf in ("q", "k"):
-            rename[f"{theirs}.attn{n}.norm_{leaf}.weight"] = f"{block}.{ours}.body.{leaf}_norm"
-        rename[f"{theirs}.attn{n}.to_out.0.weight"] = f"{block}.{ours}.body.out.weight"
-    return KeyMap(rename)
+)

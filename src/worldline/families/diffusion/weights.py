@@ -24,7 +24,6 @@ from worldline.nn.dit import LARGEST_GRID, PATCH_CELLS
 from worldline.shapes import LatentShape
 from worldline.weights import dit, networks
 from worldline.weights.checkpoint import Checkpoint
-from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION, SUB_BLOCKS
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Flag, Network, Number, open_transformer
 
@@ -33,48 +32,36 @@ __all__ = ["PRESETS", "open_network"]
 logger = logging.getLogger(__name__)
 
 _OUR_SETTINGS = ("rope_ratio", "base_fps", "text2world")  # one of them stands in our config.json
-_BLOCK, _RELEASED = "blocks.{i}", "blocks.block{i}.blocks"
-# our axes of the learned positions, and the released ones
-_AXES = {"time": "t", "rows": "h", "columns": "w"}
-
 KEYS = KeyMap(
     prefixes=("net.", ""),
-    rename={
-        "x_embedder.proj.1.weight": "embed.weight",
-        "token_embedder.weight": "ids.weight",
-        "t_embedder.1.linear_1.weight": "noise.first.weight",
-        "t_embedder.1.linear_2.weight": "noise.second.weight",
-        "affline_norm.weight": "noise.norm",
-        "final_layer.linear.weight": "head.linear.weight",
-        "final_layer.adaLN_modulation.1.weight": "head.modulation.first.weight",
-        "final_layer.adaLN_modulation.2.weight": "head.modulation.second.weight",
-        f"{_RELEASED}.2.block.layer1.weight": f"{_BLOCK}.feed_forward.body.up.weight",
-        f"{_RELEASED}.2.block.layer2.weight": f"{_BLOCK}.feed_forward.body.down.weight",
-        **{f"extra_pos_embedder.pos_emb_{axis}": f"positions.{n}" for n, axis in _AXES.items()},
-        **{
-            f"{_RELEASED}.{n}.adaLN_modulation.{step}.weight": f"{_BLOCK}.{ours}.modulation.{layer}"
-            for n, ours in enumerate(SUB_BLOCKS)
-            for step, layer in MODULATION
-        },
-        **{
-            f"{_RELEASED}.{n}.block.attn.to_{leaf}.0.weight": f"{_BLOCK}.{ours}.body.{leaf}.weight"
-            for n, ours in enumerate(ATTENTIONS)
-            for leaf in ("q", "k", "v", "out")
-        },
-        **{
-            f"{_RELEASED}.{n}.block.attn.to_{leaf}.1.weight": f"{_BLOCK}.{ours}.body.{leaf}_norm"
-            for n, ours in enumerate(ATTENTIONS)
-            for leaf in ("q", "k")
-        },
-    },
+    rename=dit.expand(
+        {
+            "x_embedder.proj.1.weight": "embed.weight",
+            "token_embedder.weight": "ids.weight",
+            "extra_pos_embedder.pos_emb_{t,h,w}": "positions.{time,rows,columns}",
+            "t_embedder.1.linear_{1,2}.weight": "noise.{first,second}.weight",
+            "affline_norm.weight": "noise.norm",
+            "final_layer.linear.weight": "head.linear.weight",
+            "final_layer.adaLN_modulation.{1,2}.weight": "head.modulation.{first,second}.weight",
+            "blocks.block{i}.blocks.{0,1,2}.adaLN_modulation.{1,2}.weight": "blocks.{i}."
+            "{attention,cross_attention,feed_forward}.modulation.{first,second}.weight",
+            "blocks.block{i}.blocks.{0,1}.block.attn.to_{q,k,v,out}.0.weight": "blocks.{i}."
+            "{attention,cross_attention}.body.{q,k,v,out}.weight",
+            "blocks.block{i}.blocks.{0,1}.block.attn.to_{q,k}.1.weight": "blocks.{i}."
+            "{attention,cross_attention}.body.{q,k}_norm",
+            "blocks.block{i}.blocks.2.block.layer{1,2}.weight": "blocks.{i}."
+            "feed_forward.body.{up,down}.weight",
+        }
+    ),
     drop={
-        **BOOKKEEPING,
+        **dit.BOOKKEEPING,
         "pos_embedder.seq": "positions, computed here",
         "logvar.*": "the uncertainty head of training",
     },
 )
-DIFFUSERS_KEYS = dit.diffusers_keys(
-    {f"learnable_pos_embed.pos_emb_{axis}": f"positions.{name}" for name, axis in _AXES.items()}
+DIFFUSERS_KEYS = KeyMap(
+    dit.DIFFUSERS
+    | dit.expand({"learnable_pos_embed.pos_emb_{t,h,w}": "positions.{time,rows,columns}"})
 )
 
 
@@ -136,7 +123,7 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any] | 
             f"{source.path}: a model of width {sizes['width']} needs its rotary stretching in "
             'config.json beside it: "rope_ratio": [time, rows, columns]'
         )
-    positions = [f"positions.{axis}" for axis in _AXES]
+    positions = [f"positions.{axis}" for axis in ("time", "rows", "columns")]
     return DiTConfig(
         **sizes,
         condition_mask=not vocabulary and shapes.size("embed.weight", 1) == masked,

@@ -24,7 +24,6 @@ from worldline.families.predict2_5.model import (
 from worldline.families.predict2_5.request import Schedule
 from worldline.weights import dit
 from worldline.weights.checkpoint import Checkpoint, renamed
-from worldline.weights.dit import ATTENTIONS, BOOKKEEPING, MODULATION
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Network, Number, open_transformer
 
@@ -34,46 +33,34 @@ logger = logging.getLogger(__name__)
 
 _AVERAGED = "net_ema."
 _EXPONENTS = ("pos_embedder.dim_temporal_range", "pos_embedder.dim_spatial_range")
-_BLOCK = "blocks.{i}"
-_RELEASED = {"attention": "self_attn", "cross_attention": "cross_attn", "feed_forward": "mlp"}
-_PROJECTION = {f"crossattn_proj.0.{leaf}": f"project.{leaf}" for leaf in ("weight", "bias")}
+_PROJECTION = {"crossattn_proj.0.{weight,bias}": "project.{weight,bias}"}
 
 KEYS = KeyMap(
     prefixes=("net.", _AVERAGED, ""),
-    rename={
-        "x_embedder.proj.1.weight": "embed.weight",
-        **_PROJECTION,
-        "t_embedder.1.linear_1.weight": "noise.first.weight",
-        "t_embedder.1.linear_2.weight": "noise.second.weight",
-        "t_embedding_norm.weight": "noise.norm",
-        "final_layer.linear.weight": "head.linear.weight",
-        "final_layer.adaln_modulation.1.weight": "head.modulation.first.weight",
-        "final_layer.adaln_modulation.2.weight": "head.modulation.second.weight",
-        f"{_BLOCK}.mlp.layer1.weight": f"{_BLOCK}.feed_forward.body.up.weight",
-        f"{_BLOCK}.mlp.layer2.weight": f"{_BLOCK}.feed_forward.body.down.weight",
-        **{
-            f"{_BLOCK}.adaln_modulation_{theirs}.{n}.weight": f"{_BLOCK}.{ours}.modulation.{layer}"
-            for ours, theirs in _RELEASED.items()
-            for n, layer in MODULATION
-        },
-        **{
-            f"{_BLOCK}.{_RELEASED[ours]}.{name}_proj.weight": f"{_BLOCK}.{ours}.body.{leaf}.weight"
-            for ours in ATTENTIONS
-            for leaf, name in {"q": "q", "k": "k", "v": "v", "out": "output"}.items()
-        },
-        **{
-            f"{_BLOCK}.{_RELEASED[ours]}.{leaf}_norm.weight": f"{_BLOCK}.{ours}.body.{leaf}_norm"
-            for ours in ATTENTIONS
-            for leaf in ("q", "k")
-        },
-    },
+    rename=dit.expand(
+        {
+            **_PROJECTION,
+            "x_embedder.proj.1.weight": "embed.weight",
+            "t_embedder.1.linear_{1,2}.weight": "noise.{first,second}.weight",
+            "t_embedding_norm.weight": "noise.norm",
+            "final_layer.linear.weight": "head.linear.weight",
+            "final_layer.adaln_modulation.{1,2}.weight": "head.modulation.{first,second}.weight",
+            "blocks.{i}.adaln_modulation_{self_attn,cross_attn,mlp}.{1,2}.weight": "blocks.{i}."
+            "{attention,cross_attention,feed_forward}.modulation.{first,second}.weight",
+            "blocks.{i}.{self_attn,cross_attn}.{q,k,v,output}_proj.weight": "blocks.{i}."
+            "{attention,cross_attention}.body.{q,k,v,out}.weight",
+            "blocks.{i}.{self_attn,cross_attn}.{q,k}_norm.weight": "blocks.{i}."
+            "{attention,cross_attention}.body.{q,k}_norm",
+            "blocks.{i}.mlp.layer{1,2}.weight": "blocks.{i}.feed_forward.body.{up,down}.weight",
+        }
+    ),
     drop={
-        **BOOKKEEPING,
+        **dit.BOOKKEEPING,
         "pos_embedder.*": "positions, computed here; `read_config` looks at their exponents",
         "accum_*": "counters of training",
     },
 )
-DIFFUSERS_KEYS = dit.diffusers_keys(_PROJECTION)
+DIFFUSERS_KEYS = KeyMap(dit.DIFFUSERS | dit.expand(_PROJECTION))
 
 
 class Settings(dit.DiTSettings):
