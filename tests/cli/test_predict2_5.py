@@ -313,10 +313,13 @@ def test_everything_that_is_wrong_is_named_at_once(
     sizes = write_lines(
         tmp_path / "d.jsonl",
         *({**TEXT, "name": f"s{frames}", "num_output_frames": frames} for frames in (9, 10, 11)),
+        {"name": "mute", "inference_type": "text2world"},
     )
     result = flow("-i", sizes, "--resolution", "32,48", small=False)
     check_refused(result, "", tmp_path)
-    for row, frames in zip(result.stderr.splitlines(), (10, 11), strict=True):
+    *rows, mute = result.stderr.splitlines()
+    check_mentions(mute, f"{sizes} 'mute' prompt")
+    for row, frames in zip(rows, (10, 11), strict=True):
         check_mentions(row, f"{sizes} 's{frames}' num_output_frames {frames}")
 
 

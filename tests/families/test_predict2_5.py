@@ -147,7 +147,10 @@ def test_windows_of_a_long_video(post: Parts) -> None:
     opened = post.opened
     for frames, size, overlap in ((77, 77, 1), (20, 13, 1), (30, 13, 5), (14, 9, 5), (9, 13, 1)):
         long = {"num_video_frames": frames, "chunk_size": size, "chunk_overlap": overlap}
-        windows = cut_windows(opened, checked(opened, seed=4, **long))
+        windows, ends = zip(*cut_windows(opened, checked(opened, seed=4, **long)), strict=True)
+        assert ends == tuple(
+            min(frames, size + number * (size - overlap)) for number in range(len(windows))
+        )
         most = size + (len(windows) - 1) * (size - overlap)
         assert most - (size - overlap) < frames <= most or len(windows) == 1
         assert [window.seed for window in windows] == [4 + n for n in range(len(windows))]
@@ -156,9 +159,9 @@ def test_windows_of_a_long_video(post: Parts) -> None:
         # the length that the models know, whatever is kept of it
         assert {(window.num_video_frames, window.chunk_size) for window in windows} == {(93, None)}
     one = checked(opened, seed=4)
-    assert cut_windows(opened, one) == [one]
+    assert cut_windows(opened, one) == [(one, 9)]
     last = checked(opened, num_video_frames=20, chunk_size=13, seed=2**32 - 1)
-    assert cut_windows(opened, last)[1].seed == 0
+    assert cut_windows(opened, last)[1][0].seed == 0
 
 
 def test_a_long_video_is_its_chunks(post: Parts) -> None:
@@ -184,11 +187,11 @@ def test_a_long_video_is_its_chunks(post: Parts) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_video_frames": 10}, r"must be 1 \+ 4k, at most 509 .*: the nearest is 9$"),
+        ({"num_video_frames": 10}, r"must be 1 \+ 4k .* at most 509: the nearest is 9$"),
         ({"num_video_frames": 513}, "the nearest is 509$"),
-        ({"height": 40}, r"height is 40; it must be a multiple of 16 .* the nearest is 32"),
+        ({"height": 40}, r"height is 40; it must be a multiple of 16, .* the nearest is 32"),
         ({"width": 1936}, "at most 1920: the nearest is 1920"),
-        ({"num_input_frames": 9}, r"more than num_input_frames \(9\): the nearest is 13$"),
+        ({"num_input_frames": 9}, r"above num_input_frames \(9\), .*: the nearest is 13$"),
         ({"chunk_size": 94}, "chunk_size is 94; .* 93 at once"),
         ({"chunk_size": 77, "height": 40}, "height is 40"),
         ({"prompt": None}, "no prompt; give prompt or prompt_embeddings"),

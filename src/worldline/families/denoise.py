@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
-from functools import partial
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,17 +23,18 @@ from worldline.guards import rewrites
 from worldline.memory import Stage, denoise_bytes
 from worldline.nn.attention import backend_name
 from worldline.nn.dit import PATCH
+from worldline.nn.pieces import decode_stream
 from worldline.report import Recorder, log_result
 from worldline.request import VideoRequest
-from worldline.sampling.solvers import Stepped, standard_noise
-from worldline.shapes import LatentShape, VideoShape, latent_frames_of, nearest_frames
+from worldline.sampling.solvers import Stepped, Steps, standard_noise
+from worldline.shapes import LatentShape, VideoShape, latent_frames_of
 from worldline.step import Step
 from worldline.video.convert import signed_to_uint8
 from worldline.video.read import Clip
 
 Result = TypeVar("Result")
 Frames = NDArray[np.uint8]  # (T, H, W, 3)
-Preview = Callable[[Tensor], Frames]  # of latents (1, C, T, H, W)
+Prompts = tuple[Tensor, Tensor | None]  # embeddings (1, S, E) of prompt and negative prompt
 STEP_SECONDS = "seconds_of_steps"  # fact of a recorder, and entry of a report
 
 
@@ -85,22 +86,25 @@ def check_size(
     `longest` counts latent frames; None is as many as the transformer has positions for.
     """
     most, tokenizer = opened["transformer"].config.max_grid, opened["tokenizer"].config
-    temporal, step = tokenizer.temporal, PATCH[1] * tokenizer.spatial
-    last = 1 + ((longest or most.frames) - 1) * temporal
-    # one with frames to make, so that what is suggested is not refused next
+    temporal, cell = tokenizer.temporal, PATCH[1] * tokenizer.spatial
+    # with frames to make, so that what is suggested is not refused next
     least = 1 + latent_frames_of(num_input_frames, temporal) * temporal
-    nearest = min(last, max(least, nearest_frames(video.frames, temporal)))
-    rule = f"1 + {temporal}k, at most {last} and more than num_input_frames ({num_input_frames})"
-    sizes = [("num_video_frames", video.frames, nearest, rule)]
-    for name, tokens in (("height", most.height), ("width", most.width)):
-        pixels = getattr(video, name)
-        nearest = min(max(round(pixels / step), 1), tokens) * step
-        sizes.append((name, pixels, nearest, f"a multiple of {step} and at most {tokens * step}"))
-    wrong = [
-        f"{name} is {value}; it must be {rule}: the nearest is {nearest}"
-        for name, value, nearest, rule in sizes
-        if value != nearest
-    ]
+    last = 1 + ((longest or most.frames) - 1) * temporal
+    wrong = []
+    for name, value, first, step, low, high, rule in (
+        (
+            "num_video_frames",
+            video.frames,
+            *(1, temporal, least, last),
+            f"1 + {temporal}k above num_input_frames ({num_input_frames})",
+        ),
+        ("height", video.height, 0, cell, cell, most.height * cell, f"a multiple of {cell}"),
+        ("width", video.width, 0, cell, cell, most.width * cell, f"a multiple of {cell}"),
+    ):
+        nearest = min(high, max(low, first + round((value - first) / step) * step))
+        if value != nearest:
+            limits = f"{rule}, at most {high}: the nearest is {nearest}"
+            wrong.append(f"{name} is {value}; it must be {limits}")
     if wrong:
         raise InputError("; ".join(wrong))
 
@@ -148,10 +152,88 @@ def stage(recorder: Recorder, name: str) -> Iterator[None]:
         yield
 
 
+@torch.inference_mode()
+def generate(
+    parts: Parts,
+    clip: Clip | None,
+    request: VideoRequest,
+    recorder: Recorder,
+    *,
+    encode_frames: Callable[[Parts, Any, Any], Tensor],
+    sample: Callable[..., tuple[int, Steps]],
+    windows: Callable[[Opened, Any], list[tuple[Any, int]]] = (
+        lambda opened, request: [(request, request.num_video_frames)]
+    ),
+    restore: Callable[[Parts, Tensor], Tensor] = lambda parts, latents: latents,
+) -> Iterator[Step]:
+    """Prompt, image or clip -> video; the last step holds all its frames.
+
+    The known frames in the result are the tokenizer's reconstruction of the input, as in the
+    references. What families add:
+
+    Args:
+        parts: of the model.
+        clip: input; windows behind the first continue the video itself.
+        request: a checked one.
+        recorder: of the stages.
+        encode_frames: (parts, clip, window) -> latents (1, C, t, H, W) of the known frames, with
+            the tokenizer on its device.
+        sample: (parts, window, transformer, noise, known latents, prompts) -> number of steps, and
+            the steps.
+        windows: (opened, request) -> what is denoised at once, each with the number of frames that
+            are made then.
+        restore: (parts, latents) -> latents as the tokenizer gives them.
+    """
+    prompts = yield from encode_prompts(parts, request, recorder)
+    # all at once, as long as they are: to join pieces would hold a long video twice
+    frames = np.empty((*astuple(request.video), 3), np.uint8)
+    made = total = 0
+
+    def preview(denoised: Tensor) -> Frames:
+        spatial = parts.opened["tokenizer"].config.spatial
+        return preview_frames(restore(parts, denoised), parts.colours, spatial)
+
+    todo = windows(parts.opened, request)
+    for number, (window, end) in enumerate(todo):
+        if made:
+            clip = Clip(frames[made - window.num_input_frames : made], request.fps)
+        known = None
+        if window.num_input_frames or request.preview_every:
+            yield Step("encode", 0, 1)
+            with stage(recorder, "encode"), parts.tokenizer.on_device():
+                if window.num_input_frames:
+                    known = encode_frames(parts, clip, window)
+                    log_result("encode", known)
+                if request.preview_every:
+                    parts.colours  # noqa: B018 - fitted while the tokenizer is there
+
+        with stage(recorder, "denoise"), parts.transformer.on_device() as model:
+            shape = (1, parts.config.latent_channels, *astuple(grid_of(parts.opened, window.video)))
+            noise = standard_noise(window.seed, shape).to(parts.device)
+            count, steps = sample(parts, window, model, noise, known, prompts)
+            total = count * len(todo)
+            latents = yield from report(
+                steps,
+                recorder,
+                total,
+                before=number * count,
+                preview_every=request.preview_every,
+                preview=preview,
+            )
+            log_result("denoise", latents)
+
+        yield Step("decode", made, len(frames))
+        with stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
+            pieces = decode_stream(tokenizer, restore(parts, latents))
+            first = window.num_input_frames if made else 0
+            made = yield from decode(pieces, frames, made, first=first, end=end)
+    yield Step("done", total, total, frames)
+
+
 def encode_prompts(
     parts: Parts, request: VideoRequest, recorder: Recorder
-) -> Generator[Step, None, tuple[Tensor, Tensor | None]]:
-    """Embeddings (1, S, E) of prompt and negative prompt; None for an absent negative one."""
+) -> Generator[Step, None, Prompts]:
+    """Embeddings of the prompts; None for an absent negative one."""
     yield Step("text", 0, 1)
     with stage(recorder, "text"):
         embeddings, texts = read_prompts(parts.opened, request)
@@ -164,51 +246,22 @@ def encode_prompts(
         return embeddings["prompt"], embeddings.get("negative_prompt")
 
 
-def encode_inputs(
-    parts: Parts,
-    clip: Clip | None,
-    request: VideoRequest,
-    recorder: Recorder,
-    encode_frames: Callable[[Parts, Any, Any], Tensor],  # called with the tokenizer on its device
-) -> Generator[Step, None, tuple[Tensor | None, Preview | None]]:
-    """Latents (1, C, t, H, W) of the known frames, and what makes previews, where there are any."""
-    known = preview = None
-    if request.num_input_frames or request.preview_every:
-        yield Step("encode", 0, 1)
-        with stage(recorder, "encode"), parts.tokenizer.on_device():
-            if request.num_input_frames:
-                known = encode_frames(parts, clip, request)
-                log_result("encode", known)
-            if request.preview_every:
-                spatial = parts.opened["tokenizer"].config.spatial
-                preview = partial(preview_frames, colours=parts.colours, spatial=spatial)
-    return known, preview
-
-
-def draw_noise(parts: Parts, seed: int, grid: LatentShape) -> Tensor:
-    """Noise that sampling starts from, float32 (1, C, T, H, W)."""
-    shape = (1, parts.config.latent_channels, *astuple(grid))
-    return standard_noise(seed, shape).to(parts.device)
-
-
-def condition_mask(noise: Tensor, known: Tensor | None) -> Tensor:
-    """Mask (1, 1, T, H, W) of the latent frames that are known."""
-    mask = torch.zeros_like(noise[:1, :1])
-    mask[:, :, : 0 if known is None else known.shape[2]] = 1
-    return mask
-
-
 def conditioned(
-    model: Any, prompt: Tensor, negative: Tensor | None, positions: Any, mask: Tensor | None
+    model: Any, noise: Tensor, known: Tensor | None, prompts: Prompts, positions: Any
 ) -> Callable[[Tensor, Tensor, bool], Tensor]:
     """Network as samplers call it: (latents, times, branch with the prompt?) -> output.
 
     The text is encoded once for all steps: it does not change, and is by far the widest input.
     """
-    contexts = [None if x is None else model.encode_context(x) for x in (negative, prompt)]
+    contexts = [None if x is None else model.encode_context(x) for x in prompts]
+    mask = None
+    if model.config.condition_mask:
+        mask = torch.zeros_like(noise[:1, :1])
+        mask[:, :, : 0 if known is None else known.shape[2]] = 1
 
     def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
-        output: Tensor = model(x, times, contexts[conditional], positions, condition_mask=mask)
+        context = contexts[not conditional]
+        output: Tensor = model(x, times, context, positions, condition_mask=mask)
         return output
 
     return network
@@ -221,7 +274,7 @@ def report(
     *,
     before: int = 0,
     preview_every: int = 0,
-    preview: Preview | None = None,
+    preview: Callable[[Tensor], Frames] | None = None,
 ) -> Generator[Step, None, Result]:
     """Result of a sampler, with a `Step` before the first and after each of its steps.
 
@@ -229,9 +282,8 @@ def report(
     the seconds of each step.
     """
     seconds = recorder.facts.setdefault(STEP_SECONDS, [])
-    done = before
-    yield Step("denoise", done, total)
-    while True:
+    yield Step("denoise", before, total)
+    for done in count(1):
         started = time.perf_counter()
         try:
             denoised = next(steps).denoised
@@ -241,10 +293,9 @@ def report(
         if recorder.device.type == "cuda":
             torch.cuda.synchronize(recorder.device)
         seconds.append(round(time.perf_counter() - started, 4))
-        done += 1
-        due = preview_every and (done - before) % preview_every == 0
-        look = preview(denoised.float()) if preview and due else None
-        yield Step("denoise", done, total, preview=look)
+        due = preview and preview_every and done % preview_every == 0
+        look = preview(denoised.float()) if due else None
+        yield Step("denoise", before + done, total, preview=look)
 
 
 def preview_frames(latents: Tensor, colours: Tensor, spatial: int) -> Frames:
@@ -252,11 +303,10 @@ def preview_frames(latents: Tensor, colours: Tensor, spatial: int) -> Frames:
 
     The latents (1, C, T, H, W) are as the tokenizer gives them, `colours` of `fit_colours`.
     """
-    maps = colours.to(latents.device)
-    chosen = maps[(torch.arange(latents.shape[2], device=latents.device) > 0).long()]  # (T, C+1, 3)
-    cells = latents[0].float().permute(1, 2, 3, 0).flatten(1, 2)  # (T, H W, C)
-    pixels = cells @ chosen[:, :-1] + chosen[:, -1:]
-    pictures = pixels.unflatten(1, latents.shape[-2:]).permute(3, 0, 1, 2)
+    # those of the first latent frame, then of all others: (T, C + 1, 3)
+    maps = colours.to(latents.device)[[0, *[1] * (latents.shape[2] - 1)]]
+    cells = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)[0].float()
+    pictures = torch.einsum("cthw,tcd->dthw", cells, maps)
     times = -(-spatial // 4)
     return signed_to_uint8(pictures).repeat(times, axis=1).repeat(times, axis=2)
 
@@ -267,7 +317,7 @@ def decode(
     made: int = 0,
     *,
     first: int = 0,
-    count: int | None = None,
+    end: int | None = None,
 ) -> Generator[Step, None, int]:
     """Write a video into `frames`, from frame `made` on, as it is decoded; the number made then.
 
@@ -276,9 +326,9 @@ def decode(
         frames: all frames of the request.
         made: number of frames that are there.
         first: first frame of the pieces that is kept.
-        count: number of those that are kept; None keeps all.
+        end: number of frames that are there at the end; None keeps all.
     """
-    end = len(frames) if count is None else made + count
+    end = len(frames) if end is None else end
     for piece in pieces:
         new = signed_to_uint8(piece[0])[first : first + end - made]
         first = max(0, first - piece.shape[2])

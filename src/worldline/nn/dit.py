@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from worldline.nn.attention import AttentionCore
 from worldline.nn.modulation import Residual, add_and_modulate, norm_heads
-from worldline.nn.rope import Rotation
+from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.shapes import LatentShape
 
 # keys and values (B, N, S, K) of the text, block by block
@@ -81,15 +81,13 @@ class DiTSizes:
         Raises:
             ValueError: a side is no multiple of the patch, or beyond the model's positions.
         """
-        name = f"a latent grid of {grid.frames} x {grid.height} x {grid.width} cells"
-        if grid.height % PATCH[1] or grid.width % PATCH[2]:
-            raise ValueError(f"{name}: sides must be multiples of {PATCH[1]} and {PATCH[2]}")
-        tokens = LatentShape(grid.frames, grid.height // PATCH[1], grid.width // PATCH[2])
-        largest = astuple(self.max_grid)
-        if any(a > b for a, b in zip(astuple(tokens), largest, strict=True)):
-            most = " x ".join(str(a * b) for a, b in zip(largest, PATCH, strict=True))
-            raise ValueError(f"{name} is beyond the model's positions ({most})")
-        return tokens
+        axes = list(zip(astuple(grid), PATCH, astuple(self.max_grid), strict=True))
+        if any(cells % patch or cells > patch * most for cells, patch, most in axes):
+            raise ValueError(
+                f"{grid}: sides must be multiples of the patch {PATCH}; positions reach to "
+                f"{self.max_grid} of them"
+            )
+        return LatentShape(*(cells // patch for cells, patch, _ in axes))
 
 
 class Attention(nn.Module):
@@ -296,6 +294,7 @@ class DiffusionTransformer(nn.Module):
 
     def __init__(self, sizes: DiTSizes, input_channels: int, noise: nn.Module) -> None:
         super().__init__()
+        self.config = sizes
         self.embed = nn.Linear(input_channels * PATCH_CELLS, sizes.width, bias=False)
         self.noise = noise
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.depth))
@@ -310,20 +309,33 @@ class DiffusionTransformer(nn.Module):
         context = context.to(self.embed.weight.device, self.dtype)
         return [block.cross_attention.body.encode(context) for block in self.blocks]  # type: ignore[union-attr, operator]
 
+    def rotation(self, grid: LatentShape, **options: Any) -> Rotation:
+        """Rotation of every token of a latent grid within the model's own, else a `ValueError`.
+
+        Options are those of `stretched_angles_3d`.
+        """
+        config = self.config
+        tokens, ratio = config.tokens(grid), config.rope_ratio
+        angles = stretched_angles_3d(tokens, config.head_size, ratio=ratio, **options)
+        angles = angles.to(self.embed.weight.device)
+        return Rotation(angles.cos(), angles.sin())
+
     def run(
         self,
-        tokens: Tensor,
-        grid: LatentShape,
+        latents: Tensor,
+        conditioning: Sequence[Tensor],
+        padding_mask: Tensor | None,
         noise: NoiseLevel,
         context: Context,
         rotation: Rotation,
         added: Tensor | None = None,
     ) -> Tensor:
-        """Output (B, C, T, H, W) of the tokens (B, L, features) of `patchify`, for a latent grid.
+        """Output, shaped like the latents; their channels and masks as `patchify` takes them.
 
         The rotation is (L, K); `added` (L, D) enters the stream before every block.
         """
+        tokens = patchify(latents.to(self.dtype), conditioning, padding_mask)
         residual = Residual(self.embed(tokens))
         for block, encoded in zip(self.blocks, context, strict=True):
             residual = block(residual, noise, rotation, encoded, added)
-        return unpatchify(self.head(residual, noise), grid)
+        return unpatchify(self.head(residual, noise), LatentShape(*latents.shape[2:]))

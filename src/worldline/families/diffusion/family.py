@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,18 +30,16 @@ from worldline.families.diffusion.weights import open_network, read_settings
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.files import holds_diffusers, unfinished
 from worldline.memory import Stage, coding_bytes
-from worldline.nn.pieces import decode_stream
-from worldline.report import Recorder, log_result
+from worldline.report import Recorder
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, Conditioning, make_sigmas, sample
-from worldline.shapes import VideoShape
-from worldline.step import Step
+from worldline.sampling.solvers import Steps
+from worldline.shapes import LatentShape, VideoShape
 from worldline.text.encoder import TextPart
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import (
     CosmosTokenizer,
     CosmosTokenizerConfig,
-    LatentStatistics,
 )
 from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
@@ -59,64 +56,43 @@ TOKENIZERS: dict[str, tuple[str, str]] = {
 }
 
 
-@torch.inference_mode()
-def generate(
-    parts: Parts, clip: Clip | None, request: DiffusionRequest, recorder: Recorder
-) -> Iterator[Step]:
-    """Prompt, image or clip -> video; the last step holds all its frames.
-
-    The known frames in the result are the tokenizer's reconstruction of the input, as in the
-    reference.
-    """
-    opened, config, statistics = parts.opened, parts.config, parts.opened["tokenizer"].statistics
-    prompt, negative = yield from denoise.encode_prompts(parts, request, recorder)
-    if request.guidance and negative is None:
-        if starts_from_text(opened) or not request.num_input_frames:
+def sample_video(
+    parts: Parts,
+    request: DiffusionRequest,
+    model: DiT,
+    noise: Tensor,
+    known: Tensor | None,
+    prompts: denoise.Prompts,
+) -> tuple[int, Steps]:
+    """Number of steps, and the steps to normalised latents; see `denoise.generate`."""
+    (prompt, negative), guidance = prompts, request.guidance
+    if guidance and negative is None:
+        if starts_from_text(parts.opened):
             negative = torch.zeros_like(prompt)
         else:
+            guidance = 0
             logger.warning(
                 "without a negative prompt, guidance does nothing: as in the released code, a "
                 "continued clip is then led away from its own prompt"
             )
-    known, preview = yield from denoise.encode_inputs(parts, clip, request, recorder, encode_frames)
-
-    count = len(make_sigmas(str(request.sampler), request.num_steps)) - 1
-    with denoise.stage(recorder, "denoise"), parts.transformer.on_device() as model:
-        grid = denoise.grid_of(opened, request.video)
-        noise = denoise.draw_noise(parts, request.seed, grid)
-        conditioning = None
-        if known is not None:
-            # the same noise as the state's, as Cosmos 1.0 has it
-            same = noise[:, :, : known.shape[2]]
-            conditioning = Conditioning(known, same, request.augment_sigma)
-        mask = denoise.condition_mask(noise, known) if config.condition_mask else None
-        rotary = getattr(torch, str(request.rotary_precision))
-        positions = model.make_positions(grid, request.fps, rotary_dtype=rotary)
-        steps = sample(
-            denoise.conditioned(model, prompt, negative, positions, mask),
-            noise,
-            sampler=str(request.sampler),
-            num_steps=request.num_steps,
-            guidance=0.0 if negative is None else request.guidance,
-            conditioning=conditioning,
-            reinsertion=request.reinsertion,
-        )
-        latents = yield from denoise.report(
-            steps,
-            recorder,
-            count,
-            preview_every=request.preview_every,
-            preview=preview and (lambda denoised: preview(restored(statistics, denoised))),
-        )
-        log_result("denoise", latents)
-        del positions  # room for the decoder
-
-    frames = np.empty((*astuple(request.video), 3), np.uint8)
-    latents = restored(statistics.rounded(parts.compute.dtype), latents)
-    yield Step("decode", 0, len(frames))
-    with denoise.stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
-        yield from denoise.decode(decode_stream(tokenizer, latents), frames)
-    yield Step("done", count, count, frames)
+    conditioning = None
+    if known is not None:
+        # the same noise as the state's, as Cosmos 1.0 has it
+        same = noise[:, :, : known.shape[2]]
+        conditioning = Conditioning(known, same, request.augment_sigma)
+    rotary = getattr(torch, str(request.rotary_precision))
+    grid = LatentShape(*noise.shape[2:])
+    positions = model.make_positions(grid, request.fps, rotary_dtype=rotary)
+    sampler = str(request.sampler)
+    return len(make_sigmas(sampler, request.num_steps)) - 1, sample(
+        denoise.conditioned(model, noise, known, (prompt, negative), positions),
+        noise,
+        sampler=sampler,
+        num_steps=request.num_steps,
+        guidance=guidance,
+        conditioning=conditioning,
+        reinsertion=request.reinsertion,
+    )
 
 
 def encode_frames(parts: Parts, clip: Clip, request: DiffusionRequest) -> Tensor:
@@ -129,8 +105,9 @@ def encode_frames(parts: Parts, clip: Clip, request: DiffusionRequest) -> Tensor
     return SIGMA_DATA * statistics.normalise(latents.float(), image=False)
 
 
-def restored(statistics: LatentStatistics, latents: Tensor) -> Tensor:
+def restore(parts: Parts, latents: Tensor) -> Tensor:
     """Latents as the tokenizer gives them, from the network's."""
+    statistics = parts.opened["tokenizer"].statistics.rounded(parts.compute.dtype)
     return statistics.denormalise(latents / SIGMA_DATA)
 
 
@@ -224,12 +201,12 @@ def generation_of(opened: Opened) -> Generation:
 def open_tokenizer(opened: Opened) -> CosmosNetwork:
     """The continuous tokenizer: as chosen, beside the transformer, or of its generation."""
     place, beside = opened.place, opened.folder / "vae"
+    if opened.options.tokenizer_dir is not None:
+        return open_latent_tokenizer(place.chosen(opened.options.tokenizer_dir, "tokenizer_dir"))
     names = TOKENIZERS[generation_of(opened)]
     found = place.below(names)
-    preferred = holds_diffusers(opened.source.path) and any(beside.glob("diffusion_pytorch_*"))
-    if opened.options.tokenizer_dir is not None:
-        found = place.chosen(opened.options.tokenizer_dir, "tokenizer_dir")
-    elif preferred or (found is None and beside.is_dir()):
+    complete = holds_diffusers(opened.source.path) and holds_diffusers(beside)
+    if complete or (found is None and beside.is_dir()):
         found = beside
     if found is None:
         raise CheckpointError(
@@ -278,6 +255,9 @@ def presets(entry: Entry) -> dict[str, Any]:
     }
 
 
+generate = partial(
+    denoise.generate, encode_frames=encode_frames, sample=sample_video, restore=restore
+)
 FAMILY = Family(
     name="diffusion",
     request=DiffusionRequest,

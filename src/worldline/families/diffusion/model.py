@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn import dit
-from worldline.nn.dit import Context, DiffusionTransformer, DiTSizes, NoiseLevel, patchify
+from worldline.nn.dit import Context, DiffusionTransformer, DiTSizes, NoiseLevel
 from worldline.nn.modulation import NORM_EPS, norm_heads, sinusoid
-from worldline.nn.rope import Rotation, stretched_angles_3d
+from worldline.nn.rope import Rotation
 from worldline.parallel.offload import BlockPlan
 from worldline.shapes import LatentShape
 
@@ -128,11 +128,12 @@ class NoiseEmbedding(dit.NoiseEmbedding):
 
 
 class DiT(DiffusionTransformer):
+    config: DiTConfig
+
     def __init__(self, config: DiTConfig) -> None:
         # latents, condition mask (Video2World) or ids, padding mask
         inputs = config.latent_channels + config.condition_mask + config.id_width + 1
         super().__init__(config, inputs, NoiseEmbedding(config.width))
-        self.config = config
         self.positions = LearnedPositions(config) if config.learned_positions else None
         # not nn.Embedding(...): drawing its first weights on the meta device imports for 1.3 s
         table = torch.empty(config.vocabulary, config.id_width)
@@ -152,17 +153,10 @@ class DiT(DiffusionTransformer):
             fps: frame rate of the clip; None, for a single frame, leaves its time unscaled.
             rotary_dtype: precision of the angles; the released pipelines use bf16.
         """
-        config = self.config
-        tokens = config.tokens(grid)
-        angles = stretched_angles_3d(
-            tokens,
-            config.head_size,
-            ratio=config.rope_ratio,
-            time_scale=None if fps is None else (fps, config.base_fps),
-            dtype=rotary_dtype,
-        ).to(self.embed.weight.device)
-        learned = None if self.positions is None else self.positions(tokens)
-        return Positions(Rotation(angles.cos(), angles.sin()), learned)
+        time_scale = None if fps is None else (fps, self.config.base_fps)
+        rotation = self.rotation(grid, time_scale=time_scale, dtype=rotary_dtype)
+        tokens = self.config.tokens(grid)
+        return Positions(rotation, None if self.positions is None else self.positions(tokens))
 
     def encode_ids(self, ids: Tensor, grid: LatentShape) -> Tensor:
         """Input channels (B, id_width, T, H, W) of ids (B, T, h, w); the same for all steps.
@@ -199,6 +193,5 @@ class DiT(DiffusionTransformer):
             ids: from `encode_ids`; the diffusion decoder only.
         """
         conditioning = [part for part in (condition_mask, ids) if part is not None]
-        tokens = patchify(latents.to(self.dtype), conditioning, padding_mask)
-        grid = LatentShape(*latents.shape[2:])
-        return self.run(tokens, grid, self.noise(timesteps), context, *positions)
+        noise = self.noise(timesteps)
+        return self.run(latents, conditioning, padding_mask, noise, context, *positions)

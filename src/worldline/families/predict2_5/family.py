@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
-from math import ceil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,11 +24,11 @@ from worldline.families.predict2_5.weights import DIFFUSERS_KEYS, open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.files import read_json, released_folders
 from worldline.memory import Stage, coding_bytes
-from worldline.nn.pieces import decode_stream, encode_stream
-from worldline.report import Recorder, log_result
+from worldline.nn.pieces import encode_stream
+from worldline.report import Recorder
 from worldline.sampling.flow import Conditioning, guided_velocity, make_schedule, unipc
-from worldline.shapes import VideoShape
-from worldline.step import Step
+from worldline.sampling.solvers import Steps
+from worldline.shapes import LatentShape, VideoShape
 from worldline.text.encoder import TextPart
 from worldline.text.reason1 import NUM_PARAMETERS, Reason1Files
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
@@ -43,63 +42,32 @@ TRAINED_FRAMES = 93
 TRAINED_FPS = 16
 # height x width, of the resolution "720"
 TRAINED_SIZES = ((960, 960), (704, 960), (960, 704), (704, 1280), (1280, 704))
-KNOWN_TIMESTEPS: dict[str, float | None] = {"karras": 0.1, "shifted": None}
+KNOWN_TIMESTEPS = {model.schedule: model.known_timestep for model in FLOW_MODELS}
 
 
-@torch.inference_mode()
-def generate(
-    parts: Parts, clip: Clip | None, request: FlowRequest, recorder: Recorder
-) -> Iterator[Step]:
-    """Prompt, image or clip -> video; the last step holds all its frames.
+def sample_window(
+    parts: Parts,
+    window: FlowRequest,
+    model: FlowDiT,
+    noise: Tensor,
+    known: Tensor | None,
+    prompts: denoise.Prompts,
+) -> tuple[int, Steps]:
+    """Number of steps, and the steps to the latents of a window; see `denoise.generate`.
 
-    The known frames in the result are the tokenizer's reconstruction of the input, with the trace
-    of noise that the sampler leaves in them, as in the reference.
+    The known frames keep the trace of noise that the sampler leaves in them, as in the reference.
     """
-    opened, network = parts.opened, parts.opened["transformer"]
-    prompt, negative = yield from denoise.encode_prompts(parts, request, recorder)
-
-    schedule = make_schedule(network.schedule, request.num_steps)
-    windows, evaluations = cut_windows(opened, request), len(schedule.timesteps)
-    count = evaluations * len(windows)
-    # all at once, as long as they are: to join pieces would hold a long video twice
-    frames = np.empty((*astuple(request.video), 3), np.uint8)
-    made = 0
-    for number, window in enumerate(windows):  # one, or the chunks of a long video
-        if made:
-            clip = Clip(frames[made - window.num_input_frames : made], request.fps)
-        known, preview = yield from denoise.encode_inputs(
-            parts, clip, window, recorder, encode_frames
-        )
-
-        with denoise.stage(recorder, "denoise"), parts.transformer.on_device() as model:
-            grid = denoise.grid_of(opened, window.video)
-            noise = denoise.draw_noise(parts, window.seed, grid)
-            mask, positions = denoise.condition_mask(noise, known), model.make_positions(grid)
-            velocity = guided_velocity(
-                denoise.conditioned(model, prompt, negative, positions, mask),
-                noise,
-                schedule,
-                guidance=request.guidance,
-                conditioning=None if known is None else Conditioning(known, network.known_timestep),
-            )
-            latents = yield from denoise.report(
-                unipc(velocity, noise, schedule.sigmas),
-                recorder,
-                count,
-                before=number * evaluations,
-                preview_every=request.preview_every,
-                preview=preview,
-            )
-            log_result("denoise", latents)
-            del noise, mask, positions  # room for the decoder
-
-        yield Step("decode", made, len(frames))
-        with denoise.stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
-            pieces = decode_stream(tokenizer, latents)
-            first = window.num_input_frames if number else 0
-            kept = min((request.chunk_size or len(frames)) - first, len(frames) - made)
-            made = yield from denoise.decode(pieces, frames, made, first=first, count=kept)
-    yield Step("done", count, count, frames)
+    network = parts.opened["transformer"]
+    schedule = make_schedule(network.schedule, window.num_steps)
+    positions = model.make_positions(LatentShape(*noise.shape[2:]))
+    velocity = guided_velocity(
+        denoise.conditioned(model, noise, known, prompts, positions),
+        noise,
+        schedule,
+        guidance=window.guidance,
+        conditioning=None if known is None else Conditioning(known, network.known_timestep),
+    )
+    return len(schedule.timesteps), unipc(velocity, noise, schedule.sigmas)
 
 
 def encode_frames(parts: Parts, clip: Clip, request: FlowRequest) -> Tensor:
@@ -114,26 +82,28 @@ def encode_frames(parts: Parts, clip: Clip, request: FlowRequest) -> Tensor:
     return torch.cat([*encode_stream(parts.tokenizer.module, [video])], dim=2).float()
 
 
-def cut_windows(opened: Opened, request: FlowRequest) -> list[FlowRequest]:
-    """What is denoised at once: the request, or one for each chunk of a long video.
+def cut_windows(opened: Opened, request: FlowRequest) -> list[tuple[FlowRequest, int]]:
+    """What is denoised at once, and the number of frames that are made then.
 
-    A chunk goes on from the last `chunk_overlap` frames of the one before. (The reference takes
-    them for latent frames, and so gives more frames than it has made unless there is one.)
+    That is the request, or one for each chunk of a long video, which goes on from the last
+    `chunk_overlap` frames of the one before. (The reference takes them for latent frames, and so
+    gives more frames than it has made unless there is one.)
     """
-    if request.chunk_size is None:
-        return [request]
-    overlap = request.chunk_overlap
-    stride = request.chunk_size - overlap
+    total, size, overlap = request.num_video_frames, request.chunk_size, request.chunk_overlap
+    if size is None:
+        return [(request, total)]
+    changes = {
+        "num_video_frames": window_of(opened, request).frames,
+        "num_input_frames": request.num_input_frames,
+        "chunk_size": None,
+        "chunk_overlap": 1,
+    }
     windows = []
-    for number in range(max(1, ceil((request.num_video_frames - overlap) / stride))):
-        changes = {
-            "num_video_frames": window_of(opened, request).frames,
-            "num_input_frames": overlap if number else request.num_input_frames,
-            "seed": (request.seed + number) % 2**32,
-            "chunk_size": None,
-            "chunk_overlap": 1,
-        }
-        windows.append(request.model_copy(update=changes))
+    for number, made in enumerate(range(overlap, max(total, overlap + 1), size - overlap)):
+        changes["seed"] = (request.seed + number) % 2**32
+        end = min(total, made + size - overlap)
+        windows.append((request.model_copy(update=changes), end))
+        changes["num_input_frames"] = overlap
     return windows
 
 
@@ -165,18 +135,17 @@ def check(opened: Opened, request: FlowRequest) -> FlowRequest:
 
 def notes(opened: Opened, request: FlowRequest) -> list[str]:
     """What a request has that the released models were not trained on."""
-    if opened.place.bundled:
-        return []
-    found = []
     frames, height, width = astuple(window_of(opened, request))
-    if frames not in (1, TRAINED_FRAMES):
-        found.append(f"{frames} frames at once; the models were trained on {TRAINED_FRAMES}")
-    if (height, width) not in TRAINED_SIZES:
-        known = ", ".join(f"{height} x {width}" for height, width in TRAINED_SIZES)
-        found.append(f"{height} x {width} pixels; the models were trained on {known}")
-    if request.fps != TRAINED_FPS:
-        found.append(f"fps is {request.fps:g}; the models move at {TRAINED_FPS} all the same")
-    return found
+    sizes = ", ".join(f"{height} x {width}" for height, width in TRAINED_SIZES)
+    usual = {
+        f"{frames} frames at once; the models were trained on {TRAINED_FRAMES}": frames
+        in (1, TRAINED_FRAMES),
+        f"{height} x {width} pixels; the models were trained on {sizes}": (height, width)
+        in TRAINED_SIZES,
+        f"fps is {request.fps:g}; the models move at {TRAINED_FPS} all the same": request.fps
+        == TRAINED_FPS,
+    }
+    return [note for note, holds in usual.items() if not (holds or opened.place.bundled)]
 
 
 def report_entries(parts: Parts, request: FlowRequest, recorder: Recorder) -> dict[str, Any]:
@@ -220,17 +189,19 @@ class FlowNetwork(Network[FlowDiTConfig]):
 def open_transformer(opened: Opened) -> FlowNetwork:
     """The transformer in either layout; sampled as chosen, stated, released, or else "shifted"."""
     network = open_network(opened.source, opened.settings or None)
-    schedule = opened.options.schedule or opened.settings.get("schedule")
     released = opened.place.released or released_as(opened.source.path)
-    scheduler = opened.folder / "scheduler" / "scheduler_config.json"
-    if schedule is None and released is not None:
-        schedule = released.schedule
-    elif schedule is None and network.keys is DIFFUSERS_KEYS and scheduler.is_file():
-        # that of diffusers' 14B is the one of 2B, which it was not made for
-        small = network.config.width != PRESETS["14B"].width
-        schedule = "karras" if small and read_json(scheduler).get("use_karras_sigmas") else None
-    schedule = schedule or "shifted"
+    schedule = opened.options.schedule or opened.settings.get("schedule")
+    if schedule is None:
+        schedule = released.schedule if released else stated_schedule(opened, network)
     return FlowNetwork(**vars(network), schedule=schedule, known_timestep=KNOWN_TIMESTEPS[schedule])
+
+
+def stated_schedule(opened: Opened, network: Network[FlowDiTConfig]) -> str:
+    """Schedule in a folder of diffusers, but for 14B, whose is the one of 2B; else "shifted"."""
+    file = opened.folder / "scheduler" / "scheduler_config.json"
+    if network.keys is not DIFFUSERS_KEYS or network.config.width == PRESETS["14B"].width:
+        return "shifted"
+    return "karras" if file.is_file() and read_json(file).get("use_karras_sigmas") else "shifted"
 
 
 def released_as(file: Path) -> FlowModel | None:
@@ -273,6 +244,9 @@ def presets(entry: Entry) -> dict[str, Any]:
     }
 
 
+generate = partial(
+    denoise.generate, encode_frames=encode_frames, sample=sample_window, windows=cut_windows
+)
 FAMILY = Family(
     name="predict2.5",
     request=FlowRequest,

@@ -24,10 +24,9 @@ from worldline.nn.dit import (
     DiTSizes,
     NoiseLevel,
     linear,
-    patchify,
 )
 from worldline.nn.modulation import NORM_EPS, sinusoid
-from worldline.nn.rope import Rotation, axis_sizes, rotary_exponents, stretched_angles_3d
+from worldline.nn.rope import Rotation, axis_sizes, rotary_exponents
 from worldline.shapes import LatentShape
 
 Exponents = tuple[tuple[float, ...], tuple[float, ...]]
@@ -52,6 +51,7 @@ class FlowDiTConfig(DiTSizes):
     rope_ratio: tuple[float, float, float] = RELEASED_RATIO
     timestep_scale: float = TIMESTEP_SCALE
     exponents: Exponents | None = None
+    condition_mask: ClassVar[bool] = True
     zero_padded: ClassVar[bool] = False  # what stands behind the end of a prompt is encoded, too
 
     @property
@@ -95,10 +95,11 @@ class NoiseEmbedding(dit.NoiseEmbedding):
 
 
 class FlowDiT(DiffusionTransformer):
+    config: FlowDiTConfig
+
     def __init__(self, config: FlowDiTConfig) -> None:
         # latents, condition mask, padding mask
         super().__init__(config, config.latent_channels + 2, NoiseEmbedding(config.width))
-        self.config = config
         self.project = Projection(config.feature_width, config.context_width)
 
     def encode_context(self, context: Tensor) -> Context:
@@ -107,16 +108,9 @@ class FlowDiT(DiffusionTransformer):
 
     def make_positions(self, grid: LatentShape) -> Rotation:
         """Rotation of every token of a latent grid within the model's own, else a `ValueError`."""
-        config = self.config
-        time, space = config.exponents or released_exponents(config.head_size)
-        angles = stretched_angles_3d(
-            config.tokens(grid),
-            config.head_size,
-            ratio=config.rope_ratio,
-            time_scale=None,
-            exponents=[torch.tensor(one) for one in (time, space, space)],
-        ).to(self.embed.weight.device)
-        return Rotation(angles.cos(), angles.sin())
+        time, space = self.config.exponents or released_exponents(self.config.head_size)
+        exponents = [torch.tensor(one) for one in (time, space, space)]
+        return self.rotation(grid, time_scale=None, exponents=exponents)
 
     def forward(
         self,
@@ -138,8 +132,6 @@ class FlowDiT(DiffusionTransformer):
             condition_mask: (B, 1, T, H, W), 1 on conditioning frames.
             padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding.
         """
-        tokens = patchify(latents.to(self.dtype), [condition_mask], padding_mask)
-        grid = LatentShape(*latents.shape[2:])
         times = timesteps.to(torch.promote_types(self.dtype, torch.float32))
         noise = self.noise(times * self.config.timestep_scale)
-        return self.run(tokens, grid, noise, context, positions)
+        return self.run(latents, [condition_mask], padding_mask, noise, context, positions)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field
 
-from worldline.catalog import FLOW_MODELS, find_flow_model
+from worldline.catalog import FLOW_MODELS
 from worldline.errors import InputError
 from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowRequest
 from worldline.family import Item
@@ -137,11 +137,11 @@ class Samples:
                 "how a model is sampled"
             )
         typed = {**flags.model_dump(exclude_unset=True), **stated}
-        if "prompt" in typed and "prompt_path" in typed:
+        if {"prompt", "prompt_path"} <= typed.keys():
             raise InputError("--prompt and --prompt_path exclude each other; give one")
         files, folder = named_files(flags)
-        overrides = {name: typed.pop(name) for name in Sample.model_fields if name in typed}
-        beside = {name: value for name, value in typed.items() if name in FlowRequest.model_fields}
+        overrides = {name: typed[name] for name in Sample.model_fields if name in typed}
+        beside = {name: value for name, value in stated.items() if name not in overrides}
         items: list[Item] = []
         problems: list[str] = []
         places: dict[str, str] = {}
@@ -152,7 +152,7 @@ class Samples:
                     # some disks ignore case
                     first = places.setdefault(folded(item.label), item.place)
                     if first != item.place:
-                        problems.append(f"{item.place}, name: {first} has the same; give another")
+                        raise InputError(f"{item.place}, name: {first} has the same; give another")
                     items.append(replace(item, stated={**beside, **item.stated}))
         if not items and not problems:
             raise InputError(f"{', '.join(map(str, files))}: no samples")
@@ -171,13 +171,13 @@ class Samples:
             # runs of post-training begin with 2B/pre-trained
             options["schedule"] = schedules.get(flags.experiment, "shifted")
         elif flags.checkpoint_path is not None and typed:
-            released = find_flow_model(model)
-            if released is None:
-                names = ", ".join(each.name for each in FLOW_MODELS)
+            schedules = {each.name: each.schedule for each in FLOW_MODELS}
+            if model not in schedules:
                 raise InputError(
-                    f"--model {model} names how --checkpoint_path is sampled; give one of {names}"
+                    f"--model {model} names how --checkpoint_path is sampled; give one of "
+                    f"{', '.join(schedules)}"
                 )
-            options["schedule"] = released.schedule
+            options["schedule"] = schedules[model]
         return flags.checkpoint_path or model, options
 
 
@@ -187,21 +187,15 @@ SAMPLES = Samples()
 def named_files(flags: SampleFlags) -> tuple[list[Path], Path]:
     """Files of samples, patterns expanded, and the folder of the videos."""
     inputs, output = flags.input_files, flags.output_dir
-    if flags.earlier:
-        if inputs or output is not None or len(flags.earlier) != 2:
-            raise InputError(
-                f"{' '.join(flags.earlier)}: give PARAMS_FILE OUTPUT_DIR, or -i FILE and -o DIR"
-            )
+    if len(flags.earlier) == 2 and not inputs and output is None:
         inputs, output = flags.earlier[:1], flags.earlier[1]
-    if not inputs or not all(inputs):
-        raise InputError("no samples; give -i FILE")
-    if not output:
-        raise InputError("no output folder; give -o DIR")
+    elif flags.earlier or not (inputs and all(inputs) and output):
+        raise InputError("no samples or no output; give -i FILE -o DIR, or PARAMS_FILE OUTPUT_DIR")
     files: list[str] = []
     for name in inputs:
         matches = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         files += matches or [name]
-    return [*map(Path, files)], Path(output)
+    return [*map(Path, files)], Path(str(output))
 
 
 @contextmanager
@@ -229,35 +223,32 @@ def make_item(
     if "prompt_path" in overrides:
         fields = {**fields, "prompt": None}
     sample = Sample.parse({**fields, **overrides}, item.field)
-
-    def path_of(name: str) -> Path | None:
-        value = getattr(sample, name)
-        return None if value is None else Path("" if name in overrides else file.parent, value)
-
+    stated = sample.model_dump(exclude_none=True)
+    paths = {
+        name: Path("" if name in overrides else file.parent, stated[name])
+        for name in ("input_path", "prompt_path")
+        if name in stated
+    }
     count, kinds = INPUTS[sample.inference_type]
-    path = path_of("input_path") if count else None
+    path = paths.get("input_path") if count else None
     kind = None if path is None else media_kind(path)
     if kind not in kinds:
         raise InputError(
             f"{item.field('input_path')}: it is {path}; {sample.inference_type} continues "
             f"{' or '.join(map(str, kinds))}"
         )
-    request = sample.model_dump(include={*FlowRequest.model_fields}, exclude_none=True)
+    request = {name: value for name, value in stated.items() if name in FlowRequest.model_fields}
     if sample.enable_autoregressive:
         request = {"num_video_frames": RELEASED_CHUNK, "chunk_size": RELEASED_CHUNK, **request}
     else:
-        request = {n: value for n, value in request.items() if not n.startswith("chunk_")}
+        request = {name: request[name] for name in request if not name.startswith("chunk_")}
     if sample.num_output_frames is not None:
         request["num_video_frames"] = sample.num_output_frames
     if sample.resolution not in (None, "none"):
         request["height"], request["width"] = map(int, sample.resolution.split(","))
-    sources = [file]
-    if sample.prompt is None:
-        words = path_of("prompt_path")
-        if words is None:
-            raise InputError(f"{item.field('prompt')}: it is missing; give prompt or prompt_path")
+    words = paths.get("prompt_path")
+    if words is not None and sample.prompt is None:
         request["prompt"] = read_text(words, f"{item.field('prompt_path')}: ").strip()
-        sources.append(words)
     return replace(
         item,
         label=sample.name,
@@ -265,8 +256,8 @@ def make_item(
         input=path,
         kind=kind,
         output=folder / f"{sample.name}.{'jpg' if sample.num_output_frames == 1 else 'mp4'}",
-        sample=sample.model_dump(exclude_none=True),
-        sources=tuple(sources),
+        sample=stated,
+        sources=(file,) if words is None else (file, words),
     )
 
 

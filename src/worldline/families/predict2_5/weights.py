@@ -119,9 +119,9 @@ def read_config(
 
 def _read_exponents(source: Checkpoint, head_size: int) -> Exponents | None:
     """Rotary exponents in a file; None where it has none, or the released ones."""
-    names = [next((n for n in source.tensors if n.endswith(end)), None) for end in _EXPONENTS]
-    if None in names:
+    names = [name for end in _EXPONENTS for name in source.tensors if name.endswith(end)]
+    if len(names) < len(_EXPONENTS):
         return None
     # whatever dtype the file is in, the released pipeline rounds them with all else
-    time, space = (tuple(source.read(str(n)).bfloat16().flatten().tolist()) for n in names)
+    time, space = (tuple(source.read(name).bfloat16().flatten().tolist()) for name in names)
     return None if (time, space) == released_exponents(head_size) else (time, space)
