@@ -189,9 +189,11 @@ def generate(
     frames = np.empty((*astuple(request.video), 3), np.uint8)
     made = total = 0
 
-    def preview(denoised: Tensor) -> Frames:
+    def preview(done: int, denoised: Tensor) -> Frames | None:
+        if not request.preview_every or done % request.preview_every:
+            return None
         spatial = parts.opened["tokenizer"].config.spatial
-        return preview_frames(restore(parts, denoised), parts.colours, spatial)
+        return preview_frames(restore(parts, denoised.float()), parts.colours, spatial)
 
     todo = windows(parts.opened, request)
     for number, (window, end) in enumerate(todo):
@@ -212,14 +214,8 @@ def generate(
             noise = standard_noise(window.seed, shape).to(parts.device)
             count, steps = sample(parts, window, model, noise, known, prompts)
             total = count * len(todo)
-            latents = yield from report(
-                steps,
-                recorder,
-                total,
-                before=number * count,
-                preview_every=request.preview_every,
-                preview=preview,
-            )
+            before = number * count
+            latents = yield from report(steps, recorder, total, before=before, preview=preview)
             log_result("denoise", latents)
 
         yield Step("decode", made, len(frames))
@@ -273,13 +269,12 @@ def report(
     total: int,
     *,
     before: int = 0,
-    preview_every: int = 0,
-    preview: Callable[[Tensor], Frames] | None = None,
+    preview: Callable[[int, Tensor], Frames | None] = lambda done, denoised: None,
 ) -> Generator[Step, None, Result]:
     """Result of a sampler, with a `Step` before the first and after each of its steps.
 
-    `total` is steps of the whole request, `before` those of earlier samplers. The recorder receives
-    the seconds of each step.
+    `total` is steps of the whole request, `before` those of earlier samplers; previews are of the
+    steps done and their denoised latents. The recorder receives the seconds of each step.
     """
     seconds = recorder.facts.setdefault(STEP_SECONDS, [])
     yield Step("denoise", before, total)
@@ -293,9 +288,7 @@ def report(
         if recorder.device.type == "cuda":
             torch.cuda.synchronize(recorder.device)
         seconds.append(round(time.perf_counter() - started, 4))
-        due = preview and preview_every and done % preview_every == 0
-        look = preview(denoised.float()) if due else None
-        yield Step("denoise", before + done, total, preview=look)
+        yield Step("denoise", before + done, total, preview=preview(done, denoised))
 
 
 def preview_frames(latents: Tensor, colours: Tensor, spatial: int) -> Frames:

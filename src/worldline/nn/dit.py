@@ -91,7 +91,7 @@ class DiTSizes:
 
 
 class Attention(nn.Module):
-    """Projections, norms of heads, and the core that both kinds of attention have."""
+    """Attention to the tokens themselves, or to all rows of the text, its padding included."""
 
     def __init__(self, sizes: DiTSizes, source_width: int) -> None:
         super().__init__()
@@ -109,35 +109,21 @@ class Attention(nn.Module):
         """(B, L, N, K): split by head size, so that column-sharded layers need no change."""
         return x.unflatten(-1, (-1, self.head_size))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, L, D) for q (B, N, L, K), k and v (B, N, S, K)."""
-        return self.out(self.core(q, k, v).transpose(1, 2).flatten(2))
+    def encode(self, source: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, N, S, K); those of a text are the same for every token and step."""
+        k = norm_heads(self.heads(self.k(source)), self.k_norm, rotation)
+        return k.transpose(1, 2), self.heads(self.v(source)).transpose(1, 2)
 
-
-class SelfAttention(Attention):
-    def __init__(self, sizes: DiTSizes) -> None:
-        super().__init__(sizes, sizes.width)
-
-    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        encoded: tuple[Tensor, Tensor] | None = None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
+        """(B, L, D); keys and values are by default those of `x`."""
         q = norm_heads(self.heads(self.q(x)), self.q_norm, rotation).transpose(1, 2)
-        k = norm_heads(self.heads(self.k(x)), self.k_norm, rotation).transpose(1, 2)
-        return self.attend(q, k, self.heads(self.v(x)).transpose(1, 2))
-
-
-class CrossAttention(Attention):
-    """Attention to all rows of the text, its padding included."""
-
-    def __init__(self, sizes: DiTSizes) -> None:
-        super().__init__(sizes, sizes.context_width)
-
-    def encode(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, N, S, K); they are the same for every token and step."""
-        k = norm_heads(self.heads(self.k(context)), self.k_norm)
-        return k.transpose(1, 2), self.heads(self.v(context)).transpose(1, 2)
-
-    def forward(self, x: Tensor, encoded: tuple[Tensor, Tensor]) -> Tensor:
-        q = norm_heads(self.heads(self.q(x)), self.q_norm)
-        return self.attend(q.transpose(1, 2), *encoded)
+        y = self.core(q, *(encoded or self.encode(x, rotation)))
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -225,8 +211,8 @@ class Modulated(nn.Module):
 class Block(nn.Module):
     def __init__(self, sizes: DiTSizes) -> None:
         super().__init__()
-        self.attention = Modulated(sizes, SelfAttention(sizes))
-        self.cross_attention = Modulated(sizes, CrossAttention(sizes))
+        self.attention = Modulated(sizes, Attention(sizes, sizes.width))
+        self.cross_attention = Modulated(sizes, Attention(sizes, sizes.context_width))
         self.feed_forward = Modulated(sizes, FeedForward(sizes))
 
     def forward(
@@ -238,7 +224,7 @@ class Block(nn.Module):
         added: Tensor | None = None,
     ) -> Residual:
         """The stream and the feed-forward's output; `added` enters the stream first."""
-        residual = self.attention(residual, noise, rotation, added=added)
+        residual = self.attention(residual, noise, None, rotation, added=added)
         residual = self.cross_attention(residual, noise, context)
         return self.feed_forward(residual, noise)
 
@@ -269,11 +255,9 @@ def patchify(
         conditioning: (B, any, T, H, W), further channels.
         padding_mask: (B, 1, h, w) of any size, the last channel; None is a mask of zeros.
     """
-    batch, _, frames, height, width = latents.shape
-    padding = latents.new_zeros(batch, 1, height, width)
-    if padding_mask is not None:
-        padding = F.interpolate(padding_mask.to(latents), (height, width), mode="nearest")
-    last = padding.unsqueeze(2).expand(batch, 1, frames, height, width)
+    mask = latents.new_zeros(1, 1, 1, 1) if padding_mask is None else padding_mask.to(latents)
+    padding = F.interpolate(mask, latents.shape[3:], mode="nearest").unsqueeze(2)
+    last = padding.expand(len(latents), 1, latents.shape[2], -1, -1)
     x = torch.cat([latents, *(part.to(latents) for part in conditioning), last], dim=1)
     _, rows, columns = PATCH
     x = x.unflatten(4, (-1, columns)).unflatten(3, (-1, rows))  # (B, C, T, H', r, W', c)
