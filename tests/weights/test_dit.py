@@ -9,7 +9,7 @@ import torch
 
 from worldline.errors import CheckpointError
 from worldline.weights.checkpoint import open_checkpoint, save
-from worldline.weights.dit import DiTSettings, parse_settings
+from worldline.weights.dit import DiTSettings
 from worldline.weights.networks import DIFFUSERS_FILES, find_transformer
 
 
@@ -41,12 +41,12 @@ def test_settings(tmp_path: Path) -> None:
     save({"patch_embed.proj.weight": torch.zeros(1)}, tmp_path / "model.pt")
     source, file = open_checkpoint(tmp_path / "model.pt"), tmp_path / "config.json"
     file.write_text('{"rope_scale": [1, 2.5, 3], "extra_pos_embed_type": null}')
-    assert parse_settings(DiTSettings, source, None).rope_ratio == (1.0, 2.5, 3.0)
-    assert parse_settings(DiTSettings, source, {"rope_ratio": [3, 2, 1]}).rope_ratio == (3, 2, 1)
+    assert DiTSettings.read(source, None).rope_ratio == (1.0, 2.5, 3.0)
+    assert DiTSettings.read(source, {"rope_ratio": [3, 2, 1]}).rope_ratio == (3, 2, 1)
     for text in ("{}", "[]", "no"):
         file.write_text(text)
         with pytest.raises(CheckpointError, match=r"config\.json"):
-            parse_settings(DiTSettings, source, None)
+            DiTSettings.read(source, None)
     for bad in ([1, 2], [1, 2, 0], "123", 3):
         with pytest.raises(CheckpointError, match=r"config\.json: rope_ratio is"):
-            parse_settings(DiTSettings, source, {"rope_ratio": bad})
+            DiTSettings.read(source, {"rope_ratio": bad})

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
-from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -51,14 +50,13 @@ def read_prompts(opened: Opened, request: VideoRequest) -> tuple[dict[str, Tenso
 
         rows = opened.text_length if config.zero_padded else None
         embeddings = read_embeddings(*sources, width=config.text_width, rows=rows)
-    texts = {"prompt": request.prompt}
+    texts = {} if request.prompt is None else {"prompt": request.prompt}
     if not request.guidance:
         embeddings.pop("negative_prompt", None)
     elif request.negative_prompt or not config.zero_padded:
         # where zeros were never learnt, an absent prompt is an empty one
         texts["negative_prompt"] = request.negative_prompt or ""
-    missing = {name: text for name, text in texts.items() if name not in embeddings}
-    return embeddings, {name: text for name, text in missing.items() if text is not None}
+    return embeddings, {name: texts[name] for name in texts if name not in embeddings}
 
 
 def check_prompts(opened: Opened, request: VideoRequest) -> None:
@@ -277,8 +275,9 @@ def report(
     steps done and their denoised latents. The recorder receives the seconds of each step.
     """
     seconds = recorder.facts.setdefault(STEP_SECONDS, [])
+    done = 0
     yield Step("denoise", before, total)
-    for done in count(1):
+    while True:
         started = time.perf_counter()
         try:
             denoised = next(steps).denoised
@@ -288,6 +287,7 @@ def report(
         if recorder.device.type == "cuda":
             torch.cuda.synchronize(recorder.device)
         seconds.append(round(time.perf_counter() - started, 4))
+        done += 1
         yield Step("denoise", before + done, total, preview=preview(done, denoised))
 
 

@@ -75,6 +75,11 @@ class DiTSizes:
     rope_ratio: tuple[float, float, float]
     latent_channels: int = 16
 
+    @property
+    def text_width(self) -> int:
+        """Channels of a text embedding."""
+        return self.context_width
+
     def tokens(self, grid: LatentShape) -> LatentShape:
         """Tokens of a latent grid.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from pydantic import AliasChoices, Field
 
@@ -33,29 +33,24 @@ class DiTSettings(Settings):
         None, validation_alias=AliasChoices("rope_ratio", "rope_scale")
     )
 
+    @classmethod
+    def read(cls, source: Checkpoint, stated: Mapping[str, Any] | None) -> Self:
+        """Checked settings of a transformer: `stated`, or the config.json beside its tensors.
 
-AnySettings = TypeVar("AnySettings", bound=DiTSettings)
+        Raises:
+            CheckpointError: a setting has a wrong value, or diffusers' config.json is absent.
+        """
+        path = source.path.parent / "config.json"
+        settings = cls.parse(read_settings(path.parent) if stated is None else stated, path)
+        if settings.rope_ratio is None and is_diffusers(source):
+            raise CheckpointError(f"{path} is absent, or has no rope_scale")
+        return settings
 
 
 def is_diffusers(source: Checkpoint) -> bool:
     """Whether a transformer's tensors have diffusers' names."""
     theirs = ("patch_embed.", "transformer_blocks.")
     return any(name.startswith(theirs) for name in source.tensors)
-
-
-def parse_settings(
-    kind: type[AnySettings], source: Checkpoint, stated: Mapping[str, Any] | None
-) -> AnySettings:
-    """Checked settings of a transformer: `stated`, or by None the config.json beside its tensors.
-
-    Raises:
-        CheckpointError: a setting has a wrong value, or diffusers' config.json is absent.
-    """
-    path = source.path.parent / "config.json"
-    settings = kind.parse(read_settings(path.parent) if stated is None else stated, path)
-    if settings.rope_ratio is None and is_diffusers(source):
-        raise CheckpointError(f"{path} is absent, or has no rope_scale")
-    return settings
 
 
 def read_sizes(source: Checkpoint, keys: KeyMap) -> tuple[Shapes, dict[str, Any]]:

@@ -12,7 +12,7 @@ S rows of the text, E its width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -46,11 +46,6 @@ class DiTConfig(DiTSizes):
     id_width: int = 0
     zero_padded: ClassVar[bool] = True  # rows behind the end of a prompt, and absent prompts
 
-    @property
-    def text_width(self) -> int:
-        """Channels of a text embedding."""
-        return self.context_width
-
 
 # rotary stretching by width: no tensor holds it
 RELEASED_RATIOS: dict[int, tuple[float, float, float]] = {
@@ -61,16 +56,14 @@ DECODER_RATIO = (1.0, 1.5, 1.5)
 DECODER_WINDOW = 8  # latent frames that the diffusion decoder makes at once, 57 frames
 
 
-def _released(depth: int, width: int, *, condition_mask: bool) -> DiTConfig:
-    sizes = dit.released_sizes(depth, width)
-    return DiTConfig(**sizes, condition_mask=condition_mask, rope_ratio=RELEASED_RATIOS[width])
-
-
 PRESETS = {
-    "7B-Text2World": _released(28, 4096, condition_mask=False),
-    "7B-Video2World": _released(28, 4096, condition_mask=True),
-    "14B-Text2World": _released(36, 5120, condition_mask=False),
-    "14B-Video2World": _released(36, 5120, condition_mask=True),
+    f"{name}-{kind}": DiTConfig(
+        **dit.released_sizes(depth, width),
+        condition_mask=kind == "Video2World",
+        rope_ratio=RELEASED_RATIOS[width],
+    )
+    for name, depth, width in (("7B", 28, 4096), ("14B", 36, 5120))
+    for kind in ("Text2World", "Video2World")
 }
 PRESETS["7B-Decoder"] = replace(
     PRESETS["7B-Text2World"],
@@ -104,10 +97,9 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        grid, width = config.max_grid, config.width
-        self.time = nn.Parameter(torch.empty(grid.frames, width))
-        self.rows = nn.Parameter(torch.empty(grid.height, width))
-        self.columns = nn.Parameter(torch.empty(grid.width, width))
+        self.time, self.rows, self.columns = (
+            nn.Parameter(torch.empty(size, config.width)) for size in astuple(config.max_grid)
+        )
 
     def forward(self, grid: LatentShape) -> Tensor:
         """(L, D) for a grid of tokens that fits the tables."""

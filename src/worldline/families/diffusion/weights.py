@@ -111,7 +111,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any] | None) -> DiTConfig:
     """Architecture of a checkpoint; see `open_network`."""
-    stated = dit.parse_settings(Settings, source, settings)
+    stated = Settings.read(source, settings)
     shapes, sizes = dit.read_sizes(source, keys)
     # of the decoder of autoregressive worlds, of which there is one alone
     vocabulary, id_width = shapes.shapes.get("ids.weight", (0, 0))

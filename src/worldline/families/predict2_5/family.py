@@ -220,10 +220,9 @@ def open_tokenizer(opened: Opened) -> Network[WanTokenizerConfig]:
     ]
     # a repository's folder lies two above that of its transformer
     folders = (folder, *folder.parents[:2], *place.roots, *repositories)
-    candidates = [path / name for path in folders for name in TOKENIZER_FILES]
-    candidates += [path / "vae" for path in (folder, *repositories)]
-    if found := next(filter(Path.exists, candidates), None):
-        return open_wan(found)
+    for path in (path / name for path in folders for name in (*TOKENIZER_FILES, "vae")):
+        if path.exists():
+            return open_wan(path)
     raise CheckpointError(
         f"{folder}: no tokenizer ({' or '.join(TOKENIZER_FILES)}) is there or in "
         f"{FLOW_TOKENIZER[0]} below {place.searched}; --tokenizer_dir names another"

@@ -56,7 +56,6 @@ class FlowDiTConfig(DiTSizes):
 
     @property
     def text_width(self) -> int:
-        """Channels of a text embedding."""
         return self.feature_width
 
 

@@ -106,7 +106,7 @@ def read_config(
     source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any] | None
 ) -> FlowDiTConfig:
     """Architecture of a checkpoint; see `open_network`."""
-    stated = dit.parse_settings(Settings, source, settings)
+    stated = Settings.read(source, settings)
     shapes, sizes = dit.read_sizes(source, keys)
     return FlowDiTConfig(
         **sizes,
