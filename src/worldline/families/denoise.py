@@ -88,20 +88,17 @@ def check_size(
     # with frames to make, so that what is suggested is not refused next
     least = 1 + latent_frames_of(num_input_frames, temporal) * temporal
     last = 1 + ((longest or most.frames) - 1) * temporal
+    rule = f"1 + {temporal}k above num_input_frames ({num_input_frames})"
+    sides = f"a multiple of {cell}"
     wrong = []
-    for name, value, first, step, low, high, rule in (
-        (
-            "num_video_frames",
-            video.frames,
-            *(1, temporal, least, last),
-            f"1 + {temporal}k above num_input_frames ({num_input_frames})",
-        ),
-        ("height", video.height, 0, cell, cell, most.height * cell, f"a multiple of {cell}"),
-        ("width", video.width, 0, cell, cell, most.width * cell, f"a multiple of {cell}"),
+    for name, value, first, step, low, high, form in (
+        ("num_video_frames", video.frames, 1, temporal, least, last, rule),
+        ("height", video.height, 0, cell, cell, most.height * cell, sides),
+        ("width", video.width, 0, cell, cell, most.width * cell, sides),
     ):
         nearest = min(high, max(low, first + round((value - first) / step) * step))
         if value != nearest:
-            limits = f"{rule}, at most {high}: the nearest is {nearest}"
+            limits = f"{form}, at most {high}: the nearest is {nearest}"
             wrong.append(f"{name} is {value}; it must be {limits}")
     if wrong:
         raise InputError("; ".join(wrong))

@@ -92,19 +92,22 @@ def cut_windows(opened: Opened, request: FlowRequest) -> list[tuple[FlowRequest,
     total, size, overlap = request.num_video_frames, request.chunk_size, request.chunk_overlap
     if size is None:
         return [(request, total)]
-    changes = {
-        "num_video_frames": window_of(opened, request).frames,
-        "num_input_frames": request.num_input_frames,
-        "chunk_size": None,
-        "chunk_overlap": 1,
-    }
-    windows = []
-    for number, made in enumerate(range(overlap, max(total, overlap + 1), size - overlap)):
-        changes["seed"] = (request.seed + number) % 2**32
-        end = min(total, made + size - overlap)
-        windows.append((request.model_copy(update=changes), end))
-        changes["num_input_frames"] = overlap
-    return windows
+    frames = window_of(opened, request).frames
+    return [
+        (
+            request.model_copy(
+                update={
+                    "num_video_frames": frames,
+                    "chunk_size": None,
+                    "chunk_overlap": 1,
+                    "num_input_frames": overlap if number else request.num_input_frames,
+                    "seed": (request.seed + number) % 2**32,
+                }
+            ),
+            min(total, start + size),
+        )
+        for number, start in enumerate(range(0, max(total - overlap, 1), size - overlap))
+    ]
 
 
 def window_of(opened: Opened, request: FlowRequest) -> VideoShape:
@@ -137,15 +140,21 @@ def notes(opened: Opened, request: FlowRequest) -> list[str]:
     """What a request has that the released models were not trained on."""
     frames, height, width = astuple(window_of(opened, request))
     sizes = ", ".join(f"{height} x {width}" for height, width in TRAINED_SIZES)
-    usual = {
-        f"{frames} frames at once; the models were trained on {TRAINED_FRAMES}": frames
-        in (1, TRAINED_FRAMES),
-        f"{height} x {width} pixels; the models were trained on {sizes}": (height, width)
-        in TRAINED_SIZES,
-        f"fps is {request.fps:g}; the models move at {TRAINED_FPS} all the same": request.fps
-        == TRAINED_FPS,
-    }
-    return [note for note, holds in usual.items() if not (holds or opened.place.bundled)]
+    usual = (
+        (
+            frames in (1, TRAINED_FRAMES),
+            f"{frames} frames at once; the models were trained on {TRAINED_FRAMES}",
+        ),
+        (
+            (height, width) in TRAINED_SIZES,
+            f"{height} x {width} pixels; the models were trained on {sizes}",
+        ),
+        (
+            request.fps == TRAINED_FPS,
+            f"fps is {request.fps:g}; the models move at {TRAINED_FPS} all the same",
+        ),
+    )
+    return [note for holds, note in usual if not (holds or opened.place.bundled)]
 
 
 def report_entries(parts: Parts, request: FlowRequest, recorder: Recorder) -> dict[str, Any]:
