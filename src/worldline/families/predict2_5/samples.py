@@ -189,13 +189,16 @@ def named_files(flags: SampleFlags) -> tuple[list[Path], Path]:
     inputs, output = flags.input_files, flags.output_dir
     if len(flags.earlier) == 2 and not inputs and output is None:
         inputs, output = flags.earlier[:1], flags.earlier[1]
-    elif flags.earlier or not (inputs and all(inputs) and output):
-        raise InputError("no samples or no output; give -i FILE -o DIR, or PARAMS_FILE OUTPUT_DIR")
+    elif flags.earlier:
+        output = None
+    if not (inputs and all(inputs) and output):
+        words = " ".join(flags.earlier) or "no samples or no output"
+        raise InputError(f"{words}: give -i FILE and -o DIR, or PARAMS_FILE OUTPUT_DIR")
     files: list[str] = []
     for name in inputs:
         matches = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         files += matches or [name]
-    return [*map(Path, files)], Path(str(output))
+    return [*map(Path, files)], Path(output)
 
 
 @contextmanager
