@@ -480,17 +480,6 @@ def test_a_batch_goes_on_after_a_bad_item_with_free_memory(
     assert freed == [True]
 
 
-def test_out_of_memory_names_the_flags(text2world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_at(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried."), 0)
-    flags = ("--offload_tokenizer", "--offload_text_encoder_model")
-    result = text2world("--prompt", PROMPT, *flags)
-    assert result.exit_code == 1
-    last = result.stderr.splitlines()[-1]
-    named = [word for word in last.split() if word.startswith("--")]
-    assert named == ["--offload_diffusion_transformer"]
-    assert "CUDA out of memory" in last
-
-
 def test_resume(text2world: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = write_lines(tmp_path / "b.jsonl", {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
     words = ("--batch_input_path", batch, "--resume")

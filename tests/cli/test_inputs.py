@@ -102,10 +102,12 @@ def test_prompts(clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     ]
     assert "no effect: visual_input" in caplog.text
     batch = write_lines(tmp_path / "c.jsonl", entry(clip), entry(clip, prompt="x"))
-    assert [item.stated for item in read(MEDIA, batch)] == [{}, {"prompt": "x"}]
+    assert [item.stated for item in read(MEDIA, batch)] == [{"prompt": None}, {"prompt": "x"}]
     embedded = {"prompt_embeddings": "y"}
     items = read(TYPED_TEXT_MEDIA, batch, **embedded)
-    assert [item.stated for item in items] == [embedded, {"prompt": "x", **embedded}]
+    assert [item.stated for item in items] == [
+        {"prompt": prompt, **embedded} for prompt in (None, "x")
+    ]
     assert read(TYPED_MEDIA, batch)[1].stated == {}
     assert "no effect: prompt" in caplog.text
 
@@ -143,11 +145,11 @@ def test_all_problems_at_once(
         (entry(short_clip), "5 frames, num_input_frames is 9"),
         (entry(image), "--input_type image"),
         ({"visual_input": 7}, '"visual_input" is 7'),
-        (entry(""), '"visual_input" is ""'),
+        (entry(""), "it is a folder"),
         (entry(tmp_path / "x.txt"), "x.txt: no such file"),
     ]
     batch = write_lines(tmp_path / "b.jsonl", *(line for line, _ in lines))
-    result = base("--batch_input_path", batch, checkpoint_dir=tmp_path / "nowhere")
+    result = base("--batch_input_path", batch)
     assert result.exit_code == 2
     check_lines(result.stderr, batch, [part for _, part in lines])
 
@@ -167,7 +169,7 @@ def test_all_problems_with_prompts_at_once(
         ([], "not an object; give one with visual_input and prompt"),
     ]
     batch = write_lines(tmp_path / "b.jsonl", *(line for line, _ in lines))
-    result = ar_video2world("--batch_input_path", batch, checkpoint_dir=tmp_path / "nowhere")
+    result = ar_video2world("--batch_input_path", batch)
     assert result.exit_code == 2
     check_lines(result.stderr, batch, [part for _, part in lines])
 

@@ -290,8 +290,8 @@ def test_a_task_that_fails_does_not_end_the_batch(
     ("failure", "text", "goes_on"),
     [
         (RuntimeError("a kernel\nfailed"), "RuntimeError: a kernel\n", True),
-        (torch.OutOfMemoryError("no 3 GB left."), "out of memory: no 3 GB left\n", True),
-        (MemoryError(), "out of memory: no memory left\n", True),
+        (torch.OutOfMemoryError("no 3 GB left."), "OutOfMemoryError: no 3 GB left.\n", True),
+        (MemoryError(), "MemoryError\n", True),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device\n", False),
     ],
     ids=["unexpected", "device-memory", "host-memory", "full-disk"],

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cases import Case, cases
 
 from worldline.cli.inputs import TYPED_MEDIA
-from worldline.cli.run import check_each, first_look
+from worldline.cli.run import check_each, check_item
 from worldline.errors import InputError
 from worldline.families.autoregressive.request import ARRequest
 from worldline.family import Item
@@ -25,6 +27,8 @@ from worldline.video.read import media_kind, read_image, read_video
 
 AR_CASES = cases("ar_video_io")
 FIELD = "visual_input"
+FAMILY = SimpleNamespace(request=ARRequest, check=lambda opened, request: request)
+OPENED: Any = SimpleNamespace(family=FAMILY, defaults={})
 
 
 def base_batches(case: Case) -> list[dict[str, Any]]:
@@ -41,7 +45,7 @@ def read(batch: dict[str, Any]) -> tuple[list[Item], list[str]]:
     stated = {"num_input_frames": num_frames(batch)}
     items, problems = TYPED_MEDIA.read(TYPED_MEDIA.flags.parse(options), stated)
     try:
-        check_each(items, lambda item: first_look(item, ARRequest), problems)
+        check_each(items, partial(check_item, OPENED), problems)
     except InputError as error:
         problems = str(error).splitlines()
     return items, problems

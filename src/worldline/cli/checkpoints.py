@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import Field
 from worldline.cli.options import ManyValues, parameters, parsed
 from worldline.cli.run import check_folder
 from worldline.errors import CheckpointError, DownloadError
-from worldline.files import read_json, readable_size
+from worldline.files import readable_size
 from worldline.request import Options
 from worldline.request import Path as Named
 
@@ -111,24 +110,20 @@ def download(context: click.Context, /, **_: object) -> None:
     problems: list[str] = []
     for source in sources(names, generation, without):
         try:
-            files = find_files(source)
+            for file in find_files(source):
+                plan.setdefault(folder / source.destination / file.name, file)
         except DownloadError as error:
             problems.append(str(error))
-            continue
-        for file in files:
-            plan.setdefault(folder / source.destination / file.name, file)
+    if problems:
+        raise DownloadError("nothing was fetched: " + "\n  ".join(problems))
     missing = {path: file for path, file in plan.items() if not file.may_be_at(path)}
     nbytes, wanted = (sum(file.nbytes for file in each.values()) for each in (plan, missing))
     total = f"{len(plan)} files, {readable_size(nbytes)}"
-    if flags.dry_run and plan:
+    if flags.dry_run:
         for path, file in plan.items():
             present = "" if path in missing else "  (present)"
             click.echo(f"{readable_size(file.nbytes):>9}  {path}{present}")
         click.echo(f"{total}; {readable_size(wanted)} to fetch")
-    if problems:
-        prefix = "" if flags.dry_run else "nothing was fetched: "
-        raise DownloadError(prefix + "\n  ".join(problems))
-    if flags.dry_run:
         return
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,9 +135,7 @@ def download(context: click.Context, /, **_: object) -> None:
             f"{readable_size(wanted)} are to be fetched, but {folder} has room for "
             f"{readable_size(free)}; choose another --checkpoint_dir"
         )
-    # a bar on a terminal, else a line now and then
-    seconds = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(total=nbytes, unit="B", unit_scale=True, mininterval=seconds, leave=False) as bar:
+    with tqdm(total=nbytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for count, path in enumerate(fetch_all(plan, bar.update), 1):
             bar.clear()
             verb = "fetched" if path in missing else "verified"
@@ -163,10 +156,7 @@ def inspect(path: Path) -> None:
         raise CheckpointError(f"{path}: no such file or folder")
     targets = [path]
     if path.is_dir():
-        # a repository holds transformers two folders below; text encoders have an owner's folder
-        patterns = () if _holds_weights(path) else ("*", "*/*", "models--*/snapshots/*")
-        inside = {p for pattern in (*patterns, "base/*", "*/base/*") for p in path.glob(pattern)}
-        targets = [folder for folder in (path, *sorted(inside)) if _holds_weights(folder)]
+        targets = sorted({file.parent for file in path.rglob("*") if file.suffix in _SUFFIXES})
         if not targets:
             raise CheckpointError(f"{path}: it holds no weights ({', '.join(_SUFFIXES)})")
     num_damaged = 0
@@ -185,19 +175,13 @@ def inspect(path: Path) -> None:
         raise CheckpointError(f"{num_damaged} of {len(targets)} checkpoints cannot be read")
 
 
-def _holds_weights(folder: Path) -> bool:
-    return folder.is_dir() and any(path.suffix in _SUFFIXES for path in folder.iterdir())
-
-
 def examine(path: Path) -> Lines:
     """Contents of a file, or of the weights in a folder."""
     from worldline.tokenizers.cosmos.weights import LAYOUTS
 
-    if path.is_file():  # one of several files: the whole model is examined
-        listed = [read_json(index).get("weight_map") for index in path.parent.glob("*.index.json")]
-        sets: list[Iterable[str]] = [each.values() for each in listed if isinstance(each, dict)]
-        sets += [layout for layout in LAYOUTS if len(layout) > 1]
-        path = path.parent if any(path.name in names for names in sets) else path
+    several = {name for layout in LAYOUTS if len(layout) > 1 for name in layout}
+    if path.is_file() and (path.name in several or any(path.parent.glob("*.index.json"))):
+        path = path.parent  # one of several files: the whole model is examined
     source = open_weights(path)
     inside = f', inside ["{source.nesting}"]' if source.nesting else ""
     yield "format", f"{source.kind}{inside}"
@@ -242,6 +226,7 @@ def describe(source: Checkpoint, path: Path) -> Lines:
     from worldline.tokenizers.cosmos.model import PRESETS
     from worldline.tokenizers.wan.model import WanTokenizerConfig
     from worldline.tokenizers.wan.weights import is_wan, open_wan
+    from worldline.weights.networks import read_settings
 
     folder = path if path.is_dir() else path.parent
     if name := find_family(source.tensors):
@@ -253,8 +238,7 @@ def describe(source: Checkpoint, path: Path) -> Lines:
         yield "family", "Wan video tokenizer"
         yield from _sizes(open_wan(source.path), {"2.1": WanTokenizerConfig()})
         return
-    settings = folder / "config.json"
-    kind = read_json(settings).get("model_type") if settings.is_file() else None
+    kind = read_settings(folder).get("model_type")
     for encoder in (T5Files, Reason1Files):
         if kind in encoder.model_types:
             yield "family", encoder.name

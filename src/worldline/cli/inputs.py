@@ -15,6 +15,7 @@ from pydantic import Field
 from worldline.errors import InputError
 from worldline.family import Item
 from worldline.request import Options
+from worldline.request import Path as Named
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ _UNWRITTEN = (".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".
 class PromptFlags(Options):
     """Flags of `diffusion text2world`."""
 
-    batch_input_path: str | None = Field(
+    batch_input_path: Named | None = Field(
         None, description='Many inputs: a JSONL with a "prompt" a line.'
     )
     video_save_name: str = Field(
@@ -41,10 +42,10 @@ class PromptFlags(Options):
 class MediaFlags(PromptFlags):
     """Flags of commands that continue images and videos."""
 
-    input_image_or_video_path: str | None = Field(
+    input_image_or_video_path: Named | None = Field(
         None, description="One input: mp4, mov, mkv, webm, gif, png, jpg…"
     )
-    batch_input_path: str | None = Field(
+    batch_input_path: Named | None = Field(
         None, description='Many: a JSONL of "visual_input" (and "prompt"), or a folder of media.'
     )
 
@@ -52,7 +53,9 @@ class MediaFlags(PromptFlags):
 class TypedFlags(MediaFlags):
     """Flags of `autoregressive base`."""
 
-    input_prompts_path: str | None = Field(None, description="Another name of --batch_input_path.")
+    input_prompts_path: Named | None = Field(
+        None, description="Another name of --batch_input_path."
+    )
     input_type: Literal["image", "video"] = Field("video", description="Kind of all inputs.")
 
 
@@ -95,45 +98,44 @@ class Lines:
 
     def read(self, flags: Any, stated: Mapping[str, Any]) -> tuple[list[Item], list[str]]:
         visual, input_type = VISUAL in self.fields, getattr(flags, "input_type", None)
-        paths: dict[str, Any] = {name: getattr(flags, name, None) for name in _SOURCES}
-        named = [name for name, path in paths.items() if path is not None]
-        if len(named) > 1:
-            raise InputError(f"--{' and --'.join(named)} exclude each other; give one")
-        if visual and not named:
+        paths = {name: path for name in _SOURCES if (path := getattr(flags, name, None))}
+        if len(paths) > 1:
+            raise InputError(f"--{' and --'.join(paths)} exclude each other; give one")
+        if visual and not paths:
             raise InputError(f"no input; give --{_SOURCES[0]} or --{_SOURCES[1]}")
-        for name in named:
-            if not paths[name]:
-                raise InputError(f"--{name} is empty; give a path")
-        if named in ([], [_SOURCES[0]]):
+        single = paths.pop(_SOURCES[0], None)
+        if not paths:
             if PROMPT in self.needed and not stated.keys() & {PROMPT, EMBEDDINGS}:
                 raise InputError(f"no prompt; give --{PROMPT}, --{_SOURCES[1]} or --{EMBEDDINGS}")
             output = single_output(flags.video_save_folder, flags.video_save_name)
-            return [make_item(stated, paths[_SOURCES[0]], input_type, output)], []
+            return [make_item(stated, single, input_type, output)], []
+        [(source, path)] = paths.items()
         for name in (PROMPT,) if visual else (PROMPT, EMBEDDINGS):
             if name in stated:
-                raise InputError(f"--{name} and --{named[0]} exclude each other; give one")
+                raise InputError(f"--{name} and --{source} exclude each other; give one")
         if "video_save_name" in flags.model_fields_set:
             logger.info("--video_save_name has no effect: videos of a batch are numbered")
-        return self._batch(Path(paths[named[0]]), flags, stated, input_type)
+        return self._batch(Path(path), flags.video_save_folder, stated, input_type)
 
     def _batch(
-        self, path: Path, flags: Any, stated: Mapping[str, Any], input_type: str | None
+        self, path: Path, folder: str, stated: Mapping[str, Any], input_type: str | None
     ) -> tuple[list[Item], list[str]]:
         items: list[Item] = []
         problems: list[str] = []
         unread: set[str] = set()
         needed = [name for name in self.needed if name != PROMPT or EMBEDDINGS not in stated]
         if path.is_dir() and PROMPT not in needed:
-            files = map(str, list_files(path))
-            lines = [(n, file, json.dumps({VISUAL: file})) for n, file in enumerate(files)]
+            files = enumerate(map(str, list_files(path)))
+            lines = [(n, file, json.dumps({VISUAL: file})) for n, file in files]
         else:
             lines = read_lines(path)
         for number, place, line in lines:
             try:
-                fields = self._fields(line, needed, unread)
-                file = find_beside(fields.pop(VISUAL), path) if VISUAL in fields else None
-                output = Path(flags.video_save_folder, f"{number}.mp4")
-                fields = {**stated, **fields}
+                entry = read_line(line, needed)
+                unread |= entry.keys() - set(self.fields)
+                fields = {PROMPT: entry.get(PROMPT), **stated} if PROMPT in self.fields else stated
+                file = find_beside(entry[VISUAL], path) if VISUAL in needed else None
+                output = Path(folder, f"{number}.mp4")
                 items.append(make_item(fields, file, input_type, output, place, (path,)))
             except InputError as error:
                 problems.append(f"{place}: {error}")
@@ -143,21 +145,20 @@ class Lines:
             raise InputError(f"{path}: it has no input; give a JSONL or a folder of media")
         return items, problems
 
-    def _fields(self, line: str, needed: Sequence[str], unread: set[str]) -> dict[str, str]:
-        """Fields of a line; names of those without effect are added to `unread`."""
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"not JSON ({error}); give an object a line") from None
-        if not isinstance(entry, dict):
-            raise InputError(f"not an object; give one with {' and '.join(needed)}")
-        unread |= entry.keys() - set(self.fields)
-        found = {name: entry[name] for name in self.fields if name in entry}
-        texts = dict.fromkeys(needed) | found
-        wrong = [f'"{n}" is {json.dumps(v)}' for n, v in texts.items() if not isinstance(v, str)]
-        if wrong:
-            raise InputError(f"{', '.join(wrong)}; give a text")
-        return found
+
+def read_line(line: str, needed: Sequence[str]) -> dict[str, Any]:
+    """The object in a line, with a text for each of the needed fields."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON ({error}); give an object a line") from None
+    if not isinstance(entry, dict):
+        raise InputError(f"not an object; give one with {' and '.join(needed)}")
+    wrong = [name for name in needed if not isinstance(entry.get(name), str)]
+    if wrong:
+        values = (f'"{name}" is {json.dumps(entry.get(name))}' for name in wrong)
+        raise InputError(f"{', '.join(values)}; give a text")
+    return entry
 
 
 def make_item(
@@ -174,7 +175,7 @@ def make_item(
         return Item(f"“{words}”", place, stated, None, None, output, sources=sources)
     from worldline.video.read import media_kind  # imports PyAV, for which --help must not wait
 
-    kind: Literal["image", "video"] = media_kind(file)
+    kind = media_kind(file)
     if input_type is not None and not input_type.endswith(kind):
         other = input_type.replace("image" if kind == "video" else "video", kind)
         raise InputError(f"{file} is of kind {kind}; give --input_type {other}")
@@ -221,12 +222,9 @@ def find_beside(name: str, file: Path) -> Path:
     The released files name their media from the folder that holds `assets/`: a path that begins
     with the name of a folder around the file is looked up beside that folder, too.
     """
-    if not name:
-        raise InputError(f'"{VISUAL}" is {json.dumps(name)}; give the path of a file')
-    path = Path(name).expanduser()
-    around = file.absolute().parent
-    bases = [around, *(up.parent for up in (around, *around.parents) if up.name == path.parts[0])]
-    for candidate in (path, *(base / path for base in bases)):
+    path, around = Path(name).expanduser(), file.absolute().parent
+    above = [up.parent for up in (around, *around.parents) if (up.name,) == path.parts[:1]]
+    for candidate in (path, around / path, *(folder / path for folder in above)):
         if candidate.exists():
             return candidate
     raise InputError(f"{name}: no such file, from {Path.cwd()} or beside the JSONL in {around}")

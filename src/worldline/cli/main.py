@@ -97,8 +97,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         # whoever read our output has gone; keep the interpreter from flushing into the void
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1, ""
-    if message := out_of_memory(error):
-        return 1, message
+    if is_out_of_memory(error):
+        return 1, one_line(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return 1, f"{where}{error.strerror or error}"
@@ -112,13 +112,9 @@ def one_line(error: BaseException) -> str:
     return ": ".join(names + lines)
 
 
-def out_of_memory(error: BaseException) -> str:
-    """Line about a device or host that had too little memory, "" for others; imports no torch."""
-    torch = sys.modules.get("torch")
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError) if torch else MemoryError):
-        return ""
-    reason = str(error).splitlines()[0].rstrip(".") if str(error) else "no memory left"
-    return f"out of memory: {reason}"
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had too little memory; imports no torch."""
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError")
 
 
 main = Main(

@@ -58,8 +58,7 @@ def help_of(field: FieldInfo, default: Any) -> str:
     silent = default is None or default is False or default in ((), NEGATIVE_PROMPT)
     if "[default:" in text or silent:
         return text
-    whole = isinstance(default, float) and default.is_integer()
-    return f"{text}  [default: {int(default) if whole else default}]"
+    return f"{text}  [default: {str(default).removesuffix('.0')}]"
 
 
 def kind_of(field: FieldInfo) -> Any:
@@ -74,8 +73,7 @@ def kind_of(field: FieldInfo) -> Any:
 
 def stated(context: click.Context, names: Collection[str]) -> dict[str, Any]:
     """Values of the named flags that were typed."""
-    typed = {name: value for name, value in context.params.items() if value not in (None, ())}
-    return {name: value for name, value in typed.items() if name in names}
+    return {n: v for n, v in context.params.items() if n in names and v not in (None, ())}
 
 
 def parsed(context: click.Context, described: type[Described]) -> Described:

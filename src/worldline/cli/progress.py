@@ -42,12 +42,10 @@ class Progress:
     """
 
     def __init__(self, label: str, output: Path, fps: float) -> None:
-        self.label = label
-        self.kind = ""
-        self.begun: set[str] = set()
+        self.label, self.kind = label, ""
         self.bar: Any = None
         self.preview, self.fps = preview_path(output), fps
-        self.written = self.stopped = False
+        self.written: bool | None = None  # None before the first preview, False where none can be
 
     def __enter__(self) -> Progress:
         return self
@@ -69,7 +67,7 @@ class Progress:
             self._begin(step)
         if self.bar is not None:
             self.bar.update(step.done - self.bar.n)
-        if step.preview is not None and not self.stopped:
+        if step.preview is not None and self.written is not False:
             if self.bar is not None:
                 self.bar.clear()
             self._write(step.preview)
@@ -82,10 +80,8 @@ class Progress:
         if step.kind == "guardrail":  # the label may be words that it refuses
             logger.info("%s", line)
         elif not sys.stderr.isatty():
-            again = step.done and step.kind in self.begun
-            done = f", {step.done:,} are done" if again else ""
+            done = f", {step.done:,} are done" if step.done > 1 else ""
             logger.info("%s: %s%s", self.label, line, done)
-            self.begun |= {step.kind} & _BARS.keys()
         elif step.kind in _BARS:
             look = {"desc": self.label, "leave": False, **_BARS[step.kind]}
             self.bar = tqdm(total=step.total, initial=step.done, **look)
@@ -94,9 +90,9 @@ class Progress:
         """Replace the preview; a disk that refuses it does not end the run."""
         from worldline.video.write import write_video
 
-        first = not self.written
-        self.stopped = first and os.path.lexists(self.preview)
-        if self.stopped:
+        first = self.written is None
+        if first and os.path.lexists(self.preview):
+            self.written = False
             logger.warning("no preview: %s is not of this run, and stays", self.preview)
             return
         self.written = True  # an interrupt may come as soon as the file is there

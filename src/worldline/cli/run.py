@@ -6,11 +6,9 @@ import errno
 import gc
 import logging
 import os
-import re
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,23 +17,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from worldline.cli.main import one_line, out_of_memory
+from worldline.cli.main import is_out_of_memory, one_line
 from worldline.cli.options import fields_of, parsed, stated
 from worldline.cli.progress import Progress, preview_path
 from worldline.errors import Error, GuardrailRefusal, InputError
 from worldline.family import Command, Item, requests_of
 from worldline.files import read_json
 from worldline.request import flag
+from worldline.shapes import VideoShape
 
 if TYPE_CHECKING:
     from worldline.family import Compute, Opened
     from worldline.step import Video
+    from worldline.video.read import MediaInfo
     from worldline.world import World
 
 logger = logging.getLogger(__name__)
 
 _GIF_FPS = 100  # a GIF's delays are whole hundredths of a second
 _RATES = {"tokens_per_second": "tokens/s", "seconds_per_step": "s a step"}
+_LENGTH = "num_input_frames"
 _UPSAMPLER = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
 
 # runs a task with its label, and returns the line to print
@@ -54,8 +55,9 @@ def run(family: str, command: Command, context: click.Context) -> None:
         raise InputError(f"WORLD_SIZE is {processes}; this version runs on 1 GPU, in 1 process")
     options = described.OPTIONS.parse(option_flags, flag)
     items, problems = reader.read(flags, request_flags)
+    if not items:
+        refuse_problems(problems)
     check_destinations(items)
-    check_each(items, lambda item: first_look(item, described.REQUEST), problems)
     named = stated(context, [command.model])
     model = named.get(command.model, command.default_model)
     if not model:
@@ -66,26 +68,20 @@ def run(family: str, command: Command, context: click.Context) -> None:
     from worldline.locate import locate
 
     place = locate(model, options.checkpoint_dir)
-    from worldline.opening import choose_compute, open_world  # torch: not before the place is found
-
-    opened = open_world(place, option_flags, flag, family)
-    items = check_each(items, lambda item: with_request(item, opened))
-    compute = choose_compute(opened.options)
-    log_unused(opened, compute, items, stated(context, context.params))
-    from worldline.guards import release_of, upsamples
+    # they import torch: not before the place is found
+    from worldline.opening import choose_compute, open_world
     from worldline.world import fingerprint
 
-    offload = [part.flag for part in opened.family.parts if part.name in opened.parts]
-    offload += ["offload_prompt_upsampler"] * upsamples(opened)
-    offload += ["offload_guardrail_models"] * (release_of(opened) is not None)
-
+    opened = open_world(place, option_flags, flag, family)
+    items = check_each(items, partial(check_item, opened), problems)
+    compute = choose_compute(opened.options)
+    log_unused(opened, compute, items, stated(context, context.params))
     run_tasks(
         items,
         partial(load, opened, compute),
         lambda item: fingerprint(opened, compute, item.request, item.input),
         resume=flags.resume,
         keep_going=getattr(flags, "keep_going", True),
-        flags=[name for name in dict.fromkeys(offload) if name not in opened.options.offloaded],
     )
 
 
@@ -93,18 +89,23 @@ def check_each(
     items: Sequence[Item], check: Callable[[Item], Any], problems: Sequence[str] = ()
 ) -> list[Any]:
     """The result of each item; an `InputError` names `problems`, and all that is wrong."""
-    found, problems = [], [*problems]
+    results, problems = [], [*problems]
     for item in items:
         try:
-            found.append(check(item))
+            results.append(check(item))
         except InputError as error:
-            for line in str(error).splitlines():
-                for field, name in item.names.items():
-                    line = re.sub(rf"(?<![\w-]){field} is", f"{name} is", line)
-                named = not item.place or item.place in line or line.startswith("--")
-                problems.append(line if named else f"{item.place}: {line}")
+            problems += (locate_problem(item, line) for line in str(error).splitlines())
     refuse_problems(problems)
-    return found
+    return results
+
+
+def locate_problem(item: Item, line: str) -> str:
+    """A line of a message with the item's place, and its names of fields."""
+    if item.place in line or line.startswith("--"):
+        return line
+    for field, name in item.names.items():
+        line = line.replace(f"{field} is", f"{name} is")
+    return f"{item.place}: {line}"
 
 
 def refuse_problems(problems: Sequence[str]) -> None:
@@ -113,23 +114,16 @@ def refuse_problems(problems: Sequence[str]) -> None:
         raise InputError("\n".join(dict.fromkeys(problems)))
 
 
-def first_look(item: Item, request: Any) -> None:
-    """Refuse an item as far as no model is needed for it: its request, its input's length."""
+def check_item(opened: Opened, item: Item) -> Item:
+    """The item with its request, checked by the model's files and its input's length."""
     from worldline.video.read import probe
 
-    made = request.make(item.stated, {}, item.kind, item.field)
-    if item.input is not None:
-        frames = probe(item.input).frames
-        if frames < made.num_input_frames:
-            needed = f"num_input_frames is {made.num_input_frames}"
-            raise InputError(f"{item.input}: it has {frames} frames, {needed}")
-    if item.output.suffix.lower() == ".gif" and made.fps > _GIF_FPS:
-        raise InputError(f"fps is {made.fps:g}, a GIF has at most {_GIF_FPS}; use another format")
-
-
-def with_request(item: Item, opened: Opened) -> Item:
-    """The item with its request, which has the model's defaults and is checked by its files."""
     request = opened.family.request.make(item.stated, opened.defaults, item.kind, item.field)
+    needed = request.num_input_frames
+    if item.input is not None and (frames := probe(item.input).frames) < needed:
+        raise InputError(f"{item.input}: it has {frames} frames, num_input_frames is {needed}")
+    if item.output.suffix.lower() == ".gif" and request.fps > _GIF_FPS:
+        raise InputError(f"fps is {request.fps:g}, a GIF has at most {_GIF_FPS}")
     return replace(item, request=opened.family.check(opened, request))
 
 
@@ -141,23 +135,22 @@ def check_destinations(items: Sequence[Item]) -> None:
     inputs: list[Any] = []
     for item in items:
         check_destination(item.output)
-        outputs += (item.output, preview_path(item.output))
-        outputs += (item.output.with_suffix(suffix) for suffix in (".json", ".txt"))
-        inputs += (item.input, *item.sources)
-        inputs += (item.stated.get(f"{kind}prompt_embeddings") for kind in ("", "negative_"))
-    check_outputs(outputs, [Path(path) for path in inputs if path is not None])
+        beside = map(item.output.with_suffix, (".json", ".txt"))
+        outputs += (item.output, preview_path(item.output), *beside)
+        embeddings = map(item.stated.get, ("prompt_embeddings", "negative_prompt_embeddings"))
+        inputs += (item.input, *item.sources, *embeddings)
+    check_outputs(outputs, map(Path, filter(None, inputs)))
 
 
-def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
     """Refuse, before any work, files that cannot be written or are inputs."""
-    outputs, read = dict.fromkeys(outputs), {path.resolve() for path in inputs}
-    for folder in {path.parent: None for path in outputs}:
+    for folder in {path.parent for path in outputs}:
         check_folder(folder)
+    read = {path.resolve() for path in inputs}
     for path in outputs:
-        if path.is_dir():
-            raise InputError(f"{path}: it is a folder; choose another output")
-        if path.resolve() in read:
-            raise InputError(f"{path}: it is an input; choose another output")
+        if path.is_dir() or path.resolve() in read:
+            kind = "a folder" if path.is_dir() else "an input"
+            raise InputError(f"{path}: it is {kind}; choose another output")
 
 
 def check_folder(folder: Path) -> None:
@@ -171,31 +164,23 @@ def check_folder(folder: Path) -> None:
 def log_unused(
     opened: Opened, compute: Compute, items: Sequence[Item], typed: Mapping[str, Any]
 ) -> None:
-    """Log flags that were typed and have no effect, and what to expect of a bundled model."""
+    """Log flags that were typed and have no effect."""
     from worldline.guards import release_of, upsamples
 
-    requests = [item.request for item in items]
-    first, *others = (opened.family.unused(opened, request) for request in requests)
-    unused = {name: why for name, why in first.items() if all(name in other for other in others)}
-
-    def add(applies: object, why: str, *names: str) -> None:
-        unused.update(dict.fromkeys(names if applies else (), why))
-
-    guarded, frames = release_of(opened) is not None, typed.get("num_input_frames")
-    if compute.device.type == "cpu":
-        offload = (name for name in typed if name.startswith("offload_"))
-        unused = dict.fromkeys(offload, "the model runs on the CPU") | unused
-    add(not guarded, "no guardrail runs", "offload_guardrail_models", "guardrail_dir")
-    add(guarded, "no frame leaves before the guardrails have checked the video", "preview_every")
-    add(not upsamples(opened), "no prompt upsampler runs", *_UPSAMPLER)
-    add(len(items) == 1, "there is one input", "batch_size")
-    if frames and all(request.num_input_frames != frames for request in requests):
-        add(True, "an image has 1 frame", "num_input_frames")
-    if opened.place.bundled:
-        add(True, f"{opened.name} is bundled", "checkpoint_dir")
-        add(True, "bundled models have none", opened.options.field_flag("disable_guardrail"))
-        fog = "was trained on generated clips of moving shapes: other inputs become coloured fog"
-        logger.info("%s %s", opened.name, fog)
+    guarded, requests = release_of(opened) is not None, [item.request for item in items]
+    offload = [name for name in typed if name.startswith("offload_")]
+    lengths = {None, *(request.num_input_frames for request in requests)}
+    rules: tuple[tuple[bool, str, Sequence[str]], ...] = (
+        (compute.device.type == "cpu", "the model runs on the CPU", offload),
+        (not guarded, "no guardrail runs", ("offload_guardrail_models", "guardrail_dir")),
+        (guarded, "the guardrails check the video before a frame leaves", ("preview_every",)),
+        (not upsamples(opened), "no prompt upsampler runs", _UPSAMPLER),
+        (len(items) == 1, "there is one input", ("batch_size",)),
+        (typed.get(_LENGTH) not in lengths, "an image has 1 frame", (_LENGTH,)),
+    )
+    unused = {name: why for applies, why, names in rules if applies for name in names}
+    every = [opened.family.unused(opened, request) for request in requests]
+    unused |= {name: why for name, why in every[0].items() if all(name in one for one in every)}
     for name, value in typed.items():
         if name in unused and value is not False:
             logger.info("--%s has no effect: %s", name, unused[name])
@@ -245,7 +230,7 @@ def load(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
                 if is_disk_full(error):
                     raise
                 logger.warning("%s: %s; made one by one", name, one_line(error))
-                if out_of_memory(error):
+                if is_out_of_memory(error):
                     groups.clear()
         if item.output not in outcomes:
             if len(group) > 1:
@@ -266,17 +251,18 @@ def choose_batch_size(opened: Opened, compute: Compute, requests: Sequence[Any])
 
     chosen = getattr(opened.options, "batch_size", 1)
     most = opened.family.max_batch_size(opened, compute)
-    memory = device_memory(compute.device) if chosen == "auto" else None
-    size = min(len(requests), (most or 1) if chosen == "auto" else chosen)
-    if most is not None and size > most:
-        logger.info("--batch_size %d: %d are computed in step, the most possible", chosen, most)
-        size = most
-    while size > 1 and memory is not None:
+    if chosen != "auto":
+        size = min(len(requests), chosen)
+        if most is not None and size > most:
+            logger.info("--batch_size %d: %d are computed in step, the most", chosen, most)
+            size = most
+        return size
+    memory = device_memory(compute.device)
+    for size in range(min(len(requests), most or 1), 1, -1):
         needed = plan(opened, requests, replace(compute, batch_size=size))
-        if needed.peak(opened.options.offloaded) <= memory.free:
-            break
-        size -= 1
-    return size
+        if memory is None or needed.peak(opened.options.offloaded) <= memory.free:
+            return size
+    return 1
 
 
 def make_videos(world: World, items: Sequence[Item], label: str, outcomes: Outcomes) -> None:
@@ -307,14 +293,22 @@ def save(video: Video, item: Item) -> str:
         report["sample"] = dict(item.sample)
     path, run = video.save(item.output), report["run"]
     stages = ", ".join(f"{stage['name']} {stage['seconds']:.1f}" for stage in run["stages"])
-    count, height, width = video.frames.shape[:3]
-    facts = [f"{count} frame{'s' if count > 1 else ''} of {width} x {height}"]
-    facts += [f"seed {report['request']['seed']}", f"{run['seconds']:.1f} s ({stages})"]
-    facts += [f"{clips} in step"] if (clips := report.get("clips_at_once", 1)) > 1 else []
-    facts += [f"{report[key]} {unit}" for key, unit in _RATES.items() if report.get(key)]
-    facts += [f"peak memory {run['peak_gb']:.2f} GB; worldline {report['worldline']}"]
-    facts += [f"torch {report['torch']}", *filter(None, [report.get("attention")])]
-    return f"{path}: {', '.join(facts)}"
+    facts = (
+        in_words(VideoShape(*video.frames.shape[:3])),
+        f"seed {report['request']['seed']}",
+        f"{run['seconds']:.1f} s ({stages})",
+        f"{clips} in step" if (clips := report.get("clips_at_once", 1)) > 1 else "",
+        *(f"{report[key]} {unit}" for key, unit in _RATES.items() if report.get(key)),
+        f"peak memory {run['peak_gb']:.2f} GB; worldline {report['worldline']}",
+        f"torch {report['torch']}",
+        report.get("attention"),
+    )
+    return f"{path}: {', '.join(filter(None, facts))}"
+
+
+def in_words(size: VideoShape | MediaInfo) -> str:
+    plural = "s" if size.frames > 1 else ""
+    return f"{size.frames:,} frame{plural} of {size.width} x {size.height}"
 
 
 def is_finished(output: Path, fingerprint: str) -> bool:
@@ -324,14 +318,14 @@ def is_finished(output: Path, fingerprint: str) -> bool:
 
     if not output.exists():
         return False
-    stored, reason = output.suffix == ".safetensors", "was made in another way"
+    reason = "was made in another way"
     try:
-        report: Any = (
-            open_checkpoint(output).metadata if stored else read_json(output.with_suffix(".json"))
-        )
-        finished = report.get("fingerprint") == fingerprint
-        if finished and not stored:
+        if output.suffix == ".safetensors":
+            report: Any = open_checkpoint(output).metadata
+        else:
+            report = read_json(output.with_suffix(".json"))
             check_written(output, report.get("request", {}).get("num_video_frames"))
+        finished = report.get("fingerprint") == fingerprint
     except InputError as error:
         finished, reason = False, str(error)
     logger.info("%s %s", output, "is finished" if finished else f"is made again: {reason}")
@@ -346,9 +340,8 @@ def run_tasks(
     resume: bool | None,
     things: str = "videos",
     keep_going: bool = True,
-    flags: Sequence[str] = (),
 ) -> None:
-    """Run tasks, which have an `output`, print a line for each, and report; `flags` free memory.
+    """Run tasks, which have an `output`, print a line for each, and report.
 
     With `resume` those of an earlier run are left out; it is None for commands without --resume.
     """
@@ -357,15 +350,12 @@ def run_tasks(
         tasks = [task for task in tasks if not is_finished(task.output, fingerprint(task))]
     failures: Counter[str] = Counter()  # by the stage that refused; "" of errors
     if tasks:
-        with memory_advice(flags):
-            run = load(tasks)
+        run = load(tasks)
     for number, task in enumerate(tasks, 1):
         place = f"{number}/{len(tasks)}"
         label = f"{place} {task}" if total > 1 and keep_going else str(task)
         try:
-            with memory_advice(flags):
-                line = run(task, label)
-            click.echo(line)
+            click.echo(run(task, label))
             continue
         except Exception as error:
             if total == 1 or not keep_going or is_disk_full(error):
@@ -387,19 +377,6 @@ def run_tasks(
         counts = ", ".join(f"{count} by the {stage}" for stage, count in sorted(failures.items()))
         message = f"{failures.total()} of {total} inputs were refused: {counts}"
         raise GuardrailRefusal(message, " and ".join(sorted(failures)))
-
-
-@contextmanager
-def memory_advice(flags: Sequence[str]) -> Iterator[None]:
-    """Turn an exhausted device into an error that names flags which help."""
-    try:
-        yield
-    except Exception as error:
-        if not (line := out_of_memory(error)):
-            raise
-        # on the host, offloading would need more
-        helpful = [] if isinstance(error, MemoryError) else [f"--{name}" for name in flags]
-        raise Error(f"{line}; add {' '.join(helpful)}" if helpful else line) from error
 
 
 def free_memory() -> None:

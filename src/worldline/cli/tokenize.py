@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from worldline.cli.inputs import list_files
 from worldline.cli.options import parameters, parsed
-from worldline.cli.run import Run, check_outputs, refuse_problems, run_tasks
+from worldline.cli.run import Run, check_outputs, in_words, refuse_problems, run_tasks
 from worldline.errors import InputError
 from worldline.files import folded, stamp
 from worldline.request import LoadOptions, Options
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-    from worldline.video.read import Frames, MediaInfo
+    from worldline.video.read import Frames
 
 logger = logging.getLogger(__name__)
 
@@ -210,29 +210,27 @@ def collect(
     inputs: Iterable[str], examine: Callable[[Path], Task], suffixes: Sequence[str] = ()
 ) -> list[Task]:
     """Tasks for files, and for those in folders that have one of `suffixes`, or are media."""
-    tasks: list[Task] = []
+    tasks: dict[str, Task] = {}
     problems: list[str] = []
     for name in inputs:
-        paths = [Path(name)]
-        if paths[0].is_dir():
-            paths = list_files(paths[0], suffixes)
-            if not paths:
-                problems.append(f"{name}: it holds no file with {', '.join(suffixes) or 'media'}")
+        path = Path(name)
+        paths = list_files(path, suffixes) if path.is_dir() else [path]
+        if not paths:
+            problems.append(f"{name}: it holds no file with {', '.join(suffixes) or 'media'}")
         for path in paths:
             try:
-                tasks.append(examine(path))
+                task = examine(path)
             except InputError as error:
                 problems.append(str(error))
-    first: dict[str, Task] = {}
-    for task in tasks:
-        # a file system may ignore case
-        other = first.setdefault(folded(str(task.output)), task)
-        if other is not task:
-            problems.append(f"{task} and {other} would both become {other.output}")
+                continue
+            # a file system may ignore case
+            other = tasks.setdefault(folded(str(task.output)), task)
+            if other is not task:
+                problems.append(f"{task} and {other} would both become {other.output}")
     refuse_problems(problems)
-    sources = [Path(task.header.source) for task in tasks if task.header.source]
-    check_outputs([task.output for task in tasks], [*sources, *(task.path for task in tasks)])
-    return tasks
+    paths = [path for task in tasks.values() for path in (task.path, Path(task.header.source))]
+    check_outputs([task.output for task in tasks.values()], paths)
+    return [*tasks.values()]
 
 
 def examine_media(
@@ -398,8 +396,3 @@ def write(pieces: Iterable[Frames], output: Path, fps: float) -> str:
     else:
         write_video(chain.from_iterable(pieces), output, fps)
     return in_words(probe(output))
-
-
-def in_words(size: VideoShape | MediaInfo) -> str:
-    plural = "s" if size.frames > 1 else ""
-    return f"{size.frames:,} frame{plural} of {size.width} x {size.height}"
