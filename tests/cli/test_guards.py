@@ -414,7 +414,7 @@ def test_a_batch_goes_on(family: str, command: Command, flow: Command, tmp_path:
     assert files_in(tmp_path / "out") == videos("1")
     assert "1 of 3 videos are in" in result.stdout
     assert result.stderr.count("refused the prompt") == 2
-    assert result.stderr.endswith("worldline: 2 of 3 inputs were refused: 2 by the prompt\n")
+    assert result.stderr.endswith("worldline: 2 of 3 inputs were refused, by prompt\n")
     for word in (REFUSED_WORD, UNSAFE):
         assert word not in result.stderr
 
@@ -452,7 +452,7 @@ def test_a_video_refused_in_step_is_not_made_again(
     batch = write_lines(tmp_path / "b.jsonl", *[{"visual_input": str(clip)}] * 3)
     result = command(*BASE[:-1], "--batch_input_path", batch, "--batch_size", 3)
     assert result.exit_code == 3, result.stderr
-    assert "1 of 3 inputs were refused: 1 by the video" in result.stderr
+    assert "1 of 3 inputs were refused, by video" in result.stderr
     assert {path.name for path in (tmp_path / "out").glob("*.mp4")} == {"0.mp4", "2.mp4"}
     assert len(asked) == 3
 
@@ -464,7 +464,7 @@ def test_the_stages_of_a_batch_are_counted(
     monkeypatch.setattr(FrameFilter, "check", lambda *_: Verdict(False))
     result = command(*batch_words(clip, tmp_path), "--batch_size", at_once)
     assert result.exit_code == 3, result.stderr
-    counts = "3 of 3 inputs were refused: 1 by the prompt, 2 by the video"
+    counts = "3 of 3 inputs were refused, by prompt and video"
     assert result.stderr.endswith(f"worldline: {counts}\n")
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from worldline.cli.main import Main, explain, main
+from worldline.cli.main import Main, main
 from worldline.errors import CheckpointError, Error, GuardrailRefusal, InputError
 
 from .conftest import Run
@@ -37,7 +37,11 @@ def raising(error: BaseException) -> Main:
         (CheckpointError("damaged"), 2, "damaged"),
         (GuardrailRefusal("refused", "video"), 3, "refused"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(errno.ENOSPC, "No space left on device", "a.mp4"), 1, "a.mp4: No space left"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.mp4"),
+            1,
+            "unexpected OSError: [Errno 28] No space left on device: 'a.mp4'",
+        ),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "OutOfMemoryError: CUDA out of"),
         (MemoryError(), 1, "MemoryError"),
         (RuntimeError("odd\nthing"), 1, "unexpected RuntimeError: odd (--debug shows the trace)"),
@@ -47,8 +51,8 @@ def raising(error: BaseException) -> Main:
 def test_exit_status(error: BaseException, status: int, line: str) -> None:
     result = CliRunner().invoke(raising(error), ["fail"])
     assert result.exit_code == status
-    assert result.stderr.startswith(f"worldline: {line}")
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.lstrip().startswith(f"worldline: {line}")  # ^C ends with a line's end
+    assert result.stderr.strip().count("\n") == 0
     assert result.stdout == ""
 
 
@@ -105,9 +109,9 @@ def test_every_command_is_found_and_documented(run: Run) -> None:
         assert run(name, "--help").exit_code == 0
 
 
-def test_a_closed_pipe_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.dup2", lambda *_: 1)
-    assert explain(BrokenPipeError(errno.EPIPE, "Broken pipe")) == (1, "")
+def test_a_closed_pipe_ends_quietly() -> None:
+    result = CliRunner().invoke(raising(BrokenPipeError(errno.EPIPE, "Broken pipe")), ["fail"])
+    assert (result.exit_code, result.stderr) == (1, "")
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:

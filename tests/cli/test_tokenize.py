@@ -220,8 +220,9 @@ def test_files_of_another_tokenizer_are_refused(
         assert result.exit_code == 2, (change, result.stderr)
         assert "wrong.safetensors" in result.stderr
     save({"weight": tensor}, tmp_path / "wrong.safetensors")
+    words = (*words, "--tokenizer_dir", CONTINUOUS)
     result = run("tokenize", "decode", tmp_path / "wrong.safetensors", *words)
-    assert "neither latents nor tokens" in result.stderr
+    assert "holds weight, the tokenizer decodes latents" in result.stderr
 
 
 def test_latents_and_tokens_of_a_wrong_type_are_named(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,16 +18,23 @@ import pytest
 from cases import Case, cases
 
 from worldline.cli.inputs import TYPED_MEDIA
-from worldline.cli.run import check_each, check_item
+from worldline.cli.run import check_items
 from worldline.errors import InputError
 from worldline.families.autoregressive.request import ARRequest
 from worldline.family import Item
+from worldline.shapes import VideoShape
 from worldline.video.read import media_kind, read_image, read_video
 
 AR_CASES = cases("ar_video_io")
 FIELD = "visual_input"
-FAMILY = SimpleNamespace(request=ARRequest, check=lambda opened, request: request)
-OPENED: Any = SimpleNamespace(family=FAMILY, defaults={})
+FAMILY = SimpleNamespace(
+    request=ARRequest,
+    check=lambda opened, request: request,
+    video=lambda opened, request: VideoShape(33, 640, 1024),
+)
+OPENED: Any = SimpleNamespace(
+    family=FAMILY, defaults={}, options=SimpleNamespace(disable_guardrail=True)
+)
 
 
 def base_batches(case: Case) -> list[dict[str, Any]]:
@@ -45,7 +51,7 @@ def read(batch: dict[str, Any]) -> tuple[list[Item], list[str]]:
     stated = {"num_input_frames": num_frames(batch)}
     items, problems = TYPED_MEDIA.read(TYPED_MEDIA.flags.parse(options), stated)
     try:
-        check_each(items, partial(check_item, OPENED), problems)
+        check_items(OPENED, items, problems)
     except InputError as error:
         problems = str(error).splitlines()
     return items, problems

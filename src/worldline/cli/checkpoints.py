@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
+_TOKENIZER = ("encoder", "decoder", "autoencoder")  # names of files
 _COMPLETE = "complete: every tensor fits"
 Lines = Iterator[tuple[str, str]]  # topic and text
-_RESERVE = 1_000_000_000  # bytes of the disk that stay free
 
 
 class DownloadFlags(Options):
@@ -102,8 +102,9 @@ def download(context: click.Context, /, **_: object) -> None:
 
     flags = parsed(context, DownloadFlags)
     generation, folder = flags.cosmos_version, Path(flags.checkpoint_dir)
-    kinds = (flags.model_sizes, flags.model_types, flags.tokenizer_types)
-    names = select(flags.models, *kinds, generation)
+    names = select(
+        flags.models, flags.model_sizes, flags.model_types, flags.tokenizer_types, generation
+    )
     # a flag that leaves out a part has the name of the part's family
     without = [name[8:].replace("_", " ") for name, on in flags if name[:8] == "disable_" and on]
     plan: dict[Path, RemoteFile] = {}  # models that share a repository share its licence
@@ -130,7 +131,7 @@ def download(context: click.Context, /, **_: object) -> None:
     parts = [file.part(path) for path, file in missing.items()]
     wanted -= sum(part.stat().st_size for part in parts if part.is_file())
     free = shutil.disk_usage(folder).free
-    if wanted > 0 and wanted + _RESERVE > free:
+    if wanted > free:
         raise DownloadError(
             f"{readable_size(wanted)} are to be fetched, but {folder} has room for "
             f"{readable_size(free)}; choose another --checkpoint_dir"
@@ -164,24 +165,21 @@ def inspect(path: Path) -> None:
         try:
             lines = [*examine(target)]
         except CheckpointError as error:
-            if len(targets) == 1:
-                raise
             num_damaged += 1
             lines = [("damaged", str(error))]
         click.echo(target)
         for topic, text in lines:
             click.echo(f"  {topic:<11} {text}")
     if num_damaged:
-        raise CheckpointError(f"{num_damaged} of {len(targets)} checkpoints cannot be read")
+        count = f"{num_damaged} of {len(targets)} checkpoints"
+        raise CheckpointError(f"{path}: {count} cannot be read")
 
 
 def examine(path: Path) -> Lines:
     """Contents of a file, or of the weights in a folder."""
-    from worldline.tokenizers.cosmos.weights import LAYOUTS
-
-    several = {name for layout in LAYOUTS if len(layout) > 1 for name in layout}
-    if path.is_file() and (path.name in several or any(path.parent.glob("*.index.json"))):
-        path = path.parent  # one of several files: the whole model is examined
+    # one of several files: the whole model is examined
+    if path.stem in _TOKENIZER[:2] or any(path.parent.glob("*.index.json")):
+        path = path if path.is_dir() else path.parent
     source = open_weights(path)
     inside = f', inside ["{source.nesting}"]' if source.nesting else ""
     yield "format", f"{source.kind}{inside}"
@@ -200,20 +198,16 @@ def examine(path: Path) -> Lines:
 
 def open_weights(path: Path) -> Checkpoint:
     """Tensors of a file, or of the model in a folder."""
-    from worldline.text.encoder import WEIGHTS, find_weights
-    from worldline.tokenizers.cosmos.weights import LAYOUTS, tokenizer_files
+    from worldline.tokenizers.cosmos.weights import tokenizer_files
     from worldline.weights.checkpoint import joined, open_checkpoint
     from worldline.weights.networks import open_transformer
 
-    if path.is_dir():
-        names = {file.name for file in path.iterdir() if file.suffix in _SUFFIXES}
-        if names & {name for layout in LAYOUTS for name in layout if name[:6] != "model."}:
-            return joined([open_checkpoint(file) for file in tokenizer_files(path)], path)
-        if names & {name for name in WEIGHTS if name.startswith("pytorch_")}:
-            return open_checkpoint(find_weights(path))
-        if len(names) == 1 and names != {"model.pt"}:
-            return open_checkpoint(path / names.pop())
-    return open_transformer(path)
+    files = [file for file in path.glob("*") if file.suffix in _SUFFIXES]
+    if any(file.stem in _TOKENIZER for file in files):
+        return joined([open_checkpoint(file) for file in tokenizer_files(path)], path)
+    for index in path.glob("pytorch_*.index.json"):
+        return open_checkpoint(index)
+    return open_checkpoint(files[0]) if len(files) == 1 else open_transformer(path)
 
 
 def describe(source: Checkpoint, path: Path) -> Lines:

@@ -5,9 +5,7 @@ A command is imported when it is named or listed, and torch only when it runs.
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -57,19 +55,15 @@ class Main(click.Group):
         logger.addHandler(handler)
         logger.setLevel(logging.DEBUG if debug else logging.INFO)
         try:
-            with self.make_context("worldline", words) as context:
-                self.invoke(context)
-        except click.exceptions.Exit as done:
-            status = done.exit_code
+            status = super().main(words, "worldline", standalone_mode=False) or 0
         except click.exceptions.NoArgsIsHelpError as error:
             status = error.exit_code
             click.echo(error.format_message(), err=True)
-        except (Exception, KeyboardInterrupt) as error:
+        except Exception as error:
             status, message = explain(error)
             if debug:
                 click.echo(traceback.format_exc(), err=True, nl=False)
-            if message:
-                click.echo(f"worldline: {message}", err=True)
+            click.echo(f"worldline: {message}", err=True)
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
@@ -89,19 +83,12 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx else "worldline"
         return 2, f"{error.format_message().rstrip('.')} (see {path} --help)"
-    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+    if isinstance(error, click.Abort):  # of Ctrl-C
         return 130, "interrupted"
     if isinstance(error, Error):
         return error.exit_code, str(error)
-    if getattr(error, "errno", None) == errno.EPIPE:
-        # whoever read our output has gone; keep the interpreter from flushing into the void
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1, ""
     if is_out_of_memory(error):
         return 1, one_line(error)
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return 1, f"{where}{error.strerror or error}"
     return 1, f"unexpected {one_line(error)} (--debug shows the trace)"
 
 

@@ -30,26 +30,24 @@ def parameters(
 
 def make_parameter(name: str, field: FieldInfo, default: Any, negatable: bool) -> click.Parameter:
     """The option of a field; an argument where the field's extras have "argument"."""
-    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    extra: Any = field.json_schema_extra or {}
     name, kind, metavar = field.alias or name, kind_of(field), extra.get("metavar")
     many, required = get_origin(kind) is tuple, field.is_required()
     if extra.get("argument"):
         return click.Argument([name], nargs=-1 if many else 1, required=required, metavar=metavar)
-    spelling = f"--{name}"
-    short = [str(extra["short"])] if "short" in extra else []
-    settings: dict[str, Any] = {"metavar": metavar, "default": None, "multiple": many}
-    kind = get_args(kind)[0] if many else kind
+    spelling, kind = f"--{name}", get_args(kind)[0] if many else kind
+    settings: dict[str, Any] = {"type": kind if kind in (int, float) else str}
     if get_origin(kind) is Literal:  # click's own metavar has _ in place of -
-        settings["type"] = click.Choice(get_args(kind))
-        settings["metavar"] = f"[{'|'.join(map(str, get_args(kind)))}]{'...' if many else ''}"
+        settings = {"type": click.Choice(get_args(kind))}
+        metavar = f"[{'|'.join(map(str, get_args(kind)))}]{'...' if many else ''}"
     elif "optional_value" in extra:
-        settings |= {"type": bool, "is_flag": False, "flag_value": extra["optional_value"]}
+        settings = {"type": bool, "is_flag": False, "flag_value": extra["optional_value"]}
     elif kind is bool:
-        settings["is_flag"] = True
+        settings = {"is_flag": True}
         spelling += f"/--no_{name}" if negatable else ""
-    else:
-        settings["type"] = kind if kind in (int, float) else str
-    return click.Option([name, *short, spelling], help=help_of(field, default), **settings)
+    settings |= {"metavar": metavar, "default": None, "multiple": many}
+    names = [name, *extra.get("short", "").split(), spelling]
+    return click.Option(names, help=help_of(field, default), **settings)
 
 
 def help_of(field: FieldInfo, default: Any) -> str:
@@ -92,15 +90,13 @@ class ManyValues(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         many = {s for p in self.params if getattr(p, "multiple", False) for s in p.opts}
         end = args.index("--") if "--" in args else len(args)
-        words: list[str] = []  # with the option before each of its values
-        option, bare = "", False
+        words, option = [], ""
         for word in args[:end]:
             if word.startswith("-") and word != "-":
                 name, equals, _ = word.partition("=")
-                name = f"{name[:2]}{name[2:].replace('-', '_')}"
-                option, bare = name if name in many else "", not equals
-                words.append(word)
-            else:
-                words += [word] if bare or not option else [option, word]
-                bare = False
+                name = name[:2] + name[2:].replace("-", "_")
+                option = name if name in many else ""
+                words += [word] if equals or not option else []
+            else:  # the option stands before each of its values
+                words += [option, word] if option else [word]
         return super().parse_args(ctx, words + args[end:])

@@ -42,8 +42,9 @@ class Progress:
     """
 
     def __init__(self, label: str, output: Path, fps: float) -> None:
-        self.label, self.kind = label, ""
-        self.bar: Any = None
+        from tqdm import tqdm
+
+        self.label, self.kind, self.bar = label, "", tqdm(disable=True)
         self.preview, self.fps = preview_path(output), fps
         self.written: bool | None = None  # None before the first preview, False where none can be
 
@@ -51,40 +52,33 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        self.bar.close()
         if self.written:
             self.preview.unlink(missing_ok=True)
 
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
     def report(self, step: Step) -> None:
         if step.kind != self.kind:
-            self._close()
-            self.kind = step.kind
             self._begin(step)
-        if self.bar is not None:
-            self.bar.update(step.done - self.bar.n)
+        self.bar.update(step.done - self.bar.n)
         if step.preview is not None and self.written is not False:
-            if self.bar is not None:
-                self.bar.clear()
+            self.bar.clear()
             self._write(step.preview)
 
     def _begin(self, step: Step) -> None:
         """A line or a bar for a new stage."""
         from tqdm import tqdm
 
-        line = _STAGES[step.kind].format(total=step.total)
+        terminal, line = sys.stderr.isatty(), _STAGES[step.kind].format(total=step.total)
         if step.kind == "guardrail":  # the label may be words that it refuses
             logger.info("%s", line)
-        elif not sys.stderr.isatty():
+        elif not terminal:
             done = f", {step.done:,} are done" if step.done > 1 else ""
             logger.info("%s: %s%s", self.label, line, done)
-        elif step.kind in _BARS:
-            look = {"desc": self.label, "leave": False, **_BARS[step.kind]}
-            self.bar = tqdm(total=step.total, initial=step.done, **look)
+        self.bar.close()
+        look = {"desc": self.label, "leave": False, **_BARS.get(step.kind, {"disable": True})}
+        look |= {} if terminal else {"disable": True}
+        self.bar = tqdm(total=step.total, initial=step.done, **look)
+        self.kind = step.kind
 
     def _write(self, frames: Frames) -> None:
         """Replace the preview; a disk that refuses it does not end the run."""

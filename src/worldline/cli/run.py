@@ -73,7 +73,7 @@ def run(family: str, command: Command, context: click.Context) -> None:
     from worldline.world import fingerprint
 
     opened = open_world(place, option_flags, flag, family)
-    items = check_each(items, partial(check_item, opened), problems)
+    items = check_items(opened, items, problems)
     compute = choose_compute(opened.options)
     log_unused(opened, compute, items, stated(context, context.params))
     run_tasks(
@@ -85,27 +85,21 @@ def run(family: str, command: Command, context: click.Context) -> None:
     )
 
 
-def check_each(
-    items: Sequence[Item], check: Callable[[Item], Any], problems: Sequence[str] = ()
-) -> list[Any]:
-    """The result of each item; an `InputError` names `problems`, and all that is wrong."""
-    results, problems = [], [*problems]
+def check_items(opened: Opened, items: Iterable[Item], problems: list[str]) -> list[Item]:
+    """Items with their requests; an `InputError` names `problems`, and all that is wrong."""
+    checked: list[Item] = []
     for item in items:
         try:
-            results.append(check(item))
+            checked.append(check_item(opened, item))
         except InputError as error:
-            problems += (locate_problem(item, line) for line in str(error).splitlines())
+            for line in str(error).splitlines():
+                if item.place not in line and not line.startswith("--"):
+                    line = f"{item.place}: {line}"
+                for field, name in item.names.items():
+                    line = line.replace(f" {field} is", f" {name} is")
+                problems.append(line)
     refuse_problems(problems)
-    return results
-
-
-def locate_problem(item: Item, line: str) -> str:
-    """A line of a message with the item's place, and its names of fields."""
-    if item.place in line or line.startswith("--"):
-        return line
-    for field, name in item.names.items():
-        line = line.replace(f"{field} is", f"{name} is")
-    return f"{item.place}: {line}"
+    return checked
 
 
 def refuse_problems(problems: Sequence[str]) -> None:
@@ -116,15 +110,19 @@ def refuse_problems(problems: Sequence[str]) -> None:
 
 def check_item(opened: Opened, item: Item) -> Item:
     """The item with its request, checked by the model's files and its input's length."""
+    from worldline.guards import release_of
+    from worldline.memory import refuse_frames
     from worldline.video.read import probe
 
     request = opened.family.request.make(item.stated, opened.defaults, item.kind, item.field)
+    request = opened.family.check(opened, request)
     needed = request.num_input_frames
     if item.input is not None and (frames := probe(item.input).frames) < needed:
         raise InputError(f"{item.input}: it has {frames} frames, num_input_frames is {needed}")
+    refuse_frames(opened.family.video(opened, request), guarded=release_of(opened) is not None)
     if item.output.suffix.lower() == ".gif" and request.fps > _GIF_FPS:
         raise InputError(f"fps is {request.fps:g}, a GIF has at most {_GIF_FPS}")
-    return replace(item, request=opened.family.check(opened, request))
+    return replace(item, request=request)
 
 
 def check_destinations(items: Sequence[Item]) -> None:
@@ -179,8 +177,8 @@ def log_unused(
         (typed.get(_LENGTH) not in lengths, "an image has 1 frame", (_LENGTH,)),
     )
     unused = {name: why for applies, why, names in rules if applies for name in names}
-    every = [opened.family.unused(opened, request) for request in requests]
-    unused |= {name: why for name, why in every[0].items() if all(name in one for one in every)}
+    each = (opened.family.unused(opened, request).items() for request in requests)
+    unused |= dict(set.intersection(*map(set, each)))
     for name, value in typed.items():
         if name in unused and value is not False:
             logger.info("--%s has no effect: %s", name, unused[name])
@@ -188,9 +186,7 @@ def log_unused(
 
 def load(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
     """Load a model; the result makes a video, some with those that follow it, in step."""
-    from worldline.guards import release_of, rewrites
-    from worldline.memory import refuse_frames
-    from worldline.opening import plan
+    from worldline.guards import rewrites
     from worldline.world import load_world
 
     if opened.place.bundled and compute.device.type == "cpu":
@@ -200,15 +196,6 @@ def load(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
     requests = [item.request for item in items]
     size = choose_batch_size(opened, compute, requests)
     compute = replace(compute, batch_size=size)
-    beside = plan(opened, requests, compute).peak() if compute.device.type == "cpu" else 0
-    guarded = release_of(opened) is not None
-
-    def check_room(item: Item) -> None:
-        clips = size if opened.family.holds_batch(opened, item.request) else 1
-        video = opened.family.video(opened, item.request)
-        refuse_frames(video, clips=clips, guarded=guarded, beside=beside)
-
-    check_each(items, check_room)
     upsample = any(rewrites(opened, request) for request in requests)
     world = load_world(opened, requests, compute, upsample=upsample)
     loading = world.loading.as_dict()
@@ -251,18 +238,18 @@ def choose_batch_size(opened: Opened, compute: Compute, requests: Sequence[Any])
 
     chosen = getattr(opened.options, "batch_size", 1)
     most = opened.family.max_batch_size(opened, compute)
-    if chosen != "auto":
-        size = min(len(requests), chosen)
-        if most is not None and size > most:
-            logger.info("--batch_size %d: %d are computed in step, the most", chosen, most)
-            size = most
-        return size
-    memory = device_memory(compute.device)
-    for size in range(min(len(requests), most or 1), 1, -1):
+    auto = chosen == "auto"
+    memory = device_memory(compute.device) if auto else None
+    size = min(len(requests), (most or 1) if auto else chosen)
+    if most is not None and size > most:
+        logger.info("--batch_size %d: %d are computed in step, the most possible", chosen, most)
+        size = most
+    while size > 1 and memory is not None:
         needed = plan(opened, requests, replace(compute, batch_size=size))
-        if memory is None or needed.peak(opened.options.offloaded) <= memory.free:
-            return size
-    return 1
+        if needed.peak(opened.options.offloaded) <= memory.free:
+            break
+        size -= 1
+    return size
 
 
 def make_videos(world: World, items: Sequence[Item], label: str, outcomes: Outcomes) -> None:
@@ -374,9 +361,9 @@ def run_tasks(
         again = "" if resume is None else "; --resume tries them again"
         raise Error(f"{failed} of {total} inputs failed{again}")
     if failures:
-        counts = ", ".join(f"{count} by the {stage}" for stage, count in sorted(failures.items()))
-        message = f"{failures.total()} of {total} inputs were refused: {counts}"
-        raise GuardrailRefusal(message, " and ".join(sorted(failures)))
+        stages = " and ".join(sorted(failures))
+        message = f"{failures.total()} of {total} inputs were refused, by {stages}"
+        raise GuardrailRefusal(message, stages)
 
 
 def free_memory() -> None:

@@ -29,14 +29,11 @@ from worldline.request import Path as Named
 from worldline.shapes import VideoShape
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
     from worldline.video.read import Frames
 
 logger = logging.getLogger(__name__)
 
-LATENTS, TOKENS = "latents", "tokens"  # names of the tensor in a file
 _SUFFIX = ".safetensors"
 _FPS = 24.0  # where neither clip nor header states a rate
 _Path = Named | None
@@ -124,8 +121,6 @@ class Task:
     path: Path
     output: Path
     header: Header  # of the stored input, or for the result
-    kind: str = ""  # name of the stored tensor
-    stored: Tensor | None = None
 
     def __str__(self) -> str:
         return str(self.path)
@@ -251,18 +246,12 @@ def examine_stored(path: Path, folder: Path) -> Task:
         raise InputError(f"{path}: there is no such file or folder")
     from worldline.weights.checkpoint import open_checkpoint  # imports torch: not before
 
-    source = open_checkpoint(path)
-    kind = next((name for name in (LATENTS, TOKENS) if name in source.tensors), None)
-    if kind is None:
-        names = ", ".join(sorted(source.tensors)[:3])
-        raise InputError(f"{path}: it holds neither latents nor tokens, but {names}")
     try:
-        header = Header.model_validate(source.metadata)
+        header = Header.model_validate(open_checkpoint(path).metadata)
     except ValidationError as error:
         wrong = error.errors()[0]
         raise InputError(f"{path}: {wrong['loc'][0]} is {wrong['input']}; {wrong['msg']}") from None
-    output = folder / f"{path.stem}{header.suffix}"
-    return Task(path, output, header, kind, source.tensors[kind])
+    return Task(path, folder / f"{path.stem}{header.suffix}", header)
 
 
 def run(
@@ -281,7 +270,8 @@ def run(
     from worldline.tokenizers.cosmos.weights import open_tokenizer
 
     opened, compute = open_tokenizer(*files), choose_compute(flags)
-    check_stored(opened.config, tasks)
+    if code is decode_task:
+        check_stored(opened.config, tasks)
 
     def fingerprint(task: Task) -> str:
         stamps = [stamp(path) for path in (task.path, *opened.source.files)]
@@ -307,16 +297,23 @@ def run(
 def check_stored(config: CosmosTokenizerConfig, tasks: Iterable[Task]) -> None:
     """Refuse latents and tokens that are not of a tokenizer."""
     from worldline.tokenizers.cosmos import clips
+    from worldline.weights.checkpoint import open_checkpoint
 
-    problems = []
+    problems, kind = [], kind_of(config)
     for task in tasks:
-        if task.stored is None:
-            continue
+        tensors = open_checkpoint(task.path).tensors
         try:
-            clips.check_stored(config, task.stored, task.header.shape)
+            if kind not in tensors:
+                raise ValueError(f"it holds {', '.join(tensors)}, the tokenizer decodes {kind}")
+            clips.check_stored(config, tensors[kind], task.header.shape)
         except ValueError as error:
-            problems.append(f"{task}: it holds {task.kind}, not of this tokenizer: {error}")
+            problems.append(f"{task}: {error}")
     refuse_problems(problems)
+
+
+def kind_of(config: CosmosTokenizerConfig) -> str:
+    """Name of the tensor in a file."""
+    return "tokens" if config.levels else "latents"
 
 
 def encode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
@@ -325,7 +322,7 @@ def encode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
     from worldline.weights.checkpoint import save
 
     stored, size = encode_clip(model, stream_media(task.path, model.chunk * model.config.temporal))
-    kind = TOKENS if model.config.levels else LATENTS
+    kind = kind_of(model.config)
     made = {"fingerprint": fingerprint, "worldline": version("worldline")}
     header = {**task.header.model_dump(), **vars(size), **made}
     save({kind: stored}, task.output, header)
@@ -337,7 +334,7 @@ def decode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
     from worldline.video.write import write_bytes
     from worldline.weights.checkpoint import open_checkpoint
 
-    stored = open_checkpoint(task.path).read(task.kind)
+    stored = open_checkpoint(task.path).read(kind_of(model.config))
     try:
         pieces = decode_clip(model, stored, task.header.shape)
     except ValueError as error:
