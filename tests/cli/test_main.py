@@ -40,7 +40,7 @@ def raising(error: BaseException) -> Main:
         (
             OSError(errno.ENOSPC, "No space left on device", "a.mp4"),
             1,
-            "unexpected OSError: [Errno 28] No space left on device: 'a.mp4'",
+            "OSError: [Errno 28] No space left on device: 'a.mp4'",
         ),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "OutOfMemoryError: CUDA out of"),
         (MemoryError(), 1, "MemoryError"),

@@ -87,7 +87,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 130, "interrupted"
     if isinstance(error, Error):
         return error.exit_code, str(error)
-    if is_out_of_memory(error):
+    if isinstance(error, OSError) or is_out_of_memory(error):
         return 1, one_line(error)
     return 1, f"unexpected {one_line(error)} (--debug shows the trace)"
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tqdm
+
 from worldline.errors import Error
 
 if TYPE_CHECKING:
@@ -42,9 +44,7 @@ class Progress:
     """
 
     def __init__(self, label: str, output: Path, fps: float) -> None:
-        from tqdm import tqdm
-
-        self.label, self.kind, self.bar = label, "", tqdm(disable=True)
+        self.label, self.kind, self.bar = label, "", tqdm.tqdm(disable=True)
         self.preview, self.fps = preview_path(output), fps
         self.written: bool | None = None  # None before the first preview, False where none can be
 
@@ -66,8 +66,6 @@ class Progress:
 
     def _begin(self, step: Step) -> None:
         """A line or a bar for a new stage."""
-        from tqdm import tqdm
-
         terminal, line = sys.stderr.isatty(), _STAGES[step.kind].format(total=step.total)
         if step.kind == "guardrail":  # the label may be words that it refuses
             logger.info("%s", line)
@@ -77,7 +75,7 @@ class Progress:
         self.bar.close()
         look = {"desc": self.label, "leave": False, **_BARS.get(step.kind, {"disable": True})}
         look |= {} if terminal else {"disable": True}
-        self.bar = tqdm(total=step.total, initial=step.done, **look)
+        self.bar = tqdm.tqdm(total=step.total, initial=step.done, **look)
         self.kind = step.kind
 
     def _write(self, frames: Frames) -> None:

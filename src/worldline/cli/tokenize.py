@@ -242,8 +242,6 @@ def examine_media(
 
 def examine_stored(path: Path, folder: Path) -> Task:
     """Task of decoding a file, from its header."""
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file or folder")
     from worldline.weights.checkpoint import open_checkpoint  # imports torch: not before
 
     try:
