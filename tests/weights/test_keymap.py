@@ -35,8 +35,7 @@ def test_both_directions(released: str, ours: str, prefix: str) -> None:
 
 def test_dots_and_fields_are_taken_literally() -> None:
     for name in ("tok_embeddingsXweight", "layers.x.attention.wq.weight", "layers.1.attention.wq"):
-        with pytest.raises(CheckpointError):
-            KEYS.ours(name)
+        assert KEYS.ours(name) is None
 
 
 def test_dropped_with_and_without_prefix() -> None:
@@ -45,21 +44,11 @@ def test_dropped_with_and_without_prefix() -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.attention\.wk\.weight"):
-        KEYS.ours("model.layers.0.attention.wk.weight")
+    assert KEYS.ours("model.layers.0.attention.wk.weight") is None
+    assert not KEYS.drops("model.layers.0.attention.wk.weight")
+    assert KEYS.drops("ema.tok_embeddings.weight")
     with pytest.raises(ValueError, match=r"no released name for 'blocks\.x'"):
         KEYS.released("blocks.x")
-
-
-def test_finding_refuses_nothing() -> None:
-    assert KEYS.find("network._orig_mod.tok_embeddings.weight") == (
-        "network._orig_mod.",
-        "embed.weight",
-    )
-    assert KEYS.find("tok_embeddings.bias") is None
-    assert KEYS.find("ema.tok_embeddings.weight") is None
-    assert KEYS.drops("ema.tok_embeddings.weight")
-    assert not KEYS.drops("tok_embeddings.bias")
 
 
 EXPECTED = {"embed.weight": (4, 2), **{f"blocks.{i}.attention.q.weight": (2, 2) for i in range(3)}}
@@ -91,7 +80,7 @@ def test_everything_wrong_in_one_line() -> None:
     assert "\n" not in message
     assert message.startswith("model.pt does not fit the model: ")
     assert "tok_embeddings.weight is [5, 2] in the file, expected [4, 2]" in message
-    assert "1 missing: layers.1.attention.wq.weight" in message
+    assert "1 missing: model.layers.1.attention.wq.weight" in message
     assert "1 unknown: layers.0.attention.wqq.weight" in message
     assert "1 twice: layers.0.attention.wq.weight and model.layers.0.att" in message
 

@@ -327,6 +327,12 @@ def test_not_a_checkpoint(tmp_path: Path, content: bytes, said: str) -> None:
     assert said in refused(path)
 
 
+def test_pickle_that_would_fill_the_memory(tmp_path: Path, monkeypatch) -> None:
+    torch.save(TENSORS, tmp_path / "model.pt")
+    monkeypatch.setattr(archive, "_LARGEST_PICKLE", 100)
+    assert "is refused: its pickle has" in refused(tmp_path / "model.pt")
+
+
 def test_zip_of_something_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "model.pt", "w") as file:
         file.writestr("readme.txt", "hello")
@@ -360,7 +366,7 @@ def test_index_of_safetensors(tmp_path: Path) -> None:
     (tmp_path / "2.safetensors").unlink()
     assert "missing: 2.safetensors" in refused(index)
     index.write_text(json.dumps({"weight_map": {"a": "../1.safetensors"}}))
-    assert "outside its own folder" in refused(index)
+    assert "../1.safetensors" in refused(index)
 
 
 def test_opening_reads_no_tensor(tmp_path: Path) -> None:
@@ -384,5 +390,5 @@ def test_file_that_shrinks_after_opening(tmp_path: Path) -> None:
     save_file({"x": torch.ones(100_000)}, path)
     checkpoint = open_checkpoint(path)
     os.truncate(path, 200)
-    with pytest.raises(CheckpointError, match="changed while in use"):
+    with pytest.raises(CheckpointError, match="cut short while in use"):
         checkpoint.read("x")

@@ -131,7 +131,7 @@ def test_shards_of_different_models(tmp_path: Path) -> None:
     cut(tmp_path, 2)
     wide = {name: torch.ones(9, 9) for name in WHOLE}
     torch.save(wide, paths[1])
-    with pytest.raises(CheckpointError, match=r"mp_1\.pt: model\.output\.weight is .*\[9, 9\]"):
+    with pytest.raises(CheckpointError, match=r"mp_1\.pt: model\..* is not as in"):
         open_shards(paths)
     for path in paths:
         torch.save({"conv.weight": torch.ones(2)}, path)

@@ -19,7 +19,7 @@ import pickle
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,6 +28,9 @@ from torch import Tensor
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION, StorageType
 
 from worldline.errors import CheckpointError
+from worldline.weights.checkpoint import Checkpoint, FileTensor
+
+_LARGEST_PICKLE = 1 << 30  # bytes; the largest real one is below a megabyte
 
 # Found in the state of optimizers and schedulers and in `_extra_state`. None is needed, so none is
 # built: each becomes an empty stand-in.
@@ -49,13 +52,13 @@ _STAND_INS = {
 class _Inert:
     """An object of the pickle that is not built; a TorchScript module keeps its attributes."""
 
-    state: object = None
+    state: Mapping[str, object] = {}
 
     def __new__(cls, *values: object, **named: object) -> _Inert:
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:
-        self.state = state
+        self.state = state if isinstance(state, dict) else {}
 
     def __setitem__(self, key: object, value: object) -> None: ...
 
@@ -145,11 +148,7 @@ class Unpickler(pickle.Unpickler):
         return _Record(storage, start, meta)
 
 
-# kind, name -> (bytes from the start of the file, meta tensor), nesting, beside: of a `Checkpoint`
-Pickled = tuple[str, dict[str, tuple[int, Tensor]], str, tuple[str, ...]]
-
-
-def open_pickled(path: Path) -> Pickled:
+def open_pickled(path: Path) -> Checkpoint:
     """Open a zip archive, or a file from before PyTorch 1.6."""
     try:
         with path.open("rb") as file:
@@ -166,7 +165,7 @@ def open_pickled(path: Path) -> Pickled:
         ) from error
 
 
-def _read_zip(path: Path, file: BinaryIO) -> Pickled:
+def _read_zip(path: Path, file: BinaryIO) -> Checkpoint:
     with zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
         roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
@@ -185,9 +184,11 @@ def _read_zip(path: Path, file: BinaryIO) -> Pickled:
 
         order = f"{root}byteorder"
         byteorder = archive.read(order).decode() if order in members else "little"
-        pickled = f"{root}data.pkl"
-        file.seek(start(pickled))  # not read by zipfile: its checksum may be absent
-        unpickler = Unpickler(path, io.BytesIO(file.read(members[pickled].file_size)))
+        size = members[f"{root}data.pkl"].file_size
+        if size > _LARGEST_PICKLE:
+            raise CheckpointError(f"{path} is refused: its pickle has {size:,} bytes")
+        file.seek(start(f"{root}data.pkl"))  # not read by zipfile: its checksum may be absent
+        unpickler = Unpickler(path, io.BytesIO(file.read(size)))
         value = unpickler.load()
         storages = unpickler.storages.items()
         starts = {key: start(f"{root}data/{key}", storage.nbytes) for key, storage in storages}
@@ -195,7 +196,7 @@ def _read_zip(path: Path, file: BinaryIO) -> Pickled:
         return _collect(path, "jit" if torchscript else "pt", byteorder, value, starts)
 
 
-def _read_legacy(path: Path, file: BinaryIO) -> Pickled:
+def _read_legacy(path: Path, file: BinaryIO) -> Checkpoint:
     magic, version, machine = (Unpickler(path, file).load() for _ in range(3))
     if (magic, version) != (MAGIC_NUMBER, PROTOCOL_VERSION):
         raise CheckpointError(f"{path} is in no known format (version {version!r:.20})")
@@ -219,38 +220,34 @@ def _read_legacy(path: Path, file: BinaryIO) -> Pickled:
 
 def _collect(
     path: Path, kind: str, byteorder: str, value: object, starts: dict[str, int]
-) -> Pickled:
+) -> Checkpoint:
     """Tensors of unpickled objects, those of {"model": {…}} or {"state_dict": {…}} if any."""
     if byteorder != sys.byteorder:
         raise CheckpointError(f"{path} is of a machine with another byte order; save it again here")
     nesting: list[str] = []
     beside: list[str] = []
-    while isinstance(value, dict):
-        inner = next((k for k in ("model", "state_dict") if isinstance(value.get(k), dict)), None)
-        if inner is None:
-            break
+    while isinstance(value, dict) and (
+        inner := next((k for k in ("model", "state_dict") if isinstance(value.get(k), dict)), None)
+    ):
         nesting.append(inner)
         beside += [str(key) for key in value if key != inner]
         value = value[inner]
-    tensors = {
-        name: (starts[item.storage.key] + item.offset, item.meta)
+    entries = {
+        name: FileTensor(path, starts[item.storage.key] + item.offset, item.meta)
         for name, item in _items(value)
         if isinstance(item, _Record)
     }
-    return kind, tensors, ".".join(nesting), tuple(beside)
+    return Checkpoint(path, kind, entries, (path,), ".".join(nesting), tuple(beside))
 
 
-def _items(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+def _items(value: object) -> Iterator[tuple[str, object]]:
     """Names and values of a dict, a list, a lone tensor or a TorchScript module."""
-    if isinstance(value, _Module):
-        for name, item in value.state.items() if isinstance(value.state, dict) else ():
-            if isinstance(item, _Module):
-                yield from _items(item, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", item
-    elif isinstance(value, dict):
-        yield from ((str(name), item) for name, item in value.items())
-    elif isinstance(value, list | tuple) and not isinstance(value, _Record):
-        yield from ((str(index), item) for index, item in enumerate(value))
-    else:
-        yield "0", value
+    if isinstance(value, _Record) or not isinstance(value, dict | list | tuple | _Module):
+        value = [value]
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    for name, item in (value.state if isinstance(value, _Module) else value).items():
+        if isinstance(item, _Module):
+            yield from ((f"{name}.{inner}", tensor) for inner, tensor in _items(item))
+        else:
+            yield str(name), item

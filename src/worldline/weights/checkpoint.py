@@ -6,14 +6,12 @@ A `FileTensor` is an entry of a header. Nothing of it is read until `read`, or `
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -22,27 +20,7 @@ from torch import Tensor
 from worldline.errors import CheckpointError
 from worldline.files import disguise, replacing
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
-# what a damaged or made-up JSON header raises
-_BAD_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError)
 # first bytes of a zip archive, and of the first pickle in a file from before PyTorch 1.6
 _ZIP, _LEGACY = b"PK\x03\x04", torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 
@@ -78,18 +56,24 @@ class FileTensor:
 
     def read(self) -> Tensor:
         """The tensor on the CPU."""
-        meta, data = self.meta, bytearray(self.meta.untyped_storage().nbytes())
-        if not data:
-            return torch.empty_like(meta, device="cpu")
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.position)
-                count = file.readinto(data)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read any more: {error}") from error
-        if count != len(data):
-            raise CheckpointError(f"{self.path} was changed while in use: it is cut short")
-        return torch.frombuffer(data, dtype=meta.dtype).as_strided(meta.shape, meta.stride())
+        nbytes = self.meta.untyped_storage().nbytes()
+        data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        read_bytes(self.path, self.position, memoryview(data.numpy()))
+        return data.view(self.meta.dtype).as_strided(self.meta.shape, self.meta.stride())
+
+
+def read_bytes(path: Path, position: int, buffer: memoryview) -> None:
+    """Fill a buffer with the bytes of a file from a position on."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(position)
+            while buffer:
+                count = file.readinto(buffer)
+                if not count:
+                    raise CheckpointError(f"{path} was cut short while in use")
+                buffer = buffer[count:]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read any more: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,15 +100,11 @@ class ShardedTensor:
         tensors = [part.read() for part in self.parts]
         if self.dim is not None:
             return torch.cat(tensors, self.dim)
-        first = tensors[0]
-        if all(torch.equal(first, other) for other in tensors[1:]):
-            return first
-        mean = torch.stack([tensor.float() for tensor in tensors]).mean(0).to(first.dtype)
-        if not torch.allclose(first, mean, atol=_REPLICA_ATOL, rtol=_REPLICA_RTOL):
-            worst = (first.float() - mean.float()).abs().max().item()
+        mean = torch.stack(tensors).float().mean(0).to(tensors[0].dtype)
+        if not torch.allclose(tensors[0], mean, atol=_REPLICA_ATOL, rtol=_REPLICA_RTOL):
             raise CheckpointError(
-                f"{self.name} is copied on every rank, yet rank 0 is {worst:.3g} away from the "
-                "mean: the shards are not of one model"
+                f"{self.name} is copied on every rank, yet rank 0 is far from the mean: the "
+                "shards are not of one model"
             )
         return mean
 
@@ -180,17 +160,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            head, size = file.read(512), os.fstat(file.fileno()).st_size
+            head = file.read(512)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if head.startswith(_ZIP) or _LEGACY in head[:32]:
         from worldline.weights.archive import open_pickled
 
-        kind, tensors, nesting, beside = open_pickled(path)
-        entries = {name: FileTensor(path, *tensor) for name, tensor in tensors.items()}
-        checkpoint = Checkpoint(path, kind, entries, (path,), nesting, beside)
+        checkpoint = open_pickled(path)
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
-        checkpoint = _open_safetensors(path, size)
+        checkpoint = _open_safetensors(path, 8 + int.from_bytes(head[:8], "little"))
     elif found := disguise(head):
         advice = "run `git lfs pull`" if "lfs" in found else "accept its licence, download it again"
         raise CheckpointError(f"{path} is a {found}, not weights; {advice}")
@@ -208,52 +186,39 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _open_safetensors(path: Path, size: int) -> Checkpoint:
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        text = file.read(start - 8)
-    end, metadata, entries = start, {}, {}
+def _open_safetensors(path: Path, position: int) -> Checkpoint:
+    entries: dict[str, Source] = {}
     try:
-        if size >= start:
-            header = json.loads(text)
-            metadata = dict(header.pop("__metadata__", None) or {})
-            for name, item in header.items():
-                entries[name] = _safetensor(path, start, item)
-                end = max(end, start + item["data_offsets"][1])
-    except _BAD_JSON as error:
-        raise CheckpointError(f"{path} is damaged ({error}); download it again") from error
-    if size != end:
+        with safetensors.safe_open(path, "np") as file:  # "pt" would reserve memory for the data
+            for name in file.offset_keys():
+                item = file.get_slice(name)
+                dtype = safetensors.torch._TYPES[item.get_dtype()]
+                meta = torch.empty(item.get_shape(), dtype=dtype, device="meta")
+                entries[name] = FileTensor(path, position, meta)
+                position += meta.nbytes
+            metadata = file.metadata() or {}
+    except (safetensors.SafetensorError, KeyError) as error:
         raise CheckpointError(
-            f"{path} is cut short or damaged: it has {size:,} bytes of {end:,}; download it again"
-        )
-    return Checkpoint(path, "safetensors", entries, files=(path,), metadata=metadata)
-
-
-def _safetensor(path: Path, data: int, item: Mapping[str, Any]) -> FileTensor:
-    start, end = map(int, item["data_offsets"])
-    meta = torch.empty(item["shape"], dtype=_DTYPES[item["dtype"]], device="meta")
-    if start < 0 or end - start != meta.nbytes:
-        raise ValueError(f"{end - start} bytes at {start} for shape {item['shape']}")
-    return FileTensor(path, data + start, meta)
+            f"{path} is cut short or damaged: it has {path.stat().st_size:,} bytes ({error}); "
+            "download it again"
+        ) from error
+    return Checkpoint(path, "safetensors", entries, (path,), metadata=metadata)
 
 
 def _open_index(path: Path) -> Checkpoint:
     """Open `*.safetensors.index.json`: the files that it names, as one."""
     try:
-        index = json.loads(path.read_bytes())
-        places = {str(name): str(file) for name, file in index["weight_map"].items()}
-    except _BAD_JSON as error:
-        raise CheckpointError(f"{path} is a text, not weights") from error
-    files = {name: path.parent / name for name in sorted(set(places.values()))}
-    if any(file.name != name for name, file in files.items()):
-        raise CheckpointError(f"{path} names files outside its own folder")
+        places = json.loads(path.read_bytes())["weight_map"]
+        files = {name: path.with_name(name) for name in sorted(set(places.values()))}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is a text, not weights, nor an index: {error}") from error
     if missing := [name for name, file in files.items() if not file.is_file()]:
         raise CheckpointError(f"{path} names files that are missing: {', '.join(missing[:5])}")
     opened = {name: open_checkpoint(file).entries for name, file in files.items()}
     if absent := [tensor for tensor, name in places.items() if tensor not in opened[name]]:
         raise CheckpointError(f"{path} lists tensors that its files lack: {', '.join(absent[:5])}")
     entries = {tensor: opened[name][tensor] for tensor, name in places.items()}
-    return Checkpoint(path, "safetensors", entries, files=tuple(sorted([path, *files.values()])))
+    return Checkpoint(path, "safetensors", entries, tuple(sorted([path, *files.values()])))
 
 
 def renamed(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Checkpoint:
@@ -279,15 +244,14 @@ def joined(checkpoints: Sequence[Checkpoint], path: Path) -> Checkpoint:
     return replace(checkpoints[0], path=path, entries=entries, files=files)
 
 
-def find_shards(folder: Path, stem: str | None = None) -> list[Path]:
+def find_shards(folder: Path, stem: str = "*") -> list[Path]:
     """Shards `{stem}_model_mp_{rank}.pt` of a folder in the order of ranks; [] if it has none.
 
-    The stem is "model", or "iter_000000002" of a training run; None takes the only one there is.
+    The stem is "model", or "iter_000000002" of a training run; by default the only one there is.
     """
     sets: dict[str, dict[int, Path]] = {}
-    for path in sorted(folder.glob("*_model_mp_*.pt")):
-        shard = SHARD.fullmatch(path.name)
-        if shard and stem in (None, shard["stem"]):
+    for path in sorted(folder.glob(f"{stem}_model_mp_*.pt")):
+        if shard := SHARD.fullmatch(path.name):
             sets.setdefault(shard["stem"], {})[int(shard["rank"])] = path
     if len(sets) > 1:
         raise CheckpointError(
@@ -309,31 +273,21 @@ def open_shards(paths: Sequence[Path]) -> Checkpoint:
     """Open the files of all ranks, in their order, as one checkpoint of full-size tensors."""
     first, *others = shards = [open_checkpoint(path) for path in paths]
     for other in others:
-        if odd := sorted(first.entries.keys() ^ other.entries.keys()):
+        kinds = [{(n, t.dtype, t.shape) for n, t in s.tensors.items()} for s in (first, other)]
+        if odd := sorted(kinds[0] ^ kinds[1], key=str):
+            name, dtype, shape = odd[0]
             raise CheckpointError(
-                f"{other.path}: {odd[0]} is in one of {first.path.name} and it alone; the shards "
-                "are not of one model"
+                f"{other.path}: {name} ({dtype}, {list(shape)}) is not as in {first.path.name}; "
+                "the shards are not of one model"
             )
     entries: dict[str, Source] = {}
-    for name, first_part in first.tensors.items():
+    for name in first.entries:
         axes = [axis for pattern, axis in SHARDED_AXES.items() if fnmatchcase(name, pattern)]
         if not axes:
             raise CheckpointError(f"{first.path} holds {name}, and how ranks share it is not known")
-        for shard in others:
-            part = shard.tensors[name]
-            if _uncut(part, axes[0]) != _uncut(first_part, axes[0]):
-                raise CheckpointError(
-                    f"{shard.path}: {name} is {part.dtype} {list(part.shape)}, on rank 0 "
-                    f"{first_part.dtype} {list(first_part.shape)}"
-                )
         parts = tuple(shard.entries[name] for shard in shards)
         entries[name] = ShardedTensor(f"{first.path}: {name}", parts, axes[0])
     return replace(first, kind="tensor-parallel shards", entries=entries, files=tuple(paths))
-
-
-def _uncut(meta: Tensor, axis: int | None) -> object:
-    """What the parts of a sharded tensor have in common."""
-    return meta.dtype, [None if i == axis else size for i, size in enumerate(meta.shape)]
 
 
 def save(

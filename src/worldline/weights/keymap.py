@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cache, cached_property
 
 from torch import Tensor
 
@@ -16,24 +15,19 @@ from worldline.errors import CheckpointError
 _MOST_NAMES = 4  # of each kind in one message
 
 
-class _Table:
-    """Patterns of one side to patterns of the other."""
+def _translate(table: Mapping[str, str], name: str) -> str | None:
+    """Name by a table of patterns; None if there is none."""
+    if name in table:
+        return table[name]
+    for pattern, target in table.items():
+        if "{" in pattern and (fields := _expression(pattern).fullmatch(name)):
+            return target.format_map(fields.groupdict())
+    return None
 
-    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
-        self.literal = dict(pairs)
-        self.patterns = [
-            (re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(pattern)), target)
-            for pattern, target in self.literal.items()
-            if "{" in pattern
-        ]
 
-    def get(self, name: str) -> str | None:
-        if name in self.literal:
-            return self.literal[name]
-        for pattern, target in self.patterns:
-            if fields := re.fullmatch(pattern, name):
-                return target.format_map(fields.groupdict())
-        return None
+@cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(pattern)))
 
 
 @dataclass(frozen=True)
@@ -53,38 +47,28 @@ class KeyMap:
     prefixes: tuple[str, ...] = ("",)
 
     @cached_property
-    def _to_ours(self) -> _Table:
-        return _Table(self.rename.items())
-
-    @cached_property
-    def _to_released(self) -> _Table:
-        return _Table((ours, released) for released, ours in self.rename.items())
-
-    def find(self, name: str) -> tuple[str, str] | None:
-        """Prefix of a released name, and our name for it; None if it is dropped or unknown."""
-        for prefix in () if self.drops(name) else self.prefixes:
-            if name.startswith(prefix) and (ours := self._to_ours.get(name[len(prefix) :])):
-                return prefix, ours
-        return None
+    def _released(self) -> dict[str, str]:
+        return {ours: released for released, ours in self.rename.items()}
 
     def ours(self, name: str) -> str | None:
-        """Our name of a released tensor; None if it is dropped, an error if it is unknown."""
-        pair = self.find(name)
-        if pair is None and not self.drops(name):
-            raise CheckpointError(f"unknown tensor {name}")
-        return pair[1] if pair else None
+        """Our name of a released tensor; None if it is dropped or unknown."""
+        for prefix in () if self.drops(name) else self.prefixes:
+            if name.startswith(prefix) and (
+                ours := _translate(self.rename, name.removeprefix(prefix))
+            ):
+                return ours
+        return None
 
     def released(self, name: str, prefix: str | None = None) -> str:
         """Released name of one of our tensors, which the map must have."""
-        released = self._to_released.get(name)
+        released = _translate(self._released, name)
         if released is None:
             raise ValueError(f"the key map has no released name for {name!r}")
         return (self.prefixes[0] if prefix is None else prefix) + released
 
     def drops(self, name: str) -> bool:
         """Whether a released name is skipped."""
-        forms = {name} | {name[len(p) :] for p in self.prefixes if name.startswith(p)}
-        return any(matches(form, self.drop) for form in forms)
+        return any(matches(name.removeprefix(prefix), self.drop) for prefix in ("", *self.prefixes))
 
 
 def match(
@@ -110,21 +94,18 @@ def match(
         CheckpointError: tensors are missing, unknown, doubled or of the wrong shape; all that is
             wrong in one message.
     """
-    released = {name: keymap.released(name, "") for name in expected}
+    missing = {name: keymap.released(name) for name in expected}
     pairs: dict[str, str] = {}
-    prefixes: Counter[str] = Counter()
     unknown: list[str] = []
     doubled: list[str] = []
     for name in tensors:
-        prefix, ours = keymap.find(name) or ("", "")
+        ours = keymap.ours(name)
         if ours in pairs:
             doubled.append(f"{pairs[ours]} and {name}")
         elif ours in expected:
             pairs[ours] = name
-            prefixes[prefix] += 1
         elif ours or not keymap.drops(name):
             unknown.append(name)
-    prefix = max(prefixes or keymap.prefixes[:1], key=prefixes.__getitem__)
     problems = {
         "wrong shape": [
             f"{name} is {list(tensors[name].shape)} in the file, expected {list(expected[ours])}"
@@ -132,8 +113,8 @@ def match(
             if tensors[name].shape != tuple(expected[ours])
         ],
         "missing": [
-            prefix + theirs
-            for ours, theirs in released.items()
+            theirs
+            for ours, theirs in missing.items()
             if ours not in pairs and not matches(ours, optional)
         ],
         "unknown": unknown,

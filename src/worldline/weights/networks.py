@@ -141,8 +141,7 @@ class Shapes:
     def __init__(self, source: Checkpoint, keys: KeyMap, kind: str) -> None:
         """`kind` is the network in words."""
         self.path, self.keys, self.kind = source.path, keys, kind
-        pairs = ((keys.find(name), info) for name, info in source.tensors.items())
-        self.shapes = {pair[1]: info.shape for pair, info in pairs if pair}
+        self.shapes = {keys.ours(name) or "": info.shape for name, info in source.tensors.items()}
 
     def size(self, name: str, axis: int = 0) -> int:
         """Length of an axis that must be there."""

@@ -2,24 +2,27 @@
 
 Bytes are read by a few threads straight from the file to their place: the tensor itself on a CPU,
 one of two pinned buffers for a GPU. While the GPU fetches one buffer, the threads fill the other;
-`preadv` from the page cache needs no page faults, which is what bounds a copy out of a mapping.
+`read` from the page cache needs no page faults, which is what bounds a copy out of a mapping.
 """
 
 from __future__ import annotations
 
-import os
-from collections import defaultdict
+from collections import Counter, deque
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
-from worldline.weights.checkpoint import Checkpoint, FileTensor, ShardedTensor, Source
+from worldline.weights.checkpoint import (
+    Checkpoint,
+    FileTensor,
+    ShardedTensor,
+    Source,
+    read_bytes,
+)
 from worldline.weights.keymap import KeyMap, match, matches
 
 STAGING_BYTES = 64 << 20  # each of two; 1.3 ms at 50 GB/s, far above the cost of starting a copy
@@ -51,145 +54,83 @@ def load_into(
         optional: our names, or patterns with `*`, that the file may lack.
 
     Raises:
-        CheckpointError: the file does not fit the module (all that is wrong is named), or a tensor
-            would be left without a value.
+        CheckpointError: the file does not fit the module; all that is wrong is named.
     """
-    device = torch.device(device)
-    stored: dict[str, Tensor] = module.state_dict(keep_vars=True)
-    names: defaultdict[Tensor, list[str]] = defaultdict(list)
-    for name, tensor in (dict(module.named_buffers()) | stored).items():
-        names[tensor].append(name)
-    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    tensors: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    names = Counter(tensors.values())
     # Under which of several names the file holds a shared tensor is all the same.
-    shared = [name for group in names.values() if len(group) > 1 for name in group]
+    shared = [name for name, tensor in tensors.items() if names[tensor] > 1]
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     pairs = match(checkpoint.tensors, shapes, keymap, str(checkpoint.path), [*optional, *shared])
+    sources = {tensors[ours]: checkpoint.entries[theirs] for ours, theirs in pairs.items()}
+    problems = [
+        f"{theirs} is {kind} in the file, expected {tensors[ours].dtype}"
+        for ours, theirs in pairs.items()
+        if (kind := checkpoint.tensors[theirs].dtype).is_floating_point
+        != tensors[ours].is_floating_point()
+    ]
+    problems += [
+        f"nothing gives {name}"
+        for name in shared
+        if tensors[name] not in sources and not matches(name, optional)
+    ]
+    if problems:
+        raise CheckpointError(f"{checkpoint.path} does not fit the model: {problems[0]}")
 
-    sources: dict[Tensor, Source] = {}
-    for tensor, group in names.items():
-        if inside := [pairs[name] for name in group if name in pairs]:
-            sources[tensor] = checkpoint.entries[inside[0]]
-            kind = sources[tensor].meta.dtype
-            if kind.is_floating_point != tensor.dtype.is_floating_point:
-                raise CheckpointError(
-                    f"{checkpoint.path} does not fit the model: {inside[0]} is {kind} in the file, "
-                    f"expected {tensor.dtype}"
-                )
-        elif tensor.is_meta or (group[0] in stored and not matches(group[0], optional)):
-            raise CheckpointError(
-                f"{checkpoint.path} does not fit the model: nothing gives {group[0]}"
-            )
-
-    values: dict[str, Tensor] = {}
-    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with torch.no_grad(), on_device, _Copier(device) as copier:
+    values: dict[Tensor, Tensor] = {}
+    with torch.no_grad(), ThreadPoolExecutor(_READERS, "weights") as pool:
+        copier = Copier(torch.device(device), pool)
         for tensor, source in sources.items():
-            kind = dtype or source.meta.dtype if tensor.is_floating_point() else tensor.dtype
-            value = torch.empty(source.meta.shape, dtype=kind, device=device)
-            copier.fill(value, source)
-            if isinstance(tensor, nn.Parameter):  # one for all its names
-                value = nn.Parameter(value, requires_grad=tensor.requires_grad)
-            values |= dict.fromkeys(names[tensor], value)
-    module.load_state_dict(values, strict=False, assign=True)
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            value = copier.fetch(source).to(kind or source.meta.dtype)
+            # one for all its names
+            values[tensor] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
+    loaded = {name: values[tensor] for name, tensor in tensors.items() if tensor in values}
+    module.load_state_dict(loaded, strict=False, assign=True)
     module.to(device)  # buffers that are not in the file
 
 
-class _Copier:
-    """Carries bytes from files to tensors on one device."""
+class Copier:
+    """Reads tensors of files to one device.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.cuda = device.type == "cuda"
-        self.files: dict[Path, BinaryIO] = {}
-        self.staging: list[Tensor] = []
-        self.fetched: list[torch.cuda.Event | None] = [None, None]
-        self.turn = 0
-        self.pool = ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "weights")
+    Attributes:
+        staging: for a GPU, two pinned buffers in turn, each with the event of its last copy.
+    """
 
-    def __enter__(self) -> _Copier:
-        return self
+    def __init__(self, device: torch.device, pool: ThreadPoolExecutor) -> None:
+        self.device, self.pool = device, pool
+        self.staging = deque(
+            (torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
+            for _ in range(2 if device.type == "cuda" else 0)
+        )
 
-    def __exit__(self, *exception: object) -> None:
-        # After an error threads may still be reading: they end before their files are closed.
-        self.pool.shutdown(cancel_futures=True)
-        for file in self.files.values():
-            file.close()
-        if self.cuda:
-            torch.cuda.current_stream(self.device).synchronize()
-
-    def fill(self, destination: Tensor, source: Source) -> None:
-        """Write all of `source` to `destination`, of equal shape and perhaps another dtype."""
+    def fetch(self, source: Source) -> Tensor:
+        """A tensor in the file's dtype."""
         if isinstance(source, ShardedTensor) and source.dim is not None:
-            counts = [part.meta.shape[source.dim] for part in source.parts]
-            slices = destination.split(counts, source.dim)
-            for part, slice_ in zip(source.parts, slices, strict=True):
-                self.fill(slice_, part)
-        elif not isinstance(source, FileTensor) or not source.meta.is_contiguous():
-            destination.copy_(source.read())
-        elif not destination.is_contiguous():  # a column shard
-            whole = torch.empty_like(source.meta, device=self.device)
-            self.fill(whole, source)
-            destination.copy_(whole)
-        elif self.cuda or destination.dtype != source.meta.dtype:
-            self._stage(destination.view(-1), source)
-        else:
-            self._read(destination.view(-1).view(torch.uint8), source.path, source.position)
-
-    def _stage(self, flat: Tensor, source: FileTensor) -> None:
-        """Fill a tensor by way of the staging buffers."""
+            return torch.cat([self.fetch(part) for part in source.parts], source.dim)
+        if not isinstance(source, FileTensor) or not source.meta.is_contiguous():
+            return source.read().to(self.device)
+        value = torch.empty_like(source.meta, device=self.device)
+        data = value.view(-1).view(torch.uint8)
         if not self.staging:
-            self.staging = [
-                torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=self.cuda)
-                for _ in range(2 if self.cuda else 1)
-            ]
-        size = source.meta.dtype.itemsize
-        step = STAGING_BYTES // size
-        for start in range(0, flat.numel(), step):
-            part = flat[start : start + step]
-            if fetched := self.fetched[self.turn]:
-                fetched.synchronize()
-            buffer = self.staging[self.turn][: part.numel() * size]
-            self._read(buffer, source.path, source.position + start * size)
-            staged = buffer.view(source.meta.dtype)
-            if self.cuda and part.dtype != staged.dtype:
-                staged = staged.to(self.device, non_blocking=True)  # cast on the device
-            part.copy_(staged, non_blocking=self.cuda)
-            if self.cuda:
-                # The copies go through the current stream: nothing else runs while weights load,
-                # and memory that the allocator hands out here is then safe without another event.
-                event = torch.cuda.Event()
-                event.record()
-                self.fetched[self.turn] = event
-                self.turn = 1 - self.turn
+            self._read(data, source.path, source.position)
+            return value
+        for start in range(0, len(data), STAGING_BYTES):
+            part = data[start : start + STAGING_BYTES]
+            staging, copied = self.staging[0]
+            copied.synchronize()
+            self._read(staging[: len(part)], source.path, source.position + start)
+            part.copy_(staging[: len(part)], non_blocking=True)
+            copied.record(torch.cuda.current_stream(self.device))
+            self.staging.rotate()
+        return value
 
     def _read(self, buffer: Tensor, path: Path, position: int) -> None:
         """Read bytes from a position of a file to a uint8 CPU tensor, by several threads."""
-        if path not in self.files:
-            try:
-                self.files[path] = path.open("rb", buffering=0)
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read any more: {error}") from error
-        number = self.files[path].fileno()
-        view = memoryview(buffer.numpy().data)
-        if len(view) <= _SLICE_BYTES:
-            _read_exactly(number, view, position, path)
-            return
+        view = memoryview(buffer.numpy())
         jobs = [
-            self.pool.submit(
-                _read_exactly, number, view[start : start + _SLICE_BYTES], position + start, path
-            )
+            self.pool.submit(read_bytes, path, position + start, view[start : start + _SLICE_BYTES])
             for start in range(0, len(view), _SLICE_BYTES)
         ]
         for job in jobs:
             job.result()
-
-
-def _read_exactly(number: int, view: memoryview, position: int, path: Path) -> None:
-    while view:
-        try:
-            count = os.preadv(number, [view], position)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        if count == 0:
-            raise CheckpointError(f"{path} was cut short while it was read")
-        view = view[count:]
-        position += count
