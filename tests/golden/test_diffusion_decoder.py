@@ -27,8 +27,8 @@ from worldline.sampling.edm import SIGMA_MAX, make_sigmas, precondition, sample
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape, latent_frames_of
-from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.weights import key_map, read_config, read_statistics
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
+from worldline.tokenizers.cosmos.weights import key_map, read_statistics
 from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.stream import load_into
 
@@ -52,7 +52,18 @@ def network(case: Case) -> DiT:
 def tokenizer(case: Case) -> CosmosTokenizer:
     """The half that decodes; the case holds no other."""
     source = open_checkpoint(pixels_folder(case) / "decoder.jit")
-    config = read_config(source)
+    stated = case.spec["cv_tokenizer"]["config"]
+    config = CosmosTokenizerConfig(
+        channels=stated["channels"],
+        level_channels=tuple(stated["channels"] * n for n in stated["channels_mult"]),
+        num_blocks=stated["num_res_blocks"],
+        patch=stated["patch_size"],
+        spatial=stated["spatial_compression"],
+        temporal=stated["temporal_compression"],
+        z_channels=stated["z_channels"],
+        latent_channels=stated["latent_channels"],
+        tap=float(source.read("decoder.unpatcher3d.wavelets")[0]),
+    )
     model = CosmosTokenizer(config)
     draw_weights(model)
     halves = ["encoder.*", "quant_conv.*"]

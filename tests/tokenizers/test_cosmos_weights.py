@@ -108,7 +108,7 @@ def test_what_is_wrong_with_a_vae_folder_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"encoder\.conv_in\.conv_x"):
         open_tokenizer(tmp_path)
     weights.unlink()
-    with pytest.raises(CheckpointError, match=r"nor diffusion_pytorch_model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"looked for diffusion_pytorch_model\.safetensors"):
         open_tokenizer(tmp_path)
     save_vae(tmp_path / "vae", model, patch_size=2)
     with pytest.raises(CheckpointError, match="patch_size is 2"):

@@ -30,7 +30,7 @@ def test_the_order_of_preference(tmp_path: Path) -> None:
 
 
 def test_folders_without_one(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no model\.pt \(nor model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no model\.pt \(looked for model\.safetensors"):
         find_transformer(tmp_path)
     (tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors").touch()
     with pytest.raises(CheckpointError, match=DIFFUSERS_FILES[1]):

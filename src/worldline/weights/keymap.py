@@ -37,8 +37,8 @@ class KeyMap:
     Attributes:
         rename: released pattern -> our pattern; "{i}" stands for an integer, and each field stands
             once on either side.
-        drop: pattern (with `*`, as in file names) of released names that are skipped -> reason;
-            it wins over `rename`.
+        drop: pattern (with `*`, as in file names) of other released names that are skipped ->
+            reason.
         prefixes: what may stand before a released name; `released` writes the first.
     """
 
@@ -52,7 +52,7 @@ class KeyMap:
 
     def ours(self, name: str) -> str | None:
         """Our name of a released tensor; None if it is dropped or unknown."""
-        for prefix in () if self.drops(name) else self.prefixes:
+        for prefix in self.prefixes:
             if name.startswith(prefix) and (
                 ours := _translate(self.rename, name.removeprefix(prefix))
             ):

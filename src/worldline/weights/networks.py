@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Self, TypeVar
@@ -32,6 +32,7 @@ DIFFUSERS_FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
 )
+VAE_LAYOUTS = [(f"{folder}{name}",) for folder in ("", "vae/") for name in DIFFUSERS_FILES]
 # released transformers whose file names start with a hash, and what their training writes
 _HASHED = "*_ema_bf16.pt"
 
@@ -75,7 +76,7 @@ class Network(Generic[Config]):
         """
         try:
             shapes = shapes_of(self.kind, self.config)
-        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: no such network: {error}") from error
         match(self.source.tensors, shapes, self.keys, str(self.path))
         return self
@@ -174,18 +175,40 @@ def find_transformer(path: Path) -> Path:
         names = ", ".join(file.name for file in hashed)
         raise CheckpointError(f"{path} holds several transformers ({names}); name one of them")
 
-    def candidates() -> Iterator[Path]:
-        yield from (*hashed, *(path / name for name in TRANSFORMER_FILES))
-        yield from find_shards(path)
-        yield from sorted(path.glob("iter_*.pt"), reverse=True)
-        yield from (path / "transformer" / name for name in DIFFUSERS_FILES)
-        yield from (path / name for name in DIFFUSERS_FILES)
+    def layouts() -> Iterator[tuple[str]]:
+        yield from ((file.name,) for file in hashed)
+        yield from ((name,) for name in TRANSFORMER_FILES)
+        yield from ((file.name,) for file in find_shards(path)[:1])
+        yield from training_files(path)
+        yield from (
+            (f"{folder}{name}",) for folder in ("transformer/", "") for name in DIFFUSERS_FILES
+        )
 
-    if file := next(filter(Path.is_file, candidates()), None):
-        return file
+    return find_files(path, layouts(), "model.pt")[0]
+
+
+def training_files(folder: Path) -> list[tuple[str]]:
+    """Checkpoints `iter_*.pt` of a training run as layouts, the newest first."""
+    return [(file.name,) for file in sorted(folder.glob("iter_*.pt"), reverse=True)]
+
+
+def find_files(folder: Path, layouts: Iterable[tuple[str, ...]], kind: str) -> list[Path]:
+    """Files of the first layout that is there.
+
+    Raises:
+        CheckpointError: there is none, or half of one; `kind` is what is missing.
+    """
+    tried: list[str] = []
+    half = ""
+    for layout in layouts:
+        absent = [name for name in layout if not (folder / name).is_file()]
+        if not absent:
+            return [folder / name for name in layout]
+        if len(absent) < len(layout):
+            half = f"; it is half downloaded: {absent[0]} is missing"
+        tried += layout
     raise CheckpointError(
-        f"{path} holds no model.pt (nor model.safetensors, model_model_mp_*.pt, iter_*.pt, "
-        f"transformer/{' or '.join(DIFFUSERS_FILES)}){unfinished(path)}"
+        f"{folder} holds no {kind} (looked for {', '.join(tried)}){half or unfinished(folder)}"
     )
 
 

@@ -96,12 +96,13 @@ class CosmosTokenizerConfig:
         return math.prod(self.levels) if self.levels else 0
 
 
+LEVELS = (8, 8, 8, 5, 5, 5)  # of the released discrete tokenizers
 PRESETS = {
     "CV8x8x8": CosmosTokenizerConfig(),
-    "DV8x16x16": CosmosTokenizerConfig(spatial=16, latent_channels=6, levels=(8, 8, 8, 5, 5, 5)),
+    "DV8x16x16": CosmosTokenizerConfig(spatial=16, latent_channels=6, levels=LEVELS),
     "CV4x8x8": CosmosTokenizerConfig(patch=2, temporal=4),
     "DV4x8x8": CosmosTokenizerConfig(
-        patch=2, temporal=4, z_channels=256, latent_channels=6, levels=(8, 8, 8, 5, 5, 5)
+        patch=2, temporal=4, z_channels=256, latent_channels=6, levels=LEVELS
     ),
 }
 

@@ -18,17 +18,25 @@ import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError
-from worldline.files import read_json, unfinished
+from worldline.files import read_json
 from worldline.nn.transforms import EXACT_TAP
 from worldline.tokenizers.cosmos.model import (
-    PRESETS,
+    LEVELS,
     CosmosTokenizer,
     CosmosTokenizerConfig,
     LatentStatistics,
 )
 from worldline.weights.checkpoint import Checkpoint, joined, open_checkpoint, renamed
 from worldline.weights.keymap import KeyMap, renamed_by
-from worldline.weights.networks import DIFFUSERS_FILES, Network, require_settings, shapes_of
+from worldline.weights.networks import (
+    DIFFUSERS_FILES,
+    VAE_LAYOUTS,
+    Network,
+    find_files,
+    require_settings,
+    shapes_of,
+    training_files,
+)
 
 # files that a folder may hold, in order of preference
 LAYOUTS = (
@@ -94,7 +102,11 @@ _DROP = {
     "decoder.unpatcher3d.*": "wavelet buffers; the tap is read into the configuration",
     "quantizer.*": "FSQ tables; the levels are read into the configuration",
     "inv_quant.quantizer.*": "FSQ tables of a decoder file",
+    # files of the 0.1 release's code hold all three convolutions of every resampler
+    "*.downsample.conv?.conv3d.*": "it never runs",
+    "*.upsample.conv?.conv3d.*": "it never runs",
 }
+_LEVELS, _TAPS = "quantizer._levels", "encoder.patcher3d.wavelets"
 
 
 @dataclass(frozen=True)
@@ -137,26 +149,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: there is none, or half of a pair is missing.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"no tokenizer {folder}")
-    newest = sorted(folder.glob("iter_*.pt"), reverse=True)
-    layouts = [
-        *((path / name,) for path in (folder, folder / "vae") for name in DIFFUSERS_FILES),
-        *(tuple(folder / name for name in names) for names in LAYOUTS),
-        *((path,) for path in newest),
-    ]
-    missing = ""
-    for files in layouts:
-        absent = [file for file in files if not file.exists()]
-        if not absent:
-            return list(files)
-        if len(absent) < len(files):
-            missing = f"{folder} is half downloaded: {absent[0].name} is missing"
-    raise CheckpointError(
-        missing
-        or f"{folder} holds no tokenizer: neither encoder.jit with decoder.jit, nor "
-        f"autoencoder.jit, nor model.pt, nor {DIFFUSERS_FILES[0]}{unfinished(folder)}"
-    )
+    layouts = [*VAE_LAYOUTS, *LAYOUTS, *training_files(folder)]
+    return find_files(folder, layouts, "tokenizer")
 
 
 def is_diffusers(source: Checkpoint) -> bool:
@@ -168,17 +162,7 @@ def key_map(config: CosmosTokenizerConfig, diffusers: bool = False) -> KeyMap:
     """Map of the bare names of an exported file, or of those in diffusers, to ours."""
     ours, num_levels = shapes_of(CosmosTokenizer, config), len(config.level_channels)
     rename = {_theirs(name, diffusers, num_levels): name for name in ours}
-    if diffusers:
-        return KeyMap(rename)
-    names = (
-        f"{resampler}.conv{number}.conv3d."
-        for level in range(num_levels)
-        for resampler in (f"encoder.down.{level}.downsample", f"decoder.up.{level}.upsample")
-        for number in (1, 2, 3)
-    )
-    # files of the 0.1 release's code hold all three convolutions of every resampler
-    unused = {f"{name}*": "it never runs" for name in names if f"{name}weight" not in rename}
-    return KeyMap(rename, _DROP | unused)
+    return KeyMap(rename, {} if diffusers else _DROP)
 
 
 def _theirs(name: str, diffusers: bool, num_levels: int = 0) -> str:
@@ -189,10 +173,10 @@ def _theirs(name: str, diffusers: bool, num_levels: int = 0) -> str:
 
 
 def read_config(source: Checkpoint, name: str = "") -> CosmosTokenizerConfig:
-    """Configuration of a tokenizer, from its tensors' shapes and small buffers.
+    """Configuration of a tokenizer, from the shapes and small buffers of its encoder.
 
     Args:
-        source: encoder, decoder, or both.
+        source: a whole tokenizer, or its encoder.
         name: the folder's name; decides only what shapes cannot (files of the 0.1 release, and
             whether a file without quantiser buffers is discrete).
 
@@ -202,56 +186,44 @@ def read_config(source: Checkpoint, name: str = "") -> CosmosTokenizerConfig:
     diffusers = is_diffusers(source)
 
     def shape(ours: str) -> Sequence[int]:
-        meta = source.tensors.get(_theirs(ours, diffusers))
-        return () if meta is None else meta.shape
+        return source.tensors[_theirs(ours, diffusers)].shape
 
     def widths(ours: str) -> tuple[int, ...]:
         """First sizes of tensors that are numbered from 0."""
-        shapes = takewhile(bool, (shape(ours.format(number)) for number in count()))
-        return tuple(each[0] for each in shapes)
+        names = (_theirs(ours.format(number), diffusers) for number in count())
+        inside = takewhile(source.tensors.__contains__, names)
+        return tuple(source.tensors[name].shape[0] for name in inside)
 
-    def buffer(*names: str) -> Tensor | None:
-        return next((source.read(name) for name in names if name in source.tensors), None)
-
-    half, outer = "encoder", shape("encoder.conv_in.space.weight")
-    if not outer:
-        half, outer = "decoder", shape("decoder.conv_out.space.weight")
-    level_channels = widths(f"{half}.levels.{{}}.blocks.0.conv1.space.weight")
-    latent_and_z = shape("quant_conv.weight")[:2] or shape("post_quant_conv.weight")[1::-1]
-    if len(outer) != 5 or not level_channels or len(latent_and_z) != 2:
-        raise CheckpointError(f"{source.path}: not a Cosmos video tokenizer")
-    latent_channels, z_channels = latent_and_z
-    patch = round((outer[1 if half == "encoder" else 0] / 3) ** (1 / 3))
-    space, time = (
-        sum(
-            bool(shape(f"{half}.levels.{level}.resample.{axis}.weight"))
-            for level in range(len(level_channels))
+    try:
+        channels, features = shape("encoder.conv_in.space.weight")[:2]
+        latent_channels, z_channels = shape("quant_conv.weight")[:2]
+        level_channels = widths("encoder.levels.{}.blocks.0.conv1.space.weight")
+        space, time = (
+            len(widths(f"encoder.levels.{{}}.resample.{axis}.weight")) for axis in ("space", "time")
         )
-        for axis in ("space", "time")
-    )
+    except (LookupError, ValueError) as error:
+        raise CheckpointError(f"{source.path}: not a Cosmos video tokenizer") from error
+    patch = round((features / 3) ** (1 / 3))
     spatial, temporal = patch * 2**space, patch * 2**time
     found = re.search(r"[CD]V(\d+)x(\d+)x\d+", name)
     if found and space == time == len(level_channels) - 1:
         temporal, spatial = int(found[1]), int(found[2])  # 0.1: every resampler holds everything
-    levels = PRESETS["DV8x16x16"].levels or ()
-    stated = buffer("quantizer._levels", "inv_quant.quantizer._levels")
-    if stated is not None:
-        levels = tuple(int(level) for level in stated)
-    elif diffusers or re.search(r"CV\d", name) or latent_channels != len(levels):
-        levels = ()  # diffusers has no discrete one
-    taps = buffer("encoder.patcher3d.wavelets", "decoder.unpatcher3d.wavelets")
-    num_blocks = len(widths(f"{half}.levels.0.blocks.{{}}.conv1.space.weight"))
+    levels: tuple[int, ...] | None = LEVELS
+    if _LEVELS in source.tensors:
+        levels = tuple(map(int, source.read(_LEVELS)))
+    elif diffusers or re.search(r"CV\d", name) or latent_channels != len(LEVELS):
+        levels = None  # diffusers has no discrete one
     return CosmosTokenizerConfig(
-        channels=outer[0] if half == "encoder" else level_channels[0] // 2,
+        channels=channels,
         level_channels=level_channels,
-        num_blocks=num_blocks - (half == "decoder"),
+        num_blocks=len(widths("encoder.levels.0.blocks.{}.conv1.space.weight")),
         patch=patch,
         spatial=spatial,
         temporal=temporal,
         z_channels=z_channels,
         latent_channels=latent_channels,
-        levels=levels or None,
-        tap=EXACT_TAP if taps is None else float(taps[0]),
+        levels=levels,
+        tap=float(source.read(_TAPS)[0]) if _TAPS in source.tensors else EXACT_TAP,
     )
 
 
@@ -282,31 +254,24 @@ def read_statistics(folder: Path, channels: int) -> LatentStatistics | None:
     """
     released, images, ours = (folder / name for name in STATISTICS)
     path = next(filter(Path.exists, (released, ours)), folder / CONFIG)
-
-    def by_channel(name: str, tensor: Tensor) -> Tensor:
-        """(channels, t), of images (channels,); many files are flat, channel slowest."""
-        if tensor.dim() > 1 and len(tensor) not in (1, channels):
-            raise ValueError(f"{name} is {list(tensor.shape)}")
-        rows = tensor.float().reshape(channels, -1)
-        return rows.flatten() if name.startswith("image") else rows
-
     tensors: dict[str, Tensor] = {}
+    if path == released:
+        for prefix, file in (("", released), ("image_", images)):
+            if file.exists():
+                pair = open_checkpoint(file)
+                tensors |= {f"{prefix}mean": pair.read("0"), f"{prefix}std": pair.read("1")}
+    elif path == ours:
+        source = open_checkpoint(ours)
+        tensors = {name: source.read(name) for name in source.tensors}
     try:
-        if path == released:
-            for prefix, file in (("", released), ("image_", images)):
-                if file.exists():
-                    pair = open_checkpoint(file)
-                    tensors |= {f"{prefix}mean": pair.read("0"), f"{prefix}std": pair.read("1")}
-        elif path == ours:
-            source = open_checkpoint(ours)
-            tensors = {name: source.read(name) for name in source.tensors}
-        elif any((folder / name).exists() for name in DIFFUSERS_FILES):
+        if any((folder / name).exists() for name in DIFFUSERS_FILES) and not tensors:
             stated = {name: read_json(path).get(f"latents_{name}") for name in ("mean", "std")}
             tensors = {name: torch.tensor(value) for name, value in stated.items() if value}
         if not tensors:
             return None
-        return LatentStatistics(**{name: by_channel(name, t) for name, t in tensors.items()})
-    except CheckpointError:
-        raise
+        rows = {name: tensor.float().reshape(channels, -1) for name, tensor in tensors.items()}
+        return LatentStatistics(
+            **{name: t.flatten() if name.startswith("image") else t for name, t in rows.items()}
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: no statistics of {channels} channels: {error}") from error

@@ -7,6 +7,7 @@ tensors are the same ones under other names.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +18,10 @@ from typing import Any
 import torch
 
 from worldline.errors import CheckpointError
-from worldline.files import unfinished
 from worldline.tokenizers.wan.model import MEAN, STD, WanTokenizer, WanTokenizerConfig
 from worldline.weights.checkpoint import Checkpoint, open_checkpoint
 from worldline.weights.keymap import KeyMap, renamed_by
-from worldline.weights.networks import DIFFUSERS_FILES, Network, require_settings, shapes_of
+from worldline.weights.networks import VAE_LAYOUTS, Network, find_files, require_settings, shapes_of
 
 # files that a folder may hold, in order of preference
 FILES = ("tokenizer.pth", "Wan2.1_VAE.pth")
@@ -82,7 +82,8 @@ def open_wan(path: Path) -> WanNetwork:
     Raises:
         CheckpointError: there is none, it is damaged or half downloaded, or a tensor does not fit.
     """
-    file = _find(Path(path))
+    layouts = [*((name,) for name in FILES), *VAE_LAYOUTS]
+    file = path if path.is_file() else find_files(path, layouts, "tokenizer of Wan2.1")[0]
     source = open_checkpoint(file)
     stated, settings, theirs = file.parent / "config.json", {}, is_diffusers(source)
     if theirs and stated.is_file():
@@ -91,22 +92,6 @@ def open_wan(path: Path) -> WanNetwork:
     config = read_config(source, settings)
     beside = (stated,) if theirs else ()
     return WanNetwork(WanTokenizer, config, source, key_map(config, theirs), beside).check()
-
-
-def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise CheckpointError(f"no tokenizer {path}")
-    candidates = [path / name for name in FILES]
-    candidates += [path / folder / name for folder in ("", "vae") for name in DIFFUSERS_FILES]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise CheckpointError(
-        f"{path} holds no tokenizer of Wan2.1: neither {' nor '.join(FILES)} nor "
-        f"{DIFFUSERS_FILES[0]}{unfinished(path)}"
-    )
 
 
 def key_map(config: WanTokenizerConfig, diffusers: bool = False) -> KeyMap:
@@ -145,39 +130,29 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> WanTokenizer
 
     def width(ours: str) -> int:
         meta = source.tensors.get(_theirs(ours, diffusers))
-        return 0 if meta is None or not meta.ndim else len(meta)
+        return 0 if meta is None else math.prod(meta.shape[:1])
 
-    channels = width("encoder.conv_in.weight")
-    latent_channels = width("encoder.conv_out.weight") // 2
-    # width and depth of each level of the encoder, and whether the steps between halve time
-    widths: list[int] = []
-    depths: list[int] = []
-    steps: list[bool] = []
+    levels: list[list[int]] = [[]]  # widths of the blocks of each level of the encoder
+    steps: list[bool] = []  # whether those between them halve time
     for number in count():
         layer = f"encoder.layers.{number}"
         if outputs := width(f"{layer}.conv1.weight"):
-            if len(widths) == len(steps):
-                widths.append(outputs)
-                depths.append(0)
-            depths[-1] += 1
+            levels[-1].append(outputs)
         elif width(f"{layer}.space.weight"):
             steps.append(bool(width(f"{layer}.time.weight")))
+            levels.append([])
         else:
             break
-    whole = is_wan(source) and len(steps) == len(widths) - 1 and len(set(depths)) == 1
-    if not whole or not latent_channels or any(outputs % channels for outputs in widths):
-        raise CheckpointError(
-            f"{source.path} holds no tokenizer of Wan2.1 (levels {widths} wide, {depths} deep)"
-        )
     try:
+        channels = width("encoder.conv_in.weight")
         return WanTokenizerConfig(
             channels=channels,
-            multipliers=tuple(outputs // channels for outputs in widths),
-            num_blocks=depths[0],
+            multipliers=tuple(level[0] // channels for level in levels),
+            num_blocks=len(levels[0]),
             temporal_steps=tuple(steps),
-            latent_channels=latent_channels,
+            latent_channels=width("encoder.conv_out.weight") // 2,
             mean=tuple(settings.get("latents_mean") or MEAN),
             std=tuple(settings.get("latents_std") or STD),
         )
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{source.path}: {error}") from error
+    except (ArithmeticError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source.path} holds no tokenizer of Wan2.1: {error}") from error
