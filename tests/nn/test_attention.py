@@ -28,10 +28,3 @@ def test_a_mask_hides_keys() -> None:
     mask = torch.arange(7) < 4
     mask = mask.view(1, 1, 1, 7)
     assert torch.allclose(attend(q, k, v, mask=mask), formula(q, k, v, mask))
-
-
-@pytest.mark.parametrize("length", [1, 3])
-def test_a_mask_beside_causal_is_refused(length: int) -> None:
-    q, k = torch.randn(1, 2, length, 8), torch.randn(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="not both"):
-        attend(q, k, k, causal=True, mask=torch.ones(length, 3, dtype=torch.bool))

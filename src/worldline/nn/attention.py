@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -41,14 +40,12 @@ def attend(
         causal: query i sees keys 0 .. S - L + i, as when the keys before are a cached prefix.
         mask: boolean, broadcast to (B, N, L, S); True is visible; not together with `causal`.
     """
-    if causal and mask is not None:
-        raise ValueError("attend takes causal or a mask, not both")
     length, visible = q.shape[2], k.shape[2]
     if length == 1:
         return _attend_one(q, k, v, mask)
     if causal and length < visible:
-        rows = torch.arange(visible - length, visible, device=q.device)
-        mask = rows[:, None] >= torch.arange(visible, device=q.device)
+        mask = torch.ones(length, visible, dtype=torch.bool, device=q.device)
+        mask = mask.tril(visible - length)
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.device.type != "cuda":
         # the fused CPU kernel takes equal head counts only; the copy is small there
@@ -64,13 +61,9 @@ def attend(
 
 def _prefers_cudnn(device: torch.device, dtype: torch.dtype, length: int) -> bool:
     """Whether to ask for cuDNN first: 1.6 to 1.8 times FlashAttention 2 on Hopper."""
+    half = dtype in (torch.bfloat16, torch.float16)
     long = device.type == "cuda" and length >= LONG
-    return long and dtype in (torch.bfloat16, torch.float16) and _is_hopper(device)
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return half and long and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def backend_name(device: torch.device, dtype: torch.dtype, length: int) -> str:

@@ -72,16 +72,7 @@ def _by_token(vectors: Tensor, stream: Tensor) -> Tensor:
         return vectors.unsqueeze(1)
     if vectors.shape[1] == 1:
         return vectors
-    return vectors.repeat_interleave(_run_length(stream, vectors), dim=1)
-
-
-def _run_length(stream: Tensor, *modulation: Tensor) -> int:
-    """Tokens of a stream (B, L, D) that share a vector."""
-    length = stream.shape[1]
-    runs = {1 if vectors.ndim == 2 else vectors.shape[1] for vectors in modulation}
-    if len(runs) > 1 or length % max(runs):
-        raise ValueError(f"{length} tokens cannot be cut into {sorted(runs)} equal runs")
-    return length // max(runs)
+    return vectors.repeat_interleave(stream.shape[1] // vectors.shape[1], dim=1)
 
 
 def sinusoid(timesteps: Tensor, width: int) -> Tensor:
@@ -109,9 +100,7 @@ def add_and_modulate(
     """
     kernels = kernels_for(residual.stream, _KERNELS)
     if kernels is not None:
-        vectors = [shift, scale] if residual.gate is None else [shift, scale, residual.gate]
-        run = _run_length(residual.stream, *vectors)
-        return kernels.add_and_modulate(*residual, added, shift, scale, run, dtype, NORM_EPS)
+        return kernels.add_and_modulate(*residual, added, shift, scale, dtype, NORM_EPS)
     stream = residual.total() if added is None else residual.total() + added
     normed = F.layer_norm(stream.to(dtype or stream.dtype), stream.shape[-1:], eps=NORM_EPS)
     return stream, normed * (1 + _by_token(scale, stream)) + _by_token(shift, stream)

@@ -65,26 +65,26 @@ def add_and_modulate(
     added: Tensor | None,
     shift: Tensor,
     scale: Tensor,
-    run: int,
     dtype: torch.dtype | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`modulation.add_and_modulate` for runs of `run` tokens; the stream changes in place."""
+    """`modulation.add_and_modulate`; the stream changes in place."""
     batch, length, width = stream.shape
     stream = stream.contiguous()
     normed = torch.empty_like(stream, dtype=dtype)
-    unused = stream  # any pointer, where there is nothing to read
+    runs = 1 if shift.ndim == 2 else shift.shape[1]
+
+    def pointer(x: Tensor | None) -> Tensor:
+        """Any, where there is nothing to read."""
+        return stream if x is None else x.contiguous()
+
     with torch.cuda.device(stream.device):
         _modulate_kernel[(batch * length,)](
             stream,
-            unused if update is None else update.contiguous(),
-            unused if gate is None else gate.contiguous(),
-            unused if added is None else added.contiguous(),
-            shift.contiguous(),
-            scale.contiguous(),
+            *map(pointer, (update, gate, added, shift, scale)),
             normed,
             length,
-            run,
+            length // runs,
             width,
             eps,
             UPDATE=update is not None,
@@ -146,8 +146,7 @@ def norm_heads(x: Tensor, weight: Tensor, rotation: Rotation | None, eps: float)
         _norm_heads_kernel[(batch * length, triton.cdiv(heads, block))](
             x,
             weight,
-            x if rotation is None else rotation.cos.contiguous(),
-            x if rotation is None else rotation.sin.contiguous(),
+            *(table.contiguous() for table in rotation or (weight, weight)),
             length,
             heads,
             x.stride(1),

@@ -182,16 +182,14 @@ def fit_colours(tokenizer: CausalTokenizer) -> Tensor:
     config, weight = tokenizer.config, next(tokenizer.parameters())
     noise = np.random.RandomState(0).uniform(-1, 1, (_PICTURES, 3, 4, 4)).astype(np.float32)
     side = _SIDE * config.spatial
-    pictures = F.interpolate(torch.from_numpy(noise), size=(side, side), mode="bicubic")
-    pictures = pictures.clamp(-1, 1)
-    colours = F.avg_pool2d(pictures, config.spatial).permute(0, 2, 3, 1).reshape(-1, 3)
+    pictures = F.interpolate(torch.from_numpy(noise), size=(side, side), mode="bicubic").clamp(
+        -1, 1
+    )
+    colours = F.avg_pool2d(pictures, config.spatial).permute(0, 2, 3, 1).reshape(-1, 3).double()
     still = pictures[:, :, None].expand(-1, -1, 1 + config.temporal, -1, -1)
-    latents = torch.cat([tokenizer.encode(one[None].to(weight)) for one in still]).float().cpu()
-    maps = []
-    for frame in range(2):
-        cells = latents[:, :, frame].permute(0, 2, 3, 1).flatten(0, 2)
-        known = torch.cat([cells, torch.ones(len(cells), 1)], dim=1).double()
-        damping = _DAMPING * len(known) * torch.eye(known.shape[1], dtype=torch.float64)
-        damping[-1, -1] = 0
-        maps.append(torch.linalg.solve(known.T @ known + damping, known.T @ colours.double()))
-    return torch.stack(maps).float()
+    latents = torch.cat([tokenizer.encode(one[None].to(weight)) for one in still]).double().cpu()
+    known = F.pad(
+        latents.permute(2, 0, 3, 4, 1).flatten(1, 3), (0, 1), value=1
+    )  # (2, cells, C + 1)
+    damping = _DAMPING * known.shape[1] * torch.eye(known.shape[2], dtype=known.dtype)
+    return torch.linalg.solve(known.mT @ known + damping, known.mT @ colours).float()

@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from worldline.shapes import LatentShape
@@ -89,16 +90,25 @@ def rotation_3d(
 
     `leading` tokens before the first cell are not rotated; `first_frame` is the time of the first.
     """
-    original = (0, 0, 0) if yarn is None else (yarn.original[0], *[yarn.original[1]] * 2)
-    parts = []
-    for axis, size in enumerate(axis_sizes(head_size)):
-        first = first_frame if axis == 0 else 0
-        position = torch.arange(astuple(grid)[axis], dtype=torch.float32) + first
-        parts.append(torch.outer(position, inverse_frequencies(size, theta, yarn, original[axis])))
-    half = _over_grid(parts)
-    angles = torch.cat([half, half], dim=1)
-    angles = torch.cat([angles.new_zeros(leading, head_size), angles])
+    original = (0, 0) if yarn is None else yarn.original
+    time, *space = _positions(grid)
+    frequencies = [
+        inverse_frequencies(size, theta, yarn, cells)
+        for size, cells in zip(axis_sizes(head_size), (*original, original[1]), strict=True)
+    ]
+    angles = _angles([time + first_frame, *space], frequencies)
+    angles = F.pad(angles, (0, 0, leading, 0))
     return Rotation(angles.cos(), angles.sin())
+
+
+def _positions(grid: LatentShape) -> list[Tensor]:
+    return [torch.arange(size, dtype=torch.float32) for size in astuple(grid)]
+
+
+def _angles(positions: Sequence[Tensor], frequencies: Sequence[Tensor]) -> Tensor:
+    """Angles (L, K) of every cell, float32, by time, rows and columns."""
+    half = _over_grid([torch.outer(*pair) for pair in zip(positions, frequencies, strict=True)])
+    return torch.cat([half, half], dim=1).float()
 
 
 def stretched_angles_3d(
@@ -125,16 +135,15 @@ def stretched_angles_3d(
         exponents: 2 j / d of each axis, (d / 2,) each, where a checkpoint was trained with rounded
             ones.
     """
-    parts = []
-    for axis, size in enumerate(axis_sizes(head_size)):
-        base = 10_000.0 * ratio[axis] ** (size / (size - 2))
-        exponent = rotary_exponents(size) if exponents is None else exponents[axis]
-        position = torch.arange(astuple(grid)[axis], dtype=torch.float32).to(dtype)
-        if axis == 0 and time_scale is not None:
-            position = position / torch.tensor([time_scale[0]]).to(dtype) * time_scale[1]
-        parts.append(torch.outer(position, 1.0 / base ** exponent.to(dtype)))
-    half = _over_grid(parts).float()
-    return torch.cat([half, half], dim=1)
+    positions = [position.to(dtype) for position in _positions(grid)]
+    if time_scale is not None:
+        fps, base_fps = time_scale
+        positions[0] = positions[0] / torch.tensor([fps]).to(dtype) * base_fps
+    sizes = axis_sizes(head_size)
+    bases = [10_000.0 * r ** (size / (size - 2)) for size, r in zip(sizes, ratio, strict=True)]
+    exponents = exponents or [*map(rotary_exponents, sizes)]
+    frequencies = [1.0 / b ** e.to(dtype) for b, e in zip(bases, exponents, strict=True)]
+    return _angles(positions, frequencies)
 
 
 def _over_grid(tables: Sequence[Tensor]) -> Tensor:
@@ -158,10 +167,8 @@ def sincos_3d(grid: LatentShape, width: int, leading: int = 0) -> Tensor:
     SinCosPosEmbAxisTE; arXiv 1706.03762, section 3.5.
     """
     parts = []
-    for axis, size in enumerate(axis_sizes(width)):
-        position = torch.arange(astuple(grid)[axis], dtype=torch.float64)
+    for position, size in zip(_positions(grid), axis_sizes(width), strict=True):
         omega = 10000.0 ** -(torch.arange(size // 2, dtype=torch.float64) / (size / 2))
-        angle = position[:, None] * omega
+        angle = torch.outer(position.double(), omega)
         parts.append(torch.cat([angle.sin(), angle.cos()], dim=1))
-    cells = _over_grid(parts)
-    return torch.cat([cells.new_zeros(leading, width), cells]).bfloat16().float()
+    return F.pad(_over_grid(parts), (0, 0, leading, 0)).bfloat16().float()
