@@ -244,7 +244,7 @@ def test_latents_and_tokens_of_a_wrong_type_are_named(
     assert len(result.stderr.splitlines()) == 4
     for name in bad:
         assert f"{name}.safetensors" in result.stderr
-    assert "latents are needed, not torch.int32" in result.stderr
+    assert "are needed, not torch.int32" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tiny.export import draw_weights
 from worldline.shapes import VideoShape
-from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip
+from worldline.tokenizers.cosmos.clips import check_stored, decode_clip, encode_clip
 from worldline.tokenizers.cosmos.model import PRESETS, CosmosTokenizer
 
 
@@ -64,19 +64,20 @@ def test_padding_repeats_what_is_there(model: CosmosTokenizer) -> None:
 def test_what_is_of_another_tokenizer_is_refused(model: CosmosTokenizer) -> None:
     discrete = model.config.levels is not None
     latents, tokens = torch.zeros(16, 2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.int32)
-    with pytest.raises(ValueError, match="are needed"):
-        decode_clip(model, latents if discrete else tokens)
-    with pytest.raises(ValueError, match="are needed"):
-        decode_clip(model, tokens[0] if discrete else latents[0])
     good = tokens if discrete else latents
-    for size in ((100, 8, 8), (1, 100, 8), (0, 8, 8)):
+    other = latents if discrete else tokens
+    for stored, size in (
+        (other, None),
+        (good[0], None),
+        *((good, VideoShape(*size)) for size in ((100, 8, 8), (1, 100, 8), (0, 8, 8))),
+    ):
         with pytest.raises(ValueError, match="are needed, not"):
-            decode_clip(model, good, VideoShape(*size))
+            check_stored(model.config, stored, size)
     if discrete:
         with pytest.raises(ValueError, match="outside 0 to 63,999"):
             decode_clip(model, tokens + 64_000)
     else:
-        with pytest.raises(ValueError, match=r"\[16, .* are needed, not \[3,"):
-            decode_clip(model, latents[:3])
-    with pytest.raises(ValueError, match="one frame"):
-        encode_clip(model, [])
+        with pytest.raises(ValueError, match=r"\[16, .* are needed, not .*\[3,"):
+            check_stored(model.config, latents[:3], None)
+        with pytest.raises(ValueError, match="not finite"):
+            decode_clip(model, latents / 0)

@@ -38,15 +38,12 @@ def encode_clip(model: CosmosTokenizer, pieces: Iterable[Frames]) -> tuple[Tenso
         Latents (C, t, h, w) of a continuous tokenizer, not normalised, in the dtype of its weights,
         or token ids (t, h, w), int32, of a discrete one, on the CPU; and the size of the clip.
 
-    Raises:
-        ValueError: a clip without frames.
     """
     config, weight = model.config, model.quant_conv.weight
     shape = VideoShape(0, 0, 0)
 
     def videos() -> Iterator[Tensor]:
         nonlocal shape
-        video: Tensor | None = None
         for piece in pieces:
             count, height, width = piece.shape[:3]
             shape = VideoShape(shape.frames + count, height, width)
@@ -54,11 +51,8 @@ def encode_clip(model: CosmosTokenizer, pieces: Iterable[Frames]) -> tuple[Tenso
             levels = torch.from_numpy(np.pad(piece, sides, mode="edge")).to(weight.device)
             video = _to_video(levels[None], weight)
             yield video
-        if video is None:
-            raise ValueError("a clip needs at least one frame")
         missing = -(shape.frames - 1) % config.temporal
-        if missing:
-            yield video[:, :, -1:].expand(-1, -1, missing, -1, -1)
+        yield video[:, :, -1:].expand(-1, -1, missing, -1, -1)
 
     latents = encode_stream(model, videos())
     parts = [one.cpu() if config.levels is None else model.to_tokens(one).cpu() for one in latents]
@@ -72,19 +66,19 @@ def decode_clip(
 
     Args:
         model: on its device.
-        stored: latents or token ids, as from `encode_clip`.
+        stored: latents or token ids, as from `encode_clip`, which fit (see `check_stored`).
         shape: size of the clip, to which the video is cut; by default all of it.
 
     Raises:
-        ValueError: as `check_stored`; latents that are not finite, or ids beyond the vocabulary.
+        ValueError: latents that are not finite, or ids beyond the vocabulary.
     """
-    config = model.config
-    check_stored(config, stored, shape)
-    if config.levels is None and not stored.isfinite().all():
+    config, latents = model.config, stored[None]
+    if config.levels:
+        if not 0 <= int(stored.min()) <= int(stored.max()) < config.vocabulary:
+            raise ValueError(f"token ids outside 0 to {config.vocabulary - 1:,}")
+        latents = model.to_codes(latents)
+    elif not stored.isfinite().all():
         raise ValueError("latents that are not finite")
-    if config.levels and not 0 <= int(stored.min()) <= int(stored.max()) < config.vocabulary:
-        raise ValueError(f"token ids outside 0 to {config.vocabulary - 1:,}")
-    latents = model.to_codes(stored[None]) if config.levels else stored[None]
     whole = LatentShape(*stored.shape[-3:]).video(config.temporal, config.spatial)
     return _cut(decode_stream(model, latents), shape or whole)
 
@@ -94,17 +88,16 @@ def check_stored(config: CosmosTokenizerConfig, stored: Tensor, clip: VideoShape
 
     They may be on the meta device. `clip` is the size of what they were made from, if known.
     """
-    name, channels = "latents", [config.latent_channels]
-    if config.levels:
-        name, channels = "token ids", []
-    if stored.is_floating_point() == bool(config.levels):
-        raise ValueError(f"{name} are needed, not {stored.dtype}")
-    sizes, grid = list(stored.shape), list(stored.shape[-3:])
+    channels, grid = [] if config.levels else [config.latent_channels], list(stored.shape[-3:])
     if clip is not None:
-        frames = 1 + ceil((clip.frames - 1) / config.temporal)
-        grid = [frames, *(ceil(side / config.spatial) for side in (clip.height, clip.width))]
-    if sizes != channels + grid or len(grid) != 3 or min(sizes) < 1:
-        raise ValueError(f"{name} {channels + grid} are needed, not {sizes}")
+        sides = (ceil(side / config.spatial) for side in (clip.height, clip.width))
+        grid = [1 + ceil((clip.frames - 1) / config.temporal), *sides]
+    fits = list(stored.shape) == channels + grid and len(grid) == 3 and min(grid) > 0
+    if not fits or stored.is_floating_point() == bool(config.levels):
+        name = "token ids" if config.levels else "latents"
+        raise ValueError(
+            f"{name} {channels + grid} are needed, not {stored.dtype} {list(stored.shape)}"
+        )
 
 
 def _cut(pieces: Iterable[Tensor], shape: VideoShape) -> Iterator[Frames]:
