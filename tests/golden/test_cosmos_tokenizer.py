@@ -126,7 +126,7 @@ def test_clips(case: Case) -> None:
                 "ema",
             ):
                 continue
-            case.compare(output, run[our_module(model, what)])
+            case.compare(output, run[our_module(model, what)].movedim(-1, 1))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -400,9 +400,7 @@ def matvec(
     _matvec_kernel[(blocks,)](
         x,
         x if gamma is None else gamma,
-        weights[0],
-        weights[min(1, len(weights) - 1)],
-        weights[-1],
+        *(weights * 3)[:3],
         x if residual is None else residual,
         out,
         *rows[:3],
@@ -457,10 +455,6 @@ class Attend:
         head_size: int,
         device: torch.device,
     ) -> None:
-        self.batch = batch
-        self.group = num_heads // num_kv_heads
-        self.key_heads = num_kv_heads
-        self.head_size = head_size
         self.partial = torch.empty(batch, num_heads, _SPLITS, head_size, device=device)
         self.stats = torch.empty(batch, num_heads, _SPLITS, 2, device=device)
         self.arrivals = torch.zeros(batch, num_kv_heads, dtype=torch.int32, device=device)
@@ -494,10 +488,11 @@ class Attend:
             rotation: cosines and sines (length, K) bf16 of all positions.
             position: () integer on the device.
         """
-        rows = keys.shape[2]
+        batch, key_heads, rows, head_size = keys.shape
+        group = self.stats.shape[1] // key_heads
         if position is None and rows not in self.last_row:
             self.last_row[rows] = torch.full((), rows - 1, device=keys.device)
-        _attend_kernel[(self.key_heads, _SPLITS, self.batch)](
+        _attend_kernel[(key_heads, _SPLITS, batch)](
             qkv,
             *gammas,
             *(rotation or (keys, keys)),
@@ -509,12 +504,12 @@ class Attend:
             self.arrivals,
             out,
             rows,
-            self.key_heads,
+            key_heads,
             eps,
-            self.head_size**-0.5,
-            K=self.head_size,
-            GROUP=self.group,
-            PADDED=max(16, triton.next_power_of_2(self.group)),
+            head_size**-0.5,
+            K=head_size,
+            GROUP=group,
+            PADDED=max(16, triton.next_power_of_2(group)),
             SPLITS=_SPLITS,
             BLOCK=_BLOCK,
             OWN=position is not None,

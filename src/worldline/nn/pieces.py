@@ -7,7 +7,7 @@ Axes: B batch, C channels, T/H/W frames, rows, columns; t/h/w those of latents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,35 @@ class CausalTokenizer(nn.Module):
 
     def decode_piece(self, latents: Tensor, cache: CausalCache) -> Tensor:
         raise NotImplementedError
+
+
+def each_frame(layer: Callable[..., Tensor], cells: Tensor, *arguments: object) -> Tensor:
+    """Cells (B, T, H', W', C') that a layer makes of frames (B T, C, H, W)."""
+    frames = layer(cells.permute(0, 1, 4, 2, 3).flatten(0, 1), *arguments)
+    return frames.permute(0, 2, 3, 1).unflatten(0, cells.shape[:2])
+
+
+class SpatialConv(nn.Module):
+    """A convolution over each frame of cells (B, T, H, W, C), to as many rows and columns.
+
+    A stride of 2 halves them, and pads the right and the bottom alone. The weight has its released
+    shape, (C', C, 1, k, k) or with two `axes` (C', C, k, k).
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, axes: int = 3
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, *(1, kernel, kernel)[-axes:]))
+        self.bias = nn.Parameter(torch.empty(outputs))
+        self.stride = stride
+
+    def forward(self, cells: Tensor) -> Tensor:
+        weight = self.weight[:, :, 0] if self.weight.ndim == 5 else self.weight
+        if self.stride == 2:
+            cells = F.pad(cells, (0, 0, 0, 1, 0, 1))
+        padding = weight.shape[-1] // 2 if self.stride == 1 else 0
+        return each_frame(F.conv2d, cells, weight, self.bias, self.stride, padding)
 
 
 class TemporalConv(nn.Module):

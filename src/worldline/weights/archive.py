@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION, StorageType
 
 from worldline.errors import CheckpointError
-from worldline.weights.checkpoint import Checkpoint, FileTensor
 
 _LARGEST_PICKLE = 1 << 30  # bytes; the largest real one is below a megabyte
 
@@ -148,7 +147,11 @@ class Unpickler(pickle.Unpickler):
         return _Record(storage, start, meta)
 
 
-def open_pickled(path: Path) -> Checkpoint:
+# kind, name -> (bytes from the start of the file, meta tensor), nesting, beside: of a `Checkpoint`
+Pickled = tuple[str, dict[str, tuple[int, Tensor]], str, tuple[str, ...]]
+
+
+def open_pickled(path: Path) -> Pickled:
     """Open a zip archive, or a file from before PyTorch 1.6."""
     try:
         with path.open("rb") as file:
@@ -165,7 +168,7 @@ def open_pickled(path: Path) -> Checkpoint:
         ) from error
 
 
-def _read_zip(path: Path, file: BinaryIO) -> Checkpoint:
+def _read_zip(path: Path, file: BinaryIO) -> Pickled:
     with zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
         roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
@@ -196,7 +199,7 @@ def _read_zip(path: Path, file: BinaryIO) -> Checkpoint:
         return _collect(path, "jit" if torchscript else "pt", byteorder, value, starts)
 
 
-def _read_legacy(path: Path, file: BinaryIO) -> Checkpoint:
+def _read_legacy(path: Path, file: BinaryIO) -> Pickled:
     magic, version, machine = (Unpickler(path, file).load() for _ in range(3))
     if (magic, version) != (MAGIC_NUMBER, PROTOCOL_VERSION):
         raise CheckpointError(f"{path} is in no known format (version {version!r:.20})")
@@ -220,7 +223,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> Checkpoint:
 
 def _collect(
     path: Path, kind: str, byteorder: str, value: object, starts: dict[str, int]
-) -> Checkpoint:
+) -> Pickled:
     """Tensors of unpickled objects, those of {"model": {…}} or {"state_dict": {…}} if any."""
     if byteorder != sys.byteorder:
         raise CheckpointError(f"{path} is of a machine with another byte order; save it again here")
@@ -232,12 +235,12 @@ def _collect(
         nesting.append(inner)
         beside += [str(key) for key in value if key != inner]
         value = value[inner]
-    entries = {
-        name: FileTensor(path, starts[item.storage.key] + item.offset, item.meta)
+    tensors = {
+        name: (starts[item.storage.key] + item.offset, item.meta)
         for name, item in _items(value)
         if isinstance(item, _Record)
     }
-    return Checkpoint(path, kind, entries, (path,), ".".join(nesting), tuple(beside))
+    return kind, tensors, ".".join(nesting), tuple(beside)
 
 
 def _items(value: object) -> Iterator[tuple[str, object]]:

@@ -58,7 +58,7 @@ class FileTensor:
         """The tensor on the CPU."""
         nbytes = self.meta.untyped_storage().nbytes()
         data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        read_bytes(self.path, self.position, memoryview(data.numpy()))
+        read_bytes(self.path, self.position, data.numpy().data)
         return data.view(self.meta.dtype).as_strided(self.meta.shape, self.meta.stride())
 
 
@@ -166,7 +166,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if head.startswith(_ZIP) or _LEGACY in head[:32]:
         from worldline.weights.archive import open_pickled
 
-        checkpoint = open_pickled(path)
+        kind, tensors, *rest = open_pickled(path)
+        entries = {name: FileTensor(path, *tensor) for name, tensor in tensors.items()}
+        checkpoint = Checkpoint(path, kind, entries, (path,), *rest)
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
         checkpoint = _open_safetensors(path, 8 + int.from_bytes(head[:8], "little"))
     elif found := disguise(head):

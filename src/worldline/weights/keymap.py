@@ -99,7 +99,7 @@ def match(
     unknown: list[str] = []
     doubled: list[str] = []
     for name in tensors:
-        ours = keymap.ours(name)
+        ours = keymap.ours(name) or ""
         if ours in pairs:
             doubled.append(f"{pairs[ours]} and {name}")
         elif ours in expected:

@@ -81,8 +81,8 @@ def load_into(
     with torch.no_grad(), ThreadPoolExecutor(_READERS, "weights") as pool:
         copier = Copier(torch.device(device), pool)
         for tensor, source in sources.items():
-            kind = dtype if tensor.is_floating_point() else tensor.dtype
-            value = copier.fetch(source).to(kind or source.meta.dtype)
+            wanted = dtype if tensor.is_floating_point() else tensor.dtype
+            value = copier.fetch(source).to(wanted or source.meta.dtype)
             # one for all its names
             values[tensor] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
     loaded = {name: values[tensor] for name, tensor in tensors.items() if tensor in values}
@@ -127,7 +127,7 @@ class Copier:
 
     def _read(self, buffer: Tensor, path: Path, position: int) -> None:
         """Read bytes from a position of a file to a uint8 CPU tensor, by several threads."""
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         jobs = [
             self.pool.submit(read_bytes, path, position + start, view[start : start + _SLICE_BYTES])
             for start in range(0, len(view), _SLICE_BYTES)

@@ -5,9 +5,9 @@ Source: nvidia-cosmos/cosmos-predict1 `tokenizer/modules/layers3d.py`, `tokenize
 output frame t sees input frames <= t.
 Axes: B batch, C channels, T/H/W frames, rows, columns (pixels, wavelet patches or latent cells).
 
-Activations are kept in `channels_last_3d`, so that a spatial convolution sees the frames as a batch
-and a temporal one sees the rows of a frame as one axis, both without a copy. "Cells" below are the
-same memory seen as (B, T, H, W, C). A clip may also pass in pieces: see `worldline.nn.pieces`.
+Between the layers a clip is kept as "cells", (B, T, H, W, C) in that order of memory, so that a
+spatial convolution sees the frames as a batch and a temporal one sees the rows of a frame as one
+axis, both without a copy. A clip may also pass in pieces: see `worldline.nn.pieces`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn import transforms
-from worldline.nn.pieces import CausalCache, CausalTokenizer, TemporalConv, enlarge
+from worldline.nn.pieces import (
+    CausalCache,
+    CausalTokenizer,
+    SpatialConv,
+    TemporalConv,
+    each_frame,
+    enlarge,
+)
 
 _EPS = 1e-6
-_FRAME = (1, 3, 4)  # the axes of features that make one frame
+_FRAME = (2, 3, 4)  # the axes of cells that make one frame
 
 
 class Resampling(NamedTuple):
@@ -160,53 +167,30 @@ class LatentStatistics:
 
     def _broadcast(self, latents: Tensor, image: bool | None) -> tuple[Tensor, Tensor]:
         frames = latents.shape[2]
-        mean, std = self.mean[:, :frames], self.std[:, :frames]
+        pair = (self.mean, self.std)
         image = frames == 1 if image is None else image
         if image and self.image_mean is not None and self.image_std is not None:
-            mean, std = self.image_mean[:, None], self.image_std[:, None]
-        return mean[..., None, None].to(latents.device), std[..., None, None].to(latents.device)
+            pair = (self.image_mean, self.image_std)
+        mean, std = (
+            part.view(len(part), -1)[:, :frames, None, None].to(latents.device) for part in pair
+        )
+        return mean, std
 
     def tensors(self) -> dict[str, Tensor]:
         """Content of `mean_std.safetensors`."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
 
-def _cells(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 4, 1)
-
-
-def _features(cells: Tensor) -> Tensor:
-    return cells.permute(0, 4, 1, 2, 3)
-
-
-class SpatialConv(nn.Module):
-    """A convolution over rows and columns of each frame; the weight has its released 5-D shape."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, 1, kernel, kernel))
-        self.bias = nn.Parameter(torch.empty(outputs))
-        self.stride = stride
-        self.padding = kernel // 2 if stride == 1 else 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        frames = x.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
-        frames = F.conv2d(frames, self.weight[:, :, 0], self.bias, self.stride, self.padding)
-        return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-
-
 class CausalConv(TemporalConv):
     """A causal convolution over three frames; the frame before the first is a copy of the first."""
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:  # type: ignore[override]
-        cells, reach = _cells(x), 3 - self.stride
-        before = cache.get(self)
+    def forward(self, cells: Tensor, cache: CausalCache) -> Tensor:  # type: ignore[override]
+        reach, before = 3 - self.stride, cache.get(self)
         if before is None:
             before = cells[:, :1].expand(-1, reach, -1, -1, -1)
-        # joined as cells: along T of features the result would be channels first
         cells = torch.cat([before, cells], dim=1)
         cache.put(self, cells[:, -reach:])
-        return _features(super().forward(cells))
+        return super().forward(cells)
 
 
 class FactorisedConv(nn.Module):
@@ -214,7 +198,7 @@ class FactorisedConv(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.space = SpatialConv(inputs, outputs, 3)
+        self.space = SpatialConv(inputs, outputs)
         self.time = CausalConv(outputs, outputs)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
@@ -235,10 +219,8 @@ class FrameNorm(nn.Module):
         return self._by_sums(x) if x.is_cuda and not trained else self._fused(x)
 
     def _fused(self, x: Tensor) -> Tensor:
-        cells = _cells(x)
-        normed = F.layer_norm(cells, cells.shape[2:], eps=_EPS)  # statistics in float32
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return _features(torch.addcmul(bias, normed, weight))
+        normed = F.layer_norm(x, x.shape[2:], eps=_EPS)  # statistics in float32
+        return torch.addcmul(self.bias.to(x.dtype), normed, self.weight.to(x.dtype))
 
     def _by_sums(self, x: Tensor) -> Tensor:
         """Without gradient; takes no memory but the result's, and rounds once."""
@@ -246,12 +228,12 @@ class FrameNorm(nn.Module):
             variance, mean = torch.var_mean(x, _FRAME, correction=0, keepdim=True)
         else:
             # float32: the sums run over ten million values, of which no float32 copy is made
-            count = x.shape[1] * x.shape[3] * x.shape[4]
+            count = math.prod(x.shape[2:])
             mean = x.sum(_FRAME, keepdim=True, dtype=torch.float32) / count
             norm = torch.linalg.vector_norm(x, 2, _FRAME, keepdim=True, dtype=torch.float32)
             variance = (norm.square() / count - mean.square()).clamp(min=0)
-        scale = torch.rsqrt(variance + _EPS) * self.weight.float().view(1, -1, 1, 1, 1)
-        shift = self.bias.float().view(1, -1, 1, 1, 1) - mean * scale
+        scale = torch.rsqrt(variance + _EPS) * self.weight.float()
+        shift = self.bias.float() - mean * scale
         return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
 
 
@@ -267,7 +249,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = FactorisedConv(inputs, outputs)
         self.norm2 = FrameNorm(outputs)
         self.conv2 = FactorisedConv(outputs, outputs)
-        self.shortcut = SpatialConv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.shortcut = (
+            SpatialConv(inputs, outputs, kernel=1) if inputs != outputs else nn.Identity()
+        )
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         y = self.conv1(_silu(self.norm1(x)), cache)
@@ -281,17 +265,17 @@ class Attention(nn.Module):
         super().__init__()
         self.over_time = over_time
         self.norm = FrameNorm(channels)
-        self.q = SpatialConv(channels, channels, 1)
-        self.k = SpatialConv(channels, channels, 1)
-        self.v = SpatialConv(channels, channels, 1)
-        self.out = SpatialConv(channels, channels, 1)
+        self.q = SpatialConv(channels, channels, kernel=1)
+        self.k = SpatialConv(channels, channels, kernel=1)
+        self.v = SpatialConv(channels, channels, kernel=1)
+        self.out = SpatialConv(channels, channels, kernel=1)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         normed = self.norm(x)
-        q, k, v = (_cells(project(normed)) for project in (self.q, self.k, self.v))
+        q, k, v = (project(normed) for project in (self.q, self.k, self.v))
         # time: each pixel is a sequence of frames; space: each frame is a sequence of pixels
         y = self._over_time(q, k, v, cache) if self.over_time else self._over_space(q, k, v)
-        return x + self.out(_features(y))
+        return x + self.out(y)
 
     def _over_space(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shape = q.shape
@@ -332,21 +316,19 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, step: Resampling) -> None:
         super().__init__()
-        self.space = SpatialConv(channels, channels, 3, stride=2) if step.space else None
+        self.space = SpatialConv(channels, channels, stride=2) if step.space else None
         self.time = CausalConv(channels, channels, stride=2) if step.time else None
-        self.mix = SpatialConv(channels, channels, 1)
+        self.mix = SpatialConv(channels, channels, kernel=1)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         if self.space is not None:
-            frames = x.transpose(1, 2).flatten(0, 1)  # bf16 averages in two axes on any device
-            mean = F.avg_pool2d(frames, 2).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-            x = self.space(F.pad(x, (0, 1, 0, 1))) + mean
+            mean = each_frame(F.avg_pool2d, x, 2)  # bf16 averages in two axes on any device
+            x = self.space(x) + mean
         if self.time is not None:
-            cells = _cells(x)
             if not cache.started:
-                cells = torch.cat([cells[:, :1], cells], dim=1)
-            mean = (cells[:, ::2] + cells[:, 1::2]) / 2
-            x = self.time(_features(cells), cache) + _features(mean)
+                x = torch.cat([x[:, :1], x], dim=1)
+            mean = (x[:, ::2] + x[:, 1::2]) / 2
+            x = self.time(x, cache) + mean
         return self.mix(x)
 
 
@@ -356,17 +338,17 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, step: Resampling) -> None:
         super().__init__()
         self.time = CausalConv(channels, channels) if step.time else None
-        self.space = SpatialConv(channels, channels, 3) if step.space else None
-        self.mix = SpatialConv(channels, channels, 1)
+        self.space = SpatialConv(channels, channels) if step.space else None
+        self.mix = SpatialConv(channels, channels, kernel=1)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         if self.time is not None:
-            x = _features(_cells(x)[:, :, None].expand(-1, -1, 2, -1, -1, -1).flatten(1, 2))
+            x = x[:, :, None].expand(-1, -1, 2, -1, -1, -1).flatten(1, 2)
             if not cache.started:
-                x = x[:, :, 1:]
+                x = x[:, 1:]
             x = x + self.time(x, cache)
         if self.space is not None:
-            x = _features(enlarge(_cells(x)))
+            x = enlarge(x)
             x = x + self.space(x)
         return self.mix(x)
 
@@ -408,7 +390,7 @@ class Encoder(nn.Module):
 
     def forward(self, video: Tensor, cache: CausalCache) -> Tensor:
         x = transforms.patch(video, self.patch, self.tap, start=not cache.started)
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d), cache)
+        x = self.conv_in(x.permute(0, 2, 3, 4, 1).contiguous(), cache)
         for level in self.levels:
             x = level(x, cache)
         x = self.middle(x, cache)
@@ -433,12 +415,14 @@ class Decoder(nn.Module):
         self.conv_out = FactorisedConv(width, config.patch_channels)
 
     def forward(self, z: Tensor, cache: CausalCache) -> Tensor:
-        x = self.conv_in(z.contiguous(memory_format=torch.channels_last_3d), cache)
+        x = self.conv_in(z.contiguous(), cache)
         x = self.middle(x, cache)
         for level in reversed(self.levels):
             x = level(x, cache)
         x = self.conv_out(_silu(self.norm_out(x)), cache)
-        return transforms.unpatch(x, self.patch, self.tap, start=not cache.started)
+        return transforms.unpatch(
+            x.permute(0, 4, 1, 2, 3), self.patch, self.tap, start=not cache.started
+        )
 
 
 class CosmosTokenizer(CausalTokenizer):
@@ -455,16 +439,16 @@ class CosmosTokenizer(CausalTokenizer):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.quant_conv = SpatialConv(config.z_channels, config.latent_channels, 1)
-        self.post_quant_conv = SpatialConv(config.latent_channels, config.z_channels, 1)
+        self.quant_conv = SpatialConv(config.z_channels, config.latent_channels, kernel=1)
+        self.post_quant_conv = SpatialConv(config.latent_channels, config.z_channels, kernel=1)
         self.decoder = Decoder(config)
 
     def encode_piece(self, video: Tensor, cache: CausalCache) -> Tensor:
         """Latents; those of a discrete tokenizer are the values before FSQ."""
-        return self.quant_conv(self.encoder(video, cache))
+        return self.quant_conv(self.encoder(video, cache)).permute(0, 4, 1, 2, 3)
 
     def decode_piece(self, latents: Tensor, cache: CausalCache) -> Tensor:
-        return self.decoder(self.post_quant_conv(latents), cache)
+        return self.decoder(self.post_quant_conv(latents.permute(0, 2, 3, 4, 1)), cache)
 
     def to_tokens(self, latents: Tensor) -> Tensor:
         """Token ids (B, t, h, w), int32 in [0, vocabulary), of what `encode` returns."""
@@ -484,8 +468,8 @@ class CosmosTokenizer(CausalTokenizer):
 
     def reconstruct(self, video: Tensor) -> Tensor:
         """decode(encode(video)); gradients pass straight through the quantiser."""
-        if self.config.levels is None:
-            return super().reconstruct(video)
         latents = self.encode(video)
-        codes = transforms.quantize(latents.movedim(1, -1), self.config.levels).movedim(-1, 1)
-        return self.decode(codes.to(latents.dtype))
+        if self.config.levels is not None:
+            codes = transforms.quantize(latents.movedim(1, -1), self.config.levels)
+            latents = codes.movedim(-1, 1).to(latents.dtype)
+        return self.decode(latents)

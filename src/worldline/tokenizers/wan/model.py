@@ -15,7 +15,6 @@ piece, whatever the length of the clip.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,7 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn.modulation import kernels_for
-from worldline.nn.pieces import CausalCache, CausalTokenizer, TemporalConv, enlarge
+from worldline.nn.pieces import (
+    CausalCache,
+    CausalTokenizer,
+    SpatialConv,
+    TemporalConv,
+    each_frame,
+    enlarge,
+)
 
 # Below the squared length at which the reference stops dividing, 1e-24; zeros stay zeros.
 _EPS = 1e-26
@@ -202,28 +208,12 @@ class CausalConv(nn.Module):
 def convolve_flat(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The 3 x 3 x 3 convolution (B, T, H, W, C') of frames `side_by_side`, zero-padded."""
     flat = weight.transpose(1, 2).flatten(1, 2)  # (C', 3 C, 3, 3)
-    return _each_frame(lambda x: F.conv2d(x, flat, bias, padding=1), cells)
+    return each_frame(F.conv2d, cells, flat, bias, 1, 1)
 
 
 def _missing(channels: int) -> int:
     """Channels to add where there are fewer than tensor cores take at once."""
     return max(0, _EIGHT - channels)
-
-
-class SpatialConv(nn.Module):
-    """A 3 x 3 convolution over each frame; the stride of 2 pads the right and the bottom alone."""
-
-    def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, 3, 3))
-        self.bias = nn.Parameter(torch.empty(outputs))
-        self.stride = stride
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """(N, C', H', W') of frames (N, C, H, W)."""
-        if self.stride == 1:
-            return F.conv2d(frames, self.weight, self.bias, padding=1)
-        return F.conv2d(F.pad(frames, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
 
 
 class Pointwise(nn.Module):
@@ -313,11 +303,11 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, *, time: bool) -> None:
         super().__init__()
-        self.space = SpatialConv(channels, channels, stride=2)
+        self.space = SpatialConv(channels, channels, stride=2, axes=2)
         self.time = TemporalConv(channels, channels, stride=2) if time else None
 
     def forward(self, cells: Tensor, cache: CausalCache) -> Tensor:
-        cells = _each_frame(self.space, cells)
+        cells = self.space(cells)
         if self.time is None:
             return cells
         before = cache.get(self)
@@ -340,12 +330,12 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, *, time: bool) -> None:
         super().__init__()
         self.time = TemporalConv(channels, 2 * channels) if time else None
-        self.space = SpatialConv(channels, channels // 2)
+        self.space = SpatialConv(channels, channels // 2, axes=2)
 
     def forward(self, cells: Tensor, cache: CausalCache) -> Tensor:
         if self.time is not None:
             cells = self._double(self.time, cells, cache)
-        return _each_frame(self.space, enlarge(cells))
+        return self.space(enlarge(cells))
 
     def _double(self, time: TemporalConv, cells: Tensor, cache: CausalCache) -> Tensor:
         before = cache.get(self)
@@ -357,12 +347,6 @@ class Upsample(nn.Module):
         pairs = time(padded).unflatten(-1, (2, -1))  # (B, T, H, W, 2, C): even, then odd frame
         later = pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
         return later if first is None else torch.cat([first, later], dim=1)
-
-
-def _each_frame(layer: Callable[[Tensor], Tensor], cells: Tensor) -> Tensor:
-    """Cells (B, T, H', W', C') that a layer makes of frames (B T, C, H, W)."""
-    frames = layer(cells.flatten(0, 1).permute(0, 3, 1, 2))
-    return frames.permute(0, 2, 3, 1).unflatten(0, cells.shape[:2])
 
 
 class Encoder(nn.Module):
@@ -437,23 +421,24 @@ class WanTokenizer(CausalTokenizer):
         """Normalised latents: the mean of the encoder's distribution."""
         moments = self.encoder(video.permute(0, 2, 3, 4, 1), cache)
         cells = self.quant_conv(moments, self.config.latent_channels)  # the rest is the variance
-        mean, scale = self._statistics(cells)
+        mean, scale = _statistics(self.config, cells.dtype, cells.device)
         return ((cells - mean) * scale).permute(0, 4, 1, 2, 3)
 
     def decode_piece(self, latents: Tensor, cache: CausalCache) -> Tensor:
         cells = latents.permute(0, 2, 3, 4, 1)
-        mean, scale = self._statistics(cells)
+        mean, scale = _statistics(self.config, cells.dtype, cells.device)
         cells = self.decoder(self.post_quant_conv(cells / scale + mean), cache)
         return cells.permute(0, 4, 1, 2, 3)
 
-    def _statistics(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and 1/deviation, each rounded to the dtype of `cells` as in the reference."""
-        mean = _on_device(self.config.mean, cells.dtype, cells.device)
-        return mean, 1 / _on_device(self.config.std, cells.dtype, cells.device)
-
 
 @cache
-def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers as a tensor; cached, since each piece would wait for a copy to the GPU."""
-    with torch.inference_mode(False):  # the cached tensor serves training too
-        return torch.tensor(numbers, dtype=dtype, device=device)
+def _statistics(
+    config: WanTokenizerConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1/deviation of latents, each rounded to a dtype as in the reference.
+
+    They are cached, since each piece would wait for a copy to the GPU.
+    """
+    with torch.inference_mode(False):  # the cached tensors serve training too
+        mean, std = torch.tensor([config.mean, config.std], dtype=dtype, device=device)
+        return mean, 1 / std
