@@ -22,7 +22,7 @@ class Averaging(nn.Module):
 
     def encode(self, video: Tensor) -> Tensor:
         cells = nn.functional.avg_pool3d(video[:, :, :9:8], (1, 8, 8))
-        latents = torch.zeros(1, 16, *cells.shape[2:])
+        latents = torch.zeros(len(video), 16, *cells.shape[2:])
         latents[:, :3, :1] = 2 * cells[:, :, :1] + 0.5
         latents[:, 3:6, 1:] = -3 * cells[:, :, 1:]
         return latents

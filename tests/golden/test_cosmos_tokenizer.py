@@ -213,8 +213,13 @@ def test_wavelets(case: Case) -> None:
         assert found is not None
         size = int(found[1])
         tap = torch.tensor(EXACT_TAP).bfloat16().item() if found[2] else EXACT_TAP
-        case.compare(f"{stem}.patched", patch(case.tensor(name), size, tap))
-        case.compare(f"{stem}.unpatched", unpatch(case.tensor(f"{stem}.coef"), size, tap))
+        case.compare(
+            f"{stem}.patched", patch(case.tensor(name).movedim(1, -1), size, tap).movedim(-1, 1)
+        )
+        case.compare(
+            f"{stem}.unpatched",
+            unpatch(case.tensor(f"{stem}.coef").movedim(1, -1), size, tap).movedim(-1, 1),
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # From here on cuDNN wins on Hopper: it plans each new shape once, which costs milliseconds.
@@ -18,14 +18,6 @@ _HOPPER = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-
-
-class AttentionCore(nn.Module):
-    """Full attention without weights; a module, so that token parallelism wraps it alone."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(K)) v for q (B, N, L, K), k and v (B, N, S, K)."""
-        return attend(q, k, v)
 
 
 def attend(

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldline.nn.attention import AttentionCore
+from worldline.nn.attention import attend
 from worldline.nn.modulation import Residual, add_and_modulate, norm_heads
 from worldline.nn.rope import Rotation, stretched_angles_3d
 from worldline.shapes import LatentShape
@@ -108,7 +108,6 @@ class Attention(nn.Module):
         self.q_norm = nn.Parameter(torch.empty(sizes.head_size))
         self.k_norm = nn.Parameter(torch.empty(sizes.head_size))
         self.out = nn.Linear(inner, sizes.width, bias=False)
-        self.core = AttentionCore()
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, L, N, K): split by head size, so that column-sharded layers need no change."""
@@ -127,7 +126,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, L, D); keys and values are by default those of `x`."""
         q = norm_heads(self.heads(self.q(x)), self.q_norm, rotation).transpose(1, 2)
-        y = self.core(q, *(encoded or self.encode(x, rotation)))
+        y = attend(q, *(encoded or self.encode(x, rotation)))
         return self.out(y.transpose(1, 2).flatten(2))
 
 

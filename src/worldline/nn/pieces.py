@@ -127,9 +127,10 @@ class SpatialConv(nn.Module):
 
     def forward(self, cells: Tensor) -> Tensor:
         weight = self.weight[:, :, 0] if self.weight.ndim == 5 else self.weight
+        padding = weight.shape[-1] // 2
         if self.stride == 2:
-            cells = F.pad(cells, (0, 0, 0, 1, 0, 1))
-        padding = weight.shape[-1] // 2 if self.stride == 1 else 0
+            padding = 0
+            cells = F.pad(cells.permute(0, 4, 1, 2, 3), (0, 1, 0, 1)).permute(0, 2, 3, 4, 1)
         return each_frame(F.conv2d, cells, weight, self.bias, self.stride, padding)
 
 
@@ -175,15 +176,14 @@ def encode_stream(model: CausalTokenizer, frames: Iterable[Tensor]) -> Iterator[
     """
     temporal, cache = model.config.temporal, CausalCache()
     wanted = 1 + temporal * (model.chunk - 1)  # the first latent frame is of one frame
-    waiting: list[Tensor] = []
+    waiting: Tensor | None = None
     for piece in frames:
-        waiting.append(piece)
-        while sum(part.shape[2] for part in waiting) >= wanted:
-            joined = torch.cat(waiting, dim=2)
-            yield model.encode(joined[:, :, :wanted], cache)
-            waiting, wanted = [joined[:, :, wanted:]], temporal * model.chunk
-    if any(part.shape[2] for part in waiting):
-        yield model.encode(torch.cat(waiting, dim=2), cache)
+        waiting = piece if waiting is None else torch.cat([waiting, piece], dim=2)
+        while waiting.shape[2] >= wanted:
+            yield model.encode(waiting[:, :, :wanted], cache)
+            waiting, wanted = waiting[:, :, wanted:], temporal * model.chunk
+    if waiting is not None and waiting.shape[2]:
+        yield model.encode(waiting, cache)
 
 
 @torch.no_grad()
@@ -216,7 +216,7 @@ def fit_colours(tokenizer: CausalTokenizer) -> Tensor:
     )
     colours = F.avg_pool2d(pictures, config.spatial).permute(0, 2, 3, 1).reshape(-1, 3).double()
     still = pictures[:, :, None].expand(-1, -1, 1 + config.temporal, -1, -1)
-    latents = torch.cat([tokenizer.encode(one[None].to(weight)) for one in still]).double().cpu()
+    latents = tokenizer.encode(still.to(weight)).double().cpu()
     known = F.pad(
         latents.permute(2, 0, 3, 4, 1).flatten(1, 3), (0, 1), value=1
     )  # (2, cells, C + 1)

@@ -166,9 +166,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if head.startswith(_ZIP) or _LEGACY in head[:32]:
         from worldline.weights.archive import open_pickled
 
-        kind, tensors, *rest = open_pickled(path)
+        kind, tensors, nesting, beside = open_pickled(path)
         entries = {name: FileTensor(path, *tensor) for name, tensor in tensors.items()}
-        checkpoint = Checkpoint(path, kind, entries, (path,), *rest)
+        checkpoint = Checkpoint(path, kind, entries, (path,), nesting, beside)
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
         checkpoint = _open_safetensors(path, 8 + int.from_bytes(head[:8], "little"))
     elif found := disguise(head):

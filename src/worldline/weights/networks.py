@@ -302,14 +302,13 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[s
         if bars:
             logging.enable_progress_bar()
     # transformers would draw such weights at random
-    wrong = {
-        "missing": report["missing_keys"],
-        "of another shape": map(str, report["mismatched_keys"]),
-        "unknown": (name for name in report["unexpected_keys"] if not matches(name, unused)),
-    }
-    some = {what: sorted(names)[:3] for what, names in wrong.items()}
-    if problems := [f"{what}: {', '.join(names)}" for what, names in some.items() if names]:
-        raise CheckpointError(f"{folder} does not fit {kind.__name__}: {'; '.join(problems)}")
+    wrong = {*report["missing_keys"], *map(str, report["mismatched_keys"])}
+    wrong |= {name for name in report["unexpected_keys"] if not matches(name, unused)}
+    if wrong:
+        raise CheckpointError(
+            f"{folder} does not fit {kind.__name__}: missing, unknown or of another shape are "
+            f"{', '.join(sorted(wrong)[:3])}"
+        )
     return network.requires_grad_(False).eval()
 
 

@@ -388,9 +388,9 @@ class Encoder(nn.Module):
         self.norm_out = FrameNorm(width)
         self.conv_out = FactorisedConv(width, config.z_channels)
 
-    def forward(self, video: Tensor, cache: CausalCache) -> Tensor:
-        x = transforms.patch(video, self.patch, self.tap, start=not cache.started)
-        x = self.conv_in(x.permute(0, 2, 3, 4, 1).contiguous(), cache)
+    def forward(self, cells: Tensor, cache: CausalCache) -> Tensor:
+        x = transforms.patch(cells, self.patch, self.tap, start=not cache.started)
+        x = self.conv_in(x, cache)
         for level in self.levels:
             x = level(x, cache)
         x = self.middle(x, cache)
@@ -420,9 +420,7 @@ class Decoder(nn.Module):
         for level in reversed(self.levels):
             x = level(x, cache)
         x = self.conv_out(_silu(self.norm_out(x)), cache)
-        return transforms.unpatch(
-            x.permute(0, 4, 1, 2, 3), self.patch, self.tap, start=not cache.started
-        )
+        return transforms.unpatch(x, self.patch, self.tap, start=not cache.started)
 
 
 class CosmosTokenizer(CausalTokenizer):
@@ -445,10 +443,12 @@ class CosmosTokenizer(CausalTokenizer):
 
     def encode_piece(self, video: Tensor, cache: CausalCache) -> Tensor:
         """Latents; those of a discrete tokenizer are the values before FSQ."""
-        return self.quant_conv(self.encoder(video, cache)).permute(0, 4, 1, 2, 3)
+        cells = self.quant_conv(self.encoder(video.permute(0, 2, 3, 4, 1), cache))
+        return cells.permute(0, 4, 1, 2, 3)
 
     def decode_piece(self, latents: Tensor, cache: CausalCache) -> Tensor:
-        return self.decoder(self.post_quant_conv(latents.permute(0, 2, 3, 4, 1)), cache)
+        cells = self.post_quant_conv(latents.permute(0, 2, 3, 4, 1))
+        return self.decoder(cells, cache).permute(0, 4, 1, 2, 3)
 
     def to_tokens(self, latents: Tensor) -> Tensor:
         """Token ids (B, t, h, w), int32 in [0, vocabulary), of what `encode` returns."""

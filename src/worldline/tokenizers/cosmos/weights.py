@@ -269,6 +269,10 @@ def read_statistics(folder: Path, channels: int) -> LatentStatistics | None:
             tensors = {name: torch.tensor(value) for name, value in stated.items() if value}
         if not tensors:
             return None
+        for name, tensor in tensors.items():
+            if tensor.dim() > 1 and len(tensor) not in (1, channels):
+                raise ValueError(f"{name} is {list(tensor.shape)}")
+        # many files are flat, channel slowest
         rows = {name: tensor.float().reshape(channels, -1) for name, tensor in tensors.items()}
         return LatentStatistics(
             **{name: t.flatten() if name.startswith("image") else t for name, t in rows.items()}

@@ -28,7 +28,6 @@ from worldline.nn.pieces import (
     CausalTokenizer,
     SpatialConv,
     TemporalConv,
-    each_frame,
     enlarge,
 )
 
@@ -208,7 +207,9 @@ class CausalConv(nn.Module):
 def convolve_flat(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The 3 x 3 x 3 convolution (B, T, H, W, C') of frames `side_by_side`, zero-padded."""
     flat = weight.transpose(1, 2).flatten(1, 2)  # (C', 3 C, 3, 3)
-    return each_frame(F.conv2d, cells, flat, bias, 1, 1)
+    # one frame of one clip must keep its strides: flattened last, it would not be channels last
+    frames = F.conv2d(cells.flatten(0, 1).permute(0, 3, 1, 2), flat, bias, padding=1)
+    return frames.permute(0, 2, 3, 1).unflatten(0, cells.shape[:2])
 
 
 def _missing(channels: int) -> int:
