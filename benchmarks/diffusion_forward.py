@@ -71,7 +71,7 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
     peak = torch.cuda.max_memory_reserved(device)
     with mock.patch.object(modulation, "kernels_for", return_value=None):
         plain = forward()
-    with mock.patch.object(attention, "_is_hopper", return_value=False):
+    with mock.patch.object(attention, "_prefers_cudnn", return_value=False):
         other = forward()
     turned = forward(rotary=torch.float32)
     best = statistics.median(seconds)

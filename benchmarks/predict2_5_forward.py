@@ -96,7 +96,7 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
     context = seconds_of(lambda: model.encode_context(clip.features), rounds)
     with mock.patch.object(modulation, "kernels_for", return_value=None):
         plain = clip.forward()
-    with mock.patch.object(attention, "_is_hopper", return_value=False):
+    with mock.patch.object(attention, "_prefers_cudnn", return_value=False):
         other = clip.forward()
     clip.positions = model.make_positions(GRID, exact=True)
     turned = clip.forward()
