@@ -155,10 +155,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        if reason.startswith("Expected one of"):  # all that torch has ever heard of
-            reason = "give cuda, cuda:1, cpu or mps"
-        raise InputError(f"no device {device} here: {reason}") from error
+        raise InputError(f"no device {device} here; give cuda, cuda:1, cpu or mps") from error
 
 
 def choose_compute(options: LoadOptions) -> Compute:

@@ -112,7 +112,7 @@ class World:
         self._notes: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"World({self.name!r}, {str(self.device)!r})"
+        return f"World({self.name!r}, '{self.device}')"
 
     @property
     def parameters(self) -> int:
@@ -224,8 +224,7 @@ class World:
             if note not in self._notes:  # once for a batch
                 logger.info("%s", note)
             self._notes.add(note)
-        recorder = Recorder(self.device)
-        clip = None
+        recorder, clip = Recorder(self.device), None
         if input is not None and kind is not None:
             with recorder.stage("read"):
                 clip = read_clip(input, kind, request.num_input_frames)
@@ -366,8 +365,7 @@ def _files(opened: Opened, request: Request, input: Input | None) -> list[Path]:
     unused = opened.family.unused(opened, request)
     found = [path for n, part in opened.parts.items() if n not in unused for path in part.files]
     embeddings = (value for name, value in request if name.endswith("_embeddings"))
-    beside = filter(None, map(_path_of, (input, *embeddings)))
-    return [*dict.fromkeys(found), *beside]
+    return [*dict.fromkeys(found), *filter(None, map(_path_of, (input, *embeddings)))]
 
 
 def _settings(part: object) -> dict[str, Any]:
