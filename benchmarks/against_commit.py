@@ -108,9 +108,11 @@ def decode(device: torch.device, tiny: bool) -> dict[str, Any]:
     make, words = named("make_decoder", *step_at), [model, sampling]
     if "positions" in signature(make).parameters:  # before decoders made their own
         words.insert(1, make_positions(config, device, model.head.weight.dtype))
+    # before each clip had its own
+    contexts = {"contexts": [None]} if "contexts" in signature(make).parameters else {"batch": 1}
 
     def clip() -> Tensor:
-        decoder = make(*words, batch=1, context=None)
+        decoder = make(*words, **contexts)
         steps = run(decoder, prompt, count, draw_noise([0], config.vocabulary, count, device))
         next(steps)  # the prompt
         next(steps)  # capture

@@ -51,9 +51,9 @@ def prefix_of(model: ARTransformer) -> int:
     return 2 * model.config.grid.tokens_per_frame + model.config.leading_tokens
 
 
-def random_text(model: ARTransformer, batch: int = 1) -> Tensor | None:
+def random_text(model: ARTransformer) -> Tensor | None:
     width = model.config.context_width
-    return None if width is None else torch.randn(batch, ROWS, width, device=DEVICE)
+    return None if width is None else torch.randn(1, ROWS, width, device=DEVICE)
 
 
 def bytes_a_step(model: ARTransformer, tokens: int, batch: int = 1) -> float:
@@ -75,8 +75,8 @@ def agreement(model: ARTransformer, steps: int) -> dict[str, float]:
     prefix, context = prefix_of(model), random_text(model)
     prompt = torch.randint(model.config.vocabulary, (1, prefix), device="cuda")
     greedy = Sampling(temperature=0)
-    fast = CapturedDecoder(model, greedy, context=context)
-    plain = PlainDecoder(model, greedy, context=context)
+    fast = CapturedDecoder(model, greedy, [context])
+    plain = PlainDecoder(model, greedy, [context])
     fast.start(prompt, None)
     plain.start(prompt, None)
     worst, equal = 0.0, 0
@@ -117,12 +117,11 @@ def kernels(decoder: CapturedDecoder, steps: int) -> dict[str, float]:
 def in_step(model: ARTransformer, batch: int, tokens: int) -> dict[str, Any]:
     """Decode `batch` clips; return how long a step takes, and whether they are as alone."""
     prompts = torch.randint(model.config.vocabulary, (batch, prefix_of(model)), device=DEVICE)
-    contexts = random_text(model, batch)
+    contexts = [random_text(model) for _ in range(batch)]
 
     def start(rows: slice, count: int) -> tuple[PlainDecoder, Iterator[int]]:
-        context = None if contexts is None else contexts[rows]
         chosen = prompts[rows]
-        decoder = make_decoder(model, Sampling(), batch=len(chosen), context=context)
+        decoder = make_decoder(model, Sampling(), contexts[rows])
         noise = draw_noise(range(batch)[rows], model.config.vocabulary, count, prompts.device)
         return decoder, decode(decoder, chosen, count, noise)
 
@@ -178,7 +177,7 @@ def repeated(model: ARTransformer, times: int) -> dict[str, Any]:
     first: list[tuple[str, Tensor]] = []
     differing: dict[str, list[int]] = {}
     for run in range(times):
-        decoder = make_decoder(model, Sampling(), context=context)
+        decoder = make_decoder(model, Sampling(), [context])
         found: list[tuple[str, Tensor]] = []
         noise = draw_noise([0], model.config.vocabulary, TRIED, prompt.device)
         for number, _ in enumerate(_each(decoder, prompt, noise)):
@@ -249,7 +248,7 @@ def main(
     if DEVICE == "cuda":
         result["agreement"] = agreement(model, 16)
         prompt = torch.randint(config.vocabulary, (1, prefix_of(model)), device=DEVICE)
-        plain = PlainDecoder(model, Sampling(), context=random_text(model))
+        plain = PlainDecoder(model, Sampling(), [random_text(model)])
         noise = draw_noise([0], config.vocabulary, plain_tokens, prompt.device)
         steps = decode(plain, prompt, plain_tokens, noise)
         next(steps)
@@ -260,9 +259,9 @@ def main(
         wait()
         seconds = time.perf_counter() - started
         result["plain_ms_a_token"] = round(seconds / (plain_tokens - 1) * 1e3, 4)
-        fast = CapturedDecoder(model, Sampling(), context=random_text(model))
+        fast = CapturedDecoder(model, Sampling(), [random_text(model)])
         fast.start(prompt, torch.ones(1, config.vocabulary, device=DEVICE))
-        fast.position.fill_(prefix_of(model) + tokens // 2)
+        fast.done = prefix_of(model) + tokens // 2
         result["kernels_us"] = kernels(fast, 20)
     print(json.dumps(result, indent=1))
     if output is not None:

@@ -129,7 +129,7 @@ def test_a_long_prompt_is_fed_forward_in_pieces(monkeypatch: pytest.MonkeyPatch)
 def run(model: ARTransformer, prompt: Tensor, seeds: list[int], sampling: Sampling) -> Tensor:
     config = model.config
     count = config.length - prompt.shape[1]
-    decoder = make_decoder(model, sampling, batch=len(seeds))
+    decoder = make_decoder(model, sampling, [None] * len(seeds))
     assert isinstance(decoder, PlainDecoder)
     noise = draw_noise(seeds, config.vocabulary, count, torch.device("cpu"))
     return finish(decode(decoder, prompt, count, noise))
@@ -152,17 +152,10 @@ def test_clips_in_step_are_the_same_bit_for_bit(
     """Where a product of several rows rounds otherwise than that of one."""
     model = build(config).to(dtype)
     prompts = inputs(config, batch=3)["tokens"][:, :8]
-    context = None
-    if config.context_width is not None:
-        context = torch.randn(3, 5, config.context_width)
+    contexts = torch.randn(3, 5, config.context_width or 0).split(1)
 
     def caches(rows: slice) -> tuple[Tensor, Tensor]:
-        decoder = make_decoder(
-            model,
-            Sampling(top_p=0.9),
-            batch=len(prompts[rows]),
-            context=None if context is None else context[rows],
-        )
+        decoder = make_decoder(model, Sampling(top_p=0.9), contexts[rows])
         noise = draw_noise([5, 6, 7][rows], config.vocabulary, 30, torch.device("cpu"))
         finish(decode(decoder, prompts[rows], 30, noise))
         return decoder.tokens, decoder.cache.keys
@@ -199,11 +192,7 @@ def test_a_clip_longer_than_the_window(config: ARTransformerConfig) -> None:
     context = None
     if config.context_width is not None:
         context = torch.randn(1, 5, config.context_width).double()
-    decoder = make_decoder(
-        model,
-        Sampling(temperature=0),
-        context=context,
-    )
+    decoder = make_decoder(model, Sampling(temperature=0), [context])
     finish(decode(decoder, prompt, count, None))
     long = replace(config, grid=replace(config.grid, frames=frames))
     positions = make_positions(long, "cpu", torch.float64)

@@ -186,7 +186,7 @@ def test_greedy_and_sampled_continuations(case: Case) -> None:
             sampling = Sampling(temperature=float(numbers[1]), top_p=float(numbers[2]))
             vocabulary = model.config.vocabulary
             noise = draw_noise([int(seed[1])], vocabulary, count, torch.device("cpu"))
-        decoder = PlainDecoder(model, sampling, context=context_of(case, 1))
+        decoder = PlainDecoder(model, sampling, [context_of(case, 1)])
         drawn = finish(decode(decoder, prompt, count, noise))
         if name.startswith("greedy_") or SAME_RANDOM_NUMBERS:
             case.compare(name, drawn)

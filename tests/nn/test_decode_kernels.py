@@ -52,10 +52,10 @@ def build(config: ARTransformerConfig) -> ARTransformer:
     return model.to("cuda", torch.bfloat16).requires_grad_(False).eval()
 
 
-def text(config: ARTransformerConfig, batch: int = 1) -> Tensor | None:
+def text(config: ARTransformerConfig) -> Tensor | None:
     if config.context_width is None:
         return None
-    return torch.randn(batch, 70, config.context_width, device="cuda")
+    return torch.randn(1, 70, config.context_width, device="cuda")
 
 
 @pytest.mark.parametrize("config", VARIANTS)
@@ -70,7 +70,7 @@ def test_every_step_agrees_with_the_plain_modules(config: ARTransformerConfig) -
     exact_text = None if context is None else exact_model.encode_context(context)
     plain_text = None if context is None else model.encode_context(context)
     exact = exact_model(tokens, exact_positions, context=exact_text)[0]
-    decoder = CapturedDecoder(model, Sampling(temperature=0), context=context)
+    decoder = CapturedDecoder(model, Sampling(temperature=0), [context])
     plain_cache = model.new_cache(1)
     prompt = 96
     decoder.start(tokens[:, :prompt], None)
@@ -94,7 +94,7 @@ def test_the_captured_draw_is_the_plain_draw_of_the_same_logits(
     model = build(config)
     prompt = torch.randint(config.vocabulary, (1, 96), device="cuda")
     rule = Sampling(top_p=0.8, temperature=0.7)
-    decoder = CapturedDecoder(model, rule, context=text(config))
+    decoder = CapturedDecoder(model, rule, [text(config)])
     noise = list(draw_noise([0], config.vocabulary, 40, prompt.device))
     decoder.start(prompt, noise[0])
     for index, step_noise in enumerate(noise[1:], start=97):
@@ -110,16 +110,11 @@ def test_in_step_as_alone_bit_for_bit(config: ARTransformerConfig, batch: int) -
     """Logits, cache and tokens; the clips go on beyond the window."""
     model = build(config)
     prompts = torch.randint(config.vocabulary, (batch, 96), device="cuda")
-    contexts = text(config, batch)
+    contexts = [text(config) for _ in range(batch)]
     count = config.length - 96 + 2 * config.grid.tokens_per_frame
 
     def run(rows: slice) -> CapturedDecoder:
-        decoder = CapturedDecoder(
-            model,
-            Sampling(top_p=0.9),
-            batch=len(prompts[rows]),
-            context=None if contexts is None else contexts[rows],
-        )
+        decoder = CapturedDecoder(model, Sampling(top_p=0.9), contexts[rows])
         noise = draw_noise(range(batch)[rows], config.vocabulary, count, prompts.device)
         finish(decode(decoder, prompts[rows], count, noise))
         return decoder
@@ -140,7 +135,7 @@ def test_a_second_clip_is_not_touched_by_the_first() -> None:
     for prompt_seed in (0, 1, 0):
         generator = torch.Generator().manual_seed(prompt_seed)
         prompt = torch.randint(CONFIG.vocabulary, (1, 96), generator=generator).cuda()
-        decoder = CapturedDecoder(model, Sampling())
+        decoder = CapturedDecoder(model, Sampling(), [None])
         noise = draw_noise([7], CONFIG.vocabulary, 100, prompt.device)
         results.append(finish(decode(decoder, prompt, 100, noise)))
     assert torch.equal(results[0], results[2])

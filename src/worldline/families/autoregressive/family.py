@@ -25,7 +25,6 @@ from worldline.errors import InputError
 from worldline.families.autoregressive.model import (
     FEED_FORWARD_ROWS,
     PRESETS,
-    RELEASED_GRID,
     ARTransformer,
     ARTransformerConfig,
 )
@@ -88,24 +87,48 @@ def generate_together(
 
     yield 0, Step("encode", 0, 1)
     ids = encode_clips(parts, [job.clip for job in jobs], request.num_input_frames, recorder)
-    remaining = latent_frames(opened, request) - ids.shape[1]
-    tokens = Tokens(parts, jobs, contexts, remaining * config.grid.tokens_per_frame)
     videos = [Decoding(video_of(opened, request), ids.shape[1]) for _ in jobs]
-    offloads = parts.tokenizer.offload or parts.transformer.offload
+    remaining, size = latent_frames(opened, request) - ids.shape[1], config.grid.tokens_per_frame
+    done, count = 0, remaining * size
+    sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
+    seeds = [job.request.seed for job in jobs]
+    noise = draw_noise(seeds, config.vocabulary, count, parts.device)
     # frames come while tokens are drawn where both networks are on the device at once
-    live = None if len(jobs) > 1 or parts.decoder or offloads else videos[0]
+    offloads = parts.tokenizer.offload or parts.transformer.offload
+    live = not (len(jobs) > 1 or parts.decoder or offloads)
     while remaining:
         new = remaining
         if request.rollout == "pixels":
             new = min(new, config.grid.frames - ids.shape[1])
-        ids = yield from numbered(0, tokens.draw(ids, new, recorder, live))
+        begun = done
+        with parts.transformer.on_device() as transformer:
+            decoder = make_decoder(transformer, sampling, contexts)
+            recorder.facts["drawing"] = {
+                "decoder": decoder.name,
+                "attention": decoder.attention,
+                "tokens": count,
+                "clips_at_once": len(jobs),  # which share the seconds of all but their decoding
+            }
+            prompt = F.pad(ids.flatten(1), (config.leading_tokens, 0), value=config.begin_token)
+            steps = decode(decoder, prompt, new * size, None if sampling.greedy else noise)
+            for frame in range(new + 1):
+                with recorder.stage("tokens" if frame else "prefill"):
+                    while done < begun + max(1, frame * size):
+                        done = begun + next(steps)
+                        yield 0, Step("tokens", done, count)
+                if live and frame:
+                    with recorder.stage("decode"):
+                        frames = videos[0].decode(parts.tokenizer.module, decoder.frames)
+                    yield 0, Step("tokens", done, count, frames)
+            ids = decoder.frames
+        log_result("tokens", ids)
         remaining -= new
         for number, (job, video) in enumerate(zip(jobs, videos, strict=True)):
-            if live is None:
+            if not live:
                 own = ids[number : number + 1]
                 yield from numbered(number, decode_clip(parts, video, own, job, contexts[number]))
             if not remaining:
-                yield number, Step("done", tokens.count, tokens.count, video.frames)
+                yield number, Step("done", count, count, video.frames)
                 del video.frames  # or those of two clips would be held
         if remaining:
             carried = min(CARRIED, config.grid.frames - 1)
@@ -113,28 +136,23 @@ def generate_together(
             ends = [Clip(one.frames[one.made - overlap : one.made], FPS) for one in videos]
             ids = encode_clips(parts, ends, overlap, recorder)
             for video in videos:
-                video.begin_window(ids.shape[1], overlap)
+                video.begin_window(carried, overlap)
 
 
 def encode_prompts(
     parts: Parts, jobs: Sequence[Job], recorder: Recorder
-) -> Generator[Step, None, list[Any]]:
+) -> Generator[Step, None, list[Tensor | None]]:
     """Embedding (1, S, E) of each job's prompt; None for a base model."""
     contexts = [embeddings_of(parts.opened, job.request).get("prompt") for job in jobs]
-    prompts = {
-        number: job.request.prompt
-        for number, job in enumerate(jobs)
-        if contexts[number] is None and job.request.prompt is not None
-    }
-    if prompts:
-        encoder = parts.loaded["text"]
+    prompts = {n: job.request.prompt for n, job in enumerate(jobs) if contexts[n] is None}
+    if prompts and (encoder := parts.text):
         yield Step("text", 0, 1)
         with recorder.stage("text"):
             encoded = encoder.embed([*prompts.values()])
             for number, prompt in prompts.items():
                 contexts[number] = encoded[prompt]
-                facts = jobs[number].recorder.facts
-                facts["prompt_truncation"] = encoder.truncations({"prompt": prompt})
+                truncations = encoder.truncations({"prompt": prompt})
+                jobs[number].recorder.facts["prompt_truncation"] = truncations
     return contexts
 
 
@@ -142,71 +160,12 @@ def encode_clips(parts: Parts, clips: Sequence[Any], num_frames: int, recorder: 
     """Token ids (B, t, h, w), int64, of the last frames of clips; later frames change none."""
     shape, batch = window_shape(parts.opened), []
     with recorder.stage("encode"), parts.tokenizer.on_device() as tokenizer:
-        dtype = tokenizer.quant_conv.weight.dtype
         for clip in clips:  # one at a time, so that each gets the ids that it gets alone
             frames = condition_frames(clip, num_frames, num_frames, shape.height, shape.width)
-            batch.append(tokenizer.encode_tokens(frames.to(parts.device, dtype)).long())
-    log_result("encode", batch[0])
-    return torch.cat(batch)
-
-
-class Tokens:
-    """Tokens of batched clips.
-
-    Attributes:
-        count: tokens to draw for each clip, in all windows.
-        done: of these, tokens that are drawn.
-    """
-
-    def __init__(
-        self, parts: Parts, jobs: Sequence[Job], contexts: Sequence[Any], count: int
-    ) -> None:
-        self.parts, self.count, self.done = parts, count, 0
-        request, seeds = jobs[0].request, [job.request.seed for job in jobs]
-        self.sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
-        noise = draw_noise(seeds, parts.config.vocabulary, count, parts.device)
-        self.noise = None if self.sampling.greedy else noise
-        prompted = parts.config.context_width is not None
-        self.context = torch.cat([*contexts]).to(parts.device) if prompted else None
-
-    def draw(
-        self, ids: Tensor, new: int, recorder: Recorder, live: Decoding | None
-    ) -> Generator[Step, None, Tensor]:
-        """Ids (B, t + new, h, w) of a window that begins with `ids`; `live` decodes meanwhile."""
-        config, begun = self.parts.config, self.done
-        leading, grid = config.leading_tokens, config.grid
-        size = grid.tokens_per_frame
-        prompt = F.pad(ids.flatten(1), (leading, 0), value=config.begin_token)
-        with self.parts.transformer.on_device() as transformer:
-            decoder = make_decoder(transformer, self.sampling, batch=len(ids), context=self.context)
-            recorder.facts["drawing"] = {
-                "decoder": decoder.name,
-                "attention": decoder.attention,
-                "tokens": self.count,
-                "clips_at_once": len(ids),  # which share the seconds of all but their decoding
-            }
-            steps = decode(decoder, prompt, new * size, self.noise)
-
-            def advance(stage: str, end: int) -> Iterator[Step]:
-                with recorder.stage(stage):
-                    while self.done < end:
-                        self.done = begun + next(steps)
-                        yield Step("tokens", self.done, self.count)
-
-            def drawn() -> Tensor:
-                cells = decoder.tokens[:, leading:]  # of latent frames that are whole
-                cells = cells[:, : cells.shape[1] // size * size]
-                return cells.unflatten(1, (-1, grid.height, grid.width))
-
-            yield from advance("prefill", begun + 1)
-            for end in range(begun + size, begun + new * size + 1, size):
-                yield from advance("tokens", end)
-                if live is not None:
-                    with recorder.stage("decode"):
-                        frames = live.decode(self.parts.tokenizer.module, drawn())
-                    yield Step("tokens", self.done, self.count, frames)
-            log_result("tokens", drawn())
-            return drawn()
+            batch.append(tokenizer.encode_tokens(frames.to(parts.device, parts.compute.dtype)))
+    ids = torch.cat(batch).long()
+    log_result("encode", ids)
+    return ids
 
 
 class Decoding:
@@ -228,21 +187,21 @@ class Decoding:
         self.known, self.overlap = known, overlap
         self.latents, self.past = 0, CausalCache()
 
-    def decode(self, tokenizer: CosmosTokenizer, ids: Tensor) -> NDArray[np.uint8] | None:
+    def decode(self, tokenizer: CosmosTokenizer, ids: Tensor) -> NDArray[np.uint8]:
         """New frames of the ids (1, t, h, w) of the window so far.
 
         Latent frames are decoded in the same pieces whenever they come: the known ones together,
         then one by one.
         """
-        begun, sizes = self.made, [] if self.latents else [self.known]
-        codes = tokenizer.to_codes(ids[:, self.latents :])
-        for piece in codes.split([*sizes, *[1] * (codes.shape[2] - sum(sizes))], dim=2):
-            frames = to_uint8(tokenizer.decode(piece, self.past)[0] * 0.5 + 0.5)
-            if self.latents or not self.overlap:
-                self.frames[self.made : self.made + len(frames)] = frames
-                self.made += len(frames)
-            self.latents += piece.shape[2]
-        return self.frames[begun : self.made] if self.made > begun else None
+        begun = self.made
+        while self.latents < ids.shape[1]:
+            end = max(self.known, self.latents + 1)
+            codes = tokenizer.to_codes(ids[:, self.latents : end])
+            frames = to_uint8(tokenizer.decode(codes, self.past)[0] * 0.5 + 0.5)
+            new = frames if self.latents else frames[self.overlap :]
+            self.frames[self.made : self.made + len(new)] = new
+            self.made, self.latents = self.made + len(new), end
+        return self.frames[begun : self.made]
 
 
 def decode_clip(
@@ -308,12 +267,11 @@ def check(opened: Opened, request: ARRequest) -> ARRequest:
             f"nearest is {nearest}"
         )
     prompted = request.prompt is not None or request.prompt_embeddings is not None
-    if prompted and config.context_width is None:
-        kind = "a base model, which takes no prompt; use a Video2World model"
-        raise InputError(f"{opened.name} is {kind}")
-    if not prompted and config.context_width is not None:
-        kind = "a Video2World model, which needs a prompt; give prompt or prompt_embeddings"
-        raise InputError(f"{opened.name} is {kind}")
+    if prompted != bool(config.context_width):
+        kind = "Video2World model, which needs a prompt; give prompt or prompt_embeddings"
+        if prompted:
+            kind = "base model, which takes no prompt; use a Video2World model"
+        raise InputError(f"{opened.name} is a {kind}")
     if prompted and not embeddings_of(opened, request):
         opened.require("text", "prompt")
     return request.model_copy(update={"num_video_frames": frames})
@@ -326,8 +284,9 @@ def unused(opened: Opened, request: ARRequest) -> dict[str, str]:
     if not decoder:
         found |= dict.fromkeys((OFFLOAD_DECODER, "decoder_seam"), "no diffusion decoder runs")
     if request.temperature == 0:
-        draws = ("top_p",) if decoder else ("top_p", "seed")
-        found |= dict.fromkeys(draws, "temperature 0 draws nothing at random")
+        found["top_p"] = "temperature 0 draws nothing at random"
+        if not decoder:
+            found["seed"] = found["top_p"]
     if request.prompt_embeddings is not None:
         found |= opened.encoder_unused
     latents = latent_frames(opened, request)
@@ -376,7 +335,7 @@ def stages(opened: Opened, request: ARRequest, compute: Compute) -> Iterator[Sta
     coding = coding_bytes(cells, widest, size) + past
     yield Stage("encode", "tokenizer", coding)
     rows = config.depth * config.length
-    if config.context_width is not None:
+    if config.context_width:
         rows += config.depth // config.context_every * opened.text_length
     cache = 2 * rows * config.num_kv_heads * config.head_size * size
     cache += 2 * CHUNK * config.vocabulary * torch.float32.itemsize  # noise of the draws
@@ -407,8 +366,7 @@ def max_batch_size(opened: Opened, compute: Compute) -> int | None:
 def open_transformer(opened: Opened) -> Network[ARTransformerConfig]:
     """The transformer, whole or in tensor-parallel shards; config.json wins over shapes."""
     if not opened.settings:
-        sides = " x ".join(map(str, astuple(RELEASED_GRID)))
-        logger.info("no config.json in %s: released grid %s assumed", opened.folder, sides)
+        logger.info("no config.json in %s: the released grid is assumed", opened.folder)
     return open_network(opened.source, opened.settings)
 
 
@@ -441,8 +399,7 @@ def open_decoder_tokenizer(opened: Opened) -> Any:
 
 def open_encoder(opened: Opened) -> Any:
     """The text encoder T5; None of a base model, which takes no prompt."""
-    width = opened["transformer"].config.context_width
-    if width is None:
+    if (width := opened["transformer"].config.context_width) is None:
         if opened.options.text_encoder_dir is not None:
             raise InputError(f"text_encoder_dir: {opened.name} is a base model without prompts")
         return None
@@ -458,9 +415,8 @@ def presets(entry: Entry) -> dict[str, Any]:
     from worldline.text.t5 import NUM_PARAMETERS
 
     config = PRESETS[entry.preset]
-    text = {"text": TextPart(NUM_PARAMETERS)} if config.context_width is not None else {}
     return {
-        **text,
+        **({"text": TextPart(NUM_PARAMETERS)} if config.context_width else {}),
         "tokenizer": Network(CosmosTokenizer, TOKENIZER_PRESETS["DV8x16x16"]),
         "decoder": RELEASED,
         "decoder_tokenizer": CosmosNetwork(CosmosTokenizer, TOKENIZER_PRESETS["CV8x8x8"]),

@@ -155,6 +155,7 @@ class Attention(nn.Module):
 
     def encode(self, source: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values (B, M, S, K); those of a text are the same for every token."""
+        source = source.to(self.k.weight)  # in device and dtype
         k = self.k_norm(self.heads(self.k(source))).transpose(1, 2)
         v = self.heads(self.v(source)).transpose(1, 2)
         return (k if rotation is None else rotate(k, rotation)), v
@@ -238,12 +239,13 @@ class ARTransformer(nn.Module):
         shape = (config.depth, batch, config.num_kv_heads, config.length, config.head_size)
         return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
 
-    def encode_context(self, context: Tensor) -> EncodedContext:
-        """Keys and values of a text context (B, rows, context_width), for each layer."""
-        context = context.to(self.head.weight.dtype)
+    def encode_context(self, context: Tensor | None) -> EncodedContext:
+        """Keys and values of a text context (B, rows, context_width), for each layer.
+
+        A base model, whose layers read none, has none.
+        """
         return [
-            None if layer.cross_attention is None else layer.cross_attention.encode(context)
-            for layer in self.layers
+            layer.cross_attention and layer.cross_attention.encode(context) for layer in self.layers
         ]
 
     def forward(

@@ -17,7 +17,7 @@ new token sees the frames before it as near as in training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from worldline.families.autoregressive.model import (
     ARTransformer,
     ARTransformerConfig,
-    EncodedContext,
     RMSNorm,
     make_positions,
 )
@@ -41,13 +40,12 @@ MAX_BATCH_SIZE = 16  # of the kernels
 
 
 def make_decoder(
-    model: ARTransformer, sampling: Sampling, *, batch: int = 1, context: Tensor | None = None
+    model: ARTransformer, sampling: Sampling, contexts: Sequence[Tensor | None]
 ) -> PlainDecoder:
     """The fastest decoder that the device and the model allow; arguments are those of each."""
     weight = model.head.weight
-    fast = batch <= kernel_batch(model.config, weight.device, weight.dtype)
-    kind = CapturedDecoder if fast else PlainDecoder
-    return kind(model, sampling, batch=batch, context=context)
+    fast = len(contexts) <= kernel_batch(model.config, weight.device, weight.dtype)
+    return (CapturedDecoder if fast else PlainDecoder)(model, sampling, contexts)
 
 
 def kernel_batch(config: ARTransformerConfig, device: torch.device, dtype: torch.dtype) -> int:
@@ -72,35 +70,36 @@ class PlainDecoder:
     attention = "torch SDPA (prompt), matrix products (decoding)"  # a prompt has many queries
 
     def __init__(
-        self,
-        model: ARTransformer,
-        sampling: Sampling,
-        *,
-        batch: int = 1,
-        context: Tensor | None = None,
+        self, model: ARTransformer, sampling: Sampling, contexts: Sequence[Tensor | None]
     ) -> None:
         """Start with an empty window.
 
         Args:
             model: on its device.
             sampling: how tokens are drawn.
-            batch: B, clips decoded in step.
-            context: text context (B, rows, width); Video2World only.
+            contexts: text context (1, rows, width) of each clip; None for a base model.
         """
-        self.model, self.sampling, self.cache = model, sampling, model.new_cache(batch)
+        self.model, self.sampling, self.cache = model, sampling, model.new_cache(len(contexts))
         keys, self.done = self.cache.keys, 0
         self.positions = make_positions(model.config, keys.device, keys.dtype)
-        self.ids = torch.zeros(batch, self.cache.length, dtype=torch.int64, device=keys.device)
+        self.ids = keys.new_zeros(len(contexts), self.cache.length, dtype=torch.int64)
         self.forgotten: list[Tensor] = []
-        self.encoded: list[EncodedContext | None] = [None] * batch
-        if context is not None:
-            self.encoded = [model.encode_context(one) for one in context.split(1)]
+        self.encoded = [model.encode_context(context) for context in contexts]
 
     @property
     def tokens(self) -> Tensor:
         """Prompt and drawn tokens (B, so far)."""
         leading, seen = self.model.config.leading_tokens, self.ids[:, : self.done]
         return torch.cat([seen[:, :leading], *self.forgotten, seen[:, leading:]], dim=1)
+
+    @property
+    def frames(self) -> Tensor:
+        """Ids (B, t, h, w) of the latent frames that are whole."""
+        grid, cells = self.model.config.grid, self.tokens[:, self.model.config.leading_tokens :]
+        whole = cells.shape[1] // grid.tokens_per_frame
+        return cells[:, : whole * grid.tokens_per_frame].unflatten(
+            1, (whole, grid.height, grid.width)
+        )
 
     @torch.inference_mode()
     def start(self, prompt: Tensor, noise: Tensor | None) -> None:
@@ -147,37 +146,26 @@ class CapturedDecoder(PlainDecoder):
 
     Attributes:
         position: () index in the window of the token that the next step reads.
+        logits: (B, V) of the token drawn last.
     """
 
     name = "CUDA graph, Triton kernels"
     attention = "torch SDPA (prompt), Triton, split keys (decoding)"
+    graph: torch.cuda.CUDAGraph | None = None
 
-    def __init__(self, model: ARTransformer, *arguments: Any, **options: Any) -> None:
-        super().__init__(model, *arguments, **options)
+    def __init__(self, model: ARTransformer, *arguments: Any) -> None:
+        super().__init__(model, *arguments)
         from worldline.nn import decode_kernels
 
-        config, device, batch = model.config, self.ids.device, len(self.ids)
+        config, batch, device = model.config, len(self.ids), self.ids.device
         self.matvec, self.gate_up = decode_kernels.matvec, decode_kernels.gate_up
-        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.position = self.ids.new_zeros(())
         self.noise = torch.ones(batch, config.vocabulary, device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
         # keys and values (B, M, rows, K) of the text of all clips, for each layer that reads one
-        self.contexts: list[list[Tensor]] = []
-        for number in range(config.depth):
-            pairs = [pair for one in self.encoded if one is not None and (pair := one[number])]
-            joined = [torch.cat(part).contiguous() for part in zip(*pairs, strict=True)]
-            self.contexts.append(joined)
-
-        def buffer(size: int) -> Tensor:
-            return torch.empty(batch, size, dtype=torch.bfloat16, device=device)
-
-        heads = config.num_heads * config.head_size
-        self.residual = buffer(config.width)
-        self.qkv = buffer(heads + 2 * config.num_kv_heads * config.head_size)
-        self.mixed = buffer(heads)
-        self.hidden = buffer(config.hidden)
-        self.logits = buffer(config.vocabulary)
-        self.query = buffer(heads)
+        self.contexts: list[Any] = [
+            pairs[0] and [torch.cat(part).contiguous() for part in zip(*pairs, strict=True)]
+            for pairs in zip(*self.encoded, strict=True)
+        ]
         self.attend = decode_kernels.Attend(
             batch=batch,
             num_heads=config.num_heads,
@@ -187,17 +175,11 @@ class CapturedDecoder(PlainDecoder):
         )
 
     @torch.inference_mode()
-    def start(self, prompt: Tensor, noise: Tensor | None) -> None:
-        super().start(prompt, noise)
-        self.position.fill_(self.done - 1)
-
-    @torch.inference_mode()
     def step(self, noise: Tensor | None) -> None:
         if self.done == self.cache.length:
             self._forget()
-            self.position.fill_(self.done - 1)
-        if self.graph is None:
-            self.graph = self._capture()
+        self.position.fill_(self.done - 1)
+        self.graph = self.graph or self._capture()
         if noise is not None:
             self.noise.copy_(noise)
         self.graph.replay()
@@ -205,68 +187,63 @@ class CapturedDecoder(PlainDecoder):
 
     def run(self) -> None:
         """Read the token at `position` of every clip and draw the next."""
-        self._read(self.ids.index_select(1, self.position.view(1)).view(-1))
-        self.position += 1
+        here = self.position.view(1)
+        self.logits = self._read(self.ids.index_select(1, here).view(-1))
         # sums of one row and of several take different kernels, which round differently
         rows = zip(self.ids, self.logits.split(1), self.noise.split(1), strict=True)
         for ids, row, noise in rows:
-            ids.scatter_(0, self.position.view(1), draw(row, self.sampling, noise))
+            ids.scatter_(0, here + 1, draw(row, self.sampling, noise))
 
-    def _read(self, tokens: Tensor) -> None:
+    def _read(self, tokens: Tensor) -> Tensor:
         """Logits of the tokens behind `tokens` (B,); one row a layer and clip is cached."""
-        matvec, x, (rotation, table) = self.matvec, self.residual, self.positions
+        model, matvec, (rotation, table) = self.model, self.matvec, self.positions
+        x = model.embedding(tokens)
+        mixed = x.new_empty(len(x), model.config.num_heads * model.config.head_size)
+        hidden = x.new_empty(len(x), model.config.hidden)
 
-        def project(norm: RMSNorm, out: Tensor, *layers: nn.Linear) -> None:
+        def project(norm: RMSNorm, *layers: nn.Linear) -> Tensor:
             weights = tuple(layer.weight for layer in layers)
-            matvec(x, weights, out, gamma=norm.weight, eps=norm.eps)
+            out = x.new_empty(len(x), sum(map(len, weights)))
+            return matvec(x, weights, out, gamma=norm.weight, eps=norm.eps)
 
-        torch.index_select(self.model.embedding.weight, 0, tokens, out=x)
         here = None if table is None else table.index_select(0, self.position.view(1))
-        for number, layer in enumerate(self.model.layers):
+        layers = zip(model.layers, self.contexts, *self.cache, strict=True)
+        for layer, context, keys, values in layers:
             attention, feed_forward = layer.attention, layer.feed_forward
             if here is not None:
                 x += here
-            project(layer.attention_norm, self.qkv, attention.q, attention.k, attention.v)
             self.attend(
-                self.qkv,
+                project(layer.attention_norm, attention.q, attention.k, attention.v),
                 (attention.q_norm.weight, attention.k_norm.weight),
                 attention.q_norm.eps,
-                self.cache.keys[number],
-                self.cache.values[number],
-                self.mixed,
+                keys,
+                values,
+                mixed,
                 rotation=rotation,
                 position=self.position,
             )
-            matvec(self.mixed, (attention.out.weight,), x, residual=x)
+            matvec(mixed, (attention.out.weight,), x, residual=x)
             if (text := layer.cross_attention) is not None:
-                project(layer.cross_attention_norm, self.query, text.q)
-                gammas, (k, v) = (text.q_norm.weight, text.q_norm.weight), self.contexts[number]
-                self.attend(self.query, gammas, text.q_norm.eps, k, v, self.mixed)
-                matvec(self.mixed, (text.out.weight,), x, residual=x)
-            self.gate_up(
-                x,
-                layer.feed_forward_norm.weight,
-                layer.feed_forward_norm.eps,
-                feed_forward.gate.weight,
-                feed_forward.up.weight,
-                self.hidden,
-            )
-            matvec(self.hidden, (feed_forward.down.weight,), x, residual=x)
-        project(self.model.norm, self.logits, self.model.head)
+                query = project(layer.cross_attention_norm, text.q)
+                gammas, (k, v) = (text.q_norm.weight, text.q_norm.weight), context
+                self.attend(query, gammas, text.q_norm.eps, k, v, mixed)
+                matvec(mixed, (text.out.weight,), x, residual=x)
+            norm, gate, up = layer.feed_forward_norm, feed_forward.gate, feed_forward.up
+            self.gate_up(x, norm.weight, norm.eps, gate.weight, up.weight, hidden)
+            matvec(hidden, (feed_forward.down.weight,), x, residual=x)
+        return project(model.norm, model.head)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         # Rehearsals compile the kernels. They write one token and one row of the cache, which the
-        # first replay writes again with the same values, and move the position, which is put back.
-        position, stream, graph = self.position.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        # first replay writes again with the same values.
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self.run()
-                self.position.copy_(position)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):
             self.run()
-        self.position.copy_(position)
         return graph
 
 
@@ -287,11 +264,8 @@ def compile_kernels(opened: Opened, compute: Compute) -> Iterator[None]:
             model = ARTransformer(small).to(dtype)
         with torch.cuda.stream(torch.cuda.Stream(device)):
             model = model.to_empty(device=device)
-            context = None
-            if config.context_width is not None:
-                context = torch.zeros(batch, 16, config.context_width, device=device)
-            rule = Sampling(temperature=0)
-            CapturedDecoder(model, rule, batch=batch, context=context).run()
+            context = torch.zeros(1, 16, config.context_width or 0, device=device)
+            CapturedDecoder(model, Sampling(temperature=0), [context] * batch).run()
 
     # it launches kernels, so it ends before whatever follows, a failure too
     with ThreadPoolExecutor(1, "compile") as thread:
