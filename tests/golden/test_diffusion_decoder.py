@@ -15,15 +15,11 @@ from torch import Tensor
 
 from tiny.export import draw_weights
 from worldline.families.autoregressive import decoder
-from worldline.families.autoregressive.decoder import (
-    DecoderNetwork,
-    cut_windows,
-    decode_windows,
-)
+from worldline.families.autoregressive.decoder import DecoderNetwork, decode_windows
 from worldline.families.autoregressive.request import Seam
 from worldline.families.diffusion.model import DiT
 from worldline.families.diffusion.weights import open_network
-from worldline.sampling.edm import SIGMA_MAX, make_sigmas, precondition, sample
+from worldline.sampling.edm import SIGMA_DATA, SIGMA_MAX, make_sigmas, precondition, sample
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape, latent_frames_of
@@ -221,12 +217,13 @@ def pipeline_latents(
     stated = case.spec["sampling"]
     scale = (SIGMA_MAX**2 + 1) ** 0.5 if sampler == "edm_euler" else SIGMA_MAX
     aux = open_checkpoint(case.path / case.spec["folder"] / "aux_vars.pt")
-    model, grid, context = network(case), LatentShape(*starts.shape[2:]), aux.read("context")
+    model, context = network(case), aux.read("context")
     run = DecoderNetwork(DiT, model.config, num_steps=steps, guidance=stated["guidance"])
+    windows = split_windows(tokens, decoder.DECODER_WINDOW, decoder.OVERLAP)
     run = replace(run, generation="Predict1" if sampler == "edm_euler" else "1.0")
     return [
-        finish(run.denoise_window(model, ids, grid, context, 0, start / scale))
-        for ids, start in zip(cut_windows(tokens), starts.split(1), strict=True)
+        finish(run.denoise_window(model, ids, context, start / scale))
+        for ids, start in zip(windows, starts.split(1), strict=True)
     ]
 
 
@@ -234,12 +231,12 @@ def pipeline_video(case: Case, latents: list[Tensor], frames: int, seam: Seam) -
     model = tokenizer(case)
     statistics = read_statistics(pixels_folder(case), model.config.latent_channels)
     assert statistics is not None
+    latents = [statistics.denormalise(window / SIGMA_DATA) for window in latents]
     groups = [latents] if seam == "as_released" else [[window] for window in latents]
-    pieces = [
-        piece
-        for number, group in enumerate(groups)
-        for piece in decode_windows(model, statistics, group, frames, number)
-    ]
+    pieces = []
+    for number, group in enumerate(groups):
+        video = torch.cat(list(decode_windows(model, group, frames, number)), dim=2)
+        pieces.append(video[:, :, 9 if number else 0 :])  # without those of the window before
     return (1 + torch.cat(pieces, dim=2)[0].clamp(-1, 1)) / 2
 
 

@@ -32,7 +32,8 @@ from worldline.families.autoregressive.weights import read_config
 from worldline.families.diffusion.model import DiT
 from worldline.families.diffusion.weights import open_network
 from worldline.sampling.edm import make_sigmas
-from worldline.sampling.solvers import finish
+from worldline.sampling.solvers import finish, standard_noise
+from worldline.sampling.tokens import split_windows
 from worldline.shapes import LatentShape, VideoShape
 from worldline.text.t5 import T5Files
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
@@ -347,7 +348,8 @@ def test_the_decoder_is_trained_as_it_is_used(
     draws = torch.Generator().manual_seed(2)
     z, ids = cut_windows(coarse, fine, statistics, as_video(clips), draws)
     # a short clip: the pipeline cuts its tokens as training does
-    [short] = decoder.cut_windows(coarse.encode_tokens(as_video(clips))[:, : sizes.GRID.frames])
+    tokens = coarse.encode_tokens(as_video(clips))[:, : sizes.GRID.frames]
+    [short] = split_windows(tokens, decoder.DECODER_WINDOW, decoder.OVERLAP)
     assert torch.equal(ids[2:3].long(), short.long())
 
     torch.manual_seed(0)
@@ -363,11 +365,10 @@ def test_the_decoder_is_trained_as_it_is_used(
 
     monkeypatch.setattr(DiT, "forward", spy)
     context = torch.randn(1, 4, 16)
-    network, grid = (
-        decoder.DecoderNetwork(DiT, sizes.DECODER, num_steps=2),
-        LatentShape(*z.shape[2:]),
+    network = decoder.DecoderNetwork(DiT, sizes.DECODER, num_steps=2)
+    finish(
+        network.denoise_window(model.transformer, short, context, standard_noise(0, z[:1].shape))
     )
-    finish(network.denoise_window(model.transformer, short, grid, context, 0))
     sigma = make_sigmas("edm_euler", 2, sigma_min=decoder.SIGMA_MIN)[0]
     # both branches in training's terms: the clip, and one with neither prompt nor tokens
     texts, inputs = torch.cat([context, context * 0]), torch.cat([short, short * 0])

@@ -45,7 +45,7 @@ from worldline.sampling.tokens import blend_windows, split_windows
 from worldline.shapes import LatentShape
 from worldline.step import Step
 from worldline.text.encoder import MAX_LENGTH
-from worldline.tokenizers.cosmos.model import CosmosTokenizer, LatentStatistics
+from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.networks import Network, read_settings
@@ -129,46 +129,38 @@ class DecoderNetwork(Network[DiTConfig]):
 
         Without the embedding (1, S, E) of a prompt, the general prompt's is taken.
         """
-        opened, coder = parts.opened["decoder_tokenizer"], parts.loaded["decoder_tokenizer"]
+        coder, grid = parts.opened["decoder_tokenizer"], self.grid(parts.opened)
         context = self.context if context is None else context
-        assert context is not None  # see `open_network`
-        request, recorder = job.request, job.recorder
-        windows, latents = cut_windows(ids), list[Tensor]()
+        windows, latents = split_windows(ids, DECODER_WINDOW, OVERLAP), list[Tensor]()
+        noise = standard_noise(job.request.seed, (1, self.config.latent_channels, *astuple(grid)))
         steps = len(make_sigmas(SAMPLER_OF[self.generation], self.num_steps)) - 1  # of a window
         for number, window in enumerate(windows):
-            with stage(recorder, "denoise"), parts.loaded["decoder"].on_device() as model:
-                sampling = self.denoise_window(
-                    model, window, self.grid(parts.opened), context, request.seed
-                )
+            with stage(job.recorder, "denoise"), parts.loaded["decoder"].on_device() as model:
+                sampling = self.denoise_window(model, window, context, noise)
                 total, before = len(windows) * steps, number * steps
-                latents.append((yield from report(sampling, recorder, total, before=before)))
+                latents.append((yield from report(sampling, job.recorder, total, before=before)))
             log_result("denoise", latents[-1])
-            if request.decoder_seam == "as_released" and number + 1 < len(windows):
+            if job.request.decoder_seam == "as_released" and number + 1 < len(windows):
                 continue  # it fades into the next
             yield Step("decode", video.made, len(video.frames))
-            with stage(recorder, "decode"), coder.on_device() as tokenizer:
-                statistics = opened.statistics.rounded(tokenizer.quant_conv.weight.dtype)
-                pieces = decode_windows(tokenizer, statistics, latents, ids.shape[1], number)
-                first = video.overlap if len(latents) == number + 1 else 0
+            loaded = parts.loaded["decoder_tokenizer"]
+            with stage(job.recorder, "decode"), loaded.on_device() as tokenizer:
+                statistics = coder.statistics.rounded(parts.compute.dtype)
+                restored = [statistics.denormalise(window / SIGMA_DATA) for window in latents]
+                pieces = decode_windows(tokenizer, restored, ids.shape[1], number)
+                shared = 1 + (OVERLAP - 1) * coder.config.temporal  # with the window before
+                first = video.overlap if len(latents) == number + 1 else shared
                 video.made = yield from decode(pieces, video.frames, video.made, first=first)
             latents.clear()
 
-    @torch.inference_mode()
-    def denoise_window(
-        self,
-        model: DiT,
-        ids: Tensor,
-        grid: LatentShape,
-        context: Tensor,
-        seed: int,
-        noise: Tensor | None = None,
-    ) -> Steps:
+    def denoise_window(self, model: DiT, ids: Tensor, context: Any, noise: Tensor) -> Steps:
         """Normalised latents of a window, float32 (1, C, 8, H, W), of its ids (1, 8, h, w).
 
-        Noise is unit normal; None draws it from the seed.
+        The noise is unit normal, in the shape of the latents.
         """
         device, precision = model.embed.weight.device, self.rotary_precision
         angles = model.dtype if precision is None else getattr(torch, precision)
+        grid = LatentShape(*noise.shape[2:])
         positions = model.make_positions(grid, FPS, rotary_dtype=angles)
         text, ids = context.to(device, model.dtype), ids.to(device)
         encoded = model.encode_context(torch.cat([text, torch.zeros_like(text)]))
@@ -178,15 +170,12 @@ class DecoderNetwork(Network[DiTConfig]):
 
         def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
             """Both branches of the guidance at once; that with the prompt is asked for first."""
-            if not conditional:
-                return ready.pop()
-            y = model(x.repeat(2, 1, 1, 1, 1), times.repeat(2), encoded, positions, ids=known)
-            with_prompt, ready[:] = y[:1], [y[1:]]
-            return with_prompt
+            if conditional:
+                y = model(x.repeat(2, 1, 1, 1, 1), times.repeat(2), encoded, positions, ids=known)
+                ready[:] = y.split(1)
+            return ready.pop(0)
 
-        if noise is None:
-            noise = standard_noise(seed, (1, model.config.latent_channels, *astuple(grid)))
-        steps = sample(
+        return sample(
             network,
             noise.to(device),
             sampler=SAMPLER_OF[self.generation],
@@ -194,7 +183,6 @@ class DecoderNetwork(Network[DiTConfig]):
             guidance=self.guidance,
             sigma_min=SIGMA_MIN,
         )
-        return (yield from steps)
 
 
 RELEASED = DecoderNetwork(DiT, PRESETS["7B-Decoder"], blocks=BLOCKS)
@@ -235,36 +223,20 @@ def read_context(folder: Path, width: int) -> tuple[Path, Tensor]:
     return aux.path, context
 
 
-def cut_windows(tokens: Tensor) -> list[Tensor]:
-    """Windows (1, 8, h, w) of ids (1, T, h, w); the last is filled by reflection."""
-    return split_windows(tokens, DECODER_WINDOW, OVERLAP)
-
-
 def decode_windows(
-    tokenizer: CosmosTokenizer,
-    statistics: LatentStatistics,
-    latents: list[Tensor],
-    frames: int,
-    number: int,
+    tokenizer: CosmosTokenizer, latents: list[Tensor], frames: int, number: int
 ) -> Iterator[Tensor]:
     """Pieces of a video of so many latent frames, (1, 3, T, H, W) in about [-1, 1].
 
-    Latents are those of window `number` alone, whose part of the video this is then, or those of
-    all windows, which fade into each other as released.
+    Latents, as the tokenizer gives them, are those of window `number`, or those of all windows,
+    which fade into each other as released.
     """
-    temporal = tokenizer.config.temporal
-    restored = [statistics.denormalise(window / SIGMA_DATA) for window in latents]
-    if len(restored) > 1:
-        videos = [torch.cat(list(decode_stream(tokenizer, one)), dim=2) for one in restored]
-        # float32: a fade of few levels; clamped before it, as released
-        blended = blend_windows([video.float().clamp(-1, 1) for video in videos], OVERLAP)
-        yield blended[:, :, : 1 + (frames - 1) * temporal]
+    if len(latents) == 1:
+        # what follows changes nothing before it, so what reflection filled in is not decoded
+        end = frames - number * (DECODER_WINDOW - OVERLAP)
+        yield from decode_stream(tokenizer, latents[0][:, :, :end])
         return
-    skip = 1 + (OVERLAP - 1) * temporal if number else 0  # frames of the window before
-    # what follows changes nothing before it, so what reflection filled in is not decoded
-    own = restored[0][:, :, : frames - number * (DECODER_WINDOW - OVERLAP)]
-    for piece in decode_stream(tokenizer, own):
-        new = piece[:, :, skip:]
-        skip = max(0, skip - piece.shape[2])
-        if new.shape[2]:
-            yield new
+    videos = [torch.cat(list(decode_stream(tokenizer, one)), dim=2) for one in latents]
+    # float32: a fade of few levels; clamped before it, as released
+    blended = blend_windows([video.float().clamp(-1, 1) for video in videos], OVERLAP)
+    yield blended[:, :, : 1 + (frames - 1) * tokenizer.config.temporal]
