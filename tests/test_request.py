@@ -29,7 +29,7 @@ def test_without_arguments_a_request_is_the_default(kind: type[Request]) -> None
         ({"prompt": " \n"}, "prompt: it is empty"),
         ({"prompt": 3}, "prompt is 3; .* string"),
         ({"negative_prompt": b"x"}, "negative_prompt is b'x'; .* string"),
-        ({"prompt": "a \udcff"}, "prompt: .* not valid text"),
+        ({"prompt": "a \udcff"}, "prompt is .* unicode"),
         ({"num_steps": 0}, "num_steps is 0; .* 1$"),
         ({"num_steps": 1001}, "num_steps is 1001; .* 1000"),
         ({"num_steps": 2.5}, "num_steps is 2.5; .* integer"),
@@ -83,7 +83,7 @@ def test_wrong_values(kind: type[Request], options: dict[str, Any], message: str
         (ARRequest, {"rollout": "x"}, "rollout is 'x'; .* 'tokens' or 'pixels'"),
         (LoadOptions, {"dtype": torch.int8}, "dtype is 'int8'; .* 'bfloat16'"),
         (LoadOptions, {"checkpoint_dir": " "}, "checkpoint_dir: it is empty"),
-        (LoadOptions, {"num_gpus": 2}, "num_gpus.* 2, .* 1 GPU"),
+        (LoadOptions, {"num_gpus": 2}, "num_gpus is 2; .* 1$"),
         (AROptions, {"batch_size": 0}, "batch_size"),
         (DiffusionOptions, {"generation": "2"}, "generation is '2'; .* '1.0' or 'Predict1'"),
         (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -101,30 +102,27 @@ class Entry(_Record):
         return ("partial", present[0]) if present else ("absent", None)
 
 
-def _read() -> tuple[Entry, ...]:
+def _read() -> Iterator[Entry]:
     data = tomllib.loads(Path(__file__).with_name("catalog.toml").read_text())
-    entries = []
     for own in data["checkpoints"]:
-        entry: dict[str, Any] = {**data["families"].get(own["family"], {}), **own}
-        repository = entry.setdefault("repository", f"nvidia/{entry['name']}")
-        entry.setdefault("destination", entry["name"])
-        entry.setdefault("folders", [entry["name"]])
-        models = [{**model, "repository": repository} for model in entry.get("models", ())]
+        name, models = own["name"], own.get("models", [])
+        own = {**data["families"].get(own["family"], {}), **own}
+        own = {"repository": f"nvidia/{name}", "destination": name, "folders": [name], **own}
+        own["models"] = [{**model, "repository": own["repository"]} for model in models]
         files = [{"name": model["file"], "nbytes": model["nbytes"]} for model in models]
-        files += entry.get("files", ())
-        layouts = [[model["file"]] for model in models]
-        layouts += entry.get("layouts") or [[file["name"] for file in files]]
-        entries.append(Entry(**entry | {"models": models, "files": files, "layouts": layouts}))
-    return tuple(entries)
+        own["files"] = files + own.get("files", [])
+        whole = [[file["name"] for file in own["files"]]]
+        own["layouts"] = [[model["file"]] for model in models] + own.get("layouts", whole)
+        yield Entry(**own)
 
 
-ENTRIES = _read()
+ENTRIES = tuple(_read())
 _NAMED = {entry.name: entry for entry in ENTRIES}
 _DECODER = _NAMED["Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p"]
 _FLOW = _NAMED["Cosmos-Predict2.5-2B"]
 
 # folders of the diffusion decoder of the autoregressive models
-DECODERS: dict[str, str] = {"Predict1": _DECODER.folders[0], "1.0": _DECODER.folders[1]}
+DECODERS: dict[str, str] = dict(zip(("Predict1", "1.0"), _DECODER.folders, strict=True))
 # released models of Predict2.5, the default one first; repository and revision of their tokenizer
 FLOW_MODELS = tuple(model for entry in ENTRIES for model in entry.models)
 FLOW_TOKENIZER = (_FLOW.repository, _FLOW.revision or "")

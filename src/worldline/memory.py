@@ -100,28 +100,23 @@ class Plan:
         """Bytes of the stage that needs most."""
         return max(self.need(stage, offloaded) for stage in self.stages)
 
-    def fit(
-        self, device: torch.device, memory: Memory | None, offloaded: Collection[str] = ()
-    ) -> Fit:
+    def fit(self, device: torch.device, memory: Memory, offloaded: Collection[str] = ()) -> Fit:
         """The fewest offload flags, beside those in `offloaded`, with which the plan fits.
 
         Args:
             device: where it runs.
-            memory: of the device; None where it is unknown.
+            memory: of the device.
             offloaded: flags that are set already.
         """
         flags = self.flags if device.type == "cuda" else ()  # elsewhere offloading moves nothing
         fixed = set(offloaded) & set(flags)
-        choices = (set(c) for count in range(len(flags) + 1) for c in combinations(flags, count))
-        fits = []
-        for choice in choices:
-            if fixed <= choice:
-                peak = self.peak(choice)
-                names = tuple(name for name in flags if name in choice)
-                fits.append(Fit(peak, names, None if memory is None else peak <= memory.free))
-                if fits[-1].fits is not False:
-                    return fits[-1]
-        return min(fits, key=lambda fit: fit.need)
+        choices = [c for count in range(len(flags) + 1) for c in combinations(flags, count)]
+        fits = [
+            Fit(peak := self.peak(choice), choice, peak <= memory.free)
+            for choice in choices
+            if fixed <= {*choice}
+        ]
+        return next((fit for fit in fits if fit.fits), min(fits, key=lambda fit: fit.need))
 
     def refuse_unless_fits(
         self, device: torch.device, offloaded: Collection[str], advice: str = ""
@@ -136,7 +131,7 @@ class Plan:
         memory = device_memory(device)
         found = self.fit(device, memory, offloaded)
         missing = [name for name in found.flags if name not in offloaded]
-        if memory is None or (found.fits and not missing):
+        if found.fits and not missing:
             return
         kind = "GPU" if device.type == "cuda" else "host"
         need = self.peak(offloaded if device.type == "cuda" else ())
@@ -151,21 +146,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a plan fits: bytes with the offload flags, the least possible where nothing fits.
-
-    `fits` is None where the memory is unknown.
-    """
+    """How a plan fits: bytes with the offload flags, the least possible where nothing fits."""
 
     need: int
     flags: tuple[str, ...]
-    fits: bool | None
+    fits: bool
 
     def __str__(self) -> str:
-        if self.fits is None:
-            return "yes, if the memory suffices"
-        if not self.fits:
-            return "no, too little memory"
-        return " ".join(("yes", *(f"--{name}" for name in self.flags)))
+        flags = (f" --{name}" for name in self.flags)
+        return f"yes{''.join(flags)}" if self.fits else "no, too little memory"
 
 
 def refuse_frames(video: VideoShape, *, clips: int = 1, guarded: bool, beside: int = 0) -> None:
@@ -182,7 +171,7 @@ def refuse_frames(video: VideoShape, *, clips: int = 1, guarded: bool, beside: i
     """
     memory = host_memory()
     need = (clips + guarded) * 3 * video.frames * video.height * video.width
-    if memory is None or need + (beside if beside <= memory.free else 0) <= memory.free:
+    if need + (beside if beside <= memory.free else 0) <= memory.free:
         return
     raise InsufficientMemoryError(
         f"num_video_frames is {video.frames}: the frames of {clips} video(s) of {video.height} x "
@@ -243,16 +232,13 @@ def denoise_bytes(
     return activations + contexts + latents
 
 
-def host_memory() -> Memory | None:
-    """Host memory that this process may take; None where it is unknown."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
+def host_memory() -> Memory:
+    """Host memory that this process may take."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free, group = total, Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # macOS has no such file
+    with suppress(OSError, LookupError):  # macOS has no such file
         free = _number(Path("/proc/meminfo"), "MemAvailable:") * 1024
-    with suppress(OSError, ValueError):  # a container's limit; its file cache is free
+    with suppress(OSError, ValueError, LookupError):  # a container's limit; its file cache is free
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
         used -= _number(group / "memory.stat", "inactive_file")
@@ -263,12 +249,11 @@ def host_memory() -> Memory | None:
 
 def _number(file: Path, name: str) -> int:
     """Number behind a name that begins a line."""
-    words = (line.split() for line in file.read_text().splitlines())
-    [number] = (int(line[1]) for line in words if line and line[0] == name)
-    return number
+    lines = map(str.split, file.read_text().splitlines())
+    return int({label: number for label, number, *_ in lines}[name])
 
 
-def device_memory(device: torch.device) -> Memory | None:
+def device_memory(device: torch.device) -> Memory:
     """Memory where networks on `device` would lie."""
     if device.type == "cuda":
         return Memory(*torch.cuda.mem_get_info(device))

@@ -23,7 +23,7 @@ from worldline.locate import Place
 from worldline.memory import Fit, Memory, Plan, Stage, Weights, workspace
 from worldline.nn.modulation import fused
 from worldline.report import Recorder
-from worldline.request import LoadOptions, Name, Request, keyword
+from worldline.request import LoadOptions, Name, Request
 from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.networks import open_transformer, read_settings
 
@@ -93,7 +93,7 @@ def recognise(place: Place) -> Opened:
 
 
 def open_world(
-    place: Place, stated: Mapping[str, Any], name: Name = keyword, expected: str = ""
+    place: Place, stated: Mapping[str, Any], name: Name = str, expected: str = ""
 ) -> Opened:
     """Every part of a model; they belong together, headers alone are read.
 
@@ -223,7 +223,7 @@ def load_parts(opened: Opened, compute: Compute, recorder: Recorder) -> Parts:
     return Parts(opened, compute, loaded)
 
 
-def fit_released(entry: Entry, compute: Compute, memory: Memory | None) -> Fit | None:
+def fit_released(entry: Entry, compute: Compute, memory: Memory) -> Fit | None:
     """How a released model fits, with the fewest flags; None where no command runs it.
 
     Parts are left out, by the flags that disable them, where it fits only so.
@@ -237,7 +237,7 @@ def fit_released(entry: Entry, compute: Compute, memory: Memory | None) -> Fit |
     request = family.request.parse({})
     found = plan(opened, [request], compute).fit(compute.device, memory)
     disabled = {part.name: part.disable for part in family.parts if part.disable}
-    if found.fits is False and disabled:
+    if disabled and not found.fits:
         parts = {name: part for name, part in opened.parts.items() if name not in disabled}
         bare = plan(replace(opened, parts=parts), [request], compute).fit(compute.device, memory)
         if bare.fits:

@@ -26,25 +26,14 @@ NEGATIVE_PROMPT = (
     "quality."
 )
 
-Name = Callable[[str], str]  # a field -> what the user wrote in its place, for messages
-
-
-def keyword(field: str) -> str:
-    """Name of a field in Python."""
-    return field
+Name = Callable[
+    [str], str
+]  # a field -> what the user wrote in its place, for messages; str in Python
 
 
 def flag(field: str) -> str:
     """Name of a field on the command line: `--guidance`."""
     return f"--{field}"
-
-
-def _utf8(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"it is not valid text ({error.reason})") from None
-    return text
 
 
 def _not_blank(value: Any) -> Any:
@@ -53,7 +42,7 @@ def _not_blank(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, AfterValidator(_utf8)]
+Text = Annotated[str, Field(min_length=0)]  # with a constraint, pydantic refuses invalid Unicode
 Prompt = Annotated[Text, AfterValidator(_not_blank)]
 Path = Annotated[str, AfterValidator(_not_blank)]
 Seed = Annotated[
@@ -96,7 +85,7 @@ class Options(BaseModel):
         return {name: _plain(value) for name, value in stated.items()}
 
     @classmethod
-    def parse(cls, stated: Mapping[str, Any], name: Name = keyword) -> Self:
+    def parse(cls, stated: Mapping[str, Any], name: Name = str) -> Self:
         """Checked options.
 
         Args:
@@ -178,7 +167,7 @@ class Request(Options):
         stated: Mapping[str, Any],
         defaults: Mapping[str, Any],
         kind: str | None,
-        name: Name = keyword,
+        name: Name = str,
     ) -> Self:
         """A request: what is stated, else the model's default, else the class's.
 
@@ -196,10 +185,9 @@ class Request(Options):
             raise InputError("no input; give an image or a video to continue")
         request = cls.parse({"num_input_frames": frames, **defaults, **stated}, name)
         given, called = request.num_input_frames, name("num_input_frames")
-        if kind is None and given:
-            raise InputError(f"{called} is {given}, but there is no input; give one")
-        if kind is not None and not given:
-            raise InputError(f"{called} is 0, but there is an input; give 1 or more")
+        if (kind is None) == bool(given):
+            there = "no input; give one" if given else "an input; give 1 or more"
+            raise InputError(f"{called} is {given}, but there is {there}")
         if kind == "image" and given > 1:
             raise InputError(f"{called} is {given}, but an image has 1 frame; leave it out")
         return request
@@ -236,13 +224,7 @@ class VideoRequest(Request):
         return {} if self.guidance else {"negative_prompt": "guidance is 0"}
 
 
-def _one_gpu(number: int) -> int:
-    if number != 1:
-        raise ValueError(f"it is {number}, but this version runs on 1 GPU; give 1")
-    return number
-
-
-OneGpu = Annotated[int, AfterValidator(_one_gpu)]
+OneGpu = Annotated[int, Field(ge=1, le=1)]
 
 
 def offload(subject: str, default: bool = False) -> Any:

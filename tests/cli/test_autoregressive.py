@@ -139,7 +139,7 @@ def test_progress_bar_on_a_terminal(
     ("words", "mentioned"),
     [
         ([], "--input_image_or_video_path --batch_input_path"),
-        (["CLIP", "--num_gpus", 2], "--num_gpus 2 1 GPU"),
+        (["CLIP", "--num_gpus", 2], "--num_gpus 2 1"),
         (["CLIP", "--num_gpus", 0], "--num_gpus 0"),
         (["CLIP", "--batch_input_path", "b"], "exclude each other"),
         (["--batch_input_path", "b", "--input_prompts_path", "b"], "--input_prompts_path"),

@@ -139,7 +139,7 @@ def test_base_with_the_decoder(
     [
         (["CLIP"], "no prompt --prompt"),
         (["CLIP", "--prompt", " "], "--prompt it is empty"),
-        (["CLIP", "--prompt", "a \udcff ball"], "--prompt not valid text"),
+        (["CLIP", "--prompt", "a \udcff ball"], "--prompt unicode"),
         (["CLIP", "--prompt_embeddings", ""], "prompt_embeddings"),
         (["CLIP", "--prompt_embeddings", "nowhere"], "embeddings nowhere"),
         (["--prompt", "x"], "--input_image_or_video_path --batch_input_path"),

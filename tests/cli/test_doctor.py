@@ -33,14 +33,6 @@ def test_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         assert part in result.stdout
 
 
-def test_unknown_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(memory, "host_memory", lambda: None)
-    result = run("doctor")
-    assert result.exit_code == 0, result.stderr
-    assert "too large" not in result.stdout
-
-
 def test_a_small_gpu_needs_flags(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(name="Small", major=8, minor=0)
     free, total = int(24 * GIGABYTE), int(32 * GIGABYTE)
@@ -63,4 +55,4 @@ def test_a_small_gpu_needs_flags(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_host_memory() -> None:
     found = memory.host_memory()
-    assert found is None or 0 <= found.free <= found.total
+    assert 0 < found.free <= found.total

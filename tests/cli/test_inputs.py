@@ -164,7 +164,7 @@ def test_all_problems_with_prompts_at_once(
         ({}, '"visual_input" is null, "prompt" is null'),
         (entry(clip, prompt=" \n"), "prompt: it is empty"),
         (entry(clip, prompt=7), '"prompt" is 7'),
-        (entry(clip, prompt="a \ud800 b"), "prompt: it is not valid text"),
+        (entry(clip, prompt="a \ud800 b"), "as a unicode string"),
         (entry(image, prompt="x"), "--input_type text_and_image"),
         ([], "not an object; give one with visual_input and prompt"),
     ]

@@ -89,7 +89,8 @@ def test_no_checkpoint_folder(run: Run) -> None:
 def test_autoregressive_worlds_with_their_parts(
     run: Run, small_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "host_memory", lambda: None)
+    free = memory.Memory(10**12, 10**12)
+    monkeypatch.setattr(memory, "host_memory", lambda: free)
     words = ("models", "--checkpoint_dir", small_world, "--json", "--device", "cpu")
     rows = {row["name"]: row for row in json.loads(run(*words).stdout)}
     row = rows["Cosmos-Predict1-5B-Video2World"]

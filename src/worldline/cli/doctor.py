@@ -38,7 +38,7 @@ def _findings() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     yield "torch", f"{torch.__version__}, {built}"
-    yield "cpu", f"{torch.get_num_threads()} threads, {host_memory() or 'unknown memory'}"
+    yield "cpu", f"{torch.get_num_threads()} threads, {host_memory()}"
     for index in range(torch.cuda.device_count() if cuda else 0):
         card = torch.cuda.get_device_properties(index)
         capability = f"compute capability {card.major}.{card.minor}"

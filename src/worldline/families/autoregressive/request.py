@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from worldline.family import Command
-from worldline.request import Name, Request, Seed, Size, T5Options, keyword, offload
+from worldline.request import Name, Request, Seed, Size, T5Options, offload
 
 Seam = Literal["corrected", "as_released"]
 Rollout = Literal["tokens", "pixels"]
@@ -54,7 +54,7 @@ class ARRequest(Request):
         stated: Mapping[str, Any],
         defaults: Mapping[str, Any],
         kind: str | None,
-        name: Name = keyword,
+        name: Name = str,
     ) -> Self:
         """A request; that of an image continues 1 frame, whatever is stated, as released."""
         one = {"num_input_frames": 1} if kind == "image" else {}
@@ -65,17 +65,10 @@ class ARRequest(Request):
         return FPS
 
 
-def _batch_size(value: object) -> object:
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if number != "auto" and not (isinstance(number, int) and number >= 1):
-        raise ValueError(f"it is {value!r:.80}; give auto, or a number of 1 or more")
-    return number
-
-
 class AROptions(T5Options):
     """How an autoregressive model is loaded."""
 
-    batch_size: Annotated[Literal["auto"] | int, BeforeValidator(_batch_size)] = Field(
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1, strict=False)] = Field(
         "auto",
         description="Inputs of a batch that are drawn in step, each as it would be alone; auto: as "
         "many as fit into the memory, where that saves time.",
