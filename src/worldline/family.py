@@ -165,7 +165,8 @@ class Family:
         agree: (part, attribute of its config, part, attribute) that must be equal.
         check: refuses what opened files cannot do; fills in what a request leaves to the model.
         stages: memory of a request, stage by stage, beside the weights.
-        generate: a request -> steps, the last of which carries all frames.
+        generate: a request -> steps, the last of which carries all frames; None where
+            generate_together takes its place.
         presets: catalog entry -> parts of a released model, for its memory plan.
         guardrails: opened model -> name of its set of guardrails.
         unused: fields of a request without effect -> why.
@@ -187,8 +188,8 @@ class Family:
     agree: tuple[tuple[str, str, str, str], ...]
     check: Callable[[Opened, Any], Any]
     stages: Callable[[Opened, Any, Compute], Iterator[Stage]]
-    generate: Callable[[Parts, Clip | None, Any, Recorder], Iterator[Step]]
     guardrails: Callable[[Opened], str]
+    generate: Callable[[Parts, Clip | None, Any, Recorder], Iterator[Step]] | None = None
     presets: Callable[[Any], dict[str, OpenedPart]] = lambda entry: {}
     video: Callable[[Opened, Any], VideoShape] = lambda opened, request: request.video
     unused: Callable[[Opened, Any], dict[str, str]] = lambda opened, request: request.unused()

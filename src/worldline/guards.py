@@ -215,9 +215,7 @@ def _load_upsampler(opened: Opened, compute: Compute) -> Upsampler:
     assert opened.family.upsampler is not None
     describes, names = opened.family.upsampler(opened)
     chosen = options.prompt_upsampler_dir
-    folder = place.chosen(chosen, "prompt_upsampler_dir") if chosen else place.below(names)
-    if folder is None:
-        raise CheckpointError(f"neither {' nor '.join(names)} is in {place.searched}")
+    folder = place.chosen(chosen, "prompt_upsampler_dir") if chosen else place.find(names)
     logger.info("reading %s", folder)
     offload = options.offload_prompt_upsampler
     return Upsampler(folder, place.roots, describes, compute.device, offload=offload)

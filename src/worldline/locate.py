@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -51,6 +51,16 @@ class Place:
         """First folder of one of these names below a root."""
         folders = (root / name for root in self.roots for name in names)
         return next((folder for folder in folders if folder.is_dir()), None)
+
+    def find(self, names: Collection[str]) -> Path:
+        """The folder that `below` gives.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if (folder := self.below(names)) is None:
+            raise CheckpointError(f"neither {' nor '.join(names)} is in {self.searched}")
+        return folder
 
     def chosen(self, name: str | Path, flag: str) -> Path:
         """Folder or file that `flag` names: below a root, or a path.

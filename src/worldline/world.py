@@ -281,6 +281,7 @@ class World:
         family = self.opened.family
         if family.generate_together is not None:
             return family.generate_together(self.parts, jobs, shared)
+        assert family.generate is not None
         [job] = jobs
         steps = family.generate(self.parts, job.clip, job.request, shared)
         return ((0, step) for step in steps)

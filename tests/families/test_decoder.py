@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from worldline.families.autoregressive.decoder import SIGMA_MIN, decode_windows
-from worldline.families.autoregressive.family import Decoding, Job
+from worldline.families.autoregressive.family import Decoding
 from worldline.families.autoregressive.request import ARRequest
 from worldline.families.diffusion.model import BLOCKS
 from worldline.family import Parts
@@ -62,7 +63,8 @@ def run(parts: Parts, tokens: Tensor, seed: int = 0, **changes: Any) -> list[Ten
 
 def decoded(parts: Parts, tokens: Tensor, seam: str = "corrected", **changes: Any) -> list[Step]:
     video = Decoding(VideoShape(1 + 8 * (tokens.shape[1] - 1), 32, 48), 1)
-    job = Job(None, ARRequest.parse({"decoder_seam": seam}), Recorder(CPU))
+    request = ARRequest.parse({"decoder_seam": seam})
+    job = SimpleNamespace(request=request, recorder=Recorder(CPU))
     with torch.inference_mode():
         return list(changed(parts, **changes).decode(parts, video, tokens, job, None))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,13 @@ def checked(opened: Opened, **options: Any) -> Any:
 def run(
     parts: Parts, clip: Clip | None = None, recorder: Recorder | None = None, **options: Any
 ) -> list[Step]:
-    request = checked(parts.opened, **options)
-    return list(parts.opened.family.generate(parts, clip, request, recorder or Recorder(CPU)))
+    family, request = parts.opened.family, checked(parts.opened, **options)
+    recorder = recorder or Recorder(CPU)
+    if family.generate is not None:
+        return list(family.generate(parts, clip, request, recorder))
+    assert family.generate_together is not None
+    jobs = [SimpleNamespace(clip=clip, request=request, recorder=recorder)]
+    return [step for _, step in family.generate_together(parts, jobs, recorder)]
 
 
 def frames_of(steps: list[Step]) -> NDArray[np.uint8]:

@@ -28,7 +28,6 @@ from torch import Tensor
 from worldline.catalog import DECODERS, Generation, generation_by_name
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.request import ARRequest
-from worldline.families.autoregressive.weights import find_folder
 from worldline.families.denoise import decode, report, stage
 from worldline.families.diffusion import family as diffusion
 from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, PRESETS, DiT, DiTConfig
@@ -94,9 +93,8 @@ class DecoderNetwork(Network[DiTConfig]):
 
     def open_tokenizer(self, opened: Opened) -> CosmosNetwork:
         """The continuous tokenizer that the latents are of."""
-        kind = "continuous tokenizer for the diffusion decoder"
-        folder = find_folder(opened, kind, diffusion.TOKENIZERS[self.generation])
-        tokenizer = diffusion.open_latent_tokenizer(folder)
+        names = diffusion.TOKENIZERS[self.generation]
+        tokenizer = diffusion.open_latent_tokenizer(opened.place.find(names))
         assert tokenizer.statistics is not None
         if tokenizer.statistics.frames < DECODER_WINDOW:
             raise CheckpointError(
@@ -192,7 +190,7 @@ def open_network(opened: Opened) -> DecoderNetwork:
     """The diffusion decoder; that of the model's own generation is preferred."""
     own, transformer = DECODERS[generation_by_name(opened.folder)], opened["transformer"]
     names = sorted(DECODERS.values(), key=lambda name: name != own)
-    folder = find_folder(opened, "diffusion decoder", names)
+    folder = opened.place.find(names)
     settings = read_settings(folder)
     precision = settings.get("rotary_precision")
     if precision not in (None, *get_args(Precision)):

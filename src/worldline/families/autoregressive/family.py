@@ -12,7 +12,7 @@ import logging
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import astuple, replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from worldline.families.autoregressive.model import (
 )
 from worldline.families.autoregressive.request import FPS, AROptions, ARRequest
 from worldline.families.autoregressive.step import compile_kernels, kernel_batch, make_decoder
-from worldline.families.autoregressive.weights import find_folder, open_network
+from worldline.families.autoregressive.weights import open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
@@ -56,31 +56,15 @@ TOKENIZERS = {
 }
 
 
-class Job(NamedTuple):
-    """One clip of a batch; its recorder receives the stages that are this clip's alone."""
-
-    clip: Clip | None
-    request: ARRequest
-    recorder: Recorder
-
-
-def generate(
-    parts: Parts, clip: Clip | None, request: ARRequest, recorder: Recorder
-) -> Iterator[Step]:
-    """Continue a clip; see `generate_together`."""
-    jobs = [Job(clip, request, recorder)]
-    return (step for _, step in generate_together(parts, jobs, recorder))
-
-
 @torch.inference_mode()
 def generate_together(
-    parts: Parts, jobs: Sequence[Job], recorder: Recorder
+    parts: Parts, jobs: Sequence[Any], recorder: Recorder
 ) -> Iterator[tuple[int, Step]]:
     """Continue clips in one batch; the last step of each holds all its frames.
 
     Each draws the tokens that it draws alone. The known frames in a result are the reconstruction
     of the input from its tokens, as in the reference. Requests differ in seeds and prompts alone;
-    the recorder receives the stages that the clips share, and may be that of a single clip.
+    the recorder receives the stages that the clips share, those of the jobs what is a clip's alone.
     """
     opened, request, config = parts.opened, jobs[0].request, parts.config
     contexts = yield from numbered(0, encode_prompts(parts, jobs, recorder))
@@ -88,19 +72,18 @@ def generate_together(
     yield 0, Step("encode", 0, 1)
     ids = encode_clips(parts, [job.clip for job in jobs], request.num_input_frames, recorder)
     videos = [Decoding(video_of(opened, request), ids.shape[1]) for _ in jobs]
-    remaining, size = latent_frames(opened, request) - ids.shape[1], config.grid.tokens_per_frame
-    done, count = 0, remaining * size
+    size, done = config.grid.tokens_per_frame, 0
+    count = size * (latent_frames(opened, request) - ids.shape[1])
     sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
     seeds = [job.request.seed for job in jobs]
     noise = draw_noise(seeds, config.vocabulary, count, parts.device)
     # frames come while tokens are drawn where both networks are on the device at once
     offloads = parts.tokenizer.offload or parts.transformer.offload
     live = not (len(jobs) > 1 or parts.decoder or offloads)
-    while remaining:
-        new = remaining
+    while done < count:
+        begun, new = done, (count - done) // size
         if request.rollout == "pixels":
             new = min(new, config.grid.frames - ids.shape[1])
-        begun = done
         with parts.transformer.on_device() as transformer:
             decoder = make_decoder(transformer, sampling, contexts)
             recorder.facts["drawing"] = {
@@ -122,15 +105,14 @@ def generate_together(
                     yield 0, Step("tokens", done, count, frames)
             ids = decoder.frames
         log_result("tokens", ids)
-        remaining -= new
         for number, (job, video) in enumerate(zip(jobs, videos, strict=True)):
             if not live:
                 own = ids[number : number + 1]
                 yield from numbered(number, decode_clip(parts, video, own, job, contexts[number]))
-            if not remaining:
+            if done == count:
                 yield number, Step("done", count, count, video.frames)
                 del video.frames  # or those of two clips would be held
-        if remaining:
+        if done < count:
             carried = min(CARRIED, config.grid.frames - 1)
             overlap = 1 + (carried - 1) * opened["tokenizer"].config.temporal
             ends = [Clip(one.frames[one.made - overlap : one.made], FPS) for one in videos]
@@ -140,7 +122,7 @@ def generate_together(
 
 
 def encode_prompts(
-    parts: Parts, jobs: Sequence[Job], recorder: Recorder
+    parts: Parts, jobs: Sequence[Any], recorder: Recorder
 ) -> Generator[Step, None, list[Tensor | None]]:
     """Embedding (1, S, E) of each job's prompt; None for a base model."""
     contexts = [embeddings_of(parts.opened, job.request).get("prompt") for job in jobs]
@@ -205,7 +187,7 @@ class Decoding:
 
 
 def decode_clip(
-    parts: Parts, video: Decoding, ids: Tensor, job: Job, context: Tensor | None
+    parts: Parts, video: Decoding, ids: Tensor, job: Any, context: Tensor | None
 ) -> Generator[Step, None, None]:
     """Decode the ids (1, t, h, w) of one clip's window, by the tokenizer or by diffusion."""
     if parts.decoder is not None:
@@ -360,7 +342,7 @@ def longest_prefix(opened: Opened) -> int:
 
 def max_batch_size(opened: Opened, compute: Compute) -> int | None:
     """Clips that kernels draw in step; None where none run: several then save no time."""
-    return kernel_batch(opened["transformer"].config, compute.device, compute.dtype) or None
+    return kernel_batch(opened["transformer"].config, compute) or None
 
 
 def open_transformer(opened: Opened) -> Network[ARTransformerConfig]:
@@ -373,7 +355,7 @@ def open_transformer(opened: Opened) -> Network[ARTransformerConfig]:
 def open_tokenizer(opened: Opened) -> CosmosNetwork:
     """The discrete tokenizer, preferably of the model's generation, which the decoder must fit."""
     names = TOKENIZERS[generation_by_name(opened.folder)]
-    tokenizer = open_cosmos(find_folder(opened, "discrete tokenizer", names))
+    tokenizer = open_cosmos(opened.place.find(names))
     if decoder := opened.get("decoder"):
         decoder.refuse_grid(opened.with_part("tokenizer", tokenizer))
     return tokenizer
@@ -442,7 +424,6 @@ FAMILY = Family(
     ),
     check=check,
     stages=stages,
-    generate=generate,
     generate_together=generate_together,
     max_batch_size=max_batch_size,
     holds_batch=alternates,

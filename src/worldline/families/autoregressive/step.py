@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from worldline.families.autoregressive.model import (
     ARTransformer,
     ARTransformerConfig,
+    Attention,
     RMSNorm,
     make_positions,
 )
@@ -43,17 +44,19 @@ def make_decoder(
     model: ARTransformer, sampling: Sampling, contexts: Sequence[Tensor | None]
 ) -> PlainDecoder:
     """The fastest decoder that the device and the model allow; arguments are those of each."""
-    weight = model.head.weight
-    fast = len(contexts) <= kernel_batch(model.config, weight.device, weight.dtype)
+    fast = len(contexts) <= kernel_batch(model.config, model.head.weight)
     return (CapturedDecoder if fast else PlainDecoder)(model, sampling, contexts)
 
 
-def kernel_batch(config: ARTransformerConfig, device: torch.device, dtype: torch.dtype) -> int:
-    """Clips that the kernels take in step; 0 where they cannot run this architecture."""
+def kernel_batch(config: ARTransformerConfig, compute: Compute | Tensor) -> int:
+    """Clips that the kernels take in step; 0 where they cannot run this architecture.
+
+    Device and dtype are those of `compute`, or of a weight.
+    """
     # a tile of the attention kernel is as wide as a head
     tiles = config.head_size >= 32 and config.head_size.bit_count() == 1
-    fits = device.type == "cuda" and dtype == torch.bfloat16 and tiles and has_triton()
-    return MAX_BATCH_SIZE if fits else 0
+    cuda = compute.device.type == "cuda" and has_triton()
+    return MAX_BATCH_SIZE if cuda and tiles and compute.dtype == torch.bfloat16 else 0
 
 
 class PlainDecoder:
@@ -206,28 +209,21 @@ class CapturedDecoder(PlainDecoder):
             out = x.new_empty(len(x), sum(map(len, weights)))
             return matvec(x, weights, out, gamma=norm.weight, eps=norm.eps)
 
+        def attend(layer: Attention, query: Tensor, k: Tensor, v: Tensor, **at: Any) -> None:
+            gammas = (layer.q_norm.weight, layer.k_norm.weight)
+            self.attend(query, gammas, layer.q_norm.eps, k, v, mixed, **at)
+            matvec(mixed, (layer.out.weight,), x, residual=x)
+
         here = None if table is None else table.index_select(0, self.position.view(1))
         layers = zip(model.layers, self.contexts, *self.cache, strict=True)
         for layer, context, keys, values in layers:
             attention, feed_forward = layer.attention, layer.feed_forward
             if here is not None:
                 x += here
-            self.attend(
-                project(layer.attention_norm, attention.q, attention.k, attention.v),
-                (attention.q_norm.weight, attention.k_norm.weight),
-                attention.q_norm.eps,
-                keys,
-                values,
-                mixed,
-                rotation=rotation,
-                position=self.position,
-            )
-            matvec(mixed, (attention.out.weight,), x, residual=x)
+            qkv = project(layer.attention_norm, attention.q, attention.k, attention.v)
+            attend(attention, qkv, keys, values, rotation=rotation, position=self.position)
             if (text := layer.cross_attention) is not None:
-                query = project(layer.cross_attention_norm, text.q)
-                gammas, (k, v) = (text.q_norm.weight, text.q_norm.weight), context
-                self.attend(query, gammas, text.q_norm.eps, k, v, mixed)
-                matvec(mixed, (text.out.weight,), x, residual=x)
+                attend(text, project(layer.cross_attention_norm, text.q), *context)
             norm, gate, up = layer.feed_forward_norm, feed_forward.gate, feed_forward.up
             self.gate_up(x, norm.weight, norm.eps, gate.weight, up.weight, hidden)
             matvec(hidden, (feed_forward.down.weight,), x, residual=x)
@@ -250,9 +246,8 @@ class CapturedDecoder(PlainDecoder):
 @contextmanager
 def compile_kernels(opened: Opened, compute: Compute) -> Iterator[None]:
     """Compile the kernels of a model in a thread, beside the reading of its weights."""
-    config, batch = opened["transformer"].config, compute.batch_size
-    device, dtype = compute.device, compute.dtype
-    if batch > kernel_batch(config, device, dtype):
+    config, device = opened["transformer"].config, compute.device
+    if compute.batch_size > kernel_batch(config, compute):
         yield
         return
 
@@ -261,11 +256,11 @@ def compile_kernels(opened: Opened, compute: Compute) -> Iterator[None]:
         # kernels are compiled for columns of matrices, whatever their rows and number
         small = replace(config, depth=1, vocabulary=16, embedding_rows=32)
         with torch.device("meta"):
-            model = ARTransformer(small).to(dtype)
+            model = ARTransformer(small).to(compute.dtype)
         with torch.cuda.stream(torch.cuda.Stream(device)):
             model = model.to_empty(device=device)
             context = torch.zeros(1, 16, config.context_width or 0, device=device)
-            CapturedDecoder(model, Sampling(temperature=0), [context] * batch).run()
+            CapturedDecoder(model, Sampling(temperature=0), [context] * compute.batch_size).run()
 
     # it launches kernels, so it ends before whatever follows, a failure too
     with ThreadPoolExecutor(1, "compile") as thread:

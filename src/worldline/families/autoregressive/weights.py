@@ -6,7 +6,7 @@ Source: nvidia-cosmos/cosmos-predict1 `autoregressive/model.py` (load_ar_model),
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,6 @@ from worldline.families.autoregressive.model import (
     ARTransformer,
     ARTransformerConfig,
 )
-from worldline.family import Opened
 from worldline.nn.rope import Yarn
 from worldline.shapes import LatentShape
 from worldline.weights import networks
@@ -94,14 +93,6 @@ class Settings(networks.Settings):
     video_latent_shape: tuple[Annotated[Count, Field(ge=2)], Count, Count] = astuple(RELEASED_GRID)
 
 
-def find_folder(opened: Opened, kind: str, names: Sequence[str]) -> Path:
-    """Folder of a part beside the model, by its names in order of preference."""
-    if (folder := opened.place.below(names)) is None:
-        searched = opened.place.searched
-        raise CheckpointError(f"no {kind}: neither {' nor '.join(names)} is in {searched}")
-    return folder
-
-
 def open_network(
     path: Path | Checkpoint, settings: Mapping[str, Any] | None = None
 ) -> Network[ARTransformerConfig]:
@@ -124,29 +115,26 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
     """
     shapes = Shapes(source, KEYS, "an autoregressive Cosmos model")
     stated = Settings.parse(settings, source.path.parent / "config.json")
-    context = "layers.0.cross_attention.k.weight"
-    has_context = context in shapes.shapes
-    if stated.insert_cross_attn is not None:
-        has_context = stated.insert_cross_attn
+    context, attention = "layers.0.cross_attention.k.weight", "layers.0.attention"
+    has_context = stated.insert_cross_attn
+    if has_context is None:
+        has_context = context in shapes.shapes
     depth = stated.n_layers or shapes.count("layers")
     width = stated.dim or shapes.size("embedding.weight", 1)
-    head_size = stated.head_dim or shapes.size("layers.0.attention.q_norm.weight")
-    heads, kv_heads = (
-        shapes.size(f"layers.0.attention.{leaf}.weight") // head_size for leaf in ("q", "k")
-    )
+    head_size = stated.head_dim or shapes.size(f"{attention}.q_norm.weight")
+    stretched, absolute = stated.apply_yarn, stated.apply_abs_pos_emb
+    if stretched is None:
+        stretched = (depth, width) == _DEEP_AND_WIDE
     scales = stated.yarn_scale, stated.yarn_beta_fast, stated.yarn_beta_slow
-    yarn = Yarn(stated.original_latent_shape[:2], *scales)
     rows = shapes.size("embedding.weight")
     vocabulary = stated.vocab_size or shapes.size("head.weight")
-    if rows < (ids := vocabulary + int(has_context)):  # the begin token is the next id
+    if rows < (ids := vocabulary + has_context):  # the begin token is the next id
         raise CheckpointError(f"{source.path}: embedding_rows is {rows}; {ids} ids are read")
-    stretched = (depth, width) == _DEEP_AND_WIDE
-    absolute = stated.apply_abs_pos_emb
     return ARTransformerConfig(
         depth=depth,
         width=width,
-        num_heads=stated.n_heads or heads,
-        num_kv_heads=stated.n_kv_heads or kv_heads,
+        num_heads=stated.n_heads or shapes.size(f"{attention}.q.weight") // head_size,
+        num_kv_heads=stated.n_kv_heads or shapes.size(f"{attention}.k.weight") // head_size,
         head_size=head_size,
         hidden=stated.ffn_hidden_size or shapes.size("layers.0.feed_forward.gate.weight"),
         vocabulary=vocabulary,
@@ -154,7 +142,7 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
         grid=LatentShape(*stated.video_latent_shape),
         rope_theta=stated.rope_theta,
         norm_eps=stated.norm_eps,
-        yarn=yarn if (stretched if stated.apply_yarn is None else stated.apply_yarn) else None,
+        yarn=Yarn(stated.original_latent_shape[:2], *scales) if stretched else None,
         context_width=(stated.context_dim or shapes.size(context, 1)) if has_context else None,
         context_every=stated.insert_cross_attn_every_k_layers,
         absolute_positions=has_context if absolute is None else absolute,
