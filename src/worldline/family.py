@@ -244,6 +244,11 @@ class Opened:
         return self.parts.get(name)
 
     @property
+    def config(self) -> Any:
+        """Configuration of the transformer."""
+        return self.parts["transformer"].config
+
+    @property
     def folder(self) -> Path:
         """Folder of the transformer."""
         return self.place.folder
@@ -311,7 +316,7 @@ class Parts:
     @property
     def config(self) -> Any:
         """Configuration of the transformer."""
-        return self.opened["transformer"].config
+        return self.opened.config
 
     @cached_property
     def colours(self) -> Any:

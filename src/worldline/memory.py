@@ -82,19 +82,15 @@ class Plan:
     flags: tuple[str, ...]
     workspace: int = 0
 
-    def resident(self, uses: str, offloaded: Collection[str]) -> int:
-        """Bytes of weights on the device while the part `uses` computes."""
-        found = self.workspace
+    def need(self, stage: Stage, offloaded: Collection[str]) -> int:
+        """Bytes that a stage holds: of all weights that stay, of its own, and beside them."""
+        found = self.workspace + stage.activations
         for part, weights in self.weights.items():
             if weights.flag not in offloaded:
                 found += weights.nbytes
-            elif part == uses:
-                found += weights.nbytes if weights.streamed is None else weights.streamed
+            elif part == stage.uses:
+                found += weights.streamed or weights.nbytes
         return found
-
-    def need(self, stage: Stage, offloaded: Collection[str]) -> int:
-        """Bytes that a stage holds."""
-        return self.resident(stage.uses, offloaded) + stage.activations
 
     def peak(self, offloaded: Collection[str] = ()) -> int:
         """Bytes of the stage that needs most."""

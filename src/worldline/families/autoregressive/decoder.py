@@ -88,7 +88,7 @@ class DecoderNetwork(Network[DiTConfig]):
     def grid(self, opened: Opened) -> LatentShape:
         """Grid of the latents that are denoised at once."""
         coarse, fine = opened["tokenizer"].config, opened["decoder_tokenizer"].config
-        grid, cells = opened["transformer"].config.grid, coarse.spatial // fine.spatial
+        grid, cells = opened.config.grid, coarse.spatial // fine.spatial
         return LatentShape(DECODER_WINDOW, grid.height * cells, grid.width * cells)
 
     def open_tokenizer(self, opened: Opened) -> CosmosNetwork:
@@ -189,8 +189,7 @@ RELEASED = DecoderNetwork(DiT, PRESETS["7B-Decoder"], blocks=BLOCKS)
 def open_network(opened: Opened) -> DecoderNetwork:
     """The diffusion decoder; that of the model's own generation is preferred."""
     own, transformer = DECODERS[generation_by_name(opened.folder)], opened["transformer"]
-    names = sorted(DECODERS.values(), key=lambda name: name != own)
-    folder = opened.place.find(names)
+    folder = opened.place.find(dict.fromkeys((own, *DECODERS.values())))
     settings = read_settings(folder)
     precision = settings.get("rotary_precision")
     if precision not in (None, *get_args(Precision)):

@@ -201,7 +201,7 @@ def decode_clip(
 
 def alternates(opened: Opened, request: ARRequest) -> bool:
     """Whether drawing and decoding take turns; batched clips then hold all their frames at once."""
-    window = opened["transformer"].config.grid.frames
+    window = opened.config.grid.frames
     return request.rollout == "pixels" and latent_frames(opened, request) > window
 
 
@@ -220,7 +220,7 @@ def latent_frames(opened: Opened, request: ARRequest) -> int:
 def window_shape(opened: Opened) -> VideoShape:
     """Size of what the model draws at once."""
     tokenizer = opened["tokenizer"].config
-    return opened["transformer"].config.grid.video(tokenizer.temporal, tokenizer.spatial)
+    return opened.config.grid.video(tokenizer.temporal, tokenizer.spatial)
 
 
 def embeddings_of(opened: Opened, request: ARRequest) -> dict[str, Tensor]:
@@ -229,13 +229,15 @@ def embeddings_of(opened: Opened, request: ARRequest) -> dict[str, Tensor]:
         return {}
     from worldline.text.embeddings import read_embeddings
 
-    width, rows = opened["transformer"].config.context_width, opened.text_length
+    width, rows = opened.config.context_width, opened.text_length
     return read_embeddings(request.prompt_embeddings, width=width, rows=rows)
 
 
 def check(opened: Opened, request: ARRequest) -> ARRequest:
     """Refuse what the model cannot do; fill in the number of frames."""
-    config, temporal = opened["transformer"].config, opened["tokenizer"].config.temporal
+    if decoder := opened.get("decoder"):
+        decoder.refuse_grid(opened)
+    config, temporal = opened.config, opened["tokenizer"].config.temporal
     own = window_shape(opened).frames
     if latent_frames_of(request.num_input_frames, temporal) >= config.grid.frames:
         raise InputError(
@@ -261,7 +263,7 @@ def check(opened: Opened, request: ARRequest) -> ARRequest:
 
 def unused(opened: Opened, request: ARRequest) -> dict[str, str]:
     """Fields and parts without effect on a request."""
-    decoder, window = opened.get("decoder"), opened["transformer"].config.grid.frames
+    decoder, window = opened.get("decoder"), opened.config.grid.frames
     found = {"offload_prompt_upsampler": "autoregressive models have no prompt upsampler"}
     if not decoder:
         found |= dict.fromkeys((OFFLOAD_DECODER, "decoder_seam"), "no diffusion decoder runs")
@@ -305,7 +307,7 @@ def report_entries(parts: Parts, request: ARRequest, recorder: Recorder) -> dict
 
 def stages(opened: Opened, request: ARRequest, compute: Compute) -> Iterator[Stage]:
     """Memory beside the weights; `benchmarks/ar_end_to_end.py` compares it."""
-    config, tokenizer = opened["transformer"].config, opened["tokenizer"].config
+    config, tokenizer = opened.config, opened["tokenizer"].config
     size, window = compute.dtype.itemsize, astuple(window_shape(opened))
     if (text := opened.get("text")) and "text" not in unused(opened, request):
         yield Stage("text", "text", text.nbytes(compute) // 20)
@@ -334,7 +336,7 @@ def stages(opened: Opened, request: ARRequest, compute: Compute) -> Iterator[Sta
 
 def longest_prefix(opened: Opened) -> int:
     """Tokens that a window begins with at most: of an input, or of the window before."""
-    config, temporal = opened["transformer"].config, opened["tokenizer"].config.temporal
+    config, temporal = opened.config, opened["tokenizer"].config.temporal
     given = latent_frames_of(max(ARRequest.INPUT_FRAMES.values()), temporal)
     latents = min(max(given, CARRIED), config.grid.frames - 1)  # one remains to draw
     return int(config.leading_tokens + latents * config.grid.tokens_per_frame)
@@ -342,7 +344,7 @@ def longest_prefix(opened: Opened) -> int:
 
 def max_batch_size(opened: Opened, compute: Compute) -> int | None:
     """Clips that kernels draw in step; None where none run: several then save no time."""
-    return kernel_batch(opened["transformer"].config, compute) or None
+    return kernel_batch(opened.config, compute) or None
 
 
 def open_transformer(opened: Opened) -> Network[ARTransformerConfig]:
@@ -353,12 +355,8 @@ def open_transformer(opened: Opened) -> Network[ARTransformerConfig]:
 
 
 def open_tokenizer(opened: Opened) -> CosmosNetwork:
-    """The discrete tokenizer, preferably of the model's generation, which the decoder must fit."""
-    names = TOKENIZERS[generation_by_name(opened.folder)]
-    tokenizer = open_cosmos(opened.place.find(names))
-    if decoder := opened.get("decoder"):
-        decoder.refuse_grid(opened.with_part("tokenizer", tokenizer))
-    return tokenizer
+    """The discrete tokenizer, preferably of the model's generation."""
+    return open_cosmos(opened.place.find(TOKENIZERS[generation_by_name(opened.folder)]))
 
 
 def open_decoder(opened: Opened) -> Any:
@@ -381,7 +379,7 @@ def open_decoder_tokenizer(opened: Opened) -> Any:
 
 def open_encoder(opened: Opened) -> Any:
     """The text encoder T5; None of a base model, which takes no prompt."""
-    if (width := opened["transformer"].config.context_width) is None:
+    if (width := opened.config.context_width) is None:
         if opened.options.text_encoder_dir is not None:
             raise InputError(f"text_encoder_dir: {opened.name} is a base model without prompts")
         return None

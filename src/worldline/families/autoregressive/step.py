@@ -246,7 +246,7 @@ class CapturedDecoder(PlainDecoder):
 @contextmanager
 def compile_kernels(opened: Opened, compute: Compute) -> Iterator[None]:
     """Compile the kernels of a model in a thread, beside the reading of its weights."""
-    config, device = opened["transformer"].config, compute.device
+    config, device = opened.config, compute.device
     if compute.batch_size > kernel_batch(config, compute):
         yield
         return
