@@ -93,7 +93,7 @@ class Entry(_Record):
         """
         needed = {file.name: file.nbytes for file in self.files}
         paths = [Path(checkpoint_dir) / folder for folder in self.folders]
-        present = [path for path in paths if path.is_dir()]
+        present = [*filter(Path.is_dir, paths)]
         for path, layout in product(present, self.layouts):
             sizes = {name: [file.stat().st_size for file in path.glob(name)] for name in layout}
             if all(max(sizes[name], default=0) >= (needed.get(name) or 1) for name in layout):

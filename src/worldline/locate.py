@@ -50,7 +50,7 @@ class Place:
     def below(self, names: Iterable[str]) -> Path | None:
         """First folder of one of these names below a root."""
         folders = (root / name for root in self.roots for name in names)
-        return next((folder for folder in folders if folder.is_dir()), None)
+        return next(filter(Path.is_dir, folders), None)
 
     def find(self, names: Collection[str]) -> Path:
         """The folder that `below` gives.
@@ -99,7 +99,7 @@ def locate(
     if (released := find_flow_model(name)) is not None:
         return _locate_released(released, checkpoint_dir)
     for path in (checkpoint_dir / name, Path(name)):
-        if path.is_dir() or path.is_file():
+        if path.exists():
             folder = path.parent if path.is_file() else path
             folder = folder.parent if folder.name == "transformer" else folder
             return Place(path, tuple(dict.fromkeys((checkpoint_dir, folder.parent))))

@@ -19,7 +19,7 @@ from worldline.shapes import LatentShape, VideoShape
 if TYPE_CHECKING:
     from worldline.nn.dit import DiTSizes
 
-_WORKSPACE = 1_200_000_000  # of cuDNN, cuBLAS and the allocator beside bf16 networks (measured)
+WORKSPACE = 1_200_000_000  # of cuDNN, cuBLAS and the allocator beside bf16 networks (measured)
 _STREAMS = 7  # activations of every token that a block holds at once (measured)
 _PLAIN_STREAMS = 9  # without kernels, which work in place
 _PLAIN_HEADS = 4  # heads being normalised and rotated in float32
@@ -174,11 +174,6 @@ def refuse_frames(video: VideoShape, *, clips: int = 1, guarded: bool, beside: i
         f"{video.width} pixels need {need / GIGABYTE:.1f} GB of host memory beside "
         f"{beside / GIGABYTE:.1f} GB of networks, {memory}; lower num_video_frames or the size"
     )
-
-
-def workspace(dtype: torch.dtype) -> int:
-    """Bytes that libraries take beside the tensors of networks in `dtype`."""
-    return _WORKSPACE if dtype != torch.float32 else 0
 
 
 def coding_bytes(cells: int, widest: int, size: int) -> int:

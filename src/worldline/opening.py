@@ -20,7 +20,7 @@ from worldline.errors import CheckpointError, InputError
 from worldline.family import FAMILIES, Compute, Opened, Parts, load_family, requests_of
 from worldline.files import holds_diffusers, unfinished
 from worldline.locate import Place
-from worldline.memory import Fit, Memory, Plan, Stage, Weights, workspace
+from worldline.memory import WORKSPACE, Fit, Memory, Plan, Stage, Weights
 from worldline.nn.modulation import fused
 from worldline.report import Recorder
 from worldline.request import LoadOptions, Name, Request
@@ -198,8 +198,9 @@ def plan(
         for part in family.parts
         if part.name in opened.parts and (part.name in used or not part.optional)
     }
+    workspace = WORKSPACE if compute.dtype != torch.float32 else 0
     flags = tuple(dict.fromkeys(p.flag for p in family.parts if p.name in weights))
-    return Plan(opened.name, weights, tuple(dict.fromkeys(stages)), flags, workspace(compute.dtype))
+    return Plan(opened.name, weights, tuple(dict.fromkeys(stages)), flags, workspace)
 
 
 def load_parts(opened: Opened, compute: Compute, recorder: Recorder) -> Parts:

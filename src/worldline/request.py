@@ -15,7 +15,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from worldline.errors import InputError, did_you_mean
 from worldline.shapes import VideoShape
 
-LARGEST_SIZE = 1 << 20  # frames, rows, columns; each model has smaller limits
 NEGATIVE_PROMPT = (
     "The video captures a series of frames showing ugly scenes, static with no motion, motion "
     "blur, over-saturation, shaky footage, low resolution, grainy texture, pixelated images, "
@@ -26,9 +25,8 @@ NEGATIVE_PROMPT = (
     "quality."
 )
 
-Name = Callable[
-    [str], str
-]  # a field -> what the user wrote in its place, for messages; str in Python
+# a field -> what the user wrote in its place, for messages; `str` in Python
+Name = Callable[[str], str]
 
 
 def flag(field: str) -> str:
@@ -49,7 +47,7 @@ Seed = Annotated[
     int, Field(ge=0, lt=2**32, description="Random seed; gives the same noise on any machine.")
 ]
 Steps = Annotated[int, Field(ge=1, le=1000, description="Denoising steps; fewer are faster.")]
-Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
+Size = Annotated[int, Field(ge=1, le=1 << 20)]  # each model has smaller limits
 Guidance = Annotated[
     float, Field(ge=0, le=100, description="Classifier-free guidance scale; 0 turns it off.")
 ]
@@ -107,7 +105,7 @@ class Options(BaseModel):
             field = str(problem["loc"][0]) if problem["loc"] else ""
             value, kind = problem["input"], problem["type"]
             if kind == "extra_forbidden":
-                known = [field.alias or name for name, field in cls.model_fields.items()]
+                known = [*map(cls.field_flag, cls.model_fields)]
                 close = did_you_mean(field.strip().lower().replace("-", "_"), known, 0.7)
                 yield f"{name(field)}: no such option{close or '; there are: ' + ', '.join(known)}"
             elif kind == "missing":

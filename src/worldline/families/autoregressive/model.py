@@ -237,7 +237,7 @@ class ARTransformer(nn.Module):
         """Empty cache for `batch` clips, on the device and in the dtype of the weights."""
         config, weight = self.config, self.head.weight
         shape = (config.depth, batch, config.num_kv_heads, config.length, config.head_size)
-        return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
+        return KVCache(*weight.new_zeros(2, *shape))
 
     def encode_context(self, context: Tensor | None) -> EncodedContext:
         """Keys and values of a text context (B, rows, context_width), for each layer.
