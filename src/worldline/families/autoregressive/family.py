@@ -104,6 +104,7 @@ def generate_together(
                         frames = videos[0].decode(parts.tokenizer.module, decoder.frames)
                     yield 0, Step("tokens", done, count, frames)
             ids = decoder.frames
+            del decoder, steps  # their memory is for what decodes
         log_result("tokens", ids)
         for number, (job, video) in enumerate(zip(jobs, videos, strict=True)):
             if not live:
