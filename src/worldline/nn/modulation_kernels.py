@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
+from worldline.nn.kernels import read
 from worldline.nn.rope import Rotation
 
 
@@ -28,23 +30,22 @@ def _modulate_kernel(  # type: ignore[no-untyped-def]
     run,
     width,
     eps,
-    UPDATE: tl.constexpr,
-    ADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    UPDATE: constexpr,
+    ADDED: constexpr,
+    BLOCK: constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     vector = row // run * width  # of the modulation that this row's run shares
     column = tl.arange(0, BLOCK)
     inside = column < width
     place = row * width + column
-    x = tl.load(stream + place, inside, other=0.0).to(tl.float32)
+    x = read(stream + place, inside)
     if UPDATE:
-        y = tl.load(update + place, inside, other=0.0).to(tl.float32)
-        g = tl.load(gate + vector + column, inside, other=0.0).to(tl.float32)
+        y = read(update + place, inside)
+        g = read(gate + vector + column, inside)
         x += g * y
     if ADDED:
-        e = tl.load(added + (row % length) * width + column, inside, other=0.0)
-        x += e.to(tl.float32)
+        x += read(added + (row % length) * width + column, inside)
     if UPDATE or ADDED:
         x = x.to(stream.dtype.element_ty)
         tl.store(stream + place, x, inside)
@@ -52,8 +53,8 @@ def _modulate_kernel(  # type: ignore[no-untyped-def]
     mean = tl.sum(x) / width
     centred = tl.where(inside, x - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred) / width + eps)
-    a = tl.load(scale + vector + column, inside, other=0.0).to(tl.float32)
-    b = tl.load(shift + vector + column, inside, other=0.0).to(tl.float32)
+    a = read(scale + vector + column, inside)
+    b = read(shift + vector + column, inside)
     y = centred * rstd * (1 + a) + b
     tl.store(normed + place, y.to(normed.dtype.element_ty), inside)
 
@@ -105,29 +106,29 @@ def _norm_heads_kernel(  # type: ignore[no-untyped-def]
     heads,
     row_stride,
     eps,
-    SIZE: tl.constexpr,
-    ROTATE: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
+    SIZE: constexpr,
+    ROTATE: constexpr,
+    BLOCK_HEADS: constexpr,
+    HALF: constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     channel = tl.arange(0, HALF)
     inside = (head < heads)[:, None] & (channel < SIZE // 2)[None, :]
     place = x + row * row_stride + head[:, None] * SIZE + channel[None, :]
-    first = tl.load(place, inside, other=0.0).to(tl.float32)
-    second = tl.load(place + SIZE // 2, inside, other=0.0).to(tl.float32)
+    first = read(place, inside)
+    second = read(place + SIZE // 2, inside)
     mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / SIZE
     rstd = tl.rsqrt(mean + eps)[:, None]
-    w = tl.load(weight + channel, channel < SIZE // 2, other=0.0).to(tl.float32)[None, :]
-    v = tl.load(weight + SIZE // 2 + channel, channel < SIZE // 2, other=0.0)
+    w = read(weight + channel, channel < SIZE // 2)[None, :]
+    v = read(weight + SIZE // 2 + channel, channel < SIZE // 2)[None, :]
     first = first * rstd * w
-    second = second * rstd * v.to(tl.float32)[None, :]
+    second = second * rstd * v
     if ROTATE:
         token = row % length
         angle = token * SIZE + channel
-        c = tl.load(cos + angle, channel < SIZE // 2, other=0.0)[None, :]
-        s = tl.load(sin + angle, channel < SIZE // 2, other=0.0)[None, :]
+        c = read(cos + angle, channel < SIZE // 2)[None, :]
+        s = read(sin + angle, channel < SIZE // 2)[None, :]
         turned = first * c - second * s
         second = second * c + first * s
         first = turned

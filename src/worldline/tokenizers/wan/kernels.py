@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
+
+from worldline.nn.kernels import read
 
 _BLOCK = 4096  # numbers of one program
 
@@ -28,21 +31,21 @@ def _norm_silu_kernel(  # type: ignore[no-untyped-def]
     reach,
     channels,
     eps,
-    BIASED: tl.constexpr,
-    COPIES: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    BIASED: constexpr,
+    COPIES: constexpr,
+    ROWS: constexpr,
+    CHANNELS: constexpr,
 ):
     clip = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)
     inside = (row < rows)[:, None] & (channel < channels)[None, :]
     source = (clip * rows + row)[:, None] * channels + channel[None, :]
-    x = tl.load(cells + source, inside, other=0.0).to(tl.float32)
+    x = read(cells + source, inside)
     if BIASED:
-        x += tl.load(bias + channel, channel < channels, other=0.0).to(tl.float32)[None, :]
+        x += read(bias + channel, channel < channels)[None, :]
     scale = tl.rsqrt(tl.sum(x * x, 1) / channels + eps)
-    weight = tl.load(gamma + channel, channel < channels, other=0.0).to(tl.float32)
+    weight = read(gamma + channel, channel < channels)
     y = x * scale[:, None] * weight[None, :]
     y = y * tl.sigmoid(y)
     y = y.to(padded.dtype.element_ty)
@@ -54,12 +57,12 @@ def _norm_silu_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_kernel(cells, bias, other, count, channels, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_kernel(cells, bias, other, count, channels, SIZE: constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
-    x = tl.load(cells + place, inside, other=0.0).to(tl.float32)
-    x += tl.load(bias + place % channels, inside, other=0.0).to(tl.float32)
-    x += tl.load(other + place, inside, other=0.0).to(tl.float32)
+    x = read(cells + place, inside)
+    x += read(bias + place % channels, inside)
+    x += read(other + place, inside)
     tl.store(cells + place, x.to(cells.dtype.element_ty), inside)
 
 
