@@ -114,21 +114,22 @@ def _norm_heads_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     channel = tl.arange(0, HALF)
-    inside = (head < heads)[:, None] & (channel < SIZE // 2)[None, :]
+    there = channel < SIZE // 2
+    inside = (head < heads)[:, None] & there[None, :]
     place = x + row * row_stride + head[:, None] * SIZE + channel[None, :]
     first = read(place, inside)
     second = read(place + SIZE // 2, inside)
     mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / SIZE
     rstd = tl.rsqrt(mean + eps)[:, None]
-    w = read(weight + channel, channel < SIZE // 2)[None, :]
-    v = read(weight + SIZE // 2 + channel, channel < SIZE // 2)[None, :]
+    w = read(weight + channel, there)[None, :]
+    v = read(weight + SIZE // 2 + channel, there)[None, :]
     first = first * rstd * w
     second = second * rstd * v
     if ROTATE:
         token = row % length
         angle = token * SIZE + channel
-        c = read(cos + angle, channel < SIZE // 2)[None, :]
-        s = read(sin + angle, channel < SIZE // 2)[None, :]
+        c = read(cos + angle, there)[None, :]
+        s = read(sin + angle, there)[None, :]
         turned = first * c - second * s
         second = second * c + first * s
         first = turned

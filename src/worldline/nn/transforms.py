@@ -80,11 +80,10 @@ def _cube_order(levels: int) -> list[int]:
 
 def _signs(levels: int, channels: int, like: Tensor) -> Tensor:
     """Signs of the Hadamard transform of 8^levels pixels, each channel alone; symmetric."""
-    signs = like.new_ones(1, 1)
+    signs = torch.eye(channels, dtype=like.dtype, device=like.device)
     for _ in range(3 * levels):
         signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
-    each = torch.eye(channels, dtype=like.dtype, device=like.device)
-    return torch.kron(signs, each)
+    return signs
 
 
 def _rounded(tap: float, like: Tensor) -> float:
