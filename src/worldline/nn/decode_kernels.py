@@ -15,22 +15,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from worldline.nn.kernels import read
-
 _BLOCK, _WARPS, _STAGES = 64, 4, 3
 _SPLITS = 16  # programs a key head: with 8 key heads about one wave of an H200's 132 processors
 
 
 @triton.jit
-def _rounded(x):  # type: ignore[no-untyped-def]
-    """Numbers in float32 as bf16 holds them."""
-    return x.to(tl.bfloat16).to(tl.float32)
-
-
-@triton.jit
 def _normed(x, gamma, rstd):  # type: ignore[no-untyped-def]
     """Scale as `RMSNorm` does: round, then multiply by the weight, then round."""
-    return _rounded(_rounded(x * rstd) * gamma)
+    y = (x * rstd).to(tl.bfloat16).to(tl.float32)
+    return (y * gamma).to(tl.bfloat16).to(tl.float32)
 
 
 @triton.jit
@@ -38,7 +31,7 @@ def _rstd(x, eps, COLUMNS: constexpr, BLOCK: constexpr):  # type: ignore[no-unty
     column = tl.arange(0, BLOCK)
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in tl.static_range(0, COLUMNS, BLOCK):
-        part = read(x + start + column, start + column < COLUMNS)
+        part = tl.load(x + start + column, start + column < COLUMNS, other=0.0).to(tl.float32)
         squares += part * part
     return tl.rsqrt(tl.sum(squares) / COLUMNS + eps)
 
@@ -52,8 +45,8 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     for start in tl.static_range(0, COLUMNS, BLOCK):
         at = start + column
-        part = read(x + row + at, at < COLUMNS)
-        scale = read(gamma + at, at < COLUMNS)
+        part = tl.load(x + row + at, at < COLUMNS, other=0.0).to(tl.float32)
+        scale = tl.load(gamma + at, at < COLUMNS, other=0.0).to(tl.float32)
         tl.store(out + row + at, _normed(part, scale, rstd).to(tl.bfloat16), at < COLUMNS)
 
 
@@ -73,8 +66,8 @@ def _rows_of(  # type: ignore[no-untyped-def]
     at = start + tl.arange(0, BLOCK_COLUMNS)
     one = tl.arange(0, PADDED)
     if NORM:  # of one sequence
-        part = read(x + at, at < COLUMNS)
-        scale = read(gamma + at, at < COLUMNS)
+        part = tl.load(x + at, at < COLUMNS, other=0.0).to(tl.float32)
+        scale = tl.load(gamma + at, at < COLUMNS, other=0.0).to(tl.float32)
         part = _normed(part, scale, rstd).to(tl.bfloat16)
         return tl.where((one == 0)[None, :], part[:, None], 0.0)
     inside = (one < BATCH)[None, :] & (at < COLUMNS)[:, None]
@@ -128,7 +121,7 @@ def _matvec_rows(  # type: ignore[no-untyped-def]
     at = one[None, :] * stride + row[:, None]
     there = (one < BATCH)[None, :] & (row < rows)[:, None]
     if RESIDUAL:
-        before = read(residual + at, there)
+        before = tl.load(residual + at, there, other=0.0).to(tl.float32)
         y = (y.to(tl.float32) + before).to(tl.bfloat16)
     tl.store(out + at, y, there)
 
@@ -216,17 +209,20 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
         part = _rows_of(x, gamma, rstd, start, BATCH, COLUMNS, NORM, BLOCK_COLUMNS, PADDED)
         gate_sums = tl.dot(gate_values, part, gate_sums)
         up_sums = tl.dot(up_values, part, up_sums)
-    g = _rounded(gate_sums)
-    activated = _rounded(g * tl.sigmoid(g)) * _rounded(up_sums)
+    g = gate_sums.to(tl.bfloat16).to(tl.float32)
+    u = up_sums.to(tl.bfloat16).to(tl.float32)
+    activated = (g * tl.sigmoid(g)).to(tl.bfloat16).to(tl.float32)
     one = tl.arange(0, PADDED)
     there = (one < BATCH)[None, :] & (row < rows)[:, None]
-    tl.store(out + one[None, :] * rows + row[:, None], activated.to(tl.bfloat16), there)
+    tl.store(out + one[None, :] * rows + row[:, None], (activated * u).to(tl.bfloat16), there)
 
 
 @triton.jit
 def _turned(first, second, cos, sin):  # type: ignore[no-untyped-def]
     """First * cos + second * sin with the roundings of `rope.rotate` in bf16."""
-    return (_rounded(first * cos) + _rounded(second * sin)).to(tl.bfloat16)
+    a = (first * cos).to(tl.bfloat16).to(tl.float32)
+    b = (second * sin).to(tl.bfloat16).to(tl.float32)
+    return (a + b).to(tl.bfloat16)
 
 
 @triton.jit
@@ -275,34 +271,34 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     start = split * chunk
     end = tl.minimum(start + chunk, visible)
 
-    half: constexpr = K // 2
+    half: tl.constexpr = K // 2
     channel = tl.arange(0, half)
     wide = tl.arange(0, K)
     member = tl.arange(0, PADDED)
     is_member = (member < GROUP)[:, None]
     q_at = qkv + (head * GROUP + member)[:, None] * K + channel[None, :]
-    q1 = read(q_at, is_member)
-    q2 = read(q_at + half, is_member)
+    q1 = tl.load(q_at, is_member, other=0.0).to(tl.float32)
+    q2 = tl.load(q_at + half, is_member, other=0.0).to(tl.float32)
     rstd = tl.rsqrt((tl.sum(q1 * q1, 1) + tl.sum(q2 * q2, 1)) / K + eps)[:, None]
-    q1 = _normed(q1, read(q_gamma + channel)[None, :], rstd)
-    q2 = _normed(q2, read(q_gamma + half + channel)[None, :], rstd)
+    q1 = _normed(q1, tl.load(q_gamma + channel).to(tl.float32)[None, :], rstd)
+    q2 = _normed(q2, tl.load(q_gamma + half + channel).to(tl.float32)[None, :], rstd)
     rows = keys + head.to(tl.int64) * length * K
     value_rows = values + head.to(tl.int64) * length * K
     if OWN:
-        cos1 = read(cos + here * K + channel)
-        cos2 = read(cos + here * K + half + channel)
-        sin1 = read(sin + here * K + channel)
-        sin2 = read(sin + here * K + half + channel)
+        cos1 = tl.load(cos + here * K + channel).to(tl.float32)
+        cos2 = tl.load(cos + here * K + half + channel).to(tl.float32)
+        sin1 = tl.load(sin + here * K + channel).to(tl.float32)
+        sin2 = tl.load(sin + here * K + half + channel).to(tl.float32)
         turned1 = _turned(q1, -q2, cos1[None, :], sin1[None, :])
         turned2 = _turned(q2, q1, cos2[None, :], sin2[None, :])
         if (start < visible) & (end == visible):
             # this program's part ends with the new token: its key and value are made here
             k_at = qkv + (heads + head) * K + channel
-            k1 = read(k_at)
-            k2 = read(k_at + half)
+            k1 = tl.load(k_at).to(tl.float32)
+            k2 = tl.load(k_at + half).to(tl.float32)
             k_rstd = tl.rsqrt((tl.sum(k1 * k1) + tl.sum(k2 * k2)) / K + eps)
-            k1 = _normed(k1, read(k_gamma + channel), k_rstd)
-            k2 = _normed(k2, read(k_gamma + half + channel), k_rstd)
+            k1 = _normed(k1, tl.load(k_gamma + channel).to(tl.float32), k_rstd)
+            k2 = _normed(k2, tl.load(k_gamma + half + channel).to(tl.float32), k_rstd)
             tl.store(rows + here * K + channel, _turned(k1, -k2, cos1, sin1))
             tl.store(rows + here * K + half + channel, _turned(k2, k1, cos2, sin2))
             v = tl.load(qkv + (heads + key_heads + head) * K + wide)

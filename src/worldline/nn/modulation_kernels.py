@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from worldline.nn.kernels import read
 from worldline.nn.rope import Rotation
 
 
@@ -39,13 +38,14 @@ def _modulate_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     inside = column < width
     place = row * width + column
-    x = read(stream + place, inside)
+    x = tl.load(stream + place, inside, other=0.0).to(tl.float32)
     if UPDATE:
-        y = read(update + place, inside)
-        g = read(gate + vector + column, inside)
+        y = tl.load(update + place, inside, other=0.0).to(tl.float32)
+        g = tl.load(gate + vector + column, inside, other=0.0).to(tl.float32)
         x += g * y
     if ADDED:
-        x += read(added + (row % length) * width + column, inside)
+        e = tl.load(added + (row % length) * width + column, inside, other=0.0)
+        x += e.to(tl.float32)
     if UPDATE or ADDED:
         x = x.to(stream.dtype.element_ty)
         tl.store(stream + place, x, inside)
@@ -53,8 +53,8 @@ def _modulate_kernel(  # type: ignore[no-untyped-def]
     mean = tl.sum(x) / width
     centred = tl.where(inside, x - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred) / width + eps)
-    a = read(scale + vector + column, inside)
-    b = read(shift + vector + column, inside)
+    a = tl.load(scale + vector + column, inside, other=0.0).to(tl.float32)
+    b = tl.load(shift + vector + column, inside, other=0.0).to(tl.float32)
     y = centred * rstd * (1 + a) + b
     tl.store(normed + place, y.to(normed.dtype.element_ty), inside)
 
@@ -114,22 +114,21 @@ def _norm_heads_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     channel = tl.arange(0, HALF)
-    there = channel < SIZE // 2
-    inside = (head < heads)[:, None] & there[None, :]
+    inside = (head < heads)[:, None] & (channel < SIZE // 2)[None, :]
     place = x + row * row_stride + head[:, None] * SIZE + channel[None, :]
-    first = read(place, inside)
-    second = read(place + SIZE // 2, inside)
+    first = tl.load(place, inside, other=0.0).to(tl.float32)
+    second = tl.load(place + SIZE // 2, inside, other=0.0).to(tl.float32)
     mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / SIZE
     rstd = tl.rsqrt(mean + eps)[:, None]
-    w = read(weight + channel, there)[None, :]
-    v = read(weight + SIZE // 2 + channel, there)[None, :]
+    w = tl.load(weight + channel, channel < SIZE // 2, other=0.0).to(tl.float32)[None, :]
+    v = tl.load(weight + SIZE // 2 + channel, channel < SIZE // 2, other=0.0)
     first = first * rstd * w
-    second = second * rstd * v
+    second = second * rstd * v.to(tl.float32)[None, :]
     if ROTATE:
         token = row % length
         angle = token * SIZE + channel
-        c = read(cos + angle, there)[None, :]
-        s = read(sin + angle, there)[None, :]
+        c = tl.load(cos + angle, channel < SIZE // 2, other=0.0)[None, :]
+        s = tl.load(sin + angle, channel < SIZE // 2, other=0.0)[None, :]
         turned = first * c - second * s
         second = second * c + first * s
         first = turned

@@ -14,8 +14,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from worldline.nn.kernels import read
-
 _BLOCK = 4096  # numbers of one program
 
 
@@ -41,11 +39,11 @@ def _norm_silu_kernel(  # type: ignore[no-untyped-def]
     channel = tl.arange(0, CHANNELS)
     inside = (row < rows)[:, None] & (channel < channels)[None, :]
     source = (clip * rows + row)[:, None] * channels + channel[None, :]
-    x = read(cells + source, inside)
+    x = tl.load(cells + source, inside, other=0.0).to(tl.float32)
     if BIASED:
-        x += read(bias + channel, channel < channels)[None, :]
+        x += tl.load(bias + channel, channel < channels, other=0.0).to(tl.float32)[None, :]
     scale = tl.rsqrt(tl.sum(x * x, 1) / channels + eps)
-    weight = read(gamma + channel, channel < channels)
+    weight = tl.load(gamma + channel, channel < channels, other=0.0).to(tl.float32)
     y = x * scale[:, None] * weight[None, :]
     y = y * tl.sigmoid(y)
     y = y.to(padded.dtype.element_ty)
@@ -60,9 +58,9 @@ def _norm_silu_kernel(  # type: ignore[no-untyped-def]
 def _add_kernel(cells, bias, other, count, channels, SIZE: constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
-    x = read(cells + place, inside)
-    x += read(bias + place % channels, inside)
-    x += read(other + place, inside)
+    x = tl.load(cells + place, inside, other=0.0).to(tl.float32)
+    x += tl.load(bias + place % channels, inside, other=0.0).to(tl.float32)
+    x += tl.load(other + place, inside, other=0.0).to(tl.float32)
     tl.store(cells + place, x.to(cells.dtype.element_ty), inside)
 
 
