@@ -323,7 +323,10 @@ def test_too_little_gpu_memory(base: Make, clip: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("error", "end"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "CUDA out of memory.\n"),
+        (
+            torch.OutOfMemoryError("no room\nmore"),
+            "no room; offload flags (--offload_…) or a smaller size need less memory\n",
+        ),
         (MemoryError(), "MemoryError\n"),
     ],
 )

@@ -275,7 +275,7 @@ def test_progress_of_a_video_in_parts(
     assert bars == ([(0, 12), (4, 12), (8, 12)] if terminal else [])
     line = "a ball: denoising in 12 steps"
     assert lines == ([] if terminal else [line, f"{line}, 4 are done", f"{line}, 8 are done"])
-    assert ("s/step" in capsys.readouterr().err) == terminal
+    assert ("step/s" in capsys.readouterr().err) == terminal
 
 
 # --- wrong words and inputs; what needs no model is in test_refusals.py

@@ -25,7 +25,6 @@ def test_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         "none that torch can use",
         "torch SDPA (on the CPU) for prompts, matrix products for decoding",
         "writes       mp4, mov, mkv, webm, gif",
-        "h264",
         "fits         Cosmos-Predict1-4B",
         "too large    Cosmos-Predict1-12B",
         "too large    Cosmos-Predict1-7B-Text2World",

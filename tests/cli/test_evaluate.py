@@ -147,8 +147,8 @@ def test_wrong_input_is_refused_before_any_work(evaluate: Run, tmp_path: Path) -
     (made / "picture.png").write_bytes(b"mine")
     (tmp_path / "file").touch()
     cases: tuple[tuple[tuple[object, ...], str], ...] = (
-        ((tmp_path / "absent",), "no such folder"),
-        ((tmp_path, "--reference", tmp_path / "absent"), "no such folder"),
+        ((tmp_path / "absent",), "holds no videos"),
+        ((tmp_path, "--reference", tmp_path / "absent"), "holds no videos"),
         ((made, "--num_input_frames", 12), "has 12 frames, 12 of them input"),
         ((made, "--num_input_frames", -1), "num_input_frames"),
         ((made, "--output", tmp_path / "a.txt"), "must end in .json"),

@@ -139,9 +139,7 @@ def download(context: click.Context, /, **_: object) -> None:
     with tqdm(total=nbytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for count, path in enumerate(fetch_all(plan, bar.update), 1):
             bar.clear()
-            verb = "fetched" if path in missing else "verified"
-            size = readable_size(plan[path].nbytes)
-            logger.info("%d/%d %s, %s: %s", count, len(plan), path, size, verb)
+            logger.info("%d/%d %s: verified", count, len(plan), path)
     click.echo(f"{total}, are in {folder}, verified")
 
 

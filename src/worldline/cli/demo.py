@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,32 +69,27 @@ def demo(every: bool, seed: int, output: Path) -> None:
     from worldline.video.sheet import contact_sheet
     from worldline.video.write import write_video
 
-    logger = logging.getLogger("worldline")
-    if logger.level == logging.INFO:  # not with --debug
-        logger.setLevel(logging.WARNING)
     torch.set_num_threads(1)  # the networks are tiny: on busy cores threads wait for each other
-    began = time.monotonic()
     clip = read_video(CLIP)
     truth, caption = clip.frames, json.loads(CLIP.with_name("captions.json").read_text())[CLIP.name]
-    write_video(truth[:9], output / "input.mp4", clip.fps or 25.0)
+    write_video(truth[:9], output / "input.mp4", clip.fps)
     click.echo(f"the clip: {caption}")
     rows, labels = [truth[:9], truth], ["input: frames 0-8", f"what really happens: {caption}"]
     for way in (*WAYS, *(OTHER_WAYS if every else ())):
         count = way.num_input_frames
         options: dict[str, Any] = {} if way.decoder else {"disable_diffusion_decoder": True}
-        stated: dict[str, Any] = {"prompt": caption} if way.prompted else {}
-        stated |= {"num_input_frames": count, "seed": seed}
+        prompt = {"prompt": caption} if way.prompted else {}
         frames = truth[:count] if count else None
-        video = worldline.load(way.world, **options).generate(frames, **stated)
+        world = worldline.load(way.world, **options)
+        video = world.generate(frames, num_input_frames=count, seed=seed, **prompt)
         path = video.save(output / f"{way.name}.mp4")
-        label = f"{way.world}, {count} input frames{', prompted' if way.prompted else ''}"
-        label += "" if way.decoder else ", decoded by the tokenizer"
+        label = f"{way.name}: {way.world}, {count} input frames"
         if count > 1 and video.frames.shape == truth.shape:
             target = truth[count:]
             still = truth[count - 1 : count].repeat(len(target), axis=0)
             label += f"; {psnr(video.frames[count:], target):.1f} dB PSNR"
             label += f", frame {count - 1} repeated {psnr(still, target):.1f}"
-        click.echo(f"{path} ({time.monotonic() - began:.0f} s): {label}")
+        click.echo(f"{path}: {label}")
         rows.append(video.frames)
         labels.append(label)
     sheet = output / "contact_sheet.png"

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from worldline.cli.run import check_outputs
 from worldline.errors import Error, InputError
-
-if TYPE_CHECKING:
-    from worldline.evaluate.folder import Score
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +52,7 @@ def evaluate(
     and 2 if none can be judged.
     """
     from worldline.evaluate.failures import DETECTORS, failure_rate
-    from worldline.evaluate.folder import as_json, find_tasks, score_video
+    from worldline.evaluate.folder import as_json, find_tasks, medians, score_video
     from worldline.video.sheet import contact_sheet
     from worldline.video.write import write_bytes
 
@@ -69,8 +65,7 @@ def evaluate(
         raise InputError(f"--output {output}: the contact sheet would replace {picture}")
     check_outputs([output, picture], [task.path.with_suffix(".json") for task in tasks])
     unreadable: dict[str, str] = {}
-    scores: list[Score] = []
-    rows = []
+    scores, rows = [], []
     for task in tasks:
         try:
             score, pictures = score_video(task)
@@ -80,7 +75,7 @@ def evaluate(
             continue
         failures = (f"frame {failure.frame}: {failure.detail}" for failure in score.failures)
         title = f"{score.name}: {'; '.join([score.verdict, *failures])}"
-        click.echo(f"{title}; {score.frames} frames, {_measures([score])}")
+        click.echo(f"{title}; {score.frames} frames, {in_words(medians([score]))}")
         scores.append(score)
         rows.append((pictures, title, {failure.frame for failure in score.failures}))
         rows = sorted(rows, key=lambda row: not row[2])[:_MOST_ROWS]
@@ -89,7 +84,7 @@ def evaluate(
     report = {
         "worldline": version("worldline"),
         "folder": str(folder),
-        "reference": str(reference) if reference else None,
+        "reference": reference and str(reference),
         **as_json(scores, unreadable),
     }
     write_bytes(output, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
@@ -100,15 +95,12 @@ def evaluate(
     detectors = ", ".join(f"{name} {value}" for name, value in DETECTORS.items())
     click.echo(
         f"failed: {rate.failed}{kinds}\ndetectors, measured: {detectors}\nmedians: "
-        f"{_measures(scores)}\nreport: {output}\ncontact sheet: {picture}"
+        f"{in_words(medians(scores))}\nreport: {output}\ncontact sheet: {picture}"
     )
     if unreadable:
-        total = len(scores) + len(unreadable)
-        raise Error(f"{len(unreadable)} of {total} videos could not be judged, and do not count")
+        count = f"{len(unreadable)} of {len(tasks)} videos"
+        raise Error(f"{count} could not be judged, and do not count")
 
 
-def _measures(scores: Sequence[Score]) -> str:
-    """Medians of motion, flicker, PSNR and SSIM in words."""
-    from worldline.evaluate.folder import medians
-
-    return ", ".join(f"{name} {value:.4g}" for name, value in medians(scores).items())
+def in_words(measures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in measures.items())

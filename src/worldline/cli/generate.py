@@ -34,9 +34,9 @@ def make_command(family: str, command: Command) -> click.Command:
         "Folder of the model below --checkpoint_dir, a path, or tiny-… for a bundled one; "
         f"`worldline models` lists them.  [default: {command.default_model}]"
     )
-    params: list[click.Parameter] = []
-    params += [click.Option([f"--{command.model}"], help=text)] if command.model else []
-    params += parameters(reader.flags, negatable=command.negatable)
+    params = parameters(reader.flags, negatable=command.negatable)
+    if command.model:
+        params.insert(0, click.Option([f"--{command.model}"], help=text))
     for fields in (described.REQUEST, described.OPTIONS):
         params += parameters(fields, command.hidden, command.defaults, command.negatable)
     name = command.name.rpartition(" ")[2]

@@ -67,12 +67,19 @@ def describe_all(flags: LoadOptions) -> Iterator[dict[str, Any]]:
         request = opened.family.request.parse(opened.defaults)
         fit = plan(opened, [request], compute).fit(compute.device, memory)
         files = [path for part in opened.parts.values() for path in part.files]
-        facts = {"family": opened.family.name, "memory": fit.need, "runs_here": str(fit)}
-        yield _bundled(name, files, command="generate", **facts)
+        yield _bundled(
+            name,
+            files,
+            family=opened.family.name,
+            command="generate",
+            memory=fit.need,
+            runs_here=str(fit),
+        )
     for name in bundled_tokenizers():
         files = sorted(locate(name, "", tokenizer=True).named.iterdir())
-        facts = {"family": "video tokenizer", "memory": None, "runs_here": "yes"}
-        yield _bundled(name, files, command="tokenize", **facts)
+        yield _bundled(
+            name, files, family="video tokenizer", command="tokenize", memory=None, runs_here="yes"
+        )
     parts = {name for entry in ENTRIES if entry.command for name in entry.needs}
     fields = {"name", "family", "folders", "files", "parameters", "licence", "needs", "command"}
     for entry in ENTRIES:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tqdm
 
@@ -27,14 +27,7 @@ _STAGES = {
     "denoise": "denoising in {total} steps",
     "decode": "decoding",
 }
-# kind of step -> look of its bar: a denoising step takes seconds
-_BARS: dict[str, dict[str, Any]] = {
-    "tokens": {"unit": "token"},
-    "denoise": {
-        "unit": "step",
-        "bar_format": "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]",
-    },
-}
+_UNITS = {"tokens": "token", "denoise": "step"}  # of stages with a bar
 
 
 class Progress:
@@ -73,9 +66,14 @@ class Progress:
             done = f", {step.done:,} are done" if step.done > 1 else ""
             logger.info("%s: %s%s", self.label, line, done)
         self.bar.close()
-        look = {"desc": self.label, "leave": False, **_BARS.get(step.kind, {"disable": True})}
-        look |= {} if terminal else {"disable": True}
-        self.bar = tqdm.tqdm(total=step.total, initial=step.done, **look)
+        self.bar = tqdm.tqdm(
+            desc=self.label,
+            total=step.total,
+            initial=step.done,
+            leave=False,
+            unit=_UNITS.get(step.kind, ""),
+            disable=not terminal or step.kind not in _UNITS,
+        )
         self.kind = step.kind
 
     def _write(self, frames: Frames) -> None:

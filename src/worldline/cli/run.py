@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _GIF_FPS = 100  # a GIF's delays are whole hundredths of a second
 _RATES = {"tokens_per_second": "tokens/s", "seconds_per_step": "s a step"}
+_REMEDY = "; offload flags (--offload_…) or a smaller size need less memory"
 _LENGTH = "num_input_frames"
 _UPSAMPLER = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
 
@@ -166,9 +167,9 @@ def log_unused(
     from worldline.guards import release_of, upsamples
 
     guarded, requests = release_of(opened) is not None, [item.request for item in items]
-    offload = [name for name in typed if name.startswith("offload_")]
+    offload = tuple(name for name in typed if name.startswith("offload_"))
     lengths = {None, *(request.num_input_frames for request in requests)}
-    rules: tuple[tuple[bool, str, Sequence[str]], ...] = (
+    rules = (
         (compute.device.type == "cpu", "the model runs on the CPU", offload),
         (not guarded, "no guardrail runs", ("offload_guardrail_models", "guardrail_dir")),
         (guarded, "the guardrails check the video before a frame leaves", ("preview_every",)),
@@ -179,6 +180,11 @@ def log_unused(
     unused = {name: why for applies, why, names in rules if applies for name in names}
     each = (opened.family.unused(opened, request).items() for request in requests)
     unused |= dict(set.intersection(*map(set, each)))
+    if opened.place.bundled:
+        logger.info(
+            "%s was trained on generated clips of moving shapes: other inputs become coloured fog",
+            opened.name,
+        )
     for name, value in typed.items():
         if name in unused and value is not False:
             logger.info("--%s has no effect: %s", name, unused[name])
@@ -186,12 +192,12 @@ def log_unused(
 
 def load(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
     """Load a model; the result makes a video, some with those that follow it, in step."""
+    import torch
+
     from worldline.guards import rewrites
     from worldline.world import load_world
 
     if opened.place.bundled and compute.device.type == "cpu":
-        import torch
-
         torch.set_num_threads(1)  # tiny networks: on busy cores threads wait for each other
     requests = [item.request for item in items]
     size = choose_batch_size(opened, compute, requests)
@@ -222,7 +228,10 @@ def load(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
         if item.output not in outcomes:
             if len(group) > 1:
                 free_memory()
-            make_videos(world, [item], label, outcomes)
+            try:
+                make_videos(world, [item], label, outcomes)
+            except torch.OutOfMemoryError as error:
+                raise Error(f"{one_line(error)}{_REMEDY}") from error
         outcome = outcomes.pop(item.output)
         if isinstance(outcome, GuardrailRefusal):
             raise outcome

@@ -105,8 +105,8 @@ class Header(BaseModel):
 
     @property
     def shape(self) -> VideoShape | None:
-        known = self.frames and self.height and self.width
-        return VideoShape(self.frames, self.height, self.width) if known else None
+        sizes = self.frames, self.height, self.width
+        return VideoShape(*sizes) if all(sizes) else None
 
     @property
     def suffix(self) -> str:
@@ -196,8 +196,6 @@ def reconstruct(context: click.Context, /, **_: object) -> None:
         raise InputError(
             "give one of --checkpoint, --checkpoint_enc with --checkpoint_dec, --tokenizer_type"
         )
-    if flags.mode:
-        logger.info("--mode has no effect: files of both kinds are read, and none is executed")
     run(context, tasks, [whole] if whole else halves, partial(reconstruct_task, flags=flags))
 
 
@@ -277,8 +275,8 @@ def run(
 
     def load(_: object) -> Run:
         model = opened.read(compute.device, compute.dtype)
-        parameters = f"{opened.num_parameters / 1e6:,.1f} M parameters"
-        logger.info("%s (%s) on %s", opened.path, parameters, compute.device)
+        size = opened.num_parameters / 1e6
+        logger.info(f"{opened.path} ({size:,.1f} M parameters) on {compute.device}")
 
         def one(task: Task, _: str) -> str:
             start = time.perf_counter()

@@ -6,7 +6,6 @@ nor length fills the memory.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -20,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldline.errors import InputError
+from worldline.errors import CheckpointError, InputError
 from worldline.evaluate.failures import Failure, failure_rate, find_in_reduced, one_thread, reduce
 from worldline.evaluate.metrics import decibels, flicker, motion, mse, ssim
+from worldline.files import read_json
 from worldline.video.read import VIDEO_SUFFIXES, Frames, stream_media
 from worldline.video.sheet import spread, thumbnail
 
@@ -96,12 +96,7 @@ def find_tasks(
 
 def _list_videos(folder: Path, apart: Path | None) -> dict[str, Path]:
     """Videos below a folder by name, without hidden ones and those below `apart`."""
-    if not folder.is_dir():
-        wrong = "is a file; give its folder" if folder.is_file() else "no such folder"
-        raise InputError(f"{folder}: {wrong}")
     whole, inner = folder.resolve(), apart.resolve() if apart else None
-    if inner == whole:
-        raise InputError(f"{folder} is both the folder and its own reference")
     videos = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -111,16 +106,15 @@ def _list_videos(folder: Path, apart: Path | None) -> dict[str, Path]:
         if inner is None or inner in whole.parents or inner not in path.resolve().parents:
             videos[name] = path
     if not videos:
-        raise InputError(f"{folder} holds no videos ({' '.join(VIDEO_SUFFIXES)})")
+        outside = f" outside {apart}" if apart else ""
+        raise InputError(f"{folder} holds no videos ({' '.join(VIDEO_SUFFIXES)}){outside}")
     return videos
 
 
 def _reported_input_frames(path: Path) -> int:
     """Number of input frames in the report beside a video; 0 without such a report."""
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        frames = json.loads(path.with_suffix(".json").read_text())["request"]["num_input_frames"]
-        if type(frames) is int:
-            return max(0, frames)
+    with suppress(CheckpointError, KeyError, TypeError):
+        return max(0, read_json(path.with_suffix(".json"))["request"]["num_input_frames"])
     return 0
 
 

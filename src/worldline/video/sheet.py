@@ -18,10 +18,7 @@ _GAP, _LINE = 4, 14  # pixels between pictures, and of a line of text
 
 def spread(num_frames: int) -> list[int]:
     """Numbers of up to 9 frames evenly spread over a clip, first and last included."""
-    picks: list[int] = (
-        np.linspace(0, num_frames - 1, min(9, num_frames)).round().astype(int).tolist()
-    )
-    return picks
+    return [round(place) for place in np.linspace(0, num_frames - 1, min(9, num_frames))]
 
 
 def thumbnail(frame: Frames) -> Frames:
@@ -50,8 +47,8 @@ def contact_sheet(
         for row in rows
     ]
     sizes = [picture.shape[:2] for row in pictures for picture in row.values()]
-    height, width = np.max(sizes, axis=0).tolist()
-    height, width = height + 2 * _LINE + _GAP, width + _GAP  # of the cells of a grid
+    # of the cells of a grid
+    height, width = np.add(np.max(sizes, axis=0), (2 * _LINE + _GAP, _GAP)).tolist()
     columns = max(map(len, pictures))
     sheet = Image.new("RGB", (_GAP + columns * width, len(pictures) * height), "white")
     draw = ImageDraw.Draw(sheet)
