@@ -6,8 +6,6 @@ video = world.generate("in.mp4", seed=0)
 video.save("out.mp4")
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

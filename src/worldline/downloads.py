@@ -7,8 +7,6 @@ in the next run, so bytes are fetched here: a file is written beside its place, 
 stopped, and takes its name once its hash is the published one.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

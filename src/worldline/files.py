@@ -1,7 +1,5 @@
 """Files: atomic writing, fingerprints, JSON, folders of released models; needs no torch."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

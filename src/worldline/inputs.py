@@ -1,7 +1,5 @@
 """What a world can continue: a file, a picture or frames."""
 
-from __future__ import annotations
-
 from os import PathLike
 from pathlib import Path
 from typing import Literal

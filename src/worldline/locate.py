@@ -1,7 +1,5 @@
 """A name or a path to the folders of a world: bundled, released or of the user; needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from os import PathLike

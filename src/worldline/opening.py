@@ -3,8 +3,6 @@
 Everything that can be wrong is found from file headers, before tensor data are read.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext

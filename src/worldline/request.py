@@ -4,8 +4,6 @@ A family describes its requests, and how its models are loaded, by one class eac
 holds its type, range, default and help text; everything else is derived from it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping
 from os import PathLike, fspath
 from typing import Annotated, Any, ClassVar, Literal, Self

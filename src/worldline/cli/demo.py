@@ -1,7 +1,5 @@
 """`worldline demo`: the bundled worlds continue a short clip; one picture compares them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, NamedTuple

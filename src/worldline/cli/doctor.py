@@ -1,7 +1,5 @@
 """`worldline doctor`: what this machine has, and which models fit."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """`worldline evaluate FOLDER`: failure rate of the videos of a folder, and their fidelity."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping

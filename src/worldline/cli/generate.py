@@ -1,7 +1,5 @@
 """`worldline generate`, and the released commands of every family."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from pkgutil import resolve_name

@@ -1,7 +1,5 @@
 """What the released commands read: one input, the lines of a JSONL, or a folder of media."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence

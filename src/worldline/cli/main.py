@@ -3,8 +3,6 @@
 A command is imported when it is named or listed, and torch only when it runs.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import traceback

@@ -1,7 +1,5 @@
 """`worldline models`: every known checkpoint, and whether it is here."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Command-line parameters of described fields: one flag a field, no defaults of their own."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin

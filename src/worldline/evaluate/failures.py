@@ -9,8 +9,6 @@ rate means little without those figures, and `FailureRate` has both.
 Both work on a copy of about 48 x 72 pixels, so that the size of a video does not matter.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence

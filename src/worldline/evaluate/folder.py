@@ -4,8 +4,6 @@ A video is read once, frame by frame. Only small copies of its frames are kept, 
 nor length fills the memory.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

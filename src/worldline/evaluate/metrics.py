@@ -4,8 +4,6 @@ Frames are uint8 (T, H, W, 3), as arrays or tensors, or ValueError; a single fra
 clip of one.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -3,8 +3,6 @@
 Axes: B batch, C channels, T/H/W latent grid, S rows of a text embedding, E its width.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Guardrails of the released models: prompts and videos are checked, faces are blurred."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 A guardrail that cannot load or cannot decide raises an error; nothing counts as safe by default.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

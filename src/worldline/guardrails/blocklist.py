@@ -9,8 +9,6 @@ refuses the links of a hub cache). Sources: Punkt, Kiss and Strunk 2006 (sentenc
 of the Penn Treebank; WordNet's morphology.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 import string

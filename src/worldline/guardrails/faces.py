@@ -4,8 +4,6 @@ Source: RetinaFace, arXiv 1905.00641, with ResNet-50; the numbers are those of t
 Axes: N images, P priors (boxes at fixed places, which the network corrects).
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Sequence

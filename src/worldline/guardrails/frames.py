@@ -3,8 +3,6 @@
 Sources: arXiv 2303.15343 (SigLIP, through transformers); the released `safety_filter.pt`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

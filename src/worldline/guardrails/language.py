@@ -4,8 +4,6 @@ The networks are transformers'. Answers are decoded greedily: sampling, as in th
 settings, would make a refusal a matter of luck.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -8,8 +8,6 @@ Axes: B batch, C channels, T/H/W latent grid, L tokens, D width, N heads, K head
 the text, G noise levels of a clip.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple

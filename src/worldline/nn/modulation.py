@@ -9,8 +9,6 @@ A vector that modulates is (B, D) for all tokens, or (B, G, D) with one for each
 that the tokens are cut into, such as latent frames with noise levels of their own.
 """
 
-from __future__ import annotations
-
 import math
 from functools import cache
 from importlib import import_module

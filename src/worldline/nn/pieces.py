@@ -5,8 +5,6 @@ ahead: the pieces together are exactly the whole, without a seam, and nothing is
 Axes: B batch, C channels, T/H/W frames, rows, columns; t/h/w those of latents.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 

@@ -14,8 +14,6 @@ Finite scalar quantisation: vectors to integer ids and back, without a codebook.
 C = len(levels) is last.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

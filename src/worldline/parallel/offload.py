@@ -1,7 +1,5 @@
 """Networks that wait in host memory until they are used."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

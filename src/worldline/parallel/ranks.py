@@ -3,8 +3,6 @@
 Started by `torchrun --nproc_per_node=N …`, which numbers them.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ Axes: B batch, C channels, T/H/W latent grid.
 A network F is asked for F(c_in x, c_noise), and c_skip x + c_out F estimates the clean latents.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ At noise level s, from 1 (noise) to 0 (data), the state is (1 - s) data + s nois
 gives the velocity noise - data, so that state - s velocity estimates the data.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple

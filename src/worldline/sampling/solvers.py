@@ -8,8 +8,6 @@ A noise level is a Python number, so nothing here waits for a GPU. The state kee
 device that it comes with.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise

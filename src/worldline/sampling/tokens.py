@@ -5,8 +5,6 @@ Source: nvidia-cosmos/cosmos-predict1 `autoregressive/utils/sampling.py` and
 Axes: B batch, V vocabulary, C channels, T frames, H/W rows and columns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

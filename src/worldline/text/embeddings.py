@@ -1,7 +1,5 @@
 """Embeddings that a caller gives in place of prompts: tensors, arrays, files of several kinds."""
 
-from __future__ import annotations
-
 import pickle
 import re
 from functools import lru_cache

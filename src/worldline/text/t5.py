@@ -5,8 +5,6 @@ with its decoder, is a pickle, of which our own reader takes the encoder's 19 GB
 device. Axes: B batch, S tokens, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any

@@ -8,8 +8,6 @@ the halves of a head: rows of queries and keys change places when such a file is
 The released code asks in words of its own; these here are the project's.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

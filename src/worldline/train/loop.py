@@ -1,7 +1,5 @@
 """The training loop, for any objective."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

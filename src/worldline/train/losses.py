@@ -11,8 +11,6 @@ Axes: B batch, C channels, T frames, H/W pixels, N images (a batch of B clips is
 M windows of a clip, L positions of a sequence, V vocabulary.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence

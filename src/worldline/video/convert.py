@@ -7,8 +7,6 @@ nvidia-cosmos/cosmos-predict2.5 `_src/predict2/inference/video2world.py`.
 Axes: T frames, C colours, H/W pixels. The conditioning tensors are on the CPU.
 """
 
-from __future__ import annotations
-
 from math import ceil
 
 import numpy as np

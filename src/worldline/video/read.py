@@ -5,8 +5,6 @@ line; the reference opens two image types and `.mp4`, drops other files without 
 on alpha and grey. Axes: T frames, H rows, W columns, and three colours last.
 """
 
-from __future__ import annotations
-
 import contextlib
 import struct
 import warnings

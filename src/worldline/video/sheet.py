@@ -1,7 +1,5 @@
 """Contact sheets: many clips in one picture."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from itertools import count, repeat
 from pathlib import Path

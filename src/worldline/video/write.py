@@ -5,8 +5,6 @@ interrupted run leaves no partial video, a full disk leaves the older file whole
 that write the same name the later wins entirely.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

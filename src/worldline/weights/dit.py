@@ -4,8 +4,6 @@ Two layouts hold the same weights: NVIDIA's file, and the folder of diffusers'
 `CosmosTransformer3DModel`. Families name their tensors; the rest is here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from itertools import product

@@ -1,7 +1,5 @@
 """Names of released tensors and our own, as data that is read in both directions."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

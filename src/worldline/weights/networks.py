@@ -1,7 +1,5 @@
 """Networks on disk: opened by header and checked, or read; strict, and nothing is executed."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping

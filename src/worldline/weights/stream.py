@@ -5,8 +5,6 @@ one of two pinned buffers for a GPU. While the GPU fetches one buffer, the threa
 `read` from the page cache needs no page faults, which is what bounds a copy out of a mapping.
 """
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor

@@ -15,8 +15,6 @@ nine are dropped, and time runs on evenly. The released code blends two frames i
 that time jumps back by seven frames at every seam; that is `seam="as_released"`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path

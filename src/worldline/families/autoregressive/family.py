@@ -6,8 +6,6 @@ rows of the prompt's embedding, those behind its end too, which are zeros: as in
 whose models were trained so.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import astuple, replace

@@ -1,7 +1,5 @@
 """Requests, load options and commands of the autoregressive models; needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 

@@ -4,8 +4,6 @@ Source: nvidia-cosmos/cosmos-predict1 `autoregressive/model.py` (load_ar_model),
 `autoregressive/utils/checkpoint.py`, `autoregressive/configs/inference/inference_config.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path

@@ -10,8 +10,6 @@ pipelines, statistics of latents are rounded to the tokenizer's dtype, the netwo
 to the transformer's, and rotary angles are bf16 unless asked otherwise.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from functools import partial

@@ -10,8 +10,6 @@ Axes: B batch, C latent channels, T/H/W latent grid, L tokens, D width, N heads,
 S rows of the text, E its width.
 """
 
-from __future__ import annotations
-
 from dataclasses import astuple, dataclass, replace
 from typing import ClassVar, NamedTuple
 

@@ -1,7 +1,5 @@
 """Requests, load options and commands of the diffusion models; needs no torch."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field

@@ -4,8 +4,6 @@ Source: nvidia-cosmos/cosmos-predict2.5 `_src/predict2/inference/video2world.py`
 `_src/predict2/models/{text,video}2world_model_rectified_flow.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import partial

@@ -7,8 +7,6 @@ Axes: B batch, C latent channels, T/H/W latent grid, G noise levels of a clip (1
 D width, K head size, S rows of the text, F its features.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

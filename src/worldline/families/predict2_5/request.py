@@ -1,7 +1,5 @@
 """Requests, load options and commands of Cosmos-Predict2.5; needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 

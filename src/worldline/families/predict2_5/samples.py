@@ -4,8 +4,6 @@ Source: nvidia-cosmos/cosmos-predict2.5 `cosmos_predict2/config.py` and `example
 its releases since 13 October 2025, and of the one a week earlier, with many samples in a file.
 """
 
-from __future__ import annotations
-
 import glob
 import json
 import os

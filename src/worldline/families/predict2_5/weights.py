@@ -5,8 +5,6 @@ Two layouts hold the same weights: NVIDIA's flat dict, and the folder of diffuse
 minimal_v4_dit.py`; huggingface/diffusers `scripts/convert_cosmos_to_diffusers.py`.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path

@@ -7,8 +7,6 @@ leaves a seam at its borders (nvidia-cosmos/cosmos-predict1 `tokenizer/inference
 Axes: B batch, T frames, H/W pixels; t/h/w latent frames, rows, columns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from math import ceil
 

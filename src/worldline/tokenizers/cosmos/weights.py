@@ -5,8 +5,6 @@ huggingface/diffusers `models/autoencoders/autoencoder_kl_cosmos.py`, whose tens
 ones under other names, the levels of the decoder numbered from the coarsest.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ same as `Wan2.1_VAE.pth`); huggingface/diffusers `models/autoencoders/autoencode
 tensors are the same ones under other names.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
