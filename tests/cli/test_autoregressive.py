@@ -261,7 +261,7 @@ def break_model(path: Path, change: str) -> None:
     [
         ("no model", "no model.pt"),
         ("part", "model.pt.incomplete"),
-        ("no tokenizer", "no discrete tokenizer"),
+        ("no tokenizer", "Cosmos-Tokenize1-DV8x16x16-720p"),
         ("half a tokenizer", "decoder.safetensors"),
         ("truncated", "model.pt"),
         ("pointer", "git-lfs"),

@@ -137,7 +137,7 @@ def test_all_problems_at_once(
         (entry(clip), ""),
         ('{"visual_input": ', "not JSON"),
         ("[1]", "not an object; give one with visual_input"),
-        ({"prompt": "x"}, '"visual_input" is null'),
+        ({"prompt": "x"}, 'no "visual_input"'),
         (entry("nowhere.mp4"), "nowhere.mp4: no such file"),
         ("", ""),
         (entry(fake), "not an mp4, mov, mkv, webm or gif video but a text"),
@@ -159,9 +159,9 @@ def test_all_problems_with_prompts_at_once(
 ) -> None:
     lines: list[tuple[object, str]] = [
         (entry(clip, prompt="x"), ""),
-        (entry(clip), '"prompt" is null'),
-        ({"prompt": "x"}, '"visual_input" is null'),
-        ({}, '"visual_input" is null, "prompt" is null'),
+        (entry(clip), 'no "prompt"'),
+        ({"prompt": "x"}, 'no "visual_input"'),
+        ({}, 'no "visual_input", no "prompt"'),
         (entry(clip, prompt=" \n"), "prompt: it is empty"),
         (entry(clip, prompt=7), '"prompt" is 7'),
         (entry(clip, prompt="a \ud800 b"), "as a unicode string"),

@@ -1,6 +1,7 @@
 """`worldline demo`: the bundled worlds continue a short clip; one picture compares them."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +68,9 @@ def demo(every: bool, seed: int, output: Path) -> None:
     from worldline.video.sheet import contact_sheet
     from worldline.video.write import write_video
 
+    logger = logging.getLogger("worldline")
+    if logger.level == logging.INFO:  # not with --debug
+        logger.setLevel(logging.WARNING)
     torch.set_num_threads(1)  # the networks are tiny: on busy cores threads wait for each other
     clip = read_video(CLIP)
     truth, caption = clip.frames, json.loads(CLIP.with_name("captions.json").read_text())[CLIP.name]

@@ -154,7 +154,7 @@ def read_line(line: str, needed: Sequence[str]) -> dict[str, Any]:
         raise InputError(f"not an object; give one with {' and '.join(needed)}")
     wrong = [name for name in needed if not isinstance(entry.get(name), str)]
     if wrong:
-        values = (f'"{name}" is {json.dumps(entry.get(name))}' for name in wrong)
+        values = (f'"{n}" is {json.dumps(entry[n])}' if n in entry else f'no "{n}"' for n in wrong)
         raise InputError(f"{', '.join(values)}; give a text")
     return entry
 
