@@ -189,7 +189,7 @@ def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> G
     else:
         from worldline import guardrails as sets  # imported only where guardrails run
 
-        flag = options.field_flag("disable_guardrail")
+        flag = options.flags()["disable_guardrail"]
         with loading("guardrails", sets.RELEASES[release].download, flag):
             guardrails = sets.load(
                 release,

@@ -9,6 +9,7 @@ from os import PathLike, fspath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from worldline.errors import InputError, did_you_mean
 from worldline.shapes import VideoShape
@@ -103,7 +104,7 @@ class Options(BaseModel):
             field = str(problem["loc"][0]) if problem["loc"] else ""
             value, kind = problem["input"], problem["type"]
             if kind == "extra_forbidden":
-                known = [*map(cls.field_flag, cls.model_fields)]
+                known = [*cls.flags().values()]
                 close = did_you_mean(field.strip().lower().replace("-", "_"), known, 0.7)
                 yield f"{name(field)}: no such option{close or '; there are: ' + ', '.join(known)}"
             elif kind == "missing":
@@ -119,15 +120,20 @@ class Options(BaseModel):
     def describe(cls) -> Iterator[str]:
         """One line for each field, for help: name, description, default."""
         for name, field in cls.model_fields.items():
-            text = field.description or ""
-            if "[default:" not in text and field.default not in (None, NEGATIVE_PROMPT):
-                text += f"  [default: {field.default}]"
-            yield f"{field.alias or name}: {text}"
+            yield f"{field.alias or name}: {help_of(field, field.default)}"
 
     @classmethod
-    def field_flag(cls, field: str) -> str:
-        """Flag and keyword of a field: its alias where it has one."""
-        return cls.model_fields[field].alias or field
+    def flags(cls) -> dict[str, str]:
+        """Field -> its flag and keyword: the alias where it has one."""
+        return {name: field.alias or name for name, field in cls.model_fields.items()}
+
+
+def help_of(field: FieldInfo, default: Any) -> str:
+    """Help text, the default last in brackets."""
+    text = field.description or ""
+    if "[default:" in text or default is False or default in (None, (), NEGATIVE_PROMPT):
+        return text
+    return f"{text}  [default: {str(default).removesuffix('.0')}]"
 
 
 def _plain(value: Any) -> Any:

@@ -144,7 +144,7 @@ def test_base_with_the_decoder(
         (["CLIP", "--prompt_embeddings", "nowhere"], "embeddings nowhere"),
         (["--prompt", "x"], "--input_image_or_video_path --batch_input_path"),
         (["--prompt", "x", "--batch_input_path", "b"], "--prompt exclude each other"),
-        (["--batch_input_path", "BATCH"], 'line 1 (0.mp4) "prompt" null'),
+        (["--batch_input_path", "BATCH"], 'line 1 (0.mp4) no "prompt"'),
         (["CLIP", "--prompt", "x", "--ar_model_dir", MODEL], f"{MODEL} is a base model"),
         (["CLIP", "--prompt", "x", "--text_encoder_dir", "nowhere"], "text_encoder_dir"),
         (["CLIP", "--prompt", "x", "--input_type", "text_and_image"], "text_and_video"),

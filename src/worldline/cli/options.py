@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from worldline.request import NEGATIVE_PROMPT, Options, flag
+from worldline.request import Options, flag, help_of
 
 Described = TypeVar("Described", bound=Options)
 
@@ -48,15 +48,6 @@ def make_parameter(name: str, field: FieldInfo, default: Any, negatable: bool) -
     return click.Option(names, help=help_of(field, default), **settings)
 
 
-def help_of(field: FieldInfo, default: Any) -> str:
-    """Help text, the default last in brackets."""
-    text = field.description or ""
-    silent = default is None or default is False or default in ((), NEGATIVE_PROMPT)
-    if "[default:" in text or silent:
-        return text
-    return f"{text}  [default: {str(default).removesuffix('.0')}]"
-
-
 def kind_of(field: FieldInfo) -> Any:
     """Type of a field without None and annotations; str for a choice of types."""
     kind: Any = field.annotation
@@ -74,12 +65,7 @@ def stated(context: click.Context, names: Collection[str]) -> dict[str, Any]:
 
 def parsed(context: click.Context, described: type[Described]) -> Described:
     """A class's values, as typed."""
-    return described.parse(stated(context, fields_of(described)), flag)
-
-
-def fields_of(described: type[Options]) -> list[str]:
-    """Names by which a class's flags are known."""
-    return [field.alias or name for name, field in described.model_fields.items()]
+    return described.parse(stated(context, described.flags().values()), flag)
 
 
 class ManyValues(click.Command):

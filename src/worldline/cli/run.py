@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worldline.cli.main import is_out_of_memory, one_line
-from worldline.cli.options import fields_of, parsed, stated
+from worldline.cli.options import parsed, stated
 from worldline.cli.progress import Progress, preview_path
 from worldline.errors import Error, GuardrailRefusal, InputError
 from worldline.family import Command, Item, requests_of
@@ -49,8 +49,8 @@ Outcomes = dict[Path, str | GuardrailRefusal]
 def run(family: str, command: Command, context: click.Context) -> None:
     """Make the videos that a command line asks for; all that is wrong is named before."""
     described, reader = requests_of(family), resolve_name(command.reads)
-    request_flags = stated(context, fields_of(described.REQUEST))
-    option_flags = stated(context, fields_of(described.OPTIONS))
+    request_flags = stated(context, described.REQUEST.flags().values())
+    option_flags = stated(context, described.OPTIONS.flags().values())
     flags = parsed(context, reader.flags)
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise InputError(f"WORLD_SIZE is {processes}; this version runs on 1 GPU, in 1 process")
