@@ -41,7 +41,12 @@ def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
     """
     found = kind_of(input)
     if isinstance(input, np.ndarray | torch.Tensor):
-        clip = Clip(_frames(input), 0.0)
+        frames = input.detach().cpu().numpy() if isinstance(input, torch.Tensor) else input
+        if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size or frames.dtype != np.uint8:
+            raise InputError(
+                f"frames are {frames.dtype} {frames.shape}; give uint8 (T, H, W, 3), not empty"
+            )
+        clip = Clip(frames, 0.0)
     elif found != kind:
         raise InputError(f"{describe(input)}: it is of type {found}; give --input_type {found}")
     elif isinstance(input, Image.Image):
@@ -56,15 +61,6 @@ def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
             f"{num_input_frames}; give a longer clip"
         )
     return clip
-
-
-def _frames(input: NDArray[np.uint8] | torch.Tensor) -> NDArray[np.uint8]:
-    frames = input.detach().cpu().numpy() if isinstance(input, torch.Tensor) else input
-    if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size or frames.dtype != np.uint8:
-        raise InputError(
-            f"frames are {frames.dtype} {frames.shape}; give uint8 (T, H, W, 3), not empty"
-        )
-    return frames
 
 
 def describe(input: Input) -> str:

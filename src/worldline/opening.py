@@ -146,12 +146,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     Raises:
         InputError: it does not exist here.
     """
-    if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
     try:
-        return torch.empty(0, device=device).device
+        named = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.empty(0, device=named).device  # with the number of a GPU
     except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"no device {device} here; give cuda, cuda:1, cpu or mps") from error
 
