@@ -222,9 +222,9 @@ def describe(source: Checkpoint, path: Path) -> Lines:
 
     folder = path if path.is_dir() else path.parent
     if name := find_family(source.tensors):
-        weights = import_module(f"{FAMILIES[name]}.weights")
+        weights, model = (import_module(f"{FAMILIES[name]}.{x}") for x in ("weights", "model"))
         yield "family", f"Cosmos {name} model"
-        yield from _sizes(weights.open_network(source), weights.PRESETS)
+        yield from _sizes(weights.open_network(source), model.PRESETS)
         return
     if is_wan(source):
         yield "family", "Wan video tokenizer"

@@ -192,8 +192,7 @@ def _same_color(picture: Tensor, tolerance: float) -> Tensor:
     pixels = picture.flatten(1).T  # (N, 3)
     bins = (pixels / tolerance).long()
     codes = (bins[:, 0] * 64 + bins[:, 1]) * 64 + bins[:, 2]
-    commonest = codes.bincount().argmax()
-    center = pixels[codes == commonest].mean(0)
+    center = pixels[codes == codes.bincount().argmax()].mean(0)
     for _ in range(3):  # a colour on the edge of two bins is centred here
         near = (pixels - center).abs().amax(1) < tolerance
         center = pixels[near].mean(0)
@@ -231,7 +230,9 @@ def _new_regions(copy: Tensor, frame: int) -> Iterator[tuple[float, float, float
     A region that touches the border counts in part, by the rule of BORDER.
     """
     ratio = _novelty(copy, frame, GAP)
-    new = _open(ratio > 1)
+    # opened by a 3 x 3 square: strips uncovered by a moving thing are thinner
+    eroded = -F.max_pool2d(-(ratio[None] > 1).float(), 3, 1, 1)  # what lies outside does not count
+    new = F.max_pool2d(eroded, 3, 1, 1)[0] > 0
     weights = ((ratio - 1) / (CLEARLY_NEW - 1)).clamp(0, 1)
     entered, inner = torch.zeros_like(new), slice(BORDER, -BORDER)
     if new[1:-1, 1:-1].sum() < new.sum():
@@ -294,12 +295,6 @@ def _in_the_light_of(pictures: Tensor, target: Tensor) -> Tensor:
         offset = mean_y - gain * mean_x
         weights = 1 / (1 + ((y - gain * x - offset) / 8).square())
     return (gain * x + offset).view_as(pictures)
-
-
-def _open(cells: Tensor) -> Tensor:
-    """Morphological opening by a 3 x 3 square: strips uncovered by a moving thing are thinner."""
-    eroded = -F.max_pool2d(-cells[None].float(), 3, 1, 1)  # what lies outside does not count
-    return F.max_pool2d(eroded, 3, 1, 1)[0] > 0
 
 
 def _components(cells: Tensor) -> Iterator[Tensor]:

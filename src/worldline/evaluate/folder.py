@@ -77,12 +77,12 @@ def find_tasks(
     """
     videos = _list_videos(folder, apart=reference)
     references = {} if reference is None else _list_videos(reference, apart=folder)
-    by_stem: defaultdict[str, list[str]] = defaultdict(list)
-    for name in references:
-        by_stem[name.rpartition(".")[0]].append(name)
     tasks = []
     for name, path in videos.items():
-        matches = [name] if name in references else by_stem[name.rpartition(".")[0]]
+        stem = name.rpartition(".")[0]
+        matches = [other for other in references if other.rpartition(".")[0] == stem]
+        if name in matches:
+            matches = [name]
         if len(matches) > 1:
             raise InputError(f"{name} has several references: {', '.join(matches)}")
         count = _reported_input_frames(path) if num_input_frames is None else num_input_frames
@@ -128,7 +128,7 @@ def score_video(task: Task) -> tuple[Score, dict[int, Frames]]:
         InputError: it, or its reference, cannot be read to the end, is too short, or of another
             size.
     """
-    inputs, needed = task.num_input_frames, max(2, task.num_input_frames + 1)
+    inputs = task.num_input_frames
     copies: list[torch.Tensor] = []
     pictures: list[Frames] = []
     values: defaultdict[str, list[float]] = defaultdict(list)
@@ -149,7 +149,7 @@ def score_video(task: Task) -> tuple[Score, dict[int, Frames]]:
                 values["ssim"].append(ssim(frame, reference))
             except ValueError as error:
                 raise InputError(f"{task.path} beside {task.reference}: {error}") from None
-    if len(copies) < needed:
+    if len(copies) < (needed := max(2, inputs + 1)):
         raise InputError(
             f"{task.path} has {len(copies)} frames, {inputs} of them input; {needed} are needed"
         )
@@ -186,5 +186,7 @@ def as_json(scores: Sequence[Score], unreadable: dict[str, str]) -> dict[str, An
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    floats = {name: value for name, value in values.items() if isinstance(value, float)}
-    return values | {name: round(x, 4) if isfinite(x) else None for name, x in floats.items()}
+    return {
+        name: (round(x, 4) if isfinite(x) else None) if isinstance(x, float) else x
+        for name, x in values.items()
+    }

@@ -40,7 +40,7 @@ def read_prompts(opened: Opened, request: VideoRequest) -> tuple[dict[str, Tenso
 
     Without guidance the negative prompt is in neither.
     """
-    config = opened["transformer"].config
+    config = opened.config
     embeddings: dict[str, Tensor] = {}
     sources = (request.prompt_embeddings, request.negative_prompt_embeddings)
     if any(source is not None for source in sources):
@@ -81,23 +81,30 @@ def check_size(
 
     `longest` counts latent frames; None is as many as the transformer has positions for.
     """
-    most, tokenizer = opened["transformer"].config.max_grid, opened["tokenizer"].config
+    most, tokenizer = opened.config.max_grid, opened["tokenizer"].config
     temporal, cell = tokenizer.temporal, PATCH[1] * tokenizer.spatial
     # with frames to make, so that what is suggested is not refused next
     least = 1 + latent_frames_of(num_input_frames, temporal) * temporal
-    last = 1 + ((longest or most.frames) - 1) * temporal
-    rule = f"1 + {temporal}k above num_input_frames ({num_input_frames})"
     sides = f"a multiple of {cell}"
     wrong = []
     for name, value, first, step, low, high, form in (
-        ("num_video_frames", video.frames, 1, temporal, least, last, rule),
+        (
+            "num_video_frames",
+            video.frames,
+            1,
+            temporal,
+            least,
+            1 + ((longest or most.frames) - 1) * temporal,
+            f"1 + {temporal}k above num_input_frames ({num_input_frames})",
+        ),
         ("height", video.height, 0, cell, cell, most.height * cell, sides),
         ("width", video.width, 0, cell, cell, most.width * cell, sides),
     ):
         nearest = min(high, max(low, first + round((value - first) / step) * step))
         if value != nearest:
-            limits = f"{form}, at most {high}: the nearest is {nearest}"
-            wrong.append(f"{name} is {value}; it must be {limits}")
+            wrong.append(
+                f"{name} is {value}; it must be {form}, at most {high}: the nearest is {nearest}"
+            )
     if wrong:
         raise InputError("; ".join(wrong))
 
@@ -123,7 +130,7 @@ def stages(
     if (text := opened.get("text")) and "text" not in unused(opened, request):
         yield Stage("text", "text", text.nbytes(compute) // 20 + features)
     yield Stage("encode", "tokenizer", coding[0])
-    config, grid = opened["transformer"].config, grid_of(opened, video)
+    config, grid = opened.config, grid_of(opened, video)
     denoising = denoise_bytes(config, grid, compute.dtype, opened.text_length, fused=compute.fused)
     yield Stage("denoise", "transformer", features + denoising)
     yield Stage("decode", "tokenizer", coding[1])
@@ -132,15 +139,16 @@ def stages(
 def attention_entries(parts: Parts, video: VideoShape) -> dict[str, Any]:
     """Report entries of the transformer's tokens and attention, for a video denoised at once."""
     tokens = parts.config.tokens(grid_of(parts.opened, video)).tokens
-    attention = backend_name(parts.device, parts.compute.dtype, tokens)
-    return {"tokens": tokens, "attention": attention}
+    return {
+        "tokens": tokens,
+        "attention": backend_name(parts.device, parts.compute.dtype, tokens),
+    }
 
 
 @contextmanager
 def stage(recorder: Recorder, name: str) -> Iterator[None]:
     """Record a stage, whose peak does not count unused memory that earlier stages cached."""
-    if recorder.device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # nothing where CUDA is not in use
     with recorder.stage(name):
         yield
 
@@ -203,18 +211,17 @@ def generate(
                     parts.colours  # noqa: B018 - fitted while the tokenizer is there
 
         with stage(recorder, "denoise"), parts.transformer.on_device() as model:
-            shape = (1, parts.config.latent_channels, *astuple(grid_of(parts.opened, window.video)))
-            noise = standard_noise(window.seed, shape).to(parts.device)
-            count, steps = sample(parts, window, model, noise, known, prompts)
+            grid = astuple(grid_of(parts.opened, window.video))
+            noise = standard_noise(window.seed, (1, parts.config.latent_channels, *grid))
+            count, steps = sample(parts, window, model, noise.to(parts.device), known, prompts)
             total = count * len(todo)
-            before = number * count
-            latents = yield from report(steps, recorder, total, before=before, preview=preview)
+            latents = yield from report(steps, recorder, total, number * count, preview)
             log_result("denoise", latents)
 
         yield Step("decode", made, len(frames))
         with stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
             pieces = decode_stream(tokenizer, restore(parts, latents))
-            first = window.num_input_frames if made else 0
+            first = min(made, window.num_input_frames)
             made = yield from decode(pieces, frames, made, first=first, end=end)
     yield Step("done", total, total, frames)
 
@@ -246,7 +253,8 @@ def conditioned(
     mask = None
     if model.config.condition_mask:
         mask = torch.zeros_like(noise[:1, :1])
-        mask[:, :, : 0 if known is None else known.shape[2]] = 1
+        if known is not None:
+            mask[:, :, : known.shape[2]] = 1
 
     def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
         context = contexts[not conditional]
@@ -260,8 +268,7 @@ def report(
     steps: Generator[Stepped, None, Result],
     recorder: Recorder,
     total: int,
-    *,
-    before: int = 0,
+    before: int,
     preview: Callable[[int, Tensor], Frames | None] = lambda done, denoised: None,
 ) -> Generator[Step, None, Result]:
     """Result of a sampler, with a `Step` before the first and after each of its steps.
@@ -300,12 +307,7 @@ def preview_frames(latents: Tensor, colours: Tensor, spatial: int) -> Frames:
 
 
 def decode(
-    pieces: Iterator[Tensor],
-    frames: Frames,
-    made: int = 0,
-    *,
-    first: int = 0,
-    end: int | None = None,
+    pieces: Iterator[Tensor], frames: Frames, made: int, *, first: int, end: int
 ) -> Generator[Step, None, int]:
     """Write a video into `frames`, from frame `made` on, as it is decoded; the number made then.
 
@@ -314,9 +316,8 @@ def decode(
         frames: all frames of the request.
         made: number of frames that are there.
         first: first frame of the pieces that is kept.
-        end: number of frames that are there at the end; None keeps all.
+        end: number of frames that are there at the end.
     """
-    end = len(frames) if end is None else end
     for piece in pieces:
         new = signed_to_uint8(piece[0])[first : first + end - made]
         first = max(0, first - piece.shape[2])

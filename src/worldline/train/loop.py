@@ -98,7 +98,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     first = step = _restore(state, folder / STATE)
     module.train()
-    parameters = list(average.parameters.values())
+    parameters = [*average.parameters.values()]
 
     def backward(*batch: Tensor) -> Figures:
         loss, figures = objective.loss(*batch)
@@ -133,10 +133,9 @@ def fit(
             if (logged or watch) and ranks.first:
                 figures = figures | (watch() if watch else {})
                 line = {name: round(float(value), 5) for name, value in figures.items()}
-                line |= {"step": step, "rate": rate}
-                line["steps_per_second"] = (step - first) / seconds_done
-                lines.write(json.dumps(line) + "\n")
-                lines.flush()
+                speed = (step - first) / seconds_done
+                line |= {"step": step, "rate": rate, "steps_per_second": speed}
+                print(json.dumps(line), file=lines, flush=True)
                 log.info("%s", line)
             late = seconds is not None and seconds_done > seconds
             if ranks.count > 1:  # all stop at one step; asking each step would wait for the device

@@ -229,24 +229,26 @@ def reconstruction_terms(
     if target.ndim == 4:
         target, reconstruction = target.unsqueeze(2), reconstruction.unsqueeze(2)
     terms: dict[str, Tensor] = {}
-    if objective.color is not None:
+    if objective.color:
         terms["color"] = objective.color.at(iteration) * color_distance(target, reconstruction)
-    schedules = {"perceptual": objective.perceptual, "gram": objective.gram}
-    weights = {name: schedule.at(iteration) for name, schedule in schedules.items() if schedule}
-    if weights and features is None:
-        raise ValueError(f"the {' and '.join(weights)} term needs a feature network")
     layers: list[tuple[float, Tensor, Tensor]] = []
-    if features is not None and any(weights.values()):
-        maps = [features(x.transpose(1, 2).flatten(0, 1)) for x in (target, reconstruction)]
-        clips = [[x.unflatten(0, (len(target), -1)) for x in each] for each in maps]
-        layers = list(zip(objective.layer_weights, *clips, strict=True))
-    for name, weight in weights.items():
-        measure = perceptual_distance if name == "perceptual" else gram_distance
+    for name, schedule, measure in (
+        ("perceptual", objective.perceptual, perceptual_distance),
+        ("gram", objective.gram, gram_distance),
+    ):
+        if schedule is None:
+            continue
+        if features is None:
+            raise ValueError(f"the {name} term needs a feature network")
+        if (weight := schedule.at(iteration)) and not layers:
+            maps = [features(x.transpose(1, 2).flatten(0, 1)) for x in (target, reconstruction)]
+            clips = [[x.unflatten(0, (len(target), -1)) for x in each] for each in maps]
+            layers = list(zip(objective.layer_weights, *clips, strict=True))
         distance = torch.zeros(1, 1, device=target.device)
         for layer_weight, x, y in layers:
             distance = distance + weight * layer_weight * measure(x, y)
         terms[name] = distance[:, None, :, None, None].expand_as(target[:, :, : distance.shape[1]])
-    if objective.kl is not None and posterior is not None:
+    if objective.kl and posterior:
         terms["kl"] = objective.kl.at(iteration) * kl_divergence(*posterior)
     return terms
 

@@ -46,8 +46,7 @@ def make_optimizer(
     matrices = [name for name, parameter in parameters.items() if parameter.ndim == 2]
     muon: set[str] = set()
     for pattern in orthogonal:
-        matches = fnmatch.filter(matrices, pattern)
-        if not matches:
+        if not (matches := fnmatch.filter(matrices, pattern)):
             raise ValueError(f"no matrix to train has a name like {pattern}")
         muon.update(matches)
     members: defaultdict[tuple[object, float], list[nn.Parameter]] = defaultdict(list)
@@ -60,8 +59,9 @@ def make_optimizer(
     ]
     device = next(module.parameters()).device
     graphs = device.type == "cuda"
-    rate = torch.zeros((), device=device)
-    optimizer = MuonAdamW(groups, lr=rate, betas=betas, fused=graphs, capturable=graphs)
+    optimizer = MuonAdamW(
+        groups, lr=torch.zeros((), device=device), betas=betas, fused=graphs, capturable=graphs
+    )
     for name, parameter in parameters.items():
         moments = {"exp_avg": torch.zeros_like(parameter)}
         if name not in muon:
@@ -129,8 +129,8 @@ class Average:
         self.decay = decay
         self.parameters = trainable(module)
         self.values = {name: p.detach().float().clone() for name, p in self.parameters.items()}
-        device = next(module.parameters()).device
-        self._weight = torch.ones((), device=device)  # of the newest parameters
+        # of the newest parameters
+        self._weight = torch.ones((), device=next(module.parameters()).device)
 
     def set_weight(self, step: int) -> None:
         """Set the weight of the next update, that of `step`, counted from 1."""

@@ -111,8 +111,9 @@ class DecoderNetwork(Network[DiTConfig]):
     def stages(self, opened: Opened, compute: Compute) -> Iterator[Stage]:
         """Memory of denoising and decoding, beside the weights."""
         continuous, grid = opened["decoder_tokenizer"].config, self.grid(opened)
-        fused, dtype = compute.fused, compute.dtype
-        denoising = denoise_bytes(self.config, grid, dtype, MAX_LENGTH, fused=fused, batch=2)
+        denoising = denoise_bytes(
+            self.config, grid, compute.dtype, MAX_LENGTH, fused=compute.fused, batch=2
+        )
         yield Stage("denoise", "decoder", denoising)
         video = grid.video(continuous.temporal, continuous.spatial)
         _, decoding = diffusion.encode_and_decode_bytes(continuous, video, compute)
@@ -133,20 +134,29 @@ class DecoderNetwork(Network[DiTConfig]):
         for number, window in enumerate(windows):
             with stage(job.recorder, "denoise"), parts.loaded["decoder"].on_device() as model:
                 sampling = self.denoise_window(model, window, context, noise)
-                total, before = len(windows) * steps, number * steps
-                latents.append((yield from report(sampling, job.recorder, total, before=before)))
+                run = report(sampling, job.recorder, len(windows) * steps, number * steps)
+                latents.append((yield from run))
             log_result("denoise", latents[-1])
             if job.request.decoder_seam == "as_released" and number + 1 < len(windows):
                 continue  # it fades into the next
             yield Step("decode", video.made, len(video.frames))
-            loaded = parts.loaded["decoder_tokenizer"]
-            with stage(job.recorder, "decode"), loaded.on_device() as tokenizer:
+            with (
+                stage(job.recorder, "decode"),
+                parts.loaded["decoder_tokenizer"].on_device() as tokenizer,
+            ):
                 statistics = coder.statistics.rounded(parts.compute.dtype)
-                restored = [statistics.denormalise(window / SIGMA_DATA) for window in latents]
-                pieces = decode_windows(tokenizer, restored, ids.shape[1], number)
-                shared = 1 + (OVERLAP - 1) * coder.config.temporal  # with the window before
-                first = video.overlap if len(latents) == number + 1 else shared
-                video.made = yield from decode(pieces, video.frames, video.made, first=first)
+                pieces = decode_windows(
+                    tokenizer,
+                    [statistics.denormalise(window / SIGMA_DATA) for window in latents],
+                    ids.shape[1],
+                    number,
+                )
+                first = video.overlap
+                if len(latents) <= number:  # shared with the window before
+                    first = 1 + (OVERLAP - 1) * coder.config.temporal
+                video.made = yield from decode(
+                    pieces, video.frames, video.made, first=first, end=len(video.frames)
+                )
             latents.clear()
 
     def denoise_window(self, model: DiT, ids: Tensor, context: Any, noise: Tensor) -> Steps:

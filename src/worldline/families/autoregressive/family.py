@@ -38,8 +38,7 @@ from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
 from worldline.step import Step, numbered
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
-from worldline.tokenizers.cosmos.weights import CosmosNetwork
-from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
+from worldline.tokenizers.cosmos.weights import CosmosNetwork, open_tokenizer
 from worldline.video.convert import condition_frames, to_uint8
 from worldline.video.read import Clip
 from worldline.weights.networks import Network
@@ -73,11 +72,10 @@ def generate_together(
     size, done = config.grid.tokens_per_frame, 0
     count = size * (latent_frames(opened, request) - ids.shape[1])
     sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
-    seeds = [job.request.seed for job in jobs]
-    noise = draw_noise(seeds, config.vocabulary, count, parts.device)
+    noise = draw_noise([job.request.seed for job in jobs], config.vocabulary, count, parts.device)
     # frames come while tokens are drawn where both networks are on the device at once
-    offloads = parts.tokenizer.offload or parts.transformer.offload
-    live = not (len(jobs) > 1 or parts.decoder or offloads)
+    apart = parts.tokenizer.offload or parts.transformer.offload or parts.decoder
+    live = not apart and len(jobs) == 1
     while done < count:
         begun, new = done, (count - done) // size
         if request.rollout == "pixels":
@@ -106,8 +104,8 @@ def generate_together(
         log_result("tokens", ids)
         for number, (job, video) in enumerate(zip(jobs, videos, strict=True)):
             if not live:
-                own = ids[number : number + 1]
-                yield from numbered(number, decode_clip(parts, video, own, job, contexts[number]))
+                decoding = decode_clip(parts, video, ids[number, None], job, contexts[number])
+                yield from numbered(number, decoding)
             if done == count:
                 yield number, Step("done", count, count, video.frames)
                 del video.frames  # or those of two clips would be held
@@ -200,20 +198,20 @@ def decode_clip(
 
 def alternates(opened: Opened, request: ARRequest) -> bool:
     """Whether drawing and decoding take turns; batched clips then hold all their frames at once."""
-    window = opened.config.grid.frames
-    return request.rollout == "pixels" and latent_frames(opened, request) > window
+    beyond = latent_frames(opened, request) > opened.config.grid.frames
+    return beyond and request.rollout == "pixels"
 
 
 def video_of(opened: Opened, request: ARRequest) -> VideoShape:
     """Size of the video, input frames included."""
-    own = window_shape(opened)
-    return replace(own, frames=request.num_video_frames or own.frames)
+    window = window_shape(opened)
+    return replace(window, frames=request.num_video_frames or window.frames)
 
 
 def latent_frames(opened: Opened, request: ARRequest) -> int:
     """Latent frames of the video."""
-    temporal = opened["tokenizer"].config.temporal
-    return latent_frames_of(video_of(opened, request).frames, temporal)
+    frames = video_of(opened, request).frames
+    return latent_frames_of(frames, opened["tokenizer"].config.temporal)
 
 
 def window_shape(opened: Opened) -> VideoShape:
@@ -228,8 +226,9 @@ def embeddings_of(opened: Opened, request: ARRequest) -> dict[str, Tensor]:
         return {}
     from worldline.text.embeddings import read_embeddings
 
-    width, rows = opened.config.context_width, opened.text_length
-    return read_embeddings(request.prompt_embeddings, width=width, rows=rows)
+    return read_embeddings(
+        request.prompt_embeddings, width=opened.config.context_width, rows=opened.text_length
+    )
 
 
 def check(opened: Opened, request: ARRequest) -> ARRequest:
@@ -324,9 +323,8 @@ def stages(opened: Opened, request: ARRequest, compute: Compute) -> Iterator[Sta
     cache += 2 * CHUNK * config.vocabulary * torch.float32.itemsize  # noise of the draws
     # the longest prompt: gate, up and product of a part of it; and queries, keys, values
     prompt = longest_prefix(opened)
-    hidden = 3 * config.hidden * min(prompt, FEED_FORWARD_ROWS)
-    prefill = (hidden + 5 * config.width * prompt) * size
-    yield Stage("tokens", "transformer", compute.batch_size * cache + prefill)
+    prefill = 3 * config.hidden * min(prompt, FEED_FORWARD_ROWS) + 5 * config.width * prompt
+    yield Stage("tokens", "transformer", compute.batch_size * cache + prefill * size)
     if decoder := opened.get("decoder"):
         yield from decoder.stages(opened, compute)
     else:
@@ -341,21 +339,11 @@ def longest_prefix(opened: Opened) -> int:
     return int(config.leading_tokens + latents * config.grid.tokens_per_frame)
 
 
-def max_batch_size(opened: Opened, compute: Compute) -> int | None:
-    """Clips that kernels draw in step; None where none run: several then save no time."""
-    return kernel_batch(opened.config, compute) or None
-
-
 def open_transformer(opened: Opened) -> Network[ARTransformerConfig]:
     """The transformer, whole or in tensor-parallel shards; config.json wins over shapes."""
     if not opened.settings:
         logger.info("no config.json in %s: the released grid is assumed", opened.folder)
     return open_network(opened.source, opened.settings)
-
-
-def open_tokenizer(opened: Opened) -> CosmosNetwork:
-    """The discrete tokenizer, preferably of the model's generation."""
-    return open_cosmos(opened.place.find(TOKENIZERS[generation_by_name(opened.folder)]))
 
 
 def open_decoder(opened: Opened) -> Any:
@@ -369,11 +357,6 @@ def open_decoder(opened: Opened) -> Any:
     from worldline.families.autoregressive import decoder
 
     return decoder.open_network(opened)
-
-
-def open_decoder_tokenizer(opened: Opened) -> Any:
-    """The continuous tokenizer that the diffusion decoder's latents are of."""
-    return opened["decoder"].open_tokenizer(opened) if "decoder" in opened.parts else None
 
 
 def open_encoder(opened: Opened) -> Any:
@@ -409,8 +392,20 @@ FAMILY = Family(
     options=AROptions,
     parts=(
         Part("text", "offload_text_encoder_model", open_encoder, "text_encoder_dir", optional=True),
-        Part("tokenizer", "offload_tokenizer", open_tokenizer),
-        Part("decoder_tokenizer", OFFLOAD_DECODER, open_decoder_tokenizer, disable=DISABLE_DECODER),
+        Part(
+            "tokenizer",
+            "offload_tokenizer",
+            # the discrete one, preferably of the model's generation
+            lambda opened: open_tokenizer(
+                opened.place.find(TOKENIZERS[generation_by_name(opened.folder)])
+            ),
+        ),
+        Part(
+            "decoder_tokenizer",
+            OFFLOAD_DECODER,
+            lambda opened: (decoder := opened.get("decoder")) and decoder.open_tokenizer(opened),
+            disable=DISABLE_DECODER,
+        ),
         Part("decoder", OFFLOAD_DECODER, open_decoder, disable=DISABLE_DECODER),
         Part("transformer", "offload_ar_model", open_transformer),
     ),
@@ -422,7 +417,8 @@ FAMILY = Family(
     check=check,
     stages=stages,
     generate_together=generate_together,
-    max_batch_size=max_batch_size,
+    # None where no kernels run: several clips in step then save no time
+    max_batch_size=lambda opened, compute: kernel_batch(opened.config, compute) or None,
     holds_batch=alternates,
     prepare=compile_kernels,
     presets=presets,

@@ -13,7 +13,6 @@ from pydantic import Field
 
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import (
-    PRESETS,
     RELEASED_GRID,
     ARTransformer,
     ARTransformerConfig,
@@ -23,17 +22,7 @@ from worldline.shapes import LatentShape
 from worldline.weights import networks
 from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import (
-    Count,
-    Flag,
-    Network,
-    Number,
-    Shapes,
-    open_transformer,
-    read_settings,
-)
-
-__all__ = ["PRESETS", "open_network"]
+from worldline.weights.networks import Count, Flag, Network, Number, open_transformer
 
 _ATTENTION = {"wq": "q", "wk": "k", "wv": "v", "wo": "out", "q_norm": "q_norm", "k_norm": "k_norm"}
 
@@ -101,7 +90,9 @@ def open_network(
     """
     source = open_transformer(path)
     beside = source.path.parent / "config.json"
-    config = read_config(source, read_settings(beside.parent) if settings is None else settings)
+    config = read_config(
+        source, networks.read_settings(beside.parent) if settings is None else settings
+    )
     return Network(ARTransformer, config, source, KEYS, (beside,)).check()
 
 
@@ -111,7 +102,7 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
     Settings win over the shapes of tensors, so that a file that contradicts them fails by the
     tensor's name when it is matched, as one that lacks its last shards or layers does.
     """
-    shapes = Shapes(source, KEYS, "an autoregressive Cosmos model")
+    shapes = networks.Shapes(source, KEYS, "an autoregressive Cosmos model")
     stated = Settings.parse(settings, source.path.parent / "config.json")
     context, attention = "layers.0.cross_attention.k.weight", "layers.0.attention"
     has_context = stated.insert_cross_attn
@@ -123,7 +114,6 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
     stretched, absolute = stated.apply_yarn, stated.apply_abs_pos_emb
     if stretched is None:
         stretched = (depth, width) == _DEEP_AND_WIDE
-    scales = stated.yarn_scale, stated.yarn_beta_fast, stated.yarn_beta_slow
     rows = shapes.size("embedding.weight")
     vocabulary = stated.vocab_size or shapes.size("head.weight")
     if rows < (ids := vocabulary + has_context):  # the begin token is the next id
@@ -140,7 +130,14 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
         grid=LatentShape(*stated.video_latent_shape),
         rope_theta=stated.rope_theta,
         norm_eps=stated.norm_eps,
-        yarn=Yarn(stated.original_latent_shape[:2], *scales) if stretched else None,
+        yarn=Yarn(
+            stated.original_latent_shape[:2],
+            stated.yarn_scale,
+            stated.yarn_beta_fast,
+            stated.yarn_beta_slow,
+        )
+        if stretched
+        else None,
         context_width=(stated.context_dim or shapes.size(context, 1)) if has_context else None,
         context_every=stated.insert_cross_attn_every_k_layers,
         absolute_positions=has_context if absolute is None else absolute,

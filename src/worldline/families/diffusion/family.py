@@ -35,10 +35,7 @@ from worldline.shapes import LatentShape, VideoShape
 from worldline.text.encoder import TextPart
 from worldline.text.t5 import NUM_PARAMETERS, T5Files
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
-from worldline.tokenizers.cosmos.model import (
-    CosmosTokenizer,
-    CosmosTokenizerConfig,
-)
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
 from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
 from worldline.video.convert import stretched_frames
@@ -47,8 +44,7 @@ from worldline.weights.networks import Network
 
 logger = logging.getLogger(__name__)
 
-TRAINED_FPS = (12, 40)
-TOKENIZERS: dict[str, tuple[str, str]] = {
+TOKENIZERS = {
     "Predict1": ("Cosmos-Tokenize1-CV8x8x8-720p", "Cosmos-1.0-Tokenizer-CV8x8x8"),
     "1.0": ("Cosmos-1.0-Tokenizer-CV8x8x8", "Cosmos-Tokenize1-CV8x8x8-720p"),
 }
@@ -79,8 +75,9 @@ def sample_video(
         same = noise[:, :, : known.shape[2]]
         conditioning = Conditioning(known, same, request.augment_sigma)
     rotary = getattr(torch, str(request.rotary_precision))
-    grid = LatentShape(*noise.shape[2:])
-    positions = model.make_positions(grid, request.fps, rotary_dtype=rotary)
+    positions = model.make_positions(
+        LatentShape(*noise.shape[2:]), request.fps, rotary_dtype=rotary
+    )
     sampler = str(request.sampler)
     return len(make_sigmas(sampler, request.num_steps)) - 1, sample(
         denoise.conditioned(model, noise, known, (prompt, negative), positions),
@@ -111,13 +108,12 @@ def restore(parts: Parts, latents: Tensor) -> Tensor:
 
 def starts_from_text(opened: Opened) -> bool:
     """Whether a model makes videos of a prompt alone."""
-    condition_mask = opened["transformer"].config.condition_mask
-    return bool(opened.settings.get("text2world", not condition_mask))
+    return bool(opened.settings.get("text2world", not opened.config.condition_mask))
 
 
 def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
     """Refuse what the model cannot do; fill in sampler and precision."""
-    config, statistics = opened["transformer"].config, opened["tokenizer"].statistics
+    config, statistics = opened.config, opened["tokenizer"].statistics
     if request.num_input_frames and not config.condition_mask:
         raise InputError(
             f"{opened.name} is a Text2World model without inputs; use a Video2World model"
@@ -142,10 +138,9 @@ def check(opened: Opened, request: DiffusionRequest) -> DiffusionRequest:
 
 def notes(opened: Opened, request: DiffusionRequest) -> list[str]:
     """What a request has that the released models were not trained on."""
-    least, most = TRAINED_FPS
-    if opened.place.bundled or least <= request.fps <= most:
+    if opened.place.bundled or 12 <= request.fps <= 40:
         return []
-    return [f"fps is {request.fps:g}; the models were trained on {least} to {most}"]
+    return [f"fps is {request.fps:g}; the models were trained on 12 to 40"]
 
 
 def report_entries(parts: Parts, request: DiffusionRequest, recorder: Recorder) -> dict[str, Any]:
@@ -230,16 +225,11 @@ def open_latent_tokenizer(path: Path) -> CosmosNetwork:
     return opened
 
 
-def open_encoder(opened: Opened) -> T5Files:
-    """The text encoder T5."""
-    return T5Files.find(opened, opened["transformer"].config.context_width)
-
-
 def upsampler(opened: Opened) -> tuple[bool, tuple[str, ...]]:
     """Whether the released upsampler describes a picture, and the names of its folder."""
     from worldline.text.upsampler import DESCRIBING, LENGTHENING
 
-    if opened["transformer"].config.condition_mask:
+    if opened.config.condition_mask:
         return True, DESCRIBING
     return False, LENGTHENING[::-1] if generation_of(opened) == "1.0" else LENGTHENING
 
@@ -264,7 +254,7 @@ FAMILY = Family(
         Part(
             "text",
             "offload_text_encoder_model",
-            open_encoder,
+            lambda opened: T5Files.find(opened, opened.config.context_width),
             option="text_encoder_dir",
             optional=True,
         ),

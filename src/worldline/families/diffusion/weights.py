@@ -11,21 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from worldline.errors import CheckpointError
-from worldline.families.diffusion.model import (
-    DECODER_RATIO,
-    PRESETS,
-    RELEASED_RATIOS,
-    DiT,
-    DiTConfig,
-)
+from worldline.families.diffusion.model import DECODER_RATIO, RELEASED_RATIOS, DiT, DiTConfig
 from worldline.nn.dit import LARGEST_GRID, PATCH_CELLS
 from worldline.shapes import LatentShape
 from worldline.weights import dit, networks
 from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Flag, Network, Number, open_transformer
-
-__all__ = ["PRESETS", "open_network"]
 
 logger = logging.getLogger(__name__)
 

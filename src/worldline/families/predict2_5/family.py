@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldline.catalog import FLOW_MODELS, FLOW_TOKENIZER, Entry, FlowModel
+from worldline.catalog import FLOW_MODELS, FLOW_TOKENIZER, Entry
 from worldline.errors import CheckpointError, InputError
 from worldline.families import denoise
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
@@ -116,8 +116,7 @@ def window_of(opened: Opened, request: FlowRequest) -> VideoShape:
     """
     if request.chunk_size is None:
         return request.video
-    frames = opened.defaults.get("num_video_frames", TRAINED_FRAMES)
-    return replace(request.video, frames=frames)
+    return replace(request.video, frames=opened.defaults.get("num_video_frames", TRAINED_FRAMES))
 
 
 def check(opened: Opened, request: FlowRequest) -> FlowRequest:
@@ -169,7 +168,7 @@ def report_entries(parts: Parts, request: FlowRequest, recorder: Recorder) -> di
 
 def stages(opened: Opened, request: FlowRequest, compute: Compute) -> Iterator[Stage]:
     """Memory beside the weights."""
-    tokenizer, config = opened["tokenizer"].config, opened["transformer"].config
+    tokenizer, config = opened["tokenizer"].config, opened.config
     window, size = window_of(opened, request), compute.dtype.itemsize
     # of both prompts, before and behind the layer that narrows them
     features = 2 * opened.text_length * (config.feature_width + config.context_width) * size
@@ -195,26 +194,21 @@ class FlowNetwork(Network[FlowDiTConfig]):
 
 def open_transformer(opened: Opened) -> FlowNetwork:
     """The transformer in either layout; sampled as chosen, stated, released, or else "shifted"."""
-    network = open_network(opened.source, opened.settings or None)
-    released = opened.place.released or released_as(opened.source.path)
-    schedule = opened.options.schedule or opened.settings.get("schedule")
-    if schedule is None:
-        schedule = released.schedule if released else stated_schedule(opened, network)
-    return FlowNetwork(**vars(network), schedule=schedule, known_timestep=KNOWN_TIMESTEPS[schedule])
-
-
-def stated_schedule(opened: Opened, network: Network[FlowDiTConfig]) -> str:
-    """Schedule in a folder of diffusers, but for 14B, whose is the one of 2B; else "shifted"."""
-    file = opened.folder / "scheduler" / "scheduler_config.json"
-    if network.keys is not DIFFUSERS_KEYS or network.config.width == PRESETS["14B"].width:
-        return "shifted"
-    return "karras" if file.is_file() and read_json(file).get("use_karras_sigmas") else "shifted"
-
-
-def released_as(file: Path) -> FlowModel | None:
-    """The released model that a file is, by its name or that of its folder."""
+    network, file = open_network(opened.source, opened.settings or None), opened.source.path
+    # a released file is known by its name or that of its folder
     names = {file.name, f"{file.parent.name}_ema_bf16.pt"}
-    return next((model for model in FLOW_MODELS if Path(model.file).name in names), None)
+    named = (model for model in FLOW_MODELS if Path(model.file).name in names)
+    released = opened.place.released or next(named, None)
+    schedule = opened.options.schedule or opened.settings.get("schedule")
+    if schedule is None and released:
+        schedule = released.schedule
+    elif schedule is None:
+        stated = opened.folder / "scheduler" / "scheduler_config.json"
+        # in a folder of diffusers, but for 14B, where it is that of 2B
+        holds = network.keys is DIFFUSERS_KEYS and network.config.width != PRESETS["14B"].width
+        karras = holds and stated.is_file() and read_json(stated).get("use_karras_sigmas")
+        schedule = "karras" if karras else "shifted"
+    return FlowNetwork(**vars(network), schedule=schedule, known_timestep=KNOWN_TIMESTEPS[schedule])
 
 
 def open_tokenizer(opened: Opened) -> Network[WanTokenizerConfig]:
@@ -236,11 +230,6 @@ def open_tokenizer(opened: Opened) -> Network[WanTokenizerConfig]:
     )
 
 
-def open_encoder(opened: Opened) -> Reason1Files:
-    """The text encoder Reason1."""
-    return Reason1Files.find(opened, opened["transformer"].config.feature_width)
-
-
 def presets(entry: Entry) -> dict[str, Any]:
     """Parts of a released model."""
     return {
@@ -259,7 +248,11 @@ FAMILY = Family(
     options=FlowOptions,
     parts=(
         Part(
-            "text", "offload_text_encoder", open_encoder, option="text_encoder_dir", optional=True
+            "text",
+            "offload_text_encoder",
+            lambda opened: Reason1Files.find(opened, opened.config.feature_width),
+            option="text_encoder_dir",
+            optional=True,
         ),
         Part("tokenizer", "offload_tokenizer", open_tokenizer, option="tokenizer_dir"),
         Part("transformer", "offload_diffusion_model", open_transformer),

@@ -29,7 +29,7 @@ SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
 LONGEST_NAME = 200  # bytes; a file name may have 255, with suffixes
 InferenceType = Literal["text2world", "image2world", "video2world"]
 # frames that are continued, and of what
-INPUTS: dict[str, tuple[int, tuple[str | None, ...]]] = {
+INPUTS = {
     "text2world": (0, (None,)),
     "image2world": (1, ("image", "video")),
     "video2world": (5, ("video",)),
@@ -163,20 +163,20 @@ class Samples:
 
         A transformer of one's own is sampled as the model or training run named beside it.
         """
-        options: dict[str, Any] = {}
+        path = flags.checkpoint_path
         if flags.experiment is not None:
-            schedules = {each.experiment: each.schedule for each in FLOW_MODELS}
+            runs = {each.experiment: each.schedule for each in FLOW_MODELS}
             # runs of post-training begin with 2B/pre-trained
-            options["schedule"] = schedules.get(flags.experiment, "shifted")
-        elif flags.checkpoint_path is not None and typed:
-            schedules = {each.name: each.schedule for each in FLOW_MODELS}
-            if model not in schedules:
-                raise InputError(
-                    f"--model {model} names how --checkpoint_path is sampled; give one of "
-                    f"{', '.join(schedules)}"
-                )
-            options["schedule"] = schedules[model]
-        return flags.checkpoint_path or model, options
+            return path or model, {"schedule": runs.get(flags.experiment, "shifted")}
+        if path is None or not typed:
+            return path or model, {}
+        schedules = {each.name: each.schedule for each in FLOW_MODELS}
+        if model not in schedules:
+            raise InputError(
+                f"--model {model} names how --checkpoint_path is sampled; give one of "
+                f"{', '.join(schedules)}"
+            )
+        return path, {"schedule": schedules[model]}
 
 
 SAMPLES = Samples()

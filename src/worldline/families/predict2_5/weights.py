@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from worldline.families.predict2_5.model import (
-    PRESETS,
     RELEASED_RATIO,
     TIMESTEP_SCALE,
     Exponents,
@@ -24,8 +23,6 @@ from worldline.weights import dit
 from worldline.weights.checkpoint import Checkpoint, renamed
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Network, Number, open_transformer
-
-__all__ = ["PRESETS", "open_network"]
 
 logger = logging.getLogger(__name__)
 
