@@ -92,7 +92,7 @@ def test_layer_beyond_the_model_is_unknown() -> None:
 
 def test_long_lists_are_cut() -> None:
     expected = {f"blocks.{i}.attention.q.weight": (2, 2) for i in range(1000)}
-    with pytest.raises(CheckpointError, match=r"997 missing: .* and 993 more") as caught:
+    with pytest.raises(CheckpointError, match="997 missing: ") as caught:
         match(infos(tok_embeddings__weight=None), expected, KEYS, "model.pt")
     assert len(str(caught.value)) < 500
 

@@ -92,7 +92,7 @@ def load(
         frames.frame_classifier, filters / "safety_filter.pt", frames.key_map, home
     )
     video = frames.FrameFilter(frames.FrameFeatures(siglip, home), classifier, release.rule)
-    retinaface = folder / "face_blur_filter" / "Resnet50_Final.pth"
+    retinaface = folder / "face_blur_filter/Resnet50_Final.pth"
     blur = faces.FaceBlur(read_network(faces.RetinaFace, retinaface, faces.key_map, home))
     return Guardrails(classifiers, [video], [blur], device=device, offload=offload)
 

@@ -182,16 +182,16 @@ class Words:
     """Sentences, tokens and noun lemmas of a text, from the tables of a folder of NLTK data."""
 
     def __init__(self, folder: Path) -> None:
-        punkt, wordnet = folder / "tokenizers" / "punkt_tab", folder / "corpora" / "wordnet"
+        punkt, wordnet = folder / "tokenizers/punkt_tab", folder / "corpora/wordnet"
         # lower case, without their period
         self.abbreviations = set(_table(punkt, "english/abbrev_types.txt"))
-        pairs = (line.split("\t") for line in _table(punkt, "english/collocations.tab"))
-        self.collocations = {tuple(pair[:2]) for pair in pairs}
+        collocations = _table(punkt, "english/collocations.tab")
+        self.collocations = {tuple(line.split("\t")[:2]) for line in collocations}
         self.starters = set(_table(punkt, "english/sent_starters.txt"))
         rows = (line.split("\t") for line in _table(punkt, "english/ortho_context.tab"))
         self.occurrences = {word: int(bits) for word, bits in rows}
-        index = _table(wordnet, "index.noun")
-        self.nouns = {line.split(" ", 1)[0] for line in index if not line.startswith(" ")}
+        index = (line.partition(" ")[0] for line in _table(wordnet, "index.noun"))
+        self.nouns = {word for word in index if word}  # its licence begins with spaces
         exceptions = (line.split() for line in _table(wordnet, "noun.exc"))
         self.irregular = {forms[0]: forms[1:] for forms in exceptions}
 
@@ -246,7 +246,7 @@ class Words:
         key = _stem(following) if self._ends_alone(following) else _kind(following)
         if (stem, key) in self.collocations:
             return False
-        initial = re.fullmatch(r"[^\W\d]\.", word) is not None
+        initial = re.fullmatch(r"[^\W\d]\.", word)
         inside = word != "." and not ends  # an abbreviation, or an ellipsis
         upper = following[0].isupper()
         starts = self._starts_sentence(following, key)
@@ -316,14 +316,15 @@ class Blocklist:
         self.whole_words = WholeWords(exact, near)
 
     def check(self, text: str) -> Verdict:
+        ascii_text = re.sub(r"[^\x00-\x7f]+", " ", text)
         if not text:
-            return Verdict(False, ("empty",))
-        text = re.sub(r"[^\x00-\x7f]+", " ", text)
-        if self.censor.refuses(text):
-            return Verdict(False, ("censor",))
-        if self.censor.refuses(" ".join(self.words.lemmas(text))):
-            return Verdict(False, ("censor_lemma",))
-        check = self.whole_words.check(text)
+            check = "empty"
+        elif self.censor.refuses(ascii_text):
+            check = "censor"
+        elif self.censor.refuses(" ".join(self.words.lemmas(ascii_text))):
+            check = "censor_lemma"
+        else:
+            check = self.whole_words.check(ascii_text)
         return Verdict(False, (check,)) if check else Verdict(True)
 
 

@@ -161,11 +161,9 @@ class _Unpickler(pickle.Unpickler):
 def _read_pickle(path: Path) -> Tensor:
     try:
         with path.open("rb") as file:
-            value = _Unpickler(file).load()
-        if isinstance(value, list | tuple) and len(value) == 1:
-            value = value[0]
-        if isinstance(value, _Array):
-            return value.read()
+            match _Unpickler(file).load():
+                case [_Array() as array] | (_Array() as array):
+                    return array.read()
     except Exception as error:  # a damaged pickle may raise anything at all
         raise CheckpointError(f"{path} is refused or damaged: {error}") from error
     raise InputError(f"{path} holds no embedding; expected a list of one NumPy array")

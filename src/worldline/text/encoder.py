@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,8 @@ from worldline.files import (
 from worldline.parallel.offload import Part
 from worldline.weights.checkpoint import Checkpoint, open_checkpoint, save
 from worldline.weights.keymap import KeyMap, match
+from worldline.weights.networks import find_files
 from worldline.weights.stream import load_into
-
-if TYPE_CHECKING:
-    import tokenizers
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +140,7 @@ class EncoderFiles(TextPart, ABC):
             value = config.get(size)
             if type(value) is not int or value < 1:
                 raise CheckpointError(f"{path}: {size} is {value!r}")
-        checkpoint = open_checkpoint(find_weights(folder))
+        checkpoint = open_checkpoint(find_files(folder, WEIGHTS, "weights")[0])
         sizes = {
             cls.tied[0] if name in cls.tied else name: tensor.numel()
             for name, tensor in checkpoint.tensors.items()
@@ -175,8 +173,11 @@ class EncoderFiles(TextPart, ABC):
                 of the first folder.
         """
         place, chosen = opened.place, opened.options.text_encoder_dir
-        names = cls.released, cls.revision
-        folders = [path for root in place.roots for path in released_folders(root, *names)]
+        folders = [
+            path
+            for root in place.roots
+            for path in released_folders(root, cls.released, cls.revision)
+        ]
         beside = opened.folder / "text_encoder"
         if chosen is not None:
             folders = [place.chosen(chosen, "text_encoder_dir")]
@@ -232,9 +233,9 @@ class EncoderFiles(TextPart, ABC):
         """
         encoder, keys = self._build()
         tensors = self.checkpoint.tensors
-        shapes = {name: tuple(t.shape) for name, t in encoder.network.state_dict().items()}
+        shapes = {name: t.shape for name, t in encoder.network.state_dict().items()}
         tied = () if tensors.keys().isdisjoint(self.tied) else self.tied
-        return len(tensors) - len(match(tensors, shapes, keys, str(self.checkpoint.path), tied))
+        return len(tensors) - len(match(tensors, shapes, keys, self.checkpoint.path, tied))
 
     def _build(self) -> tuple[PromptEncoder, KeyMap]:
         """The encoder without weights, and names of its tensors in the file."""
@@ -349,20 +350,6 @@ class EmbeddingCache:
             logger.info("the cache of embeddings is left as it is: %s", error)
 
 
-def find_weights(folder: Path) -> Path:
-    """File or index of the weights in a folder as Hugging Face lays it out.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    raise CheckpointError(
-        f"{folder} holds no weights ({' or '.join(WEIGHTS[::2])}){unfinished(folder)}"
-    )
-
-
 class FastTokenizer:
     """`tokenizer.json` as it stands, by the package `tokenizers`, with nothing cut or padded.
 
@@ -371,7 +358,7 @@ class FastTokenizer:
 
     special_tokens = True  # added around a prompt
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: Any) -> None:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -384,7 +371,7 @@ class FastTokenizer:
         return list(self.backend.encode(valid, add_special_tokens=self.special_tokens).ids)
 
 
-def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+def read_tokenizer(path: Path) -> Any:
     """Read a `tokenizer.json`.
 
     Raises:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from worldline.errors import CheckpointError
 from worldline.text.encoder import EncoderFiles, FastTokenizer, PromptEncoder, read_tokenizer
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import pretrained_tokenizer
-
-if TYPE_CHECKING:
-    import tokenizers
 
 RELEASED = "nvidia/Cosmos-Reason1-7B"
 NUM_PARAMETERS = 7_070_619_136  # without vision tower and head
@@ -42,7 +39,7 @@ class ChatTokenizer(FastTokenizer):
 
     special_tokens = False  # the chat has them
 
-    def __init__(self, backend: tokenizers.Tokenizer, source: str) -> None:
+    def __init__(self, backend: Any, source: object) -> None:
         super().__init__(backend)
         for token in (START, END, PAD):
             if token not in self.vocabulary:
@@ -123,6 +120,5 @@ class Reason1Files(EncoderFiles):
         path = self.vocabulary
         if path.name == "vocab.json":
             backend = pretrained_tokenizer(path.parent, chat=False).backend_tokenizer
-        else:
-            backend = read_tokenizer(path)
-        return ChatTokenizer(backend, str(path))
+            return ChatTokenizer(backend, path)
+        return ChatTokenizer(read_tokenizer(path), path)

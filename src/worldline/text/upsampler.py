@@ -127,8 +127,7 @@ class Upsampler:
         message, picture = f"{LENGTHEN}{prompt}", dict[str, Tensor]()
         if self.describes:
             assert frame is not None  # a request without a prompt has an input
-            marks, picture = self._look(frame)
-            message = f"{marks}\n{DESCRIBE}"
+            message, picture = self._look(frame)
         turn = [{"role": "user", "content": message}]
         template = self.tokenizer.apply_chat_template
         question = template(turn, tokenize=False, add_generation_prompt=True)
@@ -140,7 +139,7 @@ class Upsampler:
         return answer
 
     def _look(self, frame: NDArray[np.uint8]) -> tuple[str, dict[str, Tensor]]:
-        """Tokens that stand for a picture, and the picture as the network takes it."""
+        """The question about a picture, and the picture as the network takes it."""
         network = self.part.module
         patch = network.config.vision_config.patch_size
         picture = Image.fromarray(frame)
@@ -148,7 +147,7 @@ class Upsampler:
         columns, rows = (-(-side // patch) for side in picture.size)
         picture = picture.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC)
         pixels = (torch.from_numpy(np.array(picture)) / 255 - MEAN) / STD
-        return ROW_END.join([IMAGE * columns] * rows) + IMAGE_END, {
+        return f"{ROW_END.join([IMAGE * columns] * rows)}{IMAGE_END}\n{DESCRIBE}", {
             "pixel_values": pixels.permute(2, 0, 1)[None].to(self.part.device, network.dtype),
             "image_sizes": torch.tensor([pixels.shape[:2]], device=self.part.device),
         }

@@ -292,9 +292,7 @@ def open_shards(paths: Sequence[Path]) -> Checkpoint:
     return replace(first, kind="tensor-parallel shards", entries=entries, files=tuple(paths))
 
 
-def save(
-    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, object] | None = None
-) -> None:
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, object] = {}) -> None:
     """Save tensors as safetensors, or, under a name that ends in `.pt`, as PyTorch's flat dict.
 
     Args:
@@ -314,7 +312,7 @@ def save(
         if path.suffix == ".pt":
             torch.save(whole, temporary)
             return
-        text = {key: str(value) for key, value in (metadata or {}).items()}
+        text = {key: str(value) for key, value in metadata.items()}
         try:
             safetensors.torch.save_file(whole, temporary, metadata=text or None)
         except safetensors.SafetensorError as error:

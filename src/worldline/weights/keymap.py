@@ -1,7 +1,7 @@
 """Names of released tensors and our own, as data that is read in both directions."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
@@ -73,7 +73,7 @@ def match(
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, tuple[int, ...]],
     keymap: KeyMap,
-    source: str,
+    source: object,
     optional: Collection[str] = (),
 ) -> dict[str, str]:
     """Pair every tensor of a model with one of a file; strict.
@@ -82,7 +82,7 @@ def match(
         tensors: of the file.
         expected: our name -> shape.
         keymap: between the two.
-        source: name of the file, for the message.
+        source: the file, for the message.
         optional: our names, or patterns with `*`, that the file may lack.
 
     Returns:
@@ -92,7 +92,6 @@ def match(
         CheckpointError: tensors are missing, unknown, doubled or of the wrong shape; all that is
             wrong in one message.
     """
-    missing = {name: keymap.released(name) for name in expected}
     pairs: dict[str, str] = {}
     unknown: list[str] = []
     doubled: list[str] = []
@@ -108,18 +107,20 @@ def match(
         "wrong shape": [
             f"{name} is {list(tensors[name].shape)} in the file, expected {list(expected[ours])}"
             for ours, name in pairs.items()
-            if tensors[name].shape != tuple(expected[ours])
+            if tensors[name].shape != expected[ours]
         ],
         "missing": [
-            theirs
-            for ours, theirs in missing.items()
+            keymap.released(ours)
+            for ours in expected
             if ours not in pairs and not matches(ours, optional)
         ],
         "unknown": unknown,
         "twice": doubled,
     }
     if wrong := [
-        f"{len(names):,} {kind}: {_some(names)}" for kind, names in problems.items() if names
+        f"{len(names):,} {kind}: {', '.join(names[:_MOST_NAMES])}"
+        for kind, names in problems.items()
+        if names
     ]:
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(wrong)}")
     return pairs
@@ -135,8 +136,3 @@ def renamed_by(rules: Mapping[str, str], name: str) -> str:
     for pattern, replacement in rules.items():
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Self, TypeVar
@@ -30,7 +30,7 @@ DIFFUSERS_FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
 )
-VAE_LAYOUTS = [(f"{folder}{name}",) for folder in ("", "vae/") for name in DIFFUSERS_FILES]
+VAE_LAYOUTS = [f"{folder}{name}" for folder in ("", "vae/") for name in DIFFUSERS_FILES]
 # released transformers whose file names start with a hash, and what their training writes
 _HASHED = "*_ema_bf16.pt"
 
@@ -76,7 +76,7 @@ class Network(Generic[Config]):
             shapes = shapes_of(self.kind, self.config)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: no such network: {error}") from error
-        match(self.source.tensors, shapes, self.keys, str(self.path))
+        match(self.source.tensors, shapes, self.keys, self.path)
         return self
 
     @property
@@ -173,25 +173,24 @@ def find_transformer(path: Path) -> Path:
         names = ", ".join(file.name for file in hashed)
         raise CheckpointError(f"{path} holds several transformers ({names}); name one of them")
 
-    def layouts() -> Iterator[tuple[str]]:
-        yield from ((file.name,) for file in hashed)
-        yield from ((name,) for name in TRANSFORMER_FILES)
-        yield from ((file.name,) for file in find_shards(path)[:1])
+    def ranked() -> Iterator[str]:
+        yield from (file.name for file in hashed)
+        yield from TRANSFORMER_FILES
+        yield from (file.name for file in find_shards(path)[:1])
         yield from training_files(path)
-        yield from (
-            (f"{folder}{name}",) for folder in ("transformer/", "") for name in DIFFUSERS_FILES
-        )
+        yield from (f"transformer/{name}" for name in DIFFUSERS_FILES)
+        yield from DIFFUSERS_FILES
 
-    return find_files(path, layouts(), "model.pt")[0]
-
-
-def training_files(folder: Path) -> list[tuple[str]]:
-    """Checkpoints `iter_*.pt` of a training run as layouts, the newest first."""
-    return [(file.name,) for file in sorted(folder.glob("iter_*.pt"), reverse=True)]
+    return find_files(path, ranked(), "model.pt")[0]
 
 
-def find_files(folder: Path, layouts: Iterable[tuple[str, ...]], kind: str) -> list[Path]:
-    """Files of the first layout that is there.
+def training_files(folder: Path) -> list[str]:
+    """Names of the checkpoints `iter_*.pt` of a training run, the newest first."""
+    return sorted((file.name for file in folder.glob("iter_*.pt")), reverse=True)
+
+
+def find_files(folder: Path, layouts: Iterable[Sequence[str]], kind: str) -> list[Path]:
+    """Files of the first layout, one name or several, that is there.
 
     Raises:
         CheckpointError: there is none, or half of one; `kind` is what is missing.
@@ -199,12 +198,13 @@ def find_files(folder: Path, layouts: Iterable[tuple[str, ...]], kind: str) -> l
     tried: list[str] = []
     half = ""
     for layout in layouts:
-        absent = [name for name in layout if not (folder / name).is_file()]
+        names = (layout,) if isinstance(layout, str) else layout
+        absent = [name for name in names if not (folder / name).is_file()]
         if not absent:
-            return [folder / name for name in layout]
-        if len(absent) < len(layout):
+            return [folder / name for name in names]
+        if len(absent) < len(names):
             half = f"; it is half downloaded: {absent[0]} is missing"
-        tried += layout
+        tried += names
     raise CheckpointError(
         f"{folder} holds no {kind} (looked for {', '.join(tried)}){half or unfinished(folder)}"
     )

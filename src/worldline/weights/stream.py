@@ -58,8 +58,8 @@ def load_into(
     names = Counter(tensors.values())
     # Under which of several names the file holds a shared tensor is all the same.
     shared = [name for name, tensor in tensors.items() if names[tensor] > 1]
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    pairs = match(checkpoint.tensors, shapes, keymap, str(checkpoint.path), [*optional, *shared])
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    pairs = match(checkpoint.tensors, shapes, keymap, checkpoint.path, [*optional, *shared])
     sources = {tensors[ours]: checkpoint.entries[theirs] for ours, theirs in pairs.items()}
     problems = [
         f"{theirs} is {kind} in the file, expected {tensors[ours].dtype}"
@@ -126,9 +126,8 @@ class Copier:
     def _read(self, buffer: Tensor, path: Path, position: int) -> None:
         """Read bytes from a position of a file to a uint8 CPU tensor, by several threads."""
         view = buffer.numpy().data
-        jobs = [
-            self.pool.submit(read_bytes, path, position + start, view[start : start + _SLICE_BYTES])
-            for start in range(0, len(view), _SLICE_BYTES)
-        ]
-        for job in jobs:
-            job.result()
+
+        def read(start: int) -> None:
+            read_bytes(path, position + start, view[start : start + _SLICE_BYTES])
+
+        list(self.pool.map(read, range(0, len(view), _SLICE_BYTES)))

@@ -53,7 +53,7 @@ def encode_clip(model: CosmosTokenizer, pieces: Iterable[Frames]) -> tuple[Tenso
         yield video[:, :, -1:].expand(-1, -1, missing, -1, -1)
 
     latents = encode_stream(model, videos())
-    parts = [one.cpu() if config.levels is None else model.to_tokens(one).cpu() for one in latents]
+    parts = [(model.to_tokens(one) if config.levels else one).cpu() for one in latents]
     return torch.cat(parts, dim=-3)[0], shape
 
 

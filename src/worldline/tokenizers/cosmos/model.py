@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +32,7 @@ from worldline.nn.pieces import (
 
 _EPS = 1e-6
 _FRAME = (2, 3, 4)  # the axes of cells that make one frame
-
-
-class Resampling(NamedTuple):
-    """Axes that a resampler changes; without any there is no resampler."""
-
-    space: bool = False
-    time: bool = False
+_pointwise = partial(SpatialConv, kernel=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,20 +72,20 @@ class CosmosTokenizerConfig:
     def temporal_steps(self) -> int:
         return int(math.log2(self.temporal // self.patch))
 
-    def down(self, level: int) -> Resampling:
-        """Axes that the encoder halves after `level`."""
+    def down(self, level: int) -> tuple[bool, bool]:
+        """Whether the encoder halves space, and time, after `level`."""
         if level == len(self.level_channels) - 1:
-            return Resampling()
-        return Resampling(space=level < self.spatial_steps, time=level < self.temporal_steps)
+            return False, False
+        return level < self.spatial_steps, level < self.temporal_steps
 
-    def up(self, level: int) -> Resampling:
-        """Axes that the decoder doubles after `level`; it runs from the last level to 0."""
+    def up(self, level: int) -> tuple[bool, bool]:
+        """Whether the decoder doubles space, and time, after `level`, from the last one to 0."""
         step = len(self.level_channels) - 1 - level
         if level == 0:
-            return Resampling()
+            return False, False
         time = 0 < step <= self.temporal_steps
         more_in_space = self.spatial_steps > self.temporal_steps
-        return Resampling(space=time or (more_in_space and step < self.spatial_steps), time=time)
+        return time or (more_in_space and step < self.spatial_steps), time
 
     @property
     def patch_channels(self) -> int:
@@ -135,7 +129,7 @@ class LatentStatistics:
     def __post_init__(self) -> None:
         for name, tensor in self.tensors().items():
             like = self.mean[:, 0] if name.startswith("image") else self.mean
-            if tensor.dim() != like.dim() or tensor.shape != like.shape:
+            if tensor.shape != like.shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}, mean {list(self.mean.shape)}")
             if not tensor.isfinite().all() or (name.endswith("std") and not (tensor > 0).all()):
                 raise ValueError(f"{name} is not finite, or a deviation that is not above 0")
@@ -165,16 +159,15 @@ class LatentStatistics:
         mean, std = self._broadcast(latents, image)
         return torch.addcmul(mean, latents.float(), std).to(latents.dtype)
 
-    def _broadcast(self, latents: Tensor, image: bool | None) -> tuple[Tensor, Tensor]:
+    def _broadcast(self, latents: Tensor, image: bool | None) -> list[Tensor]:
         frames = latents.shape[2]
-        pair = (self.mean, self.std)
+        pair = self.mean, self.std
         image = frames == 1 if image is None else image
         if image and self.image_mean is not None and self.image_std is not None:
-            pair = (self.image_mean, self.image_std)
-        mean, std = (
+            pair = self.image_mean, self.image_std
+        return [
             part.view(len(part), -1)[:, :frames, None, None].to(latents.device) for part in pair
-        )
-        return mean, std
+        ]
 
     def tensors(self) -> dict[str, Tensor]:
         """Content of `mean_std.safetensors`."""
@@ -249,9 +242,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = FactorisedConv(inputs, outputs)
         self.norm2 = FrameNorm(outputs)
         self.conv2 = FactorisedConv(outputs, outputs)
-        self.shortcut = (
-            SpatialConv(inputs, outputs, kernel=1) if inputs != outputs else nn.Identity()
-        )
+        self.shortcut = _pointwise(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         y = self.conv1(_silu(self.norm1(x)), cache)
@@ -265,10 +256,10 @@ class Attention(nn.Module):
         super().__init__()
         self.over_time = over_time
         self.norm = FrameNorm(channels)
-        self.q = SpatialConv(channels, channels, kernel=1)
-        self.k = SpatialConv(channels, channels, kernel=1)
-        self.v = SpatialConv(channels, channels, kernel=1)
-        self.out = SpatialConv(channels, channels, kernel=1)
+        self.q = _pointwise(channels, channels)
+        self.k = _pointwise(channels, channels)
+        self.v = _pointwise(channels, channels)
+        self.out = _pointwise(channels, channels)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         normed = self.norm(x)
@@ -287,10 +278,8 @@ class Attention(nn.Module):
         # frame t of the piece sees every frame before the piece, and those up to t in it
         batch, frames, height, width, channels = q.shape
         before = k.shape[1] - frames
-        mask = None
-        if before:
-            mask = torch.ones(frames, before + frames, dtype=torch.bool, device=q.device)
-            mask = mask.tril(before)
+        seen = torch.ones(frames, before + frames, dtype=torch.bool, device=q.device)
+        mask = seen.tril(before) if before else None
         q, k, v = (
             part.permute(0, 2, 3, 1, 4).flatten(0, 2).unsqueeze(1) for part in (q, k, v)
         )  # (B H W, 1, T, C)
@@ -314,11 +303,11 @@ class Middle(nn.Module):
 class Downsample(nn.Module):
     """Halve height and width, then time: a strided convolution beside an average."""
 
-    def __init__(self, channels: int, step: Resampling) -> None:
+    def __init__(self, channels: int, space: bool, time: bool) -> None:
         super().__init__()
-        self.space = SpatialConv(channels, channels, stride=2) if step.space else None
-        self.time = CausalConv(channels, channels, stride=2) if step.time else None
-        self.mix = SpatialConv(channels, channels, kernel=1)
+        self.space = SpatialConv(channels, channels, stride=2) if space else None
+        self.time = CausalConv(channels, channels, stride=2) if time else None
+        self.mix = _pointwise(channels, channels)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         if self.space is not None:
@@ -335,11 +324,11 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double time (the first frame stays one frame), then height and width."""
 
-    def __init__(self, channels: int, step: Resampling) -> None:
+    def __init__(self, channels: int, space: bool, time: bool) -> None:
         super().__init__()
-        self.time = CausalConv(channels, channels) if step.time else None
-        self.space = SpatialConv(channels, channels) if step.space else None
-        self.mix = SpatialConv(channels, channels, kernel=1)
+        self.time = CausalConv(channels, channels) if time else None
+        self.space = SpatialConv(channels, channels) if space else None
+        self.mix = _pointwise(channels, channels)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         if self.time is not None:
@@ -381,7 +370,7 @@ class Encoder(nn.Module):
         width = config.channels
         for number, outputs in enumerate(config.level_channels):
             step = config.down(number)
-            resample = Downsample(outputs, step) if any(step) else None
+            resample = Downsample(outputs, *step) if any(step) else None
             self.levels.append(Level(width, outputs, config.num_blocks, resample))
             width = outputs
         self.middle = Middle(width)
@@ -407,7 +396,7 @@ class Decoder(nn.Module):
         levels: list[Level] = []
         for number, outputs in reversed(list(enumerate(config.level_channels))):
             step = config.up(number)
-            resample = Upsample(outputs, step) if any(step) else None
+            resample = Upsample(outputs, *step) if any(step) else None
             levels.append(Level(width, outputs, config.num_blocks + 1, resample))
             width = outputs
         self.levels = nn.ModuleList(reversed(levels))  # numbered as in the files, finest first
@@ -437,8 +426,8 @@ class CosmosTokenizer(CausalTokenizer):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.quant_conv = SpatialConv(config.z_channels, config.latent_channels, kernel=1)
-        self.post_quant_conv = SpatialConv(config.latent_channels, config.z_channels, kernel=1)
+        self.quant_conv = _pointwise(config.z_channels, config.latent_channels)
+        self.post_quant_conv = _pointwise(config.latent_channels, config.z_channels)
         self.decoder = Decoder(config)
 
     def encode_piece(self, video: Tensor, cache: CausalCache) -> Tensor:

@@ -40,10 +40,10 @@ from worldline.weights.networks import (
 LAYOUTS = (
     ("encoder.safetensors", "decoder.safetensors"),
     ("encoder.jit", "decoder.jit"),
-    ("autoencoder.safetensors",),
-    ("autoencoder.jit",),
-    ("model.safetensors",),
-    ("model.pt",),
+    "autoencoder.safetensors",
+    "autoencoder.jit",
+    "model.safetensors",
+    "model.pt",
 )
 CONFIG = "config.json"  # of diffusers
 STATISTICS = ("mean_std.pt", "image_mean_std.pt", "mean_std.safetensors")
@@ -135,8 +135,8 @@ def open_tokenizer(*paths: Path) -> CosmosNetwork:
     config, theirs = read_config(source, folder.name), is_diffusers(source)
     beside = tuple(folder / name for name in ((CONFIG,) if theirs else STATISTICS))
     if theirs:
-        expected = {"_class_name": "AutoencoderKLCosmos", "patch_size": config.patch}
-        require_settings(folder / CONFIG, {**expected, "patch_type": "haar"})
+        haar = {"patch_size": config.patch, "patch_type": "haar"}
+        require_settings(folder / CONFIG, {"_class_name": "AutoencoderKLCosmos", **haar})
     keys = key_map(config, theirs)
     return CosmosNetwork(CosmosTokenizer, config, source, keys, beside).check()
 
@@ -196,9 +196,8 @@ def read_config(source: Checkpoint, name: str = "") -> CosmosTokenizerConfig:
         channels, features = shape("encoder.conv_in.space.weight")[:2]
         latent_channels, z_channels = shape("quant_conv.weight")[:2]
         level_channels = widths("encoder.levels.{}.blocks.0.conv1.space.weight")
-        space, time = (
-            len(widths(f"encoder.levels.{{}}.resample.{axis}.weight")) for axis in ("space", "time")
-        )
+        space = len(widths("encoder.levels.{}.resample.space.weight"))
+        time = len(widths("encoder.levels.{}.resample.time.weight"))
     except (LookupError, ValueError) as error:
         raise CheckpointError(f"{source.path}: not a Cosmos video tokenizer") from error
     patch = round((features / 3) ** (1 / 3))
@@ -263,17 +262,17 @@ def read_statistics(folder: Path, channels: int) -> LatentStatistics | None:
         tensors = {name: source.read(name) for name in source.tensors}
     try:
         if any((folder / name).exists() for name in DIFFUSERS_FILES) and not tensors:
-            stated = {name: read_json(path).get(f"latents_{name}") for name in ("mean", "std")}
+            settings = read_json(path)
+            stated = {name: settings.get(f"latents_{name}") for name in ("mean", "std")}
             tensors = {name: torch.tensor(value) for name, value in stated.items() if value}
         if not tensors:
             return None
         for name, tensor in tensors.items():
             if tensor.dim() > 1 and len(tensor) not in (1, channels):
                 raise ValueError(f"{name} is {list(tensor.shape)}")
-        # many files are flat, channel slowest
-        rows = {name: tensor.float().reshape(channels, -1) for name, tensor in tensors.items()}
-        return LatentStatistics(
-            **{name: t.flatten() if name.startswith("image") else t for name, t in rows.items()}
-        )
+            # many files are flat, channel slowest
+            shape = [channels] if name.startswith("image") else [channels, -1]
+            tensors[name] = tensor.float().reshape(shape)
+        return LatentStatistics(**tensors)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: no statistics of {channels} channels: {error}") from error

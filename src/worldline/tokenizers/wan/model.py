@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -122,12 +123,10 @@ def _norm(cells: Tensor, gamma: Tensor) -> Tensor:
     return F.rms_norm(cells, cells.shape[-1:], gamma.to(cells.dtype), _EPS)
 
 
-def _preceded(cells: Tensor, before: Tensor | None, *, channels: int = 0) -> Tensor:
-    """Cells with those before, or zeros, at their front, and `channels` zero channels."""
+def _preceded(cells: Tensor, before: Tensor | None) -> Tensor:
+    """Cells with those before, or zeros, at their front."""
     if before is None:
-        return F.pad(cells, (0, channels, 0, 0, 0, 0, _REACH, 0))
-    if channels:
-        cells = F.pad(cells, (0, channels))
+        return F.pad(cells, (0, 0, 0, 0, 0, 0, _REACH, 0))
     return torch.cat([before, cells], dim=1)
 
 
@@ -162,7 +161,7 @@ class CausalConv(nn.Module):
         before, flat = cache.get(self), self._is_flat(cells)
         if self.gamma is None:
             # a picture has three channels: five of zeros change nothing but the kernel's speed
-            padded = _preceded(cells, before, channels=_missing(cells.shape[-1]))
+            padded = _preceded(F.pad(cells, (0, _missing(cells.shape[-1]))), before)
             padded = side_by_side(padded) if flat else padded
         else:
             padded = self.prepare(cells, self.gamma.flatten(), before, bias=bias, flat=flat)
@@ -356,12 +355,12 @@ class Encoder(nn.Module):
         self.conv_in = CausalConv(3, config.channels, normed=False)
         self.layers = nn.ModuleList()  # numbered through all levels, as in the files
         width = config.channels
-        for level, outputs in enumerate(config.widths):
+        for outputs, time in zip_longest(config.widths, config.temporal_steps):
             for _ in range(config.num_blocks):
                 self.layers.append(ResidualBlock(width, outputs))
                 width = outputs
-            if level < len(config.temporal_steps):
-                self.layers.append(Downsample(width, time=config.temporal_steps[level]))
+            if time is not None:
+                self.layers.append(Downsample(width, time=time))
         self.middle = Middle(width)
         self.conv_out = CausalConv(width, 2 * config.latent_channels)
 

@@ -80,8 +80,8 @@ def open_wan(path: Path) -> WanNetwork:
     Raises:
         CheckpointError: there is none, it is damaged or half downloaded, or a tensor does not fit.
     """
-    layouts = [*((name,) for name in FILES), *VAE_LAYOUTS]
-    file = path if path.is_file() else find_files(path, layouts, "tokenizer of Wan2.1")[0]
+    names = [*FILES, *VAE_LAYOUTS]
+    file = path if path.is_file() else find_files(path, names, "tokenizer of Wan2.1")[0]
     source = open_checkpoint(file)
     stated, settings, theirs = file.parent / "config.json", {}, is_diffusers(source)
     if theirs and stated.is_file():
