@@ -55,7 +55,7 @@ class GuardrailRefusal(Error):
     ) -> None:
         super().__init__(message)
         self.stage = stage
-        self.refusals = dict(refusals or {})
+        self.refusals = refusals or {}
 
 
 def did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:

@@ -8,9 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from worldline.errors import CheckpointError
 from worldline.family import Compute, Opened
 from worldline.files import GIGABYTE
@@ -18,7 +15,7 @@ from worldline.parallel.offload import Part
 from worldline.report import Recorder
 from worldline.request import Request
 from worldline.step import Step
-from worldline.video.read import Clip
+from worldline.video.read import Clip, Frames
 
 if TYPE_CHECKING:
     from worldline.guardrails.base import Guardrails
@@ -112,7 +109,7 @@ class Checks:
             with self.recorder.stage("guardrail"):
                 self.entries += guardrails.check_prompt(prompt, subject)
 
-    def after(self, frames: NDArray[np.uint8]) -> Generator[Step, None, NDArray[np.uint8]]:
+    def after(self, frames: Frames) -> Generator[Step, None, Frames]:
         """Check a video (GuardrailRefusal); the same with faces blurred."""
         if self.guards.guardrails is not None:
             yield Step("guardrail", 0, 1)

@@ -6,15 +6,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from worldline.errors import InputError
-from worldline.video.read import Clip, media_kind, read_image, read_video, to_rgb
+from worldline.video.read import Clip, Frames, media_kind, read_image, read_video, to_rgb
 
 InputType = Literal["image", "video"]
 # a file, a picture, or frames uint8 (T, H, W, 3)
-Input = str | PathLike[str] | Image.Image | NDArray[np.uint8] | torch.Tensor
+Input = str | PathLike[str] | Image.Image | Frames | torch.Tensor
 
 
 def kind_of(input: Input | None) -> InputType:

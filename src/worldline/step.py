@@ -6,15 +6,13 @@ import fcntl
 import json
 import os
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
+from worldline.video.read import Frames
 from worldline.video.write import check_destination, write_bytes, write_video
 
 Result = TypeVar("Result")
@@ -36,8 +34,8 @@ class Step:
     kind: str
     done: int
     total: int
-    frames: NDArray[np.uint8] | None = None
-    preview: NDArray[np.uint8] | None = None
+    frames: Frames | None = None
+    preview: Frames | None = None
     video: Video | None = None
 
 
@@ -47,11 +45,9 @@ def numbered(
     """Steps of one video of a batch, each with the video's index."""
     while True:
         try:
-            step = next(steps)
+            yield index, next(steps)
         except StopIteration as stop:
-            result: Result = stop.value
-            return result
-        yield index, step
+            return stop.value
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class Video:
         report: model, seed, versions, seconds and memory of each stage.
     """
 
-    frames: NDArray[np.uint8] = field(repr=False)
+    frames: Frames = field(repr=False)
     fps: float
     report: dict[str, Any] = field(default_factory=dict, repr=False)
     prompt: str | None = None
@@ -91,9 +87,8 @@ class Video:
             if self.prompt is not None:
                 write_bytes(target.with_suffix(".txt"), self.prompt.encode())
             else:
-                with suppress(
-                    OSError, LookupError, ValueError, TypeError
-                ):  # words of the video that stood here
+                # words of the video that stood here
+                with suppress(OSError, LookupError, ValueError, TypeError):
                     if json.loads(target.with_suffix(".json").read_bytes())["prompt"] is not None:
                         target.with_suffix(".txt").unlink(missing_ok=True)
             write_bytes(target.with_suffix(".json"), text.encode())
@@ -103,13 +98,10 @@ class Video:
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keep other programs from saving into `folder`, where the file system has locks."""
-    opened = None
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = os.open(folder, os.O_RDONLY)
-        fcntl.flock(opened, fcntl.LOCK_EX)
-    try:
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        if opened is not None:
-            os.close(opened)

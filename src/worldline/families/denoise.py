@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from worldline.errors import InputError
@@ -27,10 +26,9 @@ from worldline.sampling.solvers import Stepped, Steps, standard_noise
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of
 from worldline.step import Step
 from worldline.video.convert import signed_to_uint8
-from worldline.video.read import Clip
+from worldline.video.read import Clip, Frames
 
 Result = TypeVar("Result")
-Frames = NDArray[np.uint8]  # (T, H, W, 3)
 Prompts = tuple[Tensor, Tensor | None]  # embeddings (1, S, E) of prompt and negative prompt
 STEP_SECONDS = "seconds_of_steps"  # fact of a recorder, and entry of a report
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError, Error
 from worldline.files import find_repository, unfinished
 from worldline.parallel.offload import Part
+from worldline.video.read import Frames
 from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.keymap import KeyMap, renamed_by
 from worldline.weights.networks import pretrained, pretrained_tokenizer
@@ -113,7 +113,7 @@ class Upsampler:
             network if offload else network.to(device), device, offload=offload
         )
 
-    def write(self, prompt: str | None, frame: NDArray[np.uint8] | None, seed: int = 0) -> str:
+    def write(self, prompt: str | None, frame: Frames | None, seed: int = 0) -> str:
         """The prompt to use in place of that of a request.
 
         Args:
@@ -138,7 +138,7 @@ class Upsampler:
             raise Error(f"{self.name} wrote nothing; disable_prompt_upsampler takes prompts as is")
         return answer
 
-    def _look(self, frame: NDArray[np.uint8]) -> tuple[str, dict[str, Tensor]]:
+    def _look(self, frame: Frames) -> tuple[str, dict[str, Tensor]]:
         """The question about a picture, and the picture as the network takes it."""
         network = self.part.module
         patch = network.config.vision_config.patch_size

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from worldline.catalog import DECODERS, Entry, find, generation_by_name
@@ -40,7 +39,7 @@ from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 from worldline.tokenizers.cosmos.weights import CosmosNetwork, open_tokenizer
 from worldline.video.convert import condition_frames, to_uint8
-from worldline.video.read import Clip
+from worldline.video.read import Clip, Frames
 from worldline.weights.networks import Network
 
 logger = logging.getLogger(__name__)
@@ -166,7 +165,7 @@ class Decoding:
         self.known, self.overlap = known, overlap
         self.latents, self.past = 0, CausalCache()
 
-    def decode(self, tokenizer: CosmosTokenizer, ids: Tensor) -> NDArray[np.uint8]:
+    def decode(self, tokenizer: CosmosTokenizer, ids: Tensor) -> Frames:
         """New frames of the ids (1, t, h, w) of the window so far.
 
         Latent frames are decoded in the same pieces whenever they come: the known ones together,

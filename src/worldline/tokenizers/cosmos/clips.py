@@ -13,14 +13,12 @@ from math import ceil
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.shapes import LatentShape, VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
-
-Frames = NDArray[np.uint8]
+from worldline.video.read import Frames
 
 
 def encode_clip(model: CosmosTokenizer, pieces: Iterable[Frames]) -> tuple[Tensor, VideoShape]:
