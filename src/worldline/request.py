@@ -131,7 +131,7 @@ class Options(BaseModel):
 def help_of(field: FieldInfo, default: Any) -> str:
     """Help text, the default last in brackets."""
     text = field.description or ""
-    if "[default:" in text or default is False or default in (None, (), NEGATIVE_PROMPT):
+    if "[default:" in text or default is False or default in (None, (), "", NEGATIVE_PROMPT):
         return text
     return f"{text}  [default: {str(default).removesuffix('.0')}]"
 

@@ -146,7 +146,8 @@ def attention_entries(parts: Parts, video: VideoShape) -> dict[str, Any]:
 @contextmanager
 def stage(recorder: Recorder, name: str) -> Iterator[None]:
     """Record a stage, whose peak does not count unused memory that earlier stages cached."""
-    torch.cuda.empty_cache()  # nothing where CUDA is not in use
+    if recorder.device.type == "cuda":
+        torch.cuda.empty_cache()
     with recorder.stage(name):
         yield
 
