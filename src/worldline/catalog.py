@@ -51,7 +51,7 @@ class Entry(_Record):
     """One released checkpoint."""
 
     name: str
-    family: str
+    family: str  # table of catalog.toml, not a name in FAMILIES
     repository: str
     destination: str
     folders: tuple[str, ...]

@@ -65,7 +65,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a family's models: "transformer", "tokenizer", "text", "decoder".
+    """One part of a family's models: "transformer", "tokenizer" (of video), "text", "decoder".
 
     Attributes:
         flag: load option that offloads it.
@@ -135,10 +135,10 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Command:
-    """One released command of a family.
+    """One command of a family: a released one, or `generate` for one model.
 
     Attributes:
-        name: words after `worldline`; the first is the family's name.
+        name: words after `worldline`; of a released one the first is the family's name.
         model: flag that names the model; "" where it is `default_model`.
         reads: "module:attribute" of its `Reader`.
         hidden: fields that the command has no flag for.
@@ -158,7 +158,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Family:
-    """Everything that differs between families.
+    """What common code asks of a family; its request.py holds the rest.
 
     Attributes:
         parts: cheapest to offload first; opened from the last to the first.
@@ -210,7 +210,7 @@ def load_family(name: str) -> Family:
 
 
 def requests_of(name: str) -> Any:
-    """The module that describes a family's requests, options and commands; needs no torch."""
+    """A family's request.py: SIGNATURE, REQUEST, OPTIONS, COMMANDS, HELP of a group; no torch."""
     return import_module(f"{FAMILIES[name]}.request")
 
 
@@ -250,7 +250,7 @@ class Opened:
 
     @property
     def folder(self) -> Path:
-        """Folder of the transformer."""
+        """Folder of the transformer; in diffusers' layout the one around `transformer/`."""
         return self.place.folder
 
     @property

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_transformer(path: Path) -> Checkpoint:
-    """Tensors of a model's transformer; its header is read here, once.
+    """Tensors of a model's transformer; its header is read here alone.
 
     Args:
         path: a file, of a tensor-parallel set one of its shards; or a folder: NVIDIA's, of a whole

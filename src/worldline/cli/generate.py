@@ -67,7 +67,7 @@ def command_of(world: str, words: Sequence[str]) -> click.Command:
         name, equals, value = word.partition("=")
         if name.replace("-", "_") == "__checkpoint_dir":
             roots.append(value if equals else following)
-    opened = recognise(locate(world, roots[-1]))
+    opened = recognise(locate(world, roots[-1]))  # for its flags; `run` opens the whole model
     text = f"Make a video with {world}: of a prompt, or of what happens next in INPUT."
     reads = "worldline.cli.inputs:ONE"
     command = Command("generate", text, "", world, reads, defaults=opened.defaults)

@@ -1,4 +1,4 @@
-"""What the released commands read: one input, the lines of a JSONL, or a folder of media."""
+"""What commands read: one input, the lines of a released JSONL, or a folder of media."""
 
 import json
 import logging

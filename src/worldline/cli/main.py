@@ -1,6 +1,6 @@
 """The command `worldline`: one call for a command line, one line for an expected error.
 
-A command is imported when it is named or listed, and torch only when it runs.
+A command is imported when it is named or listed, torch only when one opens a model or runs.
 """
 
 import logging

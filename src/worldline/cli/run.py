@@ -1,4 +1,4 @@
-"""Shared runner of the generating commands: choose outputs, skip finished videos, run, report."""
+"""Shared runner of commands: check items and outputs, skip what is finished, run, report."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def make_schedule(name: str, num_steps: int, *, shift: float = SHIFT) -> Schedul
         num_steps: 1 or more.
         shift: of "shifted": 1 is evenly spaced, above it more levels are near noise.
     """
-    if name == "karras":
+    if name == "karras":  # the curve of EDM without its 0; `karras_sigmas` ends with one
         levels = res_sigmas(num_steps, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
         levels = levels / (1 + levels)
     else:

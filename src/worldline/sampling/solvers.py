@@ -69,7 +69,7 @@ def karras_sigmas(num_steps: int, *, sigma_min: float = 0.0002, sigma_max: float
 
 
 def res_sigmas(num_steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
-    """Noise levels of Cosmos 1.0, for the RES solvers: (num_steps + 1,) float64, on the CPU.
+    """Noise levels of Cosmos 1.0's RES solvers and of "karras": (num_steps + 1,) float64, CPU.
 
     The last value is sigma_min: these solvers work in ln(sigma), so a table cannot end at 0.
     """

@@ -90,7 +90,7 @@ def cut_windows(opened: Opened, request: FlowRequest) -> list[tuple[FlowRequest,
     total, size, overlap = request.num_video_frames, request.chunk_size, request.chunk_overlap
     if size is None:
         return [(request, total)]
-    frames = window_of(opened, request).frames
+    frames = window_shape(opened, request).frames
     return [
         (
             request.model_copy(
@@ -108,7 +108,7 @@ def cut_windows(opened: Opened, request: FlowRequest) -> list[tuple[FlowRequest,
     ]
 
 
-def window_of(opened: Opened, request: FlowRequest) -> VideoShape:
+def window_shape(opened: Opened, request: FlowRequest) -> VideoShape:
     """Size of what is denoised at once.
 
     For a long video that is the model's own length: frames behind a chunk are made and left out, as
@@ -121,7 +121,7 @@ def window_of(opened: Opened, request: FlowRequest) -> VideoShape:
 
 def check(opened: Opened, request: FlowRequest) -> FlowRequest:
     """Refuse what the model cannot do; shorten chunks of the released length to the model's own."""
-    window = window_of(opened, request)
+    window = window_shape(opened, request)
     if request.chunk_size is not None and request.chunk_size > window.frames:
         if request.chunk_size != RELEASED_CHUNK:
             raise InputError(
@@ -135,7 +135,7 @@ def check(opened: Opened, request: FlowRequest) -> FlowRequest:
 
 def notes(opened: Opened, request: FlowRequest) -> list[str]:
     """What a request has that the released models were not trained on."""
-    frames, height, width = astuple(window_of(opened, request))
+    frames, height, width = astuple(window_shape(opened, request))
     sizes = ", ".join(f"{height} x {width}" for height, width in TRAINED_SIZES)
     usual = (
         (
@@ -162,14 +162,14 @@ def report_entries(parts: Parts, request: FlowRequest, recorder: Recorder) -> di
         "known_timestep": network.known_timestep,
         "evaluations": len(make_schedule(network.schedule, request.num_steps).timesteps),
         "chunks": len(cut_windows(opened, request)),
-        **denoise.attention_entries(parts, window_of(opened, request)),
+        **denoise.attention_entries(parts, window_shape(opened, request)),
     }
 
 
 def stages(opened: Opened, request: FlowRequest, compute: Compute) -> Iterator[Stage]:
     """Memory beside the weights."""
     tokenizer, config = opened["tokenizer"].config, opened.config
-    window, size = window_of(opened, request), compute.dtype.itemsize
+    window, size = window_shape(opened, request), compute.dtype.itemsize
     # of both prompts, before and behind the layer that narrows them
     features = 2 * opened.text_length * (config.feature_width + config.context_width) * size
     frames = min(window.frames, WanTokenizer.chunk * tokenizer.temporal)  # pieces, both ways

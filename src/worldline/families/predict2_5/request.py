@@ -74,7 +74,7 @@ class FlowOptions(LoadOptions):
     tokenizer_dir: Path | None = Field(
         None,
         description="Wan2.1 tokenizer: file or folder, below --checkpoint_dir or a path.  "
-        "[default: that of nvidia/Cosmos-Predict2.5-2B]",
+        "[default: beside the transformer, else that of nvidia/Cosmos-Predict2.5-2B]",
     )
     text_encoder_dir: Path | None = Field(
         None,
@@ -83,8 +83,8 @@ class FlowOptions(LoadOptions):
     )
     schedule: Schedule | None = Field(
         None,
-        description="Noise schedule.  [default: as the model was released; otherwise what its "
-        "config.json states, else shifted]",
+        description="Noise schedule.  [default: that of the model's config.json; otherwise as it "
+        "was released, or as diffusers' scheduler states, else shifted]",
     )
     disable_guardrail: bool | None = Field(
         None,
