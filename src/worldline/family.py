@@ -7,7 +7,7 @@ commands, imported for --help) and `family.py` (`FAMILY`, imported when a model 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
@@ -199,7 +199,9 @@ class Family:
     max_batch_size: Callable[[Opened, Compute], int | None] = lambda opened, compute: 1
     holds_batch: Callable[[Opened, Any], bool] = lambda opened, request: True
     upsampler: Callable[[Opened], Any] | None = None
-    prepare: Callable[[Opened, Compute], AbstractContextManager[None]] | None = None
+    prepare: Callable[[Opened, Compute], AbstractContextManager[None]] = lambda opened, compute: (
+        nullcontext()
+    )
     read_settings: Callable[[Path], dict[str, Any]] | None = None
 
 

@@ -5,7 +5,6 @@ Everything that can be wrong is found from file headers, before tensor data are 
 
 import logging
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -207,8 +206,7 @@ def load_parts(opened: Opened, compute: Compute, recorder: Recorder) -> Parts:
         CheckpointError: the weights cannot be read.
     """
     logger.info("reading %s", opened.folder)
-    prepare = opened.family.prepare
-    with recorder.stage("load"), prepare(opened, compute) if prepare else nullcontext():
+    with recorder.stage("load"), opened.family.prepare(opened, compute):
         loaded = {
             part.name: opened[part.name].load(
                 compute, offload=part.flag in opened.options.offloaded

@@ -114,7 +114,7 @@ def log_result(name: str, x: Tensor) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and the device's name, for a report."""
-    facts: dict[str, Any] = {
+    facts = {
         "worldline": version("worldline"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -122,5 +122,5 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)
-        facts["cuda"] = torch.version.cuda
+        facts["cuda"] = str(torch.version.cuda)
     return facts

@@ -104,7 +104,7 @@ class World:
 
     def __init__(self, parts: Parts, guards: Guards, loading: Recorder) -> None:
         self.parts = parts
-        self.opened: Opened = parts.opened
+        self.opened = parts.opened
         self.name = self.opened.name
         self.device = parts.compute.device
         self.guards = guards
@@ -148,7 +148,8 @@ class World:
             InputError: the input or an option is wrong; raised before the first step.
             GuardrailRefusal: the prompt or the video was refused.
         """
-        return self.run(self.prepare(input, options, input_type=input_type))
+        job = self.prepare(input, options, input_type=input_type)
+        return (step for _, step in self.run_batch([job]))
 
     def stream_batch(
         self,
@@ -234,10 +235,6 @@ class World:
             "fingerprint": fingerprint(opened, self.parts.compute, request, input),
         }
         return Job(input, clip, request, recorder, source)
-
-    def run(self, job: Job) -> Iterator[Step]:
-        """Steps of one video, as of `run_batch`."""
-        return (step for _, step in self.run_batch([job]))
 
     def run_batch(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Step]]:
         """Steps of several videos and the index of each.

@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 _GIF_FPS = 100  # a GIF's delays are whole hundredths of a second
 _RATES = {"tokens_per_second": "tokens/s", "seconds_per_step": "s a step"}
 _REMEDY = "; offload flags (--offload_…) or a smaller size need less memory"
-_LENGTH = "num_input_frames"
 _UPSAMPLER = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
 
 # runs a task with its label, and returns the line to print
@@ -175,7 +174,11 @@ def log_unused(
         (guarded, "the guardrails check the video before a frame leaves", ("preview_every",)),
         (not upsamples(opened), "no prompt upsampler runs", _UPSAMPLER),
         (len(items) == 1, "there is one input", ("batch_size",)),
-        (typed.get(_LENGTH) not in lengths, "an image has 1 frame", (_LENGTH,)),
+        (
+            typed.get("num_input_frames") not in lengths,
+            "an image has 1 frame",
+            ("num_input_frames",),
+        ),
     )
     unused = {name: why for applies, why, names in rules if applies for name in names}
     each = (opened.family.unused(opened, request).items() for request in requests)

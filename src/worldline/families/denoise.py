@@ -283,8 +283,7 @@ def report(
         try:
             denoised = next(steps).denoised
         except StopIteration as stop:
-            result: Result = stop.value
-            return result
+            return stop.value
         if recorder.device.type == "cuda":
             torch.cuda.synchronize(recorder.device)
         seconds.append(round(time.perf_counter() - started, 4))
@@ -326,5 +325,5 @@ def decode(
             yield Step("decode", made, len(frames), new)
         if made == end:
             break
-    log_result("decode", torch.from_numpy(frames[:made, ::8, ::8].copy()))  # some pixels
+    log_result("decode", torch.from_numpy(frames[:made, ::8, ::8]))  # some pixels
     return made

@@ -44,6 +44,8 @@ class Censor:
         for entry in {entry.lower() for entry in entries} - self.allowed - {""}:
             self.entries[entry.translate(_FOLD)].append(entry)
             self.joined = max(self.joined, len(_WORD.sub("", entry)))
+        # most words of a prompt begin no entry, and need no second look
+        self.beginnings = {key[:end] for key in self.entries for end in range(len(key) + 1)}
 
     def refuses(self, text: str) -> bool:
         lower = text.lower()
@@ -63,8 +65,9 @@ class Censor:
         if not words or words[0][0] == len(text) - 1:  # ignored, in the released rule
             return []
         spans: list[tuple[int, int]] = []
-        for number, (start, _) in enumerate(words):
-            if spans and start < spans[-1][1]:
+        for number, (start, end) in enumerate(words):
+            begins = text[start:end].translate(_FOLD) in self.beginnings
+            if not begins or (spans and start < spans[-1][1]):
                 continue
             if stop := self._match_end(text, words[number : number + 1 + self.joined]):
                 spans.append((start, stop))
