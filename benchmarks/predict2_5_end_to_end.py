@@ -29,7 +29,7 @@ from PIL import Image
 from tiny.encoders import REASON1 as TINY
 from tiny.encoders import byte_chat_tokenizer, export_reason1
 from tiny.export import dit_tensors, draw_weights, stored_tensors
-from worldline.catalog import find_flow_model
+from worldline.catalog import FLOW_MODELS
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.shapes import VideoShape
 from worldline.text.reason1 import RELEASED, Reason1Encoder
@@ -79,8 +79,7 @@ PUBLISHED = {  # of the same shape: seconds of denoising of the predecessor on o
 def write_weights(root: Path, size: str, *, with_text: bool) -> None:
     """Write everything that a run of this size reads."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = find_flow_model(_name(size))
-    assert model is not None
+    [model] = (model for model in FLOW_MODELS if model.name == _name(size))
     tiny = size == "tiny"
     file = root / model.repository / model.file
     if not file.exists():

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from worldline.parallel.offload import Part
+from worldline.parallel.offload import Offloadable
 from worldline.step import Step
 from worldline.text.encoder import TextEncoder
 from worldline.world import World
@@ -29,12 +29,12 @@ def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     Returns:
         What visits, by the names of the networks: they are added as they come.
     """
-    make, make_text, on_device = Part.__init__, TextEncoder.__init__, Part.on_device
+    make, make_text, on_device = Offloadable.__init__, TextEncoder.__init__, Offloadable.on_device
     home: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
     there: list[str] = []
     visits: list[str] = []
 
-    def made(part: Part[Any], module: nn.Module, device: torch.device, *, offload: bool) -> None:
+    def made(part: Offloadable[Any], module: nn.Module, device: Any, *, offload: bool) -> None:
         make(part, module, device, offload=offload)
         part.offload = offload
         if offload:
@@ -45,12 +45,12 @@ def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         make_text(part, *arguments, offload=offload, **others)
         part.offload = offload
 
-    def hide(part: Part[Any]) -> None:
+    def hide(part: Offloadable[Any]) -> None:
         for weight, value in home[id(part)]:
             weight.data = torch.full_like(value, torch.nan)
 
     @contextmanager
-    def visiting(part: Part[Any]) -> Iterator[nn.Module]:
+    def visiting(part: Offloadable[Any]) -> Iterator[nn.Module]:
         if not part.offload:
             yield part.module
             return
@@ -67,9 +67,9 @@ def stand_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             hide(part)
             there.remove(name)
 
-    monkeypatch.setattr(Part, "__init__", made)
+    monkeypatch.setattr(Offloadable, "__init__", made)
     monkeypatch.setattr(TextEncoder, "__init__", made_text)
-    monkeypatch.setattr(Part, "on_device", visiting)
+    monkeypatch.setattr(Offloadable, "on_device", visiting)
     return visits
 
 

@@ -405,9 +405,8 @@ def test_frames_without_room(
     if fits:
         refuse()
     else:
-        with pytest.raises(
-            InsufficientMemoryError, match=r"^num_video_frames is 1000: .* 100 x 10"
-        ):
+        message = r"^num_video_frames is 1000: .* 100 x 100"
+        with pytest.raises(InsufficientMemoryError, match=message):
             refuse()
 
 

@@ -18,7 +18,6 @@ from PIL import Image
 
 import worldline
 from worldline import memory
-from worldline.guards import Guards
 from worldline.inputs import read_clip
 from worldline.locate import bundled_names
 from worldline.memory import Memory
@@ -592,7 +591,7 @@ def test_frames_without_room(
     long = {**KINDS["predict2.5"].options, "num_video_frames": 250_000, "chunk_size": 13}
     with pytest.raises(worldline.InsufficientMemoryError, match="num_video_frames is 250000"):
         worlds["predict2.5"].stream(**long)
-    monkeypatch.setattr(Guards, "checks_videos", True)
+    monkeypatch.setattr("worldline.guards.release_of", lambda _: "Predict1")
     with pytest.raises(worldline.InsufficientMemoryError, match=r"1\.2 GB"):
         plain.stream(clip, **half)
 
@@ -600,9 +599,8 @@ def test_frames_without_room(
 def test_a_world_without_room_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "host_memory", lambda: Memory(1, 10**9))
     for name in bundled_names():
-        with pytest.raises(
-            worldline.InsufficientMemoryError, match=f"^{re.escape(name)} needs about"
-        ):
+        message = f"^{re.escape(name)} needs about"
+        with pytest.raises(worldline.InsufficientMemoryError, match=message):
             worldline.load(name)
 
 

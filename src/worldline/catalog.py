@@ -138,11 +138,6 @@ def find(folder: str) -> Entry | None:
     return next((entry for entry in ENTRIES if names & {entry.name, *entry.folders}), None)
 
 
-def find_flow_model(name: str) -> FlowModel | None:
-    """Released model of Predict2.5 of this name."""
-    return next((model for model in FLOW_MODELS if model.name == name), None)
-
-
 def advice(name: str) -> str:
     """End of a message about a model that is not there; "" if nothing is known of it."""
     if (entry := find(name)) is not None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from worldline.errors import CheckpointError
 from worldline.family import Compute, Opened
 from worldline.files import GIGABYTE
-from worldline.parallel.offload import Part
+from worldline.memory import refuse_frames
+from worldline.parallel.offload import Offloadable
 from worldline.report import Recorder
 from worldline.request import Request
 from worldline.step import Step
@@ -45,9 +46,9 @@ class Guards:
         return self.guardrails is not None and bool(self.guardrails.video)
 
     @property
-    def parts(self) -> dict[str, list[Part[Any]]]:
+    def parts(self) -> dict[str, list[Offloadable[Any]]]:
         """Networks by the name that their flag has behind `--offload_`."""
-        parts: dict[str, list[Part[Any]]] = {}
+        parts: dict[str, list[Offloadable[Any]]] = {}
         if self.guardrails is not None:
             parts["guardrail_models"] = [*self.guardrails.parts.values()]
         if self.upsampler is not None:
@@ -132,6 +133,16 @@ class Checks:
 def release_of(opened: Opened) -> str | None:
     """Name of the set of guardrails that a model runs with; None if there is none."""
     return None if _off(opened, "disable_guardrail") else opened.family.guardrails(opened)
+
+
+def check_frames(opened: Opened, request: Any, clips: int = 1, beside: int = 0) -> None:
+    """Refuse a request, of which `clips` are made in step, by `refuse_frames`."""
+    refuse_frames(
+        opened.family.video(opened, request),
+        clips=clips if opened.family.holds_batch(opened, request) else 1,
+        guarded=release_of(opened) is not None,
+        beside=beside,
+    )
 
 
 def upsamples(opened: Opened) -> bool:

@@ -5,14 +5,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from worldline.catalog import (
-    BUNDLED_PREFIX,
-    DECODERS,
-    FLOW_MODELS,
-    FlowModel,
-    advice,
-    find_flow_model,
-)
+from worldline.catalog import BUNDLED_PREFIX, DECODERS, FLOW_MODELS, FlowModel, advice
 from worldline.errors import CheckpointError
 from worldline.files import holds_diffusers, released_folders, unfinished
 
@@ -94,8 +87,9 @@ def locate(
                 f"there is no bundled model {name}; there are: {', '.join(known)}"
             )
         return Place(BUNDLED / name.removeprefix(BUNDLED_PREFIX), (BUNDLED,), bundled=True)
-    if (released := find_flow_model(name)) is not None:
-        return _locate_released(released, checkpoint_dir)
+    for model in FLOW_MODELS:
+        if model.name == name:
+            return _locate_released(model, checkpoint_dir)
     for path in (checkpoint_dir / name, Path(name)):
         if path.exists():
             folder = path.parent if path.is_file() else path

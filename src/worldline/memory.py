@@ -172,7 +172,8 @@ def refuse_frames(video: VideoShape, *, clips: int = 1, guarded: bool, beside: i
     raise InsufficientMemoryError(
         f"num_video_frames is {video.frames}: the frames of {clips} video(s) of {video.height} x "
         f"{video.width} pixels need {need / GIGABYTE:.1f} GB of host memory beside "
-        f"{beside / GIGABYTE:.1f} GB of networks, {memory}; lower num_video_frames or the size"
+        f"{beside / GIGABYTE:.1f} GB of networks, {memory}; lower num_video_frames, the size or "
+        "--batch_size"
     )
 
 

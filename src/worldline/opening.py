@@ -22,12 +22,12 @@ from worldline.nn.modulation import fused
 from worldline.report import Recorder
 from worldline.request import LoadOptions, Name, Request
 from worldline.weights.checkpoint import Checkpoint
-from worldline.weights.networks import open_transformer, read_settings
+from worldline.weights.networks import open_weights, read_settings
 
 logger = logging.getLogger(__name__)
 
 
-def find_transformer(path: Path) -> Checkpoint:
+def find_weights(path: Path) -> Checkpoint:
     """Tensors of a model's transformer; its header is read here alone.
 
     Args:
@@ -43,7 +43,7 @@ def find_transformer(path: Path) -> Checkpoint:
         if len(present) > 1:
             logger.info("%s holds several models: %s is taken", path, present[0].name)
         path = present[0] if present else path
-    source = open_transformer(path)
+    source = open_weights(path)
     if adapters := [name for name in source.tensors if "lora_" in name.lower()]:
         raise CheckpointError(
             f"{source.path}: it holds {len(adapters):,} tensors of LoRA adapters, such as "
@@ -66,7 +66,7 @@ def recognise(place: Place) -> Opened:
     Raises:
         CheckpointError: there is no transformer of a known family.
     """
-    source = find_transformer(place.named)
+    source = find_weights(place.named)
     folder, name = source.path.parent, find_family(source.tensors)
     if not name:
         names = ", ".join(sorted(source.tensors)[:3])

@@ -20,10 +20,9 @@ from PIL import Image
 from worldline.errors import GuardrailRefusal, InputError
 from worldline.family import FAMILIES, Compute, Opened, Parts, requests_of
 from worldline.files import stamp
-from worldline.guards import Checks, Guards, load_guards, release_of, rewrites
+from worldline.guards import Checks, Guards, check_frames, load_guards, release_of, rewrites
 from worldline.inputs import Input, InputType, describe, kind_of, read_clip
 from worldline.locate import locate
-from worldline.memory import refuse_frames
 from worldline.opening import choose_compute, load_parts, open_world, plan
 from worldline.report import Recorder, environment
 from worldline.request import Request
@@ -40,7 +39,8 @@ def load(name: str | PathLike[str], **options: Any) -> World:
         name: "tiny-…" for a model that ships with the package, the name of a folder below
             `checkpoint_dir`, a path of a folder or file, or a released name such as
             "2B/post-trained".
-        options: below, by family.
+        options: load options, listed by family below; also `video`, the (frames, height, width) of
+            the largest video to make, for which the device must have room; by default the model's.
 
     Raises:
         CheckpointError: files are absent, damaged or of another model.
@@ -78,6 +78,9 @@ def load_world(
     needed = plan(opened, requests, compute, guards.guardrail_bytes)
     advice = "; a smaller --batch_size needs less" if compute.batch_size > 1 else ""
     needed.refuse_unless_fits(compute.device, opened.options.offloaded, guards.advice + advice)
+    beside = needed.peak() if compute.device.type == "cpu" else 0
+    for request in requests:
+        check_frames(opened, request, compute.batch_size, beside)
     recorder = guards.loading.followed_by(Recorder(compute.device))
     return World(load_parts(opened, compute, recorder), guards, recorder)
 
@@ -187,18 +190,13 @@ class World:
         ]
         if len({job.request.num_input_frames for job in jobs}) > 1:
             raise InputError("images and videos cannot be continued in one batch")
-        if self.opened.family.holds_batch(self.opened, jobs[0].request):
-            self._refuse_frames(jobs[0].request, self._batch_size(len(jobs)))
+        check_frames(self.opened, jobs[0].request, self._batch_size(len(jobs)))
         return self.run_batch(jobs)
 
     def _batch_size(self, clips: int) -> int:
         """Clips that are computed in step, of so many."""
         most = self.opened.family.max_batch_size(self.opened, self.parts.compute)
         return clips if most is None else min(clips, most)
-
-    def _refuse_frames(self, request: Request, clips: int = 1) -> None:
-        video = self.opened.family.video(self.opened, request)
-        refuse_frames(video, clips=clips, guarded=self.guards.checks_videos)
 
     def prepare(
         self,
@@ -220,7 +218,7 @@ class World:
         if request is None:
             request = family.request.make(options, opened.defaults, kind)
             request = family.check(opened, request)
-        self._refuse_frames(request)
+        check_frames(opened, request)
         for note in family.notes(opened, request):
             if note not in self._notes:  # once for a batch
                 logger.info("%s", note)

@@ -22,7 +22,7 @@ from worldline.guardrails.faces import FaceBlur
 from worldline.guardrails.frames import FrameFilter
 from worldline.guards import Guards
 from worldline.memory import Memory
-from worldline.parallel.offload import Part
+from worldline.parallel.offload import Offloadable
 
 from ..conftest import MODEL
 from ..guardrails.networks import write_classifier
@@ -548,14 +548,14 @@ def test_offloaded_networks_visit_the_device(
     flags = ("offload_guardrail_models", "offload_prompt_upsampler")
     world = worldline.load(TEXT2WORLD, checkpoint_dir=guarded, **dict.fromkeys(flags, True))
     visits: list[str] = []
-    on_device = Part.on_device
+    on_device = Offloadable.on_device
 
-    def watched(part: Part[Any]) -> Any:
+    def watched(part: Offloadable[Any]) -> Any:
         networks = part.module if isinstance(part.module, nn.ModuleList) else [part.module]
         visits.extend(type(network).__name__ for network in networks)
         return on_device(part)
 
-    monkeypatch.setattr(Part, "on_device", watched)
+    monkeypatch.setattr(Offloadable, "on_device", watched)
     world.generate(prompt=PROMPT, num_steps=1)
     assert [name for name in visits if name not in ("DiT", "CosmosTokenizer", "T5Encoder")] == [
         *("LlamaForCausalLM", "MistralForCausalLM", "LlamaForCausalLM"),

@@ -17,7 +17,7 @@ from worldline.families.autoregressive.family import Decoding
 from worldline.families.autoregressive.request import ARRequest
 from worldline.families.diffusion.model import BLOCKS
 from worldline.family import Parts
-from worldline.parallel.offload import StreamedPart
+from worldline.parallel.offload import StreamedModule
 from worldline.report import Recorder
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, sample
 from worldline.sampling.solvers import finish, standard_noise
@@ -118,7 +118,7 @@ def test_streamed_blocks_change_nothing(parts: Parts) -> None:
     """As `--offload_diffusion_decoder` has it on a GPU: two blocks are there at a time."""
     tokens = ids(12)
     expected = run(parts, tokens)
-    part = StreamedPart(parts.loaded["decoder"].module, CPU, BLOCKS)
+    part = StreamedModule(parts.loaded["decoder"].module, CPU, BLOCKS)
     streamed = replace(parts, loaded={**parts.loaded, "decoder": part})
     for found, wanted in zip(run(streamed, tokens), expected, strict=True):
         assert torch.equal(found, wanted)

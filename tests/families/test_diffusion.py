@@ -20,7 +20,7 @@ from worldline.families.diffusion import family
 from worldline.families.diffusion.model import BLOCKS
 from worldline.family import Opened, Parts
 from worldline.nn.pieces import fit_colours
-from worldline.parallel.offload import StreamedPart
+from worldline.parallel.offload import StreamedModule
 from worldline.report import Recorder
 from worldline.request import NEGATIVE_PROMPT
 from worldline.sampling.edm import Conditioning, make_sigmas, sample
@@ -73,7 +73,7 @@ def test_progress(video2world: Parts) -> None:
     assert kinds == ["text", "encode", "denoise", "decode", "done"]
     denoised = [step for step in steps if step.kind == "denoise"]
     assert [(step.done, step.total) for step in denoised] == [(n, 4) for n in range(5)]
-    assert len(recorder.facts[denoise.STEP_SECONDS]) == 4
+    assert len(recorder.facts["seconds_of_steps"]) == 4
     assert [step.preview is not None for step in denoised] == [False, False, True, False, True]
     looks = [step.preview.shape for step in denoised if step.preview is not None]
     assert looks == [(3, 8, 12, 3)] * 2
@@ -208,7 +208,7 @@ def test_closed_in_the_middle(video2world: Parts, kind: str) -> None:
     """Weights go home, and neither the caller nor the next request notices."""
     whole = frames_of(run(video2world, clip(), num_input_frames=9))
     module = video2world.transformer.module
-    streamed = StreamedPart(module, CPU, BLOCKS)
+    streamed = StreamedModule(module, CPU, BLOCKS)
     parts = replace(video2world, loaded={**video2world.loaded, "transformer": streamed})
     home = [parameter.data_ptr() for parameter in module.parameters()]
     recorder = Recorder(CPU)

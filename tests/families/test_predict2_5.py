@@ -57,7 +57,7 @@ def test_progress(post: Parts) -> None:
     denoised = [step for step in steps if step.kind == "denoise"]
     # "karras" evaluates once more than it is asked
     assert [(step.done, step.total) for step in denoised] == [(n, 4) for n in range(5)]
-    assert len(recorder.facts[denoise.STEP_SECONDS]) == 4
+    assert len(recorder.facts["seconds_of_steps"]) == 4
     assert [step.preview is not None for step in denoised] == [False, False, True, False, True]
     assert np.array_equal(pieces_of(steps), frames_of(steps))
     assert frames_of(steps).shape == (9, 32, 48, 3)

@@ -13,7 +13,7 @@ from torch import nn
 from worldline.errors import GuardrailRefusal
 from worldline.guardrails.base import Guardrails, Verdict
 from worldline.guards import Guards
-from worldline.parallel.offload import Part
+from worldline.parallel.offload import Offloadable
 from worldline.report import Recorder
 
 FRAMES = np.zeros((3, 8, 8, 3), np.uint8)
@@ -50,12 +50,12 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     networks: list[nn.Module] = []
 
     @contextmanager
-    def visit(part: Part[nn.ModuleList]) -> Iterator[nn.Module]:
+    def visit(part: Offloadable[nn.ModuleList]) -> Iterator[nn.Module]:
         networks.extend(part.module)
         yield part.module
         networks.clear()
 
-    monkeypatch.setattr(Part, "on_device", visit)
+    monkeypatch.setattr(Offloadable, "on_device", visit)
     monkeypatch.setattr(Fixed, "on_device", networks, raising=False)
     return networks
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from worldline.parallel.offload import BlockPlan, Part, StreamedPart
+from worldline.parallel.offload import BlockPlan, Offloadable, StreamedModule
 
 CPU = torch.device("cpu")
 PLAN = BlockPlan("blocks", kept=("kept.weight",))
 
 
 def test_on_the_cpu_there_is_nothing_to_move() -> None:
-    part = Part(nn.Linear(3, 3), torch.device("cpu"), offload=True)
+    part = Offloadable(nn.Linear(3, 3), torch.device("cpu"), offload=True)
     assert not part.offload
     with part.on_device() as module:
         assert module is part.module
@@ -23,7 +23,7 @@ def test_weights_visit_the_device_and_leave_it() -> None:
     module = nn.Linear(1024, 1024).requires_grad_(False)
     x = torch.randn(4, 1024)
     expected = module(x)
-    part = Part(module, torch.device("cuda"), offload=True)
+    part = Offloadable(module, torch.device("cuda"), offload=True)
     with part.on_device() as visiting:
         visiting(x.cuda())  # the matrix library takes its workspace now, and keeps it
     before = torch.cuda.memory_allocated()
@@ -37,7 +37,7 @@ def test_weights_visit_the_device_and_leave_it() -> None:
 
 @pytest.mark.gpu
 def test_an_exception_brings_the_weights_home() -> None:
-    part = Part(nn.Linear(3, 3).requires_grad_(False), torch.device("cuda"), offload=True)
+    part = Offloadable(nn.Linear(3, 3).requires_grad_(False), torch.device("cuda"), offload=True)
     with pytest.raises(KeyboardInterrupt), part.on_device():
         raise KeyboardInterrupt
     assert part.module.weight.device.type == "cpu"
@@ -76,7 +76,7 @@ def test_streamed_blocks_give_what_resident_ones_give(depth: int) -> None:
     home = {name: parameter.data for name, parameter in module.named_parameters()}
     x = torch.randn(3, 8)
     expected = module(x)
-    part = StreamedPart(module, CPU, PLAN)
+    part = StreamedModule(module, CPU, PLAN)
     for _ in range(2):
         with part.on_device() as streamed:
             for _ in range(3):  # a sampler calls it again and again
@@ -92,7 +92,7 @@ def test_an_exception_ends_the_stream() -> None:
     module = Stack(3).requires_grad_(False)
     x = torch.randn(3, 8)
     expected = module(x)
-    with pytest.raises(KeyboardInterrupt), StreamedPart(module, CPU, PLAN).on_device():
+    with pytest.raises(KeyboardInterrupt), StreamedModule(module, CPU, PLAN).on_device():
         raise KeyboardInterrupt
     assert torch.equal(module(x), expected)
 
@@ -116,7 +116,7 @@ def test_streaming_to_a_gpu(depth: int) -> None:
         resident.load_state_dict(module.state_dict())
         expected = resident.cuda()(x)
         del resident
-        part = StreamedPart(module, torch.device("cuda"), PLAN)
+        part = StreamedModule(module, torch.device("cuda"), PLAN)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with part.on_device() as streamed:

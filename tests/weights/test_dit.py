@@ -10,7 +10,7 @@ import torch
 from worldline.errors import CheckpointError
 from worldline.weights.checkpoint import open_checkpoint, save
 from worldline.weights.dit import DiTSettings
-from worldline.weights.networks import DIFFUSERS_FILES, find_transformer
+from worldline.weights.networks import DIFFUSERS_FILES, weights_file
 
 
 def test_the_order_of_preference(tmp_path: Path) -> None:
@@ -25,16 +25,16 @@ def test_the_order_of_preference(tmp_path: Path) -> None:
         "x_ema_bf16.pt",
     ):
         (tmp_path / name).touch()
-        assert find_transformer(tmp_path) == tmp_path / name
-    assert find_transformer(tmp_path / "model.pt") == tmp_path / "model.pt"
+        assert weights_file(tmp_path) == tmp_path / name
+    assert weights_file(tmp_path / "model.pt") == tmp_path / "model.pt"
 
 
 def test_folders_without_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no model\.pt \(looked for model\.safetensors"):
-        find_transformer(tmp_path)
+        weights_file(tmp_path)
     (tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors").touch()
     with pytest.raises(CheckpointError, match=DIFFUSERS_FILES[1]):
-        find_transformer(tmp_path)
+        weights_file(tmp_path)
 
 
 def test_settings(tmp_path: Path) -> None:

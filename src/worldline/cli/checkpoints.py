@@ -198,14 +198,14 @@ def open_weights(path: Path) -> Checkpoint:
     """Tensors of a file, or of the model in a folder."""
     from worldline.tokenizers.cosmos.weights import tokenizer_files
     from worldline.weights.checkpoint import joined, open_checkpoint
-    from worldline.weights.networks import open_transformer
+    from worldline.weights.networks import open_weights
 
     files = [file for file in path.glob("*") if file.suffix in _SUFFIXES]
     if any(file.stem in _TOKENIZER for file in files):
         return joined([open_checkpoint(file) for file in tokenizer_files(path)], path)
     for index in path.glob("pytorch_*.index.json"):
         return open_checkpoint(index)
-    return open_checkpoint(files[0]) if len(files) == 1 else open_transformer(path)
+    return open_checkpoint(files[0]) if len(files) == 1 else open_weights(path)
 
 
 def describe(source: Checkpoint, path: Path) -> Lines:

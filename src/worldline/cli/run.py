@@ -110,8 +110,7 @@ def refuse_problems(problems: Sequence[str]) -> None:
 
 def check_item(opened: Opened, item: Item) -> Item:
     """The item with its request, checked by the model's files and its input's length."""
-    from worldline.guards import release_of
-    from worldline.memory import refuse_frames
+    from worldline.guards import check_frames
     from worldline.video.read import probe
 
     request = opened.family.request.make(item.stated, opened.defaults, item.kind, item.field)
@@ -119,7 +118,7 @@ def check_item(opened: Opened, item: Item) -> Item:
     needed = request.num_input_frames
     if item.input is not None and (frames := probe(item.input).frames) < needed:
         raise InputError(f"{item.input}: it has {frames} frames, num_input_frames is {needed}")
-    refuse_frames(opened.family.video(opened, request), guarded=release_of(opened) is not None)
+    check_frames(opened, request)
     if item.output.suffix.lower() == ".gif" and request.fps > _GIF_FPS:
         raise InputError(f"fps is {request.fps:g}, a GIF has at most {_GIF_FPS}")
     return replace(item, request=request)

@@ -30,7 +30,6 @@ from worldline.video.read import Clip, Frames
 
 Result = TypeVar("Result")
 Prompts = tuple[Tensor, Tensor | None]  # embeddings (1, S, E) of prompt and negative prompt
-STEP_SECONDS = "seconds_of_steps"  # fact of a recorder, and entry of a report
 
 
 def read_prompts(opened: Opened, request: VideoRequest) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -275,7 +274,7 @@ def report(
     `total` is steps of the whole request, `before` those of earlier samplers; previews are of the
     steps done and their denoised latents. The recorder receives the seconds of each step.
     """
-    seconds = recorder.facts.setdefault(STEP_SECONDS, [])
+    seconds = recorder.facts.setdefault("seconds_of_steps", [])
     done = 0
     yield Step("denoise", before, total)
     while True:

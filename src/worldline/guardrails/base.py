@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from worldline.errors import GuardrailRefusal
-from worldline.parallel.offload import Part
+from worldline.parallel.offload import Offloadable
 
 Checks = list[dict[str, str]]  # of a report: each guardrail that ran, without the prompt's words
 
@@ -52,7 +52,7 @@ class Guardrails:
     ) -> None:
         self.text, self.video, self.filters = text, video, filters
         self.parts = {
-            guard.name: Part(nn.ModuleList(guard.networks), torch.device(device), offload=offload)
+            guard.name: Offloadable(nn.ModuleList(guard.networks), device, offload=offload)
             for guard in (*text, *video, *filters)
         }
 

@@ -14,7 +14,7 @@ ModuleType = TypeVar("ModuleType", bound=nn.Module)
 _SLOTS = 2  # the block that computes, and the one that arrives
 
 
-class Part(Generic[ModuleType]):
+class Offloadable(Generic[ModuleType]):
     """A module that stays on its device, or waits in host memory until it is used.
 
     An offloaded module's weights have one home, the host. They are copied to the device for as long
@@ -22,10 +22,10 @@ class Part(Generic[ModuleType]):
     again. On a CPU nothing is offloaded.
     """
 
-    def __init__(self, module: ModuleType, device: torch.device, *, offload: bool) -> None:
+    def __init__(self, module: ModuleType, device: torch.device | str, *, offload: bool) -> None:
         self.module = module
-        self.device = device
-        self.offload = offload and device.type != "cpu"
+        self.device = torch.device(device)
+        self.offload = offload and self.device.type != "cpu"
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +77,7 @@ class BlockPlan:
         return whole - sum(coming) + _SLOTS * max(coming, default=0)
 
 
-class StreamedPart(Part[ModuleType]):
+class StreamedModule(Offloadable[ModuleType]):
     """A module whose blocks come to the device one after another, each ahead of its use.
 
     Their home is the host, in pinned memory where the device is a GPU, so that the copy of a block

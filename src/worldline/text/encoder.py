@@ -31,7 +31,7 @@ from worldline.files import (
     stamp,
     unfinished,
 )
-from worldline.parallel.offload import Part
+from worldline.parallel.offload import Offloadable
 from worldline.weights.checkpoint import Checkpoint, open_checkpoint, save
 from worldline.weights.keymap import KeyMap, match
 from worldline.weights.networks import find_files
@@ -280,10 +280,10 @@ class TextEncoder:
         return embeddings
 
     @cached_property
-    def _part(self) -> Part[PromptEncoder]:
+    def _part(self) -> Offloadable[PromptEncoder]:
         logger.info("reading %s", self.files.folder)
         encoder = self.files.read("cpu" if self.offload else self.device, self.dtype)
-        return Part(encoder, self.device, offload=self.offload)
+        return Offloadable(encoder, self.device, offload=self.offload)
 
     def truncations(self, prompts: Mapping[str, str]) -> dict[str, dict[str, int]]:
         """Report entry of the prompts that are cut, by their names, with a warning of each."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from worldline.errors import CheckpointError, Error
 from worldline.files import find_repository, unfinished
-from worldline.parallel.offload import Part
+from worldline.parallel.offload import Offloadable
 from worldline.video.read import Frames
 from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.keymap import KeyMap, renamed_by
@@ -109,7 +109,7 @@ class Upsampler:
             eos_token_id=self.end,
             pad_token_id=self.end,
         )
-        self.part: Part[Any] = Part(
+        self.part: Offloadable[Any] = Offloadable(
             network if offload else network.to(device), device, offload=offload
         )
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from worldline.errors import CheckpointError
 from worldline.files import TRANSFORMER_FILES, read_json, unfinished
-from worldline.parallel.offload import BlockPlan, Part, StreamedPart
+from worldline.parallel.offload import BlockPlan, Offloadable, StreamedModule
 from worldline.weights.checkpoint import (
     SHARD,
     Checkpoint,
@@ -108,13 +108,13 @@ class Network(Generic[Config]):
         load_into(module, self.source, self.keys, device=device, dtype=dtype)
         return module.requires_grad_(False).eval()
 
-    def load(self, compute: Any, *, offload: bool) -> Part[Any]:
+    def load(self, compute: Any, *, offload: bool) -> Offloadable[Any]:
         """The network on its device, or waiting in host memory."""
         home = torch.device("cpu") if offload else compute.device
         module = self.read(home, compute.dtype)
         if offload and self.blocks is not None and compute.device.type != "cpu":
-            return StreamedPart(module, compute.device, self.blocks)
-        return Part(module, compute.device, offload=offload)
+            return StreamedModule(module, compute.device, self.blocks)
+        return Offloadable(module, compute.device, offload=offload)
 
 
 class Settings(BaseModel):
@@ -156,7 +156,7 @@ class Shapes:
         return 1 + max(int(n.split(".")[1]) for n in self.shapes if n.startswith(f"{blocks}."))
 
 
-def find_transformer(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
     """File of a transformer: of NVIDIA's layout or, where there is none, of diffusers'.
 
     Args:
@@ -210,8 +210,8 @@ def find_files(folder: Path, layouts: Iterable[Sequence[str]], kind: str) -> lis
     )
 
 
-def open_transformer(path: Path | Checkpoint) -> Checkpoint:
-    """Open the transformer that `find_transformer` finds, all shards of a set as one.
+def open_weights(path: Path | Checkpoint) -> Checkpoint:
+    """Open the transformer that `weights_file` finds, all shards of a set as one.
 
     A checkpoint that is open already is returned.
 
@@ -220,7 +220,7 @@ def open_transformer(path: Path | Checkpoint) -> Checkpoint:
     """
     if isinstance(path, Checkpoint):
         return path
-    file = find_transformer(path)
+    file = weights_file(path)
     shard = SHARD.fullmatch(file.name)
     return open_shards(find_shards(file.parent, shard["stem"])) if shard else open_checkpoint(file)
 

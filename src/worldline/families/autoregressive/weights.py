@@ -22,7 +22,7 @@ from worldline.shapes import LatentShape
 from worldline.weights import networks
 from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import Count, Flag, Network, Number, open_transformer
+from worldline.weights.networks import Count, Flag, Network, Number, open_weights
 
 _ATTENTION = {"wq": "q", "wk": "k", "wv": "v", "wo": "out", "q_norm": "q_norm", "k_norm": "k_norm"}
 
@@ -88,7 +88,7 @@ def open_network(
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor does not fit.
     """
-    source = open_transformer(path)
+    source = open_weights(path)
     beside = source.path.parent / "config.json"
     config = read_config(
         source, networks.read_settings(beside.parent) if settings is None else settings

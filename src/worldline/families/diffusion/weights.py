@@ -17,7 +17,7 @@ from worldline.shapes import LatentShape
 from worldline.weights import dit, networks
 from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import Flag, Network, Number, open_transformer
+from worldline.weights.networks import Flag, Network, Number, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +68,14 @@ def open_network(
     """Open a diffusion transformer of either layout; headers only.
 
     Args:
-        path: as for `open_transformer`.
+        path: as for `open_weights`.
         settings: content of `config.json`; None reads the one beside the file.
 
     Raises:
         CheckpointError: there is none, it is damaged, a tensor does not fit, or the rotary
             stretching is unknown.
     """
-    source = open_transformer(path)
+    source = open_weights(path)
     theirs = dit.is_diffusers(source)
     if settings is None and not theirs:
         settings = read_settings(source.path.parent)

@@ -22,7 +22,7 @@ from worldline.families.predict2_5.request import Schedule
 from worldline.weights import dit
 from worldline.weights.checkpoint import Checkpoint, renamed
 from worldline.weights.keymap import KeyMap
-from worldline.weights.networks import Network, Number, open_transformer
+from worldline.weights.networks import Network, Number, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +71,13 @@ def open_network(
     """Open a flow transformer of either layout; headers only.
 
     Args:
-        path: as for `open_transformer`; of weights and their averages the averages are read.
+        path: as for `open_weights`; of weights and their averages the averages are read.
         settings: content of `config.json`; None reads the one beside the file.
 
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor does not fit.
     """
-    source = network_view(open_transformer(path))
+    source = network_view(open_weights(path))
     theirs = dit.is_diffusers(source)
     keys = DIFFUSERS_KEYS if theirs else KEYS
     config = read_config(source, keys, None if theirs else settings)
