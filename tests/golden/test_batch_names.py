@@ -31,10 +31,10 @@ FAMILY = SimpleNamespace(
     request=ARRequest,
     check=lambda opened, request: request,
     video=lambda opened, request: VideoShape(33, 640, 1024),
+    holds_batch=lambda *_: True,
 )
-OPENED: Any = SimpleNamespace(
-    family=FAMILY, defaults={}, options=SimpleNamespace(disable_guardrail=True)
-)
+OPTIONS = SimpleNamespace(disable_guardrail=True)
+OPENED: Any = SimpleNamespace(family=FAMILY, defaults={}, options=OPTIONS)
 
 
 def base_batches(case: Case) -> list[dict[str, Any]]:
