@@ -1,4 +1,4 @@
-"""A hub on this machine that serves made-up repositories, and fails as it is told to."""
+"""A hub on this machine that serves made-up repositories, and fails on demand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FakeHub:
         refused: repository -> status and error code for its files.
         small: files that are in git itself, with git's hash.
         asked: method, path and range of every request.
-        logins: what every request for a file said of a login.
+        logins: the login of every request for a file.
         files_at: address of another host that holds the files; "" is this one.
     """
 

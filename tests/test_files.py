@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and what is no download is told."""
+"""Files appear whole or not at all, and what is no download is named."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_autoregressive_files_fit_both_ways(size: str) -> None:
 
 
 @pytest.mark.parametrize("size", AR)
-def test_settings_say_what_the_shapes_say(size: str) -> None:
+def test_settings_agree_with_the_shapes(size: str) -> None:
     stated = manifest(f"Cosmos-Predict1-{size}")
     checkpoint = fake(stated["tensors"], "model.pt")
     assert read_config(checkpoint, autoregressive_settings(AR_PRESETS[size])) == AR_PRESETS[size]
@@ -184,7 +184,7 @@ def test_both_diffusion_layouts_end_at_the_same_tensor(name: str) -> None:
         assert dit_weights.DIFFUSERS_KEYS.ours(theirs) == dit_weights.KEYS.ours(nvidia)
 
 
-def test_a_diffusers_config_says_what_the_released_one_says() -> None:
+def test_a_diffusers_config_equals_the_released_one() -> None:
     for name in DIFFUSION:
         stated = manifest(f"Cosmos-Predict1-{name}.diffusers")["config"]
         for key, value in diffusers_config(DIT_PRESETS[name]).items():

@@ -69,7 +69,7 @@ def test_both_layouts_end_at_the_same_tensor(size: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_diffusers_config_says_what_the_released_one_says(size: str) -> None:
+def test_a_diffusers_config_equals_the_released_one(size: str) -> None:
     stated = manifest(f"Cosmos-Predict2.5-{size}.diffusers")["config"]
     for key, value in diffusers_config(PRESETS[size]).items():
         if not key.startswith("_"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain, combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,14 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tiny.export import draw_weights
-from worldline import memory
+from worldline import guards, memory
 from worldline.catalog import ENTRIES
 from worldline.errors import InputError, InsufficientMemoryError
 from worldline.families.autoregressive.family import CARRIED, longest_prefix, window_shape
 from worldline.families.diffusion.model import DiT
 from worldline.family import Compute, Opened, load_family
 from worldline.locate import Place
-from worldline.memory import Memory, Plan, Stage, Weights, denoise_bytes, refuse_frames
+from worldline.memory import Memory, Plan, Stage, Weights, denoise_bytes
 from worldline.opening import choose_compute, fit_released, plan
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of
 from worldline.world import load_world
@@ -398,16 +400,15 @@ def test_frames_without_room(
     free: int, guarded: bool, clips: int, beside: int, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All frames are held at last, beside what the networks need."""
-    refuse = partial(
-        refuse_frames, VideoShape(1000, 100, 100), guarded=guarded, clips=clips, beside=beside
+    family: Any = SimpleNamespace(
+        video=lambda *_: VideoShape(1000, 100, 100), holds_batch=lambda *_: True
     )
+    opened: Any = SimpleNamespace(family=family)
+    monkeypatch.setattr(guards, "release_of", lambda _: "all" if guarded else None)
     monkeypatch.setattr(memory, "host_memory", partial(Memory, free, 10**10))
-    if fits:
-        refuse()
-    else:
-        message = r"^num_video_frames is 1000: .* 100 x 100"
-        with pytest.raises(InsufficientMemoryError, match=message):
-            refuse()
+    message = r"^num_video_frames is 1000: .* 100 x 100"
+    with nullcontext() if fits else pytest.raises(InsufficientMemoryError, match=message):
+        guards.check_frames(opened, None, clips, beside)
 
 
 def test_tiny_worlds_have_a_plan(

@@ -1,4 +1,4 @@
-"""What a recorder tells of stages that take turns."""
+"""A recorder of stages that take turns."""
 
 import torch
 

@@ -116,7 +116,7 @@ KINDS = {
     "predict2.5": Kind(
         name=tiny_predict2_5.POST.name,
         root="tiny_predict2_5",
-        load={"disable_guardrails": True, "video": (9, 32, 48)},
+        load={"disable_guardrails": True, "num_video_frames": 9, "height": 32, "width": 48},
         options={"prompt": PROMPT, **tiny_predict2_5.SMALL, "preview_every": 2},
         frames=9,
         fps=16,
@@ -594,6 +594,34 @@ def test_frames_without_room(
     monkeypatch.setattr("worldline.guards.release_of", lambda _: "Predict1")
     with pytest.raises(worldline.InsufficientMemoryError, match=r"1\.2 GB"):
         plain.stream(clip, **half)
+
+
+def test_room_for_a_batch_and_for_a_size(load: Callable[..., worldline.World], clip: Path) -> None:
+    """Clips are drawn two at a time, as the plan was made for; a wrong size is named."""
+    world = load("base", batch_size=2)
+    assert world.parts.compute.batch_size == 2
+    steps = world.stream_batch([clip] * 3, [{}] * 3)
+    reports = [step.video.report for _, step in steps if step.video is not None]
+    assert [report["clips_at_once"] for report in reports] == [2, 2, 1]
+    for kind, options, part in (
+        ("base", {"height": 32}, "height: no such option"),
+        ("diffusion", {"num_video_frames": 16}, "16 frames"),
+        ("predict2.5", {"height": 33}, "33 x 48"),
+    ):
+        with pytest.raises(worldline.InputError, match=part):
+            load(kind, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_debug_logs_a_line_a_stage(
+    kind: str, worlds: dict[str, worldline.World], clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG", "worldline.report"):
+        video = worlds[kind].generate(clip, **KINDS[kind].options)
+    logged = [record.getMessage() for record in caplog.records if "mean" in record.getMessage()]
+    stages = {line.partition(":")[0] for line in logged}
+    assert stages == {*KINDS[kind].stages} - {"prefill"}
+    assert any(f"decode: {video.frames.shape} uint8, mean" in line for line in logged)
 
 
 def test_a_world_without_room_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,8 @@ class Entry(_Record):
     preset: str = ""
     needs: tuple[str, ...] = ()
     command: str = ""
+    supported: bool = True
+    by_size: bool = False
     failure_rates: tuple[int, int] | None = None
     models: tuple[FlowModel, ...] = ()
     revision: str | None = None
@@ -141,7 +143,7 @@ def find(folder: str) -> Entry | None:
 def advice(name: str) -> str:
     """End of a message about a model that is not there; "" if nothing is known of it."""
     if (entry := find(name)) is not None:
-        if entry.family == "diffusion, other":
+        if not entry.supported:
             return f"; this version does not run {entry.name}: see `worldline models`"
         if "_post-trained" in name:
             return f"; it is what post-training makes of {entry.name}"

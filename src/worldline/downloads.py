@@ -70,7 +70,7 @@ def select(
             continue
         size, kind = match.groups()
         chosen = size in sizes
-        if not entry.command.startswith("autoregressive"):
+        if not entry.by_size:
             wanted = types or (("Text2World", "Video2World") if sizes else ())
             chosen = kind in wanted and (chosen or not sizes)
         if chosen:

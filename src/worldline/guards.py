@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from worldline.errors import CheckpointError
+from worldline import memory
+from worldline.errors import CheckpointError, InsufficientMemoryError
 from worldline.family import Compute, Opened
 from worldline.files import GIGABYTE
-from worldline.memory import refuse_frames
 from worldline.parallel.offload import Offloadable
 from worldline.report import Recorder
 from worldline.request import Request
@@ -136,13 +136,29 @@ def release_of(opened: Opened) -> str | None:
 
 
 def check_frames(opened: Opened, request: Any, clips: int = 1, beside: int = 0) -> None:
-    """Refuse a request, of which `clips` are made in step, by `refuse_frames`."""
-    refuse_frames(
-        opened.family.video(opened, request),
-        clips=clips if opened.family.holds_batch(opened, request) else 1,
-        guarded=release_of(opened) is not None,
-        beside=beside,
-    )
+    """Refuse a request whose frames do not fit into host memory, which holds all of them at last.
+
+    Args:
+        opened: the model.
+        request: a checked one.
+        clips: videos made in step.
+        beside: bytes of host memory that the networks need, counted if they fit at all.
+
+    Raises:
+        InsufficientMemoryError: too little is free.
+    """
+    free, video = memory.host_memory(), opened.family.video(opened, request)
+    if not opened.family.holds_batch(opened, request):
+        clips = 1
+    copies = clips + (release_of(opened) is not None)  # guardrails copy one video
+    need = copies * 3 * video.frames * video.height * video.width
+    if need + beside * (beside <= free.free) > free.free:
+        raise InsufficientMemoryError(
+            f"num_video_frames is {video.frames}: the frames of {clips} video(s) of {video.height} "
+            f"x {video.width} pixels need {need / GIGABYTE:.1f} GB of host memory beside "
+            f"{beside / GIGABYTE:.1f} GB of networks, {free}; lower num_video_frames, the size or "
+            "--batch_size"
+        )
 
 
 def upsamples(opened: Opened) -> bool:

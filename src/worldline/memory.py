@@ -14,7 +14,7 @@ import torch
 
 from worldline.errors import InsufficientMemoryError
 from worldline.files import GIGABYTE
-from worldline.shapes import LatentShape, VideoShape
+from worldline.shapes import LatentShape
 
 if TYPE_CHECKING:
     from worldline.nn.dit import DiTSizes
@@ -151,30 +151,6 @@ class Fit:
     def __str__(self) -> str:
         flags = (f" --{name}" for name in self.flags)
         return f"yes{''.join(flags)}" if self.fits else "no, too little memory"
-
-
-def refuse_frames(video: VideoShape, *, clips: int = 1, guarded: bool, beside: int = 0) -> None:
-    """Refuse a video whose frames do not fit into host memory, which holds all of them at the end.
-
-    Args:
-        video: its size.
-        clips: videos held at once.
-        guarded: whether guardrails check the frames, which copies one video.
-        beside: bytes of host memory that the networks need, counted if they fit at all.
-
-    Raises:
-        InsufficientMemoryError: too little is free.
-    """
-    memory = host_memory()
-    need = (clips + guarded) * 3 * video.frames * video.height * video.width
-    if need + (beside if beside <= memory.free else 0) <= memory.free:
-        return
-    raise InsufficientMemoryError(
-        f"num_video_frames is {video.frames}: the frames of {clips} video(s) of {video.height} x "
-        f"{video.width} pixels need {need / GIGABYTE:.1f} GB of host memory beside "
-        f"{beside / GIGABYTE:.1f} GB of networks, {memory}; lower num_video_frames, the size or "
-        "--batch_size"
-    )
 
 
 def coding_bytes(cells: int, widest: int, size: int) -> int:

@@ -131,9 +131,11 @@ class Options(BaseModel):
 def help_of(field: FieldInfo, default: Any) -> str:
     """Help text, the default last in brackets."""
     text = field.description or ""
-    if "[default:" in text or default is False or default in (None, (), "", NEGATIVE_PROMPT):
+    stated = "[default:" in text and default == field.default
+    if stated or default is False or default in (None, (), "", NEGATIVE_PROMPT):
         return text
-    return f"{text}  [default: {str(default).removesuffix('.0')}]"
+    described, _, _ = text.partition("[default:")
+    return f"{described.rstrip()}  [default: {str(default).removesuffix('.0')}]"
 
 
 def _plain(value: Any) -> Any:

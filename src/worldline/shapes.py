@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from worldline.errors import InputError
+
 
 @dataclass(frozen=True)
 class LatentShape:
@@ -54,15 +56,15 @@ class VideoShape:
         """Latent grid of this video; arguments are the factors of compression.
 
         Raises:
-            ValueError: the frame count is not 1 + temporal*k, or a side is no multiple of spatial.
+            InputError: the frame count is not 1 + temporal*k, or a side is no multiple of spatial.
         """
         if (self.frames - 1) % temporal:
-            raise ValueError(
+            raise InputError(
                 f"{self.frames} frames: a clip must have 1 + {temporal}k frames "
                 f"(nearest: {nearest_frames(self.frames, temporal)})"
             )
         if self.height % spatial or self.width % spatial:
-            raise ValueError(
+            raise InputError(
                 f"{self.height} x {self.width} pixels: both sides must be multiples of {spatial}"
             )
         return LatentShape(

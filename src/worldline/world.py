@@ -23,8 +23,8 @@ from worldline.files import stamp
 from worldline.guards import Checks, Guards, check_frames, load_guards, release_of, rewrites
 from worldline.inputs import Input, InputType, describe, kind_of, read_clip
 from worldline.locate import locate
-from worldline.opening import choose_compute, load_parts, open_world, plan
-from worldline.report import Recorder, environment
+from worldline.opening import choose_batch_size, choose_compute, load_parts, open_world, plan
+from worldline.report import Recorder, environment, log_result
 from worldline.request import Request
 from worldline.step import Step, Video, numbered
 from worldline.video.read import Clip
@@ -33,25 +33,26 @@ logger = logging.getLogger(__name__)
 
 
 def load(name: str | PathLike[str], **options: Any) -> World:
-    """Load a world model.
+    """Load a world model; for a bundled one on the CPU, torch computes on one thread from then on.
 
     Args:
         name: "tiny-…" for a model that ships with the package, the name of a folder below
             `checkpoint_dir`, a path of a folder or file, or a released name such as
             "2B/post-trained".
-        options: load options, listed by family below; also `video`, the (frames, height, width) of
-            the largest video to make, for which the device must have room; by default the model's.
+        options: load options, listed by family below, and num_video_frames, height and width of
+            the largest video to make, for which there must be room; by default the model's own.
 
     Raises:
         CheckpointError: files are absent, damaged or of another model.
         InputError: an option is unknown or wrong.
         InsufficientMemoryError: the device is too small.
     """
-    video = options.pop("video", None)
+    sides = {"num_video_frames", "height", "width"} & options.keys()
+    size = {name: options.pop(name) for name in sides}
     opened = open_world(locate(name, options.get("checkpoint_dir", "checkpoints")), options)
-    sides = ("num_video_frames", "height", "width")
-    stated = {} if video is None else dict(zip(sides, video, strict=True))
-    return load_world(opened, [opened.family.request.parse({**opened.defaults, **stated})])
+    clips = [opened.family.request.parse({**opened.defaults, **size})]
+    count = getattr(opened.options, "batch_size", "auto")
+    return load_world(opened, clips if isinstance(count, str) else clips * count)
 
 
 def load_world(
@@ -61,7 +62,7 @@ def load_world(
     *,
     upsample: bool = True,
 ) -> World:
-    """Load an opened model with room for the largest of some requests.
+    """Load an opened model with room for the largest of some requests, or for a batch of them.
 
     Args:
         opened: the model.
@@ -74,7 +75,10 @@ def load_world(
         InsufficientMemoryError: the device is too small.
     """
     compute = compute or choose_compute(opened.options)
+    if opened.place.bundled and compute.device.type == "cpu":
+        torch.set_num_threads(1)  # tiny networks: on busy cores threads wait for each other
     guards = load_guards(opened, compute, upsample=upsample)
+    compute = choose_batch_size(opened, requests, compute, guards.guardrail_bytes)
     needed = plan(opened, requests, compute, guards.guardrail_bytes)
     advice = "; a smaller --batch_size needs less" if compute.batch_size > 1 else ""
     needed.refuse_unless_fits(compute.device, opened.options.offloaded, guards.advice + advice)
@@ -196,7 +200,8 @@ class World:
     def _batch_size(self, clips: int) -> int:
         """Clips that are computed in step, of so many."""
         most = self.opened.family.max_batch_size(self.opened, self.parts.compute)
-        return clips if most is None else min(clips, most)
+        chosen = getattr(self.opened.options, "batch_size", None)
+        return min(count for count in (clips, most, chosen) if isinstance(count, int))
 
     def prepare(
         self,
@@ -294,6 +299,7 @@ class World:
             shared: recorder of the stages that a batch has in common.
         """
         assert step.frames is not None
+        log_result("decode", torch.from_numpy(step.frames))
         prompt = made.request.prompt
         frames = yield from checks.after(step.frames)
         report = {

@@ -1,4 +1,4 @@
-"""`checkpoints inspect` recognises what it is shown, and says what does not fit."""
+"""`checkpoints inspect` recognises files and folders, and names what does not fit."""
 
 from __future__ import annotations
 

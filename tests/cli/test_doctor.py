@@ -23,7 +23,7 @@ def test_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         f"torch        {torch.__version__}",
         "30.0 of 32.0 GB are free",
         "none that torch can use",
-        "torch SDPA (on the CPU) for prompts, matrix products for decoding",
+        "torch SDPA for prompts, matrix products for decoding",
         "writes       mp4, mov, mkv, webm, gif",
         "fits         Cosmos-Predict1-4B",
         "too large    Cosmos-Predict1-12B",

@@ -83,14 +83,15 @@ def test_the_help_has_the_world_s_own_defaults(
     root = Path(shutil.copytree(tiny_diffusion, tmp_path / "worlds"))
     path = root / VIDEO2WORLD / "config.json"
     settings = json.loads(path.read_text())
-    path.write_text(json.dumps({**settings, "num_steps": 17, "guidance": 2.5}))
+    own = {"num_steps": 17, "guidance": 2.5, "rotary_precision": "float32"}
+    path.write_text(json.dumps({**settings, **own}))
     monkeypatch.setattr(locate, "BUNDLED", root)
     for words in ((f"tiny-{VIDEO2WORLD}",), (VIDEO2WORLD, f"--checkpoint-dir={root}")):
         result = run("generate", *words, "--help")
         assert result.exit_code == 0, result.stderr
         text = " ".join(result.stdout.split())
         assert words[0] in text
-        for field, default in (("num_steps", 17), ("guidance", 2.5), ("seed", 1)):
+        for field, default in {**own, "seed": 1}.items():
             described = text.split(f"--{field} ")[1].split(" --")[0]
             assert described.endswith(f"[default: {default}]")
         assert "--disable_prompt_upsampler" in text

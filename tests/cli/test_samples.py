@@ -106,7 +106,7 @@ def test_comments() -> None:
     assert without_comments(text).count("\n") == text.count("\n")
 
 
-def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
+def test_a_line_ends_where_json_ends_it(tmp_path: Path) -> None:
     """Some signs that end a line of text may stand in a JSON string."""
     sample = {**TEXT, "name": "a", "prompt": "a\u2028b\x85c\u2029d"}
     text = json.dumps(sample, ensure_ascii=False) + "\r\n" + json.dumps({**TEXT, "name": "b"})

@@ -157,7 +157,7 @@ def test_videos_are_found_below_and_know_what_was_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"request": 1}', '{"request": {"num_input_frames": "9"}}', "[" * 9**5]
 )
-def test_other_files_beside_a_video_say_nothing(tmp_path: Path, text: str) -> None:
+def test_other_files_beside_a_video_are_ignored(tmp_path: Path, text: str) -> None:
     write(tmp_path / "a.mp4", moving()).with_suffix(".json").write_text(text)
     assert names(tmp_path) == [("a.mp4", 0, "")]
 

@@ -285,7 +285,7 @@ def test_settings_that_contradict_the_tensors(changed: dict[str, int], tmp_path:
         open_network(source, {**autoregressive_settings(VIDEO2WORLD), **changed})
 
 
-def test_shapes_that_tell_nothing(tmp_path: Path) -> None:
+def test_shapes_that_decide_nothing(tmp_path: Path) -> None:
     name = "model.layers.0.attention.q_norm.weight"
     for shape in ((), (0,), (2, 2)):
         source = stored(BASE, tmp_path / "model.pt")

@@ -47,7 +47,7 @@ def test_kinds(root: Path) -> None:
     assert cases("absent_tiny") == []
 
 
-def test_a_case_that_says_no_kind_is_known_by_what_it_holds(
+def test_a_case_without_a_kind_is_known_by_what_it_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = {

@@ -100,7 +100,7 @@ def test_a_vae_folder_is_opened_as_such_or_from_its_model(name: str, tmp_path: P
         assert torch.equal(read.mean, statistics().mean)
 
 
-def test_what_is_wrong_with_a_vae_folder_is_said(tmp_path: Path) -> None:
+def test_a_wrong_vae_folder_is_refused_by_name(tmp_path: Path) -> None:
     model = build()
     tensors = save_vae(tmp_path / "vae", model)
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"

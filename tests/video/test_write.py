@@ -128,7 +128,7 @@ def test_equal_frames_are_all_kept(suffix: str, tmp_path: Path) -> None:
     assert len(read_video(path).frames) == 33
 
 
-def test_videos_say_which_colours_they_hold(tmp_path: Path) -> None:
+def test_videos_name_their_colour_space(tmp_path: Path) -> None:
     write_video(clip(), tmp_path / "a.mp4", 25)
     with av.open(str(tmp_path / "a.mp4")) as container:
         context = container.streams.video[0].codec_context
@@ -183,7 +183,7 @@ def test_bad_requests(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.mp4"]
 
 
-def test_names_that_are_too_long_are_told_first(tmp_path: Path) -> None:
+def test_names_that_are_too_long_are_refused_first(tmp_path: Path) -> None:
     """A name that is accepted is short enough for a report and temporary files, too."""
     stem = max(
         (n for n in range(1, 300) if _accepted(tmp_path / "new" / ("é" * n + ".mp4"))), default=0
@@ -245,7 +245,7 @@ def test_frames_that_the_encoder_cannot_take(name: str, width: int, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_too_little_memory_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory")
 

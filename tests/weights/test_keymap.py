@@ -1,4 +1,4 @@
-"""A key map works both ways, and says all that does not fit in one line."""
+"""A key map works both ways, and names all that does not fit in one line."""
 
 import pytest
 import torch

@@ -60,8 +60,6 @@ def demo(every: bool, seed: int, output: Path) -> None:
     (output.mp4, output.json, …), and contact_sheet.png, which compares them with what really
     happens.
     """
-    import torch
-
     import worldline
     from worldline.evaluate.metrics import psnr
     from worldline.video.read import read_video
@@ -71,7 +69,6 @@ def demo(every: bool, seed: int, output: Path) -> None:
     logger = logging.getLogger("worldline")
     if logger.level == logging.INFO:  # not with --debug
         logger.setLevel(logging.WARNING)
-    torch.set_num_threads(1)  # the networks are tiny: on busy cores threads wait for each other
     clip = read_video(CLIP)
     truth, caption = clip.frames, json.loads(CLIP.with_name("captions.json").read_text())[CLIP.name]
     write_video(truth[:9], output / "input.mp4", clip.fps)

@@ -46,9 +46,8 @@ def _findings() -> Iterator[tuple[str, str]]:
     triton = find_spec("triton") is not None
     missing = "not installed: plain modules are used, which are slower on a GPU"
     yield "triton", version("triton") if triton else missing
-    place = "on the GPU" if cuda else "on the CPU"
     decoding = "Triton, split keys" if cuda and triton else "matrix products"
-    yield "attention", f"torch SDPA ({place}) for prompts, {decoding} for decoding"
+    yield "attention", f"torch SDPA for prompts, {decoding} for decoding"
     yield "pyav", av.__version__
     known = av.codec.codecs_available
     yield "writes", ", ".join(formats for formats, codec in _ENCODERS.items() if codec in known)

@@ -108,7 +108,7 @@ main = Main(
     epilog="Options may be written with _ or with -.",
     context_settings=SETTINGS,
     params=[
-        click.Option(["--debug"], is_flag=True, expose_value=False, help="Show traces of errors."),
+        click.Option(["--debug"], is_flag=True, expose_value=False, help="Log traces and stages."),
     ],
 )
 main = click.version_option(package_name="worldline", message="%(prog)s %(version)s")(main)

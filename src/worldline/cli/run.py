@@ -199,14 +199,10 @@ def load(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
     from worldline.guards import rewrites
     from worldline.world import load_world
 
-    if opened.place.bundled and compute.device.type == "cpu":
-        torch.set_num_threads(1)  # tiny networks: on busy cores threads wait for each other
     requests = [item.request for item in items]
-    size = choose_batch_size(opened, compute, requests)
-    compute = replace(compute, batch_size=size)
     upsample = any(rewrites(opened, request) for request in requests)
     world = load_world(opened, requests, compute, upsample=upsample)
-    loading = world.loading.as_dict()
+    loading, size = world.loading.as_dict(), world.parts.compute.batch_size
     logger.info(
         f"{world.name} ({world.parameters / 1e6:,.1f} M parameters) on {world.device}; loaded in "
         f"{loading['seconds']:.1f} s, {loading['peak_gb']:.2f} GB"
@@ -240,27 +236,6 @@ def load(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
         return outcome
 
     return make_one
-
-
-def choose_batch_size(opened: Opened, compute: Compute, requests: Sequence[Any]) -> int:
-    """Number of clips that are computed in step: as many as fit, unless it is chosen."""
-    from worldline.memory import device_memory
-    from worldline.opening import plan
-
-    chosen = getattr(opened.options, "batch_size", 1)
-    most = opened.family.max_batch_size(opened, compute)
-    auto = chosen == "auto"
-    memory = device_memory(compute.device) if auto else None
-    size = min(len(requests), (most or 1) if auto else chosen)
-    if most is not None and size > most:
-        logger.info("--batch_size %d: %d are computed in step, the most possible", chosen, most)
-        size = most
-    while size > 1 and memory is not None:
-        needed = plan(opened, requests, replace(compute, batch_size=size))
-        if needed.peak(opened.options.offloaded) <= memory.free:
-            break
-        size -= 1
-    return size
 
 
 def make_videos(world: World, items: Sequence[Item], label: str, outcomes: Outcomes) -> None:

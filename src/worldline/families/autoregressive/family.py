@@ -129,6 +129,7 @@ def encode_prompts(
             encoded = encoder.embed([*prompts.values()])
             for number, prompt in prompts.items():
                 contexts[number] = encoded[prompt]
+                log_result("text", encoded[prompt])
                 truncations = encoder.truncations({"prompt": prompt})
                 jobs[number].recorder.facts["prompt_truncation"] = truncations
     return contexts
