@@ -618,7 +618,8 @@ def test_debug_logs_a_line_a_stage(
 ) -> None:
     with caplog.at_level("DEBUG", "worldline.report"):
         video = worlds[kind].generate(clip, **KINDS[kind].options)
-    logged = [record.getMessage() for record in caplog.records if "mean" in record.getMessage()]
+    messages = (record.getMessage() for record in caplog.records)
+    logged = [message for message in messages if "mean" in message]
     stages = {line.partition(":")[0] for line in logged}
     assert stages == {*KINDS[kind].stages} - {"prefill"}
     assert any(f"decode: {video.frames.shape} uint8, mean" in line for line in logged)

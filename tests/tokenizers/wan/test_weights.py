@@ -1,4 +1,4 @@
-"""The layouts in which the Wan2.1 tokenizer is kept, and the messages about files that do not fit."""
+"""The layouts of the Wan2.1 tokenizer's files, and messages about files that do not fit."""
 
 from __future__ import annotations
 
