@@ -36,6 +36,7 @@ Frames = NDArray[np.uint8]
 
 SHUFFLES = 5  # captions of other clips that each clip is compared with
 ROWS_A_SHEET = 20
+SHEET_CLIPS = 40  # drawn in the sheets
 SAMPLING = ("num_steps", "guidance", "negative_prompt", "sampler", "schedule", "fps")
 TASKS = ("video2world", "image2world", "text2world")
 
@@ -118,14 +119,14 @@ class Prompted:
             "motion": quartiles(self.motion),
             "failures": failure_rate(self.failures).as_json(),
             "not_passed": [
-                {"prompt": caption, "shown": shown(verdict.objects)}
+                {"prompt": caption, "objects": describe(verdict.objects)}
                 for caption, verdict in zip(self.captions, self.verdicts, strict=True)
                 if not verdict.passed
             ],
         }
 
 
-def shown(objects: Sequence[Found]) -> list[str]:
+def describe(objects: Sequence[Found]) -> list[str]:
     return [f"{found.colour} {found.shape}" for found in objects]
 
 
@@ -133,7 +134,7 @@ def verdict_words(verdict: Verdict) -> str:
     if verdict.passed:
         return "passed"
     return f"{'companion' if verdict.subject_found else 'subject'} missed: " + (
-        ", ".join(shown(verdict.objects)) or "nothing found"
+        ", ".join(describe(verdict.objects)) or "nothing found"
     )
 
 
@@ -191,7 +192,6 @@ def measure_check(clips: int, size: tuple[int, int, int]) -> dict[str, Any]:
 @click.option("--device", default=None)
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--sheets", type=click.Path(path_type=Path), help="Folder for PNGs to look at.")
-@click.option("--sheet_clips", default=40, show_default=True, help="How many clips they show.")
 def main(
     model: str,
     checkpoint_dir: str,
@@ -203,7 +203,6 @@ def main(
     device: str | None,
     output: Path,
     sheets: Path | None,
-    sheet_clips: int,
 ) -> None:
     """Measure, print, and write a JSON file."""
     # prompts go in as they are, and videos come out as they are
@@ -232,7 +231,7 @@ def main(
         truth, masks, caption = clip.frames[0].numpy(), clip.masks[0].numpy(), clip.captions[0]
         again = reconstructed(world, truth)
         reconstruction.append(psnr(again, truth))
-        said = [f"tokenizer {reconstruction[-1]:.2f} dB"]
+        line = [f"tokenizer {reconstruction[-1]:.2f} dB"]
         for task, figures in measured.items():
             start = time.perf_counter()
             given = frames_given[task]
@@ -250,13 +249,13 @@ def main(
                 words = figures.add(video.frames, truth, masks)
             else:
                 words = figures.add(video.frames, caption)
-            said.append(f"{task} {words}")
-            if sheets is not None and number < sheet_clips:
+            line.append(f"{task} {words}")
+            if sheets is not None and number < SHEET_CLIPS:
                 if given:
                     rows[task].append((truth, f"truth {seed}: {caption}"))
                 label = f"{task}, {words}" if given else f"{seed}, {words}: {caption}"
                 rows[task].append((video.frames, label))
-        print(seed, "; ".join(said), flush=True)
+        print(seed, "; ".join(line), flush=True)
     result: dict[str, Any] = {
         "model": model,
         "frames_height_width": size,

@@ -27,14 +27,14 @@ from tiny.clips import make_clips
 from worldline.evaluate import metrics
 from worldline.evaluate.failures import Failure, failure_rate, find_failures
 from worldline.evaluate.metrics import ssim
-from worldline.families.autoregressive.family import Decoding, Job
+from worldline.families.autoregressive.family import Decoding
 from worldline.families.autoregressive.request import ARRequest
 from worldline.report import Recorder
 from worldline.sampling.solvers import finish
 from worldline.shapes import VideoShape
 from worldline.video.convert import signed_to_uint8
 from worldline.video.sheet import contact_sheet
-from worldline.world import World
+from worldline.world import Job, World
 
 Frames = NDArray[np.uint8]
 
@@ -79,7 +79,7 @@ def reconstructed(world: World, frames: Frames, prompt: str | None = None) -> Fr
     decoder, ids = parts.opened["decoder"], tokenizer.encode_tokens(video)
     context = None if prompt is None else parts.text.embed([prompt])[prompt]
     video = Decoding(VideoShape(*frames.shape[:3]), 1)
-    job = Job(None, ARRequest(), Recorder(world.device))
+    job = Job(None, None, ARRequest(), Recorder(world.device), {})
     finish(decoder.decode(parts, video, ids, job, context))
     return video.frames
 

@@ -1,11 +1,11 @@
-"""Every example runs."""
+"""Every example runs; every benchmark can be imported."""
 
 import runpy
 from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "examples"
+FOLDER, BENCHMARKS = (Path(__file__).parents[1] / name for name in ("examples", "benchmarks"))
 
 
 ARGUMENTS = {
@@ -24,3 +24,9 @@ def test_example(script: str, tmp_path: Path) -> None:
 
 def test_every_example_is_tested() -> None:
     assert {path.name for path in FOLDER.glob("*.py")} == ARGUMENTS.keys()
+
+
+@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    assert runpy.run_path(str(script))["__doc__"]

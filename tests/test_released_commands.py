@@ -417,5 +417,5 @@ def test_every_script_of_the_guides_has_its_command() -> None:
     table = json.loads((Path(__file__).parent / "data" / "cli_parity.json").read_text())
     scripts = {script["path"] for script in table["scripts"] if script["seed_docs"]}
     assert scripts <= {*PROGRAMS, *ELSEWHERE}
-    told = [c for examples in GENERATE.values() for c in examples.values()]
-    assert {command.split()[0] for command in (*told, *SAMPLES, *DOWNLOAD)} == {*PROGRAMS}
+    commands = [c for examples in GENERATE.values() for c in examples.values()]
+    assert {command.split()[0] for command in (*commands, *SAMPLES, *DOWNLOAD)} == {*PROGRAMS}

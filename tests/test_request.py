@@ -176,11 +176,10 @@ def test_frames_without_an_input(stated: dict[str, Any], input: str | None, mess
 
 def test_effective_values_are_those_that_decide_the_frames() -> None:
     request = FlowRequest.parse({"preview_every": 3, "guidance": 0})
-    assert request.unused() == {"negative_prompt": "guidance is 0"}
-    assert request.effective(request.unused()).keys() == FlowRequest.model_fields.keys() - {
-        "preview_every",
-        "negative_prompt",
-    }
+    unused = {"negative_prompt", "negative_prompt_embeddings"}
+    assert request.unused().keys() == unused
+    effective = request.effective(unused).keys()
+    assert effective == FlowRequest.model_fields.keys() - unused - {"preview_every"}
     other = FlowRequest.parse({"guidance": 0, "negative_prompt": "fog"})
     assert other.effective(other.unused()) == request.effective(request.unused())
     assert FlowRequest.parse({"guidance": 1}).effective({}) != request.effective(request.unused())

@@ -119,9 +119,9 @@ def test_the_short_command_and_help(root: Path, clip: Path, tmp_path: Path) -> N
     made = run_words([*words, clip, "--disable_guardrail", "-o", tmp_path / "short.gif"])
     assert made.exit_code == 0, made.output
     assert files_in(tmp_path) >= {"short.gif", "short.json"}
-    for shown in (run_words([*words, "--help"]), run_words(["toy", "--help"])):
+    for result in (run_words([*words, "--help"]), run_words(["toy", "--help"])):
         for flag in ("--strength", "--offload_network", "--codec_dir", "--resume"):
-            assert flag in shown.output
+            assert flag in result.output
     assert "[default: 5]" in run_words([*words, "--help"]).output  # of the model
     assert "toy" in run_words(["--help"]).output
 

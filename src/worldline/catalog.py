@@ -106,16 +106,16 @@ class Entry(_Record):
 
 def _read() -> Iterator[Entry]:
     data = tomllib.loads(Path(__file__).with_name("catalog.toml").read_text())
-    for own in data["checkpoints"]:
-        name, models = own["name"], own.get("models", [])
-        own = {**data["families"].get(own["family"], {}), **own}
-        own = {"repository": f"nvidia/{name}", "destination": name, "folders": [name], **own}
-        own["models"] = [{**model, "repository": own["repository"]} for model in models]
+    for table in data["checkpoints"]:
+        name, models = table["name"], table.get("models", [])
+        table = {**data["families"].get(table["family"], {}), **table}
+        table = {"repository": f"nvidia/{name}", "destination": name, "folders": [name], **table}
+        table["models"] = [{**model, "repository": table["repository"]} for model in models]
         files = [{"name": model["file"], "nbytes": model["nbytes"]} for model in models]
-        own["files"] = files + own.get("files", [])
-        whole = [[file["name"] for file in own["files"]]]
-        own["layouts"] = [[model["file"]] for model in models] + own.get("layouts", whole)
-        yield Entry(**own)
+        table["files"] = files + table.get("files", [])
+        whole = [[file["name"] for file in table["files"]]]
+        table["layouts"] = [[model["file"]] for model in models] + table.get("layouts", whole)
+        yield Entry(**table)
 
 
 ENTRIES = tuple(_read())

@@ -120,19 +120,21 @@ def _look_up(name: str) -> Entry:
             if short.removeprefix("Cosmos-Predict2.5-") in (model.name, model.name.split("/")[0]):
                 # the entry's own files are the tokenizer of all models
                 needs = (FLOW_TOKENIZER[0].removeprefix("nvidia/"), *entry.needs)
-                own = {"fetch": ((model.file,),), "revision": model.revision, "needs": needs}
-                return entry.model_copy(update={**own, "fetch_beside": ("config.json", "LICENSE*")})
-    found = find(name) or find(short)
-    if found is None and name.startswith(BUNDLED_PREFIX):
+                update = {"fetch": ((model.file,),), "fetch_beside": ("config.json", "LICENSE*")}
+                return entry.model_copy(
+                    update={**update, "revision": model.revision, "needs": needs}
+                )
+    known = find(name) or find(short)
+    if known is None and name.startswith(BUNDLED_PREFIX):
         raise InputError(f"{name}: models of that name come with the package; nothing is fetched")
-    if found is None:
-        known = [folder for entry in ENTRIES for folder in entry.folders]
-        known += [*GROUPS, *(model.name for model in FLOW_MODELS)]
-        hint = did_you_mean(name, known, 0.6) or "; `worldline models` lists them"
+    if known is None:
+        names = [folder for entry in ENTRIES for folder in entry.folders]
+        names += [*GROUPS, *(model.name for model in FLOW_MODELS)]
+        hint = did_you_mean(name, names, 0.6) or "; `worldline models` lists them"
         raise InputError(f"no model {name} is known{hint}")
     if "_post-trained" in name:
-        raise InputError(f"{name} is not released: it is what post-training makes of {found.name}")
-    return found
+        raise InputError(f"{name} is not released: it is what post-training makes of {known.name}")
+    return known
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ class RemoteFile:
         is_git = len(self.digest) == 40
         begun = hashlib.sha1(f"blob {self.nbytes}\0".encode(), usedforsecurity=False)
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, (lambda: begun) if is_git else "sha256")
-        return found.hexdigest() == self.digest
+            digest = hashlib.file_digest(file, (lambda: begun) if is_git else "sha256")
+        return digest.hexdigest() == self.digest
 
     def may_be_at(self, path: Path) -> bool:
         """Whether `path` is a file of the right size."""

@@ -142,7 +142,7 @@ def check_frames(opened: Opened, request: Any, clips: int = 1, beside: int = 0) 
         opened: the model.
         request: a checked one.
         clips: videos made in step.
-        beside: bytes of host memory that the networks need, counted if they fit at all.
+        beside: bytes of host memory that the networks need.
 
     Raises:
         InsufficientMemoryError: too little is free.
@@ -152,7 +152,7 @@ def check_frames(opened: Opened, request: Any, clips: int = 1, beside: int = 0) 
         clips = 1
     copies = clips + (release_of(opened) is not None)  # guardrails copy one video
     need = copies * 3 * video.frames * video.height * video.width
-    if need + beside * (beside <= free.free) > free.free:
+    if need + beside > free.free:
         raise InsufficientMemoryError(
             f"num_video_frames is {video.frames}: the frames of {clips} video(s) of {video.height} "
             f"x {video.width} pixels need {need / GIGABYTE:.1f} GB of host memory beside "

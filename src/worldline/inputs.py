@@ -38,7 +38,7 @@ def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
     Raises:
         InputError: it cannot be read, is of another kind, or is too short.
     """
-    found = kind_of(input)
+    actual = kind_of(input)
     if isinstance(input, np.ndarray | torch.Tensor):
         frames = input.detach().cpu().numpy() if isinstance(input, torch.Tensor) else input
         if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size or frames.dtype != np.uint8:
@@ -46,8 +46,8 @@ def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
                 f"frames are {frames.dtype} {frames.shape}; give uint8 (T, H, W, 3), not empty"
             )
         clip = Clip(frames, 0.0)
-    elif found != kind:
-        raise InputError(f"{describe(input)}: it is of type {found}; give --input_type {found}")
+    elif actual != kind:
+        raise InputError(f"{describe(input)}: it is of type {actual}; give --input_type {actual}")
     elif isinstance(input, Image.Image):
         clip = to_rgb(input, describe(input))
     elif kind == "image":

@@ -84,13 +84,13 @@ class Plan:
 
     def need(self, stage: Stage, offloaded: Collection[str]) -> int:
         """Bytes that a stage holds: of all weights that stay, of its own, and beside them."""
-        found = self.workspace + stage.activations
+        nbytes = self.workspace + stage.activations
         for part, weights in self.weights.items():
             if weights.flag not in offloaded:
-                found += weights.nbytes
+                nbytes += weights.nbytes
             elif part == stage.uses:
-                found += weights.streamed or weights.nbytes
-        return found
+                nbytes += weights.streamed or weights.nbytes
+        return nbytes
 
     def peak(self, offloaded: Collection[str] = ()) -> int:
         """Bytes of the stage that needs most."""
@@ -125,18 +125,18 @@ class Plan:
             advice: end of the message.
         """
         memory = device_memory(device)
-        found = self.fit(device, memory, offloaded)
-        missing = [name for name in found.flags if name not in offloaded]
-        if found.fits and not missing:
+        fit = self.fit(device, memory, offloaded)
+        missing = [name for name in fit.flags if name not in offloaded]
+        if fit.fits and not missing:
             return
         kind = "GPU" if device.type == "cuda" else "host"
         need = self.peak(offloaded if device.type == "cuda" else ())
         message = f"{self.name} needs about {need / GIGABYTE:.1f} GB of {kind} memory, {memory}"
-        if found.fits:
+        if fit.fits:
             flags = " ".join(f"--{name}" for name in missing)
-            message += f"; add {flags}, which needs {found.need / GIGABYTE:.1f} GB"
+            message += f"; add {flags}, which needs {fit.need / GIGABYTE:.1f} GB"
         elif device.type == "cuda":
-            message += f"; all offload flags together need {found.need / GIGABYTE:.1f} GB"
+            message += f"; all offload flags together need {fit.need / GIGABYTE:.1f} GB"
         raise InsufficientMemoryError(message + advice)
 
 

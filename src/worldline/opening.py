@@ -114,8 +114,8 @@ def open_world(
     opened = replace(opened, options=family.options.parse(stated, name))
     for part in reversed(family.parts):
         try:
-            if (found := part.open(opened)) is not None:
-                opened = opened.with_part(part.name, found)
+            if (part_on_disk := part.open(opened)) is not None:
+                opened = opened.with_part(part.name, part_on_disk)
                 for first, a, second, b in family.agree:
                     if part.name in (first, second) and {first, second} <= opened.parts.keys():
                         refuse_unless_equal(opened[first], a, opened[second], b)
@@ -204,7 +204,7 @@ def choose_batch_size(
     chosen = getattr(opened.options, "batch_size", 1)
     most = opened.family.max_batch_size(opened, compute)
     auto = chosen == "auto"
-    size = min(len(requests), (most or 1) if auto else chosen)
+    size = min(len(requests), most or 1 if auto else chosen)
     if most is not None and size > most:
         logger.info("--batch_size %d: %d are computed in step, the most possible", chosen, most)
         size = most
@@ -248,11 +248,11 @@ def fit_released(entry: Entry, compute: Compute, memory: Memory) -> Fit | None:
     options, nowhere = family.options.parse({}), Place(Path(entry.name), ())
     opened = Opened(family, entry.name, nowhere, options, parts=family.presets(entry))
     request = family.request.parse({})
-    found = plan(opened, [request], compute).fit(compute.device, memory)
+    fit = plan(opened, [request], compute).fit(compute.device, memory)
     disabled = {part.name: part.disable for part in family.parts if part.disable}
-    if disabled and not found.fits:
+    if disabled and not fit.fits:
         parts = {name: part for name, part in opened.parts.items() if name not in disabled}
         bare = plan(replace(opened, parts=parts), [request], compute).fit(compute.device, memory)
         if bare.fits:
             return replace(bare, flags=(*dict.fromkeys(disabled.values()), *bare.flags))
-    return found
+    return fit

@@ -188,12 +188,12 @@ class Request(Options):
         if frames is None:
             raise InputError("no input; give an image or a video to continue")
         request = cls.parse({"num_input_frames": frames, **defaults, **stated}, name)
-        given, called = request.num_input_frames, name("num_input_frames")
-        if (kind is None) == bool(given):
-            there = "no input; give one" if given else "an input; give 1 or more"
-            raise InputError(f"{called} is {given}, but there is {there}")
-        if kind == "image" and given > 1:
-            raise InputError(f"{called} is {given}, but an image has 1 frame; leave it out")
+        num_frames, called = request.num_input_frames, name("num_input_frames")
+        if (kind is None) == bool(num_frames):
+            there = "no input; give one" if num_frames else "an input; give 1 or more"
+            raise InputError(f"{called} is {num_frames}, but there is {there}")
+        if kind == "image" and num_frames > 1:
+            raise InputError(f"{called} is {num_frames}, but an image has 1 frame; leave it out")
         return request
 
     def unused(self) -> dict[str, str]:
@@ -225,7 +225,8 @@ class VideoRequest(Request):
         return VideoShape(self.num_video_frames, self.height, self.width)
 
     def unused(self) -> dict[str, str]:
-        return {} if self.guidance else {"negative_prompt": "guidance is 0"}
+        unused = "negative_prompt", "negative_prompt_embeddings"
+        return {} if self.guidance else dict.fromkeys(unused, "guidance is 0")
 
 
 OneGpu = Annotated[int, Field(ge=1, le=1)]

@@ -47,8 +47,7 @@ def load(name: str | PathLike[str], **options: Any) -> World:
         InputError: an option is unknown or wrong.
         InsufficientMemoryError: the device is too small.
     """
-    sides = {"num_video_frames", "height", "width"} & options.keys()
-    size = {name: options.pop(name) for name in sides}
+    size = {n: options.pop(n) for n in {"num_video_frames", "height", "width"} & options.keys()}
     opened = open_world(locate(name, options.get("checkpoint_dir", "checkpoints")), options)
     clips = [opened.family.request.parse({**opened.defaults, **size})]
     count = getattr(opened.options, "batch_size", "auto")
@@ -124,7 +123,7 @@ class World:
     @property
     def parameters(self) -> int:
         """Number of weights of the transformer."""
-        return sum(weight.numel() for weight in self.parts.transformer.module.parameters())
+        return sum(map(torch.numel, self.parts.transformer.module.parameters()))
 
     def generate(
         self, input: Input | None = None, *, input_type: InputType | None = None, **options: Any
@@ -185,9 +184,9 @@ class World:
                 f"{len(inputs)} inputs and options of {len(each)}; give two lists as long, of 1 or "
                 "more"
             )
-        own = {"seed", "prompt", "prompt_embeddings"}
-        if unknown := sorted(set().union(*each) - own):
-            raise InputError(f"{', '.join(unknown)}: not an option of one input; {sorted(own)} are")
+        fields = {"seed", "prompt", "prompt_embeddings"}
+        if unknown := sorted(set().union(*each) - fields):
+            raise InputError(f"{', '.join(unknown)}: no option of one input; {sorted(fields)} are")
         jobs = [
             self.prepare(input, {**options, **one}, input_type=input_type)
             for input, one in zip(inputs, each, strict=True)
@@ -365,9 +364,9 @@ def fingerprint(opened: Opened, compute: Compute, request: Request, input: Input
 def _files(opened: Opened, request: Request, input: Input | None) -> list[Path]:
     """Files that decide the frames of a request."""
     unused = opened.family.unused(opened, request)
-    found = [path for n, part in opened.parts.items() if n not in unused for path in part.files]
+    paths = [path for n, part in opened.parts.items() if n not in unused for path in part.files]
     embeddings = (value for name, value in request if name.endswith("_embeddings"))
-    return [*dict.fromkeys(found), *filter(None, map(_path_of, (input, *embeddings)))]
+    return [*dict.fromkeys(paths), *filter(None, map(_path_of, (input, *embeddings)))]
 
 
 def _settings(part: object) -> dict[str, Any]:

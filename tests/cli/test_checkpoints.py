@@ -80,17 +80,17 @@ def test_diffusion_models(run: Run, whole_world: Path, tiny_diffusion: Path) -> 
 
 
 def test_a_repository_of_predict2_5(run: Run, tiny_predict2_5: Path) -> None:
-    """Its transformers lie below its tokenizer; so they do where several repositories are shown."""
+    """Its transformers lie below its tokenizer; so they do where there are several repositories."""
     folder = tiny_predict2_5 / Path(POST.repository).name
-    for shown in (folder, tiny_predict2_5):
-        result = run("checkpoints", "inspect", shown)
+    for path in (folder, tiny_predict2_5):
+        result = run("checkpoints", "inspect", path)
         assert result.exit_code == 0, result.stderr
         for model in (POST, PRE):
             assert f"{(folder / model.file).parent}\n" in result.stdout
         assert result.stdout.count("Cosmos predict2.5 model") == 2
         assert result.stdout.count("Wan video tokenizer") == 1
         # beside the repository stands the text encoder
-        encoders = int(shown != folder)
+        encoders = int(path != folder)
         assert result.stdout.count("Reason1 encoder (Qwen2.5-VL)") == encoders
         assert result.stdout.count("complete: every tensor fits") == 3 + encoders
 
@@ -104,8 +104,8 @@ def test_diffusers_folders(flow: bool, run: Run, tmp_path: Path) -> None:
     save(diffusers_tensors(model), file)
     settings = file.parent / "config.json"
     settings.write_text(json.dumps(diffusers_config(config)))
-    for shown in (tmp_path, file.parent, file):
-        result = run("checkpoints", "inspect", shown)
+    for path in (tmp_path, file.parent, file):
+        result = run("checkpoints", "inspect", path)
         assert result.exit_code == 0, result.stderr
         assert f"Cosmos {'predict2.5' if flow else 'diffusion'} model" in result.stdout
         assert "complete: every tensor fits" in result.stdout
@@ -152,9 +152,9 @@ def write_header(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
         begin, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    told = json.dumps(header).encode()
-    file.write_bytes(len(told).to_bytes(8, "little") + told)
-    os.truncate(file, 8 + len(told) + end)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, 8 + len(text) + end)
 
 
 def write_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], count: int) -> list[Path]:
@@ -284,7 +284,7 @@ def test_no_checkpoint(run: Run, own_world: Path, tmp_path: Path) -> None:
         result = run("checkpoints", "inspect", path)
         assert result.exit_code == 2, path
         assert str(path) in result.stderr
-    # the good ones beside a damaged one are still told
+    # the good ones beside a damaged one are still listed
     result = run("checkpoints", "inspect", own_world)
     assert result.exit_code == 2
     assert "damaged" in result.stdout

@@ -177,7 +177,7 @@ def test_wrong_batches(plain: World, image: Path) -> None:
     for inputs, each, message in (
         ([], [], many),
         ([frames], [], many),
-        ([frames], [{"top_p": 0.5}], "top_p: not an option of one input"),
+        ([frames], [{"top_p": 0.5}], "top_p: no option of one input"),
         (str(image), [{}], many),
     ):
         with pytest.raises(InputError, match=message):

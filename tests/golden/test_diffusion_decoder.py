@@ -144,8 +144,8 @@ def test_predict1(case: Case) -> None:
         x, level, conditional, y = call
         assert conditional == (name == "cond")
         case.compare(f"predict1.step0.net_out_{name}", y)
-        shown = torch.cat([x, run.branches[conditional][1], torch.zeros_like(x[:, :1])], dim=1)
-        case.compare(f"predict1.step0.x_embedder_in_{name}", shown)
+        inputs = torch.cat([x, run.branches[conditional][1], torch.zeros_like(x[:, :1])], dim=1)
+        case.compare(f"predict1.step0.x_embedder_in_{name}", inputs)
     case.compare("predict1.step0.net_in", run.calls[0][0])
     case.compare("predict1.step0.c_noise", level)
     case.compare("predict1.step0.x0", result["estimates"][0])

@@ -150,11 +150,11 @@ def test_diffusers_folder(case: Case) -> None:
     for call in calls(case):
         case.compare(f"{call}.out_reference", run(case, call, model))
         case.compare(f"{call}.out_diffusers", run(case, call, unrounded(model)))
-        # that bound is for what diffusers does otherwise; done likewise, the reference's must hold
+        # that bound is for other arithmetic; with that of diffusers the reference's bound holds
         with mock.patch.object(dit, "norm_heads", norm_heads_of_diffusers):
-            likewise = run(case, call, unrounded(model))
+            aligned = run(case, call, unrounded(model))
         theirs = case.tensor(f"{call}.out_diffusers")
         bound = case.tolerance(f"{call}.out_reference", theirs.dtype)
-        torch.testing.assert_close(likewise, theirs, rtol=bound["rtol"], atol=bound["atol"])
+        torch.testing.assert_close(aligned, theirs, rtol=bound["rtol"], atol=bound["atol"])
     # the tokenizer of the same folder is tested beside the other tokenizers
     assert [name for name in case.unused() if not name.startswith("vae.")] == []

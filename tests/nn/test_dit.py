@@ -31,7 +31,7 @@ def test_the_padding_mask_is_the_last_channel_at_the_latents_size(size: tuple[in
     latents = torch.zeros(1, 1, GRID.frames, GRID.height, GRID.width)
     padding = torch.zeros(1, 1, *size)
     padding[..., size[1] // 5 * 3 :] = 1  # from column 6 of the latents' 10
-    shown = patchify(latents, [], padding)[..., PATCH_CELLS:]
+    mask = patchify(latents, [], padding)[..., PATCH_CELLS:]
     row = torch.tensor([0.0, 0, 0, 1, 1])  # tokens, of two columns each
-    assert torch.equal(shown, row.repeat(6)[None, :, None].expand(1, 30, PATCH_CELLS))
+    assert torch.equal(mask, row.repeat(6)[None, :, None].expand(1, 30, PATCH_CELLS))
     assert not patchify(latents, [], None).any()

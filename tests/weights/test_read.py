@@ -309,7 +309,7 @@ def test_hole_in_a_preallocated_download(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "part"),
     [
         (b"", "empty"),
         (b"<!DOCTYPE html><html>", "web page"),
@@ -321,10 +321,10 @@ def test_hole_in_a_preallocated_download(tmp_path: Path) -> None:
         (pickle.dumps({"a": 1}), "no known format"),
     ],
 )
-def test_not_a_checkpoint(tmp_path: Path, content: bytes, said: str) -> None:
+def test_not_a_checkpoint(tmp_path: Path, content: bytes, part: str) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
-    assert said in refused(path)
+    assert part in refused(path)
 
 
 def test_pickle_that_would_fill_the_memory(tmp_path: Path, monkeypatch) -> None:

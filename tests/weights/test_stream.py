@@ -114,14 +114,14 @@ def test_nothing_is_read_when_the_file_does_not_fit(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(FileTensor, "read", read)
     monkeypatch.setattr(stream, "read_bytes", read)
     module = empty()
-    for changes, said in (
+    for changes, message in (
         ({"net__first__w": torch.ones(5, 7)}, r"\[5, 7\] in the file, expected \[5, 6\]"),
         ({"net__first__b": None}, "1 missing: net.first.b"),
         ({"net__extra": torch.ones(1)}, "1 unknown: net.extra"),
         ({"net__levels": torch.ones(3)}, r"net\.levels is torch\.float32 in the file"),
     ):
         checkpoint = saved(tmp_path / "model.pt", **changes)
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             load_into(module, checkpoint, KEYS, device="cpu", dtype=None, optional=["taps"])
     assert module.first.weight.is_meta
 

@@ -1,7 +1,7 @@
 """`worldline generate`, and the released commands of every family."""
 
+import re
 from collections.abc import Sequence
-from itertools import pairwise
 from pkgutil import resolve_name
 
 import click
@@ -14,10 +14,10 @@ from worldline.family import Command, requests_of
 def released_command(family: str) -> click.Command:
     """The released command of a family, or the group of its commands."""
     described = requests_of(family)
-    found = [make_command(family, command) for command in described.COMMANDS]
+    commands = [make_command(family, command) for command in described.COMMANDS]
     if described.COMMANDS[0].name == family:
-        return found[0]
-    return click.Group(family, found, help=described.HELP)
+        return commands[0]
+    return click.Group(family, commands, help=described.HELP)
 
 
 def make_command(family: str, command: Command) -> click.Command:
@@ -62,12 +62,9 @@ def command_of(world: str, words: Sequence[str]) -> click.Command:
     from worldline.locate import locate
     from worldline.opening import recognise
 
-    roots = ["checkpoints"]  # the last one counts, as of every option
-    for word, following in pairwise((*words, "")):
-        name, equals, value = word.partition("=")
-        if name.replace("-", "_") == "__checkpoint_dir":
-            roots.append(value if equals else following)
-    opened = recognise(locate(world, roots[-1]))  # for its flags; `run` opens the whole model
+    folders = re.findall("(?:^|\0)--checkpoint[-_]dir[=\0]([^\0]+)", "\0".join(words))
+    folder = folders[-1] if folders else "checkpoints"  # the last one counts, as of every option
+    opened = recognise(locate(world, folder))  # for its flags; `run` opens the whole model
     text = f"Make a video with {world}: of a prompt, or of what happens next in INPUT."
     reads = "worldline.cli.inputs:ONE"
     command = Command("generate", text, "", world, reads, defaults=opened.defaults)

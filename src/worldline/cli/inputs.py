@@ -208,10 +208,10 @@ def list_files(folder: Path, suffixes: Collection[str] = ()) -> list[Path]:
 
     suffixes = suffixes or (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."]
-    found = [path for path in files if path.suffix.lower() in suffixes]
-    if skipped := [path.name for path in files if path not in found]:
+    paths = [path for path in files if path.suffix.lower() in suffixes]
+    if skipped := [path.name for path in files if path not in paths]:
         logger.info("%s: skipped: %s", folder, ", ".join(skipped))
-    return found
+    return paths
 
 
 def find_beside(name: str, file: Path) -> Path:

@@ -84,10 +84,10 @@ def describe_all(flags: LoadOptions) -> Iterator[dict[str, Any]]:
         state, folder = entry.presence(flags.checkpoint_dir)
         released = fit_released(entry, compute, memory)
         use = "as a part" if entry.name in parts else "not in this version"
-        found = folder.relative_to(flags.checkpoint_dir) if folder else entry.folders[0]
+        place = folder.relative_to(flags.checkpoint_dir) if folder else entry.folders[0]
         yield {
             **entry.model_dump(include=fields),
-            "folder": str(found),
+            "folder": str(place),
             "state": state,
             "nbytes": entry.nbytes,
             "memory": released.need if released else None,

@@ -93,10 +93,11 @@ def check_items(opened: Opened, items: Iterable[Item], problems: list[str]) -> l
             checked.append(check_item(opened, item))
         except InputError as error:
             for line in str(error).splitlines():
-                if item.place not in line and not line.startswith("--"):
+                field = line.partition(" is ")[0]
+                if field in opened.family.request.model_fields:
+                    line = item.field(field) + line.removeprefix(field)
+                elif item.place not in line and not line.startswith("--"):
                     line = f"{item.place}: {line}"
-                for field, name in item.names.items():
-                    line = line.replace(f" {field} is", f" {name} is")
                 problems.append(line)
     refuse_problems(problems)
     return checked
@@ -115,9 +116,10 @@ def check_item(opened: Opened, item: Item) -> Item:
 
     request = opened.family.request.make(item.stated, opened.defaults, item.kind, item.field)
     request = opened.family.check(opened, request)
-    needed = request.num_input_frames
+    needed, field = request.num_input_frames, "num_input_frames"
     if item.input is not None and (frames := probe(item.input).frames) < needed:
-        raise InputError(f"{item.input}: it has {frames} frames, num_input_frames is {needed}")
+        field = item.names.get(field, field)
+        raise InputError(f"{item.input}: it has {frames} frames, {field} is {needed}")
     check_frames(opened, request)
     if item.output.suffix.lower() == ".gif" and request.fps > _GIF_FPS:
         raise InputError(f"fps is {request.fps:g}, a GIF has at most {_GIF_FPS}")

@@ -65,10 +65,10 @@ def check_prompts(opened: Opened, request: VideoRequest) -> None:
 
 def unused(opened: Opened, request: VideoRequest) -> dict[str, str]:
     """Fields and parts without effect on a request."""
-    found = request.unused()
+    reasons = request.unused()
     if request.prompt_embeddings is not None and not read_prompts(opened, request)[1]:
-        found |= opened.encoder_unused
-    return found
+        reasons |= opened.encoder_unused
+    return reasons
 
 
 def check_size(
@@ -103,7 +103,7 @@ def check_size(
                 f"{name} is {value}; it must be {form}, at most {high}: the nearest is {nearest}"
             )
     if wrong:
-        raise InputError("; ".join(wrong))
+        raise InputError("\n".join(wrong))
 
 
 def grid_of(opened: Opened, video: VideoShape) -> LatentShape:

@@ -229,17 +229,17 @@ class Words:
 
     def _candidates(self, text: str) -> list[tuple[int, re.Match[str]]]:
         """Start of the word before each possible end of a sentence; of touching ones the last."""
-        found: list[tuple[int, re.Match[str]]] = []
+        entries: list[tuple[int, re.Match[str]]] = []
         word = stop = 0
         for end in _END.finditer(text):
             space = _LAST_SPACE.search(text, stop, end.start())
             # A space at the very start counts as none, as in the original.
             word = space.end() if space and space.start() > stop else word
-            if found and word < stop:
-                found.pop()
-            found.append((word, end))
+            if entries and word < stop:
+                entries.pop()
+            entries.append((word, end))
             stop = end.start()
-        return found
+        return entries
 
     def _ends_sentence(self, word: str, following: str) -> bool:
         ends = self._ends_alone(word)

@@ -123,8 +123,8 @@ class GuardModel:
         """Verdict of an answer by the released rule."""
         if re.match(self.accepts, answer):
             return Verdict(True)
-        found = re.findall(self.category, answer)
-        return Verdict(False, tuple(self.names.get(name, name) for name in found))
+        categories = re.findall(self.category, answer)
+        return Verdict(False, tuple(self.names.get(name, name) for name in categories))
 
 
 AEGIS = GuardModel(

@@ -189,8 +189,8 @@ class Modulation(nn.Module):
 
     def forward(self, noise: NoiseLevel) -> tuple[Tensor, ...]:
         """`count` vectors, (B, D) or (B, G, D)."""
-        own = linear(self.second, linear(self.first, noise.embedding))
-        return (own + noise.shared[..., : own.shape[-1]]).chunk(self.count, dim=-1)
+        learned = linear(self.second, linear(self.first, noise.embedding))
+        return (learned + noise.shared[..., : learned.shape[-1]]).chunk(self.count, dim=-1)
 
 
 class Modulated(nn.Module):
@@ -211,6 +211,8 @@ class Modulated(nn.Module):
 
 
 class Block(nn.Module):
+    """DiT block: self-attention, attention to the text and feed-forward, each under adaLN."""
+
     def __init__(self, sizes: DiTSizes) -> None:
         super().__init__()
         self.attention = Modulated(sizes, Attention(sizes, sizes.width))

@@ -96,8 +96,8 @@ def make_sigmas(
     """
     steps = num_steps // 2 if sampler == "res_2mid" else num_steps
     table = karras_sigmas if sampler == "edm_euler" else res_sigmas
-    own = {} if sigma_min is None else {"sigma_min": sigma_min}
-    return table(steps, sigma_max=sigma_max, **own)
+    last = {} if sigma_min is None else {"sigma_min": sigma_min}
+    return table(steps, sigma_max=sigma_max, **last)
 
 
 def sample(

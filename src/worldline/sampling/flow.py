@@ -127,17 +127,17 @@ def unipc(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Steps:
     start = estimate = x  # of the step before
     slope: Tensor | float = 0.0  # of the estimates, before this step
     for step in range(len(h)):
-        found = x - table[step] * velocity(x, step)  # estimate of the data
+        clean = x - table[step] * velocity(x, step)  # estimate of the data
         if step > 0:
-            change = 0.5 * (found - estimate)
+            change = 0.5 * (clean - estimate)
             if step > 1:
                 earlier, later = _corrector_weights(h[step - 1], r[step - 2])
-                change = earlier * slope + later * (found - estimate)
+                change = earlier * slope + later * (clean - estimate)
             x = advanced(start, estimate, change, step - 1)
         start, slope = x, 0.0
         if 0 < step < len(h) - 1:
-            slope = (estimate - found) / r[step - 1]
-        estimate = found
+            slope = (estimate - clean) / r[step - 1]
+        estimate = clean
         x = advanced(x, estimate, 0.5 * slope, step)
         yield Stepped(x, estimate)
     return x

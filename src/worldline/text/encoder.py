@@ -149,18 +149,18 @@ class EncoderFiles(TextPart, ABC):
         for holder in (folder, folder.parent / "tokenizer"):
             stated = holder / "tokenizer_config.json"
             settings = read_json(stated) if stated.is_file() else {}
-            found = [holder / name for name in _TOKENIZER if (holder / name).is_file()]
+            vocabularies = [holder / name for name in _TOKENIZER if (holder / name).is_file()]
             limit = settings.get("model_max_length")  # 1e30 where it has none of its own
-            if found or settings.get("tokenizer_class") == BYTES:
-                found += [stated] if settings else []
+            if vocabularies or settings.get("tokenizer_class") == BYTES:
+                vocabularies += [stated] if settings else []
                 return cls(
                     sum(sizes.values()),
                     limit if isinstance(limit, int) and 0 < limit < MAX_LENGTH else MAX_LENGTH,
-                    (path, *checkpoint.files, *found),
+                    (path, *checkpoint.files, *vocabularies),
                     folder=folder,
                     config=config,
                     checkpoint=checkpoint,
-                    vocabulary=found[0],
+                    vocabulary=vocabularies[0],
                 )
         raise CheckpointError(f"{folder} holds no tokenizer.json{unfinished(folder)}")
 

@@ -171,9 +171,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         checkpoint = Checkpoint(path, kind, entries, (path,), nesting, beside)
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
         checkpoint = _open_safetensors(path, 8 + int.from_bytes(head[:8], "little"))
-    elif found := disguise(head):
-        advice = "run `git lfs pull`" if "lfs" in found else "accept its licence, download it again"
-        raise CheckpointError(f"{path} is a {found}, not weights; {advice}")
+    elif kind := disguise(head):
+        advice = "run `git lfs pull`" if "lfs" in kind else "accept its licence, download it again"
+        raise CheckpointError(f"{path} is a {kind}, not weights; {advice}")
     elif head.lstrip().startswith(b"{"):
         checkpoint = _open_index(path)
     elif not head.strip(b"\0"):

@@ -196,8 +196,8 @@ RELEASED = DecoderNetwork(DiT, PRESETS["7B-Decoder"], blocks=BLOCKS)
 
 def open_network(opened: Opened) -> DecoderNetwork:
     """The diffusion decoder; that of the model's own generation is preferred."""
-    own, transformer = DECODERS[generation_by_name(opened.folder)], opened["transformer"]
-    folder = opened.place.find(dict.fromkeys((own, *DECODERS.values())))
+    default, transformer = DECODERS[generation_by_name(opened.folder)], opened["transformer"]
+    folder = opened.place.find(dict.fromkeys((default, *DECODERS.values())))
     settings = read_settings(folder)
     precision = settings.get("rotary_precision")
     if precision not in (None, *get_args(Precision)):

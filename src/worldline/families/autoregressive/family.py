@@ -236,16 +236,16 @@ def check(opened: Opened, request: ARRequest) -> ARRequest:
     if decoder := opened.get("decoder"):
         decoder.refuse_grid(opened)
     config, temporal = opened.config, opened["tokenizer"].config.temporal
-    own = window_shape(opened).frames
+    full = window_shape(opened).frames
     if latent_frames_of(request.num_input_frames, temporal) >= config.grid.frames:
         raise InputError(
-            f"num_input_frames is {request.num_input_frames}, the model makes {own} frames; give 1"
+            f"num_input_frames is {request.num_input_frames}, the model makes {full} frames; give 1"
         )
-    frames = request.num_video_frames or own
-    nearest = max(own, nearest_frames(frames, temporal))
+    frames = request.num_video_frames or full
+    nearest = max(full, nearest_frames(frames, temporal))
     if nearest != frames:
         raise InputError(
-            f"num_video_frames is {frames}; it must be 1 + {temporal}k and at least {own}: the "
+            f"num_video_frames is {frames}; it must be 1 + {temporal}k and at least {full}: the "
             f"nearest is {nearest}"
         )
     prompted = request.prompt is not None or request.prompt_embeddings is not None
@@ -262,33 +262,33 @@ def check(opened: Opened, request: ARRequest) -> ARRequest:
 def unused(opened: Opened, request: ARRequest) -> dict[str, str]:
     """Fields and parts without effect on a request."""
     decoder, window = opened.get("decoder"), opened.config.grid.frames
-    found = {"offload_prompt_upsampler": "autoregressive models have no prompt upsampler"}
+    reasons = {"offload_prompt_upsampler": "autoregressive models have no prompt upsampler"}
     if not decoder:
-        found |= dict.fromkeys((OFFLOAD_DECODER, "decoder_seam"), "no diffusion decoder runs")
+        reasons |= dict.fromkeys((OFFLOAD_DECODER, "decoder_seam"), "no diffusion decoder runs")
     if request.temperature == 0:
-        found["top_p"] = "temperature 0 draws nothing at random"
+        reasons["top_p"] = "temperature 0 draws nothing at random"
         if not decoder:
-            found["seed"] = found["top_p"]
+            reasons["seed"] = reasons["top_p"]
     if request.prompt_embeddings is not None:
-        found |= opened.encoder_unused
+        reasons |= opened.encoder_unused
     latents = latent_frames(opened, request)
     if latents <= window:
-        found["rollout"] = "the video is no longer than the model's own"
+        reasons["rollout"] = "the video is no longer than the model's own"
     decoded = min(latents, window) if request.rollout == "pixels" else latents
     if decoder and decoded <= decoder.window:
-        found["decoder_seam"] = "one window of the decoder is enough"
-    return found
+        reasons["decoder_seam"] = "one window of the decoder is enough"
+    return reasons
 
 
 def notes(opened: Opened, request: ARRequest) -> list[str]:
     """What a file of embeddings holds in vain; the published failure rates, where they are high."""
-    found, entry = [], find(opened.folder.name)
+    lines, entry = [], find(opened.folder.name)
     if "negative_prompt" in embeddings_of(opened, request):
-        found.append(f"{request.prompt_embeddings}: negative_prompt has no effect on this model")
-    one, nine = (entry and entry.failure_rates) or (0, 0)
+        lines.append(f"{request.prompt_embeddings}: negative_prompt has no effect on this model")
+    one, nine = (entry and not opened.place.bundled and entry.failure_rates) or (0, 0)
     if one >= 5 and request.num_input_frames == 1:
-        found.append(f"published failure rates: {one} % from 1 frame, {nine} % from 9 frames")
-    return found
+        lines.append(f"published failure rates: {one} % from 1 frame, {nine} % from 9 frames")
+    return lines
 
 
 def report_entries(parts: Parts, request: ARRequest, recorder: Recorder) -> dict[str, Any]:
@@ -334,8 +334,8 @@ def stages(opened: Opened, request: ARRequest, compute: Compute) -> Iterator[Sta
 def longest_prefix(opened: Opened) -> int:
     """Tokens that a window begins with at most: of an input, or of the window before."""
     config, temporal = opened.config, opened["tokenizer"].config.temporal
-    given = latent_frames_of(max(ARRequest.INPUT_FRAMES.values()), temporal)
-    latents = min(max(given, CARRIED), config.grid.frames - 1)  # one remains to draw
+    known = latent_frames_of(max(ARRequest.INPUT_FRAMES.values()), temporal)
+    latents = min(max(known, CARRIED), config.grid.frames - 1)  # one remains to draw
     return int(config.leading_tokens + latents * config.grid.tokens_per_frame)
 
 

@@ -188,6 +188,8 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
+    """Pre-norm layer: causal self-attention, in some layers attention to a text, SwiGLU."""
+
     def __init__(self, config: ARTransformerConfig, number: int) -> None:
         super().__init__()
         self.number = number
@@ -223,6 +225,8 @@ class Layer(nn.Module):
 
 
 class ARTransformer(nn.Module):
+    """Llama-like decoder over discrete video tokens, with rotary positions in time and space."""
+
     def __init__(self, config: ARTransformerConfig) -> None:
         super().__init__()
         self.config = config

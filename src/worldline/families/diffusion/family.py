@@ -197,16 +197,16 @@ def open_tokenizer(opened: Opened) -> CosmosNetwork:
     if opened.options.tokenizer_dir is not None:
         return open_latent_tokenizer(place.chosen(opened.options.tokenizer_dir, "tokenizer_dir"))
     names = TOKENIZERS[generation_of(opened)]
-    found = place.below(names)
+    folder = place.below(names)
     complete = holds_diffusers(opened.source.path) and holds_diffusers(beside)
-    if complete or (found is None and beside.is_dir()):
-        found = beside
-    if found is None:
+    if complete or (folder is None and beside.is_dir()):
+        folder = beside
+    if folder is None:
         raise CheckpointError(
             f"no continuous tokenizer: neither {' nor '.join(names)} is in {place.searched}; "
             "--tokenizer_dir names another"
         )
-    return open_latent_tokenizer(found)
+    return open_latent_tokenizer(folder)
 
 
 def open_latent_tokenizer(path: Path) -> CosmosNetwork:

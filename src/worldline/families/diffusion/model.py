@@ -118,6 +118,8 @@ class NoiseEmbedding(dit.NoiseEmbedding):
 
 
 class DiT(DiffusionTransformer):
+    """Diffusion transformer of Predict1, of a video or of the decoder of token ids; EDM's F."""
+
     config: DiTConfig
 
     def __init__(self, config: DiTConfig) -> None:

@@ -39,8 +39,8 @@ class DiffusionRequest(VideoRequest):
     )
 
     def unused(self) -> dict[str, str]:
-        given = self.num_input_frames
-        conditioning = {} if given else dict.fromkeys(_CONDITIONING, "there is no input")
+        num_frames = self.num_input_frames
+        conditioning = {} if num_frames else dict.fromkeys(_CONDITIONING, "there is no input")
         return super().unused() | conditioning
 
 

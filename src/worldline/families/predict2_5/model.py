@@ -92,6 +92,8 @@ class NoiseEmbedding(dit.NoiseEmbedding):
 
 
 class FlowDiT(DiffusionTransformer):
+    """Diffusion transformer of Predict2.5: the velocity of a rectified flow."""
+
     config: FlowDiTConfig
 
     def __init__(self, config: FlowDiTConfig) -> None:

@@ -305,7 +305,7 @@ def by_name(value: Mapping[str, Any]) -> Iterator[Any]:
 
 def without_comments(text: str) -> str:
     """JSON without what follows `//` in a line, except in strings; lines stay lines."""
-    return _STRING_OR_COMMENT.sub(lambda found: found[0] if found[0].startswith('"') else "", text)
+    return _STRING_OR_COMMENT.sub(lambda match: match[0] if match[0].startswith('"') else "", text)
 
 
 def parse(text: str, suffix: str, place: str) -> Any:
@@ -320,12 +320,12 @@ def parse(text: str, suffix: str, place: str) -> Any:
 
 
 def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in fields:
             raise ValueError(f"{name!r} stands there twice")
-        found[name] = value
-    return found
+        fields[name] = value
+    return fields
 
 
 class _Yaml(yaml.SafeLoader):  # type: ignore[misc]

@@ -362,6 +362,8 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Causal encoder: pixels (1, 3, T, H, W) -> latents (1, C, t, h, w), in pieces of time."""
+
     def __init__(self, config: CosmosTokenizerConfig) -> None:
         super().__init__()
         self.patch, self.tap = config.patch, config.tap
@@ -387,6 +389,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Causal decoder: latents (1, C, t, h, w) -> pixels (1, 3, T, H, W), in pieces of time."""
+
     def __init__(self, config: CosmosTokenizerConfig) -> None:
         super().__init__()
         width = config.level_channels[-1]

@@ -165,8 +165,8 @@ def key_map(config: CosmosTokenizerConfig, diffusers: bool = False) -> KeyMap:
 
 def _theirs(name: str, diffusers: bool, num_levels: int = 0) -> str:
     """Their name of one of our tensors; `num_levels` matters to diffusers' decoder alone."""
-    if diffusers and (found := re.match(r"decoder\.levels\.(\d+)", name)):
-        name = f"decoder.levels.{num_levels - 1 - int(found[1])}{name[found.end() :]}"
+    if diffusers and (match := re.match(r"decoder\.levels\.(\d+)", name)):
+        name = f"decoder.levels.{num_levels - 1 - int(match[1])}{name[match.end() :]}"
     return renamed_by(_DIFFUSERS if diffusers else _RELEASED, name)
 
 
@@ -202,9 +202,9 @@ def read_config(source: Checkpoint, name: str = "") -> CosmosTokenizerConfig:
         raise CheckpointError(f"{source.path}: not a Cosmos video tokenizer") from error
     patch = round((features / 3) ** (1 / 3))
     spatial, temporal = patch * 2**space, patch * 2**time
-    found = re.search(r"[CD]V(\d+)x(\d+)x\d+", name)
-    if found and space == time == len(level_channels) - 1:
-        temporal, spatial = int(found[1]), int(found[2])  # 0.1: every resampler holds everything
+    match = re.search(r"[CD]V(\d+)x(\d+)x\d+", name)
+    if match and space == time == len(level_channels) - 1:
+        temporal, spatial = int(match[1]), int(match[2])  # 0.1: every resampler holds everything
     levels: tuple[int, ...] | None = LEVELS
     if _LEVELS in source.tensors:
         levels = tuple(map(int, source.read(_LEVELS)))

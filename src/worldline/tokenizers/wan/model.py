@@ -350,6 +350,8 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Causal encoder: pixels (1, 3, T, H, W) -> means and log variances (1, 2C, t, h, w)."""
+
     def __init__(self, config: WanTokenizerConfig) -> None:
         super().__init__()
         self.conv_in = CausalConv(3, config.channels, normed=False)
@@ -372,6 +374,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Causal decoder: latents (1, C, t, h, w) -> pixels (1, 3, T, H, W), in pieces of time."""
+
     def __init__(self, config: WanTokenizerConfig) -> None:
         super().__init__()
         width = config.widths[-1]

@@ -100,10 +100,10 @@ def key_map(config: WanTokenizerConfig, diffusers: bool = False) -> KeyMap:
 
 def _theirs(name: str, diffusers: bool, num_blocks: int = 0) -> str:
     """Their name of one of our tensors; `num_blocks` matters to diffusers' decoder alone."""
-    if diffusers and (found := re.match(r"decoder\.layers\.(\d+)", name)):
-        level, number = divmod(int(found[1]), num_blocks + 2)  # blocks, then an upsampler
+    if diffusers and (match := re.match(r"decoder\.layers\.(\d+)", name)):
+        level, number = divmod(int(match[1]), num_blocks + 2)  # blocks, then an upsampler
         part = f"resnets.{number}" if number <= num_blocks else "upsamplers.0"
-        name = f"decoder.up_blocks.{level}.{part}{name[found.end() :]}"
+        name = f"decoder.up_blocks.{level}.{part}{name[match.end() :]}"
     return renamed_by(_DIFFUSERS if diffusers else _RELEASED, name)
 
 
