@@ -134,7 +134,8 @@ def test_advice_on_a_folder_that_is_not_there() -> None:
     for entry in ENTRIES:
         found = advice(entry.folders[0])
         assert entry.name in found or entry.folders[0] in found
-        part = entry.family.endswith(("tokenizer", "encoder", "upsampler", "guardrail", "decoder"))
+        kinds = ("video tokenizer", "encoder", "upsampler", "guardrail", "decoder")
+        part = entry.family.endswith(kinds)
         assert ("does not run" in found) == (not entry.command and not part)
     assert advice("Cosmos-Predict1-7B-Text2Wrold") == (
         "; did you mean Cosmos-Predict1-7B-Text2World?"

@@ -410,6 +410,29 @@ def test_frames_without_room(
         guards.check_frames(opened, None, clips, beside)
 
 
+def test_an_automatic_batch_shrinks_until_it_fits(
+    small_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the device as well as for the frames, which clips in step hold together."""
+    opened = open_named(MODEL, small_world, disable_guardrail=True, disable_diffusion_decoder=True)
+    opened = replace(opened, family=replace(opened.family, max_batch_size=lambda *_: 4))
+    request = checked(opened, num_video_frames=160_001, rollout="pixels")
+    peaks = [plan(opened, [request], replace(PLAIN, batch_size=n)).peak() for n in (1, 2, 3)]
+    held = 160_001 * 32 * 48 * 3
+    for free, size in (
+        (peaks[0] + held, 1),
+        (peaks[1] + 2 * held, 2),
+        (peaks[2] + 3 * held - 1, 2),
+        (peaks[2] + 3 * held, 3),
+        (10**12, 4),
+    ):
+        monkeypatch.setattr(memory, "host_memory", partial(Memory, free, free))
+        assert load_world(opened, [request] * 5, PLAIN).parts.compute.batch_size == size
+    monkeypatch.setattr(memory, "host_memory", partial(Memory, peaks[0] + held - 1, 10**12))
+    with pytest.raises(InsufficientMemoryError, match="num_video_frames is 160001"):
+        load_world(opened, [request] * 5, PLAIN)
+
+
 def test_tiny_worlds_have_a_plan(
     whole_world: Path, tiny_diffusion: Path, tiny_predict2_5: Path
 ) -> None:

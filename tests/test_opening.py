@@ -17,6 +17,7 @@ import worldline
 from tiny.export import draw_weights, stored_tensors, wan_settings
 from worldline import locate
 from worldline.errors import CheckpointError, InputError
+from worldline.families.denoise import read_prompts
 from worldline.families.diffusion.request import DiffusionOptions
 from worldline.opening import choose_compute, choose_device
 from worldline.request import LoadOptions
@@ -348,3 +349,18 @@ def test_the_grid_of_a_model_without_config(
     assert opened["transformer"].config.grid.frames == 5
     assert opened.defaults == {}
     assert f"{own_world / MODEL}: the released grid" in caplog.text
+
+
+def test_embeddings_without_effect_are_not_compared(tiny_predict2_5: Path, tmp_path: Path) -> None:
+    opened = open_named(POST.name, tiny_predict2_5, disable_guardrails=True)
+    file = tmp_path / "negative.pt"
+    torch.save(torch.zeros(1, 3, CONFIG.feature_width), file)
+    words = {"prompt": "x", "negative_prompt_embeddings": str(file)}
+    without, guided = (
+        opened.family.request.parse({**words, "guidance": guidance}) for guidance in (0, 3)
+    )
+    before = [fingerprint(opened, PLAIN, request, None) for request in (without, guided)]
+    file.write_bytes(b"no embedding")
+    assert fingerprint(opened, PLAIN, without, None) == before[0]
+    assert fingerprint(opened, PLAIN, guided, None) != before[1]
+    assert not read_prompts(opened, without)[0]  # nor read

@@ -140,7 +140,7 @@ def check_frames(opened: Opened, request: Any, clips: int = 1, beside: int = 0) 
 
     Args:
         opened: the model.
-        request: a checked one.
+        request: a parsed one.
         clips: videos made in step.
         beside: bytes of host memory that the networks need.
 
@@ -155,9 +155,9 @@ def check_frames(opened: Opened, request: Any, clips: int = 1, beside: int = 0) 
     if need + beside > free.free:
         raise InsufficientMemoryError(
             f"num_video_frames is {video.frames}: the frames of {clips} video(s) of {video.height} "
-            f"x {video.width} pixels need {need / GIGABYTE:.1f} GB of host memory beside "
-            f"{beside / GIGABYTE:.1f} GB of networks, {free}; lower num_video_frames, the size or "
-            "--batch_size"
+            f"x {video.width} pixels need {need / GIGABYTE:.1f} GB of host memory"
+            f"{f' beside {beside / GIGABYTE:.1f} GB of networks' if beside else ''}, {free}; lower "
+            f"num_video_frames{', --batch_size' if clips > 1 else ''} or the size"
         )
 
 

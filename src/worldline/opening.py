@@ -4,7 +4,7 @@ Everything that can be wrong is found from file headers, before tensor data are 
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,7 +17,7 @@ from worldline.errors import CheckpointError, InputError
 from worldline.family import FAMILIES, Compute, Opened, Parts, load_family, requests_of
 from worldline.files import holds_diffusers, unfinished
 from worldline.locate import Place
-from worldline.memory import WORKSPACE, Fit, Memory, Plan, Stage, Weights, device_memory
+from worldline.memory import WORKSPACE, Fit, Memory, Plan, Stage, Weights
 from worldline.nn.modulation import fused
 from worldline.report import Recorder
 from worldline.request import LoadOptions, Name, Request
@@ -27,7 +27,7 @@ from worldline.weights.networks import open_weights, read_settings
 logger = logging.getLogger(__name__)
 
 
-def find_weights(path: Path) -> Checkpoint:
+def open_model_weights(path: Path) -> Checkpoint:
     """Tensors of a model's transformer; its header is read here alone.
 
     Args:
@@ -66,7 +66,7 @@ def recognise(place: Place) -> Opened:
     Raises:
         CheckpointError: there is no transformer of a known family.
     """
-    source = find_weights(place.named)
+    source = open_model_weights(place.named)
     folder, name = source.path.parent, find_family(source.tensors)
     if not name:
         names = ", ".join(sorted(source.tensors)[:3])
@@ -195,25 +195,6 @@ def plan(
     workspace = WORKSPACE if compute.dtype != torch.float32 else 0
     flags = tuple(dict.fromkeys(p.flag for p in family.parts if p.name in weights))
     return Plan(opened.name, weights, tuple(dict.fromkeys(stages)), flags, workspace)
-
-
-def choose_batch_size(
-    opened: Opened, requests: Sequence[Request], compute: Compute, guardrail_bytes: int
-) -> Compute:
-    """Compute of a batch: as many clips in step as fit, where that saves time, or as chosen."""
-    chosen = getattr(opened.options, "batch_size", 1)
-    most = opened.family.max_batch_size(opened, compute)
-    auto = chosen == "auto"
-    size = min(len(requests), most or 1 if auto else chosen)
-    if most is not None and size > most:
-        logger.info("--batch_size %d: %d are computed in step, the most possible", chosen, most)
-        size = most
-    while auto and size > 1:
-        needed = plan(opened, requests, replace(compute, batch_size=size), guardrail_bytes)
-        if needed.peak(opened.options.offloaded) <= device_memory(compute.device).free:
-            break
-        size -= 1
-    return replace(compute, batch_size=size)
 
 
 def load_parts(opened: Opened, compute: Compute, recorder: Recorder) -> Parts:

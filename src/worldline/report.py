@@ -14,7 +14,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from worldline.files import GIGABYTE
 
@@ -102,10 +101,11 @@ class Recorder:
         }
 
 
-def log_result(name: str, x: Tensor) -> None:
+def log_result(name: str, x: Any) -> None:
     """Log shape, dtype and statistics of a stage's result, with --debug."""
     if logger.isEnabledFor(logging.DEBUG):
-        values = x.float()
+        x = torch.as_tensor(x)
+        values = x.flatten()[:: 1 + x.numel() // 10**7].float()  # a video's copy may be too large
         numbers = [float(of(values)) for of in (torch.mean, torch.std, torch.min, torch.max)]
         statistics = "mean %.4g, std %.4g, min %.4g, max %.4g"
         dtype = str(x.dtype).removeprefix("torch.")

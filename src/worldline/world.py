@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from worldline.errors import GuardrailRefusal, InputError
+from worldline.errors import GuardrailRefusal, InputError, InsufficientMemoryError
 from worldline.family import FAMILIES, Compute, Opened, Parts, requests_of
 from worldline.files import stamp
 from worldline.guards import Checks, Guards, check_frames, load_guards, release_of, rewrites
 from worldline.inputs import Input, InputType, describe, kind_of, read_clip
 from worldline.locate import locate
-from worldline.opening import choose_batch_size, choose_compute, load_parts, open_world, plan
+from worldline.opening import choose_compute, load_parts, open_world, plan
 from worldline.report import Recorder, environment, log_result
 from worldline.request import Request
 from worldline.step import Step, Video, numbered
@@ -39,8 +39,9 @@ def load(name: str | PathLike[str], **options: Any) -> World:
         name: "tiny-…" for a model that ships with the package, the name of a folder below
             `checkpoint_dir`, a path of a folder or file, or a released name such as
             "2B/post-trained".
-        options: load options, listed by family below, and num_video_frames, height and width of
-            the largest video to make, for which there must be room; by default the model's own.
+        options: load options, listed by family below; and of the fields of requests
+            num_video_frames, height and width of the largest video for which there must be room,
+            by default the model's own. There is room for a batch of `batch_size`, for one if auto.
 
     Raises:
         CheckpointError: files are absent, damaged or of another model.
@@ -77,15 +78,40 @@ def load_world(
     if opened.place.bundled and compute.device.type == "cpu":
         torch.set_num_threads(1)  # tiny networks: on busy cores threads wait for each other
     guards = load_guards(opened, compute, upsample=upsample)
-    compute = choose_batch_size(opened, requests, compute, guards.guardrail_bytes)
-    needed = plan(opened, requests, compute, guards.guardrail_bytes)
-    advice = "; a smaller --batch_size needs less" if compute.batch_size > 1 else ""
-    needed.refuse_unless_fits(compute.device, opened.options.offloaded, guards.advice + advice)
-    beside = needed.peak() if compute.device.type == "cpu" else 0
-    for request in requests:
-        check_frames(opened, request, compute.batch_size, beside)
+    compute = choose_batch_size(opened, requests, compute, guards)
     recorder = guards.loading.followed_by(Recorder(compute.device))
     return World(load_parts(opened, compute, recorder), guards, recorder)
+
+
+def choose_batch_size(
+    opened: Opened, requests: Sequence[Request], compute: Compute, guards: Guards
+) -> Compute:
+    """Compute with the clips made in step: as chosen, or as many as fit where that saves time.
+
+    Raises:
+        InsufficientMemoryError: they do not fit, or not even one does.
+    """
+    chosen = getattr(opened.options, "batch_size", 1)
+    most = opened.family.max_batch_size(opened, compute)
+    auto = chosen == "auto"
+    size = min(len(requests), most or 1 if auto else chosen)
+    if most is not None and size > most:
+        logger.info("--batch_size %d: %d are computed in step, the most possible", chosen, most)
+        size = most
+    while True:
+        compute = replace(compute, batch_size=size)
+        needed = plan(opened, requests, compute, guards.guardrail_bytes)
+        beside = 0 if compute.device.type == "cuda" else needed.peak()
+        advice = f"{guards.advice}{'; a smaller --batch_size needs less' if size > 1 else ''}"
+        try:
+            needed.refuse_unless_fits(compute.device, opened.options.offloaded, advice)
+            for request in requests:
+                check_frames(opened, request, size, beside)
+            return compute
+        except InsufficientMemoryError:
+            if not auto or size == 1:
+                raise
+            size -= 1
 
 
 @dataclass(frozen=True)
@@ -298,7 +324,7 @@ class World:
             shared: recorder of the stages that a batch has in common.
         """
         assert step.frames is not None
-        log_result("decode", torch.from_numpy(step.frames))
+        log_result("decode", step.frames)
         prompt = made.request.prompt
         frames = yield from checks.after(step.frames)
         report = {
@@ -365,7 +391,7 @@ def _files(opened: Opened, request: Request, input: Input | None) -> list[Path]:
     """Files that decide the frames of a request."""
     unused = opened.family.unused(opened, request)
     paths = [path for n, part in opened.parts.items() if n not in unused for path in part.files]
-    embeddings = (value for name, value in request if name.endswith("_embeddings"))
+    embeddings = (v for n, v in request if n.endswith("_embeddings") and n not in unused)
     return [*dict.fromkeys(paths), *filter(None, map(_path_of, (input, *embeddings)))]
 
 

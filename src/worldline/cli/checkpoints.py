@@ -178,7 +178,7 @@ def examine(path: Path) -> Lines:
     # one of several files: the whole model is examined
     if path.stem in _TOKENIZER[:2] or any(path.parent.glob("*.index.json")):
         path = path if path.is_dir() else path.parent
-    source = open_weights(path)
+    source = open_any(path)
     inside = f', inside ["{source.nesting}"]' if source.nesting else ""
     yield "format", f"{source.kind}{inside}"
     if source.beside:
@@ -194,7 +194,7 @@ def examine(path: Path) -> Lines:
         yield "verdict", str(error)
 
 
-def open_weights(path: Path) -> Checkpoint:
+def open_any(path: Path) -> Checkpoint:
     """Tensors of a file, or of the model in a folder."""
     from worldline.tokenizers.cosmos.weights import tokenizer_files
     from worldline.weights.checkpoint import joined, open_checkpoint

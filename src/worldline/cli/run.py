@@ -116,10 +116,9 @@ def check_item(opened: Opened, item: Item) -> Item:
 
     request = opened.family.request.make(item.stated, opened.defaults, item.kind, item.field)
     request = opened.family.check(opened, request)
-    needed, field = request.num_input_frames, "num_input_frames"
+    needed = request.num_input_frames
     if item.input is not None and (frames := probe(item.input).frames) < needed:
-        field = item.names.get(field, field)
-        raise InputError(f"{item.input}: it has {frames} frames, {field} is {needed}")
+        raise InputError(f"{item.input}: it has {frames} frames, num_input_frames is {needed}")
     check_frames(opened, request)
     if item.output.suffix.lower() == ".gif" and request.fps > _GIF_FPS:
         raise InputError(f"fps is {request.fps:g}, a GIF has at most {_GIF_FPS}")

@@ -39,7 +39,8 @@ def read_prompts(opened: Opened, request: VideoRequest) -> tuple[dict[str, Tenso
     """
     config = opened.config
     embeddings: dict[str, Tensor] = {}
-    sources = (request.prompt_embeddings, request.negative_prompt_embeddings)
+    negative = request.negative_prompt_embeddings if request.guidance else None
+    sources = (request.prompt_embeddings, negative)
     if any(source is not None for source in sources):
         from worldline.text.embeddings import read_embeddings
 

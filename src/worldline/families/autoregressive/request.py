@@ -66,7 +66,7 @@ class ARRequest(Request):
 class AROptions(T5Options):
     """How an autoregressive model is loaded."""
 
-    batch_size: Literal["auto"] | Annotated[int, Field(ge=1, strict=False)] = Field(
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=1000, strict=False)] = Field(
         "auto",
         description="Inputs of a batch that are drawn in step, each as it would be alone; auto: as "
         "many as fit into the memory, where that saves time.",
