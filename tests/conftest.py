@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,9 @@ from .tiny_predict2_5 import make_tiny_predict2_5
 
 MODEL = "Cosmos-Predict1-4B"
 TOKENIZER = "Cosmos-Tokenize1-DV8x16x16-720p"
+
+# a shell's background job ignores Ctrl-C, and so would the processes that tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
