@@ -1,4 +1,4 @@
-"""Every exception that worldline raises on purpose.
+"""Every exception that worldline raises on purpose, and the words of any.
 
     Error                        exit status 1
     ├── InputError               2: an argument or a file is wrong (also a ValueError)
@@ -68,3 +68,15 @@ def did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:
     """
     close = get_close_matches(word, known, n=1, cutoff=cutoff)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """First line of an error, with its class if it is none of ours."""
+    lines = str(error).strip().splitlines()[:1]
+    names = [] if lines and isinstance(error, Error) else [type(error).__name__]
+    return ": ".join(names + lines)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had too little memory; imports no torch."""
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError")

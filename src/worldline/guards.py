@@ -147,16 +147,16 @@ def check_frames(opened: Opened, request: Any, clips: int = 1, beside: int = 0) 
     Raises:
         InsufficientMemoryError: too little is free.
     """
-    free, video = memory.host_memory(), opened.family.video(opened, request)
+    host, video = memory.host_memory(), opened.family.video(opened, request)
     if not opened.family.holds_batch(opened, request):
         clips = 1
     copies = clips + (release_of(opened) is not None)  # guardrails copy one video
     need = copies * 3 * video.frames * video.height * video.width
-    if need + beside > free.free:
+    if need + beside > host.free:
         raise InsufficientMemoryError(
             f"num_video_frames is {video.frames}: the frames of {clips} video(s) of {video.height} "
             f"x {video.width} pixels need {need / GIGABYTE:.1f} GB of host memory"
-            f"{f' beside {beside / GIGABYTE:.1f} GB of networks' if beside else ''}, {free}; lower "
+            f"{f' beside {beside / GIGABYTE:.1f} GB of networks' if beside else ''}, {host}; lower "
             f"num_video_frames{', --batch_size' if clips > 1 else ''} or the size"
         )
 

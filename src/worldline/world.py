@@ -367,7 +367,8 @@ def fingerprint(opened: Opened, compute: Compute, request: Request, input: Input
 
     That is the request without fields that have no effect, every file that is read (name, size and
     time), settings that parts took from elsewhere (such as a schedule), precision, decisive load
-    options, guardrails and prompt upsampler; not the device, offloading or batch size.
+    options, which guardrails and whether the prompt upsampler run; not the device, offloading or
+    batch size.
 
     Raises:
         OSError: a file has vanished.

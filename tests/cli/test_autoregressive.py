@@ -21,7 +21,8 @@ import torch
 import worldline
 from worldline import memory, opening
 from worldline.cli.progress import Progress
-from worldline.errors import Error, GuardrailRefusal
+from worldline.cli.run import check_folder
+from worldline.errors import Error, GuardrailRefusal, InputError
 from worldline.memory import Memory
 from worldline.video.read import probe, read_video
 from worldline.weights.checkpoint import open_checkpoint, save
@@ -210,6 +211,13 @@ def test_unwritable_folder(base: Make, clip: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file is in the way")
     words = f"{tmp_path / 'out'} cannot be written"
     check_refused(base("--input_image_or_video_path", clip), words, clip.parent)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
+def test_a_folder_that_takes_no_file() -> None:
+    """Root may write there by its permissions, yet nothing can be made."""
+    with pytest.raises(InputError, match="/proc/self/out: it cannot be written"):
+        check_folder(Path("/proc/self/out"))
 
 
 @pytest.mark.parametrize("ending", ["mp4", "json", "txt"])

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from worldline.errors import Error
+from worldline.errors import Error, is_out_of_memory, one_line
 from worldline.family import FAMILIES
 
 # every option of every command may be written with `_` or with `-`
@@ -88,18 +88,6 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) or is_out_of_memory(error):
         return 1, one_line(error)
     return 1, f"unexpected {one_line(error)} (--debug shows the trace)"
-
-
-def one_line(error: BaseException) -> str:
-    """First line of an error, with its class if it is none of ours."""
-    lines = str(error).strip().splitlines()[:1]
-    names = [] if lines and isinstance(error, Error) else [type(error).__name__]
-    return ": ".join(names + lines)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had too little memory; imports no torch."""
-    return type(error).__name__ in ("MemoryError", "OutOfMemoryError")
 
 
 main = Main(

@@ -13,14 +13,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from worldline.cli.main import is_out_of_memory, one_line
 from worldline.cli.options import parsed, stated
 from worldline.cli.progress import Progress, preview_path
-from worldline.errors import Error, GuardrailRefusal, InputError
+from worldline.errors import Error, GuardrailRefusal, InputError, is_out_of_memory, one_line
 from worldline.family import Command, Item, requests_of
 from worldline.files import read_json
 from worldline.request import flag
@@ -152,11 +152,14 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that can be neither written nor made."""
+    """Refuse a folder that can be neither written nor made; tried, whatever permissions allow."""
     folders = (folder.absolute(), *folder.absolute().parents)
     nearest = next(path for path in folders if os.path.exists(path))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(f"{folder}: it cannot be written")
+    try:
+        with TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: it cannot be written: {error.strerror}") from error
 
 
 def log_unused(
