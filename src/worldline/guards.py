@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worldline import memory
@@ -218,10 +219,9 @@ def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> G
             guardrails = sets.load(
                 release,
                 opened.place.roots,
-                folder=options.guardrail_dir,
                 device=compute.device,
                 offload=options.offload_guardrail_models,
-                text="text" in opened.parts or "text" in opened.missing,
+                **_guardrail_options(opened),
             )
             logger.info("guardrails: %s", ", ".join(guardrails.parts))
     if upsample and upsamples(opened):
@@ -235,11 +235,37 @@ def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> G
 def _load_upsampler(opened: Opened, compute: Compute) -> Upsampler:
     from worldline.text.upsampler import Upsampler
 
-    place, options = opened.place, opened.options
-    assert opened.family.upsampler is not None
-    describes, names = opened.family.upsampler(opened)
-    chosen = options.prompt_upsampler_dir
-    folder = place.chosen(chosen, "prompt_upsampler_dir") if chosen else place.find(names)
+    folder, describes = _upsampler_folder(opened)
     logger.info("reading %s", folder)
-    offload = options.offload_prompt_upsampler
-    return Upsampler(folder, place.roots, describes, compute.device, offload=offload)
+    offload = opened.options.offload_prompt_upsampler
+    return Upsampler(folder, opened.place.roots, describes, compute.device, offload=offload)
+
+
+def _upsampler_folder(opened: Opened) -> tuple[Path, bool]:
+    """Folder of a model's prompt upsampler, and whether it describes clips."""
+    assert opened.family.upsampler is not None
+    place, (describes, names) = opened.place, opened.family.upsampler(opened)
+    chosen = opened.options.prompt_upsampler_dir
+    return place.chosen(chosen, "prompt_upsampler_dir") if chosen else place.find(names), describes
+
+
+def files_of(opened: Opened, request: Any) -> list[Path]:
+    """Files of the guardrails and of the upsampler that run around a request, unopened.
+
+    Without a folder that is absent, and that `load_guards` refuses.
+    """
+    files: list[Path] = []
+    with suppress(CheckpointError):
+        if (release := release_of(opened)) is not None:
+            from worldline import guardrails as sets  # imported only where guardrails run
+
+            files += sets.files(release, opened.place.roots, **_guardrail_options(opened))
+    with suppress(CheckpointError):
+        if rewrites(opened, request):
+            files += filter(Path.is_file, sorted(_upsampler_folder(opened)[0].iterdir()))
+    return files
+
+
+def _guardrail_options(opened: Opened) -> dict[str, Any]:
+    text = "text" in opened.parts or "text" in opened.missing
+    return {"folder": opened.options.guardrail_dir, "text": text}

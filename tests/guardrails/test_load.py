@@ -96,6 +96,21 @@ def test_layouts(layout: str, made: Path, tmp_path: Path, no_cache: Path) -> Non
     assert sum(len(part.module) for part in chain.parts.values()) == 4
 
 
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("layout", ["1.0", "Predict1", "predict2.5"])
+def test_files_that_decide(
+    layout: str, text: bool, made: Path, tmp_path: Path, no_cache: Path
+) -> None:
+    lay_out(layout, made, tmp_path / "root", no_cache)
+    (tmp_path / "root").mkdir(exist_ok=True)
+    paths = guardrails.files(layout, [tmp_path / "root"], text=text)
+    names = {"/".join(path.parts[-2:]) for path in paths}
+    assert {"face_blur_filter/Resnet50_Final.pth", "0123abcd/preprocessor_config.json"} <= names
+    assert ("custom/words" in names) == ("english/abbrev_types.txt" in names) == text
+    assert ("0123abcd/adapter_config.json" in names) == (text and layout == "1.0")
+    assert any(path.name == "tokenizer.json" for path in paths) == text
+
+
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
@@ -128,4 +143,6 @@ def test_prompts_that_are_not_checked_need_no_files(
     assert [*chain.parts] == ["video_content_safety_filter", "face_blur_filter"]
     with pytest.raises(CheckpointError, match="nowhere"):
         guardrails.load("Predict1", [tmp_path], folder=tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="blocklist|missing"):
+        guardrails.files("Predict1", [tmp_path / "none"])
     assert set(RELEASES) == {"1.0", "Predict1", "predict2.5"}

@@ -81,9 +81,7 @@ def load(
     folder = Path(folder or next(find_folders(release, roots)))
     classifiers: list[Blocklist | language.LanguageGuard] = []
     if text:
-        places = [*roots, folder, folder / "aegis"]
-        present = (m for m in release.models if repository_folders(m.released, places))
-        model = next(present, release.models[0])
+        model, places = _language_model(release, roots, folder)
         blocklist = Blocklist(folder / "blocklist", release.near)
         classifiers = [blocklist, language.LanguageGuard(model, places, home)]
     filters = folder / "video_content_safety_filter"
@@ -95,6 +93,36 @@ def load(
     retinaface = folder / "face_blur_filter/Resnet50_Final.pth"
     blur = faces.FaceBlur(read_network(faces.RetinaFace, retinaface, faces.key_map, home))
     return Guardrails(classifiers, [video], [blur], device=device, offload=offload)
+
+
+def files(
+    name: str, roots: Sequence[Path], *, folder: str | Path | None = None, text: bool = True
+) -> list[Path]:
+    """All files that decide the verdicts of `load` with the same arguments, unopened and sorted.
+
+    Raises:
+        CheckpointError: a folder is absent.
+    """
+    release = RELEASES[name]
+    folder = Path(folder or next(find_folders(release, roots)))
+    filters = folder / "video_content_safety_filter"
+    parts = [filters / "safety_filter.pt", folder / "face_blur_filter/Resnet50_Final.pth"]
+    parts.append(find_repository(SIGLIP, [filters, *roots]))
+    if text:
+        model, places = _language_model(release, roots, folder)
+        repositories = filter(None, (model.released, model.adapter))
+        parts += [folder / "blocklist", *(find_repository(each, places) for each in repositories)]
+    paths = (path for part in parts for path in (part, *part.rglob("*")))
+    return sorted(path for path in paths if path.is_file())
+
+
+def _language_model(
+    release: Release, roots: Sequence[Path], folder: Path
+) -> tuple[language.GuardModel, list[Path]]:
+    """The first language model that is present, and where its folders are looked for."""
+    places = [*roots, folder, folder / "aegis"]
+    present = (m for m in release.models if repository_folders(m.released, places))
+    return next(present, release.models[0]), places
 
 
 def find_folders(release: Release, roots: Sequence[Path]) -> Iterator[Path]:
