@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +13,11 @@ import pytest
 import torch
 
 from tiny.encoders import export_t5, new_t5
-from worldline.errors import CheckpointError
+from worldline.errors import CheckpointError, Error
 from worldline.files import released_folders
-from worldline.text.encoder import EmbeddingCache, TextEncoder, cache_folder
+from worldline.text.encoder import EmbeddingCache, PromptEncoder, TextEncoder, cache_folder
 from worldline.text.t5 import T5Files
+from worldline.weights.checkpoint import open_checkpoint, save
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,12 +59,110 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, damage: bytes) -> None:
     assert torch.equal(cache.get("model", "a ball"), torch.ones(2))  # type: ignore[arg-type]
 
 
-def test_an_entry_that_is_something_else(tmp_path: Path) -> None:
-    from worldline.weights.checkpoint import save
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
 
-    cache = EmbeddingCache(tmp_path)
-    save({"other": torch.ones(2)}, cache.path("model", "a ball"))
+
+def _another_prompts(path: Path) -> None:
+    EmbeddingCache(path.parent).put("model", "a tree", torch.zeros(1, 5, 3))
+    EmbeddingCache(path.parent).path("model", "a tree").replace(path)
+
+
+def _another_models(path: Path) -> None:
+    EmbeddingCache(path.parent).put("model 2", "a ball", torch.zeros(1, 5, 3))
+    EmbeddingCache(path.parent).path("model 2", "a ball").replace(path)
+
+
+def _holding(tensor: torch.Tensor, name: str = "embedding") -> Callable[[Path], None]:
+    """Writer of a tensor beside the metadata of the entry that it replaces."""
+
+    def write(path: Path) -> None:
+        save({name: tensor}, path, open_checkpoint(path).metadata)
+
+    return write
+
+
+def _loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    (path / "inside").mkdir(parents=True)
+
+
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _flip,
+        _another_prompts,
+        _another_models,
+        _holding(torch.full((1, 5, 3), torch.nan)),
+        _holding(torch.ones(1, 1, 3)),
+        _holding(torch.ones(1, 3, 5)),
+        _holding(torch.ones(1, 5, 3, dtype=torch.int32)),
+        _holding(torch.ones(1, 5, 3, dtype=torch.float16)),
+        _holding(torch.ones(1, 5, 3), "other"),
+        _loop,
+        _folder,
+        _fifo,
+    ],
+)
+def test_an_entry_that_is_something_else(
+    damage: Callable[[Path], None], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """It is not used, and what is written in its place is."""
+    cache, embedding = EmbeddingCache(tmp_path), torch.full((1, 5, 3), 0.5).to(dtype)
+    cache.put("model", "a ball", embedding)
+    damage(cache.path("model", "a ball"))
     assert cache.get("model", "a ball") is None
+    cache.put("model", "a ball", embedding)
+    found = cache.get("model", "a ball")
+    assert found is not None
+    assert torch.equal(found, embedding)
+
+
+def test_entries_have_the_mode_of_other_files(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    cache = EmbeddingCache(tmp_path / "made")
+    cache.put("model", "a ball", torch.ones(2))
+    mode = cache.path("model", "a ball").stat().st_mode
+    assert mode == (tmp_path / "other").stat().st_mode
+
+
+def test_writers_at_once(tmp_path: Path) -> None:
+    cache, embedding = EmbeddingCache(tmp_path, largest=9), torch.rand(1, 50, 3)
+
+    def write(_: int) -> bool:
+        cache.put("model", "a ball", embedding)
+        found = cache.get("model", "a ball")
+        return found is not None and torch.equal(found, embedding)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(write, range(40)))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_files_of_killed_writers_are_counted(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path, largest=2)
+    for number in range(4):
+        stale = tmp_path / f".{number}.safetensors.77-ab.tmp"
+        stale.touch()
+        os.utime(stale, (number, number))
+    cache.put("model", "a ball", torch.ones(2))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".3.safetensors.77-ab.tmp",
+        cache.path("model", "a ball").name,
+    }
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -133,6 +234,16 @@ def test_weights_are_read_at_the_first_unknown_prompt(
     for other in (encoder_of(folder, torch.bfloat16), encoder_of(folder)):
         with pytest.raises(TypeError):
             other.embed(["a ball" if other.dtype == torch.bfloat16 else "another"])
+
+
+def test_an_embedding_that_is_not_finite_is_no_entry(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = PromptEncoder.encode
+    monkeypatch.setattr(PromptEncoder, "encode", lambda *words: encode(*words) / 0)
+    with pytest.raises(Error, match=r"t5.*not finite"):
+        encoder_of(folder).embed(["a ball"])
+    assert not [*tmp_path.glob("cache/**/*.safetensors")]
 
 
 def test_a_truncated_prompt_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -22,12 +23,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from worldline.errors import CheckpointError
+from worldline.errors import CheckpointError, Error
 from worldline.files import (
     holds_diffusers,
     read_json,
     released_folders,
-    replacing,
     stamp,
     unfinished,
 )
@@ -270,12 +270,18 @@ class TextEncoder:
 
         Raises:
             CheckpointError: the weights do not fit, or cannot be read.
+            Error: an embedding is not finite.
         """
         embeddings: dict[str, Any] = {p: self._cache.get(self._key, p) for p in prompts}
         if missing := [prompt for prompt in embeddings if embeddings[prompt] is None]:
             with torch.inference_mode(), self._part.on_device() as encoder:
                 for prompt in missing:
                     embeddings[prompt] = encoder.encode([prompt]).cpu()
+                    if not embeddings[prompt].isfinite().all():
+                        raise Error(
+                            f"{self.files.folder}: an embedding in {self.dtype} is not finite; "
+                            "the weights are damaged, or overflow in this precision"
+                        )
                     self._cache.put(self._key, prompt, embeddings[prompt])
         return embeddings
 
@@ -311,8 +317,9 @@ class EmbeddingCache:
     """Embeddings by encoder and prompt: 1 MB each of T5, 103 MB of Reason1; weights are 10 GB.
 
     One safetensors file each, shared by all processes; its name is a hash, as the prompt is not
-    written down. A folder that cannot be written is no error; nothing is cached then. Beyond
-    `largest` entries, the one that was unused for longest is removed.
+    written down, and its digest covers name, dtype, shape and numbers. A folder that cannot be
+    written is no error; nothing is cached then. Beyond `largest` files, temporary ones of killed
+    processes too, the one that was unused for longest is removed.
     """
 
     def __init__(self, name: str | Path = "", largest: int = 1000) -> None:
@@ -325,12 +332,15 @@ class EmbeddingCache:
         return self.folder / f"{hashlib.sha256(key).hexdigest()}.safetensors"
 
     def get(self, encoder: str, prompt: str) -> Tensor | None:
-        """The embedding on the CPU; None where there is none, or a damaged one."""
+        """The embedding on the CPU; None where there is none, or another than was put there."""
         path = self.path(encoder, prompt)
         try:
             if not path.is_file():
                 return None
-            embedding = open_checkpoint(path).read("embedding")
+            entry = open_checkpoint(path)
+            embedding = entry.read("embedding")
+            if entry.metadata.get("digest") != _digest(path.stem, embedding):
+                raise CheckpointError(f"{path} is not the entry that was written under its name")
         except (CheckpointError, OSError) as error:
             logger.info("a cached embedding is made anew: %s", error)
             return None
@@ -341,13 +351,22 @@ class EmbeddingCache:
     def put(self, encoder: str, prompt: str, embedding: Tensor) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path(encoder, prompt)) as temporary:
-                save({"embedding": embedding}, temporary)
-            entries = sorted(self.folder.glob("*.safetensors"), key=os.path.getmtime)
-            for entry in entries[: -self.largest]:
-                entry.unlink(missing_ok=True)
+            path = self.path(encoder, prompt)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)  # it would be in the way for ever
+            save({"embedding": embedding}, path, {"digest": _digest(path.stem, embedding)})
+            files = [path for path in self.folder.iterdir() if path.is_symlink() or path.is_file()]
+            for file in sorted(files, key=lambda path: path.lstat().st_mtime)[: -self.largest]:
+                file.unlink(missing_ok=True)
         except OSError as error:  # a full disk, or an entry that another process removed
             logger.info("the cache of embeddings is left as it is: %s", error)
+
+
+def _digest(name: str, embedding: Tensor) -> str:
+    """SHA-256 of an entry: its name, which is of encoder and prompt, dtype, shape and numbers."""
+    digest = hashlib.sha256(f"{name} {embedding.dtype} {[*embedding.shape]}".encode())
+    digest.update(embedding.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class FastTokenizer:

@@ -313,7 +313,10 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, objec
             torch.save(whole, temporary)
             return
         text = {key: str(value) for key, value in metadata.items()}
+        temporary.touch()  # by the umask, which safetensors ignores
+        mode = temporary.stat().st_mode
         try:
             safetensors.torch.save_file(whole, temporary, metadata=text or None)
         except safetensors.SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
+        temporary.chmod(mode)
