@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,31 @@ def test_rows_and_width(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
             read_embeddings(ROWS, **wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="negative_prompt_embeddings is a int"):
         read_embeddings(ROWS, 3, width=16)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.full((3, 16), torch.nan, dtype=torch.bfloat16),
+        torch.full((3, 16), 1e300, dtype=torch.float64),  # infinite in float32
+        torch.full((3, 16), torch.nan).to(torch.float8_e4m3fn),
+        torch.ones(3, 16, dtype=torch.complex64),
+        torch.ones(3, 16, dtype=torch.bool),
+        torch.ones(()),
+        torch.ones(0, 16),
+        torch.ones(2, 3, 16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", ""])
+def test_tensors_that_are_no_embedding(suffix: str, tensor: torch.Tensor, tmp_path: Path) -> None:
+    source: Any = tensor
+    if suffix:
+        source = tmp_path / f"e.{suffix}"
+        save({"prompt": tensor}, source)
+    dtype, shape = str(tensor.dtype).removeprefix("torch."), re.escape(str(tuple(tensor.shape)))
+    with pytest.raises(InputError, match=rf"prompt_embeddings.* {dtype} {shape}; .*\(S, 16\)"):
+        read_embeddings(source, width=16)
 
 
 def test_whose_negative_prompt(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def _checked(tensor: Tensor, label: str, width: int, rows: int | None) -> Tensor
     """An embedding as (1, S, width), float32, with zeros up to S = `rows`."""
     flat = tensor[0] if tensor.ndim == 3 and len(tensor) == 1 else tensor
     fits = flat.ndim == 2 and 0 < len(flat) <= (rows or len(flat)) and flat.shape[1] == width
-    if not fits or not flat.is_floating_point() or not flat.isfinite().all():
+    if not fits or not flat.is_floating_point() or not flat.float().isfinite().all():
         dtype = str(tensor.dtype).removeprefix("torch.")
         most = "" if rows is None else f" with S up to {rows}"
         raise InputError(
