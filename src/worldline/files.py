@@ -1,8 +1,10 @@
 """Files: atomic writing, fingerprints, JSON, folders of released models; needs no torch."""
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import unicodedata
@@ -16,7 +18,10 @@ GIGABYTE = 1e9
 # a whole transformer in NVIDIA's layout, in order of preference
 TRANSFORMER_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt")
 _DIFFUSERS_FILE = "diffusion_pytorch_model"
-_UNFINISHED = (".incomplete", ".part", ".crdownload")
+UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
+# with what a hub answers in place of a file that it does not give
+_REFUSALS = (b"entry not found", b"repository not found", b"invalid username", b"access to model")
+_HASHED = 1 << 26  # bytes of a file up to which it is compared with the hash in its name
 
 
 @contextlib.contextmanager
@@ -50,14 +55,58 @@ def readable_size(nbytes: float) -> str:
 
 
 def disguise(head: bytes) -> str:
-    """Kind of page that often takes the place of a download: "web page", "git-lfs pointer" or "".
+    """Kind of page that often takes the place of a download; "" for other content.
 
-    `head` is the first 64 bytes of the file, or more.
+    That is "web page", "hub's refusal" or "git-lfs pointer"; `head` is the first 64 bytes of the
+    file, or more.
     """
     text = head.lstrip()[:64].lower()
+    if text.startswith((*_REFUSALS, b'{"error"')):
+        return "hub's refusal"
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "web page"
     return "git-lfs pointer" if text.startswith(b"version https://git-lfs") else ""
+
+
+def refuse_broken(path: Path) -> None:
+    """Refuse a small file that is not whole, as far as its name and its content betray it.
+
+    Raises:
+        CheckpointError: it is absent, unfinished, no regular file, empty, zeros, a web page or
+            the like, or not what the hash in its name, if a hub's cache holds it, is of.
+    """
+    reason = ""
+    try:
+        target = path.resolve()
+        if path.suffix in UNFINISHED:
+            reason = "is an unfinished download"
+        elif not path.is_file():
+            kind = "no regular file" if path.exists() else "a link to nothing, or absent"
+            reason = f"is {'a folder' if path.is_dir() else kind}"
+        else:
+            with path.open("rb") as file:
+                head = file.read(512)
+            page = disguise(head)
+            if not head.strip(b"\0"):
+                reason = "is empty or starts with zeros"
+            elif page:
+                reason = f"is a {page}"
+            elif not _fits_hash(target):
+                reason = "is not the file whose hash it has for a name in the hub's cache"
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
+        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    if reason:
+        raise CheckpointError(f"{path} {reason}; download it again, or remove it")
+
+
+def _fits_hash(blob: Path) -> bool:
+    """Whether a file of a hub's cache has the hash that it is named by; true of any other."""
+    named = blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
+    if not named or blob.stat().st_size > _HASHED:
+        return True
+    data = blob.read_bytes()
+    git = hashlib.sha1(b"blob %d\0%b" % (len(data), data), usedforsecurity=False)
+    return blob.name in (git.hexdigest(), hashlib.sha256(data).hexdigest())
 
 
 def folded(name: str) -> str:
@@ -132,5 +181,5 @@ def unfinished(folder: Path) -> str:
     # downloads of a hub cache are in a folder beside
     beside = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     every = (path for root in {folder, beside} for path in root.rglob("*"))
-    names = sorted({path.name for path in every if path.suffix in _UNFINISHED})[:3]
+    names = sorted({path.name for path in every if path.suffix in UNFINISHED})[:3]
     return f"; a download was not finished ({', '.join(names)}): download it again" if names else ""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -157,6 +161,130 @@ def test_damaged_data(tmp_path: Path) -> None:
     empty = write_blocklist(tmp_path / "empty", custom=(), exact=())
     with pytest.raises(CheckpointError, match="no words"):
         Blocklist(empty)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+WORDS = "flimquat\nglonk\n"
+BROKEN = {
+    "empty": b"",
+    "zeros": bytes(40),
+    "lfs": LFS,
+    "page": b"\n<html><body>Sign in</body></html>",
+    "refusal": b"Access to model nvidia/Cosmos-Guardrail1 is restricted.",
+    "error": b'{"error":"Repository not found"}',
+    "latin-1": "caf\xe9\n".encode("latin-1"),
+    "utf-16 without mark": WORDS.encode("utf-16-le"),
+}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("custom/words", "exact_match/more", "whitelist/words"),
+        "nltk_data/tokenizers/punkt_tab/english/collocations.tab",
+    ],
+)
+@pytest.mark.parametrize("kind", [*BROKEN, "dangling", "loop", "folder", "fifo"])
+def test_a_file_that_is_not_whole_is_named(kind: str, file: str, tmp_path: Path) -> None:
+    path = write_blocklist(tmp_path / "blocklist") / file
+    path.unlink(missing_ok=True)
+    if kind in BROKEN:
+        path.write_bytes(BROKEN[kind])
+    elif kind in ("dangling", "loop"):
+        path.symlink_to(path if kind == "loop" else "../../blobs/12ab")
+    else:
+        path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        Blocklist(tmp_path / "blocklist")
+
+
+@pytest.mark.parametrize("name", ["second.12ab34cd.incomplete", "words.part", ".words.7-ab.tmp"])
+@pytest.mark.parametrize("folder", ["custom", "exact_match", "whitelist"])
+def test_an_unfinished_download_is_named(folder: str, name: str, tmp_path: Path) -> None:
+    path = write_blocklist(tmp_path / "blocklist") / folder / name
+    path.write_text("a\n")
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        Blocklist(tmp_path / "blocklist")
+
+
+@pytest.mark.parametrize("digest", ["sha256", "git"])
+def test_a_file_of_a_hub_cache_has_the_hash_of_its_name(digest: str, tmp_path: Path) -> None:
+    folder, data = write_blocklist(tmp_path / "snapshots" / "0123" / "blocklist"), WORDS.encode()
+    git = hashlib.sha1(b"blob %d\0" % len(data) + data)
+    name = hashlib.sha256(data).hexdigest() if digest == "sha256" else git.hexdigest()
+    blob = tmp_path / "blobs" / name
+    blob.parent.mkdir()
+    blob.write_bytes(data)
+    path = folder / "custom" / "words"
+    path.unlink()
+    path.symlink_to(blob)
+    assert not Blocklist(folder).check("a flimquat").safe
+    blob.write_bytes(data[:-6])
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        Blocklist(folder)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_marks_and_ends_of_lines(encoding: str, end: str, tmp_path: Path) -> None:
+    folder = write_blocklist(tmp_path / "blocklist")
+    for name, words in (("custom", "plovus"), ("exact_match", "jorry")):
+        data = end.join((words, "tail")).encode(encoding)
+        (folder / name / "words").write_bytes(data)
+    guard = Blocklist(folder)
+    assert [guard.check(f"a {word} here").safe for word in ("plovus", "jorry", "tail", "x")] == [
+        *(False, False, False, True)
+    ]
+    (folder / "custom" / "words").write_bytes(b"\xef\xbb\xbfabba\n\xef\xbb\xbfplovus\n")
+    assert not Blocklist(folder).check("a plovus").safe  # of two files that were joined
+
+
+@pytest.mark.parametrize("folder", ["custom", "exact_match"])
+def test_a_list_without_words(folder: str, tmp_path: Path) -> None:
+    path = write_blocklist(tmp_path / "blocklist") / folder
+    for content in ("\n \n", None):
+        (path / "words").write_text(content) if content else (path / "words").unlink()
+        with pytest.raises(CheckpointError, match=f"{re.escape(str(path))}.* no words"):
+            Blocklist(tmp_path / "blocklist")
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ({"index.noun": "  1 a licence\n", "noun.exc": "geese goose\n"}, "index.noun"),
+        ({"index.noun": "", "noun.exc": "geese goose\n"}, "index.noun"),
+        ({"index.noun": "goose n 1\n", "noun.exc": "\n"}, "noun.exc"),
+        ({"index.noun": "goose n 1\n"}, "noun.exc"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_word_nets_without_words(
+    zipped: bool, content: dict[str, str], name: str, tmp_path: Path
+) -> None:
+    corpora = write_blocklist(tmp_path / "blocklist") / "nltk_data" / "corpora"
+    with zipfile.ZipFile(corpora / "wordnet.zip", "w") as archive:
+        for entry, text in content.items():
+            archive.writestr(f"wordnet/{entry}", text)
+    if not zipped:
+        zipfile.ZipFile(corpora / "wordnet.zip").extractall(corpora)
+    with pytest.raises(CheckpointError, match=name):
+        Blocklist(tmp_path / "blocklist")
+
+
+def test_damaged_tables(tmp_path: Path) -> None:
+    data = write_blocklist(tmp_path / "blocklist") / "nltk_data"
+    archive = data / "corpora" / "wordnet.zip"
+    whole = archive.read_bytes()
+    for damaged in (b"", whole[:-9], whole.replace(b"glonk", b"plonk", 1), LFS):
+        archive.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"wordnet\.zip"):
+            Blocklist(tmp_path / "blocklist")
+    archive.write_bytes(whole)
+    table = data / "tokenizers" / "punkt_tab" / "english" / "ortho_context.tab"
+    for damaged in (b"the\t46\nmeet", b"the\tx"):
+        table.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="ortho_context"):
+            Blocklist(tmp_path / "blocklist")
 
 
 def test_sentences_and_words(tmp_path: Path) -> None:

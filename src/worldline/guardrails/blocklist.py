@@ -9,17 +9,19 @@ refuses the links of a hub cache). Sources: Punkt, Kiss and Strunk 2006 (sentenc
 of the Penn Treebank; WordNet's morphology.
 """
 
+import codecs
 import itertools
 import re
 import string
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from worldline.errors import CheckpointError
+from worldline.files import refuse_broken
 from worldline.guardrails.base import Verdict
 
 # characters of a prompt that count as a character of an entry
@@ -31,6 +33,12 @@ _STAND_INS = dict(
 _FOLD = str.maketrans("iouve@*4l103$57", "aaaaaaaaaaaasst")
 _WORD = re.compile(r"[A-Za-z0-9@$*\"']+")
 _MIN_JOINED = 5  # better-profanity's own list, always loaded, has entries of six words
+_LARGEST = 1 << 26  # bytes of a table
+# what a damaged archive raises
+_DAMAGE = (
+    *(OSError, KeyError, ValueError, EOFError, RuntimeError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 _MARK = "\N{REPLACEMENT CHARACTER}"  # a prompt is ASCII by then
 
 
@@ -192,9 +200,14 @@ class Words:
         self.collocations = {tuple(line.split("\t")[:2]) for line in collocations}
         self.starters = set(_table(punkt, "english/sent_starters.txt"))
         rows = (line.split("\t") for line in _table(punkt, "english/ortho_context.tab"))
-        self.occurrences = {word: int(bits) for word, bits in rows}
+        try:
+            self.occurrences = {word: int(bits) for word, bits in rows}
+        except ValueError as error:
+            raise CheckpointError(f"{punkt}/english/ortho_context.tab: {error}") from error
         index = (line.partition(" ")[0] for line in _table(wordnet, "index.noun"))
         self.nouns = {word for word in index if word}  # its licence begins with spaces
+        if not self.nouns:
+            raise CheckpointError(f"{wordnet}/index.noun lists no nouns; download it again")
         exceptions = (line.split() for line in _table(wordnet, "noun.exc"))
         self.irregular = {forms[0]: forms[1:] for forms in exceptions}
 
@@ -290,15 +303,38 @@ def _stem(word: str) -> str:
 
 
 def _table(package: Path, name: str) -> list[str]:
-    """Lines of a file of a package, unpacked or zipped, without blank ones."""
+    """Lines of a file of a package, unpacked or zipped, without blank ones; there are some."""
+    path = package / name
+    if package.is_dir():
+        text = _text(path)
+    else:
+        path = package.with_name(f"{package.name}.zip")
+        refuse_broken(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entry = archive.getinfo(f"{package.name}/{name}")
+                if entry.file_size > _LARGEST:
+                    raise ValueError(f"{name} has {entry.file_size:,} bytes")
+                text = archive.read(entry).decode()
+        except _DAMAGE as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
+    if not (lines := [line for line in text.split("\n") if line.strip()]):
+        raise CheckpointError(f"{path} holds no lines of {name}; download it again")
+    return lines
+
+
+def _text(path: Path) -> str:
+    """Text of a whole file, in UTF-8 or, behind its mark, in UTF-16."""
+    refuse_broken(path)
     try:
-        root: Any = package
-        if not package.is_dir():
-            root = zipfile.Path(package.with_name(f"{package.name}.zip"), f"{package.name}/")
-        text = (root / name).read_text(encoding="utf-8")
-        return [line for line in text.split("\n") if line.strip()]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{package}/{name} cannot be read: {error}") from error
+        data = path.read_bytes()
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16" if utf16 else "utf-8")
+        if "\0" in text:
+            raise ValueError("it holds the character NUL")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no text: {error}; download it again") from error
+    return text.replace(codecs.BOM_UTF8.decode(), "")  # of each of the files that were joined
 
 
 class Blocklist:
@@ -312,8 +348,9 @@ class Blocklist:
 
     def __init__(self, folder: Path, near: Nearness = PREDICT) -> None:
         custom, exact = _entries(folder / "custom"), _entries(folder / "exact_match")
-        if not any(custom + exact):
-            raise CheckpointError(f"{folder} lists no words")
+        for name, entries in (("custom", custom), ("exact_match", exact)):
+            if not any(entries):
+                raise CheckpointError(f"{folder / name} lists no words; download it again")
         self.words = Words(folder / "nltk_data")
         self.censor = Censor(custom, _entries(folder / "whitelist"))
         self.whole_words = WholeWords(exact, near)
@@ -332,9 +369,9 @@ class Blocklist:
 
 
 def _entries(folder: Path) -> list[str]:
-    """Stripped lines of all files of a folder."""
+    """Stripped lines of all files of a folder, which holds nothing else."""
     try:
-        texts = [path.read_text("utf-8") for path in folder.iterdir() if path.is_file()]
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from error
-    return [line.strip() for text in texts for line in text.splitlines()]
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
+    return [line.strip() for path in paths for line in _text(path).splitlines()]

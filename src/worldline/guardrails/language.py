@@ -21,9 +21,11 @@ from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.networks import (
     Count,
     Settings,
+    mark_pattern,
     pretrained,
     pretrained_tokenizer,
     require_settings,
+    without_marks,
 )
 
 # the descriptions are this project's own words for the topics that the model was trained on
@@ -163,6 +165,7 @@ class LanguageGuard:
     """A text guardrail that asks a causal language model of transformers.
 
     Attributes:
+        marks: pattern of what would end a prompt's turn.
         max_length: largest number of tokens in a question; longer ones are refused.
     """
 
@@ -187,6 +190,7 @@ class LanguageGuard:
         self.model = model
         self.networks = (network.to(device),)
         self.tokenizer = pretrained_tokenizer(folder, chat=model.chat is not None)
+        self.marks = mark_pattern(self.tokenizer, self._question, folder)
         self.max_length: int = network.config.max_position_embeddings
 
     def check(self, text: str) -> Verdict:
@@ -200,15 +204,16 @@ class LanguageGuard:
         return verdict
 
     def tokens(self, text: str) -> list[int]:
-        # The tokenizer's own marks are broken up: a prompt could else end its turn and answer.
-        for mark in self.tokenizer.get_added_vocab():
-            if len(mark) > 1:
-                text = text.replace(mark, f"{mark[0]} {mark[1:]}")
-        question = self.model.question(text)
-        if self.model.chat is not None:
-            turns = [{"role": "user", "content": question}]
-            question = self.tokenizer.apply_chat_template(turns, tokenize=False, **self.model.chat)
+        # a prompt that holds marks could end its turn and answer for the model
+        question = self._question(without_marks(text, self.marks))
         return self.tokenizer(question, add_special_tokens=False)["input_ids"]
+
+    def _question(self, text: str) -> str:
+        question = self.model.question(text)
+        if self.model.chat is None:
+            return question
+        turns = [{"role": "user", "content": question}]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, **self.model.chat)
 
     @torch.inference_mode()
     def _answer(self, ids: list[int]) -> str:
@@ -222,7 +227,14 @@ class LanguageGuard:
 
 
 # variants that no tensor betrays, and how PEFT states their absence
-_PLAIN = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
+_PLAIN = {
+    "use_dora": False,
+    "use_rslora": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+}
 
 
 class _Adapter(Settings):
@@ -230,6 +242,7 @@ class _Adapter(Settings):
 
     r: Count
     lora_alpha: Annotated[float, Field(strict=True)]
+    target_modules: list[str] | str = ""  # ends of names; a pattern is not followed
 
 
 @torch.no_grad()
@@ -239,11 +252,16 @@ def merge_adapter(network: nn.Module, folder: Path) -> None:
     settings = _Adapter.parse(require_settings(path, _PLAIN), path)
     paths = [folder / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
     checkpoint = open_checkpoint(next(filter(Path.is_file, paths), paths[0]))
+    named = settings.target_modules
+    targets = () if isinstance(named, str) else tuple(f".{module}" for module in named)
     halves = {n.replace(".default.", "."): checkpoint.read(n).float() for n in checkpoint.entries}
     for name, weight in network.named_parameters():
-        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        module = name.removesuffix(".weight")
+        layer = f"base_model.model.{module}"
         names = [f"{layer}.lora_{half}.weight" for half in "BA"]
         if not halves.keys() >= {*names}:
+            if f".{module}".endswith(targets):
+                raise CheckpointError(f"{checkpoint.path} holds no {names[0]}")
             continue
         up, down = map(halves.pop, names)
         if [*up.shape, *down.shape] != [len(weight), settings.r, settings.r, *weight.shape[1:]]:

@@ -25,7 +25,12 @@ from worldline.parallel.offload import Offloadable
 from worldline.video.read import Frames
 from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.keymap import KeyMap, renamed_by
-from worldline.weights.networks import pretrained, pretrained_tokenizer
+from worldline.weights.networks import (
+    mark_pattern,
+    pretrained,
+    pretrained_tokenizer,
+    without_marks,
+)
 from worldline.weights.stream import load_into
 
 LENGTHEN = "Expand this short caption of a video into a long caption, in one paragraph: "
@@ -54,6 +59,7 @@ class Upsampler:
     Attributes:
         name: of its folder.
         part: a causal language model of transformers.
+        marks: pattern of what would end a prompt's turn.
         describes: it takes pictures (Video2World).
         room: tokens of question and answer together.
         longest: tokens of an answer.
@@ -98,6 +104,7 @@ class Upsampler:
             if len({*marks, self.tokenizer.unk_token_id}) < 4:
                 raise CheckpointError(f"{folder} knows no {IMAGE}, {ROW_END} or {IMAGE_END}")
             network.config.image_token_id = marks[0]
+        self.marks = mark_pattern(self.tokenizer, self._question, folder)
         self.describes = describes
         self.room, self.longest, top_p = (4300, 400, 0.9) if describes else (1024, 512, 1.0)
         self.end: int = self.tokenizer.eos_token_id
@@ -124,19 +131,23 @@ class Upsampler:
         Raises:
             Error: the prompt leaves no room for an answer, or the answer is empty.
         """
-        message, picture = f"{LENGTHEN}{prompt}", dict[str, Tensor]()
+        words = without_marks(prompt or "", self.marks)
+        message, picture = f"{LENGTHEN}{words}", dict[str, Tensor]()
         if self.describes:
             assert frame is not None  # a request without a prompt has an input
             message, picture = self._look(frame)
-        turn = [{"role": "user", "content": message}]
-        template = self.tokenizer.apply_chat_template
-        question = template(turn, tokenize=False, add_generation_prompt=True)
+        question = self._question(message)
         with self.part.on_device():
             answer = self._answer(question, seed, **picture)
         answer = answer.strip() if self.describes else clean(answer)
         if not answer:
             raise Error(f"{self.name} wrote nothing; disable_prompt_upsampler takes prompts as is")
         return answer
+
+    def _question(self, message: str) -> str:
+        turn = [{"role": "user", "content": message}]
+        template = self.tokenizer.apply_chat_template
+        return str(template(turn, tokenize=False, add_generation_prompt=True))
 
     def _look(self, frame: Frames) -> tuple[str, dict[str, Tensor]]:
         """The question about a picture, and the picture as the network takes it."""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from worldline.errors import CheckpointError
-from worldline.files import TRANSFORMER_FILES, read_json, unfinished
+from worldline.errors import CheckpointError, one_line
+from worldline.files import (
+    TRANSFORMER_FILES,
+    UNFINISHED,
+    read_json,
+    refuse_broken,
+    unfinished,
+)
 from worldline.parallel.offload import BlockPlan, Offloadable, StreamedModule
 from worldline.weights.checkpoint import (
     SHARD,
@@ -33,6 +40,11 @@ DIFFUSERS_FILES = (
 VAE_LAYOUTS = [f"{folder}{name}" for folder in ("", "vae/") for name in DIFFUSERS_FILES]
 # released transformers whose file names start with a hash, and what their training writes
 _HASHED = "*_ema_bf16.pt"
+
+_PROMPT = "a prompt to be checked"  # is in no conversation
+_BRACKETS = re.compile(r"<[^<>\n]{1,80}>|\[[^\[\]\n]{1,80}\]")
+# kinds of files in a folder of transformers
+_FILES = (".json", ".jinja", ".model", ".txt", ".safetensors")
 
 Count = Annotated[int, Field(strict=True, ge=1, le=1 << 20)]
 Number = Annotated[float, Field(strict=True, gt=0, lt=1e12)]
@@ -280,6 +292,7 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[s
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no config.json{unfinished(folder)}")
+    refuse_broken_files(folder)
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what it would warn of is an error below
@@ -310,6 +323,24 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[s
     return network.requires_grad_(False).eval()
 
 
+def refuse_broken_files(folder: Path) -> None:
+    """Refuse a folder of transformers in which a file is not whole, whether it is needed or not.
+
+    Raises:
+        CheckpointError: it names the file.
+    """
+    paths = sorted(folder.iterdir())
+    names = tuple(path.name for path in paths if path.suffix in _FILES)
+    for path in paths:
+        lost = path.suffix in UNFINISHED and not path.name.startswith(names)
+        if path.suffix in _FILES or lost:
+            refuse_broken(path)
+        if path.name.endswith((".safetensors", ".safetensors.index.json")):
+            open_checkpoint(path)
+        elif path.suffix == ".json" and path.name != "tokenizer.json":  # which is read at once
+            read_json(path)
+
+
 def pretrained_tokenizer(folder: Path, *, chat: bool = True) -> Any:
     """A tokenizer of transformers; for a `chat` it must know how a conversation is written.
 
@@ -328,3 +359,43 @@ def pretrained_tokenizer(folder: Path, *, chat: bool = True) -> Any:
     if chat and not tokenizer.chat_template:
         raise CheckpointError(f"{folder} holds no chat template (chat_template.jinja)")
     return tokenizer
+
+
+def mark_pattern(tokenizer: Any, question: Callable[[str], str], folder: Path) -> re.Pattern[str]:
+    """Pattern of what would end a prompt's turn in a conversation, for `without_marks`.
+
+    That is the tokenizer's own marks, brackets of the conversation's text, such as "[/INST]" or
+    "<END CONVERSATION>", and, where the text names who speaks, a line that begins with a speaker.
+
+    Args:
+        tokenizer: one of transformers.
+        question: prompt -> text of a conversation.
+        folder: of the tokenizer.
+
+    Raises:
+        CheckpointError: the conversation cannot be written, or leaves the prompt out.
+    """
+    try:
+        before, prompt, after = question(_PROMPT).partition(_PROMPT)
+    except Exception as error:  # a damaged template may raise anything
+        raise CheckpointError(
+            f"{folder}: its chat template (chat_template.jinja) fails: {one_line(error)}"
+        ) from error
+    if not prompt:
+        raise CheckpointError(f"{folder}: its chat template (chat_template.jinja) holds no prompt")
+    marks = {*tokenizer.get_added_vocab(), *_BRACKETS.findall(f"{before}\n{after}")}
+    words = (re.findall(r"\w+|[^\w\s]", mark) for mark in sorted(marks, key=len, reverse=True))
+    patterns = [r"\s*".join(map(re.escape, each)) for each in words if len("".join(each)) > 1]
+    if speaker := re.search(r"(\w+):\s*$", before):
+        patterns.append(rf"(?<=[\n\r])\s*(?:{speaker[1]}|user|agent|assistant)\s*:")
+    return re.compile("|".join(patterns) or "(?!)", re.IGNORECASE)
+
+
+def without_marks(text: str, marks: re.Pattern[str]) -> str:
+    """Text in which marks are words: their brackets are round, or a space parts them."""
+
+    def parted(match: re.Match[str]) -> str:
+        mark = match[0].lstrip()
+        return f"({mark[1:-1]})" if mark[0] in "<[" else f"{mark[0]} {mark[1:]}"
+
+    return marks.sub(parted, text)
