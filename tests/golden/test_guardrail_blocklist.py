@@ -44,9 +44,23 @@ def test_verdict_and_stage(case: Case, settings: str) -> None:
     wrong = [
         (record["id"], record["prompt"], verdict, record[settings])
         for record in records(case)
-        if not agrees(record, verdict := guard.check(record["prompt"]), record[settings])
+        if not agrees(
+            record, verdict := guard.check_as_released(record["prompt"]), record[settings]
+        )
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("settings", sorted(SETTINGS))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_look_alikes_are_all_that_is_refused_beside(case: Case, settings: str) -> None:
+    guard = Blocklist(folder_of(case), SETTINGS[settings])
+    for record in records(case):
+        verdict = guard.check(record["prompt"])
+        if verdict != guard.check_as_released(record["prompt"]):
+            assert not record["prompt"].isascii(), record
+            assert not verdict.safe
+            assert verdict.reasons[1:] == ("look-alikes",)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

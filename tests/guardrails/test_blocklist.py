@@ -37,10 +37,7 @@ CAUGHT = """
     flimquat? flimquats fl*mquat flimqvat fl-im-quat f.l.i.m.quat gl0nk gl*nk gl@nk gl0nk! g.lonk
     glonkim jorry JORRY jorry's superwidget superwidget; moon-free-zorbash p1ovus plouus lOl
 """
-MISSED = (
-    *("zorrbash", "zrbash", "zorbas", "hsabroz", "z0rb45hh", "snackattack", "'zorbash'"),
-    "zorb\N{CYRILLIC SMALL LETTER A}sh",
-)
+MISSED = ("zorrbash", "zrbash", "zorbas", "hsabroz", "z0rb45hh", "snackattack", "'zorbash'")
 PHRASES = {
     "zor bash": True,
     "z o r bash": True,
@@ -73,7 +70,7 @@ def in_sentence(word: str) -> str:
 def test_fifty_adversarial_spellings(guard: Blocklist) -> None:
     assert len(set(CAUGHT.split())) >= 50
     assert [word for word in CAUGHT.split() if guard.check(in_sentence(word)).safe] == []
-    # known to pass, as in the released guardrail: letters added, dropped or of other scripts
+    # known to pass, as in the released guardrail: letters added or dropped
     assert [word for word in MISSED if not guard.check(in_sentence(word)).safe] == []
 
 

@@ -16,13 +16,14 @@ import string
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from worldline.errors import CheckpointError
 from worldline.files import refuse_broken
 from worldline.guardrails.base import Verdict
+from worldline.guardrails.look_alikes import latin, readings
 
 # characters of a prompt that count as a character of an entry
 _STAND_INS = dict(
@@ -340,32 +341,50 @@ def _text(path: Path) -> str:
 class Blocklist:
     """The text guardrail of a folder `blocklist`: custom, whitelist, exact_match, nltk_data.
 
-    `check` refuses with "empty", "censor", "censor_lemma", "exact" or "partial".
+    `check` refuses with "empty", "censor", "censor_lemma", "exact" or "partial"; with
+    "look-alikes" beside it where a prompt holds a word in characters that are not ASCII.
     """
 
     name = "blocklist"
     networks = ()
 
     def __init__(self, folder: Path, near: Nearness = PREDICT) -> None:
-        custom, exact = _entries(folder / "custom"), _entries(folder / "exact_match")
-        for name, entries in (("custom", custom), ("exact_match", exact)):
-            if not any(entries):
+        names = ("custom", "whitelist", "exact_match")
+        entries = [_entries(folder / name) for name in names]
+        for name, lines in zip(names, entries, strict=True):
+            if name != "whitelist" and not any(lines):
                 raise CheckpointError(f"{folder / name} lists no words; download it again")
         self.words = Words(folder / "nltk_data")
-        self.censor = Censor(custom, _entries(folder / "whitelist"))
-        self.whole_words = WholeWords(exact, near)
+        self.censor, self.whole_words = self.lists = _lists(entries, near)
+        # the released lists have entries that no ASCII text holds
+        readable = [[*filter(str.isascii, map(latin, lines))] for lines in entries]
+        self.readable = self.lists if readable == entries else _lists(readable, near)
 
     def check(self, text: str) -> Verdict:
+        verdict = self.check_as_released(text)
+        for reading in readings(text) if verdict.safe else ():
+            if check := self._check(reading, *self.readable):
+                return Verdict(False, (check, "look-alikes"))
+        return verdict
+
+    def check_as_released(self, text: str) -> Verdict:
+        """Verdict of the released guardrails, which read other letters than ASCII's as spaces."""
         ascii_text = re.sub(r"[^\x00-\x7f]+", " ", text)
-        if not text:
-            check = "empty"
-        elif self.censor.refuses(ascii_text):
-            check = "censor"
-        elif self.censor.refuses(" ".join(self.words.lemmas(ascii_text))):
-            check = "censor_lemma"
-        else:
-            check = self.whole_words.check(ascii_text)
+        check = self._check(ascii_text, *self.lists) if text else "empty"
         return Verdict(False, (check,)) if check else Verdict(True)
+
+    def _check(self, text: str, censor: Censor, whole_words: WholeWords) -> str:
+        """Check of an ASCII text that refuses; "" if nothing is found."""
+        if censor.refuses(text):
+            return "censor"
+        if censor.refuses(" ".join(self.words.lemmas(text))):
+            return "censor_lemma"
+        return whole_words.check(text)
+
+
+def _lists(entries: Sequence[list[str]], near: Nearness) -> tuple[Censor, WholeWords]:
+    custom, whitelist, exact = entries
+    return Censor(custom, whitelist), WholeWords(exact, near)
 
 
 def _entries(folder: Path) -> list[str]:

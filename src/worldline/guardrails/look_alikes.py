@@ -1,0 +1,100 @@
+"""Readings of a text in Latin letters: what a person reads, whatever the characters are.
+
+Sources: Unicode 15.1, by Python's `unicodedata`; Technical Standard 39 (letters of other scripts
+that look like Latin ones); Annex 9 (direction).
+"""
+
+import functools
+import re
+import unicodedata
+
+_ASCII_LETTER = re.compile("[A-Za-z]")
+_WORD = re.compile(r"[^\W_]+")
+_OTHER = re.compile(r"[^\x00-\x7f]+")
+# a Latin letter, then letters of the same shape: Cyrillic, Greek, Armenian, Cherokee, Lisu, Coptic
+_SHAPES = """
+    aаАαΑᎪꓮɑ bвВьЬβΒᏏᏴꓐƅ cсСςϲϹᏟꓚⲥⲤ dԁԀᎠꓓժðÐ eеЕєЄҽεΕᎬꓰ℮ fϜꓝ gցԍԌᏀꓖ hһҺнНћΗհᎻꓧ iіІιΙᎥꓲɩƖ
+    jјЈϳͿյᎫꓙ kкКκΚᏦꓗⲕⲔ lӏӀᏞꓡǀ mмМΜᎷꓟⲘ nпηΝոռꓠⲚŋŊ oоОөӨοΟσօՕꓳⲟⲞס pрРρΡᏢꓑⲣⲢ qԛԚզ rгᎡꓣ
+    sѕЅՏᏚꓢƨƧ tтТτΤᎢꓔⲧⲦ uυμսՍꓴʉɄʊƱ vѵѴνᏙꓦ wԝԜѡѠωաᎳꓪ xхХχΧꓫⲭⲬ yуУүҮγΥᎽꓬⲨ zζΖᏃꓜⲌ
+"""  # noqa: RUF001
+_LATIN = {ord(other): each[0] for each in _SHAPES.split() for other in each[1:]}
+# names of letters that are neither decomposed nor varied: small capitals, in squares, of flags
+_NAME = re.compile(r".*\b(?:LATIN|INDICATOR)\b.* (?:LETTER|LIGATURE)(?: .*)? ([A-Z]{1,2})")
+_TAGS = {0xE0000 + code: code for code in range(0x20, 0x7F)}
+_RIGHT_TO_LEFT, _LEFT_TO_RIGHT = "\u202b\u202e\u2067", "\u202a\u202d\u2066\u2068"
+_DEEPEST = 126  # levels of Annex 9
+_END_OF_DIRECTION = "\u202c\u2069"
+
+
+def readings(text: str) -> list[str]:
+    """ASCII readings of a text that is not ASCII: symbols left out, or in place of spaces.
+
+    Letters of a word are read as Latin ones where all of them, or one as it stands, may be: a word
+    of another script stays one, and is a space at last. Direction overrides are followed, too, and
+    letters of tags are read.
+    """
+    if text.isascii():
+        return []
+    orders = dict.fromkeys((text, _displayed(text), text.translate(_TAGS)))
+    forms = (form for order in map(_spelt, orders) for form in (_without_symbols(order), order))
+    return [*dict.fromkeys(_OTHER.sub(" ", latin(form)) for form in forms)]
+
+
+def latin(text: str) -> str:
+    """Text with accents and format characters removed, and with look-alikes in Latin words."""
+    return _WORD.sub(_read_word, _spelt(text))
+
+
+def _read_word(match: re.Match[str]) -> str:
+    word = match[0].translate(_LATIN)
+    if _ASCII_LETTER.search(match[0]):
+        return _OTHER.sub("", word)
+    return word if word.isascii() else match[0]
+
+
+def _without_symbols(text: str) -> str:
+    """Text without emoji and what has no meaning here."""
+    return "".join(c for c in text if c.isascii() or unicodedata.category(c)[0] not in "SC")
+
+
+def _spelt(text: str) -> str:
+    return "".join(map(_letters, text))
+
+
+@functools.lru_cache(1 << 16)
+def _letters(character: str) -> str:
+    """A character decomposed, in ASCII where it is a variant of ASCII; "" for marks and formats."""
+    if character.isascii() or ord(character) in _LATIN:
+        return character
+    parts = unicodedata.normalize("NFKD", character)
+    if len(parts) > 2 and parts[0] == "(" and parts[-1] == ")":
+        parts = parts[1:-1]  # of one character, such as U+249C
+    if parts != character:
+        return _spelt(parts)
+    name, category = unicodedata.name(character, ""), unicodedata.category(character)
+    if category[0] == "M" or category == "Cf" or name.endswith("FILLER"):
+        return ""
+    if character.isspace() or character.casefold().isascii():
+        return " " if character.isspace() else character.casefold()
+    if " WITH " in name:
+        try:
+            return _letters(unicodedata.lookup(name.partition(" WITH ")[0]))
+        except KeyError:
+            pass
+    match = _NAME.fullmatch(name)
+    return match[1].lower() if match else character
+
+
+def _displayed(text: str) -> str:
+    """Text in the order in which direction marks have it read; what they embed is reversed."""
+    levels: list[tuple[bool, list[str]]] = [(False, [])]
+    for character in text + _END_OF_DIRECTION[0] * len(text):
+        if character in _RIGHT_TO_LEFT + _LEFT_TO_RIGHT:
+            if len(levels) < _DEEPEST:
+                levels.append((character in _RIGHT_TO_LEFT, []))
+        elif character not in _END_OF_DIRECTION:
+            levels[-1][1].append(character)
+        elif len(levels) > 1:
+            backwards, parts = levels.pop()
+            levels[-1][1].append("".join(reversed(parts) if backwards else parts))
+    return "".join(levels[0][1])
