@@ -36,8 +36,12 @@ def readings(text: str) -> list[str]:
     if text.isascii():
         return []
     orders = dict.fromkeys((text, _displayed(text), text.translate(_TAGS)))
-    forms = (form for order in map(_spelt, orders) for form in (_without_symbols(order), order))
-    return [*dict.fromkeys(_OTHER.sub(" ", latin(form)) for form in forms)]
+    forms = (
+        form
+        for order in map(_spelt, orders)
+        for form in (_OTHER.sub(_without_symbols, order), order)
+    )
+    return [*dict.fromkeys(_OTHER.sub(" ", _WORD.sub(_read_word, form)) for form in forms)]
 
 
 def latin(text: str) -> str:
@@ -46,19 +50,19 @@ def latin(text: str) -> str:
 
 
 def _read_word(match: re.Match[str]) -> str:
-    word = match[0].translate(_LATIN)
+    word = match[0] if match[0].isascii() else match[0].translate(_LATIN)
     if _ASCII_LETTER.search(match[0]):
         return _OTHER.sub("", word)
     return word if word.isascii() else match[0]
 
 
-def _without_symbols(text: str) -> str:
-    """Text without emoji and what has no meaning here."""
-    return "".join(c for c in text if c.isascii() or unicodedata.category(c)[0] not in "SC")
+def _without_symbols(match: re.Match[str]) -> str:
+    """Characters without emoji and what has no meaning here."""
+    return "".join(c for c in match[0] if unicodedata.category(c)[0] not in "SC")
 
 
 def _spelt(text: str) -> str:
-    return "".join(map(_letters, text))
+    return _OTHER.sub(lambda match: "".join(map(_letters, match[0])), text)
 
 
 @functools.lru_cache(1 << 16)
@@ -88,7 +92,7 @@ def _letters(character: str) -> str:
 def _displayed(text: str) -> str:
     """Text in the order in which direction marks have it read; what they embed is reversed."""
     levels: list[tuple[bool, list[str]]] = [(False, [])]
-    for character in text + _END_OF_DIRECTION[0] * len(text):
+    for character in text + _END_OF_DIRECTION[0] * _DEEPEST:
         if character in _RIGHT_TO_LEFT + _LEFT_TO_RIGHT:
             if len(levels) < _DEEPEST:
                 levels.append((character in _RIGHT_TO_LEFT, []))
