@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worldline import memory
+from worldline.catalog import ENTRIES
 from worldline.errors import CheckpointError, InsufficientMemoryError
 from worldline.family import Compute, Opened
 from worldline.files import GIGABYTE
@@ -215,13 +217,15 @@ def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> G
         from worldline import guardrails as sets  # imported only where guardrails run
 
         flag = options.flags()["disable_guardrail"]
+        where = _guardrail_options(opened)
         with loading("guardrails", sets.RELEASES[release].download, flag):
+            refuse_altered(sets.files(release, opened.place.roots, **where))
             guardrails = sets.load(
                 release,
                 opened.place.roots,
                 device=compute.device,
                 offload=options.offload_guardrail_models,
-                **_guardrail_options(opened),
+                **where,
             )
             logger.info("guardrails: %s", ", ".join(guardrails.parts))
     if upsample and upsamples(opened):
@@ -264,6 +268,23 @@ def files_of(opened: Opened, request: Any) -> list[Path]:
         if rewrites(opened, request):
             files += filter(Path.is_file, sorted(_upsampler_folder(opened)[0].iterdir()))
     return files
+
+
+def refuse_altered(paths: Iterable[Path]) -> None:
+    """Refuse files of a released name and size with other bytes: damage that no reader notices.
+
+    Raises:
+        CheckpointError: the hash of one is not that of the catalog.
+    """
+    known = {file.name: file for entry in ENTRIES for file in entry.files if file.md5}
+    for path in paths:
+        file = known.get("/".join(path.parts[-2:]))
+        if file is None or path.stat().st_size != file.nbytes:
+            continue
+        with path.open("rb") as stream:
+            md5 = hashlib.file_digest(stream, "md5").hexdigest()
+        if md5 != file.md5:
+            raise CheckpointError(f"{path} has the hash {md5}, not {file.md5}; download it again")
 
 
 def _guardrail_options(opened: Opened) -> dict[str, Any]:

@@ -288,7 +288,32 @@ def test_bundled_models_have_none(
     assert "nvidia/Cosmos-Guardrail1" in result.stderr
 
 
-# --- missing
+# --- missing, broken
+
+
+def test_a_broken_guardrail_is_named(flow: Command, own_guarded: Path, tmp_path: Path) -> None:
+    """Of a file with the released size the hash is compared, too."""
+    folder = own_guarded / GUARDRAILS
+    classifier = folder / "video_content_safety_filter" / "safety_filter.pt"
+    added = folder / "blocklist" / "custom" / "second.12ab34cd.incomplete"
+    added.write_text("a\n")
+    for path in (classifier, added):
+        if path == classifier:
+            path.write_bytes(b"x" * 2_906_156)
+        result = flow(checkpoint_dir=own_guarded)
+        assert result.exit_code == 2, result.stderr
+        assert str(path) in result.stderr
+        assert not (tmp_path / "out").exists()
+        write_classifier(classifier)
+
+
+def test_look_alikes_are_refused(flow: Command, tmp_path: Path) -> None:
+    wide = "".join(chr(ord(c) + 0xFEE0) for c in REFUSED_WORD)
+    result = flow(prompts=[f"caf\N{LATIN SMALL LETTER E WITH ACUTE} {SAFE}", f"{wide} {SAFE}"])
+    assert result.exit_code == 3, result.stderr
+    assert "blocklist refused the prompt" in result.stderr
+    assert wide not in result.stderr
+    assert files_in(tmp_path / "out") == videos("0")
 
 
 @pytest.mark.usefixtures("forbid_weights")

@@ -162,6 +162,16 @@ def test_weights_that_are_no_numbers_refuse(tmp_path: Path) -> None:
     assert guard.check("pet the kitten").reasons == ("unreadable",)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> None:
+    path = write_model(tmp_path / QWEN3GUARD.released, QWEN3GUARD) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"Qwen3Guard.*model\.norm\.weight"):
+        LanguageGuard(QWEN3GUARD, [tmp_path])
+
+
 def test_a_prompt_does_not_answer_for_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -286,7 +286,8 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[s
     `unused` are patterns of tensors in the file that it has no place for.
 
     Raises:
-        CheckpointError: the folder is absent or incomplete, or its tensors are not the network's.
+        CheckpointError: the folder is absent or incomplete, or its tensors are not the network's
+            or not finite.
     """
     from transformers.utils import logging
 
@@ -320,6 +321,10 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[s
             f"{folder} does not fit {kind.__name__}: missing, unknown or of another shape are "
             f"{', '.join(sorted(wrong)[:3])}"
         )
+    for name, tensor in network.state_dict().items():
+        # a sum takes one pass, and is finite but for numbers that are not, or huge
+        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+            raise CheckpointError(f"{folder}: tensor {name} holds NaN or Inf; download it again")
     return network.requires_grad_(False).eval()
 
 
