@@ -72,29 +72,22 @@ def refuse_broken(path: Path) -> None:
     """Refuse a small file that is not whole, as far as its name and its content betray it.
 
     Raises:
-        CheckpointError: it is absent, unfinished, no regular file, empty, zeros, a web page or
-            the like, or not what the hash in its name, if a hub's cache holds it, is of.
+        CheckpointError: it is absent, unfinished, no regular file, empty, a page (`disguise`), or
+            other than the hash that a hub's cache names it by.
     """
-    reason = ""
     try:
-        target = path.resolve()
         if path.suffix in UNFINISHED:
             reason = "is an unfinished download"
         elif not path.is_file():
-            kind = "no regular file" if path.exists() else "a link to nothing, or absent"
-            reason = f"is {'a folder' if path.is_dir() else kind}"
+            reason = "is a folder" if path.is_dir() else "is no regular file, or a link to nothing"
         else:
             with path.open("rb") as file:
                 head = file.read(512)
-            page = disguise(head)
-            if not head.strip(b"\0"):
-                reason = "is empty or starts with zeros"
-            elif page:
-                reason = f"is a {page}"
-            elif not _fits_hash(target):
-                reason = "is not the file whose hash it has for a name in the hub's cache"
-    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
-        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+            page = f"is a {disguise(head)}" if disguise(head) else ""
+            hashed = "" if _fits_hash(path.resolve()) else "has another hash than its name"
+            reason = page or hashed if head.strip(b"\0") else "is empty or starts with zeros"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}"
     if reason:
         raise CheckpointError(f"{path} {reason}; download it again, or remove it")
 

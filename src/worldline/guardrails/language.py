@@ -21,11 +21,10 @@ from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.networks import (
     Count,
     Settings,
-    mark_pattern,
+    mark_breaker,
     pretrained,
     pretrained_tokenizer,
     require_settings,
-    without_marks,
 )
 
 # the descriptions are this project's own words for the topics that the model was trained on
@@ -165,7 +164,7 @@ class LanguageGuard:
     """A text guardrail that asks a causal language model of transformers.
 
     Attributes:
-        marks: pattern of what would end a prompt's turn.
+        words: a prompt -> the same without marks that would end its turn.
         max_length: largest number of tokens in a question; longer ones are refused.
     """
 
@@ -190,7 +189,7 @@ class LanguageGuard:
         self.model = model
         self.networks = (network.to(device),)
         self.tokenizer = pretrained_tokenizer(folder, chat=model.chat is not None)
-        self.marks = mark_pattern(self.tokenizer, self._question, folder)
+        self.words = mark_breaker(self.tokenizer, self._question, folder)
         self.max_length: int = network.config.max_position_embeddings
 
     def check(self, text: str) -> Verdict:
@@ -205,7 +204,7 @@ class LanguageGuard:
 
     def tokens(self, text: str) -> list[int]:
         # a prompt that holds marks could end its turn and answer for the model
-        question = self._question(without_marks(text, self.marks))
+        question = self._question(self.words(text))
         return self.tokenizer(question, add_special_tokens=False)["input_ids"]
 
     def _question(self, text: str) -> str:

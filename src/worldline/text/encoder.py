@@ -278,10 +278,8 @@ class TextEncoder:
                 for prompt in missing:
                     embeddings[prompt] = encoder.encode([prompt]).cpu()
                     if not embeddings[prompt].isfinite().all():
-                        raise Error(
-                            f"{self.files.folder}: an embedding in {self.dtype} is not finite; "
-                            "the weights are damaged, or overflow in this precision"
-                        )
+                        where = f"{self.files.folder} in {self.dtype}"
+                        raise Error(f"{where}: the embedding of a prompt is not finite")
                     self._cache.put(self._key, prompt, embeddings[prompt])
         return embeddings
 

@@ -25,12 +25,7 @@ from worldline.parallel.offload import Offloadable
 from worldline.video.read import Frames
 from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.keymap import KeyMap, renamed_by
-from worldline.weights.networks import (
-    mark_pattern,
-    pretrained,
-    pretrained_tokenizer,
-    without_marks,
-)
+from worldline.weights.networks import mark_breaker, pretrained, pretrained_tokenizer
 from worldline.weights.stream import load_into
 
 LENGTHEN = "Expand this short caption of a video into a long caption, in one paragraph: "
@@ -59,7 +54,7 @@ class Upsampler:
     Attributes:
         name: of its folder.
         part: a causal language model of transformers.
-        marks: pattern of what would end a prompt's turn.
+        words: a prompt -> the same without marks that would end its turn.
         describes: it takes pictures (Video2World).
         room: tokens of question and answer together.
         longest: tokens of an answer.
@@ -104,7 +99,7 @@ class Upsampler:
             if len({*marks, self.tokenizer.unk_token_id}) < 4:
                 raise CheckpointError(f"{folder} knows no {IMAGE}, {ROW_END} or {IMAGE_END}")
             network.config.image_token_id = marks[0]
-        self.marks = mark_pattern(self.tokenizer, self._question, folder)
+        self.words = mark_breaker(self.tokenizer, self._question, folder)
         self.describes = describes
         self.room, self.longest, top_p = (4300, 400, 0.9) if describes else (1024, 512, 1.0)
         self.end: int = self.tokenizer.eos_token_id
@@ -131,8 +126,7 @@ class Upsampler:
         Raises:
             Error: the prompt leaves no room for an answer, or the answer is empty.
         """
-        words = without_marks(prompt or "", self.marks)
-        message, picture = f"{LENGTHEN}{words}", dict[str, Tensor]()
+        message, picture = f"{LENGTHEN}{self.words(prompt or '')}", dict[str, Tensor]()
         if self.describes:
             assert frame is not None  # a request without a prompt has an input
             message, picture = self._look(frame)

@@ -329,18 +329,14 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[s
 
 
 def refuse_broken_files(folder: Path) -> None:
-    """Refuse a folder of transformers in which a file is not whole, whether it is needed or not.
-
-    Raises:
-        CheckpointError: it names the file.
-    """
+    """Refuse a folder of transformers in which a file is not whole (CheckpointError)."""
     paths = sorted(folder.iterdir())
     names = tuple(path.name for path in paths if path.suffix in _FILES)
     for path in paths:
         lost = path.suffix in UNFINISHED and not path.name.startswith(names)
         if path.suffix in _FILES or lost:
             refuse_broken(path)
-        if path.name.endswith((".safetensors", ".safetensors.index.json")):
+        if path.match("model*.safetensors") or path.name == "model.safetensors.index.json":
             open_checkpoint(path)
         elif path.suffix == ".json" and path.name != "tokenizer.json":  # which is read at once
             read_json(path)
@@ -366,41 +362,34 @@ def pretrained_tokenizer(folder: Path, *, chat: bool = True) -> Any:
     return tokenizer
 
 
-def mark_pattern(tokenizer: Any, question: Callable[[str], str], folder: Path) -> re.Pattern[str]:
-    """Pattern of what would end a prompt's turn in a conversation, for `without_marks`.
+def mark_breaker(
+    tokenizer: Any, question: Callable[[str], str], folder: Path
+) -> Callable[[str], str]:
+    """Function that makes words of what would end a prompt's turn in a conversation.
 
     That is the tokenizer's own marks, brackets of the conversation's text, such as "[/INST]" or
     "<END CONVERSATION>", and, where the text names who speaks, a line that begins with a speaker.
-
-    Args:
-        tokenizer: one of transformers.
-        question: prompt -> text of a conversation.
-        folder: of the tokenizer.
+    `question` makes the text of a prompt.
 
     Raises:
-        CheckpointError: the conversation cannot be written, or leaves the prompt out.
+        CheckpointError: the chat template of the folder is damaged.
     """
+    where = f"{folder}: its chat template (chat_template.jinja)"
     try:
         before, prompt, after = question(_PROMPT).partition(_PROMPT)
-    except Exception as error:  # a damaged template may raise anything
-        raise CheckpointError(
-            f"{folder}: its chat template (chat_template.jinja) fails: {one_line(error)}"
-        ) from error
+    except Exception as error:  # a template may raise anything
+        raise CheckpointError(f"{where} fails: {one_line(error)}") from error
     if not prompt:
-        raise CheckpointError(f"{folder}: its chat template (chat_template.jinja) holds no prompt")
+        raise CheckpointError(f"{where} leaves the prompt out")
     marks = {*tokenizer.get_added_vocab(), *_BRACKETS.findall(f"{before}\n{after}")}
     words = (re.findall(r"\w+|[^\w\s]", mark) for mark in sorted(marks, key=len, reverse=True))
     patterns = [r"\s*".join(map(re.escape, each)) for each in words if len("".join(each)) > 1]
     if speaker := re.search(r"(\w+):\s*$", before):
         patterns.append(rf"(?<=[\n\r])\s*(?:{speaker[1]}|user|agent|assistant)\s*:")
-    return re.compile("|".join(patterns) or "(?!)", re.IGNORECASE)
+    pattern = re.compile("|".join(patterns) or "(?!)", re.IGNORECASE)
 
-
-def without_marks(text: str, marks: re.Pattern[str]) -> str:
-    """Text in which marks are words: their brackets are round, or a space parts them."""
-
-    def parted(match: re.Match[str]) -> str:
+    def broken(match: re.Match[str]) -> str:
         mark = match[0].lstrip()
         return f"({mark[1:-1]})" if mark[0] in "<[" else f"{mark[0]} {mark[1:]}"
 
-    return marks.sub(parted, text)
+    return functools.partial(pattern.sub, broken)
