@@ -68,40 +68,6 @@ def disguise(head: bytes) -> str:
     return "git-lfs pointer" if text.startswith(b"version https://git-lfs") else ""
 
 
-def refuse_broken(path: Path) -> None:
-    """Refuse a small file that is not whole, as far as its name and its content betray it.
-
-    Raises:
-        CheckpointError: it is absent, unfinished, no regular file, empty, a page (`disguise`), or
-            other than the hash that a hub's cache names it by.
-    """
-    try:
-        if path.suffix in UNFINISHED:
-            reason = "is an unfinished download"
-        elif not path.is_file():
-            reason = "is a folder" if path.is_dir() else "is no regular file, or a link to nothing"
-        else:
-            with path.open("rb") as file:
-                head = file.read(512)
-            page = f"is a {disguise(head)}" if disguise(head) else ""
-            hashed = "" if _fits_hash(path.resolve()) else "has another hash than its name"
-            reason = page or hashed if head.strip(b"\0") else "is empty or starts with zeros"
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror or error}"
-    if reason:
-        raise CheckpointError(f"{path} {reason}; download it again, or remove it")
-
-
-def _fits_hash(blob: Path) -> bool:
-    """Whether a file of a hub's cache has the hash that it is named by; true of any other."""
-    named = blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
-    if not named or blob.stat().st_size > _HASHED:
-        return True
-    data = blob.read_bytes()
-    git = hashlib.sha1(b"blob %d\0%b" % (len(data), data), usedforsecurity=False)
-    return blob.name in (git.hexdigest(), hashlib.sha256(data).hexdigest())
-
-
 def folded(name: str) -> str:
     """Name in the form that a file system without case, such as macOS's, compares."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
@@ -176,3 +142,37 @@ def unfinished(folder: Path) -> str:
     every = (path for root in {folder, beside} for path in root.rglob("*"))
     names = sorted({path.name for path in every if path.suffix in UNFINISHED})[:3]
     return f"; a download was not finished ({', '.join(names)}): download it again" if names else ""
+
+
+def refuse_broken(path: Path) -> None:
+    """Refuse a small file that is not whole, as far as its name and its content betray it.
+
+    Raises:
+        CheckpointError: it is absent, unfinished, no regular file, empty, a page (`disguise`), or
+            other than the hash that a hub's cache names it by.
+    """
+    try:
+        if path.suffix in UNFINISHED:
+            reason = "is an unfinished download"
+        elif not path.is_file():
+            reason = "is a folder" if path.is_dir() else "is no regular file, or a link to nothing"
+        else:
+            with path.open("rb") as file:
+                head = file.read(512)
+            page = f"is a {disguise(head)}" if disguise(head) else ""
+            hashed = "" if _fits_hash(path.resolve()) else "has another hash than its name"
+            reason = page or hashed if head.strip(b"\0") else "is empty or starts with zeros"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}"
+    if reason:
+        raise CheckpointError(f"{path} {reason}; download it again, or remove it")
+
+
+def _fits_hash(blob: Path) -> bool:
+    """Whether a file of a hub's cache has the hash that it is named by; true of any other."""
+    named = blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
+    if not named or blob.stat().st_size > _HASHED:
+        return True
+    data = blob.read_bytes()
+    git = hashlib.sha1(b"blob %d\0%b" % (len(data), data), usedforsecurity=False)
+    return blob.name in (git.hexdigest(), hashlib.sha256(data).hexdigest())

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tiny.encoders import export_t5, new_t5
-from worldline.errors import CheckpointError, Error
+from worldline.errors import CheckpointError
 from worldline.files import released_folders
-from worldline.text.encoder import EmbeddingCache, PromptEncoder, TextEncoder, cache_folder
+from worldline.text.encoder import EmbeddingCache, TextEncoder, cache_folder
 from worldline.text.t5 import T5Files
 from worldline.weights.checkpoint import open_checkpoint, save
 
@@ -234,16 +234,6 @@ def test_weights_are_read_at_the_first_unknown_prompt(
     for other in (encoder_of(folder, torch.bfloat16), encoder_of(folder)):
         with pytest.raises(TypeError):
             other.embed(["a ball" if other.dtype == torch.bfloat16 else "another"])
-
-
-def test_an_embedding_that_is_not_finite_is_no_entry(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encode = PromptEncoder.encode
-    monkeypatch.setattr(PromptEncoder, "encode", lambda *words: encode(*words) / 0)
-    with pytest.raises(Error, match=r"t5.*not finite"):
-        encoder_of(folder).embed(["a ball"])
-    assert not [*tmp_path.glob("cache/**/*.safetensors")]
 
 
 def test_a_truncated_prompt_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
