@@ -81,6 +81,8 @@ SPELLINGS = {
     "Cyrillic": replaced("aeopcyxijskmtnbrgw", "аеорсухіјѕкмтпьгԍԝ"),
     "Greek": replaced("aoivztukp", "αοινζτυκρ"),
     "Armenian": replaced("oghjnu", "օցհյոս"),
+    "mixed alphabet": replaced("abcdefhijklmnoprstuvwxy", "αв¢∂єƒнιנкℓмησρяѕтυνωχу"),
+    "syllabics": replaced("abcdefghjklmnprsuvwxz", "ᗩᗷᑕᗪᗴᖴᘜᕼᒍᛕᒪᗰᑎᑭᖇᔕᑌᐯᗯ᙭ᘔ"),
     "soft hyphens": between("\N{SOFT HYPHEN}"),
     "zero width": between("\N{ZERO WIDTH SPACE}", "\N{ZERO WIDTH JOINER}", "\N{WORD JOINER}"),
     "variation selectors": between("\ufe0f", "\U000e0101"),
@@ -123,7 +125,7 @@ def test_mixed_spellings(seed: int, guard: Blocklist) -> None:
         ("jalapeño-bomb", ("jalapeño-bomb", "jalapen\u0303o-bomb", "jalapeno\u0301-bomb")),
         ("zaß", ("zaß", "zaẞ", "za\u017fs", "ｚａｓｓ")),
         ("wizzig", ("wİzzig", "wızzig", "W\u0130ZZIG", "ᴡizzig")),
-        ("glonk", ("ɡlonk", "ɢʟonk", "gℓonk", "glоnк", "the\N{SNOWMAN}glоnk")),
+        ("glonk", ("ɡlonk", "ɢʟonk", "gℓonk", "glоnк", "ɡɭоɳƙ", "the\N{SNOWMAN}glоnk")),
     ],
 )
 def test_single_letters(listed: str, others: tuple[str, ...], guard: Blocklist) -> None:

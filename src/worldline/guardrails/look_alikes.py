@@ -11,11 +11,12 @@ import unicodedata
 _ASCII_LETTER = re.compile("[A-Za-z]")
 _WORD = re.compile(r"[^\W_]+")
 _OTHER = re.compile(r"[^\x00-\x7f]+")
-# a Latin letter, then letters of the same shape: Cyrillic, Greek, Armenian, Cherokee, Lisu, Coptic
+# a Latin letter, then others of its shape, of Cyrillic, Greek, Armenian, Coptic, Cherokee, Lisu, …
 _SHAPES = """
-    aаАαΑᎪꓮɑ bвВьЬβΒᏏᏴꓐƅ cсСςϲϹᏟꓚⲥⲤ dԁԀᎠꓓժðÐ eеЕєЄҽεΕᎬꓰ℮ fϜꓝ gցԍԌᏀꓖ hһҺнНћΗհᎻꓧ iіІιΙᎥꓲɩƖ
-    jјЈϳͿյᎫꓙ kкКκΚᏦꓗⲕⲔ lӏӀᏞꓡǀ mмМΜᎷꓟⲘ nпηΝոռꓠⲚŋŊ oоОөӨοΟσօՕꓳⲟⲞס pрРρΡᏢꓑⲣⲢ qԛԚզ rгᎡꓣ
-    sѕЅՏᏚꓢƨƧ tтТτΤᎢꓔⲧⲦ uυμսՍꓴʉɄʊƱ vѵѴνᏙꓦ wԝԜѡѠωաᎳꓪ xхХχΧꓫⲭⲬ yуУүҮγΥᎽꓬⲨ zζΖᏃꓜⲌ
+    aаАαΑⲀᎪꓮᗩɑ bвВЬьβΒⲂᏏᏴꓐᗷƅƄ cсСςϲϹⲤⲥᏟꓚᑕ¢ dԁԀժᎠꓓᗪðÐ∂ eеЕєЄҽεΕⲈᎬꓰᗴ℮€ fϜꓝᖴ gցԍԌᏀꓖᘜ
+    hһҺнНћΗհⲎᎻꓧᕼ iіІιΙⲒᎥꓲɩƖ jјЈϳͿյנᎫꓙᒍ kкКκΚⲔⲕᏦꓗᛕ lӏӀᏞꓡᒪǀ mмМΜⲘᎷꓟᗰ nпηΝոռⲚꓠᑎŋŊ
+    oоОөӨοΟσօՕⲞⲟסꓳ pрРρΡⲢⲣᏢꓑᑭƿ qԛԚզգ rгяЯᎡꓣᖇ sѕЅՏᏚꓢᔕƨƧ tтТτΤⲦⲧᎢꓔ uυμսՍꓴᑌʉɄʊƱ vѵѴνᏙꓦᐯ
+    wԝԜѡѠωաᎳꓪᗯ xхХχΧⲬⲭꓫ᙭× yуУүҮγΥⲨᎽꓬ zζΖⲌⲍᏃꓜᘔ
 """  # noqa: RUF001
 _LATIN = {ord(other): each[0] for each in _SHAPES.split() for other in each[1:]}
 # names of letters that are neither decomposed nor varied: small capitals, in squares, of flags
@@ -68,8 +69,10 @@ def _spelt(text: str) -> str:
 @functools.lru_cache(1 << 16)
 def _letters(character: str) -> str:
     """A character decomposed, in ASCII where it is a variant of ASCII; "" for marks and formats."""
-    if character.isascii() or ord(character) in _LATIN:
+    if character.isascii():
         return character
+    if letter := _LATIN.get(ord(character)):
+        return character if character.isalpha() else letter  # else no part of a word
     parts = unicodedata.normalize("NFKD", character)
     if len(parts) > 2 and parts[0] == "(" and parts[-1] == ")":
         parts = parts[1:-1]  # of one character, such as U+249C
