@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from pathlib import Path
@@ -89,7 +90,9 @@ def test_pickles_of_something_else(
 
 
 def test_other_files(tmp_path: Path) -> None:
-    assert "no file" in refused(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "fifo.pt")
+    for name in ("nowhere", "fifo.pt", "."):
+        assert "no file" in refused(tmp_path / name)
     path = tmp_path / "e.safetensors"
     path.write_bytes(b"")
     assert "empty" in refused(path)

@@ -1,7 +1,7 @@
 """Readings of a text in Latin letters: what a person reads, whatever the characters are.
 
-Sources: Unicode 15.1, by Python's `unicodedata`; Technical Standard 39 (letters of other scripts
-that look like Latin ones); Annex 9 (direction).
+Sources: Unicode, by Python's `unicodedata`; its Technical Standard 39 (letters of other scripts
+that look like Latin ones) and Annex 9 (direction).
 """
 
 import functools
@@ -37,12 +37,13 @@ def readings(text: str) -> list[str]:
     if text.isascii():
         return []
     orders = dict.fromkeys((text, _displayed(text), text.translate(_TAGS)))
-    forms = (
+    forms = [
         form
         for order in map(_spelt, orders)
         for form in (_OTHER.sub(_without_symbols, order), order)
-    )
-    return [*dict.fromkeys(_OTHER.sub(" ", _WORD.sub(_read_word, form)) for form in forms)]
+    ]
+    words = (_WORD.sub(_read_word, form) for form in dict.fromkeys(forms))
+    return [*dict.fromkeys(_OTHER.sub(" ", each) for each in words)]
 
 
 def latin(text: str) -> str:
@@ -94,6 +95,8 @@ def _letters(character: str) -> str:
 
 def _displayed(text: str) -> str:
     """Text in the order in which direction marks have it read; what they embed is reversed."""
+    if set(text).isdisjoint(_RIGHT_TO_LEFT):
+        return text
     levels: list[tuple[bool, list[str]]] = [(False, [])]
     for character in text + _END_OF_DIRECTION[0] * _DEEPEST:
         if character in _RIGHT_TO_LEFT + _LEFT_TO_RIGHT:

@@ -89,6 +89,8 @@ def read_embedding_file(path: Path, modified: int = 0) -> dict[str, Tensor]:
         InputError: there is no such file, it is damaged or unsafe, or holds something else.
     """
     try:
+        if path.exists() and not path.is_file():  # a FIFO would wait for a writer
+            raise OSError("it is no regular file")
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
