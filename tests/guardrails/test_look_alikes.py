@@ -7,6 +7,7 @@ import random
 import time
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -160,6 +161,16 @@ def test_other_languages_are_no_look_alikes(prompt: str, guard: Blocklist) -> No
     assert verdict.safe
 
 
+def test_words_of_another_script(tmp_path: Path) -> None:
+    """They are read as Latin ones where all their letters look the same, not just alike."""
+    listed = ("pot", "bot", "rotor", "cop", "kaka", "tobi")
+    guard = Blocklist(write_blocklist(tmp_path / "blocklist", custom=listed))
+    for safe in ("открыл рот и вот", "готов пот", "ротор", "το βοτ", "тот том"):
+        assert guard.check(safe).safe, safe
+    for refused in ("сор", "РОТ", "каkа", "pот", "ΤΟΒΙ", "rоtог", "b\N{COMBINING DIAERESIS}от"):
+        assert not guard.check(f"1 {refused} 2").safe, refused
+
+
 def test_readings() -> None:
     assert readings("plain ASCII, z.o.r.b") == []
     assert readings("café") == ["cafe"]
@@ -180,7 +191,7 @@ def test_time(guard: Blocklist) -> None:
             times.append(time.perf_counter() - started)
         return min(times)
 
-    assert seconds(guard.check) < 3 * seconds(guard.check_as_released)
+    assert seconds(guard.check) < 4 * seconds(guard.check_as_released)
     started = time.monotonic()
     for hostile in (
         "\u202e" * 50_000 + "a" * 50_000,

@@ -8,7 +8,6 @@ import functools
 import re
 import unicodedata
 
-_ASCII_LETTER = re.compile("[A-Za-z]")
 _WORD = re.compile(r"[^\W_]+")
 _OTHER = re.compile(r"[^\x00-\x7f]+")
 # a Latin letter, then others of its shape, of Cyrillic, Greek, Armenian, Coptic, Cherokee, Lisu, …
@@ -18,6 +17,8 @@ _SHAPES = """
     oоОөӨοΟσօՕⲞⲟסꓳ pрРρΡⲢⲣᏢꓑᑭƿ qԛԚզգ rгяЯᎡꓣᖇ sѕЅՏᏚꓢᔕƨƧ tтТτΤⲦⲧᎢꓔ uυμսՍꓴᑌʉɄʊƱ vѵѴνᏙꓦᐯ
     wԝԜѡѠωաᎳꓪᗯ xхХχΧⲬⲭꓫ᙭× yуУүҮγΥⲨᎽꓬ zζΖⲌⲍᏃꓜᘔ
 """  # noqa: RUF001
+# small letters of equal shape, of which a whole word may consist; others are near it
+_EQUAL = "агеіјкорсухѕһӏԁԛԝѵαγικνορσυχհոսօ"
 _LATIN = {ord(other): each[0] for each in _SHAPES.split() for other in each[1:]}
 # names of letters that are neither decomposed nor varied: small capitals, in squares, of flags
 _NAME = re.compile(r".*\b(?:LATIN|INDICATOR)\b.* (?:LETTER|LIGATURE)(?: .*)? ([A-Z]{1,2})")
@@ -30,9 +31,9 @@ _END_OF_DIRECTION = "\u202c\u2069"
 def readings(text: str) -> list[str]:
     """ASCII readings of a text that is not ASCII: symbols left out, or in place of spaces.
 
-    Letters of a word are read as Latin ones where all of them, or one as it stands, may be: a word
-    of another script stays one, and is a space at last. Direction overrides are followed, too, and
-    letters of tags are read.
+    Letters of a word are read as Latin ones where it mixes scripts, or all look the same as Latin
+    ones: another word of another script is a space at last. Direction overrides are followed, too,
+    and letters of tags are read.
     """
     if text.isascii():
         return []
@@ -52,10 +53,15 @@ def latin(text: str) -> str:
 
 
 def _read_word(match: re.Match[str]) -> str:
-    word = match[0] if match[0].isascii() else match[0].translate(_LATIN)
-    if _ASCII_LETTER.search(match[0]):
-        return _OTHER.sub("", word)
-    return word if word.isascii() else match[0]
+    word = match[0]
+    if word.isascii():
+        return word
+    letters = word.translate(_LATIN)
+    scripts = {unicodedata.name(c, "").partition(" ")[0] for c in word if c.isalpha()}
+    if len(scripts) > 1 or "LATIN" in scripts:
+        return _OTHER.sub("", letters)
+    equal = all(c in _EQUAL or not c.islower() for c in word)
+    return letters if equal and letters.isascii() else word
 
 
 def _without_symbols(match: re.Match[str]) -> str:
