@@ -175,7 +175,9 @@ def test_readings() -> None:
     assert readings("plain ASCII, z.o.r.b") == []
     assert readings("café") == ["cafe"]
     assert readings("дом и сор") == ["    cop"]
-    assert readings("a☃b") == readings("a\ud800b") == ["ab", "a b"]
+    assert readings("a☃b") == readings("a\ud800b") == ["ab"]
+    assert readings("é☃b") == ["eb", "e b"]
+    assert readings("“zug” — 日本") == []
     assert readings("\u202eab\u2066cd\u2069\u202c") == ["abcd", "cdba"]
 
 

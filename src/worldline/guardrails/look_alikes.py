@@ -43,8 +43,12 @@ def readings(text: str) -> list[str]:
         for order in map(_spelt, orders)
         for form in (_OTHER.sub(_without_symbols, order), order)
     ]
-    words = (_WORD.sub(_read_word, form) for form in dict.fromkeys(forms))
-    return [*dict.fromkeys(_OTHER.sub(" ", each) for each in words)]
+    words = [text, *(_WORD.sub(_read_word, form) for form in dict.fromkeys(forms))]
+    # spaces alone make no other reading; the first, of the text as it is, is the released one
+    unique: dict[str, str] = {}
+    for reading in (_OTHER.sub(" ", form) for form in words):
+        unique.setdefault(" ".join(reading.split()), reading)
+    return [*unique.values()][1:]
 
 
 def latin(text: str) -> str:
