@@ -42,6 +42,7 @@ LAYERS = (
     ("text", "tokenizers", "guardrails"),
     ("weights",),
     ("nn", "sampling", "parallel", "video", "report"),
+    ("finite",),
     ("shapes", "files"),
     ("errors",),
 )

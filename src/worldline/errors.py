@@ -5,6 +5,7 @@
     │   ├── CheckpointError      2: weights are absent, damaged, or of another model
     │   └── InsufficientMemoryError  2: the request cannot fit on the device
     ├── DownloadError            1: a released file cannot be fetched
+    ├── NonFiniteError           1: latents, logits or frames became NaN or infinite
     └── GuardrailRefusal         3: a guardrail refused the prompt or the video
 
 A command prints the message as one line and exits with `exit_code`.
@@ -13,13 +14,21 @@ A command prints the message as one line and exits with `exit_code`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any
 
 
 class Error(Exception):
-    """Base of all errors that a program may want to catch."""
+    """Base of all errors that a program may want to catch.
+
+    Attributes:
+        failures: of a batch, errors of its inputs by their places.
+    """
 
     exit_code = 1
+    failures: Mapping[int, Error] = MappingProxyType({})
 
 
 class InputError(Error, ValueError):
@@ -40,22 +49,43 @@ class DownloadError(Error):
     """A released file cannot be fetched: no such repository, no access, no connection, damage."""
 
 
+class NonFiniteError(Error):
+    """Numbers of a request are NaN or infinite: the weights are damaged, or a precision too narrow.
+
+    Attributes:
+        index: place of the input in its batch.
+        report: that of the video that was not made, and "error".
+    """
+
+    def __init__(self, message: str, index: int = 0) -> None:
+        super().__init__(message)
+        self.index = index
+        self.report: dict[str, Any] = {}
+
+
 class GuardrailRefusal(Error):
     """A guardrail refused; the message never holds the prompt's words.
 
     Attributes:
         stage: "prompt" or "video"; "prompt and video" where a batch was refused by both.
-        refusals: of the refused inputs of a batch, by their places.
     """
 
     exit_code = 3
 
-    def __init__(
-        self, message: str, stage: str, refusals: Mapping[int, GuardrailRefusal] | None = None
-    ) -> None:
+    def __init__(self, message: str, stage: str) -> None:
         super().__init__(message)
         self.stage = stage
-        self.refusals = refusals or {}
+
+
+# whether messages name options as flags: while a command runs
+flags: ContextVar[bool] = ContextVar("flags", default=False)
+
+
+def option(name: str, value: Any = None) -> str:
+    """An option as the caller writes it: `dtype='float32'` in Python, else `--dtype float32`."""
+    if flags.get():
+        return f"--{name}" if value in (None, True) else f"--{name} {value}"
+    return name if value is None else f"{name}={value!r}"
 
 
 def did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:

@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
+from worldline.errors import NonFiniteError
 from worldline.video.read import Frames
 from worldline.video.write import check_destination, write_bytes, write_video
 
@@ -42,12 +43,15 @@ class Step:
 def numbered(
     index: int, steps: Generator[Step, None, Result]
 ) -> Generator[tuple[int, Step], None, Result]:
-    """Steps of one video of a batch, each with the video's index."""
+    """Steps of one video of a batch, each with the video's index; so are its errors."""
     while True:
         try:
             yield index, next(steps)
         except StopIteration as stop:
             return stop.value
+        except NonFiniteError as error:
+            error.index = index
+            raise
 
 
 @dataclass(frozen=True)

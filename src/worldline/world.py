@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from worldline.errors import GuardrailRefusal, InputError, InsufficientMemoryError
+from worldline.errors import (
+    Error,
+    GuardrailRefusal,
+    InputError,
+    InsufficientMemoryError,
+    NonFiniteError,
+)
 from worldline.family import FAMILIES, Compute, Opened, Parts, requests_of
 from worldline.files import stamp
 from worldline.guards import Checks, Guards, check_frames, load_guards, release_of, rewrites
@@ -268,39 +274,47 @@ class World:
         """Steps of several videos and the index of each.
 
         Raises:
-            GuardrailRefusal: some were refused; raised after the others are done.
+            NonFiniteError: numbers of the only one became NaN or infinite.
+            GuardrailRefusal: all that failed were refused; raised after the others are done.
+            Error: several failed, or one of several; raised after the others are done.
         """
         checks = [Checks(self.guards, job.recorder) for job in jobs]
-        refusals: dict[int, GuardrailRefusal] = {}
+        failures: dict[int, Error] = {}
         allowed: dict[int, Job] = {}
         for index, job in enumerate(jobs):
             try:
                 request = yield from numbered(index, checks[index].before(job.request, job.clip))
                 allowed[index] = replace(job, request=request)
             except GuardrailRefusal as error:
-                refusals[index] = error
+                failures[index] = error
         order, size = list(allowed), self._batch_size(len(allowed)) or 1
-        for group in (order[at : at + size] for at in range(0, len(order), size)):
-            shared = Recorder(self.device)  # of the stages that the videos have in common
-            for position, step in self._generate([allowed[index] for index in group], shared):
-                index = group[position]
-                if step.kind != "done":
-                    if self.guards.checks_videos:  # no frame leaves unchecked
-                        step = replace(step, frames=None, preview=None)
-                    yield index, step
-                    continue
-                try:
-                    steps = self._finish(jobs[index], allowed[index], step, checks[index], shared)
-                    yield from numbered(index, steps)
-                except GuardrailRefusal as error:
-                    refusals[index] = error
-        if refusals:
-            first = next(iter(refusals.values()))
-            if len(jobs) == 1:
-                raise first
-            stages = " and ".join(sorted({refusal.stage for refusal in refusals.values()}))
-            message = f"{len(refusals)} of {len(jobs)} inputs were refused, the first: {first}"
-            raise GuardrailRefusal(message, stages, refusals)
+        groups = [order[at : at + size] for at in range(0, len(order), size)]
+        while groups:
+            group, shared = groups.pop(0), Recorder(self.device)  # of the stages in common
+            finished: set[int] = set()
+            try:
+                for position, step in self._generate([allowed[index] for index in group], shared):
+                    index = group[position]
+                    if step.kind != "done":
+                        if self.guards.checks_videos:  # no frame leaves unchecked
+                            step = replace(step, frames=None, preview=None)
+                        yield index, step
+                        continue
+                    finished.add(index)
+                    made = jobs[index], allowed[index], step, checks[index], shared
+                    try:
+                        yield from numbered(index, self._finish(*made))
+                    except GuardrailRefusal as error:
+                        failures[index] = error
+            except NonFiniteError as error:
+                index = group[error.index]
+                report = self._report(jobs[index], jobs[index].recorder.followed_by(shared))
+                error.report = {**report, "error": str(error)}
+                failures[index] = error.with_traceback(None)  # which would hold the tensors
+                if rest := [other for other in group if other not in {index, *finished}]:
+                    groups.insert(0, rest)  # again: each is what it is alone
+        if failures:
+            raise failures[0] if len(jobs) == 1 else _joined(failures, len(jobs))
 
     def _generate(self, jobs: Sequence[Job], shared: Recorder) -> Iterator[tuple[int, Step]]:
         family = self.opened.family
@@ -360,6 +374,18 @@ class World:
             "load": self.loading.as_dict(),
             "run": recorder.as_dict(),
         }
+
+
+def _joined(failures: Mapping[int, Error], count: int) -> Error:
+    """The error of a batch of so many inputs."""
+    first = next(iter(failures.values()))
+    stages = {error.stage for error in failures.values() if isinstance(error, GuardrailRefusal)}
+    refused = all(isinstance(error, GuardrailRefusal) for error in failures.values())
+    verb = "were refused" if refused else "failed"
+    message = f"{len(failures)} of {count} inputs {verb}, the first: {first}"
+    error = GuardrailRefusal(message, " and ".join(sorted(stages))) if refused else Error(message)
+    error.failures = failures
+    return error
 
 
 def fingerprint(opened: Opened, compute: Compute, request: Request, input: Input | None) -> str:

@@ -106,6 +106,8 @@ def test_noise_on_a_gpu_is_that_of_the_cpu(count: int) -> None:
 class Counter:
     """A decoder that keeps its calls."""
 
+    totals, dtype = torch.zeros(1), torch.float32
+
     def __init__(self) -> None:
         self.calls: list[tuple[str, float | None]] = []
 

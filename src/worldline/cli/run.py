@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import logging
 import os
 import traceback
@@ -20,7 +21,14 @@ import click
 
 from worldline.cli.options import parsed, stated
 from worldline.cli.progress import Progress, preview_path
-from worldline.errors import Error, GuardrailRefusal, InputError, is_out_of_memory, one_line
+from worldline.errors import (
+    Error,
+    GuardrailRefusal,
+    InputError,
+    NonFiniteError,
+    is_out_of_memory,
+    one_line,
+)
 from worldline.family import Command, Item, requests_of
 from worldline.files import read_json
 from worldline.request import flag
@@ -41,8 +49,8 @@ _UPSAMPLER = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to
 
 # runs a task with its label, and returns the line to print
 Run = Callable[[Any, str], str]
-# file of a video -> the line about it, or why it was refused
-Outcomes = dict[Path, str | GuardrailRefusal]
+# file of a video -> the line about it, or why it was not made
+Outcomes = dict[Path, str | Error]
 
 
 def run(family: str, command: Command, context: click.Context) -> None:
@@ -235,7 +243,7 @@ def load(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
             except torch.OutOfMemoryError as error:
                 raise Error(f"{one_line(error)}{_REMEDY}") from error
         outcome = outcomes.pop(item.output)
-        if isinstance(outcome, GuardrailRefusal):
+        if isinstance(outcome, Error):
             raise outcome
         return outcome
 
@@ -244,6 +252,8 @@ def load(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
 
 def make_videos(world: World, items: Sequence[Item], label: str, outcomes: Outcomes) -> None:
     """Make one video, or several in step, with progress; previews come of a single one."""
+    from worldline.video.write import write_bytes
+
     # a frame of a preview stands for all that a latent frame holds
     tokenizer = world.opened.get("tokenizer")
     rate = items[0].request.fps / (tokenizer.config.temporal if tokenizer else 1)
@@ -258,9 +268,15 @@ def make_videos(world: World, items: Sequence[Item], label: str, outcomes: Outco
                     outcomes[items[index].output] = save(step.video, items[index])
                 else:
                     progress.report(step)
-    except GuardrailRefusal as refusal:
-        refusals = refusal.refusals or {0: refusal}
-        outcomes |= {items[index].output: error for index, error in refusals.items()}
+    except Error as error:
+        if not error.failures and len(items) > 1:
+            raise
+        for index, failure in (error.failures or {0: error}).items():
+            output = items[index].output
+            outcomes[output] = failure
+            if isinstance(failure, NonFiniteError) and not output.exists():
+                text = json.dumps(failure.report, indent=1) + "\n"
+                write_bytes(output.with_suffix(".json"), text.encode())
 
 
 def save(video: Video, item: Item) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from worldline.errors import InputError
 from worldline.family import Compute, Opened, Parts
+from worldline.finite import check_finite, total
 from worldline.guards import rewrites
 from worldline.memory import Stage, denoise_bytes
 from worldline.nn.attention import backend_name
@@ -187,7 +188,7 @@ def generate(
     prompts = yield from encode_prompts(parts, request, recorder)
     # all at once, as long as they are: to join pieces would hold a long video twice
     frames = np.empty((*astuple(request.video), 3), np.uint8)
-    made = total = 0
+    made = planned = 0
 
     def preview(done: int, denoised: Tensor) -> Frames | None:
         if not request.preview_every or done % request.preview_every:
@@ -205,6 +206,7 @@ def generate(
             with stage(recorder, "encode"), parts.tokenizer.on_device():
                 if window.num_input_frames:
                     known = encode_frames(parts, clip, window)
+                    check_finite(total(known), "encode: latents", parts.compute.dtype)
                     log_result("encode", known)
                 if request.preview_every:
                     parts.colours  # noqa: B018 - fitted while the tokenizer is there
@@ -213,8 +215,9 @@ def generate(
             grid = astuple(grid_of(parts.opened, window.video))
             noise = standard_noise(window.seed, (1, parts.config.latent_channels, *grid))
             count, steps = sample(parts, window, model, noise.to(parts.device), known, prompts)
-            total = count * len(todo)
-            latents = yield from report(steps, recorder, total, number * count, preview)
+            planned = count * len(todo)
+            dtype, before = parts.compute.dtype, number * count
+            latents = yield from report(steps, recorder, dtype, planned, before, preview)
             log_result("denoise", latents)
 
         yield Step("decode", made, len(frames))
@@ -222,7 +225,7 @@ def generate(
             pieces = decode_stream(tokenizer, restore(parts, latents))
             first = min(made, window.num_input_frames)
             made = yield from decode(pieces, frames, made, first=first, end=end)
-    yield Step("done", total, total, frames)
+    yield Step("done", planned, planned, frames)
 
 
 def encode_prompts(
@@ -266,29 +269,34 @@ def conditioned(
 def report(
     steps: Generator[Stepped, None, Result],
     recorder: Recorder,
-    total: int,
+    dtype: torch.dtype,
+    planned: int,
     before: int,
     preview: Callable[[int, Tensor], Frames | None] = lambda done, denoised: None,
 ) -> Generator[Step, None, Result]:
     """Result of a sampler, with a `Step` before the first and after each of its steps.
 
-    `total` is steps of the whole request, `before` those of earlier samplers; previews are of the
-    steps done and their denoised latents. The recorder receives the seconds of each step.
+    `dtype` is the network's, `planned` is steps of the whole request, `before` those of earlier
+    samplers; previews are of the steps done and their denoised latents. The recorder receives the
+    seconds of each step. Raises `NonFiniteError` behind the step whose latents are not finite.
     """
     seconds = recorder.facts.setdefault("seconds_of_steps", [])
     done = 0
-    yield Step("denoise", before, total)
+    yield Step("denoise", before, planned)
     while True:
         started = time.perf_counter()
         try:
-            denoised = next(steps).denoised
+            x, denoised = next(steps)
         except StopIteration as stop:
             return stop.value
+        # travels while the device is waited for
+        totals = total(x).to("cpu", non_blocking=x.is_cuda)
         if recorder.device.type == "cuda":
             torch.cuda.synchronize(recorder.device)
         seconds.append(round(time.perf_counter() - started, 4))
         done += 1
-        yield Step("denoise", before + done, total, preview=preview(done, denoised))
+        check_finite(totals, f"step {before + done} of {planned}: latents", dtype)
+        yield Step("denoise", before + done, planned, preview=preview(done, denoised))
 
 
 def preview_frames(latents: Tensor, colours: Tensor, spatial: int) -> Frames:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worldline.finite import check_finite
+
 CHUNK = 32  # tokens whose noise travels to a GPU together, and between two reports of progress
 
 
@@ -68,7 +70,15 @@ def draw(logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> Ten
 
 
 class Decoder(Protocol):
-    """The loop's view of a model; B clips advance together."""
+    """The loop's view of a model; B clips advance together.
+
+    Attributes:
+        totals: (B,) sums of all logits so far: not finite if one was not.
+        dtype: of the model.
+    """
+
+    totals: Tensor
+    dtype: torch.dtype
 
     def start(self, prompt: Tensor, noise: Tensor | None) -> None:
         """Read the prompt (B, P) and draw the first token after it."""
@@ -94,23 +104,35 @@ def decode(
 
     Returns:
         Prompt and drawn tokens (B, P + count).
+
+    Raises:
+        NonFiniteError: logits are; on a GPU found behind the chunk of their token.
     """
-    previous: torch.cuda.Event | None = None
+    previous: tuple[torch.cuda.Event, Tensor, int] | None = None
+    device = prompt.device.type
+
+    def check(totals: Tensor, done: int) -> None:
+        check_finite(totals, f"token {done:,} of {count:,}: logits", decoder.dtype)
+
     for done in range(1, count + 1):
         numbers = None if noise is None else next(noise)
         if done == 1:
             decoder.start(prompt, numbers)
         else:
             decoder.step(numbers)
-            if prompt.device.type == "cuda":
-                if done % CHUNK and done < count:
-                    continue
-                # let the host run one chunk ahead, no more: the bar stays true and Ctrl-C is heard
-                event = torch.cuda.Event()
-                event.record()
-                if waited := event if done == count else previous:
-                    waited.synchronize()
-                previous = event
+        if device == "cuda" and (done > 1 or count == 1):
+            if done % CHUNK and done < count:
+                continue
+            # let the host run one chunk ahead, no more: the bar stays true and Ctrl-C is heard
+            event, totals = torch.cuda.Event(), decoder.totals.to("cpu", non_blocking=True)
+            event.record()
+            current = event, totals, done
+            waited, previous = current if done == count else previous, current
+            if waited:
+                waited[0].synchronize()
+                check(*waited[1:])
+        elif device == "cpu" or done == count:
+            check(decoder.totals, done)
         yield done
     return decoder.tokens
 

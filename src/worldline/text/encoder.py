@@ -31,6 +31,7 @@ from worldline.files import (
     stamp,
     unfinished,
 )
+from worldline.finite import check_finite, total
 from worldline.parallel.offload import Offloadable
 from worldline.weights.checkpoint import Checkpoint, open_checkpoint, save
 from worldline.weights.keymap import KeyMap, match
@@ -270,12 +271,14 @@ class TextEncoder:
 
         Raises:
             CheckpointError: the weights do not fit, or cannot be read.
+            NonFiniteError: an embedding has NaN or infinity.
         """
         embeddings: dict[str, Any] = {p: self._cache.get(self._key, p) for p in prompts}
         if missing := [prompt for prompt in embeddings if embeddings[prompt] is None]:
             with torch.inference_mode(), self._part.on_device() as encoder:
                 for prompt in missing:
                     embeddings[prompt] = encoder.encode([prompt]).cpu()
+                    check_finite(total(embeddings[prompt]), "text: embeddings", self.dtype)
                     self._cache.put(self._key, prompt, embeddings[prompt])
         return embeddings
 

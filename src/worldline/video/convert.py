@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from worldline.finite import check_finite, total
 from worldline.video.read import Clip, Frames
 
 
@@ -88,16 +89,19 @@ def scaled(frames: Frames, short_side: int) -> Frames:
     return np.stack([np.asarray(picture) for picture in pictures])
 
 
-def to_uint8(video: Tensor) -> Frames:
+def to_uint8(video: Tensor, dtype: torch.dtype | None = None) -> Frames:
     """Frames (T, H, W, 3) of a video (3, T, H, W) in [0, 1]: clamped, truncated as the reference's.
 
-    In float32: 255 levels do not fit in the 8 significant bits of bfloat16 once multiplied.
+    In float32: 255 levels do not fit in the 8 significant bits of bfloat16 once multiplied. `dtype`
+    is the network's, by default the video's. Raises `NonFiniteError` for NaN and infinity.
     """
+    totals = total(video)
     levels = (video.detach().float().clamp(0, 1) * 255).byte()
     frames: Frames = levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    check_finite(totals, "decode: frames", dtype or video.dtype)
     return frames
 
 
 def signed_to_uint8(video: Tensor) -> Frames:
     """`to_uint8` of a video in [-1, 1]."""
-    return to_uint8((video.float() + 1) / 2)
+    return to_uint8((video.float() + 1) / 2, video.dtype)

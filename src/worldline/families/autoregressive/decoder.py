@@ -134,7 +134,8 @@ class DecoderNetwork(Network[DiTConfig]):
         for number, window in enumerate(windows):
             with stage(job.recorder, "denoise"), parts.loaded["decoder"].on_device() as model:
                 sampling = self.denoise_window(model, window, context, noise)
-                run = report(sampling, job.recorder, len(windows) * steps, number * steps)
+                planned, dtype = len(windows) * steps, parts.compute.dtype
+                run = report(sampling, job.recorder, dtype, planned, number * steps)
                 latents.append((yield from run))
             log_result("denoise", latents[-1])
             if job.request.decoder_seam == "as_released" and number + 1 < len(windows):

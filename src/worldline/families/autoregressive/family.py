@@ -294,8 +294,8 @@ def notes(opened: Opened, request: ARRequest) -> list[str]:
 def report_entries(parts: Parts, request: ARRequest, recorder: Recorder) -> dict[str, Any]:
     """Entries of a video's report."""
     spent = sum(s.seconds for s in recorder.stages if s.name in ("prefill", "tokens"))
-    decoder, drawing = parts.opened.get("decoder"), recorder.facts["drawing"]
-    drawn = drawing["clips_at_once"] * drawing["tokens"]
+    decoder, drawing = parts.opened.get("decoder"), recorder.facts.get("drawing", {})
+    drawn = drawing.get("clips_at_once", 0) * drawing.get("tokens", 0)
     return {
         **drawing,
         "diffusion_decoder": decoder and decoder.settings(request, parts.compute),

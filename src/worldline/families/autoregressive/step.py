@@ -34,6 +34,7 @@ from worldline.families.autoregressive.model import (
     make_positions,
 )
 from worldline.family import Compute, Opened
+from worldline.finite import total
 from worldline.nn.modulation import has_triton
 from worldline.sampling.tokens import Sampling, draw
 
@@ -66,6 +67,7 @@ class PlainDecoder:
         positions: those of the window, in the dtype of the weights.
         ids: (B, window), prompt and drawn tokens of the window.
         done: tokens of them that are known.
+        totals: (B,) float32, sums of all logits so far: not finite if one was not.
         forgotten: (B, tokens of a latent frame) each, of the frames that left the window.
     """
 
@@ -86,6 +88,7 @@ class PlainDecoder:
         keys, self.done = self.cache.keys, 0
         self.positions = make_positions(model.config, keys.device, keys.dtype)
         self.ids = keys.new_zeros(len(contexts), self.cache.length, dtype=torch.int64)
+        self.totals, self.dtype = keys.new_zeros(len(contexts), dtype=torch.float32), keys.dtype
         self.forgotten: list[Tensor] = []
         self.encoded = [model.encode_context(context) for context in contexts]
 
@@ -138,6 +141,7 @@ class PlainDecoder:
                 tokens, self.positions, cache=cache, start=start, context=encoded, last_only=True
             )
             row = None if noise is None else noise[clip : clip + 1]
+            self.totals[clip] += total(logits[:, -1])
             ids[end : end + 1] = draw(logits[:, -1], self.sampling, row)
         self.done = end + 1
 
@@ -192,6 +196,7 @@ class CapturedDecoder(PlainDecoder):
         """Read the token at `position` of every clip and draw the next."""
         here = self.position.view(1)
         self.logits = self._read(self.ids.index_select(1, here).view(-1))
+        self.totals += total(self.logits, -1)
         # sums of one row and of several take different kernels, which round differently
         rows = zip(self.ids, self.logits.split(1), self.noise.split(1), strict=True)
         for ids, row, noise in rows:

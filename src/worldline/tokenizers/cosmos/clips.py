@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worldline.finite import check_finite, total
 from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.shapes import LatentShape, VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerConfig
@@ -50,8 +51,10 @@ def encode_clip(model: CosmosTokenizer, pieces: Iterable[Frames]) -> tuple[Tenso
         missing = -(shape.frames - 1) % config.temporal
         yield video[:, :, -1:].expand(-1, -1, missing, -1, -1)
 
-    latents = encode_stream(model, videos())
-    parts = [(model.to_tokens(one) if config.levels else one).cpu() for one in latents]
+    parts = []
+    for latents in encode_stream(model, videos()):
+        check_finite(total(latents), "encode: latents", weight.dtype)
+        parts.append((model.to_tokens(latents) if config.levels else latents).cpu())
     return torch.cat(parts, dim=-3)[0], shape
 
 
@@ -113,7 +116,8 @@ def _to_video(levels: Tensor, like: Tensor) -> Tensor:
 
 
 def _to_levels(video: Tensor) -> Tensor:
-    """Inverse of `_to_video`: clamped, rounded."""
+    """Inverse of `_to_video`: clamped, rounded; `NonFiniteError` for NaN and infinity."""
+    check_finite(total(video), "decode: frames", video.dtype)
     # float32: 255 levels need more than the 8 significant bits of bf16
     levels = ((video.float().clamp(-1, 1) + 1) / 2 * 255 + 0.5).floor().to(torch.uint8)
     return levels.permute(0, 2, 3, 4, 1)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldline.finite import check_finite, total
 from worldline.nn import transforms
 from worldline.nn.pieces import (
     CausalCache,
@@ -456,8 +457,10 @@ class CosmosTokenizer(CausalTokenizer):
         return codes.to(self.post_quant_conv.weight.dtype)
 
     def encode_tokens(self, video: Tensor) -> Tensor:
-        """Token ids (B, t, h, w), int32 in [0, vocabulary)."""
-        return self.to_tokens(self.encode(video))
+        """Token ids (B, t, h, w), int32 in [0, vocabulary); NaN, which has none, is refused."""
+        latents = self.encode(video)
+        check_finite(total(latents), "encode: latents", latents.dtype)
+        return self.to_tokens(latents)
 
     def reconstruct(self, video: Tensor) -> Tensor:
         """decode(encode(video)); gradients pass straight through the quantiser."""

@@ -1,0 +1,145 @@
+"""NaN and infinity stop a video at their step, though every weight is finite; others go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import worldline
+from worldline.errors import NonFiniteError, flags, option
+from worldline.finite import check_finite, total
+
+from . import test_world
+from .conftest import moving
+
+KINDS, load = test_world.KINDS, test_world.load  # a fixture
+Load = Callable[..., worldline.World]
+
+
+def overflowing(module: nn.Module, at: int) -> None:
+    """Let a network's call number `at`, from 1, come out too large by finite weights."""
+    calls = iter(range(1, 10_000))
+
+    def scaled(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        return (
+            (output + 2 * output.sign()) * torch.finfo(output.dtype).max
+            if next(calls) >= at
+            else None
+        )
+
+    module.register_forward_hook(scaled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_is_found(dtype: torch.dtype, number: float) -> None:
+    x = torch.full((3, 40, 50), torch.finfo(dtype).max / 10**5, dtype=dtype)  # sums are wider
+    check_finite(total(x), "", dtype)
+    x[1, 7, 9] = number
+    with pytest.raises(NonFiniteError, match=f"frames .* in {str(dtype)[6:]};"):
+        check_finite(total(x), "decode: frames", dtype)
+    with pytest.raises(NonFiniteError) as caught:
+        check_finite(total(x, 1, 2), "", dtype)
+    assert caught.value.index == 1
+
+
+def test_advice_is_a_keyword_or_a_flag() -> None:
+    x = torch.tensor(torch.nan)
+    with pytest.raises(NonFiniteError, match=r"dtype='bfloat16'"):
+        check_finite(x, "latents", torch.float16)
+    token = flags.set(True)
+    with pytest.raises(NonFiniteError, match="--dtype bfloat16"):
+        check_finite(x, "latents", torch.float16)
+    assert option("offload_tokenizer", True) == "--offload_tokenizer"
+    flags.reset(token)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "calls", "step"),
+    [
+        ("base", "float32", 3, "token 3 of 18: logits"),
+        ("base", "float16", 18, "token 18 of 18: logits"),
+        ("prompted", "bfloat16", 1, "token 1 of 18: logits"),
+        ("diffusion", "float32", 3, "step 2 of 2: latents"),
+        ("diffusion", "float16", 1, "step 1 of 2: latents"),
+        ("predict2.5", "float16", 3, "step 2 of 3: latents"),
+        ("predict2.5", "bfloat16", 5, "step 3 of 3: latents"),
+    ],
+)
+def test_the_step_is_named(
+    kind: str, dtype: str, calls: int, step: str, load: Load, clip: Path
+) -> None:
+    world, options = load(kind, dtype=dtype), KINDS[kind].options
+    options = {name: value for name, value in options.items() if name != "preview_every"}
+    overflowing(world.parts.transformer.module, calls)
+    with pytest.raises(NonFiniteError, match=f"{step} .* in {dtype}") as caught:
+        world.generate(clip, **options)
+    assert caught.value.exit_code == 1
+    report = caught.value.report
+    assert report["error"] == str(caught.value)
+    assert report["model"] == KINDS[kind].name
+    assert json.loads(json.dumps(report)) == report
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoders_and_decoders(kind: str, load: Load, clip: Path) -> None:
+    """What the video tokenizer and the text encoder give."""
+    options = KINDS[kind].options
+    tokenizer = "decoder_tokenizer" if kind == "prompted" else "tokenizer"
+    for part, method, message in (
+        ("tokenizer", "encode_piece", "encode: latents"),
+        (tokenizer, "decode_piece", "decode: frames"),
+        ("text", "encode", "text: embeddings"),
+    ):
+        world = load(kind)
+        if part == "text" and kind == "base":
+            continue
+        module = world.parts.loaded[part]
+        module = module._part.module if part == "text" else module.module
+        compute = getattr(module, method)
+        broken = lambda *inputs, compute=compute: compute(*inputs) / 0  # noqa: E731
+        module.__dict__[method] = broken
+        with pytest.raises(NonFiniteError, match=f"^{message} .* float32") as caught:
+            world.generate(clip, **{**options, **({"prompt": part} if part == "text" else {})})
+        assert caught.value.report["error"].startswith(message)
+
+
+def test_the_rest_of_a_batch_is_made(load: Load, clip: Path) -> None:
+    """Of three in step, one that overflows in its logits, and one in its frames."""
+    world = load("base")
+    inputs, each = [clip, moving(9), clip], [{"seed": seed} for seed in (4, 5, 6)]
+    alone = [world.generate(one, **own).frames for one, own in zip(inputs, each, strict=True)]
+    model = world.parts.transformer.module
+    compute, calls = model.forward, iter(range(1000))
+    # calls go from clip to clip
+    model.forward = lambda *x, **y: compute(*x, **y) * (torch.inf if next(calls) == 13 else 1)
+    videos: dict[int, worldline.Video] = {}
+    with pytest.raises(worldline.Error, match=r"1 of 3 inputs failed.*token 5 of 18") as caught:
+        collect(world.stream_batch(inputs, each), videos)
+    assert {n: type(error) for n, error in caught.value.failures.items()} == {1: NonFiniteError}
+    assert [*videos] == [0, 2]
+    assert all(np.array_equal(videos[number].frames, alone[number]) for number in videos)
+    tokenizer = world.parts.tokenizer.module
+    decode, pieces = tokenizer.decode_piece, iter(range(1000))
+    broken = lambda *x: decode(*x) * (torch.nan if next(pieces) == 4 else 1)  # noqa: E731
+    tokenizer.__dict__["decode_piece"] = broken
+    videos = {}
+    with pytest.raises(worldline.Error, match=r"1 of 3 inputs failed.*frames"):
+        collect(world.stream_batch(inputs, each), videos)
+    assert len(videos) == 2
+    assert all(np.array_equal(videos[number].frames, alone[number]) for number in videos)
+
+
+def collect(steps: Any, videos: dict[int, worldline.Video]) -> None:
+    """Add the videos of a batch, which may fail at last."""
+    for number, step in steps:
+        if step.video is not None:
+            assert number not in videos
+            videos[number] = step.video
