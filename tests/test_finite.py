@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 import worldline
 from worldline.errors import NonFiniteError, flags, option
+from worldline.families.autoregressive.model import ARTransformer
 from worldline.finite import check_finite, total
 
 from . import test_world
+from .cli.conftest import WITHOUT_PARTS, run_words
 from .conftest import moving
 
 KINDS, load = test_world.KINDS, test_world.load  # a fixture
@@ -143,3 +145,32 @@ def collect(steps: Any, videos: dict[int, worldline.Video]) -> None:
         if step.video is not None:
             assert number not in videos
             videos[number] = step.video
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_command_goes_on(
+    batch_size: int, own_world: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of three clips is not made, alone or in step; its report has the reason."""
+    batch, folder = tmp_path / "batch.jsonl", tmp_path / "out"
+    batch.write_text(3 * f"{json.dumps({'visual_input': str(clip)})}\n")
+    forward, prompts = ARTransformer.forward, 0
+
+    def overflow(model: Any, tokens: Tensor, *others: Any, **named: Any) -> Tensor:
+        nonlocal prompts
+        prompts += tokens.shape[1] > 1  # the second clip's is read second
+        return forward(model, tokens, *others, **named) * (torch.inf if prompts == 2 else 1)
+
+    monkeypatch.setattr(ARTransformer, "forward", overflow)
+    words = ["--batch_input_path", batch, "--batch_size", batch_size, "--checkpoint_dir", own_world]
+    words += ["--video_save_folder", folder, "--input_type", "video", *WITHOUT_PARTS]
+    result = run_words(["autoregressive", "base", *words])
+    assert result.exit_code == 1
+    assert "1 of 3 inputs failed" in result.stderr
+    assert result.stderr.count("token 1 of 18: logits are not finite") == 1
+    assert sorted(path.name for path in folder.glob("*.mp4")) == ["0.mp4", "2.mp4"]
+    report = json.loads((folder / "1.json").read_text())
+    assert report["error"].startswith("token 1 of 18")
+    again = run_words(["autoregressive", "base", *words, "--resume"])
+    assert again.exit_code == 0, again.stderr
+    assert "error" not in json.loads((folder / "1.json").read_text())
