@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import worldline
-from worldline.errors import NonFiniteError, flags, option
+from worldline.errors import NonFiniteError, as_flags, option
 from worldline.families.autoregressive.model import ARTransformer
 from worldline.finite import check_finite, total
 
@@ -56,11 +56,11 @@ def test_advice_is_a_keyword_or_a_flag() -> None:
     x = torch.tensor(torch.nan)
     with pytest.raises(NonFiniteError, match=r"dtype='bfloat16'"):
         check_finite(x, "latents", torch.float16)
-    token = flags.set(True)
+    token = as_flags.set(True)
     with pytest.raises(NonFiniteError, match="--dtype bfloat16"):
         check_finite(x, "latents", torch.float16)
     assert option("offload_tokenizer", True) == "--offload_tokenizer"
-    flags.reset(token)
+    as_flags.reset(token)
 
 
 @pytest.mark.parametrize(

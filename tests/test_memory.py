@@ -324,12 +324,12 @@ class Fixed(Plan):
         (10, "", ""),
         (9, "b", ""),
         (3, "ab", ""),
-        (8, "", "; add --a, which needs"),
-        (3, "", "; add --a --b, which needs"),
-        (3, "a", "; add --b, which needs"),
-        (3, "b", "; add --a, which needs"),
-        (2, "", "; all offload flags together need"),
-        (2, "ab", "; all offload flags together need"),
+        (8, "", "; add a=True, which needs"),
+        (3, "", "; add a=True, b=True, which needs"),
+        (3, "a", "; add b=True, which needs"),
+        (3, "b", "; add a=True, which needs"),
+        (2, "", "; all offload options together need"),
+        (2, "ab", "; all offload options together need"),
     ],
 )
 def test_advice_is_enough(

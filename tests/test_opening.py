@@ -201,7 +201,7 @@ def test_an_optional_part_may_be_missing(own_diffusion: Path) -> None:
         checked(opened, **DEFAULTS, prompt="x")
     for named in ("mine", elsewhere, str(elsewhere)):
         assert "text" in open_named(TEXT2WORLD, own_diffusion, text_encoder_dir=named).parts
-    with pytest.raises(CheckpointError, match=r"no folder absent \(--text_encoder_dir\)"):
+    with pytest.raises(CheckpointError, match=r"no folder absent \(text_encoder_dir\)"):
         open_named(TEXT2WORLD, own_diffusion, text_encoder_dir="absent")
     # as the hub keeps it
     shutil.copytree(elsewhere, own_diffusion / "models--google-t5--t5-11b" / "snapshots" / "0a1b")

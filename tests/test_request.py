@@ -14,7 +14,7 @@ from worldline.families.autoregressive.request import AROptions, ARRequest
 from worldline.families.diffusion.request import DiffusionOptions, DiffusionRequest
 from worldline.families.predict2_5.request import FlowOptions, FlowRequest
 from worldline.family import FAMILIES, requests_of
-from worldline.request import NEGATIVE_PROMPT, LoadOptions, Options, Request, VideoRequest, flag
+from worldline.request import NEGATIVE_PROMPT, LoadOptions, Options, Request, VideoRequest
 
 
 @pytest.mark.parametrize("kind", [ARRequest, DiffusionRequest, FlowRequest])
@@ -103,7 +103,7 @@ def test_wrong_values_of_a_family(
 
 def test_each_problem_has_its_line_and_the_name_that_the_user_wrote() -> None:
     with pytest.raises(InputError) as error:
-        FlowRequest.parse({"guidance": "x", "seed": 1.5, "steps": 3}, flag)
+        FlowRequest.parse({"guidance": "x", "seed": 1.5, "steps": 3}, "--{}".format)
     guidance, seed, steps = sorted(str(error.value).splitlines())
     assert guidance.startswith("--guidance is 'x'")
     assert seed.startswith("--seed is 1.5")

@@ -150,7 +150,7 @@ def test_memory_plan(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (fit.fits, fit.flags) == (True, found.flags)
     monkeypatch.setattr(memory, "device_memory", lambda device: free)
     with pytest.raises(
-        worldline.InsufficientMemoryError, match="--offload_codec --offload_network"
+        worldline.InsufficientMemoryError, match="offload_codec=True, offload_network=True"
     ):
         found.refuse_unless_fits(torch.device("cuda"), ())
 

@@ -641,7 +641,7 @@ def test_missing_parts_of_released_models(
 
     for name, root, options, message in (
         (MODEL, small_world, {"disable_diffusion_decoder": True}, "disable_guardrail=True"),
-        (MODEL, small_world, {}, "--disable_diffusion_decoder runs without"),
+        (MODEL, small_world, {}, "disable_diffusion_decoder=True runs without"),
         (TEXT2WORLD, tiny_diffusion, {}, "disable_guardrail=True.*disable_prompt_upsampler=True"),
         (KINDS["predict2.5"].name, tiny_predict2_5, {}, "disable_guardrails=True"),
     ):

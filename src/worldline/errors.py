@@ -78,13 +78,13 @@ class GuardrailRefusal(Error):
 
 
 # whether messages name options as flags: while a command runs
-flags: ContextVar[bool] = ContextVar("flags", default=False)
+as_flags: ContextVar[bool] = ContextVar("as_flags", default=False)
 
 
 def option(name: str, value: Any = None) -> str:
     """An option as the caller writes it: `dtype='float32'` in Python, else `--dtype float32`."""
-    if flags.get():
-        return f"--{name}" if value in (None, True) else f"--{name} {value}"
+    if as_flags.get():
+        return f"--{name}" if value is None or value is True else f"--{name} {value}"
     return name if value is None else f"{name}={value!r}"
 
 

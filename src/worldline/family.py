@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from worldline.errors import CheckpointError
+from worldline.errors import CheckpointError, option
 from worldline.request import LoadOptions, Options, Request
 
 if TYPE_CHECKING:
@@ -280,8 +280,9 @@ class Opened:
         """
         if name not in self.parts:
             reason = self.missing.get(name, f"{self.name} has no {name}")
-            [option] = (part.option for part in self.family.parts if part.name == name)
-            raise CheckpointError(f"{reason} (needed for {purpose}); {option} names another")
+            [folder] = (part.option for part in self.family.parts if part.name == name)
+            message = f"{reason} (needed for {purpose}); {option(folder)} names another"
+            raise CheckpointError(message)
         return self.parts[name]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from worldline import memory
 from worldline.catalog import ENTRIES
-from worldline.errors import CheckpointError, InsufficientMemoryError
+from worldline.errors import CheckpointError, InsufficientMemoryError, option
 from worldline.family import Compute, Opened
 from worldline.files import GIGABYTE
 from worldline.parallel.offload import Offloadable
@@ -71,7 +71,7 @@ class Guards:
         for name, parts in self.parts.items():
             resident = (p.nbytes for p in parts if not p.offload and p.device.type != "cpu")
             if nbytes := sum(resident):
-                advice += f"; --offload_{name} frees {nbytes / GIGABYTE:.1f} GB"
+                advice += f"; {option(f'offload_{name}', True)} frees {nbytes / GIGABYTE:.1f} GB"
         return advice
 
     @property
@@ -160,7 +160,7 @@ def check_frames(opened: Opened, request: Any, clips: int = 1, beside: int = 0) 
             f"num_video_frames is {video.frames}: the frames of {clips} video(s) of {video.height} "
             f"x {video.width} pixels need {need / GIGABYTE:.1f} GB of host memory"
             f"{f' beside {beside / GIGABYTE:.1f} GB of networks' if beside else ''}, {host}; lower "
-            f"num_video_frames{', --batch_size' if clips > 1 else ''} or the size"
+            f"num_video_frames{', ' + option('batch_size') if clips > 1 else ''} or the size"
         )
 
 
@@ -204,7 +204,7 @@ def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> G
         except (OSError, ImportError, ValueError) as error:  # CheckpointError is a ValueError
             problems.append(
                 f"{name} cannot load: {error}; `worldline checkpoints download {download}` fetches "
-                f"what is missing, --{disable} (in Python {disable}=True) runs without"
+                f"what is missing, {option(disable, True)} runs without"
             )
 
     guardrails = upsampler = off = None

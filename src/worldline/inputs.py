@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from worldline.errors import InputError
+from worldline.errors import InputError, option
 from worldline.video.read import Clip, Frames, media_kind, read_image, read_video, to_rgb
 
 InputType = Literal["image", "video"]
@@ -47,7 +47,9 @@ def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
             )
         clip = Clip(frames, 0.0)
     elif actual != kind:
-        raise InputError(f"{describe(input)}: it is of type {actual}; give --input_type {actual}")
+        raise InputError(
+            f"{describe(input)}: it is of type {actual}; give {option('input_type', actual)}"
+        )
     elif isinstance(input, Image.Image):
         clip = to_rgb(input, describe(input))
     elif kind == "image":

@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from worldline.catalog import BUNDLED_PREFIX, DECODERS, FLOW_MODELS, FlowModel, advice
-from worldline.errors import CheckpointError
+from worldline.errors import CheckpointError, option
 from worldline.files import holds_diffusers, released_folders, unfinished
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -53,8 +53,8 @@ class Place:
             raise CheckpointError(f"neither {' nor '.join(names)} is in {self.searched}")
         return folder
 
-    def chosen(self, name: str | Path, flag: str) -> Path:
-        """Folder or file that `flag` names: below a root, or a path.
+    def chosen(self, name: str | Path, field: str) -> Path:
+        """Folder or file that the option `field` names: below a root, or a path.
 
         Raises:
             CheckpointError: there is none.
@@ -62,7 +62,7 @@ class Place:
         for path in (*(root / name for root in self.roots), Path(name)):
             if path.exists():
                 return path
-        raise CheckpointError(f"no folder {name} (--{flag}), nor is it in {self.searched}")
+        raise CheckpointError(f"no folder {name} ({option(field)}), nor is it in {self.searched}")
 
 
 def locate(
@@ -100,8 +100,8 @@ def locate(
         hint = f"; released models are {', '.join(each.name for each in FLOW_MODELS)}"
     folders = sorted(path.name for path in checkpoint_dir.glob("*") if path.is_dir())
     raise CheckpointError(
-        f"no folder or file {checkpoint_dir / name}; {checkpoint_dir} (--checkpoint_dir) holds: "
-        f"{', '.join(folders) or 'no folder'}{hint}"
+        f"no folder or file {checkpoint_dir / name}; {checkpoint_dir} "
+        f"({option('checkpoint_dir')}) holds: {', '.join(folders) or 'no folder'}{hint}"
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from worldline.errors import InsufficientMemoryError
+from worldline.errors import InsufficientMemoryError, as_flags, option
 from worldline.files import GIGABYTE
 from worldline.shapes import LatentShape
 
@@ -133,10 +133,10 @@ class Plan:
         need = self.peak(offloaded if device.type == "cuda" else ())
         message = f"{self.name} needs about {need / GIGABYTE:.1f} GB of {kind} memory, {memory}"
         if fit.fits:
-            flags = " ".join(f"--{name}" for name in missing)
-            message += f"; add {flags}, which needs {fit.need / GIGABYTE:.1f} GB"
+            added = (" " if as_flags.get() else ", ").join(option(name, True) for name in missing)
+            message += f"; add {added}, which needs {fit.need / GIGABYTE:.1f} GB"
         elif device.type == "cuda":
-            message += f"; all offload flags together need {fit.need / GIGABYTE:.1f} GB"
+            message += f"; all offload options together need {fit.need / GIGABYTE:.1f} GB"
         raise InsufficientMemoryError(message + advice)
 
 

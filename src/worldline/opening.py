@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from worldline.catalog import BUNDLED_PREFIX, Entry
-from worldline.errors import CheckpointError, InputError
+from worldline.errors import CheckpointError, InputError, option
 from worldline.family import FAMILIES, Compute, Opened, Parts, load_family, requests_of
 from worldline.files import holds_diffusers, unfinished
 from worldline.locate import Place
 from worldline.memory import WORKSPACE, Fit, Memory, Plan, Stage, Weights
 from worldline.nn.modulation import fused
 from worldline.report import Recorder
-from worldline.request import LoadOptions, Name, Request
+from worldline.request import LoadOptions, Request
 from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.networks import open_weights, read_settings
 
@@ -80,7 +80,7 @@ def recognise(place: Place) -> Opened:
         settings = (family.read_settings or read_settings)(folder)
     defaults = {name: settings[name] for name in family.request.model_fields if name in settings}
     try:
-        family.request.parse(defaults)
+        family.request.parse(defaults, str)
     except InputError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     place = replace(place, named=folder.parent if folder.name == "transformer" else folder)
@@ -89,15 +89,12 @@ def recognise(place: Place) -> Opened:
     return Opened(family, name, place, None, source, settings, defaults)
 
 
-def open_world(
-    place: Place, stated: Mapping[str, Any], name: Name = str, expected: str = ""
-) -> Opened:
+def open_world(place: Place, stated: Mapping[str, Any], expected: str = "") -> Opened:
     """Every part of a model; they belong together, headers alone are read.
 
     Args:
         place: where it lies.
         stated: load options by name.
-        name: what an error calls a load option.
         expected: family that the model must be of; "" for any.
 
     Raises:
@@ -111,7 +108,7 @@ def open_world(
             f"{opened.source.path}: it is a model of family {family.name}, not {expected}; "
             "`worldline generate` runs any"
         )
-    opened = replace(opened, options=family.options.parse(stated, name))
+    opened = replace(opened, options=family.options.parse(stated))
     for part in reversed(family.parts):
         try:
             if (part_on_disk := part.open(opened)) is not None:
@@ -121,7 +118,7 @@ def open_world(
                         refuse_unless_equal(opened[first], a, opened[second], b)
         except CheckpointError as error:
             if not part.optional or getattr(opened.options, part.option):
-                advice = f"; --{part.disable} runs without" if part.disable else ""
+                advice = f"; {option(part.disable, True)} runs without" if part.disable else ""
                 advice += unfinished(opened.folder)
                 raise CheckpointError(f"{error}{advice}") from error
             parts = {name: other for name, other in opened.parts.items() if name != part.name}

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from worldline.errors import InputError, did_you_mean
+from worldline.errors import InputError, did_you_mean, option
 from worldline.shapes import VideoShape
 
 NEGATIVE_PROMPT = (
@@ -24,13 +24,7 @@ NEGATIVE_PROMPT = (
     "quality."
 )
 
-# a field -> what the user wrote in its place, for messages; `str` in Python
-Name = Callable[[str], str]
-
-
-def flag(field: str) -> str:
-    """Name of a field on the command line: `--guidance`."""
-    return f"--{field}"
+Name = Callable[[str], str]  # a field -> what the user wrote in its place, for messages
 
 
 def _not_blank(value: Any) -> Any:
@@ -82,7 +76,7 @@ class Options(BaseModel):
         return {name: _plain(value) for name, value in stated.items()}
 
     @classmethod
-    def parse(cls, stated: Mapping[str, Any], name: Name = str) -> Self:
+    def parse(cls, stated: Mapping[str, Any], name: Name = option) -> Self:
         """Checked options.
 
         Args:
@@ -120,7 +114,7 @@ class Options(BaseModel):
     def describe(cls) -> Iterator[str]:
         """One line for each field, for help: name, description, default."""
         for name, field in cls.model_fields.items():
-            yield f"{field.alias or name}: {help_of(field, field.default)}"
+            yield f"{field.alias or name}: {help_of(field, field.default)}".replace("--", "")
 
     @classmethod
     def flags(cls) -> dict[str, str]:
@@ -171,7 +165,7 @@ class Request(Options):
         stated: Mapping[str, Any],
         defaults: Mapping[str, Any],
         kind: str | None,
-        name: Name = str,
+        name: Name = option,
     ) -> Self:
         """A request: what is stated, else the model's default, else the class's.
 

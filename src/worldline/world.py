@@ -23,6 +23,7 @@ from worldline.errors import (
     InputError,
     InsufficientMemoryError,
     NonFiniteError,
+    option,
 )
 from worldline.family import FAMILIES, Compute, Opened, Parts, requests_of
 from worldline.files import stamp
@@ -102,15 +103,19 @@ def choose_batch_size(
     auto = chosen == "auto"
     size = min(len(requests), most or 1 if auto else chosen)
     if most is not None and size > most:
-        logger.info("--batch_size %d: %d are computed in step, the most possible", chosen, most)
+        logger.info(
+            "%s: %d are computed in step, the most possible", option("batch_size", chosen), most
+        )
         size = most
     while True:
         compute = replace(compute, batch_size=size)
         needed = plan(opened, requests, compute, guards.guardrail_bytes)
         beside = 0 if compute.device.type == "cuda" else needed.peak()
-        advice = f"{guards.advice}{'; a smaller --batch_size needs less' if size > 1 else ''}"
+        smaller = f"; a smaller {option('batch_size')} needs less" if size > 1 else ""
         try:
-            needed.refuse_unless_fits(compute.device, opened.options.offloaded, advice)
+            needed.refuse_unless_fits(
+                compute.device, opened.options.offloaded, guards.advice + smaller
+            )
             for request in requests:
                 check_frames(opened, request, size, beside)
             return compute

@@ -12,7 +12,6 @@ import pytest
 from worldline.cli.inputs import MEDIA, PROMPTS, TYPED_MEDIA, TYPED_TEXT_MEDIA, Lines
 from worldline.errors import InputError
 from worldline.family import Item
-from worldline.request import flag
 
 from .conftest import Make
 
@@ -37,7 +36,7 @@ def read(reader: Lines, batch: Path, **stated: Any) -> list[Item]:
 
 
 def read_single(reader: Lines, flags: dict[str, Any], **stated: Any) -> Item:
-    [item], problems = reader.read(reader.flags.parse(flags, flag), stated)
+    [item], problems = reader.read(reader.flags.parse(flags, "--{}".format), stated)
     assert not problems
     return item
 

@@ -77,7 +77,7 @@ def test_another_tokenizer(own_diffusion: Path, small_world: Path, tmp_path: Pat
     for named in ("other", tmp_path / "elsewhere"):
         opened = open_named(TEXT2WORLD, own_diffusion, tokenizer_dir=named)
         assert opened["tokenizer"].config.channels == 8
-    with pytest.raises(CheckpointError, match=r"no folder absent \(--tokenizer_dir\)"):
+    with pytest.raises(CheckpointError, match=r"no folder absent \(tokenizer_dir\)"):
         open_named(TEXT2WORLD, own_diffusion, tokenizer_dir="absent")
     with pytest.raises(
         CheckpointError, match=f"{DISCRETE} is a discrete tokenizer; .*{CONTINUOUS}"

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from worldline.errors import Error, flags, is_out_of_memory, one_line
+from worldline.errors import Error, as_flags, is_out_of_memory, one_line
 from worldline.family import FAMILIES
 
 # every option of every command may be written with `_` or with `-`
@@ -49,7 +49,7 @@ class Main(click.Group):
         debug = "--debug" in words[:end]
         words = [word for word in words[:end] if word != "--debug"] + words[end:]
         handler, logger = _LogLines(), logging.getLogger("worldline")
-        level, status, naming = logger.level, 0, flags.set(True)
+        level, status, naming = logger.level, 0, as_flags.set(True)
         logger.addHandler(handler)
         logger.setLevel(logging.DEBUG if debug else logging.INFO)
         try:
@@ -65,7 +65,7 @@ class Main(click.Group):
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
-            flags.reset(naming)
+            as_flags.reset(naming)
         sys.exit(status)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from worldline.request import Options, flag, help_of
+from worldline.request import Options, help_of
 
 Described = TypeVar("Described", bound=Options)
 
@@ -65,7 +65,7 @@ def stated(context: click.Context, names: Collection[str]) -> dict[str, Any]:
 
 def parsed(context: click.Context, described: type[Described]) -> Described:
     """A class's values, as typed."""
-    return described.parse(stated(context, described.flags().values()), flag)
+    return described.parse(stated(context, described.flags().values()))
 
 
 class ManyValues(click.Command):

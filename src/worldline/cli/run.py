@@ -31,7 +31,6 @@ from worldline.errors import (
 )
 from worldline.family import Command, Item, requests_of
 from worldline.files import read_json
-from worldline.request import flag
 from worldline.shapes import VideoShape
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def run(family: str, command: Command, context: click.Context) -> None:
     flags = parsed(context, reader.flags)
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise InputError(f"WORLD_SIZE is {processes}; this version runs on 1 GPU, in 1 process")
-    options = described.OPTIONS.parse(option_flags, flag)
+    options = described.OPTIONS.parse(option_flags)
     items, problems = reader.read(flags, request_flags)
     if not items:
         refuse_problems(problems)
@@ -80,7 +79,7 @@ def run(family: str, command: Command, context: click.Context) -> None:
     from worldline.opening import choose_compute, open_world
     from worldline.world import fingerprint
 
-    opened = open_world(place, option_flags, flag, family)
+    opened = open_world(place, option_flags, family)
     items = check_items(opened, items, problems)
     compute = choose_compute(opened.options)
     log_unused(opened, compute, items, stated(context, context.params))

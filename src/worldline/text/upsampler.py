@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from worldline.errors import CheckpointError, Error
+from worldline.errors import CheckpointError, Error, option
 from worldline.files import find_repository, unfinished
 from worldline.parallel.offload import Offloadable
 from worldline.video.read import Frames
@@ -135,7 +135,8 @@ class Upsampler:
             answer = self._answer(question, seed, **picture)
         answer = answer.strip() if self.describes else clean(answer)
         if not answer:
-            raise Error(f"{self.name} wrote nothing; disable_prompt_upsampler takes prompts as is")
+            without = option("disable_prompt_upsampler", True)
+            raise Error(f"{self.name} wrote nothing; {without} takes prompts as they are")
         return answer
 
     def _question(self, message: str) -> str:
@@ -164,7 +165,7 @@ class Upsampler:
         if room < 1:
             raise Error(
                 f"the prompt has {len(ids)} tokens, {self.name} has room for {self.room - 1}; "
-                "disable_prompt_upsampler takes it as it is"
+                f"{option('disable_prompt_upsampler', True)} takes it as it is"
             )
         device = self.part.device
         tokens = torch.tensor([ids], device=device)

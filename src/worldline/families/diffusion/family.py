@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from worldline.catalog import Entry, Generation, generation_by_name
-from worldline.errors import CheckpointError, InputError
+from worldline.errors import CheckpointError, InputError, option
 from worldline.families import denoise
 from worldline.families.diffusion.model import PRESETS, DiT, DiTConfig
 from worldline.families.diffusion.request import DiffusionOptions, DiffusionRequest
@@ -204,7 +204,7 @@ def open_tokenizer(opened: Opened) -> CosmosNetwork:
     if folder is None:
         raise CheckpointError(
             f"no continuous tokenizer: neither {' nor '.join(names)} is in {place.searched}; "
-            "--tokenizer_dir names another"
+            f"{option('tokenizer_dir')} names another"
         )
     return open_latent_tokenizer(folder)
 

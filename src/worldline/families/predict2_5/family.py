@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from worldline.catalog import FLOW_MODELS, FLOW_TOKENIZER, Entry
-from worldline.errors import CheckpointError, InputError
+from worldline.errors import CheckpointError, InputError, option
 from worldline.families import denoise
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowOptions, FlowRequest
@@ -226,7 +226,7 @@ def open_tokenizer(opened: Opened) -> Network[WanTokenizerConfig]:
             return open_wan(path)
     raise CheckpointError(
         f"{folder}: no tokenizer ({' or '.join(TOKENIZER_FILES)}) is there or in "
-        f"{FLOW_TOKENIZER[0]} below {place.searched}; --tokenizer_dir names another"
+        f"{FLOW_TOKENIZER[0]} below {place.searched}; {option('tokenizer_dir')} names another"
     )
 
 
