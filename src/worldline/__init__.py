@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         GuardrailRefusal,
         InputError,
         InsufficientMemoryError,
+        NonFiniteError,
     )
     from worldline.step import Step, Video
     from worldline.world import World, load
@@ -26,6 +27,7 @@ __all__ = [
     "GuardrailRefusal",
     "InputError",
     "InsufficientMemoryError",
+    "NonFiniteError",
     "Step",
     "Video",
     "World",
@@ -42,6 +44,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("worldline")
     if name not in __all__:
         raise AttributeError(f"module 'worldline' has no attribute {name!r}")
     module = import_module(_MODULES.get(name, "worldline.errors"))
@@ -51,4 +55,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *__all__, "__version__"]

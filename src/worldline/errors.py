@@ -37,6 +37,10 @@ class InputError(Error, ValueError):
     exit_code = 2
 
 
+class UnknownOptionError(InputError, TypeError):
+    """A keyword or a field that does not exist."""
+
+
 class CheckpointError(InputError):
     """A checkpoint is absent, incomplete, damaged, unsafe, or does not fit the model."""
 

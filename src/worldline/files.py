@@ -10,9 +10,10 @@ import shutil
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
-from worldline.errors import CheckpointError
+from worldline.errors import CheckpointError, InputError
 
 GIGABYTE = 1e9
 # a whole transformer in NVIDIA's layout, in order of preference
@@ -44,6 +45,17 @@ def replacing(path: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
         raise
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that can be neither written nor made; tried, whatever permissions allow."""
+    folders = (folder.absolute(), *folder.absolute().parents)
+    nearest = next(path for path in folders if os.path.exists(path))
+    try:
+        with TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: it cannot be written: {error.strerror}") from error
 
 
 def readable_size(nbytes: float) -> str:

@@ -1,8 +1,9 @@
 """What a world can continue: a file, a picture or frames."""
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +14,32 @@ from worldline.video.read import Clip, Frames, media_kind, read_image, read_vide
 
 InputType = Literal["image", "video"]
 # a file, a picture, or frames uint8 (T, H, W, 3)
-Input = str | PathLike[str] | Image.Image | Frames | torch.Tensor
+Form = str | PathLike[str] | Image.Image | Frames | torch.Tensor
+Input = Form | Sequence[Image.Image]
+
+
+def joined(input: Any) -> Any:
+    """A list of pictures as frames, of one as the picture; any other input as it is.
+
+    Raises:
+        InputError: it is empty, or one is no PIL image or of another size.
+    """
+    if not isinstance(input, list | tuple) or len(input) == 1:
+        return input[0] if isinstance(input, list | tuple) else input
+    frames: list[Frames] = []
+    for number, picture in enumerate(input):
+        if not isinstance(picture, Image.Image):
+            raise InputError(f"input[{number}] is {type(picture).__name__}; give PIL images")
+        frames.append(to_rgb(picture, f"input[{number}]").frames[0])
+        if frames[-1].shape != frames[0].shape:
+            (height, width, _), first = frames[-1].shape, frames[0].shape
+            raise InputError(
+                f"input[{number}] is {width} x {height}, input[0] is {first[1]} x {first[0]}; give "
+                "pictures of one size"
+            )
+    if not frames:
+        raise InputError("the input is an empty list; give a picture or more")
+    return np.stack(frames)
 
 
 def kind_of(input: Input | None) -> InputType:
@@ -27,12 +53,12 @@ def kind_of(input: Input | None) -> InputType:
     if isinstance(input, Image.Image | np.ndarray | torch.Tensor):
         return "image" if isinstance(input, Image.Image) else "video"
     raise InputError(
-        f"the input is {type(input).__name__}; give a path, a PIL image, or frames uint8 "
-        "(T, H, W, 3) as an array or a tensor"
+        f"the input is {type(input).__name__}; give a path, a PIL image or a list of "
+        "them, or frames uint8 (T, H, W, 3) as an array or a tensor"
     )
 
 
-def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
+def read_clip(input: Form, kind: InputType, num_input_frames: int) -> Clip:
     """Frames of an input; of a video only the last that are needed.
 
     Raises:
@@ -41,6 +67,8 @@ def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
     actual = kind_of(input)
     if isinstance(input, np.ndarray | torch.Tensor):
         frames = input.detach().cpu().numpy() if isinstance(input, torch.Tensor) else input
+        if frames.ndim == 4 and frames.shape[-1] != 3 and frames.shape[1] == 3:  # as of `to_torch`
+            frames = np.ascontiguousarray(frames.transpose(0, 2, 3, 1))
         if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size or frames.dtype != np.uint8:
             raise InputError(
                 f"frames are {frames.dtype} {frames.shape}; give uint8 (T, H, W, 3), not empty"
@@ -64,7 +92,7 @@ def read_clip(input: Input, kind: InputType, num_input_frames: int) -> Clip:
     return clip
 
 
-def describe(input: Input) -> str:
+def describe(input: Form) -> str:
     """A few words that identify an input."""
     if isinstance(input, str | PathLike):
         return str(input)

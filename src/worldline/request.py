@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from worldline.errors import InputError, did_you_mean, option
+from worldline.errors import InputError, UnknownOptionError, did_you_mean, option
 from worldline.shapes import VideoShape
 
 NEGATIVE_PROMPT = (
@@ -89,7 +89,9 @@ class Options(BaseModel):
         try:
             return cls.model_validate(dict(stated))
         except ValidationError as error:
-            raise InputError("\n".join(cls.problems(error, name))) from None
+            unknown = any(problem["type"] == "extra_forbidden" for problem in error.errors())
+            kind = UnknownOptionError if unknown else InputError
+            raise kind("\n".join(cls.problems(error, name))) from None
 
     @classmethod
     def problems(cls, error: ValidationError, name: Name) -> Iterator[str]:

@@ -5,18 +5,31 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from base64 import b64encode
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import tqdm
+from PIL import Image
 
 from worldline.errors import NonFiniteError
+from worldline.files import check_folder
 from worldline.video.read import Frames
 from worldline.video.write import check_destination, write_bytes, write_video
 
+if TYPE_CHECKING:
+    import torch
+
 Result = TypeVar("Result")
+
+_INLINE = 1_400_000  # bytes of a video in a notebook, before base64
+# short sides and shares of frames that are tried for it
+_TRIALS = ((360, 1), (180, 1), (90, 1), (90, 4), (90, 16), (90, 64))
 
 
 @dataclass(frozen=True)
@@ -54,20 +67,68 @@ def numbered(
             raise
 
 
-@dataclass(frozen=True)
+class Bar:
+    """Progress bar on standard error, of one kind of steps after another."""
+
+    def __init__(self) -> None:
+        self.kind, self.bar = "", tqdm.tqdm(disable=True)
+
+    def __call__(self, step: Step) -> None:
+        if step.kind != self.kind:
+            self.kind = step.kind
+            self.bar.close()
+            kind, done = step.kind, step.kind == "done"
+            self.bar = tqdm.tqdm(desc=kind, total=step.total, initial=step.done, disable=done)
+        self.bar.update(step.done - self.bar.n)
+
+
+@dataclass(frozen=True, eq=False)
 class Video:
-    """Finished video.
+    """Finished video; equal to itself alone.
 
     Attributes:
-        frames: uint8 (T, H, W, 3).
+        frames: uint8 (T, H, W, 3), a NumPy array.
         fps: frames a second.
         report: model, seed, versions, seconds and memory of each stage.
     """
 
-    frames: Frames = field(repr=False)
+    frames: Frames
     fps: float
-    report: dict[str, Any] = field(default_factory=dict, repr=False)
+    report: dict[str, Any] = field(default_factory=dict)
     prompt: str | None = None
+
+    def __repr__(self) -> str:
+        count, height, width, _ = self.frames.shape
+        return f"Video({count} frames of {width} x {height}, {self.fps:g} fps)"
+
+    def _repr_html_(self) -> str:
+        """The video as notebooks play it, below 2 MB: smaller, or with fewer frames, if need be."""
+        from worldline.video.convert import scaled
+
+        tag, kind, suffix = ("video", "video/mp4", ".mp4")
+        if len(self.frames) == 1:
+            tag, kind, suffix = ("img", "image/jpeg", ".jpg")
+        with TemporaryDirectory() as folder:
+            path = Path(folder, f"video{suffix}")
+            for side, share in _TRIALS:
+                frames = self.frames[::share]
+                if side < min(frames.shape[1:3]):
+                    frames = scaled(frames, side)
+                write_video(frames, path, self.fps / share)
+                if path.stat().st_size <= _INLINE:
+                    break
+            data = b64encode(path.read_bytes()).decode()
+        return f'<{tag} src="data:{kind};base64,{data}" controls loop muted></{tag}>'
+
+    def to_torch(self) -> torch.Tensor:
+        """Frames, uint8 (T, 3, H, W), on the CPU; a copy."""
+        import torch
+
+        return torch.from_numpy(self.frames).permute(0, 3, 1, 2).contiguous()
+
+    def to_pil(self) -> list[Image.Image]:
+        """Frames as RGB pictures."""
+        return [Image.fromarray(frame) for frame in self.frames]
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the video (by suffix: .mp4, .mov, .mkv, .webm, .gif) and its report beside it.
@@ -80,11 +141,13 @@ class Video:
         leaves all files.
 
         Raises:
-            InputError: the name or the folder cannot be written.
+            InputError: the name or the folder cannot be written, or a GIF not play as fast; before
+                anything is encoded.
             Error: the disk is full; what was there before stays.
         """
         target = Path(path)
-        check_destination(target)
+        check_destination(target, self.fps)
+        check_folder(target.parent)
         text = json.dumps(self.report, indent=1) + "\n"
         with _alone_in(target.parent):
             write_video(self.frames, target, self.fps)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from os import PathLike
@@ -28,12 +29,12 @@ from worldline.errors import (
 from worldline.family import FAMILIES, Compute, Opened, Parts, requests_of
 from worldline.files import stamp
 from worldline.guards import Checks, Guards, check_frames, load_guards, release_of, rewrites
-from worldline.inputs import Input, InputType, describe, kind_of, read_clip
+from worldline.inputs import Form, Input, InputType, describe, joined, kind_of, read_clip
 from worldline.locate import locate
 from worldline.opening import choose_compute, load_parts, open_world, plan
 from worldline.report import Recorder, environment, log_result
 from worldline.request import Request
-from worldline.step import Step, Video, numbered
+from worldline.step import Bar, Step, Video, numbered
 from worldline.video.read import Clip
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class Job:
         source: report entries of the files that were read.
     """
 
-    input: Input | None
+    input: Form | None
     clip: Clip | None
     request: Any
     recorder: Recorder
@@ -163,27 +164,40 @@ class World:
         return sum(map(torch.numel, self.parts.transformer.module.parameters()))
 
     def generate(
-        self, input: Input | None = None, *, input_type: InputType | None = None, **options: Any
+        self,
+        input: Input | None = None,
+        *,
+        input_type: InputType | None = None,
+        progress: bool | Callable[[Step], object] = False,
+        **options: Any,
     ) -> Video:
         """Video of a prompt, or of what happens next in an image or a clip.
 
-        Arguments, options and errors are those of `stream`.
+        With `progress=True` a bar runs on standard error; a function gets each `Step`, and what it
+        raises ends the request. Other arguments, options and errors are those of `stream`.
         """
-        for step in self.stream(input, input_type=input_type, **options):
-            if step.video is not None:
-                return step.video
+        if not isinstance(progress, bool) and not callable(progress):
+            raise InputError(f"progress is {progress!r:.80}; give True or a function of a Step")
+        report = Bar() if progress is True else progress
+        # closed: networks leave the device, though a notebook may hold the trace of an error
+        with closing(self.stream(input, input_type=input_type, **options)) as steps:
+            for step in steps:
+                if report:
+                    report(step)
+                if step.video is not None:
+                    return step.video
         raise AssertionError("a stream ends with its video")
 
     def stream(
         self, input: Input | None = None, *, input_type: InputType | None = None, **options: Any
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Steps of the video that `generate` makes; the last carries it.
 
         Where guardrails check videos, no step before the last carries frames.
 
         Args:
-            input: a file, a PIL image, or frames uint8 (T, H, W, 3) as an array or a tensor; None
-                starts from the prompt alone.
+            input: a file, a PIL image or a list of them, or frames uint8 (T, H, W, 3) as an array
+                or a tensor; None starts from the prompt alone.
             input_type: "image" or "video"; by default what the input is.
             options: below, by family.
 
@@ -255,7 +269,8 @@ class World:
         if input_type not in ("image", "video", None):
             raise InputError(f"input_type is {input_type!r}; it must be 'image' or 'video'")
         opened, family = self.opened, self.opened.family
-        kind = None if input is None else input_type or kind_of(input)
+        form: Form | None = joined(input)
+        kind = None if form is None else input_type or kind_of(form)
         if request is None:
             request = family.request.make(options, opened.defaults, kind)
             request = family.check(opened, request)
@@ -265,15 +280,15 @@ class World:
                 logger.info("%s", note)
             self._notes.add(note)
         recorder, clip = Recorder(self.device), None
-        if input is not None and kind is not None:
+        if form is not None and kind is not None:
             with recorder.stage("read"):
-                clip = read_clip(input, kind, request.num_input_frames)
+                clip = read_clip(form, kind, request.num_input_frames)
         # now: files may change or vanish before the video is made
         source = {
-            "files": [stamp(path) for path in _files(opened, request, input)],
-            "fingerprint": fingerprint(opened, self.parts.compute, request, input),
+            "files": [stamp(path) for path in _files(opened, request, form)],
+            "fingerprint": fingerprint(opened, self.parts.compute, request, form),
         }
-        return Job(input, clip, request, recorder, source)
+        return Job(form, clip, request, recorder, source)
 
     def run_batch(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Step]]:
         """Steps of several videos and the index of each.

@@ -21,8 +21,8 @@ import torch
 import worldline
 from worldline import memory, opening
 from worldline.cli.progress import Progress
-from worldline.cli.run import check_folder
 from worldline.errors import Error, GuardrailRefusal, InputError
+from worldline.files import check_folder
 from worldline.memory import Memory
 from worldline.video.read import probe, read_video
 from worldline.weights.checkpoint import open_checkpoint, save

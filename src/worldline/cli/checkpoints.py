@@ -15,9 +15,8 @@ import click
 from pydantic import Field
 
 from worldline.cli.options import ManyValues, parameters, parsed
-from worldline.cli.run import check_folder
 from worldline.errors import CheckpointError, DownloadError
-from worldline.files import readable_size
+from worldline.files import check_folder, readable_size
 from worldline.request import Options
 from worldline.request import Path as Named
 

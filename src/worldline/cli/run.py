@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,7 +29,7 @@ from worldline.errors import (
     one_line,
 )
 from worldline.family import Command, Item, requests_of
-from worldline.files import read_json
+from worldline.files import check_folder, read_json
 from worldline.shapes import VideoShape
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_GIF_FPS = 100  # a GIF's delays are whole hundredths of a second
 _RATES = {"tokens_per_second": "tokens/s", "seconds_per_step": "s a step"}
 _REMEDY = "; offload flags (--offload_…) or a smaller size need less memory"
 _UPSAMPLER = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
@@ -120,6 +118,7 @@ def check_item(opened: Opened, item: Item) -> Item:
     """The item with its request, checked by the model's files and its input's length."""
     from worldline.guards import check_frames
     from worldline.video.read import probe
+    from worldline.video.write import check_destination
 
     request = opened.family.request.make(item.stated, opened.defaults, item.kind, item.field)
     request = opened.family.check(opened, request)
@@ -127,8 +126,7 @@ def check_item(opened: Opened, item: Item) -> Item:
     if item.input is not None and (frames := probe(item.input).frames) < needed:
         raise InputError(f"{item.input}: it has {frames} frames, num_input_frames is {needed}")
     check_frames(opened, request)
-    if item.output.suffix.lower() == ".gif" and request.fps > _GIF_FPS:
-        raise InputError(f"fps is {request.fps:g}, a GIF has at most {_GIF_FPS}")
+    check_destination(item.output, request.fps)
     return replace(item, request=request)
 
 
@@ -156,17 +154,6 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
         if path.is_dir() or path.resolve() in read:
             kind = "a folder" if path.is_dir() else "an input"
             raise InputError(f"{path}: it is {kind}; choose another output")
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that can be neither written nor made; tried, whatever permissions allow."""
-    folders = (folder.absolute(), *folder.absolute().parents)
-    nearest = next(path for path in folders if os.path.exists(path))
-    try:
-        with TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise InputError(f"{folder}: it cannot be written: {error.strerror}") from error
 
 
 def log_unused(

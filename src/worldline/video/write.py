@@ -46,6 +46,7 @@ ENCODINGS: dict[str, tuple[str, dict[str, str], str, dict[str, str]]] = {
     ".gif": ("gif", _MUXER, "gif", {}),
 }
 PICTURE_SUFFIXES = (".jpg",)  # for a single frame
+_GIF_FPS = 100  # a GIF's delays are whole hundredths of a second
 
 _LIMITED_RANGE = 1  # FFmpeg's number
 
@@ -69,7 +70,7 @@ def write_video(frames: Iterable[Frames], path: str | Path, fps: float) -> None:
             frames of this size or rate.
     """
     path = Path(path)
-    check_destination(path)
+    check_destination(path, fps)
     frames = iter(frames)
     head = [*islice(frames, 2)]
     if not head or head[0].dtype != np.uint8 or head[0].shape[2:] != (3,):
@@ -89,13 +90,16 @@ def write_video(frames: Iterable[Frames], path: str | Path, fps: float) -> None:
         _encode(path, Fraction(fps).limit_denominator(1001), frames)
 
 
-def check_destination(path: str | Path) -> None:
-    """Refuse, before any work is done, a name that `write_video` would not take.
+def check_destination(path: str | Path, fps: float = 1) -> None:
+    """Refuse, before any work is done, a name or a rate that `write_video` would not take.
 
     Raises:
-        InputError: unknown suffix, a name that is too long, or a place that is taken.
+        InputError: unknown suffix, a name that is too long, a place that is taken, or more frames
+            a second than a GIF can have.
     """
     path = Path(path)
+    if path.suffix.lower() == ".gif" and fps > _GIF_FPS:
+        raise InputError(f"fps is {fps:g}, a GIF has at most {_GIF_FPS}")
     if path.suffix and path.suffix.lower() not in (*ENCODINGS, *PICTURE_SUFFIXES):
         raise InputError(
             f"{path}: cannot write {path.suffix} videos; use {' '.join(ENCODINGS)}, "
