@@ -307,6 +307,8 @@ class World:
                 allowed[index] = replace(job, request=request)
             except GuardrailRefusal as error:
                 failures[index] = error
+            except NonFiniteError as error:
+                failures[index] = self._failed(job, error, job.recorder)
         order, size = list(allowed), self._batch_size(len(allowed)) or 1
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         while groups:
@@ -328,9 +330,8 @@ class World:
                         failures[index] = error
             except NonFiniteError as error:
                 index = group[error.index]
-                report = self._report(jobs[index], jobs[index].recorder.followed_by(shared))
-                error.report = {**report, "error": str(error)}
-                failures[index] = error.with_traceback(None)  # which would hold the tensors
+                recorder = jobs[index].recorder.followed_by(shared)
+                failures[index] = self._failed(jobs[index], error, recorder)
                 if rest := [other for other in group if other not in {index, *finished}]:
                     groups.insert(0, rest)  # again: each is what it is alone
         if failures:
@@ -369,6 +370,11 @@ class World:
         }
         video = Video(frames, job.request.fps, report, prompt)
         yield Step("done", step.done, step.total, frames, video=video)
+
+    def _failed(self, job: Job, error: NonFiniteError, recorder: Recorder) -> NonFiniteError:
+        """The error with a report, and without its trace, which would hold the tensors."""
+        error.report = {**self._report(job, recorder), "error": str(error)}
+        return error.with_traceback(None)
 
     def _report(self, job: Job, recorder: Recorder) -> dict[str, Any]:
         parts, family = self.parts, self.opened.family

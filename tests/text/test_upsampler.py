@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration, MistralForCausalLM
 
-from worldline.errors import CheckpointError, Error
+from worldline.errors import CheckpointError, Error, NonFiniteError
 from worldline.text import upsampler as upsamplers
 from worldline.text.upsampler import (
     MEAN,
@@ -172,6 +172,15 @@ def test_no_room_and_no_answer(tmp_path: Path) -> None:
     silent = load(add_upsampler(tmp_path, describes=False, answer="- *"), describes=False)
     with pytest.raises(Error, match="wrote nothing"):
         silent.write("a kitten", None)
+
+
+@pytest.mark.parametrize("describes", [False, True])
+def test_logits_that_overflow(describes: bool, tmp_path: Path) -> None:
+    upsampler = load(add_upsampler(tmp_path, describes=describes), describes=describes)
+    weight = upsampler.part.module.get_output_embeddings().weight
+    weight.data.fill_(torch.finfo(weight.dtype).max)
+    with pytest.raises(NonFiniteError, match="upsample: logits"):
+        upsampler.write(None if describes else "a kitten", FRAME)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from worldline.errors import CheckpointError, Error, option
 from worldline.files import find_repository, unfinished
+from worldline.finite import check_finite
 from worldline.parallel.offload import Offloadable
 from worldline.video.read import Frames
 from worldline.weights.checkpoint import open_checkpoint
@@ -167,13 +168,23 @@ class Upsampler:
                 f"the prompt has {len(ids)} tokens, {self.name} has room for {self.room - 1}; "
                 f"{option('disable_prompt_upsampler', True)} takes it as it is"
             )
+
+        def check(_: Tensor, scores: Tensor) -> Tensor:
+            # the largest: what top_p leaves out is minus infinity
+            check_finite(scores.amax(-1), "upsample: logits", self.part.module.dtype)
+            return scores
+
         device = self.part.device
         tokens = torch.tensor([ids], device=device)
         forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with torch.inference_mode(), forked:  # the draws of others are not changed by the seed
             torch.manual_seed(seed)
             drawn = self.part.module.generate(
-                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=room, **picture
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=room,
+                logits_processor=[check],
+                **picture,
             )
         answer = drawn[0, len(ids) :]
         return str(self.tokenizer.decode(answer[answer != self.end], skip_special_tokens=False))
