@@ -115,7 +115,7 @@ def test_encoders_and_decoders(kind: str, load: Load, clip: Path) -> None:
 
 def test_the_rest_of_a_batch_is_made(load: Load, clip: Path) -> None:
     """Of three in step, one that overflows in its logits, and one in its frames."""
-    world = load("base")
+    world = load("base", batch_size=3)
     inputs, each = [clip, moving(9), clip], [{"seed": seed} for seed in (4, 5, 6)]
     alone = [world.generate(one, **own).frames for one, own in zip(inputs, each, strict=True)]
     model = world.parts.transformer.module

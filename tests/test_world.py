@@ -6,7 +6,8 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 
 import worldline
 from worldline import memory
+from worldline.families.autoregressive import family
 from worldline.inputs import read_clip
 from worldline.locate import bundled_names
 from worldline.memory import Memory
@@ -574,10 +576,13 @@ def test_a_dtype_of_the_text_encoder(load: Callable[..., worldline.World], clip:
 
 
 def test_frames_without_room(
-    worlds: dict[str, worldline.World], clip: Path, monkeypatch: pytest.MonkeyPatch
+    worlds: dict[str, worldline.World],
+    load: Callable[..., worldline.World],
+    clip: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Refused before anything is made, of one clip and of batched clips."""
-    plain, batch = worlds["base"], ([clip, clip], [{}, {}])
+    plain, batch = load("base", batch_size=2), ([clip, clip], [{}, {}])
     monkeypatch.setattr(memory, "host_memory", lambda: Memory(10**9, 2 * 10**9))
     large, half = {"num_video_frames": 250_001}, {"num_video_frames": 125_001}
     message = r"num_video_frames is 250001: .* 1 video.* 32 x 48 pixels need 1\.2 GB of host"
@@ -594,6 +599,27 @@ def test_frames_without_room(
     monkeypatch.setattr("worldline.guards.release_of", lambda _: "Predict1")
     with pytest.raises(worldline.InsufficientMemoryError, match=r"1\.2 GB"):
         plain.stream(clip, **half)
+
+
+def test_an_automatic_batch_is_planned(
+    load: Callable[..., worldline.World], clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as kernels take, where some run; no more are drawn in step than there is room for."""
+    assert load("base").parts.compute.batch_size == 1
+    compiled: list[int] = []
+
+    def prepare(_: Any, compute: Any) -> Any:
+        compiled.append(compute.batch_size)
+        return nullcontext()
+
+    most = replace(family.FAMILY, max_batch_size=lambda *_: 2, prepare=prepare)
+    monkeypatch.setattr(family, "FAMILY", most)
+    world = load("base")
+    assert world.parts.compute.batch_size == 2
+    assert compiled == [1]  # a batch may never come
+    steps = world.stream_batch([clip] * 3, [{}] * 3)
+    reports = [step.video.report for _, step in steps if step.video is not None]
+    assert [report["clips_at_once"] for report in reports] == [2, 2, 1]
 
 
 def test_room_for_a_batch_and_for_a_size(load: Callable[..., worldline.World], clip: Path) -> None:

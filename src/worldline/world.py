@@ -49,7 +49,8 @@ def load(name: str | PathLike[str], **options: Any) -> World:
             "2B/post-trained".
         options: load options, listed by family below; and of the fields of requests
             num_video_frames, height and width of the largest video for which there must be room,
-            by default the model's own. There is room for a batch of `batch_size`, for one if auto.
+            by default the model's own. There is room for a batch of `batch_size`; if auto, of as
+            many as fit where that saves time. Clips beyond it wait for the next batch.
 
     Raises:
         CheckpointError: files are absent, damaged or of another model.
@@ -59,8 +60,11 @@ def load(name: str | PathLike[str], **options: Any) -> World:
     size = {n: options.pop(n) for n in {"num_video_frames", "height", "width"} & options.keys()}
     opened = open_world(locate(name, options.get("checkpoint_dir", "checkpoints")), options)
     clips = [opened.family.request.parse({**opened.defaults, **size})]
-    count = getattr(opened.options, "batch_size", "auto")
-    return load_world(opened, clips if isinstance(count, str) else clips * count)
+    compute, count = choose_compute(opened.options), getattr(opened.options, "batch_size", 1)
+    if count != "auto":
+        return load_world(opened, clips * count, compute)
+    most = opened.family.max_batch_size(opened, compute) or 1
+    return load_world(opened, clips * most, compute, compiled=1)  # there may be no batch
 
 
 def load_world(
@@ -69,6 +73,7 @@ def load_world(
     compute: Compute | None = None,
     *,
     upsample: bool = True,
+    compiled: int | None = None,
 ) -> World:
     """Load an opened model with room for the largest of some requests, or for a batch of them.
 
@@ -77,6 +82,7 @@ def load_world(
         requests: parsed ones.
         compute: device and precision; by default as the load options choose.
         upsample: whether any prompt may be rewritten.
+        compiled: clips in step that kernels are compiled for; by default as many as have room.
 
     Raises:
         CheckpointError: a guardrail, the prompt upsampler or the weights cannot be read.
@@ -88,7 +94,9 @@ def load_world(
     guards = load_guards(opened, compute, upsample=upsample)
     compute = choose_batch_size(opened, requests, compute, guards)
     recorder = guards.loading.followed_by(Recorder(compute.device))
-    return World(load_parts(opened, compute, recorder), guards, recorder)
+    first = replace(compute, batch_size=compiled or compute.batch_size)
+    parts = load_parts(opened, first, recorder)
+    return World(replace(parts, compute=compute), guards, recorder)
 
 
 def choose_batch_size(
@@ -244,14 +252,8 @@ class World:
         ]
         if len({job.request.num_input_frames for job in jobs}) > 1:
             raise InputError("images and videos cannot be continued in one batch")
-        check_frames(self.opened, jobs[0].request, self._batch_size(len(jobs)))
+        check_frames(self.opened, jobs[0].request, min(len(jobs), self.parts.compute.batch_size))
         return self.run_batch(jobs)
-
-    def _batch_size(self, clips: int) -> int:
-        """Clips that are computed in step, of so many."""
-        most = self.opened.family.max_batch_size(self.opened, self.parts.compute)
-        chosen = getattr(self.opened.options, "batch_size", None)
-        return min(count for count in (clips, most, chosen) if isinstance(count, int))
 
     def prepare(
         self,
@@ -309,7 +311,7 @@ class World:
                 failures[index] = error
             except NonFiniteError as error:
                 failures[index] = self._failed(job, error, job.recorder)
-        order, size = list(allowed), self._batch_size(len(allowed)) or 1
+        order, size = list(allowed), self.parts.compute.batch_size
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         while groups:
             group, shared = groups.pop(0), Recorder(self.device)  # of the stages in common

@@ -28,13 +28,13 @@ WAYS = ("tokens", "pixels")
 @pytest.fixture(scope="module")
 def plain(small_world: Path) -> World:
     """Decodes by its tokenizer."""
-    return load(small_world, MODEL, disable_diffusion_decoder=True)
+    return load(small_world, MODEL, disable_diffusion_decoder=True, batch_size=3)
 
 
 @pytest.fixture(scope="module")
 def whole(whole_world: Path) -> World:
     """Reads prompts, and decodes by diffusion."""
-    return load(whole_world, VIDEO2WORLD)
+    return load(whole_world, VIDEO2WORLD, batch_size=3)
 
 
 def load(root: Path, name: str, **options: Any) -> World:
@@ -143,7 +143,7 @@ def test_in_step_as_alone(plain: World, whole: World, way: str) -> None:
             assert names == [stage["name"] for stage in alone.report["run"]["stages"]]
 
 
-def test_more_than_the_kernels_take_in_step(plain: World) -> None:
+def test_more_than_are_planned_in_step(plain: World) -> None:
     """They are drawn in groups; each is what it is alone, and reports its own group alone."""
     drawn = []
 
@@ -151,13 +151,10 @@ def test_more_than_the_kernels_take_in_step(plain: World) -> None:
         drawn.append(len(jobs))
         return family.generate_together(parts, jobs, recorder)
 
-    changed = replace(
-        family.FAMILY,
-        max_batch_size=lambda opened, compute: 2,
-        generate_together=generate_together,
-    )
+    changed = replace(family.FAMILY, generate_together=generate_together)
     opened = replace(plain.opened, family=changed)
-    plain = World(replace(plain.parts, opened=opened), plain.guards, plain.loading)
+    compute = replace(plain.parts.compute, batch_size=2)
+    plain = World(replace(plain.parts, opened=opened, compute=compute), plain.guards, plain.loading)
     each = [{"seed": seed} for seed in range(5)]
     videos = finished(plain.stream_batch([moving()] * 5, each, top_p=1.0))
     assert drawn == [2, 2, 1]
