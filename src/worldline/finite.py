@@ -9,7 +9,7 @@ from worldline.errors import NonFiniteError, option
 def total(x: Tensor, *axes: int) -> Tensor:
     """Sum over axes, or over all, in float32 or wider: finite where all of `x` is.
 
-    One pass, a fifth of the time of `isfinite`. Numbers of 1e38 add up to infinity, too.
+    One pass, a fifth of the time of `isfinite`. Sums beyond 3e38 count as infinite.
     """
     return x.detach().sum(axes or None, dtype=torch.promote_types(x.dtype, torch.float32))
 
