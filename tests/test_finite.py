@@ -16,10 +16,11 @@ import worldline
 from worldline.errors import NonFiniteError, as_flags, option
 from worldline.families.autoregressive.model import ARTransformer
 from worldline.finite import check_finite, total
+from worldline.tokenizers.cosmos.model import CosmosTokenizer
 
 from . import test_world
 from .cli.conftest import WITHOUT_PARTS, run_words
-from .conftest import moving
+from .conftest import TOKENIZER, moving
 
 KINDS, load = test_world.KINDS, test_world.load  # a fixture
 Load = Callable[..., worldline.World]
@@ -137,6 +138,57 @@ def test_the_rest_of_a_batch_is_made(load: Load, clip: Path) -> None:
         collect(world.stream_batch(inputs, each), videos)
     assert len(videos) == 2
     assert all(np.array_equal(videos[number].frames, alone[number]) for number in videos)
+
+
+def test_prompts_and_inputs_of_a_batch(load: Load) -> None:
+    """The one that overflows is named, not the first."""
+    world = load("prompted", batch_size=4)
+    assert world.parts.text is not None
+    encoder, tokenizer = world.parts.text._part.module, world.parts.tokenizer.module
+    embed, encode = encoder.encode, tokenizer.encode_piece
+    encoder.__dict__["encode"] = lambda words: embed(words) / ("snow" not in words)
+    inputs = [
+        moving(9),
+        moving(9),
+        moving(9)[::-1].copy(),
+        moving(9) * 0 + 128,
+    ]  # the last is dark
+    each = [{"prompt": prompt} for prompt in ("ball", "snow", "ball", "rain")]
+    tokenizer.__dict__["encode_piece"] = lambda video, *x: encode(video, *x) / (video.max() > 0.1)
+    videos: dict[int, worldline.Video] = {}
+    with pytest.raises(worldline.Error, match="2 of 4 inputs failed") as caught:
+        collect(world.stream_batch(inputs, each), videos)
+    errors = {number: str(error)[:14] for number, error in caught.value.failures.items()}
+    assert errors == {1: "text: embeddin", 3: "encode: latent"}
+    assert [*videos] == [0, 2]
+
+
+def test_tokenizing_goes_on(
+    clip: Path, image: Path, tmp_path: Path, small_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding, decoding and both of several files; one overflows."""
+    folder, words = small_world / TOKENIZER, ["--output_dir", tmp_path]
+    encode = run_words(["tokenize", "encode", clip, image, "--tokenizer_dir", folder, *words])
+    assert encode.exit_code == 0, encode.stderr
+    stored = [tmp_path / f"{path.stem}.safetensors" for path in (clip, image)]
+    pattern = ["--video_pattern", clip, "--checkpoint", folder]
+    for method, command in (
+        ("encode_piece", ["encode", clip, image, "--tokenizer_dir", folder, *words]),
+        ("decode_piece", ["decode", *stored, "--tokenizer_dir", folder, *words]),
+        ("decode_piece", ["reconstruct", *pattern, *words]),
+        ("encode_piece", ["reconstruct", *pattern, *words, "--temporal_window", 9]),
+    ):
+        with monkeypatch.context() as patch:
+            compute, calls = getattr(CosmosTokenizer, method), iter(range(100))
+
+            def first(*x: Any, compute: Any = compute, calls: Any = calls) -> Tensor:
+                return compute(*x) * (torch.inf if next(calls) == 0 else 1)
+
+            patch.setattr(CosmosTokenizer, method, first)
+            result = run_words(["tokenize", *command])
+        assert result.exit_code == 1, command
+        assert result.stderr.count("not finite") == 1
+        assert ("1 of 2 inputs failed" in result.stderr) == (command[0] != "reconstruct")
 
 
 def collect(steps: Any, videos: dict[int, worldline.Video]) -> None:

@@ -13,7 +13,8 @@ A command prints the message as one line and exits with `exit_code`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -79,6 +80,16 @@ class GuardrailRefusal(Error):
     def __init__(self, message: str, stage: str) -> None:
         super().__init__(message)
         self.stage = stage
+
+
+@contextmanager
+def blame(index: int) -> Iterator[None]:
+    """Give a `NonFiniteError` the place of the input that it is of."""
+    try:
+        yield
+    except NonFiniteError as error:
+        error.index = index
+        raise
 
 
 # whether messages name options as flags: while a command runs

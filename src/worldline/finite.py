@@ -23,10 +23,11 @@ def check_finite(totals: Tensor, what: str, dtype: torch.dtype) -> None:
         dtype: precision of the network.
     """
     finite = totals.isfinite().flatten()
-    if not finite.all():
-        name = str(dtype).removeprefix("torch.")
-        advice = "the weights are damaged, or of a training run that diverged"
-        if dtype == torch.float16:  # bfloat16 has the range of float32
-            advice = f"{option('dtype', 'bfloat16')} has a wider range"
-        message = f"{what} are not finite (NaN or infinity) in {name}; {advice}"
-        raise NonFiniteError(message, int(finite.int().argmin()))
+    if finite.is_meta or finite.all():
+        return
+    name = str(dtype).removeprefix("torch.")
+    advice = "the weights are damaged, or of a training run that diverged"
+    if dtype == torch.float16:  # bfloat16 has the range of float32
+        advice = f"{option('dtype', 'bfloat16')} has a wider range"
+    message = f"{what} are not finite (NaN or infinity) in {name}; {advice}"
+    raise NonFiniteError(message, int(finite.int().argmin()))

@@ -24,6 +24,7 @@ from worldline.errors import (
     InputError,
     InsufficientMemoryError,
     NonFiniteError,
+    blame,
     option,
 )
 from worldline.family import FAMILIES, Compute, Opened, Parts, requests_of
@@ -342,11 +343,13 @@ class World:
     def _generate(self, jobs: Sequence[Job], shared: Recorder) -> Iterator[tuple[int, Step]]:
         family = self.opened.family
         if family.generate_together is not None:
-            return family.generate_together(self.parts, jobs, shared)
+            yield from family.generate_together(self.parts, jobs, shared)
+            return
         assert family.generate is not None
         [job] = jobs
-        steps = family.generate(self.parts, job.clip, job.request, shared)
-        return ((0, step) for step in steps)
+        with blame(0):
+            for step in family.generate(self.parts, job.clip, job.request, shared):
+                yield 0, step
 
     def _finish(
         self, job: Job, made: Job, step: Step, checks: Checks, shared: Recorder

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from worldline.errors import CheckpointError
+from worldline.errors import CheckpointError, blame
 from worldline.files import (
     holds_diffusers,
     read_json,
@@ -271,14 +271,15 @@ class TextEncoder:
 
         Raises:
             CheckpointError: the weights do not fit, or cannot be read.
-            NonFiniteError: an embedding has NaN or infinity.
+            NonFiniteError: an embedding has NaN or infinity; its `index` is that of the prompt.
         """
         embeddings: dict[str, Any] = {p: self._cache.get(self._key, p) for p in prompts}
         if missing := [prompt for prompt in embeddings if embeddings[prompt] is None]:
             with torch.inference_mode(), self._part.on_device() as encoder:
                 for prompt in missing:
                     embeddings[prompt] = encoder.encode([prompt]).cpu()
-                    check_finite(total(embeddings[prompt]), "text: embeddings", self.dtype)
+                    with blame(prompts.index(prompt)):
+                        check_finite(total(embeddings[prompt]), "text: embeddings", self.dtype)
                     self._cache.put(self._key, prompt, embeddings[prompt])
         return embeddings
 

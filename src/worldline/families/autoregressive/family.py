@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldline.catalog import DECODERS, Entry, find, generation_by_name
-from worldline.errors import InputError
+from worldline.errors import InputError, NonFiniteError, blame
 from worldline.families.autoregressive.model import (
     FEED_FORWARD_ROWS,
     PRESETS,
@@ -63,7 +63,7 @@ def generate_together(
     the recorder receives the stages that the clips share, those of the jobs what is a clip's alone.
     """
     opened, request, config = parts.opened, jobs[0].request, parts.config
-    contexts = yield from numbered(0, encode_prompts(parts, jobs, recorder))
+    contexts = yield from encode_prompts(parts, jobs, recorder)
 
     yield 0, Step("encode", 0, 1)
     ids = encode_clips(parts, [job.clip for job in jobs], request.num_input_frames, recorder)
@@ -119,14 +119,18 @@ def generate_together(
 
 def encode_prompts(
     parts: Parts, jobs: Sequence[Any], recorder: Recorder
-) -> Generator[Step, None, list[Tensor | None]]:
+) -> Generator[tuple[int, Step], None, list[Tensor | None]]:
     """Embedding (1, S, E) of each job's prompt; None for a base model."""
     contexts = [embeddings_of(parts.opened, job.request).get("prompt") for job in jobs]
     prompts = {n: job.request.prompt for n, job in enumerate(jobs) if contexts[n] is None}
     if prompts and (encoder := parts.text):
-        yield Step("text", 0, 1)
+        yield 0, Step("text", 0, 1)
         with recorder.stage("text"):
-            encoded = encoder.embed([*prompts.values()])
+            try:
+                encoded = encoder.embed([*prompts.values()])
+            except NonFiniteError as error:
+                error.index = [*prompts][error.index]
+                raise
             for number, prompt in prompts.items():
                 contexts[number] = encoded[prompt]
                 log_result("text", encoded[prompt])
@@ -139,9 +143,11 @@ def encode_clips(parts: Parts, clips: Sequence[Any], num_frames: int, recorder: 
     """Token ids (B, t, h, w), int64, of the last frames of clips; later frames change none."""
     shape, batch = window_shape(parts.opened), []
     with recorder.stage("encode"), parts.tokenizer.on_device() as tokenizer:
-        for clip in clips:  # one at a time, so that each gets the ids that it gets alone
+        # one at a time, so that each gets the ids that it gets alone
+        for number, clip in enumerate(clips):
             frames = condition_frames(clip, num_frames, num_frames, shape.height, shape.width)
-            batch.append(tokenizer.encode_tokens(frames.to(parts.device, parts.compute.dtype)))
+            with blame(number):
+                batch.append(tokenizer.encode_tokens(frames.to(parts.device, parts.compute.dtype)))
     ids = torch.cat(batch).long()
     log_result("encode", ids)
     return ids
