@@ -133,7 +133,6 @@ def test_pictures_of_any_mode_and_one_size() -> None:
     for wrong, message in (
         ([*modes, red.resize((4, 6))], r"input\[5\] is 4 x 6, input\[0\] is 6 x 4"),
         ([red, "a.png"], r"input\[1\] is str"),
-        ([], "empty"),
     ):
         with pytest.raises(worldline.InputError, match=message):
             joined(wrong)

@@ -22,24 +22,20 @@ def joined(input: Any) -> Any:
     """A list of pictures as frames, of one as the picture; any other input as it is.
 
     Raises:
-        InputError: it is empty, or one is no PIL image or of another size.
+        InputError: one is no PIL image, or of another size.
     """
-    if not isinstance(input, list | tuple) or len(input) == 1:
-        return input[0] if isinstance(input, list | tuple) else input
-    frames: list[Frames] = []
+    if not isinstance(input, list | tuple) or not input:
+        return input
+    clips: list[Frames] = []
     for number, picture in enumerate(input):
+        name = f"input[{number}]"
         if not isinstance(picture, Image.Image):
-            raise InputError(f"input[{number}] is {type(picture).__name__}; give PIL images")
-        frames.append(to_rgb(picture, f"input[{number}]").frames[0])
-        if frames[-1].shape != frames[0].shape:
-            (height, width, _), first = frames[-1].shape, frames[0].shape
-            raise InputError(
-                f"input[{number}] is {width} x {height}, input[0] is {first[1]} x {first[0]}; give "
-                "pictures of one size"
-            )
-    if not frames:
-        raise InputError("the input is an empty list; give a picture or more")
-    return np.stack(frames)
+            raise InputError(f"{name} is {type(picture).__name__}; give PIL images")
+        clips.append(to_rgb(picture, name).frames)
+        if clips[-1].shape != clips[0].shape:
+            here, first = (f"{c.shape[2]} x {c.shape[1]}" for c in (clips[-1], clips[0]))
+            raise InputError(f"{name} is {here}, input[0] is {first}; give pictures of one size")
+    return np.concatenate(clips) if len(clips) > 1 else input[0]
 
 
 def kind_of(input: Input | None) -> InputType:
