@@ -15,7 +15,10 @@ from torch import Tensor, nn
 import worldline
 from worldline.errors import NonFiniteError, as_flags, option
 from worldline.families.autoregressive.model import ARTransformer
+from worldline.families.denoise import report
 from worldline.finite import check_finite, total
+from worldline.report import Recorder
+from worldline.sampling.solvers import Stepped, Steps, finish
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 
 from . import test_world
@@ -89,6 +92,27 @@ def test_the_step_is_named(
     assert report["error"] == str(caught.value)
     assert report["model"] == KINDS[kind].name
     assert json.loads(json.dumps(report)) == report
+
+
+@pytest.mark.gpu
+def test_steps_are_checked_without_waiting() -> None:
+    """But for the device's clock, which each step waits for."""
+    device = torch.device("cuda")
+
+    def sampler() -> Steps:
+        x = torch.ones(1, 16, 24, 88, 160, device=device)
+        for step in range(4):
+            x = x / (step != 2)
+            yield Stepped(x, x)
+        return x
+
+    steps = report(sampler(), Recorder(device), torch.float16, 4, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(NonFiniteError, match=r"step 3 of 4: latents .*float16"):
+            finish(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("kind", KINDS)

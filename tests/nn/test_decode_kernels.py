@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from worldline.errors import NonFiniteError
 from worldline.families.autoregressive.model import (
     ARTransformer,
     ARTransformerConfig,
@@ -14,7 +15,7 @@ from worldline.families.autoregressive.model import (
 from worldline.families.autoregressive.step import CapturedDecoder
 from worldline.nn.rope import Yarn
 from worldline.sampling.solvers import finish
-from worldline.sampling.tokens import Sampling, decode, draw, draw_noise
+from worldline.sampling.tokens import CHUNK, Sampling, decode, draw, draw_noise
 from worldline.shapes import LatentShape
 
 pytestmark = pytest.mark.gpu
@@ -102,6 +103,24 @@ def test_the_captured_draw_is_the_plain_draw_of_the_same_logits(
         expected = draw(decoder.logits, rule, step_noise)
         assert decoder.ids[0, index] == expected[0]
     assert decoder.tokens.shape == (1, 136)
+
+
+def test_logits_that_are_not_finite_are_found_without_waiting() -> None:
+    model = build(CONFIG)
+    model.embedding.weight[7], model.head.weight[7] = torch.nan, 0  # which is not drawn
+    prompt = torch.randint(8, CONFIG.vocabulary, (2, 96), device="cuda")
+    prompt[1, 50] = 7
+    decoder = CapturedDecoder(model, Sampling(temperature=0), [None, None])
+    steps = decode(decoder, prompt, 3 * CHUNK, None)
+    assert [next(steps), next(steps)] == [1, CHUNK]  # the graph is captured
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(NonFiniteError, match="token 32 of 96: logits") as caught:
+            next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert caught.value.index == 1
+    assert decoder.totals.isfinite().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("config", VARIANTS)
