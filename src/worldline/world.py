@@ -308,10 +308,8 @@ class World:
             try:
                 request = yield from numbered(index, checks[index].before(job.request, job.clip))
                 allowed[index] = replace(job, request=request)
-            except GuardrailRefusal as error:
-                failures[index] = error
-            except NonFiniteError as error:
-                failures[index] = self._failed(job, error, job.recorder)
+            except (GuardrailRefusal, NonFiniteError) as error:
+                failures[index] = self._failed(job, error, Recorder(self.device))
         order, size = list(allowed), self.parts.compute.batch_size
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         while groups:
@@ -329,12 +327,11 @@ class World:
                     made = jobs[index], allowed[index], step, checks[index], shared
                     try:
                         yield from numbered(index, self._finish(*made))
-                    except GuardrailRefusal as error:
-                        failures[index] = error
+                    except (GuardrailRefusal, NonFiniteError) as error:
+                        failures[index] = self._failed(jobs[index], error, shared)
             except NonFiniteError as error:
                 index = group[error.index]
-                recorder = jobs[index].recorder.followed_by(shared)
-                failures[index] = self._failed(jobs[index], error, recorder)
+                failures[index] = self._failed(jobs[index], error, shared)
                 if rest := [other for other in group if other not in {index, *finished}]:
                     groups.insert(0, rest)  # again: each is what it is alone
         if failures:
@@ -376,9 +373,11 @@ class World:
         video = Video(frames, job.request.fps, report, prompt)
         yield Step("done", step.done, step.total, frames, video=video)
 
-    def _failed(self, job: Job, error: NonFiniteError, recorder: Recorder) -> NonFiniteError:
-        """The error with a report, and without its trace, which would hold the tensors."""
-        error.report = {**self._report(job, recorder), "error": str(error)}
+    def _failed(self, job: Job, error: Error, shared: Recorder) -> Error:
+        """The error, perhaps with a report, and without its trace, which would hold the tensors."""
+        if isinstance(error, NonFiniteError):
+            report = self._report(job, job.recorder.followed_by(shared))
+            error.report = {**report, "error": str(error)}
         return error.with_traceback(None)
 
     def _report(self, job: Job, recorder: Recorder) -> dict[str, Any]:

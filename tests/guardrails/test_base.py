@@ -114,7 +114,7 @@ def test_bytes_of_the_networks() -> None:
     for device, offload, advice, offloaded in (
         ("cpu", False, "", 0),
         ("cpu", True, "", 0),
-        ("meta", False, "; --offload_guardrail_models frees 0.0 GB", 0),
+        ("meta", False, "; offload_guardrail_models=True frees 0.0 GB", 0),
         ("meta", True, "", 24),
     ):
         chain = Guardrails([small], [large], [Fixed("f")], device=device, offload=offload)

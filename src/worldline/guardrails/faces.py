@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldline.errors import Error
+from worldline.errors import NonFiniteError
 from worldline.weights.keymap import KeyMap, renamed_by
 
 WIDTH = 256
@@ -236,7 +236,7 @@ class FaceBlur:
             corrections, scores = self.network(prepare(batch.to(device)))
             corners = decode(corrections, fixed) * scale
             if not (corners.isfinite().all() and scores.isfinite().all()):
-                raise Error(f"guardrail {self.name}: the boxes are not finite")
+                raise NonFiniteError(f"guardrail {self.name}: the boxes are not finite")
             faces = zip(corners.cpu().numpy(), scores[..., 1].cpu().numpy(), strict=True)
             for frame, (boxes, confidences) in zip(batch.numpy(), faces, strict=True):
                 count += blur(frame, select(boxes, confidences))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from worldline.errors import CheckpointError, Error
+from worldline.errors import CheckpointError, NonFiniteError
 from worldline.files import read_json
 from worldline.guardrails.base import Verdict
 from worldline.weights.keymap import KeyMap
@@ -120,7 +120,7 @@ class FrameFilter:
         for start in range(0, len(frames), _BATCH):
             logits = self.classifier(self.features(frames[start : start + _BATCH]))
             if not logits.isfinite().all():
-                raise Error(f"guardrail {self.name}: the logits are not finite")
+                raise NonFiniteError(f"guardrail {self.name}: the logits are not finite")
             classes += logits.argmax(-1).tolist()
         if not self.rule.refuses(classes):
             return Verdict(True)
