@@ -98,7 +98,7 @@ def test_what_the_reference_drops(case: Case) -> None:
         if path is None or load["returned_keys"]:
             continue
         if media_kind(path) != load["input_type"].removeprefix("text_and_"):
-            with pytest.raises(InputError, match="give --input_type"):
+            with pytest.raises(InputError, match="give input_type="):
                 load_media(path, load)
             continue
         count, wanted = probe(path).frames, load["num_input_frames"]
