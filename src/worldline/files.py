@@ -8,7 +8,9 @@ import re
 import secrets
 import shutil
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,12 @@ UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".
 # with what a hub answers in place of a file that it does not give
 _REFUSALS = (b"entry not found", b"repository not found", b"invalid username", b"access to model")
 _HASHED = 1 << 26  # bytes of a file up to which it is compared with the hash in its name
+MAX_TEXT = 1 << 26  # bytes of a text that is read whole
+MAX_ENTRIES = 100_000  # of a batch
+_DEEPEST = 100  # levels of nested values
+_HUGE = 10**100
+# a string is kept whole, so that what looks like a comment in it stays
+_STRING_OR_COMMENT = re.compile(r'"(?:[^"\\\n]|\\.)*+"|//[^\n]*')
 
 
 @contextlib.contextmanager
@@ -79,6 +87,68 @@ def stamp(path: Path) -> dict[str, Any]:
     return {"path": str(path.resolve()), "nbytes": status.st_size, "modified": status.st_mtime_ns}
 
 
+def read_text(path: Path, limit: int = MAX_TEXT) -> str:
+    """Text of a regular file, in UTF-8 or, as Windows writes it, in UTF-16.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is larger than `limit` bytes, not text, or no regular file.
+    """
+    if path.exists() and not path.is_file():  # a FIFO would wait for a writer
+        raise ValueError("it is a folder" if path.is_dir() else "it is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it is larger than {readable_size(limit)}")
+    try:
+        return data.decode(json.detect_encoding(data))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (byte {error.start:,})") from None
+
+
+def parse_json(text: str) -> Any:
+    """Value of a JSON text; comments, from `//` to the end of a line, are left out.
+
+    Raises:
+        ValueError: it is no JSON, an object has a name twice, values are nested more than 100
+            deep, a number is huge or not finite, or a string holds half a surrogate pair.
+    """
+    try:
+        value = json.loads(without_comments(text), object_pairs_hook=each_once)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {_DEEPEST} deep") from None
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, dict | list):
+                inner += [*each, *each.values()] if isinstance(each, dict) else each
+            elif isinstance(each, str):
+                each.encode()
+            elif each is not None and not abs(each) < _HUGE:
+                raise ValueError("a number in it is huge or not finite")
+        if not inner:
+            return value
+        level = inner
+    raise ValueError(f"it is nested more than {_DEEPEST} deep")
+
+
+def without_comments(text: str) -> str:
+    """JSON without what follows `//` in a line, except in strings; lines stay lines."""
+    if "//" not in text:
+        return text
+    return _STRING_OR_COMMENT.sub(lambda match: match[0] if match[0].startswith('"') else "", text)
+
+
+def each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Fields of an object, in which no name may stand twice."""
+    fields: dict[str, Any] = dict(pairs)
+    if len(fields) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r:.80} stands there twice")
+    return fields
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Object in a JSON file, such as a config.json.
 
@@ -86,12 +156,49 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, or holds no object.
     """
     try:
-        settings = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        settings = parse_json(read_text(path))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} cannot be read: {reason}") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} holds no settings, but a {type(settings).__name__}")
     return settings
+
+
+def read_entries(path: Path) -> Iterator[tuple[str, int, Any]]:
+    """Entries of a batch, a JSON document or JSON lines; contents decide, not the suffix.
+
+    Each is "line", its number from 1 and its value, or a ValueError in place of one that cannot be
+    read; of a document it is "", 1 and the whole value.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or is a damaged document.
+    """
+
+    def parse(piece: str) -> Any:
+        try:
+            return parse_json(piece)
+        except ValueError as error:
+            return error
+
+    text = read_text(path)
+    # not `splitlines`: some of the signs that end its lines may stand in a JSON string
+    pieces = enumerate(text.split("\n"), 1)
+    lines = ((number, line) for number, line in pieces if without_comments(line).strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    if not isinstance(parse(first[1]), dict):
+        document = parse(text)
+        if not isinstance(document, ValueError):
+            yield "", 1, document
+            return
+        if path.suffix.lower() != ".jsonl":
+            raise document
+    for count, (number, line) in enumerate(chain([first], lines), 1):
+        if count > MAX_ENTRIES:
+            raise ValueError(f"it has more than {MAX_ENTRIES:,} entries")
+        yield "line", number, parse(line)
 
 
 def released_folders(root: Path, name: str, revision: str = "") -> list[Path]:
