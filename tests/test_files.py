@@ -113,11 +113,7 @@ def test_needs_no_torch() -> None:
         ('{"a": {"b": 1, "c": 2, "b": 3}}', "'b' .*twice"),
         ("[" * 150 + "]" * 150, "100 deep"),
         ("[" * 200_000, "100 deep"),
-        ('{"a": 1e999}', "finite"),
-        ("[NaN]", "finite"),
-        (f"[{'9' * 120}]", "huge"),
         (f"[{'9' * 9999}]", "9999 digits"),
-        ('["\\ud800"]', "surrogate"),
         ('{"a": 1,\n "b": 2,\n}', "line 3"),
     ],
 )
@@ -153,7 +149,7 @@ def test_entries_by_content(tmp_path: Path) -> None:
             (json.dumps([one, two], indent=1), [("", 1, [one, two])]),
             (json.dumps([one, two]), [("", 1, [one, two])]),
             (json.dumps(two, indent=1), [("", 1, two)]),
-            (json.dumps(one), [("line", 1, one)]),
+            (json.dumps(one), [("line" if suffix == ".jsonl" else "", 1, one)]),
             ("\n", []),
         ):
             path.write_text(text)

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from reprlib import Repr
+
+_LINES = 10  # of a message
 
 
 class Error(Exception):
@@ -56,6 +59,36 @@ class GuardrailRefusal(Error):
         super().__init__(message)
         self.stage = stage
         self.refusals = refusals or {}
+
+
+def brief(value: object, limit: int = 80) -> str:
+    """Value for a message, at most `limit` characters of it; long ones are not written first."""
+    short = Repr()
+    short.maxstring = short.maxother = short.maxlong = limit
+    try:
+        return short.repr(value)[:limit]
+    except ValueError:  # Python writes no number of thousands of digits
+        return f"a huge {type(value).__name__}"
+
+
+def printable(message: str, limit: int = 2000) -> str:
+    """Message for a terminal: at most `limit` characters, control characters escaped.
+
+    Of many lines the first ten are kept, and the number of the others; of a long line both ends.
+    """
+    lines = message.strip().split("\n")
+    width = limit
+    if len(message) > limit and len(lines) > 1:
+        lines[_LINES:] = [f"and {len(lines) - _LINES:,} more"] if len(lines) > _LINES else []
+        width = limit // len(lines) - 1
+    return "\n".join(_escaped(line, width) for line in lines)
+
+
+def _escaped(line: str, width: int) -> str:
+    if len(line) > width:  # before, so that no huge line is escaped
+        line = f"{line[: width // 2]}…{line[1 - width // 2 :]}"
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return line if len(line) <= width else f"{line[: width - 1]}…"
 
 
 def did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:

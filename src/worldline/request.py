@@ -5,13 +5,14 @@ holds its type, range, default and help text; everything else is derived from it
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from os import PathLike, fspath
+from itertools import islice
+from os import PathLike, fsencode, fspath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from worldline.errors import InputError, did_you_mean
+from worldline.errors import InputError, brief, did_you_mean
 from worldline.shapes import VideoShape
 
 NEGATIVE_PROMPT = (
@@ -24,6 +25,7 @@ NEGATIVE_PROMPT = (
     "quality."
 )
 
+_MOST_PROBLEMS = 20  # that are named of one request
 # a field -> what the user wrote in its place, for messages; `str` in Python
 Name = Callable[[str], str]
 
@@ -39,9 +41,16 @@ def _not_blank(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, Field(min_length=0)]  # with a constraint, pydantic refuses invalid Unicode
+def _file_name(value: str) -> str:
+    if b"\0" in fsencode(value):  # bytes of no encoding may come from the command line
+        raise ValueError(f"{value!r:.80} is not the name of a file")
+    return value
+
+
+# with a constraint, pydantic refuses invalid Unicode; encoders read some hundred words
+Text = Annotated[str, Field(max_length=100_000)]
 Prompt = Annotated[Text, AfterValidator(_not_blank)]
-Path = Annotated[str, AfterValidator(_not_blank)]
+Path = Annotated[str, AfterValidator(_not_blank), AfterValidator(_file_name)]
 Seed = Annotated[
     int, Field(ge=0, lt=2**32, description="Random seed; gives the same noise on any machine.")
 ]
@@ -100,7 +109,7 @@ class Options(BaseModel):
     @classmethod
     def problems(cls, error: ValidationError, name: Name) -> Iterator[str]:
         """One line for each problem, `WHERE: WHAT IS WRONG; WHAT TO DO`."""
-        for problem in error.errors():
+        for problem in islice(error.errors(), _MOST_PROBLEMS):
             field = str(problem["loc"][0]) if problem["loc"] else ""
             value, kind = problem["input"], problem["type"]
             if kind == "extra_forbidden":
@@ -114,7 +123,7 @@ class Options(BaseModel):
                 yield f"{name(field)}: {message}" if field else message
             else:
                 advice = problem["msg"].replace("Input should", "it must")
-                yield f"{name(field)} is {value!r:.80}; {advice}"
+                yield f"{name(field)} is {brief(value)}; {advice}"
 
     @classmethod
     def describe(cls) -> Iterator[str]:
