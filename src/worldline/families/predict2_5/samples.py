@@ -45,7 +45,7 @@ RENAMED = {
     **dict.fromkeys(("input_image", "input_video", "visual_input"), "input_path"),
     **dict.fromkeys(("output_image", "output_video"), "name"),
 }
-_MAX_YAML = 1_000_000  # bytes; its parser takes seconds for as many
+_MAX_YAML = 500_000  # bytes; its parser takes seconds for as many
 _MAX_NODES = 1_000_000  # each as often as aliases name it
 _MAX_SCALAR = 100  # characters of a number or a date
 
