@@ -48,6 +48,10 @@ _LONGEST_WAIT = 60.0  # seconds that a busy hub may ask for
 _HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 
 
+class HubError(DownloadError):
+    """The hub itself fails, whatever the repository."""
+
+
 def select(
     models: Sequence[str],
     sizes: Collection[str] = (),
@@ -208,7 +212,7 @@ def _endpoint() -> str:
     address = (os.environ.get("HF_ENDPOINT") or _PAGES).rstrip("/")
     host = r"([^\s/@]*@)?([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?"
     if not re.fullmatch(rf"https?://{host}(/\S*)?", address, re.ASCII | re.IGNORECASE):
-        raise DownloadError(f"HF_ENDPOINT is {brief(address)}; give an address such as {_PAGES}")
+        raise HubError(f"HF_ENDPOINT is {brief(address)}; give an address such as {_PAGES}")
     return address
 
 
@@ -255,7 +259,7 @@ def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"])) or brief(content.decode(errors="replace"))
-        raise DownloadError(
+        raise HubError(
             f"{where} sends no list of files ({place}: {problem['msg']}); HF_ENDPOINT names a hub"
         ) from None
     files: dict[str, RemoteFile] = {}
@@ -301,7 +305,10 @@ def _check(repository: str, name: str, response: Any) -> None:
     if status < 400 and (not page or name.endswith((".html", ".htm"))):
         return
     if status < 400:
-        message = f"{response.url} sends a web page; log in to the network, or check HF_ENDPOINT"
+        message = (
+            f"{response.url!s:.200} sends a web page, not {name or 'a list of files'}; log in to the "
+            "network, or check HF_ENDPOINT"
+        )
     elif status == 403 or code == "GatedRepo":
         message = (
             f"it is gated; accept its licence on {_PAGES}/{repository} with the account that `hf "
@@ -317,7 +324,8 @@ def _check(repository: str, name: str, response: Any) -> None:
     else:
         reason = "has no such repository or file" if status == 404 else f"fails with {status}"
         message = f"{_endpoint()} {reason}"
-    raise DownloadError(f"{repository}: {message}")
+    anywhere = status < 400 or status in (407, 429) or status >= 500
+    raise (HubError if anywhere else DownloadError)(f"{repository}: {message}")
 
 
 def _seconds_to_wait(response: Any) -> float:
@@ -326,10 +334,10 @@ def _seconds_to_wait(response: Any) -> float:
     return float(stated) if re.fullmatch(r"[0-9]{1,9}", stated) else 0.0
 
 
-def _unreachable(repository: str, error: Exception) -> DownloadError:
+def _unreachable(repository: str, error: Exception) -> HubError:
     if isinstance(error, OfflineModeIsEnabled):
-        return DownloadError(f"{repository}: HF_HUB_OFFLINE is set; unset it")
-    return DownloadError(
+        return HubError(f"{repository}: HF_HUB_OFFLINE is set; unset it")
+    return HubError(
         f"{repository}: {_endpoint()} cannot be reached: {one_line(error)}; HF_ENDPOINT names a "
         "mirror"
     )

@@ -127,6 +127,15 @@ def test_dry_run_without_a_hub(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     assert f"{MODEL}: http://127.0.0.1:9 cannot be reached" in result.stderr
 
 
+def test_a_web_page_is_one_line(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    hub.raw[""] = (200, {"Content-Type": "text/html"}, b"<html>log in</html>")
+    result = run("checkpoints", "download", NAMES[0], "--checkpoint_dir", tmp_path)
+    assert result.exit_code == 1
+    [line] = result.stderr.splitlines()
+    assert f"{MODEL}: {hub.address}/" in line
+    assert "web page" in line
+
+
 def test_what_is_refused_is_named_at_once(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     hub.refused["nvidia/Cosmos-Guardrail1"] = (401, "GatedRepo")
     del hub.repositories["nvidia/Cosmos-Tokenize1-DV8x16x16-720p"]

@@ -98,7 +98,7 @@ def download(context: click.Context, /, **_: object) -> None:
     """
     from tqdm import tqdm
 
-    from worldline.downloads import fetch_all, find_files, select, sources
+    from worldline.downloads import HubError, fetch_all, find_files, select, sources
 
     flags = parsed(context, DownloadFlags)
     generation, folder = flags.cosmos_version, Path(flags.checkpoint_dir)
@@ -113,6 +113,8 @@ def download(context: click.Context, /, **_: object) -> None:
         try:
             for file in find_files(source):
                 plan.setdefault(folder / source.destination / file.name, file)
+        except HubError:
+            raise  # so would every other
         except DownloadError as error:
             problems.append(str(error))
     if problems:
