@@ -306,7 +306,7 @@ def _check(repository: str, name: str, response: Any) -> None:
         return
     if status < 400:
         message = (
-            f"{response.url!s:.200} sends a web page, not {name or 'a list of files'}; log in to the "
+            f"{response.url!s:.200} sends a web page, not {name or 'its list'}; log in to the "
             "network, or check HF_ENDPOINT"
         )
     elif status == 403 or code == "GatedRepo":

@@ -19,6 +19,7 @@ from worldline.errors import CheckpointError
 GIGABYTE = 1e9
 # a whole transformer in NVIDIA's layout, in order of preference
 TRANSFORMER_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt")
+WEIGHTS = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
 _DIFFUSERS_FILE = "diffusion_pytorch_model"
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 # with what a hub answers in place of a file that it does not give
@@ -195,31 +196,57 @@ def read_entries(path: Path) -> Iterator[tuple[str, int, Any]]:
         yield "line", number, parse(line)
 
 
+def hub_cache() -> Path:
+    """Folder in which huggingface_hub keeps repositories, by the variables that it reads."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(os.path.expandvars(hub or f"{home}/hub")).expanduser()
+
+
+def snapshots(root: Path, name: str, revision: str = "") -> list[Path]:
+    """Snapshots of a repository in a hub cache.
+
+    Those with weights come first; of them `revision`, then `main`, then the newest. A name without
+    an owner is NVIDIA's.
+    """
+    cache = root / f"models--{(name if '/' in name else f'nvidia/{name}').replace('/', '--')}"
+    try:
+        current = (cache / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        current = ""
+
+    def preference(path: Path) -> tuple[bool, bool, bool, int]:
+        # a link whose blob is missing is no file
+        whole = any(p.suffix in WEIGHTS and p.is_file() for p in path.rglob("*"))
+        named = path.name == revision, path.name == current
+        return whole, *named, path.stat().st_mtime_ns
+
+    return sorted(filter(Path.is_dir, cache.glob("snapshots/*")), key=preference, reverse=True)
+
+
+def model_name(folder: Path) -> str:
+    """Name of a model's folder; of a snapshot in a hub cache that of the repository."""
+    folder = folder.absolute()
+    if folder.parent.name == "snapshots" and "--" in folder.parent.parent.name:
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
+
+
 def released_folders(root: Path, name: str, revision: str = "") -> list[Path]:
     """Folders of a released model: by its whole name, in a hub cache, by its last name.
 
     The name is that of the hub, such as "nvidia/Cosmos-Predict2.5-2B"; `revision` is the snapshot
     that is preferred in a cache.
     """
-    cache = root / f"models--{name.replace('/', '--')}"
-    try:
-        current = (cache / "refs" / "main").read_text().strip()
-    except OSError:
-        current = ""
-    snapshots = sorted(
-        (path for path in cache.glob("snapshots/*") if path.is_dir()),
-        key=lambda path: (path.name == revision, path.name == current, path.stat().st_mtime_ns),
-        reverse=True,
-    )
-    folders = [root / name, *snapshots, root / Path(name).name]
+    folders = [root / name, *snapshots(root, name, revision), root / Path(name).name]
     return [path for path in folders if path.is_dir()]
 
 
 def repository_folders(name: str, roots: Sequence[Path]) -> list[Path]:
     """Folders of a released model below the roots and in the user's hub cache, preferred first."""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    return [folder for root in (*roots, cache) for folder in released_folders(root, name)]
+    places = dict.fromkeys((*roots, hub_cache()))
+    return [folder for root in places for folder in released_folders(root, name)]
 
 
 def find_repository(name: str, roots: Sequence[Path]) -> Path:

@@ -17,7 +17,7 @@ from pydantic import Field
 from worldline.cli.options import ManyValues, parameters, parsed
 from worldline.cli.run import check_folder
 from worldline.errors import CheckpointError, DownloadError
-from worldline.files import readable_size
+from worldline.files import hub_cache, readable_size, snapshots
 from worldline.request import Options
 from worldline.request import Path as Named
 
@@ -111,8 +111,14 @@ def download(context: click.Context, /, **_: object) -> None:
     problems: list[str] = []
     for source in sources(names, generation, without):
         try:
-            for file in find_files(source):
-                plan.setdefault(folder / source.destination / file.name, file)
+            files, place = find_files(source), folder / source.destination
+            for path in snapshots(hub_cache(), source.repository) if not place.exists() else ():
+                whole = all(file.may_be_at(path / file.name) for file in files)
+                if path.name == files[0].commit and whole:
+                    logger.info("%s is in the hub's cache: %s", source.name, path)
+                    place = path
+            for file in files:
+                plan.setdefault(place / file.name, file)
         except HubError:
             raise  # so would every other
         except DownloadError as error:
