@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from worldline.errors import CheckpointError
+from worldline.errors import CheckpointError, brief
 
 GIGABYTE = 1e9
 # a whole transformer in NVIDIA's layout, in order of preference
@@ -82,6 +82,16 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
+def check_path(value: Any) -> Any:
+    """The value; ValueError where it is a text that can name no file, such as a URL."""
+    if isinstance(value, str):
+        if b"\0" in os.fsencode(value):  # bytes of no encoding may come from the command line
+            raise ValueError(f"{brief(value)} is not the name of a file")
+        if re.match(r"\s*(data:|[a-z][a-z0-9+.-]+:/)", value, re.IGNORECASE):
+            raise ValueError(f"{value:.80}: URLs are not fetched; save the file, and give its path")
+    return value
+
+
 def stamp(path: Path) -> dict[str, Any]:
     """Fingerprint of a file: its path, size and time of modification."""
     status = path.stat()
@@ -142,7 +152,7 @@ def each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = dict(pairs)
     if len(fields) < len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{twice!r:.80} stands there twice")
+        raise ValueError(f"{brief(twice)} stands there twice")
     return fields
 
 

@@ -1,6 +1,6 @@
 """What a world can continue: a file, a picture or frames."""
 
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from worldline.errors import InputError
+from worldline.files import check_path
 from worldline.video.read import Clip, Frames, media_kind, read_image, read_video, to_rgb
 
 InputType = Literal["image", "video"]
@@ -23,7 +24,11 @@ def kind_of(input: Input | None) -> InputType:
         InputError: it is neither.
     """
     if isinstance(input, str | PathLike):
-        return media_kind(Path(input))
+        try:
+            path = check_path(fspath(input))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        return media_kind(path)
     if isinstance(input, Image.Image | np.ndarray | torch.Tensor):
         return "image" if isinstance(input, Image.Image) else "video"
     raise InputError(

@@ -6,13 +6,14 @@ holds its type, range, default and help text; everything else is derived from it
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
-from os import PathLike, fsencode, fspath
+from os import PathLike, fspath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from worldline.errors import InputError, brief, did_you_mean
+from worldline.files import check_path
 from worldline.shapes import VideoShape
 
 NEGATIVE_PROMPT = (
@@ -41,16 +42,10 @@ def _not_blank(value: Any) -> Any:
     return value
 
 
-def _file_name(value: str) -> str:
-    if b"\0" in fsencode(value):  # bytes of no encoding may come from the command line
-        raise ValueError(f"{value!r:.80} is not the name of a file")
-    return value
-
-
 # with a constraint, pydantic refuses invalid Unicode; encoders read some hundred words
 Text = Annotated[str, Field(max_length=100_000)]
 Prompt = Annotated[Text, AfterValidator(_not_blank)]
-Path = Annotated[str, AfterValidator(_not_blank), AfterValidator(_file_name)]
+Path = Annotated[str, AfterValidator(_not_blank), AfterValidator(check_path)]
 Seed = Annotated[
     int, Field(ge=0, lt=2**32, description="Random seed; gives the same noise on any machine.")
 ]
@@ -68,6 +63,7 @@ PreviewEvery = Annotated[
 Embedding = Annotated[
     Any,
     AfterValidator(_not_blank),
+    AfterValidator(check_path),
     Field(description="File of embeddings, in place of the text encoder."),
 ]
 

@@ -12,6 +12,7 @@ import pytest
 from worldline.cli.inputs import MEDIA, PROMPTS, TYPED_MEDIA, TYPED_TEXT_MEDIA, Lines
 from worldline.errors import InputError
 from worldline.family import Item
+from worldline.inputs import kind_of
 from worldline.request import flag
 
 from .conftest import Make
@@ -217,6 +218,24 @@ def test_fields_of_other_releases_and_names_that_stand_twice(tmp_path: Path) -> 
     assert "'c' stands there twice" in problem
 
 
+def test_rows_that_name_no_file(tmp_path: Path) -> None:
+    names = [
+        "https://x.org/a.mp4",
+        "file:///a.mp4",
+        "a\0b.mp4",
+        "a\udc80\ud800b.mp4",
+        "~nobody/a.mp4",
+    ]
+    batch = write_lines(tmp_path / "b.jsonl", *map(entry, names))
+    problems = problems_of(MEDIA, batch)
+    assert [problem.count("URLs") for problem in problems] == [1, 1, 0, 0, 0]
+    for number, problem in enumerate(problems):
+        assert problem.startswith(f"{batch} line {number + 1} ({number}.mp4): ")
+    for name in (*names[:2], Path(names[0]), *names[2:4]):  # in Python
+        with pytest.raises(InputError):
+            kind_of(name)
+
+
 def test_ten_thousand_wrong_rows(base: Make, tmp_path: Path) -> None:
     batch = write_lines(tmp_path / "b.jsonl", *(entry(f"{n}\x1b[2J.mp4") for n in range(10_000)))
     result = base("--batch_input_path", batch)
@@ -275,6 +294,11 @@ def test_a_folder_holds_no_prompts(tmp_path: Path) -> None:
         (MEDIA, {"input_image_or_video_path": "a.txt"}, {}, "unknown media type .txt"),
         (MEDIA, {"input_image_or_video_path": "a.mp4", "video_save_name": "/"}, {}, "save_name"),
         (MEDIA, {"resume": 1}, {}, "--resume is 1"),
+        *(
+            (MEDIA, {name: url}, {}, f"--{name}: {url[:9]}.*URLs")
+            for name in ("input_image_or_video_path", "batch_input_path")
+            for url in ("https://x.org/a.mp4", "s3://b/a.mp4", "data:image/png;base64,aa")
+        ),
     ],
 )
 def test_refused_flags(

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from worldline.errors import InputError, brief
 from worldline.family import Item
-from worldline.files import MAX_PROBLEMS, read_entries
+from worldline.files import MAX_PROBLEMS, check_path, read_entries
 from worldline.request import Options
 from worldline.request import Path as Named
 
@@ -70,7 +70,7 @@ class TextTypedFlags(TypedFlags):
 class OneFlags(Options):
     """Argument and flags of `worldline generate WORLD`."""
 
-    input: str | None = Field(None, json_schema_extra={"argument": True})
+    input: Named | None = Field(None, json_schema_extra={"argument": True})
     output: str = Field(
         "output.mp4",
         description="File of the video: .mp4, .mov, .mkv, .webm or .gif.",
@@ -228,7 +228,10 @@ def find_beside(name: str, file: Path) -> Path:
     The released files name their media from the folder that holds `assets/`: a path that begins
     with the name of a folder around the file is looked up beside that folder, too.
     """
-    path, around = Path(name).expanduser(), file.absolute().parent
+    try:
+        path, around = Path(check_path(name)).expanduser(), file.absolute().parent
+    except (ValueError, RuntimeError) as error:  # RuntimeError: ~ of no user
+        raise InputError(f"{VISUAL}: {error}") from None
     above = [up.parent for up in (around, *around.parents) if (up.name,) == path.parts[:1]]
     for candidate in (path, around / path, *(folder / path for folder in above)):
         if candidate.exists():

@@ -97,15 +97,15 @@ class Sample(Overrides):
 class SampleFlags(Overrides):
     """Flags of `predict2.5`."""
 
-    earlier: tuple[str, ...] = Field(
+    earlier: tuple[PathText, ...] = Field(
         (), json_schema_extra={"argument": True, "metavar": "[PARAMS_FILE OUTPUT_DIR]"}
     )
-    input_files: tuple[str, ...] = Field(
+    input_files: tuple[PathText, ...] = Field(
         (),
         description="Files of samples: .json, .jsonl, .yaml or .yml, or quoted patterns of names.",
         json_schema_extra={"short": "-i", "metavar": "FILE..."},
     )
-    output_dir: str | None = Field(
+    output_dir: PathText | None = Field(
         None,
         description="Folder of the videos; made if absent.",
         json_schema_extra={"short": "-o", "metavar": "DIR"},
