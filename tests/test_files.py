@@ -138,7 +138,7 @@ def test_texts_of_other_systems(tmp_path: Path) -> None:
         read_text(path, 5)
 
 
-def test_entries_by_content(tmp_path: Path) -> None:
+def test_entries_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = {"a": 1}, {"b": [2]}
     lines = f"\ufeff{json.dumps(one)}\r\n\n// both\n{json.dumps(two)}"
     by_line = [("line", 1, one), ("line", 4, two)]
@@ -154,6 +154,11 @@ def test_entries_by_content(tmp_path: Path) -> None:
         ):
             path.write_text(text)
             assert [*read_entries(path)] == entries
+    monkeypatch.setattr("worldline.files.MAX_ENTRIES", 2)
+    for text in ("[1, 2, 3]", json.dumps({"a": 1, "b": 2, "c": 3}), "{}\n" * 3):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="more than 2 entries"):
+            [*read_entries(path)]
     path.write_text('[{"a": 1},\n')
     with pytest.raises(ValueError, match="line 2"):
         [*read_entries(path)]

@@ -27,7 +27,7 @@ from huggingface_hub import get_session, hf_hub_url
 from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from worldline.catalog import BUNDLED_PREFIX, ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, Entry, find
 from worldline.errors import DownloadError, InputError, brief, did_you_mean, one_line
@@ -185,22 +185,18 @@ class RemoteFile:
 _Digest = Annotated[str, Field(pattern="^([0-9a-f]{40}|[0-9a-f]{64})$")]
 
 
-class _Answer(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _Lfs(_Answer):
+class _Lfs(BaseModel, strict=True):
     sha256: _Digest
 
 
-class _Sibling(_Answer):
+class _Sibling(BaseModel, strict=True):
     rfilename: str
     size: Annotated[int, Field(ge=0)]
     blobId: _Digest | None = None
     lfs: _Lfs | None = None
 
 
-class _Listing(_Answer):
+class _Listing(BaseModel, strict=True):
     """The hub's description of a repository, as far as it is read."""
 
     sha: Annotated[str, Field(pattern=r"^[\w.-]+$")]
@@ -269,8 +265,8 @@ def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]
             raise DownloadError(f"{where} lists {brief(name)}, which is no name of a file")
         digest = each.lfs.sha256 if each.lfs else each.blobId
         if digest is None or name in files:
-            problem = "without a hash" if digest is None else "twice"
-            raise DownloadError(f"{where} lists {name} {problem}")
+            reason = "without a hash" if digest is None else "twice"
+            raise DownloadError(f"{where} lists {name} {reason}")
         files[name] = RemoteFile(repository, listing.sha, name, each.size, digest)
     return [*files.values()]
 

@@ -184,10 +184,12 @@ def read_entries(path: Path) -> Iterator[tuple[str, int, Any]]:
 
     def parse(piece: str) -> Any:
         try:
-            return parse_json(piece)
+            value = parse_json(piece)
         except ValueError as error:
             return error
+        return many if isinstance(value, list | dict) and len(value) > MAX_ENTRIES else value
 
+    many = ValueError(f"it has more than {MAX_ENTRIES:,} entries")
     text = read_text(path)
     # not `splitlines`: some of the signs that end its lines may stand in a JSON string
     pieces = enumerate(text.split("\n"), 1)
@@ -198,11 +200,11 @@ def read_entries(path: Path) -> Iterator[tuple[str, int, Any]]:
         if not isinstance(document, ValueError):
             yield "", 1, document
             return
-        if not lined:
+        if not lined or document is many:
             raise document
     for count, (number, line) in enumerate(chain(head, lines), 1):
         if count > MAX_ENTRIES:
-            raise ValueError(f"it has more than {MAX_ENTRIES:,} entries")
+            raise many
         yield "line", number, parse(line)
 
 

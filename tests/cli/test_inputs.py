@@ -211,7 +211,7 @@ def test_fields_of_other_releases_and_names_that_stand_twice(tmp_path: Path) -> 
     batch = write_lines(tmp_path / "b.json", json.dumps(rows, indent=2))
     [problem] = problems_of(TYPED_TEXT_MEDIA, batch)
     assert problem.startswith(f"{batch} item 1 (0.mp4): ")
-    assert '"input_video" is "visual_input" here' in problem
+    assert 'no "visual_input"; rename "input_video"' in problem
     batch = write_lines(tmp_path / "b.jsonl", "", '{"prompt": "x", "a": {"c": 1, "c": 2}}')
     [problem] = problems_of(PROMPTS, batch)
     assert problem.startswith(f"{batch} line 2 (1.mp4): ")

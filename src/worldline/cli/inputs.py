@@ -156,9 +156,8 @@ def check_row(row: Any, needed: Sequence[str]) -> dict[str, Any]:
     wrong = [name for name in needed if not isinstance(row.get(name), str)]
     if wrong:
         values = [f'"{n}" is {brief(row[n])}' if n in row else f'no "{n}"' for n in wrong]
-        if VISUAL in wrong:
-            values += [f'"{n}" is "{VISUAL}" here' for n in _OTHER_NAMES if n in row]
-        raise InputError(f"{', '.join(values)}; give a text")
+        renamed = [f'rename "{n}"' for n in _OTHER_NAMES if n in row and VISUAL in wrong]
+        raise InputError(f"{', '.join(values)}; {', '.join(renamed) or 'give a text'}")
     return row
 
 
