@@ -80,7 +80,7 @@ def test_every_part_in_the_cache(
     # the checkpoint folder comes first, a whole name and a snapshot's own path will do
     assert locate(name, root).folder.is_relative_to(root)
     if not flow:
-        for other in (f"nvidia/{name}", opened.folder):
+        for other in (f"nvidia/{name}", opened.folder, opened.folder.parent.parent):
             assert locate(other, tmp_path).folder == opened.folder
     [entry] = [e for e in ENTRIES if name in (e.name, *(model.name for model in e.models))]
     assert entry.presence(tmp_path) == ("partial", snapshots(cache, entry.name)[0])  # of tiny sizes

@@ -74,7 +74,7 @@ def brief(value: object, limit: int = 80) -> str:
 def printable(message: str, limit: int = 2000) -> str:
     """Message for a terminal: at most `limit` characters, control characters escaped.
 
-    Of many lines the first ten are kept, and the number of the others; of a long line both ends.
+    The first ten of many lines are kept, with the number of the others; both ends of a long one.
     """
     lines = message.strip().split("\n")
     width = limit

@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from worldline.errors import CheckpointError, brief
+from worldline.errors import CheckpointError, InputError, brief
 
 GIGABYTE = 1e9
 # a whole transformer in NVIDIA's layout, in order of preference
@@ -83,12 +83,16 @@ def folded(name: str) -> str:
 
 
 def check_path(value: Any) -> Any:
-    """The value; ValueError where it is a text that can name no file, such as a URL."""
-    if isinstance(value, str):
-        if b"\0" in os.fsencode(value):  # bytes of no encoding may come from the command line
-            raise ValueError(f"{brief(value)} is not the name of a file")
-        if re.match(r"\s*(data:|[a-z][a-z0-9+.-]+:/)", value, re.IGNORECASE):
-            raise ValueError(f"{value:.80}: URLs are not fetched; save the file, and give its path")
+    """The value; `InputError` where it is a text that can name no file, such as a URL."""
+    if isinstance(value, str | os.PathLike):
+        text = os.fspath(value)
+        try:  # bytes of no encoding may come from the command line
+            if b"\0" in os.fsencode(text):
+                raise ValueError
+        except ValueError:
+            raise InputError(f"{brief(text)} is not the name of a file") from None
+        if re.match(r"\s*(data:|[a-z][a-z0-9+.-]+:/)", text, re.IGNORECASE):
+            raise InputError(f"{text:.80}: URLs are not fetched; save the file, and give its path")
     return value
 
 

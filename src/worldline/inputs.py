@@ -1,6 +1,6 @@
 """What a world can continue: a file, a picture or frames."""
 
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Literal
 
@@ -24,11 +24,7 @@ def kind_of(input: Input | None) -> InputType:
         InputError: it is neither.
     """
     if isinstance(input, str | PathLike):
-        try:
-            path = check_path(fspath(input))
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        return media_kind(path)
+        return media_kind(check_path(input))
     if isinstance(input, Image.Image | np.ndarray | torch.Tensor):
         return "image" if isinstance(input, Image.Image) else "video"
     raise InputError(

@@ -102,6 +102,9 @@ def locate(
     cached = (path for root in roots for path in snapshots(root, name))
     for path in (checkpoint_dir / name, Path(name), *cached):
         if path.exists():
+            if path.name.startswith("models--"):  # a repository in a hub cache
+                repository = path.name.removeprefix("models--").replace("--", "/")
+                path = next(iter(snapshots(path.parent, repository)), path)
             folder = path.parent if path.is_file() else path
             folder = folder.parent if folder.name == "transformer" else folder
             return Place(path, tuple(dict.fromkeys((checkpoint_dir, folder.parent, *roots))))

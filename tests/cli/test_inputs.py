@@ -15,7 +15,7 @@ from worldline.family import Item
 from worldline.inputs import kind_of
 from worldline.request import flag
 
-from .conftest import Make
+from .conftest import Make, Run
 
 OUT = Path("outputs")
 
@@ -218,7 +218,7 @@ def test_fields_of_other_releases_and_names_that_stand_twice(tmp_path: Path) -> 
     assert "'c' stands there twice" in problem
 
 
-def test_rows_that_name_no_file(tmp_path: Path) -> None:
+def test_rows_that_name_no_file(run: Run, tmp_path: Path) -> None:
     names = [
         "https://x.org/a.mp4",
         "file:///a.mp4",
@@ -231,9 +231,12 @@ def test_rows_that_name_no_file(tmp_path: Path) -> None:
     assert [problem.count("URLs") for problem in problems] == [1, 1, 0, 0, 0]
     for number, problem in enumerate(problems):
         assert problem.startswith(f"{batch} line {number + 1} ({number}.mp4): ")
-    for name in (*names[:2], Path(names[0]), *names[2:4]):  # in Python
-        with pytest.raises(InputError):
+    for name in (*names[:2], Path(names[0]), *names[2:4]):
+        with pytest.raises(InputError):  # in Python
             kind_of(name)
+    for words in (["evaluate"], ["checkpoints", "inspect"], ["tokenize", "encode"]):
+        result = run(*words, names[0])
+        assert (result.exit_code, result.stderr.count("URLs")) == (2, 1)
 
 
 def test_ten_thousand_wrong_rows(base: Make, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 from worldline.cli.options import ManyValues, parameters, parsed
 from worldline.cli.run import check_folder
 from worldline.errors import CheckpointError, DownloadError
-from worldline.files import hub_cache, readable_size, snapshots
+from worldline.files import check_path, hub_cache, readable_size, snapshots
 from worldline.request import Options
 from worldline.request import Path as Named
 
@@ -159,7 +159,7 @@ def inspect(path: Path) -> None:
     PATH is a file, the folder of a model, or a folder of such folders. Headers alone are read. The
     exit status is 2 where there is no checkpoint or a file is damaged.
     """
-    if not path.exists():
+    if not check_path(path).exists():
         raise CheckpointError(f"{path}: no such file or folder")
     targets = [path]
     if path.is_dir():

@@ -229,7 +229,7 @@ def find_beside(name: str, file: Path) -> Path:
     """
     try:
         path, around = Path(check_path(name)).expanduser(), file.absolute().parent
-    except (ValueError, RuntimeError) as error:  # RuntimeError: ~ of no user
+    except RuntimeError as error:  # ~ of no user
         raise InputError(f"{VISUAL}: {error}") from None
     above = [up.parent for up in (around, *around.parents) if (up.name,) == path.parts[:1]]
     for candidate in (path, around / path, *(folder / path for folder in above)):
