@@ -96,6 +96,9 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
                     return
                 self.reply(json.dumps(hub.listing(repository)).encode(), {})
                 return
+            if path.count("/") < 5:  # such as what huggingface_hub asks of its own accord
+                self.refuse(404, "")
+                return
             owner, name, _, commit, *rest = path.strip("/").split("/")
             repository, file = f"{owner}/{name}", "/".join(rest)
             with lock:

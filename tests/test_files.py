@@ -150,7 +150,6 @@ def test_entries_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             (json.dumps([one, two]), [("", 1, [one, two])]),
             (json.dumps(two, indent=1), [("", 1, two)]),
             (json.dumps(one), [("line" if suffix == ".jsonl" else "", 1, one)]),
-            ("\n", []),
         ):
             path.write_text(text)
             assert [*read_entries(path)] == entries
@@ -159,9 +158,10 @@ def test_entries_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         path.write_text(text)
         with pytest.raises(ValueError, match="more than 2 entries"):
             [*read_entries(path)]
-    path.write_text('[{"a": 1},\n')
-    with pytest.raises(ValueError, match="line 2"):
-        [*read_entries(path)]
+    for text, reason in (('[{"a": 1},\n', "line 2"), (" \n", "no input"), ("// x", "no input")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            [*read_entries(path)]
     path = tmp_path / "x.jsonl"
     path.write_text('{"a":\n{"a": 1}')
     (_, _, broken), whole = read_entries(path)

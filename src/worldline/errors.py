@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from reprlib import Repr
 
-_LINES = 10  # of a message
-
 
 class Error(Exception):
     """Base of all errors that a program may want to catch."""
@@ -74,21 +72,21 @@ def brief(value: object, limit: int = 80) -> str:
 def printable(message: str, limit: int = 2000) -> str:
     """Message for a terminal: at most `limit` characters, control characters escaped.
 
-    The first ten of many lines are kept, with the number of the others; both ends of a long one.
+    As many lines as fit are kept, with the number of the others; both ends of a long one.
     """
     lines = message.strip().split("\n")
-    width = limit
-    if len(message) > limit and len(lines) > 1:
-        lines[_LINES:] = [f"and {len(lines) - _LINES:,} more"] if len(lines) > _LINES else []
-        width = limit // len(lines) - 1
-    return "\n".join(_escaped(line, width) for line in lines)
-
-
-def _escaped(line: str, width: int) -> str:
-    if len(line) > width:  # before, so that no huge line is escaped
-        line = f"{line[: width // 2]}…{line[1 - width // 2 :]}"
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    return line if len(line) <= width else f"{line[: width - 1]}…"
+    width, room = (limit, limit) if len(lines) == 1 else (limit // 4, limit - 30)
+    kept: list[str] = []
+    for line in lines:
+        if len(line) > width:  # before it is escaped, which would take its time
+            line = f"{line[: width // 2]}…{line[1 - width // 2 :]}"
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        line = line if len(line) <= width else f"{line[: width - 1]}…"
+        if (room := room - len(line) - bool(kept)) < 0:
+            break
+        kept.append(line)
+    more = len(lines) - len(kept)
+    return "\n".join(kept + ([f"and {more:,} more"] if more else []))
 
 
 def did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:

@@ -183,7 +183,7 @@ def read_entries(path: Path) -> Iterator[tuple[str, int, Any]]:
     read; of a document it is "", 1 and the whole value.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or is a damaged document.
+        OSError, ValueError: the file cannot be read, is empty, or is a damaged document.
     """
 
     def parse(piece: str) -> Any:
@@ -199,7 +199,9 @@ def read_entries(path: Path) -> Iterator[tuple[str, int, Any]]:
     pieces = enumerate(text.split("\n"), 1)
     lines = ((number, line) for number, line in pieces if without_comments(line).strip())
     head, lined = [*islice(lines, 2)], path.suffix.lower() == ".jsonl"
-    if head and (not isinstance(parse(head[0][1]), dict) or (len(head) == 1 and not lined)):
+    if not head:
+        raise ValueError("it has no input")
+    if not isinstance(parse(head[0][1]), dict) or (len(head) == 1 and not lined):
         document = parse(text)
         if not isinstance(document, ValueError):
             yield "", 1, document

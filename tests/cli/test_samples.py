@@ -254,6 +254,7 @@ def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
         ("a.jsonl", '\n{"name": "a", "seed": 1, "seed": 2}', "2 JSONL 'seed' twice"),
         ("a.yaml", "name: a\nseed: 1\nseed: 2\n", "YAML 'seed' twice"),
         ("a.yml", "samples: {seed: {prompt: x}, 'seed': {prompt: y}}\n", "YML 'seed' twice"),
+        ("a.json", " \n", "JSON input"),
         ("a.json", "[" * 100_000, "JSON"),
         ("a.jsonl", '\n{"name": }', "2 JSONL 10"),
         ("a.yaml", "name: a\n\tseed: 1\n", "YAML 2 1"),
@@ -292,7 +293,7 @@ def test_files_that_are_not_text_or_hold_no_samples(tmp_path: Path, image: Path)
     (tmp_path / "a.json").write_bytes(image.read_bytes())
     _, [problem] = read_all(tmp_path / "a.json")
     assert problem.startswith(f"{tmp_path / 'a.json'}: ")
-    for value in ([], {"samples": {}}, " \n"):
+    for value in ([], {"samples": {}}):
         file = write(tmp_path / "b.json", value)
         with pytest.raises(ValueError, match=r"b\.json"):
             read_all(file)

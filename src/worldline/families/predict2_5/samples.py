@@ -97,7 +97,7 @@ class Sample(Overrides):
 class SampleFlags(Overrides):
     """Flags of `predict2.5`."""
 
-    earlier: tuple[PathText, ...] = Field(
+    earlier: tuple[str, ...] = Field(
         (), json_schema_extra={"argument": True, "metavar": "[PARAMS_FILE OUTPUT_DIR]"}
     )
     input_files: tuple[PathText, ...] = Field(
