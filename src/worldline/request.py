@@ -251,7 +251,9 @@ class LoadOptions(Options):
 
     DECISIVE: ClassVar[frozenset[str]] = frozenset()
 
-    checkpoint_dir: Path = Field("checkpoints", description="Folder of the model folders.")
+    checkpoint_dir: Path = Field(
+        "checkpoints", description="Folder of the model folders, before the hub's cache."
+    )
     device: str | None = Field(
         None, description="cuda, cuda:1, cpu, mps.  [default: the GPU, if there is one]"
     )
