@@ -7,7 +7,7 @@ import json
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -27,6 +27,9 @@ class FakeHub:
         fails: file -> how many times the server answers 503.
         refused: repository -> status and error code for its files.
         small: files that are in git itself, with git's hash.
+        raw: file, or "" for every list -> status, headers and body of all its answers.
+        listed: file -> what its entry in the list has in place of the true values.
+        endless: file -> how many times its content is sent in one answer.
         asked: method, path and range of every request.
         logins: the login of every request for a file.
         files_at: address of another host that holds the files; "" is this one.
@@ -38,6 +41,9 @@ class FakeHub:
     fails: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
     small: set[str] = field(default_factory=set)
+    raw: dict[str, tuple[int, dict[str, str], bytes]] = field(default_factory=dict)
+    listed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    endless: dict[str, int] = field(default_factory=dict)
     ranges: bool = True
     asked: list[tuple[str, str, str]] = field(default_factory=list)
     logins: list[str | None] = field(default_factory=list)
@@ -52,7 +58,7 @@ class FakeHub:
             if name not in self.small:
                 sha = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"size": len(content), "sha256": sha, "pointerSize": 1}
-            siblings.append(entry)
+            siblings.append(entry | self.listed.get(name, {}))
         return {"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings}
 
     def fetched(self, name: str) -> list[str]:
@@ -79,6 +85,10 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
 
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
+            if path.startswith("/api/models/") and "" in hub.raw:
+                status, headers, body = hub.raw[""]
+                self.reply(body, headers, status)
+                return
             if path.startswith("/api/models/"):
                 repository = "/".join(path.split("/")[3:5])
                 if repository not in hub.repositories:
@@ -86,12 +96,18 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
                     return
                 self.reply(json.dumps(hub.listing(repository)).encode(), {})
                 return
+            if path.count("/") < 5:  # such as what huggingface_hub asks of its own accord
+                self.refuse(404, "")
+                return
             owner, name, _, commit, *rest = path.strip("/").split("/")
             repository, file = f"{owner}/{name}", "/".join(rest)
             with lock:
                 hub.asked.append((self.command, file, self.headers.get("Range", "")))
                 hub.logins.append(self.headers.get("Authorization"))
-            if repository in hub.refused:
+            if file in hub.raw and self.command == "GET":
+                status, headers, body = hub.raw[file]
+                self.reply(body, headers, status)
+            elif repository in hub.refused:
                 self.refuse(*hub.refused[repository])
             elif file not in hub.repositories.get(repository, {}):
                 self.refuse(404, "EntryNotFound")
@@ -115,7 +131,11 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             begin = int(span.removeprefix("bytes=").split("-")[0]) if span and hub.ranges else 0
             if begin:
                 headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-            self.reply(content[begin:], headers, 206 if begin else 200, broken)
+            if begin > len(content) or (begin and begin == len(content)):
+                self.reply(b"", {}, 416)
+                return
+            content = content[begin:] * hub.endless.get(file, 1)
+            self.reply(content, headers, 206 if begin else 200, broken)
 
         def refuse(self, status: int, code: str) -> None:
             self.reply(b"", {"X-Error-Code": code} if code else {}, status)
@@ -124,11 +144,12 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             self, body: bytes, headers: dict[str, str], status: int = 200, broken: int = -1
         ) -> None:
             self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body if broken < 0 else body[:broken])
+                with suppress(ConnectionError):  # the client has what it wants
+                    self.wfile.write(body if broken < 0 else body[:broken])
             if broken >= 0:
                 self.close_connection = True
 

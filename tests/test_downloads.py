@@ -231,6 +231,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     files = {"model.pt": CONTENT, "config.json": b"{}\n", "deep/er/words": b"a\nb"}
     made = FakeHub({REPOSITORY: files}, small={"config.json"})
     monkeypatch.setattr(worldline.downloads, "PAUSE", 0.0)
+    monkeypatch.setattr(worldline.downloads, "_TIMEOUT", 2.0)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with serving(made):
@@ -362,10 +363,166 @@ def test_no_repository_and_no_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch)
         find_files(entry_of())
 
 
-def test_a_name_that_leads_out_of_the_folder(hub: FakeHub) -> None:
-    hub.repositories[REPOSITORY]["../outside"] = b"x"
-    with pytest.raises(DownloadError, match="no name of a file"):
+HTML = {"Content-Type": "text/html; charset=utf-8"}
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "message"),
+    [
+        (200, HTML, b"<html>log in</html>", "/api/models/someone/something.* web page"),
+        (200, {}, b"<html>log in</html>", "<html>log in"),
+        (302, {"Location": "/api/models/again"}, b"", "redirects"),
+        (407, HTML, b"<html>", "proxy"),
+        (502, HTML, b"<html>" * 10**6, "502"),
+        (429, {"Retry-After": "77"}, b"", "429.*77 s"),
+        (200, {}, b"", "no list"),
+        (200, {}, b'{"sha": "0123', "no list"),
+        (200, {}, b'{"sha": "0123"}', "siblings"),
+        (200, {}, b"[" * 10**6, "no list"),
+        (200, {}, b"7", "no list"),
+        (200, {"Content-Encoding": "gzip"}, b"rubbish", "cannot be reached.*[dD]ecod"),
+        (200, {"Content-Length": "99"}, b"{", "cannot be reached"),
+    ],
+)
+def test_answers_that_are_no_list(
+    status: int, headers: dict[str, str], body: bytes, message: str, hub: FakeHub
+) -> None:
+    hub.raw[""] = (status, headers, body)
+    with pytest.raises(DownloadError, match=message) as caught:
+        find_files(entry_of())
+    assert str(caught.value).startswith(f"{REPOSITORY}: ")
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["ftp://x", "hub", "http://a:b", "http://ä..b", "https:"])
+def test_an_address_that_is_none(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(DownloadError, match=f"HF_ENDPOINT is '{address}'"):
+        find_files(entry_of())
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"size": "5000"}, "siblings.0.size"),
+        ({"size": None}, "siblings.0.size"),
+        ({"size": -1}, "siblings.0.size"),
+        ({"rfilename": None}, "siblings.0.rfilename"),
+        ({"lfs": {}}, "siblings.0.lfs.sha256"),
+        ({"lfs": {"sha256": "../../x"}}, "siblings.0.lfs.sha256"),
+        ({"lfs": None, "blobId": None}, "without a hash"),
+        ({"rfilename": "config.json"}, "config.json twice"),
+        *(
+            ({"rfilename": name}, "no name of a file")
+            for name in ("a\0b", "../a", "/a", "a//b", "", "a/../../b", "\x1b[2J")
+        ),
+    ],
+)
+def test_lists_that_are_wrong(entry: dict[str, object], message: str, hub: FakeHub) -> None:
+    hub.listed["model.pt"] = entry
+    with pytest.raises(DownloadError, match=message) as caught:
         list_files(REPOSITORY)
+    assert hub.address in str(caught.value)
+
+
+def test_an_endless_list(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worldline.downloads, "MAX_TEXT", 10**5)
+    hub.raw[""] = (200, {}, b"{" + b" " * 10**7)
+    with pytest.raises(DownloadError, match="without an end"):
+        list_files(REPOSITORY)
+
+
+def test_a_file_stops_at_its_listed_size(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def is_at(file: RemoteFile, path: Path) -> bool:
+        sizes.append(path.stat().st_size)
+        return False
+
+    hub.endless["model.pt"] = 20
+    hub.listed["model.pt"] = {"size": 1000}
+    file = remote("model.pt")
+    monkeypatch.setattr(RemoteFile, "is_at", is_at)
+    counts: list[int] = []
+    with pytest.raises(DownloadError, match="damaged"):
+        fetch(file, tmp_path / "model.pt", counts.append)
+    assert sizes == [1000, 1000]
+    assert sum(counts) == 0
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((200, HTML, b"<html>log in"), "web page"),
+        ((416, {}, b""), "416"),
+        ((429, {"Retry-After": "3600"}, b""), "3600 s"),
+        ((302, {"Location": "/x/y/resolve/z/model.pt"}, b""), "redirects"),
+    ],
+)
+def test_answers_that_are_no_file(
+    answer: tuple[int, dict[str, str], bytes], message: str, hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.raw["model.pt"] = answer
+    with pytest.raises(DownloadError, match=message):
+        fetch(remote("model.pt"), tmp_path / "model.pt")
+    assert not [path for path in tmp_path.iterdir() if path.stat().st_size]
+
+
+def test_a_slow_hub(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = remote("model.pt")
+    monkeypatch.setattr(worldline.downloads, "_PATIENCE", 0.0)
+    monkeypatch.setattr(worldline.downloads, "_LEAST", 10**9)
+    with pytest.raises(DownloadError, match="too slow"):
+        fetch(file, tmp_path / "model.pt")
+    with pytest.raises(DownloadError, match="too slowly"):
+        list_files(REPOSITORY)
+
+
+@pytest.mark.parametrize("length", [len(CONTENT) + 7, len(CONTENT), 10])
+def test_a_part_of_another_length(length: int, hub: FakeHub, tmp_path: Path) -> None:
+    hub.raw["config.json"] = (416, {}, b"")
+    file = remote("model.pt")
+    file.part(tmp_path / "model.pt").write_bytes((CONTENT + b"x" * 99)[:length])
+    fetch(file, tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").read_bytes() == CONTENT
+    # the hub knows of no such range
+    short = RemoteFile(REPOSITORY, COMMIT, "deep/er/words", 9, file.digest)
+    short.part(tmp_path / "words").write_bytes(b"12345678")
+    with pytest.raises(DownloadError, match="deep/er/words"):
+        fetch(short, tmp_path / "words")
+    assert hub.fetched("deep/er/words")[:2] == ["bytes=8-", "bytes=0-"]
+
+
+def test_a_part_that_is_no_file(hub: FakeHub, tmp_path: Path) -> None:
+    file, victim = remote("model.pt"), tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    part = file.part(tmp_path / "model.pt")
+    for make in (part.mkdir, lambda: part.symlink_to(victim), lambda: os.mkfifo(part)):
+        make()
+        with pytest.raises(DownloadError, match="not a regular file"):
+            fetch(file, tmp_path / "model.pt")
+        part.rmdir() if part.is_dir() else part.unlink()
+    assert victim.read_bytes() == b"precious"
+
+
+def test_names_that_begin_alike_and_two_revisions(hub: FakeHub, tmp_path: Path) -> None:
+    hub.repositories[REPOSITORY]["model.pt.index.json"] = b"{}" * 999
+    files = {tmp_path / file.name: file for file in list_files(REPOSITORY)}
+    hub.repositories[REPOSITORY]["model.pt"] = CONTENT[::-1]
+    other = {tmp_path / "other" / file.name: file for file in list_files(REPOSITORY)}
+    parts = {file.part(tmp_path / file.name) for file in (*files.values(), *other.values())}
+    assert len(parts) == len(files) + 1
+    for file in other.values():
+        file.part(tmp_path / file.name).parent.mkdir(parents=True, exist_ok=True)
+        file.part(tmp_path / file.name).write_bytes(b"x")
+    kept = other[tmp_path / "other" / "model.pt"].part(tmp_path / "model.pt")
+    hub.repositories[REPOSITORY]["model.pt"] = CONTENT
+    assert len([*fetch_all(files, lambda _: None)]) == len(files)
+    assert kept.read_bytes() == b"x"
 
 
 def test_what_cannot_be_written_is_named(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from worldline.errors import CheckpointError
-from worldline.files import disguise, read_json, replacing, stamp, unfinished
+from worldline.files import (
+    disguise,
+    parse_json,
+    read_entries,
+    read_json,
+    read_text,
+    replacing,
+    stamp,
+    unfinished,
+)
 
 
 def test_replacing(tmp_path: Path) -> None:
@@ -94,3 +105,65 @@ def test_unfinished(tmp_path: Path) -> None:
 def test_needs_no_torch() -> None:
     script = "import sys, worldline.files; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "mentioned"),
+    [
+        ('{"a": {"b": 1, "c": 2, "b": 3}}', "'b' .*twice"),
+        ("[" * 150 + "]" * 150, "100 deep"),
+        ("[" * 200_000, "100 deep"),
+        (f"[{'9' * 9999}]", "9999 digits"),
+        ('{"a": 1,\n "b": 2,\n}', "line 3"),
+    ],
+)
+def test_json_that_is_refused(text: str, mentioned: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=mentioned):
+        parse_json(text)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"config\.json.*{mentioned}"):
+        read_json(tmp_path / "config.json")
+
+
+def test_texts_of_other_systems(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for encoding in ("utf-8-sig", "utf-16", "utf-16-le"):
+        path.write_bytes('{"a": "é"}\r\n'.encode(encoding))
+        assert read_json(path) == {"a": "é"}
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in (("pipe", "not a regular file"), (".", "a folder"), ("gone", "No such")):
+        with pytest.raises(CheckpointError, match=reason):
+            read_json(tmp_path / name)
+    with pytest.raises(ValueError, match="larger than 5 B"):
+        read_text(path, 5)
+
+
+def test_entries_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = {"a": 1}, {"b": [2]}
+    lines = f"\ufeff{json.dumps(one)}\r\n\n// both\n{json.dumps(two)}"
+    by_line = [("line", 1, one), ("line", 4, two)]
+    for suffix in (".jsonl", ".json", ".txt", ""):
+        path = tmp_path / f"x{suffix}"
+        for text, entries in (
+            (lines, by_line),
+            (json.dumps([one, two], indent=1), [("", 1, [one, two])]),
+            (json.dumps([one, two]), [("", 1, [one, two])]),
+            (json.dumps(two, indent=1), [("", 1, two)]),
+            (json.dumps(one), [("line" if suffix == ".jsonl" else "", 1, one)]),
+        ):
+            path.write_text(text)
+            assert [*read_entries(path)] == entries
+    monkeypatch.setattr("worldline.files.MAX_ENTRIES", 2)
+    for text in ("[1, 2, 3]", json.dumps({"a": 1, "b": 2, "c": 3}), "{}\n" * 3):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="more than 2 entries"):
+            [*read_entries(path)]
+    for text, reason in (('[{"a": 1},\n', "line 2"), (" \n", "no input"), ("// x", "no input")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            [*read_entries(path)]
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a":\n{"a": 1}')
+    (_, _, broken), whole = read_entries(path)
+    assert isinstance(broken, ValueError)
+    assert whole == ("line", 2, one)

@@ -158,9 +158,13 @@ def test_a_download_that_was_not_finished(own_diffusion: Path, own_world: Path) 
         open_named(MODEL, own_world, **BY_TOKENIZER)
 
 
-def test_every_searched_folder_is_named(own_world: Path, tmp_path: Path) -> None:
+def test_every_searched_folder_is_named(
+    own_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (own_world / TOKENIZER).rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=rf"{TOKENIZER}.* is in {tmp_path} or {own_world}$"):
+    monkeypatch.setenv("HF_HUB_CACHE", "there")
+    places = f"{tmp_path} or {own_world} or there"
+    with pytest.raises(CheckpointError, match=rf"{TOKENIZER}.* is in {places}$"):
         open_named(own_world / MODEL, tmp_path, **BY_TOKENIZER)
 
 

@@ -432,7 +432,7 @@ def test_wrong_options(
         ("base", None, {}, "no input; give an image or a video"),
         ("base", Image.new("RGB", (4, 4)), {"input_type": "video"}, "image 4 x 4.* type image"),
         ("base", Image.new("RGB", (0, 4)), {}, "image 0 x 4"),
-        ("base", "in\0.mp4", {}, "null"),
+        ("base", "in\0.mp4", {}, "name of a file"),
         ("base", "absent.mp4", {}, r"absent\.mp4"),
         ("diffusion", None, {}, "is a Video2World model; give an image or a video"),
         ("diffusion", moving(5), {"num_input_frames": 9}, "has 5 frames, num_input_frames is 9"),

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from worldline.errors import did_you_mean
+from worldline.files import hub_cache, model_name, released_folders
 
 BUNDLED_PREFIX = "tiny-"
 _FIRST = "Cosmos-1.0-"  # how names of the first generation begin
@@ -94,8 +95,8 @@ class Entry(_Record):
         "other size" is a whole checkpoint under the released name, but far smaller than it.
         """
         needed = {file.name: file.nbytes for file in self.files}
-        paths = [Path(checkpoint_dir) / folder for folder in self.folders]
-        present = [*filter(Path.is_dir, paths)]
+        places = product((Path(checkpoint_dir), hub_cache()), self.folders)
+        present = [path for place in places for path in released_folders(*place)]
         for path, layout in product(present, self.layouts):
             sizes = {name: [file.stat().st_size for file in path.glob(name)] for name in layout}
             if all(max(sizes[name], default=0) >= (needed.get(name) or 1) for name in layout):
@@ -154,7 +155,4 @@ def advice(name: str) -> str:
 
 def generation_by_name(folder: Path) -> Generation:
     """Generation in the name of a folder, or of a hub cache around it."""
-    folder = folder.absolute()
-    repository = folder.parent.parent.name
-    cached = folder.parent.name == "snapshots" and repository.startswith("models--")
-    return "1.0" if _FIRST in (repository if cached else folder.name) else "Predict1"
+    return "1.0" if _FIRST in model_name(folder) else "Predict1"

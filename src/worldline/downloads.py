@@ -14,19 +14,24 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import BinaryIO
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, BinaryIO
+from urllib.parse import quote
 
-from huggingface_hub import HfApi, get_hf_file_metadata, get_session, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+from huggingface_hub import get_session, hf_hub_url
+from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+from pydantic import BaseModel, Field, ValidationError
 
 from worldline.catalog import BUNDLED_PREFIX, ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, Entry, find
-from worldline.errors import DownloadError, InputError, did_you_mean
+from worldline.errors import DownloadError, InputError, brief, did_you_mean, one_line
+from worldline.files import MAX_TEXT
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +40,16 @@ PAUSE = 1.0  # seconds before the second try; doubles
 TRIES = 5  # without a byte in between
 _PAGES = "https://huggingface.co"  # where licences are accepted, whatever mirror serves the files
 _PARALLEL_FILES = 4
-_TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as lost
+_TIMEOUT = HF_HUB_DOWNLOAD_TIMEOUT  # seconds without a byte: a connection counts as lost
+_PATIENCE = 30.0  # seconds for a list, and for each _LEAST bytes of a file
+_LEAST = 10_000
+_LONGEST_WAIT = 60.0  # seconds that a busy hub may ask for
 # base of all errors of the HTTP library, which huggingface_hub has changed more than once
 _HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
+
+
+class HubError(DownloadError):
+    """The hub itself fails, whatever the repository."""
 
 
 def select(
@@ -170,37 +182,93 @@ class RemoteFile:
         return hf_hub_url(self.repository, self.name, revision=self.commit, endpoint=_endpoint())
 
 
+_Digest = Annotated[str, Field(pattern="^([0-9a-f]{40}|[0-9a-f]{64})$")]
+
+
+class _Lfs(BaseModel, strict=True):
+    sha256: _Digest
+
+
+class _Sibling(BaseModel, strict=True):
+    rfilename: str
+    size: Annotated[int, Field(ge=0)]
+    blobId: _Digest | None = None
+    lfs: _Lfs | None = None
+
+
+class _Listing(BaseModel, strict=True):
+    """The hub's description of a repository, as far as it is read."""
+
+    sha: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    siblings: list[_Sibling]
+
+
 def _endpoint() -> str:
     """Address of the hub: HF_ENDPOINT, else the public one."""
-    return (os.environ.get("HF_ENDPOINT") or _PAGES).rstrip("/")
+    address = (os.environ.get("HF_ENDPOINT") or _PAGES).rstrip("/")
+    host = r"([^\s/@]*@)?([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?"
+    if not re.fullmatch(rf"https?://{host}(/\S*)?", address, re.ASCII | re.IGNORECASE):
+        raise HubError(f"HF_ENDPOINT is {brief(address)}; give an address such as {_PAGES}")
+    return address
+
+
+def _stream(url: str, method: str = "GET", **headers: str) -> Any:
+    """Request to the hub, whose answer comes in pieces.
+
+    A redirect to another host is followed without the login; of a HEAD none is followed.
+    """
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity", **headers}
+    follow = method != "HEAD"
+    return get_session().stream(
+        method, url, headers=headers, timeout=_TIMEOUT, follow_redirects=follow
+    )
 
 
 def find_files(entry: Entry) -> list[RemoteFile]:
     """Files to download for an entry; why there are none is a DownloadError."""
+    files = choose(entry, list_files(entry.repository, entry.revision))
     try:
-        files = choose(entry, list_files(entry.repository, entry.revision))
         # a gated repository shows its list to everybody, but no file
-        get_hf_file_metadata(files[0].url, timeout=_TIMEOUT)
-    except (_HTTPError, OfflineModeIsEnabled) as error:
-        raise _refusal(entry.repository, error) from error
+        with _stream(files[0].url, "HEAD") as response:
+            _check(entry.repository, files[0].name, response)
+    except (_HTTPError, OSError, ValueError) as error:
+        raise _unreachable(entry.repository, error) from error
     return files
 
 
 def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]:
     """Files of a repository, by one request."""
-    info = HfApi(endpoint=_endpoint()).model_info(
-        repository, revision=revision, files_metadata=True, timeout=_TIMEOUT
-    )
-    files = []
-    for entry in info.siblings or ():
-        name = entry.rfilename
-        if name.startswith("/") or ".." in name.split("/"):
-            raise DownloadError(f"{_endpoint()} lists {name} in {repository}: no name of a file")
-        digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
-        if digest is None or entry.size is None or info.sha is None:
-            raise DownloadError(f"{_endpoint()} publishes no hash or size of {repository} {name}")
-        files.append(RemoteFile(repository, info.sha, name, entry.size, digest))
-    return files
+    url = f"{_endpoint()}/api/models/{repository}"
+    url += f"/revision/{quote(revision, safe='')}" if revision else ""
+    where, start, content = f"{repository}: {_endpoint()}", time.monotonic(), b""
+    try:
+        with _stream(f"{url}?blobs=true") as response:
+            _check(repository, "", response)
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) > MAX_TEXT or time.monotonic() - start > _PATIENCE:
+                    raise DownloadError(f"{where} sends its list without an end, or too slowly")
+    except (_HTTPError, OSError, ValueError) as error:
+        raise _unreachable(repository, error) from error
+    try:
+        listing = _Listing.model_validate_json(content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(map(str, problem["loc"])) or brief(content.decode(errors="replace"))
+        raise HubError(
+            f"{where} sends no list of files ({place}: {problem['msg']}); HF_ENDPOINT names a hub"
+        ) from None
+    files: dict[str, RemoteFile] = {}
+    for each in listing.siblings:
+        name, path = each.rfilename, PurePosixPath(each.rfilename)
+        if not name.isprintable() or str(path) != name or {"..", "/"} & {*path.parts}:
+            raise DownloadError(f"{where} lists {brief(name)}, which is no name of a file")
+        digest = each.lfs.sha256 if each.lfs else each.blobId
+        if digest is None or name in files:
+            reason = "without a hash" if digest is None else "twice"
+            raise DownloadError(f"{where} lists {name} {reason}")
+        files[name] = RemoteFile(repository, listing.sha, name, each.size, digest)
+    return [*files.values()]
 
 
 def choose(entry: Entry, files: Sequence[RemoteFile]) -> list[RemoteFile]:
@@ -226,24 +294,49 @@ def matching(files: Sequence[RemoteFile], patterns: Sequence[str]) -> list[Remot
     ]
 
 
-def _refusal(repository: str, error: Exception) -> DownloadError:
-    """What the answer of the hub means, and the remedy."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    if isinstance(error, OfflineModeIsEnabled):
-        message = "HF_HUB_OFFLINE is set; unset it"
-    elif status == 403 or isinstance(error, GatedRepoError):
+def _check(repository: str, name: str, response: Any) -> None:
+    """Raise what an answer means, and the remedy, unless it is the file or list asked for."""
+    status, code = response.status_code, response.headers.get("X-Error-Code")
+    page = "text/html" in response.headers.get("Content-Type", "")
+    if status < 400 and (not page or name.endswith((".html", ".htm"))):
+        return
+    if status < 400:
+        message = (
+            f"{response.url!s:.200} sends a web page, not {name or 'its list'}; log in to the "
+            "network, or check HF_ENDPOINT"
+        )
+    elif status == 403 or code == "GatedRepo":
         message = (
             f"it is gated; accept its licence on {_PAGES}/{repository} with the account that `hf "
             "auth login` or HF_TOKEN names, whose token needs access to gated repositories"
         )
     elif status == 401:
         message = "it is not there, or not public; log in with `hf auth login` or HF_TOKEN"
-    elif status:
+    elif status == 407:
+        message = "the proxy asks for a login; HTTPS_PROXY may hold it"
+    elif status == 429:
+        wait = _seconds_to_wait(response)
+        message = f"{_endpoint()} fails with 429; try again{f' in {wait:.0f} s' if wait else ''}"
+    else:
         reason = "has no such repository or file" if status == 404 else f"fails with {status}"
         message = f"{_endpoint()} {reason}"
-    else:
-        message = f"{_endpoint()} cannot be reached: {error}; HF_ENDPOINT names a mirror"
-    return DownloadError(f"{repository}: {message}")
+    anywhere = status < 400 or status in (407, 429) or status >= 500
+    raise (HubError if anywhere else DownloadError)(f"{repository}: {message}")
+
+
+def _seconds_to_wait(response: Any) -> float:
+    """What a busy hub asks for, in seconds; 0 where it is a date or absent."""
+    stated = response.headers.get("Retry-After", "")
+    return float(stated) if re.fullmatch(r"[0-9]{1,9}", stated) else 0.0
+
+
+def _unreachable(repository: str, error: Exception) -> HubError:
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubError(f"{repository}: HF_HUB_OFFLINE is set; unset it")
+    return HubError(
+        f"{repository}: {_endpoint()} cannot be reached: {one_line(error)}; HF_ENDPOINT names a "
+        "mirror"
+    )
 
 
 def fetch_all(files: Mapping[Path, RemoteFile], report: Callable[[int], object]) -> Iterator[Path]:
@@ -289,61 +382,88 @@ def fetch(
             raise IsADirectoryError(errno.EISDIR, "a folder has its name")
         path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(2):
+            if os.path.lexists(part) and (part.is_symlink() or not part.is_file()):
+                raise DownloadError(f"{part} is not a regular file; remove it")
             with part.open("ab") as target:
+                _lock(target, part)
                 _receive(file, target, report, stop)
-            if file.is_at(part):
-                part.replace(path)
-                return
-            logger.warning("%s", damage)
-            report(-file.nbytes)
-            part.unlink()
+                if file.is_at(part):
+                    part.replace(path)
+                    return
+                logger.warning("%s", damage)
+                report(-target.tell())
+                part.unlink()
     except OSError as error:  # the part stays, and is used in the next run
         raise DownloadError(f"{path} cannot be written: {error.strerror or error}") from error
     raise DownloadError(f"{damage}, twice; {path} was not written")
+
+
+def _lock(target: BinaryIO, part: Path) -> None:
+    """Keep other downloads from a part; the lock ends with the process."""
+    try:
+        fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # it may have taken its place since it was opened
+        alone = part.exists() and os.path.samestat(part.stat(), os.fstat(target.fileno()))
+    except BlockingIOError:
+        alone = False
+    except OSError:
+        alone = True  # no locks on this file system
+    if not alone:
+        raise DownloadError(f"{part} is being written by another download")
 
 
 def _receive(
     file: RemoteFile, target: BinaryIO, report: Callable[[int], object], stop: threading.Event
 ) -> None:
     """Download what `target` lacks, through lost connections and faults of the server."""
-    try:
-        fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DownloadError(f"{target.name} is being written by another download") from error
-    except OSError:
-        pass  # no locks on this file system
+
+    def begin_anew() -> None:
+        report(-target.tell())
+        target.seek(0)
+        target.truncate()
+
     report(target.tell())
-    failures = 0
+    if target.tell() > file.nbytes:
+        begin_anew()
+    failures, furthest = 0, target.tell()
     while (size := target.tell()) < file.nbytes:
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={size}-"}
-        reason = "the connection ended"
+        reason, wait, mark, level = "the connection ended", 0.0, time.monotonic(), size
         try:
-            # a redirect to another host is followed without the login
-            request = get_session().stream("GET", file.url, headers=headers, timeout=_TIMEOUT)
-            with request as response:
-                hf_raise_for_status(response)
-                if size and response.status_code != 206:  # the whole file comes, not the rest
-                    target.seek(0)
-                    target.truncate()
-                    report(-size)
-                for chunk in response.iter_bytes():  # of any size: a buffer's would be lost
+            with _stream(file.url, Range=f"bytes={size}-") as response:
+                if (status := response.status_code) >= 429 or (status == 416 and size):
+                    reason, wait = f"the hub answers {status}", _seconds_to_wait(response)
+                    if wait > _LONGEST_WAIT:
+                        _check(file.repository, file.name, response)
+                else:
+                    _check(file.repository, file.name, response)
+                if size and status in (200, 416):  # the whole file comes, or the part is too long
+                    begin_anew()
+                # of any size: a buffer's would be lost
+                for chunk in response.iter_bytes() if status < 400 else ():
+                    chunk = chunk[: file.nbytes - target.tell()]
                     target.write(chunk)
                     report(len(chunk))
-                    if stop.is_set():
+                    if stop.is_set() or target.tell() == file.nbytes:
                         break
+                    if (now := time.monotonic()) - mark > _PATIENCE:
+                        if target.tell() < level + _LEAST:
+                            reason = "it is too slow"
+                            break
+                        mark, level = now, target.tell()
+        except OfflineModeIsEnabled as error:
+            raise _unreachable(file.repository, error) from error
         except _HTTPError as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code < 429:
-                raise _refusal(file.repository, error) from error
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            reason = one_line(error)
         if target.tell() >= file.nbytes:
             break
-        failures = 0 if target.tell() > size else failures + 1
+        failures = 0 if target.tell() > furthest else failures + 1
+        furthest = max(furthest, target.tell() + min(_LEAST, file.nbytes // 8))
         if failures == TRIES or stop.is_set():
             raise DownloadError(
                 f"{file.name} of {file.repository} cannot be fetched: {reason}; run it again to go "
                 "on from what has come"
             )
         logger.info("%s: %s; going on at %d bytes", file.name, reason, target.tell())
-        stop.wait(PAUSE * 2**failures)
+        stop.wait(max(PAUSE * 2**failures, wait))
     target.flush()
     os.fsync(target.fileno())

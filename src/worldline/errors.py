@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
+from reprlib import Repr
 from types import MappingProxyType
 from typing import Any
 
@@ -101,6 +102,36 @@ def option(name: str, value: Any = None) -> str:
     if as_flags.get():
         return f"--{name}" if value is None or value is True else f"--{name} {value}"
     return name if value is None else f"{name}={value!r}"
+
+
+def brief(value: object, limit: int = 80) -> str:
+    """Value for a message, at most `limit` characters of it; long ones are not written first."""
+    short = Repr()
+    short.maxstring = short.maxother = short.maxlong = limit
+    try:
+        return short.repr(value)[:limit]
+    except ValueError:  # Python writes no number of thousands of digits
+        return f"a huge {type(value).__name__}"
+
+
+def printable(message: str, limit: int = 2000) -> str:
+    """Message for a terminal: at most `limit` characters, control characters escaped.
+
+    As many lines as fit are kept, with the number of the others; both ends of a long one.
+    """
+    lines = message.strip().split("\n")
+    width, room = (limit, limit) if len(lines) == 1 else (limit // 4, limit - 30)
+    kept: list[str] = []
+    for line in lines:
+        if len(line) > width:  # before it is escaped, which would take its time
+            line = f"{line[: width // 2]}…{line[1 - width // 2 :]}"
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        line = line if len(line) <= width else f"{line[: width - 1]}…"
+        if (room := room - len(line) - bool(kept)) < 0:
+            break
+        kept.append(line)
+    more = len(lines) - len(kept)
+    return "\n".join(kept + ([f"and {more:,} more"] if more else []))
 
 
 def did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:

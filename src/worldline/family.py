@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from worldline.errors import CheckpointError, option
+from worldline.errors import CheckpointError, option, printable
 from worldline.request import LoadOptions, Options, Request
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Item:
     request: Any = None
 
     def __str__(self) -> str:
-        return self.label
+        return printable(self.label)
 
     def field(self, name: str) -> str:
         """What an error calls a field."""

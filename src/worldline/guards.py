@@ -14,7 +14,7 @@ from worldline import memory
 from worldline.catalog import ENTRIES
 from worldline.errors import CheckpointError, InsufficientMemoryError, option
 from worldline.family import Compute, Opened
-from worldline.files import GIGABYTE
+from worldline.files import GIGABYTE, model_name
 from worldline.parallel.offload import Offloadable
 from worldline.report import Recorder
 from worldline.request import Request
@@ -229,7 +229,7 @@ def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> G
             )
             logger.info("guardrails: %s", ", ".join(guardrails.parts))
     if upsample and upsamples(opened):
-        with loading("prompt upsampler", opened.folder.name, "disable_prompt_upsampler"):
+        with loading("prompt upsampler", model_name(opened.folder), "disable_prompt_upsampler"):
             upsampler = _load_upsampler(opened, compute)
     if problems:
         raise CheckpointError("; and ".join(problems))

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from worldline.errors import InputError, option
+from worldline.files import check_path
 from worldline.video.read import Clip, Frames, media_kind, read_image, read_video, to_rgb
 
 InputType = Literal["image", "video"]
@@ -45,7 +46,7 @@ def kind_of(input: Input | None) -> InputType:
         InputError: it is neither.
     """
     if isinstance(input, str | PathLike):
-        return media_kind(Path(input))
+        return media_kind(check_path(input))
     if isinstance(input, Image.Image | np.ndarray | torch.Tensor):
         return "image" if isinstance(input, Image.Image) else "video"
     raise InputError(

@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import product
 from os import PathLike
 from pathlib import Path
 
 from worldline.catalog import BUNDLED_PREFIX, DECODERS, FLOW_MODELS, FlowModel, advice
 from worldline.errors import CheckpointError, option
-from worldline.files import holds_diffusers, released_folders, unfinished
+from worldline.files import holds_diffusers, hub_cache, released_folders, snapshots, unfinished
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -40,8 +41,8 @@ class Place:
 
     def below(self, names: Iterable[str]) -> Path | None:
         """First folder of one of these names below a root."""
-        folders = (root / name for root in self.roots for name in names)
-        return next(filter(Path.is_dir, folders), None)
+        wanted = product(self.roots, names)
+        return next((path for each in wanted for path in released_folders(*each)), None)
 
     def find(self, names: Collection[str]) -> Path:
         """The folder that `below` gives.
@@ -59,7 +60,8 @@ class Place:
         Raises:
             CheckpointError: there is none.
         """
-        for path in (*(root / name for root in self.roots), Path(name)):
+        cached = (path for root in self.roots for path in snapshots(root, str(name)))
+        for path in (*(root / name for root in self.roots), Path(name), *cached):
             if path.exists():
                 return path
         raise CheckpointError(f"no folder {name} ({option(field)}), nor is it in {self.searched}")
@@ -90,11 +92,16 @@ def locate(
     for model in FLOW_MODELS:
         if model.name == name:
             return _locate_released(model, checkpoint_dir)
-    for path in (checkpoint_dir / name, Path(name)):
+    roots = (checkpoint_dir, hub_cache())
+    cached = (path for root in roots for path in snapshots(root, name))
+    for path in (checkpoint_dir / name, Path(name), *cached):
         if path.exists():
+            if path.name.startswith("models--"):  # a repository in a hub cache
+                repository = path.name.removeprefix("models--").replace("--", "/")
+                path = next(iter(snapshots(path.parent, repository)), path)
             folder = path.parent if path.is_file() else path
             folder = folder.parent if folder.name == "transformer" else folder
-            return Place(path, tuple(dict.fromkeys((checkpoint_dir, folder.parent))))
+            return Place(path, tuple(dict.fromkeys((checkpoint_dir, folder.parent, *roots))))
     hint = advice(Path(name).name)
     if not hint and any(each.name.startswith(f"{name.split('/')[0]}/") for each in FLOW_MODELS):
         hint = f"; released models are {', '.join(each.name for each in FLOW_MODELS)}"
@@ -107,14 +114,16 @@ def locate(
 
 def _locate_released(model: FlowModel, checkpoint_dir: Path) -> Place:
     """Place of a released model: its file or folder in the repository's, or diffusers' folder."""
-    repositories = released_folders(checkpoint_dir, model.repository, model.revision)
+    wanted = model.repository, model.revision
+    cache = hub_cache()
+    repositories = [f for root in (checkpoint_dir, cache) for f in released_folders(root, *wanted)]
     for repository in repositories:
         # in diffusers' layout, a repository's first model alone was released
         whole = [repository] if model is FLOW_MODELS[0] and holds_diffusers(repository) else []
         file = repository / model.file
         for named in (file, file.parent, *whole):
             if named.exists():
-                roots = dict.fromkeys((checkpoint_dir, repository, repository.parent))
+                roots = dict.fromkeys((checkpoint_dir, repository, repository.parent, cache))
                 return Place(named, tuple(roots), released=model)
     fetch = f"; `worldline checkpoints download {model.name}` fetches it"
     hint = next(filter(None, map(unfinished, repositories)), fetch)

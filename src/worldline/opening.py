@@ -15,7 +15,7 @@ import torch
 from worldline.catalog import BUNDLED_PREFIX, Entry
 from worldline.errors import CheckpointError, InputError, option
 from worldline.family import FAMILIES, Compute, Opened, Parts, load_family, requests_of
-from worldline.files import holds_diffusers, unfinished
+from worldline.files import holds_diffusers, model_name, unfinished
 from worldline.locate import Place
 from worldline.memory import WORKSPACE, Fit, Memory, Plan, Stage, Weights
 from worldline.nn.modulation import fused
@@ -84,7 +84,7 @@ def recognise(place: Place) -> Opened:
     except InputError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     place = replace(place, named=folder.parent if folder.name == "transformer" else folder)
-    name = place.released.name if place.released else place.named.name
+    name = place.released.name if place.released else model_name(place.named)
     name = f"{BUNDLED_PREFIX if place.bundled else ''}{name}"
     return Opened(family, name, place, None, source, settings, defaults)
 

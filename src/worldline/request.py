@@ -5,13 +5,15 @@ holds its type, range, default and help text; everything else is derived from it
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import islice
 from os import PathLike, fspath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from worldline.errors import InputError, UnknownOptionError, did_you_mean, option
+from worldline.errors import InputError, UnknownOptionError, brief, did_you_mean, option
+from worldline.files import check_path
 from worldline.shapes import VideoShape
 
 NEGATIVE_PROMPT = (
@@ -24,7 +26,9 @@ NEGATIVE_PROMPT = (
     "quality."
 )
 
-Name = Callable[[str], str]  # a field -> what the user wrote in its place, for messages
+_MOST_PROBLEMS = 20  # that are named of one request
+# a field -> what the user wrote in its place, for messages
+Name = Callable[[str], str]
 
 
 def _not_blank(value: Any) -> Any:
@@ -33,9 +37,10 @@ def _not_blank(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, Field(min_length=0)]  # with a constraint, pydantic refuses invalid Unicode
+# with a constraint, pydantic refuses invalid Unicode; encoders read some hundred words
+Text = Annotated[str, Field(max_length=100_000)]
 Prompt = Annotated[Text, AfterValidator(_not_blank)]
-Path = Annotated[str, AfterValidator(_not_blank)]
+Path = Annotated[str, AfterValidator(_not_blank), AfterValidator(check_path)]
 Seed = Annotated[
     int, Field(ge=0, lt=2**32, description="Random seed; gives the same noise on any machine.")
 ]
@@ -53,6 +58,7 @@ PreviewEvery = Annotated[
 Embedding = Annotated[
     Any,
     AfterValidator(_not_blank),
+    AfterValidator(check_path),
     Field(description="File of embeddings, in place of the text encoder."),
 ]
 
@@ -96,7 +102,7 @@ class Options(BaseModel):
     @classmethod
     def problems(cls, error: ValidationError, name: Name) -> Iterator[str]:
         """One line for each problem, `WHERE: WHAT IS WRONG; WHAT TO DO`."""
-        for problem in error.errors():
+        for problem in islice(error.errors(), _MOST_PROBLEMS):
             field = str(problem["loc"][0]) if problem["loc"] else ""
             value, kind = problem["input"], problem["type"]
             if kind == "extra_forbidden":
@@ -110,7 +116,7 @@ class Options(BaseModel):
                 yield f"{name(field)}: {message}" if field else message
             else:
                 advice = problem["msg"].replace("Input should", "it must")
-                yield f"{name(field)} is {value!r:.80}; {advice}"
+                yield f"{name(field)} is {brief(value)}; {advice}"
 
     @classmethod
     def describe(cls) -> Iterator[str]:
@@ -242,7 +248,9 @@ class LoadOptions(Options):
 
     DECISIVE: ClassVar[frozenset[str]] = frozenset()
 
-    checkpoint_dir: Path = Field("checkpoints", description="Folder of the model folders.")
+    checkpoint_dir: Path = Field(
+        "checkpoints", description="Folder of the model folders, before the hub's cache."
+    )
     device: str | None = Field(
         None, description="cuda, cuda:1, cpu, mps.  [default: the GPU, if there is one]"
     )

@@ -16,7 +16,7 @@ from worldline.locate import locate
 from worldline.opening import open_world
 from worldline.text.reason1 import RELEASED
 
-from ..fake_hub import FakeHub, serving
+from ..fake_hub import COMMIT, FakeHub, serving
 from .conftest import Run
 
 NAMES = ("Cosmos-Predict1-4B", "Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-Guardrail1")
@@ -99,6 +99,25 @@ def test_predict2_5(run: Run, hub: FakeHub, tiny_predict2_5: Path, tmp_path: Pat
     assert again.stdout.rstrip().endswith("; 0 B to fetch")
 
 
+def test_what_is_whole_in_the_hubs_cache_is_not_fetched(
+    run: Run, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in NAMES[:2]:
+        snapshot = tmp_path / "hub" / f"models--nvidia--{name}" / "snapshots" / COMMIT
+        snapshot.mkdir(parents=True)
+        for file, content in hub.repositories[f"nvidia/{name}"].items():
+            (snapshot / file).write_bytes(content)
+    (snapshot / "encoder.jit").unlink()
+    words = ("checkpoints", "download", NAMES[0], "--checkpoint_dir", tmp_path / "own")
+    result = run(*words)
+    assert result.exit_code == 0, result.stderr
+    assert f"{NAMES[0]} is in the hub's cache: {tmp_path / 'hub'}" in result.stderr
+    assert not (tmp_path / "own" / NAMES[0]).exists()
+    assert (tmp_path / "own" / NAMES[1] / "encoder.jit").is_file()
+    assert result.stderr.count("verified") == 12
+
+
 def test_without_parts(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     words = ("--disable-guardrail", "--disable-diffusion-decoder", "--checkpoint-dir", tmp_path)
     result = run("checkpoints", "download", NAMES[0], *words)
@@ -125,6 +144,15 @@ def test_dry_run_without_a_hub(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 1
     assert result.stdout == ""  # no sum of nothing
     assert f"{MODEL}: http://127.0.0.1:9 cannot be reached" in result.stderr
+
+
+def test_a_web_page_is_one_line(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    hub.raw[""] = (200, {"Content-Type": "text/html"}, b"<html>log in</html>")
+    result = run("checkpoints", "download", NAMES[0], "--checkpoint_dir", tmp_path)
+    assert result.exit_code == 1
+    [line] = result.stderr.splitlines()
+    assert f"{MODEL}: {hub.address}/" in line
+    assert "web page" in line
 
 
 def test_what_is_refused_is_named_at_once(run: Run, hub: FakeHub, tmp_path: Path) -> None:

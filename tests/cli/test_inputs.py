@@ -12,8 +12,9 @@ import pytest
 from worldline.cli.inputs import MEDIA, PROMPTS, TYPED_MEDIA, TYPED_TEXT_MEDIA, Lines
 from worldline.errors import InputError
 from worldline.family import Item
+from worldline.inputs import kind_of
 
-from .conftest import Make
+from .conftest import Make, Run
 
 OUT = Path("outputs")
 
@@ -111,6 +112,23 @@ def test_prompts(clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert "no effect: prompt" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["b.json", "b.jsonl", "b.txt"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_documents(name: str, indent: int | None, clip: Path, tmp_path: Path) -> None:
+    rows, batch = [entry(clip, prompt="x"), entry(clip, prompt="y")], tmp_path / name
+    batch.write_text(json.dumps(rows, indent=indent), encoding="utf-16")
+    items = read(MEDIA, batch)
+    assert [(item.stated["prompt"], item.output.name) for item in items] == [
+        ("x", "0.mp4"),
+        ("y", "1.mp4"),
+    ]
+    assert str(batch) in items[1].place
+    assert "2 (1.mp4)" in items[1].place
+    batch.write_text(json.dumps(rows[1], indent=indent))
+    [item] = read(PROMPTS, batch)
+    assert (item.stated, item.output) == ({"prompt": "y"}, OUT / "0.mp4")
+
+
 def test_single(clip: Path) -> None:
     flags = {"input_image_or_video_path": str(clip), "video_save_name": "a.b"}
     item = read_single(MEDIA, flags, prompt="x")
@@ -127,9 +145,17 @@ def test_single(clip: Path) -> None:
 
 
 def test_all_problems_at_once(
-    base: Make, clip: Path, short_clip: Path, image: Path, tmp_path: Path
+    base: Make,
+    clip: Path,
+    short_clip: Path,
+    image: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fake, cut = tmp_path / "fake.mp4", tmp_path / "cut.mp4"
+    monkeypatch.chdir(tmp_path)  # short paths, so that no line is cut
+    for path in (short_clip, image):
+        shutil.copy(path, path.name)
+    short_clip, image, fake, cut = map(Path, (short_clip.name, image.name, "fake.mp4", "cut.mp4"))
     fake.write_text("not a video\n")
     cut.write_bytes(clip.read_bytes()[:2000])
     lines: list[tuple[object, str]] = [
@@ -145,9 +171,9 @@ def test_all_problems_at_once(
         (entry(image), "--input_type image"),
         ({"visual_input": 7}, '"visual_input" is 7'),
         (entry(""), "it is a folder"),
-        (entry(tmp_path / "x.txt"), "x.txt: no such file"),
+        (entry("x.txt"), "x.txt: no such file"),
     ]
-    batch = write_lines(tmp_path / "b.jsonl", *(line for line, _ in lines))
+    batch = write_lines(Path("b.jsonl"), *(line for line, _ in lines))
     result = base("--batch_input_path", batch)
     assert result.exit_code == 2
     check_lines(result.stderr, batch, [part for _, part in lines])
@@ -173,6 +199,55 @@ def test_all_problems_with_prompts_at_once(
     check_lines(result.stderr, batch, [part for _, part in lines])
 
 
+def problems_of(reader: Lines, batch: Path) -> list[str]:
+    items, problems = reader.read(reader.flags.parse({"batch_input_path": str(batch)}), {})
+    assert not items
+    return problems
+
+
+def test_fields_of_other_releases_and_names_that_stand_twice(tmp_path: Path) -> None:
+    rows = [{"input_video": "a.mp4", "prompt": "x", "output_video": "o.mp4"}]
+    batch = write_lines(tmp_path / "b.json", json.dumps(rows, indent=2))
+    [problem] = problems_of(TYPED_TEXT_MEDIA, batch)
+    assert problem.startswith(f"{batch} item 1 (0.mp4): ")
+    assert 'no "visual_input"; rename "input_video"' in problem
+    batch = write_lines(tmp_path / "b.jsonl", "", '{"prompt": "x", "a": {"c": 1, "c": 2}}')
+    [problem] = problems_of(PROMPTS, batch)
+    assert problem.startswith(f"{batch} line 2 (1.mp4): ")
+    assert "'c' stands there twice" in problem
+
+
+def test_rows_that_name_no_file(run: Run, tmp_path: Path) -> None:
+    names = [
+        "https://x.org/a.mp4",
+        "file:///a.mp4",
+        "a\0b.mp4",
+        "a\udc80\ud800b.mp4",
+        "~nobody/a.mp4",
+    ]
+    batch = write_lines(tmp_path / "b.jsonl", *map(entry, names))
+    problems = problems_of(MEDIA, batch)
+    assert [problem.count("URLs") for problem in problems] == [1, 1, 0, 0, 0]
+    for number, problem in enumerate(problems):
+        assert problem.startswith(f"{batch} line {number + 1} ({number}.mp4): ")
+    for name in (*names[:2], Path(names[0]), *names[2:4]):
+        with pytest.raises(InputError):  # in Python
+            kind_of(name)
+    for words in (["evaluate"], ["checkpoints", "inspect"], ["tokenize", "encode"]):
+        result = run(*words, names[0])
+        assert (result.exit_code, result.stderr.count("URLs")) == (2, 1)
+
+
+def test_ten_thousand_wrong_rows(base: Make, tmp_path: Path) -> None:
+    batch = write_lines(tmp_path / "b.jsonl", *(entry(f"{n}\x1b[2J.mp4") for n in range(10_000)))
+    result = base("--batch_input_path", batch)
+    assert result.exit_code == 2
+    assert len(result.stderr) < 2000
+    assert "b.jsonl line 1 (0.mp4): 0\\x1b[2J.mp4" in result.stderr
+    *rows, last = result.stderr.splitlines()
+    assert last == f"and {1000 - len(rows)} more"
+
+
 def check_lines(stderr: str, batch: Path, parts: list[str]) -> None:
     """Fail unless each wrong line of a batch, and no other, has its own line."""
     found = stderr.split("worldline: ")[-1].splitlines()
@@ -190,11 +265,13 @@ def check_lines(stderr: str, batch: Path, parts: list[str]) -> None:
         (b"\n \n", "has no input"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (None, "No such file"),
+        (b'[{"prompt": "x"},\n{]', "line 2"),
+        (b"\x89PNG\r\n\x1a\n\x00\x80", "not UTF-8"),
         ("folder", "has no input"),
     ],
 )
 def test_nothing_to_read(content: bytes | str | None, part: str, tmp_path: Path) -> None:
-    path = tmp_path / "b.jsonl"
+    path = tmp_path / "b.json"
     if content == "folder":
         path.mkdir()
     elif isinstance(content, bytes):
@@ -220,6 +297,11 @@ def test_a_folder_holds_no_prompts(tmp_path: Path) -> None:
         (MEDIA, {"input_image_or_video_path": "a.txt"}, {}, "unknown media type .txt"),
         (MEDIA, {"input_image_or_video_path": "a.mp4", "video_save_name": "/"}, {}, "save_name"),
         (MEDIA, {"resume": 1}, {}, "--resume is 1"),
+        *(
+            (MEDIA, {name: url}, {}, f"--{name}: {url[:9]}.*URLs")
+            for name in ("input_image_or_video_path", "batch_input_path")
+            for url in ("https://x.org/a.mp4", "s3://b/a.mp4", "data:image/png;base64,aa")
+        ),
     ],
 )
 def test_refused_flags(

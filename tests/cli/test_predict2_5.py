@@ -269,18 +269,20 @@ def test_a_damaged_checkpoint_is_named(
 
 @pytest.mark.usefixtures("forbid_weights")
 def test_everything_that_is_wrong_is_named_at_once(
-    flow: Flow, short_clip: Path, image: Path, tmp_path: Path
+    flow: Flow, short_clip: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First what the files say, with their inputs; what the model cannot make, by sample, later."""
     (tmp_path / "noise.mp4").write_text("hello")
+    monkeypatch.chdir(tmp_path)  # short paths, so that no line is cut
     shutil.copy(short_clip, tmp_path / "one.mp4")
+    shutil.copy(image, tmp_path / "in.png")
     write_video(np.zeros((4, 16, 16, 3), np.uint8), tmp_path / "four.mp4", 25)
     (tmp_path / "folder.mp4").mkdir()
     video = {"inference_type": "video2world", "prompt": "x"}
     lines = write_lines(
-        tmp_path / "a.jsonl",
+        Path("a.jsonl"),
         {**video, "name": "good", "input_path": "one.mp4"},
-        {**video, "name": "still", "input_path": str(image)},
+        {**video, "name": "still", "input_path": "in.png"},
         {**video, "name": "gone", "input_path": "gone.mp4"},
         {**video, "name": "good", "input_path": "one.mp4"},
         {"name": "empty"},
@@ -291,8 +293,8 @@ def test_everything_that_is_wrong_is_named_at_once(
         {**TEXT, "name": "blank", "prompt": " "},
         {**TEXT, "name": "seed", "seed": -1, "num_output_frames": 0},
     )
-    broken = write_lines(tmp_path / "b.json")
-    result = flow("-i", lines, broken, tmp_path / "c.txt", small=False)
+    broken = write_lines(Path("b.json"))
+    result = flow("-i", lines, broken, "c.txt", small=False)
     check_refused(result, f"{broken} c.txt", tmp_path)
     for number, mentioned in (
         (2, "'still' input_path"),

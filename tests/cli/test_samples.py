@@ -10,12 +10,14 @@ import pytest
 
 from worldline.errors import InputError
 from worldline.families.predict2_5.request import FlowRequest
-from worldline.families.predict2_5.samples import SAMPLES, SampleFlags, without_comments
+from worldline.families.predict2_5.samples import SAMPLES, SampleFlags
 from worldline.family import Item
+from worldline.files import without_comments
 
 from .results import check_mentions
 
 ASSETS = Path(__file__).parents[3] / "shared" / "assets" / "predict2_5"
+BOMB = (("c", ""), ("d", "c"), ("e", "d"), ("f", "e"), ("g", "f"))  # an anchor, its alias
 TEXT = {"inference_type": "text2world", "prompt": "a ball rolls"}
 
 
@@ -252,19 +254,39 @@ def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
         ("a.jsonl", '\n{"name": "a", "seed": 1, "seed": 2}', "2 JSONL 'seed' twice"),
         ("a.yaml", "name: a\nseed: 1\nseed: 2\n", "YAML 'seed' twice"),
         ("a.yml", "samples: {seed: {prompt: x}, 'seed': {prompt: y}}\n", "YML 'seed' twice"),
-        ("a.json", " \n", "JSON 2"),
+        ("a.json", " \n", "JSON input"),
         ("a.json", "[" * 100_000, "JSON"),
         ("a.jsonl", '\n{"name": }', "2 JSONL 10"),
         ("a.yaml", "name: a\n\tseed: 1\n", "YAML 2 1"),
         ("a.yaml", "prompt: A dog: it runs", "YAML 1 14"),
-        ("a.yaml", "1: a\n", "1"),
+        ("a.yaml", "1: a\n", "Keys strings"),
+        ("a.yaml", "name: a\nseed: !!timestamp x\n", "'x' timestamp 2"),
+        ("a.yaml", "name: a\nseed: !!int ''\n", "'' int 2"),
+        ("a.yaml", "name: a\nseed: !!bool x\n", "'x' bool 2"),
+        ("a.yaml", "name: a\nseed: !!map x\n", "mapping 2"),
+        ("a.yaml", "- !!python/object:os.system {}\n", "os.system 1"),
+        ("a.yaml", f"- 1\n- {'1' * 5000}\n", "int 2"),
+        ("a.yaml", f"- 1\n- {'59:' * 99}1\n", "int 2"),
+        ("a.yaml", "&a [*a]", "aliases"),
+        ("a.yaml", "{" * 5000, "deep"),
+        (
+            "a.yaml",
+            "".join(f"{a}: &{a} [{(f'*{b},' if b else '0,') * 40}]\n" for a, b in BOMB),
+            "aliases",
+        ),
+        (
+            "a.yaml",
+            "".join(f"{a}: &{a} {{<<: [{f'*{b},' * 40 if b else '{{}}'}]}}\n" for a, b in BOMB),
+            "aliases",
+        ),
+        ("a.json", json.dumps([{"input_video": "a.mp4"}]), "1 input_video input_path"),
     ],
 )
 def test_where_a_file_is_damaged(name: str, text: str, mentioned: str, tmp_path: Path) -> None:
     file = write(tmp_path / name, text)
     _, problems = read_all(file)
     assert problems[0].startswith(str(file))
-    check_mentions(problems[0], mentioned)
+    check_mentions("\n".join(problems), mentioned)
 
 
 def test_files_that_are_not_text_or_hold_no_samples(tmp_path: Path, image: Path) -> None:

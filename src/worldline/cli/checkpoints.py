@@ -16,7 +16,7 @@ from pydantic import Field
 
 from worldline.cli.options import ManyValues, parameters, parsed
 from worldline.errors import CheckpointError, DownloadError
-from worldline.files import check_folder, readable_size
+from worldline.files import check_folder, check_path, hub_cache, readable_size, snapshots
 from worldline.request import Options
 from worldline.request import Path as Named
 
@@ -97,7 +97,7 @@ def download(context: click.Context, /, **_: object) -> None:
     """
     from tqdm import tqdm
 
-    from worldline.downloads import fetch_all, find_files, select, sources
+    from worldline.downloads import HubError, fetch_all, find_files, select, sources
 
     flags = parsed(context, DownloadFlags)
     generation, folder = flags.cosmos_version, Path(flags.checkpoint_dir)
@@ -110,8 +110,16 @@ def download(context: click.Context, /, **_: object) -> None:
     problems: list[str] = []
     for source in sources(names, generation, without):
         try:
-            for file in find_files(source):
-                plan.setdefault(folder / source.destination / file.name, file)
+            files, place = find_files(source), folder / source.destination
+            for path in snapshots(hub_cache(), source.repository) if not place.exists() else ():
+                whole = all(file.may_be_at(path / file.name) for file in files)
+                if path.name == files[0].commit and whole:
+                    logger.info("%s is in the hub's cache: %s", source.name, path)
+                    place = path
+            for file in files:
+                plan.setdefault(place / file.name, file)
+        except HubError:
+            raise  # so would every other
         except DownloadError as error:
             problems.append(str(error))
     if problems:
@@ -150,7 +158,7 @@ def inspect(path: Path) -> None:
     PATH is a file, the folder of a model, or a folder of such folders. Headers alone are read. The
     exit status is 2 where there is no checkpoint or a file is damaged.
     """
-    if not path.exists():
+    if not check_path(path).exists():
         raise CheckpointError(f"{path}: no such file or folder")
     targets = [path]
     if path.is_dir():

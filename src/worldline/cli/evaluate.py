@@ -10,6 +10,7 @@ import click
 
 from worldline.cli.run import check_outputs
 from worldline.errors import Error, InputError
+from worldline.files import check_path
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ def evaluate(
     from worldline.video.sheet import contact_sheet
     from worldline.video.write import write_bytes
 
+    for path in (folder, reference, output):
+        check_path(path)
     output = output or folder / _REPORT
     picture = output.with_suffix(".png")
     tasks = find_tasks(folder, reference, num_input_frames)

@@ -1,8 +1,7 @@
 """What commands read: one input, the lines of a released JSONL, or a folder of media."""
 
-import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -10,8 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from worldline.errors import InputError
+from worldline.errors import InputError, brief
 from worldline.family import Item
+from worldline.files import MAX_PROBLEMS, check_path, read_entries
 from worldline.request import Options
 from worldline.request import Path as Named
 
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 VISUAL, PROMPT, EMBEDDINGS = "visual_input", "prompt", "prompt_embeddings"
 _SOURCES = ("input_image_or_video_path", "batch_input_path", "input_prompts_path")
 _LABEL = 40  # characters of a prompt that names an item
+# names of VISUAL in files of other releases
+_OTHER_NAMES = ("input_video", "input_image", "input_path")
 # formats that are not written; another suffix is part of the name
 _UNWRITTEN = (".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".3gp")
 
@@ -68,7 +70,7 @@ class TextTypedFlags(TypedFlags):
 class OneFlags(Options):
     """Argument and flags of `worldline generate WORLD`."""
 
-    input: str | None = Field(None, json_schema_extra={"argument": True})
+    input: Named | None = Field(None, json_schema_extra={"argument": True})
     output: str = Field(
         "output.mp4",
         description="File of the video: .mp4, .mov, .mkv, .webm or .gif.",
@@ -122,14 +124,15 @@ class Lines:
         problems: list[str] = []
         unread: set[str] = set()
         needed = [name for name in self.needed if name != PROMPT or EMBEDDINGS not in stated]
+        rows: Iterable[tuple[int, str, Any]] = read_rows(path)
         if path.is_dir() and PROMPT not in needed:
             files = enumerate(map(str, list_files(path)))
-            lines = [(n, file, json.dumps({VISUAL: file})) for n, file in files]
-        else:
-            lines = read_lines(path)
-        for number, place, line in lines:
+            rows = [(number, file, {VISUAL: file}) for number, file in files]
+        for number, place, row in rows:
+            if len(problems) >= MAX_PROBLEMS:
+                break
             try:
-                entry = read_line(line, needed)
+                entry = check_row(row, needed)
                 unread |= entry.keys() - set(self.fields)
                 fields = {PROMPT: entry.get(PROMPT), **stated} if PROMPT in self.fields else stated
                 file = find_beside(entry[VISUAL], path) if VISUAL in needed else None
@@ -144,19 +147,18 @@ class Lines:
         return items, problems
 
 
-def read_line(line: str, needed: Sequence[str]) -> dict[str, Any]:
-    """The object in a line, with a text for each of the needed fields."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error}); give an object a line") from None
-    if not isinstance(entry, dict):
+def check_row(row: Any, needed: Sequence[str]) -> dict[str, Any]:
+    """The object of one input, with a text for each of the needed fields."""
+    if isinstance(row, ValueError):
+        raise InputError(f"not JSON ({row}); give an object a line")
+    if not isinstance(row, dict):
         raise InputError(f"not an object; give one with {' and '.join(needed)}")
-    wrong = [name for name in needed if not isinstance(entry.get(name), str)]
+    wrong = [name for name in needed if not isinstance(row.get(name), str)]
     if wrong:
-        values = (f'"{n}" is {json.dumps(entry[n])}' if n in entry else f'no "{n}"' for n in wrong)
-        raise InputError(f"{', '.join(values)}; give a text")
-    return entry
+        values = [f'"{n}" is {brief(row[n])}' if n in row else f'no "{n}"' for n in wrong]
+        renamed = [f'rename "{n}"' for n in _OTHER_NAMES if n in row and VISUAL in wrong]
+        raise InputError(f"{', '.join(values)}; {', '.join(renamed) or 'give a text'}")
+    return row
 
 
 def make_item(
@@ -192,14 +194,19 @@ def single_output(folder: str, name: str) -> Path:
     return Path(folder) / (name if suffix in ENCODINGS else f"{name}.mp4")
 
 
-def read_lines(file: Path) -> list[tuple[int, str, str]]:
-    """Number, place and text of every line that is not blank."""
+def read_rows(file: Path) -> Iterator[tuple[int, str, Any]]:
+    """Number, place and value of every line of a JSONL, or of every item of a JSON document."""
     try:
-        lines = enumerate(file.read_text(encoding="utf-8-sig").split("\n"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        for kind, line, value in read_entries(file):
+            if kind:
+                yield line - 1, f"{file} line {line} ({line - 1}.mp4)", value
+            else:
+                values = value if isinstance(value, list) else [value]
+                for n, item in enumerate(values):
+                    yield n, f"{file} item {n + 1} ({n}.mp4)", item
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(f"{file}: {reason}; give a JSONL") from None
-    return [(n, f"{file} line {n + 1} ({n}.mp4)", line) for n, line in lines if line.strip()]
 
 
 def list_files(folder: Path, suffixes: Collection[str] = ()) -> list[Path]:
@@ -220,12 +227,15 @@ def find_beside(name: str, file: Path) -> Path:
     The released files name their media from the folder that holds `assets/`: a path that begins
     with the name of a folder around the file is looked up beside that folder, too.
     """
-    path, around = Path(name).expanduser(), file.absolute().parent
+    try:
+        path, around = Path(check_path(name)).expanduser(), file.absolute().parent
+    except RuntimeError as error:  # ~ of no user
+        raise InputError(f"{VISUAL}: {error}") from None
     above = [up.parent for up in (around, *around.parents) if (up.name,) == path.parts[:1]]
     for candidate in (path, around / path, *(folder / path for folder in above)):
         if candidate.exists():
             return candidate
-    raise InputError(f"{name}: no such file, from {Path.cwd()} or beside the JSONL in {around}")
+    raise InputError(f"{name}: no such file here, nor beside {file.name}")
 
 
 PROMPTS = Lines(PromptFlags, (PROMPT,), (PROMPT,))

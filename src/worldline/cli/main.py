@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from worldline.errors import Error, as_flags, is_out_of_memory, one_line
+from worldline.errors import Error, as_flags, is_out_of_memory, one_line, printable
 from worldline.family import FAMILIES
 
 # every option of every command may be written with `_` or with `-`
@@ -61,7 +61,7 @@ class Main(click.Group):
             status, message = explain(error)
             if debug:
                 click.echo(traceback.format_exc(), err=True, nl=False)
-            click.echo(f"worldline: {message}", err=True)
+            click.echo(f"worldline: {printable(message)}", err=True)
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
@@ -74,7 +74,7 @@ class _LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        click.echo(f"worldline: {prefix}{record.getMessage()}", err=True)
+        click.echo(f"worldline: {prefix}{printable(record.getMessage())}", err=True)
 
 
 def explain(error: BaseException) -> tuple[int, str]:

@@ -84,7 +84,9 @@ def describe_all(flags: LoadOptions) -> Iterator[dict[str, Any]]:
         state, folder = entry.presence(flags.checkpoint_dir)
         released = fit_released(entry, compute, memory)
         use = "as a part" if entry.name in parts else "not in this version"
-        place = folder.relative_to(flags.checkpoint_dir) if folder else entry.folders[0]
+        place = folder or entry.folders[0]
+        if folder and folder.is_relative_to(flags.checkpoint_dir):
+            place = folder.relative_to(flags.checkpoint_dir)
         yield {
             **entry.model_dump(include=fields),
             "folder": str(place),

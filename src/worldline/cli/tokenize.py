@@ -42,7 +42,7 @@ _Path = Named | None
 class DecodeFlags(Options):
     """Arguments and flags of `tokenize decode`."""
 
-    inputs: tuple[str, ...] = Field(json_schema_extra={"argument": True})
+    inputs: tuple[Named, ...] = Field(json_schema_extra={"argument": True})
     tokenizer_dir: _Path = Field(
         None,
         description="Tokenizer folder below --checkpoint_dir, a path, or tiny-… for a bundled one."

@@ -29,6 +29,7 @@ from worldline.families.autoregressive.request import FPS, AROptions, ARRequest
 from worldline.families.autoregressive.step import compile_kernels, kernel_batch, make_decoder
 from worldline.families.autoregressive.weights import open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
+from worldline.files import model_name
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
 from worldline.report import Recorder, log_result
@@ -288,7 +289,7 @@ def unused(opened: Opened, request: ARRequest) -> dict[str, str]:
 
 def notes(opened: Opened, request: ARRequest) -> list[str]:
     """What a file of embeddings holds in vain; the published failure rates, where they are high."""
-    lines, entry = [], find(opened.folder.name)
+    lines, entry = [], find(model_name(opened.folder))
     if "negative_prompt" in embeddings_of(opened, request):
         lines.append(f"{request.prompt_embeddings}: negative_prompt has no effect on this model")
     one, nine = (entry and not opened.place.bundled and entry.failure_rates) or (0, 0)

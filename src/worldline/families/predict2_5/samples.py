@@ -5,27 +5,29 @@ its releases since 13 October 2025, and of the one a week earlier, with many sam
 """
 
 import glob
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Field
+from yaml.constructor import ConstructorError
 
 from worldline.catalog import FLOW_MODELS
 from worldline.errors import InputError
 from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowRequest
 from worldline.family import Item
-from worldline.files import folded
+from worldline.files import MAX_PROBLEMS, each_once, folded, read_entries, read_text
 from worldline.request import Options, Text
 from worldline.request import Path as PathText
 
-SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
+YAML = (".yaml", ".yml")
+SUFFIXES = (".json", ".jsonl", *YAML)
 LONGEST_NAME = 200  # bytes; a file name may have 255, with suffixes
 InferenceType = Literal["text2world", "image2world", "video2world"]
 # frames that are continued, and of what
@@ -38,8 +40,14 @@ INPUTS = {
 NAMES = {"num_video_frames": "num_output_frames", "height": "resolution", "width": "resolution"}
 # Python that the released command builds its network from, as each file states it
 _CONFIG_FILES = (None, "", "cosmos_predict2/_src/predict2/configs/video2world/config.py")
-# a string is kept whole, so that what looks like a comment in it stays
-_STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
+# fields of other releases -> the same here
+RENAMED = {
+    **dict.fromkeys(("input_image", "input_video", "visual_input"), "input_path"),
+    **dict.fromkeys(("output_image", "output_video"), "name"),
+}
+_MAX_YAML = 500_000  # bytes; its parser takes seconds for as many
+_MAX_NODES = 1_000_000  # each as often as aliases name it
+_MAX_SCALAR = 100  # characters of a number or a date
 
 
 def _file_name(name: str) -> str:
@@ -92,12 +100,12 @@ class SampleFlags(Overrides):
     earlier: tuple[str, ...] = Field(
         (), json_schema_extra={"argument": True, "metavar": "[PARAMS_FILE OUTPUT_DIR]"}
     )
-    input_files: tuple[str, ...] = Field(
+    input_files: tuple[PathText, ...] = Field(
         (),
         description="Files of samples: .json, .jsonl, .yaml or .yml, or quoted patterns of names.",
         json_schema_extra={"short": "-i", "metavar": "FILE..."},
     )
-    output_dir: str | None = Field(
+    output_dir: PathText | None = Field(
         None,
         description="Folder of the videos; made if absent.",
         json_schema_extra={"short": "-o", "metavar": "DIR"},
@@ -145,6 +153,8 @@ class Samples:
         places: dict[str, str] = {}
         for file in files:
             for place, fields in read_file(file, problems):
+                if len(problems) >= MAX_PROBLEMS:
+                    break
                 with collected(problems):
                     item = make_item(file, place, fields, overrides, folder)
                     # some disks ignore case
@@ -216,6 +226,8 @@ def make_item(
 
     if not isinstance(fields, dict):
         raise InputError(f"{place}: it is {type(fields).__name__}; give names and values")
+    if renamed := [f"{name} is {RENAMED[name]} here" for name in fields if name in RENAMED]:
+        raise InputError(f"{place}: {', '.join(renamed)}; rename it")
     if "name" in fields:
         place = f"{place}, sample {fields['name']!r}"
     typed = {name: f"--{name}" for name in overrides}
@@ -249,7 +261,11 @@ def make_item(
         request["height"], request["width"] = map(int, sample.resolution.split(","))
     words = paths.get("prompt_path")
     if words is not None and sample.prompt is None:
-        request["prompt"] = read_text(words, f"{item.field('prompt_path')}: ").strip()
+        try:
+            request["prompt"] = read_text(words).strip()
+        except (OSError, ValueError) as error:
+            where = item.field("prompt_path")
+            raise InputError(f"{where}: {words}: it cannot be read: {error}") from error
     return replace(
         item,
         label=sample.name,
@@ -262,34 +278,32 @@ def make_item(
     )
 
 
-def read_text(path: Path, where: str = "") -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{where}{path}: it cannot be read: {error}") from error
-
-
 def read_file(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
     """Place and fields of every sample of a file; what cannot be read is added to `problems`."""
-    suffix = file.suffix.lower()
+    suffix, form = file.suffix.lower(), file.suffix[1:].upper()
     with collected(problems):
         if suffix not in SUFFIXES:
             raise InputError(f"{file}: it is no file of samples; give {', '.join(SUFFIXES)}")
-        text = read_text(file)
-        pieces = [(str(file), text)]
-        if suffix == ".jsonl":
-            # not `splitlines`: some of the signs that end its lines may stand in a JSON string
-            lines = enumerate(text.split("\n"), 1)
-            pieces = [(f"{file}, line {n}", x) for n, x in lines if without_comments(x).strip()]
-        for place, piece in pieces:
-            with collected(problems):
-                value = parse(piece, suffix, place)
-                if isinstance(value, list):
+        try:
+            entries: Iterable[tuple[str, int, Any]] = read_entries(file)
+            if suffix in YAML:
+                entries = [("", 1, parse_yaml(read_text(file, _MAX_YAML)))]
+            for kind, number, value in entries:
+                place = f"{file}, {kind} {number}" if kind else str(file)
+                if isinstance(value, ValueError):
+                    problems.append(f"{place}: it is not valid {form}: {value}")
+                elif isinstance(value, list):
                     yield from ((f"{place}, item {n}", one) for n, one in enumerate(value, 1))
                 elif isinstance(value, dict) and isinstance(value.get("samples"), dict):
                     yield from ((place, one) for one in by_name(value))
                 else:
                     yield place, value
+        except OSError as error:
+            raise InputError(f"{file}: it cannot be read: {error.strerror}") from error
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
+            deep = isinstance(error, RecursionError)
+            reason = "it is nested too deep" if deep else " ".join(str(error).split())
+            raise InputError(f"{file}: it is not valid {form}: {reason}") from error
 
 
 def by_name(value: Mapping[str, Any]) -> Iterator[Any]:
@@ -303,34 +317,48 @@ def by_name(value: Mapping[str, Any]) -> Iterator[Any]:
         yield one
 
 
-def without_comments(text: str) -> str:
-    """JSON without what follows `//` in a line, except in strings; lines stay lines."""
-    return _STRING_OR_COMMENT.sub(lambda match: match[0] if match[0].startswith('"') else "", text)
+def parse_yaml(text: str) -> Any:
+    """Value of a YAML text in which no mapping has a name twice.
+
+    Raises:
+        ValueError, YAMLError, RecursionError: it is no YAML; aliases or nested values are too many.
+    """
+    loader = _Yaml(text)
+    if (node := loader.get_single_node()) is None:
+        return None
+    level, count = [node], 0
+    while level:
+        level = [*islice(chain.from_iterable(map(_inner, level)), _MAX_NODES)]
+        if (count := count + 1 + len(level)) > _MAX_NODES:  # also where an alias names its own list
+            raise ValueError(f"it has more than {_MAX_NODES:,} values; give fewer aliases")
+    return loader.construct_document(node)
 
 
-def parse(text: str, suffix: str, place: str) -> Any:
-    """Value of a JSON or YAML text in which no mapping has a name twice."""
-    try:
-        if suffix in (".yaml", ".yml"):
-            return yaml.load(text, _Yaml)
-        return json.loads(without_comments(text), object_pairs_hook=_each_once)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{place}: it is not valid {suffix[1:].upper()}: {reason}") from error
-
-
-def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise ValueError(f"{name!r} stands there twice")
-        fields[name] = value
-    return fields
+def _inner(node: Any) -> Iterable[Any]:
+    if isinstance(node, yaml.MappingNode):
+        return chain.from_iterable(node.value)
+    return node.value if isinstance(node, yaml.SequenceNode) else ()
 
 
 class _Yaml(yaml.SafeLoader):  # type: ignore[misc]
     """Safe loader that refuses names which stand in a mapping twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        _each_once([(key.value, key) for key, _ in node.value if isinstance(key.value, str)])
+        if isinstance(node, yaml.MappingNode):
+            try:
+                each_once([(key.value, 0) for key, _ in node.value if isinstance(key.value, str)])
+            except ValueError as error:
+                raise ConstructorError(None, None, str(error), node.start_mark) from error
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            return super().construct_object(node, deep)
+        try:
+            if len(node.value) > _MAX_SCALAR and not node.tag.endswith(":str"):
+                raise ValueError
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:  # the loader's, of a bad value
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{node.value!r:.80} is no {kind}"
+            raise ConstructorError(None, None, problem, node.start_mark) from error
