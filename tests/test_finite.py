@@ -95,6 +95,7 @@ def test_the_step_is_named(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_steps_are_checked_without_waiting() -> None:
     """But for the device's clock, which each step waits for."""
     device = torch.device("cuda")
@@ -107,8 +108,8 @@ def test_steps_are_checked_without_waiting() -> None:
         return x
 
     steps = report(sampler(), Recorder(device), torch.float16, 4, 0)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         with pytest.raises(NonFiniteError, match=r"step 3 of 4: latents .*float16"):
             finish(steps)
     finally:
