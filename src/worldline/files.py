@@ -32,6 +32,23 @@ MAX_PROBLEMS = 1000  # of a batch, behind which the others are not looked for
 _DEEPEST = 100  # levels of nested values
 # a string is kept whole, so that what looks like a comment in it stays
 _STRING_OR_COMMENT = re.compile(r'"(?:[^"\\\n]|\\.)*+"|//[^\n]*')
+# how files begin that are given for weights -> what they are
+_FORMATS = {
+    rb"GGUF": "GGUF",
+    rb"\x89HDF\r\n": "HDF5",
+    rb".{4}TFL3": "TensorFlow Lite",
+    rb"\x08[\x01-\x20]\x12.(pytorch|tf2onnx|onnx)": "ONNX",
+    rb"\x93NUMPY": "a NumPy array",
+    rb".{257}ustar": "a tar archive, as .nemo is",
+    rb"\x1f\x8b": "a gzip archive",
+    rb"\x28\xb5\x2f\xfd": "a zstd archive",
+    rb"\xfd7zXZ": "an xz archive",
+    rb"7z\xbc\xaf": "a 7z archive",
+    rb"Rar!": "a RAR archive",
+    rb".{4}ftyp|\x1aE\xdf\xa3": "a video",
+    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF": "a picture",
+    rb"%PDF": "a PDF",
+}
 
 
 @contextlib.contextmanager
@@ -87,6 +104,12 @@ def disguise(head: bytes) -> str:
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "web page"
     return "git-lfs pointer" if text.startswith(b"version https://git-lfs") else ""
+
+
+def foreign(head: bytes) -> str:
+    """Format of a file that holds no weights for us, by its first 512 bytes; "" if unknown."""
+    kinds = (kind for start, kind in _FORMATS.items() if re.match(start, head, re.DOTALL))
+    return next(kinds, "")
 
 
 def folded(name: str) -> str:

@@ -6,23 +6,28 @@ A `FileTensor` is an entry of a header. Nothing of it is read until `read`, or `
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from worldline.errors import CheckpointError
-from worldline.files import disguise, replacing
+from worldline.errors import CheckpointError, one_line
+from worldline.files import disguise, foreign, replacing
 
+METADATA = ".metadata"  # of a distributed checkpoint
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 # first bytes of a zip archive, and of the first pickle in a file from before PyTorch 1.6
 _ZIP, _LEGACY = b"PK\x03\x04", torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
+_DISTRIBUTED = b"torch.distributed.checkpoint"  # in the first bytes of its .metadata
+_DTYPES = {**safetensors.torch._TYPES, "F8_E8M0": torch.float8_e8m0fnu}
 
 SHARD = re.compile(r"(?P<stem>.+)_model_mp_(?P<rank>\d+)\.pt")
 # released name pattern -> axis on which tensor-parallel ranks cut it; None for a tensor that every
@@ -151,76 +156,149 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a file of weights by its content, whatever its suffix; reads the header only.
+    """Open weights by content, whatever the suffix; reads headers only.
+
+    Args:
+        path: a file, an index of files, or the folder or `.metadata` of a distributed checkpoint.
 
     Raises:
-        CheckpointError: missing, a folder, unreadable, empty, cut short, a web page or git-lfs
-            pointer in the place of the file, of unknown format, unsafe, or without a tensor.
+        CheckpointError: missing, another folder, unreadable, empty, cut short, a web page or
+            git-lfs pointer in the place of the file, of unknown format, unsafe, or without a
+            tensor.
     """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    if head.startswith(_ZIP) or _LEGACY in head[:32]:
-        from worldline.weights.archive import open_pickled
+    return _open(Path(path))
 
-        kind, tensors, nesting, beside = open_pickled(path)
-        entries = {name: FileTensor(path, *tensor) for name, tensor in tensors.items()}
-        checkpoint = Checkpoint(path, kind, entries, (path,), nesting, beside)
-    elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
-        checkpoint = _open_safetensors(path, 8 + int.from_bytes(head[:8], "little"))
-    elif kind := disguise(head):
-        advice = "run `git lfs pull`" if "lfs" in kind else "accept its licence, download it again"
-        raise CheckpointError(f"{path} is a {kind}, not weights; {advice}")
-    elif head.lstrip().startswith(b"{"):
+
+def _open(path: Path) -> Checkpoint:
+    """The tensors of weights by the names that are stored."""
+    path = metadata if (metadata := path / METADATA).is_file() else path
+    head = read_head(path)
+    kind = container(head)
+    if kind == "distributed":
+        from worldline.weights.distributed import open_distributed
+
+        checkpoint = open_distributed(path)
+    elif kind == "index":
         checkpoint = _open_index(path)
-    elif not head.strip(b"\0"):
-        raise CheckpointError(f"{path} is empty or starts with zeros; download it again")
     else:
-        raise CheckpointError(
-            f"{path} is in no known format (it starts with {head[:8]!r}); "
-            "give .pt, .jit or .safetensors"
-        )
+        checkpoint = _open_file(path, head)
     if not checkpoint.entries:
         raise CheckpointError(f"{path} holds no tensors")
     return checkpoint
 
 
+def read_head(path: Path) -> bytes:
+    """First 512 bytes of a regular file."""
+    try:
+        if not path.is_file() and not path.is_dir() and path.exists():
+            raise CheckpointError(f"{path} is not a regular file")
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError as error:
+        target = f" (a link to {path.readlink()})" if path.is_symlink() else ""
+        reason = error.strerror or error
+        raise CheckpointError(f"{path}{target} cannot be read: {reason}") from error
+
+
+def container(head: bytes) -> str:
+    """Container that the first 512 bytes of a file begin.
+
+    It is "pickled", "safetensors", "distributed", "index" (or other JSON), or "" for no known one.
+    """
+    if head.startswith(_ZIP) or _LEGACY in head[:32]:
+        return "pickled"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
+        return "safetensors"
+    if _DISTRIBUTED in head[:64]:
+        return "distributed"
+    return "index" if head.lstrip().startswith(b"{") else ""
+
+
+def _open_file(path: Path, head: bytes) -> Checkpoint:
+    """Open a file of tensors; `head` is its first bytes."""
+    kind = container(head)
+    if kind == "pickled":
+        from worldline.weights.archive import open_pickled
+
+        kind, tensors, nesting, beside = open_pickled(path)
+        entries = {name: FileTensor(path, *tensor) for name, tensor in tensors.items()}
+        return Checkpoint(path, kind, entries, (path,), nesting, beside)
+    if kind == "safetensors":
+        return _open_safetensors(path, 8 + int.from_bytes(head[:8], "little"))
+    if kind := disguise(head):
+        advice = "run `git lfs pull`" if "lfs" in kind else "accept its licence, download it again"
+        raise CheckpointError(f"{path} is a {kind}, not weights; {advice}")
+    if not head.strip(b"\0"):
+        raise CheckpointError(f"{path} is empty or starts with zeros; download it again")
+    if kind := foreign(head):
+        reason = f"is {kind}, which Worldline does not read"
+    else:
+        reason = f"is in no known format (it starts with {head[:8]!r})"
+    raise CheckpointError(f"{path} {reason}; give .pt, .jit or .safetensors")
+
+
 def _open_safetensors(path: Path, position: int) -> Checkpoint:
     entries: dict[str, Source] = {}
+    start = position
     try:
         with safetensors.safe_open(path, "np") as file:  # "pt" would reserve memory for the data
             for name in file.offset_keys():
                 item = file.get_slice(name)
-                dtype = safetensors.torch._TYPES[item.get_dtype()]
+                dtype = _DTYPES[item.get_dtype()]
                 meta = torch.empty(item.get_shape(), dtype=dtype, device="meta")
                 entries[name] = FileTensor(path, position, meta)
                 position += meta.nbytes
-            metadata = file.metadata() or {}
-    except (safetensors.SafetensorError, KeyError) as error:
+            metadata = file.metadata()
+        with path.open("rb") as raw:  # the library takes the last of two tensors of one name
+            num_names = json.loads(raw.read(start)[8:], object_pairs_hook=len)
+        if num_names != len(entries) + (metadata is not None):
+            raise ValueError(f"{num_names:,} names for {len(entries):,} tensors")
+    except KeyError as error:
+        reason = f"{path} holds numbers of {error}, which Worldline does not read"
+        raise CheckpointError(reason) from error
+    except (safetensors.SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is cut short or damaged: it has {path.stat().st_size:,} bytes ({error}); "
-            "download it again"
+            f"{path} is cut short or damaged: it has {path.stat().st_size:,} bytes "
+            f"({one_line(error):.200}); download it again"
         ) from error
-    return Checkpoint(path, "safetensors", entries, (path,), metadata=metadata)
+    return Checkpoint(path, "safetensors", entries, (path,), metadata=metadata or {})
+
+
+def read_index(path: Path) -> dict[str, Path]:
+    """Name of a tensor -> its file, of a `*.safetensors.index.json`.
+
+    Raises:
+        CheckpointError: it is no index, or names other folders.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(fields := dict(pairs)) < len(pairs):
+            raise ValueError("a name stands twice")
+        return fields
+
+    try:
+        if (nbytes := path.stat().st_size) > _LARGEST_HEADER:
+            raise ValueError(f"{nbytes:,} bytes")
+        places = json.loads(path.read_bytes(), object_pairs_hook=unique)["weight_map"]
+        return {tensor: path.with_name(name) for tensor, name in places.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{path} is a text, not weights, nor an index: {one_line(error):.200}"
+        raise CheckpointError(reason) from error
 
 
 def _open_index(path: Path) -> Checkpoint:
-    """Open `*.safetensors.index.json`: the files that it names, as one."""
-    try:
-        places = json.loads(path.read_bytes())["weight_map"]
-        files = {name: path.with_name(name) for name in sorted(set(places.values()))}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is a text, not weights, nor an index: {error}") from error
-    if missing := [name for name, file in files.items() if not file.is_file()]:
-        raise CheckpointError(f"{path} names files that are missing: {', '.join(missing[:5])}")
-    opened = {name: open_checkpoint(file).entries for name, file in files.items()}
-    if absent := [tensor for tensor, name in places.items() if tensor not in opened[name]]:
-        raise CheckpointError(f"{path} lists tensors that its files lack: {', '.join(absent[:5])}")
-    entries = {tensor: opened[name][tensor] for tensor, name in places.items()}
-    return Checkpoint(path, "safetensors", entries, tuple(sorted([path, *files.values()])))
+    """Open the files that an index names, as one."""
+    places = read_index(path)
+    files = sorted({*places.values()})
+    if missing := [file.name for file in files if not os.path.isfile(file)]:
+        names = ", ".join(missing[:5])
+        raise CheckpointError(f"{path} names files that are missing: {names:.200}")
+    opened = {file: _open_file(file, read_head(file)).entries for file in files}
+    if absent := [tensor for tensor, file in places.items() if tensor not in opened[file]]:
+        names = ", ".join(absent[:5])
+        raise CheckpointError(f"{path} lists tensors that its files lack: {names:.200}")
+    entries = {tensor: opened[file][tensor] for tensor, file in places.items()}
+    return Checkpoint(path, "safetensors", entries, tuple(sorted([path, *files])))
 
 
 def renamed(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Checkpoint:
