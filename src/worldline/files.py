@@ -311,9 +311,17 @@ def find_repository(name: str, roots: Sequence[Path]) -> Path:
 
 def holds_diffusers(path: Path) -> bool:
     """Whether a folder, or a file in it, has diffusers' layout of a transformer."""
-    if path.is_file():
-        return path.name.startswith(_DIFFUSERS_FILE)
-    return any(any(f.glob(f"{_DIFFUSERS_FILE}*")) for f in (path, path / "transformer"))
+    folders = (path.parent,) if path.is_file() else (path, path / "transformer")
+    return any(any(f.glob(f"{_DIFFUSERS_FILE}*")) or _is_diffusers(f) for f in folders)
+
+
+def _is_diffusers(folder: Path) -> bool:
+    """Whether a config.json is of diffusers."""
+    try:
+        with (folder / "config.json").open("rb") as file:
+            return b'"_class_name"' in file.read(1 << 20)
+    except OSError:
+        return False
 
 
 def unfinished(folder: Path) -> str:

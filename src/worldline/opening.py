@@ -43,13 +43,18 @@ def open_model_weights(path: Path) -> Checkpoint:
         if len(present) > 1:
             logger.info("%s holds several models: %s is taken", path, present[0].name)
         path = present[0] if present else path
-    source = open_weights(path)
+    source = open_weights(path, signatures())
     if adapters := [name for name in source.tensors if "lora_" in name.lower()]:
         raise CheckpointError(
             f"{source.path}: it holds {len(adapters):,} tensors of LoRA adapters, such as "
             f"{adapters[0]}; merge them into the weights first"
         )
     return source
+
+
+def signatures() -> tuple[str, ...]:
+    """Ends of tensor names by which a family's transformer is known."""
+    return tuple(end for name in FAMILIES for end in requests_of(name).SIGNATURE)
 
 
 def find_family(tensors: Iterable[str]) -> str:

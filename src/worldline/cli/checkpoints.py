@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
 _TOKENIZER = ("encoder", "decoder", "autoencoder")  # names of files
 _COMPLETE = "complete: every tensor fits"
 Lines = Iterator[tuple[str, str]]  # topic and text
@@ -160,11 +159,7 @@ def inspect(path: Path) -> None:
     """
     if not check_path(path).exists():
         raise CheckpointError(f"{path}: no such file or folder")
-    targets = [path]
-    if path.is_dir():
-        targets = sorted({file.parent for file in path.rglob("*") if file.suffix in _SUFFIXES})
-        if not targets:
-            raise CheckpointError(f"{path}: it holds no weights ({', '.join(_SUFFIXES)})")
+    targets = find_targets(path) if path.is_dir() else [path]
     num_damaged = 0
     for target in targets:
         try:
@@ -182,9 +177,8 @@ def inspect(path: Path) -> None:
 
 def examine(path: Path) -> Lines:
     """Contents of a file, or of the weights in a folder."""
-    # one of several files: the whole model is examined
-    if path.stem in _TOKENIZER[:2] or any(path.parent.glob("*.index.json")):
-        path = path if path.is_dir() else path.parent
+    if path.stem in _TOKENIZER[:2] and path.is_file():  # one of two: the whole model is examined
+        path = path.parent
     source = open_any(path)
     inside = f', inside ["{source.nesting}"]' if source.nesting else ""
     yield "format", f"{source.kind}{inside}"
@@ -201,18 +195,48 @@ def examine(path: Path) -> Lines:
         yield "verdict", str(error)
 
 
-def open_any(path: Path) -> Checkpoint:
-    """Tensors of a file, or of the model in a folder."""
-    from worldline.tokenizers.cosmos.weights import tokenizer_files
-    from worldline.weights.checkpoint import joined, open_checkpoint
-    from worldline.weights.networks import open_weights
+def find_targets(root: Path) -> list[Path]:
+    """Folders of models in a folder; files of a folder where it is not clear which are a model."""
+    from worldline.weights.checkpoint import METADATA, SUFFIXES, is_container
+    from worldline.weights.networks import TRAINING_STATE, nemo, weights_in
 
-    files = [file for file in path.glob("*") if file.suffix in _SUFFIXES]
-    if any(file.stem in _TOKENIZER for file in files):
-        return joined([open_checkpoint(file) for file in tokenizer_files(path)], path)
-    for index in path.glob("pytorch_*.index.json"):
-        return open_checkpoint(index)
-    return open_checkpoint(files[0]) if len(files) == 1 else open_weights(path)
+    folders = {
+        path.parent
+        for path in root.rglob("*")
+        if path.suffix in SUFFIXES or path.name == METADATA or is_container(path)
+    }
+    targets: list[Path] = []
+    for folder in sorted(folders):
+        if folder.name in (*TRAINING_STATE, "blobs"):  # those of a hub cache have links elsewhere
+            continue
+        try:
+            find_model(folder)
+            targets.append(folder)
+        except CheckpointError:
+            targets += weights_in(folder) or [folder]
+    if not targets:
+        raise CheckpointError(f"{root}: it holds no weights ({', '.join(SUFFIXES)}){nemo(root)}")
+    return targets
+
+
+def find_model(folder: Path) -> list[Path]:
+    """Files of the model in a folder, as the commands find them that run it."""
+    from worldline.opening import signatures
+    from worldline.tokenizers.cosmos.weights import tokenizer_files
+    from worldline.weights.networks import weights_file, weights_in
+
+    if any(file.stem in _TOKENIZER for file in weights_in(folder)):
+        return tokenizer_files(folder)
+    return [weights_file(folder, signatures())]
+
+
+def open_any(path: Path) -> Checkpoint:
+    """Tensors of a file and its set, or of the model in a folder."""
+    from worldline.weights.checkpoint import joined, open_set
+
+    files = find_model(path) if path.is_dir() else [path]
+    first, *others = map(open_set, files)
+    return joined([first, *others], path) if others else first
 
 
 def describe(source: Checkpoint, path: Path) -> Lines:

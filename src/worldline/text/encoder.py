@@ -33,7 +33,7 @@ from worldline.files import (
 )
 from worldline.finite import check_finite, total
 from worldline.parallel.offload import Offloadable
-from worldline.weights.checkpoint import Checkpoint, open_checkpoint, save
+from worldline.weights.checkpoint import Checkpoint, open_checkpoint, open_set, save
 from worldline.weights.keymap import KeyMap, match
 from worldline.weights.networks import find_files
 from worldline.weights.stream import load_into
@@ -141,7 +141,7 @@ class EncoderFiles(TextPart, ABC):
             value = config.get(size)
             if type(value) is not int or value < 1:
                 raise CheckpointError(f"{path}: {size} is {value!r}")
-        checkpoint = open_checkpoint(find_files(folder, WEIGHTS, "weights")[0])
+        checkpoint = open_set(find_files(folder, WEIGHTS, "weights")[0])
         sizes = {
             cls.tied[0] if name in cls.tied else name: tensor.numel()
             for name, tensor in checkpoint.tensors.items()

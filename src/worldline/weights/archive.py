@@ -51,12 +51,12 @@ _STAND_INS = {
 }
 
 
-class _Inert:
+class Inert:
     """An object of the pickle that is not built; a TorchScript module keeps its attributes."""
 
     state: Mapping[str, object] = {}
 
-    def __new__(cls, *values: object, **named: object) -> _Inert:
+    def __new__(cls, *values: object, **named: object) -> Inert:
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:
@@ -67,7 +67,7 @@ class _Inert:
     def append(self, value: object) -> None: ...
 
 
-class _Module(_Inert):
+class _Module(Inert):
     """A TorchScript object."""
 
 
@@ -89,7 +89,7 @@ class Unpickler(pickle._Unpickler):
     """Knows tensors, dicts, lists and stand-ins.
 
     What `find_class` returns is immutable or takes its state by `__setstate__`, so that a hostile
-    pickle cannot change it for the next file: builtin types, bound methods, `_Inert`. It is the
+    pickle cannot change it for the next file: builtin types, bound methods, `Inert`. It is the
     one in Python (35 ms for 1,000 tensors, 15 in C), whose memory grows with what was read alone:
     in C, an opcode of five bytes reserves 32 GB.
 
@@ -166,7 +166,7 @@ class Unpickler(pickle._Unpickler):
         if module == "__torch__" or module.startswith("__torch__."):
             return _Module
         if name in _STAND_INS.get(module, ()):
-            return _Inert
+            return Inert
         raise CheckpointError(
             f"{self.path} is refused: its pickle names {module}.{name}, and loading that could run "
             "code; save its state_dict() (or safetensors) instead"
@@ -225,6 +225,7 @@ def read_zip(path: Path, file: BinaryIO) -> Pickled:
 
     The file is `path`, or a view of an archive inside it, in which positions are counted.
     """
+    size = file.seek(0, io.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
         roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
@@ -247,7 +248,7 @@ def read_zip(path: Path, file: BinaryIO) -> Pickled:
         def read(name: str) -> bytes:
             """Content of a member, without a look at its checksum, which may be absent."""
             position, nbytes = start(name), members[name].file_size
-            if nbytes > (limit := largest_pickle(file)):
+            if nbytes > (limit := largest_pickle(size)):
                 raise CheckpointError(
                     f"{path} is refused: its pickle has {nbytes:,} bytes, more than {limit:,}"
                 )
@@ -263,16 +264,14 @@ def read_zip(path: Path, file: BinaryIO) -> Pickled:
             if (nbytes := members[f"{root}data/{key}"].file_size) < storage.nbytes:
                 raise ValueError(f"data/{key} has {nbytes:,} bytes, expected {storage.nbytes:,}")
         refuse_overlaps(
-            ((start, unpickler.storages[key].nbytes) for key, start in starts.items()),
-            file.seek(0, io.SEEK_END),
+            ((start, unpickler.storages[key].nbytes) for key, start in starts.items()), size
         )
         torchscript = f"{root}constants.pkl" in members or isinstance(value, _Module)
         return _collect(path, "jit" if torchscript else "pt", byteorder, value, starts)
 
 
-def largest_pickle(file: BinaryIO) -> int:
-    """Bytes that a pickle in a file may have."""
-    nbytes = file.seek(0, io.SEEK_END)
+def largest_pickle(nbytes: int) -> int:
+    """Bytes that a pickle may have in a file of so many."""
     return min(max(_SMALL_PICKLE, nbytes // 64), _LARGEST_PICKLE)
 
 
@@ -285,9 +284,8 @@ def refuse_overlaps(extents: Iterable[tuple[int, int]], nbytes: int) -> None:
 
 
 def _read_legacy(path: Path, file: BinaryIO) -> Pickled:
-    limit = largest_pickle(file)
-    file.seek(0)
-    head = io.BytesIO(file.read(limit))
+    size = path.stat().st_size
+    head = io.BytesIO(file.read(limit := largest_pickle(size)))
     try:
         magic, version, machine = (Unpickler(path, head).load() for _ in range(3))
         if (magic, version) != (MAGIC_NUMBER, PROTOCOL_VERSION):
@@ -299,7 +297,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> Pickled:
     if not all(isinstance(key, str) for key in keys) or len({*keys}) < len(keys):
         raise ValueError("two storages have one name")
     starts: dict[str, int] = {}
-    position, size = head.tell(), path.stat().st_size
+    position = head.tell()
     for key in keys:
         dtype, _, nbytes = objects.storages[key]
         file.seek(position)
@@ -340,9 +338,8 @@ def _items(value: object) -> Iterator[tuple[str, object]]:
     """Names and values of a dict, a list, a lone tensor or a TorchScript module."""
     if isinstance(value, _Record) or not isinstance(value, dict | list | tuple | _Module):
         value = [value]
-    listed = isinstance(value, list | tuple)
-    held = value.state if isinstance(value, _Module) else value
-    for name, item in enumerate(value) if listed else held.items():
+    held: Any = value.state if isinstance(value, _Module) else value
+    for name, item in held.items() if isinstance(held, Mapping) else enumerate(held):
         if isinstance(item, _Module):
             yield from ((f"{name}.{inner}", tensor) for inner, tensor in _items(item))
         else:

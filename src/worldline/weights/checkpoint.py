@@ -5,6 +5,7 @@ A `FileTensor` is an entry of a header. Nothing of it is read until `read`, or `
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,9 +21,9 @@ import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError, one_line
-from worldline.files import disguise, foreign, replacing
+from worldline.files import UNFINISHED, disguise, foreign, replacing
 
-METADATA = ".metadata"  # of a distributed checkpoint
+METADATA, DISTRIBUTED = ".metadata", ".distcp"  # file and suffix of a distributed checkpoint
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 # first bytes of a zip archive, and of the first pickle in a file from before PyTorch 1.6
 _ZIP, _LEGACY = b"PK\x03\x04", torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
@@ -30,6 +31,10 @@ _DISTRIBUTED = b"torch.distributed.checkpoint"  # in the first bytes of its .met
 _DTYPES = {**safetensors.torch._TYPES, "F8_E8M0": torch.float8_e8m0fnu}
 
 SHARD = re.compile(r"(?P<stem>.+)_model_mp_(?P<rank>\d+)\.pt")
+# one of the files of an index
+PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+_FOREIGN = (".h5", ".msgpack", ".ot")  # beside ours in folders of transformers
+SUFFIXES = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")  # of files of weights
 # released name pattern -> axis on which tensor-parallel ranks cut it; None for a tensor that every
 # rank holds whole
 SHARDED_AXES: Mapping[str, int | None] = {
@@ -187,6 +192,61 @@ def _open(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def open_set(path: Path) -> Checkpoint:
+    """Open weights as `open_checkpoint` does, and with a file all others of its set.
+
+    A set is that of tensor-parallel ranks, of an index that lists the file, of parts numbered "of"
+    so many, or of a distributed checkpoint.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`, or a file of the set is missing.
+    """
+    if shard := SHARD.fullmatch(path.name):
+        return open_shards(find_shards(path.parent, shard["stem"]))
+    if path.suffix == DISTRIBUTED:
+        return open_checkpoint(path.with_name(METADATA))
+    for index in sorted(path.parent.glob("*.index*.json")):
+        if path in indexed_files(index):
+            return open_checkpoint(index)
+    if PART.fullmatch(path.name):
+        if missing := missing_parts(path):
+            names = ", ".join(missing[:3])
+            raise CheckpointError(f"{path} is a part of a model; missing beside it: {names}")
+        return joined([_open(part) for part in _parts(path)], path)
+    return open_checkpoint(path)
+
+
+def indexed_files(path: Path) -> set[Path]:
+    """Files that an index names; none where it is no index."""
+    with contextlib.suppress(CheckpointError):
+        return {*_read_index(path).values()}
+    return set()
+
+
+def _parts(path: Path) -> list[Path]:
+    """All files of the set of a part."""
+    part = PART.fullmatch(path.name)
+    assert part is not None
+    count = int(part["count"])
+    names = (f"{part['stem']}-{n:05}-of-{count:05}{part['suffix']}" for n in range(1, count + 1))
+    return [path.with_name(name) for name in names]
+
+
+def missing_parts(path: Path) -> list[str]:
+    """Names of the files that are missing in the set of a part."""
+    return [part.name for part in _parts(path) if not part.is_file()]
+
+
+def is_container(path: Path) -> bool:
+    """Whether a file is one of weights by its content, and neither half nor a piece of one."""
+    if path.suffix in (DISTRIBUTED, *UNFINISHED, *_FOREIGN):
+        return False
+    try:
+        return path.is_file() and container(read_head(path)) in ("pickled", "safetensors")
+    except CheckpointError:
+        return False
+
+
 def read_head(path: Path) -> bytes:
     """First 512 bytes of a regular file."""
     try:
@@ -264,7 +324,7 @@ def _open_safetensors(path: Path, position: int) -> Checkpoint:
     return Checkpoint(path, "safetensors", entries, (path,), metadata=metadata or {})
 
 
-def read_index(path: Path) -> dict[str, Path]:
+def _read_index(path: Path) -> dict[str, Path]:
     """Name of a tensor -> its file, of a `*.safetensors.index.json`.
 
     Raises:
@@ -288,7 +348,7 @@ def read_index(path: Path) -> dict[str, Path]:
 
 def _open_index(path: Path) -> Checkpoint:
     """Open the files that an index names, as one."""
-    places = read_index(path)
+    places = _read_index(path)
     files = sorted({*places.values()})
     if missing := [file.name for file in files if not os.path.isfile(file)]:
         names = ", ".join(missing[:5])

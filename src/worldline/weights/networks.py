@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,16 +23,23 @@ from worldline.files import (
 )
 from worldline.parallel.offload import BlockPlan, Offloadable, StreamedModule
 from worldline.weights.checkpoint import (
+    METADATA,
+    PART,
     SHARD,
+    SUFFIXES,
     Checkpoint,
     find_shards,
+    indexed_files,
+    is_container,
+    missing_parts,
     open_checkpoint,
-    open_shards,
+    open_set,
 )
 from worldline.weights.keymap import KeyMap, match, matches
 from worldline.weights.stream import load_into
 
 Config = TypeVar("Config", bound=Hashable)
+Anchors = tuple[str, ...]
 
 DIFFUSERS_FILES = (
     "diffusion_pytorch_model.safetensors",
@@ -40,6 +48,8 @@ DIFFUSERS_FILES = (
 VAE_LAYOUTS = [f"{folder}{name}" for folder in ("", "vae/") for name in DIFFUSERS_FILES]
 # released transformers whose file names start with a hash, and what their training writes
 _HASHED = "*_ema_bf16.pt"
+_TRAINING = re.compile(r"iter_(\d+)(?:_((?:ema_|reg_)?model))?\.pt")
+TRAINING_STATE = ("optim", "optimizer", "scheduler", "trainer", "dataloader")  # folders
 
 _PROMPT = "a prompt to be checked"  # is in no conversation
 _BRACKETS = re.compile(r"<[^<>\n]{1,80}>|\[[^\[\]\n]{1,80}\]")
@@ -168,15 +178,16 @@ class Shapes:
         return 1 + max(int(n.split(".")[1]) for n in self.shapes if n.startswith(f"{blocks}."))
 
 
-def weights_file(path: Path) -> Path:
+def weights_file(path: Path, anchors: Anchors = ()) -> Path:
     """File of a transformer: of NVIDIA's layout or, where there is none, of diffusers'.
 
     Args:
         path: a released folder, a diffusers folder (the `transformer` folder or the one around it),
-            or a file, which is taken whatever lies beside it.
+            a folder of a training, or a file, which is taken whatever lies beside it.
+        anchors: as for `find_files`.
 
     Returns:
-        The file; of tensor-parallel shards the first, of several `iter_*.pt` the newest.
+        The file; of tensor-parallel shards the first, of several training checkpoints the newest.
     """
     if path.is_file():
         return path
@@ -192,49 +203,133 @@ def weights_file(path: Path) -> Path:
         yield from training_files(path)
         yield from (f"transformer/{name}" for name in DIFFUSERS_FILES)
         yield from DIFFUSERS_FILES
+        yield from distributed_files(path)
 
-    return find_files(path, ranked(), "model.pt")[0]
+    return find_files(path, ranked(), "model.pt", anchors)[0]
 
 
 def training_files(folder: Path) -> list[str]:
-    """Names of the checkpoints `iter_*.pt` of a training run, the newest first."""
-    return sorted((file.name for file in folder.glob("iter_*.pt")), reverse=True)
+    """Names of the checkpoints `iter_*.pt` of a training run, the newest first.
+
+    Predict1's trainers put weights, averaged weights and training state into files of their own.
+    """
+    files = (_TRAINING.fullmatch(file.name) for file in folder.glob("iter_*.pt"))
+    ranked = {
+        match[0]: (int(match[1]), ("", "model", "reg_model", "ema_model").index(match[2] or ""))
+        for match in files
+        if match
+    }
+    return sorted(ranked, key=ranked.__getitem__, reverse=True)
 
 
-def find_files(folder: Path, layouts: Iterable[Sequence[str]], kind: str) -> list[Path]:
-    """Files of the first layout, one name or several, that is there.
+def distributed_files(folder: Path) -> list[str]:
+    """Distributed checkpoints in a folder or up to three levels below, the newest alone.
 
     Raises:
-        CheckpointError: there is none, or half of one; `kind` is what is missing.
+        CheckpointError: there are those of several runs.
+    """
+    paths = (path for level in range(4) for path in folder.glob("*/" * level + METADATA))
+    names = [path.relative_to(folder) for path in paths if path.parent.name not in TRAINING_STATE]
+    runs = sorted({re.sub(r"\d+", "*", str(name.parent)) for name in names})
+    if len(runs) > 1:
+        raise CheckpointError(
+            f"{folder} holds distributed checkpoints of several runs ({', '.join(runs):.200}); "
+            "name one of them"
+        )
+    names.sort(key=lambda name: [*map(int, re.findall(r"\d+", str(name)))])
+    return [str(name) for name in names[-1:]]
+
+
+def find_files(
+    folder: Path, layouts: Iterable[Sequence[str]], kind: str, anchors: Anchors = ()
+) -> list[Path]:
+    """Files of the first layout, one name or several, that is there; else the only weights.
+
+    Args:
+        folder: where they are looked for; the only weights, beside the names of `layouts`, too.
+        layouts: in order of preference.
+        kind: what is missing, for the message.
+        anchors: ends of names of tensors, of which one is in weights of this kind; they decide
+            about files whose names do not.
+
+    Raises:
+        CheckpointError: there is none, or half of one, or several of unknown names.
     """
     tried: list[str] = []
     half = ""
     for layout in layouts:
         names = (layout,) if isinstance(layout, str) else layout
-        absent = [name for name in names if not (folder / name).is_file()]
+        # a link whose file is missing is there: it is an error by its name
+        absent = [name for name in names if not os.path.lexists(folder / name)]
         if not absent:
             return [folder / name for name in names]
         if len(absent) < len(names):
             half = f"; it is half downloaded: {absent[0]} is missing"
         tried += names
-    raise CheckpointError(
-        f"{folder} holds no {kind} (looked for {', '.join(tried)}){half or unfinished(folder)}"
-    )
+    others: list[str] = []
+    for place in dict.fromkeys((folder / name).parent for name in tried if not half):
+        present = weights_in(place)
+        files = [file for file in present if not anchors or _holds(file, anchors)]
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise CheckpointError(f"{place} holds several files ({names:.200}); name one of them")
+        if files:
+            return files
+        others += [file.name for file in present]
+    half = half or unfinished(folder) or nemo(folder)
+    if others and not half:
+        half = f"; not of this kind: {', '.join(others):.200}"
+    raise CheckpointError(f"{folder} holds no {kind} (looked for {', '.join(tried)}){half}")
 
 
-def open_weights(path: Path | Checkpoint) -> Checkpoint:
-    """Open the transformer that `weights_file` finds, all shards of a set as one.
+def _holds(path: Path, anchors: Anchors) -> bool:
+    """Whether weights hold one of some tensors, or are damaged, which is to be reported."""
+    try:
+        return any(name.endswith(anchors) for name in open_set(path).entries)
+    except CheckpointError:
+        return True
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """Files of weights in a folder, by suffix or content; one for each set of shards or parts."""
+    if not folder.is_dir():
+        return []
+    files = {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.suffix in SUFFIXES or is_container(path)
+    }
+    for index in sorted(folder.glob("*.index*.json")):
+        listed = {path.name for path in indexed_files(index)}
+        if files.keys() & listed:
+            files = {name: path for name, path in files.items() if name not in listed}
+            files[index.name] = index
+    firsts: dict[object, Path] = {}
+    for name, path in files.items():
+        shard, part = SHARD.fullmatch(name), PART.fullmatch(name)
+        if part is None or not missing_parts(path):
+            key = (shard or part or {"stem": name})["stem"]
+            firsts.setdefault((bool(shard), bool(part), key), path)
+    return [*firsts.values()]
+
+
+def nemo(folder: Path) -> str:
+    """End of a message about a folder without weights that is NeMo's; "" for others."""
+    marks = ("weights/metadata.json", "weights/common.pt", "model_config.yaml", "*.nemo")
+    if not any(any(folder.glob(mark)) for mark in marks):
+        return ""
+    return "; it is of NeMo (Megatron), which Worldline does not read: export its state_dict()"
+
+
+def open_weights(path: Path | Checkpoint, anchors: Anchors = ()) -> Checkpoint:
+    """Open the transformer that `weights_file` finds, all files of a set as one.
 
     A checkpoint that is open already is returned.
 
     Raises:
         CheckpointError: there is none, or it is incomplete or damaged.
     """
-    if isinstance(path, Checkpoint):
-        return path
-    file = weights_file(path)
-    shard = SHARD.fullmatch(file.name)
-    return open_shards(find_shards(file.parent, shard["stem"])) if shard else open_checkpoint(file)
+    return path if isinstance(path, Checkpoint) else open_set(weights_file(path, anchors))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

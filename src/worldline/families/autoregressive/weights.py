@@ -17,6 +17,7 @@ from worldline.families.autoregressive.model import (
     ARTransformer,
     ARTransformerConfig,
 )
+from worldline.families.autoregressive.request import SIGNATURE
 from worldline.nn.rope import Yarn
 from worldline.shapes import LatentShape
 from worldline.weights import networks
@@ -88,7 +89,7 @@ def open_network(
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor does not fit.
     """
-    source = open_weights(path)
+    source = open_weights(path, SIGNATURE)
     beside = source.path.parent / "config.json"
     config = read_config(
         source, networks.read_settings(beside.parent) if settings is None else settings

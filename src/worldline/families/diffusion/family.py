@@ -40,7 +40,7 @@ from worldline.tokenizers.cosmos.weights import CosmosNetwork
 from worldline.tokenizers.cosmos.weights import open_tokenizer as open_cosmos
 from worldline.video.convert import stretched_frames
 from worldline.video.read import Clip
-from worldline.weights.networks import Network
+from worldline.weights.networks import Network, weights_in
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def open_tokenizer(opened: Opened) -> CosmosNetwork:
         return open_latent_tokenizer(place.chosen(opened.options.tokenizer_dir, "tokenizer_dir"))
     names = TOKENIZERS[generation_of(opened)]
     folder = place.below(names)
-    complete = holds_diffusers(opened.source.path) and holds_diffusers(beside)
+    complete = holds_diffusers(opened.source.path) and weights_in(beside)
     if complete or (folder is None and beside.is_dir()):
         folder = beside
     if folder is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from worldline.errors import CheckpointError
 from worldline.families.diffusion.model import DECODER_RATIO, RELEASED_RATIOS, DiT, DiTConfig
+from worldline.families.diffusion.request import SIGNATURE
 from worldline.nn.dit import LARGEST_GRID, PATCH_CELLS
 from worldline.shapes import LatentShape
 from worldline.weights import dit, networks
@@ -75,7 +76,7 @@ def open_network(
         CheckpointError: there is none, it is damaged, a tensor does not fit, or the rotary
             stretching is unknown.
     """
-    source = open_weights(path)
+    source = open_weights(path, SIGNATURE)
     theirs = dit.is_diffusers(source)
     if settings is None and not theirs:
         settings = read_settings(source.path.parent)

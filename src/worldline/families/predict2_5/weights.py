@@ -18,7 +18,7 @@ from worldline.families.predict2_5.model import (
     FlowDiTConfig,
     released_exponents,
 )
-from worldline.families.predict2_5.request import Schedule
+from worldline.families.predict2_5.request import SIGNATURE, Schedule
 from worldline.weights import dit
 from worldline.weights.checkpoint import Checkpoint, renamed
 from worldline.weights.keymap import KeyMap
@@ -77,7 +77,7 @@ def open_network(
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor does not fit.
     """
-    source = network_view(open_weights(path))
+    source = network_view(open_weights(path, SIGNATURE))
     theirs = dit.is_diffusers(source)
     keys = DIFFUSERS_KEYS if theirs else KEYS
     config = read_config(source, keys, None if theirs else settings)

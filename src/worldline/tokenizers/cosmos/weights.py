@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError
-from worldline.files import read_json
+from worldline.files import holds_diffusers, read_json
 from worldline.nn.transforms import EXACT_TAP
 from worldline.tokenizers.cosmos.model import (
     LEVELS,
@@ -24,12 +24,12 @@ from worldline.tokenizers.cosmos.model import (
     CosmosTokenizerConfig,
     LatentStatistics,
 )
-from worldline.weights.checkpoint import Checkpoint, joined, open_checkpoint, renamed
+from worldline.weights.checkpoint import Checkpoint, joined, open_checkpoint, open_set, renamed
 from worldline.weights.keymap import KeyMap, renamed_by
 from worldline.weights.networks import (
-    DIFFUSERS_FILES,
     VAE_LAYOUTS,
     Network,
+    distributed_files,
     find_files,
     require_settings,
     shapes_of,
@@ -40,6 +40,7 @@ from worldline.weights.networks import (
 LAYOUTS = (
     ("encoder.safetensors", "decoder.safetensors"),
     ("encoder.jit", "decoder.jit"),
+    ("encoder.pt", "decoder.pt"),
     "autoencoder.safetensors",
     "autoencoder.jit",
     "model.safetensors",
@@ -131,7 +132,7 @@ def open_tokenizer(*paths: Path) -> CosmosNetwork:
     files = tokenizer_files(paths[0]) if len(paths) == 1 and not paths[0].is_file() else paths
     folder = files[0].parent
     whole = files[0] if len(files) == 1 else folder
-    source = network_view(joined([open_checkpoint(file) for file in files], whole))
+    source = network_view(joined([open_set(file) for file in files], whole))
     config, theirs = read_config(source, folder.name), is_diffusers(source)
     beside = tuple(folder / name for name in ((CONFIG,) if theirs else STATISTICS))
     if theirs:
@@ -147,8 +148,10 @@ def tokenizer_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: there is none, or half of a pair is missing.
     """
-    layouts = [*VAE_LAYOUTS, *LAYOUTS, *training_files(folder)]
-    return find_files(folder, layouts, "tokenizer")
+    layouts = [*VAE_LAYOUTS, *LAYOUTS, *training_files(folder), *distributed_files(folder)]
+    first = "encoder.conv_in.space.weight"
+    anchors = _theirs(first, False), _theirs(first, True)
+    return find_files(folder, layouts, "tokenizer", anchors)
 
 
 def is_diffusers(source: Checkpoint) -> bool:
@@ -261,7 +264,7 @@ def read_statistics(folder: Path, channels: int) -> LatentStatistics | None:
         source = open_checkpoint(ours)
         tensors = {name: source.read(name) for name in source.tensors}
     try:
-        if any((folder / name).exists() for name in DIFFUSERS_FILES) and not tensors:
+        if holds_diffusers(folder) and not tensors:
             settings = read_json(path)
             stated = {name: settings.get(f"latents_{name}") for name in ("mean", "std")}
             tensors = {name: torch.tensor(value) for name, value in stated.items() if value}

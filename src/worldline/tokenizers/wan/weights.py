@@ -17,7 +17,7 @@ import torch
 
 from worldline.errors import CheckpointError
 from worldline.tokenizers.wan.model import MEAN, STD, WanTokenizer, WanTokenizerConfig
-from worldline.weights.checkpoint import Checkpoint, open_checkpoint
+from worldline.weights.checkpoint import Checkpoint, open_set
 from worldline.weights.keymap import KeyMap, renamed_by
 from worldline.weights.networks import VAE_LAYOUTS, Network, find_files, require_settings, shapes_of
 
@@ -81,8 +81,11 @@ def open_wan(path: Path) -> WanNetwork:
         CheckpointError: there is none, it is damaged or half downloaded, or a tensor does not fit.
     """
     names = [*FILES, *VAE_LAYOUTS]
-    file = path if path.is_file() else find_files(path, names, "tokenizer of Wan2.1")[0]
-    source = open_checkpoint(file)
+    first = "encoder.conv_in.weight"
+    anchors = _theirs(first, False), _theirs(first, True)
+    kind = "tokenizer of Wan2.1"
+    file = path if path.is_file() else find_files(path, names, kind, anchors)[0]
+    source = open_set(file)
     stated, settings, theirs = file.parent / "config.json", {}, is_diffusers(source)
     if theirs and stated.is_file():
         plain = {"_class_name": "AutoencoderKLWan", "is_residual": False, "patch_size": None}
