@@ -230,6 +230,26 @@ def test_a_vae_without_weights_hides_no_tokenizer(own_diffusion: Path) -> None:
         open_named(own, own_diffusion)
 
 
+def test_a_folder_of_diffusers_whose_files_have_names_of_their_own(
+    tiny_diffusion: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "mine"
+    parts = load_named(VIDEO2WORLD, tiny_diffusion)
+    weights = write_diffusers(own, parts)
+    weights = weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    write_vae(own, parts)
+    vae = own / "vae" / "my_vae"
+    (own / "vae" / "diffusion_pytorch_model.safetensors").rename(vae)
+    write_text_encoder(own, tiny_diffusion)
+    text = own / "text_encoder" / "model.fp16.safetensors"
+    (own / "text_encoder" / "model.safetensors").rename(text)
+    for name in (own, own / "transformer", weights):
+        opened = open_named(name, tiny_diffusion)
+        assert (opened.folder, opened.defaults) == (own, {})
+        for part, file in (("transformer", weights), ("tokenizer", vae), ("text", text)):
+            assert file in opened[part].files
+
+
 def test_a_folder_of_diffusers(tiny_diffusion: Path, tmp_path: Path) -> None:
     """All parts below one folder; without `vae`, the tokenizer of videos is the released one."""
     own = tmp_path / "Cosmos-1.0-Diffusion-7B-Video2World"

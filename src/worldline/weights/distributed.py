@@ -88,8 +88,8 @@ def open_distributed(path: Path) -> Checkpoint:
             f"{path} is cut short or damaged, or does not fit the files beside it "
             f"({one_line(error):.200}); copy the whole folder again"
         ) from error
-    around = [path, folder, *folder.parents[:3]]
-    place = next((p for p in around if p.with_name("config.json").is_file()), folder)
+    around = [path, folder, *folder.absolute().parents[:3]]
+    place = next((p for p in around if (p.parent / "config.json").is_file()), folder)
     return Checkpoint(place, "distributed checkpoint", entries, (path, *files))
 
 
@@ -102,7 +102,7 @@ def _read(path: Path) -> tuple[dict[str, Source], list[Path]]:
     metadata = _Unpickler(path, io.BytesIO(data)).load().state
     stored: dict[Path, dict[tuple[str, Index], tuple[int, int]]] = {}
     for index, item in metadata["storage_data"].items():
-        if (offset := index.state["offset"]) is None:
+        if (offset := index.state.get("offset")) is None:
             continue  # no tensor
         name, start, nbytes = (item.state[key] for key in ("relative_path", "offset", "length"))
         if Path(name).name != name:
@@ -130,7 +130,7 @@ def _read(path: Path) -> tuple[dict[str, Source], list[Path]]:
         if any(part.meta.dtype != dtype for _, part in parts):
             raise ValueError(f"{name} is {parts[0][1].meta.dtype}, expected {dtype}")
         parts = [part for part in parts if part[1].meta.numel()] or parts[:1]
-        entries[name] = _assemble(f"{path}: {name}", parts, (0,) * len(shape), shape)
+        entries[name] = _assemble(name, parts, (0,) * len(shape), shape)
     return entries, sorted(stored)
 
 

@@ -1,0 +1,173 @@
+"""Contents decide which file of a folder is the model, not names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+
+from worldline.errors import CheckpointError
+from worldline.weights.checkpoint import open_set
+from worldline.weights.networks import find_files, open_weights, training_files, weights_in
+
+ANCHORS = ("embed.weight",)
+MODEL = {"net.embed.weight": torch.arange(6.0).view(2, 3), "net.head.weight": torch.ones(3)}
+OTHER = {"encoder.conv.weight": torch.zeros(4)}
+
+
+def put(path: Path, tensors: dict[str, Tensor] = MODEL) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pickled = path.name.endswith((".pt", ".pth", ".bin", ".ckpt", "optimizer"))
+    torch.save(tensors, path) if pickled else save_file(tensors, path)
+    return path
+
+
+def put_index(index: Path, names: tuple[str, str]) -> list[Path]:
+    """Write the model in two files, and an index of them."""
+    index.parent.mkdir(parents=True, exist_ok=True)
+    places = dict(zip(MODEL, names, strict=True))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return [put(index.with_name(file), {name: MODEL[name]}) for name, file in places.items()]
+
+
+def assert_model(path: Path) -> None:
+    source = open_weights(path, ANCHORS)
+    assert source.tensors.keys() == MODEL.keys()
+    for name, tensor in MODEL.items():
+        assert torch.equal(source.read(name), tensor)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "my_world-fp16.safetensors",
+        "step=500.ckpt",
+        "weights.pth",
+        "pytorch_model.bin",
+        "weights.data",
+        "5f3e",
+        "transformer/diffusion_pytorch_model.fp16.safetensors",
+        "transformer/diffusion_pytorch_model.bin",
+        "transformer/mine.safetensors",
+    ],
+)
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_only_weights(name: str, beside: bool, tmp_path: Path) -> None:
+    path = put(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("of the training")
+    (path.parent / "config.json").write_text("{}")
+    if beside:
+        put(path.parent / "mean_std.pt", OTHER)
+        put(path.parent / "optimizer", {f"state.{n}.exp_avg": torch.ones(2) for n in range(2)})
+        (path.parent / "old.safetensors.incomplete").write_bytes(path.read_bytes())
+    assert_model(tmp_path)
+    assert_model(path)
+
+
+def test_several_are_listed(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.pt"):
+        put(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors, b\.pt"):
+        open_weights(tmp_path, ANCHORS)
+    put(tmp_path / "model.pt")  # a released name decides
+    assert_model(tmp_path)
+
+
+def test_what_is_of_another_kind(tmp_path: Path) -> None:
+    put(tmp_path / "vae.safetensors", OTHER)
+    with pytest.raises(CheckpointError, match=r"no tokenizer .*vae\.safetensors"):
+        find_files(tmp_path, ["tokenizer.pth"], "tokenizer", ANCHORS)
+    (tmp_path / "vae.safetensors").write_bytes(b"<!doctype html>")
+    with pytest.raises(CheckpointError, match="web page"):
+        open_weights(tmp_path, ANCHORS)
+
+
+INDEXES = [
+    ("model.safetensors.index.json", ("model-00001-of-00002.safetensors", "b.safetensors")),
+    (
+        "transformer/diffusion_pytorch_model.safetensors.index.fp16.json",
+        (
+            "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+            "diffusion_pytorch_model.fp16-00002-of-00002.safetensors",
+        ),
+    ),
+    ("pytorch_model.bin.index.json", ("one.bin", "two.bin")),
+]
+
+
+@pytest.mark.parametrize(("name", "files"), INDEXES)
+def test_an_index_stands_for_its_files(name: str, files: tuple[str, str], tmp_path: Path) -> None:
+    paths = put_index(tmp_path / name, files)
+    for path in (tmp_path, tmp_path / name, *paths):
+        assert_model(path)
+    assert weights_in(paths[0].parent) == [tmp_path / name]
+    paths[1].unlink()
+    for path in (tmp_path / name, paths[0]):
+        with pytest.raises(CheckpointError, match=files[1]):
+            open_weights(path, ANCHORS)
+
+
+def test_parts_without_an_index(tmp_path: Path) -> None:
+    parts = [tmp_path / f"own-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    for path, (name, tensor) in zip(parts, MODEL.items(), strict=True):
+        put(path, {name: tensor})
+    for path in (tmp_path, *parts):
+        assert_model(path)
+    parts[0].unlink()
+    with pytest.raises(CheckpointError, match=f"part of a model.*{parts[0].name}"):
+        open_weights(parts[1])
+    with pytest.raises(CheckpointError, match=r"holds no model\.pt"):
+        open_weights(tmp_path)
+
+
+def test_files_of_a_training(tmp_path: Path) -> None:
+    newest = [f"iter_000000010{end}.pt" for end in ("_ema_model", "_reg_model", "_model", "")]
+    beside = [f"iter_000000010{end}.pt" for end in ("_optim", "_scheduler", "_RANK1_ema_model")]
+    older = ["iter_000000009_ema_model.pt", "iter_000000002.pt"]
+    for name in (*newest, *beside, *older):
+        (tmp_path / name).touch()
+    assert training_files(tmp_path) == [*newest, *older]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_distributed_checkpoints_of_a_training(tmp_path: Path) -> None:
+    run = tmp_path / "checkpoints"
+    for number in (9, 10):
+        for kind in ("model", "optim"):
+            tensors = {name: tensor + (number == 9) for name, tensor in MODEL.items()}
+            dcp.save(tensors, checkpoint_id=str(run / f"iter_{number:09}" / kind), no_dist=True)
+    (run / "iter_000000011" / "model").mkdir(parents=True)  # was interrupted
+    newest = run / "iter_000000010"
+    for path in (tmp_path, run, newest, newest / "model", newest / "model" / ".metadata"):
+        assert_model(path)
+    dcp.save(MODEL, checkpoint_id=str(tmp_path / "other" / "iter_5"), no_dist=True)
+    with pytest.raises(CheckpointError, match="several runs"):
+        open_weights(tmp_path)
+
+
+def test_nemo_is_named(tmp_path: Path) -> None:
+    for mark in ("weights/metadata.json", "context/io.json"):
+        (tmp_path / mark).parent.mkdir()
+        (tmp_path / mark).write_text('{"sharded_backend": "zarr"}')
+    with pytest.raises(CheckpointError, match="NeMo"):
+        open_weights(tmp_path)
+
+
+def test_a_snapshot_of_a_hub_cache(tmp_path: Path) -> None:
+    repository = tmp_path / "models--a--b"
+    blob = put(repository / "blobs" / "5f3e")
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    link = snapshot / "model.safetensors"
+    link.symlink_to("../../blobs/5f3e")
+    for path in (snapshot, link, blob):
+        assert_model(path)
+    blob.unlink()
+    for path in (snapshot, link):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors.*blobs/5f3e"):
+            open_set(path) if path == link else open_weights(path)
