@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from worldline.errors import CheckpointError
+from worldline.locate import locate
 from worldline.weights.checkpoint import open_set
 from worldline.weights.networks import find_files, open_weights, training_files, weights_in
 
@@ -160,12 +161,13 @@ def test_nemo_is_named(tmp_path: Path) -> None:
 
 def test_a_snapshot_of_a_hub_cache(tmp_path: Path) -> None:
     repository = tmp_path / "models--a--b"
+    assert locate(str(repository.parent), "nowhere").named == repository.parent
     blob = put(repository / "blobs" / "5f3e")
     snapshot = repository / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     link = snapshot / "model.safetensors"
     link.symlink_to("../../blobs/5f3e")
-    for path in (snapshot, link, blob):
+    for path in (snapshot, link, blob, locate(repository, tmp_path).named):
         assert_model(path)
     blob.unlink()
     for path in (snapshot, link):

@@ -180,9 +180,7 @@ def _open(path: Path) -> Checkpoint:
     head = read_head(path)
     kind = container(head)
     if kind == "distributed":
-        from worldline.weights.distributed import open_distributed
-
-        checkpoint = open_distributed(path)
+        checkpoint = _open_distributed(path)
     elif kind == "index":
         checkpoint = _open_index(path)
     else:
@@ -245,6 +243,20 @@ def is_container(path: Path) -> bool:
         return path.is_file() and container(read_head(path)) in ("pickled", "safetensors")
     except CheckpointError:
         return False
+
+
+def _open_distributed(path: Path) -> Checkpoint:
+    from worldline.weights.distributed import Joined, open_distributed
+
+    def source(name: str, part: Any) -> Source:
+        if isinstance(part, Joined):
+            parts = tuple(source(name, inner) for inner in part.parts)
+            return ShardedTensor(name, parts, part.axis)
+        return FileTensor(*part)
+
+    place, tensors, files = open_distributed(path)
+    entries = {name: source(name, tensor) for name, tensor in tensors.items()}
+    return Checkpoint(place, "distributed checkpoint", entries, tuple(files))
 
 
 def read_head(path: Path) -> bytes:

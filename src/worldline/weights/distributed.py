@@ -11,16 +11,33 @@ import io
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from torch import Tensor
 
 from worldline.errors import CheckpointError, one_line
 from worldline.weights.archive import Inert, Unpickler, largest_pickle, read_zip, refuse_overlaps
-from worldline.weights.checkpoint import Checkpoint, FileTensor, ShardedTensor, Source
 
 Index = tuple[int, ...]
-Chunk = tuple[Index, FileTensor]  # first element's index, and values
+
+
+class Piece(NamedTuple):
+    """A chunk: file, bytes from its start, and a meta tensor."""
+
+    path: Path
+    position: int
+    meta: Tensor
+
+
+class Joined(NamedTuple):
+    """Parts of a tensor along an axis."""
+
+    axis: int
+    parts: tuple[Piece | Joined, ...]
+
+
+Chunk = tuple[Index, Piece]  # first element's index, and values
 
 
 class _Object(Inert):
@@ -65,10 +82,12 @@ class View(io.RawIOBase):
         return len(data)
 
 
-def open_distributed(path: Path) -> Checkpoint:
+def open_distributed(path: Path) -> tuple[Path, dict[str, Piece | Joined], list[Path]]:
     """Open a distributed checkpoint by its `.metadata`; headers of all chunks are read.
 
-    The path of the result is the folder, or the one around it, beside which config.json lies.
+    Returns:
+        Path that stands for it: its folder, or one around it, beside which config.json lies;
+        tensors by name; all files.
 
     Raises:
         CheckpointError: it is damaged, or lacks a file, or is of NeMo.
@@ -80,7 +99,7 @@ def open_distributed(path: Path) -> Checkpoint:
             "its state_dict() to .safetensors"
         )
     try:
-        entries, files = _read(path)
+        tensors, files = _read(path)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle may raise anything at all
@@ -90,10 +109,10 @@ def open_distributed(path: Path) -> Checkpoint:
         ) from error
     around = [path, folder, *folder.absolute().parents[:3]]
     place = next((p for p in around if (p.parent / "config.json").is_file()), folder)
-    return Checkpoint(place, "distributed checkpoint", entries, (path, *files))
+    return place, tensors, [path, *files]
 
 
-def _read(path: Path) -> tuple[dict[str, Source], list[Path]]:
+def _read(path: Path) -> tuple[dict[str, Piece | Joined], list[Path]]:
     with path.open("rb") as file:
         whole = sum(each.stat().st_size for each in path.parent.glob("*.distcp"))
         data = file.read(limit := largest_pickle(whole))
@@ -111,30 +130,30 @@ def _read(path: Path) -> tuple[dict[str, Source], list[Path]]:
             raise CheckpointError(f"{path.with_name(name)} is compressed; save it without")
         place = stored.setdefault(path.with_name(name), {})
         place[index.state["fqn"], offset] = start, nbytes
-    chunks: dict[tuple[str, Index], FileTensor] = {}
+    chunks: dict[tuple[str, Index], Piece] = {}
     for file_path, places in stored.items():
         with file_path.open("rb") as file:
             refuse_overlaps(places.values(), file.seek(0, io.SEEK_END))
             for key, (start, nbytes) in places.items():
                 view: Any = View(file, start, nbytes)
                 [(position, meta)] = read_zip(file_path, view)[1].values()
-                chunks[key] = FileTensor(file_path, start + position, meta)
-    entries: dict[str, Source] = {}
+                chunks[key] = Piece(file_path, start + position, meta)
+    tensors: dict[str, Piece | Joined] = {}
     for name, described in metadata["state_dict_metadata"].items():
         if "chunks" not in described.state:
             continue
-        tensor = described.state
-        shape, dtype = tensor["size"], tensor["properties"].state[0]
-        indices = [chunk.state["offsets"] for chunk in tensor["chunks"]]
+        stated = described.state
+        shape, dtype = stated["size"], stated["properties"].state[0]
+        indices = [chunk.state["offsets"] for chunk in stated["chunks"]]
         parts = [(index, chunks[name, index]) for index in indices]
         if any(part.meta.dtype != dtype for _, part in parts):
             raise ValueError(f"{name} is {parts[0][1].meta.dtype}, expected {dtype}")
         parts = [part for part in parts if part[1].meta.numel()] or parts[:1]
-        entries[name] = _assemble(name, parts, (0,) * len(shape), shape)
-    return entries, sorted(stored)
+        tensors[name] = _assemble(name, parts, (0,) * len(shape), shape)
+    return tensors, sorted(stored)
 
 
-def _assemble(name: str, chunks: Sequence[Chunk], start: Index, shape: Index) -> Source:
+def _assemble(name: str, chunks: Sequence[Chunk], start: Index, shape: Index) -> Piece | Joined:
     """Tensor of the chunks that tile a box: joined along the first axis that parts them.
 
     Raises:
@@ -162,5 +181,5 @@ def _assemble(name: str, chunks: Sequence[Chunk], start: Index, shape: Index) ->
                 )
                 for group, (first, last) in zip(groups, bounds, strict=True)
             )
-            return ShardedTensor(name, parts, axis)
+            return Joined(axis, parts)
     raise ValueError(f"the chunks of {name} do not make {list(shape)}")
