@@ -33,6 +33,7 @@ from worldline.errors import CheckpointError, one_line
 # Bytes of a pickle in a small file, and in any; a real one has about 130 a tensor. In memory it may
 # take 70 times as many.
 _SMALL_PICKLE, _LARGEST_PICKLE = 3 << 20, 64 << 20
+_OPCODES = pickle._Unpickler.dispatch
 
 # Found in the state of optimizers and schedulers and in `_extra_state`. None is needed, so none is
 # built: each becomes an empty stand-in.
@@ -124,25 +125,15 @@ class Unpickler(pickle._Unpickler):
                 raise pickle.UnpicklingError(f"{key!r:.80} twice in a dict")
             target[key] = value
 
-    def _push_set(self) -> None:
-        self.append(None)
-
-    def _fill_set(self) -> None:
-        self.pop_mark()
-
-    def _push_frozenset(self) -> None:
-        self.pop_mark()
-        self.append(None)
-
     dispatch: ClassVar[dict[int, Any]] = {
-        **pickle._Unpickler.dispatch,
+        **_OPCODES,
         pickle.SETITEM[0]: _set_item,
         pickle.SETITEMS[0]: _set_items,
-        # these opcodes reserve more memory than they have bytes, or hash; sets are never needed
-        pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],
-        pickle.EMPTY_SET[0]: _push_set,
-        pickle.ADDITEMS[0]: _fill_set,
-        pickle.FROZENSET[0]: _push_frozenset,
+        # these reserve more memory than they have bytes, or hash; sets are never needed
+        pickle.BYTEARRAY8[0]: _OPCODES[pickle.BINBYTES8[0]],
+        pickle.EMPTY_SET[0]: _OPCODES[pickle.NONE[0]],
+        pickle.ADDITEMS[0]: _OPCODES[pickle.POP_MARK[0]],
+        pickle.FROZENSET[0]: _OPCODES[pickle.LIST[0]],
     }
 
     def find_class(self, module: str, name: str, /) -> Any:
