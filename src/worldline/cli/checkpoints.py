@@ -16,7 +16,7 @@ from pydantic import Field
 
 from worldline.cli.options import ManyValues, parameters, parsed
 from worldline.errors import CheckpointError, DownloadError
-from worldline.files import check_folder, check_path, hub_cache, readable_size, snapshots
+from worldline.files import WEIGHTS, check_folder, check_path, hub_cache, readable_size, snapshots
 from worldline.request import Options
 from worldline.request import Path as Named
 
@@ -197,13 +197,13 @@ def examine(path: Path) -> Lines:
 
 def find_targets(root: Path) -> list[Path]:
     """Folders of models in a folder; files of a folder where it is not clear which are a model."""
-    from worldline.weights.checkpoint import METADATA, SUFFIXES, is_container
+    from worldline.weights.checkpoint import METADATA, is_container
     from worldline.weights.networks import TRAINING_STATE, nemo, weights_in
 
     folders = {
         path.parent
         for path in root.rglob("*")
-        if path.suffix in SUFFIXES or path.name == METADATA or is_container(path)
+        if path.suffix in WEIGHTS or path.name == METADATA or is_container(path)
     }
     targets: list[Path] = []
     for folder in sorted(folders):
@@ -215,7 +215,7 @@ def find_targets(root: Path) -> list[Path]:
         except CheckpointError:
             targets += weights_in(folder) or [folder]
     if not targets:
-        raise CheckpointError(f"{root}: it holds no weights ({', '.join(SUFFIXES)}){nemo(root)}")
+        raise CheckpointError(f"{root}: it holds no weights ({', '.join(WEIGHTS)}){nemo(root)}")
     return targets
 
 

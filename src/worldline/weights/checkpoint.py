@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from worldline.errors import CheckpointError, one_line
-from worldline.files import UNFINISHED, disguise, foreign, replacing
+from worldline.files import UNFINISHED, disguise, each_once, foreign, replacing
 
 METADATA, DISTRIBUTED = ".metadata", ".distcp"  # file and suffix of a distributed checkpoint
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
@@ -34,7 +34,6 @@ SHARD = re.compile(r"(?P<stem>.+)_model_mp_(?P<rank>\d+)\.pt")
 # one of the files of an index
 PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 _FOREIGN = (".h5", ".msgpack", ".ot")  # beside ours in folders of transformers
-SUFFIXES = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")  # of files of weights
 # released name pattern -> axis on which tensor-parallel ranks cut it; None for a tensor that every
 # rank holds whole
 SHARDED_AXES: Mapping[str, int | None] = {
@@ -342,16 +341,10 @@ def _read_index(path: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: it is no index, or names other folders.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(fields := dict(pairs)) < len(pairs):
-            raise ValueError("a name stands twice")
-        return fields
-
     try:
         if (nbytes := path.stat().st_size) > _LARGEST_HEADER:
             raise ValueError(f"{nbytes:,} bytes")
-        places = json.loads(path.read_bytes(), object_pairs_hook=unique)["weight_map"]
+        places = json.loads(path.read_bytes(), object_pairs_hook=each_once)["weight_map"]
         return {tensor: path.with_name(name) for tensor, name in places.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{path} is a text, not weights, nor an index: {one_line(error):.200}"

@@ -17,6 +17,7 @@ from worldline.errors import CheckpointError, one_line
 from worldline.files import (
     TRANSFORMER_FILES,
     UNFINISHED,
+    WEIGHTS,
     read_json,
     refuse_broken,
     unfinished,
@@ -26,7 +27,6 @@ from worldline.weights.checkpoint import (
     METADATA,
     PART,
     SHARD,
-    SUFFIXES,
     Checkpoint,
     find_shards,
     indexed_files,
@@ -297,7 +297,7 @@ def weights_in(folder: Path) -> list[Path]:
     files = {
         path.name: path
         for path in sorted(folder.iterdir())
-        if path.suffix in SUFFIXES or is_container(path)
+        if path.suffix in WEIGHTS or is_container(path)
     }
     for index in sorted(folder.glob("*.index*.json")):
         listed = {path.name for path in indexed_files(index)}
