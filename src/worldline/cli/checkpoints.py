@@ -225,9 +225,10 @@ def find_model(folder: Path) -> list[Path]:
     from worldline.tokenizers.cosmos.weights import tokenizer_files
     from worldline.weights.networks import weights_file, weights_in
 
-    if any(file.stem in _TOKENIZER for file in weights_in(folder)):
+    files = weights_in(folder)
+    if any(file.stem in _TOKENIZER for file in files):
         return tokenizer_files(folder)
-    return [weights_file(folder, signatures())]
+    return files if len(files) == 1 else [weights_file(folder, signatures())]
 
 
 def open_any(path: Path) -> Checkpoint:
