@@ -10,8 +10,9 @@ import torch
 from worldline.errors import CheckpointError
 from worldline.families.predict2_5 import weights
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, released_exponents
+from worldline.families.predict2_5.request import SIGNATURE
 from worldline.opening import find_family
-from worldline.weights.checkpoint import Checkpoint
+from worldline.weights.checkpoint import Checkpoint, take_network
 from worldline.weights.keymap import KeyMap
 
 from .diffusers_layout import diffusers_config
@@ -86,9 +87,12 @@ def test_averages_of_training_fit_too(size: str) -> None:
         for prefix in ("net", "net_ema")
         for kind, exponents in zip(("temporal", "spatial"), released_exponents(128), strict=True)
     }
-    checkpoint = weights.network_view(fake(tensors | averaged, "model.pt", **values))
+    file = fake(tensors | averaged, "model.pt", **values)
+    checkpoint = take_network(file, SIGNATURE, weights.KEYS.prefixes)
     pairs = fits(model_of(checkpoint, weights.KEYS, {}), checkpoint, weights.KEYS)
-    assert all(name.startswith("net_ema.") for name in pairs.values())
+    for name in pairs.values():
+        assert checkpoint.entries[name] is file.entries[f"net_ema.{name}"]
+    assert "net_ema." in checkpoint.notes[0]
 
 
 @pytest.mark.parametrize("layout", ["", ".diffusers"])

@@ -54,6 +54,22 @@ def roots(small_world: Path, tiny_diffusion: Path, tiny_predict2_5: Path) -> dic
     }
 
 
+def test_log_and_report_name_what_was_done(
+    own_world: Path, clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = own_world / MODEL / "model.pt"
+    source = open_checkpoint(path)
+    tensors = {f"_orig_mod.{name}": source.read(name) for name in source.entries}
+    torch.save({"ema_model": tensors, "model": {n: t + 1 for n, t in tensors.items()}}, path)
+    caplog.set_level(logging.INFO, "worldline")
+    world = worldline.load(MODEL, checkpoint_dir=own_world, disable_guardrail=True, **BY_TOKENIZER)
+    [stripped, averaged] = world.generate(clip).report["weights"]["transformer"]
+    assert "_orig_mod" in stripped
+    assert "ema_model." in averaged
+    for note in (stripped, averaged):
+        assert caplog.messages.count(f"transformer: {note}") == 1
+
+
 def change(path: Path, **settings: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 

@@ -42,6 +42,10 @@ class OpenedPart(Protocol):
     def files(self) -> Sequence[Path]:
         """Every file that decides what the part computes."""
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What was done to the names and values of its tensors."""
+
     def nbytes(self, compute: Compute) -> int:
         """Bytes of its weights."""
 

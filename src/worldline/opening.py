@@ -22,6 +22,8 @@ from worldline.nn.modulation import fused
 from worldline.report import Recorder
 from worldline.request import LoadOptions, Request
 from worldline.weights.checkpoint import Checkpoint
+from worldline.weights.known import find_known
+from worldline.weights.names import is_adapter
 from worldline.weights.networks import open_weights, read_settings
 
 logger = logging.getLogger(__name__)
@@ -44,12 +46,19 @@ def open_model_weights(path: Path) -> Checkpoint:
             logger.info("%s holds several models: %s is taken", path, present[0].name)
         path = present[0] if present else path
     source = open_weights(path, signatures())
-    if adapters := [name for name in source.tensors if "lora_" in name.lower()]:
+    refuse_other_models(source)
+    return source
+
+
+def refuse_other_models(source: Checkpoint) -> None:
+    """Raise `CheckpointError` for adapters, and for models that are known not to be worlds."""
+    if adapters := [*filter(is_adapter, source.tensors)]:
         raise CheckpointError(
             f"{source.path}: it holds {len(adapters):,} tensors of LoRA adapters, such as "
             f"{adapters[0]}; merge them into the weights first"
         )
-    return source
+    if kind := find_known(source.tensors):
+        raise CheckpointError(f"{source.path}: it is {kind}, not a world that worldline runs")
 
 
 def signatures() -> tuple[str, ...]:
@@ -208,6 +217,9 @@ def load_parts(opened: Opened, compute: Compute, recorder: Recorder) -> Parts:
         CheckpointError: the weights cannot be read.
     """
     logger.info("reading %s", opened.folder)
+    for name, part in opened.parts.items():
+        for note in part.notes:
+            logger.info("%s: %s", name, note)
     with recorder.stage("load"), opened.family.prepare(opened, compute):
         loaded = {
             part.name: opened[part.name].load(

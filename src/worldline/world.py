@@ -389,6 +389,7 @@ class World:
             "parameters": self.parameters,
             "input": None if job.input is None else describe(job.input),
             **job.source,
+            "weights": {name: part.notes for name, part in self.opened.parts.items() if part.notes},
             "request": {name: _describe(value) for name, value in job.request},
             "dtype": str(parts.compute.dtype).removeprefix("torch."),
             "text_encoder_dtype": str(text.dtype).removeprefix("torch.") if text else None,

@@ -14,6 +14,7 @@ import torch
 
 from tiny.encoders import REASON1
 from worldline import locate
+from worldline.errors import CheckpointError
 from worldline.families.diffusion.model import DiT
 from worldline.families.predict2_5.model import FlowDiT
 from worldline.text import reason1, t5
@@ -22,6 +23,7 @@ from worldline.weights.checkpoint import open_checkpoint, save
 
 from ..conftest import MODEL, TOKENIZER
 from ..diffusers_layout import diffusers_config, diffusers_tensors
+from ..families.worlds import open_named
 from ..tiny_decoder import DECODER
 from ..tiny_diffusion import TEXT2WORLD, VIDEO2WORLD
 from ..tiny_diffusion import config as diffusion_config
@@ -119,7 +121,7 @@ def test_a_flow_model_that_lacks_a_tensor(run: Run, own_predict2_5: Path) -> Non
     del tensors["net.crossattn_proj.0.bias"]
     save(tensors, path)
     result = run("checkpoints", "inspect", path)
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "1 missing: net.crossattn_proj.0.bias" in result.stdout
 
 
@@ -141,7 +143,7 @@ def test_missing_and_too_much(run: Run, own_world: Path) -> None:
     del tensors["model.norm.weight"]
     save(tensors, path)
     result = run("checkpoints", "inspect", path)
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "1 missing: model.norm.weight" in result.stdout
     assert "1 unknown: model.layers.0.attention.wq.bias" in result.stdout
 
@@ -201,7 +203,7 @@ def test_the_released_t5(count: int, run: Run, tmp_path: Path) -> None:
             "family      T5 encoder\n",
             "sizes       text width 1,024\n",
             f"parameters  {t5.NUM_PARAMETERS:,}\n",
-            "verdict     complete: every tensor fits; 1 more, which are not read\n",
+            "complete: every tensor fits; 1 more, which are not read; values not read\n",
         ):
             assert part in result.stdout
 
@@ -242,7 +244,8 @@ def test_bundled_text_encoders(encoder: str, run: Run, tmp_path: Path) -> None:
     for path in (folder, folder / "model.safetensors"):
         result = run("checkpoints", "inspect", path)
         assert result.exit_code == 0, result.stderr
-        assert result.stdout.endswith("verdict     complete: every tensor fits\n")
+        verdict = "verdict     complete: every tensor fits; values not read\n"
+        assert result.stdout.endswith(verdict)
     assert str(locate.BUNDLED / encoder) in run("checkpoints", "inspect", locate.BUNDLED).stdout
     tensors = read_all(folder / "model.safetensors")
     lacking = next(name for name in tensors if name.endswith("norm.weight"))
@@ -262,14 +265,72 @@ def test_other_language_models_are_none_of_ours(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
     for path in (folder, folder / "model.safetensors"):
-        assert "family      unknown (tensors such as" in run("checkpoints", "inspect", path).stdout
+        result = run("checkpoints", "inspect", path)
+        assert result.exit_code == 1
+        assert f"family      a {'T5' if encoder == t5.T5Files.released else 'l'}" in result.stdout
+
+
+def test_verdict_is_that_of_a_run(run: Run, own_world: Path) -> None:
+    path = own_world / MODEL / "model.pt"
+    tensors = read_all(path)
+    name = "model.layers.1.feed_forward.w2.weight"
+    tensors[name][3, 2] = torch.nan
+    save(tensors, path)
+    result = run("checkpoints", "inspect", path.parent)
+    assert result.exit_code == 0
+    assert "complete: every tensor fits; values not read" in result.stdout
+    result = run("checkpoints", "inspect", path.parent, "--values")
+    assert result.exit_code == 1
+    assert f"{name} (NaN)" in result.stdout
+    assert "a second; 1 tensors" in result.stdout
+    assert "1 of 1 checkpoints" in result.stderr
+    save({**tensors, name: tensors[name].char()}, path)
+    result = run("checkpoints", "inspect", path)
+    assert result.exit_code == 1
+    assert f"{name} is torch.int8" in result.stdout
+    with pytest.raises(CheckpointError) as refusal:
+        open_named(MODEL, own_world)
+    assert str(refusal.value).startswith(result.stdout.partition("verdict     ")[2].strip())
+
+
+def test_notes_and_values_of_a_trainers_file(run: Run, own_world: Path) -> None:
+    path = own_world / MODEL / "model.pt"
+    tensors = {f"module.{name}": tensor for name, tensor in read_all(path).items()}
+    bad = {name: tensor * torch.nan for name, tensor in tensors.items()}  # which no run reads
+    torch.save({"net": bad, "net_ema": tensors, "scheduler": {"x": 1}}, path)
+    result = run("checkpoints", "inspect", MODEL, "--checkpoint_dir", own_world, "--values")
+    assert result.exit_code == 0, result.stdout
+    for part in ("beside      scheduler", "module", "'net_ema.model.' taken", "0 tensors with NaN"):
+        assert part in result.stdout
+    assert result.stdout.endswith("verdict     complete: every tensor fits\n")
+
+
+@pytest.mark.parametrize(
+    ("names", "targets"),
+    [
+        ("net.blocks.{}.self_attn.q_proj.lora_{}.default.weight", "q_proj"),
+        ("transformer.blocks.{}.attn.to_k.lora_{}.weight", "to_k"),
+        ("lora_unet_blocks_{}_attn_to_v.lora_{}.weight", "attn_to_v"),
+    ],
+)
+def test_adapters(names: str, targets: str, run: Run, tmp_path: Path) -> None:
+    halves = {"A": (5, 32), "B": (48, 5)} if "unet" not in names else {"down": (5, 9), "up": (9, 5)}
+    save(
+        {names.format(n, half): torch.ones(s) for n in (0, 1) for half, s in halves.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        result = run("checkpoints", "inspect", path)
+        assert result.exit_code == 1
+        for part in ("LoRA adapters", "rank        5", f"targets     {targets}\n", "4 tensors of"):
+            assert part in result.stdout
 
 
 def test_unknown(run: Run, tmp_path: Path) -> None:
     save({"unet.conv.weight": torch.zeros(2, 3)}, tmp_path / "x.safetensors")
     for path in (tmp_path, tmp_path / "x.safetensors"):
         result = run("checkpoints", "inspect", path)
-        assert result.exit_code == 0, result.stderr
+        assert result.exit_code == 1
         assert "family      unknown (tensors such as unet.conv.weight)" in result.stdout
         assert "not recognised" in result.stdout
 

@@ -185,7 +185,7 @@ MEAN = torch.zeros(16 * 4)
             write_aux_of(context=torch.ones(1, 12, 7)),
             "context [1, 12, 7]; a finite context [1, rows, 24]",
         ),
-        (write_aux_of(context=CONTEXT / 0), "a finite context"),
+        (write_aux_of(context=CONTEXT / 0), "tensor context holds "),
         (lambda root: change(root / DECODER / "model.pt", QUERY, None), "1 missing"),
         (learn_positions, "3 unknown"),
         (

@@ -20,6 +20,7 @@ from worldline.guardrails.frames import (
     frame_classifier,
     key_map,
 )
+from worldline.weights.checkpoint import open_checkpoint, save
 from worldline.weights.networks import read_network
 
 from .networks import write_classifier, write_siglip
@@ -103,3 +104,15 @@ def test_classifier_is_strict(tmp_path: Path) -> None:
     torch.save({"model": counted}, path)
     with pytest.raises(CheckpointError, match=r"network\.layers\.3\.bias"):
         read_network(frame_classifier, path, key_map)
+
+
+def test_values_that_are_not_finite(tmp_path: Path) -> None:
+    folder = write_siglip(tmp_path)
+    file = next(folder.rglob("*.safetensors"))
+    source = open_checkpoint(file)
+    tensors = {name: source.read(name) for name in source.entries}
+    [name] = [n for n in tensors if "vision" in n and n.endswith("layers.0.mlp.fc1.weight")]
+    tensors[name][0, 3] = torch.inf
+    save(tensors, file)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.fc1\.weight holds Inf"):
+        FrameFeatures(folder)

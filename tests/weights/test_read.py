@@ -1,15 +1,27 @@
 """Every format gives back the saved bits; every damaged file gives one clear line."""
 
+import argparse
+import collections
+import dataclasses
+import datetime
+import decimal
+import enum
+import functools
 import io
 import json
 import os
 import pickle
+import subprocess
 import sys
+import types
+import uuid
 import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -108,8 +120,6 @@ def test_training_checkpoint_takes_the_model_and_leaves_the_rest(tmp_path: Path)
         "b._extra_state": None,
         "c._extra_state": b"bytes",
     }
-    import numpy as np
-
     scheduler = {"lr": np.float64(0.5), "betas": (0.9, 0.99), "seen": {1, 2}, "x": np.zeros(2)}
     weights = OrderedDict(TENSORS | extra)
     weights._metadata = OrderedDict(version=1)  # type: ignore[attr-defined]
@@ -240,6 +250,89 @@ def test_unsafe_class_is_refused_by_name(tmp_path: Path, legacy: bool) -> None:
     )
     message = refused(path)
     assert "posix.mkdir" in message or "nt.mkdir" in message
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+@dataclasses.dataclass
+class Settings:
+    rate: float = 0.1
+    mean: object = None
+
+
+class Own(nn.Linear):
+    pass
+
+
+class Subclass(Tensor):
+    pass
+
+
+class Call:
+    def __init__(self, function: object, *values: object) -> None:
+        self.values = function, values
+
+    def __reduce__(self) -> Any:
+        return self.values
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        argparse.Namespace(lr=1, where=Path("x")),
+        datetime.datetime.now(datetime.UTC),
+        [Colour.RED, Settings(), decimal.Decimal("0.1"), uuid.uuid4()],
+        {"x": collections.defaultdict(list, a=[1]), "y": collections.deque([1]), "z": {1, 2}},
+        [np.float32(1), np.zeros(3), np.float64, np.random.default_rng(1), np.dtype("f4")],
+        [torch.float16, torch.device("cpu"), torch.Size([2]), int, Any, types.SimpleNamespace(a=1)],
+        Settings(mean=torch.ones(3)),
+    ],
+)
+def test_stand_ins_beside_tensors(tmp_path: Path, beside: object, legacy: bool) -> None:
+    path, value = tmp_path / "model.pt", {"model": TENSORS, "args": beside}
+    if legacy:
+        value = {"model": {n: t for n, t in TENSORS.items() if n != "none"}, "args": beside}
+    torch.save(value, path, _use_new_zipfile_serialization=not legacy)
+    checkpoint = open_checkpoint(path)
+    assert_equal(checkpoint, value["model"])  # type: ignore[arg-type]
+    assert "args" in checkpoint.beside
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (Call(Settings, torch.ones(2)), "Settings"),
+        (Call(refused, torch.ones(2)), "refused"),
+        (Call(subprocess.Popen, ["true"]), "subprocess.Popen"),
+        (Call(os.system, "true"), "system"),
+        (Call(eval, "1"), "builtins.eval"),
+        (functools.partial(print), "builtins.print"),
+        ({"w": torch.ones(2).as_subclass(Subclass)}, "Subclass"),
+        ({"w": torch.ones(2, 2).to_sparse()}, "_rebuild_sparse_tensor"),
+    ],
+)
+def test_what_would_act_or_build_tensors_is_refused(
+    tmp_path: Path, value: object, name: str
+) -> None:
+    torch.save({"model": TENSORS, "x": value}, tmp_path / "model.pt")
+    assert name in refused(tmp_path / "model.pt")
+
+
+def test_tensors_of_unknown_networks_are_refused_by_name(tmp_path: Path) -> None:
+    for value in (Own(2, 2), {"model": Own(2, 2)}):
+        torch.save(value, tmp_path / "model.pt")
+        assert "test_read.Own" in refused(tmp_path / "model.pt")
+
+
+def test_containers_in_containers_take_no_time(tmp_path: Path) -> None:
+    value: object = [1]
+    for _ in range(60):
+        value = [value, value]
+    torch.save({"x": value, "model": {"a": TENSORS}}, tmp_path / "model.pt")
+    assert open_checkpoint(tmp_path / "model.pt").nesting == "model.a"
 
 
 def test_whole_module_is_refused(tmp_path: Path) -> None:

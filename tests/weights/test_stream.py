@@ -119,6 +119,7 @@ def test_nothing_is_read_when_the_file_does_not_fit(tmp_path: Path, monkeypatch)
         ({"net__first__b": None}, "1 missing: net.first.b"),
         ({"net__extra": torch.ones(1)}, "1 unknown: net.extra"),
         ({"net__levels": torch.ones(3)}, r"net\.levels is torch\.float32 in the file"),
+        ({"net__second__w": torch.ones(5, 5).char()}, r"net\.second\.w is torch\.int8 in the file"),
     ):
         checkpoint = saved(tmp_path / "model.pt", **changes)
         with pytest.raises(CheckpointError, match=message):
@@ -135,6 +136,46 @@ def test_no_map_of_the_file_remains(tmp_path: Path) -> None:
     assert torch.equal(module.first.weight, strided)
     if maps.exists():
         assert str(tmp_path) not in maps.read_text()
+
+
+BAD = {"NaN": torch.nan, "-NaN": -torch.nan, "Inf": torch.inf, "-Inf": -torch.inf}
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stored", [*FLOATS, torch.float8_e4m3fn])
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("place", [0, 4999, 12_345])
+def test_numbers_that_are_not_finite(
+    tmp_path: Path, device: str, stored: torch.dtype, kind: str, place: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(stream, "_SLICE_BYTES", 4096)
+    if stored == torch.float8_e4m3fn and "Inf" in kind:
+        pytest.skip("it has no infinity")
+    weight = torch.randn(5, 6).double().expand(600, 5, 6).clone()
+    # the largest numbers that are finite are no error
+    weight[0, 0, 1], weight[0, 0, 2] = torch.finfo(stored).max, -torch.finfo(stored).max
+    weight.view(-1)[place] = BAD[kind]
+    if kind == "-NaN":
+        weight.view(-1)[place] = torch.tensor(-4194304, dtype=torch.int32).view(torch.float32)
+        assert weight.view(torch.int64).view(-1)[place] < 0
+    weight = weight.to(stored)
+    good = torch.nan_to_num(weight.double(), 0, 0, 0).to(stored)
+    for number, tensor in enumerate((good, weight, weight.transpose(0, 2))):
+        torch.save({"x.weight": tensor, "y.weight": good}, tmp_path / "model.pt")
+        checkpoint = open_checkpoint(tmp_path / "model.pt")
+        with torch.device("meta"):
+            module = nn.ParameterDict({"x": torch.empty(tensor.shape), "y": torch.empty(600, 5, 6)})
+        keys = KeyMap({"x.weight": "x", "y.weight": "y"})
+        if number == 0:
+            load_into(module, checkpoint, keys, device=device, dtype=torch.float64)
+            continue
+        expected = kind.strip("-")
+        with pytest.raises(CheckpointError, match=f"tensor x.weight holds {expected};"):
+            load_into(module, checkpoint, keys, device=device, dtype=torch.float64)
+        assert stream.nonfinite_tensors(checkpoint) == {"x.weight": expected}
+        with pytest.raises(CheckpointError, match=f"tensor x.weight holds {expected}"):
+            checkpoint.read("x.weight")
 
 
 def test_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
@@ -184,11 +225,16 @@ def test_a_staging_buffer_is_filled_only_after_it_was_fetched(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     monkeypatch.setattr(stream.Copier, "_read", logged)
     monkeypatch.setattr(stream, "STAGING_BYTES", 16)
-    save_file({"x": torch.arange(18.0)}, tmp_path / "x.safetensors")
+    tensors = {"x": torch.arange(18.0), "bad": torch.tensor([1, torch.nan])}
+    save_file(tensors, tmp_path / "x.safetensors")
     with ThreadPoolExecutor(1) as pool:
         copier = stream.Copier(torch.device("cpu"), pool)
         copier.staging = deque((buffers[turn], Event(turn)) for turn in (0, 1))  # type: ignore[misc]
-        value = copier.fetch(open_checkpoint(tmp_path / "x.safetensors").entries["x"])
+        entries = open_checkpoint(tmp_path / "x.safetensors").entries
+        value = copier.fetch(entries["x"], "x")
+        copies = [*log]
+        copier.fetch(entries["bad"], "bad")
+    assert copier.suspects() == {"bad"}
     assert value.tolist() == list(range(18))
     turns = [(what, turn) for turn in (0, 1) for what in ("fetched", "filled", "sent")]
-    assert log == (3 * turns)[: 5 * 3]
+    assert copies == (3 * turns)[: 5 * 3]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -15,8 +17,9 @@ import click
 from pydantic import Field
 
 from worldline.cli.options import ManyValues, parameters, parsed
-from worldline.errors import CheckpointError, DownloadError
+from worldline.errors import CheckpointError, DownloadError, Error
 from worldline.files import WEIGHTS, check_folder, check_path, hub_cache, readable_size, snapshots
+from worldline.locate import locate
 from worldline.request import Options
 from worldline.request import Path as Named
 
@@ -29,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 _TOKENIZER = ("encoder", "decoder", "autoencoder")  # names of files
 _COMPLETE = "complete: every tensor fits"
+_REFUSALS = ("refused", "other")  # what a run refuses; the second is neither world nor part of one
 Lines = Iterator[tuple[str, str]]  # topic and text
+Verdict = tuple["Checkpoint", str, str]  # tensors of the network, topic, text
 
 
 class DownloadFlags(Options):
@@ -151,32 +156,42 @@ def download(context: click.Context, /, **_: object) -> None:
 
 @checkpoints.command()
 @click.argument("path", type=click.Path(path_type=Path))
-def inspect(path: Path) -> None:
+@click.option("--values", is_flag=True, help="Read the tensors too, and look for NaN and Inf.")
+@click.option(
+    "--checkpoint_dir", default="checkpoints", help="Folder of the models.", show_default=True
+)
+def inspect(path: Path, values: bool, checkpoint_dir: str) -> None:
     """Name the model in PATH, and what is missing or too much in it.
 
-    PATH is a file, the folder of a model, or a folder of such folders. Headers alone are read. The
-    exit status is 2 where there is no checkpoint or a file is damaged.
+    PATH is a file, the folder of a model, a folder of such folders, or a name that `worldline
+    models` lists. Headers alone are read. The exit status is 1 where a run would refuse the model,
+    2 where there is no checkpoint or a file is damaged.
     """
     if not check_path(path).exists():
-        raise CheckpointError(f"{path}: no such file or folder")
+        path = locate(path, checkpoint_dir).named
     targets = find_targets(path) if path.is_dir() else [path]
-    num_damaged = 0
+    counts: Counter[str] = Counter()
     for target in targets:
         try:
-            lines = [*examine(target)]
+            lines = [*examine(target, values)]
         except CheckpointError as error:
-            num_damaged += 1
             lines = [("damaged", str(error))]
         click.echo(target)
         for topic, text in lines:
-            click.echo(f"  {topic:<11} {text}")
-    if num_damaged:
-        count = f"{num_damaged} of {len(targets)} checkpoints"
-        raise CheckpointError(f"{path}: {count} cannot be read")
+            click.echo(f"  {'verdict' if topic in _REFUSALS else topic:<11} {text}")
+        counts.update(topic for topic, _ in lines)
+    of_all = f"of {len(targets)} checkpoints"
+    if num_damaged := counts["damaged"]:
+        raise CheckpointError(f"{path}: {num_damaged} {of_all} cannot be read")
+    # beside others, what is no world may be a part of a guardrail
+    if num_refused := counts["refused"] + (counts["other"] if len(targets) == 1 else 0):
+        raise Error(f"{path}: {num_refused} {of_all} would be refused by a run")
 
 
-def examine(path: Path) -> Lines:
-    """Contents of a file, or of the weights in a folder."""
+def examine(path: Path, values: bool) -> Lines:
+    """Contents of a file, or of the weights in a folder; with `values` the tensors are read."""
+    from worldline.weights.stream import nonfinite_tensors
+
     if path.stem in _TOKENIZER[:2] and path.is_file():  # one of two: the whole model is examined
         path = path.parent
     source = open_any(path)
@@ -187,12 +202,25 @@ def examine(path: Path) -> Lines:
     infos = source.tensors.values()
     dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos).most_common()
     size = readable_size(sum(info.nbytes for info in infos))
-    values = ", ".join(f"{dtype} ({count:,})" for dtype, count in dtypes)
-    yield "tensors", f"{len(infos):,}, {size}; values: {values}"
+    kinds = ", ".join(f"{dtype} ({count:,})" for dtype, count in dtypes)
+    yield "tensors", f"{len(infos):,}, {size}; values: {kinds}"
+    verdict = "refused"
     try:
-        yield from describe(source, path)
+        source, verdict, text = yield from describe(source, path)
     except CheckpointError as error:
-        yield "verdict", str(error)
+        text = str(error)
+    for note in source.notes:
+        yield "note", note
+    if values:
+        started, nbytes = time.perf_counter(), sum(info.nbytes for info in source.tensors.values())
+        wrong = nonfinite_tensors(source)
+        speed = nbytes / (time.perf_counter() - started)
+        read = f"{readable_size(nbytes)} read, {readable_size(speed)} a second"
+        yield "values", f"{read}; {len(wrong):,} tensors with NaN or Inf"
+        if wrong:
+            names = ", ".join(f"{name} ({kind})" for name, kind in [*wrong.items()][:4])
+            verdict, text = "refused", f"{text}; not finite: {names}"
+    yield verdict, f"{text}{'' if values or verdict != 'verdict' else '; values not read'}"
 
 
 def find_targets(root: Path) -> list[Path]:
@@ -240,28 +268,39 @@ def open_any(path: Path) -> Checkpoint:
     return joined([first, *others], path) if others else first
 
 
-def describe(source: Checkpoint, path: Path) -> Lines:
+def describe(source: Checkpoint, path: Path) -> Generator[tuple[str, str], None, Verdict]:
     """Family of a model, its sizes, and whether every tensor fits: by the code that runs use."""
     from worldline.family import FAMILIES
-    from worldline.opening import find_family
+    from worldline.locate import Place
+    from worldline.opening import find_family, recognise, refuse_other_models
     from worldline.text.reason1 import Reason1Files
     from worldline.text.t5 import T5Files
     from worldline.tokenizers.cosmos import weights as cosmos
     from worldline.tokenizers.cosmos.model import PRESETS
     from worldline.tokenizers.wan.model import WanTokenizerConfig
     from worldline.tokenizers.wan.weights import is_wan, open_wan
+    from worldline.tokenizers.wan.weights import network_view as wan_view
+    from worldline.weights.known import find_known
+    from worldline.weights.names import is_adapter
     from worldline.weights.networks import read_settings
 
     folder = path if path.is_dir() else path.parent
-    if name := find_family(source.tensors):
+    if adapters := [name for name in source.tensors if is_adapter(name)]:
+        yield "family", "LoRA adapters"
+        yield from describe_adapters([(name, source.tensors[name].shape) for name in adapters])
+        try:
+            refuse_other_models(source)
+        except CheckpointError as error:
+            return source, "other", str(error)
+    if (name := find_family(source.tensors)) and not find_known(source.tensors):
         weights, model = (import_module(f"{FAMILIES[name]}.{x}") for x in ("weights", "model"))
         yield "family", f"Cosmos {name} model"
-        yield from _sizes(weights.open_network(source), model.PRESETS)
-        return
-    if is_wan(source):
+        opened = recognise(Place(path, ()))
+        network = weights.open_network(opened.source, opened.settings or None)
+        return (yield from _sizes(network, model.PRESETS))
+    if is_wan(wan_view(source)):
         yield "family", "Wan video tokenizer"
-        yield from _sizes(open_wan(source.path), {"2.1": WanTokenizerConfig()})
-        return
+        return (yield from _sizes(open_wan(source.path), {"2.1": WanTokenizerConfig()}))
     kind = read_settings(folder).get("model_type")
     for encoder in (T5Files, Reason1Files):
         if kind in encoder.model_types:
@@ -271,24 +310,36 @@ def describe(source: Checkpoint, path: Path) -> Lines:
             yield "parameters", f"{files.num_parameters:,}"
             unread = files.check()
             beside = f"; {unread:,} more, which are not read" if unread else ""
-            yield "verdict", f"{_COMPLETE}{beside}"
-            return
+            return files.checkpoint, "verdict", f"{_COMPLETE}{beside}"
     try:
         config = cosmos.read_config(cosmos.network_view(source), folder.name)
     except CheckpointError:
-        yield "family", f"unknown (tensors such as {', '.join(sorted(source.tensors)[:3])})"
-        yield "verdict", "not recognised"
-        return
+        names = ", ".join(sorted(source.tensors)[:3])
+        kind = find_known(source.tensors)
+        yield "family", kind or f"unknown (tensors such as {names})"
+        return source, "other", "no world that worldline runs" if kind else "not recognised"
     yield "family", f"Cosmos {'discrete' if config.levels else 'continuous'} video tokenizer"
     presets = {name: replace(preset, tap=config.tap) for name, preset in PRESETS.items()}
-    yield from _sizes(cosmos.open_tokenizer(path), presets)
+    return (yield from _sizes(cosmos.open_tokenizer(path), presets))
 
 
-def _sizes(network: Network[Any], presets: Mapping[str, Any]) -> Lines:
+def describe_adapters(tensors: Sequence[tuple[str, Sequence[int]]]) -> Lines:
+    """Rank and targets of low-rank adapters, by names and shapes."""
+    ranks = {min(shape[:2]) for _, shape in tensors if len(shape) > 1}
+    yield "rank", ", ".join(map(str, sorted(ranks)))
+    # kohya's names have `_` for dots, and begin with what they adapt
+    stems = (re.split(r"[._]lora[._]", re.sub(r"^lora_\w+?_", "", name))[0] for name, _ in tensors)
+    targets = {re.sub(r".*[._]\d+_", "", stem.rpartition(".")[2]) for stem in stems}
+    yield "targets", ", ".join(sorted(targets))
+
+
+def _sizes(
+    network: Network[Any], presets: Mapping[str, Any]
+) -> Generator[tuple[str, str], None, Verdict]:
     """Sizes of a network whose tensors fit, and the released one that it equals."""
     released = [name for name, config in presets.items() if config == network.config]
     yield "released", ", ".join(released) or "no, of other sizes"
     values = vars(network.config).items()
     yield "sizes", ", ".join(f"{name} {n}" for name, n in values if isinstance(n, int) and n)
     yield "parameters", f"{network.num_parameters:,}"
-    yield "verdict", _COMPLETE
+    return network.source, "verdict", _COMPLETE

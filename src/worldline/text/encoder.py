@@ -33,7 +33,13 @@ from worldline.files import (
 )
 from worldline.finite import check_finite, total
 from worldline.parallel.offload import Offloadable
-from worldline.weights.checkpoint import Checkpoint, open_checkpoint, open_set, save
+from worldline.weights.checkpoint import (
+    Checkpoint,
+    open_checkpoint,
+    open_set,
+    save,
+    take_network,
+)
 from worldline.weights.keymap import KeyMap, match
 from worldline.weights.networks import find_files
 from worldline.weights.stream import load_into
@@ -93,6 +99,7 @@ class TextPart:
     num_parameters: int  # that are read
     max_length: int = MAX_LENGTH  # rows of an embedding; longer prompts are cut
     files: tuple[Path, ...] = ()  # all that decide an embedding
+    notes: tuple[str, ...] = ()
 
     def nbytes(self, compute: Any) -> int:
         return self.num_parameters * int(compute.text_dtype.itemsize)
@@ -116,6 +123,7 @@ class EncoderFiles(TextPart, ABC):
     encoder: ClassVar[type[PromptEncoder]]
     sizes: ClassVar[tuple[str, ...]]  # settings whose product is the width
     keys: ClassVar[KeyMap]  # but for names, which are the network's
+    anchor: ClassVar[str]  # name of a tensor of every file, without a prefix
     tied: ClassVar[tuple[str, ...]] = ()  # names of one tensor, of which a file holds any
     cached: ClassVar[tuple[str, int]] = ("", 1000)  # folder and number of cached embeddings
 
@@ -141,7 +149,8 @@ class EncoderFiles(TextPart, ABC):
             value = config.get(size)
             if type(value) is not int or value < 1:
                 raise CheckpointError(f"{path}: {size} is {value!r}")
-        checkpoint = open_set(find_files(folder, WEIGHTS, "weights")[0])
+        stored = open_set(find_files(folder, WEIGHTS, "weights")[0])
+        checkpoint = take_network(stored, (cls.anchor,), cls.keys.prefixes)
         sizes = {
             cls.tied[0] if name in cls.tied else name: tensor.numel()
             for name, tensor in checkpoint.tensors.items()
@@ -158,6 +167,7 @@ class EncoderFiles(TextPart, ABC):
                     sum(sizes.values()),
                     limit if isinstance(limit, int) and 0 < limit < MAX_LENGTH else MAX_LENGTH,
                     (path, *checkpoint.files, *vocabularies),
+                    checkpoint.notes,
                     folder=folder,
                     config=config,
                     checkpoint=checkpoint,
@@ -236,7 +246,7 @@ class EncoderFiles(TextPart, ABC):
         tensors = self.checkpoint.tensors
         shapes = {name: t.shape for name, t in encoder.network.state_dict().items()}
         tied = () if tensors.keys().isdisjoint(self.tied) else self.tied
-        return len(tensors) - len(match(tensors, shapes, keys, self.checkpoint.path, tied))
+        return len(tensors) - len(match(tensors, shapes, keys, self.checkpoint, tied))
 
     def _build(self) -> tuple[PromptEncoder, KeyMap]:
         """The encoder without weights, and names of its tensors in the file."""

@@ -113,6 +113,7 @@ class Reason1Files(EncoderFiles):
         {"visual.*": "vision tower", "lm_head.*": "head"},
         ("model.", "model.language_model."),  # as released; as transformers saves it since
     )
+    anchor = "embed_tokens.weight"
     cached = ("reason1", 40)  # apart from T5's: 103 MB each of the released encoder in bfloat16
 
     @cached_property

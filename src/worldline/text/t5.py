@@ -80,6 +80,7 @@ class T5Files(EncoderFiles):
     encoder = T5Encoder
     sizes = ("d_model",)
     keys = KeyMap({}, {"decoder.*": "decoder", "lm_head.*": "decoder's head"})
+    anchor = "encoder.final_layer_norm.weight"
     tied = ("shared.weight", "encoder.embed_tokens.weight")
 
     @cached_property

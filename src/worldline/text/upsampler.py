@@ -24,7 +24,7 @@ from worldline.files import find_repository, unfinished
 from worldline.finite import check_finite
 from worldline.parallel.offload import Offloadable
 from worldline.video.read import Frames
-from worldline.weights.checkpoint import open_checkpoint
+from worldline.weights.checkpoint import open_checkpoint, take_network
 from worldline.weights.keymap import KeyMap, renamed_by
 from worldline.weights.networks import mark_breaker, pretrained, pretrained_tokenizer
 from worldline.weights.stream import load_into
@@ -245,8 +245,9 @@ def _read_released(kind: Any, folder: Path, describes: bool) -> Any:
         if name.endswith(("rotary_emb", "patch_positional_embedding")):
             # holds computed tables alone, which no file has
             network.set_submodule(name, type(module)(module.config))
-    source = open_checkpoint(folder / "model.pt")
-    load_into(network, source, key_map(network), device="cpu", dtype=torch.bfloat16)
+    keys = key_map(network)
+    source = take_network(open_checkpoint(folder / "model.pt"), (keys.anchor,), keys.prefixes)
+    load_into(network, source, keys, device="cpu", dtype=torch.bfloat16)
     for module in network.modules():
         if hasattr(module, "q_proj"):
             for weight in (module.q_proj.weight, module.k_proj.weight):

@@ -7,57 +7,61 @@ version, the byte order, the objects), a fifth with the keys of the storages, an
 elements and the bytes of each storage.
 
 The pickles go through an unpickler that knows a dozen names: a tensor becomes a record of where it
-lies, a TorchScript module an inert holder of its attributes, a piece of training state an empty
-stand-in, and every other name is refused. No code member is opened. (`torch.load` with
+lies, a TorchScript module an inert holder of its attributes. A class that is not known, beside the
+tensors, becomes an empty stand-in; a function, a class of torch or of a standard module that acts,
+and whatever would be built of a tensor, are refused. No code member is opened. (`torch.load` with
 `weights_only` takes neither TorchScript nor the training state of the released files.)
 """
 
 from __future__ import annotations
 
+import builtins
 import io
 import pickle
+import re
 import sys
 import zipfile
+from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION, StorageType
 
 from worldline.errors import CheckpointError, one_line
+from worldline.weights.names import is_averaged, is_state
 
 # Bytes of a pickle in a small file, and in any; a real one has about 130 a tensor. In memory it may
 # take 70 times as many.
 _SMALL_PICKLE, _LARGEST_PICKLE = 3 << 20, 64 << 20
 _OPCODES = pickle._Unpickler.dispatch
-
-# Found in the state of optimizers and schedulers and in `_extra_state`. None is needed, so none is
-# built: each becomes an empty stand-in.
-_BUILTINS = ("bytearray", "bytes", "complex", "frozenset", "set", "slice")
-_STAND_INS = {
-    "_io": ("BytesIO",),
-    "io": ("BytesIO",),
-    "_codecs": ("encode",),
-    "builtins": _BUILTINS,
-    "__builtin__": _BUILTINS,
-    "collections": ("Counter", "defaultdict"),
-    "numpy": ("dtype", "ndarray"),
-    "numpy.core.multiarray": ("_reconstruct", "scalar"),
-    "numpy._core.multiarray": ("_reconstruct", "scalar"),
-    "torch": ("device",),
-}
+_MOST_NAMES = 1000  # of unknown classes
+# Modules whose objects are found in settings, in the state of optimizers and schedulers and in
+# `_extra_state`. None is built: each becomes an empty stand-in.
+_DATA_MODULES = re.compile(
+    "_codecs|_?io|argparse|collections|copyreg|datetime|decimal|enum|fractions|functools|numpy|"
+    "pathlib|random|types|typing|uuid"
+)
 
 
 class Inert:
-    """An object of the pickle that is not built; a TorchScript module keeps its attributes."""
+    """An object of the pickle that is not built; a TorchScript module keeps its attributes.
+
+    Attributes:
+        refuse: raises, where an unknown class would be built of a tensor.
+    """
 
     state: Mapping[str, object] = {}
+    refuse: Callable[[], None] | None = None
 
     def __new__(cls, *values: object, **named: object) -> Inert:
+        if cls.refuse is not None and any(isinstance(value, _Record) for value in values):
+            cls.refuse()
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:
@@ -66,6 +70,8 @@ class Inert:
     def __setitem__(self, key: object, value: object) -> None: ...
 
     def append(self, value: object) -> None: ...
+
+    def add(self, value: object) -> None: ...
 
 
 class _Module(Inert):
@@ -97,6 +103,7 @@ class Unpickler(pickle._Unpickler):
     Attributes:
         path: file of the pickle.
         storages: key -> storage, of all that the pickle names.
+        stand_ins: module and name -> what takes the place of an unknown class.
     """
 
     stack: list[Any]
@@ -107,6 +114,7 @@ class Unpickler(pickle._Unpickler):
         super().__init__(file, encoding="utf-8")
         self.path = path
         self.storages: dict[str, _Storage] = {}
+        self.stand_ins: dict[tuple[str, str], type[Inert]] = {}
 
     def _set_items(self) -> None:
         self._put(self.pop_mark())
@@ -137,6 +145,8 @@ class Unpickler(pickle._Unpickler):
     }
 
     def find_class(self, module: str, name: str, /) -> Any:
+        # names of Python 2, which torch writes
+        module = IMPORT_MAPPING.get(module, module)
         match module, name:
             case "collections", "OrderedDict":
                 return self._ordered
@@ -146,6 +156,8 @@ class Unpickler(pickle._Unpickler):
                 return self._first
             case "torch.jit._pickle", _:
                 return self._first
+            case _, "_rebuild_from_type_v2" | "_rebuild_wrapper_subclass":
+                return self._subclass
             case "torch", "Size":
                 return tuple
             case "torch.storage", "UntypedStorage":
@@ -154,10 +166,35 @@ class Unpickler(pickle._Unpickler):
                 return StorageType(name).dtype
             case "torch", _ if isinstance(dtype := getattr(torch, name, None), torch.dtype):
                 return dtype
-        if module == "__torch__" or module.startswith("__torch__."):
+            case "torch", "device":
+                return Inert
+            case "torch.serialization", "_get_layout":
+                return Inert
+            case "builtins", _ if name == "long" or isinstance(getattr(builtins, name, 0), type):
+                return Inert
+        root = module.partition(".")[0]
+        if root == "__torch__":
             return _Module
-        if name in _STAND_INS.get(module, ()):
-            return Inert
+        acts = root in ("torch", *sys.stdlib_module_names) and not (
+            module == "__main__" or module.startswith("torch.distributed.")  # see `_subclass`
+        )
+        # of other modules, classes, which begin with a capital letter
+        if _DATA_MODULES.fullmatch(root) or (not acts and name.lstrip("_")[:1].isupper()):
+            return self._stand_in(module, name)
+        return self.refuse(module, name)
+
+    def _stand_in(self, module: str, name: str) -> type[Inert]:
+        """A class for a name, of which a file may have so many, as each takes memory."""
+        if (known := self.stand_ins.get((module, name))) is not None:
+            return known
+        if len(self.stand_ins) == _MOST_NAMES:
+            self.refuse(module, name)
+        refuse = staticmethod(partial(self.refuse, module, name))
+        self.stand_ins[module, name] = new = type(name, (Inert,), {"refuse": refuse})
+        return new
+
+    def refuse(self, module: str, name: str) -> NoReturn:
+        """Raise `CheckpointError` for a name in the pickle."""
         raise CheckpointError(
             f"{self.path} is refused: its pickle names {module}.{name}, and loading that could run "
             "code; save its state_dict() (or safetensors) instead"
@@ -179,6 +216,12 @@ class Unpickler(pickle._Unpickler):
 
     def _first(self, value: object = None, *rest: object) -> object:
         return value
+
+    def _subclass(self, build: object, kind: object = None, *rest: object) -> NoReturn:
+        raise CheckpointError(
+            f"{self.path}: it holds tensors of class {getattr(kind, '__name__', kind)}, which are "
+            "not read; save whole ones (of DTensor, full_tensor())"
+        )
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> _Record:
         # Version 3 adds the dtype, since its storage is untyped bytes.
@@ -306,23 +349,62 @@ def _read_legacy(path: Path, file: BinaryIO) -> Pickled:
 def _collect(
     path: Path, kind: str, byteorder: str, value: object, starts: dict[str, int]
 ) -> Pickled:
-    """Tensors of unpickled objects, those of {"model": {…}} or {"state_dict": {…}} if any."""
+    """Tensors of unpickled objects; inside dicts, those of the only one that is no training state.
+
+    Where several are left, such as weights and averaged ones, names begin with their keys.
+    """
     if byteorder != sys.byteorder:
         raise CheckpointError(f"{path} is of a machine with another byte order; save it again here")
     nesting: list[str] = []
     beside: list[str] = []
-    while isinstance(value, dict) and (
-        inner := next((k for k in ("model", "state_dict") if isinstance(value.get(k), dict)), None)
-    ):
-        nesting.append(inner)
-        beside += [str(key) for key in value if key != inner]
-        value = value[inner]
+    while isinstance(value, dict):
+        sets = [key for key, item in value.items() if not is_state(str(key)) and _is_set(item)]
+        usual = [key for key in ("model", "state_dict") if key in sets]
+        if usual and not any(is_averaged(str(key)) for key in sets):
+            sets = usual[:1]
+        if any(_is_tensor(item) for item in value.values()):
+            sets = usual[:1]
+        if not sets:
+            break
+        beside += [str(key) for key in value if key not in sets]
+        if len(sets) > 1:
+            value = {f"{key}.{n}": item for key in sets for n, item in _nested(value[key])}
+            break
+        nesting.append(str(sets[0]))
+        value = value[sets[0]]
     tensors = {
         name: (starts[item.storage.key] + item.offset, item.meta)
         for name, item in _items(value)
         if isinstance(item, _Record)
     }
+    if not tensors:  # a whole network, say
+        for item in (value, *(value.values() if isinstance(value, dict) else ())):
+            if isinstance(item, Inert) and item.refuse is not None:
+                item.refuse()
     return kind, tensors, ".".join(nesting), tuple(beside)
+
+
+def _is_tensor(item: object) -> bool:
+    """Whether an object is a tensor, or holds some as a module; a counter is none."""
+    return isinstance(item, _Module) or (isinstance(item, _Record) and item.meta.numel() > 1)
+
+
+def _is_set(item: object) -> bool:
+    """Whether an object is a dict or a list with tensors in it."""
+    return isinstance(item, dict | list) and any(True for _ in _nested(item))
+
+
+def _nested(value: object, seen: set[int] | None = None) -> Iterator[tuple[str, object]]:
+    """Dotted names of the tensors in dicts and lists inside each other, each container once."""
+    seen = set() if seen is None else seen
+    if not isinstance(value, dict | list) or id(value) in seen:
+        return
+    seen.add(id(value))
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(item, _Record):
+            yield str(key), item
+        else:
+            yield from ((f"{key}.{name}", inner) for name, inner in _nested(item, seen))
 
 
 def _items(value: object) -> Iterator[tuple[str, object]]:

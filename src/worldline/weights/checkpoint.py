@@ -22,6 +22,7 @@ from torch import Tensor
 
 from worldline.errors import CheckpointError, one_line
 from worldline.files import UNFINISHED, disguise, each_once, foreign, replacing
+from worldline.weights.names import ScaledTensor, is_averaged, is_state, normalise
 
 METADATA, DISTRIBUTED = ".metadata", ".distcp"  # file and suffix of a distributed checkpoint
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
@@ -99,6 +100,10 @@ class ShardedTensor:
     parts: tuple[Source, ...]
     dim: int | None
 
+    @property
+    def path(self) -> Path:
+        return self.parts[0].path
+
     @cached_property
     def meta(self) -> Tensor:
         metas = [part.meta for part in self.parts]
@@ -118,7 +123,7 @@ class ShardedTensor:
         return mean
 
 
-Source = FileTensor | ShardedTensor
+Source = FileTensor | ShardedTensor | ScaledTensor
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ class Checkpoint:
         nesting: dotted path of the dict inside the file that was taken, such as "model".
         beside: other keys of the outer dict, such as "optimizer".
         metadata: the text that a safetensors file carries.
+        notes: what was done to its names and values: wrappers stripped, the set that was taken.
     """
 
     path: Path
@@ -142,21 +148,28 @@ class Checkpoint:
     nesting: str = ""
     beside: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor on the meta device."""
         return {name: entry.meta for name, entry in self.entries.items()}
 
+    def __str__(self) -> str:
+        return f"{self.path} ({'; '.join(self.notes)})" if self.notes else str(self.path)
+
     def read(self, name: str) -> Tensor:
         """A tensor on the CPU.
 
         Raises:
-            CheckpointError: there is no such tensor, or the file changed or is inconsistent.
+            CheckpointError: there is no such tensor, it holds NaN or Inf, or the file changed or is
+            inconsistent.
         """
         if name not in self.entries:
             raise CheckpointError(f"{self.path} holds no tensor {name}")
-        return self.entries[name].read()
+        value = self.entries[name].read()
+        refuse_nonfinite(self.entries[name].path, name, value)
+        return value
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -170,7 +183,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
             git-lfs pointer in the place of the file, of unknown format, unsafe, or without a
             tensor.
     """
-    return _open(Path(path))
+    return _normalised(_open(Path(path)))
+
+
+def _normalised(checkpoint: Checkpoint) -> Checkpoint:
+    """The same by names without wrappers."""
+    entries, notes = normalise(checkpoint.path, checkpoint.entries)
+    if checkpoint.nesting:
+        notes.insert(0, f"taken from inside: {checkpoint.nesting}")
+    return replace(checkpoint, entries=entries, notes=tuple(notes))
 
 
 def _open(path: Path) -> Checkpoint:
@@ -209,7 +230,7 @@ def open_set(path: Path) -> Checkpoint:
         if missing := missing_parts(path):
             names = ", ".join(missing[:3])
             raise CheckpointError(f"{path} is a part of a model; missing beside it: {names}")
-        return joined([_open(part) for part in _parts(path)], path)
+        return _normalised(joined([_open(part) for part in _parts(path)], path))
     return open_checkpoint(path)
 
 
@@ -366,12 +387,84 @@ def _open_index(path: Path) -> Checkpoint:
     return Checkpoint(path, "safetensors", entries, tuple(sorted([path, *files])))
 
 
+def nonfinite(tensor: Tensor) -> str:
+    """Kind of a number that is not finite in a tensor, "NaN" or "Inf"; "" without any."""
+    if not tensor.is_floating_point() or tensor.float().isfinite().all():
+        return ""
+    return "NaN" if tensor.float().isnan().any() else "Inf"
+
+
+def refuse_nonfinite(path: Path, name: str, value: Tensor) -> None:
+    """Raise `CheckpointError` where a tensor of a file holds NaN or Inf."""
+    if kind := nonfinite(value):
+        raise CheckpointError(
+            f"{path}: tensor {name} holds {kind}; download it again, or take a checkpoint from "
+            "before its training diverged"
+        )
+
+
 def renamed(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Checkpoint:
     """`checkpoint` with every name passed through `rename`; None leaves a tensor out."""
     entries = {
         new: entry for old, entry in checkpoint.entries.items() if (new := rename(old)) is not None
     }
     return replace(checkpoint, entries=entries)
+
+
+def take_network(
+    source: Checkpoint, anchors: Sequence[str], prefixes: Sequence[str] = ("",)
+) -> Checkpoint:
+    """Tensors of one network, of the averaged set where a file holds several.
+
+    Other sets and training state are left out; any other tensor stays, and is reported as unknown.
+
+    Args:
+        source: where they lie.
+        anchors: released names without a prefix; what stands before one of them names a set.
+        prefixes: what may stay before names, preferred first.
+
+    Raises:
+        CheckpointError: it is not known which set is meant.
+    """
+    sets = {
+        name.removesuffix(anchor)
+        for name in source.entries
+        for anchor in anchors
+        if f".{name}".endswith(f".{anchor}")
+    }
+    averaged = {prefix for prefix in sets if is_averaged(prefix)}
+    preferred = [prefix for prefix in prefixes if prefix in (averaged or sets)][:1]
+    candidates = preferred or sorted(averaged or sets)
+    if not candidates:
+        return source
+    if len(candidates) > 1:
+        names = ", ".join(candidates)
+        raise CheckpointError(f"{source.path} holds several sets of weights ({names}); keep one")
+    [chosen] = candidates
+    kept = max((p for p in prefixes if f".{chosen}".endswith(f".{p}")), key=len, default="")
+    stripped = chosen.removesuffix(kept)
+
+    unread: dict[str, None] = {}
+
+    def rename(name: str) -> str | None:
+        owner = max((prefix for prefix in sets if name.startswith(prefix)), key=len, default=None)
+        if owner is not None:
+            return name.removeprefix(stripped) if owner == chosen else None
+        first = name.partition(".")[0]
+        if is_averaged(first) and not is_state(name):
+            unread[first] = None
+            return None
+        return None if is_state(name) or first in source.beside else name.removeprefix(stripped)
+
+    entries = {new: entry for n, entry in source.entries.items() if (new := rename(n)) is not None}
+    notes = [f"averaged weights ({first}) in a form that is not read" for first in unread]
+    if len(sets) > 1:
+        others = ", ".join(repr(prefix) for prefix in sorted(sets - {chosen}))
+        kind = "averaged weights" if averaged else "weights"
+        notes.insert(0, f"{kind} {chosen!r} taken, not {others}")
+    elif stripped:
+        notes.insert(0, f"stripped from names: {stripped}")
+    return replace(source, entries=entries, notes=(*source.notes, *notes))
 
 
 def joined(checkpoints: Sequence[Checkpoint], path: Path) -> Checkpoint:

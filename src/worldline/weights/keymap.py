@@ -48,6 +48,11 @@ class KeyMap:
     def _released(self) -> dict[str, str]:
         return {ours: released for released, ours in self.rename.items()}
 
+    @property
+    def anchor(self) -> str:
+        """A released name without a prefix, by which `take_network` finds a set of weights."""
+        return next(iter(self.rename))
+
     def ours(self, name: str) -> str | None:
         """Our name of a released tensor; None if it is dropped or unknown."""
         for prefix in self.prefixes:
@@ -75,6 +80,7 @@ def match(
     keymap: KeyMap,
     source: object,
     optional: Collection[str] = (),
+    integers: Collection[str] = (),
 ) -> dict[str, str]:
     """Pair every tensor of a model with one of a file; strict.
 
@@ -84,13 +90,14 @@ def match(
         keymap: between the two.
         source: the file, for the message.
         optional: our names, or patterns with `*`, that the file may lack.
+        integers: our names of tensors that are not of floating point.
 
     Returns:
         Our name -> name in the file.
 
     Raises:
-        CheckpointError: tensors are missing, unknown, doubled or of the wrong shape; all that is
-            wrong in one message.
+        CheckpointError: tensors are missing, unknown, doubled, of the wrong shape or quantised to
+            integers; all that is wrong in one message.
     """
     pairs: dict[str, str] = {}
     unknown: list[str] = []
@@ -108,6 +115,12 @@ def match(
             f"{name} is {list(tensors[name].shape)} in the file, expected {list(expected[ours])}"
             for ours, name in pairs.items()
             if tensors[name].shape != expected[ours]
+        ],
+        "wrong dtype": [
+            f"{name} is {tensors[name].dtype} in the file, expected "
+            f"{'integers' if ours in integers else 'floating point (quantised is not read)'}"
+            for ours, name in pairs.items()
+            if tensors[name].is_floating_point() == (ours in integers)
         ],
         "missing": [
             keymap.released(ours)

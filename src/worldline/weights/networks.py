@@ -1,6 +1,7 @@
 """Networks on disk: opened by header and checked, or read; strict, and nothing is executed."""
 
 import functools
+import logging
 import math
 import os
 import re
@@ -34,9 +35,13 @@ from worldline.weights.checkpoint import (
     missing_parts,
     open_checkpoint,
     open_set,
+    refuse_nonfinite,
+    take_network,
 )
 from worldline.weights.keymap import KeyMap, match, matches
 from worldline.weights.stream import load_into
+
+logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=Hashable)
 Anchors = tuple[str, ...]
@@ -98,12 +103,17 @@ class Network(Generic[Config]):
             shapes = shapes_of(self.kind, self.config)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: no such network: {error}") from error
-        match(self.source.tensors, shapes, self.keys, self.path)
+        match(self.source.tensors, shapes, self.keys, self.source)
         return self
 
     @property
     def path(self) -> Path:
         return self.source.path
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was done to the names and values of its tensors."""
+        return self.source.notes
 
     @property
     def files(self) -> list[Path]:
@@ -370,7 +380,10 @@ def read_network(
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             # counted in training alone, and absent from files of old torch
             module.num_batches_tracked = torch.zeros((), dtype=torch.int64)
-    source, keys, counts = open_checkpoint(path), key_map(network), ("*.num_batches_tracked",)
+    keys, counts = key_map(network), ("*.num_batches_tracked",)
+    source = take_network(open_checkpoint(path), (keys.anchor,), keys.prefixes)
+    for note in source.notes if not keys.prefixes[0] else ():  # else it was released so
+        logger.info("%s: %s", path, note)
     load_into(network, source, keys, device=device, dtype=torch.float32, optional=counts)
     return network.requires_grad_(False).eval()
 

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,13 +20,25 @@ from worldline.weights.checkpoint import (
     FileTensor,
     ShardedTensor,
     Source,
+    nonfinite,
     read_bytes,
+    refuse_nonfinite,
 )
 from worldline.weights.keymap import KeyMap, match, matches
+from worldline.weights.names import ScaledTensor
 
 STAGING_BYTES = 64 << 20  # each of two; 1.3 ms at 50 GB/s, far above the cost of starting a copy
 _SLICE_BYTES = 4 << 20  # below this a second thread costs more than it brings
 _READERS = 8
+# bits of infinity; of the one dtype without, of NaN
+_INFINITY = {
+    torch.float64: 0x7FF << 52,
+    torch.float32: 0x7F800000,
+    torch.float16: 0x7C00,
+    torch.bfloat16: 0x7F80,
+    torch.float8_e5m2: 0x7C,
+    torch.float8_e4m3fn: 0x7F,
+}
 
 
 def load_into(
@@ -52,67 +65,100 @@ def load_into(
         optional: our names, or patterns with `*`, that the file may lack.
 
     Raises:
-        CheckpointError: the file does not fit the module; all that is wrong is named.
+        CheckpointError: the file does not fit the module, and all that is wrong is named; or a
+            tensor holds NaN or Inf.
     """
     tensors: dict[str, Tensor] = module.state_dict(keep_vars=True)
     names = Counter(tensors.values())
     # Under which of several names the file holds a shared tensor is all the same.
     shared = [name for name, tensor in tensors.items() if names[tensor] > 1]
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    pairs = match(checkpoint.tensors, shapes, keymap, checkpoint.path, [*optional, *shared])
-    sources = {tensors[ours]: checkpoint.entries[theirs] for ours, theirs in pairs.items()}
-    problems = [
-        f"{theirs} is {kind} in the file, expected {tensors[ours].dtype}"
-        for ours, theirs in pairs.items()
-        if (kind := checkpoint.tensors[theirs].dtype).is_floating_point
-        != tensors[ours].is_floating_point()
-    ]
-    problems += [
-        f"nothing gives {name}"
-        for name in shared
-        if tensors[name] not in sources and not matches(name, optional)
-    ]
-    if problems:
-        raise CheckpointError(f"{checkpoint.path} does not fit the model: {problems[0]}")
+    integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    either = [*optional, *shared]
+    pairs = match(checkpoint.tensors, shapes, keymap, checkpoint, either, integers)
+    sources = {tensors[ours]: theirs for ours, theirs in pairs.items()}
+    for name in shared:
+        if tensors[name] not in sources and not matches(name, optional):
+            raise CheckpointError(f"{checkpoint} does not fit the model: nothing gives {name}")
 
     values: dict[Tensor, Tensor] = {}
     with torch.no_grad(), ThreadPoolExecutor(_READERS, "weights") as pool:
         copier = Copier(torch.device(device), pool)
-        for tensor, source in sources.items():
+        for tensor, theirs in sources.items():
             wanted = dtype if tensor.is_floating_point() else tensor.dtype
-            value = copier.fetch(source).to(wanted or source.meta.dtype)
+            value = copier.fetch(checkpoint.entries[theirs], theirs)
+            value = value.to(wanted or value.dtype)
             # one for all its names
             values[tensor] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
+        suspects = copier.suspects()
+    for tensor, theirs in sources.items():
+        if theirs in suspects:
+            refuse_nonfinite(checkpoint.entries[theirs].path, theirs, values[tensor])
     loaded = {name: values[tensor] for name, tensor in tensors.items() if tensor in values}
     module.load_state_dict(loaded, strict=False, assign=True)
     module.to(device)  # buffers that are not in the file
 
 
+def nonfinite_tensors(checkpoint: Checkpoint) -> dict[str, str]:
+    """Names of the tensors that hold NaN or Inf, and which; all are read."""
+    with ThreadPoolExecutor(_READERS, "weights") as pool:
+        copier = Copier(torch.device("cpu"), pool)
+        for name, source in checkpoint.entries.items():
+            copier.fetch(source, name)
+    kinds = {name: nonfinite(checkpoint.entries[name].read()) for name in copier.suspects()}
+    return {name: kind for name, kind in kinds.items() if kind}
+
+
 class Copier:
-    """Reads tensors of files to one device.
+    """Reads tensors of files to one device, and looks for numbers that are not finite.
+
+    On a CPU the threads look at what they have just read, while it is in their caches; a GPU sums
+    each tensor, and is asked once for all sums.
 
     Attributes:
         staging: for a GPU, two pinned buffers in turn, each with the event of its last copy.
+        sums: names of tensors, and numbers that are finite only where theirs are.
     """
 
     def __init__(self, device: torch.device, pool: ThreadPoolExecutor) -> None:
         self.device, self.pool = device, pool
+        self.sums: list[tuple[str, Tensor]] = []
         self.staging = deque(
             (torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
             for _ in range(2 if device.type == "cuda" else 0)
         )
 
-    def fetch(self, source: Source) -> Tensor:
-        """A tensor in the file's dtype."""
+    def suspects(self) -> set[str]:
+        """Names of the tensors fetched so far that may hold NaN or Inf."""
+        if not self.sums:
+            return set()
+        names, totals = zip(*self.sums, strict=True)
+        finite = torch.stack(totals).isfinite().tolist()
+        return {name for name, good in zip(names, finite, strict=True) if not good}
+
+    def fetch(self, source: Source, name: str = "") -> Tensor:
+        """A tensor in the file's dtype; float32 of a scaled one."""
         if isinstance(source, ShardedTensor) and source.dim is not None:
-            return torch.cat([self.fetch(part) for part in source.parts], source.dim)
-        if not isinstance(source, FileTensor) or not source.meta.is_contiguous():
-            return source.read().to(self.device)
+            return torch.cat([self.fetch(part, name) for part in source.parts], source.dim)
+        if isinstance(source, ScaledTensor):
+            return source.multiply(self.fetch(source.tensor, name), self.fetch(source.scale, name))
+        if isinstance(source, FileTensor) and source.meta.is_contiguous():
+            value, scanned = self._fetch_file(source)
+        else:
+            value, scanned = source.read().to(self.device), None
+        if value.is_floating_point() and scanned is None:
+            wide = value if value.dtype.itemsize > 1 else value.float()  # no sum of 8-bit floats
+            self.sums.append((name, wide.sum(dtype=torch.float32)))
+        elif scanned is False:
+            self.sums.append((name, torch.tensor(torch.nan)))
+        return value
+
+    def _fetch_file(self, source: FileTensor) -> tuple[Tensor, bool | None]:
+        """A tensor, and whether it is finite where that was looked at."""
         value = torch.empty_like(source.meta, device=self.device)
         data = value.view(-1).view(torch.uint8)
         if not self.staging:
-            self._read(data, source.path, source.position)
-            return value
+            return value, self._read(data, source.path, source.position, value.dtype)
         for start in range(0, len(data), STAGING_BYTES):
             part = data[start : start + STAGING_BYTES]
             staging, copied = self.staging[0]
@@ -121,13 +167,29 @@ class Copier:
             part.copy_(staging[: len(part)], non_blocking=True)
             copied.record(torch.cuda.current_stream(self.device))
             self.staging.rotate()
-        return value
+        return value, None
 
-    def _read(self, buffer: Tensor, path: Path, position: int) -> None:
-        """Read bytes from a position of a file to a uint8 CPU tensor, by several threads."""
+    def _read(
+        self, buffer: Tensor, path: Path, position: int, dtype: torch.dtype | None = None
+    ) -> bool | None:
+        """Read bytes from a position of a file to a uint8 CPU tensor, by several threads.
+
+        With a dtype of `_INFINITY`, whether all numbers are finite; else None.
+        """
         view = buffer.numpy().data
 
-        def read(start: int) -> None:
-            read_bytes(path, position + start, view[start : start + _SLICE_BYTES])
+        def read(start: int) -> bool:
+            part = view[start : start + _SLICE_BYTES]
+            read_bytes(path, position + start, part)
+            return dtype not in _INFINITY or _is_finite(part, dtype)
 
-        list(self.pool.map(read, range(0, len(view), _SLICE_BYTES)))
+        finite = all(list(self.pool.map(read, range(0, len(view), _SLICE_BYTES))))
+        return finite if dtype in _INFINITY else None
+
+
+def _is_finite(data: memoryview, dtype: torch.dtype) -> bool:
+    """Whether bytes are finite numbers: magnitudes as integers are below that of infinity."""
+    size, infinity = dtype.itemsize, _INFINITY[dtype]
+    bits = np.frombuffer(data, f"i{size}")
+    negative = infinity + (1 << 8 * size - 1)
+    return bool(bits.max() < infinity and bits.view(f"u{size}").max() < negative)

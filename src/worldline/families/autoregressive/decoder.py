@@ -220,8 +220,7 @@ def read_context(folder: Path, width: int) -> tuple[Path, Tensor]:
     aux = open_checkpoint(next(filter(Path.exists, paths), paths[0]))
     names = aux.tensors.keys()
     context = aux.read("context").float() if "context" in names else torch.empty(0)
-    fits = context.shape == (1, *context.shape[1:2], width) and context.isfinite().all()
-    if not fits or names - {"context", "context_mask"}:
+    if context.shape != (1, *context.shape[1:2], width) or names - {"context", "context_mask"}:
         raise CheckpointError(
             f"{aux.path} has {', '.join(sorted(names)[:4])}, context {list(context.shape)}; a "
             f"finite context [1, rows, {width}] is expected"

@@ -21,7 +21,7 @@ from worldline.families.autoregressive.request import SIGNATURE
 from worldline.nn.rope import Yarn
 from worldline.shapes import LatentShape
 from worldline.weights import networks
-from worldline.weights.checkpoint import Checkpoint
+from worldline.weights.checkpoint import Checkpoint, take_network
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Count, Flag, Network, Number, open_weights
 
@@ -89,7 +89,7 @@ def open_network(
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor does not fit.
     """
-    source = open_weights(path, SIGNATURE)
+    source = take_network(open_weights(path, SIGNATURE), SIGNATURE, KEYS.prefixes)
     beside = source.path.parent / "config.json"
     config = read_config(
         source, networks.read_settings(beside.parent) if settings is None else settings

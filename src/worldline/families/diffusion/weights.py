@@ -16,7 +16,7 @@ from worldline.families.diffusion.request import SIGNATURE
 from worldline.nn.dit import LARGEST_GRID, PATCH_CELLS
 from worldline.shapes import LatentShape
 from worldline.weights import dit, networks
-from worldline.weights.checkpoint import Checkpoint
+from worldline.weights.checkpoint import Checkpoint, take_network
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Flag, Network, Number, open_weights
 
@@ -76,12 +76,10 @@ def open_network(
         CheckpointError: there is none, it is damaged, a tensor does not fit, or the rotary
             stretching is unknown.
     """
-    source = open_weights(path, SIGNATURE)
+    source = take_network(open_weights(path, SIGNATURE), SIGNATURE, KEYS.prefixes)
     theirs = dit.is_diffusers(source)
     if settings is None and not theirs:
         settings = read_settings(source.path.parent)
-    if "ema" in source.beside:
-        logger.info("%s: the averaged weights beside its own are not used", source.path)
     keys = DIFFUSERS_KEYS if theirs else KEYS
     config = read_config(source, keys, settings)
     return Network(DiT, config, source, keys, (source.path.parent / "config.json",)).check()

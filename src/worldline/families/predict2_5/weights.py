@@ -5,7 +5,6 @@ Two layouts hold the same weights: NVIDIA's flat dict, and the folder of diffuse
 minimal_v4_dit.py`; huggingface/diffusers `scripts/convert_cosmos_to_diffusers.py`.
 """
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,15 @@ from worldline.families.predict2_5.model import (
 )
 from worldline.families.predict2_5.request import SIGNATURE, Schedule
 from worldline.weights import dit
-from worldline.weights.checkpoint import Checkpoint, renamed
+from worldline.weights.checkpoint import Checkpoint, take_network
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Network, Number, open_weights
 
-logger = logging.getLogger(__name__)
-
-_AVERAGED = "net_ema."
 _EXPONENTS = ("pos_embedder.dim_temporal_range", "pos_embedder.dim_spatial_range")
 _PROJECTION = {"crossattn_proj.0.{weight,bias}": "project.{weight,bias}"}
 
 KEYS = KeyMap(
-    prefixes=("net.", _AVERAGED, ""),
+    prefixes=("net.", ""),
     rename=dit.expand(
         {
             **_PROJECTION,
@@ -71,30 +67,17 @@ def open_network(
     """Open a flow transformer of either layout; headers only.
 
     Args:
-        path: as for `open_weights`; of weights and their averages the averages are read.
+        path: as for `open_weights`.
         settings: content of `config.json`; None reads the one beside the file.
 
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor does not fit.
     """
-    source = network_view(open_weights(path, SIGNATURE))
+    source = take_network(open_weights(path, SIGNATURE), SIGNATURE, KEYS.prefixes)
     theirs = dit.is_diffusers(source)
     keys = DIFFUSERS_KEYS if theirs else KEYS
     config = read_config(source, keys, None if theirs else settings)
     return Network(FlowDiT, config, source, keys, (source.path.parent / "config.json",)).check()
-
-
-def network_view(source: Checkpoint) -> Checkpoint:
-    """Tensors of the network among those of a file; the averaged ones where it has both."""
-    averaged = any(name.startswith(_AVERAGED) for name in source.tensors)
-    if averaged:
-        logger.info("%s: the averaged weights are taken, not those beside them", source.path)
-
-    def plain(name: str) -> str | None:
-        chosen = name.startswith(_AVERAGED) or not averaged
-        return name.replace("._checkpoint_wrapped_module", "") if chosen else None
-
-    return renamed(source, plain)
 
 
 def read_config(

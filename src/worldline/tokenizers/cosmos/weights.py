@@ -24,7 +24,13 @@ from worldline.tokenizers.cosmos.model import (
     CosmosTokenizerConfig,
     LatentStatistics,
 )
-from worldline.weights.checkpoint import Checkpoint, joined, open_checkpoint, open_set, renamed
+from worldline.weights.checkpoint import (
+    Checkpoint,
+    joined,
+    open_checkpoint,
+    open_set,
+    take_network,
+)
 from worldline.weights.keymap import KeyMap, renamed_by
 from worldline.weights.networks import (
     VAE_LAYOUTS,
@@ -96,9 +102,13 @@ _DIFFUSERS = {
     r"(norm\w*)\.": r"\1.norm.",
 }
 
+FIRST = "encoder.conv_in.space.weight"
+ANCHORS = renamed_by(_RELEASED, FIRST), renamed_by(_DIFFUSERS, FIRST)
+
 _DROP = {
     "encoder.patcher3d.*": "wavelet buffers; the tap is read into the configuration",
     "decoder.unpatcher3d.*": "wavelet buffers; the tap is read into the configuration",
+    "loss*": "networks of the training loss",
     "quantizer.*": "FSQ tables; the levels are read into the configuration",
     "inv_quant.quantizer.*": "FSQ tables of a decoder file",
     # files of the 0.1 release's code hold all three convolutions of every resampler
@@ -149,9 +159,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
         CheckpointError: there is none, or half of a pair is missing.
     """
     layouts = [*VAE_LAYOUTS, *LAYOUTS, *training_files(folder), *distributed_files(folder)]
-    first = "encoder.conv_in.space.weight"
-    anchors = _theirs(first, False), _theirs(first, True)
-    return find_files(folder, layouts, "tokenizer", anchors)
+    return find_files(folder, layouts, "tokenizer", ANCHORS)
 
 
 def is_diffusers(source: Checkpoint) -> bool:
@@ -196,7 +204,7 @@ def read_config(source: Checkpoint, name: str = "") -> CosmosTokenizerConfig:
         return tuple(source.tensors[name].shape[0] for name in inside)
 
     try:
-        channels, features = shape("encoder.conv_in.space.weight")[:2]
+        channels, features = shape(FIRST)[:2]
         latent_channels, z_channels = shape("quant_conv.weight")[:2]
         level_channels = widths("encoder.levels.{}.blocks.0.conv1.space.weight")
         space = len(widths("encoder.levels.{}.resample.space.weight"))
@@ -230,17 +238,9 @@ def read_config(source: Checkpoint, name: str = "") -> CosmosTokenizerConfig:
 def network_view(source: Checkpoint) -> Checkpoint:
     """Tensors of the network in a file, by the bare names of an exported one.
 
-    From a training checkpoint the `network.` set is taken; what else it keeps (averaged weights,
-    the loss network) is left out. An exported file is passed through.
+    In a training checkpoint its averaged weights have dashes for dots, and are left out.
     """
-    if not any(name.startswith("network.") for name in source.tensors):
-        return source
-
-    def bare(name: str) -> str | None:
-        plain = name.removeprefix("network.")
-        return None if plain == name else plain.removeprefix("_orig_mod.")
-
-    return renamed(source, bare)
+    return take_network(source, ANCHORS)
 
 
 def read_statistics(folder: Path, channels: int) -> LatentStatistics | None:

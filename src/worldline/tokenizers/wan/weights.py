@@ -17,7 +17,7 @@ import torch
 
 from worldline.errors import CheckpointError
 from worldline.tokenizers.wan.model import MEAN, STD, WanTokenizer, WanTokenizerConfig
-from worldline.weights.checkpoint import Checkpoint, open_set
+from worldline.weights.checkpoint import Checkpoint, open_set, take_network
 from worldline.weights.keymap import KeyMap, renamed_by
 from worldline.weights.networks import VAE_LAYOUTS, Network, find_files, require_settings, shapes_of
 
@@ -59,6 +59,8 @@ _DIFFUSERS = {
     r"middle\.attention": r"mid_block.attentions.0",
     **_COMMON,
 }
+FIRST = "encoder.conv_in.weight"
+ANCHORS = renamed_by(_RELEASED, FIRST), renamed_by(_DIFFUSERS, FIRST)
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,10 @@ def open_wan(path: Path) -> WanNetwork:
         CheckpointError: there is none, it is damaged or half downloaded, or a tensor does not fit.
     """
     names = [*FILES, *VAE_LAYOUTS]
-    first = "encoder.conv_in.weight"
-    anchors = _theirs(first, False), _theirs(first, True)
-    kind = "tokenizer of Wan2.1"
-    file = path if path.is_file() else find_files(path, names, kind, anchors)[0]
-    source = open_set(file)
+    file = path
+    if not path.is_file():
+        [file] = find_files(path, names, "tokenizer of Wan2.1", ANCHORS)
+    source = network_view(open_set(file))
     stated, settings, theirs = file.parent / "config.json", {}, is_diffusers(source)
     if theirs and stated.is_file():
         plain = {"_class_name": "AutoencoderKLWan", "is_residual": False, "patch_size": None}
@@ -110,14 +111,19 @@ def _theirs(name: str, diffusers: bool, num_blocks: int = 0) -> str:
     return renamed_by(_DIFFUSERS if diffusers else _RELEASED, name)
 
 
+def network_view(source: Checkpoint) -> Checkpoint:
+    """Tensors of the network among those of a file."""
+    return take_network(source, ANCHORS)
+
+
 def is_diffusers(source: Checkpoint) -> bool:
     """Whether the tensors have diffusers' names."""
-    return "encoder.conv_in.weight" in source.tensors
+    return FIRST in source.tensors
 
 
 def is_wan(source: Checkpoint) -> bool:
     """Whether the tensors are of a Wan tokenizer."""
-    first = source.tensors.get(_theirs("encoder.conv_in.weight", is_diffusers(source)))
+    first = source.tensors.get(_theirs(FIRST, is_diffusers(source)))
     return first is not None and first.shape[2:] == (3, 3, 3)
 
 
