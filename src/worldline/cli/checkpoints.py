@@ -311,13 +311,13 @@ def describe(source: Checkpoint, path: Path) -> Generator[tuple[str, str], None,
             unread = files.check()
             beside = f"; {unread:,} more, which are not read" if unread else ""
             return files.checkpoint, "verdict", f"{_COMPLETE}{beside}"
-    try:
-        config = cosmos.read_config(cosmos.network_view(source), folder.name)
-    except CheckpointError:
+    view = cosmos.network_view(source)
+    if view.entries.keys().isdisjoint(cosmos.ANCHORS):
         names = ", ".join(sorted(source.tensors)[:3])
         kind = find_known(source.tensors)
         yield "family", kind or f"unknown (tensors such as {names})"
         return source, "other", "no world that worldline runs" if kind else "not recognised"
+    config = cosmos.read_config(view, folder.name)
     yield "family", f"Cosmos {'discrete' if config.levels else 'continuous'} video tokenizer"
     presets = {name: replace(preset, tap=config.tap) for name, preset in PRESETS.items()}
     return (yield from _sizes(cosmos.open_tokenizer(path), presets))
