@@ -377,7 +377,7 @@ def _collect(
         for name, item in _items(value)
         if isinstance(item, _Record)
     }
-    if not tensors:  # a whole network, say
+    if not tensors:  # a whole network may be one object
         for item in (value, *(value.values() if isinstance(value, dict) else ())):
             if isinstance(item, Inert) and item.refuse is not None:
                 item.refuse()
