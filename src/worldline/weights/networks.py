@@ -35,7 +35,6 @@ from worldline.weights.checkpoint import (
     missing_parts,
     open_checkpoint,
     open_set,
-    refuse_nonfinite,
     take_network,
 )
 from worldline.weights.keymap import KeyMap, match, matches
