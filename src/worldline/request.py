@@ -97,7 +97,15 @@ class Options(BaseModel):
         except ValidationError as error:
             unknown = any(problem["type"] == "extra_forbidden" for problem in error.errors())
             kind = UnknownOptionError if unknown else InputError
-            raise kind("\n".join(cls.problems(error, name))) from None
+            # a choice of types, such as auto or a number, has a problem with each
+            lines: dict[str, list[str]] = {}
+            for line in cls.problems(error, name):
+                where, _, advice = line.partition("; it must ")
+                lines.setdefault(where, []).append(advice)
+            joined = (
+                "; it must ".join(filter(None, (w, " or ".join(a)))) for w, a in lines.items()
+            )
+            raise kind("\n".join(joined)) from None
 
     @classmethod
     def problems(cls, error: ValidationError, name: Name) -> Iterator[str]:
@@ -149,6 +157,35 @@ def _plain(value: Any) -> Any:
     if kind.__module__ == "torch" and kind.__name__ in ("dtype", "device"):
         return str(value).removeprefix("torch.")
     return tuple(value) if isinstance(value, list) else value
+
+
+class OutputFlags(Options):
+    """Flags of commands that write files."""
+
+    no_overwrite: bool = Field(
+        False, description="Refuse, before any work, to replace files of an earlier run."
+    )
+
+
+class VideoFlags(OutputFlags):
+    """Flags of commands that make videos."""
+
+    resume: bool = Field(False, description="Keep videos that an earlier run made in the same way.")
+    crf: int | None = Field(
+        None,
+        ge=0,
+        le=63,
+        description="Quality of the file; smaller is better.  [default: 18 of H.264, to 51; 24 of "
+        "VP9, to 63]",
+    )
+    lossless: bool = Field(
+        False, description="Keep every bit of the frames; fewer players show such a file."
+    )
+
+    @property
+    def quality(self) -> dict[str, Any]:
+        """Keywords of `Video.save`."""
+        return {"crf": self.crf, "lossless": self.lossless}
 
 
 class Request(Options):

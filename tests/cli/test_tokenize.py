@@ -149,8 +149,8 @@ def test_resuming_makes_what_is_not_there_or_differs(
         text = f"2 of 2 files are in {folder_of(command)}: 0 made now, 2 there before\n"
         assert result.stdout == text
     (coded / "a.safetensors").unlink()
-    os.utime(clips / "b.mp4", (1, 1))
-    assert made(*encode) == {"a", "b"}
+    os.utime(clips / "b.mp4", (1, 1))  # contents decide
+    assert made(*encode) == {"a"}
     (out / "b.json").unlink()
     assert made(*decode) == {"a", "b"}
     (out / "b.mp4").write_bytes(b"")

@@ -5,15 +5,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from worldline.errors import InputError, brief
 from worldline.family import Item
-from worldline.files import MAX_PROBLEMS, check_path, read_entries
-from worldline.request import Options
+from worldline.files import MAX_PROBLEMS, check_path, file_name, read_entries
 from worldline.request import Path as Named
+from worldline.request import Text, VideoFlags
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +26,18 @@ _OTHER_NAMES = ("input_video", "input_image", "input_path")
 _UNWRITTEN = (".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".3gp")
 
 
-class PromptFlags(Options):
+class PromptFlags(VideoFlags):
     """Flags of `diffusion text2world`."""
 
     batch_input_path: Named | None = Field(
         None, description='Many inputs: a JSONL with a "prompt" a line.'
     )
-    video_save_name: str = Field(
+    video_save_name: Annotated[Text, AfterValidator(file_name)] = Field(
         "output", description="Name of a single video; .mov .mkv .webm .gif are other formats."
     )
-    video_save_folder: str = Field("outputs/", description="Folder of the videos; made if absent.")
-    resume: bool = Field(False, description="Keep videos that an earlier run made in the same way.")
+    video_save_folder: Named = Field(
+        "outputs/", description="Folder of the videos; made if absent."
+    )
 
 
 class MediaFlags(PromptFlags):
@@ -67,7 +68,7 @@ class TextTypedFlags(TypedFlags):
     )
 
 
-class OneFlags(Options):
+class OneFlags(VideoFlags):
     """Argument and flags of `worldline generate WORLD`."""
 
     input: Named | None = Field(None, json_schema_extra={"argument": True})
@@ -76,7 +77,6 @@ class OneFlags(Options):
         description="File of the video: .mp4, .mov, .mkv, .webm or .gif.",
         json_schema_extra={"short": "-o"},
     )
-    resume: bool = Field(False, description="Keep a video that was made in the same way.")
 
 
 class One:
@@ -188,7 +188,7 @@ def single_output(folder: str, name: str) -> Path:
     from worldline.video.write import ENCODINGS
 
     suffix = Path(name).suffix.lower()
-    if not Path(name).name or suffix in (*_UNWRITTEN, *IMAGE_SUFFIXES):
+    if suffix in (*_UNWRITTEN, *IMAGE_SUFFIXES):
         known = " ".join(ENCODINGS)
         raise InputError(f"--video_save_name {name!r}: give a name, or one with {known}")
     return Path(folder) / (name if suffix in ENCODINGS else f"{name}.mp4")
