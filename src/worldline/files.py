@@ -24,6 +24,7 @@ GIGABYTE = 1e9
 TRANSFORMER_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt")
 WEIGHTS = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
 _DIFFUSERS_FILE = "diffusion_pytorch_model"
+_LONGEST_NAME = 255  # bytes, of every common file system
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 # with what a hub answers in place of a file that it does not give
 _REFUSALS = (b"entry not found", b"repository not found", b"invalid username", b"access to model")
@@ -141,7 +142,8 @@ def check_path(value: Any) -> Any:
     if isinstance(value, str | os.PathLike):
         text = os.fspath(value)
         try:  # bytes of no encoding may come from the command line
-            if b"\0" in os.fsencode(text):
+            encoded = os.fsencode(text)
+            if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
                 raise ValueError
         except ValueError:
             raise InputError(f"{brief(text)} is not the name of a file") from None
