@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from worldline.errors import InputError, UnknownOptionError, brief, did_you_mean, option
 from worldline.files import check_path
-from worldline.shapes import VideoShape
+from worldline.shapes import Fit, VideoShape
 
 NEGATIVE_PROMPT = (
     "The video captures a series of frames showing ugly scenes, static with no motion, motion "
@@ -27,6 +27,8 @@ NEGATIVE_PROMPT = (
 )
 
 _MOST_PROBLEMS = 20  # that are named of one request
+FIT = "Input of another aspect: stretched, cropped, or padded with black."
+
 # a field -> what the user wrote in its place, for messages
 Name = Callable[[str], str]
 
@@ -203,6 +205,7 @@ class Request(Options):
     prompt_embeddings: Embedding = None
     seed: Seed = 1
     num_input_frames: int = 0
+    fit: Fit = Field("crop", description=FIT)
 
     @classmethod
     def make(

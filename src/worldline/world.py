@@ -38,7 +38,7 @@ from worldline.guards import (
     release_of,
     rewrites,
 )
-from worldline.inputs import Form, Input, InputType, describe, joined, kind_of, read_clip
+from worldline.inputs import Form, Input, InputType, changes, describe, joined, kind_of, read_clip
 from worldline.locate import locate
 from worldline.opening import choose_compute, load_parts, open_world, plan
 from worldline.report import Recorder, environment, log_result
@@ -290,10 +290,12 @@ class World:
             if note not in self._notes:  # once for a batch
                 logger.info("%s", note)
             self._notes.add(note)
-        recorder, clip = Recorder(self.device), None
+        recorder, clip, notes = Recorder(self.device), None, list[str]()
         if form is not None and kind is not None:
             with recorder.stage("read"):
                 clip = read_clip(form, kind, request.num_input_frames)
+            if notes := changes(form, clip, request, family.video(opened, request)):
+                logger.info("%s: %s", describe(form), "; ".join(notes))
         # now: files may change or vanish before the video is made
         unused, embeddings = family.unused(opened, request), _embeddings(opened, request).values()
         parts = (part for name, part in opened.parts.items() if name not in unused)
@@ -304,6 +306,7 @@ class World:
                 *(stamp(path) for path in filter(None, map(_path_of, (form, *embeddings)))),
             ],
             "fingerprint": fingerprint(opened, self.parts.compute, request, form),
+            "input_changes": notes,
         }
         return Job(form, clip, request, recorder, source)
 

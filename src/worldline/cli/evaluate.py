@@ -49,7 +49,7 @@ def evaluate(
 ) -> None:
     """Judge the videos of FOLDER and of the folders in it.
 
-    A video (.mp4, .mov, .mkv, .webm, .gif) fails if a large object appears from nowhere, or if the
+    A video, of any format, fails if a large object appears from nowhere, or if the
     picture collapses to one colour. Still videos and small artifacts are no failures. Motion and
     flicker are in grey levels; PSNR and SSIM compare with a reference.
 

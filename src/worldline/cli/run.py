@@ -117,15 +117,14 @@ def refuse_problems(problems: Sequence[str]) -> None:
 def check_item(opened: Opened, item: Item) -> Item:
     """The item with its request, checked by the model's files and its input's length."""
     from worldline.guards import check_frames
-    from worldline.video.read import probe
+    from worldline.inputs import check_file
     from worldline.video.write import check_destination
 
     request = opened.family.request.make(item.stated, opened.defaults, item.kind, item.field)
     request = opened.family.check(opened, request)
     check_destination(item.output, request.fps, resume=True)
-    needed = request.num_input_frames
-    if item.input is not None and (frames := probe(item.input).frames) < needed:
-        raise InputError(f"{item.input}: it has {frames} frames, num_input_frames is {needed}")
+    if item.input is not None:
+        check_file(item.input, request, opened.family.video(opened, request))
     check_frames(opened, request)
     return replace(item, request=request)
 
@@ -171,6 +170,7 @@ def log_unused(
         (guarded, "the guardrails check the video before a frame leaves", ("preview_every",)),
         (not upsamples(opened), "no prompt upsampler runs", _UPSAMPLER),
         (len(items) == 1, "there is one input", ("batch_size",)),
+        (lengths == {None, 0}, "there is no input", ("fit",)),
         (
             typed.get("num_input_frames") not in lengths,
             "an image has 1 frame",

@@ -231,10 +231,12 @@ def examine_media(
     path: Path, folder: Path | None, tokenizer: str = "", suffix: str | None = None
 ) -> Task:
     """Task of coding a clip or an image; its result goes to `folder`, or beside it."""
-    from worldline.video.read import media_kind, probe
+    from worldline.video.read import probe
 
-    fps, source = probe(path).fps or _FPS, str(path.resolve())
-    header = Header(tokenizer=tokenizer, media=media_kind(path), fps=fps, source=source)
+    info, source = probe(path), str(path.resolve())
+    if info.notes:
+        logger.info("%s: %s", path, "; ".join(info.notes))
+    header = Header(tokenizer=tokenizer, media=info.kind, fps=info.fps or _FPS, source=source)
     output = (folder or path.parent / "reconstructions") / f"{path.stem}{suffix or header.suffix}"
     return Task(path, output, header)
 
@@ -354,9 +356,11 @@ def reconstruct_task(model: CosmosTokenizer, task: Task, _: str, *, flags: Recon
     from worldline.evaluate.metrics import decibels, mse
     from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip, reconstruct_windows
     from worldline.video.convert import scaled
-    from worldline.video.read import stream_media
+    from worldline.video.read import MAX_IMAGE, check_pixels, probe, stream_media
 
     window, fps = flags.temporal_window, flags.output_fps or task.header.fps
+    info = probe(task.path)
+    check_pixels(task.path, min(window or 1, info.frames), info.height, info.width, MAX_IMAGE)
 
     def source() -> Iterator[Frames]:
         for piece in stream_media(task.path, window or model.chunk * model.config.temporal):

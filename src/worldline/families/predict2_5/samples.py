@@ -241,7 +241,10 @@ def make_item(
     }
     count, kinds = INPUTS[sample.inference_type]
     path = paths.get("input_path") if count else None
-    kind = None if path is None else media_kind(path)
+    try:
+        kind = None if path is None else media_kind(path)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
     if kind not in kinds:
         raise InputError(
             f"{item.field('input_path')}: it is {path}; {sample.inference_type} continues "
