@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -10,14 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from worldline import files
 from worldline.errors import CheckpointError
 from worldline.files import (
+    digest,
     disguise,
+    file_name,
     parse_json,
     read_entries,
     read_json,
     read_text,
     replacing,
+    replacing_all,
     stamp,
     unfinished,
 )
@@ -57,6 +62,50 @@ def test_replacing_a_folder(tmp_path: Path) -> None:
     with replacing(path) as temporary:
         temporary.mkdir()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_take_their_places_together(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.json", tmp_path / "a.mp4"]
+
+    def half() -> None:
+        with replacing_all(paths) as (report, _):
+            report.write_text("new")  # the second was not written
+
+    with pytest.raises(FileNotFoundError):
+        half()
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["a.json"])
+
+
+def test_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(1000))
+    whole = hashlib.sha256(bytes(1000)).hexdigest()
+    assert digest(path) == digest(path, sampled=True) == whole
+    for name, size in (("_BLOCK", 50), ("_NUM_BLOCKS", 5)):
+        monkeypatch.setattr(files, name, size)
+    of_zeros = digest(path, sampled=True)
+    for index in (0, 49, 240, 480, 950, 999):  # in a block
+        path.write_bytes(bytes(index) + b"1" + bytes(999 - index))
+        os.utime(path, ns=(1, 1))
+        assert digest(path) != whole
+        assert digest(path, sampled=True) != of_zeros, index
+    path.write_bytes(bytes(1001))
+    assert digest(path, sampled=True) != of_zeros
+
+
+def test_digest_of_a_folder(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / "1.png").write_bytes(b"1")
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    (tmp_path / "b" / "inner" / "1.png").rename(tmp_path / "b" / "inner" / "2.png")
+    assert digest(tmp_path / "a") != digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", " ", "/", "a/b", "../a", "a\\b", "a\0b", "a\n"])
+def test_names_that_are_paths(name: str) -> None:
+    with pytest.raises(ValueError, match="not the name"):
+        file_name(name)
 
 
 def test_disguise() -> None:

@@ -44,7 +44,7 @@ LAYERS = (
     ("nn", "sampling", "parallel", "video", "report"),
     ("finite",),
     ("shapes", "files"),
-    ("errors",),
+    ("errors", "events"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 

@@ -289,7 +289,10 @@ def test_files_that_decide(own_diffusion: Path, own_predict2_5: Path) -> None:
     request = checked(opened, prompt="x", num_video_frames=9, height=32, width=48)
     before = fingerprint(opened, PLAIN, request, None)
     assert fingerprint(opened, PLAIN, request, None) == before
-    (own_predict2_5 / FLOW_FOLDER / "tokenizer.pth").touch()
+    path = own_predict2_5 / FLOW_FOLDER / "tokenizer.pth"
+    path.touch()
+    assert fingerprint(opened, PLAIN, request, None) == before
+    path.write_bytes(path.read_bytes() + b"1")
     assert fingerprint(opened, PLAIN, request, None) != before
     (own_predict2_5 / FLOW_FOLDER / "tokenizer.pth").unlink()
     with pytest.raises((CheckpointError, OSError), match=r"tokenizer\.pth"):

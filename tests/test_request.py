@@ -198,3 +198,9 @@ def test_every_field_is_described() -> None:
                 field, _, text = line.partition(": ")
                 assert field
                 assert text, f"{kind.__name__}.{field}"
+
+
+def test_a_choice_of_types_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"batch_size is '0'; .*'auto' or .* 1$") as raised:
+        AROptions.parse({"batch_size": "0"})
+    assert str(raised.value).count("\n") == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from worldline.opening import plan
 from worldline.weights.checkpoint import save
 
 from .cli.conftest import run_words
-from .cli.results import files_in
+from .cli.results import alter, files_in
 from .conftest import frames_of, moving
 from .families.worlds import PLAIN, open_named
 from .offloading import check_offloading
@@ -106,8 +105,11 @@ def test_the_command_and_resume(root: Path, clip: Path, tmp_path: Path) -> None:
         assert frames_of(out / "output.mp4") != first[1]
     run_words([*words, "--strength", 0.5, "--resume"])
     assert frames_of(out / "output.mp4") == first[1]
-    os.utime(root / "toy" / "codec.safetensors")
+    codec = root / "toy" / "codec.safetensors"
+    weights = codec.read_bytes()
+    alter(codec)
     rerun = run_words([*words, "--strength", 0.5, "--resume"])
+    codec.write_bytes(weights)
     assert "made again" in rerun.stderr
     wrong = run_words([*words, "--strength", "2"])
     assert wrong.exit_code == 2

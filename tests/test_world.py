@@ -24,6 +24,7 @@ from worldline.inputs import read_clip
 from worldline.locate import bundled_names
 from worldline.memory import Memory
 from worldline.video.read import read_image, read_video
+from worldline.video.write import write_video
 from worldline.weights.checkpoint import save
 
 from . import tiny_decoder, tiny_diffusion, tiny_predict2_5
@@ -483,6 +484,52 @@ def test_notes_are_logged_once(
         for _ in range(2):
             worlds["predict2.5"].stream(**options)
     assert caplog.text.count("fps is 24; ") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_input_of_another_aspect(
+    kind: str,
+    worlds: dict[str, worldline.World],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One line is logged, and stands in the report; `fit` decides, and is part of what resumes."""
+    world, options = worlds[kind], KINDS[kind].options
+    path, thin = tmp_path / "portrait.bin", tmp_path / "thin.bin"
+    Image.fromarray(moving(1, 60, 24)[0]).save(path, format="BMP")
+    Image.fromarray(moving(1, 1600, 2)[0]).save(thin, format="TIFF")
+    default = "stretch" if kind == "diffusion" else "crop"
+    jobs = {}
+    for fit, word in (("stretch", "stretched"), ("crop", "cropped"), ("pad", "padded")):
+        with caplog.at_level(logging.INFO, logger="worldline"):
+            caplog.clear()
+            jobs[fit] = world.prepare(path, {**options, "fit": fit})
+        assert f"{path}: 24 x 60 pixels are {word} " in caplog.text
+        assert caplog.text.count(str(path)) == 1
+        assert len(jobs[fit].source["input_changes"]) == 1
+    fingerprints = {fit: job.source["fingerprint"] for fit, job in jobs.items()}
+    assert len(set(fingerprints.values())) == 3
+    assert world.prepare(path, options).source["fingerprint"] == fingerprints[default]
+    video = world.generate(path, fit="pad", **options)
+    assert video.report["request"]["fit"] == "pad"
+    assert video.report["input_changes"] == jobs["pad"].source["input_changes"]
+    assert world.prepare(thin, {**options, "fit": "stretch"}).clip is not None
+    with pytest.raises(worldline.InputError, match="2 x 1600 pixels"):
+        world.prepare(thin, {**options, "fit": "crop"})
+    shape = world.opened.family.video(world.opened, jobs["pad"].request)
+    fitting = moving(9, 2 * shape.height, 2 * shape.width)
+    assert not world.prepare(fitting, options).source["input_changes"]
+
+
+def test_a_clip_of_another_speed(plain: worldline.World, tmp_path: Path) -> None:
+    for fps, words in ((25, []), (60, ["60"]), (10, ["10"])):
+        write_video(moving(12, 32, 48), tmp_path / "a.mkv", fps)
+        notes = plain.prepare(tmp_path / "a.mkv", {}).source["input_changes"]
+        assert [word for note, word in zip(notes, words, strict=True) if word in note] == words
+        # one frame has no speed
+        assert not plain.prepare(tmp_path / "a.mkv", {"num_input_frames": 1}).source[
+            "input_changes"
+        ]
 
 
 def test_a_long_video(worlds: dict[str, worldline.World]) -> None:

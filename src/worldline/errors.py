@@ -114,7 +114,7 @@ def brief(value: object, limit: int = 80) -> str:
         return f"a huge {type(value).__name__}"
 
 
-def printable(message: str, limit: int = 2000) -> str:
+def printable(message: str, limit: int = 1900) -> str:
     """Message for a terminal: at most `limit` characters, control characters escaped.
 
     As many lines as fit are kept, with the number of the others; both ends of a long one.

@@ -4,12 +4,14 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,6 +24,7 @@ GIGABYTE = 1e9
 TRANSFORMER_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt")
 WEIGHTS = (".pt", ".pth", ".jit", ".safetensors", ".bin", ".ckpt")
 _DIFFUSERS_FILE = "diffusion_pytorch_model"
+_LONGEST_NAME = 255  # bytes, of every common file system
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 # with what a hub answers in place of a file that it does not give
 _REFUSALS = (b"entry not found", b"repository not found", b"invalid username", b"access to model")
@@ -49,6 +52,8 @@ _FORMATS = {
     rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF": "a picture",
     rb"%PDF": "a PDF",
 }
+_BLOCK, _NUM_BLOCKS = 1 << 18, 256  # bytes and number of the blocks by which weights are hashed
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:4]
 
 
 @contextlib.contextmanager
@@ -57,19 +62,27 @@ def replacing(path: Path) -> Iterator[Path]:
 
     On any exception, Ctrl-C too, the temporary is removed and the old content of `path` stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
+    with replacing_all([path]) as [temporary]:
         yield temporary
-        if temporary.is_file():
+
+
+@contextlib.contextmanager
+def replacing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Temporary names, as of `replacing`, that take their places once all are on the disk."""
+    for path in paths:
+        remove_stale(path)
+    mark = f"{os.getpid()}-{_MACHINE}{secrets.token_hex(2)}"
+    temporaries = [path.with_name(f".{path.name}.{mark}.tmp") for path in paths]
+    try:
+        yield temporaries
+        for temporary in filter(Path.is_file, temporaries):
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())  # else a crash may leave the new name with an empty file
-        temporary.replace(path)
+        for temporary, path in zip(temporaries, paths, strict=True):
+            temporary.replace(path)
     except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            remove(temporary)
         raise
 
 
@@ -82,6 +95,36 @@ def check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"{folder}: it cannot be written: {error.strerror}") from error
+
+
+def remove_stale(path: Path) -> None:
+    """Remove the temporaries of `path` that killed processes of this machine left."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)-{_MACHINE}[0-9a-f]{{4}}\.tmp")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path.parent):
+            if match := pattern.fullmatch(name):
+                try:
+                    os.kill(int(match[1]), 0)  # whether it runs
+                except (ProcessLookupError, OverflowError):
+                    remove(path.with_name(name))
+                except PermissionError:  # it does, as another user's
+                    pass
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there and can be removed."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def file_name(name: str) -> str:
+    """The name itself; ValueError where it is none, but empty or a path."""
+    if not name.strip(" .") or re.search(r"[/\\\x00-\x1f]", name):
+        raise ValueError(f"{name!r:.40} is not the name of a file; give one without folders")
+    return name
 
 
 def readable_size(nbytes: float) -> str:
@@ -122,7 +165,8 @@ def check_path(value: Any) -> Any:
     if isinstance(value, str | os.PathLike):
         text = os.fspath(value)
         try:  # bytes of no encoding may come from the command line
-            if b"\0" in os.fsencode(text):
+            encoded = os.fsencode(text)
+            if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
                 raise ValueError
         except ValueError:
             raise InputError(f"{brief(text)} is not the name of a file") from None
@@ -131,10 +175,42 @@ def check_path(value: Any) -> Any:
     return value
 
 
-def stamp(path: Path) -> dict[str, Any]:
-    """Fingerprint of a file: its path, size and time of modification."""
+def digest(path: Path, *, sampled: bool = False) -> str:
+    """SHA-256 of a file's bytes, or of the names and contents in a folder.
+
+    Args:
+        path: of the file, which is hashed once for as long as its status stays.
+        sampled: of more than 64 MB only the size and 256 blocks are read, the first and the last
+            among them, where headers lie; weights differ everywhere.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if path.is_dir():
+        contents = [(child.name, digest(child, sampled=sampled)) for child in path.iterdir()]
+        return hashlib.sha256(json.dumps(sorted(contents)).encode()).hexdigest()
     status = path.stat()
-    return {"path": str(path.resolve()), "nbytes": status.st_size, "modified": status.st_mtime_ns}
+    sampled = sampled and status.st_size > _BLOCK * _NUM_BLOCKS
+    return _digest(path, sampled, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: Path, sampled: bool, nbytes: int, *_times: int) -> str:
+    with path.open("rb") as file:
+        if not sampled:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        sha = hashlib.sha256(str(nbytes).encode())
+        for index in range(_NUM_BLOCKS):
+            file.seek(index * (nbytes - _BLOCK) // (_NUM_BLOCKS - 1))
+            sha.update(file.read(_BLOCK))
+        return sha.hexdigest()
+
+
+def stamp(path: Path, *, sampled: bool = False) -> dict[str, Any]:
+    """Report entry of a file: its path, size, time of modification and `digest`."""
+    status = path.stat()
+    place = {"path": str(path.resolve()), "nbytes": status.st_size, "modified": status.st_mtime_ns}
+    return {**place, "digest": digest(path, sampled=sampled)}
 
 
 def read_text(path: Path, limit: int = MAX_TEXT) -> str:

@@ -1,4 +1,4 @@
-"""What a world can continue: a file, a picture or frames."""
+"""What a world can continue: a file, a picture or frames; and how it comes to the video's size."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -11,7 +11,18 @@ from PIL import Image
 
 from worldline.errors import InputError, option
 from worldline.files import check_path
-from worldline.video.read import Clip, Frames, media_kind, read_image, read_video, to_rgb
+from worldline.shapes import LARGEST_CROP, Fit, VideoShape
+from worldline.video.read import (
+    MAX_IMAGE,
+    Clip,
+    Frames,
+    check_pixels,
+    media_kind,
+    probe,
+    read_image,
+    read_video,
+    to_rgb,
+)
 
 InputType = Literal["image", "video"]
 # a file, a picture, or frames uint8 (T, H, W, 3)
@@ -40,7 +51,7 @@ def joined(input: Any) -> Any:
 
 
 def kind_of(input: Input | None) -> InputType:
-    """Whether an input is an image or a video; a file's by its suffix.
+    """Whether an input is an image or a video; a file's by its contents.
 
     Raises:
         InputError: it is neither.
@@ -81,12 +92,53 @@ def read_clip(input: Form, kind: InputType, num_input_frames: int) -> Clip:
         clip = read_image(Path(input))
     else:
         clip = read_video(Path(input), last=num_input_frames)
-    if len(clip.frames) < num_input_frames:
-        raise InputError(
-            f"{describe(input)}: it has {len(clip.frames)} frames, num_input_frames is "
-            f"{num_input_frames}; give a longer clip"
-        )
+    check_length(input, len(clip.frames), num_input_frames)
     return clip
+
+
+def check_length(input: Form, frames: int, num_input_frames: int) -> None:
+    """Refuse a clip of too few frames."""
+    if frames < num_input_frames:
+        raise InputError(
+            f"{describe(input)}: it has {frames} frames, num_input_frames is {num_input_frames}; "
+            "give a longer clip"
+        )
+
+
+def check_file(path: Path, request: Any, video: VideoShape) -> None:
+    """Refuse, before any model is loaded, a file that cannot become the beginning of a video."""
+    info, count = probe(path), request.num_input_frames
+    check_length(path, info.frames, count)
+    check_pixels(path, count, info.height, info.width, MAX_IMAGE)
+    fit_note(path, info.height, info.width, request.fit, video)
+
+
+def changes(input: Form, clip: Clip, request: Any, video: VideoShape) -> list[str]:
+    """What is done to an input: as it is read, to its aspect, and to its speed."""
+    height, width = clip.frames.shape[1:3]
+    notes = [*clip.notes, fit_note(input, height, width, request.fit, video)]
+    if request.num_input_frames > 1 and clip.fps and abs(clip.fps / request.fps - 1) > 0.01:
+        notes.append(f"its {clip.fps:.4g} frames a second play at {request.fps:.4g}")
+    return [note for note in notes if note]
+
+
+def fit_note(input: Form, height: int, width: int, fit: Fit, video: VideoShape) -> str:
+    """How a picture comes to the aspect of a video; "" if it has it, within a pixel.
+
+    Raises:
+        InputError: next to nothing of it would remain.
+    """
+    across, down = width * video.height, height * video.width
+    if abs(across - down) < max(video.height, video.width):
+        return ""
+    ratio = max(across, down) / min(across, down)
+    if fit == "crop" and ratio > LARGEST_CROP:
+        raise InputError(
+            f"{describe(input)}: of {width} x {height} pixels a crop to {video.width} x "
+            f"{video.height} would keep 1/{ratio:.0f}; crop it, or give {option('fit', 'pad')}"
+        )
+    done = {"stretch": "stretched", "crop": "cropped", "pad": "padded"}[fit]
+    return f"{width} x {height} pixels are {done} to the aspect of {video.width} x {video.height}"
 
 
 def describe(input: Form) -> str:

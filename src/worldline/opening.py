@@ -5,6 +5,7 @@ Everything that can be wrong is found from file headers, before tensor data are 
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -156,11 +157,14 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     Raises:
         InputError: it does not exist here.
     """
-    try:
-        named = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.empty(0, device=named).device  # with the number of a GPU
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(f"no device {device} here; give cuda, cuda:1, cpu or mps") from error
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count() if cuda else 0))]
+    names += ["mps"] if mps else []
+    with suppress(RuntimeError, AssertionError, TypeError):
+        chosen = torch.device(device or ("cuda" if cuda else "cpu"))
+        if chosen.type in {name.partition(":")[0] for name in names}:  # not meta, which has no data
+            return torch.empty(0, device=chosen).device  # with the number of a GPU
+    raise InputError(f"no device {device} here (this torch has {', '.join(names)})")
 
 
 def choose_compute(options: LoadOptions) -> Compute:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from worldline.events import report_event
 from worldline.files import GIGABYTE
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Recorder:
             torch.cuda.reset_peak_memory_stats(self.device)
         started = time.perf_counter()
         self._begun.setdefault(name, started)
+        report_event("stage", f"{name} starts", stage=name, state="started")
         try:
             yield
         finally:
@@ -73,7 +75,10 @@ class Recorder:
                 unit = 1 if sys.platform == "darwin" else 1024
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
             seconds = round(time.perf_counter() - started, 4)
-            self._add(Stage(name, seconds, round(peak / GIGABYTE, 3), round(time.time(), 4)))
+            stage = Stage(name, seconds, round(peak / GIGABYTE, 3), round(time.time(), 4))
+            facts = {"state": "ended", "seconds": seconds, "peak_gb": stage.peak_gb}
+            report_event("stage", f"{name} took {seconds:.1f} s", stage=name, **facts)
+            self._add(stage)
 
     def _add(self, stage: Stage) -> None:
         for index, previous in enumerate(self.stages):

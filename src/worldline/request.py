@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from worldline.errors import InputError, UnknownOptionError, brief, did_you_mean, option
 from worldline.files import check_path
-from worldline.shapes import VideoShape
+from worldline.shapes import Fit, VideoShape
 
 NEGATIVE_PROMPT = (
     "The video captures a series of frames showing ugly scenes, static with no motion, motion "
@@ -27,6 +27,8 @@ NEGATIVE_PROMPT = (
 )
 
 _MOST_PROBLEMS = 20  # that are named of one request
+FIT = "Input of another aspect: stretched, cropped, or padded with black."
+
 # a field -> what the user wrote in its place, for messages
 Name = Callable[[str], str]
 
@@ -97,7 +99,15 @@ class Options(BaseModel):
         except ValidationError as error:
             unknown = any(problem["type"] == "extra_forbidden" for problem in error.errors())
             kind = UnknownOptionError if unknown else InputError
-            raise kind("\n".join(cls.problems(error, name))) from None
+            # a choice of types, such as auto or a number, has a problem with each
+            lines: dict[str, list[str]] = {}
+            for line in cls.problems(error, name):
+                where, _, advice = line.partition("; it must ")
+                lines.setdefault(where, []).append(advice)
+            joined = (
+                "; it must ".join(filter(None, (w, " or ".join(a)))) for w, a in lines.items()
+            )
+            raise kind("\n".join(joined)) from None
 
     @classmethod
     def problems(cls, error: ValidationError, name: Name) -> Iterator[str]:
@@ -151,6 +161,35 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+class OutputFlags(Options):
+    """Flags of commands that write files."""
+
+    no_overwrite: bool = Field(
+        False, description="Refuse, before any work, to replace files of an earlier run."
+    )
+
+
+class VideoFlags(OutputFlags):
+    """Flags of commands that make videos."""
+
+    resume: bool = Field(False, description="Keep videos that an earlier run made in the same way.")
+    crf: int | None = Field(
+        None,
+        ge=0,
+        le=63,
+        description="Quality of the file; smaller is better.  [default: 18 of H.264, to 51; 24 of "
+        "VP9, to 63]",
+    )
+    lossless: bool = Field(
+        False, description="Keep every bit of the frames; fewer players show such a file."
+    )
+
+    @property
+    def quality(self) -> dict[str, Any]:
+        """Keywords of `Video.save`."""
+        return {"crf": self.crf, "lossless": self.lossless}
+
+
 class Request(Options):
     """One video to make.
 
@@ -166,6 +205,7 @@ class Request(Options):
     prompt_embeddings: Embedding = None
     seed: Seed = 1
     num_input_frames: int = 0
+    fit: Fit = Field("crop", description=FIT)
 
     @classmethod
     def make(

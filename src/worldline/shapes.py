@@ -7,8 +7,13 @@ frames: latent 0 holds frame 0 alone, latent k >= 1 holds frames c*k - c + 1 .. 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from worldline.errors import InputError
+
+# how a picture of another aspect fills a size: distorted, without its edges, or between black bars
+Fit = Literal["stretch", "crop", "pad"]
+LARGEST_CROP = 16  # times what is kept; far beyond, enlarging would fill the memory
 
 
 @dataclass(frozen=True)

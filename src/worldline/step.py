@@ -18,9 +18,15 @@ import tqdm
 from PIL import Image
 
 from worldline.errors import NonFiniteError
-from worldline.files import check_folder
+from worldline.files import check_folder, digest, read_json
 from worldline.video.read import Frames
-from worldline.video.write import check_destination, write_bytes, write_video
+from worldline.video.write import (
+    check_destination,
+    encoding_of,
+    write_frames,
+    write_video,
+    writing_all,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -130,35 +136,46 @@ class Video:
         """Frames as RGB pictures."""
         return [Image.fromarray(frame) for frame in self.frames]
 
-    def save(self, path: str | PathLike[str]) -> Path:
+    def save(
+        self, path: str | PathLike[str], *, crf: int | None = None, lossless: bool = False
+    ) -> Path:
         """Write the video (by suffix: .mp4, .mov, .mkv, .webm, .gif) and its report beside it.
 
-        A video of one frame may be a .jpg, too.
+        A video of one frame may be a .jpg, too. The report has the same name and the suffix .json,
+        and the hash of the video's bytes, so that it belongs to no other; the prompt, where there
+        is one, .txt; where there is none, that of an earlier video of this name is removed. All
+        files are written before the first takes its place, and of two programs that save under one
+        name the last leaves all files.
 
-        The report has the same name and the suffix .json, the prompt, where there is one, .txt;
-        where there is none, that of an earlier video of this name is removed.
-        Each file appears whole or not at all, and of two programs that save under one name the last
-        leaves all files.
+        Args:
+            path: file, or a name without suffix for a folder of PNGs.
+            crf: quality of H.264 (0 to 51; 18) and VP9 (0 to 63; 24); smaller is better.
+            lossless: keep every bit, of .mp4, .mov, .mkv and .webm.
 
         Raises:
-            InputError: the name or the folder cannot be written, or a GIF not play as fast; before
-                anything is encoded.
+            InputError: the name or the folder cannot be written, or the format has no such rate
+                or quality; before anything is encoded.
             Error: the disk is full; what was there before stays.
         """
         target = Path(path)
+        encoding = encoding_of(target, crf, lossless)
         check_destination(target, self.fps)
         check_folder(target.parent)
-        text = json.dumps(self.report, indent=1) + "\n"
-        with _alone_in(target.parent):
-            write_video(self.frames, target, self.fps)
-            if self.prompt is not None:
-                write_bytes(target.with_suffix(".txt"), self.prompt.encode())
-            else:
-                # words of the video that stood here
-                with suppress(OSError, LookupError, ValueError, TypeError):
-                    if json.loads(target.with_suffix(".json").read_bytes())["prompt"] is not None:
-                        target.with_suffix(".txt").unlink(missing_ok=True)
-            write_bytes(target.with_suffix(".json"), text.encode())
+        report, text = target.with_suffix(".json"), target.with_suffix(".txt")
+        prompt = [] if self.prompt is None else [text]
+        with (
+            _alone_in(target.parent),
+            writing_all([report, *prompt, target]) as (report_file, *prompt_file, video_file),
+        ):
+            write_frames(self.frames, target, self.fps, video_file, encoding)
+            self.report.update(encoding=encoding, file_sha256=digest(video_file))
+            report_file.write_text(json.dumps(self.report, indent=1) + "\n")
+            for file in prompt_file:
+                file.write_bytes(str(self.prompt).encode())
+            if self.prompt is None:  # words of the video that stood here
+                with suppress(OSError, LookupError, ValueError):
+                    if read_json(report)["prompt"] is not None:
+                        text.unlink(missing_ok=True)
         return target
 
 

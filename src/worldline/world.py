@@ -28,9 +28,17 @@ from worldline.errors import (
     option,
 )
 from worldline.family import FAMILIES, Compute, Opened, Parts, requests_of
-from worldline.files import stamp
-from worldline.guards import Checks, Guards, check_frames, load_guards, release_of, rewrites
-from worldline.inputs import Form, Input, InputType, describe, joined, kind_of, read_clip
+from worldline.files import digest, stamp
+from worldline.guards import (
+    Checks,
+    Guards,
+    check_frames,
+    files_of,
+    load_guards,
+    release_of,
+    rewrites,
+)
+from worldline.inputs import Form, Input, InputType, changes, describe, joined, kind_of, read_clip
 from worldline.locate import locate
 from worldline.opening import choose_compute, load_parts, open_world, plan
 from worldline.report import Recorder, environment, log_result
@@ -282,14 +290,23 @@ class World:
             if note not in self._notes:  # once for a batch
                 logger.info("%s", note)
             self._notes.add(note)
-        recorder, clip = Recorder(self.device), None
+        recorder, clip, notes = Recorder(self.device), None, list[str]()
         if form is not None and kind is not None:
             with recorder.stage("read"):
                 clip = read_clip(form, kind, request.num_input_frames)
+            if notes := changes(form, clip, request, family.video(opened, request)):
+                logger.info("%s: %s", describe(form), "; ".join(notes))
         # now: files may change or vanish before the video is made
+        unused, embeddings = family.unused(opened, request), _embeddings(opened, request).values()
+        parts = (part for name, part in opened.parts.items() if name not in unused)
+        weights = dict.fromkeys(path for part in parts for path in part.files)
         source = {
-            "files": [stamp(path) for path in _files(opened, request, form)],
+            "files": [
+                *(stamp(path, sampled=True) for path in weights),
+                *(stamp(path) for path in filter(None, map(_path_of, (form, *embeddings)))),
+            ],
             "fingerprint": fingerprint(opened, self.parts.compute, request, form),
+            "input_changes": notes,
         }
         return Job(form, clip, request, recorder, source)
 
@@ -422,40 +439,50 @@ def _joined(failures: Mapping[int, Error], count: int) -> Error:
 def fingerprint(opened: Opened, compute: Compute, request: Request, input: Input | None) -> str:
     """Hash of everything that decides the frames of a request: what --resume compares.
 
-    That is the request without fields that have no effect, every file that is read (name, size and
-    time), settings that parts took from elsewhere (such as a schedule), precision, decisive load
-    options, which guardrails and whether the prompt upsampler run; not the device, offloading or
-    batch size.
+    That is the request without fields that have no effect, the contents of every file that is read
+    wherever it lies, what parts took from elsewhere (such as a schedule), precision, decisive load
+    options, guardrails and the prompt upsampler where they run; not the device, offloading or batch
+    size.
 
     Raises:
         OSError: a file has vanished.
     """
     unused = opened.family.unused(opened, request)
     text = None if "text" in unused else str(compute.text_dtype)
+    embeddings = _embeddings(opened, request)
+    stated = {n: _describe(v) for n, v in request.effective({*unused, *embeddings}).items()}
     decisive = {
-        "request": {n: _describe(v) for n, v in request.effective(unused).items()},
-        "files": [stamp(path) for path in _files(opened, request, input)],
+        "request": stated | {name: _contents(value) for name, value in embeddings.items()},
         "parts": {n: _settings(part) for n, part in opened.parts.items() if n not in unused},
-        "input": None if input is None or _path_of(input) else _describe(input),
+        "input": None if input is None else _contents(input),
         "precision": [str(compute.dtype), text],
         "options": {n: v for n, v in opened.options if n in opened.options.DECISIVE},
+        "release": opened.family.guardrails(opened),  # by a folder's name, it decides defaults too
         "guardrail": release_of(opened),
         "upsampled": rewrites(opened, request),
+        "guards": [digest(path, sampled=True) for path in files_of(opened, request)],
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def _files(opened: Opened, request: Request, input: Input | None) -> list[Path]:
-    """Files that decide the frames of a request."""
+def _embeddings(opened: Opened, request: Request) -> dict[str, Any]:
+    """Embeddings of a request that have an effect."""
     unused = opened.family.unused(opened, request)
-    paths = [path for n, part in opened.parts.items() if n not in unused for path in part.files]
-    embeddings = (v for n, v in request if n.endswith("_embeddings") and n not in unused)
-    return [*dict.fromkeys(paths), *filter(None, map(_path_of, (input, *embeddings)))]
+    named = {n: v for n, v in request if n.endswith("_embeddings") and n not in unused}
+    return {name: value for name, value in named.items() if value is not None}
 
 
-def _settings(part: object) -> dict[str, Any]:
-    """Numbers and words of a part on disk; what else it holds comes from its files."""
-    return {n: v for n, v in vars(part).items() if v is None or isinstance(v, str | int | float)}
+def _settings(part: Any) -> dict[str, Any]:
+    """Configuration, numbers and words of a part on disk, and the contents of its files."""
+    values = {n: v for n, v in vars(part).items() if v is None or isinstance(v, str | int | float)}
+    files = [digest(path, sampled=True) for path in part.files]
+    return {**values, "config": repr(part.config), "files": files}
+
+
+def _contents(value: object) -> Any:
+    """Hash of the file that a value names, or the value as JSON holds it."""
+    path = _path_of(value)
+    return _describe(value) if path is None else digest(path)
 
 
 def _path_of(value: object) -> Path | None:

@@ -12,7 +12,11 @@ import pytest
 from click.testing import Result
 
 from worldline.step import Step
+from worldline.video.write import write_video
+from worldline.weights.checkpoint import open_checkpoint, save
 from worldline.world import Job, World
+
+from ..conftest import moving
 
 
 def files_in(folder: Path) -> set[str]:
@@ -50,6 +54,19 @@ def check_refused(result: Result, words: str, folder: Path) -> None:
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     assert not (folder / "out").exists()
+
+
+def alter(path: Path) -> None:
+    """Change the contents of a video, of weights or of settings, which stay readable."""
+    if path.suffix == ".mp4":
+        write_video(moving()[::-1], path, 25)
+    elif path.suffix == ".json":
+        path.write_text(f"{path.read_text()}\n")
+    else:
+        source = open_checkpoint(path)
+        tensors = {name: source.read(name) for name in source.entries}
+        first = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+        save({**tensors, first: tensors[first] * 2}, path, source.metadata)
 
 
 def fail_at(

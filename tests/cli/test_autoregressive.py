@@ -29,7 +29,7 @@ from worldline.weights.checkpoint import open_checkpoint, save
 
 from ..conftest import MODEL, TOKENIZER, frames_of
 from .conftest import WITHOUT_PARTS, Make, Run
-from .results import check_mentions, check_refused, fail_at, files_in, report_of, write_lines
+from .results import alter, check_mentions, check_refused, fail_at, files_in, report_of, write_lines
 
 
 def write_batch(path: Path, *inputs: Path) -> Path:
@@ -532,6 +532,8 @@ def test_resume_knows_changed_files(
     }
     assert "is finished" in base(*words, checkpoint_dir=own_world).stderr
     os.utime(files[changed], (1, 1))
+    assert "is finished" in base(*words, checkpoint_dir=own_world).stderr  # contents decide
+    alter(files[changed])
     assert "made again" in base(*words, checkpoint_dir=own_world).stderr
     assert "is finished" in base(*words, checkpoint_dir=own_world).stderr
 

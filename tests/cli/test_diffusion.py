@@ -35,6 +35,7 @@ from ..tiny_diffusion import (
 )
 from .conftest import WITHOUT_UPSAMPLER, Make, Run
 from .results import (
+    alter,
     check_mentions,
     check_refused,
     fail_at,
@@ -171,7 +172,7 @@ def test_embeddings_in_place_of_the_text_encoder(
     assert report_of(tmp_path)["request"]["prompt"] is None
     assert files_in(tmp_path / "out") == {"output.mp4", "output.json"}
     assert "is finished" in video2world(*words, "--resume", checkpoint_dir=own_worlds).stderr
-    os.utime(embeddings, (1, 1))
+    alter(embeddings)
     resumed = video2world(*words, "--resume", checkpoint_dir=own_worlds)
     assert "made again" in resumed.stderr
 
@@ -518,6 +519,8 @@ def test_resume_knows_changed_files(
     }
     assert "is finished" in video2world(*words, checkpoint_dir=own_worlds).stderr
     os.utime(files[changed], (1, 1))
+    assert "is finished" in video2world(*words, checkpoint_dir=own_worlds).stderr  # contents decide
+    alter(files[changed])
     assert "made again" in video2world(*words, checkpoint_dir=own_worlds).stderr
     assert "is finished" in video2world(*words, checkpoint_dir=own_worlds).stderr
 
@@ -571,4 +574,4 @@ def test_resume_knows_when_no_text_is_encoded(
         for _ in range(2):
             result = text2world(*words, checkpoint_dir=own_worlds)
             assert ("is finished" in result.stderr) == finished
-            (own_worlds / TEXT_ENCODER / "model.safetensors").touch()
+            alter(own_worlds / TEXT_ENCODER / "model.safetensors")

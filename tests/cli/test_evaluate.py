@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,27 @@ def test_a_second_run_replaces_the_first(evaluate: Run, tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text("old")
     assert evaluate(tmp_path).exit_code == 0
     assert report_of(tmp_path / "evaluation.json")["failure_rate"]["total"] == 1
+
+
+def test_videos_are_known_by_their_contents(evaluate: Run, tmp_path: Path) -> None:
+    write_video(moving(), tmp_path / "a.mkv", 10)
+    (tmp_path / "a.mkv").rename(tmp_path / "a")
+    write_video(moving(1), tmp_path / "one.mp4", 10)
+    Image.fromarray(moving(1)[0]).save(tmp_path / "b.mp4", format="PNG")  # so it is no video
+    os.mkfifo(tmp_path / "c.mp4")
+    broken = tmp_path / "d.mp4"
+    write_video(moving(), broken, 10)
+    broken.write_bytes(broken.read_bytes().replace(b"avc1", b"xxxx"))
+    result = evaluate(tmp_path)
+    assert result.exit_code == 1
+    report = report_of(tmp_path / "evaluation.json")
+    assert sorted(verdicts(report)) == ["a", "one.mp4"]
+    assert sorted(report["unreadable"]) == ["c.mp4", "d.mp4"]
+    assert "2 of 4" in result.stderr
+    assert report["videos"][1]["motion"] is None
+
+
+def test_a_folder_that_is_not_there(evaluate: Run, tmp_path: Path) -> None:
+    result = evaluate(tmp_path / "absent")
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'absent'} holds no videos: no such" in result.stderr

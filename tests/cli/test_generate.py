@@ -100,6 +100,24 @@ def test_the_help_has_the_world_s_own_defaults(
 
 
 @pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("2B/pre-trained", "--schedule"),
+        ("Cosmos-1.0-Diffusion-14B-Text2World", "--rotary_precision"),
+        ("Cosmos-Predict1-12B", "--rollout"),
+    ],
+)
+def test_the_help_of_a_released_model_that_is_not_here(
+    name: str, flag: str, run: Run, tmp_path: Path
+) -> None:
+    words = ("generate", name, "--checkpoint_dir", tmp_path)
+    result = run(*words, "--help")
+    assert result.exit_code == 0, result.stderr
+    assert flag in result.stdout
+    assert run(*words).exit_code == 2
+
+
+@pytest.mark.parametrize(
     ("words", "mentioned"),
     [
         (["Nowhere", "CLIP"], f"Nowhere {MODEL}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -637,3 +638,19 @@ def test_embeddings_have_no_words_to_check(
         video = world.generate(clip, prompt=prompt, prompt_embeddings=given, **size)
         assert "no guardrail checks the prompt" in caplog.text
         assert guards_of(video.report) == expected
+
+
+@pytest.mark.parametrize("part", ["blocklist", "classifier", "upsampler"])
+def test_resume_knows_changed_guards(
+    part: str, command: Command, own_guarded: Path, tmp_path: Path
+) -> None:
+    words = (*TEXT, f"a {SAFE}", "--resume")
+    assert command(*words, checkpoint_dir=own_guarded).exit_code == 0
+    assert "is finished" in command(*words, checkpoint_dir=own_guarded).stderr
+    folders = {"blocklist": GUARDRAILS, "classifier": GUARDRAILS, "upsampler": LENGTHENS}
+    patterns = {"blocklist": "custom/*", "classifier": "safety_filter.pt", "upsampler": "*.json"}
+    path = sorted((own_guarded / folders[part]).rglob(patterns[part]))[0]
+    status = path.stat()
+    path.write_bytes(path.read_bytes() + b"\n")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "is made again" in command(*words, checkpoint_dir=own_guarded).stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,31 @@ def test_a_folder_is_read_by_name(
     assert "notes.txt" in caplog.text
 
 
+def test_contents_of_a_folder_decide(
+    clip: Path, image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "worldline")
+    shutil.copy(clip, tmp_path / "a.png")
+    shutil.copy(image, tmp_path / "b.mp4")
+    shutil.copy(clip, tmp_path / "c")
+    os.mkfifo(tmp_path / "d")
+    (tmp_path / "e.json").write_text("{}")
+    assert [(item.input.name, item.kind) for item in read(MEDIA, tmp_path) if item.input] == [
+        *(("a.png", "video"), ("b.mp4", "image"), ("c", "video"))
+    ]
+    assert "skipped: d, e.json" in caplog.text
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    os.mkfifo(wrong / "a.mp4")
+    (wrong / "b.webm").symlink_to("nowhere")
+    (wrong / "c.gif").write_bytes(b"GIF89a" + bytes(9))
+    (wrong / "d.mov").mkdir()
+    items, problems = MEDIA.read(MEDIA.flags.parse({"batch_input_path": str(wrong)}), {})
+    assert not items
+    for problem, name in zip(problems, ("a.mp4", "b.webm", "c.gif", "d.mov"), strict=True):
+        assert problem.startswith(str(wrong / name))
+
+
 def test_prompts(clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "worldline")
     lines = [{"prompt": "a red ball"}, "", {"prompt": "ünïcode", "visual_input": "nowhere.mp4"}]
@@ -170,7 +196,7 @@ def test_all_problems_at_once(
         (entry(short_clip), "5 frames, num_input_frames is 9"),
         (entry(image), "--input_type image"),
         ({"visual_input": 7}, '"visual_input" is 7'),
-        (entry(""), "it is a folder"),
+        (entry(""), "is a directory"),
         (entry("x.txt"), "x.txt: no such file"),
     ]
     batch = write_lines(Path("b.jsonl"), *(line for line, _ in lines))
@@ -294,7 +320,7 @@ def test_a_folder_holds_no_prompts(tmp_path: Path) -> None:
         (PROMPTS, {"batch_input_path": "x"}, {"prompt": "y"}, "exclude each other"),
         (PROMPTS, {"batch_input_path": "x"}, {"prompt_embeddings": "y"}, "exclude each other"),
         (TYPED_TEXT_MEDIA, {"input_image_or_video_path": "a.mp4"}, {}, "no prompt; give --prompt"),
-        (MEDIA, {"input_image_or_video_path": "a.txt"}, {}, "unknown media type .txt"),
+        (MEDIA, {"input_image_or_video_path": "a.txt"}, {}, "a.txt: no such file"),
         (MEDIA, {"input_image_or_video_path": "a.mp4", "video_save_name": "/"}, {}, "save_name"),
         (MEDIA, {"resume": 1}, {}, "--resume is 1"),
         *(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from ..conftest import frames_of
 from ..tiny_predict2_5 import CONFIG, POST, PRE, write_transformer
 from .conftest import run_words
 from .results import (
+    alter,
     check_mentions,
     check_refused,
     fail_at,
@@ -490,7 +490,7 @@ def test_resume_knows_what_has_no_effect(
         (2, prompt, False, False),  # the negative prompt is encoded
         (2, both, False, True),
     )
-    for number, (guidance, embeddings, of_words, of_encoder) in enumerate(cases, 1):
+    for guidance, embeddings, of_words, of_encoder in cases:
         words: tuple[object, ...] = ("-i", one, "--guidance", guidance, "--device", "cpu")
         if embeddings is not None:
             words += ("--prompt_embeddings", embeddings)
@@ -498,7 +498,7 @@ def test_resume_knows_what_has_no_effect(
         other = (*words, "--negative_prompt", "fog", "--resume")
         result = flow(*other, checkpoint_dir=own_predict2_5)
         assert ("is finished" in result.stderr) == of_words, (guidance, embeddings)
-        os.utime(touched, (number, number))
+        alter(touched)
         result = flow(*other, checkpoint_dir=own_predict2_5)
         assert ("is finished" in result.stderr) == of_encoder, (guidance, embeddings)
 
@@ -509,5 +509,5 @@ def test_resume_knows_changed_files(flow: Flow, one: Path, own_predict2_5: Path)
     files = [path for path in sorted(own_predict2_5.rglob("*.p*t*")) if path.is_file()]
     for path in (path for path in files if "pre-trained" not in str(path)):
         assert "is finished" in flow(*words, checkpoint_dir=own_predict2_5).stderr
-        os.utime(path, (1, 1))
+        alter(path)
         assert "made again" in flow(*words, checkpoint_dir=own_predict2_5).stderr, path

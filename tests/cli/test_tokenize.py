@@ -96,6 +96,7 @@ def test_folders_of_clips_and_images(run: Run, checkpoints: Path, tmp_path: Path
     write_video(moving(9, 40, 64), media / "a.mp4", 12)
     Image.fromarray(moving(1, 21, 35)[0]).save(media / "b.png")
     write_video(moving(4, 16, 24), media / "c.gif", 10)
+    write_video(moving(15, 16, 24), media / "d.gif", 30)
     (media / "notes.txt").write_text("not media")
     words = ("--checkpoint_dir", checkpoints, "--device", "cpu")
     result = run("tokenize", "encode", media, *words, "--output_dir", coded)
@@ -108,13 +109,15 @@ def test_folders_of_clips_and_images(run: Run, checkpoints: Path, tmp_path: Path
         "a.safetensors": (16, 2, 5, 8),
         "b.safetensors": (16, 1, 3, 5),
         "c.safetensors": (16, 2, 2, 3),
+        "d.safetensors": (16, 3, 2, 3),
     }
     result = run("tokenize", "decode", coded, *words, "--output_dir", out)
     assert result.exit_code == 0, result.stderr
     assert sorted(path.name for path in out.iterdir()) == [
-        *("a.json", "a.mp4", "b.json", "b.png", "c.json", "c.mp4")
+        *("a.json", "a.mp4", "b.json", "b.png", "c.json", "c.mp4", "d.json", "d.mp4")
     ]
-    a, c = (probe(out / f"{name}.mp4") for name in "ac")
+    a, c, d = (probe(out / f"{name}.mp4") for name in "acd")
+    assert (d.frames, d.fps) == (15, 30)  # half a second, as the GIF's delays
     assert (a.frames, a.height, a.width, a.fps) == (9, 40, 64, 12)
     assert (c.frames, c.height, c.width, c.fps) == (4, 16, 24, 10)
     assert read_image(out / "b.png").frames.shape == (1, 21, 35, 3)
@@ -149,8 +152,8 @@ def test_resuming_makes_what_is_not_there_or_differs(
         text = f"2 of 2 files are in {folder_of(command)}: 0 made now, 2 there before\n"
         assert result.stdout == text
     (coded / "a.safetensors").unlink()
-    os.utime(clips / "b.mp4", (1, 1))
-    assert made(*encode) == {"a", "b"}
+    os.utime(clips / "b.mp4", (1, 1))  # contents decide
+    assert made(*encode) == {"a"}
     (out / "b.json").unlink()
     assert made(*decode) == {"a", "b"}
     (out / "b.mp4").write_bytes(b"")
@@ -384,6 +387,19 @@ def test_reconstructing(run: Run, checkpoints: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     info = probe(tmp_path / "windows" / "a.mp4")
     assert (info.frames, info.height, info.width, info.fps) == (9, 30, 48, 10)
+
+
+def test_an_odd_clip_is_printed_as_it_is_written(
+    run: Run, checkpoints: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.gif"
+    write_video(moving(3, 21, 35), path, 10)
+    words = ("--checkpoint_dir", checkpoints, "--device", "cpu", "--output_dir", tmp_path)
+    assert "35 x 21" in run("tokenize", "encode", path, *words).stdout
+    result = run("tokenize", "decode", tmp_path / "a.safetensors", *words)
+    info = probe(tmp_path / "a.mp4")
+    assert f"{info.width} x {info.height}" in result.stdout
+    assert (info.width, info.height) == (36, 22)
 
 
 def test_reconstructing_what_is_not_there(run: Run, checkpoints: Path, tmp_path: Path) -> None:

@@ -235,12 +235,42 @@ def test_a_video_with_nothing_to_judge_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", moving(9))
     with pytest.raises(InputError, match="has 9 frames, 9 of them input; 10 are needed"):
         score_video(Task("a.mp4", path, GIVEN))
-    write(path, moving(1))
-    with pytest.raises(InputError, match="has 1 frames, 0 of them input; 2 are needed"):
-        score_video(Task("a.mp4", path, 0))
+    with pytest.raises(InputError, match="has 9 frames, 12 of them input; 13 are needed"):
+        score_video(Task("a.mp4", path, 12))
 
 
-def test_previews_are_not_judged(tmp_path: Path) -> None:
-    write(tmp_path / "a.mp4", moving())
-    write(tmp_path / "b.preview.mp4", moving())  # as a killed run leaves it
-    assert [task.name for task in find_tasks(tmp_path)] == ["a.mp4"]
+def test_a_video_of_one_frame_is_judged_without_motion(tmp_path: Path) -> None:
+    for name, frames, verdict in (("a", moving(1), "sound"), ("b", flat(1, 170), "collapse")):
+        score, _ = score_video(Task(name, write(tmp_path / f"{name}.mp4", frames), 0))
+        assert (score.frames, score.verdict, score.motion, score.flicker) == (
+            1,
+            verdict,
+            None,
+            None,
+        )
+
+
+def flat(frames: int, level: int, noise: int = 0) -> np.ndarray:
+    """Frames of one colour, with noise."""
+    shape = frames, *moving(1).shape[1:]
+    levels = np.random.default_rng(level).integers(-noise, noise + 1, shape)
+    return (levels + np.array([level, level // 2, 255 - level])).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("level", [0, 31, 128, 254])
+@pytest.mark.parametrize("noise", [0, 8])
+def test_a_flat_video_has_collapsed_whatever_its_colour(
+    level: int, noise: int, tmp_path: Path
+) -> None:
+    """From its first frame on or behind its input, and in another colour in each frame."""
+    colours = np.concatenate([flat(1, (level + 40 * n) % 256, noise) for n in range(10)])
+    for frames, inputs in (
+        (flat(10, level, noise), 0),
+        (colours, 0),
+        (np.concatenate([moving(2), flat(9, level, noise)]), 2),
+        (np.concatenate([moving(1), colours]), 0),
+    ):
+        path = write(tmp_path / "a.mp4", frames)
+        (failure,) = score_video(Task("a.mp4", path, inputs))[0].failures
+        assert failure.kind == "collapse"
+        assert failure.frame >= max(1, inputs)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from worldline.shapes import Fit
 from worldline.video.convert import (
     condition_frames,
     covering_frames,
+    fit_frames,
     resize_and_crop,
     scaled,
     signed_to_uint8,
@@ -103,3 +105,58 @@ def test_covering_frames_are_the_end_of_the_clip_in_whole_levels() -> None:
     assert torch.equal(covering_frames(clip, 5, 10, 30), same[..., 5:15, :])
     flat = Clip(np.full((1, 8, 8, 3), 77, np.uint8), 0.0)
     assert (covering_frames(flat, 1, 24, 40) == 77).all()
+
+
+@pytest.mark.parametrize("make", [condition_frames, stretched_frames, covering_frames])
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (96, 50)])
+def test_fits(make: object, size: tuple[int, int]) -> None:
+    """A grey picture of any aspect: whole, cut off, or whole between black bars of its colour."""
+    height, width = 32, 48
+    clip = Clip(np.full((3, *size, 3), 200, np.uint8), 0.0)
+
+    def levels(fit: str) -> torch.Tensor:
+        counts = (2, 2) if make is condition_frames else (2,)
+        video = make(clip, *counts, height, width, fit)  # type: ignore[operator]
+        assert video.shape == (1, 3, 2, height, width)
+        assert torch.equal(video[:, :, 0], video[:, :, 1])
+        return video[0, 0, 0].float()
+
+    stretched, cropped, padded = map(levels, ("stretch", "crop", "pad"))
+    assert torch.allclose(stretched, cropped)
+    black = (padded - stretched[0, 0]).abs() > 1e-3
+    assert padded[black].unique().tolist() == [0 if make is covering_frames else -1]
+    scale = min(height / size[0], width / size[1])
+    kept = round(scale * size[0]), round(scale * size[1])
+    rows, columns = (~black).any(1), (~black).any(0)
+    assert abs(int(rows.sum()) - kept[0]) <= 1
+    assert abs(int(columns.sum()) - kept[1]) <= 1
+    for line in (rows, columns):  # in the middle
+        first, last = line.nonzero()[[0, -1], 0].tolist()
+        assert abs(first - (len(line) - 1 - last)) <= 1
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("fit", ["stretch", "crop"])
+def test_planes_alone_give_the_frames(mode: str, fit: Fit) -> None:
+    """The resize of a clip at once, as the reference has it, in the bits."""
+    clip = noise(4, 37, 61)
+    frames = torch.from_numpy(clip.frames[-3:]).permute(0, 3, 1, 2).float() / 128 - 1
+    expected = fit_frames(frames, 48, 64, fit, mode)
+    if mode == "bicubic":
+        assert torch.equal(stretched_frames(clip, 3, 48, 64, fit)[0].transpose(0, 1), expected)
+    else:
+        signed = (frames + 1) * 128 / 255 * 2 - 1
+        found = condition_frames(clip, 3, 3, 48, 64, fit)[0].transpose(0, 1)
+        assert torch.allclose(found, fit_frames(signed, 48, 64, fit), atol=1e-6)
+
+
+def test_the_long_side_is_rounded_then_even() -> None:
+    for height, width, short, long in (
+        (240, 320, 320, 428),
+        (480, 854, 360, 642),
+        (12, 20, 9, 16),
+        (30, 30, 12, 12),
+        (10, 13, 8, 10),
+    ):
+        assert scaled(noise(1, height, width).frames, short).shape[1:3] == (short, long)
+        assert scaled(noise(1, width, height).frames, short).shape[1:3] == (long, short)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import socket
 import struct
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -16,7 +19,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from worldline.errors import InputError
-from worldline.video.read import check_written, probe, read_image, read_video, stream_media
+from worldline.video import read
+from worldline.video.read import (
+    check_written,
+    kind_in_folder,
+    media_kind,
+    probe,
+    read_image,
+    read_video,
+    stream_media,
+)
 from worldline.video.write import ENCODINGS, PICTURE_SUFFIXES, write_video
 
 # Quarters of plain colours: which way is up survives any compression.
@@ -272,10 +284,10 @@ def test_a_video_without_frames(tmp_path: Path) -> None:
     refuse(path, "no video frames|End of file")
 
 
-def test_suffixes_of_no_media(tmp_path: Path) -> None:
+def test_what_is_no_media(tmp_path: Path) -> None:
     for name in ("a.txt", "noend"):
         (tmp_path / name).write_text("words")
-        with pytest.raises(InputError, match=r"images are \.png"):
+        with pytest.raises(InputError, match="but a text file, nor of another known format"):
             probe(tmp_path / name)
 
 
@@ -310,3 +322,217 @@ def test_a_large_image(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     message = f"^{re.escape(str(path))} is .*too large.*{pixels} pixels.* {2 * most} pixels"
     with pytest.raises(InputError, match=message):
         probe(path)
+
+
+def encode(
+    path: Path,
+    codec: str,
+    container: str,
+    frames: NDArray[np.uint8],
+    pixels: str = "yuv420p",
+    **context: Any,
+) -> Path:
+    """File of a container, whatever its suffix, with settings of its codec."""
+    with av.open(str(path), "w", format=container) as output:
+        stream = output.add_stream(codec, rate=20)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pixels
+        for name, value in context.items():
+            setattr(stream.codec_context, name, value)
+        for number, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pixels)
+            frame.pts, frame.time_base = number, Fraction(1, 20)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("codec", "container"),
+    [
+        ("mpeg4", "avi"),
+        ("libx264", "mpegts"),
+        ("mpeg2video", "mpeg"),
+        ("flv", "flv"),
+        ("wmv2", "asf"),
+        ("mpeg4", "3gp"),
+        ("libvpx-vp9", "matroska"),
+        ("libx264", "h264"),
+    ],
+)
+def test_videos_are_known_by_their_contents(codec: str, container: str, tmp_path: Path) -> None:
+    for name in ("a.png", "noend", f"a.{container}"):
+        path = encode(tmp_path / name, codec, container, clip(14))
+        info = probe(path)
+        assert (info.kind, info.frames, info.height, info.width) == ("video", 14, 32, 48)
+        assert len(read_video(path, last=3).frames) == 3
+        assert kind_in_folder(path) == "video"
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "AVIF", "JPEG", "JPEG2000", "PPM", "WEBP", "ICO"])
+def test_images_are_known_by_their_contents(kind: str, tmp_path: Path) -> None:
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    for name in ("a.mp4", "noend", "a.jfif"):
+        Image.fromarray(quarters(32, 32)).save(tmp_path / name, format=kind)
+        info = probe(tmp_path / name)
+        assert (info.kind, info.frames, info.height, info.width) == ("image", 1, 32, 32)
+        assert (
+            np.abs(corners(read_image(tmp_path / name).frames[0]) - corners(quarters())).max() < 30
+        )
+
+
+def test_what_a_folder_holds_beside_media(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.json", "{}"),
+        ("b.m3u8", "#EXTM3U\n"),
+        ("c.svg", "<svg/>"),
+        ("d", ""),
+    ):
+        (tmp_path / name).write_text(content)
+        assert kind_in_folder(tmp_path / name) is None
+    for name, kind in (("a.ts", "video"), ("a.GIF", "video"), ("a.tif", "image")):
+        (tmp_path / name).write_text("damaged")
+        assert kind_in_folder(tmp_path / name) == kind
+
+
+@pytest.mark.parametrize("aspect", [Fraction(4, 3), Fraction(8, 9), Fraction(64, 45)])
+@pytest.mark.parametrize("container", ["mp4", "matroska", "avi"])
+def test_pixels_become_square(aspect: Fraction, container: str, tmp_path: Path) -> None:
+    frames = np.repeat(quarters(64, 96)[None], 4, 0)
+    path = encode(tmp_path / "a", "mpeg4", container, frames, sample_aspect_ratio=aspect)
+    wide = aspect > 1
+    size = (64, round(96 * aspect)) if wide else (round(64 / aspect), 96)
+    info = probe(path)
+    assert (info.height, info.width) == size
+    note = f"{aspect.numerator}:{aspect.denominator} "
+    assert note in info.notes[0]
+    read_back = read_video(path, last=2)
+    assert read_back.frames.shape == (2, *size, 3)
+    assert read_back.notes == info.notes
+    assert np.abs(corners(read_back.frames[0]) - corners(quarters())).max() < 30
+    plain = encode(tmp_path / "b", "mpeg4", container, frames, sample_aspect_ratio=Fraction(1))
+    assert probe(plain)[2:] == (64, 96, 20.0, ())
+
+
+@pytest.mark.parametrize("fps", [12, 15, 16, 24, 30, 48, 60, 100])
+def test_a_gif_lasts_as_long_as_its_delays(fps: int, tmp_path: Path) -> None:
+    write_video(clip(48), tmp_path / "a.gif", fps)
+    assert probe(tmp_path / "a.gif").fps == pytest.approx(fps, rel=0.01)
+    assert read_video(tmp_path / "a.gif", last=2).fps == probe(tmp_path / "a.gif").fps
+
+
+def gif(width: int, height: int, frames: int = 3, delay: int = 5, end: bytes = b";") -> bytes:
+    """Frames of which one pixel is drawn."""
+    frame = b"!\xf9\4\0" + struct.pack("<H", delay) + b"\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0"
+    head = b"GIF89a" + struct.pack("<HH", width, height) + b"\x80\0\0" + bytes(6)
+    return head + frames * frame + end
+
+
+def test_delays_and_ends_of_gifs(tmp_path: Path) -> None:
+    path = tmp_path / "a.gif"
+    for delay, fps in ((0, 10), (1, 100), (7, 100 / 7), (200, 0.5)):
+        path.write_bytes(gif(16, 16, delay=delay))
+        assert probe(path).fps == pytest.approx(fps)
+    for end in (b"!\xfe\2hi\0;", b";trailing"):
+        path.write_bytes(gif(16, 16, end=end))
+        assert probe(path)[1:5] == (3, 16, 16, 20)
+        assert len(read_video(path).frames) == 3
+    path.write_bytes(gif(16, 16, end=b""))
+    refuse(path, "truncated")
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 0.99])
+def test_a_cut_animation(name: str, share: float, tmp_path: Path) -> None:
+    pictures = [Image.fromarray(np.roll(quarters(), 5 * n, 1)) for n in range(20)]
+    pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], duration=50)
+    assert probe(tmp_path / name).height == 48
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: int(share * len(data))])
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / name))):
+        probe(tmp_path / name)
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / name))):
+        list(stream_media(tmp_path / name, 5))
+
+
+def test_what_is_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    (tmp_path / "folder.webm").mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.gif"))
+        for path in tmp_path.iterdir():
+            for function in (media_kind, probe, read_video, read_image):
+                with pytest.raises(InputError, match="not a regular file"):
+                    function(path)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.mp4"])
+def test_frames_that_are_too_large(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a small file; a large one may have more."""
+    path = tmp_path / name
+    write_video(clip(12), path, 10)
+    monkeypatch.setattr(read, "MAX_HELD", 32 * 48 * 5)
+    monkeypatch.setattr(read, "_PIXELS_PER_BYTE", 0)
+    assert len(read_video(path, last=5).frames) == 5
+    assert [len(piece) for piece in stream_media(path, 8)] == [5, 5, 2]
+    with pytest.raises(InputError, match="frames of 48 x 32 pixels"):
+        read_video(path, last=6)
+    monkeypatch.setattr(read, "MAX_FRAME", 32 * 48 - 1)
+    for function in (probe, media_kind, read_video):
+        with pytest.raises(InputError, match="48 x 32 pixels"):
+            function(path)
+    monkeypatch.setattr(read, "_PIXELS_PER_BYTE", 32 * 48)
+    assert len(read_video(path, last=6).frames) == 6
+
+
+def test_sizes_are_checked_before_pixels(tmp_path: Path) -> None:
+    (tmp_path / "a.gif").write_bytes(gif(9000, 7000))
+    picture = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(picture, "PNG")
+    (tmp_path / "b.png").write_bytes(picture.getvalue())
+    for name, words in (("a.gif", "9000 x 7000"), ("b.png", "9000 x 9000")):
+        with pytest.raises(InputError, match=words):
+            probe(tmp_path / name)
+
+
+def test_a_codec_that_is_not_known(video: Path) -> None:
+    video.write_bytes(video.read_bytes().replace(b"avc1", b"qqqq"))
+    refuse(video, "codec")
+    with pytest.raises(InputError, match="codec"):
+        check_written(video, 12)
+
+
+def test_heic_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
+    refuse(tmp_path / "a.jpg", "HEIC")
+
+
+def test_notes_of_what_reading_changes(tmp_path: Path) -> None:
+    path, ten = tmp_path / "a.mp4", clip(10)
+    for curve, name in ((16, "PQ"), (18, "HLG"), (1, "")):
+        encode(path, "libx264", "mp4", ten, color_trc=curve)
+        assert [name in note for note in probe(path).notes] == ([True] if name else [])
+    pictures = [Image.fromarray(quarters()), Image.fromarray(quarters()[::-1].copy())]
+    for name in ("a.webp", "a.png", "a.tiff"):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:])
+        (note,) = read_image(tmp_path / name).notes
+        assert "2" in note
+    assert not probe(encode(path, "libx264", "mp4", ten)).notes
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for image, moment in zip(ten, [0, 300, 600, *range(640, 900, 40)], strict=True):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = moment, Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    (note,) = read_video(path).notes
+    assert "40" in note
+    assert "300" in note
+    assert not read_video(path, last=4).notes  # these are as long as each other

@@ -138,6 +138,37 @@ def test_videos_name_their_colour_space(tmp_path: Path) -> None:
         assert (context.name, context.pix_fmt, context.colorspace) == ("h264", "yuv420p", 1)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm"])
+def test_quality(suffix: str, tmp_path: Path) -> None:
+    frames = np.random.default_rng(7).integers(0, 256, (3, 33, 46, 3), dtype=np.uint8)
+    path, sizes = tmp_path / f"a{suffix}", []
+    for crf in (5, 40):
+        write_video(frames, path, 25, crf=crf)
+        sizes.append(path.stat().st_size)
+    assert sizes[0] > 1.3 * sizes[1]
+    write_video(frames, path, 25, lossless=True)
+    assert np.array_equal(read_video(path).frames, frames)
+
+
+@pytest.mark.parametrize(
+    ("name", "quality", "mentioned"),
+    [
+        ("a.gif", {"crf": 20}, "gif"),
+        ("a", {"lossless": True}, "PNGs"),
+        ("a.mp4", {"crf": 52}, "52, .* 51"),
+        ("a.webm", {"crf": 64}, "64, .* 63"),
+        ("a.mkv", {"crf": 0, "lossless": True}, "crf 0 and lossless"),
+    ],
+)
+def test_qualities_that_a_format_has_not(
+    name: str, quality: dict[str, int], mentioned: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=mentioned):
+        write_video(np.zeros((1, 16, 16, 3), np.uint8), tmp_path / name, 25, **quality)
+    with pytest.raises(InputError, match=r"120, .* 100"):
+        write_video(np.zeros((1, 16, 16, 3), np.uint8), tmp_path / "a.gif", 120)
+
+
 def test_odd_sides(tmp_path: Path) -> None:
     frames = clip(3, 35, 51)
     for suffix, shape in [(".mp4", (36, 52)), (".webm", (35, 51)), (".gif", (35, 51))]:

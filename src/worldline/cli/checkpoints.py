@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from pydantic import Field
 
+from worldline.cli.messages import results
 from worldline.cli.options import ManyValues, parameters, parsed
+from worldline.cli.run import existing
 from worldline.errors import CheckpointError, DownloadError, Error
 from worldline.files import WEIGHTS, check_folder, check_path, hub_cache, readable_size, snapshots
 from worldline.locate import locate
-from worldline.request import Options
+from worldline.request import OutputFlags
 from worldline.request import Path as Named
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ Lines = Iterator[tuple[str, str]]  # topic and text
 Verdict = tuple["Checkpoint", str, str]  # tensors of the network, topic, text
 
 
-class DownloadFlags(Options):
+class DownloadFlags(OutputFlags):
     """Flags of the released `download_{autoregressive,diffusion,tokenizer}_checkpoints.py`."""
 
     models: tuple[str, ...] = Field(
@@ -137,6 +139,7 @@ def download(context: click.Context, /, **_: object) -> None:
             click.echo(f"{readable_size(file.nbytes):>9}  {path}{present}")
         click.echo(f"{total}; {readable_size(wanted)} to fetch")
         return
+    existing(missing, flags.no_overwrite)
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parts = [file.part(path) for path, file in missing.items()]
@@ -147,11 +150,13 @@ def download(context: click.Context, /, **_: object) -> None:
             f"{readable_size(wanted)} are to be fetched, but {folder} has room for "
             f"{readable_size(free)}; choose another --checkpoint_dir"
         )
-    with tqdm(total=nbytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    tqdm.monitor_interval = 0  # no thread that watches bars
+    disable = True if results.quiet else None  # where there is no terminal
+    with tqdm(total=nbytes, unit="B", unit_scale=True, disable=disable, leave=False) as bar:
         for count, path in enumerate(fetch_all(plan, bar.update), 1):
             bar.clear()
             logger.info("%d/%d %s: verified", count, len(plan), path)
-    click.echo(f"{total}, are in {folder}, verified")
+    results.add(f"{total}, are in {folder}, verified")
 
 
 @checkpoints.command()

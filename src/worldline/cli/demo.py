@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import click
 
+from worldline.cli.messages import results
+from worldline.cli.run import existing
+
 # 33 frames at 25 a second and their caption, written by `python -m tiny clip`
 CLIP = Path(__file__).parents[1] / "bundled" / "demo" / "clip.mp4"
 
@@ -53,7 +56,8 @@ OTHER_WAYS = (
     default="outputs/demo",
     help="Folder of the results.  [default: outputs/demo]",
 )
-def demo(every: bool, seed: int, output: Path) -> None:
+@click.option("--no_overwrite", is_flag=True, help="Refuse to replace an earlier demo.")
+def demo(every: bool, seed: int, output: Path, no_overwrite: bool) -> None:
     """Continue a short clip with the small worlds that ship with the package.
 
     Writes the first frames of the clip (input.mp4), a video and its report for each world
@@ -66,15 +70,18 @@ def demo(every: bool, seed: int, output: Path) -> None:
     from worldline.video.sheet import contact_sheet
     from worldline.video.write import write_video
 
-    logger = logging.getLogger("worldline")
-    if logger.level == logging.INFO:  # not with --debug
-        logger.setLevel(logging.WARNING)
+    for handler in logging.getLogger("worldline").handlers:
+        if handler.level == logging.INFO:  # not with --debug
+            handler.setLevel(logging.WARNING)
+    ways, sheet = (*WAYS, *(OTHER_WAYS if every else ())), output / "contact_sheet.png"
+    files = [output / "input.mp4", sheet, *(output / f"{way.name}.mp4" for way in ways)]
+    present = existing(files, no_overwrite)
     clip = read_video(CLIP)
     truth, caption = clip.frames, json.loads(CLIP.with_name("captions.json").read_text())[CLIP.name]
     write_video(truth[:9], output / "input.mp4", clip.fps)
-    click.echo(f"the clip: {caption}")
+    results.add(f"the clip: {caption}")
     rows, labels = [truth[:9], truth], ["input: frames 0-8", f"what really happens: {caption}"]
-    for way in (*WAYS, *(OTHER_WAYS if every else ())):
+    for way in ways:
         count = way.num_input_frames
         options: dict[str, Any] = {} if way.decoder else {"disable_diffusion_decoder": True}
         prompt = {"prompt": caption} if way.prompted else {}
@@ -88,9 +95,10 @@ def demo(every: bool, seed: int, output: Path) -> None:
             still = truth[count - 1 : count].repeat(len(target), axis=0)
             label += f"; {psnr(video.frames[count:], target):.1f} dB PSNR"
             label += f", frame {count - 1} repeated {psnr(still, target):.1f}"
-        click.echo(f"{path}: {label}")
+        results.add(f"{path}: {label}")
         rows.append(video.frames)
         labels.append(label)
-    sheet = output / "contact_sheet.png"
     contact_sheet(rows, sheet, labels)
-    click.echo(f"open {sheet.resolve()}")
+    if present:
+        results.add(f"replaced files of that name: {', '.join(path.name for path in present)}")
+    results.add(f"open {sheet.resolve()}")

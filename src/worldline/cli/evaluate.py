@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from worldline.cli.run import check_outputs
+from worldline.cli.messages import results
+from worldline.cli.run import check_outputs, existing, log_replaced
 from worldline.errors import Error, InputError
 from worldline.files import check_path
 
@@ -38,12 +39,17 @@ _MOST_ROWS = 60  # of the contact sheet, failed videos first
     help=f"JSON report; a contact sheet of the same name goes beside it.  "
     f"[default: FOLDER/{_REPORT}]",
 )
+@click.option("--no_overwrite", is_flag=True, help="Refuse to replace an earlier report.")
 def evaluate(
-    folder: Path, reference: Path | None, num_input_frames: int | None, output: Path | None
+    folder: Path,
+    reference: Path | None,
+    num_input_frames: int | None,
+    output: Path | None,
+    no_overwrite: bool,
 ) -> None:
     """Judge the videos of FOLDER and of the folders in it.
 
-    A video (.mp4, .mov, .mkv, .webm, .gif) fails if a large object appears from nowhere, or if the
+    A video, of any format, fails if a large object appears from nowhere, or if the
     picture collapses to one colour. Still videos and small artifacts are no failures. Motion and
     flicker are in grey levels; PSNR and SSIM compare with a reference.
 
@@ -65,6 +71,7 @@ def evaluate(
     if picture.exists() and not output.exists():  # so it is no contact sheet of ours
         raise InputError(f"--output {output}: the contact sheet would replace {picture}")
     check_outputs([output, picture], [task.path.with_suffix(".json") for task in tasks])
+    present = existing((output, picture), no_overwrite)
     unreadable: dict[str, str] = {}
     scores, rows = [], []
     for task in tasks:
@@ -76,7 +83,7 @@ def evaluate(
             continue
         failures = (f"frame {failure.frame}: {failure.detail}" for failure in score.failures)
         title = f"{score.name}: {'; '.join([score.verdict, *failures])}"
-        click.echo(f"{title}; {score.frames} frames, {in_words(medians([score]))}")
+        results.add(f"{title}; {score.frames} frames, {in_words(medians([score]))}")
         scores.append(score)
         rows.append((pictures, title, {failure.frame for failure in score.failures}))
         rows = sorted(rows, key=lambda row: not row[2])[:_MOST_ROWS]
@@ -91,10 +98,11 @@ def evaluate(
     write_bytes(output, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     sheets, titles, marked = zip(*rows, strict=True)
     contact_sheet(sheets, picture, titles, marked)
+    log_replaced(present)
     rate = failure_rate([score.failures for score in scores])
     kinds = "".join(f", {kind} {count}" for kind, count in sorted(rate.kinds.items()))
     detectors = ", ".join(f"{name} {value}" for name, value in DETECTORS.items())
-    click.echo(
+    results.add(
         f"failed: {rate.failed}{kinds}\ndetectors, measured: {detectors}\nmedians: "
         f"{in_words(medians(scores))}\nreport: {output}\ncontact sheet: {picture}"
     )

@@ -8,7 +8,8 @@ import click
 
 from worldline.cli.options import ManyValues, parameters
 from worldline.cli.run import run
-from worldline.family import Command, requests_of
+from worldline.errors import CheckpointError
+from worldline.family import FAMILIES, Command, requests_of
 
 
 def released_command(family: str) -> click.Command:
@@ -58,14 +59,25 @@ def generate(context: click.Context, /, world: str, words: tuple[str, ...]) -> N
 
 
 def command_of(world: str, words: Sequence[str]) -> click.Command:
-    """The command for one model: its family's options with its own defaults."""
+    """The command for one model: its family's options with its own defaults.
+
+    The help of a released model that is not here has those of its family.
+    """
+    from worldline.catalog import ENTRIES
     from worldline.locate import locate
     from worldline.opening import recognise
 
     folders = re.findall("(?:^|\0)--checkpoint[-_]dir[=\0]([^\0]+)", "\0".join(words))
     folder = folders[-1] if folders else "checkpoints"  # the last one counts, as of every option
-    opened = recognise(locate(world, folder))  # for its flags; `run` opens the whole model
+    try:
+        opened = recognise(locate(world, folder))  # for its flags; `run` opens the whole model
+        family, defaults = opened.family.name, opened.defaults
+    except CheckpointError:
+        released = (e for e in ENTRIES if world in (*e.folders, *(m.name for m in e.models)))
+        family, defaults = next((e.command.split(" ")[0] for e in released), ""), {}
+        if family not in FAMILIES or not {"-h", "--help"} & {*words}:
+            raise
     text = f"Make a video with {world}: of a prompt, or of what happens next in INPUT."
     reads = "worldline.cli.inputs:ONE"
-    command = Command("generate", text, "", world, reads, defaults=opened.defaults)
-    return make_command(opened.family.name, command)
+    command = Command("generate", text, "", world, reads, defaults=defaults)
+    return make_command(family, command)

@@ -5,15 +5,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from worldline.errors import InputError, brief
 from worldline.family import Item
-from worldline.files import MAX_PROBLEMS, check_path, read_entries
-from worldline.request import Options
+from worldline.files import MAX_PROBLEMS, check_path, file_name, read_entries
 from worldline.request import Path as Named
+from worldline.request import Text, VideoFlags
 
 logger = logging.getLogger(__name__)
 
@@ -22,28 +22,27 @@ _SOURCES = ("input_image_or_video_path", "batch_input_path", "input_prompts_path
 _LABEL = 40  # characters of a prompt that names an item
 # names of VISUAL in files of other releases
 _OTHER_NAMES = ("input_video", "input_image", "input_path")
-# formats that are not written; another suffix is part of the name
-_UNWRITTEN = (".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".3gp")
 
 
-class PromptFlags(Options):
+class PromptFlags(VideoFlags):
     """Flags of `diffusion text2world`."""
 
     batch_input_path: Named | None = Field(
         None, description='Many inputs: a JSONL with a "prompt" a line.'
     )
-    video_save_name: str = Field(
+    video_save_name: Annotated[Text, AfterValidator(file_name)] = Field(
         "output", description="Name of a single video; .mov .mkv .webm .gif are other formats."
     )
-    video_save_folder: str = Field("outputs/", description="Folder of the videos; made if absent.")
-    resume: bool = Field(False, description="Keep videos that an earlier run made in the same way.")
+    video_save_folder: Named = Field(
+        "outputs/", description="Folder of the videos; made if absent."
+    )
 
 
 class MediaFlags(PromptFlags):
     """Flags of commands that continue images and videos."""
 
     input_image_or_video_path: Named | None = Field(
-        None, description="One input: mp4, mov, mkv, webm, gif, png, jpg…"
+        None, description="One input: a video or an image, by its contents: mp4, mkv, gif, jpg…"
     )
     batch_input_path: Named | None = Field(
         None, description='Many: a JSONL of "visual_input" (and "prompt"), or a folder of media.'
@@ -67,7 +66,7 @@ class TextTypedFlags(TypedFlags):
     )
 
 
-class OneFlags(Options):
+class OneFlags(VideoFlags):
     """Argument and flags of `worldline generate WORLD`."""
 
     input: Named | None = Field(None, json_schema_extra={"argument": True})
@@ -76,7 +75,6 @@ class OneFlags(Options):
         description="File of the video: .mp4, .mov, .mkv, .webm or .gif.",
         json_schema_extra={"short": "-o"},
     )
-    resume: bool = Field(False, description="Keep a video that was made in the same way.")
 
 
 class One:
@@ -184,11 +182,12 @@ def make_item(
 
 def single_output(folder: str, name: str) -> Path:
     """File of a single video, in a format that is written."""
-    from worldline.video.read import IMAGE_SUFFIXES
+    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES
     from worldline.video.write import ENCODINGS
 
-    suffix = Path(name).suffix.lower()
-    if not Path(name).name or suffix in (*_UNWRITTEN, *IMAGE_SUFFIXES):
+    # a suffix of no media is part of the name
+    suffix, read = Path(name).suffix.lower(), {*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}
+    if suffix in read - ENCODINGS.keys():
         known = " ".join(ENCODINGS)
         raise InputError(f"--video_save_name {name!r}: give a name, or one with {known}")
     return Path(folder) / (name if suffix in ENCODINGS else f"{name}.mp4")
@@ -210,13 +209,21 @@ def read_rows(file: Path) -> Iterator[tuple[int, str, Any]]:
 
 
 def list_files(folder: Path, suffixes: Collection[str] = ()) -> list[Path]:
-    """Files of a folder with one of these suffixes, by default of media; others are logged."""
-    from worldline.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+    """Files of a folder with one of these suffixes, by default media; others are logged.
 
-    suffixes = suffixes or (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."]
-    paths = [path for path in files if path.suffix.lower() in suffixes]
-    if skipped := [path.name for path in files if path not in paths]:
+    What is named like media is listed whatever it is, so that it is refused by name.
+    """
+    from worldline.video.read import kind_in_folder
+
+    paths, skipped = [], []
+    for path in sorted(folder.iterdir()):
+        if path.name[0] == ".":
+            continue
+        if path.suffix.lower() in suffixes if suffixes else kind_in_folder(path):
+            paths.append(path)
+        elif not path.is_dir():
+            skipped.append(path.name)
+    if skipped:
         logger.info("%s: skipped: %s", folder, ", ".join(skipped))
     return paths
 

@@ -4,15 +4,21 @@ A command is imported when it is named or listed, torch only when one opens a mo
 """
 
 import logging
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
-from worldline.errors import Error, as_flags, is_out_of_memory, one_line, printable
+from worldline.cli.messages import Dropping, Events, Lines, open_standard_streams, results, silence
+from worldline.errors import Error, InputError, as_flags, is_out_of_memory, one_line, printable
+from worldline.events import report_event
 from worldline.family import FAMILIES
 
 # every option of every command may be written with `_` or with `-`
@@ -23,6 +29,13 @@ SETTINGS = {
 }
 # beside the released ones, the first word of which is a family's name
 COMMANDS = ("demo", "generate", "tokenize", "evaluate", "models", "doctor", "checkpoints")
+# options of every command, which may stand anywhere before --
+COMMON = {
+    "debug": "Log traces and stages.",
+    "quiet": "Print errors and the last line alone.",
+    "log_json": "Append stages, notes, results and errors to FILE, as JSON, one a line.",
+}
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Main(click.Group):
@@ -42,39 +55,104 @@ class Main(click.Group):
     def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
         """Run a command line and exit.
 
-        0 done; 2 wrong usage or input; 3 refused by a guardrail; 130 interrupted; 1 anything else.
+        0 done; 2 wrong usage or input; 3 refused by a guardrail; 129, 130 and 143 interrupted by
+        SIGHUP, SIGINT and SIGTERM; 1 anything else.
         """
-        words = list(sys.argv[1:] if args is None else args)
-        end = words.index("--") if "--" in words else len(words)
-        debug = "--debug" in words[:end]
-        words = [word for word in words[:end] if word != "--debug"] + words[end:]
-        handler, logger = _LogLines(), logging.getLogger("worldline")
-        level, status, naming = logger.level, 0, as_flags.set(True)
-        logger.addHandler(handler)
-        logger.setLevel(logging.DEBUG if debug else logging.INFO)
+        open_standard_streams()
+        interrupts, logger = Interrupts(), logging.getLogger("worldline")
+        level, stderr, status = logger.level, sys.stderr, 0
+        sys.stderr = Dropping(stderr)
+        handlers: list[logging.Handler] = []
+        common: dict[str, str] = {}
+        naming = as_flags.set(True)
         try:
+            common, words = _common(sys.argv[1:] if args is None else args)
+            results.quiet = "quiet" in common
+            lowest = logging.ERROR if results.quiet else logging.INFO
+            handlers.append(Lines(logging.DEBUG if "debug" in common else lowest))
+            if path := common.get("log_json"):
+                handlers.append(Events(path))
+            for handler in handlers:
+                logger.addHandler(handler)
+            logger.setLevel(min(handler.level for handler in handlers))
+            report_event("start", " ".join(["worldline", *words[:1]]))  # others may be a prompt
             status = super().main(words, "worldline", standalone_mode=False) or 0
         except click.exceptions.NoArgsIsHelpError as error:
             status = error.exit_code
             click.echo(error.format_message(), err=True)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             status, message = explain(error)
-            if debug:
+            if interrupts.signal not in (0, signal.SIGINT):
+                status = 128 + interrupts.signal
+                message = f"interrupted by {signal.Signals(interrupts.signal).name}"
+            if "debug" in common:
                 click.echo(traceback.format_exc(), err=True, nl=False)
             click.echo(f"worldline: {printable(message)}", err=True)
+            report_event("error", message)
+            if isinstance(error, OSError) and error.filename is None:  # perhaps of the output,
+                silence(sys.stdout)  # which would be written again at exit
         finally:
-            logger.removeHandler(handler)
+            results.finish()
+            report_event("end", f"exit status {status}", status=status)
+            for handler in handlers:
+                logger.removeHandler(handler)
+                handler.close()
             logger.setLevel(level)
+            sys.stderr = stderr
             as_flags.reset(naming)
+            interrupts.restore()
         sys.exit(status)
 
 
-class _LogLines(logging.Handler):
-    """Log records as lines on the current standard error."""
+def _common(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Values of the `COMMON` options, and the other words."""
+    end = words.index("--") if "--" in words else len(words)
+    common: dict[str, str] = {}
+    rest: list[str] = []
+    remaining = iter(words[:end])
+    for word in remaining:
+        name, equals, value = word.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        if word in ("--debug", "--quiet"):
+            common[name] = word
+        elif word.startswith("--") and name == "log_json":
+            common[name] = value if equals else next(remaining, "")
+        else:
+            rest.append(word)
+    if common.get("log_json") == "":
+        raise InputError("--log_json: it is empty; give a file")
+    return common, [*rest, *words[end:]]
 
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        click.echo(f"worldline: {prefix}{printable(record.getMessage())}", err=True)
+
+class Interrupts:
+    """SIGINT, SIGTERM and SIGHUP as KeyboardInterrupt; a second one ends the process at once.
+
+    A signal that is ignored at the start, as below nohup, stays ignored.
+
+    Attributes:
+        signal: number of the first that came; 0 before.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.earlier: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self.earlier = {number: signal.getsignal(number) for number in INTERRUPTS}
+        for number, handler in self.earlier.items():
+            if handler not in (signal.SIG_IGN, None):
+                signal.signal(number, self._interrupt)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        raise KeyboardInterrupt
+
+    def restore(self) -> None:
+        """Put earlier handlers back; not after a signal, as the process is about to end."""
+        for number, handler in self.earlier.items():
+            if not self.signal and handler is not None:
+                signal.signal(number, handler)
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -82,7 +160,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx else "worldline"
         return 2, f"{error.format_message().rstrip('.')} (see {path} --help)"
-    if isinstance(error, click.Abort):  # of Ctrl-C
+    if isinstance(error, click.Abort | KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, Error):
         return error.exit_code, str(error)
@@ -97,7 +175,14 @@ main = Main(
     epilog="Options may be written with _ or with -.",
     context_settings=SETTINGS,
     params=[
-        click.Option(["--debug"], is_flag=True, expose_value=False, help="Log traces and stages."),
+        click.Option(
+            [f"--{name}"],
+            is_flag=name != "log_json",
+            metavar="FILE" if name == "log_json" else None,
+            expose_value=False,
+            help=text,
+        )
+        for name, text in COMMON.items()
     ],
 )
 main = click.version_option(package_name="worldline", message="%(prog)s %(version)s")(main)

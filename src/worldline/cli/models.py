@@ -11,7 +11,10 @@ from worldline.cli.options import parameters, parsed
 from worldline.files import readable_size
 from worldline.request import LoadOptions
 
-_COLUMNS = ("folder", "state", "size", "memory", "runs here", "command", "licence", "files")
+_COLUMNS = (
+    *("folder", "state", "size", "memory", "runs here", "command", "licence", "other names"),
+    "files",
+)
 
 
 @click.command(
@@ -23,8 +26,8 @@ def models(context: click.Context, /, as_json: bool, **_: object) -> None:
     """List every known checkpoint.
 
     The columns are folder, presence, size of its tensors, planned memory of one video on this
-    machine's device, the flags with which it fits, command, licence and files. Folders tiny-… ship
-    with the package.
+    machine's device, the flags with which it fits, command, licence, names in Cosmos 1.0 or of
+    single models, by which it is fetched too, and files. Folders tiny-… ship with the package.
     """
     flags = parsed(context, LoadOptions)
     rows = [*describe_all(flags)]
@@ -47,6 +50,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["runs_here"],
         row["command"] or "-",
         row["licence"],
+        ", ".join(row["names"]) or "-",
         ", ".join(file["name"] for file in row["files"]),
     )
 
@@ -82,6 +86,7 @@ def describe_all(flags: LoadOptions) -> Iterator[dict[str, Any]]:
     fields = {"name", "family", "folders", "files", "parameters", "licence", "needs", "command"}
     for entry in ENTRIES:
         state, folder = entry.presence(flags.checkpoint_dir)
+        first = entry.first_generation
         released = fit_released(entry, compute, memory)
         use = "as a part" if entry.name in parts else "not in this version"
         place = folder or entry.folders[0]
@@ -90,6 +95,8 @@ def describe_all(flags: LoadOptions) -> Iterator[dict[str, Any]]:
         yield {
             **entry.model_dump(include=fields),
             "folder": str(place),
+            "names": [model.name for model in entry.models]
+            + ([first.destination] if first else []),
             "state": state,
             "nbytes": entry.nbytes,
             "memory": released.need if released else None,
@@ -103,6 +110,7 @@ def _bundled(name: str, files: list[Path], **facts: Any) -> dict[str, Any]:
         "name": name,
         "folder": name,
         "folders": [name],
+        "names": [],
         "state": "bundled",
         "files": [{"name": path.name} for path in weights],
         "nbytes": sum(path.stat().st_size for path in weights),

@@ -42,7 +42,7 @@ def make_parameter(name: str, field: FieldInfo, default: Any, negatable: bool) -
         settings = {"type": bool, "is_flag": False, "flag_value": extra["optional_value"]}
     elif kind is bool:
         settings = {"is_flag": True}
-        spelling += f"/--no_{name}" if negatable else ""
+        spelling += f"/--no_{name}" if negatable and not name.startswith("no_") else ""
     settings |= {"metavar": metavar, "default": None, "multiple": many}
     names = [name, *extra.get("short", "").split(), spelling]
     return click.Option(names, help=help_of(field, default), **settings)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from worldline.cli.messages import results
 from worldline.cli.options import parsed, stated
 from worldline.cli.progress import Progress, preview_path
 from worldline.errors import (
@@ -29,7 +30,7 @@ from worldline.errors import (
     one_line,
 )
 from worldline.family import Command, Item, requests_of
-from worldline.files import check_folder, read_json
+from worldline.files import check_folder, digest, read_json
 from worldline.shapes import VideoShape
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def run(family: str, command: Command, context: click.Context) -> None:
     items, problems = reader.read(flags, request_flags)
     if not items:
         refuse_problems(problems)
-    check_destinations(items)
+    check_destinations(items, flags)
     named = stated(context, [command.model])
     model = named.get(command.model, command.default_model)
     if not model:
@@ -77,16 +78,15 @@ def run(family: str, command: Command, context: click.Context) -> None:
     from worldline.opening import choose_compute, open_world
     from worldline.world import fingerprint
 
+    compute = choose_compute(described.OPTIONS.parse(option_flags))
     opened = open_world(place, option_flags, family)
     items = check_items(opened, items, problems)
-    compute = choose_compute(opened.options)
     log_unused(opened, compute, items, stated(context, context.params))
     run_tasks(
         items,
-        partial(load, opened, compute),
+        partial(load, opened, compute, flags.quality),
         lambda item: fingerprint(opened, compute, item.request, item.input),
-        resume=flags.resume,
-        keep_going=getattr(flags, "keep_going", True),
+        flags,
     )
 
 
@@ -117,29 +117,28 @@ def refuse_problems(problems: Sequence[str]) -> None:
 def check_item(opened: Opened, item: Item) -> Item:
     """The item with its request, checked by the model's files and its input's length."""
     from worldline.guards import check_frames
-    from worldline.video.read import probe
+    from worldline.inputs import check_file
     from worldline.video.write import check_destination
 
     request = opened.family.request.make(item.stated, opened.defaults, item.kind, item.field)
     request = opened.family.check(opened, request)
-    needed = request.num_input_frames
-    if item.input is not None and (frames := probe(item.input).frames) < needed:
-        raise InputError(f"{item.input}: it has {frames} frames, num_input_frames is {needed}")
+    check_destination(item.output, request.fps, resume=True)
+    if item.input is not None:
+        check_file(item.input, request, opened.family.video(opened, request))
     check_frames(opened, request)
-    check_destination(item.output, request.fps)
     return replace(item, request=request)
 
 
-def check_destinations(items: Sequence[Item]) -> None:
+def check_destinations(items: Sequence[Item], flags: Any) -> None:
     """Refuse videos that cannot be written, or would overwrite an input."""
-    from worldline.video.write import check_destination
+    from worldline.video.write import check_destination, encoding_of
 
     outputs: list[Path] = []
     inputs: list[Any] = []
     for item in items:
-        check_destination(item.output)
-        beside = map(item.output.with_suffix, (".json", ".txt"))
-        outputs += (item.output, preview_path(item.output), *beside)
+        encoding_of(item.output, **flags.quality)
+        check_destination(item.output, resume=flags.resume)
+        outputs += (*companions(item.output), preview_path(item.output))
         embeddings = map(item.stated.get, ("prompt_embeddings", "negative_prompt_embeddings"))
         inputs += (item.input, *item.sources, *embeddings)
     check_outputs(outputs, map(Path, filter(None, inputs)))
@@ -151,7 +150,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
         check_folder(folder)
     read = {path.resolve() for path in inputs}
     for path in outputs:
-        if path.is_dir() or path.resolve() in read:
+        if (path.is_dir() and path.suffix) or path.resolve() in read:
             kind = "a folder" if path.is_dir() else "an input"
             raise InputError(f"{path}: it is {kind}; choose another output")
 
@@ -171,6 +170,7 @@ def log_unused(
         (guarded, "the guardrails check the video before a frame leaves", ("preview_every",)),
         (not upsamples(opened), "no prompt upsampler runs", _UPSAMPLER),
         (len(items) == 1, "there is one input", ("batch_size",)),
+        (lengths == {None, 0}, "there is no input", ("fit",)),
         (
             typed.get("num_input_frames") not in lengths,
             "an image has 1 frame",
@@ -190,8 +190,17 @@ def log_unused(
             logger.info("--%s has no effect: %s", name, unused[name])
 
 
-def load(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
-    """Load a model; the result makes a video, some with those that follow it, in step."""
+def load(
+    opened: Opened, compute: Compute, quality: Mapping[str, Any], items: Sequence[Item]
+) -> Run:
+    """Load a model; the result makes a video, some with those that follow it, in step.
+
+    Args:
+        opened: the model.
+        compute: device and precision.
+        quality: keywords of `Video.save`.
+        items: all that are made.
+    """
     import torch
 
     from worldline.guards import rewrites
@@ -214,7 +223,7 @@ def load(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
             first = items.index(item) + 1
             name = f"{first}-{first + len(group) - 1}/{len(items)} in step"
             try:
-                make_videos(world, group, name, outcomes)
+                make_videos(world, group, name, outcomes, quality)
             except Exception as error:
                 if is_disk_full(error):
                     raise
@@ -225,7 +234,7 @@ def load(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
             if len(group) > 1:
                 free_memory()
             try:
-                make_videos(world, [item], label, outcomes)
+                make_videos(world, [item], label, outcomes, quality)
             except torch.OutOfMemoryError as error:
                 raise Error(f"{one_line(error)}{_REMEDY}") from error
         outcome = outcomes.pop(item.output)
@@ -236,7 +245,13 @@ def load(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
     return make_one
 
 
-def make_videos(world: World, items: Sequence[Item], label: str, outcomes: Outcomes) -> None:
+def make_videos(
+    world: World,
+    items: Sequence[Item],
+    label: str,
+    outcomes: Outcomes,
+    quality: Mapping[str, Any],
+) -> None:
     """Make one video, or several in step, with progress; previews come of a single one."""
     from worldline.video.write import write_bytes
 
@@ -251,7 +266,7 @@ def make_videos(world: World, items: Sequence[Item], label: str, outcomes: Outco
             ]
             for index, step in world.run_batch(jobs):
                 if step.video is not None:
-                    outcomes[items[index].output] = save(step.video, items[index])
+                    outcomes[items[index].output] = save(step.video, items[index], quality)
                 else:
                     progress.report(step)
     except Error as error:
@@ -265,12 +280,12 @@ def make_videos(world: World, items: Sequence[Item], label: str, outcomes: Outco
                 write_bytes(output.with_suffix(".json"), text.encode())
 
 
-def save(video: Video, item: Item) -> str:
+def save(video: Video, item: Item, quality: Mapping[str, Any]) -> str:
     """Write a video and its report; one line about where it is, and what it took."""
     report = video.report
     if item.sample is not None:
         report["sample"] = dict(item.sample)
-    path, run = video.save(item.output), report["run"]
+    path, run = video.save(item.output, **quality), report["run"]
     stages = ", ".join(f"{stage['name']} {stage['seconds']:.1f}" for stage in run["stages"])
     facts = (
         in_words(VideoShape(*video.frames.shape[:3])),
@@ -290,9 +305,10 @@ def in_words(size: VideoShape | MediaInfo) -> str:
     return f"{size.frames:,} frame{plural} of {size.width} x {size.height}"
 
 
-def is_finished(output: Path, fingerprint: str) -> bool:
-    """Whether a file is there, whole, and its report, in it or beside it, has a fingerprint."""
+def is_finished(output: Path, fingerprint: str, quality: Mapping[str, Any]) -> bool:
+    """Whether a file or folder is there, with a report of its bytes and of this fingerprint."""
     from worldline.video.read import check_written
+    from worldline.video.write import encoding_of
     from worldline.weights.checkpoint import open_checkpoint
 
     if not output.exists():
@@ -303,38 +319,76 @@ def is_finished(output: Path, fingerprint: str) -> bool:
             report: Any = open_checkpoint(output).metadata
         else:
             report = read_json(output.with_suffix(".json"))
-            check_written(output, report.get("request", {}).get("num_video_frames"))
-        finished = report.get("fingerprint") == fingerprint
-    except InputError as error:
+            if report.get("file_sha256") != digest(output):
+                request = report.get("request")
+                if output.is_file():  # perhaps it is damaged
+                    frames = request.get("num_video_frames") if isinstance(request, dict) else None
+                    check_written(output, frames)
+                raise InputError("its report is of other bytes")
+        encoding = report.get("encoding") in (None, encoding_of(output, **quality))
+        finished = encoding and report.get("fingerprint") == fingerprint
+    except (InputError, OSError) as error:
         finished, reason = False, str(error)
     logger.info("%s %s", output, "is finished" if finished else f"is made again: {reason}")
     return finished
+
+
+def companions(output: Path) -> list[Path]:
+    """A video's file, and those of its report and prompt."""
+    return [*dict.fromkeys((output, *map(output.with_suffix, (".json", ".txt"))))]
+
+
+def existing(paths: Iterable[Path], no_overwrite: bool = False) -> list[Path]:
+    """Those that are there, and would be replaced; `InputError` if --no_overwrite keeps them."""
+    there = [path for path in paths if os.path.lexists(path)]
+    if no_overwrite and there:
+        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
+        names = ", ".join(map(str, there[:3]))
+        raise InputError(f"--no_overwrite: {names}{more} exist; name another output")
+    return there
+
+
+def log_replaced(paths: Sequence[Path]) -> None:
+    if paths:
+        logger.info("replaced files of that name: %s", ", ".join(map(str, paths)))
 
 
 def run_tasks(
     tasks: Sequence[Any],
     load: Callable[[Sequence[Any]], Run],
     fingerprint: Callable[[Any], str],
-    *,
-    resume: bool | None,
+    flags: Any,
     things: str = "videos",
-    keep_going: bool = True,
 ) -> None:
     """Run tasks, which have an `output`, print a line for each, and report.
 
-    With `resume` those of an earlier run are left out; it is None for commands without --resume.
+    Args:
+        tasks: all that were asked for.
+        load: makes the runner of the tasks that are not finished.
+        fingerprint: of a task.
+        flags: `OutputFlags`; with `resume` what an earlier run made in the same way is left out.
+        things: what is made.
     """
+    from worldline.video.write import check_destination
+
     total, folder = len(tasks), tasks[0].output.parent
+    keep_going, resume = getattr(flags, "keep_going", True), getattr(flags, "resume", None)
     if resume:
-        tasks = [task for task in tasks if not is_finished(task.output, fingerprint(task))]
+        quality = getattr(flags, "quality", {})
+        tasks = [t for t in tasks if not is_finished(t.output, fingerprint(t), quality)]
+        for folder_of_frames in (t.output for t in tasks if not t.output.suffix):
+            check_destination(folder_of_frames)
+    existing((path for task in tasks for path in companions(task.output)), flags.no_overwrite)
     failures: Counter[str] = Counter()  # by the stage that refused; "" of errors
     if tasks:
         run = load(tasks)
     for number, task in enumerate(tasks, 1):
-        place = f"{number}/{len(tasks)}"
+        place, replaced = f"{number}/{len(tasks)}", existing(companions(task.output))
         label = f"{place} {task}" if total > 1 and keep_going else str(task)
         try:
-            click.echo(run(task, label))
+            line = run(task, label)
+            log_replaced(replaced)
+            results.add(line)
             continue
         except Exception as error:
             if total == 1 or not keep_going or is_disk_full(error):
@@ -348,7 +402,7 @@ def run_tasks(
     made, before = len(tasks) - failures.total(), total - len(tasks)
     if total > 1 or before:
         since = f": {made} made now, {before} there before" if before else ""
-        click.echo(f"{made + before} of {total} {things} are in {folder}{since}")
+        results.add(f"{made + before} of {total} {things} are in {folder}{since}")
     if failed := failures.pop("", 0):
         again = "" if resume is None else "; --resume tries them again"
         raise Error(f"{failed} of {total} inputs failed{again}")

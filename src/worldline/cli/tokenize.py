@@ -23,8 +23,8 @@ from worldline.cli.inputs import list_files
 from worldline.cli.options import parameters, parsed
 from worldline.cli.run import Run, check_outputs, in_words, refuse_problems, run_tasks
 from worldline.errors import InputError
-from worldline.files import folded, stamp
-from worldline.request import LoadOptions, Options
+from worldline.files import digest, folded
+from worldline.request import LoadOptions, OutputFlags
 from worldline.request import Path as Named
 from worldline.shapes import VideoShape
 
@@ -39,7 +39,7 @@ _FPS = 24.0  # where neither clip nor header states a rate
 _Path = Named | None
 
 
-class DecodeFlags(Options):
+class DecodeFlags(OutputFlags):
     """Arguments and flags of `tokenize decode`."""
 
     inputs: tuple[Named, ...] = Field(json_schema_extra={"argument": True})
@@ -62,7 +62,7 @@ class EncodeFlags(DecodeFlags):
     )
 
 
-class ReconstructFlags(Options):
+class ReconstructFlags(OutputFlags):
     """Flags of cosmos-predict1 `tokenizer/inference/video_cli.py`."""
 
     video_pattern: _Path = Field(None, description="Clips and images, such as 'clips/*.mp4'.")
@@ -156,7 +156,7 @@ def encode(context: click.Context, /, **_: object) -> None:
     folder, name = Path(flags.output_dir), flags.tokenizer_dir
     examine = partial(examine_media, folder=folder, tokenizer=name, suffix=_SUFFIX)
     tasks = collect(flags.inputs, examine)
-    run(context, tasks, [name], encode_task, flags.resume)
+    run(context, tasks, [name], encode_task, flags)
 
 
 @tokenize.command(params=[*parameters(DecodeFlags), *_MACHINE])
@@ -174,7 +174,7 @@ def decode(context: click.Context, /, **_: object) -> None:
     if flags.tokenizer_dir is None and (len(names) > 1 or "" in names):
         known = ", ".join(sorted(names))
         raise InputError(f"the inputs name {len(names)} tokenizers ({known}); give --tokenizer_dir")
-    run(context, tasks, [flags.tokenizer_dir or names.pop()], decode_task, flags.resume)
+    run(context, tasks, [flags.tokenizer_dir or names.pop()], decode_task, flags)
 
 
 @tokenize.command(params=[*parameters(ReconstructFlags), *_MACHINE])
@@ -196,7 +196,8 @@ def reconstruct(context: click.Context, /, **_: object) -> None:
         raise InputError(
             "give one of --checkpoint, --checkpoint_enc with --checkpoint_dec, --tokenizer_type"
         )
-    run(context, tasks, [whole] if whole else halves, partial(reconstruct_task, flags=flags))
+    code = partial(reconstruct_task, flags=flags)
+    run(context, tasks, [whole] if whole else halves, code, flags)
 
 
 def collect(
@@ -230,10 +231,12 @@ def examine_media(
     path: Path, folder: Path | None, tokenizer: str = "", suffix: str | None = None
 ) -> Task:
     """Task of coding a clip or an image; its result goes to `folder`, or beside it."""
-    from worldline.video.read import media_kind, probe
+    from worldline.video.read import probe
 
-    fps, source = probe(path).fps or _FPS, str(path.resolve())
-    header = Header(tokenizer=tokenizer, media=media_kind(path), fps=fps, source=source)
+    info, source = probe(path), str(path.resolve())
+    if info.notes:
+        logger.info("%s: %s", path, "; ".join(info.notes))
+    header = Header(tokenizer=tokenizer, media=info.kind, fps=info.fps or _FPS, source=source)
     output = (folder or path.parent / "reconstructions") / f"{path.stem}{suffix or header.suffix}"
     return Task(path, output, header)
 
@@ -255,23 +258,24 @@ def run(
     tasks: Sequence[Task],
     tokenizer: Sequence[str],
     code: Code,
-    resume: bool | None = None,
+    flags: OutputFlags,
 ) -> None:
     """Load a tokenizer, of one name or of the files of its halves, and run tasks."""
     from worldline.locate import locate
 
-    flags = parsed(context, LoadOptions)
-    files = [locate(each, flags.checkpoint_dir, tokenizer=True).named for each in tokenizer]
+    options = parsed(context, LoadOptions)
+    files = [locate(each, options.checkpoint_dir, tokenizer=True).named for each in tokenizer]
     from worldline.opening import choose_compute  # imports torch: not before the place is found
     from worldline.tokenizers.cosmos.weights import open_tokenizer
 
-    opened, compute = open_tokenizer(*files), choose_compute(flags)
+    compute, opened = choose_compute(options), open_tokenizer(*files)
     if code is decode_task:
         check_stored(opened.config, tasks)
 
     def fingerprint(task: Task) -> str:
-        stamps = [stamp(path) for path in (task.path, *opened.source.files)]
-        return sha256(json.dumps([stamps, str(compute.dtype)]).encode()).hexdigest()
+        files = [digest(path, sampled=True) for path in opened.source.files]
+        facts = [digest(task.path), files, repr(opened.config), str(compute.dtype)]
+        return sha256(json.dumps(facts).encode()).hexdigest()
 
     def load(_: object) -> Run:
         model = opened.read(compute.device, compute.dtype)
@@ -287,7 +291,7 @@ def run(
 
         return one
 
-    run_tasks(tasks, load, fingerprint, resume=resume, things="files")
+    run_tasks(tasks, load, fingerprint, flags, "files")
 
 
 def check_stored(config: CosmosTokenizerConfig, tasks: Iterable[Task]) -> None:
@@ -336,7 +340,12 @@ def decode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
     except ValueError as error:
         raise InputError(f"{task}: {error}") from error
     line = write(pieces, task.output, task.header.fps)
-    report = {"output": str(task.output), "input": str(task), "fingerprint": fingerprint}
+    report = {
+        "output": str(task.output),
+        "input": str(task),
+        "fingerprint": fingerprint,
+        "file_sha256": digest(task.output),
+    }
     write_bytes(task.output.with_suffix(".json"), json.dumps(report, indent=1).encode())
     return line
 
@@ -347,9 +356,11 @@ def reconstruct_task(model: CosmosTokenizer, task: Task, _: str, *, flags: Recon
     from worldline.evaluate.metrics import decibels, mse
     from worldline.tokenizers.cosmos.clips import decode_clip, encode_clip, reconstruct_windows
     from worldline.video.convert import scaled
-    from worldline.video.read import stream_media
+    from worldline.video.read import MAX_IMAGE, check_pixels, probe, stream_media
 
     window, fps = flags.temporal_window, flags.output_fps or task.header.fps
+    info = probe(task.path)
+    check_pixels(task.path, min(window or 1, info.frames), info.height, info.width, MAX_IMAGE)
 
     def source() -> Iterator[Frames]:
         for piece in stream_media(task.path, window or model.chunk * model.config.temporal):

@@ -31,7 +31,9 @@ REDUCED_PIXELS = 48 * 72
 # of the picture, the second for the nearly flat whole.
 COLLAPSES = ((5.0, 0.55, 0.12, 0.1), (12.0, 0.8, 0.35, 0.3))
 
-BLANK_SHARE = 0.98  # of a frame that is all of one colour, within the first of these distances
+# A blank frame: this share of it is within this distance of the commonest colour. The second is for
+# the decoding of empty latents, which have a faint texture.
+BLANKS = ((0.98, 5.0), (1.0, 12.0))
 
 # Appearance. A patch is PATCH pixels square, one stands every STRIDE pixels.
 PATCH = 4
@@ -142,10 +144,11 @@ def find_failures(frames: Frames, num_input_frames: int = 9) -> list[Failure]:
 def find_in_reduced(copy: Tensor, num_input_frames: int) -> list[Failure]:
     """Failures of a clip from its reduced copy (T, 3, h, w), float32.
 
-    Without input frames the first frame counts as sound, except in a video that is blank from its
-    first frame to its last, which has collapsed.
+    Without input frames the first frame counts as sound, but a video that is blank behind it, and
+    one of that frame alone that is blank, have collapsed; not one whose input frames are blank.
     """
     first, end = max(1, num_input_frames), len(copy)
+    judged, given = copy[min(first, end - 1) :], copy[:num_input_frames]
     failures = []
     if collapses := list(_collapses(copy, first)):
         share, rise, frame = max(collapses, key=lambda collapse: collapse[0])
@@ -154,8 +157,9 @@ def find_in_reduced(copy: Tensor, num_input_frames: int) -> list[Failure]:
         # A collapse begins up to 12 frames before it is found; after that no appearance counts,
         # since the first patch of the colour would be one.
         end = max(first, min(frame for _, _, frame in collapses) - 12)
-    elif not num_input_frames and min(_flat_share(frame, 5.0) for frame in copy) >= BLANK_SHARE:
-        failures.append(Failure("collapse", 0, 1.0, "all frames have one colour"))
+    elif all(map(_is_blank, judged)) and not (len(given) and all(map(_is_blank, given))):
+        frame = end - len(judged)
+        failures.append(Failure("collapse", frame, 1.0, "all frames have one colour"))
     regions = (
         (area, row, column, frame)
         for frame in range(first, end)
@@ -201,6 +205,10 @@ def _same_color(picture: Tensor, tolerance: float) -> Tensor:
 
 def _flat_share(picture: Tensor, tolerance: float) -> float:
     return float(_same_color(picture, tolerance).float().mean())
+
+
+def _is_blank(picture: Tensor) -> bool:
+    return any(_flat_share(picture, tolerance) >= share for share, tolerance in BLANKS)
 
 
 def _contrast(picture: Tensor, where: Tensor) -> float:

@@ -21,7 +21,7 @@ from worldline.errors import CheckpointError, InputError
 from worldline.evaluate.failures import Failure, failure_rate, find_in_reduced, one_thread, reduce
 from worldline.evaluate.metrics import decibels, flicker, motion, mse, ssim
 from worldline.files import read_json
-from worldline.video.read import VIDEO_SUFFIXES, Frames, stream_media
+from worldline.video.read import Frames, kind_in_folder, stream_media
 from worldline.video.sheet import spread, thumbnail
 
 _MEASURES = ("motion", "flicker", "psnr", "ssim", "reference_motion", "reference_flicker")
@@ -47,8 +47,8 @@ class Score:
     width: int
     num_input_frames: int  # at its start, neither judged nor compared
     failures: tuple[Failure, ...]
-    motion: float  # mean absolute change between frames, grey levels, from the last input frame on
-    flicker: float  # half the mean absolute second difference in time, from the same frame on
+    motion: float | None  # mean absolute change between frames, grey levels, from the last input on
+    flicker: float | None  # half the mean absolute second difference in time, from the same on
     reference: str | None = None  # file of the true video
     compared_frames: int | None = None  # behind the input frames, in both videos
     psnr: float | None = None  # dB, squared errors pooled over these frames; `inf` if equal
@@ -96,16 +96,19 @@ def _list_videos(folder: Path, apart: Path | None) -> dict[str, Path]:
     """Videos below a folder by name, without hidden ones and those below `apart`."""
     whole, inner = folder.resolve(), apart.resolve() if apart else None
     videos = {}
+    if not folder.is_dir():
+        wrong = "it is a file; give a folder" if folder.exists() else "no such file or folder"
+        raise InputError(f"{folder} holds no videos: {wrong}")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = "/." in f"/{name}" or path.stem.endswith(".preview")  # of a killed run
-        if hidden or path.is_dir() or path.suffix.lower() not in VIDEO_SUFFIXES:
+        if hidden or path.is_dir() or kind_in_folder(path) != "video":
             continue
         if inner is None or inner in whole.parents or inner not in path.resolve().parents:
             videos[name] = path
     if not videos:
         outside = f" outside {apart}" if apart else ""
-        raise InputError(f"{folder} holds no videos ({' '.join(VIDEO_SUFFIXES)}){outside}")
+        raise InputError(f"{folder} holds no videos (judged by contents){outside}")
     return videos
 
 
@@ -117,7 +120,7 @@ def _reported_input_frames(path: Path) -> int:
 
 
 def _frames(path: Path | None) -> Iterator[Frames]:
-    return chain.from_iterable(stream_media(path, 8) if path else ())
+    return chain.from_iterable(stream_media(path, 1) if path else ())
 
 
 @one_thread()
@@ -149,11 +152,13 @@ def score_video(task: Task) -> tuple[Score, dict[int, Frames]]:
                 values["ssim"].append(ssim(frame, reference))
             except ValueError as error:
                 raise InputError(f"{task.path} beside {task.reference}: {error}") from None
-    if len(copies) < (needed := max(2, inputs + 1)):
+    if len(copies) <= inputs:
         raise InputError(
-            f"{task.path} has {len(copies)} frames, {inputs} of them input; {needed} are needed"
+            f"{task.path} has {len(copies)} frames, {inputs} of them input; {inputs + 1} are needed"
         )
-    measures: dict[str, Any] = {name: fmean(each or [0.0]) for name, each in values.items()}
+    measures: dict[str, Any] = {
+        name: fmean(each) if each else None for name, each in values.items()
+    }
     if task.reference is not None:
         if not values["psnr"]:
             raise InputError(f"{task.reference} has no frame behind {inputs} input frames")

@@ -59,7 +59,7 @@ def ssim(frames: Frames, reference: Frames) -> float:
 
 def motion(frames: Frames) -> float:
     """Mean absolute change from one frame to the next, in grey levels: 0 for a still video."""
-    return _mean_size(as_clip(frames).float().diff(dim=0))
+    return _mean_change(as_clip(frames), 1)
 
 
 def flicker(frames: Frames) -> float:
@@ -68,11 +68,14 @@ def flicker(frames: Frames) -> float:
     A picture that alternates by `a` levels flickers by `a`; one that brightens steadily, or stands
     still, by 0. Whatever moves also flickers a little: compare with a true clip.
     """
-    return _mean_size(as_clip(frames).float().diff(n=2, dim=0)) / 2
+    return _mean_change(as_clip(frames), 2) / 2
 
 
-def _mean_size(change: Tensor) -> float:
-    return float(change.abs().mean()) if change.numel() else 0.0
+def _mean_change(clip: Tensor, order: int) -> float:
+    """Mean size of the differences in time of an order; 0 for a clip too short for one."""
+    # whole numbers, so nothing is rounded
+    bands = (band.short().diff(n=order, dim=0) for band in clip.split(_BAND, dim=1))
+    return sum(int(band.abs().sum()) for band in bands) / max(1, clip[order:].numel())
 
 
 def as_clip(frames: Frames) -> Tensor:

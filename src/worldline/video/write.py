@@ -10,7 +10,7 @@ import errno
 import functools
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from av.video.reformatter import Colorspace
 from PIL import Image
 
 from worldline.errors import Error, InputError
-from worldline.files import replacing
+from worldline.files import replacing_all
 from worldline.video.read import BT709, Frames
 
 # Quality is above the reference's (crf 25): a finer quantiser costs little on 33 frames, and clips
@@ -46,12 +46,25 @@ ENCODINGS: dict[str, tuple[str, dict[str, str], str, dict[str, str]]] = {
     ".gif": ("gif", _MUXER, "gif", {}),
 }
 PICTURE_SUFFIXES = (".jpg",)  # for a single frame
-_GIF_FPS = 100  # a GIF's delays are whole hundredths of a second
+# encoder -> largest crf; encoder, its pixels and options that give back every bit of RGB
+_MAX_CRF = {"libx264": 51, "libvpx-vp9": 63}
+_LOSSLESS = {
+    "libx264": ("libx264rgb", "rgb24", {"crf": "0"}),
+    "libvpx-vp9": ("libvpx-vp9", "gbrp", {"lossless": "1", "crf": "0"}),
+}
 
 _LIMITED_RANGE = 1  # FFmpeg's number
+_GIF_FPS = 100  # a GIF's delays are whole hundredths of a second
 
 
-def write_video(frames: Iterable[Frames], path: str | Path, fps: float) -> None:
+def write_video(
+    frames: Iterable[Frames],
+    path: str | Path,
+    fps: float,
+    *,
+    crf: int | None = None,
+    lossless: bool = False,
+) -> None:
     """Write a clip; the suffix chooses the format, and no suffix a folder of numbered PNGs.
 
     Equal frames give equal bytes. H.264 and VP9 are yuv420p with the BT.709 matrix, tagged as such:
@@ -63,6 +76,8 @@ def write_video(frames: Iterable[Frames], path: str | Path, fps: float) -> None:
         path: `.mp4`, `.mov`, `.mkv`, `.webm` or `.gif` in any case, or no suffix; for one frame
             `.jpg` too. Missing parent folders are made.
         fps: frames a second, above 0; unused for PNGs.
+        crf: constant rate factor of H.264 or VP9, as of `encoding_of`.
+        lossless: keep every bit, in RGB, which fewer players show.
 
     Raises:
         InputError: unknown suffix, or a place that cannot be written.
@@ -70,28 +85,65 @@ def write_video(frames: Iterable[Frames], path: str | Path, fps: float) -> None:
             frames of this size or rate.
     """
     path = Path(path)
+    encoding = encoding_of(path, crf, lossless)
     check_destination(path, fps)
+    with writing(path) as temporary:
+        write_frames(frames, path, fps, temporary, encoding)
+
+
+def write_frames(
+    frames: Iterable[Frames], path: Path, fps: float, file: Path, encoding: dict[str, Any]
+) -> None:
+    """Write a clip to `file` in the format of `path`, which messages name, see `write_video`."""
     frames = iter(frames)
     head = [*islice(frames, 2)]
     if not head or head[0].dtype != np.uint8 or head[0].shape[2:] != (3,):
         raise ValueError("frames are not uint8 (T, H, W, 3), at least one")
     frames = chain(head, frames)
     if not path.suffix:
-        with writing(path) as temporary:
-            temporary.mkdir()
-            for index, frame in enumerate(frames):
-                Image.fromarray(frame).save(temporary / f"{index:05d}.png")
+        file.mkdir()
+        for index, frame in enumerate(frames):
+            Image.fromarray(frame).save(file / f"{index:05d}.png")
     elif path.suffix.lower() in PICTURE_SUFFIXES:
         if len(head) > 1:
             raise InputError(f"{path}: a picture has 1 frame; use .mp4")
-        with writing(path) as temporary:
-            Image.fromarray(head[0]).save(temporary, format="JPEG", quality=95)
+        Image.fromarray(head[0]).save(file, format="JPEG", quality=95)
     else:
-        _encode(path, Fraction(fps).limit_denominator(1001), frames)
+        rate = Fraction(fps).limit_denominator(1001)
+        file.write_bytes(_encode(path, rate, frames, encoding))
 
 
-def check_destination(path: str | Path, fps: float = 1) -> None:
+def encoding_of(path: Path, crf: int | None = None, lossless: bool = False) -> dict[str, Any]:
+    """Encoder of a video for its report, and how: {"encoder", "crf"} or {"encoder", "lossless"}.
+
+    Raises:
+        InputError: `crf` and `lossless` exclude each other, or the format has neither.
+    """
+    _, _, encoder, options = ENCODINGS.get(
+        path.suffix.lower(), ("", {}, "jpeg" if path.suffix else "png", {})
+    )
+    most = _MAX_CRF.get(encoder)
+    if (lossless or crf is not None) and most is None:
+        kind = path.suffix or "a folder of PNGs"
+        formats = " ".join(suffix for suffix, each in ENCODINGS.items() if each[2] in _MAX_CRF)
+        raise InputError(
+            f"{path}: crf and lossless are for {formats}, not for {kind}; leave it out"
+        )
+    if lossless and crf is not None:
+        raise InputError(f"{path}: crf {crf} and lossless exclude each other; leave one out")
+    if crf is not None and crf not in range((most or 0) + 1):
+        raise InputError(f"{path}: crf is {crf}, {encoder} takes 0 (best) to {most}; give such one")
+    if lossless:
+        return {"encoder": _LOSSLESS[encoder][0], "lossless": True}
+    if most is None:
+        return {"encoder": encoder}
+    return {"encoder": encoder, "crf": int(options["crf"]) if crf is None else crf}
+
+
+def check_destination(path: str | Path, fps: float = 1, *, resume: bool = False) -> None:
     """Refuse, before any work is done, a name or a rate that `write_video` would not take.
+
+    With `resume` a folder that is not empty may be a finished one.
 
     Raises:
         InputError: unknown suffix, a name that is too long, a place that is taken, or more frames
@@ -111,7 +163,7 @@ def check_destination(path: str | Path, fps: float = 1) -> None:
         raise InputError(f"{path} cannot be written: a name has {size} bytes; give a shorter one")
     try:
         folder = path.is_dir()
-        if folder and (path.suffix or any(path.iterdir())):
+        if folder and (path.suffix or (not resume and any(path.iterdir()))):
             raise InputError(f"{path} is a folder{'' if path.suffix else ' that is not empty'}")
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -128,13 +180,20 @@ def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
     """Temporary name that becomes `path`, as of `replacing`, in a folder that is made."""
-    path = Path(path)
+    with writing_all([Path(path)]) as [temporary]:
+        yield temporary
+
+
+@contextlib.contextmanager
+def writing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Temporary names that become `paths` of one folder; messages name the last."""
+    *_, path = paths
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            yield temporary
+        with replacing_all(paths) as temporaries:
+            yield temporaries
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise _cannot_write(Path(error.filename2 or path), error) from error
 
 
 def _cannot_write(path: Path, error: OSError) -> Error:
@@ -144,13 +203,22 @@ def _cannot_write(path: Path, error: OSError) -> Error:
     return InputError(f"{path} cannot be written: {reason}")
 
 
-def _encode(path: Path, rate: Fraction, frames: Iterable[Frames]) -> None:
+def _encode(
+    path: Path, rate: Fraction, frames: Iterable[Frames], chosen: dict[str, Any]
+) -> memoryview:
+    """Bytes of a file in the format of `path`."""
     container, muxing, encoder, encoding = ENCODINGS[path.suffix.lower()]
+    pixels = "rgb24" if encoder == "gif" else "yuv420p"
+    if "crf" in chosen:
+        encoding = {**encoding, "crf": str(chosen["crf"])}
+    elif "lossless" in chosen:
+        encoder, pixels, exact = _LOSSLESS[encoder]
+        encoding = {**encoding, **exact}
     if encoder not in av.codec.codecs_available:
         raise Error(f"this build of PyAV has no {encoder} encoder; install PyAV's own wheel")
-    if encoder == "libx264":
+    if "libx264" in encoder:
         encoding = {**encoding, **_deterministic()}
-    pictures = _pictures(frames, rate, encoder)
+    pictures = _pictures(frames, rate, pixels, even=encoder == "libx264")
     if encoder == "gif":
         pictures = _in_palette(pictures)
     first = next(pictures)
@@ -163,7 +231,7 @@ def _encode(path: Path, rate: Fraction, frames: Iterable[Frames]) -> None:
         stream: Any = output.add_stream(encoder, rate=rate, options=encoding)
         stream.height, stream.width = first.height, first.width
         stream.pix_fmt = first.format.name
-        if encoder != "gif":
+        if pixels == "yuv420p":
             # Without tags players guess the matrix from the height, and the colours shift.
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = BT709
@@ -179,7 +247,7 @@ def _encode(path: Path, rate: Fraction, frames: Iterable[Frames]) -> None:
                     f"{path} was not written: {encoder} cannot encode frames of {first.width} x "
                     f"{first.height} at {float(rate):g} a second: {error.strerror or error}"
                 ) from error
-    write_bytes(path, file.getbuffer())
+    return file.getbuffer()
 
 
 @functools.cache
@@ -195,14 +263,18 @@ def _deterministic() -> dict[str, str]:
     return {}
 
 
-def _pictures(frames: Iterable[Frames], rate: Fraction, encoder: str) -> Iterator[av.VideoFrame]:
-    """Frames in the format that an encoder takes, with their times."""
+def _pictures(
+    frames: Iterable[Frames], rate: Fraction, pixels: str, *, even: bool
+) -> Iterator[av.VideoFrame]:
+    """Frames in the format that an encoder takes, with their times; of even sides if need be."""
     for index, frame in enumerate(frames):
-        if encoder == "libx264":
+        if even:
             frame = np.pad(frame, [(0, side % 2) for side in frame.shape[:2]] + [(0, 0)], "edge")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        if encoder != "gif":
-            picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+        if pixels == "yuv420p":
+            picture = picture.reformat(format=pixels, dst_colorspace=Colorspace.ITU709)
+        elif pixels != "rgb24":
+            picture = picture.reformat(format=pixels)
         picture.pts, picture.time_base = index, 1 / rate
         yield picture
 

@@ -34,7 +34,7 @@ from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
 from worldline.report import Recorder, log_result
 from worldline.sampling.tokens import CHUNK, Sampling, decode, draw_noise
-from worldline.shapes import VideoShape, latent_frames_of, nearest_frames
+from worldline.shapes import Fit, VideoShape, latent_frames_of, nearest_frames
 from worldline.step import Step, numbered
 from worldline.tokenizers.cosmos.model import PRESETS as TOKENIZER_PRESETS
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
@@ -67,7 +67,8 @@ def generate_together(
     contexts = yield from encode_prompts(parts, jobs, recorder)
 
     yield 0, Step("encode", 0, 1)
-    ids = encode_clips(parts, [job.clip for job in jobs], request.num_input_frames, recorder)
+    clips = [job.clip for job in jobs]
+    ids = encode_clips(parts, clips, request.num_input_frames, recorder, request.fit)
     videos = [Decoding(video_of(opened, request), ids.shape[1]) for _ in jobs]
     size, done = config.grid.tokens_per_frame, 0
     count = size * (latent_frames(opened, request) - ids.shape[1])
@@ -140,13 +141,15 @@ def encode_prompts(
     return contexts
 
 
-def encode_clips(parts: Parts, clips: Sequence[Any], num_frames: int, recorder: Recorder) -> Tensor:
+def encode_clips(
+    parts: Parts, clips: Sequence[Any], num_frames: int, recorder: Recorder, fit: Fit = "crop"
+) -> Tensor:
     """Token ids (B, t, h, w), int64, of the last frames of clips; later frames change none."""
     shape, batch = window_shape(parts.opened), []
     with recorder.stage("encode"), parts.tokenizer.on_device() as tokenizer:
         # one at a time, so that each gets the ids that it gets alone
         for number, clip in enumerate(clips):
-            frames = condition_frames(clip, num_frames, num_frames, shape.height, shape.width)
+            frames = condition_frames(clip, num_frames, num_frames, shape.height, shape.width, fit)
             with blame(number):
                 batch.append(tokenizer.encode_tokens(frames.to(parts.device, parts.compute.dtype)))
     ids = torch.cat(batch).long()

@@ -93,7 +93,8 @@ def sample_video(
 def encode_frames(parts: Parts, clip: Clip, request: DiffusionRequest) -> Tensor:
     """Normalised latents (1, C, t, H, W) of the known frames, float32."""
     # the tokenizer is causal: frames behind the known ones would not change their latents
-    frames = stretched_frames(clip, request.num_input_frames, request.height, request.width)
+    size = request.height, request.width
+    frames = stretched_frames(clip, request.num_input_frames, *size, request.fit)
     latents = parts.tokenizer.module.encode(frames.to(parts.device, parts.compute.dtype))
     statistics = parts.opened["tokenizer"].statistics.rounded(parts.compute.dtype)
     # those of a clip's first frame, not those of an image

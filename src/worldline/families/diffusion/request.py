@@ -6,7 +6,8 @@ from pydantic import Field
 
 from worldline.catalog import Generation
 from worldline.family import Command
-from worldline.request import Fps, Path, Size, T5Options, VideoRequest, offload
+from worldline.request import FIT, Fps, Path, Size, T5Options, VideoRequest, offload
+from worldline.shapes import Fit
 
 Sampler = Literal["edm_euler", "res_2ab", "res_1euler", "res_2mid"]
 Reinsertion = Literal["corrected", "march_2025"]
@@ -24,6 +25,7 @@ class DiffusionRequest(VideoRequest):
         121, description="Frames of the video, input frames included; 1 + 8k."
     )
     fps: Fps = Field(24.0, description="Frames per second of the motion, and of the file.")
+    fit: Fit = Field("stretch", description=FIT)
     sampler: Sampler | None = Field(
         None, description="[default: edm_euler; res_2ab of a 1.0 model]"
     )
@@ -95,6 +97,7 @@ COMMANDS = (
         hidden=frozenset(
             {
                 "num_input_frames",
+                "fit",
                 "reinsertion",
                 "augment_sigma",
                 "negative_prompt_embeddings",

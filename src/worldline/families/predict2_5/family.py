@@ -74,7 +74,8 @@ def encode_frames(parts: Parts, clip: Clip, request: FlowRequest) -> Tensor:
     The tokenizer is causal: frames behind the known ones, with which the reference fills the clip,
     would not change these.
     """
-    frames = covering_frames(clip, request.num_input_frames, request.height, request.width)
+    size = request.height, request.width
+    frames = covering_frames(clip, request.num_input_frames, *size, request.fit)
     # in the tokenizer's dtype, as in the reference
     video = frames.to(parts.device, parts.compute.dtype) / 127.5 - 1
     return torch.cat([*encode_stream(parts.tokenizer.module, [video])], dim=2).float()

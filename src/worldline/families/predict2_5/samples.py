@@ -6,7 +6,6 @@ its releases since 13 October 2025, and of the one a week earlier, with many sam
 
 import glob
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,8 +21,8 @@ from worldline.catalog import FLOW_MODELS
 from worldline.errors import InputError
 from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowRequest
 from worldline.family import Item
-from worldline.files import MAX_PROBLEMS, each_once, folded, read_entries, read_text
-from worldline.request import Options, Text
+from worldline.files import MAX_PROBLEMS, each_once, file_name, folded, read_entries, read_text
+from worldline.request import Options, Text, VideoFlags
 from worldline.request import Path as PathText
 
 YAML = (".yaml", ".yml")
@@ -51,10 +50,9 @@ _MAX_SCALAR = 100  # characters of a number or a date
 
 
 def _file_name(name: str) -> str:
-    long = len(name.encode()) > LONGEST_NAME
-    if long or not name.strip(" .") or re.search(r"[/\\\x00-\x1f]", name):
-        raise ValueError(f"{name!r:.40} is not the name of a file, of {LONGEST_NAME} bytes or less")
-    return name
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(f"{name!r:.40} has more than {LONGEST_NAME} bytes; give a shorter one")
+    return file_name(name)
 
 
 class Overrides(Options):
@@ -94,7 +92,7 @@ class Sample(Overrides):
     chunk_overlap: Any = None
 
 
-class SampleFlags(Overrides):
+class SampleFlags(Overrides, VideoFlags):
     """Flags of `predict2.5`."""
 
     earlier: tuple[str, ...] = Field(
@@ -119,7 +117,6 @@ class SampleFlags(Overrides):
     config_file: str | None = Field(
         None, description="The released file alone, without effect: weights describe the network."
     )
-    resume: bool = Field(False, description="Keep videos that an earlier run made in the same way.")
     keep_going: bool = Field(
         True, description="Go on with the next sample when one fails or is refused."
     )
@@ -244,7 +241,10 @@ def make_item(
     }
     count, kinds = INPUTS[sample.inference_type]
     path = paths.get("input_path") if count else None
-    kind = None if path is None else media_kind(path)
+    try:
+        kind = None if path is None else media_kind(path)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
     if kind not in kinds:
         raise InputError(
             f"{item.field('input_path')}: it is {path}; {sample.inference_type} continues "
