@@ -326,7 +326,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (AEGIS, f"../../{AEGIS.adapter}/adapter_model.safetensors"),
         (AEGIS, f"../../{AEGIS.adapter}/adapter_config.json"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", value),
 )
 def test_a_file_that_is_not_whole_is_named(
     kind: GuardModel, file: str, damage: str, whole: Path, tmp_path: Path
