@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ class MemoryTensor:
     """A tensor of a checkpoint that is read already; its tensor may be on the meta device."""
 
     tensor: Tensor
+    path = Path("memory")
 
     @property
     def meta(self) -> Tensor:

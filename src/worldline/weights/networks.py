@@ -35,6 +35,7 @@ from worldline.weights.checkpoint import (
     missing_parts,
     open_checkpoint,
     open_set,
+    refuse_nonfinite,
     take_network,
 )
 from worldline.weights.keymap import KeyMap, match, matches
@@ -430,8 +431,8 @@ def pretrained(kind: Any, folder: Path, dtype: torch.dtype, unused: Collection[s
         )
     for name, tensor in network.state_dict().items():
         # a sum takes one pass, and is finite but for numbers that are not, or huge
-        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
-            raise CheckpointError(f"{folder}: tensor {name} holds NaN or Inf; download it again")
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            refuse_nonfinite(folder, name, tensor)
     return network.requires_grad_(False).eval()
 
 
