@@ -19,7 +19,10 @@ import worldline
 
 from .bad_inputs.cases import AR, BUNDLED, DIT, FLOW, moving
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # of `dcp.save`
+]
 Tensors = dict[str, torch.Tensor]
 
 
