@@ -184,12 +184,13 @@ def inspect(path: Path, values: bool, checkpoint_dir: str) -> None:
         click.echo(target)
         for topic, text in lines:
             click.echo(f"  {'verdict' if topic in _REFUSALS else topic:<11} {text}")
-        counts.update(topic for topic, _ in lines)
+        # beside others, what is no world may be a part of a guardrail
+        other = "refused" if target == path or len(targets) == 1 else "other"
+        counts.update(other if topic == "other" else topic for topic, _ in lines)
     of_all = f"of {len(targets)} checkpoints"
     if num_damaged := counts["damaged"]:
         raise CheckpointError(f"{path}: {num_damaged} {of_all} cannot be read")
-    # beside others, what is no world may be a part of a guardrail
-    if num_refused := counts["refused"] + (counts["other"] if len(targets) == 1 else 0):
+    if num_refused := counts["refused"]:
         raise Error(f"{path}: {num_refused} {of_all} would be refused by a run")
 
 
