@@ -389,9 +389,12 @@ def _open_index(path: Path) -> Checkpoint:
 
 def nonfinite(tensor: Tensor) -> str:
     """Kind of a number that is not finite in a tensor, "NaN" or "Inf"; "" without any."""
-    if not tensor.is_floating_point() or tensor.float().isfinite().all():
+    if not tensor.is_floating_point():
         return ""
-    return "NaN" if tensor.float().isnan().any() else "Inf"
+    wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # 8-bit floats have no isfinite
+    if wide.isfinite().all():
+        return ""
+    return "NaN" if wide.isnan().any() else "Inf"
 
 
 def refuse_nonfinite(path: Path, name: str, value: Tensor) -> None:

@@ -5,14 +5,17 @@ one of two pinned buffers for a GPU. While the GPU fetches one buffer, the threa
 `read` from the page cache needs no page faults, which is what bounds a copy out of a mapping.
 """
 
+import mmap
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from worldline.errors import CheckpointError
 from worldline.weights.checkpoint import (
@@ -30,6 +33,7 @@ from worldline.weights.names import ScaledTensor
 STAGING_BYTES = 64 << 20  # each of two; 1.3 ms at 50 GB/s, far above the cost of starting a copy
 _SLICE_BYTES = 4 << 20  # below this a second thread costs more than it brings
 _READERS = 8
+_HUGE_BYTES = 16 << 20  # below this, pages of 2 MB would waste memory
 # bits of infinity; of the one dtype without, of NaN
 _INFINITY = {
     torch.float64: 0x7FF << 52,
@@ -39,6 +43,7 @@ _INFINITY = {
     torch.float8_e5m2: 0x7C,
     torch.float8_e4m3fn: 0x7F,
 }
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 def load_into(
@@ -86,79 +91,71 @@ def load_into(
         copier = Copier(torch.device(device), pool)
         for tensor, theirs in sources.items():
             wanted = dtype if tensor.is_floating_point() else tensor.dtype
-            value = copier.fetch(checkpoint.entries[theirs], theirs)
+            value = copier.fetch(checkpoint.entries[theirs])
             value = value.to(wanted or value.dtype)
             # one for all its names
             values[tensor] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
-        suspects = copier.suspects()
-    for tensor, theirs in sources.items():
-        if theirs in suspects:
-            refuse_nonfinite(checkpoint.entries[theirs].path, theirs, values[tensor])
+        if not ((copier.finite and copier.scanned) or all_finite(values.values())):
+            for tensor, theirs in sources.items():
+                refuse_nonfinite(checkpoint.entries[theirs].path, theirs, values[tensor])
     loaded = {name: values[tensor] for name, tensor in tensors.items() if tensor in values}
     module.load_state_dict(loaded, strict=False, assign=True)
     module.to(device)  # buffers that are not in the file
 
 
+def all_finite(values: Iterable[Tensor]) -> bool:
+    """Whether no number of tensors on one device is NaN or Inf; huge ones may count as infinite."""
+    wide = [value if value.dtype.itemsize > 1 else value.float() for value in values]
+    floats = [value.detach() for value in wide if value.is_floating_point()]
+    return bool(get_total_norm(floats).isfinite())  # in a few launches, read once
+
+
 def nonfinite_tensors(checkpoint: Checkpoint) -> dict[str, str]:
     """Names of the tensors that hold NaN or Inf, and which; all are read."""
+    found: dict[str, str] = {}
     with ThreadPoolExecutor(_READERS, "weights") as pool:
-        copier = Copier(torch.device("cpu"), pool)
         for name, source in checkpoint.entries.items():
-            copier.fetch(source, name)
-    kinds = {name: nonfinite(checkpoint.entries[name].read()) for name in copier.suspects()}
-    return {name: kind for name, kind in kinds.items() if kind}
+            copier = Copier(torch.device("cpu"), pool)
+            value = copier.fetch(source)
+            if not (copier.finite and copier.scanned) and (kind := nonfinite(value)):
+                found[name] = kind
+    return found
 
 
 class Copier:
-    """Reads tensors of files to one device, and looks for numbers that are not finite.
+    """Reads tensors of files to one device.
 
-    On a CPU the threads look at what they have just read, while it is in their caches; a GPU sums
-    each tensor, and is asked once for all sums.
+    On a CPU the threads look for numbers that are not finite in what they have just read, while it
+    is in their caches.
 
     Attributes:
         staging: for a GPU, two pinned buffers in turn, each with the event of its last copy.
-        sums: names of tensors, and numbers that are finite only where theirs are.
+        scanned: whether all numbers that were read were looked at.
+        finite: whether those are finite.
     """
 
     def __init__(self, device: torch.device, pool: ThreadPoolExecutor) -> None:
         self.device, self.pool = device, pool
-        self.sums: list[tuple[str, Tensor]] = []
+        self.scanned = self.finite = True
         self.staging = deque(
             (torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
             for _ in range(2 if device.type == "cuda" else 0)
         )
 
-    def suspects(self) -> set[str]:
-        """Names of the tensors fetched so far that may hold NaN or Inf."""
-        if not self.sums:
-            return set()
-        names, totals = zip(*self.sums, strict=True)
-        finite = torch.stack(totals).isfinite().tolist()
-        return {name for name, good in zip(names, finite, strict=True) if not good}
-
-    def fetch(self, source: Source, name: str = "") -> Tensor:
+    def fetch(self, source: Source) -> Tensor:
         """A tensor in the file's dtype; float32 of a scaled one."""
         if isinstance(source, ShardedTensor) and source.dim is not None:
-            return torch.cat([self.fetch(part, name) for part in source.parts], source.dim)
+            return torch.cat([self.fetch(part) for part in source.parts], source.dim)
         if isinstance(source, ScaledTensor):
-            return source.multiply(self.fetch(source.tensor, name), self.fetch(source.scale, name))
-        if isinstance(source, FileTensor) and source.meta.is_contiguous():
-            value, scanned = self._fetch_file(source)
-        else:
-            value, scanned = source.read().to(self.device), None
-        if value.is_floating_point() and scanned is None:
-            wide = value if value.dtype.itemsize > 1 else value.float()  # no sum of 8-bit floats
-            self.sums.append((name, wide.sum(dtype=torch.float32)))
-        elif scanned is False:
-            self.sums.append((name, torch.tensor(torch.nan)))
-        return value
-
-    def _fetch_file(self, source: FileTensor) -> tuple[Tensor, bool | None]:
-        """A tensor, and whether it is finite where that was looked at."""
-        value = torch.empty_like(source.meta, device=self.device)
+            return source.multiply(self.fetch(source.tensor), self.fetch(source.scale))
+        if not isinstance(source, FileTensor) or not source.meta.is_contiguous():
+            self.scanned = False
+            return source.read().to(self.device)
+        value = empty_like(source.meta, self.device)
         data = value.view(-1).view(torch.uint8)
         if not self.staging:
-            return value, self._read(data, source.path, source.position, value.dtype)
+            self._read(data, source.path, source.position, value.dtype)
+            return value
         for start in range(0, len(data), STAGING_BYTES):
             part = data[start : start + STAGING_BYTES]
             staging, copied = self.staging[0]
@@ -167,14 +164,14 @@ class Copier:
             part.copy_(staging[: len(part)], non_blocking=True)
             copied.record(torch.cuda.current_stream(self.device))
             self.staging.rotate()
-        return value, None
+        return value
 
     def _read(
         self, buffer: Tensor, path: Path, position: int, dtype: torch.dtype | None = None
-    ) -> bool | None:
+    ) -> None:
         """Read bytes from a position of a file to a uint8 CPU tensor, by several threads.
 
-        With a dtype of `_INFINITY`, whether all numbers are finite; else None.
+        Numbers of a dtype of `_INFINITY` are looked at.
         """
         view = buffer.numpy().data
 
@@ -183,8 +180,19 @@ class Copier:
             read_bytes(path, position + start, part)
             return dtype not in _INFINITY or _is_finite(part, dtype)
 
-        finite = all(list(self.pool.map(read, range(0, len(view), _SLICE_BYTES))))
-        return finite if dtype in _INFINITY else None
+        finite = list(self.pool.map(read, range(0, len(view), _SLICE_BYTES)))
+        self.finite &= all(finite)
+        self.scanned &= dtype in _WHOLE or dtype in _INFINITY
+
+
+def empty_like(meta: Tensor, device: torch.device) -> Tensor:
+    """Uninitialised tensor; on a CPU in huge pages where there are, whose first use is faster."""
+    if device.type != "cpu" or meta.nbytes < _HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty_like(meta, device=device)
+    memory = mmap.mmap(-1, meta.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # of a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=meta.dtype).view(meta.shape)
 
 
 def _is_finite(data: memoryview, dtype: torch.dtype) -> bool:
