@@ -1,7 +1,8 @@
 """A module built on meta gets the file's bits, on the device and in the dtype asked for."""
 
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -218,20 +219,26 @@ def test_a_staging_buffer_is_filled_only_after_it_was_fetched(
 
     read = stream.Copier._read
 
-    def logged(self: stream.Copier, buffer: Tensor, path: Path, position: int) -> None:
+    def logged(
+        self: stream.Copier, buffer: Tensor, path: Path, position: int
+    ) -> list[Future[bool]]:
         log.append(("filled", [b.data_ptr() for b in buffers].index(buffer.data_ptr())))
-        read(self, buffer, path, position)
+        return read(self, buffer, path, position)
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     monkeypatch.setattr(stream.Copier, "_read", logged)
     monkeypatch.setattr(stream, "STAGING_BYTES", 16)
     save_file({"x": torch.arange(18.0)}, tmp_path / "x.safetensors")
     with ThreadPoolExecutor(1) as pool:
-        copier = stream.Copier(torch.device("cpu"), pool)
-        copier.staging = deque((buffers[turn], Event(turn)) for turn in (0, 1))  # type: ignore[misc]
         entries = open_checkpoint(tmp_path / "x.safetensors").entries
+        copier = stream.Copier(torch.device("cpu"), pool, entries.values())
+        copier.staging = deque((buffers[turn], Event(turn)) for turn in (0, 1))  # type: ignore[misc]
+        copier._fill_next()
         value = copier.fetch(entries["x"])
     assert not copier.scanned
     assert value.tolist() == list(range(18))
-    turns = [(what, turn) for turn in (0, 1) for what in ("fetched", "filled", "sent")]
-    assert log == (3 * turns)[: 5 * 3]
+    # five pieces: each buffer is filled while the piece before is sent
+    filling = [[("fetched", turn % 2), ("filled", turn % 2)] for turn in range(5)]
+    sent = [[("sent", turn % 2)] for turn in range(5)]
+    turns = [filling[0], *chain(*zip(filling[1:], sent[:-1], strict=True)), sent[-1]]
+    assert log == [*chain(*turns)]

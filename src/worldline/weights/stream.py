@@ -7,9 +7,10 @@ one of two pinned buffers for a GPU. While the GPU fetches one buffer, the threa
 
 import mmap
 from collections import Counter, deque
-from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,9 @@ def load_into(
 
     values: dict[Tensor, Tensor] = {}
     with torch.no_grad(), ThreadPoolExecutor(_READERS, "weights") as pool:
-        copier = Copier(torch.device(device), pool)
+        copier = Copier(
+            torch.device(device), pool, [checkpoint.entries[theirs] for theirs in sources.values()]
+        )
         for tensor, theirs in sources.items():
             wanted = dtype if tensor.is_floating_point() else tensor.dtype
             value = copier.fetch(checkpoint.entries[theirs])
@@ -115,7 +118,7 @@ def nonfinite_tensors(checkpoint: Checkpoint) -> dict[str, str]:
     found: dict[str, str] = {}
     with ThreadPoolExecutor(_READERS, "weights") as pool:
         for name, source in checkpoint.entries.items():
-            copier = Copier(torch.device("cpu"), pool)
+            copier = Copier(torch.device("cpu"), pool, [source])
             value = copier.fetch(source)
             if not (copier.finite and copier.scanned) and (kind := nonfinite(value)):
                 found[name] = kind
@@ -123,24 +126,36 @@ def nonfinite_tensors(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 class Copier:
-    """Reads tensors of files to one device.
+    """Reads tensors of files to one device, in the order in which they are named at first.
 
     On a CPU the threads look for numbers that are not finite in what they have just read, while it
-    is in their caches.
+    is in their caches. For a GPU they fill one pinned buffer while the other is fetched.
 
     Attributes:
-        staging: for a GPU, two pinned buffers in turn, each with the event of its last copy.
+        staging: for a GPU, two buffers in turn, each with the event of its last copy.
+        ahead: the buffers that are being filled, each with the reads that fill it.
         scanned: whether all numbers that were read were looked at.
         finite: whether those are finite.
     """
 
-    def __init__(self, device: torch.device, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, device: torch.device, pool: ThreadPoolExecutor, sources: Iterable[Source]
+    ) -> None:
         self.device, self.pool = device, pool
         self.scanned = self.finite = True
         self.staging = deque(
             (torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
             for _ in range(2 if device.type == "cuda" else 0)
         )
+        self.pieces = (
+            (file.path, file.position + start, min(STAGING_BYTES, file.meta.nbytes - start))
+            for source in sources
+            for file in _streamed(source)
+            for start in range(0, file.meta.nbytes, STAGING_BYTES)
+        )
+        self.ahead: deque[tuple[Tensor, torch.cuda.Event, list[Future[bool]]]] = deque()
+        if self.staging:
+            self._fill_next()
 
     def fetch(self, source: Source) -> Tensor:
         """A tensor in the file's dtype; float32 of a scaled one."""
@@ -154,24 +169,36 @@ class Copier:
         value = empty_like(source.meta, self.device)
         data = value.view(-1).view(torch.uint8)
         if not self.staging:
-            self._read(data, source.path, source.position, value.dtype)
+            reads = self._read(data, source.path, source.position, value.dtype)
+            finite = [read.result() for read in reads]
+            self.finite &= all(finite)
+            self.scanned &= value.dtype in _WHOLE or value.dtype in _INFINITY
             return value
         for start in range(0, len(data), STAGING_BYTES):
             part = data[start : start + STAGING_BYTES]
-            staging, copied = self.staging[0]
-            copied.synchronize()
-            self._read(staging[: len(part)], source.path, source.position + start)
+            staging, copied, reads = self.ahead.popleft()
+            self._fill_next()  # the threads are never without work
+            for read in reads:
+                read.result()
             part.copy_(staging[: len(part)], non_blocking=True)
             copied.record(torch.cuda.current_stream(self.device))
-            self.staging.rotate()
+        self.scanned = False
         return value
+
+    def _fill_next(self) -> None:
+        """Begin to fill a buffer with the next piece, once its last copy has left."""
+        for path, position, nbytes in islice(self.pieces, 1):
+            staging, copied = self.staging[0]
+            self.staging.rotate()
+            copied.synchronize()
+            self.ahead.append((staging, copied, self._read(staging[:nbytes], path, position)))
 
     def _read(
         self, buffer: Tensor, path: Path, position: int, dtype: torch.dtype | None = None
-    ) -> None:
-        """Read bytes from a position of a file to a uint8 CPU tensor, by several threads.
+    ) -> list[Future[bool]]:
+        """Reads of bytes from a position of a file to a uint8 CPU tensor, by several threads.
 
-        Numbers of a dtype of `_INFINITY` are looked at.
+        With a dtype of `_INFINITY`, each is whether its numbers are finite.
         """
         view = buffer.numpy().data
 
@@ -180,9 +207,18 @@ class Copier:
             read_bytes(path, position + start, part)
             return dtype not in _INFINITY or _is_finite(part, dtype)
 
-        finite = list(self.pool.map(read, range(0, len(view), _SLICE_BYTES)))
-        self.finite &= all(finite)
-        self.scanned &= dtype in _WHOLE or dtype in _INFINITY
+        return [self.pool.submit(read, start) for start in range(0, len(view), _SLICE_BYTES)]
+
+
+def _streamed(source: Source) -> Iterator[FileTensor]:
+    """Contiguous tensors of files that make a tensor, in the order in which they are read."""
+    if isinstance(source, ShardedTensor) and source.dim is not None:
+        for part in source.parts:
+            yield from _streamed(part)
+    elif isinstance(source, ScaledTensor):
+        yield from chain(_streamed(source.tensor), _streamed(source.scale))
+    elif isinstance(source, FileTensor) and source.meta.is_contiguous():
+        yield source
 
 
 def empty_like(meta: Tensor, device: torch.device) -> Tensor:
