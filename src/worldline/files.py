@@ -32,6 +32,7 @@ _HASHED = 1 << 26  # bytes of a file up to which it is compared with the hash in
 MAX_TEXT = 1 << 26  # bytes of a text that is read whole
 MAX_ENTRIES = 100_000  # of a batch
 MAX_PROBLEMS = 1000  # of a batch, behind which the others are not looked for
+_MOST_FILES = 100_000  # that are looked at for those of a broken download
 _DEEPEST = 100  # levels of nested values
 # a string is kept whole, so that what looks like a comment in it stays
 _STRING_OR_COMMENT = re.compile(r'"(?:[^"\\\n]|\\.)*+"|//[^\n]*')
@@ -404,7 +405,7 @@ def unfinished(folder: Path) -> str:
     """End of a message about absent files that names those of a broken download; "" without any."""
     # downloads of a hub cache are in a folder beside
     beside = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    every = (path for root in {folder, beside} for path in root.rglob("*"))
+    every = (path for root in {folder, beside} for path in islice(root.rglob("*"), _MOST_FILES))
     names = sorted({path.name for path in every if path.suffix in UNFINISHED})[:3]
     return f"; a download was not finished ({', '.join(names)}): download it again" if names else ""
 

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from worldline.catalog import BUNDLED_PREFIX, DECODERS, FLOW_MODELS, FlowModel, advice
 from worldline.errors import CheckpointError, option
-from worldline.files import holds_diffusers, hub_cache, released_folders, snapshots, unfinished
+from worldline.files import (
+    check_path,
+    holds_diffusers,
+    hub_cache,
+    released_folders,
+    snapshots,
+    unfinished,
+)
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -79,9 +86,9 @@ def locate(
         tokenizer: whether a bundled name means a tokenizer.
 
     Raises:
-        CheckpointError: there is none.
+        InputError: it can be none, such as a URL; a `CheckpointError`: there is none.
     """
-    name, checkpoint_dir = str(name), Path(checkpoint_dir)
+    name, checkpoint_dir = str(check_path(name)), Path(check_path(checkpoint_dir))
     if name.startswith(BUNDLED_PREFIX):
         known = bundled_tokenizers() if tokenizer else bundled_names()
         if name not in known:

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from worldline.files import (
     holds_diffusers,
     read_json,
     released_folders,
+    remove,
     stamp,
     unfinished,
 )
@@ -360,8 +360,8 @@ class EmbeddingCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.path(encoder, prompt)
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)  # it would be in the way for ever
+            if path.is_dir():
+                remove(path)  # it would be in the way for ever
             save({"embedding": embedding}, path, {"digest": _digest(path.stem, embedding)})
             files = [path for path in self.folder.iterdir() if path.is_symlink() or path.is_file()]
             for file in sorted(files, key=lambda path: path.lstat().st_mtime)[: -self.largest]:
