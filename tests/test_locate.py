@@ -9,9 +9,9 @@ import pytest
 
 from worldline.catalog import ENTRIES, FLOW_MODELS
 from worldline.errors import CheckpointError, InputError
-from worldline.files import hub_cache, model_name, snapshots
 from worldline.locate import locate
 from worldline.opening import open_world
+from worldline.repositories import hub_cache, model_name, snapshots
 
 from .conftest import MODEL, TOKENIZER
 from .tiny_diffusion import TEXT2WORLD

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from worldline.catalog import BUNDLED_PREFIX, DECODERS, FLOW_MODELS, FlowModel, advice
 from worldline.errors import CheckpointError, option
-from worldline.files import (
-    check_path,
+from worldline.files import check_path
+from worldline.repositories import (
     holds_diffusers,
     hub_cache,
     released_folders,

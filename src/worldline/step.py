@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tqdm
 from PIL import Image
 
+from worldline.documents import read_json
 from worldline.errors import blame
-from worldline.files import check_folder, check_path, digest, read_json
+from worldline.files import check_folder, check_path, digest
 from worldline.video.read import Frames
 from worldline.video.write import (
     check_destination,

@@ -19,8 +19,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from worldline.documents import MAX_TEXT
 from worldline.errors import CheckpointError
-from worldline.files import MAX_TEXT, refuse_broken
+from worldline.files import refuse_broken
 from worldline.guardrails.base import Verdict
 from worldline.guardrails.look_alikes import latin, readings
 

@@ -22,17 +22,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from worldline.documents import read_json
 from worldline.errors import CheckpointError, blame
-from worldline.files import (
-    holds_diffusers,
-    read_json,
-    released_folders,
-    remove,
-    stamp,
-    unfinished,
-)
+from worldline.files import remove, stamp
 from worldline.finite import check_finite, total
 from worldline.parallel.offload import Offloadable
+from worldline.repositories import holds_diffusers, released_folders, unfinished
 from worldline.weights.checkpoint import (
     Checkpoint,
     open_checkpoint,

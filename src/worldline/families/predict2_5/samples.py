@@ -18,10 +18,11 @@ from pydantic import AfterValidator, Field
 from yaml.constructor import ConstructorError
 
 from worldline.catalog import FLOW_MODELS
+from worldline.documents import MAX_PROBLEMS, each_once, read_entries, read_text
 from worldline.errors import InputError
 from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowRequest
 from worldline.family import Item
-from worldline.files import MAX_PROBLEMS, each_once, file_name, folded, read_entries, read_text
+from worldline.files import file_name, folded
 from worldline.request import Options, Text, VideoFlags
 from worldline.request import Path as PathText
 
