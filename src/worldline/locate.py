@@ -86,7 +86,8 @@ def locate(
         tokenizer: whether a bundled name means a tokenizer.
 
     Raises:
-        InputError: it can be none, such as a URL; a `CheckpointError`: there is none.
+        CheckpointError: there is none.
+        InputError: a name that no file can have, such as a URL.
     """
     name, checkpoint_dir = str(check_path(name)), Path(check_path(checkpoint_dir))
     if name.startswith(BUNDLED_PREFIX):

@@ -324,7 +324,7 @@ class World:
             try:
                 request = yield from numbered(index, checks[index].before(job.request, job.clip))
                 allowed[index] = replace(job, request=request)
-            except (GuardrailRefusal, NonFiniteError) as error:
+            except Error as error:  # the prompt upsampler has errors of a prompt, too
                 failures[index] = self._failed(job, error, Recorder(self.device))
         order, size = list(allowed), self.parts.compute.batch_size
         groups = [order[at : at + size] for at in range(0, len(order), size)]
