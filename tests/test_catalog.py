@@ -100,7 +100,7 @@ def test_sizes_of_a_request() -> None:
 
 
 def test_layouts_are_those_that_are_read() -> None:
-    from worldline.files import TRANSFORMER_FILES
+    from worldline.repositories import TRANSFORMER_FILES
     from worldline.tokenizers.cosmos.weights import LAYOUTS
 
     for entry in ENTRIES:

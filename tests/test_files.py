@@ -12,20 +12,10 @@ from pathlib import Path
 import pytest
 
 from worldline import files
+from worldline.documents import parse_json, read_entries, read_json, read_text
 from worldline.errors import CheckpointError
-from worldline.files import (
-    digest,
-    disguise,
-    file_name,
-    parse_json,
-    read_entries,
-    read_json,
-    read_text,
-    replacing,
-    replacing_all,
-    stamp,
-    unfinished,
-)
+from worldline.files import digest, disguise, file_name, replacing, replacing_all, stamp
+from worldline.repositories import unfinished
 
 
 def test_replacing(tmp_path: Path) -> None:
@@ -152,7 +142,7 @@ def test_unfinished(tmp_path: Path) -> None:
 
 
 def test_needs_no_torch() -> None:
-    script = "import sys, worldline.files; assert 'torch' not in sys.modules"
+    script = "import sys, worldline.documents, worldline.locate; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
@@ -202,7 +192,7 @@ def test_entries_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ):
             path.write_text(text)
             assert [*read_entries(path)] == entries
-    monkeypatch.setattr("worldline.files.MAX_ENTRIES", 2)
+    monkeypatch.setattr("worldline.documents.MAX_ENTRIES", 2)
     for text in ("[1, 2, 3]", json.dumps({"a": 1, "b": 2, "c": 3}), "{}\n" * 3):
         path.write_text(text)
         with pytest.raises(ValueError, match="more than 2 entries"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from worldline.errors import NonFiniteError, as_flags, option
 from worldline.families.autoregressive.model import ARTransformer
 from worldline.families.denoise import report
 from worldline.finite import check_finite, total
+from worldline.guards import Checks
 from worldline.report import Recorder
 from worldline.sampling.solvers import Stepped, Steps, finish
+from worldline.step import Step
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
 
 from . import test_world
@@ -163,6 +165,22 @@ def test_the_rest_of_a_batch_is_made(load: Load, clip: Path) -> None:
         collect(world.stream_batch(inputs, each), videos)
     assert len(videos) == 2
     assert all(np.array_equal(videos[number].frames, alone[number]) for number in videos)
+
+
+def test_a_prompt_that_cannot_be_rewritten_is_its_own_failure(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def before(checks: Checks, request: Any, clip: Any) -> Generator[Step, None, Any]:
+        yield Step("upsample", 0, 1)
+        if request.seed == 5:
+            raise worldline.Error("wrote nothing")
+        return request
+
+    world, videos = load("base", batch_size=2), dict[int, worldline.Video]()
+    monkeypatch.setattr(Checks, "before", before)
+    with pytest.raises(worldline.Error, match=r"1 of 2 inputs failed.*wrote nothing") as caught:
+        collect(world.stream_batch([moving(9)] * 2, [{"seed": 5}, {"seed": 6}]), videos)
+    assert [[*caught.value.failures], [*videos]] == [[0], [1]]
 
 
 def test_prompts_and_inputs_of_a_batch(load: Load) -> None:

@@ -43,6 +43,7 @@ LAYERS = (
     ("weights",),
     ("nn", "sampling", "parallel", "video", "report"),
     ("finite",),
+    ("documents", "repositories"),
     ("shapes", "files"),
     ("errors", "events"),
 )

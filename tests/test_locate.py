@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from worldline.catalog import ENTRIES, FLOW_MODELS
-from worldline.errors import CheckpointError
-from worldline.files import hub_cache, model_name, snapshots
+from worldline.errors import CheckpointError, InputError
 from worldline.locate import locate
 from worldline.opening import open_world
+from worldline.repositories import hub_cache, model_name, snapshots
 
 from .conftest import MODEL, TOKENIZER
 from .tiny_diffusion import TEXT2WORLD
@@ -117,3 +117,10 @@ def test_an_unfinished_snapshot_is_named(cache: Path, small_world: Path, tmp_pat
     (snapshot.parent.parent / "blobs" / "77.incomplete").touch()
     with pytest.raises(CheckpointError, match=rf"{COMMIT} .*not finished \(77\.incomplete\)"):
         open_world(locate(MODEL, tmp_path), {})
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "https://huggingface.co/nvidia/x"])
+def test_names_that_no_file_has(name: str, tmp_path: Path) -> None:
+    for place in ((name, tmp_path), ("model", name)):
+        with pytest.raises(InputError):
+            locate(*place)

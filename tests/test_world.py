@@ -396,7 +396,7 @@ def test_a_negative_prompt_is_not_dropped_in_silence(
         ("prompted", {"prompt": " \n"}, "prompt: it is empty"),
         ("prompted", {"prompt": "x", "negative_prompt": "y"}, "negative_prompt: no such option"),
         ("prompted", {"prompt_embeddings": 5}, "prompt_embeddings is a int"),
-        ("prompted", {"prompt_embeddings": "nowhere"}, "no file of embeddings nowhere"),
+        ("prompted", {"prompt_embeddings": "nowhere"}, "nowhere"),
         ("diffusion", {}, "no prompt; give prompt or prompt_embeddings"),
         ("diffusion", {"prompt": "x", "height": 33}, "height is 33"),
         ("diffusion", {"prompt": "x", "steps": 3}, "steps: no such option; did you mean num_st"),

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from worldline.errors import did_you_mean
-from worldline.files import hub_cache, model_name, released_folders
+from worldline.repositories import hub_cache, model_name, released_folders
 
 BUNDLED_PREFIX = "tiny-"
 _FIRST = "Cosmos-1.0-"  # how names of the first generation begin

@@ -30,8 +30,8 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from pydantic import BaseModel, Field, ValidationError
 
 from worldline.catalog import BUNDLED_PREFIX, ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, Entry, find
+from worldline.documents import MAX_TEXT
 from worldline.errors import DownloadError, InputError, brief, did_you_mean, one_line
-from worldline.files import MAX_TEXT
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ commands, imported for --help) and `family.py` (`FAMILY`, imported when a model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -193,7 +193,9 @@ class Family:
     check: Callable[[Opened, Any], Any]
     stages: Callable[[Opened, Any, Compute], Iterator[Stage]]
     guardrails: Callable[[Opened], str]
-    generate: Callable[[Parts, Clip | None, Any, Recorder], Iterator[Step]] | None = None
+    generate: Callable[[Parts, Clip | None, Any, Recorder], Generator[Step, None, None]] | None = (
+        None
+    )
     presets: Callable[[Any], dict[str, OpenedPart]] = lambda entry: {}
     video: Callable[[Opened, Any], VideoShape] = lambda opened, request: request.video
     unused: Callable[[Opened, Any], dict[str, str]] = lambda opened, request: request.unused()

@@ -14,9 +14,10 @@ from worldline import memory
 from worldline.catalog import ENTRIES
 from worldline.errors import CheckpointError, InsufficientMemoryError, option
 from worldline.family import Compute, Opened
-from worldline.files import GIGABYTE, model_name
+from worldline.files import GIGABYTE
 from worldline.parallel.offload import Offloadable
 from worldline.report import Recorder
+from worldline.repositories import model_name
 from worldline.request import Request
 from worldline.step import Step
 from worldline.video.read import Clip, Frames

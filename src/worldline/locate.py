@@ -8,7 +8,14 @@ from pathlib import Path
 
 from worldline.catalog import BUNDLED_PREFIX, DECODERS, FLOW_MODELS, FlowModel, advice
 from worldline.errors import CheckpointError, option
-from worldline.files import holds_diffusers, hub_cache, released_folders, snapshots, unfinished
+from worldline.files import check_path
+from worldline.repositories import (
+    holds_diffusers,
+    hub_cache,
+    released_folders,
+    snapshots,
+    unfinished,
+)
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -80,8 +87,9 @@ def locate(
 
     Raises:
         CheckpointError: there is none.
+        InputError: a name that no file can have, such as a URL.
     """
-    name, checkpoint_dir = str(name), Path(checkpoint_dir)
+    name, checkpoint_dir = str(check_path(name)), Path(check_path(checkpoint_dir))
     if name.startswith(BUNDLED_PREFIX):
         known = bundled_tokenizers() if tokenizer else bundled_names()
         if name not in known:

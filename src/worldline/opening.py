@@ -16,11 +16,11 @@ import torch
 from worldline.catalog import BUNDLED_PREFIX, Entry
 from worldline.errors import CheckpointError, InputError, option
 from worldline.family import FAMILIES, Compute, Opened, Parts, load_family, requests_of
-from worldline.files import holds_diffusers, model_name, unfinished
 from worldline.locate import Place
 from worldline.memory import WORKSPACE, Fit, Memory, Plan, Stage, Weights
 from worldline.nn.modulation import fused
 from worldline.report import Recorder
+from worldline.repositories import holds_diffusers, model_name, unfinished
 from worldline.request import LoadOptions, Request
 from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.known import find_known

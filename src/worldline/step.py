@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tqdm
 from PIL import Image
 
-from worldline.errors import NonFiniteError
-from worldline.files import check_folder, digest, read_json
+from worldline.documents import read_json
+from worldline.errors import blame
+from worldline.files import check_folder, check_path, digest
 from worldline.video.read import Frames
 from worldline.video.write import (
     check_destination,
@@ -63,14 +64,12 @@ def numbered(
     index: int, steps: Generator[Step, None, Result]
 ) -> Generator[tuple[int, Step], None, Result]:
     """Steps of one video of a batch, each with the video's index; so are its errors."""
-    while True:
-        try:
-            yield index, next(steps)
-        except StopIteration as stop:
-            return stop.value
-        except NonFiniteError as error:
-            error.index = index
-            raise
+    with blame(index):
+        while True:
+            try:
+                yield index, next(steps)
+            except StopIteration as stop:
+                return stop.value
 
 
 class Bar:
@@ -157,7 +156,7 @@ class Video:
                 or quality; before anything is encoded.
             Error: the disk is full; what was there before stays.
         """
-        target = Path(path)
+        target = Path(check_path(path))
         encoding = encoding_of(target, crf, lossless)
         check_destination(target, self.fps)
         check_folder(target.parent)

@@ -24,7 +24,6 @@ from worldline.errors import (
     InputError,
     InsufficientMemoryError,
     NonFiniteError,
-    blame,
     option,
 )
 from worldline.family import FAMILIES, Compute, Opened, Parts, requests_of
@@ -325,7 +324,7 @@ class World:
             try:
                 request = yield from numbered(index, checks[index].before(job.request, job.clip))
                 allowed[index] = replace(job, request=request)
-            except (GuardrailRefusal, NonFiniteError) as error:
+            except Error as error:  # the prompt upsampler has errors of a prompt, too
                 failures[index] = self._failed(job, error, Recorder(self.device))
         order, size = list(allowed), self.parts.compute.batch_size
         groups = [order[at : at + size] for at in range(0, len(order), size)]
@@ -361,9 +360,7 @@ class World:
             return
         assert family.generate is not None
         [job] = jobs
-        with blame(0):
-            for step in family.generate(self.parts, job.clip, job.request, shared):
-                yield 0, step
+        yield from numbered(0, family.generate(self.parts, job.clip, job.request, shared))
 
     def _finish(
         self, job: Job, made: Job, step: Step, checks: Checks, shared: Recorder
@@ -494,7 +491,8 @@ def _describe(value: Any) -> Any:
     if isinstance(value, PathLike):
         return str(value)
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().float().numpy()
+        value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).numpy()
     if isinstance(value, np.ndarray | Image.Image):
         array = np.ascontiguousarray(value)
         return f"{list(array.shape)} {hashlib.sha256(array.data).hexdigest()}"

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from worldline.documents import without_comments
 from worldline.errors import InputError
 from worldline.families.predict2_5.request import FlowRequest
 from worldline.families.predict2_5.samples import SAMPLES, SampleFlags
 from worldline.family import Item
-from worldline.files import without_comments
 
 from .results import check_mentions
 

@@ -92,7 +92,7 @@ def test_pickles_of_something_else(
 def test_other_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.pt")
     for name in ("nowhere", "fifo.pt", "."):
-        assert "no file" in refused(tmp_path / name)
+        assert str(tmp_path / name) in refused(tmp_path / name)
     path = tmp_path / "e.safetensors"
     path.write_bytes(b"")
     assert "empty" in refused(path)

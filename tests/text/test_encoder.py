@@ -14,7 +14,7 @@ import torch
 
 from tiny.encoders import export_t5, new_t5
 from worldline.errors import CheckpointError
-from worldline.files import released_folders
+from worldline.repositories import released_folders
 from worldline.text.encoder import EmbeddingCache, TextEncoder, cache_folder
 from worldline.text.t5 import T5Files
 from worldline.weights.checkpoint import open_checkpoint, save

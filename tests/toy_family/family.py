@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +71,7 @@ def stages(opened: Opened, request: ToyRequest, compute: Compute) -> Iterator[St
 @torch.inference_mode()
 def generate(
     parts: Parts, clip: Clip | None, request: ToyRequest, recorder: Recorder
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     assert clip is not None
     count, codec_part = request.num_video_frames, parts.loaded["codec"]
     with recorder.stage("encode"), codec_part.on_device() as codec:

@@ -20,8 +20,9 @@ from worldline.cli.messages import results
 from worldline.cli.options import ManyValues, parameters, parsed
 from worldline.cli.run import existing
 from worldline.errors import CheckpointError, DownloadError, Error
-from worldline.files import WEIGHTS, check_folder, check_path, hub_cache, readable_size, snapshots
+from worldline.files import check_folder, check_path, readable_size
 from worldline.locate import locate
+from worldline.repositories import WEIGHTS, hub_cache, snapshots
 from worldline.request import OutputFlags
 from worldline.request import Path as Named
 

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from worldline.documents import MAX_PROBLEMS, read_entries
 from worldline.errors import InputError, brief
 from worldline.family import Item
-from worldline.files import MAX_PROBLEMS, check_path, file_name, read_entries
+from worldline.files import check_path, file_name
 from worldline.request import Path as Named
 from worldline.request import Text, VideoFlags
 

@@ -21,6 +21,7 @@ import click
 from worldline.cli.messages import results
 from worldline.cli.options import parsed, stated
 from worldline.cli.progress import Progress, preview_path
+from worldline.documents import read_json
 from worldline.errors import (
     Error,
     GuardrailRefusal,
@@ -30,7 +31,7 @@ from worldline.errors import (
     one_line,
 )
 from worldline.family import Command, Item, requests_of
-from worldline.files import check_folder, digest, read_json
+from worldline.files import check_folder, digest
 from worldline.shapes import VideoShape
 
 if TYPE_CHECKING:

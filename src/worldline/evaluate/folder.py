@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from worldline.documents import read_json
 from worldline.errors import CheckpointError, InputError
 from worldline.evaluate.failures import Failure, failure_rate, find_in_reduced, one_thread, reduce
 from worldline.evaluate.metrics import decibels, flicker, motion, mse, ssim
-from worldline.files import read_json
 from worldline.video.read import Frames, kind_in_folder, stream_media
 from worldline.video.sheet import spread, thumbnail
 

@@ -166,7 +166,7 @@ def generate(
         lambda opened, request: [(request, request.num_video_frames)]
     ),
     restore: Callable[[Parts, Tensor], Tensor] = lambda parts, latents: latents,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Prompt, image or clip -> video; the last step holds all its frames.
 
     The known frames in the result are the tokenizer's reconstruction of the input, as in the

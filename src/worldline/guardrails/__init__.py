@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from worldline.files import find_repository, repository_folders
 from worldline.guardrails import faces, frames, language
 from worldline.guardrails.base import Guardrails
 from worldline.guardrails.blocklist import COSMOS1, PREDICT, Blocklist, Nearness
+from worldline.repositories import find_repository, repository_folders
 from worldline.weights.networks import read_network
 
 SIGLIP = "google/siglip-so400m-patch14-384"

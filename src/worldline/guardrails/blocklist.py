@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from worldline.documents import MAX_TEXT
 from worldline.errors import CheckpointError
 from worldline.files import refuse_broken
 from worldline.guardrails.base import Verdict
@@ -33,7 +34,6 @@ _STAND_INS = dict(
 _FOLD = str.maketrans("iouve@*4l103$57", "aaaaaaaaaaaasst")
 _WORD = re.compile(r"[A-Za-z0-9@$*\"']+")
 _MIN_JOINED = 5  # better-profanity's own list, always loaded, has entries of six words
-_LARGEST = 1 << 26  # bytes of a table
 _MARK = "\N{REPLACEMENT CHARACTER}"  # a prompt is ASCII by then
 
 
@@ -308,7 +308,7 @@ def _table(package: Path, name: str) -> list[str]:
         try:
             with zipfile.ZipFile(path) as archive:
                 entry = archive.getinfo(f"{package.name}/{name}")
-                if entry.file_size > _LARGEST:
+                if entry.file_size > MAX_TEXT:
                     raise ValueError(f"{name} has {entry.file_size:,} bytes")
                 text = archive.read(entry).decode()
         except Exception as error:  # zipfile has one for each kind of damage

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from worldline.documents import read_json
 from worldline.errors import CheckpointError, NonFiniteError
-from worldline.files import read_json
 from worldline.guardrails.base import Verdict
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Settings, pretrained

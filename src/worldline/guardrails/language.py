@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import nn
 
 from worldline.errors import CheckpointError
-from worldline.files import find_repository
 from worldline.guardrails.base import Verdict
+from worldline.repositories import find_repository
 from worldline.weights.checkpoint import open_checkpoint
 from worldline.weights.networks import (
     Count,

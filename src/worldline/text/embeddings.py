@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worldline.errors import CheckpointError, InputError
-from worldline.weights.checkpoint import open_checkpoint
+from worldline.weights.checkpoint import open_checkpoint, read_head
 
 EmbeddingSource = str | Path | Tensor | NDArray[Any]
 
@@ -49,7 +49,10 @@ def read_embeddings(
         if source is None:
             continue
         if isinstance(source, Tensor | np.ndarray):
-            tensors = {name: torch.as_tensor(source)}
+            try:
+                tensors = {name: torch.as_tensor(source)}
+            except TypeError as error:  # an array of objects or texts
+                raise InputError(f"{label} is an array of {source.dtype}") from error
         elif isinstance(source, str | Path):
             path, label = Path(source), f"{label} {source}"
             tensors = read_embedding_file(path, path.exists() and path.stat().st_mtime_ns)
@@ -88,13 +91,7 @@ def read_embedding_file(path: Path, modified: int = 0) -> dict[str, Tensor]:
     Raises:
         InputError: there is no such file, it is damaged or unsafe, or holds something else.
     """
-    try:
-        if path.exists() and not path.is_file():  # a FIFO would wait for a writer
-            raise OSError("it is no regular file")
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise InputError(f"no file of embeddings {path}: {error.strerror or error}") from error
+    head = read_head(path)
     # PyTorch's old format starts as a pickle too, with a long integer.
     if head[:1] == b"\x80" and head[2:3] != b"\x8a":
         return {PROMPT: _read_pickle(path)}

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -23,16 +22,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from worldline.documents import read_json
 from worldline.errors import CheckpointError, blame
-from worldline.files import (
-    holds_diffusers,
-    read_json,
-    released_folders,
-    stamp,
-    unfinished,
-)
+from worldline.files import remove, stamp
 from worldline.finite import check_finite, total
 from worldline.parallel.offload import Offloadable
+from worldline.repositories import holds_diffusers, released_folders, unfinished
 from worldline.weights.checkpoint import (
     Checkpoint,
     open_checkpoint,
@@ -360,8 +355,8 @@ class EmbeddingCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.path(encoder, prompt)
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)  # it would be in the way for ever
+            if path.is_dir():
+                remove(path)  # it would be in the way for ever
             save({"embedding": embedding}, path, {"digest": _digest(path.stem, embedding)})
             files = [path for path in self.folder.iterdir() if path.is_symlink() or path.is_file()]
             for file in sorted(files, key=lambda path: path.lstat().st_mtime)[: -self.largest]:

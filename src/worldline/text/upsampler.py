@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError, Error, option
-from worldline.files import find_repository, unfinished
 from worldline.finite import check_finite
 from worldline.parallel.offload import Offloadable
+from worldline.repositories import find_repository, unfinished
 from worldline.video.read import Frames
 from worldline.weights.checkpoint import open_checkpoint, take_network
 from worldline.weights.keymap import KeyMap, renamed_by

@@ -20,8 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from worldline.documents import each_once
 from worldline.errors import CheckpointError, one_line
-from worldline.files import UNFINISHED, disguise, each_once, foreign, replacing
+from worldline.files import UNFINISHED, disguise, replacing
+from worldline.weights.formats import foreign
 from worldline.weights.names import ScaledTensor, is_averaged, is_state, normalise
 
 METADATA, DISTRIBUTED = ".metadata", ".distcp"  # file and suffix of a distributed checkpoint

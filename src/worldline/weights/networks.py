@@ -14,16 +14,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
+from worldline.documents import read_json
 from worldline.errors import CheckpointError, one_line
-from worldline.files import (
-    TRANSFORMER_FILES,
-    UNFINISHED,
-    WEIGHTS,
-    read_json,
-    refuse_broken,
-    unfinished,
-)
+from worldline.files import UNFINISHED, refuse_broken
 from worldline.parallel.offload import BlockPlan, Offloadable, StreamedModule
+from worldline.repositories import TRANSFORMER_FILES, WEIGHTS, unfinished
 from worldline.weights.checkpoint import (
     METADATA,
     PART,

@@ -29,10 +29,10 @@ from worldline.families.autoregressive.request import FPS, AROptions, ARRequest
 from worldline.families.autoregressive.step import compile_kernels, kernel_batch, make_decoder
 from worldline.families.autoregressive.weights import open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
-from worldline.files import model_name
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
 from worldline.report import Recorder, log_result
+from worldline.repositories import model_name
 from worldline.sampling.tokens import CHUNK, Sampling, decode, draw_noise
 from worldline.shapes import Fit, VideoShape, latent_frames_of, nearest_frames
 from worldline.step import Step, numbered

@@ -26,9 +26,9 @@ from worldline.families.diffusion.model import PRESETS, DiT, DiTConfig
 from worldline.families.diffusion.request import DiffusionOptions, DiffusionRequest
 from worldline.families.diffusion.weights import open_network, read_settings
 from worldline.family import Compute, Family, Opened, Part, Parts
-from worldline.files import holds_diffusers, unfinished
 from worldline.memory import Stage, coding_bytes
 from worldline.report import Recorder
+from worldline.repositories import holds_diffusers, unfinished
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, Conditioning, make_sigmas, sample
 from worldline.sampling.solvers import Steps
 from worldline.shapes import LatentShape, VideoShape

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from worldline.catalog import FLOW_MODELS, FLOW_TOKENIZER, Entry
+from worldline.documents import read_json
 from worldline.errors import CheckpointError, InputError, option
 from worldline.families import denoise
 from worldline.families.predict2_5.model import PRESETS, FlowDiT, FlowDiTConfig
 from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowOptions, FlowRequest
 from worldline.families.predict2_5.weights import DIFFUSERS_KEYS, open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
-from worldline.files import read_json, released_folders
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import encode_stream
 from worldline.report import Recorder
+from worldline.repositories import released_folders
 from worldline.sampling.flow import Conditioning, guided_velocity, make_schedule, unipc
 from worldline.sampling.solvers import Steps
 from worldline.shapes import LatentShape, VideoShape

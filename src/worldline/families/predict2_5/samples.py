@@ -18,16 +18,17 @@ from pydantic import AfterValidator, Field
 from yaml.constructor import ConstructorError
 
 from worldline.catalog import FLOW_MODELS
+from worldline.documents import MAX_PROBLEMS, each_once, read_entries, read_text
 from worldline.errors import InputError
 from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowRequest
 from worldline.family import Item
-from worldline.files import MAX_PROBLEMS, each_once, file_name, folded, read_entries, read_text
+from worldline.files import file_name, folded
 from worldline.request import Options, Text, VideoFlags
 from worldline.request import Path as PathText
 
 YAML = (".yaml", ".yml")
 SUFFIXES = (".json", ".jsonl", *YAML)
-LONGEST_NAME = 200  # bytes; a file name may have 255, with suffixes
+_LONGEST_NAME = 200  # bytes; a file name may have 255, with suffixes
 InferenceType = Literal["text2world", "image2world", "video2world"]
 # frames that are continued, and of what
 INPUTS = {
@@ -50,8 +51,8 @@ _MAX_SCALAR = 100  # characters of a number or a date
 
 
 def _file_name(name: str) -> str:
-    if len(name.encode()) > LONGEST_NAME:
-        raise ValueError(f"{name!r:.40} has more than {LONGEST_NAME} bytes; give a shorter one")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(f"{name!r:.40} has more than {_LONGEST_NAME} bytes; give a shorter one")
     return file_name(name)
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from worldline.documents import read_json
 from worldline.errors import CheckpointError
-from worldline.files import holds_diffusers, read_json
 from worldline.nn.transforms import EXACT_TAP
+from worldline.repositories import holds_diffusers
 from worldline.tokenizers.cosmos.model import (
     LEVELS,
     CosmosTokenizer,
