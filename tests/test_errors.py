@@ -36,5 +36,5 @@ def test_a_request_names_few_of_many_problems() -> None:
     for name in ("prompt", "negative_prompt"):
         with pytest.raises(InputError, match=name):
             FlowRequest.parse({name: "x" * 10**7})
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="not the name"):
         locate("a\0b\udcff", "checkpoints")

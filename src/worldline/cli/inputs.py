@@ -71,7 +71,7 @@ class OneFlags(VideoFlags):
     """Argument and flags of `worldline generate WORLD`."""
 
     input: Named | None = Field(None, json_schema_extra={"argument": True})
-    output: str = Field(
+    output: Named = Field(
         "output.mp4",
         description="File of the video: .mp4, .mov, .mkv, .webm or .gif.",
         json_schema_extra={"short": "-o"},

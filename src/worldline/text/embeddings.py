@@ -55,7 +55,10 @@ def read_embeddings(
                 raise InputError(f"{label} is an array of {source.dtype}") from error
         elif isinstance(source, str | Path):
             path, label = Path(source), f"{label} {source}"
-            tensors = read_embedding_file(path, path.exists() and path.stat().st_mtime_ns)
+            try:
+                tensors = read_embedding_file(path, path.exists() and path.stat().st_mtime_ns)
+            except InputError as error:
+                raise InputError(f"{name}_embeddings {error}") from error
             if name == NEGATIVE_PROMPT:  # a file of its own may call it "prompt" all the same
                 tensors = {name: tensors.get(name, tensors[PROMPT])}
         else:
