@@ -198,7 +198,8 @@ def read_image(path: str | Path) -> Clip:
     head = _read_head(path)
     try:
         with _open_picture(path) as stored:
-            check_pixels(path, 1, stored.height, stored.width, MAX_IMAGE)
+            planes = max(3, len(stored.getbands()))  # those of an alpha channel are held twice
+            check_pixels(path, 1, stored.height, stored.width, MAX_IMAGE * 3 // planes)
             clip, count = to_rgb(stored, str(path)), getattr(stored, "n_frames", 1)
             if count == 1 or stored.format not in _ANIMATED:
                 return clip
