@@ -95,6 +95,11 @@ STATE = {
         (under("online_model.", LAST) | under("ema_model.") | {"step": torch.ones(1)}, "ema_model"),
         (under("net.", LAST) | under("model_ema.net."), "model_ema"),
         ({"n_averaged": torch.tensor(7), **under("module.")}, "module"),
+        # moments of an optimizer are no average of weights
+        ({"model": under("net."), "exp_avg": LAST, "max_exp_avg_sq": LAST}, "model"),
+        ({"weights": NETWORK, "momentum_buffer": LAST}, "weights"),
+        (under("net.") | under("app.optim.state.exp_avg.net.", LAST), ""),
+        (under("app.model.") | {"app.optim.state.w.exp_avg": torch.ones(3)}, "app.model"),
         # averages that are not of these names, or of no names at all
         ({"model": under("net."), "ema": {"net-stem-proj-weight": torch.ones(6, 4)}}, "not read"),
         (

@@ -435,7 +435,7 @@ def take_network(
         name.removesuffix(anchor)
         for name in source.entries
         for anchor in anchors
-        if f".{name}".endswith(f".{anchor}")
+        if f".{name}".endswith(f".{anchor}") and not is_state(name)
     }
     averaged = {prefix for prefix in sets if is_averaged(prefix)}
     preferred = [prefix for prefix in prefixes if prefix in (averaged or sets)][:1]

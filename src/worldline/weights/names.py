@@ -20,8 +20,8 @@ _WRAPPER = re.compile(r"_?module|_\w+_mod(ule)?")
 # names of sets of averaged weights, and of what training keeps beside weights
 _AVERAGED = re.compile(r"(.*_)?(ema\d*|swa|avg|averaged?|shadow)(_.*)?", re.IGNORECASE)
 _STATE = re.compile(
-    r"(?i)(\w+_)?(optim(izers?)?|schedulers?|scaler|callbacks?|loops|rng)(_\w+)?(\..*)?|"
-    r"(.*\.)?(n_averaged|(\w+_)?(decay|epochs?|initted|iterations?|steps?|updates))"
+    r"(?i)(.*\.)?((\w+_)?(optim(izers?)?|schedulers?|scaler|callbacks?|loops|rng|exp_avg|momentum)"
+    r"(_\w+)?(\..*)?|n_averaged|(\w+_)?(decay|epochs?|initted|iterations?|steps?|updates))"
 )
 _ADAPTER = re.compile(r"(^|[._])(lora|dora|loha|hada|lokr)([._]|$)", re.IGNORECASE)
 # what lies beside weights of 8-bit floats and their scales, and is not needed
