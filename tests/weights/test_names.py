@@ -124,8 +124,11 @@ def test_what_is_not_of_a_set_stays_unknown(tmp_path: Path) -> None:
 
 def test_averages_are_never_mixed_with_other_weights(tmp_path: Path) -> None:
     part = dict(list(under("net_ema.").items())[:2])
+    rest = dict(list(under("net.", LAST).items())[2:])
     torch.save(under("net.", LAST) | part, tmp_path / "x.pt")
     source = take_network(open_checkpoint(tmp_path / "x.pt"), ANCHOR, PREFIXES)
+    torch.save(rest | part, tmp_path / "halves.pt")
+    halves = take_network(open_checkpoint(tmp_path / "halves.pt"), ANCHOR, PREFIXES)
     module = nn.Module()
     with torch.device("meta"):
         for name, tensor in NETWORK.items():
@@ -133,6 +136,8 @@ def test_averages_are_never_mixed_with_other_weights(tmp_path: Path) -> None:
     keys = KeyMap({name: name.replace(".", "_") for name in NETWORK}, prefixes=PREFIXES)
     with pytest.raises(CheckpointError, match=r"net_ema\..*1 missing: net\.blocks\.1\.mix\.bias"):
         load_into(module, source, keys, device="cpu", dtype=torch.float32)
+    with pytest.raises(CheckpointError, match=r"2 of another set: .*stem\.proj\.weight"):
+        load_into(module, halves, keys, device="cpu", dtype=torch.float32)
 
 
 def test_several_sets_without_an_average(tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ def match(
         Our name -> name in the file.
 
     Raises:
-        CheckpointError: tensors are missing, unknown, doubled, of the wrong shape or quantised to
-            integers; all that is wrong in one message.
+        CheckpointError: tensors are missing, unknown, doubled, of the wrong shape, quantised to
+            integers or of several sets; all that is wrong in one message.
     """
     pairs: dict[str, str] = {}
     unknown: list[str] = []
@@ -110,7 +110,9 @@ def match(
             pairs[ours] = name
         elif ours or not keymap.drops(name):
             unknown.append(name)
+    prefix = next((p for p in keymap.prefixes if any(n.startswith(p) for n in pairs.values())), "")
     problems = {
+        "of another set": [name for name in pairs.values() if not name.startswith(prefix)],
         "wrong shape": [
             f"{name} is {list(tensors[name].shape)} in the file, expected {list(expected[ours])}"
             for ours, name in pairs.items()
