@@ -293,6 +293,26 @@ def test_verdict_is_that_of_a_run(run: Run, own_world: Path) -> None:
     assert str(refusal.value).startswith(result.stdout.partition("verdict     ")[2].strip())
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "Cosmos-Tokenize1-CV8x8x8-720p/mean_std.safetensors",
+        "Cosmos-Predict1-7B-Decoder-DV8x16x16ToCV8x8x8-720p/aux_vars.safetensors",
+    ],
+)
+def test_values_beside_the_weights(place: str, run: Run, tmp_path: Path) -> None:
+    source = locate.BUNDLED / place
+    path = shutil.copytree(source.parent, tmp_path / source.parent.name) / source.name
+    assert run("checkpoints", "inspect", path.parent, "--values").exit_code == 0
+    tensors = read_all(path)
+    name = min(tensors)
+    tensors[name].view(-1)[-1] = torch.inf
+    save(tensors, path)
+    result = run("checkpoints", "inspect", path.parent, "--values")
+    assert result.exit_code == 1
+    assert f"{name} (Inf)" in result.stdout
+
+
 def test_notes_and_values_of_a_trainers_file(run: Run, own_world: Path) -> None:
     path = own_world / MODEL / "model.pt"
     tensors = {f"module.{name}": tensor for name, tensor in read_all(path).items()}

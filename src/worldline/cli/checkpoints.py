@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOKENIZER = ("encoder", "decoder", "autoencoder")  # names of files
+_BESIDE = re.compile(r"((image_)?mean_std|aux_vars)\.(pt|safetensors)")  # read with weights
 _COMPLETE = "complete: every tensor fits"
 _REFUSALS = ("refused", "other")  # what a run refuses; the second is neither world nor part of one
 Lines = Iterator[tuple[str, str]]  # topic and text
@@ -197,6 +198,7 @@ def inspect(path: Path, values: bool, checkpoint_dir: str) -> None:
 
 def examine(path: Path, values: bool) -> Lines:
     """Contents of a file, or of the weights in a folder; with `values` the tensors are read."""
+    from worldline.weights.checkpoint import open_checkpoint
     from worldline.weights.stream import nonfinite_tensors
 
     if path.stem in _TOKENIZER[:2] and path.is_file():  # one of two: the whole model is examined
@@ -222,6 +224,8 @@ def examine(path: Path, values: bool) -> Lines:
         started, nbytes = time.perf_counter(), sum(info.nbytes for info in source.tensors.values())
         wrong = nonfinite_tensors(source)
         speed = nbytes / (time.perf_counter() - started)
+        for file in (file for file in path.glob("*") if _BESIDE.fullmatch(file.name)):
+            wrong |= nonfinite_tensors(open_checkpoint(file))
         read = f"{readable_size(nbytes)} read, {readable_size(speed)} a second"
         yield "values", f"{read}; {len(wrong):,} tensors with NaN or Inf"
         if wrong:
