@@ -6,6 +6,7 @@ import json
 import secrets
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from worldline.tokenizers.cosmos.model import CosmosTokenizer, CosmosTokenizerCo
 from worldline.video.write import write_video
 from worldline.weights.checkpoint import save
 
+from .ranks import Together, ranks
 from .tiny_decoder import add_parts
 from .tiny_diffusion import make_tiny_diffusion
 from .tiny_predict2_5 import make_tiny_predict2_5
@@ -44,6 +46,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Together]:
+    """Two processes that compute together."""
+    with ranks(2) as together:
+        yield together
+
+
+@pytest.fixture(scope="session")
+def three() -> Iterator[Together]:
+    """Three processes that compute together."""
+    with ranks(3) as together:
+        yield together
 
 
 # 33 frames of 32 x 48 pixels, 30 tokens

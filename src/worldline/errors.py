@@ -32,6 +32,15 @@ class Error(Exception):
     exit_code = 1
     failures: Mapping[int, Error] = MappingProxyType({})
 
+    def __reduce__(self) -> Any:
+        return _restored, (type(self), self.args, vars(self))  # to another process
+
+
+def _restored(kind: type[Error], args: tuple[Any, ...], values: Mapping[str, Any]) -> Error:
+    error = kind.__new__(kind, *args)
+    vars(error).update(values)
+    return error
+
 
 class InputError(Error, ValueError):
     """An argument, a file or a line of a batch is wrong; found before any weight is read."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from worldline.locate import Place
     from worldline.memory import Stage
+    from worldline.parallel.mesh import Layout, Mesh
     from worldline.report import Recorder
     from worldline.shapes import VideoShape
     from worldline.step import Step
@@ -65,6 +66,13 @@ class Compute:
     text_dtype: torch.dtype  # the text encoder overflows in float16
     fused: bool  # Triton kernels between the layers
     batch_size: int = 1  # clips computed together
+    mesh: Mesh = field(default_factory=lambda: _alone())  # processes that compute together
+
+
+def _alone() -> Mesh:
+    from worldline.parallel.mesh import ALONE
+
+    return ALONE
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,8 @@ class Family:
         upsampler: opened model -> whether its prompt upsampler describes clips, and its folders.
         read_settings: reads config.json; by default whatever it holds.
         prepare: what runs beside the reading of weights, such as compiling kernels.
+        layout: (opened model, requests, number of processes) -> how they make one video together;
+            an `InputError` names the numbers that can.
     """
 
     name: str
@@ -209,6 +219,16 @@ class Family:
         nullcontext()
     )
     read_settings: Callable[[Path], dict[str, Any]] | None = None
+    layout: Callable[[Opened, Sequence[Any], int], Layout] = lambda opened, requests, count: (
+        one_process(opened, count)
+    )
+
+
+def one_process(opened: Opened, count: int) -> Layout:
+    """The layout of a model that no processes share."""
+    from worldline.parallel.mesh import Layout
+
+    return Layout(cp=count)
 
 
 def load_family(name: str) -> Family:

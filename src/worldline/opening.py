@@ -4,7 +4,7 @@ Everything that can be wrong is found from file headers, before tensor data are 
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -19,6 +19,8 @@ from worldline.family import FAMILIES, Compute, Opened, Parts, load_family, requ
 from worldline.locate import Place
 from worldline.memory import WORKSPACE, Fit, Memory, Plan, Stage, Weights
 from worldline.nn.modulation import fused
+from worldline.parallel import job
+from worldline.parallel.mesh import Mesh, make_mesh
 from worldline.report import Recorder
 from worldline.repositories import holds_diffusers, model_name, unfinished
 from worldline.request import LoadOptions, Request
@@ -174,12 +176,61 @@ def choose_compute(options: LoadOptions) -> Compute:
         InputError: the device does not exist here.
     """
     device = choose_device(options.device)
+    device = job.join(device).device  # of several processes each has its own
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if options.dtype is not None:
         dtype = getattr(torch, options.dtype)
     chosen = getattr(options, "text_encoder_dtype", None)
     text = dtype if dtype == torch.float32 else torch.bfloat16  # T5 overflows in float16
     return Compute(device, dtype, getattr(torch, chosen) if chosen else text, fused(device))
+
+
+def arrange(opened: Opened, requests: Sequence[Request], compute: Compute) -> Compute:
+    """Compute with the processes of the job arranged, as the load options choose.
+
+    Raises:
+        InputError: so many processes cannot share the work; the numbers that can are named.
+    """
+    world, options = job.join(compute.device), opened.options
+    stated, groups = options.processes, options.data_parallel
+    if options.num_gpus not in (None, "auto", world.count):
+        raise InputError(
+            f"{option('num_gpus', stated)}, but torchrun started {world.count} processes; give "
+            f"{world.count}, or leave it out"
+        )
+    if world.count == 1:
+        return compute
+    if size := getattr(options, "context_parallel_size", None):
+        groups = world.count // size if groups == 1 else groups
+        if groups == "auto" or groups * size != world.count:
+            raise InputError(
+                f"{option('context_parallel_size', size)} does not divide {world.count} "
+                f"processes by {option('data_parallel', groups)}; give numbers whose product it is"
+            )
+    if groups == "auto":
+        groups = most_groups(opened, requests, compute, world.count)
+    if world.count % groups:
+        raise InputError(
+            f"{option('data_parallel', groups)} does not divide {world.count} processes; give a "
+            "divisor"
+        )
+    layout = opened.family.layout(opened, requests, world.count // groups)
+    return replace(compute, mesh=make_mesh(replace(layout, dp=groups), world))
+
+
+def most_groups(opened: Opened, requests: Sequence[Request], compute: Compute, count: int) -> int:
+    """Number of groups of processes, the most whose memory suffices; 1 for one request."""
+    for groups in range(min(count, len(requests)), 1, -1):
+        if count % groups:
+            continue
+        with suppress(InputError):
+            layout = replace(opened.family.layout(opened, requests, count // groups), dp=groups)
+            there = replace(compute, mesh=Mesh(layout))
+            plan(opened, requests, there).refuse_unless_fits(
+                compute.device, opened.options.offloaded
+            )
+            return groups
+    return 1
 
 
 def plan(

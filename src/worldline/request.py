@@ -271,7 +271,7 @@ class VideoRequest(Request):
         return {} if self.guidance else dict.fromkeys(unused, "guidance is 0")
 
 
-OneGpu = Annotated[int, Field(ge=1, le=1)]
+Count = Annotated[int, Field(ge=1, le=65536, strict=False)]
 
 
 def offload(subject: str, default: bool = False) -> Any:
@@ -297,7 +297,14 @@ class LoadOptions(Options):
     dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = Field(
         None, description="Precision of the networks.  [default: bfloat16 on a GPU, else float32]"
     )
-    num_gpus: OneGpu = Field(1, description="GPUs to run on; 1 in this version.")
+    num_gpus: Literal["auto"] | Count | None = Field(
+        None,
+        description="GPUs to run on, or auto for all of this machine; processes where there is "
+        "none.  [default: the processes of torchrun, else 1]",
+    )
+    data_parallel: Literal["auto"] | Count = Field(
+        1, description="Groups of GPUs that make different videos of a batch; auto: as many as fit."
+    )
     disable_guardrail: bool | None = Field(
         None, description="Do not check prompt and video. Bundled models have no guardrails."
     )
@@ -307,6 +314,11 @@ class LoadOptions(Options):
         "[default: the released places below --checkpoint_dir]",
     )
     offload_guardrail_models: bool = offload("guardrails")
+
+    @property
+    def processes(self) -> int | Literal["auto"] | None:
+        """Processes that are asked for; None where it is not stated."""
+        return self.num_gpus
 
     @property
     def offloaded(self) -> frozenset[str]:

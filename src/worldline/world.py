@@ -39,7 +39,8 @@ from worldline.guards import (
 )
 from worldline.inputs import Form, Input, InputType, changes, describe, joined, kind_of, read_clip
 from worldline.locate import locate
-from worldline.opening import choose_compute, load_parts, open_world, plan
+from worldline.opening import arrange, choose_compute, load_parts, open_world, plan
+from worldline.parallel.mesh import Axis
 from worldline.report import Recorder, environment, log_result
 from worldline.request import Request
 from worldline.step import Bar, Step, Video, numbered
@@ -68,7 +69,8 @@ def load(name: str | PathLike[str], **options: Any) -> World:
     size = {n: options.pop(n) for n in {"num_video_frames", "height", "width"} & options.keys()}
     opened = open_world(locate(name, options.get("checkpoint_dir", "checkpoints")), options)
     clips = [opened.family.request.parse({**opened.defaults, **size})]
-    compute, count = choose_compute(opened.options), getattr(opened.options, "batch_size", 1)
+    compute = arrange(opened, clips, choose_compute(opened.options))
+    count = getattr(opened.options, "batch_size", 1)
     if count != "auto":
         return load_world(opened, clips * count, compute)
     most = opened.family.max_batch_size(opened, compute) or 1
@@ -96,7 +98,7 @@ def load_world(
         CheckpointError: a guardrail, the prompt upsampler or the weights cannot be read.
         InsufficientMemoryError: the device is too small.
     """
-    compute = compute or choose_compute(opened.options)
+    compute = compute or arrange(opened, requests, choose_compute(opened.options))
     if opened.place.bundled and compute.device.type == "cpu":
         torch.set_num_threads(1)  # tiny networks: on busy cores threads wait for each other
     guards = load_guards(opened, compute, upsample=upsample)
@@ -175,6 +177,11 @@ class World:
         return f"World({self.name!r}, '{self.device}')"
 
     @property
+    def processes(self) -> Axis:
+        """Those that make a video together; the first has it in the end."""
+        return self.parts.compute.mesh.video
+
+    @property
     def parameters(self) -> int:
         """Number of weights of the transformer."""
         return sum(map(torch.numel, self.parts.transformer.module.parameters()))
@@ -196,13 +203,15 @@ class World:
             raise InputError(f"progress is {progress!r:.80}; give True or a function of a Step")
         report = Bar() if progress is True else progress
         # closed: networks leave the device, though a notebook may hold the trace of an error
+        video: Video | None = None
         with closing(self.stream(input, input_type=input_type, **options)) as steps:
             for step in steps:
                 if report:
                     report(step)
-                if step.video is not None:
-                    return step.video
-        raise AssertionError("a stream ends with its video")
+                video = step.video
+        video = self.processes.once(lambda: video)
+        assert video is not None, "a stream ends with its video"
+        return video
 
     def stream(
         self, input: Input | None = None, *, input_type: InputType | None = None, **options: Any
@@ -322,7 +331,8 @@ class World:
         allowed: dict[int, Job] = {}
         for index, job in enumerate(jobs):
             try:
-                request = yield from numbered(index, checks[index].before(job.request, job.clip))
+                before = checks[index].before(job.request, job.clip)
+                request = yield from numbered(index, self.processes.steps_once(before))
                 allowed[index] = replace(job, request=request)
             except Error as error:  # the prompt upsampler has errors of a prompt, too
                 failures[index] = self._failed(job, error, Recorder(self.device))
@@ -342,7 +352,8 @@ class World:
                     finished.add(index)
                     made = jobs[index], allowed[index], step, checks[index], shared
                     try:
-                        yield from numbered(index, self._finish(*made))
+                        finish = self.processes.steps_once(self._finish(*made))
+                        yield from numbered(index, finish)
                     except (GuardrailRefusal, NonFiniteError) as error:
                         failures[index] = self._failed(jobs[index], error, shared)
             except NonFiniteError as error:

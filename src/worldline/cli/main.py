@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from types import FrameType
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from worldline.cli.messages import Dropping, Events, Lines, open_standard_stream
 from worldline.errors import Error, InputError, as_flags, is_out_of_memory, one_line, printable
 from worldline.events import report_event
 from worldline.family import FAMILIES
+from worldline.parallel import job
 
 # every option of every command may be written with `_` or with `-`
 SETTINGS = {
@@ -66,17 +68,25 @@ class Main(click.Group):
         common: dict[str, str] = {}
         naming = as_flags.set(True)
         try:
-            common, words = _common(sys.argv[1:] if args is None else args)
+            typed = [*(sys.argv[1:] if args is None else args)]
+            common, words = _common(typed)
             results.quiet = "quiet" in common
             lowest = logging.ERROR if results.quiet else logging.INFO
-            handlers.append(Lines(logging.DEBUG if "debug" in common else lowest))
-            if path := common.get("log_json"):
-                handlers.append(Events(path))
+            here = job.meet()
+            if here.speaks:
+                handlers.append(Lines(logging.DEBUG if "debug" in common else lowest))
+                if path := common.get("log_json"):
+                    handlers.append(Events(path))
+            results.muted = not here.speaks
             for handler in handlers:
                 logger.addHandler(handler)
-            logger.setLevel(min(handler.level for handler in handlers))
+            logger.setLevel(min((one.level for one in handlers), default=logging.ERROR))
             report_event("start", " ".join(["worldline", *words[:1]]))  # others may be a prompt
-            status = super().main(words, "worldline", standalone_mode=False) or 0
+            splits = {"generate", *FAMILIES} & {*words[:1]}
+            if splits or job.alone():
+                run = partial(super().main, words, "worldline", obj=typed)
+                status = run(standalone_mode=False) or 0
+            job.leave()
         except click.exceptions.NoArgsIsHelpError as error:
             status = error.exit_code
             click.echo(error.format_message(), err=True)
@@ -87,8 +97,11 @@ class Main(click.Group):
                 message = f"interrupted by {signal.Signals(interrupts.signal).name}"
             if "debug" in common:
                 click.echo(traceback.format_exc(), err=True, nl=False)
-            click.echo(f"worldline: {printable(message)}", err=True)
-            report_event("error", message)
+            interrupts.ignore()
+            status, message = job.settle(error, status, message)
+            if message:
+                click.echo(f"worldline: {printable(message)}", err=True)
+                report_event("error", message)
             if isinstance(error, OSError) and error.filename is None:  # perhaps of the output,
                 silence(sys.stdout)  # which would be written again at exit
         finally:
@@ -147,6 +160,11 @@ class Interrupts:
             os._exit(128 + number)
         self.signal = number
         raise KeyboardInterrupt
+
+    def ignore(self) -> None:
+        """Let no further signal interrupt the end, in which the processes of a job settle."""
+        for number in self.earlier:
+            signal.signal(number, signal.SIG_IGN)
 
     def restore(self) -> None:
         """Put earlier handlers back; not after a signal, as the process is about to end."""

@@ -10,6 +10,7 @@ import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,13 +33,16 @@ from worldline.errors import (
 )
 from worldline.family import Command, Item, requests_of
 from worldline.files import check_folder, digest
+from worldline.parallel import job
 from worldline.shapes import VideoShape
 
 if TYPE_CHECKING:
     from worldline.family import Compute, Opened
+    from worldline.parallel.mesh import Mesh
+    from worldline.request import LoadOptions
     from worldline.step import Video
     from worldline.video.read import MediaInfo
-    from worldline.world import World
+    from worldline.world import Job, World
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +62,9 @@ def run(family: str, command: Command, context: click.Context) -> None:
     request_flags = stated(context, described.REQUEST.flags().values())
     option_flags = stated(context, described.OPTIONS.flags().values())
     flags = parsed(context, reader.flags)
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise InputError(f"WORLD_SIZE is {processes}; this version runs on 1 GPU, in 1 process")
     options = described.OPTIONS.parse(option_flags)
+    if (count := processes_to_start(options)) > 1:
+        context.exit(job.launch(context.find_root().obj, count))
     items, problems = reader.read(flags, request_flags)
     if not items:
         refuse_problems(problems)
@@ -76,19 +80,41 @@ def run(family: str, command: Command, context: click.Context) -> None:
 
     place = locate(model, options.checkpoint_dir)
     # they import torch: not before the place is found
-    from worldline.opening import choose_compute, open_world
+    from worldline.opening import arrange, choose_compute, open_world
     from worldline.world import fingerprint
 
     compute = choose_compute(described.OPTIONS.parse(option_flags))
     opened = open_world(place, option_flags, family)
     items = check_items(opened, items, problems)
+    compute = arrange(opened, [item.request for item in items], compute)
     log_unused(opened, compute, items, stated(context, context.params))
     run_tasks(
         items,
         partial(load, opened, compute, flags.quality),
         lambda item: fingerprint(opened, compute, item.request, item.input),
         flags,
+        mesh=compute.mesh,
     )
+
+
+def processes_to_start(options: LoadOptions) -> int:
+    """Processes that a command starts on this machine; 1 where it does the work itself."""
+    count = options.processes
+    if job.place().count > 1 or count in (None, 1):
+        return 1
+    if count == "auto" or options.device in (None, "cuda"):
+        import torch
+
+        gpus = torch.cuda.device_count() if options.device in (None, "cuda") else 0
+        if count == "auto":
+            return max(1, gpus)
+        if gpus and gpus < count:
+            raise InputError(f"--num_gpus {count}: this machine has {gpus}; give at most {gpus}")
+    elif options.device != "cpu":
+        raise InputError(
+            f"--device {options.device}: {count} processes take a GPU each; leave it out"
+        )
+    return count
 
 
 def check_items(opened: Opened, items: Iterable[Item], problems: list[str]) -> list[Item]:
@@ -259,16 +285,21 @@ def make_videos(
     # a frame of a preview stands for all that a latent frame holds
     tokenizer = world.opened.get("tokenizer")
     rate = items[0].request.fps / (tokenizer.config.temporal if tokenizer else 1)
+    processes = world.processes
+
+    def prepare(item: Item) -> Job:
+        return world.prepare(item.input, {}, input_type=item.kind, request=item.request)
+
+    outcomes |= {item.output: "" for item in items if not processes.first}
     try:
-        with Progress(label, items[0].output, rate) as progress:
-            jobs = [
-                world.prepare(item.input, {}, input_type=item.kind, request=item.request)
-                for item in items
-            ]
+        with ExitStack() as stack:
+            if processes.first:
+                progress = stack.enter_context(Progress(label, items[0].output, rate))
+            jobs = [processes.together(partial(prepare, item)) for item in items]
             for index, step in world.run_batch(jobs):
                 if step.video is not None:
                     outcomes[items[index].output] = save(step.video, items[index], quality)
-                else:
+                elif processes.first:
                     progress.report(step)
     except Error as error:
         if not error.failures and len(items) > 1:
@@ -276,7 +307,7 @@ def make_videos(
         for index, failure in (error.failures or {0: error}).items():
             output = items[index].output
             outcomes[output] = failure
-            if isinstance(failure, NonFiniteError) and not output.exists():
+            if isinstance(failure, NonFiniteError) and processes.first and not output.exists():
                 text = json.dumps(failure.report, indent=1) + "\n"
                 write_bytes(output.with_suffix(".json"), text.encode())
 
@@ -360,6 +391,7 @@ def run_tasks(
     fingerprint: Callable[[Any], str],
     flags: Any,
     things: str = "videos",
+    mesh: Mesh | None = None,
 ) -> None:
     """Run tasks, which have an `output`, print a line for each, and report.
 
@@ -369,6 +401,7 @@ def run_tasks(
         fingerprint: of a task.
         flags: `OutputFlags`; with `resume` what an earlier run made in the same way is left out.
         things: what is made.
+        mesh: processes that make them together; None for one.
     """
     from worldline.video.write import check_destination
 
@@ -376,7 +409,13 @@ def run_tasks(
     keep_going, resume = getattr(flags, "keep_going", True), getattr(flags, "resume", None)
     if resume:
         quality = getattr(flags, "quality", {})
-        tasks = [t for t in tasks if not is_finished(t.output, fingerprint(t), quality)]
+
+        def unfinished() -> list[int]:
+            return [
+                n for n, t in enumerate(tasks) if not is_finished(t.output, fingerprint(t), quality)
+            ]
+
+        tasks = [tasks[n] for n in (mesh.world.once(unfinished) if mesh else unfinished())]
         for folder_of_frames in (t.output for t in tasks if not t.output.suffix):
             check_destination(folder_of_frames)
     existing((path for task in tasks for path in companions(task.output)), flags.no_overwrite)
@@ -392,7 +431,9 @@ def run_tasks(
             results.add(line)
             continue
         except Exception as error:
-            if total == 1 or not keep_going or is_disk_full(error):
+            alone = mesh is None or mesh.world.count == 1  # others would wait in vain
+            shared = alone or isinstance(error, Error)
+            if total == 1 or not keep_going or is_disk_full(error) or not shared:
                 raise
             stage = error.stage if isinstance(error, GuardrailRefusal) else ""
             failures[stage] += 1

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from worldline.catalog import FLOW_MODELS
 from worldline.family import Command
-from worldline.request import Fps, LoadOptions, OneGpu, Path, Size, VideoRequest, offload
+from worldline.request import Count, Fps, LoadOptions, Path, Size, VideoRequest, offload
 from worldline.shapes import nearest_frames
 
 Schedule = Literal["karras", "shifted"]
@@ -68,8 +68,10 @@ class FlowOptions(LoadOptions):
 
     DECISIVE: ClassVar[frozenset[str]] = frozenset({"schedule"})
 
-    num_gpus: OneGpu = Field(
-        1, alias="context_parallel_size", description="GPUs that share a video; 1 in this version."
+    context_parallel_size: Count | None = Field(
+        None,
+        description="GPUs that share a video; fewer than there are make groups with different "
+        "videos.  [default: all]",
     )
     tokenizer_dir: Path | None = Field(
         None,
@@ -95,6 +97,10 @@ class FlowOptions(LoadOptions):
     offload_text_encoder: bool = offload("text encoder")
     offload_tokenizer: bool = offload("tokenizer")
     offload_diffusion_model: bool = offload("transformer")
+
+    @property
+    def processes(self) -> int | Literal["auto"] | None:
+        return self.num_gpus or self.context_parallel_size
 
 
 SIGNATURE = ("crossattn_proj.0.weight",)  # ends of tensor names

@@ -1,0 +1,259 @@
+"""Processes of one job arranged as a mesh, and what they exchange.
+
+Every process runs the same program on the same arguments. Code asks an `Axis` to split, join, sum
+or share; with one process nothing is sent, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import astuple, dataclass, field
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from worldline.errors import Error, one_line
+
+Result = TypeVar("Result")
+Yielded = TypeVar("Yielded")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Processes that share one thing: the parts of a video, of a tensor, of a batch.
+
+    Attributes:
+        rank: place of this process among them.
+        count: number of them.
+        group: through which they talk; None where there is one.
+        device: where this process computes.
+    """
+
+    rank: int = 0
+    count: int = 1
+    group: Any = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes, and that computes what is shared."""
+        return self.rank == 0
+
+    def part(self, x: Tensor, dim: int) -> Tensor:
+        """This process's part of an axis that is cut into equal ones."""
+        return x.chunk(self.count, dim)[self.rank] if self.count > 1 else x
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over the processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """What each process holds, in their order; all of one shape."""
+        if self.count == 1:
+            return [x]
+        x = x.contiguous()
+        every = [torch.empty_like(x) for _ in range(self.count)]
+        dist.all_gather(every, x, group=self.group)
+        return every
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """What all hold, joined along an axis."""
+        return torch.cat(self.parts(x), dim) if self.count > 1 else x
+
+    def all_to_all(self, x: Tensor, split: int, join: int) -> Tensor:
+        """Cut along axis `split`, a part for each process; join what arrives along axis `join`."""
+        if self.count == 1:
+            return x
+        sent = torch.stack(x.chunk(self.count, split))
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        return torch.cat([*received], join)
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors of one dtype and device, in place, by their means over the processes."""
+        if self.count == 1:
+            return
+        whole = list(tensors)
+        flat = self.all_reduce(torch.cat([tensor.flatten() for tensor in whole]))
+        flat /= self.count
+        for tensor, part in zip(whole, flat.split([t.numel() for t in whole]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def any(self, value: bool) -> bool:
+        """Whether `value` is true in any process."""
+        return any(self.every(value))
+
+    def every(self, value: Result) -> list[Result]:
+        """A small value of each process, in their order."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def once(self, make: Callable[[], Result]) -> Result:
+        """Result of `make`, which the first process calls; what it raises, all raise.
+
+        Tensors arrive on the device of each process, or on the CPU where they were.
+        """
+        if self.count == 1:
+            return make()
+        outcome: tuple[bool, Any] = (False, None)
+        if self.first:
+            try:
+                outcome = (True, make())
+            except Exception as error:
+                outcome = (False, error)
+        done, value = self._broadcast(outcome)
+        if not done:
+            raise value
+        return value
+
+    def together(self, make: Callable[[], Result]) -> Result:
+        """Result of `make`, which each process calls; where one fails, all raise its error."""
+        if self.count == 1:
+            return make()
+        result: Any = None
+        own: Exception | None = None
+        try:
+            result = make()
+        except Exception as error:
+            own = error
+        if failed := [*filter(None, self.every(own and _sendable(own)))]:
+            raise own or failed[0]
+        return result
+
+    def steps_once(
+        self, steps: Generator[Yielded, None, Result]
+    ) -> Generator[Yielded, None, Result]:
+        """What a generator yields, in the first process alone, and its result or error, in all."""
+        if self.count == 1:
+            return (yield from steps)
+        outcome: tuple[bool, Any] = (False, None)
+        if self.first:
+            try:
+                outcome = (True, (yield from steps))
+            except Exception as error:
+                outcome = (False, error)
+        else:
+            steps.close()
+        return self.once(lambda: _result(outcome))
+
+    def _broadcast(self, outcome: tuple[bool, Any]) -> tuple[bool, Any]:
+        """The first process's outcome."""
+        packed = [_packed(outcome) if self.first else b""]
+        dist.broadcast_object_list(
+            packed, group=self.group, group_src=0, device=torch.device("cpu")
+        )
+        if self.first:
+            return outcome
+        stored = io.BytesIO(packed[0])
+        place = lambda storage, tag: storage if tag == "cpu" else storage.to(self.device)  # noqa: E731
+        outcome = torch.load(stored, place, weights_only=False)  # of a process of this job
+        return outcome
+
+
+def _packed(outcome: tuple[bool, Any]) -> bytes:
+    """An outcome as bytes."""
+    packed = io.BytesIO()
+    done, value = outcome
+    torch.save((done, value if done else _sendable(value)), packed)
+    return packed.getvalue()
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or an `Error` of its words where it cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return Error(one_line(error))
+    return error
+
+
+def _result(outcome: tuple[bool, Any]) -> Any:
+    done, value = outcome
+    if not done:
+        raise value
+    return value
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many processes split each thing.
+
+    Attributes:
+        dp: videos of a batch.
+        cfg: branches of guidance, 1 or 2.
+        cp: tokens of a video.
+        tp: heads and channels of a network.
+    """
+
+    dp: int = 1
+    cfg: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def count(self) -> int:
+        return prod(astuple(self))
+
+    def __str__(self) -> str:
+        words = ("data", "guidance", "context", "tensor")
+        ways = zip(words, astuple(self), strict=True)
+        return ", ".join(f"{word} parallel {n}" for word, n in ways if n > 1) or "one process"
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Processes of a job by what they split; one process by default.
+
+    Attributes:
+        layout: number of processes along each of the four axes, of which `tp` is the fastest.
+        video: all that make one video together.
+        world: all of the job.
+    """
+
+    layout: Layout = Layout()
+    dp: Axis = Axis()
+    cfg: Axis = Axis()
+    cp: Axis = Axis()
+    tp: Axis = Axis()
+    video: Axis = Axis()
+    world: Axis = Axis()
+
+
+ALONE = Mesh()
+_meshes: dict[Layout, Mesh] = {}
+
+
+def make_mesh(layout: Layout, world: Axis) -> Mesh:
+    """The mesh of a layout over all processes; made once a process."""
+    if layout.count != world.count:
+        raise ValueError(f"{layout} is of {layout.count} processes, not of {world.count}")
+    if world.count == 1:
+        return Mesh(layout, world, world, world, world, world, world)
+    if layout not in _meshes:
+        ranks = torch.arange(world.count).view(astuple(layout))
+        axes = [_axis(ranks.movedim(dim, -1).flatten(0, -2), world) for dim in range(4)]
+        axes += [_axis(ranks.flatten(1), world), world]
+        _meshes[layout] = Mesh(layout, *axes)
+    return _meshes[layout]
+
+
+def _axis(lines: Tensor, world: Axis) -> Axis:
+    """The one of some lines of ranks (lines, processes) that holds this process."""
+    rows: Sequence[list[int]] = lines.tolist()
+    [own] = (row for row in rows if world.rank in row)
+    if len(own) == 1:
+        return Axis(device=world.device)
+    if len(own) == world.count:
+        return world
+    group, _ = dist.new_subgroups_by_enumeration(list(rows))
+    return Axis(own.index(world.rank), len(own), group, world.device)

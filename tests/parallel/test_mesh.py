@@ -1,0 +1,99 @@
+"""What processes exchange is what one process would have computed."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import Together
+from worldline.errors import GuardrailRefusal, InputError, NonFiniteError
+from worldline.parallel.mesh import ALONE, Axis, Layout, make_mesh
+
+pytestmark = pytest.mark.slow
+
+
+def exchange(axis: Axis) -> dict[str, Any]:
+    whole = torch.arange(24.0).view(2, 6, 2)
+    own = axis.part(whole, 1)
+    turned = axis.all_to_all(own, 2, 1) if axis.count == 2 else own
+    return {
+        "joined": torch.equal(axis.all_gather(own, 1), whole),
+        "summed": axis.all_reduce(torch.tensor([axis.rank + 1.0])).item(),
+        "turned": axis.count != 2 or torch.equal(turned, whole[:, :, axis.rank : axis.rank + 1]),
+        "any": axis.any(axis.rank == 1),
+        "every": axis.every(axis.rank),
+        "once": axis.once(lambda: {"rank": axis.rank, "x": torch.ones(2)})["rank"],
+    }
+
+
+def fail(axis: Axis, error: Exception) -> list[str]:
+    def make() -> None:
+        if axis.first:
+            raise error
+
+    caught = []
+    for call in (axis.once, axis.together):
+        try:
+            call(make)
+        except type(error) as raised:
+            caught.append(f"{raised} {vars(raised)}")
+    return caught
+
+
+def steps(axis: Axis) -> tuple[list[int], str]:
+    def make() -> Generator[int, None, str]:
+        yield 1
+        yield 2
+        return f"of {axis.rank}"
+
+    seen = []
+    generator = axis.steps_once(make())
+    while True:
+        try:
+            seen.append(next(generator))
+        except StopIteration as stop:
+            return seen, stop.value
+
+
+def shape(axis: Axis, layout: Layout) -> list[tuple[int, int]]:
+    mesh = make_mesh(layout, axis)
+    assert make_mesh(layout, axis) is mesh
+    return [(one.rank, one.count) for one in (mesh.dp, mesh.cfg, mesh.cp, mesh.tp, mesh.video)]
+
+
+def test_parts_are_joined_summed_and_turned(two: Together, three: Together) -> None:
+    for together, count in ((two, 2), (three, 3)):
+        for got in together(exchange):
+            assert all(got[name] for name in ("joined", "turned", "any"))
+            assert got["summed"] == sum(range(1, count + 1))
+            assert (got["every"], got["once"]) == (list(range(count)), 0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [GuardrailRefusal("a word", "prompt"), NonFiniteError("NaN", 3), InputError("x"), OSError(28)],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_one_is_raised_by_all(two: Together, error: Exception) -> None:
+    ours, theirs = two(fail, error)
+    assert len(ours) == 2
+    assert ours == theirs
+
+
+def test_a_generator_runs_in_the_first_alone(two: Together) -> None:
+    assert two(steps) == [([1, 2], "of 0"), ([], "of 0")]
+
+
+def test_axes_hold_the_processes_of_a_layout(two: Together) -> None:
+    assert two(shape, Layout(dp=2))[1] == [(1, 2), (0, 1), (0, 1), (0, 1), (0, 1)]
+    assert two(shape, Layout(tp=2))[1] == [(0, 1), (0, 1), (0, 1), (1, 2), (1, 2)]
+
+
+def test_one_process_sends_nothing() -> None:
+    x = torch.ones(2, 2)
+    for same in (ALONE.cp.part(x, 0), ALONE.cp.all_gather(x, 0), ALONE.cp.all_to_all(x, 0, 1)):
+        assert same is x
+    assert ALONE.cp.once(lambda: 3) == ALONE.cp.together(lambda: 3) == 3
