@@ -352,4 +352,4 @@ class Parts:
         """Linear map from latents to colours, for previews; first read with the tokenizer there."""
         from worldline.nn.pieces import fit_colours
 
-        return fit_colours(self.tokenizer.module)
+        return self.compute.mesh.video.once(lambda: fit_colours(self.tokenizer.module))

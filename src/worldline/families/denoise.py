@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from worldline.memory import Stage, denoise_bytes
 from worldline.nn.attention import backend_name
 from worldline.nn.dit import PATCH
 from worldline.nn.pieces import decode_stream
+from worldline.parallel.halo import WHOLE, Rows, planned_rows, share_rows
 from worldline.report import Recorder, log_result
 from worldline.request import VideoRequest
 from worldline.sampling.solvers import Stepped, Steps, standard_noise
@@ -128,11 +130,12 @@ def stages(
     """
     if (text := opened.get("text")) and "text" not in unused(opened, request):
         yield Stage("text", "text", text.nbytes(compute) // 20 + features)
-    yield Stage("encode", "tokenizer", coding[0])
     config, grid = opened.config, grid_of(opened, video)
+    rows = planned_rows(compute.mesh.layout, grid.height)
+    yield Stage("encode", "tokenizer", rows.largest(coding[0]))
     denoising = denoise_bytes(config, grid, compute.dtype, opened.text_length, fused=compute.fused)
     yield Stage("denoise", "transformer", features + denoising)
-    yield Stage("decode", "tokenizer", coding[1])
+    yield Stage("decode", "tokenizer", rows.largest(coding[1]))
 
 
 def attention_entries(parts: Parts, video: VideoShape) -> dict[str, Any]:
@@ -160,7 +163,7 @@ def generate(
     request: VideoRequest,
     recorder: Recorder,
     *,
-    encode_frames: Callable[[Parts, Any, Any], Tensor],
+    encode_frames: Callable[[Parts, Any, Any, Rows], Tensor],
     sample: Callable[..., tuple[int, Steps]],
     windows: Callable[[Opened, Any], list[tuple[Any, int]]] = (
         lambda opened, request: [(request, request.num_video_frames)]
@@ -177,8 +180,8 @@ def generate(
         clip: input; windows behind the first continue the video itself.
         request: a checked one.
         recorder: of the stages.
-        encode_frames: (parts, clip, window) -> latents (1, C, t, H, W) of the known frames, with
-            the tokenizer on its device.
+        encode_frames: (parts, clip, window, rows of this process) -> latents (1, C, t, H, W) of the
+            known frames, with the tokenizer on its device.
         sample: (parts, window, transformer, noise, known latents, prompts) -> number of steps, and
             the steps.
         windows: (opened, request) -> what is denoised at once, each with the number of frames that
@@ -196,16 +199,18 @@ def generate(
         spatial = parts.opened["tokenizer"].config.spatial
         return preview_frames(restore(parts, denoised.float()), parts.colours, spatial)
 
+    rows = share_rows(parts.compute.mesh.video, grid_of(parts.opened, request.video).height)
     todo = windows(parts.opened, request)
     for number, (window, end) in enumerate(todo):
         if made:
-            clip = Clip(frames[made - window.num_input_frames : made], request.fps)
+            last = frames[made - window.num_input_frames : made]
+            clip = rows.axis.once(partial(Clip, last, request.fps))
         known = None
         if window.num_input_frames or request.preview_every:
             yield Step("encode", 0, 1)
             with stage(recorder, "encode"), parts.tokenizer.on_device():
                 if window.num_input_frames:
-                    known = encode_frames(parts, clip, window)
+                    known = rows.run(partial(encode_frames, parts, clip, window, rows))
                     check_finite(total(known), "encode: latents", parts.compute.dtype)
                     log_result("encode", known)
                 if request.preview_every:
@@ -222,9 +227,9 @@ def generate(
 
         yield Step("decode", made, len(frames))
         with stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
-            pieces = decode_stream(tokenizer, restore(parts, latents))
+            pieces = decode_stream(tokenizer, restore(parts, latents), rows)
             first = min(made, window.num_input_frames)
-            made = yield from decode(pieces, frames, made, first=first, end=end)
+            made = yield from rows.steps(decode(pieces, frames, made, first, end, rows))
     yield Step("done", planned, planned, frames)
 
 
@@ -313,22 +318,24 @@ def preview_frames(latents: Tensor, colours: Tensor, spatial: int) -> Frames:
 
 
 def decode(
-    pieces: Iterator[Tensor], frames: Frames, made: int, *, first: int, end: int
+    pieces: Iterator[Tensor], frames: Frames, made: int, first: int, end: int, rows: Rows = WHOLE
 ) -> Generator[Step, None, int]:
     """Write a video into `frames`, from frame `made` on, as it is decoded; the number made then.
 
     Args:
         pieces: of the video, (1, 3, T, H, W) in about [-1, 1]; asked for no further than needed.
-        frames: all frames of the request.
+        frames: all frames of the request; written in the first process.
         made: number of frames that are there.
         first: first frame of the pieces that is kept.
         end: number of frames that are there at the end.
+        rows: which the pieces have.
     """
     for piece in pieces:
-        new = signed_to_uint8(piece[0])[first : first + end - made]
+        new = signed_to_uint8(piece[0], rows)[first : first + end - made]
         first = max(0, first - piece.shape[2])
         if len(new):
-            frames[made : made + len(new)] = new
+            if rows.axis.first:
+                frames[made : made + len(new)] = new
             made += len(new)
             yield Step("decode", made, len(frames), new)
         if made == end:

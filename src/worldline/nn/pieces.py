@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldline.parallel.halo import WHOLE, Rows
 from worldline.shapes import VideoShape
 
 _SIDE = 16  # of a picture that colours are fitted to, in latent cells
@@ -26,10 +27,12 @@ class CausalCache:
     Attributes:
         started: a piece has passed; until then layers start a clip.
         state: last input frames of a layer, or keys and values of all frames.
+        rows: which this process computes.
     """
 
-    def __init__(self, *, keep: bool = True) -> None:
+    def __init__(self, rows: Rows = WHOLE, *, keep: bool = True) -> None:
         """Without `keep` nothing is stored: for a clip that passes as a whole."""
+        self.rows = rows
         self.keep = keep
         self.started = False
         self.state: dict[object, Tensor] = {}
@@ -77,17 +80,18 @@ class CausalTokenizer(nn.Module):
         frames, height, width = video.shape[2:]
         frames += cache.started  # as if after frame 0 alone
         VideoShape(frames, height, width).latent(self.config.temporal, self.config.spatial)
-        latents = self.encode_piece(video, cache)
+        latents = cache.rows.gather(self.encode_piece(cache.rows.part(video, 3), cache), 3)
         cache.started = cache.keep
         return latents
 
     def decode(self, latents: Tensor, cache: CausalCache | None = None) -> Tensor:
         """Video (B, 3, T, H, W), about [-1, 1] and not clamped, of latents (B, C, t, h, w).
 
-        Those of a discrete tokenizer are codes; all are in the dtype of the weights.
+        Those of a discrete tokenizer are codes; all are in the dtype of the weights. Where
+        processes share the rows, each gives the latents of all, and has the video of its own.
         """
         cache = cache or CausalCache(keep=False)
-        video = self.decode_piece(latents, cache)
+        video = self.decode_piece(cache.rows.part(latents, 3), cache)
         cache.started = cache.keep
         return video
 
@@ -123,7 +127,10 @@ class SpatialConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs))
         self.stride = stride
 
-    def forward(self, cells: Tensor) -> Tensor:
+    def forward(self, cells: Tensor, rows: Rows = WHOLE) -> Tensor:
+        return rows.convolve(self._convolve, cells, self.stride)
+
+    def _convolve(self, cells: Tensor) -> Tensor:
         weight = self.weight[:, :, 0] if self.weight.ndim == 5 else self.weight
         padding = weight.shape[-1] // 2
         if self.stride == 2:
@@ -160,19 +167,22 @@ def enlarge(cells: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_stream(model: CausalTokenizer, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+def encode_stream(
+    model: CausalTokenizer, frames: Iterable[Tensor], rows: Rows = WHOLE
+) -> Iterator[Tensor]:
     """Latents (B, C, t, h, w), piece by piece, of a clip that arrives piece by piece.
 
     Args:
         model: on its device.
         frames: pieces (B, 3, T, H, W) in [-1, 1], on the device and in the dtype of the weights, of
             any lengths; 1 + temporal*k frames in all.
+        rows: which this process computes; it is given all, and has the latents of all.
 
     Raises:
         ValueError: the frames do not add up to 1 + temporal*k, or a side is no multiple of the
             compression.
     """
-    temporal, cache = model.config.temporal, CausalCache()
+    temporal, cache = model.config.temporal, CausalCache(rows)
     wanted = 1 + temporal * (model.chunk - 1)  # the first latent frame is of one frame
     waiting: Tensor | None = None
     for piece in frames:
@@ -185,14 +195,15 @@ def encode_stream(model: CausalTokenizer, frames: Iterable[Tensor]) -> Iterator[
 
 
 @torch.no_grad()
-def decode_stream(model: CausalTokenizer, latents: Tensor) -> Iterator[Tensor]:
+def decode_stream(model: CausalTokenizer, latents: Tensor, rows: Rows = WHOLE) -> Iterator[Tensor]:
     """Video (B, 3, T, H, W), about [-1, 1] and not clamped, piece by piece.
 
     Args:
         model: on its device.
         latents: (B, C, t, h, w), or codes of a discrete tokenizer; any device and float dtype.
+        rows: which this process computes, and has in the end.
     """
-    weight, cache = next(model.parameters()), CausalCache()
+    weight, cache = next(model.parameters()), CausalCache(rows)
     for piece in latents.split(model.chunk, dim=2):
         yield model.decode(piece.to(weight.device, weight.dtype), cache)
 

@@ -204,6 +204,11 @@ class Layout:
     def count(self) -> int:
         return prod(astuple(self))
 
+    @property
+    def video(self) -> int:
+        """Processes that make one video together."""
+        return self.cfg * self.cp * self.tp
+
     def __str__(self) -> str:
         words = ("data", "guidance", "context", "tensor")
         ways = zip(words, astuple(self), strict=True)

@@ -35,6 +35,7 @@ from worldline.family import Compute, Opened, Parts
 from worldline.memory import Stage, denoise_bytes
 from worldline.nn.pieces import decode_stream
 from worldline.opening import refuse_unless_equal
+from worldline.parallel.halo import WHOLE, Rows, planned_rows, share_rows
 from worldline.report import log_result
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, make_sigmas, sample
 from worldline.sampling.solvers import Steps, standard_noise
@@ -117,7 +118,8 @@ class DecoderNetwork(Network[DiTConfig]):
         yield Stage("denoise", "decoder", denoising)
         video = grid.video(continuous.temporal, continuous.spatial)
         _, decoding = diffusion.encode_and_decode_bytes(continuous, video, compute)
-        yield Stage("decode", "decoder_tokenizer", decoding)
+        rows = planned_rows(compute.mesh.layout, grid.height)
+        yield Stage("decode", "decoder_tokenizer", rows.largest(decoding))
 
     def decode(
         self, parts: Parts, video: Any, ids: Tensor, job: Any, context: Tensor | None
@@ -130,6 +132,7 @@ class DecoderNetwork(Network[DiTConfig]):
         context = self.context if context is None else context
         windows, latents = split_windows(ids, DECODER_WINDOW, OVERLAP), list[Tensor]()
         noise = standard_noise(job.request.seed, (1, self.config.latent_channels, *astuple(grid)))
+        rows = share_rows(parts.compute.mesh.video, grid.height)
         steps = len(make_sigmas(SAMPLER_OF[self.generation], self.num_steps)) - 1  # of a window
         for number, window in enumerate(windows):
             with stage(job.recorder, "denoise"), parts.loaded["decoder"].on_device() as model:
@@ -151,12 +154,13 @@ class DecoderNetwork(Network[DiTConfig]):
                     [statistics.denormalise(window / SIGMA_DATA) for window in latents],
                     ids.shape[1],
                     number,
+                    rows,
                 )
                 first = video.overlap
                 if len(latents) <= number:  # shared with the window before
                     first = 1 + (OVERLAP - 1) * coder.config.temporal
-                video.made = yield from decode(
-                    pieces, video.frames, video.made, first=first, end=len(video.frames)
+                video.made = yield from rows.steps(
+                    decode(pieces, video.frames, video.made, first, len(video.frames), rows)
                 )
             latents.clear()
 
@@ -229,7 +233,11 @@ def read_context(folder: Path, width: int) -> tuple[Path, Tensor]:
 
 
 def decode_windows(
-    tokenizer: CosmosTokenizer, latents: list[Tensor], frames: int, number: int
+    tokenizer: CosmosTokenizer,
+    latents: list[Tensor],
+    frames: int,
+    number: int,
+    rows: Rows = WHOLE,
 ) -> Iterator[Tensor]:
     """Pieces of a video of so many latent frames, (1, 3, T, H, W) in about [-1, 1].
 
@@ -239,9 +247,9 @@ def decode_windows(
     if len(latents) == 1:
         # what follows changes nothing before it, so what reflection filled in is not decoded
         end = frames - number * (DECODER_WINDOW - OVERLAP)
-        yield from decode_stream(tokenizer, latents[0][:, :, :end])
+        yield from decode_stream(tokenizer, latents[0][:, :, :end], rows)
         return
-    videos = [torch.cat(list(decode_stream(tokenizer, one)), dim=2) for one in latents]
+    videos = [torch.cat(list(decode_stream(tokenizer, one, rows)), dim=2) for one in latents]
     # float32: a fade of few levels; clamped before it, as released
     blended = blend_windows([video.float().clamp(-1, 1) for video in videos], OVERLAP)
     yield blended[:, :, : 1 + (frames - 1) * tokenizer.config.temporal]

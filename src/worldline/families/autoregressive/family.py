@@ -9,6 +9,7 @@ whose models were trained so.
 import logging
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import astuple, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -31,6 +32,7 @@ from worldline.families.autoregressive.weights import open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
+from worldline.parallel.halo import WHOLE, Rows, planned_rows, share_rows
 from worldline.report import Recorder, log_result
 from worldline.repositories import model_name
 from worldline.sampling.tokens import CHUNK, Sampling, decode, draw_noise
@@ -69,7 +71,8 @@ def generate_together(
     yield 0, Step("encode", 0, 1)
     clips = [job.clip for job in jobs]
     ids = encode_clips(parts, clips, request.num_input_frames, recorder, request.fit)
-    videos = [Decoding(video_of(opened, request), ids.shape[1]) for _ in jobs]
+    rows = token_rows(parts)
+    videos = [Decoding(video_of(opened, request), ids.shape[1], rows) for _ in jobs]
     size, done = config.grid.tokens_per_frame, 0
     count = size * (latent_frames(opened, request) - ids.shape[1])
     sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
@@ -113,7 +116,7 @@ def generate_together(
         if done < count:
             carried = min(CARRIED, config.grid.frames - 1)
             overlap = 1 + (carried - 1) * opened["tokenizer"].config.temporal
-            ends = [Clip(one.frames[one.made - overlap : one.made], FPS) for one in videos]
+            ends = [video.end(overlap) for video in videos]
             ids = encode_clips(parts, ends, overlap, recorder)
             for video in videos:
                 video.begin_window(carried, overlap)
@@ -145,20 +148,29 @@ def encode_clips(
     parts: Parts, clips: Sequence[Any], num_frames: int, recorder: Recorder, fit: Fit = "crop"
 ) -> Tensor:
     """Token ids (B, t, h, w), int64, of the last frames of clips; later frames change none."""
-    shape, batch = window_shape(parts.opened), []
-    with recorder.stage("encode"), parts.tokenizer.on_device() as tokenizer:
+    shape, rows = window_shape(parts.opened), token_rows(parts)
+
+    def encode(tokenizer: CosmosTokenizer) -> Iterator[Tensor]:
         # one at a time, so that each gets the ids that it gets alone
         for number, clip in enumerate(clips):
             frames = condition_frames(clip, num_frames, num_frames, shape.height, shape.width, fit)
+            video = frames.to(parts.device, parts.compute.dtype)
             with blame(number):
-                batch.append(tokenizer.encode_tokens(frames.to(parts.device, parts.compute.dtype)))
-    ids = torch.cat(batch).long()
+                yield tokenizer.encode_tokens(video, CausalCache(rows, keep=False)).long()
+
+    with recorder.stage("encode"), parts.tokenizer.on_device() as tokenizer:
+        ids = rows.run(lambda: torch.cat([*encode(tokenizer)]))
     log_result("encode", ids)
     return ids
 
 
+def token_rows(parts: Parts) -> Rows:
+    """Rows of tokens that this process encodes and decodes."""
+    return share_rows(parts.compute.mesh.video, parts.config.grid.height)
+
+
 class Decoding:
-    """Frames of one clip, uint8 (T, H, W, 3), of which `made` are there.
+    """Frames of one clip, uint8 (T, H, W, 3), of which `made` are there, in the first process.
 
     Attributes:
         known: latent frames that the window begins with.
@@ -166,15 +178,20 @@ class Decoding:
         latents: latent frames of the window that are decoded.
     """
 
-    def __init__(self, video: VideoShape, known: int) -> None:
-        self.made = 0
+    def __init__(self, video: VideoShape, known: int, rows: Rows = WHOLE) -> None:
+        self.made, self.rows = 0, rows
         # all at once: to join pieces would hold a long video twice
         self.frames = np.empty((*astuple(video), 3), np.uint8)
         self.begin_window(known)
 
     def begin_window(self, known: int, overlap: int = 0) -> None:
         self.known, self.overlap = known, overlap
-        self.latents, self.past = 0, CausalCache()
+        self.latents, self.past = 0, CausalCache(self.rows)
+
+    def end(self, count: int) -> Clip:
+        """The last frames that are made, in all processes."""
+        frames = self.frames[self.made - count : self.made]
+        return self.rows.axis.once(partial(Clip, frames, FPS))
 
     def decode(self, tokenizer: CosmosTokenizer, ids: Tensor) -> Frames:
         """New frames of the ids (1, t, h, w) of the window so far.
@@ -186,11 +203,17 @@ class Decoding:
         while self.latents < ids.shape[1]:
             end = max(self.known, self.latents + 1)
             codes = tokenizer.to_codes(ids[:, self.latents : end])
-            frames = to_uint8(tokenizer.decode(codes, self.past)[0] * 0.5 + 0.5)
-            new = frames if self.latents else frames[self.overlap :]
-            self.frames[self.made : self.made + len(new)] = new
-            self.made, self.latents = self.made + len(new), end
+            self.made += self.rows.run(partial(self._add, tokenizer, codes))
+            self.latents = end
         return self.frames[begun : self.made]
+
+    def _add(self, tokenizer: CosmosTokenizer, codes: Tensor) -> int:
+        """Number of new frames of the next codes; decoded and written."""
+        frames = to_uint8(tokenizer.decode(codes, self.past)[0] * 0.5 + 0.5, rows=self.rows)
+        new = frames if self.latents else frames[self.overlap :]
+        if self.rows.axis.first:
+            self.frames[self.made : self.made + len(new)] = new
+        return len(new)
 
 
 def decode_clip(
@@ -324,7 +347,9 @@ def stages(opened: Opened, request: ARRequest, compute: Compute) -> Iterator[Sta
     # of a window; of a longer clip the keys and values of what was decoded stay besides
     beyond = max(0, latent_frames(opened, request) - config.grid.frames)
     past = 2 * beyond * config.grid.tokens_per_frame * tokenizer.level_channels[-1] * size
-    coding = coding_bytes(cells, widest, size) + past
+    coding = planned_rows(compute.mesh.layout, config.grid.height).largest(
+        coding_bytes(cells, widest, size) + past
+    )
     yield Stage("encode", "tokenizer", coding)
     rows = config.depth * config.length
     if config.context_width:

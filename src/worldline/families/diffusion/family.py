@@ -27,6 +27,8 @@ from worldline.families.diffusion.request import DiffusionOptions, DiffusionRequ
 from worldline.families.diffusion.weights import open_network, read_settings
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
+from worldline.nn.pieces import CausalCache
+from worldline.parallel.halo import Rows
 from worldline.report import Recorder
 from worldline.repositories import holds_diffusers, unfinished
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, Conditioning, make_sigmas, sample
@@ -90,12 +92,13 @@ def sample_video(
     )
 
 
-def encode_frames(parts: Parts, clip: Clip, request: DiffusionRequest) -> Tensor:
+def encode_frames(parts: Parts, clip: Clip, request: DiffusionRequest, rows: Rows) -> Tensor:
     """Normalised latents (1, C, t, H, W) of the known frames, float32."""
     # the tokenizer is causal: frames behind the known ones would not change their latents
     size = request.height, request.width
     frames = stretched_frames(clip, request.num_input_frames, *size, request.fit)
-    latents = parts.tokenizer.module.encode(frames.to(parts.device, parts.compute.dtype))
+    video = frames.to(parts.device, parts.compute.dtype)
+    latents = parts.tokenizer.module.encode(video, CausalCache(rows, keep=False))
     statistics = parts.opened["tokenizer"].statistics.rounded(parts.compute.dtype)
     # those of a clip's first frame, not those of an image
     return SIGMA_DATA * statistics.normalise(latents.float(), image=False)

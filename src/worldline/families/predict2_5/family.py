@@ -23,6 +23,7 @@ from worldline.families.predict2_5.weights import DIFFUSERS_KEYS, open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import encode_stream
+from worldline.parallel.halo import Rows
 from worldline.report import Recorder
 from worldline.repositories import released_folders
 from worldline.sampling.flow import Conditioning, guided_velocity, make_schedule, unipc
@@ -69,7 +70,7 @@ def sample_window(
     return len(schedule.timesteps), unipc(velocity, noise, schedule.sigmas)
 
 
-def encode_frames(parts: Parts, clip: Clip, request: FlowRequest) -> Tensor:
+def encode_frames(parts: Parts, clip: Clip, request: FlowRequest, rows: Rows) -> Tensor:
     """Latents (1, C, t, H, W) of the known frames, float32.
 
     The tokenizer is causal: frames behind the known ones, with which the reference fills the clip,
@@ -79,7 +80,7 @@ def encode_frames(parts: Parts, clip: Clip, request: FlowRequest) -> Tensor:
     frames = covering_frames(clip, request.num_input_frames, *size, request.fit)
     # in the tokenizer's dtype, as in the reference
     video = frames.to(parts.device, parts.compute.dtype) / 127.5 - 1
-    return torch.cat([*encode_stream(parts.tokenizer.module, [video])], dim=2).float()
+    return torch.cat([*encode_stream(parts.tokenizer.module, [video], rows)], dim=2).float()
 
 
 def cut_windows(opened: Opened, request: FlowRequest) -> list[tuple[FlowRequest, int]]:

@@ -30,6 +30,7 @@ from worldline.nn.pieces import (
     each_frame,
     enlarge,
 )
+from worldline.parallel.halo import WHOLE, Rows
 
 _EPS = 1e-6
 _FRAME = (2, 3, 4)  # the axes of cells that make one frame
@@ -196,7 +197,7 @@ class FactorisedConv(nn.Module):
         self.time = CausalConv(outputs, outputs)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        return self.time(self.space(x), cache)
+        return self.time(self.space(x, cache.rows), cache)
 
 
 class FrameNorm(nn.Module):
@@ -207,16 +208,17 @@ class FrameNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows = WHOLE) -> Tensor:
         trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         # the fused norm has a fused gradient, yet on a GPU it gives a whole frame to one block
-        return self._by_sums(x) if x.is_cuda and not trained else self._fused(x)
+        by_sums = rows.split or (x.is_cuda and not trained)
+        return self._by_sums(x, rows) if by_sums else self._fused(x)
 
     def _fused(self, x: Tensor) -> Tensor:
         normed = F.layer_norm(x, x.shape[2:], eps=_EPS)  # statistics in float32
         return torch.addcmul(self.bias.to(x.dtype), normed, self.weight.to(x.dtype))
 
-    def _by_sums(self, x: Tensor) -> Tensor:
+    def _by_sums(self, x: Tensor, rows: Rows = WHOLE) -> Tensor:
         """Without gradient; takes no memory but the result's, and rounds once."""
         if x.dtype == torch.float32:
             variance, mean = torch.var_mean(x, _FRAME, correction=0, keepdim=True)
@@ -226,6 +228,7 @@ class FrameNorm(nn.Module):
             mean = x.sum(_FRAME, keepdim=True, dtype=torch.float32) / count
             norm = torch.linalg.vector_norm(x, 2, _FRAME, keepdim=True, dtype=torch.float32)
             variance = (norm.square() / count - mean.square()).clamp(min=0)
+        mean, variance = rows.pool(mean, variance)
         scale = torch.rsqrt(variance + _EPS) * self.weight.float()
         shift = self.bias.float() - mean * scale
         return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
@@ -246,8 +249,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = _pointwise(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        y = self.conv1(_silu(self.norm1(x)), cache)
-        return self.shortcut(x) + self.conv2(_silu(self.norm2(y)), cache)
+        y = self.conv1(_silu(self.norm1(x, cache.rows)), cache)
+        return self.shortcut(x) + self.conv2(_silu(self.norm2(y, cache.rows)), cache)
 
 
 class Attention(nn.Module):
@@ -263,15 +266,19 @@ class Attention(nn.Module):
         self.out = _pointwise(channels, channels)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        normed = self.norm(x)
+        normed = self.norm(x, cache.rows)
         q, k, v = (project(normed) for project in (self.q, self.k, self.v))
         # time: each pixel is a sequence of frames; space: each frame is a sequence of pixels
-        y = self._over_time(q, k, v, cache) if self.over_time else self._over_space(q, k, v)
+        y = (
+            self._over_time(q, k, v, cache)
+            if self.over_time
+            else self._over_space(q, k, v, cache.rows)
+        )
         return x + self.out(y)
 
-    def _over_space(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shape = q.shape
-        q, k, v = (part.flatten(2, 3).flatten(0, 1).unsqueeze(1) for part in (q, k, v))
+    def _over_space(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+        shape, whole = q.shape, (q, rows.gather(k, 2), rows.gather(v, 2))
+        q, k, v = (part.flatten(2, 3).flatten(0, 1).unsqueeze(1) for part in whole)
         return F.scaled_dot_product_attention(q, k, v).reshape(shape)
 
     def _over_time(self, q: Tensor, k: Tensor, v: Tensor, cache: CausalCache) -> Tensor:
@@ -313,7 +320,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         if self.space is not None:
             mean = each_frame(F.avg_pool2d, x, 2)  # bf16 averages in two axes on any device
-            x = self.space(x) + mean
+            x = self.space(x, cache.rows) + mean
         if self.time is not None:
             if not cache.started:
                 x = torch.cat([x[:, :1], x], dim=1)
@@ -339,7 +346,7 @@ class Upsample(nn.Module):
             x = x + self.time(x, cache)
         if self.space is not None:
             x = enlarge(x)
-            x = x + self.space(x)
+            x = x + self.space(x, cache.rows)
         return self.mix(x)
 
 
@@ -386,7 +393,7 @@ class Encoder(nn.Module):
         for level in self.levels:
             x = level(x, cache)
         x = self.middle(x, cache)
-        return self.conv_out(_silu(self.norm_out(x)), cache)
+        return self.conv_out(_silu(self.norm_out(x, cache.rows)), cache)
 
 
 class Decoder(nn.Module):
@@ -413,7 +420,7 @@ class Decoder(nn.Module):
         x = self.middle(x, cache)
         for level in reversed(self.levels):
             x = level(x, cache)
-        x = self.conv_out(_silu(self.norm_out(x)), cache)
+        x = self.conv_out(_silu(self.norm_out(x, cache.rows)), cache)
         return transforms.unpatch(x, self.patch, self.tap, start=not cache.started)
 
 
@@ -456,9 +463,9 @@ class CosmosTokenizer(CausalTokenizer):
         codes = transforms.indices_to_codes(tokens, self.config.levels).movedim(-1, 1)
         return codes.to(self.post_quant_conv.weight.dtype)
 
-    def encode_tokens(self, video: Tensor) -> Tensor:
+    def encode_tokens(self, video: Tensor, cache: CausalCache | None = None) -> Tensor:
         """Token ids (B, t, h, w), int32 in [0, vocabulary); NaN, which has none, is refused."""
-        latents = self.encode(video)
+        latents = self.encode(video, cache)
         check_finite(total(latents), "encode: latents", latents.dtype)
         return self.to_tokens(latents)
 

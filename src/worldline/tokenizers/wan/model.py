@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import zip_longest
 
 import torch
@@ -31,6 +31,7 @@ from worldline.nn.pieces import (
     TemporalConv,
     enlarge,
 )
+from worldline.parallel.halo import Rows
 
 # Below the squared length at which the reference stops dividing, 1e-24; zeros stay zeros.
 _EPS = 1e-26
@@ -151,7 +152,7 @@ class CausalConv(nn.Module):
         self.prepare = norm_silu  # training may put a compiled one in its place
 
     def forward(self, cells: Tensor, cache: CausalCache, *, biased: bool = True) -> Tensor:
-        return self.convolve(self.pad(cells, cache), biased=biased)
+        return self.convolve(self.pad(cells, cache), cache.rows, biased=biased)
 
     def pad(self, cells: Tensor, cache: CausalCache, bias: Tensor | None = None) -> Tensor:
         """Input of `convolve`: cells, normed if they are to be, and the two frames before.
@@ -172,8 +173,11 @@ class CausalConv(nn.Module):
             cache.put(self, padded[:, -_REACH:])
         return padded
 
-    def convolve(self, padded: Tensor, *, biased: bool = True) -> Tensor:
+    def convolve(self, padded: Tensor, rows: Rows, *, biased: bool = True) -> Tensor:
         """Convolution (B, T, H, W, C') of what `pad` returned."""
+        return rows.convolve(partial(self._convolve, biased=biased), padded)
+
+    def _convolve(self, padded: Tensor, biased: bool) -> Tensor:
         flat, outputs = self._is_flat(padded), len(self.bias)
         inputs = padded.shape[-1] // (_REACH + 1 if flat else 1)
         more_inputs, more_outputs = inputs - self.weight.shape[1], _missing(outputs)
@@ -242,7 +246,7 @@ class ResidualBlock(nn.Module):
         y = self.conv1(cells, cache, biased=plain)
         padded = self.conv2.pad(y, cache, None if plain else self.conv1.bias)
         del y  # as large as a piece gets
-        y = self.conv2.convolve(padded, biased=plain)
+        y = self.conv2.convolve(padded, cache.rows, biased=plain)
         if kernels is not None:
             return kernels.add(y, self.conv2.bias, self.shortcut(cells))
         return y.add_(self.shortcut(cells))
@@ -257,9 +261,11 @@ class Attention(nn.Module):
         self.qkv = Pointwise(channels, 3 * channels, axes=2)
         self.out = Pointwise(channels, channels, axes=2)
 
-    def forward(self, cells: Tensor) -> Tensor:
+    def forward(self, cells: Tensor, rows: Rows) -> Tensor:
         qkv = self.qkv(_norm(cells, self.gamma.flatten()))
-        q, k, v = qkv.flatten(2, 3).flatten(0, 1).chunk(3, dim=-1)  # (B T, H W, C)
+        (q, _, _), (_, k, v) = (  # (B T, H W, C)
+            x.flatten(2, 3).flatten(0, 1).chunk(3, dim=-1) for x in (qkv, rows.gather(qkv, 2))
+        )
         if q.is_cuda and q.shape[-1] > _WIDEST and not torch.is_grad_enabled():
             y = attend_in_blocks(q, k, v)
         else:
@@ -268,13 +274,13 @@ class Attention(nn.Module):
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, block_bytes: int = 1 << 27) -> Tensor:
-    """Attention of one head, a block of queries at a time, all (N, L, C).
+    """Attention of one head, a block of queries at a time, (N, L, C), of any L.
 
     For heads that the fused kernels of a GPU do not take: torch's fallback is several times slower
     than two matrix products. Scores and their softmax are float32, `block_bytes` of them at once.
     """
     batch, length, channels = q.shape
-    rows = max(1, block_bytes // (4 * batch * length))
+    rows = max(1, block_bytes // (4 * batch * k.shape[1]))
     result = torch.empty_like(q, memory_format=torch.contiguous_format)
     for start in range(0, length, rows):
         block = q[:, start : start + rows]
@@ -295,7 +301,7 @@ class Middle(nn.Module):
         self.block2 = ResidualBlock(channels, channels)
 
     def forward(self, cells: Tensor, cache: CausalCache) -> Tensor:
-        return self.block2(self.attention(self.block1(cells, cache)), cache)
+        return self.block2(self.attention(self.block1(cells, cache), cache.rows), cache)
 
 
 class Downsample(nn.Module):
@@ -307,7 +313,7 @@ class Downsample(nn.Module):
         self.time = TemporalConv(channels, channels, stride=2) if time else None
 
     def forward(self, cells: Tensor, cache: CausalCache) -> Tensor:
-        cells = self.space(cells)
+        cells = self.space(cells, cache.rows)
         if self.time is None:
             return cells
         before = cache.get(self)
@@ -335,7 +341,7 @@ class Upsample(nn.Module):
     def forward(self, cells: Tensor, cache: CausalCache) -> Tensor:
         if self.time is not None:
             cells = self._double(self.time, cells, cache)
-        return self.space(enlarge(cells))
+        return self.space(enlarge(cells), cache.rows)
 
     def _double(self, time: TemporalConv, cells: Tensor, cache: CausalCache) -> Tensor:
         before = cache.get(self)

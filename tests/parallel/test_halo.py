@@ -1,0 +1,196 @@
+"""Tokenizers whose rows processes share give what one process gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ranks import Together
+from tests.tokenizers.test_causal import CONFIGS
+from tiny.export import draw_weights
+from worldline.errors import NonFiniteError
+from worldline.nn.pieces import CausalCache, CausalTokenizer, decode_stream, encode_stream
+from worldline.parallel import halo
+from worldline.parallel.halo import Rows, planned_rows, share_rows
+from worldline.parallel.mesh import Axis, Layout
+from worldline.tokenizers.cosmos.model import CosmosTokenizer, FrameNorm
+from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
+from worldline.video.convert import signed_to_uint8
+
+NEAR = {"atol": 3e-5, "rtol": 1e-4}
+FEW = 2  # rows of a process, fewer than users have
+
+
+def build(name: str) -> CausalTokenizer:
+    torch.manual_seed(5)
+    config: Any = CONFIGS[name]
+    model = (WanTokenizer if isinstance(config, WanTokenizerConfig) else CosmosTokenizer)(config)
+    draw_weights(model)
+    return model.requires_grad_(False).eval()
+
+
+def picture(model: CausalTokenizer, rows: int, latent_frames: int, batch: int = 1) -> Tensor:
+    config = model.config
+    sides = 1 + (latent_frames - 1) * config.temporal, rows * config.spatial, 3 * config.spatial
+    return torch.rand(batch, 3, *sides, generator=torch.Generator().manual_seed(6)) * 2 - 1
+
+
+def shared(axis: Axis, rows: int) -> Rows:
+    chosen, halo.LEAST_ROWS = halo.LEAST_ROWS, FEW
+    try:
+        return share_rows(axis, rows)
+    finally:
+        halo.LEAST_ROWS = chosen
+
+
+@torch.inference_mode()
+def code(axis: Axis, model: CausalTokenizer, video: Tensor, chunk: int) -> dict[str, Any]:
+    """Latents and video in pieces and at once, of the rows of this process."""
+    rows = shared(axis, video.shape[3] // model.config.spatial)
+    model.chunk = chunk
+    latents = torch.cat(list(encode_stream(model, video.split(5, dim=2), rows)), dim=2)
+    whole = model.encode(video, CausalCache(rows, keep=False))
+    codes = torch.nn.functional.normalize(latents, dim=1)
+    pieces = list(decode_stream(model, codes, rows))
+    frames = [signed_to_uint8(piece[0], rows) for piece in pieces]
+    return {
+        "latents": latents,
+        "at once": whole,
+        "video": rows.gather(torch.cat(pieces, dim=2), 3),
+        "frames": torch.from_numpy(np.concatenate(frames)),
+        "heights": rows.heights,
+    }
+
+
+def compare(found: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
+    for rank, result in enumerate(found):
+        assert len(result["heights"]) == len(found)
+        for name in ("latents", "at once", "video"):
+            assert torch.allclose(result[name], wanted[name], **NEAR), f"{name} in rank {rank}"
+    frames = found[0]["frames"].int() - wanted["frames"].int()
+    assert frames.abs().max() <= 1
+    assert not any(result["frames"].any() for result in found[1:])
+
+
+CASES = [
+    ("Wan", 5, 3, 1),
+    ("Wan", 4, 1, 1),
+    ("Wan, wide and shallow", 7, 5, 3),
+    ("CV8x8x8", 5, 3, 2),
+    ("CV4x8x8", 4, 1, 4),
+    ("DV8x16x16", 5, 2, 1),
+    ("DV4x8x8", 7, 3, 2),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows", "frames", "chunk"), CASES)
+def test_two_processes_give_what_one_gives(
+    two: Together, name: str, rows: int, frames: int, chunk: int
+) -> None:
+    model = build(name)
+    video = picture(model, rows, frames)
+    compare(two(code, model, video, chunk), code(Axis(), model, video, chunk))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows"), [("Wan, other latents", 8), ("CV8x8x8", 7)])
+def test_three_processes_give_what_one_gives(three: Together, name: str, rows: int) -> None:
+    """The one between has two neighbours; clips of a batch do not mix."""
+    model = build(name)
+    video = picture(model, rows, 3, batch=2)
+    found = three(code, model, video, 2)
+    assert found[1]["heights"] == ((3, 3, 2) if rows == 8 else (3, 2, 2))
+    compare(found, code(Axis(), model, video, 2))
+
+
+def ids(axis: Axis, model: CosmosTokenizer, video: Tensor) -> Tensor:
+    rows = shared(axis, video.shape[3] // model.config.spatial)
+    return model.encode_tokens(video, CausalCache(rows, keep=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DV8x16x16", "DV4x8x8"])
+def test_token_ids_are_equal(two: Together, name: str) -> None:
+    model: Any = build(name)
+    video = picture(model, 5, 3)
+    for found in two(ids, model, video):
+        assert torch.equal(found, ids(Axis(), model, video))
+
+
+def norm(axis: Axis, x: Tensor) -> Tensor:
+    rows = shared(axis, x.shape[2])
+    layer = FrameNorm(x.shape[-1]).requires_grad_(False)
+    layer.weight.fill_(1)
+    layer.bias.fill_(0)
+    return rows.gather(layer(rows.part(x, 2), rows), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_of_a_frame_far_from_zero(two: Together, dtype: torch.dtype) -> None:
+    """Deviations a thousandth of the mean, and rows that differ from process to process."""
+    x = 1000 + torch.randn(1, 2, 5, 3, 8) + torch.arange(5.0).view(5, 1, 1)
+    x = (x if dtype == torch.float32 else x - 999).to(dtype)
+    wanted = norm(Axis(), x.float())
+    near = 2e-3 if dtype == torch.float32 else 2e-2
+    for found in two(norm, x):
+        assert found.dtype == dtype
+        assert torch.allclose(found.float(), wanted, atol=near)
+
+
+def fail(axis: Axis, video: Tensor) -> str:
+    rows = shared(axis, video.shape[2])
+    with pytest.raises(NonFiniteError) as raised:
+        signed_to_uint8(rows.part(video, 2), rows)
+    return str(raised.value)
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_in_one_process_is_refused_in_all(two: Together) -> None:
+    video = torch.zeros(3, 1, 4, 2)
+    video[0, 0, 3, 1] = torch.inf
+    first, second = two(fail, video)
+    assert first == second
+
+
+def counted(axis: Axis) -> tuple[int, list[int], int]:
+    """Calls that one process makes of what all ask for; what it yields; the result."""
+    calls, rows = [], share_rows(axis, halo.LEAST_ROWS * axis.count - 1)
+
+    def steps() -> Any:
+        calls.append(1)
+        yield 7
+        return axis.rank
+
+    def drain() -> Any:
+        result = yield from rows.steps(steps())
+        calls.append(result)
+
+    yielded = list(drain())
+    result = rows.run(lambda: calls.append(1) or len(calls))  # type: ignore[func-returns-value]
+    return len(calls), yielded, result
+
+
+@pytest.mark.slow
+def test_few_rows_are_computed_once(two: Together) -> None:
+    assert two(counted) == [(3, [7], 3), (1, [], 3)]
+
+
+def test_parts_of_rows() -> None:
+    least = halo.LEAST_ROWS
+    assert share_rows(Axis(count=2), 45).heights == (23, 22)
+    assert not share_rows(Axis(count=3), 3 * least - 1).split
+    assert share_rows(Axis(count=3), 3 * least).heights == (least,) * 3
+    assert not share_rows(Axis(), 1000).split
+    rows = planned_rows(Layout(dp=2, cfg=2, cp=2), 90)
+    assert rows.heights == (23, 23, 22, 22)
+    assert rows.largest(90) == 23
+    assert share_rows(Axis(), 90).largest(90) == 90
+    pieces = [replace(rows, axis=Axis(n, 4)).part(torch.arange(180), 0) for n in range(4)]
+    assert torch.equal(torch.cat(pieces), torch.arange(180))
