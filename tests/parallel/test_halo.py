@@ -16,14 +16,14 @@ from tiny.export import draw_weights
 from worldline.errors import NonFiniteError
 from worldline.nn.pieces import CausalCache, CausalTokenizer, decode_stream, encode_stream
 from worldline.parallel import halo
-from worldline.parallel.halo import Rows, planned_rows, share_rows
-from worldline.parallel.mesh import Axis, Layout
+from worldline.parallel.halo import Rows, share_rows
+from worldline.parallel.mesh import Axis, Layout, Mesh
+from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, FrameNorm
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
 from worldline.video.convert import signed_to_uint8
 
 NEAR = {"atol": 3e-5, "rtol": 1e-4}
-FEW = 2  # rows of a process, fewer than users have
 
 
 def build(name: str) -> CausalTokenizer:
@@ -41,11 +41,16 @@ def picture(model: CausalTokenizer, rows: int, latent_frames: int, batch: int = 
 
 
 def shared(axis: Axis, rows: int) -> Rows:
-    chosen, halo.LEAST_ROWS = halo.LEAST_ROWS, FEW
+    """Rows of a picture that is split though it is small."""
+    chosen, halo.LEAST_PIXELS = halo.LEAST_PIXELS, 0
     try:
-        return share_rows(axis, rows)
+        return share_rows(mesh(axis), VideoShape(1, rows, 1), 1)
     finally:
-        halo.LEAST_ROWS = chosen
+        halo.LEAST_PIXELS = chosen
+
+
+def mesh(axis: Axis) -> Mesh:
+    return Mesh(Layout(cp=axis.count), video=axis)
 
 
 @torch.inference_mode()
@@ -161,7 +166,7 @@ def test_what_is_not_finite_in_one_process_is_refused_in_all(two: Together) -> N
 
 def counted(axis: Axis) -> tuple[int, list[int], int]:
     """Calls that one process makes of what all ask for; what it yields; the result."""
-    calls, rows = [], share_rows(axis, halo.LEAST_ROWS * axis.count - 1)
+    calls, rows = [], share_rows(mesh(axis), VideoShape(9, 192, 320), 8)
 
     def steps() -> Any:
         calls.append(1)
@@ -182,15 +187,30 @@ def test_few_rows_are_computed_once(two: Together) -> None:
     assert two(counted) == [(3, [7], 3), (1, [], 3)]
 
 
-def test_parts_of_rows() -> None:
-    least = halo.LEAST_ROWS
-    assert share_rows(Axis(count=2), 45).heights == (23, 22)
-    assert not share_rows(Axis(count=3), 3 * least - 1).split
-    assert share_rows(Axis(count=3), 3 * least).heights == (least,) * 3
-    assert not share_rows(Axis(), 1000).split
-    rows = planned_rows(Layout(dp=2, cfg=2, cp=2), 90)
-    assert rows.heights == (23, 23, 22, 22)
-    assert rows.largest(90) == 23
-    assert share_rows(Axis(), 90).largest(90) == 90
-    pieces = [replace(rows, axis=Axis(n, 4)).part(torch.arange(180), 0) for n in range(4)]
-    assert torch.equal(torch.cat(pieces), torch.arange(180))
+@pytest.mark.parametrize(
+    ("count", "size", "cell", "heights"),
+    [
+        (1, (704, 1280), 8, None),
+        (2, (720, 1280), 16, (23, 22)),
+        (8, (704, 1280), 8, (11,) * 8),
+        (8, (640, 1024), 16, (5,) * 8),
+        (3, (64, 4096), 16, None),  # one would have a single row
+        (2, (128, 192), 8, None),  # too few pixels to gain by it
+    ],
+)
+def test_rows_of_each_process(
+    count: int, size: tuple[int, int], cell: int, heights: tuple[int, ...] | None
+) -> None:
+    """A plan for processes that have not met counts as they do once they have."""
+    video = VideoShape(9, *size)
+    rows = share_rows(Mesh(Layout(dp=3, cp=count)), video, cell)
+    assert rows == share_rows(mesh(Axis(count=count)), video, cell)
+    assert rows.split == (heights is not None)
+    if heights:
+        assert rows.heights == heights
+        assert rows.largest(sum(heights)) == max(heights)
+        x = torch.arange(2 * sum(heights))
+        parts = [replace(rows, axis=Axis(rank, count)).part(x, 0) for rank in range(count)]
+        assert torch.equal(torch.cat(parts), x)
+    else:
+        assert rows.largest(12_345) == 12_345

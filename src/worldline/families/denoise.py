@@ -22,7 +22,7 @@ from worldline.memory import Stage, denoise_bytes
 from worldline.nn.attention import backend_name
 from worldline.nn.dit import PATCH
 from worldline.nn.pieces import decode_stream
-from worldline.parallel.halo import WHOLE, Rows, planned_rows, share_rows
+from worldline.parallel.halo import WHOLE, Rows, share_rows
 from worldline.report import Recorder, log_result
 from worldline.request import VideoRequest
 from worldline.sampling.solvers import Stepped, Steps, standard_noise
@@ -131,7 +131,7 @@ def stages(
     if (text := opened.get("text")) and "text" not in unused(opened, request):
         yield Stage("text", "text", text.nbytes(compute) // 20 + features)
     config, grid = opened.config, grid_of(opened, video)
-    rows = planned_rows(compute.mesh.layout, grid.height)
+    rows = share_rows(compute.mesh, video, opened["tokenizer"].config.spatial)
     yield Stage("encode", "tokenizer", rows.largest(coding[0]))
     denoising = denoise_bytes(config, grid, compute.dtype, opened.text_length, fused=compute.fused)
     yield Stage("denoise", "transformer", features + denoising)
@@ -196,10 +196,10 @@ def generate(
     def preview(done: int, denoised: Tensor) -> Frames | None:
         if not request.preview_every or done % request.preview_every:
             return None
-        spatial = parts.opened["tokenizer"].config.spatial
         return preview_frames(restore(parts, denoised.float()), parts.colours, spatial)
 
-    rows = share_rows(parts.compute.mesh.video, grid_of(parts.opened, request.video).height)
+    spatial = parts.opened["tokenizer"].config.spatial
+    rows = share_rows(parts.compute.mesh, request.video, spatial)
     todo = windows(parts.opened, request)
     for number, (window, end) in enumerate(todo):
         if made:

@@ -17,15 +17,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldline.parallel.mesh import Axis, Layout
+from worldline.parallel.mesh import Axis, Mesh
+from worldline.shapes import VideoShape
 
 Result = TypeVar("Result")
 Yielded = TypeVar("Yielded")
 
-# Rows of latents a process, below which the first computes alone; two are needed. A convolution of
-# four rows of 1280 pixels takes 0.1 ms on an H200 (1.95 s for 88 rows and 800 convolutions of Wan),
-# about as long as it takes to start an exchange.
-LEAST_ROWS = 4
+LEAST_ROWS = 2  # of latents, of a process: strips at its borders have three
+# Pixels of a frame, of a process, below which the first computes alone. A convolution over as many
+# takes 0.1 ms on an H200 (1.95 s for 704 x 1280 by the 800 convolutions of Wan), no longer than to
+# start an exchange; by gloo on one machine it is some ms. At 0 all split, at infinity none.
+LEAST_PIXELS = 40_000
 
 
 @dataclass(frozen=True)
@@ -136,14 +138,19 @@ class Rows:
 WHOLE = Rows()
 
 
-def planned_rows(layout: Layout, rows: int) -> Rows:
-    """`share_rows` of a layout that is not made."""
-    return share_rows(Axis(count=layout.video), rows)
+def share_rows(mesh: Mesh, video: VideoShape, cell: int) -> Rows:
+    """Rows of a video over the processes that make it, or all in the first where they are few.
 
-
-def share_rows(axis: Axis, rows: int) -> Rows:
-    """So many rows of latents over processes, or all in the first where they are few."""
-    if rows < LEAST_ROWS * axis.count:
+    Args:
+        mesh: of the processes; of one that is not made, its layout counts.
+        video: its size.
+        cell: pixels that a latent cell covers on each side.
+    """
+    axis, rows = mesh.video, video.height // cell
+    if axis.count != mesh.layout.video:
+        axis = Axis(count=mesh.layout.video)
+    few = rows < LEAST_ROWS * axis.count or video.height * video.width < LEAST_PIXELS * axis.count
+    if few:
         return Rows(axis)
     each, more = divmod(rows, axis.count)
     return Rows(axis, tuple(each + (rank < more) for rank in range(axis.count)))

@@ -35,7 +35,7 @@ from worldline.family import Compute, Opened, Parts
 from worldline.memory import Stage, denoise_bytes
 from worldline.nn.pieces import decode_stream
 from worldline.opening import refuse_unless_equal
-from worldline.parallel.halo import WHOLE, Rows, planned_rows, share_rows
+from worldline.parallel.halo import WHOLE, Rows, share_rows
 from worldline.report import log_result
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, make_sigmas, sample
 from worldline.sampling.solvers import Steps, standard_noise
@@ -118,7 +118,7 @@ class DecoderNetwork(Network[DiTConfig]):
         yield Stage("denoise", "decoder", denoising)
         video = grid.video(continuous.temporal, continuous.spatial)
         _, decoding = diffusion.encode_and_decode_bytes(continuous, video, compute)
-        rows = planned_rows(compute.mesh.layout, grid.height)
+        rows = share_rows(compute.mesh, video, continuous.spatial)
         yield Stage("decode", "decoder_tokenizer", rows.largest(decoding))
 
     def decode(
@@ -132,7 +132,8 @@ class DecoderNetwork(Network[DiTConfig]):
         context = self.context if context is None else context
         windows, latents = split_windows(ids, DECODER_WINDOW, OVERLAP), list[Tensor]()
         noise = standard_noise(job.request.seed, (1, self.config.latent_channels, *astuple(grid)))
-        rows = share_rows(parts.compute.mesh.video, grid.height)
+        fine = grid.video(coder.config.temporal, coder.config.spatial)
+        rows = share_rows(parts.compute.mesh, fine, coder.config.spatial)
         steps = len(make_sigmas(SAMPLER_OF[self.generation], self.num_steps)) - 1  # of a window
         for number, window in enumerate(windows):
             with stage(job.recorder, "denoise"), parts.loaded["decoder"].on_device() as model:

@@ -32,7 +32,7 @@ from worldline.families.autoregressive.weights import open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
-from worldline.parallel.halo import WHOLE, Rows, planned_rows, share_rows
+from worldline.parallel.halo import WHOLE, Rows, share_rows
 from worldline.report import Recorder, log_result
 from worldline.repositories import model_name
 from worldline.sampling.tokens import CHUNK, Sampling, decode, draw_noise
@@ -71,7 +71,7 @@ def generate_together(
     yield 0, Step("encode", 0, 1)
     clips = [job.clip for job in jobs]
     ids = encode_clips(parts, clips, request.num_input_frames, recorder, request.fit)
-    rows = token_rows(parts)
+    rows = token_rows(opened, parts.compute)
     videos = [Decoding(video_of(opened, request), ids.shape[1], rows) for _ in jobs]
     size, done = config.grid.tokens_per_frame, 0
     count = size * (latent_frames(opened, request) - ids.shape[1])
@@ -148,7 +148,7 @@ def encode_clips(
     parts: Parts, clips: Sequence[Any], num_frames: int, recorder: Recorder, fit: Fit = "crop"
 ) -> Tensor:
     """Token ids (B, t, h, w), int64, of the last frames of clips; later frames change none."""
-    shape, rows = window_shape(parts.opened), token_rows(parts)
+    shape, rows = window_shape(parts.opened), token_rows(parts.opened, parts.compute)
 
     def encode(tokenizer: CosmosTokenizer) -> Iterator[Tensor]:
         # one at a time, so that each gets the ids that it gets alone
@@ -164,9 +164,9 @@ def encode_clips(
     return ids
 
 
-def token_rows(parts: Parts) -> Rows:
+def token_rows(opened: Opened, compute: Compute) -> Rows:
     """Rows of tokens that this process encodes and decodes."""
-    return share_rows(parts.compute.mesh.video, parts.config.grid.height)
+    return share_rows(compute.mesh, window_shape(opened), opened["tokenizer"].config.spatial)
 
 
 class Decoding:
@@ -347,9 +347,7 @@ def stages(opened: Opened, request: ARRequest, compute: Compute) -> Iterator[Sta
     # of a window; of a longer clip the keys and values of what was decoded stay besides
     beyond = max(0, latent_frames(opened, request) - config.grid.frames)
     past = 2 * beyond * config.grid.tokens_per_frame * tokenizer.level_channels[-1] * size
-    coding = planned_rows(compute.mesh.layout, config.grid.height).largest(
-        coding_bytes(cells, widest, size) + past
-    )
+    coding = token_rows(opened, compute).largest(coding_bytes(cells, widest, size) + past)
     yield Stage("encode", "tokenizer", coding)
     rows = config.depth * config.length
     if config.context_width:
