@@ -98,14 +98,18 @@ def _fill(module: torch.nn.Module) -> None:
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder with random weights; copy it before changing it."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    transformer = ARTransformer(SMALL_TRANSFORMER)
+    return make_small_world(tmp_path_factory.mktemp("checkpoints"), SMALL_TRANSFORMER)
+
+
+def make_small_world(root: Path, config: ARTransformerConfig) -> Path:
+    """Write an autoregressive base model and its tokenizer below `root`."""
+    transformer = ARTransformer(config)
     _fill(transformer)
     folder = root / MODEL
     folder.mkdir()
     tensors = {KEYS.released(n): p.detach().bfloat16() for n, p in transformer.named_parameters()}
     save(tensors, folder / "model.pt")
-    (folder / "config.json").write_text(json.dumps(autoregressive_settings(SMALL_TRANSFORMER)))
+    (folder / "config.json").write_text(json.dumps(autoregressive_settings(config)))
     tokenizer = CosmosTokenizer(SMALL_TOKENIZER)
     _fill(tokenizer)
     folder = root / TOKENIZER
