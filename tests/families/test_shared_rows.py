@@ -28,7 +28,7 @@ FLOW = Path(tiny_predict2_5.POST.repository).name
 CHUNKS = {"height": 80, "width": 48, "num_video_frames": 21, "num_steps": 2, "preview_every": 2}
 CHUNKS |= {"chunk_size": 9, "chunk_overlap": 5, "num_input_frames": 5}
 CLIP = {"height": 48, "width": 48, "num_input_frames": 9, "num_steps": 2, "preview_every": 1}
-# 5 rows of tokens, 10 of the latents of the diffusion decoder; one frame is drawn anew
+# 5 rows of tokens, 10 of the latents of the diffusion decoder, which takes two windows
 TALL = replace(SMALL_TRANSFORMER, grid=LatentShape(5, 5, 3))
 DRAWN = {"temperature": 0, "num_input_frames": 9, "num_video_frames": 65}
 # load options and a request of a world, and whether it takes a prompt
@@ -74,8 +74,13 @@ def make(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("least", [0, math.inf], ids=["split", "once"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "least"),
+    [
+        *((case, 0) for case in CASES),
+        *((case, math.inf) for case in ("chunks", "rollout", "decoder")),
+    ],
+)
 def test_frames_are_those_of_one_process(
     two: Together,
     request: pytest.FixtureRequest,

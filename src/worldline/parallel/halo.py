@@ -23,10 +23,9 @@ from worldline.shapes import VideoShape
 Result = TypeVar("Result")
 Yielded = TypeVar("Yielded")
 
-LEAST_ROWS = 2  # of latents, of a process: strips at its borders have three
-# Pixels of a frame, of a process, below which the first computes alone. A convolution over as many
+# Pixels of a frame for each process, below which the first computes alone. A convolution of so many
 # takes 0.1 ms on an H200 (1.95 s for 704 x 1280 by the 800 convolutions of Wan), no longer than to
-# start an exchange; by gloo on one machine it is some ms. At 0 all split, at infinity none.
+# start an exchange; through gloo that takes some ms. At 0 all is split, at infinity nothing.
 LEAST_PIXELS = 40_000
 
 
@@ -103,35 +102,35 @@ class Rows:
 
         `layer` pads with zeros: all sides, or with a stride of 2 the right and the bottom alone. At
         the border to a neighbour its result is replaced by that of three rows, one of which arrives
-        while it computes all others. H is 2 or more.
+        while it computes all others.
         """
         if not self.split:
             return layer(cells)
-        ends, both = {-1: cells[:, :, :1], 1: cells[:, :, -1:]}, stride == 1
-        sides = [side for side in ends if 0 <= self.axis.rank + side < len(self.heights)]
-        arriving = {
-            side: torch.empty_like(ends[side], memory_format=torch.contiguous_format)
-            for side in sides
-            if both or side > 0
-        }
-        sent = {side: ends[side].contiguous() for side in sides if both or side < 0}
+        height, rank = cells.shape[2], self.axis.rank
+        ends = {-1: cells[:, :, :1].contiguous(), 1: cells[:, :, -1:].contiguous()}
+        beyond = {side: torch.zeros_like(end) for side, end in ends.items()}
+        sides = [side for side in ends if 0 <= rank + side < len(self.heights)]
+        sent = [side for side in sides if stride == 1 or side < 0]
+        received = [side for side in sides if stride == 1 or side > 0]
         exchange = [
-            dist.P2POp(way, row, group=self.axis.group, group_peer=self.axis.rank + side)
-            for way, rows in ((dist.isend, sent), (dist.irecv, arriving))
-            for side, row in rows.items()
+            dist.P2POp(way, rows[side], group=self.axis.group, group_peer=rank + side)
+            for way, rows, sides in ((dist.isend, ends, sent), (dist.irecv, beyond, received))
+            for side in sides
         ]
         pending = dist.batch_isend_irecv(exchange)
         result = layer(cells)
         for work in pending:
             work.wait()
-        if arriving:
+        if received:
+            rows = {-1: beyond[-1], height: beyond[1]}
+            centres = [0 if side < 0 else height - 1 for side in received]
             strips = [
-                torch.cat([row, cells[:, :, :2]] if side < 0 else [cells[:, :, -2:], row], dim=2)
-                for side, row in arriving.items()
+                torch.cat([rows.get(n, cells[:, :, n : n + 1]) for n in (c - 1, c, c + 1)], dim=2)
+                for c in centres
             ]
             borders = layer(torch.cat(strips))[:, :, 1 // stride].chunk(len(strips))
-            for side, border in zip(arriving, borders, strict=True):
-                result[:, :, 0 if side < 0 else -1] = border
+            for centre, border in zip(centres, borders, strict=True):
+                result[:, :, centre // stride] = border
         return result
 
 
@@ -149,8 +148,7 @@ def share_rows(mesh: Mesh, video: VideoShape, cell: int) -> Rows:
     axis, rows = mesh.video, video.height // cell
     if axis.count != mesh.layout.video:
         axis = Axis(count=mesh.layout.video)
-    few = rows < LEAST_ROWS * axis.count or video.height * video.width < LEAST_PIXELS * axis.count
-    if few:
+    if rows < axis.count or video.height * video.width < LEAST_PIXELS * axis.count:
         return Rows(axis)
     each, more = divmod(rows, axis.count)
     return Rows(axis, tuple(each + (rank < more) for rank in range(axis.count)))
