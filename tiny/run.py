@@ -15,7 +15,8 @@ from torch import nn
 
 from tiny import sizes
 from tiny.export import draw_weights
-from worldline.parallel.ranks import ALONE, Ranks, join, leave
+from worldline.parallel import job
+from worldline.parallel.mesh import ALONE, Axis
 from worldline.train.loop import LoopConfig, Objective, fit
 from worldline.weights.networks import Network
 
@@ -72,7 +73,7 @@ class Run:
     compiled: bool = False
     graphed: bool = False
     device: str = "cpu"
-    ranks: Ranks = ALONE
+    ranks: Axis = ALONE.world
 
     @property
     def half(self) -> torch.dtype:
@@ -125,14 +126,17 @@ def recipe(*options: Option) -> Callable[[Callable[..., None]], click.Command]:
 
     def command(function: Callable[..., None]) -> click.Command:
         def start(**values: Any) -> None:
-            common = {field.name: values.pop(field.name, ALONE) for field in fields(Run)}
+            common = {f.name: values.pop(f.name) for f in fields(Run) if f.name in values}
             if common["graphed"] and torch.device(common["device"]).type != "cuda":
                 raise click.UsageError(f"--graph needs a GPU, not --device {common['device']}")
-            common["ranks"], common["device"] = join(common["device"])
-            if not common["ranks"].first:  # one logs for all
+            ranks = job.join(torch.device(common["device"]))
+            common |= {"ranks": ranks, "device": str(ranks.device)}
+            if ranks.device.index is not None:
+                torch.cuda.set_device(ranks.device)  # a graph is recorded on the current device
+            if not ranks.first:  # one logs for all
                 logging.getLogger("tiny").setLevel(logging.WARNING)
             function(Run(**common), **values)
-            leave(common["ranks"])
+            job.leave()
 
         for option in reversed((*_COMMON, *options)):  # the last one added is listed first
             start = option(start)

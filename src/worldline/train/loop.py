@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
-from worldline.parallel.ranks import ALONE, Ranks
+from worldline.parallel.mesh import ALONE, Axis
 from worldline.train.optim import Average, make_optimizer, warmup_cosine
 from worldline.weights.checkpoint import open_checkpoint, save
 
@@ -71,7 +71,7 @@ def fit(
     folder: Path,
     *,
     seconds: float | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Axis = ALONE.world,
 ) -> tuple[int, Average]:
     """Train `module` in place, from the state in `folder` if there is one.
 
@@ -139,7 +139,7 @@ def fit(
                 log.info("%s", line)
             late = seconds is not None and seconds_done > seconds
             if ranks.count > 1:  # all stop at one step; asking each step would wait for the device
-                late = logged and ranks.any(late, figures["loss"].device)
+                late = logged and ranks.any(late)
             if ranks.first and (last or late or step % config.save_every == 0):
                 save(state, folder / STATE, {"step": step})
             if late:
