@@ -83,7 +83,9 @@ def test_wrong_values(kind: type[Request], options: dict[str, Any], message: str
         (ARRequest, {"rollout": "x"}, "rollout is 'x'; .* 'tokens' or 'pixels'"),
         (LoadOptions, {"dtype": torch.int8}, "dtype is 'int8'; .* 'bfloat16'"),
         (LoadOptions, {"checkpoint_dir": " "}, "checkpoint_dir: it is empty"),
-        (LoadOptions, {"num_gpus": 2}, "num_gpus is 2; .* 1$"),
+        (LoadOptions, {"num_gpus": 0}, "num_gpus is 0; .* 1 or .*'auto'"),
+        (LoadOptions, {"num_gpus": "2"}, "num_gpus is '2'; .* integer or .*'auto'"),
+        (LoadOptions, {"data_parallel": True}, "data_parallel is True; .* integer"),
         (AROptions, {"batch_size": 0}, "batch_size"),
         (DiffusionOptions, {"generation": "2"}, "generation is '2'; .* '1.0' or 'Predict1'"),
         (

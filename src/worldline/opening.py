@@ -175,8 +175,8 @@ def choose_compute(options: LoadOptions) -> Compute:
     Raises:
         InputError: the device does not exist here.
     """
-    device = choose_device(options.device)
-    device = job.join(device).device  # of several processes each has its own
+    device = choose_device(job.own_device(options.device))
+    job.join(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if options.dtype is not None:
         dtype = getattr(torch, options.dtype)

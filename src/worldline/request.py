@@ -271,7 +271,7 @@ class VideoRequest(Request):
         return {} if self.guidance else dict.fromkeys(unused, "guidance is 0")
 
 
-Count = Annotated[int, Field(ge=1, le=65536, strict=False)]
+Count = Annotated[int, Field(ge=1, le=65536)]
 
 
 def offload(subject: str, default: bool = False) -> Any:
@@ -297,12 +297,12 @@ class LoadOptions(Options):
     dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = Field(
         None, description="Precision of the networks.  [default: bfloat16 on a GPU, else float32]"
     )
-    num_gpus: Literal["auto"] | Count | None = Field(
+    num_gpus: Count | Literal["auto"] | None = Field(
         None,
         description="GPUs to run on, or auto for all of this machine; processes where there is "
         "none.  [default: the processes of torchrun, else 1]",
     )
-    data_parallel: Literal["auto"] | Count = Field(
+    data_parallel: Count | Literal["auto"] = Field(
         1, description="Groups of GPUs that make different videos of a batch; auto: as many as fit."
     )
     disable_guardrail: bool | None = Field(

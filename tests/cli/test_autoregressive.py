@@ -141,8 +141,9 @@ def test_progress_bar_on_a_terminal(
     ("words", "mentioned"),
     [
         ([], "--input_image_or_video_path --batch_input_path"),
-        (["CLIP", "--num_gpus", 2], "--num_gpus 2 1"),
-        (["CLIP", "--num_gpus", 0], "--num_gpus 0"),
+        (["CLIP", "--num_gpus", 0], "--num_gpus is 0 1 auto"),
+        (["CLIP", "--num_gpus", "many"], "--num_gpus many"),
+        (["CLIP", "--num_gpus", 2, "--device", "cpu:0"], "--device cpu:0 2"),
         (["CLIP", "--batch_input_path", "b"], "exclude each other"),
         (["--batch_input_path", "b", "--input_prompts_path", "b"], "--input_prompts_path"),
         (["--input_image_or_video_path", ""], "is empty"),
@@ -193,7 +194,7 @@ def test_several_processes(
     base: Make, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    check_refused(base("--input_image_or_video_path", clip), "WORLD_SIZE 4 1 GPU", tmp_path)
+    check_refused(base("--input_image_or_video_path", clip), "WORLD_SIZE 4 RANK torchrun", tmp_path)
 
 
 @pytest.mark.parametrize("typed", WITHOUT_PARTS)

@@ -70,7 +70,9 @@ REFUSED: dict[str, dict[str, str]] = {
         "--fps nan": "--fps nan",
         "--fps 101 --video_save_name x.gif": "101 100",
         "--preview_every -1": "--preview_every -1",
-        "--num_gpus 2": "--num_gpus 2",
+        "--num_gpus 2 --device mps": "--device mps 2",
+        "--num_gpus -1": "--num_gpus -1",
+        "--data_parallel 0": "--data_parallel 0 1 auto",
         "--seed -1 --fps 0": "--seed -1 --fps 0",
         "--video_save_name x.avi": "--video_save_name x.avi .mkv",
         "--video_save_name x.jpg": "--video_save_name x.jpg",
@@ -140,7 +142,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "--guardrail_dir ''": "--guardrail_dir empty",
         "--profile": "--profile",
         "--config-file x.py": "--config_file x.py --schedule",
-        "--context-parallel-size 8": "--context_parallel_size 8",
+        "--context-parallel-size 0": "--context_parallel_size 0",
         "--schedule linear": "--schedule linear karras shifted",
         "-o clip.mp4/x": "clip.mp4/x",
         "--inference-type video2world": "good.json 'good' input_path video2world",
@@ -232,7 +234,7 @@ def test_refusals(folder: Path) -> None:
 def test_several_processes(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.chdir(folder)
-    check_refused(run_words(command.split()), "WORLD_SIZE 4", folder)
+    check_refused(run_words(command.split()), "WORLD_SIZE 4 torchrun", folder)
 
 
 def pages(command: click.Command, *words: str) -> list[tuple[str, ...]]:

@@ -34,7 +34,7 @@ def make_parameter(name: str, field: FieldInfo, default: Any, negatable: bool) -
     if extra.get("argument"):
         return click.Argument([name], nargs=-1 if many else 1, required=required, metavar=metavar)
     spelling, kind = f"--{name}", get_args(kind)[0] if many else kind
-    settings: dict[str, Any] = {"type": kind if kind in (int, float) else str}
+    settings: dict[str, Any] = {"type": {int: NUMBER, float: float}.get(kind, str)}
     if get_origin(kind) is Literal:  # click's own metavar has _ in place of -
         settings = {"type": click.Choice(get_args(kind))}
         metavar = f"[{'|'.join(map(str, get_args(kind)))}]{'...' if many else ''}"
@@ -48,13 +48,23 @@ def make_parameter(name: str, field: FieldInfo, default: Any, negatable: bool) -
     return click.Option(names, help=help_of(field, default), **settings)
 
 
+class Number(click.types.IntParamType):
+    """A whole number, or the word auto, which a field takes or not."""
+
+    def convert(self, value: Any, *place: Any) -> Any:
+        return value if value == "auto" else super().convert(value, *place)
+
+
+NUMBER = Number()
+
+
 def kind_of(field: FieldInfo) -> Any:
-    """Type of a field without None and annotations; str for a choice of types."""
+    """Type of a field without None and annotations; str for a choice that begins with words."""
     kind: Any = field.annotation
     while get_origin(kind) in (Annotated, Union, UnionType):
         kinds = [each for each in get_args(kind) if each is not NoneType]
         single = get_origin(kind) is Annotated or len(kinds) == 1
-        kind = kinds[0] if single else str
+        kind = kinds[0] if single or get_origin(kinds[0]) is Annotated else str
     return kind
 
 

@@ -63,8 +63,6 @@ def run(family: str, command: Command, context: click.Context) -> None:
     option_flags = stated(context, described.OPTIONS.flags().values())
     flags = parsed(context, reader.flags)
     options = described.OPTIONS.parse(option_flags)
-    if (count := processes_to_start(options)) > 1:
-        context.exit(job.launch(context.find_root().obj, count))
     items, problems = reader.read(flags, request_flags)
     if not items:
         refuse_problems(problems)
@@ -79,6 +77,8 @@ def run(family: str, command: Command, context: click.Context) -> None:
     from worldline.locate import locate
 
     place = locate(model, options.checkpoint_dir)
+    if (count := processes_to_start(options)) > 1:
+        context.exit(job.launch(context.find_root().obj, count))
     # they import torch: not before the place is found
     from worldline.opening import arrange, choose_compute, open_world
     from worldline.world import fingerprint
@@ -102,18 +102,12 @@ def processes_to_start(options: LoadOptions) -> int:
     count = options.processes
     if job.place().count > 1 or count in (None, 1):
         return 1
-    if count == "auto" or options.device in (None, "cuda"):
+    if count == "auto":
         import torch
 
-        gpus = torch.cuda.device_count() if options.device in (None, "cuda") else 0
-        if count == "auto":
-            return max(1, gpus)
-        if gpus and gpus < count:
-            raise InputError(f"--num_gpus {count}: this machine has {gpus}; give at most {gpus}")
-    elif options.device != "cpu":
-        raise InputError(
-            f"--device {options.device}: {count} processes take a GPU each; leave it out"
-        )
+        gpus = torch.cuda.device_count() if options.device != "cpu" else 0
+        count = max(1, gpus)
+    job.own_device(options.device, job.Place(0, count, 0, count))
     return count
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from worldline.errors import Error, InputError, one_line
+from worldline.errors import Error, InputError, one_line, option
 
 if TYPE_CHECKING:
     import torch
@@ -200,14 +200,47 @@ def meet() -> Place:
     return here
 
 
+def own_device(name: str | None, here: Place | None = None) -> str | None:
+    """Device of one of several processes, each of which has a GPU, or none has.
+
+    Args:
+        name: as it was chosen for all; None is the GPU, if there is one.
+        here: the process; by default this one.
+
+    Raises:
+        InputError: there are more processes than GPUs, or the device is a single one.
+    """
+    here = here or (Place() if _alone else place())
+    if here.count == 1:
+        return name
+    if name not in (None, "cuda", "cpu"):
+        raise InputError(
+            f"{option('device', name)}: {here.count} processes cannot share it; give cuda, for a "
+            "GPU each, or cpu"
+        )
+    if name == "cpu":
+        return name
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if not (name or gpus):
+        return "cpu"
+    if gpus < here.local_count:
+        raise InputError(
+            f"{here.local_count} processes on this machine need a GPU each, and it has {gpus}; "
+            "start fewer, or give --device cpu"
+        )
+    return f"cuda:{here.local_rank}"
+
+
 def join(device: torch.device) -> Axis:
     """All processes of the job, each on its own device; of one alone, itself.
 
     Args:
-        device: "cuda", on which each takes the GPU of its number, or "cpu".
+        device: of this process.
 
     Raises:
-        InputError: there are more processes than GPUs, or no way for them to talk.
+        InputError: there is no way for them to talk.
         Error: they do not meet.
     """
     global _world
@@ -222,12 +255,6 @@ def join(device: torch.device) -> Axis:
         return _world
     here = _here
     if device.type == "cuda":
-        if (gpus := torch.cuda.device_count()) < here.local_count:
-            raise InputError(
-                f"{here.local_count} processes on this machine, but {gpus} GPUs; start as many "
-                "processes as GPUs, or give --device cpu"
-            )
-        device = torch.device("cuda", here.local_rank)
         torch.cuda.set_device(device)
     backends = {"gloo": "cpu:gloo"} | ({"nccl": "cuda:nccl"} if device.type == "cuda" else {})
     for name in backends:
