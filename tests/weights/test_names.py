@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -122,22 +123,56 @@ def test_what_is_not_of_a_set_stays_unknown(tmp_path: Path) -> None:
     assert source.entries.keys() - under("net.") == {"log.freqs"}
 
 
-def test_averages_are_never_mixed_with_other_weights(tmp_path: Path) -> None:
-    part = dict(list(under("net_ema.").items())[:2])
-    rest = dict(list(under("net.", LAST).items())[2:])
-    torch.save(under("net.", LAST) | part, tmp_path / "x.pt")
-    source = take_network(open_checkpoint(tmp_path / "x.pt"), ANCHOR, PREFIXES)
-    torch.save(rest | part, tmp_path / "halves.pt")
-    halves = take_network(open_checkpoint(tmp_path / "halves.pt"), ANCHOR, PREFIXES)
+def load(tensors: Mapping[str, Tensor], path: Path, bare: tuple[str, ...] = ()) -> nn.Module:
+    """Saved, opened and read into a network."""
+    torch.save(tensors, path / "x.pt")
+    source = take_network(open_checkpoint(path / "x.pt"), ANCHOR, PREFIXES)
     module = nn.Module()
     with torch.device("meta"):
         for name, tensor in NETWORK.items():
             module.register_parameter(name.replace(".", "_"), nn.Parameter(tensor.to("meta")))
-    keys = KeyMap({name: name.replace(".", "_") for name in NETWORK}, prefixes=PREFIXES)
+    ours = {name: name.replace(".", "_") for name in NETWORK}
+    keys = KeyMap(ours, prefixes=PREFIXES, bare=bare)
+    load_into(module, source, keys, device="cpu", dtype=torch.float32)
+    return module
+
+
+SETS = ("", "net.", "model.", "module.net_ema.", "ema.net.", "wrap.model.", "a.b.", "b.", "x.net.")
+
+
+def test_half_an_average_is_not_filled_up(tmp_path: Path) -> None:
+    part = dict(list(under("net_ema.").items())[:2])
     with pytest.raises(CheckpointError, match=r"net_ema\..*1 missing: net\.blocks\.1\.mix\.bias"):
-        load_into(module, source, keys, device="cpu", dtype=torch.float32)
-    with pytest.raises(CheckpointError, match=r"2 of another set: .*stem\.proj\.weight"):
-        load_into(module, halves, keys, device="cpu", dtype=torch.float32)
+        load(under("net.", LAST) | part, tmp_path)
+
+
+@pytest.mark.parametrize(("prefix", "beside"), [*permutations(SETS, 2)])
+def test_tensors_of_two_sets_are_no_network(prefix: str, beside: str, tmp_path: Path) -> None:
+    for size in (1, 2):  # the anchor is the first
+        half = dict(list(under(prefix).items())[:size])
+        rest = dict(list(under(beside, LAST).items())[size:])
+        for tensors in (half | rest, rest | half):
+            with pytest.raises(CheckpointError, match=r"[12] (of another set|missing|unknown): "):
+                load(tensors, tmp_path)
+    other = {f"{beside}blocks.1.mix.bias": torch.zeros(4)}
+    for tensors in (under(prefix) | other, other | under(prefix)):
+        if "ema" in beside and prefix:  # left out, with a note
+            bias = load(tensors, tmp_path).state_dict()["blocks_1_mix_bias"]
+            assert torch.equal(bias, NETWORK["blocks.1.mix.bias"])
+            continue
+        with pytest.raises(CheckpointError, match=r"(twice|unknown): .*blocks\.1\.mix\.bias"):
+            load(tensors, tmp_path)
+
+
+def test_names_that_never_have_a_prefix(tmp_path: Path) -> None:
+    for before in ("net.", "ema.net."):
+        stem = {f"{before.removesuffix('net.')}{ANCHOR[0]}": NETWORK[ANCHOR[0]]}
+        rest = {name: tensor for name, tensor in under(before).items() if ".blocks." in name}
+        source = rest | stem
+        torch.save(source, tmp_path / "x.pt")
+        with pytest.raises(CheckpointError, match="another set"):
+            load(source, tmp_path)
+        load(source, tmp_path, bare=("stem.*",))
 
 
 def test_several_sets_without_an_average(tmp_path: Path) -> None:

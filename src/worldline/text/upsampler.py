@@ -234,7 +234,7 @@ _RELEASED = {
 def key_map(network: nn.Module) -> KeyMap:
     """Names of a model.pt, some of which have the first "model."."""
     names = {renamed_by(_RELEASED, name): name for name in network.state_dict()}
-    return KeyMap(names, _DROPPED, ("model.", ""), uniform=False)  # the text's alone
+    return KeyMap(names, _DROPPED, ("model.", ""), bare=("vision_encoder.*", "mm_projector.*"))
 
 
 def _read_released(kind: Any, folder: Path, describes: bool) -> Any:

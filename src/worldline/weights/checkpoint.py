@@ -421,7 +421,8 @@ def take_network(
 ) -> Checkpoint:
     """Tensors of one network, of the averaged set where a file holds several.
 
-    Other sets and training state are left out; any other tensor stays, and is reported as unknown.
+    Other sets and training state are left out; any other tensor stays, and is reported as unknown:
+    one that lies outside of what was stripped by a name that no network has.
 
     Args:
         source: where they lie.
@@ -459,7 +460,11 @@ def take_network(
         if is_averaged(first) and not is_state(name):
             unread[first] = None
             return None
-        return None if is_state(name) or first in source.beside else name.removeprefix(stripped)
+        if is_state(name) or first in source.beside:
+            return None
+        # else it would take the place of a tensor of the set, or fill its gaps
+        outside = "" if name.startswith(stripped) else f" (beside {chosen})"
+        return f"{name.removeprefix(stripped)}{outside}"
 
     entries = {new: entry for n, entry in source.entries.items() if (new := rename(n)) is not None}
     notes = [f"averaged weights ({first}) in a form that is not read" for first in unread]

@@ -38,13 +38,13 @@ class KeyMap:
         drop: pattern (with `*`, as in file names) of other released names that are skipped ->
             reason.
         prefixes: what may stand before a released name; `released` writes the first.
-        uniform: whether one of them stands before all names of a network.
+        bare: patterns of released names that never have one; all others have the same.
     """
 
     rename: Mapping[str, str]
     drop: Mapping[str, str] = field(default_factory=dict)
     prefixes: tuple[str, ...] = ("",)
-    uniform: bool = True
+    bare: tuple[str, ...] = ()
 
     @cached_property
     def _released(self) -> dict[str, str]:
@@ -112,10 +112,10 @@ def match(
             pairs[ours] = name
         elif ours or not keymap.drops(name):
             unknown.append(name)
-    every = pairs.values()
-    prefix = next((p for p in keymap.prefixes if any(n.startswith(p) for n in every)), "")
+    prefixed = [name for name in pairs.values() if not matches(name, keymap.bare)]
+    prefix = next((p for p in keymap.prefixes if any(n.startswith(p) for n in prefixed)), "")
     problems = {
-        "of another set": [n for n in every if keymap.uniform and not n.startswith(prefix)],
+        "of another set": [name for name in prefixed if not name.startswith(prefix)],
         "wrong shape": [
             f"{name} is {list(tensors[name].shape)} in the file, expected {list(expected[ours])}"
             for ours, name in pairs.items()
