@@ -8,7 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from worldline.errors import CheckpointError, brief
+from worldline.errors import CheckpointError, brief, strerror
 from worldline.files import readable_size
 
 MAX_TEXT = 1 << 26  # bytes of a text that is read whole
@@ -86,8 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         settings = parse_json(read_text(path))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path} cannot be read: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read: {strerror(error)}") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} holds no settings, but a {type(settings).__name__}")
     return settings

@@ -31,7 +31,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from worldline.catalog import BUNDLED_PREFIX, ENTRIES, FLOW_MODELS, FLOW_TOKENIZER, Entry, find
 from worldline.documents import MAX_TEXT
-from worldline.errors import DownloadError, InputError, brief, did_you_mean, one_line
+from worldline.errors import DownloadError, InputError, brief, did_you_mean, one_line, strerror
 
 logger = logging.getLogger(__name__)
 
@@ -394,7 +394,7 @@ def fetch(
                 report(-target.tell())
                 part.unlink()
     except OSError as error:  # the part stays, and is used in the next run
-        raise DownloadError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise DownloadError(f"{path} cannot be written: {strerror(error)}") from error
     raise DownloadError(f"{damage}, twice; {path} was not written")
 
 

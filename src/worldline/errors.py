@@ -162,6 +162,11 @@ def one_line(error: BaseException) -> str:
     return ": ".join(names + lines)
 
 
+def strerror(error: BaseException) -> str:
+    """Reason that the system gives for an error, which names no file; else its text."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had too little memory; imports no torch."""
     return type(error).__name__ in ("MemoryError", "OutOfMemoryError")

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from worldline.errors import CheckpointError, InputError, brief
+from worldline.errors import CheckpointError, InputError, brief, strerror
 
 GIGABYTE = 1e9
 _LONGEST_NAME = 255  # bytes, of every common file system
@@ -65,7 +65,7 @@ def check_folder(folder: Path) -> None:
         with TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise InputError(f"{folder}: it cannot be written: {error.strerror}") from error
+        raise InputError(f"{folder}: it cannot be written: {strerror(error)}") from error
 
 
 def remove_stale(path: Path) -> None:
@@ -197,7 +197,7 @@ def refuse_broken(path: Path) -> None:
             hashed = "" if _fits_hash(path.resolve()) else "has another hash than its name"
             reason = page or hashed if head.strip(b"\0") else "is empty or starts with zeros"
     except OSError as error:
-        reason = f"cannot be read: {error.strerror or error}"
+        reason = f"cannot be read: {strerror(error)}"
     if reason:
         raise CheckpointError(f"{path} {reason}; download it again, or remove it")
 

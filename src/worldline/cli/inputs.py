@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from worldline.documents import MAX_PROBLEMS, read_entries
-from worldline.errors import InputError, brief
+from worldline.errors import InputError, brief, strerror
 from worldline.family import Item
 from worldline.files import check_path, file_name
 from worldline.request import Path as Named
@@ -205,8 +205,7 @@ def read_rows(file: Path) -> Iterator[tuple[int, str, Any]]:
                 for n, item in enumerate(values):
                     yield n, f"{file} item {n + 1} ({n}.mp4)", item
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{file}: {reason}; give a JSONL") from None
+        raise InputError(f"{file}: {strerror(error)}; give a JSONL") from None
 
 
 def list_files(folder: Path, suffixes: Collection[str] = ()) -> list[Path]:

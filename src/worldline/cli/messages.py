@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import click
 
-from worldline.errors import InputError, printable
+from worldline.errors import InputError, printable, strerror
 from worldline.events import EVENT, report_event
 
 
@@ -93,8 +93,8 @@ class Events(logging.FileHandler):
                         json.loads(line)["event"]
             super().__init__(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            reason = error.strerror or error
-            raise InputError(f"--log_json {path}: {reason}; give a file in a folder") from error
+            reason = f"{strerror(error)}; give a file in a folder"
+            raise InputError(f"--log_json {path}: {reason}") from error
         except (ValueError, TypeError, LookupError, RecursionError):
             raise InputError(f"--log_json {path}: it holds no events; give a new file") from None
         self.setLevel(EVENT)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worldline.documents import MAX_TEXT
-from worldline.errors import CheckpointError
+from worldline.errors import CheckpointError, strerror
 from worldline.files import refuse_broken
 from worldline.guardrails.base import Verdict
 from worldline.guardrails.look_alikes import latin, readings
@@ -386,5 +386,5 @@ def _entries(folder: Path) -> list[str]:
     try:
         paths = sorted(folder.iterdir())
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{folder} cannot be read: {strerror(error)}") from error
     return [line.strip() for path in paths for line in _text(path).splitlines()]

@@ -27,7 +27,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from worldline.errors import InputError
+from worldline.errors import InputError, strerror
 from worldline.files import disguise
 
 Frames: TypeAlias = NDArray[np.uint8]
@@ -281,17 +281,13 @@ def _read_head(path: Path) -> bytes:
             with path.open("rb") as file:
                 head = file.read(4096)
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        raise InputError(f"{path}: {_reason(error).lower()}") from None
+        raise InputError(f"{path}: {strerror(error).lower()}") from None
     if not stat.S_ISREG(mode):
         kind = "is a directory, " if stat.S_ISDIR(mode) else "is "
         raise InputError(f"{path} {kind}not a regular file; give a video or an image")
     if not head:
         raise InputError(f"{path} is empty (0 bytes)")
     return head
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)
 
 
 def _guess(head: bytes) -> str:
@@ -375,7 +371,7 @@ def _opened(path: Path) -> Iterator["_Video"]:
     except (av.error.FFmpegError, OSError, ValueError, LookupError, struct.error) as error:
         raise InputError(
             f"{path} is damaged, truncated or not an mp4, mov, mkv, webm or gif video"
-            f"{_guess(head)}, nor of another known format: {_reason(error)}"
+            f"{_guess(head)}, nor of another known format: {strerror(error)}"
         ) from None
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from av.video.reformatter import Colorspace
 from PIL import Image
 
-from worldline.errors import Error, InputError
+from worldline.errors import Error, InputError, strerror
 from worldline.files import replacing_all
 from worldline.video.read import BT709, Frames
 
@@ -197,7 +197,7 @@ def writing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def _cannot_write(path: Path, error: OSError) -> Error:
-    reason = error.strerror or str(error)
+    reason = strerror(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return Error(f"{path} was not written: {reason}; files that were there are untouched")
     return InputError(f"{path} cannot be written: {reason}")
@@ -245,7 +245,7 @@ def _encode(
             except av.error.FFmpegError as error:
                 raise Error(
                     f"{path} was not written: {encoder} cannot encode frames of {first.width} x "
-                    f"{first.height} at {float(rate):g} a second: {error.strerror or error}"
+                    f"{first.height} at {float(rate):g} a second: {strerror(error)}"
                 ) from error
     return file.getbuffer()
 

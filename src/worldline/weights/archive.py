@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION, StorageType
 
-from worldline.errors import CheckpointError, one_line
+from worldline.errors import CheckpointError, one_line, strerror
 from worldline.weights.names import is_averaged, is_state
 
 # Bytes of a pickle in a small file, and in any; a real one has about 130 a tensor. In memory it may
@@ -246,7 +246,7 @@ def open_pickled(path: Path) -> Pickled:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path} cannot be read: {strerror(error)}") from error
     except Exception as error:  # a damaged pickle may raise anything at all
         raise CheckpointError(
             f"{path} is cut short or damaged: it has {path.stat().st_size:,} bytes, and its "

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from worldline.documents import each_once
-from worldline.errors import CheckpointError, one_line
+from worldline.errors import CheckpointError, one_line, strerror
 from worldline.files import UNFINISHED, disguise, replacing
 from worldline.weights.formats import foreign
 from worldline.weights.names import ScaledTensor, is_averaged, is_state, normalise
@@ -290,8 +290,7 @@ def read_head(path: Path) -> bytes:
             return file.read(512)
     except OSError as error:
         target = f" (a link to {path.readlink()})" if path.is_symlink() else ""
-        reason = error.strerror or error
-        raise CheckpointError(f"{path}{target} cannot be read: {reason}") from error
+        raise CheckpointError(f"{path}{target} cannot be read: {strerror(error)}") from error
 
 
 def container(head: bytes) -> str:

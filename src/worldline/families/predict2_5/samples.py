@@ -19,7 +19,7 @@ from yaml.constructor import ConstructorError
 
 from worldline.catalog import FLOW_MODELS
 from worldline.documents import MAX_PROBLEMS, each_once, read_entries, read_text
-from worldline.errors import InputError
+from worldline.errors import InputError, strerror
 from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowRequest
 from worldline.family import Item
 from worldline.files import file_name, folded
@@ -300,7 +300,7 @@ def read_file(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
                 else:
                     yield place, value
         except OSError as error:
-            raise InputError(f"{file}: it cannot be read: {error.strerror}") from error
+            raise InputError(f"{file}: it cannot be read: {strerror(error)}") from error
         except (ValueError, yaml.YAMLError, RecursionError) as error:
             deep = isinstance(error, RecursionError)
             reason = "it is nested too deep" if deep else " ".join(str(error).split())
