@@ -240,7 +240,7 @@ def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]
     """Files of a repository, by one request."""
     url = f"{_endpoint()}/api/models/{repository}"
     url += f"/revision/{quote(revision, safe='')}" if revision else ""
-    where, start, content = f"{repository}: {_endpoint()}", time.monotonic(), b""
+    where, start, content = f"{repository}: {_endpoint()}", time.monotonic(), bytearray()
     try:
         with _stream(f"{url}?blobs=true") as response:
             _check(repository, "", response)

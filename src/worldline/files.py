@@ -18,11 +18,11 @@ from typing import Any
 from worldline.errors import CheckpointError, InputError, brief, strerror
 
 GIGABYTE = 1e9
-_LONGEST_NAME = 255  # bytes, of every common file system
+LONGEST_NAME = 255  # bytes, of every common file system
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 # with what a hub answers in place of a file that it does not give
 _REFUSALS = (b"entry not found", b"repository not found", b"invalid username", b"access to model")
-_HASHED = 1 << 26  # bytes of a file up to which it is compared with the hash in its name
+_LARGEST_HASHED = 1 << 26  # bytes of a file up to which it is compared with the hash in its name
 _BLOCK, _NUM_BLOCKS = 1 << 18, 256  # bytes and number of the blocks by which weights are hashed
 _MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:4]
 
@@ -131,7 +131,7 @@ def check_path(value: Any) -> Any:
         text = os.fspath(value)
         try:  # bytes of no encoding may come from the command line
             encoded = os.fsencode(text)
-            if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+            if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
                 raise ValueError
         except ValueError:
             raise InputError(f"{brief(text)} is not the name of a file") from None
@@ -205,7 +205,7 @@ def refuse_broken(path: Path) -> None:
 def _fits_hash(blob: Path) -> bool:
     """Whether a file of a hub's cache has the hash that it is named by; true of any other."""
     named = blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
-    if not named or blob.stat().st_size > _HASHED:
+    if not named or blob.stat().st_size > _LARGEST_HASHED:
         return True
     data = blob.read_bytes()
     git = hashlib.sha1(b"blob %d\0%b" % (len(data), data), usedforsecurity=False)

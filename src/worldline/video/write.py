@@ -24,7 +24,7 @@ from av.video.reformatter import Colorspace
 from PIL import Image
 
 from worldline.errors import Error, InputError, strerror
-from worldline.files import replacing_all
+from worldline.files import LONGEST_NAME, replacing_all
 from worldline.video.read import BT709, Frames
 
 # Quality is above the reference's (crf 25): a finer quantiser costs little on 33 frames, and clips
@@ -159,7 +159,7 @@ def check_destination(path: str | Path, fps: float = 1, *, resume: bool = False)
         )
     # `replacing` gives a name that is longer
     size = max(len(os.fsencode(name)) for name in (*path.parts, path.name + 24 * "x"))
-    if size > 255:  # limit of Linux and macOS
+    if size > LONGEST_NAME:
         raise InputError(f"{path} cannot be written: a name has {size} bytes; give a shorter one")
     try:
         folder = path.is_dir()
