@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from worldline.documents import each_once
+from worldline.documents import parse_json, read_text
 from worldline.errors import CheckpointError, one_line, strerror
 from worldline.files import UNFINISHED, disguise, replacing
 from worldline.weights.formats import foreign
@@ -364,11 +364,9 @@ def _read_index(path: Path) -> dict[str, Path]:
         CheckpointError: it is no index, or names other folders.
     """
     try:
-        if (nbytes := path.stat().st_size) > _LARGEST_HEADER:
-            raise ValueError(f"{nbytes:,} bytes")
-        places = json.loads(path.read_bytes(), object_pairs_hook=each_once)["weight_map"]
+        places = parse_json(read_text(path))["weight_map"]
         return {tensor: path.with_name(name) for tensor, name in places.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"{path} is a text, not weights, nor an index: {one_line(error):.200}"
         raise CheckpointError(reason) from error
 
