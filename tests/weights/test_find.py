@@ -159,6 +159,21 @@ def test_nemo_is_named(tmp_path: Path) -> None:
         open_weights(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [(b"GGUF\3\0", "GGUF"), (b"\x89HDF\r\n\x1a\n", "HDF5"), (b"\x1f\x8b\x08", "gzip")],
+)
+def test_other_formats_are_named(head: bytes, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "readme.txt").write_text("GGUF")
+    with pytest.raises(CheckpointError) as refusal:
+        open_weights(tmp_path)
+    assert "a.png" not in str(refusal.value)
+    (tmp_path / "model-Q8.x").write_bytes(head + bytes(600))
+    with pytest.raises(CheckpointError, match=rf"model\.pt.*model-Q8\.x is .*{kind}"):
+        open_weights(tmp_path)
+
+
 def test_a_snapshot_of_a_hub_cache(tmp_path: Path) -> None:
     repository = tmp_path / "models--a--b"
     assert locate(str(repository.parent), "nowhere").named == repository.parent

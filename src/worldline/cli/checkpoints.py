@@ -237,7 +237,7 @@ def examine(path: Path, values: bool) -> Lines:
 def find_targets(root: Path) -> list[Path]:
     """Folders of models in a folder; files of a folder where it is not clear which are a model."""
     from worldline.weights.checkpoint import METADATA, is_container
-    from worldline.weights.networks import TRAINING_STATE, nemo, weights_in
+    from worldline.weights.networks import TRAINING_STATE, foreign_files, weights_in
 
     folders = {
         path.parent
@@ -254,7 +254,8 @@ def find_targets(root: Path) -> list[Path]:
         except CheckpointError:
             targets += weights_in(folder) or [folder]
     if not targets:
-        raise CheckpointError(f"{root}: it holds no weights ({', '.join(WEIGHTS)}){nemo(root)}")
+        suffixes = ", ".join(WEIGHTS)
+        raise CheckpointError(f"{root}: it holds no weights ({suffixes}){foreign_files(root)}")
     return targets
 
 

@@ -19,6 +19,7 @@ _FORMATS = {
     rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF": "a picture",
     rb"%PDF": "a PDF",
 }
+BESIDE_WEIGHTS = ("a video", "a picture", "a PDF")  # often in a folder of weights
 
 
 def foreign(head: bytes) -> str:

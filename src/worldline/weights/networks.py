@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Self, TypeVar
@@ -30,9 +31,11 @@ from worldline.weights.checkpoint import (
     missing_parts,
     open_checkpoint,
     open_set,
+    read_head,
     refuse_nonfinite,
     take_network,
 )
+from worldline.weights.formats import BESIDE_WEIGHTS, foreign
 from worldline.weights.keymap import KeyMap, match, matches
 from worldline.weights.stream import load_into
 
@@ -281,7 +284,7 @@ def find_files(
         if files:
             return files
         others += [file.name for file in present]
-    half = half or unfinished(folder) or nemo(folder)
+    half = half or unfinished(folder) or foreign_files(folder)
     if others and not half:
         half = f"; not of this kind: {', '.join(others):.200}"
     raise CheckpointError(f"{folder} holds no {kind} (looked for {', '.join(tried)}){half}")
@@ -318,12 +321,16 @@ def weights_in(folder: Path) -> list[Path]:
     return [*firsts.values()]
 
 
-def nemo(folder: Path) -> str:
-    """End of a message about a folder without weights that is NeMo's; "" for others."""
+def foreign_files(folder: Path) -> str:
+    """End of a message about a folder without weights that others may have made; "" else."""
     marks = ("weights/metadata.json", "weights/common.pt", "model_config.yaml", "*.nemo")
-    if not any(any(folder.glob(mark)) for mark in marks):
-        return ""
-    return "; it is of NeMo (Megatron), which Worldline does not read: export its state_dict()"
+    if any(any(folder.glob(mark)) for mark in marks):
+        return "; it is of NeMo (Megatron), which Worldline does not read: export its state_dict()"
+    with suppress(CheckpointError):  # of a file that cannot be read
+        for path in sorted(filter(Path.is_file, folder.glob("*"))):
+            if (kind := foreign(read_head(path))) and kind not in BESIDE_WEIGHTS:
+                return f"; {path.name} is {kind}, which Worldline does not read"
+    return ""
 
 
 def open_weights(path: Path | Checkpoint, anchors: Anchors = ()) -> Checkpoint:
