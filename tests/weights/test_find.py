@@ -13,8 +13,15 @@ from torch import Tensor
 
 from worldline.errors import CheckpointError
 from worldline.locate import locate
+from worldline.weights import networks
 from worldline.weights.checkpoint import open_set
-from worldline.weights.networks import find_files, open_weights, training_files, weights_in
+from worldline.weights.networks import (
+    distributed_files,
+    find_files,
+    open_weights,
+    training_files,
+    weights_in,
+)
 
 ANCHORS = ("embed.weight",)
 MODEL = {"net.embed.weight": torch.arange(6.0).view(2, 3), "net.head.weight": torch.ones(3)}
@@ -157,6 +164,20 @@ def test_nemo_is_named(tmp_path: Path) -> None:
         (tmp_path / mark).write_text('{"sharded_backend": "zarr"}')
     with pytest.raises(CheckpointError, match="NeMo"):
         open_weights(tmp_path)
+
+
+def test_a_folder_of_very_many_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    for place in ("a", "a/b", "a/b/c"):
+        path = tmp_path / place / ".metadata"
+        path.touch()
+        assert distributed_files(tmp_path) == [f"{place}/.metadata"]
+        path.unlink()
+    (tmp_path / "b").mkdir()
+    monkeypatch.setattr(networks, "_MOST_FOLDERS", 1)
+    for place in ("a", "b"):
+        (tmp_path / place / ".metadata").touch()
+    assert len(distributed_files(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
