@@ -154,6 +154,11 @@ def test_resuming_makes_what_is_not_there_or_differs(
     (coded / "a.safetensors").unlink()
     os.utime(clips / "b.mp4", (1, 1))  # contents decide
     assert made(*encode) == {"a"}
+    whole = (coded / "a.safetensors").read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole.replace(b'"25.0"', b'"24.0"')):
+        assert damaged != whole
+        (coded / "a.safetensors").write_bytes(damaged)
+        assert made(*encode) == {"a"}
     (out / "b.json").unlink()
     assert made(*decode) == {"a", "b"}
     (out / "b.mp4").write_bytes(b"")

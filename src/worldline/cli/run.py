@@ -335,14 +335,17 @@ def is_finished(output: Path, fingerprint: str, quality: Mapping[str, Any]) -> b
     """Whether a file or folder is there, with a report of its bytes and of this fingerprint."""
     from worldline.video.read import check_written
     from worldline.video.write import encoding_of
-    from worldline.weights.checkpoint import open_checkpoint
+    from worldline.weights.checkpoint import content_digest, open_checkpoint
 
     if not output.exists():
         return False
     reason = "was made in another way"
     try:
         if output.suffix == ".safetensors":
-            report: Any = open_checkpoint(output).metadata
+            stored = open_checkpoint(output)
+            tensors, report = {name: stored.read(name) for name in stored.entries}, stored.metadata
+            if report.get("digest") != content_digest(tensors, report):
+                raise InputError("its header is of other numbers")
         else:
             report = read_json(output.with_suffix(".json"))
             if report.get("file_sha256") != digest(output):

@@ -319,13 +319,13 @@ def kind_of(config: CosmosTokenizerConfig) -> str:
 def encode_task(model: CosmosTokenizer, task: Task, fingerprint: str) -> str:
     from worldline.tokenizers.cosmos.clips import encode_clip
     from worldline.video.read import stream_media
-    from worldline.weights.checkpoint import save
+    from worldline.weights.checkpoint import content_digest, save
 
     stored, size = encode_clip(model, stream_media(task.path, model.chunk * model.config.temporal))
     kind = kind_of(model.config)
     made = {"fingerprint": fingerprint, "worldline": version("worldline")}
     header = {**task.header.model_dump(), **vars(size), **made}
-    save({kind: stored}, task.output, header)
+    save({kind: stored}, task.output, {**header, "digest": content_digest({kind: stored}, header)})
     return f"{in_words(size)} in {kind} {' x '.join(map(str, stored.shape))}"
 
 

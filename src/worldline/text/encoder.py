@@ -30,6 +30,7 @@ from worldline.parallel.offload import Offloadable
 from worldline.repositories import holds_diffusers, released_folders, unfinished
 from worldline.weights.checkpoint import (
     Checkpoint,
+    content_digest,
     open_checkpoint,
     open_set,
     save,
@@ -342,7 +343,7 @@ class EmbeddingCache:
                 return None
             entry = open_checkpoint(path)
             embedding = entry.read("embedding")
-            if entry.metadata.get("digest") != _digest(path.stem, embedding):
+            if entry.metadata.get("digest") != content_digest({path.stem: embedding}):
                 raise CheckpointError(f"{path} is not the entry that was written under its name")
         except (CheckpointError, OSError) as error:
             logger.info("a cached embedding is made anew: %s", error)
@@ -357,19 +358,12 @@ class EmbeddingCache:
             path = self.path(encoder, prompt)
             if path.is_dir():
                 remove(path)  # it would be in the way for ever
-            save({"embedding": embedding}, path, {"digest": _digest(path.stem, embedding)})
+            save({"embedding": embedding}, path, {"digest": content_digest({path.stem: embedding})})
             files = [path for path in self.folder.iterdir() if path.is_symlink() or path.is_file()]
             for file in sorted(files, key=lambda path: path.lstat().st_mtime)[: -self.largest]:
                 file.unlink(missing_ok=True)
         except OSError as error:  # a full disk, or an entry that another process removed
             logger.info("the cache of embeddings is left as it is: %s", error)
-
-
-def _digest(name: str, embedding: Tensor) -> str:
-    """SHA-256 of an entry: its name, which is of encoder and prompt, dtype, shape and numbers."""
-    digest = hashlib.sha256(f"{name} {embedding.dtype} {[*embedding.shape]}".encode())
-    digest.update(embedding.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class FastTokenizer:

@@ -6,6 +6,7 @@ A `FileTensor` is an entry of a header. Nothing of it is read until `read`, or `
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -533,6 +534,19 @@ def open_shards(paths: Sequence[Path]) -> Checkpoint:
         parts = tuple(shard.entries[name] for shard in shards)
         entries[name] = ShardedTensor(f"{first.path}: {name}", parts, axes[0])
     return replace(first, kind="tensor-parallel shards", entries=entries, files=tuple(paths))
+
+
+def content_digest(tensors: Mapping[str, Tensor], text: Mapping[str, object] = {}) -> str:
+    """SHA-256 of tensors on the CPU (names, dtypes, shapes, numbers) and of the text beside them.
+
+    A "digest" in the text does not count.
+    """
+    lines = [f"{key} {value}\n" for key, value in sorted(text.items()) if key != "digest"]
+    sha = hashlib.sha256("".join(lines).encode())
+    for name, tensor in tensors.items():
+        sha.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, object] = {}) -> None:
