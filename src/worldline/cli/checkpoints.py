@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOKENIZER = ("encoder", "decoder", "autoencoder")  # names of files
-_BESIDE = re.compile(r"((image_)?mean_std|aux_vars)\.(pt|safetensors)")  # read with weights
 _COMPLETE = "complete: every tensor fits"
 _REFUSALS = ("refused", "other")  # what a run refuses; the second is neither world nor part of one
 Lines = Iterator[tuple[str, str]]  # topic and text
@@ -198,12 +197,12 @@ def inspect(path: Path, values: bool, checkpoint_dir: str) -> None:
 
 def examine(path: Path, values: bool) -> Lines:
     """Contents of a file, or of the weights in a folder; with `values` the tensors are read."""
-    from worldline.weights.checkpoint import open_checkpoint
+    from worldline.weights.checkpoint import is_container, open_checkpoint
     from worldline.weights.stream import nonfinite_tensors
 
     if path.stem in _TOKENIZER[:2] and path.is_file():  # one of two: the whole model is examined
         path = path.parent
-    source = open_any(path)
+    source = stored = open_any(path)
     inside = f', inside ["{source.nesting}"]' if source.nesting else ""
     yield "format", f"{source.kind}{inside}"
     if source.beside:
@@ -224,7 +223,7 @@ def examine(path: Path, values: bool) -> Lines:
         started, nbytes = time.perf_counter(), sum(info.nbytes for info in source.tensors.values())
         wrong = nonfinite_tensors(source)
         speed = nbytes / (time.perf_counter() - started)
-        for file in (file for file in path.glob("*") if _BESIDE.fullmatch(file.name)):
+        for file in filter(is_container, sorted({*source.files} - {*stored.files})):
             wrong |= nonfinite_tensors(open_checkpoint(file))
         read = f"{readable_size(nbytes)} read, {readable_size(speed)} a second"
         yield "values", f"{read}; {len(wrong):,} tensors with NaN or Inf"
@@ -354,4 +353,4 @@ def _sizes(
     values = vars(network.config).items()
     yield "sizes", ", ".join(f"{name} {n}" for name, n in values if isinstance(n, int) and n)
     yield "parameters", f"{network.num_parameters:,}"
-    return network.source, "verdict", _COMPLETE
+    return replace(network.source, files=tuple(network.files)), "verdict", _COMPLETE

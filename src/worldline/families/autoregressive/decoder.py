@@ -15,7 +15,7 @@ nine are dropped, and time runs on evenly. The released code blends two frames i
 that time jumps back by seven frames at every seam; that is `seam="as_released"`.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -211,17 +211,17 @@ def open_network(opened: Opened) -> DecoderNetwork:
     network = open_dit(folder, settings)
     refuse_unless_equal(network, "vocabulary", transformer, "vocabulary")
     fields = {**vars(network), "blocks": BLOCKS, "rotary_precision": precision}
+    config, *contexts = network.beside
     if transformer.config.context_width is None:
-        path, context = read_context(folder, network.config.context_width)
-        fields |= {"context": context, "beside": (*network.beside, path)}
+        fields["context"] = read_context(contexts, network.config.context_width)
     else:
         refuse_unless_equal(network, "context_width", transformer, "context_width")
+        fields["beside"] = (config,)
     return DecoderNetwork(**fields, generation=generation_by_name(folder))
 
 
-def read_context(folder: Path, width: int) -> tuple[Path, Tensor]:
-    """File of the general prompt, and its embedding; its mask is never used, whatever it holds."""
-    paths = [folder / name for name in ("aux_vars.pt", "aux_vars.safetensors")]
+def read_context(paths: Sequence[Path], width: int) -> Tensor:
+    """Embedding of the general prompt; its mask is never used, whatever it holds."""
     aux = open_checkpoint(next(filter(Path.exists, paths), paths[0]))
     names = aux.tensors.keys()
     context = aux.read("context").float() if "context" in names else torch.empty(0)
@@ -230,7 +230,7 @@ def read_context(folder: Path, width: int) -> tuple[Path, Tensor]:
             f"{aux.path} has {', '.join(sorted(names)[:4])}, context {list(context.shape)}; a "
             f"finite context [1, rows, {width}] is expected"
         )
-    return aux.path, context
+    return context
 
 
 def decode_windows(

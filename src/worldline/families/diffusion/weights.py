@@ -23,6 +23,7 @@ from worldline.weights.networks import Flag, Network, Number, open_weights
 logger = logging.getLogger(__name__)
 
 _OUR_SETTINGS = ("rope_ratio", "base_fps", "text2world")  # one of them stands in our config.json
+CONTEXTS = ("aux_vars.pt", "aux_vars.safetensors")  # beside a decoder; one has the general prompt
 KEYS = KeyMap(
     prefixes=("net.", ""),
     rename=dit.expand(
@@ -82,7 +83,9 @@ def open_network(
         settings = read_settings(source.path.parent)
     keys = DIFFUSERS_KEYS if theirs else KEYS
     config = read_config(source, keys, settings)
-    return Network(DiT, config, source, keys, (source.path.parent / "config.json",)).check()
+    names = ("config.json", *(CONTEXTS if config.vocabulary else ()))
+    beside = tuple(source.path.parent / name for name in names)
+    return Network(DiT, config, source, keys, beside).check()
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
