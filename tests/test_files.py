@@ -185,8 +185,8 @@ def test_entries_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         path = tmp_path / f"x{suffix}"
         for text, entries in (
             (lines, by_line),
-            (json.dumps([one, two], indent=1), [("", 1, [one, two])]),
-            (json.dumps([one, two]), [("", 1, [one, two])]),
+            (json.dumps([one, two], indent=1), [("item", 1, one), ("item", 2, two)]),
+            (json.dumps([one, two]), [("item", 1, one), ("item", 2, two)]),
             (json.dumps(two, indent=1), [("", 1, two)]),
             (json.dumps(one), [("line" if suffix == ".jsonl" else "", 1, one)]),
         ):

@@ -92,11 +92,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return settings
 
 
+def listed(document: Any) -> Iterator[tuple[str, int, Any]]:
+    """Entries of a document: "item", its number from 1 and its value; "", 1 and all of no list."""
+    kind, values = ("item", document) if isinstance(document, list) else ("", [document])
+    yield from ((kind, number, value) for number, value in enumerate(values, 1))
+
+
 def read_entries(path: Path) -> Iterator[tuple[str, int, Any]]:
     """Entries of a batch, a JSON document or JSON lines; contents decide, not the suffix.
 
     Each is "line", its number from 1 and its value, or a ValueError in place of one that cannot be
-    read; of a document it is "", 1 and the whole value.
+    read; of a document they are as of `listed`.
 
     Raises:
         OSError, ValueError: the file cannot be read, is empty, or is a damaged document.
@@ -120,7 +126,7 @@ def read_entries(path: Path) -> Iterator[tuple[str, int, Any]]:
     if not isinstance(parse(head[0][1]), dict) or (len(head) == 1 and not lined):
         document = parse(text)
         if not isinstance(document, ValueError):
-            yield "", 1, document
+            yield from listed(document)
             return
         if not lined or document is many:
             raise document

@@ -197,13 +197,8 @@ def single_output(folder: str, name: str) -> Path:
 def read_rows(file: Path) -> Iterator[tuple[int, str, Any]]:
     """Number, place and value of every line of a JSONL, or of every item of a JSON document."""
     try:
-        for kind, line, value in read_entries(file):
-            if kind:
-                yield line - 1, f"{file} line {line} ({line - 1}.mp4)", value
-            else:
-                values = value if isinstance(value, list) else [value]
-                for n, item in enumerate(values):
-                    yield n, f"{file} item {n + 1} ({n}.mp4)", item
+        for kind, number, value in read_entries(file):
+            yield number - 1, f"{file} {kind or 'item'} {number} ({number - 1}.mp4)", value
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: {strerror(error)}; give a JSONL") from None
 

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field
 from yaml.constructor import ConstructorError
 
 from worldline.catalog import FLOW_MODELS
-from worldline.documents import MAX_PROBLEMS, each_once, read_entries, read_text
+from worldline.documents import MAX_PROBLEMS, each_once, listed, read_entries, read_text
 from worldline.errors import InputError, strerror
 from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowRequest
 from worldline.family import Item
@@ -288,13 +288,13 @@ def read_file(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
         try:
             entries: Iterable[tuple[str, int, Any]] = read_entries(file)
             if suffix in YAML:
-                entries = [("", 1, parse_yaml(read_text(file, _MAX_YAML)))]
+                entries = listed(parse_yaml(read_text(file, _MAX_YAML)))
             for kind, number, value in entries:
                 place = f"{file}, {kind} {number}" if kind else str(file)
                 if isinstance(value, ValueError):
                     problems.append(f"{place}: it is not valid {form}: {value}")
-                elif isinstance(value, list):
-                    yield from ((f"{place}, item {n}", one) for n, one in enumerate(value, 1))
+                elif isinstance(value, list) and kind == "line":
+                    yield from ((f"{place}, item {n}", one) for _, n, one in listed(value))
                 elif isinstance(value, dict) and isinstance(value.get("samples"), dict):
                     yield from ((place, one) for one in by_name(value))
                 else:
