@@ -11,22 +11,18 @@ random at full size. Each round starts a fresh process for each tree; outputs ar
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from two_trees import common_arguments, run_in, write_report
 
 BOUNDS = {  # seconds on one H200, copy rate, GEMM rate, convolutions alone
     "decode": 1.88e-3,
@@ -197,24 +193,8 @@ def wan(device: torch.device, tiny: bool) -> dict[str, Any]:
     }
 
 
-def run_worker(part: str, source: str, size: str) -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": f"{source}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, __file__, "--part", part, "--size", size]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{part} in {source}:\n{done.stderr}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", help="src of the earlier tree")
-    parser.add_argument("--head", default=str(Path(__file__).parents[1] / "src"))
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", choices=["full", "tiny"], default="full")
+    parser = common_arguments(__doc__)
     parser.add_argument("--part", choices=["decode", "forward", "wan"])
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -225,7 +205,8 @@ def main() -> None:
     for part in ("decode", "forward", "wan"):
         for _ in range(arguments.rounds):
             for tree in ("base", "head"):
-                found = run_worker(part, getattr(arguments, tree), arguments.size)
+                words = (__file__, "--part", part, "--size", arguments.size)
+                found = run_in(getattr(arguments, tree), *words)
                 for name, value in found.items():
                     values = value if isinstance(value, list) else [value]
                     rows.setdefault(name, {}).setdefault(tree, []).extend(values)
@@ -249,9 +230,7 @@ def main() -> None:
             "bound_seconds": BOUNDS[name],
             "all": {tree: [round(value, 6) for value in values] for tree, values in trees.items()},
         }
-    print(json.dumps(report, indent=1))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, arguments.output)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,7 @@ import argparse
 import gc
 import hashlib
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -25,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from two_trees import common_arguments, run_in, write_report
 
 
 def write(folder: Path, tiny: bool) -> None:
@@ -80,14 +78,8 @@ def read(folder: Path, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", help="src of the earlier tree")
-    parser.add_argument("--head", default=str(Path(__file__).parents[1] / "src"))
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = common_arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--size", choices=["full", "tiny"], default="full")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.read:
@@ -100,17 +92,8 @@ def main() -> None:
         for round_ in range(arguments.rounds):
             # each tree is first as often as it is last
             for tree in ("base", "head") if round_ % 2 == 0 else ("head", "base"):
-                path = f"{getattr(arguments, tree)}:{os.environ.get('PYTHONPATH', '')}"
-                words = [sys.executable, __file__, "--read", str(folder)]
-                done = subprocess.run(
-                    [*words, "--repeats", str(arguments.repeats)],
-                    env={**os.environ, "PYTHONPATH": path},
-                    capture_output=True,
-                    text=True,
-                )
-                if done.returncode:
-                    raise SystemExit(f"{tree}:\n{done.stderr}")
-                samples[tree].append(json.loads(done.stdout.splitlines()[-1]))
+                words = (__file__, "--read", folder, "--repeats", arguments.repeats)
+                samples[tree].append(run_in(getattr(arguments, tree), *words))
     cuda = torch.cuda.is_available()
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name() if cuda else "cpu",
@@ -132,9 +115,7 @@ def main() -> None:
         }
     totals = [report["open"][key] + report["read"][key] for key in ("seconds", "base_seconds")]
     report["ratio"] = round(totals[0] / totals[1], 4)
-    print(json.dumps(report, indent=1))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, arguments.output)
 
 
 if __name__ == "__main__":

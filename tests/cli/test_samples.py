@@ -17,8 +17,16 @@ from worldline.family import Item
 from .results import check_mentions
 
 ASSETS = Path(__file__).parents[3] / "shared" / "assets" / "predict2_5"
-BOMB = (("c", ""), ("d", "c"), ("e", "d"), ("f", "e"), ("g", "f"))  # an anchor, its alias
 TEXT = {"inference_type": "text2world", "prompt": "a ball rolls"}
+
+
+def bomb(start: str, innermost: str, end: str) -> str:
+    """YAML of five anchors, in each of which the one before stands 40 times."""
+    lines, value = [], innermost
+    for name in "cdefg":
+        lines.append(f"{name}: &{name} {start}{f'{value},' * 40}{end}\n")
+        value = f"*{name}"
+    return "".join(lines)
 
 
 def write(path: Path, value: Any) -> Path:
@@ -269,16 +277,8 @@ def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
         ("a.yaml", f"- 1\n- {'59:' * 99}1\n", "int 2"),
         ("a.yaml", "&a [*a]", "aliases"),
         ("a.yaml", "{" * 5000, "deep"),
-        (
-            "a.yaml",
-            "".join(f"{a}: &{a} [{(f'*{b},' if b else '0,') * 40}]\n" for a, b in BOMB),
-            "aliases",
-        ),
-        (
-            "a.yaml",
-            "".join(f"{a}: &{a} {{<<: [{f'*{b},' * 40 if b else '{{}}'}]}}\n" for a, b in BOMB),
-            "aliases",
-        ),
+        ("a.yaml", bomb("[", "0", "]"), "aliases"),
+        ("a.yaml", bomb("{<<: [", "{}", "]}"), "aliases"),
         ("a.json", json.dumps([{"input_video": "a.mp4"}]), "1 input_video input_path"),
     ],
 )
