@@ -48,7 +48,7 @@ def open_model_weights(path: Path) -> Checkpoint:
         if len(present) > 1:
             logger.info("%s holds several models: %s is taken", path, present[0].name)
         path = present[0] if present else path
-    source = open_weights(path, signatures())
+    source = open_weights(path, signatures)
     refuse_other_models(source)
     return source
 

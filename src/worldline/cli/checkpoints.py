@@ -267,7 +267,7 @@ def find_model(folder: Path) -> list[Path]:
     files = weights_in(folder)
     if any(file.stem in _TOKENIZER for file in files):
         return tokenizer_files(folder)
-    return files if len(files) == 1 else [weights_file(folder, signatures())]
+    return files if len(files) == 1 else [weights_file(folder, signatures)]
 
 
 def open_any(path: Path) -> Checkpoint:

@@ -343,7 +343,8 @@ def is_finished(output: Path, fingerprint: str, quality: Mapping[str, Any]) -> b
     try:
         if output.suffix == ".safetensors":
             stored = open_checkpoint(output)
-            tensors, report = {name: stored.read(name) for name in stored.entries}, stored.metadata
+            report: Any = stored.metadata
+            tensors = {name: stored.read(name) for name in stored.entries}
             if report.get("digest") != content_digest(tensors, report):
                 raise InputError("its header is of other numbers")
         else:

@@ -24,7 +24,7 @@ from torch import Tensor
 from worldline.documents import parse_json, read_text
 from worldline.errors import CheckpointError, one_line, strerror
 from worldline.files import UNFINISHED, disguise, replacing
-from worldline.weights.formats import foreign
+from worldline.weights.known import foreign
 from worldline.weights.names import ScaledTensor, is_averaged, is_state, normalise
 
 METADATA, DISTRIBUTED = ".metadata", ".distcp"  # file and suffix of a distributed checkpoint

@@ -36,14 +36,14 @@ from worldline.weights.checkpoint import (
     refuse_nonfinite,
     take_network,
 )
-from worldline.weights.formats import BESIDE_WEIGHTS, foreign
 from worldline.weights.keymap import KeyMap, match, matches
+from worldline.weights.known import BESIDE_WEIGHTS, foreign
 from worldline.weights.stream import load_into
 
 logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=Hashable)
-Anchors = tuple[str, ...]
+Anchors = tuple[str, ...] | Callable[[], tuple[str, ...]]
 
 DIFFUSERS_FILES = (
     "diffusion_pytorch_model.safetensors",
@@ -264,8 +264,8 @@ def find_files(
         folder: where they are looked for; the only weights, beside the names of `layouts`, too.
         layouts: in order of preference.
         kind: what is missing, for the message.
-        anchors: ends of names of tensors, of which one is in weights of this kind; they decide
-            about files whose names do not.
+        anchors: ends of names of tensors, or what lists them when they are needed; one of them is
+            in weights of this kind. They decide about files whose names do not.
 
     Raises:
         CheckpointError: there is none, or half of one, or several of unknown names.
@@ -282,9 +282,10 @@ def find_files(
             half = f"; it is half downloaded: {absent[0]} is missing"
         tried += names
     others: list[str] = []
+    ends = anchors() if callable(anchors) else anchors
     for place in dict.fromkeys((folder / name).parent for name in tried if not half):
         present = weights_in(place)
-        files = [file for file in present if not anchors or _holds(file, anchors)]
+        files = [file for file in present if not ends or _holds(file, ends)]
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise CheckpointError(f"{place} holds several files ({names:.200}); name one of them")
@@ -297,10 +298,10 @@ def find_files(
     raise CheckpointError(f"{folder} holds no {kind} (looked for {', '.join(tried)}){half}")
 
 
-def _holds(path: Path, anchors: Anchors) -> bool:
+def _holds(path: Path, ends: tuple[str, ...]) -> bool:
     """Whether weights hold one of some tensors, or are damaged, which is to be reported."""
     try:
-        return any(name.endswith(anchors) for name in open_set(path).entries)
+        return any(name.endswith(ends) for name in open_set(path).entries)
     except CheckpointError:
         return True
 
