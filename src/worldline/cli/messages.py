@@ -93,8 +93,8 @@ class Events(logging.FileHandler):
                         json.loads(line)["event"]
             super().__init__(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            reason = f"{strerror(error)}; give a file in a folder"
-            raise InputError(f"--log_json {path}: {reason}") from error
+            reason = f"--log_json {path}: {strerror(error)}; give a file in a folder"
+            raise InputError(reason) from error
         except (ValueError, TypeError, LookupError, RecursionError):
             raise InputError(f"--log_json {path}: it holds no events; give a new file") from None
         self.setLevel(EVENT)

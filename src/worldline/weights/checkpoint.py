@@ -537,10 +537,7 @@ def open_shards(paths: Sequence[Path]) -> Checkpoint:
 
 
 def content_digest(tensors: Mapping[str, Tensor], text: Mapping[str, object] = {}) -> str:
-    """SHA-256 of tensors on the CPU (names, dtypes, shapes, numbers) and of the text beside them.
-
-    A "digest" in the text does not count.
-    """
+    """SHA-256 of tensors on the CPU and of the text beside them, but for a "digest" in it."""
     lines = [f"{key} {value}\n" for key, value in sorted(text.items()) if key != "digest"]
     sha = hashlib.sha256("".join(lines).encode())
     for name, tensor in tensors.items():

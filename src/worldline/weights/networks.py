@@ -53,7 +53,7 @@ VAE_LAYOUTS = [f"{folder}{name}" for folder in ("", "vae/") for name in DIFFUSER
 # released transformers whose file names start with a hash, and what their training writes
 _HASHED = "*_ema_bf16.pt"
 _TRAINING = re.compile(r"iter_(\d+)(?:_((?:ema_|reg_)?model))?\.pt")
-_MOST_FOLDERS = 100_000  # of a training; below / there are more
+_MOST_FOLDERS = 100_000  # of a level that are looked at; below / there are more
 TRAINING_STATE = ("optim", "optimizer", "scheduler", "trainer", "dataloader")  # folders
 
 _PROMPT = "a prompt to be checked"  # is in no conversation
@@ -235,16 +235,12 @@ def training_files(folder: Path) -> list[str]:
 def distributed_files(folder: Path) -> list[str]:
     """Distributed checkpoints in a folder or up to three levels below, the newest alone.
 
-    At most 100,000 folders of a level are looked at.
-
     Raises:
         CheckpointError: there are those of several runs.
     """
     levels = (islice(folder.glob("*/" * level), _MOST_FOLDERS) for level in (1, 2, 3))
-    paths = (
-        path / METADATA for path in chain([folder], *levels) if path.name not in TRAINING_STATE
-    )
-    names = [path.relative_to(folder) for path in paths if path.is_file()]
+    paths = filter(Path.is_file, (path / METADATA for path in chain([folder], *levels)))
+    names = [path.relative_to(folder) for path in paths if path.parent.name not in TRAINING_STATE]
     runs = sorted({re.sub(r"\d+", "*", str(name.parent)) for name in names})
     if len(runs) > 1:
         raise CheckpointError(
