@@ -24,7 +24,7 @@ from worldline.tokenizers.cosmos.weights import (
     open_tokenizer,
     read_config,
 )
-from worldline.weights.checkpoint import open_checkpoint, renamed, save
+from worldline.weights.checkpoint import open_checkpoint, save
 from worldline.weights.stream import load_into
 
 CONTINUOUS = cases("tok_cv_tiny")
@@ -57,7 +57,8 @@ def loaded(case: Case, weights: str = "jit", tap: str = "stored") -> CosmosToken
     else:
         source = open_checkpoint(folder / "model.pt")
         if weights == "ema":
-            source = renamed(source, averaged)
+            entries = {averaged(name): entry for name, entry in source.entries.items()}
+            source = replace(source, entries={n: e for n, e in entries.items() if n is not None})
         source = network_view(source)
         config = replace(read_config(source), levels=stated_levels(case))
     if tap == "exact":

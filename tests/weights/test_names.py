@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from worldline.errors import CheckpointError
 from worldline.weights.checkpoint import Checkpoint, open_checkpoint, take_network
-from worldline.weights.keymap import KeyMap
+from worldline.weights.keymap import KeyMap, match
 from worldline.weights.names import is_adapter
 from worldline.weights.stream import load_into
 
@@ -162,6 +162,13 @@ def test_tensors_of_two_sets_are_no_network(prefix: str, beside: str, tmp_path: 
             continue
         with pytest.raises(CheckpointError, match=r"(twice|unknown): .*blocks\.1\.mix\.bias"):
             load(tensors, tmp_path)
+
+
+def test_prefixes_of_which_one_begins_another() -> None:
+    tensors = {"a.x": torch.empty(1), "a.b.y": torch.empty(1)}
+    keys = KeyMap({"x": "x", "y": "y"}, prefixes=("a.", "a.b."))
+    with pytest.raises(CheckpointError, match=r"another set: a\.b\.y"):
+        match(tensors, {"x": (1,), "y": (1,)}, keys, "x.pt")
 
 
 def test_names_that_never_have_a_prefix(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -404,14 +404,6 @@ def refuse_nonfinite(path: Path, name: str, value: Tensor) -> None:
             f"{path}: tensor {name} holds {kind}; download it again, or take a checkpoint from "
             "before its training diverged"
         )
-
-
-def renamed(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Checkpoint:
-    """`checkpoint` with every name passed through `rename`; None leaves a tensor out."""
-    entries = {
-        new: entry for old, entry in checkpoint.entries.items() if (new := rename(old)) is not None
-    }
-    return replace(checkpoint, entries=entries)
 
 
 def take_network(

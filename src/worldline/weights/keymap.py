@@ -113,9 +113,9 @@ def match(
         elif ours or not keymap.drops(name):
             unknown.append(name)
     prefixed = [name for name in pairs.values() if not matches(name, keymap.bare)]
-    prefix = next((p for p in keymap.prefixes if any(n.startswith(p) for n in prefixed)), "")
+    fronts = [max(filter(name.startswith, keymap.prefixes), key=len) for name in prefixed]
     problems = {
-        "of another set": [name for name in prefixed if not name.startswith(prefix)],
+        "of another set": [n for n, f in zip(prefixed, fronts, strict=True) if f != fronts[0]],
         "wrong shape": [
             f"{name} is {list(tensors[name].shape)} in the file, expected {list(expected[ours])}"
             for ours, name in pairs.items()
