@@ -203,9 +203,13 @@ def test_another_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"missing: .*vision_encoder"):
         load(folder, describes=True)
     state = torch.load(folder / "model.pt")
-    del state["model"]["model.norm.weight"]
+    norm = state["model"].pop("model.norm.weight")
     torch.save(state, folder / "model.pt")
     with pytest.raises(CheckpointError, match=r"1 missing: model\.norm\.weight"):
+        load(folder, describes=False)
+    state["model"]["norm.weight"] = norm
+    torch.save(state, folder / "model.pt")
+    with pytest.raises(CheckpointError, match=r"1 of another set: norm\.weight"):
         load(folder, describes=False)
 
 
