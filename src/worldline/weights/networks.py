@@ -171,7 +171,7 @@ class Shapes:
 
     def __init__(self, source: Checkpoint, keys: KeyMap, kind: str) -> None:
         """`kind` is the network in words."""
-        self.path, self.keys, self.kind = source.path, keys, kind
+        self.source, self.keys, self.kind = str(source), keys, kind
         self.shapes = {keys.ours(name) or "": info.shape for name, info in source.tensors.items()}
 
     def size(self, name: str, axis: int = 0) -> int:
@@ -180,7 +180,7 @@ class Shapes:
         if axis >= len(shape) or not shape[axis]:
             state = f"is {list(shape)}" if name in self.shapes else "is absent"
             released = self.keys.released(name)
-            raise CheckpointError(f"{self.path}: not {self.kind} (tensor {released} {state})")
+            raise CheckpointError(f"{self.source}: not {self.kind} (tensor {released} {state})")
         return shape[axis]
 
     def count(self, blocks: str) -> int:
