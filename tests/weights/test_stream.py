@@ -113,7 +113,7 @@ def test_nothing_is_read_when_the_file_does_not_fit(tmp_path: Path, monkeypatch)
         raise AssertionError("data were read")
 
     monkeypatch.setattr(FileTensor, "read", read)
-    monkeypatch.setattr(stream, "read_bytes", read)
+    monkeypatch.setattr(FileTensor, "fill", read)
     module = empty()
     for changes, message in (
         ({"net__first__w": torch.ones(5, 7)}, r"\[5, 7\] in the file, expected \[5, 6\]"),
@@ -220,10 +220,10 @@ def test_a_staging_buffer_is_filled_only_after_it_was_fetched(
     read = stream.Copier._read
 
     def logged(
-        self: stream.Copier, buffer: Tensor, path: Path, position: int
+        self: stream.Copier, buffer: Tensor, file: FileTensor, begin: int
     ) -> list[Future[bool]]:
         log.append(("filled", [b.data_ptr() for b in buffers].index(buffer.data_ptr())))
-        return read(self, buffer, path, position)
+        return read(self, buffer, file, begin)
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     monkeypatch.setattr(stream.Copier, "_read", logged)

@@ -38,8 +38,8 @@ SHARD = re.compile(r"(?P<stem>.+)_model_mp_(?P<rank>\d+)\.pt")
 # one of the files of an index
 PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 _FOREIGN = (".h5", ".msgpack", ".ot")  # beside ours in folders of transformers
-# released name pattern -> axis on which tensor-parallel ranks cut it; None for a tensor that every
-# rank holds whole
+# pattern of released names -> axis on which tensor-parallel ranks cut it; None for a tensor that
+# every rank holds whole
 SHARDED_AXES: Mapping[str, int | None] = {
     "*tok_embeddings.weight": 0,
     "*output.weight": 0,
@@ -67,26 +67,50 @@ class FileTensor:
     position: int
     meta: Tensor
 
+    @cached_property
+    def streamed(self) -> bool:
+        """Whether `fill` reads it: its rows lie in order, with gaps at most between them."""
+        meta = self.meta
+        rows = meta.dim() > 0 and meta.numel() > 0 and meta[0].is_contiguous()
+        return meta.is_contiguous() or (rows and meta.stride(0) >= meta[0].numel())
+
+    def cut(self, dim: int, start: int, length: int) -> FileTensor:
+        """Its part along an axis: rows are read alone, and columns row by row."""
+        part = self.meta.narrow(dim, start, length)
+        position = self.position + int(part.storage_offset()) * part.itemsize
+        meta = torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device="meta")
+        return FileTensor(self.path, position, meta)
+
+    def fill(self, buffer: memoryview, start: int = 0) -> None:
+        """Fill a buffer with its bytes from `start` on, without the gaps between rows.
+
+        Raises:
+            CheckpointError: the file is not as it was when it was opened.
+        """
+        row, pitch = self.meta.nbytes, 0
+        if not self.meta.is_contiguous():
+            row, pitch = self.meta[0].nbytes, self.meta.stride(0) * self.meta.itemsize
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                while buffer:
+                    number, first = divmod(start, row)
+                    part, buffer = buffer[: row - first], buffer[row - first :]
+                    start += len(part)
+                    file.seek(self.position + number * pitch + first)
+                    while part:
+                        if not (count := file.readinto(part)):
+                            raise CheckpointError(f"{self.path} was cut short while in use")
+                        part = part[count:]
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read any more: {error}") from error
+
     def read(self) -> Tensor:
-        """The tensor on the CPU."""
-        nbytes = self.meta.untyped_storage().nbytes()
-        data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        read_bytes(self.path, self.position, data.numpy().data)
-        return data.view(self.meta.dtype).as_strided(self.meta.shape, self.meta.stride())
-
-
-def read_bytes(path: Path, position: int, buffer: memoryview) -> None:
-    """Fill a buffer with the bytes of a file from a position on."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(position)
-            while buffer:
-                count = file.readinto(buffer)
-                if not count:
-                    raise CheckpointError(f"{path} was cut short while in use")
-                buffer = buffer[count:]
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read any more: {error}") from error
+        """The tensor on the CPU, with the strides that it has in the file."""
+        size = self.meta.untyped_storage().nbytes() // self.meta.itemsize
+        data = torch.empty(size, dtype=self.meta.dtype, device="cpu")
+        whole = replace(self, meta=data.to("meta"))
+        whole.fill(data.view(torch.uint8).numpy().data)
+        return data.as_strided(self.meta.shape, self.meta.stride())
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +135,19 @@ class ShardedTensor:
     def meta(self) -> Tensor:
         metas = [part.meta for part in self.parts]
         return metas[0] if self.dim is None else torch.cat(metas, self.dim)
+
+    def cut(self, dim: int, start: int, length: int) -> ShardedTensor:
+        """Its part along an axis, of the parts that hold some of it."""
+        if dim != self.dim:
+            parts = [part.cut(dim, start, length) for part in self.parts]
+        else:
+            parts, end = [], 0
+            for part in self.parts:
+                begin, end = end, end + part.meta.shape[dim]
+                first, last = max(start, begin), min(start + length, end)
+                if first < last:
+                    parts.append(part.cut(dim, first - begin, last - first))
+        return replace(self, parts=tuple(parts))
 
     def read(self) -> Tensor:
         """The whole tensor on the CPU; replicas, which may differ by rounding, are averaged."""
@@ -507,6 +544,25 @@ def find_shards(folder: Path, stem: str = "*") -> list[Path]:
     return []
 
 
+def sharded_axes(name: str) -> list[int | None]:
+    """Axis on which ranks cut a released tensor, as `SHARDED_AXES` has it; [] of unknown ones."""
+    return [axis for pattern, axis in SHARDED_AXES.items() if fnmatchcase(name, pattern)][:1]
+
+
+def cut(checkpoint: Checkpoint, part: int, count: int) -> Checkpoint:
+    """What one of `count` tensor-parallel ranks holds of a checkpoint; the rest is never read."""
+
+    def of_rank(name: str, entry: Source) -> Source:
+        for dim in sharded_axes(name):
+            if dim is not None and dim < entry.meta.dim():
+                size = entry.meta.shape[dim] // count
+                return entry.cut(dim, part * size, size)
+        return entry
+
+    entries = {name: of_rank(name, entry) for name, entry in checkpoint.entries.items()}
+    return replace(checkpoint, entries=entries)
+
+
 def open_shards(paths: Sequence[Path]) -> Checkpoint:
     """Open the files of all ranks, in their order, as one checkpoint of full-size tensors."""
     first, *others = shards = [open_checkpoint(path) for path in paths]
@@ -520,8 +576,7 @@ def open_shards(paths: Sequence[Path]) -> Checkpoint:
             )
     entries: dict[str, Source] = {}
     for name in first.entries:
-        axes = [axis for pattern, axis in SHARDED_AXES.items() if fnmatchcase(name, pattern)]
-        if not axes:
+        if not (axes := sharded_axes(name)):
             raise CheckpointError(f"{first.path} holds {name}, and how ranks share it is not known")
         parts = tuple(shard.entries[name] for shard in shards)
         entries[name] = ShardedTensor(f"{first.path}: {name}", parts, axes[0])

@@ -6,7 +6,7 @@ with their scales.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,13 @@ class ScaledTensor:
         tensor: the quotients.
         scale: one for all, one for each row, or one for each block.
         blocks: elements that share a scale, along each axis.
+        skipped: along each axis, elements of the first block that the tensor does not have.
     """
 
     tensor: Source
     scale: Source
     blocks: tuple[int, ...]
+    skipped: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -50,6 +52,18 @@ class ScaledTensor:
     @property
     def meta(self) -> Tensor:
         return self.tensor.meta
+
+    def cut(self, dim: int, start: int, length: int) -> "ScaledTensor":
+        """Its part along an axis."""
+        tensor, scale = self.tensor.cut(dim, start, length), self.scale
+        if scale.meta.numel() == 1 or dim >= scale.meta.dim():
+            return replace(self, tensor=tensor)
+        block, begin = self.blocks[dim], start + self.skipped.get(dim, 0)
+        first, end = begin // block, -(-(begin + length) // block)
+        skipped = {**self.skipped, dim: begin % block}
+        return replace(
+            self, tensor=tensor, scale=scale.cut(dim, first, end - first), skipped=skipped
+        )
 
     def read(self) -> Tensor:
         """The product on the CPU, float32."""
@@ -61,7 +75,8 @@ class ScaledTensor:
             return tensor.float() * scale.float().view(())
         factor = scale.float().view(*scale.shape, *[1] * (tensor.dim() - scale.dim()))
         for axis, size in enumerate(self.blocks):
-            factor = factor.repeat_interleave(size, axis).narrow(axis, 0, tensor.shape[axis])
+            factor = factor.repeat_interleave(size, axis)
+            factor = factor.narrow(axis, self.skipped.get(axis, 0), tensor.shape[axis])
         return tensor.float() * factor
 
 

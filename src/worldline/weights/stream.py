@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain, islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from worldline.weights.checkpoint import (
     ShardedTensor,
     Source,
     nonfinite,
-    read_bytes,
     refuse_nonfinite,
 )
 from worldline.weights.keymap import KeyMap, match, matches
@@ -148,7 +146,7 @@ class Copier:
             for _ in range(2 if device.type == "cuda" else 0)
         )
         self.pieces = (
-            (file.path, file.position + start, min(STAGING_BYTES, file.meta.nbytes - start))
+            (file, start, min(STAGING_BYTES, file.meta.nbytes - start))
             for source in sources
             for file in _streamed(source)
             for start in range(0, file.meta.nbytes, STAGING_BYTES)
@@ -160,16 +158,17 @@ class Copier:
     def fetch(self, source: Source) -> Tensor:
         """A tensor in the file's dtype; float32 of a scaled one."""
         if isinstance(source, ShardedTensor) and source.dim is not None:
-            return torch.cat([self.fetch(part) for part in source.parts], source.dim)
+            parts = [self.fetch(part) for part in source.parts]
+            return torch.cat(parts, source.dim) if len(parts) > 1 else parts[0]
         if isinstance(source, ScaledTensor):
             return source.multiply(self.fetch(source.tensor), self.fetch(source.scale))
-        if not isinstance(source, FileTensor) or not source.meta.is_contiguous():
+        if not isinstance(source, FileTensor) or not source.streamed:
             self.scanned = False
-            return source.read().to(self.device)
+            return source.read().to(self.device).contiguous()  # as kernels read it
         value = empty_like(source.meta, self.device)
         data = value.view(-1).view(torch.uint8)
         if not self.staging:
-            reads = self._read(data, source.path, source.position, value.dtype)
+            reads = self._read(data, source, 0, value.dtype)
             finite = [read.result() for read in reads]
             self.finite &= all(finite)
             self.scanned &= value.dtype in _WHOLE or value.dtype in _INFINITY
@@ -187,16 +186,16 @@ class Copier:
 
     def _fill_next(self) -> None:
         """Begin to fill a buffer with the next piece, once its last copy has left."""
-        for path, position, nbytes in islice(self.pieces, 1):
+        for file, start, nbytes in islice(self.pieces, 1):
             staging, copied = self.staging[0]
             self.staging.rotate()
             copied.synchronize()
-            self.ahead.append((staging, copied, self._read(staging[:nbytes], path, position)))
+            self.ahead.append((staging, copied, self._read(staging[:nbytes], file, start)))
 
     def _read(
-        self, buffer: Tensor, path: Path, position: int, dtype: torch.dtype | None = None
+        self, buffer: Tensor, file: FileTensor, begin: int, dtype: torch.dtype | None = None
     ) -> list[Future[bool]]:
-        """Reads of bytes from a position of a file to a uint8 CPU tensor, by several threads.
+        """Reads of a tensor's bytes from `begin` on to a uint8 CPU tensor, by several threads.
 
         With a dtype of `_INFINITY`, each is whether its numbers are finite.
         """
@@ -204,7 +203,7 @@ class Copier:
 
         def read(start: int) -> bool:
             part = view[start : start + _SLICE_BYTES]
-            read_bytes(path, position + start, part)
+            file.fill(part, begin + start)
             return dtype not in _INFINITY or _is_finite(part, dtype)
 
         return [self.pool.submit(read, start) for start in range(0, len(view), _SLICE_BYTES)]
@@ -217,14 +216,14 @@ def _streamed(source: Source) -> Iterator[FileTensor]:
             yield from _streamed(part)
     elif isinstance(source, ScaledTensor):
         yield from chain(_streamed(source.tensor), _streamed(source.scale))
-    elif isinstance(source, FileTensor) and source.meta.is_contiguous():
+    elif isinstance(source, FileTensor) and source.streamed:
         yield source
 
 
 def empty_like(meta: Tensor, device: torch.device) -> Tensor:
-    """Uninitialised tensor; on a CPU in huge pages where there are, whose first use is faster."""
+    """Uninitialised tensor, contiguous; on a CPU in huge pages, whose first use is faster."""
     if device.type != "cpu" or meta.nbytes < _HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(meta, device=device)
+        return torch.empty(meta.shape, dtype=meta.dtype, device=device)
     memory = mmap.mmap(-1, meta.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # of a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
