@@ -184,7 +184,8 @@ class World:
     @property
     def parameters(self) -> int:
         """Number of weights of the transformer."""
-        return sum(map(torch.numel, self.parts.transformer.module.parameters()))
+        count: int = self.opened["transformer"].num_parameters
+        return count
 
     def generate(
         self,

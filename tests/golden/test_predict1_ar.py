@@ -14,6 +14,8 @@ import torch
 from cases import Case, cases, watched
 from torch import Tensor
 
+from tests.ranks import Together
+from tests.threads import in_threads, tensor_parallel
 from worldline.families.autoregressive.model import (
     PRESETS,
     RELEASED_GRID,
@@ -22,9 +24,11 @@ from worldline.families.autoregressive.model import (
     make_positions,
 )
 from worldline.families.autoregressive.step import PlainDecoder
-from worldline.families.autoregressive.weights import KEYS, read_config
+from worldline.families.autoregressive.weights import KEYS, open_network, read_config
+from worldline.family import Compute
 from worldline.nn.rope import axis_sizes as rope_axis_sizes
 from worldline.nn.rope import inverse_frequencies, rotate, rotation_3d, sincos_3d
+from worldline.parallel.mesh import Axis
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import Sampling, decode, draw, draw_noise, probabilities
 from worldline.weights.checkpoint import (
@@ -270,6 +274,40 @@ def test_shards_make_one_model(case: Case) -> None:
         case.compare(f"logits_full_{name}", logits)
         compared.add(f"logits_full_{name}")
     assert compared == set(case.names("logits_full_*"))
+
+
+def part_logits(axis: Axis, case: Case, folder: Path) -> Tensor:
+    """Logits that a process of several computes with the others, of its part of the weights."""
+    mesh = tensor_parallel(axis)
+    compute = Compute(torch.device("cpu"), torch.float32, torch.float32, False, mesh=mesh)
+    network = open_network(find_shards(folder)[0], settings_of_shards(case))
+    model = network.load(compute, offload=False).module
+    logits: Tensor = model(case.tensor("tokens"), positions_of(model))
+    return logits
+
+
+@pytest.mark.parametrize("case", SHARDED, ids=str)
+def test_processes_share_one_model(case: Case) -> None:
+    """As many as there are shards, whose logits are compared, and other numbers of them."""
+    for name, folder in sharded_folders(case):
+        for count in {len(find_shards(folder)), *divisors(case, 2, 4)}:
+            for logits in in_threads(count, part_logits, case, folder):
+                case.compare(f"logits_full_{name}", logits)
+
+
+def divisors(case: Case, *counts: int) -> list[int]:
+    """Numbers of processes that can share the model of a case."""
+    stated = case.spec["hyper_parameters"]
+    sizes = [stated[name] for name in ("n_heads", "n_kv_heads", "ffn_hidden_size", "vocab_size")]
+    return [count for count in counts if not any(size % count for size in sizes)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHARDED, ids=str)
+def test_two_processes_share_one_model(case: Case, two: Together) -> None:
+    for name, folder in sharded_folders(case) if divisors(case, 2) else ():
+        for logits in two(part_logits, case, folder):
+            case.compare(f"logits_full_{name}", logits)
 
 
 @pytest.mark.parametrize("case", [*TRANSFORMERS, *SHARDED], ids=str)

@@ -17,6 +17,7 @@ from triton.language import constexpr
 
 _BLOCK, _WARPS, _STAGES = 64, 4, 3
 _SPLITS = 16  # programs a key head: with 8 key heads about one wave of an H200's 132 processors
+_MOST_SPLITS = 64  # whose results one program joins
 
 
 @triton.jit
@@ -455,9 +456,12 @@ class Attend:
         num_kv_heads: int,
         head_size: int,
         device: torch.device,
+        parts: int = 1,
     ) -> None:
-        self.partial = torch.empty(batch, num_heads, _SPLITS, head_size, device=device)
-        self.stats = torch.empty(batch, num_heads, _SPLITS, 2, device=device)
+        """Make the scratch; `parts` GPUs share the heads, so that each has room for more splits."""
+        self.splits = min(_SPLITS * parts, _MOST_SPLITS)
+        self.partial = torch.empty(batch, num_heads, self.splits, head_size, device=device)
+        self.stats = torch.empty(batch, num_heads, self.splits, 2, device=device)
         self.arrivals = torch.zeros(batch, num_kv_heads, dtype=torch.int32, device=device)
         self.last_row: dict[int, Tensor] = {}  # by the number of rows
 
@@ -493,7 +497,7 @@ class Attend:
         group = self.stats.shape[1] // key_heads
         if position is None and rows not in self.last_row:
             self.last_row[rows] = torch.full((), rows - 1, device=keys.device)
-        _attend_kernel[(key_heads, _SPLITS, batch)](
+        _attend_kernel[(key_heads, self.splits, batch)](
             qkv,
             *gammas,
             *(rotation or (keys, keys)),
@@ -511,7 +515,7 @@ class Attend:
             K=head_size,
             GROUP=group,
             PADDED=max(16, triton.next_power_of_2(group)),
-            SPLITS=_SPLITS,
+            SPLITS=self.splits,
             BLOCK=_BLOCK,
             OWN=position is not None,
             num_warps=_WARPS,

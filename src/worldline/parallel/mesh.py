@@ -54,6 +54,12 @@ class Axis:
             dist.all_reduce(x, group=self.group)
         return x
 
+    def share(self, x: Tensor) -> Tensor:
+        """The first process's tensor, in place."""
+        if self.count > 1:
+            dist.broadcast(x, group=self.group, group_src=0)
+        return x
+
     def parts(self, x: Tensor) -> list[Tensor]:
         """What each process holds, in their order; all of one shape."""
         if self.count == 1:

@@ -7,10 +7,10 @@ import os
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,6 +26,7 @@ from worldline.weights.checkpoint import (
     PART,
     SHARD,
     Checkpoint,
+    cut,
     find_shards,
     indexed_files,
     is_container,
@@ -39,6 +40,9 @@ from worldline.weights.checkpoint import (
 from worldline.weights.keymap import KeyMap, match, matches
 from worldline.weights.known import BESIDE_WEIGHTS, foreign
 from worldline.weights.stream import load_into
+
+if TYPE_CHECKING:
+    from worldline.parallel.tensor import ShardPlan
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +88,7 @@ class Network(Generic[Config]):
         keys: from their names to ours.
         beside: files beside the tensors that decide what it computes.
         blocks: how it is offloaded block by block; None where it is moved whole.
+        shards: how tensor-parallel processes share it; None where each holds all of it.
     """
 
     kind: Callable[[Config], nn.Module]
@@ -92,6 +97,7 @@ class Network(Generic[Config]):
     keys: KeyMap = KeyMap({})  # noqa: RUF009
     beside: tuple[Path, ...] = ()
     blocks: BlockPlan | None = None
+    shards: "ShardPlan | None" = None
 
     def check(self) -> Self:
         """Itself; every parameter is in the file, and nothing else.
@@ -124,8 +130,16 @@ class Network(Generic[Config]):
     def num_parameters(self) -> int:
         return sum(map(math.prod, shapes_of(self.kind, self.config).values()))
 
+    def part(self, compute: Any) -> Self:
+        """What one process holds of it, as a network of its own."""
+        layout, axis = compute.mesh.layout, compute.mesh.tp
+        if self.shards is None or layout.tp == 1:
+            return self
+        source = cut(self.source, axis.rank, layout.tp)
+        return replace(self, config=self.shards.part(self.config, layout.tp), source=source)
+
     def nbytes(self, compute: Any) -> int:
-        return self.num_parameters * int(compute.dtype.itemsize)
+        return self.part(compute).num_parameters * int(compute.dtype.itemsize)
 
     def streamed_nbytes(self, compute: Any) -> int | None:
         if self.blocks is None:
@@ -143,7 +157,9 @@ class Network(Generic[Config]):
     def load(self, compute: Any, *, offload: bool) -> Offloadable[Any]:
         """The network on its device, or waiting in host memory."""
         home = torch.device("cpu") if offload else compute.device
-        module = self.read(home, compute.dtype)
+        module = self.part(compute).read(home, compute.dtype)
+        if self.shards is not None:
+            self.shards.join(module, compute.mesh.tp)
         if offload and self.blocks is not None and compute.device.type != "cpu":
             return StreamedModule(module, compute.device, self.blocks)
         return Offloadable(module, compute.device, offload=offload)

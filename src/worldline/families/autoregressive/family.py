@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldline.catalog import DECODERS, Entry, find, generation_by_name
-from worldline.errors import InputError, NonFiniteError, blame
+from worldline.errors import InputError, NonFiniteError, blame, option
 from worldline.families.autoregressive.model import (
     FEED_FORWARD_ROWS,
     PRESETS,
+    SHARD_PLAN,
     ARTransformer,
     ARTransformerConfig,
 )
@@ -33,6 +34,7 @@ from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
 from worldline.parallel.halo import WHOLE, Rows, share_rows
+from worldline.parallel.mesh import Layout
 from worldline.report import Recorder, log_result
 from worldline.repositories import model_name
 from worldline.sampling.tokens import CHUNK, Sampling, decode, draw_noise
@@ -85,7 +87,7 @@ def generate_together(
         if request.rollout == "pixels":
             new = min(new, config.grid.frames - ids.shape[1])
         with parts.transformer.on_device() as transformer:
-            decoder = make_decoder(transformer, sampling, contexts)
+            decoder = make_decoder(transformer, sampling, contexts, parts.compute.mesh.tp)
             recorder.facts["drawing"] = {
                 "decoder": decoder.name,
                 "attention": decoder.attention,
@@ -352,11 +354,12 @@ def stages(opened: Opened, request: ARRequest, compute: Compute) -> Iterator[Sta
     rows = config.depth * config.length
     if config.context_width:
         rows += config.depth // config.context_every * opened.text_length
-    cache = 2 * rows * config.num_kv_heads * config.head_size * size
+    part = opened["transformer"].part(compute).config
+    cache = 2 * rows * part.num_kv_heads * config.head_size * size
     cache += 2 * CHUNK * config.vocabulary * torch.float32.itemsize  # noise of the draws
     # the longest prompt: gate, up and product of a part of it; and queries, keys, values
     prompt = longest_prefix(opened)
-    prefill = 3 * config.hidden * min(prompt, FEED_FORWARD_ROWS) + 5 * config.width * prompt
+    prefill = 3 * part.hidden * min(prompt, FEED_FORWARD_ROWS) + 5 * config.width * prompt
     yield Stage("tokens", "transformer", compute.batch_size * cache + prefill * size)
     if decoder := opened.get("decoder"):
         yield from decoder.stages(opened, compute)
@@ -415,8 +418,22 @@ def presets(entry: Entry) -> dict[str, Any]:
         "tokenizer": Network(CosmosTokenizer, TOKENIZER_PRESETS["DV8x16x16"]),
         "decoder": RELEASED,
         "decoder_tokenizer": CosmosNetwork(CosmosTokenizer, TOKENIZER_PRESETS["CV8x8x8"]),
-        "transformer": Network(ARTransformer, config),
+        "transformer": Network(ARTransformer, config, shards=SHARD_PLAN),
     }
+
+
+def layout(opened: Opened, requests: Sequence[ARRequest], count: int) -> Layout:
+    """Every process holds its part of the heads, the feed-forward layers and the vocabulary."""
+    config = opened.config
+    if config.divisor % count:
+        possible = [n for n in range(1, config.divisor + 1) if config.divisor % n == 0]
+        raise InputError(
+            f"{option('num_gpus', count)}: {opened.name} has {config.num_heads} heads, "
+            f"{config.num_kv_heads} key heads, {config.hidden:,} hidden channels and "
+            f"{config.vocabulary:,} tokens, which {', '.join(map(str, possible))} can share; give "
+            f"one of these, or {option('data_parallel')} for a batch"
+        )
+    return Layout(tp=count)
 
 
 FAMILY = Family(
@@ -460,4 +477,5 @@ FAMILY = Family(
     unused=unused,
     report=report_entries,
     notes=notes,
+    layout=layout,
 )

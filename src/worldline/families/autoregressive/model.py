@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from worldline.nn.attention import KVCache, attend
 from worldline.nn.rope import Rotation, Yarn, rotate, rotation_3d, sincos_3d
+from worldline.parallel.tensor import ShardPlan
 from worldline.shapes import LatentShape
 
 RELEASED_GRID = LatentShape(5, 40, 64)
@@ -59,6 +61,23 @@ class ARTransformerConfig:
     absolute_positions: bool = False
 
     @property
+    def divisor(self) -> int:
+        """Largest number of processes that can share the network; its divisors can, too."""
+        heads = gcd(self.num_heads, self.num_kv_heads)
+        return gcd(heads, self.hidden, self.vocabulary, self.embedding_rows)
+
+    def part(self, count: int) -> ARTransformerConfig:
+        """What one of `count` tensor-parallel processes holds; the residual stream is whole."""
+        return replace(
+            self,
+            num_heads=self.num_heads // count,
+            num_kv_heads=self.num_kv_heads // count,
+            hidden=self.hidden // count,
+            vocabulary=self.vocabulary // count,
+            embedding_rows=self.embedding_rows // count,
+        )
+
+    @property
     def leading_tokens(self) -> int:
         """Tokens before the first cell: Video2World models begin with a token of their own."""
         return int(self.context_width is not None)
@@ -83,6 +102,11 @@ PRESETS = {
 }
 
 
+# of `Attention`, `FeedForward` and `ARTransformer`, when tensor-parallel processes share them
+SHARD_PLAN = ShardPlan(
+    ARTransformerConfig.part,
+    {"embedding": "rows", "layers.*.out": "sum", "layers.*.down": "sum", "head": "columns"},
+)
 # for each layer, keys and values of a text context; None where the layer reads none
 EncodedContext = Sequence[tuple[Tensor, Tensor] | None]
 

@@ -36,17 +36,22 @@ from worldline.families.autoregressive.model import (
 from worldline.family import Compute, Opened
 from worldline.finite import total
 from worldline.nn.modulation import has_triton
+from worldline.parallel.mesh import ALONE, Axis
+from worldline.parallel.tensor import Rehearsal, SmallSum
 from worldline.sampling.tokens import Sampling, draw
 
 MAX_BATCH_SIZE = 16  # of the kernels
 
 
 def make_decoder(
-    model: ARTransformer, sampling: Sampling, contexts: Sequence[Tensor | None]
+    model: ARTransformer,
+    sampling: Sampling,
+    contexts: Sequence[Tensor | None],
+    axis: Axis = ALONE.tp,
 ) -> PlainDecoder:
     """The fastest decoder that the device and the model allow; arguments are those of each."""
     fast = len(contexts) <= kernel_batch(model.config, model.head.weight)
-    return (CapturedDecoder if fast else PlainDecoder)(model, sampling, contexts)
+    return (CapturedDecoder if fast else PlainDecoder)(model, sampling, contexts, axis)
 
 
 def kernel_batch(config: ARTransformerConfig, compute: Compute | Tensor) -> int:
@@ -75,7 +80,11 @@ class PlainDecoder:
     attention = "torch SDPA (prompt), matrix products (decoding)"  # a prompt has many queries
 
     def __init__(
-        self, model: ARTransformer, sampling: Sampling, contexts: Sequence[Tensor | None]
+        self,
+        model: ARTransformer,
+        sampling: Sampling,
+        contexts: Sequence[Tensor | None],
+        axis: Axis = ALONE.tp,
     ) -> None:
         """Start with an empty window.
 
@@ -83,8 +92,10 @@ class PlainDecoder:
             model: on its device.
             sampling: how tokens are drawn.
             contexts: text context (1, rows, width) of each clip; None for a base model.
+            axis: processes that hold parts of the model, of which this is one.
         """
         self.model, self.sampling, self.cache = model, sampling, model.new_cache(len(contexts))
+        self.axis = axis
         keys, self.done = self.cache.keys, 0
         self.positions = make_positions(model.config, keys.device, keys.dtype)
         self.ids = keys.new_zeros(len(contexts), self.cache.length, dtype=torch.int64)
@@ -142,7 +153,8 @@ class PlainDecoder:
             )
             row = None if noise is None else noise[clip : clip + 1]
             self.totals[clip] += total(logits[:, -1])
-            ids[end : end + 1] = draw(logits[:, -1], self.sampling, row)
+            # a GPU's sums may differ from run to run, and the next token must be one for all
+            ids[end : end + 1] = self.axis.share(draw(logits[:, -1], self.sampling, row))
         self.done = end + 1
 
 
@@ -165,9 +177,12 @@ class CapturedDecoder(PlainDecoder):
         from worldline.nn import decode_kernels
 
         config, batch, device = model.config, len(self.ids), self.ids.device
+        parts = self.axis.count
         self.matvec, self.gate_up = decode_kernels.matvec, decode_kernels.gate_up
         self.position = self.ids.new_zeros(())
-        self.noise = torch.ones(batch, config.vocabulary, device=device)
+        self.noise = torch.ones(batch, parts * config.vocabulary, device=device)
+        shape = (batch, config.width)
+        self.product = SmallSum(self.axis, shape, model.head.weight) if parts > 1 else None
         # keys and values (B, M, rows, K) of the text of all clips, for each layer that reads one
         self.contexts: list[Any] = [
             pairs[0] and [torch.cat(part).contiguous() for part in zip(*pairs, strict=True)]
@@ -179,6 +194,7 @@ class CapturedDecoder(PlainDecoder):
             num_kv_heads=config.num_kv_heads,
             head_size=config.head_size,
             device=device,
+            parts=parts,
         )
 
     @torch.inference_mode()
@@ -198,9 +214,9 @@ class CapturedDecoder(PlainDecoder):
         self.logits = self._read(self.ids.index_select(1, here).view(-1))
         self.totals += total(self.logits, -1)
         # sums of one row and of several take different kernels, which round differently
-        rows = zip(self.ids, self.logits.split(1), self.noise.split(1), strict=True)
-        for ids, row, noise in rows:
-            ids.scatter_(0, here + 1, draw(row, self.sampling, noise))
+        rows = zip(self.logits.split(1), self.noise.split(1), strict=True)
+        drawn = torch.stack([draw(row, self.sampling, noise) for row, noise in rows])
+        self.ids.scatter_(1, (here + 1).expand_as(drawn), self.axis.share(drawn))
 
     def _read(self, tokens: Tensor) -> Tensor:
         """Logits of the tokens behind `tokens` (B,); one row a layer and clip is cached."""
@@ -214,10 +230,18 @@ class CapturedDecoder(PlainDecoder):
             out = x.new_empty(len(x), sum(map(len, weights)))
             return matvec(x, weights, out, gamma=norm.weight, eps=norm.eps)
 
+        def add(layer: nn.Linear, y: Tensor) -> None:
+            """Add a layer's product with `y` to the residual stream."""
+            if self.product is None:
+                matvec(y, (layer.weight,), x, residual=x)
+            else:
+                matvec(y, (layer.weight,), self.product.own)
+                x.add_(self.product())
+
         def attend(layer: Attention, query: Tensor, k: Tensor, v: Tensor, **at: Any) -> None:
             gammas = (layer.q_norm.weight, layer.k_norm.weight)
             self.attend(query, gammas, layer.q_norm.eps, k, v, mixed, **at)
-            matvec(mixed, (layer.out.weight,), x, residual=x)
+            add(layer.out, mixed)
 
         here = None if table is None else table.index_select(0, self.position.view(1))
         layers = zip(model.layers, self.contexts, *self.cache, strict=True)
@@ -231,8 +255,8 @@ class CapturedDecoder(PlainDecoder):
                 attend(text, project(layer.cross_attention_norm, text.q), *context)
             norm, gate, up = layer.feed_forward_norm, feed_forward.gate, feed_forward.up
             self.gate_up(x, norm.weight, norm.eps, gate.weight, up.weight, hidden)
-            matvec(hidden, (feed_forward.down.weight,), x, residual=x)
-        return project(model.norm, model.head)
+            add(feed_forward.down, hidden)
+        return self.axis.all_gather(project(model.norm, model.head), 1)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         # Rehearsals compile the kernels. They write one token and one row of the cache, which the
@@ -243,7 +267,8 @@ class CapturedDecoder(PlainDecoder):
             for _ in range(2):
                 self.run()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
+        # other threads draw noise, and watch collectives: their calls are no part of the graph
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.run()
         return graph
 
@@ -251,7 +276,7 @@ class CapturedDecoder(PlainDecoder):
 @contextmanager
 def compile_kernels(opened: Opened, compute: Compute) -> Iterator[None]:
     """Compile the kernels of a model in a thread, beside the reading of its weights."""
-    config, device = opened.config, compute.device
+    config, device = opened["transformer"].part(compute).config, compute.device
     if compute.batch_size > kernel_batch(config, compute):
         yield
         return
@@ -265,7 +290,8 @@ def compile_kernels(opened: Opened, compute: Compute) -> Iterator[None]:
         with torch.cuda.stream(torch.cuda.Stream(device)):
             model = model.to_empty(device=device)
             context = torch.zeros(1, 16, config.context_width or 0, device=device)
-            CapturedDecoder(model, Sampling(temperature=0), [context] * compute.batch_size).run()
+            axis, contexts = Rehearsal(count=compute.mesh.tp.count), [context] * compute.batch_size
+            CapturedDecoder(model, Sampling(temperature=0), contexts, axis).run()
 
     # it launches kernels, so it ends before whatever follows, a failure too
     with ThreadPoolExecutor(1, "compile") as thread:

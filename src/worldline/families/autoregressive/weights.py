@@ -14,6 +14,7 @@ from pydantic import Field
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import (
     RELEASED_GRID,
+    SHARD_PLAN,
     ARTransformer,
     ARTransformerConfig,
 )
@@ -94,7 +95,8 @@ def open_network(
     config = read_config(
         source, networks.read_settings(beside.parent) if settings is None else settings
     )
-    return Network(ARTransformer, config, source, KEYS, (beside,)).check()
+    network = Network(ARTransformer, config, source, KEYS, (beside,), shards=SHARD_PLAN)
+    return network.check()
 
 
 def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransformerConfig:
