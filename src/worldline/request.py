@@ -274,6 +274,22 @@ class VideoRequest(Request):
 Count = Annotated[int, Field(ge=1, le=65536)]
 
 
+GuidanceParallel = Annotated[
+    Literal["auto", "on", "off"],
+    Field(
+        description="Two halves of the GPUs compute the branches with the prompt and without; auto "
+        "where their number is even."
+    ),
+]
+ContextParallel = Annotated[
+    Literal["auto", "ulysses", "ring"],
+    Field(
+        description="How GPUs share the attention of a video: each with some of the heads, or keys "
+        "and values passed round; auto: heads where their number divides."
+    ),
+]
+
+
 def offload(subject: str, default: bool = False) -> Any:
     """Field of a flag that keeps a part in host memory while it is not used."""
     return Field(default, description=f"Keep the {subject} in host memory while not in use.")

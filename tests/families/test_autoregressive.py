@@ -246,7 +246,7 @@ def test_base_models_use_the_general_prompt(whole_world: Path) -> None:
 
 
 def test_fields_without_effect(plain: World, whole: World) -> None:
-    decoder = {"offload_diffusion_decoder", "decoder_seam"}
+    decoder = {"offload_diffusion_decoder", "decoder_seam", "context_parallel"}
     for world, options, names in (
         (plain, {}, {*decoder, "rollout"}),
         (plain, {"temperature": 0, "num_video_frames": 41}, {*decoder, "top_p", "seed"}),

@@ -427,6 +427,7 @@ def test_fields_without_effect(text2world: Parts, video2world: Parts) -> None:
     names = {"text_encoder_dir", "text_encoder_dtype", "offload_text_encoder_model", "text"}
     unused = denoise.unused(text2world.opened, checked(text2world.opened, **both, guidance=0))
     negative = {"negative_prompt", "negative_prompt_embeddings"}
-    assert unused.keys() == names | negative | {"reinsertion", "augment_sigma"}
+    conditioning = {"reinsertion", "augment_sigma"}
+    assert unused.keys() == names | negative | conditioning | {"guidance_parallel"}
     asked = checked(video2world.opened, num_input_frames=1)
     assert not denoise.unused(video2world.opened, asked)

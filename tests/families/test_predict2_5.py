@@ -223,7 +223,7 @@ def test_fields_without_effect(post: Parts) -> None:
     words = torch.zeros(3, CONFIG.feature_width)
     names = {"text_encoder_dir", "offload_text_encoder", "text"}
     asked = checked(post.opened, prompt_embeddings=words, guidance=0)
-    unused = {"negative_prompt", "negative_prompt_embeddings", *names}
+    unused = {"negative_prompt", "negative_prompt_embeddings", "guidance_parallel", *names}
     assert denoise.unused(post.opened, asked).keys() == unused
     # the negative prompt is encoded
     assert not denoise.unused(post.opened, checked(post.opened, prompt_embeddings=words))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from worldline.nn.attention import attend
+from worldline.nn.attention import attend, attend_partially
 
 
 def formula(q, k, v, visible):  # type: ignore[no-untyped-def]
@@ -28,3 +28,17 @@ def test_a_mask_hides_keys() -> None:
     mask = torch.arange(7) < 4
     mask = mask.view(1, 1, 1, 7)
     assert torch.allclose(attend(q, k, v, mask=mask), formula(q, k, v, mask))
+
+
+@pytest.mark.parametrize("size", [8, 10])  # by a kernel, by the formula
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_partial_attention_has_the_weight_of_its_part(size: int, dtype: torch.dtype) -> None:
+    q = torch.randn(2, 3, 5, size, dtype=dtype)
+    k, v = torch.randn(2, 2, 3, 9, size, dtype=dtype)
+    parts = [attend_partially(q, k[:, :, part], v[:, :, part]) for part in (slice(4), slice(4, 9))]
+    sums = torch.stack([total for _, total in parts])
+    assert sums.dtype == torch.promote_types(dtype, torch.float32)
+    weights = sums.softmax(0).unsqueeze(-1)
+    joined = sum(weight * part for weight, (part, _) in zip(weights, parts, strict=True))
+    bound = 1e-12 if dtype == torch.float64 else 3e-2
+    torch.testing.assert_close(joined.to(dtype), attend(q, k, v), atol=bound, rtol=bound)

@@ -18,11 +18,19 @@ pytestmark = pytest.mark.slow
 def exchange(axis: Axis) -> dict[str, Any]:
     whole = torch.arange(24.0).view(2, 6, 2)
     own = axis.part(whole, 1)
-    turned = axis.all_to_all(own, 2, 1) if axis.count == 2 else own
+    # process r sends r + 1 rows to each, of which the first number is its own rank
+    rows = [rank + 1 for rank in range(axis.count)]
+    sent = torch.full((axis.count * rows[axis.rank], 2), axis.rank)
+    arrived = axis.all_to_all(sent, [rows[axis.rank]] * axis.count, rows)
+    passed = torch.empty(axis.rank or axis.count)  # as long as what the one before sends
+    axis.pass_on(torch.full((axis.rank + 1,), float(axis.rank)), passed)()
     return {
         "joined": torch.equal(axis.all_gather(own, 1), whole),
         "summed": axis.all_reduce(torch.tensor([axis.rank + 1.0])).item(),
-        "turned": axis.count != 2 or torch.equal(turned, whole[:, :, axis.rank : axis.rank + 1]),
+        "arrived": arrived[:, 0].tolist()
+        == [rank for rank in range(axis.count) for _ in range(rank + 1)],
+        "passed": set(passed.tolist()) == {(axis.rank - 1) % axis.count},
+        "own": list(axis.own("abc")),
         "any": axis.any(axis.rank == 1),
         "every": axis.every(axis.rank),
         "once": axis.once(lambda: {"rank": axis.rank, "x": torch.ones(2)})["rank"],
@@ -66,8 +74,10 @@ def shape(axis: Axis, layout: Layout) -> list[tuple[int, int]]:
 
 def test_parts_are_joined_summed_and_turned(two: Together, three: Together) -> None:
     for together, count in ((two, 2), (three, 3)):
-        for got in together(exchange):
-            assert all(got[name] for name in ("joined", "turned", "any"))
+        results = together(exchange)
+        assert sorted(thing for got in results for thing in got["own"]) == ["a", "b", "c"]
+        for got in results:
+            assert all(got[name] for name in ("joined", "arrived", "passed", "any"))
             assert got["summed"] == sum(range(1, count + 1))
             assert (got["every"], got["once"]) == (list(range(count)), 0)
 
@@ -94,6 +104,6 @@ def test_axes_hold_the_processes_of_a_layout(two: Together) -> None:
 
 def test_one_process_sends_nothing() -> None:
     x = torch.ones(2, 2)
-    for same in (ALONE.cp.part(x, 0), ALONE.cp.all_gather(x, 0), ALONE.cp.all_to_all(x, 0, 1)):
+    for same in (ALONE.cp.part(x, 0), ALONE.cp.all_gather(x, 0), ALONE.cp.all_to_all(x, [2], [2])):
         assert same is x
     assert ALONE.cp.once(lambda: 3) == ALONE.cp.together(lambda: 3) == 3

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 _RATES = {"tokens_per_second": "tokens/s", "seconds_per_step": "s a step"}
 _REMEDY = "; offload flags (--offload_…) or a smaller size need less memory"
+_SHARING = ("guidance_parallel", "context_parallel")
 _UPSAMPLER = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
 
 # runs a task with its label, and returns the line to print
@@ -191,6 +192,7 @@ def log_unused(
         (guarded, "the guardrails check the video before a frame leaves", ("preview_every",)),
         (not upsamples(opened), "no prompt upsampler runs", _UPSAMPLER),
         (len(items) == 1, "there is one input", ("batch_size",)),
+        (compute.mesh.video.count == 1, "one process makes a video", _SHARING),
         (lengths == {None, 0}, "there is no input", ("fit",)),
         (
             typed.get("num_input_frames") not in lengths,

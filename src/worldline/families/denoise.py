@@ -4,7 +4,7 @@ Axes: B batch, C channels, T/H/W latent grid, S rows of a text embedding, E its 
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from functools import partial
@@ -14,15 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldline.errors import InputError
+from worldline.errors import InputError, option
 from worldline.family import Compute, Opened, Parts
 from worldline.finite import check_finite, total
 from worldline.guards import rewrites
 from worldline.memory import Stage, denoise_bytes
 from worldline.nn.attention import backend_name
-from worldline.nn.dit import PATCH
+from worldline.nn.dit import PATCH, Tokens
 from worldline.nn.pieces import decode_stream
+from worldline.parallel.context import split_tokens
 from worldline.parallel.halo import WHOLE, Rows, share_rows
+from worldline.parallel.mesh import Axis, Layout
 from worldline.report import Recorder, log_result
 from worldline.request import VideoRequest
 from worldline.sampling.solvers import Stepped, Steps, standard_noise
@@ -70,6 +72,8 @@ def check_prompts(opened: Opened, request: VideoRequest) -> None:
 def unused(opened: Opened, request: VideoRequest) -> dict[str, str]:
     """Fields and parts without effect on a request."""
     reasons = request.unused()
+    if not request.guidance:
+        reasons["guidance_parallel"] = "guidance is 0, all processes split the tokens"
     if request.prompt_embeddings is not None and not read_prompts(opened, request)[1]:
         reasons |= opened.encoder_unused
     return reasons
@@ -138,13 +142,54 @@ def stages(
     yield Stage("decode", "tokenizer", rows.largest(coding[1]))
 
 
-def attention_entries(parts: Parts, video: VideoShape) -> dict[str, Any]:
+def layout(opened: Opened, requests: Sequence[VideoRequest], count: int) -> Layout:
+    """Guidance branches on two halves of the processes, which split the tokens of their branch.
+
+    A step then exchanges one output, a network split over all exchanges in every block.
+
+    Raises:
+        InputError: so many processes cannot share the smallest of the videos.
+    """
+    options, heads = opened.options, opened.config.num_heads
+    cell = PATCH[1] * opened["tokenizer"].config.spatial
+    cells = min((r.height // cell) * (r.width // cell) for r in requests)
+    guided = all(request.guidance for request in requests)
+
+    def split(count: int) -> Layout | None:
+        halves = {"on": True, "off": False, "auto": guided and count % 2 == 0}
+        cfg = 1 + halves[options.guidance_parallel]
+        cp = count // cfg
+        undivided = options.context_parallel == "ulysses" and heads % cp
+        return None if count % cfg or undivided or not 0 < cp <= cells else Layout(cfg=cfg, cp=cp)
+
+    if found := split(count):
+        return found
+    possible = ", ".join(str(n) for n in range(1, count + 2) if split(n))
+    ways = (option(n, getattr(options, n)) for n in ("guidance_parallel", "context_parallel"))
+    raise InputError(
+        f"{count} processes cannot share a video of {cells} tokens a latent frame and {heads} "
+        f"heads with {' and '.join(ways)}; give {possible}"
+    )
+
+
+def split_work(
+    compute: Compute, options: Any, config: Any, grid: LatentShape, guided: bool
+) -> tuple[Axis, Tokens]:
+    """Processes that compute branches of guidance apart, and tokens as all others share them."""
+    mesh = compute.mesh
+    halves, axis = (mesh.cfg, mesh.cp) if guided and mesh.cfg.count > 1 else (Axis(), mesh.video)
+    tokens = config.tokens(grid)
+    return halves, split_tokens(axis, tokens, config.num_heads, options.context_parallel)
+
+
+def attention_entries(parts: Parts, video: VideoShape, guided: bool) -> dict[str, Any]:
     """Report entries of the transformer's tokens and attention, for a video denoised at once."""
-    tokens = parts.config.tokens(grid_of(parts.opened, video)).tokens
-    return {
-        "tokens": tokens,
-        "attention": backend_name(parts.device, parts.compute.dtype, tokens),
-    }
+    opened, compute, grid = parts.opened, parts.compute, grid_of(parts.opened, video)
+    halves, tokens = split_work(compute, opened.options, parts.config, grid, guided)
+    count = parts.config.tokens(grid).tokens
+    backend = backend_name(parts.device, compute.dtype, tokens.num_queries(count))
+    ways = (backend, str(tokens), "guidance halves" if halves.count > 1 else "")
+    return {"tokens": count, "attention": ", ".join(filter(None, ways))}
 
 
 @contextmanager
@@ -189,6 +234,7 @@ def generate(
         restore: (parts, latents) -> latents as the tokenizer gives them.
     """
     prompts = yield from encode_prompts(parts, request, recorder)
+    recorder.facts["negative_prompt"] = prompts[1] is not None
     # all at once, as long as they are: to join pieces would hold a long video twice
     frames = np.empty((*astuple(request.video), 3), np.uint8)
     made = planned = 0
@@ -250,13 +296,23 @@ def encode_prompts(
 
 
 def conditioned(
-    model: Any, noise: Tensor, known: Tensor | None, prompts: Prompts, positions: Any
+    parts: Parts,
+    model: Any,
+    noise: Tensor,
+    known: Tensor | None,
+    prompts: Prompts,
+    positions: Any,
 ) -> Callable[[Tensor, Tensor, bool], Tensor]:
     """Network as samplers call it: (latents, times, branch with the prompt?) -> output.
 
     The text is encoded once for all steps: it does not change, and is by far the widest input.
+    Where two halves of the processes compute a branch each, both have both outputs, once that with
+    the prompt is asked for.
     """
-    contexts = [None if x is None else model.encode_context(x) for x in prompts]
+    grid, guided = LatentShape(*noise.shape[2:]), prompts[1] is not None
+    halves, tokens = split_work(parts.compute, parts.opened.options, model.config, grid, guided)
+    contexts = [x if x is None else model.encode_context(x) for x in halves.own(prompts)]
+    outputs: list[Tensor] = []
     mask = None
     if model.config.condition_mask:
         mask = torch.zeros_like(noise[:1, :1])
@@ -264,9 +320,11 @@ def conditioned(
             mask[:, :, : known.shape[2]] = 1
 
     def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
-        context = contexts[not conditional]
-        output: Tensor = model(x, times, context, positions, condition_mask=mask)
-        return output
+        if conditional or halves.count == 1:
+            context = contexts[not conditional]
+            y = model(x, times, context, positions, condition_mask=mask, tokens=tokens)
+            outputs[:] = halves.parts(y)
+        return outputs.pop(0)
 
     return network
 

@@ -51,6 +51,40 @@ def attend(
     )
 
 
+def attend_partially(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`attend` to some of the keys, so that the results of several parts can be joined.
+
+    Args:
+        q: (B, N, L, K).
+        k: (B, N, S, K).
+        v: as `k`.
+
+    Returns:
+        Result in the shape of `q`, and the logarithm of the sum of its weights (B, N, L), float32
+        or wider.
+    """
+    aten, backend = torch.ops.aten, SDPBackend.MATH
+    if q.shape[3] % 8 == 0:  # others are padded by torch, one level above these kernels
+        first = _HOPPER if _prefers_cudnn(q.device, q.dtype, q.shape[2]) else _HOPPER[1:]
+        with sdpa_kernel(first, set_priority=True):
+            backend = SDPBackend(torch._fused_sdp_choice(q, k, v))
+    if backend == SDPBackend.CUDNN_ATTENTION:
+        found = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    elif backend == SDPBackend.EFFICIENT_ATTENTION:
+        found = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    elif backend == SDPBackend.FLASH_ATTENTION and q.is_cuda:
+        found = aten._scaled_dot_product_flash_attention(q, k, v)
+    elif backend == SDPBackend.FLASH_ATTENTION and q.device.type == "cpu":
+        found = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    else:
+        wide = torch.promote_types(q.dtype, torch.float32)  # a sum over thousands of weights
+        scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * q.shape[3] ** -0.5
+        sums = scores.logsumexp(-1)
+        found = (scores - sums.unsqueeze(-1)).exp().to(v.dtype) @ v, sums
+    # (B, N, L), (B, N, L, 1) or, filled up, (B, N, 32 n)
+    return found[0], found[1].flatten(2)[..., : q.shape[2]]
+
+
 def _prefers_cudnn(device: torch.device, dtype: torch.dtype, length: int) -> bool:
     """Whether to ask for cuDNN first: 1.6 to 1.8 times FlashAttention 2 on Hopper."""
     half = dtype in (torch.bfloat16, torch.float16)

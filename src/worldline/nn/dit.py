@@ -8,7 +8,7 @@ Axes: B batch, C channels, T/H/W latent grid, L tokens, D width, N heads, K head
 the text, G noise levels of a clip.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from worldline.shapes import LatentShape
 
 # keys and values (B, N, S, K) of the text, block by block
 Context = list[tuple[Tensor, Tensor]]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # `attend` of q, k, v
 
 PATCH = (1, 2, 2)  # latent cells a token covers in time, rows and columns, in all models
 PATCH_CELLS = 4
@@ -121,6 +122,7 @@ class Attention(nn.Module):
         x: Tensor,
         encoded: tuple[Tensor, Tensor] | None = None,
         rotation: Rotation | None = None,
+        attend: Attend = attend,
     ) -> Tensor:
         """(B, L, D); keys and values are by default those of `x`."""
         q = norm_heads(self.heads(self.q(x)), self.q_norm, rotation).transpose(1, 2)
@@ -226,9 +228,10 @@ class Block(nn.Module):
         rotation: Rotation,
         context: tuple[Tensor, Tensor],
         added: Tensor | None = None,
+        attend: Attend = attend,
     ) -> Residual:
         """The stream and the feed-forward's output; `added` enters the stream first."""
-        residual = self.attention(residual, noise, None, rotation, added=added)
+        residual = self.attention(residual, noise, None, rotation, attend, added=added)
         residual = self.cross_attention(residual, noise, context)
         return self.feed_forward(residual, noise)
 
@@ -277,6 +280,32 @@ def unpatchify(y: Tensor, grid: LatentShape) -> Tensor:
     return y.reshape(len(y), -1, grid.frames, grid.height, grid.width)
 
 
+class Tokens:
+    """All tokens of a clip, in one process; `parallel.context` splits them over several."""
+
+    def part(self, x: Tensor) -> Tensor:
+        """This process's rows of (..., L, any)."""
+        return x
+
+    def join(self, y: Tensor) -> Tensor:
+        """All rows (B, L, any) of each process's."""
+        return y
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`attend` of this process's queries to the keys of all tokens."""
+        return attend(q, k, v)
+
+    def num_queries(self, count: int) -> int:
+        """Queries that attention has at once in a clip of `count` tokens."""
+        return count
+
+    def __str__(self) -> str:
+        return ""
+
+
+ALL_TOKENS = Tokens()
+
+
 class DiffusionTransformer(nn.Module):
     """Tokens of noised latents through modulated blocks; families add noise level and positions."""
 
@@ -317,13 +346,18 @@ class DiffusionTransformer(nn.Module):
         context: Context,
         rotation: Rotation,
         added: Tensor | None = None,
+        tokens: Tokens = ALL_TOKENS,
     ) -> Tensor:
         """Output, shaped like the latents; their channels and masks as `patchify` takes them.
 
-        The rotation is (L, K); `added` (L, D) enters the stream before every block.
+        The rotation is (L, K); `added` (L, D) enters the stream before every block. Where several
+        processes share the tokens, each gets the output of all.
         """
-        tokens = patchify(latents.to(self.dtype), conditioning, padding_mask)
-        residual = Residual(self.embed(tokens))
+        x = tokens.part(patchify(latents.to(self.dtype), conditioning, padding_mask))
+        rotation = Rotation(*map(tokens.part, rotation))
+        added = None if added is None else tokens.part(added)
+        residual = Residual(self.embed(x))
         for block, encoded in zip(self.blocks, context, strict=True):
-            residual = block(residual, noise, rotation, encoded, added)
-        return unpatchify(self.head(residual, noise), LatentShape(*latents.shape[2:]))
+            residual = block(residual, noise, rotation, encoded, added, tokens.attend)
+        y = tokens.join(self.head(residual, noise))
+        return unpatchify(y, LatentShape(*latents.shape[2:]))

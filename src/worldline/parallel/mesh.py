@@ -48,6 +48,10 @@ class Axis:
         """This process's part of an axis that is cut into equal ones."""
         return x.chunk(self.count, dim)[self.rank] if self.count > 1 else x
 
+    def own(self, things: Sequence[Result]) -> Sequence[Result]:
+        """Those of some things that are this process's."""
+        return things[self.rank :: self.count]
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the processes, in place."""
         if self.count > 1:
@@ -73,14 +77,36 @@ class Axis:
         """What all hold, joined along an axis."""
         return torch.cat(self.parts(x), dim) if self.count > 1 else x
 
-    def all_to_all(self, x: Tensor, split: int, join: int) -> Tensor:
-        """Cut along axis `split`, a part for each process; join what arrives along axis `join`."""
+    def all_to_all(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Rows that the processes send to this one, for the rows of `x` that go to each.
+
+        Both are in the order of processes, of each as many as the numbers state.
+        """
         if self.count == 1:
             return x
-        sent = torch.stack(x.chunk(self.count, split))
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group)
-        return torch.cat([*received], join)
+        arrived = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(
+            arrived, x.contiguous(), list(received), list(sent), group=self.group
+        )
+        return arrived
+
+    def pass_on(self, x: Tensor, arriving: Tensor) -> Callable[[], None]:
+        """Send `x` to the next process while `arriving` is filled by the one before.
+
+        What comes back is to be called: it waits for both.
+        """
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(move, y, group=self.group, group_peer=(self.rank + way) % self.count)
+                for move, y, way in ((dist.isend, x, 1), (dist.irecv, arriving, -1))
+            ]
+        )
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return wait
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors of one dtype and device, in place, by their means over the processes."""

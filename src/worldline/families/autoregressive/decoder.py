@@ -26,13 +26,14 @@ from torch import Tensor
 from worldline.catalog import DECODERS, Generation, generation_by_name
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.request import ARRequest
-from worldline.families.denoise import decode, report, stage
+from worldline.families.denoise import decode, report, split_work, stage
 from worldline.families.diffusion import family as diffusion
 from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, PRESETS, DiT, DiTConfig
 from worldline.families.diffusion.request import Precision
 from worldline.families.diffusion.weights import open_network as open_dit
 from worldline.family import Compute, Opened, Parts
 from worldline.memory import Stage, denoise_bytes
+from worldline.nn.dit import ALL_TOKENS, Tokens
 from worldline.nn.pieces import decode_stream
 from worldline.opening import refuse_unless_equal
 from worldline.parallel.halo import WHOLE, Rows, share_rows
@@ -134,10 +135,12 @@ class DecoderNetwork(Network[DiTConfig]):
         noise = standard_noise(job.request.seed, (1, self.config.latent_channels, *astuple(grid)))
         fine = grid.video(coder.config.temporal, coder.config.spatial)
         rows = share_rows(parts.compute.mesh, fine, coder.config.spatial)
+        # both branches of the guidance are one batch
+        _, tokens = split_work(parts.compute, parts.opened.options, self.config, grid, guided=False)
         steps = len(make_sigmas(SAMPLER_OF[self.generation], self.num_steps)) - 1  # of a window
         for number, window in enumerate(windows):
             with stage(job.recorder, "denoise"), parts.loaded["decoder"].on_device() as model:
-                sampling = self.denoise_window(model, window, context, noise)
+                sampling = self.denoise_window(model, window, context, noise, tokens)
                 planned, dtype = len(windows) * steps, parts.compute.dtype
                 run = report(sampling, job.recorder, dtype, planned, number * steps)
                 latents.append((yield from run))
@@ -165,10 +168,12 @@ class DecoderNetwork(Network[DiTConfig]):
                 )
             latents.clear()
 
-    def denoise_window(self, model: DiT, ids: Tensor, context: Any, noise: Tensor) -> Steps:
+    def denoise_window(
+        self, model: DiT, ids: Tensor, context: Any, noise: Tensor, tokens: Tokens = ALL_TOKENS
+    ) -> Steps:
         """Normalised latents of a window, float32 (1, C, 8, H, W), of its ids (1, 8, h, w).
 
-        The noise is unit normal, in the shape of the latents.
+        The noise is unit normal, in the shape of the latents; `tokens` is how processes share them.
         """
         device, precision = model.embed.weight.device, self.rotary_precision
         angles = model.dtype if precision is None else getattr(torch, precision)
@@ -183,7 +188,8 @@ class DecoderNetwork(Network[DiTConfig]):
         def network(x: Tensor, times: Tensor, conditional: bool) -> Tensor:
             """Both branches of the guidance at once; that with the prompt is asked for first."""
             if conditional:
-                y = model(x.repeat(2, 1, 1, 1, 1), times.repeat(2), encoded, positions, ids=known)
+                x, times = x.repeat(2, 1, 1, 1, 1), times.repeat(2)
+                y = model(x, times, encoded, positions, ids=known, tokens=tokens)
                 ready[:] = y.split(1)
             return ready.pop(0)
 

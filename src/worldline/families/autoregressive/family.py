@@ -50,6 +50,7 @@ from worldline.weights.networks import Network
 logger = logging.getLogger(__name__)
 
 OFFLOAD_DECODER, DISABLE_DECODER = "offload_diffusion_decoder", "disable_diffusion_decoder"
+DECODER_FIELDS = (OFFLOAD_DECODER, "decoder_seam", "context_parallel")
 CARRIED = 2  # latent frames of a window that the next one takes over, by rollout "pixels"
 TOKENIZERS = {
     "Predict1": ("Cosmos-Tokenize1-DV8x16x16-720p", "Cosmos-1.0-Tokenizer-DV8x16x16"),
@@ -299,7 +300,7 @@ def unused(opened: Opened, request: ARRequest) -> dict[str, str]:
     decoder, window = opened.get("decoder"), opened.config.grid.frames
     reasons = {"offload_prompt_upsampler": "autoregressive models have no prompt upsampler"}
     if not decoder:
-        reasons |= dict.fromkeys((OFFLOAD_DECODER, "decoder_seam"), "no diffusion decoder runs")
+        reasons |= dict.fromkeys(DECODER_FIELDS, "no diffusion decoder runs")
     if request.temperature == 0:
         reasons["top_p"] = "temperature 0 draws nothing at random"
         if not decoder:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from worldline.family import Command
-from worldline.request import Name, Request, Seed, Size, T5Options, offload
+from worldline.request import ContextParallel, Name, Request, Seed, Size, T5Options, offload
 
 Seam = Literal["corrected", "as_released"]
 Rollout = Literal["tokens", "pixels"]
@@ -71,6 +71,7 @@ class AROptions(T5Options):
         description="Inputs of a batch that are drawn in step, each as it would be alone; auto: as "
         "many as fit into the memory, where that saves time.",
     )
+    context_parallel: ContextParallel = "auto"
     disable_diffusion_decoder: bool | None = Field(
         None, description="Decode by the tokenizer alone."
     )

@@ -82,7 +82,7 @@ def sample_video(
     )
     sampler = str(request.sampler)
     return len(make_sigmas(sampler, request.num_steps)) - 1, sample(
-        denoise.conditioned(model, noise, known, (prompt, negative), positions),
+        denoise.conditioned(parts, model, noise, known, (prompt, negative), positions),
         noise,
         sampler=sampler,
         num_steps=request.num_steps,
@@ -149,9 +149,11 @@ def notes(opened: Opened, request: DiffusionRequest) -> list[str]:
 
 def report_entries(parts: Parts, request: DiffusionRequest, recorder: Recorder) -> dict[str, Any]:
     """Entries of a video's report."""
+    led = recorder.facts.get("negative_prompt") or starts_from_text(parts.opened)
+    guided = bool(request.guidance and led)
     return {
         "generation": generation_of(parts.opened),
-        **denoise.attention_entries(parts, request.video),
+        **denoise.attention_entries(parts, request.video, guided),
     }
 
 
@@ -274,6 +276,7 @@ FAMILY = Family(
     unused=denoise.unused,
     report=report_entries,
     notes=notes,
+    layout=denoise.layout,
     upsampler=upsampler,
     read_settings=read_settings,
 )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldline.nn import dit
-from worldline.nn.dit import Context, DiffusionTransformer, DiTSizes, NoiseLevel
+from worldline.nn.dit import ALL_TOKENS, Context, DiffusionTransformer, DiTSizes, NoiseLevel, Tokens
 from worldline.nn.modulation import NORM_EPS, norm_heads, sinusoid
 from worldline.nn.rope import Rotation
 from worldline.parallel.offload import BlockPlan
@@ -172,6 +172,7 @@ class DiT(DiffusionTransformer):
         condition_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
         ids: Tensor | None = None,
+        tokens: Tokens = ALL_TOKENS,
     ) -> Tensor:
         """Network output F of the EDM parametrisation, shaped like `latents`.
 
@@ -183,7 +184,8 @@ class DiT(DiffusionTransformer):
             condition_mask: (B, 1, T, H, W), 1 on conditioning frames; Video2World only.
             padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding.
             ids: from `encode_ids`; the diffusion decoder only.
+            tokens: how processes share them.
         """
         conditioning = [part for part in (condition_mask, ids) if part is not None]
         noise = self.noise(timesteps)
-        return self.run(latents, conditioning, padding_mask, noise, context, *positions)
+        return self.run(latents, conditioning, padding_mask, noise, context, *positions, tokens)

@@ -6,7 +6,17 @@ from pydantic import Field
 
 from worldline.catalog import Generation
 from worldline.family import Command
-from worldline.request import FIT, Fps, Path, Size, T5Options, VideoRequest, offload
+from worldline.request import (
+    FIT,
+    ContextParallel,
+    Fps,
+    GuidanceParallel,
+    Path,
+    Size,
+    T5Options,
+    VideoRequest,
+    offload,
+)
 from worldline.shapes import Fit
 
 Sampler = Literal["edm_euler", "res_2ab", "res_1euler", "res_2mid"]
@@ -51,6 +61,8 @@ class DiffusionOptions(T5Options):
 
     DECISIVE: ClassVar[frozenset[str]] = frozenset({"generation"})
 
+    guidance_parallel: GuidanceParallel = "auto"
+    context_parallel: ContextParallel = "auto"
     tokenizer_dir: Path | None = Field(
         None,
         description="Folder below --checkpoint_dir, or a path.  [default: "

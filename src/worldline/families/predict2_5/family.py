@@ -61,7 +61,7 @@ def sample_window(
     schedule = make_schedule(network.schedule, window.num_steps)
     positions = model.make_positions(LatentShape(*noise.shape[2:]))
     velocity = guided_velocity(
-        denoise.conditioned(model, noise, known, prompts, positions),
+        denoise.conditioned(parts, model, noise, known, prompts, positions),
         noise,
         schedule,
         guidance=window.guidance,
@@ -165,7 +165,7 @@ def report_entries(parts: Parts, request: FlowRequest, recorder: Recorder) -> di
         "known_timestep": network.known_timestep,
         "evaluations": len(make_schedule(network.schedule, request.num_steps).timesteps),
         "chunks": len(cut_windows(opened, request)),
-        **denoise.attention_entries(parts, window_shape(opened, request)),
+        **denoise.attention_entries(parts, window_shape(opened, request), bool(request.guidance)),
     }
 
 
@@ -269,4 +269,5 @@ FAMILY = Family(
     unused=denoise.unused,
     report=report_entries,
     notes=notes,
+    layout=denoise.layout,
 )

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from worldline.nn import dit
 from worldline.nn.dit import (
+    ALL_TOKENS,
     LARGEST_GRID,
     Context,
     DiffusionTransformer,
     DiTSizes,
     NoiseLevel,
+    Tokens,
     linear,
 )
 from worldline.nn.modulation import NORM_EPS, sinusoid
@@ -120,6 +122,7 @@ class FlowDiT(DiffusionTransformer):
         *,
         condition_mask: Tensor,
         padding_mask: Tensor | None = None,
+        tokens: Tokens = ALL_TOKENS,
     ) -> Tensor:
         """Velocity from data to noise, shaped like `latents`, float32.
 
@@ -130,7 +133,11 @@ class FlowDiT(DiffusionTransformer):
             positions: from `make_positions`, for this grid.
             condition_mask: (B, 1, T, H, W), 1 on conditioning frames.
             padding_mask: (B, 1, h, w) of any size, 1 where the picture is padding.
+            tokens: how processes share them.
         """
         times = timesteps.to(torch.promote_types(self.dtype, torch.float32))
         noise = self.noise(times * self.config.timestep_scale)
-        return self.run(latents, [condition_mask], padding_mask, noise, context, positions)
+        conditioning = [condition_mask]
+        return self.run(
+            latents, conditioning, padding_mask, noise, context, positions, tokens=tokens
+        )

@@ -7,7 +7,17 @@ from pydantic import AfterValidator, Field, model_validator
 
 from worldline.catalog import FLOW_MODELS
 from worldline.family import Command
-from worldline.request import Count, Fps, LoadOptions, Path, Size, VideoRequest, offload
+from worldline.request import (
+    ContextParallel,
+    Count,
+    Fps,
+    GuidanceParallel,
+    LoadOptions,
+    Path,
+    Size,
+    VideoRequest,
+    offload,
+)
 from worldline.shapes import nearest_frames
 
 Schedule = Literal["karras", "shifted"]
@@ -73,6 +83,8 @@ class FlowOptions(LoadOptions):
         description="GPUs that share a video; fewer than there are make groups with different "
         "videos.  [default: all]",
     )
+    guidance_parallel: GuidanceParallel = "auto"
+    context_parallel: ContextParallel = "auto"
     tokenizer_dir: Path | None = Field(
         None,
         description="Wan2.1 tokenizer: file or folder, below --checkpoint_dir or a path.  "
