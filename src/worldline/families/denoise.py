@@ -20,7 +20,7 @@ from worldline.finite import check_finite, total
 from worldline.guards import rewrites
 from worldline.memory import Stage, denoise_bytes
 from worldline.nn.attention import backend_name
-from worldline.nn.dit import PATCH, Tokens
+from worldline.nn.dit import PATCH, DiTSizes, Tokens
 from worldline.nn.pieces import decode_stream
 from worldline.parallel.context import split_tokens
 from worldline.parallel.halo import WHOLE, Rows, share_rows
@@ -158,9 +158,10 @@ def layout(opened: Opened, requests: Sequence[VideoRequest], count: int) -> Layo
     def split(count: int) -> Layout | None:
         halves = {"on": True, "off": False, "auto": guided and count % 2 == 0}
         cfg = 1 + halves[options.guidance_parallel]
-        cp = count // cfg
-        undivided = options.context_parallel == "ulysses" and heads % cp
-        return None if count % cfg or undivided or not 0 < cp <= cells else Layout(cfg=cfg, cp=cp)
+        sharing = count // cfg if guided else count  # those of a branch, or of the only one
+        undivided = options.context_parallel == "ulysses" and heads % max(1, sharing)
+        fits = count % cfg == 0 and sharing <= cells and not undivided
+        return Layout(cfg=cfg, cp=count // cfg) if fits else None
 
     if found := split(count):
         return found
@@ -173,21 +174,24 @@ def layout(opened: Opened, requests: Sequence[VideoRequest], count: int) -> Layo
 
 
 def split_work(
-    compute: Compute, options: Any, config: Any, grid: LatentShape, guided: bool
+    parts: Parts, config: DiTSizes, grid: LatentShape, guided: bool
 ) -> tuple[Axis, Tokens]:
-    """Processes that compute branches of guidance apart, and tokens as all others share them."""
-    mesh = compute.mesh
+    """Processes that compute a branch of guidance each, and tokens as those of a branch share them.
+
+    Without two branches that are computed apart, all processes share the tokens.
+    """
+    mesh, way = parts.compute.mesh, parts.opened.options.context_parallel
     halves, axis = (mesh.cfg, mesh.cp) if guided and mesh.cfg.count > 1 else (Axis(), mesh.video)
-    tokens = config.tokens(grid)
-    return halves, split_tokens(axis, tokens, config.num_heads, options.context_parallel)
+    return halves, split_tokens(axis, config.tokens(grid), config.num_heads, way)
 
 
-def attention_entries(parts: Parts, video: VideoShape, guided: bool) -> dict[str, Any]:
-    """Report entries of the transformer's tokens and attention, for a video denoised at once."""
-    opened, compute, grid = parts.opened, parts.compute, grid_of(parts.opened, video)
-    halves, tokens = split_work(compute, opened.options, parts.config, grid, guided)
-    count = parts.config.tokens(grid).tokens
-    backend = backend_name(parts.device, compute.dtype, tokens.num_queries(count))
+def attention_entries(
+    parts: Parts, config: DiTSizes, grid: LatentShape, guided: bool
+) -> dict[str, Any]:
+    """Report entries of a transformer's tokens and attention, for what is denoised at once."""
+    halves, tokens = split_work(parts, config, grid, guided)
+    count = config.tokens(grid).tokens
+    backend = backend_name(parts.device, parts.compute.dtype, tokens.num_queries(count))
     ways = (backend, str(tokens), "guidance halves" if halves.count > 1 else "")
     return {"tokens": count, "attention": ", ".join(filter(None, ways))}
 
@@ -310,7 +314,7 @@ def conditioned(
     the prompt is asked for.
     """
     grid, guided = LatentShape(*noise.shape[2:]), prompts[1] is not None
-    halves, tokens = split_work(parts.compute, parts.opened.options, model.config, grid, guided)
+    halves, tokens = split_work(parts, model.config, grid, guided)
     contexts = [x if x is None else model.encode_context(x) for x in halves.own(prompts)]
     outputs: list[Tensor] = []
     mask = None

@@ -100,7 +100,7 @@ class SplitTokens(Tokens):
             part, part_total = attend_partially(q, *block.transpose(2, 3))
             wide = part.to(part_total.dtype)
             if step:
-                wide = torch.lerp(result, wide, (part_total - total).sigmoid().unsqueeze(-1))
+                wide = result.lerp_(wide, (part_total - total).sigmoid().unsqueeze(-1))
                 part_total = torch.logaddexp(total, part_total)
             result, total = wide, part_total
             if step + 1 < count:

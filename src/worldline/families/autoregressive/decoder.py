@@ -26,7 +26,7 @@ from torch import Tensor
 from worldline.catalog import DECODERS, Generation, generation_by_name
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.request import ARRequest
-from worldline.families.denoise import decode, report, split_work, stage
+from worldline.families.denoise import attention_entries, decode, report, split_work, stage
 from worldline.families.diffusion import family as diffusion
 from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, PRESETS, DiT, DiTConfig
 from worldline.families.diffusion.request import Precision
@@ -74,15 +74,17 @@ class DecoderNetwork(Network[DiTConfig]):
     guidance: float = 1.8
     window: ClassVar[int] = DECODER_WINDOW
 
-    def settings(self, request: ARRequest, compute: Compute) -> dict[str, Any]:
-        """How the tokens of a request are decoded."""
+    def settings(self, request: ARRequest, parts: Parts) -> dict[str, Any]:
+        """How the tokens of a request are decoded, a window at once."""
+        dtype = str(parts.compute.dtype).removeprefix("torch.")
         return {
             "sampler": SAMPLER_OF[self.generation],
             "num_steps": self.num_steps,
             "guidance": self.guidance,
             "seed": request.seed,
             "seam": request.decoder_seam,
-            "rotary_precision": self.rotary_precision or str(compute.dtype).removeprefix("torch."),
+            "rotary_precision": self.rotary_precision or dtype,
+            **attention_entries(parts, self.config, self.grid(parts.opened), guided=False),
         }
 
     def grid(self, opened: Opened) -> LatentShape:
@@ -136,7 +138,7 @@ class DecoderNetwork(Network[DiTConfig]):
         fine = grid.video(coder.config.temporal, coder.config.spatial)
         rows = share_rows(parts.compute.mesh, fine, coder.config.spatial)
         # both branches of the guidance are one batch
-        _, tokens = split_work(parts.compute, parts.opened.options, self.config, grid, guided=False)
+        _, tokens = split_work(parts, self.config, grid, guided=False)
         steps = len(make_sigmas(SAMPLER_OF[self.generation], self.num_steps)) - 1  # of a window
         for number, window in enumerate(windows):
             with stage(job.recorder, "denoise"), parts.loaded["decoder"].on_device() as model:

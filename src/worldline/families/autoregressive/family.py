@@ -334,7 +334,7 @@ def report_entries(parts: Parts, request: ARRequest, recorder: Recorder) -> dict
     drawn = drawing.get("clips_at_once", 0) * drawing.get("tokens", 0)
     return {
         **drawing,
-        "diffusion_decoder": decoder and decoder.settings(request, parts.compute),
+        "diffusion_decoder": decoder and decoder.settings(request, parts),
         "tokens_per_second": round(drawn / spent, 2) if spent else None,
     }
 

@@ -150,10 +150,10 @@ def notes(opened: Opened, request: DiffusionRequest) -> list[str]:
 def report_entries(parts: Parts, request: DiffusionRequest, recorder: Recorder) -> dict[str, Any]:
     """Entries of a video's report."""
     led = recorder.facts.get("negative_prompt") or starts_from_text(parts.opened)
-    guided = bool(request.guidance and led)
+    guided, grid = bool(request.guidance and led), denoise.grid_of(parts.opened, request.video)
     return {
         "generation": generation_of(parts.opened),
-        **denoise.attention_entries(parts, request.video, guided),
+        **denoise.attention_entries(parts, parts.config, grid, guided),
     }
 
 

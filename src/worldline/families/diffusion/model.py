@@ -188,4 +188,5 @@ class DiT(DiffusionTransformer):
         """
         conditioning = [part for part in (condition_mask, ids) if part is not None]
         noise = self.noise(timesteps)
-        return self.run(latents, conditioning, padding_mask, noise, context, *positions, tokens)
+        inputs = latents, conditioning, padding_mask, noise, context
+        return self.run(*inputs, *positions, tokens=tokens)

@@ -160,12 +160,13 @@ def notes(opened: Opened, request: FlowRequest) -> list[str]:
 def report_entries(parts: Parts, request: FlowRequest, recorder: Recorder) -> dict[str, Any]:
     """Entries of a video's report."""
     opened, network = parts.opened, parts.opened["transformer"]
+    grid = denoise.grid_of(opened, window_shape(opened, request))
     return {
         "schedule": network.schedule,
         "known_timestep": network.known_timestep,
         "evaluations": len(make_schedule(network.schedule, request.num_steps).timesteps),
         "chunks": len(cut_windows(opened, request)),
-        **denoise.attention_entries(parts, window_shape(opened, request), bool(request.guidance)),
+        **denoise.attention_entries(parts, parts.config, grid, bool(request.guidance)),
     }
 
 

@@ -137,7 +137,5 @@ class FlowDiT(DiffusionTransformer):
         """
         times = timesteps.to(torch.promote_types(self.dtype, torch.float32))
         noise = self.noise(times * self.config.timestep_scale)
-        conditioning = [condition_mask]
-        return self.run(
-            latents, conditioning, padding_mask, noise, context, positions, tokens=tokens
-        )
+        inputs = latents, [condition_mask], padding_mask, noise, context
+        return self.run(*inputs, positions, tokens=tokens)
