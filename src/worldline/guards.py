@@ -191,10 +191,14 @@ def rewrites(opened: Opened, request: Any) -> bool:
 def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> Guards:
     """Load guardrails and, to `upsample`, the prompt upsampler; no model runs before they are.
 
+    Of processes that make a video together, the first has them.
+
     Raises:
         CheckpointError: one is absent or damaged; all that are, and the flags to run without.
     """
     recorder, options = Recorder(compute.device), opened.options
+    if not compute.mesh.video.first:
+        return Guards(opened, recorder)
     problems: list[str] = []
 
     @contextmanager

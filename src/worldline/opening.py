@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from worldline.locate import Place
 from worldline.memory import WORKSPACE, Fit, Memory, Plan, Stage, Weights
 from worldline.nn.modulation import fused
 from worldline.parallel import job
-from worldline.parallel.mesh import Mesh, make_mesh
+from worldline.parallel.mesh import Axis, Mesh, make_mesh
 from worldline.report import Recorder
 from worldline.repositories import holds_diffusers, model_name, unfinished
 from worldline.request import LoadOptions, Request
@@ -198,37 +199,36 @@ def arrange(opened: Opened, requests: Sequence[Request], compute: Compute) -> Co
             f"{option('num_gpus', stated)}, but torchrun started {world.count} processes; give "
             f"{world.count}, or leave it out"
         )
+    size = getattr(options, "context_parallel_size", None)
+    if size and groups in (1, "auto"):
+        groups = world.count // size
+    elif groups == "auto":
+        groups = most_groups(opened, requests, compute, world)
+    if world.count != groups * (size or world.count // groups):
+        ways = {"data_parallel": None if groups < 2 else groups, "context_parallel_size": size}
+        stated = " and ".join(option(name, number) for name, number in ways.items() if number)
+        counted = f"{world.count} process{'es' if world.count > 1 else ''}"
+        raise InputError(f"{stated} cannot divide {counted}; give divisors, or start as many")
     if world.count == 1:
         return compute
-    if size := getattr(options, "context_parallel_size", None):
-        groups = world.count // size if groups == 1 else groups
-        if groups == "auto" or groups * size != world.count:
-            raise InputError(
-                f"{option('context_parallel_size', size)} does not divide {world.count} "
-                f"processes by {option('data_parallel', groups)}; give numbers whose product it is"
-            )
-    if groups == "auto":
-        groups = most_groups(opened, requests, compute, world.count)
-    if world.count % groups:
-        raise InputError(
-            f"{option('data_parallel', groups)} does not divide {world.count} processes; give a "
-            "divisor"
-        )
-    layout = opened.family.layout(opened, requests, world.count // groups)
-    return replace(compute, mesh=make_mesh(replace(layout, dp=groups), world))
+    layout = replace(opened.family.layout(opened, requests, world.count // groups), dp=groups)
+    logger.info("%d processes: %s", world.count, layout)
+    if (idle := groups - len(requests)) > 0:
+        logger.info("%d of %d groups of processes have nothing to make", idle, groups)
+    return replace(compute, mesh=make_mesh(layout, world))
 
 
-def most_groups(opened: Opened, requests: Sequence[Request], compute: Compute, count: int) -> int:
+def most_groups(opened: Opened, requests: Sequence[Request], compute: Compute, world: Axis) -> int:
     """Number of groups of processes, the most whose memory suffices; 1 for one request."""
-    for groups in range(min(count, len(requests)), 1, -1):
-        if count % groups:
+    for groups in range(min(world.count, len(requests)), 1, -1):
+        if world.count % groups:
             continue
         with suppress(InputError):
-            layout = replace(opened.family.layout(opened, requests, count // groups), dp=groups)
-            there = replace(compute, mesh=Mesh(layout))
-            plan(opened, requests, there).refuse_unless_fits(
-                compute.device, opened.options.offloaded
-            )
+            layout = opened.family.layout(opened, requests, world.count // groups)
+            there = replace(compute, mesh=Mesh(replace(layout, dp=groups)))
+            needed = plan(opened, requests, there)
+            check = partial(needed.refuse_unless_fits, compute.device, opened.options.offloaded)
+            world.together(check)
             return groups
     return 1
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from statistics import median
@@ -101,11 +101,12 @@ def load_world(
     compute = compute or arrange(opened, requests, choose_compute(opened.options))
     if opened.place.bundled and compute.device.type == "cpu":
         torch.set_num_threads(1)  # tiny networks: on busy cores threads wait for each other
-    guards = load_guards(opened, compute, upsample=upsample)
+    together = compute.mesh.world.together
+    guards = together(partial(load_guards, opened, compute, upsample=upsample))
     compute = choose_batch_size(opened, requests, compute, guards)
     recorder = guards.loading.followed_by(Recorder(compute.device))
     first = replace(compute, batch_size=compiled or compute.batch_size)
-    parts = load_parts(opened, first, recorder)
+    parts = together(partial(load_parts, opened, first, recorder))
     return World(replace(parts, compute=compute), guards, recorder)
 
 
@@ -114,29 +115,35 @@ def choose_batch_size(
 ) -> Compute:
     """Compute with the clips made in step: as chosen, or as many as fit where that saves time.
 
+    All processes choose alike, each by the memory of its own device.
+
     Raises:
         InsufficientMemoryError: they do not fit, or not even one does.
     """
     chosen = getattr(opened.options, "batch_size", 1)
     most = opened.family.max_batch_size(opened, compute)
     auto = chosen == "auto"
-    size = min(len(requests), most or 1 if auto else chosen)
+    groups = compute.mesh.layout.dp
+    size = min(-(-len(requests) // groups), most or 1 if auto else chosen)
     if most is not None and size > most:
         logger.info(
             "%s: %d are computed in step, the most possible", option("batch_size", chosen), most
         )
         size = most
-    while True:
-        compute = replace(compute, batch_size=size)
+
+    def refuse_unless_fits() -> None:
         needed = plan(opened, requests, compute, guards.guardrail_bytes)
         beside = 0 if compute.device.type == "cuda" else needed.peak()
         smaller = f"; a smaller {option('batch_size')} needs less" if size > 1 else ""
+        advice = guards.advice + smaller
+        needed.refuse_unless_fits(compute.device, opened.options.offloaded, advice)
+        for request in requests:
+            check_frames(opened, request, size, beside)
+
+    while True:
+        compute = replace(compute, batch_size=size)
         try:
-            needed.refuse_unless_fits(
-                compute.device, opened.options.offloaded, guards.advice + smaller
-            )
-            for request in requests:
-                check_frames(opened, request, size, beside)
+            compute.mesh.world.together(refuse_unless_fits)
             return compute
         except InsufficientMemoryError:
             if not auto or size == 1:
@@ -219,7 +226,8 @@ class World:
     ) -> Generator[Step, None, None]:
         """Steps of the video that `generate` makes; the last carries it.
 
-        Where guardrails check videos, no step before the last carries frames.
+        Where guardrails check videos, no step before the last carries frames. Of processes that
+        make a video together, the first alone has frames.
 
         Args:
             input: a file, a PIL image or a list of them, or frames uint8 (T, H, W, 3) as an array
@@ -284,8 +292,20 @@ class World:
         """Check a request and read its input; `request` stands for options checked before.
 
         Raises:
-            InputError: the input or an option is wrong.
+            InputError: the input or an option is wrong, here or in another process.
         """
+        return self.processes.together(
+            partial(self._prepare, input, options, input_type=input_type, request=request)
+        )
+
+    def _prepare(
+        self,
+        input: Input | None,
+        options: Mapping[str, Any],
+        *,
+        input_type: InputType | None,
+        request: Request | None,
+    ) -> Job:
         if input_type not in ("image", "video", None):
             raise InputError(f"input_type is {input_type!r}; it must be 'image' or 'video'")
         opened, family = self.opened, self.opened.family
@@ -346,7 +366,8 @@ class World:
                 for position, step in self._generate([allowed[index] for index in group], shared):
                     index = group[position]
                     if step.kind != "done":
-                        if self.guards.checks_videos:  # no frame leaves unchecked
+                        # no frame leaves unchecked, or from more than one process
+                        if self.guards.checks_videos or not self.processes.first:
                             step = replace(step, frames=None, preview=None)
                         yield index, step
                         continue

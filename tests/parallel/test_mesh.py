@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,18 @@ def exchange(axis: Axis) -> dict[str, Any]:
         "every": axis.every(axis.rank),
         "once": axis.once(lambda: {"rank": axis.rank, "x": torch.ones(2)})["rank"],
     }
+
+
+def share(axis: Axis) -> list[bool]:
+    with torch.inference_mode():
+        table = torch.arange(12).view(3, 4).bfloat16()
+    frames = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    frames.flags.writeable = False
+    values = [table, table.T, table[:0], frames, frames[:, ::2], {"x": torch.tensor(True)}]
+    got = axis.once(lambda: values)
+    same = [torch.equal(a, b) for a, b in zip(values[:3], got[:3], strict=True)]
+    same += [np.array_equal(a, b) for a, b in zip(values[3:5], got[3:5], strict=True)]
+    return [*same, bool(got[5]["x"]), (got is values) == axis.first]
 
 
 def fail(axis: Axis, error: Exception) -> list[str]:
@@ -80,6 +93,10 @@ def test_parts_are_joined_summed_and_turned(two: Together, three: Together) -> N
             assert all(got[name] for name in ("joined", "arrived", "passed", "any"))
             assert got["summed"] == sum(range(1, count + 1))
             assert (got["every"], got["once"]) == (list(range(count)), 0)
+
+
+def test_tensors_and_arrays_arrive_as_they_were(two: Together) -> None:
+    assert all(map(all, two(share)))
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class Main(click.Group):
             results.muted = not here.speaks
             for handler in handlers:
                 logger.addHandler(handler)
-            logger.setLevel(min((one.level for one in handlers), default=logging.ERROR))
+            logger.setLevel(min((one.level for one in handlers), default=logging.CRITICAL))
             report_event("start", " ".join(["worldline", *words[:1]]))  # others may be a prompt
             splits = {"generate", *FAMILIES} & {*words[:1]}
             if splits or job.alone():

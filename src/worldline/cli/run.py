@@ -34,6 +34,7 @@ from worldline.errors import (
 from worldline.family import Command, Item, requests_of
 from worldline.files import check_folder, digest
 from worldline.parallel import job
+from worldline.parallel.turns import Turns
 from worldline.shapes import VideoShape
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from worldline.request import LoadOptions
     from worldline.step import Video
     from worldline.video.read import MediaInfo
-    from worldline.world import Job, World
+    from worldline.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,11 @@ _REMEDY = "; offload flags (--offload_…) or a smaller size need less memory"
 _SHARING = ("guidance_parallel", "context_parallel")
 _UPSAMPLER = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
 
-# runs a task with its label, and returns the line to print
-Run = Callable[[Any, str], str]
+# runs a task with its label, and returns the line to print; number of tasks that run in step
+Run = tuple[Callable[[Any, str], str], int]
+# number of a task; stage of its refusal, "" of an error, None where it is done; the line to print;
+# files that it replaced, or its trace
+Outcome = tuple[int, str | None, str, list[str]]
 # file of a video -> the line about it, or why it was not made
 Outcomes = dict[Path, str | Error]
 
@@ -75,6 +79,8 @@ def run(family: str, command: Command, context: click.Context) -> None:
     if hasattr(reader, "model"):
         model, more = reader.model(flags, model, named)
         option_flags |= more
+    if len(items) == 1:
+        option_flags.pop("data_parallel", None)
     from worldline.locate import locate
 
     place = locate(model, options.checkpoint_dir)
@@ -191,7 +197,7 @@ def log_unused(
         (not guarded, "no guardrail runs", ("offload_guardrail_models", "guardrail_dir")),
         (guarded, "the guardrails check the video before a frame leaves", ("preview_every",)),
         (not upsamples(opened), "no prompt upsampler runs", _UPSAMPLER),
-        (len(items) == 1, "there is one input", ("batch_size",)),
+        (len(items) == 1, "there is one input", ("batch_size", "data_parallel")),
         (compute.mesh.video.count == 1, "one process makes a video", _SHARING),
         (lengths == {None, 0}, "there is no input", ("fit",)),
         (
@@ -216,7 +222,7 @@ def log_unused(
 def load(
     opened: Opened, compute: Compute, quality: Mapping[str, Any], items: Sequence[Item]
 ) -> Run:
-    """Load a model; the result makes a video, some with those that follow it, in step.
+    """Load a model; the runner makes a video, some with those that follow it, in step.
 
     Args:
         opened: the model.
@@ -248,7 +254,7 @@ def load(
             try:
                 make_videos(world, group, name, outcomes, quality)
             except Exception as error:
-                if is_disk_full(error):
+                if is_disk_full(error) or not is_shared(error, world.parts.compute.mesh):
                     raise
                 logger.warning("%s: %s; made one by one", name, one_line(error))
                 if is_out_of_memory(error):
@@ -265,7 +271,7 @@ def load(
             raise outcome
         return outcome
 
-    return make_one
+    return make_one, size
 
 
 def make_videos(
@@ -283,18 +289,18 @@ def make_videos(
     rate = items[0].request.fps / (tokenizer.config.temporal if tokenizer else 1)
     processes = world.processes
 
-    def prepare(item: Item) -> Job:
-        return world.prepare(item.input, {}, input_type=item.kind, request=item.request)
-
     outcomes |= {item.output: "" for item in items if not processes.first}
     try:
         with ExitStack() as stack:
             if processes.first:
                 progress = stack.enter_context(Progress(label, items[0].output, rate))
-            jobs = [processes.together(partial(prepare, item)) for item in items]
+            jobs = [
+                world.prepare(item.input, {}, input_type=item.kind, request=item.request)
+                for item in items
+            ]
             for index, step in world.run_batch(jobs):
                 if step.video is not None:
-                    outcomes[items[index].output] = save(step.video, items[index], quality)
+                    outcomes[items[index].output] = attempt_save(step.video, items[index], quality)
                 elif processes.first:
                     progress.report(step)
     except Error as error:
@@ -306,6 +312,16 @@ def make_videos(
             if isinstance(failure, NonFiniteError) and processes.first and not output.exists():
                 text = json.dumps(failure.report, indent=1) + "\n"
                 write_bytes(output.with_suffix(".json"), text.encode())
+
+
+def attempt_save(video: Video, item: Item, quality: Mapping[str, Any]) -> str | Error:
+    """Line about a video that is written, or why it is not: other processes go on."""
+    try:
+        return save(video, item, quality)
+    except Error as error:
+        if is_disk_full(error):
+            raise
+        return error
 
 
 def save(video: Video, item: Item, quality: Mapping[str, Any]) -> str:
@@ -380,7 +396,7 @@ def existing(paths: Iterable[Path], no_overwrite: bool = False) -> list[Path]:
     return there
 
 
-def log_replaced(paths: Sequence[Path]) -> None:
+def log_replaced(paths: Sequence[Path | str]) -> None:
     if paths:
         logger.info("replaced files of that name: %s", ", ".join(map(str, paths)))
 
@@ -401,7 +417,7 @@ def run_tasks(
         fingerprint: of a task.
         flags: `OutputFlags`; with `resume` what an earlier run made in the same way is left out.
         things: what is made.
-        mesh: processes that make them together; None for one.
+        mesh: groups of processes, which take the tasks in turns; None is one process.
     """
     from worldline.video.write import check_destination
 
@@ -419,28 +435,44 @@ def run_tasks(
         for folder_of_frames in (t.output for t in tasks if not t.output.suffix):
             check_destination(folder_of_frames)
     existing((path for task in tasks for path in companions(task.output)), flags.no_overwrite)
+    places = [f"{number}/{len(tasks)}" for number in range(1, len(tasks) + 1)]
+    several = total > 1 and keep_going
+    labels = [f"{p} {t}" if several else f"{t}" for p, t in zip(places, tasks, strict=True)]
     failures: Counter[str] = Counter()  # by the stage that refused; "" of errors
-    if tasks:
-        run = load(tasks)
-    for number, task in enumerate(tasks, 1):
-        place, replaced = f"{number}/{len(tasks)}", existing(companions(task.output))
-        label = f"{place} {task}" if total > 1 and keep_going else str(task)
+
+    def attempt(number: int) -> Outcome:
+        replaced = existing(companions(tasks[number].output))
         try:
-            line = run(task, label)
-            log_replaced(replaced)
-            results.add(line)
-            continue
+            line = make(tasks[number], labels[number])
+            return number, None, line, [*map(str, replaced)]
         except Exception as error:
-            alone = mesh is None or mesh.world.count == 1  # others would wait in vain
-            shared = alone or isinstance(error, Error)
-            if total == 1 or not keep_going or is_disk_full(error) or not shared:
+            if not several or is_disk_full(error) or not is_shared(error, mesh):
                 raise
             stage = error.stage if isinstance(error, GuardrailRefusal) else ""
-            failures[stage] += 1
-            # of a refused task the name may be words of the prompt
-            logger.error("%s: %s", place if stage else label, one_line(error))
-            logger.debug("%s", traceback.format_exc())
+            outcome = number, stage, one_line(error), [traceback.format_exc()]
         free_memory()  # what the failed one held would be missing to the next
+        return outcome
+
+    def account(number: int, stage: str | None, line: str, details: list[str]) -> None:
+        if stage is None:
+            log_replaced(details)
+            results.add(line)
+            return
+        failures[stage] += 1
+        # of a refused task the name may be words of the prompt
+        logger.error("%s: %s", places[number] if stage else labels[number], line)
+        logger.debug("%s", *details)
+
+    if tasks:
+        make, size = load(tasks)
+        turns = Turns(mesh)
+        while (first := size * turns.take()) < len(tasks):
+            for number in range(len(tasks))[first : first + size]:
+                turns.post(attempt(number))
+                for outcome in turns.outcomes():
+                    account(*outcome)
+        for outcome in turns.outcomes(len(tasks)):
+            account(*outcome)
     made, before = len(tasks) - failures.total(), total - len(tasks)
     if total > 1 or before:
         since = f": {made} made now, {before} there before" if before else ""
@@ -452,6 +484,13 @@ def run_tasks(
         stages = " and ".join(sorted(failures))
         message = f"{failures.total()} of {total} inputs were refused, by {stages}"
         raise GuardrailRefusal(message, stages)
+
+
+def is_shared(error: Exception, mesh: Mesh | None) -> bool:
+    """Whether all processes of a group raise an error, so that they can go on together."""
+    alone = mesh is None or mesh.video.count == 1
+    memory = error.__cause__ is not None and is_out_of_memory(error.__cause__)
+    return alone or (isinstance(error, Error) and not memory)
 
 
 def free_memory() -> None:

@@ -289,7 +289,7 @@ def run(
             line = code(model, task, fingerprint(task))
             return f"{task.output}: {line}, {time.perf_counter() - start:.1f} s"
 
-        return one
+        return one, 1
 
     run_tasks(tasks, load, fingerprint, flags, "files")
 

@@ -291,10 +291,10 @@ def encode_prompts(
     with stage(recorder, "text"):
         embeddings, texts = read_prompts(parts.opened, request)
         if texts:
-            encoder = parts.loaded["text"]
-            encoded = encoder.embed([*texts.values()])
+            encoder, once = parts.loaded["text"], parts.compute.mesh.video.once
+            encoded = once(lambda: encoder.embed([*texts.values()]))
             embeddings |= {name: encoded[text] for name, text in texts.items()}
-            recorder.facts["prompt_truncation"] = encoder.truncations(texts)
+            recorder.facts["prompt_truncation"] = once(lambda: encoder.truncations(texts))
         log_result("text", embeddings["prompt"])
         return embeddings["prompt"], embeddings.get("negative_prompt")
 

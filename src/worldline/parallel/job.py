@@ -232,6 +232,10 @@ def own_device(name: str | None, here: Place | None = None) -> str | None:
         )
     return f"cuda:{here.local_rank}"
 
+def store() -> Any:
+    """Rendezvous store of the processes that have met."""
+    return _store
+
 
 def join(device: torch.device) -> Axis:
     """All processes of the job, each on its own device; of one alone, itself.

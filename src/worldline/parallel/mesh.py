@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import astuple, dataclass, field
 from math import prod
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -179,25 +181,59 @@ class Axis:
         return self.once(lambda: _result(outcome))
 
     def _broadcast(self, outcome: tuple[bool, Any]) -> tuple[bool, Any]:
-        """The first process's outcome."""
-        packed = [_packed(outcome) if self.first else b""]
-        dist.broadcast_object_list(
-            packed, group=self.group, group_src=0, device=torch.device("cpu")
-        )
+        """The first process's outcome; its tensors and arrays are sent as they are."""
+        file, cpu = io.BytesIO(), torch.device("cpu")
+        packer, sent = _Packer(file), [(b"", list[Any](), list[int]())]
+        if self.first:
+            done, value = outcome
+            packer.dump((done, value if done else _sendable(value)))
+            metas = [(x.shape, x.dtype, x.is_cuda) for x in packer.tensors]
+            sent = [(file.getvalue(), metas, [buffer.raw().nbytes for buffer in packer.buffers])]
+        dist.broadcast_object_list(sent, group=self.group, group_src=0, device=cpu)
+        [(packed, metas, sizes)] = sent
+        if self.first:
+            tensors = packer.tensors
+            arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in packer.buffers]
+        else:
+            device = {True: self.device, False: cpu}
+            tensors = [torch.empty(s, dtype=dtype, device=device[on]) for s, dtype, on in metas]
+            arrays = [np.empty(size, np.uint8) for size in sizes]
+        with torch.inference_mode(), warnings.catch_warnings():  # tensors may be of inference
+            warnings.simplefilter("ignore")  # of arrays that may only be read, as these are
+            for tensor in (*tensors, *map(torch.from_numpy, arrays)):
+                if tensor.numel():
+                    flat = tensor.view(-1).view(torch.uint8)
+                    dist.broadcast(flat, group=self.group, group_src=0)
         if self.first:
             return outcome
-        stored = io.BytesIO(packed[0])
-        place = lambda storage, tag: storage if tag == "cpu" else storage.to(self.device)  # noqa: E731
-        outcome = torch.load(stored, place, weights_only=False)  # of a process of this job
+        outcome = _Unpacker(packed, tensors, arrays).load()
         return outcome
 
 
-def _packed(outcome: tuple[bool, Any]) -> bytes:
-    """An outcome as bytes."""
-    packed = io.BytesIO()
-    done, value = outcome
-    torch.save((done, value if done else _sendable(value)), packed)
-    return packed.getvalue()
+class _Packer(pickle.Pickler):
+    """Pickler that puts the numbers of tensors and arrays aside."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        self.tensors: list[Tensor] = []
+        self.buffers: list[pickle.PickleBuffer] = []
+        super().__init__(file, 5, buffer_callback=self.buffers.append)
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors.append(value.detach().contiguous())
+        return len(self.tensors) - 1
+
+
+class _Unpacker(pickle.Unpickler):
+    """Unpickler of what the first process of a job packed."""
+
+    def __init__(self, packed: bytes, tensors: list[Tensor], arrays: list[Any]) -> None:
+        super().__init__(io.BytesIO(packed), buffers=arrays)
+        self.tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self.tensors[number]
 
 
 def _sendable(error: Exception) -> Exception:

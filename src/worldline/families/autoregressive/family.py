@@ -132,17 +132,18 @@ def encode_prompts(
     contexts = [embeddings_of(parts.opened, job.request).get("prompt") for job in jobs]
     prompts = {n: job.request.prompt for n, job in enumerate(jobs) if contexts[n] is None}
     if prompts and (encoder := parts.text):
+        once = parts.compute.mesh.video.once
         yield 0, Step("text", 0, 1)
         with recorder.stage("text"):
             try:
-                encoded = encoder.embed([*prompts.values()])
+                encoded = once(lambda: encoder.embed([*prompts.values()]))
             except NonFiniteError as error:
                 error.index = [*prompts][error.index]
                 raise
             for number, prompt in prompts.items():
                 contexts[number] = encoded[prompt]
                 log_result("text", encoded[prompt])
-                truncations = encoder.truncations({"prompt": prompt})
+                truncations = once(partial(encoder.truncations, {"prompt": prompt}))
                 jobs[number].recorder.facts["prompt_truncation"] = truncations
     return contexts
 

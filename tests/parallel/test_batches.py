@@ -1,0 +1,194 @@
+"""Groups of processes make different videos of a batch, each as one process makes it, and once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.cli.conftest import run_words
+from tests.cli.results import (
+    check_mentions,
+    check_refused,
+    files_in,
+    report_of,
+    videos,
+    write_lines,
+)
+from tests.ranks import Together
+from tests.tiny_guards import REFUSED_WORD, SAFE, add_guardrails
+from tests.tiny_predict2_5 import make_tiny_predict2_5
+from worldline.errors import Error
+from worldline.parallel import job
+from worldline.parallel.mesh import Axis
+from worldline.text.encoder import TextEncoder
+from worldline.world import World
+
+pytestmark = pytest.mark.slow
+
+PROMPT = f"a green wheel turns beside a {SAFE}"
+NAMES = "abcde"
+FLOW = ("predict2.5", "--resolution", "32,32", "--num_output_frames", 5, "--num_steps", 2)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small world with guardrails."""
+    root = tmp_path_factory.mktemp("guarded") / "checkpoints"
+    make_tiny_predict2_5(root)
+    add_guardrails(root, unknown_is_safe=True)
+    return root
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    """A file of five samples, a to e."""
+    samples = [
+        {"name": n, "inference_type": "text2world", "prompt": f"{PROMPT} {n}", "seed": 7 * k}
+        for k, n in enumerate(NAMES)
+    ]
+    return write_lines(tmp_path / "in.jsonl", *samples)
+
+
+class Run(NamedTuple):
+    """A command in one of the processes; prompts that it made videos of, and that it encoded."""
+
+    status: int
+    out: str
+    err: str
+    made: list[str]
+    encoded: list[str]
+
+
+def command(world: Axis, words: Sequence[object], broken: str = "") -> Run:
+    """Run a command in a process that outlives it; videos fail whose prompt holds `broken`."""
+    made: list[str] = []
+    encoded: list[str] = []
+    run_batch, embed = World.run_batch, TextEncoder.embed
+
+    def run(self: World, jobs: Any) -> Any:
+        made.append(jobs[0].request.prompt)
+        if broken and broken in made[-1]:
+            raise Error(f"{broken} breaks")
+        return run_batch(self, jobs)
+
+    def encode(self: TextEncoder, prompts: Sequence[str]) -> Any:
+        encoded.extend(prompts)
+        return embed(self, prompts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "leave", lambda: None)
+        patch.setattr(job, "settle", lambda error, status, message: (status, message))
+        patch.setattr(World, "run_batch", run)
+        patch.setattr(TextEncoder, "embed", encode)
+        result = run_words(words)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return Run(result.exit_code, result.stdout, result.stderr, made, encoded)
+
+
+def hashes(folder: Path, names: str = NAMES) -> dict[str, str]:
+    return {name: report_of(folder, name)["frames_sha256"] for name in names}
+
+
+def test_each_line_is_made_once_and_as_alone(
+    two: Together, guarded: Path, lines: Path, tmp_path: Path
+) -> None:
+    words = (*FLOW, "--checkpoint_dir", guarded, "-i", lines)
+    alone = run_words([*words, "-o", tmp_path / "alone" / "out"])
+    assert alone.exit_code == 0, alone.stderr
+    words = (*words, "--data_parallel", "auto", "-o", tmp_path / "out")
+    first, second = two(command, words)
+    assert (first.status, second.status) == (0, 0), first.err
+    assert second.out == second.err == ""
+    assert "2 processes: data parallel 2" in first.err
+    assert sorted(first.made + second.made) == [f"{PROMPT} {name}" for name in NAMES]
+    assert first.made
+    assert second.made
+    assert all(f"{name}.mp4: 5 frames" in first.out for name in NAMES)
+    assert files_in(tmp_path / "out") == videos(*NAMES)
+    assert hashes(tmp_path) == hashes(tmp_path / "alone")
+
+    for name in "bd":
+        (tmp_path / "out" / f"{name}.mp4").unlink()
+    first, second = two(command, (*words, "--resume"))
+    assert sorted(first.made + second.made) == [f"{PROMPT} b", f"{PROMPT} d"]
+    assert "5 of 5 videos" in first.out
+    assert "2 made now, 3 there before" in first.out
+    assert hashes(tmp_path) == hashes(tmp_path / "alone")
+
+
+def test_a_failure_and_a_refusal_of_any_group_are_those_of_all(
+    two: Together, guarded: Path, lines: Path, tmp_path: Path
+) -> None:
+    samples = lines.read_text().splitlines()
+    lines.write_text("\n".join([*samples[:3], samples[3].replace("wheel", REFUSED_WORD)]))
+    words = (*FLOW, "--checkpoint_dir", guarded, "-i", lines, "-o", tmp_path / "out")
+    words = (*words, "--data_parallel", 2)
+    first, second = two(command, words)
+    assert first.status == second.status == 3
+    assert "1 of 4 inputs were refused, by prompt" in first.err
+    assert REFUSED_WORD not in first.err
+    assert files_in(tmp_path / "out") == videos(*"abc")
+    (tmp_path / "out" / "b.mp4").unlink()
+    first, second = two(command, (*words, "--resume"), f"{PROMPT} b")
+    assert first.status == second.status == 1
+    assert "breaks" in first.err
+    assert "1 of 4 inputs failed" in first.err
+    assert second.err.count("\n") == 1  # its exit, which the job settles
+
+
+def test_a_group_of_two_encodes_and_checks_in_one(
+    two: Together, guarded: Path, lines: Path, tmp_path: Path
+) -> None:
+    lines.write_text("\n".join(lines.read_text().splitlines()[:2]))
+    words = (*FLOW, "--checkpoint_dir", guarded, "-i", lines, "-o", tmp_path / "out")
+    for size, made in ((2, "ab"), (1, "ab")):
+        first, second = two(command, (*words, "--context_parallel_size", size))
+        assert first.status == second.status == 0, first.err
+        assert len(first.made + second.made) == 2 * size  # by both together, or by either
+        assert bool(second.encoded) == (size == 1)
+        assert files_in(tmp_path / "out") == videos(*made)
+    lines.write_text(lines.read_text().replace("wheel", REFUSED_WORD))
+    first, second = two(command, (*words, "--context_parallel_size", 2))
+    assert first.status == second.status == 3
+    assert first.err.count("refused the prompt") == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "numbers"),
+    [
+        (("--data_parallel", 3), "data_parallel 3 2"),
+        (("--context_parallel_size", 4), "context_parallel_size 4 2"),
+        (("--context_parallel_size", 2, "--data_parallel", 2), "data_parallel 2 parallel_size 2"),
+    ],
+)
+def test_groups_that_processes_do_not_make(
+    two: Together,
+    flags: tuple[object, ...],
+    numbers: str,
+    guarded: Path,
+    lines: Path,
+    tmp_path: Path,
+) -> None:
+    words = (*FLOW, "--checkpoint_dir", guarded, "-i", lines, "-o", tmp_path / "out", *flags)
+    first, second = two(command, words)
+    assert first.status == second.status == 2
+    check_mentions(first.err, numbers)
+
+
+def test_one_process_is_one_group(guarded: Path, lines: Path, tmp_path: Path) -> None:
+    words = (*FLOW, "--checkpoint_dir", guarded, "-i", lines, "-o", tmp_path / "out")
+    check_refused(run_words((*words, "--data_parallel", 3)), "data_parallel 3 1", tmp_path)
+
+
+def test_one_video_takes_all_processes(
+    two: Together, guarded: Path, lines: Path, tmp_path: Path
+) -> None:
+    lines.write_text(lines.read_text().splitlines()[0])
+    words = (*FLOW, "--checkpoint_dir", guarded, "-i", lines, "-o", tmp_path / "out")
+    first, second = two(command, (*words, "--data_parallel", 2))
+    assert first.status == second.status == 0
+    assert "--data_parallel has no effect: there is one input" in first.err
+    assert len(first.made + second.made) == 2
