@@ -85,6 +85,7 @@ class Part:
         option: load option that names another folder.
         optional: whether a model opens without it: a request that needs it is refused instead.
         disable: load option that leaves it out.
+        split: whether all processes that make a video together compute by it, or the first alone.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Part:
     option: str = ""
     optional: bool = False
     disable: str = ""
+    split: bool = True
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from worldline.catalog import ENTRIES
 from worldline.errors import CheckpointError, InsufficientMemoryError, option
 from worldline.family import Compute, Opened
 from worldline.files import GIGABYTE
+from worldline.memory import Weights
 from worldline.parallel.offload import Offloadable
 from worldline.report import Recorder
 from worldline.repositories import model_name
@@ -191,7 +192,7 @@ def rewrites(opened: Opened, request: Any) -> bool:
 def load_guards(opened: Opened, compute: Compute, *, upsample: bool = True) -> Guards:
     """Load guardrails and, to `upsample`, the prompt upsampler; no model runs before they are.
 
-    Of processes that make a video together, the first has them.
+    The first of the processes that make a video together has them.
 
     Raises:
         CheckpointError: one is absent or damaged; all that are, and the flags to run without.
@@ -256,6 +257,39 @@ def _upsampler_folder(opened: Opened) -> tuple[Path, bool]:
     place, (describes, names) = opened.place, opened.family.upsampler(opened)
     chosen = opened.options.prompt_upsampler_dir
     return place.chosen(chosen, "prompt_upsampler_dir") if chosen else place.find(names), describes
+
+
+def planned_weights(opened: Opened, requests: Sequence[Any]) -> dict[str, Weights]:
+    """Guardrails and prompt upsampler by their stages, as large as their files.
+
+    Raises:
+        CheckpointError: a folder is absent.
+    """
+    weights: dict[str, Weights] = {}
+    if (release := release_of(opened)) is not None:
+        from worldline import guardrails as sets  # imported only where guardrails run
+
+        files = sets.files(release, opened.place.roots, **_guardrail_options(opened))
+        if sizes := _network_sizes(files):
+            largest = max(sizes)  # they come to the device one by one
+            weights["guardrail"] = Weights(sum(sizes), "offload_guardrail_models", largest)
+    if any(rewrites(opened, request) for request in requests):
+        sizes = _network_sizes([*_upsampler_folder(opened)[0].iterdir()])
+        weights["upsample"] = Weights(sum(sizes), "offload_prompt_upsampler")
+    return weights
+
+
+def _network_sizes(files: Sequence[Path]) -> list[int]:
+    """Bytes of the weights in each folder, in one format; `original` holds others' again."""
+    sizes = []
+    for folder in {path.parent for path in files if path.parent.name != "original"}:
+        inside = [path for path in files if path.parent == folder]
+        formats = (
+            sum(path.stat().st_size for path in inside if path.suffix == suffix)
+            for suffix in (".safetensors", ".bin", ".pt", ".pth")
+        )
+        sizes.append(next(filter(None, formats), 0))
+    return [*filter(None, sizes)]
 
 
 def files_of(opened: Opened, request: Any) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ import torch
 
 from worldline.errors import InsufficientMemoryError, as_flags, option
 from worldline.files import GIGABYTE
+from worldline.parallel import job
 from worldline.shapes import LatentShape
 
 if TYPE_CHECKING:
@@ -95,6 +96,13 @@ class Plan:
     def peak(self, offloaded: Collection[str] = ()) -> int:
         """Bytes of the stage that needs most."""
         return max(self.need(stage, offloaded) for stage in self.stages)
+
+    def describe(self, offloaded: Collection[str] = ()) -> str:
+        """Gigabytes of each stage."""
+        needs: dict[str, int] = {}
+        for stage in self.stages:
+            needs[stage.name] = max(needs.get(stage.name, 0), self.need(stage, offloaded))
+        return ", ".join(f"{name} {need / GIGABYTE:.1f} GB" for name, need in needs.items())
 
     def fit(self, device: torch.device, memory: Memory, offloaded: Collection[str] = ()) -> Fit:
         """The fewest offload flags, beside those in `offloaded`, with which the plan fits.
@@ -201,7 +209,13 @@ def denoise_bytes(
 
 
 def host_memory() -> Memory:
-    """Host memory that this process may take."""
+    """Host memory that this process may take: its share, beside others of its job."""
+    memory = _host_memory()
+    return replace(memory, free=memory.free // job.neighbours())
+
+
+def _host_memory() -> Memory:
+    """Host memory of all processes."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free, group = total, Path("/sys/fs/cgroup")
     with suppress(OSError, LookupError):  # macOS has no such file

@@ -4,12 +4,13 @@ Everything that can be wrong is found from file headers, before tensor data are 
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ import torch
 from worldline.catalog import BUNDLED_PREFIX, Entry
 from worldline.errors import CheckpointError, InputError, option
 from worldline.family import FAMILIES, Compute, Opened, Parts, load_family, requests_of
+from worldline.guards import planned_weights
 from worldline.locate import Place
-from worldline.memory import WORKSPACE, Fit, Memory, Plan, Stage, Weights
+from worldline.memory import WORKSPACE, Fit, Memory, Plan, Stage, Weights, device_memory
 from worldline.nn.modulation import fused
 from worldline.parallel import job
 from worldline.parallel.mesh import Axis, Mesh, make_mesh
@@ -220,13 +222,14 @@ def arrange(opened: Opened, requests: Sequence[Request], compute: Compute) -> Co
 
 def most_groups(opened: Opened, requests: Sequence[Request], compute: Compute, world: Axis) -> int:
     """Number of groups of processes, the most whose memory suffices; 1 for one request."""
+    around = planned_weights(opened, requests)
     for groups in range(min(world.count, len(requests)), 1, -1):
         if world.count % groups:
             continue
         with suppress(InputError):
             layout = opened.family.layout(opened, requests, world.count // groups)
             there = replace(compute, mesh=Mesh(replace(layout, dp=groups)))
-            needed = plan(opened, requests, there)
+            needed = plan(opened, requests, there, around=around)
             check = partial(needed.refuse_unless_fits, compute.device, opened.options.offloaded)
             world.together(check)
             return groups
@@ -234,33 +237,59 @@ def most_groups(opened: Opened, requests: Sequence[Request], compute: Compute, w
 
 
 def plan(
-    opened: Opened, requests: Iterable[Request], compute: Compute, guardrail_bytes: int = 0
+    opened: Opened,
+    requests: Iterable[Request],
+    compute: Compute,
+    guardrail_bytes: int = 0,
+    around: Mapping[str, Weights] = MappingProxyType({}),
 ) -> Plan:
     """Memory of checked requests that run one after another; unused optional parts are not read.
+
+    It is that of this process, of those that make a video together.
 
     Args:
         opened: the model.
         requests: checked ones.
-        compute: device and precision.
+        compute: device, precision and processes.
         guardrail_bytes: of the largest guardrail that comes to the device when it is used.
+        around: guardrails and prompt upsampler that are not loaded, by their stages.
     """
-    family = opened.family
+    family, first = opened.family, compute.mesh.video.first
+    parts = [part for part in family.parts if part.name in opened.parts and (first or part.split)]
     stages = [stage for request in requests for stage in family.stages(opened, request, compute)]
+    if first:
+        stages += [Stage(name, name, 0) for name in around]
+    else:
+        alone = {part.name for part in family.parts if not part.split}
+        stages = [stage for stage in stages if stage.uses not in alone]
     if guardrail_bytes:
         stages.append(Stage("guardrail", "", guardrail_bytes))
     used = {stage.uses for stage in stages}
-    weights = {
+    weights = {name: each for name, each in around.items() if first} | {
         part.name: Weights(
             opened[part.name].nbytes(compute),
             part.flag,
             opened[part.name].streamed_nbytes(compute),
         )
-        for part in family.parts
-        if part.name in opened.parts and (part.name in used or not part.optional)
+        for part in parts
+        if part.name in used or not part.optional
     }
     workspace = WORKSPACE if compute.dtype != torch.float32 else 0
-    flags = tuple(dict.fromkeys(p.flag for p in family.parts if p.name in weights))
+    flags = tuple(dict.fromkeys(each.flag for each in weights.values()))
     return Plan(opened.name, weights, tuple(dict.fromkeys(stages)), flags, workspace)
+
+
+def describe_plan(
+    opened: Opened, compute: Compute, needed: Callable[[Compute], Plan]
+) -> Iterator[str]:
+    """Lines about the memory that each process of a group needs, and has."""
+    mesh, memory = compute.mesh, device_memory(compute.device)
+    names = ["memory"]
+    if (count := mesh.video.count) > 1:
+        names = [f"memory of the first of {count} processes", "memory of each other"]
+    for rank, name in enumerate(names):
+        there = replace(compute, mesh=replace(mesh, video=Axis(rank, count)))
+        yield f"{name}: {needed(there).describe(opened.options.offloaded)}; {memory}"
 
 
 def load_parts(opened: Opened, compute: Compute, recorder: Recorder) -> Parts:

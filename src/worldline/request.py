@@ -173,6 +173,9 @@ class VideoFlags(OutputFlags):
     """Flags of commands that make videos."""
 
     resume: bool = Field(False, description="Keep videos that an earlier run made in the same way.")
+    dry_run: bool = Field(
+        False, description="Check everything, print the memory plan, and make nothing."
+    )
     crf: int | None = Field(
         None,
         ge=0,

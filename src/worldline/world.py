@@ -39,7 +39,15 @@ from worldline.guards import (
 )
 from worldline.inputs import Form, Input, InputType, changes, describe, joined, kind_of, read_clip
 from worldline.locate import locate
-from worldline.opening import arrange, choose_compute, load_parts, open_world, plan
+from worldline.memory import Plan
+from worldline.opening import (
+    arrange,
+    choose_compute,
+    describe_plan,
+    load_parts,
+    open_world,
+    plan,
+)
 from worldline.parallel.mesh import Axis
 from worldline.report import Recorder, environment, log_result
 from worldline.request import Request
@@ -103,7 +111,11 @@ def load_world(
         torch.set_num_threads(1)  # tiny networks: on busy cores threads wait for each other
     together = compute.mesh.world.together
     guards = together(partial(load_guards, opened, compute, upsample=upsample))
-    compute = choose_batch_size(opened, requests, compute, guards)
+    needed = partial(plan, opened, requests, guardrail_bytes=guards.guardrail_bytes)
+    compute = choose_batch_size(opened, requests, compute, needed, guards.advice)
+    if compute.mesh.world.count > 1:
+        for line in describe_plan(opened, compute, needed):
+            logger.info("%s", line)
     recorder = guards.loading.followed_by(Recorder(compute.device))
     first = replace(compute, batch_size=compiled or compute.batch_size)
     parts = together(partial(load_parts, opened, first, recorder))
@@ -111,11 +123,22 @@ def load_world(
 
 
 def choose_batch_size(
-    opened: Opened, requests: Sequence[Request], compute: Compute, guards: Guards
+    opened: Opened,
+    requests: Sequence[Request],
+    compute: Compute,
+    needed: Callable[[Compute], Plan],
+    advice: str = "",
 ) -> Compute:
     """Compute with the clips made in step: as chosen, or as many as fit where that saves time.
 
     All processes choose alike, each by the memory of its own device.
+
+    Args:
+        opened: the model.
+        requests: checked ones.
+        compute: device, precision and processes.
+        needed: memory plan of the requests.
+        advice: end of a message about too little memory.
 
     Raises:
         InsufficientMemoryError: they do not fit, or not even one does.
@@ -132,11 +155,10 @@ def choose_batch_size(
         size = most
 
     def refuse_unless_fits() -> None:
-        needed = plan(opened, requests, compute, guards.guardrail_bytes)
-        beside = 0 if compute.device.type == "cuda" else needed.peak()
+        planned = needed(compute)
+        beside = 0 if compute.device.type == "cuda" else planned.peak()
         smaller = f"; a smaller {option('batch_size')} needs less" if size > 1 else ""
-        advice = guards.advice + smaller
-        needed.refuse_unless_fits(compute.device, opened.options.offloaded, advice)
+        planned.refuse_unless_fits(compute.device, opened.options.offloaded, advice + smaller)
         for request in requests:
             check_frames(opened, request, size, beside)
 
@@ -226,8 +248,8 @@ class World:
     ) -> Generator[Step, None, None]:
         """Steps of the video that `generate` makes; the last carries it.
 
-        Where guardrails check videos, no step before the last carries frames. Of processes that
-        make a video together, the first alone has frames.
+        Where guardrails check videos, no step before the last carries frames. Only the first of
+        the processes that make a video together has frames.
 
         Args:
             input: a file, a PIL image or a list of them, or frames uint8 (T, H, W, 3) as an array

@@ -18,12 +18,15 @@ from tests.cli.results import (
     write_lines,
 )
 from tests.ranks import Together
-from tests.tiny_guards import REFUSED_WORD, SAFE, add_guardrails
+from tests.tiny_guards import GUARDRAILS, REFUSED_WORD, SAFE, add_guardrails
 from tests.tiny_predict2_5 import make_tiny_predict2_5
+from worldline import memory
 from worldline.errors import Error
+from worldline.memory import Memory
 from worldline.parallel import job
 from worldline.parallel.mesh import Axis
 from worldline.text.encoder import TextEncoder
+from worldline.weights.networks import Network
 from worldline.world import World
 
 pytestmark = pytest.mark.slow
@@ -192,3 +195,33 @@ def test_one_video_takes_all_processes(
     assert first.status == second.status == 0
     assert "--data_parallel has no effect: there is one input" in first.err
     assert len(first.made + second.made) == 2
+
+
+def test_a_dry_run_prints_the_plan_and_makes_nothing(
+    two: Together,
+    guarded: Path,
+    lines: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = (*FLOW, "--checkpoint_dir", guarded, "-i", lines, "-o", tmp_path / "out", "--dry_run")
+    alone = run_words(words)
+    assert alone.exit_code == 0, alone.stderr
+    check_mentions(alone.stdout, "guardrail text encode denoise decode GB 5")
+    first, second = two(command, (*words, "--offload_text_encoder"))
+    assert (first.status, second.status) == (0, 0), first.err
+    assert "memory of the first of 2 processes: " in first.out
+    [other] = (line for line in first.out.splitlines() if line.startswith("memory of each other"))
+    assert "text" not in other
+    assert "guardrail" not in other
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Network, "read", None)  # no weights are read
+    monkeypatch.setattr(memory, "host_memory", lambda: Memory(10**6, 10**9))
+    small = run_words(words)
+    assert small.exit_code == 2
+    assert "0.0 of 1.0 GB are free" in small.stdout
+    check_mentions(small.stderr, "GB 0.0 1.0")
+    (guarded / GUARDRAILS / "blocklist").rename(guarded / "hidden")
+    absent = run_words(words)
+    (guarded / "hidden").rename(guarded / GUARDRAILS / "blocklist")
+    assert absent.exit_code == 2, absent.stdout

@@ -95,9 +95,10 @@ def run(family: str, command: Command, context: click.Context) -> None:
     items = check_items(opened, items, problems)
     compute = arrange(opened, [item.request for item in items], compute)
     log_unused(opened, compute, items, stated(context, context.params))
+    dry = partial(rehearse, opened, compute)
     run_tasks(
         items,
-        partial(load, opened, compute, flags.quality),
+        dry if flags.dry_run else partial(load, opened, compute, flags.quality),
         lambda item: fingerprint(opened, compute, item.request, item.input),
         flags,
         mesh=compute.mesh,
@@ -217,6 +218,22 @@ def log_unused(
     for name, value in typed.items():
         if name in unused and value is not False:
             logger.info("--%s has no effect: %s", name, unused[name])
+
+
+def rehearse(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
+    """Print the memory plan of a run that loads and makes nothing; refuse what does not fit."""
+    from worldline.guards import planned_weights
+    from worldline.opening import describe_plan, plan
+    from worldline.world import choose_batch_size
+
+    requests = [item.request for item in items]
+    needed = partial(plan, opened, requests, around=planned_weights(opened, requests))
+    try:
+        compute = choose_batch_size(opened, requests, compute, needed)
+    finally:
+        for line in describe_plan(opened, compute, needed):
+            results.add(line)
+    return lambda item, label: "", 1
 
 
 def load(
@@ -440,8 +457,7 @@ def run_tasks(
     labels = [f"{p} {t}" if several else f"{t}" for p, t in zip(places, tasks, strict=True)]
     failures: Counter[str] = Counter()  # by the stage that refused; "" of errors
 
-    def attempt(number: int) -> Outcome:
-        replaced = existing(companions(tasks[number].output))
+    def attempt(number: int, replaced: list[Path]) -> Outcome:
         try:
             line = make(tasks[number], labels[number])
             return number, None, line, [*map(str, replaced)]
@@ -465,10 +481,16 @@ def run_tasks(
 
     if tasks:
         make, size = load(tasks)
+    if getattr(flags, "dry_run", False):
+        results.add(f"{len(tasks)} of {total} {things} to make in {folder}; none is made")
+        return
+    if tasks:
         turns = Turns(mesh)
         while (first := size * turns.take()) < len(tasks):
-            for number in range(len(tasks))[first : first + size]:
-                turns.post(attempt(number))
+            unit = range(len(tasks))[first : first + size]
+            there = [existing(companions(tasks[number].output)) for number in unit]
+            for number, replaced in zip(unit, there, strict=True):
+                turns.post(attempt(number, replaced))
                 for outcome in turns.outcomes():
                     account(*outcome)
         for outcome in turns.outcomes(len(tasks)):

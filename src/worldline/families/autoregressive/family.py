@@ -443,7 +443,14 @@ FAMILY = Family(
     request=ARRequest,
     options=AROptions,
     parts=(
-        Part("text", "offload_text_encoder_model", open_encoder, "text_encoder_dir", optional=True),
+        Part(
+            "text",
+            "offload_text_encoder_model",
+            open_encoder,
+            option="text_encoder_dir",
+            optional=True,
+            split=False,
+        ),
         Part(
             "tokenizer",
             "offload_tokenizer",

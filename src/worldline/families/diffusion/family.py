@@ -263,6 +263,7 @@ FAMILY = Family(
             lambda opened: T5Files.find(opened, opened.config.context_width),
             option="text_encoder_dir",
             optional=True,
+            split=False,
         ),
         Part("tokenizer", "offload_tokenizer", open_tokenizer, option="tokenizer_dir"),
         Part("transformer", "offload_diffusion_transformer", open_transformer),

@@ -257,6 +257,7 @@ FAMILY = Family(
             lambda opened: Reason1Files.find(opened, opened.config.feature_width),
             option="text_encoder_dir",
             optional=True,
+            split=False,
         ),
         Part("tokenizer", "offload_tokenizer", open_tokenizer, option="tokenizer_dir"),
         Part("transformer", "offload_diffusion_model", open_transformer),
