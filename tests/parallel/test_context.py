@@ -171,7 +171,8 @@ def request(
         made = worlds.frames_of(worlds.run(shared, clip, recorder, **options))
     asked = worlds.checked(parts.opened, **options)
     entry = parts.opened.family.report(shared, asked, recorder)["attention"]
-    off = np.abs(made.astype(int) - whole).max()
+    # the first process decodes
+    off = np.abs(made.astype(int) - whole).max() if shared.compute.mesh.video.first else 0
     return off, len(encoded), entry
 
 
@@ -237,7 +238,7 @@ def decode(axis: Axis, folder: Path, seam: str) -> float:
         with torch.inference_mode():
             list(network.decode(each, video, tokens, job, None))
         made.append(video.frames.astype(int))
-    return np.abs(made[0] - made[1]).max()
+    return np.abs(made[0] - made[1]).max() if axis.first else 0  # the first process decodes
 
 
 @pytest.mark.slow

@@ -232,6 +232,7 @@ def own_device(name: str | None, here: Place | None = None) -> str | None:
         )
     return f"cuda:{here.local_rank}"
 
+
 def neighbours() -> int:
     """Processes of the job that compute on this machine, this one included."""
     return 1 if _world is None else _here.local_count
