@@ -157,6 +157,18 @@ def write_weights(root: Path, name: str, *, with_text: bool) -> Path:
     return folder
 
 
+def step_bytes(config: ARTransformerConfig) -> float:
+    """Bytes that a token of one clip reads in the mean, of bf16 weights and cache."""
+    with torch.device("meta"):
+        model = ARTransformer(config)
+    # a step reads no embedding table, and no weights of a text's keys and values
+    unread = ("embedding.weight", "cross_attention.k.weight", "cross_attention.v.weight")
+    read = sum(p.numel() for n, p in model.named_parameters() if not n.endswith(unread))
+    drawn = config.grid.tokens - 2 * config.grid.tokens_per_frame
+    visible = config.grid.tokens - drawn / 2
+    return 2 * (read + 2 * config.depth * config.num_kv_heads * config.head_size * visible)
+
+
 def name_as_cosmos_1(root: Path, folder: Path) -> Path:
     """Let the first generation's names lead to the same files; return its model's folder."""
     old = f"Cosmos-1.0-Autoregressive-{folder.name.removeprefix('Cosmos-Predict1-')}"
@@ -252,14 +264,6 @@ def main(
     print(f"weights written in {time.time() - started:.0f} s", flush=True)
     config, decoder, _ = architecture(name)
     video2world = config.context_width is not None
-    drawn = config.grid.tokens - 2 * config.grid.tokens_per_frame
-    with torch.device("meta"):
-        model = ARTransformer(config)
-    # a step reads no embedding table, and no weights of a text's keys and values
-    unread = ("embedding.weight", "cross_attention.k.weight", "cross_attention.v.weight")
-    read = sum(p.numel() for n, p in model.named_parameters() if not n.endswith(unread))
-    visible = config.grid.tokens - drawn / 2
-    cache = 2 * config.depth * config.num_kv_heads * config.head_size * visible
     discrete, continuous = TOKENIZERS["DV8x16x16"], TOKENIZERS["CV8x8x8"]
     finer = discrete.spatial // continuous.spatial
     window = LatentShape(DECODER_WINDOW, config.grid.height * finer, config.grid.width * finer)
@@ -270,9 +274,9 @@ def main(
         "commit": commit,
         "model": f"{folder.name}, random weights",
         "clip": "9 frames given of 33",
-        "tokens": drawn,
+        "tokens": config.grid.tokens - 2 * config.grid.tokens_per_frame,
         "text": None,
-        "bound_ms_a_step": round(2 * (read + cache) / COPY_RATE * 1e3, 4),
+        "bound_ms_a_step": round(step_bytes(config) / COPY_RATE * 1e3, 4),
         "bound_seconds_of_the_diffusion_decoder": round(30 * forward / GEMM_FLOPS, 2),
         "published": PUBLISHED.get(name),
         "runs": {},

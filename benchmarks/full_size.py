@@ -163,12 +163,13 @@ def run_command(
     """Run `worldline` in a fresh process; return the report of a video, and when it began."""
     command = [sys.executable, "-m", "worldline", *words, flag, str(folder)]
     # a cache of its own: each run encodes its prompts
-    environment = {**os.environ, "WORLDLINE_CACHE": str(folder / "cache")}
+    environment = {**os.environ, "WORLDLINE_CACHE": str(folder.with_suffix("") / "cache")}
     started = time.time()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads((folder / f"{name}.json").read_text()), started
+    report = folder / f"{name}.json" if not folder.suffix else folder.with_suffix(".json")
+    return json.loads(report.read_text()), started
 
 
 def planned_bytes(name: str, root: Path, flags: Sequence[str]) -> int:
