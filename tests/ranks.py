@@ -18,14 +18,14 @@ import torch.multiprocessing as multiprocessing
 Together = Callable[..., list[Any]]
 
 
-def _work(rank: int, count: int, port: int, pipe: Connection) -> None:
+def _work(rank: int, count: int, port: int, pipe: Connection, device: str) -> None:
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from worldline.parallel import job
 
-    world = job.join(torch.device("cpu"))
+    world = job.join(torch.device(device))
     while (task := pipe.recv()) is not None:
         function, arguments = task
         try:
@@ -37,8 +37,8 @@ def _work(rank: int, count: int, port: int, pipe: Connection) -> None:
 
 
 @contextmanager
-def ranks(count: int) -> Iterator[Together]:
-    """Start processes; they end with the context."""
+def ranks(count: int, device: str = "cpu") -> Iterator[Together]:
+    """Start processes, on "cuda" each with a GPU; they end with the context."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,7 +46,8 @@ def ranks(count: int) -> Iterator[Together]:
     pipes, processes = [], []
     for rank in range(count):
         here, there = context.Pipe()
-        process = context.Process(target=_work, args=(rank, count, port, there), daemon=True)
+        arguments = (rank, count, port, there, device)
+        process = context.Process(target=_work, args=arguments, daemon=True)
         process.start()
         pipes.append(here)
         processes.append(process)

@@ -7,17 +7,23 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import worldline
+from tests.conftest import MODEL, moving
 from tests.ranks import Together
 from tests.threads import in_threads, tensor_parallel
+from tests.tiny_decoder import VIDEO2WORLD as VIDEO2WORLD_NAME
 from tests.weights.test_distributed import write
 from tiny.export import autoregressive_settings
-from worldline.errors import CheckpointError
+from worldline.errors import CheckpointError, InputError
+from worldline.families.autoregressive.family import FAMILY
 from worldline.families.autoregressive.model import (
     PRESETS,
     ARTransformer,
@@ -283,3 +289,50 @@ def test_memory_of_a_part() -> None:
     four = replace(one, mesh=Mesh(Layout(tp=4)))  # which is planned, not made
     assert network.nbytes(one) == 2 * network.num_parameters
     assert network.nbytes(four) == pytest.approx(network.nbytes(one) / 4, rel=1e-3)
+
+
+def videos(axis: Axis, root: Path, name: str, *requests: dict[str, Any]) -> list[Any]:
+    """Frames of videos in step, as a program makes them in each process of a job."""
+    options = {"disable_diffusion_decoder": name == MODEL, "batch_size": 3}
+    world = worldline.load(
+        name, checkpoint_dir=root, device="cpu", disable_guardrail=True, **options
+    )
+    shared, *each = requests
+    steps = world.stream_batch([moving()] * len(each), each, **shared)
+    made = {number: step.video.frames for number, step in steps if step.video is not None}
+    return axis.once(lambda: [made[number] for number in sorted(made)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rollout", ["tokens", "pixels"])
+@pytest.mark.parametrize("name", [MODEL, VIDEO2WORLD_NAME])
+def test_videos(whole_world: Path, two: Together, name: str, rollout: str) -> None:
+    """Batches with prompts, longer than the window, decoded by the tokenizer or by diffusion."""
+    text = name == VIDEO2WORLD_NAME
+    each = [{"seed": n} | ({"prompt": f"Ball {n}."} if text else {}) for n in range(2 + (not text))]
+    shared = {"num_video_frames": 49, "rollout": rollout, "top_p": 0.95}
+    alone = videos(Axis(), whole_world, name, shared, *each)
+    for together in two(videos, whole_world, name, shared, *each):
+        for one, other in zip(alone, together, strict=True):
+            assert np.abs(one.astype(int) - other.astype(int)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "size", "possible"),
+    [
+        ({}, 3, "16 heads, 8 key heads", [1, 2, 4, 8]),
+        ({"num_heads": 12, "num_kv_heads": 4}, 8, "12 heads, 4 key heads", [1, 2, 4]),
+        ({"hidden": 90}, 4, "90 hidden channels", [1, 2]),
+        ({"vocabulary": 71}, 2, "71 tokens", [1]),
+        ({"embedding_rows": 75}, 2, "75 rows", [1]),
+    ],
+)
+def test_numbers_that_cannot_share_a_model(
+    changes: dict[str, int], count: int, size: str, possible: list[int]
+) -> None:
+    opened: Any = SimpleNamespace(name="x", config=replace(BASE, **changes))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=f"{size}.* {count} processes") as caught:
+        FAMILY.layout(opened, [], count)
+    assert f"num_gpus {', '.join(map(str, possible))}, or" in str(caught.value)
+    for number in possible:
+        assert FAMILY.layout(opened, [], number) == Layout(tp=number)

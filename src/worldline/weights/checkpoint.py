@@ -96,11 +96,11 @@ class FileTensor:
                     number, first = divmod(start, row)
                     part, buffer = buffer[: row - first], buffer[row - first :]
                     start += len(part)
-                    file.seek(self.position + number * pitch + first)
+                    position = self.position + number * pitch + first
                     while part:
-                        if not (count := file.readinto(part)):
+                        if not (count := os.preadv(file.fileno(), [part], position)):
                             raise CheckpointError(f"{self.path} was cut short while in use")
-                        part = part[count:]
+                        part, position = part[count:], position + count
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read any more: {error}") from error
 

@@ -428,12 +428,13 @@ def layout(opened: Opened, requests: Sequence[ARRequest], count: int) -> Layout:
     """Every process holds its part of the heads, the feed-forward layers and the vocabulary."""
     config = opened.config
     if config.divisor % count:
-        possible = [n for n in range(1, config.divisor + 1) if config.divisor % n == 0]
+        possible = [str(n) for n in range(1, config.divisor + 1) if config.divisor % n == 0]
         raise InputError(
-            f"{option('num_gpus', count)}: {opened.name} has {config.num_heads} heads, "
-            f"{config.num_kv_heads} key heads, {config.hidden:,} hidden channels and "
-            f"{config.vocabulary:,} tokens, which {', '.join(map(str, possible))} can share; give "
-            f"one of these, or {option('data_parallel')} for a batch"
+            f"{opened.name}: {config.num_heads} heads, {config.num_kv_heads} key heads, "
+            f"{config.hidden:,} hidden channels, {config.vocabulary:,} tokens and "
+            f"{config.embedding_rows:,} rows of their table cannot be shared by {count} processes; "
+            f"give {option('num_gpus')} {', '.join(possible)}, or a multiple with "
+            f"{option('data_parallel')}"
         )
     return Layout(tp=count)
 
