@@ -145,8 +145,8 @@ def _shared_steps(axis: Axis, folder: Path, clips: int) -> tuple[Any, Any, bool]
     decoder = CapturedDecoder(model, Sampling(top_p=0.9), contexts, axis)
     noise = draw_noise(range(clips), config.vocabulary, count, tokens.device)
     drawn = finish(decode(decoder, tokens[:, :PROMPT], count, noise))
-    assert decoder.product is not None
-    return logits.cpu(), drawn.cpu(), bool(decoder.product.group)
+    assert decoder.sum is not None
+    return logits.cpu(), drawn.cpu(), bool(decoder.sum.group)
 
 
 @pytest.mark.multigpu

@@ -117,13 +117,13 @@ def _matvec_rows(  # type: ignore[no-untyped-def]
         values = _columns_of(weight, read, start, COLUMNS, BLOCK_COLUMNS)
         part = _rows_of(x, gamma, rstd, start, BATCH, COLUMNS, NORM, BLOCK_COLUMNS, PADDED)
         sums = tl.dot(values, part, sums)
-    y = sums.to(tl.bfloat16)
+    y = sums.to(out.dtype.element_ty)
     one = tl.arange(0, PADDED)
     at = one[None, :] * stride + row[:, None]
     there = (one < BATCH)[None, :] & (row < rows)[:, None]
     if RESIDUAL:
         before = tl.load(residual + at, there, other=0.0).to(tl.float32)
-        y = (y.to(tl.float32) + before).to(tl.bfloat16)
+        y = (y.to(tl.float32) + before).to(out.dtype.element_ty)
     tl.store(out + at, y, there)
 
 
@@ -361,9 +361,9 @@ def _padded(batch: int) -> int:
 
 
 def _normalise(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
-    """RMS norm of `x` (B, columns) bf16."""
+    """RMS norm of `x` (B, columns), bf16."""
     batch, columns = x.shape
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=gamma.dtype)
     _norm_kernel[(batch,)](
         x, gamma, out, eps, COLUMNS=columns, BLOCK=_norm_block(columns), num_warps=_NORM_WARPS
     )
@@ -386,12 +386,12 @@ def matvec(
     """Write the products of one or three bf16 matrices with `x` to `out`, one after another.
 
     Args:
-        x: (B, columns) bf16.
+        x: (B, columns) bf16; float32, too, where a norm follows.
         weights: one matrix, or three with equal columns; contiguous.
-        out: (B, sum of rows) bf16.
+        out: (B, sum of rows) bf16; or float32, to which sums are written as they are.
         gamma: (columns,), weight of an RMS norm of x; None for no norm.
         eps: added to the mean square in that norm.
-        residual: (B, rows), added to the product of one matrix; may be `out`.
+        residual: (B, rows) in the dtype of `out`, added to the product of one matrix; may be `out`.
     """
     batch, columns = x.shape
     rows = [weight.shape[0] for weight in weights] + [0, 0]

@@ -71,9 +71,9 @@ class Axis:
         if self.count == 1:
             return [x]
         x = x.contiguous()
-        every = [torch.empty_like(x) for _ in range(self.count)]
-        dist.all_gather(every, x, group=self.group)
-        return every
+        every = x.new_empty(self.count, *x.shape)
+        dist.all_gather_into_tensor(every.view(-1), x.view(-1), group=self.group)
+        return [*every]
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         """What all hold, joined along an axis."""

@@ -74,28 +74,31 @@ class Rehearsal(Axis):
 
 
 class SmallSum:
-    """Sum over processes of the small matrix that each writes to `own`; a CUDA graph can hold it.
+    """Sum over processes of a small float32 matrix, which a CUDA graph can hold.
 
-    On GPUs of one host that reach each other's memory, each reads all addends in one kernel, twice
-    to three times as fast as NCCL for a token; elsewhere the sum is the axis's.
+    On GPUs of one host that reach each other's memory, each reads all addends in one kernel (6.4 us
+    for a token, between two H200); elsewhere the sum is the axis's.
+
+    Attributes:
+        own: addend of this process, on the device; the sum may take its place.
+        group: of processes whose memory each can read; "" without.
     """
 
-    def __init__(self, axis: Axis, shape: tuple[int, ...], like: Tensor) -> None:
-        self.axis, self.own = axis, like.new_empty(shape)
-        self.group = ""
-        if like.device.type == "cuda" and axis.device.type == "cuda":
-            self.own, self.group = _symmetric(axis, shape, like.dtype) or (self.own, "")
+    def __init__(self, axis: Axis, shape: tuple[int, ...], device: torch.device) -> None:
+        self.axis, self.own, self.group = axis, torch.empty(shape, device=device), ""
+        if axis.device.type == "cuda":
+            self.own, self.group = _symmetric(axis, shape) or (self.own, "")
 
-    def __call__(self) -> Tensor:
-        """The sum, which each process must ask for before it writes to `own` again."""
+    def __call__(self, own: Tensor) -> Tensor:
+        """The sum of what all have written to `own`."""
         if self.group:
-            total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(self.own, "sum", self.group)
+            total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(own, "sum", self.group)
             return total
-        return self.axis.all_reduce(self.own)
+        return self.axis.all_reduce(own)
 
 
 @cache
-def _symmetric(axis: Axis, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, str] | None:
+def _symmetric(axis: Axis, shape: tuple[int, ...]) -> tuple[Tensor, str] | None:
     """Memory that all processes of an axis read, and the name of their group; None without."""
     import torch.distributed._symmetric_memory as symmetric
 
@@ -108,7 +111,7 @@ def _symmetric(axis: Axis, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[
     group: Any = axis.group or dist.group.WORLD
     memory, failed = None, False
     try:
-        memory = symmetric.empty(shape, dtype=dtype, device=axis.device)
+        memory = symmetric.empty(shape, dtype=torch.float32, device=axis.device)
         symmetric.rendezvous(memory, group)
     except RuntimeError:  # of drivers, containers and torch's without it
         failed = True

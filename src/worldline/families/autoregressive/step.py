@@ -181,8 +181,7 @@ class CapturedDecoder(PlainDecoder):
         self.matvec, self.gate_up = decode_kernels.matvec, decode_kernels.gate_up
         self.position = self.ids.new_zeros(())
         self.noise = torch.ones(batch, parts * config.vocabulary, device=device)
-        shape = (batch, config.width)
-        self.product = SmallSum(self.axis, shape, model.head.weight) if parts > 1 else None
+        self.sum = SmallSum(self.axis, (batch, config.width), device) if parts > 1 else None
         # keys and values (B, M, rows, K) of the text of all clips, for each layer that reads one
         self.contexts: list[Any] = [
             pairs[0] and [torch.cat(part).contiguous() for part in zip(*pairs, strict=True)]
@@ -224,19 +223,21 @@ class CapturedDecoder(PlainDecoder):
         x = model.embedding(tokens)
         mixed = x.new_empty(len(x), model.config.num_heads * model.config.head_size)
         hidden = x.new_empty(len(x), model.config.hidden)
+        x = x.float() if self.sum else x  # parts are summed before they are rounded
 
         def project(norm: RMSNorm, *layers: nn.Linear) -> Tensor:
             weights = tuple(layer.weight for layer in layers)
-            out = x.new_empty(len(x), sum(map(len, weights)))
+            out = mixed.new_empty(len(x), sum(map(len, weights)))
             return matvec(x, weights, out, gamma=norm.weight, eps=norm.eps)
 
         def add(layer: nn.Linear, y: Tensor) -> None:
             """Add a layer's product with `y` to the residual stream."""
-            if self.product is None:
+            nonlocal x
+            if self.sum is None:
                 matvec(y, (layer.weight,), x, residual=x)
-            else:
-                matvec(y, (layer.weight,), self.product.own)
-                x.add_(self.product())
+            else:  # of which one part has the stream
+                residual = x if self.axis.first else None
+                x = self.sum(matvec(y, (layer.weight,), self.sum.own, residual=residual))
 
         def attend(layer: Attention, query: Tensor, k: Tensor, v: Tensor, **at: Any) -> None:
             gammas = (layer.q_norm.weight, layer.k_norm.weight)
@@ -290,7 +291,8 @@ def compile_kernels(opened: Opened, compute: Compute) -> Iterator[None]:
         with torch.cuda.stream(torch.cuda.Stream(device)):
             model = model.to_empty(device=device)
             context = torch.zeros(1, 16, config.context_width or 0, device=device)
-            axis, contexts = Rehearsal(count=compute.mesh.tp.count), [context] * compute.batch_size
+            axis = Rehearsal(compute.mesh.tp.rank, compute.mesh.tp.count)
+            contexts = [context] * compute.batch_size
             CapturedDecoder(model, Sampling(temperature=0), contexts, axis).run()
 
     # it launches kernels, so it ends before whatever follows, a failure too
