@@ -200,8 +200,9 @@ def test_large_tensors_through_both_staging_buffers(tmp_path: Path, dtype: torch
     assert torch.equal(module.weight.cpu(), tensors["weight"].to(dtype))
 
 
+@pytest.mark.parametrize("columns", [None, (1, 2)])
 def test_a_staging_buffer_is_filled_only_after_it_was_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: tuple[int, int] | None
 ) -> None:
     """The order of a GPU's copies, on a CPU: an event stands between two uses of a buffer."""
     log: list[tuple[str, int]] = []
@@ -228,15 +229,18 @@ def test_a_staging_buffer_is_filled_only_after_it_was_fetched(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     monkeypatch.setattr(stream.Copier, "_read", logged)
     monkeypatch.setattr(stream, "STAGING_BYTES", 16)
-    save_file({"x": torch.arange(18.0)}, tmp_path / "x.safetensors")
+    stored = torch.arange(18.0) if columns is None else torch.arange(36.0).view(9, 4)
+    save_file({"x": stored}, tmp_path / "x.safetensors")
+    source = open_checkpoint(tmp_path / "x.safetensors").entries["x"]
+    if columns is not None:  # of each row, so many bytes as the whole of the other
+        source, stored = source.cut(1, *columns), stored.narrow(1, *columns)
     with ThreadPoolExecutor(1) as pool:
-        entries = open_checkpoint(tmp_path / "x.safetensors").entries
-        copier = stream.Copier(torch.device("cpu"), pool, entries.values())
+        copier = stream.Copier(torch.device("cpu"), pool, [source])
         copier.staging = deque((buffers[turn], Event(turn)) for turn in (0, 1))  # type: ignore[misc]
         copier._fill_next()
-        value = copier.fetch(entries["x"])
+        value = copier.fetch(source)
     assert not copier.scanned
-    assert value.tolist() == list(range(18))
+    assert torch.equal(value, stored)
     # five pieces: each buffer is filled while the piece before is sent
     filling = [[("fetched", turn % 2), ("filled", turn % 2)] for turn in range(5)]
     sent = [[("sent", turn % 2)] for turn in range(5)]

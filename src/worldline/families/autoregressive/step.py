@@ -10,6 +10,9 @@ model clip by clip, the kernels sum in an order that does not depend on the batc
 are read and tokens drawn clip by clip in both. The reading of the weights is shared, and it is the
 cost of a step of the kernels.
 
+Several GPUs may each hold a part of the model. Then every one draws every token from the logits of
+all and the same noise, and goes on with the first's.
+
 A clip may be longer than the model's window. When the window is full, its oldest latent frame
 leaves the cache and the others stay as they are: positions are relative in the rotation, so that a
 new token sees the frames before it as near as in training.
