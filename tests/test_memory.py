@@ -28,6 +28,7 @@ from worldline.family import Compute, Opened, load_family
 from worldline.locate import Place
 from worldline.memory import Memory, Plan, Stage, Weights, denoise_bytes
 from worldline.opening import choose_compute, fit_released, plan
+from worldline.parallel.mesh import Layout, Mesh
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of
 from worldline.world import load_world
 
@@ -83,6 +84,18 @@ def test_what_a_stage_holds() -> None:
     away = needs(found, "offload_text", "offload_transformer")
     assert away == {"text": 10_101, "denoise": 10_032, "guard": 10_005}
     assert found.peak() == 11_105
+
+
+@pytest.mark.parametrize("name", [AR, DIFFUSION, FLOW])
+def test_processes_of_a_video_share_the_coding_of_frames(name: str) -> None:
+    """By rows: 88 or 40 of latents in four parts; groups with other videos share nothing."""
+
+    def coding(**layout: int) -> list[int]:
+        stages = planned(name, replace(GPU, mesh=Mesh(Layout(**layout)))).stages
+        return [stage.activations for stage in stages if stage.name in ("encode", "decode")]
+
+    assert coding(dp=4) == coding()
+    assert coding(dp=3, cfg=2, cp=2) == [-(-nbytes // 4) for nbytes in coding()]
 
 
 @pytest.mark.parametrize(

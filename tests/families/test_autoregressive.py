@@ -15,6 +15,7 @@ import worldline
 from worldline.errors import InputError
 from worldline.families.autoregressive import family
 from worldline.families.autoregressive.model import make_positions
+from worldline.nn.pieces import CausalCache
 from worldline.video.convert import condition_frames
 from worldline.world import World
 
@@ -70,9 +71,9 @@ def test_tokens_are_encoded_once(plain: World, monkeypatch: pytest.MonkeyPatch) 
     """The tokens of a window's end are carried over as they are, not made again from pixels."""
     real, calls = plain.parts.tokenizer.module.encode_tokens, []
 
-    def encode(video: torch.Tensor) -> torch.Tensor:
+    def encode(video: torch.Tensor, cache: CausalCache) -> torch.Tensor:
         calls.append(video.shape[2])
-        return real(video)
+        return real(video, cache)
 
     monkeypatch.setattr(plain.parts.tokenizer.module, "encode_tokens", encode)
     plain.generate(moving(), num_video_frames=81, rollout="tokens")
