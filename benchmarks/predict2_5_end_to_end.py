@@ -113,7 +113,7 @@ def _name(size: str) -> str:
 
 def write_inputs(folder: Path, clip: VideoShape) -> None:
     """Write an image and a video of colours that drift, of the size that is made."""
-    sides = (range(8), range(clip.height), range(clip.width))
+    sides = (range(9), range(clip.height), range(clip.width))
     t, y, x = np.meshgrid(*map(np.array, sides), indexing="ij")
     frames: NDArray[np.uint8]
     frames = np.stack(((x + 4 * t) % 256, (y + 2 * t) % 256, (x + y) % 256), -1).astype(np.uint8)
