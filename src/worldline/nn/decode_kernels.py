@@ -72,7 +72,8 @@ def _rows_of(  # type: ignore[no-untyped-def]
         part = _normed(part, scale, rstd).to(tl.bfloat16)
         return tl.where((one == 0)[None, :], part[:, None], 0.0)
     inside = (one < BATCH)[None, :] & (at < COLUMNS)[:, None]
-    return tl.load(x + one[None, :] * COLUMNS + at[:, None], inside, other=0.0)
+    # both returns are compiled, and must be of one type
+    return tl.load(x + one[None, :] * COLUMNS + at[:, None], inside, other=0.0).to(tl.bfloat16)
 
 
 @triton.jit

@@ -169,6 +169,8 @@ def meet() -> Place:
     here = place()
     if here.count == 1 or _watch is not None:
         return here
+    # else torch's threads print stack traces where another process has ended
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch import distributed
 
     dist: Any = distributed  # which does not declare its stores
