@@ -82,6 +82,20 @@ def test_a_longer_clip_begins_with_the_noise_of_a_shorter() -> None:
     assert torch.equal(noise([1], 2 * CHUNK)[:5], noise([1], 5))
 
 
+@pytest.mark.parametrize("vocabulary", [7, 64, 1001])
+def test_rows_filled_by_several_threads_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, vocabulary: int
+) -> None:
+    drawn = []
+    for cores in (1, 8):
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        drawn.append(torch.stack([*draw_noise([3, 4], vocabulary, CHUNK + 5, CPU)]))
+    generator = torch.Generator().manual_seed(4)
+    assert torch.equal(drawn[0], drawn[1])
+    for row in drawn[1][:, 1]:
+        assert torch.equal(row, torch.empty(vocabulary).exponential_(1, generator=generator))
+
+
 def test_noise_is_exponential_with_mean_1() -> None:
     found = noise([0], 4000)
     assert (found > 0).all()
