@@ -54,13 +54,13 @@ def make(
     """Frames; whether a process had parts of rows; how many previews came."""
     chosen, halo.LEAST_PIXELS = halo.LEAST_PIXELS, least  # type: ignore[assignment]
     split, previews = [], []
-    convolve = halo.Rows.convolve
+    convolve = halo.SplitRows.convolve
 
-    def watch(rows: halo.Rows, *arguments: Any) -> Any:
+    def watch(rows: halo.SplitRows, *arguments: Any) -> Any:
         split.append(rows.split)
         return convolve(rows, *arguments)
 
-    halo.Rows.convolve = watch  # type: ignore[method-assign]
+    halo.SplitRows.convolve = watch  # type: ignore[method-assign]
     try:
         world = worldline.load(name, device="cpu", disable_guardrail=True, **load)
         video = world.generate(
@@ -70,7 +70,7 @@ def make(
         )
         return video.frames, any(split), sum(previews)
     finally:
-        halo.LEAST_PIXELS, halo.Rows.convolve = chosen, convolve  # type: ignore[method-assign]
+        halo.LEAST_PIXELS, halo.SplitRows.convolve = chosen, convolve  # type: ignore[method-assign]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from tiny.export import draw_weights
 from worldline.errors import NonFiniteError
 from worldline.nn.pieces import CausalCache, CausalTokenizer, decode_stream, encode_stream
 from worldline.parallel import halo
-from worldline.parallel.halo import Rows, share_rows
+from worldline.parallel.halo import SharedRows, SplitRows, share_rows
 from worldline.parallel.mesh import Axis, Layout, Mesh
 from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, FrameNorm
@@ -40,7 +40,7 @@ def picture(model: CausalTokenizer, rows: int, latent_frames: int, batch: int = 
     return torch.rand(batch, 3, *sides, generator=torch.Generator().manual_seed(6)) * 2 - 1
 
 
-def shared(axis: Axis, rows: int) -> Rows:
+def shared(axis: Axis, rows: int) -> SharedRows:
     """Rows of a picture that is split though it is small."""
     chosen, halo.LEAST_PIXELS = halo.LEAST_PIXELS, 0
     try:
@@ -62,13 +62,13 @@ def code(axis: Axis, model: CausalTokenizer, video: Tensor, chunk: int) -> dict[
     whole = model.encode(video, CausalCache(rows, keep=False))
     codes = torch.nn.functional.normalize(latents, dim=1)
     pieces = list(decode_stream(model, codes, rows))
-    frames = [signed_to_uint8(piece[0], rows) for piece in pieces]
+    frames = [signed_to_uint8(piece[0], rows.join) for piece in pieces]
     return {
         "latents": latents,
         "at once": whole,
         "video": rows.gather(torch.cat(pieces, dim=2), 3),
         "frames": torch.from_numpy(np.concatenate(frames)),
-        "heights": rows.heights,
+        "heights": getattr(rows, "heights", ()),
     }
 
 
@@ -166,7 +166,7 @@ def test_statistics_of_a_frame_far_from_zero(two: Together, dtype: torch.dtype) 
 def fail(axis: Axis, video: Tensor) -> str:
     rows = shared(axis, video.shape[2])
     with pytest.raises(NonFiniteError) as raised:
-        signed_to_uint8(rows.part(video, 2), rows)
+        signed_to_uint8(rows.part(video, 2), rows.join)
     return str(raised.value)
 
 
@@ -220,7 +220,7 @@ def test_rows_of_each_process(
     rows = share_rows(Mesh(Layout(dp=3, cp=count)), video, cell)
     assert rows == share_rows(mesh(Axis(count=count)), video, cell)
     assert rows.split == (heights is not None)
-    if heights:
+    if isinstance(rows, SplitRows):
         assert rows.heights == heights
         assert rows.largest(sum(heights)) == max(heights)
         x = torch.arange(2 * sum(heights))

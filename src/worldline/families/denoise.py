@@ -21,9 +21,9 @@ from worldline.guards import rewrites
 from worldline.memory import Stage, denoise_bytes
 from worldline.nn.attention import backend_name
 from worldline.nn.dit import PATCH, DiTSizes, Tokens
-from worldline.nn.pieces import decode_stream
+from worldline.nn.pieces import ALL_ROWS, Rows, decode_stream
 from worldline.parallel.context import split_tokens
-from worldline.parallel.halo import WHOLE, Rows, share_rows
+from worldline.parallel.halo import share_rows
 from worldline.parallel.mesh import Axis, Layout
 from worldline.report import Recorder, log_result
 from worldline.request import VideoRequest
@@ -254,7 +254,7 @@ def generate(
     for number, (window, end) in enumerate(todo):
         if made:
             last = frames[made - window.num_input_frames : made]
-            clip = rows.axis.once(partial(Clip, last, request.fps))
+            clip = rows.once(partial(Clip, last, request.fps))
         known = None
         if window.num_input_frames or request.preview_every:
             yield Step("encode", 0, 1)
@@ -380,7 +380,7 @@ def preview_frames(latents: Tensor, colours: Tensor, spatial: int) -> Frames:
 
 
 def decode(
-    pieces: Iterator[Tensor], frames: Frames, made: int, first: int, end: int, rows: Rows = WHOLE
+    pieces: Iterator[Tensor], frames: Frames, made: int, first: int, end: int, rows: Rows = ALL_ROWS
 ) -> Generator[Step, None, int]:
     """Write a video into `frames`, from frame `made` on, as it is decoded; the number made then.
 
@@ -393,10 +393,10 @@ def decode(
         rows: which the pieces have.
     """
     for piece in pieces:
-        new = signed_to_uint8(piece[0], rows)[first : first + end - made]
+        new = signed_to_uint8(piece[0], rows.join)[first : first + end - made]
         first = max(0, first - piece.shape[2])
         if len(new):
-            if rows.axis.first:
+            if rows.first:
                 frames[made : made + len(new)] = new
             made += len(new)
             yield Step("decode", made, len(frames), new)

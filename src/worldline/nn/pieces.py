@@ -5,20 +5,80 @@ ahead: the pieces together are exactly the whole, without a seam, and nothing is
 Axes: B batch, C channels, T/H/W frames, rows, columns; t/h/w those of latents.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldline.parallel.halo import WHOLE, Rows
 from worldline.shapes import VideoShape
 
 _SIDE = 16  # of a picture that colours are fitted to, in latent cells
 _PICTURES = 6
 _DAMPING = 1e-3  # against channels that hold no colour
+
+
+Result = TypeVar("Result")
+Yielded = TypeVar("Yielded")
+
+
+class Rows:
+    """All rows of a picture, in one process; `parallel.halo` shares them with others.
+
+    Attributes:
+        split: whether this process computes a part of them.
+    """
+
+    split: ClassVar[bool] = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this process has the frames in the end."""
+        return True
+
+    def once(self, make: Callable[[], Result]) -> Result:
+        """Result of `make`, which the first process calls."""
+        return make()
+
+    def run(self, make: Callable[[], Result]) -> Result:
+        """Result of `make`, which computes some or all rows."""
+        return self.once(make)
+
+    def steps(self, steps: Generator[Yielded, None, Result]) -> Generator[Yielded, None, Result]:
+        """A generator that computes some or all rows."""
+        return steps
+
+    def largest(self, nbytes: int) -> int:
+        """Bytes of the largest part of what takes so many."""
+        return nbytes
+
+    def part(self, x: Tensor, dim: int) -> Tensor:
+        """This process's rows along axis `dim`, at any resolution."""
+        return x
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """All rows, joined along axis `dim`, of this process's."""
+        return x
+
+    def join(self, totals: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over all rows, and frames (T, H, W, 3) of all, where they are wanted."""
+        return totals, levels
+
+    def pool(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance over all rows, of those over this process's."""
+        return mean, variance
+
+    def convolve(self, layer: Callable[[Tensor], Tensor], cells: Tensor, stride: int = 1) -> Tensor:
+        """A convolution, 3 x 3 in space, of this process's rows of cells (B, T, H, W, C).
+
+        `layer` pads with zeros: all sides, or with a stride of 2 the right and the bottom alone.
+        """
+        return layer(cells)
+
+
+ALL_ROWS = Rows()
 
 
 class CausalCache:
@@ -30,7 +90,7 @@ class CausalCache:
         rows: which this process computes.
     """
 
-    def __init__(self, rows: Rows = WHOLE, *, keep: bool = True) -> None:
+    def __init__(self, rows: Rows = ALL_ROWS, *, keep: bool = True) -> None:
         """Without `keep` nothing is stored: for a clip that passes as a whole."""
         self.rows = rows
         self.keep = keep
@@ -127,7 +187,7 @@ class SpatialConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs))
         self.stride = stride
 
-    def forward(self, cells: Tensor, rows: Rows = WHOLE) -> Tensor:
+    def forward(self, cells: Tensor, rows: Rows = ALL_ROWS) -> Tensor:
         return rows.convolve(self._convolve, cells, self.stride)
 
     def _convolve(self, cells: Tensor) -> Tensor:
@@ -168,7 +228,7 @@ def enlarge(cells: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_stream(
-    model: CausalTokenizer, frames: Iterable[Tensor], rows: Rows = WHOLE
+    model: CausalTokenizer, frames: Iterable[Tensor], rows: Rows = ALL_ROWS
 ) -> Iterator[Tensor]:
     """Latents (B, C, t, h, w), piece by piece, of a clip that arrives piece by piece.
 
@@ -195,7 +255,9 @@ def encode_stream(
 
 
 @torch.no_grad()
-def decode_stream(model: CausalTokenizer, latents: Tensor, rows: Rows = WHOLE) -> Iterator[Tensor]:
+def decode_stream(
+    model: CausalTokenizer, latents: Tensor, rows: Rows = ALL_ROWS
+) -> Iterator[Tensor]:
     """Video (B, 3, T, H, W), about [-1, 1] and not clamped, piece by piece.
 
     Args:

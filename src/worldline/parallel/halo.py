@@ -9,14 +9,15 @@ Axes: B batch, T frames, H rows, W columns, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from worldline.nn.pieces import Rows
 from worldline.parallel.mesh import Axis, Mesh
 from worldline.shapes import VideoShape
 
@@ -30,82 +31,70 @@ LEAST_PIXELS = 40_000
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of a picture, shared by processes from the top down; by default all are here.
+class SharedRows(Rows):
+    """Rows of a picture that the first of several processes computes for all."""
 
-    Attributes:
-        axis: the processes.
-        heights: rows of each, in latent cells; one number where the first computes all.
-    """
-
-    axis: Axis = field(default_factory=Axis)
-    heights: tuple[int, ...] = (1,)
+    axis: Axis
 
     @property
-    def split(self) -> bool:
-        """Whether this process has some of the rows."""
-        return len(self.heights) > 1
+    def first(self) -> bool:
+        return self.axis.first
 
-    def run(self, make: Callable[[], Result]) -> Result:
-        """Result of `make`, which all call together, or the first alone."""
-        return make() if self.split else self.axis.once(make)
+    def once(self, make: Callable[[], Result]) -> Result:
+        return self.axis.once(make)
 
     def steps(self, steps: Generator[Yielded, None, Result]) -> Generator[Yielded, None, Result]:
-        """A generator that all run together, or the first alone; see `Axis.steps_once`."""
-        return steps if self.split else self.axis.steps_once(steps)
+        return self.axis.steps_once(steps)
+
+
+@dataclass(frozen=True)
+class SplitRows(SharedRows):
+    """Rows of a picture of which each process computes a part, from the top down.
+
+    Attributes:
+        heights: rows of each, in latent cells; 1 or more.
+    """
+
+    heights: tuple[int, ...]
+    split: ClassVar[bool] = True
+
+    def run(self, make: Callable[[], Result]) -> Result:
+        return make()
+
+    def steps(self, steps: Generator[Yielded, None, Result]) -> Generator[Yielded, None, Result]:
+        return steps
 
     def largest(self, nbytes: int) -> int:
-        """Bytes of the largest part of what takes so many."""
         return -(-nbytes * max(self.heights) // sum(self.heights))
 
     def part(self, x: Tensor, dim: int) -> Tensor:
-        """This process's rows along axis `dim`, at any resolution."""
-        if not self.split:
-            return x
         start, end = (sum(self.heights[:rank]) for rank in (self.axis.rank, self.axis.rank + 1))
         scale = x.shape[dim] // sum(self.heights)
         return x.narrow(dim, scale * start, scale * (end - start))
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Rows of all processes, joined along axis `dim`."""
-        if not self.split:
-            return x
         scale = x.shape[dim] // self.heights[self.axis.rank]
         missing = scale * max(self.heights) - x.shape[dim]  # all send as many
         parts = self.axis.parts(F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing)))
         sizes = (scale * height for height in self.heights)
         return torch.cat([p.narrow(dim, 0, n) for p, n in zip(parts, sizes, strict=True)], dim)
 
-    def collect(self, x: Tensor, dim: int) -> Tensor:
-        """`gather` to the CPU of the first process; zeros that take no memory in the others."""
-        whole = self.gather(x, dim)
-        if self.split and not self.axis.first:
-            return torch.zeros((), dtype=x.dtype, device="cpu").expand(whole.shape)
-        return whole.cpu()
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum over the parts of all processes, in place."""
-        return self.axis.all_reduce(x) if self.split else x
+    def join(self, totals: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        whole = self.gather(levels, 1)
+        if not self.first:  # black, in no memory
+            whole = torch.zeros((), dtype=whole.dtype, device="cpu").expand(whole.shape)
+        return self.axis.all_reduce(totals), whole
 
     def pool(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance over the rows of all processes, of those over each one's."""
-        if not self.split:
-            return mean, variance
         share = self.heights[self.axis.rank] / sum(self.heights)
         # float64: a mean may be far above the deviation
         first, second = mean.double(), variance.double()
-        moments = self.sum(torch.stack([first, second + first.square()]) * share)
+        moments = self.axis.all_reduce(torch.stack([first, second + first.square()]) * share)
         return moments[0].to(mean.dtype), (moments[1] - moments[0].square()).to(mean.dtype)
 
     def convolve(self, layer: Callable[[Tensor], Tensor], cells: Tensor, stride: int = 1) -> Tensor:
-        """A convolution, 3 x 3 in space, of this process's rows of cells (B, T, H, W, C).
-
-        `layer` pads with zeros: all sides, or with a stride of 2 the right and the bottom alone. At
-        the border to a neighbour its result is replaced by that of three rows, one of which arrives
-        while it computes all others.
-        """
-        if not self.split:
-            return layer(cells)
+        # rows at a border to a neighbour are computed again, of three, one of which arrives
+        # while the layer computes all others
         height, rank = cells.shape[2], self.axis.rank
         ends = {-1: cells[:, :, :1].contiguous(), 1: cells[:, :, -1:].contiguous()}
         beyond = {side: torch.zeros_like(end) for side, end in ends.items()}
@@ -134,10 +123,7 @@ class Rows:
         return result
 
 
-WHOLE = Rows()
-
-
-def share_rows(mesh: Mesh, video: VideoShape, cell: int) -> Rows:
+def share_rows(mesh: Mesh, video: VideoShape, cell: int) -> SharedRows:
     """Rows of a video over the processes that make it, or all in the first where they are few.
 
     Args:
@@ -148,7 +134,8 @@ def share_rows(mesh: Mesh, video: VideoShape, cell: int) -> Rows:
     axis, rows = mesh.video, video.height // cell
     if axis.count != mesh.layout.video:
         axis = Axis(count=mesh.layout.video)
-    if rows < axis.count or video.height * video.width < LEAST_PIXELS * axis.count:
-        return Rows(axis)
+    few = rows < axis.count or video.height * video.width < LEAST_PIXELS * axis.count
+    if few or axis.count == 1:
+        return SharedRows(axis)
     each, more = divmod(rows, axis.count)
-    return Rows(axis, tuple(each + (rank < more) for rank in range(axis.count)))
+    return SplitRows(axis, tuple(each + (rank < more) for rank in range(axis.count)))

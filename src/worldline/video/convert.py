@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from worldline.finite import check_finite, total
-from worldline.parallel.halo import WHOLE, Rows
 from worldline.shapes import Fit
 from worldline.video.read import Clip, Frames
+
+Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def condition_frames(
@@ -129,20 +130,24 @@ def scaled(frames: Frames, short_side: int) -> Frames:
     return np.stack([np.asarray(picture) for picture in pictures])
 
 
-def to_uint8(video: Tensor, dtype: torch.dtype | None = None, rows: Rows = WHOLE) -> Frames:
+def to_uint8(
+    video: Tensor,
+    dtype: torch.dtype | None = None,
+    join: Join = lambda totals, levels: (totals, levels),
+) -> Frames:
     """Frames (T, H, W, 3) of a video (3, T, H, W) in [0, 1]: clamped, truncated as the reference's.
 
     In float32: 255 levels do not fit in the 8 significant bits of bfloat16 once multiplied. `dtype`
-    is the network's, by default the video's. Where processes share the rows, the first has all,
-    others have black. Raises `NonFiniteError` for NaN and infinity, in all.
+    is the network's, by default the video's. `join` makes sums and frames of all rows of those
+    of a process. Raises `NonFiniteError` for NaN and infinity.
     """
-    totals = rows.sum(total(video))
     levels = (video.detach().float().clamp(0, 1) * 255).byte()
-    frames: Frames = rows.collect(levels.permute(1, 2, 3, 0).contiguous(), 1).numpy()
+    totals, levels = join(total(video), levels.permute(1, 2, 3, 0).contiguous())
+    frames: Frames = levels.cpu().numpy()
     check_finite(totals, "decode: frames", dtype or video.dtype)
     return frames
 
 
-def signed_to_uint8(video: Tensor, rows: Rows = WHOLE) -> Frames:
+def signed_to_uint8(video: Tensor, *join: Join) -> Frames:
     """`to_uint8` of a video in [-1, 1]."""
-    return to_uint8((video.float() + 1) / 2, video.dtype, rows)
+    return to_uint8((video.float() + 1) / 2, video.dtype, *join)

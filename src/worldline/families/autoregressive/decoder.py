@@ -34,9 +34,9 @@ from worldline.families.diffusion.weights import open_network as open_dit
 from worldline.family import Compute, Opened, Parts
 from worldline.memory import Stage, denoise_bytes
 from worldline.nn.dit import ALL_TOKENS, Tokens
-from worldline.nn.pieces import decode_stream
+from worldline.nn.pieces import ALL_ROWS, Rows, decode_stream
 from worldline.opening import refuse_unless_equal
-from worldline.parallel.halo import WHOLE, Rows, share_rows
+from worldline.parallel.halo import share_rows
 from worldline.report import log_result
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, make_sigmas, sample
 from worldline.sampling.solvers import Steps, standard_noise
@@ -246,7 +246,7 @@ def decode_windows(
     latents: list[Tensor],
     frames: int,
     number: int,
-    rows: Rows = WHOLE,
+    rows: Rows = ALL_ROWS,
 ) -> Iterator[Tensor]:
     """Pieces of a video of so many latent frames, (1, 3, T, H, W) in about [-1, 1].
 

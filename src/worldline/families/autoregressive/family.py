@@ -32,8 +32,8 @@ from worldline.families.autoregressive.step import compile_kernels, kernel_batch
 from worldline.families.autoregressive.weights import open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
-from worldline.nn.pieces import CausalCache
-from worldline.parallel.halo import WHOLE, Rows, share_rows
+from worldline.nn.pieces import ALL_ROWS, CausalCache, Rows
+from worldline.parallel.halo import share_rows
 from worldline.parallel.mesh import Layout
 from worldline.report import Recorder, log_result
 from worldline.repositories import model_name
@@ -182,7 +182,7 @@ class Decoding:
         latents: latent frames of the window that are decoded.
     """
 
-    def __init__(self, video: VideoShape, known: int, rows: Rows = WHOLE) -> None:
+    def __init__(self, video: VideoShape, known: int, rows: Rows = ALL_ROWS) -> None:
         self.made, self.rows = 0, rows
         # all at once: to join pieces would hold a long video twice
         self.frames = np.empty((*astuple(video), 3), np.uint8)
@@ -195,7 +195,7 @@ class Decoding:
     def end(self, count: int) -> Clip:
         """The last frames that are made, in all processes."""
         frames = self.frames[self.made - count : self.made]
-        return self.rows.axis.once(partial(Clip, frames, FPS))
+        return self.rows.once(partial(Clip, frames, FPS))
 
     def decode(self, tokenizer: CosmosTokenizer, ids: Tensor) -> Frames:
         """New frames of the ids (1, t, h, w) of the window so far.
@@ -213,9 +213,9 @@ class Decoding:
 
     def _add(self, tokenizer: CosmosTokenizer, codes: Tensor) -> int:
         """Number of new frames of the next codes; decoded and written."""
-        frames = to_uint8(tokenizer.decode(codes, self.past)[0] * 0.5 + 0.5, rows=self.rows)
+        frames = to_uint8(tokenizer.decode(codes, self.past)[0] * 0.5 + 0.5, join=self.rows.join)
         new = frames if self.latents else frames[self.overlap :]
-        if self.rows.axis.first:
+        if self.rows.first:
             self.frames[self.made : self.made + len(new)] = new
         return len(new)
 

@@ -27,8 +27,7 @@ from worldline.families.diffusion.request import DiffusionOptions, DiffusionRequ
 from worldline.families.diffusion.weights import open_network, read_settings
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
-from worldline.nn.pieces import CausalCache
-from worldline.parallel.halo import WHOLE, Rows
+from worldline.nn.pieces import ALL_ROWS, CausalCache, Rows
 from worldline.report import Recorder
 from worldline.repositories import holds_diffusers, unfinished
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, Conditioning, make_sigmas, sample
@@ -93,7 +92,7 @@ def sample_video(
 
 
 def encode_frames(
-    parts: Parts, clip: Clip, request: DiffusionRequest, rows: Rows = WHOLE
+    parts: Parts, clip: Clip, request: DiffusionRequest, rows: Rows = ALL_ROWS
 ) -> Tensor:
     """Normalised latents (1, C, t, H, W) of the known frames, float32."""
     # the tokenizer is causal: frames behind the known ones would not change their latents

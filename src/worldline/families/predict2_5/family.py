@@ -22,8 +22,7 @@ from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowOptions, F
 from worldline.families.predict2_5.weights import DIFFUSERS_KEYS, open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
-from worldline.nn.pieces import encode_stream
-from worldline.parallel.halo import WHOLE, Rows
+from worldline.nn.pieces import ALL_ROWS, Rows, encode_stream
 from worldline.report import Recorder
 from worldline.repositories import released_folders
 from worldline.sampling.flow import Conditioning, guided_velocity, make_schedule, unipc
@@ -70,7 +69,7 @@ def sample_window(
     return len(schedule.timesteps), unipc(velocity, noise, schedule.sigmas)
 
 
-def encode_frames(parts: Parts, clip: Clip, request: FlowRequest, rows: Rows = WHOLE) -> Tensor:
+def encode_frames(parts: Parts, clip: Clip, request: FlowRequest, rows: Rows = ALL_ROWS) -> Tensor:
     """Latents (1, C, t, H, W) of the known frames, float32.
 
     The tokenizer is causal: frames behind the known ones, with which the reference fills the clip,

@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from worldline.finite import check_finite, total
 from worldline.nn import transforms
 from worldline.nn.pieces import (
+    ALL_ROWS,
     CausalCache,
     CausalTokenizer,
+    Rows,
     SpatialConv,
     TemporalConv,
     each_frame,
     enlarge,
 )
-from worldline.parallel.halo import WHOLE, Rows
 
 _EPS = 1e-6
 _FRAME = (2, 3, 4)  # the axes of cells that make one frame
@@ -208,7 +209,7 @@ class FrameNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    def forward(self, x: Tensor, rows: Rows = WHOLE) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows = ALL_ROWS) -> Tensor:
         trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         # the fused norm has a fused gradient, yet on a GPU it gives a whole frame to one block
         by_sums = rows.split or (x.is_cuda and not trained)
@@ -218,7 +219,7 @@ class FrameNorm(nn.Module):
         normed = F.layer_norm(x, x.shape[2:], eps=_EPS)  # statistics in float32
         return torch.addcmul(self.bias.to(x.dtype), normed, self.weight.to(x.dtype))
 
-    def _by_sums(self, x: Tensor, rows: Rows = WHOLE) -> Tensor:
+    def _by_sums(self, x: Tensor, rows: Rows = ALL_ROWS) -> Tensor:
         """Without gradient; takes no memory but the result's, and rounds once."""
         if x.dtype == torch.float32:
             variance, mean = torch.var_mean(x, _FRAME, correction=0, keepdim=True)

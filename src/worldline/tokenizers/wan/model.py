@@ -27,11 +27,11 @@ from worldline.nn.modulation import kernels_for
 from worldline.nn.pieces import (
     CausalCache,
     CausalTokenizer,
+    Rows,
     SpatialConv,
     TemporalConv,
     enlarge,
 )
-from worldline.parallel.halo import Rows
 
 # Below the squared length at which the reference stops dividing, 1e-24; zeros stay zeros.
 _EPS = 1e-26
