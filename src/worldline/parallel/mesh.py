@@ -72,7 +72,9 @@ class Axis:
             return [x]
         x = x.contiguous()
         every = x.new_empty(self.count, *x.shape)
-        dist.all_gather_into_tensor(every.view(-1), x.view(-1), group=self.group)
+        # torch 2.13 warns, in every process, of the name that 2.11 knows
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(every.view(-1), x.view(-1), group=self.group)
         return [*every]
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
