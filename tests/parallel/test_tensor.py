@@ -17,6 +17,7 @@ from torch import Tensor
 
 import worldline
 from tests.conftest import MODEL, moving
+from tests.plain_kernels import Eager, replace_kernels
 from tests.ranks import Together
 from tests.threads import in_threads, tensor_parallel
 from tests.tiny_decoder import VIDEO2WORLD as VIDEO2WORLD_NAME
@@ -118,7 +119,14 @@ def load(axis: Axis, folder: Path) -> ARTransformer:
     return model
 
 
-def run(axis: Axis, folder: Path, clips: int, frames: int, greedy: bool = False) -> Any:
+def run(
+    axis: Axis,
+    folder: Path,
+    clips: int,
+    frames: int,
+    greedy: bool = False,
+    kind: Any = make_decoder,
+) -> Any:
     """Logits of a prompt, drawn tokens of clips of some latent frames, and the cache's heads."""
     model, config = load(axis, folder), open_network(folder).config
     generator = torch.Generator().manual_seed(3)
@@ -130,7 +138,7 @@ def run(axis: Axis, folder: Path, clips: int, frames: int, greedy: bool = False)
         contexts = [*torch.randn(clips, 1, 7, config.context_width, generator=generator)]
     encoded = model.encode_context(contexts[0])
     logits = model(prompt[:1], make_positions(config, CPU, torch.float32), context=encoded)
-    decoder = make_decoder(model, Sampling(0 if greedy else 0.9), contexts, axis)
+    decoder = kind(model, Sampling(0 if greedy else 0.9), contexts, axis)
     assert isinstance(decoder, PlainDecoder)
     count = (frames - 1) * size
     noise = draw_noise(range(clips), config.vocabulary, count, CPU)
@@ -170,6 +178,19 @@ def test_parts_compute_what_the_whole_does(
     folder = write_model(tmp_path / "model", config, form)
     whole = run(Axis(), folder, 2, 5)
     check(in_threads(count, run, folder, 2, 5), whole, config)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_step_that_is_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: int
+) -> None:
+    """Its sums and residuals, with kernels in torch: `test_tensor_gpu` has the real ones."""
+    replace_kernels(monkeypatch)
+    folder = write_model(tmp_path / "model", CONFIGS[name], "pt")
+    for greedy in (True, False):
+        whole = run(Axis(), folder, 2, 5, greedy)
+        check(in_threads(count, run, folder, 2, 5, greedy, Eager), whole, CONFIGS[name])
 
 
 @pytest.mark.slow
