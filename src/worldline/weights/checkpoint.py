@@ -551,6 +551,8 @@ def sharded_axes(name: str) -> list[int | None]:
 
 def cut(checkpoint: Checkpoint, part: int, count: int) -> Checkpoint:
     """What one of `count` tensor-parallel ranks holds of a checkpoint; the rest is never read."""
+    if count == 1:
+        return checkpoint
 
     def of_rank(name: str, entry: Source) -> Source:
         for dim in sharded_axes(name):

@@ -131,12 +131,10 @@ class Network(Generic[Config]):
         return sum(map(math.prod, shapes_of(self.kind, self.config).values()))
 
     def part(self, compute: Any) -> Self:
-        """What one process holds of it, as a network of its own."""
-        layout, axis = compute.mesh.layout, compute.mesh.tp
-        if self.shards is None or layout.tp == 1:
+        """What one process holds of it, as a network of its own, of tensors that are whole yet."""
+        if self.shards is None:
             return self
-        source = cut(self.source, axis.rank, layout.tp)
-        return replace(self, config=self.shards.part(self.config, layout.tp), source=source)
+        return replace(self, config=self.shards.part(self.config, compute.mesh.layout.tp))
 
     def nbytes(self, compute: Any) -> int:
         return self.part(compute).num_parameters * int(compute.dtype.itemsize)
@@ -157,9 +155,13 @@ class Network(Generic[Config]):
     def load(self, compute: Any, *, offload: bool) -> Offloadable[Any]:
         """The network on its device, or waiting in host memory."""
         home = torch.device("cpu") if offload else compute.device
-        module = self.part(compute).read(home, compute.dtype)
-        if self.shards is not None:
-            self.shards.join(module, compute.mesh.tp)
+        if self.shards is None:
+            module = self.read(home, compute.dtype)
+        else:
+            axis = compute.mesh.tp
+            part = replace(self.part(compute), source=cut(self.source, axis.rank, axis.count))
+            module = part.read(home, compute.dtype)
+            self.shards.join(module, axis)
         if offload and self.blocks is not None and compute.device.type != "cpu":
             return StreamedModule(module, compute.device, self.blocks)
         return Offloadable(module, compute.device, offload=offload)
