@@ -326,6 +326,8 @@ def videos(axis: Axis, root: Path, name: str, *requests: dict[str, Any]) -> list
     world = worldline.load(
         name, checkpoint_dir=root, device="cpu", disable_guardrail=True, **options
     )
+    held = sum(map(torch.numel, world.parts.transformer.module.parameters()))
+    assert (held < world.parameters) == (axis.count > 1)  # the report counts those of all
     shared, *each = requests
     steps = world.stream_batch([moving()] * len(each), each, **shared)
     made = {number: step.video.frames for number, step in steps if step.video is not None}
