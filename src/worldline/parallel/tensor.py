@@ -55,9 +55,9 @@ class ShardPlan:
 def _look_up(weight: Tensor, axis: Axis, ids: Tensor) -> Tensor:
     """Rows of a table of which each process holds a part."""
     own = ids - axis.rank * len(weight)
-    absent = (own < 0) | (own >= len(weight))
-    rows = F.embedding(own.masked_fill(absent, 0), weight)
-    return axis.all_reduce(rows.masked_fill(absent[..., None], 0))
+    near = own.clamp(0, len(weight) - 1)
+    rows = F.embedding(near, weight).masked_fill((own != near)[..., None], 0)
+    return axis.all_reduce(rows)
 
 
 class Rehearsal(Axis):
