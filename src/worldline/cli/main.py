@@ -62,8 +62,9 @@ class Main(click.Group):
         """
         open_standard_streams()
         interrupts, logger = Interrupts(), logging.getLogger("worldline")
-        level, stderr, status = logger.level, sys.stderr, 0
-        sys.stderr = Dropping(stderr)
+        level, streams, status = logger.level, (sys.stdout, sys.stderr), 0
+        errors: Any = Dropping(sys.stderr)
+        sys.stderr = errors
         handlers: list[logging.Handler] = []
         common: dict[str, str] = {}
         naming = as_flags.set(True)
@@ -72,16 +73,18 @@ class Main(click.Group):
             common, words = _common(typed)
             results.quiet = "quiet" in common
             lowest = logging.ERROR if results.quiet else logging.INFO
-            here = job.meet()
+            here = job.meet(typed, interrupts.interrupt)
             if here.speaks:
                 handlers.append(Lines(logging.DEBUG if "debug" in common else lowest))
                 if path := common.get("log_json"):
                     handlers.append(Events(path))
-            results.muted = not here.speaks
+            else:
+                sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - to the end
             for handler in handlers:
                 logger.addHandler(handler)
             logger.setLevel(min((one.level for one in handlers), default=logging.CRITICAL))
-            report_event("start", " ".join(["worldline", *words[:1]]))  # others may be a prompt
+            if not job.launched():  # else the process that did has begun
+                report_event("start", " ".join(["worldline", *words[:1]]))  # others may be a prompt
             splits = {"generate", *FAMILIES} & {*words[:1]}
             if splits or job.alone():
                 run = partial(super().main, words, "worldline", obj=typed)
@@ -90,31 +93,33 @@ class Main(click.Group):
         except click.exceptions.NoArgsIsHelpError as error:
             status = error.exit_code
             click.echo(error.format_message(), err=True)
+            job.leave()
         except (Exception, KeyboardInterrupt) as error:
             status, message = explain(error)
             if interrupts.signal not in (0, signal.SIGINT):
                 status = 128 + interrupts.signal
                 message = f"interrupted by {signal.Signals(interrupts.signal).name}"
             if "debug" in common:
-                click.echo(traceback.format_exc(), err=True, nl=False)
+                click.echo(f"{job.label()}{traceback.format_exc()}", errors, nl=False)
             interrupts.ignore()
             status, message = job.settle(error, status, message)
             if message:
-                click.echo(f"worldline: {printable(message)}", err=True)
+                click.echo(f"worldline: {printable(message)}", errors)
                 report_event("error", message)
             if isinstance(error, OSError) and error.filename is None:  # perhaps of the output,
                 silence(sys.stdout)  # which would be written again at exit
         finally:
             results.finish()
-            report_event("end", f"exit status {status}", status=status)
+            if not job.launched():
+                report_event("end", f"exit status {status}", status=status)
             for handler in handlers:
                 logger.removeHandler(handler)
                 handler.close()
             logger.setLevel(level)
-            sys.stderr = stderr
+            sys.stdout, sys.stderr = streams
             as_flags.reset(naming)
             interrupts.restore()
-        sys.exit(status)
+        job.end(status)
 
 
 def _common(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -160,6 +165,11 @@ class Interrupts:
             os._exit(128 + number)
         self.signal = number
         raise KeyboardInterrupt
+
+    def interrupt(self) -> None:
+        """Interrupt the main thread, unless it was; from another."""
+        if not self.signal:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def ignore(self) -> None:
         """Let no further signal interrupt the end, in which the processes of a job settle."""

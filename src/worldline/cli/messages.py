@@ -113,11 +113,10 @@ class Results:
 
     Attributes:
         quiet: whether the last one alone is printed, by `finish`.
-        muted: whether another process prints them.
     """
 
     def __init__(self) -> None:
-        self.quiet = self.muted = False
+        self.quiet = False
         self.last = ""
 
     def add(self, line: str) -> None:
@@ -130,11 +129,9 @@ class Results:
     def finish(self) -> None:
         if self.last:
             self._print(self.last.rpartition("\n")[2])
-        self.quiet, self.muted, self.last = False, False, ""
+        self.quiet, self.last = False, ""
 
     def _print(self, line: str) -> None:
-        if self.muted:
-            return
         try:
             click.echo(line.encode("utf-8", "backslashreplace").decode())  # names may be no UTF-8
         except OSError:

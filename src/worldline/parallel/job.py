@@ -6,36 +6,47 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import version
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from worldline.errors import Error, InputError, one_line, option
+from worldline.errors import Error, InputError, is_out_of_memory, one_line, option
 
 if TYPE_CHECKING:
     import torch
 
-    from worldline.parallel.mesh import Axis
+    from worldline.parallel.mesh import Axis, Mesh
+
+logger = logging.getLogger(__name__)
 
 # a collective may wait so long for a process that loads or decodes; a dead one ends all sooner
 COLLECTIVE_MINUTES = 30
 BEAT_S = 1.0
-SILENCE_S = 40.0  # without a beat, a process is dead
+SILENCE = 45  # beats without which a process is dead: a C call that holds the GIL may miss 40
 RENDEZVOUS_S = 300.0
-GRACE_S = 8.0  # for files to be put in order, before a process ends in mid-call
-_LAUNCHED = "WORLDLINE_LAUNCHED"  # in the environment of ranks that `launch` starts
-LOST = 76  # exit status of a launched rank whose connections broke: it does not know why
+GRACE_S = 8.0  # to remove temporary files, before a process ends in mid-call
+EVIDENCE = 4  # beats in which the failure of another process becomes known
+LOST = 76  # exit status of a launched process that lost the others: the launcher knows why
+_LAUNCHED = "WORLDLINE_LAUNCHED"  # in the environment: process id of `launch`
+_ELASTIC = "TORCHELASTIC_"  # begins the names in the environment that only torchrun sets
+_LEFT = b"left"
+_INTERRUPTED = (129, 130, 143)
+_AGAIN = "--resume makes what is missing"
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,16 @@ class Place:
         """Whether this process prints for all."""
         return self.rank == 0
 
+    @property
+    def deputises(self) -> bool:
+        """Whether this process prints for its machine where the store is lost, and rank 0 with it.
+
+        `launch` prints for those that it started; of rank 0's torchrun, rank 0 outlives the store.
+        """
+        if self.rank > self.local_rank:  # another machine than rank 0's
+            return self.local_rank == 0
+        return self.local_rank == 1 and not (launched() or _of_agent())
+
 
 def place() -> Place:
     """This process by its environment, as torchrun sets it.
@@ -74,74 +95,125 @@ def place() -> Place:
         found = Place(rank, int(count), local, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError) as error:
+        reason = f"{error.args[0]} is not set" if isinstance(error, KeyError) else error
         raise InputError(
-            f"WORLD_SIZE is {count}, but {error} is no part of what torchrun sets; start with "
-            "torchrun, or give --num_gpus without WORLD_SIZE"
+            f"WORLD_SIZE is {count}, but {reason}; start with torchrun, or unset WORLD_SIZE"
         ) from None
     if not 0 <= rank < found.count:
         raise InputError(f"RANK is {rank} of WORLD_SIZE {count}; start with torchrun")
     return found
 
 
-class Watch(threading.Thread):
-    """Heartbeat of this process, and an eye on the next one's, through the rendezvous store.
+def started() -> bool:
+    """Whether torchrun, or another process of worldline, started this one."""
+    return place().count > 1 or any(name.startswith(_ELASTIC) for name in os.environ)
 
-    Where one has failed or fallen silent, this process ends: its main thread is interrupted, and
-    ended in mid-call if that takes long. The process that speaks prints why.
+
+def launched() -> bool:
+    """Whether another process of worldline started this one, and reports how it ended."""
+    return _LAUNCHED in os.environ
+
+
+def label() -> str:
+    """Name of this process before its lines, where it is one of several."""
+    return f"rank {_here.rank}: " if _here.count > 1 else ""
+
+
+def _of_agent() -> bool:
+    """Whether torchrun holds the store; else rank 0 does."""
+    return os.environ.get(f"{_ELASTIC}USE_AGENT_STORE") == "True"
+
+
+class Watch:
+    """Heartbeats of this process and of others, through the rendezvous store.
+
+    Rank 0 watches all, and all watch rank 0. Where one has failed or fallen silent, this process
+    ends: its main thread is interrupted, and ended in mid-call if that takes long. One thread talks
+    to the store, which may hang; the other judges.
 
     Attributes:
-        failure: exit status and message of another process.
+        interrupt: ends the main thread, which calls `settle`; None in a program of its own.
+        failure: exit status and message of the process that failed first.
+        silence: beats that others have missed, by key.
     """
 
-    def __init__(self, store: Any, here: Place) -> None:
-        super().__init__(name="watch", daemon=True)
-        self.store, self.here, self.parent = store, here, os.getppid()
+    def __init__(self, here: Place, interrupt: Callable[[], None] | None) -> None:
+        self.here, self.interrupt = here, interrupt
+        self.parent = int(os.environ.get(_LAUNCHED) or os.getppid())
         self.failure: tuple[int, str] | None = None
-        self.stopped, self.lock = threading.Event(), threading.Lock()
+        self.silence: dict[str, int] = {}
+        self.parting, self.stopped = Event(), Event()
+        self.store: Any = None
+        self.talker = Thread(target=self._talk, name="heartbeat", daemon=True)
+        Thread(target=self._judge, name="watch", daemon=True).start()
 
-    def run(self) -> None:
-        following = f"alive/{(self.here.rank + 1) % self.here.count}"
-        beats, heard, since = 0, b"", time.monotonic()
-        while not self.stopped.wait(BEAT_S):
-            beats += 1
-            try:
-                self.store.set(f"alive/{self.here.rank}", str(beats))
-                beat = self.store.get(following) if self.store.check([following]) else b""
-                if beat != heard:
-                    heard, since = beat, time.monotonic()
-                if time.monotonic() - since > SILENCE_S:
-                    rank = following.removeprefix("alive/")
-                    self.post(1, f"rank {rank} has not answered for {SILENCE_S:.0f} s")
-                if os.getppid() != self.parent:
-                    self.post(1, "the process that started the ranks has ended")
-                failed = self.look()
-            except Exception:  # of the store's connection
-                failed = 1, "rank 0 has ended"
-            if failed and not self.stopped.is_set():
-                self.announce(*failed)
-                os.kill(os.getpid(), signal.SIGTERM)
-                if not self.stopped.wait(GRACE_S):
-                    os._exit(failed[0])
+    def begin(self, store: Any) -> None:
+        """Watch the others, all of which have met."""
+        others = range(1, self.here.count) if self.here.speaks else (0,)
+        self.store, self.silence = store, {f"alive/{rank}": 0 for rank in others}
+        self.talker.start()
 
     def look(self) -> tuple[int, str] | None:
-        """Exit status and message of the process that failed first; None while all run."""
-        if not self.store.check(["failed"]):
-            return None
-        status, message = json.loads(self.store.get("failed"))
-        return status, message
+        """The failure, as soon as it is known."""
+        if self.failure is None and self.store.check(["failed"]):
+            status, message = json.loads(self.store.get("failed"))
+            self.failure = status, message
+        return self.failure
 
     def post(self, status: int, message: str) -> None:
         """Make a failure known to all, unless another is."""
         self.store.compare_set("failed", "", json.dumps([status, message]))
 
-    def announce(self, status: int, message: str) -> None:
-        """Print another process's failure, once, in the process that speaks."""
-        with self.lock:
-            if self.failure is None and self.here.speaks:
-                print(f"worldline: {message}", file=sys.stderr, flush=True)
-                with suppress(Exception):
-                    self.store.set("printed", "1")
-            self.failure = status, message
+    def report(self) -> tuple[int, str]:
+        """Exit status of this process after the failure, and what it prints."""
+        assert self.failure is not None
+        status, message = self.failure
+        speaks = self.here.speaks or (status == LOST and self.here.deputises)
+        return status if status != LOST or launched() else 1, message if speaks else ""
+
+    def part(self) -> None:
+        """Beat no more, in peace."""
+        self.parting.set()
+        self.talker.join(2 * BEAT_S)
+        self.store.set(f"alive/{self.here.rank}", _LEFT)
+
+    def alone(self) -> bool:
+        """Whether all that this process watches have parted."""
+        return {*self.store.multi_get([*self.silence])} == {_LEFT}
+
+    def _talk(self) -> None:
+        beats, heard = 0, dict.fromkeys(self.silence, b"")
+        try:
+            while not (self.parting.wait(BEAT_S) or self.look()):
+                beats += 1
+                self.store.set(f"alive/{self.here.rank}", str(beats))
+                for key, beat in zip([*heard], self.store.multi_get([*heard]), strict=True):
+                    if beat == _LEFT or beat != heard[key]:
+                        heard[key], self.silence[key] = beat, 0
+        except Exception:  # of the connection
+            holder = "the torchrun of rank 0" if _of_agent() else "rank 0"
+            self.failure = LOST, f"{holder} has ended; {_AGAIN}"
+
+    def _judge(self) -> None:
+        while not self.stopped.wait(BEAT_S):
+            for key in self.silence:
+                self.silence[key] += 1
+                if self.silence[key] > SILENCE and not self.failure:
+                    rank = key.removeprefix("alive/")
+                    self.failure = LOST, f"rank {rank} has not answered for {SILENCE} s; {_AGAIN}"
+                    if self.here.speaks:
+                        self.post(1, self.failure[1])
+            if os.getppid() != self.parent:
+                self.failure = LOST, f"the process that started the ranks has ended; {_AGAIN}"
+            if self.failure:
+                status, message = self.report()
+                if self.interrupt is not None:
+                    self.interrupt()
+                    if self.stopped.wait(GRACE_S):
+                        return
+                if message:
+                    print(f"worldline: {message}", file=sys.__stderr__, flush=True)
+                os._exit(status)
 
 
 _here = Place()
@@ -149,6 +221,7 @@ _store: Any = None
 _watch: Watch | None = None
 _world: Axis | None = None
 _alone = False
+_failures = 0
 
 
 def alone() -> bool:
@@ -158,8 +231,12 @@ def alone() -> bool:
     return _here.speaks
 
 
-def meet() -> Place:
+def meet(command: Sequence[str] = (), interrupt: Callable[[], None] | None = None) -> Place:
     """This process, once all of its job have met at the rendezvous, and watch each other.
+
+    Args:
+        command: words that must be the same in all.
+        interrupt: ends the main thread, which calls `settle`.
 
     Raises:
         InputError: they run different commands, or the environment is set by halves.
@@ -169,37 +246,44 @@ def meet() -> Place:
     here = place()
     if here.count == 1 or _watch is not None:
         return here
-    # else torch's threads print stack traces where another process has ended
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _here, _watch = here, Watch(here, interrupt)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no traces of lost connections
     from torch import distributed
 
     dist: Any = distributed  # which does not declare its stores
+    _require("gloo")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    master = here.speaks and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    job = f"worldline/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    job = f"worldline/{os.environ.get(f'{_ELASTIC}RESTART_COUNT', '0')}"
 
     def connect(master: bool) -> Any:
         wait = timedelta(seconds=RENDEZVOUS_S)
         return dist.PrefixStore(job, dist.TCPStore(host, port, None, master, wait, False))
 
+    same = hashlib.sha256(json.dumps([version("worldline"), *command]).encode()).digest()
     try:
-        _here, _store = here, connect(master)
-        _watch = Watch(connect(False), here)  # a thread of its own needs a connection of its own
-        words = json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-        command = hashlib.sha256(words.encode()).hexdigest()
+        _store = connect(here.speaks and not _of_agent())
+        _store.set(f"alive/{here.rank}", "0")
+        store = connect(False)  # a thread of its own needs a connection of its own
         if here.speaks:
-            _store.set("command", command)
-        elif _store.get("command").decode() != command:
-            raise InputError(
-                f"rank {here.rank} and rank 0 run different commands; start all with the same"
-            )
+            _store.multi_get([f"alive/{rank}" for rank in range(here.count)])
+            _store.set("command", same)
+        first = _store.get("command")
     except (dist.DistError, RuntimeError) as error:
         reason = f"the {here.count} processes do not meet at {host}:{port}: {one_line(error)}"
         raise Error(reason) from error
-    finally:
-        if _watch is not None:
-            _watch.start()
+    _watch.begin(store)
+    if first != same:
+        raise InputError(
+            "this process runs another command, or version, than rank 0; start all with the same"
+        )
     return here
+
+
+def _require(backend: str) -> None:
+    import torch.distributed as dist
+
+    if not getattr(dist, f"is_{backend}_available", bool)():
+        raise InputError(f"this torch has no {backend}, through which processes talk; install it")
 
 
 def own_device(name: str | None, here: Place | None = None) -> str | None:
@@ -252,7 +336,7 @@ def join(device: torch.device) -> Axis:
         device: of this process.
 
     Raises:
-        InputError: there is no way for them to talk.
+        InputError: there is no way for them to talk, or some have no GPU.
         Error: they do not meet.
     """
     global _world
@@ -261,26 +345,53 @@ def join(device: torch.device) -> Axis:
 
     from worldline.parallel.mesh import Axis
 
-    if meet().count == 1 or _alone:
-        return Axis(device=device)
     if _world is not None:
         return _world
-    here = _here
+    if place().count == 1 or _alone:
+        return Axis(device=device)
+    if _watch is None:  # in a program of its own
+        meet()
+        atexit.register(_at_exit)
+    name, backend = "a CPU", "cpu:gloo"
     if device.type == "cuda":
+        _require("nccl")
         torch.cuda.set_device(device)
-    backends = {"gloo": "cpu:gloo"} | ({"nccl": "cuda:nccl"} if device.type == "cuda" else {})
-    for name in backends:
-        if not getattr(dist, f"is_{name}_available")():
-            raise InputError(f"this torch has no {name}, through which processes talk; install it")
+        name, backend = torch.cuda.get_device_name(device), "cpu:gloo,cuda:nccl"
     dist.init_process_group(
-        ",".join(backends.values()),
+        backend,
         timeout=timedelta(minutes=COLLECTIVE_MINUTES),
-        world_size=here.count,
-        rank=here.rank,
+        world_size=_here.count,
+        rank=_here.rank,
         store=_store,
     )
-    _world = Axis(here.rank, here.count, None, device)
+    _world = Axis(_here.rank, _here.count, None, device)
+    names = Counter(_world.every(name))
+    if len(names) > 1:
+        found = ", ".join(f"{count} x {name}" for name, count in names.items())
+        if "a CPU" in names:
+            raise InputError(f"the processes have {found}; give --device cpu, or a GPU to each")
+        logger.info("the GPUs differ, and the slowest sets the pace: %s", found)
     return _world
+
+
+def share(mesh: Mesh, error: Exception) -> None:
+    """Return if all processes of a video failed alike, and can go on together; else raise.
+
+    The others wait in a collective for one that failed alone, or elsewhere; so the job ends.
+    """
+    global _failures
+    if (count := mesh.video.count) == 1:
+        return
+    if not isinstance(error, Error) or is_out_of_memory(error.__cause__ or error):
+        raise error
+    _failures += 1
+    alike = hashlib.sha256(one_line(error).encode()).hexdigest()
+    key, until = f"failures/{mesh.dp.rank}/{_failures}/{alike}", time.monotonic() + GRACE_S
+    _store.add(key, 1)
+    while _store.add(key, 0) < count:
+        if time.monotonic() > until:
+            raise error
+        time.sleep(BEAT_S / 10)
 
 
 def settle(error: BaseException, status: int, message: str) -> tuple[int, str]:
@@ -288,55 +399,80 @@ def settle(error: BaseException, status: int, message: str) -> tuple[int, str]:
 
     The others end, too. One that failed because another did takes that one's status.
     """
-    if _watch is None:
+    watch, speaks = _watch, _here.speaks
+    if watch is None or not watch.silence:  # they have not met
         return status, message
-    interrupted = isinstance(error, KeyboardInterrupt)
-    if interrupted and launched():
-        message = ""  # the launcher was interrupted, too
-    expected = isinstance(error, Error) or status == 2
-    # what broke a collective, or is raised by all, may be known in a moment
-    until = time.monotonic() + (0 if interrupted or (expected and _here.speaks) else 3 * BEAT_S)
-    failed: tuple[int, str] | None = None
-    with suppress(Exception):
-        while not (failed := _watch.failure or _watch.look()) and time.monotonic() < until:
-            time.sleep(BEAT_S / 10)
-        if failed:
-            _watch.announce(*failed)
-            status, message = failed[0], ""
-        elif not interrupted and not expected and "onnection" in str(error):
-            status, message = (LOST, "") if launched() else (status, f"ranks are lost: {message}")
-        _watch.post(status, message if _here.speaks else f"rank {_here.rank}: {message}")
-        until = time.monotonic() + 3 * BEAT_S
-        while not failed and not _here.speaks and time.monotonic() < until:
-            if _watch.store.check(["printed"]):
+    interrupted, known = status in _INTERRUPTED, isinstance(error, Error)
+    # perhaps since another process was killed; `launch` and torchrun end the others by a signal
+    lost = interrupted or "gloo/" in str(error) or type(error).__name__.startswith("Dist")
+    if lost and launched():
+        status, message = status if interrupted else LOST, ""
+    hurries = speaks and (launched() if lost else known or status == 2)  # all raise what is known
+    until = time.monotonic() + (0 if hurries else EVIDENCE if speaks else EVIDENCE + 2) * BEAT_S
+    with suppress(Exception):  # of the connection
+        if not speaks:
+            watch.part()
+        while not watch.look() and time.monotonic() < until:
+            if interrupted and speaks and watch.alone():
                 break
             time.sleep(BEAT_S / 10)
-    _watch.stopped.set()
-    return status, message if _here.speaks else ""
+        if not watch.failure:
+            dead = [key for key, missed in watch.silence.items() if missed >= EVIDENCE - 1]
+            if speaks and lost and dead and message:
+                status, message = 1, f"{dead[0].replace('alive/', 'rank ')} has ended; {_AGAIN}"
+            watch.post(status, f"{'' if speaks else label()}{message}" if message else "")
+            watch.look()
+        until = time.monotonic() + EVIDENCE * BEAT_S
+        while speaks and not (_of_agent() or watch.alone()) and time.monotonic() < until:
+            time.sleep(BEAT_S / 10)  # the store ends with this process
+    status, message = watch.report() if watch.failure else (status, message if speaks else "")
+    watch.stopped.set()
+    return status, message
+
+
+def end(status: int) -> NoReturn:
+    """Exit; one of several that failed at once, since its collectives may never finish."""
+    if status and _watch is not None:
+        for stream in (sys.__stdout__, sys.__stderr__):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()  # type: ignore[union-attr]
+        os._exit(status)
+    sys.exit(status)
 
 
 def leave() -> None:
-    """Part from the others, once all have come here."""
+    """Part from the others; rank 0, which may hold the store, as the last."""
     global _alone, _watch, _world
     if _world is not None:
         import torch.distributed as dist
 
-        dist.barrier()
+        _world.every(None)  # all are done
         dist.destroy_process_group()
+    if _watch is not None and _here.speaks:
+        while not _watch.alone():
+            time.sleep(BEAT_S / 10)
     if _watch is not None:
-        _store.set(f"left/{_here.rank}", "1")
-        # all wait for the first, which may work alone, and the first for all: it may hold the store
-        for rank in range(_here.count) if _here.speaks else (0,):
-            while not _store.check([f"left/{rank}"]):
-                time.sleep(BEAT_S / 10)
         _watch.stopped.set()
+        _watch.part()
     _watch, _world, _alone = None, None, False
+
+
+def _at_exit() -> None:
+    """End of a program of its own, which may have failed."""
+    error = getattr(sys, "last_value", None)
+    if _watch is not None and error is not None:  # its trace is printed
+        settle(error, 1, one_line(error))
+        end(1)
+    leave()
 
 
 def launch(words: Sequence[str], count: int) -> int:
     """Run a command in `count` processes on this machine; the exit status of the first to fail.
 
     A process that is killed ends the others. None outlives this one.
+
+    Raises:
+        Error: a process was killed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -346,17 +482,21 @@ def launch(words: Sequence[str], count: int) -> int:
         "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
-        _LAUNCHED: 1,
+        _LAUNCHED: os.getpid(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")
         or max(1, (os.cpu_count() or 1) // count),
     }
+    inherited = {n: v for n, v in os.environ.items() if not n.startswith(_ELASTIC)}
+    # as this process found the package: from the working directory, or not
+    safe = [] if sys.path[0] in ("", os.getcwd()) else ["-P"]
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(count):
             own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-            environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-            command = [sys.executable, "-m", "worldline", *words]
-            ranks.append(subprocess.Popen(command, env=environment))
+            environment = inherited | {name: str(value) for name, value in own.items()}
+            command = [sys.executable, *safe, "-m", "worldline", *words]
+            # of a session of its own: Ctrl-C comes here alone, and is passed on once
+            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
         while all(one.poll() is None for one in ranks):
             time.sleep(0.05)
         return _outcome(ranks)
@@ -377,30 +517,24 @@ def _outcome(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         if until and (time.monotonic() > until or any((one.poll() or 0) < 0 for one in ranks)):
             break
         time.sleep(0.05)
-    statuses = [one.poll() for one in ranks]
+    statuses = [one.poll() or 0 for one in ranks]
     for rank, status in enumerate(statuses):
-        if status is not None and status < 0:
-            name = signal.Signals(-status).name
-            raise Error(f"rank {rank} was killed by {name}; --resume makes what is missing")
-    if LOST in statuses:
-        raise Error("the processes lost each other; --resume makes what is missing")
-    return next((status for status in statuses if status), 0)
+        number = -status if status < 0 else status - 128 if status in _INTERRUPTED else 0
+        if number:
+            raise Error(f"rank {rank} was ended by {signal.Signals(number).name}; {_AGAIN}")
+    status = next((status for status in statuses if status not in (0, LOST)), 0)
+    if not status and LOST in statuses:
+        raise Error(f"the processes lost each other; {_AGAIN}")
+    return status
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End ranks that still run."""
-    for one in ranks:
-        if one.poll() is None:
-            one.terminate()
+    """End ranks that still run, and all that they started."""
     until = time.monotonic() + 2 * GRACE_S
-    for one in ranks:
-        try:
-            one.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            one.kill()
-            one.wait()
-
-
-def launched() -> bool:
-    """Whether another process of worldline started this one, and prints that it was killed."""
-    return _LAUNCHED in os.environ
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for one in (one for one in ranks if one.poll() is None):
+            with suppress(ProcessLookupError):
+                os.killpg(one.pid, number)
+        for one in ranks:
+            with suppress(subprocess.TimeoutExpired):
+                one.wait(max(0.1, until - time.monotonic()))
