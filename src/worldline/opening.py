@@ -196,10 +196,12 @@ def arrange(opened: Opened, requests: Sequence[Request], compute: Compute) -> Co
     """
     world, options = job.join(compute.device), opened.options
     stated, groups = options.processes, options.data_parallel
-    if options.num_gpus not in (None, "auto", world.count):
+    wanted = stated if world.count == 1 else options.num_gpus
+    if wanted not in (None, "auto", world.count):
+        name = "num_gpus" if options.num_gpus else "context_parallel_size"
         raise InputError(
-            f"{option('num_gpus', stated)}, but torchrun started {world.count} processes; give "
-            f"{world.count}, or leave it out"
+            f"{option(name, wanted)}, but the job has {world.count}; start with torchrun "
+            f"--nproc_per_node={wanted}, or leave it out"
         )
     size = getattr(options, "context_parallel_size", None)
     if size and groups in (1, "auto"):

@@ -95,12 +95,14 @@ class Video:
         frames: uint8 (T, H, W, 3), a NumPy array.
         fps: frames a second.
         report: model, seed, versions, seconds and memory of each stage.
+        saves: whether this process writes it: of several that made it, the first.
     """
 
     frames: Frames
     fps: float
     report: dict[str, Any] = field(default_factory=dict)
     prompt: str | None = None
+    saves: bool = True
 
     def __repr__(self) -> str:
         count, height, width, _ = self.frames.shape
@@ -144,7 +146,7 @@ class Video:
         and the hash of the video's bytes, so that it belongs to no other; the prompt, where there
         is one, .txt; where there is none, that of an earlier video of this name is removed. All
         files are written before the first takes its place, and of two programs that save under one
-        name the last leaves all files.
+        name the last leaves all files. Of several processes that made it, the first alone writes.
 
         Args:
             path: file, or a name without suffix for a folder of PNGs.
@@ -160,6 +162,8 @@ class Video:
         encoding = encoding_of(target, crf, lossless)
         check_destination(target, self.fps)
         check_folder(target.parent)
+        if not self.saves:
+            return target
         report, text = target.with_suffix(".json"), target.with_suffix(".txt")
         prompt = [] if self.prompt is None else [text]
         with (

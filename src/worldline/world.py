@@ -48,6 +48,7 @@ from worldline.opening import (
     open_world,
     plan,
 )
+from worldline.parallel.job import share
 from worldline.parallel.mesh import Axis
 from worldline.report import Recorder, environment, log_result
 from worldline.request import Request
@@ -231,17 +232,17 @@ class World:
         """
         if not isinstance(progress, bool) and not callable(progress):
             raise InputError(f"progress is {progress!r:.80}; give True or a function of a Step")
-        report = Bar() if progress is True else progress
+        report = Bar() if progress is True and self.processes.first else progress
         # closed: networks leave the device, though a notebook may hold the trace of an error
         video: Video | None = None
         with closing(self.stream(input, input_type=input_type, **options)) as steps:
             for step in steps:
-                if report:
+                if callable(report):
                     report(step)
                 video = step.video
         video = self.processes.once(lambda: video)
         assert video is not None, "a stream ends with its video"
-        return video
+        return video if self.processes.first else replace(video, saves=False)
 
     def stream(
         self, input: Input | None = None, *, input_type: InputType | None = None, **options: Any
@@ -401,6 +402,7 @@ class World:
                     except (GuardrailRefusal, NonFiniteError) as error:
                         failures[index] = self._failed(jobs[index], error, shared)
             except NonFiniteError as error:
+                share(self.parts.compute.mesh, error)
                 index = group[error.index]
                 failures[index] = self._failed(jobs[index], error, shared)
                 if rest := [other for other in group if other not in {index, *finished}]:

@@ -108,7 +108,7 @@ def run(family: str, command: Command, context: click.Context) -> None:
 def processes_to_start(options: LoadOptions) -> int:
     """Processes that a command starts on this machine; 1 where it does the work itself."""
     count = options.processes
-    if job.place().count > 1 or count in (None, 1):
+    if job.started() or count in (None, 1):
         return 1
     if count == "auto":
         import torch
@@ -271,8 +271,9 @@ def load(
             try:
                 make_videos(world, group, name, outcomes, quality)
             except Exception as error:
-                if is_disk_full(error) or not is_shared(error, world.parts.compute.mesh):
+                if is_disk_full(error):
                     raise
+                job.share(world.parts.compute.mesh, error)
                 logger.warning("%s: %s; made one by one", name, one_line(error))
                 if is_out_of_memory(error):
                     groups.clear()
@@ -462,8 +463,10 @@ def run_tasks(
             line = make(tasks[number], labels[number])
             return number, None, line, [*map(str, replaced)]
         except Exception as error:
-            if not several or is_disk_full(error) or not is_shared(error, mesh):
+            if not several or is_disk_full(error):
                 raise
+            if mesh:
+                job.share(mesh, error)
             stage = error.stage if isinstance(error, GuardrailRefusal) else ""
             outcome = number, stage, one_line(error), [traceback.format_exc()]
         free_memory()  # what the failed one held would be missing to the next
@@ -506,13 +509,6 @@ def run_tasks(
         stages = " and ".join(sorted(failures))
         message = f"{failures.total()} of {total} inputs were refused, by {stages}"
         raise GuardrailRefusal(message, stages)
-
-
-def is_shared(error: Exception, mesh: Mesh | None) -> bool:
-    """Whether all processes of a group raise an error, so that they can go on together."""
-    alone = mesh is None or mesh.video.count == 1
-    memory = error.__cause__ is not None and is_out_of_memory(error.__cause__)
-    return alone or (isinstance(error, Error) and not memory)
 
 
 def free_memory() -> None:
