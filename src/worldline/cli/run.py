@@ -284,7 +284,8 @@ def load(
                 make_videos(world, [item], label, outcomes, quality)
             except torch.OutOfMemoryError as error:
                 raise Error(f"{one_line(error)}{_REMEDY}") from error
-        outcome = outcomes.pop(item.output)
+        made = outcomes.pop(item.output)
+        outcome = world.processes.once(lambda: made)  # also why it is not written
         if isinstance(outcome, Error):
             raise outcome
         return outcome
