@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from worldline import memory, opening
+from worldline.cli import doctor
 from worldline.files import GIGABYTE
 
 from .conftest import Run
@@ -23,6 +24,8 @@ def test_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         f"torch        {torch.__version__}",
         "30.0 of 32.0 GB are free",
         "none that torch can use",
+        "gloo         yes",
+        "ray          ",
         "torch SDPA for prompts, matrix products for decoding",
         "writes       mp4, mov, mkv, webm, gif",
         "fits         Cosmos-Predict1-4B",
@@ -50,6 +53,29 @@ def test_a_small_gpu_needs_flags(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert "; yes --offload_text_encoder_model" in diffusion[0]
     lines = [line for line in result.stdout.splitlines() if "12B" in line]
     assert lines[0].startswith("too large")
+
+
+TOPOLOGY = """\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\x1b[0m
+GPU0\t X \tNV18\tSYS\tPIX\t0-31
+GPU1\tNV18\t X \tSYS\tSYS\t0-31
+GPU2\tSYS\tSYS\t X \tSYS\t32-63
+NIC0\tPIX\tSYS\tSYS\t X \t
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "links"),
+    [(TOPOLOGY, "1 x NV18, 2 x SYS"), (None, "3 x by the host"), ("No devices", "3 x by the host")],
+)
+def test_links_of_gpus(text: str | None, links: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*_: object, **__: object) -> SimpleNamespace:
+        if text is None:
+            raise FileNotFoundError
+        return SimpleNamespace(stdout=text)
+
+    monkeypatch.setattr("subprocess.run", answer)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: False)
+    assert doctor._links(3) == links
 
 
 def test_host_memory() -> None:

@@ -1,9 +1,12 @@
 """`worldline doctor`: what this machine has, and which models fit."""
 
 import platform
+import subprocess
+from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import combinations
 
 import click
 
@@ -18,7 +21,8 @@ _ENCODERS = {"mp4, mov, mkv": "libx264", "webm": "libvpx-vp9", "gif": "gif"}
 def doctor() -> None:
     """Report what this machine can run.
 
-    It lists Python, torch, GPUs, attention, codecs, free memory, and the models that fit.
+    It lists Python, torch, GPUs and their links, what processes talk through, attention, codecs,
+    free memory, and the models that fit.
     """
     for topic, finding in _findings():
         click.echo(f"{topic:<12} {finding}")
@@ -43,6 +47,18 @@ def _findings() -> Iterator[tuple[str, str]]:
     if not cuda:
         mps = torch.backends.mps.is_available()
         yield "gpu", "Apple (mps)" if mps else "none that torch can use"
+    elif torch.cuda.device_count() > 1:
+        yield "links", _links(torch.cuda.device_count())
+    for backend in ("nccl", "gloo"):
+        there = getattr(torch.distributed, f"is_{backend}_available", bool)()
+        number = (
+            ".".join(map(str, torch.cuda.nccl.version())) if there and backend == "nccl" else ""
+        )
+        yield backend, number or ("yes" if there else "not in this torch")
+    try:
+        yield "ray", version("ray")
+    except PackageNotFoundError:
+        yield "ray", "not installed: `worldline fleet` alone needs it"
     triton = find_spec("triton") is not None
     missing = "not installed: plain modules are used, which are slower on a GPU"
     yield "triton", version("triton") if triton else missing
@@ -55,3 +71,22 @@ def _findings() -> Iterator[tuple[str, str]]:
         if row["memory"]:
             fits = "fits" if row["runs_here"].startswith("yes") else "too large"
             yield fits, f"{row['name']}: {readable_size(row['memory'])}; {row['runs_here']}"
+
+
+def _links(count: int) -> str:
+    """Links between pairs of GPUs, as nvidia-smi names them: NV18 are 18 NVLinks, SYS is the CPUs'.
+
+    Without nvidia-smi, how many pairs reach each other's memory.
+    """
+    import torch
+
+    pairs = [*combinations(range(count), 2)]
+    try:
+        words = ["nvidia-smi", "topo", "-m"]
+        text = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout
+        rows = [line.split()[1:] for line in text.splitlines() if line.startswith("GPU")]
+        kinds = Counter(rows[first][second] for first, second in pairs)
+    except (OSError, subprocess.SubprocessError, LookupError):
+        reach = torch.cuda.can_device_access_peer
+        kinds = Counter("direct" if reach(*pair) else "by the host" for pair in pairs)
+    return ", ".join(f"{number} x {kind}" for kind, number in kinds.items())
