@@ -90,11 +90,12 @@ class Main(click.Group):
                 run = partial(super().main, words, "worldline", obj=typed)
                 status = run(standalone_mode=False) or 0
             job.leave()
-        except click.exceptions.NoArgsIsHelpError as error:
-            status = error.exit_code
-            click.echo(error.format_message(), err=True)
+        except click.exceptions.NoArgsIsHelpError as usage:
+            status = usage.exit_code
+            click.echo(usage.format_message(), err=True)
             job.leave()
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, job.Lone) as raised:
+            error = raised.args[0] if isinstance(raised, job.Lone) else raised
             status, message = explain(error)
             if interrupts.signal not in (0, signal.SIGINT):
                 status = 128 + interrupts.signal

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -45,6 +46,7 @@ LOST = 76  # exit status of a launched process that lost the others: the launche
 _LAUNCHED = "WORLDLINE_LAUNCHED"  # in the environment: process id of `launch`
 _ELASTIC = "TORCHELASTIC_"  # begins the names in the environment that only torchrun sets
 _LEFT = b"left"
+_CPU = "a CPU"
 _INTERRUPTED = (129, 130, 143)
 _AGAIN = "--resume makes what is missing"
 
@@ -222,6 +224,7 @@ _watch: Watch | None = None
 _world: Axis | None = None
 _alone = False
 _failures = 0
+_meetings = itertools.count()  # of this process, as of each
 
 
 def alone() -> bool:
@@ -253,7 +256,7 @@ def meet(command: Sequence[str] = (), interrupt: Callable[[], None] | None = Non
     dist: Any = distributed  # which does not declare its stores
     _require("gloo")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    job = f"worldline/{os.environ.get(f'{_ELASTIC}RESTART_COUNT', '0')}"
+    job = f"worldline/{os.environ.get(f'{_ELASTIC}RESTART_COUNT', '0')}/{next(_meetings)}"
 
     def connect(master: bool) -> Any:
         wait = timedelta(seconds=RENDEZVOUS_S)
@@ -352,7 +355,7 @@ def join(device: torch.device) -> Axis:
     if _watch is None:  # in a program of its own
         meet()
         atexit.register(_at_exit)
-    name, backend = "a CPU", "cpu:gloo"
+    name, backend = _CPU, "cpu:gloo"
     if device.type == "cuda":
         _require("nccl")
         torch.cuda.set_device(device)
@@ -365,32 +368,48 @@ def join(device: torch.device) -> Axis:
         store=_store,
     )
     _world = Axis(_here.rank, _here.count, None, device)
-    names = Counter(_world.every(name))
-    if len(names) > 1:
-        found = ", ".join(f"{count} x {name}" for name, count in names.items())
-        if "a CPU" in names:
-            raise InputError(f"the processes have {found}; give --device cpu, or a GPU to each")
-        logger.info("the GPUs differ, and the slowest sets the pace: %s", found)
+    compare_devices(_world.every(name))
     return _world
 
 
-def share(mesh: Mesh, error: Exception) -> None:
-    """Return if all processes of a video failed alike, and can go on together; else raise.
+def compare_devices(names: Sequence[str]) -> None:
+    """Log GPUs that differ; refuse a CPU among them.
 
-    The others wait in a collective for one that failed alone, or elsewhere; so the job ends.
+    Raises:
+        InputError: some processes have no GPU.
+    """
+    found = ", ".join(f"{number} x {name}" for name, number in Counter(names).items())
+    if 0 < names.count(_CPU) < len(names):
+        raise InputError(f"the processes have {found}; give --device cpu, or a GPU to each")
+    if len({*names}) > 1:
+        logger.info("the GPUs differ, and the slowest sets the pace: %s", found)
+
+
+class Lone(BaseException):
+    """Failure of one process alone, its only argument: the others wait for it in a collective.
+
+    It is no `Exception`, after which a batch would go on.
+    """
+
+
+def share(mesh: Mesh, error: Exception) -> None:
+    """Return if all processes of a video failed alike, and can go on together.
+
+    Raises:
+        Lone: this one failed alone, or elsewhere; so the job ends.
     """
     global _failures
     if (count := mesh.video.count) == 1:
         return
     if not isinstance(error, Error) or is_out_of_memory(error.__cause__ or error):
-        raise error
+        raise Lone(error) from error
     _failures += 1
     alike = hashlib.sha256(one_line(error).encode()).hexdigest()
     key, until = f"failures/{mesh.dp.rank}/{_failures}/{alike}", time.monotonic() + GRACE_S
     _store.add(key, 1)
     while _store.add(key, 0) < count:
         if time.monotonic() > until:
-            raise error
+            raise Lone(error) from error
         time.sleep(BEAT_S / 10)
 
 
@@ -442,19 +461,22 @@ def end(status: int) -> NoReturn:
 
 def leave() -> None:
     """Part from the others; rank 0, which may hold the store, as the last."""
-    global _alone, _watch, _world
+    global _alone, _store, _watch, _world
     if _world is not None:
         import torch.distributed as dist
 
+        from worldline.parallel.mesh import meshes
+
         _world.every(None)  # all are done
         dist.destroy_process_group()
+        meshes.clear()
     if _watch is not None and _here.speaks:
         while not _watch.alone():
             time.sleep(BEAT_S / 10)
     if _watch is not None:
         _watch.stopped.set()
         _watch.part()
-    _watch, _world, _alone = None, None, False
+    _store, _watch, _world, _alone = None, None, None, False
 
 
 def _at_exit() -> None:

@@ -305,7 +305,7 @@ class Mesh:
 
 
 ALONE = Mesh()
-_meshes: dict[Layout, Mesh] = {}
+meshes: dict[Layout, Mesh] = {}  # of the job
 
 
 def make_mesh(layout: Layout, world: Axis) -> Mesh:
@@ -314,12 +314,12 @@ def make_mesh(layout: Layout, world: Axis) -> Mesh:
         raise ValueError(f"{layout} is of {layout.count} processes, not of {world.count}")
     if world.count == 1:
         return Mesh(layout, world, world, world, world, world, world)
-    if layout not in _meshes:
+    if layout not in meshes:
         ranks = torch.arange(world.count).view(astuple(layout))
         axes = [_axis(ranks.movedim(dim, -1).flatten(0, -2), world) for dim in range(4)]
         axes += [_axis(ranks.flatten(1), world), world]
-        _meshes[layout] = Mesh(layout, *axes)
-    return _meshes[layout]
+        meshes[layout] = Mesh(layout, *axes)
+    return meshes[layout]
 
 
 def _axis(lines: Tensor, world: Axis) -> Axis:

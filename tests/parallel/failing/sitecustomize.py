@@ -1,6 +1,6 @@
-"""On the path of a process, lets it fail where $FAIL names: "kill denoise 1 2".
+"""On the path of a process, lets it fail where $FAIL names: "denoise 1 2 kill".
 
-That is how, in which stage, which rank, and at which of its starts.
+That is in which stage, which rank (- is each), at which of its starts, and how.
 """
 
 import ctypes
@@ -10,42 +10,41 @@ import time
 from typing import Any
 
 
-def busy(seconds: float) -> None:
-    """Compute in Python."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        pass
-
-
 def fail(how: str) -> None:
     """Fail, or take long."""
-    name, _, seconds = how.partition(":")
-    if name == "raise":
+    os.write(2, b"FAILING\n")
+    if how == "raise":
         raise RuntimeError("a bug")
-    if name == "memory":
+    if how == "diverge":
+        raise worldline.errors.NonFiniteError("not finite")
+    if how == "memory":
         raise MemoryError("no room")
-    if name == "hold":  # a C call that keeps the GIL
-        ctypes.PyDLL(None).sleep(int(seconds))
-    elif name == "busy":
-        busy(float(seconds))
+    if how.startswith("hold"):  # a C call that keeps the GIL
+        ctypes.PyDLL(None).sleep(int(how[4:]))
+    elif how.startswith("busy"):
+        until = time.monotonic() + float(how[4:])
+        while time.monotonic() < until:
+            pass
     else:
-        os.kill(os.getpid(), getattr(signal, f"SIG{name.upper()}"))
+        os.kill(os.getpid(), getattr(signal, how))
 
 
 if "FAIL" in os.environ and "RANK" in os.environ:
-    how, stage, rank, number = os.environ["FAIL"].split()
-    if rank == os.environ["RANK"]:
-        import worldline.events
+    import worldline.errors
+    import worldline.events
+    from worldline.parallel import job
 
-        plain, starts = worldline.events.report_event, 0
+    stage, rank, number, how = os.environ["FAIL"].split()
+    job.SILENCE = int(os.environ.get("SILENCE", job.SILENCE))
+    plain, starts = worldline.events.report_event, 0
 
-        def report_event(kind: str, message: str, **facts: Any) -> None:
-            """Report, and fail at the right start."""
-            global starts
-            plain(kind, message, **facts)
-            if (facts.get("stage"), facts.get("state")) == (stage, "started"):
-                starts += 1
-                if starts == int(number):
-                    fail(how)
+    def report_event(kind: str, message: str, **facts: Any) -> None:
+        """Report, and fail at the right start."""
+        global starts
+        plain(kind, message, **facts)
+        if (facts.get("stage"), facts.get("state")) == (stage, "started"):
+            starts += 1
+            if rank in (os.environ["RANK"], "-") and number == str(starts):
+                fail(how)
 
-        worldline.events.report_event = report_event
+    worldline.events.report_event = report_event

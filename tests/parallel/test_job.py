@@ -1,0 +1,329 @@
+"""Processes start together, print once, and end together, whatever ends one of them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import worldline
+from tests.cli.results import check_mentions
+from tests.conftest import frames_of
+from worldline.errors import Error, InputError
+from worldline.parallel import job
+from worldline.parallel.job import Place
+
+from .jobs import TORCHRUN, WORLDLINE, start
+
+# --- this process among others, by its environment
+
+
+@pytest.mark.parametrize(
+    ("names", "mentioned"),
+    [
+        ({"WORLD_SIZE": "3"}, "WORLD_SIZE is 3 RANK torchrun"),
+        ({"WORLD_SIZE": "3", "RANK": "1"}, "MASTER_ADDR"),
+        ({"WORLD_SIZE": "3", "RANK": "1", "MASTER_ADDR": "x"}, "MASTER_PORT"),
+        ({"WORLD_SIZE": "3", "RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "y"}, "'y'"),
+        ({"WORLD_SIZE": "many", "RANK": "1"}, "WORLD_SIZE is many"),
+        ({"WORLD_SIZE": "3", "RANK": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK is 3 3"),
+    ],
+)
+def test_an_environment_set_by_halves(
+    names: dict[str, str], mentioned: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError) as error:
+        job.place()
+    check_mentions(str(error.value), mentioned)
+
+
+def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert job.place() == Place()
+    names = {"RANK": 11, "WORLD_SIZE": 16, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 8}
+    for name, value in (names | {"MASTER_ADDR": "head", "MASTER_PORT": 29500}).items():
+        monkeypatch.setenv(name, str(value))
+    assert job.place() == Place(11, 16, 3, 8)
+    assert not job.place().speaks
+    # where rank 0 and the store are lost, one process of each machine reports
+    places = [Place(rank, 16, rank % 8, 8) for rank in range(16)]
+    assert [place.rank for place in places if place.deputises] == [1, 8]
+
+
+def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    place = Place(11, 16, 3, 8)
+    assert [job.own_device(name, place) for name in (None, "cuda", "cpu")] == [
+        *("cuda:3", "cuda:3", "cpu")
+    ]
+    assert job.own_device("cuda:5", Place()) == "cuda:5"
+    for wrong in ("cuda:3", "mps", "meta"):
+        with pytest.raises(InputError, match=f"device='{wrong}': 16 processes"):
+            job.own_device(wrong, place)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
+    with pytest.raises(InputError, match=r"8 processes .* 6;"):
+        job.own_device(None, place)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert job.own_device(None, place) == "cpu"
+    with pytest.raises(InputError, match=r"8 processes .* 0;"):
+        job.own_device("cuda", place)
+
+
+def test_gpus_that_differ(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        job.compare_devices(["A", "A"])
+        assert not caplog.messages
+        job.compare_devices(["A", "B", "A"])
+    check_mentions(caplog.messages[0], "2 x A 1 x B")
+    with pytest.raises(InputError, match=r"1 x A, 2 x a CPU; .*--device cpu"):
+        job.compare_devices(["A", "a CPU", "a CPU"])
+
+
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Make this the process of a rank of two that meet at a port; it meets none."""
+
+    def become(rank: int, port: int) -> None:
+        names = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in names.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(job, "_watch", None)
+        monkeypatch.setattr(job, "_here", Place())
+        monkeypatch.setattr(job, "RENDEZVOUS_S", 1.0)
+
+    return become
+
+
+def test_processes_that_do_not_meet(
+    second: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        second(0, port)
+        with pytest.raises(Error, match=f"2 processes do not meet at 127.0.0.1:{port}: .*in use"):
+            job.meet()
+    assert job._watch is not None
+    job._watch.stopped.set()
+    second(1, port)
+    with pytest.raises(Error, match=f"2 processes do not meet at 127.0.0.1:{port}"):
+        job.meet()
+    assert job._watch is not None
+    job._watch.stopped.set()
+    second(1, port)
+    monkeypatch.setattr("torch.distributed.is_gloo_available", lambda: False)
+    with pytest.raises(InputError, match="this torch has no gloo"):
+        job.meet()
+    job._watch.stopped.set()
+
+
+def test_several_processes_need_torchrun() -> None:
+    for stated, number in (({"num_gpus": 3}, 3), ({"context_parallel_size": 2}, 2)):
+        [name] = stated
+        with pytest.raises(InputError, match=rf"{name}={number}.*--nproc_per_node={number}"):
+            worldline.load("tiny-Cosmos-Predict2.5-2B", **stated)
+
+
+# --- two processes
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def samples(
+    tmp_path_factory: pytest.TempPathFactory, tiny_predict2_5: Path, image: Path
+) -> list[object]:
+    """Words that make five small videos, a to e, in out."""
+    file = tmp_path_factory.mktemp("samples") / "samples.jsonl"
+    common = {"inference_type": "image2world", "prompt": "a ball", "input_path": str(image)}
+    lines = [json.dumps({**common, "name": name, "seed": ord(name)}) for name in "abcde"]
+    file.write_text("\n".join(lines))
+    size = ("--resolution", "32,48", "--num_output_frames", 9, "--num_steps", 2)
+    fixed = ("--checkpoint_dir", tiny_predict2_5, "-i", file, "-o", "out", "--device", "cpu")
+    return ["predict2.5", *fixed, *size, "--disable_guardrails", "--quiet"]
+
+
+@slow
+def test_killed_in_each_stage_and_resumed(samples: list[object], tmp_path: Path) -> None:
+    whole = start(tmp_path, [*samples, "-o", "whole", "--num_gpus", 2])
+    assert whole.end() == 0, whole.messages
+    made: dict[str, bytes] = {}
+    kills = ("text 1", "encode 0", "denoise 1", "decode 0")
+    for number, (stage, name) in enumerate(zip(kills, "abcd", strict=True)):
+        fail = f"{stage} {1 + min(number, 1)} SIGKILL"  # after one more video, but for the first
+        run = start(tmp_path, [*samples, "--num_gpus", 2, "--resume"], FAIL=fail)
+        run.wait_for("FAILING")
+        begin = time.monotonic()
+        assert run.end(60) == 1
+        assert time.monotonic() - begin < 40
+        assert len(run.messages) == 1
+        check_mentions(run.messages[0], f"rank {stage[-1]} SIGKILL --resume")
+        videos = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.mp4")}
+        assert videos.keys() == {f"{other}.mp4" for other in "abcde" if other < name}
+        assert made.items() <= videos.items()
+        made = videos
+    assert start(tmp_path, [*samples, "--num_gpus", 2, "--resume"]).end() == 0
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {f"{name}.{end}" for name in "abcde" for end in ("mp4", "json", "txt")}
+    for name in "abcde":
+        assert frames_of(tmp_path / "out" / f"{name}.mp4") == frames_of(
+            tmp_path / "whole" / f"{name}.mp4"
+        )
+
+
+@slow
+def test_killed_between_tokens_and_resumed(small_world: Path, clip: Path, tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps({"visual_input": str(clip), "seed": n}) for n in (4, 5))
+    (tmp_path / "lines.jsonl").write_text(lines)
+    words = ["autoregressive", "base", "--checkpoint_dir", small_world, "--num_gpus", 2]
+    words += ["--batch_input_path", "lines.jsonl", "--video_save_folder", "out", "--device", "cpu"]
+    words += ["--disable_guardrail", "--disable_diffusion_decoder", "--quiet"]
+    words += ["--batch_size", 1]
+    # each draws three frames
+    run = start(tmp_path, words, FAIL="tokens 0 5 SIGKILL")
+    assert run.end() == 1
+    check_mentions(" ".join(run.messages), "rank 0 SIGKILL")
+    assert [path.name for path in (tmp_path / "out").glob("*.mp4")] == ["0.mp4"]
+    assert start(tmp_path, [*words, "--resume"]).end() == 0
+    assert start(tmp_path, [*words, "--video_save_folder", "whole"]).end() == 0
+    for name in ("0.mp4", "1.mp4"):
+        assert frames_of(tmp_path / "out" / name) == frames_of(tmp_path / "whole" / name)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("fail", "status", "mentioned", "made"),
+    [
+        ("decode 1 2 raise", 1, "rank 1: RuntimeError a bug --debug", "a"),
+        ("denoise 0 1 memory", 1, "MemoryError: no room", ""),
+        ("denoise 1 2 diverge", 1, "rank 1: not finite", "a"),  # and rank 0 would wait for it
+        ("denoise - 2 diverge", 1, "1 of 5 inputs failed --resume", "acde"),
+    ],
+)
+def test_an_error_ends_all(
+    fail: str, status: int, mentioned: str, made: str, samples: list[object], tmp_path: Path
+) -> None:
+    words = [*samples, "--num_gpus", 2, "--log_json", "events.jsonl"]
+    run = start(tmp_path, words, FAIL=fail)
+    assert run.end() == status
+    lines = [line for line in run.messages if "2/5" not in line]
+    assert len(lines) == 1
+    check_mentions(lines[0], mentioned)
+    assert {path.stem for path in (tmp_path / "out").glob("*.mp4")} == {*made}
+    events = (tmp_path / "events.jsonl").read_text().splitlines()
+    kinds = [json.loads(line)["event"] for line in events]
+    assert [kind for kind in kinds if kind in ("start", "end")] == ["start", "end"]
+    assert kinds[-2:] == ["error", "end"]
+
+
+@slow
+def test_refused_by_all(samples: list[object], tmp_path: Path) -> None:
+    run = start(tmp_path, [*samples, "--num_gpus", 2, "--data_parallel", 3])
+    assert run.end() == 2
+    assert len(run.messages) == 1
+    check_mentions(run.messages[0], "--data_parallel 3 2")
+
+
+@slow
+@pytest.mark.parametrize(
+    ("number", "status", "mentioned"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "SIGTERM"),
+        (signal.SIGHUP, 129, "SIGHUP"),
+        (signal.SIGKILL, -9, "started --resume"),
+    ],
+)
+def test_a_signal_ends_all(
+    number: signal.Signals, status: int, mentioned: str, samples: list[object], tmp_path: Path
+) -> None:
+    run = start(tmp_path, [*samples, "--num_gpus", 2], FAIL="denoise 0 1 busy60")
+    run.wait_for("FAILING")
+    run.process.send_signal(number)
+    assert run.end(30) == status
+    assert len(run.messages) == 1
+    check_mentions(run.messages[0], mentioned)
+    assert not [*(tmp_path / "out").glob("*")]
+
+
+@slow
+@pytest.mark.parametrize(
+    ("fail", "status"), [("denoise 0 1 SIGSTOP", 1), ("denoise 0 1 busy10", 0)]
+)
+def test_a_silent_process_ends_all_a_busy_one_none(
+    fail: str, status: int, samples: list[object], tmp_path: Path
+) -> None:
+    """As a machine that is gone: its connections stay, and rank 0 holds the store."""
+    run = start(tmp_path, [*samples, "--num_gpus", 2], FAIL=fail, SILENCE=6)
+    assert run.end() == status
+    assert len(run.messages) == status
+
+
+@slow
+def test_processes_that_run_different_commands(samples: list[object], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    runs = [
+        start(tmp_path, [*samples, "--seed", rank], **names, RANK=rank, LOCAL_RANK=rank)
+        for rank in (0, 1)
+    ]
+    assert [run.end() for run in runs] == [2, 2]
+    [message] = runs[0].messages + runs[1].messages
+    check_mentions(message, "rank 1: rank 0")
+
+
+SCRIPT = """
+import sys, worldline
+world = worldline.load("2B/post-trained", checkpoint_dir=sys.argv[1], disable_guardrail=True)
+video = world.generate(prompt="a ball", num_video_frames=9, height=32, width=48, num_steps=2)
+video.save(f"{world.processes.rank}.mp4")
+if world.processes.rank == 1:
+    raise RuntimeError("of this program")
+world.generate(prompt="a ball", num_steps=1)
+"""
+
+
+@slow
+def test_a_program_below_torchrun(tiny_predict2_5: Path, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(SCRIPT)
+    run = start(tmp_path, ["program.py", tiny_predict2_5], TORCHRUN)
+    assert run.end() == 1
+    assert "RuntimeError: of this program" in run.errors.read_text()
+    assert [path.name for path in tmp_path.glob("*.mp4")] == ["0.mp4"]
+
+
+@slow
+def test_torchrun_is_killed_or_contradicted(samples: list[object], tmp_path: Path) -> None:
+    program = [*TORCHRUN, *WORLDLINE]
+    run = start(tmp_path, [*samples, "--num_gpus", 3], program)
+    assert run.end() == 1
+    assert len(run.messages) == 1
+    check_mentions(run.messages[0], "--num_gpus 3 2")
+    run = start(tmp_path, samples, program, FAIL="denoise 0 1 busy60")
+    run.wait_for("FAILING")
+    run.process.kill()
+    assert run.end() == -signal.SIGKILL
+    assert len(run.messages) == 1
+    run = start(tmp_path, samples, program, FAIL="denoise 1 1 SIGKILL")
+    assert run.end() == 1
+    assert run.messages == ["rank 1 has ended; --resume makes what is missing"]
+
+
+@slow
+def test_a_command_that_does_not_split_runs_once(tmp_path: Path) -> None:
+    words = [sys.executable, *TORCHRUN, *WORLDLINE, "models", "--json"]
+    found = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)
