@@ -4,6 +4,8 @@ A family describes its requests, and how its models are loaded, by one class eac
 holds its type, range, default and help text; everything else is derived from it.
 """
 
+import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
 from os import PathLike, fspath
@@ -191,6 +193,50 @@ class VideoFlags(OutputFlags):
     def quality(self) -> dict[str, Any]:
         """Keywords of `Video.save`."""
         return {"crf": self.crf, "lossless": self.lossless}
+
+
+class BatchFlags(Options):
+    """Flags of commands that take many inputs."""
+
+    shard: str | None = Field(
+        None,
+        description="Take every N-th input from the I-th on, counted from 0, before --resume "
+        "leaves any out; auto takes I and N from Slurm, I alone from a Kubernetes Indexed Job.",
+        json_schema_extra={"metavar": "I/N|auto"},
+    )
+    shard_count: int | None = Field(
+        None, ge=1, description="N of --shard auto, where JOB_COMPLETION_INDEX is I."
+    )
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Index of the shard and number of shards; 0 and 1 for all inputs."""
+        environment, count = os.environ, self.shard_count
+        text = "0/1" if self.shard is None else self.shard
+        called = option("shard", text)
+        if count is not None and self.shard != "auto":
+            raise ValueError(f"{option('shard_count', count)} belongs to {option('shard', 'auto')}")
+        if text == "auto":
+            names = ("SLURM_PROCID", "SLURM_NTASKS")
+            pairs = [environment.get("JOB_COMPLETION_INDEX"), count], [*map(environment.get, names)]
+            text = next((f"{i}/{n}" for i, n in pairs if i is not None and n is not None), "")
+            if not text:
+                raise ValueError(
+                    f"{called}: neither {' and '.join(names)} nor JOB_COMPLETION_INDEX and "
+                    f"{option('shard_count')} are set; give I/N"
+                )
+            called += f" ({text})"
+        if not re.fullmatch(r"\d{1,9}/[1-9]\d{0,8}", text, re.ASCII):
+            raise ValueError(f"{called}: it is no I/N, such as 0/8, nor auto")
+        index, count = map(int, text.split("/"))
+        if index >= count:
+            raise ValueError(f"{called}: of {count} shards the last is {count - 1}/{count}")
+        return index, count
+
+    @model_validator(mode="after")
+    def _check_part(self) -> Self:
+        assert self.part
+        return self
 
 
 class Request(Options):

@@ -13,8 +13,8 @@ from worldline.documents import MAX_PROBLEMS, read_entries
 from worldline.errors import InputError, brief, strerror
 from worldline.family import Item
 from worldline.files import check_path, file_name
+from worldline.request import BatchFlags, Text, VideoFlags
 from worldline.request import Path as Named
-from worldline.request import Text, VideoFlags
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _LABEL = 40  # characters of a prompt that names an item
 _OTHER_NAMES = ("input_video", "input_image", "input_path")
 
 
-class PromptFlags(VideoFlags):
+class PromptFlags(BatchFlags, VideoFlags):
     """Flags of `diffusion text2world`."""
 
     batch_input_path: Named | None = Field(

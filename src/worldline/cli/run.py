@@ -72,6 +72,8 @@ def run(family: str, command: Command, context: click.Context) -> None:
     if not items:
         refuse_problems(problems)
     check_destinations(items, flags)
+    if not items[0].place and getattr(flags, "part", (0, 1)) != (0, 1):
+        raise InputError(f"--shard {flags.shard}: there is one input; give a file of many")
     named = stated(context, [command.model])
     model = named.get(command.model, command.default_model)
     if not model:
@@ -434,12 +436,16 @@ def run_tasks(
         tasks: all that were asked for.
         load: makes the runner of the tasks that are not finished.
         fingerprint: of a task.
-        flags: `OutputFlags`; with `resume` what an earlier run made in the same way is left out.
+        flags: `OutputFlags`; with `shard` every N-th task is taken, with `resume` what an earlier
+            run made in the same way is left out.
         things: what is made.
         mesh: groups of processes, which take the tasks in turns; None is one process.
     """
     from worldline.video.write import check_destination
 
+    tasks = take_shard(tasks, flags, things)
+    if not tasks:
+        return
     total, folder = len(tasks), tasks[0].output.parent
     keep_going, resume = getattr(flags, "keep_going", True), getattr(flags, "resume", None)
     if resume:
@@ -510,6 +516,20 @@ def run_tasks(
         stages = " and ".join(sorted(failures))
         message = f"{failures.total()} of {total} inputs were refused, by {stages}"
         raise GuardrailRefusal(message, stages)
+
+
+def take_shard(tasks: Sequence[Any], flags: Any, things: str) -> Sequence[Any]:
+    """Tasks of this shard; perhaps none, which is no error."""
+    index, count = getattr(flags, "part", (0, 1))
+    if count == 1:
+        return tasks
+    shard = tasks[index::count]
+    line = f"shard {index}/{count} has {len(shard) or 'none'} of {len(tasks)} {things}"
+    if shard:
+        logger.info(line)
+    else:
+        results.add(line)
+    return shard
 
 
 def free_memory() -> None:

@@ -24,7 +24,7 @@ from worldline.cli.options import parameters, parsed
 from worldline.cli.run import Run, check_outputs, in_words, refuse_problems, run_tasks
 from worldline.errors import InputError
 from worldline.files import digest, folded
-from worldline.request import LoadOptions, OutputFlags
+from worldline.request import BatchFlags, LoadOptions, OutputFlags
 from worldline.request import Path as Named
 from worldline.shapes import VideoShape
 
@@ -39,7 +39,7 @@ _FPS = 24.0  # where neither clip nor header states a rate
 _Path = Named | None
 
 
-class DecodeFlags(OutputFlags):
+class DecodeFlags(BatchFlags, OutputFlags):
     """Arguments and flags of `tokenize decode`."""
 
     inputs: tuple[Named, ...] = Field(json_schema_extra={"argument": True})
@@ -62,7 +62,7 @@ class EncodeFlags(DecodeFlags):
     )
 
 
-class ReconstructFlags(OutputFlags):
+class ReconstructFlags(BatchFlags, OutputFlags):
     """Flags of cosmos-predict1 `tokenizer/inference/video_cli.py`."""
 
     video_pattern: _Path = Field(None, description="Clips and images, such as 'clips/*.mp4'.")

@@ -23,7 +23,7 @@ from worldline.errors import InputError, strerror
 from worldline.families.predict2_5.request import RELEASED_CHUNK, FlowRequest
 from worldline.family import Item
 from worldline.files import file_name, folded
-from worldline.request import Options, Text, VideoFlags
+from worldline.request import BatchFlags, Options, Text, VideoFlags
 from worldline.request import Path as PathText
 
 YAML = (".yaml", ".yml")
@@ -93,7 +93,7 @@ class Sample(Overrides):
     chunk_overlap: Any = None
 
 
-class SampleFlags(Overrides, VideoFlags):
+class SampleFlags(Overrides, BatchFlags, VideoFlags):
     """Flags of `predict2.5`."""
 
     earlier: tuple[str, ...] = Field(
