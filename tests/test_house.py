@@ -42,7 +42,7 @@ LAYERS = (
     ("catalog",),
     ("text", "tokenizers", "guardrails"),
     ("weights",),
-    ("parallel",),
+    ("fleet", "parallel"),
     ("nn", "sampling", "video", "report"),
     ("finite",),
     ("documents", "repositories"),

@@ -42,8 +42,7 @@ def replacing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Temporary names, as of `replacing`, that take their places once all are on the disk."""
     for path in paths:
         remove_stale(path)
-    mark = f"{os.getpid()}-{_MACHINE}{secrets.token_hex(2)}"
-    temporaries = [path.with_name(f".{path.name}.{mark}.tmp") for path in paths]
+    temporaries = [temporary_name(path) for path in paths]
     try:
         yield temporaries
         for temporary in filter(Path.is_file, temporaries):
@@ -55,6 +54,11 @@ def replacing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
         for temporary in temporaries:
             remove(temporary)
         raise
+
+
+def temporary_name(path: Path) -> Path:
+    """Name beside `path` that `remove_stale` removes once this process has ended."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{_MACHINE}{secrets.token_hex(2)}.tmp")
 
 
 def check_folder(folder: Path) -> None:

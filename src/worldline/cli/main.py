@@ -30,7 +30,9 @@ SETTINGS = {
     "max_content_width": 100,
 }
 # beside the released ones, the first word of which is a family's name
-COMMANDS = ("demo", "generate", "tokenize", "evaluate", "models", "doctor", "checkpoints")
+COMMANDS = (
+    *("demo", "generate", "tokenize", "fleet", "evaluate", "models", "doctor", "checkpoints"),
+)
 # options of every command, which may stand anywhere before --
 COMMON = {
     "debug": "Log traces and stages.",

@@ -52,8 +52,11 @@ _REMEDY = "; offload flags (--offload_…) or a smaller size need less memory"
 _SHARING = ("guidance_parallel", "context_parallel")
 _UPSAMPLER = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
 
-# runs a task with its label, and returns the line to print; number of tasks that run in step
-Run = tuple[Callable[[Any, str], str], int]
+# runs a task with its label, the first of a group in step; returns the line to print
+Make = Callable[[Any, str, Sequence[Any]], str]
+# that, and the number of tasks that run in step
+Run = tuple[Make, int]
+Load = Callable[[Sequence[Any]], Run]
 # number of a task; stage of its refusal, "" of an error, None where it is done; the line to print;
 # files that it replaced, or its trace
 Outcome = tuple[int, str | None, str, list[str]]
@@ -72,8 +75,10 @@ def run(family: str, command: Command, context: click.Context) -> None:
     if not items:
         refuse_problems(problems)
     check_destinations(items, flags)
-    if not items[0].place and getattr(flags, "part", (0, 1)) != (0, 1):
-        raise InputError(f"--shard {flags.shard}: there is one input; give a file of many")
+    fleet = context.meta.get("fleet")  # whose processes do the work
+    if not items[0].place and (fleet or getattr(flags, "part", (0, 1)) != (0, 1)):
+        called = "fleet" if fleet else f"--shard {flags.shard}"
+        raise InputError(f"{called}: there is one input; give a file of many")
     named = stated(context, [command.model])
     model = named.get(command.model, command.default_model)
     if not model:
@@ -92,13 +97,14 @@ def run(family: str, command: Command, context: click.Context) -> None:
     from worldline.opening import arrange, choose_compute, open_world
     from worldline.world import fingerprint
 
-    compute = choose_compute(described.OPTIONS.parse(option_flags))
     opened = open_world(place, option_flags, family)
     items = check_items(opened, items, problems)
+    choose = fleet.choose_compute if fleet else choose_compute
+    compute = choose(described.OPTIONS.parse(option_flags))
     compute = arrange(opened, [item.request for item in items], compute)
     log_unused(opened, compute, items, stated(context, context.params))
     dry = partial(rehearse, opened, compute)
-    run_tasks(
+    (fleet.run_tasks if fleet else run_tasks)(
         items,
         dry if flags.dry_run else partial(load, opened, compute, flags.quality),
         lambda item: fingerprint(opened, compute, item.request, item.input),
@@ -235,7 +241,7 @@ def rehearse(opened: Opened, compute: Compute, items: Sequence[Item]) -> Run:
     finally:
         for line in describe_plan(opened, compute, needed):
             results.add(line)
-    return lambda item, label: "", 1
+    return lambda item, label, group: "", 1
 
 
 def load(
@@ -262,12 +268,12 @@ def load(
         f"{world.name} ({world.parameters / 1e6:,.1f} M parameters) on {world.device}; loaded in "
         f"{loading['seconds']:.1f} s, {loading['peak_gb']:.2f} GB"
     )
-    groups = {items[at].output: items[at : at + size] for at in range(0, len(items), size)}
     outcomes: Outcomes = {}
+    in_step = True  # until memory is too small
 
-    def make_one(item: Item, label: str) -> str:
-        group = groups.pop(item.output, ())
-        if len(group) > 1:
+    def make_one(item: Item, label: str, group: Sequence[Item]) -> str:
+        nonlocal in_step
+        if in_step and len(group) > 1:
             first = items.index(item) + 1
             name = f"{first}-{first + len(group) - 1}/{len(items)} in step"
             try:
@@ -277,8 +283,7 @@ def load(
                     raise
                 job.share(world.parts.compute.mesh, error)
                 logger.warning("%s: %s; made one by one", name, one_line(error))
-                if is_out_of_memory(error):
-                    groups.clear()
+                in_step = not is_out_of_memory(error)
         if item.output not in outcomes:
             if len(group) > 1:
                 free_memory()
@@ -424,7 +429,7 @@ def log_replaced(paths: Sequence[Path | str]) -> None:
 
 def run_tasks(
     tasks: Sequence[Any],
-    load: Callable[[Sequence[Any]], Run],
+    load: Load,
     fingerprint: Callable[[Any], str],
     flags: Any,
     things: str = "videos",
@@ -441,14 +446,12 @@ def run_tasks(
         things: what is made.
         mesh: groups of processes, which take the tasks in turns; None is one process.
     """
-    from worldline.video.write import check_destination
-
     tasks = take_shard(tasks, flags, things)
     if not tasks:
         return
     total, folder = len(tasks), tasks[0].output.parent
-    keep_going, resume = getattr(flags, "keep_going", True), getattr(flags, "resume", None)
-    if resume:
+    keep_going = getattr(flags, "keep_going", True)
+    if getattr(flags, "resume", False):
         quality = getattr(flags, "quality", {})
 
         def unfinished() -> list[int]:
@@ -457,9 +460,7 @@ def run_tasks(
             ]
 
         tasks = [tasks[n] for n in (mesh.world.once(unfinished) if mesh else unfinished())]
-        for folder_of_frames in (t.output for t in tasks if not t.output.suffix):
-            check_destination(folder_of_frames)
-    existing((path for task in tasks for path in companions(task.output)), flags.no_overwrite)
+    refuse_taken(tasks, flags)
     places = [f"{number}/{len(tasks)}" for number in range(1, len(tasks) + 1)]
     several = total > 1 and keep_going
     labels = [f"{p} {t}" if several else f"{t}" for p, t in zip(places, tasks, strict=True)]
@@ -467,7 +468,8 @@ def run_tasks(
 
     def attempt(number: int, replaced: list[Path]) -> Outcome:
         try:
-            line = make(tasks[number], labels[number])
+            group = () if number % size else tasks[number : number + size]
+            line = make(tasks[number], labels[number], group)
             return number, None, line, [*map(str, replaced)]
         except Exception as error:
             if not several or is_disk_full(error):
@@ -505,17 +507,40 @@ def run_tasks(
                     account(*outcome)
         for outcome in turns.outcomes(len(tasks)):
             account(*outcome)
-    made, before = len(tasks) - failures.total(), total - len(tasks)
+    report_tasks(len(tasks) - failures.total(), total, failures, flags, f"{things} are in {folder}")
+
+
+def report_tasks(made: int, total: int, failures: Counter[str], flags: Any, where: str) -> None:
+    """Print how many of all are there now; raise what stands for the failures.
+
+    Args:
+        made: number of those that were made now.
+        total: number of all.
+        failures: number of those that failed, by the stage that refused them; "" of errors.
+        flags: `OutputFlags`.
+        where: end of the line, what they are and where.
+    """
+    before = total - made - failures.total()
     if total > 1 or before:
         since = f": {made} made now, {before} there before" if before else ""
-        results.add(f"{made + before} of {total} {things} are in {folder}{since}")
+        results.add(f"{made + before} of {total} {where}{since}")
     if failed := failures.pop("", 0):
-        again = "" if resume is None else "; --resume tries them again"
+        again = "" if getattr(flags, "resume", None) is None else "; --resume tries them again"
         raise Error(f"{failed} of {total} inputs failed{again}")
     if failures:
         stages = " and ".join(sorted(failures))
         message = f"{failures.total()} of {total} inputs were refused, by {stages}"
         raise GuardrailRefusal(message, stages)
+
+
+def refuse_taken(tasks: Sequence[Any], flags: Any) -> None:
+    """Refuse, before any work, outputs whose place is taken by what must stay."""
+    from worldline.video.write import check_destination
+
+    if getattr(flags, "resume", None):  # a finished folder of frames was allowed until now
+        for folder in (task.output for task in tasks if not task.output.suffix):
+            check_destination(folder)
+    existing((path for task in tasks for path in companions(task.output)), flags.no_overwrite)
 
 
 def take_shard(tasks: Sequence[Any], flags: Any, things: str) -> Sequence[Any]:

@@ -268,9 +268,11 @@ def run(
     from worldline.opening import choose_compute  # imports torch: not before the place is found
     from worldline.tokenizers.cosmos.weights import open_tokenizer
 
-    compute, opened = choose_compute(options), open_tokenizer(*files)
+    opened = open_tokenizer(*files)
     if code is decode_task:
         check_stored(opened.config, tasks)
+    fleet = context.meta.get("fleet")
+    compute = (fleet.choose_compute if fleet else choose_compute)(options)
 
     def fingerprint(task: Task) -> str:
         files = [digest(path, sampled=True) for path in opened.source.files]
@@ -282,7 +284,7 @@ def run(
         size = opened.num_parameters / 1e6
         logger.info(f"{opened.path} ({size:,.1f} M parameters) on {compute.device}")
 
-        def one(task: Task, _: str) -> str:
+        def one(task: Task, *_: object) -> str:
             start = time.perf_counter()
             task.output.parent.mkdir(parents=True, exist_ok=True)
             # beforehand: a file that changes meanwhile differs
@@ -291,7 +293,7 @@ def run(
 
         return one, 1
 
-    run_tasks(tasks, load, fingerprint, flags, "files")
+    (fleet.run_tasks if fleet else run_tasks)(tasks, load, fingerprint, flags, "files")
 
 
 def check_stored(config: CosmosTokenizerConfig, tasks: Iterable[Task]) -> None:
