@@ -58,8 +58,8 @@ class Commands:
         """Standard output of a command that succeeds."""
         return self.end(self.start(*words), 0)[0]
 
-    def fleet(self, *words: str) -> subprocess.Popen[str]:
-        where = ("--address", self.address, "--gpus_per_actor", "0", "--max_actors", "2")
+    def fleet(self, *words: str, gpus: int = 0) -> subprocess.Popen[str]:
+        where = ("--address", self.address, "--gpus_per_actor", str(gpus), "--max_actors", "2")
         return self.start("fleet", *where, *words)
 
     def end(self, process: subprocess.Popen[str], status: int) -> tuple[str, str]:
@@ -237,3 +237,10 @@ def test_an_interrupted_driver_resumes(commands: Commands) -> None:
     assert "40 of 40" in out
     assert "is made again" not in err
     commands.check_whole("made", range(40))
+
+
+def test_an_actor_of_several_gpus_runs_the_command(commands: Commands) -> None:
+    words = (*commands.batch(3), "made", "--device", "cpu", "--shard", "1/2")
+    out, _ = commands.end(commands.fleet(*words, gpus=2), 0)
+    assert out.splitlines()[0].startswith("made/1.mp4: 9 frames")
+    commands.check_whole("made", [1])

@@ -214,7 +214,7 @@ class Fleet:
         except KeyboardInterrupt:
             queue.stopped = True
             count, seconds = len(queue.running), self.flags.drain_s
-            logger.warning("no more videos are begun; %d have --drain_s %g", count, seconds)
+            logger.warning("finishing %d (--drain_s %g); no more are begun", count, seconds)
             follow(time.monotonic() + seconds)
             raise
         finally:

@@ -252,10 +252,9 @@ class Driver:
         line = f"{ready} of {len(self.actors)} actors"
         if ready == 0 and self.room() < len(self.actors):
             has = ray.cluster_resources()
-            line += (
-                f", each waits for {self.gpus} GPUs and 1 CPU: the cluster has "
-                f"{has.get('GPU', 0):.0f} and {has.get('CPU', 0):.0f}; --gpus_per_actor fits them"
-            )
+            gpus, cpus = (f"{has.get(name, 0):.0f}" for name in ("GPU", "CPU"))
+            line += f": each needs {self.gpus} GPU and 1 CPU, the cluster has {gpus} and {cpus}"
+            line += "; --gpus_per_actor 0 runs on CPUs" if gpus == "0" else ""
         return line
 
     def close(self) -> None:
