@@ -42,3 +42,19 @@ def test_partial_attention_has_the_weight_of_its_part(size: int, dtype: torch.dt
     joined = sum(weight * part for weight, (part, _) in zip(weights, parts, strict=True))
     bound = 1e-12 if dtype == torch.float64 else 3e-2
     torch.testing.assert_close(joined.to(dtype), attend(q, k, v), atol=bound, rtol=bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("length", [70, 5003])  # by FlashAttention, by cuDNN
+def test_partial_attention_by_kernels(length: int, dtype: torch.dtype) -> None:
+    # as heads of a projection lie, and as they arrive together from other processes
+    q = torch.randn(2, length, 4, 128, device="cuda", dtype=dtype).transpose(1, 2)
+    k, v = torch.randn(length + 5, 2, 2, 4, 128, device="cuda", dtype=dtype).permute(2, 1, 3, 0, 4)
+    found, sums = attend_partially(q, k, v)
+    assert sums.shape == q.shape[:3]
+    scores = q.double() @ k.double().transpose(-1, -2) / 128**0.5
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(sums.double(), scores.logsumexp(-1), atol=bound, rtol=bound)
+    expected = scores.softmax(-1) @ v.double()
+    torch.testing.assert_close(found.double(), expected, atol=bound, rtol=bound)

@@ -15,6 +15,7 @@ Axes: B batch, T latent frames, L tokens, l tokens of this process, N heads, K h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -88,25 +89,30 @@ class SplitTokens(Tokens):
         return heads_last.flatten(2, 3).transpose(1, 2)
 
     def _pass_round(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        count, lengths = self.axis.count, self.lengths
-        block = torch.stack([k.transpose(1, 2), v.transpose(1, 2)])  # (2, B, l, N, K)
-        result = total = q.new_empty(0)
-        for step in range(count):
-            arriving = block
-            if step + 1 < count:  # it travels while this block is attended to
-                length = lengths[(self.axis.rank - step - 1) % count]
-                arriving = block.new_empty(*block.shape[:2], length, *block.shape[3:])
-                wait = self.axis.pass_on(block, arriving)
-            part, part_total = attend_partially(q, *block.transpose(2, 3))
-            wide = part.to(part_total.dtype)
-            if step:
-                wide = result.lerp_(wide, (part_total - total).sigmoid().unsqueeze(-1))
-                part_total = torch.logaddexp(total, part_total)
-            result, total = wide, part_total
-            if step + 1 < count:
-                wait()
-            block = arriving
+        # float32 until all parts are joined: each would round the result anew
+        result = sums = q.new_empty(0)
+        for block in self._blocks(torch.stack([k.transpose(1, 2), v.transpose(1, 2)])):
+            part, part_sums = attend_partially(q, *block.transpose(2, 3))
+            part = part.to(part_sums.dtype)
+            if sums.numel():
+                part = result.lerp_(part, (part_sums - sums).sigmoid().unsqueeze(-1))
+                part_sums = torch.logaddexp(sums, part_sums)
+            result, sums = part, part_sums
         return result.to(q.dtype)
+
+    def _blocks(self, block: Tensor) -> Iterator[Tensor]:
+        """Keys and values (2, B, l, N, K) of each process, this one's first.
+
+        The next ones travel while a block is used.
+        """
+        lengths, rank = self.lengths, self.axis.rank
+        for length in (lengths[rank - step] for step in range(1, self.axis.count)):
+            arriving = block.new_empty(*block.shape[:2], length, *block.shape[3:])
+            wait = self.axis.pass_on(block, arriving)
+            yield block
+            wait()
+            block = arriving
+        yield block
 
 
 def split_tokens(axis: Axis, grid: LatentShape, num_heads: int, way: Way) -> Tokens:
