@@ -18,7 +18,7 @@ from worldline.parallel import job
 from worldline.shapes import LatentShape
 
 if TYPE_CHECKING:
-    from worldline.nn.dit import DiTSizes
+    from worldline.nn.dit import DiTSizes, Tokens
 
 WORKSPACE = 1_200_000_000  # of cuDNN, cuBLAS and the allocator beside bf16 networks (measured)
 _STREAMS = 7  # activations of every token that a block holds at once (measured)
@@ -180,6 +180,7 @@ def denoise_bytes(
     *,
     fused: bool,
     batch: int = 1,
+    sharing: Tokens | None = None,
 ) -> int:
     """Bytes that a sampler and its diffusion transformer need beside the weights.
 
@@ -190,11 +191,12 @@ def denoise_bytes(
         context_length: rows of a text embedding.
         fused: whether kernels work between the layers, see `worldline.nn.modulation`.
         batch: guidance branches computed at once.
+        sharing: how processes share the tokens.
     """
-    from worldline.nn.dit import HIDDEN_BYTES, PATCH_CELLS
+    from worldline.nn.dit import ALL_TOKENS, HIDDEN_BYTES, PATCH_CELLS
 
-    size = dtype.itemsize
-    tokens = batch * (grid.tokens // PATCH_CELLS)
+    size, sharing = dtype.itemsize, sharing or ALL_TOKENS
+    tokens = batch * sharing.num_rows(grid.tokens // PATCH_CELLS)
     residual = tokens * config.width * size
     # residual, positions, the norm's output, q, k, v before and after their norms, and the result
     hidden = min(tokens * config.hidden * size, HIDDEN_BYTES)
@@ -203,6 +205,7 @@ def denoise_bytes(
     if not fused:
         heads = _PLAIN_HEADS * tokens * inner * max(size, torch.float32.itemsize)
         activations = _PLAIN_STREAMS * residual + max(2 * hidden, heads)
+    activations += sharing.exchanged * tokens * inner * size
     contexts = 2 * 2 * config.depth * context_length * inner * size
     latents = 12 * config.latent_channels * grid.tokens * 8  # sampler states, up to float64
     return activations + contexts + latents

@@ -17,6 +17,7 @@ from tests.conftest import MODEL
 from tests.families import worlds
 from tests.families.worlds import CPU, PROMPT
 from tests.ranks import Together
+from tests.test_memory import Live
 from tests.tiny_diffusion import TEXT2WORLD, VIDEO2WORLD, fill
 from tests.tiny_predict2_5 import POST, PRE, SMALL
 from worldline.errors import InputError
@@ -26,8 +27,9 @@ from worldline.families.autoregressive.request import ARRequest
 from worldline.families.diffusion.model import DiT, DiTConfig
 from worldline.families.predict2_5.model import FlowDiT, FlowDiTConfig
 from worldline.family import Parts
+from worldline.memory import denoise_bytes
 from worldline.nn.dit import ALL_TOKENS
-from worldline.parallel.context import SplitTokens, split_tokens
+from worldline.parallel.context import SplitTokens, Way, split_tokens
 from worldline.parallel.mesh import Axis, Layout, make_mesh
 from worldline.report import Recorder
 from worldline.shapes import LatentShape, VideoShape
@@ -298,3 +300,28 @@ def test_few_tokens_are_not_split() -> None:
     assert isinstance(tokens, SplitTokens)
     assert sum(tokens.counts) == 6
     assert min(tokens.counts) == 1
+
+
+@torch.inference_mode()
+def memory(axis: Axis, way: Way) -> tuple[int, int, int]:
+    """Bytes that a network needs beside its weights, those planned, and those of one process."""
+    grid, sizes = LatentShape(2, 15, 16), {**SIZES, "max_grid": LatentShape(2, 15, 16)}
+    sizes |= {"width": 512, "hidden": 1024, "head_size": 128, "num_heads": 4}
+    model = DiT(DiTConfig(**sizes, condition_mask=False)).bfloat16().requires_grad_(False)
+    fill(model, 0.02)
+    tokens, latents = split_tokens(axis, grid, 4, way), LatentShape(2, 30, 32)
+    with Live(model.parameters()) as live:
+        context, positions = model.encode_context(draw(1, 8, 20)), model.make_positions(latents, 24)
+        model(draw(1, 5, 2, 30, 32), draw(1), context, positions, tokens=tokens)
+    plans = (
+        denoise_bytes(model.config, latents, model.dtype, 8, fused=False, sharing=sharing)
+        for sharing in (tokens, ALL_TOKENS)
+    )
+    return live.peak, *plans
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ulysses", "ring"])
+def test_memory_falls_as_planned(two: Together, way: Way) -> None:
+    for peak, planned, alone in two(memory, way):
+        assert 0.6 * planned < peak <= planned < 0.85 * alone

@@ -137,7 +137,10 @@ def stages(
     config, grid = opened.config, grid_of(opened, video)
     rows = share_rows(compute.mesh, video, opened["tokenizer"].config.spatial)
     yield Stage("encode", "tokenizer", rows.largest(coding[0]))
-    denoising = denoise_bytes(config, grid, compute.dtype, opened.text_length, fused=compute.fused)
+    sharing = planned_sharing(opened, compute, config, grid, bool(request.guidance))
+    denoising = denoise_bytes(
+        config, grid, compute.dtype, opened.text_length, fused=compute.fused, sharing=sharing
+    )
     yield Stage("denoise", "transformer", features + denoising)
     yield Stage("decode", "tokenizer", rows.largest(coding[1]))
 
@@ -183,6 +186,15 @@ def split_work(
     mesh, way = parts.compute.mesh, parts.opened.options.context_parallel
     halves, axis = (mesh.cfg, mesh.cp) if guided and mesh.cfg.count > 1 else (Axis(), mesh.video)
     return halves, split_tokens(axis, config.tokens(grid), config.num_heads, way)
+
+
+def planned_sharing(
+    opened: Opened, compute: Compute, config: DiTSizes, grid: LatentShape, guided: bool
+) -> Tokens:
+    """The tokens of `split_work`, by a layout of processes that need not be there."""
+    layout, way = compute.mesh.layout, opened.options.context_parallel
+    count = layout.cp if guided and layout.cfg > 1 else layout.count // layout.dp
+    return split_tokens(Axis(count=count), config.tokens(grid), config.num_heads, way)
 
 
 def attention_entries(

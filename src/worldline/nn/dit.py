@@ -281,7 +281,17 @@ def unpatchify(y: Tensor, grid: LatentShape) -> Tensor:
 
 
 class Tokens:
-    """All tokens of a clip, in one process; `parallel.context` splits them over several."""
+    """All tokens of a clip, in one process; `parallel.context` splits them over several.
+
+    Attributes:
+        exchanged: activations of a process's tokens that its attention holds for the exchange.
+    """
+
+    exchanged = 0
+
+    def num_rows(self, count: int) -> int:
+        """Tokens of a process, of `count` in all, the most that one has."""
+        return count
 
     def part(self, x: Tensor) -> Tensor:
         """This process's rows of (..., L, any)."""

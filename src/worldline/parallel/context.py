@@ -57,6 +57,14 @@ class SplitTokens(Tokens):
         """Tokens of each process."""
         return [self.frames * count for count in self.counts]
 
+    @property
+    def exchanged(self) -> int:  # type: ignore[override]
+        """Ulysses: queries, keys and values twice; ring: two blocks and results in float32."""
+        return 7 if self.ring else 4
+
+    def num_rows(self, count: int) -> int:
+        return max(self.lengths)
+
     def num_queries(self, count: int) -> int:
         return max(self.lengths) if self.ring else count
 
@@ -83,6 +91,7 @@ class SplitTokens(Tokens):
         for place, x in zip(sent.unbind(3), (q, k, v), strict=True):
             place.copy_(x.unflatten(1, (count, -1)).permute(1, 3, 0, 2, 4))
         arrived = self.axis.all_to_all(sent.flatten(0, 1), [length] * count, lengths)
+        del sent, place
         y = attend(*(x.permute(1, 2, 0, 3) for x in arrived.unbind(2)))
         back = self.axis.all_to_all(y.permute(2, 0, 1, 3), lengths, [length] * count)
         heads_last = back.unflatten(0, (count, length)).permute(2, 1, 0, 3, 4)

@@ -26,7 +26,14 @@ from torch import Tensor
 from worldline.catalog import DECODERS, Generation, generation_by_name
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.request import ARRequest
-from worldline.families.denoise import attention_entries, decode, report, split_work, stage
+from worldline.families.denoise import (
+    attention_entries,
+    decode,
+    planned_sharing,
+    report,
+    split_work,
+    stage,
+)
 from worldline.families.diffusion import family as diffusion
 from worldline.families.diffusion.model import BLOCKS, DECODER_WINDOW, PRESETS, DiT, DiTConfig
 from worldline.families.diffusion.request import Precision
@@ -115,8 +122,12 @@ class DecoderNetwork(Network[DiTConfig]):
     def stages(self, opened: Opened, compute: Compute) -> Iterator[Stage]:
         """Memory of denoising and decoding, beside the weights."""
         continuous, grid = opened["decoder_tokenizer"].config, self.grid(opened)
+        sharing = planned_sharing(opened, compute, self.config, grid, guided=False)
         denoising = denoise_bytes(
-            self.config, grid, compute.dtype, MAX_LENGTH, fused=compute.fused, batch=2
+            *(self.config, grid, compute.dtype, MAX_LENGTH),
+            fused=compute.fused,
+            batch=2,
+            sharing=sharing,
         )
         yield Stage("denoise", "decoder", denoising)
         video = grid.video(continuous.temporal, continuous.spatial)
