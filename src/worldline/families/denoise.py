@@ -155,7 +155,7 @@ def layout(opened: Opened, requests: Sequence[VideoRequest], count: int) -> Layo
     """
     options, heads = opened.options, opened.config.num_heads
     cell = PATCH[1] * opened["tokenizer"].config.spatial
-    cells = min((r.height // cell) * (r.width // cell) for r in requests)
+    cells = max(1, min((r.height // cell) * (r.width // cell) for r in requests))
     guided = all(request.guidance for request in requests)
 
     def split(count: int) -> Layout | None:
