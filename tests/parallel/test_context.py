@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch import Tensor
 from tests.conftest import MODEL
 from tests.families import worlds
 from tests.families.worlds import CPU, PROMPT
-from tests.ranks import Together
+from tests.ranks import Together, ranks
 from tests.test_memory import Live
 from tests.tiny_diffusion import TEXT2WORLD, VIDEO2WORLD, fill
 from tests.tiny_predict2_5 import POST, PRE, SMALL
@@ -42,7 +43,7 @@ SIZES: dict[str, Any] = {
     "lora_rank": 4,
     "latent_channels": 5,
     "rope_ratio": (1.0, 2.0, 1.5),
-    "max_grid": LatentShape(5, 7, 9),
+    "max_grid": LatentShape(5, 43, 45),
 }
 # of tokens; none divides a frame's by 2 or 3, but for the last
 GRIDS = (LatentShape(3, 5, 7), LatentShape(1, 1, 7), LatentShape(4, 2, 3))
@@ -52,10 +53,15 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def predict1(heads: int, grid: LatentShape, dtype: torch.dtype) -> tuple[DiT, dict[str, Any]]:
+def ready(model: Any, like: Tensor) -> Any:
+    """The model with weights, in the dtype and on the device of a tensor."""
+    fill(model, 0.3)
+    return model.requires_grad_(False).to(like)
+
+
+def predict1(heads: int, grid: LatentShape, like: Tensor) -> tuple[DiT, dict[str, Any]]:
     """A model with learned positions and known frames, and its inputs."""
-    model = DiT(DiTConfig(**SIZES, width=36, num_heads=heads, condition_mask=True))
-    fill(model.to(dtype), 0.3)
+    model = ready(DiT(DiTConfig(**SIZES, width=36, num_heads=heads, condition_mask=True)), like)
     mask = torch.zeros(1, 1, grid.frames, 2 * grid.height, 2 * grid.width)
     mask[:, :, :1] = 1
     return model, {
@@ -67,10 +73,10 @@ def predict1(heads: int, grid: LatentShape, dtype: torch.dtype) -> tuple[DiT, di
     }
 
 
-def predict2_5(heads: int, grid: LatentShape, dtype: torch.dtype) -> tuple[FlowDiT, dict[str, Any]]:
+def predict2_5(heads: int, grid: LatentShape, like: Tensor) -> tuple[FlowDiT, dict[str, Any]]:
     """A model with a noise level for each latent frame, and inputs of a batch of two."""
-    model = FlowDiT(FlowDiTConfig(**SIZES, width=36, num_heads=heads, feature_width=9))
-    fill(model.to(dtype), 0.3)
+    sizes = FlowDiTConfig(**SIZES, width=36, num_heads=heads, feature_width=9)
+    model = ready(FlowDiT(sizes), like)
     shape = grid.frames, 2 * grid.height, 2 * grid.width
     return model, {
         "latents": draw(2, 5, *shape),
@@ -82,11 +88,11 @@ def predict2_5(heads: int, grid: LatentShape, dtype: torch.dtype) -> tuple[FlowD
     }
 
 
-def decoder(heads: int, grid: LatentShape, dtype: torch.dtype) -> tuple[DiT, dict[str, Any]]:
+def decoder(heads: int, grid: LatentShape, like: Tensor) -> tuple[DiT, dict[str, Any]]:
     """A model that reads ids, and both branches of its guidance as a batch."""
     sizes = {**SIZES, "width": 36, "num_heads": heads, "vocabulary": 11, "id_width": 3}
-    model = DiT(DiTConfig(**sizes, condition_mask=False, learned_positions=False))
-    fill(model.to(dtype), 0.3)
+    config = DiTConfig(**sizes, condition_mask=False, learned_positions=False)
+    model = ready(DiT(config), like)
     latents = LatentShape(grid.frames, 2 * grid.height, 2 * grid.width)
     ids = torch.arange(2 * grid.tokens).view(2, grid.frames, grid.height, grid.width) % 11
     return model, {
@@ -94,7 +100,7 @@ def decoder(heads: int, grid: LatentShape, dtype: torch.dtype) -> tuple[DiT, dic
         "timesteps": draw(2),
         "context": model.encode_context(draw(2, 6, 20)),
         "positions": model.make_positions(latents, 24.0),
-        "ids": model.encode_ids(ids, latents),
+        "ids": model.encode_ids(ids.to(like.device), latents),
     }
 
 
@@ -103,15 +109,15 @@ NETWORKS = {"predict1": predict1, "predict2.5": predict2_5, "decoder": decoder}
 
 @torch.inference_mode()
 def forward(
-    axis: Axis, network: str, heads: int, way: str, dtype: torch.dtype
+    axis: Axis, network: str, heads: int, way: Way, dtype: torch.dtype, grids: tuple[Any, ...]
 ) -> list[tuple[str, bool, float]]:
     """How each grid is shared, whether all have the same output, and how far it is off."""
-    found = []
-    for grid in GRIDS:
-        model, inputs = NETWORKS[network](heads, grid, dtype)
-        whole = model(**inputs)
-        tokens = split_tokens(axis, grid, heads, way)  # type: ignore[arg-type]
-        shared = model(**inputs, tokens=tokens)
+    found, like = [], torch.empty(0, dtype=dtype, device=axis.device)
+    for grid in grids:
+        model, inputs = NETWORKS[network](heads, grid, like)
+        tensors = {n: x.to(like.device) for n, x in inputs.items() if isinstance(x, Tensor)}
+        tokens = split_tokens(axis, grid, heads, way)
+        whole, shared = (model(**{**inputs, **tensors, "tokens": t}) for t in (ALL_TOKENS, tokens))
         off = ((shared - whole).abs().max() / whole.abs().max()).item()
         found.append((str(tokens), len(set(axis.every(shared.float().sum().item()))) == 1, off))
     return found
@@ -130,9 +136,9 @@ def forward(
     ],
 )
 def test_networks_of_shared_tokens(
-    two: Together, three: Together, network: str, count: int, heads: int, way: str, expected: str
+    two: Together, three: Together, network: str, count: int, heads: int, way: Way, expected: str
 ) -> None:
-    for found in (two, three)[count - 2](forward, network, heads, way, torch.float32):
+    for found in (two, three)[count - 2](forward, network, heads, way, torch.float32, GRIDS):
         for name, same, off in found:
             assert (name, same) == (expected, True)
             assert off < 1e-5
@@ -140,9 +146,28 @@ def test_networks_of_shared_tokens(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ulysses", "ring"])
-def test_half_precision_is_as_near_as_on_one(two: Together, way: str) -> None:
-    for found in two(forward, "predict1", 2, way, torch.bfloat16):
+def test_half_precision_is_as_near_as_on_one(two: Together, way: Way) -> None:
+    for found in two(forward, "predict1", 2, way, torch.bfloat16, GRIDS):
         assert all(same and off < 0.03 for _, same, off in found)
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[Together]:
+    with ranks(2, "cuda") as together:
+        yield together
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("way", ["ulysses", "ring"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_networks_on_gpus(gpus: Together, network: str, way: Way, dtype: torch.dtype) -> None:
+    # as many tokens that those of one process are attended to by cuDNN
+    grids = (*GRIDS, LatentShape(5, 43, 45))
+    for found in gpus(forward, network, 2, way, dtype, grids):
+        for _, same, off in found:
+            assert same
+            assert off < (0.03 if dtype == torch.bfloat16 else 1e-4)
 
 
 def arranged(axis: Axis, parts: Parts, layout: Layout, **options: Any) -> Parts:
