@@ -66,6 +66,7 @@ class Compute:
     text_dtype: torch.dtype  # the text encoder overflows in float16
     fused: bool  # Triton kernels between the layers
     batch_size: int = 1  # clips computed together
+    sharded: bool = False  # whether processes of a video hold rows of blocks, gathered when used
     mesh: Mesh = field(default_factory=lambda: _alone())  # processes that compute together
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from worldline.catalog import BUNDLED_PREFIX, Entry
-from worldline.errors import CheckpointError, InputError, option
+from worldline.errors import CheckpointError, InputError, InsufficientMemoryError, option
 from worldline.family import FAMILIES, Compute, Opened, Parts, load_family, requests_of
 from worldline.guards import planned_weights
 from worldline.locate import Place
@@ -30,7 +30,7 @@ from worldline.request import LoadOptions, Request
 from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.known import find_known
 from worldline.weights.names import is_adapter
-from worldline.weights.networks import open_weights, read_settings
+from worldline.weights.networks import Network, open_weights, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -225,17 +225,48 @@ def arrange(opened: Opened, requests: Sequence[Request], compute: Compute) -> Co
 def most_groups(opened: Opened, requests: Sequence[Request], compute: Compute, world: Axis) -> int:
     """Number of groups of processes, the most whose memory suffices; 1 for one request."""
     around = planned_weights(opened, requests)
+
+    def refuse_unless_fits(there: Compute) -> None:
+        needed = plan(opened, requests, there, around=around)
+        needed.refuse_unless_fits(there.device, opened.options.offloaded)
+
     for groups in range(min(world.count, len(requests)), 1, -1):
         if world.count % groups:
             continue
         with suppress(InputError):
             layout = opened.family.layout(opened, requests, world.count // groups)
             there = replace(compute, mesh=Mesh(replace(layout, dp=groups)))
-            needed = plan(opened, requests, there, around=around)
-            check = partial(needed.refuse_unless_fits, compute.device, opened.options.offloaded)
-            world.together(check)
+            choose_sharding(opened, there, refuse_unless_fits, world)
             return groups
     return 1
+
+
+def choose_sharding(
+    opened: Opened, compute: Compute, refuse: Callable[[Compute], None], world: Axis
+) -> Compute:
+    """Compute with weights that are whole in each process or, if these do not fit, are shared.
+
+    Args:
+        opened: the model, whose options may choose.
+        compute: device and layout of processes.
+        refuse: raises where this process has too little memory.
+        world: processes that choose alike.
+
+    Raises:
+        InsufficientMemoryError: neither fits.
+    """
+    shared, whole = (replace(compute, sharded=sharded) for sharded in (True, False))
+    parts = opened.parts.values()
+    if not any(part.sharding(shared) for part in parts if isinstance(part, Network)):
+        choices = [whole]
+    else:
+        choices = {"on": [shared], "off": [whole], "auto": [whole, shared]}[opened.options.fsdp]
+    for choice in choices[:-1]:
+        with suppress(InsufficientMemoryError):
+            world.together(partial(refuse, choice))
+            return choice
+    world.together(partial(refuse, choices[-1]))
+    return choices[-1]
 
 
 def plan(

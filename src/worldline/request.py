@@ -370,6 +370,11 @@ class LoadOptions(Options):
     data_parallel: Count | Literal["auto"] = Field(
         1, description="Groups of GPUs that make different videos of a batch; auto: as many as fit."
     )
+    fsdp: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Spread a denoiser's weights over the GPUs that make a video, gathered a block "
+        "at a time; auto: where they do not fit whole.",
+    )
     disable_guardrail: bool | None = Field(
         None, description="Do not check prompt and video. Bundled models have no guardrails."
     )

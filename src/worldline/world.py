@@ -43,6 +43,7 @@ from worldline.memory import Plan
 from worldline.opening import (
     arrange,
     choose_compute,
+    choose_sharding,
     describe_plan,
     load_parts,
     open_world,
@@ -114,6 +115,8 @@ def load_world(
     guards = together(partial(load_guards, opened, compute, upsample=upsample))
     needed = partial(plan, opened, requests, guardrail_bytes=guards.guardrail_bytes)
     compute = choose_batch_size(opened, requests, compute, needed, guards.advice)
+    if compute.sharded:
+        logger.info("each process holds a part of the blocks, which are gathered when used")
     if compute.mesh.world.count > 1:
         for line in describe_plan(opened, compute, needed):
             logger.info("%s", line)
@@ -155,7 +158,7 @@ def choose_batch_size(
         )
         size = most
 
-    def refuse_unless_fits() -> None:
+    def refuse_unless_fits(compute: Compute) -> None:
         planned = needed(compute)
         beside = 0 if compute.device.type == "cuda" else planned.peak()
         smaller = f"; a smaller {option('batch_size')} needs less" if size > 1 else ""
@@ -166,8 +169,7 @@ def choose_batch_size(
     while True:
         compute = replace(compute, batch_size=size)
         try:
-            compute.mesh.world.together(refuse_unless_fits)
-            return compute
+            return choose_sharding(opened, compute, refuse_unless_fits, compute.mesh.world)
         except InsufficientMemoryError:
             if not auto or size == 1:
                 raise

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 _RATES = {"tokens_per_second": "tokens/s", "seconds_per_step": "s a step"}
 _REMEDY = "; offload flags (--offload_…) or a smaller size need less memory"
-_SHARING = ("guidance_parallel", "context_parallel")
+_SHARING = ("fsdp", "guidance_parallel", "context_parallel")
 _UPSAMPLER = ("offload_prompt_upsampler", "prompt_upsampler_dir", "word_limit_to_skip_upsampler")
 
 # runs a task with its label, the first of a group in step; returns the line to print

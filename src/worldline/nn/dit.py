@@ -28,6 +28,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # `attend` of q, k, v
 PATCH = (1, 2, 2)  # latent cells a token covers in time, rows and columns, in all models
 PATCH_CELLS = 4
 LARGEST_GRID = LatentShape(128, 120, 120)  # tokens, of all released models
+# ends of names of a block's weights that encode a text, before the blocks are called
+TEXT_WEIGHTS = ("cross_attention.body.k.weight", "cross_attention.body.v.weight", "body.k_norm")
 # hidden activations of the feed-forward that exist at once; 56,320 tokens of 14B would need 2.3 GB
 HIDDEN_BYTES = 512 << 20
 

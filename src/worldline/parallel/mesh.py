@@ -10,7 +10,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from math import prod
 from typing import Any, TypeVar
 
@@ -80,6 +80,19 @@ class Axis:
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         """What all hold, joined along an axis."""
         return torch.cat(self.parts(x), dim) if self.count > 1 else x
+
+    def gather_into(self, whole: Tensor, part: Tensor) -> None:
+        """Fill a tensor with what all hold, joined along the first axis."""
+        name = "all_gather_single"  # of torch 2.13
+        gather = getattr(dist, name, None) or dist.all_gather_into_tensor
+        gather(whole, part, group=self.group)
+
+    def apart(self) -> Axis:
+        """The same processes on connections of their own; all of them ask for it."""
+        if self.count == 1:
+            return self
+        ranks = dist.get_process_group_ranks(self.group)
+        return replace(self, group=dist.new_group(ranks, use_local_synchronization=True))
 
     def all_to_all(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Rows that the processes send to this one, for the rows of `x` that go to each.

@@ -1,13 +1,16 @@
-"""Networks that wait in host memory until they are used."""
+"""Networks that wait in host memory until they are used, or that processes hold parts of."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from worldline.parallel.mesh import Axis
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
@@ -58,7 +61,7 @@ class Offloadable(Generic[ModuleType]):
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How a network can run with few of its blocks on the device."""
+    """How a network can run with few of its blocks on the device, or with rows of them."""
 
     blocks: str  # name of the list of blocks, which are called in order and are alike
     kept: tuple[str, ...] = ()  # ends of names of weights used outside of a block's call, too
@@ -75,6 +78,44 @@ class BlockPlan:
         coming = [sum(p.numel() for p in block.values()) for block in self.split(module)]
         whole = sum(parameter.numel() for parameter in module.parameters())
         return whole - sum(coming) + _SLOTS * max(coming, default=0)
+
+    def cut(self, module: nn.Module, part: int, count: int) -> dict[str, tuple[int, range]]:
+        """Cut each matrix that comes and goes to the rows that one of `count` processes holds.
+
+        Matrices of too few rows stay whole.
+
+        Args:
+            module: on the meta device.
+            part: number of the process.
+            count: of processes that hold parts.
+
+        Returns:
+            By name, the number of all rows, and those that are held.
+        """
+        held: dict[str, tuple[int, range]] = {}
+        modules = [*module.get_submodule(self.blocks).children()]
+        for number, (block, coming) in enumerate(zip(modules, self.split(module), strict=True)):
+            for name, parameter in coming.items():
+                size = -(-len(parameter) // count)
+                if parameter.dim() > 1 and (count - 1) * size < len(parameter):
+                    rows = range(len(parameter))[part * size : (part + 1) * size]
+                    held[f"{self.blocks}.{number}.{name}"] = len(parameter), rows
+                    owner, _, leaf = name.rpartition(".")
+                    own = nn.Parameter(parameter.new_empty(len(rows), *parameter.shape[1:]))
+                    setattr(block.get_submodule(owner), leaf, own)
+        return held
+
+    def held(self, module: nn.Module, count: int) -> int:
+        """Number of weights that one of `count` processes has on the device at most.
+
+        Args:
+            module: on the meta device; it is cut.
+            count: of processes that hold parts.
+        """
+        held = self.cut(module, 0, count)
+        own = {name: parameter.numel() for name, parameter in module.named_parameters()}
+        gathered = count * sum(own[name] for name in held) // max(1, len(self.split(module)))
+        return sum(own.values()) + _SLOTS * gathered
 
 
 class StreamedModule(Offloadable[ModuleType]):
@@ -109,11 +150,52 @@ class StreamedModule(Offloadable[ModuleType]):
     def _streaming(self, blocks: list[dict[str, nn.Parameter]]) -> Iterator[None]:
         # a frame of its own: its slots are freed before the cache is emptied
         stream = _BlockStream(blocks, self.device)
-        with ExitStack() as hooks:
-            for number, block in enumerate(self.module.get_submodule(self.plan.blocks).children()):
-                before, after = partial(stream.before, number), partial(stream.after, number)
-                hooks.enter_context(block.register_forward_pre_hook(before))
-                hooks.enter_context(block.register_forward_hook(after))
+        with stream.hooks(self.module.get_submodule(self.plan.blocks).children()):
+            yield
+
+
+class ShardedModule(Offloadable[ModuleType]):
+    """A module of whose blocks each process holds some rows (ZeRO-3, arXiv 1910.02054, stage 3).
+
+    Blocks are gathered one after another, each ahead of its use, beside the work of the one before.
+    All processes call the module in step. The device holds the rows, two whole blocks while
+    `on_device` lasts, and what belongs to no block; the rows wait in host memory where the module
+    is offloaded.
+    """
+
+    def __init__(
+        self,
+        module: ModuleType,
+        device: torch.device,
+        rows: Mapping[str, tuple[int, range]],
+        axis: Axis,
+        *,
+        offload: bool,
+    ) -> None:
+        """`rows` is what `BlockPlan.cut` returned, `axis` those that hold the others."""
+        super().__init__(module, device, offload=offload)
+        # on connections of their own: what the blocks exchange does not wait for the next block
+        self.rows, self.axis = rows, axis.apart()
+
+    @contextmanager
+    def on_device(self) -> Iterator[ModuleType]:
+        """The module; it can be called, not changed."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        with self._at_home_again(tensors):
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.device, non_blocking=True)
+            with self._gathering():
+                yield self.module
+
+    @contextmanager
+    def _gathering(self) -> Iterator[None]:
+        coming: dict[str, dict[str, nn.Parameter]] = {}
+        for name in self.rows:
+            blocks, number, inner = name.split(".", 2)
+            coming.setdefault(f"{blocks}.{number}", {})[inner] = self.module.get_parameter(name)
+        counts = {name.split(".", 2)[2]: count for name, (count, _) in self.rows.items()}
+        stream = _GatheredBlocks([*coming.values()], self.device, self.axis, counts)
+        with stream.hooks(map(self.module.get_submodule, coming)):
             yield
 
 
@@ -124,8 +206,7 @@ class _BlockStream:
         self.blocks, self.device = blocks, device
         self.home = [{name: p.data for name, p in block.items()} for block in blocks]
         self.slots = [
-            {name: torch.empty_like(t, device=device) for name, t in self.home[0].items()}
-            for _ in range(_SLOTS)
+            {name: self.new(name, t) for name, t in self.home[0].items()} for _ in range(_SLOTS)
         ]
         self.contents = [-1] * _SLOTS  # numbers of blocks
         self.copying: torch.cuda.Stream | None = None
@@ -136,6 +217,24 @@ class _BlockStream:
             self.arrived = [torch.cuda.Event() for _ in self.slots]
             self.used = [torch.cuda.Event() for _ in self.slots]
 
+    def new(self, name: str, home: Tensor) -> Tensor:
+        """Room for a weight of any block."""
+        return torch.empty_like(home, device=self.device)
+
+    def bring(self, name: str, home: Tensor, room: Tensor) -> Tensor:
+        """A weight in its room on the device."""
+        return room.copy_(home, non_blocking=True)
+
+    @contextmanager
+    def hooks(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
+        """Let blocks bring their weights when they are called."""
+        with ExitStack() as hooks:
+            for number, block in enumerate(blocks):
+                before, after = partial(self.before, number), partial(self.after, number)
+                hooks.enter_context(block.register_forward_pre_hook(before))
+                hooks.enter_context(block.register_forward_hook(after))
+            yield
+
     def fetch(self, number: int, slot: int) -> None:
         """Begin to copy a block, unless it is there or on its way."""
         if number in self.contents:
@@ -145,8 +244,8 @@ class _BlockStream:
             if self.copying:
                 self.copying.wait_event(self.used[slot])
             for name, parameter in self.blocks[number].items():
-                parameter.data = self.slots[slot][name]
-                parameter.data.copy_(self.home[number][name], non_blocking=True)
+                room = self.slots[slot][name]
+                parameter.data = self.bring(name, self.home[number][name], room)
             if self.copying:
                 self.arrived[slot].record(self.copying)
 
@@ -163,3 +262,28 @@ class _BlockStream:
         if self.copying:
             slot = self.contents.index(number)
             self.used[slot].record(torch.cuda.current_stream(self.device))
+
+
+class _GatheredBlocks(_BlockStream):
+    """Gathers blocks, of which each process holds some rows, into two slots on the device."""
+
+    def __init__(
+        self,
+        blocks: list[dict[str, nn.Parameter]],
+        device: torch.device,
+        axis: Axis,
+        rows: Mapping[str, int],
+    ) -> None:
+        """`rows` is the number of all rows of each weight of a block."""
+        self.axis, self.rows = axis, rows
+        super().__init__(blocks, device)
+
+    def new(self, name: str, home: Tensor) -> Tensor:
+        size = -(-self.rows[name] // self.axis.count)  # the last process may hold fewer
+        return home.new_empty(self.axis.count * size, *home.shape[1:])
+
+    def bring(self, name: str, home: Tensor, room: Tensor) -> Tensor:
+        absent = len(room) // self.axis.count - len(home)
+        own = F.pad(home, (0, 0, 0, absent)) if absent else home
+        self.axis.gather_into(room, own)
+        return room[: self.rows[name]]

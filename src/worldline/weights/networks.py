@@ -19,7 +19,8 @@ from torch import nn
 from worldline.documents import read_json
 from worldline.errors import CheckpointError, one_line
 from worldline.files import UNFINISHED, refuse_broken
-from worldline.parallel.offload import BlockPlan, Offloadable, StreamedModule
+from worldline.parallel.mesh import Axis
+from worldline.parallel.offload import BlockPlan, Offloadable, ShardedModule, StreamedModule
 from worldline.repositories import TRANSFORMER_FILES, WEIGHTS, unfinished
 from worldline.weights.checkpoint import (
     METADATA,
@@ -137,10 +138,19 @@ class Network(Generic[Config]):
         return replace(self, config=self.shards.part(self.config, compute.mesh.layout.tp))
 
     def nbytes(self, compute: Any) -> int:
+        if plan := self.sharding(compute):
+            with torch.device("meta"):
+                count = plan.held(self.kind(self.config), compute.mesh.layout.video)
+            return count * int(compute.dtype.itemsize)
         return self.part(compute).num_parameters * int(compute.dtype.itemsize)
 
+    def sharding(self, compute: Any) -> BlockPlan | None:
+        """Plan of its blocks, where processes hold rows of them."""
+        plan: BlockPlan | None = getattr(self.kind, "SHARDING", None)
+        return plan if compute.sharded and compute.mesh.layout.video > 1 else None
+
     def streamed_nbytes(self, compute: Any) -> int | None:
-        if self.blocks is None:
+        if self.blocks is None or self.sharding(compute):
             return None
         with torch.device("meta"):
             return self.blocks.count(self.kind(self.config)) * int(compute.dtype.itemsize)
@@ -152,9 +162,27 @@ class Network(Generic[Config]):
         load_into(module, self.source, self.keys, device=device, dtype=dtype)
         return module.requires_grad_(False).eval()
 
+    def read_rows(
+        self, plan: BlockPlan, axis: Axis, device: torch.device, dtype: torch.dtype
+    ) -> tuple[nn.Module, dict[str, tuple[int, range]]]:
+        """The network with one process's rows of its blocks, which alone are read; these rows."""
+        with torch.device("meta"):
+            module = self.kind(self.config)
+        entries, held = dict(self.source.entries), plan.cut(module, axis.rank, axis.count)
+        for name, entry in entries.items():
+            if ours := held.get(self.keys.ours(name) or ""):
+                entries[name] = entry.cut(0, ours[1].start, len(ours[1]))
+        source = replace(self.source, entries=entries)
+        load_into(module, source, self.keys, device=device, dtype=dtype)
+        return module.requires_grad_(False).eval(), held
+
     def load(self, compute: Any, *, offload: bool) -> Offloadable[Any]:
         """The network on its device, or waiting in host memory."""
         home = torch.device("cpu") if offload else compute.device
+        if plan := self.sharding(compute):
+            axis = compute.mesh.video
+            module, held = self.read_rows(plan, axis, home, compute.dtype)
+            return ShardedModule(module, compute.device, held, axis, offload=offload)
         if self.shards is None:
             module = self.read(home, compute.dtype)
         else:

@@ -71,11 +71,7 @@ PRESETS["7B-Decoder"] = replace(
     id_width=32,
 )
 
-# keys and values of a text are computed before the blocks are called
-BLOCKS = BlockPlan(
-    "blocks",
-    kept=("cross_attention.body.k.weight", "cross_attention.body.v.weight", "body.k_norm"),
-)
+BLOCKS = BlockPlan("blocks", kept=dit.TEXT_WEIGHTS)
 
 
 class Positions(NamedTuple):
@@ -121,6 +117,7 @@ class DiT(DiffusionTransformer):
     """Diffusion transformer of Predict1, of a video or of the decoder of token ids; EDM's F."""
 
     config: DiTConfig
+    SHARDING: ClassVar[BlockPlan] = BLOCKS
 
     def __init__(self, config: DiTConfig) -> None:
         # latents, condition mask (Video2World) or ids, padding mask

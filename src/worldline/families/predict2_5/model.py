@@ -27,6 +27,7 @@ from worldline.nn.dit import (
 )
 from worldline.nn.modulation import NORM_EPS, sinusoid
 from worldline.nn.rope import Rotation, axis_sizes, rotary_exponents
+from worldline.parallel.offload import BlockPlan
 from worldline.shapes import LatentShape
 
 Exponents = tuple[tuple[float, ...], tuple[float, ...]]
@@ -97,6 +98,7 @@ class FlowDiT(DiffusionTransformer):
     """Diffusion transformer of Predict2.5: the velocity of a rectified flow."""
 
     config: FlowDiTConfig
+    SHARDING: ClassVar[BlockPlan] = BlockPlan("blocks", kept=dit.TEXT_WEIGHTS)
 
     def __init__(self, config: FlowDiTConfig) -> None:
         # latents, condition mask, padding mask

@@ -1,0 +1,143 @@
+"""A network of whose blocks each process holds some rows gives what the whole one gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import worldline
+from tests.ranks import Together
+from tests.test_memory import DIFFUSION, FLOW, GPU, released
+from tests.tiny_diffusion import TEXT2WORLD
+from tests.tiny_predict2_5 import POST
+from worldline import memory
+from worldline.locate import locate
+from worldline.memory import Memory
+from worldline.opening import choose_compute, open_world, plan
+from worldline.parallel.mesh import Axis, Layout, Mesh
+from worldline.parallel.offload import BlockPlan, ShardedModule
+
+from .test_offload import Stack
+
+BUNDLED = "tiny-Cosmos-Predict2.5-2B"
+PLAN = BlockPlan("blocks", kept=("kept.weight",))
+SIZE = {"num_steps": 2, "prompt": "a blue ring", "height": 32, "width": 48, "num_video_frames": 9}
+
+
+def nbytes(module: nn.Module) -> int:
+    storages = (parameter.untyped_storage() for parameter in module.parameters())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def share(axis: Axis, depth: int, width: int, offload: bool) -> tuple[bool, float]:
+    """Whether parts give what the whole gives, again and again, and the part that one holds."""
+    torch.manual_seed(width)
+    whole = Stack(depth, width).requires_grad_(False)
+    with torch.device("meta"):
+        module = Stack(depth, width).requires_grad_(False)
+    held = PLAN.cut(module, axis.rank, axis.count)
+    rows = {name: own for name, (_, own) in held.items()}
+    state = {
+        n: t[rows[n].start : rows[n].stop].clone() if n in rows else t.clone()
+        for n, t in whole.state_dict().items()
+    }
+    module.load_state_dict(state, assign=True)
+    part = ShardedModule(module, torch.device("cpu"), held, axis, offload=offload)
+    x, before = torch.randn(3, width), nbytes(module)
+    same = []
+    for _ in range(2):
+        with part.on_device() as gathered:
+            same += [torch.equal(gathered(x), whole(x)) for _ in range(3)]
+        same.append(nbytes(module) == before)
+    assert {name.rpartition(".")[2] for name in held} == {"weight"}
+    matrices = (
+        sum(whole.get_parameter(n).nbytes for n in held),
+        sum(module.get_parameter(n).nbytes for n in held),
+    )
+    return all(same), matrices[1] / matrices[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("depth", "width"), [(1, 8), (2, 12), (5, 7)])
+def test_parts_give_what_the_whole_gives(
+    two: Together, three: Together, depth: int, width: int
+) -> None:
+    for together, count in ((two, 2), (three, 3)):
+        outcomes = together(share, depth, width, count == 3)
+        assert all(same for same, _ in outcomes)
+        parts = [part for _, part in outcomes]
+        assert sum(parts) == pytest.approx(1)
+        assert max(parts) <= -(-width // count) / width + 1e-9
+
+
+def make(
+    axis: Axis, name: str, root: Path, options: dict[str, Any], free: int | None = None
+) -> tuple[Any, float, int]:
+    """Frames, the part of the weights that is held, and the number of all weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        if free is not None:
+            patch.setattr(memory, "host_memory", lambda: Memory(free, 10**12))
+        world = worldline.load(
+            name, checkpoint_dir=root, device="cpu", disable_guardrail=True, **options
+        )
+    video = world.generate(**SIZE)
+    module, part = world.parts.transformer.module, world.opened["transformer"]
+    return video.frames, nbytes(module) / (4 * part.num_parameters), world.parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"), [(POST.name, {}), (TEXT2WORLD, {"disable_prompt_upsampler": True})]
+)
+def test_a_world_in_parts(
+    two: Together,
+    name: str,
+    options: dict[str, Any],
+    tiny_predict2_5: Path,
+    tiny_diffusion: Path,
+) -> None:
+    root = tiny_diffusion if options else tiny_predict2_5
+    whole, held, parameters = two(make, name, root, {"fsdp": "off", **options})[0]
+    assert held == pytest.approx(1, abs=0.01)
+    for frames, held, count in two(make, name, root, {"fsdp": "on", **options}):
+        assert np.array_equal(frames, whole)
+        assert 0.5 < held < 0.9  # of small blocks, much is in all: what encodes the text
+        assert count == parameters
+
+
+@pytest.mark.slow
+def test_parts_are_held_where_the_whole_does_not_fit(two: Together, tmp_path: Path) -> None:
+    opened = open_world(locate(BUNDLED, tmp_path), {})
+    request = opened.family.request.parse(opened.defaults)
+    compute = replace(choose_compute(opened.options), mesh=Mesh(Layout(cp=2)))
+    whole, parts = (
+        plan(opened, [request], replace(compute, sharded=sharded)).peak()
+        for sharded in (False, True)
+    )
+    assert parts < whole
+    frames = 3 * 33 * 128 * 192  # bytes of the video, beside the networks
+    for free, least in ((whole, 0.99), (whole - 1, 0.5)):
+        for _, held, _ in two(make, BUNDLED, tmp_path, {}, free + frames):
+            assert least < held < least + 0.4
+    with pytest.raises(AssertionError, match="InsufficientMemoryError"):
+        two(make, BUNDLED, tmp_path, {"fsdp": "off"}, whole + frames - 1)
+    with pytest.raises(AssertionError, match="InsufficientMemoryError"):
+        two(make, BUNDLED, tmp_path, {}, parts + frames - 1)
+
+
+@pytest.mark.parametrize("name", [DIFFUSION, FLOW, "Cosmos-Predict1-14B-Text2World"])
+def test_what_a_process_holds(name: str) -> None:
+    """Of released models nearly all weights are rows of blocks; two blocks come beside them."""
+    part = released(name)["transformer"]
+    whole = part.nbytes(GPU)
+    for count in (2, 3, 8):
+        compute = replace(GPU, mesh=Mesh(Layout(cp=count)), sharded=True)
+        gathered = 2 * whole / part.config.depth
+        assert whole / count < part.nbytes(compute) < 1.12 * whole / count + gathered + whole / 12
+        assert part.nbytes(replace(compute, sharded=False)) == whole
