@@ -354,6 +354,9 @@ _NORM_WARPS = 2  # as many as the products have, so that a norm is summed as the
 _PLAIN = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 512, "num_warps": _NORM_WARPS, "num_stages": 3}
 _NORMED = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128, "num_warps": _NORM_WARPS, "num_stages": 6}
 _PAIR = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 256, "num_warps": _NORM_WARPS, "num_stages": 2}
+# of matrices of which GPUs hold parts: fewer rows, so that a block has more in flight
+_SMALL_PAIR = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128, "num_warps": _NORM_WARPS, "num_stages": 4}
+_SMALL_ROWS = 8192
 
 
 def _padded(batch: int) -> int:
@@ -425,7 +428,8 @@ def gate_up(x: Tensor, gamma: Tensor, eps: float, gate: Tensor, up: Tensor, out:
     batch, columns = x.shape
     if batch > 1:
         x = _normalise(x, gamma, eps)
-    _gate_up_kernel[(triton.cdiv(gate.shape[0], _PAIR["BLOCK_ROWS"]),)](
+    tile = _PAIR if len(gate) > _SMALL_ROWS else _SMALL_PAIR
+    _gate_up_kernel[(triton.cdiv(gate.shape[0], tile["BLOCK_ROWS"]),)](
         x,
         gamma,
         gate,
@@ -438,7 +442,7 @@ def gate_up(x: Tensor, gamma: Tensor, eps: float, gate: Tensor, up: Tensor, out:
         NORM=batch == 1,
         BLOCK_NORM=_norm_block(columns),
         PADDED=_padded(batch),
-        **_PAIR,
+        **tile,
     )
     return out
 
