@@ -54,10 +54,14 @@ class ShardPlan:
 
 def _look_up(weight: Tensor, axis: Axis, ids: Tensor) -> Tensor:
     """Rows of a table of which each process holds a part."""
+    return axis.all_reduce(own_rows(weight, axis, ids))
+
+
+def own_rows(weight: Tensor, axis: Axis, ids: Tensor) -> Tensor:
+    """Those rows of a table that this process holds; zeros for the others."""
     own = ids - axis.rank * len(weight)
     near = own.clamp(0, len(weight) - 1)
-    rows = F.embedding(near, weight).masked_fill((own != near)[..., None], 0)
-    return axis.all_reduce(rows)
+    return F.embedding(near, weight).masked_fill((own != near)[..., None], 0)
 
 
 class Rehearsal(Axis):

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from worldline.family import Compute, Opened
 from worldline.finite import total
 from worldline.nn.modulation import has_triton
 from worldline.parallel.mesh import ALONE, Axis
-from worldline.parallel.tensor import Rehearsal, SmallSum
+from worldline.parallel.tensor import Rehearsal, SmallSum, own_rows
 from worldline.sampling.tokens import Sampling, draw
 
 MAX_BATCH_SIZE = 16  # of the kernels
@@ -223,14 +224,17 @@ class CapturedDecoder(PlainDecoder):
     def _read(self, tokens: Tensor) -> Tensor:
         """Logits of the tokens behind `tokens` (B,); one row a layer and clip is cached."""
         model, matvec, (rotation, table) = self.model, self.matvec, self.positions
-        x = model.embedding(tokens)
-        mixed = x.new_empty(len(x), model.config.num_heads * model.config.head_size)
-        hidden = x.new_empty(len(x), model.config.hidden)
-        x = x.float() if self.sum else x  # parts are summed before they are rounded
+        if self.sum is None:
+            x = model.embedding(tokens)
+        else:  # float32: parts are summed before they are rounded
+            x = self.sum(self.sum.own.copy_(own_rows(model.embedding.weight, self.axis, tokens)))
+        new = partial(model.embedding.weight.new_empty, len(x))
+        mixed = new(model.config.num_heads * model.config.head_size)
+        hidden = new(model.config.hidden)
 
         def project(norm: RMSNorm, *layers: nn.Linear) -> Tensor:
             weights = tuple(layer.weight for layer in layers)
-            out = mixed.new_empty(len(x), sum(map(len, weights)))
+            out = new(sum(map(len, weights)))
             return matvec(x, weights, out, gamma=norm.weight, eps=norm.eps)
 
         def add(layer: nn.Linear, y: Tensor) -> None:
