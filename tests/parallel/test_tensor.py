@@ -266,7 +266,7 @@ def test_scaled_tensors_are_cut_with_their_scales(
     whole = open_checkpoint(tmp_path / "model.safetensors")
     expected, dim = whole.read(name), {"output": 0, "feed_forward": 1}.get(name.split(".")[1])
     for rank in range(6):
-        part = cut(whole, rank, 6).read(name)
+        part = cut(whole, Axis(rank, 6)).read(name)
         assert torch.equal(part, expected if dim is None else expected.chunk(6, dim)[rank])
 
 

@@ -46,6 +46,10 @@ class Axis:
         """Whether this process is the one that writes, and that computes what is shared."""
         return self.rank == 0
 
+    def span(self, size: int) -> tuple[int, int]:
+        """Start and length of this process's part of `size`, which is cut into equal ones."""
+        return self.rank * (size // self.count), size // self.count
+
     def part(self, x: Tensor, dim: int) -> Tensor:
         """This process's part of an axis that is cut into equal ones."""
         return x.chunk(self.count, dim)[self.rank] if self.count > 1 else x

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -26,6 +26,9 @@ from worldline.errors import CheckpointError, one_line, strerror
 from worldline.files import UNFINISHED, disguise, replacing
 from worldline.weights.known import foreign
 from worldline.weights.names import ScaledTensor, is_averaged, is_state, normalise
+
+if TYPE_CHECKING:
+    from worldline.parallel.mesh import Axis
 
 METADATA, DISTRIBUTED = ".metadata", ".distcp"  # file and suffix of a distributed checkpoint
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
@@ -549,19 +552,18 @@ def sharded_axes(name: str) -> list[int | None]:
     return [axis for pattern, axis in SHARDED_AXES.items() if fnmatchcase(name, pattern)][:1]
 
 
-def cut(checkpoint: Checkpoint, part: int, count: int) -> Checkpoint:
-    """What one of `count` tensor-parallel ranks holds of a checkpoint; the rest is never read."""
-    if count == 1:
+def cut(checkpoint: Checkpoint, axis: Axis) -> Checkpoint:
+    """What one of several tensor-parallel processes holds of a checkpoint; no more is ever read."""
+    if axis.count == 1:
         return checkpoint
 
-    def of_rank(name: str, entry: Source) -> Source:
+    def part(name: str, entry: Source) -> Source:
         for dim in sharded_axes(name):
             if dim is not None and dim < entry.meta.dim():
-                size = entry.meta.shape[dim] // count
-                return entry.cut(dim, part * size, size)
+                return entry.cut(dim, *axis.span(entry.meta.shape[dim]))
         return entry
 
-    entries = {name: of_rank(name, entry) for name, entry in checkpoint.entries.items()}
+    entries = {name: part(name, entry) for name, entry in checkpoint.entries.items()}
     return replace(checkpoint, entries=entries)
 
 

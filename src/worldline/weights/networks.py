@@ -187,7 +187,7 @@ class Network(Generic[Config]):
             module = self.read(home, compute.dtype)
         else:
             axis = compute.mesh.tp
-            part = replace(self.part(compute), source=cut(self.source, axis.rank, axis.count))
+            part = replace(self.part(compute), source=cut(self.source, axis))
             module = part.read(home, compute.dtype)
             self.shards.join(module, axis)
         if offload and self.blocks is not None and compute.device.type != "cpu":

@@ -298,7 +298,7 @@ def compile_kernels(opened: Opened, compute: Compute) -> Iterator[None]:
         with torch.cuda.stream(torch.cuda.Stream(device)):
             model = model.to_empty(device=device)
             context = torch.zeros(1, 16, config.context_width or 0, device=device)
-            axis = Rehearsal(compute.mesh.tp.rank, compute.mesh.tp.count)
+            axis = Rehearsal.of(compute.mesh.tp)
             contexts = [context] * compute.batch_size
             CapturedDecoder(model, Sampling(temperature=0), contexts, axis).run()
 
