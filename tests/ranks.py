@@ -25,7 +25,7 @@ def _work(rank: int, count: int, port: int, pipe: Connection, device: str) -> No
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from worldline.parallel import job
 
-    world = job.join(torch.device(device))
+    world = job.join(torch.device(job.own_device(device) or device))
     while (task := pipe.recv()) is not None:
         function, arguments = task
         try:
