@@ -75,7 +75,7 @@ def diffusion(size: str) -> Case:
         f"Cosmos-Predict1-{size}-Video2World",
         lambda root: diffusion_end_to_end.write_weights(root, size, with_text=False),
         "in.png",
-        ("--disable_prompt_upsampler", "--num_steps", str(STEPS)),
+        ("--disable_guardrail", "--disable_prompt_upsampler", "--num_steps", str(STEPS)),
         DENOISING if size == "7B" else BEST,
         bound,
     )
@@ -88,7 +88,7 @@ def flow(size: str) -> Case:
         f"{size}/post-trained",
         lambda root: predict2_5_end_to_end.write_weights(root, size, with_text=False),
         "in.png",
-        ("--num_steps", str(STEPS)),
+        ("--disable_guardrails", "--num_steps", str(STEPS)),
         DENOISING if size == "2B" else BEST,
         flops(FLOW[size], grid) / GEMM_FLOPS,
     )
@@ -99,7 +99,7 @@ def autoregressive(size: str, decoder: bool = False) -> Case:
         f"Cosmos-Predict1-{size}",
         lambda root: ar_end_to_end.write_weights(root, size, with_text=False),
         "in.mp4",
-        () if decoder else ("--disable_diffusion_decoder",),
+        ("--disable_guardrail", *(() if decoder else ("--disable_diffusion_decoder",))),
         BEST,
         ar_end_to_end.step_bytes(AUTOREGRESSIVE[size]) / COPY_RATE,
         embedded=False,
@@ -134,8 +134,6 @@ def run(case: Case, root: Path, flags: list[str], kept: Path, first: Path) -> di
     words += ["--lossless", *case.flags, *flags]
     if case.embedded:
         words += ["--prompt_embeddings", str(root / "embeddings.safetensors")]
-    if not case.world.startswith("tiny"):
-        words += ["--disable_guardrail"]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output.mp4"
         report, started = run_command(words, output, flag="-o")

@@ -69,9 +69,9 @@ def logits_of(model: ARTransformer, tokens: Tensor, context: Tensor | None) -> T
     return model(tokens[None], positions, context=encoded)[0]  # type: ignore[no-any-return]
 
 
-def stepped(model: ARTransformer, axis: Axis, clips: int, steps: int = 40) -> Tensor:
+def stepped(model: ARTransformer, axis: Axis, given: Any, steps: int = 40) -> Tensor:
     """Logits (steps, clips, V) of the captured step, which reads given tokens."""
-    tokens, contexts = inputs(model.config, clips)
+    tokens, contexts = given
     decoder = CapturedDecoder(model, Sampling(temperature=0), contexts, axis)
     decoder.start(tokens[:, :PROMPT], None)
     rows = []
@@ -109,11 +109,11 @@ def build(config: ARTransformerConfig, axis: Axis) -> ARTransformer:
 def test_a_part_alone(name: str, clips: int, count: int) -> None:
     """With no other GPU there, a captured part is the plain part."""
     config, axis = CONFIGS[name], Rehearsal(count=count)
-    tokens, contexts = inputs(config.part(count), clips)
+    tokens, contexts = given = inputs(config.part(count), clips)
     exact = [logits_of(build(config, axis), *one) for one in zip(tokens, contexts, strict=True)]
     model = build(config, axis).bfloat16()
     plain = [logits_of(model, *one) for one in zip(tokens, contexts, strict=True)]
-    check(stepped(model, axis, clips), plain, exact)
+    check(stepped(model, axis, given), plain, exact)
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +139,8 @@ def shared_steps(axis: Axis, folder: Path, clips: int, symmetric: bool) -> tuple
 
 def _shared_steps(axis: Axis, folder: Path, clips: int) -> tuple[Any, Any, bool]:
     model, config = load(axis, folder, torch.bfloat16), open_network(folder).config
-    logits = stepped(model, axis, clips)
-    tokens, contexts = inputs(config, clips)
+    tokens, contexts = given = inputs(config, clips)
+    logits = stepped(model, axis, given)
     count = config.length + config.grid.tokens_per_frame - PROMPT
     decoder = CapturedDecoder(model, Sampling(top_p=0.9), contexts, axis)
     noise = draw_noise(range(clips), config.vocabulary, count, tokens.device)
