@@ -459,3 +459,16 @@ def test_tiny_worlds_have_a_plan(
         found = plan(opened, [opened.family.request.parse(opened.defaults)], PLAIN)
         assert len(found.flags) == flags
         assert found.peak() > sum(weights.nbytes for weights in found.weights.values())
+
+
+def test_processes_of_one_machine_offload_into_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = planned(FLOW)
+    flags = [found.weights["text"].flag, found.weights["transformer"].flag]
+    waiting = sum(each.nbytes for each in found.weights.values() if each.flag in flags)
+    monkeypatch.setattr(memory, "device_memory", lambda _: Memory(10**12, 10**12))
+    monkeypatch.setattr(memory, "host_memory", lambda: Memory(waiting - 1, 10**12))
+    found.refuse_unless_fits(CUDA, flags)
+    monkeypatch.setattr(memory.job, "neighbours", lambda: 4)
+    found.refuse_unless_fits(CUDA, flags[:1])
+    with pytest.raises(InsufficientMemoryError, match=f"{waiting / 1e9:.1f} GB .* 4 .*fsdp='on'"):
+        found.refuse_unless_fits(CUDA, flags)

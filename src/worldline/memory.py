@@ -132,18 +132,26 @@ class Plan:
             offloaded: flags that are set.
             advice: end of the message.
         """
-        memory = device_memory(device)
+        memory, cuda = device_memory(device), device.type == "cuda"
+        waiting = sum(each.nbytes for each in self.weights.values() if each.flag in offloaded)
+        # of a process alone, embeddings may be cached, and swapped memory may do
+        if cuda and job.neighbours() > 1 and waiting > (host := host_memory()).free:
+            raise InsufficientMemoryError(
+                f"{self.name}: offloaded weights need {waiting / GIGABYTE:.1f} GB of host memory "
+                f"in each of {job.neighbours()} processes, {host} for one; offload less, or add "
+                f"{option('fsdp', 'on')}"
+            )
         fit = self.fit(device, memory, offloaded)
         missing = [name for name in fit.flags if name not in offloaded]
         if fit.fits and not missing:
             return
-        kind = "GPU" if device.type == "cuda" else "host"
-        need = self.peak(offloaded if device.type == "cuda" else ())
+        kind = "GPU" if cuda else "host"
+        need = self.peak(offloaded if cuda else ())
         message = f"{self.name} needs about {need / GIGABYTE:.1f} GB of {kind} memory, {memory}"
         if fit.fits:
             added = (" " if as_flags.get() else ", ").join(option(name, True) for name in missing)
             message += f"; add {added}, which needs {fit.need / GIGABYTE:.1f} GB"
-        elif device.type == "cuda":
+        elif cuda:
             message += f"; all offload options together need {fit.need / GIGABYTE:.1f} GB"
         raise InsufficientMemoryError(message + advice)
 

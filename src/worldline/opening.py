@@ -217,8 +217,6 @@ def arrange(opened: Opened, requests: Sequence[Request], compute: Compute) -> Co
         return compute
     layout = replace(opened.family.layout(opened, requests, world.count // groups), dp=groups)
     logger.info("%d processes: %s", world.count, layout)
-    if (idle := groups - len(requests)) > 0:
-        logger.info("%d of %d groups of processes have nothing to make", idle, groups)
     return replace(compute, mesh=make_mesh(layout, world))
 
 

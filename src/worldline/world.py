@@ -80,11 +80,11 @@ def load(name: str | PathLike[str], **options: Any) -> World:
     opened = open_world(locate(name, options.get("checkpoint_dir", "checkpoints")), options)
     clips = [opened.family.request.parse({**opened.defaults, **size})]
     compute = arrange(opened, clips, choose_compute(opened.options))
-    count = getattr(opened.options, "batch_size", 1)
+    count, groups = getattr(opened.options, "batch_size", 1), compute.mesh.layout.dp
     if count != "auto":
-        return load_world(opened, clips * count, compute)
+        return load_world(opened, clips * count * groups, compute)
     most = opened.family.max_batch_size(opened, compute) or 1
-    return load_world(opened, clips * most, compute, compiled=1)  # there may be no batch
+    return load_world(opened, clips * most * groups, compute, compiled=1)  # there may be no batch
 
 
 def load_world(
@@ -303,7 +303,8 @@ class World:
         ]
         if len({job.request.num_input_frames for job in jobs}) > 1:
             raise InputError("images and videos cannot be continued in one batch")
-        check_frames(self.opened, jobs[0].request, min(len(jobs), self.parts.compute.batch_size))
+        size = min(len(jobs), self.parts.compute.batch_size)
+        self.processes.together(partial(check_frames, self.opened, jobs[0].request, size))
         return self.run_batch(jobs)
 
     def prepare(
@@ -397,6 +398,9 @@ class World:
                         yield index, step
                         continue
                     finished.add(index)
+                    recorder = jobs[index].recorder.followed_by(shared)
+                    peaks = self.processes.every(recorder.as_dict()["peak_gb"])
+                    jobs[index].recorder.facts["peaks"] = peaks
                     made = jobs[index], allowed[index], step, checks[index], shared
                     try:
                         finish = self.processes.steps_once(self._finish(*made))
@@ -475,9 +479,17 @@ class World:
             "seconds_of_steps": seconds,
             **family.report(parts, job.request, recorder),
             **environment(self.device),
+            **self._processes(recorder),
             "load": self.loading.as_dict(),
             "run": recorder.as_dict(),
         }
+
+    def _processes(self, recorder: Recorder) -> dict[str, Any]:
+        """Report entries of several processes: how they share the work, and the peak of each."""
+        layout, peaks = self.parts.compute.mesh.layout, recorder.facts.get("peaks")
+        if layout.count == 1:
+            return {}
+        return {"processes": str(layout), "sharded": self.parts.compute.sharded, "peaks_gb": peaks}
 
 
 def _joined(failures: Mapping[int, Error], count: int) -> Error:

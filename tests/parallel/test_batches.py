@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+import torch
 
+import worldline
 from tests.cli.conftest import run_words
 from tests.cli.results import (
     check_mentions,
@@ -17,11 +21,13 @@ from tests.cli.results import (
     videos,
     write_lines,
 )
+from tests.conftest import MODEL
+from tests.offloading import stand_for_a_gpu
 from tests.ranks import Together
 from tests.tiny_guards import GUARDRAILS, REFUSED_WORD, SAFE, add_guardrails
-from tests.tiny_predict2_5 import make_tiny_predict2_5
+from tests.tiny_predict2_5 import POST, SMALL, make_tiny_predict2_5
 from worldline import memory
-from worldline.errors import Error
+from worldline.errors import Error, NonFiniteError
 from worldline.memory import Memory
 from worldline.parallel import job
 from worldline.parallel.mesh import Axis
@@ -153,6 +159,7 @@ def test_a_group_of_two_encodes_and_checks_in_one(
         assert len(first.made + second.made) == 2 * size  # by both together, or by either
         assert bool(second.encoded) == (size == 1)
         assert files_in(tmp_path / "out") == videos(*made)
+        assert len(report_of(tmp_path, "a")["peaks_gb"]) == size
     lines.write_text(lines.read_text().replace("wheel", REFUSED_WORD))
     first, second = two(command, (*words, "--context_parallel_size", 2))
     assert first.status == second.status == 3
@@ -225,3 +232,80 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(
     absent = run_words(words)
     (guarded / "hidden").rename(guarded / GUARDRAILS / "blocklist")
     assert absent.exit_code == 2, absent.stdout
+
+
+def offload(axis: Axis, name: str, root: Path, flags: Sequence[str], request: Any) -> Any:
+    """Frames of a world whose parts wait in host memory, and the parts that came to the device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLDLINE_CACHE", str(root / f"embeddings-{axis.rank}-{len(flags)}"))
+        visits = stand_for_a_gpu(patch) if flags else []
+        options = dict.fromkeys((*flags, "disable_guardrail"), True)
+        if name == MODEL:
+            options["disable_diffusion_decoder"] = True
+        world = worldline.load(name, checkpoint_dir=root, device="cpu", **options)
+        return world.generate(**request).frames, visits
+
+
+@pytest.mark.parametrize("name", [POST.name, MODEL])
+def test_offloaded_parts_of_several_processes(
+    two: Together, name: str, tiny_predict2_5: Path, own_world: Path, clip: Path, tmp_path: Path
+) -> None:
+    if name == MODEL:
+        root, flags = own_world, ["offload_ar_model", "offload_tokenizer"]
+        request: dict[str, Any] = {"input": clip, "seed": 3}
+        visits = ["CosmosTokenizer", "ARTransformer", "CosmosTokenizer"]
+    else:
+        root = shutil.copytree(tiny_predict2_5, tmp_path / "root")
+        flags = ["offload_text_encoder", "offload_tokenizer", "offload_diffusion_model"]
+        request = {"prompt": PROMPT, "num_steps": 2, **SMALL}
+        visits = ["Reason1Encoder", "FlowDiT", "WanTokenizer"]
+    resident = two(offload, name, root, [], request)[0][0]
+    first, second = two(offload, name, root, flags, request)
+    assert first[1] == visits
+    assert second[1] == [visit for visit in visits if "Reason1" not in visit]
+    for frames, _ in (first, second):
+        assert np.array_equal(frames, resident)
+
+
+def use_python(axis: Axis, root: Path, clip: Path) -> dict[str, Any]:
+    """What a program sees in each process, where one meets errors that the others do not."""
+    options = {"num_steps": 2, **SMALL}
+    world = worldline.load(
+        POST.name,
+        checkpoint_dir=root,
+        device="cpu",
+        disable_guardrail=True,
+        guidance_parallel="off",
+    )
+    seen: dict[str, Any] = {"video": world.generate(prompt=PROMPT, **options).frames}
+    steps = [*world.stream(prompt=PROMPT, preview_every=1, **options)]
+    seen["kinds"] = {step.kind for step in steps}
+    seen["frames"] = any(step.frames is not None for step in steps)
+    seen["previews"] = sum(step.preview is not None for step in steps)
+    for name, input in (("absent", clip if axis.first else "absent.mp4"), ("steps", None)):
+        wrong = {**options, "num_steps": 2 if input or axis.first else 0}
+        with pytest.raises(worldline.InputError) as caught:
+            world.generate(input, prompt=PROMPT, **wrong)
+        seen[name] = str(caught.value)
+    network = world.parts.transformer.module
+    hook = network.register_forward_hook(lambda *_: torch.full_like(_[2], torch.nan))
+    with pytest.raises(NonFiniteError):
+        world.generate(prompt=PROMPT, **options)
+    hook.remove()
+    seen["again"] = np.array_equal(world.generate(prompt=PROMPT, **options).frames, seen["video"])
+    return seen
+
+
+def test_a_program_on_two_processes(two: Together, tiny_predict2_5: Path, clip: Path) -> None:
+    first, second = two(use_python, tiny_predict2_5, clip)
+    assert np.array_equal(first["video"], second["video"])
+    assert first["frames"]
+    assert not second["frames"]
+    assert (first["previews"], second["previews"]) == (3, 0)
+    assert first["kinds"] >= {"text", "denoise", "decode", "done"}
+    assert second["kinds"] >= {"text", "denoise"}
+    for name, word in (("absent", "absent.mp4"), ("steps", "num_steps")):
+        assert first[name] == second[name]
+        assert word in first[name]
+    assert first["again"]
+    assert second["again"]

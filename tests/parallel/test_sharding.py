@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import worldline
-from tests.ranks import Together
+from tests.ranks import Together, ranks
 from tests.test_memory import DIFFUSION, FLOW, GPU, released
 from tests.tiny_diffusion import TEXT2WORLD
 from tests.tiny_predict2_5 import POST
@@ -35,32 +36,32 @@ def nbytes(module: nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def share(axis: Axis, depth: int, width: int, offload: bool) -> tuple[bool, float]:
+def share(
+    axis: Axis, depth: int, width: int, offload: bool, sizes: Sequence[int] = (3,)
+) -> tuple[bool, float]:
     """Whether parts give what the whole gives, again and again, and the part that one holds."""
     torch.manual_seed(width)
     whole = Stack(depth, width).requires_grad_(False)
     with torch.device("meta"):
         module = Stack(depth, width).requires_grad_(False)
     held = PLAN.cut(module, axis.rank, axis.count)
-    rows = {name: own for name, (_, own) in held.items()}
+    assert {name.rpartition(".")[2] for name in held} == {"weight"}
+    home = "cpu" if offload else axis.device
+    rows = {name: slice(own.start, own.stop) for name, (_, own) in held.items()}
     state = {
-        n: t[rows[n].start : rows[n].stop].clone() if n in rows else t.clone()
-        for n, t in whole.state_dict().items()
+        n: t[rows.get(n, slice(None))].to(home, copy=True) for n, t in whole.state_dict().items()
     }
     module.load_state_dict(state, assign=True)
-    part = ShardedModule(module, torch.device("cpu"), held, axis, offload=offload)
-    x, before = torch.randn(3, width), nbytes(module)
+    part = ShardedModule(module, axis.device, held, axis, offload=offload)
+    whole, before = whole.to(axis.device), nbytes(module)
     same = []
-    for _ in range(2):
+    for x in (torch.randn(size, width, device=axis.device) for size in sizes):
+        expected = whole(x)
         with part.on_device() as gathered:
-            same += [torch.equal(gathered(x), whole(x)) for _ in range(3)]
-        same.append(nbytes(module) == before)
-    assert {name.rpartition(".")[2] for name in held} == {"weight"}
-    matrices = (
-        sum(whole.get_parameter(n).nbytes for n in held),
-        sum(module.get_parameter(n).nbytes for n in held),
-    )
-    return all(same), matrices[1] / matrices[0]
+            same += [torch.equal(gathered(x), expected) for _ in range(4)]
+        same.append(nbytes(module) == before and module.first.weight.device == torch.device(home))
+    own, all_rows = (sum(m.get_parameter(n).nbytes for n in held) for m in (module, whole))
+    return all(same), own / all_rows
 
 
 @pytest.mark.slow
@@ -74,6 +75,21 @@ def test_parts_give_what_the_whole_gives(
         parts = [part for _, part in outcomes]
         assert sum(parts) == pytest.approx(1)
         assert max(parts) <= -(-width // count) / width + 1e-9
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[Together]:
+    """Two processes, each with a GPU."""
+    with ranks(2, "cuda") as together:
+        yield together
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("depth", [4, 5])
+def test_parts_on_gpus(gpus: Together, depth: int, offload: bool) -> None:
+    """Blocks that compute longer than they travel, and the reverse: each sees its own weights."""
+    assert gpus(share, depth, 2048, offload, (1, 8192, 1)) == [(True, 0.5)] * 2
 
 
 def make(

@@ -498,6 +498,8 @@ def run_tasks(
         return
     if tasks:
         turns = Turns(mesh)
+        if mesh and (idle := mesh.dp.count - -(-len(tasks) // size)) > 0:
+            logger.info("%d of %d groups of processes make nothing", idle, mesh.dp.count)
         while (first := size * turns.take()) < len(tasks):
             unit = range(len(tasks))[first : first + size]
             there = [existing(companions(tasks[number].output)) for number in unit]
