@@ -314,13 +314,11 @@ def describe_plan(
     opened: Opened, compute: Compute, needed: Callable[[Compute], Plan]
 ) -> Iterator[str]:
     """Lines about the memory that each process of a group needs, and has."""
-    mesh, memory = compute.mesh, device_memory(compute.device)
-    names = ["memory"]
-    if (count := mesh.video.count) > 1:
-        names = [f"memory of the first of {count} processes", "memory of each other"]
-    for rank, name in enumerate(names):
-        there = replace(compute, mesh=replace(mesh, video=Axis(rank, count)))
-        yield f"{name}: {needed(there).describe(opened.options.offloaded)}; {memory}"
+    memory, count = device_memory(compute.device), compute.mesh.video.count
+    names = [f"memory of the first of {count} processes", "memory of each other"]
+    for name, mesh in zip(names if count > 1 else ["memory"], compute.mesh.roles(), strict=True):
+        stages = needed(replace(compute, mesh=mesh)).describe(opened.options.offloaded)
+        yield f"{name}: {stages}; {memory}"
 
 
 def load_parts(opened: Opened, compute: Compute, recorder: Recorder) -> Parts:

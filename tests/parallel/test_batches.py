@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +90,7 @@ def command(world: Axis, words: Sequence[object], broken: str = "") -> Run:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "leave", lambda: None)
+        patch.setattr(job, "end", sys.exit)
         patch.setattr(job, "settle", lambda error, status, message: (status, message))
         patch.setattr(World, "run_batch", run)
         patch.setattr(TextEncoder, "embed", encode)

@@ -44,7 +44,7 @@ def share(
     whole = Stack(depth, width).requires_grad_(False)
     with torch.device("meta"):
         module = Stack(depth, width).requires_grad_(False)
-    held = PLAN.cut(module, axis.rank, axis.count)
+    held = PLAN.cut(module, axis)
     assert {name.rpartition(".")[2] for name in held} == {"weight"}
     home = "cpu" if offload else axis.device
     rows = {name: slice(own.start, own.stop) for name, (_, own) in held.items()}

@@ -320,6 +320,11 @@ class Mesh:
     video: Axis = Axis()
     world: Axis = Axis()
 
+    def roles(self) -> list[Mesh]:
+        """The mesh as the first process of a video has it, and as each other; for plans alone."""
+        count = self.video.count
+        return [replace(self, video=Axis(rank, count)) for rank in range(min(count, 2))]
+
 
 ALONE = Mesh()
 meshes: dict[Layout, Mesh] = {}  # of the job

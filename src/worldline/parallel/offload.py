@@ -79,15 +79,14 @@ class BlockPlan:
         whole = sum(parameter.numel() for parameter in module.parameters())
         return whole - sum(coming) + _SLOTS * max(coming, default=0)
 
-    def cut(self, module: nn.Module, part: int, count: int) -> dict[str, tuple[int, range]]:
-        """Cut each matrix that comes and goes to the rows that one of `count` processes holds.
+    def cut(self, module: nn.Module, axis: Axis) -> dict[str, tuple[int, range]]:
+        """Cut each matrix that comes and goes to the rows that this process holds.
 
         Matrices of too few rows stay whole.
 
         Args:
             module: on the meta device.
-            part: number of the process.
-            count: of processes that hold parts.
+            axis: processes that hold parts.
 
         Returns:
             By name, the number of all rows, and those that are held.
@@ -96,9 +95,9 @@ class BlockPlan:
         modules = [*module.get_submodule(self.blocks).children()]
         for number, (block, coming) in enumerate(zip(modules, self.split(module), strict=True)):
             for name, parameter in coming.items():
-                size = -(-len(parameter) // count)
-                if parameter.dim() > 1 and (count - 1) * size < len(parameter):
-                    rows = range(len(parameter))[part * size : (part + 1) * size]
+                size = -(-len(parameter) // axis.count)
+                if parameter.dim() > 1 and (axis.count - 1) * size < len(parameter):
+                    rows = range(len(parameter))[axis.rank * size : (axis.rank + 1) * size]
                     held[f"{self.blocks}.{number}.{name}"] = len(parameter), rows
                     owner, _, leaf = name.rpartition(".")
                     own = nn.Parameter(parameter.new_empty(len(rows), *parameter.shape[1:]))
@@ -112,7 +111,7 @@ class BlockPlan:
             module: on the meta device; it is cut.
             count: of processes that hold parts.
         """
-        held = self.cut(module, 0, count)
+        held = self.cut(module, Axis(count=count))
         own = {name: parameter.numel() for name, parameter in module.named_parameters()}
         gathered = count * sum(own[name] for name in held) // max(1, len(self.split(module)))
         return sum(own.values()) + _SLOTS * gathered

@@ -168,7 +168,7 @@ class Network(Generic[Config]):
         """The network with one process's rows of its blocks, which alone are read; these rows."""
         with torch.device("meta"):
             module = self.kind(self.config)
-        entries, held = dict(self.source.entries), plan.cut(module, axis.rank, axis.count)
+        entries, held = dict(self.source.entries), plan.cut(module, axis)
         for name, entry in entries.items():
             if ours := held.get(self.keys.ours(name) or ""):
                 entries[name] = entry.cut(0, ours[1].start, len(ours[1]))
