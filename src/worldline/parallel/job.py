@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# a collective may wait so long for a process that loads or decodes; a dead one ends all sooner
-COLLECTIVE_MINUTES = 30
 BEAT_S = 1.0
 SILENCE = 45  # beats without which a process is dead: a C call that holds the GIL may miss 40
 RENDEZVOUS_S = 300.0
@@ -346,7 +344,7 @@ def join(device: torch.device) -> Axis:
     import torch
     import torch.distributed as dist
 
-    from worldline.parallel.mesh import Axis
+    from worldline.parallel.mesh import COLLECTIVE_TIMEOUT, Axis
 
     if _world is not None:
         return _world
@@ -362,7 +360,7 @@ def join(device: torch.device) -> Axis:
         name, backend = torch.cuda.get_device_name(device), "cpu:gloo,cuda:nccl"
     dist.init_process_group(
         backend,
-        timeout=timedelta(minutes=COLLECTIVE_MINUTES),
+        timeout=COLLECTIVE_TIMEOUT,
         world_size=_here.count,
         rank=_here.rank,
         store=_store,

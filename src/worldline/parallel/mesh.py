@@ -11,6 +11,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from datetime import timedelta
 from math import prod
 from typing import Any, TypeVar
 
@@ -20,6 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from worldline.errors import Error, one_line
+
+# a collective may wait so long for a process that loads or decodes; a dead one ends all sooner
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 Result = TypeVar("Result")
 Yielded = TypeVar("Yielded")
@@ -96,7 +100,8 @@ class Axis:
         if self.count == 1:
             return self
         ranks = dist.get_process_group_ranks(self.group)
-        return replace(self, group=dist.new_group(ranks, use_local_synchronization=True))
+        group = dist.new_group(ranks, COLLECTIVE_TIMEOUT, use_local_synchronization=True)
+        return replace(self, group=group)
 
     def all_to_all(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Rows that the processes send to this one, for the rows of `x` that go to each.
@@ -352,5 +357,5 @@ def _axis(lines: Tensor, world: Axis) -> Axis:
         return Axis(device=world.device)
     if len(own) == world.count:
         return world
-    group, _ = dist.new_subgroups_by_enumeration(list(rows))
+    group, _ = dist.new_subgroups_by_enumeration(list(rows), timeout=COLLECTIVE_TIMEOUT)
     return Axis(own.index(world.rank), len(own), group, world.device)
