@@ -1,15 +1,18 @@
 """The released guides' command lines, as they stand there except for the program, do their work.
 
 They run on worlds with made-up weights under the released names; guardrails and prompt upsamplers
-run where the command does not disable them. Downloads come from a hub on this machine. What needs
-several GPUs, trains, shards or merges has its own tests.
+run where the command does not disable them. Downloads come from a hub on this machine. Those of
+torchrun run on two processes in place of eight. What trains, shards or merges has its own tests.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -177,6 +180,35 @@ SAMPLES: dict[str, dict[str, str]] = {
     "examples/inference.py assets/base/image2world.json outputs/image2world": {
         WELDING: "image2world"
     },
+}
+# what torchrun runs -> videos below the working directory
+SEVERAL: dict[str, tuple[str, ...]] = {
+    """cosmos_predict1/diffusion/inference/text2world.py --num_gpus 2 --checkpoint_dir checkpoints
+    --diffusion_transformer_dir Cosmos-Predict1-7B-Text2World --prompt "A sleek, humanoid robot."
+    --offload_prompt_upsampler --video_save_name diffusion-text2world-7b""": (
+        "outputs/diffusion-text2world-7b",
+    ),
+    """cosmos_predict1/diffusion/inference/video2world.py --num_gpus 2 --checkpoint_dir checkpoints
+    --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World --input_image_or_video_path
+    assets/diffusion/video2world_input0.jpg --num_input_frames 1 --offload_prompt_upsampler
+    --video_save_name diffusion-video2world-7b""": ("outputs/diffusion-video2world-7b",),
+    """cosmos_predict1/autoregressive/inference/base.py --num_gpus 2 --checkpoint_dir checkpoints
+    --ar_model_dir Cosmos-Predict1-4B --batch_input_path
+    assets/autoregressive/batch_inputs/base.jsonl --top_p 0.8 --temperature 1.0
+    --offload_diffusion_decoder --offload_tokenizer --video_save_folder ar-4b-batch""": (
+        *("ar-4b-batch/0", "ar-4b-batch/1"),
+    ),
+    f"""cosmos_predict1/autoregressive/inference/video2world.py --num_gpus 2
+    --checkpoint_dir checkpoints --ar_model_dir Cosmos-Predict1-5B-Video2World
+    --input_type text_and_video --input_image_or_video_path assets/autoregressive/input.mp4
+    --prompt "{MOVING_CAR}" --top_p 0.7 --temperature 1.0 --offload_diffusion_decoder
+    --offload_tokenizer --video_save_name ar-5b""": ("outputs/ar-5b",),
+    "examples/inference.py -i assets/base/robot_pouring.json -o outputs/base "
+    "--inference-type=video2world": ("outputs/base/robot_pouring",),
+    "examples/inference.py -i assets/base/*.json -o outputs/groups --context-parallel-size=1": (
+        *("outputs/groups/robot_pouring", "outputs/groups/bus_terminal_long"),
+        "outputs/groups/robot_welding",
+    ),
 }
 # command -> folders that must be there
 DOWNLOAD: dict[str, tuple[str, ...]] = {
@@ -363,6 +395,32 @@ def test_predict2_5(command: str, here: Path) -> None:
         assert [check["guard"] for check in report["guardrail_checks"]] == [
             *("blocklist", "qwen3guard", "video_content_safety_filter", "face_blur_filter"),
         ]
+
+
+@pytest.mark.slow
+def test_torchrun(here: Path) -> None:
+    """One torchrun for all command lines, which saves the start of its processes."""
+    program = "import json, sys\nfrom worldline.cli.main import main\nfor line in sys.argv[1:]:\n"
+    program += "    try: main(json.loads(line))\n    except SystemExit as end: assert not end.code"
+    (here / "outputs").mkdir()
+    (here / "outputs" / "program.py").write_text(program)
+    lines = [json.dumps([*words_of(command), "--device", "cpu"]) for command in SEVERAL]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *words, "outputs/program.py", *lines],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    videos = [name for names in SEVERAL.values() for name in names]
+    lines = [line.partition(".mp4: ")[0] for line in done.stdout.splitlines() if ".mp4" in line]
+    assert sorted(lines) == sorted(videos)  # each once, by the first process
+    for name in videos:
+        report = json.loads((here / f"{name}.json").read_text())
+        assert probe(here / f"{name}.mp4").frames == report["request"]["num_video_frames"]
+        assert report["guardrail_checks"]
 
 
 def test_the_batch_of_the_guide_that_has_no_videos(here: Path) -> None:
