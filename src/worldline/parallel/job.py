@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 BEAT_S = 1.0
 SILENCE = 45  # beats without which a process is dead: a C call that holds the GIL may miss 40
 RENDEZVOUS_S = 300.0
-GRACE_S = 8.0  # to remove temporary files, before a process ends in mid-call
+GRACE_S = 4.0  # to remove temporary files, before a process ends in mid-call
 EVIDENCE = 4  # beats in which the failure of another process becomes known
 LOST = 76  # exit status of a launched process that lost the others: the launcher knows why
 _LAUNCHED = "WORLDLINE_LAUNCHED"  # in the environment: process id of `launch`
@@ -403,7 +403,7 @@ def share(mesh: Mesh, error: Exception) -> None:
         raise Lone(error) from error
     _failures += 1
     alike = hashlib.sha256(one_line(error).encode()).hexdigest()
-    key, until = f"failures/{mesh.dp.rank}/{_failures}/{alike}", time.monotonic() + GRACE_S
+    key, until = f"failures/{mesh.dp.rank}/{_failures}/{alike}", time.monotonic() + 2 * GRACE_S
     _store.add(key, 1)
     while _store.add(key, 0) < count:
         if time.monotonic() > until:
@@ -530,11 +530,14 @@ def _outcome(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     Raises:
         Error: one was killed.
     """
-    until: float | None = None
+    since = time.monotonic()
     while any(one.poll() is None for one in ranks):
-        if until is None and any(one.poll() for one in ranks):
-            until = time.monotonic() + 2 * GRACE_S  # the others learn of it by the store
-        if until and (time.monotonic() > until or any((one.poll() or 0) < 0 for one in ranks)):
+        statuses = [one.poll() or 0 for one in ranks]
+        if not any(statuses):
+            since = time.monotonic()
+        # others learn of a failure by the store, if it is there, and may have their grace
+        wait = 2 * BEAT_S if LOST in statuses else 2 * GRACE_S + 2 * BEAT_S
+        if min(statuses) < 0 or time.monotonic() - since > wait:
             break
         time.sleep(0.05)
     statuses = [one.poll() or 0 for one in ranks]
@@ -550,7 +553,7 @@ def _outcome(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
     """End ranks that still run, and all that they started."""
-    until = time.monotonic() + 2 * GRACE_S
+    until = time.monotonic() + GRACE_S + 2 * BEAT_S
     for number in (signal.SIGTERM, signal.SIGKILL):
         for one in (one for one in ranks if one.poll() is None):
             with suppress(ProcessLookupError):
