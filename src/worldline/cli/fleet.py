@@ -67,7 +67,7 @@ class FleetFlags(Options):
         None,
         min_length=1,
         description="Ray cluster, HOST:PORT, or auto for the one that this machine is of.  "
-        "[default: RAY_ADDRESS, else a cluster of this machine alone]",
+        "[default: RAY_ADDRESS, else that of this machine, or one of it alone]",
     )
     gpus_per_actor: int = Field(
         1, ge=0, le=64, description="GPUs that make a video together; 0 runs on CPUs."
@@ -108,8 +108,6 @@ def fleet(context: click.Context, /, **_: object) -> None:
         raise InputError(f"fleet {words[0]}: it makes no batch; give one of {known}")
     if gpus > 1 and words[0] not in FAMILIES:
         raise InputError(f"--gpus_per_actor {gpus}: {words[0]} runs on 1")
-    if any(word.replace("-", "_").startswith("__num_gpus") for word in words):
-        raise InputError("--num_gpus: of a fleet it is --gpus_per_actor")
     if most is not None and most < flags.min_actors:
         raise InputError(f"--max_actors {most} is below --min_actors {flags.min_actors}")
     running = Fleet(flags, import_driver())

@@ -71,11 +71,13 @@ def run(family: str, command: Command, context: click.Context) -> None:
     option_flags = stated(context, described.OPTIONS.flags().values())
     flags = parsed(context, reader.flags)
     options = described.OPTIONS.parse(option_flags)
+    fleet = context.meta.get("fleet")  # whose processes do the work
+    if fleet and options.processes not in (None, 1):
+        raise InputError(f"fleet: {options.processes} GPUs of a video are --gpus_per_actor's")
     items, problems = reader.read(flags, request_flags)
     if not items:
         refuse_problems(problems)
     check_destinations(items, flags)
-    fleet = context.meta.get("fleet")  # whose processes do the work
     if not items[0].place and (fleet or getattr(flags, "part", (0, 1)) != (0, 1)):
         called = "fleet" if fleet else f"--shard {flags.shard}"
         raise InputError(f"{called}: there is one input; give a file of many")

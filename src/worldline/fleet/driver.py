@@ -8,6 +8,7 @@ is charged to nobody else. Ray starts processes again, places them, and carries 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
@@ -104,6 +105,7 @@ class Driver:
         self.failure: Error = Error("no actor has started")  # the last one to load
         # reference -> actor, and what was called: "where", "load", or a unit with its mark
         self.calls: dict[Any, tuple[Actor, Any]] = {}
+        self.alive: set[str] = set()  # nodes
         self.looked, self.serial, self.work_reference = 0.0, count(), None
         self.connected = not ray.is_initialized()
         handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -145,6 +147,8 @@ class Driver:
             self.fit(queue)
             busy = {id(actor) for actor, _ in self.calls.values()}
             for actor in self.actors:
+                if actor.doubt and actor.node not in self.alive:  # it may wait for room for ever
+                    yield from self.settle_doubt(actor)
                 if id(actor) not in busy and (unit := queue.take(actor.size)):
                     mark = work.marks / f"{next(self.serial)}"
                     reference = actor.handle.run.remote(unit.lines, mark)
@@ -239,11 +243,12 @@ class Driver:
 
     def room(self) -> int:
         """Actors that the nodes have room for, but for nodes that are set aside."""
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        usable = [n for n in nodes if self.failed_starts[n["NodeID"]] < _FAILED_STARTS]
+        nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        self.alive = {*nodes}
         return sum(
-            int(min(has.get("CPU", 0), has.get("GPU", 0) // self.gpus if self.gpus else 1e9))
-            for has in (node["Resources"] for node in usable)
+            int(min(has.get("CPU", 0), has.get("GPU", 0) // self.gpus if self.gpus else math.inf))
+            for node, has in nodes.items()
+            if self.failed_starts[node] < _FAILED_STARTS
         )
 
     def state(self) -> str:
