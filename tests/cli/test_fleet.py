@@ -228,6 +228,14 @@ def test_attempts_are_counted_by_line(tmp_path: Path, caplog: pytest.LogCaptureF
     assert not (tmp_path / "failures.jsonl").exists()
 
 
+def test_no_report_has_the_name_of_the_progress(tmp_path: Path) -> None:
+    toys = Toys(tmp_path, 2, {})
+    toys.tasks.append(Toy(tmp_path / "fleet.mp4"))
+    with pytest.raises(InputError, match=r"fleet\.json"):
+        toys.start(InProcess)
+    assert toys.made == []
+
+
 def test_refusals_alone_have_their_own_status(tmp_path: Path) -> None:
     toys = Toys(tmp_path, 3, {"1": [GuardrailRefusal("it is refused", "prompt")]})
     with pytest.raises(GuardrailRefusal, match="1 of 3"):

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PROGRESS = "fleet.json"
 _THREADS = 32  # that read reports, which may lie on a disk far away
 _REPORT_S = 10.0
 _FINAL = (InputError, GuardrailRefusal, NonFiniteError)  # another attempt would fail, too
@@ -177,6 +178,10 @@ class Fleet:
         if not tasks:
             return
         total, folder = len(tasks), tasks[0].output.parent
+        if any(folder / _PROGRESS in companions(task.output) for task in tasks):
+            raise InputError(
+                f"{folder / _PROGRESS}: progress has that name; rename the input of it"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         record = Record(folder, fingerprint, getattr(flags, "quality", {}), self.flags.verify)
         if getattr(flags, "resume", False):
@@ -350,7 +355,7 @@ class Record:
             "left": left,
             "actors": state,
         }
-        write_bytes(self.folder / "fleet.json", json.dumps(facts, indent=1).encode())
+        write_bytes(self.folder / _PROGRESS, json.dumps(facts, indent=1).encode())
         line = f"{made} made, {failed} failed, {rest} to make, {facts['an_hour']:,} an hour"
         line += f", {left} left" if left else ""
         logger.info("%s; %s", line, state, extra={"repeats": True})
