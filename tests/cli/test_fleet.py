@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -118,6 +119,13 @@ def test_without_ray(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1
     check_mentions(result.stderr, 'pip install "worldline[ray]"')
     assert run("fleet", "--help").exit_code == 0
+
+
+def test_one_module_imports_ray() -> None:
+    source = Path(worldline.cli.fleet.__file__).parents[1]
+    pattern = re.compile(r"^\s*(import|from) ray\b", re.MULTILINE)
+    found = [path for path in source.rglob("*.py") if pattern.search(path.read_text())]
+    assert found == [source / "fleet" / "driver.py"]
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,7 @@ def test_one_poison_line_is_given_up(commands: Commands) -> None:
     [failure] = commands.failures("made")
     assert failure["attempts"] == 3
     assert failure["line"].endswith("line 12 (11.mp4)")
+    assert len(out.splitlines()) == 60  # none is of Ray, about the dead
     assert "59 of 60" in out
     assert "1 of 60" in err.splitlines()[-1]
 

@@ -327,7 +327,7 @@ class Record:
         """Count a task that is given up."""
         self.failures[getattr(error, "stage", "")] += 1
         place, message = getattr(task, "place", "") or str(task), one_line(error)
-        logger.error("%s: %s, after %d attempts", place, message, attempts)
+        logger.error("%s: %s (attempt %d)", place, message, attempts)
         facts = {"attempts": attempts, "node": node, "code": error.exit_code, "message": message}
         self.append("failures.jsonl", {"line": place, "output": str(task.output), **facts})
 

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import worker
 from ray.exceptions import RayError, RayTaskError
 
 from worldline.errors import Error, InputError, as_flags, one_line
@@ -111,7 +111,8 @@ class Driver:
         handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         if self.connected:
             debug: Any = logger.isEnabledFor(logging.DEBUG)
-            worker._worker_logs_enabled = debug  # else each death stands on standard output
+            # else each death stands on standard output
+            vars(sys.modules.get("ray._private.worker", ray))["_worker_logs_enabled"] = debug
             try:
                 ray.init(address, log_to_driver=debug, logging_level=logging.ERROR)
             except (ConnectionError, ValueError, RuntimeError, RayError) as error:
