@@ -161,7 +161,9 @@ def choose_batch_size(
     def refuse_unless_fits(compute: Compute) -> None:
         planned = needed(compute)
         beside = 0 if compute.device.type == "cuda" else planned.peak()
-        smaller = f"; a smaller {option('batch_size')} needs less" if size > 1 else ""
+        counts = {"batch_size": size, "data_parallel": groups}
+        names = " or ".join(option(name) for name, count in counts.items() if count > 1)
+        smaller = f"; a smaller {names} needs less" if names else ""
         planned.refuse_unless_fits(compute.device, opened.options.offloaded, advice + smaller)
         for request in requests:
             check_frames(opened, request, size, beside)
