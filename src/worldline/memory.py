@@ -203,8 +203,9 @@ def denoise_bytes(
     """
     from worldline.nn.dit import ALL_TOKENS, HIDDEN_BYTES, PATCH_CELLS
 
-    size, sharing = dtype.itemsize, sharing or ALL_TOKENS
-    tokens = batch * sharing.num_rows(grid.tokens // PATCH_CELLS)
+    size, sharing, whole = dtype.itemsize, sharing or ALL_TOKENS, grid.tokens // PATCH_CELLS
+    rows = sharing.num_rows(whole)
+    tokens = batch * rows
     residual = tokens * config.width * size
     # residual, positions, the norm's output, q, k, v before and after their norms, and the result
     hidden = min(tokens * config.hidden * size, HIDDEN_BYTES)
@@ -214,6 +215,8 @@ def denoise_bytes(
         heads = _PLAIN_HEADS * tokens * inner * max(size, torch.float32.itemsize)
         activations = _PLAIN_STREAMS * residual + max(2 * hidden, heads)
     activations += sharing.exchanged * tokens * inner * size
+    if getattr(config, "learned_positions", False):  # made for all tokens
+        activations += (whole - rows) * config.width * size
     contexts = 2 * 2 * config.depth * context_length * inner * size
     latents = 12 * config.latent_channels * grid.tokens * 8  # sampler states, up to float64
     return activations + contexts + latents

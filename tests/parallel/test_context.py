@@ -347,6 +347,7 @@ def memory(axis: Axis, way: Way) -> tuple[int, int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ulysses", "ring"])
-def test_memory_falls_as_planned(two: Together, way: Way) -> None:
-    for peak, planned, alone in two(memory, way):
-        assert 0.6 * planned < peak <= planned < 0.85 * alone
+def test_memory_falls_as_planned(two: Together, three: Together, way: Way) -> None:
+    states = 12 * 5 * 2 * 30 * 32 * 8  # of a sampler, which is not there
+    for peak, planned, alone in (*two(memory, way), *three(memory, way)):
+        assert 0.6 * planned < peak <= planned - states < 0.85 * alone
