@@ -34,13 +34,22 @@ TOKENIZER = "Cosmos-Tokenize1-DV8x16x16-720p"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs devices that are not here."""
+    """Skip what needs devices that are not here; mark what computes in several processes."""
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         for marker, needed in (("gpu", 1), ("multigpu", 2)):
             if item.get_closest_marker(marker) and devices < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s)"))
+        several = item.path.parent.name == "parallel" or {"two", "three"} & {*_fixtures(item)}
+        if several and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.ranks)
+
+
+def _fixtures(item: pytest.Item) -> list[str]:
+    names: list[str] = getattr(item, "fixturenames", [])
+    return names
 
 
 @pytest.fixture(autouse=True)

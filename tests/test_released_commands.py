@@ -398,6 +398,7 @@ def test_predict2_5(command: str, here: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_torchrun(here: Path) -> None:
     """One torchrun for all command lines, which saves the start of its processes."""
     program = "import json, sys\nfrom worldline.cli.main import main\nfor line in sys.argv[1:]:\n"
