@@ -146,7 +146,7 @@ class Video:
         and the hash of the video's bytes, so that it belongs to no other; the prompt, where there
         is one, .txt; where there is none, that of an earlier video of this name is removed. All
         files are written before the first takes its place, and of two programs that save under one
-        name the last leaves all files. Of several processes that made it, the first alone writes.
+        name the last leaves all files. The first of the processes that made it writes.
 
         Args:
             path: file, or a name without suffix for a folder of PNGs.

@@ -97,6 +97,7 @@ def second(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
         for name, value in names.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(job, "_watch", None)
+        monkeypatch.setattr(job, "_store", None)
         monkeypatch.setattr(job, "_here", Place())
         monkeypatch.setattr(job, "RENDEZVOUS_S", 1.0)
 

@@ -106,12 +106,18 @@ def place() -> Place:
 
 def started() -> bool:
     """Whether torchrun, or another process of worldline, started this one."""
-    return place().count > 1 or any(name.startswith(_ELASTIC) for name in os.environ)
+    return place().count > 1 or _parent() > 0
 
 
 def launched() -> bool:
     """Whether another process of worldline started this one, and reports how it ended."""
     return _LAUNCHED in os.environ
+
+
+def _parent() -> int:
+    """Process id of torchrun, or of `launch`, without which this one ends; 0 without either."""
+    below_torchrun = f"{_ELASTIC}RUN_ID" in os.environ
+    return int(os.environ.get(_LAUNCHED) or (os.getppid() if below_torchrun else 0))
 
 
 def label() -> str:
@@ -138,8 +144,7 @@ class Watch:
     """
 
     def __init__(self, here: Place, interrupt: Callable[[], None] | None) -> None:
-        self.here, self.interrupt = here, interrupt
-        self.parent = int(os.environ.get(_LAUNCHED) or os.getppid())
+        self.here, self.interrupt, self.parent = here, interrupt, _parent()
         self.failure: tuple[int, str] | None = None
         self.silence: dict[str, int] = {}
         self.parting, self.stopped = Event(), Event()
@@ -147,10 +152,10 @@ class Watch:
         self.talker = Thread(target=self._talk, name="heartbeat", daemon=True)
         Thread(target=self._judge, name="watch", daemon=True).start()
 
-    def begin(self, store: Any) -> None:
+    def begin(self) -> None:
         """Watch the others, all of which have met."""
         others = range(1, self.here.count) if self.here.speaks else (0,)
-        self.store, self.silence = store, {f"alive/{rank}": 0 for rank in others}
+        self.silence = {f"alive/{rank}": 0 for rank in others}
         self.talker.start()
 
     def look(self) -> tuple[int, str] | None:
@@ -190,6 +195,8 @@ class Watch:
                 for key, beat in zip([*heard], self.store.multi_get([*heard]), strict=True):
                     if beat == _LEFT or beat != heard[key]:
                         heard[key], self.silence[key] = beat, 0
+            if self.failure and self.here.speaks:
+                self.post(1, self.failure[1])  # perhaps it is the judge's
         except Exception:  # of the connection
             holder = "the torchrun of rank 0" if _of_agent() else "rank 0"
             self.failure = LOST, f"{holder} has ended; {_AGAIN}"
@@ -201,9 +208,7 @@ class Watch:
                 if self.silence[key] > SILENCE and not self.failure:
                     rank = key.removeprefix("alive/")
                     self.failure = LOST, f"rank {rank} has not answered for {SILENCE} s; {_AGAIN}"
-                    if self.here.speaks:
-                        self.post(1, self.failure[1])
-            if os.getppid() != self.parent:
+            if self.parent and os.getppid() != self.parent:
                 self.failure = LOST, f"the process that started the ranks has ended; {_AGAIN}"
             if self.failure:
                 status, message = self.report()
@@ -245,7 +250,7 @@ def meet(command: Sequence[str] = (), interrupt: Callable[[], None] | None = Non
     """
     global _here, _store, _watch
     here = place()
-    if here.count == 1 or _watch is not None:
+    if here.count == 1 or _store is not None:
         return here
     _here, _watch = here, Watch(here, interrupt)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no traces of lost connections
@@ -262,17 +267,18 @@ def meet(command: Sequence[str] = (), interrupt: Callable[[], None] | None = Non
 
     same = hashlib.sha256(json.dumps([version("worldline"), *command]).encode()).digest()
     try:
-        _store = connect(here.speaks and not _of_agent())
-        _store.set(f"alive/{here.rank}", "0")
-        store = connect(False)  # a thread of its own needs a connection of its own
+        store = connect(here.speaks and not _of_agent())
+        store.set(f"alive/{here.rank}", "0")
+        _watch.store = connect(False)  # a thread of its own needs a connection of its own
         if here.speaks:
-            _store.multi_get([f"alive/{rank}" for rank in range(here.count)])
-            _store.set("command", same)
-        first = _store.get("command")
+            store.multi_get([f"alive/{rank}" for rank in range(here.count)])
+            store.set("command", same)
+        first = store.get("command")
     except (dist.DistError, RuntimeError) as error:
         reason = f"the {here.count} processes do not meet at {host}:{port}: {one_line(error)}"
         raise Error(reason) from error
-    _watch.begin(store)
+    _store = store
+    _watch.begin()
     if first != same:
         raise InputError(
             "this process runs another command, or version, than rank 0; start all with the same"
@@ -350,7 +356,7 @@ def join(device: torch.device) -> Axis:
         return _world
     if place().count == 1 or _alone:
         return Axis(device=device)
-    if _watch is None:  # in a program of its own
+    if _store is None:  # in a program of its own
         meet()
         atexit.register(_at_exit)
     name, backend = _CPU, "cpu:gloo"
@@ -457,21 +463,21 @@ def end(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def leave() -> None:
-    """Part from the others; rank 0, which may hold the store, as the last."""
+def leave(*, together: bool = True) -> None:
+    """Part from the others, once all have come here; rank 0, if it holds the store, as the last."""
     global _alone, _store, _watch, _world
     if _world is not None:
         import torch.distributed as dist
 
         from worldline.parallel.mesh import meshes
 
-        _world.every(None)  # all are done
+        if together:
+            _world.every(None)
         dist.destroy_process_group()
         meshes.clear()
-    if _watch is not None and _here.speaks:
-        while not _watch.alone():
-            time.sleep(BEAT_S / 10)
     if _watch is not None:
+        while _here.speaks and not (_of_agent() or _watch.alone()):
+            time.sleep(BEAT_S / 10)
         _watch.stopped.set()
         _watch.part()
     _store, _watch, _world, _alone = None, None, None, False
@@ -483,7 +489,7 @@ def _at_exit() -> None:
     if _watch is not None and error is not None:  # its trace is printed
         settle(error, 1, one_line(error))
         end(1)
-    leave()
+    leave(together=False)  # others may have more to do
 
 
 def launch(words: Sequence[str], count: int) -> int:
