@@ -52,6 +52,8 @@ def test_video_and_prompt(ar_video2world: Make, clip: Path, tmp_path: Path) -> N
         "guidance": 1.8,
         "seed": 0,
         "seam": "corrected",
+        "tokens": 48,
+        "attention": "torch SDPA",
     }
     stages = ["read", "text", "encode", "prefill", "tokens", "denoise", "decode"]
     assert [stage["name"] for stage in report["run"]["stages"]] == stages

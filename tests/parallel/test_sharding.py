@@ -149,7 +149,7 @@ def test_parts_are_held_where_the_whole_does_not_fit(two: Together, tmp_path: Pa
 
 @pytest.mark.parametrize("name", [DIFFUSION, FLOW, "Cosmos-Predict1-14B-Text2World"])
 def test_what_a_process_holds(name: str) -> None:
-    """Of released models nearly all weights are rows of blocks; two blocks come beside them."""
+    """Nearly all weights of released models are rows of blocks; two blocks come beside them."""
     part = released(name)["transformer"]
     whole = part.nbytes(GPU)
     for count in (2, 3, 8):

@@ -359,9 +359,11 @@ def test_the_decoder_is_trained_as_it_is_used(
     seen: list[tuple[Tensor, ...]] = []
     forward = DiT.forward
 
-    def spy(self: DiT, x: Tensor, times: Tensor, context: Any, at: Any, *, ids: Tensor) -> Tensor:
+    def spy(
+        self: DiT, x: Tensor, times: Tensor, context: Any, at: Any, *, ids: Tensor, **shared: Any
+    ) -> Tensor:
         seen.append((times, context[0][0], at.rotation.cos, at.rotation.sin, ids))
-        return forward(self, x, times, context, at, ids=ids)
+        return forward(self, x, times, context, at, ids=ids, **shared)
 
     monkeypatch.setattr(DiT, "forward", spy)
     context = torch.randn(1, 4, 16)
