@@ -16,9 +16,10 @@ Axes: B batch, T latent frames, L tokens, l tokens of this process, N heads, K h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
+from dataclasses import dataclass, field
+from itertools import cycle, pairwise
+from math import prod
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,12 +42,14 @@ class SplitTokens(Tokens):
         frames: T.
         counts: tokens of a frame that each process has; 1 or more.
         ring: whether keys and values are passed on, or heads are split.
+        scratch: of the ring, two blocks of keys and values by dtype and device.
     """
 
     axis: Axis
     frames: int
     counts: tuple[int, ...]
     ring: bool
+    scratch: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         kind = "GPUs" if self.axis.device.type == "cuda" else "processes"
@@ -59,8 +62,8 @@ class SplitTokens(Tokens):
 
     @property
     def exchanged(self) -> int:  # type: ignore[override]
-        """Ulysses: queries, keys and values twice; ring: two blocks and results in float32."""
-        return 7 if self.ring else 4
+        """Ulysses: queries, keys and values twice; ring: two blocks, which stay, and results."""
+        return 8 if self.ring else 4
 
     def num_rows(self, count: int) -> int:
         return max(self.lengths)
@@ -100,7 +103,7 @@ class SplitTokens(Tokens):
     def _pass_round(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # float32 until all parts are joined: each would round the result anew
         result = sums = q.new_empty(0)
-        for block in self._blocks(torch.stack([k.transpose(1, 2), v.transpose(1, 2)])):
+        for block in self._blocks(k.transpose(1, 2), v.transpose(1, 2)):
             part, part_sums = attend_partially(q, *block.transpose(2, 3))
             part = part.to(part_sums.dtype)
             if sums.numel():
@@ -109,14 +112,26 @@ class SplitTokens(Tokens):
             result, sums = part, part_sums
         return result.to(q.dtype)
 
-    def _blocks(self, block: Tensor) -> Iterator[Tensor]:
-        """Keys and values (2, B, l, N, K) of each process, this one's first.
+    def _blocks(self, k: Tensor, v: Tensor) -> Iterator[Tensor]:
+        """Keys and values (2, B, l, N, K) of each process, those (B, l, N, K) of this one first.
 
-        The next ones travel while a block is used.
+        The next ones travel while a block is used. All layers take turns at two blocks: NCCL holds
+        what it has sent or filled until the GPU is there, and a CPU runs many layers ahead.
         """
-        lengths, rank = self.lengths, self.axis.rank
+        lengths, rank, (batch, _, *head) = self.lengths, self.axis.rank, k.shape
+        size = 2 * batch * max(lengths) * prod(head)
+        key = k.dtype, k.device, size
+        if key not in self.scratch:
+            self.scratch[key] = k.new_empty(2, size)
+        places = cycle(self.scratch[key])
+
+        def place(length: int) -> Tensor:
+            shape = (2, batch, length, *head)
+            return next(places)[: prod(shape)].view(shape)
+
+        block = torch.stack([k, v], out=place(lengths[rank]))
         for length in (lengths[rank - step] for step in range(1, self.axis.count)):
-            arriving = block.new_empty(*block.shape[:2], length, *block.shape[3:])
+            arriving = place(length)
             wait = self.axis.pass_on(block, arriving)
             yield block
             wait()
