@@ -181,7 +181,6 @@ def main(
     if output.exists():
         result = json.loads(output.read_text())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result |= {"gpus": gpus, "commit": commit, **environment(device)}
     for name in names:
         case = CASES[name]()
         started = time.time()
@@ -190,7 +189,8 @@ def main(
             torch.cuda.empty_cache()
         print(f"{name}: weights written in {time.time() - started:.0f} s", flush=True)
         runs: dict[str, Any] = {}
-        result["cases"][name] = {"bound_of_one": round(case.bound, 6), "runs": runs}
+        facts = {"gpus": gpus, "commit": commit, **environment(device)}
+        result["cases"][name] = {**facts, "bound_of_one": round(case.bound, 6), "runs": runs}
         several = ["--num_gpus", str(gpus)]
         ways = (
             {"one": [], "one, unguided": UNGUIDED}
