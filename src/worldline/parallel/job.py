@@ -27,6 +27,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from worldline.errors import Error, InputError, is_out_of_memory, one_line, option
+from worldline.events import report_event
 
 if TYPE_CHECKING:
     import torch
@@ -218,6 +219,7 @@ class Watch:
                         return
                 if message:
                     print(f"worldline: {message}", file=sys.__stderr__, flush=True)
+                    report_event("error", message)
                 os._exit(status)
 
 
