@@ -125,7 +125,14 @@ def processes_to_start(options: LoadOptions) -> int:
 
         gpus = torch.cuda.device_count() if options.device != "cpu" else 0
         count = max(1, gpus)
-    job.own_device(options.device, job.Place(0, count, 0, count))
+    device, most = (
+        job.own_device(options.device, job.Place(0, count, 0, count)),
+        os.cpu_count() or 1,
+    )
+    if device == "cpu" and count > max(8, most):
+        raise InputError(
+            f"{count} processes share {most} cores of this CPU; give at most {max(8, most)}"
+        )
     return count
 
 
