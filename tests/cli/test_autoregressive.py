@@ -144,7 +144,7 @@ def test_progress_bar_on_a_terminal(
         (["CLIP", "--num_gpus", 0], "--num_gpus is 0 1 auto"),
         (["CLIP", "--num_gpus", "many"], "--num_gpus many"),
         (["CLIP", "--num_gpus", 2, "--device", "cpu:0"], "--device cpu:0 2"),
-        (["CLIP", "--num_gpus", 5000, "--device", "cpu"], "5000 cores"),
+        (["CLIP", "--num_gpus", 5000, "--device", "cpu"], "5000"),
         (["CLIP", "--batch_input_path", "b"], "exclude each other"),
         (["--batch_input_path", "b", "--input_prompts_path", "b"], "--input_prompts_path"),
         (["--input_image_or_video_path", ""], "is empty"),

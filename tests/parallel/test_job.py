@@ -55,8 +55,7 @@ def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
     assert job.place() == Place(11, 16, 3, 8)
     assert not job.place().speaks
     # where rank 0 and the store are lost, one process of each machine reports
-    places = [Place(rank, 16, rank % 8, 8) for rank in range(16)]
-    assert [place.rank for place in places if place.deputises] == [1, 8]
+    assert [n for n in range(16) if Place(n, 16, n % 8, 8).deputises] == [1, 8]
 
 
 def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,8 +322,8 @@ def test_torchrun_is_killed_or_contradicted(samples: list[object], tmp_path: Pat
 
 
 @slow
-def test_a_command_that_does_not_split_runs_once(tmp_path: Path) -> None:
+def test_a_command_that_does_not_split_runs_once() -> None:
     words = [sys.executable, *TORCHRUN, *WORLDLINE, "models", "--json"]
-    found = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    found = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)

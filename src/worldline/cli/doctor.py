@@ -4,7 +4,7 @@ import platform
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import combinations
 
@@ -21,8 +21,7 @@ _ENCODERS = {"mp4, mov, mkv": "libx264", "webm": "libvpx-vp9", "gif": "gif"}
 def doctor() -> None:
     """Report what this machine can run.
 
-    It lists Python, torch, GPUs and their links, what processes talk through, attention, codecs,
-    free memory, and the models that fit.
+    It lists Python, torch, GPUs, links, attention, codecs, free memory, and the models that fit.
     """
     for topic, finding in _findings():
         click.echo(f"{topic:<12} {finding}")
@@ -49,16 +48,11 @@ def _findings() -> Iterator[tuple[str, str]]:
         yield "gpu", "Apple (mps)" if mps else "none that torch can use"
     elif torch.cuda.device_count() > 1:
         yield "links", _links(torch.cuda.device_count())
-    for backend in ("nccl", "gloo"):
-        there = getattr(torch.distributed, f"is_{backend}_available", bool)()
-        number = (
-            ".".join(map(str, torch.cuda.nccl.version())) if there and backend == "nccl" else ""
-        )
-        yield backend, number or ("yes" if there else "not in this torch")
-    try:
-        yield "ray", version("ray")
-    except PackageNotFoundError:
-        yield "ray", "not installed: `worldline fleet` alone needs it"
+    for backend, number in (("nccl", torch.cuda.nccl.version), ("gloo", lambda: ("yes",))):
+        if getattr(torch.distributed, f"is_{backend}_available", bool)():
+            yield backend, ".".join(map(str, number()))
+    missing = "not installed: `worldline fleet` alone needs it"
+    yield "ray", version("ray") if find_spec("ray") else missing
     triton = find_spec("triton") is not None
     missing = "not installed: plain modules are used, which are slower on a GPU"
     yield "triton", version("triton") if triton else missing

@@ -75,8 +75,7 @@ class Main(click.Group):
             common, words = _common(typed)
             results.quiet = "quiet" in common
             lowest = logging.ERROR if results.quiet else logging.INFO
-            here = job.meet(typed, interrupts.interrupt)
-            if here.speaks:
+            if job.meet(typed, interrupts.interrupt).speaks:
                 handlers.append(Lines(logging.DEBUG if "debug" in common else lowest))
                 if path := common.get("log_json"):
                     handlers.append(Events(path))

@@ -123,16 +123,10 @@ def processes_to_start(options: LoadOptions) -> int:
     if count == "auto":
         import torch
 
-        gpus = torch.cuda.device_count() if options.device != "cpu" else 0
-        count = max(1, gpus)
-    device, most = (
-        job.own_device(options.device, job.Place(0, count, 0, count)),
-        os.cpu_count() or 1,
-    )
-    if device == "cpu" and count > max(8, most):
-        raise InputError(
-            f"{count} processes share {most} cores of this CPU; give at most {max(8, most)}"
-        )
+        count = max(1, torch.cuda.device_count() if options.device != "cpu" else 0)
+    device = job.own_device(options.device, job.Place(0, count, 0, count))
+    if device == "cpu" and count > (most := max(8, os.cpu_count() or 1)):
+        raise InputError(f"{count} processes are too many for this CPU; give at most {most}")
     return count
 
 

@@ -44,8 +44,7 @@ EVIDENCE = 4  # beats in which the failure of another process becomes known
 LOST = 76  # exit status of a launched process that lost the others: the launcher knows why
 _LAUNCHED = "WORLDLINE_LAUNCHED"  # in the environment: process id of `launch`
 _ELASTIC = "TORCHELASTIC_"  # begins the names in the environment that only torchrun sets
-_LEFT = b"left"
-_CPU = "a CPU"
+_LEFT, _CPU = b"left", "a CPU"
 _INTERRUPTED = (129, 130, 143)
 _AGAIN = "--resume makes what is missing"
 
@@ -213,7 +212,7 @@ class Watch:
                 self.failure = LOST, f"the process that started the ranks has ended; {_AGAIN}"
             if self.failure:
                 status, message = self.report()
-                if self.interrupt is not None:
+                if self.interrupt:
                     self.interrupt()
                     if self.stopped.wait(GRACE_S):
                         return
@@ -458,9 +457,6 @@ def settle(error: BaseException, status: int, message: str) -> tuple[int, str]:
 def end(status: int) -> NoReturn:
     """Exit; one of several that failed at once, since its collectives may never finish."""
     if status and _watch is not None:
-        for stream in (sys.__stdout__, sys.__stderr__):
-            with suppress(OSError, ValueError, AttributeError):
-                stream.flush()  # type: ignore[union-attr]
         os._exit(status)
     sys.exit(status)
 
