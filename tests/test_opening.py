@@ -17,6 +17,7 @@ import worldline
 from tiny.export import draw_weights, stored_tensors, wan_settings
 from worldline import locate
 from worldline.errors import CheckpointError, InputError
+from worldline.families.autoregressive.model import SHARD_PLAN
 from worldline.families.denoise import read_prompts
 from worldline.families.diffusion.request import DiffusionOptions
 from worldline.opening import choose_compute, choose_device
@@ -289,6 +290,8 @@ def test_files_that_decide(own_diffusion: Path, own_predict2_5: Path) -> None:
     request = checked(opened, prompt="x", num_video_frames=9, height=32, width=48)
     before = fingerprint(opened, PLAIN, request, None)
     assert fingerprint(opened, PLAIN, request, None) == before
+    shared = replace(opened["transformer"], shards=SHARD_PLAN)  # how processes share changes none
+    assert fingerprint(opened.with_part("transformer", shared), PLAIN, request, None) == before
     path = own_predict2_5 / FLOW_FOLDER / "tokenizer.pth"
     path.touch()
     assert fingerprint(opened, PLAIN, request, None) == before
