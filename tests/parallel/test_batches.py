@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import worldline
-from tests.cli.conftest import run_words
+from tests.cli.conftest import WITHOUT_PARTS, run_words
 from tests.cli.results import (
     check_mentions,
     check_refused,
@@ -79,7 +79,7 @@ def command(world: Axis, words: Sequence[object], broken: str = "") -> Run:
     run_batch, embed = World.run_batch, TextEncoder.embed
 
     def run(self: World, jobs: Any) -> Any:
-        made.append(jobs[0].request.prompt)
+        made.append(jobs[0].request.prompt or "")
         if broken and broken in made[-1]:
             raise Error(f"{broken} breaks")
         return run_batch(self, jobs)
@@ -188,6 +188,34 @@ def test_groups_that_processes_do_not_make(
     first, second = two(command, words)
     assert first.status == second.status == 2
     check_mentions(first.err, numbers)
+
+
+def fail_in_step(world: Axis, words: Sequence[object]) -> Run:
+    """Run a command in which several videos at once fail."""
+    run_batch = World.run_batch
+
+    def run(self: World, jobs: Any) -> Any:
+        if len(jobs) > 1:
+            raise Error("clips in step fail")
+        return run_batch(self, jobs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "run_batch", run)
+        return command(world, words)
+
+
+def test_videos_that_fail_in_step_are_made_one_by_one(
+    two: Together, small_world: Path, clip: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copy(clip, tmp_path / "other.mp4"))
+    batch = write_lines(tmp_path / "in.jsonl", *({"visual_input": str(x)} for x in (clip, other)))
+    words = ("autoregressive", "base", "--checkpoint_dir", small_world, "--ar_model_dir", MODEL)
+    words = (*words, *WITHOUT_PARTS, "--batch_input_path", batch, "--batch_size", 2)
+    first, second = two(fail_in_step, (*words, "--video_save_folder", tmp_path / "out"))
+    assert first.status == second.status == 0, first.err
+    assert "clips in step fail; made one by one" in first.err
+    assert len(first.made) == len(second.made) == 3
+    assert files_in(tmp_path / "out") == {"0.mp4", "0.json", "1.mp4", "1.json"}
 
 
 def test_one_process_is_one_group(guarded: Path, lines: Path, tmp_path: Path) -> None:

@@ -287,15 +287,15 @@ def load(
                 job.share(world.parts.compute.mesh, error)
                 logger.warning("%s: %s; made one by one", name, one_line(error))
                 in_step = not is_out_of_memory(error)
-        if item.output not in outcomes:
+        processes = world.processes
+        if not processes.once(lambda: item.output in outcomes):
             if len(group) > 1:
                 free_memory()
             try:
                 make_videos(world, [item], label, outcomes, quality)
             except torch.OutOfMemoryError as error:
                 raise Error(f"{one_line(error)}{_REMEDY}") from error
-        made = outcomes.pop(item.output)
-        outcome = world.processes.once(lambda: made)  # also why it is not written
+        outcome = processes.once(lambda: outcomes.pop(item.output))  # also why it is not written
         if isinstance(outcome, Error):
             raise outcome
         return outcome
@@ -310,7 +310,10 @@ def make_videos(
     outcomes: Outcomes,
     quality: Mapping[str, Any],
 ) -> None:
-    """Make one video, or several in step, with progress; previews come of a single one."""
+    """Make one video, or several in step, with progress; previews come of a single one.
+
+    The first process has the outcomes.
+    """
     from worldline.video.write import write_bytes
 
     # a frame of a preview stands for all that a latent frame holds
@@ -318,7 +321,6 @@ def make_videos(
     rate = items[0].request.fps / (tokenizer.config.temporal if tokenizer else 1)
     processes = world.processes
 
-    outcomes |= {item.output: "" for item in items if not processes.first}
     try:
         with ExitStack() as stack:
             if processes.first:
