@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from tests.ranks import Together
-from worldline.errors import GuardrailRefusal, InputError, NonFiniteError
+from worldline.errors import (
+    CheckpointError,
+    GuardrailRefusal,
+    InputError,
+    InsufficientMemoryError,
+    NonFiniteError,
+)
 from worldline.parallel.mesh import ALONE, Axis, Layout, make_mesh
 
 pytestmark = pytest.mark.slow
@@ -64,6 +70,18 @@ def fail(axis: Axis, error: Exception) -> list[str]:
     return caught
 
 
+def fail_each(axis: Axis, kinds: list[Any]) -> str:
+    def make() -> None:
+        if kind := kinds[axis.rank]:
+            raise kind(f"of {axis.rank}")
+
+    try:
+        axis.together(make)
+    except Exception as raised:
+        return repr(raised)
+    return ""
+
+
 def steps(axis: Axis) -> tuple[list[int], str]:
     def make() -> Generator[int, None, str]:
         yield 1
@@ -108,6 +126,18 @@ def test_an_error_of_one_is_raised_by_all(two: Together, error: Exception) -> No
     ours, theirs = two(fail, error)
     assert len(ours) == 2
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("kinds", "name"),
+    [
+        ([InsufficientMemoryError, CheckpointError], "InsufficientMemoryError('of 0')"),
+        ([None, OSError], "OSError('of 1')"),
+        ([None, None], ""),
+    ],
+)
+def test_of_several_errors_all_raise_the_first(two: Together, kinds: list[Any], name: str) -> None:
+    assert two(fail_each, kinds) == [name, name]
 
 
 def test_a_generator_runs_in_the_first_alone(two: Together) -> None:

@@ -175,7 +175,7 @@ class Axis:
         return value
 
     def together(self, make: Callable[[], Result]) -> Result:
-        """Result of `make`, which each process calls; where one fails, all raise its error."""
+        """Result of `make`, which each process calls; all raise the first error of theirs."""
         if self.count == 1:
             return make()
         result: Any = None
@@ -184,8 +184,10 @@ class Axis:
             result = make()
         except Exception as error:
             own = error
-        if failed := [*filter(None, self.every(own and _sendable(own)))]:
-            raise own or failed[0]
+        errors = self.every(own and _sendable(own))
+        for rank, error in enumerate(errors):
+            if error is not None:  # of one class and of the same words in all
+                raise own if own is not None and rank == self.rank else error
         return result
 
     def steps_once(
