@@ -320,11 +320,20 @@ class World:
         """Check a request and read its input; `request` stands for options checked before.
 
         Raises:
-            InputError: the input or an option is wrong, here or in another process.
+            InputError: the input or an option is wrong, here or in another process, or processes
+                that share a video ask for different ones.
         """
-        return self.processes.together(
+        job = self.processes.together(
             partial(self._prepare, input, options, input_type=input_type, request=request)
         )
+        if self.processes.count > 1:
+            same = partial(fingerprint, self.opened, self.parts.compute, guarded=False)
+            if len({*self.processes.every(same(job.request, job.input))}) > 1:
+                raise InputError(
+                    "processes that share a video have different requests or files; give all the "
+                    f"same, or {option('data_parallel')} of their number"
+                )
+        return job
 
     def _prepare(
         self,
@@ -506,13 +515,23 @@ def _joined(failures: Mapping[int, Error], count: int) -> Error:
     return error
 
 
-def fingerprint(opened: Opened, compute: Compute, request: Request, input: Input | None) -> str:
+def fingerprint(
+    opened: Opened,
+    compute: Compute,
+    request: Request,
+    input: Input | None,
+    *,
+    guarded: bool = True,
+) -> str:
     """Hash of everything that decides the frames of a request: what --resume compares.
 
     That is the request without fields that have no effect, the contents of every file that is read
     wherever it lies, what parts took from elsewhere (such as a schedule), precision, decisive load
     options, guardrails and the prompt upsampler where they run; not the device, offloading or batch
     size.
+
+    Args:
+        guarded: whether files of guardrails and upsampler count, which one process alone may have.
 
     Raises:
         OSError: a file has vanished.
@@ -530,7 +549,7 @@ def fingerprint(opened: Opened, compute: Compute, request: Request, input: Input
         "release": opened.family.guardrails(opened),  # by a folder's name, it decides defaults too
         "guardrail": release_of(opened),
         "upsampled": rewrites(opened, request),
-        "guards": [digest(path, sampled=True) for path in files_of(opened, request)],
+        "guards": [digest(p, sampled=True) for p in files_of(opened, request) if guarded],
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 

@@ -317,6 +317,10 @@ def use_python(axis: Axis, root: Path, clip: Path) -> dict[str, Any]:
         with pytest.raises(worldline.InputError) as caught:
             world.generate(input, prompt=PROMPT, **wrong)
         seen[name] = str(caught.value)
+    for name, value in (("prompt", f"{PROMPT} {axis.rank}"), ("seed", axis.rank)):
+        with pytest.raises(worldline.InputError) as caught:
+            world.generate(**{"prompt": PROMPT, **options, name: value})
+        seen[name] = str(caught.value)
     network = world.parts.transformer.module
     hook = network.register_forward_hook(lambda *_: torch.full_like(_[2], torch.nan))
     with pytest.raises(NonFiniteError):
@@ -334,7 +338,12 @@ def test_a_program_on_two_processes(two: Together, tiny_predict2_5: Path, clip: 
     assert (first["previews"], second["previews"]) == (3, 0)
     assert first["kinds"] >= {"text", "denoise", "decode", "done"}
     assert second["kinds"] >= {"text", "denoise"}
-    for name, word in (("absent", "absent.mp4"), ("steps", "num_steps")):
+    for name, word in (
+        ("absent", "absent.mp4"),
+        ("steps", "num_steps"),
+        ("prompt", "different requests"),
+        ("seed", "different requests"),
+    ):
         assert first[name] == second[name]
         assert word in first[name]
     assert first["again"]
