@@ -528,10 +528,7 @@ def fingerprint(
     That is the request without fields that have no effect, the contents of every file that is read
     wherever it lies, what parts took from elsewhere (such as a schedule), precision, decisive load
     options, guardrails and the prompt upsampler where they run; not the device, offloading or batch
-    size.
-
-    Args:
-        guarded: whether files of guardrails and upsampler count, which one process alone may have.
+    size. The files of the last two, which one process alone may have, count where it is `guarded`.
 
     Raises:
         OSError: a file has vanished.

@@ -80,9 +80,7 @@ class Axis:
             return [x]
         x = x.contiguous()
         every = x.new_empty(self.count, *x.shape)
-        # torch 2.13 warns, in every process, of the name that 2.11 knows
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(every.view(-1), x.view(-1), group=self.group)
+        self.gather_into(every.view(-1), x.view(-1))
         return [*every]
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
@@ -91,8 +89,8 @@ class Axis:
 
     def gather_into(self, whole: Tensor, part: Tensor) -> None:
         """Fill a tensor with what all hold, joined along the first axis."""
-        name = "all_gather_single"  # of torch 2.13
-        gather = getattr(dist, name, None) or dist.all_gather_into_tensor
+        # torch 2.13 warns, in every process, of the name that 2.11 knows
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(whole, part, group=self.group)
 
     def apart(self) -> Axis:
