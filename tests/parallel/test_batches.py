@@ -190,6 +190,26 @@ def test_groups_that_processes_do_not_make(
     check_mentions(first.err, numbers)
 
 
+def take_own_shard(world: Axis, words: Sequence[object]) -> Run:
+    """Run a command in a job whose processes are tasks of Slurm, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_PROCID", str(world.rank))
+        patch.setenv("SLURM_NTASKS", str(world.count + 4))
+        return command(world, (*words, "--shard", "auto"))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_processes_that_take_different_shards(
+    two: Together, count: int, guarded: Path, lines: Path, tmp_path: Path
+) -> None:
+    lines.write_text("\n".join(lines.read_text().splitlines()[:count]))
+    words = (*FLOW, "--checkpoint_dir", guarded, "-i", lines, "-o", tmp_path / "out")
+    first, second = two(take_own_shard, (*words, "--data_parallel", 2))
+    assert first.status == second.status == 2
+    check_mentions(first.err, "different inputs --shard")
+    assert not (tmp_path / "out").exists()
+
+
 def fail_in_step(world: Axis, words: Sequence[object]) -> Run:
     """Run a command in which several videos at once fail."""
     run_batch = World.run_batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -452,6 +453,8 @@ def run_tasks(
         mesh: groups of processes, which take the tasks in turns; None is one process.
     """
     tasks = take_shard(tasks, flags, things)
+    if mesh:
+        refuse_other_tasks(tasks, mesh)
     if not tasks:
         return
     total, folder = len(tasks), tasks[0].output.parent
@@ -538,6 +541,16 @@ def report_tasks(made: int, total: int, failures: Counter[str], flags: Any, wher
         stages = " and ".join(sorted(failures))
         message = f"{failures.total()} of {total} inputs were refused, by {stages}"
         raise GuardrailRefusal(message, stages)
+
+
+def refuse_other_tasks(tasks: Sequence[Any], mesh: Mesh) -> None:
+    """Refuse processes of one job that have read different inputs, or take different shards."""
+    names = hashlib.sha256("\0".join(str(task.output) for task in tasks).encode(errors="replace"))
+    if len({*mesh.world.every((len(tasks), names.digest()))}) > 1:
+        raise InputError(
+            "the processes of this job have different inputs; give each machine the same file of "
+            "them, and --shard I/N in place of auto"
+        )
 
 
 def refuse_taken(tasks: Sequence[Any], flags: Any) -> None:

@@ -182,10 +182,9 @@ class Axis:
             result = make()
         except Exception as error:
             own = error
-        errors = self.every(own and _sendable(own))
-        for rank, error in enumerate(errors):
-            if error is not None:  # of one class and of the same words in all
-                raise own if own is not None and rank == self.rank else error
+        for rank, failure in enumerate(self.every(own and _sendable(own))):
+            if failure is not None:  # all raise one class and the same words
+                raise own if own is not None and rank == self.rank else failure
         return result
 
     def steps_once(
