@@ -462,12 +462,14 @@ def run_tasks(
     if getattr(flags, "resume", False):
         quality = getattr(flags, "quality", {})
 
-        def unfinished() -> list[int]:
-            return [
-                n for n, t in enumerate(tasks) if not is_finished(t.output, fingerprint(t), quality)
-            ]
+        def is_missing(task: Any) -> bool:
+            def read() -> bool:
+                return not is_finished(task.output, fingerprint(task), quality)
 
-        tasks = [tasks[n] for n in (mesh.world.once(unfinished) if mesh else unfinished())]
+            # one by one: to read all of a large batch may take longer than a collective may
+            return mesh.world.once(read) if mesh else read()
+
+        tasks = [*filter(is_missing, tasks)]
     refuse_taken(tasks, flags)
     places = [f"{number}/{len(tasks)}" for number in range(1, len(tasks) + 1)]
     several = total > 1 and keep_going
