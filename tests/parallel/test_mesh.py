@@ -37,7 +37,7 @@ def exchange(axis: Axis) -> dict[str, Any]:
         "arrived": arrived[:, 0].tolist()
         == [rank for rank in range(axis.count) for _ in range(rank + 1)],
         "passed": set(passed.tolist()) == {(axis.rank - 1) % axis.count},
-        "own": list(axis.own("abc")),
+        "dealt": list(axis.deal("abc")),
         "any": axis.any(axis.rank == 1),
         "every": axis.every(axis.rank),
         "once": axis.once(lambda: {"rank": axis.rank, "x": torch.ones(2)})["rank"],
@@ -106,7 +106,7 @@ def shape(axis: Axis, layout: Layout) -> list[tuple[int, int]]:
 def test_parts_are_joined_summed_and_turned(two: Together, three: Together) -> None:
     for together, count in ((two, 2), (three, 3)):
         results = together(exchange)
-        assert sorted(thing for got in results for thing in got["own"]) == ["a", "b", "c"]
+        assert sorted(thing for got in results for thing in got["dealt"]) == ["a", "b", "c"]
         for got in results:
             assert all(got[name] for name in ("joined", "arrived", "passed", "any"))
             assert got["summed"] == sum(range(1, count + 1))

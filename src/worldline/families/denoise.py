@@ -327,7 +327,7 @@ def conditioned(
     """
     grid, guided = LatentShape(*noise.shape[2:]), prompts[1] is not None
     halves, tokens = split_work(parts, model.config, grid, guided)
-    contexts = [x if x is None else model.encode_context(x) for x in halves.own(prompts)]
+    contexts = [x if x is None else model.encode_context(x) for x in halves.deal(prompts)]
     outputs: list[Tensor] = []
     mask = None
     if model.config.condition_mask:

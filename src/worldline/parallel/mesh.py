@@ -58,7 +58,7 @@ class Axis:
         """This process's part of an axis that is cut into equal ones."""
         return x.chunk(self.count, dim)[self.rank] if self.count > 1 else x
 
-    def own(self, things: Sequence[Result]) -> Sequence[Result]:
+    def deal(self, things: Sequence[Result]) -> Sequence[Result]:
         """Those of some things that are this process's."""
         return things[self.rank :: self.count]
 

@@ -104,7 +104,7 @@ class BlockPlan:
                     setattr(block.get_submodule(owner), leaf, own)
         return held
 
-    def held(self, module: nn.Module, count: int) -> int:
+    def count_shared(self, module: nn.Module, count: int) -> int:
         """Number of weights that one of `count` processes has on the device at most.
 
         Args:

@@ -88,21 +88,21 @@ class SmallSum:
     for a token, between two H200); elsewhere the sum is the axis's.
 
     Attributes:
-        own: addend of this process, on the device; the sum may take its place.
+        addend: of this process, on the device; the sum may take its place.
         group: of processes whose memory each can read; "" without.
     """
 
     def __init__(self, axis: Axis, shape: tuple[int, ...], device: torch.device) -> None:
-        self.axis, self.own, self.group = axis, torch.empty(shape, device=device), ""
+        self.axis, self.addend, self.group = axis, torch.empty(shape, device=device), ""
         if axis.device.type == "cuda":
-            self.own, self.group = _symmetric(axis, shape) or (self.own, "")
+            self.addend, self.group = _symmetric(axis, shape) or (self.addend, "")
 
-    def __call__(self, own: Tensor) -> Tensor:
-        """The sum of what all have written to `own`."""
+    def __call__(self, addend: Tensor) -> Tensor:
+        """The sum of what all have written to their `addend`."""
         if self.group:
-            total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(own, "sum", self.group)
+            total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(addend, "sum", self.group)
             return total
-        return self.axis.all_reduce(own)
+        return self.axis.all_reduce(addend)
 
 
 @cache

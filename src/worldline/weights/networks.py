@@ -140,7 +140,7 @@ class Network(Generic[Config]):
     def nbytes(self, compute: Any) -> int:
         if plan := self.sharding(compute):
             with torch.device("meta"):
-                count = plan.held(self.kind(self.config), compute.mesh.layout.video)
+                count = plan.count_shared(self.kind(self.config), compute.mesh.layout.video)
             return count * int(compute.dtype.itemsize)
         return self.part(compute).num_parameters * int(compute.dtype.itemsize)
 

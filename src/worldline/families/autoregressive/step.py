@@ -227,7 +227,7 @@ class CapturedDecoder(PlainDecoder):
         if self.sum is None:
             x = model.embedding(tokens)
         else:  # float32: parts are summed before they are rounded
-            x = self.sum(self.sum.own.copy_(own_rows(model.embedding.weight, self.axis, tokens)))
+            x = self.sum(self.sum.addend.copy_(own_rows(model.embedding.weight, self.axis, tokens)))
         new = partial(model.embedding.weight.new_empty, len(x))
         mixed = new(model.config.num_heads * model.config.head_size)
         hidden = new(model.config.hidden)
@@ -244,7 +244,7 @@ class CapturedDecoder(PlainDecoder):
                 matvec(y, (layer.weight,), x, residual=x)
             else:  # of which one part has the stream
                 residual = x if self.axis.first else None
-                x = self.sum(matvec(y, (layer.weight,), self.sum.own, residual=residual))
+                x = self.sum(matvec(y, (layer.weight,), self.sum.addend, residual=residual))
 
         def attend(layer: Attention, query: Tensor, k: Tensor, v: Tensor, **at: Any) -> None:
             gammas = (layer.q_norm.weight, layer.k_norm.weight)
