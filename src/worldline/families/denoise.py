@@ -160,7 +160,7 @@ def layout(opened: Opened, requests: Sequence[VideoRequest], count: int) -> Layo
 
     def split(count: int) -> Layout | None:
         halves = {"on": True, "off": False, "auto": guided and count % 2 == 0}
-        cfg = 1 + halves[options.guidance_parallel]
+        cfg = 1 + (count > 1 and halves[options.guidance_parallel])
         sharing = count // cfg if guided else count  # those of a branch, or of the only one
         undivided = options.context_parallel == "ulysses" and heads % max(1, sharing)
         fits = count % cfg == 0 and sharing <= cells and not undivided
