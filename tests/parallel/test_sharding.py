@@ -18,11 +18,13 @@ from tests.test_memory import DIFFUSION, FLOW, GPU, released
 from tests.tiny_diffusion import TEXT2WORLD
 from tests.tiny_predict2_5 import POST
 from worldline import memory
+from worldline.errors import CheckpointError
 from worldline.locate import locate
 from worldline.memory import Memory
 from worldline.opening import choose_compute, open_world, plan
 from worldline.parallel.mesh import Axis, Layout, Mesh
 from worldline.parallel.offload import BlockPlan, ShardedModule
+from worldline.weights.networks import Network
 
 from .test_offload import Stack
 
@@ -125,6 +127,28 @@ def test_a_world_in_parts(
         assert np.array_equal(frames, whole)
         assert 0.5 < held < 0.9  # of small blocks, much is in all: what encodes the text
         assert count == parameters
+
+
+def fail_to_read(axis: Axis, root: Path) -> str:
+    """What a program raises where the rows of one process cannot be read."""
+    read = Network.read_rows
+
+    def read_rows(*arguments: Any) -> Any:
+        if not axis.first:
+            raise CheckpointError("rows of another process")
+        return read(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Network, "read_rows", read_rows)
+        options = {"disable_guardrail": True, "fsdp": "on"}
+        with pytest.raises(CheckpointError) as caught:
+            worldline.load(POST.name, checkpoint_dir=root, device="cpu", **options)
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_rows_that_one_process_cannot_read(two: Together, tiny_predict2_5: Path) -> None:
+    assert two(fail_to_read, tiny_predict2_5) == ["rows of another process"] * 2
 
 
 @pytest.mark.slow

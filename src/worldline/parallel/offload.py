@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Generic, TypeVar
 
 import torch
@@ -173,8 +173,15 @@ class ShardedModule(Offloadable[ModuleType]):
     ) -> None:
         """`rows` is what `BlockPlan.cut` returned, `axis` those that hold the others."""
         super().__init__(module, device, offload=offload)
-        # on connections of their own: what the blocks exchange does not wait for the next block
-        self.rows, self.axis = rows, axis.apart()
+        self.rows, self.axis = rows, axis
+
+    @cached_property
+    def apart(self) -> Axis:
+        """Connections of their own: what blocks exchange does not wait for the next block.
+
+        Made at the first use: one process alone may have failed to load its rows.
+        """
+        return self.axis.apart()
 
     @contextmanager
     def on_device(self) -> Iterator[ModuleType]:
@@ -193,7 +200,7 @@ class ShardedModule(Offloadable[ModuleType]):
             blocks, number, inner = name.split(".", 2)
             coming.setdefault(f"{blocks}.{number}", {})[inner] = self.module.get_parameter(name)
         counts = {name.split(".", 2)[2]: count for name, (count, _) in self.rows.items()}
-        stream = _GatheredBlocks([*coming.values()], self.device, self.axis, counts)
+        stream = _GatheredBlocks([*coming.values()], self.device, self.apart, counts)
         with stream.hooks(map(self.module.get_submodule, coming)):
             yield
 
