@@ -516,12 +516,7 @@ def _joined(failures: Mapping[int, Error], count: int) -> Error:
 
 
 def fingerprint(
-    opened: Opened,
-    compute: Compute,
-    request: Request,
-    input: Input | None,
-    *,
-    guarded: bool = True,
+    opened: Opened, compute: Compute, request: Request, input: Input | None, *, guarded: bool = True
 ) -> str:
     """Hash of everything that decides the frames of a request: what --resume compares.
 

@@ -167,10 +167,7 @@ class Axis:
                 outcome = (True, make())
             except Exception as error:
                 outcome = (False, error)
-        done, value = self._broadcast(outcome)
-        if not done:
-            raise value
-        return value
+        return self._broadcast(outcome)
 
     def together(self, make: Callable[[], Result]) -> Result:
         """Result of `make`, which each process calls; all raise the first error of theirs."""
@@ -201,10 +198,10 @@ class Axis:
                 outcome = (False, error)
         else:
             steps.close()
-        return self.once(lambda: _result(outcome))
+        return self._broadcast(outcome)
 
-    def _broadcast(self, outcome: tuple[bool, Any]) -> tuple[bool, Any]:
-        """The first process's outcome; its tensors and arrays are sent as they are."""
+    def _broadcast(self, outcome: tuple[bool, Any]) -> Any:
+        """The first process's result or error; its tensors and arrays are sent as they are."""
         file, cpu = io.BytesIO(), torch.device("cpu")
         packer, sent = _Packer(file), [(b"", list[Any](), list[int]())]
         if self.first:
@@ -227,10 +224,10 @@ class Axis:
                 if tensor.numel():
                     flat = tensor.view(-1).view(torch.uint8)
                     dist.broadcast(flat, group=self.group, group_src=0)
-        if self.first:
-            return outcome
-        outcome = _Unpacker(packed, tensors, arrays).load()
-        return outcome
+        done, value = outcome if self.first else _Unpacker(packed, tensors, arrays).load()
+        if not done:
+            raise value
+        return value
 
 
 class _Packer(pickle.Pickler):
@@ -266,13 +263,6 @@ def _sendable(error: Exception) -> Exception:
     except Exception:
         return Error(one_line(error))
     return error
-
-
-def _result(outcome: tuple[bool, Any]) -> Any:
-    done, value = outcome
-    if not done:
-        raise value
-    return value
 
 
 @dataclass(frozen=True)
