@@ -260,7 +260,8 @@ def meet(command: Sequence[str] = (), interrupt: Callable[[], None] | None = Non
     dist: Any = distributed  # which does not declare its stores
     _require("gloo")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    job = f"worldline/{os.environ.get(f'{_ELASTIC}RESTART_COUNT', '0')}/{next(_meetings)}"
+    names = (f"{_ELASTIC}RUN_ID", f"{_ELASTIC}RESTART_COUNT", _LAUNCHED)  # the same in all
+    job = "/".join(["worldline", *(os.environ.get(n, "") for n in names), str(next(_meetings))])
 
     def connect(master: bool) -> Any:
         wait = timedelta(seconds=RENDEZVOUS_S)
