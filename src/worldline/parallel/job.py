@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 BEAT_S = 1.0
 SILENCE = 45  # beats without which a process is dead: a C call that holds the GIL may miss 40
 RENDEZVOUS_S = 300.0
+PATIENCE_S = 10.0
 GRACE_S = 4.0  # to remove temporary files, before a process ends in mid-call
 EVIDENCE = 4  # beats in which the failure of another process becomes known
 LOST = 76  # exit status of a launched process that lost the others: the launcher knows why
@@ -268,13 +269,18 @@ def meet(command: Sequence[str] = (), interrupt: Callable[[], None] | None = Non
         return dist.PrefixStore(job, dist.TCPStore(host, port, None, master, wait, False))
 
     same = hashlib.sha256(json.dumps([version("worldline"), *command]).encode()).digest()
+    what = f"{here.count} processes at {host}:{port}"
     try:
-        store = connect(here.speaks and not _of_agent())
+        master = here.speaks and not _of_agent()
+        if not master:
+            _await(lambda: _answers(host, port), what)
+        store = connect(master)
         store.set(f"alive/{here.rank}", "0")
         _watch.store = connect(False)  # a thread of its own needs a connection of its own
         if here.speaks:
-            store.multi_get([f"alive/{rank}" for rank in range(here.count)])
+            _await(lambda: store.check([f"alive/{rank}" for rank in range(here.count)]), what)
             store.set("command", same)
+        _await(lambda: store.check(["command"]), what)
         first = store.get("command")
     except (dist.DistError, RuntimeError) as error:
         reason = f"the {here.count} processes do not meet at {host}:{port}: {one_line(error)}"
@@ -286,6 +292,29 @@ def meet(command: Sequence[str] = (), interrupt: Callable[[], None] | None = Non
             "this process runs another command, or version, than rank 0; start all with the same"
         )
     return here
+
+
+def _await(ready: Callable[[], bool], what: str) -> None:
+    """Wait in Python, which signals interrupt, and log that if it takes long.
+
+    Raises:
+        RuntimeError: it takes too long.
+    """
+    since, logged = time.monotonic(), False
+    while not ready():
+        waited = time.monotonic() - since
+        if waited > RENDEZVOUS_S:
+            raise RuntimeError(f"waited for {RENDEZVOUS_S:.0f} s")
+        if waited > PATIENCE_S and not logged:
+            logger.info("waiting for all %s", what)
+            logged = True
+        time.sleep(BEAT_S / 20)
+
+
+def _answers(host: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((host, port), BEAT_S):
+        return True
+    return False
 
 
 def _require(backend: str) -> None:
