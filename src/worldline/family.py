@@ -228,7 +228,7 @@ class Family:
 
 
 def one_process(opened: Opened, count: int) -> Layout:
-    """The layout of a model that no processes share."""
+    """The layout of a model that every process computes whole."""
     from worldline.parallel.mesh import Layout
 
     return Layout(cp=count)

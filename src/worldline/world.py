@@ -555,8 +555,7 @@ def _embeddings(opened: Opened, request: Request) -> dict[str, Any]:
 
 def _settings(part: Any) -> dict[str, Any]:
     """Configuration, numbers and words of a part on disk, and the contents of its files."""
-    fields = {n: v for n, v in vars(part).items() if n != "shards"}  # which change no frame
-    values = {n: v for n, v in fields.items() if v is None or isinstance(v, str | int | float)}
+    values = {n: v for n, v in vars(part).items() if v is None or isinstance(v, str | int | float)}
     files = [digest(path, sampled=True) for path in part.files]
     return {**values, "config": repr(part.config), "files": files}
 

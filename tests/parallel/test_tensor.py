@@ -310,10 +310,9 @@ def test_released_models(name: str) -> None:
 
 
 def test_memory_of_a_part() -> None:
-    from worldline.families.autoregressive.model import SHARD_PLAN
     from worldline.weights.networks import Network
 
-    network = Network(ARTransformer, PRESETS["13B-Video2World"], shards=SHARD_PLAN)
+    network = Network(ARTransformer, PRESETS["13B-Video2World"])
     one = Compute(CPU, torch.bfloat16, torch.bfloat16, False)
     four = replace(one, mesh=Mesh(Layout(tp=4)))  # which is planned, not made
     assert network.nbytes(one) == 2 * network.num_parameters

@@ -89,7 +89,6 @@ class Network(Generic[Config]):
         keys: from their names to ours.
         beside: files beside the tensors that decide what it computes.
         blocks: how it is offloaded block by block; None where it is moved whole.
-        shards: how tensor-parallel processes share it; None where each holds all of it.
     """
 
     kind: Callable[[Config], nn.Module]
@@ -98,7 +97,6 @@ class Network(Generic[Config]):
     keys: KeyMap = KeyMap({})  # noqa: RUF009
     beside: tuple[Path, ...] = ()
     blocks: BlockPlan | None = None
-    shards: "ShardPlan | None" = None
 
     def check(self) -> Self:
         """Itself; every parameter is in the file, and nothing else.
@@ -130,6 +128,11 @@ class Network(Generic[Config]):
     @property
     def num_parameters(self) -> int:
         return sum(map(math.prod, shapes_of(self.kind, self.config).values()))
+
+    @property
+    def shards(self) -> "ShardPlan | None":
+        """How tensor-parallel processes share it; None where each holds all of it."""
+        return getattr(self.kind, "SHARDS", None)
 
     def part(self, compute: Any) -> Self:
         """What one process holds of it, as a network of its own, of tensors that are whole yet."""

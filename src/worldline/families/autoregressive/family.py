@@ -23,7 +23,6 @@ from worldline.errors import InputError, NonFiniteError, blame, option
 from worldline.families.autoregressive.model import (
     FEED_FORWARD_ROWS,
     PRESETS,
-    SHARD_PLAN,
     ARTransformer,
     ARTransformerConfig,
 )
@@ -420,7 +419,7 @@ def presets(entry: Entry) -> dict[str, Any]:
         "tokenizer": Network(CosmosTokenizer, TOKENIZER_PRESETS["DV8x16x16"]),
         "decoder": RELEASED,
         "decoder_tokenizer": CosmosNetwork(CosmosTokenizer, TOKENIZER_PRESETS["CV8x8x8"]),
-        "transformer": Network(ARTransformer, config, shards=SHARD_PLAN),
+        "transformer": Network(ARTransformer, config),
     }
 
 

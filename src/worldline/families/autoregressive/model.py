@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -250,6 +250,8 @@ class Layer(nn.Module):
 
 class ARTransformer(nn.Module):
     """Llama-like decoder over discrete video tokens, with rotary positions in time and space."""
+
+    SHARDS: ClassVar[ShardPlan] = SHARD_PLAN
 
     def __init__(self, config: ARTransformerConfig) -> None:
         super().__init__()

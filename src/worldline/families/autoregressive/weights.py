@@ -14,7 +14,6 @@ from pydantic import Field
 from worldline.errors import CheckpointError
 from worldline.families.autoregressive.model import (
     RELEASED_GRID,
-    SHARD_PLAN,
     ARTransformer,
     ARTransformerConfig,
 )
@@ -95,7 +94,7 @@ def open_network(
     config = read_config(
         source, networks.read_settings(beside.parent) if settings is None else settings
     )
-    network = Network(ARTransformer, config, source, KEYS, (beside,), shards=SHARD_PLAN)
+    network = Network(ARTransformer, config, source, KEYS, (beside,))
     return network.check()
 
 
