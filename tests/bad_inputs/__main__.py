@@ -128,6 +128,8 @@ def run_child(work: Callable[[], None], output: Path) -> Ended:
             sys.stdout, sys.stderr = (
                 os.fdopen(stream, "w", errors="backslashreplace") for stream in (1, 2)
             )
+            # torch renews its pool at first use in a fork, and two threads at once do it wrong
+            torch.set_num_threads(1)
             work()
             status = 0
         except SystemExit as error:
