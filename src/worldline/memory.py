@@ -28,13 +28,15 @@ _PLAIN_HEADS = 4  # heads being normalised and rotated in float32
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of host or device memory."""
+    """Bytes of host or device memory, of which each of so many processes may take `free`."""
 
     free: int
     total: int
+    processes: int = 1
 
     def __str__(self) -> str:
-        return f"{self.free / GIGABYTE:.1f} of {self.total / GIGABYTE:.1f} GB are free"
+        each = " for each process" if self.processes > 1 else ""
+        return f"{self.free / GIGABYTE:.1f} of {self.total / GIGABYTE:.1f} GB are free{each}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Plan:
         if cuda and job.neighbours() > 1 and waiting > (host := host_memory()).free:
             raise InsufficientMemoryError(
                 f"{self.name}: offloaded weights need {waiting / GIGABYTE:.1f} GB of host memory "
-                f"in each of {job.neighbours()} processes, {host} for one; offload less, or add "
+                f"in each of {job.neighbours()} processes, {host}; offload less, or add "
                 f"{option('fsdp', 'on')}"
             )
         fit = self.fit(device, memory, offloaded)
@@ -224,8 +226,8 @@ def denoise_bytes(
 
 def host_memory() -> Memory:
     """Host memory that this process may take: its share, beside others of its job."""
-    memory = _host_memory()
-    return replace(memory, free=memory.free // job.neighbours())
+    memory, count = _host_memory(), job.neighbours()
+    return replace(memory, free=memory.free // count, processes=count)
 
 
 def _host_memory() -> Memory:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -197,22 +198,27 @@ def arrange(opened: Opened, requests: Sequence[Request], compute: Compute) -> Co
     world, options = job.join(compute.device), opened.options
     stated, groups = options.processes, options.data_parallel
     wanted = stated if world.count == 1 else options.num_gpus
+    has = f"the job has {world.count} process{'es' if world.count > 1 else ''}"
     if wanted not in (None, "auto", world.count):
         name = "num_gpus" if options.num_gpus else "context_parallel_size"
         raise InputError(
-            f"{option(name, wanted)}, but the job has {world.count}; start with torchrun "
-            f"--nproc_per_node={wanted}, or leave it out"
+            f"{option(name, wanted)}: {has}; start with torchrun --nproc_per_node={wanted}, or "
+            "leave it out"
         )
     size = getattr(options, "context_parallel_size", None)
-    if size and groups in (1, "auto"):
+    typed = {"data_parallel": 0 if groups in (1, "auto") else groups, "context_parallel_size": size}
+    ways: dict[str, int] = {name: number for name, number in typed.items() if number}
+    whole, least = len(ways) == len(typed), prod(ways.values())
+    if world.count % least or (whole and world.count > least):
+        called = " and ".join(option(name, number) for name, number in ways.items())
+        raise InputError(
+            f"{called}: {has}, not {'' if whole else 'a multiple of '}{least}; start {least} by "
+            f"{option('num_gpus')} or torchrun, or give a divisor"
+        )
+    if size:
         groups = world.count // size
     elif groups == "auto":
         groups = most_groups(opened, requests, compute, world)
-    if world.count != groups * (size or world.count // groups):
-        ways = {"data_parallel": None if groups < 2 else groups, "context_parallel_size": size}
-        stated = " and ".join(option(name, number) for name, number in ways.items() if number)
-        counted = f"{world.count} process{'es' if world.count > 1 else ''}"
-        raise InputError(f"{stated} cannot divide {counted}; give divisors, or start as many")
     if world.count == 1:
         return compute
     layout = replace(opened.family.layout(opened, requests, world.count // groups), dp=groups)
@@ -318,7 +324,7 @@ def describe_plan(
     names = [f"memory of the first of {count} processes", "memory of each other"]
     for name, mesh in zip(names if count > 1 else ["memory"], compute.mesh.roles(), strict=True):
         stages = needed(replace(compute, mesh=mesh)).describe(opened.options.offloaded)
-        yield f"{name}: {stages}; {memory}"
+        yield f"{name} on {compute.device.type}: {stages}; {memory}"
 
 
 def load_parts(opened: Opened, compute: Compute, recorder: Recorder) -> Parts:

@@ -73,6 +73,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "--num_gpus 2 --device mps": "--device mps 2",
         "--num_gpus -1": "--num_gpus -1",
         "--data_parallel 0": "--data_parallel 0 1 auto",
+        "--num_gpus many": "--num_gpus many integer auto",
         "--seed -1 --fps 0": "--seed -1 --fps 0",
         "--video_save_name x.avi": "--video_save_name x.avi .mkv",
         "--video_save_name x.jpg": "--video_save_name x.jpg",

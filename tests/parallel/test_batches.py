@@ -267,7 +267,7 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(
     check_mentions(alone.stdout, "guardrail text encode denoise decode GB 5")
     first, second = two(command, (*words, "--offload_text_encoder"))
     assert (first.status, second.status) == (0, 0), first.err
-    assert "memory of the first of 2 processes: " in first.out
+    assert "memory of the first of 2 processes on cpu: " in first.out
     [other] = (line for line in first.out.splitlines() if line.startswith("memory of each other"))
     assert "text" not in other
     assert "guardrail" not in other

@@ -281,7 +281,9 @@ def test_the_diffusion_decoder(two: Together, three: Together, whole_world: Path
         (8, (2, 0), {}, Layout(cp=8)),
         (3, (2,), {}, Layout(cp=3)),
         (8, (2,), {"guidance_parallel": "off"}, Layout(cp=8)),
-        (2, (0,), {"guidance_parallel": "on"}, Layout(cfg=2)),
+        (2, (0,), {"guidance_parallel": "on"}, Layout(cp=2)),
+        (3, (0,), {"guidance_parallel": "on"}, Layout(cp=3)),
+        (2, (0, 2), {"guidance_parallel": "on"}, Layout(cfg=2)),
         (1, (2,), {"guidance_parallel": "on"}, Layout()),
         (4, (2,), {"context_parallel": "ulysses"}, Layout(cfg=2, cp=2)),
         (12, (2,), {}, Layout(cfg=2, cp=6)),
@@ -303,10 +305,10 @@ def test_layouts(
 @pytest.mark.parametrize(
     ("count", "options", "words"),
     [
-        (7, {}, ("7 processes", "6 tokens", "give 1, 2, 3, 4, 5, 6, 8")),
-        (14, {"guidance_parallel": "on"}, ("14 processes", "give 1, 2, 4, 6, 8, 10, 12")),
-        (3, {"guidance_parallel": "on"}, ("3 processes", "guidance_parallel", "give 1, 2, 4")),
-        (3, {"context_parallel": "ulysses"}, ("2 heads", "ulysses", "give 1, 2, 4")),
+        (7, {}, ("7 processes", "6 tokens", " 3, 4, 5, 6, 8, 10")),
+        (14, {"guidance_parallel": "on"}, ("7 processes", "6 tokens", " 2, 4, 6, 8, 10, 12")),
+        (3, {"guidance_parallel": "on"}, ("guidance_parallel='on'", "3 processes", " 1, 2, 4")),
+        (3, {"context_parallel": "ulysses"}, ("3 processes", "2 heads", "'ring'", " 1, 2, 4")),
     ],
 )
 def test_numbers_that_cannot_share(

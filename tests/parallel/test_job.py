@@ -33,7 +33,8 @@ from .jobs import TORCHRUN, WORLDLINE, start
         ({"WORLD_SIZE": "3", "RANK": "1"}, "MASTER_ADDR"),
         ({"WORLD_SIZE": "3", "RANK": "1", "MASTER_ADDR": "x"}, "MASTER_PORT"),
         ({"WORLD_SIZE": "3", "RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "y"}, "'y'"),
-        ({"WORLD_SIZE": "many", "RANK": "1"}, "WORLD_SIZE is many"),
+        ({"WORLD_SIZE": "many", "RANK": "1"}, "WORLD_SIZE is many 'many' is no number"),
+        ({"WORLD_SIZE": "many"}, "'many' is no number"),
         ({"WORLD_SIZE": "3", "RANK": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK is 3 3"),
     ],
 )

@@ -1,6 +1,7 @@
 """Command-line parameters of described fields: one flag a field, no defaults of their own."""
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -34,7 +35,9 @@ def make_parameter(name: str, field: FieldInfo, default: Any, negatable: bool) -
     if extra.get("argument"):
         return click.Argument([name], nargs=-1 if many else 1, required=required, metavar=metavar)
     spelling, kind = f"--{name}", get_args(kind)[0] if many else kind
-    settings: dict[str, Any] = {"type": {int: NUMBER, float: float}.get(kind, str)}
+    settings: dict[str, Any] = {"type": {int: int, float: float}.get(kind, str)}
+    if kind is int and any("auto" in get_args(choice) for choice in get_args(field.annotation)):
+        settings, metavar = {"type": NumberOrAuto()}, "N|auto"
     if get_origin(kind) is Literal:  # click's own metavar has _ in place of -
         settings = {"type": click.Choice(get_args(kind))}
         metavar = f"[{'|'.join(map(str, get_args(kind)))}]{'...' if many else ''}"
@@ -48,14 +51,13 @@ def make_parameter(name: str, field: FieldInfo, default: Any, negatable: bool) -
     return click.Option(names, help=help_of(field, default), **settings)
 
 
-class Number(click.types.IntParamType):
-    """A whole number, or the word auto, which a field takes or not."""
+class NumberOrAuto(click.types.IntParamType):
+    """A whole number, or the word auto."""
 
     def convert(self, value: Any, *place: Any) -> Any:
-        return value if value == "auto" else super().convert(value, *place)
-
-
-NUMBER = Number()
+        with suppress(click.BadParameter):
+            return value if value == "auto" else super().convert(value, *place)
+        self.fail(f"{value!r} is not a valid integer, nor auto.", *place)
 
 
 def kind_of(field: FieldInfo) -> Any:

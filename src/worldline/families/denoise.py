@@ -156,24 +156,29 @@ def layout(opened: Opened, requests: Sequence[VideoRequest], count: int) -> Layo
     options, heads = opened.options, opened.config.num_heads
     cell = PATCH[1] * opened["tokenizer"].config.spatial
     cells = max(1, min((r.height // cell) * (r.width // cell) for r in requests))
-    guided = all(request.guidance for request in requests)
+    guided = [bool(request.guidance) for request in requests]
 
-    def split(count: int) -> Layout | None:
-        halves = {"on": True, "off": False, "auto": guided and count % 2 == 0}
+    def split(count: int) -> tuple[Layout, str]:
+        """A layout, and what forbids it."""
+        halves = {"on": any(guided), "off": False, "auto": all(guided) and count % 2 == 0}
         cfg = 1 + (count > 1 and halves[options.guidance_parallel])
-        sharing = count // cfg if guided else count  # those of a branch, or of the only one
-        undivided = options.context_parallel == "ulysses" and heads % max(1, sharing)
-        fits = count % cfg == 0 and sharing <= cells and not undivided
-        return Layout(cfg=cfg, cp=count // cfg) if fits else None
+        sharing = count // cfg if all(guided) else count  # those of a branch, or of the only one
+        problem = ""
+        if count % cfg:
+            problem = f"{option('guidance_parallel', 'on')}: {count} processes are an odd number; "
+        elif sharing > cells:
+            problem = f"{sharing} processes cannot share {cells} tokens of a latent frame; "
+        elif options.context_parallel == "ulysses" and heads % sharing:
+            called, other = (option("context_parallel", way) for way in ("ulysses", "ring"))
+            problem = f"{called}: {sharing} processes cannot share {heads} heads; give {other}, or "
+        return Layout(cfg=cfg, cp=count // cfg), problem
 
-    if found := split(count):
-        return found
-    possible = ", ".join(str(n) for n in range(1, count + 2) if split(n))
-    ways = (option(n, getattr(options, n)) for n in ("guidance_parallel", "context_parallel"))
-    raise InputError(
-        f"{count} processes cannot share a video of {cells} tokens a latent frame and {heads} "
-        f"heads with {' and '.join(ways)}; give {possible}"
-    )
+    found, problem = split(count)
+    if problem:
+        possible = (n for n in range(1, 2 * count) if not split(n)[1])
+        nearest = sorted(possible, key=lambda n: abs(n - count))[:6]
+        raise InputError(f"{problem}give a video {', '.join(map(str, sorted(nearest)))}")
+    return found
 
 
 def split_work(

@@ -92,11 +92,15 @@ def place() -> Place:
     if count == "1":
         return Place()
     try:
+        local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
         rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-        found = Place(rank, int(count), local, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
+        found = Place(rank, int(count), local, local_count)
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError) as error:
-        reason = f"{error.args[0]} is not set" if isinstance(error, KeyError) else error
+        word = str(error).rpartition(": ")[2]  # as Python quotes it
+        reason = f"{error.args[0]} is not set"
+        if isinstance(error, ValueError):
+            reason = f"{word} is no number"
         raise InputError(
             f"WORLD_SIZE is {count}, but {reason}; start with torchrun, or unset WORLD_SIZE"
         ) from None

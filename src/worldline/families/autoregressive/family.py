@@ -428,12 +428,17 @@ def layout(opened: Opened, requests: Sequence[ARRequest], count: int) -> Layout:
     config = opened.config
     if config.divisor % count:
         possible = [str(n) for n in range(1, config.divisor + 1) if config.divisor % n == 0]
+        sizes = {
+            "heads": config.num_heads,
+            "key heads": config.num_kv_heads,
+            "hidden channels": config.hidden,
+            "tokens": config.vocabulary,
+            "rows of the token table": config.embedding_rows,
+        }
+        undivided = next(f"{size:,} {name}" for name, size in sizes.items() if size % count)
         raise InputError(
-            f"{opened.name}: {config.num_heads} heads, {config.num_kv_heads} key heads, "
-            f"{config.hidden:,} hidden channels, {config.vocabulary:,} tokens and "
-            f"{config.embedding_rows:,} rows of their table cannot be shared by {count} processes; "
-            f"give {option('num_gpus')} {', '.join(possible)}, or a multiple with "
-            f"{option('data_parallel')}"
+            f"{opened.name}: {count} processes cannot share {undivided}; give a video "
+            f"{', '.join(possible)}, or a batch a multiple with {option('data_parallel')}"
         )
     return Layout(tp=count)
 

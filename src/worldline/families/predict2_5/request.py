@@ -80,8 +80,8 @@ class FlowOptions(LoadOptions):
 
     context_parallel_size: Count | None = Field(
         None,
-        description="GPUs that share a video; fewer than there are make groups with different "
-        "videos.  [default: all]",
+        description="GPUs that share a video; fewer than --num_gpus make groups with different "
+        "videos; alone, it is --num_gpus, too.  [default: all]",
     )
     guidance_parallel: GuidanceParallel = "auto"
     context_parallel: ContextParallel = "auto"
