@@ -350,11 +350,11 @@ def test_videos(whole_world: Path, two: Together, name: str, rollout: str) -> No
 @pytest.mark.parametrize(
     ("changes", "count", "size", "possible"),
     [
-        ({}, 3, "16 heads", [1, 2, 4, 8]),
-        ({"num_heads": 16, "num_kv_heads": 4}, 8, "4 key heads", [1, 2, 4]),
-        ({"hidden": 90}, 4, "90 hidden channels", [1, 2]),
-        ({"vocabulary": 71}, 2, "71 tokens", [1]),
-        ({"embedding_rows": 75}, 2, "75 rows", [1]),
+        ({}, 3, r"num_heads \(16", [1, 2, 4, 8]),
+        ({"num_heads": 16, "num_kv_heads": 4}, 8, r"num_kv_heads \(4", [1, 2, 4]),
+        ({"hidden": 90}, 4, r"hidden \(90", [1, 2]),
+        ({"vocabulary": 71}, 2, r"vocabulary \(71", [1]),
+        ({"embedding_rows": 75}, 2, r"embedding_rows \(75", [1]),
     ],
 )
 def test_numbers_that_cannot_share_a_model(

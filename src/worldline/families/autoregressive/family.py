@@ -23,6 +23,7 @@ from worldline.errors import InputError, NonFiniteError, blame, option
 from worldline.families.autoregressive.model import (
     FEED_FORWARD_ROWS,
     PRESETS,
+    SHARED,
     ARTransformer,
     ARTransformerConfig,
 )
@@ -428,16 +429,10 @@ def layout(opened: Opened, requests: Sequence[ARRequest], count: int) -> Layout:
     config = opened.config
     if config.divisor % count:
         possible = [str(n) for n in range(1, config.divisor + 1) if config.divisor % n == 0]
-        sizes = {
-            "heads": config.num_heads,
-            "key heads": config.num_kv_heads,
-            "hidden channels": config.hidden,
-            "tokens": config.vocabulary,
-            "rows of the token table": config.embedding_rows,
-        }
-        undivided = next(f"{size:,} {name}" for name, size in sizes.items() if size % count)
+        undivided = next(name for name in SHARED if getattr(config, name) % count)
         raise InputError(
-            f"{opened.name}: {count} processes cannot share {undivided}; give a video "
+            f"{opened.name}: {count} processes cannot share {undivided} "
+            f"({getattr(config, undivided)}); give a video "
             f"{', '.join(possible)}, or a batch a multiple with {option('data_parallel')}"
         )
     return Layout(tp=count)

@@ -25,6 +25,8 @@ from worldline.shapes import LatentShape
 
 RELEASED_GRID = LatentShape(5, 40, 64)
 linear = partial(nn.Linear, bias=False)
+# sizes of which each process of a tensor-parallel model holds an equal part
+SHARED = ("num_heads", "num_kv_heads", "hidden", "vocabulary", "embedding_rows")
 FEED_FORWARD_ROWS = 2048  # tokens of a prompt at a time: nothing else in a layer is as wide
 
 
@@ -63,19 +65,11 @@ class ARTransformerConfig:
     @property
     def divisor(self) -> int:
         """Largest number of processes that can share the network; its divisors can, too."""
-        heads = gcd(self.num_heads, self.num_kv_heads)
-        return gcd(heads, self.hidden, self.vocabulary, self.embedding_rows)
+        return gcd(*(getattr(self, name) for name in SHARED))
 
     def part(self, count: int) -> ARTransformerConfig:
         """What one of `count` tensor-parallel processes holds; the residual stream is whole."""
-        return replace(
-            self,
-            num_heads=self.num_heads // count,
-            num_kv_heads=self.num_kv_heads // count,
-            hidden=self.hidden // count,
-            vocabulary=self.vocabulary // count,
-            embedding_rows=self.embedding_rows // count,
-        )
+        return replace(self, **{name: getattr(self, name) // count for name in SHARED})
 
     @property
     def leading_tokens(self) -> int:
