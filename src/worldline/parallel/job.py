@@ -97,10 +97,8 @@ def place() -> Place:
         found = Place(rank, int(count), local, local_count)
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError) as error:
-        word = str(error).rpartition(": ")[2]  # as Python quotes it
-        reason = f"{error.args[0]} is not set"
-        if isinstance(error, ValueError):
-            reason = f"{word} is no number"
+        word = error.args[0].rpartition(": ")[2]  # as Python quotes it
+        reason = f"{word} is {'not set' if isinstance(error, KeyError) else 'no number'}"
         raise InputError(
             f"WORLD_SIZE is {count}, but {reason}; start with torchrun, or unset WORLD_SIZE"
         ) from None
