@@ -196,24 +196,21 @@ def arrange(opened: Opened, requests: Sequence[Request], compute: Compute) -> Co
         InputError: so many processes cannot share the work; the numbers that can are named.
     """
     world, options = job.join(compute.device), opened.options
-    stated, groups = options.processes, options.data_parallel
-    wanted = stated if world.count == 1 else options.num_gpus
+    groups, size = options.data_parallel, getattr(options, "context_parallel_size", None)
     has = f"the job has {world.count} process{'es' if world.count > 1 else ''}"
-    if wanted not in (None, "auto", world.count):
-        name = "num_gpus" if options.num_gpus else "context_parallel_size"
+    if (count := options.num_gpus) not in (None, "auto", world.count):
         raise InputError(
-            f"{option(name, wanted)}: {has}; start with torchrun --nproc_per_node={wanted}, or "
-            "leave it out"
+            f"{option('num_gpus', count)}: {has}; start with torchrun --nproc_per_node={count}, "
+            "or leave it out"
         )
-    size = getattr(options, "context_parallel_size", None)
     typed = {"data_parallel": 0 if groups in (1, "auto") else groups, "context_parallel_size": size}
     ways: dict[str, int] = {name: number for name, number in typed.items() if number}
     whole, least = len(ways) == len(typed), prod(ways.values())
     if world.count % least or (whole and world.count > least):
         called = " and ".join(option(name, number) for name, number in ways.items())
         raise InputError(
-            f"{called}: {has}, not {'' if whole else 'a multiple of '}{least}; start {least} by "
-            f"{option('num_gpus')} or torchrun, or give a divisor"
+            f"{called}: {has}, not {'' if whole else 'a multiple of '}{least}; start {least} "
+            f"(torchrun --nproc_per_node={least}), or give a divisor"
         )
     if size:
         groups = world.count // size

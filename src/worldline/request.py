@@ -326,8 +326,8 @@ Count = Annotated[int, Field(ge=1, le=65536)]
 GuidanceParallel = Annotated[
     Literal["auto", "on", "off"],
     Field(
-        description="Two halves of the GPUs compute the branches with the prompt and without; auto "
-        "where their number is even."
+        description="Two halves of the GPUs compute the branches with the prompt and without; "
+        "auto: where their number is even. Without effect at guidance 0."
     ),
 ]
 ContextParallel = Annotated[
