@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -459,6 +460,13 @@ def test_tiny_worlds_have_a_plan(
         found = plan(opened, [opened.family.request.parse(opened.defaults)], PLAIN)
         assert len(found.flags) == flags
         assert found.peak() > sum(weights.nbytes for weights in found.weights.values())
+
+
+def test_a_process_takes_its_share_of_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_host_memory", lambda: Memory(6 * 10**9, 9 * 10**9))
+    for count, line in ((1, "6.0 of 9.0 GB are free"), (4, "1.5 of 9.0 GB .* for each process")):
+        monkeypatch.setattr(memory.job, "neighbours", lambda count=count: count)
+        assert re.fullmatch(line, str(memory.host_memory()))
 
 
 def test_processes_of_one_machine_offload_into_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,9 +92,9 @@ def place() -> Place:
     if count == "1":
         return Place()
     try:
-        local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-        rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-        found = Place(rank, int(count), local, local_count)
+        total, rank = int(count), int(os.environ["RANK"])
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        found = Place(rank, total, local, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError) as error:
         word = error.args[0].rpartition(": ")[2]  # as Python quotes it
