@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ FLAGS = ("--num_steps", 1)
 @pytest.fixture
 def own_signals() -> Iterator[None]:
     """Handlers of signals as they were, after a test."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     handlers = {number: signal.getsignal(number) for number in numbers}
     yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -212,6 +214,49 @@ def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch, own_signa
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGHUP)
     assert (interrupts.signal, ended) == (signal.SIGHUP, [129])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_that_a_library_drops_comes_again(
+    number: signal.Signals,
+    text2world: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    own_signals: None,
+) -> None:
+    real, drops = World.prepare, []
+
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    def drop() -> None:
+        try:
+            time.sleep(30)
+        except BaseException as error:
+            circle = error  # whose trace refers to it
+            drops.append(type(circle).__name__)
+
+    def prepare(*args: Any, **named: Any) -> Any:
+        Finalized()
+        drops.append("finalizer")
+        drop()
+        try:
+            time.sleep(30)
+        except BaseException as error:
+            raise ImportError("an optional module") from error
+        return real(*args, **named)
+
+    monkeypatch.setattr(World, "prepare", prepare)
+    begin = time.monotonic()
+    result = text2world("--prompt", PROMPT, *FLAGS)
+    assert time.monotonic() - begin < 15
+    assert drops == ["finalizer", "Interrupt"]
+    assert result.exit_code == 128 + number
+    assert "worldline: interrupted" in result.stderr.splitlines()[-1]
+    assert "Interrupt" not in result.stderr + capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_killed_run_left_is_removed(

@@ -258,6 +258,22 @@ def test_a_signal_ends_all(
 
 
 @slow
+@pytest.mark.parametrize("delay_s", [0.8, 1.6, 2.6])
+def test_a_signal_while_processes_start(
+    delay_s: float, samples: list[object], tmp_path: Path
+) -> None:
+    """Which a library that is imported may drop, and each process may report."""
+    for number, count in ((signal.SIGINT, 1), (signal.SIGTERM, 2)):
+        run = start(tmp_path, [*samples, "--num_gpus", count])
+        time.sleep(delay_s)
+        run.process.send_signal(number)
+        status = run.end(15)
+        if status != -number:  # it came before Python had begun
+            assert (status, len(run.messages)) == (128 + number, 1)
+        assert not [*(tmp_path / "out").glob("*")]
+
+
+@slow
 @pytest.mark.parametrize(
     ("fail", "status"), [("denoise 0 1 SIGSTOP", 1), ("denoise 0 1 busy10", 0)]
 )

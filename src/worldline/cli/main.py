@@ -3,13 +3,15 @@
 A command is imported when it is named or listed, torch only when one opens a model or runs.
 """
 
+import gc
 import logging
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from types import FrameType
@@ -96,14 +98,15 @@ class Main(click.Group):
             click.echo(usage.format_message(), err=True)
             job.leave()
         except (Exception, KeyboardInterrupt, job.Lone) as raised:
+            interrupts.ignore()
             error = raised.args[0] if isinstance(raised, job.Lone) else raised
             status, message = explain(error)
-            if interrupts.signal not in (0, signal.SIGINT):
-                status = 128 + interrupts.signal
-                message = f"interrupted by {signal.Signals(interrupts.signal).name}"
+            if interrupts.signal:  # a library may have made another error of it
+                status, message = 128 + interrupts.signal, "interrupted"
+                if interrupts.signal != signal.SIGINT:
+                    message += f" by {signal.Signals(interrupts.signal).name}"
             if "debug" in common:
                 click.echo(f"{job.label()}{traceback.format_exc()}", errors, nl=False)
-            interrupts.ignore()
             status, message = job.settle(error, status, message)
             if message:
                 click.echo(f"worldline: {printable(message)}", errors)
@@ -111,6 +114,7 @@ class Main(click.Group):
             if isinstance(error, OSError) and error.filename is None:  # perhaps of the output,
                 silence(sys.stdout)  # which would be written again at exit
         finally:
+            interrupts.ignore()
             results.finish()
             if not job.launched():
                 report_event("end", f"exit status {status}", status=status)
@@ -144,20 +148,33 @@ def _common(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return common, [*rest, *words[end:]]
 
 
-class Interrupts:
-    """SIGINT, SIGTERM and SIGHUP as KeyboardInterrupt; a second one ends the process at once.
+class Interrupt(KeyboardInterrupt):
+    """Interrupt by a signal; a class of our own can be referred to weakly.
 
-    A signal that is ignored at the start, as below nohup, stays ignored.
+    Nor does Python end itself by SIGINT at its exit, as where a plain one has left an `exec`.
+    """
+
+
+class Interrupts:
+    """SIGINT, SIGTERM and SIGHUP as `Interrupt`; a second one ends the process at once.
+
+    Python drops what a finalizer raises, and so does a library's bare `except`: the exception is
+    raised again, each second, unless it exists. A signal that is ignored at the start, as below
+    nohup, stays ignored.
 
     Attributes:
         signal: number of the first that came; 0 before.
+        raised: the exception; None once it is dropped.
     """
 
     def __init__(self) -> None:
         self.signal = 0
+        self.raised: Callable[[], Interrupt | None] = lambda: None
         self.earlier: dict[int, Any] = {}
+        self.earlier_hook = sys.unraisablehook
         if threading.current_thread() is threading.main_thread():
             self.earlier = {number: signal.getsignal(number) for number in INTERRUPTS}
+            sys.unraisablehook = self._drop
         for number, handler in self.earlier.items():
             if handler not in (signal.SIG_IGN, None):
                 signal.signal(number, self._interrupt)
@@ -166,7 +183,25 @@ class Interrupts:
         if self.signal:
             os._exit(128 + number)
         self.signal = number
-        raise KeyboardInterrupt
+        signal.signal(signal.SIGALRM, self._again)
+        signal.setitimer(signal.ITIMER_REAL, 1, 1)
+        raise self._made()
+
+    def _again(self, number: int, frame: FrameType | None) -> None:
+        if self.raised():
+            gc.collect()  # its trace may refer to it
+        if not self.raised():
+            raise self._made()
+
+    def _made(self) -> Interrupt:
+        error = Interrupt()
+        self.raised = weakref.ref(error)
+        return error
+
+    def _drop(self, ignored: Any) -> None:
+        """Print an exception that a finalizer raised, unless it is raised again."""
+        if ignored.exc_type is not Interrupt:
+            self.earlier_hook(ignored)
 
     def interrupt(self) -> None:
         """Interrupt the main thread, unless it was; from another."""
@@ -175,6 +210,8 @@ class Interrupts:
 
     def ignore(self) -> None:
         """Let no further signal interrupt the end, in which the processes of a job settle."""
+        if self.signal:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number in self.earlier:
             signal.signal(number, signal.SIG_IGN)
 
@@ -183,6 +220,7 @@ class Interrupts:
         for number, handler in self.earlier.items():
             if not self.signal and handler is not None:
                 signal.signal(number, handler)
+        sys.unraisablehook = self.earlier_hook
 
 
 def explain(error: BaseException) -> tuple[int, str]:

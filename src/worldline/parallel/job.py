@@ -456,9 +456,9 @@ def settle(error: BaseException, status: int, message: str) -> tuple[int, str]:
     The others end, too. One that failed because another did takes that one's status.
     """
     watch, speaks = _watch, _here.speaks
-    if watch is None or not watch.silence:  # they have not met
-        return status, message
     interrupted, known = status in _INTERRUPTED, isinstance(error, Error)
+    if watch is None or not watch.silence:  # they have not met; a signal came to each
+        return status, message if (speaks and not launched()) or not interrupted else ""
     # perhaps since another process was killed; `launch` and torchrun end the others by a signal
     lost = interrupted or "gloo/" in str(error) or type(error).__name__.startswith("Dist")
     if lost and launched():
