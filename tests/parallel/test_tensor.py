@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
 import worldline
@@ -35,6 +37,7 @@ from worldline.families.autoregressive.step import PlainDecoder, make_decoder
 from worldline.families.autoregressive.weights import KEYS, open_network
 from worldline.family import Compute
 from worldline.nn.rope import Yarn
+from worldline.parallel import tensor
 from worldline.parallel.mesh import Axis, Layout, Mesh, make_mesh
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import Sampling, decode, draw_noise
@@ -345,6 +348,42 @@ def test_videos(whole_world: Path, two: Together, name: str, rollout: str) -> No
     for together in two(videos, whole_world, name, shared, *each):
         for one, other in zip(alone, together, strict=True):
             assert np.abs(one.astype(int) - other.astype(int)).max() <= 2
+
+
+def share_memory(world: Axis, failing: str, devices: tuple[int, int]) -> tuple[bool, list[str]]:
+    """Whether GPUs of two processes, of which one may fail, share memory; this one's calls."""
+    calls: list[str] = []
+
+    def call(name: str, *_: Any, **__: Any) -> object:
+        calls.append(name)
+        if failing == f"{name} {world.rank}":
+            raise RuntimeError("no such driver")
+        return calls
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", lambda: devices[world.rank])
+        patch.setattr(torch.cuda, "can_device_access_peer", lambda *_: failing != "peer")
+        for name in ("empty", "rendezvous"):
+            patch.setattr(symmetric, name, partial(call, name))
+        return tensor._symmetric(world, (1, 3)) is not None, calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("failing", "devices", "calls"),
+    [
+        ("", (0, 1), ["empty", "rendezvous"]),
+        ("empty 1", (1, 0), ["empty"]),  # a rendezvous would wait for it
+        ("rendezvous 0", (0, 1), ["empty", "rendezvous"]),
+        ("peer", (0, 1), []),
+        ("", (0, 0), []),  # each sees its own GPU alone
+    ],
+)
+def test_memory_that_processes_share_or_none(
+    failing: str, devices: tuple[int, int], calls: list[str], two: Together
+) -> None:
+    shared = not failing and devices[0] != devices[1]
+    assert two(share_memory, failing, devices) == [(shared, calls)] * 2
 
 
 @pytest.mark.parametrize(

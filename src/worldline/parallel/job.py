@@ -499,12 +499,12 @@ def leave(*, together: bool = True) -> None:
     if _world is not None:
         import torch.distributed as dist
 
-        from worldline.parallel.mesh import meshes
+        from worldline.parallel.mesh import kept
 
         if together:
             _world.every(None)
         dist.destroy_process_group()
-        meshes.clear()
+        kept.clear()
     if _watch is not None:
         while _here.speaks and not (_of_agent() or _watch.alone()):
             time.sleep(BEAT_S / 10)

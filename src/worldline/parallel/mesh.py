@@ -321,7 +321,7 @@ class Mesh:
 
 
 ALONE = Mesh()
-meshes: dict[Layout, Mesh] = {}  # of the job
+kept: dict[Any, Any] = {}  # of the job: meshes by their layouts, memory that processes share
 
 
 def make_mesh(layout: Layout, world: Axis) -> Mesh:
@@ -330,12 +330,13 @@ def make_mesh(layout: Layout, world: Axis) -> Mesh:
         raise ValueError(f"{layout} is of {layout.count} processes, not of {world.count}")
     if world.count == 1:
         return Mesh(layout, world, world, world, world, world, world)
-    if layout not in meshes:
+    if layout not in kept:
         ranks = torch.arange(world.count).view(astuple(layout))
         axes = [_axis(ranks.movedim(dim, -1).flatten(0, -2), world) for dim in range(4)]
         axes += [_axis(ranks.flatten(1), world), world]
-        meshes[layout] = Mesh(layout, *axes)
-    return meshes[layout]
+        kept[layout] = Mesh(layout, *axes)
+    mesh: Mesh = kept[layout]
+    return mesh
 
 
 def _axis(lines: Tensor, world: Axis) -> Axis:

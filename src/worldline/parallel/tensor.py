@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldline.parallel.mesh import Axis
+from worldline.parallel.mesh import Axis, kept
 
 _ORDERED = (2, 4, 8)  # numbers of processes that torch's one-shot kernel sums in the same order
 
@@ -95,7 +96,9 @@ class SmallSum:
     def __init__(self, axis: Axis, shape: tuple[int, ...], device: torch.device) -> None:
         self.axis, self.addend, self.group = axis, torch.empty(shape, device=device), ""
         if axis.device.type == "cuda":
-            self.addend, self.group = _symmetric(axis, shape) or (self.addend, "")
+            if (axis, shape) not in kept:
+                kept[axis, shape] = _symmetric(axis, shape)
+            self.addend, self.group = kept[axis, shape] or (self.addend, "")
 
     def __call__(self, addend: Tensor) -> Tensor:
         """The sum of what all have written to their `addend`."""
@@ -105,22 +108,25 @@ class SmallSum:
         return self.axis.all_reduce(addend)
 
 
-@cache
 def _symmetric(axis: Axis, shape: tuple[int, ...]) -> tuple[Tensor, str] | None:
     """Memory that all processes of an axis read, and the name of their group; None without."""
     import torch.distributed._symmetric_memory as symmetric
 
+    own = torch.cuda.current_device()
+    devices = {*axis.every(own)}  # one, where each process sees its GPU alone
     near = axis.count in _ORDERED and len({*axis.every(socket.gethostname())}) == 1
-    others = {*axis.every(torch.cuda.current_device())} - {torch.cuda.current_device()}
-    near = near and all(map(partial(torch.cuda.can_device_access_peer, axis.device), others))
+    if near := near and len(devices) == axis.count:
+        near = all(torch.cuda.can_device_access_peer(own, other) for other in devices - {own})
     if axis.any(not near):
         return None
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # which nothing here uses
     group: Any = axis.group or dist.group.WORLD
-    memory, failed = None, False
-    try:
+    memory: Any = None
+    joined: Any = None
+    with suppress(RuntimeError):  # of drivers, containers and torch's without it
         memory = symmetric.empty(shape, dtype=torch.float32, device=axis.device)
-        symmetric.rendezvous(memory, group)
-    except RuntimeError:  # of drivers, containers and torch's without it
-        failed = True
-    return None if axis.any(failed) or memory is None else (memory, group.group_name)
+    if axis.any(memory is None):  # in the rendezvous each waits for all
+        return None
+    with suppress(RuntimeError):
+        joined = symmetric.rendezvous(memory, group)
+    return None if axis.any(joined is None) else (memory, group.group_name)
