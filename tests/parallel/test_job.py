@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -50,32 +52,100 @@ def test_an_environment_set_by_halves(
 
 def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
     assert job.place() == Place()
-    names = {"RANK": 11, "WORLD_SIZE": 16, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 8}
-    for name, value in (names | {"MASTER_ADDR": "head", "MASTER_PORT": 29500}).items():
+    names = {"RANK": 11, "WORLD_SIZE": 16, "MASTER_ADDR": "head", "MASTER_PORT": 29500}
+    for name, value in names.items():
         monkeypatch.setenv(name, str(value))
-    assert job.place() == Place(11, 16, 3, 8)
+    assert job.place() == Place(11, 16, (11,))
     assert not job.place().speaks
-    # where rank 0 and the store are lost, one process of each machine reports
-    assert [n for n in range(16) if Place(n, 16, n % 8, 8).deputises] == [1, 8]
 
 
-def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    place = Place(11, 16, 3, 8)
-    assert [job.own_device(name, place) for name in (None, "cuda", "cpu")] == [
-        *("cuda:3", "cuda:3", "cpu")
-    ]
-    assert job.own_device("cuda:5", Place()) == "cuda:5"
-    for wrong in ("cuda:3", "mps", "meta"):
-        with pytest.raises(InputError, match=f"device='{wrong}': 16 processes"):
-            job.own_device(wrong, place)
+@pytest.mark.parametrize(
+    ("machines", "deputies"),
+    [("aaaaaaaabbbbbbbb", [1, 8]), ("abababab", [1, 2]), ("abbcc", [1, 3]), ("aa", [1])],
+)
+def test_where_the_store_is_lost_one_of_each_machine_reports(
+    machines: str, deputies: list[int]
+) -> None:
+    near = {name: tuple(n for n, other in enumerate(machines) if other == name) for name in "abc"}
+    places = [Place(n, len(machines), near[name]) for n, name in enumerate(machines)]
+    assert [place.rank for place in places if place.deputises] == deputies
+
+
+@pytest.fixture
+def seeing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Devices of processes that have met, each of which sees the GPUs of these letters."""
+
+    def devices(visible: Sequence[str], name: str | None = None) -> list[Any]:
+        def own(rank: int) -> str | None:
+            here = Place(rank, len(visible))
+            gpus = [SimpleNamespace(uuid=letter) for letter in visible[rank]]
+            monkeypatch.setattr(job, "_here", here)
+            monkeypatch.setattr(job, "_alone", False)
+            monkeypatch.setattr(job, "meet", lambda: here)
+            monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+            monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+            exchanged = [[*each] if name != "cpu" else [] for each in visible]
+            monkeypatch.setattr(
+                job, "_every", lambda _, own: exchanged if own == exchanged[rank] else None
+            )
+            return job.own_device(name)
+
+        return [own(rank) for rank in range(len(visible))]
+
+    return devices
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [
+        (["stuvwxyz"] * 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (["ab", "cd", "ab", "cd"], [0, 0, 1, 1]),  # two machines in turns, or two halves of one
+        (["z", "x", "y"], [0, 0, 0]),  # as --gpus-per-task=1
+        (["abc", "bc", "abc"], [0, 0, 2]),
+    ],
+)
+def test_each_process_has_its_own_gpu(
+    visible: list[str], devices: list[int], seeing: Callable[..., list[Any]]
+) -> None:
+    for name in (None, "cuda"):
+        assert seeing(visible, name) == [f"cuda:{index}" for index in devices]
+    assert seeing(visible, "cpu") == ["cpu"] * len(visible)
+    for wrong in ("cuda:1", "mps", "meta"):
+        with pytest.raises(InputError, match=f"device='{wrong}': {len(visible)} processes"):
+            seeing(visible, wrong)
+
+
+@pytest.mark.parametrize(
+    ("visible", "name", "numbers"),
+    [
+        (["abcdef"] * 8, None, "8 6"),
+        (["a", "b", "a"], None, "2 1"),
+        (["ab", "b", "ab"], "cuda", "3 2"),
+        ([""] * 5, "cuda", "5 0"),
+        (["a", ""], None, "1 0"),
+    ],
+)
+def test_processes_that_would_share_a_gpu(
+    visible: list[str], name: str | None, numbers: str, seeing: Callable[..., list[Any]]
+) -> None:
+    for order in (visible, visible[::-1]):
+        with pytest.raises(InputError) as error:
+            seeing(order, name)
+        check_mentions(str(error.value), f"{numbers} --device cpu")
+
+
+def test_devices_of_one_process_and_of_those_to_start(
+    seeing: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert seeing(["", "", ""]) == ["cpu"] * 3
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
+    monkeypatch.setattr(job, "_here", Place())
+    monkeypatch.delattr(torch.cuda, "get_device_properties")  # which would use the GPU
+    assert job.own_device(None, 6) == "cuda:0"
     with pytest.raises(InputError, match=r"8 processes .* 6;"):
-        job.own_device(None, place)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert job.own_device(None, place) == "cpu"
-    with pytest.raises(InputError, match=r"8 processes .* 0;"):
-        job.own_device("cuda", place)
+        job.own_device(None, 8)
+    monkeypatch.undo()
+    assert job.own_device("cuda:5") == "cuda:5"
 
 
 def test_gpus_that_differ(caplog: pytest.LogCaptureFixture) -> None:

@@ -20,9 +20,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -57,14 +58,12 @@ class Place:
     Attributes:
         rank: from 0.
         count: processes of the job.
-        local_rank: on this machine.
-        local_count: processes on this machine.
+        near: ranks on this machine, in their order, once they have met.
     """
 
     rank: int = 0
     count: int = 1
-    local_rank: int = 0
-    local_count: int = 1
+    near: tuple[int, ...] = (0,)
 
     @property
     def speaks(self) -> bool:
@@ -77,9 +76,9 @@ class Place:
 
         `launch` prints for those that it started; of rank 0's torchrun, rank 0 outlives the store.
         """
-        if self.rank > self.local_rank:  # another machine than rank 0's
-            return self.local_rank == 0
-        return self.local_rank == 1 and not (launched() or _of_agent())
+        if 0 not in self.near:
+            return self.rank == self.near[0]
+        return self.near[1:2] == (self.rank,) and not (launched() or _of_agent())
 
 
 def place() -> Place:
@@ -93,8 +92,7 @@ def place() -> Place:
         return Place()
     try:
         total, rank = int(count), int(os.environ["RANK"])
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        found = Place(rank, total, local, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
+        found = Place(rank, total, (rank,))
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError) as error:
         word = error.args[0].rpartition(": ")[2]  # as Python quotes it
@@ -253,8 +251,10 @@ def meet(command: Sequence[str] = (), interrupt: Callable[[], None] | None = Non
         Error: they do not meet.
     """
     global _here, _store, _watch
+    if _store is not None:
+        return _here
     here = place()
-    if here.count == 1 or _store is not None:
+    if here.count == 1:
         return here
     _here, _watch = here, Watch(here, interrupt)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no traces of lost connections
@@ -289,23 +289,43 @@ def meet(command: Sequence[str] = (), interrupt: Callable[[], None] | None = Non
         raise Error(reason) from error
     _store = store
     _watch.begin()
+    if interrupt is None:  # in a program of its own
+        atexit.register(_at_exit)
+    machines = _every("machine", _machine())
+    near = (rank for rank, other in enumerate(machines) if other == machines[here.rank])
+    _here = _watch.here = replace(here, near=tuple(near))
     if first != same:
         raise InputError(
             "this process runs another command, or version, than rank 0; start all with the same"
         )
-    return here
+    return _here
+
+
+def _every(name: str, value: Any) -> list[Any]:
+    """A value of each process that has met, which JSON can hold, in their order."""
+    keys = [f"{name}/{rank}" for rank in range(_here.count)]
+    _store.set(keys[_here.rank], json.dumps(value))
+    _await(lambda: _store.check(keys), f"{_here.count} processes")
+    return [json.loads(each) for each in _store.multi_get(keys)]
+
+
+def _machine() -> str:
+    """Name of this machine, which others have, too, and of its start."""
+    with suppress(OSError):  # macOS has no such file
+        return socket.gethostname() + Path("/proc/sys/kernel/random/boot_id").read_text()
+    return socket.gethostname()
 
 
 def _await(ready: Callable[[], bool], what: str) -> None:
     """Wait in Python, which signals interrupt, and log that if it takes long.
 
     Raises:
-        RuntimeError: it takes too long.
+        RuntimeError: it takes too long to meet.
     """
     since, logged = time.monotonic(), False
     while not ready():
         waited = time.monotonic() - since
-        if waited > RENDEZVOUS_S:
+        if waited > RENDEZVOUS_S and _store is None:
             raise RuntimeError(f"waited for {RENDEZVOUS_S:.0f} s")
         if waited > PATIENCE_S and not logged:
             logger.info("waiting for all %s", what)
@@ -326,42 +346,62 @@ def _require(backend: str) -> None:
         raise InputError(f"this torch has no {backend}, through which processes talk; install it")
 
 
-def own_device(name: str | None, here: Place | None = None) -> str | None:
+def own_device(name: str | None, count: int = 0) -> str | None:
     """Device of one of several processes, each of which has a GPU, or none has.
 
     Args:
         name: as it was chosen for all; None is the GPU, if there is one.
-        here: the process; by default this one.
+        count: processes that are to start on this machine; 0 asks for those of the job.
 
     Raises:
         InputError: there are more processes than GPUs, or the device is a single one.
     """
-    here = here or (Place() if _alone else place())
-    if here.count == 1:
+    total = count or (1 if _alone else meet().count)
+    if total == 1:
         return name
     if name not in (None, "cuda", "cpu"):
         raise InputError(
-            f"{option('device', name)}: {here.count} processes cannot share it; give cuda, for a "
+            f"{option('device', name)}: {total} processes cannot share it; give cuda, for a "
             "GPU each, or cpu"
         )
-    if name == "cpu":
-        return name
-    import torch
+    gpus: list[Any] = []
+    if name != "cpu":
+        import torch
 
-    gpus = torch.cuda.device_count()
-    if not (name or gpus):
+        gpus += range(torch.cuda.device_count())
+        if not count:
+            gpus = [str(torch.cuda.get_device_properties(index).uuid) for index in gpus]
+    visible = [gpus] * count or _every("gpus", gpus)
+    if name == "cpu" or not (name or any(visible)):
         return "cpu"
-    if gpus < here.local_count:
-        raise InputError(
-            f"{here.local_count} processes on this machine need a GPU each, and it has {gpus}; "
-            "start fewer, or give --device cpu"
-        )
-    return f"cuda:{here.local_rank}"
+    return f"cuda:{gpus.index(deal_gpus(visible)[_here.rank])}"
+
+
+def deal_gpus(visible: Sequence[Sequence[Any]]) -> list[Any]:
+    """GPU of each process: the first that it sees and no process before it has.
+
+    Args:
+        visible: GPUs that each process sees, by names that no two in the world share.
+
+    Raises:
+        InputError: there is none for some.
+    """
+    dealt: list[Any] = []
+    for gpus in visible:
+        free = [gpu for gpu in gpus if gpu not in dealt]
+        if not free:
+            sharing = sum(gpus == other or not {*gpus}.isdisjoint(other) for other in visible)
+            raise InputError(
+                f"{sharing} processes on this machine need a GPU each, and it has {len(gpus)}; "
+                "start fewer, or give --device cpu"
+            )
+        dealt.append(free[0])
+    return dealt
 
 
 def neighbours() -> int:
     """Processes of the job that compute on this machine, this one included."""
-    return 1 if _world is None else _here.local_count
+    return 1 if _world is None else len(_here.near)
 
 
 def store() -> Any:
@@ -389,9 +429,7 @@ def join(device: torch.device) -> Axis:
         return _world
     if place().count == 1 or _alone:
         return Axis(device=device)
-    if _store is None:  # in a program of its own
-        meet()
-        atexit.register(_at_exit)
+    meet()
     name, backend = _CPU, "cpu:gloo"
     if device.type == "cuda":
         _require("nccl")
