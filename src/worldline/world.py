@@ -49,7 +49,7 @@ from worldline.opening import (
     open_world,
     plan,
 )
-from worldline.parallel.job import share
+from worldline.parallel.job import share, stop
 from worldline.parallel.mesh import Axis
 from worldline.report import Recorder, environment, log_result
 from worldline.request import Request
@@ -267,7 +267,7 @@ class World:
             GuardrailRefusal: the prompt or the video was refused.
         """
         job = self.prepare(input, options, input_type=input_type)
-        return (step for _, step in self.run_batch([job]))
+        return (step for _, step in self._follow([job]))
 
     def stream_batch(
         self,
@@ -307,7 +307,20 @@ class World:
             raise InputError("images and videos cannot be continued in one batch")
         size = min(len(jobs), self.parts.compute.batch_size)
         self.processes.together(partial(check_frames, self.opened, jobs[0].request, size))
-        return self.run_batch(jobs)
+        return self._follow(jobs)
+
+    def _follow(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Step]]:
+        """Steps of several videos, of which each process reads the same, or the job ends."""
+        missing, last = len(jobs), ""
+        try:
+            for index, step in self.run_batch(jobs):
+                missing -= step.video is not None
+                last = f"{step.kind} {step.done} of {step.total}"
+                yield index, step
+        except GeneratorExit as early:
+            if missing:
+                stop(self.parts.compute.mesh, last, early.__context__)
+            raise
 
     def prepare(
         self,
@@ -412,10 +425,13 @@ class World:
                     recorder = jobs[index].recorder.followed_by(shared)
                     peaks = self.processes.every(recorder.as_dict()["peak_gb"])
                     jobs[index].recorder.facts["peaks"] = peaks
+                    videos: list[Step] = []
                     made = jobs[index], allowed[index], step, checks[index], shared
                     try:
-                        finish = self.processes.steps_once(self._finish(*made))
+                        finish = self.processes.steps_once(self._finish(videos, *made))
                         yield from numbered(index, finish)
+                        # now that no other waits: whoever has the video may read no further
+                        yield from ((index, step) for step in videos)
                     except (GuardrailRefusal, NonFiniteError) as error:
                         failures[index] = self._failed(jobs[index], error, shared)
             except NonFiniteError as error:
@@ -437,11 +453,18 @@ class World:
         yield from numbered(0, family.generate(self.parts, job.clip, job.request, shared))
 
     def _finish(
-        self, job: Job, made: Job, step: Step, checks: Checks, shared: Recorder
+        self,
+        videos: list[Step],
+        job: Job,
+        made: Job,
+        step: Step,
+        checks: Checks,
+        shared: Recorder,
     ) -> Generator[Step, None, None]:
         """Steps from the frames of a video to the video.
 
         Args:
+            videos: gets the last one.
             job: as it was asked for.
             made: the same with the prompt that was used.
             step: with all frames.
@@ -459,7 +482,7 @@ class World:
             "frames_sha256": hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest(),
         }
         video = Video(frames, job.request.fps, report, prompt)
-        yield Step("done", step.done, step.total, frames, video=video)
+        videos.append(Step("done", step.done, step.total, frames, video=video))
 
     def _failed(self, job: Job, error: Error, shared: Recorder) -> Error:
         """The error, perhaps with a report, and without its trace, which would hold the tensors."""

@@ -391,6 +391,37 @@ def test_a_program_below_torchrun(tiny_predict2_5: Path, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.glob("*.mp4")] == ["0.mp4"]
 
 
+STOPPED = """
+import sys, worldline
+from worldline.parallel import job
+
+job.GRACE_S = 1.0
+world = worldline.load("2B/post-trained", checkpoint_dir=sys.argv[1], disable_guardrail=True)
+
+def read(last):
+    for step in world.stream(prompt="a cube", num_video_frames=9, height=32, width=48, num_steps=3):
+        if last(step):
+            return step
+
+read(lambda step: (step.kind, step.done) == ("denoise", 2))
+if whole := read(lambda step: step.video):
+    whole.video.save("whole.mp4")
+read(lambda step: world.processes.first and step.kind == "denoise")
+world.generate(prompt="a cube", num_steps=1)
+"""
+
+
+@slow
+def test_a_stream_that_one_process_stops(tiny_predict2_5: Path, tmp_path: Path) -> None:
+    """All may stop at the same step, and whoever has the video at it."""
+    (tmp_path / "program.py").write_text(STOPPED)
+    run = start(tmp_path, ["program.py", tiny_predict2_5], TORCHRUN)
+    assert run.end(60) == 1
+    assert len(run.messages) == 1
+    check_mentions(run.messages[0], "rank 0 denoise 0")
+    assert [path.name for path in tmp_path.glob("*.mp4")] == ["whole.mp4"]
+
+
 @slow
 def test_torchrun_is_killed_or_contradicted(samples: list[object], tmp_path: Path) -> None:
     program = [*TORCHRUN, *WORLDLINE]

@@ -228,7 +228,7 @@ _store: Any = None
 _watch: Watch | None = None
 _world: Axis | None = None
 _alone = False
-_failures = 0
+_events = 0  # about which the processes of a video have asked each other
 _meetings = itertools.count()  # of this process, as of each
 
 
@@ -473,19 +473,37 @@ def share(mesh: Mesh, error: Exception) -> None:
     Raises:
         Lone: this one failed alone, or elsewhere; so the job ends.
     """
-    global _failures
-    if (count := mesh.video.count) == 1:
+    if mesh.video.count == 1:
         return
-    if not isinstance(error, Error) or is_out_of_memory(error.__cause__ or error):
+    # of memory: perhaps amid collectives, of which others have begun more
+    known = isinstance(error, Error) and not is_out_of_memory(error.__cause__ or error)
+    if not (known and _agree(mesh, one_line(error))):
         raise Lone(error) from error
-    _failures += 1
-    alike = hashlib.sha256(one_line(error).encode()).hexdigest()
-    key, until = f"failures/{mesh.dp.rank}/{_failures}/{alike}", time.monotonic() + 2 * GRACE_S
+
+
+def stop(mesh: Mesh, step: str, reason: BaseException | None) -> None:
+    """Return if all processes of a video read its steps to the same one, else end the job."""
+    if mesh.video.count == 1 or _watch is None or _agree(mesh, step):
+        return
+    why = f" ({one_line(reason)})" if reason else ""
+    where = f"{label()}it stopped reading a video at {step}{why}"
+    _watch.post(1, f"{where}; read the same steps in each process")
+    while True:  # the watch ends this process
+        time.sleep(BEAT_S)
+
+
+def _agree(mesh: Mesh, words: str) -> bool:
+    """Whether all processes of a video come here with the same words."""
+    global _events
+    _events += 1
+    key = hashlib.sha256(words.encode()).hexdigest()
+    key, until = f"events/{mesh.dp.rank}/{_events}/{key}", time.monotonic() + 2 * GRACE_S
     _store.add(key, 1)
-    while _store.add(key, 0) < count:
+    while _store.add(key, 0) < mesh.video.count:
         if time.monotonic() > until:
-            raise Lone(error) from error
+            return False
         time.sleep(BEAT_S / 10)
+    return True
 
 
 def settle(error: BaseException, status: int, message: str) -> tuple[int, str]:
@@ -555,7 +573,9 @@ def _at_exit() -> None:
     """End of a program of its own, which may have failed."""
     error = getattr(sys, "last_value", None)
     if _watch is not None and error is not None:  # its trace is printed
-        settle(error, 1, one_line(error))
+        message = settle(error, 1, one_line(error))[1]
+        if message not in ("", one_line(error)):  # why others failed before
+            print(f"worldline: {message}", file=sys.stderr, flush=True)
         end(1)
     leave(together=False)  # others may have more to do
 
