@@ -20,7 +20,7 @@ Together = Callable[..., list[Any]]
 
 def _work(rank: int, count: int, port: int, pipe: Connection, device: str) -> None:
     torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    names = {"RANK": rank, "WORLD_SIZE": count}
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from worldline.parallel import job

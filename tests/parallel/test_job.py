@@ -19,9 +19,11 @@ import torch
 import worldline
 from tests.cli.results import check_mentions
 from tests.conftest import frames_of
+from tests.ranks import Together
 from worldline.errors import Error, InputError
 from worldline.parallel import job
 from worldline.parallel.job import Place
+from worldline.parallel.mesh import Axis
 
 from .jobs import TORCHRUN, WORLDLINE, start
 
@@ -86,7 +88,7 @@ def seeing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
             exchanged = [[*each] if name != "cpu" else [] for each in visible]
             monkeypatch.setattr(
-                job, "_every", lambda _, own: exchanged if own == exchanged[rank] else None
+                job, "_every", lambda _, __, own: exchanged if own == exchanged[rank] else None
             )
             return job.own_device(name)
 
@@ -122,7 +124,7 @@ def test_each_process_has_its_own_gpu(
         (["a", "b", "a"], None, "2 1"),
         (["ab", "b", "ab"], "cuda", "3 2"),
         ([""] * 5, "cuda", "5 0"),
-        (["a", ""], None, "1 0"),
+        (["a", "", ""], None, "2 of 3"),
     ],
 )
 def test_processes_that_would_share_a_gpu(
@@ -154,8 +156,6 @@ def test_gpus_that_differ(caplog: pytest.LogCaptureFixture) -> None:
         assert not caplog.messages
         job.compare_devices(["A", "B", "A"])
     check_mentions(caplog.messages[0], "2 x A 1 x B")
-    with pytest.raises(InputError, match=r"1 x A, 2 x a CPU; .*--device cpu"):
-        job.compare_devices(["A", "a CPU", "a CPU"])
 
 
 @pytest.fixture
@@ -208,6 +208,15 @@ def test_several_processes_need_torchrun() -> None:
 # --- two processes
 
 slow = pytest.mark.slow
+
+
+def neighbours(world: Axis) -> tuple[tuple[int, ...], int]:
+    return job._here.near, job.neighbours()
+
+
+@slow
+def test_processes_find_their_machine(two: Together) -> None:
+    assert two(neighbours) == [((0, 1), 2)] * 2
 
 
 @pytest.fixture(scope="module")

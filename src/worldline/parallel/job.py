@@ -46,7 +46,7 @@ EVIDENCE = 4  # beats in which the failure of another process becomes known
 LOST = 76  # exit status of a launched process that lost the others: the launcher knows why
 _LAUNCHED = "WORLDLINE_LAUNCHED"  # in the environment: process id of `launch`
 _ELASTIC = "TORCHELASTIC_"  # begins the names in the environment that only torchrun sets
-_LEFT, _CPU = b"left", "a CPU"
+_LEFT = b"left"
 _INTERRUPTED = (129, 130, 143)
 _AGAIN = "--resume makes what is missing"
 
@@ -153,9 +153,10 @@ class Watch:
         self.talker = Thread(target=self._talk, name="heartbeat", daemon=True)
         Thread(target=self._judge, name="watch", daemon=True).start()
 
-    def begin(self) -> None:
+    def begin(self, here: Place) -> None:
         """Watch the others, all of which have met."""
-        others = range(1, self.here.count) if self.here.speaks else (0,)
+        self.here = here
+        others = range(1, here.count) if here.speaks else (0,)
         self.silence = {f"alive/{rank}": 0 for rank in others}
         self.talker.start()
 
@@ -187,6 +188,10 @@ class Watch:
         """Whether all that this process watches have parted."""
         return {*self.store.multi_get([*self.silence])} == {_LEFT}
 
+    def orphaned(self) -> bool:
+        """Whether torchrun, or `launch`, which started this process has ended."""
+        return self.parent not in (0, os.getppid())
+
     def _talk(self) -> None:
         beats, heard = 0, dict.fromkeys(self.silence, b"")
         try:
@@ -196,7 +201,7 @@ class Watch:
                 for key, beat in zip([*heard], self.store.multi_get([*heard]), strict=True):
                     if beat == _LEFT or beat != heard[key]:
                         heard[key], self.silence[key] = beat, 0
-            if self.failure and self.here.speaks:
+            if self.failure and (self.here.speaks or self.orphaned()):
                 self.post(1, self.failure[1])  # perhaps it is the judge's
         except Exception:  # of the connection
             holder = "the torchrun of rank 0" if _of_agent() else "rank 0"
@@ -209,8 +214,9 @@ class Watch:
                 if self.silence[key] > SILENCE and not self.failure:
                     rank = key.removeprefix("alive/")
                     self.failure = LOST, f"rank {rank} has not answered for {SILENCE} s; {_AGAIN}"
-            if self.parent and os.getppid() != self.parent:
-                self.failure = LOST, f"the process that started the ranks has ended; {_AGAIN}"
+            if self.orphaned() and not self.failure:
+                starter = f"the process that started rank {self.here.rank}"
+                self.failure = LOST, f"{starter} has ended; {_AGAIN}"
             if self.failure:
                 status, message = self.report()
                 if self.interrupt:
@@ -263,50 +269,43 @@ def meet(command: Sequence[str] = (), interrupt: Callable[[], None] | None = Non
     dist: Any = distributed  # which does not declare its stores
     _require("gloo")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    names = (f"{_ELASTIC}RUN_ID", f"{_ELASTIC}RESTART_COUNT", _LAUNCHED)  # the same in all
+    names = (f"{_ELASTIC}RUN_ID", f"{_ELASTIC}RESTART_COUNT", _LAUNCHED, "WORLD_SIZE")  # of all
     job = "/".join(["worldline", *(os.environ.get(n, "") for n in names), str(next(_meetings))])
 
     def connect(master: bool) -> Any:
         wait = timedelta(seconds=RENDEZVOUS_S)
         return dist.PrefixStore(job, dist.TCPStore(host, port, None, master, wait, False))
 
-    same = hashlib.sha256(json.dumps([version("worldline"), *command]).encode()).digest()
-    what = f"{here.count} processes at {host}:{port}"
+    same = hashlib.sha256(json.dumps([version("worldline"), *command]).encode()).hexdigest()
     try:
         master = here.speaks and not _of_agent()
         if not master:
-            _await(lambda: _answers(host, port), what)
+            _await(lambda: _answers(host, port))
         store = connect(master)
         store.set(f"alive/{here.rank}", "0")
         _watch.store = connect(False)  # a thread of its own needs a connection of its own
-        if here.speaks:
-            _await(lambda: store.check([f"alive/{rank}" for rank in range(here.count)]), what)
-            store.set("command", same)
-        _await(lambda: store.check(["command"]), what)
-        first = store.get("command")
+        commands, machines = zip(*_every(store, "start", [same, _machine()]), strict=True)
     except (dist.DistError, RuntimeError) as error:
         reason = f"the {here.count} processes do not meet at {host}:{port}: {one_line(error)}"
         raise Error(reason) from error
-    _store = store
-    _watch.begin()
+    near = (rank for rank, machine in enumerate(machines) if machine == machines[here.rank])
+    _store, _here = store, replace(here, near=tuple(near))
+    _watch.begin(_here)
     if interrupt is None:  # in a program of its own
         atexit.register(_at_exit)
-    machines = _every("machine", _machine())
-    near = (rank for rank, other in enumerate(machines) if other == machines[here.rank])
-    _here = _watch.here = replace(here, near=tuple(near))
-    if first != same:
+    if commands[0] != same:
         raise InputError(
             "this process runs another command, or version, than rank 0; start all with the same"
         )
     return _here
 
 
-def _every(name: str, value: Any) -> list[Any]:
-    """A value of each process that has met, which JSON can hold, in their order."""
+def _every(store: Any, name: str, value: Any) -> list[Any]:
+    """A value of each process, which JSON can hold, in their order; no collective is needed."""
     keys = [f"{name}/{rank}" for rank in range(_here.count)]
-    _store.set(keys[_here.rank], json.dumps(value))
-    _await(lambda: _store.check(keys), f"{_here.count} processes")
-    return [json.loads(each) for each in _store.multi_get(keys)]
+    store.set(keys[_here.rank], json.dumps(value))
+    _await(lambda: store.check(keys))
+    return [json.loads(each) for each in store.multi_get(keys)]
 
 
 def _machine() -> str:
@@ -316,7 +315,7 @@ def _machine() -> str:
     return socket.gethostname()
 
 
-def _await(ready: Callable[[], bool], what: str) -> None:
+def _await(ready: Callable[[], bool]) -> None:
     """Wait in Python, which signals interrupt, and log that if it takes long.
 
     Raises:
@@ -328,7 +327,8 @@ def _await(ready: Callable[[], bool], what: str) -> None:
         if waited > RENDEZVOUS_S and _store is None:
             raise RuntimeError(f"waited for {RENDEZVOUS_S:.0f} s")
         if waited > PATIENCE_S and not logged:
-            logger.info("waiting for all %s", what)
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            logger.info("waiting for all %d processes at %s", _here.count, where)
             logged = True
         time.sleep(BEAT_S / 20)
 
@@ -371,7 +371,7 @@ def own_device(name: str | None, count: int = 0) -> str | None:
         gpus += range(torch.cuda.device_count())
         if not count:
             gpus = [str(torch.cuda.get_device_properties(index).uuid) for index in gpus]
-    visible = [gpus] * count or _every("gpus", gpus)
+    visible = [gpus] * count or _every(_store, "gpus", gpus)
     if name == "cpu" or not (name or any(visible)):
         return "cpu"
     return f"cuda:{gpus.index(deal_gpus(visible)[_here.rank])}"
@@ -387,6 +387,11 @@ def deal_gpus(visible: Sequence[Sequence[Any]]) -> list[Any]:
         InputError: there is none for some.
     """
     dealt: list[Any] = []
+    if any(visible) and not all(visible):
+        without = sum(not gpus for gpus in visible)
+        raise InputError(
+            f"{without} of {len(visible)} processes see no GPU; give one to each, or --device cpu"
+        )
     for gpus in visible:
         free = [gpu for gpu in gpus if gpu not in dealt]
         if not free:
@@ -416,7 +421,7 @@ def join(device: torch.device) -> Axis:
         device: of this process.
 
     Raises:
-        InputError: there is no way for them to talk, or some have no GPU.
+        InputError: there is no way for them to talk.
         Error: they do not meet.
     """
     global _world
@@ -430,7 +435,7 @@ def join(device: torch.device) -> Axis:
     if place().count == 1 or _alone:
         return Axis(device=device)
     meet()
-    name, backend = _CPU, "cpu:gloo"
+    name, backend = "CPU", "cpu:gloo"
     if device.type == "cuda":
         _require("nccl")
         torch.cuda.set_device(device)
@@ -448,15 +453,9 @@ def join(device: torch.device) -> Axis:
 
 
 def compare_devices(names: Sequence[str]) -> None:
-    """Log GPUs that differ; refuse a CPU among them.
-
-    Raises:
-        InputError: some processes have no GPU.
-    """
-    found = ", ".join(f"{number} x {name}" for name, number in Counter(names).items())
-    if 0 < names.count(_CPU) < len(names):
-        raise InputError(f"the processes have {found}; give --device cpu, or a GPU to each")
+    """Log GPUs that differ."""
     if len({*names}) > 1:
+        found = ", ".join(f"{number} x {name}" for name, number in Counter(names).items())
         logger.info("the GPUs differ, and the slowest sets the pace: %s", found)
 
 
@@ -593,7 +592,6 @@ def launch(words: Sequence[str], count: int) -> int:
         port = free.getsockname()[1]
     shared = {
         "WORLD_SIZE": count,
-        "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         _LAUNCHED: os.getpid(),
@@ -606,7 +604,7 @@ def launch(words: Sequence[str], count: int) -> int:
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(count):
-            own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+            own = {**shared, "RANK": rank}
             environment = inherited | {name: str(value) for name, value in own.items()}
             command = [sys.executable, *safe, "-m", "worldline", *words]
             # of a session of its own: Ctrl-C comes here alone, and is passed on once
