@@ -425,13 +425,13 @@ class World:
                     recorder = jobs[index].recorder.followed_by(shared)
                     peaks = self.processes.every(recorder.as_dict()["peak_gb"])
                     jobs[index].recorder.facts["peaks"] = peaks
-                    videos: list[Step] = []
-                    made = jobs[index], allowed[index], step, checks[index], shared
+                    videos = list[Step]()
+                    made = videos, jobs[index], allowed[index], step, checks[index], shared
                     try:
-                        finish = self.processes.steps_once(self._finish(videos, *made))
+                        finish = self.processes.steps_once(self._finish(*made))
                         yield from numbered(index, finish)
-                        # now that no other waits: whoever has the video may read no further
-                        yield from ((index, step) for step in videos)
+                        for video in videos:  # no other waits: its reader may stop here
+                            yield index, video
                     except (GuardrailRefusal, NonFiniteError) as error:
                         failures[index] = self._failed(jobs[index], error, shared)
             except NonFiniteError as error:
@@ -453,13 +453,7 @@ class World:
         yield from numbered(0, family.generate(self.parts, job.clip, job.request, shared))
 
     def _finish(
-        self,
-        videos: list[Step],
-        job: Job,
-        made: Job,
-        step: Step,
-        checks: Checks,
-        shared: Recorder,
+        self, videos: list[Step], job: Job, made: Job, step: Step, checks: Checks, shared: Recorder
     ) -> Generator[Step, None, None]:
         """Steps from the frames of a video to the video.
 

@@ -149,18 +149,18 @@ def _common(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 class Interrupt(KeyboardInterrupt):
-    """Interrupt by a signal; a class of our own can be referred to weakly.
+    """Interrupt by a signal; weak references need a class of our own.
 
-    Nor does Python end itself by SIGINT at its exit, as where a plain one has left an `exec`.
+    After a plain KeyboardInterrupt that left an `exec`, Python ends itself by SIGINT at its exit.
     """
 
 
 class Interrupts:
     """SIGINT, SIGTERM and SIGHUP as `Interrupt`; a second one ends the process at once.
 
-    Python drops what a finalizer raises, and so does a library's bare `except`: the exception is
-    raised again, each second, unless it exists. A signal that is ignored at the start, as below
-    nohup, stays ignored.
+    Python drops what a finalizer raises, and so do libraries by a bare `except`: each second it is
+    raised again, unless it is on its way. A signal that is ignored at the start, as below nohup,
+    stays ignored.
 
     Attributes:
         signal: number of the first that came; 0 before.
@@ -171,37 +171,26 @@ class Interrupts:
         self.signal = 0
         self.raised: Callable[[], Interrupt | None] = lambda: None
         self.earlier: dict[int, Any] = {}
-        self.earlier_hook = sys.unraisablehook
+        self.hook = hook = sys.unraisablehook
+        sys.unraisablehook = lambda ignored: ignored.exc_type is Interrupt or hook(ignored)
         if threading.current_thread() is threading.main_thread():
             self.earlier = {number: signal.getsignal(number) for number in INTERRUPTS}
-            sys.unraisablehook = self._drop
         for number, handler in self.earlier.items():
             if handler not in (signal.SIG_IGN, None):
                 signal.signal(number, self._interrupt)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-        signal.signal(signal.SIGALRM, self._again)
-        signal.setitimer(signal.ITIMER_REAL, 1, 1)
-        raise self._made()
-
-    def _again(self, number: int, frame: FrameType | None) -> None:
-        if self.raised():
-            gc.collect()  # its trace may refer to it
+        if number != signal.SIGALRM:
+            if self.signal:
+                os._exit(128 + number)
+            self.signal = number
+            signal.signal(signal.SIGALRM, self._interrupt)
+            signal.setitimer(signal.ITIMER_REAL, 1, 1)
+        gc.collect()  # a dropped one and its trace refer to each other
         if not self.raised():
-            raise self._made()
-
-    def _made(self) -> Interrupt:
-        error = Interrupt()
-        self.raised = weakref.ref(error)
-        return error
-
-    def _drop(self, ignored: Any) -> None:
-        """Print an exception that a finalizer raised, unless it is raised again."""
-        if ignored.exc_type is not Interrupt:
-            self.earlier_hook(ignored)
+            error = Interrupt()
+            self.raised = weakref.ref(error)
+            raise error
 
     def interrupt(self) -> None:
         """Interrupt the main thread, unless it was; from another."""
@@ -220,7 +209,7 @@ class Interrupts:
         for number, handler in self.earlier.items():
             if not self.signal and handler is not None:
                 signal.signal(number, handler)
-        sys.unraisablehook = self.earlier_hook
+        sys.unraisablehook = self.hook
 
 
 def explain(error: BaseException) -> tuple[int, str]:
