@@ -387,17 +387,12 @@ def deal_gpus(visible: Sequence[Sequence[Any]]) -> list[Any]:
         InputError: there is none for some.
     """
     dealt: list[Any] = []
-    if any(visible) and not all(visible):
-        without = sum(not gpus for gpus in visible)
-        raise InputError(
-            f"{without} of {len(visible)} processes see no GPU; give one to each, or --device cpu"
-        )
     for gpus in visible:
         free = [gpu for gpu in gpus if gpu not in dealt]
         if not free:
             sharing = sum(gpus == other or not {*gpus}.isdisjoint(other) for other in visible)
             raise InputError(
-                f"{sharing} processes on this machine need a GPU each, and it has {len(gpus)}; "
+                f"{sharing} of {len(visible)} processes need a GPU each, and see {len(gpus)}; "
                 "start fewer, or give --device cpu"
             )
         dealt.append(free[0])
