@@ -404,7 +404,7 @@ STOPPED = """
 import sys, worldline
 from worldline.parallel import job
 
-job.GRACE_S = 1.0
+job.GRACE_S = 2.0
 world = worldline.load("2B/post-trained", checkpoint_dir=sys.argv[1], disable_guardrail=True)
 
 def read(last):

@@ -223,6 +223,8 @@ class Watch:
                     self.interrupt()
                     if self.stopped.wait(GRACE_S):
                         return
+                if not message and not self.interrupt:  # torchrun would end the one that prints
+                    time.sleep(EVIDENCE * BEAT_S)
                 if message:
                     print(f"worldline: {message}", file=sys.__stderr__, flush=True)
                     report_event("error", message)
