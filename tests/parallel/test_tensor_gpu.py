@@ -133,6 +133,7 @@ def shared_steps(axis: Axis, folder: Path, clips: int, symmetric: bool) -> tuple
     """Logits of the captured step; drawn tokens beyond the window; whether memory is shared."""
     with pytest.MonkeyPatch.context() as patch:
         if not symmetric:
+            patch.setattr(tensor, "kept", {})
             patch.setattr(tensor, "_symmetric", lambda *_: None)
         return _shared_steps(axis, folder, clips)
 
