@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,11 @@ from typing import Any
 import pytest
 
 import worldline.cli.fleet
-from worldline.cli.fleet import Fleet, FleetFlags, command_of_one
+from worldline.cli.fleet import Fleet, FleetFlags, spawn
+from worldline.cli.run import answer_tasks
 from worldline.errors import Error, GuardrailRefusal, InputError
 from worldline.fleet.queue import Lost, Queue, Work
+from worldline.parallel.mesh import ALONE
 
 from .conftest import WITHOUT_PARTS, Run
 from .results import check_mentions, files_in, write_lines
@@ -285,10 +288,63 @@ def test_an_interrupt_leaves_a_record(driver: type[InProcess], tmp_path: Path) -
     assert not [*tmp_path.glob(".begun*")]
 
 
-def test_several_gpus_run_the_command_itself() -> None:
-    words = ("diffusion", "text2world", "--batch_input_path", "b.jsonl", "--shard", "1/2")
-    command, variables = command_of_one(words, 4, 7, 9)
-    assert command[:3] == [sys.executable, "-m", "worldline"]
-    assert (*command[3:9],) == words
-    assert command[9:] == ["--num_gpus", "4", "--shard", "auto", "--shard_count", "9"]
-    assert variables == {"JOB_COMPLETION_INDEX": "7"}
+COMMAND = """#!{python}
+import json, os, sys
+answers = {{0: (0, "it is made", ""), 1: (3, "it is refused", "video"), 2: (2, "it is cut", "")}}
+print("worldline:", *sys.argv, os.environ["WORLDLINE_ASKED"], file=sys.stderr)
+if "wrong" in sys.argv:
+    sys.exit(2)
+print("NCCL version 2")
+print('worldline answers [0, "", ""]', flush=True)
+for place in map(int, sys.stdin):
+    if place not in answers:
+        print("worldline: rank 1 has ended", file=sys.stderr)
+        sys.exit(2)
+    print("worldline answers", json.dumps(answers[place]), flush=True)
+"""
+
+
+def test_several_gpus_run_the_command_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked for one line after another: its model is loaded once."""
+    script = tmp_path / "python"
+    script.write_text(COMMAND.format(python=sys.executable))
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    tasks = [Toy(tmp_path / f"{number}.mp4") for number in range(4)]
+    places = {task.output: number for number, task in enumerate(tasks)}
+    with pytest.raises(InputError, match=r"wrong --shard 1/2 --num_gpus 4"):
+        spawn(("wrong", "--shard", "1/2"), 4, places, tasks)
+    make, size = spawn(("diffusion", "text2world"), 2, places, tasks)
+    assert size == 1
+    with pytest.raises(GuardrailRefusal, match="it is refused") as refused:
+        make(tasks[1], "", ())
+    assert refused.value.stage == "video"
+    with pytest.raises(InputError, match="it is cut"):
+        make(tasks[2], "", ())
+    assert make(tasks[0], "", ()) == "it is made"
+    with pytest.raises(Error, match=r"^rank 1 has ended$") as ended:
+        make(tasks[3], "", ())
+    assert ended.value.exit_code == 1  # of the process, not of the line: it is tried again
+
+
+def test_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toys = Toys(
+        tmp_path, 3, {"0": [RuntimeError("of the device")], "1": [GuardrailRefusal("no", "prompt")]}
+    )
+    reading, writing = os.pipe()
+    os.write(writing, b"1\n0\n\n2\n0\n")
+    os.close(writing)
+    with os.fdopen(reading) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        answer_tasks(toys.tasks, toys.load, mesh=ALONE)
+    rows = [row.removeprefix("worldline answers ") for row in capsys.readouterr().out.splitlines()]
+    assert [json.loads(row) for row in rows] == [
+        [0, "", ""],
+        [3, "no", "prompt"],
+        [1, "RuntimeError: of the device", ""],
+        *([0, f"{tmp_path / name}: it is made", ""] for name in ("2.mp4", "0.mp4")),
+    ]

@@ -241,7 +241,12 @@ def test_an_interrupted_driver_resumes(commands: Commands) -> None:
 
 
 def test_an_actor_of_several_gpus_runs_the_command(commands: Commands) -> None:
-    words = (*commands.batch(3), "made", "--device", "cpu", "--shard", "1/2")
-    out, _ = commands.end(commands.fleet(*words, gpus=2), 0)
+    words = (*commands.batch(8, poison=[5]), "made", "--device", "cpu", "--shard", "1/2")
+    out, _ = commands.end(commands.fleet(*words, "--attempts", "1", gpus=2), 1)
     assert out.splitlines()[0].startswith("made/1.mp4: 9 frames")
-    commands.check_whole("made", [1])
+    commands.check_whole("made", [1, 3, 7])
+    reports = [json.loads((commands.folder / f"made/{n}.json").read_text()) for n in (1, 3, 7)]
+    [failure] = commands.failures("made")
+    assert failure["message"].endswith("status 7")
+    assert reports[0]["load"] == reports[1]["load"]  # by one process after another, once
+    assert reports[0]["load"] != reports[2]["load"]

@@ -26,13 +26,14 @@ from pydantic import Field
 from worldline.cli.messages import results
 from worldline.cli.options import parameters, parsed
 from worldline.cli.run import (
+    ANSWER,
+    ASKED,
     Load,
     Make,
     Run,
+    attempt,
     companions,
     existing,
-    free_memory,
-    is_disk_full,
     is_finished,
     log_replaced,
     refuse_taken,
@@ -388,13 +389,9 @@ def open_tasks(
 def make_one(make: Make, task: Any, group: Sequence[Any], shared: bool) -> Outcome:
     """What became of one task."""
     replaced = existing(companions(task.output))
-    try:
-        line = make(task, str(task), group)
-    except Exception as error:
-        if is_disk_full(error):
-            raise
-        free_memory()
-        return error if isinstance(error, Error) else Error(one_line(error))
+    line = attempt(make, task, str(task), group)
+    if isinstance(line, Error):
+        return line
     log_replaced(replaced)
     files: dict[Path, bytes] = {}
     if not shared:  # the report first, as `Video.save` has it
@@ -406,7 +403,7 @@ def make_one(make: Make, task: Any, group: Sequence[Any], shared: bool) -> Outco
 
 
 def spawn(words: Sequence[str], gpus: int, places: Mapping[Path, int], tasks: Sequence[Any]) -> Run:
-    """Runner of tasks for several GPUs: the command itself, for one line of the batch.
+    """Runner of tasks for several GPUs: the command itself, which is asked for them one by one.
 
     Args:
         words: the command line.
@@ -414,37 +411,49 @@ def spawn(words: Sequence[str], gpus: int, places: Mapping[Path, int], tasks: Se
         places: outputs of the whole batch -> lines.
         tasks: those that are made.
     """
+    command = [sys.executable, "-m", "worldline", *words, "--num_gpus", str(gpus)]
+    process = subprocess.Popen(
+        [*command, "--data_parallel", "1"],
+        env={**os.environ, ASKED: "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=end_with_parent,
+    )
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin is not None
+    assert stdout is not None
+
+    def receive(*, loading: bool = False) -> str:
+        """The next answer; an `Error` of the last line where the command has ended instead."""
+        line = ""
+        for row in stdout:
+            _, _, answer = row.partition(ANSWER)
+            if answer:
+                status, line, stage = json.loads(answer)
+                if status == GuardrailRefusal.exit_code:
+                    raise GuardrailRefusal(line, stage)
+                if status:
+                    raise (InputError if status == InputError.exit_code else Error)(line)
+                return str(line)
+            line = row.strip().removeprefix("worldline: ") or line
+            sys.stderr.write(row)  # to the log of the actor
+        with process:
+            status = process.wait()
+        line = line or f"the processes ended with status {status}"
+        # else the actor begins afresh, and loads again
+        raise (InputError if loading and status == InputError.exit_code else Error)(line)
+
+    receive(loading=True)
 
     def run(task: Any, label: str, group: Sequence[Any]) -> str:
-        words_of_one, variables = command_of_one(words, gpus, places[task.output], len(places))
-        done = subprocess.run(
-            words_of_one,
-            env={**os.environ, **variables},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            preexec_fn=end_with_parent,
-        )
-        if done.returncode == 0:
-            return done.stdout.strip().rpartition("\n")[2]
-        message = done.stderr.strip().rpartition("\n")[2].removeprefix("worldline: ")
-        if done.returncode == GuardrailRefusal.exit_code:
-            raise GuardrailRefusal(message, "prompt or video")
-        raise (InputError if done.returncode == InputError.exit_code else Error)(message)
+        stdin.write(f"{places[task.output]}\n")
+        stdin.flush()
+        return receive()
 
     return run, 1
-
-
-def command_of_one(
-    words: Sequence[str], gpus: int, line: int, count: int
-) -> tuple[list[str], dict[str, str]]:
-    """Command of one line of a batch of so many, and variables of its environment.
-
-    As options that stand last count, the batch may be a shard.
-    """
-    shard = ("--shard", "auto", "--shard_count", str(count))
-    command = [sys.executable, "-m", "worldline", *words, "--num_gpus", str(gpus), *shard]
-    return command, {"JOB_COMPLETION_INDEX": str(line)}
 
 
 def end_with_parent() -> None:

@@ -8,6 +8,8 @@ import hashlib
 import json
 import logging
 import os
+import select
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -61,6 +63,9 @@ Load = Callable[[Sequence[Any]], Run]
 # number of a task; stage of its refusal, "" of an error, None where it is done; the line to print;
 # files that it replaced, or its trace
 Outcome = tuple[int, str | None, str, list[str]]
+ASKED = "WORLDLINE_ASKED"  # in the environment: tasks are asked for one by one
+ANSWER = "worldline answers "  # begins a line on standard output then
+_PATIENCE_S = 600  # for the next one; a collective may not wait for ever
 # file of a video -> the line about it, or why it was not made
 Outcomes = dict[Path, str | Error]
 
@@ -107,7 +112,8 @@ def run(family: str, command: Command, context: click.Context) -> None:
     compute = arrange(opened, [item.request for item in items], compute)
     log_unused(opened, compute, items, stated(context, context.params))
     dry = partial(rehearse, opened, compute)
-    (fleet.run_tasks if fleet else run_tasks)(
+    runner = fleet.run_tasks if fleet else answer_tasks if ASKED in os.environ else run_tasks
+    runner(
         items,
         dry if flags.dry_run else partial(load, opened, compute, flags.quality),
         lambda item: fingerprint(opened, compute, item.request, item.input),
@@ -476,20 +482,13 @@ def run_tasks(
     labels = [f"{p} {t}" if several else f"{t}" for p, t in zip(places, tasks, strict=True)]
     failures: Counter[str] = Counter()  # by the stage that refused; "" of errors
 
-    def attempt(number: int, replaced: list[Path]) -> Outcome:
-        try:
-            group = () if number % size else tasks[number : number + size]
-            line = make(tasks[number], labels[number], group)
-            return number, None, line, [*map(str, replaced)]
-        except Exception as error:
-            if not several or is_disk_full(error):
-                raise
-            if mesh:
-                job.share(mesh, error)
-            stage = error.stage if isinstance(error, GuardrailRefusal) else ""
-            outcome = number, stage, one_line(error), [traceback.format_exc()]
-        free_memory()  # what the failed one held would be missing to the next
-        return outcome
+    def outcome(number: int, replaced: list[Path]) -> Outcome:
+        group = () if number % size else tasks[number : number + size]
+        arguments = make, tasks[number], labels[number], group
+        line = attempt(*arguments, mesh) if several else make(*arguments[1:])
+        if isinstance(line, Error):
+            return number, getattr(line, "stage", ""), one_line(line), line.__notes__[-1:]
+        return number, None, line, [*map(str, replaced)]
 
     def account(number: int, stage: str | None, line: str, details: list[str]) -> None:
         if stage is None:
@@ -514,12 +513,58 @@ def run_tasks(
             unit = range(len(tasks))[first : first + size]
             there = [existing(companions(tasks[number].output)) for number in unit]
             for number, replaced in zip(unit, there, strict=True):
-                turns.post(attempt(number, replaced))
-                for outcome in turns.outcomes():
-                    account(*outcome)
-        for outcome in turns.outcomes(len(tasks)):
-            account(*outcome)
+                turns.post(outcome(number, replaced))
+                for posted in turns.outcomes():
+                    account(*posted)
+        for posted in turns.outcomes(len(tasks)):
+            account(*posted)
     report_tasks(len(tasks) - failures.total(), total, failures, flags, f"{things} are in {folder}")
+
+
+def attempt(
+    make: Make, task: Any, label: str, group: Sequence[Any], mesh: Mesh | None = None
+) -> str | Error:
+    """Line to print of a task; or why it was not made, with the trace as a note.
+
+    A full disk, which others would meet, too, is raised, and what one process of several met alone.
+    """
+    try:
+        return make(task, label, group)
+    except Exception as raised:
+        if is_disk_full(raised):
+            raise
+        if mesh:
+            job.share(mesh, raised)
+        error = raised if isinstance(raised, Error) else Error(one_line(raised))
+        error.add_note(traceback.format_exc())
+    free_memory()  # what the failed one held would be missing to the next
+    return error
+
+
+def answer_tasks(tasks: Sequence[Any], load: Load, *_: object, mesh: Mesh) -> None:
+    """Make tasks whose places come on standard input, one a line, until it ends.
+
+    Standard output has an answer to each, and one before, once they can be made: exit status, line
+    to print, stage of a refusal.
+    """
+
+    def next_place() -> bytes:
+        ready, _, _ = select.select([sys.stdin], [], [], _PATIENCE_S)
+        return sys.stdin.buffer.readline() if ready else b"\n"
+
+    def answer(status: int, line: str, stage: str = "") -> None:
+        click.echo(ANSWER + json.dumps([status, line, stage]))
+
+    make, _size = load(tasks)
+    answer(0, "")
+    while place := mesh.world.once(next_place):
+        if place.strip():
+            task = tasks[int(place)]
+            made = attempt(make, task, str(task), (), mesh)
+            if isinstance(made, Error):
+                answer(made.exit_code, one_line(made), getattr(made, "stage", ""))
+            else:
+                answer(0, made)
 
 
 def report_tasks(made: int, total: int, failures: Counter[str], flags: Any, where: str) -> None:
