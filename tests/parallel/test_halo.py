@@ -188,11 +188,11 @@ def counted(axis: Axis) -> tuple[int, list[int], int]:
         return axis.rank
 
     def drain() -> Any:
-        result = yield from rows.steps(steps())
+        result = yield from rows.computing.steps_once(steps())
         calls.append(result)
 
     yielded = list(drain())
-    result = rows.run(lambda: calls.append(1) or len(calls))  # type: ignore[func-returns-value]
+    result = rows.computing.once(lambda: calls.append(1) or len(calls))  # type: ignore[func-returns-value]
     return len(calls), yielded, result
 
 

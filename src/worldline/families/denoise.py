@@ -21,9 +21,9 @@ from worldline.guards import rewrites
 from worldline.memory import Stage, denoise_bytes
 from worldline.nn.attention import backend_name
 from worldline.nn.dit import PATCH, DiTSizes, Tokens
-from worldline.nn.pieces import ALL_ROWS, Rows, decode_stream
+from worldline.nn.pieces import Rows, decode_stream
 from worldline.parallel.context import split_tokens
-from worldline.parallel.halo import share_rows
+from worldline.parallel.halo import UNSHARED, SharedRows, share_rows
 from worldline.parallel.mesh import Axis, Layout
 from worldline.report import Recorder, log_result
 from worldline.request import VideoRequest
@@ -271,13 +271,13 @@ def generate(
     for number, (window, end) in enumerate(todo):
         if made:
             last = frames[made - window.num_input_frames : made]
-            clip = rows.once(partial(Clip, last, request.fps))
+            clip = rows.axis.once(partial(Clip, last, request.fps))
         known = None
         if window.num_input_frames or request.preview_every:
             yield Step("encode", 0, 1)
             with stage(recorder, "encode"), parts.tokenizer.on_device():
                 if window.num_input_frames:
-                    known = rows.run(partial(encode_frames, parts, clip, window, rows))
+                    known = rows.computing.once(partial(encode_frames, parts, clip, window, rows))
                     check_finite(total(known), "encode: latents", parts.compute.dtype)
                     log_result("encode", known)
                 if request.preview_every:
@@ -296,7 +296,8 @@ def generate(
         with stage(recorder, "decode"), parts.tokenizer.on_device() as tokenizer:
             pieces = decode_stream(tokenizer, restore(parts, latents), rows)
             first = min(made, window.num_input_frames)
-            made = yield from rows.steps(decode(pieces, frames, made, first, end, rows))
+            decoding = decode(pieces, frames, made, first, end, rows)
+            made = yield from rows.computing.steps_once(decoding)
     yield Step("done", planned, planned, frames)
 
 
@@ -397,7 +398,12 @@ def preview_frames(latents: Tensor, colours: Tensor, spatial: int) -> Frames:
 
 
 def decode(
-    pieces: Iterator[Tensor], frames: Frames, made: int, first: int, end: int, rows: Rows = ALL_ROWS
+    pieces: Iterator[Tensor],
+    frames: Frames,
+    made: int,
+    first: int,
+    end: int,
+    rows: SharedRows = UNSHARED,
 ) -> Generator[Step, None, int]:
     """Write a video into `frames`, from frame `made` on, as it is decoded; the number made then.
 
@@ -413,7 +419,7 @@ def decode(
         new = signed_to_uint8(piece[0], rows.join)[first : first + end - made]
         first = max(0, first - piece.shape[2])
         if len(new):
-            if rows.first:
+            if rows.axis.first:
                 frames[made : made + len(new)] = new
             made += len(new)
             yield Step("decode", made, len(frames), new)

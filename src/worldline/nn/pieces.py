@@ -5,8 +5,8 @@ ahead: the pieces together are exactly the whole, without a seam, and nothing is
 Axes: B batch, C channels, T/H/W frames, rows, columns; t/h/w those of latents.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,10 +20,6 @@ _PICTURES = 6
 _DAMPING = 1e-3  # against channels that hold no colour
 
 
-Result = TypeVar("Result")
-Yielded = TypeVar("Yielded")
-
-
 class Rows:
     """All rows of a picture, in one process; `parallel.halo` shares them with others.
 
@@ -33,27 +29,6 @@ class Rows:
 
     split: ClassVar[bool] = False
 
-    @property
-    def first(self) -> bool:
-        """Whether this process has the frames in the end."""
-        return True
-
-    def once(self, make: Callable[[], Result]) -> Result:
-        """Result of `make`, which the first process calls."""
-        return make()
-
-    def run(self, make: Callable[[], Result]) -> Result:
-        """Result of `make`, which computes some or all rows."""
-        return self.once(make)
-
-    def steps(self, steps: Generator[Yielded, None, Result]) -> Generator[Yielded, None, Result]:
-        """A generator that computes some or all rows."""
-        return steps
-
-    def largest(self, nbytes: int) -> int:
-        """Bytes of the largest part of what takes so many."""
-        return nbytes
-
     def part(self, x: Tensor, dim: int) -> Tensor:
         """This process's rows along axis `dim`, at any resolution."""
         return x
@@ -61,10 +36,6 @@ class Rows:
     def gather(self, x: Tensor, dim: int) -> Tensor:
         """All rows, joined along axis `dim`, of this process's."""
         return x
-
-    def join(self, totals: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over all rows, and frames (T, H, W, 3) of all, where they are wanted."""
-        return totals, levels
 
     def pool(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance over all rows, of those over this process's."""

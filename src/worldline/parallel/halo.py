@@ -8,9 +8,9 @@ Axes: B batch, T frames, H rows, W columns, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,9 +21,6 @@ from worldline.nn.pieces import Rows
 from worldline.parallel.mesh import Axis, Mesh
 from worldline.shapes import VideoShape
 
-Result = TypeVar("Result")
-Yielded = TypeVar("Yielded")
-
 # Pixels of a frame for each process, below which the first computes alone. A convolution of so many
 # takes 0.1 ms on an H200 (1.95 s for 704 x 1280 by the 800 convolutions of Wan), no longer than to
 # start an exchange; through gloo that takes some ms. At 0 all is split, at infinity nothing.
@@ -32,19 +29,29 @@ LEAST_PIXELS = 40_000
 
 @dataclass(frozen=True)
 class SharedRows(Rows):
-    """Rows of a picture that the first of several processes computes for all."""
+    """Rows of a picture that the first of several processes computes for all.
+
+    Attributes:
+        axis: the processes; the first has the frames in the end.
+    """
 
     axis: Axis
 
     @property
-    def first(self) -> bool:
-        return self.axis.first
+    def computing(self) -> Axis:
+        """Processes of which the first computes; this one alone where each has its part."""
+        return Axis() if self.split else self.axis
 
-    def once(self, make: Callable[[], Result]) -> Result:
-        return self.axis.once(make)
+    def largest(self, nbytes: int) -> int:
+        """Bytes of the largest part of what takes so many."""
+        return nbytes
 
-    def steps(self, steps: Generator[Yielded, None, Result]) -> Generator[Yielded, None, Result]:
-        return self.axis.steps_once(steps)
+    def join(self, totals: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over all rows, and frames (T, H, W, 3) of all, where they are wanted."""
+        return totals, levels
+
+
+UNSHARED = SharedRows(Axis())  # of one process
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,6 @@ class SplitRows(SharedRows):
 
     heights: tuple[int, ...]
     split: ClassVar[bool] = True
-
-    def run(self, make: Callable[[], Result]) -> Result:
-        return make()
-
-    def steps(self, steps: Generator[Yielded, None, Result]) -> Generator[Yielded, None, Result]:
-        return steps
 
     def largest(self, nbytes: int) -> int:
         return -(-nbytes * max(self.heights) // sum(self.heights))
@@ -81,7 +82,7 @@ class SplitRows(SharedRows):
 
     def join(self, totals: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         whole = self.gather(levels, 1)
-        if not self.first:  # black, in no memory
+        if not self.axis.first:  # black, in no memory
             whole = torch.zeros((), dtype=whole.dtype, device="cpu").expand(whole.shape)
         return self.axis.all_reduce(totals), whole
 

@@ -176,7 +176,7 @@ class DecoderNetwork(Network[DiTConfig]):
                 first = video.overlap
                 if len(latents) <= number:  # shared with the window before
                     first = 1 + (OVERLAP - 1) * coder.config.temporal
-                video.made = yield from rows.steps(
+                video.made = yield from rows.computing.steps_once(
                     decode(pieces, video.frames, video.made, first, len(video.frames), rows)
                 )
             latents.clear()

@@ -32,8 +32,8 @@ from worldline.families.autoregressive.step import compile_kernels, kernel_batch
 from worldline.families.autoregressive.weights import open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
-from worldline.nn.pieces import ALL_ROWS, CausalCache, Rows
-from worldline.parallel.halo import share_rows
+from worldline.nn.pieces import CausalCache
+from worldline.parallel.halo import UNSHARED, SharedRows, share_rows
 from worldline.parallel.mesh import Layout
 from worldline.report import Recorder, log_result
 from worldline.repositories import model_name
@@ -163,12 +163,12 @@ def encode_clips(
                 yield tokenizer.encode_tokens(video, CausalCache(rows, keep=False)).long()
 
     with recorder.stage("encode"), parts.tokenizer.on_device() as tokenizer:
-        ids = rows.run(lambda: torch.cat([*encode(tokenizer)]))
+        ids = rows.computing.once(lambda: torch.cat([*encode(tokenizer)]))
     log_result("encode", ids)
     return ids
 
 
-def token_rows(opened: Opened, compute: Compute) -> Rows:
+def token_rows(opened: Opened, compute: Compute) -> SharedRows:
     """Rows of tokens that this process encodes and decodes."""
     return share_rows(compute.mesh, window_shape(opened), opened["tokenizer"].config.spatial)
 
@@ -182,7 +182,7 @@ class Decoding:
         latents: latent frames of the window that are decoded.
     """
 
-    def __init__(self, video: VideoShape, known: int, rows: Rows = ALL_ROWS) -> None:
+    def __init__(self, video: VideoShape, known: int, rows: SharedRows = UNSHARED) -> None:
         self.made, self.rows = 0, rows
         # all at once: to join pieces would hold a long video twice
         self.frames = np.empty((*astuple(video), 3), np.uint8)
@@ -195,7 +195,7 @@ class Decoding:
     def end(self, count: int) -> Clip:
         """The last frames that are made, in all processes."""
         frames = self.frames[self.made - count : self.made]
-        return self.rows.once(partial(Clip, frames, FPS))
+        return self.rows.axis.once(partial(Clip, frames, FPS))
 
     def decode(self, tokenizer: CosmosTokenizer, ids: Tensor) -> Frames:
         """New frames of the ids (1, t, h, w) of the window so far.
@@ -207,7 +207,7 @@ class Decoding:
         while self.latents < ids.shape[1]:
             end = max(self.known, self.latents + 1)
             codes = tokenizer.to_codes(ids[:, self.latents : end])
-            self.made += self.rows.run(partial(self._add, tokenizer, codes))
+            self.made += self.rows.computing.once(partial(self._add, tokenizer, codes))
             self.latents = end
         return self.frames[begun : self.made]
 
@@ -215,7 +215,7 @@ class Decoding:
         """Number of new frames of the next codes; decoded and written."""
         frames = to_uint8(tokenizer.decode(codes, self.past)[0] * 0.5 + 0.5, join=self.rows.join)
         new = frames if self.latents else frames[self.overlap :]
-        if self.rows.first:
+        if self.rows.axis.first:
             self.frames[self.made : self.made + len(new)] = new
         return len(new)
 
