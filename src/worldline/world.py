@@ -340,8 +340,9 @@ class World:
             partial(self._prepare, input, options, input_type=input_type, request=request)
         )
         if self.processes.count > 1:
-            same = partial(fingerprint, self.opened, self.parts.compute, guarded=False)
-            if len({*self.processes.every(same(job.request, job.input))}) > 1:
+            made = self.opened, self.parts.compute, job.request, job.input
+            same = self.processes.together(partial(fingerprint, *made, guarded=False))
+            if len({*self.processes.every(same)}) > 1:
                 raise InputError(
                     "processes that share a video have different requests or files; give all the "
                     f"same, or {option('data_parallel')} of their number"

@@ -341,6 +341,17 @@ def use_python(axis: Axis, root: Path, clip: Path) -> dict[str, Any]:
         with pytest.raises(worldline.InputError) as caught:
             world.generate(**{"prompt": PROMPT, **options, name: value})
         seen[name] = str(caught.value)
+
+    def vanish(*_: Any, guarded: bool = True) -> str:
+        if not (axis.first or guarded):
+            raise FileNotFoundError("its clip has vanished")
+        return ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worldline.world, "fingerprint", vanish)
+        with pytest.raises(FileNotFoundError) as lost:
+            world.generate(prompt=PROMPT, **options)
+    seen["clip"] = str(lost.value)
     network = world.parts.transformer.module
     hook = network.register_forward_hook(lambda *_: torch.full_like(_[2], torch.nan))
     with pytest.raises(NonFiniteError):
@@ -363,6 +374,7 @@ def test_a_program_on_two_processes(two: Together, tiny_predict2_5: Path, clip: 
         ("steps", "num_steps"),
         ("prompt", "different requests"),
         ("seed", "different requests"),
+        ("clip", "vanished"),
     ):
         assert first[name] == second[name]
         assert word in first[name]
