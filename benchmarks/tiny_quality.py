@@ -29,6 +29,8 @@ from worldline.evaluate.failures import Failure, failure_rate, find_failures
 from worldline.evaluate.metrics import ssim
 from worldline.families.autoregressive.family import Decoding
 from worldline.families.autoregressive.request import ARRequest
+from worldline.parallel.halo import SharedRows
+from worldline.parallel.mesh import Axis
 from worldline.report import Recorder
 from worldline.sampling.solvers import finish
 from worldline.shapes import VideoShape
@@ -78,7 +80,7 @@ def reconstructed(world: World, frames: Frames, prompt: str | None = None) -> Fr
         return signed_to_uint8(tokenizer.reconstruct(video)[0])
     decoder, ids = parts.opened["decoder"], tokenizer.encode_tokens(video)
     context = None if prompt is None else parts.text.embed([prompt])[prompt]
-    video = Decoding(VideoShape(*frames.shape[:3]), 1)
+    video = Decoding(VideoShape(*frames.shape[:3]), 1, SharedRows(Axis()))
     job = Job(None, None, ARRequest(), Recorder(world.device), {})
     finish(decoder.decode(parts, video, ids, job, context))
     return video.frames

@@ -71,6 +71,13 @@ def three() -> Iterator[Together]:
         yield together
 
 
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[Together]:
+    """Two processes, each with a GPU."""
+    with ranks(2, "cuda") as together:
+        yield together
+
+
 # 33 frames of 32 x 48 pixels, 30 tokens
 SMALL_TRANSFORMER = ARTransformerConfig(
     depth=2,

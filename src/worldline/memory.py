@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -226,12 +226,6 @@ def denoise_bytes(
 
 def host_memory() -> Memory:
     """Host memory that this process may take: its share, beside others of its job."""
-    memory, count = _host_memory(), job.neighbours()
-    return replace(memory, free=memory.free // count, processes=count)
-
-
-def _host_memory() -> Memory:
-    """Host memory of all processes."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free, group = total, Path("/sys/fs/cgroup")
     with suppress(OSError, LookupError):  # macOS has no such file
@@ -241,8 +235,9 @@ def _host_memory() -> Memory:
         used = int((group / "memory.current").read_text())
         used -= _number(group / "memory.stat", "inactive_file")
         if limit < total:
-            return Memory(min(free, max(0, limit - used)), limit)
-    return Memory(free, total)
+            free, total = min(free, max(0, limit - used)), limit
+    count = job.neighbours()
+    return Memory(free // count, total, count)
 
 
 def _number(file: Path, name: str) -> int:

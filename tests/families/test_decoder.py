@@ -17,6 +17,8 @@ from worldline.families.autoregressive.family import Decoding
 from worldline.families.autoregressive.request import ARRequest
 from worldline.families.diffusion.model import BLOCKS
 from worldline.family import Parts
+from worldline.parallel.halo import SharedRows
+from worldline.parallel.mesh import Axis
 from worldline.parallel.offload import StreamedModule
 from worldline.report import Recorder
 from worldline.sampling.edm import SAMPLER_OF, SIGMA_DATA, sample
@@ -62,7 +64,7 @@ def run(parts: Parts, tokens: Tensor, seed: int = 0, **changes: Any) -> list[Ten
 
 
 def decoded(parts: Parts, tokens: Tensor, seam: str = "corrected", **changes: Any) -> list[Step]:
-    video = Decoding(VideoShape(1 + 8 * (tokens.shape[1] - 1), 32, 48), 1)
+    video = Decoding(VideoShape(1 + 8 * (tokens.shape[1] - 1), 32, 48), 1, SharedRows(Axis()))
     request = ARRequest.parse({"decoder_seam": seam})
     job = SimpleNamespace(request=request, recorder=Recorder(CPU))
     with torch.inference_mode():

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from worldline.families import denoise
 from worldline.nn.pieces import fit_colours
+from worldline.parallel.halo import SharedRows
+from worldline.parallel.mesh import Axis
 from worldline.tokenizers.cosmos.model import CosmosTokenizerConfig
 
 
@@ -50,7 +52,7 @@ def test_size_is_a_quarter_or_more() -> None:
 def test_a_window_is_cut() -> None:
     pieces = iter(torch.linspace(-1, 1, 20).view(5, 1, 1, 4, 1, 1).expand(5, 1, 3, 4, 1, 1))
     frames = np.zeros((8, 1, 1, 3), np.uint8)
-    steps = list(denoise.decode(pieces, frames, 2, first=5, end=8))
+    steps = list(denoise.decode(pieces, frames, 2, 5, 8, SharedRows(Axis())))
     wanted = [int(255 * frame / 19) for frame in range(5, 11)]
     assert frames[:, 0, 0, 0].tolist() == [0, 0, *wanted]
     assert [step.done for step in steps] == [5, 8]

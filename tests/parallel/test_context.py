@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from torch import Tensor
 from tests.conftest import MODEL
 from tests.families import worlds
 from tests.families.worlds import CPU, PROMPT
-from tests.ranks import Together, ranks
+from tests.ranks import Together
 from tests.test_memory import Live
 from tests.tiny_diffusion import TEXT2WORLD, VIDEO2WORLD, fill
 from tests.tiny_predict2_5 import POST, PRE, SMALL
@@ -31,6 +30,7 @@ from worldline.family import Parts
 from worldline.memory import denoise_bytes
 from worldline.nn.dit import ALL_TOKENS
 from worldline.parallel.context import SplitTokens, Way, split_tokens
+from worldline.parallel.halo import SharedRows
 from worldline.parallel.mesh import Axis, Layout, make_mesh
 from worldline.report import Recorder
 from worldline.shapes import LatentShape, VideoShape
@@ -151,12 +151,6 @@ def test_half_precision_is_as_near_as_on_one(two: Together, way: Way) -> None:
         assert all(same and off < 0.03 for _, same, off in found)
 
 
-@pytest.fixture(scope="module")
-def gpus() -> Iterator[Together]:
-    with ranks(2, "cuda") as together:
-        yield together
-
-
 @pytest.mark.multigpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("way", ["ulysses", "ring"])
@@ -258,7 +252,7 @@ def decode(axis: Axis, folder: Path, seam: str) -> float:
     tokens = torch.arange(15 * 6).view(1, 15, 2, 3) * 7 % 64
     made = []
     for each in (parts, arranged(axis, parts, Layout(tp=axis.count))):
-        video = Decoding(VideoShape(113, 32, 48), 1)
+        video = Decoding(VideoShape(113, 32, 48), 1, SharedRows(Axis()))
         asked = ARRequest.parse({"decoder_seam": seam})
         job = SimpleNamespace(request=asked, recorder=Recorder(CPU))
         network = replace(parts.opened["decoder"], num_steps=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import worldline
-from tests.ranks import Together, ranks
+from tests.ranks import Together
 from tests.test_memory import DIFFUSION, FLOW, GPU, released
 from tests.tiny_diffusion import TEXT2WORLD
 from tests.tiny_predict2_5 import POST
@@ -77,13 +77,6 @@ def test_parts_give_what_the_whole_gives(
         parts = [part for _, part in outcomes]
         assert sum(parts) == pytest.approx(1)
         assert max(parts) <= -(-width // count) / width + 1e-9
-
-
-@pytest.fixture(scope="module")
-def gpus() -> Iterator[Together]:
-    """Two processes, each with a GPU."""
-    with ranks(2, "cuda") as together:
-        yield together
 
 
 @pytest.mark.multigpu

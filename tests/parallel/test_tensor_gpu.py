@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.parallel.test_tensor import write_model
-from tests.ranks import Together, ranks
+from tests.ranks import Together
 from tests.threads import tensor_parallel
 from worldline.families.autoregressive.model import (
     SHARD_PLAN,
@@ -114,13 +113,6 @@ def test_a_part_alone(name: str, clips: int, count: int) -> None:
     model = build(config, axis).bfloat16()
     plain = [logits_of(model, *one) for one in zip(tokens, contexts, strict=True)]
     check(stepped(model, axis, given), plain, exact)
-
-
-@pytest.fixture(scope="module")
-def gpus() -> Iterator[Together]:
-    """Two processes, each with a GPU."""
-    with ranks(2, "cuda") as together:
-        yield together
 
 
 def load(axis: Axis, folder: Path, dtype: torch.dtype) -> ARTransformer:

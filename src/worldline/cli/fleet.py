@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -140,12 +142,13 @@ def import_driver() -> Any:
     return Driver
 
 
+@dataclass
 class Fleet:
     """Runner of a command's tasks on a cluster, in place of `run_tasks` in this process."""
 
-    def __init__(self, flags: FleetFlags, make_driver: Callable[..., Any]) -> None:
-        self.flags, self.make_driver = flags, make_driver
-        self.driver: Any = None
+    flags: FleetFlags
+    make_driver: Callable[..., Any]
+    driver: Any = None
 
     def choose_compute(self, options: LoadOptions) -> Compute:
         """Device and precision of an actor; this process may have no GPU."""
@@ -432,12 +435,10 @@ def spawn(words: Sequence[str], gpus: int, places: Mapping[Path, int], tasks: Se
         for row in stdout:
             _, _, answer = row.partition(ANSWER)
             if answer:
-                status, line, stage = json.loads(answer)
-                if status == GuardrailRefusal.exit_code:
-                    raise GuardrailRefusal(line, stage)
-                if status:
-                    raise (InputError if status == InputError.exit_code else Error)(line)
-                return str(line)
+                made: str | Error = pickle.loads(bytes.fromhex(answer))
+                if isinstance(made, Error):
+                    raise made
+                return made
             line = row.strip().removeprefix("worldline: ") or line
             sys.stderr.write(row)  # to the log of the actor
         with process:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import select
 import sys
 import traceback
@@ -445,7 +446,8 @@ def run_tasks(
     fingerprint: Callable[[Any], str],
     flags: Any,
     things: str = "videos",
-    mesh: Mesh | None = None,
+    *,
+    mesh: Mesh,
 ) -> None:
     """Run tasks, which have an `output`, print a line for each, and report.
 
@@ -456,11 +458,10 @@ def run_tasks(
         flags: `OutputFlags`; with `shard` every N-th task is taken, with `resume` what an earlier
             run made in the same way is left out.
         things: what is made.
-        mesh: groups of processes, which take the tasks in turns; None is one process.
+        mesh: groups of processes, which take the tasks in turns.
     """
     tasks = take_shard(tasks, flags, things)
-    if mesh:
-        refuse_other_tasks(tasks, mesh)
+    refuse_other_tasks(tasks, mesh)
     if not tasks:
         return
     total, folder = len(tasks), tasks[0].output.parent
@@ -469,11 +470,9 @@ def run_tasks(
         quality = getattr(flags, "quality", {})
 
         def is_missing(task: Any) -> bool:
-            def read() -> bool:
-                return not is_finished(task.output, fingerprint(task), quality)
-
             # one by one: to read all of a large batch may take longer than a collective may
-            return mesh.world.once(read) if mesh else read()
+            read = partial(is_finished, task.output)
+            return not mesh.world.once(lambda: read(fingerprint(task), quality))
 
         tasks = [*filter(is_missing, tasks)]
     refuse_taken(tasks, flags)
@@ -507,7 +506,7 @@ def run_tasks(
         return
     if tasks:
         turns = Turns(mesh)
-        if mesh and (idle := mesh.dp.count - -(-len(tasks) // size)) > 0:
+        if (idle := mesh.dp.count - -(-len(tasks) // size)) > 0:
             logger.info("%d of %d groups of processes make nothing", idle, mesh.dp.count)
         while (first := size * turns.take()) < len(tasks):
             unit = range(len(tasks))[first : first + size]
@@ -544,27 +543,23 @@ def attempt(
 def answer_tasks(tasks: Sequence[Any], load: Load, *_: object, mesh: Mesh) -> None:
     """Make tasks whose places come on standard input, one a line, until it ends.
 
-    Standard output has an answer to each, and one before, once they can be made: exit status, line
-    to print, stage of a refusal.
+    Standard output has an answer to each, and one before, once they can be made: what `attempt`
+    returns, pickled.
     """
 
     def next_place() -> bytes:
         ready, _, _ = select.select([sys.stdin], [], [], _PATIENCE_S)
         return sys.stdin.buffer.readline() if ready else b"\n"
 
-    def answer(status: int, line: str, stage: str = "") -> None:
-        click.echo(ANSWER + json.dumps([status, line, stage]))
+    def answer(line: str | Error) -> None:
+        click.echo(ANSWER + pickle.dumps(line).hex())
 
     make, _size = load(tasks)
-    answer(0, "")
+    answer("")
     while place := mesh.world.once(next_place):
         if place.strip():
             task = tasks[int(place)]
-            made = attempt(make, task, str(task), (), mesh)
-            if isinstance(made, Error):
-                answer(made.exit_code, one_line(made), getattr(made, "stage", ""))
-            else:
-                answer(0, made)
+            answer(attempt(make, task, str(task), (), mesh))
 
 
 def report_tasks(made: int, total: int, failures: Counter[str], flags: Any, where: str) -> None:

@@ -293,7 +293,8 @@ def run(
 
         return one, 1
 
-    (fleet.run_tasks if fleet else run_tasks)(tasks, load, fingerprint, flags, "files")
+    runner = fleet.run_tasks if fleet else run_tasks
+    runner(tasks, load, fingerprint, flags, "files", mesh=compute.mesh)
 
 
 def check_stored(config: CosmosTokenizerConfig, tasks: Iterable[Task]) -> None:

@@ -23,7 +23,7 @@ from worldline.nn.attention import backend_name
 from worldline.nn.dit import PATCH, DiTSizes, Tokens
 from worldline.nn.pieces import Rows, decode_stream
 from worldline.parallel.context import split_tokens
-from worldline.parallel.halo import UNSHARED, SharedRows, share_rows
+from worldline.parallel.halo import SharedRows, share_rows
 from worldline.parallel.mesh import Axis, Layout
 from worldline.report import Recorder, log_result
 from worldline.request import VideoRequest
@@ -398,12 +398,7 @@ def preview_frames(latents: Tensor, colours: Tensor, spatial: int) -> Frames:
 
 
 def decode(
-    pieces: Iterator[Tensor],
-    frames: Frames,
-    made: int,
-    first: int,
-    end: int,
-    rows: SharedRows = UNSHARED,
+    pieces: Iterator[Tensor], frames: Frames, made: int, first: int, end: int, rows: SharedRows
 ) -> Generator[Step, None, int]:
     """Write a video into `frames`, from frame `made` on, as it is decoded; the number made then.
 

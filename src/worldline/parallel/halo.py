@@ -51,9 +51,6 @@ class SharedRows(Rows):
         return totals, levels
 
 
-UNSHARED = SharedRows(Axis())  # of one process
-
-
 @dataclass(frozen=True)
 class SplitRows(SharedRows):
     """Rows of a picture of which each process computes a part, from the top down.

@@ -23,22 +23,21 @@ class Turns:
     They go through the rendezvous store: collectives would let a group wait for the slowest.
     """
 
-    def __init__(self, mesh: Mesh | None) -> None:
-        """`mesh` is that of the groups; None is one process."""
+    def __init__(self, mesh: Mesh) -> None:
         self.mesh, self.name = mesh, f"turns/{next(_batches)}"
-        self.store: Any = job.store() if mesh and mesh.dp.count > 1 else None
+        self.store: Any = job.store() if mesh.dp.count > 1 else None
         self.units, self.received = count(), 0
         self.own: list[Any] = []  # outcomes, where there is one group
 
     def take(self) -> int:
         """Number of the next unit, for this group alone."""
-        if self.store is None or self.mesh is None:
+        if self.store is None:
             return next(self.units)
         return self.mesh.video.once(lambda: int(self.store.add(f"{self.name}/taken", 1)) - 1)
 
     def post(self, outcome: Any) -> None:
         """Make an outcome, which JSON can hold, known to all."""
-        if self.store is None or self.mesh is None:
+        if self.store is None:
             self.own.append(outcome)
         elif self.mesh.video.first:
             place = self.store.add(f"{self.name}/posted", 1) - 1

@@ -33,7 +33,7 @@ from worldline.families.autoregressive.weights import open_network
 from worldline.family import Compute, Family, Opened, Part, Parts
 from worldline.memory import Stage, coding_bytes
 from worldline.nn.pieces import CausalCache
-from worldline.parallel.halo import UNSHARED, SharedRows, share_rows
+from worldline.parallel.halo import SharedRows, share_rows
 from worldline.parallel.mesh import Layout
 from worldline.report import Recorder, log_result
 from worldline.repositories import model_name
@@ -182,7 +182,7 @@ class Decoding:
         latents: latent frames of the window that are decoded.
     """
 
-    def __init__(self, video: VideoShape, known: int, rows: SharedRows = UNSHARED) -> None:
+    def __init__(self, video: VideoShape, known: int, rows: SharedRows) -> None:
         self.made, self.rows = 0, rows
         # all at once: to join pieces would hold a long video twice
         self.frames = np.empty((*astuple(video), 3), np.uint8)
