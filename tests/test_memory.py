@@ -29,7 +29,7 @@ from worldline.family import Compute, Opened, load_family
 from worldline.locate import Place
 from worldline.memory import Memory, Plan, Stage, Weights, denoise_bytes
 from worldline.opening import choose_compute, fit_released, plan
-from worldline.parallel.mesh import Layout, Mesh
+from worldline.parallel.mesh import Layout, plan_mesh
 from worldline.shapes import LatentShape, VideoShape, latent_frames_of
 from worldline.world import load_world
 
@@ -92,7 +92,7 @@ def test_processes_of_a_video_share_the_coding_of_frames(name: str) -> None:
     """By rows: 88 or 40 of latents in four parts; groups with other videos share nothing."""
 
     def coding(**layout: int) -> list[int]:
-        stages = planned(name, replace(GPU, mesh=Mesh(Layout(**layout)))).stages
+        stages = planned(name, replace(GPU, mesh=plan_mesh(Layout(**layout)))).stages
         return [stage.activations for stage in stages if stage.name in ("encode", "decode")]
 
     assert coding(dp=4) == coding()

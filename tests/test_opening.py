@@ -20,7 +20,7 @@ from worldline.errors import CheckpointError, InputError
 from worldline.families.denoise import read_prompts
 from worldline.families.diffusion.request import DiffusionOptions
 from worldline.opening import choose_compute, choose_device
-from worldline.parallel.mesh import Layout, Mesh
+from worldline.parallel.mesh import Layout, plan_mesh
 from worldline.request import LoadOptions
 from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.tokenizers.wan.weights import key_map
@@ -290,7 +290,7 @@ def test_files_that_decide(own_diffusion: Path, own_predict2_5: Path) -> None:
     request = checked(opened, prompt="x", num_video_frames=9, height=32, width=48)
     before = fingerprint(opened, PLAIN, request, None)
     assert fingerprint(opened, PLAIN, request, None) == before
-    shared = replace(PLAIN, mesh=Mesh(Layout(cp=2)))  # how processes share changes none
+    shared = replace(PLAIN, mesh=plan_mesh(Layout(cp=2)))  # how processes share changes none
     assert fingerprint(opened, shared, request, None) == before
     assert "shards" not in vars(opened["transformer"])  # nor what earlier versions have hashed
     path = own_predict2_5 / FLOW_FOLDER / "tokenizer.pth"

@@ -24,7 +24,7 @@ from worldline.locate import Place
 from worldline.memory import WORKSPACE, Fit, Memory, Plan, Stage, Weights, device_memory
 from worldline.nn.modulation import fused
 from worldline.parallel import job
-from worldline.parallel.mesh import Axis, Mesh, make_mesh
+from worldline.parallel.mesh import Axis, make_mesh, plan_mesh
 from worldline.report import Recorder
 from worldline.repositories import holds_diffusers, model_name, unfinished
 from worldline.request import LoadOptions, Request
@@ -236,7 +236,7 @@ def most_groups(opened: Opened, requests: Sequence[Request], compute: Compute, w
             continue
         with suppress(InputError):
             layout = opened.family.layout(opened, requests, world.count // groups)
-            there = replace(compute, mesh=Mesh(replace(layout, dp=groups)))
+            there = replace(compute, mesh=plan_mesh(replace(layout, dp=groups)))
             choose_sharding(opened, there, refuse_unless_fits, world)
             return groups
     return 1

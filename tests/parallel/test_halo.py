@@ -17,7 +17,7 @@ from worldline.errors import NonFiniteError
 from worldline.nn.pieces import CausalCache, CausalTokenizer, decode_stream, encode_stream
 from worldline.parallel import halo
 from worldline.parallel.halo import SharedRows, SplitRows, share_rows
-from worldline.parallel.mesh import Axis, Layout, Mesh
+from worldline.parallel.mesh import Axis, Layout, Mesh, plan_mesh
 from worldline.shapes import VideoShape
 from worldline.tokenizers.cosmos.model import CosmosTokenizer, FrameNorm
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
@@ -217,7 +217,7 @@ def test_rows_of_each_process(
 ) -> None:
     """A plan for processes that have not met counts as they do once they have."""
     video = VideoShape(9, *size)
-    rows = share_rows(Mesh(Layout(dp=3, cp=count)), video, cell)
+    rows = share_rows(plan_mesh(Layout(dp=3, cp=count)), video, cell)
     assert rows == share_rows(mesh(Axis(count=count)), video, cell)
     assert rows.split == (heights is not None)
     if isinstance(rows, SplitRows):

@@ -22,7 +22,7 @@ from worldline.errors import CheckpointError
 from worldline.locate import locate
 from worldline.memory import Memory
 from worldline.opening import choose_compute, open_world, plan
-from worldline.parallel.mesh import Axis, Layout, Mesh
+from worldline.parallel.mesh import Axis, Layout, plan_mesh
 from worldline.parallel.offload import BlockPlan, ShardedModule
 from worldline.weights.networks import Network
 
@@ -148,7 +148,7 @@ def test_rows_that_one_process_cannot_read(two: Together, tiny_predict2_5: Path)
 def test_parts_are_held_where_the_whole_does_not_fit(two: Together, tmp_path: Path) -> None:
     opened = open_world(locate(BUNDLED, tmp_path), {})
     request = opened.family.request.parse(opened.defaults)
-    compute = replace(choose_compute(opened.options), mesh=Mesh(Layout(cp=2)))
+    compute = replace(choose_compute(opened.options), mesh=plan_mesh(Layout(cp=2)))
     whole, parts = (
         plan(opened, [request], replace(compute, sharded=sharded)).peak()
         for sharded in (False, True)
@@ -170,7 +170,7 @@ def test_what_a_process_holds(name: str) -> None:
     part = released(name)["transformer"]
     whole = part.nbytes(GPU)
     for count in (2, 3, 8):
-        compute = replace(GPU, mesh=Mesh(Layout(cp=count)), sharded=True)
+        compute = replace(GPU, mesh=plan_mesh(Layout(cp=count)), sharded=True)
         gathered = 2 * whole / part.config.depth
         assert whole / count < part.nbytes(compute) < 1.12 * whole / count + gathered + whole / 12
         assert part.nbytes(replace(compute, sharded=False)) == whole

@@ -38,7 +38,7 @@ from worldline.families.autoregressive.weights import KEYS, open_network
 from worldline.family import Compute
 from worldline.nn.rope import Yarn
 from worldline.parallel import tensor
-from worldline.parallel.mesh import Axis, Layout, Mesh, make_mesh
+from worldline.parallel.mesh import Axis, Layout, make_mesh, plan_mesh
 from worldline.sampling.solvers import finish
 from worldline.sampling.tokens import Sampling, decode, draw_noise
 from worldline.shapes import LatentShape
@@ -317,7 +317,7 @@ def test_memory_of_a_part() -> None:
 
     network = Network(ARTransformer, PRESETS["13B-Video2World"])
     one = Compute(CPU, torch.bfloat16, torch.bfloat16, False)
-    four = replace(one, mesh=Mesh(Layout(tp=4)))  # which is planned, not made
+    four = replace(one, mesh=plan_mesh(Layout(tp=4)))  # which is planned, not made
     assert network.nbytes(one) == 2 * network.num_parameters
     assert network.nbytes(four) == pytest.approx(network.nbytes(one) / 4, rel=1e-3)
 

@@ -137,7 +137,7 @@ def stages(
     config, grid = opened.config, grid_of(opened, video)
     rows = share_rows(compute.mesh, video, opened["tokenizer"].config.spatial)
     yield Stage("encode", "tokenizer", rows.largest(coding[0]))
-    sharing = planned_sharing(opened, compute, config, grid, bool(request.guidance))
+    _, sharing = split_work(opened, compute, config, grid, bool(request.guidance))
     denoising = denoise_bytes(
         config, grid, compute.dtype, opened.text_length, fused=compute.fused, sharing=sharing
     )
@@ -182,31 +182,22 @@ def layout(opened: Opened, requests: Sequence[VideoRequest], count: int) -> Layo
 
 
 def split_work(
-    parts: Parts, config: DiTSizes, grid: LatentShape, guided: bool
+    opened: Opened, compute: Compute, config: DiTSizes, grid: LatentShape, guided: bool
 ) -> tuple[Axis, Tokens]:
     """Processes that compute a branch of guidance each, and tokens as those of a branch share them.
 
     Without two branches that are computed apart, all processes share the tokens.
     """
-    mesh, way = parts.compute.mesh, parts.opened.options.context_parallel
+    mesh, way = compute.mesh, opened.options.context_parallel
     halves, axis = (mesh.cfg, mesh.cp) if guided and mesh.cfg.count > 1 else (Axis(), mesh.video)
     return halves, split_tokens(axis, config.tokens(grid), config.num_heads, way)
-
-
-def planned_sharing(
-    opened: Opened, compute: Compute, config: DiTSizes, grid: LatentShape, guided: bool
-) -> Tokens:
-    """The tokens of `split_work`, by a layout of processes that need not be there."""
-    layout, way = compute.mesh.layout, opened.options.context_parallel
-    count = layout.cp if guided and layout.cfg > 1 else layout.count // layout.dp
-    return split_tokens(Axis(count=count), config.tokens(grid), config.num_heads, way)
 
 
 def attention_entries(
     parts: Parts, config: DiTSizes, grid: LatentShape, guided: bool
 ) -> dict[str, Any]:
     """Report entries of a transformer's tokens and attention, for what is denoised at once."""
-    halves, tokens = split_work(parts, config, grid, guided)
+    halves, tokens = split_work(parts.opened, parts.compute, config, grid, guided)
     count = config.tokens(grid).tokens
     backend = backend_name(parts.device, parts.compute.dtype, tokens.num_queries(count))
     ways = (backend, str(tokens), "guidance halves" if halves.count > 1 else "")
@@ -332,7 +323,7 @@ def conditioned(
     the prompt is asked for.
     """
     grid, guided = LatentShape(*noise.shape[2:]), prompts[1] is not None
-    halves, tokens = split_work(parts, model.config, grid, guided)
+    halves, tokens = split_work(parts.opened, parts.compute, model.config, grid, guided)
     contexts = [x if x is None else model.encode_context(x) for x in halves.deal(prompts)]
     outputs: list[Tensor] = []
     mask = None

@@ -125,13 +125,11 @@ def share_rows(mesh: Mesh, video: VideoShape, cell: int) -> SharedRows:
     """Rows of a video over the processes that make it, or all in the first where they are few.
 
     Args:
-        mesh: of the processes; of one that is not made, its layout counts.
+        mesh: of the processes.
         video: its size.
         cell: pixels that a latent cell covers on each side.
     """
     axis, rows = mesh.video, video.height // cell
-    if axis.count != mesh.layout.video:
-        axis = Axis(count=mesh.layout.video)
     few = rows < axis.count or video.height * video.width < LEAST_PIXELS * axis.count
     if few or axis.count == 1:
         return SharedRows(axis)

@@ -324,6 +324,12 @@ ALONE = Mesh()
 kept: dict[Any, Any] = {}  # of the job: meshes by their layouts, memory that processes share
 
 
+def plan_mesh(layout: Layout) -> Mesh:
+    """The mesh of a layout as its first process would have it; for plans alone."""
+    counts = *astuple(layout), layout.video, layout.count
+    return Mesh(layout, *(Axis(count=count) for count in counts))
+
+
 def make_mesh(layout: Layout, world: Axis) -> Mesh:
     """The mesh of a layout over all processes; made once a process."""
     if layout.count != world.count:

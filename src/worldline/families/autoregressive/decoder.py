@@ -29,7 +29,6 @@ from worldline.families.autoregressive.request import ARRequest
 from worldline.families.denoise import (
     attention_entries,
     decode,
-    planned_sharing,
     report,
     split_work,
     stage,
@@ -122,7 +121,7 @@ class DecoderNetwork(Network[DiTConfig]):
     def stages(self, opened: Opened, compute: Compute) -> Iterator[Stage]:
         """Memory of denoising and decoding, beside the weights."""
         continuous, grid = opened["decoder_tokenizer"].config, self.grid(opened)
-        sharing = planned_sharing(opened, compute, self.config, grid, guided=False)
+        _, sharing = split_work(opened, compute, self.config, grid, guided=False)
         denoising = denoise_bytes(
             *(self.config, grid, compute.dtype, MAX_LENGTH),
             fused=compute.fused,
@@ -149,7 +148,7 @@ class DecoderNetwork(Network[DiTConfig]):
         fine = grid.video(coder.config.temporal, coder.config.spatial)
         rows = share_rows(parts.compute.mesh, fine, coder.config.spatial)
         # both branches of the guidance are one batch
-        _, tokens = split_work(parts, self.config, grid, guided=False)
+        _, tokens = split_work(parts.opened, parts.compute, self.config, grid, guided=False)
         steps = len(make_sigmas(SAMPLER_OF[self.generation], self.num_steps)) - 1  # of a window
         for number, window in enumerate(windows):
             with stage(job.recorder, "denoise"), parts.loaded["decoder"].on_device() as model:
