@@ -67,13 +67,8 @@ class Compute:
     fused: bool  # Triton kernels between the layers
     batch_size: int = 1  # clips computed together
     sharded: bool = False  # whether processes of a video hold rows of blocks, gathered when used
-    mesh: Mesh = field(default_factory=lambda: _alone())  # processes that compute together
-
-
-def _alone() -> Mesh:
-    from worldline.parallel.mesh import ALONE
-
-    return ALONE
+    # processes that compute together
+    mesh: Mesh = field(default_factory=lambda: import_module("worldline.parallel.mesh").ALONE)
 
 
 @dataclass(frozen=True)
@@ -195,7 +190,7 @@ class Family:
         read_settings: reads config.json; by default whatever it holds.
         prepare: what runs beside the reading of weights, such as compiling kernels.
         layout: (opened model, requests, number of processes) -> how they make one video together;
-            an `InputError` names the numbers that can.
+            an `InputError` names the numbers that can. By default each computes the whole.
     """
 
     name: str
@@ -223,15 +218,8 @@ class Family:
     )
     read_settings: Callable[[Path], dict[str, Any]] | None = None
     layout: Callable[[Opened, Sequence[Any], int], Layout] = lambda opened, requests, count: (
-        one_process(opened, count)
+        import_module("worldline.parallel.mesh").Layout(cp=count)
     )
-
-
-def one_process(opened: Opened, count: int) -> Layout:
-    """The layout of a model that every process computes whole."""
-    from worldline.parallel.mesh import Layout
-
-    return Layout(cp=count)
 
 
 def load_family(name: str) -> Family:
