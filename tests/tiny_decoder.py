@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,14 +54,15 @@ def write_aux(folder: Path, mask: torch.Tensor | None = None) -> None:
     torch.save(aux, folder / "aux_vars.pt")
 
 
+def video2world(base: ARTransformerConfig, **sizes: Any) -> ARTransformerConfig:
+    """The Video2World relative of a base model; its table has more rows than there are tokens."""
+    rows = -(-(base.vocabulary + 1) // 64) * 64
+    return replace(base, embedding_rows=rows, absolute_positions=True, **sizes)
+
+
 def write_video2world(folder: Path, base: ARTransformerConfig) -> None:
     """Write the Video2World relative of a base model."""
-    sizes = replace(
-        base,
-        embedding_rows=-(-(base.vocabulary + 1) // 64) * 64,
-        context_width=CONTEXT_WIDTH,
-        absolute_positions=True,
-    )
+    sizes = video2world(base, context_width=CONTEXT_WIDTH)
     model = ARTransformer(sizes)
     fill(model, 0.1)
     folder.mkdir(parents=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +16,8 @@ import pytest
 
 import worldline.cli.fleet
 from worldline.cli.fleet import Fleet, FleetFlags, spawn
-from worldline.cli.run import answer_tasks
 from worldline.errors import Error, GuardrailRefusal, InputError
 from worldline.fleet.queue import Lost, Queue, Work
-from worldline.parallel.mesh import ALONE
 
 from .conftest import WITHOUT_PARTS, Run
 from .results import check_mentions, files_in, write_lines
@@ -290,19 +286,25 @@ def test_an_interrupt_leaves_a_record(driver: type[InProcess], tmp_path: Path) -
 
 
 COMMAND = """#!{python}
-import os, pickle, sys
+import os, sys
+from worldline.cli import run
 from worldline.errors import GuardrailRefusal, InputError
-answers = "it is made", GuardrailRefusal("it is refused", "video"), InputError("it is cut")
-print("worldline:", *sys.argv, os.environ["WORLDLINE_ASKED"], file=sys.stderr)
+from worldline.parallel.mesh import ALONE
+
+def make(task, *_):
+    if task == 4:
+        print("worldline: rank 1 has ended", file=sys.stderr, flush=True)
+        os._exit(2)
+    if task:
+        raise [GuardrailRefusal("refused", "video"), InputError("cut"), OSError("gone")][task - 1]
+    return "it is made"
+
 if "wrong" in sys.argv:
+    print("worldline:", *sys.argv[3:], os.environ[run.ASKED], file=sys.stderr)
     sys.exit(2)
+run._PATIENCE_S = 0.001
 print("NCCL version 2")
-print("worldline answers", pickle.dumps("").hex(), flush=True)
-for place in map(int, sys.stdin):
-    if place == len(answers):
-        print("worldline: rank 1 has ended", file=sys.stderr)
-        sys.exit(2)
-    print("worldline answers", pickle.dumps(answers[place]).hex(), flush=True)
+run.answer_tasks(range(5), lambda tasks: (make, 1), mesh=ALONE)
 """
 
 
@@ -314,38 +316,16 @@ def test_several_gpus_run_the_command_itself(
     script.write_text(COMMAND.format(python=sys.executable))
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    tasks = [Toy(tmp_path / f"{number}.mp4") for number in range(4)]
+    tasks = [Toy(tmp_path / f"{number}.mp4") for number in range(5)]
     places = {task.output: number for number, task in enumerate(tasks)}
-    with pytest.raises(InputError, match=r"wrong --shard 1/2 --num_gpus 4"):
+    with pytest.raises(InputError, match=r"^wrong --shard 1/2 --num_gpus 4 --data_parallel 1 1$"):
         spawn(("wrong", "--shard", "1/2"), 4, places, tasks)
     make, size = spawn(("diffusion", "text2world"), 2, places, tasks)
     assert size == 1
-    with pytest.raises(GuardrailRefusal, match="it is refused") as refused:
-        make(tasks[1], "", ())
-    assert refused.value.stage == "video"
-    with pytest.raises(InputError, match="it is cut"):
-        make(tasks[2], "", ())
-    assert make(tasks[0], "", ()) == "it is made"
-    with pytest.raises(Error, match=r"^rank 1 has ended$") as ended:
-        make(tasks[3], "", ())
-    assert ended.value.exit_code == 1  # of the process, not of the line: it is tried again
-
-
-def test_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    toys = Toys(
-        tmp_path, 3, {"0": [RuntimeError("of the device")], "1": [GuardrailRefusal("no", "prompt")]}
-    )
-    reading, writing = os.pipe()
-    os.write(writing, b"1\n0\n\n2\n0\n")
-    os.close(writing)
-    with os.fdopen(reading) as stdin:
-        monkeypatch.setattr(sys, "stdin", stdin)
-        answer_tasks(toys.tasks, toys.load, mesh=ALONE)
-    rows = [row.removeprefix("worldline answers ") for row in capsys.readouterr().out.splitlines()]
-    answers: list[Any] = [pickle.loads(bytes.fromhex(row)) for row in rows]
-    assert answers[0] == ""
-    assert [str(answers[1]), answers[1].stage] == ["no", "prompt"]
-    assert str(answers[2]) == "RuntimeError: of the device"
-    assert answers[3:] == [f"{tmp_path / name}: it is made" for name in ("2.mp4", "0.mp4")]
+    # of the last, the process is wrong, not the line: it is tried again
+    errors = {1: (3, "refused"), 2: (2, "cut"), 3: (1, "OSError: gone"), 4: (1, "rank 1 has ended")}
+    for number, (status, message) in errors.items():
+        assert make(tasks[0], "", ()) == "it is made"
+        with pytest.raises(Error) as raised:
+            make(tasks[number], "", ())
+        assert (raised.value.exit_code, str(raised.value)) == (status, message)

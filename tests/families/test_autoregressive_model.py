@@ -26,26 +26,13 @@ from worldline.sampling.tokens import Sampling, decode, draw_noise
 from worldline.shapes import LatentShape
 from worldline.weights.checkpoint import Checkpoint
 
+from ..conftest import SMALL_TRANSFORMER
+from ..tiny_decoder import video2world
 from ..weights.memory import MemoryTensor
 
-BASE = ARTransformerConfig(
-    depth=2,
-    width=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=16,
-    hidden=64,
-    vocabulary=40,
-    embedding_rows=40,
-    grid=LatentShape(3, 2, 4),
-)
-VIDEO2WORLD = replace(
-    BASE,
-    embedding_rows=64,
-    context_width=24,
-    absolute_positions=True,
-    yarn=Yarn(),
-)
+GRID = LatentShape(3, 2, 4)
+BASE = replace(SMALL_TRANSFORMER, width=48, hidden=64, vocabulary=40, embedding_rows=40, grid=GRID)
+VIDEO2WORLD = video2world(BASE, context_width=24, yarn=Yarn())
 
 
 def build(config: ARTransformerConfig) -> ARTransformer:

@@ -23,6 +23,7 @@ from tests.plain_kernels import Eager, replace_kernels
 from tests.ranks import Together
 from tests.threads import in_threads, tensor_parallel
 from tests.tiny_decoder import VIDEO2WORLD as VIDEO2WORLD_NAME
+from tests.tiny_decoder import video2world
 from tests.weights.test_distributed import write
 from tiny.export import autoregressive_settings
 from worldline.errors import CheckpointError, InputError
@@ -57,14 +58,7 @@ BASE = ARTransformerConfig(
     grid=LatentShape(4, 2, 3),
     yarn=Yarn(),
 )
-VIDEO2WORLD = replace(
-    BASE,
-    embedding_rows=128,
-    context_width=20,
-    context_every=2,
-    absolute_positions=True,
-    yarn=None,
-)
+VIDEO2WORLD = video2world(BASE, context_width=20, context_every=2, yarn=None)
 NORM = "model.norm.weight"
 CONFIGS = {"base": BASE, "video2world": VIDEO2WORLD}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from tests.parallel.test_tensor import write_model
 from tests.ranks import Together
 from tests.threads import tensor_parallel
+from tests.tiny_decoder import video2world
 from worldline.families.autoregressive.model import (
     SHARD_PLAN,
     ARTransformer,
@@ -44,9 +44,7 @@ BASE = ARTransformerConfig(
     grid=LatentShape(5, 8, 12),
     yarn=Yarn(),
 )
-VIDEO2WORLD = replace(
-    BASE, embedding_rows=1088, context_width=96, absolute_positions=True, head_size=32, yarn=None
-)
+VIDEO2WORLD = video2world(BASE, context_width=96, head_size=32, yarn=None)
 CONFIGS = {"base": BASE, "video2world": VIDEO2WORLD}
 PROMPT = 96
 
