@@ -31,7 +31,6 @@ from worldline.cli.run import (
     ANSWER,
     ASKED,
     Load,
-    Make,
     Run,
     attempt,
     companions,
@@ -380,29 +379,25 @@ def open_tasks(
     """
     make_task, size = load(tasks)
 
+    def make_one(task: Any, group: Sequence[Any]) -> Outcome:
+        replaced = existing(companions(task.output))
+        line = attempt(make_task, task, str(task), group)
+        if isinstance(line, Error):
+            return line
+        log_replaced(replaced)
+        files: dict[Path, bytes] = {}
+        if not shared:  # the report first, as `Video.save` has it
+            paths = [path for path in reversed(companions(task.output)) if path.is_file()]
+            files = {path: path.read_bytes() for path in paths}
+            for path in paths:
+                path.unlink()
+        return line, files
+
     def make(lines: Sequence[int]) -> list[Outcome]:
         group = [tasks[line] for line in lines]
-        return [
-            make_one(make_task, task, group if task is group[0] else (), shared) for task in group
-        ]
+        return [make_one(task, group if task is group[0] else ()) for task in group]
 
     return make, size
-
-
-def make_one(make: Make, task: Any, group: Sequence[Any], shared: bool) -> Outcome:
-    """What became of one task."""
-    replaced = existing(companions(task.output))
-    line = attempt(make, task, str(task), group)
-    if isinstance(line, Error):
-        return line
-    log_replaced(replaced)
-    files: dict[Path, bytes] = {}
-    if not shared:  # the report first, as `Video.save` has it
-        paths = [path for path in reversed(companions(task.output)) if path.is_file()]
-        files = {path: path.read_bytes() for path in paths}
-        for path in paths:
-            path.unlink()
-    return line, files
 
 
 def spawn(words: Sequence[str], gpus: int, places: Mapping[Path, int], tasks: Sequence[Any]) -> Run:
@@ -415,7 +410,7 @@ def spawn(words: Sequence[str], gpus: int, places: Mapping[Path, int], tasks: Se
         tasks: those that are made.
     """
     command = [sys.executable, "-m", "worldline", *words, "--num_gpus", str(gpus)]
-    process = subprocess.Popen(
+    process: Any = subprocess.Popen(
         [*command, "--data_parallel", "1"],
         env={**os.environ, ASKED: "1"},
         stdin=subprocess.PIPE,
@@ -425,14 +420,11 @@ def spawn(words: Sequence[str], gpus: int, places: Mapping[Path, int], tasks: Se
         errors="replace",
         preexec_fn=end_with_parent,
     )
-    stdin, stdout = process.stdin, process.stdout
-    assert stdin is not None
-    assert stdout is not None
 
     def receive(*, loading: bool = False) -> str:
         """The next answer; an `Error` of the last line where the command has ended instead."""
         line = ""
-        for row in stdout:
+        for row in process.stdout:
             _, _, answer = row.partition(ANSWER)
             if answer:
                 made: str | Error = pickle.loads(bytes.fromhex(answer))
@@ -450,8 +442,8 @@ def spawn(words: Sequence[str], gpus: int, places: Mapping[Path, int], tasks: Se
     receive(loading=True)
 
     def run(task: Any, label: str, group: Sequence[Any]) -> str:
-        stdin.write(f"{places[task.output]}\n")
-        stdin.flush()
+        process.stdin.write(f"{places[task.output]}\n")
+        process.stdin.flush()
         return receive()
 
     return run, 1

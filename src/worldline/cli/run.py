@@ -15,6 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -534,7 +535,8 @@ def attempt(
             raise
         if mesh:
             job.share(mesh, raised)
-        error = raised if isinstance(raised, Error) else Error(one_line(raised))
+        # a copy, without the frames that hold its tensors
+        error = copy(raised) if isinstance(raised, Error) else Error(one_line(raised))
         error.add_note(traceback.format_exc())
     free_memory()  # what the failed one held would be missing to the next
     return error
