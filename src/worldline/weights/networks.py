@@ -175,9 +175,8 @@ class Network(Generic[Config]):
         for name, entry in entries.items():
             if ours := held.get(self.keys.ours(name) or ""):
                 entries[name] = entry.cut(0, ours[1].start, len(ours[1]))
-        source = replace(self.source, entries=entries)
-        load_into(module, source, self.keys, device=device, dtype=dtype)
-        return module.requires_grad_(False).eval(), held
+        part = replace(self, kind=lambda _: module, source=replace(self.source, entries=entries))
+        return part.read(device, dtype), held
 
     def load(self, compute: Any, *, offload: bool) -> Offloadable[Any]:
         """The network on its device, or waiting in host memory."""
