@@ -484,8 +484,8 @@ def run_tasks(
 
     def outcome(number: int, replaced: list[Path]) -> Outcome:
         group = () if number % size else tasks[number : number + size]
-        arguments = make, tasks[number], labels[number], group
-        line = attempt(*arguments, mesh) if several else make(*arguments[1:])
+        make_task: Any = partial(attempt, make, mesh=mesh) if several else make
+        line = make_task(tasks[number], labels[number], group)
         if isinstance(line, Error):
             return number, getattr(line, "stage", ""), one_line(line), line.__notes__[-1:]
         return number, None, line, [*map(str, replaced)]
