@@ -17,7 +17,7 @@ import pytest
 import worldline.cli.fleet
 from worldline.cli.fleet import Fleet, FleetFlags, spawn
 from worldline.errors import Error, GuardrailRefusal, InputError
-from worldline.fleet.queue import Lost, Queue, Work
+from worldline.fleet.queue import Queue, Work
 
 from .conftest import WITHOUT_PARTS, Run
 from .results import check_mentions, files_in, write_lines
@@ -50,8 +50,12 @@ class InProcess:
             number, self.calls = self.calls, self.calls + 1
             if number == self.interrupt:
                 raise KeyboardInterrupt
-            begun = self.losses.get(number)
-            yield actor, unit, make(unit.lines) if begun is None else Lost("it ended", begun)
+            if number not in self.losses:
+                yield actor, unit, make(unit.lines)
+            elif self.losses[number]:
+                yield actor, unit, Error("it ended")
+            else:
+                queue.give_back(unit)
             yield None
 
     def state(self) -> str:

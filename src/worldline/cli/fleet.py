@@ -45,7 +45,7 @@ from worldline.documents import read_json
 from worldline.errors import Error, GuardrailRefusal, InputError, NonFiniteError, one_line
 from worldline.family import FAMILIES
 from worldline.files import remove, remove_stale, temporary_name
-from worldline.fleet.queue import Lost, Outcome, Queue, Work
+from worldline.fleet.queue import Outcome, Queue, Work
 from worldline.request import Options
 
 if TYPE_CHECKING:
@@ -237,10 +237,7 @@ class Fleet:
     ) -> None:
         """Count what has become of a unit."""
         actor, unit, reply = event
-        if died := isinstance(reply, Lost):
-            if not reply.begun:
-                queue.give_back(unit)
-                return
+        if died := isinstance(reply, Error):
             reply = [("", {}) if record.is_finished(tasks[n]) else reply for n in unit.lines]
         outcomes: dict[int, Any] = dict(zip(unit.lines, reply, strict=True))
         failed = {n: isinstance(e, _FINAL) for n, e in outcomes.items() if isinstance(e, Error)}

@@ -25,7 +25,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from worldline.errors import Error, InputError, as_flags, one_line
-from worldline.fleet.queue import Lost, Outcome, Queue, Unit, Work
+from worldline.fleet.queue import Outcome, Queue, Unit, Work
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Driver:
             raise cause if isinstance(cause, Error) else Error(one_line(error)) from error
 
     def work(self, work: Work, queue: Queue) -> Iterator[tuple[Actor, Unit, Any] | None]:
-        """Make all lines; each unit with its outcomes, or how it was lost; None once a second.
+        """Make all lines; each unit with its outcomes, or an `Error`; None once a second.
 
         It may be left and called again, for calls that are in flight.
 
@@ -149,20 +149,20 @@ class Driver:
             busy = {id(actor) for actor, _ in self.calls.values()}
             for actor in self.actors:
                 if actor.doubt and actor.node not in self.alive:  # it may wait for room for ever
-                    yield from self.settle_doubt(actor)
+                    yield from self.settle_doubt(actor, queue)
                 if id(actor) not in busy and (unit := queue.take(actor.size)):
                     mark = work.marks / f"{next(self.serial)}"
                     reference = actor.handle.run.remote(unit.lines, mark)
                     self.calls[reference] = actor, (unit, mark)
             for reference in ray.wait([*self.calls], num_returns=1, timeout=1)[0]:
-                yield from self.receive(reference)
+                yield from self.receive(reference, queue)
             yield None
 
     def works(self) -> bool:
         """Whether a unit is in flight."""
         return any(isinstance(called, tuple) for _, called in self.calls.values())
 
-    def receive(self, reference: Any) -> Iterator[tuple[Actor, Unit, Any]]:
+    def receive(self, reference: Any, queue: Queue) -> Iterator[tuple[Actor, Unit, Any]]:
         """What a call has brought, for the unit that it settles."""
         actor, called = self.calls.pop(reference)
         try:
@@ -172,7 +172,7 @@ class Driver:
                 self.fail_start(actor, getattr(error, "cause", error))
             elif called == "where":  # it will never be there again
                 self.actors.remove(actor)
-                yield from self.settle_doubt(actor)
+                yield from self.settle_doubt(actor, queue)
                 self.looked = 0.0
             elif isinstance(error, RayTaskError):
                 raise Error(one_line(error.cause)) from error
@@ -182,7 +182,7 @@ class Driver:
             return
         if called == "where":
             actor.node, actor.name = value
-            yield from self.settle_doubt(actor)
+            yield from self.settle_doubt(actor, queue)
             self.calls[actor.handle.load.remote(self.work_reference)] = actor, "load"
         elif called == "load":
             self.failed_starts[actor.node] = 0
@@ -190,14 +190,20 @@ class Driver:
         else:
             yield actor, called[0], value
 
-    def settle_doubt(self, actor: Actor) -> Iterator[tuple[Actor, Unit, Lost]]:
-        """The unit in which the process of an actor ended, once it is sure that it has."""
+    def settle_doubt(self, actor: Actor, queue: Queue) -> Iterator[tuple[Actor, Unit, Error]]:
+        """The unit in which the process of an actor ended, once it is sure that it has.
+
+        A unit that had not begun goes back.
+        """
         if actor.doubt is not None:
             unit, mark, message = actor.doubt
             actor.doubt = None
             begun = mark.exists() or not actor.shared
             mark.unlink(missing_ok=True)
-            yield actor, unit, Lost(message, begun)
+            if begun:
+                yield actor, unit, Error(message)
+            else:
+                queue.give_back(unit)
 
     def restart(self, actor: Actor) -> None:
         """Let an actor begin afresh: a failed call may have left its device unusable."""

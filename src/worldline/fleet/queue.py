@@ -13,18 +13,6 @@ from worldline.errors import Error
 Outcome = tuple[str, dict[Path, bytes]] | Error
 
 
-class Lost(Error):
-    """The end of a process in mid-call.
-
-    Attributes:
-        begun: whether the call had begun.
-    """
-
-    def __init__(self, message: str, begun: bool) -> None:
-        super().__init__(message)
-        self.begun = begun
-
-
 @dataclass(frozen=True)
 class Work:
     """What actors do.
