@@ -133,13 +133,18 @@ def test_no_family_knows_the_tensors(own_world: Path) -> None:
         open_named(MODEL, own_world)
 
 
-def test_adapters_are_refused(own_diffusion: Path) -> None:
+def test_adapters_are_no_model(own_diffusion: Path) -> None:
     path = own_diffusion / TEXT2WORLD / "model.pt"
     source = open_checkpoint(path)
     tensors = {name: source.read(name).clone() for name in source.tensors}
     name = "net.blocks.block1.blocks.0.block.attn.to_q.0.lora_A.weight"
+    save({name: torch.ones(2, 2)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors of LoRA adapters.*lora_A.*no model.*lora"
+    ):
+        open_named(TEXT2WORLD, own_diffusion)
     save({**tensors, name: torch.ones(2, 2)}, path)
-    with pytest.raises(CheckpointError, match=r"1 tensors of LoRA adapters.*lora_A.*merge them"):
+    with pytest.raises(CheckpointError, match=r"1 lack their other half: .*lora_A"):
         open_named(TEXT2WORLD, own_diffusion)
 
 

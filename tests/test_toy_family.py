@@ -12,6 +12,7 @@ import torch
 
 import worldline
 from worldline import memory
+from worldline.errors import InputError
 from worldline.family import FAMILIES
 from worldline.memory import Memory
 from worldline.opening import plan
@@ -77,6 +78,11 @@ def test_load_and_generate(root: Path, clip: Path, tmp_path: Path) -> None:
             world.generate(clip, **options)
     with pytest.raises(worldline.InputError, match="toy continues a clip"):
         world.generate()
+
+
+def test_it_takes_no_adapter(root: Path) -> None:
+    with pytest.raises(InputError, match="lora='toy': toy takes no adapter"):
+        load(root, lora="toy")
 
 
 def test_in_one_batch_as_alone(root: Path) -> None:

@@ -61,7 +61,7 @@ class Place:
             raise CheckpointError(f"neither {' nor '.join(names)} is in {self.searched}")
         return folder
 
-    def chosen(self, name: str | Path, field: str) -> Path:
+    def chosen(self, name: str | Path, field: str, thing: str = "folder") -> Path:
         """Folder or file that the option `field` names: below a root, or a path.
 
         Raises:
@@ -71,7 +71,7 @@ class Place:
         for path in (*(root / name for root in self.roots), Path(name), *cached):
             if path.exists():
                 return path
-        raise CheckpointError(f"no folder {name} ({option(field)}), nor is it in {self.searched}")
+        raise CheckpointError(f"no {thing} {name} ({option(field)}), nor is it in {self.searched}")
 
 
 def locate(

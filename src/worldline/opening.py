@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from itertools import product
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,7 +32,7 @@ from worldline.request import LoadOptions, Request
 from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.known import find_known
 from worldline.weights.names import is_adapter
-from worldline.weights.networks import Network, open_weights, read_settings
+from worldline.weights.networks import Network, open_adapter, open_weights, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def refuse_other_models(source: Checkpoint) -> None:
     if adapters := [*filter(is_adapter, source.tensors)]:
         raise CheckpointError(
             f"{source.path}: it holds {len(adapters):,} tensors of LoRA adapters, such as "
-            f"{adapters[0]}; merge them into the weights first"
+            f"{adapters[0]}, and no model; give the model, and this by {option('lora')}"
         )
     if kind := find_known(source.tensors):
         raise CheckpointError(f"{source.path}: it is {kind}, not a world that worldline runs")
@@ -144,7 +145,74 @@ def open_world(place: Place, stated: Mapping[str, Any], expected: str = "") -> O
                 raise CheckpointError(f"{error}{advice}") from error
             parts = {name: other for name, other in opened.parts.items() if name != part.name}
             opened = replace(opened, parts=parts, missing={**opened.missing, part.name: str(error)})
+    for text in opened.options.lora:
+        opened = opened.with_part("transformer", add_adapter(opened, *split_scale(text)))
     return opened
+
+
+def split_scale(stated: str) -> tuple[str, float]:
+    """Name and scale of an adapter, "FILE:0.5" or "FILE": a number behind the last colon counts.
+
+    Raises:
+        InputError: the scale is not finite.
+    """
+    name, _, end = stated.rpartition(":")
+    try:
+        scale = float(end)
+    except ValueError:
+        return stated, 1.0
+    if not name or (Path(stated).exists() and not Path(name).exists()):
+        return stated, 1.0
+    if not isfinite(scale):
+        raise InputError(f"{option('lora', stated)}: {end} is not finite; give a number")
+    return name, scale
+
+
+def add_adapter(opened: Opened, name: str, scale: float) -> Network[Any]:
+    """The transformer of a model with one more LoRA adapter.
+
+    Args:
+        opened: the model.
+        name: a file or a folder; or a name below the folders of its parts.
+        scale: factor of the adapter's own.
+
+    Raises:
+        CheckpointError: there is no such adapter, or it does not fit the whole.
+    """
+    network, called = opened["transformer"], option("lora", name)
+    if not isinstance(network, Network) or not network.layouts:
+        raise InputError(f"{called}: {opened.name} takes no adapter")
+    path = Path(name)
+    if not path.exists():
+        stem, _, end = name.rpartition(":")
+        if Path(stem).is_file():
+            raise InputError(f"{called}: {end!r} behind the colon is no number; give FILE:NUMBER")
+        path = opened.place.chosen(name, "lora", "file or folder")
+    source = open_adapter(path)
+    if any(source.path.samefile(other.path) for other in network.adapters):
+        raise InputError(f"{called}: {source.path} is merged already; give it once, with one scale")
+    try:
+        return network.adapted(network.match_adapter(source, scale))
+    except CheckpointError as error:
+        other = family_of_adapter(source)
+        if other in ("", opened.family.name):
+            raise
+        raise CheckpointError(f"{error}; it is for models of family {other}") from error
+
+
+def family_of_adapter(source: Checkpoint) -> str:
+    """Name of the family that has the layers of a LoRA adapter, by their names; "" for none."""
+    from worldline.weights.lora import layer_of
+
+    layers = {*map(layer_of, source.entries)} - {""}
+    inner = [layer.split(".", count)[-1] for layer in layers for count in range(layer.count("."))]
+    for family in FAMILIES:
+        with suppress(ModuleNotFoundError):  # of a family whose files need no names
+            layouts = import_module(f"{FAMILIES[family]}.weights").LAYOUTS
+            names = product(layouts, inner, (".weight", ".0.weight"))
+            if any(keys.ours(f"{name}{end}") for keys, name, end in names):
+                return family
+    return ""
 
 
 def refuse_unless_equal(first: Any, a: str, second: Any, b: str) -> None:

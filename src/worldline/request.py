@@ -11,7 +11,15 @@ from itertools import islice
 from os import PathLike, fspath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from worldline.errors import InputError, UnknownOptionError, brief, did_you_mean, option
@@ -344,6 +352,12 @@ def offload(subject: str, default: bool = False) -> Any:
     return Field(default, description=f"Keep the {subject} in host memory while not in use.")
 
 
+def _listed(value: Any) -> Any:
+    """None, one value or several, paths too, as a tuple of texts."""
+    values = value if isinstance(value, list | tuple) else () if value is None else (value,)
+    return tuple(fspath(each) if isinstance(each, PathLike) else each for each in values)
+
+
 class LoadOptions(Options):
     """How a model is loaded: where its parts are, on what it runs, what runs around it.
 
@@ -355,6 +369,12 @@ class LoadOptions(Options):
 
     checkpoint_dir: Path = Field(
         "checkpoints", description="Folder of the model folders, before the hub's cache."
+    )
+    lora: Annotated[tuple[Path, ...], BeforeValidator(_listed)] = Field(
+        (),
+        description="LoRA adapter of the transformer, and perhaps a factor: FILE:0.5; PEFT, "
+        "diffusers, kohya, NVIDIA's trainers. May be repeated: adapters add up.",
+        json_schema_extra={"single": True, "metavar": "FILE[:SCALE]"},
     )
     device: str | None = Field(
         None, description="cuda, cuda:1, cpu, mps.  [default: the GPU, if there is one]"

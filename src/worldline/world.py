@@ -495,6 +495,7 @@ class World:
             "parameters": self.parameters,
             "input": None if job.input is None else describe(job.input),
             **job.source,
+            "lora": [a.report() for p in parts.opened.parts.values() for a in adapters_of(p)],
             "weights": {name: part.notes for name, part in self.opened.parts.items() if part.notes},
             "request": {name: _describe(value) for name, value in job.request},
             "dtype": str(parts.compute.dtype).removeprefix("torch."),
@@ -573,9 +574,17 @@ def _embeddings(opened: Opened, request: Request) -> dict[str, Any]:
 
 def _settings(part: Any) -> dict[str, Any]:
     """Configuration, numbers and words of a part on disk, and the contents of its files."""
-    values = {n: v for n, v in vars(part).items() if v is None or isinstance(v, str | int | float)}
+    plain = str | int | float | None
+    values: dict[str, Any] = {n: v for n, v in vars(part).items() if isinstance(v, plain)}
     files = [digest(path, sampled=True) for path in part.files]
+    if adapters := adapters_of(part):
+        values["adapters"] = [adapter.digest for adapter in adapters]
     return {**values, "config": repr(part.config), "files": files}
+
+
+def adapters_of(part: Any) -> Sequence[Any]:
+    """LoRA adapters of a part on disk."""
+    return getattr(part, "adapters", ())
 
 
 def _contents(value: object) -> Any:

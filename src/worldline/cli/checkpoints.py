@@ -291,16 +291,18 @@ def describe(source: Checkpoint, path: Path) -> Generator[tuple[str, str], None,
     from worldline.tokenizers.wan.model import WanTokenizerConfig
     from worldline.tokenizers.wan.weights import is_wan, open_wan
     from worldline.tokenizers.wan.weights import network_view as wan_view
+    from worldline.weights.checkpoint import set_adapters_apart
     from worldline.weights.known import find_known
     from worldline.weights.names import is_adapter
     from worldline.weights.networks import read_settings
 
     folder = path if path.is_dir() else path.parent
     if adapters := [name for name in source.tensors if is_adapter(name)]:
-        yield "family", "LoRA adapters"
+        alone = not find_family(source.tensors)
+        yield "family" if alone else "beside", "LoRA adapters"
         yield from describe_adapters([(name, source.tensors[name].shape) for name in adapters])
         try:
-            refuse_other_models(source)
+            refuse_other_models(source if alone else set_adapters_apart(source))
         except CheckpointError as error:
             return source, "other", str(error)
     if (name := find_family(source.tensors)) and not find_known(source.tensors):

@@ -48,7 +48,12 @@ def make_parameter(name: str, field: FieldInfo, default: Any, negatable: bool) -
         spelling += f"/--no_{name}" if negatable and not name.startswith("no_") else ""
     settings |= {"metavar": metavar, "default": None, "multiple": many}
     names = [name, *extra.get("short", "").split(), spelling]
-    return click.Option(names, help=help_of(field, default), **settings)
+    kind = Repeatable if extra.get("single") else click.Option
+    return kind(names, help=help_of(field, default), **settings)
+
+
+class Repeatable(click.Option):
+    """An option that may be repeated, each time with one value."""
 
 
 class NumberOrAuto(click.types.IntParamType):
@@ -84,7 +89,8 @@ class ManyValues(click.Command):
     """A command whose repeatable options take several values, as shells make them of a pattern."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        many = {s for p in self.params if getattr(p, "multiple", False) for s in p.opts}
+        options = (p for p in self.params if not isinstance(p, Repeatable))
+        many = {s for p in options if getattr(p, "multiple", False) for s in p.opts}
         end = args.index("--") if "--" in args else len(args)
         words, option = [], ""
         for word in args[:end]:

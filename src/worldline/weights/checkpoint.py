@@ -25,7 +25,14 @@ from worldline.documents import parse_json, read_text
 from worldline.errors import CheckpointError, one_line, strerror
 from worldline.files import UNFINISHED, disguise, replacing
 from worldline.weights.known import foreign
-from worldline.weights.names import ScaledTensor, is_averaged, is_state, normalise
+from worldline.weights.names import (
+    ScaledTensor,
+    is_adapter,
+    is_averaged,
+    is_state,
+    normalise,
+    with_dots,
+)
 
 if TYPE_CHECKING:
     from worldline.parallel.mesh import Axis
@@ -166,7 +173,77 @@ class ShardedTensor:
         return mean
 
 
-Source = FileTensor | ShardedTensor | ScaledTensor
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A product scale * up @ down that is added to a matrix (LoRA, arXiv 2106.09685).
+
+    Attributes:
+        down: (rank, columns of the matrix).
+        up: (rows of the matrix, rank).
+        names: of both in the file.
+    """
+
+    down: Source
+    up: Source
+    scale: float
+    names: tuple[str, str]
+
+    @property
+    def halves(self) -> tuple[Source, Source]:
+        return self.down, self.up
+
+    def cut(self, dim: int, start: int, length: int) -> LowRank:
+        """What is added to a part of the matrix."""
+        if dim == 0:
+            return replace(self, up=self.up.cut(0, start, length))
+        return replace(self, down=self.down.cut(1, start, length))
+
+
+@dataclass(frozen=True, eq=False)
+class MergedTensor:
+    """A matrix and what low-rank adapters add to it, summed when it is read."""
+
+    base: Source
+    updates: tuple[LowRank, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.base.path
+
+    @property
+    def meta(self) -> Tensor:
+        return self.base.meta
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """What is read, in order."""
+        return self.base, *(half for update in self.updates for half in update.halves)
+
+    def cut(self, dim: int, start: int, length: int) -> MergedTensor:
+        """Its part along an axis; the same of the adapters' halves."""
+        updates = tuple(update.cut(dim, start, length) for update in self.updates)
+        return MergedTensor(self.base.cut(dim, start, length), updates)
+
+    def read(self) -> Tensor:
+        """The sum on the CPU, float32 or wider."""
+        return self.merge([part.read() for part in self.parts])
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        """The sum of read `parts`, float32 or wider: rounded once, to the dtype that computes.
+
+        Raises:
+            CheckpointError: an adapter holds NaN or Inf.
+        """
+        wide = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
+        total = parts[0].to(wide).contiguous()
+        for update, down, up in zip(self.updates, parts[1::2], parts[2::2], strict=True):
+            for source, name, half in zip(update.halves, update.names, (down, up), strict=True):
+                refuse_nonfinite(source.path, name, half)
+            total.addmm_(up.to(wide), down.to(wide), alpha=update.scale)
+        return total
+
+
+Source = FileTensor | ShardedTensor | ScaledTensor | MergedTensor
 
 
 @dataclass(frozen=True)
@@ -182,6 +259,7 @@ class Checkpoint:
         beside: other keys of the outer dict, such as "optimizer".
         metadata: the text that a safetensors file carries.
         notes: what was done to its names and values: wrappers stripped, the set that was taken.
+        adapters: LoRA adapters of these weights that lie beside them, as `entries`.
     """
 
     path: Path
@@ -192,6 +270,7 @@ class Checkpoint:
     beside: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    adapters: Mapping[str, Source] = field(default_factory=dict)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -505,6 +584,16 @@ def take_network(
     elif stripped:
         notes.insert(0, f"stripped from names: {stripped}")
     return replace(source, entries=entries, notes=(*source.notes, *notes))
+
+
+def set_adapters_apart(source: Checkpoint) -> Checkpoint:
+    """Weights with the LoRA adapters beside them as `adapters`; a file of these alone as it is."""
+    adapters = {name: n for name in source.entries if is_adapter(n := with_dots(name))}
+    weights = {name: entry for name, entry in source.entries.items() if name not in adapters}
+    if not adapters or not weights:
+        return source
+    inside = {plain: source.entries[name] for name, plain in adapters.items()}
+    return replace(source, entries=weights, adapters=inside)
 
 
 def joined(checkpoints: Sequence[Checkpoint], path: Path) -> Checkpoint:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
+from typing import Literal
 
 from torch import Tensor
 
@@ -66,14 +67,40 @@ class KeyMap:
 
     def released(self, name: str, prefix: str | None = None) -> str:
         """Released name of one of our tensors, which the map must have."""
-        released = _translate(self._released, name)
+        released = self.find(name)
         if released is None:
             raise ValueError(f"the key map has no released name for {name!r}")
         return (self.prefixes[0] if prefix is None else prefix) + released
 
+    def find(self, name: str) -> str | None:
+        """Released name without a prefix of one of our tensors; None if there is none."""
+        return _translate(self._released, name)
+
     def drops(self, name: str) -> bool:
         """Whether a released name is skipped."""
         return any(matches(name.removeprefix(prefix), self.drop) for prefix in ("", *self.prefixes))
+
+
+@dataclass(frozen=True)
+class LoRARecipe:
+    """How a family's own trainer adapts a network, and names what it saves.
+
+    Attributes:
+        targets: patterns of our names of matrices.
+        rank: of each product.
+        scale: its factor; alpha / rank where the trainer has an alpha.
+        start: distribution of down before the first step: "normal", of deviation 1 / rank, or
+            "uniform", up to columns ** -0.5; up is 0.
+        ends: of the names of down and up.
+        nested: whether weights are saved as "model", beside averaged adapters as "ema".
+    """
+
+    targets: tuple[str, ...]
+    rank: int
+    scale: float = 1.0
+    start: Literal["normal", "uniform"] = "uniform"
+    ends: tuple[str, str] = (".lora_A.default.weight", ".lora_B.default.weight")
+    nested: bool = False
 
 
 def match(

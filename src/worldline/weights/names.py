@@ -154,6 +154,11 @@ def is_adapter(name: str) -> bool:
     return bool(_ADAPTER.search(name))
 
 
+def with_dots(name: str) -> str:
+    """Name in which Predict1's trainer wrote `-` for `.`, as it was; other names as they are."""
+    return name if "." in name.partition(".")[2] else name.replace("-", ".")
+
+
 def is_averaged(name: str) -> bool:
     """Whether a dotted name, or a prefix, has a part that stands for averaged weights."""
     return any(map(_AVERAGED.fullmatch, name.split(".")))

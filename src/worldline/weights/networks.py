@@ -27,6 +27,7 @@ from worldline.weights.checkpoint import (
     PART,
     SHARD,
     Checkpoint,
+    MergedTensor,
     cut,
     find_shards,
     indexed_files,
@@ -36,6 +37,7 @@ from worldline.weights.checkpoint import (
     open_set,
     read_head,
     refuse_nonfinite,
+    set_adapters_apart,
     take_network,
 )
 from worldline.weights.keymap import KeyMap, match, matches
@@ -44,6 +46,7 @@ from worldline.weights.stream import load_into
 
 if TYPE_CHECKING:
     from worldline.parallel.tensor import ShardPlan
+    from worldline.weights.lora import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,8 @@ class Network(Generic[Config]):
         keys: from their names to ours.
         beside: files beside the tensors that decide what it computes.
         blocks: how it is offloaded block by block; None where it is moved whole.
+        layouts: every naming of its tensors in files, by which adapters are matched.
+        adapters: LoRA adapters that are merged when it is read.
     """
 
     kind: Callable[[Config], nn.Module]
@@ -97,9 +102,11 @@ class Network(Generic[Config]):
     keys: KeyMap = KeyMap({})  # noqa: RUF009
     beside: tuple[Path, ...] = ()
     blocks: BlockPlan | None = None
+    layouts: tuple[KeyMap, ...] = ()
+    adapters: tuple["Adapter", ...] = ()
 
     def check(self) -> Self:
-        """Itself; every parameter is in the file, and nothing else.
+        """Itself, with an adapter beside its weights; every parameter is there, and nothing else.
 
         Raises:
             CheckpointError: `match` fails, or there is no network of this config.
@@ -109,7 +116,27 @@ class Network(Generic[Config]):
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: no such network: {error}") from error
         match(self.source.tensors, shapes, self.keys, self.source)
-        return self
+        return self.adapted(self.match_adapter(self.source)) if self.source.adapters else self
+
+    def match_adapter(self, source: Checkpoint, scale: float = 1.0) -> "Adapter":
+        """A LoRA adapter in an opened file, beside weights or alone; see `lora.read_adapter`."""
+        from worldline.weights.lora import read_adapter
+
+        shapes = shapes_of(self.kind, self.config)
+        kind = "the weights beside it" if source.adapters else str(self.path)
+        return read_adapter(source, self.layouts, shapes, kind=kind, scale=scale)
+
+    def adapted(self, adapter: "Adapter") -> Self:
+        """The same network with one more adapter; a scale of 0 changes no bit."""
+        entries = dict(self.source.entries)
+        for name, base in self.source.entries.items():
+            update = adapter.updates.get(self.keys.ours(name) or "")
+            if update is not None and update.scale:
+                before = base.updates if isinstance(base, MergedTensor) else ()
+                base = base.base if isinstance(base, MergedTensor) else base
+                entries[name] = MergedTensor(base, (*before, update))
+        source = replace(self.source, entries=entries)
+        return replace(self, source=source, adapters=(*self.adapters, adapter))
 
     @property
     def path(self) -> Path:
@@ -118,12 +145,14 @@ class Network(Generic[Config]):
     @property
     def notes(self) -> tuple[str, ...]:
         """What was done to the names and values of its tensors."""
-        return self.source.notes
+        return *self.source.notes, *map(str, self.adapters)
 
     @property
     def files(self) -> list[Path]:
         """Every file that decides what it computes."""
-        return [*self.source.files, *filter(Path.exists, self.beside)]
+        adapters = (file for adapter in self.adapters for file in adapter.files)
+        beside = filter(Path.exists, self.beside)
+        return [*dict.fromkeys((*self.source.files, *beside, *adapters))]
 
     @property
     def num_parameters(self) -> int:
@@ -236,13 +265,17 @@ class Shapes:
         return 1 + max(int(n.split(".")[1]) for n in self.shapes if n.startswith(f"{blocks}."))
 
 
-def weights_file(path: Path, anchors: Anchors = ()) -> Path:
+def weights_file(
+    path: Path, anchors: Anchors = (), preferred: Sequence[str] = (), kind: str = "model.pt"
+) -> Path:
     """File of a transformer: of NVIDIA's layout or, where there is none, of diffusers'.
 
     Args:
         path: a released folder, a diffusers folder (the `transformer` folder or the one around it),
             a folder of a training, or a file, which is taken whatever lies beside it.
         anchors: as for `find_files`.
+        preferred: names that come before those of transformers.
+        kind: as for `find_files`.
 
     Returns:
         The file; of tensor-parallel shards the first, of several training checkpoints the newest.
@@ -250,11 +283,14 @@ def weights_file(path: Path, anchors: Anchors = ()) -> Path:
     if path.is_file():
         return path
     hashed = sorted(path.glob(_HASHED))
+    if any(map(os.path.lexists, (path / name for name in preferred))):
+        hashed = []
     if len(hashed) > 1:
         names = ", ".join(file.name for file in hashed)
         raise CheckpointError(f"{path} holds several transformers ({names}); name one of them")
 
     def ranked() -> Iterator[str]:
+        yield from preferred
         yield from (file.name for file in hashed)
         yield from TRANSFORMER_FILES
         yield from (file.name for file in find_shards(path)[:1])
@@ -263,7 +299,7 @@ def weights_file(path: Path, anchors: Anchors = ()) -> Path:
         yield from DIFFUSERS_FILES
         yield from distributed_files(path)
 
-    return find_files(path, ranked(), "model.pt", anchors)[0]
+    return find_files(path, ranked(), kind, anchors)[0]
 
 
 def training_files(folder: Path) -> list[str]:
@@ -386,14 +422,27 @@ def foreign_files(folder: Path) -> str:
 
 
 def open_weights(path: Path | Checkpoint, anchors: Anchors = ()) -> Checkpoint:
-    """Open the transformer that `weights_file` finds, all files of a set as one.
+    """Open the transformer that `weights_file` finds, all files of a set as one, adapters apart.
 
     A checkpoint that is open already is returned.
 
     Raises:
         CheckpointError: there is none, or it is incomplete or damaged.
     """
-    return path if isinstance(path, Checkpoint) else open_set(weights_file(path, anchors))
+    if isinstance(path, Checkpoint):
+        return path
+    return set_adapters_apart(open_set(weights_file(path, anchors)))
+
+
+def open_adapter(path: Path) -> Checkpoint:
+    """Open a LoRA adapter: a file, or a folder of PEFT, diffusers or a training; see `lora`.
+
+    Raises:
+        CheckpointError: as `open_weights`.
+    """
+    from worldline.weights.lora import ADAPTER_FILES, SIGNATURE
+
+    return open_set(weights_file(path, SIGNATURE, ADAPTER_FILES, "LoRA adapter"))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from worldline.errors import CheckpointError
 from worldline.weights.checkpoint import (
     Checkpoint,
     FileTensor,
+    MergedTensor,
     ShardedTensor,
     Source,
     nonfinite,
@@ -156,10 +157,14 @@ class Copier:
             self._fill_next()
 
     def fetch(self, source: Source) -> Tensor:
-        """A tensor in the file's dtype; float32 of a scaled one."""
+        """A tensor in the file's dtype; float32 of a scaled or merged one."""
         if isinstance(source, ShardedTensor) and source.dim is not None:
             parts = [self.fetch(part) for part in source.parts]
             return torch.cat(parts, source.dim) if len(parts) > 1 else parts[0]
+        if isinstance(source, MergedTensor):
+            merged = source.merge([self.fetch(part) for part in source.parts])
+            self.scanned = False  # finite numbers may have a sum that is not
+            return merged
         if isinstance(source, ScaledTensor):
             return source.multiply(self.fetch(source.tensor), self.fetch(source.scale))
         if not isinstance(source, FileTensor) or not source.streamed:
@@ -214,6 +219,8 @@ def _streamed(source: Source) -> Iterator[FileTensor]:
     if isinstance(source, ShardedTensor) and source.dim is not None:
         for part in source.parts:
             yield from _streamed(part)
+    elif isinstance(source, MergedTensor):
+        yield from chain.from_iterable(map(_streamed, source.parts))
     elif isinstance(source, ScaledTensor):
         yield from chain(_streamed(source.tensor), _streamed(source.scale))
     elif isinstance(source, FileTensor) and source.streamed:

@@ -173,7 +173,7 @@ class Attention(nn.Module):
 
     def encode(self, source: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values (B, M, S, K); those of a text are the same for every token."""
-        source = source.to(self.k.weight)  # in device and dtype
+        source = source.to(self.k_norm.weight)  # in device and dtype
         k = self.k_norm(self.heads(self.k(source))).transpose(1, 2)
         v = self.heads(self.v(source)).transpose(1, 2)
         return (k if rotation is None else rotate(k, rotation)), v

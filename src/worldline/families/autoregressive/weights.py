@@ -22,7 +22,7 @@ from worldline.nn.rope import Yarn
 from worldline.shapes import LatentShape
 from worldline.weights import networks
 from worldline.weights.checkpoint import Checkpoint, take_network
-from worldline.weights.keymap import KeyMap
+from worldline.weights.keymap import KeyMap, LoRARecipe
 from worldline.weights.networks import Count, Flag, Network, Number, open_weights
 
 _ATTENTION = {"wq": "q", "wk": "k", "wv": "v", "wo": "out", "q_norm": "q_norm", "k_norm": "k_norm"}
@@ -52,6 +52,9 @@ KEYS = KeyMap(
         "*pos_emb.pos_emb_?": "position table, computed here",
     },
 )
+LAYOUTS = (KEYS,)
+# no reference trains one: every matrix of the layers, as usual for language models
+LORA = LoRARecipe(targets=("layers.*attention.*.weight", "layers.*.feed_forward.*.weight"), rank=32)
 
 _DEEP_AND_WIDE = (40, 5120)  # the 12B and 13B models, which stretch their frequencies
 
@@ -94,7 +97,7 @@ def open_network(
     config = read_config(
         source, networks.read_settings(beside.parent) if settings is None else settings
     )
-    network = Network(ARTransformer, config, source, KEYS, (beside,))
+    network = Network(ARTransformer, config, source, KEYS, (beside,), layouts=LAYOUTS)
     return network.check()
 
 

@@ -17,7 +17,7 @@ from worldline.nn.dit import LARGEST_GRID, PATCH_CELLS
 from worldline.shapes import LatentShape
 from worldline.weights import dit, networks
 from worldline.weights.checkpoint import Checkpoint, take_network
-from worldline.weights.keymap import KeyMap
+from worldline.weights.keymap import KeyMap, LoRARecipe
 from worldline.weights.networks import Flag, Network, Number, open_weights
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,14 @@ DIFFUSERS_KEYS = KeyMap(
     dit.DIFFUSERS
     | dit.expand({"learnable_pos_embed.pos_emb_{t,h,w}": "positions.{time,rows,columns}"})
 )
+LAYOUTS = (KEYS, DIFFUSERS_KEYS)
+LORA = LoRARecipe(
+    targets=("blocks.*attention.body.[qv].weight",),
+    rank=8,
+    start="normal",
+    ends=("_lora.net.0.weight", "_lora.net.1.weight"),
+    nested=True,
+)
 
 
 class Settings(dit.DiTSettings):
@@ -85,7 +93,7 @@ def open_network(
     config = read_config(source, keys, settings)
     names = ("config.json", *(CONTEXTS if config.vocabulary else ()))
     beside = tuple(source.path.parent / name for name in names)
-    return Network(DiT, config, source, keys, beside).check()
+    return Network(DiT, config, source, keys, beside, layouts=LAYOUTS).check()
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from worldline.families.predict2_5.model import (
 from worldline.families.predict2_5.request import SIGNATURE, Schedule
 from worldline.weights import dit
 from worldline.weights.checkpoint import Checkpoint, take_network
-from worldline.weights.keymap import KeyMap
+from worldline.weights.keymap import KeyMap, LoRARecipe
 from worldline.weights.networks import Network, Number, open_weights
 
 _EXPONENTS = ("pos_embedder.dim_temporal_range", "pos_embedder.dim_spatial_range")
@@ -52,6 +52,10 @@ KEYS = KeyMap(
     },
 )
 DIFFUSERS_KEYS = KeyMap(dit.DIFFUSERS | dit.expand(_PROJECTION))
+LAYOUTS = (KEYS, DIFFUSERS_KEYS)
+LORA = LoRARecipe(
+    targets=("blocks.*attention.body.*.weight", "blocks.*.feed_forward.body.*.weight"), rank=32
+)
 
 
 class Settings(dit.DiTSettings):
@@ -77,7 +81,8 @@ def open_network(
     theirs = dit.is_diffusers(source)
     keys = DIFFUSERS_KEYS if theirs else KEYS
     config = read_config(source, keys, None if theirs else settings)
-    return Network(FlowDiT, config, source, keys, (source.path.parent / "config.json",)).check()
+    beside = (source.path.parent / "config.json",)
+    return Network(FlowDiT, config, source, keys, beside, layouts=LAYOUTS).check()
 
 
 def read_config(
