@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import worldline
+from tests.adapters import write_peft
 from tests.ranks import Together
 from tests.test_memory import DIFFUSION, FLOW, GPU, released
 from tests.tiny_diffusion import TEXT2WORLD
@@ -120,6 +121,16 @@ def test_a_world_in_parts(
         assert np.array_equal(frames, whole)
         assert 0.5 < held < 0.9  # of small blocks, much is in all: what encodes the text
         assert count == parameters
+
+
+@pytest.mark.slow
+def test_an_adapter_in_parts(two: Together, tiny_predict2_5: Path, tmp_path: Path) -> None:
+    """Rows of merged matrices: each process reads those of the adapter that it needs."""
+    model = tiny_predict2_5 / Path(POST.repository).name / POST.file
+    options = {"lora": [write_peft("predict2.5", model, tmp_path / "a")]}
+    whole, _, _ = two(make, POST.name, tiny_predict2_5, {"fsdp": "off", **options})[0]
+    for frames, _, _ in two(make, POST.name, tiny_predict2_5, {"fsdp": "on", **options}):
+        assert np.array_equal(frames, whole)
 
 
 def fail_to_read(axis: Axis, root: Path) -> str:

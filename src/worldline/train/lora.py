@@ -1,0 +1,210 @@
+"""LoRA (arXiv 2106.09685) of any network: adapters beside frozen layers, and their files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from worldline.files import replacing
+from worldline.weights.checkpoint import refuse_nonfinite, save
+from worldline.weights.keymap import KeyMap, LoRARecipe
+from worldline.weights.lora import ADAPTER_FILES, CONFIG, METADATA, Adapter
+
+_WEIGHT = ".weight"
+_PEFT_ENDS = (".lora_A.weight", ".lora_B.weight")
+
+# name of a matrix -> down and up of its adapter
+Halves = Mapping[str, tuple[Tensor, Tensor]]
+
+
+class LowRankLinear(nn.Module):
+    """A frozen linear layer, and an adapter beside it: y = W x + scale * up(down(x)).
+
+    It takes the layer's place, so that what is added stands before norms and rotations of heads.
+
+    Attributes:
+        base: the layer.
+        down: (rank, in_features), float32.
+        up: (out_features, rank), float32; 0 at first.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = scale
+        self.in_features, self.out_features = base.in_features, base.out_features
+        device = base.weight.device
+        shapes = (rank, base.in_features), (base.out_features, rank)
+        halves = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
+        self.down, self.up = map(nn.Parameter, halves)
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged matrix, in the layer's dtype, for code that multiplies by it itself."""
+        base = self.base.weight
+        wide = torch.promote_types(base.dtype, torch.float32)  # rounded once, as merged at load
+        merged = base.to(wide).addmm(self.up.to(wide), self.down.to(wide), alpha=self.scale)
+        return merged.to(base.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        added = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return y + self.scale * added
+
+
+def add_adapters(
+    module: nn.Module, recipe: LoRARecipe, generator: torch.Generator
+) -> dict[str, LowRankLinear]:
+    """Freeze a network, and put new adapters beside its layers; the output does not change yet.
+
+    Args:
+        module: with its weights; changed in place.
+        recipe: which layers, and how.
+        generator: of the CPU, so that a seed gives the same numbers on any device.
+
+    Returns:
+        Name of the matrix -> the layer with its adapter, in the order of the network.
+
+    Raises:
+        ValueError: a pattern matches no linear layer.
+    """
+    module.requires_grad_(False)
+    linear = {
+        f"{name}{_WEIGHT}": layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+    for pattern in recipe.targets:
+        if not any(fnmatchcase(name, pattern) for name in linear):
+            raise ValueError(f"no linear layer has a name like {pattern}")
+    adapted: dict[str, LowRankLinear] = {}
+    for name, layer in linear.items():
+        if any(fnmatchcase(name, pattern) for pattern in recipe.targets):
+            adapted[name] = new = LowRankLinear(layer, recipe.rank, recipe.scale)
+            if recipe.start == "normal":
+                drawn = torch.randn(new.down.shape, generator=generator) / recipe.rank
+            else:
+                drawn = 2 * torch.rand(new.down.shape, generator=generator) - 1
+                drawn *= layer.in_features**-0.5
+            new.down.data.copy_(drawn)
+            owner, _, leaf = name.removesuffix(_WEIGHT).rpartition(".")
+            setattr(module.get_submodule(owner), leaf, new)
+    return adapted
+
+
+def halves_of(adapted: Mapping[str, LowRankLinear]) -> Halves:
+    """Adapters' tensors, as they are written; no copies."""
+    return {name: (layer.down.detach(), layer.up.detach()) for name, layer in adapted.items()}
+
+
+def restore(adapted: Mapping[str, LowRankLinear], adapter: Adapter) -> None:
+    """Give adapters the numbers and factors of a file; a ValueError where its matrices differ."""
+    updates = adapter.updates
+    own = {name: layer.down.shape for name, layer in adapted.items()}
+    theirs = {name: update.down.meta.shape for name, update in updates.items()}
+    if different := sorted(dict(own.items() ^ theirs.items())):
+        names = ", ".join(different[:3])
+        raise ValueError(f"{adapter.path} adapts other matrices, or by another rank ({names})")
+    for name, layer in adapted.items():
+        layer.scale = updates[name].scale
+        for parameter, half in zip((layer.down, layer.up), updates[name].halves, strict=True):
+            value = half.read()
+            refuse_nonfinite(half.path, name, value)
+            parameter.data.copy_(value)
+
+
+def named_halves(
+    halves: Halves, keys: KeyMap, ends: tuple[str, str], prefix: str
+) -> dict[str, Tensor]:
+    """Tensors of an adapter by the names of a form: its ends behind the layers' in `keys`."""
+    named: dict[str, Tensor] = {}
+    for ours, pair in halves.items():
+        stem = keys.released(ours, prefix).removesuffix(_WEIGHT)
+        if ends[0].startswith("_"):  # Predict1's, which leaves out the place in a list
+            stem = stem.removesuffix(".0")
+        named |= {f"{stem}{end}": half for end, half in zip(ends, pair, strict=True)}
+    return named
+
+
+def settings(halves: Halves, scale: float, keys: KeyMap) -> dict[str, Any]:
+    """Content of PEFT's configuration of an adapter of one rank."""
+    [rank] = {len(down) for down, _ in halves.values()}
+    alpha = rank * scale
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "target_modules": sorted(keys.released(n, "").removesuffix(_WEIGHT) for n in halves),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+
+
+def save_peft(halves: Halves, scale: float, keys: KeyMap, folder: Path) -> None:
+    """Write an adapter as PEFT does: a folder, made if absent, of tensors and configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = named_halves(halves, keys, _PEFT_ENDS, "base_model.model.")
+    save(tensors, folder / ADAPTER_FILES[0], {"format": "pt"})
+    with replacing(folder / CONFIG) as temporary:
+        temporary.write_text(json.dumps(settings(halves, scale, keys), indent=2) + "\n")
+
+
+def save_diffusers(
+    halves: Halves, scale: float, keys: KeyMap, path: Path, *, pipeline: bool = True
+) -> None:
+    """Write an adapter as diffusers does: of a pipeline, or of its transformer alone.
+
+    `keys` are diffusers' names; `path` ends in .safetensors.
+    """
+    prefix = "transformer." if pipeline else ""
+    stated = {f"{prefix}{name}": value for name, value in settings(halves, scale, keys).items()}
+    text = {"format": "pt", METADATA: json.dumps(stated, indent=2, sort_keys=True)}
+    save(named_halves(halves, keys, _PEFT_ENDS, prefix), path, text)
+
+
+def save_reference(
+    weights: Mapping[str, Tensor],
+    halves: Halves,
+    keys: KeyMap,
+    recipe: LoRARecipe,
+    path: Path,
+    averaged: Halves | None = None,
+    beside: Mapping[str, object] = {},
+) -> None:
+    """Write an adapter beside its network's weights, as a family's own trainer does: no scale.
+
+    Args:
+        weights: of the network, by released names.
+        halves: saved in the dtype of the weights.
+        keys: the released names.
+        recipe: of the family.
+        path: ends in .pt.
+        averaged: adapter; a trainer without "ema" saves it in the place of the other.
+        beside: other entries of a file with "model".
+    """
+    dtype = next(iter(weights.values())).dtype
+    named = partial(named_halves, keys=keys, ends=recipe.ends, prefix=keys.prefixes[0])
+    own = halves if recipe.nested else averaged or halves
+    model = {**weights, **{name: half.to(dtype) for name, half in named(own).items()}}
+    if not recipe.nested:
+        save(model, path)
+        return
+    wide = named(averaged or {})
+    sets = {"model": model, "ema": {n.replace(".", "-"): half.float() for n, half in wide.items()}}
+    whole = {
+        name: {n: tensor.detach().cpu().contiguous() for n, tensor in tensors.items()} or None
+        for name, tensors in sets.items()
+    }
+    with replacing(path) as temporary:
+        torch.save({**whole, **beside}, temporary)
