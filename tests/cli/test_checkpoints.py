@@ -330,6 +330,7 @@ def test_notes_and_values_of_a_trainers_file(run: Run, own_world: Path) -> None:
     [
         ("net.blocks.{}.self_attn.q_proj.lora_{}.default.weight", "q_proj"),
         ("transformer.blocks.{}.attn.to_k.lora_{}.weight", "to_k"),
+        ("base_model.model.blocks.block{}.blocks.0.block.attn.to_v.0.lora_{}.weight", "to_v"),
         ("lora_unet_blocks_{}_attn_to_v.lora_{}.weight", "attn_to_v"),
     ],
 )

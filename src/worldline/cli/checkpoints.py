@@ -341,7 +341,9 @@ def describe_adapters(tensors: Sequence[tuple[str, Sequence[int]]]) -> Lines:
     ranks = {min(shape[:2]) for _, shape in tensors if len(shape) > 1}
     yield "rank", ", ".join(map(str, sorted(ranks)))
     # kohya's names have `_` for dots, and begin with what they adapt
-    stems = (re.split(r"[._]lora[._]", re.sub(r"^lora_\w+?_", "", name))[0] for name, _ in tensors)
+    stems = (
+        re.split(r"(?:[._]\d+)?[._]lora[._]", re.sub(r"^lora_\w+?_", "", n))[0] for n, _ in tensors
+    )
     targets = {re.sub(r".*[._]\d+_", "", stem.rpartition(".")[2]) for stem in stems}
     yield "targets", ", ".join(sorted(targets))
 
