@@ -323,10 +323,10 @@ class EmbeddingCache:
     One safetensors file each, shared by all processes; its name is a hash, as the prompt is not
     written down, and its digest covers name, dtype, shape and numbers. A folder that cannot be
     written is no error; nothing is cached then. Beyond `largest` files, temporary ones of killed
-    processes too, the one that was unused for longest is removed.
+    processes too, the one that was unused for longest is removed; none is where it is None.
     """
 
-    def __init__(self, name: str | Path = "", largest: int = 1000) -> None:
+    def __init__(self, name: str | Path = "", largest: int | None = 1000) -> None:
         self.folder = cache_folder() / name
         self.largest = largest
 
@@ -359,6 +359,8 @@ class EmbeddingCache:
             if path.is_dir():
                 remove(path)  # it would be in the way for ever
             save({"embedding": embedding}, path, {"digest": content_digest({path.stem: embedding})})
+            if self.largest is None:
+                return
             files = [path for path in self.folder.iterdir() if path.is_symlink() or path.is_file()]
             for file in sorted(files, key=lambda path: path.lstat().st_mtime)[: -self.largest]:
                 file.unlink(missing_ok=True)

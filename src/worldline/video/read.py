@@ -11,7 +11,7 @@ import stat
 import struct
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -104,17 +104,24 @@ def kind_in_folder(path: Path) -> MediaKind | None:
 
 def probe(path: str | Path) -> MediaInfo:
     """Measurements of a file, of which the first frame is decoded and the others are counted."""
+    return probe_times(path)[0]
+
+
+def probe_times(path: str | Path) -> tuple[MediaInfo, list[int]]:
+    """Measurements as of `probe`, and when frames are displayed, ticks; [] if the file lacks it."""
     path = Path(path)
     if _is_picture(path):
         clip = read_image(path)
         _, height, width, _ = clip.frames.shape
-        return MediaInfo("image", 1, height, width, 0.0, clip.notes)
+        return MediaInfo("image", 1, height, width, 0.0, clip.notes), []
     with _opened(path) as video:
         first = next(video.frames())
         deque(video.packets, maxlen=0)  # counts them
         height, width, _ = video.to_rgb(first).shape
         count = len(video.delays) or video.count
-        return MediaInfo("video", count, height, width, video.fps, video.notes())
+        times = sorted({*video.times})
+        info = MediaInfo("video", count, height, width, video.fps, video.notes())
+        return info, times if len(times) == count == video.count else []
 
 
 def check_written(path: str | Path, frames: int | None) -> None:
@@ -159,6 +166,41 @@ def stream_media(path: str | Path, count: int) -> Iterator[Frames]:
         for first in images:
             size = min(count, at_most(path, MAX_HELD) // (first.size // 3))
             yield _gather(chain([first], islice(images, size - 1)), size)
+
+
+def read_frames(
+    path: str | Path, numbers: Sequence[int], times: Sequence[int] = ()
+) -> Iterator[Frames]:
+    """Frames (H, W, 3) of a video by their numbers, as `read_video` counts; no others are made.
+
+    Args:
+        path: the video.
+        numbers: ascending.
+        times: as of `probe_times`; with them, decoding begins at the key frame before the first.
+
+    Raises:
+        InputError: as of `read_video`, or a frame is absent.
+    """
+    path, missing = Path(path), deque(numbers)
+    places = {time: number for number, time in enumerate(times)}
+    for seeks in (True, False) if times else (False,):
+        try:
+            with _opened(path) as video:
+                if seeks:
+                    video.seek(missing[0], times)
+                for count, frame in enumerate(video.frames()):
+                    number = places.get(frame.pts or 0, -1) if seeks else count
+                    if number > missing[0] or (number == missing[0] and frame.is_corrupt):
+                        raise ValueError(f"its frame {missing[0]} cannot be decoded")
+                    if number == missing[0]:
+                        missing.popleft()
+                        yield video.to_rgb(frame)
+                        if not missing:
+                            return
+                raise ValueError(f"it ends before frame {missing[0]}")
+        except InputError:  # where a file cannot be entered, it is decoded from its start
+            if not seeks:
+                raise
 
 
 def _gather(images: Iterator[Frames], count: int) -> Frames:
@@ -379,6 +421,7 @@ class _Video:
     """Video stream of an open file.
 
     Attributes:
+        whole: whether packets are read from the first on.
         packets: compressed frames, then the None at which a decoder gives what it holds back.
         count: packets so far that are displayed.
         times: when they are displayed, in ticks of the stream.
@@ -390,7 +433,8 @@ class _Video:
     def __init__(
         self, path: Path, container: InputContainer, stream: VideoStream, delays: list[int]
     ) -> None:
-        self.stream, self.packets, self.delays = stream, self._packets(container), delays
+        self.container, self.stream, self.delays = container, stream, delays
+        self.packets, self.whole = self._packets(), True
         self.count, self.times = 0, list[int]()
         context = stream.codec_context
         self.aspect = stream.sample_aspect_ratio or Fraction(1)
@@ -404,19 +448,35 @@ class _Video:
         whole = Fraction(1)
         return round(height / min(self.aspect, whole)), round(width * max(self.aspect, whole))
 
-    def _packets(self, container: InputContainer) -> Packets:
+    def seek(self, number: int, times: Sequence[int]) -> None:
+        """Go on from a key frame that is displayed when frame `number` is, or before."""
+        self.whole = False
+        back, step = 0, 1 + (times[-1] - times[0]) // len(times)
+        while back == 0 or times[number] - back > times[0]:
+            self.container.seek(times[number] - back, stream=self.stream)
+            packets = self._packets()
+            packet = next((one for one in packets if one is None or one.is_keyframe), None)
+            if packet and packet.pts is not None and packet.pts <= times[number]:
+                self.packets = chain([packet], packets)
+                return
+            back = 2 * back or 4 * step  # FFmpeg goes by times of decoding, or to any frame
+        raise ValueError(f"no key frame is found before its frame {number}")
+
+    def _packets(self) -> Packets:
         total = 0
-        for packet in container.demux(self.stream):
+        for packet in self.container.demux(self.stream):
             # PyAV ends with an empty packet; those of AVI repeat a frame
             total += bool(packet.size) or packet.dts is not None
             if packet.size:
                 if packet.is_corrupt:
                     raise ValueError("it ends within a frame")
                 self.count += not packet.is_discard
-                if packet.pts is not None:
+                if packet.pts is not None and not packet.is_discard:
                     self.times.append(packet.pts)
                 yield packet
-        if total < self.stream.frames:  # of the index of MP4, MOV and AVI; 0 in other files
+        if (
+            self.whole and total < self.stream.frames
+        ):  # of the index of MP4, MOV and AVI; 0 in other files
             raise ValueError(f"it has {total} of {self.stream.frames} frames")
         yield None
 

@@ -1,0 +1,250 @@
+"""Batches of samples in a shuffled order, for the processes of a run, resumable to the sample.
+
+Source of the order: torch's `DistributedSampler(shuffle=True)`, as in the released trainers. A
+position is that of all processes together, so that any number of them can go on from it.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from worldline.errors import Error, InputError, one_line
+from worldline.files import readable_size
+from worldline.parallel.mesh import ALONE, Axis
+from worldline.train.data.clips import Clips, Item
+from worldline.train.data.videos import MOST_NAMED
+
+log = logging.getLogger(__name__)
+
+Place = tuple[int, int]  # epoch, and place in its order
+Failure = tuple[str, str]  # name of a sample, and why it cannot be read
+State = dict[str, Any]
+
+_MOST_FAILURES = 100  # samples in a row, after which training stops
+
+
+@dataclass(frozen=True)
+class Order:
+    """Order of the samples of an epoch.
+
+    Attributes:
+        count: number of samples.
+        seed: of the shuffles, 0 or more.
+        repeated: every epoch has the order of the first one, as in the released trainers.
+    """
+
+    count: int
+    seed: int = 0
+    repeated: bool = False
+
+    def __call__(self, epoch: int) -> list[int]:
+        """Numbers of all samples, in the order of an epoch."""
+        return _permutation(self.count, self.seed + (0 if self.repeated else epoch))
+
+
+@lru_cache(maxsize=2)
+def _permutation(size: int, seed: int) -> list[int]:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class _Stream(Dataset[tuple[Item, list[Failure]]]):
+    """Batches by the places of their samples; for one that cannot be read, the next that can.
+
+    Which one that is follows from the order and the files, whatever a process knows of others.
+    """
+
+    def __init__(self, clips: Clips, order: Order, broken: Mapping[str, str]) -> None:
+        self.clips, self.order, self.broken = clips, order, {*broken}
+
+    def __getitems__(self, places: Sequence[Place]) -> tuple[Item, list[Failure]]:
+        failures: list[Failure] = []
+        draw = self.order.seed, places[0][0]
+        while len(failures) < _MOST_FAILURES:
+            found = [self._readable(*place, draw) for place in places]
+            indices = [index for index in found if index is not None]
+            if len(indices) < len(places):
+                break
+            try:
+                return default_collate(self.clips.items(indices, draw)), failures
+            except (InputError, OSError):
+                failures += filter(None, (self._failure(index, draw) for index in {*indices}))
+        return {}, failures
+
+    def _readable(self, epoch: int, place: int, draw: Sequence[int]) -> int | None:
+        """The first sample from a place on that is not known to be broken; None if all are."""
+        order = self.order(epoch)
+        indices = (order[(place + more) % len(order)] for more in range(len(order)))
+        return next((i for i in indices if self.clips.name(i, draw) not in self.broken), None)
+
+    def _failure(self, index: int, draw: Sequence[int]) -> Failure | None:
+        """Name of a sample that cannot be read, and why; from now on it is known."""
+        try:
+            self.clips.items([index], draw)
+        except (InputError, OSError) as error:
+            name = self.clips.name(index, draw)
+            self.broken.add(name)
+            return name, one_line(error)
+        return None
+
+
+def _worker_context() -> Any:
+    """Processes that are forked from one that has no threads, devices or locks of this one."""
+    context = get_context("forkserver")  # spawned ones may abort in torch when they end
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class Loader:
+    """Endless batches of a data set: `default_collate` of its items, read ahead by workers.
+
+    Each epoch is a shuffle of the samples; processes take turns in it, and what does not fill a
+    batch of all at its end is left out. Fewer samples than one such batch are repeated. A sample
+    that cannot be read is logged, and the next one of the order takes its place.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        sample: samples of the epoch that all processes together have taken.
+        broken: samples that could not be read, by name, and why.
+
+    Args:
+        clips: the data set.
+        batch_size: samples of a batch of this process.
+        num_workers: processes that read ahead; 0 reads in this one, when a batch is asked for.
+        pin_memory: as of `torch.utils.data.DataLoader`.
+        seed: of the shuffles, 0 or more.
+        repeated: every epoch has the same order, as in the released trainers.
+        ranks: processes with batches of their own (data parallel).
+        together: processes that train on one batch, which the first of them reads.
+    """
+
+    def __init__(
+        self,
+        clips: Clips,
+        *,
+        batch_size: int = 1,
+        num_workers: int = 2,
+        pin_memory: bool = False,
+        seed: int = 0,
+        repeated: bool = False,
+        ranks: Axis = ALONE.dp,
+        together: Axis = ALONE.tp,
+    ) -> None:
+        self.clips, self.batch_size, self.num_workers = clips, batch_size, num_workers
+        self.pin_memory, self.ranks, self.together = pin_memory, ranks, together
+        self.order = Order(len(clips), seed, repeated)
+        self.epoch = self.sample = 0
+        self.broken: dict[str, str] = {}
+
+    def __str__(self) -> str:
+        broken = f", {len(self.broken)} samples skipped" if self.broken else ""
+        return f"{self.clips}{broken}"
+
+    def __iter__(self) -> Iterator[Item]:
+        """Batches from the position on, which moves as they are taken.
+
+        Raises:
+            InputError: a hundred samples in a row, or all, cannot be read.
+            Error: a worker ended.
+        """
+        batches = self._batches() if self.together.first else iter(())
+        for epoch, sample in self._positions():
+            batch, failures = self.together.once(lambda: next(batches))
+            self._report(failures)
+            if not batch:
+                named = "; ".join(
+                    f"{name}: {reason}" for name, reason in [*self.broken.items()][-2:]
+                )
+                raise InputError(
+                    f"{len(failures) or len(self.broken)} samples in a row cannot be read "
+                    f"({named}); check the files"
+                )
+            self.epoch, self.sample = epoch, sample + self.batch_size * self.ranks.count
+            yield batch
+
+    def state(self) -> State:
+        """Position and order, as JSON has it; all processes ask for it together."""
+        for broken in self.ranks.every(self.broken):
+            self.broken |= broken
+        position = {"epoch": self.epoch, "sample": self.sample, "skipped": dict(self.broken)}
+        return {**position, **self._order()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, with any number of processes; before batches are asked for.
+
+        Raises:
+            InputError: it is of another data set or order.
+        """
+        differing = [name for name, value in self._order().items() if state.get(name) != value]
+        if differing:
+            pairs = (f"{name} {state.get(name)}, here {self._order()[name]}" for name in differing)
+            raise InputError(f"the position is of other data: {'; '.join(pairs)}")
+        self.epoch, self.sample = state["epoch"], state["sample"]
+        self.broken = dict(state["skipped"])
+
+    def _order(self) -> State:
+        order = self.order
+        names = {"samples": order.count, "seed": order.seed, "repeated": order.repeated}
+        return {**names, "data": self.clips.fingerprint}
+
+    def _positions(self) -> Iterator[Place]:
+        """Positions before each batch of all processes."""
+        epoch, sample = self.epoch, self.sample
+        taken = self.batch_size * self.ranks.count
+        while True:
+            if sample and sample + taken > self.order.count:
+                epoch, sample = epoch + 1, 0
+            yield epoch, sample
+            sample += taken
+
+    def _places(self) -> Iterator[list[Place]]:
+        """Places of the samples of each batch of this process."""
+        for epoch, sample in self._positions():
+            end = sample + self.batch_size * self.ranks.count
+            yield [
+                (epoch, place) for place in range(sample + self.ranks.rank, end, self.ranks.count)
+            ]
+
+    def _batches(self) -> Iterator[tuple[Item, list[Failure]]]:
+        loader = DataLoader(
+            _Stream(self.clips, self.order, self.broken),
+            batch_sampler=self._places(),
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=self.pin_memory,
+            multiprocessing_context=_worker_context() if self.num_workers else None,
+            generator=torch.Generator(),  # else the number for workers is drawn from the run's
+        )
+        try:
+            # in the main thread, torch would raise the death of a worker anywhere in its code
+            with ThreadPoolExecutor(1) as pool:
+                batches = pool.submit(iter, loader).result()
+            yield from batches
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            free = os.statvfs("/dev/shm")
+            room = readable_size(free.f_bavail * free.f_frsize)
+            raise Error(
+                f"reading data: {one_line(error)}; it may lack memory (/dev/shm has {room} free): "
+                "give fewer workers, or 0"
+            ) from None
+
+    def _report(self, failures: Sequence[Failure]) -> None:
+        for name, reason in failures:
+            if name not in self.broken and len(self.broken) < MOST_NAMED:
+                more = len(self.broken) == MOST_NAMED - 1
+                end = "; further ones are only counted" if more else ""
+                log.warning("skipped: %s: %s%s", name, reason, end)
+            self.broken[name] = reason

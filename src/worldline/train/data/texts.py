@@ -1,0 +1,162 @@
+"""Captions of videos, and embeddings in place of them, in the layouts of the released trainers."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from worldline.documents import parse_json, read_entries, read_text
+from worldline.errors import InputError, brief, strerror
+from worldline.text.embeddings import PROMPT, read_embedding_file, read_embeddings
+
+log = logging.getLogger(__name__)
+
+Text: TypeAlias = str | Path  # a caption, or the file of an embedding
+
+_FILE_FIELDS, _CAPTION_FIELDS = ("file", "video", "file_name"), ("caption", "prompt", "text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Where the texts of videos come from.
+
+    Attributes:
+        source: "text" for `metas/{stem}.txt`, "json" for `captions/{stem}.json`, "auto" for the
+            second where there is one; "embeddings" for `t5_xxl/{stem}.pickle`; or a file of JSON
+            lines with a video and a caption each.
+        caption: of all videos, in place of a source.
+        prompt_type: which of the captions of a JSON file, such as "long"; by default the first.
+        width: numbers in a row of an embedding.
+        rows: of an embedding, shorter ones are filled with zeros.
+        empty: take an empty caption for one that is missing or cannot be read.
+    """
+
+    source: str | Path = "auto"
+    caption: str | None = None
+    prompt_type: str | None = None
+    width: int = 1024
+    rows: int = 512
+    empty: bool = False
+
+    def find(self, folder: Path, videos: Sequence[Path]) -> dict[Path, Text]:
+        """Text of each video.
+
+        Args:
+            folder: that holds `metas`, `captions` or `t5_xxl`.
+            videos: files.
+
+        Raises:
+            InputError: some are missing, or cannot be read.
+        """
+        if self.caption is not None:
+            return dict.fromkeys(videos, self.caption)
+        source = self.source
+        if source == "auto":
+            source = "json" if any((folder / "captions").glob("*.json")) else "text"
+        places: dict[str | Path, tuple[str, Callable[[Path], Text]]] = {
+            "text": ("metas/{}.txt", lambda path: read_text(path).strip()),
+            "json": ("captions/{}.json", self._read_json),
+            "embeddings": ("t5_xxl/{}.pickle", _existing),
+        }
+        if source in places:
+            name, read = places[source]
+            where = f"{folder / name.format('NAME')}"
+            found = _read_each({v: folder / name.format(v.stem) for v in videos}, read)
+        else:
+            where = str(source)
+            found = _read_lines(Path(source), videos)
+        missing = {video: reason for video in videos if (reason := _problem(found.get(video)))}
+        if missing:
+            named = "; ".join(f"{video.name}: {reason}" for video, reason in [*missing.items()][:3])
+            more = " …" if len(missing) > 3 else ""
+            line = f"{where}: {len(missing)} of {len(videos)} videos have no text ({named}{more})"
+            if not self.empty or source == "embeddings":
+                raise InputError(f"{line}; add it, or give one caption for all")
+            log.warning("%s; theirs is empty", line)
+        return {video: "" if video in missing else found[video] for video in videos}  # type: ignore[misc]
+
+    def read(self, text: Text) -> dict[str, Any]:
+        """What a sample has of its text: `ai_caption`, or `t5_text_embeddings` and its mask."""
+        if isinstance(text, str):
+            return {"ai_caption": text}
+        [embedding] = read_embeddings(text, width=self.width, rows=self.rows)[PROMPT]
+        length = read_embedding_file(text, text.stat().st_mtime_ns)[PROMPT].shape[-2]
+        mask = (torch.arange(self.rows) < length).to(torch.int64)
+        return {"t5_text_embeddings": embedding, "t5_text_mask": mask}
+
+    def _read_json(self, path: Path) -> str:
+        """Caption of {model: {"long": …, "medium": …, "short": …}}, whose braces may be absent."""
+        text = read_text(path).strip()
+        try:
+            document = parse_json(text)
+        except ValueError:
+            document = parse_json(f"{{{text.rstrip(',')}}}")
+        captions = next(iter(document.values()), "") if isinstance(document, dict) else document
+        if isinstance(captions, str):
+            return captions.strip()
+        if not isinstance(captions, dict) or not captions:
+            raise ValueError("it holds no caption")
+        kind = next(iter(captions)) if self.prompt_type is None else self.prompt_type
+        if kind not in captions:
+            log.warning("%s: no caption %r, but %s", path, kind, ", ".join(map(str, captions)))
+            kind = next(iter(captions))
+        if not isinstance(captions[kind], str):
+            raise ValueError(f"{brief(kind)} is no text")
+        return captions[kind].strip()
+
+
+def _existing(path: Path) -> Path:
+    path.stat()
+    return path
+
+
+def _problem(text: Text | Exception | None) -> str:
+    """Why a text cannot be used; "" if it can."""
+    if isinstance(text, Exception):
+        return strerror(text).lower()
+    return "" if text else "it has none"
+
+
+def _read_each(
+    files: Mapping[Path, Path], read: Callable[[Path], Text]
+) -> dict[Path, Text | Exception]:
+    found: dict[Path, Text | Exception] = {}
+    for video, path in files.items():
+        try:
+            found[video] = read(path)
+        except (OSError, ValueError) as error:
+            found[video] = error
+    return found
+
+
+def _read_lines(path: Path, videos: Sequence[Path]) -> dict[Path, Text | Exception]:
+    """Captions of a file of JSON lines, by the names of videos, with or without suffix."""
+    names = {name: video for video in videos for name in (video.stem, video.name)}
+    found: dict[Path, Text | Exception] = {}
+    others, where = 0, str(path)
+    try:
+        for kind, number, row in read_entries(path):
+            where = f"{path}, {kind} {number}" if kind else str(path)
+            if isinstance(row, ValueError):
+                raise row
+            row = row if isinstance(row, dict) else {}
+            file, caption = (
+                next((row[field] for field in fields if field in row), None)
+                for fields in (_FILE_FIELDS, _CAPTION_FIELDS)
+            )
+            if not isinstance(file, str) or not isinstance(caption, str):
+                raise ValueError("it needs a file and a caption, both text")
+            video = names.get(Path(file).name)
+            if video in found:
+                raise ValueError(f"{Path(file).name} has a caption already")
+            if video:
+                found[video] = caption.strip()
+            others += video is None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: {strerror(error)}") from None
+    if others:
+        log.warning("%s: %d captions are of videos that are not used", path, others)
+    return found
