@@ -11,6 +11,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ class Clips(Dataset[Item]):
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         return f"{len(self):,} samples of {len(self.videos):,} videos{skipped}"
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of the names and lengths of all samples, whatever folder they lie in."""
         names = [(video.path.name, video.frames) for video in self.videos]

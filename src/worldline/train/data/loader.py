@@ -231,8 +231,8 @@ class Loader:
             with ThreadPoolExecutor(1) as pool:
                 batches = pool.submit(iter, loader).result()
             yield from batches
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, OSError, EOFError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
             free = os.statvfs("/dev/shm")
             room = readable_size(free.f_bavail * free.f_frsize)
