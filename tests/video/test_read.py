@@ -25,6 +25,8 @@ from worldline.video.read import (
     kind_in_folder,
     media_kind,
     probe,
+    probe_times,
+    read_frames,
     read_image,
     read_video,
     stream_media,
@@ -414,6 +416,74 @@ def test_pixels_become_square(aspect: Fraction, container: str, tmp_path: Path) 
     assert np.abs(corners(read_back.frames[0]) - corners(quarters())).max() < 30
     plain = encode(tmp_path / "b", "mpeg4", container, frames, sample_aspect_ratio=Fraction(1))
     assert probe(plain)[2:] == (64, 96, 20.0, ())
+
+
+NUMBERED = [
+    ("libx264", "mp4", "open-gop=1:keyint=9:bframes=3:b-adapt=0"),
+    ("libx264", "matroska", "open-gop=1:keyint=9:bframes=3:b-adapt=0"),
+    ("libx264", "mpegts", "keyint=9:bframes=2"),
+    ("libx264", "mov", "intra-refresh=1:keyint=9"),
+    ("mpeg4", "avi", ""),
+    ("libvpx-vp9", "webm", ""),
+    ("mpeg2video", "mpeg", ""),
+]
+
+
+@pytest.mark.parametrize(("codec", "container", "settings"), NUMBERED, ids=lambda value: value[:8])
+@pytest.mark.parametrize("varying", [False, True])
+def test_frames_by_their_numbers(
+    codec: str, container: str, settings: str, varying: bool, tmp_path: Path
+) -> None:
+    if varying and container in ("avi", "mpeg"):
+        return  # they cannot hold it
+    path, rng, moment = tmp_path / "a", np.random.default_rng(3), 0
+    with av.open(str(path), "w", format=container) as output:
+        stream = output.add_stream(codec, rate=25, options={"x264-params": settings, "g": "9"})
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        if varying:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for image in rng.integers(0, 256, (40, 4, 6, 3), np.uint8).repeat(8, 1).repeat(8, 2):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if varying:
+                moment += int(rng.integers(10, 90))
+                frame.pts, frame.time_base = moment, Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    frames, (info, times) = read_video(path).frames, probe_times(path)
+    assert info.frames == len(times) == 40
+    for first, step in ((0, 1), (7, 2), (8, 1), (9, 3), (20, 1), (35, 1)):
+        numbers = range(first, min(40, first + 5 * step), step)
+        for known in (times, []):
+            assert np.array_equal(
+                np.stack([*read_frames(path, numbers, known)]), frames[[*numbers]]
+            )
+    with pytest.raises(InputError, match="frame 40"):
+        list(read_frames(path, [3, 40]))
+
+
+def test_only_needed_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, counts = tmp_path / "a.mp4", {"frames": 0, "to_rgb": 0}
+    encode(path, "libx264", "mp4", clip(60), gop_size=10)
+    _, times = probe_times(path)
+    decode, convert = read._Video.frames, read._Video.to_rgb
+
+    def frames(video: Any) -> Any:
+        for frame in decode(video):
+            counts["frames"] += 1
+            yield frame
+
+    def to_rgb(video: Any, frame: Any) -> Any:
+        counts["to_rgb"] += 1
+        return convert(video, frame)
+
+    monkeypatch.setattr(read._Video, "frames", frames)
+    monkeypatch.setattr(read._Video, "to_rgb", to_rgb)
+    list(read_frames(path, range(42, 48, 2), times))
+    assert counts["frames"] <= 10 + 5 + 1
+    assert counts["to_rgb"] == 3
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(InputError, match="damaged"):
+        list(read_frames(path, range(55, 60), times))
 
 
 @pytest.mark.parametrize("fps", [12, 15, 16, 24, 30, 48, 60, 100])

@@ -15,6 +15,9 @@ from torch import Tensor
 from worldline.shapes import LARGEST_CROP
 from worldline.video.read import Frames
 
+# 255 times a 255th of a level is often below it again
+_TRUNCATED = torch.arange(256).div(255).mul(255).to(torch.uint8).numpy()
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -37,23 +40,23 @@ class Transform:
 
     def __call__(self, frame: Frames) -> Tensor:
         """Frame uint8 (3, height, width) of one (H, W, 3)."""
-        levels = torch.from_numpy(frame).permute(2, 0, 1)[None].float()  # kernels of 8 bits differ
         size = self.resized(*frame.shape[:2])
-        if self.resample == "bilinear":
-            levels = (
-                levels / 255
-            )  # 255 times a level is often below it again; truncation shows that
-        if levels.shape[-2:] != size:
-            levels = F.interpolate(
-                levels, size=size, mode=self.resample, align_corners=False, antialias=True
-            )
-        if self.resample == "bicubic":
-            levels = levels.clamp(0, 255).round()
-        else:
-            levels = (levels * 255).clamp(0, 255)
         # half goes to even, as torchvision rounds
         top, left = round((size[0] - self.height) / 2), round((size[1] - self.width) / 2)
-        return levels[0, :, top : top + self.height, left : left + self.width].to(torch.uint8)
+        rows, columns = slice(top, top + self.height), slice(left, left + self.width)
+        rounded = self.resample == "bicubic"
+        if frame.shape[:2] == size:  # each level is the same function of one
+            frame = frame[rows, columns]
+            return torch.from_numpy(frame if rounded else _TRUNCATED[frame]).permute(2, 0, 1)
+        levels = torch.from_numpy(frame).permute(2, 0, 1)[None].contiguous()
+        levels = levels.float()  # kernels of 8 bits give others
+        if not rounded:
+            levels.div_(255)
+        levels = F.interpolate(
+            levels, size=size, mode=self.resample, align_corners=False, antialias=True
+        )[0, :, rows, columns]
+        levels = levels.clamp(0, 255).round_() if rounded else levels.mul(255).clamp_(0, 255)
+        return levels.to(torch.uint8)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of a frame before it is cropped."""
