@@ -104,7 +104,7 @@ def test_order(case: Case) -> None:
         world, rank = map(int, re.findall(r"\d+", name))
         loader = Loader(found, num_workers=0, repeated=True, ranks=Axis(rank, world))
         whole = len(found) // world
-        taken = [loader.order(epoch)[place] for [(epoch, place)] in first(2 * whole, loader)]
+        taken = [int(loader.order(epoch)[place]) for [(epoch, place)] in first(2 * whole, loader)]
         assert taken[:whole] == taken[whole:] == stated[:whole]
 
 

@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import pickle
 import random
+import subprocess
+import sys
 from collections import deque
 from itertools import islice
 from pathlib import Path
@@ -424,9 +426,36 @@ def test_workers(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert all(name.startswith("c.mp4") for name in loader.broken)
     [worker] = multiprocessing.active_children()
     worker.kill()
-    with pytest.raises(Error, match=r"reading data.*/dev/shm") as caught:
+    with pytest.raises(Error, match=r"worker.*/dev/shm") as caught:
         deque(islice(batches, 20))
     assert "\n" not in str(caught.value)
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from worldline.train.data.clips import Window, open_clips
+from worldline.train.data.frames import Transform
+from worldline.train.data.loader import Loader
+import multiprocessing
+if __name__ == "__main__":
+    clips = open_clips(Path(sys.argv[1]), Window(num_frames=5), Transform(16, 24))
+    for batch in Loader(clips, num_workers=2):
+        print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_run(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(SCRIPT)
+    words = [sys.executable, str(tmp_path / "run.py"), str(folder)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout
+        workers = [int(number) for number in run.stdout.readline().split()]
+        run.kill()
+        run.communicate(timeout=60)  # ends once no worker holds the pipe
+    assert len(workers) == 2
 
 
 def shared(axis: Axis, folder: Path) -> list[Any]:

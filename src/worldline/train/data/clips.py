@@ -80,11 +80,16 @@ class Cache:
 
     def get(self, key: str) -> Tensor | None:
         """Tensor of the sample of a key, on the CPU; None where there is none."""
-        return EmbeddingCache(self.folder.absolute(), None).get(self.encoder, key)
+        return self._files(key).get(self.encoder, key)
 
     def put(self, key: str, encoded: Tensor) -> None:
         """Store the tensor of a sample; one that cannot be written is no error."""
-        EmbeddingCache(self.folder.absolute(), None).put(self.encoder, key, encoded)
+        self._files(key).put(self.encoder, key, encoded)
+
+    def _files(self, key: str) -> EmbeddingCache:
+        """One of 256 folders: to write a file lists those beside it."""
+        part = hashlib.sha256(key.encode()).hexdigest()[:2]
+        return EmbeddingCache(self.folder.absolute() / part, None)
 
 
 class Clips(Dataset[Item]):
@@ -183,7 +188,8 @@ class Clips(Dataset[Item]):
     def _key(self, video: Video, numbers: range) -> str:
         transform = asdict(replace(self.transform, largest_scale=0))
         frames = numbers.start, len(numbers), numbers.step
-        return json.dumps([str(video.path.resolve()), video.stamp, frames, transform])
+        place = str(video.path.resolve()), video.stamp
+        return json.dumps([*place, frames, transform, str(self.dtype)])
 
     def _video(self, video: Video, numbers: range) -> Tensor:
         status = video.path.stat()

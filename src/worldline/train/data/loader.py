@@ -10,10 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from worldline.errors import Error, InputError, one_line
@@ -45,14 +48,14 @@ class Order:
     seed: int = 0
     repeated: bool = False
 
-    def __call__(self, epoch: int) -> list[int]:
+    def __call__(self, epoch: int) -> NDArray[np.int64]:
         """Numbers of all samples, in the order of an epoch."""
         return _permutation(self.count, self.seed + (0 if self.repeated else epoch))
 
 
 @lru_cache(maxsize=2)
-def _permutation(size: int, seed: int) -> list[int]:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+def _permutation(size: int, seed: int) -> NDArray[np.int64]:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
 class _Stream(Dataset[tuple[Item, list[Failure]]]):
@@ -81,7 +84,7 @@ class _Stream(Dataset[tuple[Item, list[Failure]]]):
     def _readable(self, epoch: int, place: int, draw: Sequence[int]) -> int | None:
         """The first sample from a place on that is not known to be broken; None if all are."""
         order = self.order(epoch)
-        indices = (order[(place + more) % len(order)] for more in range(len(order)))
+        indices = (int(order[(place + more) % len(order)]) for more in range(len(order)))
         return next((i for i in indices if self.clips.name(i, draw) not in self.broken), None)
 
     def _failure(self, index: int, draw: Sequence[int]) -> Failure | None:
@@ -100,6 +103,17 @@ def _worker_context() -> Any:
     context = get_context("forkserver")  # spawned ones may abort in torch when they end
     context.set_forkserver_preload(["__main__", __name__])
     return context
+
+
+def _end_with_parent(worker: int) -> None:
+    """Let a worker end when the process does that it reads for; torch watches the one it forked."""
+
+    def wait() -> None:
+        if parent := parent_process():
+            parent.join()
+            os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -223,6 +237,7 @@ class Loader:
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
             pin_memory=self.pin_memory,
+            worker_init_fn=_end_with_parent,
             multiprocessing_context=_worker_context() if self.num_workers else None,
             generator=torch.Generator(),  # else the number for workers is drawn from the run's
         )
@@ -234,11 +249,11 @@ class Loader:
         except (RuntimeError, OSError, EOFError) as error:
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
-            free = os.statvfs("/dev/shm")
-            room = readable_size(free.f_bavail * free.f_frsize)
+            shared = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
+            room = readable_size(shared.f_bavail * shared.f_frsize) if shared else "unknown space"
             raise Error(
-                f"reading data: {one_line(error)}; it may lack memory (/dev/shm has {room} free): "
-                "give fewer workers, or 0"
+                f"a worker that reads samples ended: {one_line(error)}; it may lack memory "
+                f"(/dev/shm has {room} free), so give fewer workers, or 0"
             ) from None
 
     def _report(self, failures: Sequence[Failure]) -> None:
