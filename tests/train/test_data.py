@@ -267,6 +267,9 @@ def test_embeddings(tmp_path: Path) -> None:
     movie(tmp_path / "videos" / "c.mp4", 5)
     with pytest.raises(InputError, match=r"1 of 3 .*c\.mp4"):
         opened(tmp_path, texts=texts)
+    (tmp_path / "videos" / "c.mp4").unlink()
+    with pytest.raises(InputError, match=r"a\.pickle.*\(3, 8\).*16"):
+        opened(tmp_path, texts=Texts(source="embeddings", width=16))
 
 
 # cache
@@ -362,7 +365,7 @@ def test_a_position_of_other_data_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="seed 1, here 2"):
         Loader(opened(folder), num_workers=0, seed=2).restore(state)
     movie(folder / "e.mp4", 5)
-    with pytest.raises(InputError, match="samples 16, here 17"):
+    with pytest.raises(InputError, match="count 16, here 17"):
         Loader(opened(folder), num_workers=0, seed=1).restore(state)
 
 
@@ -405,6 +408,35 @@ def test_nothing_can_be_read_any_more(folder: Path) -> None:
         names(loader, 1)
     with pytest.raises(InputError, match="16 samples"):
         names(loader, 1)
+
+
+def test_an_error_that_passes_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips, failures = opened(folder), [OSError(5, "I/O error")] * 2
+    expected, read = names(Loader(clips, num_workers=0), 4), Clips._video
+
+    def video(self: Clips, *place: Any) -> torch.Tensor:
+        if failures:
+            raise failures.pop()
+        return read(self, *place)
+
+    monkeypatch.setattr(Clips, "_video", video)
+    found = names(Loader(clips, num_workers=0), 4)
+    assert found[1:] == expected[1:]
+    for_ever = Loader(clips, batch_size=2, num_workers=0)
+    monkeypatch.setattr(Clips, "items", flaky(Clips.items))
+    with pytest.raises(InputError):
+        names(for_ever, 1)
+
+
+def flaky(items: Any) -> Any:
+    """Items that can be read one by one, and never together."""
+
+    def one(clips: Clips, indices: Any, *draw: Any) -> Any:
+        if len(indices) > 1:
+            raise OSError(5, "I/O error")
+        return items(clips, indices, *draw)
+
+    return one
 
 
 # workers

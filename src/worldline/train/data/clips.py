@@ -10,7 +10,7 @@ import json
 import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -92,6 +92,7 @@ class Cache:
         return EmbeddingCache(self.folder.absolute() / part, None)
 
 
+@dataclass(frozen=True, eq=False)
 class Clips(Dataset[Item]):
     """Samples of videos, by their numbers: sorted by path and first frame.
 
@@ -101,36 +102,32 @@ class Clips(Dataset[Item]):
     and `name`, and the `key` under which a cache has its tokens or latents. Where a cache has them,
     they are `encoded`, in place of `video`.
 
-    Args:
+    Attributes:
         videos: usable ones.
-        window: of frames.
+        window: frames of a sample.
         transform: of a frame.
         dtype: of `video` in [-1, 1]; None for levels uint8.
-        texts: rule by which `text` is read; none without it.
+        texts: rule by which `text` is read; None where samples have none.
         text: of each video.
         cache: of tokens or latents.
-        skipped: what cannot be used, in words.
+        skipped: why other videos cannot be used.
     """
 
-    def __init__(
-        self,
-        videos: Sequence[Video],
-        window: Window,
-        transform: Transform,
-        *,
-        dtype: torch.dtype | None = None,
-        texts: Texts | None = None,
-        text: Mapping[Path, Text] | None = None,
-        cache: Cache | None = None,
-        skipped: Sequence[str] = (),
-    ) -> None:
-        self.videos, self.window, self.transform = videos, window, transform
-        self.dtype, self.texts, self.text = dtype, texts, text or {}
-        self.cache, self.skipped = cache, skipped
-        self._ends = [*accumulate(window.count(video.frames) for video in videos)]
+    videos: Sequence[Video]
+    window: Window
+    transform: Transform
+    dtype: torch.dtype | None = None
+    texts: Texts | None = None
+    text: Mapping[Path, Text] = field(default_factory=dict)
+    cache: Cache | None = None
+    skipped: Sequence[str] = ()
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [*accumulate(self.window.count(video.frames) for video in self.videos)]
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._ends[-1]
 
     def __str__(self) -> str:
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
@@ -275,16 +272,7 @@ def open_clips(
             log.warning("%d more videos are skipped", len(problems) - MOST_NAMED)
         place = usable[0].path.parent
         root = place.parent if place.name == "videos" else place
-        text = texts.find(root, [video.path for video in usable]) if texts else None
-        return Clips(
-            usable,
-            window,
-            transform,
-            dtype=dtype,
-            texts=texts,
-            text=text,
-            cache=cache,
-            skipped=problems,
-        )
+        text = texts.find(root, [video.path for video in usable]) if texts else {}
+        return Clips(usable, window, transform, dtype, texts, text, cache, problems)
 
     return ranks.once(find)

@@ -6,10 +6,9 @@ position is that of all processes together, so that any number of them can go on
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context, parent_process
 from threading import Thread
 from typing import Any
@@ -28,34 +27,21 @@ from worldline.train.data.videos import MOST_NAMED
 log = logging.getLogger(__name__)
 
 Place = tuple[int, int]  # epoch, and place in its order
+Order = Callable[[int], NDArray[np.int64]]  # of an epoch
 Failure = tuple[str, str]  # name of a sample, and why it cannot be read
 State = dict[str, Any]
 
 _MOST_FAILURES = 100  # samples in a row, after which training stops
 
 
-@dataclass(frozen=True)
-class Order:
-    """Order of the samples of an epoch.
-
-    Attributes:
-        count: number of samples.
-        seed: of the shuffles, 0 or more.
-        repeated: every epoch has the order of the first one, as in the released trainers.
-    """
-
-    count: int
-    seed: int = 0
-    repeated: bool = False
-
-    def __call__(self, epoch: int) -> NDArray[np.int64]:
-        """Numbers of all samples, in the order of an epoch."""
-        return _permutation(self.count, self.seed + (0 if self.repeated else epoch))
+def permutation(count: int, seed: int, repeated: bool, epoch: int) -> NDArray[np.int64]:
+    """Numbers of all samples in the order of an epoch; in that of the first, where `repeated`."""
+    return _shuffled(count, seed if repeated else seed + epoch)
 
 
 @lru_cache(maxsize=2)
-def _permutation(size: int, seed: int) -> NDArray[np.int64]:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).numpy()
+def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
 class _Stream(Dataset[tuple[Item, list[Failure]]]):
@@ -64,13 +50,13 @@ class _Stream(Dataset[tuple[Item, list[Failure]]]):
     Which one that is follows from the order and the files, whatever a process knows of others.
     """
 
-    def __init__(self, clips: Clips, order: Order, broken: Mapping[str, str]) -> None:
-        self.clips, self.order, self.broken = clips, order, {*broken}
+    def __init__(self, clips: Clips, order: Order, seed: int, broken: Mapping[str, str]) -> None:
+        self.clips, self.order, self.seed, self.broken = clips, order, seed, {*broken}
 
     def __getitems__(self, places: Sequence[Place]) -> tuple[Item, list[Failure]]:
         failures: list[Failure] = []
-        draw = self.order.seed, places[0][0]
-        while len(failures) < _MOST_FAILURES:
+        draw = self.seed, places[0][0]
+        for _ in range(_MOST_FAILURES):  # of which each finds one, or is an error that passes
             found = [self._readable(*place, draw) for place in places]
             indices = [index for index in found if index is not None]
             if len(indices) < len(places):
@@ -157,7 +143,8 @@ class Loader:
     ) -> None:
         self.clips, self.batch_size, self.num_workers = clips, batch_size, num_workers
         self.pin_memory, self.ranks, self.together = pin_memory, ranks, together
-        self.order = Order(len(clips), seed, repeated)
+        self.shuffle = {"count": len(clips), "seed": seed, "repeated": repeated}
+        self.order: Order = partial(permutation, len(clips), seed, repeated)
         self.epoch = self.sample = 0
         self.broken: dict[str, str] = {}
 
@@ -177,22 +164,18 @@ class Loader:
             batch, failures = self.together.once(lambda: next(batches))
             self._report(failures)
             if not batch:
-                named = "; ".join(
-                    f"{name}: {reason}" for name, reason in [*self.broken.items()][-2:]
-                )
-                raise InputError(
-                    f"{len(failures) or len(self.broken)} samples in a row cannot be read "
-                    f"({named}); check the files"
-                )
-            self.epoch, self.sample = epoch, sample + self.batch_size * self.ranks.count
+                named = "; ".join(map(": ".join, [*self.broken.items()][-2:]))
+                number = len(failures) or len(self.broken)
+                raise InputError(f"{number} samples in a row cannot be read ({named})")
+            self.epoch, self.sample = epoch, sample + self._taken
             yield batch
 
     def state(self) -> State:
         """Position and order, as JSON has it; all processes ask for it together."""
         for broken in self.ranks.every(self.broken):
-            self.broken |= broken
+            self._report([*broken.items()])
         position = {"epoch": self.epoch, "sample": self.sample, "skipped": dict(self.broken)}
-        return {**position, **self._order()}
+        return {**position, **self.shuffle, "data": self.clips.fingerprint}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, with any number of processes; before batches are asked for.
@@ -200,39 +183,36 @@ class Loader:
         Raises:
             InputError: it is of another data set or order.
         """
-        differing = [name for name, value in self._order().items() if state.get(name) != value]
-        if differing:
-            pairs = (f"{name} {state.get(name)}, here {self._order()[name]}" for name in differing)
+        here = {**self.shuffle, "data": self.clips.fingerprint}
+        pairs = [f"{k} {state.get(k)}, here {v}" for k, v in here.items() if state.get(k) != v]
+        if pairs:
             raise InputError(f"the position is of other data: {'; '.join(pairs)}")
         self.epoch, self.sample = state["epoch"], state["sample"]
         self.broken = dict(state["skipped"])
 
-    def _order(self) -> State:
-        order = self.order
-        names = {"samples": order.count, "seed": order.seed, "repeated": order.repeated}
-        return {**names, "data": self.clips.fingerprint}
+    @property
+    def _taken(self) -> int:
+        """Samples of a batch of all processes together."""
+        return self.batch_size * self.ranks.count
 
     def _positions(self) -> Iterator[Place]:
         """Positions before each batch of all processes."""
         epoch, sample = self.epoch, self.sample
-        taken = self.batch_size * self.ranks.count
         while True:
-            if sample and sample + taken > self.order.count:
+            if sample and sample + self._taken > len(self.clips):
                 epoch, sample = epoch + 1, 0
             yield epoch, sample
-            sample += taken
+            sample += self._taken
 
     def _places(self) -> Iterator[list[Place]]:
         """Places of the samples of each batch of this process."""
         for epoch, sample in self._positions():
-            end = sample + self.batch_size * self.ranks.count
-            yield [
-                (epoch, place) for place in range(sample + self.ranks.rank, end, self.ranks.count)
-            ]
+            places = self.ranks.deal(range(sample, sample + self._taken))
+            yield [(epoch, place) for place in places]
 
     def _batches(self) -> Iterator[tuple[Item, list[Failure]]]:
         loader = DataLoader(
-            _Stream(self.clips, self.order, self.broken),
+            _Stream(self.clips, self.order, self.shuffle["seed"], self.broken),
             batch_sampler=self._places(),
             num_workers=self.num_workers,
             collate_fn=_as_it_is,

@@ -1,7 +1,7 @@
 """Captions of videos, and embeddings in place of them, in the layouts of the released trainers."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from worldline.documents import parse_json, read_entries, read_text
-from worldline.errors import InputError, brief, strerror
+from worldline.errors import InputError, strerror
 from worldline.text.embeddings import PROMPT, read_embedding_file, read_embeddings
 
 log = logging.getLogger(__name__)
@@ -53,30 +53,35 @@ class Texts:
         """
         if self.caption is not None:
             return dict.fromkeys(videos, self.caption)
-        source = self.source
+        source: str | Path = self.source
         if source == "auto":
             source = "json" if any((folder / "captions").glob("*.json")) else "text"
         places: dict[str | Path, tuple[str, Callable[[Path], Text]]] = {
             "text": ("metas/{}.txt", lambda path: read_text(path).strip()),
             "json": ("captions/{}.json", self._read_json),
-            "embeddings": ("t5_xxl/{}.pickle", _existing),
+            "embeddings": ("t5_xxl/{}.pickle", lambda path: path.resolve(strict=True)),
         }
+        found, problems, where = dict[Path, Text](), dict[Path, str](), source
         if source in places:
             name, read = places[source]
-            where = f"{folder / name.format('NAME')}"
-            found = _read_each({v: folder / name.format(v.stem) for v in videos}, read)
+            where = folder / name.format("NAME")
+            for video in videos:
+                try:
+                    found[video] = read(folder / name.format(video.stem))
+                except (OSError, ValueError) as error:
+                    problems[video] = strerror(error).lower()
         else:
-            where = str(source)
-            found = _read_lines(Path(source), videos)
-        missing = {video: reason for video in videos if (reason := _problem(found.get(video)))}
+            found |= _read_lines(Path(source), videos)
+        missing = [f"{v.name}: {problems.get(v, 'none')}" for v in videos if not found.get(v)]
         if missing:
-            named = "; ".join(f"{video.name}: {reason}" for video, reason in [*missing.items()][:3])
-            more = " …" if len(missing) > 3 else ""
-            line = f"{where}: {len(missing)} of {len(videos)} videos have no text ({named}{more})"
-            if not self.empty or source == "embeddings":
+            number = f"{len(missing)} of {len(videos)} videos"
+            line = f"{where}: {number} have no text ({'; '.join(missing[:3])})"
+            if source == "embeddings" or not self.empty:
                 raise InputError(f"{line}; add it, or give one caption for all")
             log.warning("%s; theirs is empty", line)
-        return {video: "" if video in missing else found[video] for video in videos}  # type: ignore[misc]
+        if source == "embeddings":
+            self.read(found[videos[0]])  # one of another width is of another encoder, as all are
+        return {video: found.get(video, "") for video in videos}
 
     def read(self, text: Text) -> dict[str, Any]:
         """What a sample has of its text: `ai_caption`, or `t5_text_embeddings` and its mask."""
@@ -95,47 +100,20 @@ class Texts:
         except ValueError:
             document = parse_json(f"{{{text.rstrip(',')}}}")
         captions = next(iter(document.values()), "") if isinstance(document, dict) else document
-        if isinstance(captions, str):
-            return captions.strip()
-        if not isinstance(captions, dict) or not captions:
+        if isinstance(captions, dict) and captions:
+            kind = self.prompt_type if self.prompt_type in captions else next(iter(captions))
+            if self.prompt_type not in (None, kind):
+                log.warning("%s: no caption %r, so %r", path, self.prompt_type, kind)
+            captions = captions[kind]
+        if not isinstance(captions, str):
             raise ValueError("it holds no caption")
-        kind = next(iter(captions)) if self.prompt_type is None else self.prompt_type
-        if kind not in captions:
-            log.warning("%s: no caption %r, but %s", path, kind, ", ".join(map(str, captions)))
-            kind = next(iter(captions))
-        if not isinstance(captions[kind], str):
-            raise ValueError(f"{brief(kind)} is no text")
-        return captions[kind].strip()
+        return captions.strip()
 
 
-def _existing(path: Path) -> Path:
-    path.stat()
-    return path
-
-
-def _problem(text: Text | Exception | None) -> str:
-    """Why a text cannot be used; "" if it can."""
-    if isinstance(text, Exception):
-        return strerror(text).lower()
-    return "" if text else "it has none"
-
-
-def _read_each(
-    files: Mapping[Path, Path], read: Callable[[Path], Text]
-) -> dict[Path, Text | Exception]:
-    found: dict[Path, Text | Exception] = {}
-    for video, path in files.items():
-        try:
-            found[video] = read(path)
-        except (OSError, ValueError) as error:
-            found[video] = error
-    return found
-
-
-def _read_lines(path: Path, videos: Sequence[Path]) -> dict[Path, Text | Exception]:
+def _read_lines(path: Path, videos: Sequence[Path]) -> dict[Path, str]:
     """Captions of a file of JSON lines, by the names of videos, with or without suffix."""
     names = {name: video for video in videos for name in (video.stem, video.name)}
-    found: dict[Path, Text | Exception] = {}
+    found: dict[Path, str] = {}
     others, where = 0, str(path)
     try:
         for kind, number, row in read_entries(path):

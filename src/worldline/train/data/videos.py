@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -114,7 +115,7 @@ def measure(paths: Collection[Path], store: Path | None = None) -> dict[Path, Vi
         steps = [[int(s), len([*same])] for s, same in groupby(np.diff(times, prepend=0))]
         return Video(path, stamp, info.frames, info.height, info.width, info.fps, steps)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:  # whose race for filters
         videos = dict(zip(paths, pool.map(one, paths), strict=True))
     entries = {
         str(path.absolute()): [*v.stamp, v.frames, v.height, v.width, v.fps, v.steps]
