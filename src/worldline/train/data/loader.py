@@ -149,7 +149,7 @@ class Loader:
         self.broken: dict[str, str] = {}
 
     def __str__(self) -> str:
-        broken = f", {len(self.broken)} samples skipped" if self.broken else ""
+        broken = f"; {len(self.broken)} samples cannot be read" if self.broken else ""
         return f"{self.clips}{broken}"
 
     def __iter__(self) -> Iterator[Item]:
