@@ -231,14 +231,9 @@ def open_clips(
 ) -> Clips:
     """Samples of a folder; videos that cannot be used are logged, up to ten by name.
 
-    Args:
+    Args, beside the attributes of `Clips`:
         folder: of the videos, or one video.
-        window: of frames.
-        transform: of a frame.
         released: which files count, see `list_videos`.
-        dtype: of `video` in [-1, 1]; None for levels uint8.
-        texts: where captions or embeddings come from.
-        cache: of tokens or latents.
         store: file of the videos' measurements, see `measure`.
         ranks: processes that ask for the same; the first reads the folder.
 

@@ -6,6 +6,7 @@ position is that of all processes together, so that any number of them can go on
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -92,7 +93,9 @@ def _worker_context() -> Any:
 
 
 def _end_with_parent(worker: int) -> None:
-    """Let a worker end when the process does that it reads for; torch watches the one it forked."""
+    """Let a worker end with the process that it reads for; torch watches the one that forked it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # of a group: that one decides
+        signal.signal(number, signal.SIG_IGN)
 
     def wait() -> None:
         if parent := parent_process():
