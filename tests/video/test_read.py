@@ -461,6 +461,26 @@ def test_frames_by_their_numbers(
         list(read_frames(path, [3, 40]))
 
 
+@pytest.mark.parametrize("removed", [4, 9, 23])
+def test_a_clip_that_an_editor_cut_without_coding_it_again(removed: int, tmp_path: Path) -> None:
+    """Its edit list hides frames, or whole groups of them, which the file still holds."""
+    path, cut = encode(tmp_path / "a", "libx264", "mp4", clip(40), gop_size=9), tmp_path / "b"
+    options = {"avoid_negative_ts": "disabled", "use_editlist": "1"}
+    with av.open(str(path)) as source, av.open(str(cut), "w", "mp4", options=options) as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None and packet.pts is not None:
+                packet.pts -= removed * packet.duration
+                packet.dts -= removed * packet.duration
+                packet.stream = stream
+                output.mux(packet)
+    frames, (info, times) = read_video(cut).frames, probe_times(cut)
+    assert np.array_equal(frames, read_video(path).frames[removed:])
+    assert info.frames == len(times) == 40 - removed
+    numbers = range(1, len(frames), 3)
+    assert np.array_equal(np.stack([*read_frames(cut, numbers, times)]), frames[[*numbers]])
+
+
 def test_only_needed_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, counts = tmp_path / "a.mp4", {"frames": 0, "to_rgb": 0}
     encode(path, "libx264", "mp4", clip(60), gop_size=10)

@@ -474,10 +474,12 @@ class _Video:
                 if packet.pts is not None and not packet.is_discard:
                     self.times.append(packet.pts)
                 yield packet
-        if (
-            self.whole and total < self.stream.frames
-        ):  # of the index of MP4, MOV and AVI; 0 in other files
-            raise ValueError(f"it has {total} of {self.stream.frames} frames")
+        # of the index of MP4, MOV and AVI; 0 in other files
+        frames, entries = self.stream.frames, getattr(self.stream, "index_entries", ())
+        if len(entries) and "mp4" in self.container.format.name:  # others an edit list leaves out
+            frames = min(frames, len(entries))
+        if self.whole and total < frames:
+            raise ValueError(f"it has {total} of {frames} frames")
         yield None
 
     def frames(self) -> Iterator[av.VideoFrame]:
