@@ -39,6 +39,8 @@ RELEASED = {
     "scripts/download_diffusion.py": "checkpoints download",
     "scripts/download_diffusion_checkpoints.py": "checkpoints download",
     "scripts/download_tokenizer_checkpoints.py": "checkpoints download",
+    "scripts/shard_autoregressive_base_checkpoints.py": "checkpoints shard",
+    "scripts/merge_autoregressive_tp_checkpoints.py": "checkpoints merge",
     "cosmos_predict1/tokenizer/inference/video_cli.py": "tokenize reconstruct",
     "examples/inference.py": "predict2.5",
 }
@@ -46,12 +48,13 @@ RELEASED = {
 WITHOUT = (
     *("guardrail/", "prompt_upsampler/", "image_cli.py", "cosmos1/models/tokenizer/"),
     *("multiview", "video2world_action.py", "world_interpolator.py", "_conditioned.py"),
-    *("train.py", "jit_cli.py", "shard_autoregressive", "merge_autoregressive"),
+    *("train.py", "jit_cli.py"),
     *("convert_", "example_data.py", "get_t5_", "test_environment.py", "prepare_", "create_"),
     "extract_images",
 )
 # flags whose default is another one here; docs/migrating.md says why
 CHANGED = {
+    "checkpoints shard": {"checkpoint_path"},  # which the script requires, for all its default
     "checkpoints download": {"model_sizes", "model_types", "tokenizer_types", "cosmos_version"},
     "tokenize reconstruct": {
         *("video_pattern", "mode", "temporal_window", "dtype", "device", "output_fps"),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from pydantic import Field
 
+from worldline.cli.convert import TOKENIZER, convert, find_model, merge, open_any, shard
 from worldline.cli.messages import results
 from worldline.cli.options import ManyValues, parameters, parsed
 from worldline.cli.run import existing
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER = ("encoder", "decoder", "autoencoder")  # names of files
 _COMPLETE = "complete: every tensor fits"
 _REFUSALS = ("refused", "other")  # what a run refuses; the second is neither world nor part of one
 Lines = Iterator[tuple[str, str]]  # topic and text
@@ -88,7 +88,11 @@ class DownloadFlags(OutputFlags):
 
 @click.group()
 def checkpoints() -> None:
-    """Fetch checkpoints, and look into them."""
+    """Fetch checkpoints, look into them, and write them in other layouts."""
+
+
+for command in (shard, merge, convert):
+    checkpoints.add_command(command)
 
 
 @checkpoints.command(cls=ManyValues, params=parameters(DownloadFlags))
@@ -200,7 +204,7 @@ def examine(path: Path, values: bool) -> Lines:
     from worldline.weights.checkpoint import is_container, open_checkpoint
     from worldline.weights.stream import nonfinite_tensors
 
-    if path.stem in _TOKENIZER[:2] and path.is_file():  # one of two: the whole model is examined
+    if path.stem in TOKENIZER[:2] and path.is_file():  # one of two: the whole model is examined
         path = path.parent
     source = stored = open_any(path)
     inside = f', inside ["{source.nesting}"]' if source.nesting else ""
@@ -256,27 +260,6 @@ def find_targets(root: Path) -> list[Path]:
         suffixes = ", ".join(WEIGHTS)
         raise CheckpointError(f"{root}: it holds no weights ({suffixes}){foreign_files(root)}")
     return targets
-
-
-def find_model(folder: Path) -> list[Path]:
-    """Files of the model in a folder, as the commands find them that run it."""
-    from worldline.opening import signatures
-    from worldline.tokenizers.cosmos.weights import tokenizer_files
-    from worldline.weights.networks import weights_file, weights_in
-
-    files = weights_in(folder)
-    if any(file.stem in _TOKENIZER for file in files):
-        return tokenizer_files(folder)
-    return files if len(files) == 1 else [weights_file(folder, signatures)]
-
-
-def open_any(path: Path) -> Checkpoint:
-    """Tensors of a file and its set, or of the model in a folder."""
-    from worldline.weights.checkpoint import joined, open_set
-
-    files = find_model(path) if path.is_dir() else [path]
-    first, *others = map(open_set, files)
-    return joined([first, *others], path) if others else first
 
 
 def describe(source: Checkpoint, path: Path) -> Generator[tuple[str, str], None, Verdict]:

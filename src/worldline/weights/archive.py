@@ -78,6 +78,10 @@ class _Module(Inert):
     """A TorchScript object."""
 
 
+class _Plain(Inert):
+    """The type of a tensor that is of no class of its own, but has attributes."""
+
+
 class _Storage(NamedTuple):
     dtype: torch.dtype
     key: str
@@ -158,6 +162,8 @@ class Unpickler(pickle._Unpickler):
                 return self._first
             case _, "_rebuild_from_type_v2" | "_rebuild_wrapper_subclass":
                 return self._subclass
+            case "torch", "Tensor":
+                return _Plain
             case "torch", "Size":
                 return tuple
             case "torch.storage", "UntypedStorage":
@@ -217,7 +223,9 @@ class Unpickler(pickle._Unpickler):
     def _first(self, value: object = None, *rest: object) -> object:
         return value
 
-    def _subclass(self, build: object, kind: object = None, *rest: object) -> NoReturn:
+    def _subclass(self, build: object, kind: object = None, *rest: Any) -> _Record:
+        if build == self._tensor and kind is _Plain:  # as those that FSDP gathers
+            return self._tensor(*rest[0])
         raise CheckpointError(
             f"{self.path}: it holds tensors of class {getattr(kind, '__name__', kind)}, which are "
             "not read; save whole ones (of DTensor, full_tensor())"

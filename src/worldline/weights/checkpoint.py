@@ -26,6 +26,7 @@ from worldline.errors import CheckpointError, one_line, strerror
 from worldline.files import UNFINISHED, disguise, replacing
 from worldline.weights.known import foreign
 from worldline.weights.names import (
+    ENGINE,
     ScaledTensor,
     is_adapter,
     is_averaged,
@@ -164,7 +165,7 @@ class ShardedTensor:
         tensors = [part.read() for part in self.parts]
         if self.dim is not None:
             return torch.cat(tensors, self.dim)
-        mean = torch.stack(tensors).float().mean(0).to(tensors[0].dtype)
+        mean = torch.stack(tensors).mean(0)
         if not torch.allclose(tensors[0], mean, atol=_REPLICA_ATOL, rtol=_REPLICA_RTOL):
             raise CheckpointError(
                 f"{self.name} is copied on every rank, yet rank 0 is far from the mean: the "
@@ -313,6 +314,11 @@ def _normalised(checkpoint: Checkpoint) -> Checkpoint:
     entries, notes = normalise(checkpoint.path, checkpoint.entries)
     if checkpoint.nesting:
         notes.insert(0, f"taken from inside: {checkpoint.nesting}")
+    if any(ENGINE in name for name in entries):
+        from worldline.weights.engine import from_engine
+
+        entries = from_engine(entries)
+        notes.append("names of Transformer Engine")
     return replace(checkpoint, entries=entries, notes=tuple(notes))
 
 
@@ -448,6 +454,12 @@ def _open_file(path: Path, head: bytes) -> Checkpoint:
     else:
         reason = f"is in no known format (it starts with {head[:8]!r})"
     raise CheckpointError(f"{path} {reason}; give .pt, .jit or .safetensors")
+
+
+def holds_tensors(path: Path) -> bool:
+    """Whether a file holds tensors, and not the state of a training alone."""
+    head = read_head(path)
+    return container(head) != "pickled" or bool(_open_file(path, head).entries)
 
 
 def _open_safetensors(path: Path, position: int) -> Checkpoint:
@@ -669,6 +681,8 @@ def open_shards(paths: Sequence[Path]) -> Checkpoint:
             )
     entries: dict[str, Source] = {}
     for name in first.entries:
+        if "_extra_state" in name:  # FP8 bookkeeping of Transformer Engine
+            continue
         if not (axes := sharded_axes(name)):
             raise CheckpointError(f"{first.path} holds {name}, and how ranks share it is not known")
         parts = tuple(shard.entries[name] for shard in shards)

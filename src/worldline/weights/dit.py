@@ -7,15 +7,18 @@ Two layouts hold the same weights: NVIDIA's file, and the folder of diffusers'
 import re
 from collections.abc import Iterator, Mapping
 from itertools import product
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import AliasChoices, Field
 
 from worldline.errors import CheckpointError
-from worldline.nn.dit import PATCH_CELLS
+from worldline.nn.dit import PATCH, PATCH_CELLS
 from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Number, Settings, Shapes, read_settings
+
+if TYPE_CHECKING:
+    from worldline.weights.layouts import Layout
 
 # bookkeeping that may lie beside the weights
 BOOKKEEPING = {
@@ -70,6 +73,32 @@ def read_sizes(source: Checkpoint, keys: KeyMap) -> tuple[Shapes, dict[str, Any]
         "hidden": shapes.size("blocks.0.feed_forward.body.up.weight"),
         "depth": shapes.count("blocks"),
     }
+
+
+def diffusers_layout(
+    config: Any, keys: KeyMap, in_channels: int, positions: str | None, **more: Any
+) -> "Layout":
+    """Layout of diffusers' `CosmosTransformer3DModel`, which `more` settings complete."""
+    from worldline.weights.layouts import DIFFUSERS_FILE, Layout
+
+    (_, rows, columns), grid = PATCH, config.max_grid
+    settings = {
+        "_class_name": "CosmosTransformer3DModel",
+        "in_channels": in_channels,
+        "out_channels": config.latent_channels,
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_size,
+        "num_layers": config.depth,
+        "mlp_ratio": config.hidden / config.width,
+        "text_embed_dim": config.context_width,
+        "adaln_lora_dim": config.lora_rank,
+        "max_size": [grid.frames, grid.height * rows, grid.width * columns],
+        "patch_size": [*PATCH],
+        "rope_scale": [*config.rope_ratio],
+        "concat_padding_mask": True,
+        "extra_pos_embed_type": positions,
+    }
+    return Layout(keys, settings | more, DIFFUSERS_FILE)
 
 
 def expand(names: Mapping[str, str]) -> dict[str, str]:

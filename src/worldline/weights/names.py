@@ -26,6 +26,7 @@ _STATE = re.compile(
 _ADAPTER = re.compile(r"(^|[._])(lora|dora|loha|hada|lokr)([._]|$)", re.IGNORECASE)
 # what lies beside weights of 8-bit floats and their scales, and is not needed
 _BESIDE_SCALES = re.compile(r"(.*\.)?(scaled_fp8|comfy_quant|input_scale|scale_input)")
+ENGINE = "self_attention.layernorm_qkv."  # in names that Transformer Engine gives, see `engine`
 _BLOCK = 128  # of DeepSeek's and Wan's files
 
 

@@ -30,6 +30,7 @@ from worldline.weights.checkpoint import (
     MergedTensor,
     cut,
     find_shards,
+    holds_tensors,
     indexed_files,
     is_container,
     missing_parts,
@@ -60,8 +61,10 @@ DIFFUSERS_FILES = (
 VAE_LAYOUTS = [f"{folder}{name}" for folder in ("", "vae/") for name in DIFFUSERS_FILES]
 # released transformers whose file names start with a hash, and what their training writes
 _HASHED = "*_ema_bf16.pt"
-_TRAINING = re.compile(r"iter_(\d+)(?:_((?:ema_|reg_)?model))?\.pt")
+_TRAINING = re.compile(r"iter_(\d+)(?:_((?:ema_|reg_)?model|model_mp_0))?\.pt")
+_KINDS = ("", "model_mp_0", "model", "reg_model", "ema_model")  # of one iteration, the best last
 _MOST_FOLDERS = 100_000  # of a level that are looked at; below / there are more
+_LATEST = "latest_checkpoint.txt"
 TRAINING_STATE = ("optim", "optimizer", "scheduler", "trainer", "dataloader")  # folders
 
 _PROMPT = "a prompt to be checked"  # is in no conversation
@@ -141,6 +144,24 @@ class Network(Generic[Config]):
     @property
     def path(self) -> Path:
         return self.source.path
+
+    def by_names(self, keys: KeyMap) -> Checkpoint:
+        """Its tensors by the names of a map; of its own one, with what is stored but not read.
+
+        Raises:
+            CheckpointError: the map has no name for one of them.
+        """
+        shapes, entries = shapes_of(self.kind, self.config), {}
+        for name, entry in self.source.entries.items():
+            ours = self.keys.ours(name) or ""
+            if ours in shapes:
+                try:
+                    entries[keys.released(ours)] = entry
+                except ValueError:
+                    raise CheckpointError(f"{self.path}: {name} has no name there") from None
+            elif keys == self.keys:
+                entries[name] = entry
+        return replace(self.source, entries=entries)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -281,7 +302,8 @@ def weights_file(
         The file; of tensor-parallel shards the first, of several training checkpoints the newest.
     """
     if path.is_file():
-        return path
+        beside = training_files(path.parent, path.name)
+        return path if not beside or holds_tensors(path) else path.with_name(beside[0])
     hashed = sorted(path.glob(_HASHED))
     if any(map(os.path.lexists, (path / name for name in preferred))):
         hashed = []
@@ -293,8 +315,9 @@ def weights_file(
         yield from preferred
         yield from (file.name for file in hashed)
         yield from TRANSFORMER_FILES
-        yield from (file.name for file in find_shards(path)[:1])
         yield from training_files(path)
+        yield from (f"checkpoints/{name}" for name in training_files(path / "checkpoints"))
+        yield from (file.name for file in find_shards(path)[:1])
         yield from (f"transformer/{name}" for name in DIFFUSERS_FILES)
         yield from DIFFUSERS_FILES
         yield from distributed_files(path)
@@ -302,18 +325,44 @@ def weights_file(
     return find_files(path, ranked(), kind, anchors)[0]
 
 
-def training_files(folder: Path) -> list[str]:
-    """Names of the checkpoints `iter_*.pt` of a training run, the newest first.
+def training_files(folder: Path, of: str = "") -> list[str]:
+    """Names of the files `iter_*.pt` with weights of a training run, the newest first.
 
-    Predict1's trainers put weights, averaged weights and training state into files of their own.
+    Trainers put weights, averaged weights and training state into files of their own, and parts
+    of tensor-parallel processes, of which the first stands for all. `of` is the name of a file:
+    others of its iteration alone. Without it, `latest_checkpoint.txt` chooses the iteration, for a
+    newer one may not be whole.
+
+    Raises:
+        CheckpointError: there are files, but none of the iteration that is chosen.
     """
-    files = (_TRAINING.fullmatch(file.name) for file in folder.glob("iter_*.pt"))
-    ranked = {
-        match[0]: (int(match[1]), ("", "model", "reg_model", "ema_model").index(match[2] or ""))
-        for match in files
-        if match
-    }
-    return sorted(ranked, key=ranked.__getitem__, reverse=True)
+    files = [
+        match for file in folder.glob("iter_*.pt") if (match := _TRAINING.fullmatch(file.name))
+    ]
+    chosen = _latest(folder)
+    if of:
+        if (named := _TRAINING.fullmatch(of)) is None:
+            return []
+        files, chosen = [match for match in files if match[0] != of], int(named[1])
+    ranked = {match[0]: (int(match[1]), _KINDS.index(match[2] or "")) for match in files}
+    names = [name for name, (number, _) in ranked.items() if chosen in (None, number)]
+    if ranked and not names and not of:
+        raise _missing(folder, chosen)
+    return sorted(names, key=ranked.__getitem__, reverse=True)
+
+
+def _latest(folder: Path) -> int | None:
+    """Iteration that a training run names as its last whole one."""
+    with suppress(OSError, ValueError):
+        if match := re.match(r"iter_(\d+)(\.pt)?\s*$", (folder / _LATEST).read_text()):
+            return int(match[1])
+    return None
+
+
+def _missing(folder: Path, number: int | None) -> CheckpointError:
+    return CheckpointError(
+        f"{folder / _LATEST} names iteration {number}, of which there are no weights; name a file"
+    )
 
 
 def distributed_files(folder: Path) -> list[str]:
@@ -331,6 +380,11 @@ def distributed_files(folder: Path) -> list[str]:
             f"{folder} holds distributed checkpoints of several runs ({', '.join(runs):.200}); "
             "name one of them"
         )
+    latest = _latest(folder) or _latest(folder / "checkpoints")
+    if names and latest is not None:
+        names = [name for name in names if re.search(rf"\biter_0*{latest}\b", str(name))]
+        if not names:
+            raise _missing(folder, latest)
     names.sort(key=lambda name: [*map(int, re.findall(r"\d+", str(name)))])
     return [str(name) for name in names[-1:]]
 

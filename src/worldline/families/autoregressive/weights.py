@@ -7,7 +7,7 @@ Source: nvidia-cosmos/cosmos-predict1 `autoregressive/model.py` (load_ar_model),
 from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -24,6 +24,9 @@ from worldline.weights import networks
 from worldline.weights.checkpoint import Checkpoint, take_network
 from worldline.weights.keymap import KeyMap, LoRARecipe
 from worldline.weights.networks import Count, Flag, Network, Number, open_weights
+
+if TYPE_CHECKING:
+    from worldline.weights.layouts import Layout
 
 _ATTENTION = {"wq": "q", "wk": "k", "wv": "v", "wo": "out", "q_norm": "q_norm", "k_norm": "k_norm"}
 
@@ -147,3 +150,12 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
         context_every=stated.insert_cross_attn_every_k_layers,
         absolute_positions=has_context if absolute is None else absolute,
     )
+
+
+def layout(network: Network[ARTransformerConfig], diffusers: bool) -> "Layout":
+    """NVIDIA's layout; diffusers has none (CheckpointError)."""
+    from worldline.weights.layouts import MODEL, Layout
+
+    if diffusers:
+        raise CheckpointError(f"{network.path}: diffusers has no autoregressive transformer")
+    return Layout.of(network, MODEL)

@@ -8,7 +8,7 @@ inference_utils.py`; huggingface/diffusers `scripts/convert_cosmos_to_diffusers.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from worldline.errors import CheckpointError
 from worldline.families.diffusion.model import DECODER_RATIO, RELEASED_RATIOS, DiT, DiTConfig
@@ -19,6 +19,9 @@ from worldline.weights import dit, networks
 from worldline.weights.checkpoint import Checkpoint, take_network
 from worldline.weights.keymap import KeyMap, LoRARecipe
 from worldline.weights.networks import Flag, Network, Number, open_weights
+
+if TYPE_CHECKING:
+    from worldline.weights.layouts import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -134,3 +137,23 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any] | 
         vocabulary=vocabulary,
         id_width=id_width,
     )
+
+
+def layout(network: Network[DiTConfig], diffusers: bool) -> "Layout":
+    """Layout of NVIDIA or of diffusers.
+
+    Raises:
+        CheckpointError: it has no place for what the network needs.
+    """
+    from worldline.weights.layouts import DIFFUSERS_FILE, MODEL, Layout
+
+    config = network.config
+    if diffusers == (network.keys is DIFFUSERS_KEYS):
+        return Layout.of(network, DIFFUSERS_FILE if diffusers else MODEL)
+    stretched = config.rope_ratio != RELEASED_RATIOS.get(config.width) and not config.vocabulary
+    made = Layout(KEYS, {"rope_ratio": [*config.rope_ratio]} if stretched else {})
+    if diffusers:
+        channels = config.latent_channels + config.condition_mask
+        made = dit.diffusers_layout(config, DIFFUSERS_KEYS, channels, "learnable")
+    view = network.by_names(made.keys)
+    return made.refuse_unless_equal(read_config(view, made.keys, made.settings), network)

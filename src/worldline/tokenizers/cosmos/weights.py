@@ -7,10 +7,12 @@ ones under other names, the levels of the decoder numbered from the coarsest.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from io import BytesIO
 from itertools import count, takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -42,6 +44,9 @@ from worldline.weights.networks import (
     shapes_of,
     training_files,
 )
+
+if TYPE_CHECKING:
+    from worldline.weights.layouts import Layout
 
 # files that a folder may hold, in order of preference
 LAYOUTS = (
@@ -161,6 +166,48 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """
     layouts = [*VAE_LAYOUTS, *LAYOUTS, *training_files(folder), *distributed_files(folder)]
     return find_files(folder, layouts, "tokenizer", ANCHORS)
+
+
+def layout(network: CosmosNetwork, diffusers: bool) -> "Layout":
+    """Layout of a training's file and `mean_std.pt`, or of diffusers' `AutoencoderKLCosmos`.
+
+    Raises:
+        CheckpointError: diffusers has no such tokenizer.
+    """
+    from worldline.weights.layouts import DIFFUSERS_FILE, MODEL, Layout
+
+    config, statistics = network.config, network.statistics
+    if diffusers == is_diffusers(network.source):
+        return Layout.of(network, DIFFUSERS_FILE if diffusers else MODEL)
+    made = Layout(key_map(config, diffusers))
+    tensors = statistics.tensors() if statistics else {}
+    flat = {name: tensor.flatten() for name, tensor in tensors.items()}
+    if not diffusers:
+        for prefix, name in zip(("", "image_"), STATISTICS, strict=False):
+            if f"{prefix}mean" in flat:
+                torch.save((flat[f"{prefix}mean"], flat[f"{prefix}std"]), buffer := BytesIO())
+                made = replace(made, beside={**made.beside, name: buffer.getvalue()})
+        return made
+    if config.levels or config.z_channels != config.latent_channels:
+        raise CheckpointError(f"{network.path}: diffusers has no such tokenizer")
+    settings = {
+        "_class_name": "AutoencoderKLCosmos",
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": config.latent_channels,
+        "encoder_block_out_channels": [config.channels, *config.level_channels],
+        "decode_block_out_channels": [*config.level_channels, config.level_channels[-1]],
+        "attention_resolutions": [32],
+        "resolution": 1024,
+        "num_layers": config.num_blocks,
+        "patch_size": config.patch,
+        "patch_type": "haar",
+        "scaling_factor": 1.0,
+        "spatial_compression_ratio": config.spatial,
+        "temporal_compression_ratio": config.temporal,
+        **{f"latents_{name}": flat[name].tolist() for name in ("mean", "std") if name in flat},
+    }
+    return replace(made, settings=settings, file=DIFFUSERS_FILE)
 
 
 def is_diffusers(source: Checkpoint) -> bool:

@@ -8,10 +8,10 @@ tensors are the same ones under other names.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from worldline.tokenizers.wan.model import MEAN, STD, WanTokenizer, WanTokenizer
 from worldline.weights.checkpoint import Checkpoint, open_set, take_network
 from worldline.weights.keymap import KeyMap, renamed_by
 from worldline.weights.networks import VAE_LAYOUTS, Network, find_files, require_settings, shapes_of
+
+if TYPE_CHECKING:
+    from worldline.weights.layouts import Layout
 
 # files that a folder may hold, in order of preference
 FILES = ("tokenizer.pth", "Wan2.1_VAE.pth")
@@ -94,6 +97,42 @@ def open_wan(path: Path) -> WanNetwork:
     config = read_config(source, settings)
     beside = (stated,) if theirs else ()
     return WanNetwork(WanTokenizer, config, source, key_map(config, theirs), beside).check()
+
+
+def layout(network: WanNetwork, diffusers: bool) -> "Layout":
+    """Layout of NVIDIA, or of diffusers' `AutoencoderKLWan`.
+
+    Raises:
+        CheckpointError: NVIDIA's has no place for other statistics than the released ones.
+    """
+    from worldline.weights.layouts import DIFFUSERS_FILE, Layout
+
+    config = network.config
+    file = DIFFUSERS_FILE if diffusers else FILES[0]
+    if diffusers == is_diffusers(network.source):
+        return Layout.of(network, file)
+    made = Layout(key_map(config, diffusers), file=file)
+    if not diffusers:
+        view = network.by_names(made.keys)
+        return made.refuse_unless_equal(read_config(view, {}), network)
+    settings = {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": config.channels,
+        "z_dim": config.latent_channels,
+        "dim_mult": [*config.multipliers],
+        "num_res_blocks": config.num_blocks,
+        "attn_scales": [],
+        "temperal_downsample": [*config.temporal_steps],
+        "dropout": 0.0,
+        "latents_mean": [*config.mean],
+        "latents_std": [*config.std],
+        "is_residual": False,
+        "in_channels": 3,
+        "out_channels": 3,
+        "scale_factor_spatial": 2 ** len(config.temporal_steps),
+        "scale_factor_temporal": 2 ** sum(config.temporal_steps),
+    }
+    return replace(made, settings=settings)
 
 
 def key_map(config: WanTokenizerConfig, diffusers: bool = False) -> KeyMap:

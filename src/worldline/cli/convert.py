@@ -1,0 +1,345 @@
+"""`worldline checkpoints shard`, `merge` and `convert`: the same weights in other files."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import click
+from pydantic import AfterValidator, Field
+
+from worldline.cli.messages import results
+from worldline.cli.options import parameters, parsed
+from worldline.cli.run import existing, log_replaced
+from worldline.errors import CheckpointError, InputError
+from worldline.files import readable_size
+from worldline.locate import locate
+from worldline.repositories import WEIGHTS
+from worldline.request import OutputFlags
+from worldline.request import Path as Named
+
+if TYPE_CHECKING:
+    from worldline.weights.checkpoint import Checkpoint
+    from worldline.weights.layouts import Layout
+    from worldline.weights.networks import Network
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER = ("encoder", "decoder", "autoencoder")  # names of files
+# form -> suffixes of its files; the first is of those in a folder
+_SUFFIXES = {"nvidia": (".pt", ".pth"), "safetensors": (".safetensors",)}
+Outputs = dict[Path, "Checkpoint | bytes"]
+
+
+def _one_of(*names: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"{value:.40} is not known; give {' or '.join(names)}")
+        return value
+
+    return AfterValidator(check)
+
+
+class _PartFlags(OutputFlags):
+    """Flags that `shard` and `merge` share."""
+
+    checkpoint_path: Named = Field(
+        description="File of the model; `merge` makes the names of the parts of it.",
+        json_schema_extra={"short": "-c"},
+    )
+    tensor_parallel_size: int = Field(
+        ge=1, le=1 << 10, description="Number of parts.", json_schema_extra={"short": "-t"}
+    )
+    model_size: str | None = Field(
+        None,
+        description="Size that the model must have, such as 4b.  [default: that of its tensors]",
+        json_schema_extra={"short": "-s"},
+    )
+    model_family: Annotated[str, _one_of("cosmos")] = Field(
+        "cosmos", description="Family of the model.", json_schema_extra={"short": "-f"}
+    )
+
+
+class ShardFlags(_PartFlags):
+    """Flags of the released `shard_autoregressive_base_checkpoints.py`."""
+
+    target_backend: Annotated[str, _one_of("pytorch", "transformer_engine")] = Field(
+        "pytorch",
+        description="Names of the tensors: pytorch, or transformer_engine.",
+        json_schema_extra={"short": "-b"},
+    )
+
+
+class MergeFlags(_PartFlags):
+    """Flags of the released `merge_autoregressive_tp_checkpoints.py`."""
+
+    output_path: Named = Field(
+        description="File of the whole model, .pt or .safetensors.",
+        json_schema_extra={"short": "-o"},
+    )
+
+
+class ConvertFlags(OutputFlags):
+    """Flags of `convert`."""
+
+    source: Named = Field(json_schema_extra={"argument": True, "metavar": "SOURCE"})
+    target: Named = Field(json_schema_extra={"argument": True, "metavar": "TARGET"})
+    to: Literal["nvidia", "diffusers", "safetensors", "dcp"] | None = Field(
+        None, description="Layout of TARGET.  [default: by its suffix]"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Precision of the numbers.  [default: that of SOURCE]"
+    )
+    no_ema: bool = Field(
+        False, description="Write no averaged weights of a distributed checkpoint."
+    )
+    checkpoint_dir: Named = Field(
+        "checkpoints", description="Folder of the models, where SOURCE is a name."
+    )
+
+
+@click.command(params=parameters(ShardFlags))
+@click.pass_context
+def shard(context: click.Context, /, **_: object) -> None:
+    """Cut a model into parts for tensor-parallel processes.
+
+    They are written beside it, as NAME_model_mp_0.pt and so on. The model is a file of any format,
+    also of a training (its optimizer is left out) or with the names of Transformer Engine.
+    """
+    from worldline.parallel.mesh import Axis
+    from worldline.weights.checkpoint import ShardedTensor, cut
+    from worldline.weights.engine import to_engine
+    from worldline.weights.networks import open_weights
+
+    flags = parsed(context, ShardFlags)
+    path, count = Path(flags.checkpoint_path), flags.tensor_parallel_size
+    if path.is_dir():
+        raise InputError(f"--checkpoint_path {path}: it is a folder; give the file of a model")
+    network, model = network_of(open_weights(path), path)
+    check_size(network, model, flags.model_size)
+    config = network.config
+    if network.shards is None or config.divisor % count:
+        most = getattr(config, "divisor", 1)
+        possible = ", ".join(str(n) for n in range(1, most + 1) if most % n == 0)
+        raise InputError(
+            f"--tensor_parallel_size {count}: {path} cannot be cut into {count} equal parts; give "
+            f"{possible}"
+        )
+    whole = network.by_names(network.keys)
+    own = {name: entry for name, entry in whole.entries.items() if network.keys.ours(name)}
+    whole = replace(whole, entries=own)
+    outputs: Outputs = {}
+    for rank in range(count):
+        part = cut(whole, Axis(rank, count))
+        if flags.target_backend != "pytorch":
+            entries = to_engine(part.entries, lambda name, pair: ShardedTensor(name, pair, 0))
+            part = replace(part, entries=entries)
+        outputs[path.with_name(f"{path.stem}_model_mp_{rank}.pt")] = part
+    write(outputs, flags.no_overwrite)
+
+
+@click.command(params=parameters(MergeFlags))
+@click.pass_context
+def merge(context: click.Context, /, **_: object) -> None:
+    """Join the parts of tensor-parallel processes into a model.
+
+    The parts of …/iter_000001000.pt, which need not exist itself, are iter_000001000_model_mp_0.pt
+    and so on beside it.
+    """
+    from worldline.weights.checkpoint import SHARD, open_shards
+
+    flags = parsed(context, MergeFlags)
+    path, count = Path(flags.checkpoint_path), flags.tensor_parallel_size
+    target = Path(flags.output_path)
+    if target.suffix not in (*_SUFFIXES["nvidia"], *_SUFFIXES["safetensors"]):
+        raise InputError(f"--output_path {target}: give a file .pt or .safetensors")
+    stem = part["stem"] if (part := SHARD.fullmatch(path.name)) else path.stem
+    paths = [path.with_name(f"{stem}_model_mp_{rank}.pt") for rank in range(count + 1)]
+    if missing := [each.name for each in paths[:-1] if not each.is_file()]:
+        raise CheckpointError(
+            f"{path.parent} lacks {len(missing)} of {count} parts: {', '.join(missing[:4])}"
+        )
+    if paths[-1].is_file():
+        raise InputError(
+            f"--tensor_parallel_size {count}: {paths[-1]} is a part, too; give the number of all"
+        )
+    network, model = network_of(open_shards(paths[:-1]), path)
+    check_size(network, model, flags.model_size)
+    layout = model.layout(network, False)
+    outputs: Outputs = {target: network.by_names(layout.keys)}
+    write(outputs | beside(target.parent, layout), flags.no_overwrite)
+
+
+@click.command(params=parameters(ConvertFlags))
+@click.pass_context
+def convert(context: click.Context, /, **_: object) -> None:
+    """Write the transformer or tokenizer in SOURCE in another layout.
+
+    SOURCE is a file, a folder (of a model, of diffusers, of a training), or a name that `worldline
+    models` lists; of several sets of weights the averaged one is taken, as a run does. TARGET is a
+    file .pt (nvidia) or .safetensors with NVIDIA's names of tensors; or a folder: of diffusers (its
+    `transformer` or `vae`), of a distributed checkpoint (dcp, in TARGET/model), or of the other
+    files. A distributed checkpoint of a training becomes model.pt, with all of its tensors,
+    model_ema_fp32.pt and model_ema_bf16.pt in a folder TARGET (nvidia).
+    """
+    import torch
+
+    from worldline.weights.write import cast
+
+    flags = parsed(context, ConvertFlags)
+    path, target = Path(flags.source), Path(flags.target)
+    if not path.exists():
+        path = locate(path, flags.checkpoint_dir).named
+    form: str = flags.to or next((f for f, ends in _SUFFIXES.items() if target.suffix in ends), "")
+    if not form:
+        raise InputError(f"{target}: its layout is not known; name it by --to")
+    if (is_file := target.suffix in WEIGHTS) and target.suffix not in _SUFFIXES.get(form, ()):
+        advice = " or a file ".join(["a folder", *_SUFFIXES.get(form, ())[:1]])
+        raise InputError(f"{target}: no such file is of the layout {form}; give {advice}")
+    dtype = getattr(torch, flags.dtype) if flags.dtype else None
+    source = open_any(path)
+    if form == "nvidia" and not is_file and dtype is None and is_training(source):
+        write(training_files(source, target, flags.no_ema), flags.no_overwrite)
+        return
+    if flags.no_ema:
+        raise InputError(f"--no_ema: {path} becomes a single file; leave it out")
+    network, model = network_of(source, path)
+    layout = model.layout(network, form == "diffusers")
+    names = {"safetensors": "model.safetensors", "dcp": "model"}
+    file = target if is_file else target / names.get(form, layout.file)
+    outputs: Outputs = {file: cast(network.by_names(layout.keys), dtype)}
+    write(outputs | beside(file.parent, layout), flags.no_overwrite)
+
+
+def find_model(folder: Path) -> list[Path]:
+    """Files of the model in a folder, as the commands find them that run it."""
+    from worldline.opening import signatures
+    from worldline.tokenizers.cosmos.weights import tokenizer_files
+    from worldline.weights.networks import weights_file, weights_in
+
+    files = weights_in(folder)
+    if any(file.stem in TOKENIZER for file in files):
+        return tokenizer_files(folder)
+    return files if len(files) == 1 else [weights_file(folder, signatures)]
+
+
+def open_any(path: Path) -> Checkpoint:
+    """Tensors of a file and its set, or of the model in a folder."""
+    from worldline.weights.checkpoint import joined, open_set
+    from worldline.weights.networks import open_weights
+
+    if path.is_file():
+        return open_weights(path)
+    first, *others = map(open_set, find_model(path))
+    return joined([first, *others], path) if others else first
+
+
+def network_of(source: Checkpoint, path: Path) -> tuple[Network[Any], Any]:
+    """The transformer or tokenizer that tensors are of, and the module of its files.
+
+    Raises:
+        CheckpointError: it is neither, or a tensor does not fit.
+    """
+    from worldline.family import FAMILIES
+    from worldline.opening import find_family, refuse_other_models
+    from worldline.tokenizers.cosmos import weights as cosmos
+    from worldline.tokenizers.wan import weights as wan
+
+    if name := find_family(source.tensors):
+        refuse_other_models(source)
+        module = import_module(f"{FAMILIES[name]}.weights")
+        return module.open_network(source), module
+    if wan.is_wan(wan.network_view(source)):
+        return wan.open_wan(source.path), wan
+    if cosmos.network_view(source).entries.keys().isdisjoint(cosmos.ANCHORS):
+        names = ", ".join(sorted(source.tensors)[:3])
+        raise CheckpointError(f"{path}: no transformer or tokenizer has such tensors ({names})")
+    return cosmos.open_tokenizer(path), cosmos
+
+
+def check_size(network: Network[Any], module: Any, stated: str | None) -> None:
+    """Refuse a network of another released size than the stated one; others have no name."""
+    from worldline.weights.networks import shapes_of
+
+    if stated is None:
+        return
+    presets = import_module(module.__name__.replace(".weights", ".model")).PRESETS
+    names = {preset.partition("-")[0].lower(): preset for preset in presets}
+    if stated.lower() not in names:
+        raise InputError(
+            f"--model_size {stated:.40}: give one of {', '.join(names)}, or leave it out"
+        )
+    shapes = {size: shapes_of(network.kind, presets[name]) for size, name in names.items()}
+    found = [size for size in names if shapes[size] == shapes_of(network.kind, network.config)]
+    released = any(presets[name].width == network.config.width for name in names.values())
+    if stated.lower() not in found and released:
+        is_of = f"of {found[0]}" if found else "of no released size"
+        raise CheckpointError(f"--model_size {stated}: {network.path} is {is_of}")
+    if not found:
+        logger.info("%s is of no released size; --model_size has no effect", network.path)
+
+
+def is_training(source: Checkpoint) -> bool:
+    """Whether it is a distributed checkpoint that holds averaged weights beside others."""
+    from worldline.weights.names import is_averaged
+
+    averaged = [*map(is_averaged, source.tensors)]
+    return source.kind == "distributed checkpoint" and any(averaged) and not all(averaged)
+
+
+def training_files(source: Checkpoint, folder: Path, no_ema: bool) -> Outputs:
+    """What the released `convert_distcp_to_pt.py` makes of a distributed checkpoint."""
+    import torch
+
+    from worldline.family import FAMILIES
+    from worldline.opening import find_family
+    from worldline.weights.checkpoint import take_network
+    from worldline.weights.write import cast
+
+    outputs: Outputs = {folder / "model.pt": source}
+    if not no_ema:
+        keys = import_module(f"{FAMILIES[find_family(source.tensors)]}.weights").KEYS
+        taken = take_network(source, (keys.anchor,), keys.prefixes)
+        named = {f"{keys.prefixes[0]}{name}": entry for name, entry in taken.entries.items()}
+        averaged = replace(taken, entries=named)
+        outputs[folder / "model_ema_fp32.pt"] = averaged
+        outputs[folder / "model_ema_bf16.pt"] = cast(averaged, torch.bfloat16, torch.float32)
+    return outputs
+
+
+def beside(folder: Path, layout: Layout) -> Outputs:
+    """Files of a layout beside the weights; `InputError` where another model's are there."""
+    files: Outputs = {folder / name: content for name, content in layout.files.items()}
+    for path, content in files.items():
+        if path.is_file() and path.read_bytes() != content:
+            raise InputError(f"{path} is of another model; choose another folder, or remove it")
+    return {path: content for path, content in files.items() if not path.is_file()}
+
+
+def write(outputs: Outputs, no_overwrite: bool) -> None:
+    """Write files, and print a line for each."""
+    from tqdm import tqdm
+
+    from worldline.weights.checkpoint import Checkpoint
+    from worldline.weights.write import write_files
+
+    replaced = existing(outputs, no_overwrite)
+    sizes = {
+        path: sum(tensor.nbytes for tensor in each.tensors.values())
+        for path, each in outputs.items()
+        if isinstance(each, Checkpoint)
+    }
+    for source in {str(each): each for each in outputs.values() if isinstance(each, Checkpoint)}:
+        logger.info("reading %s", source)
+    tqdm.monitor_interval = 0  # no thread that watches bars
+    disable = True if results.quiet else None  # where there is no terminal
+    total = sum(sizes.values())
+    with tqdm(total=total, unit="B", unit_scale=True, disable=disable, leave=False) as bar:
+        write_files(outputs, bar.update)
+    log_replaced(replaced)
+    for path in outputs:
+        size = f": {readable_size(sizes[path])}" if path in sizes else ""
+        results.add(f"{path}{size}")

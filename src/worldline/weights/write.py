@@ -1,0 +1,214 @@
+"""Files of weights, written tensor by tensor: one is in memory at a time, whatever the format.
+
+`save` of `weights.checkpoint` is for tensors that are in memory anyhow.
+"""
+
+import io
+import json
+import pickle
+import shutil
+import sys
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from struct import pack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.storage import _dtype_to_storage_type_map
+
+from worldline.errors import InputError
+from worldline.files import check_folder, readable_size, replacing_all
+from worldline.weights.checkpoint import _DTYPES, Checkpoint, Source
+from worldline.weights.names import ScaledTensor
+
+PICKLED = (".pt", ".pth")  # suffixes
+_ALIGNMENT = 64  # bytes, of PyTorch's storages in an archive
+_LOCAL_HEADER = 30 + 20 + 4  # bytes: of a member, of its 64-bit sizes, of the padding's own header
+_ROOM = 1 << 20  # bytes for headers
+Report = Callable[[int], object]
+
+
+@dataclass(frozen=True, eq=False)
+class CastTensor:
+    """A tensor that is read in another dtype."""
+
+    source: Source
+    dtype: torch.dtype
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def meta(self) -> Tensor:
+        return self.source.meta.to(self.dtype)
+
+    def read(self) -> Tensor:
+        return self.source.read().to(self.dtype)
+
+
+def cast(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, only: torch.dtype | None = None
+) -> Checkpoint:
+    """The same with floating tensors, or those of the dtype `only`, in another dtype.
+
+    Without a dtype, 8-bit floats with scales alone become bfloat16.
+    """
+
+    def form(entry: Any) -> Any:
+        scaled = isinstance(entry, ScaledTensor)
+        wanted = dtype or (torch.bfloat16 if scaled else entry.meta.dtype)
+        fits = entry.meta.dtype == only if only else entry.meta.is_floating_point()
+        return (
+            CastTensor(entry, wanted) if scaled or (fits and wanted != entry.meta.dtype) else entry
+        )
+
+    return replace(checkpoint, entries={name: form(e) for name, e in checkpoint.entries.items()})
+
+
+def write_files(
+    outputs: Mapping[Path, Checkpoint | bytes], report: Report = lambda _: None
+) -> None:
+    """Write files that take their places together, once all are on the disk.
+
+    Args:
+        outputs: path -> tensors, or the content of a file beside. By suffix, one of `PICKLED` is
+            PyTorch's flat dict; without a known one it is the folder of a distributed checkpoint.
+        report: is called with the bytes that were written.
+
+    Raises:
+        InputError: an output is an input or cannot be written, or the disk has too little room.
+        CheckpointError: a tensor cannot be read, or holds NaN or Inf.
+    """
+    tensors = {path: each for path, each in outputs.items() if isinstance(each, Checkpoint)}
+    inputs = {file.resolve() for checkpoint in tensors.values() for file in checkpoint.files}
+    for path in outputs:
+        if path.resolve() in inputs:
+            raise InputError(f"{path}: the output is an input; name another one")
+        if path.is_dir() and any(path.iterdir()):
+            raise InputError(f"{path}: it is a folder with files in it; name another output")
+        check_folder(path.parent)
+    nbytes = sum(t.nbytes + _ROOM // 1024 for c in tensors.values() for t in c.tensors.values())
+    folder = next(path for path in next(iter(outputs)).absolute().parents if path.exists())
+    if nbytes + _ROOM > (free := shutil.disk_usage(folder).free):
+        raise InputError(
+            f"{folder} has room for {readable_size(free)}, {readable_size(nbytes)} are to be "
+            "written; choose another folder"
+        )
+    made = [folder for path in outputs for folder in path.absolute().parents if not folder.exists()]
+    try:
+        for path in outputs:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_all([*outputs]) as temporaries:
+            for temporary, (path, content) in zip(temporaries, outputs.items(), strict=True):
+                if not isinstance(content, Checkpoint):
+                    temporary.write_bytes(content)
+                elif path.suffix in PICKLED:
+                    _write_pickled(content, temporary, report)
+                elif path.suffix == ".safetensors":
+                    _write_safetensors(content, temporary, report)
+                else:
+                    _write_distributed(content, temporary, report)
+    except BaseException:
+        for folder in sorted(made, reverse=True):  # the innermost first
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def _read(checkpoint: Checkpoint, name: str, report: Report) -> memoryview:
+    """Bytes of a tensor, by rows."""
+    value = checkpoint.read(name).contiguous()
+    report(value.nbytes)
+    data: memoryview = value.view(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _write_safetensors(checkpoint: Checkpoint, path: Path, report: Report) -> None:
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    # the widest first, so that each is aligned
+    ordered = sorted(checkpoint.tensors.items(), key=lambda item: -item[1].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers insists on
+    end = 0
+    for name, meta in ordered:
+        start, end = end, end + meta.nbytes
+        header[name] = {
+            "dtype": names[meta.dtype],
+            "shape": [*meta.shape],
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, _ in ordered:
+            file.write(_read(checkpoint, name, report))
+
+
+class _Storage(NamedTuple):
+    kind: Any
+    key: str
+    numel: int
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles meta tensors as `torch.save` does those on a CPU, each with a storage of its own."""
+
+    count = 0
+
+    def persistent_id(self, item: Any) -> Any:
+        return ("storage", item[0], item[1], "cpu", item[2]) if isinstance(item, _Storage) else None
+
+    def reducer_override(self, item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return NotImplemented
+        key, self.count = str(self.count), self.count + 1
+        shape = tuple(item.shape), torch.empty(item.shape, device="meta").stride()
+        if name := _dtype_to_storage_type_map().get(item.dtype):
+            storage, build = _Storage(getattr(torch, name), key, item.numel()), "_rebuild_tensor_v2"
+            rest: tuple[Any, ...] = ()
+        else:  # of younger dtypes
+            storage = _Storage(torch.UntypedStorage, key, item.nbytes)
+            build, rest = "_rebuild_tensor_v3", (item.dtype,)
+        return getattr(torch._utils, build), (storage, 0, *shape, False, OrderedDict(), *rest)
+
+
+def _write_pickled(checkpoint: Checkpoint, path: Path, report: Report) -> None:
+    pickled = io.BytesIO()
+    _Pickler(pickled, 2).dump(checkpoint.tensors)
+    with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+
+        def add(name: str, content: Callable[[], bytes | memoryview]) -> None:
+            member = zipfile.ZipInfo(f"archive/{name}")
+            padding = -(file.tell() + _LOCAL_HEADER + len(member.filename)) % _ALIGNMENT
+            member.extra = pack("<HH", 0x4246, padding) + bytes(padding)
+            with archive.open(member, "w", force_zip64=True) as target:
+                target.write(content())
+
+        add("data.pkl", pickled.getvalue)
+        add("byteorder", sys.byteorder.encode)
+        for key, name in enumerate(checkpoint.entries):
+            add(f"data/{key}", lambda name=name: _read(checkpoint, name, report))  # type: ignore[misc]
+        add("version", b"3\n".__bytes__)
+
+
+def _write_distributed(checkpoint: Checkpoint, path: Path, report: Report) -> None:
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    class Planner(DefaultSavePlanner):
+        """Plans by headers, and reads a tensor when it is written."""
+
+        def lookup_object(self, index: Any) -> Tensor:
+            value = checkpoint.read(index.fqn)
+            report(value.nbytes)
+            return value
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is one process
+        save(checkpoint.tensors, checkpoint_id=path, planner=Planner(), no_dist=True)

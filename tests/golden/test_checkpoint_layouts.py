@@ -1,0 +1,244 @@
+"""Files of trainings, parts and layouts as the reference writes them: read, made and converted."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, cases
+from flow_networks import load as load_flow
+from networks import load_dit
+from torch import Tensor
+
+from tests.cli.conftest import run_words
+from worldline.families.autoregressive.model import ARTransformer, make_positions
+from worldline.families.autoregressive.weights import open_network
+from worldline.families.predict2_5.weights import open_network as open_flow
+from worldline.shapes import LatentShape
+from worldline.weights.checkpoint import SHARD, open_checkpoint
+from worldline.weights.networks import open_weights
+
+AUTOREGRESSIVE, TRAININGS = cases("ar_ckpt_layouts"), cases("train_ckpt_layouts")
+LATER = ("lora", "optim")  # of tests of adapters, and of trainings that go on
+
+
+def contents(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file as PyTorch reads them; of a training, those of the model."""
+    stored = torch.load(path, weights_only=True, map_location="cpu")
+    return {n: t for n, t in stored.get("model", stored).items() if isinstance(t, Tensor)}
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def done(*words: object) -> str:
+    result = run_words(("checkpoints", *words))
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def sets(case: Case) -> dict[Path, list[Path]]:
+    """File that stands for the parts of a set -> the parts, in order."""
+    found: dict[Path, dict[int, Path]] = {}
+    for path in case.path.rglob("*_model_mp_*.pt"):
+        part = SHARD.fullmatch(path.name)
+        assert part is not None
+        found.setdefault(path.with_name(f"{part['stem']}.pt"), {})[int(part["rank"])] = path
+    return {stem: [parts[rank] for rank in sorted(parts)] for stem, parts in found.items()}
+
+
+def whole_of(case: Case, stem: Path) -> Path:
+    """File of the whole model that parts were cut from, or were merged to."""
+    if "train" in stem.relative_to(case.path).parts:
+        return case.path / "merged" / "model.pt"
+    beside = stem.with_name("merged.pt")
+    return beside if beside.is_file() else case.path / "official" / "model.pt"
+
+
+@pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=str)
+def test_shard_writes_the_released_parts(case: Case, tmp_path: Path) -> None:
+    official = case.path / "official" / "model.pt"
+    made = 0
+    for stem, parts in sets(case).items():
+        if whole_of(case, stem) != official:
+            continue
+        engine = any("layernorm_qkv" in name for name in contents(parts[0]))
+        for source in (official, *case.path.glob("te/model*.pt")):
+            copy = tmp_path / stem.parent.name / source.name
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(source, copy)
+            backend = ("-b", "transformer_engine") if engine else ()
+            done("shard", "-c", copy, "-t", len(parts), *backend)
+            for rank, part in enumerate(parts):
+                found = copy.with_name(f"{copy.stem}_model_mp_{rank}.pt")
+                assert_same(contents(found), contents(part))
+                # not of the size of the whole, as the released script's
+                assert found.stat().st_size < official.stat().st_size * 0.75
+                made += 1
+    assert made > 4
+
+
+@pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=str)
+def test_merge_joins_every_set(case: Case, tmp_path: Path) -> None:
+    found = sets(case)
+    assert len(found) > 3
+    for number, (stem, parts) in enumerate(found.items()):
+        target = tmp_path / str(number) / "model.pt"
+        done("merge", "-c", stem, "-t", len(parts), "-o", target)
+        assert_same(contents(target), contents(whole_of(case, stem)))
+        assert_same(
+            contents(target), {n: open_weights(parts[-1]).read(n) for n in contents(target)}
+        )
+
+
+@pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=str)
+def test_names_of_transformer_engine(case: Case) -> None:
+    official = contents(case.path / "official" / "model.pt")
+    source = open_checkpoint(case.path / "te" / "model_te.pt")
+    assert_same({name: source.read(name) for name in source.tensors}, official)
+    heads = case.spec["model"]["head_dim"]
+    # of the first rotary layout, which no Cosmos model has: rows in another order
+    for path in case.path.glob("te/*rope_v1.pt"):
+        for name, permuted in contents(path).items():
+            layer, kind = re.search(r"(layers\.\d+)\..*(query|key)_weight", name).groups()  # type: ignore[union-attr]
+            plain = official[f"model.{layer}.attention.w{kind[0]}.weight"]
+            rows = plain.view(-1, heads // 2, 2, plain.shape[1]).transpose(1, 2)
+            assert torch.equal(rows.reshape(plain.shape), permuted)
+
+
+@pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=str)
+def test_logits_of_every_file(case: Case, tmp_path: Path) -> None:
+    tokens, stated = case.tensor("tokens"), case.spec["model"]
+    height, width = (stated[f"video_{side}"] // 16 for side in ("height", "width"))
+    grid = [tokens.shape[1] // (height * width), height, width]
+
+    def logits(path: Path) -> Tensor:
+        network = open_network(path, {"video_latent_shape": grid, "norm_eps": stated["norm_eps"]})
+        model: ARTransformer = network.read("cpu", torch.float32)
+        return model(tokens, make_positions(model.config, "cpu", torch.float32))
+
+    jobs = sorted(path.parent for path in case.path.rglob("checkpoints"))
+    [one] = [job for job in jobs if not [*job.glob("checkpoints/*_mp_*")]]
+    [parts] = [job for job in jobs if job != one]
+    [state] = (file for file in parts.rglob("*.pt") if re.fullmatch(r"iter_\d+.pt", file.name))
+    post_trained = tmp_path / "Cosmos-Predict1-4B-Base_post-trained" / "model.pt"
+    post_trained.parent.mkdir()
+    shutil.copy(next(one.rglob("iter_*.pt")), post_trained)
+    files = {
+        "official": [case.path / "official" / "model.pt", case.path / "te" / "model_te.pt"],
+        "merged_after_training": [case.path / "merged", parts, parts / "checkpoints", state],
+        "uneven_merged": [whole_of(case, stem) for stem in sets(case) if "uneven" in str(stem)],
+        "train_tp1": [one, one / "checkpoints", post_trained.parent, post_trained],
+    }
+    for name, paths in files.items():
+        for path in paths:
+            case.compare(f"logits.{name}", logits(path))
+    assert case.unused() == []
+
+
+def job_of(case: Case, beginning: str) -> Path:
+    """Job folder of a full training of a model whose folders begin so."""
+    [folder] = {
+        path.parent
+        for path in case.path.glob(f"{beginning}/**/checkpoints")
+        if "lora" not in str(path.relative_to(case.path))
+    }
+    return folder
+
+
+def p1_output(case: Case, path: Path) -> Tensor:
+    stated = case.spec["p1_model"]
+    time, rows, columns = (stated[f"rope_{axis}_extrapolation_ratio"] for axis in "thw")
+    model = load_dit(path, (time, rows, columns), stated["base_fps"])
+    x = case.tensor("p1.in.x")
+    positions = model.make_positions(
+        LatentShape(*x.shape[2:]), case.tensor("p1.in.fps")[0].item(), rotary_dtype=torch.float32
+    )
+    return model(
+        x,
+        case.tensor("p1.in.timesteps"),
+        model.encode_context(case.tensor("p1.in.crossattn_emb")),
+        positions,
+        condition_mask=case.tensor("p1.in.condition_video_input_mask"),
+        padding_mask=case.tensor("p1.in.padding_mask"),
+    )
+
+
+@pytest.mark.parametrize("case", TRAININGS, ids=str)
+def test_files_of_predict1(case: Case, tmp_path: Path) -> None:
+    job = job_of(case, "p1")
+    [regular] = job.rglob("*_reg_model.pt")
+    [average] = job.rglob("*[0-9]_ema_model.pt")
+    case.compare("p1.y.reg", p1_output(case, regular))
+    state = regular.with_name(regular.name.replace("_reg_model", ""))
+    post_trained = tmp_path / "Cosmos-Predict1-7B-Video2World_post-trained-4gpu_80gb"
+    replica = tmp_path / average.name.replace("_ema", "_RANK1_ema")
+    post_trained.mkdir()
+    shutil.copy(average, post_trained / "model.pt")
+    shutil.copy(average, replica)
+    for path in (average, state, job, job / "checkpoints", post_trained, replica):
+        case.compare("p1.y.ema", p1_output(case, path))
+
+
+@pytest.mark.parametrize("case", TRAININGS, ids=str)
+def test_files_of_predict2_5(case: Case) -> None:
+    job, stated = job_of(case, "p25"), case.spec["p25_model"]
+    settings = {
+        "rope_ratio": [stated[f"rope_{axis}_extrapolation_ratio"] for axis in "thw"],
+        "timestep_scale": stated["timestep_scale"],
+    }
+
+    def output(source: Any) -> Tensor:
+        model = load_flow(open_flow(source, settings))
+        x = case.tensor("p25.in.x_B_C_T_H_W")
+        return model(
+            x,
+            case.tensor("p25.in.timesteps_B_T"),
+            model.encode_context(case.tensor("p25.in.crossattn_emb")),
+            model.make_positions(LatentShape(*x.shape[2:])),
+            condition_mask=case.tensor("p25.in.condition_video_input_mask_B_C_T_H_W"),
+            padding_mask=case.tensor("p25.in.padding_mask"),
+        )
+
+    assert case.tensor("p25.in.fps").isfinite().all()  # the network reads none
+    [converted] = job.rglob("model_ema_bf16.pt")
+    for path in (converted, converted.parent):
+        case.compare("p25.y.full_ema_bf16", output(path))
+    [metadata] = job.rglob("model/.metadata")
+    source = open_weights(metadata.parent)
+    plain = {name: entry for name, entry in source.entries.items() if name.startswith("net.")}
+    case.compare("p25.y.full_dcp_net", output(replace(source, entries=plain)))
+    average = output(metadata.parent)
+    for path in (job, job / "checkpoints"):
+        assert torch.equal(output(path), average)
+    torch.testing.assert_close(average, case.tensor("p25.y.full_ema_bf16"), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("case", TRAININGS, ids=str)
+def test_distributed_checkpoints_become_the_released_files(case: Case, tmp_path: Path) -> None:
+    for number, converted in enumerate(sorted(case.path.rglob("model_ema_bf16.pt"))):
+        source = open_checkpoint(converted.parent / "model")
+        target = tmp_path / str(number)
+        done("convert", converted.parent / "model", target, "--to", "nvidia")
+        assert_same(contents(target / converted.name), contents(converted))
+        everything = {name: source.read(name) for name in source.tensors}
+        assert_same(contents(target / "model.pt"), everything)
+        average = {n.replace("net_ema.", "net."): t for n, t in everything.items() if "_ema." in n}
+        assert_same(contents(target / "model_ema_fp32.pt"), average)
+        done("convert", converted.parent / "model", target / "bare", "--to", "nvidia", "--no_ema")
+        assert [path.name for path in (target / "bare").iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("case", TRAININGS, ids=str)
+def test_every_tensor_is_used(case: Case) -> None:
+    assert [name for name in case.unused() if not any(word in name for word in LATER)] == []
