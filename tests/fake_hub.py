@@ -85,12 +85,15 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
 
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
+            # a data set is a repository "datasets/owner/name"
+            path = path.replace("/api/datasets/", "/api/models/datasets/")
+            parts = 3 if "datasets/" in path else 2
             if path.startswith("/api/models/") and "" in hub.raw:
                 status, headers, body = hub.raw[""]
                 self.reply(body, headers, status)
                 return
             if path.startswith("/api/models/"):
-                repository = "/".join(path.split("/")[3:5])
+                repository = "/".join(path.split("/")[3 : 3 + parts])
                 if repository not in hub.repositories:
                     self.refuse(404, "RepoNotFound")
                     return
@@ -99,8 +102,9 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             if path.count("/") < 5:  # such as what huggingface_hub asks of its own accord
                 self.refuse(404, "")
                 return
-            owner, name, _, commit, *rest = path.strip("/").split("/")
-            repository, file = f"{owner}/{name}", "/".join(rest)
+            words = path.strip("/").split("/")
+            _, commit, *rest = words[parts:]
+            repository, file = "/".join(words[:parts]), "/".join(rest)
             with lock:
                 hub.asked.append((self.command, file, self.headers.get("Range", "")))
                 hub.logins.append(self.headers.get("Authorization"))

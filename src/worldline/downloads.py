@@ -36,6 +36,7 @@ from worldline.errors import DownloadError, InputError, brief, did_you_mean, one
 logger = logging.getLogger(__name__)
 
 GROUPS = ("autoregressive", "diffusion", "predict2.5", "tokenizers", "guardrails")
+_DATASETS = "datasets/"  # stands before "owner/name" of a data set
 PAUSE = 1.0  # seconds before the second try; doubles
 TRIES = 5  # without a byte in between
 _PAGES = "https://huggingface.co"  # where licences are accepted, whatever mirror serves the files
@@ -153,7 +154,7 @@ def _look_up(name: str) -> Entry:
 class RemoteFile:
     """One file of a repository."""
 
-    repository: str  # "owner/name"
+    repository: str  # "owner/name", of a data set "datasets/owner/name"
     commit: str  # that was listed
     name: str  # path below the repository
     nbytes: int
@@ -179,7 +180,11 @@ class RemoteFile:
 
     @property
     def url(self) -> str:
-        return hf_hub_url(self.repository, self.name, revision=self.commit, endpoint=_endpoint())
+        repository = self.repository.removeprefix(_DATASETS)
+        kind = None if repository == self.repository else "dataset"
+        return hf_hub_url(
+            repository, self.name, repo_type=kind, revision=self.commit, endpoint=_endpoint()
+        )
 
 
 _Digest = Annotated[str, Field(pattern="^([0-9a-f]{40}|[0-9a-f]{64})$")]
@@ -226,19 +231,41 @@ def _stream(url: str, method: str = "GET", **headers: str) -> Any:
 
 def find_files(entry: Entry) -> list[RemoteFile]:
     """Files to download for an entry; why there are none is a DownloadError."""
-    files = choose(entry, list_files(entry.repository, entry.revision))
+    return _allowed(choose(entry, list_files(entry.repository, entry.revision)))
+
+
+def find_dataset(name: str, patterns: Collection[str]) -> list[RemoteFile]:
+    """Files of a data set that fit a pattern, in any folder; all where there is none.
+
+    Raises:
+        InputError: it is no "owner/name".
+        DownloadError: there are no such files, or they cannot be had.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+        raise InputError(f"--dataset {brief(name)}: give OWNER/NAME, as on {_PAGES}/datasets")
+    listed = list_files(f"{_DATASETS}{name}")
+    files = [f for f in listed if not patterns or any(fnmatchcase(f.name, p) for p in patterns)]
+    if not files:
+        wanted = f" --include {' '.join(patterns)}" if patterns else ""
+        raise DownloadError(f"{name}: none of its {len(listed)} files fits{wanted}")
+    return _allowed(files)
+
+
+def _allowed(files: list[RemoteFile]) -> list[RemoteFile]:
+    """Files of a repository, which shows its list to everybody, but if it is gated no file."""
+    repository = files[0].repository
     try:
-        # a gated repository shows its list to everybody, but no file
         with _stream(files[0].url, "HEAD") as response:
-            _check(entry.repository, files[0].name, response)
+            _check(repository, files[0].name, response)
     except (_HTTPError, OSError, ValueError) as error:
-        raise _unreachable(entry.repository, error) from error
+        raise _unreachable(repository, error) from error
     return files
 
 
 def list_files(repository: str, revision: str | None = None) -> list[RemoteFile]:
     """Files of a repository, by one request."""
-    url = f"{_endpoint()}/api/models/{repository}"
+    kind = "" if repository.startswith(_DATASETS) else "models/"
+    url = f"{_endpoint()}/api/{kind}{repository}"
     url += f"/revision/{quote(revision, safe='')}" if revision else ""
     where, start, content = f"{repository}: {_endpoint()}", time.monotonic(), bytearray()
     try:

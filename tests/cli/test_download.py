@@ -215,3 +215,57 @@ def test_it_imports_no_torch(hub: FakeHub, tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, capture_output=True)
     assert (tmp_path / NAMES[0] / "model.pt").is_file()
+
+
+def test_a_data_set(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    name = "someone/Clips-of.robots"
+    clips = {f"{folder}{n}.mp4": bytes([n]) * 999 for n, folder in enumerate(("", "a/", "a/b/"))}
+    hub.repositories[f"datasets/{name}"] = {**clips, "README.md": b"#", "a/meta.json": b"{}"}
+    hub.damaged["a/1.mp4"] = 1
+    words = ("checkpoints", "download", "--dataset", name, "--include", "*.mp4*", "--local-dir")
+    listed = run(*words, tmp_path / "data", "--dry_run")
+    assert listed.stdout.count(".mp4") == 3
+    assert "README" not in listed.stdout
+    assert not (tmp_path / "data").exists()
+    result = run(*words, tmp_path / "data")
+    assert result.exit_code == 0, result.stderr
+    assert "3 files" in result.stdout
+    for file, content in clips.items():
+        assert (tmp_path / "data" / file).read_bytes() == content
+    hub.asked.clear()
+    (tmp_path / "data" / "0.mp4").unlink()
+    result = run("checkpoints", "download", "--dataset", name, "--local_dir", tmp_path / "data")
+    assert result.exit_code == 0, result.stderr
+    fetched = {file for method, file, _ in hub.asked if method == "GET"}
+    assert fetched == {"0.mp4", "README.md", "a/meta.json"}
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "part"),
+    [
+        (("--dataset", "Clips"), 2, "OWNER/NAME"),
+        (("--dataset", "a/b/c"), 2, "OWNER/NAME"),
+        (("--dataset", "a/b", NAMES[0]), 2, NAMES[0]),
+        (("--include", "*.mp4", NAMES[0]), 2, "--dataset"),
+        (("--local_dir", "x", NAMES[0]), 2, "--dataset"),
+        (("--dataset", "a/absent"), 1, "datasets/a/absent"),
+        (("--dataset", "a/b", "--include", "*.mov"), 1, "*.mov"),
+    ],
+)
+def test_a_data_set_that_cannot_be_had(
+    run: Run, hub: FakeHub, tmp_path: Path, words: tuple[str, ...], status: int, part: str
+) -> None:
+    hub.repositories["datasets/a/b"] = {"x.mp4": b"x"}
+    result = run("checkpoints", "download", *words)
+    assert result.exit_code == status, result.stderr
+    assert part in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_gated_data_set(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    hub.repositories["datasets/a/b"] = {"x.mp4": b"x"}
+    hub.refused["datasets/a/b"] = 403, "GatedRepo"
+    result = run("checkpoints", "download", "--dataset", "a/b", "--local_dir", tmp_path / "x")
+    assert result.exit_code == 1
+    assert "huggingface.co/datasets/a/b" in result.stderr
+    assert not (tmp_path / "x").exists()

@@ -20,7 +20,7 @@ from worldline.cli.convert import TOKENIZER, convert, find_model, merge, open_an
 from worldline.cli.messages import results
 from worldline.cli.options import ManyValues, parameters, parsed
 from worldline.cli.run import existing
-from worldline.errors import CheckpointError, DownloadError, Error
+from worldline.errors import CheckpointError, DownloadError, Error, InputError
 from worldline.files import check_folder, check_path, readable_size
 from worldline.locate import locate
 from worldline.repositories import WEIGHTS, hub_cache, snapshots
@@ -75,6 +75,13 @@ class DownloadFlags(OutputFlags):
     cosmos_version: Literal["1.0"] | None = Field(
         None, description="Generation of models that are named by size.  [default: Predict1]"
     )
+    dataset: str | None = Field(None, description="Data set, OWNER/NAME, in place of models.")
+    include: tuple[str, ...] = Field(
+        (), description="One or more patterns of files of the data set, such as '*.mp4'."
+    )
+    local_dir: Named | None = Field(
+        None, description="Folder of the data set.  [default: datasets/NAME]"
+    )
     checkpoint_dir: Named = Field("checkpoints", description="Folder of the model folders.")
     dry_run: bool = Field(False, description="List files and sizes; fetch nothing.")
     disable_guardrail: bool = Field(
@@ -104,13 +111,61 @@ def download(context: click.Context, /, **_: object) -> None:
     a model of Predict2.5, such as 2B/post-trained; or a group: autoregressive, diffusion,
     predict2.5, tokenizers, guardrails. Only files that are read are downloaded, several at once;
     an interrupted download resumes, and each file is verified by its published hash before it
-    takes its name. HF_ENDPOINT names a mirror, HF_TOKEN a login.
+    takes its name. --dataset fetches files of a data set in the same way. HF_ENDPOINT names a
+    mirror, HF_TOKEN a login.
     """
     from tqdm import tqdm
 
-    from worldline.downloads import HubError, fetch_all, find_files, select, sources
+    from worldline.downloads import fetch_all, find_dataset
 
     flags = parsed(context, DownloadFlags)
+    folder = Path(flags.checkpoint_dir)
+    if flags.dataset:
+        if odd := [*flags.models, *flags.model_sizes, *flags.model_types, *flags.tokenizer_types]:
+            raise InputError(f"--dataset: {odd[0]} is of models; fetch it by a command of its own")
+        folder = Path(flags.local_dir or f"datasets/{flags.dataset.rpartition('/')[2]}")
+        plan = {folder / file.name: file for file in find_dataset(flags.dataset, flags.include)}
+    elif flags.include or flags.local_dir:
+        raise InputError("--include and --local_dir are of a --dataset; name one")
+    else:
+        plan = planned(flags)
+    missing = {path: file for path, file in plan.items() if not file.may_be_at(path)}
+    nbytes, wanted = (sum(file.nbytes for file in each.values()) for each in (plan, missing))
+    total = f"{len(plan)} files, {readable_size(nbytes)}"
+    if flags.dry_run:
+        for path, file in plan.items():
+            present = "" if path in missing else "  (present)"
+            click.echo(f"{readable_size(file.nbytes):>9}  {path}{present}")
+        click.echo(f"{total}; {readable_size(wanted)} to fetch")
+        return
+    existing(missing, flags.no_overwrite)
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [file.part(path) for path, file in missing.items()]
+    wanted -= sum(part.stat().st_size for part in parts if part.is_file())
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise DownloadError(
+            f"{readable_size(wanted)} are to be fetched, but {folder} has room for "
+            f"{readable_size(free)}; choose another folder"
+        )
+    tqdm.monitor_interval = 0  # no thread that watches bars
+    disable = True if results.quiet else None  # where there is no terminal
+    with tqdm(total=nbytes, unit="B", unit_scale=True, disable=disable, leave=False) as bar:
+        for count, path in enumerate(fetch_all(plan, bar.update), 1):
+            bar.clear()
+            logger.info("%d/%d %s: verified", count, len(plan), path)
+    results.add(f"{total}, are in {folder}, verified")
+
+
+def planned(flags: DownloadFlags) -> dict[Path, RemoteFile]:
+    """Files of models and of what they need, by their places.
+
+    Raises:
+        DownloadError: some cannot be had, for reasons that are all named.
+    """
+    from worldline.downloads import HubError, find_files, select, sources
+
     generation, folder = flags.cosmos_version, Path(flags.checkpoint_dir)
     names = select(
         flags.models, flags.model_sizes, flags.model_types, flags.tokenizer_types, generation
@@ -135,33 +190,7 @@ def download(context: click.Context, /, **_: object) -> None:
             problems.append(str(error))
     if problems:
         raise DownloadError("nothing was fetched: " + "\n  ".join(problems))
-    missing = {path: file for path, file in plan.items() if not file.may_be_at(path)}
-    nbytes, wanted = (sum(file.nbytes for file in each.values()) for each in (plan, missing))
-    total = f"{len(plan)} files, {readable_size(nbytes)}"
-    if flags.dry_run:
-        for path, file in plan.items():
-            present = "" if path in missing else "  (present)"
-            click.echo(f"{readable_size(file.nbytes):>9}  {path}{present}")
-        click.echo(f"{total}; {readable_size(wanted)} to fetch")
-        return
-    existing(missing, flags.no_overwrite)
-    check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [file.part(path) for path, file in missing.items()]
-    wanted -= sum(part.stat().st_size for part in parts if part.is_file())
-    free = shutil.disk_usage(folder).free
-    if wanted > free:
-        raise DownloadError(
-            f"{readable_size(wanted)} are to be fetched, but {folder} has room for "
-            f"{readable_size(free)}; choose another --checkpoint_dir"
-        )
-    tqdm.monitor_interval = 0  # no thread that watches bars
-    disable = True if results.quiet else None  # where there is no terminal
-    with tqdm(total=nbytes, unit="B", unit_scale=True, disable=disable, leave=False) as bar:
-        for count, path in enumerate(fetch_all(plan, bar.update), 1):
-            bar.clear()
-            logger.info("%d/%d %s: verified", count, len(plan), path)
-    results.add(f"{total}, are in {folder}, verified")
+    return plan
 
 
 @checkpoints.command()
