@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tiny.export import stored_tensors, wan_settings
+from tiny.export import stored_tensors
 from worldline.errors import CheckpointError
 from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
+from worldline.tokenizers.wan.weights import diffusers_settings as wan_settings
 from worldline.tokenizers.wan.weights import (
     is_diffusers,
     is_wan,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import worldline
-from tiny.export import draw_weights, stored_tensors, wan_settings
+from tiny.export import draw_weights, stored_tensors
 from worldline import locate
 from worldline.errors import CheckpointError, InputError
 from worldline.families.denoise import read_prompts
@@ -23,6 +23,7 @@ from worldline.opening import choose_compute, choose_device
 from worldline.parallel.mesh import Layout, plan_mesh
 from worldline.request import LoadOptions
 from worldline.tokenizers.wan.model import WanTokenizer
+from worldline.tokenizers.wan.weights import diffusers_settings as wan_settings
 from worldline.tokenizers.wan.weights import key_map
 from worldline.weights.checkpoint import open_checkpoint, save
 from worldline.world import fingerprint

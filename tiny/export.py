@@ -19,11 +19,9 @@ from worldline.families.predict2_5.model import FlowDiT, FlowDiTConfig, released
 from worldline.families.predict2_5.weights import KEYS as FLOW_KEYS
 from worldline.tokenizers.cosmos.model import (
     CosmosTokenizer,
-    CosmosTokenizerConfig,
-    LatentStatistics,
 )
 from worldline.tokenizers.cosmos.weights import key_map
-from worldline.tokenizers.wan.model import WanTokenizer, WanTokenizerConfig
+from worldline.tokenizers.wan.model import WanTokenizer
 from worldline.weights.checkpoint import save
 from worldline.weights.keymap import KeyMap
 
@@ -147,50 +145,3 @@ def cosmos_tensors(model: CosmosTokenizer) -> dict[str, dict[str, Tensor]]:
         halves["encoder"]["quantizer._levels"] = levels
         halves["decoder"]["inv_quant.quantizer._levels"] = levels.clone()
     return halves
-
-
-def cosmos_settings(
-    config: CosmosTokenizerConfig, statistics: LatentStatistics | None = None
-) -> dict[str, Any]:
-    """The config.json of a continuous tokenizer in diffusers' layout, whose taps are exact."""
-    return {
-        "_class_name": "AutoencoderKLCosmos",
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": config.latent_channels,
-        "encoder_block_out_channels": [config.channels, *config.level_channels],
-        "decode_block_out_channels": [*config.level_channels, config.level_channels[-1]],
-        "num_layers": config.num_blocks,
-        "patch_size": config.patch,
-        "patch_type": "haar",
-        "spatial_compression_ratio": config.spatial,
-        "temporal_compression_ratio": config.temporal,
-        "latents_mean": None if statistics is None else statistics.mean.flatten().tolist(),
-        "latents_std": None if statistics is None else statistics.std.flatten().tolist(),
-    }
-
-
-def wan_settings(config: WanTokenizerConfig) -> dict[str, Any]:
-    """The config.json of a Wan tokenizer in diffusers' layout.
-
-    The released file holds no statistics of latents: they are in the code that reads it.
-    """
-    return {
-        "_class_name": "AutoencoderKLWan",
-        "attn_scales": [],
-        "base_dim": config.channels,
-        "decoder_base_dim": None,
-        "dim_mult": list(config.multipliers),
-        "dropout": 0.0,
-        "in_channels": 3,
-        "is_residual": False,
-        "latents_mean": list(config.mean),
-        "latents_std": list(config.std),
-        "num_res_blocks": config.num_blocks,
-        "out_channels": 3,
-        "patch_size": None,
-        "scale_factor_spatial": config.spatial,
-        "scale_factor_temporal": config.temporal,
-        "temperal_downsample": list(config.temporal_steps),
-        "z_dim": config.latent_channels,
-    }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiny import sizes
-from tiny.export import export_network, stored_tensors, wan_settings
+from tiny.export import export_network, stored_tensors
 from tiny.reconstruction import (
     DEVIATION,
     KL,
@@ -22,6 +22,7 @@ from tiny.reconstruction import (
 )
 from tiny.run import Run, recipe
 from worldline.tokenizers.wan.model import CausalConv, WanTokenizer
+from worldline.tokenizers.wan.weights import diffusers_settings as wan_settings
 from worldline.tokenizers.wan.weights import key_map, open_wan
 from worldline.weights.networks import DIFFUSERS_FILES
 

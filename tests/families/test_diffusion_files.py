@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from tiny.encoders import export_t5, new_t5
-from tiny.export import cosmos_settings, stored_tensors
+from tiny.export import stored_tensors
 from worldline.errors import CheckpointError
 from worldline.families.diffusion.family import generation_of, starts_from_text
 from worldline.families.diffusion.model import RELEASED_RATIOS
 from worldline.family import Opened, Parts
+from worldline.tokenizers.cosmos.weights import diffusers_settings as cosmos_settings
 from worldline.tokenizers.cosmos.weights import key_map
 from worldline.weights.checkpoint import save
 

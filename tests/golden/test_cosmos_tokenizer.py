@@ -12,11 +12,12 @@ import pytest
 import torch
 from cases import Case, cases, watched
 
-from tiny.export import cosmos_settings, stored_tensors
+from tiny.export import stored_tensors
 from worldline.nn import transforms
 from worldline.nn.transforms import EXACT_TAP, patch, unpatch
 from worldline.tokenizers.cosmos.clips import pad, reconstruct_windows
 from worldline.tokenizers.cosmos.model import CosmosTokenizer
+from worldline.tokenizers.cosmos.weights import diffusers_settings as cosmos_settings
 from worldline.tokenizers.cosmos.weights import (
     is_diffusers,
     key_map,

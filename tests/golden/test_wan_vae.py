@@ -11,9 +11,10 @@ import pytest
 import torch
 from cases import Case, cases
 
-from tiny.export import stored_tensors, wan_settings
+from tiny.export import stored_tensors
 from worldline.nn.pieces import decode_stream, encode_stream
 from worldline.tokenizers.wan.model import WanTokenizer
+from worldline.tokenizers.wan.weights import diffusers_settings as wan_settings
 from worldline.tokenizers.wan.weights import key_map, open_wan
 from worldline.weights.checkpoint import save
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny.export import cosmos_settings, draw_weights, stored_tensors
+from tiny.export import draw_weights, stored_tensors
 from worldline.errors import CheckpointError
 from worldline.tokenizers.cosmos.model import (
     PRESETS,
@@ -18,6 +18,7 @@ from worldline.tokenizers.cosmos.model import (
     CosmosTokenizerConfig,
     LatentStatistics,
 )
+from worldline.tokenizers.cosmos.weights import diffusers_settings as cosmos_settings
 from worldline.tokenizers.cosmos.weights import (
     key_map,
     open_tokenizer,

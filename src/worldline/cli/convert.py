@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -17,13 +20,12 @@ from worldline.cli.run import existing, log_replaced
 from worldline.errors import CheckpointError, InputError
 from worldline.files import readable_size
 from worldline.locate import locate
-from worldline.repositories import WEIGHTS
+from worldline.repositories import TRANSFORMER_FILES, WEIGHTS
 from worldline.request import OutputFlags
 from worldline.request import Path as Named
 
 if TYPE_CHECKING:
     from worldline.weights.checkpoint import Checkpoint
-    from worldline.weights.layouts import Layout
     from worldline.weights.networks import Network
 
 logger = logging.getLogger(__name__)
@@ -168,9 +170,8 @@ def merge(context: click.Context, /, **_: object) -> None:
         )
     network, model = network_of(open_shards(paths[:-1]), path)
     check_size(network, model, flags.model_size)
-    layout = model.layout(network, False)
-    outputs: Outputs = {target: network.by_names(layout.keys)}
-    write(outputs | beside(target.parent, layout), flags.no_overwrite)
+    outputs: Outputs = {target: network.by_names(network.keys)}
+    write(outputs | beside(target.parent, network), flags.no_overwrite)
 
 
 @click.command(params=parameters(ConvertFlags))
@@ -187,6 +188,7 @@ def convert(context: click.Context, /, **_: object) -> None:
     """
     import torch
 
+    from worldline.weights.networks import DIFFUSERS_FILES
     from worldline.weights.write import cast
 
     flags = parsed(context, ConvertFlags)
@@ -201,17 +203,24 @@ def convert(context: click.Context, /, **_: object) -> None:
         raise InputError(f"{target}: no such file is of the layout {form}; give {advice}")
     dtype = getattr(torch, flags.dtype) if flags.dtype else None
     source = open_any(path)
-    if form == "nvidia" and not is_file and dtype is None and is_training(source):
-        write(training_files(source, target, flags.no_ema), flags.no_overwrite)
+    alone = form != "nvidia" or is_file or dtype
+    if outputs := {} if alone else training_files(source, target, flags.no_ema):
+        write(outputs, flags.no_overwrite)
         return
     if flags.no_ema:
         raise InputError(f"--no_ema: {path} becomes a single file; leave it out")
     network, model = network_of(source, path)
-    layout = model.layout(network, form == "diffusers")
-    names = {"safetensors": "model.safetensors", "dcp": "model"}
-    file = target if is_file else target / names.get(form, layout.file)
-    outputs: Outputs = {file: cast(network.by_names(layout.keys), dtype)}
-    write(outputs | beside(file.parent, layout), flags.no_overwrite)
+    keys, around = model.layout(network, form == "diffusers")
+    names = {
+        "nvidia": getattr(model, "FILES", TRANSFORMER_FILES[-1:])[0],
+        "diffusers": DIFFUSERS_FILES[0],
+        "safetensors": TRANSFORMER_FILES[0],
+        "dcp": "model",
+    }
+    file = target if is_file else target / names[form]
+    outputs = {file: cast(network.by_names(keys), dtype)}
+    others = beside(file.parent, network, around if keys != network.keys else None)
+    write(outputs | others, flags.no_overwrite)
 
 
 def find_model(folder: Path) -> list[Path]:
@@ -282,37 +291,51 @@ def check_size(network: Network[Any], module: Any, stated: str | None) -> None:
         logger.info("%s is of no released size; --model_size has no effect", network.path)
 
 
-def is_training(source: Checkpoint) -> bool:
-    """Whether it is a distributed checkpoint that holds averaged weights beside others."""
-    from worldline.weights.names import is_averaged
-
-    averaged = [*map(is_averaged, source.tensors)]
-    return source.kind == "distributed checkpoint" and any(averaged) and not all(averaged)
-
-
 def training_files(source: Checkpoint, folder: Path, no_ema: bool) -> Outputs:
-    """What the released `convert_distcp_to_pt.py` makes of a distributed checkpoint."""
+    """What the released `convert_distcp_to_pt.py` makes of a training's distributed checkpoint.
+
+    It is empty for another one, without averaged weights beside others.
+    """
     import torch
 
     from worldline.family import FAMILIES
     from worldline.opening import find_family
     from worldline.weights.checkpoint import take_network
+    from worldline.weights.names import is_averaged
     from worldline.weights.write import cast
 
+    averaged, name = [*map(is_averaged, source.tensors)], find_family(source.tensors)
+    if source.kind != "distributed checkpoint" or all(averaged) or not (any(averaged) and name):
+        return {}
     outputs: Outputs = {folder / "model.pt": source}
     if not no_ema:
-        keys = import_module(f"{FAMILIES[find_family(source.tensors)]}.weights").KEYS
+        keys = import_module(f"{FAMILIES[name]}.weights").KEYS
         taken = take_network(source, (keys.anchor,), keys.prefixes)
         named = {f"{keys.prefixes[0]}{name}": entry for name, entry in taken.entries.items()}
-        averaged = replace(taken, entries=named)
-        outputs[folder / "model_ema_fp32.pt"] = averaged
-        outputs[folder / "model_ema_bf16.pt"] = cast(averaged, torch.bfloat16, torch.float32)
+        average = replace(taken, entries=named)
+        outputs[folder / "model_ema_fp32.pt"] = average
+        outputs[folder / "model_ema_bf16.pt"] = cast(average, torch.bfloat16, torch.float32)
     return outputs
 
 
-def beside(folder: Path, layout: Layout) -> Outputs:
-    """Files of a layout beside the weights; `InputError` where another model's are there."""
-    files: Outputs = {folder / name: content for name, content in layout.files.items()}
+def beside(
+    folder: Path, network: Network[Any], contents: Mapping[str, Any] | None = None
+) -> Outputs:
+    """Files beside weights: dicts as JSON, others by PyTorch; by default, those of the source.
+
+    Raises:
+        InputError: those of another model are there.
+    """
+    import torch
+
+    present = filter(Path.is_file, network.beside if contents is None else ())
+    files: Outputs = {folder / path.name: path.read_bytes() for path in present}
+    for name, content in (contents or {}).items():
+        if isinstance(content, dict):
+            files[folder / name] = f"{json.dumps(content, indent=2)}\n".encode()
+        else:
+            torch.save(content, data := io.BytesIO())
+            files[folder / name] = data.getvalue()
     for path, content in files.items():
         if path.is_file() and path.read_bytes() != content:
             raise InputError(f"{path} is of another model; choose another folder, or remove it")
@@ -327,12 +350,9 @@ def write(outputs: Outputs, no_overwrite: bool) -> None:
     from worldline.weights.write import write_files
 
     replaced = existing(outputs, no_overwrite)
-    sizes = {
-        path: sum(tensor.nbytes for tensor in each.tensors.values())
-        for path, each in outputs.items()
-        if isinstance(each, Checkpoint)
-    }
-    for source in {str(each): each for each in outputs.values() if isinstance(each, Checkpoint)}:
+    tensors = {path: each for path, each in outputs.items() if isinstance(each, Checkpoint)}
+    sizes = {p: sum(t.nbytes for t in each.tensors.values()) for p, each in tensors.items()}
+    for source in dict.fromkeys(map(str, tensors.values())):
         logger.info("reading %s", source)
     tqdm.monitor_interval = 0  # no thread that watches bars
     disable = True if results.quiet else None  # where there is no terminal

@@ -7,7 +7,7 @@ Two layouts hold the same weights: NVIDIA's file, and the folder of diffusers'
 import re
 from collections.abc import Iterator, Mapping
 from itertools import product
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from pydantic import AliasChoices, Field
 
@@ -16,9 +16,6 @@ from worldline.nn.dit import PATCH, PATCH_CELLS
 from worldline.weights.checkpoint import Checkpoint
 from worldline.weights.keymap import KeyMap
 from worldline.weights.networks import Number, Settings, Shapes, read_settings
-
-if TYPE_CHECKING:
-    from worldline.weights.layouts import Layout
 
 # bookkeeping that may lie beside the weights
 BOOKKEEPING = {
@@ -75,16 +72,12 @@ def read_sizes(source: Checkpoint, keys: KeyMap) -> tuple[Shapes, dict[str, Any]
     }
 
 
-def diffusers_layout(
-    config: Any, keys: KeyMap, in_channels: int, positions: str | None, **more: Any
-) -> "Layout":
-    """Layout of diffusers' `CosmosTransformer3DModel`, which `more` settings complete."""
-    from worldline.weights.layouts import DIFFUSERS_FILE, Layout
-
+def diffusers_settings(config: Any, **more: Any) -> dict[str, Any]:
+    """Content of config.json of a `CosmosTransformer3DModel`, which `more` fields complete."""
     (_, rows, columns), grid = PATCH, config.max_grid
-    settings = {
+    return {
         "_class_name": "CosmosTransformer3DModel",
-        "in_channels": in_channels,
+        "in_channels": config.latent_channels + config.condition_mask,
         "out_channels": config.latent_channels,
         "num_attention_heads": config.num_heads,
         "attention_head_dim": config.head_size,
@@ -96,9 +89,8 @@ def diffusers_layout(
         "patch_size": [*PATCH],
         "rope_scale": [*config.rope_ratio],
         "concat_padding_mask": True,
-        "extra_pos_embed_type": positions,
+        **more,
     }
-    return Layout(keys, settings | more, DIFFUSERS_FILE)
 
 
 def expand(names: Mapping[str, str]) -> dict[str, str]:

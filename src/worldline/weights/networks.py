@@ -146,22 +146,24 @@ class Network(Generic[Config]):
         return self.source.path
 
     def by_names(self, keys: KeyMap) -> Checkpoint:
-        """Its tensors by the names of a map; of its own one, with what is stored but not read.
-
-        Raises:
-            CheckpointError: the map has no name for one of them.
-        """
+        """Its tensors by the names of a map; of its own one, with what is stored but not read."""
         shapes, entries = shapes_of(self.kind, self.config), {}
         for name, entry in self.source.entries.items():
             ours = self.keys.ours(name) or ""
             if ours in shapes:
-                try:
-                    entries[keys.released(ours)] = entry
-                except ValueError:
-                    raise CheckpointError(f"{self.path}: {name} has no name there") from None
+                entries[keys.released(ours)] = entry
             elif keys == self.keys:
                 entries[name] = entry
         return replace(self.source, entries=entries)
+
+    def require(self, **values: Any) -> None:
+        """Refuse a configuration that a layout has no place for (CheckpointError)."""
+        for name, value in values.items():
+            if (own := getattr(self.config, name)) != value:
+                raise CheckpointError(
+                    f"{self.path}: {name} is {own!s:.60}, which that layout cannot hold (it has "
+                    f"{value!s:.60})"
+                )
 
     @property
     def notes(self) -> tuple[str, ...]:

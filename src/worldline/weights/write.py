@@ -100,25 +100,18 @@ def write_files(
             f"{folder} has room for {readable_size(free)}, {readable_size(nbytes)} are to be "
             "written; choose another folder"
         )
-    made = [folder for path in outputs for folder in path.absolute().parents if not folder.exists()]
-    try:
-        for path in outputs:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_all([*outputs]) as temporaries:
-            for temporary, (path, content) in zip(temporaries, outputs.items(), strict=True):
-                if not isinstance(content, Checkpoint):
-                    temporary.write_bytes(content)
-                elif path.suffix in PICKLED:
-                    _write_pickled(content, temporary, report)
-                elif path.suffix == ".safetensors":
-                    _write_safetensors(content, temporary, report)
-                else:
-                    _write_distributed(content, temporary, report)
-    except BaseException:
-        for folder in sorted(made, reverse=True):  # the innermost first
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        raise
+    for path in outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_all([*outputs]) as temporaries:
+        for temporary, (path, content) in zip(temporaries, outputs.items(), strict=True):
+            if not isinstance(content, Checkpoint):
+                temporary.write_bytes(content)
+            elif path.suffix in PICKLED:
+                _write_pickled(content, temporary, report)
+            elif path.suffix == ".safetensors":
+                _write_safetensors(content, temporary, report)
+            else:
+                _write_distributed(content, temporary, report)
 
 
 def _read(checkpoint: Checkpoint, name: str, report: Report) -> memoryview:
@@ -162,20 +155,21 @@ class _Pickler(pickle.Pickler):
     count = 0
 
     def persistent_id(self, item: Any) -> Any:
-        return ("storage", item[0], item[1], "cpu", item[2]) if isinstance(item, _Storage) else None
+        if not isinstance(item, _Storage):
+            return None
+        return "storage", item.kind, item.key, "cpu", item.numel
 
     def reducer_override(self, item: Any) -> Any:
         if not isinstance(item, Tensor):
             return NotImplemented
         key, self.count = str(self.count), self.count + 1
-        shape = tuple(item.shape), torch.empty(item.shape, device="meta").stride()
+        strides = torch.empty(item.shape, device="meta").stride()
+        rest: Any = 0, tuple(item.shape), strides, False, OrderedDict()
         if name := _dtype_to_storage_type_map().get(item.dtype):
-            storage, build = _Storage(getattr(torch, name), key, item.numel()), "_rebuild_tensor_v2"
-            rest: tuple[Any, ...] = ()
-        else:  # of younger dtypes
-            storage = _Storage(torch.UntypedStorage, key, item.nbytes)
-            build, rest = "_rebuild_tensor_v3", (item.dtype,)
-        return getattr(torch._utils, build), (storage, 0, *shape, False, OrderedDict(), *rest)
+            storage = _Storage(getattr(torch, name), key, item.numel())
+            return torch._utils._rebuild_tensor_v2, (storage, *rest)
+        storage = _Storage(torch.UntypedStorage, key, item.nbytes)  # of a younger dtype
+        return torch._utils._rebuild_tensor_v3, (storage, *rest, item.dtype)
 
 
 def _write_pickled(checkpoint: Checkpoint, path: Path, report: Report) -> None:

@@ -7,7 +7,7 @@ Source: nvidia-cosmos/cosmos-predict1 `autoregressive/model.py` (load_ar_model),
 from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -24,9 +24,6 @@ from worldline.weights import networks
 from worldline.weights.checkpoint import Checkpoint, take_network
 from worldline.weights.keymap import KeyMap, LoRARecipe
 from worldline.weights.networks import Count, Flag, Network, Number, open_weights
-
-if TYPE_CHECKING:
-    from worldline.weights.layouts import Layout
 
 _ATTENTION = {"wq": "q", "wk": "k", "wv": "v", "wo": "out", "q_norm": "q_norm", "k_norm": "k_norm"}
 
@@ -152,10 +149,8 @@ def read_config(source: Checkpoint, settings: Mapping[str, Any]) -> ARTransforme
     )
 
 
-def layout(network: Network[ARTransformerConfig], diffusers: bool) -> "Layout":
-    """NVIDIA's layout; diffusers has none (CheckpointError)."""
-    from worldline.weights.layouts import MODEL, Layout
-
+def layout(network: Network[ARTransformerConfig], diffusers: bool) -> tuple[KeyMap, dict[str, Any]]:
+    """Names of tensors in NVIDIA's layout; diffusers has none (CheckpointError)."""
     if diffusers:
         raise CheckpointError(f"{network.path}: diffusers has no autoregressive transformer")
-    return Layout.of(network, MODEL)
+    return KEYS, {}

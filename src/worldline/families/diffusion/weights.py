@@ -8,7 +8,7 @@ inference_utils.py`; huggingface/diffusers `scripts/convert_cosmos_to_diffusers.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from worldline.errors import CheckpointError
 from worldline.families.diffusion.model import DECODER_RATIO, RELEASED_RATIOS, DiT, DiTConfig
@@ -19,9 +19,6 @@ from worldline.weights import dit, networks
 from worldline.weights.checkpoint import Checkpoint, take_network
 from worldline.weights.keymap import KeyMap, LoRARecipe
 from worldline.weights.networks import Flag, Network, Number, open_weights
-
-if TYPE_CHECKING:
-    from worldline.weights.layouts import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -139,21 +136,20 @@ def read_config(source: Checkpoint, keys: KeyMap, settings: Mapping[str, Any] | 
     )
 
 
-def layout(network: Network[DiTConfig], diffusers: bool) -> "Layout":
-    """Layout of NVIDIA or of diffusers.
+def layout(network: Network[DiTConfig], diffusers: bool) -> tuple[KeyMap, dict[str, Any]]:
+    """Names of tensors, and the content of files beside them, in NVIDIA's or diffusers' layout.
 
     Raises:
         CheckpointError: it has no place for what the network needs.
     """
-    from worldline.weights.layouts import DIFFUSERS_FILE, MODEL, Layout
-
     config = network.config
-    if diffusers == (network.keys is DIFFUSERS_KEYS):
-        return Layout.of(network, DIFFUSERS_FILE if diffusers else MODEL)
-    stretched = config.rope_ratio != RELEASED_RATIOS.get(config.width) and not config.vocabulary
-    made = Layout(KEYS, {"rope_ratio": [*config.rope_ratio]} if stretched else {})
-    if diffusers:
-        channels = config.latent_channels + config.condition_mask
-        made = dit.diffusers_layout(config, DIFFUSERS_KEYS, channels, "learnable")
-    view = network.by_names(made.keys)
-    return made.refuse_unless_equal(read_config(view, made.keys, made.settings), network)
+    if not diffusers:
+        ours = {"rope_ratio": [*config.rope_ratio], "base_fps": config.base_fps}
+        return KEYS, {"config.json": ours}
+    network.require(base_fps=24.0, vocabulary=0)
+    return DIFFUSERS_KEYS, {"config.json": diffusers_settings(config)}
+
+
+def diffusers_settings(config: DiTConfig) -> dict[str, Any]:
+    """Content of diffusers' config.json."""
+    return dit.diffusers_settings(config, extra_pos_embed_type="learnable")

@@ -7,7 +7,7 @@ minimal_v4_dit.py`; huggingface/diffusers `scripts/convert_cosmos_to_diffusers.p
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from worldline.families.predict2_5.model import (
     RELEASED_RATIO,
@@ -22,9 +22,6 @@ from worldline.weights import dit
 from worldline.weights.checkpoint import Checkpoint, take_network
 from worldline.weights.keymap import KeyMap, LoRARecipe
 from worldline.weights.networks import Network, Number, open_weights
-
-if TYPE_CHECKING:
-    from worldline.weights.layouts import Layout
 
 _EXPONENTS = ("pos_embedder.dim_temporal_range", "pos_embedder.dim_spatial_range")
 _PROJECTION = {"crossattn_proj.0.{weight,bias}": "project.{weight,bias}"}
@@ -113,28 +110,26 @@ def _read_exponents(source: Checkpoint, head_size: int) -> Exponents | None:
     return None if (time, space) == released_exponents(head_size) else (time, space)
 
 
-def layout(network: Network[FlowDiTConfig], diffusers: bool) -> "Layout":
-    """Layout of NVIDIA or of diffusers.
+def layout(network: Network[FlowDiTConfig], diffusers: bool) -> tuple[KeyMap, dict[str, Any]]:
+    """Names of tensors, and the content of files beside them, in NVIDIA's or diffusers' layout.
 
     Raises:
         CheckpointError: it has no place for what the network needs.
     """
-    from worldline.weights.layouts import DIFFUSERS_FILE, MODEL, Layout
-
     config = network.config
-    if diffusers == (network.keys is DIFFUSERS_KEYS):
-        return Layout.of(network, DIFFUSERS_FILE if diffusers else MODEL)
-    own = {"rope_ratio": [*config.rope_ratio]} if config.rope_ratio != RELEASED_RATIO else {}
-    made = Layout(KEYS, own)
-    if diffusers:
-        made = dit.diffusers_layout(
-            config,
-            DIFFUSERS_KEYS,
-            config.latent_channels + 1,
-            None,
-            use_crossattn_projection=True,
-            crossattn_proj_in_channels=config.feature_width,
-            encoder_hidden_states_channels=config.context_width,
-        )
-    view = network.by_names(made.keys)
-    return made.refuse_unless_equal(read_config(view, made.keys, made.settings), network)
+    if not diffusers:
+        ours = {"rope_ratio": [*config.rope_ratio], "timestep_scale": config.timestep_scale}
+        return KEYS, {"config.json": ours}
+    network.require(timestep_scale=TIMESTEP_SCALE, exponents=None)
+    return DIFFUSERS_KEYS, {"config.json": diffusers_settings(config)}
+
+
+def diffusers_settings(config: FlowDiTConfig) -> dict[str, Any]:
+    """Content of diffusers' config.json."""
+    return dit.diffusers_settings(
+        config,
+        extra_pos_embed_type=None,
+        use_crossattn_projection=True,
+        crossattn_proj_in_channels=config.feature_width,
+        encoder_hidden_states_channels=config.context_width,
+    )

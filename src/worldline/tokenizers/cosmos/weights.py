@@ -9,10 +9,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from io import BytesIO
 from itertools import count, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ from worldline.weights.checkpoint import (
     open_set,
     take_network,
 )
-from worldline.weights.keymap import KeyMap, renamed_by
+from worldline.weights.keymap import KeyMap, matches, renamed_by
 from worldline.weights.networks import (
     VAE_LAYOUTS,
     Network,
@@ -44,9 +43,6 @@ from worldline.weights.networks import (
     shapes_of,
     training_files,
 )
-
-if TYPE_CHECKING:
-    from worldline.weights.layouts import Layout
 
 # files that a folder may hold, in order of preference
 LAYOUTS = (
@@ -111,15 +107,15 @@ _DIFFUSERS = {
 FIRST = "encoder.conv_in.space.weight"
 ANCHORS = renamed_by(_RELEASED, FIRST), renamed_by(_DIFFUSERS, FIRST)
 
+# files of the 0.1 release's code hold all three convolutions of every resampler
+_IDLE = {f"*.{side}sample.conv?.conv3d.*": "it never runs" for side in ("down", "up")}
 _DROP = {
     "encoder.patcher3d.*": "wavelet buffers; the tap is read into the configuration",
     "decoder.unpatcher3d.*": "wavelet buffers; the tap is read into the configuration",
     "loss*": "networks of the training loss",
     "quantizer.*": "FSQ tables; the levels are read into the configuration",
     "inv_quant.quantizer.*": "FSQ tables of a decoder file",
-    # files of the 0.1 release's code hold all three convolutions of every resampler
-    "*.downsample.conv?.conv3d.*": "it never runs",
-    "*.upsample.conv?.conv3d.*": "it never runs",
+    **_IDLE,
 }
 _LEVELS, _TAPS = "quantizer._levels", "encoder.patcher3d.wavelets"
 
@@ -131,8 +127,14 @@ class CosmosNetwork(Network[CosmosTokenizerConfig]):
     @cached_property
     def statistics(self) -> LatentStatistics | None:
         """As `read_statistics`."""
-        folder = self.path if self.path.is_dir() else self.path.parent
+        alone = self.source.kind == "distributed checkpoint"  # in its folder
+        folder = self.path if self.path.is_dir() and not alone else self.path.parent
         return read_statistics(folder, self.config.latent_channels)
+
+    def by_names(self, keys: KeyMap) -> Checkpoint:
+        view = super().by_names(keys)
+        kept = {n: e for n, e in view.entries.items() if keys.ours(n) or not matches(n, _IDLE)}
+        return replace(view, entries=kept)
 
 
 def open_tokenizer(*paths: Path) -> CosmosNetwork:
@@ -168,46 +170,44 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return find_files(folder, layouts, "tokenizer", ANCHORS)
 
 
-def layout(network: CosmosNetwork, diffusers: bool) -> "Layout":
-    """Layout of a training's file and `mean_std.pt`, or of diffusers' `AutoencoderKLCosmos`.
+def layout(network: CosmosNetwork, diffusers: bool) -> tuple[KeyMap, dict[str, Any]]:
+    """Names of tensors, and the content of files beside them, in NVIDIA's or diffusers' layout.
 
     Raises:
         CheckpointError: diffusers has no such tokenizer.
     """
-    from worldline.weights.layouts import DIFFUSERS_FILE, MODEL, Layout
-
     config, statistics = network.config, network.statistics
-    if diffusers == is_diffusers(network.source):
-        return Layout.of(network, DIFFUSERS_FILE if diffusers else MODEL)
-    made = Layout(key_map(config, diffusers))
-    tensors = statistics.tensors() if statistics else {}
-    flat = {name: tensor.flatten() for name, tensor in tensors.items()}
-    if not diffusers:
-        for prefix, name in zip(("", "image_"), STATISTICS, strict=False):
-            if f"{prefix}mean" in flat:
-                torch.save((flat[f"{prefix}mean"], flat[f"{prefix}std"]), buffer := BytesIO())
-                made = replace(made, beside={**made.beside, name: buffer.getvalue()})
-        return made
-    if config.levels or config.z_channels != config.latent_channels:
-        raise CheckpointError(f"{network.path}: diffusers has no such tokenizer")
-    settings = {
+    keys = key_map(config, diffusers)
+    if diffusers:
+        network.require(levels=None, z_channels=config.latent_channels)
+        return keys, {CONFIG: diffusers_settings(config, statistics)}
+    pairs = statistics.tensors() if statistics else {}
+    return keys, {
+        f"{kind}mean_std.pt": (pairs[f"{kind}mean"].flatten(), pairs[f"{kind}std"].flatten())
+        for kind in ("", "image_")
+        if f"{kind}mean" in pairs
+    }
+
+
+def diffusers_settings(
+    config: CosmosTokenizerConfig, statistics: LatentStatistics | None = None
+) -> dict[str, Any]:
+    """Content of diffusers' config.json, of a continuous tokenizer, whose taps are exact."""
+    return {
         "_class_name": "AutoencoderKLCosmos",
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": config.latent_channels,
         "encoder_block_out_channels": [config.channels, *config.level_channels],
         "decode_block_out_channels": [*config.level_channels, config.level_channels[-1]],
-        "attention_resolutions": [32],
-        "resolution": 1024,
         "num_layers": config.num_blocks,
         "patch_size": config.patch,
         "patch_type": "haar",
-        "scaling_factor": 1.0,
         "spatial_compression_ratio": config.spatial,
         "temporal_compression_ratio": config.temporal,
-        **{f"latents_{name}": flat[name].tolist() for name in ("mean", "std") if name in flat},
+        "latents_mean": None if statistics is None else statistics.mean.flatten().tolist(),
+        "latents_std": None if statistics is None else statistics.std.flatten().tolist(),
     }
-    return replace(made, settings=settings, file=DIFFUSERS_FILE)
 
 
 def is_diffusers(source: Checkpoint) -> bool:

@@ -8,10 +8,10 @@ tensors are the same ones under other names.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,9 +20,6 @@ from worldline.tokenizers.wan.model import MEAN, STD, WanTokenizer, WanTokenizer
 from worldline.weights.checkpoint import Checkpoint, open_set, take_network
 from worldline.weights.keymap import KeyMap, renamed_by
 from worldline.weights.networks import VAE_LAYOUTS, Network, find_files, require_settings, shapes_of
-
-if TYPE_CHECKING:
-    from worldline.weights.layouts import Layout
 
 # files that a folder may hold, in order of preference
 FILES = ("tokenizer.pth", "Wan2.1_VAE.pth")
@@ -99,40 +96,40 @@ def open_wan(path: Path) -> WanNetwork:
     return WanNetwork(WanTokenizer, config, source, key_map(config, theirs), beside).check()
 
 
-def layout(network: WanNetwork, diffusers: bool) -> "Layout":
-    """Layout of NVIDIA, or of diffusers' `AutoencoderKLWan`.
+def layout(network: WanNetwork, diffusers: bool) -> tuple[KeyMap, dict[str, Any]]:
+    """Names of tensors, and the content of files beside them, in NVIDIA's or diffusers' layout.
 
     Raises:
         CheckpointError: NVIDIA's has no place for other statistics than the released ones.
     """
-    from worldline.weights.layouts import DIFFUSERS_FILE, Layout
+    keys = key_map(network.config, diffusers)
+    if diffusers:
+        return keys, {"config.json": diffusers_settings(network.config)}
+    network.require(mean=MEAN, std=STD)
+    return keys, {}
 
-    config = network.config
-    file = DIFFUSERS_FILE if diffusers else FILES[0]
-    if diffusers == is_diffusers(network.source):
-        return Layout.of(network, file)
-    made = Layout(key_map(config, diffusers), file=file)
-    if not diffusers:
-        view = network.by_names(made.keys)
-        return made.refuse_unless_equal(read_config(view, {}), network)
-    settings = {
+
+def diffusers_settings(config: WanTokenizerConfig) -> dict[str, Any]:
+    """Content of diffusers' config.json."""
+    return {
         "_class_name": "AutoencoderKLWan",
-        "base_dim": config.channels,
-        "z_dim": config.latent_channels,
-        "dim_mult": [*config.multipliers],
-        "num_res_blocks": config.num_blocks,
         "attn_scales": [],
-        "temperal_downsample": [*config.temporal_steps],
+        "base_dim": config.channels,
+        "decoder_base_dim": None,
+        "dim_mult": list(config.multipliers),
         "dropout": 0.0,
-        "latents_mean": [*config.mean],
-        "latents_std": [*config.std],
-        "is_residual": False,
         "in_channels": 3,
+        "is_residual": False,
+        "latents_mean": list(config.mean),
+        "latents_std": list(config.std),
+        "num_res_blocks": config.num_blocks,
         "out_channels": 3,
-        "scale_factor_spatial": 2 ** len(config.temporal_steps),
-        "scale_factor_temporal": 2 ** sum(config.temporal_steps),
+        "patch_size": None,
+        "scale_factor_spatial": config.spatial,
+        "scale_factor_temporal": config.temporal,
+        "temperal_downsample": list(config.temporal_steps),
+        "z_dim": config.latent_channels,
     }
-    return replace(made, settings=settings)
 
 
 def key_map(config: WanTokenizerConfig, diffusers: bool = False) -> KeyMap:
