@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -237,6 +238,51 @@ def test_distributed_checkpoints_become_the_released_files(case: Case, tmp_path:
         assert_same(contents(target / "model_ema_fp32.pt"), average)
         done("convert", converted.parent / "model", target / "bare", "--to", "nvidia", "--no_ema")
         assert [path.name for path in (target / "bare").iterdir()] == ["model.pt"]
+
+
+def seeds(case: Case) -> list[int]:
+    stated = case.spec["seed"]
+    return stated if isinstance(stated, list) else [stated]
+
+
+# kind in diffusers' layout -> kind with the same weights in NVIDIA's, perhaps in another precision
+PAIRS = {
+    "dit_diffusers_layout": "dit_v2w_tiny",
+    "dit25_diffusers_layout": "dit25_tiny",
+    "tok_cv_diffusers_layout": "tok_cv_tiny",
+}
+
+
+@pytest.mark.parametrize("case", [case for kind in PAIRS for case in cases(kind)], ids=str)
+def test_layouts_of_diffusers(case: Case, tmp_path: Path) -> None:
+    """There and back, and from the same weights in NVIDIA's layout, every number is the same."""
+    kind = PAIRS[case.kind]
+    for path in case.path.rglob("diffusion_pytorch_model.safetensors"):
+        theirs, back = open_checkpoint(path), tmp_path / path.parent.name
+        expected = {name: theirs.read(name) for name in theirs.tensors}
+        [dtype] = {str(tensor.dtype).removeprefix("torch.") for tensor in expected.values()}
+        settings = json.loads(path.with_name("config.json").read_text())
+        sources = [path.parent]
+        for form in ("nvidia", "dcp", "safetensors"):
+            done("convert", sources[0], back / form, "--to", form)
+            sources.append(back / form)
+        for other in cases(kind) if path.parent.name != "vae" or kind.startswith("tok") else ():
+            if seeds(other)[0] == seeds(case)[0]:
+                [weights] = {
+                    file.parent for end in ("pt", "jit") for file in other.path.rglob(f"*.{end}")
+                }
+                shutil.copytree(weights, copy := back / weights.name)
+                if "rope_scale" in settings:
+                    ours = {"rope_ratio": settings["rope_scale"]}
+                    (copy / "config.json").write_text(json.dumps(ours))
+                sources.append(copy)
+        for number, source in enumerate(sources):
+            target = back / str(number)
+            done("convert", source, target, "--to", "diffusers", "--dtype", dtype)
+            found = open_checkpoint(target / path.name)
+            assert_same({name: found.read(name) for name in found.tensors}, expected)
+            stated = json.loads((target / "config.json").read_text())
+            assert stated == {name: settings[name] for name in stated}
 
 
 @pytest.mark.parametrize("case", TRAININGS, ids=str)

@@ -226,10 +226,10 @@ def convert(context: click.Context, /, **_: object) -> None:
 def find_model(folder: Path) -> list[Path]:
     """Files of the model in a folder, as the commands find them that run it."""
     from worldline.opening import signatures
-    from worldline.tokenizers.cosmos.weights import tokenizer_files
+    from worldline.tokenizers.cosmos.weights import STATISTICS, tokenizer_files
     from worldline.weights.networks import weights_file, weights_in
 
-    files = weights_in(folder)
+    files = [file for file in weights_in(folder) if file.name not in STATISTICS]
     if any(file.stem in TOKENIZER for file in files):
         return tokenizer_files(folder)
     return files if len(files) == 1 else [weights_file(folder, signatures)]

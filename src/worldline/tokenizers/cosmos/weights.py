@@ -127,8 +127,9 @@ class CosmosNetwork(Network[CosmosTokenizerConfig]):
     @cached_property
     def statistics(self) -> LatentStatistics | None:
         """As `read_statistics`."""
-        alone = self.source.kind == "distributed checkpoint"  # in its folder
-        folder = self.path if self.path.is_dir() and not alone else self.path.parent
+        folder = self.path if self.path.is_dir() else self.path.parent
+        if self.source.kind == "distributed checkpoint":  # which has a folder of its own
+            folder = folder.parent
         return read_statistics(folder, self.config.latent_channels)
 
     def by_names(self, keys: KeyMap) -> Checkpoint:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from worldline.errors import CheckpointError
 from worldline.tokenizers.wan.model import MEAN, STD, WanTokenizer, WanTokenizerConfig
 from worldline.weights.checkpoint import Checkpoint, open_set, take_network
 from worldline.weights.keymap import KeyMap, renamed_by
-from worldline.weights.networks import VAE_LAYOUTS, Network, find_files, require_settings, shapes_of
+from worldline.weights.networks import (
+    VAE_LAYOUTS,
+    Network,
+    distributed_files,
+    find_files,
+    require_settings,
+    shapes_of,
+)
 
 # files that a folder may hold, in order of preference
 FILES = ("tokenizer.pth", "Wan2.1_VAE.pth")
@@ -82,9 +89,10 @@ def open_wan(path: Path) -> WanNetwork:
     Raises:
         CheckpointError: there is none, it is damaged or half downloaded, or a tensor does not fit.
     """
-    names = [*FILES, *VAE_LAYOUTS]
     file = path
     if not path.is_file():
+        alone = (name for each in (path,) for name in distributed_files(each))  # looked for last
+        names = chain(FILES, VAE_LAYOUTS, alone)
         [file] = find_files(path, names, "tokenizer of Wan2.1", ANCHORS)
     source = network_view(open_set(file))
     stated, settings, theirs = file.parent / "config.json", {}, is_diffusers(source)
