@@ -142,6 +142,38 @@ def test_files_of_a_training(tmp_path: Path) -> None:
     assert training_files(tmp_path) == [*newest, *older]
 
 
+def test_the_iteration_that_a_training_calls_its_latest(tmp_path: Path) -> None:
+    """A newer file may be half of one; a file of nothing but state stands for its iteration."""
+    run = tmp_path / "checkpoints"
+    put(run / "iter_000000020_ema_model.pt")
+    put(run / "iter_000000020_reg_model.pt", OTHER)
+    torch.save({"iteration": 20}, run / "iter_000000020.pt")
+    put(run / "model_model_mp_0.pt", OTHER)  # what the training began with
+    (run / "iter_000000030_ema_model.pt").write_bytes(b"half")
+    (run / "latest_checkpoint.txt").write_text("iter_000000020.pt\n")
+    for path in (tmp_path, run, run / "iter_000000020.pt"):
+        assert_model(path)
+    (run / "latest_checkpoint.txt").write_text("iter_000000010.pt\n")
+    for path in (tmp_path, run):
+        with pytest.raises(CheckpointError, match=r"latest_checkpoint\.txt names iteration 10"):
+            open_weights(path, ANCHORS)
+    (run / "latest_checkpoint.txt").write_text("")
+    (run / "iter_000000030_ema_model.pt").unlink()
+    assert_model(tmp_path)
+
+
+@pytest.mark.parametrize("stem", ["iter_000000007", "iter_000000012"])
+def test_parts_of_a_training(stem: str, tmp_path: Path) -> None:
+    for other in ("model", "iter_000000003", stem):
+        for rank in range(2):
+            part = {"model.output.weight": torch.full((1, 2), 1.0 if other == stem else 0.0)}
+            put(tmp_path / f"{other}_model_mp_{rank}.pt", part)
+        torch.save({"iteration": 1}, tmp_path / f"{other}.pt") if other != "model" else None
+    for path in (tmp_path, tmp_path / f"{stem}.pt", tmp_path / f"{stem}_model_mp_1.pt"):
+        source = open_weights(path, ("output.weight",))
+        assert torch.equal(source.read("model.output.weight"), torch.ones(2, 2))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_distributed_checkpoints_of_a_training(tmp_path: Path) -> None:
     run = tmp_path / "checkpoints"
@@ -153,6 +185,13 @@ def test_distributed_checkpoints_of_a_training(tmp_path: Path) -> None:
     newest = run / "iter_000000010"
     for path in (tmp_path, run, newest, newest / "model", newest / "model" / ".metadata"):
         assert_model(path)
+    (run / "latest_checkpoint.txt").write_text("iter_000000009")
+    with pytest.raises(AssertionError):
+        assert_model(tmp_path)
+    (run / "latest_checkpoint.txt").write_text("iter_000000001")
+    with pytest.raises(CheckpointError, match="iteration 1"):
+        open_weights(run)
+    (run / "latest_checkpoint.txt").unlink()
     dcp.save(MODEL, checkpoint_id=str(tmp_path / "other" / "iter_5"), no_dist=True)
     with pytest.raises(CheckpointError, match="several runs"):
         open_weights(tmp_path)

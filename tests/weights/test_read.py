@@ -321,6 +321,15 @@ def test_what_would_act_or_build_tensors_is_refused(
     assert name in refused(tmp_path / "model.pt")
 
 
+def test_plain_tensors_with_attributes(tmp_path: Path) -> None:
+    """FSDP leaves a mark on tensors that it gathers."""
+    marked = {name: tensor.clone() for name, tensor in TENSORS.items()}
+    for tensor in marked.values():
+        tensor._has_been_cloned = True  # type: ignore[attr-defined]
+    torch.save(marked, tmp_path / "model.pt")
+    assert_equal(open_checkpoint(tmp_path / "model.pt"), TENSORS)
+
+
 def test_tensors_of_unknown_networks_are_refused_by_name(tmp_path: Path) -> None:
     for value in (Own(2, 2), {"model": Own(2, 2)}):
         torch.save(value, tmp_path / "model.pt")

@@ -148,12 +148,14 @@ class Network(Generic[Config]):
     def by_names(self, keys: KeyMap) -> Checkpoint:
         """Its tensors by the names of a map; of its own one, with what is stored but not read."""
         shapes, entries = shapes_of(self.kind, self.config), {}
+        prefix = keys.prefixes[0]
+        bare = not any(name.startswith(prefix) for name in self.source.entries)
         for name, entry in self.source.entries.items():
             ours = self.keys.ours(name) or ""
             if ours in shapes:
                 entries[keys.released(ours)] = entry
             elif keys == self.keys:
-                entries[name] = entry
+                entries[f"{prefix}{name}" if bare else name] = entry
         return replace(self.source, entries=entries)
 
     def require(self, **values: Any) -> None:

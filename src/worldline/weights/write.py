@@ -192,6 +192,7 @@ def _write_pickled(checkpoint: Checkpoint, path: Path, report: Report) -> None:
 
 
 def _write_distributed(checkpoint: Checkpoint, path: Path, report: Report) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -205,4 +206,7 @@ def _write_distributed(checkpoint: Checkpoint, path: Path, report: Report) -> No
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is one process
-        save(checkpoint.tensors, checkpoint_id=path, planner=Planner(), no_dist=True)
+        try:
+            save(checkpoint.tensors, checkpoint_id=path, planner=Planner(), no_dist=True)
+        except CheckpointException as wrapper:
+            raise wrapper.failures[0][0] from None

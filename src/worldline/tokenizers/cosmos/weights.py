@@ -127,10 +127,7 @@ class CosmosNetwork(Network[CosmosTokenizerConfig]):
     @cached_property
     def statistics(self) -> LatentStatistics | None:
         """As `read_statistics`."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        if self.source.kind == "distributed checkpoint":  # which has a folder of its own
-            folder = folder.parent
-        return read_statistics(folder, self.config.latent_channels)
+        return read_statistics(self.beside[0].parent, self.config.latent_channels)
 
     def by_names(self, keys: KeyMap) -> Checkpoint:
         view = super().by_names(keys)
@@ -152,6 +149,8 @@ def open_tokenizer(*paths: Path) -> CosmosNetwork:
     folder = files[0].parent
     whole = files[0] if len(files) == 1 else folder
     source = network_view(joined([open_set(file) for file in files], whole))
+    if source.kind == "distributed checkpoint":  # which has a folder of its own
+        folder = folder.parent
     config, theirs = read_config(source, folder.name), is_diffusers(source)
     beside = tuple(folder / name for name in ((CONFIG,) if theirs else STATISTICS))
     if theirs:
