@@ -162,9 +162,13 @@ class ShardedTensor:
 
     def read(self) -> Tensor:
         """The whole tensor on the CPU; replicas, which may differ by rounding, are averaged."""
-        tensors = [part.read() for part in self.parts]
         if self.dim is not None:
-            return torch.cat(tensors, self.dim)
+            whole, end = torch.empty(self.meta.shape, dtype=self.meta.dtype), 0
+            for part in self.parts:  # one in memory beside the whole
+                start, end = end, end + part.meta.shape[self.dim]
+                whole.narrow(self.dim, start, end - start).copy_(part.read())
+            return whole
+        tensors = [part.read() for part in self.parts]
         mean = torch.stack(tensors).mean(0)
         if not torch.allclose(tensors[0], mean, atol=_REPLICA_ATOL, rtol=_REPLICA_RTOL):
             raise CheckpointError(

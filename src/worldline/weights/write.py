@@ -3,6 +3,7 @@
 `save` of `weights.checkpoint` is for tensors that are in memory anyhow.
 """
 
+import gc
 import io
 import json
 import pickle
@@ -23,12 +24,13 @@ from torch.storage import _dtype_to_storage_type_map
 
 from worldline.errors import InputError
 from worldline.files import check_folder, readable_size, replacing_all
-from worldline.weights.checkpoint import _DTYPES, Checkpoint, Source
+from worldline.weights.checkpoint import _DTYPES, Checkpoint, Source, refuse_nonfinite
 from worldline.weights.names import ScaledTensor
 
 PICKLED = (".pt", ".pth")  # suffixes
 _ALIGNMENT = 64  # bytes, of PyTorch's storages in an archive
 _LOCAL_HEADER = 30 + 20 + 4  # bytes: of a member, of its 64-bit sizes, of the padding's own header
+_PIECE = 1 << 22  # numbers
 _ROOM = 1 << 20  # bytes for headers
 Report = Callable[[int], object]
 
@@ -116,10 +118,18 @@ def write_files(
 
 def _read(checkpoint: Checkpoint, name: str, report: Report) -> memoryview:
     """Bytes of a tensor, by rows."""
-    value = checkpoint.read(name).contiguous()
-    report(value.nbytes)
-    data: memoryview = value.view(-1).view(torch.uint8).numpy().data
+    data: memoryview = _value(checkpoint, name, report).view(-1).view(torch.uint8).numpy().data
     return data
+
+
+def _value(checkpoint: Checkpoint, name: str, report: Report) -> Tensor:
+    """A tensor with finite numbers alone, contiguous."""
+    entry = checkpoint.entries[name]
+    value = entry.read().contiguous()
+    for part in value.view(-1).split(_PIECE):  # a look at all at once takes twice the memory
+        refuse_nonfinite(entry.path, name, part)
+    report(value.nbytes)
+    return value
 
 
 def _write_safetensors(checkpoint: Checkpoint, path: Path, report: Report) -> None:
@@ -200,9 +210,8 @@ def _write_distributed(checkpoint: Checkpoint, path: Path, report: Report) -> No
         """Plans by headers, and reads a tensor when it is written."""
 
         def lookup_object(self, index: Any) -> Tensor:
-            value = checkpoint.read(index.fqn)
-            report(value.nbytes)
-            return value
+            gc.collect(1)  # torch.save leaves the tensor before in a cycle
+            return _value(checkpoint, index.fqn, report)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is one process
