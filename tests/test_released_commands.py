@@ -47,13 +47,11 @@ PROGRAMS = {
     "scripts/download_diffusion_checkpoints.py": "checkpoints download",
     "cosmos1/scripts/download_autoregressive.py": "checkpoints download --cosmos_version 1.0",
     "examples/inference.py": "predict2.5",
+    "scripts/shard_autoregressive_base_checkpoints.py": "checkpoints shard",
+    "scripts/merge_autoregressive_tp_checkpoints.py": "checkpoints merge",
 }
 # of scripts of the guides that are no business of this file
-ELSEWHERE = {
-    "cosmos_predict1/autoregressive/train.py",
-    "scripts/merge_autoregressive_tp_checkpoints.py",
-    "scripts/shard_autoregressive_base_checkpoints.py",
-}
+ELSEWHERE = {"cosmos_predict1/autoregressive/train.py"}
 
 MOVING_CAR = (
     "A video recorded from a moving vehicle's perspective, capturing roads, buildings, landscapes, "
@@ -228,6 +226,19 @@ DOWNLOAD: dict[str, tuple[str, ...]] = {
         *("Cosmos-1.0-Tokenizer-DV8x16x16", OLD_DECODER, "Cosmos-1.0-Guardrail"),
     ),
 }
+# before and behind a training on several GPUs, here two, whose last parts the first ones stand for
+PARTS = (
+    """scripts/shard_autoregressive_base_checkpoints.py --checkpoint_path
+    checkpoints/Cosmos-Predict1-4B/model.pt --tensor_parallel_size 2 --model_size 4b""",
+    """scripts/merge_autoregressive_tp_checkpoints.py --checkpoint_path
+    checkpoints/Cosmos-Predict1-4B/model.pt --output_path
+    checkpoints/Cosmos-Predict1-4B-Base_post-trained/model.pt --model_size 4b
+    --tensor_parallel_size 2""",
+    """cosmos_predict1/autoregressive/inference/base.py --checkpoint_dir checkpoints --ar_model_dir
+    Cosmos-Predict1-4B-Base_post-trained --input_type video --input_image_or_video_path
+    assets/autoregressive/input.mp4 --top_p 0.8 --temperature 1.0 --offload_diffusion_decoder
+    --offload_tokenizer --video_save_name post-trained-4b""",
+)
 
 
 def words_of(command: str) -> list[str]:
@@ -397,6 +408,13 @@ def test_predict2_5(command: str, here: Path) -> None:
         ]
 
 
+def test_parts_of_a_model(here: Path) -> None:
+    for command in PARTS:
+        result = run_words(words_of(command))
+        assert result.exit_code == 0, result.stderr
+    assert probe(here / "outputs" / "post-trained-4b.mp4").frames
+
+
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_torchrun(here: Path) -> None:
@@ -439,7 +457,7 @@ def test_the_batch_of_the_guide_that_has_no_videos(here: Path) -> None:
 def test_help(script: str) -> None:
     result = run_words([*PROGRAMS[script].split(), "--help"])
     assert result.exit_code == 0
-    assert "--checkpoint_dir" in result.stdout
+    assert "--checkpoint_" in result.stdout
 
 
 @pytest.fixture
@@ -477,4 +495,5 @@ def test_every_script_of_the_guides_has_its_command() -> None:
     scripts = {script["path"] for script in table["scripts"] if script["seed_docs"]}
     assert scripts <= {*PROGRAMS, *ELSEWHERE}
     commands = [c for examples in GENERATE.values() for c in examples.values()]
-    assert {command.split()[0] for command in (*commands, *SAMPLES, *DOWNLOAD)} == {*PROGRAMS}
+    every = (*commands, *SAMPLES, *DOWNLOAD, *PARTS)
+    assert {command.split()[0] for command in every} == {*PROGRAMS}
